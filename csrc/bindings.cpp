@@ -1,0 +1,182 @@
+// Python's door to the kernels: lists of addresses and sizes in, threads and instruction set chosen here.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "ops.h"
+
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+
+namespace py = pybind11;
+
+namespace hosfl {
+namespace {
+
+// --- instruction sets ---
+
+std::vector<const Ops*> supported() {  // best last
+  std::vector<const Ops*> all = {&baseline::ops};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("x86-64-v3")) all.push_back(&avx2::ops);
+  if (__builtin_cpu_supports("x86-64-v4")) all.push_back(&avx512::ops);
+#endif
+  return all;
+}
+
+const Ops* chosen = supported().back();
+
+void use_isa(const std::string& name) {
+  std::string known;
+  for (const Ops* ops : supported()) {
+    if (name == ops->isa) {
+      chosen = ops;
+      return;
+    }
+    known += std::string(known.empty() ? "" : ", ") + ops->isa;
+  }
+  throw std::invalid_argument("this processor has no '" + name + "'; it has: " + known);
+}
+
+// --- threads ---
+
+// Below this many cell updates one thread is faster than starting another (10 to 30 us each).
+constexpr int64_t UPDATES_PER_THREAD = 1 << 17;
+
+// The kernels' bits assume IEEE arithmetic: round to nearest, subnormals kept. torch.set_flush_denormal changes that
+// for the calling thread.
+struct IeeeArithmetic {
+#if defined(__SSE__)
+  unsigned saved = _mm_getcsr();
+  IeeeArithmetic() { _mm_setcsr(0x1F80); }
+  ~IeeeArithmetic() { _mm_setcsr(saved); }
+#elif defined(__aarch64__)
+  uint64_t saved;
+  IeeeArithmetic() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved));
+    asm volatile("msr fpcr, %0" ::"r"(uint64_t(0)));
+  }
+  ~IeeeArithmetic() { asm volatile("msr fpcr, %0" ::"r"(saved)); }
+#endif
+};
+
+int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
+// The part [first, last) of the segments laid end to end.
+std::vector<Segment> part_of(const std::vector<Segment>& segments, int64_t first, int64_t last) {
+  std::vector<Segment> part;
+  int64_t at = 0;
+  for (const Segment& segment : segments) {
+    const int64_t from = std::max<int64_t>(first - at, 0), to = std::min(last - at, segment.n);
+    if (from < to) {
+      Segment piece = segment;
+      piece.data = static_cast<char*>(segment.data) + from * size_of(segment.dtype);
+      piece.n = to - from;
+      piece.start = segment.start + uint64_t(from);
+      part.push_back(piece);
+    }
+    at += segment.n;
+  }
+  return part;
+}
+
+// Calls work(segment) on every segment, cut between threads. A cut changes no bit: noise is a function of the element.
+template <typename Work>
+void in_parallel(const std::vector<Segment>& segments, int64_t updates_per_cell, int threads, Work work) {
+  int64_t total = 0;
+  for (const Segment& segment : segments) total += segment.n;
+  const int64_t useful = total * std::max<int64_t>(updates_per_cell, 1) / UPDATES_PER_THREAD;
+  const int count = int(std::clamp<int64_t>(useful, 1, std::max(threads, 1)));
+  const auto run = [&](int64_t first, int64_t last) {
+    IeeeArithmetic scope;
+    for (const Segment& segment : part_of(segments, first, last)) work(segment);
+  };
+  // Cuts at multiples of a block where there are enough of them: a block cut in two makes its words twice.
+  const int64_t block = 131072, step = total / count >= 4 * block ? block : 1024;
+  const auto cut = [&](int k) { return k == count ? total : total * k / count / step * step; };
+  std::vector<std::thread> others;
+  others.reserve(size_t(count - 1));
+  for (int k = 1; k < count; ++k) others.emplace_back(run, cut(k), cut(k + 1));
+  run(0, cut(1));
+  for (std::thread& other : others) other.join();
+}
+
+// --- arguments ---
+
+std::vector<Segment> segments_of(const std::vector<uint64_t>& addresses, const std::vector<int64_t>& sizes,
+                                 const std::vector<int>& dtypes, const std::vector<uint32_t>& streams,
+                                 const std::vector<uint64_t>& starts, const std::vector<float>& factors) {
+  const size_t n = addresses.size();
+  if (sizes.size() != n || dtypes.size() != n || streams.size() != n || starts.size() != n || factors.size() != n)
+    throw std::invalid_argument("addresses, sizes, dtypes, streams, starts and factors differ in length");
+  std::vector<Segment> segments;
+  for (size_t t = 0; t < n; ++t) {
+    if (sizes[t] < 0 || dtypes[t] < 0 || dtypes[t] > 2) throw std::invalid_argument("bad size or dtype");
+    segments.push_back({reinterpret_cast<void*>(addresses[t]), sizes[t], starts[t], streams[t], factors[t],
+                        static_cast<Dtype>(dtypes[t])});
+  }
+  return segments;
+}
+
+py::tuple philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
+  uint32_t words[4];
+  chosen->philox(key, uint64_t(c1) << 32 | c0, c2, c3, words);
+  return py::make_tuple(words[0], words[1], words[2], words[3]);
+}
+
+void noise(uint64_t address, int64_t n, uint64_t seed, uint32_t stream, uint64_t start, bool gaussian, int threads) {
+  const std::vector<Segment> out = {{reinterpret_cast<void*>(address), n, start, stream, 1.0f, Dtype::float32}};
+  py::gil_scoped_release unlocked;
+  in_parallel(out, 1, threads, [&](const Segment& s) {
+    chosen->noise(static_cast<float*>(s.data), s.n, seed, s.stream, s.start,
+                  gaussian ? Dist::gaussian : Dist::rademacher);
+  });
+}
+
+void replay(const std::vector<uint64_t>& addresses, const std::vector<int64_t>& sizes, const std::vector<int>& dtypes,
+            const std::vector<uint32_t>& streams, const std::vector<uint64_t>& starts,
+            const std::vector<float>& factors, const std::vector<uint64_t>& seeds,
+            const std::vector<float>& coefficients, const std::vector<uint64_t>& rounding_seeds, bool gaussian,
+            int threads) {
+  const auto segments = segments_of(addresses, sizes, dtypes, streams, starts, factors);
+  const bool stochastic = !rounding_seeds.empty();
+  if (coefficients.size() != seeds.size() || (stochastic && rounding_seeds.size() != seeds.size()))
+    throw std::invalid_argument("seeds, coefficients and rounding seeds differ in length");
+  std::vector<Record> records;
+  for (size_t r = 0; r < seeds.size(); ++r)
+    records.push_back({seeds[r], coefficients[r], stochastic ? rounding_seeds[r] : 0});
+  const Dist dist = gaussian ? Dist::gaussian : Dist::rademacher;
+  py::gil_scoped_release unlocked;
+  in_parallel(segments, int64_t(records.size()), threads, [&](const Segment& segment) {
+    if (records.size() == 1) {
+      chosen->perturb(segment, records[0], dist, stochastic);
+    } else {
+      chosen->replay(segment, records.data(), int64_t(records.size()), dist, stochastic);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace hosfl
+
+PYBIND11_MODULE(_cpp, m) {
+  m.doc() = "The C++ kernels. Use hosfl_kernels, which checks the arguments first.";
+  m.def("philox", &hosfl::philox);
+  m.def("noise", &hosfl::noise);
+  m.def("replay", &hosfl::replay);
+  m.def("use_isa", &hosfl::use_isa, "Use another instruction set of this processor; for tests and benchmarks.");
+  m.def("isa", [] { return std::string(hosfl::chosen->isa); });
+  m.def("supported", [] {
+    std::vector<std::string> names;
+    for (const auto* ops : hosfl::supported()) names.push_back(ops->isa);
+    return names;
+  });
+}

@@ -1,0 +1,24 @@
+// The kernels for AVX2 (x86-64-v3). The system headers come before the pragma, so that no inline function of theirs
+// is compiled for a machine that may not be there.
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("arch=x86-64-v3"))), apply_to = function)
+#else
+#pragma GCC target("arch=x86-64-v3")
+#endif
+#define HOSFL_ISA avx2
+#define HOSFL_LANES 8
+#include "replay.h"
+
+const hosfl::Ops hosfl::avx2::ops = {"avx2", philox, noise, perturb, replay};
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
+#endif

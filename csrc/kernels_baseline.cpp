@@ -1,0 +1,10 @@
+// The kernels for the instruction set that every machine of the architecture has.
+#include <type_traits>
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+#define HOSFL_ISA baseline
+#include "replay.h"
+
+const hosfl::Ops hosfl::baseline::ops = {"baseline", philox, noise, perturb, replay};

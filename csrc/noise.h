@@ -1,0 +1,79 @@
+// Words to noise, one element at a time: the same operations, in the same order, as spec.py.
+// Every function is inlined into loops that the compiler vectorises; nothing here branches on data.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __FAST_MATH__
+#error "hosfl needs IEEE arithmetic: build without -ffast-math"
+#endif
+
+#ifdef __CUDACC__
+#define HOSFL_INLINE static __host__ __device__ __forceinline__
+#else
+#define HOSFL_INLINE static inline __attribute__((always_inline))
+#endif
+
+namespace hosfl {
+
+constexpr uint32_t TAG_RADEMACHER = 1, TAG_GAUSSIAN = 2, TAG_ROUNDING = 3, TAG_DERIVE = 4;
+constexpr int64_t COLS = 1024, RADEMACHER_ROWS = 128, GAUSSIAN_ROWS = 4, ROUNDING_ROWS = 8;
+
+HOSFL_INLINE uint32_t bits_of(float x) {
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  return u;
+}
+
+HOSFL_INLINE float from_bits(uint32_t u) {
+  float x;
+  memcpy(&x, &u, 4);
+  return x;
+}
+
+// uint32 -> float, rounded to nearest even. Both halves are exact, so the one sum is the one rounding; written
+// this way because AVX2 and SSE2 convert signed integers only.
+HOSFL_INLINE float to_float(uint32_t a) {
+  return float(int32_t(a >> 16)) * 65536.0f + float(int32_t(a & 0xFFFFu));
+}
+
+HOSFL_INLINE void box_muller(uint32_t a, uint32_t b, float& z0, float& z1) {
+  const float u = to_float(a) * 0x1p-32f + 0x1p-33f;
+  const int32_t bits = int32_t(bits_of(u));
+  const int32_t k = (bits - 0x3f3504f3) >> 23;
+  const float f = from_bits(uint32_t(bits) - (uint32_t(k) << 23)) - 1.0f;
+  float l = 0x1.6626eap-4f;
+  l = l * f + -0x1.26729ep-3f;
+  l = l * f + 0x1.322850p-3f;
+  l = l * f + -0x1.5329bep-3f;
+  l = l * f + 0x1.98b80ap-3f;
+  l = l * f + -0x1.0005a6p-2f;
+  l = l * f + 0x1.555790p-2f;
+  l = l * f + -0x1.fffff8p-2f;
+  l = l * f + 0x1p+0f;
+  const float r = sqrtf(-2.0f * (f * l + float(k) * from_bits(0x3f317218u)));
+
+  const uint32_t q = (b + 0x20000000u) >> 30;
+  const float t = float(int32_t(b - (q << 30))) * 0x1p-32f;
+  const float t2 = t * t;
+  float s = -0x1.2d9b7cp+6f;
+  s = s * t2 + 0x1.465ec4p+6f;
+  s = s * t2 + -0x1.4abbbap+5f;
+  s = s * t2 + 0x1.921fb6p+2f;
+  s = t * s;
+  float c = 0x1.d9c326p+5f;
+  c = c * t2 + -0x1.55c57ap+6f;
+  c = c * t2 + 0x1.03c1dcp+6f;
+  c = c * t2 + -0x1.3bd3ccp+4f;
+  c = c * t2 + 0x1p+0f;
+  // Swap and sign by integer masks: cheaper than selects, and the same bits.
+  const uint32_t swap = (bits_of(s) ^ bits_of(c)) & (0u - (q & 1u));
+  const float sine = from_bits((bits_of(s) ^ swap) ^ ((q & 2u) << 30));
+  const float cosine = from_bits((bits_of(c) ^ swap) ^ (((q + 1u) & 2u) << 30));
+  z0 = r * cosine;
+  z1 = r * sine;
+}
+
+}  // namespace hosfl

@@ -1,0 +1,48 @@
+// The ops as the bindings see them: pointers and sizes, one table of functions per instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace hosfl {
+
+enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2 };
+enum class Dist : int { rademacher = 0, gaussian = 1 };
+
+// A contiguous piece of one logical tensor: `n` cells at `data`, the first of them element `start`.
+struct Segment {
+  void* data;
+  int64_t n;
+  uint64_t start;
+  uint32_t stream;
+  float factor;  // a power of two
+  Dtype dtype;
+};
+
+// One record: x += coefficient * factor * z(seed).
+struct Record {
+  uint64_t seed;
+  float coefficient;
+  uint64_t rounding_seed;
+};
+
+struct Ops {
+  const char* isa;
+  void (*philox)(uint64_t key, uint64_t block, uint32_t stream, uint32_t tag, uint32_t words[4]);
+  void (*noise)(float* out, int64_t n, uint64_t seed, uint32_t stream, uint64_t start, Dist dist);
+  void (*perturb)(const Segment& segment, const Record& record, Dist dist, bool stochastic);
+  void (*replay)(const Segment& segment, const Record* records, int64_t count, Dist dist, bool stochastic);
+};
+
+namespace baseline {
+extern const Ops ops;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Ops ops;
+}
+namespace avx512 {
+extern const Ops ops;
+}
+#endif
+
+}  // namespace hosfl

@@ -1,0 +1,201 @@
+"""Does this machine make the right bits? Every backend against spec.py and against a file of vectors.
+
+    python -m hosfl_kernels.check [--backend numpy|cpp|triton] [--vectors FILE]
+
+Prints one line per backend and case; exits with 1 on any difference and says where it is. The Triton backend runs on
+the GPU, or without one in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hosfl_kernels import ops, reference, spec
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SEED, ROUNDING_SEED = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op. `records` is the number of records of a replay; 1 is a perturbation."""
+
+    dtype: str = "float32"
+    dist: str = "rademacher"
+    rounding: str = "nearest"
+    n: int = 1000
+    stream: int = 0
+    start: int = 0
+    factor: float = 1.0
+    records: int = 1
+
+    def __str__(self) -> str:
+        op = "perturb_" if self.records == 1 else f"replay_ of {self.records}"
+        place = f"n={self.n} start={self.start} stream={self.stream} factor={self.factor:g}"
+        return f"{op} {self.dtype} {self.dist} {self.rounding} {place}"
+
+
+def _cases() -> Iterator[Case]:
+    # Sizes and starts around the edges of rows (1024), Gaussian blocks (4096), rounding blocks (8192) and
+    # Rademacher blocks (131072), and beyond 32 bits.
+    places = [(1, 0), (7, 1020), (1024, 0), (1025, 1023), (4099, 4093), (9001, 131_071), (3000, 2**32 - 1500)]
+    kinds = [("float32", "nearest"), ("bfloat16", "nearest"), ("bfloat16", "stochastic"), ("float16", "nearest")]
+    for dtype, rounding in kinds:
+        for dist in ops.DISTRIBUTIONS:
+            for stream, (n, start) in enumerate(places):
+                yield Case(dtype, dist, rounding, n, stream, start)
+            yield Case(dtype, dist, rounding, 2100, 2**32 - 1, 2**44 - 1000, factor=0.25)
+            yield Case(dtype, dist, rounding, 3001, 5, 8191, factor=2.0, records=3)
+            yield Case(dtype, dist, rounding, 1500, 6, 130_900, records=37)
+    yield Case(n=140_001, start=77, stream=3)
+    yield Case(dist="gaussian", n=20_001, start=2**33 + 77, stream=3)
+
+
+CASES = list(_cases())
+
+
+def weights(case: Case) -> Tensor:
+    """Weights for a case: normal numbers of size 0.1, and the values that arithmetic gets wrong first."""
+    x = torch.from_numpy(np.random.default_rng(case.n).standard_normal(case.n).astype(np.float32) * np.float32(0.1))
+    special = [0.0, -0.0, float("inf"), -float("inf"), 65504.0, -6e-8, 1e-40, 3.3895e38, 2.0**-14, 65519.0]
+    if case.n > 100:
+        x[3 : 3 + len(special)] = torch.tensor(special)
+    return x.to(DTYPES[case.dtype])
+
+
+def records(case: Case) -> dict[str, Any]:
+    """Seeds, coefficients and rounding seeds of a case."""
+    seeds = [spec.derive(SEED, case.n, r) for r in range(case.records)]
+    rounding = [spec.derive(ROUNDING_SEED, case.n, r) for r in range(case.records)]
+    coefficients = [float(np.float32(1e-3 * (r + 1) * (-1) ** r)) for r in range(case.records)]
+    return {
+        "seeds": seeds,
+        "coefficients": coefficients,
+        "rounding_seeds": rounding if case.rounding == "stochastic" else None,
+    }
+
+
+def difference(got: Tensor, want: Tensor) -> str | None:
+    """None where the bits are equal, else where they first differ. NaN equals NaN."""
+    a, b = reference.storage(got.cpu()), reference.storage(want)
+    view = np.uint32 if a.itemsize == 4 else np.uint16
+    same = (a.view(view) == b.view(view)) | (torch.isnan(got.cpu()) & torch.isnan(want)).numpy().reshape(-1)
+    if same.all():
+        return None
+    i = int(np.flatnonzero(~same)[0])
+    width = a.itemsize * 2
+    got_bits, want_bits = (f"{int(v.view(view)[i]):0{width}x}" for v in (a, b))
+    return f"{(~same).sum()} of {same.size} elements differ, first element {i}: {got_bits}, should be {want_bits}"
+
+
+def run_case(backend: ModuleType, case: Case, device: str) -> str | None:
+    """The difference between a backend and spec.py, or None."""
+    want = weights(case)
+    got = want.to(device, copy=True)
+    record = records(case)
+    place = (case.dist, [case.factor], [case.stream], [case.start])
+    rounding = record["rounding_seeds"]
+    if case.records == 1:
+        one = None if rounding is None else rounding[0]
+        backend.perturb_([got], record["seeds"][0], record["coefficients"][0], *place, one)
+    else:
+        backend.replay_([got], record["seeds"], record["coefficients"], *place, rounding)
+    reference.replay_([want], record["seeds"], record["coefficients"], *place, rounding)
+    return difference(got, want)
+
+
+# --- vectors --------------------------------------------------------------------------------------------------
+
+
+def _from_bits(bits: Sequence[str], dtype: str) -> Tensor:
+    if dtype == "float32":
+        return torch.from_numpy(np.array([int(b, 16) for b in bits], np.uint32).view(np.float32).copy())
+    return torch.from_numpy(np.array([int(b, 16) for b in bits], np.uint16).view(np.int16).copy()).view(DTYPES[dtype])
+
+
+def vector_cases(vectors: dict[str, Any], backend: ModuleType, device: str) -> Iterator[tuple[str, str | None]]:
+    """(name, difference or None) for every vector of a file."""
+    for v in vectors["philox4x32_10"]:
+        (k0, k1), counter = ([int(w, 16) for w in v[name].split()] for name in ("key", "ctr"))
+        got = " ".join(f"{word:08x}" for word in backend.philox(k0 | k1 << 32, tuple(counter)))
+        yield f"philox {v['key']}", None if got == v["out"] else f"{got}, should be {v['out']}"
+    for v in vectors["derive"]:
+        out = ops.derive(int(v["seed"]), int(v["a"]), int(v["b"]))
+        yield f"derive {v['seed']} {v['a']} {v['b']}", None if out == int(v["out"]) else f"{out}, not {v['out']}"
+    for v in vectors["noise"]:
+        seed, stream, start = int(v["seed"]), int(v["stream"]), int(v["start"])
+        name = f"seed={seed} stream={stream} start={start}"
+        signs = torch.tensor(v["rademacher"], dtype=torch.float32)
+        normals = _from_bits(v["gaussian_f32_bits"], "float32")
+        for dist, want in (("rademacher", signs), ("gaussian", normals)):
+            out = torch.empty(len(want), device=device)
+            backend.noise_(out, seed, stream, start, dist)
+            yield f"noise {dist} {name}", difference(out, want)
+        if backend is reference:  # the others show their rounding bits only by rounding
+            bits = spec.rounding_bits(len(v["rounding_bits"]), seed, stream, start).tolist()
+            yield f"rounding bits {name}", None if bits == v["rounding_bits"] else f"{bits} differ"
+    for v in vectors["perturb"]:
+        seed, scale = int(v["seed"]), float(_from_bits([v["scale_f32_bits"]], "float32"))
+        for dist in ops.DISTRIBUTIONS:
+            for rounding, suffix in (("nearest", "_out_bits"), ("stochastic", "_stochastic_out_bits")):
+                if dist + suffix in v:
+                    x = _from_bits(v["x_bits"], v["dtype"]).to(device)
+                    place = (dist, [1.0], [int(v["stream"])], [int(v["start"])])
+                    backend.perturb_([x], seed, scale, *place, seed if rounding == "stochastic" else None)
+                    yield (
+                        f"perturb_ {v['dtype']} {dist} {rounding} seed={seed} scale={scale:g}",
+                        difference(x, _from_bits(v[dist + suffix], v["dtype"])),
+                    )
+
+
+# --- the command ----------------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m hosfl_kernels.check", description=__doc__.split("\n")[0])
+    parser.add_argument("--backend", choices=list(ops.BACKENDS), help="check this one only; default: all there are")
+    parser.add_argument("--vectors", type=Path, metavar="FILE", help="also check the vectors of this JSON file")
+    options = parser.parse_args(arguments)
+    try:
+        vectors = json.loads(options.vectors.read_text()) if options.vectors else None
+    except (OSError, ValueError) as error:
+        parser.error(f"cannot read the vectors in {options.vectors}: {error}")
+    if options.backend != "cpp" and not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
+        # Triton looks at this once, when the kernels are imported: start again with it.
+        os.environ["TRITON_INTERPRET"] = "1"
+        sys.stdout.flush()
+        argv = sys.argv[1:] if arguments is None else list(arguments)
+        os.execv(sys.executable, [sys.executable, "-m", "hosfl_kernels.check", *argv])
+
+    failed = 0
+    for name in [options.backend] if options.backend else ops.BACKENDS:
+        backend = ops.BACKENDS[name]
+        if (what := backend.describe()) is None:
+            print(f"{'FAIL' if options.backend else 'none':4} {name:6} cannot run on this machine")
+            failed += options.backend is not None
+            continue
+        print(f"     {name:6} {what}")
+        device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
+        results = [(str(case), run_case(backend, case, device)) for case in CASES] if backend is not reference else []
+        results += vector_cases(vectors, backend, device) if vectors else []
+        for case_name, wrong in results:
+            print(f"{'FAIL' if wrong else 'ok':4} {name:6} {case_name}{': ' + wrong if wrong else ''}")
+            failed += wrong is not None
+    print(f"{failed} differences" if failed else "all bits are right")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""The C++ backend: tensors in, addresses and sizes out. The arguments were checked in ops.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hosfl_kernels import _cpp
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of csrc/ops.h
+
+
+def describe() -> str:
+    return f"{_cpp.isa()} of {', '.join(_cpp.supported())}"
+
+
+def philox(key: int, counter: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+    words: tuple[int, int, int, int] = _cpp.philox(key, *counter)
+    return words
+
+
+def noise_(out: Tensor, seed: int, stream: int, start: int, dist: str) -> None:
+    _cpp.noise(out.data_ptr(), out.numel(), seed, stream, start, dist == "gaussian", torch.get_num_threads())
+
+
+def perturb_(
+    tensors: Sequence[Tensor],
+    seed: int,
+    scale: float,
+    dist: str,
+    factors: Sequence[float],
+    streams: Sequence[int],
+    starts: Sequence[int],
+    rounding_seed: int | None,
+) -> None:
+    rounding_seeds = None if rounding_seed is None else [rounding_seed]
+    replay_(tensors, [seed], [scale], dist, factors, streams, starts, rounding_seeds)
+
+
+def replay_(
+    tensors: Sequence[Tensor],
+    seeds: Sequence[int],
+    coefficients: Sequence[float],
+    dist: str,
+    factors: Sequence[float],
+    streams: Sequence[int],
+    starts: Sequence[int],
+    rounding_seeds: Sequence[int] | None,
+) -> None:
+    _cpp.replay(
+        [t.data_ptr() for t in tensors],
+        [t.numel() for t in tensors],
+        [DTYPES[t.dtype] for t in tensors],
+        streams,
+        starts,
+        factors,
+        seeds,
+        coefficients,
+        rounding_seeds or [],
+        dist == "gaussian",
+        torch.get_num_threads(),
+    )

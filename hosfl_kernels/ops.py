@@ -1,0 +1,414 @@
+"""The table of ops: their schemas, their checks, and the registration that joins a name to its backends.
+
+    public function   checks what can be checked while torch.compile traces: seeds, scales, lengths, autograd
+    torch.ops.hosfl   picks the backend by the tensors' device
+    _run              checks the tensors themselves, calls the backend, tells autograd that they changed
+
+A backend is a module with one function per op. Nothing falls back in silence: a device without a backend is an error.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hosfl_kernels import cpu, gpu, reference, spec
+
+BACKENDS: dict[str, ModuleType] = {"numpy": reference, "cpp": cpu, "triton": gpu}
+DISPATCH = {"CPU": cpu, "CUDA": gpu}
+
+# Seeds travel as two 32-bit halves: a schema's int is signed, and a SymInt is not recompiled for every new value.
+# Records travel as CPU tensors for the same reason.
+_PLACE = "str dist, float[] factors, SymInt[] streams, SymInt[] starts"
+SCHEMAS = {
+    "noise_": "(Tensor(a!) out, SymInt[] seed, SymInt stream, SymInt start, str dist) -> ()",
+    "perturb_": f"(Tensor(a!)[] tensors, SymInt[] seed, float scale, {_PLACE}, SymInt[] rounding_seed) -> ()",
+    "replay_": f"(Tensor(a!)[] tensors, Tensor seeds, Tensor coefficients, {_PLACE}, Tensor? rounding_seeds) -> ()",
+}
+
+DISTRIBUTIONS = ("rademacher", "gaussian")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
+
+Seeds = Sequence[int] | Tensor
+Coefficients = Sequence[float] | Tensor
+
+
+# --- the public functions -------------------------------------------------------------------------------------
+
+
+def noise(
+    n: int,
+    seed: int,
+    *,
+    stream: int = 0,
+    start: int = 0,
+    dist: str = "rademacher",
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Elements start .. start + n of the noise of (seed, stream), float32 [n], for study and tests.
+
+    Args:
+        n: number of elements, 0 or more.
+        seed: 0 <= seed < 2^64.
+        stream: which parameter tensor, 0 <= stream < 2^32.
+        start: index of the first element in the whole tensor, 0 <= start and start + n <= 2^63.
+        dist: "rademacher" (+1 or -1) or "gaussian" (standard normal, |z| <= 6.77).
+        device: where to make it.
+
+    The same bits on every backend, device and thread count; noise(n)[k:] is noise(n - k, start=k). `perturb_` adds
+    this very noise without making it.
+
+    Raises: ValueError for a value out of range, TypeError for a wrong type.
+    """
+    _check_dist(dist)
+    if n < 0:
+        raise ValueError(f"n must be 0 or more, got {n}")
+    _check_place(1, None, [stream], [start])
+    out = torch.empty(n, dtype=torch.float32, device=device)
+    _check_tensors([out])
+    torch.ops.hosfl.noise_(out, _halves(seed, "seed"), stream, start, dist)
+    return out
+
+
+def perturb_(
+    tensors: Tensor | Iterable[Tensor],
+    seed: int,
+    scale: float,
+    *,
+    dist: str = "rademacher",
+    factors: Sequence[float] | None = None,
+    streams: Sequence[int] | None = None,
+    starts: Sequence[int] | None = None,
+    rounding: str = "nearest",
+    rounding_seed: int | None = None,
+) -> None:
+    """Move tensors along a seeded direction, in place: tensors[t] += scale * factors[t] * z(seed, streams[t]).
+
+    Args:
+        tensors: float32, bfloat16 or float16, contiguous, all on one device, no two sharing memory. Any shapes.
+        seed: 0 <= seed < 2^64.
+        scale: finite in float32. Inside torch.compile a Python float is a constant: a new value is a new graph.
+        dist: "rademacher" or "gaussian".
+        factors: a power of two per tensor; default 1.
+        streams: a number per tensor that names its noise, 0 <= stream < 2^32; default its position in the list.
+        starts: per tensor, the index of its first element in the unsharded tensor; default 0.
+        rounding: "nearest" (ties to even), or "stochastic", which rounds bfloat16 tensors up or down with the odds
+            of the cut-off bits. float32 has nothing to round; float16 is refused.
+        rounding_seed: the seed of stochastic rounding; 0 <= rounding_seed < 2^64.
+
+    Formula: y = float32(x) + s * z with s = float32(scale) * factor, the product rounded, then the sum, then y to x's
+    dtype. Bit for bit the same on every backend, device, thread count and sharding. Adding and taking away again
+    returns the same bits only on the lattice of `snap_` with Rademacher; elsewhere every call rounds.
+
+    No temporary of the tensors' size is made; on a GPU it is one launch per dtype. Not promised: the payload of NaN.
+
+    Raises: ValueError, TypeError or RuntimeError, before any tensor is changed.
+    """
+    tensors = _tensor_list(tensors)
+    _check_dist(dist)
+    if not isinstance(scale, (float, int, np.floating)):
+        raise TypeError(f"scale must be a number, got {type(scale).__name__}")
+    if not -LARGEST_FLOAT32 <= scale <= LARGEST_FLOAT32:
+        raise ValueError(f"scale must be finite in float32, got {scale}")
+    _check_place(len(tensors), factors, streams, starts)
+    stochastic = _check_rounding(rounding, rounding_seed is not None, "rounding_seed")
+    halves = _halves(seed, "seed")
+    rounding_halves = _halves(rounding_seed, "rounding_seed") if stochastic else []
+    torch.ops.hosfl.perturb_(tensors, halves, scale, dist, factors or [], streams or [], starts or [], rounding_halves)
+
+
+def replay_(
+    tensors: Tensor | Iterable[Tensor],
+    seeds: Seeds,
+    coefficients: Coefficients,
+    *,
+    dist: str = "rademacher",
+    factors: Sequence[float] | None = None,
+    streams: Sequence[int] | None = None,
+    starts: Sequence[int] | None = None,
+    rounding: str = "nearest",
+    rounding_seeds: Seeds | None = None,
+) -> None:
+    """Apply many records in one pass: tensors[t] += sum over r of coefficients[r] * factors[t] * z(seeds[r], streams[t]).
+
+    The bits are those of `perturb_(tensors, seeds[r], coefficients[r], ...)` for r = 0, 1, ... in this order, every
+    rounding included; the weights cross the memory bus once, whatever the number of records.
+
+    Args:
+        seeds: R integers, 0 <= seed < 2^64; or an int64 CPU tensor [R] of their bits, which torch.compile prefers.
+        coefficients: R finite numbers, or a float32 CPU tensor [R].
+        rounding_seeds: for rounding="stochastic": R more seeds, one per record.
+        Everything else as in `perturb_`.
+
+    Raises: ValueError, TypeError or RuntimeError, before any tensor is changed.
+    """
+    tensors = _tensor_list(tensors)
+    _check_dist(dist)
+    _check_place(len(tensors), factors, streams, starts)
+    stochastic = _check_rounding(rounding, rounding_seeds is not None, "rounding_seeds")
+    seeds = _seed_tensor(seeds, "seeds")
+    coefficients = _coefficient_tensor(coefficients)
+    if len(seeds) != len(coefficients):
+        raise ValueError(f"{len(seeds)} seeds but {len(coefficients)} coefficients")
+    if stochastic:
+        rounding_seeds = _seed_tensor(rounding_seeds, "rounding_seeds")  # type: ignore[arg-type]
+        if len(rounding_seeds) != len(seeds):
+            raise ValueError(f"{len(seeds)} seeds but {len(rounding_seeds)} rounding_seeds")
+    torch.ops.hosfl.replay_(
+        tensors, seeds, coefficients, dist, factors or [], streams or [], starts or [], rounding_seeds
+    )
+
+
+def snap_(tensors: Tensor | Iterable[Tensor], *, factors: Sequence[float] | None = None) -> float:
+    """Round float32 tensors to a lattice on which Rademacher moves are exact, in place; returns the quantum.
+
+    quantum = 2^(e - 24), e the smallest with 2^e > 2 max_t(max|tensors[t]| / factors[t]); tensor t is rounded to
+    multiples of quantum * factors[t] (ties to even, -0 to +0): an error of at most half of it, 6e-8 for weights below 1.
+
+    From then on, as long as every scale and coefficient is a multiple of the quantum and every |x| stays at or below
+    2^24 * quantum * factor (at first at least twice the largest weight), `perturb_` and `replay_` with Rademacher
+    noise round nothing: a perturbation taken back returns the very bits, and records commute.
+
+    Tensors of zeros only have quantum 2^-24, room up to 1. The quantum is one number, not one per tensor: every move
+    is a multiple of the largest anyway, and so a bias that starts at zero has as much room as the largest weight.
+
+    Raises: TypeError for other dtypes, ValueError for infinite or NaN weights, RuntimeError as in `perturb_`; before
+    any tensor is changed.
+    """
+    tensors = _tensor_list(tensors)
+    _check_place(len(tensors), factors, None, None)
+    _check_tensors(tensors)
+    factors = _factors(factors, len(tensors))
+    if any(t.dtype != torch.float32 for t in tensors):
+        raise TypeError("snap_ takes float32 tensors only: bfloat16 and float16 have too few bits for a lattice")
+    maxima = [float(t.detach().abs().amax()) if t.numel() else 0.0 for t in tensors]
+    for t, largest in enumerate(maxima):
+        if not math.isfinite(largest):
+            raise ValueError(f"tensor {t} has infinite or NaN elements; there is no lattice for them")
+    quantum = spec.quantum(maxima, factors)
+    with torch.no_grad():
+        for tensor, factor in zip(tensors, factors, strict=True):
+            tensor.div_(quantum * factor).round_().mul_(quantum * factor).add_(0.0)
+    return quantum
+
+
+def derive(seed: int, a: int, b: int) -> int:
+    """The seed number (a, b) below `seed`: a hash, 0 <= a < 2^64, 0 <= b < 2^32. Make every seed this way.
+
+    Two words of Philox with key = seed; see spec.py. Arithmetic on seeds collides; this does not, in practice: 64 bits.
+
+    Raises: ValueError for a number out of range, TypeError for no integer.
+    """
+    _halves(seed, "seed")
+    _halves(a, "a")
+    _check_integer(b, 2**32, "b")
+    return spec.derive(int(seed), int(a), int(b))
+
+
+def backends() -> dict[str, str | None]:
+    """What this machine has: backend name -> what it runs on, or None where it cannot run."""
+    return {name: module.describe() for name, module in BACKENDS.items()}
+
+
+# --- checks of numbers: also while torch.compile traces ----------------------------------------------------------
+
+
+def _tensor_list(tensors: Tensor | Iterable[Tensor]) -> list[Tensor]:
+    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    for t, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"tensors[{t}] is {type(tensor).__name__}, not a torch.Tensor")
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"tensors[{t}] requires grad, and an in-place change would break its graph: use torch.no_grad()"
+            )
+        if tensor.device.type not in ("cpu", "cuda"):
+            raise RuntimeError(f"tensors[{t}] is on {tensor.device}; there are kernels for cpu and cuda")
+    return tensors
+
+
+def _check_integer(value: int, end: int, name: str) -> None:
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if not 0 <= value < end:
+        raise ValueError(f"{name} must be at least 0 and below 2^{end.bit_length() - 1}, got {value}")
+
+
+def _halves(seed: int, name: str) -> list[int]:
+    _check_integer(seed, 2**64, name)
+    if isinstance(seed, np.integer):
+        seed = int(seed)
+    return [seed & 0xFFFFFFFF, seed >> 32]
+
+
+def _check_dist(dist: str) -> None:
+    if dist not in DISTRIBUTIONS:
+        raise ValueError(f"dist must be one of {', '.join(DISTRIBUTIONS)}, got {dist!r}")
+
+
+def _check_place(
+    n: int, factors: Sequence[float] | None, streams: Sequence[int] | None, starts: Sequence[int] | None
+) -> None:
+    for name, values in (("factors", factors), ("streams", streams), ("starts", starts)):
+        if values is not None and len(values) != n:
+            raise ValueError(f"{n} tensors but {len(values)} {name}")
+    for t, stream in enumerate(streams or []):
+        _check_integer(stream, 2**32, f"streams[{t}]")
+    for t, start in enumerate(starts or []):
+        _check_integer(start, 2**63, f"starts[{t}]")
+
+
+def _check_rounding(rounding: str, seeded: bool, name: str) -> bool:
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"rounding must be nearest or stochastic, got {rounding!r}")
+    if seeded != (rounding == "stochastic"):
+        raise ValueError(f"rounding='stochastic' and {name} go together: give both or neither")
+    return seeded
+
+
+def _seed_tensor(seeds: Seeds, name: str) -> Tensor:
+    """int64 [R] on the CPU: the bits of uint64 seeds."""
+    if isinstance(seeds, Tensor):
+        if seeds.dtype != torch.int64 or seeds.dim() != 1 or seeds.device.type != "cpu":
+            raise TypeError(f"{name} as a tensor must be int64, one-dimensional and on the CPU")
+        return seeds
+    for r, seed in enumerate(seeds):
+        _check_integer(seed, 2**64, f"{name}[{r}]")
+    return torch.from_numpy(np.array(seeds, dtype=np.uint64).view(np.int64))
+
+
+def _coefficient_tensor(coefficients: Coefficients) -> Tensor:
+    """float32 [R] on the CPU."""
+    if isinstance(coefficients, Tensor):
+        if coefficients.dtype != torch.float32 or coefficients.dim() != 1 or coefficients.device.type != "cpu":
+            raise TypeError("coefficients as a tensor must be float32, one-dimensional and on the CPU")
+        return coefficients
+    return torch.tensor(coefficients, dtype=torch.float32)
+
+
+# --- checks of tensors: on what the backend will really get -------------------------------------------------------
+
+
+def _factors(factors: Sequence[float] | None, n: int) -> list[float]:
+    factors = list(factors or [1.0] * n)
+    for t, factor in enumerate(factors):
+        if not (2.0**-100 <= factor <= 2.0**100 and math.frexp(factor)[0] == 0.5):
+            raise ValueError(f"factors[{t}] must be a power of two between 2^-100 and 2^100, got {factor}")
+    return factors
+
+
+def _check_tensors(tensors: Sequence[Tensor], starts: Sequence[int] | None = None) -> None:
+    memory = []
+    for t, tensor in enumerate(tensors):
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"tensors[{t}] is {tensor.dtype}; the kernels take float32, bfloat16 and float16")
+        if tensor.device != tensors[0].device:
+            raise RuntimeError(f"tensors[0] is on {tensors[0].device}, tensors[{t}] on {tensor.device}: use one device")
+        if not tensor.is_contiguous():
+            raise RuntimeError(f"tensors[{t}] is not contiguous (strides {tensor.stride()}): call it on a contiguous one")
+        if starts and starts[t] + tensor.numel() > 2**63:
+            raise ValueError(f"starts[{t}] + numel is beyond 2^63")
+        if tensor.numel():
+            memory.append((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, t))
+    memory.sort()
+    for (_, end, t), (begin, _, u) in zip(memory, memory[1:], strict=False):
+        if begin < end:
+            raise RuntimeError(f"tensors[{min(t, u)}] and tensors[{max(t, u)}] share memory: pass tied tensors once")
+
+
+def _check_moves(scales: Sequence[float], factors: Sequence[float], name: str) -> None:
+    largest = max(factors, default=1.0)
+    for r, scale in enumerate(scales):
+        if not abs(scale) * largest <= LARGEST_FLOAT32:
+            raise ValueError(f"{name.format(r=r)} times its factor must be finite in float32, got {scale} * {largest}")
+
+
+def _unsigned(bits: Tensor) -> list[int]:
+    seeds: list[int] = bits.numpy().view(np.uint64).tolist()
+    return seeds
+
+
+def _join(halves: Sequence[int]) -> int:
+    return halves[0] | halves[1] << 32
+
+
+def _noise(backend: ModuleType, out: Tensor, seed: Sequence[int], stream: int, start: int, dist: str) -> None:
+    _check_tensors([out], [start])
+    backend.noise_(out, _join(seed), stream, start, dist)
+    _bump([out])
+
+
+def _perturb(
+    backend: ModuleType,
+    tensors: list[Tensor],
+    seed: Sequence[int],
+    scale: float,
+    dist: str,
+    factors: Sequence[float],
+    streams: Sequence[int],
+    starts: Sequence[int],
+    rounding_seed: Sequence[int],
+) -> None:
+    place = _place(tensors, dist, factors, streams, starts, bool(rounding_seed))
+    _check_moves([scale], place[1], "scale")
+    backend.perturb_(tensors, _join(seed), scale, *place, _join(rounding_seed) if rounding_seed else None)
+    _bump(tensors)
+
+
+def _replay(
+    backend: ModuleType,
+    tensors: list[Tensor],
+    seeds: Tensor,
+    coefficients: Tensor,
+    dist: str,
+    factors: Sequence[float],
+    streams: Sequence[int],
+    starts: Sequence[int],
+    rounding_seeds: Tensor | None,
+) -> None:
+    place = _place(tensors, dist, factors, streams, starts, rounding_seeds is not None)
+    values: list[float] = coefficients.tolist()
+    _check_moves(values, place[1], "coefficients[{r}]")
+    if values:
+        rounding = None if rounding_seeds is None else _unsigned(rounding_seeds)
+        backend.replay_(tensors, _unsigned(seeds), values, *place, rounding)
+        _bump(tensors)
+
+
+def _place(
+    tensors: list[Tensor],
+    dist: str,
+    factors: Sequence[float],
+    streams: Sequence[int],
+    starts: Sequence[int],
+    stochastic: bool,
+) -> tuple[str, list[float], list[int], list[int]]:
+    n = len(tensors)
+    _check_tensors(tensors, starts)
+    if stochastic and any(t.dtype == torch.float16 for t in tensors):
+        raise TypeError("stochastic rounding is defined for bfloat16; float16 tensors take rounding='nearest'")
+    return dist, _factors(factors, n), list(streams or range(n)), list(starts or [0] * n)
+
+
+def _bump(tensors: list[Tensor]) -> None:
+    # torch.library does not do this for us; without it backward would run silently on changed tensors.
+    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+
+
+# --- registration ---------------------------------------------------------------------------------------------
+
+_RUN: dict[str, Any] = {"noise_": _noise, "perturb_": _perturb, "replay_": _replay}
+_library = torch.library.Library("hosfl", "DEF")
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema)
+    for _key, _backend in DISPATCH.items():
+        _library.impl(_name, partial(_RUN[_name], _backend), _key)
+    torch.library.register_fake(f"hosfl::{_name}", lambda *args: None, lib=_library)
