@@ -1,0 +1,116 @@
+"""Methods beside each other: the same seeds, data, batches and rounds, one table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from hosfl.config import Config
+from hosfl.report import Evaluation, Summary, machine, plot_curves
+from hosfl.trainer import Progress, train
+
+CATEGORIES = ("cut up", "labels up", "multiplier down", "scalars up", "scalars down", "gradient up", "weights down")
+
+
+def compare(
+    configs: Sequence[Config], out: Path, bar: Callable[[Config], AbstractContextManager[Progress]]
+) -> dict[str, Any]:
+    """Run every configuration and write out/table.json, out/curves.png and a folder per run; returns the table.
+
+    Ctrl-C ends the run at hand and leaves out the rest; the table then holds the runs that were finished.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / "table.json").exists():
+        raise FileExistsError(f"{out} holds another comparison: choose another folder or delete it")
+    runs: dict[str, list[Summary]] = {}
+    curves: dict[str, list[Sequence[Evaluation]]] = {}
+    interrupted = False
+    for config in configs:
+        folder = out / f"{config.method}-{config.seed}"
+        with bar(config) as progress:
+            summary = train(config, folder, progress)
+        if summary.interrupted:
+            interrupted = True
+            break
+        runs.setdefault(config.method, []).append(summary)
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        curves.setdefault(config.method, []).append([Evaluation(**json.loads(line)) for line in lines])
+    shared = {k: v for k, v in asdict(configs[0]).items() if k not in ("method", "seed")}
+    table = {
+        "interrupted": interrupted,
+        "config": shared,
+        "machine": machine(),
+        "methods": {method: row(summaries) for method, summaries in runs.items()},
+    }
+    _add_gap(table["methods"])
+    (out / "table.json").write_text(json.dumps(table, indent=2) + "\n")
+    if curves:
+        seeds = max(len(s) for s in runs.values())
+        plot_curves(curves, out / "curves.png", f"{configs[0].task}: mean of {seeds} seeds, band from worst to best")
+    return table
+
+
+def row(summaries: Sequence[Summary]) -> dict[str, Any]:
+    """One method's line: means over seeds, and each seed's own figures."""
+    return {
+        "seeds": [s.config["seed"] for s in summaries],
+        "accuracy": mean(s.accuracy for s in summaries),
+        "loss": mean(s.loss for s in summaries),
+        "accuracies": [s.accuracy for s in summaries],
+        "losses": [s.loss for s in summaries],
+        "bytes_per_client_round": {
+            category: mean(s.bytes_per_client_round.get(category, 0.0) for s in summaries)
+            for category in sorted(set().union(*(s.bytes_per_client_round for s in summaries)))
+        },
+        "forward_seconds": mean(s.forward_seconds for s in summaries),
+        "answer_seconds": mean(s.answer_seconds for s in summaries),
+        "seconds": mean(s.seconds for s in summaries),
+        "replicas_equal": all(s.replicas is not None and s.replicas.equal for s in summaries),
+    }
+
+
+def _add_gap(methods: dict[str, Any]) -> None:
+    """The share of the way from the frozen client to the first-order one that a method covers; both must be there."""
+    if not {"frozen", "first-order"} <= set(methods):
+        return
+    for quantity in ("accuracy", "loss"):
+        low, high = methods["frozen"][quantity], methods["first-order"][quantity]
+        for line in methods.values():
+            line[f"{quantity}_gap_recovered"] = (line[quantity] - low) / (high - low) if high != low else None
+
+
+def print_table(table: dict[str, Any]) -> None:
+    """The comparison as text."""
+    methods = table["methods"]
+    shown = Table(title=f"{table['config']['task']}, {table['config']['rounds']} rounds")
+    shown.add_column("")
+    for method, line in methods.items():
+        shown.add_column(f"{method} ({len(line['seeds'])} seeds)", justify="right")
+
+    def add(label: str, cell: Callable[[dict[str, Any]], str]) -> None:
+        shown.add_row(label, *(cell(line) for line in methods.values()))
+
+    def share(line: dict[str, Any], quantity: str) -> str:
+        value = line.get(f"{quantity}_gap_recovered")
+        return "" if value is None else f"{value:.2f}"
+
+    add("test accuracy", lambda line: f"{line['accuracy']:.4f}")
+    add("test loss", lambda line: f"{line['loss']:.4f}")
+    add("accuracy gap recovered", lambda line: share(line, "accuracy"))
+    add("loss gap recovered", lambda line: share(line, "loss"))
+    for category in (*CATEGORIES, "framing up", "framing down"):
+        if any(category in line["bytes_per_client_round"] for line in methods.values()):
+            add(f"bytes, {category}", lambda line, c=category: f"{line['bytes_per_client_round'].get(c, 0):,.0f}")
+    add("client forward, ms", lambda line: f"{line['forward_seconds'] * 1e3:.2f}")
+    add("client answer, ms", lambda line: f"{line['answer_seconds'] * 1e3:.2f}")
+    add("answer / forward", lambda line: f"{line['answer_seconds'] / line['forward_seconds']:.1f}")
+    add("all clients hold the same bits", lambda line: "yes" if line["replicas_equal"] else "NO")
+    Console().print(shown)

@@ -1,0 +1,215 @@
+"""What travels: one dataclass per message, and its bytes.
+
+A message is a header (round, epoch, client) and arrays. `encode` and `decode` are exact inverses; nothing is pickled,
+and `decode` trusts no byte: a message that is not exactly right is refused with a `MessageError` that says why.
+
+    header  "HSF1"  kind u8  arrays u8  epoch u16  client u32  round u32      16 bytes, little-endian
+    array   dtype u8  dims u8  zero u16  size u32 per dim  elements           row-major
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+MAGIC = b"HSF1"
+HEADER = struct.Struct("<4sBBHII")
+ARRAY = struct.Struct("<BBH")
+DTYPES = {1: torch.float32, 2: torch.bfloat16, 3: torch.float16, 4: torch.int32}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+LARGEST_MESSAGE = 1 << 32
+
+
+class MessageError(ValueError):
+    """A message that is not what the protocol says; nothing was changed by it."""
+
+
+def array(category: str, dims: int | None, *dtypes: torch.dtype) -> Any:
+    """A field that holds an array: what its bytes count as, how many dims it has (None: any), which dtypes."""
+    return field(metadata={"category": category, "dims": dims, "dtypes": dtypes or (torch.float32,)})
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Message:
+    """The header that every message has."""
+
+    kind: ClassVar[int]
+    direction: ClassVar[str]
+
+    client: int
+    round: int
+    epoch: int = 0
+
+    @classmethod
+    def arrays(cls) -> dict[str, Any]:
+        """Name -> metadata of the fields that hold arrays, in the order in which they travel."""
+        return {f.name: f.metadata for f in fields(cls) if "category" in f.metadata}
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes on the wire by category, such as {"cut up": 2048, "labels up": 64, "framing up": 36}."""
+        sizes = {"framing": HEADER.size}
+        for name, meta in self.arrays().items():
+            value: Tensor = getattr(self, name)
+            sizes[meta["category"]] = sizes.get(meta["category"], 0) + value.nbytes
+            sizes["framing"] += ARRAY.size + 4 * value.dim()
+        return {f"{category} {self.direction}": size for category, size in sizes.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the wire."""
+        return sum(self.sizes().values())
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Hello(Message):
+    """A client comes: it has applied the records of all rounds before `round`."""
+
+    kind, direction = 1, "up"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Records(Message):
+    """The committed records of rounds `round`, `round` + 1, ...: everything after the client's last.
+
+    coefficients: float32 [rounds, P]; the client half moves by coefficients[i, p] * u_p(round + i). A round that
+    nobody answered is a row of zeros.
+    """
+
+    kind, direction = 2, "down"
+    coefficients: Tensor = array("scalars", 2)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Cut(Message):
+    """The client half's output, and the labels.
+
+    cut: [batch, ...], float; labels: int32 [batch, ...].
+    """
+
+    kind, direction = 3, "up"
+    cut: Tensor = array("cut", None, torch.float32, torch.bfloat16, torch.float16)
+    labels: Tensor = array("labels", None, torch.int32)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Multiplier(Message):
+    """The Lagrange multiplier of "client output = server input": d loss / d cut, the loss being this client's own mean.
+
+    multiplier: [batch, ...], the shape and dtype of the cut.
+    """
+
+    kind, direction = 4, "down"
+    multiplier: Tensor = array("multiplier", None, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Scalars(Message):
+    """Directional derivatives: scalars[p] = <multiplier, f(x; theta + mu u_p) - cut> / mu, float32 [P]."""
+
+    kind, direction = 5, "up"
+    scalars: Tensor = array("scalars", 1)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Weights(Message):
+    """First-order split learning: the client half's weights, float32 [d]. Empty: the client's are current."""
+
+    kind, direction = 6, "down"
+    weights: Tensor = array("weights", 1)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Gradient(Message):
+    """First-order split learning: the client half's gradient, float32 [d]."""
+
+    kind, direction = 7, "up"
+    gradient: Tensor = array("gradient", 1)
+
+
+MESSAGES: dict[int, type[Message]] = {
+    cls.kind: cls for cls in (Hello, Records, Cut, Multiplier, Scalars, Weights, Gradient)
+}
+
+
+def encode(message: Message) -> bytes:
+    """The message's bytes. Raises MessageError for an array of the wrong dtype or number of dims."""
+    arrays = message.arrays()
+    parts = [HEADER.pack(MAGIC, message.kind, len(arrays), message.epoch, message.client, message.round)]
+    for name, meta in arrays.items():
+        value: Tensor = getattr(message, name).detach().cpu().contiguous()
+        _check(type(message).__name__, name, meta, value.dtype, value.dim())
+        parts.append(ARRAY.pack(CODES[value.dtype], value.dim(), 0))
+        parts.append(struct.pack(f"<{value.dim()}I", *value.shape))
+        parts.append(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return b"".join(parts)
+
+
+def decode(data: bytes) -> Message:
+    """The message of these bytes, sharing no memory with them. Raises MessageError."""
+    if len(data) > LARGEST_MESSAGE:
+        raise MessageError(f"{len(data)} bytes; the largest message has {LARGEST_MESSAGE}")
+    if len(data) < HEADER.size:
+        raise MessageError(f"{len(data)} bytes are too few for a header of {HEADER.size}")
+    magic, kind, count, epoch, client, round_ = HEADER.unpack_from(data)
+    if magic != MAGIC:
+        raise MessageError(f"starts with {magic!r}, not {MAGIC!r}")
+    if kind not in MESSAGES:
+        raise MessageError(f"unknown kind {kind}")
+    cls = MESSAGES[kind]
+    arrays = cls.arrays()
+    if count != len(arrays):
+        raise MessageError(f"{cls.__name__} has {len(arrays)} arrays, this one {count}")
+    values = _read_arrays(cls, memoryview(data)[HEADER.size :])
+    return cls(client=client, round=round_, epoch=epoch, **dict(zip(arrays, values, strict=True)))
+
+
+def _read_arrays(cls: type[Message], data: memoryview) -> Iterator[Tensor]:
+    at = 0
+    for name, meta in cls.arrays().items():
+        if len(data) < at + ARRAY.size:
+            raise MessageError(f"{cls.__name__}.{name} is cut off")
+        code, dims, zero = ARRAY.unpack_from(data, at)
+        if code not in DTYPES or zero != 0:
+            raise MessageError(f"{cls.__name__}.{name} has dtype code {code} and padding {zero}")
+        dtype = DTYPES[code]
+        _check(cls.__name__, name, meta, dtype, dims)
+        at += ARRAY.size
+        if len(data) < at + 4 * dims:
+            raise MessageError(f"{cls.__name__}.{name} is cut off in its shape")
+        shape = struct.unpack_from(f"<{dims}I", data, at)
+        at += 4 * dims
+        size = math.prod(shape) * dtype.itemsize
+        if len(data) < at + size:
+            raise MessageError(f"{cls.__name__}.{name} says shape {shape}, {size} bytes, and has {len(data) - at}")
+        raw = torch.frombuffer(bytearray(data[at : at + size]), dtype=dtype) if size else torch.empty(0, dtype=dtype)
+        yield raw.reshape(shape)
+        at += size
+    if at != len(data):
+        raise MessageError(f"{cls.__name__} has {len(data) - at} bytes too many")
+
+
+def _check(cls: str, name: str, meta: Any, dtype: torch.dtype, dims: int) -> None:
+    if dtype not in meta["dtypes"]:
+        raise MessageError(f"{cls}.{name} is {dtype}, not {' or '.join(str(d) for d in meta['dtypes'])}")
+    if dims > 8 or (meta["dims"] is not None and dims != meta["dims"]):
+        raise MessageError(f"{cls}.{name} has {dims} dims, not {meta['dims']}")
+
+
+class Wire:
+    """Carries messages in one process, as bytes: nothing is shared behind it, and every byte is counted."""
+
+    def __init__(self) -> None:
+        self.bytes: dict[str, int] = {}
+
+    def carry(self, message: Message) -> Any:
+        """The message as the other side receives it."""
+        data = encode(message)
+        for category, size in message.sizes().items():
+            self.bytes[category] = self.bytes.get(category, 0) + size
+        return decode(data)

@@ -1,0 +1,195 @@
+"""What a run leaves behind: metrics.jsonl as it goes, summary.json and curves.png at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import torch
+
+from hosfl.config import Config
+from hosfl_kernels import backends
+
+if TYPE_CHECKING:
+    from hosfl.client import Client
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The model after `round` rounds. bytes: so far, all clients; moved: the same by category. seconds: since start."""
+
+    round: int
+    accuracy: float
+    loss: float
+    training_loss: float
+    bytes: int
+    moved: dict[str, int]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """Whether all clients, and a newcomer that replayed the whole log at the end, hold the same bits."""
+
+    clients: int
+    digest: str
+    equal: bool
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run's outcome.
+
+    accuracy, loss: at the end, on the data named by config.evaluate_on. bytes: by category, whole run;
+    bytes_per_client_round: the same over rounds x sampled clients. forward_seconds, answer_seconds: mean per client and
+    round of the plain forward pass, and of probing (P passes) or backpropagation. peak_memory: bytes, of the process,
+    and on CUDA of its allocator.
+    """
+
+    config: dict[str, Any]
+    accuracy: float
+    loss: float
+    rounds: int
+    interrupted: bool
+    failure: str | None
+    refused: list[str]
+    replicas: Replicas | None
+    bytes: dict[str, int]
+    bytes_per_client_round: dict[str, float]
+    seconds: float
+    forward_seconds: float
+    answer_seconds: float
+    peak_memory: dict[str, int]
+    machine: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        config: Config,
+        rounds: int,
+        evaluations: Sequence[Evaluation],
+        clients: Sequence[Client],
+        refused: list[str],
+        replicas: Replicas | None,
+        seconds: float,
+        failure: str | None,
+    ) -> Summary:
+        last = evaluations[-1]
+        visits = max(1, sum(c.seconds.rounds for c in clients))
+        return cls(
+            config=asdict(config),
+            accuracy=last.accuracy,
+            loss=last.loss,
+            rounds=rounds,
+            interrupted=rounds < config.rounds and failure is None,
+            failure=failure,
+            refused=refused[:100],
+            replicas=replicas,
+            bytes=last.moved,
+            bytes_per_client_round={k: v / visits for k, v in last.moved.items()},
+            seconds=seconds,
+            forward_seconds=sum(c.seconds.forward for c in clients) / visits,
+            answer_seconds=sum(c.seconds.answer for c in clients) / visits,
+            peak_memory=peak_memory(),
+            machine=machine(),
+        )
+
+
+def peak_memory() -> dict[str, int]:
+    """Peak bytes of this process so far, and of the CUDA allocator where there is one."""
+    peaks = {}
+    try:
+        import resource
+    except ImportError:  # Windows
+        pass
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peaks["resident"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if torch.cuda.is_available():
+        peaks["cuda"] = torch.cuda.max_memory_allocated()
+    return peaks
+
+
+def machine() -> dict[str, Any]:
+    """What a number was measured on, for every results file."""
+
+    def of(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        processor = names[0] if names else processor
+    return {
+        "processor": processor,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "backends": backends(),
+        **{name: of(name) for name in ("hosfl", "torch", "triton", "numpy")},
+    }
+
+
+class Writer:
+    """Writes a run's files into a folder; without one, keeps nothing."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self.metrics: TextIO | None = None
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            if (folder / "metrics.jsonl").exists():
+                raise FileExistsError(f"{folder} holds another run: choose another folder or delete it")
+            self.metrics = (folder / "metrics.jsonl").open("w")
+
+    def add(self, evaluation: Evaluation) -> Evaluation:
+        if self.metrics is not None:
+            self.metrics.write(json.dumps(asdict(evaluation)) + "\n")
+            self.metrics.flush()
+        return evaluation
+
+    def finish(self, summary: Summary, evaluations: Sequence[Evaluation]) -> None:
+        if self.metrics is None or self.folder is None:
+            return
+        self.metrics.close()
+        (self.folder / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n")
+        title = f"{summary.config['method']} on {summary.config['task']}, seed {summary.config['seed']}"
+        plot_curves({summary.config["method"]: [evaluations]}, self.folder / "curves.png", title)
+
+
+def plot_curves(runs: dict[str, list[Sequence[Evaluation]]], path: Path, title: str) -> None:
+    """Loss and accuracy against rounds, one line per method: the mean over seeds, and the band from worst to best."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2)
+    for axis, quantity in zip(axes, ("loss", "accuracy"), strict=True):
+        for method, seeds in runs.items():
+            length = min(len(evaluations) for evaluations in seeds)
+            rounds = [e.round for e in seeds[0][:length]]
+            values = torch.tensor([[getattr(e, quantity) for e in run[:length]] for run in seeds])
+            (line,) = axis.plot(rounds, values.mean(0), label=method)
+            if len(seeds) > 1:
+                axis.fill_between(rounds, values.amin(0), values.amax(0), color=line.get_color(), alpha=0.15, lw=0)
+        axis.set_xlabel("round")
+        axis.set_ylabel(quantity)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yscale("log")
+    axes[1].legend(loc="lower right", frameon=False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=120)
