@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -88,24 +89,29 @@ std::vector<Segment> part_of(const std::vector<Segment>& segments, int64_t first
   return part;
 }
 
-// Calls work(segment) on every segment, cut between threads. A cut changes no bit: noise is a function of the element.
+// Calls work(segment) on every segment, cut into chunks that the threads take as they come free: on a busy machine a
+// slow thread then holds up one chunk, not its whole share. A cut changes no bit: noise is a function of the element.
 template <typename Work>
 void in_parallel(const std::vector<Segment>& segments, int64_t updates_per_cell, int threads, Work work) {
   int64_t total = 0;
   for (const Segment& segment : segments) total += segment.n;
   const int64_t useful = total * std::max<int64_t>(updates_per_cell, 1) / UPDATES_PER_THREAD;
   const int count = int(std::clamp<int64_t>(useful, 1, std::max(threads, 1)));
-  const auto run = [&](int64_t first, int64_t last) {
+  // Whole blocks where there are enough of them: a block cut in two makes its words twice.
+  constexpr int64_t CHUNKS_PER_THREAD = 16, BLOCK = 131072, ROW = 1024;
+  const int64_t even = count == 1 ? total : total / (count * CHUNKS_PER_THREAD), unit = even >= BLOCK ? BLOCK : ROW;
+  const int64_t chunk = (even / unit + 1) * unit;
+  std::atomic<int64_t> next{0};
+  const auto run = [&] {
     IeeeArithmetic scope;
-    for (const Segment& segment : part_of(segments, first, last)) work(segment);
+    for (int64_t at; (at = next.fetch_add(chunk)) < total;) {
+      for (const Segment& segment : part_of(segments, at, std::min(at + chunk, total))) work(segment);
+    }
   };
-  // Cuts at multiples of a block where there are enough of them: a block cut in two makes its words twice.
-  const int64_t block = 131072, step = total / count >= 4 * block ? block : 1024;
-  const auto cut = [&](int k) { return k == count ? total : total * k / count / step * step; };
   std::vector<std::thread> others;
   others.reserve(size_t(count - 1));
-  for (int k = 1; k < count; ++k) others.emplace_back(run, cut(k), cut(k + 1));
-  run(0, cut(1));
+  for (int k = 1; k < count; ++k) others.emplace_back(run);
+  run();
   for (std::thread& other : others) other.join();
 }
 
@@ -144,15 +150,16 @@ void noise(uint64_t address, int64_t n, uint64_t seed, uint32_t stream, uint64_t
 void replay(const std::vector<uint64_t>& addresses, const std::vector<int64_t>& sizes, const std::vector<int>& dtypes,
             const std::vector<uint32_t>& streams, const std::vector<uint64_t>& starts,
             const std::vector<float>& factors, const std::vector<uint64_t>& seeds,
-            const std::vector<float>& coefficients, const std::vector<uint64_t>& rounding_seeds, bool gaussian,
+            const std::vector<double>& coefficients, const std::vector<uint64_t>& rounding_seeds, bool gaussian,
             int threads) {
   const auto segments = segments_of(addresses, sizes, dtypes, streams, starts, factors);
   const bool stochastic = !rounding_seeds.empty();
   if (coefficients.size() != seeds.size() || (stochastic && rounding_seeds.size() != seeds.size()))
     throw std::invalid_argument("seeds, coefficients and rounding seeds differ in length");
   std::vector<Record> records;
+  IeeeArithmetic scope;  // the conversion to float32 must not flush either
   for (size_t r = 0; r < seeds.size(); ++r)
-    records.push_back({seeds[r], coefficients[r], stochastic ? rounding_seeds[r] : 0});
+    records.push_back({seeds[r], float(coefficients[r]), stochastic ? rounding_seeds[r] : 0});
   const Dist dist = gaussian ? Dist::gaussian : Dist::rademacher;
   py::gil_scoped_release unlocked;
   in_parallel(segments, int64_t(records.size()), threads, [&](const Segment& segment) {

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from hosfl.compare import compare, print_table
-from hosfl.config import METHODS, SCHEDULES, TASKS, Config
+from hosfl.config import METHODS, RULES, SCHEDULES, TASKS, Config
 from hosfl.lattice import LatticeError
 from hosfl.report import Evaluation
 from hosfl.trainer import Progress as OnProgress
@@ -28,9 +28,10 @@ HELP = {
     "directions": "P, perturbed forward passes per client and round (default: %(default)s)",
     "dist": "of the directions (default: %(default)s)",
     "mu": "size of a probe's step (default: %(default)s)",
-    "batch": "samples per client and round (default: %(default)s)",
+    "batch": "samples per client and round, or all it has if fewer (default: %(default)s)",
     "server_rate": "the server's learning rate (default: tuned for task and method)",
     "client_rate": "the clients' learning rate (default: tuned for task and method)",
+    "rule": "the client half's: SGD, or with the rate over the gradient's running length (default: %(default)s)",
     "schedule": "of both rates; linear falls to zero at the last round (default: %(default)s)",
     "alpha": "Dirichlet parameter of the clients' data: small is unlike (default: %(default)s)",
     "seed": "of everything (default: %(default)s)",
@@ -41,6 +42,7 @@ HELP = {
 CHOICES = {
     "task": TASKS,
     "method": METHODS,
+    "rule": RULES,
     "schedule": SCHEDULES,
     "dist": ("rademacher", "gaussian"),
     "evaluate_on": ("test", "validation"),
@@ -61,7 +63,9 @@ def _add_config(parser: argparse.ArgumentParser, leave_out: Sequence[str] = ()) 
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="hosfl", description="Fine-tune split models without backpropagation on clients.")
+    top = argparse.ArgumentParser(
+        prog="hosfl", description="Fine-tune split models without backpropagation on clients."
+    )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     one = commands.add_parser("train", help="run one method once", description="Run one method once.")
     _add_config(one)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -44,7 +46,7 @@ def compare(
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         curves.setdefault(config.method, []).append([Evaluation(**json.loads(line)) for line in lines])
     shared = {k: v for k, v in asdict(configs[0]).items() if k not in ("method", "seed")}
-    table = {
+    table: dict[str, Any] = {
         "interrupted": interrupted,
         "config": shared,
         "machine": machine(),
@@ -87,6 +89,10 @@ def _add_gap(methods: dict[str, Any]) -> None:
             line[f"{quantity}_gap_recovered"] = (line[quantity] - low) / (high - low) if high != low else None
 
 
+def _bytes(category: str, line: dict[str, Any]) -> str:
+    return f"{line['bytes_per_client_round'].get(category, 0):,.0f}"
+
+
 def print_table(table: dict[str, Any]) -> None:
     """The comparison as text."""
     methods = table["methods"]
@@ -102,15 +108,16 @@ def print_table(table: dict[str, Any]) -> None:
         value = line.get(f"{quantity}_gap_recovered")
         return "" if value is None else f"{value:.2f}"
 
-    add("test accuracy", lambda line: f"{line['accuracy']:.4f}")
-    add("test loss", lambda line: f"{line['loss']:.4f}")
+    data = table["config"]["evaluate_on"]
+    add(f"{data} accuracy", lambda line: f"{line['accuracy']:.4f}")
+    add(f"{data} loss", lambda line: f"{line['loss']:.4f}")
     add("accuracy gap recovered", lambda line: share(line, "accuracy"))
     add("loss gap recovered", lambda line: share(line, "loss"))
     for category in (*CATEGORIES, "framing up", "framing down"):
         if any(category in line["bytes_per_client_round"] for line in methods.values()):
-            add(f"bytes, {category}", lambda line, c=category: f"{line['bytes_per_client_round'].get(c, 0):,.0f}")
+            add(f"bytes, {category}", partial(_bytes, category))
     add("client forward, ms", lambda line: f"{line['forward_seconds'] * 1e3:.2f}")
     add("client answer, ms", lambda line: f"{line['answer_seconds'] * 1e3:.2f}")
     add("answer / forward", lambda line: f"{line['answer_seconds'] / line['forward_seconds']:.1f}")
     add("all clients hold the same bits", lambda line: "yes" if line["replicas_equal"] else "NO")
-    Console().print(shown)
+    Console(width=None if sys.stdout.isatty() else 110).print(shown)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
+import torch
+
 METHODS = ("ho", "first-order", "frozen")
 TASKS = ("digits",)
+RULES = ("normalized", "sgd")
 SCHEDULES = ("linear", "constant")
 
 
@@ -19,8 +22,9 @@ class Config:
     rounds, clients, sampled: N clients, K of them per round. batch: samples per client and round.
     directions: P, perturbed forward passes per client and round. dist: of the directions, "rademacher" or "gaussian".
     mu: the size of a probe's step, rounded to the client's lattice.
-    server_rate, client_rate: learning rates; None takes the task's tuned ones for the method. schedule: "linear" falls
-    to zero at the last round.
+    server_rate, client_rate: learning rates; None takes the task's tuned ones for the method and rule. rule: of the
+    client half, "sgd", or "normalized": SGD with the rate over the running length of the gradient.
+    schedule: "linear" falls to zero at the last round.
     alpha: how unlike the clients' data are (Dirichlet). seed: 0 <= seed < 2^64; of everything.
     evaluate_every: rounds. evaluate_on: "test", or "validation" for choosing rates. device: such as "cpu" or "cuda".
     """
@@ -33,9 +37,10 @@ class Config:
     directions: int = 5
     dist: str = "rademacher"
     mu: float = 1e-3
-    batch: int = 64
+    batch: int = 128
     server_rate: float | None = None
     client_rate: float | None = None
+    rule: str = "normalized"
     schedule: str = "linear"
     alpha: float = 0.5
     seed: int = 0
@@ -47,6 +52,7 @@ class Config:
         for name, choices in (
             ("task", TASKS),
             ("method", METHODS),
+            ("rule", RULES),
             ("schedule", SCHEDULES),
             ("dist", ("rademacher", "gaussian")),
             ("evaluate_on", ("test", "validation")),
@@ -64,6 +70,10 @@ class Config:
             raise ValueError(f"cannot sample {self.sampled} of {self.clients} clients: lower sampled or raise clients")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be at least 0 and below 2^64, got {self.seed}")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"cannot compute on device {self.device!r}: {error}") from error
 
     def scheduled(self, rate: float, round: int) -> float:
         """The learning rate of a round, in float64: a function of the global round, the same for everyone."""

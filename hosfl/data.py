@@ -38,8 +38,8 @@ class Splits:
 def digits() -> Splits:
     """The 1,797 handwritten digits that scikit-learn carries, float32 [n, 1, 8, 8] in 0..1: 60 / 20 / 20 percent.
 
-    The parts are stratified and the same in every run. Source: Alpaydin and Kaynak, Optical Recognition of Handwritten
-    Digits, UCI Machine Learning Repository, 1998.
+    The parts are stratified and the same in every run. Source: Alpaydin and Kaynak, Optical Recognition of
+    Handwritten Digits, UCI Machine Learning Repository, 1998.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
@@ -56,11 +56,11 @@ def dirichlet_split(labels: Tensor, clients: int, alpha: float, seed: int, small
     """Who owns which sample: for each class, shares drawn from a Dirichlet distribution; indices int64 per client.
 
     alpha: small means that clients see few classes, large that they see the same mix. Drawn again until every client
-    has `smallest` samples. Raises ValueError if that does not happen in 1,000 draws.
+    has `smallest` samples. Raises ValueError if that does not happen in 100 draws.
     """
     random = generator(seed, Purpose.PARTITION)
     classes = [np.flatnonzero(labels.numpy() == c) for c in labels.unique().tolist()]
-    for _ in range(1000):
+    for _ in range(100 if clients * smallest <= len(labels) else 0):
         owned: list[list[np.ndarray]] = [[] for _ in range(clients)]
         for members in classes:
             shares = random.dirichlet(np.full(clients, alpha))
@@ -71,7 +71,7 @@ def dirichlet_split(labels: Tensor, clients: int, alpha: float, seed: int, small
         if min(len(part) for part in parts) >= smallest:
             return [torch.from_numpy(part) for part in parts]
     raise ValueError(
-        f"{len(labels)} samples, {clients} clients, alpha {alpha}: some client always has fewer than {smallest} samples;"
+        f"{len(labels)} samples, {clients} clients, alpha {alpha}: some client always has fewer than {smallest};"
         " use fewer clients or a larger alpha"
     )
 

@@ -25,9 +25,13 @@ class Lattice:
     quantum: float
 
     @classmethod
-    def snap(cls, parameters: Sequence[Tensor]) -> Lattice:
-        """Put float32 parameters on their lattice, in place. The same weights give the same lattice everywhere."""
-        return cls(snap_([p.detach() for p in parameters]))
+    def snap(cls, parameters: Sequence[Tensor], headroom: float = 16.0) -> Lattice:
+        """Put float32 parameters on their lattice, in place. The same weights give the same lattice everywhere.
+
+        Weights may grow to `headroom` times the largest: room for training from a small initialisation, at the price
+        of 3 bits against the tightest lattice. A step of 2^-10 is still a thousand quanta.
+        """
+        return cls(snap_([p.detach() for p in parameters], headroom=headroom))
 
     @property
     def limit(self) -> float:
@@ -40,18 +44,15 @@ class Lattice:
     def stochastic(self, value: float, uniform: float) -> float:
         """A neighbouring multiple of the quantum, right on average over uniform in [0, 1)."""
         if not math.isfinite(value) or abs(value) >= self.limit:
-            raise LatticeError(f"the coefficient {value:g} is beyond the lattice's limit {self.limit:g}: lower the rate")
+            raise LatticeError(
+                f"the coefficient {value:g} is beyond the lattice's limit {self.limit:g}: lower the rate"
+            )
         return self._times(math.floor(value / self.quantum + uniform))
 
     def _times(self, steps: int) -> float:
         if abs(steps) >= STEPS:
             raise LatticeError(f"{steps} quanta are beyond the lattice's 2^24")
         return steps * self.quantum
-
-    def holds(self, parameters: Sequence[Tensor], distance: float) -> bool:
-        """Whether moves that add up to `distance` keep every weight within the limit. Reads the weights once."""
-        largest = max((float(p.detach().abs().amax()) for p in parameters if p.numel()), default=0.0)
-        return largest + distance <= self.limit
 
 
 def spread(coefficients: Tensor) -> float:

@@ -36,7 +36,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def inner(multiplier: Tensor, output: Tensor, cut: Tensor, mu: float) -> float:
-    """<multiplier, output - cut> / mu: the difference first, for two separate products would cancel; summed in float64."""
+    """<multiplier, output - cut> / mu, summed in float64; the difference first, for two products would cancel."""
     return float(((output - cut).double() * multiplier.double()).sum()) / mu
 
 

@@ -1,6 +1,6 @@
 """Every random number of a run comes from the run's seed, by hashing. A log needs no seeds at all.
 
-    run seed --purpose--> key --(round, epoch)--> the round's seed --index--> a direction's seed
+run seed --purpose--> key --(round, epoch)--> the round's seed --index--> a direction's seed
 """
 
 from __future__ import annotations

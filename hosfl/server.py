@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from hosfl.aggregate import commit, sgd_coefficients, weighted_mean
+from hosfl.aggregate import RunningLength, commit, sgd_coefficients, weighted_mean
 from hosfl.client import Run
 from hosfl.messages import Cut, Gradient, Hello, Message, MessageError, Multiplier, Records, Scalars, Weights
 from hosfl.seeds import Purpose, generator
@@ -18,10 +18,14 @@ Rate = Callable[[int], float]  # the learning rate of a round
 
 @dataclass
 class SeedReplay:
-    """HO-SFL: the client half is its base weights and a list of records, P numbers each."""
+    """HO-SFL: the client half is its base weights and a list of records, P numbers each.
+
+    length: divides the rate, for normalised steps; None for plain SGD.
+    """
 
     run: Run
     rate: Rate
+    length: RunningLength | None = None
     records: list[Tensor] = field(default_factory=list)
     expects = Scalars
 
@@ -44,7 +48,8 @@ class SeedReplay:
         """Average and commit; with no answers, an empty record: no step."""
         if answers:
             mean = weighted_mean([a.scalars for a in answers], weights)
-            coefficients = sgd_coefficients(mean, self.rate(round))
+            length = self.length.update(float((mean**2).mean())) if self.length else 1.0
+            coefficients = sgd_coefficients(mean, self.rate(round) / length)
             self.records.append(commit(coefficients, self.run.lattice, self.run.seed, round))
         else:
             self.records.append(torch.zeros(self.run.directions))
@@ -52,10 +57,11 @@ class SeedReplay:
 
 @dataclass
 class GradientAverage:
-    """First-order split learning: the client half's weights live here and travel whole."""
+    """First-order split learning: the client half's weights live here and travel whole. length: as in SeedReplay."""
 
     weights: Tensor
     rate: Rate
+    length: RunningLength | None = None
     rounds: int = 0
     expects = Gradient
 
@@ -76,7 +82,8 @@ class GradientAverage:
         """One step of SGD with the averaged gradient."""
         if answers:
             mean = weighted_mean([a.gradient for a in answers], weights)
-            self.weights = (self.weights.double() - self.rate(round) * mean).float()
+            length = self.length.update(float((mean**2).sum())) if self.length else 1.0
+            self.weights = (self.weights.double() - self.rate(round) / length * mean).float()
         self.rounds = round + 1
 
 

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from hosfl.aggregate import RunningLength
 from hosfl.client import Client, FirstOrderClient, Run, ZerothOrderClient
 from hosfl.config import Config
 from hosfl.data import Batches, Dataset, dirichlet_split
@@ -104,11 +105,13 @@ def assemble(config: Config) -> tuple[Federation, Task]:
         data = Dataset(train.inputs[indices], train.labels[indices]).to(device)
         clients.append(client(number, Batches(data, config.batch, config.seed, number)))
 
+    length = RunningLength() if config.rule == "normalized" else None
     ledger: SeedReplay | GradientAverage | None = None
     if config.method == "ho":
-        ledger = SeedReplay(run, rate(client_rate))
+        ledger = SeedReplay(run, rate(client_rate), length)
     elif config.method == "first-order":
-        ledger = GradientAverage(nn.utils.parameters_to_vector(parameters).detach().cpu(), rate(client_rate))
+        weights = nn.utils.parameters_to_vector(parameters).detach().cpu()
+        ledger = GradientAverage(weights, rate(client_rate), length)
     half = model.server.to(device)
     with torch.no_grad():
         cut_shape = tuple(base(train.inputs[:1].to(device)).shape[1:])

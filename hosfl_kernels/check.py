@@ -132,8 +132,11 @@ def vector_cases(vectors: dict[str, Any], backend: ModuleType, device: str) -> I
         got = " ".join(f"{word:08x}" for word in backend.philox(k0 | k1 << 32, tuple(counter)))
         yield f"philox {v['key']}", None if got == v["out"] else f"{got}, should be {v['out']}"
     for v in vectors["derive"]:
-        out = ops.derive(int(v["seed"]), int(v["a"]), int(v["b"]))
-        yield f"derive {v['seed']} {v['a']} {v['b']}", None if out == int(v["out"]) else f"{out}, not {v['out']}"
+        derived = ops.derive(int(v["seed"]), int(v["a"]), int(v["b"]))
+        yield (
+            f"derive {v['seed']} {v['a']} {v['b']}",
+            None if derived == int(v["out"]) else f"{derived}, not {v['out']}",
+        )
     for v in vectors["noise"]:
         seed, stream, start = int(v["seed"]), int(v["stream"]), int(v["start"])
         name = f"seed={seed} stream={stream} start={start}"

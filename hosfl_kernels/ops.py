@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -119,10 +120,12 @@ def perturb_(
     if not -LARGEST_FLOAT32 <= scale <= LARGEST_FLOAT32:
         raise ValueError(f"scale must be finite in float32, got {scale}")
     _check_place(len(tensors), factors, streams, starts)
-    stochastic = _check_rounding(rounding, rounding_seed is not None, "rounding_seed")
+    _check_rounding(rounding, rounding_seed is not None, "rounding_seed")
     halves = _halves(seed, "seed")
-    rounding_halves = _halves(rounding_seed, "rounding_seed") if stochastic else []
-    torch.ops.hosfl.perturb_(tensors, halves, scale, dist, factors or [], streams or [], starts or [], rounding_halves)
+    rounding_halves = [] if rounding_seed is None else _halves(rounding_seed, "rounding_seed")
+    if tensors:
+        place = (dist, factors or [], streams or [], starts or [])
+        torch.ops.hosfl.perturb_(tensors, halves, scale, *place, rounding_halves)
 
 
 def replay_(
@@ -137,7 +140,7 @@ def replay_(
     rounding: str = "nearest",
     rounding_seeds: Seeds | None = None,
 ) -> None:
-    """Apply many records in one pass: tensors[t] += sum over r of coefficients[r] * factors[t] * z(seeds[r], streams[t]).
+    """Apply many records in one pass: tensors[t] += sum_r coefficients[r] * factors[t] * z(seeds[r], streams[t]).
 
     The bits are those of `perturb_(tensors, seeds[r], coefficients[r], ...)` for r = 0, 1, ... in this order, every
     rounding included; the weights cross the memory bus once, whatever the number of records.
@@ -153,31 +156,34 @@ def replay_(
     tensors = _tensor_list(tensors)
     _check_dist(dist)
     _check_place(len(tensors), factors, streams, starts)
-    stochastic = _check_rounding(rounding, rounding_seeds is not None, "rounding_seeds")
+    _check_rounding(rounding, rounding_seeds is not None, "rounding_seeds")
     seeds = _seed_tensor(seeds, "seeds")
     coefficients = _coefficient_tensor(coefficients)
     if len(seeds) != len(coefficients):
         raise ValueError(f"{len(seeds)} seeds but {len(coefficients)} coefficients")
-    if stochastic:
-        rounding_seeds = _seed_tensor(rounding_seeds, "rounding_seeds")  # type: ignore[arg-type]
+    if rounding_seeds is not None:
+        rounding_seeds = _seed_tensor(rounding_seeds, "rounding_seeds")
         if len(rounding_seeds) != len(seeds):
             raise ValueError(f"{len(seeds)} seeds but {len(rounding_seeds)} rounding_seeds")
-    torch.ops.hosfl.replay_(
-        tensors, seeds, coefficients, dist, factors or [], streams or [], starts or [], rounding_seeds
-    )
+    if tensors:
+        place = (dist, factors or [], streams or [], starts or [])
+        torch.ops.hosfl.replay_(tensors, seeds, coefficients, *place, rounding_seeds)
 
 
-def snap_(tensors: Tensor | Iterable[Tensor], *, factors: Sequence[float] | None = None) -> float:
+def snap_(
+    tensors: Tensor | Iterable[Tensor], *, factors: Sequence[float] | None = None, headroom: float = 2.0
+) -> float:
     """Round float32 tensors to a lattice on which Rademacher moves are exact, in place; returns the quantum.
 
-    quantum = 2^(e - 24), e the smallest with 2^e > 2 max_t(max|tensors[t]| / factors[t]); tensor t is rounded to
-    multiples of quantum * factors[t] (ties to even, -0 to +0): an error of at most half of it, 6e-8 for weights below 1.
+    quantum = 2^(e - 24), e the smallest with 2^e > headroom * max_t(max|tensors[t]| / factors[t]); tensor t is rounded
+    to multiples of quantum * factors[t] (ties to even, -0 to +0): an error of at most half of it, with a headroom of 2
+    6e-8 for weights below 1. headroom: how far the largest weight may grow, at least 1; each doubling costs one bit.
 
     From then on, as long as every scale and coefficient is a multiple of the quantum and every |x| stays at or below
-    2^24 * quantum * factor (at first at least twice the largest weight), `perturb_` and `replay_` with Rademacher
+    2^24 * quantum * factor (at first `headroom` times the largest weight or more), `perturb_` and `replay_` with Rademacher
     noise round nothing: a perturbation taken back returns the very bits, and records commute.
 
-    Tensors of zeros only have quantum 2^-24, room up to 1. The quantum is one number, not one per tensor: every move
+    Tensors of zeros only have quantum 2^-24: room up to 1. The quantum is one number, not one per tensor: every move
     is a multiple of the largest anyway, and so a bias that starts at zero has as much room as the largest weight.
 
     Raises: TypeError for other dtypes, ValueError for infinite or NaN weights, RuntimeError as in `perturb_`; before
@@ -185,6 +191,8 @@ def snap_(tensors: Tensor | Iterable[Tensor], *, factors: Sequence[float] | None
     """
     tensors = _tensor_list(tensors)
     _check_place(len(tensors), factors, None, None)
+    if not 1 <= headroom <= 2**16:
+        raise ValueError(f"headroom must be between 1 and 2^16, got {headroom}")
     _check_tensors(tensors)
     factors = _factors(factors, len(tensors))
     if any(t.dtype != torch.float32 for t in tensors):
@@ -193,7 +201,7 @@ def snap_(tensors: Tensor | Iterable[Tensor], *, factors: Sequence[float] | None
     for t, largest in enumerate(maxima):
         if not math.isfinite(largest):
             raise ValueError(f"tensor {t} has infinite or NaN elements; there is no lattice for them")
-    quantum = spec.quantum(maxima, factors)
+    quantum = spec.quantum(maxima, factors, headroom)
     with torch.no_grad():
         for tensor, factor in zip(tensors, factors, strict=True):
             tensor.div_(quantum * factor).round_().mul_(quantum * factor).add_(0.0)
@@ -266,12 +274,11 @@ def _check_place(
         _check_integer(start, 2**63, f"starts[{t}]")
 
 
-def _check_rounding(rounding: str, seeded: bool, name: str) -> bool:
+def _check_rounding(rounding: str, seeded: bool, name: str) -> None:
     if rounding not in ("nearest", "stochastic"):
         raise ValueError(f"rounding must be nearest or stochastic, got {rounding!r}")
     if seeded != (rounding == "stochastic"):
         raise ValueError(f"rounding='stochastic' and {name} go together: give both or neither")
-    return seeded
 
 
 def _seed_tensor(seeds: Seeds, name: str) -> Tensor:
@@ -313,13 +320,15 @@ def _check_tensors(tensors: Sequence[Tensor], starts: Sequence[int] | None = Non
         if tensor.device != tensors[0].device:
             raise RuntimeError(f"tensors[0] is on {tensors[0].device}, tensors[{t}] on {tensor.device}: use one device")
         if not tensor.is_contiguous():
-            raise RuntimeError(f"tensors[{t}] is not contiguous (strides {tensor.stride()}): call it on a contiguous one")
+            raise RuntimeError(
+                f"tensors[{t}] is not contiguous (strides {tensor.stride()}): call it on a contiguous one"
+            )
         if starts and starts[t] + tensor.numel() > 2**63:
             raise ValueError(f"starts[{t}] + numel is beyond 2^63")
         if tensor.numel():
             memory.append((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, t))
     memory.sort()
-    for (_, end, t), (begin, _, u) in zip(memory, memory[1:], strict=False):
+    for (_, end, t), (begin, _, u) in pairwise(memory):
         if begin < end:
             raise RuntimeError(f"tensors[{min(t, u)}] and tensors[{max(t, u)}] share memory: pass tied tensors once")
 

@@ -204,13 +204,13 @@ def replay(
     return x
 
 
-def quantum(maxima: list[float], factors: list[float]) -> float:
-    """The lattice's step in units of a factor: 2^(e-24), e the smallest with 2^e > 2 max_t(max|x_t| / factor_t).
+def quantum(maxima: list[float], factors: list[float], headroom: float = 2.0) -> float:
+    """The lattice's step in units of a factor: 2^(e-24), e the smallest with 2^e > headroom max_t(max|x_t| / factor_t).
 
-    All zeros (or nothing at all) counts as a largest weight just under 1/2: quantum 2^-24.
+    All zeros (or nothing at all) counts as a largest weight just under 1 / headroom: quantum 2^-24.
     """
     largest = max((m / f for m, f in zip(maxima, factors, strict=True)), default=0.0)
-    _, e = np.frexp(2 * largest)  # 2 * largest = m * 2^e with m in [1/2, 1), so 2^e > 2 * largest
+    _, e = np.frexp(headroom * largest)  # = m * 2^e with m in [1/2, 1), so 2^e is the smallest power above
     return 2.0 ** (int(e) - 24) if largest > 0 else 2.0**-24
 
 

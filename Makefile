@@ -1,0 +1,48 @@
+# Every target sets up what it needs in .venv and then runs. PYTHON names the interpreter to start from.
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= runs/digits
+BIN := $(VENV)/bin
+
+.PHONY: train test test-slow bench tune results lint clean
+
+# The main job: HO-SFL, first-order split learning and a frozen client on real digits, three seeds, one table.
+# The models are tiny: one thread is fastest.
+train: $(VENV)/ready
+	rm -rf $(OUT)
+	OMP_NUM_THREADS=1 $(BIN)/hosfl compare --out $(OUT)
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(VENV)/ready
+	$(BIN)/python -m pytest -m slow
+
+# Throughput and memory of the kernels against their roof and their peers.
+bench: $(VENV)/ready
+	$(BIN)/python -m benchmarks.report
+
+# The rates of hosfl/tasks.py, chosen on validation data: the same grid size for every method.
+tune: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.tune
+
+# Everything that the README quotes.
+results: bench
+	rm -rf benchmarks/results/digits
+	OMP_NUM_THREADS=1 $(BIN)/hosfl compare --out benchmarks/results/digits
+	rm -rf benchmarks/results/digits/*-*/
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch numpy
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs hosfl_kernels/*.so

@@ -1,0 +1,103 @@
+"""`make bench`: run the suites, print one table, write benchmarks/results/kernels-DEVICE.json.
+
+    python -m benchmarks.report [--elements N] [--threads N ...] [--out FOLDER]
+
+Speed is shown as a ratio within one run: to `add_` of a constant on the same tensor with the same threads, which is as
+fast as memory allows, and to MeZO's own lines. Best of the rounds: other programs only ever make a round slower.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.ways import RECORDS, ROOF
+from hosfl.report import machine
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def measure(elements: int, threads: int) -> list[dict[str, Any]]:
+    """The suites' rows: extra_info of each benchmark, and its best time in seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "benchmark.json"
+        command = [sys.executable, "-m", "pytest", str(Path(__file__).parent), "-q", "-p", "no:cacheprovider"]
+        command += [f"--elements={elements}", f"--benchmark-json={path}", "--benchmark-quiet"]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        subprocess.run(command, check=True, env=environment, stdout=sys.stderr)
+        benchmarks = json.loads(path.read_text())["benchmarks"]
+    return [{**b["extra_info"], "threads": threads, "seconds": b["stats"]["min"]} for b in benchmarks]
+
+
+def ratios(rows: list[dict[str, Any]]) -> None:
+    """Adds to every throughput row its ratios to the roof and to the peers in the same run."""
+
+    def seconds(row: dict[str, Any], name: str) -> float | None:
+        where = (row["device"], row["threads"], row["group"])
+        found = [r["seconds"] for r in rows if (r["device"], r["threads"], r["group"]) == where and r["name"] == name]
+        return found[0] if found else None
+
+    for row in rows:
+        if "bytes" in row:
+            for label, other in (
+                ("of_roof", ROOF),
+                ("times_mezo", "MeZO's way"),
+                ("times_randn", f"{RECORDS} x (torch.randn + add_)"),
+            ):
+                reference = seconds(row, other)
+                if reference is not None:
+                    row[label] = reference / row["seconds"]
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    console = Console(width=None if sys.stdout.isatty() else 110)
+    speed = Table(title="throughput")
+    for column in ("device", "threads", "group", "way", "ms", "share of roof", "x MeZO", f"x {RECORDS} passes"):
+        speed.add_column(column, justify="left" if column in ("device", "group", "way") else "right")
+
+    def cell(row: dict[str, Any], name: str) -> str:
+        return f"{row[name]:.2f}" if name in row else ""
+
+    memory = Table(title="peak extra memory")
+    for column in ("device", "group", "way", "bytes", "of the tensor"):
+        memory.add_column(column, justify="left" if column in ("device", "group", "way") else "right")
+    for r in rows:
+        if "bytes" in r:
+            cells = [cell(r, name) for name in ("of_roof", "times_mezo", "times_randn")]
+            speed.add_row(r["device"], str(r["threads"]), r["group"], r["name"], f"{r['seconds'] * 1e3:.2f}", *cells)
+        else:
+            share = f"{r['peak_extra_bytes'] / r['tensor_bytes']:.3f}"
+            memory.add_row(r["device"], r["group"][7:], r["name"], f"{r['peak_extra_bytes']:,}", share)
+    console.print(speed)
+    console.print(memory)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__.split("\n")[0])
+    parser.add_argument("--elements", type=int, default=64 * 2**20, help="of the float32 tensor (default: 64 Mi)")
+    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default: benchmarks/results)")
+    options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for threads in options.threads:
+        rows += [r for r in measure(options.elements, threads) if "bytes" in r or threads == options.threads[0]]
+    ratios(rows)
+    show(rows)
+    options.out.mkdir(parents=True, exist_ok=True)
+    name = "cuda" if torch.cuda.is_available() else "cpu"
+    result = {"machine": machine(), "elements": options.elements, "rows": rows}
+    (options.out / f"kernels-{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

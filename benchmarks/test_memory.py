@@ -1,0 +1,57 @@
+"""Peak extra bytes of each way, measured: a fresh process per way, its resident set or the CUDA allocator."""
+
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks.ways import WAYS
+
+# The kernel's own high-water mark of the resident set is reset just before the call (Linux: clear_refs), so that what
+# importing torch once needed does not hide what the call needs.
+CHILD = """
+import sys, torch
+from pathlib import Path
+from benchmarks.ways import WAYS
+
+index, elements, device = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+way = WAYS[index]
+x = torch.randn(elements, device=device) * 0.02
+way.move(torch.randn(1 << 20, device=device))  # code, threads and caches are there
+
+def resident(name):
+    line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(name))
+    return int(line.split()[1]) * 1024
+
+if device == "cuda":
+    torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    way.move(x); torch.cuda.synchronize()
+    print(torch.cuda.max_memory_allocated() - before)
+else:
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    way.move(x)
+    print(resident("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("way", WAYS, ids=lambda w: f"{w.group}: {w.name}")
+def test_memory(benchmark, way, device, elements):
+    elements = min(elements, 16 * 2**20)
+
+    def measure():
+        command = [sys.executable, "-c", CHILD, str(WAYS.index(way)), str(elements), device]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    peak = benchmark.pedantic(measure, rounds=1)
+    benchmark.extra_info = {
+        "device": device,
+        "group": f"memory {way.group}",
+        "name": way.name,
+        "peak_extra_bytes": peak,
+        "tensor_bytes": 4 * elements,
+    }
+    if way.name.startswith("hosfl"):
+        assert peak < 1_000_000

@@ -1,0 +1,37 @@
+"""Seconds per pass over one large tensor, by pytest-benchmark. `make bench` makes the table."""
+
+import pytest
+import torch
+
+from benchmarks.ways import BFLOAT16, WAYS
+
+
+@pytest.mark.parametrize("way", [*WAYS, *BFLOAT16], ids=lambda w: f"{w.group}: {w.name}")
+def test_throughput(benchmark, way, device, elements):
+    dtype = torch.bfloat16 if way in BFLOAT16 else torch.float32
+    x = (torch.randn(elements, device=device) * 0.02).to(dtype)
+
+    def once():
+        way.move(x)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.group = f"{device} {way.group}"
+    benchmark.extra_info = {"device": device, "group": way.group, "name": way.name, "bytes": 2 * x.nbytes}
+    slow = "torch.randn" in way.name or "MeZO" in way.name or way.group.startswith("replay")
+    once()
+    benchmark.pedantic(once, rounds=2 if slow and device == "cpu" else 15, warmup_rounds=0)
+    assert torch.isfinite(x).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the copy is the GPU's roof")
+def test_copy(benchmark, elements):
+    x, y = torch.randn(elements, device="cuda"), torch.empty(elements, device="cuda")
+
+    def once():
+        y.copy_(x)
+        torch.cuda.synchronize()
+
+    benchmark.extra_info = {"device": "cuda", "group": "perturb", "name": "copy (bandwidth)", "bytes": 2 * x.nbytes}
+    once()
+    benchmark.pedantic(once, rounds=15)

@@ -1,0 +1,69 @@
+"""The ways to move weights along noise: ours, the roof, and the peers' own lines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import hosfl_kernels as hk
+
+SCALE = 1e-3
+RECORDS = 64
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way. `move(x)` changes x in place (or rebinds x.data, where the peer does). weight: passes it stands for."""
+
+    group: str
+    name: str
+    move: Callable[[Tensor], object]
+
+
+def randn_add(x: Tensor) -> None:
+    x.add_(torch.randn_like(x), alpha=SCALE)
+
+
+def mezo(x: Tensor) -> None:
+    """MeZO's perturbation, as in its trainer: a normal tensor, a product, a sum, and a new tensor in .data.
+
+    Source: Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", NeurIPS 2023.
+    """
+    z = torch.normal(mean=0, std=1, size=x.size(), device=x.device, dtype=x.dtype)
+    x.data = x.data + 1 * z * SCALE
+
+
+def randn_records(x: Tensor) -> None:
+    for _ in range(RECORDS):
+        randn_add(x)
+
+
+def replayed(dist: str) -> Callable[[Tensor], None]:
+    seeds, coefficients = list(range(RECORDS)), [SCALE] * RECORDS
+    return lambda x: hk.replay_(x, seeds, coefficients, dist=dist)
+
+
+ROOF = "add_ a constant (the roof)"
+WAYS = [
+    Way("perturb", ROOF, lambda x: x.add_(SCALE)),
+    Way("perturb", "hosfl Rademacher", lambda x: hk.perturb_(x, 1, SCALE)),
+    Way("perturb", "hosfl Gaussian", lambda x: hk.perturb_(x, 1, SCALE, dist="gaussian")),
+    Way("perturb", "torch.randn + add_", randn_add),
+    Way("perturb", "MeZO's way", mezo),
+    Way(f"replay {RECORDS}", "hosfl Rademacher", replayed("rademacher")),
+    Way(f"replay {RECORDS}", "hosfl Gaussian", replayed("gaussian")),
+    Way(f"replay {RECORDS}", f"{RECORDS} x (torch.randn + add_)", randn_records),
+]
+BFLOAT16 = [
+    Way("perturb bfloat16", ROOF, lambda x: x.add_(SCALE)),
+    Way("perturb bfloat16", "hosfl Rademacher", lambda x: hk.perturb_(x, 1, SCALE)),
+    Way(
+        "perturb bfloat16",
+        "hosfl Rademacher, stochastic rounding",
+        lambda x: hk.perturb_(x, 1, SCALE, rounding="stochastic", rounding_seed=2),
+    ),
+    Way("perturb bfloat16", "MeZO's way", mezo),
+]

@@ -1,0 +1,20 @@
+from collections.abc import Sequence
+
+def philox(key: int, c0: int, c1: int, c2: int, c3: int) -> tuple[int, int, int, int]: ...
+def noise(address: int, n: int, seed: int, stream: int, start: int, gaussian: bool, threads: int) -> None: ...
+def replay(
+    addresses: Sequence[int],
+    sizes: Sequence[int],
+    dtypes: Sequence[int],
+    streams: Sequence[int],
+    starts: Sequence[int],
+    factors: Sequence[float],
+    seeds: Sequence[int],
+    coefficients: Sequence[float],
+    rounding_seeds: Sequence[int],
+    gaussian: bool,
+    threads: int,
+) -> None: ...
+def use_isa(name: str) -> None: ...
+def isa() -> str: ...
+def supported() -> list[str]: ...

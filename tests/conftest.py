@@ -1,0 +1,23 @@
+"""Without a CUDA device the Triton kernels run in the interpreter, which must be known before they are imported."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def threads():
+    """Calls threads(n) to set torch's thread count; puts it back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """The tests' models are tiny: a second thread only waits, and waits much longer on a busy machine."""
+    torch.set_num_threads(1)

@@ -1,0 +1,48 @@
+"""The self-check: passes here, and fails on one wrong bit."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+VECTORS = Path(__file__).parent / "noise_vectors.json"
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "hosfl_kernels.check", *map(str, arguments)]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+def test_all_backends_pass():
+    done = run("--vectors", VECTORS)
+    assert done.returncode == 0, done.stdout
+    assert "FAIL" not in done.stdout
+    for backend in ("numpy", "cpp", "triton"):
+        assert f"ok   {backend:6} perturb_ bfloat16 gaussian stochastic" in done.stdout
+        assert f"ok   {backend:6} philox" in done.stdout
+
+
+@pytest.mark.parametrize("backend", ["numpy", "cpp"])
+def test_one_wrong_bit_is_named(tmp_path, backend):
+    vectors = json.loads(VECTORS.read_text())
+    wrong = vectors["perturb"][1]["gaussian_stochastic_out_bits"]
+    wrong[7] = f"{int(wrong[7], 16) ^ 1:04x}"
+    vectors["derive"][1]["out"] = "5"
+    vectors["noise"][3]["rademacher"][2] *= -1
+    vectors["philox4x32_10"][2]["out"] = "00000000 94fdcceb 5001e420 24126ea1"
+    path = tmp_path / "vectors.json"
+    path.write_text(json.dumps(vectors))
+    done = run("--backend", backend, "--vectors", path)
+    assert done.returncode == 1
+    failed = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
+    assert len(failed) == 4
+    assert "1 of 24 elements differ, first element 7" in done.stdout
+
+
+def test_unreadable_vectors(tmp_path):
+    assert "cannot read the vectors" in run("--vectors", tmp_path / "none.json").stderr
+    assert run("--backend", "fortran").returncode == 2

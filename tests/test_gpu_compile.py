@@ -1,0 +1,217 @@
+"""What the GPU kernels compile to, without a GPU: every variant for sm_80 and sm_90, read from PTX and SASS.
+
+How instructions are counted. The disassembly becomes a graph of instructions; functions that are called (the slow path
+of the square root, for subnormal and infinite arguments) are not followed. noise_ and perturb_: the longest path from
+entry to exit through 16-byte accesses, that is through the branch for whole tiles, an instruction in the loop over row
+blocks counted once per iteration; divided by the elements that a thread has in a tile. replay_: the longest path
+through one iteration of the loop over records, divided by the elements that a thread holds. Both are upper bounds.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from hosfl_kernels.gpu.launch import variants  # noqa: E402
+
+CAPABILITIES = (80, 90)
+NAMES = sorted(variants())
+ALL = [pytest.param((capability, name), id=f"sm_{capability}-{name}") for capability in CAPABILITIES for name in NAMES]
+WIDE = [case for case in ALL if "replay" not in case.id]
+
+# Instructions per element (replay: per element and record), at most; measured on Triton 3.4, 3.6 and 3.9, and rounded
+# up by a few percent.
+BUDGET = {}
+
+
+class Instruction(NamedTuple):
+    address: int
+    predicate: str | None
+    opcode: str
+    operands: str
+
+
+class Code(NamedTuple):
+    name: str
+    ptx: str
+    usage: dict[str, int]
+    instructions: list[Instruction]
+
+
+def tool(name: str, *arguments: str) -> str:
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with every variant; made by a process of its own, because this one may have the interpreter on."""
+    directory = tmp_path_factory.mktemp("compiled")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
+    environment["TRITON_CACHE_DIR"] = str(directory / "cache")
+    command = [sys.executable, "-m", "hosfl_kernels.gpu.offline", str(directory), *map(str, CAPABILITIES)]
+    subprocess.run(command, check=True, env=environment, cwd=Path(__file__).parents[1])
+    return directory
+
+
+@pytest.fixture
+def code(compiled: Path, request: pytest.FixtureRequest) -> Code:
+    capability, name = request.param
+    cubin = compiled / f"sm_{capability}" / f"{name}.cubin"
+    usage = dict(re.findall(r"(\w+):(\d+)", tool("cuobjdump", "-res-usage", str(cubin))))
+    line = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)([^;]*);")
+    found = [line.search(row) for row in tool("cuobjdump", "-sass", str(cubin)).splitlines()]
+    instructions = [Instruction(int(m[1], 16), m[2], m[3], m[4]) for m in found if m]
+    return Code(name, cubin.with_suffix(".ptx").read_text(), {k: int(v) for k, v in usage.items()}, instructions)
+
+
+# --- the graph ------------------------------------------------------------------------------------------------
+
+
+def successors(instructions: list[Instruction]) -> list[list[int]]:
+    index = {instruction.address: i for i, instruction in enumerate(instructions)}
+    edges = []
+    for i, (_, predicate, opcode, operands) in enumerate(instructions):
+        following = [i + 1] if i + 1 < len(instructions) else []
+        kind = opcode.partition(".")[0]
+        if kind == "BRA":
+            target = re.search(r"0x([0-9a-f]+)\s*$", operands)
+            assert target, operands
+            conditional = predicate is not None or re.match(r"\s*!?U?P\d", operands)
+            edges.append([index[int(target[1], 16)], *(following if conditional else [])])
+        elif kind in ("EXIT", "RET"):
+            edges.append(following if predicate else [])
+        else:
+            assert kind not in ("BRX", "JMP", "JMX", "BREAK"), f"{opcode}: teach this graph about it"
+            edges.append(following)
+    return edges
+
+
+def depth_first(edges: list[list[int]]) -> tuple[list[int], set[tuple[int, int]]]:
+    """The nodes reached from the entry, each after all it leads to; and the edges that close loops."""
+    order, back, state = [], set(), {0: "open"}
+    stack = [(0, iter(edges[0]))]
+    while stack:
+        node, targets = stack[-1]
+        for target in targets:
+            if state.get(target) == "open":
+                back.add((node, target))
+            elif target not in state:
+                state[target] = "open"
+                stack.append((target, iter(edges[target])))
+                break
+        else:
+            state[node] = "done"
+            order.append(node)
+            stack.pop()
+    return order, back
+
+
+def loop_nodes(edges: list[list[int]], latch: int, header: int) -> set[int]:
+    sources: dict[int, list[int]] = {}
+    for node, targets in enumerate(edges):
+        for target in targets:
+            sources.setdefault(target, []).append(node)
+    nodes, todo = {header}, [latch]
+    while todo:
+        if (node := todo.pop()) not in nodes:
+            nodes.add(node)
+            todo += sources.get(node, [])
+    return nodes
+
+
+def longest_path(
+    order: list[int], edges: list[list[int]], back: set[tuple[int, int]], weight: dict[int, int], through: set[int]
+) -> int:
+    """Weight of the heaviest path from the entry to an exit through a node of `through`, loops taken once."""
+    nowhere = -(10**9)
+    best: dict[int, tuple[int, int]] = {}  # from a node to an exit: any path, and one through `through`
+    for node in order:
+        onward = [best[target] for target in edges[node] if (node, target) not in back]
+        free = max((path[0] for path in onward), default=0)
+        bound = max((path[1] for path in onward), default=nowhere)
+        best[node] = weight.get(node, 1) + free, weight.get(node, 1) + (free if node in through else bound)
+    return best[0][1]
+
+
+def loops(instructions: list[Instruction]) -> tuple[list[int], list[list[int]], set[tuple[int, int]], list[set[int]]]:
+    edges = successors(instructions)
+    order, back = depth_first(edges)
+    return order, edges, back, [loop_nodes(edges, latch, header) for latch, header in back]
+
+
+def wide(instructions: list[Instruction], opcode: str) -> set[int]:
+    return {i for i, instruction in enumerate(instructions) if instruction.opcode.startswith(f"{opcode}.E.128")}
+
+
+def per_element_of_whole_tiles(name: str, instructions: list[Instruction]) -> float:
+    constants = variants()[name].constants
+    order, edges, back, bodies = loops(instructions)
+    stores = wide(instructions, "STG")
+    rows = constants["BLOCKS"] * constants["INNER"]
+    iterations, rest = divmod(rows, len(stores))
+    assert rest == 0, "a thread has one 16-byte access per row"
+    body = [nodes for nodes in bodies if stores <= nodes]
+    assert len(body) == (iterations > 1), "one loop over the row blocks, unless it is unrolled"
+    weight = dict.fromkeys(body[0], iterations) if body else {}
+    path = longest_path(order, edges, back, weight, stores)
+    return path * variants()[name].num_warps * 32 / (rows * constants["WIDTH"])
+
+
+def per_element_and_record(name: str, instructions: list[Instruction]) -> float:
+    constants = variants()[name].constants
+    order, edges, back, bodies = loops(instructions)
+    assert len(bodies) == 1, "one loop, over the records"
+    weight = {node: int(node in bodies[0]) for node in order}
+    path = longest_path(order, edges, back, weight, bodies[0])
+    held = constants["BLOCKS"] * constants["INNER"] * constants["WIDTH"] / (variants()[name].num_warps * 32)
+    return path / held
+
+
+# --- the properties -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", ALL, indirect=True)
+def test_nothing_spills_and_no_value_crosses_threads(code: Code) -> None:
+    assert code.usage["STACK"] == 0
+    assert code.usage["LOCAL"] == 0
+    assert code.usage["SHARED"] == 0
+    opcodes = {instruction.opcode.partition(".")[0] for instruction in code.instructions}
+    assert not opcodes & {"LDL", "STL", "LDS", "STS", "SHFL", "BAR"}
+
+
+@pytest.mark.parametrize("code", ALL, indirect=True)
+def test_every_float_operation_is_one_rounding_to_nearest(code: Code) -> None:
+    operations = re.findall(
+        r"\b((?:add|sub|mul|fma|mad|div|sqrt|rsqrt|rcp|ex2|lg2|sin|cos|tanh)\.\S*f(?:16|32|64)\S*)", code.ptx
+    )
+    assert operations or "add" not in code.ptx
+    assert set(operations) <= {"add.rn.f32", "sub.rn.f32", "mul.rn.f32", "sqrt.rn.f32"}
+    assert not re.search(r"\.ftz|\.approx", code.ptx)
+
+
+@pytest.mark.parametrize("code", WIDE, indirect=True)
+def test_whole_tiles_move_16_bytes_at_a_time(code: Code) -> None:
+    constants = variants()[code.name].constants
+    reads = not code.name.startswith("noise")
+    loads, stores = wide(code.instructions, "LDG"), wide(code.instructions, "STG")
+    assert len(stores) in (constants["INNER"], constants["INNER"] * constants["BLOCKS"])
+    assert len(loads) == len(stores) * reads
+    assert bool(re.search(r"ld\.global\.v4\.b32", code.ptx)) == reads
+    assert re.search(r"st\.global\.v4\.b32", code.ptx)
+
+
+@pytest.mark.parametrize("code", ALL, indirect=True)
+def test_instructions_per_element(code: Code) -> None:
+    count = per_element_and_record if code.name.startswith("replay") else per_element_of_whole_tiles
+    spent = count(code.name, code.instructions)
+    print(f"COUNT {code.name} {spent:.2f} REG {code.usage['REG']}")
+    assert spent <= BUDGET.get(code.name, 0)

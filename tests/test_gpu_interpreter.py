@@ -1,0 +1,189 @@
+"""The Triton kernels against spec.py, bit for bit: on a GPU where there is one, otherwise in Triton's interpreter."""
+
+from __future__ import annotations
+
+import importlib
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from hosfl_kernels import gpu, spec  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DISTS = ("rademacher", "gaussian")
+SEED, ROUNDING_SEED = 2**64 - 5, 2**63 + 1  # both need all 64 bits
+STREAM = 2**32 - 1
+
+
+def cells(x: torch.Tensor) -> np.ndarray:
+    """A tensor as spec.py stores it; a copy."""
+    x = x.detach().cpu().clone()
+    return x.view(torch.int16).numpy().view(np.uint16) if x.dtype == torch.bfloat16 else x.numpy()
+
+
+def equal(x: torch.Tensor, expected: np.ndarray) -> bool:
+    found = cells(x)
+    return found.dtype == expected.dtype and found.tobytes() == expected.tobytes()
+
+
+def weights(n: int, dtype: torch.dtype = torch.float32, size: float = 0.02) -> torch.Tensor:
+    return (torch.randn(n, generator=torch.Generator().manual_seed(n)) * size).to(dtype).to(DEVICE)
+
+
+def perturb_(
+    x: torch.Tensor, scale: float = 1e-3, dist: str = "rademacher", start: int = 0, **options: int | None
+) -> None:
+    seed, rounding_seed = options.get("seed", SEED), options.get("rounding_seed")
+    gpu.perturb_([x], seed, scale, dist, [1.0], [STREAM], [start], rounding_seed)
+
+
+def test_it_says_what_it_runs_on() -> None:
+    assert gpu.describe() == "interpreter" if DEVICE == "cpu" else gpu.describe().startswith("cuda sm_")
+
+
+# Whole tiles, their edges, one element, a start inside a tile, beyond 2^32, and the very last elements there are.
+SPANS = [(1, 0), (16384, 0), (16385, 1), (3000, 131072 - 1500), (9000, 2**40 + 1023), (50, 2**63 - 50), (0, 7)]
+
+
+@pytest.mark.parametrize("dist", DISTS)
+@pytest.mark.parametrize(("n", "start"), SPANS)
+def test_noise(n: int, start: int, dist: str) -> None:
+    out = torch.full((n,), torch.nan, device=DEVICE)
+    gpu.noise_(out, SEED, STREAM, start, dist)
+    assert equal(out, spec.noise(n, SEED, stream=STREAM, start=start, dist=dist))
+
+
+# A tensor of every kind: several programs, masked tiles on both sides, a dtype between others, nothing at all.
+KINDS = [
+    (torch.float32, 20000, 16384 * 5, 1.0),
+    (torch.bfloat16, 18000, 2**35 + 1000, 0.5),
+    (torch.float16, 9001, 0, 2.0),
+    (torch.float32, 0, 3, 1.0),
+    (torch.bfloat16, 300, 131072 * 7 - 100, 0.25),
+    (torch.float32, 1, 2**50 + 5, 4.0),
+]
+
+
+@pytest.mark.parametrize("dist", DISTS)
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_a_list_of_tensors(dist: str, stochastic: bool) -> None:
+    tensors = [weights(n, dtype) for dtype, n, _, _ in KINDS]
+    before = [cells(x) for x in tensors]
+    starts, factors = [kind[2] for kind in KINDS], [kind[3] for kind in KINDS]
+    streams = [STREAM - i for i in range(len(KINDS))]
+    rounding_seed = ROUNDING_SEED if stochastic else None
+    gpu.perturb_(tensors, SEED, 0.1, dist, factors, streams, starts, rounding_seed)
+    for x, old, factor, stream, start in zip(tensors, before, factors, streams, starts, strict=True):
+        rounding = rounding_seed if x.dtype == torch.bfloat16 else None
+        options = {"dist": dist, "factor": factor, "stream": stream, "start": start, "rounding_seed": rounding}
+        assert equal(x, spec.perturb(old, SEED, 0.1, **options))
+
+
+@pytest.mark.parametrize("dist", DISTS)
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_replay_is_one_perturb_after_another(dist: str, stochastic: bool) -> None:
+    seeds, coefficients = [1, SEED, 3], [1e-3, -2e-2, 5e-4]
+    rounding_seeds = [4, ROUNDING_SEED, 2**64 - 1] if stochastic else None
+    sizes, starts, factors = [3000, 2500, 8300], [2**33, 65536 - 1000, 5], [1.0, 0.5, 2.0]
+    tensors = [weights(n, t) for n, t in zip(sizes, (torch.float32, torch.float16, torch.bfloat16), strict=True)]
+    before = [cells(x) for x in tensors]
+    gpu.replay_(tensors, seeds, coefficients, dist, factors, [0, 1, 2], starts, rounding_seeds)
+    for stream, (x, old) in enumerate(zip(tensors, before, strict=True)):
+        options = {"dist": dist, "factor": factors[stream], "stream": stream, "start": starts[stream]}
+        rounding = rounding_seeds if x.dtype == torch.bfloat16 else None
+        assert equal(x, spec.replay(old, seeds, coefficients, rounding_seeds=rounding, **options))
+
+
+@pytest.mark.parametrize("dist", DISTS)
+def test_cut_is_whole(dist: str) -> None:
+    whole = weights(9000, torch.bfloat16)
+    cut = whole.clone()
+    perturb_(whole, dist=dist, start=2**34, rounding_seed=ROUNDING_SEED)
+    for first, last in ((0, 1), (1, 4097), (4097, 9000)):
+        perturb_(cut[first:last], dist=dist, start=2**34 + first, rounding_seed=ROUNDING_SEED)
+    assert equal(cut, cells(whole))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_views_that_are_not_aligned_to_16_bytes(dtype: torch.dtype) -> None:
+    storage = weights(16384 + 8, dtype)
+    old = cells(storage)
+    perturb_(storage[3:-5])
+    expected = spec.perturb(old[3:-5], SEED, 1e-3, stream=STREAM)
+    assert equal(storage, np.concatenate([old[:3], expected, old[-5:]]))
+
+
+def test_data_that_is_rebound_is_found_again() -> None:
+    parameter = torch.nn.Parameter(weights(100))
+    old = weights(100) + 1
+    perturb_(parameter.data)
+    parameter.data = old.clone()
+    perturb_(parameter.data)
+    assert equal(parameter.data, spec.perturb(cells(old), SEED, 1e-3, stream=STREAM))
+
+
+@pytest.mark.parametrize("rounding_seed", [None, ROUNDING_SEED])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_values_at_the_edges(dtype: torch.dtype, rounding_seed: int | None) -> None:
+    largest = torch.finfo(dtype).max
+    subnormal = torch.finfo(dtype).smallest_normal / 4
+    values = [torch.inf, -torch.inf, largest, -largest, 0.0, -0.0, subnormal, -subnormal]
+    for scale in (1e-40, 1e-7, largest / 512):
+        x = torch.tensor(values * 16, dtype=torch.float64).to(dtype).to(DEVICE)
+        old = cells(x)
+        perturb_(x, scale, rounding_seed=rounding_seed)
+        rounding = rounding_seed if dtype == torch.bfloat16 else None
+        with np.errstate(over="ignore"):
+            assert equal(x, spec.perturb(old, SEED, scale, stream=STREAM, rounding_seed=rounding))
+
+
+@pytest.mark.parametrize("rounding_seed", [None, ROUNDING_SEED])
+def test_nan_stays_nan(rounding_seed: int | None) -> None:
+    # All bits of the fraction set, so that rounding up without a check would carry into the sign and make a zero.
+    x = torch.tensor([0x7FFF, -1] * 16, dtype=torch.int16).view(torch.bfloat16).to(DEVICE)
+    perturb_(x, rounding_seed=rounding_seed)
+    assert x.isnan().all()
+
+
+def test_nothing_to_do() -> None:
+    gpu.perturb_([], SEED, 1.0, "rademacher", [], [], [], None)
+    gpu.replay_([], [1], [1.0], "rademacher", [], [], [], None)
+    x = weights(10)
+    old = cells(x)
+    gpu.replay_([x], [], [], "rademacher", [1.0], [0], [0], None)
+    gpu.replay_([x[:0]], [1], [1.0], "rademacher", [1.0], [0], [0], None)
+    assert equal(x, old)
+
+
+def test_a_tensor_out_of_reach_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="CPU tensors, not meta" if DEVICE == "cpu" else "CUDA tensors"):
+        gpu.noise_(torch.empty(8, device="meta"), 0, 0, 0, "rademacher")
+
+
+def test_a_repeated_call_copies_nothing() -> None:
+    launch = importlib.import_module("hosfl_kernels.gpu.launch")
+    x = weights(10)
+    perturb_(x)
+    before = launch.plan.cache_info()
+    perturb_(x, seed=1)
+    after = launch.plan.cache_info()
+    assert (after.hits, after.misses) == (before.hits + 1, before.misses)
+
+
+if DEVICE == "cuda":  # the interpreter has no graphs
+
+    def test_a_cuda_graph_replays_perturb() -> None:
+        x = weights(5000)
+        expected = cells(x)
+        for _ in range(3):
+            expected = spec.perturb(expected, SEED, 1e-3, stream=STREAM)
+        perturb_(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            perturb_(x)
+        graph.replay()
+        graph.replay()
+        assert equal(x, expected)

@@ -1,0 +1,74 @@
+"""The rules of the house that a machine can check. See CONTRIBUTING.md."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted([*ROOT.glob("hosfl/**/*.py"), *ROOT.glob("hosfl_kernels/**/*.py")])
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names)
+
+
+def test_imports_go_one_way():
+    public = set(
+        ast.literal_eval(re.search(r"__all__ = (\[.*?\])", (ROOT / "hosfl_kernels/__init__.py").read_text(), re.S)[1])
+    )
+    for path in SOURCES:
+        for name in imported(path):
+            if path.is_relative_to(ROOT / "hosfl"):
+                if name.startswith("hosfl_kernels"):
+                    assert name.removeprefix("hosfl_kernels.") in public, f"{path}: {name}"
+            else:
+                assert not re.match(r"hosfl(\.|$)", name), f"{path}: {name}"
+    spec = set(imported(ROOT / "hosfl_kernels/spec.py"))
+    assert all(name.split(".")[0] in ("__future__", "numpy", "typing") for name in spec), spec
+
+
+def test_the_cpp_never_includes_torch():
+    for path in ROOT.glob("csrc/*"):
+        includes = re.findall(r'#include [<"](.*?)[>"]', path.read_text())
+        assert not [i for i in includes if "torch" in i or "ATen" in i or "c10" in i], path
+
+
+def test_the_extension_is_not_linked_to_torch():
+    from hosfl_kernels import _cpp
+
+    try:
+        linked = subprocess.run(["ldd", _cpp.__file__], capture_output=True, text=True, check=True).stdout
+    except FileNotFoundError:
+        pytest.skip("no ldd on this system")
+    assert "libstdc++" in linked
+    assert not re.search(r"torch|c10|gomp", linked)
+
+
+def test_the_readme_maps_every_file():
+    readme = (ROOT / "README.md").read_text()
+    patterns = ("*.py", "*.toml", "Makefile", "constraints.txt", "*.md", "csrc/*", ".ci/*")
+    folders = ("hosfl", "hosfl_kernels", "benchmarks", "tests")
+    files = [f for p in patterns for f in ROOT.glob(p)] + [f for d in folders for f in (ROOT / d).rglob("*.py")]
+    files += [f for f in (ROOT / "tests").glob("*.json")]
+    names = {str(f.relative_to(ROOT)) for f in files} - {"README.md"}
+    missing = sorted(name for name in names if f"`{name}`" not in readme)
+    assert not missing
+    mapped = re.findall(r"^\| `([^`]+)` \|", readme, re.M)
+    gone = [m for m in mapped if "/" in m and not (ROOT / m).exists()]
+    assert not gone
+
+
+def test_few_knobs():
+    read = [
+        (path.name, name)
+        for path in SOURCES
+        for name in re.findall(r"environ(?:\.get|\.setdefault)?[\[(]\s*\"(\w+)\"", path.read_text())
+    ]
+    assert {name for _, name in read} <= {"TRITON_INTERPRET"}

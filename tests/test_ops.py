@@ -1,0 +1,278 @@
+"""Every case on every backend, and the contract of the public functions."""
+
+import numpy as np
+import pytest
+import torch
+
+import hosfl_kernels as hk
+from hosfl_kernels import _cpp, check, ops, spec
+
+CUDA = torch.cuda.is_available()
+DEVICES = ["cpu", "cuda"] if CUDA else ["cpu"]
+BACKENDS = [name for name in ("cpp", "triton") if hk.backends()[name] is not None]
+
+
+def bits(x):
+    return x.detach().cpu().contiguous().view(torch.int32 if x.dtype == torch.float32 else torch.int16)
+
+
+def same(a, b):
+    return torch.equal(bits(a), bits(b))
+
+
+def test_the_backends_that_must_be_here_are_here():
+    assert hk.backends()["cpp"] is not None
+    assert hk.backends()["triton"] is not None or not torch.cuda.is_available()
+
+
+@pytest.mark.parametrize("case", check.CASES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_case(backend, case):
+    device = "cuda" if backend == "triton" and CUDA else "cpu"
+    assert check.run_case(ops.BACKENDS[backend], case, device) is None
+
+
+@pytest.mark.parametrize("isa", _cpp.supported())
+@pytest.mark.parametrize("threads_", [1, 2, 3, 4])
+@pytest.mark.parametrize("dist", ops.DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", ops.DTYPES)
+def test_threads_and_instruction_sets_change_no_bit(isa, threads_, dist, dtype, threads):
+    x = torch.randn(600_001, generator=torch.Generator().manual_seed(0)).to(dtype)
+    small = torch.randn(77, generator=torch.Generator().manual_seed(1)).to(dtype)
+    rounding = {"rounding": "stochastic"} if dtype == torch.bfloat16 else {}
+    want, got = [x.clone(), small.clone()], [x.clone(), small.clone()]
+    before = _cpp.isa()
+
+    def move(tensors):
+        hk.perturb_(
+            tensors, 5, 1e-3, dist=dist, starts=[7, 0], **rounding, **({"rounding_seed": 1} if rounding else {})
+        )
+        two = {"rounding_seeds": [3, 4]} if rounding else {}
+        hk.replay_(tensors, [8, 9], [1e-3, -2e-3], dist=dist, **rounding, **two)
+
+    try:
+        _cpp.use_isa(_cpp.supported()[0])
+        threads(1)
+        move(want)
+        _cpp.use_isa(isa)
+        threads(threads_)
+        move(got)
+    finally:
+        _cpp.use_isa(before)
+    assert same(got[0], want[0])
+    assert same(got[1], want[1])
+
+
+def test_more_threads_than_one_are_used(threads):
+    # A million elements are cut; the cut must not fall between the elements of one thread only.
+    threads(4)
+    x = torch.zeros(1_000_003)
+    hk.perturb_(x, 3, 1.0)
+    assert same(x, hk.noise(1_000_003, 3))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dist", ops.DISTRIBUTIONS)
+def test_noise_is_what_perturb_adds(device, dist):
+    z = hk.noise(5001, 2**63 + 9, stream=4, start=1000, dist=dist, device=device)
+    x = torch.zeros(5001, device=device)
+    hk.perturb_(x, 2**63 + 9, 1.0, dist=dist, streams=[4], starts=[1000])
+    assert z.dtype == torch.float32
+    assert torch.equal(x, z)
+    assert torch.equal(z.cpu(), torch.from_numpy(spec.noise(5001, 2**63 + 9, stream=4, start=1000, dist=dist)))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", ops.DTYPES)
+def test_sharding_changes_no_bit(device, dtype):
+    x = torch.randn(9000, device=device).to(dtype)
+    whole = x.clone()
+    hk.perturb_(whole, 1, 0.01, dist="gaussian", streams=[6])
+    shards = [s.clone() for s in x.split([1, 1022, 4000, 3977])]
+    starts = [0, 1, 1023, 5023]
+    hk.perturb_(shards, 1, 0.01, dist="gaussian", streams=[6] * 4, starts=starts)
+    assert same(torch.cat(shards), whole)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_streams_default_to_positions(device):
+    xs = [torch.zeros(100, device=device), torch.zeros(3, 5, device=device), torch.zeros(0, device=device)]
+    hk.perturb_(iter(xs), 9, 2.0, factors=[1.0, 0.5, 1.0])
+    assert torch.equal(xs[0], 2 * hk.noise(100, 9, device=device))
+    assert torch.equal(xs[1], hk.noise(15, 9, stream=1, device=device).reshape(3, 5))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_nothing_to_do(device):
+    hk.perturb_([], 1, 1.0)
+    hk.replay_([], [1], [1.0])
+    x = torch.ones(3, device=device)
+    hk.replay_(x, [], [])
+    hk.perturb_(x, 1, 0.0)
+    assert torch.equal(x, torch.ones(3, device=device))
+    assert hk.noise(0, 1, device=device).shape == (0,)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dist", ops.DISTRIBUTIONS)
+@pytest.mark.parametrize(("dtype", "rounding"), [*((d, "nearest") for d in ops.DTYPES), (torch.bfloat16, "stochastic")])
+def test_replay_is_perturb_record_by_record(device, dist, dtype, rounding):
+    one = [torch.randn(3000, device=device).to(dtype), torch.randn(50, device=device).to(dtype)]
+    many = [x.clone() for x in one]
+    seeds, coefficients = [3, 2**64 - 1, 0] * 12, torch.linspace(-0.01, 0.02, 36).tolist()
+    stochastic = rounding == "stochastic"
+    place = {"dist": dist, "factors": [1.0, 4.0], "streams": [5, 1], "starts": [131_000, 0], "rounding": rounding}
+    for r, (seed, coefficient) in enumerate(zip(seeds, coefficients, strict=True)):
+        hk.perturb_(one, seed, coefficient, **place, rounding_seed=r if stochastic else None)
+    hk.replay_(many, seeds, coefficients, **place, rounding_seeds=list(range(36)) if stochastic else None)
+    assert same(one[0], many[0])
+    assert same(one[1], many[1])
+
+
+def test_records_may_be_tensors():
+    x, y = torch.zeros(100), torch.zeros(100)
+    hk.replay_(x, [1, 2**63 + 1], [0.5, 0.25])
+    hk.replay_(y, torch.tensor([1, -(2**63) + 1]), torch.tensor([0.5, 0.25]))
+    assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_lattice_moves_are_exact(device):
+    random = np.random.default_rng(0)
+    xs = [torch.randn(5000, device=device) * 0.1, torch.zeros(16, device=device), -torch.zeros(3, device=device)]
+    factors = [1.0, 0.5, 2.0]
+    quantum = hk.snap_(xs, factors=factors)
+    first = [x.clone() for x in xs]
+    assert not torch.signbit(xs[2]).any()
+    for x, factor in zip(xs, factors, strict=True):
+        assert torch.equal(x, (x.double() / (quantum * factor)).round().float() * quantum * factor)
+    seeds = [int(s) for s in random.integers(0, 2**63, 200)]
+    steps = [quantum * int(k) for k in random.integers(-500, 500, 200)]
+    for i in random.permutation(200):
+        hk.perturb_(xs, seeds[i], steps[i], factors=factors)
+    assert not torch.equal(xs[0], first[0])
+    assert not torch.equal(xs[1], first[1])
+    for i in random.permutation(200):
+        hk.perturb_(xs, seeds[i], -steps[i], factors=factors)
+    assert all(same(x, y) for x, y in zip(xs, first, strict=True))
+    # In one pass, and in another order, the same bits.
+    order = random.permutation(200)
+    other = [x.clone() for x in xs]
+    hk.replay_(xs, seeds, steps, factors=factors)
+    hk.replay_(other, [seeds[i] for i in order], [steps[i] for i in order], factors=factors)
+    assert all(same(x, y) for x, y in zip(xs, other, strict=True))
+
+
+def test_snap_moves_by_half_a_quantum_at_most():
+    x = torch.randn(10_000).clamp(-0.99, 0.99)
+    before = x.clone()
+    quantum = hk.snap_(x)
+    assert (x - before).abs().max() <= quantum / 2 <= 6e-8
+
+
+def test_flushed_denormals_change_no_bit():
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor has no such mode")
+    try:
+        x = torch.zeros(300_000)
+        hk.perturb_(x, 1, 1e-40)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(x, torch.from_numpy(spec.perturb(np.zeros(300_000, np.float32), 1, 1e-40)))
+    assert x.abs().min() > 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_autograd_knows_that_the_tensors_changed(device):
+    x = torch.ones(3, device=device, requires_grad=True)
+    loss = (x * x).sum()
+    with torch.no_grad():
+        hk.perturb_(x, 1, 1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    y = torch.ones(3, device=device)
+    version = y._version
+    hk.replay_(y, [1, 2], [1.0, 1.0])
+    assert y._version > version
+
+
+def test_inference_mode():
+    with torch.inference_mode():
+        x = torch.zeros(4)
+        hk.perturb_(x, 1, 1.0)
+        assert torch.equal(x, hk.noise(4, 1))
+
+
+def test_parameters_change_in_place():
+    linear = torch.nn.Linear(4, 3)
+    pointers, view = [p.data_ptr() for p in linear.parameters()], linear.weight.detach().view(-1)
+    with torch.no_grad():
+        hk.perturb_(linear.parameters(), 1, 1.0)
+    assert [p.data_ptr() for p in linear.parameters()] == pointers
+    assert torch.equal(view, linear.weight.detach().view(-1))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x: hk.perturb_(x, -1, 1.0), ValueError, "seed must be at least 0 and below 2\\^64, got -1"),
+        (lambda x: hk.perturb_(x, 2**64, 1.0), ValueError, "below 2\\^64"),
+        (lambda x: hk.perturb_(x, 1.0, 1.0), TypeError, "seed must be an integer, got float"),
+        (lambda x: hk.perturb_(x, True, 1.0), TypeError, "seed must be an integer, got bool"),
+        (lambda x: hk.perturb_(x, 1, float("nan")), ValueError, "scale must be finite"),
+        (lambda x: hk.perturb_(x, 1, float("inf")), ValueError, "scale must be finite"),
+        (lambda x: hk.perturb_(x, 1, 1e39), ValueError, "scale must be finite in float32"),
+        (lambda x: hk.perturb_(x, 1, "1"), TypeError, "scale must be a number, got str"),
+        (lambda x: hk.perturb_(x, 1, 1e38, factors=[1.0, 1024.0]), ValueError, "times its factor"),
+        (lambda x: hk.perturb_(x, 1, 1.0, dist="normal"), ValueError, "dist must be one of rademacher, gaussian"),
+        (lambda x: hk.perturb_(x, 1, 1.0, factors=[3.0, 1.0]), ValueError, "factors\\[0\\] must be a power of two"),
+        (lambda x: hk.perturb_(x, 1, 1.0, factors=[1.0]), ValueError, "2 tensors but 1 factors"),
+        (lambda x: hk.perturb_(x, 1, 1.0, streams=[0, 2**32]), ValueError, "streams\\[1\\]"),
+        (lambda x: hk.perturb_(x, 1, 1.0, starts=[-1, 0]), ValueError, "starts\\[0\\]"),
+        (lambda x: hk.perturb_(x, 1, 1.0, starts=[2**63 - 1, 0]), ValueError, "beyond 2\\^63"),
+        (lambda x: hk.perturb_(x, 1, 1.0, rounding="up"), ValueError, "nearest or stochastic"),
+        (lambda x: hk.perturb_(x, 1, 1.0, rounding="stochastic"), ValueError, "go together"),
+        (lambda x: hk.perturb_(x, 1, 1.0, rounding_seed=3), ValueError, "go together"),
+        (lambda x: hk.perturb_([x[0], x[0]], 1, 1.0), RuntimeError, "share memory"),
+        (lambda x: hk.perturb_([x[0], x[0][4:]], 1, 1.0), RuntimeError, "share memory"),
+        (lambda x: hk.perturb_([x[0], x[1][::2]], 1, 1.0), RuntimeError, "tensors\\[1\\] is not contiguous"),
+        (lambda x: hk.perturb_([x[0], x[1].double()], 1, 1.0), TypeError, "tensors\\[1\\] is torch.float64"),
+        (lambda x: hk.perturb_([x[0], x[1].to("meta")], 1, 1.0), RuntimeError, "meta"),
+        (lambda x: hk.perturb_([x[0], 3], 1, 1.0), TypeError, "tensors\\[1\\] is int"),
+        (lambda x: hk.perturb_([x[0], torch.ones(2, requires_grad=True)], 1, 1.0), RuntimeError, "no_grad"),
+        (lambda x: hk.perturb_(x[0].half(), 1, 1.0, rounding="stochastic", rounding_seed=1), TypeError, "bfloat16"),
+        (lambda x: hk.replay_(x, [1, 2], [1.0]), ValueError, "2 seeds but 1 coefficients"),
+        (lambda x: hk.replay_(x, [1, 2**64], [1.0, 1.0]), ValueError, "seeds\\[1\\]"),
+        (lambda x: hk.replay_(x, [1, 2], [1.0, float("nan")]), ValueError, "coefficients\\[1\\]"),
+        (lambda x: hk.replay_(x, torch.tensor([1.0]), [1.0]), TypeError, "int64"),
+        (lambda x: hk.replay_(x, [1], torch.tensor([1])), TypeError, "float32"),
+        (lambda x: hk.snap_([x[0], x[1].bfloat16()]), TypeError, "float32 tensors only"),
+        (lambda x: hk.snap_([x[0], torch.tensor([float("nan")])]), ValueError, "tensor 1 has infinite or NaN"),
+        (lambda x: hk.noise(-1, 1), ValueError, "n must be 0 or more"),
+        (lambda x: hk.noise(1, 1, dist="cauchy"), ValueError, "dist"),
+        (lambda x: hk.derive(0, 2**64, 0), ValueError, "a must be"),
+        (lambda x: hk.derive(0, 0, 2**32), ValueError, "b must be"),
+    ],
+)
+def test_bad_arguments_change_nothing(call, error, message):
+    xs = [torch.full((8,), 0.5), torch.full((8,), 0.5)]
+    with pytest.raises(error, match=message):
+        call(xs)
+    assert all(torch.equal(x, torch.full((8,), 0.5)) for x in xs)
+
+
+@pytest.mark.skipif(not CUDA, reason="needs two kinds of device")
+def test_device_mix():
+    with pytest.raises(RuntimeError, match="use one device"):
+        hk.perturb_([torch.zeros(3), torch.zeros(3, device="cuda")], 1, 1.0)
+
+
+def test_seed_zero_is_a_seed():
+    assert not torch.equal(hk.noise(64, 0), hk.noise(64, 1))
+    x = torch.zeros(64)
+    hk.perturb_(x, 0, 1.0)
+    assert torch.equal(x, hk.noise(64, 0))
+
+
+def test_derive_takes_numpy_integers():
+    assert hk.derive(np.uint64(5), np.int64(1), 2) == hk.derive(5, 1, 2)

@@ -1,0 +1,67 @@
+"""The ops inside torch: schemas, fake tensors, torch.compile."""
+
+import pytest
+import torch
+import torch._dynamo.testing
+
+import hosfl_kernels as hk
+
+SEEDS = [1, 2, 3, 2**40, 2**63 + 5, 2**64 - 1, 0, 2**63 + 77, 7, 12345, 99]
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def counted(f):
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    return torch.compile(f, backend=counter, fullgraph=True), counter
+
+
+@pytest.mark.parametrize("dist", ["rademacher", "gaussian"])
+def test_compile_does_not_recompile_per_seed(dist):
+    def f(xs, seed):
+        hk.perturb_(xs, seed, 0.5, dist=dist, factors=[1.0, 2.0])
+        y = xs[0] * 2
+        hk.perturb_(xs, seed, -0.25, dist=dist)
+        return y
+
+    compiled, counter = counted(f)
+    for seed in SEEDS:
+        got, want = [torch.ones(5), torch.ones(7, 3)], [torch.ones(5), torch.ones(7, 3)]
+        assert torch.equal(compiled(got, seed), f(want, seed))
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert counter.frame_count <= 2
+
+
+def test_compile_does_not_recompile_per_record():
+    def f(x, seeds, coefficients):
+        hk.replay_(x, seeds, coefficients)
+        return x + 1
+
+    compiled, counter = counted(f)
+    for count in range(1, 8):
+        seeds, coefficients = torch.arange(count) - 3, torch.rand(count)
+        got, want = torch.zeros(2000), torch.zeros(2000)
+        assert torch.equal(compiled(got, seeds, coefficients), f(want, seeds, coefficients))
+        assert torch.equal(got, want)
+    assert counter.frame_count <= 2
+
+
+def test_compiled_graph_checks_its_arguments():
+    compiled, _ = counted(lambda x: hk.perturb_(x, 1, 1.0))
+    with pytest.raises(TypeError, match="float64"):
+        compiled(torch.zeros(3, dtype=torch.float64))
+
+
+def test_schemas():
+    x = torch.randn(10)
+    torch.library.opcheck(torch.ops.hosfl.noise_.default, (x, [1, 0], 0, 0, "gaussian"))
+    torch.library.opcheck(torch.ops.hosfl.perturb_.default, ([x], [1, 0], 0.5, "gaussian", [], [], [], []))
+    torch.library.opcheck(
+        torch.ops.hosfl.replay_.default,
+        ([x], torch.tensor([1, 2]), torch.tensor([0.5, 1.0]), "rademacher", [], [], [], None),
+    )
