@@ -27,14 +27,14 @@ from hosfl.config import RULES
 from hosfl.report import machine
 
 SEEDS = (0, 1, 2)
-SERVER = (0.03, 0.06, 0.12)
+SERVER = (0.015, 0.03, 0.06)
 CLIENT = {
-    ("ho", "normalized"): (0.02, 0.04, 0.08),
+    ("ho", "normalized"): (0.04, 0.08, 0.16),
     ("ho", "sgd"): (0.01, 0.02, 0.04),
-    ("first-order", "normalized"): (0.1, 0.2, 0.4),
+    ("first-order", "normalized"): (0.2, 0.4, 0.8),
     ("first-order", "sgd"): (0.1, 0.3, 0.9),
 }
-FROZEN = (0.015, 0.03, 0.06, 0.09, 0.12, 0.18, 0.25, 0.35, 0.5)
+FROZEN = (0.015, 0.03, 0.06, 0.12, 0.18, 0.25, 0.35, 0.5, 1.0)
 
 Trial = dict[str, Any]
 
@@ -75,6 +75,7 @@ def main() -> None:
         name = f"{trial['method']} {trial.get('rule', '')}".strip()
         if name not in best or trial["validation_loss"] < best[name]["validation_loss"]:
             best[name] = trial
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(
         json.dumps({"machine": machine(), "seeds": SEEDS, "best": best, "trials": done}, indent=1) + "\n"
     )

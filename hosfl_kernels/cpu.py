@@ -16,7 +16,7 @@ def describe() -> str:
     return f"{_cpp.isa()} of {', '.join(_cpp.supported())}"
 
 
-def philox(key: int, counter: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
+def philox_words(key: int, counter: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
     words: tuple[int, int, int, int] = _cpp.philox(key, *counter)
     return words
 

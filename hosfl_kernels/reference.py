@@ -15,7 +15,7 @@ def describe() -> str:
     return f"spec.py, numpy {np.__version__}"
 
 
-philox = spec.philox
+philox_words = spec.philox
 
 
 def storage(tensor: Tensor) -> spec.Storage:

@@ -7,10 +7,11 @@ import importlib
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 
-pytest.importorskip("triton")
-
-from hosfl_kernels import gpu, spec  # noqa: E402
+from hosfl_kernels import gpu, spec
+from hosfl_kernels.gpu.rounding import from_float32
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DISTS = ("rademacher", "gaussian")
@@ -140,12 +141,39 @@ def test_values_at_the_edges(dtype: torch.dtype, rounding_seed: int | None) -> N
             assert equal(x, spec.perturb(old, SEED, scale, stream=STREAM, rounding_seed=rounding))
 
 
-@pytest.mark.parametrize("rounding_seed", [None, ROUNDING_SEED])
-def test_nan_stays_nan(rounding_seed: int | None) -> None:
-    # All bits of the fraction set, so that rounding up without a check would carry into the sign and make a zero.
-    x = torch.tensor([0x7FFF, -1] * 16, dtype=torch.int16).view(torch.bfloat16).to(DEVICE)
-    perturb_(x, rounding_seed=rounding_seed)
-    assert x.isnan().all()
+@triton.jit
+def round_bits(source, target, seed, stream, WIDTH: tl.constexpr, STOCHASTIC: tl.constexpr):
+    lane = tl.arange(0, WIDTH)[None, None, :]
+    zero = lane * 0
+    y = tl.load(source + lane).to(tl.float32, bitcast=True)
+    row = tl.program_id(0).to(tl.uint64)
+    cells = from_float32(
+        y, tl.uint16, seed.to(tl.uint64), stream.to(tl.uint32), row, zero, zero, lane.to(tl.uint32), STOCHASTIC
+    )
+    tl.store(target + lane, cells.to(tl.int16, bitcast=True))
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_bfloat16_rounding_of_any_bits(stochastic: bool) -> None:
+    """Among them NaN with the whole fraction set, as GPUs make them: rounding those up would end at -0."""
+    bits = np.random.default_rng(0).integers(0, 2**32, 1024, dtype=np.uint32)
+    special = [
+        0x7FFFFFFF,
+        0xFFFFFFFF,
+        0x7F800000,
+        0xFF800000,
+        0x7F7FFFFF,
+        0x7F7F7FFF,
+        0x7F7F8000,
+        0x3F808000,
+        0x3F818000,
+    ]
+    bits[: len(special)] = special
+    source = torch.from_numpy(bits.view(np.int32)).to(DEVICE)
+    target = torch.zeros(1024, dtype=torch.int16, device=DEVICE)
+    round_bits[(1,)](source, target, ROUNDING_SEED, STREAM, WIDTH=1024, STOCHASTIC=stochastic)
+    random = spec.rounding_bits(1024, ROUNDING_SEED, STREAM) if stochastic else None
+    assert equal(target.view(torch.bfloat16), spec.from_float32(bits.view(np.float32), np.dtype(np.uint16), random))
 
 
 def test_nothing_to_do() -> None:

@@ -320,7 +320,7 @@ def test_random_participation_and_replay_over_400_rounds():
 def test_every_client_owns_its_weights():
     federation, _ = assemble(Config(rounds=1, directions=1))
     pointers = [p.data_ptr() for c in federation.clients for p in c.half.parameters()]
-    assert len(set(pointers)) == len(pointers) == 10 * 2
+    assert len(set(pointers)) == len(pointers) == 10 * 4
 
 
 def test_split_is_the_whole_model():

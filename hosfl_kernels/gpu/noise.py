@@ -1,0 +1,149 @@
+"""noise_: the random signs and normal numbers of spec.py, a tile at a time."""
+
+import triton
+import triton.language as tl
+
+from hosfl_kernels import spec
+
+from .philox import COLS, column_words
+from .tile import exist, is_empty, is_full, locate, pointers, rows_and_columns
+
+RADEMACHER_ROWS = tl.constexpr(spec.RADEMACHER_ROWS)
+GAUSSIAN_ROWS = tl.constexpr(spec.GAUSSIAN_ROWS)
+TAG_RADEMACHER = tl.constexpr(spec.TAG_RADEMACHER)
+TAG_GAUSSIAN = tl.constexpr(spec.TAG_GAUSSIAN)
+LOG = tl.constexpr(tuple(float(c) for c in spec.LOG))
+SIN = tl.constexpr(tuple(float(c) for c in spec.SIN))
+COS = tl.constexpr(tuple(float(c) for c in spec.COS))
+LN2 = tl.constexpr(float(spec.LN2))
+
+
+@triton.jit
+def horner(COEFFICIENTS: tl.constexpr, COUNT: tl.constexpr, z):
+    p = z * COEFFICIENTS[COUNT - 1] + COEFFICIENTS[COUNT - 2]
+    for i in tl.static_range(3, COUNT + 1):
+        p = p * z + COEFFICIENTS[COUNT - i]
+    return p
+
+
+@triton.jit
+def box_muller(a, b):
+    """Two words to two standard normal numbers, operation by operation as in spec.py."""
+    u = a.to(tl.float32) * 2.0**-32 + 2.0**-33
+    bits = u.to(tl.int32, bitcast=True)
+    k = (bits - 0x3F3504F3) >> 23
+    f = (bits - (k << 23)).to(tl.float32, bitcast=True) - 1.0
+    log_u = f * horner(LOG, 9, f) + k.to(tl.float32) * LN2
+    r = tl.sqrt_rn(-2.0 * log_u)
+
+    q = (b + 0x20000000) >> 30
+    t = (b - (q << 30)).to(tl.int32, bitcast=True).to(tl.float32) * 2.0**-32
+    s = t * horner(SIN, 4, t * t)
+    c = horner(COS, 5, t * t)
+    odd = (q & 1) != 0
+    sin = tl.where(odd, c, s).to(tl.uint32, bitcast=True) ^ ((q & 2) << 30)
+    cos = tl.where(odd, s, c).to(tl.uint32, bitcast=True) ^ (((q + 1) & 2) << 30)
+    return r * cos.to(tl.float32, bitcast=True), r * sin.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def sign_words(seed, stream, first_row, col):
+    """The words of the signs of 128 rows, to be made once for all of a program's rows."""
+    return column_words(seed, stream, first_row, col, RADEMACHER_ROWS, TAG_RADEMACHER)
+
+
+@triton.jit
+def signed(s, a, b, c, d, first_row, outer, inner):
+    """s * z: s with its sign flipped where the cell's bit of the words is 1.
+
+    Rows outer + inner count from first_row, and fewer than 32 of them in a word, or 32 from its first bit on.
+    """
+    index = (first_row // 32 % 4).to(tl.int32) + outer // 32
+    word = tl.where(index < 2, tl.where(index == 0, a, b), tl.where(index == 2, c, d))
+    word = word >> (first_row % 32).to(tl.uint32)  # apart, so that the shifts below are by constants
+    sign = (word << (31 - (outer + inner) % 32).to(tl.uint32)) & 0x80000000
+    return (s.to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def normals(seed, stream, first_row, outer, inner, col):
+    """z of the cells of a tile whose `inner` rows are the four of a block."""
+    a, b, c, d = column_words(seed, stream, first_row + outer, col, GAUSSIAN_ROWS, TAG_GAUSSIAN)
+    z0, z1 = box_muller(a, b)
+    z2, z3 = box_muller(c, d)
+    return tl.where(inner < 2, tl.where(inner == 0, z0, z1), tl.where(inner == 2, z2, z3))
+
+
+@triton.jit
+def write_noise(
+    address,
+    at,
+    n,
+    first_row,
+    first_col,
+    stream,
+    seed,
+    DIST: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    INNER: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    outer, inner, lane = rows_and_columns(1, INNER, WIDTH)
+    col = first_col + lane.to(tl.uint32)
+    if DIST == "rademacher":
+        a, b, c, d = sign_words(seed, stream, first_row, col)
+    for _ in range(BLOCKS):
+        if DIST == "rademacher":
+            z = signed(tl.cast(1.0, tl.float32), a, b, c, d, first_row, outer, inner)
+        else:
+            z = normals(seed, stream, first_row, outer, inner, col)
+        pointer = pointers(address, outer, inner, lane, tl.float32, FULL)
+        tl.store(pointer, z, None if FULL else exist(at, n, outer, inner, lane))
+        address += INNER * COLS * 4
+        at += INNER * COLS
+        first_row += INNER
+
+
+@triton.jit(do_not_specialize=["address", "n", "start", "stream", "seed"])
+def noise(
+    address: tl.uint64,
+    n: tl.int64,
+    start: tl.uint64,
+    stream: tl.uint32,
+    seed: tl.uint64,
+    DIST: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    INNER: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """Fill the float32 tensor of n elements at `address`."""
+    ROWS: tl.constexpr = BLOCKS * INNER
+    start = start.to(tl.uint64)
+    stream = stream.to(tl.uint32)
+    seed = seed.to(tl.uint64)
+    first_row, first_col, at = locate(start, tl.program_id(0), ROWS, WIDTH)
+    address = address.to(tl.uint64) + at.to(tl.uint64) * 4
+    if is_full(address, at, n, ROWS, WIDTH):
+        write_noise(address, at, n, first_row, first_col, stream, seed, DIST, BLOCKS, INNER, WIDTH, True)
+    else:
+        PART: tl.constexpr = WIDTH // 2
+        for part in range(BLOCKS * 2):
+            down = part // 2 * INNER
+            right = part % 2 * PART
+            skip = down * COLS + right
+            if not is_empty(at + skip, n, INNER, PART):
+                write_noise(
+                    address + (skip * 4).to(tl.uint64),
+                    at + skip,
+                    n,
+                    first_row + down.to(tl.uint64),
+                    first_col + right.to(tl.uint32),
+                    stream,
+                    seed,
+                    DIST,
+                    1,
+                    INNER,
+                    PART,
+                    False,
+                )

@@ -1,0 +1,58 @@
+"""Compile every kernel variant for a GPU that isn't here: `python -m hosfl_kernels.gpu.offline DIRECTORY 80 90`.
+
+Kernels, constants and options are the launcher's own. Nothing is specialised on an argument's value, so these are the
+binaries that a launch makes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .launch import INTERPRETED, OPTIONS, Variant, variants
+
+
+def compile_variant(variant: Variant, capability: int) -> Any:
+    """The compiled kernel (its `asm` holds ptx and cubin) for compute capability 80, 90, ..."""
+    if INTERPRETED:
+        raise RuntimeError("TRITON_INTERPRET=1 replaces the compiler: unset it to compile")
+    parameters = inspect.signature(variant.kernel.fn).parameters
+    arguments = {name: _type(p) for name, p in parameters.items() if name not in variant.constants}
+    if list(arguments) != list(variant.kernel.do_not_specialize):
+        raise AssertionError(f"{variant.kernel.fn.__name__}: an argument is missing in do_not_specialize")
+    signature = {name: arguments.get(name, "constexpr") for name in parameters}
+    constants = {(list(signature).index(name),): value for name, value in variant.constants.items()}
+    source = ASTSource(variant.kernel, signature, constants, {})
+    options = {**OPTIONS, "num_warps": variant.num_warps}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def _type(parameter: inspect.Parameter) -> str:
+    """How Triton writes an argument's type: integers have annotations, and tables are of int64."""
+    if parameter.annotation is inspect.Parameter.empty:
+        return "*i64"
+    return str(parameter.annotation.name).replace("uint", "u").replace("int", "i")
+
+
+def compile_all(capability: int) -> dict[str, Any]:
+    """Every variant by name."""
+    return {name: compile_variant(variant, capability) for name, variant in variants().items()}
+
+
+def main(directory: str, *capabilities: str) -> None:
+    for capability in capabilities:
+        target = Path(directory) / f"sm_{capability}"
+        target.mkdir(parents=True, exist_ok=True)
+        for name, compiled in compile_all(int(capability)).items():
+            (target / f"{name}.ptx").write_text(compiled.asm["ptx"])
+            (target / f"{name}.cubin").write_bytes(compiled.asm["cubin"])
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,115 @@
+"""perturb_: x += scale * factor * z(seed), for all tensors of one dtype in one launch."""
+
+import triton
+import triton.language as tl
+
+from .noise import normals, sign_words, signed
+from .philox import COLS
+from .rounding import from_float32, to_float32
+from .tile import exist, is_empty, is_full, locate, pointers, rows_and_columns, segment
+
+
+@triton.jit
+def add_noise(
+    address,
+    at,
+    n,
+    first_row,
+    first_col,
+    stream,
+    s,
+    seed,
+    rounding_seed,
+    CELL: tl.constexpr,
+    DIST: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    INNER: tl.constexpr,
+    WIDTH: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    outer, inner, lane = rows_and_columns(1, INNER, WIDTH)
+    col = first_col + lane.to(tl.uint32)
+    if DIST == "rademacher":
+        a, b, c, d = sign_words(seed, stream, first_row, col)
+    for _ in range(BLOCKS):
+        pointer = pointers(address, outer, inner, lane, CELL, FULL)
+        mask = None if FULL else exist(at, n, outer, inner, lane)
+        x = to_float32(tl.load(pointer, mask))
+        if DIST == "rademacher":
+            y = x + signed(s, a, b, c, d, first_row, outer, inner)
+        else:
+            y = x + s * normals(seed, stream, first_row, outer, inner, col)
+        rounded = from_float32(y, CELL, rounding_seed, stream, first_row, outer, inner, col, STOCHASTIC)
+        tl.store(pointer, rounded, mask)
+        address += INNER * COLS * (CELL.primitive_bitwidth // 8)
+        at += INNER * COLS
+        first_row += INNER
+
+
+@triton.jit(do_not_specialize=["table", "row_of_program", "seed", "scale_bits", "rounding_seed"])
+def perturb(
+    table,
+    row_of_program,
+    seed: tl.uint64,
+    scale_bits: tl.int32,
+    rounding_seed: tl.uint64,
+    CELL: tl.constexpr,
+    DIST: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    INNER: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    ROWS: tl.constexpr = BLOCKS * INNER
+    SIZE: tl.constexpr = CELL.primitive_bitwidth // 8
+    address, n, start, stream, factor, program = segment(table, row_of_program)
+    first_row, first_col, at = locate(start, program, ROWS, WIDTH)
+    address += at.to(tl.uint64) * SIZE
+    s = scale_bits.to(tl.float32, bitcast=True) * factor
+    seed = seed.to(tl.uint64)
+    rounding_seed = rounding_seed.to(tl.uint64)
+    if is_full(address, at, n, ROWS, WIDTH):
+        add_noise(
+            address,
+            at,
+            n,
+            first_row,
+            first_col,
+            stream,
+            s,
+            seed,
+            rounding_seed,
+            CELL,
+            DIST,
+            STOCHASTIC,
+            BLOCKS,
+            INNER,
+            WIDTH,
+            True,
+        )
+    else:
+        PART: tl.constexpr = WIDTH // 2
+        for part in range(BLOCKS * 2):
+            down = part // 2 * INNER
+            right = part % 2 * PART
+            skip = down * COLS + right
+            if not is_empty(at + skip, n, INNER, PART):
+                add_noise(
+                    address + (skip * SIZE).to(tl.uint64),
+                    at + skip,
+                    n,
+                    first_row + down.to(tl.uint64),
+                    first_col + right.to(tl.uint32),
+                    stream,
+                    s,
+                    seed,
+                    rounding_seed,
+                    CELL,
+                    DIST,
+                    STOCHASTIC,
+                    1,
+                    INNER,
+                    PART,
+                    False,
+                )

@@ -1,0 +1,51 @@
+"""replay_: many records in one pass over the weights, for all tensors of one dtype in one launch.
+
+A tile stays in registers while the records go by, rounded to the weights' dtype after each, so that the bits are those
+of one perturb_ after another. A thread holds one column of many rows: memory is touched once for all records, so wide
+accesses matter less here than making few random words.
+"""
+
+import triton
+import triton.language as tl
+
+from .noise import normals, sign_words, signed
+from .rounding import from_float32, to_float32
+from .tile import exist, is_empty, locate, pointers, rows_and_columns, segment
+
+
+@triton.jit(do_not_specialize=["table", "row_of_program", "records", "count"])
+def replay(
+    table,
+    row_of_program,
+    records,
+    count: tl.int32,
+    CELL: tl.constexpr,
+    DIST: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    INNER: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """`records` holds `count` rows of int64: seed, bits of the float32 coefficient, rounding seed."""
+    ROWS: tl.constexpr = BLOCKS * INNER
+    address, n, start, stream, factor, program = segment(table, row_of_program)
+    first_row, first_col, at = locate(start, program, ROWS, WIDTH)
+    if not is_empty(at, n, ROWS, WIDTH):
+        outer, inner, lane = rows_and_columns(BLOCKS, INNER, WIDTH)
+        col = first_col + lane.to(tl.uint32)
+        address += at.to(tl.uint64) * (CELL.primitive_bitwidth // 8)
+        pointer = pointers(address, outer, inner, lane, CELL, False)
+        mask = exist(at, n, outer, inner, lane)
+        x = to_float32(tl.load(pointer, mask))
+        for record in range(count):
+            seed = tl.load(records + record * 3).to(tl.uint64)
+            s = tl.load(records + record * 3 + 1).to(tl.int32).to(tl.float32, bitcast=True) * factor
+            rounding_seed = tl.load(records + record * 3 + 2).to(tl.uint64)
+            if DIST == "rademacher":
+                a, b, c, d = sign_words(seed, stream, first_row, col)
+                y = x + signed(s, a, b, c, d, first_row, outer, inner)
+            else:
+                y = x + s * normals(seed, stream, first_row, outer, inner, col)
+            x = to_float32(from_float32(y, CELL, rounding_seed, stream, first_row, outer, inner, col, STOCHASTIC))
+        # x is already rounded to CELL: this store is exact, and rounds to nearest.
+        tl.store(pointer, from_float32(x, CELL, 0, stream, first_row, outer, inner, col, False), mask)
