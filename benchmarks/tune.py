@@ -2,7 +2,7 @@
 
     python -m benchmarks.tune [--jobs N] [--out FILE]
 
-A trial is a method, a rule and two rates, over seeds 0, 1, 2. HO-SFL and first-order split learning get the same 9
+A trial is a method, a rule and two rates, over seeds 0 to 3. HO-SFL and first-order split learning get the same 9
 trials per rule, 3 server rates x 3 client rates; the frozen client has one rate and gets 9 of it. The lowest mean
 validation loss wins; a run that diverges loses. Test data is not touched.
 """
@@ -26,15 +26,15 @@ from hosfl import Config, LatticeError, train
 from hosfl.config import RULES
 from hosfl.report import machine
 
-SEEDS = (0, 1, 2)
-SERVER = (0.015, 0.03, 0.06)
+SEEDS = (0, 1, 2, 3)
+SERVER = (0.03, 0.06, 0.12)
 CLIENT = {
     ("ho", "normalized"): (0.04, 0.08, 0.16),
     ("ho", "sgd"): (0.01, 0.02, 0.04),
-    ("first-order", "normalized"): (0.2, 0.4, 0.8),
-    ("first-order", "sgd"): (0.1, 0.3, 0.9),
+    ("first-order", "normalized"): (0.3, 0.6, 1.2),
+    ("first-order", "sgd"): (0.3, 0.9, 2.7),
 }
-FROZEN = (0.015, 0.03, 0.06, 0.12, 0.18, 0.25, 0.35, 0.5, 1.0)
+FROZEN = (0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.45, 0.7, 1.0)
 
 Trial = dict[str, Any]
 

@@ -180,8 +180,8 @@ def snap_(
     6e-8 for weights below 1. headroom: how far the largest weight may grow, at least 1; each doubling costs one bit.
 
     From then on, as long as every scale and coefficient is a multiple of the quantum and every |x| stays at or below
-    2^24 * quantum * factor (at first `headroom` times the largest weight or more), `perturb_` and `replay_` with Rademacher
-    noise round nothing: a perturbation taken back returns the very bits, and records commute.
+    2^24 * quantum * factor (at first `headroom` times the largest weight or more), `perturb_` and `replay_` with
+    Rademacher noise round nothing: a perturbation taken back returns the very bits, and records commute.
 
     Tensors of zeros only have quantum 2^-24: room up to 1. The quantum is one number, not one per tensor: every move
     is a multiple of the largest anyway, and so a bias that starts at zero has as much room as the largest weight.
@@ -409,7 +409,9 @@ def _place(
 
 def _bump(tensors: list[Tensor]) -> None:
     # torch.library does not do this for us; without it backward would run silently on changed tensors.
-    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+    for tensor in tensors:
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)  # one at a time: torch 2.6 takes no list
 
 
 # --- registration ---------------------------------------------------------------------------------------------

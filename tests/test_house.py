@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.readme import updated
+
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*ROOT.glob("hosfl/**/*.py"), *ROOT.glob("hosfl_kernels/**/*.py")])
 
@@ -56,13 +58,18 @@ def test_the_readme_maps_every_file():
     patterns = ("*.py", "*.toml", "Makefile", "constraints.txt", "*.md", "csrc/*", ".ci/*")
     folders = ("hosfl", "hosfl_kernels", "benchmarks", "tests")
     files = [f for p in patterns for f in ROOT.glob(p)] + [f for d in folders for f in (ROOT / d).rglob("*.py")]
-    files += [f for f in (ROOT / "tests").glob("*.json")]
+    files += (ROOT / "tests").glob("*.json")
     names = {str(f.relative_to(ROOT)) for f in files} - {"README.md"}
     missing = sorted(name for name in names if f"`{name}`" not in readme)
     assert not missing
     mapped = re.findall(r"^\| `([^`]+)` \|", readme, re.M)
     gone = [m for m in mapped if "/" in m and not (ROOT / m).exists()]
     assert not gone
+
+
+def test_the_readme_s_tables_are_those_of_the_results():
+    readme = (ROOT / "README.md").read_text()
+    assert updated(readme) == readme
 
 
 def test_few_knobs():

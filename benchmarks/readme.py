@@ -1,0 +1,113 @@
+"""`make results` ends here: writes the README's tables from benchmarks/results, between the markers that name them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _machine(result: dict[str, Any]) -> str:
+    m = result["machine"]
+    where = m["gpu"] or f"{m['processor']}, {m['cores']} cores"
+    return f"{where}; Python {m['python']}, torch {m['torch']}, triton {m['triton']}, numpy {m['numpy']}."
+
+
+def digits(result: dict[str, Any]) -> str:
+    """Accuracy, gap and bytes of the methods."""
+    methods = result["methods"]
+
+    def row(label: str, cell: Callable[[dict[str, Any]], str]) -> list[str]:
+        return [label, *(cell(m) for m in methods.values())]
+
+    def each(quantity: str) -> Callable[[dict[str, Any]], str]:
+        return lambda m: ", ".join(f"{v:.3f}" for v in m[quantity])
+
+    rows = [
+        row("test accuracy", lambda m: f"{m['accuracy']:.4f}"),
+        row("each seed", each("accuracies")),
+        row("test loss", lambda m: f"{m['loss']:.4f}"),
+        row("each seed", each("losses")),
+        row("accuracy gap recovered", lambda m: f"{m['accuracy_gap_recovered']:.2f}"),
+        row("loss gap recovered", lambda m: f"{m['loss_gap_recovered']:.2f}"),
+    ]
+    categories = [c for m in methods.values() for c in m["bytes_per_client_round"]]
+    for category in dict.fromkeys(categories):
+        cells = [f"{m['bytes_per_client_round'].get(category, 0):,.0f}" for m in methods.values()]
+        rows.append([f"bytes per client and round: {category}", *cells])
+    rows += [
+        row(
+            "client's answer / its forward pass, seconds", lambda m: f"{m['answer_seconds'] / m['forward_seconds']:.1f}"
+        ),
+        row("all clients and a newcomer hold the same bits", lambda m: "yes" if m["replicas_equal"] else "NO"),
+    ]
+    return _table(["", *methods], rows) + "\n\n" + _machine(result)
+
+
+def tuning(result: dict[str, Any]) -> str:
+    """The winners of the tuning."""
+    rows = [
+        [
+            name,
+            f"{t['server_rate']:g}",
+            f"{t['client_rate']:g}" if "client_rate" in t else "",
+            f"{t['validation_loss']:.4f}",
+            f"{t['validation_accuracy']:.4f}",
+        ]
+        for name, t in result["best"].items()
+    ]
+    return _table(["method", "server rate", "client rate", "validation loss", "validation accuracy"], rows)
+
+
+def kernels(result: dict[str, Any]) -> str:
+    """Throughput and memory."""
+    speed, memory = [], []
+    for r in result["rows"]:
+        if "bytes" in r:
+            ratios = [f"{r[k]:.2f}" if k in r else "" for k in ("of_roof", "times_mezo", "times_randn")]
+            speed.append([f"{r['group']}: {r['name']}", str(r["threads"]), f"{r['seconds'] * 1e3:.1f}", *ratios])
+        else:
+            share = f"{r['peak_extra_bytes'] / r['tensor_bytes']:.3f}"
+            memory.append([f"{r['group'][7:]}: {r['name']}", f"{r['peak_extra_bytes']:,}", share])
+    head = ["way", "threads", "ms", "share of the roof", "x MeZO's way", "x 64 passes"]
+    return "\n\n".join(
+        [
+            f"{result['elements']:,} elements. " + _machine(result),
+            _table(head, speed),
+            _table(["way", "peak extra bytes", "of the tensor"], memory),
+        ]
+    )
+
+
+SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "digits": ("digits/table.json", digits),
+    "more seeds": ("digits-more-seeds/table.json", digits),
+    "tuning": ("digits-tuning.json", tuning),
+    "kernels": ("kernels-cpu.json", kernels),
+}
+
+
+def updated(readme: str) -> str:
+    """The README with its tables made again."""
+    for name, (file, write) in SECTIONS.items():
+        text = write(json.loads((RESULTS / file).read_text()))
+        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
+        readme, found = re.subn(pattern, lambda m, t=text: m[1] + t + m[2], readme, flags=re.S)  # type: ignore[misc]
+        if found != 1:
+            raise SystemExit(f"README.md has {found} sections named {name}")
+    return readme
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(updated(path.read_text()))
