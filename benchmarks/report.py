@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.ways import RECORDS, ROOF
+from benchmarks.ways import RANDN_RECORDS, RECORDS, ROOF
 from hosfl.report import machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -52,7 +52,7 @@ def ratios(rows: list[dict[str, Any]]) -> None:
             for label, other in (
                 ("of_roof", ROOF),
                 ("times_mezo", "MeZO's way"),
-                ("times_randn", f"{RECORDS} x (torch.randn + add_)"),
+                ("times_randn", RANDN_RECORDS),
             ):
                 reference = seconds(row, other)
                 if reference is not None:

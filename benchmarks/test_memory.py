@@ -46,12 +46,12 @@ def test_memory(benchmark, way, device, elements):
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     peak = benchmark.pedantic(measure, rounds=1)
-    benchmark.extra_info = {
-        "device": device,
-        "group": f"memory {way.group}",
-        "name": way.name,
-        "peak_extra_bytes": peak,
-        "tensor_bytes": 4 * elements,
-    }
+    benchmark.extra_info.update(
+        device=device,
+        group=f"memory {way.group}",
+        name=way.name,
+        peak_extra_bytes=peak,
+        tensor_bytes=4 * elements,
+    )
     if way.name.startswith("hosfl"):
         assert peak < 1_000_000

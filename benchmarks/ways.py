@@ -16,7 +16,7 @@ RECORDS = 64
 
 @dataclass(frozen=True)
 class Way:
-    """One way. `move(x)` changes x in place (or rebinds x.data, where the peer does). weight: passes it stands for."""
+    """One way. `move(x)` changes x in place (or rebinds x.data, where the peer does)."""
 
     group: str
     name: str
@@ -47,6 +47,7 @@ def replayed(dist: str) -> Callable[[Tensor], None]:
 
 
 ROOF = "add_ a constant (the roof)"
+RANDN_RECORDS = f"{RECORDS} x (torch.randn + add_)"
 WAYS = [
     Way("perturb", ROOF, lambda x: x.add_(SCALE)),
     Way("perturb", "hosfl Rademacher", lambda x: hk.perturb_(x, 1, SCALE)),
@@ -55,7 +56,7 @@ WAYS = [
     Way("perturb", "MeZO's way", mezo),
     Way(f"replay {RECORDS}", "hosfl Rademacher", replayed("rademacher")),
     Way(f"replay {RECORDS}", "hosfl Gaussian", replayed("gaussian")),
-    Way(f"replay {RECORDS}", f"{RECORDS} x (torch.randn + add_)", randn_records),
+    Way(f"replay {RECORDS}", RANDN_RECORDS, randn_records),
 ]
 BFLOAT16 = [
     Way("perturb bfloat16", ROOF, lambda x: x.add_(SCALE)),

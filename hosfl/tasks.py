@@ -67,11 +67,11 @@ def digits_task() -> Task:
         loss=nn.functional.cross_entropy,
         optimizer=lambda half: torch.optim.Adam(half.parameters()),
         tuned={
-            ("ho", "normalized"): (0.06, 0.04),
-            ("ho", "sgd"): (0.03, 0.02),
-            ("first-order", "normalized"): (0.06, 0.2),
-            ("first-order", "sgd"): (0.03, 0.3),
-            ("frozen", ""): (0.12, 1.0),
+            ("ho", "normalized"): (0.12, 0.16),
+            ("ho", "sgd"): (0.06, 0.02),
+            ("first-order", "normalized"): (0.03, 0.6),
+            ("first-order", "sgd"): (0.03, 0.9),
+            ("frozen", ""): (0.3, 1.0),
         },
     )
 
