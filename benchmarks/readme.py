@@ -101,8 +101,8 @@ def updated(readme: str) -> str:
     """The README with its tables made again."""
     for name, (file, write) in SECTIONS.items():
         text = write(json.loads((RESULTS / file).read_text()))
-        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
-        readme, found = re.subn(pattern, lambda m, t=text: m[1] + t + m[2], readme, flags=re.S)  # type: ignore[misc]
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+        readme, found = re.subn(pattern, lambda m, t=text: m[1] + t + "\n" + m[2], readme, flags=re.S)  # type: ignore[misc]
         if found != 1:
             raise SystemExit(f"README.md has {found} sections named {name}")
     return readme
