@@ -38,8 +38,8 @@ def digits(result: dict[str, Any]) -> str:
         row("each seed", each("accuracies")),
         row("test loss", lambda m: f"{m['loss']:.4f}"),
         row("each seed", each("losses")),
-        row("accuracy gap recovered", lambda m: f"{m['accuracy_gap_recovered']:.2f}"),
-        row("loss gap recovered", lambda m: f"{m['loss_gap_recovered']:.2f}"),
+        row("accuracy gap recovered", lambda m: f"{m['accuracy_gap_recovered'] + 0.0:.2f}"),
+        row("loss gap recovered", lambda m: f"{m['loss_gap_recovered'] + 0.0:.2f}"),
     ]
     categories = [c for m in methods.values() for c in m["bytes_per_client_round"]]
     for category in dict.fromkeys(categories):

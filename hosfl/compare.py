@@ -106,7 +106,7 @@ def print_table(table: dict[str, Any]) -> None:
 
     def share(line: dict[str, Any], quantity: str) -> str:
         value = line.get(f"{quantity}_gap_recovered")
-        return "" if value is None else f"{value:.2f}"
+        return "" if value is None else f"{value + 0.0:.2f}"  # no -0.00
 
     data = table["config"]["evaluate_on"]
     add(f"{data} accuracy", lambda line: f"{line['accuracy']:.4f}")
