@@ -22,7 +22,8 @@ QUICK = {"rounds": 12, "evaluate_every": 5, "batch": 16, "directions": 2}
 @pytest.mark.parametrize("method", ["ho", "first-order", "frozen"])
 def test_a_run_and_its_files(tmp_path, method):
     seen = []
-    summary = train(Config(method=method, **QUICK), tmp_path / "run", lambda *state: seen.append(state))
+    config = Config(method=method, server_rate=0.03, **QUICK)
+    summary = train(config, tmp_path / "run", lambda *state: seen.append(state))
     assert [s[0] for s in seen] == list(range(1, 13))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["round"] for line in lines] == [0, 5, 10, 12]
