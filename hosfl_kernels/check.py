@@ -69,7 +69,20 @@ CASES = list(_cases())
 def weights(case: Case) -> Tensor:
     """Weights for a case: normal numbers of size 0.1, and the values that arithmetic gets wrong first."""
     x = torch.from_numpy(np.random.default_rng(case.n).standard_normal(case.n).astype(np.float32) * np.float32(0.1))
-    special = [0.0, -0.0, float("inf"), -float("inf"), 65504.0, -6e-8, 1e-40, 3.3895e38, 2.0**-14, 65519.0]
+    special = [
+        0.0,
+        -0.0,
+        float("inf"),
+        -float("inf"),
+        65504.0,
+        -6e-8,
+        1e-40,
+        3.3895e38,
+        2.0**-14,
+        65519.0,
+        1.5,
+        1.0009765625,
+    ]
     if case.n > 100:
         x[3 : 3 + len(special)] = torch.tensor(special)
     return x.to(DTYPES[case.dtype])
@@ -79,7 +92,8 @@ def records(case: Case) -> dict[str, Any]:
     """Seeds, coefficients and rounding seeds of a case."""
     seeds = [spec.derive(SEED, case.n, r) for r in range(case.records)]
     rounding = [spec.derive(ROUNDING_SEED, case.n, r) for r in range(case.records)]
-    coefficients = [float(np.float32(1e-3 * (r + 1) * (-1) ** r)) for r in range(case.records)]
+    # The first puts bfloat16 weights in [1/8, 1/4) and float16 ones in [1, 2) exactly between two neighbours.
+    coefficients = [2.0**-11] + [float(np.float32(1e-3 * (r + 1) * (-1) ** r)) for r in range(1, case.records)]
     return {
         "seeds": seeds,
         "coefficients": coefficients,
