@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
-from hosfl_kernels import perturb_, replay_
+from hosfl.displaced import Displacement, Inputs, casts_forgotten, evaluate_displaced, uninterrupted
+from hosfl_kernels import replay_
 
 
 def trainable(module: nn.Module) -> tuple[list[nn.Parameter], list[int]]:
@@ -48,47 +48,57 @@ def probe_in_place(
     cut: Tensor,
     seeds: Sequence[int],
     mu: float,
+    factors: Sequence[float] | None = None,
 ) -> Tensor:
     """Directional derivatives along Rademacher directions, float32 [P], for weights on the lattice.
 
-    Moves the weights themselves: exact there, so that afterwards they hold the same bits. From one direction to the
-    next it takes one pass: back along u_p and out along u_(p+1). If `forward` raises, the weights are put back first.
+    v_p = <multiplier, forward() at th + mu * u_p - cut> / mu with u_p,t = factors[t] * z(seeds[p], streams[t]).
+    Call it under `evaluating`: the weights must not be recorded by autograd.
+
+    Moves the weights themselves: exact there, so that afterwards they hold the same bits, also if `forward` raises or
+    is interrupted. From one direction to the next it takes one pass: back along u_p and out along u_(p+1). No memory
+    of the weights' size. Off the lattice every move rounds: use `probe_untouched`.
     """
     scalars: list[float] = []
-    moved: list[int] = []  # seeds of the directions that the weights stand displaced along: one at most
+    standing: list[int] = []  # seeds of the directions that the weights stand displaced along: one at most
+
+    def move(to: list[int]) -> None:
+        steps = [-mu] * len(standing) + [mu] * len(to)
+        with uninterrupted():
+            replay_(parameters, standing + to, steps, factors=factors, streams=streams)
+            standing[:] = to
+
     try:
         for seed in seeds:
-            replay_(parameters, [*moved, seed], [-mu] * len(moved) + [mu], streams=streams)
-            moved = [seed]
-            scalars.append(inner(multiplier, forward(), cut, mu))
+            move([seed])
+            with casts_forgotten():
+                scalars.append(inner(multiplier, forward(), cut, mu))
     finally:
-        for seed in moved:
-            perturb_(parameters, seed, -mu, streams=streams)
+        move([])
     return torch.tensor(scalars, dtype=torch.float32)
 
 
 def probe_untouched(
     module: nn.Module,
-    inputs: Tensor,
+    inputs: Inputs,
     multiplier: Tensor,
     cut: Tensor,
     seeds: Sequence[int],
     mu: float,
     dist: str,
+    factors: Sequence[float] | None = None,
 ) -> Tensor:
-    """Directional derivatives for weights that are on no lattice, float32 [P]: evaluates copies, reads the weights.
+    """Directional derivatives for weights on no lattice, float32 [P]: reads th in any dtype, never writes it.
+
+    v_p as in `probe_in_place`; each weight of th + mu * u_p is rounded to its dtype. inputs: a tensor, a tuple of
+    positional arguments or a mapping of keyword arguments. dist: "rademacher" or "gaussian".
 
     Off the lattice adding and taking away rounds twice, and a client that probes would drift from one that does not.
-    Costs one copy of the trainable parameters while it runs.
+    Costs the memory of one layer's weights while that layer runs. Raises as `evaluate_displaced`.
     """
     parameters, streams = trainable(module)
-    copies = [torch.empty_like(p) for p in parameters]
-    of = {id(p): copy for p, copy in zip(parameters, copies, strict=True)}
-    moved = {name: of[id(p)] for name, p in module.named_parameters() if p.requires_grad}
     scalars = []
     for seed in seeds:
-        for copy, parameter in zip(copies, parameters, strict=True):
-            copy.copy_(parameter)
-        perturb_(copies, seed, mu, dist=dist, streams=streams)
-        scalars.append(inner(multiplier, functional_call(module, moved, (inputs,)), cut, mu))
+        displacement = Displacement(parameters, streams, seed, mu, dist, factors)
+        scalars.append(inner(multiplier, evaluate_displaced(module, inputs, displacement), cut, mu))
     return torch.tensor(scalars, dtype=torch.float32)

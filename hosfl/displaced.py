@@ -1,0 +1,227 @@
+"""A module evaluated at th + s * u while th is only read: a displaced weight exists while something uses it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_map
+
+from hosfl_kernels import perturb_
+
+Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]  # one argument, positional arguments, keyword arguments
+
+
+def call(module: Callable[..., Any], inputs: Inputs) -> Any:
+    """module(inputs), module(*inputs) for a tuple, module(**inputs) for a mapping."""
+    if isinstance(inputs, Mapping):
+        return module(**inputs)
+    return module(*inputs) if isinstance(inputs, tuple) else module(inputs)
+
+
+class Displacement:
+    """Makes th_t + scale * factor_t * z(seed, stream_t) for single tensors t, or rows of them; never writes th."""
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        streams: Sequence[int],
+        seed: int,
+        scale: float,
+        dist: str = "rademacher",
+        factors: Sequence[float] | None = None,
+    ) -> None:
+        factors = [1.0] * len(parameters) if factors is None else factors
+        self.seed, self.scale, self.dist = seed, scale, dist
+        self.place = {id(p): (s, f) for p, s, f in zip(parameters, streams, factors, strict=True)}
+        self.made: dict[int, ref[Tensor]] = {}
+        self.last: Tensor | None = None
+
+    def moves(self, parameter: Tensor | None) -> bool:
+        return id(parameter) in self.place
+
+    def whole(self, parameter: Tensor) -> Tensor:
+        """The displaced parameter: same dtype, shape and strides. Made once for as long as anybody holds it.
+
+        The last one is held here: layers ask for `weight.dtype` before they ask for `weight`. It requires grad as the
+        parameter does: torch picks its matrix product by that, also where no graph is recorded.
+        """
+        made = self.made.get(id(parameter))
+        tensor = None if made is None else made()
+        if tensor is None:
+            self.last = None  # free it before the next one is made
+            tensor = parameter.detach().clone(memory_format=torch.contiguous_format)
+            self._move([tensor], parameter, [0])
+            if not parameter.is_contiguous():  # channels_last: other strides would choose other kernels
+                tensor = torch.empty_like(parameter).copy_(tensor)
+            tensor = nn.Parameter(tensor)
+            self.made[id(parameter)] = ref(tensor)
+        self.last = tensor
+        return tensor
+
+    def rows(self, table: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """The displaced rows of a [n, d] table that occur in indices, and the indices into those rows."""
+        unique, positions = indices.unique(return_inverse=True)
+        rows = table.detach().index_select(0, unique)
+        # Neighbouring rows move as one tensor: positions 0..L-1 are one run, and so is most of a small vocabulary.
+        ends = (unique.diff() != 1).nonzero().flatten() + 1
+        runs = rows.tensor_split(ends.cpu())
+        starts = unique[torch.cat([ends.new_zeros(1), ends])] if len(unique) else unique
+        self._move(runs[: len(starts)], table, (starts * table.shape[1]).tolist())
+        return rows, positions.to(indices.dtype)
+
+    def _move(self, pieces: Sequence[Tensor], parameter: Tensor, starts: Sequence[int]) -> None:
+        stream, factor = self.place[id(parameter)]
+        n = len(pieces)
+        perturb_(
+            pieces,
+            self.seed,
+            self.scale,
+            dist=self.dist,
+            factors=[factor] * n,
+            streams=[stream] * n,
+            starts=starts,
+        )
+
+
+class Table(Tensor):
+    """A displaced embedding table without memory: an embedding gathers its rows; any other op gets it whole."""
+
+    parameter: Tensor
+    displacement: Displacement
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def of(parameter: Tensor, displacement: Displacement) -> Table:
+        table: Table = Tensor._make_wrapper_subclass(
+            Table,
+            parameter.shape,
+            strides=parameter.stride(),
+            dtype=parameter.dtype,
+            device=parameter.device,
+            requires_grad=True,
+        )
+        table.parameter, table.displacement = parameter, displacement
+        return table
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Table({tuple(self.shape)}, {self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        if op is torch.ops.aten.embedding.default and isinstance(args[0], Table):
+            rows, positions = args[0].displacement.rows(args[0].parameter, args[1])
+            return torch.embedding(rows, positions)
+        if op._schema.is_mutable and isinstance(args[0], Table):
+            raise RuntimeError("the model writes its embedding table in its forward pass: probing cannot allow that")
+        args, kwargs = tree_map(lambda a: a.whole() if isinstance(a, Table) else a, (args, kwargs or {}))
+        return op(*args, **kwargs)
+
+    def whole(self) -> Tensor:
+        return self.displacement.whole(self.parameter)
+
+
+class Reads(UserDict[str, Any]):
+    """A module's `_parameters` for the time of a displaced forward pass: reading a weight that moves displaces it.
+
+    `nn.Module.__getattr__` looks weights up here, and so do named_parameters, ParameterList and a parent that reads
+    its child's weights. What the model assigns goes to this copy and is forgotten with it.
+    """
+
+    def __init__(self, module: nn.Module, displacement: Displacement) -> None:
+        super().__init__(module._parameters)
+        self.displacement, self.table = displacement, isinstance(module, nn.Embedding)
+
+    def __getitem__(self, name: str) -> Any:
+        parameter = self.data[name]
+        if not self.displacement.moves(parameter):
+            return parameter
+        return Table.of(parameter, self.displacement) if self.table else self.displacement.whole(parameter)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the block has ended. Only the main thread is ever interrupted, so only there it does anything.
+
+    Without it most interrupts would come up just after a kernel, between the move and the note that it was made.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    caught: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if caught:
+            signal.raise_signal(signal.SIGINT)
+
+
+# What a module holds of its weights: nn.LSTM and its kind keep references of their own beside `_parameters`.
+HELD = ("_parameters", "_flat_weights", "_flat_weight_refs")
+
+
+@contextmanager
+def displaced(module: nn.Module, displacement: Displacement) -> Iterator[None]:
+    """While it lasts, reading a trainable weight anywhere in the module gives the displaced one, made on the spot."""
+    owners = [m for m in module.modules() if any(map(displacement.moves, m._parameters.values()))]
+    before = [{name: m.__dict__[name] for name in HELD if name in m.__dict__} for m in owners]
+    try:
+        for m in owners:
+            m.__dict__["_parameters"] = Reads(m, displacement)
+        yield
+    finally:
+        with uninterrupted():
+            for m, held in zip(owners, before, strict=True):
+                m.__dict__.update(held)
+
+
+@contextmanager
+def casts_forgotten() -> Iterator[None]:
+    """Autocast keeps no casts: it would take a weight moved in place for what it was, and hold on to displaced ones."""
+    kept = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(kept)
+
+
+@torch.no_grad()
+@casts_forgotten()
+def evaluate_displaced(module: nn.Module, inputs: Inputs, displacement: Displacement) -> Any:
+    """f(inputs; th + s * u), the bits of `functional_call` with a whole displaced copy.
+
+    Holds one weight at a time beside those that the model itself keeps; of an nn.Embedding the rows that occur; the
+    weights of an nn.LSTM, GRU or RNN together. A module in the hands of torch.compile gets a whole copy: its graph
+    takes weights as inputs, and reading them is not part of it.
+
+    Raises: TypeError for scripted modules; ValueError for embeddings with max_norm, which write their weights, and
+    RuntimeError where the forward pass writes an embedding's table otherwise. What a forward pass assigns to
+    parameters is forgotten. Not promised: that another thread can run the module meanwhile.
+    """
+    modules = list(module.modules())
+    if any(isinstance(m, torch.jit.ScriptModule) for m in modules):
+        raise TypeError("cannot evaluate a scripted module at other weights than its own: pass the module as it was")
+    if any(getattr(m, "max_norm", None) is not None for m in modules):
+        raise ValueError("an embedding with max_norm writes its weights in every forward pass: set max_norm=None")
+    if any(_compiled(m) for m in modules):
+        copies = {n: displacement.whole(p) for n, p in module.named_parameters() if displacement.moves(p)}
+        return call(lambda *args, **kwargs: functional_call(module, copies, args, kwargs), inputs)
+    with displaced(module, displacement):
+        return call(module, inputs)
+
+
+def _compiled(module: nn.Module) -> bool:
+    # By name: importing torch._dynamo, where OptimizedModule lives, takes seconds.
+    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
