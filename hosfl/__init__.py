@@ -1,11 +1,15 @@
 """HO-SFL: fine-tune split models whose clients cannot afford backpropagation (Chen et al., arXiv 2603.14773)."""
 
-from hosfl.client import Client, FirstOrderClient, Run, ZerothOrderClient
+from hosfl.checkpoint import rebuild
+from hosfl.client import Client, FirstOrderClient, ZerothOrderClient
 from hosfl.config import Config
 from hosfl.lattice import Lattice, LatticeError
+from hosfl.ledger import FreshStep, GradientAverage, PoolStep, SeedReplay
+from hosfl.log import Log, LogError
 from hosfl.messages import MessageError, Wire, decode, encode
+from hosfl.replica import Pool, Replica, Run
 from hosfl.report import Evaluation, Summary
-from hosfl.server import GradientAverage, SeedReplay, Server
+from hosfl.server import Server
 from hosfl.split import SplitModel, split
 from hosfl.trainer import train
 
@@ -14,10 +18,16 @@ __all__ = [
     "Config",
     "Evaluation",
     "FirstOrderClient",
+    "FreshStep",
     "GradientAverage",
     "Lattice",
     "LatticeError",
+    "Log",
+    "LogError",
     "MessageError",
+    "Pool",
+    "PoolStep",
+    "Replica",
     "Run",
     "SeedReplay",
     "Server",
@@ -27,6 +37,7 @@ __all__ = [
     "ZerothOrderClient",
     "decode",
     "encode",
+    "rebuild",
     "split",
     "train",
 ]

@@ -1,14 +1,13 @@
-"""From the clients' scalars to one record: plain functions.
+"""From the clients' scalars to one estimate: plain functions.
 
-ghat = (1/P) sum_p vbar_p u_p and theta <- theta - rate * ghat, so the record of a round is P coefficients
--rate * vbar_p / P, and the step is theta += sum_p coefficient_p u_p. A rate may be normalised by the gradient's length,
-which the scalars tell for nothing: for Rademacher and for normal directions E vbar_p^2 = |g|^2.
+An aggregation takes one vector per client, float32 [n] each, and the clients' weights (numbers of samples), and gives
+float64 [n]. ghat = (1/P) sum_p vbar_p u_p, vbar being the aggregate of the clients' scalars.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,23 +17,70 @@ from hosfl.lattice import Lattice
 from hosfl.seeds import Purpose, round_seed
 from hosfl_kernels import derive
 
+Aggregation = Callable[[Sequence[Tensor], Sequence[float]], Tensor]
+
 
 def weighted_mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """sum_m weights[m] values[m] / sum_m weights[m], in float64; weights are numbers of samples."""
-    total = sum(weights)
-    return sum(
-        (w / total * v.double() for v, w in zip(values, weights, strict=True)), torch.zeros((), dtype=torch.float64)
-    )
+    """sum_m weights[m] values[m] / sum_m weights[m]: the gradient of the loss over all their samples."""
+    shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+    return (shares[:, None] * _stack(values)).sum(0)
 
 
-def sgd_coefficients(mean: Tensor, rate: float) -> list[float]:
-    """-rate * vbar_p / P, in float64."""
-    return [-rate * v / len(mean) for v in mean.tolist()]
+def uniform_mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The mean of the clients, whatever they own: the paper's."""
+    return _stack(values).mean(0)
+
+
+def median(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The middle value of every element; of an even number the mean of the middle two.
+
+    Holds as long as fewer than half of the clients lie (Yin et al., "Byzantine-robust distributed learning", 2018).
+    """
+    return _stack(values).quantile(0.5, dim=0)
+
+
+def trimmed_mean(values: Sequence[Tensor], weights: Sequence[float], trim: float = 0.2) -> Tensor:
+    """The mean of every element without its largest and smallest: a share `trim` of the clients at either end.
+
+    At least one at either end where there are three clients or more. Holds as long as no more than that many lie.
+    """
+    ordered = _stack(values).sort(0).values
+    n = len(ordered)
+    cut = min(max(int(trim * n), 1), (n - 1) // 2)
+    return ordered[cut : n - cut].mean(0)
+
+
+def clip_to_norm(values: Sequence[Tensor], largest: float, dimension: float) -> list[Tensor]:
+    """Scale down the clients whose gradient estimate is longer than `largest`; the others stay.
+
+    The length is told by the scalars: E |ghat|^2 = dimension / P^2 sum_p v_p^2, dimension = sum over the trainable
+    elements of their squared factor. Never a norm computed on a device, which would depend on the device.
+    """
+    clipped = []
+    for value in values:
+        length = math.sqrt(dimension * float(value.double().square().sum())) / len(value)
+        clipped.append(value * (largest / length) if length > largest else value)
+    return clipped
+
+
+AGGREGATIONS: dict[str, Aggregation] = {
+    "weighted": weighted_mean,
+    "uniform": uniform_mean,
+    "median": median,
+    "trimmed": trimmed_mean,
+}
+
+
+def _stack(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack([v.double() for v in values])
 
 
 @dataclass
 class RunningLength:
-    """The length of recent gradients: the root of a bias-corrected running mean of their squares."""
+    """The length of recent gradients: the root of a bias-corrected running mean of their squares.
+
+    The scalars tell it for nothing: for Rademacher and for normal directions E vbar_p^2 = |g|^2.
+    """
 
     decay: float = 0.9
     mean: float = 0.0
@@ -47,13 +93,10 @@ class RunningLength:
         return math.sqrt(self.mean / self.weight) + 1e-8
 
 
-def commit(coefficients: Sequence[float], lattice: Lattice | None, run_seed: int, round: int) -> Tensor:
-    """The record that is committed, float32 [P].
+def to_lattice(coefficients: Sequence[float], lattice: Lattice, run_seed: int, round: int) -> list[float]:
+    """Each coefficient as a multiple of the quantum, stochastically.
 
-    On a lattice each coefficient becomes a multiple of the quantum, stochastically: fresh directions carry no
-    remainder to the next round, and a plain rounding would swallow small steps. Raises LatticeError.
+    Fresh directions carry no remainder to the next round, and rounding to the nearest would swallow small steps.
     """
-    if lattice is not None:
-        seed = round_seed(run_seed, Purpose.COEFFICIENTS, round)
-        coefficients = [lattice.stochastic(c, derive(seed, p, 0) / 2.0**64) for p, c in enumerate(coefficients)]
-    return torch.tensor(coefficients, dtype=torch.float32)
+    seed = round_seed(run_seed, Purpose.COEFFICIENTS, round)
+    return [lattice.stochastic(c, derive(seed, p, 0) / 2.0**64) for p, c in enumerate(coefficients)]

@@ -1,21 +1,30 @@
-"""The command line: `hosfl train` runs one method once, `hosfl compare` runs methods and seeds into one table."""
+"""The command line: train one method, compare methods and seeds, simulate a crowd under faults, rebuild weights from a
+log, look into a log."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from safetensors import SafetensorError
+from safetensors.torch import save
 
+from hosfl.checkpoint import load_config, rebuild, write_atomically
 from hosfl.compare import compare, print_table
-from hosfl.config import METHODS, RULES, SCHEDULES, TASKS, Config
+from hosfl.config import CHOICES, METHODS, PRESETS, Config
 from hosfl.lattice import LatticeError
+from hosfl.log import EpochRecord, Log, LogError, RoundRecord
 from hosfl.report import Evaluation
+from hosfl.simulate import Faults, simulate
 from hosfl.trainer import Progress as OnProgress
 from hosfl.trainer import train
 
@@ -26,27 +35,45 @@ HELP = {
     "clients": "clients, each with its own data (default: %(default)s)",
     "sampled": "clients that take part in a round (default: %(default)s)",
     "directions": "P, perturbed forward passes per client and round (default: %(default)s)",
+    "directions_from": "new directions every round, or a pool measured in turn (default: %(default)s)",
+    "pool_size": "D, directions in the pool (default: %(default)s)",
+    "pool_rounds": "rounds until the pool is replaced; 0: never (default: %(default)s)",
+    "direction_scale": "of directions on a tensor: one, or its relative size (default: %(default)s)",
     "dist": "of the directions (default: %(default)s)",
     "mu": "size of a probe's step (default: %(default)s)",
     "batch": "samples per client and round, or all it has if fewer (default: %(default)s)",
     "server_rate": "the server's learning rate (default: tuned for task and method)",
     "client_rate": "the clients' learning rate (default: tuned for task and method)",
-    "rule": "the client half's: SGD, or with the rate over the gradient's running length (default: %(default)s)",
+    "rule": "the client half's: SGD, with the rate over the gradient's running length, with momentum, or AdamW; with a"
+    " pool it acts on the pool's coefficients (default: %(default)s)",
     "schedule": "of both rates; linear falls to zero at the last round (default: %(default)s)",
+    "aggregation": "of the clients' answers (default: %(default)s)",
+    "clip": "the largest length of one client's gradient estimate (default: none)",
+    "dtype": "of the client half (default: %(default)s)",
     "alpha": "Dirichlet parameter of the clients' data: small is unlike (default: %(default)s)",
     "seed": "of everything (default: %(default)s)",
     "evaluate_every": "rounds between evaluations (default: %(default)s)",
+    "digest_every": "rounds between digests, by which clients find out that they differ (default: %(default)s)",
+    "snapshot_every": "rounds between snapshots of the server, from which a killed run resumes (default: %(default)s)",
+    "keep": "snapshots kept (default: %(default)s)",
     "evaluate_on": "validation is for choosing rates (default: %(default)s)",
     "device": "where to compute, such as cpu or cuda (default: %(default)s)",
 }
-CHOICES = {
-    "task": TASKS,
-    "method": METHODS,
-    "rule": RULES,
-    "schedule": SCHEDULES,
-    "dist": ("rademacher", "gaussian"),
-    "evaluate_on": ("test", "validation"),
+FAULTS = {
+    "dropout": "share of clients that vanish in the middle of a round (default: %(default)s)",
+    "absence": "share of invited clients that turn out to be away (default: %(default)s)",
+    "longest_absence": "rounds that a client stays away at most (default: %(default)s)",
+    "delay": "mean seconds that a message travels; nothing really waits (default: %(default)s)",
+    "deadline": "seconds for each of a round's two exchanges (default: %(default)s)",
+    "byzantine": "share of clients that lie (default: %(default)s)",
+    "magnitude": "how many times too large liars' scalars are (default: %(default)s)",
+    "damage": "share of messages in which a bit flips (default: %(default)s)",
+    "crash_every": "mean rounds between two deaths of the server; 0: never (default: %(default)s)",
 }
+SHOWN = (
+    *("accuracy", "loss", "clients", "visits", "states", "empty", "lost", "late", "damaged", "refusals", "complaints"),
+    *("differed", "deaths", "seconds", "peak_memory", "digest"),
+)
 TYPES = {"str": str, "int": int, "float": float, "float | None": float}
 
 
@@ -62,21 +89,44 @@ def _add_config(parser: argparse.ArgumentParser, leave_out: Sequence[str] = ()) 
             )
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(preset: str | None = None) -> argparse.ArgumentParser:
+    """The command line's parser; a preset changes the defaults, so that options given beside it still count."""
     top = argparse.ArgumentParser(
         prog="hosfl", description="Fine-tune split models without backpropagation on clients."
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    one = commands.add_parser("train", help="run one method once", description="Run one method once.")
+
+    def command(name: str, does: str, to: Any = commands) -> argparse.ArgumentParser:
+        made: argparse.ArgumentParser = to.add_parser(name, help=does, description=does[0].upper() + does[1:] + ".")
+        return made
+
+    one = command("train", "run one method once")
     _add_config(one)
-    one.add_argument("--out", type=Path, metavar="DIR", help="write metrics, summary, curves and weights there")
-    many = commands.add_parser(
-        "compare", help="run methods and seeds into one table", description="Run methods and seeds into one table."
-    )
+    one.add_argument("--out", type=Path, metavar="DIR", help="write log, snapshots, metrics, curves and weights there")
+    one.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR; takes no other options")
+    many = command("compare", "run methods and seeds into one table")
     _add_config(many, leave_out=("method", "seed"))
     many.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     many.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
     many.add_argument("--out", type=Path, metavar="DIR", required=True, help="a folder per run, table and curves")
+    crowd = command("simulate", "run HO-SFL with a crowd of clients under faults")
+    _add_config(crowd, leave_out=("method",))
+    for f in fields(Faults):
+        crowd.add_argument(
+            "--" + f.name.replace("_", "-"), type=TYPES[str(f.type)], default=f.default, help=FAULTS[f.name]
+        )
+    crowd.add_argument("--out", type=Path, metavar="DIR", help="write hosfl.log and simulation.json there")
+    for sub in (one, many, crowd):
+        sub.add_argument("--preset", choices=PRESETS, help="defaults of other options: the paper's setting")
+        sub.set_defaults(**PRESETS.get(preset or "", {}))
+    made = command("rebuild", "make the client half of a log")
+    made.add_argument("log", type=Path, metavar="LOG", help="a run's hosfl.log")
+    made.add_argument("--base", type=Path, required=True, metavar="FILE", help="safetensors with the base weights")
+    made.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors to write")
+    made.add_argument("--upto", type=int, metavar="ROUND", help="rounds to apply (default: all)")
+    logs = command("log", "look into a log").add_subparsers(dest="action", required=True, metavar="ACTION")
+    for name, does in (("show", "print what a log holds"), ("verify", "check every byte of a log")):
+        command(name, does, logs).add_argument("log", type=Path, metavar="LOG")
     return top
 
 
@@ -104,8 +154,13 @@ def _bar(title: str, rounds: int) -> Iterator[OnProgress]:
 
 def _train(options: argparse.Namespace) -> int:
     config = Config(**{name: getattr(options, name) for name in Config.names()})
+    out = options.out
+    if options.resume is not None:
+        if config != Config() or out is not None:
+            raise ValueError("--resume takes no other options: a run goes on with its own settings")
+        out, config = options.resume, load_config(options.resume)
     with _bar(config.method, config.rounds) as on_progress:
-        summary = train(config, options.out, on_progress)
+        summary = train(config, out, on_progress, resume=options.resume is not None)
     print(
         f"{config.method}: {config.evaluate_on} accuracy {summary.accuracy:.4f}, loss {summary.loss:.4f}"
         f" after {summary.rounds} rounds in {summary.seconds:.1f} s"
@@ -116,6 +171,52 @@ def _train(options: argparse.Namespace) -> int:
     return 130 if summary.interrupted else 0
 
 
+def _simulate(options: argparse.Namespace) -> int:
+    config = Config(**{n: getattr(options, n) for n in Config.names() if n != "method"})
+    faults = Faults(**{f.name: getattr(options, f.name) for f in fields(Faults)})
+    with _bar(f"{config.clients} clients", config.rounds) as on_progress:
+        outcome = simulate(config, faults, options.out, on_progress)
+    shown = Table(title=f"{outcome.rounds} rounds of {config.task}", show_header=False)
+    for name in SHOWN:
+        value = getattr(outcome, name)
+        shown.add_row(name.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value))
+    shown.add_row("all clients hold the same bits", "yes" if outcome.equal else "NO")
+    Console(width=None if sys.stdout.isatty() else 110).print(shown)
+    if not outcome.equal:
+        return 1
+    return 130 if outcome.interrupted else 0
+
+
+def _rebuild(options: argparse.Namespace) -> int:
+    tensors, replica = rebuild(options.log, options.base, options.upto)
+    write_atomically(options.out, save(tensors))
+    print(f"{options.out}: the client half after {replica.applied} rounds, digest {replica.digest().hex()}")
+    return 0
+
+
+def _log(options: argparse.Namespace) -> int:
+    log = Log.read(options.log)
+    if options.action == "show":
+        for record in log.records:
+            if isinstance(record, RoundRecord):
+                moves = " ".join(f"{c:.6g}" for c in record.coefficients)
+                clients = " ".join(map(str, record.participants)) or "nobody"
+                print(f"round {record.round} epoch {record.epoch} rate {record.rate:.6g} clients {clients}: {moves}")
+            elif isinstance(record, EpochRecord):
+                print(f"epoch {record.epoch}: rounds from {record.round} on are void")
+            else:
+                print(f"digest after {record.round} rounds: {record.sha256.hex()}")
+    header, void = log.header, sum(isinstance(r, RoundRecord) for r in log.records) - len(log.rounds)
+    weights = sum(math.prod(p.shape) for p in header.parameters)
+    print(
+        f"{log.path}: {len(log.rounds)} rounds of {header.directions} directions, {void} void; {log.nbytes} bytes for"
+        f" {weights} weights in {len(header.parameters)} tensors; running digest {log.digest[:16]}"
+    )
+    if log.torn:
+        print(f"a torn tail of {log.torn} bytes: an append that did not end; the next run cuts it off")
+    return 0
+
+
 def _compare(options: argparse.Namespace) -> int:
     shared = {n: getattr(options, n) for n in Config.names() if n not in ("method", "seed")}
     configs = [Config(**shared, method=m, seed=s) for m in options.methods for s in options.seeds]
@@ -124,11 +225,22 @@ def _compare(options: argparse.Namespace) -> int:
     return 130 if table["interrupted"] else 0
 
 
+COMMANDS = {"train": _train, "compare": _compare, "simulate": _simulate, "rebuild": _rebuild, "log": _log}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     top = parser()
     options = top.parse_args(arguments)
+    if getattr(options, "preset", None):
+        options = parser(options.preset).parse_args(arguments)
     try:
-        return (_train if options.command == "train" else _compare)(options)
+        return COMMANDS[options.command](options)
+    except LogError as error:
+        print(f"hosfl: {error}", file=sys.stderr)
+        return 1
+    except (FileNotFoundError, SafetensorError) as error:
+        print(f"hosfl: {error}", file=sys.stderr)
+        return 2
     except (ValueError, FileExistsError) as error:
         top.error(str(error))
     except LatticeError as error:

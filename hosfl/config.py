@@ -4,13 +4,38 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
-METHODS = ("ho", "first-order", "frozen")
-TASKS = ("digits",)
-RULES = ("normalized", "sgd")
-SCHEDULES = ("linear", "constant")
+from hosfl.aggregate import AGGREGATIONS
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "task": ("digits",),
+    "method": ("ho", "first-order", "frozen"),
+    "directions_from": ("fresh", "pool"),
+    "direction_scale": ("unit", "rms"),
+    "dist": ("rademacher", "gaussian"),
+    "rule": ("normalized", "sgd", "momentum", "adamw"),
+    "schedule": ("linear", "constant"),
+    "aggregation": tuple(AGGREGATIONS),
+    "dtype": ("float32", "bfloat16"),
+    "evaluate_on": ("test", "validation"),
+}
+METHODS = CHOICES["method"]
+RULES = CHOICES["rule"]
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The algorithm of arXiv 2603.14773 as its authors' code runs it, but for its double division by K.
+    "paper": {
+        "directions_from": "fresh",
+        "direction_scale": "unit",
+        "dist": "gaussian",
+        "rule": "adamw",
+        "aggregation": "uniform",
+        "schedule": "constant",
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -20,13 +45,19 @@ class Config:
     task: what is learnt; "digits" is embedded. method: "ho" (HO-SFL), "first-order" (split learning with exact
     gradients, the upper bound), "frozen" (the client half never learns: the control).
     rounds, clients, sampled: N clients, K of them per round. batch: samples per client and round.
-    directions: P, perturbed forward passes per client and round. dist: of the directions, "rademacher" or "gaussian".
-    mu: the size of a probe's step, rounded to the client's lattice.
-    server_rate, client_rate: learning rates; None takes the task's tuned ones for the method and rule. rule: of the
-    client half, "sgd", or "normalized": SGD with the rate over the running length of the gradient.
-    schedule: "linear" falls to zero at the last round.
-    alpha: how unlike the clients' data are (Dirichlet). seed: 0 <= seed < 2^64; of everything.
-    evaluate_every: rounds. evaluate_on: "test", or "validation" for choosing rates. device: such as "cpu" or "cuda".
+    directions: P, perturbed forward passes per client and round. directions_from: "fresh" ones every round, or a
+    "pool" of pool_size that is replaced every pool_rounds rounds (0: never). direction_scale: "unit", or "rms": scaled
+    on every tensor by the power of two nearest its relative root mean square. dist: "rademacher" or "gaussian".
+    mu: the size of a probe's step, rounded to the client's lattice where there is one.
+    server_rate, client_rate: learning rates; None takes the task's tuned ones.
+    rule: of the client half: "sgd"; "normalized", SGD with the rate over the running length of the gradient;
+    "momentum" (0.9); "adamw" (0.9, 0.999). With a pool the server applies it to the pool's coefficients. With fresh
+    directions momentum and AdamW keep moments on every client, and the half leaves the lattice.
+    schedule: of both rates; "linear" falls to zero at the last round.
+    aggregation: of the clients' answers. clip: the largest length of one client's gradient estimate; None for none.
+    dtype: of the client half. alpha: how unlike the clients' data are (Dirichlet). seed: of everything, below 2^64.
+    evaluate_every, digest_every, snapshot_every: rounds; a snapshot is what a killed run resumes from. keep: snapshots.
+    evaluate_on: "test", or "validation" for choosing rates. device: such as "cpu" or "cuda".
     """
 
     task: str = "digits"
@@ -35,6 +66,10 @@ class Config:
     clients: int = 10
     sampled: int = 3
     directions: int = 5
+    directions_from: str = "fresh"
+    pool_size: int = 64
+    pool_rounds: int = 100
+    direction_scale: str = "unit"
     dist: str = "rademacher"
     mu: float = 1e-3
     batch: int = 128
@@ -42,30 +77,36 @@ class Config:
     client_rate: float | None = None
     rule: str = "normalized"
     schedule: str = "linear"
+    aggregation: str = "weighted"
+    clip: float | None = None
+    dtype: str = "float32"
     alpha: float = 0.5
     seed: int = 0
     evaluate_every: int = 20
     evaluate_on: str = "test"
+    digest_every: int = 100
+    snapshot_every: int = 50
+    keep: int = 3
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("task", TASKS),
-            ("method", METHODS),
-            ("rule", RULES),
-            ("schedule", SCHEDULES),
-            ("dist", ("rademacher", "gaussian")),
-            ("evaluate_on", ("test", "validation")),
-        ):
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("rounds", "clients", "sampled", "directions", "batch", "evaluate_every"):
+        counts = ("rounds", "clients", "sampled", "directions", "pool_size", "batch", "evaluate_every", "digest_every")
+        for name in (*counts, "snapshot_every", "keep"):
             if not 1 <= getattr(self, name) < 2**32:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("mu", "alpha", "server_rate", "client_rate"):
+        if not 0 <= self.pool_rounds < 2**32:
+            raise ValueError(f"pool_rounds must be at least 0, got {self.pool_rounds}")
+        for name in ("mu", "alpha", "server_rate", "client_rate", "clip"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be positive and finite, got {value}")
+        if self.directions_from == "pool" and self.pool_size < self.directions:
+            raise ValueError(
+                f"cannot measure {self.directions} directions of a pool of {self.pool_size}: raise pool_size"
+            )
         if self.sampled > self.clients:
             raise ValueError(f"cannot sample {self.sampled} of {self.clients} clients: lower sampled or raise clients")
         if not 0 <= self.seed < 2**64:

@@ -20,41 +20,67 @@ class LatticeError(ArithmeticError):
 
 @dataclass(frozen=True)
 class Lattice:
-    """The quantum: every weight, step size and coefficient is a multiple of it, and stays below 2^24 of it."""
+    """The quantum, in units of a tensor's factor.
+
+    Every step size and coefficient is a multiple of it; every weight of tensor t is a multiple of quantum * factor_t
+    and stays below 2^24 of that.
+    """
 
     quantum: float
 
     @classmethod
-    def snap(cls, parameters: Sequence[Tensor], headroom: float = 16.0) -> Lattice:
+    def snap(cls, parameters: Sequence[Tensor], factors: Sequence[float], headroom: float = 16.0) -> Lattice:
         """Put float32 parameters on their lattice, in place. The same weights give the same lattice everywhere.
 
         Weights may grow to `headroom` times the largest: room for training from a small initialisation, at the price
         of 3 bits against the tightest lattice. A step of 2^-10 is still a thousand quanta.
         """
-        return cls(snap_([p.detach() for p in parameters], headroom=headroom))
+        return cls(snap_([p.detach() for p in parameters], factors=factors, headroom=headroom))
+
+    def put(self, parameters: Sequence[Tensor], factors: Sequence[float]) -> None:
+        """Put parameters on this very lattice, in place: what `snap` did to the same weights in another process."""
+        for parameter, factor in zip(parameters, factors, strict=True):
+            step = self.quantum * factor
+            parameter.detach().div_(step).round_().mul_(step).add_(0.0)
 
     @property
     def limit(self) -> float:
+        """The largest weight / factor."""
         return STEPS * self.quantum
 
-    def nearest(self, value: float) -> float:
-        """The nearest multiple of the quantum; at least one quantum, for a step size must not vanish."""
-        return self._times(max(1, round(value / self.quantum)))
+    def nearest(self, value: float, at_least_one: bool = False) -> float:
+        """The nearest multiple of the quantum, ties to even. A step size must not vanish: at least one quantum."""
+        self._check(value)
+        steps = round(value / self.quantum)
+        return (max(1, steps) if at_least_one else steps) * self.quantum
 
     def stochastic(self, value: float, uniform: float) -> float:
         """A neighbouring multiple of the quantum, right on average over uniform in [0, 1)."""
-        if not math.isfinite(value) or abs(value) >= self.limit:
-            raise LatticeError(
-                f"the coefficient {value:g} is beyond the lattice's limit {self.limit:g}: lower the rate"
-            )
-        return self._times(math.floor(value / self.quantum + uniform))
+        self._check(value)
+        return math.floor(value / self.quantum + uniform) * self.quantum
 
-    def _times(self, steps: int) -> float:
-        if abs(steps) >= STEPS:
-            raise LatticeError(f"{steps} quanta are beyond the lattice's 2^24")
-        return steps * self.quantum
+    def _check(self, value: float) -> None:
+        if not math.isfinite(value) or abs(value) >= self.limit:
+            raise LatticeError(f"{value:g} is beyond the lattice's limit {self.limit:g}: lower the client's rate")
+
+
+def power_of_two_scales(parameters: Sequence[Tensor]) -> list[float]:
+    """Per tensor the power of two nearest its root mean square, relative to the largest of them; 1 at most.
+
+    Directions scaled so move every tensor by the same share of its size. A tensor of zeros says nothing of its size
+    and takes the scale of the tensor before it: a bias follows its weight.
+    """
+    sizes = [float(p.detach().double().square().mean().sqrt()) if p.numel() else 0.0 for p in parameters]
+    largest = max(sizes, default=0.0)
+    scales: list[float] = []
+    for size in sizes:
+        if size > 0 and math.isfinite(size):
+            scales.append(max(2.0 ** round(math.log2(size / largest)), 2.0**-20))
+        else:
+            scales.append(scales[-1] if scales else 1.0)
+    return scales
 
 
 def spread(coefficients: Tensor) -> float:
-    """The most that records can move a weight: sum |c|."""
+    """The most that records can move a weight, in units of its factor: sum |c|."""
     return float(coefficients.abs().sum(dtype=torch.float64))

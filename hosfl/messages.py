@@ -3,14 +3,17 @@
 A message is a header (round, epoch, client) and arrays. `encode` and `decode` are exact inverses; nothing is pickled,
 and `decode` trusts no byte: a message that is not exactly right is refused with a `MessageError` that says why.
 
-    header  "HSF1"  kind u8  arrays u8  epoch u16  client u32  round u32      16 bytes, little-endian
-    array   dtype u8  dims u8  zero u16  size u32 per dim  elements           row-major
+    header  "HSF1"  kind u8  arrays u8  epoch u16  client u32  round u32  crc u32     20 bytes, little-endian
+    array   dtype u8  dims u8  zero u16  size u32 per dim  elements                   row-major
+
+The crc is CRC-32 of the header before it and of all that follows it: it finds accidents; it is no signature.
 """
 
 from __future__ import annotations
 
 import math
 import struct
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
@@ -19,7 +22,8 @@ import torch
 from torch import Tensor
 
 MAGIC = b"HSF1"
-HEADER = struct.Struct("<4sBBHII")
+HEADER = struct.Struct("<4sBBHIII")
+CRC = struct.Struct("<I")
 ARRAY = struct.Struct("<BBH")
 DTYPES = {1: torch.float32, 2: torch.bfloat16, 3: torch.float16, 4: torch.int32}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -68,7 +72,7 @@ class Message:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Hello(Message):
-    """A client comes: it has applied the records of all rounds before `round`."""
+    """A client comes: it has applied the records of all rounds before `round`, and caught up last in `epoch`."""
 
     kind, direction = 1, "up"
 
@@ -77,12 +81,43 @@ class Hello(Message):
 class Records(Message):
     """The committed records of rounds `round`, `round` + 1, ...: everything after the client's last.
 
-    coefficients: float32 [rounds, P]; the client half moves by coefficients[i, p] * u_p(round + i). A round that
-    nobody answered is a row of zeros.
+    coefficients: float32 [rounds, P]; a row of zeros is a round that nobody answered: no step. On a lattice the client
+    half moves by coefficients[i, p] * u_p(round + i); elsewhere sum_p coefficients[i, p] u_p is the gradient estimate
+    that the run's rule takes.
+    rates: float32 [rounds], the learning rates of the rule; [0] on a lattice, where the coefficients contain them.
+    digest: int32 [8], the SHA-256 of the client half after the last of these records; [0] where none is due.
     """
 
     kind, direction = 2, "down"
     coefficients: Tensor = array("scalars", 2)
+    rates: Tensor = array("scalars", 1)
+    digest: Tensor = array("digest", 1, torch.int32)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PoolMoves(Message):
+    """What all rounds from `round` to before `until` moved, by direction of the pool: for a client long away.
+
+    On a lattice moves commute, so a generation of the pool is its D sums however many rounds it lasted.
+    coefficients: float32 [generations, D], from the generation of round `round` on. until: int32 [1].
+    digest: as in Records.
+    """
+
+    kind, direction = 8, "down"
+    coefficients: Tensor = array("scalars", 2)
+    until: Tensor = array("scalars", 1, torch.int32)
+    digest: Tensor = array("digest", 1, torch.int32)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Differs(Message):
+    """A client says that its half after `round` rounds has another digest than the server's. It starts from nothing.
+
+    digest: int32 [8], the client's own.
+    """
+
+    kind, direction = 9, "up"
+    digest: Tensor = array("digest", 1, torch.int32)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -133,32 +168,37 @@ class Gradient(Message):
 
 
 MESSAGES: dict[int, type[Message]] = {
-    cls.kind: cls for cls in (Hello, Records, Cut, Multiplier, Scalars, Weights, Gradient)
+    cls.kind: cls for cls in (Hello, Records, Cut, Multiplier, Scalars, Weights, Gradient, PoolMoves, Differs)
 }
 
 
 def encode(message: Message) -> bytes:
     """The message's bytes. Raises MessageError for an array of the wrong dtype or number of dims."""
     arrays = message.arrays()
-    parts = [HEADER.pack(MAGIC, message.kind, len(arrays), message.epoch, message.client, message.round)]
+    header = HEADER.pack(MAGIC, message.kind, len(arrays), message.epoch, message.client, message.round, 0)[: -CRC.size]
+    parts: list[bytes] = []
     for name, meta in arrays.items():
         value: Tensor = getattr(message, name).detach().cpu().contiguous()
         _check(type(message).__name__, name, meta, value.dtype, value.dim())
         parts.append(ARRAY.pack(CODES[value.dtype], value.dim(), 0))
         parts.append(struct.pack(f"<{value.dim()}I", *value.shape))
-        parts.append(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return b"".join(parts)
+        if value.numel():  # an empty tensor's strides may be such that it has no view as bytes
+            parts.append(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    body = b"".join(parts)
+    return header + CRC.pack(zlib.crc32(body, zlib.crc32(header))) + body
 
 
-def decode(data: bytes) -> Message:
-    """The message of these bytes, sharing no memory with them. Raises MessageError."""
-    if len(data) > LARGEST_MESSAGE:
-        raise MessageError(f"{len(data)} bytes; the largest message has {LARGEST_MESSAGE}")
+def decode(data: bytes, largest: int = LARGEST_MESSAGE) -> Message:
+    """The message of these bytes, sharing no memory with them. Raises MessageError, also above `largest` bytes."""
+    if len(data) > largest:
+        raise MessageError(f"{len(data)} bytes; the largest message has {largest}")
     if len(data) < HEADER.size:
         raise MessageError(f"{len(data)} bytes are too few for a header of {HEADER.size}")
-    magic, kind, count, epoch, client, round_ = HEADER.unpack_from(data)
+    magic, kind, count, epoch, client, round_, crc = HEADER.unpack_from(data)
     if magic != MAGIC:
         raise MessageError(f"starts with {magic!r}, not {MAGIC!r}")
+    if crc != zlib.crc32(memoryview(data)[HEADER.size :], zlib.crc32(data[: HEADER.size - CRC.size])):
+        raise MessageError("damaged on the way: the checksum is wrong")
     if kind not in MESSAGES:
         raise MessageError(f"unknown kind {kind}")
     cls = MESSAGES[kind]
@@ -207,9 +247,9 @@ class Wire:
     def __init__(self) -> None:
         self.bytes: dict[str, int] = {}
 
-    def carry(self, message: Message) -> Any:
-        """The message as the other side receives it."""
+    def carry(self, message: Message) -> bytes | None:
+        """The bytes that the other side receives; None: they are lost, or come too late. This wire loses nothing."""
         data = encode(message)
         for category, size in message.sizes().items():
             self.bytes[category] = self.bytes.get(category, 0) + size
-        return decode(data)
+        return data

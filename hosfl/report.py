@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
 
+from hosfl.checkpoint import save_config, write_atomically
 from hosfl.config import Config
 from hosfl_kernels import backends
 
@@ -77,13 +78,14 @@ class Summary:
         rounds: int,
         evaluations: Sequence[Evaluation],
         clients: Sequence[Client],
+        visits: int,
         refused: list[str],
         replicas: Replicas | None,
         seconds: float,
         failure: str | None,
     ) -> Summary:
         last = evaluations[-1]
-        visits = max(1, sum(c.seconds.rounds for c in clients))
+        timed = max(1, sum(c.seconds.rounds for c in clients))
         return cls(
             config=asdict(config),
             accuracy=last.accuracy,
@@ -94,10 +96,10 @@ class Summary:
             refused=refused[:100],
             replicas=replicas,
             bytes=last.moved,
-            bytes_per_client_round={k: v / visits for k, v in last.moved.items()},
+            bytes_per_client_round={k: v / max(1, visits) for k, v in last.moved.items()},
             seconds=seconds,
-            forward_seconds=sum(c.seconds.forward for c in clients) / visits,
-            answer_seconds=sum(c.seconds.answer for c in clients) / visits,
+            forward_seconds=sum(c.seconds.forward for c in clients) / timed,
+            answer_seconds=sum(c.seconds.answer for c in clients) / timed,
             peak_memory=peak_memory(),
             machine=machine(),
         )
@@ -147,16 +149,40 @@ def machine() -> dict[str, Any]:
 
 
 class Writer:
-    """Writes a run's files into a folder; without one, keeps nothing."""
+    """Writes a run's files into a folder; without one, keeps nothing. resume: the folder holds the run to go on with.
 
-    def __init__(self, folder: Path | None) -> None:
+    Raises FileExistsError for a folder that holds a run which is not to be resumed.
+    """
+
+    def __init__(self, folder: Path | None, config: Config, resume: bool = False) -> None:
         self.folder = folder
         self.metrics: TextIO | None = None
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
-            if (folder / "metrics.jsonl").exists():
-                raise FileExistsError(f"{folder} holds another run: choose another folder or delete it")
-            self.metrics = (folder / "metrics.jsonl").open("w")
+            if not resume:
+                if (folder / "config.json").exists():
+                    raise FileExistsError(f"{folder} holds another run: resume it, choose another folder or delete it")
+                save_config(config, folder)  # from here on there is a run to resume
+            self.metrics = (folder / "metrics.jsonl").open("a" if resume else "w")
+
+    def resumed(self, round: int) -> list[Evaluation]:
+        """The evaluations up to `round` that the folder holds; later ones, and a torn last line, are dropped."""
+        if self.metrics is None or self.folder is None:
+            return []
+        path = self.folder / "metrics.jsonl"
+        kept = []
+        for line in path.read_text().splitlines():
+            try:
+                evaluation = Evaluation(**json.loads(line))
+            except (json.JSONDecodeError, TypeError):
+                break
+            if evaluation.round > round:
+                break
+            kept.append(evaluation)
+        self.metrics.close()
+        write_atomically(path, "".join(json.dumps(asdict(e)) + "\n" for e in kept).encode())
+        self.metrics = path.open("a")
+        return kept
 
     def add(self, evaluation: Evaluation) -> Evaluation:
         if self.metrics is not None:

@@ -1,11 +1,15 @@
 """Every random number of a run comes from the run's seed, by hashing. A log needs no seeds at all.
 
-run seed --purpose--> key --(round, epoch)--> the round's seed --index--> a direction's seed
+run seed --purpose--> key --round or pool--> a seed --index--> a direction's seed
+
+Rounds that a restarted server runs again use the same seeds as before: what was measured the first time is void, so
+nothing is used twice.
 """
 
 from __future__ import annotations
 
 from enum import IntEnum
+from functools import lru_cache
 
 import numpy as np
 
@@ -21,17 +25,27 @@ class Purpose(IntEnum):
     BATCHES = 4
     PARTITION = 5  # which client owns which sample
     MODEL = 6  # initial weights
+    POOL = 7  # directions that are measured again and again
+    WEIGHTS = 8  # the rounding of bfloat16 weights
+    FAULTS = 9  # what goes wrong in a simulation
 
 
-def round_seed(run_seed: int, purpose: Purpose, round: int, epoch: int = 0) -> int:
+def round_seed(run_seed: int, purpose: Purpose, round: int) -> int:
     """The seed of one round for one purpose."""
-    return derive(derive(run_seed, 0, purpose), round, epoch)
+    return derive(derive(run_seed, 0, purpose), round, 0)
 
 
-def direction_seeds(run_seed: int, round: int, count: int, epoch: int = 0) -> list[int]:
-    """The seeds of the round's directions u_1 .. u_count, the same for all clients."""
-    seed = round_seed(run_seed, Purpose.DIRECTIONS, round, epoch)
+def direction_seeds(run_seed: int, round: int, count: int) -> list[int]:
+    """The seeds of the round's own directions u_1 .. u_count, the same for all clients."""
+    seed = round_seed(run_seed, Purpose.DIRECTIONS, round)
     return [derive(seed, p, 0) for p in range(count)]
+
+
+@lru_cache(maxsize=64)
+def pool_seeds(run_seed: int, generation: int, size: int) -> tuple[int, ...]:
+    """The seeds of all directions of one generation of the pool."""
+    seed = round_seed(run_seed, Purpose.POOL, generation)
+    return tuple(derive(seed, j, 0) for j in range(size))
 
 
 def generator(run_seed: int, purpose: Purpose, round: int = 0, client: int = 0) -> np.random.Generator:

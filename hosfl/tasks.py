@@ -17,8 +17,8 @@ from hosfl.split import SplitModel, split
 class Task:
     """What a run needs to know. Its random parts are functions of a seed.
 
-    tuned: (method, rule) -> (server rate, client rate), chosen on validation data; see benchmarks/tune.py. A frozen
-    client has no rule; its key holds an empty one.
+    tuned: what was tuned -> (server rate, client rate), chosen on validation data by benchmarks/tune.py; the keys are
+    ("ho", directions_from, rule), ("first-order", rule) and ("frozen",).
     """
 
     splits: Splits
@@ -26,11 +26,20 @@ class Task:
     model: Callable[[int], SplitModel]
     loss: Callable[[Tensor, Tensor], Tensor]
     optimizer: Callable[[nn.Module], torch.optim.Optimizer]
-    tuned: dict[tuple[str, str], tuple[float, float]]
+    tuned: dict[tuple[str, ...], tuple[float, float]]
 
     def rates(self, config: Config) -> tuple[float, float]:
-        """(server rate, client rate): the configuration's own, else the tuned ones."""
-        server, client = self.tuned[config.method, "" if config.method == "frozen" else config.rule]
+        """(server rate, client rate): the configuration's own, else the tuned ones. ValueError where none are."""
+        if config.server_rate and (config.client_rate or config.method == "frozen"):
+            return config.server_rate, config.client_rate or 1.0
+        key = {
+            "ho": ("ho", config.directions_from, config.rule),
+            "first-order": ("first-order", config.rule),
+            "frozen": ("frozen",),
+        }[config.method]
+        if key not in self.tuned:
+            raise ValueError(f"no rates are tuned for {' '.join(key)}: give server_rate and client_rate")
+        server, client = self.tuned[key]
         return config.server_rate or server, config.client_rate or client
 
 
@@ -67,11 +76,11 @@ def digits_task() -> Task:
         loss=nn.functional.cross_entropy,
         optimizer=lambda half: torch.optim.Adam(half.parameters()),
         tuned={
-            ("ho", "normalized"): (0.12, 0.16),
-            ("ho", "sgd"): (0.06, 0.02),
+            ("ho", "fresh", "normalized"): (0.12, 0.16),
+            ("ho", "fresh", "sgd"): (0.06, 0.02),
             ("first-order", "normalized"): (0.03, 0.6),
             ("first-order", "sgd"): (0.03, 0.9),
-            ("frozen", ""): (0.3, 1.0),
+            ("frozen",): (0.3, 1.0),
         },
     )
 

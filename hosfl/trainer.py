@@ -8,117 +8,271 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
-from hosfl.aggregate import RunningLength
-from hosfl.client import Client, FirstOrderClient, Run, ZerothOrderClient
+from hosfl import snapshot
+from hosfl.aggregate import AGGREGATIONS, RunningLength
+from hosfl.checkpoint import header_of, load_config, open_log, save_module
+from hosfl.client import Client, FirstOrderClient, ZerothOrderClient, load_vector
 from hosfl.config import Config
 from hosfl.data import Batches, Dataset, dirichlet_split
-from hosfl.lattice import Lattice, LatticeError
-from hosfl.messages import Message, Multiplier, Wire
+from hosfl.lattice import Lattice, LatticeError, power_of_two_scales
+from hosfl.ledger import FreshStep, GradientAverage, Ledger, PoolStep, SeedReplay
+from hosfl.log import Log
+from hosfl.messages import Message, MessageError, Wire, decode
 from hosfl.probe import trainable
+from hosfl.replica import Pool, Replica, Rule, Run
 from hosfl.report import Evaluation, Replicas, Summary, Writer
 from hosfl.seeds import Purpose, round_seed
-from hosfl.server import GradientAverage, SeedReplay, Server
+from hosfl.server import Server
 from hosfl.split import SplitModel
 from hosfl.tasks import TASKS, Task
+from hosfl_kernels import SGD, AdamW
+
+ADAM = AdamW(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+MOMENTUM = 0.9
 
 
 @dataclass
 class Federation:
-    """A server, its clients, and the wire between them."""
+    """A server, its clients, and the wire between them.
+
+    make: a client that has applied nothing, by its number. base: the client half of round 0. observed: the client half
+    of the moment, for evaluation. clients: those made so far. complaints: what clients refused. visits: how many times
+    a client took part.
+    """
 
     config: Config
     server: Server
-    clients: list[Client]
-    newcomer: Callable[[], Client]  # a client that has applied nothing: base weights, no data
-    wire: Wire
+    make: Callable[[int], Client]
+    base: nn.Module
+    observed: nn.Module
+    wire: Wire = field(default_factory=Wire)
+    clients: dict[int, Client] = field(default_factory=dict)
+    complaints: list[str] = field(default_factory=list)
+    visits: int = 0
 
     def round(self, round: int) -> float:
-        """One round of the protocol; returns the mean training loss of its clients, NaN if nobody took part."""
-        carry = self.wire.carry
-        cuts = []
-        sampled = self.server.sample(round, len(self.clients), self.config.sampled)
-        for number in sampled:
-            client = self.clients[number]
-            news = self.server.welcome(carry(client.hello()))
-            if news is not None:
-                client.catch_up(carry(news))
-            cuts.append(carry(client.output(round)))
-        multipliers, loss = self.server.step(round, cuts)
-        answers: list[Message] = []
-        for number, multiplier in multipliers.items():
-            client = self.clients[number]
-            if client.learns:
-                received: Multiplier = carry(multiplier)
-                answers.append(carry(client.answer(received)))
-        self.server.commit(round, answers)
+        """One round of the protocol; returns the mean training loss of its clients, NaN if nobody took part.
+
+        A message that is lost, late or refused costs its sender the round, and nobody else anything.
+        """
+        present: dict[int, Client] = {}
+        invited = self.invited(round)
+        cuts = self.late()
+        try:
+            for number in invited:
+                client = present[number] = self.take(number)
+                if self.join(client):
+                    self.visits += 1
+                    cuts.append(self.up(client.output(round)))
+            multipliers, loss = self.server.step(round, [c for c in cuts if c is not None])
+            answers = []
+            for number, multiplier in multipliers.items():
+                client = present[number]
+                received = self.down(multiplier) if client.learns else None
+                if received is not None:
+                    answers.append(self.up(client.answer(received)))
+            self.server.commit(round, [a for a in answers if a is not None])
+        finally:
+            for client in present.values():
+                self.put_back(client)
         return loss
 
-    def catch_up(self, client: Client) -> None:
-        """Bring a client up to date outside the rounds: its bytes are not the run's."""
-        wire = Wire()
-        news = self.server.welcome(wire.carry(client.hello()))
-        if news is not None:
-            client.catch_up(wire.carry(news))
+    def join(self, client: Client) -> bool:
+        """The first exchange: the client says where it is and takes what it missed. False if that fails."""
+        news: Message | None = client.hello()
+        while news is not None:  # a client that finds its half wrong says so and starts anew: once more around
+            heard = self.up(news)
+            answer = None if heard is None else self.server.welcome(heard)
+            if answer is None:
+                return heard is not None and self.server.ledger is None
+            received = self.down(answer)
+            if received is None:
+                return False
+            try:
+                news = client.catch_up(received)
+            except MessageError as error:
+                self.complaints.append(f"client {client.number}: {error}")
+                return False
+        return True
+
+    def up(self, message: Message) -> Message | None:
+        """What the server receives of a client's message."""
+        data = self.wire.carry(message)
+        return None if data is None else self.server.receive(data)
+
+    def down(self, message: Message) -> Any:
+        """What a client receives of the server's message."""
+        data = self.wire.carry(message)
+        try:
+            return None if data is None else decode(data)
+        except MessageError as error:
+            self.complaints.append(f"client {message.client}: {error}")
+            return None
+
+    def invited(self, round: int) -> list[int]:
+        """Who takes part in a round."""
+        return self.server.sample(round, self.config.clients, self.config.sampled)
+
+    def late(self) -> list[Message | None]:
+        """What arrives only now of earlier rounds: nothing, on a wire that delays nothing."""
+        return []
+
+    def take(self, number: int) -> Client:
+        """A client, as it was when it was last here."""
+        if number not in self.clients:
+            self.clients[number] = self.make(number)
+        return self.clients[number]
+
+    def put_back(self, client: Client) -> None:
+        """The client leaves."""
+
+    def replicas(self) -> Replicas:
+        """Bring every client up to date, and a newcomer from nothing in one message; do they hold the same bits?
+
+        What moves here is not counted as the run's.
+        """
+        wire, self.wire = self.wire, Wire()
+        digests = set()
+        for number in range(self.config.clients):
+            client = self.take(number)
+            self.join(client)
+            digests.add(client.digest())
+            self.put_back(client)
+        newcomer = self.make(0)
+        self.join(newcomer)
+        digests.add(newcomer.digest())
+        self.wire = wire
+        return Replicas(clients=self.config.clients + 1, digest=newcomer.digest(), equal=len(digests) == 1)
+
+    def model(self) -> SplitModel:
+        """Both halves as they are now."""
+        ledger = self.server.ledger
+        if isinstance(ledger, GradientAverage):
+            load_vector(ledger.weights, trainable(self.observed)[0])
+        return SplitModel(self.observed, self.server.half)
+
+    def close(self) -> None:
+        """Close the log."""
+        if isinstance(self.server.ledger, SeedReplay) and self.server.ledger.log is not None:
+            self.server.ledger.log.close()
 
 
-def assemble(config: Config) -> tuple[Federation, Task]:
-    """The federation of a run, before its first round; everything in it follows from the configuration."""
+def dtype_of(module: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in module.parameters()), torch.float32)
+
+
+def client_rule(config: Config) -> Rule | None:
+    """The rule that every replica applies; None on a lattice, where records are moves."""
+    if config.directions_from == "fresh":
+        if config.rule == "momentum":
+            return SGD(momentum=MOMENTUM)
+        if config.rule == "adamw":
+            return ADAM
+    on_lattice = config.dist == "rademacher" and config.dtype == "float32"
+    return None if on_lattice else SGD()
+
+
+def make_run(config: Config, parameters: list[nn.Parameter]) -> Run:
+    """What all agree on. Puts the parameters on their lattice, if the run has one."""
+    rms = config.direction_scale == "rms"
+    factors = power_of_two_scales(parameters) if rms else [1.0] * len(parameters)
+    rule = client_rule(config)
+    lattice = Lattice.snap(parameters, factors) if rule is None else None
+    return Run(
+        seed=config.seed,
+        directions=config.directions,
+        dist=config.dist,
+        mu=config.mu if lattice is None else lattice.nearest(config.mu, at_least_one=True),
+        factors=tuple(factors),
+        lattice=lattice,
+        rule=rule,
+        pool=Pool(config.pool_size, config.pool_rounds) if config.directions_from == "pool" else None,
+    )
+
+
+def make_optimizer(rule: str, parameters: list[Tensor]) -> torch.optim.Optimizer:
+    """The server's optimizer of numbers that stand for the client half: pool coefficients, or averaged weights."""
+    if rule == "adamw":
+        return torch.optim.AdamW(parameters, betas=ADAM.betas, eps=ADAM.eps, weight_decay=0.0)
+    return torch.optim.SGD(parameters, lr=1.0, momentum=MOMENTUM if rule == "momentum" else 0.0)
+
+
+def assemble(config: Config, out: Path | None = None, smallest_shard: int | None = None) -> tuple[Federation, Task]:
+    """The federation of a run, before its first round; everything in it follows from the configuration.
+
+    With `out`, HO-SFL's log is created there, or opened if it is there already. smallest_shard: so many samples
+    or more in each part of the data; clients that are more than the parts share them, each with its own batches.
+    """
     task = TASKS[config.task]()
     device = torch.device(config.device)
     model = task.model(round_seed(config.seed, Purpose.MODEL, 0))
-    base = model.client.to(device)
-    parameters, _ = trainable(base)
-    # Rademacher directions move float32 weights exactly on a lattice; every client's base weights are snapped alike.
-    exact = config.dist == "rademacher" and all(p.dtype == torch.float32 for p in parameters)
-    lattice = Lattice.snap(parameters) if config.method == "ho" and exact else None
-    mu = lattice.nearest(config.mu) if lattice else config.mu
-    run = Run(config.seed, config.directions, config.dist, mu, lattice)
+    base = model.client.to(device, getattr(torch, config.dtype))
+    parameters, streams = trainable(base)
     server_rate, client_rate = task.rates(config)
-
-    def client(number: int, batch: Callable[[int], tuple[torch.Tensor, torch.Tensor]]) -> Client:
-        half = copy.deepcopy(base)
-        if config.method == "ho":
-            return ZerothOrderClient(number, half, batch, run=run)
-        return (FirstOrderClient if config.method == "first-order" else Client)(number, half, batch)
-
-    def newcomer() -> Client:
-        def no_data(round: int) -> tuple[torch.Tensor, torch.Tensor]:
-            raise RuntimeError("this client has no data")
-
-        return client(config.clients, no_data)
+    length = RunningLength() if config.rule == "normalized" else None
+    aggregation = AGGREGATIONS[config.aggregation]
 
     def rate(base: float) -> Callable[[int], float]:
         return lambda round: config.scheduled(base, round)
 
-    train = task.splits.train
-    owned = dirichlet_split(train.labels, config.clients, config.alpha, config.seed)
-    clients = []
-    for number, indices in enumerate(owned):
-        data = Dataset(train.inputs[indices], train.labels[indices]).to(device)
-        clients.append(client(number, Batches(data, config.batch, config.seed, number)))
-
-    length = RunningLength() if config.rule == "normalized" else None
-    ledger: SeedReplay | GradientAverage | None = None
+    observed = copy.deepcopy(base)
+    ledger: Ledger | None = None
+    run: Run | None = None
     if config.method == "ho":
-        ledger = SeedReplay(run, rate(client_rate), length)
+        run = make_run(config, parameters)
+        observed = copy.deepcopy(base)
+        step = (
+            PoolStep(run, rate(client_rate), lambda p: make_optimizer(config.rule, p), length)
+            if run.pool
+            else FreshStep(run, rate(client_rate), length)
+        )
+        mirror = Replica(trainable(observed)[0], streams, run, lambda: parameters)
+        log: Log | None = None
+        if out is not None:
+            log = open_log(out, header_of(run, base, asdict(config)))
+        ledger = SeedReplay(run, step, mirror, log, aggregation, config.clip, config.digest_every)
     elif config.method == "first-order":
-        weights = nn.utils.parameters_to_vector(parameters).detach().cpu()
-        ledger = GradientAverage(weights, rate(client_rate), length)
+        weights = nn.utils.parameters_to_vector(parameters).detach().cpu().float().requires_grad_()
+        optimizer = make_optimizer(config.rule, [weights])
+        ledger = GradientAverage(weights, optimizer, rate(client_rate), length, aggregation)
+
+    train = task.splits.train
+    inputs, labels = train.inputs.to(device, dtype_of(base)), train.labels.to(device)
+    parts = config.clients if smallest_shard is None else min(config.clients, len(train) // smallest_shard)
+    owned = dirichlet_split(train.labels, parts, config.alpha, config.seed)
+
+    def make(number: int) -> Client:
+        mine = owned[number % len(owned)]
+        batches = Batches(Dataset(inputs[mine], labels[mine]), config.batch, config.seed, number)
+        half = copy.deepcopy(base)
+        if run is not None:
+            return ZerothOrderClient(number, half, batches, run=run, base=lambda: parameters)
+        return (FirstOrderClient if config.method == "first-order" else Client)(number, half, batches)
+
     half = model.server.to(device)
     with torch.no_grad():
-        cut_shape = tuple(base(train.inputs[:1].to(device)).shape[1:])
+        cut_shape = tuple(base(inputs[:1]).shape[1:])
     server = Server(
-        half, task.loss, task.optimizer(half), rate(server_rate), ledger, config.seed, cut_shape, task.classes
+        half=half,
+        loss=task.loss,
+        optimizer=task.optimizer(half),
+        rate=rate(server_rate),
+        ledger=ledger,
+        seed=config.seed,
+        clients=config.clients,
+        cut_shape=cut_shape,
+        classes=task.classes,
+        batch=config.batch,
     )
-    return Federation(config, server, clients, newcomer, Wire()), task
+    return Federation(config, server, make, base, observed), task
 
 
 def evaluate(model: SplitModel, data: Dataset, task: Task, at_once: int = 512) -> tuple[float, float]:
@@ -129,53 +283,90 @@ def evaluate(model: SplitModel, data: Dataset, task: Task, at_once: int = 512) -
     with torch.no_grad():
         for begin in range(0, len(data), at_once):
             labels = data.labels[begin : begin + at_once]
-            output = model(data.inputs[begin : begin + at_once])
+            cut = model.client(data.inputs[begin : begin + at_once].to(dtype_of(model.client)))
+            output = model.server(cut.to(dtype_of(model.server)))
             correct += float((output.argmax(-1) == labels).sum())
             loss += float(task.loss(output, labels)) * len(labels)
     model.client.train(modes[0]), model.server.train(modes[1])
     return correct / len(data), loss / len(data)
 
 
-def replicas(federation: Federation) -> Replicas:
-    """Bring every client up to date, and a newcomer from nothing in one message; do they hold the same bits?"""
-    clients = [*federation.clients, federation.newcomer()]
-    for client in clients:
-        federation.catch_up(client)
-    digests = [client.digest() for client in clients]
-    return Replicas(clients=len(clients), digest=digests[-1], equal=len(set(digests)) == 1)
+def save_snapshot(federation: Federation, out: Path, round: int) -> None:
+    """The server after `round` rounds. The log is on disk already: it never lags behind a snapshot."""
+    tensors, info = federation.server.state()
+    counted = {"bytes": federation.wire.bytes, "visits": federation.visits}
+    snapshot.save(out, round, tensors, {"server": info, "counted": counted}, keep=federation.config.keep)
+
+
+def restore(federation: Federation, out: Path) -> int:
+    """Bring a new federation to the last snapshot in `out`; returns its round.
+
+    Committed rounds after it are void: the server will never see again what it had learnt from them. They are run again
+    in a new epoch. Clients start from their base, like any that was away.
+    """
+    saved = snapshot.latest(out)
+    round = 0 if saved is None else saved.round
+    if saved is not None:
+        federation.server.load((saved.tensors, saved.info["server"]))
+        federation.wire.bytes = dict(saved.info["counted"]["bytes"])
+        federation.visits = saved.info["counted"]["visits"]
+    ledger = federation.server.ledger
+    if isinstance(ledger, SeedReplay) and ledger.log is not None:
+        ledger.restart(ledger.log, round)
+    return round
 
 
 Progress = Callable[[int, float, Evaluation | None, int], None]  # rounds done, training loss, evaluation, bytes so far
 
 
-def train(config: Config, out: Path | str | None = None, progress: Progress | None = None) -> Summary:
+def train(
+    config: Config, out: Path | str | None = None, progress: Progress | None = None, *, resume: bool = False
+) -> Summary:
     """Run HO-SFL or one of its baselines; returns the summary.
 
-    With `out`, writes there as it goes: metrics.jsonl (one line per evaluation), and at the end summary.json,
-    curves.png, client.safetensors and server.safetensors. The first Ctrl-C ends the run after the current round, with
-    all of this written; the summary then says how many rounds were done.
+    With `out`, writes there as it goes: config.json, base.safetensors, hosfl.log, snapshots, metrics.jsonl (one line
+    per evaluation), and at the end summary.json, curves.png, client.safetensors and server.safetensors. The first
+    Ctrl-C ends the run after the current round, with all of this written; the summary says how many rounds were done.
+    resume: take up the run in `out`, however it ended, at its last snapshot; `config` must be that run's.
 
-    Raises: ValueError for settings that do not fit the task, LatticeError when the run diverges off the lattice (what
-    was done until then is written), FileExistsError if `out` holds another run.
+    Raises: ValueError for settings that do not fit the task or the run to resume, LatticeError when the run diverges
+    off the lattice (what was done until then is written), FileExistsError if `out` holds another run.
     """
-    writer = Writer(Path(out) if out is not None else None)
+    folder = Path(out) if out is not None else None
     begin = time.perf_counter()
-    federation, task = assemble(config)
+    if resume and (folder is None or load_config(folder) != config):
+        raise ValueError(f"these are not the settings of the run in {folder}: give the same ones, or another folder")
+    writer = Writer(folder, config, resume)
+    federation, task = assemble(config, folder)
+    done = 0
+    try:
+        if folder is not None:
+            save_module(federation.base, folder / "base.safetensors")
+            if resume:
+                done = restore(federation, folder)
+        return _run(federation, task, writer, done, begin, progress)
+    finally:
+        federation.close()
+
+
+def _run(
+    federation: Federation, task: Task, writer: Writer, done: int, begin: float, progress: Progress | None
+) -> Summary:
+    config, folder = federation.config, writer.folder
     data = (task.splits.test if config.evaluate_on == "test" else task.splits.validation).to(config.device)
-    observer = federation.newcomer()  # evaluates with the client half of the moment, replaying like any other
-    evaluations: list[Evaluation] = []
+    evaluations = writer.resumed(done)
+    begin -= evaluations[-1].seconds if evaluations else 0.0
     failure: LatticeError | None = None
-    loss, done = float("nan"), 0
+    loss = float("nan")
 
     def evaluation() -> Evaluation:
-        federation.catch_up(observer)
-        model = SplitModel(observer.half, federation.server.half)
-        accuracy, test_loss = evaluate(model, data, task)
+        accuracy, test_loss = evaluate(federation.model(), data, task)
         seconds, moved = time.perf_counter() - begin, dict(federation.wire.bytes)
         return writer.add(Evaluation(done, accuracy, test_loss, loss, sum(moved.values()), moved, seconds))
 
     with interruptible() as interrupted:
-        evaluations.append(evaluation())
+        if not evaluations:
+            evaluations.append(evaluation())
         while done < config.rounds and not interrupted.is_set():
             try:
                 loss = federation.round(done)
@@ -186,24 +377,30 @@ def train(config: Config, out: Path | str | None = None, progress: Progress | No
             due = done % config.evaluate_every == 0 or done == config.rounds
             if due:
                 evaluations.append(evaluation())
+            if folder is not None and (done % config.snapshot_every == 0 or done == config.rounds):
+                save_snapshot(federation, folder, done)
             if progress is not None:
                 progress(done, loss, evaluations[-1] if due else None, sum(federation.wire.bytes.values()))
+        if folder is not None and interrupted.is_set():
+            save_snapshot(federation, folder, done)
         if evaluations[-1].round != done and failure is None:
             evaluations.append(evaluation())
         summary = Summary.of(
             config=config,
             rounds=done,
             evaluations=evaluations,
-            clients=federation.clients,
-            refused=federation.server.refused,
-            replicas=None if failure else replicas(federation),
+            clients=list(federation.clients.values()),
+            visits=federation.visits,
+            refused=federation.server.refused + federation.complaints,
+            replicas=None if failure else federation.replicas(),
             seconds=time.perf_counter() - begin,
             failure=str(failure) if failure else None,
         )
         writer.finish(summary, evaluations)
-        if out is not None:
-            for name, half in (("client", observer.half), ("server", federation.server.half)):
-                save_file({k: v.contiguous() for k, v in half.state_dict().items()}, Path(out) / f"{name}.safetensors")
+        if folder is not None:
+            model = federation.model()
+            save_module(model.client, folder / "client.safetensors")
+            save_module(model.server, folder / "server.safetensors")
     if failure is not None:
         raise failure
     return summary

@@ -1,0 +1,202 @@
+"""A run's folder: what is written as the run goes, so that a killed run resumes and a log becomes weights again.
+
+config.json                 the settings
+base.safetensors            the client half of round 0
+hosfl.log                   the client half of every later round
+snapshot-*.safetensors      the server, every so many rounds
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from hosfl.config import Config
+from hosfl.lattice import Lattice
+from hosfl.log import Header, Log, LogError, Parameter, RoundRecord, sync_folder
+from hosfl.messages import Records
+from hosfl.replica import Pool, Replica, Rule, Run
+from hosfl_kernels import SGD, AdamW
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """All of it or nothing, whatever happens in between."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def save_module(module: nn.Module, path: Path) -> None:
+    """A module's state dict as safetensors; tied tensors are written once per name."""
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}
+    write_atomically(path, save(tensors))
+
+
+def save_config(config: Config, folder: Path) -> None:
+    write_atomically(folder / "config.json", (json.dumps(asdict(config), indent=2) + "\n").encode())
+
+
+def load_config(folder: Path) -> Config:
+    """The settings of the run in a folder. Raises FileNotFoundError, or ValueError naming what is wrong."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no run: there is no {path.name}")
+    try:
+        values = json.loads(path.read_text())
+        return Config(**values)
+    except (TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a run's settings: {error}") from error
+
+
+def base_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of named tensors: names, dtypes, shapes and bits, by name."""
+    sha = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        sha.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def header_of(run: Run, base: nn.Module, settings: dict[str, Any]) -> Header:
+    """The log header of a run whose client half starts as `base`, already on its lattice."""
+    names = {id(p): name for name, p in base.named_parameters()}
+    trained = [(stream, p) for stream, p in enumerate(base.parameters()) if p.requires_grad]
+    return Header(
+        seed=run.seed,
+        directions=run.directions,
+        dist=run.dist,
+        mu=run.mu,
+        quantum=run.lattice.quantum if run.lattice else None,
+        rule=_describe(run.rule),
+        pool=asdict(run.pool) if run.pool else None,
+        parameters=tuple(
+            Parameter(names[id(p)], stream, tuple(p.shape), str(p.dtype).removeprefix("torch."), factor)
+            for (stream, p), factor in zip(trained, run.factors, strict=True)
+        ),
+        base=base_digest(base.state_dict()),
+        settings=settings,
+    )
+
+
+def open_log(folder: Path, header: Header) -> Log:
+    """The log of a run: the one in its folder, which must have this header, or a new one, there whole or not at all."""
+    path = folder / "hosfl.log"
+    if not path.exists():
+        temporary = path.with_name("hosfl.log.tmp")
+        temporary.unlink(missing_ok=True)
+        Log.create(temporary, header).close()
+        temporary.replace(path)
+        sync_folder(folder)
+    log = Log.open(path)
+    if log.header != header:
+        log.close()
+        raise LogError(f"{path} is the log of another run")
+    return log
+
+
+def _describe(rule: Rule | None) -> dict[str, Any]:
+    if rule is None:
+        return {"name": "moves"}
+    if isinstance(rule, SGD):
+        return {"name": "sgd", "momentum": rule.momentum, "weight_decay": rule.weight_decay}
+    b1, b2 = rule.betas
+    return {"name": "adamw", "beta1": b1, "beta2": b2, "eps": rule.eps, "weight_decay": rule.weight_decay}
+
+
+def _rule(described: Mapping[str, Any]) -> Rule | None:
+    constants = dict(described)
+    match constants.pop("name"):
+        case "moves":
+            return None
+        case "sgd":
+            return SGD(**constants)
+        case "adamw":
+            return AdamW(betas=(constants.pop("beta1"), constants.pop("beta2")), **constants)
+        case other:
+            raise ValueError(f"unknown update rule {other!r}")
+
+
+def run_of(header: Header) -> Run:
+    """The run that a header describes. Raises LogError for one that this version does not know."""
+    try:
+        return Run(
+            seed=header.seed,
+            directions=header.directions,
+            dist=header.dist,
+            mu=header.mu,
+            factors=tuple(p.factor for p in header.parameters),
+            lattice=None if header.quantum is None else Lattice(header.quantum),
+            rule=_rule(header.rule),
+            pool=None if header.pool is None else Pool(**header.pool),
+        )
+    except (TypeError, ValueError, KeyError) as error:
+        raise LogError(f"the log's header makes no run: {error}") from error
+
+
+def to_records(records: Iterable[RoundRecord], run: Run, first: int = 0) -> Records:
+    """Records as the message that a replica applies."""
+    records = list(records)
+    coefficients = np.array([r.coefficients for r in records], np.float32).reshape(-1, run.directions)
+    return Records(
+        client=0,
+        round=first,
+        coefficients=torch.from_numpy(coefficients),
+        rates=torch.tensor([r.rate for r in records] if run.rule is not None else [], dtype=torch.float32),
+        digest=torch.empty(0, dtype=torch.int32),
+    )
+
+
+def rebuild(log: Path, base: Path, upto: int | None = None) -> tuple[dict[str, Tensor], Replica]:
+    """The client half of a log: base weights, and every committed round before `upto` (default: all) in one pass.
+
+    Returns the base file's tensors, the trained ones brought up to date, and the replica that did it. Raises LogError
+    for a damaged log, for a base that is not the one the log was made from, and for a wrong `upto`; and for weights
+    whose digest is not what the log says.
+    """
+    opened = Log.read(log)
+    run, header, records = run_of(opened.header), opened.header, opened.rounds
+    upto = len(records) if upto is None else upto
+    if not 0 <= upto <= len(records):
+        raise LogError(f"{log} holds {len(records)} rounds; cannot rebuild round {upto}")
+    tensors = load_file(base)
+    trained = _trained(tensors, header, base)
+    if run.lattice is not None:
+        run.lattice.put(trained, run.factors)
+    if base_digest(tensors) != header.base:
+        raise LogError(f"{base} is not the base model of {log}: its digest is not the one in the log's header")
+    start = [t.clone() for t in trained]
+    replica = Replica(trained, [p.stream for p in header.parameters], run, lambda: start)
+    # In parts that end where a digest is known, so that a difference is found where it began.
+    stops = sorted({*(r for r in opened.digests if r <= upto), upto})
+    for stop in stops:
+        replica.apply(to_records(records[replica.applied : stop], run, replica.applied))
+        if opened.digests.get(stop, replica.digest()) != replica.digest():
+            raise LogError(f"after round {stop} the weights are not those of the run: the digests differ")
+    return tensors, replica
+
+
+def _trained(tensors: Mapping[str, Tensor], header: Header, base: Path) -> list[Tensor]:
+    for p in header.parameters:
+        if p.name not in tensors:
+            raise LogError(f"{base} has no tensor {p.name!r}, which the log trains")
+        found = tensors[p.name]
+        dtype = str(found.dtype).removeprefix("torch.")
+        if tuple(found.shape) != tuple(p.shape) or dtype != p.dtype:
+            raise LogError(
+                f"{p.name!r} is {dtype} {tuple(found.shape)} in {base}, and {p.dtype} {tuple(p.shape)} in the log"
+            )
+    return [tensors[p.name] for p in header.parameters]

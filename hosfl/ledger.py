@@ -1,0 +1,340 @@
+"""What was committed about the client half. Two kinds: a log of scalars (HO-SFL), whole weights (first-order).
+
+A ledger checks the clients' answers, turns a round's into one step, and tells a client what it has missed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hosfl.aggregate import Aggregation, RunningLength, clip_to_norm, to_lattice, weighted_mean
+from hosfl.lattice import spread
+from hosfl.log import DigestRecord, EpochRecord, Log, LogError, RoundRecord
+from hosfl.messages import Differs, Gradient, Hello, MessageError, PoolMoves, Records, Scalars, Weights
+from hosfl.replica import Pool, Replica, Run, digest_array
+from hosfl.snapshot import pack_optimizer, unpack_optimizer
+
+Rate = Callable[[int], float]  # the learning rate of a round
+OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
+State = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, and what JSON holds
+
+
+class Step(Protocol):
+    """From a round's aggregated scalars to its record."""
+
+    def __call__(self, round: int, scalars: Tensor) -> tuple[list[float], float]:
+        """Scalars float64 [P] -> the record's P coefficients and its learning rate."""
+
+    def state(self) -> State: ...
+
+    def load(self, tensors: dict[str, Tensor], info: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class FreshStep:
+    """Fresh directions every round. length: divides the rate, for normalised steps.
+
+    On a lattice the record is the move itself, -rate / P * vbar; elsewhere the gradient estimate's vbar / P, to which
+    every replica applies the run's rule.
+    """
+
+    run: Run
+    rate: Rate
+    length: RunningLength | None = None
+
+    def __call__(self, round: int, scalars: Tensor) -> tuple[list[float], float]:
+        rate = self.rate(round)
+        if self.length is not None:
+            rate /= self.length.update(float(scalars.square().mean()))
+        mean = [v / len(scalars) for v in scalars.tolist()]
+        if self.run.lattice is None:
+            return mean, rate
+        return to_lattice([-rate * v for v in mean], self.run.lattice, self.run.seed, round), rate
+
+    def state(self) -> State:
+        return {}, {"length": None if self.length is None else [self.length.mean, self.length.weight]}
+
+    def load(self, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
+        if self.length is not None:
+            self.length.mean, self.length.weight = info["length"]
+
+
+class PoolStep:
+    """A pool: the client half is base + sum_j a_j u_j, and the server trains a with any torch.optim optimizer.
+
+    d loss / d a_j = <g, u_j>, which is what the clients measure. Only the coefficients measured in a round move, each
+    with its own count of steps. A new generation starts from zeros with a new optimizer. The committed moves are
+    multiples of the lattice's quantum, and what rounding leaves over is carried forward.
+    """
+
+    def __init__(self, run: Run, rate: Rate, optimizer: OptimizerFactory, length: RunningLength | None = None) -> None:
+        assert run.pool is not None
+        self.run, self.rate, self.make_optimizer, self.length = run, rate, optimizer, length
+        self.pool: Pool = run.pool
+        self._start(0)
+
+    def _start(self, generation: int) -> None:
+        self.generation = generation
+        self.coefficients = [torch.zeros((), dtype=torch.float64, requires_grad=True) for _ in range(self.pool.size)]
+        self.optimizer = self.make_optimizer([*self.coefficients])
+        self.committed = [0.0] * self.pool.size
+
+    def __call__(self, round: int, scalars: Tensor) -> tuple[list[float], float]:
+        if self.pool.generation(round) != self.generation:
+            self._start(self.pool.generation(round))
+        rate = self.rate(round)
+        if self.length is not None:
+            rate /= self.length.update(float(scalars.square().mean()))
+        measured = self.pool.measured(round, self.run.directions)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        for j, scalar in zip(measured, scalars.tolist(), strict=True):
+            self.coefficients[j].grad = torch.tensor(scalar, dtype=torch.float64)
+        self.optimizer.step()
+        self.optimizer.zero_grad()  # to None: the optimizer leaves alone what was not measured
+        moves = [self._commit(j) for j in measured]
+        # Off the lattice a record is a gradient estimate, and plain SGD at rate 1 makes the move of it.
+        return (moves, rate) if self.run.lattice is not None else ([-m for m in moves], 1.0)
+
+    def _commit(self, j: int) -> float:
+        remaining = float(self.coefficients[j].detach()) - self.committed[j]
+        lattice = self.run.lattice
+        move = lattice.nearest(remaining) if lattice is not None else float(np.float32(remaining))
+        self.committed[j] += move
+        return move
+
+    def state(self) -> State:
+        tensors, info = pack_optimizer(self.optimizer)
+        tensors = {f"optimizer.{k}": v for k, v in tensors.items()}
+        tensors["coefficients"] = torch.stack([c.detach() for c in self.coefficients])
+        tensors["committed"] = torch.tensor(self.committed, dtype=torch.float64)
+        length = None if self.length is None else [self.length.mean, self.length.weight]
+        return tensors, {"generation": self.generation, "optimizer": info, "length": length}
+
+    def load(self, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
+        self._start(info["generation"])
+        with torch.no_grad():
+            for coefficient, value in zip(self.coefficients, tensors["coefficients"], strict=True):
+                coefficient.copy_(value)
+        self.committed = tensors["committed"].tolist()
+        mine = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
+        unpack_optimizer(self.optimizer, mine, info["optimizer"])
+        if self.length is not None:
+            self.length.mean, self.length.weight = info["length"]
+
+
+def voided(epochs: Sequence[tuple[int, int]], hello: Hello | Differs) -> bool:
+    """Whether rounds that the client applied were voided since: a later epoch began before its round."""
+    return any(epoch > hello.epoch and start < hello.round for epoch, start in epochs)
+
+
+@dataclass
+class SeedReplay:
+    """HO-SFL: the client half is its base weights and a list of records, P numbers each.
+
+    step: makes records. mirror: the server's own replica, for digests and evaluation. log: where records are kept.
+    aggregation, clip: of the clients' scalars, and the largest length of one client's gradient estimate.
+    digest_every: rounds; 0 for never. epochs: (epoch, its first round) of every restart; rounds of earlier epochs from
+    there on are void.
+    """
+
+    run: Run
+    step: Step
+    mirror: Replica
+    log: Log | None = None
+    aggregation: Aggregation = weighted_mean
+    clip: float | None = None
+    digest_every: int = 100
+    records: list[RoundRecord] = field(default_factory=list)
+    epochs: list[tuple[int, int]] = field(default_factory=list)
+    expects = Scalars
+
+    @property
+    def epoch(self) -> int:
+        return self.epochs[-1][0] if self.epochs else 0
+
+    def since(self, hello: Hello | Differs) -> Records | PoolMoves:
+        """Every record after the client's last; from round 0 on if its half is wrong or holds void rounds."""
+        if hello.epoch > self.epoch:
+            raise MessageError(f"client {hello.client} has seen epoch {hello.epoch}, this is epoch {self.epoch}")
+        start = 0 if isinstance(hello, Differs) or voided(self.epochs, hello) else hello.round
+        if start > len(self.records):
+            raise MessageError(f"client {hello.client} claims {hello.round} rounds of {len(self.records)}")
+        return self._records(hello.client, start, checked=isinstance(hello, Hello))
+
+    def _records(self, client: int, start: int, checked: bool = False) -> Records | PoolMoves:
+        rows = self.records[start:]
+        due = checked and self.digest_every and start // self.digest_every != len(self.records) // self.digest_every
+        digest = digest_array(self.mirror.digest()) if due else torch.empty(0, dtype=torch.int32)
+        sums = self._pool_sums(start) if rows else None
+        if sums is not None:
+            return PoolMoves(
+                client=client,
+                round=start,
+                epoch=self.epoch,
+                coefficients=sums,
+                until=torch.tensor([len(self.records)], dtype=torch.int32),
+                digest=digest,
+            )
+        coefficients = np.array([r.coefficients for r in rows], np.float32).reshape(-1, self.run.directions)
+        rates = np.array([r.rate for r in rows] if self.run.rule is not None else [], np.float32)
+        return Records(
+            client=client,
+            round=start,
+            epoch=self.epoch,
+            coefficients=torch.from_numpy(coefficients),
+            rates=torch.from_numpy(rates),
+            digest=digest,
+        )
+
+    def _pool_sums(self, start: int) -> Tensor | None:
+        """The moves since `start` by direction of the pool, where that is less to send; None where it is not."""
+        pool, lattice, end = self.run.pool, self.run.lattice, len(self.records)
+        if pool is None or lattice is None:
+            return None
+        first = pool.generation(start)
+        generations = pool.generation(end - 1) - first + 1
+        if generations * pool.size >= (end - start) * self.run.directions:
+            return None
+        sums = np.zeros((generations, pool.size))
+        for record in self.records[start:]:
+            measured = pool.measured(record.round, self.run.directions)
+            sums[pool.generation(record.round) - first, measured] += record.coefficients
+        result = torch.from_numpy(sums.astype(np.float32))
+        # In this order weights pass other values than in the rounds' own, and must stay on the lattice there too.
+        return result if self.mirror.fits(2 * spread(result)) else None
+
+    def check(self, message: Scalars) -> None:
+        """Raises MessageError for scalars that cannot be averaged."""
+        if len(message.scalars) != self.run.directions:
+            raise MessageError(f"{len(message.scalars)} scalars in a run of {self.run.directions} directions")
+        if not torch.isfinite(message.scalars).all():
+            raise MessageError("infinite or NaN scalars")
+
+    def commit(self, round: int, answers: Sequence[Scalars], weights: Sequence[float]) -> None:
+        """Aggregate and commit; with no answers, an empty record: no step.
+
+        Raises LatticeError, with nothing committed, for a step that would leave the lattice.
+        """
+        coefficients, rate = [0.0] * self.run.directions, 0.0
+        if answers:
+            values = [a.scalars for a in answers]
+            if self.clip is not None:
+                values = clip_to_norm(values, self.clip, self.dimension)
+            coefficients, rate = self.step(round, self.aggregation(values, weights))
+        participants = tuple(a.client for a in answers)
+        self._append(RoundRecord(self.epoch, round, rate, np.array(coefficients, np.float32), participants))
+
+    @property
+    def largest_answer(self) -> int:
+        """How many numbers a client's answer holds."""
+        return self.run.directions
+
+    @property
+    def dimension(self) -> float:
+        """E |u|^2: the trainable elements, each with its squared factor."""
+        return sum(t.numel() * f * f for t, f in zip(self.mirror.tensors, self.run.factors, strict=True))
+
+    def _append(self, record: RoundRecord) -> None:
+        self.records.append(record)
+        try:
+            self.mirror.apply(self._records(0, record.round))
+            if self.log is not None:
+                self.log.append(record)
+        except BaseException:
+            self.records.pop()
+            raise
+        due = self.digest_every and len(self.records) % self.digest_every == 0
+        if due and self.log is not None:
+            self.log.append(DigestRecord(self.epoch, len(self.records), self.mirror.digest()))
+
+    def restart(self, log: Log, round: int) -> None:
+        """Take up a log's records before `round`; those from there on are void, and a new epoch starts.
+
+        Raises LogError for a log that has fewer.
+        """
+        if len(log.rounds) < round:
+            raise LogError(f"the log ends after {len(log.rounds)} rounds, before the server's round {round}")
+        if len(log.rounds) > round:
+            log.append(EpochRecord(log.epoch + 1, round))
+        self.log, self.records = log, list(log.rounds)
+        self.epochs = [(r.epoch, r.round) for r in log.records if isinstance(r, EpochRecord)]
+        self.mirror.reset()
+        self.mirror.apply(self._records(0, 0))
+
+    def state(self) -> State:
+        return self.step.state()
+
+    def load(self, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
+        self.step.load(tensors, info)
+
+
+@dataclass
+class GradientAverage:
+    """First-order split learning: the client half's weights live here and travel whole.
+
+    weights: float32 [d]; optimizer: of them. length, aggregation: as in SeedReplay.
+    """
+
+    weights: Tensor
+    optimizer: torch.optim.Optimizer
+    rate: Rate
+    length: RunningLength | None = None
+    aggregation: Aggregation = weighted_mean
+    rounds: int = 0
+    epoch: int = 0
+    expects = Gradient
+
+    @property
+    def largest_answer(self) -> int:
+        """How many numbers a client's answer holds."""
+        return len(self.weights)
+
+    def since(self, hello: Hello | Differs) -> Weights:
+        """The weights, unless the client has them."""
+        current = hello.round == self.rounds and hello.epoch == self.epoch
+        weights = torch.empty(0) if current else self.weights.detach()
+        return Weights(client=hello.client, round=self.rounds, epoch=self.epoch, weights=weights)
+
+    def check(self, message: Gradient) -> None:
+        """Raises MessageError for a gradient that cannot be averaged."""
+        if message.gradient.shape != self.weights.shape:
+            raise MessageError(f"{len(message.gradient)} gradient elements for {len(self.weights)} weights")
+        if not torch.isfinite(message.gradient).all():
+            raise MessageError("infinite or NaN gradient")
+
+    def commit(self, round: int, answers: Sequence[Gradient], weights: Sequence[float]) -> None:
+        """One step of the optimizer with the averaged gradient."""
+        if answers:
+            mean = self.aggregation([a.gradient for a in answers], weights)
+            length = self.length.update(float(mean.square().sum())) if self.length else 1.0
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate(round) / length
+            self.weights.grad = mean.float()
+            self.optimizer.step()
+        self.rounds = round + 1
+
+    def state(self) -> State:
+        tensors, info = pack_optimizer(self.optimizer)
+        tensors = {f"optimizer.{k}": v for k, v in tensors.items()} | {"weights": self.weights.detach()}
+        length = None if self.length is None else [self.length.mean, self.length.weight]
+        return tensors, {"optimizer": info, "length": length, "rounds": self.rounds}
+
+    def load(self, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
+        with torch.no_grad():
+            self.weights.copy_(tensors["weights"])
+        mine = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
+        unpack_optimizer(self.optimizer, mine, info["optimizer"])
+        if self.length is not None:
+            self.length.mean, self.length.weight = info["length"]
+        self.rounds = info["rounds"]
+        self.epoch += 1
+
+
+Ledger = SeedReplay | GradientAverage

@@ -1,0 +1,338 @@
+"""Abuse: thousands of clients that drop out, stay away, come late and lie, and a server that dies. `hosfl simulate`.
+
+The federation is the real one, message for message; what is simulated is the wire, the clock and the crowd. Every
+client does its own arithmetic on weights of its own while it takes part. Between its rounds it keeps only a reference
+to its state: clients whose bits are equal (SHA-256) share one copy, so that a crowd costs the memory of the states that
+differ. The clock is virtual: nothing sleeps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hosfl.client import Client, ZerothOrderClient
+from hosfl.config import Config
+from hosfl.ledger import SeedReplay
+from hosfl.messages import Message, Multiplier, Scalars, Wire
+from hosfl.report import machine, peak_memory
+from hosfl.seeds import Purpose, generator
+from hosfl.trainer import Federation, Progress, assemble, evaluate, interruptible
+
+SMALLEST_SHARD = 32  # samples; a crowd larger than the data shares it
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What goes wrong. Raises ValueError for a value that cannot be.
+
+    dropout: the share of clients that vanish in the middle of a round, at any of its messages. absence: the share of
+    invited clients that turn out to be away, for up to longest_absence rounds. delay: mean seconds that a message
+    travels (exponential); deadline: seconds for each of a round's two exchanges, after which answers are late.
+    byzantine: the share of clients that send scalars `magnitude` times too large, of either sign. damage: the share of
+    messages in which a bit flips. crash_every: mean rounds between two deaths of the server, at any message; 0: never.
+    """
+
+    dropout: float = 0.0
+    absence: float = 0.0
+    longest_absence: int = 300
+    delay: float = 0.0
+    deadline: float = 10.0
+    byzantine: float = 0.0
+    magnitude: float = 1e6
+    damage: float = 0.0
+    crash_every: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("dropout", "absence", "byzantine", "damage"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share, from 0 to 1, got {getattr(self, name)}")
+        for name in ("delay", "deadline", "magnitude"):
+            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
+                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
+        for name in ("longest_absence", "crash_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+class ServerDied(Exception):
+    """The server is gone in the middle of a round."""
+
+
+class UnreliableWire(Wire):
+    """Loses, delays and damages messages, and kills the server, as `faults` say."""
+
+    def __init__(self, faults: Faults, random: np.random.Generator) -> None:
+        super().__init__()
+        self.faults, self.random = faults, random
+        self.left: dict[int, int] = {}  # messages until a client vanishes
+        self.clock: dict[int, float] = {}  # seconds into the exchange, by client
+        self.late: list[bytes] = []
+        self.death: int | None = None  # messages until the server dies
+        self.lost = self.overdue = self.damaged = 0
+
+    def begin(self, clients: Sequence[int]) -> list[bytes]:
+        """A round begins. Returns what arrives only now."""
+        vanish = self.random.random(len(clients)) < self.faults.dropout
+        self.left = {c: int(self.random.integers(5)) for c, v in zip(clients, vanish, strict=True) if v}
+        self.clock = {}
+        if self.faults.crash_every and self.random.random() < 1 / self.faults.crash_every:
+            self.death = int(self.random.integers(1 + 5 * len(clients)))
+        late, self.late = self.late, []
+        return late
+
+    def carry(self, message: Message) -> bytes | None:
+        self._maybe_die()
+        client = message.client
+        if client in self.left:
+            if self.left[client] == 0:
+                self.lost += 1
+                return None
+            self.left[client] -= 1
+        data = super().carry(message)
+        assert data is not None
+        if self.faults.damage and self.random.random() < self.faults.damage:
+            self.damaged += 1
+            bit = int(self.random.integers(8 * len(data)))
+            data = data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :]
+        if self._in_time(message):
+            return data
+        self.overdue += 1
+        if message.direction == "up":
+            self.late.append(data)
+        return None
+
+    def _maybe_die(self) -> None:
+        if self.death is None:
+            return
+        if self.death == 0:
+            self.death = None
+            raise ServerDied
+        self.death -= 1
+
+    def _in_time(self, message: Message) -> bool:
+        if isinstance(message, Multiplier):
+            self.clock[message.client] = 0.0  # the second exchange
+        if self.faults.delay:
+            travelled = float(self.random.exponential(self.faults.delay))
+            self.clock[message.client] = self.clock.get(message.client, 0.0) + travelled
+        return self.clock.get(message.client, 0.0) <= self.faults.deadline
+
+
+@dataclass
+class ByzantineClient(ZerothOrderClient):
+    """Sends scalars that are `magnitude` times too large, of either sign."""
+
+    magnitude: float = field(kw_only=True)
+    random: np.random.Generator = field(kw_only=True)
+
+    def answer(self, message: Multiplier) -> Scalars:
+        honest = super().answer(message)
+        signs = torch.from_numpy(self.random.choice([-1.0, 1.0], len(honest.scalars)).astype(np.float32))
+        return replace(honest, scalars=honest.scalars * signs * self.magnitude)
+
+
+@dataclass
+class State:
+    """The bits that clients share: weights, moments, and how many clients are in this state."""
+
+    tensors: list[Tensor]
+    moments: list[list[Tensor]]
+    clients: int = 0
+
+
+@dataclass
+class Crowd(Federation):
+    """A federation of thousands: a client exists while it takes part, and is a reference to its state otherwise."""
+
+    faults: Faults = field(default_factory=Faults)
+    states: dict[bytes, State] = field(default_factory=dict)
+    where: dict[int, tuple[bytes, int, int]] = field(default_factory=dict)  # client: state, rounds applied, epoch
+    away: dict[int, int] = field(default_factory=dict)  # client: the round in which it comes back
+    empty: int = 0
+    deaths: int = 0
+    most_states: int = 0
+
+    def __post_init__(self) -> None:
+        self.random = generator(self.config.seed, Purpose.FAULTS)
+        self.unreliable = UnreliableWire(self.faults, self.random)
+        self.wire = self.unreliable
+        liars = round(self.faults.byzantine * self.config.clients)
+        self.liars = {int(c) for c in self.random.choice(self.config.clients, liars, replace=False)}
+
+    def invited(self, round: int) -> list[int]:
+        """Those sampled who are not away."""
+        here = []
+        for client in super().invited(round):
+            if self.away.get(client, 0) > round:
+                continue
+            if self.faults.absence and self.random.random() < self.faults.absence:
+                self.away[client] = round + 1 + int(self.random.integers(max(1, self.faults.longest_absence)))
+                continue
+            here.append(client)
+        self._late = self.unreliable.begin(here)
+        return here
+
+    def late(self) -> list[Message | None]:
+        return [self.server.receive(data) for data in self._late]
+
+    def round(self, round: int) -> float:
+        loss = super().round(round)
+        ledger = self.server.ledger
+        if isinstance(ledger, SeedReplay):
+            self.empty += not ledger.records[-1].participants
+        return loss
+
+    def take(self, number: int) -> Client:
+        client = self.make(number)
+        if number in self.liars and isinstance(client, ZerothOrderClient):
+            client = ByzantineClient(
+                client.number,
+                client.half,
+                client.batch,
+                run=client.run,
+                base=client.base,
+                magnitude=self.faults.magnitude,
+                random=self.random,
+            )
+        if number in self.where and isinstance(client, ZerothOrderClient):
+            key, applied, epoch = self.where[number]
+            client.take_up(self.states[key].tensors, self.states[key].moments, applied, epoch)
+        return client
+
+    def put_back(self, client: Client) -> None:
+        assert isinstance(client, ZerothOrderClient)
+        replica, before = client.replica, self.where.get(client.number)
+        key = replica.digest()
+        if before is None or before[0] != key:
+            if key not in self.states:
+                self.states[key] = State([t.detach() for t in replica.tensors], replica.moments)
+            self.states[key].clients += 1
+            if before is not None:
+                self._leave(before[0])
+        self.where[client.number] = key, replica.applied, replica.epoch
+        self.most_states = max(self.most_states, len(self.states))
+
+    def _leave(self, key: bytes) -> None:
+        self.states[key].clients -= 1
+        if not self.states[key].clients:
+            del self.states[key]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a simulation came to.
+
+    equal: whether all clients and a newcomer held the same bits after catching up at the end. states: the most distinct
+    ones at once. empty: rounds that nobody answered. lost, late, damaged: messages. refusals: messages that the server
+    refused; complaints: that clients did. differed: clients that found their half wrong. deaths: of the server.
+    """
+
+    rounds: int
+    accuracy: float
+    loss: float
+    clients: int
+    equal: bool
+    digest: str
+    log_digest: str
+    states: int
+    visits: int
+    empty: int
+    lost: int
+    late: int
+    damaged: int
+    refusals: int
+    complaints: int
+    differed: int
+    deaths: int
+    interrupted: bool
+    seconds: float
+    peak_memory: dict[str, int]
+    config: dict[str, Any]
+    faults: dict[str, Any]
+    machine: dict[str, Any]
+
+
+def simulate(
+    config: Config, faults: Faults, out: Path | str | None = None, progress: Progress | None = None
+) -> Outcome:
+    """Run HO-SFL under faults; returns the outcome, and with `out` writes simulation.json and hosfl.log there.
+
+    The first Ctrl-C ends it after the current round. Raises ValueError for another method than "ho", FileExistsError if
+    `out` holds another run, LatticeError when the run diverges.
+    """
+    if config.method != "ho":
+        raise ValueError(f"a simulation is of HO-SFL, method ho, not {config.method}")
+    if out is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            return _simulate(config, faults, Path(temporary), progress)
+    folder = Path(out)
+    if (folder / "hosfl.log").exists():
+        raise FileExistsError(f"{folder} holds another run: choose another folder or delete it")
+    folder.mkdir(parents=True, exist_ok=True)
+    outcome = _simulate(config, faults, folder, progress)
+    (folder / "simulation.json").write_text(json.dumps(asdict(outcome), indent=2) + "\n")
+    return outcome
+
+
+def _simulate(config: Config, faults: Faults, folder: Path, progress: Progress | None) -> Outcome:
+    begin = time.perf_counter()
+    plain, task = assemble(config, folder, smallest_shard=SMALLEST_SHARD)
+    crowd = Crowd(config, plain.server, plain.make, plain.base, plain.observed, faults=faults)
+    ledger = crowd.server.ledger
+    assert isinstance(ledger, SeedReplay)
+    assert ledger.log is not None
+    saved, done, loss = (crowd.server.frozen_state(), 0), 0, float("nan")
+    with interruptible() as interrupted:
+        while done < config.rounds and not interrupted.is_set():
+            try:
+                loss = crowd.round(done)
+                done += 1
+            except ServerDied:
+                crowd.deaths += 1
+                crowd.server.load(saved[0])
+                done = saved[1]
+                ledger.restart(ledger.log, done)
+            if done % config.snapshot_every == 0 and saved[1] != done:
+                saved = crowd.server.frozen_state(), done
+            if progress is not None:
+                progress(done, loss, None, sum(crowd.wire.bytes.values()))
+        accuracy, test_loss = evaluate(crowd.model(), task.splits.test.to(config.device), task)
+        together = crowd.replicas()
+    outcome = Outcome(
+        rounds=done,
+        accuracy=accuracy,
+        loss=test_loss,
+        clients=config.clients,
+        equal=together.equal,
+        digest=together.digest,
+        log_digest=ledger.log.digest,
+        states=crowd.most_states,
+        visits=crowd.visits,
+        empty=crowd.empty,
+        lost=crowd.unreliable.lost,
+        late=crowd.unreliable.overdue,
+        damaged=crowd.unreliable.damaged,
+        refusals=crowd.server.refusals,
+        complaints=len(crowd.complaints),
+        differed=len(crowd.server.differed),
+        deaths=crowd.deaths,
+        interrupted=done < config.rounds,
+        seconds=time.perf_counter() - begin,
+        peak_memory=peak_memory(),
+        config=asdict(config),
+        faults=asdict(faults),
+        machine=machine(),
+    )
+    crowd.close()
+    return outcome
