@@ -15,6 +15,8 @@ import numpy as np
 
 from hosfl_kernels import derive
 
+CACHED = 1 << 16  # rounds: a crowd that catches up asks for the same ones again and again
+
 
 class Purpose(IntEnum):
     """What a seed is for. The numbers are part of the log's format: add, never change."""
@@ -30,15 +32,17 @@ class Purpose(IntEnum):
     FAULTS = 9  # what goes wrong in a simulation
 
 
+@lru_cache(maxsize=CACHED)
 def round_seed(run_seed: int, purpose: Purpose, round: int) -> int:
     """The seed of one round for one purpose."""
     return derive(derive(run_seed, 0, purpose), round, 0)
 
 
-def direction_seeds(run_seed: int, round: int, count: int) -> list[int]:
+@lru_cache(maxsize=CACHED)
+def direction_seeds(run_seed: int, round: int, count: int) -> tuple[int, ...]:
     """The seeds of the round's own directions u_1 .. u_count, the same for all clients."""
     seed = round_seed(run_seed, Purpose.DIRECTIONS, round)
-    return [derive(seed, p, 0) for p in range(count)]
+    return tuple(derive(seed, p, 0) for p in range(count))
 
 
 @lru_cache(maxsize=64)
