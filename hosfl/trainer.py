@@ -25,7 +25,7 @@ from hosfl.data import Batches, Dataset, dirichlet_split
 from hosfl.lattice import Lattice, LatticeError, power_of_two_scales
 from hosfl.ledger import FreshStep, GradientAverage, Ledger, PoolStep, SeedReplay
 from hosfl.log import Log
-from hosfl.messages import Message, MessageError, Wire, decode
+from hosfl.messages import Message, MessageError, Multiplier, Wire, decode
 from hosfl.probe import trainable
 from hosfl.replica import Pool, Replica, Rule, Run
 from hosfl.report import Evaluation, Replicas, Summary, Writer
@@ -63,27 +63,38 @@ class Federation:
 
         A message that is lost, late or refused costs its sender the round, and nobody else anything.
         """
-        present: dict[int, Client] = {}
+        here: list[Client] = []
+        sent: dict[int, Client] = {}  # whose cut is on its way
         invited = self.invited(round)
         cuts = self.late()
         try:
             for number in invited:
-                client = present[number] = self.take(number)
+                client = self.take(number)
+                here.append(client)
                 if self.join(client):
                     self.visits += 1
+                    sent[number] = client
                     cuts.append(self.up(client.output(round)))
             multipliers, loss = self.server.step(round, [c for c in cuts if c is not None])
-            answers = []
-            for number, multiplier in multipliers.items():
-                client = present[number]
-                received = self.down(multiplier) if client.learns else None
-                if received is not None:
-                    answers.append(self.up(client.answer(received)))
+            # A late cut can be of this very round, which died once and began again: its sender may not be here.
+            answers = [self.answer(sent[n], m) for n, m in multipliers.items() if n in sent and sent[n].learns]
             self.server.commit(round, [a for a in answers if a is not None])
         finally:
-            for client in present.values():
+            for client in here:
                 self.put_back(client)
         return loss
+
+    def answer(self, client: Client, multiplier: Multiplier) -> Message | None:
+        """The second exchange: what the server receives for a multiplier."""
+        received = self.down(multiplier)
+        if received is None:
+            return None
+        try:
+            answer = client.answer(received)
+        except MessageError as error:
+            self.complaints.append(f"client {client.number}: {error}")
+            return None
+        return self.up(answer)
 
     def join(self, client: Client) -> bool:
         """The first exchange: the client says where it is and takes what it missed. False if that fails."""
@@ -98,7 +109,8 @@ class Federation:
                 return False
             try:
                 news = client.catch_up(received)
-            except MessageError as error:
+            except (MessageError, LatticeError) as error:
+                # Moves that fit the server's replica do not fit the client's: its weights are damaged.
                 self.complaints.append(f"client {client.number}: {error}")
                 return False
         return True
