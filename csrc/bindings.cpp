@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -80,6 +81,7 @@ std::vector<Segment> part_of(const std::vector<Segment>& segments, int64_t first
     if (from < to) {
       Segment piece = segment;
       piece.data = static_cast<char*>(segment.data) + from * size_of(segment.dtype);
+      for (float*& moment : piece.moments) moment += moment ? from : 0;
       piece.n = to - from;
       piece.start = segment.start + uint64_t(from);
       part.push_back(piece);
@@ -171,6 +173,38 @@ void replay(const std::vector<uint64_t>& addresses, const std::vector<int64_t>& 
   });
 }
 
+void update(const std::vector<uint64_t>& addresses, const std::vector<int64_t>& sizes, const std::vector<int>& dtypes,
+            const std::vector<uint32_t>& streams, const std::vector<uint64_t>& starts,
+            const std::vector<float>& factors, const std::vector<std::vector<uint64_t>>& moments, int rule,
+            const std::vector<double>& constants, const std::vector<uint64_t>& seeds,
+            const std::vector<double>& coefficients, const std::vector<std::array<double, 3>>& rounds,
+            const std::vector<uint64_t>& rounding_seeds, bool gaussian, int threads) {
+  auto segments = segments_of(addresses, sizes, dtypes, streams, starts, factors);
+  const bool stochastic = !rounding_seeds.empty();
+  if (rule < 0 || rule > 2 || moments.size() != size_t(rule) || constants.size() > 5 || rounds.empty())
+    throw std::invalid_argument("bad rule, moments, constants or no rounds");
+  if (coefficients.size() != seeds.size() || seeds.size() % rounds.size() ||
+      (stochastic && rounding_seeds.size() != rounds.size()))
+    throw std::invalid_argument("seeds, coefficients, steps and rounding seeds differ in length");
+  for (size_t k = 0; k < moments.size(); ++k) {
+    if (moments[k].size() != segments.size()) throw std::invalid_argument("moments and tensors differ in length");
+    for (size_t t = 0; t < segments.size(); ++t) segments[t].moments[k] = reinterpret_cast<float*>(moments[k][t]);
+  }
+  std::vector<Record> records;
+  std::vector<Step> steps;
+  IeeeArithmetic scope;  // the conversion to float32 must not flush either
+  for (size_t r = 0; r < seeds.size(); ++r) records.push_back({seeds[r], float(coefficients[r]), 0});
+  for (size_t r = 0; r < rounds.size(); ++r)
+    steps.push_back({float(rounds[r][0]), float(rounds[r][1]), float(rounds[r][2]), stochastic ? rounding_seeds[r] : 0});
+  Update update = {static_cast<Rule>(rule), {}, records.data(), steps.data(), int64_t(steps.size()), 0};
+  update.directions = int64_t(seeds.size() / rounds.size());
+  std::copy(constants.begin(), constants.end(), update.constants);
+  const Dist dist = gaussian ? Dist::gaussian : Dist::rademacher;
+  py::gil_scoped_release unlocked;
+  in_parallel(segments, int64_t(records.size() + steps.size()), threads,
+              [&](const Segment& segment) { chosen->update(segment, update, dist, stochastic); });
+}
+
 }  // namespace
 }  // namespace hosfl
 
@@ -179,6 +213,7 @@ PYBIND11_MODULE(_cpp, m) {
   m.def("philox", &hosfl::philox);
   m.def("noise", &hosfl::noise);
   m.def("replay", &hosfl::replay);
+  m.def("update", &hosfl::update);
   m.def("use_isa", &hosfl::use_isa, "Use another instruction set of this processor; for tests and benchmarks.");
   m.def("isa", [] { return std::string(hosfl::chosen->isa); });
   m.def("supported", [] {

@@ -16,8 +16,9 @@
 #define HOSFL_ISA avx2
 #define HOSFL_LANES 8
 #include "replay.h"
+#include "update.h"
 
-const hosfl::Ops hosfl::avx2::ops = {"avx2", philox, noise, perturb, replay};
+const hosfl::Ops hosfl::avx2::ops = {"avx2", philox, noise, perturb, replay, update};
 #ifdef __clang__
 #pragma clang attribute pop
 #endif

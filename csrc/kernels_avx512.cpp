@@ -16,8 +16,9 @@
 #define HOSFL_ISA avx512
 #define HOSFL_LANES 16
 #include "replay.h"
+#include "update.h"
 
-const hosfl::Ops hosfl::avx512::ops = {"avx512", philox, noise, perturb, replay};
+const hosfl::Ops hosfl::avx512::ops = {"avx512", philox, noise, perturb, replay, update};
 #ifdef __clang__
 #pragma clang attribute pop
 #endif

@@ -6,5 +6,6 @@
 
 #define HOSFL_ISA baseline
 #include "replay.h"
+#include "update.h"
 
-const hosfl::Ops hosfl::baseline::ops = {"baseline", philox, noise, perturb, replay};
+const hosfl::Ops hosfl::baseline::ops = {"baseline", philox, noise, perturb, replay, update};

@@ -15,6 +15,23 @@ def replay(
     gaussian: bool,
     threads: int,
 ) -> None: ...
+def update(
+    addresses: Sequence[int],
+    sizes: Sequence[int],
+    dtypes: Sequence[int],
+    streams: Sequence[int],
+    starts: Sequence[int],
+    factors: Sequence[float],
+    moments: Sequence[Sequence[int]],
+    rule: int,
+    constants: Sequence[float],
+    seeds: Sequence[int],
+    coefficients: Sequence[float],
+    steps: Sequence[Sequence[float]],
+    rounding_seeds: Sequence[int],
+    gaussian: bool,
+    threads: int,
+) -> None: ...
 def use_isa(name: str) -> None: ...
 def isa() -> str: ...
 def supported() -> list[str]: ...

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from hosfl_kernels import ops, reference, spec
+from hosfl_kernels.rules import SGD, AdamW, Rule
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SEED, ROUNDING_SEED = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03
@@ -41,18 +42,48 @@ class Case:
     factor: float = 1.0
     records: int = 1
 
+    @property
+    def op(self) -> str:
+        return "perturb_" if self.records == 1 else f"replay_ of {self.records}"
+
     def __str__(self) -> str:
-        op = "perturb_" if self.records == 1 else f"replay_ of {self.records}"
         place = f"n={self.n} start={self.start} stream={self.stream} factor={self.factor:g}"
-        return f"{op} {self.dtype} {self.dist} {self.rounding} {place}"
+        return f"{self.op} {self.dtype} {self.dist} {self.rounding} {place}"
+
+
+@dataclass(frozen=True)
+class UpdateCase(Case):
+    """`records` rounds of an update rule with so many directions each."""
+
+    rule: Rule = SGD()
+    directions: int = 1
+
+    @property
+    def op(self) -> str:
+        return f"update_ {self.rule.name} of {self.records} x {self.directions}"
+
+
+KINDS = [("float32", "nearest"), ("bfloat16", "nearest"), ("bfloat16", "stochastic"), ("float16", "nearest")]
+RULES: list[Rule] = [SGD(weight_decay=0.1), SGD(momentum=0.9), AdamW(betas=(0.8, 0.99), weight_decay=0.1)]
+
+
+def _update_cases() -> Iterator[UpdateCase]:
+    # Few and small: in Triton's interpreter a tile takes 20 ms per direction. The first crosses a block's end beyond 32
+    # bits, the second is wider than a row.
+    for rule in RULES:
+        for dtype, rounding in KINDS:
+            for dist in ops.DISTRIBUTIONS:
+                kind: dict[str, Any] = {"dtype": dtype, "dist": dist, "rounding": rounding, "rule": rule}
+                start = 2**44 - 100
+                yield UpdateCase(**kind, n=150, stream=2**32 - 1, start=start, factor=0.25, records=2, directions=3)
+                yield UpdateCase(**kind, n=1100, stream=6, start=131_000, records=2)
 
 
 def _cases() -> Iterator[Case]:
     # Sizes and starts around the edges of rows (1024), Gaussian blocks (4096), rounding blocks (8192) and
     # Rademacher blocks (131072), and beyond 32 bits.
     places = [(1, 0), (7, 1020), (1024, 0), (1025, 1023), (4099, 4093), (9001, 131_071), (3000, 2**32 - 1500)]
-    kinds = [("float32", "nearest"), ("bfloat16", "nearest"), ("bfloat16", "stochastic"), ("float16", "nearest")]
-    for dtype, rounding in kinds:
+    for dtype, rounding in KINDS:
         for dist in ops.DISTRIBUTIONS:
             for stream, (n, start) in enumerate(places):
                 yield Case(dtype, dist, rounding, n, stream, start)
@@ -63,7 +94,7 @@ def _cases() -> Iterator[Case]:
     yield Case(dist="gaussian", n=20_001, start=2**33 + 77, stream=3)
 
 
-CASES = list(_cases())
+CASES = [*_cases(), *_update_cases()]
 
 
 def weights(case: Case) -> Tensor:
@@ -101,6 +132,26 @@ def records(case: Case) -> dict[str, Any]:
     }
 
 
+def rounds(case: UpdateCase) -> tuple[list[Any], list[int] | None]:
+    """Rule, constants, seeds, coefficients and steps of a case, as backends take them; and its rounding seeds."""
+    p = case.directions
+    record = records(replace(case, records=case.records * p))
+    steps = case.rule.steps(range(case.records), [1e-2 / (1 + r) for r in range(case.records)]).tolist()
+    rounding = None if record["rounding_seeds"] is None else record["rounding_seeds"][: case.records]
+    return [case.rule.name, case.rule.constants, record["seeds"], record["coefficients"], steps], rounding
+
+
+def kept(case: UpdateCase) -> list[Tensor]:
+    """Moments of a case: m like the weights, v from nothing over subnormal numbers to infinity."""
+    moments = []
+    for k in range(case.rule.moments):
+        x = weights(replace(case, dtype="float32")) * 0.5
+        moments.append(x if k == 0 else (x * x).flip(0))
+        if k and case.n > 100:
+            moments[k][20:26] = torch.tensor([0.0, 1e-45, 7e-42, 1.1754944e-38, 3e38, float("inf")])
+    return moments
+
+
 def difference(got: Tensor, want: Tensor) -> str | None:
     """None where the bits are equal, else where they first differ. NaN equals NaN."""
     a, b = reference.storage(got.cpu()), reference.storage(want)
@@ -116,6 +167,8 @@ def difference(got: Tensor, want: Tensor) -> str | None:
 
 def run_case(backend: ModuleType, case: Case, device: str) -> str | None:
     """The difference between a backend and spec.py, or None."""
+    if isinstance(case, UpdateCase):
+        return _run_update(backend, case, device)
     want = weights(case)
     got = want.to(device, copy=True)
     record = records(case)
@@ -127,6 +180,19 @@ def run_case(backend: ModuleType, case: Case, device: str) -> str | None:
     else:
         backend.replay_([got], record["seeds"], record["coefficients"], *place, rounding)
     reference.replay_([want], record["seeds"], record["coefficients"], *place, rounding)
+    return difference(got, want)
+
+
+def _run_update(backend: ModuleType, case: UpdateCase, device: str) -> str | None:
+    want, want_moments = weights(case), kept(case)
+    got, got_moments = want.to(device, copy=True), [m.to(device, copy=True) for m in want_moments]
+    record, rounding = rounds(case)
+    place: list[Any] = [case.dist, [case.factor], [case.stream], [case.start], rounding]
+    backend.update_([got], [[m] for m in got_moments], *record, *place)
+    reference.update_([want], [[m] for m in want_moments], *record, *place)
+    for k, (a, b) in enumerate(zip(got_moments, want_moments, strict=True)):
+        if wrong := difference(a, b):
+            return f"moment {k}: {wrong}"
     return difference(got, want)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from hosfl_kernels import _cpp
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of csrc/ops.h
+RULES = {"sgd": 0, "momentum": 1, "adamw": 2}  # enum Rule of csrc/ops.h
 
 
 def describe() -> str:
@@ -58,6 +59,39 @@ def replay_(
         factors,
         seeds,
         coefficients,
+        rounding_seeds or [],
+        dist == "gaussian",
+        torch.get_num_threads(),
+    )
+
+
+def update_(
+    tensors: Sequence[Tensor],
+    moments: Sequence[Sequence[Tensor]],
+    rule: str,
+    constants: Sequence[float],
+    seeds: Sequence[int],
+    coefficients: Sequence[float],
+    steps: Sequence[Sequence[float]],
+    dist: str,
+    factors: Sequence[float],
+    streams: Sequence[int],
+    starts: Sequence[int],
+    rounding_seeds: Sequence[int] | None,
+) -> None:
+    _cpp.update(
+        [t.data_ptr() for t in tensors],
+        [t.numel() for t in tensors],
+        [DTYPES[t.dtype] for t in tensors],
+        streams,
+        starts,
+        factors,
+        [[t.data_ptr() for t in moment] for moment in moments],
+        RULES[rule],
+        constants,
+        seeds,
+        coefficients,
+        steps,
         rounding_seeds or [],
         dist == "gaussian",
         torch.get_num_threads(),

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from hosfl_kernels import cpu, gpu, reference, spec
+from hosfl_kernels.rules import SGD, AdamW, Rule
 
 BACKENDS: dict[str, ModuleType] = {"numpy": reference, "cpp": cpu, "triton": gpu}
 DISPATCH = {"CPU": cpu, "CUDA": gpu}
@@ -32,6 +33,8 @@ SCHEMAS = {
     "noise_": "(Tensor(a!) out, SymInt[] seed, SymInt stream, SymInt start, str dist) -> ()",
     "perturb_": f"(Tensor(a!)[] tensors, SymInt[] seed, float scale, {_PLACE}, SymInt[] rounding_seed) -> ()",
     "replay_": f"(Tensor(a!)[] tensors, Tensor seeds, Tensor coefficients, {_PLACE}, Tensor? rounding_seeds) -> ()",
+    "update_": "(Tensor(a!)[] tensors, Tensor(b!)[] moments, str rule, float[] constants, Tensor seeds, "
+    f"Tensor coefficients, Tensor steps, {_PLACE}, Tensor? rounding_seeds) -> ()",
 }
 
 DISTRIBUTIONS = ("rademacher", "gaussian")
@@ -40,6 +43,8 @@ LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 
 Seeds = Sequence[int] | Tensor
 Coefficients = Sequence[float] | Tensor
+SeedTable = Sequence[Sequence[int]] | Tensor
+Table = Sequence[Sequence[float]] | Tensor
 
 
 # --- the public functions -------------------------------------------------------------------------------------
@@ -170,6 +175,67 @@ def replay_(
         torch.ops.hosfl.replay_(tensors, seeds, coefficients, *place, rounding_seeds)
 
 
+def update_(
+    tensors: Tensor | Iterable[Tensor],
+    moments: Sequence[Tensor | Iterable[Tensor]],
+    rule: Rule,
+    seeds: SeedTable,
+    coefficients: Table,
+    steps: Table,
+    *,
+    dist: str = "rademacher",
+    factors: Sequence[float] | None = None,
+    streams: Sequence[int] | None = None,
+    starts: Sequence[int] | None = None,
+    rounding: str = "nearest",
+    rounding_seeds: Seeds | None = None,
+) -> None:
+    """Apply many rounds of an update rule in one pass over weights and moments, in place.
+
+    Args:
+        moments: `rule.moments` lists of float32 tensors, each with one tensor per weight tensor: its shape and device,
+            contiguous, sharing no memory with anything else. Zeros before the first round. AdamW: [m, v], v >= 0.
+        rule: `SGD(...)` or `AdamW(...)`.
+        seeds: R rounds of P directions, 0 <= seed < 2^64; or an int64 CPU tensor [R, P] of their bits.
+        coefficients: float32 CPU tensor [R, P] or nested lists; finite. What is summed is the gradient's estimate: a
+            mean over directions has its 1 / P in here.
+        steps: float32 CPU tensor [R, 3] of finite numbers (rate, keep, root), as `rule.steps` makes them.
+        rounding_seeds: for rounding="stochastic": R seeds, one per round.
+        Everything else as in `perturb_`.
+
+    Formula, for every element and round; each operation is one float32 operation rounded to nearest, none is fused:
+
+        g = 0, then for every direction p: g = g + (float32(coefficient) * factor) * z(seed)
+        SGD     d = g; with momentum m = momentum * m + g, d = m
+        AdamW   m = b1 * m + (1 - b1) * g; v = b2 * v + (1 - b2) * (g * g); d = m / (sqrt(v) * root + eps)
+        x = x * keep - rate * d, rounded to x's dtype as in `perturb_`; the next round starts from there
+
+    Many rounds in one call leave the bits of one call per round, on every backend, device, thread count and sharding;
+    weights and moments cross the memory bus once. Not promised: the payload of NaN.
+
+    Raises: ValueError, TypeError or RuntimeError, before any tensor is changed.
+    """
+    if not isinstance(rule, (SGD, AdamW)):
+        raise TypeError(f"rule must be SGD or AdamW, got {type(rule).__name__}")
+    tensors = _tensor_list(tensors)
+    kept = _moment_lists(moments, rule, len(tensors))
+    _check_dist(dist)
+    _check_place(len(tensors), factors, streams, starts)
+    _check_rounding(rounding, rounding_seeds is not None, "rounding_seeds")
+    seeds = _seed_table(seeds)
+    rounds, directions = seeds.shape
+    coefficients = _table(coefficients, "coefficients", rounds, directions)
+    steps = _table(steps, "steps", rounds, 3)
+    if rounding_seeds is not None:
+        rounding_seeds = _seed_tensor(rounding_seeds, "rounding_seeds")
+        if len(rounding_seeds) != rounds:
+            raise ValueError(f"{rounds} rounds but {len(rounding_seeds)} rounding_seeds")
+    if tensors:
+        place = (dist, factors or [], streams or [], starts or [])
+        record = (seeds, coefficients, steps)
+        torch.ops.hosfl.update_(tensors, kept, rule.name, rule.constants, *record, *place, rounding_seeds)
+
+
 def snap_(
     tensors: Tensor | Iterable[Tensor], *, factors: Sequence[float] | None = None, headroom: float = 2.0
 ) -> float:
@@ -229,18 +295,31 @@ def backends() -> dict[str, str | None]:
 # --- checks of numbers: also while torch.compile traces ----------------------------------------------------------
 
 
-def _tensor_list(tensors: Tensor | Iterable[Tensor]) -> list[Tensor]:
+def _tensor_list(tensors: Tensor | Iterable[Tensor], name: str = "tensors") -> list[Tensor]:
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     for t, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"tensors[{t}] is {type(tensor).__name__}, not a torch.Tensor")
+            raise TypeError(f"{name}[{t}] is {type(tensor).__name__}, not a torch.Tensor")
         if tensor.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
-                f"tensors[{t}] requires grad, and an in-place change would break its graph: use torch.no_grad()"
+                f"{name}[{t}] requires grad, and an in-place change would break its graph: use torch.no_grad()"
             )
         if tensor.device.type not in ("cpu", "cuda"):
-            raise RuntimeError(f"tensors[{t}] is on {tensor.device}; there are kernels for cpu and cuda")
+            raise RuntimeError(f"{name}[{t}] is on {tensor.device}; there are kernels for cpu and cuda")
     return tensors
+
+
+def _moment_lists(moments: Sequence[Tensor | Iterable[Tensor]], rule: Rule, n: int) -> list[Tensor]:
+    """The moments end to end: all of the first kind, then all of the second."""
+    if len(moments) != rule.moments:
+        raise ValueError(f"{rule} keeps {rule.moments} moments per tensor, got {len(moments)} lists of them")
+    kept = []
+    for k, moment in enumerate(moments):
+        mine = _tensor_list(moment, f"moments[{k}]")
+        if len(mine) != n:
+            raise ValueError(f"{n} tensors but {len(mine)} in moments[{k}]")
+        kept += mine
+    return kept
 
 
 def _check_integer(value: int, end: int, name: str) -> None:
@@ -301,6 +380,36 @@ def _coefficient_tensor(coefficients: Coefficients) -> Tensor:
     return torch.tensor(coefficients, dtype=torch.float32)
 
 
+def _seed_table(seeds: SeedTable) -> Tensor:
+    """int64 [R, P] on the CPU: the bits of uint64 seeds."""
+    if isinstance(seeds, Tensor):
+        if seeds.dtype != torch.int64 or seeds.dim() != 2 or seeds.device.type != "cpu":
+            raise TypeError("seeds as a tensor must be int64 [rounds, directions], on the CPU")
+        return seeds
+    for r, row in enumerate(seeds):
+        if not isinstance(row, Sequence):
+            raise TypeError(f"seeds[{r}] must be a list of integers, one per direction, got {type(row).__name__}")
+        if len(row) != len(seeds[0]):
+            raise ValueError(f"seeds[0] has {len(seeds[0])} directions, seeds[{r}] has {len(row)}")
+        for p, seed in enumerate(row):
+            _check_integer(seed, 2**64, f"seeds[{r}][{p}]")
+    shape = (len(seeds), len(seeds[0]) if seeds else 0)
+    return torch.from_numpy(np.array(seeds, dtype=np.uint64).reshape(shape).view(np.int64))
+
+
+def _table(values: Table, name: str, rows: int, columns: int) -> Tensor:
+    """float32 [rows, columns] on the CPU."""
+    if isinstance(values, Tensor):
+        if values.dtype != torch.float32 or values.dim() != 2 or values.device.type != "cpu":
+            raise TypeError(f"{name} as a tensor must be float32, two-dimensional and on the CPU")
+        table = values
+    else:
+        table = torch.tensor(values, dtype=torch.float32) if len(values) else torch.zeros(0, columns)
+    if table.shape != (rows, columns):
+        raise ValueError(f"{name} must be [{rows}, {columns}], one row per round of the seeds, got {[*table.shape]}")
+    return table
+
+
 # --- checks of tensors: on what the backend will really get -------------------------------------------------------
 
 
@@ -313,24 +422,55 @@ def _factors(factors: Sequence[float] | None, n: int) -> list[float]:
 
 
 def _check_tensors(tensors: Sequence[Tensor], starts: Sequence[int] | None = None) -> None:
-    memory = []
     for t, tensor in enumerate(tensors):
         if tensor.dtype not in DTYPES:
             raise TypeError(f"tensors[{t}] is {tensor.dtype}; the kernels take float32, bfloat16 and float16")
         if tensor.device != tensors[0].device:
             raise RuntimeError(f"tensors[0] is on {tensors[0].device}, tensors[{t}] on {tensor.device}: use one device")
-        if not tensor.is_contiguous():
-            raise RuntimeError(
-                f"tensors[{t}] is not contiguous (strides {tensor.stride()}): call it on a contiguous one"
-            )
+        _check_contiguous(tensor, f"tensors[{t}]")
         if starts and starts[t] + tensor.numel() > 2**63:
             raise ValueError(f"starts[{t}] + numel is beyond 2^63")
-        if tensor.numel():
-            memory.append((tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes, t))
-    memory.sort()
-    for (_, end, t), (begin, _, u) in pairwise(memory):
+    _check_memory({f"tensors[{t}]": tensor for t, tensor in enumerate(tensors)})
+
+
+def _check_contiguous(tensor: Tensor, name: str) -> None:
+    if not tensor.is_contiguous():
+        raise RuntimeError(f"{name} is not contiguous (strides {tensor.stride()}): call it on a contiguous one")
+
+
+def _check_memory(tensors: dict[str, Tensor]) -> None:
+    names = list(tensors)
+    memory = sorted((x.data_ptr(), x.data_ptr() + x.nbytes, i) for i, x in enumerate(tensors.values()) if x.numel())
+    for (_, end, i), (begin, _, j) in pairwise(memory):
         if begin < end:
-            raise RuntimeError(f"tensors[{min(t, u)}] and tensors[{max(t, u)}] share memory: pass tied tensors once")
+            first, second = names[min(i, j)], names[max(i, j)]
+            raise RuntimeError(f"{first} and {second} share memory: pass tied tensors once")
+
+
+def _check_moments(tensors: list[Tensor], moments: list[list[Tensor]]) -> None:
+    named = {f"tensors[{t}]": tensor for t, tensor in enumerate(tensors)}
+    for k, moment in enumerate(moments):
+        for t, (kept, tensor) in enumerate(zip(moment, tensors, strict=True)):
+            name = f"moments[{k}][{t}]"
+            if kept.dtype != torch.float32:
+                raise TypeError(f"{name} is {kept.dtype}; moments are float32, whatever the weights are")
+            if kept.shape != tensor.shape:
+                raise ValueError(f"{name} is {[*kept.shape]}, tensors[{t}] is {[*tensor.shape]}: they must be alike")
+            if kept.device != tensor.device:
+                raise RuntimeError(f"{name} is on {kept.device}, tensors[{t}] on {tensor.device}: use one device")
+            _check_contiguous(kept, name)
+            named[name] = kept
+    _check_memory(named)
+
+
+def _check_finite(table: Tensor, name: str, factors: Sequence[float] = (1.0,)) -> None:
+    """Every number of the table, times the largest factor, is finite in float32."""
+    largest = max(factors)
+    beyond = ~(np.abs(table.double().numpy()) * largest <= LARGEST_FLOAT32)
+    if beyond.any():
+        r, p = np.argwhere(beyond)[0]
+        times = "" if largest == 1 else f" * {largest}, its factor"
+        raise ValueError(f"{name}[{r}][{p}] must be finite in float32, got {float(table[r, p])}{times}")
 
 
 def _check_moves(scales: Sequence[float], factors: Sequence[float], name: str) -> None:
@@ -392,6 +532,33 @@ def _replay(
         _bump(tensors)
 
 
+def _update(
+    backend: ModuleType,
+    tensors: list[Tensor],
+    moments: list[Tensor],
+    rule: str,
+    constants: Sequence[float],
+    seeds: Tensor,
+    coefficients: Tensor,
+    steps: Tensor,
+    dist: str,
+    factors: Sequence[float],
+    streams: Sequence[int],
+    starts: Sequence[int],
+    rounding_seeds: Tensor | None,
+) -> None:
+    place = _place(tensors, dist, factors, streams, starts, rounding_seeds is not None)
+    kept = [moments[k : k + len(tensors)] for k in range(0, len(moments), len(tensors))]
+    _check_moments(tensors, kept)
+    _check_finite(coefficients, "coefficients", place[1])
+    _check_finite(steps, "steps")
+    if len(steps):
+        record = (_unsigned(seeds.flatten()), coefficients.flatten().tolist(), steps.tolist())
+        rounding = None if rounding_seeds is None else _unsigned(rounding_seeds)
+        backend.update_(tensors, kept, rule, list(constants), *record, *place, rounding)
+        _bump([*tensors, *moments])
+
+
 def _place(
     tensors: list[Tensor],
     dist: str,
@@ -416,7 +583,7 @@ def _bump(tensors: list[Tensor]) -> None:
 
 # --- registration ---------------------------------------------------------------------------------------------
 
-_RUN: dict[str, Any] = {"noise_": _noise, "perturb_": _perturb, "replay_": _replay}
+_RUN: dict[str, Any] = {"noise_": _noise, "perturb_": _perturb, "replay_": _replay, "update_": _update}
 _library = torch.library.Library("hosfl", "DEF")
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema)

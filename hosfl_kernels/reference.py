@@ -38,8 +38,10 @@ def perturb_(
     starts: Sequence[int],
     rounding_seed: int | None,
 ) -> None:
-    rounding_seeds = None if rounding_seed is None else [rounding_seed]
-    replay_(tensors, [seed], [scale], dist, factors, streams, starts, rounding_seeds)
+    for tensor, factor, stream, start in zip(tensors, factors, streams, starts, strict=True):
+        x = storage(tensor)
+        place = {"dist": dist, "factor": factor, "stream": stream, "start": start, "rounding_seed": rounding_seed}
+        x[:] = spec.perturb(x, seed, scale, **place)  # type: ignore[arg-type]
 
 
 def replay_(
@@ -56,3 +58,27 @@ def replay_(
         x = storage(tensor)
         place = {"dist": dist, "factor": factor, "stream": stream, "start": start}
         x[:] = spec.replay(x, list(seeds), list(coefficients), rounding_seeds=rounding_seeds, **place)  # type: ignore
+
+
+def update_(
+    tensors: Sequence[Tensor],
+    moments: Sequence[Sequence[Tensor]],
+    rule: str,
+    constants: Sequence[float],
+    seeds: Sequence[int],
+    coefficients: Sequence[float],
+    steps: Sequence[Sequence[float]],
+    dist: str,
+    factors: Sequence[float],
+    streams: Sequence[int],
+    starts: Sequence[int],
+    rounding_seeds: Sequence[int] | None,
+) -> None:
+    by_round = [len(steps), len(seeds) // len(steps)]
+    record = (np.array(seeds, object).reshape(by_round).tolist(), np.reshape(coefficients, by_round).tolist(), steps)
+    for t, (tensor, factor, stream, start) in enumerate(zip(tensors, factors, streams, starts, strict=True)):
+        x, mine = storage(tensor), [storage(moment[t]) for moment in moments]
+        place = {"dist": dist, "factor": factor, "stream": stream, "start": start, "rounding_seeds": rounding_seeds}
+        x[:], after = spec.update(x, mine, rule, list(constants), *record, **place)  # type: ignore
+        for old, new in zip(mine, after, strict=True):
+            old[:] = new

@@ -204,6 +204,70 @@ def replay(
     return x
 
 
+def gradient(
+    n: int, seeds: list[int], coefficients: list[float], *, dist: str, factor: float, stream: int, start: int
+) -> F32:
+    """sum_p (coefficients[p] * factor) * z(seeds[p]), from zero and in this order: product rounded, then the sum."""
+    g = np.zeros(n, np.float32)
+    for seed, coefficient in zip(seeds, coefficients, strict=True):
+        s = np.float32(coefficient) * np.float32(factor)
+        g = g + s * noise(n, seed, stream=stream, start=start, dist=dist)
+    return g
+
+
+def direction(rule: str, constants: list[float], g: F32, moments: list[F32], root: float) -> tuple[F32, list[F32]]:
+    """The direction of a step and the new moments. Every operation is one binary32 operation, rounded to nearest.
+
+    sgd       no constants, no moments                      d = g
+    momentum  constants beta; moment m                      m = beta * m + g; d = m
+    adamw     constants b1, 1 - b1, b2, 1 - b2, eps;        m = b1 * m + (1 - b1) * g;
+              moments m, v                                  v = b2 * v + (1 - b2) * (g * g);
+                                                            d = m / (sqrt(v) * root + eps)
+    """
+    if rule == "sgd":
+        return g, []
+    k = [np.float32(value) for value in constants]
+    if rule == "momentum":
+        m = k[0] * moments[0] + g
+        return m, [m]
+    m = k[0] * moments[0] + k[1] * g
+    v = k[2] * moments[1] + k[3] * (g * g)
+    return m / (np.sqrt(v) * np.float32(root) + k[4]), [m, v]
+
+
+def update(
+    x: Storage,
+    moments: list[F32],
+    rule: str,
+    constants: list[float],
+    seeds: list[list[int]],
+    coefficients: list[list[float]],
+    steps: list[tuple[float, float, float]],
+    *,
+    dist: str = "rademacher",
+    factor: float = 1.0,
+    stream: int = 0,
+    start: int = 0,
+    rounding_seeds: list[int] | None = None,
+) -> tuple[Storage, list[F32]]:
+    """Weights and moments after many rounds of an update rule, one after another.
+
+    Round r has the directions seeds[r] and coefficients[r], and steps[r] = (rate, keep, root). x = keep * x - rate * d,
+    each product rounded, then the difference, then to x's dtype: the next round starts from the rounded x. Moments are
+    float32 for every dtype of x.
+    """
+    x = np.asarray(x)
+    place = {"stream": stream, "start": start}
+    for r, (rate, keep, root) in enumerate(steps):
+        with np.errstate(all="ignore"):
+            g = gradient(x.size, seeds[r], coefficients[r], dist=dist, factor=factor, **place)
+            d, moments = direction(rule, constants, g, moments, root)
+            y = to_float32(x) * np.float32(keep) - np.float32(rate) * d
+        random = None if rounding_seeds is None else rounding_bits(x.size, rounding_seeds[r], **place)
+        x = from_float32(y, x.dtype, random)
+    return x, moments
+
+
 def quantum(maxima: list[float], factors: list[float], headroom: float = 2.0) -> float:
     """The lattice's step in units of a factor: 2^(e-24), e the smallest with 2^e > headroom max_t(max|x_t| / factor_t).
 

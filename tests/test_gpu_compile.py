@@ -4,7 +4,9 @@ How instructions are counted. The disassembly becomes a graph of instructions; f
 of the square root, for subnormal and infinite arguments) are not followed. noise_ and perturb_: the longest path from
 entry to exit through 16-byte accesses, that is through the branch for whole tiles, an instruction in the loop over row
 blocks counted once per iteration; divided by the elements that a thread has in a tile. replay_: the longest path
-through one iteration of the loop over records, divided by the elements that a thread holds. Both are upper bounds.
+through one iteration of the loop over records, divided by the elements that a thread holds. update_: the same for its
+inner loop, over the directions, and for what an iteration of its outer loop, over the rounds, adds to that. All are
+upper bounds.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from hosfl_kernels.gpu.launch import variants
 CAPABILITIES = (80, 90)
 NAMES = sorted(variants())
 ALL = [pytest.param((capability, name), id=f"sm_{capability}-{name}") for capability in CAPABILITIES for name in NAMES]
-WIDE = [case for case in ALL if "replay" not in case.id]
+WIDE = [case for case in ALL if "replay" not in case.id and "update" not in case.id]
 
 # Instructions per element (replay: per element and record), at most: what Triton 3.4, 3.6 and 3.9 make, and 3 %.
 BUDGET = {
@@ -196,6 +198,19 @@ def per_element_and_record(name: str, instructions: list[Instruction]) -> float:
     path = longest_path(order, edges, back, weight, bodies[0])
     held = constants["BLOCKS"] * constants["INNER"] * constants["WIDTH"] / (variants()[name].num_warps * 32)
     return path / held
+
+
+def per_element_and_direction(name: str, instructions: list[Instruction]) -> tuple[float, float]:
+    """update_: per element and direction, and what a round costs an element besides."""
+    constants = variants()[name].constants
+    order, edges, back, bodies = loops(instructions)
+    inner, outer = sorted(bodies, key=len)
+    assert inner < outer, "the loop over directions, in the loop over rounds"
+    held = constants["BLOCKS"] * constants["INNER"] * constants["WIDTH"] / (variants()[name].num_warps * 32)
+    direction, both = (
+        longest_path(order, edges, back, {node: int(node in body) for node in order}, inner) for body in (inner, outer)
+    )
+    return direction / held, (both - direction) / held
 
 
 # --- the properties -------------------------------------------------------------------------------------------

@@ -98,6 +98,41 @@ def test_replay_is_one_perturb_after_another(dist: str, stochastic: bool) -> Non
         assert equal(x, spec.replay(old, seeds, coefficients, rounding_seeds=rounding, **options))
 
 
+def moved(x: torch.Tensor, kept: list[np.ndarray], rule: str, **options: object) -> tuple[np.ndarray, list[np.ndarray]]:
+    """A tensor and its moments after the rounds of `update_`, by spec.py."""
+    return spec.update(cells(x), kept, rule, CONSTANTS[rule], SEEDS, COEFFICIENTS, STEPS, **options)
+
+
+CONSTANTS = {"sgd": [], "momentum": [0.875], "adamw": [0.875, 0.125, 0.96875, 0.03125, 1e-8]}
+SEEDS, COEFFICIENTS = [[1, SEED, 3], [4, 5, 2**63]], [[1e-3, -2e-2, 5e-4], [1e-25, 0.3, -0.3]]
+STEPS = [(0.0625, 0.99, 1.5), (0.125, 0.98, 1.25)]
+
+
+@pytest.mark.parametrize("dist", DISTS)
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("rule", CONSTANTS)
+def test_update(rule: str, stochastic: bool, dist: str) -> None:
+    """A tensor of every dtype, weights on whole rows, across a block's end and beyond 2^32; subnormal moments."""
+    rounding_seeds = [ROUNDING_SEED, 2**64 - 1] if stochastic else None
+    tensors = [weights(n, t) for n, t in ((150, torch.float32), (60, torch.float16), (200, torch.bfloat16))]
+    starts, factors = [2**33, 65536 - 10, 131072 - 100], [1.0, 0.5, 2.0]
+    moments = [[weights(x.numel()).abs() for x in tensors] for _ in CONSTANTS[rule][:3:2]]
+    for kept in moments:
+        kept[0][:3] = torch.tensor([0.0, 1e-42, 1e-45])
+    places = [
+        {"stream": t, "start": starts[t], "factor": factors[t], "dist": dist, "rounding_seeds": rounding_seeds}
+        for t in range(3)
+    ]
+    places[0]["rounding_seeds"] = places[1]["rounding_seeds"] = None
+    want = [moved(x, [cells(k[t]) for k in moments], rule, **places[t]) for t, x in enumerate(tensors)]
+    record = ([*SEEDS[0], *SEEDS[1]], [*COEFFICIENTS[0], *COEFFICIENTS[1]], STEPS)
+    place = (dist, factors, [0, 1, 2], starts, rounding_seeds)
+    gpu.update_(tensors, moments, rule, CONSTANTS[rule], *record, *place)
+    for t, (x, kept) in enumerate(want):
+        assert equal(tensors[t], x)
+        assert all(equal(mine[t], k) for mine, k in zip(moments, kept, strict=True))
+
+
 @pytest.mark.parametrize("dist", DISTS)
 def test_cut_is_whole(dist: str) -> None:
     whole = weights(9000, torch.bfloat16)
@@ -183,6 +218,8 @@ def test_nothing_to_do() -> None:
     old = cells(x)
     gpu.replay_([x], [], [], "rademacher", [1.0], [0], [0], None)
     gpu.replay_([x[:0]], [1], [1.0], "rademacher", [1.0], [0], [0], None)
+    gpu.update_([], [], "sgd", [], [1], [1.0], [(1.0, 1.0, 1.0)], "rademacher", [], [], [], None)
+    gpu.update_([x[:0]], [], "sgd", [], [1], [1.0], [(1.0, 1.0, 1.0)], "rademacher", [1.0], [0], [0], None)
     assert equal(x, old)
 
 

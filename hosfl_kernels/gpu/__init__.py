@@ -110,6 +110,32 @@ def replay_(
             run(records, len(seeds))
 
 
+def update_(
+    tensors: Sequence[Tensor],
+    moments: Sequence[Sequence[Tensor]],
+    rule: str,
+    constants: Sequence[float],
+    seeds: Sequence[int],
+    coefficients: Sequence[float],
+    steps: Sequence[Sequence[float]],
+    dist: str,
+    factors: Sequence[float],
+    streams: Sequence[int],
+    starts: Sequence[int],
+    rounding_seeds: Sequence[int] | None,
+) -> None:
+    """len(steps) rounds of an update rule in one pass over weights and moments. Not for CUDA graphs."""
+    if not tensors or not steps:
+        return
+    launch = _launch()
+    device = tensors[0].device
+    with _on_device(launch, device):
+        records = launch.round_table(constants, seeds, coefficients, steps, rounding_seeds, device)
+        variant_of, stochastic = launch.update_variant_of(rule), rounding_seeds is not None
+        for run in _plan(launch, variant_of, tensors, dist, factors, streams, starts, stochastic, moments):
+            run(records, len(steps), len(seeds) // len(steps))
+
+
 def _plan(
     launch: Any,
     variant_of: Any,
@@ -119,6 +145,7 @@ def _plan(
     streams: Sequence[int],
     starts: Sequence[int],
     stochastic: bool,
+    moments: Sequence[Sequence[Tensor]] = (),
 ) -> Any:
     launches = launch.plan(
         variant_of,
@@ -131,6 +158,7 @@ def _plan(
         tuple(starts),
         tuple(streams),
         tuple(factors),
+        tuple([tuple([x.data_ptr() for x in kept]) for kept in moments]),
     )
     if launch.capturing(tensors[0].device):
         launch.captured.append(launches)

@@ -20,6 +20,8 @@ from .noise import noise
 from .perturb import perturb
 from .philox import philox_words as philox_words
 from .replay import replay
+from .tile import FIELDS
+from .update import CONSTANTS, STEP, update
 
 # The interpreter is chosen when triton decorates a kernel, by TRITON_INTERPRET.
 INTERPRETED = not isinstance(perturb, triton.runtime.JITFunction)
@@ -76,6 +78,24 @@ def replay_variant(dtype: torch.dtype, dist: str, stochastic: bool) -> Variant:
     return Variant(replay, constants, num_warps=4)
 
 
+RULES = ("sgd", "momentum", "adamw")
+
+
+def update_variant(rule: str, dtype: torch.dtype, dist: str, stochastic: bool) -> Variant:
+    """Tiles of 128 columns, one to a thread: as many rows as fit into registers with their moments and sums."""
+    constants = {"RULE": rule, "CELL": CELLS[dtype], "DIST": dist}
+    constants |= {"STOCHASTIC": stochastic and dtype == torch.bfloat16}
+    blocks = 2 if rule == "adamw" and dist == "rademacher" else 4
+    constants |= {"BLOCKS": blocks, "INNER": _inner(dist), "WIDTH": 128}
+    return Variant(update, constants, num_warps=4)
+
+
+@functools.cache
+def update_variant_of(rule: str) -> Callable[[torch.dtype, str, bool], Variant]:
+    """The same function at every call: `plan` remembers by it."""
+    return functools.cache(functools.partial(update_variant, rule))
+
+
 def variants() -> dict[str, Variant]:
     """Every variant that a call can reach, by name."""
     found = {}
@@ -86,6 +106,8 @@ def variants() -> dict[str, Variant]:
                 name = f"{dist}-{str(dtype).removeprefix('torch.')}{'-stochastic' if stochastic else ''}"
                 found[f"perturb-{name}"] = perturb_variant(dtype, dist, stochastic)
                 found[f"replay-{name}"] = replay_variant(dtype, dist, stochastic)
+                for rule in RULES:
+                    found[f"update-{rule}-{name}"] = update_variant(rule, dtype, dist, stochastic)
     return found
 
 
@@ -98,7 +120,8 @@ def float_bits(values: Any) -> np.ndarray:
 class Launch(NamedTuple):
     """One launch for the tensors of one dtype: rows of int64 and every program's row (int64), on the device.
 
-    A row: address, elements, start, stream, bits of the float32 factor, number of the tensor's first program.
+    A row: address, elements, start, stream, bits of the float32 factor, number of the tensor's first program, and the
+    addresses of up to two moments.
     A program reads which row is its own instead of searching: 8 bytes beside the 4 KB of its tile or more.
     """
 
@@ -122,6 +145,7 @@ def plan(
     starts: tuple[int, ...],
     streams: tuple[int, ...],
     factors: tuple[float, ...],
+    moments: tuple[tuple[int, ...], ...],
 ) -> list[Launch]:
     """The launches for a list of tensors. Addresses are part of the key: `.data` may be rebound at any time."""
     if capturing(device):
@@ -132,11 +156,13 @@ def plan(
         if not mine:
             continue
         variant = variant_of(dtype, dist, stochastic)
-        rows = np.empty((len(mine), 6), np.int64)
+        rows = np.zeros((len(mine), FIELDS.value), np.int64)
         for field, column in enumerate((addresses, sizes, starts, streams, float_bits(factors))):
             rows[:, field] = [column[i] for i in mine]
         programs = np.array([variant.programs(sizes[i], starts[i]) for i in mine])
         rows[:, 5] = np.cumsum(programs) - programs
+        for k, kept in enumerate(moments):
+            rows[:, 6 + k] = [kept[i] for i in mine]
         row_of_program = np.repeat(np.arange(len(mine), dtype=np.int64), programs)
         launches.append(Launch(variant, torch.from_numpy(rows).to(device), torch.from_numpy(row_of_program).to(device)))
     return launches
@@ -146,15 +172,38 @@ def record_table(
     seeds: Sequence[int], coefficients: Sequence[float], rounding_seeds: Sequence[int] | None, device: torch.device
 ) -> torch.Tensor:
     """Rows of int64: seed, bits of the float32 coefficient, rounding seed."""
-    if capturing(device):
-        raise RuntimeError("a CUDA graph can't capture replay_: its records are copied to the device at the call")
     rows = np.empty((len(seeds), 3), np.int64)
     rows[:, 0] = np.array(seeds, np.uint64).view(np.int64)
     rows[:, 1] = float_bits(coefficients)
     rows[:, 2] = 0 if rounding_seeds is None else np.array(rounding_seeds, np.uint64).view(np.int64)
-    table = torch.from_numpy(rows)
+    return _on_device(rows, "replay_", device)
+
+
+def round_table(
+    constants: Sequence[float],
+    seeds: Sequence[int],
+    coefficients: Sequence[float],
+    steps: Sequence[Sequence[float]],
+    rounding_seeds: Sequence[int] | None,
+    device: torch.device,
+) -> torch.Tensor:
+    """int64, as update.py reads it: the rule's constants, then the rounds."""
+    rounds, header = len(steps), np.zeros(CONSTANTS.value, np.int64)
+    header[: len(constants)] = float_bits(constants)
+    rows = np.empty((rounds, STEP.value + 2 * (len(seeds) // rounds)), np.int64)
+    rows[:, :3] = float_bits(steps)
+    rows[:, 3] = 0 if rounding_seeds is None else np.array(rounding_seeds, np.uint64).view(np.int64)
+    rows[:, STEP.value :: 2] = np.array(seeds, np.uint64).view(np.int64).reshape(rounds, -1)
+    rows[:, STEP.value + 1 :: 2] = float_bits(coefficients).reshape(rounds, -1)
+    return _on_device(np.concatenate([header, rows.ravel()]), "update_", device)
+
+
+def _on_device(table: np.ndarray, op: str, device: torch.device) -> torch.Tensor:
+    if capturing(device):
+        raise RuntimeError(f"a CUDA graph can't capture {op}: its records are copied to the device at the call")
+    tensor = torch.from_numpy(table)
     # From pinned memory the host doesn't wait for the device to catch up.
-    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def capturing(device: torch.device) -> bool:

@@ -10,6 +10,8 @@ import triton.language as tl
 
 from .philox import COLS
 
+FIELDS = tl.constexpr(8)  # of a row of the table of tensors
+
 
 @triton.jit
 def locate(start, program, ROWS: tl.constexpr, WIDTH: tl.constexpr):
@@ -28,13 +30,20 @@ def locate(start, program, ROWS: tl.constexpr, WIDTH: tl.constexpr):
 def segment(table, row_of_program):
     """What a program needs to know of its tensor: see `launch.Launch`."""
     program = tl.program_id(0)
-    row = table + tl.load(row_of_program + program) * 6
+    row = table + tl.load(row_of_program + program) * FIELDS
     address = tl.load(row).to(tl.uint64)
     n = tl.load(row + 1)
     start = tl.load(row + 2).to(tl.uint64)
     stream = tl.load(row + 3).to(tl.uint32)
     factor = tl.load(row + 4).to(tl.int32).to(tl.float32, bitcast=True)
     return address, n, start, stream, factor, program - tl.load(row + 5).to(tl.int32)
+
+
+@triton.jit
+def moment_address(table, row_of_program, k: tl.constexpr):
+    """The address of moment k of a program's tensor."""
+    row = table + tl.load(row_of_program + tl.program_id(0)) * FIELDS
+    return tl.load(row + 6 + k).to(tl.uint64)
 
 
 @triton.jit

@@ -1,0 +1,175 @@
+"""Update rules: what a rule keeps per weight, and its numbers for every round. The arithmetic is `spec.update`.
+
+Everything that depends on the round alone is made here, in float64 and from the global number of the round, and
+rounded once to float32: a client that missed rounds makes the numbers of one that missed none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SGD:
+    """Stochastic gradient descent: m = momentum * m + g; x = keep * x - rate * m, without momentum m = g.
+
+    Args:
+        momentum: 0 <= momentum < 1 (in float32). 0 keeps nothing per weight, otherwise one moment.
+        weight_decay: 0 or more, decoupled: x shrinks by the factor keep = 1 - rate * weight_decay and the momentum
+            never sees it. Without momentum that is torch.optim.SGD; with it, only for weight_decay = 0.
+
+    Raises: ValueError for a number out of range.
+    """
+
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_share(self.momentum, "momentum")
+        _check_weight_decay(self.weight_decay)
+
+    @property
+    def moments(self) -> int:
+        """How many float32 tensors the rule keeps per parameter."""
+        return int(self.momentum > 0)
+
+    @property
+    def name(self) -> str:
+        """The rule's name in spec.py and the kernels."""
+        return "momentum" if self.moments else "sgd"
+
+    @property
+    def constants(self) -> list[float]:
+        """The rule's numbers that no round changes, rounded to float32, in the order of spec.py."""
+        return _float32([self.momentum] if self.moments else [])
+
+    def steps(self, rounds: Sequence[int], rates: Sequence[float]) -> Tensor:
+        """(rate, keep, root) of every round, float32 [R, 3] on the CPU.
+
+        Args:
+            rounds: the rounds' global numbers, counted from 0.
+            rates: the learning rate of each, 0 or more.
+
+        Formula: rate = the learning rate, keep = 1 - rate * weight_decay, root = 1 (unused); in float64, rounded once.
+
+        Raises: ValueError, TypeError.
+        """
+        _check_rounds(rounds, rates)
+        return _step_tensor([(rate, 1 - rate * self.weight_decay, 1.0) for rate in rates])
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Adam with decoupled weight decay, as torch.optim.AdamW (Loshchilov and Hutter, ICLR 2019).
+
+    m = b1 * m + (1 - b1) * g; v = b2 * v + (1 - b2) * g^2; x = keep * x - rate * m / (sqrt(v) * root + eps).
+
+    Args:
+        betas: b1 and b2, 0 <= beta < 1 (in float32).
+        eps: above 0 (in float32): without it a weight that never had a gradient would become 0 / 0.
+        weight_decay: 0 or more.
+
+    Raises: ValueError for a number out of range.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+
+    def __post_init__(self) -> None:
+        if len(self.betas) != 2:
+            raise ValueError(f"betas must be two numbers, got {len(self.betas)}")
+        object.__setattr__(self, "betas", tuple(self.betas))
+        for k, beta in enumerate(self.betas):
+            _check_share(beta, f"betas[{k}]")
+        if not (np.float32(self.eps) > 0 and math.isfinite(self.eps)):
+            raise ValueError(f"eps must be finite and above 0 in float32, got {self.eps}")
+        _check_weight_decay(self.weight_decay)
+
+    @property
+    def moments(self) -> int:
+        """How many float32 tensors the rule keeps per parameter: m, then v."""
+        return 2
+
+    @property
+    def name(self) -> str:
+        """The rule's name in spec.py and the kernels."""
+        return "adamw"
+
+    @property
+    def constants(self) -> list[float]:
+        """b1, 1 - b1, b2, 1 - b2, eps: made in float64, rounded to float32."""
+        b1, b2 = self.betas
+        return _float32([b1, 1 - b1, b2, 1 - b2, self.eps])
+
+    def steps(self, rounds: Sequence[int], rates: Sequence[float]) -> Tensor:
+        """(rate, keep, root) of every round, float32 [R, 3] on the CPU.
+
+        Args:
+            rounds: the rounds' global numbers, counted from 0: Adam's t is round + 1.
+            rates: the learning rate of each, 0 or more.
+
+        Formula, in float64 and rounded once: rate = learning rate / (1 - b1^t), keep = 1 - learning rate *
+        weight_decay, root = 1 / sqrt(1 - b2^t).
+
+        Raises: ValueError, TypeError.
+        """
+        _check_rounds(rounds, rates)
+        b1, b2 = self.betas
+        rows = []
+        for number, rate in zip(rounds, rates, strict=True):
+            t = int(number) + 1
+            root = 1 / math.sqrt(1 - _power(b2, t))
+            rows.append((rate / (1 - _power(b1, t)), 1 - rate * self.weight_decay, root))
+        return _step_tensor(rows)
+
+
+Rule = SGD | AdamW
+
+
+def _power(base: float, exponent: int) -> float:
+    """base^exponent by squaring: products only, so the same bits whatever the machine's `pow` does."""
+    result = 1.0
+    while exponent:
+        if exponent & 1:
+            result *= base
+        base *= base
+        exponent >>= 1
+    return result
+
+
+def _float32(values: list[float]) -> list[float]:
+    return [float(np.float32(value)) for value in values]
+
+
+def _step_tensor(rows: list[tuple[float, float, float]]) -> Tensor:
+    return torch.from_numpy(np.array(rows, np.float64).reshape(len(rows), 3).astype(np.float32))
+
+
+def _check_share(value: float, name: str) -> None:
+    if not 0 <= np.float32(value) < 1:
+        raise ValueError(f"{name} must be at least 0 and below 1 in float32, got {value}")
+
+
+def _check_weight_decay(value: float) -> None:
+    if not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"weight_decay must be finite and 0 or more, got {value}")
+
+
+def _check_rounds(rounds: Sequence[int], rates: Sequence[float]) -> None:
+    if len(rounds) != len(rates):
+        raise ValueError(f"{len(rounds)} rounds but {len(rates)} rates")
+    for r, number in enumerate(rounds):
+        if not isinstance(number, (int, np.integer)) or isinstance(number, bool):
+            raise TypeError(f"rounds[{r}] must be an integer, got {type(number).__name__}")
+        if number < 0:
+            raise ValueError(f"rounds[{r}] must be 0 or more, got {number}")
+    for r, rate in enumerate(rates):
+        if not (rate >= 0 and math.isfinite(rate)):
+            raise ValueError(f"rates[{r}] must be finite and 0 or more, got {rate}")
