@@ -3,7 +3,7 @@
 The federation is the real one, message for message; what is simulated is the wire, the clock and the crowd. Every
 client does its own arithmetic on weights of its own while it takes part. Between its rounds it keeps only a reference
 to its state: clients whose bits are equal (SHA-256) share one copy, so that a crowd costs the memory of the states that
-differ. The clock is virtual: nothing sleeps.
+differ. A server that dies is made anew from its files, log and snapshot. The clock is virtual: nothing sleeps.
 """
 
 from __future__ import annotations
@@ -21,13 +21,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hosfl.checkpoint import save_module, write_atomically
 from hosfl.client import Client, ZerothOrderClient
 from hosfl.config import Config
+from hosfl.lattice import LatticeError
 from hosfl.ledger import SeedReplay
+from hosfl.log import RoundRecord
 from hosfl.messages import Message, Multiplier, Scalars, Wire
-from hosfl.report import machine, peak_memory
+from hosfl.report import Evaluation, machine, peak_memory
 from hosfl.seeds import Purpose, generator
-from hosfl.trainer import Federation, Progress, assemble, evaluate, interruptible
+from hosfl.tasks import Task
+from hosfl.trainer import Federation, Progress, assemble, evaluate, interruptible, restore, save_snapshot
 
 SMALLEST_SHARD = 32  # samples; a crowd larger than the data shares it
 
@@ -38,9 +42,11 @@ class Faults:
 
     dropout: the share of clients that vanish in the middle of a round, at any of its messages. absence: the share of
     invited clients that turn out to be away, for up to longest_absence rounds. delay: mean seconds that a message
-    travels (exponential); deadline: seconds for each of a round's two exchanges, after which answers are late.
+    travels (exponential); deadline: seconds for each of a round's two exchanges; what the server gets after it arrives
+    in its next round and is refused.
     byzantine: the share of clients that send scalars `magnitude` times too large, of either sign. damage: the share of
-    messages in which a bit flips. crash_every: mean rounds between two deaths of the server, at any message; 0: never.
+    messages in which a bit flips. crash_every: mean rounds between two deaths of the server, at any message or right
+    after a commit; 0: never.
     """
 
     dropout: float = 0.0
@@ -63,6 +69,8 @@ class Faults:
         for name in ("longest_absence", "crash_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.crash_every == 1:
+            raise ValueError("a server that dies in every round never ends one: crash_every is 0, or 2 or more")
 
 
 class ServerDied(Exception):
@@ -78,7 +86,7 @@ class UnreliableWire(Wire):
         self.left: dict[int, int] = {}  # messages until a client vanishes
         self.clock: dict[int, float] = {}  # seconds into the exchange, by client
         self.late: list[bytes] = []
-        self.death: int | None = None  # messages until the server dies
+        self.death: int | None = None  # messages, and commits, until the server dies
         self.lost = self.overdue = self.damaged = 0
 
     def begin(self, clients: Sequence[int]) -> list[bytes]:
@@ -87,12 +95,12 @@ class UnreliableWire(Wire):
         self.left = {c: int(self.random.integers(5)) for c, v in zip(clients, vanish, strict=True) if v}
         self.clock = {}
         if self.faults.crash_every and self.random.random() < 1 / self.faults.crash_every:
-            self.death = int(self.random.integers(1 + 5 * len(clients)))
+            self.death = int(self.random.integers(2 + 5 * len(clients)))
         late, self.late = self.late, []
         return late
 
     def carry(self, message: Message) -> bytes | None:
-        self._maybe_die()
+        self.maybe_die()
         client = message.client
         if client in self.left:
             if self.left[client] == 0:
@@ -112,7 +120,8 @@ class UnreliableWire(Wire):
             self.late.append(data)
         return None
 
-    def _maybe_die(self) -> None:
+    def maybe_die(self) -> None:
+        """One step nearer to the server's death."""
         if self.death is None:
             return
         if self.death == 0:
@@ -159,7 +168,6 @@ class Crowd(Federation):
     states: dict[bytes, State] = field(default_factory=dict)
     where: dict[int, tuple[bytes, int, int]] = field(default_factory=dict)  # client: state, rounds applied, epoch
     away: dict[int, int] = field(default_factory=dict)  # client: the round in which it comes back
-    empty: int = 0
     deaths: int = 0
     most_states: int = 0
 
@@ -188,10 +196,20 @@ class Crowd(Federation):
 
     def round(self, round: int) -> float:
         loss = super().round(round)
-        ledger = self.server.ledger
-        if isinstance(ledger, SeedReplay):
-            self.empty += not ledger.records[-1].participants
+        self.unreliable.maybe_die()
         return loss
+
+    def restart(self, folder: Path) -> int:
+        """A new server from what the dead one left in `folder`; returns its round. The clients live on."""
+        self.deaths += 1
+        self.close()
+        again, _ = assemble(self.config, folder, SMALLEST_SHARD)
+        done = restore(again, folder)
+        before, self.server, self.observed = self.server, again.server, again.observed
+        # Not what a server knows, but what we count.
+        self.server.refused, self.server.refusals = before.refused, before.refusals
+        self.server.differed = before.differed
+        return done
 
     def take(self, number: int) -> Client:
         client = self.make(number)
@@ -233,14 +251,20 @@ class Crowd(Federation):
 class Outcome:
     """What a simulation came to.
 
-    equal: whether all clients and a newcomer held the same bits after catching up at the end. states: the most distinct
-    ones at once. empty: rounds that nobody answered. lost, late, damaged: messages. refusals: messages that the server
-    refused; complaints: that clients did. differed: clients that found their half wrong. deaths: of the server.
+    accuracy, loss: at the end, on the data named by config.evaluate_on; evaluations: on the way, of rounds that stayed.
+    failure: why it ended early, if it diverged. equal: whether all clients and a newcomer held the same bits after
+    catching up at the end. states: the most distinct ones at once. visits: how many times a client took part. empty:
+    committed rounds that nobody answered. lost, late, damaged: messages; a lost one may be of a client that vanished.
+    refusals: messages that the server refused; complaints: that clients did. differed: clients that found their half
+    wrong. deaths: of the server. void: rounds that were run again because of them.
     """
 
     rounds: int
     accuracy: float
     loss: float
+    evaluations: list[Evaluation]
+    interrupted: bool
+    failure: str | None
     clients: int
     equal: bool
     digest: str
@@ -255,7 +279,8 @@ class Outcome:
     complaints: int
     differed: int
     deaths: int
-    interrupted: bool
+    void: int
+    bytes: dict[str, int]
     seconds: float
     peak_memory: dict[str, int]
     config: dict[str, Any]
@@ -266,73 +291,119 @@ class Outcome:
 def simulate(
     config: Config, faults: Faults, out: Path | str | None = None, progress: Progress | None = None
 ) -> Outcome:
-    """Run HO-SFL under faults; returns the outcome, and with `out` writes simulation.json and hosfl.log there.
+    """Run HO-SFL under faults; returns the outcome.
 
-    The first Ctrl-C ends it after the current round. Raises ValueError for another method than "ho", FileExistsError if
-    `out` holds another run, LatticeError when the run diverges.
+    With `out`, writes hosfl.log and base.safetensors there, of which `hosfl rebuild` makes the weights; snapshots, if
+    the server may die; and at the end simulation.json, the outcome. The first Ctrl-C ends it after the current round.
+
+    Raises ValueError for another method than "ho" and for a server that dies too often to get anywhere, FileExistsError
+    if `out` holds another run, LatticeError when the run diverges (the outcome until then is written).
     """
     if config.method != "ho":
         raise ValueError(f"a simulation is of HO-SFL, method ho, not {config.method}")
+    if 0 < 5 * faults.crash_every < config.snapshot_every:
+        raise ValueError(
+            f"a server that dies every {faults.crash_every} rounds hardly ever lives for"
+            f" {config.snapshot_every}, to its next snapshot: lower snapshot_every"
+        )
     if out is None:
         with tempfile.TemporaryDirectory() as temporary:
             return _simulate(config, faults, Path(temporary), progress)
     folder = Path(out)
-    if (folder / "hosfl.log").exists():
+    if any((folder / name).exists() for name in ("hosfl.log", "config.json")):
         raise FileExistsError(f"{folder} holds another run: choose another folder or delete it")
     folder.mkdir(parents=True, exist_ok=True)
-    outcome = _simulate(config, faults, folder, progress)
-    (folder / "simulation.json").write_text(json.dumps(asdict(outcome), indent=2) + "\n")
-    return outcome
+    return _simulate(config, faults, folder, progress)
 
 
 def _simulate(config: Config, faults: Faults, folder: Path, progress: Progress | None) -> Outcome:
     begin = time.perf_counter()
-    plain, task = assemble(config, folder, smallest_shard=SMALLEST_SHARD)
+    plain, task = assemble(config, folder, SMALLEST_SHARD)
     crowd = Crowd(config, plain.server, plain.make, plain.base, plain.observed, faults=faults)
-    ledger = crowd.server.ledger
-    assert isinstance(ledger, SeedReplay)
-    assert ledger.log is not None
-    saved, done, loss = (crowd.server.frozen_state(), 0), 0, float("nan")
+    try:
+        save_module(crowd.base, folder / "base.safetensors")
+        done, evaluations, failure = _run(crowd, task, folder, begin, progress)
+        outcome = _outcome(crowd, done, evaluations, failure, begin)
+    finally:
+        crowd.close()
+    write_atomically(folder / "simulation.json", (json.dumps(asdict(outcome), indent=2) + "\n").encode())
+    if failure is not None:
+        raise failure
+    return outcome
+
+
+def _run(
+    crowd: Crowd, task: Task, folder: Path, begin: float, progress: Progress | None
+) -> tuple[int, list[Evaluation], LatticeError | None]:
+    """All rounds. Returns how many are done, evaluations, and what ended them early."""
+    config = crowd.config
+    data = (task.splits.test if config.evaluate_on == "test" else task.splits.validation).to(config.device)
+    done, loss, evaluations = 0, float("nan"), list[Evaluation]()
+
+    def evaluation() -> Evaluation:
+        accuracy, found = evaluate(crowd.model(), data, task)
+        moved = dict(crowd.wire.bytes)
+        evaluations.append(
+            Evaluation(done, accuracy, found, loss, sum(moved.values()), moved, time.perf_counter() - begin)
+        )
+        return evaluations[-1]
+
     with interruptible() as interrupted:
+        evaluation()
         while done < config.rounds and not interrupted.is_set():
             try:
                 loss = crowd.round(done)
                 done += 1
             except ServerDied:
-                crowd.deaths += 1
-                crowd.server.load(saved[0])
-                done = saved[1]
-                ledger.restart(ledger.log, done)
-            if done % config.snapshot_every == 0 and saved[1] != done:
-                saved = crowd.server.frozen_state(), done
+                done = crowd.restart(folder)
+                evaluations[:] = [e for e in evaluations if e.round <= done]
+                continue
+            except LatticeError as error:
+                return done, evaluations, error
+            due = done % config.evaluate_every == 0 or done == config.rounds
+            new = evaluation() if due else None
+            if crowd.faults.crash_every and done % config.snapshot_every == 0:
+                save_snapshot(crowd, folder, done)
             if progress is not None:
-                progress(done, loss, None, sum(crowd.wire.bytes.values()))
-        accuracy, test_loss = evaluate(crowd.model(), task.splits.test.to(config.device), task)
-        together = crowd.replicas()
-    outcome = Outcome(
+                progress(done, loss, new, sum(crowd.wire.bytes.values()))
+        if evaluations[-1].round != done:
+            evaluation()
+    return done, evaluations, None
+
+
+def _outcome(
+    crowd: Crowd, done: int, evaluations: list[Evaluation], failure: LatticeError | None, begin: float
+) -> Outcome:
+    config, server, ledger = crowd.config, crowd.server, crowd.server.ledger
+    assert isinstance(ledger, SeedReplay)
+    assert ledger.log is not None
+    together = crowd.replicas()
+    return Outcome(
         rounds=done,
-        accuracy=accuracy,
-        loss=test_loss,
+        accuracy=evaluations[-1].accuracy,
+        loss=evaluations[-1].loss,
+        evaluations=evaluations,
+        interrupted=done < config.rounds and failure is None,
+        failure=None if failure is None else str(failure),
         clients=config.clients,
         equal=together.equal,
         digest=together.digest,
         log_digest=ledger.log.digest,
         states=crowd.most_states,
         visits=crowd.visits,
-        empty=crowd.empty,
+        empty=sum(not record.participants for record in ledger.records),
         lost=crowd.unreliable.lost,
         late=crowd.unreliable.overdue,
         damaged=crowd.unreliable.damaged,
-        refusals=crowd.server.refusals,
+        refusals=server.refusals,
         complaints=len(crowd.complaints),
-        differed=len(crowd.server.differed),
+        differed=len(server.differed),
         deaths=crowd.deaths,
-        interrupted=done < config.rounds,
+        void=sum(isinstance(record, RoundRecord) for record in ledger.log.records) - done,
+        bytes=dict(crowd.wire.bytes),
         seconds=time.perf_counter() - begin,
         peak_memory=peak_memory(),
         config=asdict(config),
-        faults=asdict(faults),
+        faults=asdict(crowd.faults),
         machine=machine(),
     )
-    crowd.close()
-    return outcome
