@@ -36,7 +36,8 @@ def median(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
     Holds as long as fewer than half of the clients lie (Yin et al., "Byzantine-robust distributed learning", 2018).
     """
-    return _stack(values).quantile(0.5, dim=0)
+    ordered = _stack(values).sort(0).values
+    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
 
 
 def trimmed_mean(values: Sequence[Tensor], weights: Sequence[float], trim: float = 0.2) -> Tensor:

@@ -53,6 +53,9 @@ class Client:
     epoch: int = 0
     seconds: Seconds = field(default_factory=Seconds)
 
+    def __post_init__(self) -> None:
+        self._round = -1  # of the last cut: there is none yet
+
     def hello(self) -> Hello:
         """Ask for everything after the last round applied."""
         return Hello(client=self.number, round=self.applied, epoch=self.epoch)
@@ -76,17 +79,25 @@ class Client:
         """What the client sends for its multiplier. Raises MessageError for one that is not for its last cut."""
         raise NotImplementedError("a frozen client is sent no multipliers")
 
-    def _multiplier(self, message: Multiplier) -> Tensor:
+    def _multiplier(self, message: Message) -> Tensor:
+        if not isinstance(message, Multiplier):
+            raise MessageError(f"client {self.number} expects a multiplier, got {type(message).__name__}")
         if (message.round, message.epoch, message.client) != (self._round, self.epoch, self.number):
             raise MessageError(
                 f"client {self.number} is in round {self._round} of epoch {self.epoch}; this multiplier is for client"
                 f" {message.client} in round {message.round} of epoch {message.epoch}"
             )
-        if message.multiplier.shape != self._cut.shape:
-            raise MessageError(f"the cut is {tuple(self._cut.shape)}, the multiplier {tuple(message.multiplier.shape)}")
+        cut, multiplier = self._cut, message.multiplier
+        if (multiplier.shape, multiplier.dtype) != (cut.shape, cut.dtype):
+            other = f"{multiplier.dtype} {tuple(multiplier.shape)}"
+            raise MessageError(f"the cut is {cut.dtype} {tuple(cut.shape)}, the multiplier {other}")
         if not torch.isfinite(message.multiplier).all():
             raise MessageError("a multiplier with infinite or NaN elements")
-        return message.multiplier.to(self._cut.device)
+        return multiplier.to(cut.device)
+
+    def _check_addressee(self, message: Message) -> None:
+        if message.client != self.number:
+            raise MessageError(f"a message for client {message.client}, this is client {self.number}")
 
     def digest(self) -> str:
         """SHA-256 of the client half's parameters and buffers, their bits in order."""
@@ -106,6 +117,7 @@ class ZerothOrderClient(Client):
     learns = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.parameters, self.streams = trainable(self.half)
         base = self.base
         if base is None:
@@ -126,6 +138,7 @@ class ZerothOrderClient(Client):
         """
         if not isinstance(message, (Records, PoolMoves)):
             raise MessageError(f"client {self.number} expects records, got {type(message).__name__}")
+        self._check_addressee(message)
         said = None
         try:
             self.replica.apply(message)
@@ -189,6 +202,10 @@ class FirstOrderClient(Client):
         """Take the averaged weights."""
         if not isinstance(message, Weights):
             raise MessageError(f"client {self.number} expects weights, got {type(message).__name__}")
+        self._check_addressee(message)
+        at, here = (message.epoch, message.round), (self.epoch, self.applied)
+        if at < here or (at != here and not len(message.weights)):
+            raise MessageError(f"{len(message.weights)} weights of (epoch, round) {at}; this client is at {here}")
         parameters, _ = trainable(self.half)
         weights = message.weights
         if len(weights) not in (0, sum(p.numel() for p in parameters)):

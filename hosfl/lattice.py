@@ -71,7 +71,7 @@ def power_of_two_scales(parameters: Sequence[Tensor]) -> list[float]:
     and takes the scale of the tensor before it: a bias follows its weight.
     """
     sizes = [float(p.detach().double().square().mean().sqrt()) if p.numel() else 0.0 for p in parameters]
-    largest = max(sizes, default=0.0)
+    largest = max((s for s in sizes if math.isfinite(s)), default=0.0)
     scales: list[float] = []
     for size in sizes:
         if size > 0 and math.isfinite(size):

@@ -164,6 +164,8 @@ class SeedReplay:
         if hello.epoch > self.epoch:
             raise MessageError(f"client {hello.client} has seen epoch {hello.epoch}, this is epoch {self.epoch}")
         start = 0 if isinstance(hello, Differs) or voided(self.epochs, hello) else hello.round
+        if isinstance(hello, Differs) and hello.digest.numel() != 8:
+            raise MessageError(f"a digest of {hello.digest.numel()} words, not 8")
         if start > len(self.records):
             raise MessageError(f"client {hello.client} claims {hello.round} rounds of {len(self.records)}")
         return self._records(hello.client, start, checked=isinstance(hello, Hello))
@@ -220,8 +222,11 @@ class SeedReplay:
     def commit(self, round: int, answers: Sequence[Scalars], weights: Sequence[float]) -> None:
         """Aggregate and commit; with no answers, an empty record: no step.
 
-        Raises LatticeError, with nothing committed, for a step that would leave the lattice.
+        Raises LatticeError, with nothing committed, for a step that would leave the lattice, and ValueError for a round
+        that is not the next one.
         """
+        if round != len(self.records):
+            raise ValueError(f"round {round} cannot be committed after {len(self.records)} rounds")
         coefficients, rate = [0.0] * self.run.directions, 0.0
         if answers:
             values = [a.scalars for a in answers]
@@ -249,6 +254,9 @@ class SeedReplay:
                 self.log.append(record)
         except BaseException:
             self.records.pop()
+            if self.mirror.applied > len(self.records):  # the log failed, of whatever: the mirror goes back as well
+                self.mirror.reset()
+                self.mirror.apply(self._records(0, 0))
             raise
         due = self.digest_every and len(self.records) % self.digest_every == 0
         if due and self.log is not None:

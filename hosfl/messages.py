@@ -173,9 +173,15 @@ MESSAGES: dict[int, type[Message]] = {
 
 
 def encode(message: Message) -> bytes:
-    """The message's bytes. Raises MessageError for an array of the wrong dtype or number of dims."""
+    """The message's bytes. Raises MessageError for an array of the wrong dtype or number of dims, or a number too large
+    for the header."""
     arrays = message.arrays()
-    header = HEADER.pack(MAGIC, message.kind, len(arrays), message.epoch, message.client, message.round, 0)[: -CRC.size]
+    try:
+        header = HEADER.pack(MAGIC, message.kind, len(arrays), message.epoch, message.client, message.round, 0)
+    except struct.error as error:
+        where = f"epoch {message.epoch}, client {message.client}, round {message.round}"
+        raise MessageError(f"{type(message).__name__} of {where} does not fit a header: {error}") from None
+    header = header[: -CRC.size]
     parts: list[bytes] = []
     for name, meta in arrays.items():
         value: Tensor = getattr(message, name).detach().cpu().contiguous()
@@ -224,6 +230,8 @@ def _read_arrays(cls: type[Message], data: memoryview) -> Iterator[Tensor]:
             raise MessageError(f"{cls.__name__}.{name} is cut off in its shape")
         shape = struct.unpack_from(f"<{dims}I", data, at)
         at += 4 * dims
+        if math.prod(max(n, 1) for n in shape) > LARGEST_MESSAGE:  # with a zero among them, no bytes need follow
+            raise MessageError(f"{cls.__name__}.{name} says shape {shape}")
         size = math.prod(shape) * dtype.itemsize
         if len(data) < at + size:
             raise MessageError(f"{cls.__name__}.{name} says shape {shape}, {size} bytes, and has {len(data) - at}")

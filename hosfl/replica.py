@@ -70,7 +70,7 @@ class Run:
         if self.pool is not None and self.pool.size < self.directions:
             raise ValueError(f"cannot measure {self.directions} different directions of a pool of {self.pool.size}")
 
-    def seeds(self, round: int) -> list[int]:
+    def seeds(self, round: int) -> Sequence[int]:
         """The seeds of the P directions of a round."""
         if self.pool is None:
             return direction_seeds(self.seed, round, self.directions)
@@ -148,8 +148,7 @@ class Replica:
         """
         if message.epoch < self.epoch:
             raise MessageError(f"records of epoch {message.epoch}, this client has seen epoch {self.epoch}")
-        if not torch.isfinite(message.coefficients).all():
-            raise MessageError("records with infinite or NaN coefficients")
+        self._check_coefficients(message.coefficients)
         if message.digest.numel() not in (0, 8):
             raise MessageError(f"a digest of {message.digest.numel()} words, not 8")
         end = self._check_pool(message) if isinstance(message, PoolMoves) else self._check_rows(message)
@@ -171,6 +170,14 @@ class Replica:
         ):
             raise DigestMismatch(f"after {self.applied} rounds this client's half is not the server's")
 
+    def _check_coefficients(self, coefficients: Tensor) -> None:
+        if not torch.isfinite(coefficients).all():
+            raise MessageError("records with infinite or NaN coefficients")
+        if self.run.lattice is not None:
+            quanta = coefficients.double() / self.run.lattice.quantum
+            if not torch.equal(quanta, quanta.round()):
+                raise MessageError(f"moves that are no multiples of the lattice's quantum {self.run.lattice.quantum:g}")
+
     def _check_rows(self, message: Records) -> int:
         rows, rates, rule = message.coefficients, message.rates, self.run.rule
         if message.round > self.applied:
@@ -179,9 +186,13 @@ class Replica:
             raise MessageError(f"records of {rows.shape[1]} directions in a run of {self.run.directions}")
         if len(rates) != (len(rows) if rule else 0):
             raise MessageError(f"{len(rates)} rates for {len(rows)} records")
-        if not torch.isfinite(rates).all():
-            raise MessageError("infinite or NaN rates")
-        return message.round + len(rows)
+        end = message.round + len(rows)
+        if rule is not None:
+            if not (torch.isfinite(rates) & (rates >= 0)).all():
+                raise MessageError("infinite, NaN or negative rates")
+            if not torch.isfinite(rule.steps(range(message.round, end), rates.tolist())).all():
+                raise MessageError("rates whose steps are beyond float32")
+        return end
 
     def _check_pool(self, message: PoolMoves) -> int:
         pool, sums = self.run.pool, message.coefficients

@@ -107,24 +107,15 @@ class Server:
         for message in cuts:
             try:
                 cut, labels = self._check_cut(round, message)
+                multiplier, loss = self._backward(cut, labels)
             except MessageError as error:
                 self._refuse(f"round {round}, client {message.client}", error)
                 continue
-            parameter = next(self.half.parameters())
-            cut = cut.to(parameter.device).requires_grad_()
-            output = self.half(cut.to(parameter.dtype))
-            loss = self.loss(output, labels.to(parameter.device, torch.int64))
-            if not torch.isfinite(loss):
-                # Finite but absurd numbers: one client must not poison the half with NaN.
-                self._refuse(f"round {round}, client {message.client}", MessageError(f"a cut whose loss is {loss:g}"))
-                continue
-            loss.backward()
-            assert cut.grad is not None
             multipliers[message.client] = Multiplier(
-                client=message.client, round=round, epoch=self.epoch, multiplier=cut.grad
+                client=message.client, round=round, epoch=self.epoch, multiplier=multiplier
             )
             self._samples[message.client] = len(cut)
-            losses.append(float(loss.detach()))
+            losses.append(loss)
         if not losses:
             return {}, float("nan")
         for parameter in self.half.parameters():
@@ -133,6 +124,32 @@ class Server:
         self.optimizer.step()
         return multipliers, sum(losses) / len(losses)
 
+    def _backward(self, cut: Tensor, labels: Tensor) -> tuple[Tensor, float]:
+        """The multiplier and the loss; adds to the half's gradients.
+
+        Raises MessageError where the half cannot take the cut, and where numbers are finite but so absurd that they
+        would poison the half with NaN; then its gradients and buffers are as before.
+        """
+        parameters = [p for p in self.half.parameters() if p.requires_grad]
+        buffers = [(b, b.detach().clone()) for b in self.half.buffers()]
+        parameter = next(self.half.parameters())
+        cut = cut.to(parameter.device).requires_grad_()
+        try:
+            output = self.half(cut.to(parameter.dtype))
+            loss = self.loss(output, labels.to(parameter.device, torch.int64))
+            multiplier, *gradients = torch.autograd.grad(loss, [cut, *parameters], allow_unused=True)
+            if not all(torch.isfinite(t).all() for t in (loss, multiplier, *gradients) if t is not None):
+                raise MessageError(f"a cut whose loss is {loss:g}, or whose gradients are infinite or NaN")
+        except ValueError as error:  # such as BatchNorm's about a single sample
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+            raise MessageError(str(error)) from None
+        for p, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                p.grad = gradient.clone() if p.grad is None else p.grad.add_(gradient)
+        return multiplier, float(loss.detach())
+
     def _check_cut(self, round: int, message: Message) -> tuple[Tensor, Tensor]:
         if not isinstance(message, Cut) or message.round != round or message.epoch != self.epoch:
             raise MessageError(f"{type(message).__name__} of round {message.round}, epoch {message.epoch}")
@@ -140,7 +157,7 @@ class Server:
         if message.client in self._samples:
             raise MessageError("a second cut in one round")
         shape, labels = tuple(message.cut.shape), message.labels
-        if shape[1:] != self.cut_shape or shape[:1] != tuple(labels.shape) or not len(labels):
+        if not shape or shape[1:] != self.cut_shape or shape[:1] != tuple(labels.shape) or not len(labels):
             raise MessageError(f"a cut of shape {shape}, labels {tuple(labels.shape)}; samples are {self.cut_shape}")
         if len(labels) > self.batch:
             raise MessageError(f"{len(labels)} samples; the most is {self.batch}")

@@ -1,17 +1,23 @@
 """Messages: encode and decode are inverses, sizes are real bytes, wrong bytes are refused."""
 
 import random
+import struct
+import zlib
 
 import pytest
 import torch
 
 from hosfl.messages import (
+    CRC,
+    HEADER,
     MESSAGES,
     Cut,
+    Differs,
     Gradient,
     Hello,
     MessageError,
     Multiplier,
+    PoolMoves,
     Records,
     Scalars,
     Weights,
@@ -20,10 +26,13 @@ from hosfl.messages import (
     encode,
 )
 
+NO_DIGEST, DIGEST = torch.empty(0, dtype=torch.int32), torch.arange(8, dtype=torch.int32)
 EXAMPLES = [
     Hello(client=3, round=17),
-    Records(client=3, round=17, coefficients=torch.randn(4, 5)),
-    Records(client=0, round=0, coefficients=torch.empty(0, 5)),
+    Records(client=3, round=17, coefficients=torch.randn(4, 5), rates=torch.randn(4), digest=DIGEST),
+    Records(client=0, round=0, coefficients=torch.empty(0, 5), rates=torch.empty(0), digest=NO_DIGEST),
+    PoolMoves(client=1, round=3, coefficients=torch.randn(2, 8), until=torch.tensor([19]).int(), digest=DIGEST),
+    Differs(client=1, round=3, epoch=2**16 - 1, digest=DIGEST),
     Cut(client=2**32 - 1, round=2**32 - 1, epoch=7, cut=torch.randn(3, 2, 4), labels=torch.tensor([1, 2, 3]).int()),
     Cut(client=1, round=2, cut=torch.randn(3, 2).bfloat16(), labels=torch.tensor([1, 2, 3]).int()),
     Multiplier(client=1, round=2, multiplier=torch.randn(3, 2, 4).half()),
@@ -31,6 +40,15 @@ EXAMPLES = [
     Weights(client=1, round=2, weights=torch.randn(70)),
     Gradient(client=1, round=2, gradient=torch.randn(70)),
 ]
+SCALARS = EXAMPLES[8]
+
+
+def sealed(data):
+    """The bytes with the checksum that they ought to have."""
+    data = bytearray(data)
+    crc = zlib.crc32(data[HEADER.size :], zlib.crc32(data[: HEADER.size - CRC.size]))
+    data[HEADER.size - CRC.size : HEADER.size] = CRC.pack(crc)
+    return bytes(data)
 
 
 def arrays(message):
@@ -56,38 +74,81 @@ def test_every_kind_has_an_example():
 
 
 def test_scalars_cost_four_bytes_each():
-    assert EXAMPLES[6].sizes()["scalars up"] == 20
-    assert EXAMPLES[1].sizes()["scalars down"] == 4 * 4 * 5
+    assert SCALARS.sizes()["scalars up"] == 20
+    assert EXAMPLES[1].sizes() == {
+        "framing down": 20 + 4 * 3 + 4 * 4,
+        "scalars down": 4 * 4 * 5 + 16,
+        "digest down": 32,
+    }
+    assert EXAMPLES[0].nbytes == 20
+
+
+@pytest.mark.parametrize("seal", [bytes, sealed], ids=["as it is", "with a right checksum"])
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: type(m).__name__)
+def test_every_truncation_is_refused(message, seal):
+    data = encode(message)
+    for length in range(len(data)):
+        cut = data[:length]
+        with pytest.raises(MessageError):
+            decode(seal(cut) if length >= HEADER.size else cut)
+    with pytest.raises(MessageError, match="too many" if seal is sealed else "checksum"):
+        decode(seal(data + b"\0"))
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: type(m).__name__)
-def test_every_truncation_is_refused(message):
+def test_every_flipped_bit_is_found(message):
     data = encode(message)
-    for length in range(len(data)):
+    for bit in range(8 * len(data)):
+        flipped = bytearray(data)
+        flipped[bit // 8] ^= 1 << bit % 8
         with pytest.raises(MessageError):
-            decode(data[:length])
-    with pytest.raises(MessageError, match="too many"):
-        decode(data + b"\0")
+            decode(bytes(flipped))
 
 
-def test_flipped_bits_are_refused_or_harmless():
+def test_bits_flipped_behind_the_checksum_are_refused_or_harmless():
     flip = random.Random(0)
-    for _ in range(5000):
+    for _ in range(3000):
         data = bytearray(encode(flip.choice(EXAMPLES)))
         for _ in range(flip.randint(1, 4)):
             data[flip.randrange(len(data))] ^= 1 << flip.randrange(8)
+        data = sealed(data)
         try:
-            message = decode(bytes(data))
+            message = decode(data)
         except MessageError:
             continue
-        assert encode(message) == bytes(data)
+        assert encode(message) == data
 
 
 def test_a_huge_claim_allocates_nothing():
-    data = bytearray(encode(EXAMPLES[6]))
+    data = bytearray(encode(SCALARS))
     data[-24:-20] = (2**32 - 1).to_bytes(4, "little")
     with pytest.raises(MessageError, match="17179869180 bytes"):
-        decode(bytes(data))
+        decode(sealed(data))
+
+
+@pytest.mark.parametrize("shape", [(2**32 - 1,) * 7 + (0,), (0,) + (2**32 - 1,) * 7, (2**32 - 1, 2**31, 0)])
+def test_a_shape_beyond_all_memory_is_refused_though_it_is_empty(shape):
+    header = HEADER.pack(b"HSF1", Cut.kind, 2, 0, 0, 0, 0)
+    cut = struct.pack("<BBH", 1, len(shape), 0) + struct.pack(f"<{len(shape)}I", *shape)
+    labels = struct.pack("<BBHI", 4, 1, 0, 0)
+    with pytest.raises(MessageError, match="says shape"):
+        decode(sealed(header + cut + labels))
+
+
+def test_too_many_dims_and_too_many_bytes_are_refused():
+    header = HEADER.pack(b"HSF1", Cut.kind, 2, 0, 0, 0, 0)
+    with pytest.raises(MessageError, match="9 dims"):
+        decode(sealed(header + struct.pack("<BBH9I", 1, 9, 0, *[1] * 9) + bytes(4)))
+    data = encode(SCALARS)
+    decode(data, len(data))
+    with pytest.raises(MessageError, match="the largest"):
+        decode(data, len(data) - 1)
+
+
+@pytest.mark.parametrize("number", [{"round": 2**32}, {"epoch": 2**16}, {"client": 2**32}, {"round": -1}])
+def test_numbers_that_fit_no_header_are_refused_when_encoded(number):
+    with pytest.raises(MessageError, match="does not fit a header"):
+        encode(Hello(**{"client": 0, "round": 0, **number}))
 
 
 def test_wrong_arrays_are_refused_when_encoded():
@@ -102,6 +163,6 @@ def test_the_wire_counts_and_shares_nothing():
     scalars = torch.ones(5)
     received = wire.carry(Scalars(client=0, round=0, scalars=scalars))
     scalars.zero_()
-    assert torch.equal(received.scalars, torch.ones(5))
+    assert torch.equal(decode(received).scalars, torch.ones(5))
     wire.carry(Scalars(client=0, round=1, scalars=scalars))
-    assert wire.bytes == {"scalars up": 40, "framing up": 2 * 24}
+    assert wire.bytes == {"scalars up": 40, "framing up": 2 * 28}

@@ -1,86 +1,70 @@
 """The round: its arithmetic against a few lines of numpy, replay, probing without trace, refusals."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from small import DIRECTIONS, FACTORS, batch, small
 from torch import nn
 
-from hosfl.aggregate import commit, sgd_coefficients, weighted_mean
-from hosfl.client import Run, ZerothOrderClient
+from hosfl.client import FirstOrderClient, ZerothOrderClient
 from hosfl.config import Config
 from hosfl.data import digits, dirichlet_split
 from hosfl.lattice import Lattice, LatticeError
-from hosfl.messages import Cut, Gradient, MessageError, Multiplier, Records, Scalars
+from hosfl.ledger import GradientAverage
+from hosfl.messages import Cut, Differs, Gradient, Hello, MessageError, Multiplier, Records, Scalars, Weights, Wire
 from hosfl.probe import probe_in_place, probe_untouched, trainable
+from hosfl.replica import Run
 from hosfl.seeds import direction_seeds
-from hosfl.server import SeedReplay, Server
 from hosfl.split import SplitModel, split
-from hosfl.trainer import assemble, replicas
+from hosfl.trainer import assemble
 from hosfl_kernels import spec
 
-
-def small(lattice=True, dist="rademacher", rate=0.5, headroom=16.0):
-    """A linear client half of 2 x 3 + 2 parameters, snapped, and its run."""
-    torch.manual_seed(0)
-    half = nn.Linear(3, 2)
-    parameters, _ = trainable(half)
-    grid = Lattice.snap(parameters, headroom) if lattice else None
-    run = Run(seed=5, directions=4, dist=dist, mu=grid.nearest(1e-3) if grid else 1e-3, lattice=grid)
-    return half, run, SeedReplay(run, lambda round: rate)
+NO_DIGEST = torch.empty(0, dtype=torch.int32)
 
 
-def batch(round):
-    random = torch.Generator().manual_seed(round)
-    return torch.randn(6, 3, generator=random), torch.randint(0, 2, (6,), generator=random)
-
-
-def client_of(half, run, number=0):
-    return ZerothOrderClient(number, copy.deepcopy(half), batch, run=run)
-
-
-def server_of(ledger, classes=2):
-    half = nn.Linear(2, classes)
-    optimizer = torch.optim.SGD(half.parameters(), lr=0.1)
-    return Server(half, nn.functional.cross_entropy, optimizer, lambda round: 0.1, ledger, 5, (2,), classes)
+def records(rows, round=0, **header):
+    return Records(client=0, round=round, coefficients=rows, rates=torch.empty(0), digest=NO_DIGEST, **header)
 
 
 def noise_of(run, round, p):
-    """Direction p of a round for Linear(3, 2), by spec.py: weight is stream 0, bias stream 1."""
+    """Direction p of a round for Linear(3, 2), by spec.py: weight is stream 0, bias stream 1, each with its factor."""
     seed = direction_seeds(run.seed, round, run.directions)[p]
     return (
-        spec.noise(6, seed, stream=0, dist=run.dist).astype(np.float64).reshape(2, 3),
-        spec.noise(2, seed, stream=1, dist=run.dist).astype(np.float64),
+        FACTORS[0] * spec.noise(6, seed, stream=0, dist=run.dist).astype(np.float64).reshape(2, 3),
+        FACTORS[1] * spec.noise(2, seed, stream=1, dist=run.dist).astype(np.float64),
     )
 
 
-@pytest.mark.parametrize(("lattice", "dist"), [(True, "rademacher"), (False, "gaussian")])
-def test_scalars_and_step_are_the_formula(lattice, dist):
-    half, run, ledger = small(lattice, dist)
-    client = client_of(half, run)
+@pytest.mark.parametrize(("kind", "dist"), [("moves", "rademacher"), ("sgd", "gaussian"), ("sgd", "rademacher")])
+def test_scalars_and_step_are_the_formula(kind, dist):
+    made = small(kind, rate=0.5, dist=dist)
+    client, run = made.client(), made.run
     x = batch(0)[0].double().numpy()
     cut = client.output(0)
     multiplier = torch.randn(6, 2, generator=torch.Generator().manual_seed(3))
     answer = client.answer(Multiplier(client=0, round=0, multiplier=multiplier))
     # For a linear half <lam, f(theta + mu u) - f(theta)> / mu = <lam, x U^T + c> exactly.
     lam = multiplier.double().numpy()
-    for p in range(4):
+    for p in range(DIRECTIONS):
         u, c = noise_of(run, 0, p)
         assert answer.scalars[p] == pytest.approx((lam * (x @ u.T + c)).sum(), rel=2e-3, abs=2e-3)
-    ledger.commit(0, [answer], [6])
-    client.catch_up(ledger.since(client.hello()))
-    for name, parameter in client.half.named_parameters():
-        index = 0 if name == "weight" else 1
-        ghat = sum(float(answer.scalars[p]) * noise_of(run, 0, p)[index] for p in range(4)) / 4
-        moved = (parameter - getattr(half, name)).detach().double().numpy()
-        assert np.allclose(moved, -0.5 * ghat, atol=1e-5)
+    made.ledger.commit(0, [answer], [6])
+    client.catch_up(made.since(client))
+    for index, name in enumerate(("weight", "bias")):
+        ghat = sum(float(answer.scalars[p]) * noise_of(run, 0, p)[index] for p in range(DIRECTIONS)) / DIRECTIONS
+        old, new = (getattr(half, name).detach().double().numpy() for half in (made.half, client.half))
+        decay = 0.5 * 0.1 * old if run.rule else 0.0
+        assert np.allclose(new - old, -0.5 * ghat - decay, atol=1e-5)
     assert cut.cut.shape == (6, 2)
 
 
 def test_the_estimate_is_the_gradient_on_average():
     # Mean over many directions of v_p u_p: the true gradient lam^T x, within the estimator's own spread.
-    half, run, _ = small()
+    made = small()
+    half, run = copy.deepcopy(made.half), replace(made.run, factors=(1.0, 1.0))
     inputs, lam = batch(0)[0], torch.randn(6, 2, generator=torch.Generator().manual_seed(3))
     parameters, streams = trainable(half)
     seeds = list(range(4000))
@@ -107,16 +91,15 @@ class Fails(nn.Module):
         return self.linear(x)
 
 
-@pytest.mark.parametrize("lattice", [True, False])
-def test_probing_leaves_no_trace(lattice):
-    half, run, _ = small(lattice, "rademacher" if lattice else "gaussian")
-    client = client_of(half, run)
-    before, version = client.digest(), [m.training for m in client.half.modules()]
+@pytest.mark.parametrize("kind", ["moves", "sgd", "adamw bfloat16", "pool"])
+def test_probing_leaves_no_trace(kind):
+    client = small(kind).client()
+    before, modes = client.digest(), [m.training for m in client.half.modules()]
     for round in range(50):
-        client.output(round)
-        client.answer(Multiplier(client=0, round=round, multiplier=torch.randn(6, 2)))
+        cut = client.output(round).cut
+        client.answer(Multiplier(client=0, round=round, multiplier=torch.randn(6, 2).to(cut.dtype)))
     assert client.digest() == before
-    assert [m.training for m in client.half.modules()] == version
+    assert [m.training for m in client.half.modules()] == modes
 
 
 @pytest.mark.parametrize("after", [1, 2, 4])
@@ -124,9 +107,9 @@ def test_an_exception_in_the_model_leaves_no_trace(after):
     torch.manual_seed(0)
     half = Fails(after)
     parameters, _ = trainable(half)
-    grid = Lattice.snap(parameters)
-    run = Run(seed=5, directions=4, dist="rademacher", mu=grid.nearest(1e-3), lattice=grid)
-    client = client_of(half, run)
+    grid = Lattice.snap(parameters, (1.0, 1.0))
+    run = Run(seed=5, directions=4, dist="rademacher", mu=grid.nearest(1e-3), factors=(1.0, 1.0), lattice=grid)
+    client = ZerothOrderClient(0, half, batch, run=run)
     before = client.digest()
     client.output(0)
     with pytest.raises(RuntimeError, match="out of luck"):
@@ -165,7 +148,7 @@ def test_tied_and_frozen_parameters():
     parameters, streams = trainable(module)
     assert [p.shape for p in parameters] == [(3, 3), (3,)]
     assert streams == [0, 3]  # the frozen weight and bias keep numbers 1 and 2
-    Lattice.snap(parameters)
+    Lattice.snap(parameters, (1.0, 1.0))
     x, lam = torch.randn(4, 3), torch.randn(4, 3)
     with torch.no_grad():
         cut = module(x)
@@ -175,8 +158,7 @@ def test_tied_and_frozen_parameters():
 
 
 def test_multipliers_have_no_average_inside():
-    _, run, ledger = small()
-    server = server_of(ledger)
+    server = small().server()
     cuts = [Cut(client=m, round=0, cut=torch.randn(6, 2), labels=torch.randint(0, 2, (6,)).int()) for m in range(3)]
     half = copy.deepcopy(server.half)
     multipliers, loss = server.step(0, cuts)
@@ -193,134 +175,249 @@ def test_multipliers_have_no_average_inside():
         assert torch.allclose(new, old - 0.1 * mean, atol=1e-6)
 
 
-def test_aggregation():
-    mean = weighted_mean([torch.tensor([1.0, 2.0]), torch.tensor([4.0, 8.0])], [2, 1])
-    assert mean.tolist() == [2.0, 4.0]
-    assert sgd_coefficients(mean, 0.1) == pytest.approx([-0.1, -0.2])
-    lattice = Lattice(2.0**-20)
-    committed = torch.stack([commit([0.3 * 2.0**-20, -1.0], lattice, 1, r) for r in range(2000)]) / lattice.quantum
-    assert torch.equal(committed, committed.round())
-    assert set(committed[:, 0].tolist()) == {0.0, 1.0}
-    assert abs(committed[:, 0].mean() - 0.3) < 0.05  # right on average
-    assert (committed[:, 1] == -(2**20)).all()
-    assert commit([0.1, 0.2], None, 1, 0).tolist() == torch.tensor([0.1, 0.2]).tolist()
-
-
-@pytest.mark.parametrize(("lattice", "dist"), [(True, "rademacher"), (False, "gaussian")])
-def test_one_by_one_many_at_once_and_twice(lattice, dist):
-    half, run, ledger = small(lattice, dist)
-    regular, late, random = client_of(half, run), client_of(half, run, 1), torch.Generator().manual_seed(1)
-    for round in range(60):
-        ledger.commit(round, [Scalars(client=0, round=round, scalars=torch.randn(4, generator=random) * 0.01)], [6])
-        news = ledger.since(regular.hello())
-        regular.catch_up(news)
-        regular.catch_up(news)  # the same message twice is harmless
-    everything = ledger.since(late.hello())
-    assert everything.coefficients.shape == (60, 4)
-    late.catch_up(everything)
-    assert late.applied == regular.applied == 60
-    assert late.digest() == regular.digest() != client_of(half, run).digest()
-
-
-def test_records_that_do_not_fit_change_nothing():
-    half, run, _ = small()
-    client = client_of(half, run)
-    before = client.digest()
-    for wrong, message in [
-        (Records(client=0, round=1, coefficients=torch.zeros(1, 4)), "start at round 1"),
-        (Records(client=0, round=0, coefficients=torch.zeros(1, 3)), "3 directions"),
-        (Records(client=0, round=0, coefficients=torch.full((1, 4), float("nan"))), "NaN"),
-        (Gradient(client=0, round=0, gradient=torch.zeros(8)), "expects records"),
-    ]:
-        with pytest.raises(MessageError, match=message):
-            client.catch_up(wrong)
-    assert client.digest() == before
-    assert client.applied == 0
-
-
 def test_leaving_the_lattice_is_an_error_for_every_client_at_the_same_round():
-    half, run, _ = small(headroom=2.0)
-    rows = torch.full((12, 4), run.lattice.nearest(run.lattice.limit / 12))  # up to a third of the limit per round
-    regular, late = client_of(half, run), client_of(half, run, 1)
+    made = small(headroom=2.0)
+    lattice = made.run.lattice
+    rows = torch.full((12, 4), lattice.nearest(lattice.limit / 12))  # up to a third of the limit per round
+    regular, late = made.client(), made.client()
     with pytest.raises(LatticeError, match="beyond"):
         for round in range(12):
-            regular.catch_up(Records(client=0, round=round, coefficients=rows[round : round + 1]))
+            regular.catch_up(records(rows[round : round + 1], round))
     with pytest.raises(LatticeError, match=f"round {regular.applied} "):
-        late.catch_up(Records(client=1, round=0, coefficients=rows))
+        late.catch_up(records(rows))
     assert 0 < regular.applied == late.applied < 12
     assert regular.digest() == late.digest()
 
 
+def test_a_step_beyond_the_lattice_commits_nothing():
+    made = small(rate=1e6).play(0)
+    before = made.ledger.mirror.digest()
+    with pytest.raises(LatticeError, match="rate"):
+        made.play(1)
+    assert made.ledger.records == []
+    assert (made.ledger.mirror.applied, made.ledger.mirror.digest()) == (0, before)
+
+
 def test_a_multiplier_must_be_for_the_last_cut():
-    half, run, _ = small()
-    client = client_of(half, run)
+    client = small().client()
+    early = Multiplier(client=0, round=0, multiplier=torch.zeros(6, 2))
+    with pytest.raises(MessageError, match="round -1"):
+        client.answer(early)
     client.output(3)
-    for wrong in [
-        Multiplier(client=0, round=2, multiplier=torch.zeros(6, 2)),
-        Multiplier(client=1, round=3, multiplier=torch.zeros(6, 2)),
-        Multiplier(client=0, round=3, multiplier=torch.zeros(6, 3)),
+    for wrong, message in [
+        (Multiplier(client=0, round=2, multiplier=torch.zeros(6, 2)), "round 2"),
+        (Multiplier(client=0, round=3, epoch=1, multiplier=torch.zeros(6, 2)), "epoch 1"),
+        (Multiplier(client=1, round=3, multiplier=torch.zeros(6, 2)), "for client 1"),
+        (Multiplier(client=0, round=3, multiplier=torch.zeros(6, 3)), "multiplier"),
+        (Multiplier(client=0, round=3, multiplier=torch.zeros(6, 2).half()), "float16"),
+        (Multiplier(client=0, round=3, multiplier=torch.full((6, 2), torch.nan)), "NaN"),
+        (Scalars(client=0, round=3, scalars=torch.zeros(4)), "expects a multiplier"),
     ]:
-        with pytest.raises(MessageError):
+        with pytest.raises(MessageError, match=message):
             client.answer(wrong)
 
 
 def test_the_server_refuses_and_goes_on():
-    _, run, ledger = small()
-    server = server_of(ledger)
+    made = small(rate=0.5)
+    server, ledger = made.server(), made.ledger
     good = Cut(client=0, round=0, cut=torch.randn(6, 2), labels=torch.zeros(6).int())
-    nan = torch.full((6, 2), float("nan"))
     wrong = [
-        Cut(client=0, round=0, cut=torch.randn(6, 2), labels=torch.zeros(6).int()),  # a second one
-        Cut(client=1, round=1, cut=torch.randn(6, 2), labels=torch.zeros(6).int()),
-        Cut(client=2, round=0, cut=torch.randn(6, 3), labels=torch.zeros(6).int()),
-        Cut(client=3, round=0, cut=torch.randn(6, 2), labels=torch.zeros(5).int()),
-        Cut(client=4, round=0, cut=torch.randn(6, 2), labels=torch.full((6,), 2).int()),
-        Cut(client=5, round=0, cut=torch.randn(6, 2), labels=torch.full((6,), -1).int()),
-        Cut(client=6, round=0, cut=nan, labels=torch.zeros(6).int()),
+        good,  # a second one
+        replace(good, client=1, round=1),
+        replace(good, client=1, epoch=1),
+        replace(good, client=10),
+        replace(good, client=2, cut=torch.randn(6, 3)),
+        replace(good, client=2, cut=torch.tensor(1.0)),
+        replace(good, client=3, labels=torch.zeros(5).int()),
+        replace(good, client=3, labels=torch.zeros(6, 1).int()),
+        replace(good, client=3, cut=torch.randn(0, 2), labels=torch.zeros(0).int()),
+        replace(good, client=3, cut=torch.randn(7, 2), labels=torch.zeros(7).int()),
+        replace(good, client=4, labels=torch.full((6,), 2).int()),
+        replace(good, client=5, labels=torch.full((6,), -1).int()),
+        replace(good, client=6, cut=torch.full((6, 2), torch.nan)),
+        Hello(client=7, round=0),
     ]
-    multipliers, _ = server.step(0, [good, *wrong])
+    multipliers, loss = server.step(0, [good, *wrong])
     assert list(multipliers) == [0]
-    assert len(server.refused) == 7
-    alone, _ = (twin := server_of(SeedReplay(run, ledger.rate))).step(0, [])
-    assert alone == {}
+    assert len(server.refused) == server.refusals == len(wrong)
+    twin = small().server()
+    assert twin.step(0, [])[0] == {}
     assert twin.refused == []
+    before = server.refusals
     server.commit(
         0,
         [
-            Scalars(client=0, round=0, scalars=torch.full((4,), float("inf"))),
+            Scalars(client=0, round=0, scalars=torch.full((4,), torch.inf)),
             Scalars(client=0, round=0, scalars=torch.ones(3)),
+            Scalars(client=0, round=0, epoch=1, scalars=torch.ones(4)),
             Scalars(client=1, round=0, scalars=torch.ones(4)),
             Gradient(client=0, round=0, gradient=torch.ones(8)),
         ],
     )
-    assert len(server.refused) == 11
-    assert ledger.records[0].tolist() == [0.0] * 4  # nobody answered: an empty record, no step
-    server.step(1, [Cut(client=0, round=1, cut=good.cut, labels=good.labels)])
+    assert server.refusals == before + 5
+    assert ledger.records[0].coefficients.tolist() == [0.0] * 4  # nobody answered: an empty record, no step
+    assert ledger.records[0].participants == ()
+    server.step(1, [replace(good, round=1)])
     server.commit(1, [Scalars(client=0, round=1, scalars=torch.ones(4))] * 2)
-    assert len(server.refused) == 12
-    assert ledger.records[1].tolist() == pytest.approx([-0.5 / 4] * 4, abs=run.lattice.quantum)
+    assert server.refusals == before + 6
+    assert ledger.records[1].coefficients.tolist() == pytest.approx([-0.5 / 4] * 4, abs=made.run.lattice.quantum)
+    assert ledger.records[1].participants == (0,)
+    with pytest.raises(ValueError, match="cannot be committed"):
+        server.commit(1, [])
 
 
-def test_random_participation_and_replay_over_400_rounds():
-    federation, _ = assemble(Config(rounds=400, batch=4, directions=2))
+def test_the_server_refuses_wrong_greetings():
+    made = small().play(3)
+    server = made.server()
+    for wrong, message in [
+        (Hello(client=10, round=0), "no client 10"),
+        (Hello(client=0, round=4), "claims 4 rounds of 3"),
+        (Hello(client=0, round=0, epoch=1), "epoch 1"),
+        (Differs(client=0, round=0, digest=torch.zeros(7).int()), "7 words"),
+        (Scalars(client=0, round=0, scalars=torch.ones(4)), "Scalars where Hello"),
+    ]:
+        assert server.welcome(wrong) is None
+        assert message in server.refused[-1]
+    assert server.differed == []
+    assert server.receive(b"no message") is None
+    assert server.receive(bytes(server.largest_message + 1)) is None
+    assert "the largest message" in server.refused[-1]
+
+
+class Absurd(nn.Module):
+    """A half whose loss is finite where its gradient is not, with statistics that every batch moves."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = nn.BatchNorm1d(2), nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.linear(self.norm(x)) + (x - 6).square().sqrt()
+
+
+def test_a_refused_cut_leaves_no_trace_in_the_half():
+    torch.manual_seed(0)
+    half, labels = Absurd(), torch.zeros(6).int()
+    server, twin = (small().server(copy.deepcopy(half)) for _ in range(2))
+    good = [Cut(client=m, round=0, cut=torch.randn(6, 2), labels=labels) for m in range(2)]
+    wrong = [
+        Cut(client=5, round=0, cut=torch.full((6, 2), 6.0), labels=labels),  # the root of zero has no gradient
+        Cut(client=6, round=0, cut=torch.full((6, 2), 3e38), labels=labels),
+        Cut(client=7, round=0, cut=torch.randn(1, 2), labels=labels[:1]),  # BatchNorm takes no single sample
+    ]
+    multipliers, loss = server.step(0, [wrong[0], good[0], *wrong[1:], good[1]])
+    assert (list(multipliers), server.refusals) == ([0, 1], 3)
+    expected, twin_loss = twin.step(0, good)
+    assert loss == twin_loss
+    assert all(torch.equal(multipliers[m].multiplier, expected[m].multiplier) for m in range(2))
+    for a, b in zip(server.half.state_dict().values(), twin.half.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_first_order_clients_refuse_stale_and_empty_weights():
+    torch.manual_seed(0)
+    client = FirstOrderClient(0, nn.Linear(3, 2), batch)
+    full = Weights(client=0, round=5, epoch=1, weights=torch.ones(8))
+    client.catch_up(full)
+    assert all((p == 1).all() for p in client.half.parameters())
+    before = client.digest()
+    client.catch_up(replace(full, weights=torch.empty(0)))  # empty: yours are current
+    for wrong, message in [
+        (replace(full, round=6, weights=torch.empty(0)), "0 weights of"),
+        (replace(full, round=4, weights=torch.zeros(8)), "this client is at"),
+        (replace(full, round=9, epoch=0, weights=torch.zeros(8)), "this client is at"),
+        (replace(full, client=1, weights=torch.zeros(8)), "for client 1"),
+        (replace(full, weights=torch.zeros(7)), "7 weights"),
+        (replace(full, weights=torch.full((8,), torch.inf)), "infinite"),
+        (records(torch.zeros(1, 4)), "expects weights"),
+    ]:
+        with pytest.raises(MessageError, match=message):
+            client.catch_up(wrong)
+        assert (client.digest(), client.applied, client.epoch) == (before, 5, 1)
+    client.catch_up(replace(full, round=2, epoch=2, weights=torch.zeros(8)))  # a server that was restarted
+    assert (client.applied, client.epoch) == (2, 2)
+
+
+def test_a_first_order_ledger_sends_weights_once_and_again_after_a_restart():
+    weights = torch.zeros(8, requires_grad=True)
+    ledger = GradientAverage(weights, torch.optim.SGD([weights], lr=1.0, momentum=0.9), lambda round: 1.0)
+    saved = copy.deepcopy(ledger.state())
+    ledger.commit(0, [Gradient(client=0, round=0, gradient=torch.ones(8))], [1.0])
+    assert ledger.since(Hello(client=0, round=0)).weights.tolist() == [-1.0] * 8
+    assert ledger.since(Hello(client=0, round=1)).weights.numel() == 0
+    ledger.commit(1, [], [])  # nobody answered: no step
+    assert ledger.since(Hello(client=0, round=1)).weights.tolist() == [-1.0] * 8
+    ledger.load(*saved)
+    assert (ledger.rounds, ledger.epoch) == (0, 1)
+    assert ledger.since(Hello(client=0, round=2)).weights.tolist() == [0.0] * 8
+    for wrong in (torch.ones(7), torch.full((8,), torch.nan)):
+        with pytest.raises(MessageError):
+            ledger.check(Gradient(client=0, round=0, gradient=wrong))
+
+
+def test_random_participation_and_replay_over_200_rounds():
+    federation, _ = assemble(Config(rounds=200, batch=4, directions=2))
     visits = np.zeros(10, int)
-    for round in range(400):
+    for round in range(200):
         federation.round(round)
         visits[federation.server.sample(round, 10, 3)] += 1
-    assert (visits > 60).all()
-    assert len({c.applied for c in federation.clients}) > 1  # some are late
-    base = federation.newcomer().digest()
-    outcome = replicas(federation)
+    assert (visits > 30).all()
+    assert federation.visits == visits.sum() == 600
+    assert len({c.applied for c in federation.clients.values()}) > 1  # some are late
+    base = federation.make(0).digest()
+    outcome = federation.replicas()
     assert outcome.equal
     assert outcome.clients == 11
     assert outcome.digest != base
+    assert federation.server.refused == federation.complaints == []
+
+
+class Troubled(Wire):
+    """Carries what `spoil` makes of a message."""
+
+    def __init__(self, spoil):
+        super().__init__()
+        self.spoil = spoil
+
+    def carry(self, message):
+        return super().carry(self.spoil(message))
+
+
+@pytest.mark.parametrize("kind", [Multiplier, Records])
+def test_a_client_that_refuses_costs_nobody_else_the_round(kind):
+    def spoil(message):
+        if not isinstance(message, kind) or message.client != 1:
+            return message
+        name = next(iter(message.arrays()))
+        return replace(message, **{name: torch.full_like(getattr(message, name), torch.nan)})
+
+    federation, _ = assemble(Config(rounds=2, batch=4, directions=2, clients=3, sampled=3))
+    federation.round(0)
+    federation.wire = Troubled(spoil)
+    federation.round(1)
+    assert len(federation.complaints) == 1
+    assert "client 1" in federation.complaints[0]
+    assert federation.server.ledger.records[1].participants == (0, 2)
     assert federation.server.refused == []
+
+
+def test_a_client_with_damaged_weights_does_not_end_the_run():
+    federation, _ = assemble(Config(rounds=5, batch=4, directions=2, clients=3, sampled=3))
+    federation.round(0)
+    with torch.no_grad():
+        federation.clients[1].parameters[0].view(-1)[0] = 1e30
+    federation.round(1)
+    assert "beyond" in federation.complaints[0]
+    assert federation.server.ledger.records[1].participants == (0, 2)
 
 
 def test_every_client_owns_its_weights():
     federation, _ = assemble(Config(rounds=1, directions=1))
-    pointers = [p.data_ptr() for c in federation.clients for p in c.half.parameters()]
+    clients = [federation.take(number) for number in range(10)]
+    assert federation.take(3) is clients[3]
+    pointers = [p.data_ptr() for c in clients for p in c.half.parameters()]
     assert len(set(pointers)) == len(pointers) == 10 * 4
+    assert not {p.data_ptr() for p in federation.base.parameters()} & set(pointers)
 
 
 def test_split_is_the_whole_model():
