@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -190,7 +191,9 @@ class Replica:
         if rule is not None:
             if not (torch.isfinite(rates) & (rates >= 0)).all():
                 raise MessageError("infinite, NaN or negative rates")
-            if not torch.isfinite(rule.steps(range(message.round, end), rates.tolist())).all():
+            with np.errstate(over="ignore"):
+                steps = rule.steps(range(message.round, end), rates.tolist())
+            if not torch.isfinite(steps).all():
                 raise MessageError("rates whose steps are beyond float32")
         return end
 

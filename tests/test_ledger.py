@@ -1,0 +1,617 @@
+"""Replicas and ledgers: every way to a round ends in the same bits; pools, epochs, digests, aggregation, rebuilding."""
+
+import copy
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from small import DIRECTIONS, POOL, RULES, round_scalars, small
+from torch import nn
+
+from hosfl.aggregate import AGGREGATIONS, RunningLength, clip_to_norm, to_lattice, trimmed_mean, weighted_mean
+from hosfl.checkpoint import header_of, rebuild, save_module, to_records
+from hosfl.lattice import Lattice, power_of_two_scales
+from hosfl.ledger import FreshStep, PoolStep, voided
+from hosfl.log import DigestRecord, EpochRecord, Log, LogError
+from hosfl.messages import Differs, Hello, MessageError, PoolMoves, Records, Scalars
+from hosfl.probe import probe_in_place, probe_untouched, trainable
+from hosfl.replica import DigestMismatch, Pool, digest_array
+from hosfl_kernels import AdamW, spec
+
+ROUNDS = 37  # three generations of the pool and a bit
+EMPTY = (3, 4, 20, 36)
+NO_DIGEST = torch.empty(0, dtype=torch.int32)
+
+
+def state(replica):
+    return replica.digest(), replica.applied, replica.epoch
+
+
+def part(made, begin, end, **header):
+    """The records of rounds begin .. end - 1 as one message."""
+    return replace(to_records(made.ledger.records[begin:end], made.run, begin), epoch=made.ledger.epoch, **header)
+
+
+# --- the invariant ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_every_way_to_a_round_ends_in_the_same_bits(kind):
+    made = small(kind).play(ROUNDS, EMPTY)
+    goal = (made.ledger.mirror.digest(), ROUNDS, 0)
+    at_once, singly = made.replica(), made.replica()
+    assert at_once.digest() != goal[0]
+    at_once.apply(part(made, 0, ROUNDS))
+    for round in range(ROUNDS):
+        singly.apply(part(made, round, round + 1))
+    assert state(at_once) == state(singly) == goal
+    chance = random.Random(0)
+    for _ in range(10):
+        replica = made.replica()
+        while replica.applied < ROUNDS:  # chunks that overlap what is there, and empty ones
+            begin = chance.randint(0, replica.applied)
+            replica.apply(part(made, begin, min(ROUNDS, replica.applied + chance.randint(0, 9))))
+        assert state(replica) == goal
+    assert all(t.dtype == made.half.weight.dtype for t in at_once.tensors)
+    assert len(at_once.moments) == (made.run.rule.moments if made.run.rule else 0)
+
+
+@pytest.mark.parametrize("start", [0, 5, 10, 11, 25])
+def test_sums_over_the_pool_end_in_the_same_bits(start):
+    made = small("pool").play(ROUNDS, EMPTY)
+    replica = made.replica()
+    replica.apply(part(made, 0, start))
+    news = made.since(replica)
+    assert isinstance(news, PoolMoves)
+    assert news.coefficients.shape == ((ROUNDS - 1) // POOL.rounds - start // POOL.rounds + 1, POOL.size)
+    replica.apply(news)
+    replica.apply(news)  # the same again
+    assert state(replica) == (made.ledger.mirror.digest(), ROUNDS, 0)
+
+
+def test_sums_over_the_pool_are_sent_where_they_are_smaller_and_fit():
+    made = small("pool").play(ROUNDS)
+    for start in range(ROUNDS + 1):
+        news = made.ledger.since(Hello(client=0, round=start))
+        generations = (ROUNDS - 1) // POOL.rounds - start // POOL.rounds + 1
+        smaller = start < ROUNDS and generations * POOL.size < (ROUNDS - start) * DIRECTIONS
+        assert isinstance(news, PoolMoves if smaller else Records), start
+        assert news.coefficients.numel() == min(generations * POOL.size, (ROUNDS - start) * DIRECTIONS)
+    assert isinstance(small("pool bfloat16").play(ROUNDS).ledger.since(Hello(client=0, round=0)), Records)
+    # The same sums where the lattice has no room for the detour that they may take.
+    tight, lattice = small("pool", rate=0.001).play(ROUNDS), made.run.lattice
+    mirror = tight.ledger.mirror
+    with torch.no_grad():
+        mirror.tensors[1].fill_(lattice.nearest(0.999 * lattice.limit))
+    mirror._largest = float("inf")
+    assert isinstance(tight.ledger.since(Hello(client=0, round=0)), Records)
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_an_empty_round_changes_nothing(kind):
+    made = small(kind).play(5)
+    replica = made.replica()
+    replica.apply(part(made, 0, 5))
+    before = replica.digest()
+    rates = torch.full((7,), 0.1) if made.run.rule else torch.empty(0)
+    replica.apply(Records(client=0, round=5, coefficients=torch.zeros(7, 4), rates=rates, digest=NO_DIGEST))
+    assert (replica.digest(), replica.applied) == (before, 12)
+    made.play(6)
+    made.ledger.commit(6, [], [])
+    assert made.ledger.records[6].rate == 0.0
+    assert made.ledger.records[6].participants == ()
+
+
+def refused(kind):
+    """(message to a replica of 10 rounds in epoch 1, part of the reason)."""
+    made = small(kind).play(12)
+    rule = made.run.rule
+    good = replace(part(made, 10, 12), epoch=1)
+    rows = good.coefficients
+    yield replace(good, round=11), "start at round 11"
+    yield replace(good, round=2**32 - 1), "start at round"
+    yield replace(good, epoch=0), "records of epoch 0"
+    yield replace(good, epoch=2, round=9), "new epoch from round 9"
+    yield replace(good, epoch=2**16 - 1, round=1), "new epoch from round 1"
+    yield replace(good, coefficients=rows[:, :3]), "3 directions"
+    yield replace(good, coefficients=torch.zeros(2, 0)), "0 directions"
+    yield replace(good, digest=torch.zeros(3).int()), "3 words"
+    for number in (torch.nan, torch.inf, -torch.inf):
+        yield replace(good, coefficients=torch.where(torch.arange(4) == 3, number, rows)), "infinite or NaN"
+    yield replace(good, rates=torch.ones(3)), "3 rates for 2"
+    if rule is None:
+        yield replace(good, coefficients=rows + made.run.lattice.quantum / 2), "no multiples"
+    else:
+        yield replace(good, rates=torch.tensor([0.1, torch.nan])), "rates"
+        yield replace(good, rates=torch.tensor([0.1, -0.1])), "negative"
+        yield replace(good, rates=torch.empty(0)), "0 rates for 2"
+    if isinstance(rule, AdamW):
+        yield replace(good, rates=torch.tensor([0.1, 3.4e38])), "beyond float32"
+
+    def sums(until, generations=1, size=POOL.size, round=10, epoch=1, value=0.0):
+        until, coefficients = torch.tensor(until, dtype=torch.int32), torch.full((generations, size), value)
+        return PoolMoves(client=0, round=round, epoch=epoch, coefficients=coefficients, until=until, digest=NO_DIGEST)
+
+    if kind != "pool":
+        yield sums([12]), "has no pool"
+        return
+    quantum = made.run.lattice.quantum
+    for until in ([-1], [10], [9], [0], [], [12, 13], [-(2**31)]):
+        yield sums(until), "sums of 8 directions for rounds 10"
+    yield sums([11], size=7), "sums of 7"
+    yield sums([12]), "1 generations of a pool where 2"  # round 11 is of the next one
+    yield sums([2**31 - 1]), "1 generations"
+    yield sums([12], generations=3), "3 generations"
+    yield sums([12], generations=2, round=9), "start at round 9"
+    yield sums([12], round=11), "start at round 11"
+    yield sums([12], generations=2, epoch=2, round=5), "start at round 5"
+    yield sums([11], value=quantum / 2), "no multiples"
+    yield sums([11], value=torch.nan), "NaN"
+    yield sums([11], epoch=0), "epoch 0"
+    yield replace(sums([11]), digest=torch.zeros(9).int()), "9 words"
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_malformed_messages_change_nothing(kind):
+    made = small(kind).play(10)
+    client = made.client()
+    client.catch_up(part(made, 0, 10))
+    client.catch_up(replace(part(made, 10, 10), epoch=1))
+    before = state(client.replica)
+    assert before[1:] == (10, 1)
+    wrong = list(refused(kind))
+    assert len(wrong) > 12
+    for message, reason in [
+        *wrong,
+        (replace(wrong[0][0], client=1, round=10), "for client 1"),
+        (Scalars(client=0, round=10, scalars=torch.zeros(4)), "expects records"),
+    ]:
+        with pytest.raises(MessageError, match=reason):
+            client.catch_up(message)
+        assert state(client.replica) == (before[0], client.applied, client.epoch) == before
+    client.catch_up(replace(part(made, 2, 8), epoch=1))  # all of it known
+    assert state(client.replica) == before
+
+
+# --- epochs and digests -------------------------------------------------------------------------------------------
+
+
+def test_which_clients_hold_void_rounds():
+    epochs = [(1, 20), (3, 30)]
+    for epoch, round, void in [(0, 20, False), (0, 21, True), (1, 30, False), (1, 31, True), (3, 99, False)]:
+        assert voided(epochs, Hello(client=0, round=round, epoch=epoch)) is void
+    assert voided([(1, 20), (2, 10)], Hello(client=0, round=15, epoch=1))
+    assert not voided([], Hello(client=0, round=5))
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_after_a_restart_void_rounds_are_rebuilt_and_others_go_on(kind, tmp_path):
+    made = small(kind)
+    base = nn.Linear(3, 2).to(made.half.weight.dtype)
+    base.load_state_dict(made.half.state_dict())
+    header = header_of(made.run, base, {})
+    ledger = made.ledger
+    ledger.log = Log.create(tmp_path / "hosfl.log", header)
+    made.play(20)
+    saved = copy.deepcopy(ledger.state())
+    early, there = made.client(), made.client()
+    early.catch_up(part(made, 0, 12))
+    there.catch_up(part(made, 0, 20))
+    made.play(26)
+    void = made.client()
+    void.catch_up(part(made, 0, 26))
+    ledger.log.close()
+
+    again = small(kind)
+    again.ledger.load(*saved)
+    with Log.open(tmp_path / "hosfl.log") as log:
+        again.ledger.restart(log, 20)
+        assert again.ledger.epoch == log.epoch == 1
+        assert log.records[-1] == EpochRecord(1, 20)
+        assert again.ledger.mirror.digest() == there.replica.digest()
+        again.play(24, seed=1)  # other rounds than the first time
+        start = {"early": (early, 12), "there": (there, 20), "void": (void, 0)}
+        for name, (client, begin) in start.items():
+            news = again.since(client)
+            assert (news.round, news.epoch) == (begin, 1), name
+            client.catch_up(news)
+        again.play(ROUNDS, EMPTY)
+        newcomer = again.client()
+        for client in (early, there, void, newcomer):
+            client.catch_up(again.since(client))
+            assert state(client.replica) == (again.ledger.mirror.digest(), ROUNDS, 1)
+        again.ledger.restart(log, ROUNDS)  # nothing void: no new epoch
+        assert again.ledger.epoch == 1
+        assert again.ledger.mirror.digest() == newcomer.replica.digest()
+        with pytest.raises(LogError, match="ends after"):
+            again.ledger.restart(log, ROUNDS + 1)
+    save_module(base, tmp_path / "base.safetensors")
+    assert rebuild(tmp_path / "hosfl.log", tmp_path / "base.safetensors")[1].digest() == newcomer.replica.digest()
+
+
+def test_the_last_epoch_is_the_last(tmp_path):
+    made = small()
+    log = Log.create(tmp_path / "hosfl.log", header_of(made.run, made.half, {}))
+    log.append(EpochRecord(2**16 - 1, 0))
+    made.ledger.restart(log, 0)
+    made.play(2)
+    client = made.client()
+    client.catch_up(made.since(client))
+    assert (client.applied, client.epoch) == (2, 2**16 - 1)
+    with pytest.raises(LogError, match="epoch"):
+        made.ledger.restart(log, 1)
+    log.close()
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_a_client_that_differs_says_so_and_rebuilds(kind):
+    made = small(kind, digest_every=10).play(9)
+    server, client = made.server(), made.client()
+    client.catch_up(made.since(client))
+    with torch.no_grad():
+        client.parameters[0][1, 2] += 2.0**-4
+    made.play(10)
+    news = server.welcome(client.hello())
+    assert news.digest.numel() == 8  # it crosses a multiple of ten
+    said = client.catch_up(news)
+    assert isinstance(said, Differs)
+    assert said.round == 10
+    assert not torch.equal(said.digest, digest_array(made.ledger.mirror.digest()))
+    assert (client.applied, client.replica.digest()) == (0, made.replica().digest())
+    answer = server.welcome(said)
+    assert (answer.round, server.differed) == (0, ["client 0 after round 10"])
+    assert client.catch_up(answer) is None
+    assert state(client.replica) == (made.ledger.mirror.digest(), 10, 0)
+    assert server.refused == []
+    made.play(11)
+    assert server.welcome(client.hello()).digest.numel() == 0  # not due
+    assert client.catch_up(made.since(client)) is None
+
+
+def test_sums_over_the_pool_are_checked_as_well():
+    made = small("pool", digest_every=10).play(ROUNDS)
+    right, wrong = made.client(), made.client()
+    news = made.since(right)
+    assert isinstance(news, PoolMoves)
+    assert news.digest.numel() == 8
+    assert right.catch_up(news) is None
+    with torch.no_grad():
+        wrong.parameters[1][0] += made.run.lattice.quantum
+    assert isinstance(wrong.catch_up(news), Differs)
+    assert state(wrong.replica) == state(made.replica())
+
+
+def test_moments_are_part_of_the_digest():
+    made = small("adamw", digest_every=10).play(10)
+    replica = made.replica()
+    replica.apply(part(made, 0, 9))
+    replica.moments[1][0][0, 0] *= 1.0001
+    with pytest.raises(DigestMismatch, match="after 10 rounds"):
+        replica.apply(part(made, 9, 10, digest=digest_array(made.ledger.mirror.digest())))
+    replica.reset()
+    assert state(replica) == (made.replica().digest(), 0, 0)
+
+
+class FullDisk:
+    """A log that fails once."""
+
+    def __init__(self):
+        self.full, self.kept = True, []
+
+    def append(self, record):
+        if self.full:
+            self.full = False
+            raise OSError("no space left on device")
+        self.kept.append(record)
+
+
+@pytest.mark.parametrize("kind", ["moves", "adamw"])
+def test_a_log_that_fails_takes_the_round_back(kind):
+    made, twin = small(kind).play(5), small(kind).play(6)
+    made.ledger.log = FullDisk()
+    before = state(made.ledger.mirror)
+    with pytest.raises(OSError, match="no space"):
+        made.play(6)
+    assert (len(made.ledger.records), state(made.ledger.mirror)) == (5, before)
+    made.play(6)
+    assert made.ledger.log.kept == [made.ledger.records[5]]
+    assert state(made.ledger.mirror) == state(twin.ledger.mirror)
+
+
+# --- rebuilding ---------------------------------------------------------------------------------------------------
+
+
+def logged(kind, folder, rounds=23):
+    """A run with a log and a base file in a folder; the digests of its half after every round."""
+    made = small(kind, digest_every=10)
+    base = copy.deepcopy(made.half)
+    save_module(base, folder / "base.safetensors")
+    with Log.create(folder / "hosfl.log", header_of(made.run, base, {}), sync="never") as log:
+        made.ledger.log = log
+        digests = [made.ledger.mirror.digest()]
+        for round in range(rounds):
+            made.play(round + 1, EMPTY)
+            digests.append(made.ledger.mirror.digest())
+    return made, digests
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_a_log_and_its_base_are_the_half_after_every_round(kind, tmp_path):
+    made, digests = logged(kind, tmp_path)
+    assert set(Log.read(tmp_path / "hosfl.log").digests) == {10, 20}
+    for upto in (0, 1, 9, 10, 11, 22, 23, None):
+        tensors, replica = rebuild(tmp_path / "hosfl.log", tmp_path / "base.safetensors", upto)
+        assert replica.digest() == digests[23 if upto is None else upto]
+        assert replica.applied == (23 if upto is None else upto)
+    assert torch.equal(tensors["weight"], made.ledger.mirror.tensors[0])
+    assert torch.equal(tensors["bias"], made.ledger.mirror.tensors[1])
+
+
+def test_what_cannot_be_rebuilt_is_refused_with_the_reason(tmp_path):
+    made, _ = logged("adamw", tmp_path)
+    log, base, other = tmp_path / "hosfl.log", tmp_path / "base.safetensors", tmp_path / "other.safetensors"
+
+    def wrong(module, reason):
+        save_module(module, other)
+        with pytest.raises(LogError, match=reason):
+            rebuild(log, other)
+
+    for upto in (24, -1, 2**40):
+        with pytest.raises(LogError, match="holds 23 rounds"):
+            rebuild(log, base, upto)
+    nudged = copy.deepcopy(made.half)
+    with torch.no_grad():
+        nudged.bias[0] = torch.nextafter(nudged.bias[0], torch.tensor(torch.inf))
+    wrong(nudged, "is not the base model")
+    wrong(nn.Linear(4, 2), r"'weight' is float32 \(2, 4\)")
+    wrong(copy.deepcopy(made.half).bfloat16(), "'weight' is bfloat16")
+    wrong(nn.Linear(3, 2, bias=False), "no tensor 'bias'")
+    more = copy.deepcopy(made.half)
+    more.register_buffer("more", torch.ones(1))
+    wrong(more, "is not the base model")
+    data = log.read_bytes()
+    for at in (20, len(data) // 2):
+        log.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        with pytest.raises(LogError, match="damaged"):
+            rebuild(log, base)
+
+
+def test_a_rebuilt_half_must_have_the_log_s_digests(tmp_path):
+    made, _ = logged("moves", tmp_path, rounds=5)
+    log = tmp_path / "hosfl.log"
+    with Log.open(log) as opened:
+        opened.append(DigestRecord(0, 5, bytes(32)))
+    with pytest.raises(LogError, match=r"after round 5 .* digests differ"):
+        rebuild(log, tmp_path / "base.safetensors")
+    assert rebuild(log, tmp_path / "base.safetensors", 4)[1].applied == 4
+
+
+# --- the pool -----------------------------------------------------------------------------------------------------
+
+
+def numpy_adam(rounds, rate, run):
+    """The pool's coefficients after every round, and which were measured, in float64 and from Adam's definition."""
+    for round in range(rounds):
+        if round % POOL.rounds == 0:
+            a, m, v, t = (np.zeros(POOL.size) for _ in range(4))
+        measured = [(round % POOL.rounds * DIRECTIONS + p) % POOL.size for p in range(DIRECTIONS)]
+        g = round_scalars(round).double().numpy()
+        t[measured] += 1
+        m[measured] = 0.9 * m[measured] + 0.1 * g
+        v[measured] = 0.999 * v[measured] + 0.001 * g**2
+        root = np.sqrt(v[measured] / (1 - 0.999 ** t[measured])) + 1e-8
+        a[measured] -= rate * m[measured] / (1 - 0.9 ** t[measured]) / root
+        yield measured, a.copy()
+
+
+@pytest.mark.parametrize("kind", ["pool", "pool bfloat16"])
+def test_the_pool_is_adam_on_its_coefficients(kind):
+    made = small(kind, rate=0.003)
+    step, lattice = made.ledger.step, made.run.lattice
+    for round, (measured, expected) in enumerate(numpy_adam(ROUNDS, 0.003, made.run)):
+        if round % POOL.rounds == 0:
+            committed = np.zeros(POOL.size)
+        before = [float(c.detach()) for c in step.coefficients]
+        row, rate = step(round, weighted_mean([round_scalars(round)], [1.0]))
+        assert step.generation == round // POOL.rounds
+        assert made.run.pool.measured(round, DIRECTIONS) == measured
+        now = [float(c.detach()) for c in step.coefficients]
+        assert now == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        if round % POOL.rounds:
+            assert all(now[j] == before[j] for j in set(range(POOL.size)) - set(measured))
+        committed[measured] += np.array(row) * (1 if lattice else -1)
+        if lattice is not None:
+            assert all(float(c).is_integer() for c in np.array(row) / lattice.quantum)
+            # Half a quantum, and not half a quantum per round: the remainder is carried forward.
+            assert (abs(committed - now) <= lattice.quantum / 2 * (1 + 1e-9)).all()
+        else:
+            assert np.allclose(committed, now, rtol=0, atol=1e-9)
+            assert rate == 1.0
+        assert step.committed == pytest.approx(committed)
+
+
+def test_small_steps_add_up_in_the_pool():
+    made = small("pool")
+    step, quantum = PoolStep(made.run, lambda r: 1.0, lambda p: torch.optim.SGD(p)), made.run.lattice.quantum
+    moved = sum(np.array(step(round, torch.full((4,), -0.2 * quantum))[0]) for round in range(0, 10, 2))
+    assert moved.tolist() == [quantum] * 4  # five fifths of a quantum
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p),
+    "momentum": lambda p: torch.optim.SGD(p, momentum=0.9, nesterov=True),
+    "rmsprop": lambda p: torch.optim.RMSprop(p, centered=True),
+    "adagrad": lambda p: torch.optim.Adagrad(p, initial_accumulator_value=0.1),
+    "adam": lambda p: torch.optim.Adam(p, amsgrad=True),
+    "adamw": lambda p: torch.optim.AdamW(p, weight_decay=0.0),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("normalized", [False, True])
+def test_a_pool_saved_and_loaded_goes_on_with_the_same_bits(name, normalized):
+    run = small("pool").run
+
+    def fresh():
+        return PoolStep(run, lambda r: 0.01, OPTIMIZERS[name], RunningLength() if normalized else None)
+
+    step = fresh()
+    for stop in (1, 3, 11, 15):
+        for round in range(stop - 1 if stop < 3 else 0, stop):
+            step(round, round_scalars(round).double())
+        other = fresh()
+        other.load(*copy.deepcopy(step.state()))
+        rows = [[s(round, round_scalars(round).double()) for round in range(stop, stop + 15)] for s in (step, other)]
+        assert rows[0] == rows[1]
+        assert any(c != 0 for row, _ in rows[0] for c in row)
+        step = fresh()
+
+
+def test_a_fresh_step_saved_and_loaded_goes_on_with_the_same_bits():
+    run = small().run
+    step = FreshStep(run, lambda r: 0.05, RunningLength())
+    other = FreshStep(run, lambda r: 0.05, RunningLength())
+    for round in range(5):
+        step(round, round_scalars(round).double())
+    assert step(5, round_scalars(5).double()) != other(5, round_scalars(5).double())
+    other.load(*copy.deepcopy(step.state()))
+    assert step(6, round_scalars(6).double()) == other(6, round_scalars(6).double())
+
+
+def test_pools_that_cannot_be():
+    for size, rounds in [(0, 1), (-1, 1), (4, -1)]:
+        with pytest.raises(ValueError, match="pool"):
+            Pool(size, rounds)
+    with pytest.raises(ValueError, match="pool of 3"):
+        replace(small("pool").run, pool=Pool(3))
+    assert Pool(8, 0).generation(10**9) == 0
+    assert [Pool(5, 3).measured(r, 2) for r in range(4)] == [[0, 1], [2, 3], [4, 0], [0, 1]]
+
+
+def test_a_run_has_a_lattice_or_a_rule():
+    run = small().run
+    for wrong in ({"lattice": None}, {"rule": AdamW()}):
+        with pytest.raises(ValueError, match="one of them"):
+            replace(run, **wrong)
+
+
+# --- aggregation --------------------------------------------------------------------------------------------------
+
+
+def test_aggregations_are_numpy_s():
+    weights = [3.0, 1.0, 2.0, 5.0, 1.0, 4.0, 2.0]
+    for n in range(1, 8):
+        values = np.random.default_rng(n).normal(size=(n, 5)).astype(np.float32)
+        tensors = list(torch.from_numpy(values))
+        ordered = np.sort(values.astype(np.float64), 0)
+        cut = min(max(int(0.2 * n), 1), (n - 1) // 2)
+        expected = {
+            "weighted": np.average(values.astype(np.float64), 0, weights[:n]),
+            "uniform": values.astype(np.float64).mean(0),
+            "median": np.median(values.astype(np.float64), 0),
+            "trimmed": ordered[cut : n - cut].mean(0),
+        }
+        assert expected.keys() == AGGREGATIONS.keys()
+        for name, aggregation in AGGREGATIONS.items():
+            result = aggregation(tensors, weights[:n])
+            assert result.dtype == torch.float64
+            assert np.allclose(result.numpy(), expected[name], rtol=1e-12, atol=1e-12), (name, n)
+    assert trimmed_mean([torch.tensor([float(v)]) for v in (0, 1, 2, 100)], [1.0] * 4).tolist() == [1.5]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_one_liar_among_ten(sign):
+    honest = list(torch.randn(10, 5, generator=torch.Generator().manual_seed(0)))
+    lying = [honest[0] * sign * 1e6, *honest[1:]]
+    spread = torch.stack(honest).amax() - torch.stack(honest).amin()
+    for name, aggregation in AGGREGATIONS.items():
+        moved = (aggregation(lying, [1.0] * 10) - aggregation(honest, [1.0] * 10)).abs().max()
+        assert (moved < spread) == (name in ("median", "trimmed")), name
+        if name in ("weighted", "uniform"):
+            assert moved > 1e4
+
+
+def test_clipping_goes_by_the_estimate_s_length():
+    made = small()
+    run, dimension = made.run, made.ledger.dimension
+    assert dimension == 6 * 0.5**2 + 2 * 1.0**2
+    values = [torch.tensor([3.0, 4.0, 0.0, 0.0]), torch.tensor([0.3, 0.4, 0.0, 0.0]), torch.zeros(4)]
+    clipped = clip_to_norm(values, 1.0, dimension)
+    lengths = [np.sqrt(dimension) / 4 * float(v.norm()) for v in clipped]
+    assert lengths == pytest.approx([1.0, np.sqrt(dimension) / 4 * 0.5, 0.0])
+    assert torch.equal(clipped[1], values[1])
+    assert clipped[0][0] / clipped[0][1] == pytest.approx(0.75)
+    # On average it is that of the estimate: 1/P sum v_p u_p for many rounds.
+    squares = []
+    for round in range(400):
+        for stream, (size, factor) in enumerate(((6, 0.5), (2, 1.0))):
+            u = [factor * spec.noise(size, seed, stream=stream).astype(float) for seed in run.seeds(round)]
+            squares.append(((3 * u[0] + 4 * u[1]) ** 2).sum() / 16)
+    assert 2 * np.mean(squares) == pytest.approx((np.sqrt(dimension) / 4 * 5) ** 2, rel=0.1)
+    made.ledger.clip = 1.0
+    answer = Scalars(client=0, round=0, scalars=values[0] * 100)
+    made.ledger.commit(0, [answer], [1.0])
+    assert made.ledger.records[0].coefficients.tolist() == pytest.approx(
+        [-0.05 / 4 * float(c) for c in clipped[0]], abs=run.lattice.quantum
+    )
+
+
+def test_rounding_to_the_lattice_is_right_on_average():
+    lattice = Lattice(2.0**-20)
+    rows = np.array([to_lattice([0.3 * 2.0**-20, -1.0], lattice, 1, r) for r in range(2000)]) / lattice.quantum
+    assert set(rows[:, 0]) == {0.0, 1.0}
+    assert abs(rows[:, 0].mean() - 0.3) < 0.05
+    assert (rows[:, 1] == -(2**20)).all()
+
+
+# --- scales, factors ----------------------------------------------------------------------------------------------
+
+
+def test_power_of_two_scales():
+    sizes = [1.0, 0.5, 0.3, 0.0, 0.26, 1e-9]
+    tensors = [torch.full((3, 2), size) for size in sizes]
+    assert power_of_two_scales(tensors) == [1.0, 0.5, 0.25, 0.25, 0.25, 2.0**-20]
+    assert power_of_two_scales([torch.zeros(2), torch.ones(2) * 7]) == [1.0, 1.0]
+    assert power_of_two_scales([torch.zeros(2), torch.empty(0)]) == [1.0, 1.0]
+    assert power_of_two_scales([torch.tensor([torch.inf]), torch.ones(2) * 8, torch.ones(2)]) == [1.0, 1.0, 0.125]
+    assert power_of_two_scales([]) == []
+    mixed = torch.tensor([3.0, -4.0])  # the root mean square of what is there, not the largest
+    assert power_of_two_scales([mixed * 2.0**5, mixed]) == [1.0, 2.0**-5]
+
+
+def test_putting_on_a_lattice_is_what_snapping_did():
+    torch.manual_seed(0)
+    half = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3))
+    other = copy.deepcopy(half)
+    factors = power_of_two_scales(list(half.parameters()))
+    lattice = Lattice.snap(list(half.parameters()), factors)
+    assert not all(torch.equal(a, b) for a, b in zip(half.parameters(), other.parameters(), strict=True))
+    for _ in range(2):  # the second time changes nothing
+        lattice.put(list(other.parameters()), factors)
+        assert all(torch.equal(a, b) for a, b in zip(half.parameters(), other.parameters(), strict=True))
+    for parameter, factor in zip(half.parameters(), factors, strict=True):
+        steps = parameter.detach().double() / (lattice.quantum * factor)
+        assert torch.equal(steps, steps.round())
+    zero = torch.tensor([-0.0, lattice.quantum / 4, -lattice.quantum / 4])
+    lattice.put([zero], [1.0])
+    assert zero.tolist() == [0.0] * 3
+    assert not torch.signbit(zero).any()
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_probing_with_factors_is_the_formula(in_place):
+    made = small()
+    half, run = copy.deepcopy(made.half), made.run
+    parameters, streams = trainable(half)
+    x, lam = torch.randn(6, 3), torch.randn(6, 2)
+    with torch.no_grad():
+        if in_place:
+            found = probe_in_place(lambda: half(x), parameters, streams, lam, half(x), [1, 2], run.mu, run.factors)
+        else:
+            found = probe_untouched(half, x, lam, half(x), [1, 2], run.mu, run.dist, run.factors)
+    for seed, scalar in zip([1, 2], found.tolist(), strict=True):
+        u, c = (f * spec.noise(n, seed, stream=t).astype(float) for t, (n, f) in enumerate(((6, 0.5), (2, 1.0))))
+        expected = (lam.double().numpy() * (x.double().numpy() @ u.reshape(2, 3).T + c)).sum()
+        assert scalar == pytest.approx(expected, rel=2e-3, abs=2e-3)
