@@ -5,14 +5,13 @@ from __future__ import annotations
 import signal
 import threading
 from collections import UserDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from hosfl_kernels import perturb_
@@ -20,7 +19,7 @@ from hosfl_kernels import perturb_
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]  # one argument, positional arguments, keyword arguments
 
 
-def call(module: Callable[..., Any], inputs: Inputs) -> Any:
+def call(module: nn.Module, inputs: Inputs) -> Any:
     """module(inputs), module(*inputs) for a tuple, module(**inputs) for a mapping."""
     if isinstance(inputs, Mapping):
         return module(**inputs)
@@ -117,11 +116,15 @@ class Table(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        if op is torch.ops.aten.embedding.default and isinstance(args[0], Table):
-            rows, positions = args[0].displacement.rows(args[0].parameter, args[1])
-            return torch.embedding(rows, positions)
-        if op._schema.is_mutable and isinstance(args[0], Table):
-            raise RuntimeError("the model writes its embedding table in its forward pass: probing cannot allow that")
+        table = args[0]
+        if isinstance(table, Table):
+            if op is torch.ops.aten.embedding.default:
+                rows, positions = table.displacement.rows(table.parameter, args[1])
+                return torch.embedding(rows, positions)
+            if op is torch.ops.aten.detach.default:
+                return Table.of(table.parameter, table.displacement)
+            if op._schema.is_mutable:
+                raise RuntimeError("the model writes its embedding table in its forward pass: it is only to be read")
         args, kwargs = tree_map(lambda a: a.whole() if isinstance(a, Table) else a, (args, kwargs or {}))
         return op(*args, **kwargs)
 
@@ -146,6 +149,11 @@ class Reads(UserDict[str, Any]):
             return parameter
         return Table.of(parameter, self.displacement) if self.table else self.displacement.whole(parameter)
 
+    def whole(self) -> dict[str, Any]:
+        """All of them, displaced now."""
+        move = self.displacement
+        return {name: move.whole(p) if move.moves(p) else p for name, p in self.data.items()}
+
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
@@ -167,18 +175,29 @@ def uninterrupted() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
+def _compiled(module: nn.Module) -> bool:
+    # By name: importing torch._dynamo, where OptimizedModule lives, takes seconds.
+    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
+
+
 # What a module holds of its weights: nn.LSTM and its kind keep references of their own beside `_parameters`.
 HELD = ("_parameters", "_flat_weights", "_flat_weight_refs")
 
 
 @contextmanager
 def displaced(module: nn.Module, displacement: Displacement) -> Iterator[None]:
-    """While it lasts, reading a trainable weight anywhere in the module gives the displaced one, made on the spot."""
+    """While it lasts, reading a trainable weight anywhere in the module gives the displaced one, made on the spot.
+
+    Modules in the hands of torch.compile get all of theirs beforehand: a graph takes weights as inputs, and would be
+    compiled again and again if reading them were a part of it.
+    """
+    compiled = {inner for m in module.modules() if _compiled(m) for inner in m.modules()}
     owners = [m for m in module.modules() if any(map(displacement.moves, m._parameters.values()))]
     before = [{name: m.__dict__[name] for name in HELD if name in m.__dict__} for m in owners]
     try:
         for m in owners:
-            m.__dict__["_parameters"] = Reads(m, displacement)
+            reads = Reads(m, displacement)
+            m.__dict__["_parameters"] = reads.whole() if m in compiled else reads
         yield
     finally:
         with uninterrupted():
@@ -202,9 +221,8 @@ def casts_forgotten() -> Iterator[None]:
 def evaluate_displaced(module: nn.Module, inputs: Inputs, displacement: Displacement) -> Any:
     """f(inputs; th + s * u), the bits of `functional_call` with a whole displaced copy.
 
-    Holds one weight at a time beside those that the model itself keeps; of an nn.Embedding the rows that occur; the
-    weights of an nn.LSTM, GRU or RNN together. A module in the hands of torch.compile gets a whole copy: its graph
-    takes weights as inputs, and reading them is not part of it.
+    Holds one weight at a time beside those that the model itself keeps; of an nn.Embedding the rows that occur. An
+    nn.LSTM, GRU or RNN keeps all its weights to the end of the pass, and so does what torch.compile has compiled.
 
     Raises: TypeError for scripted modules; ValueError for embeddings with max_norm, which write their weights, and
     RuntimeError where the forward pass writes an embedding's table otherwise. What a forward pass assigns to
@@ -215,13 +233,5 @@ def evaluate_displaced(module: nn.Module, inputs: Inputs, displacement: Displace
         raise TypeError("cannot evaluate a scripted module at other weights than its own: pass the module as it was")
     if any(getattr(m, "max_norm", None) is not None for m in modules):
         raise ValueError("an embedding with max_norm writes its weights in every forward pass: set max_norm=None")
-    if any(_compiled(m) for m in modules):
-        copies = {n: displacement.whole(p) for n, p in module.named_parameters() if displacement.moves(p)}
-        return call(lambda *args, **kwargs: functional_call(module, copies, args, kwargs), inputs)
     with displaced(module, displacement):
         return call(module, inputs)
-
-
-def _compiled(module: nn.Module) -> bool:
-    # By name: importing torch._dynamo, where OptimizedModule lives, takes seconds.
-    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
