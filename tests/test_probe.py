@@ -17,9 +17,8 @@ from torch.nn import functional as F
 from torch.profiler import profile
 
 from hosfl.displaced import Displacement, evaluate_displaced
-from hosfl.lattice import Lattice
 from hosfl.probe import evaluating, probe_in_place, probe_untouched, trainable
-from hosfl_kernels import perturb_
+from hosfl_kernels import perturb_, snap_
 
 MU = 2.0**-8
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -296,7 +295,7 @@ def test_scalars_of_both_ways(name, dtype):
     parameters, streams = trainable(module)
     factors = [2.0 ** (t % 3) for t in range(len(parameters))]
     if dtype is torch.float32:
-        Lattice.snap(parameters, 64.0)
+        snap_([p.detach() for p in parameters], headroom=64.0)
     args, kwargs = arguments(inputs)
     with evaluating(module):
         cut = module(*args, **kwargs)
@@ -365,7 +364,7 @@ def test_forward_inside_autocast():
     # autocast keeps its casts of weights: without care a probe in place would measure zeros.
     half = nn.Linear(16, 4)
     parameters, streams = trainable(half)
-    Lattice.snap(parameters)
+    snap_([p.detach() for p in parameters], headroom=16.0)
     x, lam = torch.randn(3, 16), torch.ones(3, 4)
     with evaluating(half), torch.autocast("cpu", torch.bfloat16):
         cut = half(x)
@@ -423,7 +422,7 @@ def test_an_exception_in_the_model(error, after, way, dtype):
     module, ids = Fails(error, after).to(dtype).eval(), torch.randint(0, 9, (3, 2))
     parameters, streams = trainable(module)
     if dtype is torch.float32:
-        Lattice.snap(parameters)
+        snap_([p.detach() for p in parameters], headroom=16.0)
     before, same = digest(module), identity(module)
     lam = torch.ones(3, 2, 9)
     with evaluating(module), pytest.raises(error, match="out of luck"):
@@ -442,7 +441,7 @@ def test_interrupts_at_any_moment(way):
     torch.manual_seed(0)
     module, x = nn.Linear(1500, 1500), torch.randn(1, 1500)
     parameters, streams = trainable(module)
-    Lattice.snap(parameters)
+    snap_([p.detach() for p in parameters], headroom=16.0)
     lam, seeds = torch.ones(1, 1500), list(range(3000))
     before, same, handler = digest(module), identity(module), signal.getsignal(signal.SIGINT)
     delay = torch.rand(25, generator=torch.Generator().manual_seed(1)) * 0.02 + 0.005
