@@ -99,13 +99,16 @@ typedef int32_t I32 __attribute__((vector_size(4 * LANES)));
 // y[i] += s[r] * z_r[i] for the rows `row` and `row` + 1, one record after another: `word` holds the records' words of
 // that pair. Written with vectors so that the sums stay in registers: the same loops without them store every sum
 // (0.056 instead of 0.040 ns per element and record).
-HOSFL_INLINE void add_signs_to_pair(float (*y)[TILE], const float* s, const uint32_t (*word)[TILE], int64_t count,
-                                    int64_t row) {
+HOSFL_INLINE void add_signs_to_pair(float (*y)[TILE], const float* s, const uint32_t (*word)[TILE],
+                                                 int64_t count, int64_t row) {
   const int shift = int(30 - row % 32);  // brings the second row's bit to the top; the first row's is one further
   for (int64_t col = 0; col < TILE; col += GROUP) {
     F32 first[SIDE_BY_SIDE], second[SIDE_BY_SIDE];
-    memcpy(first, y[0] + col, sizeof first);
-    memcpy(second, y[1] + col, sizeof second);
+#pragma GCC unroll 4
+    for (int j = 0; j < SIDE_BY_SIDE; ++j) {
+      memcpy(&first[j], y[0] + col + j * LANES, sizeof(F32));
+      memcpy(&second[j], y[1] + col + j * LANES, sizeof(F32));
+    }
     for (int64_t r = 0; r < count; ++r) {
       const F32 plus = s[r] - F32{}, minus = -plus;
 #pragma GCC unroll 4
@@ -117,8 +120,11 @@ HOSFL_INLINE void add_signs_to_pair(float (*y)[TILE], const float* s, const uint
         second[j] += (I32)bits < 0 ? minus : plus;
       }
     }
-    memcpy(y[0] + col, first, sizeof first);
-    memcpy(y[1] + col, second, sizeof second);
+#pragma GCC unroll 4
+    for (int j = 0; j < SIDE_BY_SIDE; ++j) {
+      memcpy(y[0] + col + j * LANES, &first[j], sizeof(F32));
+      memcpy(y[1] + col + j * LANES, &second[j], sizeof(F32));
+    }
   }
 }
 
