@@ -1,10 +1,11 @@
 """`make tune`: choose the learning rates of a task on validation data, the same number of trials for every method.
 
-    python -m benchmarks.tune [--jobs N] [--out FILE]
+    python -m benchmarks.tune [--jobs N] [--out FILE] [--only WAY ...]
 
-A trial is a method, a rule and two rates, over seeds 0 to 3. HO-SFL and first-order split learning get the same 9
-trials per rule, 3 server rates x 3 client rates; the frozen client has one rate and gets 9 of it. The lowest mean
-validation loss wins; a run that diverges loses. Test data is not touched.
+A trial is a way to train with its rates, over seeds 0 to 3. Every way gets 9 trials: 3 server rates x 3 client rates,
+spaced alike. The frozen client has no client rate and gets 3 weight decays of the server half instead, the others one:
+where the trials are unequal, they favour the control. The highest mean validation accuracy wins, at equal accuracy the
+lower loss; a run that diverges loses. Test data is not touched.
 """
 
 from __future__ import annotations
@@ -23,28 +24,38 @@ import torch
 from rich.progress import track
 
 from hosfl import Config, LatticeError, train
-from hosfl.config import RULES
+from hosfl.config import PRESETS
 from hosfl.report import machine
 
 SEEDS = (0, 1, 2, 3)
-SERVER = (0.03, 0.06, 0.12)
-CLIENT = {
-    ("ho", "normalized"): (0.04, 0.08, 0.16),
-    ("ho", "sgd"): (0.01, 0.02, 0.04),
-    ("first-order", "normalized"): (0.3, 0.6, 1.2),
-    ("first-order", "sgd"): (0.3, 0.9, 2.7),
+SERVER = (0.04, 0.08, 0.16)
+DECAY = 0.3
+FROZEN = tuple(itertools.product((0.05, 0.1, 0.2), (0.0, 0.1, 0.3)))
+POOL = {"directions_from": "pool", "rule": "adamw", "direction_scale": "rms"}
+
+# What is tuned: a name, the settings that make it, and its client rates.
+WAYS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
+    "ho": ({}, (0.1, 0.2, 0.4)),
+    "ho, P=2": ({"directions": 2}, (0.1, 0.2, 0.4)),
+    "ho, pool": (POOL, (0.01, 0.02, 0.04)),
+    "ho, pool, P=2": ({**POOL, "directions": 2}, (0.01, 0.02, 0.04)),
+    "ho, preset paper": (PRESETS["paper"], (0.003, 0.006, 0.012)),
+    "first-order": ({"method": "first-order"}, (0.5, 1.0, 2.0)),
 }
-FROZEN = (0.03, 0.06, 0.1, 0.15, 0.2, 0.3, 0.45, 0.7, 1.0)
 
 Trial = dict[str, Any]
 
 
 def trials() -> list[Trial]:
+    """Every trial: the name of its way, and the settings of its runs."""
     found: list[Trial] = []
-    for method, rule in itertools.product(("ho", "first-order"), RULES):
-        for server, client in itertools.product(SERVER, CLIENT[method, rule]):
-            found.append({"method": method, "rule": rule, "server_rate": server, "client_rate": client})
-    return found + [{"method": "frozen", "server_rate": rate} for rate in FROZEN]
+    for way, (settings, rates) in WAYS.items():
+        for server, client in itertools.product(SERVER, rates):
+            rates = {"server_rate": server, "server_decay": DECAY, "client_rate": client}
+            found.append({"way": way, "settings": {**settings, **rates}})
+    for server, decay in FROZEN:
+        found.append({"way": "frozen", "settings": {"method": "frozen", "server_rate": server, "server_decay": decay}})
+    return found
 
 
 def run(trial: Trial) -> Trial:
@@ -53,7 +64,7 @@ def run(trial: Trial) -> Trial:
     losses, accuracies = [], []
     for seed in SEEDS:
         try:
-            summary = train(Config(**trial, seed=seed, evaluate_on="validation", evaluate_every=400))
+            summary = train(Config(**trial["settings"], seed=seed, evaluate_on="validation", evaluate_every=400))
             losses.append(summary.loss if math.isfinite(summary.loss) else math.inf)
             accuracies.append(summary.accuracy)
         except LatticeError:
@@ -62,26 +73,35 @@ def run(trial: Trial) -> Trial:
     return {**trial, "validation_loss": mean(losses), "validation_accuracy": mean(accuracies)}
 
 
+def _merit(trial: Trial) -> tuple[float, float]:
+    return trial["validation_accuracy"], -trial["validation_loss"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__.split("\n")[0])
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "digits-tuning.json")
+    parser.add_argument("--only", nargs="+", choices=[*WAYS, "frozen"], help="the others keep their results")
     options = parser.parse_args()
+    kept: list[Trial] = []
     todo = trials()
+    if options.only:
+        kept = [t for t in json.loads(options.out.read_text())["trials"] if t["way"] not in options.only]
+        todo = [t for t in todo if t["way"] in options.only]
     with ProcessPoolExecutor(options.jobs) as pool:
-        done = list(track(pool.map(run, todo), total=len(todo), description="trials"))
+        done = kept + list(track(pool.map(run, todo), total=len(todo), description="trials"))
     best: dict[str, Trial] = {}
     for trial in done:
-        name = f"{trial['method']} {trial.get('rule', '')}".strip()
-        if name not in best or trial["validation_loss"] < best[name]["validation_loss"]:
-            best[name] = trial
+        way = trial["way"]
+        if way not in best or _merit(trial) > _merit(best[way]):
+            best[way] = trial
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(
         json.dumps({"machine": machine(), "seeds": SEEDS, "best": best, "trials": done}, indent=1) + "\n"
     )
-    for name, trial in best.items():
-        rates = {k: v for k, v in trial.items() if k.endswith("rate")}
-        print(f"{name}: {rates} loss {trial['validation_loss']:.4f} accuracy {trial['validation_accuracy']:.4f}")
+    for way, trial in best.items():
+        rates = {k: v for k, v in trial["settings"].items() if k.endswith(("rate", "decay"))}
+        print(f"{way}: {rates} loss {trial['validation_loss']:.4f} accuracy {trial['validation_accuracy']:.4f}")
 
 
 if __name__ == "__main__":

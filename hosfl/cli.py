@@ -44,6 +44,7 @@ HELP = {
     "batch": "samples per client and round, or all it has if fewer (default: %(default)s)",
     "server_rate": "the server's learning rate (default: tuned for task and method)",
     "client_rate": "the clients' learning rate (default: tuned for task and method)",
+    "server_decay": "weight decay of the server half (default: tuned for task and method)",
     "rule": "the client half's: SGD, with the rate over the gradient's running length, with momentum, or AdamW; with a"
     " pool it acts on the pool's coefficients (default: %(default)s)",
     "schedule": "of both rates; linear falls to zero at the last round (default: %(default)s)",
@@ -238,11 +239,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LogError as error:
         print(f"hosfl: {error}", file=sys.stderr)
         return 1
-    except (FileNotFoundError, SafetensorError) as error:
-        print(f"hosfl: {error}", file=sys.stderr)
-        return 2
     except (ValueError, FileExistsError) as error:
         top.error(str(error))
+    except (OSError, SafetensorError) as error:
+        print(f"hosfl: {error}", file=sys.stderr)
+        return 2
     except LatticeError as error:
         print(f"hosfl: the run diverged: {error}", file=sys.stderr)
         return 1

@@ -49,7 +49,7 @@ class Config:
     "pool" of pool_size that is replaced every pool_rounds rounds (0: never). direction_scale: "unit", or "rms": scaled
     on every tensor by the power of two nearest its relative root mean square. dist: "rademacher" or "gaussian".
     mu: the size of a probe's step, rounded to the client's lattice where there is one.
-    server_rate, client_rate: learning rates; None takes the task's tuned ones.
+    server_rate, client_rate, server_decay: learning rates, and weight decay of the server half; None: the task's tuned.
     rule: of the client half: "sgd"; "normalized", SGD with the rate over the running length of the gradient;
     "momentum" (0.9); "adamw" (0.9, 0.999). With a pool the server applies it to the pool's coefficients. With fresh
     directions momentum and AdamW keep moments on every client, and the half leaves the lattice.
@@ -67,7 +67,7 @@ class Config:
     sampled: int = 3
     directions: int = 5
     directions_from: str = "fresh"
-    pool_size: int = 64
+    pool_size: int = 128
     pool_rounds: int = 100
     direction_scale: str = "unit"
     dist: str = "rademacher"
@@ -75,6 +75,7 @@ class Config:
     batch: int = 128
     server_rate: float | None = None
     client_rate: float | None = None
+    server_decay: float | None = None
     rule: str = "normalized"
     schedule: str = "linear"
     aggregation: str = "weighted"
@@ -103,6 +104,8 @@ class Config:
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be positive and finite, got {value}")
+        if self.server_decay is not None and not (self.server_decay >= 0 and math.isfinite(self.server_decay)):
+            raise ValueError(f"server_decay must be finite and not negative, got {self.server_decay}")
         if self.directions_from == "pool" and self.pool_size < self.directions:
             raise ValueError(
                 f"cannot measure {self.directions} directions of a pool of {self.pool_size}: raise pool_size"

@@ -36,16 +36,17 @@ class Splits:
 
 
 def digits() -> Splits:
-    """The 1,797 handwritten digits that scikit-learn carries, float32 [n, 1, 8, 8] in 0..1: 60 / 20 / 20 percent.
+    """The 1,797 handwritten digits that scikit-learn carries, float32 [n, 1, 8, 8]: 60 / 20 / 20 percent.
 
-    The parts are stratified and the same in every run. Source: Alpaydin and Kaynak, Optical Recognition of
-    Handwritten Digits, UCI Machine Learning Repository, 1998.
+    Standardised by mean and deviation of the training part. The parts are stratified and the same in every run.
+    Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998.
     """
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     x, y = load_digits(return_X_y=True)
-    inputs = torch.tensor(x, dtype=torch.float32).reshape(-1, 1, 8, 8) / 16
+    inputs = torch.tensor(x, dtype=torch.float32).reshape(-1, 1, 8, 8) 
+    inputs = (inputs / 16 - 0.305) / 0.376
     labels = torch.tensor(y, dtype=torch.int64)
     train, rest = train_test_split(np.arange(len(y)), train_size=0.6, stratify=y, random_state=0)
     validation, test = train_test_split(rest, train_size=0.5, stratify=y[rest], random_state=0)

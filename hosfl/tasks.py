@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,52 +14,67 @@ from hosfl.data import Splits, digits
 from hosfl.split import SplitModel, split
 
 
+class Rates(NamedTuple):
+    """Learning rates of the server and of the client half, and the weight decay of the server's AdamW."""
+
+    server: float
+    client: float
+    decay: float
+
+
 @dataclass(frozen=True)
 class Task:
     """What a run needs to know. Its random parts are functions of a seed.
 
-    tuned: what was tuned -> (server rate, client rate), chosen on validation data by benchmarks/tune.py; the keys are
-    ("ho", directions_from, rule), ("first-order", rule) and ("frozen",).
+    optimizer: (server half, weight decay) -> its optimizer.
+    tuned: way -> rates, chosen on validation data by benchmarks/tune.py; the keys are ("ho", directions_from, rule),
+    ("first-order", rule) and ("frozen",).
     """
 
     splits: Splits
     classes: int
     model: Callable[[int], SplitModel]
     loss: Callable[[Tensor, Tensor], Tensor]
-    optimizer: Callable[[nn.Module], torch.optim.Optimizer]
-    tuned: dict[tuple[str, ...], tuple[float, float]]
+    optimizer: Callable[[nn.Module, float], torch.optim.Optimizer]
+    tuned: dict[tuple[str, ...], Rates]
 
-    def rates(self, config: Config) -> tuple[float, float]:
-        """(server rate, client rate): the configuration's own, else the tuned ones. ValueError where none are."""
-        if config.server_rate and (config.client_rate or config.method == "frozen"):
-            return config.server_rate, config.client_rate or 1.0
+    def rates(self, config: Config) -> Rates:
+        """The configuration's own rates, the tuned ones where it names none. ValueError where there are neither."""
         key = {
             "ho": ("ho", config.directions_from, config.rule),
             "first-order": ("first-order", config.rule),
             "frozen": ("frozen",),
         }[config.method]
-        if key not in self.tuned:
-            raise ValueError(f"no rates are tuned for {' '.join(key)}: give server_rate and client_rate")
-        server, client = self.tuned[key]
-        return config.server_rate or server, config.client_rate or client
+        tuned = self.tuned.get(key)
+        if tuned is None:
+            if not config.server_rate or not config.client_rate:
+                raise ValueError(f"no rates are tuned for {' '.join(key)}: give server_rate and client_rate")
+            tuned = Rates(config.server_rate, config.client_rate, 0.0)
+        decay = config.server_decay
+        return Rates(
+            server=config.server_rate or tuned.server,
+            client=config.client_rate or tuned.client,
+            decay=tuned.decay if decay is None else decay,
+        )
 
 
 def digits_model(seed: int) -> SplitModel:
-    """A CNN of 403 + 290 parameters: two convolutions on the client, pooling and one linear layer on the server.
+    """A CNN of 416 trained and 119 fixed client parameters, and 290 server parameters.
 
-    The server half is weak on purpose: it sees the largest value of each of 7 channels in each quarter of the picture,
-    and cannot make up for a client half that never learns.
+    The client half learns 16 5x5 features of the picture; a fixed 1x1 convolution mixes them into 7 channels. The
+    server half is weak on purpose: it sees the largest value of each channel in each quarter of the picture, and cannot
+    make up for a client half that never learns.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed % 2**63)
-        convolutions = [nn.Conv2d(1, 12, 5, padding=2), nn.Conv2d(12, 7, 1)]
-        with torch.no_grad():
-            for convolution in convolutions:
-                convolution.weight.mul_(2.0)  # near He's initialisation, which keeps the scale of activations
+        features, mixing = nn.Conv2d(1, 16, 5, padding=2), nn.Conv2d(16, 7, 1)
+        for convolution in (features, mixing):
+            nn.init.orthogonal_(convolution.weight, gain=3**0.5)
+        mixing.requires_grad_(False)
         model = nn.Sequential(
-            convolutions[0],
+            features,
             nn.ReLU(),
-            convolutions[1],
+            mixing,
             nn.ReLU(),
             nn.MaxPool2d(4),
             nn.Flatten(),
@@ -74,13 +90,13 @@ def digits_task() -> Task:
         classes=10,
         model=digits_model,
         loss=nn.functional.cross_entropy,
-        optimizer=lambda half: torch.optim.Adam(half.parameters()),
+        optimizer=lambda half, decay: torch.optim.AdamW(half.parameters(), betas=(0.9, 0.99), weight_decay=decay),
         tuned={
-            ("ho", "fresh", "normalized"): (0.12, 0.16),
-            ("ho", "fresh", "sgd"): (0.06, 0.02),
-            ("first-order", "normalized"): (0.03, 0.6),
-            ("first-order", "sgd"): (0.03, 0.9),
-            ("frozen",): (0.3, 1.0),
+            ("ho", "fresh", "normalized"): Rates(0.08, 0.2, 0.3),
+            ("ho", "fresh", "adamw"): Rates(0.08, 0.01, 0.3),
+            ("ho", "pool", "adamw"): Rates(0.08, 0.02, 0.3),
+            ("first-order", "normalized"): Rates(0.06, 1.0, 0.3),
+            ("frozen",): Rates(0.1, 1.0, 0.0),
         },
     )
 

@@ -36,6 +36,7 @@ from hosfl.tasks import TASKS, Task
 from hosfl_kernels import SGD, AdamW
 
 ADAM = AdamW(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+POOL_BETAS = (0.5, 0.9)  # a coefficient is measured a few times only before its pool is replaced
 MOMENTUM = 0.9
 
 
@@ -210,10 +211,12 @@ def make_run(config: Config, parameters: list[nn.Parameter]) -> Run:
     )
 
 
-def make_optimizer(rule: str, parameters: list[Tensor]) -> torch.optim.Optimizer:
+def make_optimizer(
+    rule: str, parameters: list[Tensor], betas: tuple[float, float] = ADAM.betas
+) -> torch.optim.Optimizer:
     """The server's optimizer of numbers that stand for the client half: pool coefficients, or averaged weights."""
     if rule == "adamw":
-        return torch.optim.AdamW(parameters, betas=ADAM.betas, eps=ADAM.eps, weight_decay=0.0)
+        return torch.optim.AdamW(parameters, betas=betas, eps=ADAM.eps, weight_decay=0.0)
     return torch.optim.SGD(parameters, lr=1.0, momentum=MOMENTUM if rule == "momentum" else 0.0)
 
 
@@ -228,7 +231,7 @@ def assemble(config: Config, out: Path | None = None, smallest_shard: int | None
     model = task.model(round_seed(config.seed, Purpose.MODEL, 0))
     base = model.client.to(device, getattr(torch, config.dtype))
     parameters, streams = trainable(base)
-    server_rate, client_rate = task.rates(config)
+    rates = task.rates(config)
     length = RunningLength() if config.rule == "normalized" else None
     aggregation = AGGREGATIONS[config.aggregation]
 
@@ -242,9 +245,9 @@ def assemble(config: Config, out: Path | None = None, smallest_shard: int | None
         run = make_run(config, parameters)
         observed = copy.deepcopy(base)
         step = (
-            PoolStep(run, rate(client_rate), lambda p: make_optimizer(config.rule, p), length)
+            PoolStep(run, rate(rates.client), lambda p: make_optimizer(config.rule, p, POOL_BETAS), length)
             if run.pool
-            else FreshStep(run, rate(client_rate), length)
+            else FreshStep(run, rate(rates.client), length)
         )
         mirror = Replica(trainable(observed)[0], streams, run, lambda: parameters)
         log: Log | None = None
@@ -254,7 +257,7 @@ def assemble(config: Config, out: Path | None = None, smallest_shard: int | None
     elif config.method == "first-order":
         weights = nn.utils.parameters_to_vector(parameters).detach().cpu().float().requires_grad_()
         optimizer = make_optimizer(config.rule, [weights])
-        ledger = GradientAverage(weights, optimizer, rate(client_rate), length, aggregation)
+        ledger = GradientAverage(weights, optimizer, rate(rates.client), length, aggregation)
 
     train = task.splits.train
     inputs, labels = train.inputs.to(device, dtype_of(base)), train.labels.to(device)
@@ -275,8 +278,8 @@ def assemble(config: Config, out: Path | None = None, smallest_shard: int | None
     server = Server(
         half=half,
         loss=task.loss,
-        optimizer=task.optimizer(half),
-        rate=rate(server_rate),
+        optimizer=task.optimizer(half, rates.decay),
+        rate=rate(rates.server),
         ledger=ledger,
         seed=config.seed,
         clients=config.clients,
