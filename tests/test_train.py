@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hosfl import Config, LatticeError, train
+from hosfl import Config, LatticeError, Log, rebuild, train
 from hosfl.cli import main
+from hosfl.log import EpochRecord
 from hosfl.tasks import TASKS
 
 QUICK = {"rounds": 12, "evaluate_every": 5, "batch": 16, "directions": 2}
@@ -45,7 +46,7 @@ def test_a_run_and_its_files(tmp_path, method):
 def test_bytes_are_those_of_the_protocol():
     config = {"rounds": 10, "batch": 4, "directions": 3, "clients": 4, "sampled": 4}
     client = TASKS["digits"]().model(0).client
-    d = 4 * sum(p.numel() for p in client.parameters())
+    d = 4 * sum(p.numel() for p in client.parameters() if p.requires_grad)
     cut = client(torch.zeros(1, 1, 8, 8)).numel() * 4
     visits = 10 * 4
     ho = train(Config(method="ho", **config)).bytes
@@ -67,15 +68,39 @@ def test_a_seed_is_a_run():
     assert (one.loss, one.accuracy) == (two.loss, two.accuracy)
 
 
-def test_gaussian_directions_keep_the_clients_equal():
-    assert train(Config(**QUICK, dist="gaussian")).replicas.equal
+RATES = {"server_rate": 0.03, "client_rate": 0.01}
+KINDS = {
+    "gaussian": {"dist": "gaussian"},
+    "rms": {"direction_scale": "rms", "aggregation": "median"},
+    "momentum": {"rule": "momentum", "aggregation": "trimmed"},
+    "adamw": {"rule": "adamw", "dist": "gaussian", "direction_scale": "rms", "clip": 1.0},
+    "adamw bfloat16": {"rule": "adamw", "dtype": "bfloat16"},
+    "pool": {"rule": "adamw", "directions_from": "pool", "pool_size": 6, "pool_rounds": 5, "direction_scale": "rms"},
+    "pool bfloat16": {"rule": "momentum", "directions_from": "pool", "pool_size": 6, "dtype": "bfloat16"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_run_keeps_the_clients_equal_and_its_log_is_the_half(tmp_path, kind):
+    summary = train(Config(**QUICK, **RATES, **KINDS[kind], digest_every=4), tmp_path)
+    assert summary.replicas.equal
+    assert summary.refused == []
+    tensors, replica = rebuild(tmp_path / "hosfl.log", tmp_path / "base.safetensors")
+    saved = load_file(tmp_path / "client.safetensors")
+    assert replica.applied == 12
+    assert tensors.keys() == saved.keys()
+    assert all(torch.equal(tensors[name], saved[name]) for name in saved)
+    base = load_file(tmp_path / "base.safetensors")
+    trained = Log.read(tmp_path / "hosfl.log").header.parameters
+    assert {p.name for p in trained} == {name for name in saved if not torch.equal(base[name], saved[name])}
+    if KINDS[kind].get("direction_scale") == "rms":
+        assert len({p.factor for p in trained}) > 1
 
 
 def test_methods_share_data_and_batches():
     # With a client rate of zero (as good as), all three methods are the frozen client.
-    losses = {
-        m: train(Config(method=m, client_rate=1e-30, server_rate=0.1, **QUICK)).loss for m in ("first-order", "frozen")
-    }
+    rates = {"client_rate": 1e-30, "server_rate": 0.1, "server_decay": 0.0}
+    losses = {m: train(Config(method=m, **rates, **QUICK)).loss for m in ("first-order", "frozen")}
     assert losses["first-order"] == pytest.approx(losses["frozen"], rel=1e-5)
 
 
@@ -156,3 +181,189 @@ def test_ctrl_c_ends_after_the_round_and_saves(tmp_path):
     assert saved["replicas"]["equal"] is True
     assert f"after {saved['rounds']} rounds".encode() in output
     assert b"Traceback" not in errors
+
+
+class Killed(BaseException):
+    """What ends a run in the middle, as a kill would."""
+
+
+def stop(at, how):
+    def progress(done, *_):
+        if done == at:
+            how()
+
+    return progress
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def kill():
+    raise Killed
+
+
+def metrics(folder):
+    """Without what a resumed run moves and waits more: its clients start from their base."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("bytes", "moved", "seconds")} for line in lines]
+
+
+RESUMED = {
+    "ho": {},
+    "adamw": KINDS["adamw"],
+    "pool": {**KINDS["pool"], "pool_rounds": 7},
+    "pool bfloat16": KINDS["pool bfloat16"],
+    "first-order": {"method": "first-order", "rule": "momentum"},
+    "frozen": {"method": "frozen"},
+}
+
+
+@pytest.fixture(scope="module", params=RESUMED)
+def whole(request, tmp_path_factory):
+    """A run that never stopped: its settings, summary and folder."""
+    config = Config(**{**QUICK, "rounds": 15}, **RATES, **RESUMED[request.param], snapshot_every=4, digest_every=6)
+    folder = tmp_path_factory.mktemp("whole")
+    return config, train(config, folder), folder
+
+
+def same_files(one, other, *names):
+    for name in ("client.safetensors", "server.safetensors", "base.safetensors", *names):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    assert metrics(one) == metrics(other)
+
+
+def test_a_run_stopped_at_a_snapshot_and_resumed_is_the_run_that_never_stopped(tmp_path, whole):
+    config, expected, folder = whole
+    assert train(config, tmp_path / "run", stop(10, interrupt)).interrupted
+    seen = []
+    summary = train(config, tmp_path / "run", lambda *state: seen.append(state[0]), resume=True)
+    assert seen == [11, 12, 13, 14, 15]
+    assert (summary.rounds, summary.interrupted, summary.loss) == (15, False, expected.loss)
+    assert summary.replicas == expected.replicas
+    same_files(tmp_path / "run", folder, *(["hosfl.log"] if config.method == "ho" else []))
+    if config.rule == "normalized" and config.method == "ho":  # a finished run has nothing left to do
+        again = train(config, tmp_path / "run", resume=True)
+        assert (again.rounds, again.loss) == (15, expected.loss)
+        same_files(tmp_path / "run", folder, "hosfl.log")
+
+
+def test_a_run_killed_between_snapshots_voids_what_came_after_the_last(tmp_path, whole):
+    config, expected, folder = whole
+    run = tmp_path / "run"
+    for at in (3, 11):  # before the first snapshot, and between two
+        with pytest.raises(Killed):
+            train(config, run, stop(at, kill), resume=run.exists())
+    assert train(config, run, resume=True).loss == expected.loss
+    same_files(run, folder)
+    if config.method != "ho":
+        return
+    log = Log.read(run / "hosfl.log")
+    assert [r for r in log.records if isinstance(r, EpochRecord)] == [EpochRecord(1, 0), EpochRecord(2, 8)]
+    assert [r.epoch for r in log.rounds] == [1] * 8 + [2] * 7
+    tensors, _ = rebuild(run / "hosfl.log", run / "base.safetensors")
+    saved = load_file(run / "client.safetensors")
+    assert all(torch.equal(tensors[name], saved[name]) for name in saved)
+
+
+def test_resuming_needs_a_run_and_its_settings(tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no run"):
+        train(Config(**QUICK), tmp_path, resume=True)
+    train(Config(**QUICK), tmp_path / "run")
+    with pytest.raises(ValueError, match="not the settings"):
+        train(Config(**QUICK, seed=1), tmp_path / "run", resume=True)
+    with pytest.raises(ValueError, match="not the settings"):
+        train(Config(**QUICK), resume=True)
+    with pytest.raises(FileExistsError, match="another run"):
+        train(Config(**QUICK), tmp_path / "run")
+
+
+def fails(capsys, status, *arguments):
+    """The error of a command that ends with this status."""
+    code = None
+    try:
+        code = main([str(a) for a in arguments])
+    except SystemExit as exit:
+        code = exit.code
+    captured = capsys.readouterr()
+    assert (code, captured.out) == (status, "")
+    return captured.err
+
+
+def test_resume_on_the_command_line(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert "holds no run" in fails(capsys, 2, "train", "--resume", tmp_path)
+    assert "holds no run" in fails(capsys, 2, "train", "--resume", tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+    train(Config(**QUICK), run, stop(7, interrupt))
+    assert json.loads((run / "summary.json").read_text())["rounds"] == 7
+    for more in (["--seed", "1"], ["--out", tmp_path / "other"], ["--preset", "paper"], ["--rounds", "12"]):
+        assert "takes no other options" in fails(capsys, 2, "train", "--resume", run, *more)
+    for _ in range(2):  # the rest, then a finished run
+        assert main(["train", "--resume", str(run)]) == 0
+        assert "after 12 rounds" in capsys.readouterr().out
+    (run / "config.json").write_text("{}}")
+    assert "config.json is not a run's settings" in fails(capsys, 2, "train", "--resume", run)
+    (run / "config.json").write_text('{"knobs": 3}')
+    assert "knobs" in fails(capsys, 2, "train", "--resume", run)
+
+
+def test_rebuild_and_log_on_the_command_line(tmp_path, capsys):
+    config = Config(**QUICK, digest_every=4, snapshot_every=5)
+    with pytest.raises(Killed):
+        train(config, tmp_path, stop(7, kill))
+    train(config, tmp_path, resume=True)
+    log, base, out = tmp_path / "hosfl.log", tmp_path / "base.safetensors", tmp_path / "out.safetensors"
+    assert main(["rebuild", str(log), "--base", str(base), "--out", str(out)]) == 0
+    assert "after 12 rounds" in capsys.readouterr().out
+    expected, made = load_file(tmp_path / "client.safetensors"), load_file(out)
+    assert all(torch.equal(expected[name], made[name]) for name in expected)
+    assert main(["rebuild", str(log), "--base", str(base), "--out", str(out), "--upto", "0"]) == 0
+    capsys.readouterr()
+    assert all(torch.equal(tensor, load_file(base)[name]) for name, tensor in load_file(out).items())
+    written = out.read_bytes()
+    arguments = ["rebuild", log, "--base", base, "--out", out]
+    assert "holds 12 rounds" in fails(capsys, 1, *arguments, "--upto", 13)
+    assert "holds 12 rounds" in fails(capsys, 1, *arguments, "--upto", -1)
+    assert "not the base" in fails(capsys, 1, "rebuild", log, "--base", tmp_path / "client.safetensors", "--out", out)
+    assert "hosfl: " in fails(capsys, 2, "rebuild", log, "--base", log, "--out", out)
+    assert "hosfl: " in fails(capsys, 2, "rebuild", log, "--base", tmp_path / "no.safetensors", "--out", out)
+    assert "hosfl: " in fails(capsys, 2, "rebuild", tmp_path / "no.log", "--base", base, "--out", out)
+    assert "hosfl: " in fails(capsys, 2, *arguments[:-1], tmp_path / "no" / "out.safetensors")
+    assert out.read_bytes() == written
+
+    assert main(["log", "verify", str(log)]) == 0
+    last = capsys.readouterr().out
+    assert "12 rounds of 2 directions, 2 void" in last
+    assert main(["log", "show", str(log)]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[-1] + "\n" == last
+    assert shown[0].startswith("round 0 epoch 0 rate ")
+    assert "epoch 1: rounds from 5 on are void" in shown
+    assert sum(line.startswith("round ") for line in shown) == 14
+    digest = Log.read(log).digests[12].hex()
+    assert f"digest after 12 rounds: {digest}" in shown
+    data = log.read_bytes()
+    log.write_bytes(data[:-10])
+    assert main(["log", "verify", str(log)]) == 0
+    assert "a torn tail of" in capsys.readouterr().out
+    log.write_bytes(data[:1500] + b"x" + data[1501:])
+    for action in ("show", "verify"):
+        assert "damaged" in fails(capsys, 1, "log", action, log)
+        assert "hosfl: " in fails(capsys, 2, "log", action, tmp_path / "no.log")
+        assert "hosfl: " in fails(capsys, 2, "log", action, tmp_path)
+
+
+def test_the_paper_s_preset(tmp_path):
+    arguments = ["train", "--rounds", "2", "--batch", "8", "--server-rate", "0.01", "--client-rate", "0.001"]
+    assert main([*arguments, "--preset", "paper", "--out", str(tmp_path / "a")]) == 0
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    paper = {"directions_from": "fresh", "dist": "gaussian", "rule": "adamw", "aggregation": "uniform"}
+    assert paper.items() <= config.items()
+    assert (config["schedule"], config["direction_scale"], config["rounds"]) == ("constant", "unit", 2)
+    beside = ["--rule", "sgd", "--aggregation", "weighted"]
+    assert main([*arguments, *beside, "--preset", "paper", "--out", str(tmp_path / "b")]) == 0
+    config = json.loads((tmp_path / "b" / "config.json").read_text())
+    assert (config["rule"], config["aggregation"], config["dist"]) == ("sgd", "weighted", "gaussian")
+    with pytest.raises(SystemExit, match="2"):
+        main([*arguments, "--preset", "mine"])
