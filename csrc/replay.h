@@ -35,7 +35,7 @@ void replay_signs(const Segment& segment, const Record* records, int64_t total) 
       uint64_t filled = ~uint64_t(0);  // the rounding block whose words are in `random`
       each_pair(run, [&](int64_t pair) {
         if (std::is_same<Storage, Float32>::value) {
-          add_signs_to_pair(rows.y + pair, s, signs.word[pair / 32], count, pair);
+          add_signs_to_pair(false, rows.y + pair, s, signs.word[pair / 32], count, pair);
           return;
         }
         for (int64_t row = pair; row < pair + 2; ++row) {

@@ -106,9 +106,8 @@ void update_signs(const Segment& segment, const Update& update) {
         }
         float(*const g)[TILE] = sums.y + (whole ? 0 : pair);
         for (int64_t k = 0; k < chunk.rounds; ++k) {
-          if (chunk.p == 0) memset(g, 0, 2 * sizeof *g);
           const int64_t r = k * chunk.count;
-          add_signs_to_pair(g, s + r, signs.word[pair / 32] + r, chunk.count, pair);
+          add_signs_to_pair(chunk.p == 0, g, s + r, signs.word[pair / 32] + r, chunk.count, pair);
           if (chunk.ends) {
             state.template step<R>(pair, g[0], update, steps[k], first.words(random, k), first.shift());
             state.template step<R>(pair + 1, g[1], update, steps[k], second.words(random, k), second.shift());
