@@ -176,7 +176,7 @@ class Header:
 
     seed: the run's, below 2^64. directions: P. dist: "rademacher" or "gaussian". mu: the probe's step, 0 for forward
     mode. quantum: of the lattice, a power of two; None off it. rule: the update rule's "name" and its constants.
-    pool: {"size": D, "rounds": G} for D directions renewed every G rounds, P <= D; None for fresh directions.
+    pool: {"size": D, "rounds": G} for D directions renewed every G rounds, 0: never; P <= D; None for fresh directions.
     parameters: in the order in which they move. base: SHA-256 of the base weights, hex. settings: the run's
     configuration, any JSON; not read here. Dicts are copied. Raises LogError, which names the field.
     """
@@ -231,7 +231,7 @@ def _pool(value: Any, directions: int) -> dict[str, int]:
     if pool.keys() != {"size", "rounds"}:
         raise LogError(f"pool must have size and rounds, not {reprlib.repr(sorted(pool))}")
     _integer(pool["size"], "pool: size", directions, 2**32 - 1)
-    _integer(pool["rounds"], "pool: rounds", 1, 2**32 - 1)
+    _integer(pool["rounds"], "pool: rounds", 0, 2**32 - 1)
     return pool
 
 

@@ -321,7 +321,7 @@ BAD_HEADERS = [
     ({"rule": "sgd"}, "rule must be a dict"),
     ({"pool": {"size": 64}}, "pool must have"),
     ({"pool": {"size": 4, "rounds": 1}}, "pool: size"),
-    ({"pool": {"size": 64, "rounds": 0}}, "pool: rounds"),
+    ({"pool": {"size": 64, "rounds": -1}}, "pool: rounds"),
     ({"pool": 64}, "pool must be a dict"),
     ({"base": "0" * 63}, "base must"),
     ({"base": "A" * 64}, "base must"),
