@@ -255,8 +255,8 @@ class Outcome:
     failure: why it ended early, if it diverged. equal: whether all clients and a newcomer held the same bits after
     catching up at the end. states: the most distinct ones at once. visits: how many times a client took part. empty:
     committed rounds that nobody answered. lost, late, damaged: messages; a lost one may be of a client that vanished.
-    refusals: messages that the server refused; complaints: that clients did. differed: clients that found their half
-    wrong. deaths: of the server. void: rounds that were run again because of them.
+    refusals: messages that the server refused; complaints: that clients did; reasons: of the first of them. differed:
+    clients that found their half wrong. deaths: of the server. void: rounds that were run again because of them.
     """
 
     rounds: int
@@ -277,6 +277,7 @@ class Outcome:
     damaged: int
     refusals: int
     complaints: int
+    reasons: list[str]
     differed: int
     deaths: int
     void: int
@@ -397,6 +398,7 @@ def _outcome(
         damaged=crowd.unreliable.damaged,
         refusals=server.refusals,
         complaints=len(crowd.complaints),
+        reasons=[*server.refused[:50], *crowd.complaints[:50]],
         differed=len(server.differed),
         deaths=crowd.deaths,
         void=sum(isinstance(record, RoundRecord) for record in ledger.log.records) - done,
