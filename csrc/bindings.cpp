@@ -195,7 +195,8 @@ void update(const std::vector<uint64_t>& addresses, const std::vector<int64_t>& 
   IeeeArithmetic scope;  // the conversion to float32 must not flush either
   for (size_t r = 0; r < seeds.size(); ++r) records.push_back({seeds[r], float(coefficients[r]), 0});
   for (size_t r = 0; r < rounds.size(); ++r)
-    steps.push_back({float(rounds[r][0]), float(rounds[r][1]), float(rounds[r][2]), stochastic ? rounding_seeds[r] : 0});
+    steps.push_back(
+        {float(rounds[r][0]), float(rounds[r][1]), float(rounds[r][2]), stochastic ? rounding_seeds[r] : 0});
   Update update = {static_cast<Rule>(rule), {}, records.data(), steps.data(), int64_t(steps.size()), 0};
   update.directions = int64_t(seeds.size() / rounds.size());
   std::copy(constants.begin(), constants.end(), update.constants);

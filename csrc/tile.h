@@ -96,9 +96,9 @@ struct TileRows {
 typedef float F32 __attribute__((vector_size(4 * LANES)));
 typedef int32_t I32 __attribute__((vector_size(4 * LANES)));
 
-// y[i] += s[r] * z_r[i] for the rows `row` and `row` + 1, one record after another, or the same from y[i] = 0 on: `word`
-// holds the records' words of that pair. Written with vectors so that the sums stay in registers: plain loops store
-// every sum (0.056 instead of 0.040 ns per element and record).
+// y[i] += s[r] * z_r[i] for the rows `row` and `row` + 1, one record after another, or the same from y[i] = 0 on;
+// `word` holds the records' words of that pair. Written with vectors so that the sums stay in registers: plain loops
+// store every sum (0.056 instead of 0.040 ns per element and record).
 HOSFL_INLINE void add_signs_to_pair(bool from_zero, float (*y)[TILE], const float* s, const uint32_t (*word)[TILE],
                                     int64_t count, int64_t row) {
   const int shift = int(30 - row % 32);  // brings the second row's bit to the top; the first row's is one further

@@ -48,7 +48,8 @@ struct TileState {
 
   template <Rounding R>
   void step(int64_t row, const float* g, const Update& update, const Step& step, const uint32_t* random, int shift) {
-    step_row<Storage, R, RULE>(rows[0].y[row], moment(0, row), moment(1, row), g, update.constants, step, random, shift);
+    step_row<Storage, R, RULE>(rows[0].y[row], moment(0, row), moment(1, row), g, update.constants, step, random,
+                               shift);
   }
 
  private:
