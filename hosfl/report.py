@@ -194,9 +194,10 @@ class Writer:
         if self.metrics is None or self.folder is None:
             return
         self.metrics.close()
-        (self.folder / "summary.json").write_text(json.dumps(asdict(summary), indent=2) + "\n")
         title = f"{summary.config['method']} on {summary.config['task']}, seed {summary.config['seed']}"
         plot_curves({summary.config["method"]: [evaluations]}, self.folder / "curves.png", title)
+        # Last: where there is a summary, all the rest is there.
+        write_atomically(self.folder / "summary.json", (json.dumps(asdict(summary), indent=2) + "\n").encode())
 
 
 def plot_curves(runs: dict[str, list[Sequence[Evaluation]]], path: Path, title: str) -> None:

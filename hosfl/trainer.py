@@ -411,11 +411,11 @@ def _run(
             seconds=time.perf_counter() - begin,
             failure=str(failure) if failure else None,
         )
-        writer.finish(summary, evaluations)
         if folder is not None:
             model = federation.model()
             save_module(model.client, folder / "client.safetensors")
             save_module(model.server, folder / "server.safetensors")
+        writer.finish(summary, evaluations)
     if failure is not None:
         raise failure
     return summary

@@ -162,6 +162,9 @@ class Trial:
             load_config(self.folder)
         if (self.folder / "summary.json").exists():
             json.loads((self.folder / "summary.json").read_text())
+            # Written last: a folder with a summary is complete.
+            for name in ("client.safetensors", "server.safetensors", "curves.png"):
+                assert (self.folder / name).stat().st_size > 0
         self.found["with temporary files"] += any(self.folder.glob("*.tmp"))
 
     def outcome(self) -> dict[str, Any]:
