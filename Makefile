@@ -28,10 +28,10 @@ tune: $(VENV)/ready
 
 # Everything that the README quotes.
 results: bench
-	rm -rf benchmarks/results/digits benchmarks/results/digits-more-seeds
+	rm -rf benchmarks/results/digits
 	OMP_NUM_THREADS=1 $(BIN)/hosfl compare --out benchmarks/results/digits
-	OMP_NUM_THREADS=1 $(BIN)/hosfl compare --out benchmarks/results/digits-more-seeds --seeds 4 5 6
-	rm -rf benchmarks/results/digits*/*-*/
+	rm -rf benchmarks/results/digits/*-*/
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.ways_to_learn
 	$(BIN)/python -m benchmarks.readme
 
 lint: $(VENV)/ready

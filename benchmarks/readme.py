@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
@@ -54,19 +55,41 @@ def digits(result: dict[str, Any]) -> str:
     return _table(["", *methods], rows) + "\n\n" + _machine(result)
 
 
+def ways(result: dict[str, Any]) -> str:
+    """Every way to learn: accuracy, loss and shares of the gap, with the standard errors of their means over seeds."""
+
+    def cell(values: Sequence[float]) -> str:
+        return f"{mean(values):.4f} ± {stdev(values) / len(values) ** 0.5:.4f}"
+
+    rows = [
+        [
+            way,
+            cell(r["accuracies"]),
+            cell(r["losses"]),
+            f"{r['accuracy_gap_recovered'] + 0.0:.2f}",
+            f"{r['loss_gap_recovered'] + 0.0:.2f}",
+        ]
+        for way, r in result["ways"].items()
+    ]
+    head = ["", "test accuracy", "test loss", "accuracy gap recovered", "loss gap recovered"]
+    return _table(head, rows) + f"\n\nSeeds {', '.join(map(str, result['seeds']))}. " + _machine(result)
+
+
 def tuning(result: dict[str, Any]) -> str:
     """The winners of the tuning."""
     rows = [
         [
-            name,
-            f"{t['server_rate']:g}",
-            f"{t['client_rate']:g}" if "client_rate" in t else "",
+            way,
+            f"{t['settings']['server_rate']:g}",
+            f"{t['settings']['server_decay']:g}",
+            f"{t['settings']['client_rate']:g}" if "client_rate" in t["settings"] else "",
             f"{t['validation_loss']:.4f}",
             f"{t['validation_accuracy']:.4f}",
         ]
-        for name, t in result["best"].items()
+        for way, t in result["best"].items()
     ]
-    return _table(["method", "server rate", "client rate", "validation loss", "validation accuracy"], rows)
+    head = ["", "server rate", "server weight decay", "client rate", "validation loss", "validation accuracy"]
+    return _table(head, rows)
 
 
 def kernels(result: dict[str, Any]) -> str:
@@ -89,9 +112,28 @@ def kernels(result: dict[str, Any]) -> str:
     )
 
 
+def catchup(result: dict[str, Any]) -> str:
+    """A late client's 1,000 rounds."""
+    rows = [
+        [
+            r["name"],
+            str(r["threads"]),
+            f"{r['seconds']:.1f}",
+            f"{r['peers_seconds']:,.0f}",
+            f"{r['ratio']:.0f}",
+            f"{r['peak_extra_bytes']:,}",
+        ]
+        for r in result["rows"]
+    ]
+    head = ["way", "threads", "seconds", "peers' seconds", "times as fast", "peak extra bytes"]
+    what = f"{result['rounds']:,} rounds of {result['directions']} directions, {result['elements']:,} float32 weights"
+    scaled = f"the peers' seconds scaled from {result['peers_timed_passes']} timed passes"
+    return f"{what}; {scaled}. {_machine(result)}\n\n{_table(head, rows)}"
+
+
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "digits": ("digits/table.json", digits),
-    "more seeds": ("digits-more-seeds/table.json", digits),
+    "ways": ("digits-ways.json", ways),
     "tuning": ("digits-tuning.json", tuning),
     "kernels": ("kernels-cpu.json", kernels),
 }

@@ -67,8 +67,8 @@ class Config:
     sampled: int = 3
     directions: int = 5
     directions_from: str = "fresh"
-    pool_size: int = 128
-    pool_rounds: int = 100
+    pool_size: int = 512
+    pool_rounds: int = 0
     direction_scale: str = "unit"
     dist: str = "rademacher"
     mu: float = 1e-3

@@ -94,6 +94,7 @@ def digits_task() -> Task:
         tuned={
             ("ho", "fresh", "normalized"): Rates(0.08, 0.2, 0.3),
             ("ho", "fresh", "adamw"): Rates(0.08, 0.01, 0.3),
+            ("ho", "pool", "normalized"): Rates(0.08, 0.04, 0.3),
             ("ho", "pool", "adamw"): Rates(0.08, 0.02, 0.3),
             ("first-order", "normalized"): Rates(0.06, 1.0, 0.3),
             ("frozen",): Rates(0.1, 1.0, 0.0),
