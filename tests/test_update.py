@@ -140,7 +140,7 @@ def test_cpp_is_spec_at_every_length(rule, dtype, rounding, dist):
         (1025, 131_071, 4, 17),
         (5000, 2**40 + 8191, 7, 5),
         (150_001, 63, 1, 2),
-        (70, 63, 2, 100),
+        (4200, 63, 2, 70),  # a round of three chunks, over several rows
     ]:
         case = check.UpdateCase(**kind, n=n, start=start, stream=4, factor=0.5, records=rounds, directions=directions)
         assert check.run_case(cpu, case, "cpu") is None, case
