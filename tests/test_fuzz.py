@@ -114,6 +114,17 @@ def shape(data, chance):
     return data
 
 
+def vast(data, chance):
+    """An array of no elements and huge sizes."""
+    arrays = places(data)
+    if not arrays:
+        return header(data, chance)
+    at, code, _, _, end = chance.choice(arrays)
+    sizes = [0, *chance.choices(SIZES, k=chance.randrange(8))]
+    chance.shuffle(sizes)
+    return data[:at] + struct.pack(f"<BBH{len(sizes)}I", code, len(sizes), 0, *sizes) + data[end:]
+
+
 def elements(data, chance):
     """Other numbers, at their places."""
     arrays = [a for a in places(data) if a[4] > a[3]]
@@ -143,7 +154,7 @@ def resized(data, chance):
     return bytearray(encode(type(message)(client=message.client, round=message.round, epoch=message.epoch, **changed)))
 
 
-MUTATIONS = (flip, truncate, extend, remove, header, header, shape, shape, elements, elements, resized)
+MUTATIONS = (flip, truncate, extend, remove, header, header, shape, shape, vast, elements, elements, resized)
 
 
 def seal(data):
