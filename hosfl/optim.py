@@ -56,7 +56,6 @@ __all__ = ["ZOSGD", "RunLog", "ZONormalizedSGD", "rebuild"]
 
 Closure = Callable[[], Any]
 LARGEST_FLOAT32 = torch.finfo(torch.float32).max
-RUN = ("seed", "steps", "directions", "two_sided", "dist", "momentum")  # what a state keeps beside torch's groups
 
 
 # --- weights out and back ----------------------------------------------------------------------------------------
@@ -150,8 +149,8 @@ class ZOSGD(torch.optim.Optimizer):
         params: as for any torch optimizer: tensors, (name, tensor) pairs, or groups with their own lr, mu and
             weight_decay. float32, bfloat16 or float16, contiguous, on one device. Pass frozen ones too if they may be
             unfrozen later. Only those that require grad move.
-        lr: learning rate, 0 or more. A step moves every weight by lr * |v| or so: start at a tenth of what
-            torch.optim.SGD would take divided by the number of weights, or use `ZONormalizedSGD`.
+        lr: learning rate, 0 or more. A step moves every weight by lr * |v| / sqrt(P) or so, and |v| is about as large
+            as the gradient is long: what fits depends on the loss. `ZONormalizedSGD` takes that out.
         mu: how far weights move to be measured, above 0.
         directions: P, 1 or more: 2 P evaluations per step, P + 1 if one-sided.
         momentum: at least 0, below 1. Costs a float32 tensor per parameter, and the lattice.
@@ -162,13 +161,17 @@ class ZOSGD(torch.optim.Optimizer):
         model: the module that the closure evaluates and that owns `params` (the compiled one, where it is compiled):
             off the lattice its weights are then read only. Also gives the log the parameters' names.
         process_group: where torch.distributed is initialised, losses are averaged over this group (default: all
-            ranks), and ranks that began with the same weights keep the same bits. Pass a group of one to run alone.
+            ranks), each rank's for the same, and ranks that began with the same weights keep the same bits. Every rank
+            must take every step; where a closure raises on one, the others wait. Pass a group of one to run alone.
 
     Learning rate schedulers, `state_dict` (a few numbers, and moments), `add_param_group`, torch.compile of the model,
     autocast and closures that loop over micro-batches work as with any optimizer.
 
     Raises: ValueError, TypeError.
     """
+
+    # What a state keeps beside torch's groups.
+    kept: tuple[str, ...] = ("seed", "steps", "directions", "two_sided", "dist", "momentum")
 
     def __init__(
         self,
@@ -204,11 +207,7 @@ class ZOSGD(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; they are numbered on from the last. Raises ValueError, TypeError."""
-        settings = {**self.defaults, **param_group}
-        for name in ("lr", "mu", "weight_decay"):
-            value = float(settings[name])
-            if not (0 <= value < math.inf) or (name == "mu" and value == 0):
-                raise ValueError(f"{name} must be finite and {'above 0' if name == 'mu' else '0 or more'}, got {value}")
+        _check_settings({**self.defaults, **param_group})
         super().add_param_group(param_group)
         params = self.param_groups[-1]["params"]
         if len(set(params)) < len(params):
@@ -301,6 +300,7 @@ class ZOSGD(torch.optim.Optimizer):
     def _moving(self) -> list[_Group]:
         groups, number = [], 0
         for settings in self.param_groups:
+            _check_settings(settings)  # schedulers and users write them
             moving = [(n, p) for n, p in enumerate(settings["params"], number) if p.requires_grad]
             groups.append(_Group(settings, [n for n, _ in moving], [p for _, p in moving], float(settings["mu"])))
             number += len(settings["params"])
@@ -371,8 +371,6 @@ class ZOSGD(torch.optim.Optimizer):
     ) -> None:
         """Takes the weights home and makes the step; all or nothing."""
         rates = [float(group.settings["lr"]) for group in groups]
-        if not all(0 <= rate < LARGEST_FLOAT32 for rate in rates):
-            raise ValueError(f"learning rates must be finite and 0 or more, got {rates}")
         reach = max(max(rate, 1.0) * sum(map(abs, e)) for rate, e in zip(rates, estimates, strict=True))
         if not reach < LARGEST_FLOAT32 / 4:
             raise FloatingPointError(f"a step of {reach:g}: lower lr, or raise mu")
@@ -427,7 +425,7 @@ class ZOSGD(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, and under "run" the seed, the number of steps, the lattice and the settings that shape a step."""
-        run = {name: getattr(self, name) for name in RUN}
+        run = {name: getattr(self, name) for name in self.kept}
         return {**super().state_dict(), "run": {**run, "quantum": self.lattice.quantum if self.lattice else None}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -436,10 +434,10 @@ class ZOSGD(torch.optim.Optimizer):
         Raises: ValueError where it is the state of another optimizer, or of other parameters.
         """
         run = state_dict.get("run")
-        if not isinstance(run, dict) or run.keys() != {*RUN, "quantum"}:
-            raise ValueError("this is no state of a hosfl optimizer")
+        if not isinstance(run, dict) or run.keys() != {*self.kept, "quantum"}:
+            raise ValueError(f"this is no state of a {type(self).__name__}")
         super().load_state_dict(state_dict)
-        for name in RUN:
+        for name in self.kept:
             setattr(self, name, run[name])
         self.lattice = None if run["quantum"] is None else Lattice(run["quantum"])
         self._settled, self._largest = None, math.inf
@@ -481,6 +479,8 @@ class ZONormalizedSGD(ZOSGD):
         Everything else as in `ZOSGD`.
     """
 
+    kept = (*ZOSGD.kept, "decay")
+
     def __init__(self, params: ParamsT, lr: float, mu: float = 1e-3, *, decay: float = 0.9, **settings: Any) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"decay must be at least 0 and below 1, got {decay}")
@@ -493,6 +493,13 @@ class ZONormalizedSGD(ZOSGD):
         length = running.update(sum(v * v for v in derivatives) / len(derivatives))
         estimate = [v / length / self.directions for v in derivatives]
         return estimate, {"square": running.mean, "square_weight": running.weight}
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    for name in ("lr", "mu", "weight_decay"):
+        value = float(settings[name])
+        if not 0 <= value < LARGEST_FLOAT32 or (name == "mu" and value == 0):
+            raise ValueError(f"{name} must be finite and {'above 0' if name == 'mu' else '0 or more'}, got {value}")
 
 
 def _scalar(loss: Any) -> Tensor:
