@@ -136,6 +136,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "ways": ("digits-ways.json", ways),
     "tuning": ("digits-tuning.json", tuning),
     "kernels": ("kernels-cpu.json", kernels),
+    "catch-up": ("catchup-cpu.json", catchup),
 }
 
 

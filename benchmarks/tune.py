@@ -31,13 +31,13 @@ SEEDS = (0, 1, 2, 3)
 SERVER = (0.04, 0.08, 0.16)
 DECAY = 0.3
 FROZEN = tuple(itertools.product((0.05, 0.1, 0.2), (0.0, 0.1, 0.3)))
-POOL = {"directions_from": "pool"}
+FRESH, POOL = {"directions_from": "fresh"}, {"directions_from": "pool"}
 ADAM_POOL = {**POOL, "rule": "adamw", "direction_scale": "rms", "pool_size": 128, "pool_rounds": 100}
 
 # What is tuned: a name, the settings that make it, and its client rates.
 WAYS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
-    "ho": ({}, (0.1, 0.2, 0.4)),
-    "ho, P=2": ({"directions": 2}, (0.1, 0.2, 0.4)),
+    "ho, fresh": (FRESH, (0.1, 0.2, 0.4)),
+    "ho, fresh, P=2": ({**FRESH, "directions": 2}, (0.1, 0.2, 0.4)),
     "ho, pool": (POOL, (0.02, 0.04, 0.08)),
     "ho, pool, P=2": ({**POOL, "directions": 2}, (0.05, 0.1, 0.2)),
     "ho, rolling pool, Adam": (ADAM_POOL, (0.01, 0.02, 0.04)),

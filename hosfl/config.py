@@ -66,7 +66,7 @@ class Config:
     clients: int = 10
     sampled: int = 3
     directions: int = 5
-    directions_from: str = "fresh"
+    directions_from: str = "pool"
     pool_size: int = 512
     pool_rounds: int = 0
     direction_scale: str = "unit"

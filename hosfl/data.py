@@ -45,7 +45,7 @@ def digits() -> Splits:
     from sklearn.model_selection import train_test_split
 
     x, y = load_digits(return_X_y=True)
-    inputs = torch.tensor(x, dtype=torch.float32).reshape(-1, 1, 8, 8) 
+    inputs = torch.tensor(x, dtype=torch.float32).reshape(-1, 1, 8, 8)
     inputs = (inputs / 16 - 0.305) / 0.376
     labels = torch.tensor(y, dtype=torch.int64)
     train, rest = train_test_split(np.arange(len(y)), train_size=0.6, stratify=y, random_state=0)

@@ -93,8 +93,8 @@ def digits_task() -> Task:
         optimizer=lambda half, decay: torch.optim.AdamW(half.parameters(), betas=(0.9, 0.99), weight_decay=decay),
         tuned={
             ("ho", "fresh", "normalized"): Rates(0.04, 0.2, 0.3),
-            ("ho", "fresh", "adamw"): Rates(0.08, 0.01, 0.3),
-            ("ho", "pool", "normalized"): Rates(0.08, 0.04, 0.3),
+            ("ho", "fresh", "adamw"): Rates(0.04, 0.012, 0.3),
+            ("ho", "pool", "normalized"): Rates(0.04, 0.04, 0.3),
             ("ho", "pool", "adamw"): Rates(0.08, 0.02, 0.3),
             ("first-order", "normalized"): Rates(0.08, 2.0, 0.3),
             ("frozen",): Rates(0.1, 1.0, 0.1),

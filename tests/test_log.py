@@ -210,6 +210,7 @@ def test_what_a_list_holds_is_the_reader_s_own(tmp_path):
     log.digests.clear()
     assert log.records == RECORDS
     assert len(log.rounds) == 3
+    assert len(log.digests) == 2
 
 
 def test_the_running_digest_tells_logs_apart(tmp_path):
@@ -709,6 +710,16 @@ def test_no_claim_allocates_more_than_the_file_holds(tmp_path):
         tracemalloc.stop()
 
 
+def test_a_claim_of_more_than_is_there_is_torn_whatever_its_checksum(tmp_path):
+    data, ends = write(tmp_path / "log")
+    length, body = struct.pack("<I", ends[-1] - ends[-2] + 990), data[ends[-2] + 10 :]
+    claim = b"\xabR" + length + struct.pack("<I", zlib.crc32(length + body)) + body
+    (tmp_path / "log").write_bytes(data[: ends[-2]] + claim)
+    log = Log.read(tmp_path / "log")
+    assert log.records == RECORDS[:-1]
+    assert log.torn == len(claim)
+
+
 def test_a_million_beginnings_of_records_take_no_ages(tmp_path):
     data, _ = write(tmp_path / "log")
     (tmp_path / "log").write_bytes(data + (b"\xabR" + struct.pack("<I", 1 << 20)) * 500_000)
@@ -727,9 +738,10 @@ def test_what_is_no_log(tmp_path):
     with pytest.raises(FileNotFoundError):
         Log.open(tmp_path / "none")
     data = head(header_text())
-    (tmp_path / "log").write_bytes(data[:8] + b"\2" + data[9:])
-    with pytest.raises(LogError, match=r"format 2\.0"):
-        Log.read(tmp_path / "log")
+    for at, number in ((8, r"2\.0"), (10, r"1\.2")):
+        (tmp_path / "log").write_bytes(data[:at] + b"\2" + data[at + 1 :])
+        with pytest.raises(LogError, match=f"format {number}"):
+            Log.read(tmp_path / "log")
 
 
 # --- disks and processes ------------------------------------------------------------------------------------------
