@@ -32,6 +32,7 @@ results: bench
 	OMP_NUM_THREADS=1 $(BIN)/hosfl compare --out benchmarks/results/digits
 	rm -rf benchmarks/results/digits/*-*/
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.ways_to_learn
+	$(BIN)/python -m benchmarks.catchup
 	$(BIN)/python -m benchmarks.readme
 
 lint: $(VENV)/ready

@@ -73,7 +73,7 @@ FAULTS = {
 }
 SHOWN = (
     *("accuracy", "loss", "clients", "visits", "states", "empty", "lost", "late", "damaged", "refusals", "complaints"),
-    *("differed", "deaths", "seconds", "peak_memory", "digest"),
+    *("differed", "deaths", "void", "seconds", "peak_memory", "digest"),
 )
 TYPES = {"str": str, "int": int, "float": float, "float | None": float}
 
