@@ -1,6 +1,7 @@
 """Without a CUDA device the Triton kernels run in the interpreter, which must be known before they are imported."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -21,3 +22,9 @@ def threads():
 def one_thread():
     """The tests' models are tiny: a second thread only waits, and waits much longer on a busy machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interrupts_reach_us():
+    """A shell starts what runs in its background with Ctrl-C ignored; the tests of interrupts need it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
