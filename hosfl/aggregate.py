@@ -93,6 +93,12 @@ class RunningLength:
         self.weight = self.decay * self.weight + (1 - self.decay)
         return math.sqrt(self.mean / self.weight) + 1e-8
 
+    def state(self) -> list[float]:
+        return [self.mean, self.weight]
+
+    def load(self, state: Sequence[float]) -> None:
+        self.mean, self.weight = state
+
 
 def to_lattice(coefficients: Sequence[float], lattice: Lattice, run_seed: int, round: int) -> list[float]:
     """Each coefficient as a multiple of the quantum, stochastically.

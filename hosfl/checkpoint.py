@@ -11,20 +11,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from hosfl.config import Config
 from hosfl.lattice import Lattice
-from hosfl.log import Header, Log, LogError, Parameter, RoundRecord, sync_folder
-from hosfl.messages import Records
+from hosfl.ledger import to_records
+from hosfl.log import Header, Log, LogError, Parameter, sync_folder
+from hosfl.probe import trainable
 from hosfl.replica import Pool, Replica, Rule, Run
 from hosfl_kernels import SGD, AdamW
 
@@ -74,7 +74,7 @@ def base_digest(tensors: Mapping[str, Tensor]) -> str:
 def header_of(run: Run, base: nn.Module, settings: dict[str, Any]) -> Header:
     """The log header of a run whose client half starts as `base`, already on its lattice."""
     names = {id(p): name for name, p in base.named_parameters()}
-    trained = [(stream, p) for stream, p in enumerate(base.parameters()) if p.requires_grad]
+    parameters, streams = trainable(base)
     return Header(
         seed=run.seed,
         directions=run.directions,
@@ -85,7 +85,7 @@ def header_of(run: Run, base: nn.Module, settings: dict[str, Any]) -> Header:
         pool=asdict(run.pool) if run.pool else None,
         parameters=tuple(
             Parameter(names[id(p)], stream, tuple(p.shape), str(p.dtype).removeprefix("torch."), factor)
-            for (stream, p), factor in zip(trained, run.factors, strict=True)
+            for p, stream, factor in zip(parameters, streams, run.factors, strict=True)
         ),
         base=base_digest(base.state_dict()),
         settings=settings,
@@ -145,19 +145,6 @@ def run_of(header: Header) -> Run:
         )
     except (TypeError, ValueError, KeyError) as error:
         raise LogError(f"the log's header makes no run: {error}") from error
-
-
-def to_records(records: Iterable[RoundRecord], run: Run, first: int = 0) -> Records:
-    """Records as the message that a replica applies."""
-    records = list(records)
-    coefficients = np.array([r.coefficients for r in records], np.float32).reshape(-1, run.directions)
-    return Records(
-        client=0,
-        round=first,
-        coefficients=torch.from_numpy(coefficients),
-        rates=torch.tensor([r.rate for r in records] if run.rule is not None else [], dtype=torch.float32),
-        digest=torch.empty(0, dtype=torch.int32),
-    )
 
 
 def rebuild(log: Path, base: Path, upto: int | None = None) -> tuple[dict[str, Tensor], Replica]:

@@ -119,11 +119,10 @@ class ZerothOrderClient(Client):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.parameters, self.streams = trainable(self.half)
-        base = self.base
-        if base is None:
+        if self.base is None:
             copies = [p.detach().clone() for p in self.parameters]
-            base = lambda: copies  # noqa: E731
-        self.replica = Replica(self.parameters, self.streams, self.run, base)
+            self.base = lambda: copies
+        self.replica = Replica(self.parameters, self.streams, self.run, self.base)
 
     def take_up(self, tensors: Sequence[Tensor], moments: Sequence[Sequence[Tensor]], applied: int, epoch: int) -> None:
         """Become the copy of a replica's state."""

@@ -18,11 +18,17 @@ from hosfl.lattice import spread
 from hosfl.log import DigestRecord, EpochRecord, Log, LogError, RoundRecord
 from hosfl.messages import Differs, Gradient, Hello, MessageError, PoolMoves, Records, Scalars, Weights
 from hosfl.replica import Pool, Replica, Run, digest_array
-from hosfl.snapshot import pack_optimizer, unpack_optimizer
+from hosfl.snapshot import pack_optimizer, part, prefixed, unpack_optimizer
 
 Rate = Callable[[int], float]  # the learning rate of a round
 OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
 State = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, and what JSON holds
+NO_DIGEST = torch.empty(0, dtype=torch.int32)
+
+
+def step_size(rate: Rate, length: RunningLength | None, round: int, square: float) -> float:
+    """The round's rate; with `length`, over the running length of the gradients, of which `square` is the newest."""
+    return rate(round) / (1.0 if length is None else length.update(square))
 
 
 class Step(Protocol):
@@ -49,20 +55,18 @@ class FreshStep:
     length: RunningLength | None = None
 
     def __call__(self, round: int, scalars: Tensor) -> tuple[list[float], float]:
-        rate = self.rate(round)
-        if self.length is not None:
-            rate /= self.length.update(float(scalars.square().mean()))
+        rate = step_size(self.rate, self.length, round, float(scalars.square().mean()))
         mean = [v / len(scalars) for v in scalars.tolist()]
         if self.run.lattice is None:
             return mean, rate
         return to_lattice([-rate * v for v in mean], self.run.lattice, self.run.seed, round), rate
 
     def state(self) -> State:
-        return {}, {"length": None if self.length is None else [self.length.mean, self.length.weight]}
+        return {}, {"length": self.length and self.length.state()}
 
     def load(self, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
         if self.length is not None:
-            self.length.mean, self.length.weight = info["length"]
+            self.length.load(info["length"])
 
 
 class PoolStep:
@@ -88,9 +92,7 @@ class PoolStep:
     def __call__(self, round: int, scalars: Tensor) -> tuple[list[float], float]:
         if self.pool.generation(round) != self.generation:
             self._start(self.pool.generation(round))
-        rate = self.rate(round)
-        if self.length is not None:
-            rate /= self.length.update(float(scalars.square().mean()))
+        rate = step_size(self.rate, self.length, round, float(scalars.square().mean()))
         measured = self.pool.measured(round, self.run.directions)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -110,11 +112,11 @@ class PoolStep:
         return move
 
     def state(self) -> State:
-        tensors, info = pack_optimizer(self.optimizer)
-        tensors = {f"optimizer.{k}": v for k, v in tensors.items()}
+        moments, info = pack_optimizer(self.optimizer)
+        tensors = prefixed("optimizer", moments)
         tensors["coefficients"] = torch.stack([c.detach() for c in self.coefficients])
         tensors["committed"] = torch.tensor(self.committed, dtype=torch.float64)
-        length = None if self.length is None else [self.length.mean, self.length.weight]
+        length = self.length and self.length.state()
         return tensors, {"generation": self.generation, "optimizer": info, "length": length}
 
     def load(self, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
@@ -123,10 +125,31 @@ class PoolStep:
             for coefficient, value in zip(self.coefficients, tensors["coefficients"], strict=True):
                 coefficient.copy_(value)
         self.committed = tensors["committed"].tolist()
-        mine = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
-        unpack_optimizer(self.optimizer, mine, info["optimizer"])
+        unpack_optimizer(self.optimizer, part("optimizer", tensors), info["optimizer"])
         if self.length is not None:
-            self.length.mean, self.length.weight = info["length"]
+            self.length.load(info["length"])
+
+
+def to_records(
+    rows: Sequence[RoundRecord],
+    run: Run,
+    first: int = 0,
+    *,
+    client: int = 0,
+    epoch: int = 0,
+    digest: Tensor = NO_DIGEST,
+) -> Records:
+    """The log's records of rounds `first`, `first` + 1, ... as the message that a replica applies."""
+    coefficients = np.array([r.coefficients for r in rows], np.float32).reshape(-1, run.directions)
+    rates = np.array([r.rate for r in rows] if run.rule is not None else [], np.float32)
+    return Records(
+        client=client,
+        round=first,
+        epoch=epoch,
+        coefficients=torch.from_numpy(coefficients),
+        rates=torch.from_numpy(rates),
+        digest=digest,
+    )
 
 
 def voided(epochs: Sequence[tuple[int, int]], hello: Hello | Differs) -> bool:
@@ -173,7 +196,7 @@ class SeedReplay:
     def _records(self, client: int, start: int, checked: bool = False) -> Records | PoolMoves:
         rows = self.records[start:]
         due = checked and self.digest_every and start // self.digest_every != len(self.records) // self.digest_every
-        digest = digest_array(self.mirror.digest()) if due else torch.empty(0, dtype=torch.int32)
+        digest = digest_array(self.mirror.digest()) if due else NO_DIGEST
         sums = self._pool_sums(start) if rows else None
         if sums is not None:
             return PoolMoves(
@@ -184,16 +207,7 @@ class SeedReplay:
                 until=torch.tensor([len(self.records)], dtype=torch.int32),
                 digest=digest,
             )
-        coefficients = np.array([r.coefficients for r in rows], np.float32).reshape(-1, self.run.directions)
-        rates = np.array([r.rate for r in rows] if self.run.rule is not None else [], np.float32)
-        return Records(
-            client=client,
-            round=start,
-            epoch=self.epoch,
-            coefficients=torch.from_numpy(coefficients),
-            rates=torch.from_numpy(rates),
-            digest=digest,
-        )
+        return to_records(rows, self.run, start, client=client, epoch=self.epoch, digest=digest)
 
     def _pool_sums(self, start: int) -> Tensor | None:
         """The moves since `start` by direction of the pool, where that is less to send; None where it is not."""
@@ -321,26 +335,24 @@ class GradientAverage:
         """One step of the optimizer with the averaged gradient."""
         if answers:
             mean = self.aggregation([a.gradient for a in answers], weights)
-            length = self.length.update(float(mean.square().sum())) if self.length else 1.0
+            rate = step_size(self.rate, self.length, round, float(mean.square().sum()))
             for group in self.optimizer.param_groups:
-                group["lr"] = self.rate(round) / length
+                group["lr"] = rate
             self.weights.grad = mean.float()
             self.optimizer.step()
         self.rounds = round + 1
 
     def state(self) -> State:
-        tensors, info = pack_optimizer(self.optimizer)
-        tensors = {f"optimizer.{k}": v for k, v in tensors.items()} | {"weights": self.weights.detach()}
-        length = None if self.length is None else [self.length.mean, self.length.weight]
-        return tensors, {"optimizer": info, "length": length, "rounds": self.rounds}
+        moments, info = pack_optimizer(self.optimizer)
+        tensors = prefixed("optimizer", moments) | {"weights": self.weights.detach()}
+        return tensors, {"optimizer": info, "length": self.length and self.length.state(), "rounds": self.rounds}
 
     def load(self, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
         with torch.no_grad():
             self.weights.copy_(tensors["weights"])
-        mine = {k.removeprefix("optimizer."): v for k, v in tensors.items() if k.startswith("optimizer.")}
-        unpack_optimizer(self.optimizer, mine, info["optimizer"])
+        unpack_optimizer(self.optimizer, part("optimizer", tensors), info["optimizer"])
         if self.length is not None:
-            self.length.mean, self.length.weight = info["length"]
+            self.length.load(info["length"])
         self.rounds = info["rounds"]
         self.epoch += 1
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -12,9 +11,9 @@ from torch import Tensor, nn
 from hosfl.ledger import Ledger, Rate, State
 from hosfl.messages import Cut, Differs, Hello, Message, MessageError, Multiplier, decode
 from hosfl.seeds import Purpose, generator
-from hosfl.snapshot import pack_optimizer, unpack_optimizer
+from hosfl.snapshot import pack_optimizer, part, prefixed, unpack_optimizer
 
-REFUSALS = 1000  # kept; the rest are only counted
+KEPT = 1000  # reasons; the rest are only counted
 
 
 @dataclass
@@ -27,6 +26,7 @@ class Server:
 
     Whatever comes from a client goes through `receive`, `step` or `commit`, which refuse what is not exactly right; a
     refused message changes nothing. refused: the reasons, the first thousand of them; refusals: how many there were.
+    differed: clients that found their half wrong, and when, the first thousand; differences: how many.
     """
 
     half: nn.Module
@@ -41,7 +41,8 @@ class Server:
     batch: int
     refused: list[str] = field(default_factory=list)
     refusals: int = 0
-    differed: list[str] = field(default_factory=list)  # clients that found their half wrong, and when
+    differed: list[str] = field(default_factory=list)
+    differences: int = 0
 
     def __post_init__(self) -> None:
         self._samples: dict[int, int] = {}
@@ -69,7 +70,7 @@ class Server:
 
     def _refuse(self, what: str, error: MessageError) -> None:
         self.refusals += 1
-        if len(self.refused) < REFUSALS:
+        if len(self.refused) < KEPT:
             self.refused.append(f"{what}: {error}")
 
     def welcome(self, hello: Message) -> Message | None:
@@ -85,7 +86,9 @@ class Server:
             self._refuse(f"client {hello.client}", error)
             return None
         if isinstance(hello, Differs):
-            self.differed.append(f"client {hello.client} after round {hello.round}")
+            self.differences += 1
+            if len(self.differed) < KEPT:
+                self.differed.append(f"client {hello.client} after round {hello.round}")
         return answer
 
     def _check_client(self, message: Message) -> None:
@@ -189,27 +192,18 @@ class Server:
 
     def state(self) -> State:
         """All that a restarted server needs beside the log: its half, its optimizer, the ledger's own state."""
-        tensors = {f"half.{name}": value for name, value in self.half.state_dict().items()}
         moments, optimizer = pack_optimizer(self.optimizer)
-        tensors |= {f"optimizer.{name}": value for name, value in moments.items()}
+        tensors = prefixed("half", self.half.state_dict()) | prefixed("optimizer", moments)
         info = {"optimizer": optimizer}
         if self.ledger is not None:
             ledger, info["ledger"] = self.ledger.state()
-            tensors |= {f"ledger.{name}": value for name, value in ledger.items()}
+            tensors |= prefixed("ledger", ledger)
         return tensors, info
-
-    def frozen_state(self) -> State:
-        """The state as it is now: a copy, which no later step changes."""
-        return copy.deepcopy(self.state())
 
     def load(self, state: State) -> None:
         """Take up a saved state."""
         tensors, info = state
-
-        def part(name: str) -> dict[str, Tensor]:
-            return {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
-
-        self.half.load_state_dict(part("half"))
-        unpack_optimizer(self.optimizer, part("optimizer"), info["optimizer"])
+        self.half.load_state_dict(part("half", tensors))
+        unpack_optimizer(self.optimizer, part("optimizer", tensors), info["optimizer"])
         if self.ledger is not None:
-            self.ledger.load(part("ledger"), info["ledger"])
+            self.ledger.load(part("ledger", tensors), info["ledger"])

@@ -208,7 +208,7 @@ class Crowd(Federation):
         before, self.server, self.observed = self.server, again.server, again.observed
         # Not what a server knows, but what we count.
         self.server.refused, self.server.refusals = before.refused, before.refusals
-        self.server.differed = before.differed
+        self.server.differed, self.server.differences = before.differed, before.differences
         return done
 
     def take(self, number: int) -> Client:
@@ -399,7 +399,7 @@ def _outcome(
         refusals=server.refusals,
         complaints=len(crowd.complaints),
         reasons=[*server.refused[:50], *crowd.complaints[:50]],
-        differed=len(server.differed),
+        differed=server.differences,
         deaths=crowd.deaths,
         void=sum(isinstance(record, RoundRecord) for record in ledger.log.records) - done,
         bytes=dict(crowd.wire.bytes),

@@ -182,6 +182,16 @@ def _digest(round: int, text: str, tensors: dict[str, Tensor]) -> str:
 # --- optimizers ---------------------------------------------------------------------------------------------------
 
 
+def prefixed(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under name.: for several owners in one file."""
+    return {f"{name}.{key}": value for key, value in tensors.items()}
+
+
+def part(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those that `prefixed` put under name., by their own names again."""
+    return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+
+
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimizer's `state_dict()` without pickle: tensors by flat names such as "state.3.exp_avg", the rest as JSON.
 

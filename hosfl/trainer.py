@@ -238,12 +238,10 @@ def assemble(config: Config, out: Path | None = None, smallest_shard: int | None
     def rate(base: float) -> Callable[[int], float]:
         return lambda round: config.scheduled(base, round)
 
+    run = make_run(config, parameters) if config.method == "ho" else None
     observed = copy.deepcopy(base)
     ledger: Ledger | None = None
-    run: Run | None = None
-    if config.method == "ho":
-        run = make_run(config, parameters)
-        observed = copy.deepcopy(base)
+    if run is not None:
         step = (
             PoolStep(run, rate(rates.client), lambda p: make_optimizer(config.rule, p, POOL_BETAS), length)
             if run.pool

@@ -11,9 +11,9 @@ from small import DIRECTIONS, POOL, RULES, round_scalars, small
 from torch import nn
 
 from hosfl.aggregate import AGGREGATIONS, RunningLength, clip_to_norm, to_lattice, trimmed_mean, weighted_mean
-from hosfl.checkpoint import header_of, rebuild, save_module, to_records
+from hosfl.checkpoint import header_of, rebuild, save_module
 from hosfl.lattice import Lattice, power_of_two_scales
-from hosfl.ledger import FreshStep, PoolStep, voided
+from hosfl.ledger import FreshStep, PoolStep, to_records, voided
 from hosfl.log import DigestRecord, EpochRecord, Log, LogError
 from hosfl.messages import Differs, Hello, MessageError, PoolMoves, Records, Scalars
 from hosfl.probe import probe_in_place, probe_untouched, trainable

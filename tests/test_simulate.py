@@ -15,11 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hosfl.checkpoint import rebuild, run_of, to_records
+from hosfl.checkpoint import rebuild, run_of
 from hosfl.cli import main
 from hosfl.client import ZerothOrderClient
 from hosfl.config import Config
 from hosfl.lattice import LatticeError
+from hosfl.ledger import to_records
 from hosfl.log import EpochRecord, Log, RoundRecord
 from hosfl.messages import Cut, Message, Multiplier, Scalars, Wire
 from hosfl.replica import Replica, digest
