@@ -73,7 +73,9 @@ def base_digest(tensors: Mapping[str, Tensor]) -> str:
 
 def header_of(run: Run, base: nn.Module, settings: dict[str, Any]) -> Header:
     """The log header of a run whose client half starts as `base`, already on its lattice."""
-    names = {id(p): name for name, p in base.named_parameters()}
+    names: dict[int, list[str]] = {}
+    for name, p in base.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
     parameters, streams = trainable(base)
     return Header(
         seed=run.seed,
@@ -84,7 +86,14 @@ def header_of(run: Run, base: nn.Module, settings: dict[str, Any]) -> Header:
         rule=_describe(run.rule),
         pool=asdict(run.pool) if run.pool else None,
         parameters=tuple(
-            Parameter(names[id(p)], stream, tuple(p.shape), str(p.dtype).removeprefix("torch."), factor)
+            Parameter(
+                names[id(p)][0],
+                stream,
+                tuple(p.shape),
+                str(p.dtype).removeprefix("torch."),
+                factor,
+                tuple(names[id(p)][1:]),
+            )
             for p, stream, factor in zip(parameters, streams, run.factors, strict=True)
         ),
         base=base_digest(base.state_dict()),
@@ -161,8 +170,10 @@ def rebuild(log: Path, base: Path, upto: int | None = None) -> tuple[dict[str, T
         raise LogError(f"{log} holds {len(records)} rounds; cannot rebuild round {upto}")
     tensors = load_file(base)
     trained = _trained(tensors, header, base)
+    tied = {other: p.name for p in header.parameters for other in p.tied}
     if run.lattice is not None:
         run.lattice.put(trained, run.factors)
+        run.lattice.put([tensors[other] for other in tied], [p.factor for p in header.parameters for _ in p.tied])
     if base_digest(tensors) != header.base:
         raise LogError(f"{base} is not the base model of {log}: its digest is not the one in the log's header")
     start = [t.clone() for t in trained]
@@ -173,17 +184,15 @@ def rebuild(log: Path, base: Path, upto: int | None = None) -> tuple[dict[str, T
         replica.apply(to_records(records[replica.applied : stop], run, replica.applied))
         if opened.digests.get(stop, replica.digest()) != replica.digest():
             raise LogError(f"after round {stop} the weights are not those of the run: the digests differ")
-    return tensors, replica
+    return tensors | {other: tensors[name].clone() for other, name in tied.items()}, replica
 
 
 def _trained(tensors: Mapping[str, Tensor], header: Header, base: Path) -> list[Tensor]:
     for p in header.parameters:
-        if p.name not in tensors:
-            raise LogError(f"{base} has no tensor {p.name!r}, which the log trains")
-        found = tensors[p.name]
-        dtype = str(found.dtype).removeprefix("torch.")
-        if tuple(found.shape) != tuple(p.shape) or dtype != p.dtype:
-            raise LogError(
-                f"{p.name!r} is {dtype} {tuple(found.shape)} in {base}, and {p.dtype} {tuple(p.shape)} in the log"
-            )
+        for name in (p.name, *p.tied):
+            if name not in tensors:
+                raise LogError(f"{base} has no tensor {name!r}, which the log trains")
+            shape, dtype = tuple(tensors[name].shape), str(tensors[name].dtype).removeprefix("torch.")
+            if (shape, dtype) != (tuple(p.shape), p.dtype):
+                raise LogError(f"{name!r} is {dtype} {shape} in {base}, and {p.dtype} {tuple(p.shape)} in the log")
     return [tensors[p.name] for p in header.parameters]

@@ -202,6 +202,8 @@ def _log(options: argparse.Namespace) -> int:
             if isinstance(record, RoundRecord):
                 moves = " ".join(f"{c:.6g}" for c in record.coefficients)
                 clients = " ".join(map(str, record.participants)) or "nobody"
+                if record.quantum is not None:
+                    print(f"from round {record.round} on the weights lie on a lattice of quantum {record.quantum:g}")
                 print(f"round {record.round} epoch {record.epoch} rate {record.rate:.6g} clients {clients}: {moves}")
             elif isinstance(record, EpochRecord):
                 print(f"epoch {record.epoch}: rounds from {record.round} on are void")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from hosfl.lattice import Lattice
 from hosfl.messages import (
     Cut,
     Differs,
@@ -124,9 +125,16 @@ class ZerothOrderClient(Client):
             self.base = lambda: copies
         self.replica = Replica(self.parameters, self.streams, self.run, self.base)
 
-    def take_up(self, tensors: Sequence[Tensor], moments: Sequence[Sequence[Tensor]], applied: int, epoch: int) -> None:
+    def take_up(
+        self,
+        tensors: Sequence[Tensor],
+        moments: Sequence[Sequence[Tensor]],
+        applied: int,
+        epoch: int,
+        lattice: Lattice | None,
+    ) -> None:
         """Become the copy of a replica's state."""
-        self.replica.take_up(tensors, moments, applied, epoch)
+        self.replica.take_up(tensors, moments, applied, epoch, lattice)
         self.applied, self.epoch = applied, epoch
 
     def catch_up(self, message: Message) -> Differs | None:
@@ -163,7 +171,7 @@ class ZerothOrderClient(Client):
                     multiplier,
                     self._cut,
                     seeds,
-                    run.mu,
+                    self.replica.mu,
                     factors=run.factors,
                 )
             else:
@@ -173,7 +181,7 @@ class ZerothOrderClient(Client):
                     multiplier,
                     self._cut,
                     seeds,
-                    run.mu,
+                    self.replica.mu,
                     run.dist,
                     factors=run.factors,
                 )

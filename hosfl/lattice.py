@@ -12,6 +12,7 @@ from torch import Tensor
 from hosfl_kernels import snap_
 
 STEPS = 1 << 24  # float32 holds every multiple of the quantum up to this many exactly
+COARSER = 16  # a lattice that has become too small makes room for weights 16 times as large
 
 
 class LatticeError(ArithmeticError):
@@ -42,6 +43,15 @@ class Lattice:
         for parameter, factor in zip(parameters, factors, strict=True):
             step = self.quantum * factor
             parameter.detach().div_(step).round_().mul_(step).add_(0.0)
+
+    def coarser(self) -> Lattice:
+        """The next lattice, for weights that have outgrown this one."""
+        return Lattice(self.quantum * COARSER)
+
+    @property
+    def exponent(self) -> int:
+        """Of the quantum, a power of two."""
+        return math.frexp(self.quantum)[1] - 1
 
     @property
     def limit(self) -> float:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hosfl.aggregate import Aggregation, RunningLength, clip_to_norm, to_lattice, weighted_mean
-from hosfl.lattice import spread
+from hosfl.lattice import Lattice, spread
 from hosfl.log import DigestRecord, EpochRecord, Log, LogError, RoundRecord
 from hosfl.messages import Differs, Gradient, Hello, MessageError, PoolMoves, Records, Scalars, Weights
 from hosfl.replica import Pool, Replica, Run, digest_array
@@ -34,8 +34,8 @@ def step_size(rate: Rate, length: RunningLength | None, round: int, square: floa
 class Step(Protocol):
     """From a round's aggregated scalars to its record."""
 
-    def __call__(self, round: int, scalars: Tensor) -> tuple[list[float], float]:
-        """Scalars float64 [P] -> the record's P coefficients and its learning rate."""
+    def __call__(self, round: int, scalars: Tensor, lattice: Lattice | None) -> tuple[list[float], float]:
+        """Scalars float64 [P], the round's lattice -> the record's P coefficients and its learning rate."""
 
     def state(self) -> State: ...
 
@@ -54,12 +54,12 @@ class FreshStep:
     rate: Rate
     length: RunningLength | None = None
 
-    def __call__(self, round: int, scalars: Tensor) -> tuple[list[float], float]:
+    def __call__(self, round: int, scalars: Tensor, lattice: Lattice | None) -> tuple[list[float], float]:
         rate = step_size(self.rate, self.length, round, float(scalars.square().mean()))
         mean = [v / len(scalars) for v in scalars.tolist()]
-        if self.run.lattice is None:
+        if lattice is None:
             return mean, rate
-        return to_lattice([-rate * v for v in mean], self.run.lattice, self.run.seed, round), rate
+        return to_lattice([-rate * v for v in mean], lattice, self.run.seed, round), rate
 
     def state(self) -> State:
         return {}, {"length": self.length and self.length.state()}
@@ -89,7 +89,7 @@ class PoolStep:
         self.optimizer = self.make_optimizer([*self.coefficients])
         self.committed = [0.0] * self.pool.size
 
-    def __call__(self, round: int, scalars: Tensor) -> tuple[list[float], float]:
+    def __call__(self, round: int, scalars: Tensor, lattice: Lattice | None) -> tuple[list[float], float]:
         if self.pool.generation(round) != self.generation:
             self._start(self.pool.generation(round))
         rate = step_size(self.rate, self.length, round, float(scalars.square().mean()))
@@ -100,13 +100,12 @@ class PoolStep:
             self.coefficients[j].grad = torch.tensor(scalar, dtype=torch.float64)
         self.optimizer.step()
         self.optimizer.zero_grad()  # to None: the optimizer leaves alone what was not measured
-        moves = [self._commit(j) for j in measured]
+        moves = [self._commit(j, lattice) for j in measured]
         # Off the lattice a record is a gradient estimate, and plain SGD at rate 1 makes the move of it.
-        return (moves, rate) if self.run.lattice is not None else ([-m for m in moves], 1.0)
+        return (moves, rate) if lattice is not None else ([-m for m in moves], 1.0)
 
-    def _commit(self, j: int) -> float:
+    def _commit(self, j: int, lattice: Lattice | None) -> float:
         remaining = float(self.coefficients[j].detach()) - self.committed[j]
-        lattice = self.run.lattice
         move = lattice.nearest(remaining) if lattice is not None else float(np.float32(remaining))
         self.committed[j] += move
         return move
@@ -142,6 +141,7 @@ def to_records(
     """The log's records of rounds `first`, `first` + 1, ... as the message that a replica applies."""
     coefficients = np.array([r.coefficients for r in rows], np.float32).reshape(-1, run.directions)
     rates = np.array([r.rate for r in rows] if run.rule is not None else [], np.float32)
+    lattices = [(r.round, Lattice(r.quantum).exponent) for r in rows if r.quantum is not None]
     return Records(
         client=client,
         round=first,
@@ -149,6 +149,7 @@ def to_records(
         coefficients=torch.from_numpy(coefficients),
         rates=torch.from_numpy(rates),
         digest=digest,
+        lattices=torch.tensor(lattices, dtype=torch.int32).reshape(-1, 2),
     )
 
 
@@ -211,9 +212,11 @@ class SeedReplay:
 
     def _pool_sums(self, start: int) -> Tensor | None:
         """The moves since `start` by direction of the pool, where that is less to send; None where it is not."""
-        pool, lattice, end = self.run.pool, self.run.lattice, len(self.records)
-        if pool is None or lattice is None:
+        pool, end = self.run.pool, len(self.records)
+        if pool is None or self.run.lattice is None:
             return None
+        if any(record.quantum is not None for record in self.records[start:]):
+            return None  # putting weights on another lattice rounds them: moves before and after it do not commute
         first = pool.generation(start)
         generations = pool.generation(end - 1) - first + 1
         if generations * pool.size >= (end - start) * self.run.directions:
@@ -236,19 +239,24 @@ class SeedReplay:
     def commit(self, round: int, answers: Sequence[Scalars], weights: Sequence[float]) -> None:
         """Aggregate and commit; with no answers, an empty record: no step.
 
-        Raises LatticeError, with nothing committed, for a step that would leave the lattice, and ValueError for a round
-        that is not the next one.
+        Where weights have grown to half of what their lattice holds, the round begins a coarser one. Raises
+        LatticeError, with nothing committed, for a step too large even so, and ValueError for a round that is not the
+        next one.
         """
         if round != len(self.records):
             raise ValueError(f"round {round} cannot be committed after {len(self.records)} rounds")
-        coefficients, rate = [0.0] * self.run.directions, 0.0
+        coefficients, rate, quantum = [0.0] * self.run.directions, 0.0, None
         if answers:
             values = [a.scalars for a in answers]
             if self.clip is not None:
                 values = clip_to_norm(values, self.clip, self.dimension)
-            coefficients, rate = self.step(round, self.aggregation(values, weights))
+            lattice = self.mirror.lattice
+            if lattice is not None and not self.mirror.fits(lattice.limit / 2):
+                lattice = lattice.coarser()
+                quantum = lattice.quantum
+            coefficients, rate = self.step(round, self.aggregation(values, weights), lattice)
         participants = tuple(a.client for a in answers)
-        self._append(RoundRecord(self.epoch, round, rate, np.array(coefficients, np.float32), participants))
+        self._append(RoundRecord(self.epoch, round, rate, np.array(coefficients, np.float32), participants, quantum))
 
     @property
     def largest_answer(self) -> int:

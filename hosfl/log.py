@@ -8,6 +8,7 @@ Format 1, little-endian:
     fields  kind 1, round:  rate f32  coefficients f32[P]  participants u32[k]
             kind 2, epoch:  none
             kind 3, digest: SHA-256[32]
+            kind 4, round on a coarser lattice:  exponent i16, then as kind 1
 
 The header's crc is CRC-32 of the 16 bytes before it and the JSON; a record's, of its length and its body, so that a
 damaged length cannot pass for a torn tail. The JSON is UTF-8 with sorted keys and no spaces; floats are Python's repr,
@@ -18,6 +19,9 @@ log that is valid: compare `Log.digest` with one kept elsewhere where that matte
 they are no signature.
 
 A round takes 29 + 4 P + 4 k bytes: 61 with P = 5 directions and k = 3 participants. An epoch takes 25, a digest 57.
+
+Kind 4: before this round's move the weights are put on the lattice of quantum 2^exponent, above the quantum so far; it
+holds from there on. One record, so that a crash cannot part the two.
 
 Order. Rounds count from 0, epochs from 0. A round record's round is the number of rounds so far, its epoch the current
 one. An epoch record (epoch e, round r) voids the rounds from r on and the digests after r rounds; e is above every
@@ -67,7 +71,9 @@ FRAME = struct.Struct("<2sII")
 FIELDS = struct.Struct("<BHI")
 RATE = struct.Struct("<f")
 CHAIN = 8
-ROUND, EPOCH, DIGEST = 1, 2, 3
+EXPONENT = struct.Struct("<h")
+EXPONENTS = -149, 103  # of a quantum of float32 weights: it is a float32 number, and 2^24 of them still are
+ROUND, EPOCH, DIGEST, COARSER_ROUND = 1, 2, 3, 4
 DISTRIBUTIONS = ("rademacher", "gaussian")
 DTYPES = ("float32", "bfloat16", "float16")
 LARGEST_DIRECTIONS = 1 << 20
@@ -144,7 +150,7 @@ class Parameter:
     """A tensor of the client half that moves.
 
     stream: of its noise, below 2^32. dtype: "float32", "bfloat16" or "float16". factor: the scale of directions on this
-    tensor, a power of two. Raises LogError.
+    tensor, a power of two. tied: its other names in the model. Raises LogError.
     """
 
     name: str
@@ -152,11 +158,14 @@ class Parameter:
     shape: tuple[int, ...]
     dtype: str = "float32"
     factor: float = 1.0
+    tied: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         what = f"parameter {_name(self.name, 'a parameter name')!r}"
         if not isinstance(self.shape, (tuple, list)):
             raise LogError(f"{what}: shape must be a tuple, not {reprlib.repr(self.shape)}")
+        if not isinstance(self.tied, (tuple, list)):
+            raise LogError(f"{what}: tied must be a tuple of names, not {reprlib.repr(self.tied)}")
         shape = tuple(_integer(size, f"{what}: a size in shape", 0, 2**63 - 1) for size in self.shape)
         _set(
             self,
@@ -164,6 +173,7 @@ class Parameter:
             shape=shape,
             dtype=_choice(self.dtype, f"{what}: dtype", DTYPES),
             factor=_power_of_two(self.factor, f"{what}: factor"),
+            tied=tuple(_name(name, f"{what}: a name in tied") for name in self.tied),
         )
 
 
@@ -235,9 +245,10 @@ def _pool(value: Any, directions: int) -> dict[str, int]:
 def _parameters(value: Any) -> tuple[Parameter, ...]:
     if not isinstance(value, (tuple, list)) or not all(isinstance(p, Parameter) for p in value):
         raise LogError(f"parameters must be a tuple of Parameter, not {reprlib.repr(value)}")
-    for quantity in ("name", "stream"):
-        if len({getattr(p, quantity) for p in value}) < len(value):
-            raise LogError(f"parameters: two have the same {quantity}")
+    names = [name for p in value for name in (p.name, *p.tied)]
+    for what, all_of_them in (("name", names), ("stream", [p.stream for p in value])):
+        if len(set(all_of_them)) < len(all_of_them):
+            raise LogError(f"parameters: two have the same {what}")
     return tuple(value)
 
 
@@ -296,7 +307,8 @@ class RoundRecord:
 
     rate: the learning rate, rounded to float32 here; for readers, the coefficients contain it. coefficients: finite
     float32 [P], not rounded: numbers that are none in float32 are refused; copied. participants: the clients that
-    answered, each once, below 2^32; none means no step, all coefficients zero. Equal means equal bits. Raises LogError.
+    answered, each once, below 2^32; none means no step, all coefficients zero. quantum: of the coarser lattice that
+    holds from this round on, a power of two; None where the lattice stays. Equal means equal bits. Raises LogError.
     """
 
     epoch: int
@@ -304,6 +316,7 @@ class RoundRecord:
     rate: float
     coefficients: NDArray[np.float32]
     participants: tuple[int, ...]
+    quantum: float | None = None
 
     def __post_init__(self) -> None:
         participants = tuple(_integer(client, "a participant", 0, 2**32 - 1) for client in self.participants)
@@ -312,6 +325,9 @@ class RoundRecord:
             raise LogError(f"a participant is named twice: {reprlib.repr(participants)}")
         if not participants and coefficients.any():
             raise LogError("nobody took part, but not all coefficients are zero")
+        if self.quantum is not None:
+            exponent = math.frexp(_power_of_two(self.quantum, "quantum"))[1] - 1
+            _integer(exponent, "the quantum's exponent", *EXPONENTS)
         _set(self, rate=_rate(self.rate), coefficients=coefficients, participants=participants, **_when(self))
 
     def __eq__(self, other: object) -> bool:
@@ -383,7 +399,10 @@ def _payload(record: Record) -> bytes:
     if isinstance(record, RoundRecord):
         participants = np.array(record.participants, dtype="<u4").tobytes()
         fields = RATE.pack(record.rate) + record.coefficients.astype("<f4").tobytes() + participants
-        return FIELDS.pack(ROUND, record.epoch, record.round) + fields
+        if record.quantum is None:
+            return FIELDS.pack(ROUND, record.epoch, record.round) + fields
+        exponent = EXPONENT.pack(math.frexp(record.quantum)[1] - 1)
+        return FIELDS.pack(COARSER_ROUND, record.epoch, record.round) + exponent + fields
     if isinstance(record, EpochRecord):
         return FIELDS.pack(EPOCH, record.epoch, record.round)
     if isinstance(record, DigestRecord):
@@ -393,14 +412,17 @@ def _payload(record: Record) -> bytes:
 
 def _decode(payload: bytes, directions: int) -> Record:
     kind, epoch, round_ = FIELDS.unpack_from(payload)
-    rest = payload[FIELDS.size :]
+    rest, quantum = payload[FIELDS.size :], None
+    if kind == COARSER_ROUND and len(rest) >= EXPONENT.size:
+        exponent = _integer(EXPONENT.unpack_from(rest)[0], "the quantum's exponent", *EXPONENTS)
+        kind, rest, quantum = ROUND, rest[EXPONENT.size :], 2.0**exponent
     if kind == ROUND:
         participants, odd = divmod(len(rest) - RATE.size - 4 * directions, 4)
         if participants < 0 or odd:
             raise LogError(f"a round of {directions} directions does not take {len(payload)} bytes")
         coefficients = np.frombuffer(rest, "<f4", directions, RATE.size)
         clients = struct.unpack_from(f"<{participants}I", rest, RATE.size + 4 * directions)
-        return RoundRecord(epoch, round_, RATE.unpack_from(rest)[0], coefficients, clients)
+        return RoundRecord(epoch, round_, RATE.unpack_from(rest)[0], coefficients, clients, quantum)
     if kind == EPOCH and not rest:
         return EpochRecord(epoch, round_)
     if kind == DIGEST:
@@ -411,8 +433,8 @@ def _decode(payload: bytes, directions: int) -> Record:
 class _History:
     """What records add up to, and which may come next."""
 
-    def __init__(self, directions: int) -> None:
-        self.directions = directions
+    def __init__(self, header: Header) -> None:
+        self.header = header
         self.records: list[Record] = []
         self.rounds: list[RoundRecord] = []
         self.digests: dict[int, bytes] = {}
@@ -432,8 +454,12 @@ class _History:
                 f"a {type(record).__name__} of epoch {record.epoch}, round {record.round} cannot come in epoch"
                 f" {self.epoch} after {done} rounds"
             )
-        if isinstance(record, RoundRecord) and len(record.coefficients) != self.directions:
-            raise LogError(f"{len(record.coefficients)} coefficients in a run of {self.directions} directions")
+        if isinstance(record, RoundRecord) and len(record.coefficients) != self.header.directions:
+            raise LogError(f"{len(record.coefficients)} coefficients in a run of {self.header.directions} directions")
+        if isinstance(record, RoundRecord) and record.quantum is not None:
+            so_far = next((r.quantum for r in reversed(self.rounds) if r.quantum is not None), self.header.quantum)
+            if so_far is None or record.quantum <= so_far:
+                raise LogError(f"a lattice of quantum {record.quantum:g} cannot follow one of {so_far}")
         if isinstance(record, DigestRecord) and self.digests.get(done, record.sha256) != record.sha256:
             raise LogError(f"after {done} rounds there is another digest already")
 
@@ -486,7 +512,7 @@ class _Content:
 
 def _parse(data: bytes) -> _Content:
     header, at = _decode_header(data)
-    history = _History(header.directions)
+    history = _History(header)
     running = hashlib.blake2b(data[:at], digest_size=32).digest()
     while (body := _body(data, at)) is not None:
         payload = body[:-CHAIN]

@@ -15,7 +15,7 @@ import math
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
@@ -34,9 +34,9 @@ class MessageError(ValueError):
     """A message that is not what the protocol says; nothing was changed by it."""
 
 
-def array(category: str, dims: int | None, *dtypes: torch.dtype) -> Any:
+def array(category: str, dims: int | None, *dtypes: torch.dtype, default: Any = MISSING) -> Any:
     """A field that holds an array: what its bytes count as, how many dims it has (None: any), which dtypes."""
-    return field(metadata={"category": category, "dims": dims, "dtypes": dtypes or (torch.float32,)})
+    return field(metadata={"category": category, "dims": dims, "dtypes": dtypes or (torch.float32,)}, default=default)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -86,12 +86,15 @@ class Records(Message):
     that the run's rule takes.
     rates: float32 [rounds], the learning rates of the rule; [0] on a lattice, where the coefficients contain them.
     digest: int32 [8], the SHA-256 of the client half after the last of these records; [0] where none is due.
+    lattices: int32 [k, 2], (round, exponent): before this round's move the half is put on the coarser lattice of
+    quantum 2^exponent, which holds from there on.
     """
 
     kind, direction = 2, "down"
     coefficients: Tensor = array("scalars", 2)
     rates: Tensor = array("scalars", 1)
     digest: Tensor = array("digest", 1, torch.int32)
+    lattices: Tensor = array("scalars", 2, torch.int32, default=torch.empty(0, 2, dtype=torch.int32))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

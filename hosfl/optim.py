@@ -326,7 +326,7 @@ class ZOSGD(torch.optim.Optimizer):
         self._largest = _largest([t for group in groups for t in group.tensors])
         lattice = self.lattice
         while self._largest + distance > lattice.limit / 2:
-            lattice = Lattice(16 * lattice.quantum)
+            lattice = lattice.coarser()
         if lattice != self.lattice:
             self._put(groups, lattice)
 

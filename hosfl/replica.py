@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hosfl.lattice import Lattice, LatticeError, spread
+from hosfl.log import EXPONENTS
 from hosfl.messages import MessageError, PoolMoves, Records
 from hosfl.seeds import Purpose, direction_seeds, pool_seeds, round_seed
 from hosfl_kernels import SGD, AdamW, replay_, update_
@@ -103,7 +104,8 @@ class Replica:
 
     tensors, streams: as `hosfl.probe.trainable` lists them; the tensors are changed in place. base: gives the tensors'
     values of round 0 again, for a replica that must start anew.
-    applied: number of rounds in the weights. epoch: in which the last of them came.
+    applied: number of rounds in the weights. epoch: in which the last of them came. lattice: where they are now; it
+    starts as the run's and becomes coarser in rounds whose records say so.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class Replica:
     ) -> None:
         self.tensors, self.streams, self.run, self.base = list(tensors), list(streams), run, base
         self.applied = self.epoch = 0
+        self.lattice = run.lattice
         self.moments = [[torch.zeros_like(t, dtype=torch.float32) for t in tensors] for _ in range(self._moments())]
         self._largest = float("inf")  # an upper bound of |weight| / factor, made exact when it matters
 
@@ -125,15 +128,28 @@ class Replica:
             for moment in self.moments:
                 torch._foreach_zero_(moment)
         self.applied = self.epoch = 0
+        self.lattice = self.run.lattice
         self._largest = float("inf")
 
-    def take_up(self, tensors: Sequence[Tensor], moments: Sequence[Sequence[Tensor]], applied: int, epoch: int) -> None:
+    @property
+    def mu(self) -> float:
+        """The size of a probe's step: the run's, on the lattice of the moment."""
+        return self.run.mu if self.lattice is None else self.lattice.nearest(self.run.mu, at_least_one=True)
+
+    def take_up(
+        self,
+        tensors: Sequence[Tensor],
+        moments: Sequence[Sequence[Tensor]],
+        applied: int,
+        epoch: int,
+        lattice: Lattice | None,
+    ) -> None:
         """Copy another replica's state of `applied` rounds."""
         with torch.no_grad():
             torch._foreach_copy_(self.tensors, list(tensors))
             for mine, other in zip(self.moments, moments, strict=True):
                 torch._foreach_copy_(mine, list(other))
-        self.applied, self.epoch = applied, epoch
+        self.applied, self.epoch, self.lattice = applied, epoch, lattice
         self._largest = float("inf")
 
     def digest(self) -> bytes:
@@ -149,20 +165,30 @@ class Replica:
         """
         if message.epoch < self.epoch:
             raise MessageError(f"records of epoch {message.epoch}, this client has seen epoch {self.epoch}")
-        self._check_coefficients(message.coefficients)
+        # A server that was restarted asks for a new start: some of our rounds are void.
+        anew = message.epoch > self.epoch and message.round < self.applied
+        if anew and message.round != 0:
+            raise MessageError(f"records of a new epoch from round {message.round}, this client is at more")
+        if not torch.isfinite(message.coefficients).all():
+            raise MessageError("records with infinite or NaN coefficients")
         if message.digest.numel() not in (0, 8):
             raise MessageError(f"a digest of {message.digest.numel()} words, not 8")
-        end = self._check_pool(message) if isinstance(message, PoolMoves) else self._check_rows(message)
-        if message.epoch > self.epoch and message.round < self.applied:
-            # A server that was restarted asks for a new start: some of our rounds are void.
-            if message.round != 0:
-                raise MessageError(f"records of a new epoch from round {message.round}, this client is at more")
+        applied, lattice = (0, self.run.lattice) if anew else (self.applied, self.lattice)
+        if isinstance(message, PoolMoves):
+            end = self._check_pool(message, applied)
+            _check_multiples(message.coefficients, lattice)
+        else:
+            end = self._check_rows(message)
+            parts = self._parts(message, applied, lattice)
+        if anew:
             self.reset()
         if isinstance(message, PoolMoves):
             self._apply_pool(message)
         else:
-            skipped = self.applied - message.round
-            self._apply_rows(message.coefficients[skipped:], message.rates[skipped:])
+            for part, rows, rates in parts:
+                if part is not None and part != self.lattice:
+                    self._coarsen(part, rows[:1])
+                self._apply_rows(rows, rates)
         self.epoch = message.epoch
         if (
             message.digest.numel()
@@ -170,14 +196,6 @@ class Replica:
             and not torch.equal(digest_array(self.digest()), message.digest)
         ):
             raise DigestMismatch(f"after {self.applied} rounds this client's half is not the server's")
-
-    def _check_coefficients(self, coefficients: Tensor) -> None:
-        if not torch.isfinite(coefficients).all():
-            raise MessageError("records with infinite or NaN coefficients")
-        if self.run.lattice is not None:
-            quanta = coefficients.double() / self.run.lattice.quantum
-            if not torch.equal(quanta, quanta.round()):
-                raise MessageError(f"moves that are no multiples of the lattice's quantum {self.run.lattice.quantum:g}")
 
     def _check_rows(self, message: Records) -> int:
         rows, rates, rule = message.coefficients, message.rates, self.run.rule
@@ -197,7 +215,30 @@ class Replica:
                 raise MessageError("rates whose steps are beyond float32")
         return end
 
-    def _check_pool(self, message: PoolMoves) -> int:
+    def _parts(
+        self, message: Records, applied: int, lattice: Lattice | None
+    ) -> list[tuple[Lattice | None, Tensor, Tensor]]:
+        """The rows and rates from round `applied` on, cut where the lattice becomes coarser. Raises MessageError."""
+        end, starts = message.round + len(message.coefficients), [(applied, lattice)]
+        if message.lattices.shape[1:] != (2,) or (len(message.lattices) and lattice is None):
+            raise MessageError(f"lattices of shape {tuple(message.lattices.shape)} in a run on {lattice}")
+        before = message.round - 1
+        for round, exponent in message.lattices.tolist():
+            if not before < round < end or not EXPONENTS[0] <= exponent <= EXPONENTS[1]:
+                raise MessageError(f"a lattice of quantum 2^{exponent} from round {round} on, of rounds up to {end}")
+            before = round
+            if round >= applied:
+                starts.append((round, Lattice(2.0**exponent)))
+        parts = []
+        for (first, here), (until, _) in zip(starts, [*starts[1:], (end, None)], strict=True):
+            if here is not None and lattice is not None and here.quantum < lattice.quantum:
+                raise MessageError(f"a lattice of quantum {here.quantum:g} after one of {lattice.quantum:g}")
+            lattice, rows = here, message.coefficients[first - message.round : until - message.round]
+            _check_multiples(rows, here)
+            parts.append((here, rows, message.rates[first - message.round : until - message.round]))
+        return parts
+
+    def _check_pool(self, message: PoolMoves, applied: int) -> int:
         pool, sums = self.run.pool, message.coefficients
         if pool is None or self.run.lattice is None:
             raise MessageError("sums over a pool in a run that has no pool on a lattice")
@@ -207,15 +248,13 @@ class Replica:
         generations = pool.generation(until - 1) - pool.generation(message.round) + 1
         if len(sums) != generations:
             raise MessageError(f"{len(sums)} generations of a pool where {generations} lie in these rounds")
-        if message.round != self.applied and not (message.round == 0 and message.epoch > self.epoch):
-            if until <= self.applied:
-                return until  # the same message again
+        if message.round != applied and until > applied:  # up to there it is the same message again
             raise MessageError(f"sums start at round {message.round}, this client is at {self.applied}")
         return until
 
     def _apply_rows(self, rows: Tensor, rates: Tensor) -> None:
         """Rows of the rounds from `applied` on, in one pass over the weights."""
-        lattice = self.run.lattice
+        lattice = self.lattice
         if not len(rows):
             return
         if lattice is None:
@@ -226,7 +265,7 @@ class Replica:
         elif len(rows) == 1:
             raise LatticeError(
                 f"round {self.applied} would carry weights beyond {lattice.limit:g}, where the lattice ends: lower"
-                " the client's rate, or start from weights rescaled to a larger maximum"
+                " the client's rate"
             )
         else:
             # Together they might; one after another they may not: the order of halves is the order of rounds.
@@ -235,8 +274,18 @@ class Replica:
             return
         self.applied += len(rows)
 
+    def _coarsen(self, lattice: Lattice, row: Tensor) -> None:
+        """Put the weights on a coarser lattice, unless the move that comes with it is too large even for that one."""
+        if not self.fits(spread(row), lattice):
+            raise LatticeError(
+                f"round {self.applied} would carry weights beyond {lattice.limit:g}: lower the client's rate"
+            )
+        lattice.put(self.tensors, self.run.factors)
+        self.lattice = lattice
+        self._largest += lattice.quantum / 2
+
     def _apply_pool(self, message: PoolMoves) -> None:
-        pool, lattice, until = self.run.pool, self.run.lattice, int(message.until[0])
+        pool, lattice, until = self.run.pool, self.lattice, int(message.until[0])
         assert pool is not None
         assert lattice is not None
         if until <= self.applied:
@@ -290,12 +339,15 @@ class Replica:
                 rounding_seeds=[round_seed(run.seed, Purpose.WEIGHTS, r) for r in rounds] if coarse else None,
             )
 
-    def fits(self, distance: float) -> bool:
-        """Whether weights moved by up to `distance` (times their factor) stay on the lattice, in a probe as well."""
-        lattice = self.run.lattice
+    def fits(self, distance: float, lattice: Lattice | None = None) -> bool:
+        """Whether weights moved by up to `distance` (times their factor) stay on the lattice, in a probe as well.
+
+        lattice: one that they are put on first; default: the one that they are on.
+        """
+        lattice = lattice or self.lattice
         if lattice is None:
             return True
-        distance += self.run.mu
+        distance += self.mu + lattice.quantum  # a coarser lattice rounds weights and mu by up to half a quantum
         if self._largest + distance > lattice.limit:
             self._largest = max(
                 (
@@ -306,3 +358,11 @@ class Replica:
                 default=0.0,
             )
         return self._largest + distance <= lattice.limit
+
+
+def _check_multiples(moves: Tensor, lattice: Lattice | None) -> None:
+    if lattice is None:
+        return
+    quanta = moves.double() / lattice.quantum
+    if not torch.equal(quanta, quanta.round()):
+        raise MessageError(f"moves that are no multiples of the lattice's quantum {lattice.quantum:g}")

@@ -24,7 +24,7 @@ from torch import Tensor
 from hosfl.checkpoint import save_module, write_atomically
 from hosfl.client import Client, ZerothOrderClient
 from hosfl.config import Config
-from hosfl.lattice import LatticeError
+from hosfl.lattice import Lattice, LatticeError
 from hosfl.ledger import SeedReplay
 from hosfl.log import RoundRecord
 from hosfl.messages import Message, Multiplier, Scalars, Wire
@@ -151,6 +151,9 @@ class ByzantineClient(ZerothOrderClient):
         return replace(honest, scalars=honest.scalars * signs * self.magnitude)
 
 
+Key = tuple[bytes, Lattice | None]  # SHA-256, and where the weights live: what makes two states the same
+
+
 @dataclass
 class State:
     """The bits that clients share: weights, moments, and how many clients are in this state."""
@@ -165,8 +168,8 @@ class Crowd(Federation):
     """A federation of thousands: a client exists while it takes part, and is a reference to its state otherwise."""
 
     faults: Faults = field(default_factory=Faults)
-    states: dict[bytes, State] = field(default_factory=dict)
-    where: dict[int, tuple[bytes, int, int]] = field(default_factory=dict)  # client: state, rounds applied, epoch
+    states: dict[Key, State] = field(default_factory=dict)
+    where: dict[int, tuple[Key, int, int]] = field(default_factory=dict)  # client: state, rounds applied, epoch
     away: dict[int, int] = field(default_factory=dict)  # client: the round in which it comes back
     deaths: int = 0
     most_states: int = 0
@@ -225,13 +228,13 @@ class Crowd(Federation):
             )
         if number in self.where and isinstance(client, ZerothOrderClient):
             key, applied, epoch = self.where[number]
-            client.take_up(self.states[key].tensors, self.states[key].moments, applied, epoch)
+            client.take_up(self.states[key].tensors, self.states[key].moments, applied, epoch, key[1])
         return client
 
     def put_back(self, client: Client) -> None:
         assert isinstance(client, ZerothOrderClient)
         replica, before = client.replica, self.where.get(client.number)
-        key = replica.digest()
+        key = replica.digest(), replica.lattice
         if before is None or before[0] != key:
             if key not in self.states:
                 self.states[key] = State([t.detach() for t in replica.tensors], replica.moments)
@@ -241,7 +244,7 @@ class Crowd(Federation):
         self.where[client.number] = key, replica.applied, replica.epoch
         self.most_states = max(self.most_states, len(self.states))
 
-    def _leave(self, key: bytes) -> None:
+    def _leave(self, key: Key) -> None:
         self.states[key].clients -= 1
         if not self.states[key].clients:
             del self.states[key]

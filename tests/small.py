@@ -78,8 +78,8 @@ class Small:
         return Server(half, loss, optimizer, lambda round: 0.1, self.ledger, 5, 10, (2,), 2, batch)
 
 
-def small(kind="moves", rate=0.05, headroom=16.0, dist=None, **settings):
-    """A run: its kind is a key of RULES. settings: of the ledger."""
+def small(kind="moves", rate=0.05, growth=1.0, headroom=16.0, dist=None, **settings):
+    """A run: its kind is a key of RULES. growth: of the rate, per round. settings: of the ledger."""
     torch.manual_seed(0)
     half = nn.Linear(3, 2)
     if "bfloat16" in kind:
@@ -97,7 +97,11 @@ def small(kind="moves", rate=0.05, headroom=16.0, dist=None, **settings):
         rule=rule,
         pool=POOL if "pool" in kind else None,
     )
-    step = PoolStep(run, lambda r: rate, adam) if run.pool else FreshStep(run, lambda r: rate)
+
+    def rates(round):
+        return rate * growth**round
+
+    step = PoolStep(run, rates, adam) if run.pool else FreshStep(run, rates)
     made = Small(half, run, SeedReplay(run, step, mirror=None, **{"digest_every": 0, **settings}))
     made.ledger.mirror = made.replica()
     return made

@@ -7,17 +7,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from small import DIRECTIONS, POOL, RULES, round_scalars, small
+from safetensors.torch import save
+from small import DIRECTIONS, POOL, RULES, Small, round_scalars, small
 from torch import nn
 
 from hosfl.aggregate import AGGREGATIONS, RunningLength, clip_to_norm, to_lattice, trimmed_mean, weighted_mean
 from hosfl.checkpoint import header_of, rebuild, save_module
-from hosfl.lattice import Lattice, power_of_two_scales
-from hosfl.ledger import FreshStep, PoolStep, to_records, voided
+from hosfl.lattice import Lattice, LatticeError, power_of_two_scales
+from hosfl.ledger import FreshStep, PoolStep, SeedReplay, to_records, voided
 from hosfl.log import DigestRecord, EpochRecord, Log, LogError
-from hosfl.messages import Differs, Hello, MessageError, PoolMoves, Records, Scalars
+from hosfl.messages import Differs, Hello, MessageError, Multiplier, PoolMoves, Records, Scalars
 from hosfl.probe import probe_in_place, probe_untouched, trainable
-from hosfl.replica import DigestMismatch, Pool, digest_array
+from hosfl.replica import DigestMismatch, Pool, Replica, digest_array
 from hosfl_kernels import AdamW, spec
 
 ROUNDS = 37  # three generations of the pool and a bit
@@ -104,6 +105,121 @@ def test_an_empty_round_changes_nothing(kind):
     assert made.ledger.records[6].participants == ()
 
 
+# --- a lattice that is outgrown -----------------------------------------------------------------------------------
+
+
+def growing(kind, **settings):
+    """Weights that outgrow their lattice several times."""
+    return small(kind, rate={"moves": 8.0, "pool": 0.1}[kind], growth=1.25, headroom=2.0, **settings)
+
+
+def coarsenings(made):
+    return [record.round for record in made.ledger.records if record.quantum is not None]
+
+
+@pytest.mark.parametrize("kind", ["moves", "pool"])
+def test_a_lattice_that_is_outgrown_becomes_coarser_for_everybody(kind):
+    made = growing(kind).play(ROUNDS, EMPTY)
+    mirror, rounds = made.ledger.mirror, coarsenings(made)
+    assert len(rounds) > 1
+    assert mirror.lattice.quantum == made.run.lattice.quantum * 16.0 ** len(rounds)
+    for tensor, factor in zip(mirror.tensors, made.run.factors, strict=True):
+        quanta = tensor.detach().double() / (mirror.lattice.quantum * factor)
+        assert torch.equal(quanta, quanta.round())
+        assert float(quanta.abs().max()) < 2**24
+    goal = (mirror.digest(), ROUNDS, 0, mirror.lattice, mirror.mu)
+    at_once, singly = made.replica(), made.replica()
+    at_once.apply(part(made, 0, ROUNDS))
+    for round in range(ROUNDS):
+        singly.apply(part(made, round, round + 1))
+        singly.apply(part(made, 0, round + 1))  # again, from the start
+    assert (*state(at_once), at_once.lattice, at_once.mu) == (*state(singly), singly.lattice, singly.mu) == goal
+    for start in range(ROUNDS):
+        client = made.client()
+        client.catch_up(part(made, 0, start))
+        client.catch_up(made.since(client))
+        assert (*state(client.replica), client.replica.lattice, client.replica.mu) == goal
+    at_once.reset()
+    assert at_once.lattice == made.run.lattice
+
+
+def test_sums_over_the_pool_are_of_one_lattice():
+    made = growing("pool").play(ROUNDS)
+    last = coarsenings(made)[-1]
+    for start in range(ROUNDS):
+        news = made.ledger.since(Hello(client=0, round=start))
+        assert start > last or isinstance(news, Records)
+    assert len(made.ledger.since(Hello(client=0, round=0)).lattices) == len(coarsenings(made))
+
+
+def test_probing_on_a_coarser_lattice_leaves_no_trace():
+    made = growing("moves").play(ROUNDS)
+    client = made.client()
+    client.catch_up(made.since(client))
+    before, cut = client.digest(), client.output(ROUNDS)
+    client.answer(Multiplier(client=0, round=ROUNDS, multiplier=torch.randn(cut.cut.shape)))
+    assert client.digest() == before
+
+
+def test_a_coarser_lattice_is_in_the_log_and_void_with_its_round(tmp_path):
+    made = growing("moves")
+    save_module(made.half, tmp_path / "base.safetensors")
+    with Log.create(tmp_path / "log", header_of(made.run, made.half, {}), sync="never") as log:
+        made.ledger.log = log
+        made.play(ROUNDS)
+        first, *_, last = coarsenings(made)
+        client = made.client()
+        client.catch_up(made.since(client))
+        made.ledger.restart(log, last)
+        assert made.ledger.mirror.lattice.quantum < client.replica.lattice.quantum
+        made.play(ROUNDS, seed=1)
+        client.catch_up(made.since(client))
+        mirror = made.ledger.mirror
+        assert (*state(client.replica), client.replica.lattice) == (*state(mirror), mirror.lattice)
+    for upto in (first, first + 1, last, last + 1, ROUNDS):
+        replica = made.replica()
+        replica.apply(part(made, 0, upto))
+        assert rebuild(tmp_path / "log", tmp_path / "base.safetensors", upto)[1].digest() == replica.digest()
+
+
+def test_a_rebuilt_model_has_its_tied_weights_under_all_their_names(tmp_path):
+    torch.manual_seed(0)
+    half = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 7, bias=False))
+    half[2].weight = half[0].weight
+    parameters, streams = trainable(half)
+    factors = power_of_two_scales(parameters)
+    lattice = Lattice.snap(parameters, factors)
+    run = replace(small().run, lattice=lattice, factors=tuple(factors))
+    base = [p.detach().clone() for p in parameters]
+    ledger = SeedReplay(run, FreshStep(run, lambda r: 0.05), Replica(parameters, streams, run, lambda: base))
+    save_module(half, tmp_path / "base.safetensors")
+    with Log.create(tmp_path / "log", header_of(run, half, {}), sync="never") as ledger.log:
+        Small(half, run, ledger).play(5)
+    tensors, _ = rebuild(tmp_path / "log", tmp_path / "base.safetensors")
+    assert set(tensors) == {"0.weight", "1.weight", "1.bias", "2.weight"}
+    for name, value in half.state_dict().items():
+        assert torch.equal(tensors[name], value), name
+    save(tensors)  # which refuses tensors that share memory
+
+
+def test_a_step_too_large_for_the_coarser_lattice_too_changes_nothing():
+    made = growing("moves").play(3)
+    replica = made.replica()
+    replica.apply(part(made, 0, 3))
+    before, lattice = state(replica), replica.lattice.coarser()
+    exponents = torch.tensor([[3, lattice.exponent]], dtype=torch.int32)
+    for share, fits in [(0.5, False), (0.2, True)]:
+        rows = torch.full((1, 4), lattice.nearest(share * lattice.limit))
+        news = Records(client=0, round=3, coefficients=rows, rates=torch.empty(0), digest=NO_DIGEST, lattices=exponents)
+        if fits:
+            replica.apply(news)
+            assert (replica.applied, replica.lattice) == (4, lattice)
+        else:
+            with pytest.raises(LatticeError, match="round 3 would carry"):
+                replica.apply(news)
+            assert (*state(replica), replica.lattice.coarser()) == (*before, lattice)
+
+
 def refused(kind):
     """(message to a replica of 10 rounds in epoch 1, part of the reason)."""
     made = small(kind).play(12)
@@ -118,11 +234,18 @@ def refused(kind):
     yield replace(good, coefficients=rows[:, :3]), "3 directions"
     yield replace(good, coefficients=torch.zeros(2, 0)), "0 directions"
     yield replace(good, digest=torch.zeros(3).int()), "3 words"
+    for lattices in ([[11, 3]], [[11, 3], [11, 4]], [[11, 4], [10, 5]], [[12, 3]], [[9, 3]], [[11, 104]], [[11, -150]]):
+        if rule is not None or lattices != [[11, 3]]:
+            yield replace(good, lattices=torch.tensor(lattices, dtype=torch.int32)), "lattices? of"
+    yield replace(good, lattices=torch.zeros(1, 3).int()), "lattices of shape"
     for number in (torch.nan, torch.inf, -torch.inf):
         yield replace(good, coefficients=torch.where(torch.arange(4) == 3, number, rows)), "infinite or NaN"
     yield replace(good, rates=torch.ones(3)), "3 rates for 2"
     if rule is None:
         yield replace(good, coefficients=rows + made.run.lattice.quantum / 2), "no multiples"
+        exponent = made.run.lattice.exponent
+        yield replace(good, lattices=torch.tensor([[11, exponent - 1]], dtype=torch.int32)), "after one of"
+        yield replace(good, lattices=torch.tensor([[11, exponent + 20]], dtype=torch.int32)), "no multiples"
     else:
         yield replace(good, rates=torch.tensor([0.1, torch.nan])), "rates"
         yield replace(good, rates=torch.tensor([0.1, -0.1])), "negative"
@@ -146,7 +269,7 @@ def refused(kind):
     yield sums([12], generations=3), "3 generations"
     yield sums([12], generations=2, round=9), "start at round 9"
     yield sums([12], round=11), "start at round 11"
-    yield sums([12], generations=2, epoch=2, round=5), "start at round 5"
+    yield sums([12], generations=2, epoch=2, round=5), "new epoch from round 5"
     yield sums([11], value=quantum / 2), "no multiples"
     yield sums([11], value=torch.nan), "NaN"
     yield sums([11], epoch=0), "epoch 0"
@@ -416,7 +539,7 @@ def test_the_pool_is_adam_on_its_coefficients(kind):
         if round % POOL.rounds == 0:
             committed = np.zeros(POOL.size)
         before = [float(c.detach()) for c in step.coefficients]
-        row, rate = step(round, weighted_mean([round_scalars(round)], [1.0]))
+        row, rate = step(round, weighted_mean([round_scalars(round)], [1.0]), lattice)
         assert step.generation == round // POOL.rounds
         assert made.run.pool.measured(round, DIRECTIONS) == measured
         now = [float(c.detach()) for c in step.coefficients]
@@ -437,7 +560,9 @@ def test_the_pool_is_adam_on_its_coefficients(kind):
 def test_small_steps_add_up_in_the_pool():
     made = small("pool")
     step, quantum = PoolStep(made.run, lambda r: 1.0, lambda p: torch.optim.SGD(p)), made.run.lattice.quantum
-    moved = sum(np.array(step(round, torch.full((4,), -0.2 * quantum))[0]) for round in range(0, 10, 2))
+    moved = sum(
+        np.array(step(round, torch.full((4,), -0.2 * quantum), made.run.lattice)[0]) for round in range(0, 10, 2)
+    )
     assert moved.tolist() == [quantum] * 4  # five fifths of a quantum
 
 
@@ -462,10 +587,13 @@ def test_a_pool_saved_and_loaded_goes_on_with_the_same_bits(name, normalized):
     step = fresh()
     for stop in (1, 3, 11, 15):
         for round in range(stop - 1 if stop < 3 else 0, stop):
-            step(round, round_scalars(round).double())
+            step(round, round_scalars(round).double(), run.lattice)
         other = fresh()
         other.load(*copy.deepcopy(step.state()))
-        rows = [[s(round, round_scalars(round).double()) for round in range(stop, stop + 15)] for s in (step, other)]
+        rows = [
+            [s(round, round_scalars(round).double(), run.lattice) for round in range(stop, stop + 15)]
+            for s in (step, other)
+        ]
         assert rows[0] == rows[1]
         assert any(c != 0 for row, _ in rows[0] for c in row)
         step = fresh()
@@ -476,10 +604,11 @@ def test_a_fresh_step_saved_and_loaded_goes_on_with_the_same_bits():
     step = FreshStep(run, lambda r: 0.05, RunningLength())
     other = FreshStep(run, lambda r: 0.05, RunningLength())
     for round in range(5):
-        step(round, round_scalars(round).double())
-    assert step(5, round_scalars(5).double()) != other(5, round_scalars(5).double())
+        step(round, round_scalars(round).double(), run.lattice)
+    scalars = round_scalars(5).double()
+    assert step(5, scalars, run.lattice) != other(5, scalars, run.lattice)
     other.load(*copy.deepcopy(step.state()))
-    assert step(6, round_scalars(6).double()) == other(6, round_scalars(6).double())
+    assert step(6, scalars, run.lattice) == other(6, scalars, run.lattice)
 
 
 def test_pools_that_cannot_be():

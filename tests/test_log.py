@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import os
 import random
 import resource
@@ -50,7 +51,7 @@ HEADER = Header(
     pool={"size": 64, "rounds": 60},
     parameters=(
         Parameter("0.weight", 0, (3, 4), "float32", 0.25),
-        Parameter("0.bias", 2**32 - 1, (), "bfloat16"),
+        Parameter("0.bias", 2**32 - 1, (), "bfloat16", tied=("2.bias",)),
     ),
     base=hashlib.sha256(b"base").hexdigest(),
     settings={"task": "digits", "rates": [0.1, 1 / 3], "größe": None},
@@ -61,9 +62,9 @@ def coefficients(round, epoch=0):
     return np.random.default_rng((round, epoch)).standard_normal(P).astype(np.float32)
 
 
-def a_round(round, epoch=0, participants=(7, 0, 2**32 - 1)):
+def a_round(round, epoch=0, participants=(7, 0, 2**32 - 1), quantum=None):
     values = coefficients(round, epoch) if participants else np.zeros(P, dtype=np.float32)
-    return RoundRecord(epoch, round, 0.1 / (round + 1), values, participants)
+    return RoundRecord(epoch, round, 0.1 / (round + 1), values, participants, quantum)
 
 
 def a_digest(round, epoch=0):
@@ -74,12 +75,12 @@ RECORDS = [
     a_digest(0),
     a_round(0),
     a_round(1, participants=()),
-    a_round(2),
+    a_round(2, quantum=2.0**-16),
     a_digest(3),
     EpochRecord(2, 1),
     a_round(1, 2),
     a_digest(2, 2),
-    a_round(2, 2, participants=tuple(range(9))),
+    a_round(2, 2, participants=tuple(range(9)), quantum=2.0**-17),  # its coarser lattice of old is void
 ]
 
 
@@ -119,9 +120,11 @@ def forged(data_head, payloads):
 
 def payload(record):
     kinds = {RoundRecord: 1, EpochRecord: 2, DigestRecord: 3}
-    start = struct.pack("<BHI", kinds[type(record)], record.epoch, record.round)
+    coarser = isinstance(record, RoundRecord) and record.quantum is not None
+    start = struct.pack("<BHI", 4 if coarser else kinds[type(record)], record.epoch, record.round)
     if isinstance(record, RoundRecord):
         k = len(record.participants)
+        start += struct.pack("<h", round(math.log2(record.quantum))) if coarser else b""
         return start + struct.pack(f"<f{P}f{k}I", record.rate, *record.coefficients, *record.participants)
     return start + (record.sha256 if isinstance(record, DigestRecord) else b"")
 
@@ -241,6 +244,8 @@ def test_the_module_needs_no_torch(tmp_path):
         (a_digest(4, 2), "round 4 cannot come"),
         (a_digest(2, 2), "round 2 cannot come"),
         (RoundRecord(2, 3, 0.1, np.zeros(P + 1), (1,)), "6 coefficients in a run of 5"),
+        (a_round(3, 2, quantum=2.0**-17), "cannot follow one of"),
+        (a_round(3, 2, quantum=2.0**-30), "cannot follow one of"),
         ("a record", "str is no kind of record"),
     ],
 )
@@ -290,6 +295,10 @@ BAD_RECORDS = [
     (lambda: RoundRecord(0, 0, 1e39, [1.0], (1,)), "rate must"),
     (lambda: RoundRecord(2**16, 0, 0.1, [1.0], (1,)), "epoch must"),
     (lambda: RoundRecord(0, 2**32, 0.1, [1.0], (1,)), "round must"),
+    (lambda: RoundRecord(0, 0, 0.1, [1.0], (1,), 3.0), "power of two"),
+    (lambda: RoundRecord(0, 0, 0.1, [1.0], (1,), -2.0), "power of two"),
+    (lambda: RoundRecord(0, 0, 0.1, [1.0], (1,), np.inf), "finite"),
+    (lambda: RoundRecord(0, 0, 0.1, [1.0], (1,), 2.0**104), "exponent must"),
     (lambda: EpochRecord(-1, 0), "epoch must"),
     (lambda: EpochRecord(1, 0.0), "round must"),
     (lambda: DigestRecord(0, 0, b"short"), "32 bytes"),
@@ -348,6 +357,10 @@ BAD_PARAMETERS = [
     ({"factor": 0.3}, "factor must be a power of two"),
     ({"factor": -1.0}, "factor must be a power of two"),
     ({"name": "0.bias"}, "two have the same name"),
+    ({"tied": ("0.weight",)}, "two have the same name"),
+    ({"tied": ("2.bias",)}, "two have the same name"),
+    ({"tied": "2.weight"}, "tied must be"),
+    ({"tied": ("",)}, "a name in tied must"),
     ({"stream": 2**32 - 1}, "two have the same stream"),
 ]
 
@@ -428,6 +441,11 @@ HOSTILE_PAYLOADS = [
     (struct.pack("<BHI", 3, 0, 0) + bytes(31), "32 bytes"),
     (struct.pack("<BHI", 3, 0, 0) + bytes(33), "32 bytes"),
     (struct.pack("<BHI", 0, 0, 0), "unknown kind 0"),
+    (struct.pack("<BHI", 4, 0, 0), "unknown kind 4"),
+    (struct.pack("<BHI", 4, 0, 0) + b"x", "unknown kind 4"),
+    (struct.pack("<BHIh", 4, 0, 0, 3), "does not take"),
+    (struct.pack("<BHIhf5f1I", 4, 0, 0, 104, 0.1, 1, 2, 3, 4, 5, 1), "exponent must"),
+    (struct.pack("<BHIhf5f1I", 4, 0, 0, -150, 0.1, 1, 2, 3, 4, 5, 1), "exponent must"),
     (struct.pack("<BHI", 255, 0, 0), "unknown kind 255"),
 ]
 

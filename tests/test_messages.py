@@ -76,7 +76,7 @@ def test_every_kind_has_an_example():
 def test_scalars_cost_four_bytes_each():
     assert SCALARS.sizes()["scalars up"] == 20
     assert EXAMPLES[1].sizes() == {
-        "framing down": 20 + 4 * 3 + 4 * 4,
+        "framing down": 20 + 4 * 4 + 4 * 6,
         "scalars down": 4 * 4 * 5 + 16,
         "digest down": 32,
     }

@@ -103,6 +103,15 @@ def test_one_digest(rule: str, dtype: str, tmp_path: Path) -> None:
     assert outcome.states > 10
 
 
+@pytest.mark.parametrize("directions_from", ["fresh", "pool"])
+def test_one_digest_when_the_lattice_is_outgrown(directions_from: str, tmp_path: Path) -> None:
+    """Clients come, go and start anew on either side of the round in which the lattice becomes coarser."""
+    settings = {"rule": "normalized", "client_rate": 1.0, "directions_from": directions_from, "pool_size": 16}
+    faults = Faults(dropout=0.2, absence=0.1, longest_absence=30, damage=0.02, crash_every=12)
+    check_one_digest(small(rounds=60, digest_every=15, evaluate_every=60, **settings), faults, tmp_path)
+    assert any(record.quantum is not None for record in Log.read(tmp_path / "hosfl.log").rounds)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rule", RULES)
@@ -477,9 +486,9 @@ def test_a_client_whose_bits_rot_is_found_and_rebuilt(rule: str, tmp_path: Path)
     kept = crowd.states[key]
     tensors = [t.clone() for t in kept.tensors]
     tensors[0].view(-1)[5] += 0.25
-    crowd.states[b"rotten"] = State(tensors, kept.moments, 1)
+    crowd.states[b"rotten", key[1]] = State(tensors, kept.moments, 1)
     kept.clients -= 1
-    crowd.where[7] = b"rotten", applied, epoch
+    crowd.where[7] = (b"rotten", key[1]), applied, epoch
     crowd.round(1)
     crowd.round(2)
     assert crowd.server.differed == ["client 7 after round 2"]
