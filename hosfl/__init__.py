@@ -10,7 +10,7 @@ from hosfl.messages import MessageError, Wire, decode, encode
 from hosfl.replica import Pool, Replica, Run
 from hosfl.report import Evaluation, Summary
 from hosfl.server import Server
-from hosfl.split import SplitModel, split
+from hosfl.split import SplitModel, cut_points, split
 from hosfl.trainer import train
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "Summary",
     "Wire",
     "ZerothOrderClient",
+    "cut_points",
     "decode",
     "encode",
     "rebuild",

@@ -1,5 +1,5 @@
-"""The command line: train one method, compare methods and seeds, simulate a crowd under faults, rebuild weights from a
-log, look into a log."""
+"""The command line: train, compare methods and seeds, simulate a crowd under faults, list where a model can be cut,
+rebuild weights from a log, look into a log."""
 
 from __future__ import annotations
 
@@ -21,10 +21,12 @@ from safetensors.torch import save
 from hosfl.checkpoint import load_config, rebuild, write_atomically
 from hosfl.compare import compare, print_table
 from hosfl.config import CHOICES, METHODS, PRESETS, Config
+from hosfl.families import skeleton
 from hosfl.lattice import LatticeError
 from hosfl.log import EpochRecord, Log, LogError, RoundRecord
 from hosfl.report import Evaluation
 from hosfl.simulate import Faults, simulate
+from hosfl.split import cut_points
 from hosfl.trainer import Progress as OnProgress
 from hosfl.trainer import train
 
@@ -120,6 +122,11 @@ def parser(preset: str | None = None) -> argparse.ArgumentParser:
     for sub in (one, many, crowd):
         sub.add_argument("--preset", choices=PRESETS, help="defaults of other options: the paper's setting")
         sub.set_defaults(**PRESETS.get(preset or "", {}))
+    cuts = command("split", "list the places where a model can be cut, and what lies on either side")
+    cuts.add_argument("--model", required=True, metavar="NAME", help="on the Hugging Face hub, or a folder; no weights")
+    cuts.add_argument("--list", action="store_true", help="list the cut points: what this command does anyway")
+    cuts.add_argument("--batch", type=int, default=1, help="samples of the example (default: %(default)s)")
+    cuts.add_argument("--length", type=int, default=128, help="tokens per sample (default: %(default)s)")
     made = command("rebuild", "make the client half of a log")
     made.add_argument("log", type=Path, metavar="LOG", help="a run's hosfl.log")
     made.add_argument("--base", type=Path, required=True, metavar="FILE", help="safetensors with the base weights")
@@ -188,6 +195,24 @@ def _simulate(options: argparse.Namespace) -> int:
     return 130 if outcome.interrupted else 0
 
 
+def _split(options: argparse.Namespace) -> int:
+    model, inputs = skeleton(options.model, options.batch, options.length)
+    try:
+        points = cut_points(model, inputs)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+    shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
+    table = Table(title=f"{type(model).__name__}, {shapes}", caption="parameters, and MB of the outputs of all modules")
+    for name in ("at", "first layer of the server", "client", "server", "MB client", "MB server", "MB cut"):
+        table.add_column(name, justify="left" if "layer" in name else "right")
+    for point in points:
+        sizes = (point.client_activations, point.server_activations, point.cut)
+        counts = (f"{n:,}" for n in (point.client_parameters, point.server_parameters))
+        table.add_row(str(point.at), point.name, *counts, *(f"{(n or 0) / 1e6:.2f}" for n in sizes))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    return 0
+
+
 def _rebuild(options: argparse.Namespace) -> int:
     tensors, replica = rebuild(options.log, options.base, options.upto)
     write_atomically(options.out, save(tensors))
@@ -228,7 +253,14 @@ def _compare(options: argparse.Namespace) -> int:
     return 130 if table["interrupted"] else 0
 
 
-COMMANDS = {"train": _train, "compare": _compare, "simulate": _simulate, "rebuild": _rebuild, "log": _log}
+COMMANDS = {
+    "train": _train,
+    "compare": _compare,
+    "simulate": _simulate,
+    "split": _split,
+    "rebuild": _rebuild,
+    "log": _log,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -241,7 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LogError as error:
         print(f"hosfl: {error}", file=sys.stderr)
         return 1
-    except (ValueError, FileExistsError) as error:
+    except (ValueError, FileExistsError, ImportError) as error:
         top.error(str(error))
     except (OSError, SafetensorError) as error:
         print(f"hosfl: {error}", file=sys.stderr)

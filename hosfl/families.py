@@ -1,0 +1,255 @@
+"""How to cut the transformers of Hugging Face: which of a model's modules come before its layers, and which after.
+
+The server half is the model itself without the client's layers. It runs its own forward pass, which makes masks and
+position embeddings from the shape of the cut; whatever it computes in place of the client's part is thrown away at the
+door of its first layer, where the cut goes in. The client half is the model's trunk without the server's layers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where things are in a family's base model; of alternatives, as in different versions, the first that is there.
+
+    trunk: the module that runs the layers. layers: their list, in the trunk. before, after: the trunk's modules that
+    run before the first layer and after the last. inputs: the name of the model's first argument.
+    """
+
+    layers: tuple[str, ...] = ("layers",)
+    before: tuple[str, ...] = ("embed_tokens",)
+    after: tuple[str, ...] = ("norm",)
+    trunk: str = ""
+    inputs: str = "input_ids"
+
+
+DECODER = Family()
+BERT = Family(layers=("encoder.layer",), before=("embeddings",), after=("pooler",))
+FAMILIES = {
+    "opt": Family(
+        trunk="decoder",
+        before=("embed_tokens", "embed_positions", "project_in"),
+        after=("final_layer_norm", "project_out"),
+    ),
+    "gpt2": Family(layers=("h",), before=("wte", "wpe", "drop"), after=("ln_f",)),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), DECODER),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta"), BERT),
+    "resnet": Family(layers=("encoder.stages",), before=("embedder",), after=("pooler",), inputs="pixel_values"),
+    "vit": Family(
+        layers=("layers", "encoder.layer"),
+        before=("embeddings",),
+        after=("layernorm", "pooler"),
+        inputs="pixel_values",
+    ),
+}
+
+
+def transformer_layers(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
+    """The path of a known transformer's list of layers, and the list; None for any other module."""
+    family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
+    if family is None:
+        return None
+    path = _join(_trunk_path(model, family), _first(model.get_submodule(_trunk_path(model, family)), family.layers))
+    layers = model.get_submodule(path)
+    assert isinstance(layers, nn.ModuleList)
+    return path, layers
+
+
+def cut_transformer(model: nn.Module, at: int) -> tuple[nn.Module, nn.Module]:
+    """The client half with the first `at` layers, and the server half. Both share the model's weights."""
+    family = FAMILIES[model.config.model_type]  # type: ignore[union-attr, index]
+    path = _trunk_path(model, family)
+    trunk = model.get_submodule(path)
+    where = _first(trunk, family.layers)
+    layers = list(trunk.get_submodule(where))  # type: ignore[call-overload]
+
+    mine = replaced(trunk, where, nn.ModuleList(layers[:at]))
+    for name in family.after:
+        if getattr(mine, name, None) is not None:
+            mine = replaced(mine, name, nn.Identity())
+    mine.config = _config(model, 0, at)
+
+    door = Door()
+    config = _config(model, at, len(layers))
+    theirs = replaced(trunk, where, nn.ModuleList([door.into(layers[at], "hidden_states"), *layers[at + 1 :]]))
+    for name in family.before:
+        if getattr(theirs, name, None) is not None:
+            theirs = replaced(theirs, name, Absent(door))
+    theirs.config = config
+    if family.inputs == "input_ids":
+        theirs = door.into(theirs, "inputs_embeds", instead_of="input_ids")
+    rest = replaced(model, path, theirs) if path else theirs
+    rest.config = config
+    return ClientHalf(mine), ServerHalf(rest, door, family.inputs)
+
+
+def skeleton(name: str, batch: int, length: int) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A model without weights, on the meta device, and example inputs: for `hosfl.split.cut_points`.
+
+    name: of a model on the hub, or a folder with its config.json. length: tokens per sample; images have the model's
+    own size. Raises ImportError without transformers, OSError where there is no such model.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("this needs transformers: pip install 'hosfl[hf]'") from error
+    config = transformers.AutoConfig.from_pretrained(name)
+    config._attn_implementation = "eager"  # the others look at the mask's values, which the meta device has not
+    wanted = (config.architectures or [""])[0]
+    make = getattr(transformers, wanted, None)
+    with torch.device("meta"):
+        model = (make._from_config(config) if make else transformers.AutoModel.from_config(config)).eval()
+        if getattr(model, "main_input_name", "") == "pixel_values":
+            size = getattr(config, "image_size", 224)
+            return model, {"pixel_values": torch.empty(batch, getattr(config, "num_channels", 3), size, size)}
+        tokens = torch.zeros(batch, length, dtype=torch.int64)
+        return model, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+class ClientHalf(nn.Module):
+    """The trunk up to the cut: what the whole model takes, named -> the cut, [batch, length, width]."""
+
+    def __init__(self, trunk: nn.Module) -> None:
+        super().__init__()
+        self.trunk = trunk
+
+    def forward(self, *args: Any, **inputs: Any) -> Tensor:
+        unknown = {"position_ids", "past_key_values", "inputs_embeds", "labels"} & inputs.keys()
+        if unknown:
+            raise ValueError(f"{', '.join(sorted(unknown))}: only inputs and an attention mask cross the cut")
+        use_cache = {"use_cache": False} if hasattr(self.trunk.config, "use_cache") else {}
+        cut: Tensor = self.trunk(*args, **inputs, **use_cache).last_hidden_state
+        return cut
+
+
+class ServerHalf(nn.Module):
+    """The model from the cut on: the cut, and the inputs' attention mask -> logits; a trunk's last hidden state."""
+
+    def __init__(self, model: nn.Module, door: Door, inputs: str) -> None:
+        super().__init__()
+        self.model, self.door, self.inputs = model, door, inputs
+
+    def forward(self, cut: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        named: dict[str, Any] = {} if attention_mask is None else {"attention_mask": attention_mask}
+        if hasattr(self.model.config, "use_cache"):
+            named["use_cache"] = False
+        named[self.inputs] = self._tokens(cut, attention_mask) if self.inputs == "input_ids" else cut
+        self.door.cut = cut
+        try:
+            output = self.model(**named)
+        finally:
+            self.door.cut = None
+        result: Tensor = output.logits if "logits" in output else output.last_hidden_state
+        return result
+
+    def _tokens(self, cut: Tensor, mask: Tensor | None) -> Tensor:
+        """Stand-ins for tokens that never cross the cut: classifiers look for padding, and for nothing else."""
+        pad = getattr(self.model.config, "pad_token_id", None)
+        tokens = torch.full(cut.shape[:2], 1 if pad == 0 else 0, device=cut.device)
+        return tokens if pad is None or mask is None else tokens.masked_fill(mask == 0, pad)
+
+
+class Door:
+    """Where the cut enters the server half: modules told to take it instead of what they are given."""
+
+    def __init__(self) -> None:
+        self.cut: Tensor | None = None
+
+    def into(self, module: nn.Module, name: str, instead_of: str | None = None) -> nn.Module:
+        """A copy of the module whose first argument is the cut, or that gets the cut by name and no first argument."""
+        own = copied(module)
+        own._forward_pre_hooks = OrderedDict(module._forward_pre_hooks)
+        own._forward_pre_hooks_with_kwargs = OrderedDict(module._forward_pre_hooks_with_kwargs)
+        own.register_forward_pre_hook(Entrance(self, name, instead_of), with_kwargs=True)
+        return own
+
+
+@dataclass
+class Entrance:
+    """The hook that does so. An object, so that copies of the server half have doors of their own."""
+
+    door: Door
+    name: str
+    instead_of: str | None
+
+    def __call__(self, module: nn.Module, args: Sequence[Any], inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        cut = self.door.cut
+        if self.instead_of is not None:
+            named = {k: v for k, v in inputs.items() if k != self.instead_of}
+            return (None, *args[1:]) if args else (), {**named, self.name: cut}
+        if args:
+            return (cut, *args[1:]), inputs
+        return (), {**inputs, self.name: cut}
+
+
+class Absent(nn.Module):
+    """In the place of a module that only the client has. What it returns goes no further than the first layer."""
+
+    def __init__(self, door: Door) -> None:
+        super().__init__()
+        self.door = door
+
+    def forward(self, *args: Any, **inputs: Any) -> Tensor | None:
+        return self.door.cut
+
+    @property
+    def patch_embeddings(self) -> Absent:
+        """A vision transformer asks for patch_embeddings.projection.weight.dtype."""
+        return self
+
+    projection = patch_embeddings
+
+    @property
+    def weight(self) -> Tensor | None:
+        return self.door.cut
+
+
+def _trunk_path(model: nn.Module, family: Family) -> str:
+    prefix = getattr(model, "base_model_prefix", "")
+    return _join(prefix if prefix in model._modules else "", family.trunk)
+
+
+def _join(*names: str) -> str:
+    return ".".join(name for name in names if name)
+
+
+def _first(module: nn.Module, paths: Sequence[str]) -> str:
+    for path in paths:
+        try:
+            module.get_submodule(path)
+            return path
+        except AttributeError:
+            continue
+    raise TypeError(f"{type(module).__name__} has none of {', '.join(paths)}: a version of transformers not known here")
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A module of its own over the same weights and children."""
+    own = copy.copy(module)
+    own._modules = dict(module._modules)
+    return own
+
+
+def replaced(module: nn.Module, path: str, new: nn.Module) -> nn.Module:
+    """A copy of the module with another submodule at the path; everything else is shared."""
+    own, (name, _, rest) = copied(module), path.partition(".")
+    own._modules[name] = replaced(own._modules[name], rest, new) if rest else new  # type: ignore[arg-type]
+    return own
+
+
+def _config(model: nn.Module, first: int, end: int) -> Any:
+    """The model's configuration for some of its layers, whose kinds it lists by number."""
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers = end - first  # type: ignore[union-attr]
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[first:end]  # type: ignore[union-attr, index]
+    return config

@@ -1,0 +1,318 @@
+"""Models cut in two: the halves' composition is the whole model, to the bit, for every family at every cut."""
+
+import copy
+
+import pytest
+import torch
+import transformers as hf
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from hosfl.cli import main
+from hosfl.families import FAMILIES
+from hosfl.probe import evaluating, probe_untouched
+from hosfl.split import CutPoint, cut_points, split
+
+LAYERS, LENGTH, WIDTH = 3, 7, 16
+SHAPE = {
+    "hidden_size": WIDTH,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "intermediate_size": 24,
+    "vocab_size": 97,
+    "max_position_embeddings": 64,
+}
+DECODER = {**SHAPE, "num_key_value_heads": 2, "pad_token_id": 0}
+WINDOW = {"sliding_window": 3}  # shorter than the sequence: layers of two kinds
+TEXT = {
+    "opt": hf.OPTConfig(
+        hidden_size=WIDTH,
+        ffn_dim=24,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        vocab_size=97,
+        max_position_embeddings=64,
+        word_embed_proj_dim=8,  # projections in front of the layers and behind them
+    ),
+    "gpt2": hf.GPT2Config(
+        n_embd=WIDTH,
+        n_layer=LAYERS,
+        n_head=4,
+        vocab_size=97,
+        n_positions=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=1,
+    ),
+    "llama": hf.LlamaConfig(**DECODER),
+    "mistral": hf.MistralConfig(**DECODER, **WINDOW),
+    "qwen2": hf.Qwen2Config(
+        **DECODER, **WINDOW, use_sliding_window=True, max_window_layers=1, tie_word_embeddings=True
+    ),
+    "qwen3": hf.Qwen3Config(**DECODER, head_dim=8),
+    "gemma": hf.GemmaConfig(**DECODER, head_dim=8),
+    "gemma2": hf.Gemma2Config(**DECODER, **WINDOW, head_dim=8),
+    "gemma3_text": hf.Gemma3TextConfig(**DECODER, **WINDOW, head_dim=8),
+    "bert": hf.BertConfig(**SHAPE),
+    "roberta": hf.RobertaConfig(**SHAPE, pad_token_id=1),
+    "xlm-roberta": hf.XLMRobertaConfig(**SHAPE, pad_token_id=1),
+}
+HEADS = {
+    "none": hf.AutoModel,
+    "classifier": hf.AutoModelForSequenceClassification,
+    "words": hf.AutoModelForCausalLM,
+}
+IMAGES = {
+    "vit": hf.ViTConfig(
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        intermediate_size=24,
+        image_size=16,
+        patch_size=4,
+    ),
+    "resnet": hf.ResNetConfig(embedding_size=8, hidden_sizes=[8, 12, 16], depths=[1, 2, 1], layer_type="basic"),
+}
+
+
+def text_model(family, head="none"):
+    torch.manual_seed(0)
+    config = copy.deepcopy(TEXT[family])
+    if family in ("bert", "roberta", "xlm-roberta"):
+        config.is_decoder = head == "words"
+    return HEADS[head].from_config(config).eval()
+
+
+def image_model(family):
+    torch.manual_seed(0)
+    model = hf.AutoModelForImageClassification.from_config(IMAGES[family]).eval()
+    return randomised(model)
+
+
+def randomised(model):
+    """Normalisations that are not the identity."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+    return model
+
+
+def text(padding, pad=0):
+    """Three samples; one is padded on one side, or is nothing but padding."""
+    ids = torch.randint(2, 97, (3, LENGTH), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    if padding == "left":
+        mask[1, :3] = 0
+    elif padding == "right":
+        mask[1, 5:] = 0
+    elif padding == "all":
+        mask[1] = 0
+    ids = torch.where(mask == 1, ids, pad)
+    return {"input_ids": ids} if padding == "none" else {"input_ids": ids, "attention_mask": mask}
+
+
+def output(model, inputs):
+    found = model(**inputs)
+    return found.logits if "logits" in found else found.last_hidden_state
+
+
+def test_every_family_is_tested():
+    assert set(FAMILIES) == {*TEXT, *IMAGES}
+
+
+@pytest.mark.parametrize("padding", ["none", "left", "right", "all"])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("family", TEXT)
+@torch.no_grad()
+def test_the_halves_are_the_text_model(family, head, padding):
+    model = text_model(family, head)
+    pad = model.config.pad_token_id
+    inputs = text(padding, 0 if pad is None else pad)
+    whole = output(model, inputs)
+    assert torch.isfinite(whole).all()
+    for at in range(LAYERS):
+        halves = split(model, at)
+        cut = halves.client(**inputs)
+        assert cut.shape == (3, LENGTH, WIDTH)
+        assert torch.equal(halves(inputs), whole), at
+        assert torch.isfinite(cut).all()
+    assert torch.equal(output(model, inputs), whole)  # which has been left as it was
+
+
+@pytest.mark.parametrize("family", IMAGES)
+@torch.no_grad()
+def test_the_halves_are_the_image_model(family):
+    model = image_model(family)
+    x = torch.randn(2, 3, 16, 16)
+    whole = model(x).logits
+    for point in cut_points(model):
+        assert torch.equal(split(model, point.at)({"pixel_values": x}), whole)
+        assert torch.equal(split(model, point.name)(x), whole)
+
+
+class Block(nn.Module):
+    def __init__(self, width, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(width // stride, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.shortcut = nn.Conv2d(width // stride, width, 1, stride, bias=False)
+
+    def forward(self, x):
+        return self.bn1(self.conv1(x)).relu() + self.shortcut(x)
+
+
+class ResNet(nn.Module):
+    """The stages of torchvision's, or of timm's, by their names; the order of the forward pass is written out."""
+
+    def __init__(self, timm):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+        if timm:
+            self.act1, self.global_pool = nn.ReLU(), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        else:
+            self.relu, self.avgpool = nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+        self.maxpool = nn.MaxPool2d(2)
+        self.layer1, self.layer2 = nn.Sequential(Block(8, 1), Block(8, 1)), nn.Sequential(Block(16, 2))
+        self.layer3, self.layer4 = nn.Sequential(Block(32, 2)), nn.Sequential(Block(64, 2))
+        self.fc, self.timm = nn.Linear(64, 5), timm
+
+    def forward(self, x):
+        x = self.bn1(self.conv1(x))
+        x = self.maxpool(self.act1(x) if self.timm else self.relu(x))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(self.global_pool(x) if self.timm else self.avgpool(x).flatten(1))
+
+
+@pytest.mark.parametrize("timm", [False, True])
+@torch.no_grad()
+def test_the_halves_are_the_residual_network(timm):
+    torch.manual_seed(0)
+    model = randomised(ResNet(timm)).eval()
+    x = torch.randn(2, 3, 32, 32)
+    points = cut_points(model)
+    assert [p.name for p in points][-5:] == ["layer1.0", "layer1.1", "layer2.0", "layer3.0", "layer4.0"]
+    for point in points:
+        assert torch.equal(split(model, point.name)(x), model(x))
+        assert point.client_parameters + point.server_parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", TEXT)
+def test_every_weight_is_on_its_side(family):
+    model = text_model(family, "words")
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    for at in range(LAYERS):
+        halves = split(model, at)
+        client, server = ({id(p) for p in half.parameters()} for half in (halves.client, halves.server))
+        mine = {id(p) for p in model.parameters()}
+        assert not client & server
+        assert client <= mine
+        assert len(client | server) == len(mine) + tied
+        assert (server <= mine) != tied
+        assert id(model.get_input_embeddings().weight) in client
+        assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
+
+
+def test_tied_embeddings_become_two():
+    model = text_model("qwen2", "words")
+    halves = split(model, 1)
+    with torch.no_grad():
+        halves.server.model.lm_head.weight.zero_()
+    assert model.lm_head.weight.any()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not halves(text("left")).any()
+
+
+@pytest.mark.parametrize("family", TEXT)
+def test_the_multiplier_is_the_whole_model_s_gradient(family):
+    """Backward through the server half from the cut, then through the client half: the model's own gradients."""
+    model, inputs = text_model(family, "words"), text("left", 1)
+    output(model, inputs).square().mean().backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    halves = split(model, 2)
+    server = copy.deepcopy(halves.server)  # has a door of its own
+    cut = halves.client(**inputs)
+    leaf = cut.detach().requires_grad_()
+    server(leaf, attention_mask=inputs["attention_mask"]).square().mean().backward()
+    assert halves.server.door.cut is None
+    cut.backward(leaf.grad)
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    seen = 0
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not (tied and parameter is model.get_input_embeddings().weight):
+            assert torch.allclose(parameter.grad, expected[name], rtol=1e-5, atol=1e-9), name
+            seen += 1
+    assert seen > 5
+
+
+def test_a_client_half_can_be_probed():
+    halves = split(text_model("llama", "words"), 1)
+    inputs = text("left")
+    multiplier = torch.randn(3, LENGTH, WIDTH)
+    with evaluating(halves.client):
+        cut = halves.client(**inputs)
+        (scalar,) = probe_untouched(halves.client, inputs, multiplier, cut, [7], 1e-3, "rademacher").tolist()
+    with torch.enable_grad():
+        gradient = torch.autograd.grad(halves.client(**inputs), list(halves.client.parameters()), multiplier)
+    length = sum(g.square().sum() for g in gradient).sqrt()
+    assert 0 < abs(scalar) < 5 * length
+
+
+@torch.no_grad()
+def test_adapters_of_peft_are_cut_with_their_layers():
+    adapters = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = get_peft_model(text_model("llama", "words"), adapters).eval()
+    inputs = text("left")
+    halves = split(model, 1)
+    assert torch.equal(halves(inputs), output(model, inputs))
+    moving = [name for name, p in halves.client.named_parameters() if p.requires_grad]
+    assert len(moving) == 4
+    assert all("lora" in name and ".layers.0." in name for name in moving)
+
+
+def test_sequential_cuts_by_name_and_number():
+    model = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
+    assert cut_points(model) == [CutPoint(1, "1", 9, 4), CutPoint(2, "2", 9, 4)]
+    assert cut_points(model, torch.zeros(5, 2))[0] == CutPoint(
+        1, "1", 9, 4, cut=60, client_activations=60, server_activations=80
+    )
+    x = torch.randn(4, 2)
+    assert torch.equal(split(model, "2")(x), split(model, 2)(x))
+
+
+def test_cuts_that_are_none_name_those_that_are():
+    model = text_model("llama")
+    for wrong in (3, -1, "layers.3", "embed_tokens", True):
+        with pytest.raises(ValueError, match=r"cut points are 0 \(layers.0\), 1 \(layers.1\), 2 \(layers.2\)"):
+            split(model, wrong)
+    with pytest.raises(TypeError, match="cannot cut a Linear: known are"):
+        split(nn.Linear(2, 2), 1)
+    with pytest.raises(TypeError, match="cannot cut a T5"):
+        cut_points(hf.T5Model(hf.T5Config(d_model=8, d_ff=8, num_layers=1, num_heads=2, d_kv=4, vocab_size=9)))
+    for name in ("position_ids", "labels", "inputs_embeds", "past_key_values"):
+        with pytest.raises(ValueError, match=f"{name}: only inputs and an attention mask"):
+            split(model, 1).client(**text("none"), **{name: torch.zeros(3, LENGTH)})
+
+
+def test_the_command_lists_cut_points(tmp_path, capsys):
+    for config, architecture in ((TEXT["llama"], "LlamaForCausalLM"), (IMAGES["vit"], None)):
+        config = copy.deepcopy(config)
+        config.architectures = [architecture] if architecture else None
+        config.save_pretrained(tmp_path / config.model_type)
+    assert main(["split", "--model", str(tmp_path / "llama"), "--list", "--batch", "2", "--length", "100"]) == 0
+    shown = capsys.readouterr().out
+    assert "LlamaForCausalLM" in shown
+    model = text_model("llama", "words")
+    point = cut_points(model)[1]
+    (row,) = (line for line in shown.splitlines() if "model.layers.1" in line)
+    assert f"{point.client_parameters:,}" in row
+    assert f"{point.server_parameters:,}" in row
+    assert row.split()[-2] == f"{2 * 100 * WIDTH * 4 / 1e6:.2f}"
+    assert main(["split", "--model", str(tmp_path / "vit")]) == 0
+    assert "layers.2" in capsys.readouterr().out
+    hf.T5Config().save_pretrained(tmp_path / "t5")
+    with pytest.raises(SystemExit):
+        main(["split", "--model", str(tmp_path / "t5")])
+    assert "cannot cut a T5" in capsys.readouterr().err
+    assert main(["split", "--model", str(tmp_path / "none")]) == 2
