@@ -43,6 +43,7 @@ HELP = {
     "direction_scale": "of directions on a tensor: one, or its relative size (default: %(default)s)",
     "dist": "of the directions (default: %(default)s)",
     "mu": "size of a probe's step (default: %(default)s)",
+    "estimator": "of a directional derivative: differences, or forward-mode differentiation (default: %(default)s)",
     "batch": "samples per client and round, or all it has if fewer (default: %(default)s)",
     "server_rate": "the server's learning rate (default: tuned for task and method)",
     "client_rate": "the clients' learning rate (default: tuned for task and method)",

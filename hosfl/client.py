@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from hosfl.displaced import Inputs, call
 from hosfl.lattice import Lattice
 from hosfl.messages import (
     Cut,
@@ -23,10 +24,10 @@ from hosfl.messages import (
     Scalars,
     Weights,
 )
-from hosfl.probe import evaluating, probe_in_place, probe_untouched, trainable
+from hosfl.probe import evaluating, probe_forward, probe_in_place, probe_untouched, trainable
 from hosfl.replica import DigestMismatch, Replica, Run, digest, digest_array
 
-Batch = tuple[Tensor, Tensor]  # inputs, labels
+Batch = tuple[Inputs, Tensor]  # inputs, labels
 
 
 @dataclass
@@ -71,7 +72,7 @@ class Client:
         self._inputs, labels = self.batch(round)
         begin = time.perf_counter()
         with evaluating(self.half):
-            self._cut = self.half(self._inputs)
+            self._cut = call(self.half, self._inputs)
         self.seconds.forward += time.perf_counter() - begin
         self.seconds.rounds += 1
         return Cut(client=self.number, round=round, epoch=self.epoch, cut=self._cut, labels=labels.to(torch.int32))
@@ -162,17 +163,21 @@ class ZerothOrderClient(Client):
         multiplier, run = self._multiplier(message), self.run
         seeds = run.seeds(self._round)
         begin = time.perf_counter()
+        two_sided = run.estimator == "two-sided"
         with evaluating(self.half):
-            if run.lattice is not None:
+            if run.estimator == "forward":
+                scalars = probe_forward(self.half, self._inputs, multiplier, seeds, run.dist, run.factors)
+            elif run.lattice is not None:
                 scalars = probe_in_place(
-                    lambda: self.half(self._inputs),
+                    lambda: call(self.half, self._inputs),
                     self.parameters,
                     self.streams,
                     multiplier,
                     self._cut,
                     seeds,
                     self.replica.mu,
-                    factors=run.factors,
+                    run.factors,
+                    two_sided,
                 )
             else:
                 scalars = probe_untouched(
@@ -183,7 +188,8 @@ class ZerothOrderClient(Client):
                     seeds,
                     self.replica.mu,
                     run.dist,
-                    factors=run.factors,
+                    run.factors,
+                    two_sided,
                 )
         self.seconds.answer += time.perf_counter() - begin
         return Scalars(client=self.number, round=self._round, epoch=self.epoch, scalars=scalars)
@@ -229,7 +235,7 @@ class FirstOrderClient(Client):
         parameters, _ = trainable(self.half)
         begin = time.perf_counter()
         with evaluating(self.half), torch.enable_grad():
-            gradients = torch.autograd.grad(self.half(self._inputs), parameters, multiplier)
+            gradients = torch.autograd.grad(call(self.half, self._inputs), parameters, multiplier)
         self.seconds.answer += time.perf_counter() - begin
         flat = torch.cat([g.reshape(-1) for g in gradients]).float()
         return Gradient(client=self.number, round=self._round, epoch=self.epoch, gradient=flat)

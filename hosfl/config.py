@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hosfl.aggregate import AGGREGATIONS
+from hosfl.probe import ESTIMATORS
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": ("digits",),
@@ -20,6 +21,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": ("linear", "constant"),
     "aggregation": tuple(AGGREGATIONS),
     "dtype": ("float32", "bfloat16"),
+    "estimator": ESTIMATORS,
     "evaluate_on": ("test", "validation"),
 }
 METHODS = CHOICES["method"]
@@ -48,7 +50,8 @@ class Config:
     directions: P, perturbed forward passes per client and round. directions_from: "fresh" ones every round, or a
     "pool" of pool_size that is replaced every pool_rounds rounds (0: never). direction_scale: "unit", or "rms": scaled
     on every tensor by the power of two nearest its relative root mean square. dist: "rademacher" or "gaussian".
-    mu: the size of a probe's step, rounded to the client's lattice where there is one.
+    mu: the size of a probe's step, rounded to the client's lattice where there is one. estimator: "one-sided"
+    differences, the paper's; "two-sided" ones; or "forward" mode, which has no step.
     server_rate, client_rate, server_decay: learning rates, and weight decay of the server half; None: the task's tuned.
     rule: of the client half: "sgd"; "normalized", SGD with the rate over the running length of the gradient;
     "momentum" (0.9); "adamw" (0.9, 0.999). With a pool the server applies it to the pool's coefficients. With fresh
@@ -72,6 +75,7 @@ class Config:
     direction_scale: str = "unit"
     dist: str = "rademacher"
     mu: float = 1e-3
+    estimator: str = "one-sided"
     batch: int = 128
     server_rate: float | None = None
     client_rate: float | None = None

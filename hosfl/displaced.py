@@ -66,16 +66,24 @@ class Displacement:
         self.last = tensor
         return tensor
 
+    def table(self, parameter: Tensor) -> Tensor:
+        """The displaced weight of an nn.Embedding."""
+        return Table.of(parameter, self)
+
     def rows(self, table: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """The displaced rows of a [n, d] table that occur in indices, and the indices into those rows."""
         unique, positions = indices.unique(return_inverse=True)
         rows = table.detach().index_select(0, unique)
-        # Neighbouring rows move as one tensor: positions 0..L-1 are one run, and so is most of a small vocabulary.
-        ends = (unique.diff() != 1).nonzero().flatten() + 1
-        runs = rows.tensor_split(ends.cpu())
-        starts = unique[torch.cat([ends.new_zeros(1), ends])] if len(unique) else unique
-        self._move(runs[: len(starts)], table, (starts * table.shape[1]).tolist())
+        self._move_rows(rows, table, unique)
         return rows, positions.to(indices.dtype)
+
+    def _move_rows(self, rows: Tensor, table: Tensor, numbers: Tensor) -> None:
+        """Move rows that are those of the table by these ascending numbers."""
+        # Neighbouring rows move as one tensor: positions 0..L-1 are one run, and so is most of a small vocabulary.
+        ends = (numbers.diff() != 1).nonzero().flatten() + 1
+        runs = rows.tensor_split(ends.cpu())
+        starts = numbers[torch.cat([ends.new_zeros(1), ends])] if len(numbers) else numbers
+        self._move(runs[: len(starts)], table, (starts * table.shape[1]).tolist())
 
     def _move(self, pieces: Sequence[Tensor], parameter: Tensor, starts: Sequence[int]) -> None:
         stream, factor = self.place[id(parameter)]
@@ -147,7 +155,7 @@ class Reads(UserDict[str, Any]):
         parameter = self.data[name]
         if not self.displacement.moves(parameter):
             return parameter
-        return Table.of(parameter, self.displacement) if self.table else self.displacement.whole(parameter)
+        return self.displacement.table(parameter) if self.table else self.displacement.whole(parameter)
 
     def whole(self) -> dict[str, Any]:
         """All of them, displaced now."""
@@ -216,6 +224,15 @@ def casts_forgotten() -> Iterator[None]:
         torch.set_autocast_cache_enabled(kept)
 
 
+def refuse_writers(module: nn.Module) -> None:
+    """Raises TypeError and ValueError for modules that cannot be evaluated with weights that are only read."""
+    modules = list(module.modules())
+    if any(isinstance(m, torch.jit.ScriptModule) for m in modules):
+        raise TypeError("cannot evaluate a scripted module at other weights than its own: pass the module as it was")
+    if any(getattr(m, "max_norm", None) is not None for m in modules):
+        raise ValueError("an embedding with max_norm writes its weights in every forward pass: set max_norm=None")
+
+
 @torch.no_grad()
 @casts_forgotten()
 def evaluate_displaced(module: nn.Module, inputs: Inputs, displacement: Displacement) -> Any:
@@ -228,10 +245,6 @@ def evaluate_displaced(module: nn.Module, inputs: Inputs, displacement: Displace
     RuntimeError where the forward pass writes an embedding's table otherwise. What a forward pass assigns to
     parameters is forgotten. Not promised: that another thread can run the module meanwhile.
     """
-    modules = list(module.modules())
-    if any(isinstance(m, torch.jit.ScriptModule) for m in modules):
-        raise TypeError("cannot evaluate a scripted module at other weights than its own: pass the module as it was")
-    if any(getattr(m, "max_norm", None) is not None for m in modules):
-        raise ValueError("an embedding with max_norm writes its weights in every forward pass: set max_norm=None")
+    refuse_writers(module)
     with displaced(module, displacement):
         return call(module, inputs)

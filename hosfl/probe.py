@@ -9,7 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from hosfl.displaced import Displacement, Inputs, casts_forgotten, evaluate_displaced, uninterrupted
+from hosfl.forward_mode import Tangents, derivative
 from hosfl_kernels import replay_
+
+# How a directional derivative is measured. One-sided differences are the paper's: P + 1 passes; their error grows with
+# the step, by the curvature. Two-sided ones take 2 P + 1, forward mode has no step at all.
+ESTIMATORS = ("one-sided", "two-sided", "forward")
 
 
 def trainable(module: nn.Module) -> tuple[list[nn.Parameter], list[int]]:
@@ -35,9 +40,9 @@ def evaluating(module: nn.Module) -> Iterator[None]:
             m.training = training
 
 
-def inner(multiplier: Tensor, output: Tensor, cut: Tensor, mu: float) -> float:
-    """<multiplier, output - cut> / mu, summed in float64; the difference first, for two products would cancel."""
-    return float(((output - cut).double() * multiplier.double()).sum()) / mu
+def inner(multiplier: Tensor, output: Tensor, other: Tensor, distance: float) -> float:
+    """<multiplier, output - other> / distance, summed in float64. The difference first: two products would cancel."""
+    return float(((output - other).double() * multiplier.double()).sum()) / distance
 
 
 def probe_in_place(
@@ -49,33 +54,36 @@ def probe_in_place(
     seeds: Sequence[int],
     mu: float,
     factors: Sequence[float] | None = None,
+    two_sided: bool = False,
 ) -> Tensor:
     """Directional derivatives along Rademacher directions, float32 [P], for weights on the lattice.
 
-    v_p = <multiplier, forward() at th + mu * u_p - cut> / mu with u_p,t = factors[t] * z(seeds[p], streams[t]).
+    v_p = <multiplier, forward() at th + mu * u_p - cut> / mu with u_p,t = factors[t] * z(seeds[p], streams[t]);
+    two_sided: <multiplier, forward() at th + mu * u_p - forward() at th - mu * u_p> / (2 mu).
     Call it under `evaluating`: the weights must not be recorded by autograd.
 
     Moves the weights themselves: exact there, so that afterwards they hold the same bits, also if `forward` raises or
-    is interrupted. From one direction to the next it takes one pass: back along u_p and out along u_(p+1). No memory
-    of the weights' size. Off the lattice every move rounds: use `probe_untouched`.
+    is interrupted. From one place to the next it takes one pass: back along u_p and out along u_(p+1). No memory of the
+    weights' size. Off the lattice every move rounds: use `probe_untouched`.
     """
-    scalars: list[float] = []
-    standing: list[int] = []  # seeds of the directions that the weights stand displaced along: one at most
+    standing: list[tuple[int, float]] = []  # seed and distance of where the weights stand: one at most
 
-    def move(to: list[int]) -> None:
-        steps = [-mu] * len(standing) + [mu] * len(to)
+    def move(to: list[tuple[int, float]]) -> None:
+        seeds = [seed for seed, _ in standing + to]
+        steps = [-step for _, step in standing] + [step for _, step in to]
         with uninterrupted():
-            replay_(parameters, standing + to, steps, factors=factors, streams=streams)
+            replay_(parameters, seeds, steps, factors=factors, streams=streams)
             standing[:] = to
 
+    def output(seed: int, step: float) -> Tensor:
+        move([(seed, step)])
+        with casts_forgotten():
+            return forward()
+
     try:
-        for seed in seeds:
-            move([seed])
-            with casts_forgotten():
-                scalars.append(inner(multiplier, forward(), cut, mu))
+        return _differences(output, multiplier, cut, seeds, mu, two_sided)
     finally:
         move([])
-    return torch.tensor(scalars, dtype=torch.float32)
 
 
 def probe_untouched(
@@ -87,6 +95,7 @@ def probe_untouched(
     mu: float,
     dist: str,
     factors: Sequence[float] | None = None,
+    two_sided: bool = False,
 ) -> Tensor:
     """Directional derivatives for weights on no lattice, float32 [P]: reads th in any dtype, never writes it.
 
@@ -97,8 +106,49 @@ def probe_untouched(
     Costs the memory of one layer's weights while that layer runs. Raises as `evaluate_displaced`.
     """
     parameters, streams = trainable(module)
+
+    def output(seed: int, step: float) -> Tensor:
+        result: Tensor = evaluate_displaced(
+            module, inputs, Displacement(parameters, streams, seed, step, dist, factors)
+        )
+        return result
+
+    return _differences(output, multiplier, cut, seeds, mu, two_sided)
+
+
+def _differences(
+    output: Callable[[int, float], Tensor],
+    multiplier: Tensor,
+    cut: Tensor,
+    seeds: Sequence[int],
+    mu: float,
+    two_sided: bool,
+) -> Tensor:
+    """output: (seed, step) -> the cut at th + step * u."""
     scalars = []
     for seed in seeds:
-        displacement = Displacement(parameters, streams, seed, mu, dist, factors)
-        scalars.append(inner(multiplier, evaluate_displaced(module, inputs, displacement), cut, mu))
+        ahead = output(seed, mu)
+        behind, distance = (output(seed, -mu), 2 * mu) if two_sided else (cut, mu)
+        scalars.append(inner(multiplier, ahead, behind, distance))
+    return torch.tensor(scalars, dtype=torch.float32)
+
+
+def probe_forward(
+    module: nn.Module,
+    inputs: Inputs,
+    multiplier: Tensor,
+    seeds: Sequence[int],
+    dist: str,
+    factors: Sequence[float] | None = None,
+) -> Tensor:
+    """Directional derivatives by forward-mode differentiation, float32 [P]: v_p = <multiplier, J u_p>.
+
+    No step, so none of its error: what bfloat16 needs. Weights are only read. A pass costs about two to three forward
+    passes, the memory of one layer's weights, and twice the activations. Raises as `hosfl.forward_mode.derivative`.
+    """
+    parameters, streams = trainable(module)
+    scalars = []
+    for seed in seeds:
+        change = derivative(module, inputs, Tangents(parameters, streams, seed, dist, factors))
+        scalars.append(inner(multiplier, change, torch.zeros_like(change), 1.0))
     return torch.tensor(scalars, dtype=torch.float32)

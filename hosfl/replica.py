@@ -52,6 +52,7 @@ class Run:
     """What client and server agree on before round 0, beside the weights. It never travels again.
 
     seed: the run's seed. directions: P. dist: of the directions. mu: the size of a probe's step.
+    estimator: how a directional derivative is measured: a key of `hosfl.probe.ESTIMATORS`.
     factors: a power of two per trainable tensor, by which directions are scaled on it.
     lattice: where the client half lives, or None where it lives on none; then `rule` is the step that each round makes.
     pool: None for fresh directions every round.
@@ -65,6 +66,7 @@ class Run:
     lattice: Lattice | None = None
     rule: Rule | None = None
     pool: Pool | None = None
+    estimator: str = "one-sided"
 
     def __post_init__(self) -> None:
         if (self.lattice is None) == (self.rule is None):

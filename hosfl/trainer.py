@@ -208,6 +208,7 @@ def make_run(config: Config, parameters: list[nn.Parameter]) -> Run:
         lattice=lattice,
         rule=rule,
         pool=Pool(config.pool_size, config.pool_rounds) if config.directions_from == "pool" else None,
+        estimator=config.estimator,
     )
 
 

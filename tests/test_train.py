@@ -97,6 +97,16 @@ def test_every_kind_of_run_keeps_the_clients_equal_and_its_log_is_the_half(tmp_p
         assert len({p.factor for p in trained}) > 1
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("estimator", ["two-sided", "forward"])
+def test_other_estimators_replay(estimator, dtype):
+    summary = train(Config(estimator=estimator, dtype=dtype, **QUICK))
+    paper = train(Config(dtype=dtype, **QUICK))
+    assert summary.replicas.equal
+    assert summary.replicas.digest != paper.replicas.digest
+    assert summary.loss == pytest.approx(paper.loss, rel=0.1)
+
+
 def test_methods_share_data_and_batches():
     # With a client rate of zero (as good as), all three methods are the frozen client.
     rates = {"client_rate": 1e-30, "server_rate": 0.1, "server_decay": 0.0}

@@ -1,0 +1,257 @@
+"""Forward mode and the estimators: the exact derivative, for every family, in one layer's memory, without a trace."""
+
+import copy
+
+import pytest
+import torch
+from test_probe import peak_bytes
+from test_split import IMAGES, TEXT, ResNet, image_model, text, text_model
+from torch import nn
+
+from hosfl.displaced import call
+from hosfl.forward_mode import Tangents, derivative
+from hosfl.lattice import Lattice
+from hosfl.probe import evaluating, probe_forward, probe_in_place, probe_untouched, trainable
+from hosfl.replica import digest
+from hosfl.split import split
+from hosfl_kernels import noise
+
+SEED = 7
+
+
+def directions(half, dist="rademacher"):
+    parameters, streams = trainable(half)
+    z = [noise(p.numel(), SEED, stream=s, dist=dist) for p, s in zip(parameters, streams, strict=True)]
+    return [u.to(p.dtype).view_as(p) for u, p in zip(z, parameters, strict=True)]
+
+
+def tangents(half, dist="rademacher", factors=None):
+    return Tangents(*trainable(half), SEED, dist, factors)
+
+
+@torch.no_grad()
+def difference(half, inputs, mu, dist="rademacher"):
+    """(f(th + mu u) - f(th - mu u)) / (2 mu), on copies."""
+    moved = [copy.deepcopy(half) for _ in range(2)]
+    for sign, other in zip((1, -1), moved, strict=True):
+        for p, u in zip(trainable(other)[0], directions(half, dist), strict=True):
+            p.add_(u, alpha=sign * mu)
+    return (call(moved[0], inputs) - call(moved[1], inputs)) / (2 * mu)
+
+
+def relative(found, expected):
+    return float((found - expected).norm() / expected.norm())
+
+
+# Where a model computes in float64 throughout, a step of 1e-6 has an error of the order of 1e-9; where it casts its
+# normalisations to float32 whatever its weights are, differences of float32 numbers are compared.
+PURE = ("gpt2", "bert", "roberta", "xlm-roberta")
+
+
+@pytest.mark.parametrize("family", TEXT)
+def test_the_derivative_of_every_text_family(family):
+    half = split(text_model(family, "words"), 2).client.double()
+    inputs = text("none")
+    with evaluating(half):
+        found = derivative(half, inputs, tangents(half))
+        assert found.dtype == torch.float64
+        if family == "opt":  # ReLU: its kinks need a small step
+            assert relative(found, difference(half, inputs, 1e-9)) < 1e-5
+        elif family in PURE:
+            assert relative(found, difference(half, inputs, 1e-6)) < 1e-7
+        else:
+            assert relative(found, difference(half, inputs, 1e-4)) < 1e-3
+
+
+@pytest.mark.parametrize("family", TEXT)
+@pytest.mark.parametrize("padding", ["left", "all"])
+def test_padding_gives_no_nan(family, padding):
+    half = split(text_model(family, "words"), 2).client
+    with evaluating(half):
+        found = derivative(half, text(padding), tangents(half))
+        assert torch.isfinite(found).all()
+        assert relative(found[0], derivative(half, text("none"), tangents(half))[0]) < 1e-4  # nobody else's concern
+
+
+@pytest.mark.parametrize("family", [*IMAGES, "torchvision"])
+def test_the_derivative_of_every_image_family(family):
+    torch.manual_seed(0)
+    model = ResNet(False).eval() if family == "torchvision" else image_model(family)
+    half = split(model, 5 if family == "torchvision" else 1).client.double()
+    x = torch.randn(2, 3, 16, 16).double()
+    with evaluating(half):
+        assert relative(derivative(half, x, tangents(half)), difference(half, x, 1e-9)) < 1e-5
+
+
+class Everything(nn.Module):
+    """Layers that have weights, and ways to read them, each with its trap."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(50, 8, padding_idx=0)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)  # in eval mode: a fused kernel
+        self.convolution = nn.Conv1d(8, 8, 3, padding=1)
+        self.frozen = nn.Linear(8, 8).requires_grad_(False)
+        self.tied = nn.Linear(8, 50, bias=False)
+        self.tied.weight = self.table.weight
+
+    def forward(self, ids):
+        x = self.table(ids) * self.table.weight.shape[1]
+        x = x + self.attention(x, x, x)[0]
+        x = self.encoder(x)
+        x = self.frozen(self.convolution(x.mT).mT)
+        return self.tied(x)
+
+
+@pytest.mark.parametrize("dist", ["rademacher", "gaussian"])
+def test_layers_with_traps(dist):
+    torch.manual_seed(0)
+    module = Everything().eval().double()
+    ids = torch.tensor([[1, 2, 3, 49, 0], [5, 5, 48, 2, 1]])
+    with evaluating(module):
+        before = digest(list(module.parameters()))
+        found = derivative(module, ids, tangents(module, dist))
+        assert relative(found, difference(module, ids, 1e-8, dist)) < 1e-6
+        assert torch.equal(found, derivative(module, ids, tangents(module, dist)))
+        assert digest(list(module.parameters())) == before
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_factors_scale_the_directions():
+    torch.manual_seed(0)
+    module, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).eval(), torch.randn(5, 3)
+    parts = []
+    with evaluating(module):
+        scaled = derivative(module, x, tangents(module, factors=[0.5, 2.0, 1.0, 0.25]))
+        for moving in module.parameters():
+            module.requires_grad_(False)
+            moving.requires_grad_(True)
+            parts.append(derivative(module, x, tangents(module)))
+    expected = sum(f * part for f, part in zip((0.5, 2.0, 1.0, 0.25), parts, strict=True))
+    assert torch.allclose(scaled, expected, atol=1e-6)
+
+
+def test_a_module_whose_output_does_not_depend_on_what_moves():
+    module = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.ReLU())
+    with evaluating(module):
+        assert torch.equal(derivative(module, torch.ones(1, 2), tangents(module)), torch.zeros(1, 2))
+
+
+def test_what_cannot_be_differentiated_is_refused():
+    class Opaque(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient * 2
+
+    class Extension(nn.Linear):
+        def forward(self, x):
+            return Opaque.apply(super().forward(x))
+
+    module = Extension(2, 2)
+    before = digest(list(module.parameters()))
+    with evaluating(module), pytest.raises((NotImplementedError, RuntimeError), match=r"jvp|forward"):
+        derivative(module, torch.ones(1, 2), tangents(module))
+    assert digest(list(module.parameters())) == before
+    assert type(module.weight) is nn.Parameter
+    limited = nn.Embedding(5, 2, max_norm=1.0)
+    with pytest.raises(ValueError, match="max_norm"):
+        derivative(limited, torch.tensor([1]), tangents(limited))
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+def test_memory_is_one_layer():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Embedding(4096, 256), *(nn.Linear(256, 256) for _ in range(12))).eval()
+    ids = torch.randint(0, 4096, (2, 4))
+    layer = 4 * (256 * 256 + 256)
+    with torch.no_grad():
+        activations = peak_bytes(lambda: module(ids))
+        found = peak_bytes(lambda: derivative(module, ids, tangents(module)))
+    assert sum(p.nbytes for p in module.parameters()) > 20 * layer
+    assert found < 2 * layer + 2 * activations + 100_000
+
+
+# --- estimators ---------------------------------------------------------------------------------------------------
+
+
+def small_half(dtype=torch.float32):
+    torch.manual_seed(0)
+    half = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 4)).to(dtype)
+    x = torch.randn(8, 6).to(dtype)
+    return half, x, torch.randn(8, 4).to(dtype)
+
+
+def exact(half, x, multiplier, seeds):
+    """<multiplier, J u> by backpropagation in float64."""
+    half = copy.deepcopy(half).double()
+    gradients = torch.autograd.grad(half(x.double()), list(half.parameters()), multiplier.double())
+    found = []
+    for seed in seeds:
+        z = [noise(g.numel(), seed, stream=s).double().view_as(g) for s, g in enumerate(gradients)]
+        found.append(sum(float((g * u).sum()) for g, u in zip(gradients, z, strict=True)))
+    return torch.tensor(found)
+
+
+def test_the_estimators_measure_the_same_number():
+    half, x, multiplier = small_half()
+    parameters, streams = trainable(half)
+    mu = Lattice.snap(parameters, [1.0] * 4).nearest(2.0**-7)
+    seeds = [1, 2, 3, 4]
+    expected = exact(half, x, multiplier, seeds)
+    before = digest(parameters)
+    errors = {}
+    with evaluating(half):
+        cut = half(x)
+        for two_sided in (False, True):
+            place = probe_in_place(
+                lambda: half(x), parameters, streams, multiplier, cut, seeds, mu, two_sided=two_sided
+            )
+            assert digest(parameters) == before
+            untouched = probe_untouched(half, x, multiplier, cut, seeds, mu, "rademacher", two_sided=two_sided)
+            assert torch.equal(place, untouched)
+            errors[two_sided] = relative(place, expected)
+        errors["forward"] = relative(probe_forward(half, x, multiplier, seeds, "rademacher"), expected)
+    # The one-sided error is of the order of mu, the two-sided one of mu^2.
+    assert errors["forward"] < 1e-6 < errors[True] < errors[False] / 20
+    assert 1e-3 < errors[False] < 0.1
+
+
+@pytest.mark.parametrize("two_sided", [False, True])
+@pytest.mark.parametrize("passes", [0, 1, 2])
+def test_an_exception_at_either_side_leaves_no_trace(two_sided, passes):
+    half, x, multiplier = small_half()
+    parameters, streams = trainable(half)
+    mu = Lattice.snap(parameters, [1.0] * 4).nearest(1e-3)
+    before, done = digest(parameters), []
+
+    def forward():
+        if len(done) == passes:
+            raise KeyboardInterrupt
+        done.append(digest(parameters))
+        assert done[-1] != before
+        return half(x)
+
+    with evaluating(half):
+        cut = half(x)
+        with pytest.raises(KeyboardInterrupt):
+            probe_in_place(forward, parameters, streams, multiplier, cut, [1, 2, 3], mu, two_sided=two_sided)
+    assert digest(parameters) == before
+    assert len(set(done)) == passes
+
+
+def test_bfloat16_needs_forward_mode():
+    half, x, multiplier = small_half(torch.bfloat16)
+    seeds = list(range(20))
+    expected = exact(half, x, multiplier, seeds)
+    with evaluating(half):
+        forward = relative(probe_forward(half, x, multiplier, seeds, "rademacher"), expected)
+        one_sided = relative(probe_untouched(half, x, multiplier, half(x), seeds, 1e-3, "rademacher"), expected)
+    assert forward < 0.02
+    assert one_sided > 0.2
