@@ -31,7 +31,11 @@ from hosfl.trainer import Progress as OnProgress
 from hosfl.trainer import train
 
 HELP = {
-    "task": "what is learnt: real handwritten digits (default: %(default)s)",
+    "task": "what is learnt: real handwritten digits, or sentences with a pretrained model (default: %(default)s)",
+    "data": "a folder with the task's data, where it is not embedded",
+    "model": "a pretrained model, on the hub or a folder, where the task does not say (default: the task's own)",
+    "at": "the layer to cut the model before, by number or name (default: the task's own)",
+    "trains": "what moves of the client half: all, lora, biases, norms, or patterns of names (default: %(default)s)",
     "method": "HO-SFL, exact gradients, or a client half that never learns (default: %(default)s)",
     "rounds": "rounds (default: %(default)s)",
     "clients": "clients, each with its own data (default: %(default)s)",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -75,7 +75,12 @@ class Client:
             self._cut = call(self.half, self._inputs)
         self.seconds.forward += time.perf_counter() - begin
         self.seconds.rounds += 1
-        return Cut(client=self.number, round=round, epoch=self.epoch, cut=self._cut, labels=labels.to(torch.int32))
+        masks = {}
+        if isinstance(self._inputs, Mapping) and "attention_mask" in self._inputs:
+            masks["mask"] = self._inputs["attention_mask"].to(torch.uint8)
+        return Cut(
+            client=self.number, round=round, epoch=self.epoch, cut=self._cut, labels=labels.to(torch.int32), **masks
+        )
 
     def answer(self, message: Multiplier) -> Message:
         """What the client sends for its multiplier. Raises MessageError for one that is not for its last cut."""

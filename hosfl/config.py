@@ -12,7 +12,7 @@ from hosfl.aggregate import AGGREGATIONS
 from hosfl.probe import ESTIMATORS
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "task": ("digits",),
+    "task": ("digits", "sentences"),
     "method": ("ho", "first-order", "frozen"),
     "directions_from": ("fresh", "pool"),
     "direction_scale": ("unit", "rms"),
@@ -44,8 +44,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 class Config:
     """Settings of one run. Raises ValueError for a value that cannot work, and says which.
 
-    task: what is learnt; "digits" is embedded. method: "ho" (HO-SFL), "first-order" (split learning with exact
-    gradients, the upper bound), "frozen" (the client half never learns: the control).
+    task: what is learnt: "digits", which is embedded, or "sentences". data, model, at: where a task does not have its
+    own: a folder with the data, a pretrained model by name or folder, and the layer to cut it before.
+    method: "ho" (HO-SFL), "first-order" (split learning with exact gradients, the upper bound), "frozen" (the client
+    half never learns: the control).
     rounds, clients, sampled: N clients, K of them per round. batch: samples per client and round.
     directions: P, perturbed forward passes per client and round. directions_from: "fresh" ones every round, or a
     "pool" of pool_size that is replaced every pool_rounds rounds (0: never). direction_scale: "unit", or "rms": scaled
@@ -58,12 +60,18 @@ class Config:
     directions momentum and AdamW keep moments on every client, and the half leaves the lattice.
     schedule: of both rates; "linear" falls to zero at the last round.
     aggregation: of the clients' answers. clip: the largest length of one client's gradient estimate; None for none.
+    trains: which of the client half's parameters move: "all"; "lora", adapters beside all linear layers, which peft
+    makes; "biases"; "norms"; or patterns of names, such as "*.query.*,*.value.*".
     dtype: of the client half. alpha: how unlike the clients' data are (Dirichlet). seed: of everything, below 2^64.
     evaluate_every, digest_every, snapshot_every: rounds; a snapshot is what a killed run resumes from. keep: snapshots.
     evaluate_on: "test", or "validation" for choosing rates. device: such as "cpu" or "cuda".
     """
 
     task: str = "digits"
+    data: str = ""
+    model: str = ""
+    at: str = ""
+    trains: str = "all"
     method: str = "ho"
     rounds: int = 400
     clients: int = 10

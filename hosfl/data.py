@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hosfl.client import Batch
+from hosfl.families import tokenized
 from hosfl.seeds import Purpose, generator
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Inputs [n, ...] and labels int64 [n]."""
+    """Inputs [n, ...], or several by name, such as tokens and their mask; labels int64 [n]."""
 
-    inputs: Tensor
+    inputs: Tensor | dict[str, Tensor]
     labels: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def to(self, device: torch.device | str) -> Dataset:
-        return Dataset(self.inputs.to(device), self.labels.to(device))
+    def __getitem__(self, chosen: Tensor | slice) -> Dataset:
+        """Some of the samples."""
+        return Dataset(self._each(lambda x: x[chosen]), self.labels[chosen])
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Dataset:
+        """On a device, inputs of floating point as `dtype`."""
+        return Dataset(
+            self._each(lambda x: x.to(device, dtype if x.is_floating_point() else None)), self.labels.to(device)
+        )
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Tensor | dict[str, Tensor]:
+        if isinstance(self.inputs, Tensor):
+            return change(self.inputs)
+        return {name: change(value) for name, value in self.inputs.items()}
 
 
 @dataclass(frozen=True)
@@ -51,6 +67,36 @@ def digits() -> Splits:
     train, rest = train_test_split(np.arange(len(y)), train_size=0.6, stratify=y, random_state=0)
     validation, test = train_test_split(rest, train_size=0.5, stratify=y[rest], random_state=0)
     return Splits(*(Dataset(inputs[part], labels[part]) for part in (train, validation, test)))
+
+
+def sentences(folder: Path, model: str, longest: int = 64) -> Splits:
+    """Labelled sentences of a folder: train.tsv, dev.tsv (validation) and test.tsv, as GLUE's SST-2 has them.
+
+    The first line is "sentence<TAB>label", every other a sentence and its class, from 0 on. model: whose tokenizer to
+    use. longest: tokens; what is longer is cut. Raises FileNotFoundError, ValueError naming the file and line.
+    """
+    parts = [_read_tsv(folder / name) for name in ("train.tsv", "dev.tsv", "test.tsv")]
+    texts = [text for part in parts for text, _ in part]
+    labels = torch.tensor([label for part in parts for _, label in part], dtype=torch.int64)
+    whole = Dataset(tokenized(model, texts, longest), labels)
+    ends = np.cumsum([0, *map(len, parts)]).tolist()
+    return Splits(*(whole[begin:end] for begin, end in pairwise(ends)))
+
+
+def _read_tsv(path: Path) -> list[tuple[str, int]]:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        text, tab, label = line.rpartition("\t")
+        if number == 1:
+            if (text, label) != ("sentence", "label"):
+                raise ValueError(f"{path} does not begin with the line sentence<TAB>label")
+        elif not tab or not text or not label.isdecimal() or int(label) > 999:
+            raise ValueError(f"{path}, line {number}: expected a sentence, a tab and a class from 0 on")
+        else:
+            rows.append((text, int(label)))
+    if not rows:
+        raise ValueError(f"{path} has no sentences")
+    return rows
 
 
 def dirichlet_split(labels: Tensor, clients: int, alpha: float, seed: int, smallest: int = 8) -> list[Tensor]:
@@ -89,4 +135,5 @@ class Batches:
     def __call__(self, round: int) -> Batch:
         random = generator(self.seed, Purpose.BATCHES, round, self.client)
         chosen = torch.from_numpy(random.choice(len(self.data), min(self.size, len(self.data)), replace=False))
-        return self.data.inputs[chosen], self.data.labels[chosen]
+        batch = self.data[chosen]
+        return batch.inputs, batch.labels

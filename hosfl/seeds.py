@@ -30,6 +30,7 @@ class Purpose(IntEnum):
     POOL = 7  # directions that are measured again and again
     WEIGHTS = 8  # the rounding of bfloat16 weights
     FAULTS = 9  # what goes wrong in a simulation
+    DROPOUT = 10  # of the server half
 
 
 @lru_cache(maxsize=CACHED)

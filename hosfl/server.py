@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 
 from hosfl.ledger import Ledger, Rate, State
 from hosfl.messages import Cut, Differs, Hello, Message, MessageError, Multiplier, decode
-from hosfl.seeds import Purpose, generator
+from hosfl.seeds import Purpose, generator, round_seed
 from hosfl.snapshot import pack_optimizer, part, prefixed, unpack_optimizer
+from hosfl.split import dtype_of
 
 KEPT = 1000  # reasons; the rest are only counted
 
@@ -22,7 +24,7 @@ class Server:
 
     loss: (output, labels) -> mean loss over the batch. ledger: what is known of the client half; None where it is
     frozen. clients: their number. cut_shape: of one sample. classes: labels are below it. batch: the most samples that
-    one client sends.
+    one client sends. masked: whether the half takes an attention mask beside the cut.
 
     Whatever comes from a client goes through `receive`, `step` or `commit`, which refuse what is not exactly right; a
     refused message changes nothing. refused: the reasons, the first thousand of them; refusals: how many there were.
@@ -39,6 +41,7 @@ class Server:
     cut_shape: tuple[int, ...]
     classes: int
     batch: int
+    masked: bool = False
     refused: list[str] = field(default_factory=list)
     refusals: int = 0
     differed: list[str] = field(default_factory=list)
@@ -47,6 +50,8 @@ class Server:
     def __post_init__(self) -> None:
         self._samples: dict[int, int] = {}
         numbers = self.batch * (int(torch.Size(self.cut_shape).numel()) + 1)
+        if self.masked:
+            numbers += self.batch * self.cut_shape[0]
         if self.ledger is not None:
             numbers += self.ledger.largest_answer
         self.largest_message = 4 * numbers + 1024
@@ -107,18 +112,19 @@ class Server:
         self.optimizer.zero_grad()
         self._samples = {}
         multipliers, losses = {}, []
-        for message in cuts:
-            try:
-                cut, labels = self._check_cut(round, message)
-                multiplier, loss = self._backward(cut, labels)
-            except MessageError as error:
-                self._refuse(f"round {round}, client {message.client}", error)
-                continue
-            multipliers[message.client] = Multiplier(
-                client=message.client, round=round, epoch=self.epoch, multiplier=multiplier
-            )
-            self._samples[message.client] = len(cut)
-            losses.append(loss)
+        with self._dropout_of(round):
+            for message in cuts:
+                try:
+                    cut, labels, mask = self._check_cut(round, message)
+                    multiplier, loss = self._backward(cut, labels, mask)
+                except MessageError as error:
+                    self._refuse(f"round {round}, client {message.client}", error)
+                    continue
+                multipliers[message.client] = Multiplier(
+                    client=message.client, round=round, epoch=self.epoch, multiplier=multiplier
+                )
+                self._samples[message.client] = len(cut)
+                losses.append(loss)
         if not losses:
             return {}, float("nan")
         for parameter in self.half.parameters():
@@ -127,7 +133,15 @@ class Server:
         self.optimizer.step()
         return multipliers, sum(losses) / len(losses)
 
-    def _backward(self, cut: Tensor, labels: Tensor) -> tuple[Tensor, float]:
+    @contextmanager
+    def _dropout_of(self, round: int) -> Iterator[None]:
+        """Dropout in the half is a function of the run's seed and the round, and nobody else's random numbers move."""
+        device = next(self.half.parameters()).device
+        with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
+            torch.manual_seed(round_seed(self.seed, Purpose.DROPOUT, round) % 2**63)
+            yield
+
+    def _backward(self, cut: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, float]:
         """The multiplier and the loss; adds to the half's gradients.
 
         Raises MessageError where the half cannot take the cut, and where numbers are finite but so absurd that they
@@ -135,11 +149,12 @@ class Server:
         """
         parameters = [p for p in self.half.parameters() if p.requires_grad]
         buffers = [(b, b.detach().clone()) for b in self.half.buffers()]
-        parameter = next(self.half.parameters())
-        cut = cut.to(parameter.device).requires_grad_()
+        device, dtype = next(self.half.parameters()).device, dtype_of(self.half)
+        cut = cut.to(device).requires_grad_()
         try:
-            output = self.half(cut.to(parameter.dtype))
-            loss = self.loss(output, labels.to(parameter.device, torch.int64))
+            masks = {"attention_mask": mask.to(cut.device)} if self.masked else {}
+            output = self.half(cut.to(dtype), **masks)
+            loss = self.loss(output, labels.to(device, torch.int64))
             multiplier, *gradients = torch.autograd.grad(loss, [cut, *parameters], allow_unused=True)
             if not all(torch.isfinite(t).all() for t in (loss, multiplier, *gradients) if t is not None):
                 raise MessageError(f"a cut whose loss is {loss:g}, or whose gradients are infinite or NaN")
@@ -153,7 +168,8 @@ class Server:
                 p.grad = gradient.clone() if p.grad is None else p.grad.add_(gradient)
         return multiplier, float(loss.detach())
 
-    def _check_cut(self, round: int, message: Message) -> tuple[Tensor, Tensor]:
+    def _check_cut(self, round: int, message: Message) -> tuple[Tensor, Tensor, Tensor]:
+        """The cut, the labels and the mask of a message."""
         if not isinstance(message, Cut) or message.round != round or message.epoch != self.epoch:
             raise MessageError(f"{type(message).__name__} of round {message.round}, epoch {message.epoch}")
         self._check_client(message)
@@ -168,7 +184,10 @@ class Server:
             raise MessageError(f"labels from {int(labels.min())} to {int(labels.max())} for {self.classes} classes")
         if not torch.isfinite(message.cut).all():
             raise MessageError("infinite or NaN elements in the cut")
-        return message.cut, labels
+        expected = shape[:2] if self.masked else (0, 0)
+        if tuple(message.mask.shape) != expected or int(message.mask.sum()) != int((message.mask == 1).sum()):
+            raise MessageError(f"a mask of shape {tuple(message.mask.shape)}, not {expected}, or not of zeros and ones")
+        return message.cut, labels, message.mask.to(torch.int64)
 
     def commit(self, round: int, answers: Sequence[Message]) -> None:
         """Commit the round with those who answered, weighted by their numbers of samples."""

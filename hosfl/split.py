@@ -39,8 +39,14 @@ class SplitModel:
     def __call__(self, inputs: Inputs) -> Tensor:
         cut = call(self.client, inputs)
         mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-        output: Tensor = self.server(cut) if mask is None else self.server(cut, attention_mask=mask)
+        masks = {} if mask is None else {"attention_mask": mask}
+        output: Tensor = self.server(cut.to(dtype_of(self.server)), **masks)
         return output
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """What a module computes in: the dtype of its first parameter that is no integer."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
 
 @dataclass(frozen=True)

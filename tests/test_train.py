@@ -38,14 +38,14 @@ def test_a_run_and_its_files(tmp_path, method):
     assert saved["peak_memory"]["resident"] > 1e6
     assert saved["interrupted"] is False
     assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
-    model = TASKS["digits"]().model(0)
+    model = TASKS["digits"](Config()).model(0)
     model.client.load_state_dict(load_file(tmp_path / "run" / "client.safetensors"))
     model.server.load_state_dict(load_file(tmp_path / "run" / "server.safetensors"))
 
 
 def test_bytes_are_those_of_the_protocol():
     config = {"rounds": 10, "batch": 4, "directions": 3, "clients": 4, "sampled": 4}
-    client = TASKS["digits"]().model(0).client
+    client = TASKS["digits"](Config()).model(0).client
     d = 4 * sum(p.numel() for p in client.parameters() if p.requires_grad)
     cut = client(torch.zeros(1, 1, 8, 8)).numel() * 4
     visits = 10 * 4

@@ -1,0 +1,58 @@
+"""Which of a client half's parameters move: all, low-rank adapters, biases, normalisations, or some by their names."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatch
+
+import torch
+from torch import nn
+
+from hosfl.seeds import Purpose, round_seed
+
+RANK = 8
+
+
+def moving_only(half: nn.Module, trains: str, seed: int) -> nn.Module:
+    """Leave `requires_grad` to those parameters that `trains` names; returns the half, changed in place.
+
+    trains: "all" leaves everything as it is. "lora": nothing but adapters of rank 8 that peft puts beside every linear
+    layer; they start as zero, their random part drawn from the run's seed. "biases". "norms": all parameters of
+    modules whose class is named ...Norm.... Or patterns of parameters' names as for files, separated by commas. What
+    does not require grad already, stays.
+
+    Raises ValueError where nothing is left that moves, ImportError for "lora" without peft.
+    """
+    if trains == "all":
+        return half
+    if trains == "lora":
+        _add_adapters(half, seed)
+        return half
+    if trains == "norms":
+        norms = [path for path, module in half.named_modules() if "norm" in type(module).__name__.lower()]
+        patterns = [f"{path}.*" if path else "*" for path in norms]
+    else:
+        patterns = ["*bias"] if trains == "biases" else [p.strip() for p in trains.split(",")]
+    names = []
+    for name, parameter in half.named_parameters():
+        if parameter.requires_grad and any(fnmatch(name, pattern) for pattern in patterns):
+            names.append(name)
+        else:
+            parameter.requires_grad_(False)
+    if not names:
+        some = ", ".join(name for name, _ in half.named_parameters())
+        raise ValueError(f"trains={trains!r} leaves nothing that moves; the client half has {some[:500]}")
+    return half
+
+
+def _add_adapters(half: nn.Module, seed: int) -> None:
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ImportError("adapters need peft: pip install 'hosfl[hf]'") from error
+    linear = sorted({name for name, module in half.named_modules() if isinstance(module, nn.Linear)})
+    if not linear:
+        raise ValueError("trains='lora' needs linear layers, and the client half has none")
+    half.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(round_seed(seed, Purpose.MODEL, 1) % 2**63)
+        inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=linear), half)

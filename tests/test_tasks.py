@@ -1,0 +1,251 @@
+"""Tasks beyond digits: sentences with a pretrained model, attention masks on the wire, which parameters move."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+from hosfl import Config, rebuild, train
+from hosfl.cli import main
+from hosfl.data import Dataset, sentences
+from hosfl.displaced import call
+from hosfl.messages import Cut, encode
+from hosfl.probe import trainable
+from hosfl.tasks import TASKS
+from hosfl.trainer import assemble
+from hosfl.trains import moving_only
+
+GOOD, BAD = ("good", "great", "fine", "lovely"), ("bad", "awful", "poor", "dull")
+WORDS = ("the", "film", "was", "a", "plot", "very", *GOOD, *BAD)
+SETTINGS = {
+    "task": "sentences",
+    "at": "1",
+    "rounds": 8,
+    "clients": 3,
+    "sampled": 2,
+    "batch": 8,
+    "directions": 2,
+    "alpha": 100.0,
+    "evaluate_every": 4,
+    "server_rate": 0.01,
+    "client_rate": 0.01,
+}
+
+
+def sentence(label, number):
+    words = [WORDS[number % 6], "film", (BAD, GOOD)[label][number % 4], *WORDS[: number % 4]]
+    return " ".join(words)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model and data in the formats that real ones have."""
+    path = tmp_path_factory.mktemp("sentences")
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    (path / "vocab.txt").write_text("\n".join(vocabulary))
+    hf.BertTokenizerFast(vocab={word: n for n, word in enumerate(vocabulary)}).save_pretrained(path / "model")
+    torch.manual_seed(0)
+    config = hf.BertConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=32,
+    )
+    hf.BertModel(config).save_pretrained(path / "model")
+    for name, count in (("train", 90), ("dev", 20), ("test", 30)):
+        rows = [f"{sentence(n % 2, n // 2)}\t{n % 2}\n" for n in range(count)]
+        (path / f"{name}.tsv").write_text("sentence\tlabel\n" + "".join(rows))
+    return path
+
+
+def config(folder, **settings):
+    return Config(**{**SETTINGS, "data": str(folder), "model": str(folder / "model"), **settings})
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+
+def test_sentences_are_read_and_padded(folder):
+    splits = sentences(folder, str(folder / "model"))
+    assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [90, 20, 30]
+    inputs = splits.train.inputs
+    assert set(inputs) == {"input_ids", "attention_mask"}
+    assert inputs["input_ids"].shape == (90, 8)  # [CLS], at most six words, [SEP]
+    assert inputs["attention_mask"].sum(1).min() == 5
+    assert torch.equal(inputs["input_ids"] == 0, inputs["attention_mask"] == 0)
+    assert splits.train.labels.tolist() == [0, 1] * 45
+    assert sentences(folder, str(folder / "model"), longest=6).test.inputs["input_ids"].shape == (30, 6)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("text\tlabel\na\t1\n", "does not begin"),
+        ("", "does not begin|no sentences"),
+        ("sentence\tlabel\n", "no sentences"),
+        ("sentence\tlabel\na film\n", "line 2: expected a sentence"),
+        ("sentence\tlabel\na film\t1\na film\t-1\n", "line 3"),
+        ("sentence\tlabel\na film\tgood\n", "line 2"),
+        ("sentence\tlabel\n\t1\n", "line 2"),
+    ],
+)
+def test_data_that_is_none(folder, tmp_path, text, reason):
+    for name in ("train", "dev", "test"):
+        (tmp_path / f"{name}.tsv").write_text(text if name == "dev" else (folder / f"{name}.tsv").read_text())
+    with pytest.raises(ValueError, match=rf"dev.tsv.*({reason})|no sentences"):
+        sentences(tmp_path, str(folder / "model"))
+
+
+def test_a_data_set_of_named_inputs():
+    data = Dataset({"x": torch.arange(6.0).reshape(3, 2), "mask": torch.ones(3, 2).long()}, torch.tensor([0, 1, 2]))
+    part = data[torch.tensor([2, 0])].to("cpu", torch.bfloat16)
+    assert part.labels.tolist() == [2, 0]
+    assert part.inputs["x"].tolist() == [[4, 5], [0, 1]]
+    assert (part.inputs["x"].dtype, part.inputs["mask"].dtype) == (torch.bfloat16, torch.int64)
+
+
+def test_tasks_say_what_they_need(folder, capsys):
+    with pytest.raises(ValueError, match="needs data"):
+        train(Config(task="sentences"))
+    with pytest.raises(ValueError, match="its own data"):
+        train(Config(data=str(folder)))
+    with pytest.raises(ValueError, match="no rates are tuned"):
+        train(config(folder, server_rate=None))
+    with pytest.raises(ValueError, match=r"cut points are 0 \(bert.encoder.layer.0\)"):
+        train(config(folder, at="7"))
+    assert main(["train", "--task", "sentences", "--data", str(folder / "none"), "--model", str(folder / "model")]) == 2
+    assert "train.tsv" in capsys.readouterr().err
+
+
+# --- training -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("trains", ["all", "lora", "biases", "norms", "*.query.*"])
+def test_sentences_train_replay_and_rebuild(folder, tmp_path, trains, dtype):
+    settings = config(folder, trains=trains, dtype=dtype, estimator="forward")
+    summary = train(settings, tmp_path)
+    assert summary.replicas.equal
+    assert summary.bytes["mask up"] > 0
+    tensors, _ = rebuild(tmp_path / "hosfl.log", tmp_path / "base.safetensors")
+    before = assemble(settings)[0].base
+    names = {name for name, p in before.named_parameters() if p.requires_grad}
+    base = before.state_dict()
+    moved = {name for name, value in tensors.items() if not torch.equal(value, base[name])}
+    assert moved
+    assert moved <= names
+    assert len(moved) > len(names) / 2
+
+
+@pytest.mark.parametrize("method", ["first-order", "frozen"])
+def test_the_baselines_take_sentences_too(folder, method):
+    settings = config(folder, method=method, rounds=80, batch=16)
+    summary = train(settings)
+    assert summary.replicas.equal
+    assert summary.accuracy > 0.9
+    torch.manual_seed(1)  # the server half has dropout, and its seed is the run's
+    assert train(settings).loss == summary.loss
+
+
+def test_the_split_model_is_the_whole_one_in_training(folder):
+    federation, task = assemble(config(folder))
+    batch = task.splits.test[:5]
+    whole = hf.AutoModelForSequenceClassification.from_pretrained(folder / "model", num_labels=2).eval()
+    halves = federation.model()
+    halves.client.eval(), halves.server.eval()
+    whole.classifier.load_state_dict(halves.server.model.classifier.state_dict())
+    if whole.bert.pooler is not None:
+        whole.bert.pooler.load_state_dict(halves.server.model.bert.pooler.state_dict())
+    with torch.no_grad():
+        assert torch.allclose(halves(batch.inputs), whole(**batch.inputs).logits, atol=1e-5)  # on its lattice
+
+
+# --- masks on the wire --------------------------------------------------------------------------------------------
+
+
+def test_hostile_masks_are_refused(folder):
+    federation, _ = assemble(config(folder))
+    server = federation.server
+    client = federation.take(0)
+    good = client.output(0)
+    assert good.mask.shape == good.cut.shape[:2]
+    assert len(encode(good)) <= server.largest_message
+    two = good.mask.clone()
+    two[0, 0] = 2
+    wrong = [
+        replace(good, mask=good.mask[:, :3]),
+        replace(good, mask=good.mask[:2]),
+        replace(good, mask=torch.empty(0, 0, dtype=torch.uint8)),
+        replace(good, mask=two),
+    ]
+    before = {name: value.clone() for name, value in server.half.state_dict().items()}
+    assert server.step(0, wrong)[0] == {}
+    assert server.refusals == 4
+    assert all("mask" in reason for reason in server.refused)
+    assert all(torch.equal(value, before[name]) for name, value in server.half.state_dict().items())
+    nothing = replace(good, mask=torch.zeros_like(good.mask))  # strange, and harmless
+    multipliers, loss = server.step(0, [nothing, replace(good, client=1)])
+    assert set(multipliers) == {0, 1}
+    assert loss == loss
+
+
+def test_a_server_half_that_takes_no_mask_is_sent_none():
+    federation, _ = assemble(Config(rounds=1))
+    good = federation.take(0).output(0)
+    assert good.mask.shape == (0, 0)
+    masked = Cut(
+        client=0, round=0, cut=good.cut, labels=good.labels, mask=torch.ones(good.cut.shape[:2], dtype=torch.uint8)
+    )
+    assert federation.server.step(0, [masked])[0] == {}
+    assert "mask" in federation.server.refused[0]
+
+
+# --- what moves ---------------------------------------------------------------------------------------------------
+
+
+def a_half():
+    return nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2).requires_grad_(False))
+
+
+@pytest.mark.parametrize(
+    ("trains", "expected"),
+    [
+        ("all", ["0.weight", "0.bias", "1.weight", "1.bias"]),
+        ("biases", ["0.bias", "1.bias"]),
+        ("norms", ["1.weight", "1.bias"]),
+        ("0.*, 1.bias", ["0.weight", "0.bias", "1.bias"]),
+    ],
+)
+def test_patterns_choose_what_moves(trains, expected):
+    half = moving_only(a_half(), trains, 0)
+    assert [name for name, p in half.named_parameters() if p.requires_grad] == expected
+
+
+def test_adapters_start_as_nothing_and_follow_the_seed():
+    x = torch.randn(5, 3)
+    plain = a_half()
+    state = plain.state_dict()
+    halves = []
+    for seed in (1, 1, 2):
+        half = a_half()
+        half.load_state_dict(state)
+        halves.append(moving_only(half, "lora", seed))
+        assert torch.equal(call(halves[-1], x), call(plain, x))
+    first, same, other = ([p.detach() for p in trainable(half)[0]] for half in halves)
+    assert len(first) == 4  # two matrices beside each of two layers
+    assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_nothing_that_moves_is_an_error():
+    with pytest.raises(ValueError, match=r"leaves nothing that moves; the client half has 0\.weight, 0\.bias"):
+        moving_only(a_half(), "decoder.*", 0)
+    with pytest.raises(ValueError, match="leaves nothing"):
+        moving_only(nn.Linear(2, 2), "norms", 0)
+    with pytest.raises(ValueError, match="has none"):
+        moving_only(nn.Conv2d(1, 1, 1), "lora", 0)
+    assert TASKS.keys() == {"digits", "sentences"}
