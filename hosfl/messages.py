@@ -60,7 +60,8 @@ class Message:
         sizes = {"framing": HEADER.size}
         for name, meta in self.arrays().items():
             value: Tensor = getattr(self, name)
-            sizes[meta["category"]] = sizes.get(meta["category"], 0) + value.nbytes
+            if value.nbytes:
+                sizes[meta["category"]] = sizes.get(meta["category"], 0) + value.nbytes
             sizes["framing"] += ARRAY.size + 4 * value.dim()
         return {f"{category} {self.direction}": size for category, size in sizes.items()}
 

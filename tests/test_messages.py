@@ -34,7 +34,13 @@ EXAMPLES = [
     PoolMoves(client=1, round=3, coefficients=torch.randn(2, 8), until=torch.tensor([19]).int(), digest=DIGEST),
     Differs(client=1, round=3, epoch=2**16 - 1, digest=DIGEST),
     Cut(client=2**32 - 1, round=2**32 - 1, epoch=7, cut=torch.randn(3, 2, 4), labels=torch.tensor([1, 2, 3]).int()),
-    Cut(client=1, round=2, cut=torch.randn(3, 2).bfloat16(), labels=torch.tensor([1, 2, 3]).int()),
+    Cut(
+        client=1,
+        round=2,
+        cut=torch.randn(3, 2).bfloat16(),
+        labels=torch.tensor([1, 2, 3]).int(),
+        mask=torch.ones(3, 2, dtype=torch.uint8),
+    ),
     Multiplier(client=1, round=2, multiplier=torch.randn(3, 2, 4).half()),
     Scalars(client=1, round=2, scalars=torch.randn(5)),
     Weights(client=1, round=2, weights=torch.randn(70)),
@@ -128,7 +134,7 @@ def test_a_huge_claim_allocates_nothing():
 
 @pytest.mark.parametrize("shape", [(2**32 - 1,) * 7 + (0,), (0,) + (2**32 - 1,) * 7, (2**32 - 1, 2**31, 0)])
 def test_a_shape_beyond_all_memory_is_refused_though_it_is_empty(shape):
-    header = HEADER.pack(b"HSF1", Cut.kind, 2, 0, 0, 0, 0)
+    header = HEADER.pack(b"HSF1", Cut.kind, 3, 0, 0, 0, 0)
     cut = struct.pack("<BBH", 1, len(shape), 0) + struct.pack(f"<{len(shape)}I", *shape)
     labels = struct.pack("<BBHI", 4, 1, 0, 0)
     with pytest.raises(MessageError, match="says shape"):
@@ -136,7 +142,7 @@ def test_a_shape_beyond_all_memory_is_refused_though_it_is_empty(shape):
 
 
 def test_too_many_dims_and_too_many_bytes_are_refused():
-    header = HEADER.pack(b"HSF1", Cut.kind, 2, 0, 0, 0, 0)
+    header = HEADER.pack(b"HSF1", Cut.kind, 3, 0, 0, 0, 0)
     with pytest.raises(MessageError, match="9 dims"):
         decode(sealed(header + struct.pack("<BBH9I", 1, 9, 0, *[1] * 9) + bytes(4)))
     data = encode(SCALARS)
