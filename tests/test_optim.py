@@ -26,6 +26,7 @@ CASES = {
     "plain": (ZOSGD, 0.02, {}, torch.float32, False),
     "one-sided": (ZOSGD, 0.02, {"two_sided": False, "directions": 3}, torch.float32, False),
     "normalized": (ZONormalizedSGD, 0.02, {"directions": 2}, torch.float32, False),
+    "pool": (ZONormalizedSGD, 0.02, {"directions": 2, "pool": 15}, torch.float32, False),
     "drifting": (ZOSGD, 0.02, {"dist": "gaussian"}, torch.float32, False),
     "gaussian": (ZOSGD, 0.02, {"dist": "gaussian", "directions": 2}, torch.float32, True),
     "momentum": (ZOSGD, 0.002, {"momentum": 0.9, "directions": 2}, torch.float32, True),
@@ -33,7 +34,7 @@ CASES = {
     "bfloat16": (ZONormalizedSGD, 0.02, {"mu": 0.05, "directions": 3}, torch.bfloat16, True),
     "float16": (ZOSGD, 0.02, {"mu": 0.03, "two_sided": False, "momentum": 0.5}, torch.float16, True),
 }
-EXACT = [name for name in CASES if name in ("plain", "one-sided", "normalized")]
+EXACT = [name for name in CASES if name in ("plain", "one-sided", "normalized", "pool")]
 every = pytest.mark.parametrize("case", CASES)
 
 
@@ -200,16 +201,45 @@ def test_the_closure_runs_without_a_graph(case):
     assert all(p.grad is None for p in run.model.parameters())
 
 
+@every
+def test_measuring_first_and_stepping_later_is_one_step(case):
+    whole, halves, dropped = Run(case), Run(case), Run(case)
+    for step in range(3):
+        expected = whole.optimizer.step(lambda step=step: whole.loss(step))
+        if case != "drifting":
+            dropped.optimizer.measure(lambda step=step: dropped.loss(9))  # the step's own closure counts
+        dropped.optimizer.step(lambda step=step: dropped.loss(step))
+        before = halves.weights
+        loss = halves.optimizer.measure(lambda step=step: halves.loss(step))
+        if step and case != "drifting":
+            assert same(halves.weights, before)
+        assert halves.optimizer.steps == step
+        assert torch.equal(halves.optimizer.step(), loss)
+        assert halves.optimizer.steps == step + 1
+        with pytest.raises(TypeError, match="step needs a closure"):
+            halves.optimizer.step()
+        if case != "drifting":
+            assert torch.equal(loss, expected)
+            assert same(halves.weights, whole.weights)
+            assert same(dropped.weights, whole.weights)
+    halves.optimizer.measure(halves.loss)
+    halves.model[0].bias.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="when the step was measured"):
+        halves.optimizer.step()
+
+
 # --- the estimator -----------------------------------------------------------------------------------------------
 
 
-def numpy_run(xs, rates, mus, loss, steps, directions, two_sided, seed, normalized=False):
+def numpy_run(xs, rates, mus, loss, steps, directions, two_sided, seed, normalized, pool):
     """The estimator on the lattice, one array per group."""
+    cycle = [derive(round_seed(seed, Purpose.POOL, 0), j, 0) for j in range(pool)] * steps * directions
     q = spec.quantum([max(float(np.abs(x).max()) for x in xs)], [1.0], 16.0)
     xs, mus = [spec.snap(x, q) for x in xs], [max(1, round(mu / q)) * q for mu in mus]
     mean = [0.0] * len(xs)
     for t in range(steps):
-        us = [[spec.rademacher(x.size, s, g) for g, x in enumerate(xs)] for s in direction_seeds(seed, t, directions)]
+        seeds = cycle[t * directions : (t + 1) * directions] or direction_seeds(seed, t, directions)
+        us = [[spec.rademacher(x.size, s, g) for g, x in enumerate(xs)] for s in seeds]
         at = [
             [loss([x + np.float32(s * mu) * z for x, mu, z in zip(xs, mus, u, strict=True)]) for s in (1, -1, 0)]
             for u in us
@@ -227,8 +257,8 @@ def numpy_run(xs, rates, mus, loss, steps, directions, two_sided, seed, normaliz
 
 @pytest.mark.parametrize("two_sided", [True, False])
 @pytest.mark.parametrize("normalized", [True, False])
-@pytest.mark.parametrize("directions", [1, 3])
-def test_it_is_the_estimator_in_numpy_bit_for_bit(two_sided, directions, normalized):
+@pytest.mark.parametrize(("directions", "pool"), [(1, 0), (3, 0), (3, 4)])
+def test_it_is_the_estimator_in_numpy_bit_for_bit(two_sided, directions, pool, normalized):
     start = [np.random.default_rng(0).normal(size=n).astype(np.float32) for n in (1500, 7)]
     rates, mus = (1e-4, 3e-4), (1e-3, 4e-3)
 
@@ -238,11 +268,11 @@ def test_it_is_the_estimator_in_numpy_bit_for_bit(two_sided, directions, normali
     params = [nn.Parameter(torch.from_numpy(x.copy())) for x in start]
     groups = [{"params": [p], "lr": lr, "mu": mu} for p, lr, mu in zip(params, rates, mus, strict=True)]
     cls = ZONormalizedSGD if normalized else ZOSGD
-    optimizer = cls(groups, 1.0, directions=directions, two_sided=two_sided, seed=8)
+    optimizer = cls(groups, 1.0, directions=directions, two_sided=two_sided, seed=8, pool=pool)
     before = loss(start)
     for _ in range(4):
         optimizer.step(lambda: loss([p.detach().numpy() for p in params]))
-    expected = numpy_run(start, rates, mus, loss, 4, directions, two_sided, 8, normalized)
+    expected = numpy_run(start, rates, mus, loss, 4, directions, two_sided, 8, normalized, pool)
     for p, x in zip(params, expected, strict=True):
         assert np.array_equal(p.detach().numpy(), x)
     assert loss(expected) < before
@@ -623,6 +653,8 @@ def test_logs_that_would_not_rebuild_are_refused(tmp_path):
         ({"weight_decay": -0.1}, "weight_decay must be"),
         ({"momentum": 1.0}, "momentum must be"),
         ({"directions": 0}, "directions must be"),
+        ({"directions": 3, "pool": 2}, "pool must be"),
+        ({"pool": -1}, "pool must be"),
         ({"dist": "uniform"}, "dist must be"),
         ({"seed": -1}, "seed must be"),
         ({"model": nn.Linear(1, 1)}, "does not own"),
