@@ -28,6 +28,15 @@ Where weights are moved, and what that costs:
 Momentum keeps one float32 tensor per parameter. Nothing else is ever as large as a parameter, but for a copy in the
 host's memory, one parameter at a time, of weights on a GPU whose digest is taken at the first step and by `log.save`.
 
+A closure may replay a captured CUDA graph of the forward pass in the first case and in the last: weights stay at their
+addresses, between two evaluations nothing waits for the device, and the loss is copied out of the graph's output. Not
+in the second, where the moved weights are elsewhere; and the step itself cannot be captured, since its size is known
+only when the losses are. None of this has run on a GPU yet.
+
+Where processes share a model (DDP, or FSDP2's `fully_shard`) its losses are averaged, and all of them hold the bits of
+one process with the mean loss. Sharded parameters need `model`, and must be in the first case above; every process must
+call `log.save` and `rebuild`.
+
 `optimizer.log.save(path)` writes the run: 4 (P + 2) bytes per step and parameter group. `rebuild(model, path)` makes
 the trained weights again from the base model, in one pass. Where weights drift there is no such log.
 """
@@ -193,7 +202,8 @@ class ZOSGD(torch.optim.Optimizer):
             must take every step; where a closure raises on one, the others wait. Pass a group of one to run alone.
 
     Learning rate schedulers, `state_dict` (a few numbers, and moments), `add_param_group`, torch.compile of the model,
-    autocast and closures that loop over micro-batches work as with any optimizer.
+    autocast and closures that loop over micro-batches work as with any optimizer. Where a whole training step is
+    compiled, the optimizer runs as Python within it, and so does its closure but for a model that is compiled itself.
 
     Raises: ValueError, TypeError.
     """
@@ -266,8 +276,9 @@ class ZOSGD(torch.optim.Optimizer):
 
     # --- a step ---
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
+    def step(self, closure: Closure | None = None) -> Tensor:
         """One step. Returns the loss, float64 on the CPU: the mean over all moved weights, one-sided the loss at th.
 
         Args:
@@ -296,13 +307,14 @@ class ZOSGD(torch.optim.Optimizer):
                 self.steps += 1
         return measurement.loss
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def measure(self, closure: Closure) -> Tensor:
         """The first half of a step, for frameworks that call `step()` themselves, without a closure, a little later.
 
-        Returns what `step(closure)` would. The weights are as before (unless they drift), and the next `step()` goes where
-        `step(closure)` would have gone, at the learning rate it finds, for one more pass over the weights. Raises as
-        `step` does. What is measured is no part of `state_dict`.
+        Returns what `step(closure)` would. The weights are as before (unless they drift), and the next `step()` goes
+        where `step(closure)` would have gone, at the learning rate it finds, for one more pass over the weights. Raises
+        as `step` does. What is measured is no part of `state_dict`.
         """
         self._measurement = None
         with self._weights() as weights:

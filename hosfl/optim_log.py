@@ -131,6 +131,8 @@ class RunLog:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the log and the digest of the weights as they are now. All of it or nothing.
 
+        With sharded parameters every process must call it, each with a path of its own: all write the same.
+
         Raises: LogError where the run cannot be rebuilt, or has made no step; OSError.
         """
         if self.refusal or not self.chapters:
@@ -156,8 +158,9 @@ def rebuild(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Train a base model again from a log, in place: the weights that the run had at `log.save`, to the bit.
 
     One pass over the weights for as long as the same parameters moved on the same lattice. model: as it was before the
-    run's first step, on any device. Parameters are found by name, where the optimizer was given names or the model;
-    otherwise by position, and then the optimizer must have been given `model.parameters()`.
+    run's first step, on any device, or sharded by FSDP2, where every process must call this. Parameters are found by
+    name, where the optimizer was given names or the model; otherwise by position, and then the optimizer must have been
+    given `model.parameters()`.
 
     Raises: LogError for a damaged log, and for a model whose parameters' names, shapes, dtypes or bits are not those of
     the base, with the model unchanged; and where somebody else wrote the weights during the run, so that they are not

@@ -26,9 +26,12 @@ def is_sharded(tensor: Tensor) -> bool:
 def shard(parameter: Tensor) -> tuple[Tensor, int]:
     """What of a parameter lies here, sharing its memory, and the index of its first element in the whole.
 
-    Raises ValueError for DTensors that are sharded over another dimension than the first, or hold partial sums.
+    Raises ValueError for DTensors that are sharded over another dimension than the first, or hold partial sums;
+    TypeError for other tensors that are made of tensors, as quantised ones are.
     """
     if not is_sharded(parameter):
+        if _is_made_of_tensors(parameter):
+            raise TypeError(f"a parameter is a {type(parameter).__name__}, which cannot move: freeze it")
         return parameter, 0
     parameter = parameter.data  # a DTensor still; `to_local` of what requires grad would record a graph
     return parameter.to_local(), _start(parameter.shape, parameter.device_mesh, parameter.placements)  # type: ignore
@@ -57,9 +60,18 @@ def _start(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> in
 
 
 def whole(parameters: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The parameters whole, one at a time; every process must ask."""
+    """The parameters whole, one at a time, and what quantised ones are made of; every process must ask."""
     for parameter in parameters:
-        yield parameter.detach().full_tensor() if is_sharded(parameter) else parameter  # type: ignore[attr-defined]
+        if is_sharded(parameter):
+            yield from whole([parameter.detach().full_tensor()])  # type: ignore[attr-defined]
+        elif _is_made_of_tensors(parameter):
+            yield from whole(getattr(parameter, name) for name in parameter.__tensor_flatten__()[0])  # type: ignore
+        else:
+            yield parameter
+
+
+def _is_made_of_tensors(tensor: Tensor) -> bool:
+    return hasattr(tensor, "__tensor_flatten__")
 
 
 def reshard(model: nn.Module | None) -> None:

@@ -475,20 +475,34 @@ def test_ctrl_c_in_the_middle_of_a_move(monkeypatch):
 # --- with the rest of torch --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ["plain", "gaussian"])
-def test_a_compiled_model_is_not_compiled_again(case):
+@pytest.mark.parametrize("whole_step", [False, True])
+@pytest.mark.parametrize("case", ["plain", "gaussian", "bfloat16"])
+def test_a_compiled_model_or_step_is_not_compiled_again(case, whole_step):
     torch._dynamo.reset()
     graphs = []
-    run = Run(case)
-    compiled = torch.compile(run.model, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
-    cls, lr, settings, _, with_model = CASES[case]
-    optimizer = cls(compiled.parameters(), lr, model=compiled if with_model else None, **settings)
-    x = torch.randn(16, 3)
-    for step in range(6):
-        optimizer.step(lambda: (compiled(x) - 1).square().mean())
-        if step == 1:
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    run, eager = Run(case), Run(case)
+    compiled = torch.compile(run.model, backend=backend)
+    cls, lr, settings, dtype, with_model = CASES[case]
+    optimizer = cls(compiled.parameters(), lr, seed=3, model=compiled if with_model else None, **settings)
+
+    def step(x):
+        return optimizer.step(lambda: (compiled(x) - 1).square().mean())
+
+    if whole_step:
+        step = torch.compile(step, backend=backend)
+    for i in range(6):
+        x = torch.randn(16, 3).to(dtype)
+        step(x)
+        eager.optimizer.step(lambda x=x: (eager.model(x) - 1).square().mean())
+        if i == 1:
             first = len(graphs)
     assert 1 <= first == len(graphs)
+    assert same(run.weights, eager.weights)
 
 
 def test_autocast_sees_the_weights_as_they_are():
