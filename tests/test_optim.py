@@ -347,15 +347,20 @@ def test_no_tensor_of_the_parameters_size_is_made():
 # --- groups, schedulers, freezing, ties --------------------------------------------------------------------------
 
 
-def test_a_group_of_rate_zero_stays_and_schedulers_reach_all():
-    run = Run("plain", params=lambda m: [{"params": m[0].parameters(), "lr": 0.0}, {"params": m[2].parameters()}])
+@every
+def test_a_group_of_rate_zero_stays_and_schedulers_reach_all(case):
+    def same(a, b):
+        close = 1e-5 if case == "drifting" else 0.0
+        return all(torch.allclose(x, y, rtol=0.0, atol=close) for x, y in zip(a, b, strict=True))
+
+    run = Run(case, params=lambda m: [{"params": m[0].parameters(), "lr": 0.0}, {"params": m[2].parameters()}])
     run.go(1)
     before = run.weights
     scheduler = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda epoch: 1.0 if epoch == 0 else 0.0)
     run.go(1)
     middle = run.weights
     assert same(middle[:2], before[:2])
-    assert not torch.equal(middle[2], before[2])
+    assert not same(middle[2:], before[2:])
     scheduler.step()
     assert same(run.go(1).weights, middle)
 
@@ -370,7 +375,8 @@ def test_groups_added_later_are_numbered_on_and_logged(tmp_path):
     assert same(list(run.base.parameters()), run.weights)
 
 
-def test_tied_weights_move_once():
+@every
+def test_tied_weights_move_once(case):
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
@@ -381,20 +387,22 @@ def test_tied_weights_move_once():
         def forward(self, x):
             return self.b(self.a(x))
 
-    for settings in ({}, {"dist": "gaussian"}):
-        torch.manual_seed(0)
-        model = Tied()
-        optimizer = ZOSGD(model.parameters(), 0.01, model=model, **settings)
-        x = torch.randn(8, 4)
-        seen = []
+    torch.manual_seed(0)
+    cls, lr, settings, dtype, with_model = CASES[case]
+    model = Tied().to(dtype)
+    optimizer = cls(model.parameters(), lr, model=model if with_model else None, **settings)
+    x = torch.randn(8, 4).to(dtype)
+    seen = []
 
-        def closure(model=model, seen=seen, x=x):
-            seen.append((model.a.weight.clone(), model.b.weight.clone()))
-            return model(x).square().mean()
+    def closure():
+        seen.append((model.a.weight.clone(), model.b.weight.clone()))
+        return model(x).square().mean()
 
-        optimizer.step(closure)
-        assert all(torch.equal(a, b) for a, b in seen)
-        assert not torch.equal(seen[0][0], seen[1][0])
+    optimizer.step(closure)
+    assert all(torch.equal(a, b) for a, b in seen)
+    assert not torch.equal(seen[0][0], seen[1][0])
+    assert model.a.weight is model.b.weight
+    assert not torch.equal(model.a.weight, seen[0][0])
 
 
 def test_two_parameters_on_one_memory_are_refused():
@@ -405,15 +413,19 @@ def test_two_parameters_on_one_memory_are_refused():
     assert not weight.any()
 
 
-@pytest.mark.parametrize("settings", [{}, {"dist": "gaussian"}, {"momentum": 0.5}])
-def test_empty_tensors_and_empty_groups(settings):
-    empty, full = nn.Parameter(torch.zeros(0, 3)), nn.Parameter(torch.ones(3))
-    frozen = nn.Parameter(torch.ones(2), requires_grad=False)
-    optimizer = ZOSGD([{"params": [empty, full]}, {"params": [frozen]}], 0.01, **settings)
-    optimizer.step(lambda: full.square().sum())
-    assert not torch.equal(full, torch.ones(3))
-    assert torch.equal(frozen, torch.ones(2))
-    alone = ZOSGD([empty], 0.01, **settings)
+@every
+def test_empty_tensors_and_empty_groups(case):
+    cls, lr, settings, dtype, with_model = CASES[case]
+    model = nn.ParameterList([torch.zeros(0, 3), torch.ones(3), torch.ones(2)]).to(dtype)
+    empty, full, frozen = model
+    frozen.requires_grad_(False)
+    settings = {**settings, "model": model if with_model else None}
+    optimizer = cls([{"params": [empty, full]}, {"params": [frozen]}], lr, **settings)
+    for _ in range(3):
+        optimizer.step(lambda: model[1].float().square().sum())
+    assert not torch.equal(full, torch.ones(3, dtype=dtype))
+    assert torch.equal(frozen, torch.ones(2, dtype=dtype))
+    alone = cls([empty], lr, **settings)
     assert float(alone.step(lambda: 2.0)) == 2.0
 
 
@@ -476,7 +488,7 @@ def test_ctrl_c_in_the_middle_of_a_move(monkeypatch):
 
 
 @pytest.mark.parametrize("whole_step", [False, True])
-@pytest.mark.parametrize("case", ["plain", "gaussian", "bfloat16"])
+@every
 def test_a_compiled_model_or_step_is_not_compiled_again(case, whole_step):
     torch._dynamo.reset()
     graphs = []
@@ -502,7 +514,7 @@ def test_a_compiled_model_or_step_is_not_compiled_again(case, whole_step):
         if i == 1:
             first = len(graphs)
     assert 1 <= first == len(graphs)
-    assert same(run.weights, eager.weights)
+    assert case == "drifting" or same(run.weights, eager.weights)
 
 
 def test_autocast_sees_the_weights_as_they_are():
@@ -535,12 +547,12 @@ def test_autocast_sees_the_weights_as_they_are():
 
 def half_batches(model, rank):
     x = torch.randn(16, 3, generator=torch.Generator().manual_seed(1))[8 * rank : 8 * rank + 8]
-    return (model(x) - x.sum(1, keepdim=True)).square().mean().double()
+    return (model(x.to(model[0].weight.dtype)).double() - x.sum(1, keepdim=True)).square().mean()
 
 
 def train_distributed(rank, folder, closures):
     torch.set_num_threads(1)
-    runs = [Run("plain"), Run("normalized"), Run("momentum")]
+    runs = [Run(case) for case in CASES]
     for run in runs:
         for _ in range(5):
             run.optimizer.step(lambda run=run: closures(run.model, rank))
