@@ -532,7 +532,7 @@ class ZOSGD(torch.optim.Optimizer):
         for name in self.kept:
             setattr(self, name, run[name])
         self.lattice = None if run["quantum"] is None else Lattice(run["quantum"])
-        self._settled, self._largest = None, math.inf
+        self._settled, self._largest, self._measurement = None, math.inf, None
         saved = (state_dict["state"].get(i) for group in state_dict["param_groups"] for i in group["params"])
         for (_, parameter), state in zip(self._named(), saved, strict=True):
             if state:  # torch gives it the parameter's dtype; moments are float32

@@ -95,8 +95,13 @@ def test_a_saved_state_continues_to_the_same_bits(case):
     torch.save({"model": half.model.state_dict(), "optimizer": half.optimizer.state_dict()}, file)
     file.seek(0)
     saved = torch.load(file, weights_only=True)
+    optimizer = whole.optimizer
+    different = {"seed": 99, "lr": 0.5, "directions": 4, "pool": 0 if optimizer.pool else 7, "momentum": 0.25}
+    different |= {"dist": "rademacher" if optimizer.dist == "gaussian" else "gaussian"}
+    different |= {"two_sided": not optimizer.two_sided, **({"decay": 0.3} if hasattr(optimizer, "decay") else {})}
+    assert different.keys() >= {*optimizer.kept} - {"steps"}
     for weights_first in (True, False):
-        other = Run(case, seed=99, lr=0.5)
+        other = Run(case, **different)
         if weights_first:
             other.model.load_state_dict(saved["model"])
         other.optimizer.load_state_dict(saved["optimizer"])
@@ -222,6 +227,10 @@ def test_measuring_first_and_stepping_later_is_one_step(case):
             assert torch.equal(loss, expected)
             assert same(halves.weights, whole.weights)
             assert same(dropped.weights, whole.weights)
+    halves.optimizer.measure(halves.loss)
+    halves.optimizer.load_state_dict(halves.optimizer.state_dict())
+    with pytest.raises(TypeError, match="step needs a closure"):
+        halves.optimizer.step()
     halves.optimizer.measure(halves.loss)
     halves.model[0].bias.requires_grad_(False)
     with pytest.raises(RuntimeError, match="when the step was measured"):

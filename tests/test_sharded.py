@@ -25,7 +25,8 @@ def make():
 
 def half(model, rank):
     x = torch.randn(16, 3, generator=torch.Generator().manual_seed(1))[8 * rank : 8 * rank + 8]
-    return (model(x) - x.sum(1, keepdim=True)).square().mean().double()
+    y = model(x.to(model[0].weight.dtype)).float()
+    return (y - x.sum(1, keepdim=True)).square().mean().double()
 
 
 def both_halves(model):
@@ -70,34 +71,39 @@ def same(a, b):
 
 def sharded_model(way):
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     model = make()
-    settings = {} if way in ("default", "2-d") else {"reshard_after_forward": way == "reshard"}
-    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicas", "shards")) if way == "2-d" else None
-    fully_shard(model[0], mesh=mesh, **settings)
-    return fully_shard(model, mesh=mesh, **settings)
+    shape, names = ((2, 2), ("replicas", "shards")) if way == "2-d" else ((2,), ("shards",))
+    settings = {"mesh": init_device_mesh("cpu", shape, mesh_dim_names=names)}
+    if way == "bfloat16":
+        settings["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    if way in ("reshard", "keep"):
+        settings["reshard_after_forward"] = way == "reshard"
+    fully_shard(model[0], **settings)
+    return fully_shard(model, **settings)
 
 
 def follows_the_bits(rank, folder):
-    for way in ("default", "reshard", "keep", "2-d"):
+    half_of = rank % 2
+    for way in ("default", "reshard", "keep", "bfloat16") if distributed.get_world_size() == 2 else ("2-d",):
         for one_sided in (False, True):
             model = sharded_model(way)
-            optimizer = trained(model, lambda model: half(model, rank), one_sided)
+            optimizer = trained(model, lambda model: half(model, half_of), one_sided)
             with torch.no_grad():
-                after = half(model, rank)
+                after = half(model, half_of)
             sharded.reshard(model)
             path = f"{folder}/{way}-{one_sided}"
             torch.save([full(model), after], f"{path}-{rank}")
-            optimizer.log.save(path if rank == 0 else f"{path}-other")
+            optimizer.log.save(path if rank == 0 else f"{path}-log-{rank}")
             base = sharded_model(way)
             with torch.no_grad():
-                half(base, rank)
-            rebuild(base, path if rank == 0 else f"{path}-other")
+                half(base, half_of)
+            rebuild(base, path if rank == 0 else f"{path}-log-{rank}")
             sharded.reshard(base)
             assert same(full(base), full(model))
             with pytest.raises(LogError, match="digest"):
-                rebuild(model, path if rank == 0 else f"{path}-other")
+                rebuild(model, path if rank == 0 else f"{path}-log-{rank}")
 
 
 def writes_between_steps(rank, folder):
@@ -202,10 +208,10 @@ def what_is_refused(rank, folder):
         sharded.shard(DTensor.from_local(table.detach(), mesh, [Replicate(), Partial()]))
 
 
-def one_of_two(rank, folder, parts):
+def one_of_many(rank, folder, world, parts):
     torch.set_num_threads(1)
     distributed.init_process_group(
-        "gloo", f"file://{folder}/store", timeout=timedelta(seconds=60), rank=rank, world_size=2
+        "gloo", f"file://{folder}/store-{world}", timeout=timedelta(seconds=60), rank=rank, world_size=world
     )
     for part in parts:
         part(rank, folder)
@@ -214,24 +220,31 @@ def one_of_two(rank, folder, parts):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What two processes have left there. Forked: importing torch again takes longer than the tests."""
+    """What two processes have left there, and four on a mesh of two dimensions.
+
+    Forked: importing torch again takes longer than the tests.
+    """
     folder = tmp_path_factory.mktemp("sharded")
     parts = (follows_the_bits, writes_between_steps, a_closure_that_raises, what_is_refused)
-    torch.multiprocessing.start_processes(one_of_two, (str(folder), parts), nprocs=2, start_method="fork")
+    for world, done in ((2, parts), (4, parts[:1])):
+        start = torch.multiprocessing.start_processes
+        start(one_of_many, (str(folder), world, done), nprocs=world, start_method="fork")
     return folder
 
 
-@pytest.mark.parametrize("way", ["default", "reshard", "keep", "2-d"])
+@pytest.mark.parametrize("way", ["default", "reshard", "keep", "bfloat16", "2-d"])
 @pytest.mark.parametrize("one_sided", [False, True])
 def test_sharded_weights_hold_the_bits_of_whole_ones(folder, way, one_sided):
     model = make()
     base = copy.deepcopy(model)
-    trained(model, both_halves, one_sided)
+    computed_with = (lambda model: copy.deepcopy(model).bfloat16()) if way == "bfloat16" else (lambda model: model)
+    trained(model, lambda model: both_halves(computed_with(model)), one_sided)
     assert not torch.equal(model[0].weight, base[0].weight)
-    for rank in (0, 1):
+    for rank in range(4 if way == "2-d" else 2):
         weights, loss = torch.load(folder / f"{way}-{one_sided}-{rank}")
         assert same(weights, model.parameters())
-        assert torch.equal(loss, half(model, rank))  # what the user evaluates next is gathered anew, too
+        # What the user evaluates next is gathered anew, too.
+        assert torch.equal(loss, half(computed_with(model), rank % 2))
     rebuild(base, folder / f"{way}-{one_sided}")
     assert same(base.parameters(), model.parameters())
 
