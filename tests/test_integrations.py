@@ -1,10 +1,11 @@
 """hosfl.optim with Hugging Face's Trainer, PEFT, quantised backbones, Lightning; what CUDA graphs rely on."""
 
 import copy
+import os
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hosfl.log import LogError
@@ -127,6 +128,48 @@ def test_a_resumed_trainer_holds_the_bits_of_one_that_went_through(tmp_path):
     assert len(trainer.batches) == 5
     assert same(whole.parameters(), resumed.parameters())
     assert not same(whole.parameters(), float32.parameters())  # bf16 is autocast
+
+
+def train_distributed(rank, folder):
+    from accelerate.state import AcceleratorState
+
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)  # of this process before it was forked
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    model = language_model()
+    trainer = trainer_of(model, folder, causal=True, gradient_accumulation_steps=2, ddp_backend="gloo")
+    trainer.train()
+    torch.save((trainer.batches, trainer.items, [*model.state_dict().values()]), f"{folder}/{rank}")
+    distributed.destroy_process_group()
+
+
+def test_two_trainers_equal_one_plain_loop(tmp_path):
+    trainer_of(language_model(), tmp_path)  # imports what is not to be imported twice
+    start = torch.multiprocessing.start_processes
+    start(train_distributed, (str(tmp_path),), nprocs=2, start_method="fork")
+    batches, items, weights = zip(*(torch.load(tmp_path / str(rank)) for rank in (0, 1)), strict=True)
+    assert len(items[0]) == 4
+    assert torch.equal(torch.stack(items[0]), torch.stack(items[1]))  # tokens are counted over both
+    assert not torch.equal(batches[0][0]["input_ids"], batches[1][0]["input_ids"])
+    plain = language_model().eval()
+    optimizer = ZOSGD(plain.parameters(), 0.01, seed=5)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 2)
+    for first in (0, 2):
+
+        def loss(first=first):
+            def of(rank):
+                mine = batches[rank][first : first + 2]
+                # Losses are per token of both; the mean over processes takes half of it away again.
+                losses = [plain(**b, num_items_in_batch=items[rank][first]).loss * 2 for b in mine]
+                return torch.stack([value.double() for value in losses]).sum()
+
+            return (of(0) + of(1)) / 2
+
+        optimizer.step(loss)
+        schedule.step()
+    assert same(weights[0], weights[1])
+    assert same(weights[0], plain.state_dict().values())
 
 
 def test_the_trainer_refuses_what_cannot_work(tmp_path):
