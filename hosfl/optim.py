@@ -25,8 +25,9 @@ Where weights are moved, and what that costs:
   45 % of bfloat16 weights hold other bits than the update alone would give. For float32 that is noise far below the
   update's; for bfloat16 and float16 give `model`.
 
-Momentum keeps one float32 tensor per parameter. Nothing else is ever as large as a parameter, but for a copy in the
-host's memory, one parameter at a time, of weights on a GPU whose digest is taken at the first step and by `log.save`.
+Momentum keeps one float32 tensor per parameter. Nothing else is ever as large as a parameter, but for a copy, one
+parameter at a time, where a digest is taken, at the first step and by `log.save`: of weights on a GPU in the host's
+memory, of sharded ones whole on every process.
 
 A closure may replay a captured CUDA graph of the forward pass in the first case and in the last: weights stay at their
 addresses, between two evaluations nothing waits for the device, and the loss is copied out of the graph's output. Not
@@ -199,7 +200,8 @@ class ZOSGD(torch.optim.Optimizer):
             off the lattice its weights are then read only. Also gives the log the parameters' names.
         process_group: where torch.distributed is initialised, losses are averaged over this group (default: all
             ranks), each rank's for the same, and ranks that began with the same weights keep the same bits. Every rank
-            must take every step; where a closure raises on one, the others wait. Pass a group of one to run alone.
+            must take every step; where a closure raises on one, the others wait. Pass a group of one to run
+            alone. Of sharded parameters it must hold all shards.
 
     Learning rate schedulers, `state_dict` (a few numbers, and moments), `add_param_group`, torch.compile of the model,
     autocast and closures that loop over micro-batches work as with any optimizer. Where a whole training step is
