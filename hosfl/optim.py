@@ -25,8 +25,18 @@ Where weights are moved, and what that costs:
   45 % of bfloat16 weights hold other bits than the update alone would give. For float32 that is noise far below the
   update's; for bfloat16 and float16 give `model`.
 
-Momentum keeps one float32 tensor per parameter. Nothing else is ever as large as a parameter, but for a copy in the
-host's memory, one parameter at a time, of weights on a GPU whose digest is taken at the first step and by `log.save`.
+Momentum keeps one float32 tensor per parameter. Nothing else is ever as large as a parameter, but for a copy, one
+parameter at a time, where a digest is taken, at the first step and by `log.save`: of weights on a GPU in the host's
+memory, of sharded ones whole on every process.
+
+A closure may replay a captured CUDA graph of the forward pass in the first case and in the last: weights stay at their
+addresses, between two evaluations nothing waits for the device, and the loss is copied out of the graph's output. Not
+in the second, where the moved weights are elsewhere; and the step itself cannot be captured, since its size is known
+only when the losses are. None of this has run on a GPU yet.
+
+Where processes share a model (DDP, or FSDP2's `fully_shard`) its losses are averaged, and all of them hold the bits of
+one process with the mean loss. Sharded parameters need `model`, and must be in the first case above; every process must
+call `log.save` and `rebuild`.
 
 `optimizer.log.save(path)` writes the run: 4 (P + 2) bytes per step and parameter group. `rebuild(model, path)` makes
 the trained weights again from the base model, in one pass. Where weights drift there is no such log.
@@ -37,7 +47,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -49,7 +59,8 @@ from hosfl.aggregate import RunningLength
 from hosfl.displaced import Displacement, casts_forgotten, displaced, uninterrupted
 from hosfl.lattice import Lattice
 from hosfl.optim_log import Row, RunLog, Terms, apply_rule, plain, rebuild, zeros
-from hosfl.seeds import Purpose, direction_seeds, round_seed
+from hosfl.seeds import Purpose, round_seed
+from hosfl.sharded import is_sharded, let_go, reshard, shards
 from hosfl_kernels import SGD, derive, perturb_, replay_
 
 __all__ = ["ZOSGD", "RunLog", "ZONormalizedSGD", "rebuild"]
@@ -63,12 +74,30 @@ LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 
 @dataclass(frozen=True)
 class _Group:
-    """What moves of one parameter group: those that require grad, and their numbers, which name their noise."""
+    """What moves of one parameter group: those that require grad, and their numbers, which name their noise.
+
+    tensors, starts: what of each lies here, all of it but for sharded ones; and its first element's index.
+    """
 
     settings: dict[str, Any]
     numbers: list[int]
+    parameters: list[Tensor]
     tensors: list[Tensor]
+    starts: list[int]
     mu: float
+
+    def versions(self) -> list[int]:
+        """Writing a sharded parameter raises its own version, writing what lies here that tensor's."""
+        return [t._version for t in (*self.parameters, *self.tensors)]
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """What a step needs to know, from when it was measured: of which parameters, and per group v_p."""
+
+    numbers: list[list[int]]
+    loss: Tensor
+    derivatives: list[list[float]]
 
 
 @dataclass
@@ -91,7 +120,14 @@ class _InPlace:
                     seeds, steps = [*seeds, seed], [*steps, sign]
                 more_seeds, more = moves[g] if moves else ((), ())
                 coefficients = [*(step * group.mu for step in steps), *more]
-                replay_(group.tensors, [*seeds, *more_seeds], coefficients, dist=self.dist, streams=group.numbers)
+                replay_(
+                    group.tensors,
+                    [*seeds, *more_seeds],
+                    coefficients,
+                    dist=self.dist,
+                    streams=group.numbers,
+                    starts=group.starts,
+                )
             self.seed, self.sign = seed, sign
 
     @contextmanager
@@ -155,6 +191,8 @@ class ZOSGD(torch.optim.Optimizer):
         directions: P, 1 or more: 2 P evaluations per step, P + 1 if one-sided.
         momentum: at least 0, below 1. Costs a float32 tensor per parameter, and the lattice.
         weight_decay: 0 or more, decoupled: x = (1 - lr * weight_decay) x - .... Costs the lattice.
+        pool: 0 for new directions in every step. D, at least P: the run has D directions, measured in turn, and stays
+            in their span.
         two_sided: measure at th + mu u and th - mu u, or at th + mu u and once at th.
         dist: "rademacher" (+1 or -1) or "gaussian". Gaussian directions cost the lattice.
         seed: of all noise, 0 <= seed < 2^64. Runs of the same seed, weights and losses are the same run.
@@ -162,16 +200,18 @@ class ZOSGD(torch.optim.Optimizer):
             off the lattice its weights are then read only. Also gives the log the parameters' names.
         process_group: where torch.distributed is initialised, losses are averaged over this group (default: all
             ranks), each rank's for the same, and ranks that began with the same weights keep the same bits. Every rank
-            must take every step; where a closure raises on one, the others wait. Pass a group of one to run alone.
+            must take every step; where a closure raises on one, the others wait. Pass a group of one to run
+            alone. Of sharded parameters it must hold all shards.
 
     Learning rate schedulers, `state_dict` (a few numbers, and moments), `add_param_group`, torch.compile of the model,
-    autocast and closures that loop over micro-batches work as with any optimizer.
+    autocast and closures that loop over micro-batches work as with any optimizer. Where a whole training step is
+    compiled, the optimizer runs as Python within it, and so does its closure but for a model that is compiled itself.
 
     Raises: ValueError, TypeError.
     """
 
     # What a state keeps beside torch's groups.
-    kept: tuple[str, ...] = ("seed", "steps", "directions", "two_sided", "dist", "momentum")
+    kept: tuple[str, ...] = ("seed", "steps", "directions", "pool", "two_sided", "dist", "momentum")
 
     def __init__(
         self,
@@ -182,6 +222,7 @@ class ZOSGD(torch.optim.Optimizer):
         directions: int = 1,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
+        pool: int = 0,
         two_sided: bool = True,
         dist: str = "rademacher",
         seed: int = 0,
@@ -190,17 +231,21 @@ class ZOSGD(torch.optim.Optimizer):
     ) -> None:
         if isinstance(directions, bool) or not isinstance(directions, int) or directions < 1:
             raise ValueError(f"directions must be an integer, 1 or more, got {directions!r}")
+        if isinstance(pool, bool) or not isinstance(pool, int) or 0 != pool < directions:
+            raise ValueError(f"pool must be 0, or at least the {directions} directions of a step, got {pool!r}")
         if dist not in ("rademacher", "gaussian"):
             raise ValueError(f"dist must be rademacher or gaussian, got {dist!r}")
         SGD(momentum=momentum)  # checks it
         derive(seed, 0, 0)
-        self.directions, self.momentum, self.two_sided, self.dist = directions, momentum, bool(two_sided), dist
+        self.directions, self.pool, self.momentum = directions, pool, momentum
+        self.two_sided, self.dist = bool(two_sided), dist
         self.seed, self.model, self.process_group = seed, model, process_group
         self.steps = 0
         self.lattice: Lattice | None = None
         self._settled: object = None  # what moved in the last step, and on which lattice
         self._versions: list[int] = []  # of these tensors, after it
         self._largest = math.inf  # an upper bound of |weight|, made exact when it matters
+        self._measurement: _Measurement | None = None  # of the step that is to be taken next
         super().__init__(params, {"lr": lr, "mu": mu, "weight_decay": weight_decay})
         self._check_model()
         self.log = self._new_log()
@@ -217,6 +262,7 @@ class ZOSGD(torch.optim.Optimizer):
     def _check_model(self) -> None:
         if self.model is None:
             return
+        reshard(self.model)
         if any(isinstance(m, torch.jit.ScriptModule) for m in self.model.modules()):
             raise TypeError(
                 "cannot evaluate a scripted module at other weights than its own: pass the module as it was"
@@ -225,18 +271,22 @@ class ZOSGD(torch.optim.Optimizer):
             raise ValueError("an embedding with max_norm writes its weights in every forward pass: set max_norm=None")
         owned = set(self.model.parameters())
         if not all(p in owned for group in self.param_groups for p in group["params"]):
-            raise ValueError("there are parameters that `model` does not own")
+            raise ValueError(
+                "there are parameters that `model` does not own (a sharded module has others while it holds them "
+                "gathered: make its optimizer before its first forward pass)"
+            )
 
     # --- a step ---
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Tensor:  # type: ignore[override]
+    def step(self, closure: Closure | None = None) -> Tensor:
         """One step. Returns the loss, float64 on the CPU: the mean over all moved weights, one-sided the loss at th.
 
         Args:
             closure: evaluates the model and returns the loss: a number, or a tensor of one element. No backward. It is
                 called 2 P times (one-sided P + 1) and must depend on nothing but the weights: the same batch, eval
-                mode or no dropout. It need not be differentiable.
+                mode or no dropout. It need not be differentiable. Left out where the step was measured before.
 
         One wait for the device per step, for the losses. If the closure raises or is interrupted the weights are what
         they were before the step (bit for bit, unless they drift), and the optimizer too.
@@ -245,28 +295,47 @@ class ZOSGD(torch.optim.Optimizer):
         or NaN, or a step that is; ValueError where no parameter requires grad; RuntimeError where the closure writes
         the weights.
         """
-        if not callable(closure):
-            raise TypeError(
-                "step needs a closure that evaluates the model and returns the loss: step(lambda: loss(...))"
-            )
+        measurement, self._measurement = self._measurement, None
+        with self._weights() as weights:
+            if closure is not None or measurement is None:
+                measurement = self._measured(closure, weights)
+            if measurement.numbers != [group.numbers for group in weights.groups]:
+                raise RuntimeError("other parameters require grad than when the step was measured")
+            estimates = [self._estimate(g, d) for g, d in zip(weights.groups, measurement.derivatives, strict=True)]
+            with uninterrupted():
+                self._update(weights, [estimate for estimate, _ in estimates])
+                for group, (_, state) in zip(weights.groups, estimates, strict=True):
+                    group.settings.update(state)
+                self.steps += 1
+        return measurement.loss
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def measure(self, closure: Closure) -> Tensor:
+        """The first half of a step, for frameworks that call `step()` themselves, without a closure, a little later.
+
+        Returns what `step(closure)` would. The weights are as before (unless they drift), and the next `step()` goes
+        where `step(closure)` would have gone, at the learning rate it finds, for one more pass over the weights. Raises
+        as `step` does. What is measured is no part of `state_dict`.
+        """
+        self._measurement = None
+        with self._weights() as weights:
+            self._measurement = self._measured(closure, weights)
+        return self._measurement.loss
+
+    @contextmanager
+    def _weights(self) -> Iterator[_InPlace | _ReadOnly]:
+        """All that moves in this step, at home again in the end."""
         groups = self._settle()
-        seeds = direction_seeds(self.seed, self.steps, self.directions)
         weights: _InPlace | _ReadOnly = _InPlace(groups, self.dist)
         if self.lattice is None and self.model is not None:
             weights = _ReadOnly(groups, self.dist, self.model)
         try:
-            loss, differences = self._measured(self._losses(closure, weights, seeds))
-            estimates = [self._estimate(group, [d / group.mu for d in differences]) for group in groups]
-            with uninterrupted():
-                self._update(groups, weights, seeds, [estimate for estimate, _ in estimates])
-                for group, (_, state) in zip(groups, estimates, strict=True):
-                    group.settings.update(state)
-                self.steps += 1
+            yield weights
         finally:
             weights.home()
-            self._versions = [t._version for group in groups for t in group.tensors]
+            self._versions = [v for group in groups for v in group.versions()]
             torch.clear_autocast_cache()
-        return loss
 
     def _settle(self) -> list[_Group]:
         """The parameters that move in this step, on their lattice where there can be one."""
@@ -275,6 +344,7 @@ class ZOSGD(torch.optim.Optimizer):
         if not tensors:
             raise ValueError("no parameter requires grad: there is nothing to move")
         exact = self._exact(tensors)
+        self._check_sharded(groups, exact)
         settled = (exact, [group.numbers for group in groups])
         if settled != self._settled:
             replay_(tensors, [], [])  # dtypes, devices, strides, shared memory: refused before anything moves
@@ -285,26 +355,40 @@ class ZOSGD(torch.optim.Optimizer):
             if self.model is None:
                 self.log.refusal = "weights that are moved in place off the lattice drift: give the optimizer `model`"
             return groups
-        if [t._version for t in tensors] != self._versions:
+        if [v for group in groups for v in group.versions()] != self._versions:
             # New here, or written by somebody else: checkpoints that were loaded, weights swapped for an evaluation.
-            self._largest = _largest(tensors)
+            self._largest = self._largest_weight(groups)
             # One number stands for all: snap_ would make a copy of each tensor.
             self._put(groups, self.lattice or Lattice.snap([torch.tensor([self._largest])], [1.0]))
         self._make_room(groups, max(float(group.settings["mu"]) for group in groups))
         assert self.lattice is not None
-        return [
-            _Group(group.settings, group.numbers, group.tensors, self.lattice.nearest(group.mu, at_least_one=True))
-            for group in groups
-        ]
+        return [replace(group, mu=self.lattice.nearest(group.mu, at_least_one=True)) for group in groups]
 
     def _moving(self) -> list[_Group]:
         groups, number = [], 0
         for settings in self.param_groups:
             _check_settings(settings)  # schedulers and users write them
             moving = [(n, p) for n, p in enumerate(settings["params"], number) if p.requires_grad]
-            groups.append(_Group(settings, [n for n, _ in moving], [p for _, p in moving], float(settings["mu"])))
+            numbers, parameters = [n for n, _ in moving], [p for _, p in moving]
+            tensors, starts = shards(parameters)
+            groups.append(_Group(settings, numbers, parameters, tensors, starts, float(settings["mu"])))
             number += len(settings["params"])
         return groups
+
+    def _check_sharded(self, groups: list[_Group], exact: bool) -> None:
+        if not any(is_sharded(p) for group in groups for p in group.parameters):
+            return
+        if self.model is None:
+            raise ValueError("sharded parameters: give the optimizer `model`, which must gather them at every move")
+        if not exact:
+            raise ValueError(
+                "sharded parameters move only where moves are exact: float32 (FSDP may still compute in bfloat16), "
+                'dist="rademacher", no momentum and no weight_decay'
+            )
+        reshard(self.model)
+        owned = set(self.model.parameters())
+        if not all(p in owned for group in groups for p in group.parameters):
+            raise RuntimeError("a forward pass of the sharded module was cut short: evaluate it once, then go on")
 
     def _exact(self, tensors: Sequence[Tensor]) -> bool:
         plain = self.momentum == 0 and all(group["weight_decay"] == 0 for group in self.param_groups)
@@ -318,34 +402,52 @@ class ZOSGD(torch.optim.Optimizer):
             self._largest += lattice.quantum
             self.log.put(lattice.quantum, [n for group in groups for n in group.numbers])
 
+    def _largest_weight(self, groups: list[_Group]) -> float:
+        """max |weight| over all processes."""
+        largest = torch.tensor(_largest([t for group in groups for t in group.tensors]))
+        sharded = [p for group in groups for p in group.parameters if is_sharded(p)]
+        if sharded:
+            largest = largest.to(sharded[0].device)
+            distributed.all_reduce(largest, distributed.ReduceOp.MAX, self.process_group)
+        if not torch.isfinite(largest):
+            raise ValueError("there are infinite or NaN weights")
+        return float(largest)
+
     def _make_room(self, groups: list[_Group], distance: float) -> None:
         """A lattice on which weights may move by `distance`. The weights must be at home."""
         assert self.lattice is not None
         if self._largest + distance <= self.lattice.limit / 2:  # half: rounding to the lattice adds its share
             return
-        self._largest = _largest([t for group in groups for t in group.tensors])
+        self._largest = self._largest_weight(groups)
         lattice = self.lattice
         while self._largest + distance > lattice.limit / 2:
             lattice = lattice.coarser()
         if lattice != self.lattice:
             self._put(groups, lattice)
 
-    def _losses(self, closure: Closure, weights: _InPlace | _ReadOnly, seeds: Sequence[int]) -> list[Tensor]:
-        places = [(seed, sign) for seed in seeds for sign in ((1, -1) if self.two_sided else (1,))]
+    def _losses(self, closure: Closure | None, weights: _InPlace | _ReadOnly) -> list[Tensor]:
+        if not callable(closure):
+            raise TypeError(
+                "step needs a closure that evaluates the model and returns the loss: step(lambda: loss(...))"
+            )
+        places = [(seed, sign) for seed in self._seeds() for sign in ((1, -1) if self.two_sided else (1,))]
         losses = []
         for seed, sign in places if self.two_sided else [(0, 0), *places]:
-            with weights.at(seed, sign), casts_forgotten():
-                tensors = [t for group in weights.groups for t in group.tensors]
-                versions = [t._version for t in tensors]
+            with weights.at(seed, sign), let_go(self.model), casts_forgotten():
+                versions = [group.versions() for group in weights.groups]
                 losses.append(_scalar(closure()))
-                if [t._version for t in tensors] != versions:
+                if [group.versions() for group in weights.groups] != versions:
                     self._settled = None
                     raise RuntimeError("the closure writes the weights: it is only to evaluate them")
         return losses
 
-    def _measured(self, losses: list[Tensor]) -> tuple[Tensor, list[float]]:
+    def _measured(self, closure: Closure | None, weights: _InPlace | _ReadOnly) -> _Measurement:
+        loss, differences = self._differences(torch.stack(self._losses(closure, weights)))
+        derivatives = [[d / group.mu for d in differences] for group in weights.groups]
+        return _Measurement([group.numbers for group in weights.groups], loss, derivatives)
+
+    def _differences(self, stacked: Tensor) -> tuple[Tensor, list[float]]:
         """The loss to return, and d_p: the step's one wait for the device."""
-        stacked = torch.stack(losses)
         if distributed.is_available() and distributed.is_initialized():
             stacked = stacked.to(self.param_groups[0]["params"][0].device)
             distributed.all_reduce(stacked, group=self.process_group)
@@ -362,36 +464,25 @@ class ZOSGD(torch.optim.Optimizer):
         """The gradient's coefficients on the directions, and what the group keeps if the step is taken."""
         return [v / self.directions for v in derivatives], {}
 
-    def _update(
-        self,
-        groups: list[_Group],
-        weights: _InPlace | _ReadOnly,
-        seeds: Sequence[int],
-        estimates: list[list[float]],
-    ) -> None:
+    def _update(self, weights: _InPlace | _ReadOnly, estimates: list[list[float]]) -> None:
         """Takes the weights home and makes the step; all or nothing."""
+        groups = weights.groups
         rates = [float(group.settings["lr"]) for group in groups]
         reach = max(max(rate, 1.0) * sum(map(abs, e)) for rate, e in zip(rates, estimates, strict=True))
         if not reach < LARGEST_FLOAT32 / 4:
             raise FloatingPointError(f"a step of {reach:g}: lower lr, or raise mu")
         if self.lattice is None:
             weights.home()
-            rows = [self._rule_step(g, s, seeds, e) for g, s, e in zip(groups, rates, estimates, strict=True)]
+            rows = [self._rule_step(g, s, e) for g, s, e in zip(groups, rates, estimates, strict=True)]
         else:
             assert isinstance(weights, _InPlace)
-            rows = self._lattice_step(groups, weights, rates, seeds, estimates)
+            rows = self._lattice_step(weights, rates, estimates)
         self.log.append([group.numbers for group in groups], self.lattice is not None, rows)
 
-    def _lattice_step(
-        self,
-        groups: list[_Group],
-        weights: _InPlace,
-        rates: list[float],
-        seeds: Sequence[int],
-        estimates: list[list[float]],
-    ) -> list[Row]:
+    def _lattice_step(self, weights: _InPlace, rates: list[float], estimates: list[list[float]]) -> list[Row]:
         """Home and on in one pass: th = th - lr * sum_p e_p u_p, the coefficients on the lattice, right on average."""
         assert self.lattice is not None
+        groups = weights.groups
         distance = max(rate * sum(map(abs, e)) for rate, e in zip(rates, estimates, strict=True))
         distance += max(group.mu for group in groups)
         if self._largest + distance > self.lattice.limit / 2:
@@ -402,16 +493,16 @@ class ZOSGD(torch.optim.Optimizer):
             [self.lattice.stochastic(-rate * c, derive(key, p, g) / 2.0**64) for p, c in enumerate(estimate)]
             for g, (rate, estimate) in enumerate(zip(rates, estimates, strict=True))
         ]
-        weights.move(0, 0, [(seeds, row) for row in moves])
+        weights.move(0, 0, [(self._seeds(), row) for row in moves])
         self._largest += max(sum(map(abs, row)) for row in moves)
         return [Row(row, rate, 1.0) for row, rate in zip(moves, rates, strict=True)]
 
-    def _rule_step(self, group: _Group, rate: float, seeds: Sequence[int], estimate: list[float]) -> Row:
+    def _rule_step(self, group: _Group, rate: float, estimate: list[float]) -> Row:
         rule = SGD(momentum=self.momentum, weight_decay=float(group.settings["weight_decay"]))
         row = Row(estimate, *rule.steps([self.steps], [rate])[0, :2].tolist())
         moments = [self._moment(t) for t in group.tensors] if rule.moments else []
         coefficients, steps = torch.tensor([row.coefficients]), torch.tensor([[row.rate, row.keep]])
-        apply_rule(self._terms(), group.tensors, group.numbers, moments, self.steps, coefficients, steps)
+        apply_rule(self._terms(), group.tensors, group.numbers, group.starts, moments, self.steps, coefficients, steps)
         return row
 
     def _moment(self, parameter: Tensor) -> Tensor:
@@ -420,6 +511,9 @@ class ZOSGD(torch.optim.Optimizer):
             state["moment"] = zeros(parameter)
         moment: Tensor = state["moment"]
         return moment
+
+    def _seeds(self) -> Sequence[int]:
+        return self._terms().seeds(self.steps)
 
     # --- what is kept ---
 
@@ -440,7 +534,7 @@ class ZOSGD(torch.optim.Optimizer):
         for name in self.kept:
             setattr(self, name, run[name])
         self.lattice = None if run["quantum"] is None else Lattice(run["quantum"])
-        self._settled, self._largest = None, math.inf
+        self._settled, self._largest, self._measurement = None, math.inf, None
         saved = (state_dict["state"].get(i) for group in state_dict["param_groups"] for i in group["params"])
         for (_, parameter), state in zip(self._named(), saved, strict=True):
             if state:  # torch gives it the parameter's dtype; moments are float32
@@ -461,7 +555,7 @@ class ZOSGD(torch.optim.Optimizer):
         return named
 
     def _terms(self) -> Terms:
-        return Terms(self.seed, self.directions, self.dist, self.momentum)
+        return Terms(self.seed, self.directions, self.pool, self.dist, self.momentum)
 
     def _new_log(self) -> RunLog:
         return RunLog(self._terms(), self.steps)
@@ -515,9 +609,7 @@ def _scalar(loss: Any) -> Tensor:
 
 
 def _largest(tensors: Sequence[Tensor]) -> float:
-    """max |x|, with no copy of any tensor. Raises ValueError for infinite or NaN weights."""
+    """max |x|, with no copy of any tensor; infinite also for NaN, which maxima over processes may lose."""
     ends = [end for t in tensors if t.numel() for end in t.detach().aminmax()]
     largest = float(torch.stack(ends).abs().max()) if ends else 0.0
-    if not math.isfinite(largest):
-        raise ValueError("there are infinite or NaN weights")
-    return largest
+    return largest if math.isfinite(largest) else math.inf

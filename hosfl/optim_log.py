@@ -20,7 +20,8 @@ from hosfl.checkpoint import write_atomically
 from hosfl.lattice import Lattice
 from hosfl.log import LogError
 from hosfl.replica import digest
-from hosfl.seeds import Purpose, direction_seeds, round_seed
+from hosfl.seeds import Purpose, direction_seeds, pool_seeds, round_seed
+from hosfl.sharded import reshard, shards, whole
 from hosfl_kernels import SGD, replay_, update_
 
 FORMAT = 1
@@ -32,14 +33,23 @@ class Terms:
 
     seed: int
     directions: int
+    pool: int
     dist: str
     momentum: float
+
+    def seeds(self, step: int) -> tuple[int, ...]:
+        """Of the step's directions: its own, or the next ones of the pool."""
+        if not self.pool:
+            return direction_seeds(self.seed, step, self.directions)
+        pool, first = pool_seeds(self.seed, 0, self.pool), step * self.directions
+        return tuple(pool[i % self.pool] for i in range(first, first + self.directions))
 
 
 def apply_rule(
     terms: Terms,
     tensors: Sequence[Tensor],
     numbers: Sequence[int],
+    starts: Sequence[int],
     moments: Sequence[Tensor],
     first: int,
     coefficients: Tensor,
@@ -47,7 +57,7 @@ def apply_rule(
 ) -> None:
     """The steps from `first` on, off the lattice, in one pass. coefficients: [R, P]. steps: rate and keep, [R, 2]."""
     rounds = range(first, first + len(steps))
-    seeds = [direction_seeds(terms.seed, round, terms.directions) for round in rounds]
+    seeds = [terms.seeds(round) for round in rounds]
     steps = torch.cat([steps, torch.ones(len(steps), 1)], 1)
     for coarse in (True, False):
         mine = [i for i, t in enumerate(tensors) if (t.dtype == torch.bfloat16) == coarse]
@@ -60,6 +70,7 @@ def apply_rule(
             steps,
             dist=terms.dist,
             streams=[numbers[i] for i in mine],
+            starts=[starts[i] for i in mine],
             rounding="stochastic" if coarse else "nearest",
             rounding_seeds=[round_seed(terms.seed, Purpose.WEIGHTS, round) for round in rounds] if coarse else None,
         )
@@ -102,7 +113,7 @@ class RunLog:
         """Take in those of all parameters that are new: their values now are their base."""
         new = parameters[len(self.parameters) :]
         if new:
-            self.bases.append((len(parameters), digest([p for _, p in new]).hex()))
+            self.bases.append((len(parameters), digest(whole(p for _, p in new)).hex()))
             self.parameters += new
 
     def put(self, quantum: float, numbers: list[int]) -> None:
@@ -120,6 +131,8 @@ class RunLog:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the log and the digest of the weights as they are now. All of it or nothing.
 
+        With sharded parameters every process must call it, each with a path of its own: all write the same.
+
         Raises: LogError where the run cannot be rebuilt, or has made no step; OSError.
         """
         if self.refusal or not self.chapters:
@@ -135,7 +148,7 @@ class RunLog:
             "parameters": [[name, str(p.dtype), list(p.shape)] for name, p in self.parameters],
             "bases": self.bases,
             "chapters": [{"puts": c.puts, "groups": c.groups, "exact": c.exact} for c in self.chapters],
-            "trained": digest([p for _, p in self.parameters]).hex(),
+            "trained": digest(whole(p for _, p in self.parameters)).hex(),
         }
         text = json.dumps(header)
         write_atomically(Path(path), save(tables, {"hosfl.optim": text, "sha256": _checksum(text, tables)}))
@@ -145,14 +158,16 @@ def rebuild(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Train a base model again from a log, in place: the weights that the run had at `log.save`, to the bit.
 
     One pass over the weights for as long as the same parameters moved on the same lattice. model: as it was before the
-    run's first step, on any device. Parameters are found by name, where the optimizer was given names or the model;
-    otherwise by position, and then the optimizer must have been given `model.parameters()`.
+    run's first step, on any device, or sharded by FSDP2, where every process must call this. Parameters are found by
+    name, where the optimizer was given names or the model; otherwise by position, and then the optimizer must have been
+    given `model.parameters()`.
 
     Raises: LogError for a damaged log, and for a model whose parameters' names, shapes, dtypes or bits are not those of
     the base, with the model unchanged; and where somebody else wrote the weights during the run, so that they are not
     what the log makes: then the model holds what it makes. OSError.
     """
     header, tables = _read(Path(path))
+    reshard(model)
     try:
         terms = Terms(**{f.name: header[f.name] for f in fields(Terms)})
         parameters = _matched(model, header)
@@ -164,7 +179,7 @@ def rebuild(model: nn.Module, path: str | os.PathLike[str]) -> None:
             first += len(table)
     except (KeyError, TypeError, IndexError) as error:
         raise LogError(f"{path} is no log of an optimizer: {error!r}") from error
-    if digest(parameters).hex() != header["trained"]:
+    if digest(whole(parameters)).hex() != header["trained"]:
         raise LogError("these are not the weights of the run: somebody else wrote them while it went on")
 
 
@@ -178,17 +193,18 @@ def _replay_chapter(
     table: Tensor,
 ) -> None:
     for quantum, numbers in chapter["puts"]:
-        Lattice(quantum).put([parameters[n] for n in numbers], [1.0] * len(numbers))
+        Lattice(quantum).put(shards(parameters[n] for n in numbers)[0], [1.0] * len(numbers))
     for g, numbers in enumerate(chapter["groups"]):
-        tensors, rows = [parameters[n] for n in numbers], table[:, g].contiguous()
+        tensors, starts = shards(parameters[n] for n in numbers)
+        rows = table[:, g].contiguous()
         coefficients, steps = rows[:, : terms.directions].contiguous(), rows[:, terms.directions :]
         if chapter["exact"]:
-            rounds = range(first, first + len(table))
-            seeds = [s for round in rounds for s in direction_seeds(terms.seed, round, terms.directions)]
-            replay_(tensors, seeds, coefficients.reshape(-1), dist=terms.dist, streams=numbers)
+            seeds = [seed for round in range(first, first + len(table)) for seed in terms.seeds(round)]
+            replay_(tensors, seeds, coefficients.reshape(-1), dist=terms.dist, streams=numbers, starts=starts)
         else:
-            kept = [moments.setdefault(n, zeros(parameters[n])) for n in numbers] if terms.momentum else []
-            apply_rule(terms, tensors, numbers, kept, first, coefficients, steps)
+            pairs = zip(numbers, tensors, strict=True)
+            kept = [moments.setdefault(n, zeros(t)) for n, t in pairs] if terms.momentum else []
+            apply_rule(terms, tensors, numbers, starts, kept, first, coefficients, steps)
 
 
 def _checksum(text: str, tables: dict[str, Tensor]) -> str:
@@ -229,7 +245,7 @@ def _matched(model: nn.Module, header: dict[str, Any]) -> list[Tensor]:
         parameters.append(found)
     start = 0
     for end, base in header["bases"]:
-        if digest(parameters[start:end]).hex() != base:
+        if digest(whole(parameters[start:end])).hex() != base:
             raise LogError("this is not the model that the run began with: the digest of its weights is another")
         start = end
     return parameters

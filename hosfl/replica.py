@@ -7,7 +7,7 @@ whatever they missed, and whether they applied the rounds one by one or all in o
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -82,7 +82,7 @@ class Run:
         return [seeds[j] for j in self.pool.measured(round, self.directions)]
 
 
-def digest(tensors: Sequence[Tensor]) -> bytes:
+def digest(tensors: Iterable[Tensor]) -> bytes:
     """SHA-256 of the tensors' bits in order."""
     sha = hashlib.sha256()
     for tensor in tensors:

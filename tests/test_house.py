@@ -32,6 +32,8 @@ def test_imports_go_one_way():
                     assert name.removeprefix("hosfl_kernels.") in public, f"{path}: {name}"
             else:
                 assert not re.match(r"hosfl(\.|$)", name), f"{path}: {name}"
+            if "integrations" not in path.parts:
+                assert not re.match(r"transformers|hosfl\.integrations", name), f"{path}: {name}"
     spec = set(imported(ROOT / "hosfl_kernels/spec.py"))
     assert all(name.split(".")[0] in ("__future__", "numpy", "typing") for name in spec), spec
 

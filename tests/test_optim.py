@@ -26,6 +26,7 @@ CASES = {
     "plain": (ZOSGD, 0.02, {}, torch.float32, False),
     "one-sided": (ZOSGD, 0.02, {"two_sided": False, "directions": 3}, torch.float32, False),
     "normalized": (ZONormalizedSGD, 0.02, {"directions": 2}, torch.float32, False),
+    "pool": (ZONormalizedSGD, 0.02, {"directions": 2, "pool": 15}, torch.float32, False),
     "drifting": (ZOSGD, 0.02, {"dist": "gaussian"}, torch.float32, False),
     "gaussian": (ZOSGD, 0.02, {"dist": "gaussian", "directions": 2}, torch.float32, True),
     "momentum": (ZOSGD, 0.002, {"momentum": 0.9, "directions": 2}, torch.float32, True),
@@ -33,7 +34,7 @@ CASES = {
     "bfloat16": (ZONormalizedSGD, 0.02, {"mu": 0.05, "directions": 3}, torch.bfloat16, True),
     "float16": (ZOSGD, 0.02, {"mu": 0.03, "two_sided": False, "momentum": 0.5}, torch.float16, True),
 }
-EXACT = [name for name in CASES if name in ("plain", "one-sided", "normalized")]
+EXACT = [name for name in CASES if name in ("plain", "one-sided", "normalized", "pool")]
 every = pytest.mark.parametrize("case", CASES)
 
 
@@ -94,8 +95,13 @@ def test_a_saved_state_continues_to_the_same_bits(case):
     torch.save({"model": half.model.state_dict(), "optimizer": half.optimizer.state_dict()}, file)
     file.seek(0)
     saved = torch.load(file, weights_only=True)
+    optimizer = whole.optimizer
+    different = {"seed": 99, "lr": 0.5, "directions": 4, "pool": 0 if optimizer.pool else 7, "momentum": 0.25}
+    different |= {"dist": "rademacher" if optimizer.dist == "gaussian" else "gaussian"}
+    different |= {"two_sided": not optimizer.two_sided, **({"decay": 0.3} if hasattr(optimizer, "decay") else {})}
+    assert different.keys() >= {*optimizer.kept} - {"steps"}
     for weights_first in (True, False):
-        other = Run(case, seed=99, lr=0.5)
+        other = Run(case, **different)
         if weights_first:
             other.model.load_state_dict(saved["model"])
         other.optimizer.load_state_dict(saved["optimizer"])
@@ -200,16 +206,49 @@ def test_the_closure_runs_without_a_graph(case):
     assert all(p.grad is None for p in run.model.parameters())
 
 
+@every
+def test_measuring_first_and_stepping_later_is_one_step(case):
+    whole, halves, dropped = Run(case), Run(case), Run(case)
+    for step in range(3):
+        expected = whole.optimizer.step(lambda step=step: whole.loss(step))
+        if case != "drifting":
+            dropped.optimizer.measure(lambda step=step: dropped.loss(9))  # the step's own closure counts
+        dropped.optimizer.step(lambda step=step: dropped.loss(step))
+        before = halves.weights
+        loss = halves.optimizer.measure(lambda step=step: halves.loss(step))
+        if step and case != "drifting":
+            assert same(halves.weights, before)
+        assert halves.optimizer.steps == step
+        assert torch.equal(halves.optimizer.step(), loss)
+        assert halves.optimizer.steps == step + 1
+        with pytest.raises(TypeError, match="step needs a closure"):
+            halves.optimizer.step()
+        if case != "drifting":
+            assert torch.equal(loss, expected)
+            assert same(halves.weights, whole.weights)
+            assert same(dropped.weights, whole.weights)
+    halves.optimizer.measure(halves.loss)
+    halves.optimizer.load_state_dict(halves.optimizer.state_dict())
+    with pytest.raises(TypeError, match="step needs a closure"):
+        halves.optimizer.step()
+    halves.optimizer.measure(halves.loss)
+    halves.model[0].bias.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="when the step was measured"):
+        halves.optimizer.step()
+
+
 # --- the estimator -----------------------------------------------------------------------------------------------
 
 
-def numpy_run(xs, rates, mus, loss, steps, directions, two_sided, seed, normalized=False):
+def numpy_run(xs, rates, mus, loss, steps, directions, two_sided, seed, normalized, pool):
     """The estimator on the lattice, one array per group."""
+    cycle = [derive(round_seed(seed, Purpose.POOL, 0), j, 0) for j in range(pool)] * steps * directions
     q = spec.quantum([max(float(np.abs(x).max()) for x in xs)], [1.0], 16.0)
     xs, mus = [spec.snap(x, q) for x in xs], [max(1, round(mu / q)) * q for mu in mus]
     mean = [0.0] * len(xs)
     for t in range(steps):
-        us = [[spec.rademacher(x.size, s, g) for g, x in enumerate(xs)] for s in direction_seeds(seed, t, directions)]
+        seeds = cycle[t * directions : (t + 1) * directions] or direction_seeds(seed, t, directions)
+        us = [[spec.rademacher(x.size, s, g) for g, x in enumerate(xs)] for s in seeds]
         at = [
             [loss([x + np.float32(s * mu) * z for x, mu, z in zip(xs, mus, u, strict=True)]) for s in (1, -1, 0)]
             for u in us
@@ -227,8 +266,8 @@ def numpy_run(xs, rates, mus, loss, steps, directions, two_sided, seed, normaliz
 
 @pytest.mark.parametrize("two_sided", [True, False])
 @pytest.mark.parametrize("normalized", [True, False])
-@pytest.mark.parametrize("directions", [1, 3])
-def test_it_is_the_estimator_in_numpy_bit_for_bit(two_sided, directions, normalized):
+@pytest.mark.parametrize(("directions", "pool"), [(1, 0), (3, 0), (3, 4)])
+def test_it_is_the_estimator_in_numpy_bit_for_bit(two_sided, directions, pool, normalized):
     start = [np.random.default_rng(0).normal(size=n).astype(np.float32) for n in (1500, 7)]
     rates, mus = (1e-4, 3e-4), (1e-3, 4e-3)
 
@@ -238,11 +277,11 @@ def test_it_is_the_estimator_in_numpy_bit_for_bit(two_sided, directions, normali
     params = [nn.Parameter(torch.from_numpy(x.copy())) for x in start]
     groups = [{"params": [p], "lr": lr, "mu": mu} for p, lr, mu in zip(params, rates, mus, strict=True)]
     cls = ZONormalizedSGD if normalized else ZOSGD
-    optimizer = cls(groups, 1.0, directions=directions, two_sided=two_sided, seed=8)
+    optimizer = cls(groups, 1.0, directions=directions, two_sided=two_sided, seed=8, pool=pool)
     before = loss(start)
     for _ in range(4):
         optimizer.step(lambda: loss([p.detach().numpy() for p in params]))
-    expected = numpy_run(start, rates, mus, loss, 4, directions, two_sided, 8, normalized)
+    expected = numpy_run(start, rates, mus, loss, 4, directions, two_sided, 8, normalized, pool)
     for p, x in zip(params, expected, strict=True):
         assert np.array_equal(p.detach().numpy(), x)
     assert loss(expected) < before
@@ -317,15 +356,20 @@ def test_no_tensor_of_the_parameters_size_is_made():
 # --- groups, schedulers, freezing, ties --------------------------------------------------------------------------
 
 
-def test_a_group_of_rate_zero_stays_and_schedulers_reach_all():
-    run = Run("plain", params=lambda m: [{"params": m[0].parameters(), "lr": 0.0}, {"params": m[2].parameters()}])
+@every
+def test_a_group_of_rate_zero_stays_and_schedulers_reach_all(case):
+    def same(a, b):
+        close = 1e-5 if case == "drifting" else 0.0
+        return all(torch.allclose(x, y, rtol=0.0, atol=close) for x, y in zip(a, b, strict=True))
+
+    run = Run(case, params=lambda m: [{"params": m[0].parameters(), "lr": 0.0}, {"params": m[2].parameters()}])
     run.go(1)
     before = run.weights
     scheduler = torch.optim.lr_scheduler.LambdaLR(run.optimizer, lambda epoch: 1.0 if epoch == 0 else 0.0)
     run.go(1)
     middle = run.weights
     assert same(middle[:2], before[:2])
-    assert not torch.equal(middle[2], before[2])
+    assert not same(middle[2:], before[2:])
     scheduler.step()
     assert same(run.go(1).weights, middle)
 
@@ -340,7 +384,8 @@ def test_groups_added_later_are_numbered_on_and_logged(tmp_path):
     assert same(list(run.base.parameters()), run.weights)
 
 
-def test_tied_weights_move_once():
+@every
+def test_tied_weights_move_once(case):
     class Tied(nn.Module):
         def __init__(self):
             super().__init__()
@@ -351,20 +396,22 @@ def test_tied_weights_move_once():
         def forward(self, x):
             return self.b(self.a(x))
 
-    for settings in ({}, {"dist": "gaussian"}):
-        torch.manual_seed(0)
-        model = Tied()
-        optimizer = ZOSGD(model.parameters(), 0.01, model=model, **settings)
-        x = torch.randn(8, 4)
-        seen = []
+    torch.manual_seed(0)
+    cls, lr, settings, dtype, with_model = CASES[case]
+    model = Tied().to(dtype)
+    optimizer = cls(model.parameters(), lr, model=model if with_model else None, **settings)
+    x = torch.randn(8, 4).to(dtype)
+    seen = []
 
-        def closure(model=model, seen=seen, x=x):
-            seen.append((model.a.weight.clone(), model.b.weight.clone()))
-            return model(x).square().mean()
+    def closure():
+        seen.append((model.a.weight.clone(), model.b.weight.clone()))
+        return model(x).square().mean()
 
-        optimizer.step(closure)
-        assert all(torch.equal(a, b) for a, b in seen)
-        assert not torch.equal(seen[0][0], seen[1][0])
+    optimizer.step(closure)
+    assert all(torch.equal(a, b) for a, b in seen)
+    assert not torch.equal(seen[0][0], seen[1][0])
+    assert model.a.weight is model.b.weight
+    assert not torch.equal(model.a.weight, seen[0][0])
 
 
 def test_two_parameters_on_one_memory_are_refused():
@@ -375,15 +422,19 @@ def test_two_parameters_on_one_memory_are_refused():
     assert not weight.any()
 
 
-@pytest.mark.parametrize("settings", [{}, {"dist": "gaussian"}, {"momentum": 0.5}])
-def test_empty_tensors_and_empty_groups(settings):
-    empty, full = nn.Parameter(torch.zeros(0, 3)), nn.Parameter(torch.ones(3))
-    frozen = nn.Parameter(torch.ones(2), requires_grad=False)
-    optimizer = ZOSGD([{"params": [empty, full]}, {"params": [frozen]}], 0.01, **settings)
-    optimizer.step(lambda: full.square().sum())
-    assert not torch.equal(full, torch.ones(3))
-    assert torch.equal(frozen, torch.ones(2))
-    alone = ZOSGD([empty], 0.01, **settings)
+@every
+def test_empty_tensors_and_empty_groups(case):
+    cls, lr, settings, dtype, with_model = CASES[case]
+    model = nn.ParameterList([torch.zeros(0, 3), torch.ones(3), torch.ones(2)]).to(dtype)
+    empty, full, frozen = model
+    frozen.requires_grad_(False)
+    settings = {**settings, "model": model if with_model else None}
+    optimizer = cls([{"params": [empty, full]}, {"params": [frozen]}], lr, **settings)
+    for _ in range(3):
+        optimizer.step(lambda: model[1].float().square().sum())
+    assert not torch.equal(full, torch.ones(3, dtype=dtype))
+    assert torch.equal(frozen, torch.ones(2, dtype=dtype))
+    alone = cls([empty], lr, **settings)
     assert float(alone.step(lambda: 2.0)) == 2.0
 
 
@@ -445,20 +496,34 @@ def test_ctrl_c_in_the_middle_of_a_move(monkeypatch):
 # --- with the rest of torch --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ["plain", "gaussian"])
-def test_a_compiled_model_is_not_compiled_again(case):
+@pytest.mark.parametrize("whole_step", [False, True])
+@every
+def test_a_compiled_model_or_step_is_not_compiled_again(case, whole_step):
     torch._dynamo.reset()
     graphs = []
-    run = Run(case)
-    compiled = torch.compile(run.model, backend=lambda graph, inputs: graphs.append(graph) or graph.forward)
-    cls, lr, settings, _, with_model = CASES[case]
-    optimizer = cls(compiled.parameters(), lr, model=compiled if with_model else None, **settings)
-    x = torch.randn(16, 3)
-    for step in range(6):
-        optimizer.step(lambda: (compiled(x) - 1).square().mean())
-        if step == 1:
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    run, eager = Run(case), Run(case)
+    compiled = torch.compile(run.model, backend=backend)
+    cls, lr, settings, dtype, with_model = CASES[case]
+    optimizer = cls(compiled.parameters(), lr, seed=3, model=compiled if with_model else None, **settings)
+
+    def step(x):
+        return optimizer.step(lambda: (compiled(x) - 1).square().mean())
+
+    if whole_step:
+        step = torch.compile(step, backend=backend)
+    for i in range(6):
+        x = torch.randn(16, 3).to(dtype)
+        step(x)
+        eager.optimizer.step(lambda x=x: (eager.model(x) - 1).square().mean())
+        if i == 1:
             first = len(graphs)
     assert 1 <= first == len(graphs)
+    assert case == "drifting" or same(run.weights, eager.weights)
 
 
 def test_autocast_sees_the_weights_as_they_are():
@@ -491,12 +556,12 @@ def test_autocast_sees_the_weights_as_they_are():
 
 def half_batches(model, rank):
     x = torch.randn(16, 3, generator=torch.Generator().manual_seed(1))[8 * rank : 8 * rank + 8]
-    return (model(x) - x.sum(1, keepdim=True)).square().mean().double()
+    return (model(x.to(model[0].weight.dtype)).double() - x.sum(1, keepdim=True)).square().mean()
 
 
 def train_distributed(rank, folder, closures):
     torch.set_num_threads(1)
-    runs = [Run("plain"), Run("normalized"), Run("momentum")]
+    runs = [Run(case) for case in CASES]
     for run in runs:
         for _ in range(5):
             run.optimizer.step(lambda run=run: closures(run.model, rank))
@@ -623,6 +688,8 @@ def test_logs_that_would_not_rebuild_are_refused(tmp_path):
         ({"weight_decay": -0.1}, "weight_decay must be"),
         ({"momentum": 1.0}, "momentum must be"),
         ({"directions": 0}, "directions must be"),
+        ({"directions": 3, "pool": 2}, "pool must be"),
+        ({"pool": -1}, "pool must be"),
         ({"dist": "uniform"}, "dist must be"),
         ({"seed": -1}, "seed must be"),
         ({"model": nn.Linear(1, 1)}, "does not own"),

@@ -1,0 +1,1 @@
+"""Other people's training loops. Nothing here is imported by `hosfl` itself."""
