@@ -62,6 +62,7 @@ cpp = Pybind11Extension(
 setup(
     ext_modules=[cpp, CUDA] if with_cuda else [cpp],
     cmdclass={"build_ext": BuildWithNvcc},
-    # The same version and another file name, so that both kinds of wheel can lie in one folder.
-    options={"bdist_wheel": {"build_number": "1cuda"}} if with_cuda else {},
+    # The same version and another file name, so that both kinds of wheel can lie in one folder; and another folder to
+    # build in, or what was built for one would be found and packed for the other.
+    options={"bdist_wheel": {"build_number": "1cuda"}, "build": {"build_base": "build/cuda"}} if with_cuda else {},
 )

@@ -173,6 +173,14 @@ constexpr Dtype DTYPES[] = {Dtype::float32, Dtype::bfloat16, Dtype::float16};
 
 }  // namespace
 
+bool emulated() {
+#ifdef __CUDACC__
+  return false;
+#else
+  return true;
+#endif
+}
+
 void philox(uint64_t key, uint64_t block, uint32_t stream, uint32_t tag, uint32_t* words, Queue queue) {
 #ifdef __CUDACC__
   check(cudaSetDevice(queue.device));

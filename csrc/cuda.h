@@ -9,11 +9,7 @@
 namespace hosfl {
 namespace cuda {
 
-#ifdef __CUDACC__
-constexpr bool EMULATED = false;
-#else
-constexpr bool EMULATED = true;
-#endif
+bool emulated();  // whether this is the other compiler's
 
 struct Queue {
   int device;

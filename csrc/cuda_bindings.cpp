@@ -66,7 +66,7 @@ void update(const Places& places, const std::vector<std::vector<uint64_t>>& mome
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "The CUDA kernels. Use hosfl_kernels, which checks the arguments first.";
-  m.attr("EMULATED") = hosfl::cuda::EMULATED;
+  m.attr("EMULATED") = hosfl::cuda::emulated();
   m.def("records", [](const std::vector<uint64_t>& seeds, const std::vector<double>& coefficients,
                       const std::vector<uint64_t>& rounding_seeds) {
     return hosfl::bytes_of(hosfl::records_of(seeds, coefficients, rounding_seeds));
