@@ -4,7 +4,7 @@ VENV ?= .venv
 OUT ?= runs/digits
 BIN := $(VENV)/bin
 
-.PHONY: train test test-slow bench tune results lint clean
+.PHONY: train test test-slow bench tune results lint wheel clean
 
 # The main job: HO-SFL, first-order split learning and a frozen client on real digits, three seeds, one table.
 # The models are tiny: one thread is fastest.
@@ -39,6 +39,10 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# sdist and wheel into dist/, and the wheel alone in an empty environment: the self-check, and a train of 20 rounds.
+wheel:
+	PYTHON="$(PYTHON)" .ci/wheel
 
 $(VENV)/ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

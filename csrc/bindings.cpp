@@ -11,11 +11,7 @@
 #include <thread>
 #include <vector>
 
-#include "ops.h"
-
-#if defined(__SSE__)
-#include <xmmintrin.h>
-#endif
+#include "arguments.h"
 
 namespace py = pybind11;
 
@@ -52,23 +48,6 @@ void use_isa(const std::string& name) {
 
 // Below this many cell updates one thread is faster than starting another (10 to 30 us each).
 constexpr int64_t UPDATES_PER_THREAD = 1 << 17;
-
-// The kernels' bits assume IEEE arithmetic: round to nearest, subnormals kept. torch.set_flush_denormal changes that
-// for the calling thread.
-struct IeeeArithmetic {
-#if defined(__SSE__)
-  unsigned saved = _mm_getcsr();
-  IeeeArithmetic() { _mm_setcsr(0x1F80); }
-  ~IeeeArithmetic() { _mm_setcsr(saved); }
-#elif defined(__aarch64__)
-  uint64_t saved;
-  IeeeArithmetic() {
-    asm volatile("mrs %0, fpcr" : "=r"(saved));
-    asm volatile("msr fpcr, %0" ::"r"(uint64_t(0)));
-  }
-  ~IeeeArithmetic() { asm volatile("msr fpcr, %0" ::"r"(saved)); }
-#endif
-};
 
 int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
@@ -117,22 +96,7 @@ void in_parallel(const std::vector<Segment>& segments, int64_t updates_per_cell,
   for (std::thread& other : others) other.join();
 }
 
-// --- arguments ---
-
-std::vector<Segment> segments_of(const std::vector<uint64_t>& addresses, const std::vector<int64_t>& sizes,
-                                 const std::vector<int>& dtypes, const std::vector<uint32_t>& streams,
-                                 const std::vector<uint64_t>& starts, const std::vector<float>& factors) {
-  const size_t n = addresses.size();
-  if (sizes.size() != n || dtypes.size() != n || streams.size() != n || starts.size() != n || factors.size() != n)
-    throw std::invalid_argument("addresses, sizes, dtypes, streams, starts and factors differ in length");
-  std::vector<Segment> segments;
-  for (size_t t = 0; t < n; ++t) {
-    if (sizes[t] < 0 || dtypes[t] < 0 || dtypes[t] > 2) throw std::invalid_argument("bad size or dtype");
-    segments.push_back({reinterpret_cast<void*>(addresses[t]), sizes[t], starts[t], streams[t], factors[t],
-                        static_cast<Dtype>(dtypes[t])});
-  }
-  return segments;
-}
+// --- the ops ---
 
 py::tuple philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
   uint32_t words[4];
@@ -155,13 +119,8 @@ void replay(const std::vector<uint64_t>& addresses, const std::vector<int64_t>& 
             const std::vector<double>& coefficients, const std::vector<uint64_t>& rounding_seeds, bool gaussian,
             int threads) {
   const auto segments = segments_of(addresses, sizes, dtypes, streams, starts, factors);
+  const auto records = records_of(seeds, coefficients, rounding_seeds);
   const bool stochastic = !rounding_seeds.empty();
-  if (coefficients.size() != seeds.size() || (stochastic && rounding_seeds.size() != seeds.size()))
-    throw std::invalid_argument("seeds, coefficients and rounding seeds differ in length");
-  std::vector<Record> records;
-  IeeeArithmetic scope;  // the conversion to float32 must not flush either
-  for (size_t r = 0; r < seeds.size(); ++r)
-    records.push_back({seeds[r], float(coefficients[r]), stochastic ? rounding_seeds[r] : 0});
   const Dist dist = gaussian ? Dist::gaussian : Dist::rademacher;
   py::gil_scoped_release unlocked;
   in_parallel(segments, int64_t(records.size()), threads, [&](const Segment& segment) {
@@ -180,26 +139,12 @@ void update(const std::vector<uint64_t>& addresses, const std::vector<int64_t>& 
             const std::vector<double>& coefficients, const std::vector<std::array<double, 3>>& rounds,
             const std::vector<uint64_t>& rounding_seeds, bool gaussian, int threads) {
   auto segments = segments_of(addresses, sizes, dtypes, streams, starts, factors);
+  const auto records = records_of(seeds, coefficients, {});
+  const auto steps = steps_of(rounds, rounding_seeds);
   const bool stochastic = !rounding_seeds.empty();
-  if (rule < 0 || rule > 2 || moments.size() != size_t(rule) || constants.size() > 5 || rounds.empty())
-    throw std::invalid_argument("bad rule, moments, constants or no rounds");
-  if (coefficients.size() != seeds.size() || seeds.size() % rounds.size() ||
-      (stochastic && rounding_seeds.size() != rounds.size()))
-    throw std::invalid_argument("seeds, coefficients, steps and rounding seeds differ in length");
-  for (size_t k = 0; k < moments.size(); ++k) {
-    if (moments[k].size() != segments.size()) throw std::invalid_argument("moments and tensors differ in length");
-    for (size_t t = 0; t < segments.size(); ++t) segments[t].moments[k] = reinterpret_cast<float*>(moments[k][t]);
-  }
-  std::vector<Record> records;
-  std::vector<Step> steps;
-  IeeeArithmetic scope;  // the conversion to float32 must not flush either
-  for (size_t r = 0; r < seeds.size(); ++r) records.push_back({seeds[r], float(coefficients[r]), 0});
-  for (size_t r = 0; r < rounds.size(); ++r)
-    steps.push_back(
-        {float(rounds[r][0]), float(rounds[r][1]), float(rounds[r][2]), stochastic ? rounding_seeds[r] : 0});
-  Update update = {static_cast<Rule>(rule), {}, records.data(), steps.data(), int64_t(steps.size()), 0};
-  update.directions = int64_t(seeds.size() / rounds.size());
-  std::copy(constants.begin(), constants.end(), update.constants);
+  add_moments(segments, moments);
+  const Update update = update_of(rule, constants, records.data(), int64_t(records.size()), steps.data(),
+                                  int64_t(steps.size()), moments.size());
   const Dist dist = gaussian ? Dist::gaussian : Dist::rademacher;
   py::gil_scoped_release unlocked;
   in_parallel(segments, int64_t(records.size() + steps.size()), threads,

@@ -39,6 +39,11 @@ HOSFL_INLINE float to_float(uint32_t a) {
   return float(int32_t(a >> 16)) * 65536.0f + float(int32_t(a & 0xFFFFu));
 }
 
+// The sign bit of bit `row` of a word, in place: word << (31 - row % 32).
+HOSFL_INLINE float signed_by(uint32_t s_bits, uint32_t word, int shift) {
+  return from_bits(s_bits ^ ((word << shift) & 0x80000000u));
+}
+
 HOSFL_INLINE void box_muller(uint32_t a, uint32_t b, float& z0, float& z1) {
   const float u = to_float(a) * 0x1p-32f + 0x1p-33f;
   const int32_t bits = int32_t(bits_of(u));

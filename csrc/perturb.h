@@ -8,11 +8,6 @@ namespace hosfl {
 namespace HOSFL_ISA {
 namespace {
 
-// The sign bit of bit `row` of a word, in place: word << (31 - row % 32).
-HOSFL_INLINE float signed_by(uint32_t s_bits, uint32_t word, int shift) {
-  return from_bits(s_bits ^ ((word << shift) & 0x80000000u));
-}
-
 template <typename Storage, Rounding R>
 void add_signs(typename Storage::Cell* __restrict x, int64_t n, float s, const uint32_t* __restrict word, int shift,
                const uint32_t* __restrict random, int random_shift) {
@@ -82,20 +77,6 @@ void noise(float* out, int64_t n, uint64_t seed, uint32_t stream, uint64_t start
         memcpy(out + at, normals.z[row] + col, size_t(count) * sizeof(float));
       });
     });
-  }
-}
-
-// Calls run.template operator()<Storage, R>() for the segment's dtype; float32 and float16 only round to nearest.
-template <typename Run_>
-void with_storage(Dtype dtype, bool stochastic, Run_ run) {
-  switch (dtype) {
-    case Dtype::float32:
-      return run(Float32{}, std::integral_constant<Rounding, Rounding::nearest>{});
-    case Dtype::float16:
-      return run(Float16{}, std::integral_constant<Rounding, Rounding::nearest>{});
-    case Dtype::bfloat16:
-      if (stochastic) return run(BFloat16{}, std::integral_constant<Rounding, Rounding::stochastic>{});
-      return run(BFloat16{}, std::integral_constant<Rounding, Rounding::nearest>{});
   }
 }
 

@@ -1,7 +1,10 @@
 // float32, float16 and bfloat16 in memory, and the one rounding that each store makes. As spec.py defines them.
 #pragma once
 
+#include <type_traits>
+
 #include "noise.h"
+#include "ops.h"
 
 namespace hosfl {
 
@@ -53,5 +56,19 @@ struct Float16 {
     return Cell(sign | magnitude);
   }
 };
+
+// Calls run(storage, rounding) for a dtype; float32 and float16 only round to nearest.
+template <typename Run_>
+static inline void with_storage(Dtype dtype, bool stochastic, Run_ run) {
+  switch (dtype) {
+    case Dtype::float32:
+      return run(Float32{}, std::integral_constant<Rounding, Rounding::nearest>{});
+    case Dtype::float16:
+      return run(Float16{}, std::integral_constant<Rounding, Rounding::nearest>{});
+    case Dtype::bfloat16:
+      if (stochastic) return run(BFloat16{}, std::integral_constant<Rounding, Rounding::stochastic>{});
+      return run(BFloat16{}, std::integral_constant<Rounding, Rounding::nearest>{});
+  }
+}
 
 }  // namespace hosfl

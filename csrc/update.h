@@ -1,27 +1,21 @@
 // update_: many rounds of an update rule in one pass over weights and moments. As spec.py's `update` defines it.
 #pragma once
 
+#include "rules.h"
 #include "tile.h"
 
 namespace hosfl {
 namespace HOSFL_ISA {
 namespace {
 
-constexpr int moments_of(Rule rule) { return rule == Rule::sgd ? 0 : rule == Rule::momentum ? 1 : 2; }
-
 // One round's step of one row, given the sum g over its directions. Products and sums in the order of spec.py.
 template <typename Storage, Rounding R, Rule RULE>
 HOSFL_INLINE void step_row(float* __restrict x, float* __restrict m, float* __restrict v, const float* __restrict g,
                            const float* k, const Step& step, const uint32_t* __restrict random, int random_shift) {
+  float none = 0.0f;  // stands for a moment that the rule does not keep
   for (int64_t i = 0; i < TILE; ++i) {
-    float d = g[i];
-    if (RULE == Rule::momentum) d = m[i] = k[0] * m[i] + g[i];
-    if (RULE == Rule::adamw) {
-      m[i] = k[0] * m[i] + k[1] * g[i];
-      v[i] = k[2] * v[i] + k[3] * (g[i] * g[i]);
-      d = m[i] / (sqrtf(v[i]) * step.root + k[4]);
-    }
-    const float y = x[i] * step.keep - step.rate * d;
+    float& mine = moments_of(RULE) > 0 ? m[i] : none;
+    const float y = stepped<RULE>(x[i], mine, moments_of(RULE) > 1 ? v[i] : none, g[i], k, step);
     const uint32_t bits = R == Rounding::nearest ? 0 : (random[i] >> random_shift) & 0xFFFFu;
     x[i] = Storage::load(Storage::template store<R>(y, bits));
   }
@@ -151,19 +145,6 @@ void update_normals(const Segment& segment, const Update& update) {
     }
     state.store(segment, run, tile);
   });
-}
-
-// Calls run(rule) with the rule as a constant.
-template <typename Run_>
-void with_rule(Rule rule, Run_ run) {
-  switch (rule) {
-    case Rule::sgd:
-      return run(std::integral_constant<Rule, Rule::sgd>{});
-    case Rule::momentum:
-      return run(std::integral_constant<Rule, Rule::momentum>{});
-    case Rule::adamw:
-      return run(std::integral_constant<Rule, Rule::adamw>{});
-  }
 }
 
 void update(const Segment& segment, const Update& update, Dist dist, bool stochastic) {

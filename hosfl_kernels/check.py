@@ -1,9 +1,9 @@
 """Does this machine make the right bits? Every backend against spec.py and against a file of vectors.
 
-    python -m hosfl_kernels.check [--backend numpy|cpp|triton] [--vectors FILE]
+    python -m hosfl_kernels.check [--backend numpy|cpp|triton|cuda] [--vectors FILE]
 
 Prints one line per backend and case; exits with 1 on any difference and says where it is. The Triton backend runs on
-the GPU, or without one in Triton's interpreter.
+the GPU, or without one in Triton's interpreter; `cuda`, the kernels of a HOSFL_CUDA=1 build, on a GPU only.
 """
 
 from __future__ import annotations
@@ -255,7 +255,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         vectors = json.loads(options.vectors.read_text()) if options.vectors else None
     except (OSError, ValueError) as error:
         parser.error(f"cannot read the vectors in {options.vectors}: {error}")
-    if options.backend != "cpp" and not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
+    if options.backend in (None, "triton") and not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
         # Triton looks at this once, when the kernels are imported: start again with it.
         os.environ["TRITON_INTERPRET"] = "1"
         sys.stdout.flush()
@@ -270,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             failed += options.backend is not None
             continue
         print(f"     {name:6} {what}")
-        device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
+        device = "cuda" if name in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
         results = [(str(case), run_case(backend, case, device)) for case in CASES] if backend is not reference else []
         results += vector_cases(vectors, backend, device) if vectors else []
         for case_name, wrong in results:

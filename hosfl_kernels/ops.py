@@ -9,7 +9,9 @@ A backend is a module with one function per op. Nothing falls back in silence: a
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
 from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import pairwise
@@ -20,11 +22,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hosfl_kernels import cpu, gpu, reference, spec
+from hosfl_kernels import cpu, cuda, gpu, reference, spec
 from hosfl_kernels.rules import SGD, AdamW, Rule
 
-BACKENDS: dict[str, ModuleType] = {"numpy": reference, "cpp": cpu, "triton": gpu}
-DISPATCH = {"CPU": cpu, "CUDA": gpu}
+BACKENDS: dict[str, ModuleType] = {"numpy": reference, "cpp": cpu, "triton": gpu, "cuda": cuda}
+
+
+def _cuda_backend() -> ModuleType:
+    """What serves CUDA tensors: Triton where it is installed, else nvcc's kernels; those first if HOSFL_CUDA=1."""
+    if os.environ.get("HOSFL_CUDA") == "1" or importlib.util.find_spec("triton") is None:
+        return cuda
+    return gpu
+
+
+DISPATCH = {"CPU": cpu, "CUDA": _cuda_backend()}
 
 # Seeds travel as two 32-bit halves: a schema's int is signed, and a SymInt is not recompiled for every new value.
 # Records travel as CPU tensors for the same reason.

@@ -1,7 +1,10 @@
 """Without a CUDA device the Triton kernels run in the interpreter, which must be known before they are imported."""
 
 import os
+import shutil
 import signal
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,3 +31,14 @@ def one_thread():
 def interrupts_reach_us():
     """A shell starts what runs in its background with Ctrl-C ignored; the tests of interrupts need it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def source_tree(tmp_path_factory):
+    """A copy of what git would commit, to build packages in: a build leaves files beside its sources."""
+    root, copy = Path(__file__).parents[1], tmp_path_factory.mktemp("source")
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    for name in subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.splitlines():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(root / name, copy / name)
+    return copy

@@ -57,7 +57,8 @@ def test_the_extension_is_not_linked_to_torch():
 
 def test_the_readme_maps_every_file():
     readme = (ROOT / "README.md").read_text()
-    patterns = ("*.py", "*.toml", "Makefile", "constraints.txt", "*.md", "csrc/*", ".ci/*")
+    patterns = ("*.py", "*.toml", "*.in", "*.md", "Makefile", "constraints.txt")
+    patterns += ("csrc/*", ".ci/*", ".github/workflows/*")
     folders = ("hosfl", "hosfl_kernels", "benchmarks", "tests")
     files = [f for p in patterns for f in ROOT.glob(p)] + [f for d in folders for f in (ROOT / d).rglob("*.py")]
     files += (ROOT / "tests").glob("*.json")
@@ -80,4 +81,4 @@ def test_few_knobs():
         for path in SOURCES
         for name in re.findall(r"environ(?:\.get|\.setdefault)?[\[(]\s*\"(\w+)\"", path.read_text())
     ]
-    assert {name for _, name in read} <= {"TRITON_INTERPRET"}
+    assert {name for _, name in read} <= {"TRITON_INTERPRET", "HOSFL_CUDA"}

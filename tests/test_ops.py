@@ -9,7 +9,7 @@ from hosfl_kernels import _cpp, check, ops, spec
 
 CUDA = torch.cuda.is_available()
 DEVICES = ["cpu", "cuda"] if CUDA else ["cpu"]
-BACKENDS = [name for name in ("cpp", "triton") if hk.backends()[name] is not None]
+BACKENDS = [name for name in ("cpp", "triton", "cuda") if hk.backends()[name] is not None]
 
 
 def bits(x):
@@ -28,7 +28,7 @@ def test_the_backends_that_must_be_here_are_here():
 @pytest.mark.parametrize("case", check.CASES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_case(backend, case):
-    device = "cuda" if backend == "triton" and CUDA else "cpu"
+    device = "cuda" if backend in ("triton", "cuda") and CUDA else "cpu"
     assert check.run_case(ops.BACKENDS[backend], case, device) is None
 
 

@@ -1,0 +1,93 @@
+// From Python's lists to the structures of ops.h, for the bindings of either extension.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <stdexcept>
+#include <vector>
+
+#include "ops.h"
+
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+
+namespace hosfl {
+
+// Bits assume IEEE arithmetic: round to nearest, subnormals kept. torch.set_flush_denormal changes that
+// for the calling thread.
+struct IeeeArithmetic {
+#if defined(__SSE__)
+  unsigned saved = _mm_getcsr();
+  IeeeArithmetic() { _mm_setcsr(0x1F80); }
+  ~IeeeArithmetic() { _mm_setcsr(saved); }
+#elif defined(__aarch64__)
+  uint64_t saved;
+  IeeeArithmetic() {
+    asm volatile("mrs %0, fpcr" : "=r"(saved));
+    asm volatile("msr fpcr, %0" ::"r"(uint64_t(0)));
+  }
+  ~IeeeArithmetic() { asm volatile("msr fpcr, %0" ::"r"(saved)); }
+#endif
+};
+
+inline std::vector<Segment> segments_of(const std::vector<uint64_t>& addresses, const std::vector<int64_t>& sizes,
+                                 const std::vector<int>& dtypes, const std::vector<uint32_t>& streams,
+                                 const std::vector<uint64_t>& starts, const std::vector<float>& factors) {
+  const size_t n = addresses.size();
+  if (sizes.size() != n || dtypes.size() != n || streams.size() != n || starts.size() != n || factors.size() != n)
+    throw std::invalid_argument("addresses, sizes, dtypes, streams, starts and factors differ in length");
+  std::vector<Segment> segments;
+  for (size_t t = 0; t < n; ++t) {
+    if (sizes[t] < 0 || dtypes[t] < 0 || dtypes[t] > 2) throw std::invalid_argument("bad size or dtype");
+    segments.push_back({reinterpret_cast<void*>(addresses[t]), sizes[t], starts[t], streams[t], factors[t],
+                        static_cast<Dtype>(dtypes[t])});
+  }
+  return segments;
+}
+
+// Rounding seeds: one for each record, or none.
+inline std::vector<Record> records_of(const std::vector<uint64_t>& seeds, const std::vector<double>& coefficients,
+                                      const std::vector<uint64_t>& rounding_seeds) {
+  if (coefficients.size() != seeds.size() || (!rounding_seeds.empty() && rounding_seeds.size() != seeds.size()))
+    throw std::invalid_argument("seeds, coefficients and rounding seeds differ in length");
+  std::vector<Record> records;
+  IeeeArithmetic scope;  // the conversion to float32 must not flush
+  for (size_t r = 0; r < seeds.size(); ++r)
+    records.push_back({seeds[r], float(coefficients[r]), rounding_seeds.empty() ? 0 : rounding_seeds[r]});
+  return records;
+}
+
+inline std::vector<Step> steps_of(const std::vector<std::array<double, 3>>& rounds,
+                                  const std::vector<uint64_t>& rounding_seeds) {
+  if (!rounding_seeds.empty() && rounding_seeds.size() != rounds.size())
+    throw std::invalid_argument("steps and rounding seeds differ in length");
+  std::vector<Step> steps;
+  IeeeArithmetic scope;
+  for (size_t r = 0; r < rounds.size(); ++r)
+    steps.push_back({float(rounds[r][0]), float(rounds[r][1]), float(rounds[r][2]),
+                     rounding_seeds.empty() ? 0 : rounding_seeds[r]});
+  return steps;
+}
+
+inline void add_moments(std::vector<Segment>& segments, const std::vector<std::vector<uint64_t>>& moments) {
+  if (moments.size() > 2) throw std::invalid_argument("more than two moments");
+  for (size_t k = 0; k < moments.size(); ++k) {
+    if (moments[k].size() != segments.size()) throw std::invalid_argument("moments and tensors differ in length");
+    for (size_t t = 0; t < segments.size(); ++t) segments[t].moments[k] = reinterpret_cast<float*>(moments[k][t]);
+  }
+}
+
+// `records` and `steps` are not read: they may be addresses of another device.
+inline Update update_of(int rule, const std::vector<double>& constants, const Record* records, int64_t count,
+                        const Step* steps, int64_t rounds, size_t moments) {
+  if (rule < 0 || rule > 2 || moments != size_t(rule) || constants.size() > 5 || rounds <= 0 || count % rounds)
+    throw std::invalid_argument("bad rule, moments, constants or no rounds");
+  IeeeArithmetic scope;
+  Update update = {static_cast<Rule>(rule), {}, records, steps, rounds, count / rounds};
+  std::copy(constants.begin(), constants.end(), update.constants);
+  return update;
+}
+
+}  // namespace hosfl

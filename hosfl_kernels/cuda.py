@@ -1,0 +1,161 @@
+"""The CUDA backend without Triton: kernels that nvcc compiled when the package was built with HOSFL_CUDA=1.
+
+Imports without that extension and without a GPU; calls then raise RuntimeError. Arguments are validated by ops.py.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hosfl_kernels.cpu import DTYPES, RULES
+
+
+def _extension() -> Any:
+    try:
+        return importlib.import_module("hosfl_kernels._cuda")
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            "CUDA tensors need Triton (pip install triton), or a hosfl that was built with HOSFL_CUDA=1; "
+            "this machine has neither"
+        ) from error
+
+
+def describe() -> str | None:
+    """What this backend runs on, or None if it cannot run here."""
+    try:
+        extension = _extension()
+    except RuntimeError:
+        return None
+    if extension.EMULATED:
+        return "emulated, thread by thread"
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return f"nvcc's kernels on sm_{major}{minor} ({torch.cuda.get_device_name()})"
+
+
+def _queue(extension: Any, device: torch.device) -> tuple[int, int]:
+    """The device's number and torch's current stream on it; refuses tensors that the kernels can't reach."""
+    if extension.EMULATED and device.type == "cpu":
+        return 0, 0
+    if extension.EMULATED or device.type != "cuda":
+        raise RuntimeError(f"the CUDA kernels take {'CPU' if extension.EMULATED else 'CUDA'} tensors, not {device}")
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return index, torch.cuda.current_stream(index).cuda_stream
+
+
+def _on_device(table: bytes, op: str, device: torch.device) -> Tensor:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(f"a CUDA graph can't capture {op}: its records are copied to the device at the call")
+    tensor = torch.frombuffer(bytearray(table or b"\0"), dtype=torch.uint8)
+    # From pinned memory the host doesn't wait for the device to catch up.
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
+def _places(
+    tensors: Sequence[Tensor], factors: Sequence[float], streams: Sequence[int], starts: Sequence[int]
+) -> tuple[Any, ...]:
+    addresses, sizes = [t.data_ptr() for t in tensors], [t.numel() for t in tensors]
+    return addresses, sizes, [DTYPES[t.dtype] for t in tensors], streams, starts, factors
+
+
+def philox_words(key: int, counter: tuple[int, int, int, int]) -> tuple[int, ...]:
+    """Four words, as spec.py's `philox` makes them."""
+    extension = _extension()
+    out = torch.empty(4, dtype=torch.int32, device="cpu" if extension.EMULATED else "cuda")
+    with torch.cuda.device_of(out):
+        extension.philox(out.data_ptr(), key, *counter, _queue(extension, out.device))
+    return tuple(word & 0xFFFFFFFF for word in out.tolist())
+
+
+def noise_(out: Tensor, seed: int, stream: int, start: int, dist: str) -> None:
+    """Fill the float32 tensor `out` with elements start .. start + n of the noise of (seed, stream)."""
+    extension = _extension()
+    with torch.cuda.device_of(out):
+        queue = _queue(extension, out.device)
+        extension.noise(out.data_ptr(), out.numel(), seed, stream, start, dist == "gaussian", queue)
+
+
+def perturb_(
+    tensors: Sequence[Tensor],
+    seed: int,
+    scale: float,
+    dist: str,
+    factors: Sequence[float],
+    streams: Sequence[int],
+    starts: Sequence[int],
+    rounding_seed: int | None,
+) -> None:
+    """x += scale * factor * z(seed) for every tensor, one launch per dtype and 48 tensors."""
+    if not tensors:
+        return
+    extension = _extension()
+    with torch.cuda.device_of(tensors[0]):
+        queue = _queue(extension, tensors[0].device)
+        rounding_seeds = [] if rounding_seed is None else [rounding_seed]
+        places = _places(tensors, factors, streams, starts)
+        extension.perturb(places, seed, scale, rounding_seeds, dist == "gaussian", queue)
+
+
+def replay_(
+    tensors: Sequence[Tensor],
+    seeds: Sequence[int],
+    coefficients: Sequence[float],
+    dist: str,
+    factors: Sequence[float],
+    streams: Sequence[int],
+    starts: Sequence[int],
+    rounding_seeds: Sequence[int] | None,
+) -> None:
+    """perturb_ once for every record, in one pass over the tensors and to the same bits. Not for CUDA graphs."""
+    if not tensors or not seeds:
+        return
+    extension, device = _extension(), tensors[0].device
+    with torch.cuda.device_of(tensors[0]):
+        queue = _queue(extension, device)
+        records = _on_device(extension.records(seeds, coefficients, rounding_seeds or []), "replay_", device)
+        places = _places(tensors, factors, streams, starts)
+        stochastic = rounding_seeds is not None
+        extension.replay(places, records.data_ptr(), len(seeds), dist == "gaussian", stochastic, queue)
+
+
+def update_(
+    tensors: Sequence[Tensor],
+    moments: Sequence[Sequence[Tensor]],
+    rule: str,
+    constants: Sequence[float],
+    seeds: Sequence[int],
+    coefficients: Sequence[float],
+    steps: Sequence[Sequence[float]],
+    dist: str,
+    factors: Sequence[float],
+    streams: Sequence[int],
+    starts: Sequence[int],
+    rounding_seeds: Sequence[int] | None,
+) -> None:
+    """len(steps) rounds of an update rule in one pass over weights and moments. Not for CUDA graphs."""
+    if not tensors or not steps:
+        return
+    extension, device = _extension(), tensors[0].device
+    with torch.cuda.device_of(tensors[0]):
+        queue = _queue(extension, device)
+        records = _on_device(extension.records(seeds, coefficients, []), "update_", device)
+        rounds = _on_device(extension.steps(steps, rounding_seeds or []), "update_", device)
+        extension.update(
+            _places(tensors, factors, streams, starts),
+            [[t.data_ptr() for t in moment] for moment in moments],
+            RULES[rule],
+            constants,
+            records.data_ptr(),
+            len(seeds),
+            rounds.data_ptr(),
+            len(steps),
+            dist == "gaussian",
+            rounding_seeds is not None,
+            queue,
+        )
