@@ -4,9 +4,8 @@
 
 A float32 transformer of 60 million weights, 169 tensors, on the CPU. *overhead*: seconds of a step, less two forward
 passes of one token timed alone just before it; the ways take turns within one process per number of threads, medians.
-The same with a closure that returns constants. *memory*: how far two steps raise the resident set, a process per way (Linux).
-*bfloat16*: steps of lr * v = 1e-6 on bfloat16 weights of sizes 0.02 to 1, and the share of the float32 run's change
-that arrives: sum(change * change32) / sum(change32^2).
+The same with a closure that returns constants. *memory*: how far two steps raise the resident set, a process per
+way (Linux). *bfloat16*: steps of lr * v = 1e-6 on bfloat16 weights of sizes 0.02 to 1, and the share of them that arrives: sum(change * steps) / sum(steps^2).
 
 Writes the parts that ran into benchmarks/results/optim-cpu.json; exits with 1 where a Rademacher step takes more than
 1/20 of MeZO's overhead or 1 MB, or where bfloat16 misses 1 by more than 5 %.
@@ -208,7 +207,7 @@ def measure(part: str, extent: Extent, threads: Sequence[int]) -> list[dict[str,
     """The rows of a part."""
     sizes = extent[:3]
     if part == "bfloat16":
-        return child("bfloat16", extent.weights, extent.steps, threads=threads[-1])
+        return child("bfloat16", extent.weights, extent.steps, threads=threads[0])
     if part == "memory":
         largest = 4 * max(p.numel() for p in Transformer(*sizes).parameters())
         peaks = {name: child("memory", *sizes, name, threads=threads[0]) for name in WAYS}
