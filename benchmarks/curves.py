@@ -78,9 +78,10 @@ WAYS: dict[str, Make] = {
     "MeZO": lambda params, lr, seed: MeZO(params, lr, directions=4, seed=seed),
     "ZOSGD": lambda params, lr, seed: ZOSGD(params, lr, seed=seed, **TWO_SIDED),
     "ZONormalizedSGD": lambda params, lr, seed: ZONormalizedSGD(params, lr, seed=seed, **TWO_SIDED),
+    "ZOSGD, one-sided": lambda params, lr, seed: ZOSGD(params, lr, seed=seed, **ONE_SIDED),
     "ZONormalizedSGD, one-sided": lambda params, lr, seed: ZONormalizedSGD(params, lr, seed=seed, **ONE_SIDED),
     "loss spread (FZOO), one-sided": lambda params, lr, seed: LossSpread(params, lr, seed=seed, **ONE_SIDED),
-    "sum of squares (AdaGrad)": lambda params, lr, seed: SquareSum(params, lr, seed=seed, **TWO_SIDED),
+    "sum of squares (AdaGrad), one-sided": lambda params, lr, seed: SquareSum(params, lr, seed=seed, **ONE_SIDED),
     "first-order SGD": lambda params, lr, seed: torch.optim.SGD(params, lr),
     "first-order Adam": lambda params, lr, seed: torch.optim.Adam(params, lr),
 }
@@ -115,9 +116,10 @@ def task(name: str) -> Task:
             "MeZO": 0.02,
             "ZOSGD": 0.02,
             "ZONormalizedSGD": 0.03,
+            "ZOSGD, one-sided": 0.02,
             "ZONormalizedSGD, one-sided": 0.03,
             "loss spread (FZOO), one-sided": 0.03,
-            "sum of squares (AdaGrad)": 0.3,
+            "sum of squares (AdaGrad), one-sided": 0.3,
             "first-order SGD": 0.2,
             "first-order Adam": 0.01,
         }
@@ -128,7 +130,8 @@ def task(name: str) -> Task:
     rates = {
         "MeZO": 5e-4,
         "ZOSGD": 5e-4,
-        "ZONormalizedSGD": 1.5e-3,
+        "ZOSGD, one-sided": 5e-4,
+        "ZONormalizedSGD, one-sided": 1.5e-3,
         "loss spread (FZOO), one-sided": 1.5e-3,
         "first-order SGD": 0.05,
         "first-order Adam": 1e-4,

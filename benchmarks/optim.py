@@ -1,11 +1,12 @@
 """`make bench`, second half: what a step of `hosfl.optim` costs beside MeZO's, and what bfloat16 keeps of small steps.
 
-    python -m benchmarks.optim [overhead memory bfloat16] [--threads N ...] [--out FOLDER]
+    python -m benchmarks.optim [--only overhead memory bfloat16] [--threads N ...] [--out FOLDER]
 
 A float32 transformer of 60 million weights, 169 tensors, on the CPU. *overhead*: seconds of a step, less two forward
 passes of one token timed alone just before it; the ways take turns within one process per number of threads, medians.
-The same with a closure that returns constants. *memory*: how far two steps raise the resident set, a process per
-way (Linux). *bfloat16*: steps of lr * v = 1e-6 on bfloat16 weights of sizes 0.02 to 1, and the share of them that arrives: sum(change * steps) / sum(steps^2).
+The same with a closure that returns constants. *memory*: how far two steps raise the resident set, a process per way
+(Linux). *bfloat16*: steps of lr * v = 1e-6 on bfloat16 weights of sizes 0.02 to 1, and the share of them that arrives:
+sum(change * steps) / sum(steps^2).
 
 Writes the parts that ran into benchmarks/results/optim-cpu.json; exits with 1 where a Rademacher step takes more than
 1/20 of MeZO's overhead or 1 MB, or where bfloat16 misses 1 by more than 5 %.
@@ -175,7 +176,7 @@ def mezo_change(model: Weights, steps: int) -> tuple[Tensor, Tensor]:
 
 
 def bfloat16(weights: int, steps: int) -> list[dict[str, Any]]:
-    """Per way and dtype: the share of the steps that arrived, and the size of what else did. MeZO: 1/16 of n."""
+    """Per way and dtype: the share of the steps that arrived, its standard error, and the size of what else did. MeZO: 1/16 of n."""
     rows = []
     for name, changed, n in ((RADEMACHER, zosgd_change, weights), (MEZO, mezo_change, weights // 16)):
         for dtype in (torch.float32, torch.bfloat16):
@@ -185,7 +186,9 @@ def bfloat16(weights: int, steps: int) -> list[dict[str, Any]]:
                 (change - share * total).double().square().mean().sqrt() / total.double().square().mean().sqrt()
             )
             row = {"name": name, "dtype": str(dtype).removeprefix("torch."), "weights": n, "steps": steps}
-            rows.append(row | {"share": share, "share_error": noise / n**0.5, "noise": noise})
+            # On the lattice a step is rounded as one, elsewhere every weight on its own.
+            draws = steps if row["dtype"] == "float32" and name == RADEMACHER else n
+            rows.append(row | {"share": share, "share_error": noise / draws**0.5, "noise": noise})
     return rows
 
 
@@ -253,13 +256,13 @@ def show(parts: dict[str, Any]) -> None:
 
 def main(arguments: Sequence[str] | None = None, extent: Extent = Extent()) -> int:  # noqa: B008
     parser = argparse.ArgumentParser(prog="python -m benchmarks.optim", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all; the others keep their results")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="the other parts keep their results")
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default: benchmarks/results)")
     options = parser.parse_args(arguments)
     path = options.out / "optim-cpu.json"
     parts = json.loads(path.read_text()) if path.exists() else {}
-    for part in options.parts or PARTS:
+    for part in options.only or PARTS:
         load = os.getloadavg()[0]
         rows = measure(part, extent, options.threads)
         parts[part] = {"machine": machine(), "load": load, "extent": extent._asdict(), "rows": rows}

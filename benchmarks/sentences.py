@@ -4,8 +4,9 @@ The first sentences of docstrings of scipy, torch, matplotlib and scikit-learn, 
 with the packages' names struck out. No sentence occurs twice, but the parts share files. The texts are those of the
 versions installed: results name these.
 
-The model is MiniLM, 6 layers (the extra `bench`; Wang et al., NeurIPS 2020, arXiv 2002.10957). Its last layer and a linear head on the mean over tokens learn. The layers before never change:
-what they say of every sentence is computed once. The head starts from the classes' mean features.
+The model is MiniLM, 6 layers (the extra `bench`; Wang et al., NeurIPS 2020, arXiv 2002.10957). Its last layer and a
+linear head on the mean over tokens learn. The layers before never change: what they say of every sentence is computed
+once. The head starts from the classes' mean features.
 """
 
 from __future__ import annotations
