@@ -133,7 +133,7 @@ def task(name: str) -> Task:
         "ZOSGD, one-sided": 5e-4,
         "ZONormalizedSGD, one-sided": 1.5e-3,
         "loss spread (FZOO), one-sided": 1.5e-3,
-        "first-order SGD": 0.05,
+        "first-order SGD": 0.0125,
         "first-order Adam": 1e-4,
     }
     return Task(lambda seed: copy.deepcopy(tail), splits, 60, 16, (10,), (0, 1, 2), rates)
@@ -238,7 +238,7 @@ def plot(tasks: dict[str, Any], path: Path) -> None:
     """Validation loss against steps: the mean over the seeds that did not fail, and the band from best to worst."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(12, 4), layout="constrained")
     axes = figure.subplots(1, len(tasks), squeeze=False)[0]
     for axis, (name, result) in zip(axes, tasks.items(), strict=True):
         for way, r in result["ways"].items():
@@ -250,12 +250,14 @@ def plot(tasks: dict[str, Any], path: Path) -> None:
             (line,) = axis.plot(steps, values.mean(0), style, label=way, color=f"C{[*WAYS].index(way)}", lw=1.3)
             axis.fill_between(steps, values.amin(0), values.amax(0), color=line.get_color(), alpha=0.12, lw=0)
         axis.set_title(f"{name}: {result['weights']:,} weights, {len(curves)} seeds", fontsize=10)
-        axis.set_xlabel("step (8 forward passes each; first-order: one, and one backward)")
+        axis.set_xlabel("step")
         axis.set_ylabel("validation loss")
-        axis.set_yscale("log")
-        axis.grid(alpha=0.3, which="both")
+        low, high = axis.get_ylim()
+        if high > 2 * low:
+            axis.set_yscale("log")
+        axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(frameon=False, fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
 
 

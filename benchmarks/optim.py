@@ -176,7 +176,10 @@ def mezo_change(model: Weights, steps: int) -> tuple[Tensor, Tensor]:
 
 
 def bfloat16(weights: int, steps: int) -> list[dict[str, Any]]:
-    """Per way and dtype: the share of the steps that arrived, its standard error, and the size of what else did. MeZO: 1/16 of n."""
+    """Per way and dtype: the share of the steps that arrived, its standard error, and the size of what else did.
+
+    MeZO, which is slow, moves a sixteenth of the weights.
+    """
     rows = []
     for name, changed, n in ((RADEMACHER, zosgd_change, weights), (MEZO, mezo_change, weights // 16)):
         for dtype in (torch.float32, torch.bfloat16):
@@ -262,13 +265,13 @@ def main(arguments: Sequence[str] | None = None, extent: Extent = Extent()) -> i
     options = parser.parse_args(arguments)
     path = options.out / "optim-cpu.json"
     parts = json.loads(path.read_text()) if path.exists() else {}
+    options.out.mkdir(parents=True, exist_ok=True)
     for part in options.only or PARTS:
         load = os.getloadavg()[0]
         rows = measure(part, extent, options.threads)
         parts[part] = {"machine": machine(), "load": load, "extent": extent._asdict(), "rows": rows}
+        path.write_text(json.dumps({part: parts[part] for part in PARTS if part in parts}, indent=1) + "\n")
     show(parts)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({part: parts[part] for part in PARTS if part in parts}, indent=1) + "\n")
     missed = misses(parts)
     print(*missed, sep="\n")
     return 1 if missed else 0
