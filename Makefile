@@ -18,9 +18,10 @@ test: $(VENV)/ready
 test-slow: $(VENV)/ready
 	$(BIN)/python -m pytest -m slow
 
-# Throughput and memory of the kernels against their roof and their peers.
+# Throughput and memory of the kernels against their roof and their peers; steps of the optimizers beside MeZO's.
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.report
+	$(BIN)/python -m benchmarks.optim
 
 # The rates of hosfl/tasks.py, chosen on validation data: the same grid size for every method.
 tune: $(VENV)/ready
@@ -33,6 +34,8 @@ results: bench
 	rm -rf benchmarks/results/digits/*-*/
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.ways_to_learn
 	$(BIN)/python -m benchmarks.catchup
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.curves
 	$(BIN)/python -m benchmarks.readme
 
 lint: $(VENV)/ready

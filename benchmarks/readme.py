@@ -131,12 +131,75 @@ def catchup(result: dict[str, Any]) -> str:
     return f"{what}; {scaled}. {_machine(result)}\n\n{_table(head, rows)}"
 
 
+def optim(result: dict[str, Any]) -> str:
+    """A step of the optimizers beside MeZO's, its memory, and bfloat16."""
+    overhead = [
+        [
+            r["name"],
+            str(r["threads"]),
+            f"{r['overhead_seconds'] * 1e3:.0f}",
+            f"{r['times_mezo']:.1f}",
+            f"{r['constant_loss_seconds'] * 1e3:.0f}",
+            f"{r['times_mezo_constant_loss']:.1f}",
+            f"{r['overhead_seconds'] / r['add_seconds']:.1f}",
+            f"{r['first_step_seconds'] * 1e3:.0f}",
+        ]
+        for r in result["overhead"]["rows"]
+    ]
+    memory = [
+        [r["name"], f"{r['peak_extra_bytes']:,}", f"{r['peak_extra_bytes'] / r['largest_tensor_bytes']:.3f}"]
+        for r in result["memory"]["rows"]
+    ]
+    coarse = [
+        [f"{r['name']}, {r['dtype']}", f"{r['share']:.3f} ± {r['share_error']:.3f}", f"{r['noise']:.2f}"]
+        for r in result["bfloat16"]["rows"]
+    ]
+    head = ["a step less its forward passes", "threads", "ms", "times as fast as MeZO", "ms, constant loss"]
+    head += ["times as fast as MeZO", "passes of the roof", "the first step, ms"]
+    loads = ", ".join(f"{part} {result[part]['load']:.1f}" for part in result)
+    steps = result["bfloat16"]["rows"][0]["steps"]
+    return "\n\n".join(
+        [
+            f"{_machine(result['overhead'])} Load of the machine before: {loads}.",
+            _table(head, overhead),
+            _table(["two steps", "peak extra bytes", "of the largest tensor"], memory),
+            _table([f"{steps:,} steps of 1e-6", "share that arrived", "size of the noise / of the steps"], coarse),
+        ]
+    )
+
+
+def curves(result: dict[str, Any]) -> str:
+    """Loss and accuracy of the ways to learn from forward passes, and their trials."""
+
+    def cell(values: Sequence[float]) -> str:
+        return f"{mean(values):.4f} ± {stdev(values) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
+
+    texts = []
+    for name, task in result.items():
+        rows = []
+        for way, r in task["ways"].items():
+            good = [run for run in r["runs"] if not run["failure"]]
+            scores = [cell([run[q] for run in good]) for q in ("validation_loss", "test_loss", "test_accuracy")]
+            trials = ", ".join(f"{mean(t['validation_losses']):.3g}" for t in r["trials"])
+            rows.append([way, f"{r['rate']:.2g}", *scores, str(len(r["runs"]) - len(good)), trials])
+        start = f"before: test loss {task['start']['test_loss']:.4f}, accuracy {task['start']['test_accuracy']:.4f}"
+        seeds = ", ".join(str(run["seed"]) for run in r["runs"])
+        what = f"{task['weights']:,} weights, {task['steps']} steps, batches of {task['batch']}, seeds {seeds}; {start}"
+        packages = ", ".join(f"{package} {version}" for package, version in task["packages"].items())
+        head = [name, "rate", "validation loss", "test loss", "test accuracy", "failures"]
+        table = _table([*head, "trials: validation loss, rates rising"], rows)
+        texts.append(f"{what}. Text and data: {packages}. {_machine(task)}\n\n{table}")
+    return "\n\n".join(texts)
+
+
 SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "digits": ("digits/table.json", digits),
     "ways": ("digits-ways.json", ways),
     "tuning": ("digits-tuning.json", tuning),
     "kernels": ("kernels-cpu.json", kernels),
     "catch-up": ("catchup-cpu.json", catchup),
+    "optim": ("optim-cpu.json", optim),
+    "curves": ("optim-curves.json", curves),
 }
 
 

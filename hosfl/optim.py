@@ -113,17 +113,17 @@ class _InPlace:
         """Go to th + sign * mu * u(seed); `moves`: per group, seeds and coefficients to add to th on the way."""
         with uninterrupted():
             for g, group in enumerate(self.groups):
-                seeds, steps = ([self.seed], [-self.sign]) if self.sign else ([], [])
-                if sign and seeds == [seed]:
-                    steps[0] += sign
-                elif sign:
-                    seeds, steps = [*seeds, seed], [*steps, sign]
-                more_seeds, more = moves[g] if moves else ((), ())
-                coefficients = [*(step * group.mu for step in steps), *more]
+                records = [(self.seed, -self.sign * group.mu), (seed, sign * group.mu)]
+                records += zip(*moves[g], strict=True) if moves else []
+                # One record per seed: exact on the lattice, and a record alone costs less than half of two.
+                sums: dict[int, float] = {}
+                for key, coefficient in records:
+                    if coefficient:
+                        sums[key] = sums.get(key, 0.0) + coefficient
                 replay_(
                     group.tensors,
-                    [*seeds, *more_seeds],
-                    coefficients,
+                    list(sums),
+                    list(sums.values()),
                     dist=self.dist,
                     streams=group.numbers,
                     starts=group.starts,
