@@ -206,6 +206,8 @@ def _split(options: argparse.Namespace) -> int:
         points = cut_points(model, inputs)
     except TypeError as error:
         raise ValueError(str(error)) from None
+    except RuntimeError:  # some versions of transformers look at values, which the meta device has not
+        points = cut_points(model)
     shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
     table = Table(title=f"{type(model).__name__}, {shapes}", caption="parameters, and MB of the outputs of all modules")
     for name in ("at", "first layer of the server", "client", "server", "MB client", "MB server", "MB cut"):
@@ -213,7 +215,7 @@ def _split(options: argparse.Namespace) -> int:
     for point in points:
         sizes = (point.client_activations, point.server_activations, point.cut)
         counts = (f"{n:,}" for n in (point.client_parameters, point.server_parameters))
-        table.add_row(str(point.at), point.name, *counts, *(f"{(n or 0) / 1e6:.2f}" for n in sizes))
+        table.add_row(str(point.at), point.name, *counts, *("?" if n is None else f"{n / 1e6:.2f}" for n in sizes))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     return 0
 

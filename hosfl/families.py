@@ -88,11 +88,11 @@ def cut_transformer(model: nn.Module, at: int) -> tuple[nn.Module, nn.Module]:
     for name in family.before:
         if getattr(theirs, name, None) is not None:
             theirs = replaced(theirs, name, Absent(door))
-    theirs.config = config
     if family.inputs == "input_ids":
         theirs = door.into(theirs, "inputs_embeds", instead_of="input_ids")
     rest = replaced(model, path, theirs) if path else theirs
-    rest.config = config
+    for module in _along(rest, path):
+        module.config = config
     return ClientHalf(mine), ServerHalf(rest, door, family.inputs)
 
 
@@ -171,8 +171,7 @@ class ClientHalf(nn.Module):
         unknown = {"position_ids", "past_key_values", "inputs_embeds", "labels"} & inputs.keys()
         if unknown:
             raise ValueError(f"{', '.join(sorted(unknown))}: only inputs and an attention mask cross the cut")
-        use_cache = {"use_cache": False} if hasattr(self.trunk.config, "use_cache") else {}
-        cut: Tensor = self.trunk(*args, **inputs, **use_cache).last_hidden_state
+        cut: Tensor = self.trunk(*args, **inputs).last_hidden_state
         return cut
 
 
@@ -185,8 +184,6 @@ class ServerHalf(nn.Module):
 
     def forward(self, cut: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         named: dict[str, Any] = {} if attention_mask is None else {"attention_mask": attention_mask}
-        if hasattr(self.model.config, "use_cache"):
-            named["use_cache"] = False
         named[self.inputs] = self._tokens(cut, attention_mask) if self.inputs == "input_ids" else cut
         self.door.cut = cut
         try:
@@ -259,8 +256,17 @@ class Absent(nn.Module):
 
 
 def _trunk_path(model: nn.Module, family: Family) -> str:
-    prefix = getattr(model, "base_model_prefix", "")
-    return _join(prefix if prefix in model._modules else "", family.trunk)
+    # Gemma's language models say they have a language_model and have a model.
+    names = (getattr(model, "base_model_prefix", ""), "model")
+    return _join(next((name for name in names if name in model._modules), ""), family.trunk)
+
+
+def _along(module: nn.Module, path: str) -> Iterator[nn.Module]:
+    """The module, and its submodules on the way to the path's end."""
+    yield module
+    for name in filter(None, path.split(".")):
+        module = module.get_submodule(name)
+        yield module
 
 
 def _join(*names: str) -> str:
@@ -295,6 +301,7 @@ def _config(model: nn.Module, first: int, end: int) -> Any:
     """The model's configuration for some of its layers, whose kinds it lists by number."""
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = end - first  # type: ignore[union-attr]
+    config.use_cache = False  # type: ignore[union-attr]
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[first:end]  # type: ignore[union-attr, index]
     return config
