@@ -131,10 +131,7 @@ def test_a_resumed_trainer_holds_the_bits_of_one_that_went_through(tmp_path):
 
 
 def train_distributed(rank, folder):
-    from accelerate.state import AcceleratorState
-
     torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)  # of this process before it was forked
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     model = language_model()
@@ -145,9 +142,8 @@ def train_distributed(rank, folder):
 
 
 def test_two_trainers_equal_one_plain_loop(tmp_path):
-    trainer_of(language_model(), tmp_path)  # imports what is not to be imported twice
     start = torch.multiprocessing.start_processes
-    start(train_distributed, (str(tmp_path),), nprocs=2, start_method="fork")
+    start(train_distributed, (str(tmp_path),), nprocs=2, start_method="forkserver")
     batches, items, weights = zip(*(torch.load(tmp_path / str(rank)) for rank in (0, 1)), strict=True)
     assert len(items[0]) == 4
     assert torch.equal(torch.stack(items[0]), torch.stack(items[1]))  # tokens are counted over both

@@ -575,9 +575,8 @@ def one_of_two(rank, folder):
 
 
 def test_two_processes_equal_one_with_both_their_batches(tmp_path):
-    # Forked: importing torch again takes longer than the test.
     start = torch.multiprocessing.start_processes
-    context = start(one_of_two, (str(tmp_path),), nprocs=2, join=False, start_method="fork")
+    context = start(one_of_two, (str(tmp_path),), nprocs=2, join=False, start_method="forkserver")
     # Accumulated over two micro-batches, in the meantime.
     train_distributed(2, tmp_path, lambda model, _: (half_batches(model, 0) + half_batches(model, 1)) / 2)
     while not context.join():

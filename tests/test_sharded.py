@@ -220,15 +220,12 @@ def one_of_many(rank, folder, world, parts):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What two processes have left there, and four on a mesh of two dimensions.
-
-    Forked: importing torch again takes longer than the tests.
-    """
+    """What two processes have left there, and four on a mesh of two dimensions."""
     folder = tmp_path_factory.mktemp("sharded")
     parts = (follows_the_bits, writes_between_steps, a_closure_that_raises, what_is_refused)
     for world, done in ((2, parts), (4, parts[:1])):
         start = torch.multiprocessing.start_processes
-        start(one_of_many, (str(folder), world, done), nprocs=world, start_method="fork")
+        start(one_of_many, (str(folder), world, done), nprocs=world, start_method="forkserver")
     return folder
 
 
