@@ -31,7 +31,8 @@ from hosfl.trainer import Progress as OnProgress
 from hosfl.trainer import train
 
 HELP = {
-    "task": "what is learnt: real handwritten digits, or sentences with a pretrained model (default: %(default)s)",
+    "task": "what is learnt: real handwritten digits; the same inverted, by a network pretrained on them; or sentences"
+    " with a pretrained model (default: %(default)s)",
     "data": "a folder with the task's data, where it is not embedded",
     "model": "a pretrained model, on the hub or a folder, where the task does not say (default: the task's own)",
     "at": "the layer to cut the model before, by number or name (default: the task's own)",

@@ -12,7 +12,7 @@ from hosfl.aggregate import AGGREGATIONS
 from hosfl.probe import ESTIMATORS
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "task": ("digits", "sentences"),
+    "task": ("digits", "digits-inverted", "sentences"),
     "method": ("ho", "first-order", "frozen"),
     "directions_from": ("fresh", "pool"),
     "direction_scale": ("unit", "rms"),
@@ -44,8 +44,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 class Config:
     """Settings of one run. Raises ValueError for a value that cannot work, and says which.
 
-    task: what is learnt: "digits", which is embedded, or "sentences". data, model, at: where a task does not have its
-    own: a folder with the data, a pretrained model by name or folder, and the layer to cut it before.
+    task: what is learnt: "digits", which is embedded; "digits-inverted", a network pretrained on digits whose inputs
+    change; or "sentences". data, model, at: where a task does not have its own: a folder with the data, a pretrained
+    model by name or folder, and the layer to cut it before.
     method: "ho" (HO-SFL), "first-order" (split learning with exact gradients, the upper bound), "frozen" (the client
     half never learns: the control).
     rounds, clients, sampled: N clients, K of them per round. batch: samples per client and round.

@@ -51,6 +51,22 @@ class Splits:
     test: Dataset
 
 
+DIGITS_MEAN, DIGITS_DEVIATION = 0.305, 0.376  # of the training part's pixels, black 0 and white 1
+
+
+def inverted(splits: Splits, noise: float = 0.2) -> Splits:
+    """Digits with black and white exchanged and normal noise on every pixel, the same in every run."""
+    random = torch.Generator().manual_seed(0)
+
+    def change(data: Dataset) -> Dataset:
+        assert isinstance(data.inputs, Tensor)
+        pixels = data.inputs * DIGITS_DEVIATION + DIGITS_MEAN
+        pixels = 1 - pixels + noise * torch.randn(pixels.shape, generator=random)
+        return Dataset((pixels - (1 - DIGITS_MEAN)) / DIGITS_DEVIATION, data.labels)
+
+    return Splits(change(splits.train), change(splits.validation), change(splits.test))
+
+
 def digits() -> Splits:
     """The 1,797 handwritten digits that scikit-learn carries, float32 [n, 1, 8, 8]: 60 / 20 / 20 percent.
 
@@ -62,7 +78,7 @@ def digits() -> Splits:
 
     x, y = load_digits(return_X_y=True)
     inputs = torch.tensor(x, dtype=torch.float32).reshape(-1, 1, 8, 8)
-    inputs = (inputs / 16 - 0.305) / 0.376
+    inputs = (inputs / 16 - DIGITS_MEAN) / DIGITS_DEVIATION
     labels = torch.tensor(y, dtype=torch.int64)
     train, rest = train_test_split(np.arange(len(y)), train_size=0.6, stratify=y, random_state=0)
     validation, test = train_test_split(rest, train_size=0.5, stratify=y[rest], random_state=0)

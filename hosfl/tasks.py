@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hosfl.config import Config
-from hosfl.data import Splits, digits, sentences
+from hosfl.data import Dataset, Splits, digits, inverted, sentences
 from hosfl.families import packaged_minilm, pretrained_classifier
 from hosfl.split import SplitModel, split
 
@@ -106,6 +106,36 @@ def digits_task(config: Config) -> Task:
     )
 
 
+def inverted_task(config: Config) -> Task:
+    """A pretrained network whose inputs change: digits in inverted colours, and noisy.
+
+    The model of the digits task, trained whole and first-order on the digits as they are; then every picture is
+    inverted and gets normal noise of a fifth of the range. What the first layer has learnt is of little use then, and a
+    server half cannot mend it.
+    """
+    clean = digits_task(config)
+
+    def model(seed: int) -> SplitModel:
+        return pretrained(digits_model(seed), clean.splits.train, seed)
+
+    return replace(clean, splits=inverted(clean.splits), model=model)
+
+
+def pretrained(halves: SplitModel, data: Dataset, seed: int, steps: int = 300, batch: int = 128) -> SplitModel:
+    """Train both halves together with Adam, rate 0.02 falling to zero; returns them, changed in place."""
+    parameters = [p for half in (halves.client, halves.server) for p in half.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(parameters, lr=0.02)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    random = torch.Generator().manual_seed(seed % 2**63)
+    for _ in range(steps):
+        part = data[torch.randint(0, len(data), (batch,), generator=random)]
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(halves(part.inputs), part.labels).backward()
+        optimizer.step()
+        schedule.step()
+    return halves
+
+
 def sentences_task(config: Config) -> Task:
     """Two classes of sentences, a pretrained text model: by default MiniLM after its third layer.
 
@@ -135,4 +165,8 @@ def sentences_task(config: Config) -> Task:
     )
 
 
-TASKS: dict[str, Callable[[Config], Task]] = {"digits": digits_task, "sentences": sentences_task}
+TASKS: dict[str, Callable[[Config], Task]] = {
+    "digits": digits_task,
+    "digits-inverted": inverted_task,
+    "sentences": sentences_task,
+}

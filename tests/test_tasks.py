@@ -9,6 +9,7 @@ from torch import nn
 
 from hosfl import Config, rebuild, train
 from hosfl.cli import main
+from hosfl.config import CHOICES
 from hosfl.data import Dataset, sentences
 from hosfl.displaced import call
 from hosfl.messages import Cut, encode
@@ -164,6 +165,24 @@ def test_the_split_model_is_the_whole_one_in_training(folder):
         assert torch.allclose(halves(batch.inputs), whole(**batch.inputs).logits, atol=1e-5)  # on its lattice
 
 
+def test_inverted_digits_are_a_pretrained_network_s_undoing():
+    settings = Config(task="digits-inverted", rounds=1)
+    task = TASKS["digits-inverted"](settings)
+    clean, changed = TASKS["digits"](Config()).splits.test, task.splits.test
+    halves = task.model(3)
+    again = task.model(3)
+    with torch.no_grad():
+        before, after = (
+            float((halves(data.inputs).argmax(1) == data.labels).double().mean()) for data in (clean, changed)
+        )
+        assert torch.equal(halves(changed.inputs), again(changed.inputs))
+    assert before > 0.95
+    assert after < 0.5
+    assert torch.corrcoef(torch.stack([clean.inputs.flatten(), changed.inputs.flatten()]))[0, 1] < -0.7
+    assert torch.equal(changed.inputs, TASKS["digits-inverted"](settings).splits.test.inputs)
+    assert TASKS.keys() == set(CHOICES["task"])
+
+
 # --- masks on the wire --------------------------------------------------------------------------------------------
 
 
@@ -248,4 +267,3 @@ def test_nothing_that_moves_is_an_error():
         moving_only(nn.Linear(2, 2), "norms", 0)
     with pytest.raises(ValueError, match="has none"):
         moving_only(nn.Conv2d(1, 1, 1), "lora", 0)
-    assert TASKS.keys() == {"digits", "sentences"}
