@@ -164,7 +164,7 @@ def check_backends(rule: str, dtype: str, rounds: int, folder: Path, monkeypatch
     simulate(config, Faults(dropout=0.3), folder)
     committed = Log.read(folder / "hosfl.log").digests[rounds]
     assert committed == replayed(folder, "cpp", monkeypatch, at_once=1).digest()
-    for backend in BACKENDS:
+    for backend in ("numpy", "cpp", "triton"):  # nvcc's kernels run thread by thread in test_cuda.py
         assert committed == replayed(folder, backend, monkeypatch, at_once=rounds // 2).digest(), backend
 
 
