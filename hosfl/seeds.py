@@ -42,9 +42,7 @@ def round_seed(run_seed: int, purpose: Purpose, round: int) -> int:
 
 
 @lru_cache(maxsize=CACHED)
-def direction_seeds(
-    run_seed: int, round: int, count: int, purpose: Purpose = Purpose.DIRECTIONS
-) -> tuple[int, ...]:
+def direction_seeds(run_seed: int, round: int, count: int, purpose: Purpose = Purpose.DIRECTIONS) -> tuple[int, ...]:
     """The seeds of the round's own directions u_1 .. u_count, the same for all clients."""
     seed = round_seed(run_seed, purpose, round)
     return tuple(derive(seed, p, 0) for p in range(count))

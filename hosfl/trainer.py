@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -278,41 +279,30 @@ def assemble(config: Config, out: Path | None = None, smallest_shard: int | None
     parts = config.clients if smallest_shard is None else min(config.clients, len(train) // smallest_shard)
     owned = dirichlet_split(train.labels, parts, config.alpha, config.seed)
 
-    passes: Counter[str] = Counter()
     exchanges = config.local_steps if config.method == "splitfed" else 1
-    probing = {"directions": config.directions, "dist": config.dist, "mu": config.mu}
+    passes: Counter[str] = Counter()
 
     def exchange_rate(base: float) -> Callable[[int], float]:
         return lambda exchange: config.scheduled(base, exchange // exchanges)
 
+    settings: dict[str, Any] = {"passes": passes}  # of the method's clients
+    if run is not None:
+        settings |= {"run": run, "base": lambda: parameters}
+    elif isinstance(ledger, WeightAverage):
+        settings |= {"optimizer": partial(make_optimizer, config.rule), "rate": exchange_rate(rates.client)}
+        settings |= {"normalized": config.rule == "normalized", "steps": exchanges}
+    if config.method == "hosl":
+        settings |= _probing(config) | {"seed": config.seed}
+
     def make(number: int) -> Client:
         mine = owned[number % len(owned)]
         batches = Batches(data[mine], config.batch, config.seed, number)
-        half = copy.deepcopy(base)
-        here: dict[str, Any] = {"number": number, "half": half, "batch": batches, "passes": passes}
-        alone: dict[str, Any] = {
-            "optimizer": lambda weights: make_optimizer(config.rule, weights),
-            "rate": exchange_rate(rates.client),
-            "normalized": config.rule == "normalized",
-        }
-        match config.method:
-            case "frozen":
-                return Client(**here)
-            case "first-order":
-                return FirstOrderClient(**here)
-            case "checkpointed":
-                return CheckpointedClient(**here)
-            case "splitfed":
-                return SplitFedClient(**here, **alone, steps=exchanges)
-            case "hosl":
-                return HOSLClient(**here, **alone, **probing, seed=config.seed)
-        kind = ZerothOrderClient if config.method == "ho" else CutProbingClient
-        return kind(**here, run=run, base=lambda: parameters)
+        return CLIENTS[config.method](number, copy.deepcopy(base), batches, **settings)
 
     half = model.server.to(device)
     with torch.no_grad():
         cut_shape = tuple(call(base, data[:1].inputs).shape[1:])
-    kind, more = _server_of(config, probing)
+    kind, more = _server_of(config)
     server = kind(
         half=half,
         loss=task.loss,
@@ -331,7 +321,19 @@ def assemble(config: Config, out: Path | None = None, smallest_shard: int | None
     return Federation(config, server, make, base, observed, exchanges), task
 
 
-def _server_of(config: Config, probing: dict[str, Any]) -> tuple[type[Server], dict[str, Any]]:
+CLIENTS: dict[str, type[Client]] = {
+    "ho": ZerothOrderClient,
+    "first-order": FirstOrderClient,
+    "frozen": Client,
+    "checkpointed": CheckpointedClient,
+    "splitfed": SplitFedClient,
+    "zo-both": CutProbingClient,
+    "hosl": HOSLClient,
+    "mu-splitfed": CutProbingClient,
+}
+
+
+def _server_of(config: Config) -> tuple[type[Server], dict[str, Any]]:
     """The kind of server that a method has, and its own settings."""
     if config.method == "hosl":
         return HOSLServer, {"probes": 2 * config.directions}
@@ -339,8 +341,12 @@ def _server_of(config: Config, probing: dict[str, Any]) -> tuple[type[Server], d
         two_sided = config.estimator == "two-sided"
         steps = config.local_steps if config.method == "mu-splitfed" else 1
         probes = config.directions * (2 if two_sided else 1)
-        return ZerothOrderServer, {**probing, "probes": probes, "two_sided": two_sided, "steps": steps}
+        return ZerothOrderServer, {**_probing(config), "probes": probes, "two_sided": two_sided, "steps": steps}
     return Server, {}
+
+
+def _probing(config: Config) -> dict[str, Any]:
+    return {"directions": config.directions, "dist": config.dist, "mu": config.mu}
 
 
 def evaluate(model: SplitModel, data: Dataset, task: Task, at_once: int = 512) -> tuple[float, float]:
