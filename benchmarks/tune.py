@@ -3,9 +3,10 @@
     python -m benchmarks.tune [--jobs N] [--out FILE] [--only WAY ...]
 
 A trial is a way to train with its rates, over seeds 0 to 3. Every way gets 9 trials: 3 server rates x 3 client rates,
-spaced alike; where the server half learns by zeroth order they are lower. The frozen client has no client rate and gets 3 weight decays of the server half instead, the others one:
-where the trials are unequal, they favour the control. The highest mean validation accuracy wins, at equal accuracy the
-lower loss; a run that diverges loses. Test data is not touched.
+spaced alike; where the server half learns by zeroth order they are lower. The frozen client has no client rate and gets
+3 weight decays of the server half instead, the others one: where the trials are unequal, they favour the control. The
+highest mean validation accuracy wins, at equal accuracy the lower loss; a run that diverges loses. Test data is not
+touched.
 """
 
 from __future__ import annotations

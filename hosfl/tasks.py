@@ -102,6 +102,7 @@ def digits_task(config: Config) -> Task:
             ("ho", "pool", "normalized"): Rates(0.04, 0.04, 0.3),
             ("ho", "pool", "adamw"): Rates(0.08, 0.02, 0.3),
             ("first-order", "normalized"): Rates(0.08, 2.0, 0.3),
+            ("zo-both", "pool", "normalized"): Rates(0.04, 0.04, 0.3),
             ("frozen",): Rates(0.1, 1.0, 0.1),
         },
     )
