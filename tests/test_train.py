@@ -164,7 +164,13 @@ def test_command_line(tmp_path, capsys):
 def test_compare(tmp_path, capsys):
     assert main(["compare", "--rounds", "8", "--batch", "16", "--seeds", "0", "1", "--out", str(tmp_path / "c")]) == 0
     out = capsys.readouterr().out
-    for words in ("accuracy gap recovered", "bytes, scalars up", "samples, server backward", "client answer, ms", "first-order (2 seeds)"):
+    for words in (
+        "accuracy gap recovered",
+        "bytes, scalars up",
+        "samples, server backward",
+        "client answer, ms",
+        "first-order (2 seeds)",
+    ):
         assert words in out
     table = json.loads((tmp_path / "c" / "table.json").read_text())
     assert table["methods"]["first-order"]["accuracy_gap_recovered"] == 1
