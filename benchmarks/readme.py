@@ -46,6 +46,9 @@ def digits(result: dict[str, Any]) -> str:
     for category in dict.fromkeys(categories):
         cells = [f"{m['bytes_per_client_round'].get(category, 0):,.0f}" for m in methods.values()]
         rows.append([f"bytes per client and round: {category}", *cells])
+    for kind in dict.fromkeys(k for m in methods.values() for k in m.get("passes_per_client_round", ())):
+        cells = [f"{m['passes_per_client_round'][kind]:,.0f}" for m in methods.values()]
+        rows.append([f"samples per client and round: {kind}", *cells])
     rows += [
         row(
             "client's answer / its forward pass, seconds", lambda m: f"{m['answer_seconds'] / m['forward_seconds']:.1f}"

@@ -3,9 +3,10 @@
     python -m benchmarks.tune [--jobs N] [--out FILE] [--only WAY ...]
 
 A trial is a way to train with its rates, over seeds 0 to 3. Every way gets 9 trials: 3 server rates x 3 client rates,
-spaced alike. The frozen client has no client rate and gets 3 weight decays of the server half instead, the others one:
-where the trials are unequal, they favour the control. The highest mean validation accuracy wins, at equal accuracy the
-lower loss; a run that diverges loses. Test data is not touched.
+spaced alike; where the server half learns by zeroth order they are lower. The frozen client has no client rate and gets
+3 weight decays of the server half instead, the others one: where the trials are unequal, they favour the control. The
+highest mean validation accuracy wins, at equal accuracy the lower loss; a run that diverges loses. Test data is not
+touched.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from hosfl.report import machine
 
 SEEDS = (0, 1, 2, 3)
 SERVER = (0.04, 0.08, 0.16)
+ZEROTH_ORDER_SERVER = (0.02, 0.04, 0.08)
 DECAY = 0.3
 FROZEN = tuple(itertools.product((0.05, 0.1, 0.2), (0.0, 0.1, 0.3)))
 FRESH, POOL = {"directions_from": "fresh"}, {"directions_from": "pool"}
@@ -44,6 +46,10 @@ WAYS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "ho, rolling pool, Adam, P=2": ({**ADAM_POOL, "directions": 2}, (0.01, 0.02, 0.04)),
     "ho, preset paper": (PRESETS["paper"], (0.003, 0.006, 0.012)),
     "first-order": ({"method": "first-order"}, (0.5, 1.0, 2.0)),
+    "splitfed": ({"method": "splitfed"}, (0.2, 0.4, 0.8)),
+    "hosl": ({"method": "hosl"}, (0.1, 0.2, 0.4)),
+    "zo-both": ({"method": "zo-both"}, (0.02, 0.04, 0.08)),
+    "mu-splitfed": ({"method": "mu-splitfed"}, (0.02, 0.04, 0.08)),
 }
 
 Trial = dict[str, Any]
@@ -53,7 +59,8 @@ def trials() -> list[Trial]:
     """Every trial: the name of its way, and the settings of its runs."""
     found: list[Trial] = []
     for way, (settings, rates) in WAYS.items():
-        for server, client in itertools.product(SERVER, rates):
+        servers = ZEROTH_ORDER_SERVER if settings.get("method") in ("zo-both", "mu-splitfed") else SERVER
+        for server, client in itertools.product(servers, rates):
             rates = {"server_rate": server, "server_decay": DECAY, "client_rate": client}
             found.append({"way": way, "settings": {**settings, **rates}})
     for server, decay in FROZEN:

@@ -42,11 +42,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "digits-ways.json")
     options = parser.parse_args()
     best = json.loads((RESULTS / "digits-tuning.json").read_text())["best"]
-    jobs = [(way, best[way]["settings"], seed) for way in (*WAYS, "frozen") for seed in SEEDS]
+    ways = [way for way in (*WAYS, "frozen") if way in best]  # those that were tuned
+    jobs = [(way, best[way]["settings"], seed) for way in ways for seed in SEEDS]
     with ProcessPoolExecutor(options.jobs) as pool:
         done = list(track(pool.map(run, jobs), total=len(jobs), description="runs"))
     rows = {}
-    for way in (*WAYS, "frozen"):
+    for way in ways:
         accuracies, losses = zip(*((a, loss) for w, a, loss in done if w == way), strict=True)
         rows[way] = {"accuracy": mean(accuracies), "loss": mean(losses), "accuracies": accuracies, "losses": losses}
     low, high = rows["frozen"], rows["first-order"]

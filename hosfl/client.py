@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -44,7 +45,8 @@ class Client:
     """A client whose half stays as it is: the control that every other kind must beat.
 
     `batch(round)` draws this client's batch. `applied` counts the rounds that its weights contain, `epoch` is the
-    server's when they came.
+    server's when they came. passes: where samples that go forward and backward through the half are counted; the
+    run's, if it is given.
     """
 
     number: int
@@ -54,6 +56,7 @@ class Client:
     applied: int = 0
     epoch: int = 0
     seconds: Seconds = field(default_factory=Seconds)
+    passes: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self._round = -1  # of the last cut: there is none yet
@@ -69,20 +72,31 @@ class Client:
     def output(self, round: int) -> Cut:
         """Draw the round's batch and send the client half's output for it: eval mode, no graph."""
         self._round = round
-        self._inputs, labels = self.batch(round)
+        self._inputs, self._labels = self.batch(round)
         begin = time.perf_counter()
         with evaluating(self.half):
             self._cut = call(self.half, self._inputs)
         self.seconds.forward += time.perf_counter() - begin
         self.seconds.rounds += 1
+        self._count(forward=1)
         masks = {}
         if isinstance(self._inputs, Mapping) and "attention_mask" in self._inputs:
             masks["mask"] = self._inputs["attention_mask"].to(torch.uint8)
         return Cut(
-            client=self.number, round=round, epoch=self.epoch, cut=self._cut, labels=labels.to(torch.int32), **masks
+            client=self.number,
+            round=round,
+            epoch=self.epoch,
+            cut=self._cut,
+            labels=self._labels.to(torch.int32),
+            **masks,
         )
 
-    def answer(self, message: Multiplier) -> Message:
+    def _count(self, forward: int = 0, backward: int = 0) -> None:
+        """So many passes of the round's batch."""
+        self.passes["client forward"] += forward * len(self._labels)
+        self.passes["client backward"] += backward * len(self._labels)
+
+    def answer(self, message: Message) -> Message:
         """What the client sends for its multiplier. Raises MessageError for one that is not for its last cut."""
         raise NotImplementedError("a frozen client is sent no multipliers")
 
@@ -163,7 +177,7 @@ class ZerothOrderClient(Client):
             self.applied, self.epoch = self.replica.applied, self.replica.epoch
         return said
 
-    def answer(self, message: Multiplier) -> Scalars:
+    def answer(self, message: Message) -> Scalars:
         """Probe the round's directions. The weights hold the same bits afterwards."""
         multiplier, run = self._multiplier(message), self.run
         seeds = run.seeds(self._round)
@@ -197,6 +211,7 @@ class ZerothOrderClient(Client):
                     two_sided,
                 )
         self.seconds.answer += time.perf_counter() - begin
+        self._count(forward=(2 if two_sided else 1) * len(seeds))
         return Scalars(client=self.number, round=self._round, epoch=self.epoch, scalars=scalars)
 
 
@@ -234,13 +249,22 @@ class FirstOrderClient(Client):
             load_vector(weights, parameters)
         self.applied, self.epoch = message.round, message.epoch
 
-    def answer(self, message: Multiplier) -> Gradient:
-        """d <multiplier, f(x)> / d weights, by backpropagation; eval mode as everywhere on clients."""
-        multiplier = self._multiplier(message)
+    def answer(self, message: Message) -> Message:
+        """d <multiplier, f(x)> / d weights, as a Gradient."""
+        gradient = self._gradient(self._multiplier(message))
+        return Gradient(client=self.number, round=self._round, epoch=self.epoch, gradient=gradient)
+
+    def _gradient(self, multiplier: Tensor) -> Tensor:
+        """float32 [d], by backpropagation; eval mode as everywhere on clients."""
         parameters, _ = trainable(self.half)
         begin = time.perf_counter()
         with evaluating(self.half), torch.enable_grad():
-            gradients = torch.autograd.grad(call(self.half, self._inputs), parameters, multiplier)
+            gradients = torch.autograd.grad(self._recorded(), parameters, multiplier)
         self.seconds.answer += time.perf_counter() - begin
-        flat = torch.cat([g.reshape(-1) for g in gradients]).float()
-        return Gradient(client=self.number, round=self._round, epoch=self.epoch, gradient=flat)
+        self._count(forward=1, backward=1)
+        return torch.cat([g.reshape(-1) for g in gradients]).float()
+
+    def _recorded(self) -> Tensor:
+        """The half's output for the round's batch, for backpropagation."""
+        cut: Tensor = call(self.half, self._inputs)
+        return cut

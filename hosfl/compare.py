@@ -19,7 +19,11 @@ from hosfl.config import Config
 from hosfl.report import Evaluation, Summary, machine, plot_curves
 from hosfl.trainer import Progress, train
 
-CATEGORIES = ("cut up", "labels up", "multiplier down", "scalars up", "scalars down", "gradient up", "weights down")
+CATEGORIES = (
+    *("cut up", "labels up", "mask up", "multiplier down", "losses down", "scalars up", "scalars down", "gradient up"),
+    *("weights up", "weights down"),
+)
+PASSES = ("client forward", "client backward", "server forward", "server backward")
 
 
 def compare(
@@ -72,6 +76,9 @@ def row(summaries: Sequence[Summary]) -> dict[str, Any]:
             category: mean(s.bytes_per_client_round.get(category, 0.0) for s in summaries)
             for category in sorted(set().union(*(s.bytes_per_client_round for s in summaries)))
         },
+        "passes_per_client_round": {
+            kind: mean(s.passes_per_client_round.get(kind, 0.0) for s in summaries) for kind in PASSES
+        },
         "forward_seconds": mean(s.forward_seconds for s in summaries),
         "answer_seconds": mean(s.answer_seconds for s in summaries),
         "seconds": mean(s.seconds for s in summaries),
@@ -91,6 +98,10 @@ def _add_gap(methods: dict[str, Any]) -> None:
 
 def _bytes(category: str, line: dict[str, Any]) -> str:
     return f"{line['bytes_per_client_round'].get(category, 0):,.0f}"
+
+
+def _passes(kind: str, line: dict[str, Any]) -> str:
+    return f"{line['passes_per_client_round'][kind]:,.0f}"
 
 
 def print_table(table: dict[str, Any]) -> None:
@@ -116,6 +127,8 @@ def print_table(table: dict[str, Any]) -> None:
     for category in (*CATEGORIES, "framing up", "framing down"):
         if any(category in line["bytes_per_client_round"] for line in methods.values()):
             add(f"bytes, {category}", partial(_bytes, category))
+    for kind in PASSES:
+        add(f"samples, {kind}", partial(_passes, kind))
     add("client forward, ms", lambda line: f"{line['forward_seconds'] * 1e3:.2f}")
     add("client answer, ms", lambda line: f"{line['answer_seconds'] * 1e3:.2f}")
     add("answer / forward", lambda line: f"{line['answer_seconds'] / line['forward_seconds']:.1f}")

@@ -13,7 +13,7 @@ from hosfl.probe import ESTIMATORS
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": ("digits", "digits-inverted", "sentences"),
-    "method": ("ho", "first-order", "frozen"),
+    "method": ("ho", "first-order", "frozen", "checkpointed", "splitfed", "zo-both", "hosl", "mu-splitfed"),
     "directions_from": ("fresh", "pool"),
     "direction_scale": ("unit", "rms"),
     "dist": ("rademacher", "gaussian"),
@@ -25,6 +25,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "evaluate_on": ("test", "validation"),
 }
 METHODS = CHOICES["method"]
+REPLAYED = ("ho", "zo-both", "mu-splitfed")  # whose client half is a log of scalars
 RULES = CHOICES["rule"]
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -48,7 +49,9 @@ class Config:
     change; or "sentences". data, model, at: where a task does not have its own: a folder with the data, a pretrained
     model by name or folder, and the layer to cut it before.
     method: "ho" (HO-SFL), "first-order" (split learning with exact gradients, the upper bound), "frozen" (the client
-    half never learns: the control).
+    half never learns: the control), or another way to train a split model, see `hosfl.baselines`: "checkpointed",
+    "splitfed", "zo-both", "hosl" (always two-sided), "mu-splitfed". local_steps: of a SplitFed client between averages,
+    of MU-SplitFed's server per round.
     rounds, clients, sampled: N clients, K of them per round. batch: samples per client and round.
     directions: P, perturbed forward passes per client and round. directions_from: "fresh" ones every round, or a
     "pool" of pool_size that is replaced every pool_rounds rounds (0: never). direction_scale: "unit", or "rms": scaled
@@ -77,6 +80,7 @@ class Config:
     rounds: int = 400
     clients: int = 10
     sampled: int = 3
+    local_steps: int = 5
     directions: int = 5
     directions_from: str = "pool"
     pool_size: int = 512
@@ -108,9 +112,13 @@ class Config:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         counts = ("rounds", "clients", "sampled", "directions", "pool_size", "batch", "evaluate_every", "digest_every")
-        for name in (*counts, "snapshot_every", "keep"):
+        for name in (*counts, "snapshot_every", "keep", "local_steps"):
             if not 1 <= getattr(self, name) < 2**32:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.rounds * self.local_steps >= 2**32:
+            raise ValueError(f"{self.rounds} rounds of {self.local_steps} local steps are more than can be numbered")
+        if self.estimator == "forward" and self.method in ("zo-both", "hosl", "mu-splitfed"):
+            raise ValueError(f"{self.method} sees losses, not derivatives: estimator must be one-sided or two-sided")
         if not 0 <= self.pool_rounds < 2**32:
             raise ValueError(f"pool_rounds must be at least 0, got {self.pool_rounds}")
         for name in ("mu", "alpha", "server_rate", "client_rate", "clip"):

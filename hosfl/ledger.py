@@ -1,4 +1,5 @@
-"""What was committed about the client half. Two kinds: a log of scalars (HO-SFL), whole weights (first-order).
+"""What was committed about the client half. Two kinds: a log of scalars (HO-SFL), whole weights (gradients averaged, or
+the clients' own weights).
 
 A ledger checks the clients' answers, turns a round's into one step, and tells a client what it has missed.
 """
@@ -16,7 +17,7 @@ from torch import Tensor
 from hosfl.aggregate import Aggregation, RunningLength, clip_to_norm, to_lattice, weighted_mean
 from hosfl.lattice import Lattice, spread
 from hosfl.log import DigestRecord, EpochRecord, Log, LogError, RoundRecord
-from hosfl.messages import Differs, Gradient, Hello, MessageError, PoolMoves, Records, Scalars, Weights
+from hosfl.messages import Differs, Gradient, Hello, MessageError, PoolMoves, Records, Scalars, Trained, Weights
 from hosfl.replica import Pool, Replica, Run, digest_array
 from hosfl.snapshot import pack_optimizer, part, prefixed, unpack_optimizer
 
@@ -305,21 +306,24 @@ class SeedReplay:
         self.step.load(tensors, info)
 
 
-@dataclass
-class GradientAverage:
-    """First-order split learning: the client half's weights live here and travel whole.
+def descend(weights: Tensor, gradient: Tensor, optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """One step of the optimizer of `weights`, float32 [d], with this gradient at this rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    weights.grad = gradient.float()
+    optimizer.step()
 
-    weights: float32 [d]; optimizer: of them. length, aggregation: as in SeedReplay.
+
+@dataclass
+class WholeWeights:
+    """The client half's weights live here and travel whole.
+
+    weights: float32 [d]. rounds: those in them. epoch: restarts of the server.
     """
 
     weights: Tensor
-    optimizer: torch.optim.Optimizer
-    rate: Rate
-    length: RunningLength | None = None
-    aggregation: Aggregation = weighted_mean
-    rounds: int = 0
-    epoch: int = 0
-    expects = Gradient
+    rounds: int = field(default=0, kw_only=True)
+    epoch: int = field(default=0, kw_only=True)
 
     @property
     def largest_answer(self) -> int:
@@ -331,6 +335,29 @@ class GradientAverage:
         current = hello.round == self.rounds and hello.epoch == self.epoch
         weights = torch.empty(0) if current else self.weights.detach()
         return Weights(client=hello.client, round=self.rounds, epoch=self.epoch, weights=weights)
+
+    def state(self) -> State:
+        return {"weights": self.weights.detach()}, {"rounds": self.rounds}
+
+    def load(self, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
+        with torch.no_grad():
+            self.weights.copy_(tensors["weights"])
+        self.rounds = info["rounds"]
+        self.epoch += 1
+
+
+@dataclass
+class GradientAverage(WholeWeights):
+    """First-order split learning: clients send gradients, and the weights take a step with their average.
+
+    optimizer: of the weights. length, aggregation: as in SeedReplay.
+    """
+
+    optimizer: torch.optim.Optimizer
+    rate: Rate
+    length: RunningLength | None = None
+    aggregation: Aggregation = weighted_mean
+    expects = Gradient
 
     def check(self, message: Gradient) -> None:
         """Raises MessageError for a gradient that cannot be averaged."""
@@ -344,25 +371,44 @@ class GradientAverage:
         if answers:
             mean = self.aggregation([a.gradient for a in answers], weights)
             rate = step_size(self.rate, self.length, round, float(mean.square().sum()))
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate
-            self.weights.grad = mean.float()
-            self.optimizer.step()
+            descend(self.weights, mean, self.optimizer, rate)
         self.rounds = round + 1
 
     def state(self) -> State:
-        moments, info = pack_optimizer(self.optimizer)
-        tensors = prefixed("optimizer", moments) | {"weights": self.weights.detach()}
-        return tensors, {"optimizer": info, "length": self.length and self.length.state(), "rounds": self.rounds}
+        tensors, info = super().state()
+        moments, optimizer = pack_optimizer(self.optimizer)
+        length = self.length and self.length.state()
+        return tensors | prefixed("optimizer", moments), info | {"optimizer": optimizer, "length": length}
 
     def load(self, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
-        with torch.no_grad():
-            self.weights.copy_(tensors["weights"])
+        super().load(tensors, info)
         unpack_optimizer(self.optimizer, part("optimizer", tensors), info["optimizer"])
         if self.length is not None:
             self.length.load(info["length"])
-        self.rounds = info["rounds"]
-        self.epoch += 1
 
 
-Ledger = SeedReplay | GradientAverage
+@dataclass
+class WeightAverage(WholeWeights):
+    """Federated averaging: clients train their halves by themselves and send them; the mean is everybody's next one.
+
+    aggregation: of the clients' weights, each weighted by its number of samples.
+    """
+
+    aggregation: Aggregation = weighted_mean
+    expects = Trained
+
+    def check(self, message: Trained) -> None:
+        """Raises MessageError for weights that cannot be averaged."""
+        if message.weights.shape != self.weights.shape:
+            raise MessageError(f"{len(message.weights)} weights where the half has {len(self.weights)}")
+        if not torch.isfinite(message.weights).all():
+            raise MessageError("infinite or NaN weights")
+
+    def commit(self, round: int, answers: Sequence[Trained], weights: Sequence[float]) -> None:
+        """The clients' average; with no answers the weights stay."""
+        if answers:
+            self.weights = self.aggregation([a.weights for a in answers], weights).float()
+        self.rounds = round + 1
+
+
+Ledger = SeedReplay | GradientAverage | WeightAverage

@@ -158,8 +158,35 @@ class Scalars(Message):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
+class ProbedCut(Cut):
+    """A cut, and what the client half gives for the same samples at moved weights: where the server measures losses.
+
+    displaced: [n, batch, ...], dtype and shape of the cut. Their order is the method's.
+    """
+
+    kind, direction = 10, "up"
+    displaced: Tensor = array("cut", None, torch.float32, torch.bfloat16, torch.float16, default=torch.empty(0))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Losses(Message):
+    """The server's losses of a ProbedCut's displaced cuts, in their order: float32 [n]."""
+
+    kind, direction = 11, "down"
+    losses: Tensor = array("losses", 1)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Trained(Message):
+    """A client that trained its half by itself sends all of it, float32 [d]: to be averaged with the others'."""
+
+    kind, direction = 12, "up"
+    weights: Tensor = array("weights", 1)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Weights(Message):
-    """First-order split learning: the client half's weights, float32 [d]. Empty: the client's are current."""
+    """Where whole weights travel: the client half's, float32 [d]. Empty: the client's are current."""
 
     kind, direction = 6, "down"
     weights: Tensor = array("weights", 1)
@@ -174,7 +201,21 @@ class Gradient(Message):
 
 
 MESSAGES: dict[int, type[Message]] = {
-    cls.kind: cls for cls in (Hello, Records, Cut, Multiplier, Scalars, Weights, Gradient, PoolMoves, Differs)
+    cls.kind: cls
+    for cls in (
+        Hello,
+        Records,
+        Cut,
+        Multiplier,
+        Scalars,
+        Weights,
+        Gradient,
+        PoolMoves,
+        Differs,
+        ProbedCut,
+        Losses,
+        Trained,
+    )
 }
 
 

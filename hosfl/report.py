@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -49,8 +49,10 @@ class Summary:
     """A run's outcome.
 
     accuracy, loss: at the end, on the data named by config.evaluate_on. bytes: by category, whole run;
-    bytes_per_client_round: the same over rounds x sampled clients. forward_seconds, answer_seconds: mean per client and
-    round of the plain forward pass, and of probing (P passes) or backpropagation. peak_memory: bytes, of the process,
+    bytes_per_client_round: the same over rounds x sampled clients. passes: samples that went forward and backward
+    through the halves, whole run, "client forward" and so on, evaluation left out; a pass with dual numbers is one;
+    passes_per_client_round as for bytes. forward_seconds, answer_seconds: mean per client and
+    cut of the plain forward pass, and of probing (P passes) or backpropagation. peak_memory: bytes, of the process,
     and on CUDA of its allocator.
     """
 
@@ -64,6 +66,8 @@ class Summary:
     replicas: Replicas | None
     bytes: dict[str, int]
     bytes_per_client_round: dict[str, float]
+    passes: dict[str, int]
+    passes_per_client_round: dict[str, float]
     seconds: float
     forward_seconds: float
     answer_seconds: float
@@ -79,6 +83,7 @@ class Summary:
         evaluations: Sequence[Evaluation],
         clients: Sequence[Client],
         visits: int,
+        passes: Mapping[str, int],
         refused: list[str],
         replicas: Replicas | None,
         seconds: float,
@@ -97,6 +102,8 @@ class Summary:
             replicas=replicas,
             bytes=last.moved,
             bytes_per_client_round={k: v / max(1, visits) for k, v in last.moved.items()},
+            passes=dict(passes),
+            passes_per_client_round={k: v / max(1, visits) for k, v in passes.items()},
             seconds=seconds,
             forward_seconds=sum(c.seconds.forward for c in clients) / timed,
             answer_seconds=sum(c.seconds.answer for c in clients) / timed,

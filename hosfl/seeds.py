@@ -31,6 +31,8 @@ class Purpose(IntEnum):
     WEIGHTS = 8  # the rounding of bfloat16 weights
     FAULTS = 9  # what goes wrong in a simulation
     DROPOUT = 10  # of the server half
+    SERVER = 11  # directions of the server half, where it learns by zeroth order
+    OWN = 12  # directions that a client shares with nobody
 
 
 @lru_cache(maxsize=CACHED)
@@ -40,9 +42,9 @@ def round_seed(run_seed: int, purpose: Purpose, round: int) -> int:
 
 
 @lru_cache(maxsize=CACHED)
-def direction_seeds(run_seed: int, round: int, count: int) -> tuple[int, ...]:
+def direction_seeds(run_seed: int, round: int, count: int, purpose: Purpose = Purpose.DIRECTIONS) -> tuple[int, ...]:
     """The seeds of the round's own directions u_1 .. u_count, the same for all clients."""
-    seed = round_seed(run_seed, Purpose.DIRECTIONS, round)
+    seed = round_seed(run_seed, purpose, round)
     return tuple(derive(seed, p, 0) for p in range(count))
 
 

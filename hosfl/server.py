@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +31,10 @@ class Server:
     Whatever comes from a client goes through `receive`, `step` or `commit`, which refuse what is not exactly right; a
     refused message changes nothing. refused: the reasons, the first thousand of them; refusals: how many there were.
     differed: clients that found their half wrong, and when, the first thousand; differences: how many.
+    passes: samples that went forward and backward through either half so far; clients count theirs in the same place.
     """
+
+    hears: ClassVar[type[Cut]] = Cut
 
     half: nn.Module
     loss: Callable[[Tensor, Tensor], Tensor]
@@ -46,6 +51,7 @@ class Server:
     refusals: int = 0
     differed: list[str] = field(default_factory=list)
     differences: int = 0
+    passes: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self._samples: dict[int, int] = {}
@@ -100,38 +106,51 @@ class Server:
         if message.client >= self.clients:
             raise MessageError(f"there is no client {message.client} among {self.clients}")
 
-    def step(self, round: int, cuts: Sequence[Message]) -> tuple[dict[int, Multiplier], float]:
-        """Forward and backward from every cut as a leaf, one optimizer step; multipliers by client, and the mean loss.
+    def step(self, round: int, cuts: Sequence[Message]) -> tuple[dict[int, Message], float]:
+        """Learn from every cut, one optimizer step; what is sent back by client, and the mean loss.
 
-        A multiplier is the gradient of that client's own mean loss, with no 1/K inside; the half's own step takes the
-        mean of the K gradients. With nothing acceptable there is no step, and the loss is NaN.
+        The half's own step takes the mean of the K gradients. With nothing acceptable there is no step, and the loss
+        is NaN.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(round)
         self.half.train()
         self.optimizer.zero_grad()
         self._samples = {}
-        multipliers, losses = {}, []
+        answers: dict[int, Message] = {}
+        losses = []
         with self._dropout_of(round):
             for message in cuts:
                 try:
-                    cut, labels, mask = self._check_cut(round, message)
-                    multiplier, loss = self._backward(cut, labels, mask)
+                    cut = self._check_cut(round, message)
+                    answer, loss = self._learn(round, cut)
                 except MessageError as error:
                     self._refuse(f"round {round}, client {message.client}", error)
                     continue
-                multipliers[message.client] = Multiplier(
-                    client=message.client, round=round, epoch=self.epoch, multiplier=multiplier
-                )
-                self._samples[message.client] = len(cut)
+                if answer is not None:
+                    answers[message.client] = answer
+                self._samples[message.client] = len(cut.labels)
                 losses.append(loss)
         if not losses:
             return {}, float("nan")
+        self._take_step(len(losses))
+        return answers, sum(losses) / len(losses)
+
+    def _learn(self, round: int, message: Cut) -> tuple[Message | None, float]:
+        """Adds to the half's gradients; what the client is sent, and its loss: here by forward and backward.
+
+        The multiplier is the gradient of that client's own mean loss, with no 1/K inside. Raises MessageError where
+        the cut is such that nothing can be learnt from it; then all is as before.
+        """
+        multiplier, loss = self._backward(message.cut, message.labels, message.mask)
+        return Multiplier(client=message.client, round=round, epoch=self.epoch, multiplier=multiplier), loss
+
+    def _take_step(self, clients: int) -> None:
+        """One step from the mean of the gradients of so many clients."""
         for parameter in self.half.parameters():
             if parameter.grad is not None:
-                parameter.grad /= len(losses)
+                parameter.grad /= clients
         self.optimizer.step()
-        return multipliers, sum(losses) / len(losses)
 
     @contextmanager
     def _dropout_of(self, round: int) -> Iterator[None]:
@@ -152,9 +171,10 @@ class Server:
         device, dtype = next(self.half.parameters()).device, dtype_of(self.half)
         cut = cut.to(device).requires_grad_()
         try:
-            masks = {"attention_mask": mask.to(cut.device)} if self.masked else {}
-            output = self.half(cut.to(dtype), **masks)
+            output = self.half(cut.to(dtype), **self._masks(mask))
             loss = self.loss(output, labels.to(device, torch.int64))
+            self.passes["server forward"] += len(cut)
+            self.passes["server backward"] += len(cut)
             multiplier, *gradients = torch.autograd.grad(loss, [cut, *parameters], allow_unused=True)
             if not all(torch.isfinite(t).all() for t in (loss, multiplier, *gradients) if t is not None):
                 raise MessageError(f"a cut whose loss is {loss:g}, or whose gradients are infinite or NaN")
@@ -168,9 +188,14 @@ class Server:
                 p.grad = gradient.clone() if p.grad is None else p.grad.add_(gradient)
         return multiplier, float(loss.detach())
 
-    def _check_cut(self, round: int, message: Message) -> tuple[Tensor, Tensor, Tensor]:
-        """The cut, the labels and the mask of a message."""
-        if not isinstance(message, Cut) or message.round != round or message.epoch != self.epoch:
+    def _masks(self, mask: Tensor) -> dict[str, Tensor]:
+        """What the half takes beside the cut."""
+        return {"attention_mask": mask.to(next(self.half.parameters()).device, torch.int64)} if self.masked else {}
+
+    def _check_cut(self, round: int, message: Message) -> Cut:
+        """The message itself, if it is a cut that can be learnt from; MessageError."""
+        right = message.round == round and message.epoch == self.epoch and type(message) is self.hears
+        if not right or not isinstance(message, Cut):
             raise MessageError(f"{type(message).__name__} of round {message.round}, epoch {message.epoch}")
         self._check_client(message)
         if message.client in self._samples:
@@ -187,7 +212,7 @@ class Server:
         expected = shape[:2] if self.masked else (0, 0)
         if tuple(message.mask.shape) != expected or int(message.mask.sum()) != int((message.mask == 1).sum()):
             raise MessageError(f"a mask of shape {tuple(message.mask.shape)}, not {expected}, or not of zeros and ones")
-        return message.cut, labels, message.mask.to(torch.int64)
+        return message
 
     def commit(self, round: int, answers: Sequence[Message]) -> None:
         """Commit the round with those who answered, weighted by their numbers of samples."""

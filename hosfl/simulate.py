@@ -145,7 +145,7 @@ class ByzantineClient(ZerothOrderClient):
     magnitude: float = field(kw_only=True)
     random: np.random.Generator = field(kw_only=True)
 
-    def answer(self, message: Multiplier) -> Scalars:
+    def answer(self, message: Message) -> Scalars:
         honest = super().answer(message)
         signs = torch.from_numpy(self.random.choice([-1.0, 1.0], len(honest.scalars)).astype(np.float32))
         return replace(honest, scalars=honest.scalars * signs * self.magnitude)

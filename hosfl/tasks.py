@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hosfl.config import Config
+from hosfl.config import REPLAYED, Config
 from hosfl.data import Dataset, Splits, digits, inverted, sentences
 from hosfl.families import packaged_minilm, pretrained_classifier
 from hosfl.split import SplitModel, split
@@ -29,8 +29,9 @@ class Task:
     """What a run needs to know. Its random parts are functions of a seed.
 
     optimizer: (server half, weight decay) -> its optimizer.
-    tuned: way -> rates, chosen on validation data by benchmarks/tune.py; the keys are ("ho", directions_from, rule),
-    ("first-order", rule) and ("frozen",).
+    tuned: way -> rates, chosen on validation data by benchmarks/tune.py; the keys are (method, directions_from, rule)
+    where the client half is a log of scalars, (method, rule), and ("frozen",). "checkpointed" has the gradients of
+    "first-order", and its rates.
     """
 
     splits: Splits
@@ -42,11 +43,11 @@ class Task:
 
     def rates(self, config: Config) -> Rates:
         """The configuration's own rates, the tuned ones where it names none. ValueError where there are neither."""
-        key = {
-            "ho": ("ho", config.directions_from, config.rule),
-            "first-order": ("first-order", config.rule),
-            "frozen": ("frozen",),
-        }[config.method]
+        key: tuple[str, ...] = ("first-order" if config.method == "checkpointed" else config.method, config.rule)
+        if config.method == "frozen":
+            key = ("frozen",)
+        elif config.method in REPLAYED:
+            key = (config.method, config.directions_from, config.rule)
         tuned = self.tuned.get(key)
         if tuned is None:
             if not config.server_rate or not config.client_rate:
@@ -101,6 +102,7 @@ def digits_task(config: Config) -> Task:
             ("ho", "pool", "normalized"): Rates(0.04, 0.04, 0.3),
             ("ho", "pool", "adamw"): Rates(0.08, 0.02, 0.3),
             ("first-order", "normalized"): Rates(0.08, 2.0, 0.3),
+            ("zo-both", "pool", "normalized"): Rates(0.04, 0.04, 0.3),
             ("frozen",): Rates(0.1, 1.0, 0.1),
         },
     )

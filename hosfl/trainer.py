@@ -6,9 +6,11 @@ import copy
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,15 +20,23 @@ from torch import Tensor, nn
 
 from hosfl import snapshot
 from hosfl.aggregate import AGGREGATIONS, RunningLength
+from hosfl.baselines import (
+    CheckpointedClient,
+    CutProbingClient,
+    HOSLClient,
+    HOSLServer,
+    SplitFedClient,
+    ZerothOrderServer,
+)
 from hosfl.checkpoint import header_of, load_config, open_log, save_module
 from hosfl.client import Client, FirstOrderClient, ZerothOrderClient, load_vector
-from hosfl.config import Config
+from hosfl.config import REPLAYED, Config
 from hosfl.data import Batches, Dataset, dirichlet_split
 from hosfl.displaced import call
 from hosfl.lattice import Lattice, LatticeError, power_of_two_scales
-from hosfl.ledger import FreshStep, GradientAverage, Ledger, PoolStep, SeedReplay
+from hosfl.ledger import FreshStep, GradientAverage, Ledger, PoolStep, SeedReplay, WeightAverage, WholeWeights
 from hosfl.log import Log
-from hosfl.messages import Message, MessageError, Multiplier, Wire, decode
+from hosfl.messages import Message, MessageError, Wire, decode
 from hosfl.probe import trainable
 from hosfl.replica import Pool, Replica, Rule, Run
 from hosfl.report import Evaluation, Replicas, Summary, Writer
@@ -47,8 +57,9 @@ class Federation:
     """A server, its clients, and the wire between them.
 
     make: a client that has applied nothing, by its number. base: the client half of round 0. observed: the client half
-    of the moment, for evaluation. clients: those made so far. complaints: what clients refused. visits: how many times
-    a client took part.
+    of the moment, for evaluation. exchanges: cuts that a client sends per round; its answer to all but the last is the
+    next one, and the server numbers them on and on. clients: those made so far. complaints: what clients refused.
+    visits: how many times a client took part.
     """
 
     config: Config
@@ -56,6 +67,7 @@ class Federation:
     make: Callable[[int], Client]
     base: nn.Module
     observed: nn.Module
+    exchanges: int = 1
     wire: Wire = field(default_factory=Wire)
     clients: dict[int, Client] = field(default_factory=dict)
     complaints: list[str] = field(default_factory=list)
@@ -77,19 +89,22 @@ class Federation:
                 if self.join(client):
                     self.visits += 1
                     sent[number] = client
-                    cuts.append(self.up(client.output(round)))
-            multipliers, loss = self.server.step(round, [c for c in cuts if c is not None])
-            # A late cut can be of this very round, which died once and began again: its sender may not be here.
-            answers = [self.answer(sent[n], m) for n, m in multipliers.items() if n in sent and sent[n].learns]
-            self.server.commit(round, [a for a in answers if a is not None])
+                    cuts.append(self.up(client.output(round * self.exchanges)))
+            losses = []
+            for exchange in range(round * self.exchanges, (round + 1) * self.exchanges):
+                answers, loss = self.server.step(exchange, [c for c in cuts if c is not None])
+                losses.append(loss)
+                # A late cut can be of this very round, which died once and began again: its sender may not be here.
+                cuts = [self.answer(sent[n], m) for n, m in answers.items() if n in sent and sent[n].learns]
+            self.server.commit(round, [a for a in cuts if a is not None])
         finally:
             for client in here:
                 self.put_back(client)
-        return loss
+        return sum(losses) / len(losses)
 
-    def answer(self, client: Client, multiplier: Multiplier) -> Message | None:
-        """The second exchange: what the server receives for a multiplier."""
-        received = self.down(multiplier)
+    def answer(self, client: Client, message: Message) -> Message | None:
+        """The second exchange: what the server receives for a multiplier, or what else it sent for a cut."""
+        received = self.down(message)
         if received is None:
             return None
         try:
@@ -170,7 +185,7 @@ class Federation:
     def model(self) -> SplitModel:
         """Both halves as they are now."""
         ledger = self.server.ledger
-        if isinstance(ledger, GradientAverage):
+        if isinstance(ledger, WholeWeights):
             load_vector(ledger.weights, trainable(self.observed)[0])
         return SplitModel(self.observed, self.server.half)
 
@@ -237,7 +252,7 @@ def assemble(config: Config, out: Path | None = None, smallest_shard: int | None
     def rate(base: float) -> Callable[[int], float]:
         return lambda round: config.scheduled(base, round)
 
-    run = make_run(config, parameters) if config.method == "ho" else None
+    run = make_run(config, parameters) if config.method in REPLAYED else None
     observed = copy.deepcopy(base)
     ledger: Ledger | None = None
     if run is not None:
@@ -251,32 +266,48 @@ def assemble(config: Config, out: Path | None = None, smallest_shard: int | None
         if out is not None:
             log = open_log(out, header_of(run, base, asdict(config)))
         ledger = SeedReplay(run, step, mirror, log, aggregation, config.clip, config.digest_every)
-    elif config.method == "first-order":
-        weights = nn.utils.parameters_to_vector(parameters).detach().cpu().float().requires_grad_()
-        optimizer = make_optimizer(config.rule, [weights])
-        ledger = GradientAverage(weights, optimizer, rate(rates.client), length, aggregation)
+    elif config.method != "frozen":
+        weights = nn.utils.parameters_to_vector(parameters).detach().cpu().float().clone()
+        if config.method in ("splitfed", "hosl"):
+            ledger = WeightAverage(weights, aggregation)
+        else:
+            optimizer = make_optimizer(config.rule, [weights.requires_grad_()])
+            ledger = GradientAverage(weights, optimizer, rate(rates.client), length, aggregation)
 
     train = task.splits.train
     data = train.to(device, dtype_of(base))
     parts = config.clients if smallest_shard is None else min(config.clients, len(train) // smallest_shard)
     owned = dirichlet_split(train.labels, parts, config.alpha, config.seed)
 
+    exchanges = config.local_steps if config.method == "splitfed" else 1
+    passes: Counter[str] = Counter()
+
+    def exchange_rate(base: float) -> Callable[[int], float]:
+        return lambda exchange: config.scheduled(base, exchange // exchanges)
+
+    settings: dict[str, Any] = {"passes": passes}  # of the method's clients
+    if run is not None:
+        settings |= {"run": run, "base": lambda: parameters}
+    elif isinstance(ledger, WeightAverage):
+        settings |= {"optimizer": partial(make_optimizer, config.rule), "rate": exchange_rate(rates.client)}
+        settings |= {"normalized": config.rule == "normalized", "steps": exchanges}
+    if config.method == "hosl":
+        settings |= _probing(config) | {"seed": config.seed}
+
     def make(number: int) -> Client:
         mine = owned[number % len(owned)]
         batches = Batches(data[mine], config.batch, config.seed, number)
-        half = copy.deepcopy(base)
-        if run is not None:
-            return ZerothOrderClient(number, half, batches, run=run, base=lambda: parameters)
-        return (FirstOrderClient if config.method == "first-order" else Client)(number, half, batches)
+        return CLIENTS[config.method](number, copy.deepcopy(base), batches, **settings)
 
     half = model.server.to(device)
     with torch.no_grad():
         cut_shape = tuple(call(base, data[:1].inputs).shape[1:])
-    server = Server(
+    kind, more = _server_of(config)
+    server = kind(
         half=half,
         loss=task.loss,
         optimizer=task.optimizer(half, rates.decay),
-        rate=rate(rates.server),
+        rate=exchange_rate(rates.server),
         ledger=ledger,
         seed=config.seed,
         clients=config.clients,
@@ -284,8 +315,38 @@ def assemble(config: Config, out: Path | None = None, smallest_shard: int | None
         classes=task.classes,
         batch=config.batch,
         masked=isinstance(data.inputs, dict) and "attention_mask" in data.inputs,
+        passes=passes,
+        **more,
     )
-    return Federation(config, server, make, base, observed), task
+    return Federation(config, server, make, base, observed, exchanges), task
+
+
+CLIENTS: dict[str, type[Client]] = {
+    "ho": ZerothOrderClient,
+    "first-order": FirstOrderClient,
+    "frozen": Client,
+    "checkpointed": CheckpointedClient,
+    "splitfed": SplitFedClient,
+    "zo-both": CutProbingClient,
+    "hosl": HOSLClient,
+    "mu-splitfed": CutProbingClient,
+}
+
+
+def _server_of(config: Config) -> tuple[type[Server], dict[str, Any]]:
+    """The kind of server that a method has, and its own settings."""
+    if config.method == "hosl":
+        return HOSLServer, {"probes": 2 * config.directions}
+    if config.method in ("zo-both", "mu-splitfed"):
+        two_sided = config.estimator == "two-sided"
+        steps = config.local_steps if config.method == "mu-splitfed" else 1
+        probes = config.directions * (2 if two_sided else 1)
+        return ZerothOrderServer, {**_probing(config), "probes": probes, "two_sided": two_sided, "steps": steps}
+    return Server, {}
+
+
+def _probing(config: Config) -> dict[str, Any]:
+    return {"directions": config.directions, "dist": config.dist, "mu": config.mu}
 
 
 def evaluate(model: SplitModel, data: Dataset, task: Task, at_once: int = 512) -> tuple[float, float]:
@@ -306,7 +367,7 @@ def evaluate(model: SplitModel, data: Dataset, task: Task, at_once: int = 512) -
 def save_snapshot(federation: Federation, out: Path, round: int) -> None:
     """The server after `round` rounds. The log is on disk already: it never lags behind a snapshot."""
     tensors, info = federation.server.state()
-    counted = {"bytes": federation.wire.bytes, "visits": federation.visits}
+    counted = {"bytes": federation.wire.bytes, "visits": federation.visits, "passes": dict(federation.server.passes)}
     snapshot.save(out, round, tensors, {"server": info, "counted": counted}, keep=federation.config.keep)
 
 
@@ -322,6 +383,7 @@ def restore(federation: Federation, out: Path) -> int:
         federation.server.load((saved.tensors, saved.info["server"]))
         federation.wire.bytes = dict(saved.info["counted"]["bytes"])
         federation.visits = saved.info["counted"]["visits"]
+        federation.server.passes.update(saved.info["counted"]["passes"])
     ledger = federation.server.ledger
     if isinstance(ledger, SeedReplay) and ledger.log is not None:
         ledger.restart(ledger.log, round)
@@ -403,6 +465,7 @@ def _run(
             evaluations=evaluations,
             clients=list(federation.clients.values()),
             visits=federation.visits,
+            passes=federation.server.passes,
             refused=federation.server.refused + federation.complaints,
             replicas=None if failure else federation.replicas(),
             seconds=time.perf_counter() - begin,

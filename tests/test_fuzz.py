@@ -28,12 +28,15 @@ from hosfl.messages import (
     Differs,
     Gradient,
     Hello,
+    Losses,
     Message,
     MessageError,
     Multiplier,
     PoolMoves,
+    ProbedCut,
     Records,
     Scalars,
+    Trained,
     Weights,
     decode,
     encode,
@@ -73,7 +76,7 @@ def header(data, chance):
     """Another kind, count, epoch, client or round."""
     where, code, values = chance.choice(
         [
-            (4, "<B", [*range(11), 255]),
+            (4, "<B", [*range(14), 255]),
             (5, "<B", [0, 1, 2, 3, 4, 255]),
             (6, "<H", [0, 1, 2, 3, 65535]),
             (8, "<I", [0, 1, 2, 9, 10, 2**31, 2**32 - 1]),
@@ -238,6 +241,8 @@ class Stage:
             PoolMoves(**again, coefficients=sums, until=until, digest=none),
             PoolMoves(**here, coefficients=sums[:1] + 2.0**-9, until=until + 2, digest=none),
             PoolMoves(**here, coefficients=sums, until=until + 10, digest=known),
+            ProbedCut(**{**vars(self.cut), "displaced": self.cut.cut[None].clone()}),
+            *(Losses(**here, losses=torch.randn(2)), Trained(**here, weights=torch.randn(8))),
         ]
         assert {type(m) for m in messages} == set(MESSAGES.values())
         return [encode(m) for m in messages]

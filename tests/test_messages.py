@@ -15,11 +15,14 @@ from hosfl.messages import (
     Differs,
     Gradient,
     Hello,
+    Losses,
     MessageError,
     Multiplier,
     PoolMoves,
+    ProbedCut,
     Records,
     Scalars,
+    Trained,
     Weights,
     Wire,
     decode,
@@ -45,6 +48,15 @@ EXAMPLES = [
     Scalars(client=1, round=2, scalars=torch.randn(5)),
     Weights(client=1, round=2, weights=torch.randn(70)),
     Gradient(client=1, round=2, gradient=torch.randn(70)),
+    ProbedCut(
+        client=1,
+        round=2,
+        cut=torch.randn(3, 2),
+        labels=torch.tensor([1, 2, 3]).int(),
+        displaced=torch.randn(4, 3, 2),
+    ),
+    Losses(client=1, round=2, losses=torch.randn(4)),
+    Trained(client=1, round=2, weights=torch.randn(70)),
 ]
 SCALARS = EXAMPLES[8]
 

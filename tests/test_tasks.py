@@ -152,6 +152,21 @@ def test_the_baselines_take_sentences_too(folder, method):
     assert train(settings).loss == summary.loss
 
 
+@pytest.mark.parametrize("method", ["checkpointed", "splitfed", "zo-both", "hosl"])
+def test_other_methods_take_masks_and_adapters(folder, method):
+    """With adapters SplitFed is SplitLoRA; only they travel."""
+    found = train(config(folder, method=method, trains="lora", rounds=4, local_steps=2))
+    assert found.replicas.equal
+    assert found.refused == []
+    visits, exchanges = 4 * 2, 2 if method == "splitfed" else 1
+    assert found.bytes["mask up"] == visits * exchanges * 8 * 8
+    assert found.bytes["labels up"] == visits * exchanges * 8 * 4
+    half = assemble(config(folder, trains="lora"))[0].base
+    adapters = sum(p.numel() for p in trainable(half)[0])
+    assert found.bytes.get("weights up", 0) == (4 * adapters * visits if method in ("splitfed", "hosl") else 0)
+    assert adapters < 0.5 * sum(p.numel() for p in half.parameters())
+
+
 def test_the_split_model_is_the_whole_one_in_training(folder):
     federation, task = assemble(config(folder))
     batch = task.splits.test[:5]

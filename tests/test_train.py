@@ -14,16 +14,18 @@ from safetensors.torch import load_file
 
 from hosfl import Config, LatticeError, Log, rebuild, train
 from hosfl.cli import main
+from hosfl.config import METHODS, REPLAYED
 from hosfl.log import EpochRecord
 from hosfl.tasks import TASKS
 
+CLIENT_RATE = {"splitfed": 0.2, "hosl": 0.2, "mu-splitfed": 0.04}  # where none is tuned
 QUICK = {"rounds": 12, "evaluate_every": 5, "batch": 16, "directions": 2}
 
 
-@pytest.mark.parametrize("method", ["ho", "first-order", "frozen"])
+@pytest.mark.parametrize("method", METHODS)
 def test_a_run_and_its_files(tmp_path, method):
     seen = []
-    config = Config(method=method, server_rate=0.03, **QUICK)
+    config = Config(method=method, server_rate=0.03, client_rate=CLIENT_RATE.get(method), **QUICK)
     summary = train(config, tmp_path / "run", lambda *state: seen.append(state))
     assert [s[0] for s in seen] == list(range(1, 13))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -162,7 +164,13 @@ def test_command_line(tmp_path, capsys):
 def test_compare(tmp_path, capsys):
     assert main(["compare", "--rounds", "8", "--batch", "16", "--seeds", "0", "1", "--out", str(tmp_path / "c")]) == 0
     out = capsys.readouterr().out
-    for words in ("accuracy gap recovered", "bytes, scalars up", "client answer, ms", "first-order (2 seeds)"):
+    for words in (
+        "accuracy gap recovered",
+        "bytes, scalars up",
+        "samples, server backward",
+        "client answer, ms",
+        "first-order (2 seeds)",
+    ):
         assert words in out
     table = json.loads((tmp_path / "c" / "table.json").read_text())
     assert table["methods"]["first-order"]["accuracy_gap_recovered"] == 1
@@ -225,6 +233,9 @@ RESUMED = {
     "pool": {**KINDS["pool"], "pool_rounds": 7},
     "pool bfloat16": KINDS["pool bfloat16"],
     "first-order": {"method": "first-order", "rule": "momentum"},
+    "splitfed": {"method": "splitfed", "rule": "adamw", "local_steps": 2},
+    "hosl": {"method": "hosl"},
+    "mu-splitfed": {"method": "mu-splitfed", "local_steps": 2},
     "frozen": {"method": "frozen"},
 }
 
@@ -251,7 +262,8 @@ def test_a_run_stopped_at_a_snapshot_and_resumed_is_the_run_that_never_stopped(t
     assert seen == [11, 12, 13, 14, 15]
     assert (summary.rounds, summary.interrupted, summary.loss) == (15, False, expected.loss)
     assert summary.replicas == expected.replicas
-    same_files(tmp_path / "run", folder, *(["hosfl.log"] if config.method == "ho" else []))
+    assert summary.passes == expected.passes
+    same_files(tmp_path / "run", folder, *(["hosfl.log"] if config.method in REPLAYED else []))
     if config.rule == "normalized" and config.method == "ho":  # a finished run has nothing left to do
         again = train(config, tmp_path / "run", resume=True)
         assert (again.rounds, again.loss) == (15, expected.loss)
@@ -266,7 +278,7 @@ def test_a_run_killed_between_snapshots_voids_what_came_after_the_last(tmp_path,
             train(config, run, stop(at, kill), resume=run.exists())
     assert train(config, run, resume=True).loss == expected.loss
     same_files(run, folder)
-    if config.method != "ho":
+    if config.method not in REPLAYED:
         return
     log = Log.read(run / "hosfl.log")
     assert [r for r in log.records if isinstance(r, EpochRecord)] == [EpochRecord(1, 0), EpochRecord(2, 8)]
