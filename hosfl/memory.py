@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from hosfl.client import FirstOrderClient, ZerothOrderClient
 from hosfl.config import Config
 from hosfl.data import Dataset
-from hosfl.displaced import Inputs, call
+from hosfl.displaced import call
 from hosfl.families import untrained
 from hosfl.messages import Message, Multiplier, decode, encode
 from hosfl.probe import evaluating, trainable
@@ -49,20 +49,20 @@ class Half:
 
     what: str
     batch: int
-    make: Callable[[int], tuple[nn.Module, Inputs]]
+    make: Callable[[int], tuple[nn.Module, Tensor | dict[str, Tensor]]]
 
 
-def _digits(batch: int) -> tuple[nn.Module, Inputs]:
+def _digits(batch: int) -> tuple[nn.Module, Tensor]:
     return digits_model(0).client, torch.randn(batch, 1, 8, 8)
 
 
-def _minilm(batch: int) -> tuple[nn.Module, Inputs]:
+def _minilm(batch: int) -> tuple[nn.Module, dict[str, Tensor]]:
     model = untrained("bert", **MINILM, vocab_size=30522)
     tokens = torch.randint(0, 30522, (batch, 64))
     return split(model, at=3).client, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
-def _resnet18(batch: int) -> tuple[nn.Module, Inputs]:
+def _resnet18(batch: int) -> tuple[nn.Module, Tensor]:
     return split(untrained("resnet", **RESNET18), at=2).client, torch.randn(batch, 3, 224, 224)
 
 
@@ -193,8 +193,9 @@ def client_memory(
         rows: dict[str, Any] = {}
         for way in WAYS:
             progress(f"{name}, {way}")
-            row = rows[way] = measure(name, way, half.batch, device)
-            row["of_bound"] = row["peak_extra"] / (rows[reference(way)]["peak_extra"] + 3 * row["cut"])  # type: ignore[assignment]
+            row: dict[str, Any] = {**measure(name, way, half.batch, device)}
+            rows[way] = row
+            row["of_bound"] = row["peak_extra"] / (rows[reference(way)]["peak_extra"] + 3 * row["cut"])
         halves[name] = {"what": half.what, "batch": half.batch, "ways": rows}
     return {"machine": {**machine(), "threads": 1}, "device": device, "bound": BOUND, "halves": halves}
 
