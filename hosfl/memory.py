@@ -126,7 +126,8 @@ def _resident(name: str) -> int:
 def measure_here(name: str, way: str, batch: int, device: torch.device) -> dict[str, int]:
     """One way in this process. Bytes: peak_extra, how far it grows; cut, the cut tensor; weights, the half's.
 
-    A round with a batch of one goes before, so that code and threads are there.
+    A round with a batch of one goes before, so that code and threads are there. Two directions: any more would need no
+    more memory.
     """
     torch.manual_seed(0)
     torch.set_num_threads(1)

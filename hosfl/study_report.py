@@ -252,9 +252,9 @@ def _tuning(study: Study, found: dict[str, Any]) -> str:
     for trial in found["trials"]:
         method = trial["method"]
         choice = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in trial["choice"].items())
-        why = f"failed {len(trial['failures'])} of {len(study.tuning_seeds)}: {trial['failures'][0]}" * bool(
-            trial["failures"]
-        )
+        why = ""
+        if trial["failures"]:
+            why = f"failed {len(trial['failures'])} of {len(study.tuning_seeds)}: {trial['failures'][0]}"
         rows.append([method, choice, number(trial["accuracy"]), number(trial["loss"]), why])
         classes.append("best" if found["methods"].get(method, {}).get("trial") == trial["trial"] else "")
     return _rows(["", "settings", "validation accuracy", "validation loss", ""], rows, classes)
