@@ -152,7 +152,8 @@ def probe_forward(
     """Directional derivatives by forward-mode differentiation, float32 [P]: v_p = <multiplier, J u_p>.
 
     No step, so none of its error: what bfloat16 needs. Weights are only read. A pass costs about two to three forward
-    passes, the memory of one layer's weights, and twice the activations. Raises as `hosfl.forward_mode.derivative`.
+    passes, the memory of one layer's weights, and twice the activations or more: torch's derivative of BatchNorm makes
+    more such tensors on the way. Raises as `hosfl.forward_mode.derivative`.
     """
     parameters, streams = trainable(module)
     scalars = []

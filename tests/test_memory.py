@@ -25,16 +25,24 @@ def test_growth_is_the_peak_above_what_was_there():
     assert sizes == pytest.approx([32e6, 32e6], rel=0.05)
     assert growth(lambda: None, cpu) < 1e6
 
+    def small_blocks():  # the last one keeps the allocator from shrinking its heap by itself
+        blocks = [torch.ones(5000) for _ in range(2000)]
+        held.append(torch.ones(5000))
+        del blocks
+
+    sizes = [growth(small_blocks, cpu) for _ in range(2)]
+    assert sizes == pytest.approx([40e6, 40e6], rel=0.05)
+
 
 @linux
 def test_a_client_of_a_large_batch():
     """The digits half, its batch so large that pages and code do not show."""
-    ways = ("inference", "ho, in place", "ho, in place, two-sided", "ho, weights read only", "first-order")
+    ways = ("inference", "ho, in place", "ho, in place, two-sided", "first-order")
     found = {way: measure("digits", way, 4096) for way in ways}
     cut, inference = found["inference"]["cut"], found["inference"]["peak_extra"]
     assert cut == 4096 * 7 * 8 * 8 * 4
     assert all(row["cut"] == cut and row["weights"] == 535 * 4 for row in found.values())
-    for way in ways[1:4]:
+    for way in ways[1:3]:
         assert inference < found[way]["peak_extra"] <= inference + 3.1 * cut, way
     # Of the cut, only z and the multiplier are there beside the forward pass.
     assert found["ho, in place"]["peak_extra"] <= inference + 2.1 * cut
@@ -48,9 +56,13 @@ def test_inner_in_parts_is_the_whole_product(shape):
     assert inner(multiplier, output, other, 0.5) == pytest.approx(whole, rel=1e-12, abs=1e-12)
 
 
-def test_a_child_that_fails_says_why():
-    with pytest.raises(RuntimeError, match=r"digits, no way: .*KeyError"):
-        measure("digits", "no way", 1)
+def test_a_process_that_fails_is_no_measurement(monkeypatch, tmp_path):
+    failing = tmp_path / "python"
+    failing.write_text("#!/bin/sh\necho out of memory >&2\nexit 3\n")
+    failing.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(failing))
+    with pytest.raises(RuntimeError, match="digits, first-order: out of memory"):
+        measure("digits", "first-order", 1)
 
 
 @pytest.mark.parametrize("peak", [1300, 1500])

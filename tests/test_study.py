@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -120,26 +121,47 @@ def test_a_study_that_is_done_has_nothing_left_to_do(tmp_path, whole, monkeypatc
     assert run_study(read_study(FILE + FROZEN + "# a remark"), tmp_path / "study")
 
 
-def test_killed_or_interrupted_processes(tmp_path, whole, file):
-    """First kill -9, then Ctrl-C with two workers, then to the end."""
-    out = tmp_path / "out"
+def start(file, out, jobs):
+    """`hosfl study` in a process of its own."""
+    command = [sys.executable, "-m", "hosfl.cli", "study", str(file), "--out", str(out), "--jobs", str(jobs)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for stop, jobs in ((signal.SIGKILL, "1"), (signal.SIGINT, "2")):
-        command = [sys.executable, "-m", "hosfl.cli", "study", str(file), "--out", str(out), "--jobs", jobs]
-        had = len(contents(out))
-        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-        deadline = time.time() + 120
-        while time.time() < deadline and process.poll() is None and len(list(out.glob("*/*/*.json"))) <= had:
-            time.sleep(0.02)
-        process.send_signal(stop)
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == (130 if stop == signal.SIGINT else -9), errors
-        assert "Traceback" not in errors
-    assert "goes on where" in errors
-    assert main(["study", str(file), "--out", str(out), "--jobs", "1"]) == 0
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_killed_and_gone_on_with_two_workers(tmp_path, whole, file):
+    out = tmp_path / "out"
+    process = start(file, out, 1)
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None and not contents(out):
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    assert 0 < len(contents(out)) < 12
+    assert main(["study", str(file), "--out", str(out), "--jobs", "2"]) == 0
     assert contents(out) == contents(whole, "frozen")
     assert (out / "report.html").exists()
     assert not list(out.glob("**/*.tmp"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_workers_end_with_their_study(tmp_path, file, stop):
+    file.write_text(FILE.replace("rounds: 3", "rounds: 100000"))
+    process = start(file, tmp_path / "out", 2)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.time() + 120
+    while time.time() < deadline and len(children.read_text().split()) < 3:  # two workers, and their resources' tracker
+        time.sleep(0.1)
+    time.sleep(10)  # in the middle of a run
+    workers = children.read_text().split()
+    process.send_signal(stop)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == (130 if stop == signal.SIGINT else -9)
+    assert "Traceback" not in errors
+    time.sleep(3)
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+    assert not contents(tmp_path / "out")
 
 
 def test_another_study_is_refused_by_what_differs(tmp_path, whole, capsys):
@@ -286,7 +308,7 @@ def test_a_report_of_a_study_that_is_not_finished(tmp_path, whole):
 
 
 def test_the_study_of_the_repository_is_one():
-    study = load_study(studies.Path(__file__).parent.parent / "benchmarks/studies/digits.yaml")
+    study = load_study(Path(__file__).parent.parent / "benchmarks/studies/digits.yaml")
     assert {len(trials) for trials in study.trials.values()} == {6}
     assert {"first-order", "frozen"} <= set(study.trials)
     assert not set(study.seeds) & set(study.tuning_seeds)
