@@ -134,6 +134,22 @@ def catchup(result: dict[str, Any]) -> str:
     return f"{what}; {scaled}. {_machine(result)}\n\n{_table(head, rows)}"
 
 
+def memory(result: dict[str, Any]) -> str:
+    """A client's round beside inference of its half."""
+    head = ["MB above the weights", *(f"{name}: {half['what']}" for name, half in result["halves"].items())]
+    halves = list(result["halves"].values())
+    rows = [
+        [way, *(f"{h['ways'][way]['peak_extra'] / 1e6:.1f} ({h['ways'][way]['of_bound']:.2f})" for h in halves)]
+        for way in halves[0]["ways"]
+    ]
+    facts = [
+        ["batch", *(str(h["batch"]) for h in halves)],
+        ["weights, float32", *(f"{h['ways']['inference']['weights'] / 1e6:.1f}" for h in halves)],
+        ["a cut tensor, float32", *(f"{h['ways']['inference']['cut'] / 1e6:.1f}" for h in halves)],
+    ]
+    return f"{_machine(result)} One thread.\n\n{_table(head, facts + rows)}"
+
+
 def optim(result: dict[str, Any]) -> str:
     """A step of the optimizers beside MeZO's, its memory, and bfloat16."""
     overhead = [
@@ -201,6 +217,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "tuning": ("digits-tuning.json", tuning),
     "kernels": ("kernels-cpu.json", kernels),
     "catch-up": ("catchup-cpu.json", catchup),
+    "memory": ("client-memory.json", memory),
     "optim": ("optim-cpu.json", optim),
     "curves": ("optim-curves.json", curves),
 }

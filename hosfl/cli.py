@@ -1,11 +1,14 @@
-"""The command line: train, compare methods and seeds, simulate a crowd under faults, list where a model can be cut,
-rebuild weights from a log, look into a log."""
+"""The command line: train, compare methods and seeds, run and report studies, measure a client's memory, simulate a
+crowd under faults, list where a model can be cut, rebuild weights from a log, look into a log."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
@@ -13,8 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
+from rich.text import Text
 from safetensors import SafetensorError
 from safetensors.torch import save
 
@@ -24,9 +36,12 @@ from hosfl.config import CHOICES, METHODS, PRESETS, Config
 from hosfl.families import skeleton
 from hosfl.lattice import LatticeError
 from hosfl.log import EpochRecord, Log, LogError, RoundRecord
+from hosfl.memory import HALVES, client_memory, over_bound
 from hosfl.report import Evaluation
 from hosfl.simulate import Faults, simulate
 from hosfl.split import cut_points
+from hosfl.study import State, load_study, run_study
+from hosfl.study_report import report
 from hosfl.trainer import Progress as OnProgress
 from hosfl.trainer import train
 
@@ -142,6 +157,17 @@ def parser(preset: str | None = None) -> argparse.ArgumentParser:
     made.add_argument("--base", type=Path, required=True, metavar="FILE", help="safetensors with the base weights")
     made.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors to write")
     made.add_argument("--upto", type=int, metavar="ROUND", help="rounds to apply (default: all)")
+    studied = command("study", "run the methods and seeds of a file at equal tuning; goes on where it was")
+    studied.add_argument("file", type=Path, metavar="FILE", help="YAML: what to study, see hosfl/study.py")
+    studied.add_argument("--out", type=Path, metavar="DIR", required=True, help="a file per run, table and report")
+    cores = os.cpu_count() or 1
+    studied.add_argument("--jobs", type=int, default=cores, help="runs at a time (default: %(default)s)")
+    page = command("report", "write a study's folder as one HTML page and its figures as PNG")
+    page.add_argument("folder", type=Path, metavar="DIR", help="a study's folder")
+    peak = command("memory", "measure the peak memory of one client alone, beside inference of its half")
+    peak.add_argument("--halves", nargs="+", choices=HALVES, default=list(HALVES), help="default: all")
+    peak.add_argument("--device", default="cpu", help="where to compute (default: %(default)s)")
+    peak.add_argument("--out", type=Path, metavar="FILE", help="write the figures there, as JSON")
     logs = command("log", "look into a log").add_subparsers(dest="action", required=True, metavar="ACTION")
     for name, does in (("show", "print what a log holds"), ("verify", "check every byte of a log")):
         command(name, does, logs).add_argument("log", type=Path, metavar="LOG")
@@ -265,6 +291,62 @@ def _compare(options: argparse.Namespace) -> int:
     return 130 if table["interrupted"] else 0
 
 
+class _TimeLeft(ProgressColumn):
+    """What the study expects to need, less what has passed since it said so."""
+
+    def render(self, task: Task) -> Text:
+        expected, since = task.fields["expected"], task.fields["since"]
+        if expected is None:
+            return Text("time left unknown")
+        minutes = max(0.0, expected - (time.monotonic() - since)) / 60
+        return Text(f"{minutes:.0f} min left" if minutes >= 1 else "under a minute left")
+
+
+def _study(options: argparse.Namespace) -> int:
+    if options.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {options.jobs}")
+    study = load_study(options.file)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("runs"), _TimeLeft())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("study", total=None, expected=None, since=time.monotonic())
+
+        def on_progress(state: State) -> None:
+            bar.update(task, description=state.phase, completed=state.done, total=state.runs)
+            bar.update(task, expected=state.seconds_left, since=time.monotonic())
+
+        finished = run_study(study, options.out, options.jobs, on_progress)
+    if not finished:
+        print(f"interrupted: the same command goes on where {options.out} is", file=sys.stderr)
+        return 130
+    print(f"{options.out / 'table.json'}, {report(options.out)}")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    print(report(options.folder))
+    return 0
+
+
+def _memory(options: argparse.Namespace) -> int:
+    with Console(stderr=True).status("memory") as status:
+        result = client_memory(options.halves, options.device, lambda what: status.update(f"memory of {what}"))
+    shown = Table(caption="MB above the weights: a round of one client, alone in its process")
+    for name in ("half", "way", "peak", "cut", "of inference + 3 cuts"):
+        shown.add_column(name, justify="left" if name in ("half", "way") else "right")
+    for name, half in result["halves"].items():
+        for way, row in half["ways"].items():
+            sizes = (f"{row[k] / 1e6:.2f}" for k in ("peak_extra", "cut"))
+            shown.add_row(name, way, *sizes, f"{row['of_bound']:.2f}")
+    Console(width=None if sys.stdout.isatty() else 110).print(shown)
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(options.out, (json.dumps(result, indent=1) + "\n").encode())
+    over = list(over_bound(result))
+    for what in over:
+        print(what, file=sys.stderr)
+    return 1 if over else 0
+
+
 COMMANDS = {
     "train": _train,
     "compare": _compare,
@@ -272,6 +354,9 @@ COMMANDS = {
     "split": _split,
     "rebuild": _rebuild,
     "log": _log,
+    "study": _study,
+    "report": _report,
+    "memory": _memory,
 }
 
 

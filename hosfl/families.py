@@ -135,6 +135,13 @@ def pretrained_classifier(name: str, classes: int) -> nn.Module:
     return model
 
 
+def untrained(kind: str, **settings: Any) -> nn.Module:
+    """A trunk with random weights, by transformers' name for its family, such as "bert". Raises ImportError."""
+    transformers = _transformers()
+    model: nn.Module = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(kind, **settings))
+    return model
+
+
 def tokenized(name: str, texts: Sequence[str], longest: int) -> dict[str, Tensor]:
     """Tokens and mask of texts, int64 [n, length]: as long as the longest text, `longest` at most."""
     tokenizer = _transformers().AutoTokenizer.from_pretrained(name)

@@ -16,6 +16,8 @@ from hosfl_kernels import replay_
 # the step, by the curvature. Two-sided ones take 2 P + 1, forward mode has no step at all.
 ESTIMATORS = ("one-sided", "two-sided", "forward")
 
+PART = 1 << 16  # elements of the cut that are in float64 at a time
+
 
 def trainable(module: nn.Module) -> tuple[list[nn.Parameter], list[int]]:
     """The parameters that move, and their streams.
@@ -41,8 +43,13 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 def inner(multiplier: Tensor, output: Tensor, other: Tensor, distance: float) -> float:
-    """<multiplier, output - other> / distance, summed in float64. The difference first: two products would cancel."""
-    return float(((output - other).double() * multiplier.double()).sum()) / distance
+    """<multiplier, output - other> / distance, summed in float64. The difference first: two products would cancel.
+
+    Some samples at a time: all of them in float64 would be six times the cut, which small halves never need.
+    """
+    at_once = max(1, PART * len(output) // max(1, output.numel()))
+    parts = zip(multiplier.split(at_once), output.split(at_once), other.split(at_once), strict=True)
+    return float(sum(((ahead - behind).double() * m.double()).sum() for m, ahead, behind in parts)) / distance
 
 
 def probe_in_place(
@@ -130,6 +137,7 @@ def _differences(
         ahead = output(seed, mu)
         behind, distance = (output(seed, -mu), 2 * mu) if two_sided else (cut, mu)
         scalars.append(inner(multiplier, ahead, behind, distance))
+        del ahead, behind  # not there while the next pass runs
     return torch.tensor(scalars, dtype=torch.float32)
 
 
@@ -144,11 +152,13 @@ def probe_forward(
     """Directional derivatives by forward-mode differentiation, float32 [P]: v_p = <multiplier, J u_p>.
 
     No step, so none of its error: what bfloat16 needs. Weights are only read. A pass costs about two to three forward
-    passes, the memory of one layer's weights, and twice the activations. Raises as `hosfl.forward_mode.derivative`.
+    passes, the memory of one layer's weights, and twice the activations or more: torch's derivative of BatchNorm makes
+    more such tensors on the way. Raises as `hosfl.forward_mode.derivative`.
     """
     parameters, streams = trainable(module)
     scalars = []
     for seed in seeds:
         change = derivative(module, inputs, Tangents(parameters, streams, seed, dist, factors))
         scalars.append(inner(multiplier, change, torch.zeros_like(change), 1.0))
+        del change  # not there while the next pass runs
     return torch.tensor(scalars, dtype=torch.float32)

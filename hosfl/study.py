@@ -1,0 +1,509 @@
+"""A study: methods x seeds at equal tuning, as one file says. Tuned on validation data, reported on test data.
+
+    base: {task: digits, batch: 64}           # any of Config's settings, for all methods
+    rounds: 400
+    tuning_seeds: [0, 1]
+    seeds: [0, 1, 2, 3, 4]                    # of the report
+    methods:
+      ho: {settings: {directions_from: fresh}, grid: {server_rate: [0.04, 0.08], client_rate: [0.1, 0.2]}}
+      first-order: {settings: {method: first-order}, grid: {server_rate: [0.04, 0.08], client_rate: [1, 2]}}
+    memory: [minilm]                          # may be left out: client halves to measure, see `hosfl memory`
+
+A trial is one choice from the grid, run over all tuning seeds. Every method must have equally many, unless
+`unequal: the reason` is given. Every run is a JSON file in the study's folder, written when the run has ended: whatever
+ends a study, the same command goes on where it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+import yaml
+
+from hosfl.checkpoint import write_atomically
+from hosfl.config import CHOICES, Config
+from hosfl.lattice import LatticeError
+from hosfl.memory import HALVES, client_memory
+from hosfl.report import Evaluation, machine
+from hosfl.trainer import train
+
+OWN = ("seed", "rounds", "evaluate_on")  # settings that the study itself makes
+TUNING, FINAL = "tuning", "runs"  # the folders of the two phases
+QUANTITIES = ("accuracy", "loss")
+KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "float | None": (int, float)}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to make: of a phase, a method, the number of its trial, and a configuration."""
+
+    phase: str
+    method: str
+    trial: int
+    config: Config
+
+    @property
+    def file(self) -> str:
+        name = f"{self.config.seed}.json" if self.phase == FINAL else f"{self.trial}-{self.config.seed}.json"
+        return f"{self.phase}/{slug(self.method)}/{name}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study's file says, checked. text: the file's; trials: method -> settings of each of its trials."""
+
+    text: str
+    rounds: int
+    seeds: tuple[int, ...]
+    tuning_seeds: tuple[int, ...]
+    trials: dict[str, list[dict[str, Any]]]
+    grids: dict[str, dict[str, list[Any]]]
+    memory: tuple[str, ...] = ()
+    unequal: str = ""
+
+    def tuning(self) -> list[Job]:
+        """Every run on validation data, evaluated at the end only."""
+        shared = {"rounds": self.rounds, "evaluate_on": "validation"}
+        return [
+            Job(TUNING, method, n, Config(**{**settings, **shared, "evaluate_every": self.rounds, "seed": seed}))
+            for method, trials in self.trials.items()
+            for n, settings in enumerate(trials)
+            for seed in self.tuning_seeds
+        ]
+
+    def final(self, method: str, trial: int) -> list[Job]:
+        """A method's runs on test data, with what one of its trials says."""
+        settings = {**self.trials[method][trial], "rounds": self.rounds, "evaluate_on": "test"}
+        return [Job(FINAL, method, trial, Config(**{**settings, "seed": seed})) for seed in self.seeds]
+
+
+def slug(method: str) -> str:
+    """A method's name as the name of its folder."""
+    return re.sub(r"[^a-z0-9]+", "-", method.lower()).strip("-")
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML whose mappings name nothing twice."""
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"{key!r} is there twice, the second time{str(node.start_mark).strip()}")
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+
+def load_study(path: Path) -> Study:
+    """The study that a file describes. Raises OSError, and ValueError naming the file and the key that is wrong."""
+    text = path.read_text()
+    try:
+        return read_study(text)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def read_study(text: str) -> Study:
+    """The study of a file's text. Raises ValueError naming the key that is wrong."""
+    says = _of(dict, yaml.load(text, _Loader), "a study")
+    _known(says, ("base", "rounds", "seeds", "tuning_seeds", "methods", "memory", "unequal"), "")
+    base = _settings(says.get("base") or {}, "base")
+    rounds = _of(int, _needed(says, "rounds"), "rounds")
+    seeds, tuning_seeds = _seeds(says, "seeds"), _seeds(says, "tuning_seeds")
+    methods = _of(dict, _needed(says, "methods"), "methods")
+    if not methods:
+        raise ValueError("methods: names none")
+    trials: dict[str, list[dict[str, Any]]] = {}
+    grids: dict[str, dict[str, list[Any]]] = {}
+    slugs: dict[str, str] = {}
+    for name, method in methods.items():
+        where = f"methods.{name}"
+        if not isinstance(name, str) or not slug(name):
+            raise ValueError(f"{where}: a method's name needs letters or digits")
+        if slugs.setdefault(slug(name), name) != name:
+            raise ValueError(f"{where}: its folder would be that of {slugs[slug(name)]!r}: choose another name")
+        method = _of(dict, method or {}, where)
+        _known(method, ("settings", "grid"), where)
+        settings = {**base, **_settings(method.get("settings") or {}, f"{where}.settings")}
+        grids[name] = _grid(method.get("grid") or {}, f"{where}.grid")
+        trials[name] = [settings | choice for choice in _choices(grids[name])]
+        for choice in trials[name]:
+            for seed in (*seeds, *tuning_seeds):
+                try:
+                    Config(**{**choice, "rounds": rounds, "seed": seed})
+                except (ValueError, TypeError) as error:
+                    raise ValueError(f"{where}: {error}") from None
+    unequal = _of(str, says.get("unequal") or "", "unequal")
+    counts = {name: len(found) for name, found in trials.items()}
+    if len(set(counts.values())) > 1 and not unequal:
+        listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise ValueError(f"methods: not equally many trials ({listed}): make the grids equal, or give unequal: why")
+    memory = _of(list, says.get("memory") or [], "memory")
+    for half in memory:
+        if half not in HALVES:
+            raise ValueError(f"memory: {half!r} is none of {', '.join(HALVES)}")
+    return Study(text, rounds, seeds, tuning_seeds, trials, grids, tuple(memory), unequal)
+
+
+def _needed(says: dict[str, Any], key: str) -> Any:
+    if says.get(key) is None:
+        raise ValueError(f"{key} is missing")
+    return says[key]
+
+
+def _of(kind: type, value: Any, where: str) -> Any:
+    names = {dict: "a mapping", list: "a list", int: "a whole number", str: "text"}
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise ValueError(f"{where}: {names[kind]} is needed, got {value!r}")
+    return value
+
+
+def _known(says: dict[str, Any], keys: Sequence[str], where: str) -> None:
+    for key in says:
+        if key not in keys:
+            raise ValueError(f"{where + '.' if where else ''}{key}: unknown; there are {', '.join(keys)}")
+
+
+def _seeds(says: dict[str, Any], key: str) -> tuple[int, ...]:
+    seeds = [_of(int, seed, key) for seed in _of(list, _needed(says, key), key)]
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"{key}: one seed or more is needed, each once, got {seeds}")
+    return tuple(seeds)
+
+
+def _settings(says: Any, where: str) -> dict[str, Any]:
+    return {name: _value(name, value, where) for name, value in _of(dict, says, where).items()}
+
+
+def _grid(says: Any, where: str) -> dict[str, list[Any]]:
+    grid = {}
+    for name, values in _of(dict, says, where).items():
+        grid[name] = [_value(name, value, where) for value in _of(list, values, f"{where}.{name}")]
+        if not grid[name] or len(set(grid[name])) < len(grid[name]):
+            raise ValueError(f"{where}.{name}: one value or more is needed, each once, got {values}")
+    return grid
+
+
+def _choices(grid: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
+    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
+
+
+def _value(name: Any, value: Any, where: str) -> Any:
+    """A setting's value, of its type. YAML 1.1 takes 1e-3 for text: here it is a number where one is needed."""
+    types = {f.name: str(f.type) for f in fields(Config)}
+    if name in OWN:
+        raise ValueError(f"{where}.{name}: the study makes that itself; it has rounds, seeds and tuning_seeds")
+    if name not in types:
+        raise ValueError(f"{where}.{name}: no such setting; there are {', '.join(n for n in types if n not in OWN)}")
+    kind = types[name]
+    if value is None and "None" in kind:
+        return None
+    if kind.startswith("float") and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if type(value) not in KINDS[kind]:
+        raise ValueError(f"{where}.{name}: {kind} is needed, got {value!r}")
+    if name in CHOICES and value not in CHOICES[name]:
+        raise ValueError(f"{where}.{name}: one of {', '.join(CHOICES[name])} is needed, got {value!r}")
+    return float(value) if kind.startswith("float") else value
+
+
+Result = dict[str, Any]
+_warm: list[str] = []  # not empty once this process has trained
+
+
+def run_job(job: Job) -> Result | None:
+    """One run: settings, outcome and evaluations, ready for JSON. A run that diverges says so; None: interrupted."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    evaluations: list[Evaluation] = []
+    begin, done = time.perf_counter(), 0
+
+    def progress(round: int, loss: float, evaluation: Evaluation | None, moved: int) -> None:
+        nonlocal done
+        done = round
+        if evaluation is not None:
+            evaluations.append(evaluation)
+
+    outcome: dict[str, Any] = {"failure": None}
+    try:
+        if not _warm:  # a process's first round waits for imports and caches: nobody's seconds
+            _warm.append(job.config.task)
+            if train(replace(job.config, rounds=1)).interrupted:
+                return None
+            begin = time.perf_counter()
+        summary = train(job.config, None, progress)
+        if summary.interrupted:
+            return None
+        # Of this process that may have made other runs: its peak is not this run's.
+        outcome |= {k: v for k, v in asdict(summary).items() if k not in ("config", "peak_memory", "interrupted")}
+        if not math.isfinite(summary.loss):
+            outcome["failure"] = "the loss is not finite"
+    except LatticeError as error:
+        outcome |= {"failure": str(error), "rounds": done, "machine": machine()}
+        outcome["seconds"] = time.perf_counter() - begin
+    finally:
+        torch.set_num_threads(threads)
+    result = {"phase": job.phase, "method": job.method, "trial": job.trial, "config": asdict(job.config)}
+    return finite({**result, **outcome, "evaluations": [asdict(e) for e in evaluations]})
+
+
+def finite(value: Any) -> Any:
+    """The same with None for numbers that JSON has not: infinite ones and NaN."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _worker(parent: int) -> None:
+    """A process of the pool: Ctrl-C is its parent's affair, and without a parent it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def results(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, Result | None]]:
+    """Each job and its result as they are done, in so many processes; one: this one."""
+    if workers == 1:
+        yield from ((job, run_job(job)) for job in jobs)
+        return
+    context = multiprocessing.get_context("spawn")
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_worker, initargs=(os.getpid(),))
+    try:
+        of = {pool.submit(run_job, job): job for job in jobs}
+        for future in as_completed(of):
+            yield of[future], future.result()
+    except BaseException:
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()  # what it was at is not written anywhere
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a study is. seconds_left: None before any run has ended."""
+
+    phase: str
+    done: int
+    runs: int
+    seconds_left: float | None
+
+
+def run_study(
+    study: Study, folder: Path, workers: int = 1, progress: Callable[[State], None] = lambda state: None
+) -> bool:
+    """Run what the folder does not hold yet; True if nothing is left, False if Ctrl-C came first.
+
+    Writes table.json when all is there. Raises ValueError if the folder holds another study, naming what differs.
+    """
+    take_up(study, folder)
+    try:
+        tuning = study.tuning()
+        if not _run(study, tuning, folder, workers, progress):
+            return False
+        final = [job for method, t in best(study, folder).items() if t is not None for job in study.final(method, t)]
+        if not _run(study, final, folder, workers, progress):
+            return False
+        if study.memory and not (folder / "client-memory.json").exists():
+            _write(folder / "client-memory.json", client_memory(study.memory))
+    except KeyboardInterrupt:
+        return False
+    _write(folder / "table.json", table(study, folder))
+    return True
+
+
+def _write(path: Path, content: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
+def _run(study: Study, jobs: Sequence[Job], folder: Path, workers: int, progress: Callable[[State], None]) -> bool:
+    """The jobs that have no result yet. False: interrupted."""
+    todo = [job for job in jobs if held(job, folder) is None]
+    took = _seconds(folder)
+    left = {job.file: job for job in todo}
+    total = len(study.tuning()) + len(study.trials) * len(study.seeds)
+    before = 0 if jobs and jobs[0].phase == TUNING else len(study.tuning())
+
+    def tell() -> None:
+        known = [s for found in took.values() for s in found]
+        waiting = [job.method for job in left.values()]
+        if jobs and jobs[0].phase == TUNING:
+            waiting += [method for method in study.trials for _ in study.seeds]
+        of = {method: mean(took.get(method, known)) for method in waiting} if known else {}
+        seconds = sum(of[method] for method in waiting) / workers if known else None
+        phase = jobs[0].phase if jobs else FINAL
+        progress(State(phase, before + len(jobs) - len(left), total, seconds))
+
+    tell()
+    for job, result in results(todo, workers):
+        if result is None:
+            return False
+        _write(folder / job.file, result)
+        del left[job.file]
+        took.setdefault(job.method, []).append(result["seconds"])
+        tell()
+    return True
+
+
+def _seconds(folder: Path) -> dict[str, list[float]]:
+    """What each method's runs took so far."""
+    took: dict[str, list[float]] = {}
+    for path in folder.glob("*/*/*.json"):
+        result = json.loads(path.read_text())
+        took.setdefault(result["method"], []).append(result["seconds"])
+    return took
+
+
+def held(job: Job, folder: Path) -> Result | None:
+    """A job's result, if the folder has it. Raises ValueError if it was made with other settings."""
+    path = folder / job.file
+    if not path.exists():
+        return None
+    result: Result = json.loads(path.read_text())
+    if result["config"] != asdict(job.config):
+        config = asdict(job.config)
+        other = sorted(k for k in {*config, *result["config"]} if config.get(k) != result["config"].get(k))
+        raise ValueError(f"{path} was made with another {', '.join(other)}: take another folder, or delete the file")
+    return result
+
+
+def take_up(study: Study, folder: Path) -> None:
+    """Make the folder this study's. Raises ValueError if it is another's, naming the keys that differ."""
+    path = folder / "study.yaml"
+    if not path.exists():
+        if folder.exists() and any(folder.iterdir()):
+            raise ValueError(f"{folder} holds no study, and is not empty: choose another folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, study.text.encode())
+        return
+    was, now = (dict(_flat(yaml.load(text, _Loader))) for text in (path.read_text(), study.text))
+    changed = [
+        f"{key} was {was.get(key, 'not there')}, is {now.get(key, 'not there')}"
+        for key in dict.fromkeys((*was, *now))
+        if was.get(key) != now.get(key)
+    ]
+    if changed:
+        raise ValueError(
+            f"{folder} holds another study; what differs: {'; '.join(changed)}. Choose another folder, or put it back"
+        )
+
+
+def _flat(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, inside in value.items():
+            yield from _flat(inside, f"{where}.{key}" if where else str(key))
+    else:
+        yield where, value
+
+
+def trials(study: Study, folder: Path) -> list[dict[str, Any]]:
+    """Every trial that has all its runs: validation figures by seed and their means. A failed run counts as accuracy 0
+    and an infinite loss, here None."""
+    rows = []
+    jobs = study.tuning()
+    for (method, n), group in itertools.groupby(jobs, lambda job: (job.method, job.trial)):
+        found = [held(job, folder) for job in group]
+        runs = [run for run in found if run is not None]
+        if len(runs) < len(found):
+            continue
+        failures = [run["failure"] for run in runs if run["failure"]]
+        row = {"method": method, "trial": n, "choice": _choices(study.grids[method])[n], "failures": failures}
+        row["accuracies"] = [0.0 if run["failure"] else run["accuracy"] for run in runs]
+        row["losses"] = [None if run["failure"] else run["loss"] for run in runs]
+        row["accuracy"] = mean(row["accuracies"])
+        row["loss"] = None if failures else mean(row["losses"])
+        rows.append(row)
+    return rows
+
+
+def best(study: Study, folder: Path) -> dict[str, int | None]:
+    """The trial of each method: the highest mean validation accuracy, at equal accuracy the lower loss, then the first
+    one. None where in every trial every run failed."""
+    chosen: dict[str, int | None] = {}
+    for method, group in itertools.groupby(trials(study, folder), lambda row: row["method"]):
+        rows = [row for row in group if len(row["failures"]) < len(row["losses"])]
+        top = max(rows, key=lambda r: (r["accuracy"], -math.inf if r["loss"] is None else -r["loss"]), default=None)
+        chosen[method] = None if top is None else top["trial"]
+    return chosen
+
+
+def table(study: Study, folder: Path) -> dict[str, Any]:
+    """What the study found so far: a row per method of its final runs, and every trial.
+
+    Means are over the runs that did not fail; error: the standard error of a mean over seeds, None for one seed.
+    """
+    tried = trials(study, folder)
+    complete = len(tried) == sum(map(len, study.trials.values()))
+    rows: dict[str, Any] = {}
+    for method, trial in best(study, folder).items() if complete else ():
+        runs = [] if trial is None else [held(job, folder) for job in study.final(method, trial)]
+        rows[method] = _row(study, method, trial, [run for run in runs if run is not None])
+    _add_gap(rows)
+    return {"rounds": study.rounds, "unequal": study.unequal, "methods": rows, "trials": tried}
+
+
+def _row(study: Study, method: str, trial: int | None, runs: Sequence[Result]) -> dict[str, Any]:
+    good = [run for run in runs if not run["failure"]]
+    row: dict[str, Any] = {
+        "trial": trial,
+        "settings": None if trial is None else study.trials[method][trial],
+        "seeds": [run["config"]["seed"] for run in good],
+        "failures": {run["config"]["seed"]: run["failure"] for run in runs if run["failure"]},
+    }
+    for quantity in QUANTITIES:
+        values = [run[quantity] for run in good]
+        row[f"each_{quantity}"] = values
+        row[quantity] = mean(values) if values else None
+        row[f"{quantity}_error"] = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    categories = sorted({c for run in good for c in run["bytes_per_client_round"]})
+    row["bytes_per_client_round"] = {
+        c: mean(run["bytes_per_client_round"].get(c, 0.0) for run in good) for c in categories
+    }
+    for name in ("seconds", "forward_seconds", "answer_seconds"):
+        row[name] = mean(run[name] for run in good) if good else None
+    row["replicas_equal"] = all(run["replicas"]["equal"] for run in good) if good else None
+    return row
+
+
+def _add_gap(rows: dict[str, Any]) -> None:
+    """The share of the way from the frozen client to the first-order one, where the study has one of each."""
+
+    def control(kind: str) -> list[dict[str, Any]]:
+        of = [r for r in rows.values() if r["settings"] and r["settings"].get("method", "ho") == kind]
+        return [r for r in of if r["accuracy"] is not None]
+
+    low, high = control("frozen"), control("first-order")
+    for row in rows.values():
+        for q in QUANTITIES:
+            there = len(low) == len(high) == 1 and row[q] is not None and low[0][q] != high[0][q]
+            row[f"{q}_gap_recovered"] = (row[q] - low[0][q]) / (high[0][q] - low[0][q]) if there else None

@@ -1,0 +1,314 @@
+"""`hosfl study` and `hosfl report`: equal tuning, the same files however it was stopped, numbers that are the runs'."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from hosfl import study as studies
+from hosfl.cli import main
+from hosfl.study import best, load_study, read_study, run_job, run_study, slug, table
+from hosfl.study_report import number, report
+
+FILE = """
+base: {batch: 8, clients: 4, sampled: 2, directions: 1, evaluate_every: 1}
+rounds: 3
+tuning_seeds: [0, 1]
+seeds: [2, 3]
+methods:
+  ho, fresh: {settings: {directions_from: fresh}, grid: {client_rate: [1e-1, 0.2]}}
+  first-order: {settings: {method: first-order}, grid: {client_rate: [1, 2.0]}}
+"""
+FROZEN = "  frozen: {settings: {method: frozen}, grid: {server_rate: [0.05, 0.1]}}\n"
+MEASURED = ("seconds", "forward_seconds", "answer_seconds", "machine")
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "study.yaml"
+    path.write_text(FILE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A study that never stopped."""
+    folder = tmp_path_factory.mktemp("whole") / "study"
+    assert run_study(read_study(FILE + FROZEN), folder)
+    return folder
+
+
+def contents(folder, *leave_out):
+    """Every run's file, without what a clock says."""
+    found = {}
+    for path in sorted(folder.glob("*/*/*.json")):
+        run = json.loads(path.read_text())
+        for evaluation in run["evaluations"]:
+            del evaluation["seconds"]
+        found[str(path.relative_to(folder))] = {k: v for k, v in run.items() if k not in MEASURED}
+    return {name: run for name, run in found.items() if not name.split("/")[1].startswith(leave_out or "-")}
+
+
+def test_tuning_sees_validation_data_only_and_the_best_trial_is_reported(whole):
+    runs = contents(whole)
+    phases = {"tuning": 3 * 2 * 2, "runs": 3 * 2}
+    assert {p: sum(name.startswith(p) for name in runs) for p in phases} == phases
+    for name, run in runs.items():
+        tuning = name.startswith("tuning")
+        assert run["config"]["evaluate_on"] == ("validation" if tuning else "test")
+        assert run["config"]["seed"] in ((0, 1) if tuning else (2, 3))
+        assert [e["round"] for e in run["evaluations"]] == ([3] if tuning else [1, 2, 3])
+    for method in ("ho, fresh", "first-order", "frozen"):
+        trials = {}
+        for run in runs.values():
+            if run["method"] == method and run["phase"] == "tuning":
+                trials.setdefault(run["trial"], []).append((run["accuracy"], -run["loss"]))
+        merit = {n: tuple(sum(v) / 2 for v in zip(*values, strict=True)) for n, values in trials.items()}
+        chosen = max(merit, key=merit.get)
+        assert {r["trial"] for r in runs.values() if r["method"] == method and r["phase"] == "runs"} == {chosen}
+        assert chosen == best(load_study(whole / "study.yaml"), whole)[method]
+
+
+def test_the_table(whole):
+    rows = json.loads((whole / "table.json").read_text())["methods"]
+    accuracies = [json.loads((whole / f"runs/ho-fresh/{s}.json").read_text())["accuracy"] for s in (2, 3)]
+    row = rows["ho, fresh"]
+    assert row["accuracy"] == pytest.approx(sum(accuracies) / 2)
+    assert row["accuracy_error"] == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2)
+    low, high = rows["frozen"]["loss"], rows["first-order"]["loss"]
+    assert row["loss_gap_recovered"] == pytest.approx((row["loss"] - low) / (high - low))
+    assert (rows["frozen"]["loss_gap_recovered"], rows["first-order"]["loss_gap_recovered"]) == (0, 1)
+    assert row["bytes_per_client_round"]["labels up"] == 8 * 4
+    assert "multiplier down" not in rows["frozen"]["bytes_per_client_round"]
+
+
+@pytest.mark.parametrize("after", [3, 10])
+def test_stopped_anywhere_and_resumed_it_leaves_the_same_files(tmp_path, whole, monkeypatch, after):
+    ran = []
+
+    def some(job):
+        if len(ran) == after:
+            raise KeyboardInterrupt
+        ran.append(job.file)
+        return run_job(job)
+
+    study = read_study(FILE)
+    monkeypatch.setattr(studies, "run_job", some)
+    assert not run_study(study, tmp_path / "study")
+    assert len(contents(tmp_path / "study")) == after
+    assert not (tmp_path / "study" / "table.json").exists()
+    after = -1  # the rest
+    states = []
+    assert run_study(study, tmp_path / "study", progress=states.append)
+    assert len(ran) == len(set(ran)) == 12
+    assert contents(tmp_path / "study") == contents(whole, "frozen")
+    assert (states[-1].done, states[-1].runs, states[-1].seconds_left) == (12, 12, 0)
+    # What the first part took is known: there is an estimate from the start.
+    assert states[0].seconds_left > states[-2].seconds_left > 0
+
+
+def test_a_study_that_is_done_has_nothing_left_to_do(tmp_path, whole, monkeypatch):
+    shutil.copytree(whole, tmp_path / "study")
+    monkeypatch.setattr(studies, "run_job", None)
+    assert run_study(read_study(FILE + FROZEN + "# a remark"), tmp_path / "study")
+
+
+def start(file, out, jobs):
+    """`hosfl study` in a process of its own."""
+    command = [sys.executable, "-m", "hosfl.cli", "study", str(file), "--out", str(out), "--jobs", str(jobs)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def test_killed_and_gone_on_with_two_workers(tmp_path, whole, file):
+    out = tmp_path / "out"
+    process = start(file, out, 1)
+    deadline = time.time() + 120
+    while time.time() < deadline and process.poll() is None and not contents(out):
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    assert 0 < len(contents(out)) < 12
+    assert main(["study", str(file), "--out", str(out), "--jobs", "2"]) == 0
+    assert contents(out) == contents(whole, "frozen")
+    assert (out / "report.html").exists()
+    assert not list(out.glob("**/*.tmp"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
+def test_workers_end_with_their_study(tmp_path, file, stop):
+    file.write_text(FILE.replace("rounds: 3", "rounds: 100000"))
+    process = start(file, tmp_path / "out", 2)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.time() + 120
+    while time.time() < deadline and len(children.read_text().split()) < 3:  # two workers, and their resources' tracker
+        time.sleep(0.1)
+    time.sleep(10)  # in the middle of a run
+    workers = children.read_text().split()
+    process.send_signal(stop)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == (130 if stop == signal.SIGINT else -9)
+    assert "Traceback" not in errors
+    time.sleep(3)
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+    assert not contents(tmp_path / "out")
+
+
+def test_another_study_is_refused_by_what_differs(tmp_path, whole, capsys):
+    file = tmp_path / "other.yaml"
+    file.write_text((FILE + FROZEN).replace("[1e-1, 0.2]", "[1e-1, 0.3]").replace("seeds: [2, 3]", "seeds: [2, 4]"))
+    before = contents(whole)
+    with pytest.raises(SystemExit, match="2"):
+        main(["study", str(file), "--out", str(whole)])
+    errors = " ".join(capsys.readouterr().err.split())
+    assert "methods.ho, fresh.grid.client_rate was ['1e-1', 0.2], is ['1e-1', 0.3]" in errors
+    assert "seeds was [2, 3], is [2, 4]" in errors
+    assert "tuning_seeds was" not in errors
+    assert contents(whole) == before
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds no study, and is not empty"):
+        run_study(read_study(FILE), tmp_path / "full")
+
+
+def test_a_run_of_other_settings_is_not_taken(tmp_path, whole):
+    shutil.copytree(whole, tmp_path / "study")
+    path = tmp_path / "study/runs/frozen/2.json"
+    run = json.loads(path.read_text())
+    run["config"]["mu"] = 0.5  # as another version's default might be
+    path.write_text(json.dumps(run))
+    with pytest.raises(ValueError, match=r"2\.json was made with another mu"):
+        run_study(read_study(FILE + FROZEN), tmp_path / "study")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("[1, 2.0]", "[1, 2.0, 4]", r"not equally many trials \(ho, fresh 2, first-order 3\).*unequal: why"),
+        ("rounds: 3", "rounds: three", "^rounds: a whole number is needed, got 'three'"),
+        ("rounds: 3", "", "^rounds is missing"),
+        ("rounds: 3", "rounds: 0", "^methods.ho, fresh: rounds must be at least 1"),
+        ("rounds: 3", "rounds: 3\nround: 4", "^round: unknown"),
+        ("batch: 8", "bach: 8", "^base.bach: no such setting"),
+        ("batch: 8", "batch: eight", "^base.batch: int is needed, got 'eight'"),
+        ("batch: 8", "batch: true", "^base.batch: int is needed, got True"),
+        ("batch: 8", "seed: 8", "^base.seed: the study makes that itself"),
+        ("batch: 8", "batch: 8, batch: 9", "^'batch' is there twice"),
+        ("sampled: 2", "sampled: 5", "^methods.ho, fresh: cannot sample 5 of 4"),
+        ("from: fresh", "from: old", r"^methods.ho, fresh.settings.directions_from: one of fresh"),
+        ("method: first-order", "evaluate_on: test", "^methods.first-order.settings.evaluate_on: the study makes"),
+        ("[1, 2.0]", "2.0", "^methods.first-order.grid.client_rate: a list is needed, got 2.0"),
+        ("[1, 2.0]", "[1, 1.0]", "^methods.first-order.grid.client_rate: one value or more"),
+        ("[1, 2.0]", "[1, big]", "^methods.first-order.grid.client_rate: float | None is needed, got 'big'"),
+        ("[1, 2.0]", "[1, -1]", "^methods.first-order: client_rate must be positive"),
+        ("  first-order:", "  ho fresh:", "^methods.ho fresh: its folder would be that of 'ho, fresh'"),
+        ("seeds: [2, 3]", "seeds: [2, 2]", "^seeds: one seed or more is needed, each once"),
+        ("rounds: 3", "rounds: 3\nmemory: [gpt]", "^memory: 'gpt' is none of digits, minilm"),
+    ],
+)
+def test_files_that_cannot_work(old, new, message):
+    assert FILE.count(old) >= 1
+    with pytest.raises(ValueError, match=message):
+        read_study(FILE[: FILE.rindex(old)] + new + FILE[FILE.rindex(old) + len(old) :])
+
+
+def test_unequal_trials_need_a_reason(tmp_path):
+    text = FILE.replace("[1, 2.0]", "[1, 2.0, 4]") + "unequal: the control may have more\n"
+    study = read_study(text)
+    assert {m: len(t) for m, t in study.trials.items()} == {"ho, fresh": 2, "first-order": 3}
+    assert study.trials["ho, fresh"][0]["client_rate"] == 0.1  # 1e-1 is text in YAML 1.1
+
+
+def test_file_errors_name_the_file(tmp_path, capsys):
+    (tmp_path / "bad.yaml").write_text("rounds: [")
+    with pytest.raises(SystemExit, match="2"):
+        main(["study", str(tmp_path / "bad.yaml"), "--out", str(tmp_path / "out")])
+    assert "bad.yaml" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main(["report", str(tmp_path)]) == 2
+    assert "holds no study" in capsys.readouterr().err
+
+
+def test_a_diverged_trial_loses_and_is_kept(tmp_path):
+    text = FILE.replace("[1e-1, 0.2]", "[1e6, 0.2]").replace("[1, 2.0]", "[2.0, 1.0]")
+    study = read_study(text)
+    assert run_study(study, tmp_path)
+    found = table(study, tmp_path)
+    lost = found["trials"][0]
+    assert lost["choice"] == {"client_rate": 1e6}
+    assert (lost["accuracy"], lost["loss"], len(lost["failures"])) == (0, None, 2)
+    assert found["methods"]["ho, fresh"]["trial"] == 1
+    page = report(tmp_path).read_text()
+    assert "failed 2 of 2" in page
+
+
+def test_every_trial_of_a_method_diverges(tmp_path):
+    study = read_study(FILE.replace("[1e-1, 0.2]", "[1e6, 1e7]"))
+    assert run_study(study, tmp_path)
+    assert not (tmp_path / "runs" / "ho-fresh").exists()
+    page = report(tmp_path).read_text()
+    assert "failed: no trial worked" in page
+    assert "Not finished" not in page
+
+
+def test_the_report_is_whole_and_its_numbers_are_the_runs(tmp_path, whole):
+    folder = tmp_path / "study"
+    shutil.copytree(whole, folder)
+    ways = ("inference", "ho, in place", "ho, in place, two-sided")
+    bytes_ = {way: {"peak_extra": 1234567 + 10**6 * n, "cut": 10**5, "of_bound": 0.75} for n, way in enumerate(ways)}
+    half = {"what": "a half", "batch": 16, "ways": bytes_}
+    machine = json.loads((folder / "runs/frozen/2.json").read_text())["machine"]
+    memory = {"machine": machine, "device": "cpu", "bound": 1.1, "halves": {"minilm": half}}
+    (folder / "client-memory.json").write_text(json.dumps(memory))
+    page = report(folder).read_text()
+    assert not re.search(r"https?://|<script|<link|@import|url\(", page)
+    assert set(re.findall(r'src="(.{22})', page)) == {"data:image/png;base64,"}
+    assert not re.search(r'href="', page)
+    for name in ("curves.png", "memory.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    cells = {
+        row[0]: row[1:]
+        for row in (re.findall(r"<td[^>]*>(.*?)</td>", line) for line in page.split("Curves</h2>")[0].splitlines())
+        if row
+    }
+    rows = json.loads((folder / "table.json").read_text())["methods"]
+    assert cells.keys() == rows.keys()
+    for method, row in rows.items():
+        runs = [json.loads((folder / f"runs/{slug(method)}/{s}.json").read_text()) for s in (2, 3)]
+        mean, error = sum(r["loss"] for r in runs) / 2, abs(runs[0]["loss"] - runs[1]["loss"]) / 2
+        assert cells[method][1] == f"{mean:.4f} ± {error:.4f}"
+        assert cells[method][4] == number(sum(row["bytes_per_client_round"].values()) / 1e3, None, 1)
+    trials = page.split("every trial")[1]
+    for trial in json.loads((folder / "table.json").read_text())["trials"]:
+        assert f"<td>{trial['loss']:.4f}</td>" in trials
+    assert "<td>minilm: ho, in place</td><td>2.23</td><td>0.10</td><td>0.75</td>" in page
+    assert machine["torch"] in page
+    assert yaml.safe_load(re.search(r"<pre>(.*?)</pre>", page, re.S)[1].replace("&#x27;", "'"))["seeds"] == [2, 3]
+
+
+def test_a_report_of_a_study_that_is_not_finished(tmp_path, whole):
+    shutil.copytree(whole, tmp_path / "study")
+    (tmp_path / "study/runs/frozen/3.json").unlink()
+    assert "17 of 18 runs are done" in report(tmp_path / "study").read_text()
+    shutil.rmtree(tmp_path / "study/runs")
+    (tmp_path / "study/tuning/frozen/1-1.json").unlink()
+    page = report(tmp_path / "study").read_text()
+    assert "11 of 18 runs are done" in page
+    assert "Results on test data" not in page
+
+
+def test_the_study_of_the_repository_is_one():
+    study = load_study(Path(__file__).parent.parent / "benchmarks/studies/digits.yaml")
+    assert {len(trials) for trials in study.trials.values()} == {6}
+    assert {"first-order", "frozen"} <= set(study.trials)
+    assert not set(study.seeds) & set(study.tuning_seeds)
