@@ -98,7 +98,7 @@ def slug(method: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", method.lower()).strip("-")
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc, unused-ignore]  # with and without its stubs
     """YAML whose mappings name nothing twice."""
 
 

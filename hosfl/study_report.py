@@ -109,7 +109,8 @@ def plot_memory(measured: dict[str, Any], path: Path) -> None:
         colors = ["#888" if w == reference(w) else "#2b6cb0" if w.startswith("ho") else "#c05621" for w in ways]
         sizes = [row["peak_extra"] / 1e6 for row in ways.values()]
         bars = axis.barh(list(ways), sizes, color=colors)
-        axis.bar_label(bars, [f"{size:.1f}" for size in sizes], padding=3, fontsize=8)
+        readable = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # where the bound's line goes through
+        axis.bar_label(bars, [f"{size:.1f}" for size in sizes], padding=3, fontsize=8, bbox=readable)
         axis.margins(x=0.15)
         limit = measured["bound"] * (ways["inference"]["peak_extra"] + 3 * ways["inference"]["cut"]) / 1e6
         axis.axvline(limit, color="#222", lw=1, ls=":")
