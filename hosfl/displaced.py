@@ -57,14 +57,17 @@ class Displacement:
         tensor = None if made is None else made()
         if tensor is None:
             self.last = None  # free it before the next one is made
-            tensor = parameter.detach().clone(memory_format=torch.contiguous_format)
-            self._move([tensor], parameter, [0])
-            if not parameter.is_contiguous():  # channels_last: other strides would choose other kernels
-                tensor = torch.empty_like(parameter).copy_(tensor)
-            tensor = nn.Parameter(tensor)
+            tensor = self._make(parameter)
             self.made[id(parameter)] = ref(tensor)
         self.last = tensor
         return tensor
+
+    def _make(self, parameter: Tensor) -> Tensor:
+        tensor = parameter.detach().clone(memory_format=torch.contiguous_format)
+        self._move([tensor], parameter, [0])
+        if not parameter.is_contiguous():  # channels_last: other strides would choose other kernels
+            tensor = torch.empty_like(parameter).copy_(tensor)
+        return nn.Parameter(tensor)
 
     def table(self, parameter: Tensor) -> Tensor:
         """The displaced weight of an nn.Embedding."""
@@ -73,9 +76,12 @@ class Displacement:
     def rows(self, table: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """The displaced rows of a [n, d] table that occur in indices, and the indices into those rows."""
         unique, positions = indices.unique(return_inverse=True)
-        rows = table.detach().index_select(0, unique)
-        self._move_rows(rows, table, unique)
-        return rows, positions.to(indices.dtype)
+        return self._make_rows(table, unique), positions.to(indices.dtype)
+
+    def _make_rows(self, table: Tensor, numbers: Tensor) -> Tensor:
+        rows = table.detach().index_select(0, numbers)
+        self._move_rows(rows, table, numbers)
+        return rows
 
     def _move_rows(self, rows: Tensor, table: Tensor, numbers: Tensor) -> None:
         """Move rows that are those of the table by these ascending numbers."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -33,27 +32,18 @@ class Tangents(Displacement):
     ) -> None:
         super().__init__(parameters, streams, seed, 1.0, dist, factors)
 
-    def whole(self, parameter: Tensor) -> Tensor:
-        made = self.made.get(id(parameter))
-        tensor = None if made is None else made()
-        if tensor is None:
-            self.last = None
-            tangent = _zeros(parameter, parameter.shape)
-            self._move([tangent], parameter, [0])
-            tensor = forward_ad.make_dual(parameter.detach(), tangent.to(parameter.dtype))
-            self.made[id(parameter)] = ref(tensor)
-        self.last = tensor
-        return tensor
+    def _make(self, parameter: Tensor) -> Tensor:
+        tangent = _zeros(parameter, parameter.shape)
+        self._move([tangent], parameter, [0])
+        return forward_ad.make_dual(parameter.detach(), tangent.to(parameter.dtype))
+
+    def _make_rows(self, table: Tensor, numbers: Tensor) -> Tensor:
+        tangents = _zeros(table, (len(numbers), table.shape[1]))
+        self._move_rows(tangents, table, numbers)
+        return forward_ad.make_dual(table.detach()[numbers], tangents.to(table.dtype))
 
     def table(self, parameter: Tensor) -> Tensor:
         return DualTable.of(parameter, self)
-
-    def rows(self, table: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows of a [n, d] table that occur in indices, as dual numbers, and the indices into those rows."""
-        unique, positions = indices.unique(return_inverse=True)
-        tangents = _zeros(table, (len(unique), table.shape[1]))
-        self._move_rows(tangents, table, unique)
-        return forward_ad.make_dual(table.detach()[unique], tangents.to(table.dtype)), positions
 
 
 def _zeros(like: Tensor, shape: Sequence[int]) -> Tensor:

@@ -216,12 +216,12 @@ class SeedReplay:
         pool, end = self.run.pool, len(self.records)
         if pool is None or self.run.lattice is None:
             return None
-        if any(record.quantum is not None for record in self.records[start:]):
-            return None  # putting weights on another lattice rounds them: moves before and after it do not commute
         first = pool.generation(start)
         generations = pool.generation(end - 1) - first + 1
         if generations * pool.size >= (end - start) * self.run.directions:
             return None
+        if any(record.quantum is not None for record in self.records[start:]):
+            return None  # putting weights on another lattice rounds them: moves before and after it do not commute
         sums = np.zeros((generations, pool.size))
         for record in self.records[start:]:
             measured = pool.measured(record.round, self.run.directions)
