@@ -1,6 +1,5 @@
 """Without a CUDA device the Triton kernels run in the interpreter, which must be known before they are imported."""
 
-import multiprocessing
 import os
 import shutil
 import signal
@@ -12,10 +11,6 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-
-# Where tests start processes they are forked from one that has imported what takes long, and has done nothing else: one
-# forked from the tests would inherit their threads' locks.
-multiprocessing.set_forkserver_preload(["torch.distributed", "hosfl.optim"])
 
 
 @pytest.fixture

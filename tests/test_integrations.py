@@ -3,9 +3,10 @@
 import copy
 import os
 
+import group
 import pytest
 import torch
-from torch import distributed, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hosfl.log import LogError
@@ -131,19 +132,15 @@ def test_a_resumed_trainer_holds_the_bits_of_one_that_went_through(tmp_path):
 
 
 def train_distributed(rank, folder):
-    torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     model = language_model()
     trainer = trainer_of(model, folder, causal=True, gradient_accumulation_steps=2, ddp_backend="gloo")
     trainer.train()
     torch.save((trainer.batches, trainer.items, [*model.state_dict().values()]), f"{folder}/{rank}")
-    distributed.destroy_process_group()
 
 
 def test_two_trainers_equal_one_plain_loop(tmp_path):
-    start = torch.multiprocessing.start_processes
-    start(train_distributed, (str(tmp_path),), nprocs=2, start_method="forkserver")
+    group.start(train_distributed, str(tmp_path))()
     batches, items, weights = zip(*(torch.load(tmp_path / str(rank)) for rank in (0, 1)), strict=True)
     assert len(items[0]) == 4
     assert torch.equal(torch.stack(items[0]), torch.stack(items[1]))  # tokens are counted over both

@@ -6,10 +6,11 @@ import runpy
 import signal
 from pathlib import Path
 
+import group
 import numpy as np
 import pytest
 import torch
-from torch import distributed, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -560,7 +561,6 @@ def half_batches(model, rank):
 
 
 def train_distributed(rank, folder, closures):
-    torch.set_num_threads(1)
     runs = [Run(case) for case in CASES]
     for run in runs:
         for _ in range(5):
@@ -568,19 +568,11 @@ def train_distributed(rank, folder, closures):
     torch.save([run.weights for run in runs], f"{folder}/{rank}")
 
 
-def one_of_two(rank, folder):
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    train_distributed(rank, folder, half_batches)
-    distributed.destroy_process_group()
-
-
 def test_two_processes_equal_one_with_both_their_batches(tmp_path):
-    start = torch.multiprocessing.start_processes
-    context = start(one_of_two, (str(tmp_path),), nprocs=2, join=False, start_method="forkserver")
+    join = group.start(train_distributed, str(tmp_path), half_batches)
     # Accumulated over two micro-batches, in the meantime.
     train_distributed(2, tmp_path, lambda model, _: (half_batches(model, 0) + half_batches(model, 1)) / 2)
-    while not context.join():
-        pass
+    join()
     first, second, whole = (torch.load(tmp_path / str(rank)) for rank in range(3))
     for a, b, c in zip(first, second, whole, strict=True):
         assert same(a, b)

@@ -1,9 +1,9 @@
 """hosfl.optim on sharded parameters, in two processes: the bits of one process that holds all."""
 
 import copy
-from datetime import timedelta
 from unittest import mock
 
+import group
 import pytest
 import torch
 from torch import distributed, nn
@@ -208,14 +208,9 @@ def what_is_refused(rank, folder):
         sharded.shard(DTensor.from_local(table.detach(), mesh, [Replicate(), Partial()]))
 
 
-def one_of_many(rank, folder, world, parts):
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo", f"file://{folder}/store-{world}", timeout=timedelta(seconds=60), rank=rank, world_size=world
-    )
+def one_of_many(rank, folder, parts):
     for part in parts:
         part(rank, folder)
-    distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -224,8 +219,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
     parts = (follows_the_bits, writes_between_steps, a_closure_that_raises, what_is_refused)
     for world, done in ((2, parts), (4, parts[:1])):
-        start = torch.multiprocessing.start_processes
-        start(one_of_many, (str(folder), world, done), nprocs=world, start_method="forkserver")
+        group.start(one_of_many, str(folder), done, count=world)()
     return folder
 
 
