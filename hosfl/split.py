@@ -146,10 +146,10 @@ def _places(model: nn.Module) -> dict[str, int]:
     if found is not None:
         path, layers = found
         return {f"{path}.{number}": number for number in range(len(layers))}
-    if all(hasattr(model, name) for name in ("conv1", "bn1", "layer1", "layer4", "fc")):
+    if all(hasattr(model, name) for name in ("conv1", "bn1", "layer1", "fc")):
         return {name: number for number, name in enumerate(_resnet_names(model)) if number}
     raise TypeError(
-        f"cannot cut a {type(model).__name__}: known are nn.Sequential, residual networks with layer1 to layer4, and"
+        f"cannot cut a {type(model).__name__}: known are nn.Sequential, residual networks with conv1, bn1, layer1 and on, and fc; and"
         f" transformers' {', '.join(FAMILIES)}; for all else build a SplitModel of two modules"
     )
 

@@ -1,0 +1,149 @@
+"""Pictures: CIFAR-10 and CIFAR-100 from folders or the hub, small residual networks, and inputs that change."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hosfl.data import Dataset, Splits, held_out
+
+HUB = {"cifar10": ("uoft-cs/cifar10", "label"), "cifar100": ("uoft-cs/cifar100", "fine_label")}
+CLASSES = {"cifar10": 10, "cifar100": 100}
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as published CIFAR weights have them
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions and a shortcut without parameters, the option A of He et al., 2016: where pictures get
+    smaller and wider, every second pixel, and zeros for the new channels."""
+
+    def __init__(self, width: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out)
+        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out)
+        self.stride, self.more = stride, out - width
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(nn.functional.relu(self.bn1(self.conv1(x)))))
+        if self.more:
+            x = nn.functional.pad(x[..., :: self.stride, :: self.stride], (0, 0, 0, 0, self.more // 2, self.more // 2))
+        return nn.functional.relu(x + y)
+
+
+class CifarResNet(nn.Module):
+    """The residual network for 32x32 pictures of 6 n + 2 layers: He et al., "Deep Residual Learning", 2016, section 4.2.
+
+    [batch, 3, 32, 32] -> [batch, classes]. Stages of 16, 32 and 64 channels with n blocks each; n = 3: ResNet-20.
+    """
+
+    def __init__(self, classes: int, n: int = 3) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU()
+        self.layer1, self.layer2, self.layer3 = (
+            nn.Sequential(*(Block(width if first else out, out, out // width if first else 1) for first in (1, *[0] * (n - 1))))
+            for width, out in ((16, 16), (16, 32), (32, 64))
+        )
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(64, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer3(self.layer2(self.layer1(self.relu(self.bn1(self.conv1(x))))))
+        output: Tensor = self.fc(self.avgpool(x).flatten(1))
+        return output
+
+
+def pretrained_resnet(path: Path, classes: int) -> CifarResNet:
+    """A CifarResNet with the weights of a file: the state dictionary, or a checkpoint that has one as "state_dict".
+
+    Names may begin with "module." and call the last layer "linear", as the weights published with
+    github.com/akamaster/pytorch_resnet_cifar10 do. The depth is read from the names. A last layer for another number
+    of classes is left out: it starts random. Raises FileNotFoundError, ValueError naming what does not fit.
+    """
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    saved = saved.get("state_dict", saved)
+    state = OrderedDict((k.removeprefix("module.").replace("linear.", "fc."), v) for k, v in saved.items())
+    blocks = {name.split(".")[1] for name in state if name.startswith("layer1.")}
+    model = CifarResNet(classes, len(blocks))
+    if "fc.bias" in state and len(state["fc.bias"]) != classes:
+        state |= model.fc.state_dict(prefix="fc.")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not hold the weights of a residual network for CIFAR: {error}") from error
+    return model
+
+
+def pictures(name: str, folder: Path | None) -> Splits:
+    """CIFAR-10 or CIFAR-100, float32 [n, 3, 32, 32], standardised with ImageNet's mean and deviation.
+
+    folder: with train/CLASS/ and test/CLASS/ of picture files; classes are numbered in the order of their names, which
+    for CIFAR-10 is the official one. None: the hub's data set, which needs the package datasets and a network.
+    A tenth of the training part is held out as validation data. Raises FileNotFoundError, ValueError, ImportError.
+    """
+    if folder is None:
+        train, test = (_from_hub(name, part) for part in ("train", "test"))
+    else:
+        train, test = (_from_folder(folder / part, CLASSES[name]) for part in ("train", "test"))
+    return Splits(*held_out(train), test)
+
+
+def noisy(splits: Splits, noise: float = 0.2) -> Splits:
+    """Pictures in inverted colours, with normal noise of a share of the range on every pixel, the same in every run."""
+    random = torch.Generator().manual_seed(0)
+    mean, deviation = (torch.tensor(v)[:, None, None] for v in (MEAN, DEVIATION))
+
+    def change(data: Dataset) -> Dataset:
+        assert isinstance(data.inputs, Tensor)
+        pixels = 1 - (data.inputs * deviation + mean) + noise * torch.randn(data.inputs.shape, generator=random)
+        return Dataset((pixels - mean) / deviation, data.labels)
+
+    return Splits(change(splits.train), change(splits.validation), change(splits.test))
+
+
+def _from_folder(folder: Path, classes: int) -> Dataset:
+    """One part's pictures, by class."""
+    image = _pillow()
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir())
+    if len(names) != classes:
+        raise ValueError(f"{folder}: {classes} folders, one per class, are needed, there are {len(names)}")
+    pixels, labels = [], []
+    for label, name in enumerate(names):
+        for path in sorted((folder / name).iterdir()):
+            with image.open(path) as picture:
+                pixels.append(np.asarray(picture.convert("RGB")))
+            labels.append(label)
+            if pixels[-1].shape != (32, 32, 3):
+                raise ValueError(f"{path}: a picture of 32 x 32 is needed, it has {picture.size}")
+    return _standardised(pixels, labels)
+
+
+def _from_hub(name: str, part: str) -> Dataset:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("data sets of the hub need datasets: pip install 'hosfl[hf]'; or give a folder") from error
+    where, label = HUB[name]
+    rows: Any = datasets.load_dataset(where, split=part)
+    return _standardised([np.asarray(picture.convert("RGB")) for picture in rows["img"]], list(rows[label]))
+
+
+def _standardised(pixels: list[np.ndarray], labels: list[int]) -> Dataset:
+    mean, deviation = (np.float32(v) for v in (MEAN, DEVIATION))
+    inputs = (np.stack(pixels).astype(np.float32) / 255 - mean) / deviation
+    return Dataset(torch.from_numpy(inputs).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels, dtype=torch.int64))
+
+
+def _pillow() -> Any:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ImportError("pictures need pillow: pip install pillow") from error
+    return Image
