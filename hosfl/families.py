@@ -189,13 +189,17 @@ def _transformers() -> Any:
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Without a report of which weights are new: the classifier's are meant to be."""
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+    """Without bars, and without a report of which weights are new: the classifier's are meant to be."""
+    logs = transformers.logging
+    before, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
+    logs.set_verbosity_error()
+    logs.disable_progress_bar()
     try:
         yield
     finally:
-        transformers.logging.set_verbosity(before)
+        logs.set_verbosity(before)
+        if bars:
+            logs.enable_progress_bar()
 
 
 class ClientHalf(nn.Module):

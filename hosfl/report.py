@@ -62,10 +62,10 @@ class Summary:
 
     accuracy, scores, loss: at the end, on the data named by config.evaluate_on; see `Evaluation`. bytes: by category,
     whole run; bytes_per_client_round: the same over rounds x sampled clients. passes: samples that went forward and
-    backward through the halves, whole run, "client forward" and so on, evaluation left out; a pass with dual numbers is one;
-    passes_per_client_round as for bytes. forward_seconds, answer_seconds: mean per client and
-    cut of the plain forward pass, and of probing (P passes) or backpropagation. peak_memory: bytes, of the process,
-    and on CUDA of its allocator.
+    backward through the halves, whole run, "client forward" and so on, evaluation left out; a pass with dual numbers is
+    one; passes_per_client_round as for bytes. forward_seconds, answer_seconds: mean per client and cut of the plain
+    forward pass, and of probing (P passes) or backpropagation. peak_memory: bytes, of the process, and on CUDA of its
+    allocator.
     """
 
     config: dict[str, Any]
