@@ -24,29 +24,8 @@ from hosfl.trainer import assemble
 from hosfl.verbalizer import first_tokens, verbalized, with_words
 
 WORDS = [
-    "terrible",
-    "great",
-    "Yes",
-    "No",
-    "It",
-    "was",
-    "Does",
-    "the",
-    "pronoun",
-    "here",
-    "refer",
-    "to",
-    "or",
-    "follow",
-    "that",
-    "it",
-    "film",
-    "good",
-    "bad",
-    "he",
-    "dog",
-    "cat",
-    "ate",
+    *("terrible", "great", "Yes", "No", "It", "was", "Does", "the", "pronoun", "here", "refer", "to", "or", "follow"),
+    *("that", "it", "film", "good", "bad", "he", "dog", "cat", "ate"),
 ]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "?", '"', "."]
 COUNTS = {"train": 90, "validation": 20, "test": 12}
@@ -145,7 +124,7 @@ def models(tmp_path_factory):
 
 
 def texts_of(part, task):
-    return [tuple(r[c] for c in TEXTS[task].columns) for r in part]
+    return [tuple(r[c].strip() for c in TEXTS[task].columns) for r in part]
 
 
 @pytest.mark.parametrize("task", TEXTS)
@@ -154,9 +133,8 @@ def test_hidden_labels_make_validation_the_test_part(task, tmp_path, monkeypatch
     folder = write(task, tmp_path / "data")
     found = parts(TEXTS[task], str(folder))
     assert [len(part) for part in found] == [81, 9, 20]
-    assert texts_of(found[2], task) == [
-        tuple(r[c].strip() for c in TEXTS[task].columns) for r in rows(task, "validation")
-    ]
+    assert texts_of(found[2], task) == texts_of(rows(task, "validation"), task)
+    assert found[2][0].get("sentence") == {"sst2": "bad film"}.get(task)  # no blank at the end
     assert [r["label"] for r in found[2]] == [n % 3 % 2 for n in range(20)]
     assert [sum(r["label"] for r in part) for part in found[:2]] == [27, 3]  # a third of each
     (folder / TEXTS[task].files[2]).unlink()
@@ -261,12 +239,8 @@ def tokenizer_in(path, vocabulary, splits):
 
 
 def test_words_are_told_by_their_first_tokens(tmp_path, models):
-    assert [
-        WORDS[t - len(SPECIAL)] for t in first_tokens(str(models / "decoder"), " It was", (" great", " bad it"))
-    ] == [
-        "great",
-        "bad",
-    ]
+    found = first_tokens(str(models / "decoder"), " It was", (" great", " bad it"))
+    assert [WORDS[token - len(SPECIAL)] for token in found] == ["great", "bad"]
     letters = tokenizers.pre_tokenizers.Split("", "isolated")
     name = tokenizer_in(tmp_path / "letters", ["?", *" abc:"], letters)
     assert first_tokens(name, "a:", ("ba", "ca")) == [3, 4]
