@@ -116,7 +116,7 @@ def held_out(classes: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def hub(*name: str) -> Any:
-    """A data set of the Hugging Face hub, part -> rows. Raises ImportError without `datasets`, OSError offline."""
+    """A data set of the Hugging Face hub, part -> rows. Raises ImportError without `datasets`, OSError otherwise."""
     try:
         load: Callable[..., Any] = importlib.import_module("datasets").load_dataset
     except ImportError as error:
@@ -124,7 +124,10 @@ def hub(*name: str) -> Any:
             f"without data, a folder, {name[0]} comes from the Hugging Face hub, which needs datasets:"
             " pip install 'hosfl[hf]'"
         ) from error
-    return load(*name)
+    try:
+        return load(*name)
+    except RuntimeError as error:  # such as of data sets that come as a program
+        raise OSError(f"cannot load {' '.join(name)} from the Hugging Face hub: {error}") from error
 
 
 def read_rows(path: Path, task: TextTask, hidden: bool = False) -> list[Row]:

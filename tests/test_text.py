@@ -21,7 +21,7 @@ from hosfl.split import split
 from hosfl.tasks import TASKS
 from hosfl.text import TEXTS, Row, parts
 from hosfl.trainer import assemble
-from hosfl.verbalizer import first_tokens, verbalized, with_words
+from hosfl.verbalizer import Rows, first_tokens, verbalized, with_words
 
 WORDS = [
     *("terrible", "great", "Yes", "No", "It", "was", "Does", "the", "pronoun", "here", "refer", "to", "or", "follow"),
@@ -198,6 +198,15 @@ def test_without_data_and_datasets_the_way_to_get_them(monkeypatch, models, caps
     assert "train.jsonl" in capsys.readouterr().err
 
 
+def test_what_the_hub_refuses_is_told(monkeypatch):
+    def refuse(*name):
+        raise RuntimeError("Dataset scripts are no longer supported")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(OSError, match=r"cannot load aps/super_glue rte from .* hub: Dataset scripts"):
+        parts(TEXTS["rte"], "")
+
+
 # --- tokens -------------------------------------------------------------------------------------------------------
 
 
@@ -248,6 +257,11 @@ def test_words_are_told_by_their_first_tokens(tmp_path, models):
         first_tokens(name, "a:", (" ba", " ca"))
     joins = tokenizer_in(tmp_path / "joins", ["?", "a", ":", ":b", ":c"], tokenizers.pre_tokenizers.WhitespaceSplit())
     assert first_tokens(joins, "a :", ("b", "c")) == [3, 4]
+
+
+def test_rows_have_their_biases():
+    layer, hidden = torch.nn.Linear(4, 9), torch.randn(2, 3, 4)
+    assert torch.allclose(Rows(layer, [7, 2])(hidden), layer(hidden)[..., [7, 2]], atol=1e-6)
 
 
 @pytest.mark.parametrize("padding", ["none", "left", "right", "all"])
