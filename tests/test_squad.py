@@ -10,7 +10,8 @@ import torch
 import transformers as hf
 from torch import nn
 
-from hosfl import Config, train
+from hosfl import Config, squad, train
+from hosfl.data import dirichlet_split
 from hosfl.families import pretrained_model
 from hosfl.messages import Cut
 from hosfl.split import split
@@ -162,10 +163,21 @@ def test_windows_cover_the_context_and_know_the_answer(folder):
             if holds:
                 assert asked.context[found.spans[i, first, 0] : found.spans[i, last, 1]] == asked.answers[0]
             outside = found.spans[i, :, 0] < 0
-            assert outside[: 1 + 4 + 1].all()  # [CLS], the question without its mark, [SEP]
+            assert outside[:6].all()  # [CLS], the question without its mark, [SEP]
+            assert not outside[6]
             ids = found.inputs["input_ids"][i]
             assert tokenizer.decode(ids[1:5]) == "Who saw the cat"
     assert any(len(asked.context) != len(found.questions[0].context) for asked in questions)
+
+
+def test_many_questions_are_read_in_portions(folder, monkeypatch):
+    questions = [question(n) for n in range(14)]
+    whole = cut(questions, folder)
+    monkeypatch.setattr(squad, "AT_ONCE", 3)
+    found = cut(questions, folder)
+    for one, other in ((found.labels, whole.labels), (found.spans, whole.spans), (found.question, whole.question)):
+        assert torch.equal(one, other)
+    assert all(torch.equal(found.inputs[name], value) for name, value in whole.inputs.items())
 
 
 def test_answers_of_several_words_and_blanks(folder):
@@ -311,16 +323,17 @@ def test_the_server_refuses_other_labels(folder):
 
 
 def test_clients_differ_by_article(folder):
-    def articles(**settings):
-        federation, task = assemble(config(folder, **settings))
-        ids = task.splits.train.inputs["input_ids"]
-        owned = [federation.take(n).batch.data for n in range(3)]
-        assert sum(map(len, owned)) == len(ids)
-        _, found = windows(parts(str(folder)), str(folder / "model"))
-        assert torch.equal(task.groups, found)
-        return [len(part) for part in owned]
+    splits, articles = windows(parts(str(folder)), str(folder / "model"))
+    assert len(articles) == len(splits.train)
+    assert articles.unique().tolist() == list(range(9))
 
-    alike = articles(partition="iid")
+    def owned(**settings):
+        federation, _ = assemble(config(folder, **settings))
+        return [federation.take(n).batch.data for n in range(3)]
+
+    alike = [len(part) for part in owned(partition="iid")]
+    assert sum(alike) == len(articles)
     assert max(alike) - min(alike) <= 1
-    unlike = articles(alpha=0.3)
-    assert max(unlike) - min(unlike) > 5
+    expected = dirichlet_split(articles, 3, 0.3, seed=0)
+    for part, mine in zip(expected, owned(alpha=0.3), strict=True):
+        assert torch.equal(mine.inputs["input_ids"], splits.train[part].inputs["input_ids"])
