@@ -67,7 +67,7 @@ TEXTS = {
         longest=256,
     ),
     "wsc": TextTask(
-        hub=("aps/super_glue", "wsc.fixed"),
+        hub=("aps/super_glue", "wsc.fixed"),  # as the files, but for a few spans whose spelling is not the text's
         files=("train.jsonl", "val.jsonl", "test.jsonl"),
         columns=("text", "span1_text", "span2_text"),
         labels=("False", "True"),
