@@ -37,7 +37,7 @@ from hosfl.families import skeleton
 from hosfl.lattice import LatticeError
 from hosfl.log import EpochRecord, Log, LogError, RoundRecord
 from hosfl.memory import HALVES, client_memory, over_bound
-from hosfl.report import Evaluation
+from hosfl.report import Evaluation, metric
 from hosfl.simulate import Faults, simulate
 from hosfl.split import cut_points
 from hosfl.study import State, load_study, run_study
@@ -46,9 +46,10 @@ from hosfl.trainer import Progress as OnProgress
 from hosfl.trainer import train
 
 HELP = {
-    "task": "what is learnt: real handwritten digits; the same inverted, by a network pretrained on them; or sentences"
-    " with a pretrained model (default: %(default)s)",
-    "data": "a folder with the task's data, where it is not embedded",
+    "task": "what is learnt: real handwritten digits; the same inverted, by a network pretrained on them; or, with a"
+    " pretrained language model, classes of sentences, SST-2, RTE, WSC, SQuAD (default: %(default)s)",
+    "data": "a folder with the task's data as published, of squad also one file; default: embedded, or by name from the"
+    " Hugging Face hub",
     "model": "a pretrained model, on the hub or a folder, where the task does not say (default: the task's own)",
     "at": "the layer to cut the model before, by number or name (default: the task's own)",
     "trains": "what moves of the client half: all, lora, biases, norms, or patterns of names (default: %(default)s)",
@@ -77,6 +78,8 @@ HELP = {
     "aggregation": "of the clients' answers (default: %(default)s)",
     "clip": "the largest length of one client's gradient estimate (default: none)",
     "dtype": "of the client half (default: %(default)s)",
+    "partition": "of the data over the clients: for each class, in squad for each article, by shares from a Dirichlet"
+    " distribution; or at random in equal parts (default: %(default)s)",
     "alpha": "Dirichlet parameter of the clients' data: small is unlike (default: %(default)s)",
     "seed": "of everything (default: %(default)s)",
     "evaluate_every": "rounds between evaluations (default: %(default)s)",
@@ -190,7 +193,7 @@ def _bar(title: str, rounds: int) -> Iterator[OnProgress]:
         def on_progress(done: int, loss: float, evaluation: Evaluation | None, moved: int) -> None:
             nonlocal accuracy
             if evaluation is not None:
-                accuracy = f"accuracy {evaluation.accuracy:.3f}  "
+                accuracy = f"{metric(evaluation.scores)} {evaluation.accuracy:.3f}  "
             bar.update(task, completed=done, state=f"loss {loss:.3f}  {accuracy}{moved / 1e6:.1f} MB")
 
         yield on_progress
@@ -205,8 +208,9 @@ def _train(options: argparse.Namespace) -> int:
         out, config = options.resume, load_config(options.resume)
     with _bar(config.method, config.rounds) as on_progress:
         summary = train(config, out, on_progress, resume=options.resume is not None)
+    scores = ", ".join(f"{name} {value:.4f}" for name, value in summary.scores.items())
     print(
-        f"{config.method}: {config.evaluate_on} accuracy {summary.accuracy:.4f}, loss {summary.loss:.4f}"
+        f"{config.method}: {config.evaluate_on} {scores}, loss {summary.loss:.4f}"
         f" after {summary.rounds} rounds in {summary.seconds:.1f} s"
     )
     if summary.replicas is not None and not summary.replicas.equal:
@@ -223,7 +227,8 @@ def _simulate(options: argparse.Namespace) -> int:
     shown = Table(title=f"{outcome.rounds} rounds of {config.task}", show_header=False)
     for name in SHOWN:
         value = getattr(outcome, name)
-        shown.add_row(name.replace("_", " "), f"{value:.4f}" if isinstance(value, float) else str(value))
+        title = metric(outcome.evaluations[-1].scores) if name == "accuracy" else name.replace("_", " ")
+        shown.add_row(title, f"{value:.4f}" if isinstance(value, float) else str(value))
     shown.add_row("all clients hold the same bits", "yes" if outcome.equal else "NO")
     Console(width=None if sys.stdout.isatty() else 110).print(shown)
     if not outcome.equal:

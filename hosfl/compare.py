@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hosfl.config import Config
-from hosfl.report import Evaluation, Summary, machine, plot_curves
+from hosfl.report import Evaluation, Summary, machine, metric, plot_curves
 from hosfl.trainer import Progress, train
 
 CATEGORIES = (
@@ -69,6 +69,7 @@ def row(summaries: Sequence[Summary]) -> dict[str, Any]:
     return {
         "seeds": [s.config["seed"] for s in summaries],
         "accuracy": mean(s.accuracy for s in summaries),
+        "scores": {name: mean(s.scores[name] for s in summaries) for name in summaries[0].scores},
         "loss": mean(s.loss for s in summaries),
         "accuracies": [s.accuracy for s in summaries],
         "losses": [s.loss for s in summaries],
@@ -96,6 +97,10 @@ def _add_gap(methods: dict[str, Any]) -> None:
             line[f"{quantity}_gap_recovered"] = (line[quantity] - low) / (high - low) if high != low else None
 
 
+def _score(name: str, line: dict[str, Any]) -> str:
+    return f"{line['scores'][name]:.4f}"
+
+
 def _bytes(category: str, line: dict[str, Any]) -> str:
     return f"{line['bytes_per_client_round'].get(category, 0):,.0f}"
 
@@ -120,9 +125,11 @@ def print_table(table: dict[str, Any]) -> None:
         return "" if value is None else f"{value + 0.0:.2f}"  # no -0.00
 
     data = table["config"]["evaluate_on"]
-    add(f"{data} accuracy", lambda line: f"{line['accuracy']:.4f}")
+    scores = next(iter(methods.values()))["scores"] if methods else {}
+    for name in scores:
+        add(f"{data} {name}", partial(_score, name))
     add(f"{data} loss", lambda line: f"{line['loss']:.4f}")
-    add("accuracy gap recovered", lambda line: share(line, "accuracy"))
+    add(f"{metric(scores)} gap recovered", lambda line: share(line, "accuracy"))
     add("loss gap recovered", lambda line: share(line, "loss"))
     for category in (*CATEGORIES, "framing up", "framing down"):
         if any(category in line["bytes_per_client_round"] for line in methods.values()):

@@ -12,7 +12,7 @@ from hosfl.aggregate import AGGREGATIONS
 from hosfl.probe import ESTIMATORS
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "task": ("digits", "digits-inverted", "sentences"),
+    "task": ("digits", "digits-inverted", "sentences", "sst2", "rte", "wsc", "squad"),
     "method": ("ho", "first-order", "frozen", "checkpointed", "splitfed", "zo-both", "hosl", "mu-splitfed"),
     "directions_from": ("fresh", "pool"),
     "direction_scale": ("unit", "rms"),
@@ -21,6 +21,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": ("linear", "constant"),
     "aggregation": tuple(AGGREGATIONS),
     "dtype": ("float32", "bfloat16"),
+    "partition": ("dirichlet", "iid"),
     "estimator": ESTIMATORS,
     "evaluate_on": ("test", "validation"),
 }
@@ -46,8 +47,9 @@ class Config:
     """Settings of one run. Raises ValueError for a value that cannot work, and says which.
 
     task: what is learnt: "digits", which is embedded; "digits-inverted", a network pretrained on digits whose inputs
-    change; or "sentences". data, model, at: where a task does not have its own: a folder with the data, a pretrained
-    model by name or folder, and the layer to cut it before.
+    change; classes of any "sentences"; "sst2", "rte", "wsc", see `hosfl.text`; or "squad", see `hosfl.squad`. data,
+    model, at: where a task does not have its own: a folder with the data as published (of sst2 and so on the Hugging
+    Face hub's where it is empty), a pretrained model by name or folder, and the layer to cut it before.
     method: "ho" (HO-SFL), "first-order" (split learning with exact gradients, the upper bound), "frozen" (the client
     half never learns: the control), or another way to train a split model, see `hosfl.baselines`: "checkpointed",
     "splitfed", "zo-both", "hosl" (always two-sided), "mu-splitfed". local_steps: of a SplitFed client between averages,
@@ -66,7 +68,9 @@ class Config:
     aggregation: of the clients' answers. clip: the largest length of one client's gradient estimate; None for none.
     trains: which of the client half's parameters move: "all"; "lora", adapters beside all linear layers, which peft
     makes; "biases"; "norms"; or patterns of names, such as "*.query.*,*.value.*".
-    dtype: of the client half. alpha: how unlike the clients' data are (Dirichlet). seed: of everything, below 2^64.
+    dtype: of the client half. partition: of the training data over the clients: "dirichlet" with parameter alpha, by
+    class or, in squad, by article: small means unlike; or "iid", at random in equal parts, which has no use for alpha.
+    seed: of everything, below 2^64.
     evaluate_every, digest_every, snapshot_every: rounds; a snapshot is what a killed run resumes from. keep: snapshots.
     evaluate_on: "test", or "validation" for choosing rates. device: such as "cpu" or "cuda".
     """
@@ -98,6 +102,7 @@ class Config:
     aggregation: str = "weighted"
     clip: float | None = None
     dtype: str = "float32"
+    partition: str = "dirichlet"
     alpha: float = 0.5
     seed: int = 0
     evaluate_every: int = 20

@@ -1,9 +1,9 @@
-"""Data: real handwritten digits, and their split over clients."""
+"""Data: samples and labels, real handwritten digits, texts as tokens, and the split over clients."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,11 +14,12 @@ from torch import Tensor
 from hosfl.client import Batch
 from hosfl.families import tokenized
 from hosfl.seeds import Purpose, generator
+from hosfl.text import Row, lines_of, tsv_rows
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Inputs [n, ...], or several by name, such as tokens and their mask; labels int64 [n]."""
+    """Inputs [n, ...], or several by name, such as tokens and their mask; labels int64 [n], or [n, ...]."""
 
     inputs: Tensor | dict[str, Tensor]
     labels: Tensor
@@ -30,11 +31,15 @@ class Dataset:
         """Some of the samples."""
         return Dataset(self._each(lambda x: x[chosen]), self.labels[chosen])
 
+    @property
+    def length(self) -> int:
+        """Tokens of a sample; 1 where the inputs are not tokens."""
+        return 1 if isinstance(self.inputs, Tensor) else self.inputs["input_ids"].shape[1]
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Dataset:
         """On a device, inputs of floating point as `dtype`."""
-        return Dataset(
-            self._each(lambda x: x.to(device, dtype if x.is_floating_point() else None)), self.labels.to(device)
-        )
+        inputs = self._each(lambda x: x.to(device, dtype if x.is_floating_point() else None))
+        return replace(self, inputs=inputs, labels=self.labels.to(device))  # of the same class
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Tensor | dict[str, Tensor]:
         if isinstance(self.inputs, Tensor):
@@ -94,40 +99,44 @@ def held_out(data: Dataset, share: float = 0.1) -> tuple[Dataset, Dataset]:
 
 
 def sentences(folder: Path, model: str, longest: int = 64) -> Splits:
-    """Labelled sentences of a folder: train.tsv, dev.tsv (validation) and test.tsv, as GLUE's SST-2 has them.
+    """Labelled sentences of a folder: train.tsv, dev.tsv (validation) and test.tsv.
 
     The first line is "sentence<TAB>label", every other a sentence and its class, from 0 on. model: whose tokenizer to
     use. longest: tokens; what is longer is cut. Raises FileNotFoundError, ValueError naming the file and line.
     """
-    parts = [_read_tsv(folder / name) for name in ("train.tsv", "dev.tsv", "test.tsv")]
-    texts = [text for part in parts for text, _ in part]
-    labels = torch.tensor([label for part in parts for _, label in part], dtype=torch.int64)
-    whole = Dataset(tokenized(model, texts, longest), labels)
-    ends = np.cumsum([0, *map(len, parts)]).tolist()
+    paths = [folder / name for name in ("train.tsv", "dev.tsv", "test.tsv")]
+    found = [tsv_rows(path, lines_of(path)) for path in paths]
+    return as_tokens(found, lambda row: (row["sentence"],), model, longest)
+
+
+def as_tokens(
+    found: Sequence[list[Row]], texts: Callable[[Row], tuple[str, ...]], model: str, longest: int, cut: str = "right"
+) -> Splits:
+    """Training, validation and test rows as a model's tokens, of one length; the other arguments: see `tokenized`."""
+    rows = [row for part in found for row in part]
+    labels = torch.tensor([row["label"] for row in rows], dtype=torch.int64)
+    whole = Dataset(tokenized(model, [texts(row) for row in rows], longest, cut), labels)
+    ends = np.cumsum([0, *map(len, found)]).tolist()
     return Splits(*(whole[begin:end] for begin, end in pairwise(ends)))
 
 
-def _read_tsv(path: Path) -> list[tuple[str, int]]:
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        text, tab, label = line.rpartition("\t")
-        if number == 1:
-            if (text, label) != ("sentence", "label"):
-                raise ValueError(f"{path} does not begin with the line sentence<TAB>label")
-        elif not tab or not text or not label.isdecimal() or int(label) > 999:
-            raise ValueError(f"{path}, line {number}: expected a sentence, a tab and a class from 0 on")
-        else:
-            rows.append((text, int(label)))
-    if not rows:
-        raise ValueError(f"{path} has no sentences")
-    return rows
+def iid_split(samples: int, clients: int, seed: int) -> list[Tensor]:
+    """Who owns which sample, whatever its class: equal parts of a random order; indices int64 per client.
+
+    Raises ValueError where there are fewer samples than clients.
+    """
+    if samples < clients:
+        raise ValueError(f"{samples} samples for {clients} clients: use fewer clients")
+    order = generator(seed, Purpose.PARTITION).permutation(samples)
+    return [torch.from_numpy(np.sort(part)) for part in np.array_split(order, clients)]
 
 
 def dirichlet_split(labels: Tensor, clients: int, alpha: float, seed: int, smallest: int = 8) -> list[Tensor]:
     """Who owns which sample: for each class, shares drawn from a Dirichlet distribution; indices int64 per client.
 
-    alpha: small means that clients see few classes, large that they see the same mix. Drawn again until every client
-    has `smallest` samples. Raises ValueError if that does not happen in 100 draws.
+    labels: int64 [n], the classes, or whatever else the clients' data are to differ by, such as articles. alpha: small
+    means that clients see few classes, large that they see the same mix. Drawn again until every client has `smallest`
+    samples. Raises ValueError if that does not happen in 100 draws.
     """
     random = generator(seed, Purpose.PARTITION)
     classes = [np.flatnonzero(labels.numpy() == c) for c in labels.unique().tolist()]

@@ -127,12 +127,28 @@ def packaged_minilm() -> str:
     return str(Path(found.origin).parent / "model")
 
 
-def pretrained_classifier(name: str, classes: int) -> nn.Module:
-    """A pretrained model, by its name on the hub or its folder, under a new classifier. Raises ImportError, OSError."""
+def pretrained_model(name: str, head: str, **settings: Any) -> nn.Module:
+    """A pretrained model in float32, by its name on the hub or its folder, under a head.
+
+    head: as transformers calls it, such as "SequenceClassification"; random where the pretrained model has none.
+    Raises ImportError, OSError.
+    """
     transformers = _transformers()
     with _quiet(transformers):
-        model: nn.Module = transformers.AutoModelForSequenceClassification.from_pretrained(name, num_labels=classes)
-    return model
+        model: nn.Module = getattr(transformers, f"AutoModelFor{head}").from_pretrained(name, **settings)
+    return model.float()  # many are published in 16 bits, which the server's optimizer could not train
+
+
+def is_decoder(name: str) -> bool:
+    """Whether a text model, by its name or folder, predicts the next word. Reads its configuration only.
+
+    Raises ImportError, OSError, and ValueError for a model of no family that can be cut.
+    """
+    kind = _transformers().AutoConfig.from_pretrained(name).model_type
+    texts = [k for k, family in FAMILIES.items() if family.inputs == "input_ids"]
+    if kind not in texts:
+        raise ValueError(f"{name} is a {kind}; text models that can be cut are {', '.join(texts)}")
+    return FAMILIES[kind] is not BERT
 
 
 def untrained(kind: str, **settings: Any) -> nn.Module:
@@ -142,11 +158,26 @@ def untrained(kind: str, **settings: Any) -> nn.Module:
     return model
 
 
-def tokenized(name: str, texts: Sequence[str], longest: int) -> dict[str, Tensor]:
-    """Tokens and mask of texts, int64 [n, length]: as long as the longest text, `longest` at most."""
-    tokenizer = _transformers().AutoTokenizer.from_pretrained(name)
-    found = tokenizer(list(texts), padding=True, truncation=True, max_length=longest, return_tensors="pt")
-    return {name: found[name] for name in ("input_ids", "attention_mask")}
+def tokenizer_of(name: str, **settings: Any) -> Any:
+    """A model's tokenizer that pads on the right, where positions are those of a text alone in every family."""
+    tokenizer = _transformers().AutoTokenizer.from_pretrained(name, padding_side="right", **settings)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def tokenized(name: str, texts: Sequence[Sequence[str]], longest: int, cut: str = "right") -> dict[str, Tensor]:
+    """Tokens and mask, int64 [n, length]: as long as the longest, `longest` or the model's own limit at most.
+
+    texts: per sample one text, or two; then with token types, where the tokenizer has them. cut: the side on which what
+    is too long loses tokens.
+    """
+    tokenizer = tokenizer_of(name, truncation_side=cut)
+    longest = min(longest, tokenizer.model_max_length)
+    columns = [list(column) for column in zip(*texts, strict=True)]
+    found = tokenizer(*columns, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+    types = ["token_type_ids"] if len(columns) > 1 else []
+    return {name: found[name] for name in ("input_ids", "attention_mask", *types) if name in found}
 
 
 def _transformers() -> Any:
@@ -158,13 +189,17 @@ def _transformers() -> Any:
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Without a report of which weights are new: the classifier's are meant to be."""
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
+    """Without bars, and without a report of which weights are new: the classifier's are meant to be."""
+    logs = transformers.logging
+    before, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
+    logs.set_verbosity_error()
+    logs.disable_progress_bar()
     try:
         yield
     finally:
-        transformers.logging.set_verbosity(before)
+        logs.set_verbosity(before)
+        if bars:
+            logs.enable_progress_bar()
 
 
 class ClientHalf(nn.Module):
@@ -183,7 +218,10 @@ class ClientHalf(nn.Module):
 
 
 class ServerHalf(nn.Module):
-    """The model from the cut on: the cut, and the inputs' attention mask -> logits; a trunk's last hidden state."""
+    """The model from the cut on: the cut, and the inputs' attention mask -> logits; a trunk's last hidden state.
+
+    Under a head for questions: of start and end, [batch, length, 2].
+    """
 
     def __init__(self, model: nn.Module, door: Door, inputs: str) -> None:
         super().__init__()
@@ -197,6 +235,8 @@ class ServerHalf(nn.Module):
             output = self.model(**named)
         finally:
             self.door.cut = None
+        if "start_logits" in output:
+            return torch.stack([output.start_logits, output.end_logits], -1)
         result: Tensor = output.logits if "logits" in output else output.last_hidden_state
         return result
 

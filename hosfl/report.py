@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The model after `round` rounds. bytes: so far, all clients; moved: the same by category. seconds: since start."""
+    """The model after `round` rounds.
+
+    accuracy: the first of the task's scores, and the only one but for tasks that say otherwise: squad's is F1. scores:
+    all of them, by name. bytes: so far, all clients; moved: the same by category. seconds: since start.
+    """
 
     round: int
     accuracy: float
@@ -33,6 +37,14 @@ class Evaluation:
     bytes: int
     moved: dict[str, int]
     seconds: float
+    scores: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, round: int, scores: dict[str, float], loss: float, training: float, moved: dict[str, int], seconds: float
+    ) -> Evaluation:
+        first = next(iter(scores.values()))
+        return cls(round, first, loss, training, sum(moved.values()), moved, seconds, scores)
 
 
 @dataclass(frozen=True)
@@ -48,16 +60,17 @@ class Replicas:
 class Summary:
     """A run's outcome.
 
-    accuracy, loss: at the end, on the data named by config.evaluate_on. bytes: by category, whole run;
-    bytes_per_client_round: the same over rounds x sampled clients. passes: samples that went forward and backward
-    through the halves, whole run, "client forward" and so on, evaluation left out; a pass with dual numbers is one;
-    passes_per_client_round as for bytes. forward_seconds, answer_seconds: mean per client and
-    cut of the plain forward pass, and of probing (P passes) or backpropagation. peak_memory: bytes, of the process,
-    and on CUDA of its allocator.
+    accuracy, scores, loss: at the end, on the data named by config.evaluate_on; see `Evaluation`. bytes: by category,
+    whole run; bytes_per_client_round: the same over rounds x sampled clients. passes: samples that went forward and
+    backward through the halves, whole run, "client forward" and so on, evaluation left out; a pass with dual numbers is
+    one; passes_per_client_round as for bytes. forward_seconds, answer_seconds: mean per client and cut of the plain
+    forward pass, and of probing (P passes) or backpropagation. peak_memory: bytes, of the process, and on CUDA of its
+    allocator.
     """
 
     config: dict[str, Any]
     accuracy: float
+    scores: dict[str, float]
     loss: float
     rounds: int
     interrupted: bool
@@ -94,6 +107,7 @@ class Summary:
         return cls(
             config=asdict(config),
             accuracy=last.accuracy,
+            scores=last.scores,
             loss=last.loss,
             rounds=rounds,
             interrupted=rounds < config.rounds and failure is None,
@@ -207,6 +221,11 @@ class Writer:
         write_atomically(self.folder / "summary.json", (json.dumps(asdict(summary), indent=2) + "\n").encode())
 
 
+def metric(scores: Mapping[str, float]) -> str:
+    """The name of the score that is shown as the accuracy."""
+    return next(iter(scores), "accuracy")
+
+
 def plot_curves(runs: dict[str, list[Sequence[Evaluation]]], path: Path, title: str) -> None:
     """Loss and accuracy against rounds, one line per method: the mean over seeds, and the band from worst to best."""
     from matplotlib.figure import Figure
@@ -222,7 +241,7 @@ def plot_curves(runs: dict[str, list[Sequence[Evaluation]]], path: Path, title: 
             if len(seeds) > 1:
                 axis.fill_between(rounds, values.amin(0), values.amax(0), color=line.get_color(), alpha=0.15, lw=0)
         axis.set_xlabel("round")
-        axis.set_ylabel(quantity)
+        axis.set_ylabel(metric(next(iter(runs.values()))[0][0].scores) if quantity == "accuracy" else quantity)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yscale("log")

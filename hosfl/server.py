@@ -26,7 +26,8 @@ class Server:
 
     loss: (output, labels) -> mean loss over the batch. ledger: what is known of the client half; None where it is
     frozen. clients: their number. cut_shape: of one sample. classes: labels are below it. batch: the most samples that
-    one client sends. masked: whether the half takes an attention mask beside the cut.
+    one client sends. masked: whether the half takes an attention mask beside the cut. label_shape: of one sample's
+    labels.
 
     Whatever comes from a client goes through `receive`, `step` or `commit`, which refuse what is not exactly right; a
     refused message changes nothing. refused: the reasons, the first thousand of them; refusals: how many there were.
@@ -47,6 +48,7 @@ class Server:
     classes: int
     batch: int
     masked: bool = False
+    label_shape: tuple[int, ...] = ()
     refused: list[str] = field(default_factory=list)
     refusals: int = 0
     differed: list[str] = field(default_factory=list)
@@ -55,7 +57,7 @@ class Server:
 
     def __post_init__(self) -> None:
         self._samples: dict[int, int] = {}
-        numbers = self.batch * (int(torch.Size(self.cut_shape).numel()) + 1)
+        numbers = self.batch * sum(torch.Size(shape).numel() for shape in (self.cut_shape, self.label_shape))
         if self.masked:
             numbers += self.batch * self.cut_shape[0]
         if self.ledger is not None:
@@ -201,7 +203,8 @@ class Server:
         if message.client in self._samples:
             raise MessageError("a second cut in one round")
         shape, labels = tuple(message.cut.shape), message.labels
-        if not shape or shape[1:] != self.cut_shape or shape[:1] != tuple(labels.shape) or not len(labels):
+        right = shape[1:] == self.cut_shape and tuple(labels.shape) == shape[:1] + self.label_shape
+        if not shape or not right or not len(labels):
             raise MessageError(f"a cut of shape {shape}, labels {tuple(labels.shape)}; samples are {self.cut_shape}")
         if len(labels) > self.batch:
             raise MessageError(f"{len(labels)} samples; the most is {self.batch}")

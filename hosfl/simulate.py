@@ -345,11 +345,9 @@ def _run(
     done, loss, evaluations = 0, float("nan"), list[Evaluation]()
 
     def evaluation() -> Evaluation:
-        accuracy, found = evaluate(crowd.model(), data, task)
+        scores, found = evaluate(crowd.model(), data, task)
         moved = dict(crowd.wire.bytes)
-        evaluations.append(
-            Evaluation(done, accuracy, found, loss, sum(moved.values()), moved, time.perf_counter() - begin)
-        )
+        evaluations.append(Evaluation.of(done, scores, found, loss, moved, time.perf_counter() - begin))
         return evaluations[-1]
 
     with interruptible() as interrupted:

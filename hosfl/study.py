@@ -40,7 +40,7 @@ from hosfl.checkpoint import write_atomically
 from hosfl.config import CHOICES, Config
 from hosfl.lattice import LatticeError
 from hosfl.memory import HALVES, client_memory
-from hosfl.report import Evaluation, machine
+from hosfl.report import Evaluation, machine, metric
 from hosfl.trainer import train
 
 OWN = ("seed", "rounds", "evaluate_on")  # settings that the study itself makes
@@ -469,7 +469,9 @@ def table(study: Study, folder: Path) -> dict[str, Any]:
         runs = [] if trial is None else [held(job, folder) for job in study.final(method, trial)]
         rows[method] = _row(study, method, trial, [run for run in runs if run is not None])
     _add_gap(rows)
-    return {"rounds": study.rounds, "unequal": study.unequal, "methods": rows, "trials": tried}
+    first = (held(job, folder) for job in study.tuning())
+    name = next((metric(run["scores"]) for run in first if run and not run["failure"]), "accuracy")
+    return {"rounds": study.rounds, "unequal": study.unequal, "metric": name, "methods": rows, "trials": tried}
 
 
 def _row(study: Study, method: str, trial: int | None, runs: Sequence[Result]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def report(folder: Path) -> Path:
     measured = json.loads(memory.read_text()) if memory.exists() else None
     good = {m: [r for r in rs if not r["failure"]] for m, rs in runs.items()}
     if any(good.values()):
-        plot_curves(good, folder / "curves.png")
+        plot_curves(good, folder / "curves.png", found["metric"])
     if measured is not None:
         plot_memory(measured, folder / "memory.png")
     path = folder / "report.html"
@@ -63,8 +63,11 @@ def report(folder: Path) -> Path:
     return path
 
 
-def plot_curves(runs: dict[str, list[Result]], path: Path) -> None:
-    """Accuracy and loss on test data against rounds, bytes and seconds: means over seeds, bands of a standard error."""
+def plot_curves(runs: dict[str, list[Result]], path: Path, metric: str) -> None:
+    """Accuracy and loss on test data against rounds, bytes and seconds: means over seeds, bands of a standard error.
+
+    metric: what the task calls the accuracy.
+    """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -86,7 +89,7 @@ def plot_curves(runs: dict[str, list[Result]], path: Path) -> None:
                 low, high = ([m + s * e for m, e in zip(means, errors, strict=True)] for s in (-1, 1))
                 axis.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
     for row, quantity in enumerate(("accuracy", "loss")):
-        grid[row, 0].set_ylabel(f"test {quantity}")
+        grid[row, 0].set_ylabel(f"test {metric if quantity == 'accuracy' else quantity}")
         for column, (name, _) in enumerate(AXES):
             grid[row, column].grid(alpha=0.3)
             grid[row, column].spines[["top", "right"]].set_visible(False)
@@ -134,7 +137,11 @@ def page(
     if not started or (made < wanted and not _settled(study, found, runs)):
         parts.append(f"<p><strong>Not finished:</strong> {made} of {wanted} runs are done.</p>")
     if found["methods"]:
-        parts += ["<h2>Results on test data</h2>", _results(found["methods"]), f"<p>{escape(_notes(study, found))}</p>"]
+        parts += [
+            "<h2>Results on test data</h2>",
+            _results(found["methods"], found["metric"]),
+            f"<p>{escape(_notes(study, found))}</p>",
+        ]
     if any(not r["failure"] for r in started):
         text = "Means over seeds; bands: plus and minus one standard error. Dashed: the controls."
         parts += ["<h2>Curves</h2>", _image(folder / "curves.png", text)]
@@ -204,8 +211,8 @@ def number(value: float | None, error: float | None = None, places: int = 4) -> 
     return f"{value + 0.0:.{places}f}" + ("" if error is None else f" ± {error:.{places}f}")
 
 
-def _results(methods: dict[str, Any]) -> str:
-    head = ["", "test accuracy", "test loss", "accuracy gap recovered", "loss gap recovered"]
+def _results(methods: dict[str, Any], metric: str) -> str:
+    head = ["", f"test {metric}", "test loss", f"{metric} gap recovered", "loss gap recovered"]
     head += ["kB per client and round", "seconds", "seeds"]
     rows = []
     for method, row in methods.items():
@@ -258,7 +265,7 @@ def _tuning(study: Study, found: dict[str, Any]) -> str:
             why = f"failed {len(trial['failures'])} of {len(study.tuning_seeds)}: {trial['failures'][0]}"
         rows.append([method, choice, number(trial["accuracy"]), number(trial["loss"]), why])
         classes.append("best" if found["methods"].get(method, {}).get("trial") == trial["trial"] else "")
-    return _rows(["", "settings", "validation accuracy", "validation loss", ""], rows, classes)
+    return _rows(["", "settings", f"validation {found['metric']}", "validation loss", ""], rows, classes)
 
 
 def _machine(m: dict[str, Any]) -> str:

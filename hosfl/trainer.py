@@ -31,7 +31,7 @@ from hosfl.baselines import (
 from hosfl.checkpoint import header_of, load_config, open_log, save_module
 from hosfl.client import Client, FirstOrderClient, ZerothOrderClient, load_vector
 from hosfl.config import REPLAYED, Config
-from hosfl.data import Batches, Dataset, dirichlet_split
+from hosfl.data import Batches, Dataset, dirichlet_split, iid_split
 from hosfl.displaced import call
 from hosfl.lattice import Lattice, LatticeError, power_of_two_scales
 from hosfl.ledger import FreshStep, GradientAverage, Ledger, PoolStep, SeedReplay, WeightAverage, WholeWeights
@@ -43,7 +43,7 @@ from hosfl.report import Evaluation, Replicas, Summary, Writer
 from hosfl.seeds import Purpose, round_seed
 from hosfl.server import Server
 from hosfl.split import SplitModel, dtype_of
-from hosfl.tasks import TASKS, Task
+from hosfl.tasks import TASKS, Scores, Task
 from hosfl.trains import moving_only
 from hosfl_kernels import SGD, AdamW
 
@@ -277,7 +277,11 @@ def assemble(config: Config, out: Path | None = None, smallest_shard: int | None
     train = task.splits.train
     data = train.to(device, dtype_of(base))
     parts = config.clients if smallest_shard is None else min(config.clients, len(train) // smallest_shard)
-    owned = dirichlet_split(train.labels, parts, config.alpha, config.seed)
+    if config.partition == "iid":
+        owned = iid_split(len(train), parts, config.seed)
+    else:
+        groups = train.labels if task.groups is None else task.groups
+        owned = dirichlet_split(groups, parts, config.alpha, config.seed)
 
     exchanges = config.local_steps if config.method == "splitfed" else 1
     passes: Counter[str] = Counter()
@@ -315,6 +319,7 @@ def assemble(config: Config, out: Path | None = None, smallest_shard: int | None
         classes=task.classes,
         batch=config.batch,
         masked=isinstance(data.inputs, dict) and "attention_mask" in data.inputs,
+        label_shape=tuple(data.labels.shape[1:]),
         passes=passes,
         **more,
     )
@@ -349,19 +354,20 @@ def _probing(config: Config) -> dict[str, Any]:
     return {"directions": config.directions, "dist": config.dist, "mu": config.mu}
 
 
-def evaluate(model: SplitModel, data: Dataset, task: Task, at_once: int = 512) -> tuple[float, float]:
-    """(accuracy, mean loss) of a model on a data set, both halves in eval mode."""
+def evaluate(model: SplitModel, data: Dataset, task: Task) -> tuple[Scores, float]:
+    """(the task's scores, mean loss) of a model on a data set, both halves in eval mode."""
     modes = model.client.training, model.server.training
     model.client.eval(), model.server.eval()
-    correct = loss = 0.0
+    at_once = max(1, min(512, 512 * 64 // data.length))
+    outputs, loss = [], 0.0
     with torch.no_grad():
         for begin in range(0, len(data), at_once):
             part = data[begin : begin + at_once].to(data.labels.device, dtype_of(model.client))
             output = model(part.inputs)
-            correct += float((output.argmax(-1) == part.labels).sum())
+            outputs.append(output)
             loss += float(task.loss(output, part.labels)) * len(part)
     model.client.train(modes[0]), model.server.train(modes[1])
-    return correct / len(data), loss / len(data)
+    return task.metric(torch.cat(outputs), data), loss / len(data)
 
 
 def save_snapshot(federation: Federation, out: Path, round: int) -> None:
@@ -434,9 +440,9 @@ def _run(
     loss = float("nan")
 
     def evaluation() -> Evaluation:
-        accuracy, test_loss = evaluate(federation.model(), data, task)
+        scores, test_loss = evaluate(federation.model(), data, task)
         seconds, moved = time.perf_counter() - begin, dict(federation.wire.bytes)
-        return writer.add(Evaluation(done, accuracy, test_loss, loss, sum(moved.values()), moved, seconds))
+        return writer.add(Evaluation.of(done, scores, test_loss, loss, moved, seconds))
 
     with interruptible() as interrupted:
         if not evaluations:

@@ -541,7 +541,7 @@ def test_validation_data_are_for_choosing(tmp_path: Path) -> None:
     config = small(rounds=1, evaluate_on="validation", evaluate_every=1)
     outcome = simulate(config, Faults())
     federation, task = assemble(config, None, SMALLEST_SHARD)
-    assert (outcome.evaluations[0].accuracy, outcome.evaluations[0].loss) == evaluate(
+    assert (outcome.evaluations[0].scores, outcome.evaluations[0].loss) == evaluate(
         federation.model(), task.splits.validation, task
     )
 

@@ -1,0 +1,339 @@
+"""SQuAD: files and the hub, windows and their labels, the official scores, and runs with a small encoder."""
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+
+import datasets
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+from hosfl import Config, squad, train
+from hosfl.data import dirichlet_split
+from hosfl.families import pretrained_model
+from hosfl.messages import Cut
+from hosfl.split import split
+from hosfl.squad import HUB, Question, articles_apart, exact_match, f1, parts, predictions, span_scores, windows
+from hosfl.tasks import TASKS
+from hosfl.trainer import assemble
+
+NAMES = ("Ann", "Bob", "Cid", "Dan", "Eve", "Flo")
+WORDS = ["?", ".", ",", "Who", "saw", "the", "cat", "dog", "in", "a", "red", "house", "then", "went", "home", *NAMES]
+LENGTH = 24  # tokens of a window: a question of at most 4, at least 17 of the context, 8 of them shared
+SETTINGS = {
+    "task": "squad",
+    "at": "1",
+    "rounds": 4,
+    "clients": 3,
+    "sampled": 2,
+    "batch": 8,
+    "directions": 2,
+    "evaluate_every": 4,
+    "server_rate": 0.01,
+    "client_rate": 0.01,
+}
+
+
+def question(number):
+    """One about a name that occurs once, somewhere in a context that is longer than a window."""
+    name = NAMES[number % 6]
+    before, after = "then the dog went home . " * (number % 7), " , then the cat went home in a red house ." * 2
+    context = f"{before}{name} saw the red cat{after}"
+    return Question(f"{number // 10}", context, "Who saw the cat ?", [name, f"the {name}"], len(before))
+
+
+def as_json(questions):
+    """SQuAD's format."""
+    articles = {}
+    for number, q in enumerate(questions):
+        answers = [{"text": text, "answer_start": q.start} for text in q.answers]
+        asked = {"id": f"q{number}", "question": q.question, "answers": answers}
+        articles.setdefault(q.article, []).append({"context": q.context, "qas": [asked]})
+    return {"version": "1.1", "data": [{"title": t, "paragraphs": p} for t, p in articles.items()]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Ten articles to train on and two to test on, and a model that reads 24 tokens."""
+    path = tmp_path_factory.mktemp("squad")
+    vocabulary = {word: n for n, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
+    tokenizer = hf.BertTokenizerFast(vocab=vocabulary, do_lower_case=False, model_max_length=LENGTH)
+    tokenizer.save_pretrained(path / "model")
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    hf.BertModel(hf.BertConfig(vocab_size=len(vocabulary), **small)).save_pretrained(path / "model")
+    (path / "train-v1.1.json").write_text(json.dumps(as_json(map(question, range(100)))))
+    (path / "dev-v1.1.json").write_text(json.dumps(as_json(map(question, range(100, 120)))))
+    return path
+
+
+def cut(questions, folder):
+    """Windows of these questions, as the test part."""
+    splits, _ = windows([questions[:1], questions[:1], questions], str(folder / "model"))
+    return splits.test
+
+
+# --- questions ----------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_s_parts(folder):
+    train_part, validation, test = parts(str(folder))
+    assert [len(part) for part in (train_part, validation, test)] == [90, 10, 20]
+    assert test == [question(n)._replace(article=str(n // 10 - 10)) for n in range(100, 120)]
+    assert not {q.article for q in train_part} & {q.article for q in validation}
+    assert sorted(train_part + validation) == sorted(question(n) for n in range(100))
+    assert parts(str(folder)) == (train_part, validation, test)
+
+
+def test_one_file_is_split_by_article(folder):
+    found = parts(str(folder / "train-v1.1.json"))
+    assert [len(part) for part in found] == [60, 10, 30]  # a quarter is 25: three articles
+    articles = [{q.article for q in part} for part in found]
+    assert sum(map(len, articles)) == len(set.union(*articles)) == 10
+
+
+def test_the_hub_has_the_same(folder, monkeypatch):
+    def columns(questions):
+        made = {
+            "id": [str(n) for n in range(len(questions))],
+            "title": [q.article for q in questions],
+            "context": [q.context for q in questions],
+            "question": [q.question for q in questions],
+            "answers": [{"text": q.answers, "answer_start": [q.start] * len(q.answers)} for q in questions],
+        }
+        return datasets.Dataset.from_dict(made)
+
+    published = {
+        "train": columns([question(n) for n in range(100)]),
+        "validation": columns([question(n)._replace(article=str(n // 10 - 10)) for n in range(100, 120)]),
+    }
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *name: asked.append(name) or datasets.DatasetDict(published))
+    assert parts("") == parts(str(folder))
+    assert asked == [(HUB,)]
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "not in SQuAD's format"),
+        ("[]", "not in SQuAD's format"),
+        ('{"data": [{"paragraphs": [{"context": "a"}]}]}', "not in SQuAD's format: KeyError: 'qas'"),
+        (
+            '{"data": [{"paragraphs": [{"context": "a", "qas": [{"id": "7", "question": "?", "answers": []}]}]}]}',
+            "question 7 has no answer",
+        ),
+        (json.dumps(as_json([question(0)])), "too few articles"),
+    ],
+)
+def test_files_that_are_none(content, reason, tmp_path):
+    (tmp_path / "file.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"file.json.*{reason}"):
+        parts(str(tmp_path / "file.json"))
+
+
+def test_articles_are_set_apart_whole():
+    questions = [Question("abc"[n // 5], "", "", [], 0) for n in range(15)]
+    for count, apart in ((0, 0), (1, 5), (5, 5), (6, 10), (15, 15)):
+        assert [len(part) for part in articles_apart(questions, count)] == [15 - apart, apart]
+
+
+# --- windows ------------------------------------------------------------------------------------------------------
+
+
+def test_windows_cover_the_context_and_know_the_answer(folder):
+    questions = [question(n) for n in range(14)]
+    found = cut(questions, folder)
+    assert found.labels.shape == (len(found), 2)
+    assert found.spans.shape == (len(found), LENGTH, 2)
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder / "model")
+    for number, asked in enumerate(questions):
+        mine = [i for i, q in enumerate(found.question.tolist()) if q == number]
+        assert len(mine) > 1
+        places = [[tuple(s) for s in found.spans[i].tolist() if s[0] >= 0] for i in mine]
+        whole = tokenizer(asked.context, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        assert sorted({place for own in places for place in own}) == whole
+        assert all(one[-8:] == other[:8] for one, other in pairwise(places))
+        for i, own in zip(mine, places, strict=True):
+            first, last = found.labels[i].tolist()
+            holds = own[0][0] <= asked.start and asked.start + 3 <= own[-1][1]
+            assert holds == (first > 0) == (last > 0)
+            if holds:
+                assert asked.context[found.spans[i, first, 0] : found.spans[i, last, 1]] == asked.answers[0]
+            outside = found.spans[i, :, 0] < 0
+            assert outside[:6].all()  # [CLS], the question without its mark, [SEP]
+            assert not outside[6]
+            ids = found.inputs["input_ids"][i]
+            assert tokenizer.decode(ids[1:5]) == "Who saw the cat"
+    assert any(len(asked.context) != len(found.questions[0].context) for asked in questions)
+
+
+def test_many_questions_are_read_in_portions(folder, monkeypatch):
+    questions = [question(n) for n in range(14)]
+    whole = cut(questions, folder)
+    monkeypatch.setattr(squad, "AT_ONCE", 3)
+    found = cut(questions, folder)
+    for one, other in ((found.labels, whole.labels), (found.spans, whole.spans), (found.question, whole.question)):
+        assert torch.equal(one, other)
+    assert all(torch.equal(found.inputs[name], value) for name, value in whole.inputs.items())
+
+
+def test_answers_of_several_words_and_blanks(folder):
+    context = "Ann saw the red cat ."
+    for answer, start, expected in (("the red", 8, "the red"), (" red cat ", 11, "red cat"), ("lost", 500, None)):
+        found = cut([Question("0", context, "Who ?", [answer], start)], folder)
+        first, last = found.labels[0].tolist()
+        if expected is None:
+            assert (first, last) == (0, 0)
+        else:
+            assert context[found.spans[0, first, 0] : found.spans[0, last, 1]] == expected
+
+
+def test_all_parts_are_as_long_as_the_longest(folder):
+    short = Question("0", "Ann saw .", "Who ?", ["Ann"], 0)
+    long = Question("1", "Ann saw the cat .", "Who ?", ["Ann"], 0)
+    splits, articles = windows([[short, long], [short], [short]], str(folder / "model"))
+    assert {part.length for part in (splits.train, splits.validation, splits.test)} == {3 + 2 + 5}
+    assert splits.test.spans.shape == (1, 10, 2)
+    assert articles.tolist() == [0, 1]
+
+
+# --- scores -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("predicted", "given", "expected"),
+    [
+        ("The  Red, cat!", "red cat", (1.0, 1.0)),
+        ("a red cat", "the red cat in an house", (2 * 1 * 0.5 / 1.5, 0.0)),
+        ("red red cat", "red cat cat", (2 / 3, 0.0)),
+        ("theatre", "atre", (0.0, 0.0)),
+        ("U.S.", "us", (1.0, 1.0)),
+        ("dog", "cat", (0.0, 0.0)),
+        ("", "cat", (0.0, 0.0)),
+        ("the", "a", (0.0, 1.0)),
+    ],
+)
+def test_scores_are_the_official_ones(predicted, given, expected):
+    assert (f1(predicted, given), exact_match(predicted, given)) == pytest.approx(expected)
+
+
+def logits_of(found, spots):
+    """Where start and end point: (window, start, end, height)."""
+    outputs = torch.zeros(len(found), found.length, 2)
+    for window, start, end, height in spots:
+        outputs[window, start, 0] += height
+        outputs[window, end, 1] += height
+    return outputs
+
+
+def test_the_best_span_of_all_windows_wins(folder):
+    questions = [question(n) for n in (3, 4)]
+    found = cut(questions, folder)
+    holds = [(i, *found.labels[i].tolist()) for i in range(len(found)) if found.labels[i, 0] > 0]
+    right = logits_of(found, [(*window, 5.0) for window in holds])
+    assert predictions(right, found) == [NAMES[3], NAMES[4]]
+    assert span_scores(right, found) == {"F1": 1.0, "exact match": 1.0}
+    mine, other = holds[0], next(i for i in range(len(found)) if found.question[i] == 0 and i != holds[0][0])
+    wrong = right + logits_of(found, [(other, 7, 9, 6.0)])
+    begin, end = found.spans[other, 7, 0], found.spans[other, 9, 1]
+    assert predictions(wrong, found) == [questions[0].context[begin:end], NAMES[4]]
+    assert 0.5 <= span_scores(wrong, found)["F1"] < 1
+    # Neither the question, nor padding, nor an end before its start, however high.
+    i, first, last = mine
+    tricked = right + logits_of(found, [(i, 2, 3, 50.0), (i, 0, 0, 50.0)])
+    assert predictions(tricked, found)[0] == NAMES[3]
+    backwards = logits_of(found, [(i, first + 3, first + 1, 1.0), (i, first, first, 0.75)])
+    assert predictions(backwards, found)[0].startswith(NAMES[3])
+    assert predictions(torch.full_like(right, float("nan")), found) == ["", ""]
+
+
+def test_answers_are_not_longer_than_thirty_tokens(folder):
+    tokenizer = hf.AutoTokenizer.from_pretrained(folder / "model", model_max_length=60)
+    tokenizer.save_pretrained(folder / "longer")
+    context = " ".join(["cat"] * 50)
+    splits, _ = windows([[Question("0", context, "Who ?", ["cat"], 0)]] * 3, str(folder / "longer"))
+    found = splits.test
+    assert len(found) == 1
+    for more, tokens in ((5, 6), (29, 30)):
+        assert predictions(logits_of(found, [(0, 4, 4 + more, 5.0)]), found) == [" ".join(["cat"] * tokens)]
+    (text,) = predictions(logits_of(found, [(0, 4, 4 + 30, 5.0)]), found)
+    assert len(text.split()) <= 30
+
+
+def test_of_several_answers_the_nearest_counts(folder):
+    asked = question(0)._replace(answers=["Bob", "Ann", "the dog"])
+    found = cut([asked], folder)
+    spots = [(i, int(place), int(place), 1.0) for i in range(1) for place in (found.spans[i, :, 0] == 0).nonzero()[0]]
+    assert span_scores(logits_of(found, spots), found) == {"F1": 1.0, "exact match": 1.0}
+
+
+# --- runs ---------------------------------------------------------------------------------------------------------
+
+
+def config(folder, **settings):
+    return Config(**{**SETTINGS, "data": str(folder), "model": str(folder / "model"), **settings})
+
+
+@torch.no_grad()
+def test_the_halves_are_the_whole_model(folder):
+    task = TASKS["squad"](config(folder))
+    inputs = task.splits.test[:5].inputs
+    whole = pretrained_model(str(folder / "model"), "QuestionAnswering").eval()
+    found = whole(**inputs)
+    for at in (0, 1):
+        halves = split(whole, at)
+        assert torch.equal(halves(inputs), torch.stack([found.start_logits, found.end_logits], -1))
+    labels = task.splits.test[:5].labels
+    start = nn.functional.cross_entropy(found.start_logits, labels[:, 0])
+    end = nn.functional.cross_entropy(found.end_logits, labels[:, 1])
+    assert torch.allclose(task.loss(halves(inputs), labels), (start + end) / 2)
+
+
+@pytest.mark.parametrize("method", ["ho", "zo-both", "first-order"])
+def test_squad_trains(folder, method, tmp_path):
+    settings = config(folder, method=method, rounds=80 if method == "first-order" else 4, batch=16)
+    summary = train(settings, tmp_path / "run")
+    assert summary.replicas.equal
+    assert summary.refused == []
+    assert list(summary.scores) == ["F1", "exact match"]
+    assert summary.accuracy == summary.scores["F1"] >= summary.scores["exact match"]
+    visits = settings.rounds * 2
+    assert summary.bytes["labels up"] == visits * 16 * 2 * 4
+    saved = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert saved["scores"] == summary.scores
+    if method == "first-order":
+        assert summary.accuracy > 0.6
+
+
+def test_the_server_refuses_other_labels(folder):
+    federation, task = assemble(config(folder))
+    good = federation.take(0).output(0)
+    assert isinstance(good, Cut)
+    assert good.labels.shape == (8, 2)
+    far = good.labels.clone()
+    far[0, 1] = task.splits.train.length
+    wrong = [replace(good, labels=good.labels[:, 0].contiguous()), replace(good, labels=far)]
+    assert federation.server.step(0, wrong)[0] == {}
+    assert federation.server.refusals == 2
+    assert "for 24 classes" in federation.server.refused[1]
+    assert set(federation.server.step(0, [good])[0]) == {0}
+
+
+def test_clients_differ_by_article(folder):
+    splits, articles = windows(parts(str(folder)), str(folder / "model"))
+    assert len(articles) == len(splits.train)
+    assert articles.unique().tolist() == list(range(9))
+
+    def owned(**settings):
+        federation, _ = assemble(config(folder, **settings))
+        return [federation.take(n).batch.data for n in range(3)]
+
+    alike = [len(part) for part in owned(partition="iid")]
+    assert sum(alike) == len(articles)
+    assert max(alike) - min(alike) <= 1
+    expected = dirichlet_split(articles, 3, 0.3, seed=0)
+    for part, mine in zip(expected, owned(alpha=0.3), strict=True):
+        assert torch.equal(mine.inputs["input_ids"], splits.train[part].inputs["input_ids"])
