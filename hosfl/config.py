@@ -12,7 +12,10 @@ from hosfl.aggregate import AGGREGATIONS
 from hosfl.probe import ESTIMATORS
 
 CHOICES: dict[str, tuple[str, ...]] = {
-    "task": ("digits", "digits-inverted", "sentences", "sst2", "rte", "wsc", "squad"),
+    "task": (
+        *("digits", "digits-inverted", "cifar10", "cifar100", "cifar10-noisy"),
+        *("sentences", "sst2", "rte", "wsc", "squad"),
+    ),
     "method": ("ho", "first-order", "frozen", "checkpointed", "splitfed", "zo-both", "hosl", "mu-splitfed"),
     "directions_from": ("fresh", "pool"),
     "direction_scale": ("unit", "rms"),
@@ -47,9 +50,10 @@ class Config:
     """Settings of one run. Raises ValueError for a value that cannot work, and says which.
 
     task: what is learnt: "digits", which is embedded; "digits-inverted", a network pretrained on digits whose inputs
-    change; classes of any "sentences"; "sst2", "rte", "wsc", see `hosfl.text`; or "squad", see `hosfl.squad`. data,
-    model, at: where a task does not have its own: a folder with the data as published (of sst2 and so on the Hugging
-    Face hub's where it is empty), a pretrained model by name or folder, and the layer to cut it before.
+    change; "cifar10", "cifar100" and "cifar10-noisy", where a pretrained network's inputs become noisy, see
+    `hosfl.vision`; classes of any "sentences"; "sst2", "rte", "wsc", see `hosfl.text`; or "squad", see `hosfl.squad`.
+    data, model, at: where a task does not have its own: a folder with the data (where it is left out, the Hugging Face
+    hub's, but for sentences), a pretrained model by name, folder or file, and the layer to cut it before.
     method: "ho" (HO-SFL), "first-order" (split learning with exact gradients, the upper bound), "frozen" (the client
     half never learns: the control), or another way to train a split model, see `hosfl.baselines`: "checkpointed",
     "splitfed", "zo-both", "hosl" (always two-sided), "mu-splitfed". local_steps: of a SplitFed client between averages,

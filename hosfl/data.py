@@ -90,14 +90,6 @@ def digits() -> Splits:
     return Splits(*(Dataset(inputs[part], labels[part]) for part in (train, validation, test)))
 
 
-def held_out(data: Dataset, share: float = 0.1) -> tuple[Dataset, Dataset]:
-    """The rest, and a share of the samples, stratified, the same in every run: validation data where none is given."""
-    from sklearn.model_selection import train_test_split
-
-    rest, part = train_test_split(np.arange(len(data)), test_size=share, stratify=data.labels, random_state=0)
-    return data[torch.from_numpy(rest)], data[torch.from_numpy(part)]
-
-
 def sentences(folder: Path, model: str, longest: int = 64) -> Splits:
     """Labelled sentences of a folder: train.tsv, dev.tsv (validation) and test.tsv.
 

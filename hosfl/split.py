@@ -149,8 +149,8 @@ def _places(model: nn.Module) -> dict[str, int]:
     if all(hasattr(model, name) for name in ("conv1", "bn1", "layer1", "fc")):
         return {name: number for number, name in enumerate(_resnet_names(model)) if number}
     raise TypeError(
-        f"cannot cut a {type(model).__name__}: known are nn.Sequential, residual networks with conv1, bn1, layer1 and on, and fc; and"
-        f" transformers' {', '.join(FAMILIES)}; for all else build a SplitModel of two modules"
+        f"cannot cut a {type(model).__name__}: known are nn.Sequential, residual networks with conv1, bn1, layer1"
+        f" and on, and fc; and transformers' {', '.join(FAMILIES)}; for all else build a SplitModel of two modules"
     )
 
 

@@ -16,6 +16,7 @@ from hosfl.data import Dataset, Splits, as_tokens, digits, inverted, sentences
 from hosfl.families import is_decoder, packaged_minilm, pretrained_model
 from hosfl.split import SplitModel, split
 from hosfl.verbalizer import first_tokens, verbalized
+from hosfl.vision import CLASSES, noisy, pictures, pretrained_resnet
 
 
 class Rates(NamedTuple):
@@ -204,6 +205,25 @@ def squad_task(config: Config) -> Task:
     return replace(task, metric=squad.span_scores, groups=articles)
 
 
+def pictures_task(config: Config) -> Task:
+    """CIFAR-10 or CIFAR-100 and a pretrained residual network; "cifar10-noisy": the pictures become noisy.
+
+    config.data: see `hosfl.vision.pictures`. config.model: a file, see `hosfl.vision.pretrained_resnet`. The cut is
+    before "layer2.0" by default: the client half has the first convolution and the first stage.
+    """
+    if not config.model:
+        raise ValueError(f"the {config.task} task needs a model: a file with its weights, such as resnet20-12fca82f.th")
+    name = config.task.removesuffix("-noisy")
+    splits = pictures(name, Path(config.data) if config.data else None)
+    if name != config.task:
+        splits = noisy(splits)
+
+    def model(at: int | str) -> SplitModel:
+        return split(pretrained_resnet(Path(config.model), CLASSES[name]), at)
+
+    return pretrained_task(splits, CLASSES[name], model, replace(config, at=config.at or "layer2.0"))
+
+
 def headed(name: str, head: str, at: int | str, outputs: int) -> SplitModel:
     """A pretrained model under a head, cut in two."""
     return split(pretrained_model(name, head, num_labels=outputs), at)
@@ -237,4 +257,5 @@ TASKS: dict[str, Callable[[Config], Task]] = {
     "sentences": sentences_task,
     **dict.fromkeys(text.TEXTS, text_task),
     "squad": squad_task,
+    **dict.fromkeys(("cifar10", "cifar100", "cifar10-noisy"), pictures_task),
 }

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hosfl.data import Dataset, Splits, held_out
+from hosfl.data import Dataset, Splits
+from hosfl.text import held_out, hub
 
 HUB = {"cifar10": ("uoft-cs/cifar10", "label"), "cifar100": ("uoft-cs/cifar100", "fine_label")}
 CLASSES = {"cifar10": 10, "cifar100": 100}
@@ -37,7 +38,7 @@ class Block(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """The residual network for 32x32 pictures of 6 n + 2 layers: He et al., "Deep Residual Learning", 2016, section 4.2.
+    """The residual network of 6 n + 2 layers for small pictures: He et al., "Deep Residual Learning", 2016.
 
     [batch, 3, 32, 32] -> [batch, classes]. Stages of 16, 32 and 64 channels with n blocks each; n = 3: ResNet-20.
     """
@@ -47,10 +48,9 @@ class CifarResNet(nn.Module):
         self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.relu = nn.ReLU()
-        self.layer1, self.layer2, self.layer3 = (
-            nn.Sequential(*(Block(width if first else out, out, out // width if first else 1) for first in (1, *[0] * (n - 1))))
-            for width, out in ((16, 16), (16, 32), (32, 64))
-        )
+        self.layer1 = nn.Sequential(*(Block(16, 16, 1) for _ in range(n)))
+        self.layer2 = nn.Sequential(Block(16, 32, 2), *(Block(32, 32, 1) for _ in range(n - 1)))
+        self.layer3 = nn.Sequential(Block(32, 64, 2), *(Block(64, 64, 1) for _ in range(n - 1)))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(64, classes)
 
@@ -89,21 +89,23 @@ def pictures(name: str, folder: Path | None) -> Splits:
     A tenth of the training part is held out as validation data. Raises FileNotFoundError, ValueError, ImportError.
     """
     if folder is None:
-        train, test = (_from_hub(name, part) for part in ("train", "test"))
+        where, label = HUB[name]
+        found = hub(where)
+        train, test = (_from_hub(found[part], label) for part in ("train", "test"))
     else:
         train, test = (_from_folder(folder / part, CLASSES[name]) for part in ("train", "test"))
-    return Splits(*held_out(train), test)
+    kept, held = map(torch.from_numpy, held_out(train.labels.numpy(), len(train) // 10))
+    return Splits(train[kept], train[held], test)
 
 
 def noisy(splits: Splits, noise: float = 0.2) -> Splits:
-    """Pictures in inverted colours, with normal noise of a share of the range on every pixel, the same in every run."""
+    """Pictures with normal noise, of a share of the range, on every pixel and channel, the same in every run."""
     random = torch.Generator().manual_seed(0)
-    mean, deviation = (torch.tensor(v)[:, None, None] for v in (MEAN, DEVIATION))
+    deviation = torch.tensor(DEVIATION)[:, None, None]
 
     def change(data: Dataset) -> Dataset:
         assert isinstance(data.inputs, Tensor)
-        pixels = 1 - (data.inputs * deviation + mean) + noise * torch.randn(data.inputs.shape, generator=random)
-        return Dataset((pixels - mean) / deviation, data.labels)
+        return Dataset(data.inputs + noise / deviation * torch.randn(data.inputs.shape, generator=random), data.labels)
 
     return Splits(change(splits.train), change(splits.validation), change(splits.test))
 
@@ -125,18 +127,12 @@ def _from_folder(folder: Path, classes: int) -> Dataset:
     return _standardised(pixels, labels)
 
 
-def _from_hub(name: str, part: str) -> Dataset:
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError("data sets of the hub need datasets: pip install 'hosfl[hf]'; or give a folder") from error
-    where, label = HUB[name]
-    rows: Any = datasets.load_dataset(where, split=part)
+def _from_hub(rows: Any, label: str) -> Dataset:
     return _standardised([np.asarray(picture.convert("RGB")) for picture in rows["img"]], list(rows[label]))
 
 
 def _standardised(pixels: list[np.ndarray], labels: list[int]) -> Dataset:
-    mean, deviation = (np.float32(v) for v in (MEAN, DEVIATION))
+    mean, deviation = (np.asarray(v, dtype=np.float32) for v in (MEAN, DEVIATION))
     inputs = (np.stack(pixels).astype(np.float32) / 255 - mean) / deviation
     return Dataset(torch.from_numpy(inputs).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels, dtype=torch.int64))
 

@@ -56,14 +56,17 @@ def test_a_folder_of_pictures(folder):
 def test_the_hub_gives_the_same(folder, monkeypatch):
     asked = []
 
-    def load_dataset(name, split):
-        asked.append((name, split))
-        paths = sorted((folder / split).glob("*/*.png"), key=lambda p: (p.parent.name, p.name))
+    def part(name):
+        paths = sorted((folder / name).glob("*/*.png"), key=lambda p: (p.parent.name, p.name))
         return {"img": [Image.open(p) for p in paths], "label": [NAMES.index(p.parent.name) for p in paths]}
+
+    def load_dataset(*name):
+        asked.append(name)
+        return {name: part(name) for name in ("train", "test")}
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     there, here = pictures("cifar10", None), pictures("cifar10", folder)
-    assert asked == [("uoft-cs/cifar10", "train"), ("uoft-cs/cifar10", "test")]
+    assert asked == [("uoft-cs/cifar10",)]
     for part in ("train", "validation", "test"):
         assert torch.equal(getattr(there, part).inputs, getattr(here, part).inputs)
         assert torch.equal(getattr(there, part).labels, getattr(here, part).labels)
@@ -92,7 +95,7 @@ def test_published_weights_are_read(weights):
     saved = torch.load(weights)
     del saved["state_dict"]["module.bn1.weight"]
     torch.save(saved, weights.with_name("torn.th"))
-    with pytest.raises(ValueError, match="bn1.weight"):
+    with pytest.raises(ValueError, match=r"bn1\.weight"):
         pretrained_resnet(weights.with_name("torn.th"), 10)
 
 
@@ -112,7 +115,7 @@ def test_inputs_change_alike_in_every_run(folder):
     once, again = noisy(splits), noisy(splits)
     assert torch.equal(once.test.inputs, again.test.inputs)
     difference = (once.train.inputs - splits.train.inputs) * torch.tensor(DEVIATION)[:, None, None]
-    assert difference.std() == pytest.approx(0.1, rel=0.02)
+    assert difference.std() == pytest.approx(0.2, rel=0.02)
     assert abs(difference.mean()) < 0.001
 
 
