@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hosfl.aggregate import AGGREGATIONS
+from hosfl.frozen import FROZEN
 from hosfl.probe import ESTIMATORS
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -21,6 +22,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "schedule": ("linear", "constant"),
     "aggregation": tuple(AGGREGATIONS),
     "dtype": ("float32", "bfloat16"),
+    "frozen": FROZEN,
     "estimator": ESTIMATORS,
     "evaluate_on": ("test", "validation"),
 }
@@ -66,6 +68,8 @@ class Config:
     aggregation: of the clients' answers. clip: the largest length of one client's gradient estimate; None for none.
     trains: which of the client half's parameters move: "all"; "lora", adapters beside all linear layers, which peft
     makes; "biases"; "norms"; or patterns of names, such as "*.query.*,*.value.*".
+    frozen: how the client half's weights that do not move are stored: "float32", which is as they are; "bfloat16"; or
+    "int8", "int4", "int2", with a scale for every 64 weights or fewer. It computes in its dtype all the same.
     dtype: of the client half. alpha: how unlike the clients' data are (Dirichlet). seed: of everything, below 2^64.
     evaluate_every, digest_every, snapshot_every: rounds; a snapshot is what a killed run resumes from. keep: snapshots.
     evaluate_on: "test", or "validation" for choosing rates. device: such as "cpu" or "cuda".
@@ -76,6 +80,7 @@ class Config:
     model: str = ""
     at: str = ""
     trains: str = "all"
+    frozen: str = "float32"
     method: str = "ho"
     rounds: int = 400
     clients: int = 10
