@@ -169,7 +169,7 @@ def estimators(result: dict[str, Any]) -> str:
         errors = [f"{100 * c['error']:.3g} %" for c in cells]
         worst = f"{100 * max(cells[1]['errors']):.3g} %"
         rows.append([way + step, *errors, worst, *(f"{c['correlation']:.4f}" for c in cells)])
-    head = ["", "error, float32", "error, bfloat16", "of the worst batch", "correlation, float32"]
+    head = ["", "error, float32", "error, bfloat16", "bfloat16, worst batch", "correlation, float32"]
     texts = ", ".join(f"{name} {number}" for name, number in result["packages"].items())
     what = (
         f"{result['weights']:,} weights, {result['model']}; {result['batches']} batches of {result['samples']} samples,"

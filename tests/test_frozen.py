@@ -230,9 +230,8 @@ def test_adapters_on_top():
     ("trains", "frozen", "estimator"),
     [
         ("lora", "int4", "one-sided"),
-        ("lora", "int8", "forward"),
         ("norms", "int4", "two-sided"),
-        ("biases", "bfloat16", "forward"),
+        ("biases", "int8", "forward"),
     ],
 )
 def test_runs_resume_and_rebuild_to_the_bit(folder, tmp_path, trains, frozen, estimator):  # noqa: F811
@@ -268,14 +267,14 @@ def test_runs_resume_and_rebuild_to_the_bit(folder, tmp_path, trains, frozen, es
         rebuild(tmp_path / "killed" / "hosfl.log", tmp_path / "other")
 
 
-@pytest.mark.parametrize("method", ["first-order", "checkpointed", "splitfed", "frozen", "zo-both", "hosl"])
+@pytest.mark.parametrize("method", ["first-order", "splitfed", "frozen", "zo-both"])
 def test_other_methods(folder, method):  # noqa: F811
-    summary = train(config(folder, method=method, trains="lora", frozen="int4"))
+    summary = train(config(folder, method=method, trains="lora", frozen="bfloat16", rounds=4))
     assert summary.replicas.equal
 
 
 def test_the_digits_half_has_one_such_layer():
-    summary = train(Config(frozen="int4", rounds=4, evaluate_every=4))
+    summary = train(Config(frozen="int4", rounds=2, evaluate_every=2))
     assert summary.replicas.equal
     base = assemble(Config(frozen="int4"))[0].base
     assert [name for name, p in base.named_parameters() if not p.is_floating_point()] == ["2.weight"]
