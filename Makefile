@@ -37,6 +37,7 @@ results: bench
 	$(BIN)/hosfl memory --out benchmarks/results/client-memory.json
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.curves
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.estimators
 	$(BIN)/python -m benchmarks.readme
 
 lint: $(VENV)/ready

@@ -9,6 +9,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from hosfl.memory import WAYS
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -140,14 +142,40 @@ def memory(result: dict[str, Any]) -> str:
     halves = list(result["halves"].values())
     rows = [
         [way, *(f"{h['ways'][way]['peak_extra'] / 1e6:.1f} ({h['ways'][way]['of_bound']:.2f})" for h in halves)]
-        for way in halves[0]["ways"]
+        for way in WAYS
     ]
     facts = [
         ["batch", *(str(h["batch"]) for h in halves)],
         ["weights, float32", *(f"{h['ways']['inference']['weights'] / 1e6:.1f}" for h in halves)],
         ["a cut tensor, float32", *(f"{h['ways']['inference']['cut'] / 1e6:.1f}" for h in halves)],
     ]
-    return f"{_machine(result)} One thread.\n\n{_table(head, facts + rows)}"
+    few = []
+    for half in halves:
+        for way, row in half["ways"].items():
+            if way not in WAYS:
+                sizes = [row["weights"], row["peak_extra"], row["weights"] + row["peak_extra"]]
+                few.append([way, *(f"{size / 1e6:.1f}" for size in sizes)])
+    stored = _table(["minilm: what moves, and how the rest is stored", "MB of weights", "MB above them", "sum"], few)
+    return f"{_machine(result)} One thread.\n\n{_table(head, facts + rows)}\n\n{stored}"
+
+
+def estimators(result: dict[str, Any]) -> str:
+    """The error of every way to measure a derivative, float32 beside bfloat16."""
+    found = {(r["way"], r["mu"], r["dtype"]): r for r in result["rows"]}
+    rows = []
+    for way, mu in dict.fromkeys((r["way"], r["mu"]) for r in result["rows"]):
+        cells = [found[way, mu, dtype] for dtype in ("float32", "bfloat16")]
+        step = "" if mu is None else f", mu = {mu:g}"
+        errors = [f"{100 * c['error']:.3g} %" for c in cells]
+        worst = f"{100 * max(cells[1]['errors']):.3g} %"
+        rows.append([way + step, *errors, worst, *(f"{c['correlation']:.4f}" for c in cells)])
+    head = ["", "error, float32", "error, bfloat16", "bfloat16, worst batch", "correlation, float32"]
+    texts = ", ".join(f"{name} {number}" for name, number in result["packages"].items())
+    what = (
+        f"{result['weights']:,} weights, {result['model']}; {result['batches']} batches of {result['samples']} samples,"
+    )
+    what += f" {result['longest']} tokens at most, {result['directions']} directions each. {texts}."
+    return f"{what} {_machine(result)}\n\n{_table([*head, 'correlation, bfloat16'], rows)}"
 
 
 def optim(result: dict[str, Any]) -> str:
@@ -218,6 +246,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "kernels": ("kernels-cpu.json", kernels),
     "catch-up": ("catchup-cpu.json", catchup),
     "memory": ("client-memory.json", memory),
+    "estimators": ("estimators-cpu.json", estimators),
     "optim": ("optim-cpu.json", optim),
     "curves": ("optim-curves.json", curves),
 }

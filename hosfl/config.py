@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hosfl.aggregate import AGGREGATIONS
+from hosfl.frozen import FROZEN
 from hosfl.probe import ESTIMATORS
 
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -25,6 +26,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "aggregation": tuple(AGGREGATIONS),
     "dtype": ("float32", "bfloat16"),
     "partition": ("dirichlet", "iid"),
+    "frozen": FROZEN,
     "estimator": ESTIMATORS,
     "evaluate_on": ("test", "validation"),
 }
@@ -74,6 +76,8 @@ class Config:
     makes; "biases"; "norms"; or patterns of names, such as "*.query.*,*.value.*".
     dtype: of the client half. partition: of the training data over the clients: "dirichlet" with parameter alpha, by
     class or, in squad, by article: small means unlike; or "iid", at random in equal parts, which has no use for alpha.
+    frozen: how the client half's weights that do not move are stored: "float32", which is as they are; "bfloat16"; or
+    "int8", "int4", "int2", with a scale for every 64 weights or fewer. It computes in its dtype all the same.
     seed: of everything, below 2^64.
     evaluate_every, digest_every, snapshot_every: rounds; a snapshot is what a killed run resumes from. keep: snapshots.
     evaluate_on: "test", or "validation" for choosing rates. device: such as "cpu" or "cuda".
@@ -84,6 +88,7 @@ class Config:
     model: str = ""
     at: str = ""
     trains: str = "all"
+    frozen: str = "float32"
     method: str = "ho"
     rounds: int = 400
     clients: int = 10

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,14 @@ from hosfl.config import Config
 from hosfl.data import Dataset
 from hosfl.displaced import call
 from hosfl.families import untrained
+from hosfl.frozen import FROZEN, narrowed
 from hosfl.messages import Message, Multiplier, decode, encode
 from hosfl.probe import evaluating, trainable
 from hosfl.report import machine, peak_memory
 from hosfl.split import dtype_of, split
 from hosfl.tasks import digits_model
 from hosfl.trainer import make_run
+from hosfl.trains import moving_only
 
 BOUND = 1.10  # of inference plus three cut tensors: what HO-SFL's client may need at most, its weights on the lattice
 MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536, "num_attention_heads": 12}
@@ -42,35 +44,6 @@ RESNET18 = {"layer_type": "basic", "depths": [2, 2, 2, 2], "hidden_sizes": [64, 
 # go back at once under this setting, so that the resident set is what is in use.
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
-
-@dataclass(frozen=True)
-class Half:
-    """A client half to measure. make: batch -> the half, its weights random, and inputs. batch: the usual one."""
-
-    what: str
-    batch: int
-    make: Callable[[int], tuple[nn.Module, Tensor | dict[str, Tensor]]]
-
-
-def _digits(batch: int) -> tuple[nn.Module, Tensor]:
-    return digits_model(0).client, torch.randn(batch, 1, 8, 8)
-
-
-def _minilm(batch: int) -> tuple[nn.Module, dict[str, Tensor]]:
-    model = untrained("bert", **MINILM, vocab_size=30522)
-    tokens = torch.randint(0, 30522, (batch, 64))
-    return split(model, at=3).client, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-
-
-def _resnet18(batch: int) -> tuple[nn.Module, Tensor]:
-    return split(untrained("resnet", **RESNET18), at=2).client, torch.randn(batch, 3, 224, 224)
-
-
-HALVES = {
-    "digits": Half("the digits task's half, pictures of 8 x 8", 128, _digits),
-    "minilm": Half("BERT of MiniLM's size, 3 of 6 layers, 64 tokens", 16, _minilm),
-    "resnet18": Half("ResNet-18, 2 of 4 stages, pictures of 224 x 224", 16, _resnet18),
-}
 
 # What is measured, by the settings of the client; without a method it is only a forward pass, or one and a backward
 # pass: all that any way to answer by backpropagation needs.
@@ -89,10 +62,56 @@ WAYS: dict[str, dict[str, str]] = {
 }
 BOUNDED = ("ho, in place", "ho, in place, two-sided")
 
+# Of a language model also with few weights that move, and the others stored in every width.
+FEW: dict[str, dict[str, str]] = {
+    f"{way}, {trains}, the rest {frozen}": {**WAYS[way], "trains": trains, "frozen": frozen}
+    for way, trains, widths in (
+        ("ho, in place", "norms", FROZEN[:4]),
+        ("ho, in place", "lora", FROZEN[:4]),
+        ("ho, forward mode", "norms", ("float32", "int4")),
+        ("first-order", "norms", ("float32", "int4")),
+    )
+    for frozen in widths
+}
+
+
+@dataclass(frozen=True)
+class Half:
+    """A client half to measure.
+
+    make: batch -> the half, its weights random, and inputs. batch: the usual one. ways: what is measured of it.
+    """
+
+    what: str
+    batch: int
+    make: Callable[[int], tuple[nn.Module, Tensor | dict[str, Tensor]]]
+    ways: dict[str, dict[str, str]] = field(default_factory=lambda: WAYS)
+
+
+def _digits(batch: int) -> tuple[nn.Module, Tensor]:
+    return digits_model(0).client, torch.randn(batch, 1, 8, 8)
+
+
+def _minilm(batch: int) -> tuple[nn.Module, dict[str, Tensor]]:
+    model = untrained("bert", **MINILM, vocab_size=30522)
+    tokens = torch.randint(0, 30522, (batch, 64))
+    return split(model, at=3).client, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+def _resnet18(batch: int) -> tuple[nn.Module, Tensor]:
+    return split(untrained("resnet", **RESNET18), at=2).client, torch.randn(batch, 3, 224, 224)
+
+
+HALVES = {
+    "digits": Half("the digits task's half, pictures of 8 x 8", 128, _digits),
+    "minilm": Half("BERT of MiniLM's size, 3 of 6 layers, 64 tokens", 16, _minilm, {**WAYS, **FEW}),
+    "resnet18": Half("ResNet-18, 2 of 4 stages, pictures of 224 x 224", 16, _resnet18),
+}
+
 
 def reference(way: str) -> str:
     """The inference that a way is measured against: that of the same dtype."""
-    return f"{INFERENCE}, bfloat16" if way.endswith("bfloat16") else INFERENCE
+    return f"{INFERENCE}, bfloat16" if {**WAYS, **FEW}[way].get("dtype") == "bfloat16" else INFERENCE
 
 
 def growth(work: Callable[[], object], device: torch.device) -> int:
@@ -124,16 +143,18 @@ def _resident(name: str) -> int:
 
 
 def measure_here(name: str, way: str, batch: int, device: torch.device) -> dict[str, int]:
-    """One way in this process. Bytes: peak_extra, how far it grows; cut, the cut tensor; weights, the half's.
+    """One way in this process. Bytes: peak_extra, how far it grows; cut, the cut tensor; weights, the half's as stored.
 
     A round with a batch of one goes before, so that code and threads are there. Two directions: any more would need no
     more memory.
     """
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    config = Config(directions=2, directions_from="fresh", device=str(device), **WAYS[way])  # type: ignore[arg-type]
+    settings = HALVES[name].ways[way]
+    config = Config(directions=2, directions_from="fresh", device=str(device), **settings)  # type: ignore[arg-type]
     half, inputs = HALVES[name].make(batch)
-    half = half.eval().to(device, getattr(torch, config.dtype))
+    half = moving_only(half, config.trains, config.seed).eval().to(getattr(torch, config.dtype))
+    half = narrowed(half, config.frozen).to(device)
     whole = Dataset(inputs, torch.zeros(batch, dtype=torch.int64)).to(device, dtype_of(half))
     batches = [(part.inputs, part.labels) for part in (whole[:1], whole)]  # by round
     parameters, _ = trainable(half)
@@ -156,7 +177,7 @@ def measure_here(name: str, way: str, batch: int, device: torch.device) -> dict[
 
     work: Callable[[int], object] = backpropagate if way == BACKPROPAGATION else infer
     with tempfile.TemporaryDirectory() as folder:
-        if "method" in WAYS[way]:
+        if "method" in settings:
             client: FirstOrderClient | ZerothOrderClient = FirstOrderClient(0, half, batches.__getitem__)
             if config.method == "ho":
                 run = make_run(config, parameters)
@@ -168,7 +189,8 @@ def measure_here(name: str, way: str, batch: int, device: torch.device) -> dict[
         cut = infer(0).nbytes * batch
         work(0)
         peak = growth(lambda: work(1), device)
-    return {"peak_extra": peak, "cut": cut, "weights": sum(p.nbytes for p in half.parameters())}
+    weights = sum(t.nbytes for t in (*half.parameters(), *half.buffers()))
+    return {"peak_extra": peak, "cut": cut, "weights": weights}
 
 
 def measure(name: str, way: str, batch: int, device: str = "cpu") -> dict[str, int]:
@@ -192,7 +214,7 @@ def client_memory(
     for name in names:
         half = HALVES[name]
         rows: dict[str, Any] = {}
-        for way in WAYS:
+        for way in half.ways:
             progress(f"{name}, {way}")
             row: dict[str, Any] = {**measure(name, way, half.batch, device)}
             rows[way] = row

@@ -33,6 +33,7 @@ from hosfl.client import Client, FirstOrderClient, ZerothOrderClient, load_vecto
 from hosfl.config import REPLAYED, Config
 from hosfl.data import Batches, Dataset, dirichlet_split, iid_split
 from hosfl.displaced import call
+from hosfl.frozen import narrowed
 from hosfl.lattice import Lattice, LatticeError, power_of_two_scales
 from hosfl.ledger import FreshStep, GradientAverage, Ledger, PoolStep, SeedReplay, WeightAverage, WholeWeights
 from hosfl.log import Log
@@ -243,7 +244,8 @@ def assemble(config: Config, out: Path | None = None, smallest_shard: int | None
     task = TASKS[config.task](config)
     device = torch.device(config.device)
     model = task.model(round_seed(config.seed, Purpose.MODEL, 0))
-    base = moving_only(model.client, config.trains, config.seed).to(device, getattr(torch, config.dtype))
+    base = moving_only(model.client, config.trains, config.seed).to(getattr(torch, config.dtype))
+    base = narrowed(base, config.frozen).to(device)
     parameters, streams = trainable(base)
     rates = task.rates(config)
     length = RunningLength() if config.rule == "normalized" else None

@@ -1,6 +1,7 @@
 """Forward mode and the estimators: the exact derivative, for every family, in one layer's memory, without a trace."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from test_probe import peak_bytes
 from test_split import IMAGES, TEXT, ResNet, image_model, text, text_model
 from torch import nn
 
+from benchmarks.readme import RESULTS
 from hosfl.displaced import call
 from hosfl.forward_mode import Tangents, derivative
 from hosfl.lattice import Lattice
@@ -255,3 +257,30 @@ def test_bfloat16_needs_forward_mode():
         one_sided = relative(probe_untouched(half, x, multiplier, half(x), seeds, 1e-3, "rademacher"), expected)
     assert forward < 0.02
     assert one_sided > 0.2
+
+
+def test_a_bfloat16_transformer_is_within_two_percent():
+    """At the same rounded weights, in float64; the multiplier rounded as on the wire."""
+    torch.manual_seed(1)
+    half = split(text_model("bert"), 2).client.bfloat16()
+    inputs, seeds = text("left"), list(range(12))
+    multiplier = torch.randn(call(half, inputs).shape, dtype=torch.float64)
+    exactly = copy.deepcopy(half).double()
+    with evaluating(half), evaluating(exactly):
+        expected = probe_forward(exactly, inputs, multiplier, seeds, "rademacher")
+        multiplier = multiplier.bfloat16()
+        forward = relative(probe_forward(half, inputs, multiplier, seeds, "rademacher"), expected)
+        cut = call(half, inputs)
+        one_sided = [
+            relative(probe_untouched(half, inputs, multiplier, cut, seeds, mu, "rademacher"), expected)
+            for mu in (1e-2, 1e-3, 1e-4)
+        ]
+    assert forward < 0.02
+    assert min(one_sided) > 0.05
+
+
+def test_the_results_are_within_two_percent():
+    rows = json.loads((RESULTS / "estimators-cpu.json").read_text())["rows"]
+    found = {(r["way"], r["mu"]): r["errors"] for r in rows if r["dtype"] == "bfloat16"}
+    assert max(found["forward mode", None]) < 0.02
+    assert all(min(errors) > 0.05 for (way, mu), errors in found.items() if mu is not None)

@@ -9,7 +9,7 @@ import torch
 from benchmarks.readme import RESULTS
 from hosfl import memory
 from hosfl.cli import main
-from hosfl.memory import BOUND, BOUNDED, HALVES, WAYS, growth, measure
+from hosfl.memory import BOUND, BOUNDED, FEW, HALVES, growth, measure, reference
 from hosfl.probe import PART, inner
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -74,7 +74,7 @@ def test_command_line(tmp_path, capsys, monkeypatch, peak):
     out = tmp_path / "new" / "memory.json"
     assert main(["memory", "--halves", "minilm", "--out", str(out)]) == (peak > 1300 * BOUND)
     result = json.loads(out.read_text())
-    assert list(result["halves"]["minilm"]["ways"]) == list(WAYS)
+    assert list(result["halves"]["minilm"]["ways"]) == list(HALVES["minilm"].ways)
     assert result["halves"]["minilm"]["ways"]["ho, in place"]["of_bound"] == pytest.approx(peak / 1300)
     captured = capsys.readouterr()
     assert "first-order" in captured.out
@@ -90,3 +90,17 @@ def test_the_results_keep_the_bound():
         assert all(ways[way]["of_bound"] <= BOUND for way in BOUNDED)
         assert ways["first-order"]["peak_extra"] > ways["backpropagation alone"]["peak_extra"]
         assert ways["backpropagation alone"]["peak_extra"] > ways["ho, in place"]["peak_extra"]
+
+
+def test_the_results_of_narrow_weights():
+    """Stored in fewer bits, the weights are less, and a layer's wide ones hardly show."""
+    result = json.loads((RESULTS / "client-memory.json").read_text())
+    ways = result["halves"]["minilm"]["ways"]
+    assert {reference(way) for way in FEW} == {"inference"}
+    for trains in ("norms", "lora"):
+        rows = [
+            ways[f"ho, in place, {trains}, the rest {frozen}"] for frozen in ("float32", "bfloat16", "int8", "int4")
+        ]
+        for row, share in zip(rows, (1, 1 / 2, 8.5 / 32, 4.5 / 32), strict=True):
+            assert row["weights"] == pytest.approx(share * rows[0]["weights"], rel=0.1)
+            assert row["peak_extra"] < 1.1 * rows[0]["peak_extra"]

@@ -1,0 +1,125 @@
+"""Weights that never move, stored narrow: bfloat16, or integers and scales. A layer's are made wide while it uses them.
+
+int8, int4, int2: a row of a weight, such as those of one output channel or the vector of one token, is cut into groups
+of 64 or a little fewer. weight = scale * q; scale = max|weight| of the group / L, q = weight / scale rounded to the
+nearest, ties to even; -L <= q <= L and L = 2^(bits - 1) - 1. So the error is half a scale at most. int4 lies two to a
+byte and int2, which is {-1, 0, 1}, four, lowest bits first and 2^(bits - 1) above zero. Only exact steps and single
+roundings: every machine stores the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+BITS = {"bfloat16": 16, "int8": 8, "int4": 4, "int2": 2}
+FROZEN = ("float32", *BITS)
+GROUP = 64
+
+
+def narrowed(half: nn.Module, frozen: str) -> nn.Module:
+    """Store every weight that does not require grad as `frozen` says; returns the half, changed in place.
+
+    frozen: of FROZEN; "float32" leaves all as it is. Weights are parameters with two dimensions or more that are longer
+    than 1, of any module but normalisations, nn.LSTM, GRU and RNN, which hold theirs twice, and embeddings with
+    max_norm, which write theirs. The rest is small and stays.
+
+    A narrow parameter keeps its name and its place among the parameters, and so everybody's streams: in `_parameters`
+    it is integers, which no cast touches, with the buffer `<name>_scale` beside them. Reading the attribute gives a new
+    tensor of the scale's dtype, the layer's before, or of that to which the half was cast since; of an nn.Embedding
+    only the rows that are looked up are ever made. What is written to that tensor is lost, as by merging adapters into
+    it. Backpropagation holds it until it has run. The module can be copied, and its state dict stored, but not pickled.
+
+    Raises ValueError where there is nothing to narrow, and for weights that are infinite or NaN.
+    """
+    if frozen == "float32":
+        return half
+    done: dict[int, tuple[nn.Parameter, Tensor]] = {}  # by the wide parameter: tied ones stay tied
+    for module in half.modules():
+        wide = {name: p for name, p in module._parameters.items() if p is not None and _narrows(module, p)}
+        for name, p in wide.items():
+            if id(p) not in done:
+                stored, scale = _store(p.detach(), BITS[frozen])
+                done[id(p)] = nn.Parameter(stored, requires_grad=False), scale
+            module._parameters[name], scale = done[id(p)]
+            module.register_buffer(f"{name}_scale", scale)
+        if wide:
+            kind: Any = type(module)
+            module.__dict__["narrow"] = {name: (p.shape, BITS[frozen]) for name, p in wide.items()}
+            module.__class__ = _reading(kind, tuple(wide))
+    if not done:
+        raise ValueError(
+            f"frozen={frozen!r} finds nothing to store so: every weight of the client half moves, or is of a kind that"
+            " stays as it is; choose what moves by trains"
+        )
+    return half
+
+
+def _narrows(module: nn.Module, parameter: nn.Parameter) -> bool:
+    kept = isinstance(module, (nn.RNNBase, torch.jit.ScriptModule)) or "norm" in type(module).__name__.lower()
+    writes = getattr(module, "max_norm", None) is not None
+    matrix = parameter.is_floating_point() and sum(n > 1 for n in parameter.shape) > 1
+    return matrix and not (parameter.requires_grad or kept or writes)
+
+
+def _store(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """[n, ...] -> integers [n, groups, bytes or numbers of a group], and scales [n, groups, 1] in its dtype."""
+    if not torch.isfinite(weight).all():
+        raise ValueError("weights that are infinite or NaN cannot be stored narrow")
+    rows = weight.reshape(len(weight), -1)
+    if bits == 16:
+        return rows.bfloat16().view(torch.int16).unsqueeze(1), torch.ones(1, 1, 1, dtype=weight.dtype)
+    groups, per, top = math.ceil(rows.shape[1] / GROUP), 8 // bits, 2 ** (bits - 1) - 1
+    size = math.ceil(rows.shape[1] / groups / per) * per  # groups as equal as can be; zeros fill up the last one
+    padded = nn.functional.pad(rows, (0, groups * size - rows.shape[1])).view(-1, groups, size)
+    scale = padded.abs().amax(-1, keepdim=True) / top
+    quotients = padded.float() / torch.where(scale > 0, scale, 1.0).float()
+    levels = quotients.round().clamp(-top, top).to(torch.int8)
+    if per == 1:
+        return levels, scale
+    parts = (levels + (top + 1)).to(torch.uint8).unflatten(-1, (-1, per))
+    shifts = torch.arange(per, dtype=torch.uint8) * bits
+    return (parts << shifts).sum(-1).to(torch.uint8), scale
+
+
+def _wide(stored: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """[..., groups, bytes or numbers], [..., groups, 1] -> scale * q, [..., groups * numbers of a group]."""
+    if bits == 16:
+        return stored.view(torch.bfloat16).to(scale.dtype).flatten(-2)
+    if bits == 8:
+        return stored.to(scale.dtype).mul_(scale).flatten(-2)
+    parts = [(stored >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
+    return torch.stack(parts, -1).flatten(-2).to(scale.dtype).sub_(2 ** (bits - 1)).mul_(scale).flatten(-2)
+
+
+def _read(name: str, module: Any) -> Tensor:
+    shape, bits = module.narrow[name]
+    rows = _wide(module._parameters[name], module._buffers[f"{name}_scale"], bits)
+    return rows[:, : math.prod(shape[1:])].reshape(shape)
+
+
+class Lookup(nn.Embedding):
+    """What an nn.Embedding with a narrow table does: the rows of these tokens are made wide, no others."""
+
+    narrow: dict[str, tuple[torch.Size, int]]
+
+    def forward(self, input: Tensor) -> Tensor:
+        (_, width), bits = self.narrow["weight"]
+        stored, scale = self._parameters["weight"], self._buffers["weight_scale"]
+        assert stored is not None
+        assert scale is not None
+        return _wide(stored[input], scale if bits == 16 else scale[input], bits)[..., :width]
+
+
+@cache
+def _reading(kind: Any, names: tuple[str, ...]) -> type[nn.Module]:
+    """The same kind of module, whose parameters of these names are narrow. Its forward pass is the kind's own."""
+    bases: tuple[type, ...] = (kind,)
+    if issubclass(kind, nn.Embedding) and "weight" in names:
+        bases = (Lookup,) if kind is nn.Embedding else (kind, Lookup)
+    properties = {name: property(partial(_read, name)) for name in names}
+    return type(kind.__name__, bases, {"__module__": kind.__module__, **properties})
