@@ -36,6 +36,18 @@ class Dataset:
         """Tokens of a sample; 1 where the inputs are not tokens."""
         return 1 if isinstance(self.inputs, Tensor) else self.inputs["input_ids"].shape[1]
 
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens up to the last one that counts, int64 [n]; ones where the inputs are not tokens."""
+        if isinstance(self.inputs, Tensor):
+            return torch.ones(len(self), dtype=torch.int64)
+        return (self.inputs["attention_mask"] * torch.arange(1, self.length + 1)).amax(1)
+
+    def trimmed(self) -> Dataset:
+        """Without the tokens at the end that count in no sample: nothing is computed or sent for them."""
+        longest = int(self.lengths.max())
+        return self if longest == self.length else replace(self, inputs=self._each(lambda x: x[:, :longest]))
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Dataset:
         """On a device, inputs of floating point as `dtype`."""
         inputs = self._each(lambda x: x.to(device, dtype if x.is_floating_point() else None))
@@ -160,5 +172,5 @@ class Batches:
     def __call__(self, round: int) -> Batch:
         random = generator(self.seed, Purpose.BATCHES, round, self.client)
         chosen = torch.from_numpy(random.choice(len(self.data), min(self.size, len(self.data)), replace=False))
-        batch = self.data[chosen]
+        batch = self.data[chosen].trimmed()
         return batch.inputs, batch.labels

@@ -25,9 +25,9 @@ class Server:
     """The first-order half of HO-SFL.
 
     loss: (output, labels) -> mean loss over the batch. ledger: what is known of the client half; None where it is
-    frozen. clients: their number. cut_shape: of one sample. classes: labels are below it. batch: the most samples that
-    one client sends. masked: whether the half takes an attention mask beside the cut. label_shape: of one sample's
-    labels.
+    frozen. clients: their number. cut_shape: of one sample; of texts, of the longest. classes: labels are below it.
+    batch: the most samples that one client sends. masked: whether the half takes an attention mask beside the cut; its
+    texts may then be shorter. label_shape: of one sample's labels.
 
     Whatever comes from a client goes through `receive`, `step` or `commit`, which refuse what is not exactly right; a
     refused message changes nothing. refused: the reasons, the first thousand of them; refusals: how many there were.
@@ -203,13 +203,17 @@ class Server:
         if message.client in self._samples:
             raise MessageError("a second cut in one round")
         shape, labels = tuple(message.cut.shape), message.labels
-        right = shape[1:] == self.cut_shape and tuple(labels.shape) == shape[:1] + self.label_shape
+        sample, classes = shape[1:], self.classes
+        if self.masked and sample[:1] and 0 < sample[0] < self.cut_shape[0]:  # its texts are shorter than the longest
+            sample = self.cut_shape[:1] + sample[1:]
+            classes = shape[1] if self.label_shape else classes  # labels are places in a text
+        right = sample == self.cut_shape and tuple(labels.shape) == shape[:1] + self.label_shape
         if not shape or not right or not len(labels):
             raise MessageError(f"a cut of shape {shape}, labels {tuple(labels.shape)}; samples are {self.cut_shape}")
         if len(labels) > self.batch:
             raise MessageError(f"{len(labels)} samples; the most is {self.batch}")
-        if int(labels.min()) < 0 or int(labels.max()) >= self.classes:
-            raise MessageError(f"labels from {int(labels.min())} to {int(labels.max())} for {self.classes} classes")
+        if int(labels.min()) < 0 or int(labels.max()) >= classes:
+            raise MessageError(f"labels from {int(labels.min())} to {int(labels.max())} for {classes} classes")
         if not torch.isfinite(message.cut).all():
             raise MessageError("infinite or NaN elements in the cut")
         expected = shape[:2] if self.masked else (0, 0)

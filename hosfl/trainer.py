@@ -361,15 +361,17 @@ def evaluate(model: SplitModel, data: Dataset, task: Task) -> tuple[Scores, floa
     modes = model.client.training, model.server.training
     model.client.eval(), model.server.eval()
     at_once = max(1, min(512, 512 * 64 // data.length))
+    # Short texts with short ones, where outputs are per sample: those per token have to be of one length.
+    order = data.lengths.argsort(stable=True) if data.labels.dim() == 1 else torch.arange(len(data))
     outputs, loss = [], 0.0
     with torch.no_grad():
-        for begin in range(0, len(data), at_once):
-            part = data[begin : begin + at_once].to(data.labels.device, dtype_of(model.client))
-            output = model(part.inputs)
+        for chosen in order.split(at_once):
+            part = data[chosen].to(data.labels.device, dtype_of(model.client))
+            output = model(part.trimmed().inputs if data.labels.dim() == 1 else part.inputs)
             outputs.append(output)
             loss += float(task.loss(output, part.labels)) * len(part)
     model.client.train(modes[0]), model.server.train(modes[1])
-    return task.metric(torch.cat(outputs), data), loss / len(data)
+    return task.metric(torch.cat(outputs)[order.argsort()], data), loss / len(data)
 
 
 def save_snapshot(federation: Federation, out: Path, round: int) -> None:

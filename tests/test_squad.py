@@ -319,6 +319,11 @@ def test_the_server_refuses_other_labels(folder):
     assert federation.server.step(0, wrong)[0] == {}
     assert federation.server.refusals == 2
     assert "for 24 classes" in federation.server.refused[1]
+    end = int(good.labels.max())  # a text that ends before its answer, one of no length, and a longer one
+    for length, reason in ((end, f"for {end} classes"), (0, "a cut of shape"), (25, "a cut of shape")):
+        of = {"cut": good.cut[:, :1].expand(-1, length, -1), "mask": good.mask[:, :1].expand(-1, length)}
+        assert federation.server.step(0, [replace(good, **{k: v.contiguous() for k, v in of.items()})])[0] == {}
+        assert reason in federation.server.refused[-1]
     assert set(federation.server.step(0, [good])[0]) == {0}
 
 

@@ -15,7 +15,7 @@ from hosfl.displaced import call
 from hosfl.messages import Cut, encode
 from hosfl.probe import trainable
 from hosfl.tasks import TASKS
-from hosfl.trainer import assemble
+from hosfl.trainer import assemble, evaluate
 from hosfl.trains import moving_only
 
 GOOD, BAD = ("good", "great", "fine", "lovely"), ("bad", "awful", "poor", "dull")
@@ -101,6 +101,31 @@ def test_data_that_is_none(folder, tmp_path, text, reason):
         sentences(tmp_path, str(folder / "model"))
 
 
+def test_nothing_is_computed_or_sent_for_padding(folder):
+    """Batches end with their longest text; evaluation, which sorts texts by length, gives what all at once gives."""
+    splits = sentences(folder, str(folder / "model"))
+    short = splits.test[splits.test.lengths < 8]
+    assert len(short) > 5
+    assert short.lengths.tolist() == short.inputs["attention_mask"].sum(1).tolist()
+    assert short.trimmed().length == short.lengths.max() < 8
+    assert short.length == 8
+    assert torch.equal(short.trimmed().inputs["input_ids"], short.inputs["input_ids"][:, : short.lengths.max()])
+    federation, task = assemble(config(folder, batch=2))
+    lengths = {federation.take(n).output(0).cut.shape[1] for n in range(4)}
+    assert min(lengths) < 8
+    halves = federation.model()
+    halves.client.eval(), halves.server.eval()
+    with torch.no_grad():
+        outputs = halves(splits.test.inputs)
+    scores, loss = evaluate(halves, splits.test, task)
+    assert scores == task.metric(outputs, splits.test)
+    assert loss == pytest.approx(float(task.loss(outputs, splits.test.labels)), abs=1e-6)
+    # In the order of the data: each sample's own.
+    seen = replace(task, metric=lambda outputs, data: {"far": float((outputs - all_outputs).abs().max())})
+    all_outputs = outputs
+    assert evaluate(halves, splits.test, seen)[0]["far"] < 1e-5
+
+
 def test_a_data_set_of_named_inputs():
     data = Dataset({"x": torch.arange(6.0).reshape(3, 2), "mask": torch.ones(3, 2).long()}, torch.tensor([0, 1, 2]))
     part = data[torch.tensor([2, 0])].to("cpu", torch.bfloat16)
@@ -159,7 +184,7 @@ def test_other_methods_take_masks_and_adapters(folder, method):
     assert found.replicas.equal
     assert found.refused == []
     visits, exchanges = 4 * 2, 2 if method == "splitfed" else 1
-    assert found.bytes["mask up"] == visits * exchanges * 8 * 8
+    assert visits * exchanges * 8 * 5 < found.bytes["mask up"] <= visits * exchanges * 8 * 8
     assert found.bytes["labels up"] == visits * exchanges * 8 * 4
     half = assemble(config(folder, trains="lora"))[0].base
     adapters = sum(p.numel() for p in trainable(half)[0])
