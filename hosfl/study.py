@@ -469,9 +469,12 @@ def table(study: Study, folder: Path) -> dict[str, Any]:
         runs = [] if trial is None else [held(job, folder) for job in study.final(method, trial)]
         rows[method] = _row(study, method, trial, [run for run in runs if run is not None])
     _add_gap(rows)
+    for row in rows.values():
+        del row["curves"]
     first = (held(job, folder) for job in study.tuning())
     name = next((metric(run["scores"]) for run in first if run and not run["failure"]), "accuracy")
-    return {"rounds": study.rounds, "unequal": study.unequal, "metric": name, "methods": rows, "trials": tried}
+    what = {"rounds": study.rounds, "unequal": study.unequal, "metric": name, "machine": machine()}
+    return {**what, "methods": rows, "trials": tried}
 
 
 def _row(study: Study, method: str, trial: int | None, runs: Sequence[Result]) -> dict[str, Any]:
@@ -493,19 +496,41 @@ def _row(study: Study, method: str, trial: int | None, runs: Sequence[Result]) -
     }
     for name in ("seconds", "forward_seconds", "answer_seconds"):
         row[name] = mean(run[name] for run in good) if good else None
+    row["curves"] = [run["evaluations"] for run in good]
     row["replicas_equal"] = all(run["replicas"]["equal"] for run in good) if good else None
     return row
 
 
 def _add_gap(rows: dict[str, Any]) -> None:
-    """The share of the way from the frozen client to the first-order one, where the study has one of each."""
+    """The share of the way from the frozen client to the first-order one, where the study has one of each.
+
+    At equal rounds, and in equal seconds: what a method has reached when the last of first-order's runs ends, between
+    two evaluations by linear interpolation. A run that has ended by then keeps its result.
+    """
 
     def control(kind: str) -> list[dict[str, Any]]:
         of = [r for r in rows.values() if r["settings"] and r["settings"].get("method", "ho") == kind]
         return [r for r in of if r["accuracy"] is not None]
 
     low, high = control("frozen"), control("first-order")
-    for row in rows.values():
-        for q in QUANTITIES:
-            there = len(low) == len(high) == 1 and row[q] is not None and low[0][q] != high[0][q]
-            row[f"{q}_gap_recovered"] = (row[q] - low[0][q]) / (high[0][q] - low[0][q]) if there else None
+    end = max((curve[-1]["seconds"] for row in high for curve in row["curves"]), default=0.0)
+    for row, q in itertools.product(rows.values(), QUANTITIES):
+        there = len(low) == len(high) == 1 and row[q] is not None and low[0][q] != high[0][q]
+
+        def share(reached: float, q: str = q) -> float:
+            return float((reached - low[0][q]) / (high[0][q] - low[0][q]))
+
+        row[f"{q}_gap_recovered"] = share(row[q]) if there else None
+        row[f"{q}_gap_in_equal_seconds"] = (
+            share(mean(_reached(curve, end, q) for curve in row["curves"])) if there else None
+        )
+
+
+def _reached(curve: Sequence[Mapping[str, Any]], seconds: float, quantity: str) -> float:
+    """What a run had reached after so many seconds; before its first evaluation, that one's value."""
+    after = next((n for n, e in enumerate(curve) if e["seconds"] >= seconds), len(curve))
+    if after in (0, len(curve)):
+        return float(curve[min(after, len(curve) - 1)][quantity])
+    a, b = curve[after - 1], curve[after]
+    part = (seconds - a["seconds"]) / (b["seconds"] - a["seconds"])
+    return float(a[quantity] + part * (b[quantity] - a[quantity]))

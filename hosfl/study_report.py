@@ -189,7 +189,10 @@ def _list(values: Sequence[object]) -> str:
 def _notes(study: Study, found: dict[str, Any]) -> str:
     text = "± is the standard error of the mean over seeds. Seconds are those of a run, one thread, beside other runs."
     if any(r["loss_gap_recovered"] is not None for r in found["methods"].values()):
-        text += " Gap recovered: the share of the way from the frozen client to the first-order one."
+        text += (
+            " Gap recovered: the share of the way from the frozen client to the first-order one; in equal seconds: by"
+            " what is reached when first-order's run ends."
+        )
     both = set(study.seeds) & set(study.tuning_seeds)
     return text + (f" Seeds {_list(sorted(both))} were also tuned on." if both else "")
 
@@ -213,6 +216,7 @@ def number(value: float | None, error: float | None = None, places: int = 4) -> 
 
 def _results(methods: dict[str, Any], metric: str) -> str:
     head = ["", f"test {metric}", "test loss", f"{metric} gap recovered", "loss gap recovered"]
+    head += [f"{metric} gap in equal seconds", "loss gap in equal seconds"]
     head += ["kB per client and round", "seconds", "seeds"]
     rows = []
     for method, row in methods.items():
@@ -222,7 +226,8 @@ def _results(methods: dict[str, Any], metric: str) -> str:
         elif row["failures"]:
             seeds = "failed: " + "; ".join(f"seed {s}, {why}" for s, why in row["failures"].items())
         scores = [number(row[q], row[f"{q}_error"]) for q in ("accuracy", "loss")]
-        gaps = [number(row[f"{q}_gap_recovered"], None, 2) for q in ("accuracy", "loss")]
+        shares = [f"{q}_gap_{at}" for at in ("recovered", "in_equal_seconds") for q in ("accuracy", "loss")]
+        gaps = [number(row[share], None, 2) for share in shares]
         moved = sum(row["bytes_per_client_round"].values()) / 1e3 if row["seeds"] else None
         rows.append([method, *scores, *gaps, number(moved, None, 1), number(row["seconds"], None, 1), seeds])
     return _rows(head, rows)

@@ -87,7 +87,26 @@ def test_the_table(whole):
     assert row["loss_gap_recovered"] == pytest.approx((row["loss"] - low) / (high - low))
     assert (rows["frozen"]["loss_gap_recovered"], rows["first-order"]["loss_gap_recovered"]) == (0, 1)
     assert row["bytes_per_client_round"]["labels up"] == 8 * 4
+    assert rows["first-order"]["loss_gap_in_equal_seconds"] == 1
+    assert rows["frozen"]["accuracy_gap_in_equal_seconds"] is not None
+    assert "curves" not in row
     assert "multiplier down" not in rows["frozen"]["bytes_per_client_round"]
+
+
+def test_equal_seconds_are_those_of_first_order(tmp_path, whole):
+    """Losses of 8, 4 and 2 after 1, 2 and 3 seconds, where frozen ends at 10 and first-order at 0 after 1.5."""
+    shutil.copytree(whole, tmp_path / "study")
+    seconds, losses = {"frozen": 1, "first-order": 0.5, "ho-fresh": 1}, {"frozen": 10, "first-order": 0}
+    for path in (tmp_path / "study").glob("runs/*/*.json"):
+        run = json.loads(path.read_text())
+        for n, evaluation in enumerate(run["evaluations"]):
+            evaluation["seconds"] = seconds[path.parent.name] * (n + 1)
+            evaluation["loss"] = losses.get(path.parent.name, 8 / 2**n)
+        path.write_text(json.dumps({**run, "loss": run["evaluations"][-1]["loss"]}))
+    rows = studies.table(load_study(tmp_path / "study" / "study.yaml"), tmp_path / "study")["methods"]
+    assert rows["ho, fresh"]["loss_gap_in_equal_seconds"] == pytest.approx(0.4)  # 6 is between 8 and 4
+    assert rows["ho, fresh"]["loss_gap_recovered"] == pytest.approx(0.8)
+    assert [rows[m]["loss_gap_in_equal_seconds"] for m in ("frozen", "first-order")] == [0, 1]
 
 
 @pytest.mark.parametrize("after", [3, 10])
@@ -287,7 +306,9 @@ def test_the_report_is_whole_and_its_numbers_are_the_runs(tmp_path, whole):
         runs = [json.loads((folder / f"runs/{slug(method)}/{s}.json").read_text()) for s in (2, 3)]
         mean, error = sum(r["loss"] for r in runs) / 2, abs(runs[0]["loss"] - runs[1]["loss"]) / 2
         assert cells[method][1] == f"{mean:.4f} ± {error:.4f}"
-        assert cells[method][4] == number(sum(row["bytes_per_client_round"].values()) / 1e3, None, 1)
+        assert cells[method][3] == number(row["loss_gap_recovered"], None, 2)
+        assert cells[method][5] == number(row["loss_gap_in_equal_seconds"], None, 2)
+        assert cells[method][6] == number(sum(row["bytes_per_client_round"].values()) / 1e3, None, 1)
     trials = page.split("every trial")[1]
     for trial in json.loads((folder / "table.json").read_text())["trials"]:
         assert f"<td>{trial['loss']:.4f}</td>" in trials
