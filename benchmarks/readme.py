@@ -1,4 +1,5 @@
-"""`make results` ends here: writes the README's tables from benchmarks/results, between the markers that name them."""
+"""`make results` ends here: writes tables from benchmarks/results into the README and into the page on the studies,
+between the markers that name them."""
 
 from __future__ import annotations
 
@@ -239,7 +240,40 @@ def curves(result: dict[str, Any]) -> str:
     return "\n\n".join(texts)
 
 
-SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+def study(result: dict[str, Any]) -> str:
+    """A study's methods at the settings that tuning chose, and how much of the gap they recover."""
+    metric = result["metric"]
+
+    def cell(value: float | None, error: float | None = None, places: int = 4) -> str:
+        if value is None:
+            return ""
+        return f"{value + 0.0:.{places}f}" + ("" if error is None else f" ± {error:.{places}f}")
+
+    rows = []
+    for method, r in result["methods"].items():
+        trial = next((t for t in result["trials"] if (t["method"], t["trial"]) == (method, r["trial"])), {"choice": {}})
+        shares = ("accuracy_gap_recovered", "loss_gap_recovered", "loss_gap_in_equal_seconds")
+        rows.append(
+            [
+                method,
+                ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in trial["choice"].items()),
+                *(cell(r[q], r[f"{q}_error"]) for q in ("accuracy", "loss")),
+                *(cell(r[share], None, 2) for share in shares),
+                cell(sum(r["bytes_per_client_round"].values()) / 1e3, None, 1),
+                cell(r["seconds"], None, 0),
+                f"{len(r['failures'])} of {len(r['failures']) + len(r['seeds'])}",
+            ]
+        )
+    head = ["", "chosen", f"test {metric}", "test loss", f"{metric} gap", "loss gap", "loss gap in equal seconds"]
+    head += ["kB per client and round", "seconds", "failed"]
+    tried = len(result["trials"]) // len(result["methods"])
+    seeds = max((r["seeds"] for r in result["methods"].values()), key=len)
+    what = f"{result['rounds']} rounds, seeds {', '.join(map(str, seeds))}, {tried} trials for every method."
+    return f"{what} {_machine(result)}\n\n{_table(head, rows)}"
+
+
+Sections = dict[str, tuple[str, Callable[[dict[str, Any]], str]]]
+SECTIONS: Sections = {
     "digits": ("digits/table.json", digits),
     "ways": ("digits-ways.json", ways),
     "tuning": ("digits-tuning.json", tuning),
@@ -252,17 +286,24 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 }
 
 
-def updated(readme: str) -> str:
-    """The README with its tables made again."""
-    for name, (file, write) in SECTIONS.items():
-        text = write(json.loads((RESULTS / file).read_text()))
+STUDIES: Sections = {
+    path.parent.name: (str(path.relative_to(RESULTS)), study) for path in sorted(RESULTS.glob("studies/*/table.json"))
+}
+PAGES = {ROOT / "README.md": SECTIONS, ROOT / "benchmarks" / "studies" / "README.md": STUDIES}
+
+
+def updated(page: Path) -> str:
+    """A page's text with its tables made again."""
+    text = page.read_text()
+    for name, (file, write) in PAGES[page].items():
+        table = write(json.loads((RESULTS / file).read_text()))
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-        readme, found = re.subn(pattern, lambda m, t=text: m[1] + t + "\n" + m[2], readme, flags=re.S)  # type: ignore[misc]
+        text, found = re.subn(pattern, lambda m, t=table: m[1] + t + "\n" + m[2], text, flags=re.S)  # type: ignore[misc]
         if found != 1:
-            raise SystemExit(f"README.md has {found} sections named {name}")
-    return readme
+            raise SystemExit(f"{page} has {found} sections named {name}")
+    return text
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(updated(path.read_text()))
+    for page in PAGES:
+        page.write_text(updated(page))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,7 @@ def pretrained_resnet(path: Path, classes: int) -> CifarResNet:
     return model
 
 
+@lru_cache(maxsize=1)  # a study's runs follow one another in one process
 def pictures(name: str, folder: Path | None) -> Splits:
     """CIFAR-10 or CIFAR-100, float32 [n, 3, 32, 32], standardised with ImageNet's mean and deviation.
 

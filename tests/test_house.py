@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.readme import updated
+from benchmarks.readme import PAGES, updated
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*ROOT.glob("hosfl/**/*.py"), *ROOT.glob("hosfl_kernels/**/*.py")])
@@ -70,9 +70,9 @@ def test_the_readme_maps_every_file():
     assert not gone
 
 
-def test_the_readme_s_tables_are_those_of_the_results():
-    readme = (ROOT / "README.md").read_text()
-    assert updated(readme) == readme
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_tables_of_the_pages_are_those_of_the_results(page):
+    assert updated(page) == page.read_text()
 
 
 def test_few_knobs():
