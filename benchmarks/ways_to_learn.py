@@ -20,7 +20,7 @@ from rich.progress import track
 
 from benchmarks.tune import WAYS
 from hosfl import Config, train
-from hosfl.report import machine
+from hosfl.report import gap_recovered, machine
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2, 3, 4, 5)
@@ -53,8 +53,7 @@ def main() -> None:
     low, high = rows["frozen"], rows["first-order"]
     for row in rows.values():
         for quantity in ("accuracy", "loss"):
-            share = (row[quantity] - low[quantity]) / (high[quantity] - low[quantity])
-            row[f"{quantity}_gap_recovered"] = share
+            row[f"{quantity}_gap_recovered"] = gap_recovered(row[quantity], low[quantity], high[quantity])
     options.out.write_text(json.dumps({"machine": machine(), "seeds": SEEDS, "ways": rows}, indent=1) + "\n")
     for way, row in rows.items():
         print(f"{way}: {row['accuracy']:.4f} {row['loss']:.4f} share {row['accuracy_gap_recovered']:.2f}")

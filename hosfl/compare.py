@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hosfl.config import Config
-from hosfl.report import Evaluation, Summary, machine, metric, plot_curves
+from hosfl.report import Evaluation, Summary, gap_recovered, machine, metric, plot_curves
 from hosfl.trainer import Progress, train
 
 CATEGORIES = (
@@ -88,13 +88,13 @@ def row(summaries: Sequence[Summary]) -> dict[str, Any]:
 
 
 def _add_gap(methods: dict[str, Any]) -> None:
-    """The share of the way from the frozen client to the first-order one that a method covers; both must be there."""
+    """Where both controls are there, how much of the gap between them every method recovers."""
     if not {"frozen", "first-order"} <= set(methods):
         return
     for quantity in ("accuracy", "loss"):
         low, high = methods["frozen"][quantity], methods["first-order"][quantity]
         for line in methods.values():
-            line[f"{quantity}_gap_recovered"] = (line[quantity] - low) / (high - low) if high != low else None
+            line[f"{quantity}_gap_recovered"] = gap_recovered(line[quantity], low, high)
 
 
 def _score(name: str, line: dict[str, Any]) -> str:

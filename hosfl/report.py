@@ -226,6 +226,11 @@ def metric(scores: Mapping[str, float]) -> str:
     return next(iter(scores), "accuracy")
 
 
+def gap_recovered(reached: float, frozen: float, first_order: float) -> float | None:
+    """The share of the way from the frozen client to the first-order one; None where there is no way."""
+    return (reached - frozen) / (first_order - frozen) if first_order != frozen else None
+
+
 def plot_curves(runs: dict[str, list[Sequence[Evaluation]]], path: Path, title: str) -> None:
     """Loss and accuracy against rounds, one line per method: the mean over seeds, and the band from worst to best."""
     from matplotlib.figure import Figure

@@ -40,7 +40,7 @@ from hosfl.checkpoint import write_atomically
 from hosfl.config import CHOICES, Config
 from hosfl.lattice import LatticeError
 from hosfl.memory import HALVES, client_memory
-from hosfl.report import Evaluation, machine, metric
+from hosfl.report import Evaluation, gap_recovered, machine, metric
 from hosfl.trainer import train
 
 OWN = ("seed", "rounds", "evaluate_on")  # settings that the study itself makes
@@ -515,15 +515,12 @@ def _add_gap(rows: dict[str, Any]) -> None:
     low, high = control("frozen"), control("first-order")
     end = max((curve[-1]["seconds"] for row in high for curve in row["curves"]), default=0.0)
     for row, q in itertools.product(rows.values(), QUANTITIES):
-        there = len(low) == len(high) == 1 and row[q] is not None and low[0][q] != high[0][q]
-
-        def share(reached: float, q: str = q) -> float:
-            return float((reached - low[0][q]) / (high[0][q] - low[0][q]))
-
-        row[f"{q}_gap_recovered"] = share(row[q]) if there else None
-        row[f"{q}_gap_in_equal_seconds"] = (
-            share(mean(_reached(curve, end, q) for curve in row["curves"])) if there else None
-        )
+        row[f"{q}_gap_recovered"] = row[f"{q}_gap_in_equal_seconds"] = None
+        if len(low) == len(high) == 1 and row["curves"]:
+            controls = low[0][q], high[0][q]
+            by_then = mean(_reached(curve, end, q) for curve in row["curves"])
+            row[f"{q}_gap_recovered"] = gap_recovered(row[q], *controls)
+            row[f"{q}_gap_in_equal_seconds"] = gap_recovered(by_then, *controls)
 
 
 def _reached(curve: Sequence[Mapping[str, Any]], seconds: float, quantity: str) -> float:
