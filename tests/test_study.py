@@ -328,8 +328,23 @@ def test_a_report_of_a_study_that_is_not_finished(tmp_path, whole):
     assert "Results on test data" not in page
 
 
-def test_the_study_of_the_repository_is_one():
-    study = load_study(Path(__file__).parent.parent / "benchmarks/studies/digits.yaml")
-    assert {len(trials) for trials in study.trials.values()} == {6}
+STUDIES = sorted((Path(__file__).parent.parent / "benchmarks/studies").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_the_studies_of_the_repository_are_fair(path):
+    """Equal tuning, both controls, three seeds and more that nothing was tuned on; the page shows them."""
+    study = load_study(path)
+    assert len({len(trials) for trials in study.trials.values()}) == 1
     assert {"first-order", "frozen"} <= set(study.trials)
     assert not set(study.seeds) & set(study.tuning_seeds)
+    assert len(study.seeds) >= 3
+    assert f"{path.name}`" in (path.parent / "README.md").read_text()
+    results = path.parent.parent / "results" / "studies" / path.stem / "table.json"
+    if results.exists():  # they are of this file
+        found = json.loads(results.read_text())
+        assert list(found["methods"]) == list(study.trials)
+        assert [(t["method"], t["choice"]) for t in found["trials"]] == [
+            (method, choice) for method, grid in study.grids.items() for choice in studies._choices(grid)
+        ]
+        assert found["rounds"] == study.rounds
