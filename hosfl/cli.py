@@ -46,8 +46,9 @@ from hosfl.trainer import Progress as OnProgress
 from hosfl.trainer import train
 
 HELP = {
-    "task": "what is learnt: real handwritten digits; the same inverted, by a network pretrained on them; or, with a"
-    " pretrained language model, classes of sentences, SST-2, RTE, WSC, SQuAD (default: %(default)s)",
+    "task": "what is learnt: real handwritten digits; the same inverted, by a network pretrained on them; CIFAR, by a"
+    " pretrained residual network; or, by a pretrained language model, classes of sentences, SST-2, RTE, WSC, SQuAD"
+    " (default: %(default)s)",
     "data": "a folder with the task's data as published, of squad also one file; default: embedded, or by name from the"
     " Hugging Face hub",
     "model": "a pretrained model, on the hub or a folder, where the task does not say (default: the task's own)",

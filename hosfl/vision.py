@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections import OrderedDict
 from functools import lru_cache
 from pathlib import Path
@@ -68,8 +69,11 @@ def pretrained_resnet(path: Path, classes: int) -> CifarResNet:
     github.com/akamaster/pytorch_resnet_cifar10 do. The depth is read from the names. A last layer for another number
     of classes is left out: it starts random. Raises FileNotFoundError, ValueError naming what does not fit.
     """
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    saved = saved.get("state_dict", saved)
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = saved.get("state_dict", saved)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
+        raise ValueError(f"{path} holds no state dictionary of tensors: {error}") from None
     state = OrderedDict((k.removeprefix("module.").replace("linear.", "fc."), v) for k, v in saved.items())
     blocks = {name.split(".")[1] for name in state if name.startswith("layer1.")}
     model = CifarResNet(classes, len(blocks))

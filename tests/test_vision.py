@@ -1,5 +1,6 @@
 """Pictures: folders, the hub's data sets, published weights, inputs that change."""
 
+import pickle
 import sys
 import types
 
@@ -97,6 +98,10 @@ def test_published_weights_are_read(weights):
     torch.save(saved, weights.with_name("torn.th"))
     with pytest.raises(ValueError, match=r"bn1\.weight"):
         pretrained_resnet(weights.with_name("torn.th"), 10)
+    for wrong in (b"", b"no weights", pickle.dumps(print)):
+        weights.with_name("wrong.th").write_bytes(wrong)
+        with pytest.raises(ValueError, match=r"wrong\.th holds no state dictionary"):
+            pretrained_resnet(weights.with_name("wrong.th"), 10)
 
 
 def test_the_network_is_the_published_one_and_can_be_cut():
