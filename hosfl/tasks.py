@@ -42,7 +42,8 @@ class Task:
     classes: labels are below it. optimizer: (server half, weight decay) -> its optimizer.
     metric: (outputs for all of a data set, the data set) -> scores by name; the first is the one that tables show and
     that rates are chosen by. groups: int64 [training samples], what clients' data differ by; None: their labels.
-    tuned: way -> rates, chosen on validation data by benchmarks/tune.py; the keys are (method, directions_from, rule)
+    tuned: way -> rates, chosen on validation data by benchmarks/tune.py, those of splitfed, hosl and mu-splitfed by
+    benchmarks/studies/digits.yaml; the keys are (method, directions_from, rule)
     where the client half is a log of scalars, (method, rule), and ("frozen",). "checkpointed" has the gradients of
     "first-order", and its rates.
     """
@@ -117,7 +118,10 @@ def digits_task(config: Config) -> Task:
             ("ho", "pool", "normalized"): Rates(0.04, 0.04, 0.3),
             ("ho", "pool", "adamw"): Rates(0.08, 0.02, 0.3),
             ("first-order", "normalized"): Rates(0.08, 2.0, 0.3),
+            ("splitfed", "normalized"): Rates(0.08, 0.4, 0.3),
+            ("hosl", "normalized"): Rates(0.04, 0.1, 0.3),
             ("zo-both", "pool", "normalized"): Rates(0.04, 0.04, 0.3),
+            ("mu-splitfed", "pool", "normalized"): Rates(0.04, 0.04, 0.3),
             ("frozen",): Rates(0.1, 1.0, 0.1),
         },
     )
