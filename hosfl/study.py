@@ -41,6 +41,7 @@ from hosfl.config import CHOICES, Config
 from hosfl.lattice import LatticeError
 from hosfl.memory import HALVES, client_memory
 from hosfl.report import Evaluation, gap_recovered, machine, metric
+from hosfl.tasks import TASKS, Task
 from hosfl.trainer import train
 
 OWN = ("seed", "rounds", "evaluate_on")  # settings that the study itself makes
@@ -323,10 +324,12 @@ def run_study(
 ) -> bool:
     """Run what the folder does not hold yet; True if nothing is left, False if Ctrl-C came first.
 
-    Writes table.json when all is there. Raises ValueError if the folder holds another study, naming what differs.
+    Writes table.json when all is there. Raises ValueError if the folder holds another study, naming what differs; and,
+    before any run, what tasks raise whose data, model or rates are not there.
     """
-    take_up(study, folder)
     try:
+        check_tasks(study)
+        take_up(study, folder)
         tuning = study.tuning()
         if not _run(study, tuning, folder, workers, progress):
             return False
@@ -339,6 +342,17 @@ def run_study(
         return False
     _write(folder / "table.json", table(study, folder))
     return True
+
+
+def check_tasks(study: Study) -> None:
+    """Find out what cannot work now, rather than when a method's turn comes. Raises what tasks raise."""
+    tasks: dict[tuple[str, ...], Task] = {}
+    for job in study.tuning():
+        c = job.config
+        key = c.task, c.data, c.model, c.at
+        if key not in tasks:
+            tasks[key] = TASKS[c.task](c)
+        tasks[key].rates(c)
 
 
 def _write(path: Path, content: Any) -> None:

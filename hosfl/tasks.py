@@ -66,9 +66,11 @@ class Task:
             key = (config.method, config.directions_from, config.rule)
         tuned = self.tuned.get(key)
         if tuned is None:
-            if not config.server_rate or not config.client_rate:
-                raise ValueError(f"no rates are tuned for {' '.join(key)}: give server_rate and client_rate")
-            tuned = Rates(config.server_rate, config.client_rate, 0.0)
+            client_rate = 1.0 if config.method == "frozen" else config.client_rate  # which has none
+            if not config.server_rate or not client_rate:
+                what = "server_rate" if config.method == "frozen" else "server_rate and client_rate"
+                raise ValueError(f"no rates are tuned for {' '.join(key)}: give {what}")
+            tuned = Rates(config.server_rate, client_rate, 0.0)
         decay = config.server_decay
         return Rates(
             server=config.server_rate or tuned.server,

@@ -109,6 +109,13 @@ def test_equal_seconds_are_those_of_first_order(tmp_path, whole):
     assert [rows[m]["loss_gap_in_equal_seconds"] for m in ("frozen", "first-order")] == [0, 1]
 
 
+def test_what_cannot_work_is_found_before_any_run(tmp_path):
+    untuned = "  splitfed: {settings: {method: splitfed, rule: momentum}, grid: {client_rate: [1, 2]}}\n"
+    with pytest.raises(ValueError, match="no rates are tuned for splitfed momentum"):
+        run_study(read_study(FILE + untuned), tmp_path / "study")
+    assert not (tmp_path / "study").exists()
+
+
 @pytest.mark.parametrize("after", [3, 10])
 def test_stopped_anywhere_and_resumed_it_leaves_the_same_files(tmp_path, whole, monkeypatch, after):
     ran = []

@@ -141,6 +141,9 @@ def test_tasks_say_what_they_need(folder, capsys):
         train(Config(data=str(folder)))
     with pytest.raises(ValueError, match="no rates are tuned"):
         train(config(folder, server_rate=None))
+    with pytest.raises(ValueError, match=r"no rates are tuned for frozen: give server_rate$"):
+        train(config(folder, method="frozen", server_rate=None))
+    assert train(config(folder, method="frozen", rounds=1, client_rate=None)).replicas.equal
     with pytest.raises(ValueError, match=r"cut points are 0 \(bert.encoder.layer.0\)"):
         train(config(folder, at="7"))
     assert main(["train", "--task", "sentences", "--data", str(folder / "none"), "--model", str(folder / "model")]) == 2
