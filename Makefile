@@ -27,8 +27,8 @@ bench: $(VENV)/ready
 tune: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.tune
 
-# The studies of benchmarks/studies whose data and models are embedded: an hour and a half on two idle cores. The others
-# say in their files what they need. What is kept of a study is its table, its file and its curves.
+# The studies of benchmarks/studies whose data and models are embedded: about three quarters of an hour on two cores. The
+# others say in their files what they need. What is kept of a study is its table, its file and its curves.
 STUDIES ?= digits digits-iid digits-inverted
 studies: $(VENV)/ready
 	for study in $(STUDIES); do \
