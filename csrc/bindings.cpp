@@ -51,6 +51,29 @@ constexpr int64_t UPDATES_PER_THREAD = 1 << 17;
 
 int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
+// Those that `updates` keep busy.
+int useful_threads(int64_t updates, int threads) {
+  return int(std::clamp<int64_t>(updates / UPDATES_PER_THREAD, 1, std::max(threads, 1)));
+}
+
+// Calls work(k) for k = 0 .. items - 1. Threads take items as they come free: on a busy machine a slow thread then
+// holds up one item, not its whole share.
+template <typename Work>
+void each_item(int64_t items, int threads, Work work) {
+  std::atomic<int64_t> next{0};
+  const auto run = [&] {
+    IeeeArithmetic scope;
+    for (int64_t k; (k = next.fetch_add(1)) < items;) work(k);
+  };
+  std::vector<std::thread> others;
+  others.reserve(size_t(threads - 1));
+  for (int k = 1; k < threads; ++k) others.emplace_back(run);
+  run();
+  for (std::thread& other : others) other.join();
+}
+
+constexpr int64_t BLOCK = 131072, ROW = 1024;
+
 // The part [first, last) of the segments laid end to end.
 std::vector<Segment> part_of(const std::vector<Segment>& segments, int64_t first, int64_t last) {
   std::vector<Segment> part;
@@ -70,30 +93,32 @@ std::vector<Segment> part_of(const std::vector<Segment>& segments, int64_t first
   return part;
 }
 
-// Calls work(segment) on every segment, cut into chunks that the threads take as they come free: on a busy machine a
-// slow thread then holds up one chunk, not its whole share. A cut changes no bit: noise is a function of the element.
+// Calls work(segment) on every segment, cut into chunks. A cut changes no bit: noise is a function of the element.
 template <typename Work>
 void in_parallel(const std::vector<Segment>& segments, int64_t updates_per_cell, int threads, Work work) {
   int64_t total = 0;
   for (const Segment& segment : segments) total += segment.n;
-  const int64_t useful = total * std::max<int64_t>(updates_per_cell, 1) / UPDATES_PER_THREAD;
-  const int count = int(std::clamp<int64_t>(useful, 1, std::max(threads, 1)));
+  const int count = useful_threads(total * std::max<int64_t>(updates_per_cell, 1), threads);
   // Whole blocks where there are enough of them: a block cut in two makes its words twice.
-  constexpr int64_t CHUNKS_PER_THREAD = 16, BLOCK = 131072, ROW = 1024;
+  constexpr int64_t CHUNKS_PER_THREAD = 16;
   const int64_t even = count == 1 ? total : total / (count * CHUNKS_PER_THREAD), unit = even >= BLOCK ? BLOCK : ROW;
   const int64_t chunk = (even / unit + 1) * unit;
-  std::atomic<int64_t> next{0};
-  const auto run = [&] {
-    IeeeArithmetic scope;
-    for (int64_t at; (at = next.fetch_add(chunk)) < total;) {
-      for (const Segment& segment : part_of(segments, at, std::min(at + chunk, total))) work(segment);
+  each_item((total + chunk - 1) / chunk, count, [&](int64_t k) {
+    const int64_t at = k * chunk;
+    for (const Segment& segment : part_of(segments, at, std::min(at + chunk, total))) work(segment);
+  });
+}
+
+// The segments cut where blocks end: what of a tensor lies in one block, wherever a shard of it begins.
+std::vector<Segment> blocks_of(const std::vector<Segment>& segments) {
+  std::vector<Segment> blocks;
+  for (const Segment& segment : segments) {
+    for (int64_t at = 0, next; at < segment.n; at = next) {
+      next = std::min(at + BLOCK - int64_t((segment.start + uint64_t(at)) % BLOCK), segment.n);
+      for (const Segment& block : part_of({segment}, at, next)) blocks.push_back(block);
     }
-  };
-  std::vector<std::thread> others;
-  others.reserve(size_t(count - 1));
-  for (int k = 1; k < count; ++k) others.emplace_back(run);
-  run();
-  for (std::thread& other : others) other.join();
+  }
+  return blocks;
 }
 
 // --- the ops ---
@@ -151,6 +176,29 @@ void update(const std::vector<uint64_t>& addresses, const std::vector<int64_t>& 
               [&](const Segment& segment) { chosen->update(segment, update, dist, stochastic); });
 }
 
+std::vector<double> project(const std::vector<uint64_t>& addresses, const std::vector<int64_t>& sizes,
+                            const std::vector<int>& dtypes, const std::vector<uint32_t>& streams,
+                            const std::vector<uint64_t>& starts, const std::vector<float>& factors,
+                            const std::vector<uint64_t>& seeds, bool gaussian, int threads) {
+  const auto blocks = blocks_of(segments_of(addresses, sizes, dtypes, streams, starts, factors));
+  const int64_t n = int64_t(blocks.size()), count = int64_t(seeds.size());
+  const Dist dist = gaussian ? Dist::gaussian : Dist::rademacher;
+  py::gil_scoped_release unlocked;
+  std::vector<double> scalars(seeds.size());
+  // Every block has its own sums, added in the order of the blocks when the threads are done with them; so many blocks
+  // at a time that their sums stay below 32 MB.
+  const int64_t most = std::max<int64_t>((1 << 22) / std::max<int64_t>(count, 1), 1);
+  for (int64_t first = 0; first < n; first += most) {
+    const int64_t items = std::min(most, n - first);
+    std::vector<double> sums(size_t(items * count));
+    each_item(items, useful_threads(items * BLOCK * count, threads), [&](int64_t k) {
+      chosen->project(blocks[size_t(first + k)], seeds.data(), count, dist, sums.data() + k * count);
+    });
+    for (size_t i = 0; i < sums.size(); ++i) scalars[i % seeds.size()] += sums[i];
+  }
+  return scalars;
+}
+
 }  // namespace
 }  // namespace hosfl
 
@@ -160,6 +208,7 @@ PYBIND11_MODULE(_cpp, m) {
   m.def("noise", &hosfl::noise);
   m.def("replay", &hosfl::replay);
   m.def("update", &hosfl::update);
+  m.def("project", &hosfl::project);
   m.def("use_isa", &hosfl::use_isa, "Use another instruction set of this processor; for tests and benchmarks.");
   m.def("isa", [] { return std::string(hosfl::chosen->isa); });
   m.def("supported", [] {

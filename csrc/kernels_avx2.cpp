@@ -15,10 +15,11 @@
 #endif
 #define HOSFL_ISA avx2
 #define HOSFL_LANES 8
+#include "project.h"
 #include "replay.h"
 #include "update.h"
 
-const hosfl::Ops hosfl::avx2::ops = {"avx2", philox, noise, perturb, replay, update};
+const hosfl::Ops hosfl::avx2::ops = {"avx2", philox, noise, perturb, replay, update, project};
 #ifdef __clang__
 #pragma clang attribute pop
 #endif

@@ -5,7 +5,8 @@
 #endif
 
 #define HOSFL_ISA baseline
+#include "project.h"
 #include "replay.h"
 #include "update.h"
 
-const hosfl::Ops hosfl::baseline::ops = {"baseline", philox, noise, perturb, replay, update};
+const hosfl::Ops hosfl::baseline::ops = {"baseline", philox, noise, perturb, replay, update, project};

@@ -50,6 +50,8 @@ struct Ops {
   void (*perturb)(const Segment& segment, const Record& record, Dist dist, bool stochastic);
   void (*replay)(const Segment& segment, const Record* records, int64_t count, Dist dist, bool stochastic);
   void (*update)(const Segment& segment, const Update& update, Dist dist, bool stochastic);
+  // scalars[r], 0 before, becomes the sum over a segment that lies in one block of 128 x 1024.
+  void (*project)(const Segment& block, const uint64_t* seeds, int64_t count, Dist dist, double* scalars);
 };
 
 namespace baseline {

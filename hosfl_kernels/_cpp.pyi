@@ -32,6 +32,17 @@ def update(
     gaussian: bool,
     threads: int,
 ) -> None: ...
+def project(
+    addresses: Sequence[int],
+    sizes: Sequence[int],
+    dtypes: Sequence[int],
+    streams: Sequence[int],
+    starts: Sequence[int],
+    factors: Sequence[float],
+    seeds: Sequence[int],
+    gaussian: bool,
+    threads: int,
+) -> list[float]: ...
 def use_isa(name: str) -> None: ...
 def isa() -> str: ...
 def supported() -> list[str]: ...

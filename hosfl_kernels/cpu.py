@@ -96,3 +96,25 @@ def update_(
         dist == "gaussian",
         torch.get_num_threads(),
     )
+
+
+def project(
+    tensors: Sequence[Tensor],
+    seeds: Sequence[int],
+    dist: str,
+    factors: Sequence[float],
+    streams: Sequence[int],
+    starts: Sequence[int],
+) -> Tensor:
+    scalars = _cpp.project(
+        [t.data_ptr() for t in tensors],
+        [t.numel() for t in tensors],
+        [DTYPES[t.dtype] for t in tensors],
+        streams,
+        starts,
+        factors,
+        seeds,
+        dist == "gaussian",
+        torch.get_num_threads(),
+    )
+    return torch.tensor(scalars, dtype=torch.float64)

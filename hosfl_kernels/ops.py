@@ -46,6 +46,7 @@ SCHEMAS = {
     "replay_": f"(Tensor(a!)[] tensors, Tensor seeds, Tensor coefficients, {_PLACE}, Tensor? rounding_seeds) -> ()",
     "update_": "(Tensor(a!)[] tensors, Tensor(b!)[] moments, str rule, float[] constants, Tensor seeds, "
     f"Tensor coefficients, Tensor steps, {_PLACE}, Tensor? rounding_seeds) -> ()",
+    "project": f"(Tensor[] tensors, Tensor seeds, {_PLACE}) -> Tensor",
 }
 
 DISTRIBUTIONS = ("rademacher", "gaussian")
@@ -247,6 +248,40 @@ def update_(
         torch.ops.hosfl.update_(tensors, kept, rule.name, rule.constants, *record, *place, rounding_seeds)
 
 
+def project(
+    tensors: Tensor | Iterable[Tensor],
+    seeds: Seeds,
+    *,
+    dist: str = "rademacher",
+    factors: Sequence[float] | None = None,
+    streams: Sequence[int] | None = None,
+    starts: Sequence[int] | None = None,
+) -> Tensor:
+    """Inner products with seeded directions: scalars[r] = sum_t factors[t] * <tensors[t], z(seeds[r], streams[t])>.
+
+    The transpose of `replay_`, in one pass over the tensors for all seeds. The tensors are only read: they may require
+    grad, and the result does not. Returns a float64 tensor [R] on the CPU; R = 0 and an empty list are fine.
+
+    Args:
+        seeds: R integers, 0 <= seed < 2^64; or an int64 CPU tensor [R] of their bits, which torch.compile prefers.
+        Everything else as in `perturb_`.
+
+    Products and the sums of up to 128 of them down a column are float32, all further sums float64. On the CPU the order
+    of every sum is that of `spec.project`: the same bits for every thread count and instruction set. A GPU has an order
+    of its own and agrees to 1e-6 * sum_t factors[t] * sum |tensors[t] * z|; so do the sums over shards with the whole.
+    Infinity, NaN, and a float32 sum that overflows reach the result.
+
+    Raises: ValueError, TypeError or RuntimeError.
+    """
+    tensors = _tensor_list(tensors, changed=False)
+    _check_dist(dist)
+    _check_place(len(tensors), factors, streams, starts)
+    place = (dist, factors or [], streams or [], starts or [])
+    with torch.no_grad():
+        scalars: Tensor = torch.ops.hosfl.project(tensors, _seed_tensor(seeds, "seeds"), *place)
+    return scalars
+
+
 def snap_(
     tensors: Tensor | Iterable[Tensor], *, factors: Sequence[float] | None = None, headroom: float = 2.0
 ) -> float:
@@ -306,12 +341,12 @@ def backends() -> dict[str, str | None]:
 # --- checks of numbers: also while torch.compile traces ----------------------------------------------------------
 
 
-def _tensor_list(tensors: Tensor | Iterable[Tensor], name: str = "tensors") -> list[Tensor]:
+def _tensor_list(tensors: Tensor | Iterable[Tensor], name: str = "tensors", changed: bool = True) -> list[Tensor]:
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     for t, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}[{t}] is {type(tensor).__name__}, not a torch.Tensor")
-        if tensor.requires_grad and torch.is_grad_enabled():
+        if changed and tensor.requires_grad and torch.is_grad_enabled():
             raise RuntimeError(
                 f"{name}[{t}] requires grad, and an in-place change would break its graph: use torch.no_grad()"
             )
@@ -570,6 +605,20 @@ def _update(
         _bump([*tensors, *moments])
 
 
+def _project(
+    backend: ModuleType,
+    tensors: list[Tensor],
+    seeds: Tensor,
+    dist: str,
+    factors: Sequence[float],
+    streams: Sequence[int],
+    starts: Sequence[int],
+) -> Tensor:
+    place = _place(tensors, dist, factors, streams, starts, False)
+    scalars: Tensor = backend.project(tensors, _unsigned(seeds), *place)
+    return scalars
+
+
 def _place(
     tensors: list[Tensor],
     dist: str,
@@ -594,10 +643,23 @@ def _bump(tensors: list[Tensor]) -> None:
 
 # --- registration ---------------------------------------------------------------------------------------------
 
-_RUN: dict[str, Any] = {"noise_": _noise, "perturb_": _perturb, "replay_": _replay, "update_": _update}
+_RUN: dict[str, Any] = {
+    "noise_": _noise,
+    "perturb_": _perturb,
+    "replay_": _replay,
+    "update_": _update,
+    "project": _project,
+}
+
+
+def _fake_project(tensors: list[Tensor], seeds: Tensor, *place: Any) -> Tensor:
+    return seeds.new_empty(seeds.shape, dtype=torch.float64)
+
+
 _library = torch.library.Library("hosfl", "DEF")
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema)
     for _key, _backend in DISPATCH.items():
         _library.impl(_name, partial(_RUN[_name], _backend), _key)
-    torch.library.register_fake(f"hosfl::{_name}", lambda *args: None, lib=_library)
+    _fake = _fake_project if _name == "project" else lambda *args: None
+    torch.library.register_fake(f"hosfl::{_name}", _fake, lib=_library)

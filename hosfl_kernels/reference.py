@@ -82,3 +82,18 @@ def update_(
         x[:], after = spec.update(x, mine, rule, list(constants), *record, **place)  # type: ignore
         for old, new in zip(mine, after, strict=True):
             old[:] = new
+
+
+def project(
+    tensors: Sequence[Tensor],
+    seeds: Sequence[int],
+    dist: str,
+    factors: Sequence[float],
+    streams: Sequence[int],
+    starts: Sequence[int],
+) -> Tensor:
+    scalars = np.zeros(len(seeds))
+    for tensor, factor, stream, start in zip(tensors, factors, streams, starts, strict=True):
+        place = {"dist": dist, "factor": factor, "stream": stream, "start": start}
+        scalars = spec.project(storage(tensor), list(seeds), scalars, **place)  # type: ignore[arg-type]
+    return torch.from_numpy(scalars)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
 U32 = NDArray[np.uint32]
 U64 = NDArray[np.uint64]
 Word = Any  # int, or an array U64
@@ -28,6 +29,8 @@ COLS = 1024
 RADEMACHER_ROWS = 128  # one sign bit per row: 4 words x 32 bits
 GAUSSIAN_ROWS = 4  # one normal number per row
 ROUNDING_ROWS = 8  # 16 bits per row: 4 words x 2 halves
+
+SUM_COLS = 64  # columns whose sums `project` adds in pairs
 
 MASK32 = 0xFFFFFFFF
 
@@ -266,6 +269,48 @@ def update(
         random = None if rounding_seeds is None else rounding_bits(x.size, rounding_seeds[r], **place)
         x = from_float32(y, x.dtype, random)
     return x, moments
+
+
+def project(
+    x: Storage,
+    seeds: list[int],
+    scalars: F64,
+    *,
+    dist: str = "rademacher",
+    factor: float = 1.0,
+    stream: int = 0,
+    start: int = 0,
+) -> F64:
+    """scalars[r] + factor * <x, z(seeds[r])>. The order of every sum is fixed, so that it has one result.
+
+    Products and the sums down a column of a block of 128 rows are float32, from zero and row by row; all further sums
+    are float64: of 64 columns the second half onto the first, and so on down to one; of such parts of a block one after
+    another, and times the factor; and block after block onto `scalars`.
+    """
+    x = np.asarray(x)
+    size = RADEMACHER_ROWS * COLS
+    before = start % size
+    blocks = -(-(before + x.size) // size) if x.size else 0
+    scalars = scalars.copy()
+    with np.errstate(invalid="ignore", over="ignore"):
+        for r, seed in enumerate(seeds):
+            products = np.zeros(blocks * size, np.float32)
+            products[before : before + x.size] = to_float32(x) * noise(
+                x.size, seed, stream=stream, start=start, dist=dist
+            )
+            for block in products.reshape(blocks, RADEMACHER_ROWS, COLS):
+                column = np.zeros(COLS, np.float32)
+                for row in block:
+                    column = column + row
+                part = column.astype(np.float64).reshape(-1, SUM_COLS)
+                while part.shape[1] > 1:
+                    left, right = np.split(part, 2, axis=1)
+                    part = left + right
+                total = np.float64(0)
+                for (number,) in part:
+                    total = total + number
+                scalars[r] += total * factor
+    return scalars
 
 
 def quantum(maxima: list[float], factors: list[float], headroom: float = 2.0) -> float:

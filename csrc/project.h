@@ -1,0 +1,120 @@
+// project: sums of z(seed) * x for many seeds in one pass over the weights. Every sum in the order of spec.py.
+#pragma once
+
+#include "tile.h"
+
+namespace hosfl {
+namespace HOSFL_ISA {
+namespace {
+
+// sums[i] += z[i] * y[i] down the rows first .. last, which share the word `word`. Written with vectors so that words
+// and sums stay in registers.
+HOSFL_INLINE void add_signed_rows(float* sums, const float (*y)[TILE], const uint32_t* word, int64_t first,
+                                  int64_t last) {
+  for (int64_t col = 0; col < TILE; col += GROUP) {
+    F32 sum[SIDE_BY_SIDE];
+    U32 bits[SIDE_BY_SIDE];
+#pragma GCC unroll 4
+    for (int j = 0; j < SIDE_BY_SIDE; ++j) {
+      memcpy(&sum[j], sums + col + j * LANES, sizeof(F32));
+      memcpy(&bits[j], word + col + j * LANES, sizeof(U32));
+    }
+    for (int64_t row = first; row < last; ++row) {
+      const int shift = int(31 - row % 32);
+#pragma GCC unroll 4
+      for (int j = 0; j < SIDE_BY_SIDE; ++j) {
+        U32 x;
+        memcpy(&x, y[row] + col + j * LANES, sizeof x);
+        sum[j] += (F32)(x ^ ((bits[j] << shift) & 0x80000000u));
+      }
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < SIDE_BY_SIDE; ++j) memcpy(sums + col + j * LANES, &sum[j], sizeof(F32));
+  }
+}
+
+HOSFL_INLINE void add_scaled_rows(float* __restrict sums, const float (*__restrict y)[TILE],
+                                  const float (*__restrict z)[TILE], int64_t first, int64_t last) {
+  for (int64_t row = first; row < last; ++row) {
+    for (int64_t i = 0; i < TILE; ++i) sums[i] += y[row][i] * z[row % GAUSSIAN_ROWS][i];
+  }
+}
+
+// The columns' sums added: halves onto each other, so that no instruction set has an order of its own.
+inline double total_of(const float* sums) {
+  double total[TILE];
+  for (int64_t i = 0; i < TILE; ++i) total[i] = sums[i];
+  for (int64_t half = TILE / 2; half; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) total[i] += total[i + half];
+  }
+  return total[0];
+}
+
+// Calls body(first, last) for the rows of a run, those of the same COUNT rows of the block together.
+template <int64_t COUNT, typename Body>
+void each_rows(const Run& run, Body body) {
+  const int64_t end = (run.offset + run.count + COLS - 1) / COLS;
+  for (int64_t row = run.row(); row < end;) {
+    const int64_t next = (row / COUNT + 1) * COUNT, last = next < end ? next : end;
+    body(row, last);
+    row = last;
+  }
+}
+
+// Signs: 32 rows of the tile stay in the closest cache while the records of a chunk go by.
+template <typename Storage>
+void project_signs(const Segment& block, const uint64_t* seeds, int64_t total, double* scalars) {
+  const auto* const x = static_cast<const typename Storage::Cell*>(block.data);
+  TileWords signs;
+  TileRows<RADEMACHER_ROWS> rows;
+  each_tile<RADEMACHER_ROWS>(block, [&](const Run& run, int64_t tile) {
+    rows.load<Storage>(x, run, tile);
+    for (int64_t done = 0; done < total; done += RECORDS) {
+      const int64_t count = total - done < RECORDS ? total - done : RECORDS;
+      alignas(64) float sums[RECORDS][TILE] = {};
+      for (int64_t r = 0; r < count; ++r) {
+        signs.fill(r, seeds[done + r], run.block + uint64_t(tile), block.stream, TAG_RADEMACHER);
+      }
+      each_rows<32>(run, [&](int64_t first, int64_t last) {
+        for (int64_t r = 0; r < count; ++r) add_signed_rows(sums[r], rows.y, signs.word[first / 32][r], first, last);
+      });
+      for (int64_t r = 0; r < count; ++r) scalars[done + r] += total_of(sums[r]);
+    }
+  });
+}
+
+// Normal numbers: a tile has the rows of 32 of their blocks, so that the sums are cut where those of signs are.
+template <typename Storage>
+void project_normals(const Segment& block, const uint64_t* seeds, int64_t total, double* scalars) {
+  const auto* const x = static_cast<const typename Storage::Cell*>(block.data);
+  TileNormals normals;
+  TileRows<RADEMACHER_ROWS> rows;
+  each_tile<RADEMACHER_ROWS>(block, [&](const Run& run, int64_t tile) {
+    rows.load<Storage>(x, run, tile);
+    for (int64_t r = 0; r < total; ++r) {
+      alignas(64) float sums[TILE] = {};
+      each_rows<GAUSSIAN_ROWS>(run, [&](int64_t first, int64_t last) {
+        const uint64_t row = run.block / COLS * RADEMACHER_ROWS + uint64_t(first);
+        normals.fill(seeds[r], row / GAUSSIAN_ROWS * COLS + uint64_t(tile), block.stream);
+        add_scaled_rows(sums, rows.y, normals.z, first, last);
+      });
+      scalars[r] += total_of(sums);
+    }
+  });
+}
+
+void project(const Segment& block, const uint64_t* seeds, int64_t count, Dist dist, double* scalars) {
+  with_storage(block.dtype, false, [&](auto storage, auto) {
+    using Storage = decltype(storage);
+    if (dist == Dist::rademacher) {
+      project_signs<Storage>(block, seeds, count, scalars);
+    } else {
+      project_normals<Storage>(block, seeds, count, scalars);
+    }
+  });
+  for (int64_t r = 0; r < count; ++r) scalars[r] *= block.factor;
+}
+
+}  // namespace
+}  // namespace HOSFL_ISA
+}  // namespace hosfl
