@@ -46,11 +46,13 @@ from hosfl_kernels import derive, replay_
 class CheckpointedClient(FirstOrderClient):
     """First-order split learning whose backward pass makes the activations again: the same gradients, less memory."""
 
-    def _recorded(self) -> Tensor:
+    def _gradient(self, multiplier: Tensor) -> Tensor:
+        self._count(forward=1)  # what backpropagation runs again; of a Sequential all but its last part
+        return super()._gradient(multiplier)
+
+    def _recorded(self, inputs: Inputs) -> Tensor:
         with recomputing(self.half):
-            cut = super()._recorded()
-        self._count(forward=1)  # what backpropagation will run again; of a Sequential all but its last part
-        return cut
+            return super()._recorded(inputs)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from hosfl.displaced import Inputs, call
+from hosfl.displaced import Inputs, call, parts_of
 from hosfl.lattice import Lattice
 from hosfl.messages import (
     Cut,
@@ -25,7 +25,7 @@ from hosfl.messages import (
     Scalars,
     Weights,
 )
-from hosfl.probe import evaluating, probe_forward, probe_in_place, probe_untouched, trainable
+from hosfl.probe import evaluating, probe_backward, probe_forward, probe_in_place, probe_untouched, trainable
 from hosfl.replica import DigestMismatch, Replica, Run, digest, digest_array
 
 Batch = tuple[Inputs, Tensor]  # inputs, labels
@@ -46,7 +46,7 @@ class Client:
 
     `batch(round)` draws this client's batch. `applied` counts the rounds that its weights contain, `epoch` is the
     server's when they came. passes: where samples that go forward and backward through the half are counted; the
-    run's, if it is given.
+    run's, if it is given. microbatch: samples that a client which backpropagates takes together; 0: all.
     """
 
     number: int
@@ -57,6 +57,7 @@ class Client:
     epoch: int = 0
     seconds: Seconds = field(default_factory=Seconds)
     passes: Counter[str] = field(default_factory=Counter)
+    microbatch: int = 0
 
     def __post_init__(self) -> None:
         self._round = -1  # of the last cut: there is none yet
@@ -129,6 +130,7 @@ class Client:
 class ZerothOrderClient(Client):
     """HO-SFL's client: P perturbed forward passes per multiplier, P scalars up, committed records replayed.
 
+    With the estimator "backward" the P scalars come from one backward pass instead.
     base: gives the trainable tensors of round 0 again, for a client that must start anew; default: it keeps a copy. A
     device short of memory reads its base model's file.
     """
@@ -186,6 +188,10 @@ class ZerothOrderClient(Client):
         with evaluating(self.half):
             if run.estimator == "forward":
                 scalars = probe_forward(self.half, self._inputs, multiplier, seeds, run.dist, run.factors)
+            elif run.estimator == "backward":
+                scalars = probe_backward(
+                    self.half, self._inputs, multiplier, seeds, run.dist, run.factors, self.microbatch
+                )
             elif run.lattice is not None:
                 scalars = probe_in_place(
                     lambda: call(self.half, self._inputs),
@@ -211,7 +217,10 @@ class ZerothOrderClient(Client):
                     two_sided,
                 )
         self.seconds.answer += time.perf_counter() - begin
-        self._count(forward=(2 if two_sided else 1) * len(seeds))
+        if run.estimator == "backward":
+            self._count(forward=1, backward=1)
+        else:
+            self._count(forward=(2 if two_sided else 1) * len(seeds))
         return Scalars(client=self.number, round=self._round, epoch=self.epoch, scalars=scalars)
 
 
@@ -257,14 +266,18 @@ class FirstOrderClient(Client):
     def _gradient(self, multiplier: Tensor) -> Tensor:
         """float32 [d], by backpropagation; eval mode as everywhere on clients."""
         parameters, _ = trainable(self.half)
+        multipliers = multiplier.split(self.microbatch or len(multiplier))
         begin = time.perf_counter()
+        sums: list[Tensor] = []
         with evaluating(self.half), torch.enable_grad():
-            gradients = torch.autograd.grad(self._recorded(), parameters, multiplier)
+            for part, m in zip(parts_of(self._inputs, self.microbatch), multipliers, strict=True):
+                gradients = [g.float() for g in torch.autograd.grad(self._recorded(part), parameters, m)]
+                sums = [s.add_(g) for s, g in zip(sums, gradients, strict=True)] or gradients
         self.seconds.answer += time.perf_counter() - begin
         self._count(forward=1, backward=1)
-        return torch.cat([g.reshape(-1) for g in gradients]).float()
+        return torch.cat([g.reshape(-1) for g in sums])
 
-    def _recorded(self) -> Tensor:
-        """The half's output for the round's batch, for backpropagation."""
-        cut: Tensor = call(self.half, self._inputs)
+    def _recorded(self, inputs: Inputs) -> Tensor:
+        """The half's output, for backpropagation."""
+        cut: Tensor = call(self.half, inputs)
         return cut

@@ -61,11 +61,12 @@ class Config:
     "splitfed", "zo-both", "hosl" (always two-sided), "mu-splitfed". local_steps: of a SplitFed client between averages,
     of MU-SplitFed's server per round.
     rounds, clients, sampled: N clients, K of them per round. batch: samples per client and round.
-    directions: P, perturbed forward passes per client and round. directions_from: "fresh" ones every round, or a
-    "pool" of pool_size that is replaced every pool_rounds rounds (0: never). direction_scale: "unit", or "rms": scaled
+    directions: P, perturbed forward passes per client and round (any number, without such a pass, where estimator is
+    "backward"). directions_from: "fresh" ones every round, or a "pool" of pool_size that is replaced every pool_rounds rounds (0: never). direction_scale: "unit", or "rms": scaled
     on every tensor by the power of two nearest its relative root mean square. dist: "rademacher" or "gaussian".
     mu: the size of a probe's step, rounded to the client's lattice where there is one. estimator: "one-sided"
-    differences, the paper's; "two-sided" ones; or "forward" mode, which has no step.
+    differences, the paper's; "two-sided" ones; "forward" mode, which has no step; or "backward", one backward pass.
+    microbatch: samples that a client which backpropagates takes together, 0 for all; fewer need less memory.
     server_rate, client_rate, server_decay: learning rates, and weight decay of the server half; None: the task's tuned.
     rule: of the client half: "sgd"; "normalized", SGD with the rate over the running length of the gradient;
     "momentum" (0.9); "adamw" (0.9, 0.999). With a pool the server applies it to the pool's coefficients. With fresh
@@ -102,6 +103,7 @@ class Config:
     dist: str = "rademacher"
     mu: float = 1e-3
     estimator: str = "one-sided"
+    microbatch: int = 0
     batch: int = 128
     server_rate: float | None = None
     client_rate: float | None = None
@@ -131,10 +133,11 @@ class Config:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.rounds * self.local_steps >= 2**32:
             raise ValueError(f"{self.rounds} rounds of {self.local_steps} local steps are more than can be numbered")
-        if self.estimator == "forward" and self.method in ("zo-both", "hosl", "mu-splitfed"):
+        if self.estimator in ("forward", "backward") and self.method in ("zo-both", "hosl", "mu-splitfed"):
             raise ValueError(f"{self.method} sees losses, not derivatives: estimator must be one-sided or two-sided")
-        if not 0 <= self.pool_rounds < 2**32:
-            raise ValueError(f"pool_rounds must be at least 0, got {self.pool_rounds}")
+        for name in ("pool_rounds", "microbatch"):
+            if not 0 <= getattr(self, name) < 2**32:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name in ("mu", "alpha", "server_rate", "client_rate", "clip"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):

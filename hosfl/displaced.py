@@ -12,7 +12,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from hosfl_kernels import perturb_
 
@@ -24,6 +24,13 @@ def call(module: nn.Module, inputs: Inputs) -> Any:
     if isinstance(inputs, Mapping):
         return module(**inputs)
     return module(*inputs) if isinstance(inputs, tuple) else module(inputs)
+
+
+def parts_of(inputs: Inputs, samples: int) -> Iterator[Inputs]:
+    """The inputs, so many samples at a time; 0: all together. Samples are the first dimension of every tensor."""
+    count = next(len(x) for x in tree_leaves(inputs) if isinstance(x, Tensor))
+    for at in range(0, count, samples or max(1, count)):
+        yield tree_map(lambda x: x[at : at + samples] if samples and isinstance(x, Tensor) else x, inputs)
 
 
 class Displacement:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from hosfl.displaced import Displacement, Inputs, casts_forgotten, evaluate_displaced, uninterrupted
+from hosfl.displaced import Displacement, Inputs, call, casts_forgotten, evaluate_displaced, parts_of, uninterrupted
 from hosfl.forward_mode import Tangents, derivative
-from hosfl_kernels import replay_
+from hosfl_kernels import project, replay_
 
 # How a directional derivative is measured. One-sided differences are the paper's: P + 1 passes; their error grows with
-# the step, by the curvature. Two-sided ones take 2 P + 1, forward mode has no step at all.
-ESTIMATORS = ("one-sided", "two-sided", "forward")
+# the step, by the curvature. Two-sided ones take 2 P + 1, forward mode has no step at all. Backward is for a client that
+# can backpropagate, if only some samples at a time: one pass measures any number of directions.
+ESTIMATORS = ("one-sided", "two-sided", "forward", "backward")
 
 PART = 1 << 16  # elements of the cut that are in float64 at a time
 
@@ -162,3 +164,48 @@ def probe_forward(
         scalars.append(inner(multiplier, change, torch.zeros_like(change), 1.0))
         del change  # not there while the next pass runs
     return torch.tensor(scalars, dtype=torch.float32)
+
+
+def probe_backward(
+    module: nn.Module,
+    inputs: Inputs,
+    multiplier: Tensor,
+    seeds: Sequence[int],
+    dist: str,
+    factors: Sequence[float] | None = None,
+    microbatch: int = 0,
+) -> Tensor:
+    """Directional derivatives from the gradient, float32 [P]: v_p = <g, u_p>, g = J^T multiplier by backpropagation.
+
+    One forward and one backward pass however many directions; what P forward passes measure one by one, without a step.
+    The gradient never exists whole: each tensor's goes through the noise kernel as soon as it is there, and is freed.
+    microbatch: samples that go through together, 0 for all: what has to be kept of them for the backward pass is the
+    memory that this costs. Samples must not depend on each other, as in eval mode they do not, and be the first
+    dimension of every tensor of the inputs. Backpropagation ends at the first layer that has something to train.
+    """
+    parameters, streams = trainable(module)
+    factors = [1.0] * len(parameters) if factors is None else factors
+    scalars = torch.zeros(len(seeds), dtype=torch.float64)
+
+    def take(parameter: Tensor, stream: int, factor: float) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        gradient = gradient.contiguous() if gradient.dtype != torch.float64 else gradient.float().contiguous()
+        scalars.add_(project([gradient], seeds, dist=dist, factors=[factor], streams=[stream]))
+
+    held = [p.grad for p in parameters]  # the user's own
+    hooks = []
+    try:
+        for parameter, stream, factor in zip(parameters, streams, factors, strict=True):
+            parameter.grad = None
+            hook = partial(take, stream=stream, factor=factor)
+            hooks.append(parameter.register_post_accumulate_grad_hook(hook))
+        with torch.enable_grad():
+            for part, m in zip(parts_of(inputs, microbatch), multiplier.split(microbatch or len(multiplier)), strict=True):
+                torch.autograd.backward(call(module, part), m, inputs=parameters)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, gradient in zip(parameters, held, strict=True):
+            parameter.grad = gradient
+    return scalars.float()

@@ -11,7 +11,7 @@
 
 A trial is one choice from the grid, run over all tuning seeds. Every method must have equally many, unless
 `unequal: the reason` is given. Every run is a JSON file in the study's folder, written when the run has ended: whatever
-ends a study, the same command goes on where it was.
+ends a study, the same command goes on where it was. Methods may be added to a study's file later.
 """
 
 from __future__ import annotations
@@ -412,7 +412,10 @@ def held(job: Job, folder: Path) -> Result | None:
 
 
 def take_up(study: Study, folder: Path) -> None:
-    """Make the folder this study's. Raises ValueError if it is another's, naming the keys that differ."""
+    """Make the folder this study's. Raises ValueError if it is another's, naming the keys that differ.
+
+    Methods may be added: what the others did stays what it is.
+    """
     path = folder / "study.yaml"
     if not path.exists():
         if folder.exists() and any(folder.iterdir()):
@@ -420,7 +423,10 @@ def take_up(study: Study, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, study.text.encode())
         return
-    was, now = (dict(_flat(yaml.load(text, _Loader))) for text in (path.read_text(), study.text))
+    held, says = (yaml.load(text, _Loader) for text in (path.read_text(), study.text))
+    added = [method for method in says["methods"] if method not in held["methods"]]
+    says["methods"] = {name: method for name, method in says["methods"].items() if name not in added}
+    was, now = dict(_flat(held)), dict(_flat(says))
     changed = [
         f"{key} was {was.get(key, 'not there')}, is {now.get(key, 'not there')}"
         for key in dict.fromkeys((*was, *now))
@@ -430,6 +436,8 @@ def take_up(study: Study, folder: Path) -> None:
         raise ValueError(
             f"{folder} holds another study; what differs: {'; '.join(changed)}. Choose another folder, or put it back"
         )
+    if added:
+        write_atomically(path, study.text.encode())
 
 
 def _flat(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:

@@ -291,7 +291,7 @@ def assemble(config: Config, out: Path | None = None, smallest_shard: int | None
     def exchange_rate(base: float) -> Callable[[int], float]:
         return lambda exchange: config.scheduled(base, exchange // exchanges)
 
-    settings: dict[str, Any] = {"passes": passes}  # of the method's clients
+    settings: dict[str, Any] = {"passes": passes, "microbatch": config.microbatch}  # of the method's clients
     if run is not None:
         settings |= {"run": run, "base": lambda: parameters}
     elif isinstance(ledger, WeightAverage):
