@@ -61,9 +61,10 @@ class Config:
     "splitfed", "zo-both", "hosl" (always two-sided), "mu-splitfed". local_steps: of a SplitFed client between averages,
     of MU-SplitFed's server per round.
     rounds, clients, sampled: N clients, K of them per round. batch: samples per client and round.
-    directions: P, perturbed forward passes per client and round (any number, without such a pass, where estimator is
-    "backward"). directions_from: "fresh" ones every round, or a "pool" of pool_size that is replaced every pool_rounds rounds (0: never). direction_scale: "unit", or "rms": scaled
-    on every tensor by the power of two nearest its relative root mean square. dist: "rademacher" or "gaussian".
+    directions: P, perturbed forward passes per client and round; without such a pass where estimator is "backward".
+    directions_from: "fresh" ones every round, or a "pool" of pool_size that is replaced every pool_rounds rounds (0:
+    never). direction_scale: "unit", or "rms": scaled on every tensor by the power of two nearest its relative root mean
+    square. dist: "rademacher" or "gaussian".
     mu: the size of a probe's step, rounded to the client's lattice where there is one. estimator: "one-sided"
     differences, the paper's; "two-sided" ones; "forward" mode, which has no step; or "backward", one backward pass.
     microbatch: samples that a client which backpropagates takes together, 0 for all; fewer need less memory.

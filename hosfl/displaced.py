@@ -7,12 +7,13 @@ import threading
 from collections import UserDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from operator import itemgetter
 from typing import Any
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from hosfl_kernels import perturb_
 
@@ -28,9 +29,12 @@ def call(module: nn.Module, inputs: Inputs) -> Any:
 
 def parts_of(inputs: Inputs, samples: int) -> Iterator[Inputs]:
     """The inputs, so many samples at a time; 0: all together. Samples are the first dimension of every tensor."""
+    if not samples:
+        yield inputs
+        return
     count = next(len(x) for x in tree_leaves(inputs) if isinstance(x, Tensor))
-    for at in range(0, count, samples or max(1, count)):
-        yield tree_map(lambda x: x[at : at + samples] if samples and isinstance(x, Tensor) else x, inputs)
+    for at in range(0, count, samples):
+        yield tree_map_only(Tensor, itemgetter(slice(at, at + samples)), inputs)
 
 
 class Displacement:

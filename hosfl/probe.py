@@ -9,16 +9,26 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from hosfl.displaced import Displacement, Inputs, call, casts_forgotten, evaluate_displaced, parts_of, uninterrupted
+from hosfl.displaced import (
+    Displacement,
+    Inputs,
+    call,
+    casts_forgotten,
+    evaluate_displaced,
+    parts_of,
+    refuse_writers,
+    uninterrupted,
+)
 from hosfl.forward_mode import Tangents, derivative
 from hosfl_kernels import project, replay_
 
 # How a directional derivative is measured. One-sided differences are the paper's: P + 1 passes; their error grows with
-# the step, by the curvature. Two-sided ones take 2 P + 1, forward mode has no step at all. Backward is for a client that
+# the step, by the curvature. Two-sided ones take 2 P + 1, forward mode has no step at all. Backward is for clients that
 # can backpropagate, if only some samples at a time: one pass measures any number of directions.
 ESTIMATORS = ("one-sided", "two-sided", "forward", "backward")
 
 PART = 1 << 16  # elements of the cut that are in float64 at a time
+WAITING = 1 << 20  # bytes of gradients that may wait for others: small tensors go through the noise kernel together
 
 
 def trainable(module: nn.Module) -> tuple[list[nn.Parameter], list[int]]:
@@ -178,31 +188,44 @@ def probe_backward(
     """Directional derivatives from the gradient, float32 [P]: v_p = <g, u_p>, g = J^T multiplier by backpropagation.
 
     One forward and one backward pass however many directions; what P forward passes measure one by one, without a step.
-    The gradient never exists whole: each tensor's goes through the noise kernel as soon as it is there, and is freed.
+    The gradient never exists whole: a tensor's goes through the noise kernel soon after it is there, and is freed.
     microbatch: samples that go through together, 0 for all: what has to be kept of them for the backward pass is the
     memory that this costs. Samples must not depend on each other, as in eval mode they do not, and be the first
-    dimension of every tensor of the inputs. Backpropagation ends at the first layer that has something to train.
+    dimension of every tensor of the inputs. Backpropagation ends at the first layer that has something to train; an
+    embedding's gradient has the size of its whole table. Weights are only read, and `grad` is what it was.
+
+    Raises: ValueError as `evaluate_displaced`.
     """
+    refuse_writers(module)
     parameters, streams = trainable(module)
     factors = [1.0] * len(parameters) if factors is None else factors
     scalars = torch.zeros(len(seeds), dtype=torch.float64)
+    waiting: dict[int, Tensor] = {}  # gradients by the parameter's position
 
-    def take(parameter: Tensor, stream: int, factor: float) -> None:
+    def take(parameter: Tensor, position: int) -> None:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
-        gradient = gradient.contiguous() if gradient.dtype != torch.float64 else gradient.float().contiguous()
-        scalars.add_(project([gradient], seeds, dist=dist, factors=[factor], streams=[stream]))
+        gradient = gradient.float().contiguous()
+        waiting[position] = waiting[position].add_(gradient) if position in waiting else gradient
+        if sum(g.nbytes for g in waiting.values()) > WAITING:
+            measure()
+
+    def measure() -> None:
+        scales, names = [factors[t] for t in waiting], [streams[t] for t in waiting]
+        scalars.add_(project(waiting.values(), seeds, dist=dist, factors=scales, streams=names))
+        waiting.clear()
 
     held = [p.grad for p in parameters]  # the user's own
     hooks = []
     try:
-        for parameter, stream, factor in zip(parameters, streams, factors, strict=True):
+        for position, parameter in enumerate(parameters):
             parameter.grad = None
-            hook = partial(take, stream=stream, factor=factor)
-            hooks.append(parameter.register_post_accumulate_grad_hook(hook))
+            hooks.append(parameter.register_post_accumulate_grad_hook(partial(take, position=position)))
+        multipliers = multiplier.split(microbatch or len(multiplier))
         with torch.enable_grad():
-            for part, m in zip(parts_of(inputs, microbatch), multiplier.split(microbatch or len(multiplier)), strict=True):
+            for part, m in zip(parts_of(inputs, microbatch), multipliers, strict=True):
                 torch.autograd.backward(call(module, part), m, inputs=parameters)
+        measure()
     finally:
         for hook in hooks:
             hook.remove()

@@ -86,9 +86,11 @@ def test_bytes_are_those_of_the_protocol():
     assert two_sided["cut up"] == 7 * z * visits
 
 
-@pytest.mark.parametrize("estimator", ["one-sided", "two-sided"])
+@pytest.mark.parametrize("estimator", ["one-sided", "two-sided", "backward"])
 @pytest.mark.parametrize("method", METHODS)
 def test_passes_are_those_that_ran(method, estimator):
+    if estimator == "backward" and method in ("zo-both", "hosl", "mu-splitfed"):
+        return  # they see losses
     federation, _ = assemble(Config(method=method, estimator=estimator, **RATES, **SMALL))
     counted = {"client forward": 0, "client backward": 0, "server forward": 0, "server backward": 0}
 
@@ -442,6 +444,8 @@ def test_hosl_clients_refuse_wrong_losses():
     [
         ({"method": "zo-both", "estimator": "forward"}, "sees losses"),
         ({"method": "hosl", "estimator": "forward"}, "sees losses"),
+        ({"method": "mu-splitfed", "estimator": "backward"}, "sees losses"),
+        ({"microbatch": -1}, "microbatch must be at least 0"),
         ({"method": "splitfed", "local_steps": 0}, "local_steps must be at least 1"),
         ({"method": "splitfed", "rounds": 2**31, "local_steps": 2}, "can be numbered"),
         ({"method": "splitfed", "rule": "momentum"}, "no rates are tuned for splitfed momentum"),

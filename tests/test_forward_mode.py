@@ -10,10 +10,11 @@ from test_split import IMAGES, TEXT, ResNet, image_model, text, text_model
 from torch import nn
 
 from benchmarks.readme import RESULTS
+from hosfl import Config, probe, train
 from hosfl.displaced import call
 from hosfl.forward_mode import Tangents, derivative
 from hosfl.lattice import Lattice
-from hosfl.probe import evaluating, probe_forward, probe_in_place, probe_untouched, trainable
+from hosfl.probe import evaluating, probe_backward, probe_forward, probe_in_place, probe_untouched, trainable
 from hosfl.replica import digest
 from hosfl.split import split
 from hosfl_kernels import noise
@@ -220,8 +221,9 @@ def test_the_estimators_measure_the_same_number():
             assert torch.equal(place, untouched)
             errors[two_sided] = relative(place, expected)
         errors["forward"] = relative(probe_forward(half, x, multiplier, seeds, "rademacher"), expected)
+        errors["backward"] = relative(probe_backward(half, x, multiplier, seeds, "rademacher"), expected)
     # The one-sided error is of the order of mu, the two-sided one of mu^2.
-    assert errors["forward"] < 1e-6 < errors[True] < errors[False] / 20
+    assert max(errors["forward"], errors["backward"]) < 1e-6 < errors[True] < errors[False] / 20
     assert 1e-3 < errors[False] < 0.1
 
 
@@ -248,6 +250,109 @@ def test_an_exception_at_either_side_leaves_no_trace(two_sided, passes):
     assert len(set(done)) == passes
 
 
+# --- backward -----------------------------------------------------------------------------------------------------
+
+
+def both_ways(half, inputs, microbatch=0, dist="rademacher", factors=None):
+    """Six derivatives by forward mode, and from one backward pass."""
+    with torch.no_grad():
+        multiplier = torch.randn_like(call(half, inputs))
+    if isinstance(inputs, dict):
+        multiplier *= inputs["attention_mask"].unsqueeze(-1)  # nobody asks what is made of padding
+    seeds = list(range(6))
+    with evaluating(half):
+        expected = probe_forward(half, inputs, multiplier, seeds, dist, factors)
+        return probe_backward(half, inputs, multiplier, seeds, dist, factors, microbatch), expected
+
+
+@pytest.mark.parametrize("family", TEXT)
+def test_backward_of_every_text_family(family):
+    half = split(text_model(family, "words"), 2).client
+    assert relative(*both_ways(half, text("left"), 1)) < 1e-4
+
+
+@pytest.mark.parametrize("family", [*IMAGES, "torchvision"])
+def test_backward_of_every_image_family(family):
+    torch.manual_seed(0)
+    model = ResNet(False).eval() if family == "torchvision" else image_model(family)
+    half = split(model, 5 if family == "torchvision" else 1).client
+    assert relative(*both_ways(half, torch.randn(3, 3, 16, 16), 2)) < 1e-4
+
+
+@pytest.mark.parametrize("waiting", [0, 500, probe.WAITING])
+@pytest.mark.parametrize("microbatch", [0, 1, 3, 8, 100])
+@pytest.mark.parametrize("dist", ["rademacher", "gaussian"])
+def test_some_samples_at_a_time_and_some_gradients(microbatch, dist, waiting, monkeypatch):
+    monkeypatch.setattr(probe, "WAITING", waiting)
+    half, x, _ = small_half()
+    half[0].weight.requires_grad_(False)  # streams are positions among all parameters
+    assert relative(*both_ways(half, x, microbatch, dist, [0.5, 2.0, 4.0])) < 1e-5
+
+
+def test_backward_through_layers_with_traps():
+    torch.manual_seed(0)
+    module = Everything().eval()
+    before = digest(list(module.parameters()))
+    assert relative(*both_ways(module, torch.tensor([[1, 2, 3, 49, 1], [5, 5, 48, 2, 1]]), 1)) < 1e-5
+    assert digest(list(module.parameters())) == before  # id 0 is padding, whose row backpropagation leaves out
+    with pytest.raises(ValueError, match="max_norm"):
+        probe_backward(nn.Embedding(5, 2, max_norm=1.0), torch.tensor([1]), torch.ones(1, 2), [1], "rademacher")
+
+
+def test_backward_leaves_no_trace():
+    half, x, multiplier = small_half()
+    parameters, _ = trainable(half)
+    before = digest(parameters)
+    parameters[0].grad = mine = torch.ones_like(parameters[0])
+
+    class Stop(Exception):
+        pass
+
+    def stop(module, inputs, output):
+        if torch.equal(inputs[0], x[4:6]):
+            raise Stop
+
+    with evaluating(half):
+        handle = half.register_forward_hook(stop)
+        with pytest.raises(Stop):
+            probe_backward(half, x, multiplier, [1], "rademacher", microbatch=2)
+        handle.remove()
+        probe_backward(half, x, multiplier, [1], "rademacher", microbatch=2)
+    assert digest(parameters) == before
+    assert parameters[0].grad is mine
+    assert torch.equal(mine, torch.ones_like(mine))
+    assert [p.grad for p in parameters[1:]] == [None] * 3
+    half(x).sum().backward()  # no hook is left
+    assert not torch.equal(parameters[0].grad, torch.ones_like(mine))
+
+
+def test_backward_needs_one_layer_and_some_samples():
+    torch.manual_seed(0)
+    module = nn.Sequential(*(layer for _ in range(12) for layer in (nn.Linear(256, 256), nn.Tanh()))).eval()
+    x, layer = torch.randn(512, 256), 4 * (256 * 256 + 256)
+    multiplier = torch.randn(512, 256)
+
+    def peak(microbatch):
+        with evaluating(module):
+            return peak_bytes(lambda: probe_backward(module, x, multiplier, [1], "rademacher", microbatch=microbatch))
+
+    whole, parts = peak(0), peak(32)
+    assert whole > 12 * x.nbytes  # of every layer's output
+    assert parts < 12 * x.nbytes / 16 + probe.WAITING + 4 * layer
+
+
+@pytest.mark.parametrize("microbatch", [1, 3, 4])
+@pytest.mark.parametrize("method", ["first-order", "checkpointed", "splitfed"])
+def test_first_order_some_samples_at_a_time(method, microbatch):
+    settings = {"rounds": 3, "clients": 3, "sampled": 2, "batch": 4, "server_rate": 0.1, "client_rate": 0.1}
+    some, whole = (train(Config(method=method, microbatch=n, **settings)) for n in (microbatch, 0))
+    assert some.loss == pytest.approx(whole.loss, rel=1e-5)
+    assert (some.bytes, some.passes) == (whole.bytes, whole.passes)
+
+
+# --- bfloat16 -----------------------------------------------------------------------------------------------------
+
+
 def test_bfloat16_needs_forward_mode():
     half, x, multiplier = small_half(torch.bfloat16)
     seeds = list(range(20))
@@ -255,7 +360,8 @@ def test_bfloat16_needs_forward_mode():
     with evaluating(half):
         forward = relative(probe_forward(half, x, multiplier, seeds, "rademacher"), expected)
         one_sided = relative(probe_untouched(half, x, multiplier, half(x), seeds, 1e-3, "rademacher"), expected)
-    assert forward < 0.02
+        backward = relative(probe_backward(half, x, multiplier, seeds, "rademacher"), expected)
+    assert max(forward, backward) < 0.02
     assert one_sided > 0.2
 
 

@@ -18,7 +18,7 @@ from hosfl.forward_mode import derivative
 from hosfl.frozen import BITS, GROUP, narrowed
 from hosfl.lattice import Lattice
 from hosfl.log import LogError
-from hosfl.probe import evaluating, probe_forward, probe_in_place, probe_untouched, trainable
+from hosfl.probe import evaluating, probe_backward, probe_forward, probe_in_place, probe_untouched, trainable
 from hosfl.split import dtype_of, split
 from hosfl.trainer import assemble
 from hosfl.trains import moving_only
@@ -197,6 +197,7 @@ def test_every_estimator_agrees_with_backpropagation(trains, frozen):
         )
         forward = probe_forward(half, x, multiplier, seeds, "rademacher")
         assert relative(forward, expected) < 1e-5
+        assert relative(probe_backward(half, x, multiplier, seeds, "rademacher", microbatch=3), expected) < 1e-5
         for two_sided, bound in ((False, 0.1), (True, 0.01)):
             found = probe_untouched(half, x, multiplier, cut, seeds, mu, "rademacher", two_sided=two_sided)
             assert relative(found, expected) < bound
@@ -232,6 +233,7 @@ def test_adapters_on_top():
         ("lora", "int4", "one-sided"),
         ("norms", "int4", "two-sided"),
         ("biases", "int8", "forward"),
+        ("lora", "int8", "backward"),
     ],
 )
 def test_runs_resume_and_rebuild_to_the_bit(folder, tmp_path, trains, frozen, estimator):  # noqa: F811

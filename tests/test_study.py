@@ -207,6 +207,21 @@ def test_another_study_is_refused_by_what_differs(tmp_path, whole, capsys):
         run_study(read_study(FILE), tmp_path / "full")
 
 
+def test_a_study_gains_a_method(tmp_path, whole):
+    shutil.copytree(whole, tmp_path / "study")
+    before, saw = contents(tmp_path / "study"), (tmp_path / "study" / "table.json").read_text()
+    more = FROZEN.replace("frozen:", "frozen, too:")
+    assert more != FROZEN
+    assert run_study(read_study(FILE + FROZEN + more), tmp_path / "study")
+    assert {k: v for k, v in contents(tmp_path / "study").items() if k in before} == before
+    assert (tmp_path / "study" / "table.json").read_text() != saw
+    rows = json.loads((tmp_path / "study" / "table.json").read_text())["methods"]
+    assert list(rows)[-1] == "frozen, too"
+    assert rows["frozen, too"]["accuracy"] == rows["frozen"]["accuracy"]
+    with pytest.raises(ValueError, match="another study"):  # and loses none
+        run_study(read_study(FILE + FROZEN), tmp_path / "study")
+
+
 def test_a_run_of_other_settings_is_not_taken(tmp_path, whole):
     shutil.copytree(whole, tmp_path / "study")
     path = tmp_path / "study/runs/frozen/2.json"

@@ -100,7 +100,7 @@ def test_every_kind_of_run_keeps_the_clients_equal_and_its_log_is_the_half(tmp_p
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("estimator", ["two-sided", "forward"])
+@pytest.mark.parametrize("estimator", ["two-sided", "forward", "backward"])
 def test_other_estimators_replay(estimator, dtype):
     summary = train(Config(estimator=estimator, dtype=dtype, **QUICK))
     paper = train(Config(dtype=dtype, **QUICK))
