@@ -7,10 +7,11 @@ namespace hosfl {
 namespace HOSFL_ISA {
 namespace {
 
-// sums[i] += z[i] * y[i] down the rows first .. last, which share the word `word`. Written with vectors so that words
-// and sums stay in registers.
+// sums[i] += z * y[row][i] for the rows first .. last, which share the word `word`. From the last row up, because the
+// next bit then comes to the top by an addition; written with vectors so that words and sums stay in registers.
 HOSFL_INLINE void add_signed_rows(float* sums, const float (*y)[TILE], const uint32_t* word, int64_t first,
                                   int64_t last) {
+  const int shift = int(31 - (last - 1) % 32);
   for (int64_t col = 0; col < TILE; col += GROUP) {
     F32 sum[SIDE_BY_SIDE];
     U32 bits[SIDE_BY_SIDE];
@@ -18,14 +19,15 @@ HOSFL_INLINE void add_signed_rows(float* sums, const float (*y)[TILE], const uin
     for (int j = 0; j < SIDE_BY_SIDE; ++j) {
       memcpy(&sum[j], sums + col + j * LANES, sizeof(F32));
       memcpy(&bits[j], word + col + j * LANES, sizeof(U32));
+      bits[j] <<= shift;
     }
-    for (int64_t row = first; row < last; ++row) {
-      const int shift = int(31 - row % 32);
+    for (int64_t row = last; row-- > first;) {
 #pragma GCC unroll 4
       for (int j = 0; j < SIDE_BY_SIDE; ++j) {
         U32 x;
         memcpy(&x, y[row] + col + j * LANES, sizeof x);
-        sum[j] += (F32)(x ^ ((bits[j] << shift) & 0x80000000u));
+        sum[j] += (F32)(x ^ (bits[j] & 0x80000000u));
+        bits[j] += bits[j];
       }
     }
 #pragma GCC unroll 4
@@ -35,7 +37,7 @@ HOSFL_INLINE void add_signed_rows(float* sums, const float (*y)[TILE], const uin
 
 HOSFL_INLINE void add_scaled_rows(float* __restrict sums, const float (*__restrict y)[TILE],
                                   const float (*__restrict z)[TILE], int64_t first, int64_t last) {
-  for (int64_t row = first; row < last; ++row) {
+  for (int64_t row = last; row-- > first;) {
     for (int64_t i = 0; i < TILE; ++i) sums[i] += y[row][i] * z[row % GAUSSIAN_ROWS][i];
   }
 }
@@ -50,14 +52,14 @@ inline double total_of(const float* sums) {
   return total[0];
 }
 
-// Calls body(first, last) for the rows of a run, those of the same COUNT rows of the block together.
+// Calls body(first, last) for the rows of a run from the last up, those of the same COUNT rows of the block together.
 template <int64_t COUNT, typename Body>
 void each_rows(const Run& run, Body body) {
-  const int64_t end = (run.offset + run.count + COLS - 1) / COLS;
-  for (int64_t row = run.row(); row < end;) {
-    const int64_t next = (row / COUNT + 1) * COUNT, last = next < end ? next : end;
-    body(row, last);
-    row = last;
+  int64_t last = (run.offset + run.count + COLS - 1) / COLS;
+  while (last > run.row()) {
+    const int64_t part = (last - 1) / COUNT * COUNT, first = part > run.row() ? part : run.row();
+    body(first, last);
+    last = first;
   }
 }
 
