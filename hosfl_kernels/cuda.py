@@ -172,11 +172,11 @@ def project(
     streams: Sequence[int],
     starts: Sequence[int],
 ) -> Tensor:
-    """<tensors, z(seed)> for every seed, on the CPU. Not a kernel: makes the noise of a piece after another by `noise_`.
+    """<tensors, z(seed)> for every seed, on the CPU. No kernel of its own: `noise_` makes the noise, a piece at a time.
 
     A piece is read from memory again for every seed. All sums are float64.
     """
-    scalars = torch.zeros(len(seeds), dtype=torch.float64, device=tensors[0].device if tensors else None)
+    scalars = torch.zeros(len(seeds), dtype=torch.float64, device=tensors[0].device if tensors else "cpu")
     for tensor, factor, stream, start in zip(tensors, factors, streams, starts, strict=True):
         for k, piece in enumerate(tensor.detach().reshape(-1).split(PIECE)):
             x = piece.double() * factor

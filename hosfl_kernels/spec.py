@@ -1,7 +1,8 @@
 """The definition of every kernel, in numpy. Read this first; everything else is this file made fast.
 
-A backend that differs from this file in one bit is wrong. Arrays stand for tensors: float32 and float16 as
-themselves, bfloat16 as uint16 holding its bits (numpy has no bfloat16). Nothing here works in place.
+A backend that differs from this file in one bit is wrong; only `project` sums on a GPU in an order of its own. Arrays
+stand for tensors: float32 and float16 as themselves, bfloat16 as uint16 holding its bits (numpy has no bfloat16).
+Nothing here works in place.
 
 The random words are Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 """

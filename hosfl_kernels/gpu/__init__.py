@@ -152,7 +152,7 @@ def project(
     The result is on the CPU: the call waits for the device. Not for CUDA graphs.
     """
     if not tensors or not seeds:
-        return torch.zeros(len(seeds), dtype=torch.float64)
+        return torch.zeros(len(seeds), dtype=torch.float64, device="cpu")
     launch = _launch()
     device = tensors[0].device
     with _on_device(launch, device):
