@@ -22,10 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hosfl_kernels import ops, reference, spec
+from hosfl_kernels import cpu, ops, reference, spec
 from hosfl_kernels.rules import SGD, AdamW, Rule
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOLERANCE = 1e-6  # of a sum's absolute terms, where a backend sums in an order of its own
 SEED, ROUNDING_SEED = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03
 
 
@@ -63,6 +64,15 @@ class UpdateCase(Case):
         return f"update_ {self.rule.name} of {self.records} x {self.directions}"
 
 
+@dataclass(frozen=True)
+class ProjectCase(Case):
+    """Inner products with `records` directions."""
+
+    @property
+    def op(self) -> str:
+        return f"project of {self.records}"
+
+
 KINDS = [("float32", "nearest"), ("bfloat16", "nearest"), ("bfloat16", "stochastic"), ("float16", "nearest")]
 RULES: list[Rule] = [SGD(weight_decay=0.1), SGD(momentum=0.9), AdamW(betas=(0.8, 0.99), weight_decay=0.1)]
 
@@ -77,6 +87,16 @@ def _update_cases() -> Iterator[UpdateCase]:
                 start = 2**44 - 100
                 yield UpdateCase(**kind, n=150, stream=2**32 - 1, start=start, factor=0.25, records=2, directions=3)
                 yield UpdateCase(**kind, n=1100, stream=6, start=131_000, records=2)
+
+
+def _project_cases() -> Iterator[ProjectCase]:
+    for dtype in DTYPES:
+        for dist in ops.DISTRIBUTIONS:
+            yield ProjectCase(dtype, dist, n=1, stream=1, start=131_071, records=2)
+            yield ProjectCase(dtype, dist, n=150, stream=2**32 - 1, start=2**44 - 100, factor=0.25, records=33)
+            yield ProjectCase(dtype, dist, n=9001, stream=6, start=131_000, factor=2.0, records=2)
+    yield ProjectCase(n=140_001, start=77, stream=3)
+    yield ProjectCase(dist="gaussian", n=20_001, start=2**33 + 77, stream=3)
 
 
 def _cases() -> Iterator[Case]:
@@ -94,7 +114,7 @@ def _cases() -> Iterator[Case]:
     yield Case(dist="gaussian", n=20_001, start=2**33 + 77, stream=3)
 
 
-CASES = [*_cases(), *_update_cases()]
+CASES = [*_cases(), *_update_cases(), *_project_cases()]
 
 
 def weights(case: Case) -> Tensor:
@@ -169,6 +189,8 @@ def run_case(backend: ModuleType, case: Case, device: str) -> str | None:
     """The difference between a backend and spec.py, or None."""
     if isinstance(case, UpdateCase):
         return _run_update(backend, case, device)
+    if isinstance(case, ProjectCase):
+        return _run_project(backend, case, device)
     want = weights(case)
     got = want.to(device, copy=True)
     record = records(case)
@@ -194,6 +216,18 @@ def _run_update(backend: ModuleType, case: UpdateCase, device: str) -> str | Non
         if wrong := difference(a, b):
             return f"moment {k}: {wrong}"
     return difference(got, want)
+
+
+def _run_project(backend: ModuleType, case: ProjectCase, device: str) -> str | None:
+    x, seeds = weights(case).clamp(-1, 1), records(case)["seeds"]
+    place = (case.dist, [case.factor], [case.stream], [case.start])
+    got, want = backend.project([x.to(device)], seeds, *place), reference.project([x], seeds, *place)
+    for r, seed in enumerate(seeds):
+        z = spec.noise(case.n, seed, stream=case.stream, start=case.start, dist=case.dist)
+        terms = case.factor * float(x.double().abs() @ torch.from_numpy(z).double().abs())
+        if not abs(got[r] - want[r]) <= (0 if backend is cpu else TOLERANCE * terms):
+            return f"scalar {r} is {got[r]:.17g}, should be {want[r]:.17g}"
+    return None
 
 
 # --- vectors --------------------------------------------------------------------------------------------------

@@ -117,4 +117,4 @@ def project(
         dist == "gaussian",
         torch.get_num_threads(),
     )
-    return torch.tensor(scalars, dtype=torch.float64)
+    return torch.tensor(scalars, dtype=torch.float64, device="cpu")

@@ -159,3 +159,29 @@ def update_(
             rounding_seeds is not None,
             queue,
         )
+
+
+PIECE = 1 << 22  # elements whose noise `project` makes at a time: 16 MB, and twice that for either factor in float64
+
+
+def project(
+    tensors: Sequence[Tensor],
+    seeds: Sequence[int],
+    dist: str,
+    factors: Sequence[float],
+    streams: Sequence[int],
+    starts: Sequence[int],
+) -> Tensor:
+    """<tensors, z(seed)> for every seed, on the CPU. No kernel of its own: `noise_` makes the noise, a piece at a time.
+
+    A piece is read from memory again for every seed. All sums are float64.
+    """
+    scalars = torch.zeros(len(seeds), dtype=torch.float64, device=tensors[0].device if tensors else "cpu")
+    for tensor, factor, stream, start in zip(tensors, factors, streams, starts, strict=True):
+        for k, piece in enumerate(tensor.detach().reshape(-1).split(PIECE)):
+            x = piece.double() * factor
+            z = torch.empty(piece.shape, device=piece.device)
+            for r, seed in enumerate(seeds):
+                noise_(z, seed, stream, start + k * PIECE, dist)
+                scalars[r] += x @ z.double()
+    return scalars.cpu()

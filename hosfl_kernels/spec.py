@@ -1,7 +1,8 @@
 """The definition of every kernel, in numpy. Read this first; everything else is this file made fast.
 
-A backend that differs from this file in one bit is wrong. Arrays stand for tensors: float32 and float16 as
-themselves, bfloat16 as uint16 holding its bits (numpy has no bfloat16). Nothing here works in place.
+A backend that differs from this file in one bit is wrong; only `project` sums on a GPU in an order of its own. Arrays
+stand for tensors: float32 and float16 as themselves, bfloat16 as uint16 holding its bits (numpy has no bfloat16).
+Nothing here works in place.
 
 The random words are Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
 """
@@ -283,9 +284,9 @@ def project(
 ) -> F64:
     """scalars[r] + factor * <x, z(seeds[r])>. The order of every sum is fixed, so that it has one result.
 
-    Products and the sums down a column of a block of 128 rows are float32, from zero and row by row; all further sums
-    are float64: of 64 columns the second half onto the first, and so on down to one; of such parts of a block one after
-    another, and times the factor; and block after block onto `scalars`.
+    Products and the sums of a block's columns are float32, from zero and from the last of the 128 rows up. All further
+    sums are float64: of 64 columns the second half onto the first, and so on down to one number; of a block's 16 such
+    numbers one after another, and that times the factor; block after block onto `scalars`.
     """
     x = np.asarray(x)
     size = RADEMACHER_ROWS * COLS
@@ -300,7 +301,7 @@ def project(
             )
             for block in products.reshape(blocks, RADEMACHER_ROWS, COLS):
                 column = np.zeros(COLS, np.float32)
-                for row in block:
+                for row in block[::-1]:
                     column = column + row
                 part = column.astype(np.float64).reshape(-1, SUM_COLS)
                 while part.shape[1] > 1:

@@ -24,6 +24,8 @@ def test_all_backends_pass():
     for backend in ("numpy", "cpp", "triton"):
         assert f"ok   {backend:6} perturb_ bfloat16 gaussian stochastic" in done.stdout
         assert f"ok   {backend:6} philox" in done.stdout
+    for backend in ("cpp", "triton"):
+        assert f"ok   {backend:6} project of 33 bfloat16 gaussian" in done.stdout
 
 
 @pytest.mark.parametrize("backend", ["numpy", "cpp"])

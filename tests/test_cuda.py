@@ -111,6 +111,16 @@ def test_more_directions_than_fit_into_a_kernel_s_parameters(emulated):
     assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("dist", ops.DISTRIBUTIONS)
+def test_project_by_pieces(emulated, dist, monkeypatch):
+    monkeypatch.setattr(cuda, "PIECE", 1000)
+    x = [torch.randn(2500), torch.randn(0), torch.randn(30, 100).half()]
+    place = (dist, [1.0, 2.0, 0.5], [0, 1, 2], [131_000, 0, 2**40])
+    wrong = emulated.project(x, [1, 2], *place) - cpu.project(x, [1, 2], *place)
+    assert wrong.abs().max() < 1e-7 * 5500
+    assert emulated.project([], [1], dist, [], [], []).tolist() == [0.0]
+
+
 def test_flushed_denormals_change_no_bit(emulated):
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor has no such mode")

@@ -3,9 +3,9 @@
 How instructions are counted. The disassembly becomes a graph of instructions; functions that are called (the slow path
 of the square root, for subnormal and infinite arguments) are not followed. noise_ and perturb_: the longest path from
 entry to exit through 16-byte accesses, that is through the branch for whole tiles, an instruction in the loop over row
-blocks counted once per iteration; divided by the elements that a thread has in a tile. replay_: the longest path
-through one iteration of the loop over records, divided by the elements that a thread holds. update_: the same for its
-inner loop, over the directions, and for what an iteration of its outer loop, over the rounds, adds to that. All are
+blocks counted once per iteration; divided by the elements that a thread has in a tile. replay_ and project: the longest
+path through one iteration of the loop over records, divided by the elements that a thread holds. update_: the same for
+its inner loop, over the directions, and for what an iteration of its outer loop, over the rounds, adds to that. All are
 upper bounds.
 """
 
@@ -29,9 +29,10 @@ NAMES = sorted(variants())
 ALL = [pytest.param((capability, name), id=f"sm_{capability}-{name}") for capability in CAPABILITIES for name in NAMES]
 UPDATE = [case for case in ALL if "update" in case.id]
 ONE_LOOP = [case for case in ALL if "update" not in case.id]
-WIDE = [case for case in ALL if "replay" not in case.id and "update" not in case.id]
+WIDE = [case for case in ALL if not re.search("replay|update|project", case.id)]
 
-# Instructions per element (replay: per element and record), at most: what Triton 3.4, 3.6 and 3.9 make, and 3 %.
+# Instructions per element (replay, project: per element and record), at most: what Triton 3.4, 3.6 and 3.9 make, and
+# 3 %; project: what Triton 3.9 makes, and 4 %.
 BUDGET = {
     "noise-rademacher": 7.9,
     "noise-gaussian": 50.0,
@@ -51,6 +52,12 @@ BUDGET = {
     "replay-gaussian-bfloat16": 58.6,
     "replay-gaussian-bfloat16-stochastic": 66.1,
     "replay-gaussian-float16": 52.3,
+    "project-rademacher-float32": 5.0,
+    "project-rademacher-bfloat16": 5.0,
+    "project-rademacher-float16": 5.0,
+    "project-gaussian-float32": 51.5,
+    "project-gaussian-bfloat16": 51.5,
+    "project-gaussian-float16": 51.5,
 }
 
 # update_: per element and direction by distribution and rule, and per element and round by rule and storage, at most:
@@ -247,9 +254,11 @@ def per_element_and_direction(name: str, instructions: list[Instruction]) -> tup
 def test_nothing_spills_and_no_value_crosses_threads(code: Code) -> None:
     assert code.usage["STACK"] == 0
     assert code.usage["LOCAL"] == 0
-    assert code.usage["SHARED"] == 0
     opcodes = {instruction.opcode.partition(".")[0] for instruction in code.instructions}
-    assert not opcodes & {"LDL", "STL", "LDS", "STS", "SHFL", "BAR"}
+    assert not opcodes & {"LDL", "STL"}
+    if not code.name.startswith("project"):  # it adds the columns of a tile
+        assert code.usage["SHARED"] == 0
+        assert not opcodes & {"LDS", "STS", "SHFL", "BAR"}
 
 
 @pytest.mark.parametrize("code", ALL, indirect=True)
@@ -261,6 +270,8 @@ def test_every_float_operation_is_one_rounding_to_nearest(code: Code) -> None:
     allowed = {"add.rn.f32", "sub.rn.f32", "mul.rn.f32", "sqrt.rn.f32", "sqrt.rn.ftz.f32"}
     if "adamw" in code.name:  # its square root is of normal numbers only: see update.py
         allowed |= {"div.rn.f32"}
+    if code.name.startswith("project"):  # the factor, times a tile's sum
+        allowed |= {"mul.rn.f64"}
     assert operations <= allowed
     assert not re.search(r"\.ftz|\.approx", code.ptx.replace("sqrt.rn.ftz.f32", ""))
 
@@ -278,7 +289,8 @@ def test_whole_tiles_move_16_bytes_at_a_time(code: Code) -> None:
 
 @pytest.mark.parametrize("code", ONE_LOOP, indirect=True)
 def test_instructions_per_element(code: Code) -> None:
-    count = per_element_and_record if code.name.startswith("replay") else per_element_of_whole_tiles
+    one_by_one = code.name.startswith(("replay", "project"))
+    count = per_element_and_record if one_by_one else per_element_of_whole_tiles
     spent = count(code.name, code.instructions)
     assert spent <= BUDGET[code.name]
 

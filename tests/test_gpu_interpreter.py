@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hosfl_kernels import gpu, spec
+from hosfl_kernels import gpu, reference, spec
 from hosfl_kernels.gpu.rounding import from_float32
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -134,6 +134,22 @@ def test_update(rule: str, stochastic: bool, dist: str) -> None:
 
 
 @pytest.mark.parametrize("dist", DISTS)
+@pytest.mark.parametrize("room", [1 << 23, 20])
+def test_project(room: int, dist: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the sums of the tiles have room for some seeds only."""
+    monkeypatch.setattr(gpu, "SUMS", room)
+    seeds = [1, SEED, 3]
+    tensors = [weights(n, dtype, 1.0) for dtype, n, _, _ in KINDS]
+    storage = weights(3000, size=1.0)
+    tensors.append(storage[3:-5])  # cells on both sides that are not its own
+    starts, factors = [*(kind[2] for kind in KINDS), 77], [*(kind[3] for kind in KINDS), 1.0]
+    place = (dist, factors, [STREAM - i for i in range(len(tensors))], starts)
+    terms = sum(f * float(x.double().abs().sum()) for f, x in zip(factors, tensors, strict=True))
+    want = reference.project([x.cpu() for x in tensors], seeds, *place)
+    assert (gpu.project(tensors, seeds, *place) - want).abs().max() < 1e-7 * terms
+
+
+@pytest.mark.parametrize("dist", DISTS)
 def test_cut_is_whole(dist: str) -> None:
     whole = weights(9000, torch.bfloat16)
     cut = whole.clone()
@@ -218,6 +234,9 @@ def test_nothing_to_do() -> None:
     old = cells(x)
     gpu.replay_([x], [], [], "rademacher", [1.0], [0], [0], None)
     gpu.replay_([x[:0]], [1], [1.0], "rademacher", [1.0], [0], [0], None)
+    assert gpu.project([], [1], "rademacher", [], [], []).tolist() == [0.0]
+    assert gpu.project([x], [], "rademacher", [1.0], [0], [0]).tolist() == []
+    assert gpu.project([x[:0]], [1], "rademacher", [1.0], [0], [0]).tolist() == [0.0]
     gpu.update_([], [], "sgd", [], [1], [1.0], [(1.0, 1.0, 1.0)], "rademacher", [], [], [], None)
     gpu.update_([x[:0]], [], "sgd", [], [1], [1.0], [(1.0, 1.0, 1.0)], "rademacher", [1.0], [0], [0], None)
     assert equal(x, old)

@@ -1,11 +1,15 @@
 """Every case on every backend, and the contract of the public functions."""
 
+import functools
+import sys
+
 import numpy as np
 import pytest
 import torch
 
 import hosfl_kernels as hk
-from hosfl_kernels import _cpp, check, ops, spec
+from hosfl.memory import growth
+from hosfl_kernels import _cpp, check, cpu, ops, reference, spec
 
 CUDA = torch.cuda.is_available()
 DEVICES = ["cpu", "cuda"] if CUDA else ["cpu"]
@@ -61,6 +65,31 @@ def test_threads_and_instruction_sets_change_no_bit(isa, threads_, dist, dtype, 
         _cpp.use_isa(before)
     assert same(got[0], want[0])
     assert same(got[1], want[1])
+
+
+@functools.cache
+def projected(dtype, dist):
+    """Tensors, places and seeds, more of them than are in cache at once; and what spec.py says of them."""
+    sizes, starts = [300_001, 77, 0, 5000], [131_000, 2**40, 3, 2**63 - 5000]
+    tensors = [torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype) for n in sizes]
+    place = (dist, [1.0, 0.5, 1.0, 4.0], [0, 7, 1, 2**32 - 1], starts)
+    seeds = [spec.derive(1, r, 0) for r in range(35 if dist == "rademacher" else 4)]
+    return tensors, seeds, place, reference.project(tensors, seeds, *place)
+
+
+@pytest.mark.parametrize("isa", _cpp.supported())
+@pytest.mark.parametrize("threads_", [1, 2, 4])
+@pytest.mark.parametrize("dist", ops.DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", ops.DTYPES)
+def test_threads_and_instruction_sets_change_no_bit_of_a_projection(isa, threads_, dist, dtype, threads):
+    tensors, seeds, place, want = projected(dtype, dist)
+    before = _cpp.isa()
+    try:
+        _cpp.use_isa(isa)
+        threads(threads_)
+        assert torch.equal(cpu.project(tensors, seeds, *place), want)
+    finally:
+        _cpp.use_isa(before)
 
 
 def test_more_threads_than_one_are_used(threads):
@@ -127,6 +156,88 @@ def test_replay_is_perturb_record_by_record(device, dist, dtype, rounding):
     hk.replay_(many, seeds, coefficients, **place, rounding_seeds=list(range(36)) if stochastic else None)
     assert same(one[0], many[0])
     assert same(one[1], many[1])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", ops.DTYPES)
+def test_project_finds_what_was_added(device, dtype):
+    x = [torch.zeros(300, 100, dtype=dtype, device=device), torch.zeros(70, dtype=dtype, device=device)]
+    place = {"factors": [1.0, 0.5], "streams": [5, 2**32 - 1], "starts": [2**40 + 5, 131_000]}
+    hk.perturb_(x, 7, 2.0**-6, **place)
+    assert hk.project(x, [7], **place).item() == 2.0**-6 * (30_000 + 70 / 4)
+    assert abs(hk.project(x, [8], **place).item()) < 2.0**-6 * 6 * 30_000**0.5
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dist", ops.DISTRIBUTIONS)
+def test_project_is_the_transpose_of_replay(device, dist):
+    place = {"dist": dist, "factors": [2.0, 1.0], "streams": [3, 4], "starts": [131_000, 0]}
+    y = [torch.randn(5000, device=device), torch.randn(3, 100, device=device)]
+    seeds, coefficients = [1, 2**64 - 1, 5], [0.5, -0.25, 2.0]
+    x = [torch.zeros_like(t) for t in y]
+    hk.replay_(x, seeds, coefficients, **place)
+    scalars = hk.project(y, seeds, **place)
+    assert (scalars.dtype, scalars.device.type, scalars.shape) == (torch.float64, "cpu", (3,))
+    inner = sum(float((a.double() * b.double()).sum()) for a, b in zip(x, y, strict=True))
+    assert float(scalars @ torch.tensor(coefficients).double()) == pytest.approx(inner, abs=1e-6 * 5000)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dist", ops.DISTRIBUTIONS)
+def test_projections_of_shards_add_up(device, dist):
+    x, cuts = torch.randn(300_000, device=device), [1, 1022, 140_000, 158_977]
+    whole = hk.project(x, [1, 2], dist=dist, streams=[6], starts=[99])
+    starts = [99 + sum(cuts[:k]) for k in range(4)]
+    shards = [
+        hk.project(s, [1, 2], dist=dist, streams=[6], starts=[a]) for s, a in zip(x.split(cuts), starts, strict=True)
+    ]
+    together = hk.project(x.split(cuts), [1, 2], dist=dist, streams=[6] * 4, starts=starts)
+    for sums in (sum(shards), together):
+        assert (sums - whole).abs().max() < 1e-6 * float(x.abs().sum())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_project_only_reads(device):
+    model = torch.nn.Linear(40, 30).to(device)
+    before, versions = [p.detach().clone() for p in model.parameters()], [p._version for p in model.parameters()]
+    scalars = hk.project(model.parameters(), torch.tensor([1, -1]))
+    assert not scalars.requires_grad
+    assert all(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+    assert [p._version for p in model.parameters()] == versions
+    assert torch.equal(scalars, hk.project(before, [1, 2**64 - 1]))
+    with torch.inference_mode():
+        assert torch.equal(scalars, hk.project(before, [1, 2**64 - 1]))
+
+
+def test_project_nothing():
+    assert torch.equal(hk.project([], [1, 2]), torch.zeros(2, dtype=torch.float64))
+    assert torch.equal(hk.project([torch.zeros(0)], [1]), torch.zeros(1, dtype=torch.float64))
+    nothing = hk.project(torch.ones(3), [])
+    assert (nothing.dtype, nothing.shape) == (torch.float64, (0,))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dist", ops.DISTRIBUTIONS)
+def test_infinity_and_nan_reach_the_projection(device, dist):
+    x = torch.ones(5000, device=device)
+    x[4000] = torch.inf
+    z = hk.noise(5000, 3, dist=dist)
+    assert hk.project(x, [3], dist=dist).item() == torch.inf * z[4000].item()
+    x[4001] = torch.nan
+    assert hk.project(x, [3], dist=dist).isnan().all()
+
+
+def test_more_seeds_than_there_is_room_for_sums_of_blocks():
+    x, seeds = [torch.tensor([0.1]), torch.tensor([0.2]), torch.tensor([0.7])], torch.arange(1 << 21)
+    one_by_one = [hk.project(t, seeds, streams=[k]) for k, t in enumerate(x)]
+    assert torch.equal(hk.project(x, seeds), one_by_one[0] + one_by_one[1] + one_by_one[2])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("dist", ops.DISTRIBUTIONS)
+def test_project_needs_no_memory_to_speak_of(dist):
+    x = torch.randn(4_000_000, dtype=torch.bfloat16)
+    assert growth(lambda: hk.project(x, [1, 2, 3], dist=dist), x.device) < 1e6
 
 
 def test_records_may_be_tensors():
@@ -246,6 +357,17 @@ def test_parameters_change_in_place():
         (lambda x: hk.replay_(x, [1, 2], [1.0, float("nan")]), ValueError, "coefficients\\[1\\]"),
         (lambda x: hk.replay_(x, torch.tensor([1.0]), [1.0]), TypeError, "int64"),
         (lambda x: hk.replay_(x, [1], torch.tensor([1])), TypeError, "float32"),
+        (lambda x: hk.project(x, [1, 2**64]), ValueError, "seeds\\[1\\]"),
+        (lambda x: hk.project(x, [1.0]), TypeError, "seeds\\[0\\] must be an integer"),
+        (lambda x: hk.project(x, torch.tensor([1.0])), TypeError, "int64"),
+        (lambda x: hk.project(x, [1], dist="normal"), ValueError, "dist must be one of"),
+        (lambda x: hk.project(x, [1], factors=[3.0, 1.0]), ValueError, "factors\\[0\\] must be a power of two"),
+        (lambda x: hk.project(x, [1], starts=[0]), ValueError, "2 tensors but 1 starts"),
+        (lambda x: hk.project(x, [1], starts=[2**63 - 1, 0]), ValueError, "beyond 2\\^63"),
+        (lambda x: hk.project([x[0], x[1][::2]], [1]), RuntimeError, "tensors\\[1\\] is not contiguous"),
+        (lambda x: hk.project([x[0], x[1].double()], [1]), TypeError, "tensors\\[1\\] is torch.float64"),
+        (lambda x: hk.project([x[0], x[1].to("meta")], [1]), RuntimeError, "meta"),
+        (lambda x: hk.project([x[0], 3], [1]), TypeError, "tensors\\[1\\] is int"),
         (lambda x: hk.snap_([x[0], x[1].bfloat16()]), TypeError, "float32 tensors only"),
         (lambda x: hk.snap_([x[0], torch.tensor([float("nan")])]), ValueError, "tensor 1 has infinite or NaN"),
         (lambda x: hk.noise(-1, 1), ValueError, "n must be 0 or more"),

@@ -51,6 +51,20 @@ def test_compile_does_not_recompile_per_record():
     assert counter.frame_count <= 2
 
 
+def test_compile_does_not_recompile_per_projection():
+    def f(xs, seeds):
+        return hk.project(xs, seeds, factors=[1.0, 2.0]) * 2
+
+    compiled, counter = counted(f)
+    xs = [torch.randn(2000, requires_grad=True), torch.randn(3, 5)]
+    for count in range(1, 8):
+        seeds = torch.arange(count) - 3
+        got = compiled(xs, seeds)
+        assert torch.equal(got, f(xs, seeds))
+        assert not got.requires_grad
+    assert counter.frame_count <= 2
+
+
 def test_compiled_graph_checks_its_arguments():
     compiled, _ = counted(lambda x: hk.perturb_(x, 1, 1.0))
     with pytest.raises(TypeError, match="float64"):
@@ -65,3 +79,4 @@ def test_schemas():
         torch.ops.hosfl.replay_.default,
         ([x], torch.tensor([1, 2]), torch.tensor([0.5, 1.0]), "rademacher", [], [], [], None),
     )
+    torch.library.opcheck(torch.ops.hosfl.project.default, ([x], torch.tensor([1, 2]), "gaussian", [], [], []))

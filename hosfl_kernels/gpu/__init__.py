@@ -136,6 +136,37 @@ def update_(
             run(records, len(steps), len(seeds) // len(steps))
 
 
+SUMS = 1 << 23  # of tiles, kept at a time: 64 MB
+
+
+def project(
+    tensors: Sequence[Tensor],
+    seeds: Sequence[int],
+    dist: str,
+    factors: Sequence[float],
+    streams: Sequence[int],
+    starts: Sequence[int],
+) -> Tensor:
+    """<tensors, z(seed)> for every seed, in one pass over the tensors for as many seeds as keep a tile's sums in SUMS.
+
+    The result is on the CPU: the call waits for the device. Not for CUDA graphs.
+    """
+    if not tensors or not seeds:
+        return torch.zeros(len(seeds), dtype=torch.float64, device="cpu")
+    launch = _launch()
+    device = tensors[0].device
+    with _on_device(launch, device):
+        scalars = torch.zeros(len(seeds), dtype=torch.float64, device=device)
+        table = launch.seed_table(seeds, device)
+        for run in _plan(launch, launch.project_variant, tensors, dist, factors, streams, starts, False):
+            programs = len(run.row_of_program)
+            for some, mine in zip(*(t.split(max(SUMS // programs, 1)) for t in (table, scalars)), strict=True):
+                sums = torch.zeros(len(some), programs, dtype=torch.float64, device=device)
+                run(some, len(some), sums.data_ptr())
+                mine += sums.sum(1)
+        return scalars.cpu()
+
+
 def _plan(
     launch: Any,
     variant_of: Any,

@@ -19,6 +19,7 @@ from hosfl_kernels import spec
 from .noise import noise
 from .perturb import perturb
 from .philox import philox_words as philox_words
+from .projection import project
 from .replay import replay
 from .tile import FIELDS
 from .update import CONSTANTS, STEP, update
@@ -78,6 +79,14 @@ def replay_variant(dtype: torch.dtype, dist: str, stochastic: bool) -> Variant:
     return Variant(replay, constants, num_warps=4)
 
 
+@functools.cache
+def project_variant(dtype: torch.dtype, dist: str, stochastic: bool = False) -> Variant:
+    """Tiles as replay has them; nothing is rounded to storage."""
+    constants = {"CELL": CELLS[dtype], "DIST": dist}
+    constants |= {"BLOCKS": {"rademacher": 8, "gaussian": 4}[dist], "INNER": _inner(dist), "WIDTH": 128}
+    return Variant(project, constants, num_warps=4)
+
+
 RULES = ("sgd", "momentum", "adamw")
 
 
@@ -102,6 +111,7 @@ def variants() -> dict[str, Variant]:
     for dist in ("rademacher", "gaussian"):
         found[f"noise-{dist}"] = noise_variant(dist)
         for dtype in CELLS:
+            found[f"project-{dist}-{str(dtype).removeprefix('torch.')}"] = project_variant(dtype, dist)
             for stochastic in (False, True) if dtype == torch.bfloat16 else (False,):
                 name = f"{dist}-{str(dtype).removeprefix('torch.')}{'-stochastic' if stochastic else ''}"
                 found[f"perturb-{name}"] = perturb_variant(dtype, dist, stochastic)
@@ -177,6 +187,11 @@ def record_table(
     rows[:, 1] = float_bits(coefficients)
     rows[:, 2] = 0 if rounding_seeds is None else np.array(rounding_seeds, np.uint64).view(np.int64)
     return _on_device(rows, "replay_", device)
+
+
+def seed_table(seeds: Sequence[int], device: torch.device) -> torch.Tensor:
+    """int64: the bits of the seeds."""
+    return _on_device(np.array(seeds, np.uint64).view(np.int64), "project", device)
 
 
 def round_table(
