@@ -48,14 +48,18 @@ GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 # What is measured, by the settings of the client; without a method it is only a forward pass, or one and a backward
 # pass: all that any way to answer by backpropagation needs.
 INFERENCE, BACKPROPAGATION = "inference", "backpropagation alone"
-WAYS: dict[str, dict[str, str]] = {
+SOME: dict[str, Any] = {"microbatch": 2}
+WAYS: dict[str, dict[str, Any]] = {
     INFERENCE: {},
     "ho, in place": {"method": "ho"},
     "ho, in place, two-sided": {"method": "ho", "estimator": "two-sided"},
     "ho, weights read only": {"method": "ho", "dist": "gaussian"},
     "ho, forward mode": {"method": "ho", "estimator": "forward"},
+    "ho, one backward pass": {"method": "ho", "estimator": "backward"},
+    "ho, one backward pass, 2 samples at a time": {"method": "ho", "estimator": "backward", **SOME},
     BACKPROPAGATION: {},
     "first-order": {"method": "first-order"},
+    "first-order, 2 samples at a time": {"method": "first-order", **SOME},
     f"{INFERENCE}, bfloat16": {"dtype": "bfloat16"},
     "ho, weights read only, bfloat16": {"method": "ho", "dtype": "bfloat16"},
     "ho, forward mode, bfloat16": {"method": "ho", "dtype": "bfloat16", "estimator": "forward"},
@@ -63,12 +67,14 @@ WAYS: dict[str, dict[str, str]] = {
 BOUNDED = ("ho, in place", "ho, in place, two-sided")
 
 # Of a language model also with few weights that move, and the others stored in every width.
-FEW: dict[str, dict[str, str]] = {
+FEW: dict[str, dict[str, Any]] = {
     f"{way}, {trains}, the rest {frozen}": {**WAYS[way], "trains": trains, "frozen": frozen}
     for way, trains, widths in (
         ("ho, in place", "norms", FROZEN[:4]),
         ("ho, in place", "lora", FROZEN[:4]),
         ("ho, forward mode", "norms", ("float32", "int4")),
+        ("ho, one backward pass, 2 samples at a time", "norms", ("float32", "int4")),
+        ("ho, one backward pass, 2 samples at a time", "lora", ("float32", "int4")),
         ("first-order", "norms", ("float32", "int4")),
     )
     for frozen in widths
@@ -85,7 +91,7 @@ class Half:
     what: str
     batch: int
     make: Callable[[int], tuple[nn.Module, Tensor | dict[str, Tensor]]]
-    ways: dict[str, dict[str, str]] = field(default_factory=lambda: WAYS)
+    ways: dict[str, dict[str, Any]] = field(default_factory=lambda: WAYS)
 
 
 def _digits(batch: int) -> tuple[nn.Module, Tensor]:
@@ -151,7 +157,7 @@ def measure_here(name: str, way: str, batch: int, device: torch.device) -> dict[
     torch.manual_seed(0)
     torch.set_num_threads(1)
     settings = HALVES[name].ways[way]
-    config = Config(directions=2, directions_from="fresh", device=str(device), **settings)  # type: ignore[arg-type]
+    config = Config(directions=2, directions_from="fresh", device=str(device), **settings)
     half, inputs = HALVES[name].make(batch)
     half = moving_only(half, config.trains, config.seed).eval().to(getattr(torch, config.dtype))
     half = narrowed(half, config.frozen).to(device)
@@ -178,10 +184,10 @@ def measure_here(name: str, way: str, batch: int, device: torch.device) -> dict[
     work: Callable[[int], object] = backpropagate if way == BACKPROPAGATION else infer
     with tempfile.TemporaryDirectory() as folder:
         if "method" in settings:
-            client: FirstOrderClient | ZerothOrderClient = FirstOrderClient(0, half, batches.__getitem__)
+            shared: Any = {"number": 0, "half": half, "batch": batches.__getitem__, "microbatch": config.microbatch}
+            client: FirstOrderClient | ZerothOrderClient = FirstOrderClient(**shared)
             if config.method == "ho":
-                run = make_run(config, parameters)
-                client = ZerothOrderClient(0, half, batches.__getitem__, run=run, base=lambda: parameters)
+                client = ZerothOrderClient(**shared, run=make_run(config, parameters), base=lambda: parameters)
             for round in (0, 1):
                 message = Multiplier(client=0, round=round, multiplier=torch.randn_like(infer(round)))
                 (Path(folder) / str(round)).write_bytes(encode(message))
