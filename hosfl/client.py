@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hosfl.displaced import Inputs, call, parts_of
+from hosfl.frozen import made_again
 from hosfl.lattice import Lattice
 from hosfl.messages import (
     Cut,
@@ -269,7 +270,7 @@ class FirstOrderClient(Client):
         multipliers = multiplier.split(self.microbatch or len(multiplier))
         begin = time.perf_counter()
         sums: list[Tensor] = []
-        with evaluating(self.half), torch.enable_grad():
+        with evaluating(self.half), torch.enable_grad(), made_again():
             for part, m in zip(parts_of(self._inputs, self.microbatch), multipliers, strict=True):
                 gradients = [g.float() for g in torch.autograd.grad(self._recorded(part), parameters, m)]
                 sums = [s.add_(g) for s, g in zip(sums, gradients, strict=True)] if sums else gradients

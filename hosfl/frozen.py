@@ -10,8 +10,11 @@ roundings: every machine stores the same bits.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +35,8 @@ def narrowed(half: nn.Module, frozen: str) -> nn.Module:
     it is integers, which no cast touches, with the buffer `<name>_scale` beside them. Reading the attribute gives a new
     tensor of the scale's dtype, the layer's before, or of that to which the half was cast since; of an nn.Embedding
     only the rows that are looked up are ever made. What is written to that tensor is lost, as by merging adapters into
-    it. Backpropagation holds it until it has run. The module can be copied, and its state dict stored, but not pickled.
+    it. Backpropagation holds it until it has run, but under `made_again`. The module can be copied, and its state dict
+    stored, but not pickled.
 
     Raises ValueError where there is nothing to narrow, and for weights that are infinite or NaN.
     """
@@ -99,7 +103,33 @@ def _wide(stored: Tensor, scale: Tensor, bits: int) -> Tensor:
 def _read(name: str, module: Any) -> Tensor:
     shape, bits = module.narrow[name]
     rows = _wide(module._parameters[name], module._buffers[f"{name}_scale"], bits)
-    return rows[:, : math.prod(shape[1:])].reshape(shape)
+    wide = rows[:, : math.prod(shape[1:])].reshape(shape)
+    if _made:
+        _made[-1][wide.untyped_storage().data_ptr()] = ref(wide), name, module
+    return wide
+
+
+_made: list[dict[int, tuple[ref[Tensor], str, Any]]] = []  # wide weights by their address, of each `made_again`
+
+
+@contextmanager
+def made_again() -> Iterator[None]:
+    """Backpropagation in the block holds no wide weights: it makes a layer's again when it comes to that layer."""
+    made: dict[int, tuple[ref[Tensor], str, Any]] = {}
+
+    def pack(saved: Tensor) -> Tensor | Callable[[], Tensor]:
+        found = made.get(saved.untyped_storage().data_ptr())
+        if found is None or found[0]() is None:  # an address is a weight's for as long as the weight is there
+            return saved
+        place = saved.shape, saved.stride(), saved.storage_offset()
+        return lambda: _read(*found[1:]).as_strided(*place)
+
+    _made.append(made)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held if isinstance(held, Tensor) else held()):
+            yield
+    finally:
+        _made.pop()
 
 
 class Lookup(nn.Embedding):

@@ -27,7 +27,7 @@ from hosfl.config import Config
 from hosfl.data import Dataset
 from hosfl.displaced import call
 from hosfl.families import untrained
-from hosfl.frozen import FROZEN, narrowed
+from hosfl.frozen import FROZEN, made_again, narrowed
 from hosfl.messages import Message, Multiplier, decode, encode
 from hosfl.probe import evaluating, trainable
 from hosfl.report import machine, peak_memory
@@ -48,7 +48,6 @@ GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 # What is measured, by the settings of the client; without a method it is only a forward pass, or one and a backward
 # pass: all that any way to answer by backpropagation needs.
 INFERENCE, BACKPROPAGATION = "inference", "backpropagation alone"
-SOME: dict[str, Any] = {"microbatch": 2}
 WAYS: dict[str, dict[str, Any]] = {
     INFERENCE: {},
     "ho, in place": {"method": "ho"},
@@ -56,10 +55,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "ho, weights read only": {"method": "ho", "dist": "gaussian"},
     "ho, forward mode": {"method": "ho", "estimator": "forward"},
     "ho, one backward pass": {"method": "ho", "estimator": "backward"},
-    "ho, one backward pass, 2 samples at a time": {"method": "ho", "estimator": "backward", **SOME},
+    "ho, one backward pass, 2 samples at a time": {"method": "ho", "estimator": "backward", "microbatch": 2},
     BACKPROPAGATION: {},
     "first-order": {"method": "first-order"},
-    "first-order, 2 samples at a time": {"method": "first-order", **SOME},
+    "first-order, 2 samples at a time": {"method": "first-order", "microbatch": 2},
     f"{INFERENCE}, bfloat16": {"dtype": "bfloat16"},
     "ho, weights read only, bfloat16": {"method": "ho", "dtype": "bfloat16"},
     "ho, forward mode, bfloat16": {"method": "ho", "dtype": "bfloat16", "estimator": "forward"},
@@ -171,7 +170,7 @@ def measure_here(name: str, way: str, batch: int, device: torch.device) -> dict[
         return cut
 
     def backpropagate(round: int) -> Sequence[Tensor]:
-        with evaluating(half), torch.enable_grad():
+        with evaluating(half), torch.enable_grad(), made_again():
             cut = call(half, batches[round][0])
             return torch.autograd.grad(cut, parameters, torch.ones_like(cut))
 

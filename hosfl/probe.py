@@ -20,6 +20,7 @@ from hosfl.displaced import (
     uninterrupted,
 )
 from hosfl.forward_mode import Tangents, derivative
+from hosfl.frozen import made_again
 from hosfl_kernels import project, replay_
 
 # How a directional derivative is measured. One-sided differences are the paper's: P + 1 passes; their error grows with
@@ -222,7 +223,7 @@ def probe_backward(
             parameter.grad = None
             hooks.append(parameter.register_post_accumulate_grad_hook(partial(take, position=position)))
         multipliers = multiplier.split(microbatch or len(multiplier))
-        with torch.enable_grad():
+        with torch.enable_grad(), made_again():
             for part, m in zip(parts_of(inputs, microbatch), multipliers, strict=True):
                 torch.autograd.backward(call(module, part), m, inputs=parameters)
         measure()

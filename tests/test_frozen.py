@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save
 from test_forward_mode import Everything, relative, tangents
+from test_probe import peak_bytes
 from test_split import IMAGES, TEXT, image_model, text, text_model
 from test_tasks import config, folder  # noqa: F401
 from torch import nn
@@ -15,7 +16,7 @@ from hosfl import Config, rebuild, train
 from hosfl.cli import main
 from hosfl.displaced import call
 from hosfl.forward_mode import derivative
-from hosfl.frozen import BITS, GROUP, narrowed
+from hosfl.frozen import BITS, GROUP, _made, made_again, narrowed
 from hosfl.lattice import Lattice
 from hosfl.log import LogError
 from hosfl.probe import evaluating, probe_backward, probe_forward, probe_in_place, probe_untouched, trainable
@@ -205,6 +206,35 @@ def test_every_estimator_agrees_with_backpropagation(trains, frozen):
                 lambda: half(x), parameters, streams, multiplier, cut, seeds, mu, two_sided=two_sided
             )
             assert torch.equal(found, place)
+
+
+@pytest.mark.parametrize("frozen", NARROW)
+def test_backpropagation_makes_wide_weights_again(frozen):
+    torch.manual_seed(0)
+    layers = [layer for _ in range(8) for layer in (nn.Linear(300, 300), nn.Tanh())]
+    half = nn.Sequential(nn.Linear(8, 300), *layers, nn.Unflatten(1, (3, 10, 10)), nn.Conv2d(3, 4, 3))
+    half[1:].requires_grad_(False)
+    narrowed(half, frozen)
+    x, parameters = torch.randn(2, 8), trainable(half)[0]
+
+    def gradients():
+        return torch.autograd.grad(half(x).square().sum(), parameters)
+
+    def again():
+        with made_again():
+            return gradients()
+
+    for found, expected in zip(again(), gradients(), strict=True):
+        assert torch.equal(found, expected)
+    wide = 4 * 300 * 300
+    assert peak_bytes(gradients) > 8 * wide
+    assert peak_bytes(again) < 4 * wide
+    multiplier, seeds = torch.randn(2, 4, 8, 8), [1, 2]
+    with evaluating(half):
+        assert peak_bytes(lambda: probe_backward(half, x, multiplier, seeds, "rademacher")) < 4 * wide
+    with pytest.raises(ZeroDivisionError), made_again():
+        1 / 0  # noqa: B018
+    assert not _made
 
 
 def _along(gradient, seed, stream):
