@@ -36,7 +36,7 @@ HOSFL_INLINE void add_signed_rows(float* sums, const float (*y)[TILE], const uin
   }
 }
 
-// The same with normal numbers; plain loops take a tenth longer, words and all.
+// The same with normal numbers; plain loops take a tenth longer in all.
 HOSFL_INLINE void add_scaled_rows(float* sums, const float (*y)[TILE], const float (*z)[TILE], int64_t first,
                                   int64_t last) {
   for (int64_t col = 0; col < TILE; col += LANES) {
@@ -52,7 +52,7 @@ HOSFL_INLINE void add_scaled_rows(float* sums, const float (*y)[TILE], const flo
 }
 
 // The columns' sums added: halves onto each other, so that no instruction set has an order of its own.
-inline double total_of(const float* sums) {
+HOSFL_INLINE double total_of(const float* sums) {
   double total[TILE];
   for (int64_t i = 0; i < TILE; ++i) total[i] = sums[i];
   for (int64_t half = TILE / 2; half; half /= 2) {
