@@ -63,7 +63,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "ho, weights read only, bfloat16": {"method": "ho", "dtype": "bfloat16"},
     "ho, forward mode, bfloat16": {"method": "ho", "dtype": "bfloat16", "estimator": "forward"},
 }
-BOUNDED = ("ho, in place", "ho, in place, two-sided")
+BOUNDED = ("ho, in place", "ho, in place, two-sided", "ho, one backward pass, 2 samples at a time")
 
 # Of a language model also with few weights that move, and the others stored in every width.
 FEW: dict[str, dict[str, Any]] = {

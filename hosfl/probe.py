@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -192,8 +193,8 @@ def probe_backward(
     The gradient never exists whole: a tensor's goes through the noise kernel soon after it is there, and is freed.
     microbatch: samples that go through together, 0 for all: what has to be kept of them for the backward pass is the
     memory that this costs. Samples must not depend on each other, as in eval mode they do not, and be the first
-    dimension of every tensor of the inputs. Backpropagation ends at the first layer that has something to train; an
-    embedding's gradient has the size of its whole table. Weights are only read, and `grad` is what it was.
+    dimension of every tensor of the inputs. Backpropagation ends at the first layer that has something to train, and of
+    an embedding's gradient only the rows that were looked up exist. Weights are only read, and `grad` is what it was.
 
     Raises: ValueError as `evaluate_displaced`.
     """
@@ -206,6 +207,9 @@ def probe_backward(
     def take(parameter: Tensor, position: int) -> None:
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
+        if gradient.is_sparse:
+            measure_rows(gradient.coalesce(), position)
+            return
         gradient = gradient.float().contiguous()
         waiting[position] = waiting[position].add_(gradient) if position in waiting else gradient
         if sum(g.nbytes for g in waiting.values()) > WAITING:
@@ -216,6 +220,12 @@ def probe_backward(
         scalars.add_(project(waiting.values(), seeds, dist=dist, factors=scales, streams=names))
         waiting.clear()
 
+    def measure_rows(table: Tensor, position: int) -> None:
+        rows, numbers = table.values().float(), table.indices()[0].tolist()
+        place: Any = {"factors": [factors[position]] * len(rows), "streams": [streams[position]] * len(rows)}
+        starts = [number * rows.shape[1] for number in numbers]
+        scalars.add_(project(rows.unbind(), seeds, dist=dist, starts=starts, **place))
+
     held = [p.grad for p in parameters]  # the user's own
     hooks = []
     try:
@@ -223,7 +233,7 @@ def probe_backward(
             parameter.grad = None
             hooks.append(parameter.register_post_accumulate_grad_hook(partial(take, position=position)))
         multipliers = multiplier.split(microbatch or len(multiplier))
-        with torch.enable_grad(), made_again():
+        with torch.enable_grad(), made_again(), _sparse_embeddings(module):
             for part, m in zip(parts_of(inputs, microbatch), multipliers, strict=True):
                 torch.autograd.backward(call(module, part), m, inputs=parameters)
         measure()
@@ -233,3 +243,21 @@ def probe_backward(
         for parameter, gradient in zip(parameters, held, strict=True):
             parameter.grad = gradient
     return scalars.float()
+
+
+@contextmanager
+def _sparse_embeddings(module: nn.Module) -> Iterator[None]:
+    """The gradient of an nn.Embedding that moves has the rows that were looked up, and not its whole table's size."""
+    tables = []
+    for m in module.modules():
+        if isinstance(m, nn.Embedding) and not (m.sparse or m.scale_grad_by_freq):
+            weight = m._parameters["weight"]
+            if weight is not None and weight.requires_grad:
+                tables.append(m)
+    try:
+        for table in tables:
+            table.sparse = True
+        yield
+    finally:
+        for table in tables:
+            table.sparse = False

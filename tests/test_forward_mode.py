@@ -299,6 +299,21 @@ def test_backward_through_layers_with_traps():
         probe_backward(nn.Embedding(5, 2, max_norm=1.0), torch.tensor([1]), torch.ones(1, 2), [1], "rademacher")
 
 
+def test_backward_of_a_table_makes_the_rows_that_were_looked_up():
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Embedding(50_000, 64), nn.Flatten(), nn.Linear(192, 4)).eval()
+    tokens = torch.tensor([[1, 2, 49_999], [0, 0, 0], [77, 2, 1]])
+    for microbatch in (0, 1):
+        assert relative(*both_ways(module, tokens, microbatch, factors=[0.5, 2.0, 1.0])) < 1e-5
+    assert not module[0].sparse
+    multiplier = torch.randn(3, 4)
+    with evaluating(module):
+        assert peak_bytes(lambda: probe_backward(module, tokens, multiplier, [1, 2], "rademacher")) < 200_000
+    by_frequency = nn.Embedding(9, 4, scale_grad_by_freq=True)  # torch has no sparse gradient of it
+    found = probe_backward(by_frequency, torch.tensor([1, 1, 2]), torch.ones(3, 4), [1], "rademacher")
+    assert torch.isfinite(found).all()
+
+
 def test_backward_leaves_no_trace():
     half, x, multiplier = small_half()
     parameters, _ = trainable(half)
