@@ -32,11 +32,15 @@ def step_size(rate: Rate, length: RunningLength | None, round: int, square: floa
     return rate(round) / (1.0 if length is None else length.update(square))
 
 
+# The round's lattice, chosen when its moves are known, before they are rounded to it; None where the run has none.
+Choice = Callable[[Sequence[float]], Lattice | None]
+
+
 class Step(Protocol):
     """From a round's aggregated scalars to its record."""
 
-    def __call__(self, round: int, scalars: Tensor, lattice: Lattice | None) -> tuple[list[float], float]:
-        """Scalars float64 [P], the round's lattice -> the record's P coefficients and its learning rate."""
+    def __call__(self, round: int, scalars: Tensor, lattice_for: Choice) -> tuple[list[float], float]:
+        """Scalars float64 [P] -> the record's P coefficients and its learning rate."""
 
     def state(self) -> State: ...
 
@@ -55,12 +59,12 @@ class FreshStep:
     rate: Rate
     length: RunningLength | None = None
 
-    def __call__(self, round: int, scalars: Tensor, lattice: Lattice | None) -> tuple[list[float], float]:
+    def __call__(self, round: int, scalars: Tensor, lattice_for: Choice) -> tuple[list[float], float]:
         rate = step_size(self.rate, self.length, round, float(scalars.square().mean()))
         mean = [v / len(scalars) for v in scalars.tolist()]
-        if lattice is None:
-            return mean, rate
-        return to_lattice([-rate * v for v in mean], lattice, self.run.seed, round), rate
+        moves = [-rate * v for v in mean]
+        lattice = lattice_for(moves)
+        return (mean if lattice is None else to_lattice(moves, lattice, self.run.seed, round)), rate
 
     def state(self) -> State:
         return {}, {"length": self.length and self.length.state()}
@@ -90,7 +94,7 @@ class PoolStep:
         self.optimizer = self.make_optimizer([*self.coefficients])
         self.committed = [0.0] * self.pool.size
 
-    def __call__(self, round: int, scalars: Tensor, lattice: Lattice | None) -> tuple[list[float], float]:
+    def __call__(self, round: int, scalars: Tensor, lattice_for: Choice) -> tuple[list[float], float]:
         if self.pool.generation(round) != self.generation:
             self._start(self.pool.generation(round))
         rate = step_size(self.rate, self.length, round, float(scalars.square().mean()))
@@ -101,15 +105,13 @@ class PoolStep:
             self.coefficients[j].grad = torch.tensor(scalar, dtype=torch.float64)
         self.optimizer.step()
         self.optimizer.zero_grad()  # to None: the optimizer leaves alone what was not measured
-        moves = [self._commit(j, lattice) for j in measured]
+        wanted = {j: float(self.coefficients[j].detach()) - self.committed[j] for j in measured}
+        lattice = lattice_for([*wanted.values()])
+        moves = [float(np.float32(w)) if lattice is None else lattice.nearest(w) for w in wanted.values()]
+        for j, move in zip(measured, moves, strict=True):
+            self.committed[j] += move
         # Off the lattice a record is a gradient estimate, and plain SGD at rate 1 makes the move of it.
         return (moves, rate) if lattice is not None else ([-m for m in moves], 1.0)
-
-    def _commit(self, j: int, lattice: Lattice | None) -> float:
-        remaining = float(self.coefficients[j].detach()) - self.committed[j]
-        move = lattice.nearest(remaining) if lattice is not None else float(np.float32(remaining))
-        self.committed[j] += move
-        return move
 
     def state(self) -> State:
         moments, info = pack_optimizer(self.optimizer)
@@ -240,22 +242,28 @@ class SeedReplay:
     def commit(self, round: int, answers: Sequence[Scalars], weights: Sequence[float]) -> None:
         """Aggregate and commit; with no answers, an empty record: no step.
 
-        Where weights have grown to half of what their lattice holds, the round begins a coarser one. Raises
-        LatticeError, with nothing committed, for a step too large even so, and ValueError for a round that is not the
-        next one.
+        Where weights have grown to half of what their lattice holds, or this step might carry them beyond, the round
+        begins a coarser one. Raises LatticeError, with nothing committed, for a step too large even so, and ValueError
+        for a round that is not the next one.
         """
         if round != len(self.records):
             raise ValueError(f"round {round} cannot be committed after {len(self.records)} rounds")
-        coefficients, rate, quantum = [0.0] * self.run.directions, 0.0, None
+        coefficients, rate = [0.0] * self.run.directions, 0.0
+        here = lattice = self.mirror.lattice
+
+        def lattice_for(moves: Sequence[float]) -> Lattice | None:
+            nonlocal lattice
+            if here is not None:
+                rounded = sum(map(abs, moves)) + len(moves) * here.quantum
+                lattice = here if self.mirror.fits(max(here.limit / 2, rounded)) else here.coarser()
+            return lattice
+
         if answers:
             values = [a.scalars for a in answers]
             if self.clip is not None:
                 values = clip_to_norm(values, self.clip, self.dimension)
-            lattice = self.mirror.lattice
-            if lattice is not None and not self.mirror.fits(lattice.limit / 2):
-                lattice = lattice.coarser()
-                quantum = lattice.quantum
-            coefficients, rate = self.step(round, self.aggregation(values, weights), lattice)
+            coefficients, rate = self.step(round, self.aggregation(values, weights), lattice_for)
+        quantum = None if lattice is None or lattice == here else lattice.quantum
         participants = tuple(a.client for a in answers)
         self._append(RoundRecord(self.epoch, round, rate, np.array(coefficients, np.float32), participants, quantum))
 

@@ -113,6 +113,11 @@ def growing(kind, **settings):
     return small(kind, rate={"moves": 8.0, "pool": 0.1}[kind], growth=1.25, headroom=2.0, **settings)
 
 
+def on(lattice):
+    """The round's lattice, whatever its moves are."""
+    return lambda moves: lattice
+
+
 def coarsenings(made):
     return [record.round for record in made.ledger.records if record.quantum is not None]
 
@@ -141,6 +146,24 @@ def test_a_lattice_that_is_outgrown_becomes_coarser_for_everybody(kind):
         assert (*state(client.replica), client.replica.lattice, client.replica.mu) == goal
     at_once.reset()
     assert at_once.lattice == made.run.lattice
+
+
+@pytest.mark.parametrize("kind", ["moves", "pool"])
+def test_a_step_too_large_for_its_lattice_begins_a_coarser_one(kind):
+    found = []
+    for exponent in range(-8, 24):
+        made = small(kind, rate=2.0**exponent).play(0)
+        before = state(made.ledger.mirror)
+        try:
+            made.play(1)
+            found.append(len(coarsenings(made)))
+        except LatticeError:
+            found.append(2)
+            assert state(made.ledger.mirror) == before
+            assert made.ledger.records == []
+    assert found == sorted(found)
+    assert set(found) == {0, 1, 2}
+    assert found.count(1) in (4, 5)  # a lattice 16 times as coarse
 
 
 def test_sums_over_the_pool_are_of_one_lattice():
@@ -539,7 +562,7 @@ def test_the_pool_is_adam_on_its_coefficients(kind):
         if round % POOL.rounds == 0:
             committed = np.zeros(POOL.size)
         before = [float(c.detach()) for c in step.coefficients]
-        row, rate = step(round, weighted_mean([round_scalars(round)], [1.0]), lattice)
+        row, rate = step(round, weighted_mean([round_scalars(round)], [1.0]), on(lattice))
         assert step.generation == round // POOL.rounds
         assert made.run.pool.measured(round, DIRECTIONS) == measured
         now = [float(c.detach()) for c in step.coefficients]
@@ -561,7 +584,7 @@ def test_small_steps_add_up_in_the_pool():
     made = small("pool")
     step, quantum = PoolStep(made.run, lambda r: 1.0, lambda p: torch.optim.SGD(p)), made.run.lattice.quantum
     moved = sum(
-        np.array(step(round, torch.full((4,), -0.2 * quantum), made.run.lattice)[0]) for round in range(0, 10, 2)
+        np.array(step(round, torch.full((4,), -0.2 * quantum), on(made.run.lattice))[0]) for round in range(0, 10, 2)
     )
     assert moved.tolist() == [quantum] * 4  # five fifths of a quantum
 
@@ -587,11 +610,11 @@ def test_a_pool_saved_and_loaded_goes_on_with_the_same_bits(name, normalized):
     step = fresh()
     for stop in (1, 3, 11, 15):
         for round in range(stop - 1 if stop < 3 else 0, stop):
-            step(round, round_scalars(round).double(), run.lattice)
+            step(round, round_scalars(round).double(), on(run.lattice))
         other = fresh()
         other.load(*copy.deepcopy(step.state()))
         rows = [
-            [s(round, round_scalars(round).double(), run.lattice) for round in range(stop, stop + 15)]
+            [s(round, round_scalars(round).double(), on(run.lattice)) for round in range(stop, stop + 15)]
             for s in (step, other)
         ]
         assert rows[0] == rows[1]
@@ -604,11 +627,11 @@ def test_a_fresh_step_saved_and_loaded_goes_on_with_the_same_bits():
     step = FreshStep(run, lambda r: 0.05, RunningLength())
     other = FreshStep(run, lambda r: 0.05, RunningLength())
     for round in range(5):
-        step(round, round_scalars(round).double(), run.lattice)
+        step(round, round_scalars(round).double(), on(run.lattice))
     scalars = round_scalars(5).double()
-    assert step(5, scalars, run.lattice) != other(5, scalars, run.lattice)
+    assert step(5, scalars, on(run.lattice)) != other(5, scalars, on(run.lattice))
     other.load(*copy.deepcopy(step.state()))
-    assert step(6, scalars, run.lattice) == other(6, scalars, run.lattice)
+    assert step(6, scalars, on(run.lattice)) == other(6, scalars, on(run.lattice))
 
 
 def test_pools_that_cannot_be():
