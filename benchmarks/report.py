@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.ways import RANDN_RECORDS, RECORDS, ROOF
+from benchmarks.ways import RANDN_PRODUCTS, RANDN_RECORDS, RECORDS, ROOF
 from hosfl.report import machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -53,6 +53,7 @@ def ratios(rows: list[dict[str, Any]]) -> None:
                 ("of_roof", ROOF),
                 ("times_mezo", "MeZO's way"),
                 ("times_randn", RANDN_RECORDS),
+                ("times_randn", RANDN_PRODUCTS),
             ):
                 reference = seconds(row, other)
                 if reference is not None:

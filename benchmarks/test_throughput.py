@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.ways import BFLOAT16, RANDN_RECORDS, WAYS
+from benchmarks.ways import BFLOAT16, RANDN_PRODUCTS, RANDN_RECORDS, WAYS
 
 
 @pytest.mark.parametrize("way", [*WAYS, *BFLOAT16], ids=lambda w: f"{w.group}: {w.name}")
@@ -19,11 +19,12 @@ def test_throughput(benchmark, way, device, elements):
     benchmark.group = f"{device} {way.group}"
     benchmark.extra_info.update(device=device, group=way.group, name=way.name, bytes=2 * x.nbytes)
     on_cpu = device == "cpu"
-    if on_cpu and way.name == RANDN_RECORDS:  # half a minute a round, and no warm-up matters
+    if on_cpu and way.name in (RANDN_RECORDS, RANDN_PRODUCTS):  # half a minute a round, and no warm-up matters
         rounds = 1
     else:
         once()
-        rounds = 2 if on_cpu and ("torch.randn" in way.name or "MeZO" in way.name or "replay" in way.group) else 15
+        slow = "torch.randn" in way.name or "MeZO" in way.name or not way.group.startswith("perturb")
+        rounds = 2 if on_cpu and slow else 15
     benchmark.pedantic(once, rounds=rounds)
     assert torch.isfinite(x).all()
 

@@ -1,4 +1,4 @@
-"""The ways to move weights along noise: ours, the roof, and the peers' own lines."""
+"""The ways to move weights along noise, and to measure along it: ours, the roof, and the peers' own lines."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RECORDS = 64
 
 @dataclass(frozen=True)
 class Way:
-    """One way. `move(x)` changes x in place (or rebinds x.data, where the peer does)."""
+    """One way. `move(x)` changes x in place (or rebinds x.data, where the peer does); where it measures, it only reads."""
 
     group: str
     name: str
@@ -41,6 +41,15 @@ def randn_records(x: Tensor) -> None:
         randn_add(x)
 
 
+def randn_products(x: Tensor) -> list[Tensor]:
+    return [torch.dot(x, torch.randn_like(x)) for _ in range(RECORDS)]
+
+
+def projected(dist: str) -> Callable[[Tensor], object]:
+    seeds = list(range(RECORDS))
+    return lambda x: hk.project(x, seeds, dist=dist)
+
+
 def replayed(dist: str) -> Callable[[Tensor], None]:
     seeds, coefficients = list(range(RECORDS)), [SCALE] * RECORDS
     return lambda x: hk.replay_(x, seeds, coefficients, dist=dist)
@@ -48,6 +57,7 @@ def replayed(dist: str) -> Callable[[Tensor], None]:
 
 ROOF = "add_ a constant (the roof)"
 RANDN_RECORDS = f"{RECORDS} x (torch.randn + add_)"
+RANDN_PRODUCTS = f"{RECORDS} x (torch.randn + dot)"
 WAYS = [
     Way("perturb", ROOF, lambda x: x.add_(SCALE)),
     Way("perturb", "hosfl Rademacher", lambda x: hk.perturb_(x, 1, SCALE)),
@@ -57,6 +67,9 @@ WAYS = [
     Way(f"replay {RECORDS}", "hosfl Rademacher", replayed("rademacher")),
     Way(f"replay {RECORDS}", "hosfl Gaussian", replayed("gaussian")),
     Way(f"replay {RECORDS}", RANDN_RECORDS, randn_records),
+    Way(f"project {RECORDS}", "hosfl Rademacher", projected("rademacher")),
+    Way(f"project {RECORDS}", "hosfl Gaussian", projected("gaussian")),
+    Way(f"project {RECORDS}", RANDN_PRODUCTS, randn_products),
 ]
 BFLOAT16 = [
     Way("perturb bfloat16", ROOF, lambda x: x.add_(SCALE)),
