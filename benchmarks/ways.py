@@ -16,7 +16,7 @@ RECORDS = 64
 
 @dataclass(frozen=True)
 class Way:
-    """One way. `move(x)` changes x in place (or rebinds x.data, where the peer does); where it measures, it only reads."""
+    """One way. `move(x)` changes x in place (or rebinds x.data, where the peer does), or only measures it."""
 
     group: str
     name: str
