@@ -14,7 +14,7 @@ from hosfl.probe import ESTIMATORS
 
 CHOICES: dict[str, tuple[str, ...]] = {
     "task": (
-        *("digits", "digits-inverted", "cifar10", "cifar100", "cifar10-noisy"),
+        *("digits", "digits-inverted", "cifar10", "cifar100", "cifar10-noisy", "cifar10-inverted"),
         *("sentences", "sst2", "rte", "wsc", "squad"),
     ),
     "method": ("ho", "first-order", "frozen", "checkpointed", "splitfed", "zo-both", "hosl", "mu-splitfed"),
@@ -52,8 +52,9 @@ class Config:
     """Settings of one run. Raises ValueError for a value that cannot work, and says which.
 
     task: what is learnt: "digits", which is embedded; "digits-inverted", a network pretrained on digits whose inputs
-    change; "cifar10", "cifar100" and "cifar10-noisy", where a pretrained network's inputs become noisy, see
-    `hosfl.vision`; classes of any "sentences"; "sst2", "rte", "wsc", see `hosfl.text`; or "squad", see `hosfl.squad`.
+    change; "cifar10", "cifar100", and where a pretrained network's inputs change "cifar10-noisy" and
+    "cifar10-inverted", see `hosfl.vision`; classes of any "sentences"; "sst2", "rte", "wsc", see `hosfl.text`; or
+    "squad", see `hosfl.squad`.
     data, model, at: where a task does not have its own: a folder with the data (where it is left out, the Hugging Face
     hub's, but for sentences), a pretrained model by name, folder or file, and the layer to cut it before.
     method: "ho" (HO-SFL), "first-order" (split learning with exact gradients, the upper bound), "frozen" (the client

@@ -212,17 +212,19 @@ def squad_task(config: Config) -> Task:
 
 
 def pictures_task(config: Config) -> Task:
-    """CIFAR-10 or CIFAR-100 and a pretrained residual network; "cifar10-noisy": the pictures become noisy.
+    """CIFAR-10 or CIFAR-100 and a pretrained residual network.
+
+    "cifar10-noisy": the pictures become noisy; "cifar10-inverted": their colours are inverted, with half that noise.
 
     config.data: see `hosfl.vision.pictures`. config.model: a file, see `hosfl.vision.pretrained_resnet`. The cut is
     before "layer2.0" by default: the client half has the first convolution and the first stage.
     """
     if not config.model:
         raise ValueError(f"the {config.task} task needs a model: a file with its weights, such as resnet20-12fca82f.th")
-    name = config.task.removesuffix("-noisy")
+    name, _, change = config.task.partition("-")
     splits = pictures(name, Path(config.data) if config.data else None)
-    if name != config.task:
-        splits = noisy(splits)
+    if change:
+        splits = noisy(splits, 0.1, inverted=True) if change == "inverted" else noisy(splits)
 
     def model(at: int | str) -> SplitModel:
         return split(pretrained_resnet(Path(config.model), CLASSES[name]), at)
@@ -263,5 +265,5 @@ TASKS: dict[str, Callable[[Config], Task]] = {
     "sentences": sentences_task,
     **dict.fromkeys(text.TEXTS, text_task),
     "squad": squad_task,
-    **dict.fromkeys(("cifar10", "cifar100", "cifar10-noisy"), pictures_task),
+    **dict.fromkeys(("cifar10", "cifar100", "cifar10-noisy", "cifar10-inverted"), pictures_task),
 }

@@ -104,14 +104,18 @@ def pictures(name: str, folder: Path | None) -> Splits:
     return Splits(train[kept], train[held], test)
 
 
-def noisy(splits: Splits, noise: float = 0.2) -> Splits:
-    """Pictures with normal noise, of a share of the range, on every pixel and channel, the same in every run."""
+def noisy(splits: Splits, noise: float = 0.2, inverted: bool = False) -> Splits:
+    """Pictures with normal noise, of a share of the range, on every pixel and channel, the same in every run.
+
+    inverted: their colours are exchanged for the opposite ones first.
+    """
     random = torch.Generator().manual_seed(0)
-    deviation = torch.tensor(DEVIATION)[:, None, None]
+    mean, deviation = (torch.tensor(v)[:, None, None] for v in (MEAN, DEVIATION))
 
     def change(data: Dataset) -> Dataset:
         assert isinstance(data.inputs, Tensor)
-        return Dataset(data.inputs + noise / deviation * torch.randn(data.inputs.shape, generator=random), data.labels)
+        pictures = (1 - 2 * mean) / deviation - data.inputs if inverted else data.inputs
+        return Dataset(pictures + noise / deviation * torch.randn(pictures.shape, generator=random), data.labels)
 
     return Splits(change(splits.train), change(splits.validation), change(splits.test))
 

@@ -122,6 +122,9 @@ def test_inputs_change_alike_in_every_run(folder):
     difference = (once.train.inputs - splits.train.inputs) * torch.tensor(DEVIATION)[:, None, None]
     assert difference.std() == pytest.approx(0.2, rel=0.02)
     assert abs(difference.mean()) < 0.001
+    mean, deviation = (torch.tensor(v)[:, None, None] for v in (MEAN, DEVIATION))
+    pixels, others = (s.test.inputs * deviation + mean for s in (splits, noisy(splits, 0.0, inverted=True)))
+    assert torch.allclose(others, 1 - pixels, atol=1e-5)
 
 
 def test_a_run_over_pictures(folder, weights, tmp_path):
@@ -130,5 +133,7 @@ def test_a_run_over_pictures(folder, weights, tmp_path):
     summary = train(config, tmp_path / "run")
     assert summary.replicas.equal
     assert summary.bytes_per_client_round["cut up"] == 4 * 16 * 32 * 32 * 4
+    inverted = train(Config(**{**settings, "task": "cifar10-inverted"}, rounds=1, server_rate=1e-3, client_rate=1e-3))
+    assert inverted.loss != summary.loss
     with pytest.raises(ValueError, match="needs a model: a file with its weights"):
         train(Config(**{**settings, "model": ""}, rounds=2, server_rate=1e-3, client_rate=1e-3))
