@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from hosfl.config import Config
 from hosfl.memory import WAYS
 
 ROOT = Path(__file__).parent.parent
@@ -272,6 +273,31 @@ def study(result: dict[str, Any]) -> str:
     return f"{what} {_machine(result)}\n\n{_table(head, rows)}"
 
 
+# Weights that move in a study's client half.
+MOVING = {
+    "digits": 416,
+    "digits-iid": 416,
+    "digits-inverted": 416,
+    "cifar10-noisy": 832,
+    "cifar10-inverted": 832,
+    "sst2": 55_296,
+}
+
+
+def numbers(results: dict[str, dict[str, Any]]) -> str:
+    """How many numbers per weight a run had, and what it made of them; by name of the study, where all weights move."""
+    rows = []
+    for name, result in results.items():
+        for method, r in result["methods"].items():
+            if r["settings"].get("method", "ho") == "ho" and r["settings"].get("trains") != "biases":
+                directions = r["settings"].get("directions", Config().directions)
+                count = directions * result["rounds"] / MOVING[name]
+                formula = f"{directions} x {result['rounds']} / {MOVING[name]}"
+                rows.append((count, [f"{name}: {method}", formula, f"{count:.1f}", f"{r['loss_gap_recovered']:.2f}"]))
+    head = ["study and method", "P x rounds / weights", "numbers per weight", "loss gap recovered"]
+    return _table(head, [row for _, row in sorted(rows)])
+
+
 Sections = dict[str, tuple[str, Callable[[dict[str, Any]], str]]]
 SECTIONS: Sections = {
     "digits": ("digits/table.json", digits),
@@ -289,14 +315,24 @@ SECTIONS: Sections = {
 STUDIES: Sections = {
     path.parent.name: (str(path.relative_to(RESULTS)), study) for path in sorted(RESULTS.glob("studies/*/table.json"))
 }
-PAGES = {ROOT / "README.md": SECTIONS, ROOT / "benchmarks" / "studies" / "README.md": STUDIES}
+PAGES: dict[Path, Sections] = {
+    ROOT / "README.md": SECTIONS,
+    ROOT / "benchmarks" / "studies" / "README.md": {**STUDIES, "numbers": ("studies/*/table.json", numbers)},
+}
+
+
+def _read(file: str) -> Any:
+    """A result, or for a pattern several by the names of their folders."""
+    if "*" not in file:
+        return json.loads((RESULTS / file).read_text())
+    return {path.parent.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob(file))}
 
 
 def updated(page: Path) -> str:
     """A page's text with its tables made again."""
     text = page.read_text()
     for name, (file, write) in PAGES[page].items():
-        table = write(json.loads((RESULTS / file).read_text()))
+        table = write(_read(file))
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
         text, found = re.subn(pattern, lambda m, t=table: m[1] + t + "\n" + m[2], text, flags=re.S)  # type: ignore[misc]
         if found != 1:
