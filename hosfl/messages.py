@@ -151,7 +151,8 @@ class Multiplier(Message):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Scalars(Message):
-    """Directional derivatives: scalars[p] = <multiplier, f(x; theta + mu u_p) - cut> / mu, float32 [P]."""
+    """Directional derivatives: scalars[p] = <multiplier, J u_p> as the run's estimator finds it, such as
+    <multiplier, f(x; theta + mu u_p) - cut> / mu; float32 [P]."""
 
     kind, direction = 5, "up"
     scalars: Tensor = array("scalars", 1)
