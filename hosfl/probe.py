@@ -235,7 +235,9 @@ def probe_backward(
         multipliers = multiplier.split(microbatch or len(multiplier))
         with torch.enable_grad(), made_again(), _sparse_embeddings(module):
             for part, m in zip(parts_of(inputs, microbatch), multipliers, strict=True):
-                torch.autograd.backward(call(module, part), m, inputs=parameters)
+                output = call(module, part)
+                if output.requires_grad:  # or nothing that moves has a part in it
+                    torch.autograd.backward(output, m, inputs=parameters)
         measure()
     finally:
         for hook in hooks:

@@ -139,6 +139,12 @@ def test_a_module_whose_output_does_not_depend_on_what_moves():
     module = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.ReLU())
     with evaluating(module):
         assert torch.equal(derivative(module, torch.ones(1, 2), tangents(module)), torch.zeros(1, 2))
+        assert torch.equal(probe_backward(module, torch.ones(1, 2), torch.ones(1, 2), [1], "gaussian"), torch.zeros(1))
+    idle = nn.Sequential(nn.ReLU())
+    idle.idle = nn.Linear(2, 2)
+    idle.forward = idle[0].forward
+    with evaluating(idle):
+        assert torch.equal(probe_backward(idle, torch.ones(1, 2), torch.ones(1, 2), [1, 2], "gaussian"), torch.zeros(2))
 
 
 def test_what_cannot_be_differentiated_is_refused():
