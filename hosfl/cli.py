@@ -62,7 +62,7 @@ HELP = {
     "sampled": "clients that take part in a round (default: %(default)s)",
     "local_steps": "steps of a SplitFed client between averages, of MU-SplitFed's server per round"
     " (default: %(default)s)",
-    "directions": "P, perturbed passes per client and round; any number, such as 128, for the estimator backward"
+    "directions": "P, perturbed forward passes per client and round; with the estimator backward any number"
     " (default: %(default)s)",
     "directions_from": "new directions every round, or a pool measured in turn (default: %(default)s)",
     "pool_size": "D, directions in the pool (default: %(default)s)",
