@@ -273,7 +273,8 @@ class FirstOrderClient(Client):
         with evaluating(self.half), torch.enable_grad(), made_again():
             for part, m in zip(parts_of(self._inputs, self.microbatch), multipliers, strict=True):
                 gradients = [g.float() for g in torch.autograd.grad(self._recorded(part), parameters, m)]
-                sums = [s.add_(g) for s, g in zip(sums, gradients, strict=True)] if sums else gradients
+                # Not in place: gradients may share memory with each other and with the multiplier.
+                sums = [s + g for s, g in zip(sums, gradients, strict=True)] if sums else gradients
         self.seconds.answer += time.perf_counter() - begin
         self._count(forward=1, backward=1)
         return torch.cat([g.reshape(-1) for g in sums])

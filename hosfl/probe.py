@@ -211,14 +211,18 @@ def probe_backward(
             measure_rows(gradient.coalesce(), position)
             return
         gradient = gradient.float().contiguous()
-        waiting[position] = waiting[position].add_(gradient) if position in waiting else gradient
+        if gradient.nbytes > WAITING:
+            measure({position: gradient})
+            return
+        # A sum of its own: gradients may share memory with each other and with the multiplier.
+        waiting[position] = waiting.get(position, 0.0) + gradient
         if sum(g.nbytes for g in waiting.values()) > WAITING:
-            measure()
+            measure(waiting)
+            waiting.clear()
 
-    def measure() -> None:
-        scales, names = [factors[t] for t in waiting], [streams[t] for t in waiting]
-        scalars.add_(project(waiting.values(), seeds, dist=dist, factors=scales, streams=names))
-        waiting.clear()
+    def measure(gradients: dict[int, Tensor]) -> None:
+        scales, names = [factors[t] for t in gradients], [streams[t] for t in gradients]
+        scalars.add_(project(gradients.values(), seeds, dist=dist, factors=scales, streams=names))
 
     def measure_rows(table: Tensor, position: int) -> None:
         rows, numbers = table.values().float(), table.indices()[0].tolist()
@@ -238,7 +242,7 @@ def probe_backward(
                 output = call(module, part)
                 if output.requires_grad:  # or nothing that moves has a part in it
                     torch.autograd.backward(output, m, inputs=parameters)
-        measure()
+        measure(waiting)
     finally:
         for hook in hooks:
             hook.remove()

@@ -11,9 +11,11 @@ from torch import nn
 
 from benchmarks.readme import RESULTS
 from hosfl import Config, probe, train
+from hosfl.client import FirstOrderClient
 from hosfl.displaced import call
 from hosfl.forward_mode import Tangents, derivative
 from hosfl.lattice import Lattice
+from hosfl.messages import Multiplier
 from hosfl.probe import evaluating, probe_backward, probe_forward, probe_in_place, probe_untouched, trainable
 from hosfl.replica import digest
 from hosfl.split import split
@@ -360,6 +362,29 @@ def test_backward_needs_one_layer_and_some_samples():
     whole, parts = peak(0), peak(32)
     assert whole > 12 * x.nbytes  # of every layer's output
     assert parts < 12 * x.nbytes / 16 + probe.WAITING + 4 * layer
+
+
+class Shifts(nn.Module):
+    """Two parameters whose gradient for one sample is the multiplier itself, in its memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Parameter(torch.ones(6)), nn.Parameter(torch.ones(6))
+
+    def forward(self, x):
+        return x + self.a.unsqueeze(0) + self.b.view(1, 6)
+
+
+@pytest.mark.parametrize("microbatch", [0, 1, 2])
+def test_gradients_that_share_memory(microbatch):
+    half, x, multiplier = Shifts(), torch.randn(3, 6), torch.randn(3, 6)
+    assert relative(*both_ways(half, x, microbatch)) < 1e-5
+    before = multiplier.clone()
+    client = FirstOrderClient(0, half, lambda round: (x, torch.zeros(3)), microbatch=microbatch)
+    client.output(0)
+    found = client.answer(Multiplier(client=0, round=0, multiplier=multiplier)).gradient
+    assert torch.allclose(found, before.sum(0).repeat(2), atol=1e-6)
+    assert torch.equal(multiplier, before)
 
 
 @pytest.mark.parametrize("microbatch", [1, 3, 4])
