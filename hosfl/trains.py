@@ -16,16 +16,17 @@ def moving_only(half: nn.Module, trains: str, seed: int) -> nn.Module:
     """Leave `requires_grad` to those parameters that `trains` names; returns the half, changed in place.
 
     trains: "all" leaves everything as it is. "lora": nothing but adapters of rank 8 that peft puts beside every linear
-    layer; they start as zero, their random part drawn from the run's seed. "biases". "norms": all parameters of
-    modules whose class is named ...Norm.... Or patterns of parameters' names as for files, separated by commas. What
-    does not require grad already, stays.
+    layer, "lora:2" of rank 2; they start as zero, their random part drawn from the run's seed. "biases". "norms": all
+    parameters of modules whose class is named ...Norm.... Or patterns of parameters' names as for files, separated by
+    commas. What does not require grad already, stays.
 
-    Raises ValueError where nothing is left that moves, ImportError for "lora" without peft.
+    Raises ValueError where nothing is left that moves and for a rank that is no positive number, ImportError for "lora"
+    without peft.
     """
     if trains == "all":
         return half
-    if trains == "lora":
-        _add_adapters(half, seed)
+    if trains.partition(":")[0] == "lora":
+        _add_adapters(half, _rank(trains), seed)
         return half
     if trains == "norms":
         norms = [path for path, module in half.named_modules() if "norm" in type(module).__name__.lower()]
@@ -44,7 +45,14 @@ def moving_only(half: nn.Module, trains: str, seed: int) -> nn.Module:
     return half
 
 
-def _add_adapters(half: nn.Module, seed: int) -> None:
+def _rank(trains: str) -> int:
+    _, colon, rank = trains.partition(":")
+    if colon and not (rank.isdecimal() and int(rank) > 0):
+        raise ValueError(f"trains={trains!r}: the rank must be a whole number from 1 on, as in lora:4")
+    return int(rank) if colon else RANK
+
+
+def _add_adapters(half: nn.Module, rank: int, seed: int) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
@@ -55,4 +63,4 @@ def _add_adapters(half: nn.Module, seed: int) -> None:
     half.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(round_seed(seed, Purpose.MODEL, 1) % 2**63)
-        inject_adapter_in_model(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=linear), half)
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=linear), half)

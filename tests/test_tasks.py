@@ -303,6 +303,31 @@ def test_adapters_start_as_nothing_and_follow_the_seed():
     assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
+@pytest.mark.parametrize(("trains", "rank"), [("lora", 8), ("lora:1", 1), ("lora:12", 12)])
+def test_adapters_have_their_rank(trains, rank):
+    plain, x = a_half(), torch.randn(5, 3)
+    state = plain.state_dict()
+    half = a_half()
+    half.load_state_dict(state)
+    moving_only(half, trains, 0)
+    moving = trainable(half)[0]
+    assert [tuple(p.shape) for p in moving] == [(rank, 3), (4, rank), (rank, 4), (2, rank)]
+    with torch.no_grad():
+        for p in moving[:2]:
+            p.fill_(1.0)
+        plain[0].weight += rank  # the adapter's product, as it is: not scaled with the rank
+    assert torch.allclose(call(half, x), call(plain, x), atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", ["", "0", "-1", "two", "1.5", "1:2"])
+def test_a_rank_that_is_none_is_an_error(rank):
+    half = a_half()
+    before = trainable(half)[0]
+    with pytest.raises(ValueError, match=f"'lora:{rank}': the rank must be a whole number from 1 on"):
+        moving_only(half, f"lora:{rank}", 0)
+    assert len(trainable(half)[0]) == len(before)  # nothing half-applied
+
+
 def test_nothing_that_moves_is_an_error():
     with pytest.raises(ValueError, match=r"leaves nothing that moves; the client half has 0\.weight, 0\.bias"):
         moving_only(a_half(), "decoder.*", 0)
