@@ -68,8 +68,20 @@ def transformer_layers(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
     return path, layers
 
 
+def behind_layers(model: nn.Module) -> str | None:
+    """The path of the first module with weights behind a known transformer's layers; None where nothing follows."""
+    family = FAMILIES[model.config.model_type]  # type: ignore[union-attr, index]
+    path = _trunk_path(model, family)
+    after = _present(model.get_submodule(path), family.after)
+    if after:
+        return _join(path, after)
+    inside = path.partition(".")[0]
+    outside = (name for name, module in model.named_children() if name != inside and list(module.parameters()))
+    return next(outside, None) if path else None
+
+
 def cut_transformer(model: nn.Module, at: int) -> tuple[nn.Module, nn.Module]:
-    """The client half with the first `at` layers, and the server half. Both share the model's weights."""
+    """The client half with the first `at` layers, and the server half, which may have no layer. Both share weights."""
     family = FAMILIES[model.config.model_type]  # type: ignore[union-attr, index]
     path = _trunk_path(model, family)
     trunk = model.get_submodule(path)
@@ -84,7 +96,10 @@ def cut_transformer(model: nn.Module, at: int) -> tuple[nn.Module, nn.Module]:
 
     door = Door()
     config = _config(model, at, len(layers))
-    theirs = replaced(trunk, where, nn.ModuleList([door.into(layers[at], "hidden_states"), *layers[at + 1 :]]))
+    theirs = replaced(trunk, where, nn.ModuleList(layers[at:]))
+    entrance = f"{where}.0" if at < len(layers) else _present(theirs, family.after)
+    if entrance:
+        theirs = replaced(theirs, entrance, door.into(theirs.get_submodule(entrance), "hidden_states"))
     for name in family.before:
         if getattr(theirs, name, None) is not None:
             theirs = replaced(theirs, name, Absent(door))
@@ -281,7 +296,11 @@ class Entrance:
 
 
 class Absent(nn.Module):
-    """In the place of a module that only the client has. What it returns goes no further than the first layer."""
+    """In the place of a module that only the client has.
+
+    What it returns, the cut, goes no further than the first layer; where there is none, and nothing follows the layers
+    in the trunk, it is what the trunk returns.
+    """
 
     def __init__(self, door: Door) -> None:
         super().__init__()
@@ -328,6 +347,11 @@ def _first(module: nn.Module, paths: Sequence[str]) -> str:
         except AttributeError:
             continue
     raise TypeError(f"{type(module).__name__} has none of {', '.join(paths)}: a version of transformers not known here")
+
+
+def _present(module: nn.Module, names: Sequence[str]) -> str:
+    """The first of the submodules that is there; "" where none is. Some are None by a model's configuration."""
+    return next((name for name in names if getattr(module, name, None) is not None), "")
 
 
 def copied(module: nn.Module) -> nn.Module:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hosfl.displaced import Inputs, call
-from hosfl.families import FAMILIES, copied, cut_transformer, replaced, transformer_layers
+from hosfl.families import FAMILIES, behind_layers, copied, cut_transformer, replaced, transformer_layers
 
 # The stages of torchvision's and timm's residual networks in the order of their forward pass.
 RESNET = ("conv1", "bn1", "relu", "act1", "maxpool", "layer1", "layer2", "layer3", "layer4")
@@ -51,7 +51,7 @@ def dtype_of(module: nn.Module) -> torch.dtype:
 
 @dataclass(frozen=True)
 class CutPoint:
-    """A place to cut: `name` is the first layer of the server half, `at` how many layers the client half has.
+    """A place to cut: `name` is the first module of the server half, `at` how many layers the client half has.
 
     client_parameters, server_parameters: numbers of elements on either side. With example inputs also, in bytes, for
     these inputs: cut: what travels. client_activations, server_activations: the outputs of all modules that have no
@@ -70,7 +70,8 @@ class CutPoint:
 def split(model: nn.Module, at: int | str) -> SplitModel:
     """Cut a model before a layer. In eval mode the halves' composition gives the model's output, to the bit.
 
-    at: the layer's number, which is how many layers the client half gets, or its name; `cut_points` lists both.
+    at: the layer's number, which is how many layers the client half gets, or its name; `cut_points` lists both. With
+    all layers at the client, the server half is the model's head.
 
     The halves share the model's weights. Only weights tied across the cut, such as an embedding and the output layer
     that shares it, become two: a client moves its own, the server trains its own.
@@ -139,15 +140,18 @@ def _without_adapters(model: nn.Module) -> nn.Module:
 
 
 def _places(model: nn.Module) -> dict[str, int]:
-    """The names and numbers of the layers before which a model can be cut."""
+    """The names and numbers of the modules before which a model can be cut: its layers, and what follows the last."""
     if isinstance(model, nn.Sequential):
         return {name: number for number, name in enumerate(model._modules) if number}
     found = transformer_layers(model)
     if found is not None:
         path, layers = found
-        return {f"{path}.{number}": number for number in range(len(layers))}
+        places = {f"{path}.{number}": number for number in range(len(layers))}
+        head = behind_layers(model)
+        return places if head is None else {**places, head: len(layers)}
     if all(hasattr(model, name) for name in ("conv1", "bn1", "layer1", "fc")):
-        return {name: number for number, name in enumerate(_resnet_names(model)) if number}
+        names = [*_resnet_names(model), next(name for name in RESNET_HEAD if hasattr(model, name))]
+        return {name: number for number, name in enumerate(names) if number}
     raise TypeError(
         f"cannot cut a {type(model).__name__}: known are nn.Sequential, residual networks with conv1, bn1, layer1"
         f" and on, and fc; and transformers' {', '.join(FAMILIES)}; for all else build a SplitModel of two modules"

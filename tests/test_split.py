@@ -131,7 +131,7 @@ def test_the_halves_are_the_text_model(family, head, padding):
     inputs = text(padding, 0 if pad is None else pad)
     whole = output(model, inputs)
     assert torch.isfinite(whole).all()
-    for at in range(LAYERS):
+    for at in range(LAYERS + 1):  # the last: nothing but a head, or a normalisation, on the server
         halves = split(model, at)
         cut = halves.client(**inputs)
         assert cut.shape == (3, LENGTH, WIDTH)
@@ -146,7 +146,9 @@ def test_the_halves_are_the_image_model(family):
     model = image_model(family)
     x = torch.randn(2, 3, 16, 16)
     whole = model(x).logits
-    for point in cut_points(model):
+    points = cut_points(model)
+    assert points[-1].name == {"vit": "vit.layernorm", "resnet": "resnet.pooler"}[family]
+    for point in points:
         assert torch.equal(split(model, point.at)({"pixel_values": x}), whole)
         assert torch.equal(split(model, point.name)(x), whole)
 
@@ -191,17 +193,51 @@ def test_the_halves_are_the_residual_network(timm):
     model = randomised(ResNet(timm)).eval()
     x = torch.randn(2, 3, 32, 32)
     points = cut_points(model)
-    assert [p.name for p in points][-5:] == ["layer1.0", "layer1.1", "layer2.0", "layer3.0", "layer4.0"]
+    head = "global_pool" if timm else "avgpool"
+    assert [p.name for p in points][-6:] == ["layer1.0", "layer1.1", "layer2.0", "layer3.0", "layer4.0", head]
     for point in points:
         assert torch.equal(split(model, point.name)(x), model(x))
         assert point.client_parameters + point.server_parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("family", "head", "name"),
+    [
+        ("bert", "none", "pooler"),
+        ("bert", "classifier", "bert.pooler"),
+        ("roberta", "classifier", "classifier"),
+        ("bert", "words", "cls"),
+        ("opt", "words", "model.decoder.final_layer_norm"),
+        ("gpt2", "classifier", "transformer.ln_f"),
+        ("gemma3_text", "words", "model.norm"),
+    ],
+)
+def test_the_last_cut_is_before_the_head(family, head, name):
+    assert [p.name for p in cut_points(text_model(family, head))][LAYERS:] == [name]
+
+
+@torch.no_grad()
+def test_where_nothing_follows_the_layers_no_cut_is_behind_them():
+    config = copy.deepcopy(TEXT["bert"])
+    model = hf.BertModel(config, add_pooling_layer=False).eval()
+    assert [p.at for p in cut_points(model)] == [0, 1, 2]
+    questions = hf.BertForQuestionAnswering(config).eval()
+    assert cut_points(questions)[-1].name == "qa_outputs"
+    whole = questions(**text("left"))
+    found = split(questions, "qa_outputs")(text("left"))
+    assert torch.equal(found, torch.stack([whole.start_logits, whole.end_logits], -1))
+    without = copy.deepcopy(TEXT["opt"])
+    without._remove_final_layer_norm = True  # as in one of the published sizes: then a projection follows the layers
+    model = hf.OPTForCausalLM(without).eval()
+    assert cut_points(model)[-1].name == "model.decoder.project_out"
+    assert torch.equal(split(model, LAYERS)(text("left")), model(**text("left")).logits)
 
 
 @pytest.mark.parametrize("family", TEXT)
 def test_every_weight_is_on_its_side(family):
     model = text_model(family, "words")
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    for at in range(LAYERS):
+    for at in range(LAYERS + 1):
         halves = split(model, at)
         client, server = ({id(p) for p in half.parameters()} for half in (halves.client, halves.server))
         mine = {id(p) for p in model.parameters()}
@@ -223,14 +259,15 @@ def test_tied_embeddings_become_two():
     assert not halves(text("left")).any()
 
 
+@pytest.mark.parametrize("at", [2, LAYERS])
 @pytest.mark.parametrize("family", TEXT)
-def test_the_multiplier_is_the_whole_model_s_gradient(family):
+def test_the_multiplier_is_the_whole_model_s_gradient(family, at):
     """Backward through the server half from the cut, then through the client half: the model's own gradients."""
     model, inputs = text_model(family, "words"), text("left", 1)
     output(model, inputs).square().mean().backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    halves = split(model, 2)
+    halves = split(model, at)
     server = copy.deepcopy(halves.server)  # has a door of its own
     cut = halves.client(**inputs)
     leaf = cut.detach().requires_grad_()
@@ -283,8 +320,8 @@ def test_sequential_cuts_by_name_and_number():
 
 def test_cuts_that_are_none_name_those_that_are():
     model = text_model("llama")
-    for wrong in (3, -1, "layers.3", "embed_tokens", True):
-        with pytest.raises(ValueError, match=r"cut points are 0 \(layers.0\), 1 \(layers.1\), 2 \(layers.2\)"):
+    for wrong in (4, -1, "layers.3", "embed_tokens", True):
+        with pytest.raises(ValueError, match=r"cut points are 0 \(layers.0\), .*, 2 \(layers.2\), 3 \(norm\)"):
             split(model, wrong)
     with pytest.raises(TypeError, match="cannot cut a Linear: known are"):
         split(nn.Linear(2, 2), 1)
