@@ -53,7 +53,8 @@ HELP = {
     " Hugging Face hub",
     "model": "a pretrained model, on the hub or a folder, where the task does not say (default: the task's own)",
     "at": "the layer to cut the model before, by number or name (default: the task's own)",
-    "trains": "what of the client half moves: all, lora, lora:RANK, biases, norms, patterns (default: %(default)s)",
+    "trains": "what of the client half moves: all, lora, lora:RANK, lora:RANK:LAYERS, biases, norms, or patterns of"
+    " names (default: %(default)s)",
     "frozen": "how weights of the client half that do not move are stored; float32: as they are (default: %(default)s)",
     "method": "HO-SFL; exact gradients; a client half that never learns; exact gradients with activations made twice;"
     " SplitFed; zeroth order on both halves; HOSL; MU-SplitFed (default: %(default)s)",

@@ -76,7 +76,8 @@ class Config:
     schedule: of both rates; "linear" falls to zero at the last round.
     aggregation: of the clients' answers. clip: the largest length of one client's gradient estimate; None for none.
     trains: which of the client half's parameters move: "all"; "lora", adapters of rank 8 beside all linear layers,
-    which peft makes, or "lora:2" of rank 2; "biases"; "norms"; or patterns of names, such as "*.query.*,*.value.*".
+    which peft makes, "lora:2" of rank 2, "lora:2:*.query,*.value" beside some; "biases"; "norms"; or patterns of
+    parameters' names, such as "*.query.*,*.value.*".
     dtype: of the client half. partition: of the training data over the clients: "dirichlet" with parameter alpha, by
     class or, in squad, by article: small means unlike; or "iid", at random in equal parts, which has no use for alpha.
     frozen: how the client half's weights that do not move are stored: "float32", which is as they are; "bfloat16"; or

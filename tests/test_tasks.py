@@ -319,7 +319,20 @@ def test_adapters_have_their_rank(trains, rank):
     assert torch.allclose(call(half, x), call(plain, x), atol=1e-6)
 
 
-@pytest.mark.parametrize("rank", ["", "0", "-1", "two", "1.5", "1:2"])
+def test_adapters_go_beside_layers_that_match():
+    half = moving_only(a_half(), "lora:2:1.*, 2", 0)
+    assert [name.partition(".lora_")[0] for name, p in half.named_parameters() if p.requires_grad] == ["2", "2"]
+    inside = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3)))
+    moving_only(inside, "lora:1:0", 0)
+    assert {name.partition(".lora_")[0] for name, p in inside.named_parameters() if p.requires_grad} == {"0"}
+    half = a_half()
+    moving = len(trainable(half)[0])
+    with pytest.raises(ValueError, match=r"'lora:2:\*.query' matches no linear layer; the client half has 0, 2"):
+        moving_only(half, "lora:2:*.query", 0)
+    assert len(trainable(half)[0]) == moving
+
+
+@pytest.mark.parametrize("rank", ["", "0", "-1", "two", "1.5", ":2"])
 def test_a_rank_that_is_none_is_an_error(rank):
     half = a_half()
     before = trainable(half)[0]
