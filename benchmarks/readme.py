@@ -280,7 +280,7 @@ MOVING = {
     "digits-inverted": 416,
     "cifar10-noisy": 832,
     "cifar10-inverted": 832,
-    "sst2": 55_296,
+    "sst2": 6_912,
 }
 
 

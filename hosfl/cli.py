@@ -191,7 +191,8 @@ def _bar(title: str, rounds: int) -> Iterator[OnProgress]:
         TextColumn("{task.fields[state]}"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=rounds, state="")
         accuracy = ""
 
@@ -199,7 +200,10 @@ def _bar(title: str, rounds: int) -> Iterator[OnProgress]:
             nonlocal accuracy
             if evaluation is not None:
                 accuracy = f"{metric(evaluation.scores)} {evaluation.accuracy:.3f}  "
-            bar.update(task, completed=done, state=f"loss {loss:.3f}  {accuracy}{moved / 1e6:.1f} MB")
+            state = f"loss {loss:.3f}  {accuracy}{moved / 1e6:.1f} MB"
+            bar.update(task, completed=done, state=state)
+            if evaluation is not None and not console.is_terminal:  # a log file gets lines
+                print(f"{title}  {done}/{rounds}  {state}", file=sys.stderr, flush=True)
 
         yield on_progress
 
@@ -306,10 +310,13 @@ class _TimeLeft(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         expected, since = task.fields["expected"], task.fields["since"]
-        if expected is None:
-            return Text("time left unknown")
-        minutes = max(0.0, expected - (time.monotonic() - since)) / 60
-        return Text(f"{minutes:.0f} min left" if minutes >= 1 else "under a minute left")
+        return Text(_time_left(None if expected is None else expected - (time.monotonic() - since)))
+
+
+def _time_left(seconds: float | None) -> str:
+    if seconds is None:
+        return "time left unknown"
+    return f"{seconds / 60:.0f} min left" if seconds >= 60 else "under a minute left"
 
 
 def _study(options: argparse.Namespace) -> int:
@@ -317,12 +324,16 @@ def _study(options: argparse.Namespace) -> int:
         raise ValueError(f"--jobs must be at least 1, got {options.jobs}")
     study = load_study(options.file)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("runs"), _TimeLeft())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("study", total=None, expected=None, since=time.monotonic())
 
         def on_progress(state: State) -> None:
             bar.update(task, description=state.phase, completed=state.done, total=state.runs)
             bar.update(task, expected=state.seconds_left, since=time.monotonic())
+            if state.ended and not console.is_terminal:  # a log file gets lines
+                left = _time_left(state.seconds_left)
+                print(f"{state.phase}  {state.done}/{state.runs}  {state.ended}  {left}", file=sys.stderr, flush=True)
 
         finished = run_study(study, options.out, options.jobs, on_progress)
     if not finished:

@@ -311,12 +311,13 @@ def results(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, Result | N
 
 @dataclass(frozen=True)
 class State:
-    """How far a study is. seconds_left: None before any run has ended."""
+    """How far a study is. seconds_left: None before any run has ended. ended: of the run that just did, a line."""
 
     phase: str
     done: int
     runs: int
     seconds_left: float | None
+    ended: str = ""
 
 
 def run_study(
@@ -368,7 +369,7 @@ def _run(study: Study, jobs: Sequence[Job], folder: Path, workers: int, progress
     total = len(study.tuning()) + len(study.trials) * len(study.seeds)
     before = 0 if jobs and jobs[0].phase == TUNING else len(study.tuning())
 
-    def tell() -> None:
+    def tell(ended: str = "") -> None:
         known = [s for found in took.values() for s in found]
         waiting = [job.method for job in left.values()]
         if jobs and jobs[0].phase == TUNING:
@@ -376,7 +377,7 @@ def _run(study: Study, jobs: Sequence[Job], folder: Path, workers: int, progress
         of = {method: mean(took.get(method, known)) for method in waiting} if known else {}
         seconds = sum(of[method] for method in waiting) / workers if known else None
         phase = jobs[0].phase if jobs else FINAL
-        progress(State(phase, before + len(jobs) - len(left), total, seconds))
+        progress(State(phase, before + len(jobs) - len(left), total, seconds, ended))
 
     tell()
     for job, result in results(todo, workers):
@@ -385,8 +386,13 @@ def _run(study: Study, jobs: Sequence[Job], folder: Path, workers: int, progress
         _write(folder / job.file, result)
         del left[job.file]
         took.setdefault(job.method, []).append(result["seconds"])
-        tell()
+        tell(_line(job, result))
     return True
+
+
+def _line(job: Job, result: Result) -> str:
+    reached = result["failure"] or f"accuracy {result['accuracy']:.4f}, loss {result['loss']:.4f}"
+    return f"{job.method}, trial {job.trial}, seed {job.config.seed}: {reached}, {result['seconds']:.0f} s"
 
 
 def _seconds(folder: Path) -> dict[str, list[float]]:

@@ -137,6 +137,8 @@ def test_stopped_anywhere_and_resumed_it_leaves_the_same_files(tmp_path, whole, 
     assert len(ran) == len(set(ran)) == 12
     assert contents(tmp_path / "study") == contents(whole, "frozen")
     assert (states[-1].done, states[-1].runs, states[-1].seconds_left) == (12, 12, 0)
+    assert states[0].ended == ""
+    assert re.fullmatch(r"first-order, trial \d, seed 3: accuracy 0\.\d{4}, loss \d\.\d{4}, \d+ s", states[-1].ended)
     # What the first part took is known: there is an estimate from the start.
     assert states[0].seconds_left > states[-2].seconds_left > 0
 
@@ -161,8 +163,10 @@ def test_killed_and_gone_on_with_two_workers(tmp_path, whole, file):
     while time.time() < deadline and process.poll() is None and not contents(out):
         time.sleep(0.02)
     process.kill()
-    process.communicate()
-    assert 0 < len(contents(out)) < 12
+    _, lines = process.communicate()
+    held = contents(out)
+    assert 0 < len(held) < 12
+    assert f"tuning  {len(held)}/12  " in lines or f"tuning  {len(held) - 1}/12  " in lines  # killed between the two
     assert main(["study", str(file), "--out", str(out), "--jobs", "2"]) == 0
     assert contents(out) == contents(whole, "frozen")
     assert (out / "report.html").exists()

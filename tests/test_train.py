@@ -146,7 +146,9 @@ def test_settings_that_cannot_work(setting, message):
 def test_command_line(tmp_path, capsys):
     arguments = ["--rounds", "3", "--batch", "8", "--directions", "1"]
     assert main(["train", *arguments, "--out", str(tmp_path / "a")]) == 0
-    assert "test accuracy" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "test accuracy" in shown.out
+    assert "ho  3/3  loss " in shown.err  # off a terminal progress is lines, one per evaluation
     with pytest.raises(SystemExit, match="2"):
         main(["train", *arguments, "--out", str(tmp_path / "a")])
     assert "holds another run" in capsys.readouterr().err
