@@ -53,7 +53,7 @@ import zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -580,15 +580,21 @@ def _write(file: io.FileIO, data: bytes, at: int) -> None:
         view = view[file.write(view) :]
 
 
-def _lock(file: io.FileIO) -> None:
-    """One writer at a time. Lasts until the file is closed, whatever the end of the process."""
+def locked(file: IO[Any]) -> bool:
+    """Lock a file until it is closed, whatever the end of the process; False if somebody else has."""
     if fcntl is None:
-        return
+        return True
     try:
         # flock, not lockf: lockf's would end when this process closes any file object of this log, `Log.read`'s too
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise LogError("another writer has this log open; only one may append") from None
+        return False
+    return True
+
+
+def _lock(file: io.FileIO) -> None:
+    if not locked(file):
+        raise LogError("another writer has this log open; only one may append")
 
 
 def sync_folder(folder: Path) -> None:

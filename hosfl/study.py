@@ -39,6 +39,7 @@ import yaml
 from hosfl.checkpoint import write_atomically
 from hosfl.config import CHOICES, Config
 from hosfl.lattice import LatticeError
+from hosfl.log import locked
 from hosfl.memory import HALVES, client_memory
 from hosfl.report import Evaluation, gap_recovered, machine, metric
 from hosfl.tasks import TASKS, Task
@@ -325,22 +326,29 @@ def run_study(
 ) -> bool:
     """Run what the folder does not hold yet; True if nothing is left, False if Ctrl-C came first.
 
-    Writes table.json when all is there. Raises ValueError if the folder holds another study, naming what differs; and,
-    before any run, what tasks raise whose data, model or rates are not there.
+    Writes table.json when all is there. Raises ValueError if the folder holds another study, naming what differs, and
+    if another process is at work in it; and, before any run, what tasks raise whose data, model or rates are not there.
     """
     try:
         check_tasks(study)
         take_up(study, folder)
-        tuning = study.tuning()
-        if not _run(study, tuning, folder, workers, progress):
-            return False
-        final = [job for method, t in best(study, folder).items() if t is not None for job in study.final(method, t)]
-        if not _run(study, final, folder, workers, progress):
-            return False
-        if study.memory and not (folder / "client-memory.json").exists():
-            _write(folder / "client-memory.json", client_memory(study.memory))
+        with (folder / "lock").open("a") as lock:
+            if not locked(lock):
+                raise ValueError(f"another process is at work on the study in {folder}: wait for it, or stop it")
+            return _all(study, folder, workers, progress)
     except KeyboardInterrupt:
         return False
+
+
+def _all(study: Study, folder: Path, workers: int, progress: Callable[[State], None]) -> bool:
+    """Both phases, what is to be measured beside them, and the table. False: interrupted."""
+    if not _run(study, study.tuning(), folder, workers, progress):
+        return False
+    final = [job for method, t in best(study, folder).items() if t is not None for job in study.final(method, t)]
+    if not _run(study, final, folder, workers, progress):
+        return False
+    if study.memory and not (folder / "client-memory.json").exists():
+        _write(folder / "client-memory.json", client_memory(study.memory))
     _write(folder / "table.json", table(study, folder))
     return True
 

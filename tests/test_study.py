@@ -15,6 +15,7 @@ import yaml
 
 from hosfl import study as studies
 from hosfl.cli import main
+from hosfl.log import locked
 from hosfl.study import best, load_study, read_study, run_job, run_study, slug, table
 from hosfl.study_report import number, report
 
@@ -209,6 +210,20 @@ def test_another_study_is_refused_by_what_differs(tmp_path, whole, capsys):
     (tmp_path / "full" / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds no study, and is not empty"):
         run_study(read_study(FILE), tmp_path / "full")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no lock")
+def test_two_processes_do_not_run_one_study(tmp_path, whole, file, capsys):
+    shutil.copytree(whole, tmp_path / "study")
+    file.write_text(FILE + FROZEN)
+    before = contents(tmp_path / "study")
+    with (tmp_path / "study" / "lock").open("a") as lock:
+        assert locked(lock)
+        with pytest.raises(SystemExit, match="2"):
+            main(["study", str(file), "--out", str(tmp_path / "study")])
+        assert "another process is at work on the study in" in capsys.readouterr().err
+    assert contents(tmp_path / "study") == before
+    assert main(["study", str(file), "--out", str(tmp_path / "study")]) == 0
 
 
 def test_a_study_gains_a_method(tmp_path, whole):
