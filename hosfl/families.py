@@ -128,6 +128,8 @@ def skeleton(name: str, batch: int, length: int) -> tuple[nn.Module, dict[str, T
             size = getattr(config, "image_size", 224)
             return model, {"pixel_values": torch.empty(batch, getattr(config, "num_channels", 3), size, size)}
         tokens = torch.zeros(batch, length, dtype=torch.int64)
+        if FAMILIES.get(config.model_type) is BERT:  # looks at a mask's values, decoders where there is none at others
+            return model, {"input_ids": tokens}
         return model, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 

@@ -332,6 +332,14 @@ def test_cuts_that_are_none_name_those_that_are():
             split(model, 1).client(**text("none"), **{name: torch.zeros(3, LENGTH)})
 
 
+@pytest.mark.parametrize("family", [*TEXT, *IMAGES])
+def test_the_command_knows_every_family_s_activations(family, tmp_path, capsys):
+    config = copy.deepcopy({**TEXT, **IMAGES}[family])
+    config.save_pretrained(tmp_path)
+    assert main(["split", "--model", str(tmp_path)]) == 0
+    assert "?" not in capsys.readouterr().out
+
+
 def test_the_command_lists_cut_points(tmp_path, capsys):
     for config, architecture in ((TEXT["llama"], "LlamaForCausalLM"), (IMAGES["vit"], None)):
         config = copy.deepcopy(config)
