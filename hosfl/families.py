@@ -114,8 +114,8 @@ def cut_transformer(model: nn.Module, at: int) -> tuple[nn.Module, nn.Module]:
 def skeleton(name: str, batch: int, length: int) -> tuple[nn.Module, dict[str, Tensor]]:
     """A model without weights, on the meta device, and example inputs: for `hosfl.split.cut_points`.
 
-    name: of a model on the hub, or a folder with its config.json. length: tokens per sample; images have the model's
-    own size. Raises ImportError without transformers, OSError where there is no such model.
+    name: of a model on the hub, or a folder with its config.json. length: tokens per sample, the model's limit at most;
+    images have the model's own size. Raises ImportError without transformers, OSError where there is no such model.
     """
     transformers = _transformers()
     config = transformers.AutoConfig.from_pretrained(name)
@@ -127,7 +127,8 @@ def skeleton(name: str, batch: int, length: int) -> tuple[nn.Module, dict[str, T
         if getattr(model, "main_input_name", "") == "pixel_values":
             size = getattr(config, "image_size", 224)
             return model, {"pixel_values": torch.empty(batch, getattr(config, "num_channels", 3), size, size)}
-        tokens = torch.zeros(batch, length, dtype=torch.int64)
+        longest = getattr(config, "max_position_embeddings", length)
+        tokens = torch.zeros(batch, min(length, longest), dtype=torch.int64)
         if FAMILIES.get(config.model_type) is BERT:  # looks at a mask's values, decoders where there is none at others
             return model, {"input_ids": tokens}
         return model, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}

@@ -345,7 +345,7 @@ def test_the_command_lists_cut_points(tmp_path, capsys):
         config = copy.deepcopy(config)
         config.architectures = [architecture] if architecture else None
         config.save_pretrained(tmp_path / config.model_type)
-    assert main(["split", "--model", str(tmp_path / "llama"), "--list", "--batch", "2", "--length", "100"]) == 0
+    assert main(["split", "--model", str(tmp_path / "llama"), "--list", "--batch", "2", "--length", "60"]) == 0
     shown = capsys.readouterr().out
     assert "LlamaForCausalLM" in shown
     model = text_model("llama", "words")
@@ -353,7 +353,7 @@ def test_the_command_lists_cut_points(tmp_path, capsys):
     (row,) = (line for line in shown.splitlines() if "model.layers.1" in line)
     assert f"{point.client_parameters:,}" in row
     assert f"{point.server_parameters:,}" in row
-    assert row.split()[-2] == f"{2 * 100 * WIDTH * 4 / 1e6:.2f}"
+    assert row.split()[-2] == f"{2 * 60 * WIDTH * 4 / 1e6:.2f}"
     assert main(["split", "--model", str(tmp_path / "vit")]) == 0
     assert "layers.2" in capsys.readouterr().out
     hf.T5Config().save_pretrained(tmp_path / "t5")
