@@ -159,7 +159,8 @@ def parser(preset: str | None = None) -> argparse.ArgumentParser:
     cuts.add_argument("--model", required=True, metavar="NAME", help="on the Hugging Face hub, or a folder; no weights")
     cuts.add_argument("--list", action="store_true", help="list the cut points: what this command does anyway")
     cuts.add_argument("--batch", type=int, default=1, help="samples of the example (default: %(default)s)")
-    cuts.add_argument("--length", type=int, default=128, help="tokens per sample, the model's limit at most (default: %(default)s)")
+    limit = "tokens per sample, the model's limit at most (default: %(default)s)"
+    cuts.add_argument("--length", type=int, default=128, help=limit)
     made = command("rebuild", "make the client half of a log")
     made.add_argument("log", type=Path, metavar="LOG", help="a run's hosfl.log")
     made.add_argument("--base", type=Path, required=True, metavar="FILE", help="safetensors with the base weights")
