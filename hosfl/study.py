@@ -540,13 +540,15 @@ def _row(study: Study, method: str, trial: int | None, runs: Sequence[Result]) -
 def _add_gap(rows: dict[str, Any]) -> None:
     """The share of the way from the frozen client to the first-order one, where the study has one of each.
 
+    Of several of a kind the control is the one that is called "frozen" or "first-order".
     At equal rounds, and in equal seconds: what a method has reached when the last of first-order's runs ends, between
     two evaluations by linear interpolation. A run that has ended by then keeps its result.
     """
 
     def control(kind: str) -> list[dict[str, Any]]:
-        of = [r for r in rows.values() if r["settings"] and r["settings"].get("method", "ho") == kind]
-        return [r for r in of if r["accuracy"] is not None]
+        of = {m: r for m, r in rows.items() if r["settings"] and r["settings"].get("method", "ho") == kind}
+        chosen = [of[kind]] if kind in of else list(of.values())
+        return [r for r in chosen if r["accuracy"] is not None]
 
     low, high = control("frozen"), control("first-order")
     end = max((curve[-1]["seconds"] for row in high for curve in row["curves"]), default=0.0)

@@ -228,15 +228,18 @@ def test_two_processes_do_not_run_one_study(tmp_path, whole, file, capsys):
 
 def test_a_study_gains_a_method(tmp_path, whole):
     shutil.copytree(whole, tmp_path / "study")
-    before, saw = contents(tmp_path / "study"), (tmp_path / "study" / "table.json").read_text()
-    more = FROZEN.replace("frozen:", "frozen, too:")
-    assert more != FROZEN
+    before, saw = contents(tmp_path / "study"), json.loads((tmp_path / "study" / "table.json").read_text())
+    more = FROZEN.replace("frozen:", "frozen, slow:").replace("[0.05, 0.1]", "[0.001, 0.002]")
     assert run_study(read_study(FILE + FROZEN + more), tmp_path / "study")
     assert {k: v for k, v in contents(tmp_path / "study").items() if k in before} == before
-    assert (tmp_path / "study" / "table.json").read_text() != saw
     rows = json.loads((tmp_path / "study" / "table.json").read_text())["methods"]
-    assert list(rows)[-1] == "frozen, too"
-    assert rows["frozen, too"]["accuracy"] == rows["frozen"]["accuracy"]
+    assert list(rows)[-1] == "frozen, slow"
+    assert rows["frozen, slow"]["loss"] > rows["frozen"]["loss"]
+    # The control is still the one that is called so.
+    assert rows["frozen, slow"]["loss_gap_recovered"] < 0
+    assert {m: rows[m]["loss_gap_recovered"] for m in saw["methods"]} == {
+        m: r["loss_gap_recovered"] for m, r in saw["methods"].items()
+    }
     with pytest.raises(ValueError, match="another study"):  # and loses none
         run_study(read_study(FILE + FROZEN), tmp_path / "study")
 
