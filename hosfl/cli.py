@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -184,16 +184,22 @@ def parser(preset: str | None = None) -> argparse.ArgumentParser:
 
 
 @contextmanager
-def _bar(title: str, rounds: int) -> Iterator[OnProgress]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[state]}"),
-        TimeRemainingColumn(),
-    )
+def _progress(*columns: ProgressColumn) -> Iterator[tuple[Progress, Callable[[str], None]]]:
+    """A bar with these columns at its end, and how to say a line: what a log file gets in place of the bar."""
     console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+
+    def say(line: str) -> None:
+        if not console.is_terminal:
+            print(line, file=sys.stderr, flush=True)
+
+    shared = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*shared, *columns, console=console, disable=not console.is_terminal) as bar:
+        yield bar, say
+
+
+@contextmanager
+def _bar(title: str, rounds: int) -> Iterator[OnProgress]:
+    with _progress(TextColumn("{task.fields[state]}"), TimeRemainingColumn()) as (bar, say):
         task = bar.add_task(title, total=rounds, state="")
         accuracy = ""
 
@@ -203,8 +209,8 @@ def _bar(title: str, rounds: int) -> Iterator[OnProgress]:
                 accuracy = f"{metric(evaluation.scores)} {evaluation.accuracy:.3f}  "
             state = f"loss {loss:.3f}  {accuracy}{moved / 1e6:.1f} MB"
             bar.update(task, completed=done, state=state)
-            if evaluation is not None and not console.is_terminal:  # a log file gets lines
-                print(f"{title}  {done}/{rounds}  {state}", file=sys.stderr, flush=True)
+            if evaluation is not None:
+                say(f"{title}  {done}/{rounds}  {state}")
 
         yield on_progress
 
@@ -324,17 +330,14 @@ def _study(options: argparse.Namespace) -> int:
     if options.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, got {options.jobs}")
     study = load_study(options.file)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("runs"), _TimeLeft())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with _progress(TextColumn("runs"), _TimeLeft()) as (bar, say):
         task = bar.add_task("study", total=None, expected=None, since=time.monotonic())
 
         def on_progress(state: State) -> None:
             bar.update(task, description=state.phase, completed=state.done, total=state.runs)
             bar.update(task, expected=state.seconds_left, since=time.monotonic())
-            if state.ended and not console.is_terminal:  # a log file gets lines
-                left = _time_left(state.seconds_left)
-                print(f"{state.phase}  {state.done}/{state.runs}  {state.ended}  {left}", file=sys.stderr, flush=True)
+            if state.ended:
+                say(f"{state.phase}  {state.done}/{state.runs}  {state.ended}  {_time_left(state.seconds_left)}")
 
         finished = run_study(study, options.out, options.jobs, on_progress)
     if not finished:

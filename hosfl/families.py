@@ -72,12 +72,12 @@ def behind_layers(model: nn.Module) -> str | None:
     """The path of the first module with weights behind a known transformer's layers; None where nothing follows."""
     family = FAMILIES[model.config.model_type]  # type: ignore[union-attr, index]
     path = _trunk_path(model, family)
-    after = _present(model.get_submodule(path), family.after)
+    after = present(model.get_submodule(path), family.after)
     if after:
-        return _join(path, after)
+        return _join(path, after[0])
     inside = path.partition(".")[0]
-    outside = (name for name, module in model.named_children() if name != inside and list(module.parameters()))
-    return next(outside, None) if path else None
+    outside = [name for name, module in model.named_children() if name != inside and list(module.parameters())]
+    return outside[0] if path and outside else None
 
 
 def cut_transformer(model: nn.Module, at: int) -> tuple[nn.Module, nn.Module]:
@@ -89,20 +89,17 @@ def cut_transformer(model: nn.Module, at: int) -> tuple[nn.Module, nn.Module]:
     layers = list(trunk.get_submodule(where))  # type: ignore[call-overload]
 
     mine = replaced(trunk, where, nn.ModuleList(layers[:at]))
-    for name in family.after:
-        if getattr(mine, name, None) is not None:
-            mine = replaced(mine, name, nn.Identity())
+    for name in present(mine, family.after):
+        mine = replaced(mine, name, nn.Identity())
     mine.config = _config(model, 0, at)
 
     door = Door()
     config = _config(model, at, len(layers))
     theirs = replaced(trunk, where, nn.ModuleList(layers[at:]))
-    entrance = f"{where}.0" if at < len(layers) else _present(theirs, family.after)
-    if entrance:
-        theirs = replaced(theirs, entrance, door.into(theirs.get_submodule(entrance), "hidden_states"))
-    for name in family.before:
-        if getattr(theirs, name, None) is not None:
-            theirs = replaced(theirs, name, Absent(door))
+    for first in [f"{where}.0"] if at < len(layers) else present(theirs, family.after)[:1]:
+        theirs = replaced(theirs, first, door.into(theirs.get_submodule(first), "hidden_states"))
+    for name in present(theirs, family.before):
+        theirs = replaced(theirs, name, Absent(door))
     if family.inputs == "input_ids":
         theirs = door.into(theirs, "inputs_embeds", instead_of="input_ids")
     rest = replaced(model, path, theirs) if path else theirs
@@ -129,7 +126,8 @@ def skeleton(name: str, batch: int, length: int) -> tuple[nn.Module, dict[str, T
             return model, {"pixel_values": torch.empty(batch, getattr(config, "num_channels", 3), size, size)}
         longest = getattr(config, "max_position_embeddings", length)
         tokens = torch.zeros(batch, min(length, longest), dtype=torch.int64)
-        if FAMILIES.get(config.model_type) is BERT:  # looks at a mask's values, decoders where there is none at others
+        # The meta device has no values to look at: encoders look at a mask's, decoders make one where none is given.
+        if FAMILIES.get(config.model_type) is BERT:
             return model, {"input_ids": tokens}
         return model, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
@@ -352,9 +350,9 @@ def _first(module: nn.Module, paths: Sequence[str]) -> str:
     raise TypeError(f"{type(module).__name__} has none of {', '.join(paths)}: a version of transformers not known here")
 
 
-def _present(module: nn.Module, names: Sequence[str]) -> str:
-    """The first of the submodules that is there; "" where none is. Some are None by a model's configuration."""
-    return next((name for name in names if getattr(module, name, None) is not None), "")
+def present(module: nn.Module, names: Sequence[str]) -> list[str]:
+    """Those of the submodules that are there: others are of other versions, or None by the model's configuration."""
+    return [name for name in names if getattr(module, name, None) is not None]
 
 
 def copied(module: nn.Module) -> nn.Module:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hosfl.displaced import Inputs, call
-from hosfl.families import FAMILIES, behind_layers, copied, cut_transformer, replaced, transformer_layers
+from hosfl.families import FAMILIES, behind_layers, copied, cut_transformer, present, replaced, transformer_layers
 
 # The stages of torchvision's and timm's residual networks in the order of their forward pass.
 RESNET = ("conv1", "bn1", "relu", "act1", "maxpool", "layer1", "layer2", "layer3", "layer4")
@@ -150,7 +150,7 @@ def _places(model: nn.Module) -> dict[str, int]:
         head = behind_layers(model)
         return places if head is None else {**places, head: len(layers)}
     if all(hasattr(model, name) for name in ("conv1", "bn1", "layer1", "fc")):
-        names = [*_resnet_names(model), next(name for name in RESNET_HEAD if hasattr(model, name))]
+        names = [*_resnet_names(model), present(model, RESNET_HEAD)[0]]
         return {name: number for number, name in enumerate(names) if number}
     raise TypeError(
         f"cannot cut a {type(model).__name__}: known are nn.Sequential, residual networks with conv1, bn1, layer1"

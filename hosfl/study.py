@@ -399,7 +399,7 @@ def _run(study: Study, jobs: Sequence[Job], folder: Path, workers: int, progress
 
 
 def _line(job: Job, result: Result) -> str:
-    reached = result["failure"] or f"accuracy {result['accuracy']:.4f}, loss {result['loss']:.4f}"
+    reached = result["failure"] or f"{metric(result['scores'])} {result['accuracy']:.4f}, loss {result['loss']:.4f}"
     return f"{job.method}, trial {job.trial}, seed {job.config.seed}: {reached}, {result['seconds']:.0f} s"
 
 
