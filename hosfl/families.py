@@ -20,33 +20,60 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hosfl.chain import CutError
+
 
 @dataclass(frozen=True)
 class Family:
     """Where things are in a family's base model; of alternatives, as in different versions, the first that is there.
 
     trunk: the module that runs the layers. layers: their list, in the trunk. before, after: the trunk's modules that
-    run before the first layer and after the last. inputs: the name of the model's first argument.
+    run before the first layer and after the last. beside: modules outside the trunk that are nothing but the client's
+    by another name. inputs: the name of the model's first argument. decoder: whether it predicts the next word.
+
+    first: a module of the trunk that runs behind the first layer only. shared: in the first layer, what makes a tensor
+    that every layer gets from the one before; then each half has one of its own, as with tied weights. through: the
+    trunk cannot run without a layer, so that one that changes nothing stands in.
     """
 
     layers: tuple[str, ...] = ("layers",)
     before: tuple[str, ...] = ("embed_tokens",)
     after: tuple[str, ...] = ("norm",)
     trunk: str = ""
+    beside: tuple[str, ...] = ()
     inputs: str = "input_ids"
+    decoder: bool = False
+    first: str = ""
+    shared: str = ""
+    through: bool = False
 
 
-DECODER = Family()
-BERT = Family(layers=("encoder.layer",), before=("embeddings",), after=("pooler",))
+DECODER = Family(decoder=True)
+DECODERS = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3")
+BERT = Family(layers=("encoder.layer",), before=("embeddings", "embeddings_project"), after=("pooler",))
 FAMILIES = {
     "opt": Family(
         trunk="decoder",
         before=("embed_tokens", "embed_positions", "project_in"),
         after=("final_layer_norm", "project_out"),
+        decoder=True,
     ),
-    "gpt2": Family(layers=("h",), before=("wte", "wpe", "drop"), after=("ln_f",)),
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"), DECODER),
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta"), BERT),
+    "gpt2": Family(layers=("h",), before=("wte", "wpe", "drop"), after=("ln_f",), decoder=True),
+    "gpt_neox": Family(before=("embed_in", "emb_dropout"), after=("final_layer_norm",), decoder=True),
+    **dict.fromkeys((*DECODERS, "mixtral", "olmo2", "granite", "starcoder2", "stablelm"), DECODER),
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), BERT),
+    "distilbert": Family(layers=("transformer.layer",), before=("embeddings",), after=()),
+    "modernbert": Family(before=("embeddings",), after=("final_norm",)),
+    "deberta-v2": Family(
+        layers=("encoder.layer",), before=("embeddings",), after=(), first="encoder.conv", through=True
+    ),
+    "t5": Family(
+        layers=("block",),
+        after=("final_layer_norm",),
+        trunk="encoder",
+        beside=("shared",),
+        shared="layer.0.SelfAttention.relative_attention_bias",
+    ),
     "resnet": Family(layers=("encoder.stages",), before=("embedder",), after=("pooler",), inputs="pixel_values"),
     "vit": Family(
         layers=("layers", "encoder.layer"),
@@ -58,10 +85,18 @@ FAMILIES = {
 
 
 def transformer_layers(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
-    """The path of a known transformer's list of layers, and the list; None for any other module."""
-    family = FAMILIES.get(getattr(getattr(model, "config", None), "model_type", ""))
+    """The path of a known transformer's list of layers, and the list; None for any other module.
+
+    Raises CutError for a model with a decoder beside its encoder.
+    """
+    config = getattr(model, "config", None)
+    family = FAMILIES.get(getattr(config, "model_type", ""))
     if family is None:
         return None
+    if getattr(config, "is_encoder_decoder", False):
+        raise CutError(
+            f"cannot cut a {type(model).__name__}, which has a decoder: cut the encoder alone, T5EncoderModel"
+        )
     path = _join(_trunk_path(model, family), _first(model.get_submodule(_trunk_path(model, family)), family.layers))
     layers = model.get_submodule(path)
     assert isinstance(layers, nn.ModuleList)
@@ -75,8 +110,8 @@ def behind_layers(model: nn.Module) -> str | None:
     after = present(model.get_submodule(path), family.after)
     if after:
         return _join(path, after[0])
-    inside = path.partition(".")[0]
-    outside = [name for name, module in model.named_children() if name != inside and list(module.parameters())]
+    inside = {path.partition(".")[0], *family.beside}
+    outside = [name for name, module in model.named_children() if name not in inside and list(module.parameters())]
     return outside[0] if path and outside else None
 
 
@@ -87,25 +122,89 @@ def cut_transformer(model: nn.Module, at: int) -> tuple[nn.Module, nn.Module]:
     trunk = model.get_submodule(path)
     where = _first(trunk, family.layers)
     layers = list(trunk.get_submodule(where))  # type: ignore[call-overload]
+    count = len(layers)
+    stand_in = [Through()] if family.through else []
 
-    mine = replaced(trunk, where, nn.ModuleList(layers[:at]))
+    mine = replaced(trunk, where, nn.ModuleList(layers[:at] or stand_in))
     for name in present(mine, family.after):
         mine = replaced(mine, name, nn.Identity())
-    mine.config = _config(model, 0, at)
+    if family.first and not at:
+        mine = replaced(mine, family.first, None)
+    mine.config = _config(trunk, 0, at)
 
     door = Door()
-    config = _config(model, at, len(layers))
-    theirs = replaced(trunk, where, nn.ModuleList(layers[at:]))
-    for first in [f"{where}.0"] if at < len(layers) else present(theirs, family.after)[:1]:
+    if family.shared and 0 < at < count:
+        layers[at] = _with_shared(layers[at], layers[0], family.shared)
+    theirs = replaced(trunk, where, nn.ModuleList(layers[at:] or stand_in))
+    for first in [f"{where}.0"] if layers[at:] or stand_in else present(theirs, family.after)[:1]:
         theirs = replaced(theirs, first, door.into(theirs.get_submodule(first), "hidden_states"))
     for name in present(theirs, family.before):
         theirs = replaced(theirs, name, Absent(door))
+    if family.first and at:
+        theirs = replaced(theirs, family.first, None)
     if family.inputs == "input_ids":
         theirs = door.into(theirs, "inputs_embeds", instead_of="input_ids")
     rest = replaced(model, path, theirs) if path else theirs
+    owner = path.rpartition(".")[0]
+    for name in present(model.get_submodule(owner), family.beside):
+        rest = replaced(rest, _join(owner, name), Absent(door))
     for module in _along(rest, path):
-        module.config = config
-    return ClientHalf(mine), ServerHalf(rest, door, family.inputs)
+        module.config = _config(module, at, count)
+    pools = _pools_by_tokens(model, family)
+    return ClientHalf(mine, family.inputs, pools), ServerHalf(rest, door, family.inputs)
+
+
+def ancestors(model: nn.Module) -> list[nn.Module]:
+    """The modules of a known transformer that hold its layers, and whose forward passes both halves run."""
+    found = transformer_layers(model)
+    assert found is not None
+    parts = found[0].split(".")[:-1]
+    return [model.get_submodule(".".join(parts[:n])) for n in range(len(parts) + 1)]
+
+
+def example_inputs(model: nn.Module) -> dict[str, Tensor]:
+    """Inputs that a known transformer takes, on its device: few, short, and padded on either side."""
+    config: Any = model.config
+    device = next(model.parameters()).device
+    if FAMILIES[config.model_type].inputs == "pixel_values":
+        size = getattr(config, "image_size", 64)
+        sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
+        return {"pixel_values": waves((2, getattr(config, "num_channels", 3), *sides), device)}
+    length = min(8, getattr(config, "max_position_embeddings", 8))
+    places = torch.arange(length, device=device)
+    # Without a padding token a classifier takes one text at a time.
+    starts = [2] if config.pad_token_id is None and _classifies(model) else [0, 2, -2]
+    mask = torch.stack([places >= start if start >= 0 else places < length + start for start in starts]).long()
+    pad = 0 if config.pad_token_id is None else config.pad_token_id
+    tokens = (7 * places + 3 + 5 * torch.arange(len(starts), device=device)[:, None]) % config.vocab_size
+    tokens = torch.where(tokens == pad, (pad + 1) % config.vocab_size, tokens)
+    return {"input_ids": torch.where(mask == 1, tokens, pad), "attention_mask": mask}
+
+
+def waves(shape: Sequence[int], device: torch.device) -> Tensor:
+    """Numbers between -1 and 1 that look alike nowhere, the same everywhere."""
+    count = torch.Size(shape).numel()
+    angles = torch.arange(count, dtype=torch.float32, device=device) * 0.7
+    return (angles + 1e-5 * angles * angles).sin().reshape(shape)
+
+
+def _classifies(model: nn.Module) -> bool:
+    return "ForSequenceClassification" in type(model).__name__
+
+
+def _pools_by_tokens(model: nn.Module, family: Family) -> int | None:
+    """The padding token by which a decoder's classifier finds a text's end; None where it looks for none."""
+    pad: int | None = getattr(model.config, "pad_token_id", None)
+    return pad if family.decoder and _classifies(model) else None
+
+
+def _with_shared(layer: nn.Module, first: nn.Module, path: str) -> nn.Module:
+    """A layer that makes what the first one makes for all."""
+    where, _, name = path.rpartition(".")
+    attention = copied(layer.get_submodule(where))
+    attention._modules[name] = first.get_submodule(path)
+    setattr(attention, f"has_{name}", True)
+    return replaced(layer, where, attention)
 
 
 def skeleton(name: str, batch: int, length: int) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -127,7 +226,7 @@ def skeleton(name: str, batch: int, length: int) -> tuple[nn.Module, dict[str, T
         longest = getattr(config, "max_position_embeddings", length)
         tokens = torch.zeros(batch, min(length, longest), dtype=torch.int64)
         # The meta device has no values to look at: encoders look at a mask's, decoders make one where none is given.
-        if FAMILIES.get(config.model_type) is BERT:
+        if config.model_type in FAMILIES and not FAMILIES[config.model_type].decoder:
             return model, {"input_ids": tokens}
         return model, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
@@ -164,7 +263,7 @@ def is_decoder(name: str) -> bool:
     texts = [k for k, family in FAMILIES.items() if family.inputs == "input_ids"]
     if kind not in texts:
         raise ValueError(f"{name} is a {kind}; text models that can be cut are {', '.join(texts)}")
-    return FAMILIES[kind] is not BERT
+    return FAMILIES[kind].decoder
 
 
 def untrained(kind: str, **settings: Any) -> nn.Module:
@@ -219,18 +318,63 @@ def _quiet(transformers: Any) -> Iterator[None]:
 
 
 class ClientHalf(nn.Module):
-    """The trunk up to the cut: what the whole model takes, named -> the cut, [batch, length, width]."""
+    """The trunk up to the cut: what the whole model takes, named -> the cut, [batch, length, width].
 
-    def __init__(self, trunk: nn.Module) -> None:
+    Raises ValueError for inputs of which the server half would have to know more than the attention mask.
+    """
+
+    ACROSS = ("attention_mask", "token_type_ids", "interpolate_pos_encoding", "bool_masked_pos")
+
+    def __init__(self, trunk: nn.Module, inputs: str, pools: int | None = None) -> None:
         super().__init__()
-        self.trunk = trunk
+        self.trunk, self.inputs, self.pools = trunk, inputs, pools
 
     def forward(self, *args: Any, **inputs: Any) -> Tensor:
-        unknown = {"position_ids", "past_key_values", "inputs_embeds", "labels"} & inputs.keys()
+        if len(args) + (self.inputs in inputs) != 1:
+            raise ValueError(f"the client half takes {self.inputs}, and all else by name")
+        unknown = [n for n, value in inputs.items() if n not in (self.inputs, *self.ACROSS) and value is not None]
         if unknown:
             raise ValueError(f"{', '.join(sorted(unknown))}: only inputs and an attention mask cross the cut")
+        if self.inputs == "input_ids":
+            self._check_text(args[0] if args else inputs[self.inputs], inputs.get("attention_mask"))
         cut: Tensor = self.trunk(*args, **inputs).last_hidden_state
         return cut
+
+    def _check_text(self, tokens: Tensor, mask: Tensor | None) -> None:
+        if tokens.dim() != 2:
+            raise ValueError(f"input_ids must be [batch, length], got {[*tokens.shape]}")
+        if mask is not None:
+            _check_mask(mask)
+        if self.pools is None or tokens.device.type == "meta":
+            return
+        # The whole model takes the output at the last token that is not padding; the server half sees only the mask.
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        wanted = (places * (tokens != self.pools)).argmax(1)
+        seen = wanted.new_full(wanted.shape, tokens.shape[1] - 1) if mask is None else (places * (mask != 0)).argmax(1)
+        for sample in (wanted != seen).nonzero().flatten().tolist()[:1]:
+            raise ValueError(
+                f"sample {sample} ends at token {int(wanted[sample])} by its padding tokens ({self.pools}), and at "
+                f"{int(seen[sample])} by its attention mask{' (there is none)' if mask is None else ''}: give a mask "
+                "that is 0 where padding is, since the server half sees nothing else"
+            )
+
+
+def _check_mask(mask: Tensor) -> None:
+    if mask.dim() != 2:
+        raise ValueError(f"an attention mask that crosses the cut must be [batch, length], got {[*mask.shape]}")
+
+
+def tensor_of(output: Any) -> Tensor:
+    """The one tensor of a transformer's output: of start and end logits, [batch, length, 2]. Raises CutError."""
+    if isinstance(output, Tensor):
+        return output
+    if "start_logits" in output:
+        return torch.stack([output.start_logits, output.end_logits], -1)
+    for name in ("logits", "last_hidden_state"):
+        if name in output:
+            result: Tensor = output[name]
+            return result
+    raise CutError(f"the model makes {', '.join(output)}, and a server half makes one tensor: take a model of one head")
 
 
 class ServerHalf(nn.Module):
@@ -245,16 +389,15 @@ class ServerHalf(nn.Module):
 
     def forward(self, cut: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         named: dict[str, Any] = {} if attention_mask is None else {"attention_mask": attention_mask}
+        if attention_mask is not None:
+            _check_mask(attention_mask)
         named[self.inputs] = self._tokens(cut, attention_mask) if self.inputs == "input_ids" else cut
         self.door.cut = cut
         try:
-            output = self.model(**named)
+            output = self.model(**named, return_dict=True)
         finally:
             self.door.cut = None
-        if "start_logits" in output:
-            return torch.stack([output.start_logits, output.end_logits], -1)
-        result: Tensor = output.logits if "logits" in output else output.last_hidden_state
-        return result
+        return tensor_of(output)
 
     def _tokens(self, cut: Tensor, mask: Tensor | None) -> Tensor:
         """Stand-ins for tokens that never cross the cut: classifiers look for padding, and for nothing else."""
@@ -322,6 +465,13 @@ class Absent(nn.Module):
         return self.door.cut
 
 
+class Through(nn.Module):
+    """A layer that changes nothing."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return hidden_states, None
+
+
 def _trunk_path(model: nn.Module, family: Family) -> str:
     # Gemma's language models say they have a language_model and have a model.
     names = (getattr(model, "base_model_prefix", ""), "model")
@@ -362,8 +512,8 @@ def copied(module: nn.Module) -> nn.Module:
     return own
 
 
-def replaced(module: nn.Module, path: str, new: nn.Module) -> nn.Module:
-    """A copy of the module with another submodule at the path; everything else is shared."""
+def replaced(module: nn.Module, path: str, new: nn.Module | None) -> nn.Module:
+    """A copy of the module with another submodule at the path, or none; everything else is shared."""
     own, (name, _, rest) = copied(module), path.partition(".")
     own._modules[name] = replaced(own._modules[name], rest, new) if rest else new  # type: ignore[arg-type]
     return own
@@ -371,9 +521,10 @@ def replaced(module: nn.Module, path: str, new: nn.Module) -> nn.Module:
 
 def _config(model: nn.Module, first: int, end: int) -> Any:
     """The model's configuration for some of its layers, whose kinds it lists by number."""
-    config = copy.deepcopy(model.config)
-    config.num_hidden_layers = end - first  # type: ignore[union-attr]
-    config.use_cache = False  # type: ignore[union-attr]
+    config: Any = copy.deepcopy(model.config)
+    config.num_hidden_layers = end - first
+    config.use_cache = False
+    config.return_dict = True
     if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[first:end]  # type: ignore[union-attr, index]
+        config.layer_types = config.layer_types[first:end]
     return config

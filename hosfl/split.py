@@ -4,26 +4,39 @@
     halves.client(**inputs)  # the cut
     halves(inputs)  # the whole model's output, to the bit
 
-Models that can be cut: `nn.Sequential`, residual networks built like torchvision's and timm's, and the families of
-Hugging Face's transformers that `hosfl.families` lists. For all else build a `SplitModel` of two modules of your own.
+Three ways to cut, of which the model decides: an `nn.Sequential` between its modules; the families of Hugging Face's
+transformers that `hosfl.families` lists, between their layers; any other model of one input tensor, such as those of
+torchvision and timm, wherever only one tensor crosses (`hosfl.chain`). Then the halves are compared with the model
+(`hosfl.verify`). What cannot be cut so is refused: build a `SplitModel` of two modules of your own.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hosfl.chain import CutError, chain
 from hosfl.displaced import Inputs, call
-from hosfl.families import FAMILIES, behind_layers, copied, cut_transformer, present, replaced, transformer_layers
-
-# The stages of torchvision's and timm's residual networks in the order of their forward pass.
-RESNET = ("conv1", "bn1", "relu", "act1", "maxpool", "layer1", "layer2", "layer3", "layer4")
-RESNET_HEAD = ("avgpool", "global_pool", "fc")
+from hosfl.families import (
+    FAMILIES,
+    ancestors,
+    behind_layers,
+    copied,
+    cut_transformer,
+    example_inputs,
+    replaced,
+    transformer_layers,
+    waves,
+)
+from hosfl.verify import ExampleError, on_meta, verify_halves
 
 
 @dataclass(frozen=True)
@@ -38,6 +51,8 @@ class SplitModel:
 
     def __call__(self, inputs: Inputs) -> Tensor:
         cut = call(self.client, inputs)
+        if not isinstance(cut, Tensor):
+            raise CutError(f"the cut must be one tensor, and the client half makes a {type(cut).__name__}")
         mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
         masks = {} if mask is None else {"attention_mask": mask}
         output: Tensor = self.server(cut.to(dtype_of(self.server)), **masks)
@@ -67,29 +82,40 @@ class CutPoint:
     server_activations: int | None = None
 
 
-def split(model: nn.Module, at: int | str) -> SplitModel:
+def split(model: nn.Module, at: int | str, *, example: Inputs | None = None, verify: bool = True) -> SplitModel:
     """Cut a model before a layer. In eval mode the halves' composition gives the model's output, to the bit.
 
     at: the layer's number, which is how many layers the client half gets, or its name; `cut_points` lists both. With
-    all layers at the client, the server half is the model's head.
+    all layers at the client, the server half is the model's head. A name may also be one that is not listed, inside a
+    layer, if one tensor crosses there.
 
     The halves share the model's weights. Only weights tied across the cut, such as an embedding and the output layer
     that shares it, become two: a client moves its own, the server trains its own.
 
-    Raises: TypeError for a model that cannot be cut, ValueError for a cut that is none of its cut points, which it
-    names.
+    example: a few samples as the model takes them: a tensor, a tuple of arguments, or a mapping of names. With them the
+    halves are compared with the model, outputs and gradients, at the cost of two forward and two backward passes. Left
+    out, the library makes some: of text and pictures for transformers, of pictures for all else; for an `nn.Sequential`
+    it compares nothing, since the composition of its parts is what it is. On the meta device nothing is computed.
+    verify: False compares nothing.
+
+    Raises: CutError, a TypeError, for a model that cannot be cut and for halves that are not the model; ValueError for
+    a cut that is none of its cut points, which it names, and where an example is needed.
     """
-    model = _without_adapters(model)
-    places = _places(model)
-    at = _number(places, at)
-    if isinstance(model, nn.Sequential):
-        halves = SplitModel(model[:at], model[at:])
-    elif transformer_layers(model) is not None:
-        halves = SplitModel(*cut_transformer(model, at))
+    inner = _inside(model)
+    way = _way(inner)
+    if isinstance(at, str) and at not in way.places and way.finer and at in dict(inner.named_modules()):
+        found = chain(inner, at)
+        _refuse_hooks(found.model, found.opened)
+        halves = _halves(*found.cut(at))
     else:
-        layers = list(_resnet_layers(model))
-        halves = SplitModel(nn.Sequential(*layers[:at]), nn.Sequential(*layers[at:], *_resnet_head(model)))
-    return SplitModel(halves.client, _untied(halves.client, halves.server))
+        halves = _halves(*way.cut(_number(way.places, at)))
+    if not verify or on_meta(inner):
+        return halves
+    if example is not None:
+        verify_halves(model, halves, example)
+    elif not _plain_sequence(inner):
+        _verify_on_examples(model, inner, halves)
+    return halves
 
 
 def cut_points(model: nn.Module, inputs: Inputs | None = None) -> list[CutPoint]:
@@ -97,10 +123,10 @@ def cut_points(model: nn.Module, inputs: Inputs | None = None) -> list[CutPoint]
 
     Raises TypeError for a model that cannot be cut.
     """
-    model = _without_adapters(model)
+    way = _way(_inside(model))
     points = []
-    for name, number in _places(model).items():
-        halves = split(model, number)
+    for name, number in way.places.items():
+        halves = _halves(*way.cut(number))
         client, server = (sum(p.numel() for p in half.parameters()) for half in (halves.client, halves.server))
         points.append(CutPoint(number, name, client, server, *(() if inputs is None else _activations(halves, inputs))))
     return points
@@ -133,29 +159,147 @@ def _nbytes(output: Any) -> int:
     return output.nbytes if isinstance(output, Tensor) else 0
 
 
-def _without_adapters(model: nn.Module) -> nn.Module:
-    """The model inside peft's wrapper: its adapters are part of its layers."""
-    inside: Any = getattr(model, "get_base_model", None)
-    return inside() if hasattr(model, "peft_config") and inside else model
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+WRAPPERS = {
+    "OptimizedModule": "_orig_mod, and compile the halves",
+    **dict.fromkeys(("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"), "module"),
+}
 
 
-def _places(model: nn.Module) -> dict[str, int]:
-    """The names and numbers of the modules before which a model can be cut: its layers, and what follows the last."""
-    if isinstance(model, nn.Sequential):
-        return {name: number for number, name in enumerate(model._modules) if number}
-    found = transformer_layers(model)
-    if found is not None:
-        path, layers = found
-        places = {f"{path}.{number}": number for number in range(len(layers))}
-        head = behind_layers(model)
-        return places if head is None else {**places, head: len(layers)}
-    if all(hasattr(model, name) for name in ("conv1", "bn1", "layer1", "fc")):
-        names = [*_resnet_names(model), present(model, RESNET_HEAD)[0]]
-        return {name: number for number, name in enumerate(names) if number}
-    raise TypeError(
-        f"cannot cut a {type(model).__name__}: known are nn.Sequential, residual networks with conv1, bn1, layer1"
-        f" and on, and fc; and transformers' {', '.join(FAMILIES)}; for all else build a SplitModel of two modules"
+# --- what can be cut, and how -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How to cut a model: its cut points, and the halves from the number of one. finer: whether others have names."""
+
+    places: dict[str, int]
+    cut: Callable[[int], tuple[nn.Module, nn.Module]]
+    finer: bool = True
+
+
+def _way(model: nn.Module) -> _Way:
+    """Raises CutError where there is none."""
+    if transformer_layers(model) is not None:
+        _refuse_hooks(model, ancestors(model))
+        return _Way(_transformer_places(model), partial(cut_transformer, model), finer=False)
+    if _plain_sequence(model):
+        _refuse_hooks(model, [model])
+        names = list(model._modules)
+        return _Way({name: number for number, name in enumerate(names) if number}, partial(_cut_sequence, model))
+    config = getattr(model, "config", None)
+    if hasattr(config, "model_type"):
+        raise CutError(
+            f"cannot cut a {type(model).__name__}: of transformers' families known are {', '.join(FAMILIES)}; for all "
+            "else build a SplitModel of two modules"
+        )
+    found = chain(model)
+    if not found.places:
+        raise CutError(
+            f"cannot cut a {type(model).__name__}: nowhere in its forward pass one tensor alone goes from module to "
+            f"module; build a SplitModel of two modules of your own{_hint(model)}"
+        )
+    _refuse_hooks(model, found.opened)
+    named = {number: name for name, number in found.places.items()}
+    return _Way(found.places, lambda number: found.cut(named[number]))
+
+
+def _transformer_places(model: nn.Module) -> dict[str, int]:
+    path, layers = transformer_layers(model) or ("", nn.ModuleList())
+    places = {f"{path}.{number}": number for number in range(len(layers))}
+    head = behind_layers(model)
+    return places if head is None else {**places, head: len(layers)}
+
+
+def _plain_sequence(model: nn.Module) -> bool:
+    return isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward
+
+
+def _cut_sequence(model: nn.Module, at: int) -> tuple[nn.Module, nn.Module]:
+    layers = list(model._modules.items())
+    return nn.Sequential(OrderedDict(layers[:at])), nn.Sequential(OrderedDict(layers[at:]))  # type: ignore[arg-type]
+
+
+def _halves(client: nn.Module, server: nn.Module) -> SplitModel:
+    server = _untied(client, server)
+    return SplitModel(client, server)
+
+
+def _hint(model: nn.Module) -> str:
+    """Which of its modules can be cut."""
+    for name, module in model.named_modules():
+        if name and getattr(getattr(module, "config", None), "model_type", "") in FAMILIES:
+            return f"; its {name}, a {type(module).__name__}, can be cut by itself"
+    return ""
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """The model inside peft's wrapper, whose adapters are part of its layers. Raises CutError for what wraps more."""
+    name = type(model).__name__
+    if name in WRAPPERS:
+        raise CutError(f"cannot cut through {name}: cut the model inside, its {WRAPPERS[name]}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CutError("cannot cut a scripted module: cut the module as it was")
+    base: Any = getattr(model, "get_base_model", None)
+    if hasattr(model, "peft_config") and base:
+        adapters: Any = model.peft_config
+        for adapter, settings in adapters.items():
+            if getattr(settings, "is_prompt_learning", False):
+                raise CutError(f"virtual tokens do not cross a cut: {adapter!r} is {settings.peft_type.value}")
+            if getattr(settings, "alora_invocation_tokens", None):
+                raise CutError(f"adapters that begin at certain tokens do not cross a cut: {adapter!r} has such")
+        model = base()
+    for path, module in model.named_modules():
+        own = module.__dict__.get("forward")
+        if own is not None and not (isinstance(own, MethodType) and own.__self__ is module and path):
+            raise CutError(
+                f"the forward pass of {path or name} was replaced on the object, as device maps, offload and mixed "
+                "precision do: the halves would go on with the old one. Take that off first (accelerate: "
+                "remove_hook_from_module(model, recurse=True)), cut, and place the halves"
+            )
+    return model
+
+
+def _refuse_hooks(model: nn.Module, followed: Iterable[nn.Module]) -> None:
+    """Raises CutError for hooks of the modules whose forward passes are taken apart: whose would they be?"""
+    names = {module: name for name, module in model.named_modules()}
+    for module in followed:
+        kinds = [kind for kind in HOOKS if getattr(module, kind, None)]
+        where = names[module] or type(module).__name__
+        if kinds or module.__dict__.get("forward") is not None:
+            raise CutError(
+                f"cannot cut through {where}, which has {kinds[0].strip('_') if kinds else 'its own forward'}"
+            )
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise CutError(f"cannot cut through {where}, which is compiled: cut first, and compile the halves")
+
+
+def _verify_on_examples(model: nn.Module, inner: nn.Module, halves: SplitModel) -> None:
+    """With the first example of the library's own that the model takes."""
+    refused: ExampleError | None = None
+    for inputs in _examples(inner):
+        try:
+            return verify_halves(model, halves, inputs)
+        except ExampleError as error:
+            refused = error
+    raise ValueError(
+        f"a few samples are needed to compare the halves with the model: split(model, at, example=...), or verify=False"
+        f"{f' ({refused})' if refused else ''}"
     )
+
+
+def _examples(model: nn.Module) -> Iterator[Inputs]:
+    if transformer_layers(model) is not None:
+        yield example_inputs(model)
+        return
+    first = next((m for m in model.modules() if m._parameters and not m._modules), None)
+    if not isinstance(first, nn.Conv2d):
+        return
+    # timm's models say what they take, torchvision's at times; others take most sizes.
+    told: Any = getattr(model, "pretrained_cfg", None) or {}
+    size = getattr(model, "image_size", None) or (told.get("fixed_input_size") and told["input_size"][-1])
+    for side in [size] if size else [64, 224]:
+        yield waves((2, first.in_channels, side, side), first.weight.device).to(first.weight.dtype)
 
 
 def _number(places: Mapping[str, int], at: int | str) -> int:
@@ -164,29 +308,6 @@ def _number(places: Mapping[str, int], at: int | str) -> int:
         names = ", ".join(f"{n} ({name})" for name, n in places.items())
         raise ValueError(f"cannot cut at {at!r}; the cut points are {names}")
     return number
-
-
-def _resnet_names(model: nn.Module) -> Iterator[str]:
-    for name in RESNET:
-        stage = getattr(model, name, None)
-        if isinstance(stage, nn.Sequential):
-            yield from (f"{name}.{block}" for block in stage._modules)
-        elif stage is not None:
-            yield name
-
-
-def _resnet_layers(model: nn.Module) -> Iterator[nn.Module]:
-    return map(model.get_submodule, _resnet_names(model))
-
-
-def _resnet_head(model: nn.Module) -> Iterator[nn.Module]:
-    """What follows the layers. Flatten leaves alone what is flat: timm's pooling flattens, torchvision's does not."""
-    for name in RESNET_HEAD:
-        stage = getattr(model, name, None)
-        if name == "fc":
-            yield nn.Flatten(1)
-        if stage is not None:
-            yield stage
 
 
 def _untied(client: nn.Module, server: nn.Module) -> nn.Module:

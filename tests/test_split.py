@@ -53,7 +53,36 @@ TEXT = {
     "gemma": hf.GemmaConfig(**DECODER, head_dim=8),
     "gemma2": hf.Gemma2Config(**DECODER, **WINDOW, head_dim=8),
     "gemma3_text": hf.Gemma3TextConfig(**DECODER, **WINDOW, head_dim=8),
+    "qwen3_moe": hf.Qwen3MoeConfig(
+        **DECODER, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12, mlp_only_layers=[1]
+    ),
+    "mixtral": hf.MixtralConfig(**DECODER, num_local_experts=4),
+    "phi3": hf.Phi3Config(**DECODER, **WINDOW),
+    "smollm3": hf.SmolLM3Config(**DECODER, no_rope_layer_interval=2),
+    "olmo2": hf.Olmo2Config(**DECODER),
+    "granite": hf.GraniteConfig(**DECODER, embedding_multiplier=3.0, residual_multiplier=0.5),
+    "starcoder2": hf.Starcoder2Config(**DECODER, **WINDOW),
+    "stablelm": hf.StableLmConfig(**DECODER),
+    "gpt_neox": hf.GPTNeoXConfig(**SHAPE),
     "bert": hf.BertConfig(**SHAPE),
+    "camembert": hf.CamembertConfig(**SHAPE, pad_token_id=1),
+    "electra": hf.ElectraConfig(**SHAPE, embedding_size=8),
+    "distilbert": hf.DistilBertConfig(
+        dim=WIDTH, hidden_dim=24, n_layers=LAYERS, n_heads=4, vocab_size=97, max_position_embeddings=64
+    ),
+    "modernbert": hf.ModernBertConfig(
+        **SHAPE, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2, local_attention=4
+    ),
+    "deberta-v2": hf.DebertaV2Config(
+        **SHAPE,
+        relative_attention=True,
+        position_buckets=8,
+        norm_rel_ebd="layer_norm",
+        share_att_key=True,
+        pos_att_type="p2c|c2p",
+        conv_kernel_size=3,  # behind the first layer, as in the published large ones
+    ),
+    "t5": hf.T5Config(d_model=WIDTH, d_ff=24, d_kv=4, num_layers=LAYERS, num_heads=4, vocab_size=97),
     "roberta": hf.RobertaConfig(**SHAPE, pad_token_id=1),
     "xlm-roberta": hf.XLMRobertaConfig(**SHAPE, pad_token_id=1),
 }
@@ -76,11 +105,19 @@ IMAGES = {
 
 
 def text_model(family, head="none"):
+    """Small, with random weights, in eval mode. Where transformers has no such head, under another one."""
     torch.manual_seed(0)
     config = copy.deepcopy(TEXT[family])
-    if family in ("bert", "roberta", "xlm-roberta"):
+    if family == "t5":
+        return {"none": hf.T5EncoderModel, **dict.fromkeys(HEADS, hf.T5ForTokenClassification)}[head](config).eval()
+    if family in ("bert", "roberta", "xlm-roberta", "camembert", "electra"):
         config.is_decoder = head == "words"
-    return HEADS[head].from_config(config).eval()
+    make = hf.AutoModel if head == "none" else HEADS[head]
+    if type(config) not in make._model_mapping:
+        make = hf.AutoModelForMaskedLM if head == "words" else hf.AutoModelForTokenClassification
+    if type(config) not in make._model_mapping:
+        make = hf.AutoModelForCausalLM
+    return make.from_config(config).eval()
 
 
 def image_model(family):

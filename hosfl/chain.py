@@ -1,0 +1,185 @@
+"""How to cut a model that takes one tensor and hands one on: torchvision's, timm's, and most that people write.
+
+`torch.fx` follows the forward pass of the model, and of those modules inside it that hold layers; every other module is
+one step, called as it is. A cut is before a step where only one value crosses: all that runs before becomes the client
+half, all that runs from there on the server half, functions between modules included. Nothing is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+
+class CutError(TypeError):
+    """A model that cannot be cut, or halves that are not the model."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """A model's steps. graph: in the order of its forward pass; opened: the modules that were followed."""
+
+    model: nn.Module
+    opened: list[nn.Module]
+    graph: fx.Graph
+
+    @property
+    def places(self) -> dict[str, int]:
+        """The names of the modules before which one value crosses, and how many of them come before each."""
+        calls: dict[str, fx.Node] = {}
+        for node in self.graph.nodes:
+            if node.op == "call_module":
+                calls.setdefault(node.target, node)
+        names = [name for name, node in calls.items() if len(self._crossing(node)) == 1]
+        return {name: number for number, name in enumerate(names) if number}
+
+    def _crossing(self, first: fx.Node) -> list[fx.Node]:
+        """The values made before a step that it or a later one uses. Weights are read where they are used."""
+        nodes = list(self.graph.nodes)
+        at = nodes.index(first)
+        used = {value for node in nodes[at:] for value in node.all_input_nodes}
+        return [node for node in nodes[:at] if node in used and node.op != "get_attr"]
+
+    def cut(self, name: str) -> tuple[nn.Module, nn.Module]:
+        """The halves on either side of a module's first call. Raises CutError where more than one value crosses."""
+        nodes = list(self.graph.nodes)
+        first = next((n for n in nodes if n.op == "call_module" and n.target == name), None)
+        if first is None:
+            raise CutError(f"the forward pass of {type(self.model).__name__} does not call {name}")
+        crossing = self._crossing(first)
+        if len(crossing) != 1 or crossing[0].op == "placeholder":
+            what = ", ".join(str(node) for node in crossing)
+            raise CutError(f"cannot cut before {name}: one tensor must cross, and here it is {what}")
+        at = nodes.index(first)
+        client, server = _Half(self.graph), _Half(self.graph)
+        for node in nodes[:at]:
+            client.take(node)
+        server.receive(crossing[0])
+        for node in nodes[at:]:
+            server.take(node)
+        client.graph.output(client.taken[crossing[0]])
+        names = [f"{type(self.model).__name__}{side}" for side in ("Client", "Server")]
+        return fx.GraphModule(self.model, client.graph, names[0]), fx.GraphModule(self.model, server.graph, names[1])
+
+
+class _Half:
+    """A graph that takes over some of another's steps. Weights and flags are read where they are needed first."""
+
+    def __init__(self, whole: fx.Graph) -> None:
+        self.graph, self.taken = fx.Graph(), dict[fx.Node, fx.Node]()
+
+    def receive(self, value: fx.Node) -> None:
+        self.taken[value] = self.graph.placeholder("cut")
+
+    def take(self, node: fx.Node) -> None:
+        if node.op != "get_attr":
+            self.taken[node] = self.graph.node_copy(node, self._value)
+
+    def _value(self, node: fx.Node) -> fx.Node:
+        if node not in self.taken:
+            self.taken[node] = self.graph.node_copy(node, self._value)
+        return self.taken[node]
+
+
+def chain(model: nn.Module, at: str | None = None) -> Chain:
+    """The steps of a model of one tensor; so fine that its layers are steps, or the module by the name `at` is one.
+
+    Raises CutError where fx cannot follow a forward pass, or it is another one in train mode.
+    """
+    if at is not None:
+        parts = at.split(".")
+        opened = [model.get_submodule(".".join(parts[:n])) for n in range(len(parts))]
+        return Chain(model, opened, _graph(model, opened))
+    found = Chain(model, [model], _graph(model, [model]))
+    tried: set[nn.Module] = set()
+    while candidates := [m for m in _called(found) if m not in tried and _holds_layers(m)]:
+        tried.add(candidates[0])
+        try:
+            finer = Chain(model, [*found.opened, candidates[0]], _graph(model, [*found.opened, candidates[0]]))
+        except CutError:
+            continue  # as one step it can stay
+        if len(finer.places) > len(found.places):
+            found = finer
+    return found
+
+
+def _called(found: Chain) -> Iterator[nn.Module]:
+    return (found.model.get_submodule(n.target) for n in found.graph.nodes if n.op == "call_module")
+
+
+def _holds_layers(module: nn.Module) -> bool:
+    """A list of modules, or one that has a list of modules that have modules inside: stages, encoders, trunks."""
+    lists = [m for m in module.children() if isinstance(m, (nn.Sequential, nn.ModuleList)) and len(m) > 1]
+    return type(module) is nn.Sequential or any(all(layer._modules for layer in layers) for layers in lists)
+
+
+class _Tracer(fx.Tracer):
+    """Follows the forward passes of `opened`. Arguments behind the first keep their defaults."""
+
+    def __init__(self, opened: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.opened = set(opened)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return m not in self.opened
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
+
+
+def _graph(model: nn.Module, opened: list[nn.Module]) -> fx.Graph:
+    """The forward pass as one graph for both modes: where a function is told the mode, the half's own mode is read."""
+    before = [module.training for module in opened]
+    graphs = []
+    try:
+        for mode in (False, True):
+            for module in opened:
+                module.training = mode
+            graphs.append(_Tracer(opened).trace(model))
+    except Exception as error:  # whatever a forward pass does with a value that is none yet
+        message = str(error).strip().split("\n")[0]
+        raise CutError(f"cannot follow the forward pass of {type(model).__name__}: {message}") from error
+    finally:
+        for module, mode in zip(opened, before, strict=True):
+            module.training = mode
+    evaluating, training = graphs
+    other = CutError(
+        f"the forward pass of {type(model).__name__} is another one in train mode than in eval mode: build it without "
+        "what runs in one of them only, such as auxiliary classifiers"
+    )
+    pairs = list(zip(evaluating.nodes, training.nodes, strict=False))
+    if len(evaluating.nodes) != len(training.nodes) or any((a.op, a.target) != (b.op, b.target) for a, b in pairs):
+        raise other
+    same = {b: a for a, b in pairs}
+    flags: list[fx.Node] = []
+
+    def merged(a: Any, b: Any) -> Any:
+        if isinstance(a, fx.Node):
+            if same.get(b) is not a:
+                raise other
+            return a
+        if a is False and b is True:
+            if not flags:
+                with evaluating.inserting_before(pairs[0][0]):
+                    flags.append(evaluating.create_node("get_attr", "training"))
+            return flags[0]
+        if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+            return type(a)(merged(x, y) for x, y in zip(a, b, strict=True))
+        if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+            return {key: merged(a[key], b[key]) for key in a}
+        if isinstance(a, slice) and isinstance(b, slice):
+            return slice(*(merged(x, y) for x, y in zip(_ends(a), _ends(b), strict=True)))
+        if type(a) is not type(b) or a != b:
+            raise other
+        return a
+
+    for a, b in pairs:
+        a.args, a.kwargs = merged(a.args, b.args), merged(a.kwargs, b.kwargs)
+    return evaluating
+
+
+def _ends(value: slice) -> tuple[Any, Any, Any]:
+    return value.start, value.stop, value.step
