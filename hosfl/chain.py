@@ -101,7 +101,7 @@ def chain(model: nn.Module, at: str | None = None) -> Chain:
             finer = Chain(model, [*found.opened, candidates[0]], _graph(model, [*found.opened, candidates[0]]))
         except CutError:
             continue  # as one step it can stay
-        if len(finer.places) > len(found.places):
+        if len(finer.places) > len(found.places) - isinstance(candidates[0], nn.Sequential):
             found = finer
     return found
 
@@ -113,7 +113,8 @@ def _called(found: Chain) -> Iterator[nn.Module]:
 def _holds_layers(module: nn.Module) -> bool:
     """A list of modules, or one that has a list of modules that have modules inside: stages, encoders, trunks."""
     lists = [m for m in module.children() if isinstance(m, (nn.Sequential, nn.ModuleList)) and len(m) > 1]
-    return type(module) is nn.Sequential or any(all(layer._modules for layer in layers) for layers in lists)
+    of_layers = type(module) is nn.Sequential and any(True for _ in module.parameters())
+    return of_layers or any(all(layer._modules for layer in layers) for layers in lists)
 
 
 class _Tracer(fx.Tracer):

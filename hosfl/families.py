@@ -32,8 +32,9 @@ class Family:
     by another name. inputs: the name of the model's first argument. decoder: whether it predicts the next word.
 
     first: a module of the trunk that runs behind the first layer only. shared: in the first layer, what makes a tensor
-    that every layer gets from the one before; then each half has one of its own, as with tied weights. through: the
-    trunk cannot run without a layer, so that one that changes nothing stands in.
+    that every layer gets from the one before; then each half has one of its own, as with tied weights. dropout: the
+    trunk's, where it runs in front of the first layer and again behind the last. through: the trunk cannot run without
+    a layer, so that one that changes nothing stands in.
     """
 
     layers: tuple[str, ...] = ("layers",)
@@ -45,6 +46,7 @@ class Family:
     decoder: bool = False
     first: str = ""
     shared: str = ""
+    dropout: str = ""
     through: bool = False
 
 
@@ -73,6 +75,7 @@ FAMILIES = {
         trunk="encoder",
         beside=("shared",),
         shared="layer.0.SelfAttention.relative_attention_bias",
+        dropout="dropout",
     ),
     "resnet": Family(layers=("encoder.stages",), before=("embedder",), after=("pooler",), inputs="pixel_values"),
     "vit": Family(
@@ -128,6 +131,10 @@ def cut_transformer(model: nn.Module, at: int) -> tuple[nn.Module, nn.Module]:
     mine = replaced(trunk, where, nn.ModuleList(layers[:at] or stand_in))
     for name in present(mine, family.after):
         mine = replaced(mine, name, nn.Identity())
+    if family.dropout:
+        embedding, dropout = (trunk.get_submodule(name) for name in (family.before[0], family.dropout))
+        mine = replaced(mine, family.before[0], nn.Sequential(embedding, dropout))
+        mine = replaced(mine, family.dropout, nn.Identity())
     if family.first and not at:
         mine = replaced(mine, family.first, None)
     mine.config = _config(trunk, 0, at)
@@ -215,7 +222,8 @@ def skeleton(name: str, batch: int, length: int) -> tuple[nn.Module, dict[str, T
     """
     transformers = _transformers()
     config = transformers.AutoConfig.from_pretrained(name)
-    config._attn_implementation = "eager"  # the others look at the mask's values, which the meta device has not
+    # The others look at values, which the meta device has not: of masks, of experts' choices.
+    config._attn_implementation, config._experts_implementation = "eager", "batched_mm"
     wanted = (config.architectures or [""])[0]
     make = getattr(transformers, wanted, None)
     with torch.device("meta"):
@@ -223,6 +231,7 @@ def skeleton(name: str, batch: int, length: int) -> tuple[nn.Module, dict[str, T
         if getattr(model, "main_input_name", "") == "pixel_values":
             size = getattr(config, "image_size", 224)
             return model, {"pixel_values": torch.empty(batch, getattr(config, "num_channels", 3), size, size)}
+        model.warn_if_padding_and_no_attention_mask = lambda *args: None  # looks at tokens
         longest = getattr(config, "max_position_embeddings", length)
         tokens = torch.zeros(batch, min(length, longest), dtype=torch.int64)
         # The meta device has no values to look at: encoders look at a mask's, decoders make one where none is given.

@@ -42,7 +42,7 @@ def verify_halves(model: nn.Module, halves: Any, inputs: Inputs) -> None:
     Raises CutError, which names where the difference begins, and for a cut or an output that is not one tensor;
     ExampleError for an example that the model does not take.
     """
-    owners = _owners(model, halves)
+    owned = owners(model, halves)
     modules = {*model.modules(), *halves.client.modules(), *halves.server.modules()}
     with _undisturbed(modules, model):
         try:
@@ -54,7 +54,7 @@ def verify_halves(model: nn.Module, halves: Any, inputs: Inputs) -> None:
         if not torch.isfinite(whole.output).all():
             raise ExampleError(f"{_name(model)} makes infinite or NaN outputs of the example")
         try:
-            parts = _Pass.of(lambda: halves(inputs), owners)
+            parts = _Pass.of(lambda: halves(inputs), owned)
         except (CutError, ValueError):
             raise
         except Exception as error:
@@ -65,7 +65,7 @@ def verify_halves(model: nn.Module, halves: Any, inputs: Inputs) -> None:
         names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         summed: dict[Tensor, float] = {}
         for parameter, (sketch, _) in parts.gradients.items():
-            summed[owners[parameter]] = summed.get(owners[parameter], 0.0) + sketch
+            summed[owned[parameter]] = summed.get(owned[parameter], 0.0) + sketch
         longest = max((norm for _, norm in whole.gradients.values()), default=0.0)
         for parameter in {**whole.gradients, **summed}:
             sketch, norm = whole.gradients.get(parameter, (0.0, 0.0))
@@ -91,10 +91,10 @@ def _call_whole(model: nn.Module, inputs: Inputs) -> Any:
         return call(model, inputs)
 
 
-def _owners(model: nn.Module, halves: Any) -> dict[Tensor, Tensor]:
+def owners(model: nn.Module, halves: Any) -> dict[Tensor, Tensor]:
     """The model's parameter of each of the halves': itself, or for weights tied across the cut the one it copies."""
     mine: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-    owners: dict[Tensor, Tensor] = {}
+    found: dict[Tensor, Tensor] = {}
     for side, half in (("client", halves.client), ("server", halves.server)):
         for name, parameter in half.named_parameters():
             like = [p for p in mine if p.shape == parameter.shape and p.dtype == parameter.dtype]
@@ -102,8 +102,8 @@ def _owners(model: nn.Module, halves: Any) -> dict[Tensor, Tensor]:
             if not copies:
                 raise CutError(f"the halves are not {_name(model)}: it has no parameter like the {side} half's {name}")
             # Of several that are equal, such as new normalisations, the one whose name ends alike.
-            owners[parameter] = max(copies, key=lambda p: _alike(mine[p], name))
-    return owners
+            found[parameter] = max(copies, key=lambda p: _alike(mine[p], name))
+    return found
 
 
 def _alike(name: str, other: str) -> int:
@@ -207,7 +207,7 @@ def _first_difference(model: nn.Module, halves: Any, inputs: Inputs) -> str:
     """Where the halves leave the model's way, by watching the modules that are in both run once more."""
     names = {module: name for name, module in model.named_modules() if name}
     shared = {m for half in (halves.client, halves.server) for m in half.modules() if m in names}
-    held = set(_owners(model, halves).values())
+    held = set(owners(model, halves).values())
     whole = _watched(names, lambda: _call_whole(model, inputs))
     parts = _watched(shared, lambda: halves(inputs))
     calls: dict[tuple[nn.Module, str], list[Any]] = {}
