@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -499,13 +500,18 @@ def _join(*names: str) -> str:
     return ".".join(name for name in names if name)
 
 
+def has(module: nn.Module, path: str) -> bool:
+    """Whether there is a submodule at the path."""
+    try:
+        module.get_submodule(path)
+        return True
+    except AttributeError:
+        return False
+
+
 def _first(module: nn.Module, paths: Sequence[str]) -> str:
-    for path in paths:
-        try:
-            module.get_submodule(path)
-            return path
-        except AttributeError:
-            continue
+    for path in filter(partial(has, module), paths):
+        return path
     raise TypeError(f"{type(module).__name__} has none of {', '.join(paths)}: a version of transformers not known here")
 
 

@@ -32,6 +32,7 @@ from hosfl.families import (
     copied,
     cut_transformer,
     example_inputs,
+    has,
     replaced,
     transformer_layers,
     waves,
@@ -103,7 +104,7 @@ def split(model: nn.Module, at: int | str, *, example: Inputs | None = None, ver
     """
     inner = _inside(model)
     way = _way(inner)
-    if isinstance(at, str) and at not in way.places and way.finer and at in dict(inner.named_modules()):
+    if isinstance(at, str) and at not in way.places and way.finer and has(inner, at):
         found = chain(inner, at)
         _refuse_hooks(found.model, found.opened)
         halves = _halves(*found.cut(at))
@@ -193,12 +194,14 @@ def _way(model: nn.Module) -> _Way:
             f"cannot cut a {type(model).__name__}: of transformers' families known are {', '.join(FAMILIES)}; for all "
             "else build a SplitModel of two modules"
         )
-    found = chain(model)
-    if not found.places:
+    try:
+        found = chain(model)
+        if not found.places:
+            raise CutError("nowhere in its forward pass one tensor alone goes from module to module")
+    except CutError as error:
         raise CutError(
-            f"cannot cut a {type(model).__name__}: nowhere in its forward pass one tensor alone goes from module to "
-            f"module; build a SplitModel of two modules of your own{_hint(model)}"
-        )
+            f"cannot cut a {type(model).__name__}: {error}; build a SplitModel of two modules of your own{_hint(model)}"
+        ) from error
     _refuse_hooks(model, found.opened)
     named = {number: name for name, number in found.places.items()}
     return _Way(found.places, lambda number: found.cut(named[number]))

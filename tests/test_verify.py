@@ -1,0 +1,365 @@
+"""Halves that are not the model are found out, and what cannot be cut is refused."""
+
+import copy
+from importlib import import_module
+
+import peft
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers as hf
+from accelerate import dispatch_model
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hosfl.chain import CutError
+from hosfl.families import FAMILIES, example_inputs
+from hosfl.split import SplitModel, cut_points, split
+from hosfl.verify import verify_halves
+from tests.test_split import IMAGES, TEXT, ResNet, image_model, output, text, text_model
+
+SPLIT = import_module("hosfl.split")  # `hosfl.split` is the function
+
+
+def model_of(family, head="classifier"):
+    return text_model(family, head) if family in TEXT else image_model(family)
+
+
+def adapted(model):
+    """LoRA beside every linear layer of the trunk, its weights not zero."""
+    settings = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+    torch.manual_seed(1)
+    return peft.get_peft_model(model, settings).eval()
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", TEXT)
+def test_every_family_is_verified_at_every_cut(family, attention):
+    model = text_model(family, "classifier")
+    if attention == "sdpa" and not model._supports_sdpa:
+        assert family in ("deberta-v2", "gemma2")
+        return
+    model.set_attn_implementation(attention)
+    model = adapted(model)
+    pad = model.config.pad_token_id or 0
+    for point in cut_points(model):
+        halves = split(model, point.at)
+        with torch.no_grad():
+            for padding in ("left", "right"):
+                assert torch.equal(halves(text(padding, pad)), output(model, text(padding, pad)))
+
+
+@pytest.mark.parametrize("family", IMAGES)
+def test_every_image_family_is_verified_at_every_cut(family):
+    model = image_model(family)
+    assert all(split(model, point.at) for point in cut_points(model))
+
+
+# --- faults ------------------------------------------------------------------------------------------------------
+
+
+def other_weight(half):
+    """One element of one weight, 1.0001 times as large."""
+    own = copy.deepcopy(half)
+    with torch.no_grad():
+        values = next(p for p in own.parameters() if p.dim() > 1 and p.any()).view(-1)
+        values[values.nonzero()[0]] *= 1.0001
+    return own
+
+
+class Scaled(nn.Module):
+    def __init__(self, half):
+        super().__init__()
+        self.inner = half
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs) * 1.0001
+
+
+class Forgets(Scaled):
+    """Runs without the mask."""
+
+    def forward(self, *args, attention_mask=None, **kwargs):
+        return self.inner(*args, **kwargs)
+
+
+class Detached(Scaled):
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs).detach()
+
+
+class Drops(Scaled):
+    """In train mode only."""
+
+    def forward(self, *args, **kwargs):
+        return F.dropout(self.inner(*args, **kwargs), 0.5, self.training)
+
+
+FAULTS = {
+    "a weight of the client": lambda h: SplitModel(other_weight(h.client), h.server),
+    "a weight of the server": lambda h: SplitModel(h.client, other_weight(h.server)),
+    "the cut is scaled": lambda h: SplitModel(Scaled(h.client), h.server),
+    "the output is scaled": lambda h: SplitModel(h.client, Scaled(h.server)),
+    "no gradient for the client": lambda h: SplitModel(Detached(h.client), h.server),
+    "dropout": lambda h: SplitModel(Drops(h.client), h.server),
+}
+ON_TEXT = {
+    "no mask at the client": lambda h: SplitModel(Forgets(h.client), h.server),
+    "no mask at the server": lambda h: SplitModel(h.client, Forgets(h.server)),
+}
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, *ON_TEXT])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_fault_is_found(family, fault, monkeypatch):
+    if fault in ON_TEXT and family in IMAGES:
+        return
+    model, damage, cut = model_of(family), {**FAULTS, **ON_TEXT}[fault], SPLIT._halves
+    monkeypatch.setattr(SPLIT, "_halves", lambda *halves: damage(cut(*halves)))
+    with pytest.raises((CutError, ValueError), match=r"the halves are not|\(there is none\)"):
+        split(model, 2)
+    split(model, 2, verify=False)
+
+
+@pytest.mark.parametrize("side", ["client", "server"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layer_left_out_is_found_and_named(family, side):
+    model = model_of(family)
+    path = cut_points(model)[0].name.rpartition(".")[0]
+    halves = split(model, 2)
+    half = halves.client.trunk if side == "client" else halves.server.model
+    names = [name for name, m in half.named_modules() if isinstance(m, nn.ModuleList) and path.endswith(name) and name]
+    layers = half.get_submodule(names[0])
+    del layers[1 if side == "client" else 0]
+    gone = 1 if side == "client" else 2
+    with pytest.raises(CutError, match=f"begins (at|before|in) {path}.{gone}|do not run"):
+        verify_halves(model, halves, example_inputs(model))
+
+
+def test_faults_in_a_chain_are_found():
+    torch.manual_seed(0)
+    model = ResNet(False)
+    for fault, damage in FAULTS.items():
+        halves = damage(split(model, "layer2.0"))
+        with pytest.raises(CutError, match="the halves are not"):
+            verify_halves(model, halves, torch.randn(2, 3, 32, 32))
+        assert fault
+    halves = split(model, "layer2.0")
+    halves.server.layer3.add_module("0", nn.AvgPool2d(2))
+    with pytest.raises(CutError, match=r"begins at layer3\.0, which neither half has"):
+        verify_halves(model, halves, torch.randn(2, 3, 32, 32))
+
+
+# --- what it costs, and leaves --------------------------------------------------------------------------------------
+
+
+class Passes(nn.Module):
+    """Counts what goes through."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.forwards, self.backwards = nn.Parameter(torch.ones(1)), 0, 0
+
+    def forward(self, x):
+        self.forwards += 1
+        y = x * self.weight
+        if y.requires_grad:
+            y.register_hook(lambda gradient: setattr(self, "backwards", self.backwards + 1))
+        return y
+
+
+def test_two_forward_and_two_backward_passes():
+    stages = [Passes() for _ in range(4)]
+    halves = split(nn.Sequential(*stages), 2, example=torch.randn(3, 4))
+    assert [(s.forwards, s.backwards) for s in stages] == [(2, 2)] * 4
+    assert split(nn.Sequential(*stages), 2, verify=False).client[0] is halves.client[0]
+    assert stages[0].forwards == 2
+
+
+class Nothing(TorchDispatchMode):
+    """Fails for every operation but copies, which have no numbers here."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is torch.ops.aten.clone.default
+        assert args[0].device.type == "meta"
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_is_computed_on_the_meta_device():
+    with torch.device("meta"):
+        models = [hf.AutoModel.from_config(TEXT["llama"]), ResNet(False)]
+    with Nothing():
+        for model, at in zip(models, (1, "layer2.0"), strict=True):
+            split(model, at)
+
+
+def test_verification_leaves_no_trace():
+    torch.manual_seed(0)
+    model = ResNet(False).train()
+    model.conv1.eval()
+    model.bn1.weight.grad = torch.ones(8)
+    before, modes = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
+    random = torch.get_rng_state()
+    halves = split(model, "layer2.0")
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(model.bn1.weight.grad, torch.ones(8))
+    assert all(p.grad is None for name, p in model.named_parameters() if name != "bn1.weight")
+    assert halves.client.training
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+# --- what structure shows -------------------------------------------------------------------------------------------
+
+
+def dispatched():
+    return dispatch_model(text_model("llama"), {"": "cpu"}, force_hooks=True)
+
+
+def with_prompt(settings):
+    return peft.get_peft_model(text_model("llama", "words"), settings(task_type="CAUSAL_LM", num_virtual_tokens=4))
+
+
+def hooked(kind="register_forward_hook", path=""):
+    model = text_model("bert")
+    getattr(model.get_submodule(path), kind)(lambda *args: None)
+    return model
+
+
+def in_mixed_precision():
+    model = text_model("llama")
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    return model
+
+
+def compiled_in_place():
+    model = text_model("llama")
+    model.compile(backend="eager")
+    return model
+
+
+class OfTwo(nn.Module):
+    """A user's own head over a known trunk."""
+
+    def __init__(self):
+        super().__init__()
+        self.bert, self.head = text_model("bert"), nn.Linear(16, 2)
+
+    def forward(self, input_ids, attention_mask):
+        return self.head(self.bert(input_ids, attention_mask).pooler_output)
+
+
+REFUSED = {
+    "device map": (dispatched, "LlamaModel was replaced on the object.*remove_hook_from_module"),
+    "mixed precision": (in_mixed_precision, "was replaced on the object"),
+    "prompt tuning": (lambda: with_prompt(peft.PromptTuningConfig), "virtual tokens do not cross a cut"),
+    "prefix tuning": (lambda: with_prompt(peft.PrefixTuningConfig), "virtual tokens do not cross a cut"),
+    "p-tuning": (lambda: with_prompt(peft.PromptEncoderConfig), "virtual tokens do not cross a cut"),
+    "forward hook": (hooked, "BertModel, which has forward_hooks"),
+    "pre-hook inside": (lambda: hooked("register_forward_pre_hook", "encoder"), "encoder, which has forward_pre_hooks"),
+    "backward hook": (lambda: hooked("register_full_backward_hook"), "BertModel, which has backward_hooks"),
+    "compiled": (lambda: torch.compile(text_model("llama"), backend="eager"), "through OptimizedModule: cut the model"),
+    "compiled in place": (compiled_in_place, "LlamaModel, which is compiled"),
+    "data parallel": (lambda: nn.DataParallel(text_model("llama")), "through DataParallel: .* its module"),
+    "two outputs": (lambda: hf.BertForPreTraining(TEXT["bert"]), "prediction_logits, seq_relationship_logits"),
+    "encoder and decoder": (lambda: hf.T5Model(TEXT["t5"]), "has a decoder"),
+    "unknown family": (
+        lambda: hf.BloomModel(hf.BloomConfig(hidden_size=16, n_head=2, n_layer=2)),
+        "families known are",
+    ),
+    "two inputs": (OfTwo, "cannot cut a OfTwo: cannot follow .*; its bert, a BertModel, can be cut by itself"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_cut_is_refused(what):
+    make, match = REFUSED[what]
+    model = make()
+    with pytest.raises(CutError, match=match):
+        split(model, 1)
+
+
+def test_a_forward_bound_to_its_own_layer_is_no_trouble():
+    """As fused kernels set it, which copies of the layer keep."""
+    model = text_model("llama")
+    norm = model.layers[0].input_layernorm
+    norm.forward = type(norm).forward.__get__(norm)
+    halves = split(model, 1)
+    assert torch.equal(copy.deepcopy(halves.client)(**text("left")), halves.client(**text("left")))
+
+
+def test_an_example_of_the_user_s():
+    """Where the library has none, where its own does not fit, and one that does not fit."""
+    model = ResNet(False)
+    split(model, "layer2.0", example=torch.randn(2, 3, 32, 32))
+    with pytest.raises(ValueError, match=r"ResNet does not take the example: .*channels"):
+        split(model, "layer2.0", example=torch.randn(2, 1, 32, 32))
+    with pytest.raises(ValueError, match=r"a few samples are needed .*example="):
+        split(hf.BertForMultipleChoice(TEXT["bert"]), 1)
+    with pytest.raises(ValueError, match=r"must be \[batch, length\], got \[2, 1, 7\]"):
+        split(hf.BertForMultipleChoice(TEXT["bert"]), 1, example={"input_ids": torch.ones(2, 1, 7, dtype=torch.int64)})
+    lstm = nn.Sequential(nn.LSTM(4, 8), nn.Identity())
+    with pytest.raises(CutError, match="the client half makes a tuple"):
+        split(lstm, 1)(torch.randn(2, 3, 4))
+
+
+# --- what the call shows --------------------------------------------------------------------------------------------
+
+
+def test_a_classifier_that_looks_at_tokens_gets_the_mask_it_needs():
+    model, inputs = text_model("llama", "classifier"), text("right")
+    halves = split(model, 1)
+    with torch.no_grad():
+        assert torch.equal(halves(inputs), output(model, inputs))
+        assert torch.equal(halves({"input_ids": inputs["input_ids"][:1]}), output(model, text("none"))[:1])
+        with pytest.raises(
+            ValueError, match=r"sample 1 ends at token 4 .* and at 6 by its attention mask \(there is none"
+        ):
+            halves({"input_ids": inputs["input_ids"]})
+        looks = {
+            "input_ids": torch.where(inputs["input_ids"] == 0, 5, inputs["input_ids"]).index_fill(1, torch.tensor(6), 0)
+        }
+        with pytest.raises(ValueError, match="sample 0 ends at token 5"):
+            halves({**looks, "attention_mask": torch.ones(3, 7, dtype=torch.int64)})
+    words = text_model("llama", "words")  # looks at no token
+    with torch.no_grad():
+        assert torch.equal(split(words, 1)(looks), output(words, looks))
+
+
+def test_masks_that_do_not_cross_are_refused():
+    model, inputs = text_model("llama"), text("none")
+    square = torch.ones(3, 1, 7, 7).tril().bool()
+    halves = split(model, 1)
+    with pytest.raises(ValueError, match=r"must be \[batch, length\], got \[3, 1, 7, 7\]"):
+        halves({**inputs, "attention_mask": square})
+    with pytest.raises(ValueError, match=r"must be \[batch, length\], got \[3, 1, 7, 7\]"):
+        halves.server(torch.randn(3, 7, 16), attention_mask=square)
+
+
+def test_a_model_that_returns_tuples():
+    model = text_model("llama", "words")
+    model.config.return_dict = False
+    halves, inputs = split(model, 1), text("left")
+    with torch.no_grad():
+        assert torch.equal(halves(inputs), text_model("llama", "words")(**inputs).logits)
+    assert model.config.return_dict is False
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
+def test_checkpointed_activations_on_the_server(family):
+    model, inputs = text_model(family, "classifier"), text("left")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    halves = split(model, 1)
+    halves(inputs).square().sum().backward()
+    expected = {name: p.grad.clone() for name, p in halves.server.named_parameters()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    halves = split(model, 1)
+    halves.server.train()
+    halves(inputs).square().sum().backward()
+    for name, parameter in halves.server.named_parameters():
+        assert torch.allclose(parameter.grad, expected[name], rtol=1e-4, atol=1e-6), name
