@@ -97,11 +97,8 @@ def test_functions_between_modules_are_cut_with_them():
         halves = split(model, at, example=x)
         assert torch.equal(halves(x), model(x))
         assert {*halves.client.parameters(), *halves.server.parameters()} == {*model.parameters()}
-    assert [*dict(split(model, "second", verify=False).client.named_parameters())] == [
-        "shift",
-        "first.weight",
-        "first.bias",
-    ]
+    halves = split(model, "second", verify=False)
+    assert [name for name, _ in halves.client.named_parameters()] == ["shift", "first.weight", "first.bias"]
     halves.server.train()
     assert not torch.equal(halves(x), halves(x))
     for again in (copy.deepcopy(halves), pickle.loads(pickle.dumps(halves))):
@@ -119,7 +116,7 @@ def test_numbers_are_those_of_cut_points_and_names_may_lie_deeper():
             assert torch.equal(split(model, point.at)(x), model(x))
         assert torch.equal(split(model, "layer2")(x), model(x))
     with pytest.raises(
-        CutError, match=r"before layer2\.0\.conv1: one tensor must cross, and here it is layer1_1|getattr"
+        CutError, match=r"before layer2\.0\.shortcut: one tensor must cross, and here it is layer1, relu"
     ):
         split(model, "layer2.0.shortcut")
     with pytest.raises(ValueError, match=r"cut points are 1 \(bn1\), 2 \(relu\)"):
@@ -148,7 +145,7 @@ def test_sequences_with_a_forward_or_an_init_of_their_own():
     assert torch.equal(halves(x), model(x))
     bend = nn.Tanh()
     model = nn.Sequential(nn.Linear(4, 4), bend, nn.Linear(4, 4), bend, nn.Sequential(nn.Linear(4, 4), bend))
-    for at in (1, 2, 3, 4, "4.1"):
+    for at in (1, 2, 3, 4, "4.0"):
         assert torch.equal(split(model, at, example=x)(x), model(x))
     model.register_forward_hook(lambda module, given, output: output * 2)
     with pytest.raises(CutError, match="Sequential, which has forward_hooks"):

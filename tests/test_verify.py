@@ -144,9 +144,9 @@ def test_faults_in_a_chain_are_found():
         with pytest.raises(CutError, match="the halves are not"):
             verify_halves(model, halves, torch.randn(2, 3, 32, 32))
         assert fault
-    halves = split(model, "layer2.0")
-    halves.server.layer3.add_module("0", nn.AvgPool2d(2))
-    with pytest.raises(CutError, match=r"begins at layer3\.0, which neither half has"):
+    halves = split(model, "layer1.1")
+    halves.server.layer1.add_module("1", nn.Identity())
+    with pytest.raises(CutError, match=r"begins at layer1\.1, which neither half has"):
         verify_halves(model, halves, torch.randn(2, 3, 32, 32))
 
 
