@@ -31,7 +31,7 @@ class Chain:
         """The names of the modules before which one value crosses, and how many of them come before each."""
         calls: dict[str, fx.Node] = {}
         for node in self.graph.nodes:
-            if node.op == "call_module":
+            if node.op == "call_module" and node.target != MODE:
                 calls.setdefault(node.target, node)
         names = [name for name, node in calls.items() if len(self._crossing(node)) == 1]
         return {name: number for number, name in enumerate(names) if number}
@@ -41,7 +41,7 @@ class Chain:
         nodes = list(self.graph.nodes)
         at = nodes.index(first)
         used = {value for node in nodes[at:] for value in node.all_input_nodes}
-        return [node for node in nodes[:at] if node in used and node.op != "get_attr"]
+        return [node for node in nodes[:at] if node in used and not _anywhere(node)]
 
     def cut(self, name: str) -> tuple[nn.Module, nn.Module]:
         """The halves on either side of a module's first call. Raises CutError where more than one value crosses."""
@@ -61,8 +61,29 @@ class Chain:
         for node in nodes[at:]:
             server.take(node)
         client.graph.output(client.taken[crossing[0]])
-        names = [f"{type(self.model).__name__}{side}" for side in ("Client", "Server")]
-        return fx.GraphModule(self.model, client.graph, names[0]), fx.GraphModule(self.model, server.graph, names[1])
+        return self._module(client.graph, "Client"), self._module(server.graph, "Server")
+
+    def _module(self, graph: fx.Graph, side: str) -> nn.Module:
+        parts: dict[str, Any] = {}
+        for node in graph.nodes:
+            if node.op in ("call_module", "get_attr"):
+                owner, _, name = node.target.rpartition(".")
+                mode = node.target == MODE
+                parts[node.target] = Mode() if mode else getattr(self.model.get_submodule(owner), name)
+        half = fx.GraphModule(parts, graph, f"{type(self.model).__name__}{side}")
+        for module in (half, *(m for m in parts.values() if isinstance(m, Mode))):
+            module.training = self.model.training
+        return half
+
+
+MODE = "train_mode"  # the name of this module in a half
+
+
+class Mode(nn.Module):
+    """Says whether it is in train mode: a step, and no constant to whatever traces or pickles the half."""
+
+    def forward(self) -> bool:
+        return self.training
 
 
 class _Half:
@@ -75,13 +96,18 @@ class _Half:
         self.taken[value] = self.graph.placeholder("cut")
 
     def take(self, node: fx.Node) -> None:
-        if node.op != "get_attr":
+        if not _anywhere(node):
             self.taken[node] = self.graph.node_copy(node, self._value)
 
     def _value(self, node: fx.Node) -> fx.Node:
         if node not in self.taken:
             self.taken[node] = self.graph.node_copy(node, self._value)
         return self.taken[node]
+
+
+def _anywhere(node: fx.Node) -> bool:
+    """Whether a step reads what either half can read by itself."""
+    return bool(node.op == "get_attr" or node.target == MODE)
 
 
 def chain(model: nn.Module, at: str | None = None) -> Chain:
@@ -107,7 +133,9 @@ def chain(model: nn.Module, at: str | None = None) -> Chain:
 
 
 def _called(found: Chain) -> Iterator[nn.Module]:
-    return (found.model.get_submodule(n.target) for n in found.graph.nodes if n.op == "call_module")
+    return (
+        found.model.get_submodule(n.target) for n in found.graph.nodes if n.op == "call_module" and n.target != MODE
+    )
 
 
 def _holds_layers(module: nn.Module) -> bool:
@@ -165,7 +193,7 @@ def _graph(model: nn.Module, opened: list[nn.Module]) -> fx.Graph:
         if a is False and b is True:
             if not flags:
                 with evaluating.inserting_before(pairs[0][0]):
-                    flags.append(evaluating.create_node("get_attr", "training"))
+                    flags.append(evaluating.create_node("call_module", MODE))
             return flags[0]
         if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
             return type(a)(merged(x, y) for x, y in zip(a, b, strict=True))

@@ -215,7 +215,8 @@ def _first_difference(model: nn.Module, halves: Any, inputs: Inputs) -> str:
         calls.setdefault((module, what), []).append(seen)
     for module, what, seen in whole:
         if module not in shared:
-            if module._parameters and not held & set(module.parameters()):
+            weights = set(module.parameters())
+            if weights and not held & weights:
                 return f"it begins at {names[module]}, which neither half has"
             continue
         later = calls.get((module, what), [])
