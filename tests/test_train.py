@@ -26,7 +26,8 @@ QUICK = {"rounds": 12, "evaluate_every": 5, "batch": 16, "directions": 2}
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_and_its_files(tmp_path, method, seed, below):
     seen = []
-    config = Config(method=method, server_rate=0.03, client_rate=CLIENT_RATE.get(method), seed=seed, **QUICK)
+    rates = {"server_rate": 0.03, "client_rate": CLIENT_RATE.get(method)}
+    config = Config(method=method, seed=seed, **rates, **{**QUICK, "directions": 10})
     summary = train(config, tmp_path / "run", lambda *state: seen.append(state))
     assert [s[0] for s in seen] == list(range(1, 13))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
