@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 import hosfl_kernels as hk
-from hosfl_kernels.ops import BACKENDS, DISTRIBUTIONS, DTYPES
+from hosfl_kernels.ops import BACKENDS, DISPATCH, DISTRIBUTIONS, DTYPES
 
 if importlib.util.find_spec("safetensors") is None:
     # A machine may be lent without it and without an index to install it from. hosfl reads and writes files with it,
@@ -54,8 +54,7 @@ RECORDS, DIRECTIONS = 64, 5
 COPY = "copy float32"  # the roof
 LISTS = (1, 64, 300)  # tensors
 BATCH, TOKENS = 8, 128
-SECONDS = 1.0  # that a row may take, so far as that leaves it MOST repeats or fewer
-LEAST, MOST = 3, 20
+SECONDS, LEAST, MOST = 1.0, 3, 20  # how long a call is timed, and how often at least and at most
 
 Row = dict[str, Any]
 
@@ -232,7 +231,7 @@ def computed(call: Callable[[], object], draws: int) -> Row:
 
 
 def op_rows(backend: ModuleType, n: int) -> Iterator[tuple[str, Callable[[], Row]]]:
-    """(name, work) for every op of a backend: n elements to move, n / 8 where a row has many records."""
+    """(name, work) for every op of a backend, on n elements, on n / 8 where there are many records."""
     few = max(n // 8, 1)
     seeds, coefficients = list(range(RECORDS)), [SCALE] * RECORDS
     place: list[Any] = [[1.0], [0], [0]]
@@ -299,14 +298,16 @@ def list_rows(width: int) -> Iterator[tuple[str, Callable[[], Row]]]:
 def stack(width: int, layers: int, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
     """A transformer's layers in eval mode, and inputs for them."""
     torch.manual_seed(0)
+    kind: dict[str, Any] = {"batch_first": True, "device": DEVICE, "dtype": dtype}
     heads = max(1, width // 64)
-    block = [nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, batch_first=True) for _ in range(layers)]
-    model = nn.Sequential(*block).to(DEVICE, dtype).eval()
+    model = nn.Sequential(
+        *(nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, **kind) for _ in range(layers))
+    ).eval()
     return model, torch.randn(BATCH, TOKENS, width, device=DEVICE, dtype=dtype)
 
 
 def beside_forward(call: Callable[[], object], forward: Callable[[], object], passes: int, weights: int) -> Row:
-    """A row of what a caller waits for, in forward passes besides the `passes` that the call makes itself."""
+    """A row of what a caller waits for, beside as many forward passes as the call makes."""
     with torch.no_grad():
         alone, alone_bytes = wall_milliseconds(forward), extra_bytes(forward)
     ms = wall_milliseconds(call)
@@ -363,9 +364,7 @@ def all_rows(n: int, width: int, layers: int) -> Iterator[tuple[str, str, Callab
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--elements", type=int, metavar="N", help="of the large tensor; default: 2^29, on a CPU 2^22")
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="default: benchmarks/results/gpu.json, or gpu-none.json"
-    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default with a GPU: benchmarks/results/gpu.json")
     parser.add_argument("--quick", action="store_true", help="a sixteenth of the elements, and a small model")
     options = parser.parse_args(arguments)
     if not CUDA and options.out is None:
@@ -382,6 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not CUDA:
         print("no GPU here: the C++ kernels are timed by a clock, which says nothing about a GPU")
     facts = {"machine": machine(), "driver": driver(), "cuda": torch.version.cuda, "device": DEVICE, "elements": n}
+    facts["lists_and_steps_on"] = DISPATCH[DEVICE.upper()].__name__
     rows = Rows(out, facts)
     for row in all_rows(n, width, layers):
         rows.add(*row)
