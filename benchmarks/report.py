@@ -91,6 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     saved.unlink(missing_ok=True)
     passed = [measure(options.elements, threads, saved) for threads in options.threads]
     rows = [json.loads(line) for line in saved.read_text().splitlines()] if saved.exists() else []
+    if not rows:
+        raise SystemExit(f"nothing was measured: {result} is left as it was")
     # Memory does not depend on threads: once is enough.
     rows = [r for r in rows if "bytes" in r or r["threads"] == options.threads[0]]
     ratios(rows)

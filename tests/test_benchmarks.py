@@ -147,6 +147,16 @@ def test_rows_are_saved_when_a_benchmark_fails(tmp_path, monkeypatch, capfd):
     assert "bad" in capfd.readouterr().out
 
 
+def test_a_suite_that_measures_nothing_leaves_the_results_alone(tmp_path, monkeypatch):
+    before = [tmp_path / f"kernels-{device}.json" for device in ("cpu", "cuda")]
+    for path in before:
+        path.write_text("{}")
+    monkeypatch.setattr(report, "measure", lambda *arguments: False)
+    with pytest.raises(SystemExit, match="nothing was measured"):
+        report.main(["--out", str(tmp_path)])
+    assert [path.read_text() for path in before] == ["{}", "{}"]
+
+
 def test_only_projections_on_a_gpu_may_hold_more_than_a_megabyte(monkeypatch):
     """The sums of a seed and a tile: as many as the kernels make."""
     n = 16 * 2**20
