@@ -4,7 +4,7 @@ VENV ?= .venv
 OUT ?= runs/digits
 BIN := $(VENV)/bin
 
-.PHONY: train test test-slow bench tune studies results lint wheel clean
+.PHONY: train test test-slow test-learning bench tune studies results lint wheel clean
 
 # The main job: HO-SFL, first-order split learning and a frozen client on real digits, three seeds, one table.
 # The models are tiny: one thread is fastest.
@@ -12,11 +12,22 @@ train: $(VENV)/ready
 	rm -rf $(OUT)
 	OMP_NUM_THREADS=1 $(BIN)/hosfl compare --out $(OUT)
 
+# A process per core, and a file's tests in one of them: they share what they make once. OPTIONS goes to pytest, such as
+# OPTIONS="--isa avx2": the kernels' instruction set.
 test: $(VENV)/ready
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile $(OPTIONS)
 
 test-slow: $(VENV)/ready
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow $(OPTIONS)
+
+# What training comes to, with the instruction sets of other processors, on one thread and two, from five seeds; and how
+# far it is from its bounds.
+test-learning: $(VENV)/ready
+	for set in -uATEN_CPU_CAPABILITY ATEN_CPU_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=default; do \
+	  for threads in 1 2; do \
+	    env $$set $(BIN)/python -m pytest -m "learning and not slow" --seeds 5 --threads $$threads $(OPTIONS) || exit 1; \
+	  done; \
+	done
 
 # Throughput and memory of the kernels against their roof and their peers; steps of the optimizers beside MeZO's.
 bench: $(VENV)/ready

@@ -1,11 +1,15 @@
 """Options of the suites, and the tensors they work on."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 
 def pytest_addoption(parser):
     parser.addoption("--elements", type=int, default=64 * 2**20, help="elements of the tensor (default: 64 Mi)")
+    parser.addoption("--rows", type=Path, help="a file to add every benchmark's row to, as it ends: JSON lines")
 
 
 def pytest_generate_tests(metafunc):
@@ -16,3 +20,14 @@ def pytest_generate_tests(metafunc):
 @pytest.fixture
 def elements(request):
     return request.config.getoption("--elements")
+
+
+@pytest.fixture(autouse=True)
+def saved(request, benchmark):
+    """Adds a row to --rows, also where what was measured breaks an assertion: extra_info, and the best time."""
+    yield
+    path = request.config.getoption("--rows")
+    if path and benchmark.stats:
+        row = {**benchmark.extra_info, "threads": torch.get_num_threads(), "seconds": benchmark.stats.stats.min}
+        with path.open("a") as file:
+            file.write(json.dumps(row) + "\n")

@@ -23,8 +23,18 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _machine(result: dict[str, Any]) -> str:
+    """Processor, instruction sets and threads: those of the rows, where these were measured with several numbers.
+
+    A file from before machines had "instruction_sets" says which one our kernels used and not torch's, and may name
+    its processor vaguely. It is printed with what it says.
+    """
     m = result["machine"]
-    where = m["gpu"] or f"{m['processor']}, {m['cores']} cores"
+    used = m.get("instruction_sets") or {"hosfl": m["backends"]["cpp"].partition(" ")[0]}
+    numbers = {r["threads"] for r in result.get("rows", []) if "threads" in r} or {m["threads"]}
+    threads = f"{' and '.join(map(str, sorted(numbers)))} thread{'s' if numbers != {1} else ''}"
+    sets = ", ".join(f"{name} {isa}" for name, isa in used.items())
+    where = f"{m['processor']}, {m['cores']} cores, {threads}, instruction sets: {sets}"
+    where = f"{m['gpu']}; {where}" if m["gpu"] else where
     return f"{where}; Python {m['python']}, torch {m['torch']}, triton {m['triton']}, numpy {m['numpy']}."
 
 
@@ -59,7 +69,7 @@ def digits(result: dict[str, Any]) -> str:
         ),
         row("all clients and a newcomer hold the same bits", lambda m: "yes" if m["replicas_equal"] else "NO"),
     ]
-    return _table(["", *methods], rows) + "\n\n" + _machine(result)
+    return _machine(result) + "\n\n" + _table(["", *methods], rows)
 
 
 def ways(result: dict[str, Any]) -> str:
@@ -79,7 +89,7 @@ def ways(result: dict[str, Any]) -> str:
         for way, r in result["ways"].items()
     ]
     head = ["", "test accuracy", "test loss", "accuracy gap recovered", "loss gap recovered"]
-    return _table(head, rows) + f"\n\nSeeds {', '.join(map(str, result['seeds']))}. " + _machine(result)
+    return f"Seeds {', '.join(map(str, result['seeds']))}. {_machine(result)}\n\n{_table(head, rows)}"
 
 
 def tuning(result: dict[str, Any]) -> str:
@@ -96,7 +106,7 @@ def tuning(result: dict[str, Any]) -> str:
         for way, t in result["best"].items()
     ]
     head = ["", "server rate", "server weight decay", "client rate", "validation loss", "validation accuracy"]
-    return _table(head, rows)
+    return f"{_machine(result)}\n\n{_table(head, rows)}"
 
 
 def kernels(result: dict[str, Any]) -> str:
@@ -158,7 +168,7 @@ def memory(result: dict[str, Any]) -> str:
                 sizes = [row["weights"], row["peak_extra"], row["weights"] + row["peak_extra"]]
                 few.append([way, *(f"{size / 1e6:.1f}" for size in sizes)])
     stored = _table(["minilm: what moves, and how the rest is stored", "MB of weights", "MB above them", "sum"], few)
-    return f"{_machine(result)} One thread.\n\n{_table(head, facts + rows)}\n\n{stored}"
+    return f"{_machine(result)}\n\n{_table(head, facts + rows)}\n\n{stored}"
 
 
 def estimators(result: dict[str, Any]) -> str:

@@ -141,8 +141,33 @@ def peak_memory() -> dict[str, int]:
     return peaks
 
 
+def processor_name(cpuinfo: str) -> str | None:
+    """The first processor of a /proc/cpuinfo: the name it gives, if any, and the numbers that say which one it is.
+
+    A virtual machine's name may be "AMD EPYC" and no more, and on Arm there is none.
+    """
+    lines = (line.partition(":") for line in cpuinfo.partition("\n\n")[0].splitlines())
+    fields = {key.strip(): value.strip() for key, _, value in lines}
+    numbers = [
+        f"{label} {fields[key]}"
+        for label, key in (
+            ("vendor", "vendor_id"),
+            ("family", "cpu family"),
+            ("model", "model"),
+            ("stepping", "stepping"),
+            ("implementer", "CPU implementer"),
+            ("part", "CPU part"),
+        )
+        if key in fields
+    ]
+    return " ".join(filter(None, (fields.get("model name"), f"({', '.join(numbers)})" if numbers else None))) or None
+
+
 def machine() -> dict[str, Any]:
-    """What a number was measured on, for every results file."""
+    """What a number was measured on, for every results file.
+
+    processor: see `processor_name`. instruction_sets: what the C++ kernels use, and what torch's do. memory: bytes.
+    """
 
     def of(package: str) -> str | None:
         try:
@@ -150,21 +175,22 @@ def machine() -> dict[str, Any]:
         except PackageNotFoundError:
             return None
 
-    processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name")
-        ]
-        processor = names[0] if names else processor
+    processor = processor_name(cpuinfo.read_text()) if cpuinfo.exists() else None
+    found = backends()
     return {
-        "processor": processor,
+        "processor": processor or platform.processor() or platform.machine(),
+        "instruction_sets": {
+            "hosfl": (found["cpp"] or "").partition(" ")[0],
+            "torch": torch.backends.cpu.get_cpu_capability(),
+        },
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
-        "backends": backends(),
+        "backends": found,
         **{name: of(name) for name in ("hosfl", "torch", "triton", "numpy")},
     }
 

@@ -275,6 +275,8 @@ def _tuning(study: Study, found: dict[str, Any]) -> str:
 
 def _machine(m: dict[str, Any]) -> str:
     where = m["gpu"] or f"{m['processor']}, {m['cores']} cores"
+    sets = ", ".join(f"{name} {isa}" for name, isa in m.get("instruction_sets", {}).items())
+    where += f", instruction sets {sets}" if sets else ""  # older runs don't say
     packages = ", ".join(f"{p} {m[p]}" for p in ("hosfl", "torch", "triton", "numpy") if m.get(p))
     return f"{where}, {m['threads']} threads; {m['system']}, Python {m['python']}, {packages}."
 

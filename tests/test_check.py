@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from hosfl_kernels import check
 
 VECTORS = Path(__file__).parent / "noise_vectors.json"
 
@@ -17,15 +20,39 @@ def run(*arguments):
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-def test_all_backends_pass():
-    done = run("--vectors", VECTORS)
-    assert done.returncode == 0, done.stdout
-    assert "FAIL" not in done.stdout
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # cases have infinities
+def test_all_backends_pass(monkeypatch, capsys):
+    """Every vector, and a case of each op: all the cases are tests of test_ops.py, one each."""
+    cases = {case.op: case for case in check.CASES if case.n <= 1100}
+    monkeypatch.setattr(check, "CASES", list(cases.values()))
+    assert check.main(["--vectors", str(VECTORS)]) == 0
+    said = capsys.readouterr().out
+    assert "FAIL" not in said
+    assert said.endswith("all bits are right\n")
     for backend in ("numpy", "cpp", "triton"):
-        assert f"ok   {backend:6} perturb_ bfloat16 gaussian stochastic" in done.stdout
-        assert f"ok   {backend:6} philox" in done.stdout
+        assert f"ok   {backend:6} perturb_ bfloat16 gaussian stochastic" in said
+        assert f"ok   {backend:6} philox" in said
+    assert {op.split()[0] for op in cases} == {"perturb_", "replay_", "update_", "project"}
     for backend in ("cpp", "triton"):
-        assert f"ok   {backend:6} project of 33 bfloat16 gaussian" in done.stdout
+        assert all(f"ok   {backend:6} {op} " in said for op in cases)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled")
+@pytest.mark.parametrize("arguments", [[], ["--backend", "triton"]])
+def test_without_a_gpu_it_starts_again_with_the_interpreter(arguments, monkeypatch):
+    class StartedError(Exception):
+        pass
+
+    def execv(*command):
+        raise StartedError(*command)
+
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(os, "execv", execv)
+    with pytest.raises(StartedError) as started:
+        check.main(arguments)
+    command = [sys.executable, "-m", "hosfl_kernels.check", *arguments]
+    assert started.value.args == (sys.executable, command)
+    assert os.environ["TRITON_INTERPRET"] == "1"
 
 
 @pytest.mark.parametrize("backend", ["numpy", "cpp"])

@@ -245,13 +245,14 @@ def quantised(how):
     return model
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("settings", [{}, {"dist": "gaussian", "momentum": 0.5}])
 @pytest.mark.parametrize("how", ["by hand", "torchao", "bitsandbytes"])
 @pytest.mark.filterwarnings("ignore")
-def test_quantised_backbones_stay_and_the_rest_learns(how, settings, tmp_path):
+def test_quantised_backbones_stay_and_the_rest_learns(how, settings, tmp_path, seed, below):
     model, base, other = quantised(how), quantised(how), quantised(how)
     x = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
-    optimizer = ZOSGD(model.named_parameters(), 0.02, model=model, **settings)
+    optimizer = ZOSGD(model.named_parameters(), 0.02, model=model, seed=seed, **settings)
     with torch.no_grad():
         was, before = model[0](x), model(x).square().mean()
     if how == "by hand":
@@ -263,9 +264,9 @@ def test_quantised_backbones_stay_and_the_rest_learns(how, settings, tmp_path):
             was = model[0](x)
     else:
         model[0].bias.requires_grad_(False)
-    for _ in range(30):
+    for _ in range(60):
         loss = optimizer.step(lambda: model(x).square().mean())
-    assert loss < 0.7 * before
+    below(loss / before, 0.7)
     assert torch.equal(model[0](x), was)
     optimizer.log.save(tmp_path / "log")
     rebuild(base, tmp_path / "log")

@@ -29,6 +29,10 @@ def test_the_backends_that_must_be_here_are_here():
     assert hk.backends()["triton"] is not None or not torch.cuda.is_available()
 
 
+def test_the_instruction_set_is_the_one_asked_for(pytestconfig):
+    assert _cpp.isa() == (pytestconfig.getoption("--isa") or _cpp.supported()[-1])
+
+
 @pytest.mark.parametrize("case", check.CASES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_case(backend, case):

@@ -141,15 +141,16 @@ def test_what_must_hold_is_checked():
     assert len(optim.misses(parts(coarse=float("nan")))) == 1
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("way", curves.WAYS)
-def test_every_way_learns_digits(way, monkeypatch):
+def test_every_way_learns_digits(way, monkeypatch, seed, below):
     it = curves.task("digits")
     monkeypatch.setattr(curves, "task", lambda name: dataclasses.replace(it, steps=20))
-    result = curves.run(("digits", way, it.rates[way], 0, True))
+    result = curves.run(("digits", way, it.rates[way], seed, True))
     assert result["failure"] is None
     assert len(result["curve"]) == 21
     assert result["curve"][-1] == (20, result["validation_loss"])
-    assert result["validation_loss"] < result["curve"][0][1]
+    below(result["validation_loss"] / result["curve"][0][1], 0.98)
     assert 0 <= result["test_accuracy"] <= 1
 
 

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -193,23 +194,26 @@ def learning(**settings: Any) -> Config:
 
 
 @pytest.fixture(scope="module")
-def frozen_loss() -> float:
-    return train(Config(**vars(learning()) | {"method": "frozen"})).loss
+def frozen_loss(seed: int) -> float:
+    return train(Config(**vars(learning(seed=seed)) | {"method": "frozen"})).loss
 
 
 @pytest.fixture(scope="module")
-def honest_loss() -> float:
-    return simulate(learning(), Faults()).loss
+def honest_loss(seed: int) -> float:
+    return simulate(learning(seed=seed), Faults()).loss
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("aggregation", ["median", "trimmed"])
 def test_one_liar_of_ten_does_not_stop_a_robust_aggregation(
-    aggregation: str, frozen_loss: float, honest_loss: float
+    aggregation: str, frozen_loss: float, honest_loss: float, seed: int, below: Callable[..., None]
 ) -> None:
-    outcome = simulate(learning(aggregation=aggregation), Faults(byzantine=0.1, magnitude=1e6))
-    assert outcome.accuracy > 0.8
-    # More than half of what learning on the clients brings, against a client half that never learns.
-    assert frozen_loss - outcome.loss > 0.5 * (frozen_loss - honest_loss) > 0.03
+    outcome = simulate(learning(aggregation=aggregation, seed=seed), Faults(byzantine=0.1, magnitude=1e6))
+    below(1 - outcome.accuracy, 0.2, "errors")
+    # What learning on the clients brings, against a client half that never learns; and how much of it is lost.
+    brought = frozen_loss - honest_loss
+    below(-brought, -0.06, "what learning brings, negative")
+    below((outcome.loss - honest_loss) / brought, 0.5, "share that is lost")
 
 
 @pytest.mark.parametrize("aggregation", ["weighted", "uniform"])
@@ -222,9 +226,13 @@ def test_one_liar_of_ten_breaks_the_mean(aggregation: str, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_one_liar_of_ten_breaks_the_mean_of_normalised_steps(frozen_loss: float) -> None:
+@pytest.mark.learning
+def test_one_liar_of_ten_breaks_the_mean_of_normalised_steps(
+    frozen_loss: float, seed: int, below: Callable[..., None]
+) -> None:
     """They stay on the lattice, and go nowhere: worse than a client half that never learns."""
-    assert simulate(learning(rule="normalized", client_rate=0.2), Faults(byzantine=0.1)).loss > frozen_loss
+    lied_to = simulate(learning(rule="normalized", client_rate=0.2, seed=seed), Faults(byzantine=0.1))
+    below(frozen_loss / lied_to.loss, 1)
 
 
 # --- every knob ---------------------------------------------------------------------------------------------------

@@ -301,8 +301,9 @@ def test_tasks_train_and_replay(task, kind, models, tmp_path):
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("task", ["sst2", "rte"])
-def test_a_decoder_learns_its_words(task, models, tmp_path):
+def test_a_decoder_learns_its_words(task, models, tmp_path, seed, below):
     settings = Config(
         **{**SETTINGS, "rounds": 40, "evaluate_every": 40, "batch": 16},
         task=task,
@@ -310,8 +311,9 @@ def test_a_decoder_learns_its_words(task, models, tmp_path):
         model=str(models / "decoder"),
         method="first-order",
         partition="iid",
+        seed=seed,
     )
-    assert train(settings).accuracy > 0.9
+    below(1 - train(settings).accuracy, 0.1)
 
 
 def test_the_classifier_gets_the_whole_model_s_texts(models, tmp_path):

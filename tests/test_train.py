@@ -22,15 +22,17 @@ CLIENT_RATE = {"splitfed": 0.2, "hosl": 0.2, "mu-splitfed": 0.04}  # where none 
 QUICK = {"rounds": 12, "evaluate_every": 5, "batch": 16, "directions": 2}
 
 
+@pytest.mark.learning
 @pytest.mark.parametrize("method", METHODS)
-def test_a_run_and_its_files(tmp_path, method):
+def test_a_run_and_its_files(tmp_path, method, seed, below):
     seen = []
-    config = Config(method=method, server_rate=0.03, client_rate=CLIENT_RATE.get(method), **QUICK)
+    rates = {"server_rate": 0.03, "client_rate": CLIENT_RATE.get(method)}
+    config = Config(method=method, seed=seed, **rates, **{**QUICK, "directions": 10})
     summary = train(config, tmp_path / "run", lambda *state: seen.append(state))
     assert [s[0] for s in seen] == list(range(1, 13))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["round"] for line in lines] == [0, 5, 10, 12]
-    assert lines[-1]["loss"] < lines[0]["loss"]
+    below(lines[-1]["loss"] / lines[0]["loss"], 1)
     saved = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert saved["accuracy"] == summary.accuracy == lines[-1]["accuracy"]
     assert saved["config"]["method"] == method

@@ -1,0 +1,394 @@
+"""The first hour on a new GPU in one command: are the bits right, and how fast is everything?
+
+    python -m benchmarks.gpu [--elements N] [--out FILE] [--quick]
+
+Starts with the self-check, and measures nothing where a bit is wrong. Then a row each for: the roof (a copy, and `add_`
+per dtype), every op of every backend on one large tensor, lists of tensors of LoRA's size, a step of ZOSGD beside its
+forward passes, a client's probes beside theirs. What a call takes of the GPU's memory stands in its row. A row is
+printed and saved as it comes; one that fails is saved with its error, and the others go on. Exits with 1 if any failed.
+
+Times are medians. On a GPU they are those of the device, between events; those of the host are named so. Without a GPU
+a clock times the C++ kernels: that tries this file out, and says nothing about a GPU. Sized for ten minutes of an H100.
+
+Needs torch, numpy and this repository, and on a GPU triton: nothing else that `make bench` needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import pairwise, product
+from pathlib import Path
+from statistics import median
+from types import ModuleType
+from typing import Any
+from unittest.mock import MagicMock
+
+import torch
+from torch import Tensor, nn
+
+import hosfl_kernels as hk
+from hosfl_kernels.ops import BACKENDS, DISPATCH, DISTRIBUTIONS, DTYPES
+
+if importlib.util.find_spec("safetensors") is None:
+    # A machine may be lent without it and without an index to install it from. hosfl reads and writes files with it,
+    # and none of those is touched here.
+    sys.modules["safetensors"] = sys.modules["safetensors.torch"] = MagicMock()
+
+from hosfl.checkpoint import write_atomically
+from hosfl.optim import ZOSGD
+from hosfl.probe import evaluating, probe_in_place, probe_untouched, trainable
+from hosfl.report import machine
+
+ROOT = Path(__file__).parent.parent
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+SCALE = 1e-3
+RECORDS, DIRECTIONS = 64, 5
+COPY = "copy float32"  # the roof
+LISTS = (1, 64, 300)  # tensors
+BATCH, TOKENS = 8, 128
+SECONDS, LEAST, MOST = 1.0, 3, 20  # how long a call is timed, and how often at least and at most
+
+Row = dict[str, Any]
+
+
+# --- what is right, and where we are ------------------------------------------------------------------------------
+
+
+def check() -> str | None:
+    """The self-check of every backend that this machine has: None, or what is wrong."""
+    command = [sys.executable, "-m", "hosfl_kernels.check", f"--vectors={ROOT / 'tests' / 'noise_vectors.json'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode == 0:
+        return None
+    wrong = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
+    return "\n".join([*wrong[:20], f"{len(wrong)} cases are wrong"]) if wrong else done.stdout + done.stderr
+
+
+def driver() -> str | None:
+    """The version of the GPU's driver."""
+    try:
+        return Path("/sys/module/nvidia/version").read_text().strip()
+    except OSError:
+        return None
+
+
+def backends() -> list[str]:
+    """Those that a row can be measured on: where there is a GPU, those that run on it."""
+    return [name for name in ("triton", "cuda") if BACKENDS[name].describe()] if CUDA else ["cpp"]
+
+
+# --- time and memory ----------------------------------------------------------------------------------------------
+
+
+def synchronize() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def clocked(call: Callable[[], object]) -> float:
+    """Seconds from the call to the end of what it started."""
+    synchronize()
+    begin = time.perf_counter()
+    call()
+    synchronize()
+    return time.perf_counter() - begin
+
+
+def repeats(call: Callable[[], object]) -> int:
+    """How often to time a call, which has then been made twice: its kernel is compiled, and its tables are there."""
+    call()
+    return min(max(int(SECONDS / max(clocked(call), 1e-9)), LEAST), MOST)
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    """Of the device alone, median. On a GPU the calls queue behind a wait, so that the host, if it can, is ahead."""
+    times = repeats(call)
+    if not CUDA:
+        return 1e3 * median(clocked(call) for _ in range(times))
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
+    synchronize()
+    torch.cuda._sleep(40_000_000)  # cycles, some 20 ms
+    for event in events[:-1]:
+        event.record()
+        call()
+    events[-1].record()
+    synchronize()
+    return median(a.elapsed_time(b) for a, b in pairwise(events))
+
+
+def wall_milliseconds(call: Callable[[], object]) -> float:
+    """Of host and device together, median: what a caller waits for."""
+    return 1e3 * median(clocked(call) for _ in range(repeats(call)))
+
+
+def host_microseconds(call: Callable[[], object]) -> float:
+    """What the host needs until the call returns, median; where nothing runs beside it that is all of the call."""
+
+    def one() -> float:
+        synchronize()
+        begin = time.perf_counter()
+        call()
+        return time.perf_counter() - begin
+
+    return 1e6 * median(one() for _ in range(repeats(call)))
+
+
+def extra_bytes(call: Callable[[], object]) -> int | None:
+    """How far a call raises what CUDA's allocator holds. None on the CPU."""
+    if not CUDA:
+        return None
+    synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+# --- the rows -----------------------------------------------------------------------------------------------------
+
+
+class Rows:
+    """What was measured so far, in a file that is whole after every row."""
+
+    def __init__(self, path: Path, facts: dict[str, Any]) -> None:
+        self.path, self.result = path, {**facts, "complete": False, "rows": []}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.save()
+
+    def save(self) -> None:
+        write_atomically(self.path, (json.dumps(self.result, indent=1) + "\n").encode())
+
+    def add(self, group: str, name: str, work: Callable[[], Row]) -> None:
+        """The row that `work` returns, or the error that it ended with."""
+        begin = time.perf_counter()
+        try:
+            row = work()
+        except Exception as error:
+            row = {"failed": f"{type(error).__name__}: {error}"}
+            if CUDA:
+                torch.cuda.empty_cache()
+        copied = next((r.get("GB/s") for r in self.result["rows"] if r["name"] == COPY), None)
+        if copied and "GB/s" in row:
+            row["of_copy"] = row["GB/s"] / copied
+        row = {"group": group, "name": name, **row, "seconds": round(time.perf_counter() - begin, 2)}
+        self.result["rows"].append(row)
+        self.save()
+        figures = {k: v for k, v in row.items() if k not in ("group", "name") and v is not None}
+        shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
+        print(f"{group:6} {name:44}", *shown, sep="  ", flush=True)
+
+    def end(self) -> int:
+        """How many failed."""
+        self.result["complete"] = True
+        self.save()
+        return sum("failed" in row for row in self.result["rows"])
+
+
+def weights(n: int, dtype: torch.dtype) -> Tensor:
+    return torch.full((n,), 0.02, dtype=dtype, device=DEVICE)
+
+
+def roof_rows(n: int) -> Iterator[tuple[str, Callable[[], Row]]]:
+    """(name, work): how fast memory is."""
+
+    def copy() -> Row:
+        x = weights(n, torch.float32)
+        y = torch.empty_like(x)
+        return moved(lambda: y.copy_(x), 2 * x.nbytes)
+
+    def add(dtype: torch.dtype) -> Row:
+        x = weights(n, dtype)
+        return moved(lambda: x.add_(SCALE), 2 * x.nbytes)
+
+    yield COPY, copy
+    for dtype in DTYPES:
+        yield f"add_ {plain(dtype)}", partial(add, dtype)
+
+
+def plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def moved(call: Callable[[], object], nbytes: int) -> Row:
+    """A row of an op that moves so many bytes."""
+    ms = milliseconds(call)
+    return {"ms": ms, "GB/s": nbytes / ms / 1e6, "extra_bytes": extra_bytes(call)}
+
+
+def computed(call: Callable[[], object], draws: int) -> Row:
+    """A row of an op that draws so many numbers."""
+    ms = milliseconds(call)
+    return {"ms": ms, "ps_per_draw": 1e9 * ms / draws, "extra_bytes": extra_bytes(call)}
+
+
+def op_rows(backend: ModuleType, n: int) -> Iterator[tuple[str, Callable[[], Row]]]:
+    """(name, work) for every op of a backend, on n elements, on n / 8 where there are many records."""
+    few = max(n // 8, 1)
+    seeds, coefficients = list(range(RECORDS)), [SCALE] * RECORDS
+    place: list[Any] = [[1.0], [0], [0]]
+
+    def noise(dist: str) -> Row:
+        out = weights(n, torch.float32)
+        return moved(lambda: backend.noise_(out, 1, 0, 0, dist), out.nbytes)
+
+    def perturb(dtype: torch.dtype, dist: str, rounding: bool) -> Row:
+        x = weights(n, dtype)
+        seed = 2 if rounding else None
+        return moved(lambda: backend.perturb_([x], 1, SCALE, dist, *place, seed), 2 * x.nbytes)
+
+    def replay(dtype: torch.dtype, dist: str, rounding: bool) -> Row:
+        x = weights(few, dtype)
+        arguments = ([x], seeds, coefficients, dist, *place, seeds if rounding else None)
+        return computed(partial(backend.replay_, *arguments), few * RECORDS)
+
+    def project(dtype: torch.dtype, dist: str) -> Row:
+        x = weights(few, dtype)
+        return computed(lambda: backend.project([x], seeds, dist, *place), few * RECORDS)
+
+    def update(rule: hk.SGD | hk.AdamW, dtype: torch.dtype, dist: str, rounding: bool) -> Row:
+        x = weights(few, dtype)
+        moments = [[torch.zeros(few, device=DEVICE)] for _ in range(rule.moments)]
+        draws = list(range(RECORDS * DIRECTIONS))
+        steps = rule.steps(seeds, coefficients).tolist()
+        record = (rule.name, rule.constants, draws, [SCALE] * len(draws), steps)
+        arguments = ([x], moments, *record, dist, *place, seeds if rounding else None)
+        return computed(partial(backend.update_, *arguments), few * len(draws))
+
+    for dist in DISTRIBUTIONS:
+        yield f"noise {dist}", partial(noise, dist)
+    kinds = [*product(DTYPES, (False,)), (torch.bfloat16, True)]
+    for dist, (dtype, rounding) in product(DISTRIBUTIONS, kinds):
+        how = (dtype, dist, rounding)
+        name = f"{plain(dtype)} {dist}{' stochastic' if rounding else ''}"
+        yield f"perturb_ {name}", partial(perturb, *how)
+        yield f"replay_ {RECORDS} {name}", partial(replay, *how)
+        if not rounding:
+            yield f"project {RECORDS} {name}", partial(project, dtype, dist)
+        for rule in (hk.SGD(), hk.AdamW()):
+            label = f"update_ {RECORDS} x {DIRECTIONS} {rule.name} {name}"
+            yield label, partial(update, rule, *how)
+
+
+def list_rows(width: int) -> Iterator[tuple[str, Callable[[], Row]]]:
+    """(name, work) for lists of tensors of LoRA's size, 8 x width, through the public functions and their checks."""
+    seeds, coefficients = torch.arange(DIRECTIONS), torch.full((DIRECTIONS,), SCALE)
+    calls: dict[str, Callable[[list[Tensor]], object]] = {
+        "perturb_": lambda tensors: hk.perturb_(tensors, 1, SCALE),
+        f"replay_ {DIRECTIONS}": lambda tensors: hk.replay_(tensors, seeds, coefficients),
+        "torch._foreach_add_": lambda tensors: torch._foreach_add_(tensors, SCALE),
+    }
+
+    def both(call: Callable[[list[Tensor]], object], many: int) -> Row:
+        tensors = [torch.zeros(8, width, device=DEVICE) for _ in range(many)]
+        return {"host_us": host_microseconds(lambda: call(tensors)), "ms": milliseconds(lambda: call(tensors))}
+
+    for many, (name, call) in product(LISTS, calls.items()):
+        yield f"{many} x {name}", partial(both, call, many)
+
+
+def stack(width: int, layers: int, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+    """A transformer's layers in eval mode, and inputs for them."""
+    torch.manual_seed(0)
+    kind: dict[str, Any] = {"batch_first": True, "device": DEVICE, "dtype": dtype}
+    heads = max(1, width // 64)
+    model = nn.Sequential(
+        *(nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, **kind) for _ in range(layers))
+    ).eval()
+    return model, torch.randn(BATCH, TOKENS, width, device=DEVICE, dtype=dtype)
+
+
+def beside_forward(call: Callable[[], object], forward: Callable[[], object], passes: int, weights: int) -> Row:
+    """A row of what a caller waits for, beside as many forward passes as the call makes."""
+    with torch.no_grad():
+        alone, alone_bytes = wall_milliseconds(forward), extra_bytes(forward)
+    ms = wall_milliseconds(call)
+    times = {"ms": ms, "forward_ms": alone, "of_forward_passes": ms / alone / passes}
+    return {**times, "extra_bytes": extra_bytes(call), "forward_extra_bytes": alone_bytes, "weights": weights}
+
+
+def step(dist: str, width: int, layers: int) -> Row:
+    """A step of ZOSGD, beside two forward passes of its model."""
+    model, inputs = stack(width, layers, torch.bfloat16)
+    optimizer = ZOSGD(model.parameters(), 1e-6, dist=dist)
+    count = sum(p.numel() for p in model.parameters())
+
+    def loss() -> Tensor:
+        return model(inputs).float().square().mean()
+
+    return beside_forward(lambda: optimizer.step(loss), loss, 2, count)
+
+
+def probes(in_place: bool, width: int, layers: int) -> Row:
+    """What a client computes in a round: the cut and DIRECTIONS one-sided probes, beside as many forward passes."""
+    half, inputs = stack(width, layers, torch.float32)
+    parameters, streams = trainable(half)
+    seeds, multiplier = list(range(DIRECTIONS)), torch.ones_like(inputs)
+    with evaluating(half):
+        mu = 2**10 * hk.snap_(parameters)
+
+        def answer() -> Tensor:
+            cut = half(inputs)
+            if in_place:
+                return probe_in_place(lambda: half(inputs), parameters, streams, multiplier, cut, seeds, mu)
+            return probe_untouched(half, inputs, multiplier, cut, seeds, mu, "rademacher")
+
+        count = sum(p.numel() for p in parameters)
+        return beside_forward(answer, lambda: half(inputs), 1 + DIRECTIONS, count)
+
+
+def all_rows(n: int, width: int, layers: int) -> Iterator[tuple[str, str, Callable[[], Row]]]:
+    """(group, name, work) of every row. width, layers: of the model that a step moves; a client has an eighth of it."""
+    for name, work in roof_rows(n):
+        yield "roof", name, work
+    for backend in backends():
+        for name, work in op_rows(BACKENDS[backend], n):
+            yield backend, name, work
+    for name, work in list_rows(2 * width):
+        yield "list", name, work
+    for dist in DISTRIBUTIONS:
+        yield "step", f"ZOSGD bfloat16 {dist}", partial(step, dist, width, layers)
+    for in_place in (True, False):
+        name = f"{DIRECTIONS} probes float32 {'in place' if in_place else 'of weights only read'}"
+        yield "client", name, partial(probes, in_place, width, max(1, layers // 8))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--elements", type=int, metavar="N", help="of the large tensor; default: 2^29, on a CPU 2^22")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="default with a GPU: benchmarks/results/gpu.json")
+    parser.add_argument("--quick", action="store_true", help="a sixteenth of the elements, and a small model")
+    options = parser.parse_args(arguments)
+    if not CUDA and options.out is None:
+        parser.error("no GPU here: name a file with --out to try this out on the CPU")
+    out = options.out or ROOT / "benchmarks" / "results" / "gpu.json"
+    n = options.elements or (2**29 if CUDA else 2**22) // (16 if options.quick else 1)
+    width, layers = (2048, 16) if CUDA and not options.quick else (64, 2)
+
+    print("the self-check of every backend", flush=True)
+    if (wrong := check()) is not None:
+        print(f"{wrong}\nthe bits are not right here: nothing was measured", file=sys.stderr)
+        return 1
+    print("all bits are right")
+    if not CUDA:
+        print("no GPU here: the C++ kernels are timed by a clock, which says nothing about a GPU")
+    facts = {"machine": machine(), "driver": driver(), "cuda": torch.version.cuda, "device": DEVICE, "elements": n}
+    facts["lists_and_steps_on"] = DISPATCH[DEVICE.upper()].__name__
+    rows = Rows(out, facts)
+    for row in all_rows(n, width, layers):
+        rows.add(*row)
+    failed = rows.end()
+    print(f"{failed} of {len(rows.result['rows'])} rows failed; {out}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

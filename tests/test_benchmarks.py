@@ -1,0 +1,208 @@
+"""The benchmarks' machinery, on the CPU and tiny: rows are saved as they come, failures cost no other row."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks import gpu, readme, report
+from benchmarks.test_memory import SMALL, bound
+from benchmarks.ways import WAYS
+from hosfl.report import machine, processor_name
+from hosfl_kernels import cpu, cuda
+from hosfl_kernels.ops import DISPATCH, DISTRIBUTIONS
+
+# --- python -m benchmarks.gpu ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """Calls main on little work, the self-check passed before; returns its status and what its file holds."""
+    for name, value in {"SECONDS": 0, "LEAST": 1, "MOST": 1, "LISTS": (1, 3), "BATCH": 1, "TOKENS": 2}.items():
+        monkeypatch.setattr(gpu, name, value)
+    monkeypatch.setattr(gpu, "check", lambda: None)
+    path = tmp_path / "new" / "rows.json"
+
+    def run():
+        status = gpu.main(["--elements", "2048", "--quick", "--out", str(path)])
+        return status, json.loads(path.read_text())
+
+    run.path = path
+    return run
+
+
+def test_every_op_and_dtype_has_a_row(tiny, capsys):
+    status, found = tiny()
+    assert status == 0
+    assert found["complete"]
+    assert found["machine"]["torch"] == torch.__version__
+    names = {row["name"] for row in found["rows"]}
+    assert len(names) == len(found["rows"])
+    for dist in DISTRIBUTIONS:
+        assert {f"noise {dist}", f"ZOSGD bfloat16 {dist}"} <= names
+        for dtype in ("float32", "bfloat16", "float16"):
+            ops = ("perturb_", "replay_ 64", "project 64", "update_ 64 x 5 sgd", "update_ 64 x 5 adamw")
+            assert {f"{op} {dtype} {dist}" for op in ops} <= names
+        ops = ("perturb_", "replay_ 64", "update_ 64 x 5 sgd", "update_ 64 x 5 adamw")
+        assert {f"{op} bfloat16 {dist} stochastic" for op in ops} <= names
+    assert {"copy float32", "add_ float16", "3 x perturb_", "3 x replay_ 5", "3 x torch._foreach_add_"} <= names
+    assert {"5 probes float32 in place", "5 probes float32 of weights only read"} <= names
+    for row in found["rows"]:
+        assert all(row[figure] > 0 for figure in ("ms", "GB/s", "ps_per_draw", "of_copy", "host_us") if figure in row)
+        assert "ms" in row
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in names)
+    if not torch.cuda.is_available():
+        assert "no GPU here" in shown
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="breaks the CPU's kernels")
+def test_a_row_that_fails_costs_no_other(tiny, monkeypatch, capsys):
+    def fails(*arguments):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(cpu, "project", fails)
+    status, found = tiny()
+    assert status == 1
+    failed = {row["name"]: row["failed"] for row in found["rows"] if "failed" in row}
+    assert len(failed) == 6
+    assert set(failed.values()) == {"RuntimeError: out of luck"}
+    assert found["complete"]
+    assert found["rows"][-1]["group"] == "client"
+    assert f"6 of {len(found['rows'])} rows failed" in capsys.readouterr().out
+
+
+def test_what_ends_the_command_loses_no_row(tiny, monkeypatch):
+    def ends(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu, "step", ends)
+    with pytest.raises(KeyboardInterrupt):
+        tiny()
+    found = json.loads(tiny.path.read_text())
+    assert not found["complete"]
+    assert found["rows"][-1]["name"] == "3 x torch._foreach_add_"
+
+
+@pytest.mark.parametrize(("status", "said"), [(0, "all bits are right"), (1, "FAIL cpp philox"), (2, "")])
+def test_wrong_bits_are_not_timed(status, said, monkeypatch, tmp_path, capsys):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho '{said}'\necho broken >&2\nexit {status}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(gpu, "all_rows", lambda *sizes: [])
+    out = tmp_path / "rows.json"
+    assert gpu.main(["--out", str(out)]) == bool(status)
+    assert out.exists() == (not status)
+    error = capsys.readouterr().err
+    assert ("nothing was measured" in error) == bool(status)
+    assert ("1 cases are wrong" in error) == (status == 1)
+    assert ("broken" in error) == (status == 2)
+
+
+def test_a_bare_machine_is_enough():
+    """One with torch, triton and numpy, and nothing else that pyproject.toml asks for."""
+    away = [
+        "safetensors",
+        "rich",
+        "yaml",
+        "matplotlib",
+        "sklearn",
+        "scipy",
+        "transformers",
+        "datasets",
+        "PIL",
+        "pytest",
+    ]
+    code = f"import sys; sys.modules.update(dict.fromkeys({away})); from benchmarks import gpu; gpu.machine()"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=gpu.ROOT)
+
+
+# --- make bench --------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_saved_when_a_benchmark_fails(tmp_path, monkeypatch, capfd):
+    """A suite of two, one of which breaks its assertion after it was measured."""
+    suite = tmp_path / "suite"
+    suite.mkdir()
+    (suite / "conftest.py").write_text("from benchmarks.conftest import *\n")
+    (suite / "test_two.py").write_text(
+        "def test_good(benchmark):\n"
+        "    benchmark.extra_info.update(device='cpu', group='perturb', name='good', bytes=8)\n"
+        "    benchmark.pedantic(lambda: None)\n"
+        "def test_bad(benchmark):\n"
+        "    benchmark.extra_info.update(\n"
+        "        device='cpu', group='memory perturb', name='bad', peak_extra_bytes=9, tensor_bytes=8\n"
+        "    )\n"
+        "    benchmark.pedantic(lambda: None)\n"
+        "    assert False\n"
+    )
+    monkeypatch.setattr(report, "__file__", str(suite / "report.py"))
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark measures nothing in a worker
+    assert report.main(["--elements", "8", "--threads", "1", "2", "--out", str(tmp_path)]) == 1
+    (path,) = tmp_path.glob("kernels-*.json*")
+    rows = json.loads(path.read_text())["rows"]
+    assert [(r["name"], r["threads"]) for r in rows] == [("good", 1), ("bad", 1), ("good", 2)]
+    assert "bad" in capfd.readouterr().out
+
+
+def test_a_suite_that_measures_nothing_leaves_the_results_alone(tmp_path, monkeypatch):
+    before = [tmp_path / f"kernels-{device}.json" for device in ("cpu", "cuda")]
+    for path in before:
+        path.write_text("{}")
+    monkeypatch.setattr(report, "measure", lambda *arguments: False)
+    with pytest.raises(SystemExit, match="nothing was measured"):
+        report.main(["--out", str(tmp_path)])
+    assert [path.read_text() for path in before] == ["{}", "{}"]
+
+
+def test_only_projections_on_a_gpu_may_hold_more_than_a_megabyte(monkeypatch):
+    """The sums of a seed and a tile: as many as the kernels make."""
+    n = 16 * 2**20
+    for way in WAYS:
+        assert bound(way, "cpu", n) == SMALL
+        if not way.group.startswith("project"):
+            assert bound(way, "cuda", n) == SMALL
+    way = next(w for w in WAYS if w.name == "hosfl Gaussian" and w.group.startswith("project"))
+    launch = pytest.importorskip("hosfl_kernels.gpu.launch")
+    sums = {dist: 64 * 8 * launch.project_variant(torch.float32, dist).programs(n, 0) for dist in DISTRIBUTIONS}
+    assert max(sums.values()) == bound(way, "cuda", n) - SMALL == 4 * 2**20
+    assert bound(way, "cuda", 2**40) == SMALL + 64 * 2**20
+    monkeypatch.setitem(DISPATCH, "CUDA", cuda)
+    assert bound(way, "cuda", n) == SMALL + 28 * cuda.PIECE
+
+
+# --- what a number was measured on --------------------------------------------------------------------------------
+
+
+def test_a_vague_processor_is_told_by_its_numbers():
+    intel = (
+        "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\n"
+        "stepping\t: 1\nflags\t\t: fpu vme\n\nprocessor\t: 1\nmodel\t\t: 18\n"
+    )
+    assert processor_name(intel) == "AMD EPYC (vendor AuthenticAMD, family 25, model 17, stepping 1)"
+    arm = "processor\t: 0\nBogoMIPS\t: 50.00\nCPU implementer\t: 0x41\nCPU part\t: 0xd0c\n"
+    assert processor_name(arm) == "(implementer 0x41, part 0xd0c)"
+    assert processor_name("") is None
+
+
+def test_the_machine_and_how_tables_name_it():
+    here = machine()
+    assert here["instruction_sets"] == {
+        "hosfl": here["backends"]["cpp"].split()[0],
+        "torch": torch.backends.cpu.get_cpu_capability(),
+    }
+    assert here["threads"] == torch.get_num_threads()
+    assert here["memory"] > 1e9
+    here = {**here, "processor": "P", "cores": 4, "threads": 1, "gpu": None}
+    here["instruction_sets"] = {"hosfl": "avx2", "torch": "AVX512"}
+    line = readme._machine({"machine": here})
+    assert line.startswith("P, 4 cores, 1 thread, instruction sets: hosfl avx2, torch AVX512; Python ")
+    rows = [{"threads": 1}, {"threads": 2}, {}]
+    assert "P, 4 cores, 1 and 2 threads, " in readme._machine({"machine": here, "rows": rows})
+    assert readme._machine({"machine": {**here, "gpu": "G"}}).startswith("G; P, ")
+    del here["instruction_sets"]  # an older file
+    here["backends"] = {"cpp": "baseline of baseline, avx2"}
+    assert "1 thread, instruction sets: hosfl baseline; Python" in readme._machine({"machine": here})
