@@ -76,6 +76,8 @@ $(VENV)/ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch numpy
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	rm -rf $(VENV)/pictures # why in a folder of their own: tests/pictures.py
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps --target $(VENV)/pictures torchvision timm
 	touch $@
 
 clean:

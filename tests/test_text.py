@@ -16,7 +16,7 @@ from hosfl import Config, train
 from hosfl.cli import main
 from hosfl.compare import print_table, row
 from hosfl.data import as_tokens, dirichlet_split, iid_split
-from hosfl.families import is_decoder, pretrained_model
+from hosfl.families import FAMILIES, is_decoder, pretrained_model
 from hosfl.split import split
 from hosfl.tasks import TASKS
 from hosfl.text import TEXTS, Row, parts
@@ -265,7 +265,7 @@ def test_rows_have_their_biases():
 
 
 @pytest.mark.parametrize("padding", ["none", "left", "right", "all"])
-@pytest.mark.parametrize("family", [name for name in TEXT if name not in ("bert", "roberta", "xlm-roberta")])
+@pytest.mark.parametrize("family", [name for name in TEXT if FAMILIES[name].decoder])
 @torch.no_grad()
 def test_the_halves_say_the_whole_model_s_words(family, padding):
     model = text_model(family, "words")
