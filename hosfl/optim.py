@@ -82,7 +82,7 @@ Closure = Callable[[], Any]
 GROUP_SETTINGS = ("lr", "mu", "weight_decay")
 LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 SAMPLE = 16  # elements per tensor that are looked at for writes which torch does not count
-FLAT_STEPS = 10  # in a row, without any difference between losses, before a warning
+WATCHED_STEPS = 10  # whose losses are looked at for differences that are all 0
 
 
 # --- weights out and back ----------------------------------------------------------------------------------------
@@ -279,7 +279,8 @@ class ZOSGD(torch.optim.Optimizer):
         self.steps = 0
         self._quanta: dict[int, float] = {}  # of the lattices that parameters are on, by number
         self._on_lattice = False  # whether all that moved in the last step was
-        self._flat_steps: float = 0  # the last so many steps saw no difference between losses
+        self._flat: list[bool] = []  # of the last differences between losses, whether they were 0
+        self._half_precision = self._warned = False  # whether the last loss was, and whether we have
         self._measurement: _Measurement | None = None  # of the step that is to be taken next
         self._forget()
         super().__init__(params, {"lr": lr, "mu": mu, "weight_decay": weight_decay})
@@ -509,7 +510,7 @@ class ZOSGD(torch.optim.Optimizer):
 
     @staticmethod
     def _sharded(groups: list[_Group]) -> list[Tensor]:
-        return [p for group in groups for p in group.parameters if is_sharded(p)]
+        return [p for group in groups for p, t in zip(group.parameters, group.tensors, strict=True) if p is not t]
 
     def _exact(self, groups: list[_Group]) -> bool:
         plain = self.momentum == 0 and all(group.settings["weight_decay"] == 0 for group in groups)
@@ -617,7 +618,7 @@ class ZOSGD(torch.optim.Optimizer):
             for group, distance in zip(groups, distances, strict=True)
             for n in group.numbers
             # Half: rounding to the lattice adds its share.
-            if self._bounds[n] + distance > Lattice(self._quanta[n]).limit / 2
+            if self._bounds[n] + distance > STEPS / 2 * self._quanta[n]
         }
 
     def _make_room(self, groups: list[_Group], distances: list[float]) -> None:
@@ -632,7 +633,7 @@ class ZOSGD(torch.optim.Optimizer):
             for group, distance in zip(groups, distances, strict=True)
             for n in group.numbers
             if (group.index, self._quanta[n]) in tight
-            and self._bounds[n] + distance > Lattice(self._quanta[n]).limit / COARSER
+            and self._bounds[n] + distance > STEPS / COARSER * self._quanta[n]
         }
         if needs:
             self._quanta |= self._chosen(groups, needs)
@@ -654,7 +655,9 @@ class ZOSGD(torch.optim.Optimizer):
         for seed, sign in places:
             with weights.at(seed, sign), let_go(self.model), casts_forgotten():
                 versions = [group.versions() for group in weights.groups]
-                losses.append(_scalar(closure()))
+                answer = closure()
+                losses.append(_scalar(answer))
+                self._half_precision = getattr(answer, "dtype", None) in (torch.bfloat16, torch.float16)
                 if [group.versions() for group in weights.groups] != versions:
                     self._settled = None
                     raise RuntimeError("the closure writes the weights: it is only to evaluate them")
@@ -669,18 +672,25 @@ class ZOSGD(torch.optim.Optimizer):
         )
 
     def _watch(self, differences: list[float]) -> None:
-        """Warn once where losses never differ. That is no error: accuracy, for one, is flat nearly everywhere."""
-        self._flat_steps = 0 if any(differences) else self._flat_steps + 1
-        if self._flat_steps == FLAT_STEPS:
-            self._flat_steps = -math.inf
-            warnings.warn(
-                f"in {FLAT_STEPS} steps in a row the losses were equal to the bit, wherever the weights were moved, so "
-                "that nothing is learned. A loss in bfloat16 or float16 rounds such differences away: compute it in "
-                "float32, as by loss_of(model(x).float(), y). Otherwise raise mu, and see that the closure evaluates "
-                "the parameters that the optimizer was given: not another model, an output that was kept, or a "
-                "parameter that was put in the place of one (module.weight = nn.Parameter(...))",
-                stacklevel=2,
+        """Warn once where losses hardly ever differ. That is no error: accuracy, for one, is flat nearly everywhere."""
+        self._flat = [*self._flat, *(d == 0 for d in differences)][-WATCHED_STEPS * len(differences) :]
+        # A loss in half precision shows some differences and rounds others away. One in float32 shows nearly all.
+        enough = len(self._flat) // 3 if self._half_precision else len(self._flat)
+        if self._warned or len(self._flat) < WATCHED_STEPS * len(differences) or sum(self._flat) < enough:
+            return
+        self._warned = True
+        found = f"of the last {len(self._flat)} differences between losses {sum(self._flat)} were exactly 0"
+        if self._half_precision:
+            cause = "the loss is in half precision, which rounds them away"
+        else:
+            cause = (
+                "does the loss depend on the parameters that the optimizer was given, or on another model, on an "
+                "output that was kept, or on a parameter that was put in the place of one (module.weight = "
+                "nn.Parameter(...))? If it does, it is flat by nature, or computed in half precision"
             )
+        warnings.warn(
+            f"{found}: {cause}. Compute it in float32, as by loss_of(model(x).float(), y), or raise mu", stacklevel=2
+        )
 
     def _differences(self, stacked: Tensor) -> tuple[Tensor, list[float]]:
         """The loss to return, and d_p: the wait for the device."""
@@ -775,11 +785,12 @@ class ZOSGD(torch.optim.Optimizer):
                 "an optimizer with a process_group cannot be copied or pickled: make another with a group of its own, "
                 "and give it the state_dict of this one"
             )
-        own = ("model", "process_group", "log", "_quanta", "_on_lattice", "_flat_steps", "_measurement")
+        own = ("model", "process_group", "log", "_quanta", "_on_lattice", "_measurement")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in (*self.kept, *own)}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # of load_state_dict, too
+        self._flat, self._half_precision, self._warned = [], False, False
         self._forget()
 
     def state_dict(self) -> dict[str, Any]:

@@ -22,7 +22,6 @@ def is_sharded(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-@torch.no_grad()
 def shard(parameter: Tensor) -> tuple[Tensor, int]:
     """What of a parameter lies here, sharing its memory, and the index of its first element in the whole.
 
@@ -34,7 +33,9 @@ def shard(parameter: Tensor) -> tuple[Tensor, int]:
             raise TypeError(f"a {type(parameter).__name__}, which cannot move: freeze it")
         return parameter, 0
     parameter = parameter.data  # a DTensor still; `to_local` of what requires grad would record a graph
-    return parameter.to_local(), _start(parameter.shape, parameter.device_mesh, parameter.placements)  # type: ignore
+    with torch.no_grad():
+        start = _start(parameter.shape, parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
+        return parameter.to_local(), start  # type: ignore[attr-defined]
 
 
 def shards(parameters: Iterable[Tensor]) -> tuple[list[Tensor], list[int]]:

@@ -12,7 +12,7 @@ from hosfl import sharded
 from hosfl.log import LogError
 from hosfl.optim import ZOSGD, ZONormalizedSGD, rebuild
 
-STEPS = 4
+STEPS = 5
 
 
 def make():
@@ -48,6 +48,8 @@ def disturb(model, step):
             model[2].bias.add_(40.0)
         if step == 3:
             sharded.shard(model[0].bias)[0].mul_(1.1)
+        if step == 4:  # unseen by torch's counts, and with a shard that is empty on one side
+            sharded.shard(model[2].weight)[0].data.mul_(1.1)
 
 
 def trained(model, loss, one_sided, disturbed=False):
@@ -190,7 +192,7 @@ def what_is_refused(rank, folder):
     if rank == 1:
         with torch.no_grad():
             model[0].bias.to_local()[0] = float("nan")
-    with pytest.raises(ValueError, match="parameter '0.bias' has infinite or NaN weights"):  # on both
+    with pytest.raises(ValueError, match=r"parameter '0\.bias' has infinite or NaN weights"):  # on both
         optimizer_of(model).step(lambda: half(model, rank))
     mesh = init_device_mesh("cpu", (1, 2))
     table = nn.Parameter(torch.arange(10.0).reshape(5, 2))
