@@ -316,7 +316,7 @@ class ZOSGD(torch.optim.Optimizer):
             again = [n for n, p in enumerate(given) if p in before] if isinstance(given, list) else []
             if not again:
                 raise
-            name = self._describe({**param_group, "params": given}, again[0], len(self.param_groups))
+            name = self._describe(param_group, again[0], len(self.param_groups))
             raise ValueError(f"{name} is in another group too: pass tied parameters once") from error
         params = self.param_groups[-1]["params"]
         first = {p: n for n, p in reversed([*enumerate(params)])}
@@ -479,6 +479,13 @@ class ZOSGD(torch.optim.Optimizer):
             # They know tensors by their position in a list, people by their name.
             text = re.sub(r"tensors\[(\d+)\]", lambda at: self._name(named[int(at[1])][0]), str(error))
             raise type(error)(text) from None
+        for number, tensor in named:
+            moment = self.state.get(tensor, {}).get("moment", tensor)
+            if (moment.shape, moment.device) != (tensor.shape, tensor.device):
+                raise RuntimeError(
+                    f"{self._name(number)} is {list(tensor.shape)} on {tensor.device}, its momentum "
+                    f"{list(moment.shape)} on {moment.device}: make the optimizer after the parameter was changed"
+                )
 
     def _check_owned(self, groups: list[_Group]) -> None:
         if self.model is None:
@@ -535,7 +542,8 @@ class ZOSGD(torch.optim.Optimizer):
     def _sizes(self, groups: list[_Group]) -> dict[int, float]:
         """max |weight| by number, over all processes, with no copy of any tensor. Raises ValueError for what is NaN."""
         named = [pair for group in groups for pair in group.named_tensors()]
-        here = [float(torch.stack(t.detach().aminmax()).abs().max()) if t.numel() else 0.0 for _, t in named]
+        maxima = [torch.stack(t.detach().aminmax()).abs().amax() if t.numel() else t.new_zeros(()) for _, t in named]
+        here = torch.stack(maxima).tolist()
         # Maxima over processes may lose a NaN.
         sizes = self._largest_of_all([size if math.isfinite(size) else math.inf for size in here], groups)
         for (number, _), size in zip(named, sizes, strict=True):
@@ -571,9 +579,10 @@ class ZOSGD(torch.optim.Optimizer):
             own = Lattice.holding(max(sizes[n], group.mu)).quantum
             if own > group.mu:  # with less room to grow, then
                 own = Lattice.holding(sizes[n], headroom=2.0).quantum
+            own = max(own, 2.0**-100)  # far from where float32 has fewer bits
             fitting = [q for q in lattices if own <= q <= COARSER * own]
             if sizes[n] == 0:  # nothing tells how large it will be: as most of the group, or room for weights below 1/2
-                own = max(own, 2.0**-24) if group.mu >= 2.0**-24 else own
+                own = max(own, 2.0**-24)
                 fitting = [q for q, _ in lattices.most_common(1)]
             chosen[n] = min(fitting, default=own)
             lattices[chosen[n]] += p.numel()
@@ -809,11 +818,17 @@ class ZOSGD(torch.optim.Optimizer):
         run = state_dict.get("run")
         if not isinstance(run, dict) or run.keys() != {*self.kept, "quanta"}:
             raise ValueError(f"this is no state of a {type(self).__name__}")
+        saved = [state_dict["state"].get(i, {}) for group in state_dict["param_groups"] for i in group["params"]]
+        for number, ((_, parameter), state) in enumerate(zip(self._named(), saved, strict=False)):  # torch counts them
+            if "moment" in state and state["moment"].shape != parameter.shape:
+                raise ValueError(
+                    f"this is no state of these parameters: the momentum of {self._name(number)} is "
+                    f"{list(state['moment'].shape)} in it"
+                )
         super().load_state_dict(state_dict)
         for name in self.kept:
             setattr(self, name, run[name])
         self._quanta, self._measurement = dict(run["quanta"]), None
-        saved = (state_dict["state"].get(i) for group in state_dict["param_groups"] for i in group["params"])
         for (_, parameter), state in zip(self._named(), saved, strict=True):
             if state:  # torch gives it the parameter's dtype; moments are float32
                 self.state[parameter]["moment"] = zeros(parameter).copy_(state["moment"])

@@ -576,9 +576,9 @@ def test_zeros_lie_where_most_of_their_group_does():
     optimizer = ZOSGD(wide.parameters(), 1e-9)
     optimizer.step(lambda: 0.0)
     assert quanta(optimizer)[2] == quanta(optimizer)[0] != quanta(optimizer)[1]
-    optimizer = ZOSGD([nn.Parameter(torch.zeros(3))], 1e-9, mu=1e-12)
-    optimizer.step(lambda: 0.0)
-    assert optimizer.lattice.quantum <= 1e-12
+    for size, mu in ((0.0, 1e-12), (1e-42, 1e-42)):
+        with pytest.raises(ValueError, match="cannot move by mu=1e-"):
+            ZOSGD([nn.Parameter(torch.full((3,), size))], 1e-9, mu=mu).step(lambda: 0.0)
 
 
 @pytest.mark.parametrize("large", [-1e4, 1e9, -3e38])
@@ -1199,6 +1199,21 @@ def test_errors_of_the_constructor_name_the_parameter():
         model = nn.Linear(2, 2)
     with pytest.raises(RuntimeError, match="parameter 'weight': made in inference mode"):
         ZOSGD(model.named_parameters(), 0.1).step(lambda: 0.0)
+
+
+def test_a_momentum_that_does_not_fit_is_named_and_nothing_changes():
+    run, other = Run("momentum").go(1), Run("momentum").go(1)
+    other.model[2].weight.data = torch.zeros(2, 4)
+    before = other.weights
+    with pytest.raises(RuntimeError, match=r"parameter '2\.weight' is \[2, 4\] on cpu, its momentum \[1, 4\]"):
+        other.optimizer.step(lambda: sum(p.sum() for p in other.model.parameters()))
+    assert same(other.weights, before)
+    saved = run.optimizer.state_dict()
+    saved["state"][3] = {"moment": torch.zeros(7)}
+    fresh = Run("momentum", seed=9)
+    with pytest.raises(ValueError, match=r"the momentum of parameter '2\.bias' is \[7\] in it"):
+        fresh.optimizer.load_state_dict(saved)
+    assert fresh.optimizer.seed == 9
 
 
 def test_a_model_that_is_converted_later_goes_on():
