@@ -364,14 +364,7 @@ class ZOSGD(torch.optim.Optimizer):
         with self._weights() as weights:
             if closure is not None or measurement is None:
                 measurement = self._measured(closure, weights)
-            try:
-                derivatives = [measurement.derivatives[tuple(group.numbers)] for group in weights.groups]
-            except KeyError:
-                raise RuntimeError(
-                    "other parameters move than when the step was measured: do not change requires_grad, rates that "
-                    "are 0, or weights between `measure` and `step`"
-                ) from None
-            estimates, kept = self._estimates(weights.groups, derivatives)
+            estimates, kept = self._estimates(weights.groups, measurement)
             with uninterrupted():
                 self._update(weights, estimates)
                 for settings, state in kept:
@@ -719,11 +712,31 @@ class ZOSGD(torch.optim.Optimizer):
 
     # --- what is done ---
 
+    def _estimate(self, group: _Group, derivatives: list[float]) -> tuple[list[float], dict[str, float]]:
+        """The gradient's coefficients on the directions, and what the parameter group keeps if the step is taken."""
+        return [v / self.directions for v in derivatives], {}
+
     def _estimates(
-        self, groups: list[_Group], derivatives: list[list[float]]
+        self, groups: list[_Group], measurement: _Measurement
     ) -> tuple[list[list[float]], list[tuple[dict[str, Any], dict[str, float]]]]:
-        """The gradient's coefficients on the directions, and what parameter groups keep if the step is taken."""
-        return [[v / self.directions for v in mine] for mine in derivatives], []
+        """The coefficients of each part, and what each parameter group keeps."""
+        estimates, kept = [], []
+        first: dict[int, tuple[float, list[float]]] = {}
+        for group in groups:
+            derivatives = measurement.derivatives.get(tuple(group.numbers))
+            if derivatives is None:
+                raise RuntimeError(
+                    "other parameters move than when the step was measured: do not change requires_grad, rates that "
+                    "are 0, or weights between `measure` and `step`"
+                )
+            if group.index not in first:  # on its finest lattice, where mu is nearest to what was asked for
+                estimate, state = self._estimate(group, derivatives)
+                first[group.index] = group.mu, estimate
+                kept.append((group.settings, state))
+            # The others moved by another mu: d / mu is their derivative, whatever became of it above.
+            mu, estimate = first[group.index]
+            estimates.append([c * (mu / group.mu) for c in estimate])
+        return estimates, kept
 
     def _update(self, weights: _InPlace | _ReadOnly, estimates: list[list[float]]) -> None:
         """Takes the weights home and makes the step; all or nothing."""
@@ -891,20 +904,12 @@ class ZONormalizedSGD(ZOSGD):
         self.decay = decay
         super().__init__(params, lr, mu, **settings)
 
-    def _estimates(
-        self, groups: list[_Group], derivatives: list[list[float]]
-    ) -> tuple[list[list[float]], list[tuple[dict[str, Any], dict[str, float]]]]:
-        estimates, kept = [], []
-        lengths: dict[int, float] = {}
-        for group, mine in zip(groups, derivatives, strict=True):
-            if group.index not in lengths:  # by what moved on the finest lattice, where mu is nearest to what was asked
-                running = RunningLength(
-                    self.decay, *(group.settings.get(name, 0.0) for name in ("square", "square_weight"))
-                )
-                lengths[group.index] = running.update(sum(v * v for v in mine) / len(mine))
-                kept.append((group.settings, {"square": running.mean, "square_weight": running.weight}))
-            estimates.append([v / lengths[group.index] / self.directions for v in mine])
-        return estimates, kept
+    def _estimate(self, group: _Group, derivatives: list[float]) -> tuple[list[float], dict[str, float]]:
+        before = group.settings.get("square", 0.0), group.settings.get("square_weight", 0.0)
+        running = RunningLength(self.decay, *before)
+        length = running.update(sum(v * v for v in derivatives) / len(derivatives))
+        estimate = [v / length / self.directions for v in derivatives]
+        return estimate, {"square": running.mean, "square_weight": running.weight}
 
 
 def _check_settings(settings: dict[str, Any]) -> None:
