@@ -319,8 +319,8 @@ class ZOSGD(torch.optim.Optimizer):
             name = self._describe(param_group, again[0], len(self.param_groups))
             raise ValueError(f"{name} is in another group too: pass tied parameters once") from error
         params = self.param_groups[-1]["params"]
-        first = {p: n for n, p in reversed([*enumerate(params)])}
-        twice = [n for n, p in enumerate(params) if first[p] < n]
+        last = {p: n for n, p in enumerate(params)}
+        twice = [last[p] for n, p in enumerate(params) if last[p] > n]
         if twice:
             group = self.param_groups.pop()
             name = self._describe(group, twice[0], len(self.param_groups))
@@ -663,15 +663,14 @@ class ZOSGD(torch.optim.Optimizer):
                 if [group.versions() for group in weights.groups] != versions:
                     self._settled = None
                     raise RuntimeError("the closure writes the weights: it is only to evaluate them")
-        return losses if len({loss.device for loss in losses}) == 1 else [loss.cpu() for loss in losses]
+        return losses
 
     def _measured(self, closure: Closure | None, weights: _InPlace | _ReadOnly) -> _Measurement:
         loss, differences = self._differences(torch.stack(self._losses(closure, weights)))
         if differences:
             self._watch(differences)
-        return _Measurement(
-            loss, {tuple(group.numbers): [d / group.mu for d in differences] for group in weights.groups if differences}
-        )
+        derivatives = {tuple(group.numbers): [d / group.mu for d in differences] for group in weights.groups}
+        return _Measurement(loss, derivatives)
 
     def _watch(self, differences: list[float]) -> None:
         """Warn once where losses hardly ever differ. That is no error: accuracy, for one, is flat nearly everywhere."""

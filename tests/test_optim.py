@@ -1114,6 +1114,7 @@ def test_wrong_steps_are_refused_and_change_nothing():
         (lambda: True, TypeError, "bool"),
         (lambda: torch.zeros(2), TypeError, r"\[2\]"),
         (lambda: torch.zeros((), dtype=torch.complex64), TypeError, "complex64"),
+        (lambda: torch.zeros((), device="meta"), TypeError, "on meta"),
         (lambda: float("inf"), FloatingPointError, "infinite or NaN"),
         (lambda: torch.tensor(float("nan")), FloatingPointError, "infinite or NaN"),
         (iter([1e300, -1e300]).__next__, FloatingPointError, "lower lr"),
