@@ -629,13 +629,12 @@ class ZOSGD(torch.optim.Optimizer):
             return
         self._bounds |= self._sizes(groups)
         tight = self._outgrown(groups, distances)
-        # With one that must leave its lattice go all that have grown since they came to it: later they would go alone.
+        # All that share such a lattice choose anew: some have grown with the one that must leave it.
         needs = {
             n: self._bounds[n] + distance
             for group, distance in zip(groups, distances, strict=True)
             for n in group.numbers
             if (group.index, self._quanta[n]) in tight
-            and self._bounds[n] + distance > STEPS / COARSER * self._quanta[n]
         }
         if needs:
             self._quanta |= self._chosen(groups, needs)
