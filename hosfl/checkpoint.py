@@ -8,9 +8,11 @@ snapshot-*.safetensors      the server, every so many rounds
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -30,13 +32,38 @@ from hosfl_kernels import SGD, AdamW
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """All of it or nothing, whatever happens in between."""
+    """All of it or nothing, whatever happens in between; a file that was there keeps its mode.
+
+    A link stays, and what it points at is written. What is no regular file, as /dev/null or a pipe, is written into.
+
+    Raises OSError: IsADirectoryError for a folder, FileNotFoundError where there is no folder to write in, ....
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        mode = None
+    if mode is not None and stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "this is a folder: name a file in it", str(path))
+    if mode is not None and not stat.S_ISREG(mode):
+        with path.open("wb") as file:
+            file.write(data)
+        return
+    path = Path(os.path.realpath(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no folder to write this file in", str(path))
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    temporary.unlink(missing_ok=True)  # of a writer that was killed
+    try:
+        with temporary.open("xb") as file:
+            if mode is not None:
+                temporary.chmod(stat.S_IMODE(mode))
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def save_module(module: nn.Module, path: Path) -> None:

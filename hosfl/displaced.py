@@ -53,6 +53,7 @@ class Displacement:
         self.seed, self.scale, self.dist = seed, scale, dist
         self.place = {id(p): (s, f) for p, s, f in zip(parameters, streams, factors, strict=True)}
         self.made: dict[int, ref[Tensor]] = {}
+        self.read = False  # whether anybody has asked for a weight that moves
         self.last: Tensor | None = None
 
     def moves(self, parameter: Tensor | None) -> bool:
@@ -172,11 +173,13 @@ class Reads(UserDict[str, Any]):
         parameter = self.data[name]
         if not self.displacement.moves(parameter):
             return parameter
+        self.displacement.read = True
         return self.displacement.table(parameter) if self.table else self.displacement.whole(parameter)
 
     def whole(self) -> dict[str, Any]:
         """All of them, displaced now."""
         move = self.displacement
+        move.read = True  # as far as one can know: a compiled graph has its weights beforehand
         return {name: move.whole(p) if move.moves(p) else p for name, p in self.data.items()}
 
 

@@ -38,6 +38,11 @@ class Lattice:
         """
         return cls(snap_([p.detach() for p in parameters], factors=factors, headroom=headroom))
 
+    @classmethod
+    def holding(cls, largest: float, headroom: float = 16.0) -> Lattice:
+        """The lattice that `snap` makes for weights of this size at most; above 0 and finite."""
+        return cls(math.ldexp(1.0, math.frexp(headroom * largest)[1]) / STEPS)
+
     def put(self, parameters: Sequence[Tensor], factors: Sequence[float]) -> None:
         """Put parameters on this very lattice, in place: what `snap` did to the same weights in another process."""
         for parameter, factor in zip(parameters, factors, strict=True):

@@ -14,16 +14,25 @@ the seed and on the step; freezing one (`requires_grad_(False)`) or adding a gro
 
 Where weights are moved, and what that costs:
 
-* Exact, wherever it can be: float32 weights, Rademacher directions, no momentum and no weight decay. At the first step
-  the weights are put on a lattice (`hosfl_kernels.snap_`; an error of at most 2^-20 of the largest weight) on which
-  moves round nothing. They are moved in place and taken back to the very bits; mu is the nearest multiple of the
-  lattice's quantum and a step's coefficients are rounded to multiples stochastically. When weights outgrow the lattice
-  it is made 16 times coarser.
+* Exact, wherever it can be: float32 weights, Rademacher directions, no momentum and no weight decay. Before their first
+  move the weights are put on lattices (as by `hosfl_kernels.snap_`) on which moves round nothing. They are moved in
+  place and taken back to the very bits; mu is the nearest multiple of the lattice's quantum and a step's coefficients
+  are rounded to multiples stochastically. Parameters of one group share a lattice where their largest weights (or mu,
+  if that is larger) are within a factor of 16, so that a weight changes by at most 2^-16 of the largest of its tensor;
+  a tensor of zeros lies where most of its group does. A parameter that outgrows its lattice gets a coarser one. One
+  whose quantum would be above mu, because float32 has no room for both, is an error that names it.
 * Read only: all else, if the module is given as `model`. Moved weights exist one layer at a time
   (`hosfl.displaced`), the weights themselves change by the update alone; bfloat16 rounds it stochastically.
 * Drifting: all else without `model`. Moved in place and back, every move rounded: after one step 29 % of float32 and
   45 % of bfloat16 weights hold other bits than the update alone would give. For float32 that is noise far below the
   update's; for bfloat16 and float16 give `model`.
+
+A group whose learning rate is 0 is not moved at all, not even onto a lattice. Where all rates are 0 the closure is
+evaluated once, at the weights as they are.
+
+Weights that somebody else writes between steps (a checkpoint that is loaded, weights swapped for an evaluation) are put
+on their lattice again by the next step, whether it succeeds or not. Writes through `.data`, which torch does not count,
+are noticed by 16 elements of each tensor: not those that change single elements, or that keep to the lattice.
 
 Momentum keeps one float32 tensor per parameter. Nothing else is ever as large as a parameter, but for a copy, one
 parameter at a time, where a digest is taken, at the first step and by `log.save`: of weights on a GPU in the host's
@@ -38,14 +47,18 @@ Where processes share a model (DDP, or FSDP2's `fully_shard`) its losses are ave
 one process with the mean loss. Sharded parameters need `model`, and must be in the first case above; every process must
 call `log.save` and `rebuild`.
 
-`optimizer.log.save(path)` writes the run: 4 (P + 2) bytes per step and parameter group. `rebuild(model, path)` makes
-the trained weights again from the base model, in one pass. Where weights drift there is no such log.
+`optimizer.log.save(path)` writes the run: 4 (P + 2) bytes per step, parameter group and lattice in it.
+`rebuild(model, path)` makes the trained weights again from the base model, in one pass. Where weights drift there is no
+such log.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -56,17 +69,20 @@ from torch import Tensor, distributed, nn
 from torch.optim.optimizer import ParamsT
 
 from hosfl.aggregate import RunningLength
-from hosfl.displaced import Displacement, casts_forgotten, displaced, uninterrupted
-from hosfl.lattice import Lattice
+from hosfl.displaced import Displacement, casts_forgotten, displaced, refuse_writers, uninterrupted
+from hosfl.lattice import COARSER, STEPS, Lattice
 from hosfl.optim_log import Row, RunLog, Terms, apply_rule, plain, rebuild, zeros
 from hosfl.seeds import Purpose, round_seed
-from hosfl.sharded import is_sharded, let_go, reshard, shards
+from hosfl.sharded import is_sharded, let_go, reshard, shard
 from hosfl_kernels import SGD, derive, perturb_, replay_
 
 __all__ = ["ZOSGD", "RunLog", "ZONormalizedSGD", "rebuild"]
 
 Closure = Callable[[], Any]
+GROUP_SETTINGS = ("lr", "mu", "weight_decay")
 LARGEST_FLOAT32 = torch.finfo(torch.float32).max
+SAMPLE = 16  # elements per tensor that are looked at for writes which torch does not count
+WATCHED_STEPS = 10  # whose losses are looked at for differences that are all 0
 
 
 # --- weights out and back ----------------------------------------------------------------------------------------
@@ -74,30 +90,42 @@ LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 
 @dataclass(frozen=True)
 class _Group:
-    """What moves of one parameter group: those that require grad, and their numbers, which name their noise.
+    """What moves alike: of one parameter group those that require grad, on the lattice those that share one.
 
-    tensors, starts: what of each lies here, all of it but for sharded ones; and its first element's index.
+    index: the parameter group's. numbers: the parameters', which name their noise. tensors, starts: what of each lies
+    here, all of it but for sharded ones; and its first element's index. rate, mu: as they are for the whole step.
     """
 
+    index: int
     settings: dict[str, Any]
     numbers: list[int]
     parameters: list[Tensor]
     tensors: list[Tensor]
     starts: list[int]
+    rate: float
     mu: float
 
-    def versions(self) -> list[int]:
+    def versions(self) -> dict[int, tuple[int, int]]:
         """Writing a sharded parameter raises its own version, writing what lies here that tensor's."""
-        return [t._version for t in (*self.parameters, *self.tensors)]
+        pairs = zip(self.parameters, self.tensors, strict=True)
+        return {n: (p._version, t._version) for n, (p, t) in zip(self.numbers, pairs, strict=True)}
+
+    def named_tensors(self) -> list[tuple[int, Tensor]]:
+        return list(zip(self.numbers, self.tensors, strict=True))
+
+    def part(self, which: Sequence[int]) -> _Group:
+        """Some of its parameters, by their position here."""
+        lists = (self.numbers, self.parameters, self.tensors, self.starts)
+        mine: list[list[Any]] = [[values[i] for i in which] for values in lists]
+        return replace(self, numbers=mine[0], parameters=mine[1], tensors=mine[2], starts=mine[3])
 
 
 @dataclass(frozen=True)
 class _Measurement:
-    """What a step needs to know, from when it was measured: of which parameters, and per group v_p."""
+    """What a step needs to know, from when it was measured: v_p, by the numbers of the parameters that moved alike."""
 
-    numbers: list[list[int]]
     loss: Tensor
-    derivatives: list[list[float]]
+    derivatives: dict[tuple[int, ...], list[float]]
 
 
 @dataclass
@@ -168,8 +196,15 @@ class _ReadOnly:
         if not sign:
             yield
             return
-        with displaced(self.model, _GroupDisplacement(self.groups, seed, sign, self.dist)):
+        displacement = _GroupDisplacement(self.groups, seed, sign, self.dist)
+        with displaced(self.model, displacement):
             yield
+        if not displacement.read and any(t.numel() for group in self.groups for t in group.tensors):
+            raise RuntimeError(
+                "the loss did not depend on the weights that move: the closure read none of them from `model`. It must "
+                "evaluate that very module, each time anew, and take parameters from it within the closure (a list of "
+                "them made before, another module and outputs that were kept have the weights as they were)"
+            )
 
     def home(self) -> None:
         pass
@@ -184,7 +219,7 @@ class ZOSGD(torch.optim.Optimizer):
     Args:
         params: as for any torch optimizer: tensors, (name, tensor) pairs, or groups with their own lr, mu and
             weight_decay. float32, bfloat16 or float16, contiguous, on one device. Pass frozen ones too if they may be
-            unfrozen later. Only those that require grad move.
+            unfrozen later. Only those that require grad move, where lr is above 0.
         lr: learning rate, 0 or more. A step moves every weight by lr * |v| / sqrt(P) or so, and |v| is about as large
             as the gradient is long: what fits depends on the loss. `ZONormalizedSGD` takes that out.
         mu: how far weights move to be measured, above 0.
@@ -203,9 +238,10 @@ class ZOSGD(torch.optim.Optimizer):
             must take every step; where a closure raises on one, the others wait. Pass a group of one to run
             alone. Of sharded parameters it must hold all shards.
 
-    Learning rate schedulers, `state_dict` (a few numbers, and moments), `add_param_group`, torch.compile of the model,
-    autocast and closures that loop over micro-batches work as with any optimizer. Where a whole training step is
-    compiled, the optimizer runs as Python within it, and so does its closure but for a model that is compiled itself.
+    Learning rate schedulers, `state_dict` (a few numbers, and moments), `add_param_group`, copies and pickles (of model
+    and optimizer together; not with a process_group), torch.compile of the model, autocast and closures that loop over
+    micro-batches work as with any optimizer. Where a whole training step is compiled, the optimizer runs as Python
+    within it, and so does its closure but for a model that is compiled itself.
 
     Raises: ValueError, TypeError.
     """
@@ -241,40 +277,67 @@ class ZOSGD(torch.optim.Optimizer):
         self.two_sided, self.dist = bool(two_sided), dist
         self.seed, self.model, self.process_group = seed, model, process_group
         self.steps = 0
-        self.lattice: Lattice | None = None
-        self._settled: object = None  # what moved in the last step, and on which lattice
-        self._versions: list[int] = []  # of these tensors, after it
-        self._largest = math.inf  # an upper bound of |weight|, made exact when it matters
+        self._quanta: dict[int, float] = {}  # of the lattices that parameters are on, by number
+        self._on_lattice = False  # whether all that moved in the last step was
+        self._flat: list[bool] = []  # of the last differences between losses, whether they were 0
+        self._half_precision = self._warned = False  # whether the last loss was, and whether we have
         self._measurement: _Measurement | None = None  # of the step that is to be taken next
+        self._forget()
         super().__init__(params, {"lr": lr, "mu": mu, "weight_decay": weight_decay})
         self._check_model()
         self.log = self._new_log()
 
+    def _forget(self) -> None:
+        """What is known of the weights from the last step: the next one looks for itself."""
+        self._settled: object = None  # what moved, and where it lay
+        self._versions: dict[int, tuple[int, int]] = {}
+        self._bounds: dict[int, float] = {}  # upper bounds of max |weight|, by number; made exact when it matters
+        self._sample: tuple[list[Tensor], Tensor] = ([], _numbers([]))  # elements, and the quantum of each
+
+    @property
+    def lattice(self) -> Lattice | None:
+        """The finest of the lattices that the weights are on; 2^-24 before any has one; None where moves round."""
+        return Lattice(min(self._quanta.values(), default=2.0**-24)) if self._quanta or self._on_lattice else None
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; they are numbered on from the last. Raises ValueError, TypeError."""
         _check_settings({**self.defaults, **param_group})
-        super().add_param_group(param_group)
+        unknown = [key for key in param_group if key not in (*GROUP_SETTINGS, "params", "param_names", "initial_lr")]
+        if unknown:
+            raise ValueError(
+                f"a parameter group cannot have {', '.join(map(repr, unknown))} of its own: it may set "
+                f"{', '.join(GROUP_SETTINGS)}. What else there is, is an argument of the optimizer, and for all"
+            )
+        before = {p for group in self.param_groups for p in group["params"]}
+        try:
+            super().add_param_group(param_group)
+        except ValueError as error:
+            given = param_group.get("params")  # torch has made a list of it
+            again = [n for n, p in enumerate(given) if p in before] if isinstance(given, list) else []
+            if not again:
+                raise
+            name = self._describe(param_group, again[0], len(self.param_groups))
+            raise ValueError(f"{name} is in another group too: pass tied parameters once") from error
         params = self.param_groups[-1]["params"]
-        if len(set(params)) < len(params):
-            del self.param_groups[-1]
-            raise ValueError("a parameter is twice in one group: pass tied parameters once")
+        last = {p: n for n, p in enumerate(params)}
+        twice = [last[p] for n, p in enumerate(params) if last[p] > n]
+        if twice:
+            group = self.param_groups.pop()
+            name = self._describe(group, twice[0], len(self.param_groups))
+            raise ValueError(f"{name} is twice in one group: pass tied parameters once")
 
     def _check_model(self) -> None:
         if self.model is None:
             return
+        refuse_writers(self.model)
         reshard(self.model)
-        if any(isinstance(m, torch.jit.ScriptModule) for m in self.model.modules()):
-            raise TypeError(
-                "cannot evaluate a scripted module at other weights than its own: pass the module as it was"
-            )
-        if any(getattr(m, "max_norm", None) is not None for m in self.model.modules()):
-            raise ValueError("an embedding with max_norm writes its weights in every forward pass: set max_norm=None")
         owned = set(self.model.parameters())
-        if not all(p in owned for group in self.param_groups for p in group["params"]):
-            raise ValueError(
-                "there are parameters that `model` does not own (a sharded module has others while it holds them "
-                "gathered: make its optimizer before its first forward pass)"
-            )
+        for number, (_, parameter) in enumerate(self._named()):
+            if parameter not in owned:
+                raise ValueError(
+                    f"`model` does not own {self._name(number)} (a sharded module has others while it holds them "
+                    "gathered: make its optimizer before its first forward pass)"
+                )
 
     # --- a step ---
 
@@ -285,27 +348,27 @@ class ZOSGD(torch.optim.Optimizer):
 
         Args:
             closure: evaluates the model and returns the loss: a number, or a tensor of one element. No backward. It is
-                called 2 P times (one-sided P + 1) and must depend on nothing but the weights: the same batch, eval
-                mode or no dropout. It need not be differentiable. Left out where the step was measured before.
+                called 2 P times (one-sided P + 1, once where all rates are 0) and must depend on nothing but the
+                weights: the same batch, eval mode or no dropout. It need not be differentiable. Left out where the step
+                was measured before.
 
-        One wait for the device per step, for the losses. If the closure raises or is interrupted the weights are what
-        they were before the step (bit for bit, unless they drift), and the optimizer too.
+        Waits for the device for the losses, and before them to see whether somebody wrote the weights; never in
+        between. If the closure raises or is interrupted the weights are what they were before the step (bit for bit,
+        unless they drift; but for what a new lattice rounds), and the optimizer too.
 
         Raises: TypeError without a closure or for what is no number; FloatingPointError for losses that are infinite
-        or NaN, or a step that is; ValueError where no parameter requires grad; RuntimeError where the closure writes
-        the weights.
+        or NaN, or a step that is too long; ValueError where no parameter requires grad, or one cannot move by mu;
+        RuntimeError where the closure writes the weights, or reads none of those that move.
         """
         measurement, self._measurement = self._measurement, None
         with self._weights() as weights:
             if closure is not None or measurement is None:
                 measurement = self._measured(closure, weights)
-            if measurement.numbers != [group.numbers for group in weights.groups]:
-                raise RuntimeError("other parameters require grad than when the step was measured")
-            estimates = [self._estimate(g, d) for g, d in zip(weights.groups, measurement.derivatives, strict=True)]
+            estimates, kept = self._estimates(weights.groups, measurement)
             with uninterrupted():
-                self._update(weights, [estimate for estimate, _ in estimates])
-                for group, (_, state) in zip(weights.groups, estimates, strict=True):
-                    group.settings.update(state)
+                self._update(weights, estimates)
+                for settings, state in kept:
+                    settings.update(state)
                 self.steps += 1
         return measurement.loss
 
@@ -328,55 +391,114 @@ class ZOSGD(torch.optim.Optimizer):
         """All that moves in this step, at home again in the end."""
         groups = self._settle()
         weights: _InPlace | _ReadOnly = _InPlace(groups, self.dist)
-        if self.lattice is None and self.model is not None:
+        if not self._on_lattice and self.model is not None:
             weights = _ReadOnly(groups, self.dist, self.model)
         try:
             yield weights
         finally:
             weights.home()
-            self._versions = [v for group in groups for v in group.versions()]
+            self._versions = {n: version for group in groups for n, version in group.versions().items()}
             torch.clear_autocast_cache()
 
     def _settle(self) -> list[_Group]:
-        """The parameters that move in this step, on their lattice where there can be one."""
-        groups = self._moving()
-        tensors = [t for group in groups for t in group.tensors]
-        if not tensors:
+        """What moves in this step, on lattices where there can be any."""
+        candidates = self._requiring_grad()
+        if not any(group.numbers for group in candidates):
             raise ValueError("no parameter requires grad: there is nothing to move")
-        exact = self._exact(tensors)
+        groups = [group for group in candidates if group.rate and group.numbers]
+        exact = self._exact(groups)
+        self._check_owned(groups)
         self._check_sharded(groups, exact)
-        settled = (exact, [group.numbers for group in groups])
+        # Of a tensor that was converted, moved or bound to other memory, nothing is known.
+        settled = exact, [[(n, t.dtype, t.device, t.data_ptr()) for n, t in g.named_tensors()] for g in groups]
         if settled != self._settled:
-            replay_(tensors, [], [])  # dtypes, devices, strides, shared memory: refused before anything moves
+            self._check_tensors(groups)
             self.log.admit(self._named())
-            self._settled, self._versions = settled, []
+            self._forget()
+            self._settled = settled
+        self._on_lattice = exact
         if not exact:
-            self.lattice = None
-            if self.model is None:
+            self._quanta = {}
+            if groups and self.model is None:
                 self.log.refusal = "weights that are moved in place off the lattice drift: give the optimizer `model`"
             return groups
-        if [v for group in groups for v in group.versions()] != self._versions:
-            # New here, or written by somebody else: checkpoints that were loaded, weights swapped for an evaluation.
-            self._largest = self._largest_weight(groups)
-            # One number stands for all: snap_ would make a copy of each tensor.
-            self._put(groups, self.lattice or Lattice.snap([torch.tensor([self._largest])], [1.0]))
-        self._make_room(groups, max(float(group.settings["mu"]) for group in groups))
-        assert self.lattice is not None
-        return [replace(group, mu=self.lattice.nearest(group.mu, at_least_one=True)) for group in groups]
+        if self._written(groups):
+            sizes = self._sizes(groups)
+            unknown = {n: size for n, size in sizes.items() if n not in self._quanta}
+            self._quanta |= self._chosen(groups, unknown)
+            self._bounds = sizes
+            self._put(groups, sizes)
+        self._make_room(groups, [group.mu for group in groups])
+        return [part for group in groups for part in self._by_lattice(group)]
 
-    def _moving(self) -> list[_Group]:
+    def _requiring_grad(self) -> list[_Group]:
         groups, number = [], 0
-        for settings in self.param_groups:
+        for index, settings in enumerate(self.param_groups):
             _check_settings(settings)  # schedulers and users write them
             moving = [(n, p) for n, p in enumerate(settings["params"], number) if p.requires_grad]
-            numbers, parameters = [n for n, _ in moving], [p for _, p in moving]
-            tensors, starts = shards(parameters)
-            groups.append(_Group(settings, numbers, parameters, tensors, starts, float(settings["mu"])))
+            places = [self._place(n, p) for n, p in moving]
+            groups.append(
+                _Group(
+                    index,
+                    settings,
+                    [n for n, _ in moving],
+                    [p for _, p in moving],
+                    [tensor for tensor, _ in places],
+                    [start for _, start in places],
+                    float(settings["lr"]),
+                    float(settings["mu"]),
+                )
+            )
             number += len(settings["params"])
         return groups
 
+    def _place(self, number: int, parameter: Tensor) -> tuple[Tensor, int]:
+        """What of a parameter lies here, and its first element's index."""
+        try:
+            if parameter.layout != torch.strided:
+                raise TypeError(f"{parameter.layout}, where only dense tensors move: freeze it")
+            if parameter.is_inference():
+                raise RuntimeError("made in inference mode, where nobody sees who writes it: make the model outside")
+            return shard(parameter)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise type(error)(f"{self._name(number)}: {error}") from None
+
+    def _check_tensors(self, groups: list[_Group]) -> None:
+        """dtypes, devices, strides, shared memory: what the kernels refuse is refused before anything moves."""
+        named = [pair for group in groups for pair in group.named_tensors()]
+        try:
+            replay_([t for _, t in named], [], [])
+        except (RuntimeError, TypeError, ValueError) as error:
+            # They know tensors by their position in a list, people by their name.
+            text = re.sub(r"tensors\[(\d+)\]", lambda at: self._name(named[int(at[1])][0]), str(error))
+            raise type(error)(text) from None
+        for number, tensor in named:
+            moment = self.state.get(tensor, {}).get("moment", tensor)
+            if (moment.shape, moment.device) != (tensor.shape, tensor.device):
+                raise RuntimeError(
+                    f"{self._name(number)} is {list(tensor.shape)} on {tensor.device}, its momentum "
+                    f"{list(moment.shape)} on {moment.device}: make the optimizer after the parameter was changed"
+                )
+
+    def _check_owned(self, groups: list[_Group]) -> None:
+        if self.model is None:
+            return
+        reshard(self.model)
+        owned = set(self.model.parameters())
+        for group in groups:
+            for number, parameter in zip(group.numbers, group.parameters, strict=True):
+                if parameter not in owned:
+                    if is_sharded(parameter):
+                        raise RuntimeError(
+                            "a forward pass of the sharded module was cut short: evaluate it once, then go on"
+                        )
+                    raise RuntimeError(
+                        f"`model` no longer owns {self._name(number)}, and its loss does not depend on it: something "
+                        "put another parameter in its place. Make the optimizer after that"
+                    )
+
     def _check_sharded(self, groups: list[_Group], exact: bool) -> None:
-        if not any(is_sharded(p) for group in groups for p in group.parameters):
+        if not self._sharded(groups):
             return
         if self.model is None:
             raise ValueError("sharded parameters: give the optimizer `model`, which must gather them at every move")
@@ -385,45 +507,140 @@ class ZOSGD(torch.optim.Optimizer):
                 "sharded parameters move only where moves are exact: float32 (FSDP may still compute in bfloat16), "
                 'dist="rademacher", no momentum and no weight_decay'
             )
-        reshard(self.model)
-        owned = set(self.model.parameters())
-        if not all(p in owned for group in groups for p in group.parameters):
-            raise RuntimeError("a forward pass of the sharded module was cut short: evaluate it once, then go on")
 
-    def _exact(self, tensors: Sequence[Tensor]) -> bool:
-        plain = self.momentum == 0 and all(group["weight_decay"] == 0 for group in self.param_groups)
-        return plain and self.dist == "rademacher" and all(t.dtype == torch.float32 for t in tensors)
+    @staticmethod
+    def _sharded(groups: list[_Group]) -> list[Tensor]:
+        return [p for group in groups for p, t in zip(group.parameters, group.tensors, strict=True) if p is not t]
 
-    def _put(self, groups: list[_Group], lattice: Lattice) -> None:
+    def _exact(self, groups: list[_Group]) -> bool:
+        plain = self.momentum == 0 and all(group.settings["weight_decay"] == 0 for group in groups)
+        return (
+            plain
+            and self.dist == "rademacher"
+            and all(t.dtype == torch.float32 for group in groups for t in group.tensors)
+        )
+
+    # --- lattices ---
+
+    def _written(self, groups: list[_Group]) -> bool:
+        """Whether there are weights that are new here, or that somebody else wrote, on any process."""
+        versions = {n: version for group in groups for n, version in group.versions().items()}
+        elements, quanta = self._sample
+        written = versions != self._versions
+        if not written and elements:
+            steps = torch.cat(elements) / quanta
+            written = not bool(((steps == steps.round()) & (steps.abs() <= STEPS / 2)).all())
+        return self._largest_of_all([float(written)], groups) != [0.0]
+
+    def _sizes(self, groups: list[_Group]) -> dict[int, float]:
+        """max |weight| by number, over all processes, with no copy of any tensor. Raises ValueError for what is NaN."""
+        named = [pair for group in groups for pair in group.named_tensors()]
+        maxima = [torch.stack(t.detach().aminmax()).abs().amax() if t.numel() else t.new_zeros(()) for _, t in named]
+        here = torch.stack(maxima).tolist()
+        # Maxima over processes may lose a NaN.
+        sizes = self._largest_of_all([size if math.isfinite(size) else math.inf for size in here], groups)
+        for (number, _), size in zip(named, sizes, strict=True):
+            if math.isinf(size):
+                raise ValueError(f"{self._name(number)} has infinite or NaN weights")
+        return {number: size for (number, _), size in zip(named, sizes, strict=True)}
+
+    def _largest_of_all(self, values: list[float], groups: list[_Group]) -> list[float]:
+        """The largest values over all processes that share the parameters."""
+        sharded = self._sharded(groups)
+        if not sharded:
+            return values
+        largest = _numbers(values).to(sharded[0].device)
+        distributed.all_reduce(largest, distributed.ReduceOp.MAX, self.process_group)
+        together: list[float] = largest.tolist()
+        return together
+
+    def _chosen(self, groups: list[_Group], sizes: dict[int, float]) -> dict[int, float]:
+        """Quanta for parameters whose weights reach these sizes, or mu: few of them in each parameter group.
+
+        From the largest parameter down, one joins a lattice that is at most 16 times coarser than its own would be.
+
+        Raises ValueError where a quantum would be above mu.
+        """
+        chosen: dict[int, float] = {}
+        elements: dict[int, Counter[float]] = {group.index: Counter() for group in groups}  # on each lattice
+        triples = [(g, n, p) for g in groups for n, p in zip(g.numbers, g.parameters, strict=True)]
+        for group, n, p in triples:
+            if n in self._quanta and n not in sizes:
+                elements[group.index][self._quanta[n]] += p.numel()
+        for group, n, p in sorted((t for t in triples if t[1] in sizes), key=lambda triple: -sizes[triple[1]]):
+            lattices = elements[group.index]
+            own = Lattice.holding(max(sizes[n], group.mu)).quantum
+            if own > group.mu:  # with less room to grow, then
+                own = Lattice.holding(sizes[n], headroom=2.0).quantum
+            own = max(own, 2.0**-100)  # far from where float32 has fewer bits
+            fitting = [q for q in lattices if own <= q <= COARSER * own]
+            if sizes[n] == 0:  # nothing tells how large it will be: as most of the group, or room for weights below 1/2
+                own = max(own, 2.0**-24)
+                fitting = [q for q, _ in lattices.most_common(1)]
+            chosen[n] = min(fitting, default=own)
+            lattices[chosen[n]] += p.numel()
+            self._check_mu(group, n, chosen[n], sizes[n])
+        return chosen
+
+    def _check_mu(self, group: _Group, number: int, quantum: float, size: float) -> None:
+        if quantum > group.mu:
+            raise ValueError(
+                f"{self._name(number)}, with weights of up to {size:.3g}, cannot move by mu={group.mu:g}: float32 "
+                f"holds such weights, and room to train them, in steps of {quantum:g}. Raise mu, freeze it, or give it "
+                "a group of its own, with an lr of 0 or a larger mu"
+            )
+
+    def _by_lattice(self, group: _Group) -> list[_Group]:
+        """The group in parts that share a lattice, the finest first; mu is the nearest multiple of the quantum."""
+        parts = []
+        for quantum in sorted({self._quanta[n] for n in group.numbers}):
+            part = group.part([i for i, n in enumerate(group.numbers) if self._quanta[n] == quantum])
+            largest = max(part.numbers, key=lambda n: self._bounds[n])
+            self._check_mu(part, largest, quantum, self._bounds[largest])
+            parts.append(replace(part, mu=Lattice(quantum).nearest(group.mu)))
+        return parts
+
+    def _put(self, groups: list[_Group], numbers: Container[int]) -> None:
+        """Put these parameters on their lattices."""
+        pairs = [pair for group in groups for pair in group.named_tensors()]
         with uninterrupted():
-            for group in groups:
-                lattice.put(group.tensors, [1.0] * len(group.tensors))
-            self.lattice = lattice
-            self._largest += lattice.quantum
-            self.log.put(lattice.quantum, [n for group in groups for n in group.numbers])
+            for quantum in sorted({self._quanta[n] for n, _ in pairs if n in numbers}):
+                mine = [(n, t) for n, t in pairs if n in numbers and self._quanta[n] == quantum]
+                Lattice(quantum).put([t for _, t in mine], [1.0] * len(mine))
+                self.log.put(quantum, [n for n, _ in mine])
+                self._bounds |= {n: self._bounds[n] + quantum for n, _ in mine}
+        elements = [t.detach().view(-1)[:: max(1, t.numel() // SAMPLE)][:SAMPLE] for _, t in pairs]
+        quanta = [self._quanta[n] for (n, _), some in zip(pairs, elements, strict=True) for _ in range(len(some))]
+        self._sample = elements, _numbers(quanta).to(pairs[0][1].device)
 
-    def _largest_weight(self, groups: list[_Group]) -> float:
-        """max |weight| over all processes."""
-        largest = torch.tensor(_largest([t for group in groups for t in group.tensors]))
-        sharded = [p for group in groups for p in group.parameters if is_sharded(p)]
-        if sharded:
-            largest = largest.to(sharded[0].device)
-            distributed.all_reduce(largest, distributed.ReduceOp.MAX, self.process_group)
-        if not torch.isfinite(largest):
-            raise ValueError("there are infinite or NaN weights")
-        return float(largest)
+    def _outgrown(self, groups: list[_Group], distances: list[float]) -> set[tuple[int, float]]:
+        """The lattices, by parameter group and quantum, that might not hold all weights when they move so far."""
+        return {
+            (group.index, self._quanta[n])
+            for group, distance in zip(groups, distances, strict=True)
+            for n in group.numbers
+            # Half: rounding to the lattice adds its share.
+            if self._bounds[n] + distance > STEPS / 2 * self._quanta[n]
+        }
 
-    def _make_room(self, groups: list[_Group], distance: float) -> None:
-        """A lattice on which weights may move by `distance`. The weights must be at home."""
-        assert self.lattice is not None
-        if self._largest + distance <= self.lattice.limit / 2:  # half: rounding to the lattice adds its share
+    def _make_room(self, groups: list[_Group], distances: list[float]) -> None:
+        """Coarser lattices for the parameters that would outgrow theirs. The weights must be at home."""
+        if not self._outgrown(groups, distances):
             return
-        self._largest = self._largest_weight(groups)
-        lattice = self.lattice
-        while self._largest + distance > lattice.limit / 2:
-            lattice = lattice.coarser()
-        if lattice != self.lattice:
-            self._put(groups, lattice)
+        self._bounds |= self._sizes(groups)
+        tight = self._outgrown(groups, distances)
+        # All that share such a lattice choose anew: some have grown with the one that must leave it.
+        needs = {
+            n: self._bounds[n] + distance
+            for group, distance in zip(groups, distances, strict=True)
+            for n in group.numbers
+            if (group.index, self._quanta[n]) in tight
+        }
+        if needs:
+            self._quanta |= self._chosen(groups, needs)
+            self._put(groups, needs)
+
+    # --- what is measured ---
 
     def _losses(self, closure: Closure | None, weights: _InPlace | _ReadOnly) -> list[Tensor]:
         if not callable(closure):
@@ -431,11 +648,17 @@ class ZOSGD(torch.optim.Optimizer):
                 "step needs a closure that evaluates the model and returns the loss: step(lambda: loss(...))"
             )
         places = [(seed, sign) for seed in self._seeds() for sign in ((1, -1) if self.two_sided else (1,))]
+        if not weights.groups:
+            places = [(0, 0)]
+        elif not self.two_sided:
+            places = [(0, 0), *places]
         losses = []
-        for seed, sign in places if self.two_sided else [(0, 0), *places]:
+        for seed, sign in places:
             with weights.at(seed, sign), let_go(self.model), casts_forgotten():
                 versions = [group.versions() for group in weights.groups]
-                losses.append(_scalar(closure()))
+                answer = closure()
+                losses.append(_scalar(answer))
+                self._half_precision = getattr(answer, "dtype", None) in (torch.bfloat16, torch.float16)
                 if [group.versions() for group in weights.groups] != versions:
                     self._settled = None
                     raise RuntimeError("the closure writes the weights: it is only to evaluate them")
@@ -443,11 +666,34 @@ class ZOSGD(torch.optim.Optimizer):
 
     def _measured(self, closure: Closure | None, weights: _InPlace | _ReadOnly) -> _Measurement:
         loss, differences = self._differences(torch.stack(self._losses(closure, weights)))
-        derivatives = [[d / group.mu for d in differences] for group in weights.groups]
-        return _Measurement([group.numbers for group in weights.groups], loss, derivatives)
+        if differences:
+            self._watch(differences)
+        derivatives = {tuple(group.numbers): [d / group.mu for d in differences] for group in weights.groups}
+        return _Measurement(loss, derivatives)
+
+    def _watch(self, differences: list[float]) -> None:
+        """Warn once where losses hardly ever differ. That is no error: accuracy, for one, is flat nearly everywhere."""
+        self._flat = [*self._flat, *(d == 0 for d in differences)][-WATCHED_STEPS * len(differences) :]
+        # A loss in half precision shows some differences and rounds others away. One in float32 shows nearly all.
+        enough = len(self._flat) // 3 if self._half_precision else len(self._flat)
+        if self._warned or len(self._flat) < WATCHED_STEPS * len(differences) or sum(self._flat) < enough:
+            return
+        self._warned = True
+        found = f"of the last {len(self._flat)} differences between losses {sum(self._flat)} were exactly 0"
+        if self._half_precision:
+            cause = "the loss is in half precision, which rounds them away"
+        else:
+            cause = (
+                "does the loss depend on the parameters that the optimizer was given, or on another model, on an "
+                "output that was kept, or on a parameter that was put in the place of one (module.weight = "
+                "nn.Parameter(...))? If it does, it is flat by nature, or computed in half precision"
+            )
+        warnings.warn(
+            f"{found}: {cause}. Compute it in float32, as by loss_of(model(x).float(), y), or raise mu", stacklevel=2
+        )
 
     def _differences(self, stacked: Tensor) -> tuple[Tensor, list[float]]:
-        """The loss to return, and d_p: the step's one wait for the device."""
+        """The loss to return, and d_p: the wait for the device."""
         if distributed.is_available() and distributed.is_initialized():
             stacked = stacked.to(self.param_groups[0]["params"][0].device)
             distributed.all_reduce(stacked, group=self.process_group)
@@ -455,53 +701,88 @@ class ZOSGD(torch.optim.Optimizer):
         values = stacked.cpu()
         if not torch.isfinite(values).all():
             raise FloatingPointError(f"the closure returned losses that are infinite or NaN: {values.tolist()}")
+        if len(values) == 1:  # nothing moves
+            return values[0], []
         if self.two_sided:
             plus, minus = values[0::2], values[1::2]
             return values.mean(), ((plus - minus) / 2).tolist()
         return values[0], (values[1:] - values[0]).tolist()
 
+    # --- what is done ---
+
     def _estimate(self, group: _Group, derivatives: list[float]) -> tuple[list[float], dict[str, float]]:
-        """The gradient's coefficients on the directions, and what the group keeps if the step is taken."""
+        """The gradient's coefficients on the directions, and what the parameter group keeps if the step is taken."""
         return [v / self.directions for v in derivatives], {}
+
+    def _estimates(
+        self, groups: list[_Group], measurement: _Measurement
+    ) -> tuple[list[list[float]], list[tuple[dict[str, Any], dict[str, float]]]]:
+        """The coefficients of each part, and what each parameter group keeps."""
+        estimates, kept = [], []
+        first: dict[int, tuple[float, list[float]]] = {}
+        for group in groups:
+            derivatives = measurement.derivatives.get(tuple(group.numbers))
+            if derivatives is None:
+                raise RuntimeError(
+                    "other parameters move than when the step was measured: do not change requires_grad, rates that "
+                    "are 0, or weights between `measure` and `step`"
+                )
+            if group.index not in first:  # on its finest lattice, where mu is nearest to what was asked for
+                estimate, state = self._estimate(group, derivatives)
+                first[group.index] = group.mu, estimate
+                kept.append((group.settings, state))
+            # The others moved by another mu: d / mu is their derivative, whatever became of it above.
+            mu, estimate = first[group.index]
+            estimates.append([c * (mu / group.mu) for c in estimate])
+        return estimates, kept
 
     def _update(self, weights: _InPlace | _ReadOnly, estimates: list[list[float]]) -> None:
         """Takes the weights home and makes the step; all or nothing."""
-        groups = weights.groups
-        rates = [float(group.settings["lr"]) for group in groups]
-        reach = max(max(rate, 1.0) * sum(map(abs, e)) for rate, e in zip(rates, estimates, strict=True))
+        pairs = zip(weights.groups, estimates, strict=True)
+        reach = max((max(group.rate, 1.0) * sum(map(abs, e)) for group, e in pairs), default=0.0)
         if not reach < LARGEST_FLOAT32 / 4:
             raise FloatingPointError(f"a step of {reach:g}: lower lr, or raise mu")
-        if self.lattice is None:
-            weights.home()
-            rows = [self._rule_step(g, s, e) for g, s, e in zip(groups, rates, estimates, strict=True)]
-        else:
+        if self._on_lattice:
             assert isinstance(weights, _InPlace)
-            rows = self._lattice_step(weights, rates, estimates)
-        self.log.append([group.numbers for group in groups], self.lattice is not None, rows)
-
-    def _lattice_step(self, weights: _InPlace, rates: list[float], estimates: list[list[float]]) -> list[Row]:
-        """Home and on in one pass: th = th - lr * sum_p e_p u_p, the coefficients on the lattice, right on average."""
-        assert self.lattice is not None
-        groups = weights.groups
-        distance = max(rate * sum(map(abs, e)) for rate, e in zip(rates, estimates, strict=True))
-        distance += max(group.mu for group in groups)
-        if self._largest + distance > self.lattice.limit / 2:
+            rows = self._lattice_step(weights, estimates)
+        else:
             weights.home()
-            self._make_room(groups, distance)
-        key = round_seed(self.seed, Purpose.COEFFICIENTS, self.steps)
-        moves = [
-            [self.lattice.stochastic(-rate * c, derive(key, p, g) / 2.0**64) for p, c in enumerate(estimate)]
-            for g, (rate, estimate) in enumerate(zip(rates, estimates, strict=True))
-        ]
-        weights.move(0, 0, [(self._seeds(), row) for row in moves])
-        self._largest += max(sum(map(abs, row)) for row in moves)
-        return [Row(row, rate, 1.0) for row, rate in zip(moves, rates, strict=True)]
+            rows = [self._rule_step(g, e) for g, e in zip(weights.groups, estimates, strict=True)]
+        self.log.append([group.numbers for group in weights.groups], self._on_lattice, rows)
 
-    def _rule_step(self, group: _Group, rate: float, estimate: list[float]) -> Row:
+    def _lattice_step(self, weights: _InPlace, estimates: list[list[float]]) -> list[Row]:
+        """Home and on in one pass: th = th - lr * sum_p e_p u_p, the coefficients on the lattice, right on average."""
+        distances = [g.rate * sum(map(abs, e)) + g.mu for g, e in zip(weights.groups, estimates, strict=True)]
+        if self._outgrown(weights.groups, distances):
+            weights.home()
+            try:
+                self._make_room(weights.groups, distances)
+            except ValueError as error:
+                raise FloatingPointError(
+                    f"a step of {max(distances):g} is too long: lower lr. After it {error}"
+                ) from None
+            parts = [self._by_lattice(group) for group in weights.groups]
+            estimates = [e for e, mine in zip(estimates, parts, strict=True) for _ in mine]
+            weights.groups = [part for mine in parts for part in mine]
+        key = round_seed(self.seed, Purpose.COEFFICIENTS, self.steps)
+        uniforms = {
+            g.index: [derive(key, p, g.index) / 2.0**64 for p in range(self.directions)] for g in weights.groups
+        }
+        rows = []
+        for group, estimate in zip(weights.groups, estimates, strict=True):
+            lattice = Lattice(self._quanta[group.numbers[0]])
+            pairs = zip(estimate, uniforms[group.index], strict=True)
+            rows.append(Row([lattice.stochastic(-group.rate * c, u) for c, u in pairs], group.rate, 1.0))
+        weights.move(0, 0, [(self._seeds(), row.coefficients) for row in rows])
+        for group, row in zip(weights.groups, rows, strict=True):
+            self._bounds |= {n: self._bounds[n] + sum(map(abs, row.coefficients)) for n in group.numbers}
+        return rows
+
+    def _rule_step(self, group: _Group, estimate: list[float]) -> Row:
         rule = SGD(momentum=self.momentum, weight_decay=float(group.settings["weight_decay"]))
-        row = Row(estimate, *rule.steps([self.steps], [rate])[0, :2].tolist())
+        row = Row(estimate, *rule.steps([self.steps], [group.rate])[0, :2].tolist())
         moments = [self._moment(t) for t in group.tensors] if rule.moments else []
-        coefficients, steps = torch.tensor([row.coefficients]), torch.tensor([[row.rate, row.keep]])
+        coefficients, steps = _numbers([row.coefficients]), _numbers([[row.rate, row.keep]])
         apply_rule(self._terms(), group.tensors, group.numbers, group.starts, moments, self.steps, coefficients, steps)
         return row
 
@@ -517,10 +798,28 @@ class ZOSGD(torch.optim.Optimizer):
 
     # --- what is kept ---
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles."""
+        if self.process_group is not None:
+            raise TypeError(
+                "an optimizer with a process_group cannot be copied or pickled: make another with a group of its own, "
+                "and give it the state_dict of this one"
+            )
+        own = ("model", "process_group", "log", "_quanta", "_on_lattice", "_measurement")
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in (*self.kept, *own)}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # of load_state_dict, too
+        self._flat, self._half_precision, self._warned = [], False, False
+        self._forget()
+
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, and under "run" the seed, the number of steps, the lattice and the settings that shape a step."""
+        """As torch's, and under "run" the seed, the number of steps, the settings that shape a step, and the lattices.
+
+        run["quanta"]: the quantum of each parameter that is on a lattice, by its number.
+        """
         run = {name: getattr(self, name) for name in self.kept}
-        return {**super().state_dict(), "run": {**run, "quantum": self.lattice.quantum if self.lattice else None}}
+        return {**super().state_dict(), "run": {**run, "quanta": dict(sorted(self._quanta.items()))}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved state; the weights are the model's to load, before or after. The log starts anew.
@@ -528,14 +827,19 @@ class ZOSGD(torch.optim.Optimizer):
         Raises: ValueError where it is the state of another optimizer, or of other parameters.
         """
         run = state_dict.get("run")
-        if not isinstance(run, dict) or run.keys() != {*self.kept, "quantum"}:
+        if not isinstance(run, dict) or run.keys() != {*self.kept, "quanta"}:
             raise ValueError(f"this is no state of a {type(self).__name__}")
+        saved = [state_dict["state"].get(i, {}) for group in state_dict["param_groups"] for i in group["params"]]
+        for number, ((_, parameter), state) in enumerate(zip(self._named(), saved, strict=False)):  # torch counts them
+            if "moment" in state and state["moment"].shape != parameter.shape:
+                raise ValueError(
+                    f"this is no state of these parameters: the momentum of {self._name(number)} is "
+                    f"{list(state['moment'].shape)} in it"
+                )
         super().load_state_dict(state_dict)
         for name in self.kept:
             setattr(self, name, run[name])
-        self.lattice = None if run["quantum"] is None else Lattice(run["quantum"])
-        self._settled, self._largest, self._measurement = None, math.inf, None
-        saved = (state_dict["state"].get(i) for group in state_dict["param_groups"] for i in group["params"])
+        self._quanta, self._measurement = dict(run["quanta"]), None
         for (_, parameter), state in zip(self._named(), saved, strict=True):
             if state:  # torch gives it the parameter's dtype; moments are float32
                 self.state[parameter]["moment"] = zeros(parameter).copy_(state["moment"])
@@ -547,12 +851,29 @@ class ZOSGD(torch.optim.Optimizer):
 
     def _named(self) -> list[tuple[str | None, Tensor]]:
         """All parameters by number, with their names where these are known."""
-        known = {p: name for name, p in self.model.named_parameters()} if self.model is not None else {}
+        known = self._known_names()
         named: list[tuple[str | None, Tensor]] = []
         for group in self.param_groups:
             names = group.get("param_names") or [known.get(p) for p in group["params"]]
             named += [(name and plain(name), p) for name, p in zip(names, group["params"], strict=True)]
         return named
+
+    def _known_names(self) -> dict[Tensor, str]:
+        return {p: name for name, p in self.model.named_parameters()} if self.model is not None else {}
+
+    def _describe(self, group: dict[str, Any], at: int, index: int) -> str:
+        """How an error speaks of the parameter of that place in a parameter group: by its name, if it has one."""
+        parameter = group["params"][at]
+        names = group.get("param_names")
+        name = names[at] if names else self._known_names().get(parameter)
+        if name:
+            return f"parameter {plain(name)!r}"
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        return f"parameter {at} of group {index}, {dtype} {list(parameter.shape)}"
+
+    def _name(self, number: int) -> str:
+        places = [(group, at, g) for g, group in enumerate(self.param_groups) for at in range(len(group["params"]))]
+        return self._describe(*places[number])
 
     def _terms(self) -> Terms:
         return Terms(self.seed, self.directions, self.pool, self.dist, self.momentum)
@@ -590,7 +911,7 @@ class ZONormalizedSGD(ZOSGD):
 
 
 def _check_settings(settings: dict[str, Any]) -> None:
-    for name in ("lr", "mu", "weight_decay"):
+    for name in GROUP_SETTINGS:
         value = float(settings[name])
         if not 0 <= value < LARGEST_FLOAT32 or (name == "mu" and value == 0):
             raise ValueError(f"{name} must be finite and {'above 0' if name == 'mu' else '0 or more'}, got {value}")
@@ -599,17 +920,17 @@ def _check_settings(settings: dict[str, Any]) -> None:
 def _scalar(loss: Any) -> Tensor:
     """A closure's answer, float64 [], without waiting for its device."""
     if isinstance(loss, Tensor):
-        if loss.numel() != 1 or loss.is_complex() or loss.dtype == torch.bool:
-            raise TypeError(f"the closure must return one number, got a tensor {[*loss.shape]} of {loss.dtype}")
+        if loss.numel() != 1 or loss.is_complex() or loss.dtype == torch.bool or loss.is_meta:
+            raise TypeError(
+                f"the closure must return one number, got a tensor {[*loss.shape]} of {loss.dtype} on {loss.device}"
+            )
         # Always a copy: a graph's static output would be overwritten by the next evaluation.
         return loss.detach().reshape(()).to(torch.float64, copy=True)
     if isinstance(loss, bool) or not isinstance(loss, (int, float, np.integer, np.floating)):
         raise TypeError(f"the closure must return the loss, one number, got {type(loss).__name__}")
-    return torch.tensor(float(loss), dtype=torch.float64)
+    return torch.tensor(float(loss), dtype=torch.float64, device="cpu")
 
 
-def _largest(tensors: Sequence[Tensor]) -> float:
-    """max |x|, with no copy of any tensor; infinite also for NaN, which maxima over processes may lose."""
-    ends = [end for t in tensors if t.numel() for end in t.detach().aminmax()]
-    largest = float(torch.stack(ends).abs().max()) if ends else 0.0
-    return largest if math.isfinite(largest) else math.inf
+def _numbers(values: Sequence[Any]) -> Tensor:
+    """float32 on the CPU, whatever torch's defaults are."""
+    return torch.tensor(values, dtype=torch.float32, device="cpu")

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -58,7 +59,7 @@ def apply_rule(
     """The steps from `first` on, off the lattice, in one pass. coefficients: [R, P]. steps: rate and keep, [R, 2]."""
     rounds = range(first, first + len(steps))
     seeds = [terms.seeds(round) for round in rounds]
-    steps = torch.cat([steps, torch.ones(len(steps), 1)], 1)
+    steps = nn.functional.pad(steps, (0, 1), value=1.0)
     for coarse in (True, False):
         mine = [i for i, t in enumerate(tensors) if (t.dtype == torch.bfloat16) == coarse]
         update_(
@@ -92,6 +93,7 @@ class _Chapter:
     puts: list[tuple[float, list[int]]]
     groups: list[list[int]]
     exact: bool
+    steps: int = 0
     rows: array[float] = field(default_factory=lambda: array("f"))
 
 
@@ -125,6 +127,7 @@ class RunLog:
             last = _Chapter(self._puts, groups, exact)
             self.chapters.append(last)
             self._puts = []
+        last.steps += 1
         for row in rows:
             last.rows.extend([*row.coefficients, row.rate, row.keep])
 
@@ -139,8 +142,8 @@ class RunLog:
             raise LogError(self.refusal or "no step was made: there is nothing to save")
         tables = {}
         for k, chapter in enumerate(self.chapters):
-            rows = torch.frombuffer(chapter.rows, dtype=torch.float32).clone()
-            tables[f"{k:06}"] = rows.reshape(-1, len(chapter.groups), self.terms.directions + 2)
+            shape = chapter.steps, len(chapter.groups), self.terms.directions + 2
+            tables[f"{k:06}"] = torch.from_numpy(np.array(chapter.rows).reshape(shape))
         header = {
             "format": FORMAT,
             **asdict(self.terms),
@@ -233,11 +236,13 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _matched(model: nn.Module, header: dict[str, Any]) -> list[Tensor]:
     """The model's parameters by number. Raises LogError where they are not the log's."""
     named = {plain(name): p for name, p in model.named_parameters(remove_duplicate=False)}
-    positions = list(model.parameters())
+    positions = list(model.named_parameters())
     parameters: list[Tensor] = []
     for number, (name, dtype, shape) in enumerate(header["parameters"]):
         what = repr(name) if name else f"number {number}"
-        found = named.get(name) if name else positions[number] if number < len(positions) else None
+        found = named.get(name) if name else None
+        if not name and number < len(positions):
+            what, found = f"number {number}, {positions[number][0]!r},", positions[number][1]
         if found is None:
             raise LogError(f"the model has no parameter {what}, which the log has")
         if (str(found.dtype), list(found.shape)) != (dtype, shape):

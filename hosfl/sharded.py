@@ -22,7 +22,6 @@ def is_sharded(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-@torch.no_grad()
 def shard(parameter: Tensor) -> tuple[Tensor, int]:
     """What of a parameter lies here, sharing its memory, and the index of its first element in the whole.
 
@@ -31,10 +30,12 @@ def shard(parameter: Tensor) -> tuple[Tensor, int]:
     """
     if not is_sharded(parameter):
         if _is_made_of_tensors(parameter):
-            raise TypeError(f"a parameter is a {type(parameter).__name__}, which cannot move: freeze it")
+            raise TypeError(f"a {type(parameter).__name__}, which cannot move: freeze it")
         return parameter, 0
     parameter = parameter.data  # a DTensor still; `to_local` of what requires grad would record a graph
-    return parameter.to_local(), _start(parameter.shape, parameter.device_mesh, parameter.placements)  # type: ignore
+    with torch.no_grad():
+        start = _start(parameter.shape, parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]
+        return parameter.to_local(), start  # type: ignore[attr-defined]
 
 
 def shards(parameters: Iterable[Tensor]) -> tuple[list[Tensor], list[int]]:
@@ -52,7 +53,7 @@ def _start(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> in
     cut = [p for p in placements if type(p) is not Replicate]
     if len(cut) > 1 or any(type(p) is not Shard or p.dim != 0 for p in cut):
         raise ValueError(
-            f"a parameter {list(shape)} is placed as {placements}: one mesh dimension may shard it, over its first "
+            f"{list(shape)}, placed as {placements}: one mesh dimension may shard it, over its first "
             "dimension (what fully_shard does by default), and others replicate it"
         )
     _, offset = compute_local_shape_and_global_offset(torch.Size(shape), mesh, placements)

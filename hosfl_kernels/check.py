@@ -135,7 +135,7 @@ def weights(case: Case) -> Tensor:
         1.0009765625,
     ]
     if case.n > 100:
-        x[3 : 3 + len(special)] = torch.tensor(special)
+        x[3 : 3 + len(special)] = torch.tensor(special, dtype=torch.float32, device="cpu")
     return x.to(DTYPES[case.dtype])
 
 
@@ -168,7 +168,8 @@ def kept(case: UpdateCase) -> list[Tensor]:
         x = weights(replace(case, dtype="float32")) * 0.5
         moments.append(x if k == 0 else (x * x).flip(0))
         if k and case.n > 100:
-            moments[k][20:26] = torch.tensor([0.0, 1e-45, 7e-42, 1.1754944e-38, 3e38, float("inf")])
+            special = [0.0, 1e-45, 7e-42, 1.1754944e-38, 3e38, float("inf")]
+            moments[k][20:26] = torch.tensor(special, dtype=torch.float32, device="cpu")
     return moments
 
 
@@ -254,10 +255,10 @@ def vector_cases(vectors: dict[str, Any], backend: ModuleType, device: str) -> I
     for v in vectors["noise"]:
         seed, stream, start = int(v["seed"]), int(v["stream"]), int(v["start"])
         name = f"seed={seed} stream={stream} start={start}"
-        signs = torch.tensor(v["rademacher"], dtype=torch.float32)
+        signs = torch.tensor(v["rademacher"], dtype=torch.float32, device="cpu")
         normals = _from_bits(v["gaussian_f32_bits"], "float32")
         for dist, want in (("rademacher", signs), ("gaussian", normals)):
-            out = torch.empty(len(want), device=device)
+            out = torch.empty(len(want), dtype=torch.float32, device=device)
             backend.noise_(out, seed, stream, start, dist)
             yield f"noise {dist} {name}", difference(out, want)
         if backend is reference:  # the others show their rounding bits only by rounding

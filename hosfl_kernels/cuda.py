@@ -180,7 +180,7 @@ def project(
     for tensor, factor, stream, start in zip(tensors, factors, streams, starts, strict=True):
         for k, piece in enumerate(tensor.detach().reshape(-1).split(PIECE)):
             x = piece.double() * factor
-            z = torch.empty(piece.shape, device=piece.device)
+            z = torch.empty(piece.shape, dtype=torch.float32, device=piece.device)
             for r, seed in enumerate(seeds):
                 noise_(z, seed, stream, start + k * PIECE, dist)
                 scalars[r] += x @ z.double()

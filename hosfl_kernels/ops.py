@@ -423,7 +423,7 @@ def _coefficient_tensor(coefficients: Coefficients) -> Tensor:
         if coefficients.dtype != torch.float32 or coefficients.dim() != 1 or coefficients.device.type != "cpu":
             raise TypeError("coefficients as a tensor must be float32, one-dimensional and on the CPU")
         return coefficients
-    return torch.tensor(coefficients, dtype=torch.float32)
+    return torch.tensor(coefficients, dtype=torch.float32, device="cpu")
 
 
 def _seed_table(seeds: SeedTable) -> Tensor:
@@ -450,7 +450,8 @@ def _table(values: Table, name: str, rows: int, columns: int) -> Tensor:
             raise TypeError(f"{name} as a tensor must be float32, two-dimensional and on the CPU")
         table = values
     else:
-        table = torch.tensor(values, dtype=torch.float32) if len(values) else torch.zeros(0, columns)
+        filled = values if len(values) else np.empty((0, columns))
+        table = torch.tensor(filled, dtype=torch.float32, device="cpu")
     if table.shape != (rows, columns):
         raise ValueError(f"{name} must be [{rows}, {columns}], one row per round of the seeds, got {[*table.shape]}")
     return table

@@ -382,4 +382,5 @@ def test_nothing_waits_for_the_device_between_two_evaluations(settings):
     waits = {torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default}
     assert not waits & {*events[first:last]}
     assert waits & {*events[last:]}
-    assert not waits & {*events[:first]}
+    # The look at the weights, on the lattice, is over before the first of them.
+    assert sum(event in waits for event in events[:first]) == (0 if settings.get("dist") else 1)

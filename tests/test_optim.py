@@ -2,8 +2,12 @@
 
 import copy
 import io
+import os
+import pickle
 import runpy
 import signal
+import stat
+import warnings
 from pathlib import Path
 
 import group
@@ -15,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hosfl import optim, optim_log
+from hosfl.checkpoint import write_atomically
 from hosfl.log import LogError
 from hosfl.optim import ZOSGD, ZONormalizedSGD, rebuild
 from hosfl.seeds import Purpose, direction_seeds, round_seed
@@ -136,7 +141,7 @@ def test_a_closure_that_fails_leaves_no_trace(case, error):
             if calls <= fatal:
                 return run.loss(2)
             if error == "NaN":
-                return float("nan")
+                return run.loss(2) * float("nan")
             if error == "shape":
                 return torch.zeros(2)
             raise error
@@ -182,7 +187,8 @@ def test_frozen_parameters_stay_and_change_nobody_else_s_noise(case):
     frozen.model[0].bias.requires_grad_(False)
     before = frozen.weights[1]
     for run in (frozen, free):
-        run.optimizer.step(iter([0.5, 0.25, 0.75, 0.5, 0.125, 0.25, 1.0]).__next__)  # the same scalars for both
+        scalars = iter([0.5, 0.25, 0.75, 0.5, 0.125, 0.25, 1.0])  # the same for both
+        run.optimizer.step(lambda run=run, scalars=scalars: (run.model[0].weight, next(scalars))[1])
     assert torch.equal(frozen.weights[1], before)
     assert not torch.equal(free.weights[1], before)
     assert frozen.optimizer.lattice == free.optimizer.lattice
@@ -241,11 +247,12 @@ def test_measuring_first_and_stepping_later_is_one_step(case):
 # --- the estimator -----------------------------------------------------------------------------------------------
 
 
-def numpy_run(xs, rates, mus, loss, steps, directions, two_sided, seed, normalized, pool):
-    """The estimator on the lattice, one array per group."""
+def numpy_run(xs, rates, mus, loss, steps, directions, two_sided, seed, normalized, pool, groups):
+    """The estimator on the lattice, a lattice per array. groups: the number of each array's, finest lattice first."""
     cycle = [derive(round_seed(seed, Purpose.POOL, 0), j, 0) for j in range(pool)] * steps * directions
-    q = spec.quantum([max(float(np.abs(x).max()) for x in xs)], [1.0], 16.0)
-    xs, mus = [spec.snap(x, q) for x in xs], [max(1, round(mu / q)) * q for mu in mus]
+    qs = [spec.quantum([float(np.abs(x).max())], [1.0], 16.0) for x in xs]
+    xs = [spec.snap(x, q) for x, q in zip(xs, qs, strict=True)]
+    mus = [round(mu / q) * q for mu, q in zip(mus, qs, strict=True)]
     mean = [0.0] * len(xs)
     for t in range(steps):
         seeds = cycle[t * directions : (t + 1) * directions] or direction_seeds(seed, t, directions)
@@ -256,33 +263,43 @@ def numpy_run(xs, rates, mus, loss, steps, directions, two_sided, seed, normaliz
         ]
         d = [(plus - minus) / 2 if two_sided else plus - base for plus, minus, base in at]
         key = round_seed(seed, Purpose.COEFFICIENTS, t)
-        for g in range(len(xs)):
-            mean[g] = 0.9 * mean[g] + (1 - 0.9) * (sum((v / mus[g]) ** 2 for v in d) / directions)
+        for g in set(groups):
+            mean[g] = 0.9 * mean[g] + (1 - 0.9) * (sum((v / mus[groups.index(g)]) ** 2 for v in d) / directions)
+        for i, g in enumerate(groups):
             length = np.sqrt(mean[g] / (1 - 0.9 ** (t + 1))) + 1e-8 if normalized else 1.0
             for p, u in enumerate(us):
-                c = -rates[g] * (d[p] / mus[g] / length / directions)
-                xs[g] = xs[g] + np.float32(np.floor(c / q + derive(key, p, g) / 2.0**64) * q) * u[g]
+                first = mus[groups.index(g)]
+                c = -rates[i] * (d[p] / first / length / directions * (first / mus[i]))
+                xs[i] = xs[i] + np.float32(np.floor(c / qs[i] + derive(key, p, g) / 2.0**64) * qs[i]) * u[i]
     return xs
 
 
 @pytest.mark.parametrize("two_sided", [True, False])
 @pytest.mark.parametrize("normalized", [True, False])
 @pytest.mark.parametrize(("directions", "pool"), [(1, 0), (3, 0), (3, 4)])
-def test_it_is_the_estimator_in_numpy_bit_for_bit(two_sided, directions, pool, normalized):
+@pytest.mark.parametrize("together", [True, False])
+def test_it_is_the_estimator_in_numpy_bit_for_bit(two_sided, directions, pool, normalized, together):
     start = [np.random.default_rng(0).normal(size=n).astype(np.float32) for n in (1500, 7)]
     rates, mus = (1e-4, 3e-4), (1e-3, 4e-3)
+    if together:  # in one group, on two lattices
+        start[1] *= 100
+        rates, mus = (1e-4, 1e-4), (1e-3, 1e-3)
 
     def loss(xs):
         return sum(float(np.square(x.astype(np.float64) - 0.1).sum()) for x in xs)
 
     params = [nn.Parameter(torch.from_numpy(x.copy())) for x in start]
     groups = [{"params": [p], "lr": lr, "mu": mu} for p, lr, mu in zip(params, rates, mus, strict=True)]
+    if together:
+        groups = [{"params": params, "lr": rates[0], "mu": mus[0]}]
     cls = ZONormalizedSGD if normalized else ZOSGD
     optimizer = cls(groups, 1.0, directions=directions, two_sided=two_sided, seed=8, pool=pool)
     before = loss(start)
     for _ in range(4):
         optimizer.step(lambda: loss([p.detach().numpy() for p in params]))
-    expected = numpy_run(start, rates, mus, loss, 4, directions, two_sided, 8, normalized, pool)
+    expected = numpy_run(
+        start, rates, mus, loss, 4, directions, two_sided, 8, normalized, pool, (0, 0 if together else 1)
+    )
     for p, x in zip(params, expected, strict=True):
         assert np.array_equal(p.detach().numpy(), x)
     assert loss(expected) < before
@@ -290,10 +307,10 @@ def test_it_is_the_estimator_in_numpy_bit_for_bit(two_sided, directions, pool, n
 
 def test_the_returned_loss():
     weight = nn.Parameter(torch.full((4,), 0.5))
-    optimizer = ZOSGD([weight], 0.0, 2.0**-4)
+    optimizer = ZOSGD([weight], 1e-12, 2.0**-4)
     answers = iter([1.0, 3.0])
     assert float(optimizer.step(lambda: next(answers))) == 2.0
-    one_sided = ZOSGD([weight], 0.0, 2.0**-4, two_sided=False, directions=2)
+    one_sided = ZOSGD([weight], 1e-12, 2.0**-4, two_sided=False, directions=2)
     answers = iter([1.0, 5.0, 7.0])
     assert float(one_sided.step(lambda: next(answers))) == 1.0
     assert one_sided.step(lambda: weight.sum()).dtype == torch.float64
@@ -443,7 +460,7 @@ def test_weights_that_outgrow_the_lattice_get_a_coarser_one(tmp_path):
     model = nn.Linear(3, 1, bias=False)
     nn.init.zeros_(model.weight)
     base = copy.deepcopy(model)
-    optimizer = ZOSGD(model.parameters(), 0.1)
+    optimizer = ZOSGD(model.parameters(), 0.1, mu=0.1)
     quanta = []
     for scale in (1, 100, 10_000):
         target = scale * torch.tensor([[3.0, -2.0, 1.0]])
@@ -492,6 +509,339 @@ def test_ctrl_c_in_the_middle_of_a_move(monkeypatch):
         assert same(run.weights, undisturbed.weights if fatal == 2 else before)
         run.go(3 - run.optimizer.steps, first=2)
         assert same(run.weights, undisturbed.weights)
+
+
+# --- lattices ----------------------------------------------------------------------------------------------------
+
+
+def quanta(optimizer):
+    return [*optimizer.state_dict()["run"]["quanta"].values()]
+
+
+def on_lattices(optimizer, parameters):
+    return all(torch.equal(p, (p / q).round() * q) for p, q in zip(parameters, quanta(optimizer), strict=True))
+
+
+SIZES = (0.0, 1e-30, 1e-4, 0.3, 2.0, 0.02, 500.0, 30.0)
+
+
+def of_sizes(sizes=SIZES):
+    torch.manual_seed(0)
+    return nn.ParameterList([nn.Parameter(size * (1 - 2 * torch.rand(5, 4))) for size in sizes])
+
+
+def test_a_large_parameter_coarsens_nobody_else_s_lattice(tmp_path):
+    model, base = of_sizes(), of_sizes()
+    optimizer = ZOSGD(model.parameters(), 1e-9)
+    optimizer.step(lambda: sum(p.double().sum() for p in model))
+    assert len(set(quanta(optimizer))) <= 5
+    assert optimizer.lattice.quantum == min(quanta(optimizer))
+    for quantum, p in zip(quanta(optimizer), base, strict=True):
+        assert quantum <= 2.0**-15 * max(float(p.detach().abs().max()), 1e-3 if p.any() else 2.0)
+    alone = ZOSGD(of_sizes((0.3,)).parameters(), 1e-9)
+    alone.step(lambda: 0.0)
+    assert quanta(optimizer)[3] <= 16 * quanta(alone)[0]
+    optimizer.step(lambda: sum(p.double().sum() for p in model))
+    assert on_lattices(optimizer, [p.detach() for p in model])
+    optimizer.log.save(tmp_path / "log")
+    rebuild(base, tmp_path / "log")
+    assert same(list(base), list(model))
+
+
+def test_one_that_outgrows_its_lattice_leaves_it_alone():
+    model = of_sizes((0.3, 0.4, 0.2))
+    optimizer = ZOSGD(model.parameters(), 1e-6)
+
+    def loss():
+        return sum(p.square().sum() for p in model)
+
+    optimizer.step(loss)
+    (before,) = set(quanta(optimizer))
+    with torch.no_grad():
+        model[1].mul_(100)
+    for _ in range(3):
+        optimizer.step(loss)
+        assert on_lattices(optimizer, [p.detach() for p in model])
+    assert quanta(optimizer)[0] == quanta(optimizer)[2] == before < quanta(optimizer)[1] <= 2.0**-19 * 40
+
+
+def test_zeros_lie_where_most_of_their_group_does():
+    sizes = (0.0, 1.0, 1e-3, 0.0)
+    model = of_sizes(sizes)
+    optimizer = ZOSGD([{"params": [*model[:3]]}, {"params": [model[3]]}], 1e-9)
+    optimizer.step(lambda: 0.0)
+    of_zeros, of_ones, small, alone = quanta(optimizer)
+    assert of_zeros in (of_ones, small)
+    assert alone == 2.0**-24
+    wide = nn.ParameterList([nn.Parameter(torch.ones(100)), nn.Parameter(torch.full((3,), 1e-3)), torch.zeros(3)])
+    optimizer = ZOSGD(wide.parameters(), 1e-9)
+    optimizer.step(lambda: 0.0)
+    assert quanta(optimizer)[2] == quanta(optimizer)[0] != quanta(optimizer)[1]
+    for size, mu in ((0.0, 1e-12), (1e-42, 1e-42)):
+        with pytest.raises(ValueError, match="cannot move by mu=1e-"):
+            ZOSGD([nn.Parameter(torch.full((3,), size))], 1e-9, mu=mu).step(lambda: 0.0)
+
+
+@pytest.mark.parametrize("large", [-1e4, 1e9, -3e38])
+def test_a_parameter_that_float32_cannot_move_by_mu_is_named_and_nothing_changes(large):
+    model = of_sizes((0.3, 0.1))
+    mask = nn.Parameter(torch.full((4, 4), large))
+    before = [p.detach().clone() for p in model]
+
+    def loss():
+        return sum(p.square().sum() for p in model) + 0 * mask[0, 0]
+
+    named = [("emit", model[0]), ("mask", mask)]
+    for params, name in ((named, "parameter 'mask'"), ([*model, mask], r"parameter 2 of group 0, float32 \[4, 4\]")):
+        with pytest.raises(ValueError, match=f"{name}, with weights of up to .* cannot move by mu=0.001"):
+            ZOSGD(params, 0.1).step(loss)
+    assert same(list(model), before)
+    # What the error advises.
+    ZOSGD([{"params": [mask], "lr": 0.0}, {"params": [*model]}], 1e-3).step(loss)
+    mask.requires_grad_(False)
+    ZOSGD([*model, mask], 1e-3).step(loss)
+    assert torch.equal(mask, torch.full((4, 4), large))
+    if abs(large) < 1e5:
+        mask.requires_grad_(True)
+        ZOSGD([{"params": [mask], "mu": 0.01}, {"params": [*model]}], 1e-3).step(loss)
+        assert torch.allclose(mask, torch.full((4, 4), large))
+    optimizer = ZOSGD([model[0]], 1e-3)
+    optimizer.step(loss)
+    before = model[0].detach().clone()
+    with pytest.raises(FloatingPointError, match=r"too long: lower lr\. After it parameter 0 of group 0"):
+        optimizer.step(iter([1e10, 0.0]).__next__)
+    assert torch.equal(before, model[0])
+    optimizer.param_groups[0]["mu"] = 1e-9
+    with pytest.raises(ValueError, match="cannot move by mu=1e-09"):
+        optimizer.step(loss)
+
+
+@every
+def test_at_a_rate_of_zero_no_bit_changes(case, tmp_path):
+    run = Run(case, lr=0.0)
+    calls = []
+
+    def closure():
+        calls.append(run.weights)
+        return run.loss()
+
+    loss = run.optimizer.step(closure)
+    assert len(calls) == 1
+    assert same(calls[0], list(run.base.parameters()))
+    assert torch.equal(loss, run.loss().detach().double())
+    assert torch.equal(run.optimizer.measure(closure), loss)
+    run.optimizer.step()
+    assert same(run.weights, list(run.base.parameters()))
+    assert run.optimizer.steps == 2
+    # As a schedule's first steps are.
+    run.optimizer.param_groups[0]["lr"] = CASES[case][1]
+    run.go(2, first=2)
+    assert not same(run.weights, list(run.base.parameters()))
+    run.optimizer.param_groups[0]["lr"] = 0.0
+    before = run.weights
+    run.go(1, first=4)
+    assert same(run.weights, before)
+    if case != "drifting":
+        run.optimizer.log.save(tmp_path / "log")
+        rebuild(run.base, tmp_path / "log")
+        assert same(list(run.base.parameters()), run.weights)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda w: w.data.mul_(0.999),
+        lambda w: w.data.copy_(torch.rand(4, 3)),
+        lambda w: w.data.mul_(2.0**12),
+        lambda w: setattr(w, "data", torch.rand(4, 3)),
+        lambda w: w.detach().numpy().__imul__(1.1),
+    ],
+)
+def test_writes_that_torch_does_not_count_are_noticed(write):
+    run = Run().go(2)
+    write(run.model[0].weight)
+    seen = []
+    run.optimizer.step(lambda: seen.append(run.weights) or run.loss())
+    assert on_lattices(run.optimizer, seen[0])
+    before = run.weights
+    for _ in range(5):
+        with pytest.raises(FloatingPointError):
+            run.optimizer.step(iter([1.0, float("nan")]).__next__)
+    assert same(run.weights, before)
+
+
+# --- losses that say nothing -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [name for name, settings in CASES.items() if settings[-1]])
+def test_a_loss_that_read_none_of_the_weights_is_an_error(case):
+    run = Run(case).go(1)
+    parameters, other, before = list(run.model.parameters()), copy.deepcopy(run.model), run.weights
+    x = torch.ones(1, 3, dtype=parameters[0].dtype)
+    with torch.no_grad():
+        kept = run.model(x).sum()
+    state = str(run.optimizer.state_dict())
+    for closure in (lambda: sum(p.square().sum() for p in parameters), lambda: other(x).sum(), lambda: kept, lambda: 1):
+        with pytest.raises(RuntimeError, match="did not depend on the weights that move"):
+            run.optimizer.step(closure)
+    assert same(run.weights, before)
+    assert str(run.optimizer.state_dict()) == state
+    run.optimizer.step(lambda: sum(p.float().square().sum() for p in run.model.parameters()))
+    assert not same(run.weights, before)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_parameter_that_was_replaced_is_named(case):
+    run = Run(case)
+    run.optimizer.model = run.model
+    run.model[0].weight = nn.Parameter(run.model[0].weight.detach().clone())
+    with pytest.raises(RuntimeError, match=r"no longer owns parameter '0\.weight'"):
+        run.go(1)
+    assert same(run.weights, list(run.base.parameters()))
+
+
+def heard(optimizer, closure, steps):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(steps):
+            optimizer.step(closure)
+    return [str(warning.message) for warning in caught]
+
+
+@every
+def test_losses_that_never_differ_are_warned_of_once(case):
+    run = Run(case)
+
+    def flat():
+        return run.model[0].weight.sum() * 0 + 1.0
+
+    assert not heard(run.optimizer, flat, 9)
+    (message,) = heard(run.optimizer, flat, 30)
+    dtype = run.model[0].weight.dtype
+    assert ("in half precision, which" in message) == (dtype != torch.float32)
+    assert ("put in the place" in message) == (dtype == torch.float32)
+    assert "float32" in message
+    assert "raise mu" in message
+
+
+def test_a_loss_in_half_precision_is_warned_of_and_accuracy_is_not():
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(16, 10), torch.randn(64, 16), torch.randint(0, 10, (64,))
+
+    def loss(dtype):
+        return nn.functional.cross_entropy(model(x).to(dtype), y)
+
+    for dtype, zeros, expected in [
+        (torch.bfloat16, 4, 1),
+        (torch.float16, 4, 1),
+        (torch.bfloat16, 2, 0),
+        (torch.float32, 9, 0),
+        (torch.float32, 10, 1),
+    ]:
+        losses = iter([torch.tensor(1.0 + (e // 2 % 10 >= zeros) * (e % 2), dtype=dtype) for e in range(60)])
+        assert len(heard(ZOSGD(model.parameters(), 1e-9), losses.__next__, 30)) == expected
+    for dtype, expected in ((torch.bfloat16, 1), (torch.float16, 1), (torch.float32, 0)):
+        optimizer = ZOSGD(model.parameters(), 1e-6, 1e-4)
+        assert len(heard(optimizer, lambda dtype=dtype: loss(dtype), 60)) == expected
+    assert not heard(ZOSGD(model.parameters(), 1e-3, 0.1), lambda: (model(x).argmax(1) == y).double().mean(), 60)
+
+
+# --- torch's defaults, copies ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def defaults():
+    """Sets torch's default dtype and device, and resets them."""
+
+    def set_to(value):
+        (torch.set_default_dtype if isinstance(value, torch.dtype) else torch.set_default_device)(value)
+
+    yield set_to
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, "meta"])
+@every
+def test_torch_s_defaults_change_no_bit(case, default, defaults, tmp_path):
+    run, other = Run(case), Run(case)
+    x = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
+
+    def go(run):
+        def loss():
+            return (run.model(x.to(run.model[0].weight.dtype)).float() - x.sum(1, keepdim=True)).square().mean()
+
+        run.optimizer.step(loss)
+        run.optimizer.measure(loss)
+        run.optimizer.step()
+        run.optimizer.load_state_dict(copy.deepcopy(run.optimizer).state_dict())
+        if not run.optimizer.momentum:
+            run.base = copy.deepcopy(run.model)
+        run.optimizer.step(lambda: (loss(), 1.5)[1] if run.optimizer.model else 1.5)
+        if case != "drifting" and not run.optimizer.momentum:
+            run.optimizer.log.save(tmp_path / "log")
+            rebuild(run.base, tmp_path / "log")
+            assert same(list(run.base.parameters()), run.weights)
+
+    go(run)
+    defaults(default)
+    go(other)
+    assert same(run.weights, other.weights)
+
+
+def saved_and_loaded(pair):
+    file = io.BytesIO()
+    torch.save(pair, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair)), saved_and_loaded])
+@every
+def test_a_copy_goes_on_to_the_same_bits(case, copied, tmp_path):
+    run, other = Run(case).go(3), Run(case)
+    other.base, other.model, other.optimizer = copied((run.base, run.model, run.optimizer))
+    for mine in (run, other):
+        mine.go(2, first=3)
+    assert same(run.weights, other.weights)
+    assert str(run.optimizer.state_dict()) == str(other.optimizer.state_dict())
+    if case != "drifting":
+        other.optimizer.log.save(tmp_path / "log")
+        rebuild(other.base, tmp_path / "log")
+        assert same(list(other.base.parameters()), other.weights)
+    run.optimizer.measure(run.loss)
+    other.model, other.optimizer = copied((run.model, run.optimizer))
+    assert torch.equal(run.optimizer.step(), other.optimizer.step())
+    assert same(run.weights, other.weights)
+    before = other.weights
+    run.go(1, first=6)
+    assert same(other.weights, before)
+
+
+def test_a_copy_of_the_optimizer_alone_holds_copies_of_what_it_moves():
+    run = Run("gaussian").go(1)
+    before = run.weights
+    alone = copy.deepcopy(run.optimizer)
+    alone.step(lambda: alone.model(torch.ones(1, 3)).sum())
+    assert same(run.weights, before)
+    assert not same([p for group in alone.param_groups for p in group["params"]], before)
+
+
+def test_a_process_group_is_not_copied():
+    run = Run()
+    run.optimizer.process_group = object()
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="state_dict"):
+            copied(run.optimizer)
+
+
+def test_in_inference_mode_steps_are_the_same():
+    for case in CASES:
+        run = Run(case)
+        with torch.inference_mode():
+            run.go(2)
+        run.go(1, first=2)
+        assert case == "drifting" or same(run.weights, Run(case).go(3).weights)
 
 
 # --- with the rest of torch --------------------------------------------------------------------------------------
@@ -607,7 +957,7 @@ def test_another_base_is_refused_and_not_changed(logged):
     other = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1))
     for model, message in [
         (wrong, "digest"),
-        (other, "number 0 is torch.float32"),
+        (other, "number 0, '0.weight', is torch.float32"),
         (copy.deepcopy(run.base).double(), "torch.float64"),
         (run.base[:2], "no parameter number 2"),
         (run.model, "digest"),
@@ -667,6 +1017,67 @@ def test_logs_that_would_not_rebuild_are_refused(tmp_path):
     assert optim_log.FORMAT == 1
 
 
+# --- files that are no files --------------------------------------------------------------------------------------
+
+
+def test_a_write_keeps_links_devices_and_modes(tmp_path):
+    target, link, chain, dangling = (tmp_path / name for name in ("target", "link", "chain", "dangling"))
+    target.write_bytes(b"before")
+    target.chmod(0o640)
+    (tmp_path / "folder").mkdir()
+    link.symlink_to("target")
+    chain.symlink_to(link)
+    dangling.symlink_to(tmp_path / "folder" / "new")
+    for path, data in ((link, b"1"), (chain, b"2"), (dangling, b"3"), (target, b"4")):
+        write_atomically(path, data)
+        assert path.read_bytes() == data
+    assert link.is_symlink()
+    assert chain.is_symlink()
+    assert dangling.is_symlink()
+    assert (tmp_path / "folder" / "new").read_bytes() == b"3"
+    assert stat.S_IMODE(target.stat().st_mode) == 0o640
+    pipe = tmp_path / "pipe"  # stands for devices too: a test that failed as root would take /dev/null from everybody
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_atomically(pipe, b"5")
+    assert os.read(reader, 9) == b"5"
+    os.close(reader)
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    (tmp_path / "target.tmp").symlink_to(tmp_path / "folder" / "new")  # whatever a killed writer left
+    write_atomically(target, b"6")
+    assert (tmp_path / "folder" / "new").read_bytes() == b"3"
+    assert {path.name for path in tmp_path.iterdir()} == {"target", "link", "chain", "dangling", "folder", "pipe"}
+
+
+def test_a_write_that_cannot_be_leaves_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_bytes(b"before")
+    with pytest.raises(IsADirectoryError, match="name a file in it"):
+        write_atomically(tmp_path, b"")
+    with pytest.raises(FileNotFoundError, match="no folder to write this file in"):
+        write_atomically(tmp_path / "none" / "file", b"")
+    with pytest.raises(NotADirectoryError):
+        write_atomically(path / "file", b"")
+
+    def full(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space left"):
+        write_atomically(path, b"after")
+    assert path.read_bytes() == b"before"
+    assert [*tmp_path.iterdir()] == [path]
+
+
+def test_a_log_may_be_saved_through_a_link(logged):
+    run, path = logged
+    path.with_name("latest").symlink_to(path)
+    run.go(1, first=4).optimizer.log.save(path.with_name("latest"))
+    assert path.with_name("latest").is_symlink()
+    rebuild(run.base, path)
+    assert same(list(run.base.parameters()), run.weights)
+
+
 # --- errors ------------------------------------------------------------------------------------------------------
 
 
@@ -703,6 +1114,7 @@ def test_wrong_steps_are_refused_and_change_nothing():
         (lambda: True, TypeError, "bool"),
         (lambda: torch.zeros(2), TypeError, r"\[2\]"),
         (lambda: torch.zeros((), dtype=torch.complex64), TypeError, "complex64"),
+        (lambda: torch.zeros((), device="meta"), TypeError, "on meta"),
         (lambda: float("inf"), FloatingPointError, "infinite or NaN"),
         (lambda: torch.tensor(float("nan")), FloatingPointError, "infinite or NaN"),
         (iter([1e300, -1e300]).__next__, FloatingPointError, "lower lr"),
@@ -734,6 +1146,99 @@ def test_wrong_parameters_are_refused():
         ZOSGD(embedding.parameters(), 0.1).load_state_dict(torch.optim.SGD(embedding.parameters(), 0.1).state_dict())
     with pytest.raises(ValueError, match="decay must be"):
         ZONormalizedSGD(embedding.parameters(), 0.1, decay=1.0)
+
+
+@pytest.mark.parametrize("key", ["momentum", "directions", "weightdecay", "square"])
+def test_a_group_s_wrong_options_are_named_and_nothing_is_added(key):
+    run = Run(params=lambda m: m[0].named_parameters())
+    group = {"params": list(run.model[2].named_parameters()), key: 1.0}
+    with pytest.raises(ValueError, match=f"'{key}' of its own: it may set lr, mu, weight_decay"):
+        run.optimizer.add_param_group(group)
+    with pytest.raises(ValueError, match=f"'{key}' of its own"):
+        ZOSGD([group], 0.1)
+    assert len(run.optimizer.param_groups) == 1
+    run.optimizer.add_param_group({"params": group["params"], "lr": 0.1, "initial_lr": 0.1})
+    run.go(1)
+
+
+NAMELESS = r"parameter 1 of group 0, \S+ \[\d(, \d)?\]"
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("settings", [{}, {"dist": "gaussian"}])
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: torch.zeros(3, dtype=torch.float64), TypeError, " is torch.float64"),
+        (lambda: torch.zeros(3, dtype=torch.complex64), TypeError, " is torch.complex64"),
+        (lambda: torch.eye(3).to_sparse(), TypeError, ": torch.sparse_coo"),
+        (lambda: torch.zeros(4, 3).T, RuntimeError, " is not contiguous"),
+        (lambda: torch.zeros(3, device="meta"), RuntimeError, " is on meta"),
+        (lambda: torch.tensor([1.0, float("nan"), 2.0]), ValueError, " has infinite or NaN weights"),
+        (lambda: MEMORY[2:], RuntimeError, " share memory"),
+    ],
+)
+def test_errors_name_the_parameter(make, error, message, settings, named):
+    first, second = nn.Parameter(MEMORY[:4]), nn.Parameter(make())
+    if error is ValueError and settings:
+        return  # off the lattice its loss would show it
+    params = [("first", first), ("second", second)] if named else [first, second]
+    name = "parameter 'second'" if named else NAMELESS
+    with pytest.raises(error, match=name + message):
+        ZOSGD(params, 0.1, **settings).step(lambda: first.sum())
+    assert not MEMORY.any()
+
+
+MEMORY = torch.zeros(8)
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
+def test_errors_of_the_constructor_name_the_parameter():
+    a, b = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3))
+    for params, message in [
+        ([("a", a), ("b", b), ("c", b)], "parameter 'c' is twice in one group"),
+        ([a, b, b], r"parameter 2 of group 0, float32 \[3\] is twice in one group"),
+        ([{"params": [a, b]}, {"params": [b]}], r"parameter 0 of group 1, float32 \[3\] is in another group too"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ZOSGD(params, 0.1)
+    model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match=r"does not own parameter 1 of group 0, float32 \[3\]"):
+        ZOSGD([model.weight, b], 0.1, model=model)
+    with torch.inference_mode():
+        model = nn.Linear(2, 2)
+    with pytest.raises(RuntimeError, match="parameter 'weight': made in inference mode"):
+        ZOSGD(model.named_parameters(), 0.1).step(lambda: 0.0)
+
+
+def test_a_momentum_that_does_not_fit_is_named_and_nothing_changes():
+    run, other = Run("momentum").go(1), Run("momentum").go(1)
+    other.model[2].weight.data = torch.zeros(2, 4)
+    before = other.weights
+    with pytest.raises(RuntimeError, match=r"parameter '2\.weight' is \[2, 4\] on cpu, its momentum \[1, 4\]"):
+        other.optimizer.step(lambda: sum(p.sum() for p in other.model.parameters()))
+    assert same(other.weights, before)
+    saved = run.optimizer.state_dict()
+    saved["state"][3] = {"moment": torch.zeros(7)}
+    fresh = Run("momentum", seed=9)
+    with pytest.raises(ValueError, match=r"the momentum of parameter '2\.bias' is \[7\] in it"):
+        fresh.optimizer.load_state_dict(saved)
+    assert fresh.optimizer.seed == 9
+
+
+def test_a_model_that_is_converted_later_goes_on():
+    run = Run("gaussian").go(1)
+    run.model.bfloat16()
+    run.go(1)
+    assert run.optimizer.lattice is None
+    run = Run().go(1)
+    assert run.optimizer.lattice is not None
+    run.model.half()
+    run.go(1)
+    assert run.optimizer.lattice is None
+    run.model[0].double()
+    with pytest.raises(TypeError, match=r"parameter '0\.weight' is torch\.float64"):
+        run.go(1)
 
 
 # --- the examples ------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         batches = (*self._micro_batches, self._prepare_inputs(inputs))
         if not self.accelerator.sync_gradients:
             self._micro_batches = batches
-            return torch.zeros((), device=self.args.device)
+            return torch.zeros((), dtype=torch.float32, device=self.args.device)
         self._micro_batches = ()
         summed = getattr(self, "loss_is_scaled_for_ga", None)
         if summed is None:  # the Trainer's rule: losses over the number of items of all micro-batches add up
