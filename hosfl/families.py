@@ -269,9 +269,10 @@ def is_decoder(name: str) -> bool:
 
     Raises ImportError, OSError, and ValueError for a model of no family that can be cut.
     """
-    kind = _transformers().AutoConfig.from_pretrained(name).model_type
-    texts = [k for k, family in FAMILIES.items() if family.inputs == "input_ids"]
-    if kind not in texts:
+    config = _transformers().AutoConfig.from_pretrained(name)
+    kind = config.model_type
+    texts = [k for k, family in FAMILIES.items() if family.inputs == "input_ids" and not family.beside]
+    if kind not in texts or config.is_encoder_decoder:
         raise ValueError(f"{name} is a {kind}; text models that can be cut are {', '.join(texts)}")
     return FAMILIES[kind].decoder
 

@@ -102,7 +102,8 @@ def derivative(module: nn.Module, inputs: Inputs, tangents: Tangents) -> Tensor:
     inputs: a tensor, a tuple of positional arguments or a mapping of keyword arguments.
 
     Raises: TypeError and ValueError as `evaluate_displaced`; NotImplementedError for an operation without a
-    forward-mode derivative, such as one of an extension: use differences there.
+    forward-mode derivative, such as one of an extension, or torch's grouped matrix product of experts: use differences
+    there, or tell transformers' model `set_experts_implementation("eager")`.
     """
     refuse_writers(module)
     with forward_ad.dual_level(), _differentiable(), displaced(module, tangents):

@@ -53,9 +53,17 @@ def relative(found, expected):
 PURE = ("gpt2", "bert", "roberta", "xlm-roberta")
 
 
+def differentiable(family):
+    """Experts one after another: torch's grouped product has no forward-mode derivative."""
+    model = text_model(family, "words")
+    if "moe" in family or family == "mixtral":
+        model.set_experts_implementation("eager")
+    return model
+
+
 @pytest.mark.parametrize("family", TEXT)
 def test_the_derivative_of_every_text_family(family):
-    half = split(text_model(family, "words"), 2).client.double()
+    half = split(differentiable(family), 2).client.double()
     inputs = text("none")
     with evaluating(half):
         found = derivative(half, inputs, tangents(half))
@@ -71,7 +79,7 @@ def test_the_derivative_of_every_text_family(family):
 @pytest.mark.parametrize("family", TEXT)
 @pytest.mark.parametrize("padding", ["left", "all"])
 def test_padding_gives_no_nan(family, padding):
-    half = split(text_model(family, "words"), 2).client
+    half = split(differentiable(family), 2).client
     with evaluating(half):
         found = derivative(half, text(padding), tangents(half))
         assert torch.isfinite(found).all()
@@ -275,7 +283,7 @@ def both_ways(half, inputs, microbatch=0, dist="rademacher", factors=None):
 
 @pytest.mark.parametrize("family", TEXT)
 def test_backward_of_every_text_family(family):
-    half = split(text_model(family, "words"), 2).client
+    half = split(differentiable(family), 2).client
     assert relative(*both_ways(half, text("left"), 1)) < 1e-4
 
 
