@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from benchmarks.readme import RESULTS
 from benchmarks.sentences import PACKAGES, sentences
 from hosfl.displaced import call
-from hosfl.families import packaged_minilm, pretrained_classifier, tokenized
+from hosfl.families import packaged_minilm, pretrained_model, tokenized
 from hosfl.memory import MINILM
 from hosfl.probe import evaluating, probe_forward, probe_untouched, trainable
 from hosfl.report import machine
@@ -58,7 +58,7 @@ def _halves(model: str) -> SplitModel:
 
         whole: nn.Module = BertForSequenceClassification(BertConfig(**MINILM, num_labels=len(PACKAGES)))
     else:
-        whole = pretrained_classifier(model, len(PACKAGES))
+        whole = pretrained_model(model, "SequenceClassification", num_labels=len(PACKAGES))
     return split(whole.eval(), LAYERS)
 
 

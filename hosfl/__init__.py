@@ -1,5 +1,6 @@
 """HO-SFL: fine-tune split models whose clients cannot afford backpropagation (Chen et al., arXiv 2603.14773)."""
 
+from hosfl.chain import CutError
 from hosfl.checkpoint import rebuild
 from hosfl.client import Client, FirstOrderClient, ZerothOrderClient
 from hosfl.config import Config
@@ -16,6 +17,7 @@ from hosfl.trainer import train
 __all__ = [
     "Client",
     "Config",
+    "CutError",
     "Evaluation",
     "FirstOrderClient",
     "FreshStep",
