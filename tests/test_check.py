@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from hosfl_kernels import _cpp
+
 VECTORS = Path(__file__).parent / "noise_vectors.json"
 
 
@@ -24,6 +26,8 @@ def test_all_backends_pass():
     for backend in ("numpy", "cpp", "triton"):
         assert f"ok   {backend:6} perturb_ bfloat16 gaussian stochastic" in done.stdout
         assert f"ok   {backend:6} philox" in done.stdout
+    for isa in _cpp.supported():
+        assert f"     cpp    {isa} of" in done.stdout
     for backend in ("cpp", "triton"):
         assert f"ok   {backend:6} project of 33 bfloat16 gaussian" in done.stdout
 
@@ -41,7 +45,7 @@ def test_one_wrong_bit_is_named(tmp_path, backend):
     done = run("--backend", backend, "--vectors", path)
     assert done.returncode == 1
     failed = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
-    assert len(failed) == 4
+    assert len(failed) == 4 * (len(_cpp.supported()) if backend == "cpp" else 1)
     assert "1 of 24 elements differ, first element 7" in done.stdout
 
 
