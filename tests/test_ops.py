@@ -291,11 +291,11 @@ def all_ops(tiny, dtypes):
         for dist in ops.DISTRIBUTIONS:
             x, (m, v) = [tiny[dtype].clone() for _ in range(4)], (tiny[torch.float32].clone() for _ in range(2))
             hk.perturb_(x[0], 1, 1e-40, dist=dist)
-            hk.replay_(x[1], [1, 2], [1e-40, 0.1 / 3], dist=dist)
+            hk.replay_(x[1], [1, 2], [1e-40, 3e-40], dist=dist)
             hk.replay_(x[2], [1, 2], torch.tensor([1, 7], dtype=torch.int32).view(torch.float32), dist=dist)
             rule = hk.AdamW(eps=1e-40)
             steps = rule.steps([0, 1], [1e-40, 0.1])
-            hk.update_(x[3], [[m], [v]], rule, [[1], [2]], [[1e-40], [0.1]], steps, dist=dist)
+            hk.update_(x[3], [[m], [v]], rule, [[1], [2]], [[1e-40], [3e-40]], steps, dist=dist)
             made += [*x, steps, m, v, hk.project(x[0], [1, 2], dist=dist)]
     return made
 
