@@ -4,7 +4,7 @@ VENV ?= .venv
 OUT ?= runs/digits
 BIN := $(VENV)/bin
 
-.PHONY: train test test-slow test-learning bench tune studies results lint wheel clean
+.PHONY: train test test-slow test-learning bench tune studies results lint wheel gcc11 clean
 
 # The main job: HO-SFL, first-order split learning and a frozen client on real digits, three seeds, one table.
 # The models are tiny: one thread is fastest.
@@ -70,6 +70,10 @@ lint: $(VENV)/ready
 # sdist and wheel into dist/, and the wheel alone in an empty environment: the self-check, and a train of 20 rounds.
 wheel:
 	PYTHON="$(PYTHON)" .ci/wheel
+
+# The extension by the oldest compiler that it is kept for; installs g++-11 where it is missing.
+gcc11: $(VENV)/ready
+	PYTHON=$(abspath $(BIN)/python) .ci/gcc11
 
 $(VENV)/ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -15,21 +15,33 @@
 
 namespace hosfl {
 
+// The calling thread's floating-point control register: sets it, and returns what it was.
+inline uint64_t exchange_arithmetic(uint64_t control) {
+#if defined(__SSE__)
+  const unsigned before = _mm_getcsr();
+  _mm_setcsr(unsigned(control));
+  return before;
+#elif defined(__aarch64__)
+  uint64_t before;
+  asm volatile("mrs %0, fpcr" : "=r"(before));
+  asm volatile("msr fpcr, %0" ::"r"(control));
+  return before;
+#else
+  return control;
+#endif
+}
+
+#if defined(__SSE__)
+constexpr uint64_t IEEE_ARITHMETIC = 0x1F80;
+#else
+constexpr uint64_t IEEE_ARITHMETIC = 0;
+#endif
+
 // Bits assume IEEE arithmetic: round to nearest, subnormals kept. torch.set_flush_denormal changes that
 // for the calling thread.
 struct IeeeArithmetic {
-#if defined(__SSE__)
-  unsigned saved = _mm_getcsr();
-  IeeeArithmetic() { _mm_setcsr(0x1F80); }
-  ~IeeeArithmetic() { _mm_setcsr(saved); }
-#elif defined(__aarch64__)
-  uint64_t saved;
-  IeeeArithmetic() {
-    asm volatile("mrs %0, fpcr" : "=r"(saved));
-    asm volatile("msr fpcr, %0" ::"r"(uint64_t(0)));
-  }
-  ~IeeeArithmetic() { asm volatile("msr fpcr, %0" ::"r"(saved)); }
-#endif
+  uint64_t saved = exchange_arithmetic(IEEE_ARITHMETIC);
+  ~IeeeArithmetic() { exchange_arithmetic(saved); }
 };
 
 inline std::vector<Segment> segments_of(const std::vector<uint64_t>& addresses, const std::vector<int64_t>& sizes,

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -23,9 +24,15 @@ namespace {
 std::vector<const Ops*> supported() {  // best last
   std::vector<const Ops*> all = {&baseline::ops};
 #if defined(__x86_64__)
+  // The features that kernels_avx2.cpp and kernels_avx512.cpp are compiled for, one by one: GCC 11 knows no levels such
+  // as x86-64-v3 here. A feature counts only where the operating system saves its registers.
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v3")) all.push_back(&avx2::ops);
-  if (__builtin_cpu_supports("x86-64-v4")) all.push_back(&avx512::ops);
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+  const bool v4 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                  __builtin_cpu_supports("avx512vl");
+  if (v3) all.push_back(&avx2::ops);
+  if (v3 && v4) all.push_back(&avx512::ops);
 #endif
   return all;
 }
@@ -57,7 +64,7 @@ int useful_threads(int64_t updates, int threads) {
 }
 
 // Calls work(k) for k = 0 .. items - 1. Threads take items as they come free: on a busy machine a slow thread then
-// holds up one item, not its whole share.
+// holds up one item, not its whole share, and where the system starts no more threads those that run do all the work.
 template <typename Work>
 void each_item(int64_t items, int threads, Work work) {
   std::atomic<int64_t> next{0};
@@ -67,7 +74,10 @@ void each_item(int64_t items, int threads, Work work) {
   };
   std::vector<std::thread> others;
   others.reserve(size_t(threads - 1));
-  for (int k = 1; k < threads; ++k) others.emplace_back(run);
+  try {
+    for (int k = 1; k < threads; ++k) others.emplace_back(run);
+  } catch (const std::system_error&) {
+  }
   run();
   for (std::thread& other : others) other.join();
 }
@@ -184,6 +194,7 @@ std::vector<double> project(const std::vector<uint64_t>& addresses, const std::v
   const int64_t n = int64_t(blocks.size()), count = int64_t(seeds.size());
   const Dist dist = gaussian ? Dist::gaussian : Dist::rademacher;
   py::gil_scoped_release unlocked;
+  IeeeArithmetic scope;
   std::vector<double> scalars(seeds.size());
   // Every block has its own sums, added in the order of the blocks when the threads are done with them; so many blocks
   // at a time that their sums stay below 32 MB.
@@ -209,6 +220,8 @@ PYBIND11_MODULE(_cpp, m) {
   m.def("replay", &hosfl::replay);
   m.def("update", &hosfl::update);
   m.def("project", &hosfl::project);
+  m.def("exchange_arithmetic", &hosfl::exchange_arithmetic);
+  m.attr("IEEE_ARITHMETIC") = hosfl::IEEE_ARITHMETIC;
   m.def("use_isa", &hosfl::use_isa, "Use another instruction set of this processor; for tests and benchmarks.");
   m.def("isa", [] { return std::string(hosfl::chosen->isa); });
   m.def("supported", [] {

@@ -185,7 +185,7 @@ HOSFL_INLINE void round_to_storage(const Tile<ROWS, V>& tile, uint64_t seed, flo
       HOSFL_UNROLL
       for (int k = 0; k < ROUNDING_ROWS; ++k) {
         const uint32_t random = (word[k / 2] >> (16 * (k % 2))) & 0xFFFFu;
-        y[r + k][v] = Storage::load(Storage::template store<R>(y[r + k][v], random));
+        y[r + k][v] = Storage::template rounded<R>(y[r + k][v], random);
       }
     }
   }

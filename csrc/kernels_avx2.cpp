@@ -1,5 +1,5 @@
-// The kernels for AVX2 (x86-64-v3). The system headers come before the pragma, so that no inline function of theirs
-// is compiled for a machine that may not be there.
+// The kernels for AVX2: bindings.cpp asks the processor for every feature named here. The system headers come before
+// the pragma, so that no inline function of theirs is compiled for a machine that may not be there.
 #if defined(__x86_64__)
 #include <immintrin.h>
 
@@ -9,9 +9,9 @@
 #include <type_traits>
 
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("arch=x86-64-v3"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,bmi,bmi2"))), apply_to = function)
 #else
-#pragma GCC target("arch=x86-64-v3")
+#pragma GCC target("avx2,bmi,bmi2")
 #endif
 #define HOSFL_ISA avx2
 #define HOSFL_LANES 8

@@ -12,7 +12,7 @@ template <typename Storage, Rounding R, typename Added>
 HOSFL_INLINE void add_and_round(float* y, Added added, const uint32_t* random, int random_shift) {
   for (int64_t i = 0; i < TILE; ++i) {
     const uint32_t bits = R == Rounding::nearest ? 0 : (random[i] >> random_shift) & 0xFFFFu;
-    y[i] = Storage::load(Storage::template store<R>(y[i] + added(i), bits));
+    y[i] = Storage::template rounded<R>(y[i] + added(i), bits);
   }
 }
 

@@ -10,11 +10,15 @@ namespace hosfl {
 
 enum class Rounding { nearest, stochastic };
 
-// Each storage type: what a cell of memory holds, and how it becomes float32 and comes back. `random` is the
-// element's 16 rounding bits; only bfloat16 rounds stochastically.
+// Each storage type: what a cell of memory holds, how it becomes float32 and comes back, and `rounded`, which is both
+// ways at once: load(store(y)). `random` is the element's 16 rounding bits; only bfloat16 rounds stochastically.
 struct Float32 {
   using Cell = float;
   HOSFL_INLINE float load(Cell x) { return x; }
+  template <Rounding R>
+  HOSFL_INLINE float rounded(float y, uint32_t) {
+    return y;
+  }
   template <Rounding R>
   HOSFL_INLINE Cell store(float y, uint32_t) {
     return y;
@@ -25,35 +29,51 @@ struct BFloat16 {
   using Cell = uint16_t;
   HOSFL_INLINE float load(Cell x) { return from_bits(uint32_t(x) << 16); }
   template <Rounding R>
-  HOSFL_INLINE Cell store(float y, uint32_t random) {
+  HOSFL_INLINE float rounded(float y, uint32_t random) {
     const uint32_t bits = bits_of(y);
     const uint32_t up = R == Rounding::nearest ? 0x7FFFu + ((bits >> 16) & 1u) : random;
     const uint32_t finite = (bits & 0x7F800000u) != 0x7F800000u ? ~0u : 0u;  // infinities and NaN pass through
-    return Cell((bits + (up & finite)) >> 16);
+    return from_bits((bits + (up & finite)) & 0xFFFF0000u);
+  }
+  template <Rounding R>
+  HOSFL_INLINE Cell store(float y, uint32_t random) {
+    return Cell(bits_of(rounded<R>(y, random)) >> 16);
   }
 };
 
-// Integer conversions, because baseline x86-64 has none in hardware; exact for every value but NaN payloads.
+// By integers and float32 sums, because baseline x86-64 has no conversions; exact for every value but NaN payloads.
+// Every choice is between two values that are there, after a comparison of signed integers: compilers make branches of
+// nested choices, which then are not vectorised, and SSE2 and AVX2 compare no unsigned integers.
 struct Float16 {
   using Cell = uint16_t;
   HOSFL_INLINE float load(Cell h) {
-    const uint32_t shifted = uint32_t(h & 0x7FFFu) << 13;
-    const uint32_t exponent = shifted & 0x0F800000u;
-    const uint32_t sign = uint32_t(h & 0x8000u) << 16;
-    const uint32_t normal = shifted + 0x38000000u;
-    const uint32_t special = shifted + 0x70000000u;  // infinity, NaN
-    const uint32_t subnormal = bits_of(from_bits(shifted + 0x38800000u) - 0x1p-14f);
-    const uint32_t magnitude = exponent == 0x0F800000u ? special : exponent == 0u ? subnormal : normal;
-    return from_bits(sign | magnitude);
+    const int32_t a = int32_t(h & 0x7FFFu) << 13;
+    const int32_t normal = a + 0x38000000;
+    const int32_t special = a + 0x70000000;  // infinity, NaN
+    const int32_t subnormal = int32_t(bits_of(from_bits(uint32_t(a + 0x38800000)) - 0x1p-14f));
+    const int32_t upper = a >= 0x0F800000 ? special : normal;
+    return from_bits(uint32_t(h & 0x8000u) << 16 | uint32_t(a < 0x00800000 ? subnormal : upper));
+  }
+  // |y| + c - c rounds |y| to the last bit of c: with c 2^13 times the power of two in y that is the last bit of
+  // float16, and with c = 1/2 that of its subnormal numbers.
+  template <Rounding R>
+  HOSFL_INLINE float rounded(float y, uint32_t) {
+    const uint32_t bits = bits_of(y);
+    const int32_t a = int32_t(bits & 0x7FFFFFFFu), power = a & 0x7F800000;
+    const float c = from_bits(uint32_t(power > 0x38800000 ? power : 0x38800000) + (13u << 23));
+    const int32_t finite = int32_t(bits_of(from_bits(uint32_t(a)) + c - c));
+    const int32_t special = a > 0x7F800000 ? a : 0x7F800000;  // NaN, infinity
+    return from_bits((bits & 0x80000000u) | uint32_t(a >= 0x477FF000 ? special : finite));
   }
   template <Rounding R>
   HOSFL_INLINE Cell store(float y, uint32_t) {
-    const uint32_t bits = bits_of(y), sign = (bits >> 16) & 0x8000u, a = bits & 0x7FFFFFFFu;
-    const uint32_t normal = (a - 0x38000000u + 0xFFFu + ((a >> 13) & 1u)) >> 13;
-    const uint32_t subnormal = bits_of(from_bits(a) + 0.5f) - 0x3F000000u;  // the sum rounds at 2^-24
-    const uint32_t special = a > 0x7F800000u ? 0x7E00u : 0x7C00u;
-    const uint32_t magnitude = a >= 0x477FF000u ? special : a < 0x38800000u ? subnormal : normal;
-    return Cell(sign | magnitude);
+    const uint32_t bits = bits_of(y);
+    const int32_t a = int32_t(bits & 0x7FFFFFFFu);
+    const int32_t normal = (a - 0x38000000 + 0x0FFF + ((a >> 13) & 1)) >> 13;
+    const int32_t subnormal = int32_t(bits_of(from_bits(uint32_t(a)) + 0.5f)) - 0x3F000000;  // the sum rounds at 2^-24
+    const int32_t special = a > 0x7F800000 ? 0x7E00 : 0x7C00;
+    const int32_t upper = a >= 0x477FF000 ? special : normal;
+    return Cell((bits >> 16 & 0x8000u) | uint32_t(a < 0x38800000 ? subnormal : upper));
   }
 };
 

@@ -17,7 +17,7 @@ HOSFL_INLINE void step_row(float* __restrict x, float* __restrict m, float* __re
     float& mine = moments_of(RULE) > 0 ? m[i] : none;
     const float y = stepped<RULE>(x[i], mine, moments_of(RULE) > 1 ? v[i] : none, g[i], k, step);
     const uint32_t bits = R == Rounding::nearest ? 0 : (random[i] >> random_shift) & 0xFFFFu;
-    x[i] = Storage::load(Storage::template store<R>(y, bits));
+    x[i] = Storage::template rounded<R>(y, bits);
   }
 }
 

@@ -2,8 +2,9 @@
 
     python -m hosfl_kernels.check [--backend numpy|cpp|triton|cuda] [--vectors FILE]
 
-Prints one line per backend and case; exits with 1 on any difference and says where it is. The Triton backend runs on
-the GPU, or without one in Triton's interpreter; `cuda`, the kernels of a HOSFL_CUDA=1 build, on a GPU only.
+Prints one line per backend and case; exits with 1 on any difference and says where it is. `cpp` runs with every
+instruction set of this processor. The Triton backend runs on the GPU, or without one in Triton's interpreter; `cuda`,
+the kernels of a HOSFL_CUDA=1 build, on a GPU only.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hosfl_kernels import cpu, ops, reference, spec
+from hosfl_kernels import _cpp, cpu, ops, reference, spec
 from hosfl_kernels.rules import SGD, AdamW, Rule
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -300,17 +301,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     failed = 0
     for name in [options.backend] if options.backend else ops.BACKENDS:
         backend = ops.BACKENDS[name]
-        if (what := backend.describe()) is None:
+        if backend.describe() is None:
             print(f"{'FAIL' if options.backend else 'none':4} {name:6} cannot run on this machine")
             failed += options.backend is not None
             continue
-        print(f"     {name:6} {what}")
         device = "cuda" if name in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
-        results = [(str(case), run_case(backend, case, device)) for case in CASES] if backend is not reference else []
-        results += vector_cases(vectors, backend, device) if vectors else []
-        for case_name, wrong in results:
-            print(f"{'FAIL' if wrong else 'ok':4} {name:6} {case_name}{': ' + wrong if wrong else ''}")
-            failed += wrong is not None
+        for isa in _cpp.supported() if backend is cpu else [None]:  # the last is the one in use
+            if isa is not None:
+                _cpp.use_isa(isa)
+            print(f"     {name:6} {backend.describe()}")
+            results = [(str(case), run_case(backend, case, device)) for case in CASES if backend is not reference]
+            results += vector_cases(vectors, backend, device) if vectors else []
+            for case_name, wrong in results:
+                print(f"{'FAIL' if wrong else 'ok':4} {name:6} {case_name}{': ' + wrong if wrong else ''}")
+                failed += wrong is not None
     print(f"{failed} differences" if failed else "all bits are right")
     return 1 if failed else 0
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -11,6 +12,20 @@ from hosfl_kernels import _cpp
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of csrc/ops.h
 RULES = {"sgd": 0, "momentum": 1, "adamw": 2}  # enum Rule of csrc/ops.h
+
+
+@contextmanager
+def ieee_arithmetic() -> Iterator[None]:
+    """Round to nearest and keep subnormal numbers inside; a context, and a decorator of functions.
+
+    The kernels do this themselves. Casts to float32 on the way to them need it too: after
+    torch.set_flush_denormal(True) numpy and torch make 0 of a coefficient of 1e-40.
+    """
+    before = _cpp.exchange_arithmetic(_cpp.IEEE_ARITHMETIC)
+    try:
+        yield
+    finally:
+        _cpp.exchange_arithmetic(before)
 
 
 def describe() -> str:

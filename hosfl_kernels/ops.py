@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from hosfl_kernels import cpu, cuda, gpu, reference, spec
+from hosfl_kernels.cpu import ieee_arithmetic
 from hosfl_kernels.rules import SGD, AdamW, Rule
 
 BACKENDS: dict[str, ModuleType] = {"numpy": reference, "cpp": cpu, "triton": gpu, "cuda": cuda}
@@ -282,6 +283,7 @@ def project(
     return scalars
 
 
+@ieee_arithmetic()
 def snap_(
     tensors: Tensor | Iterable[Tensor], *, factors: Sequence[float] | None = None, headroom: float = 2.0
 ) -> float:
@@ -418,12 +420,12 @@ def _seed_tensor(seeds: Seeds, name: str) -> Tensor:
 
 
 def _coefficient_tensor(coefficients: Coefficients) -> Tensor:
-    """float32 [R] on the CPU."""
+    """float32 or float64 [R] on the CPU: numbers are rounded to float32 by `_run`, in IEEE arithmetic."""
     if isinstance(coefficients, Tensor):
         if coefficients.dtype != torch.float32 or coefficients.dim() != 1 or coefficients.device.type != "cpu":
             raise TypeError("coefficients as a tensor must be float32, one-dimensional and on the CPU")
         return coefficients
-    return torch.tensor(coefficients, dtype=torch.float32, device="cpu")
+    return torch.tensor(coefficients, dtype=torch.float64, device="cpu")
 
 
 def _seed_table(seeds: SeedTable) -> Tensor:
@@ -444,14 +446,14 @@ def _seed_table(seeds: SeedTable) -> Tensor:
 
 
 def _table(values: Table, name: str, rows: int, columns: int) -> Tensor:
-    """float32 [rows, columns] on the CPU."""
+    """float32 or float64 [rows, columns] on the CPU, as `_coefficient_tensor`."""
     if isinstance(values, Tensor):
         if values.dtype != torch.float32 or values.dim() != 2 or values.device.type != "cpu":
             raise TypeError(f"{name} as a tensor must be float32, two-dimensional and on the CPU")
         table = values
     else:
         filled = values if len(values) else np.empty((0, columns))
-        table = torch.tensor(filled, dtype=torch.float32, device="cpu")
+        table = torch.tensor(filled, dtype=torch.float64, device="cpu")
     if table.shape != (rows, columns):
         raise ValueError(f"{name} must be [{rows}, {columns}], one row per round of the seeds, got {[*table.shape]}")
     return table
@@ -527,6 +529,13 @@ def _check_moves(scales: Sequence[float], factors: Sequence[float], name: str) -
             raise ValueError(f"{name.format(r=r)} times its factor must be finite in float32, got {scale} * {largest}")
 
 
+def _float32(table: Tensor) -> Tensor:
+    with np.errstate(over="ignore"):  # infinity is refused later, with its place
+        return torch.from_numpy(
+            table.detach().numpy().astype(np.float32)
+        )  # torch would use threads with settings of their own
+
+
 def _unsigned(bits: Tensor) -> list[int]:
     seeds: list[int] = bits.numpy().view(np.uint64).tolist()
     return seeds
@@ -536,12 +545,14 @@ def _join(halves: Sequence[int]) -> int:
     return halves[0] | halves[1] << 32
 
 
+@ieee_arithmetic()
 def _noise(backend: ModuleType, out: Tensor, seed: Sequence[int], stream: int, start: int, dist: str) -> None:
     _check_tensors([out], [start])
     backend.noise_(out, _join(seed), stream, start, dist)
     _bump([out])
 
 
+@ieee_arithmetic()
 def _perturb(
     backend: ModuleType,
     tensors: list[Tensor],
@@ -559,6 +570,7 @@ def _perturb(
     _bump(tensors)
 
 
+@ieee_arithmetic()
 def _replay(
     backend: ModuleType,
     tensors: list[Tensor],
@@ -571,7 +583,7 @@ def _replay(
     rounding_seeds: Tensor | None,
 ) -> None:
     place = _place(tensors, dist, factors, streams, starts, rounding_seeds is not None)
-    values: list[float] = coefficients.tolist()
+    values: list[float] = _float32(coefficients).tolist()
     _check_moves(values, place[1], "coefficients[{r}]")
     if values:
         rounding = None if rounding_seeds is None else _unsigned(rounding_seeds)
@@ -579,6 +591,7 @@ def _replay(
         _bump(tensors)
 
 
+@ieee_arithmetic()
 def _update(
     backend: ModuleType,
     tensors: list[Tensor],
@@ -597,6 +610,7 @@ def _update(
     place = _place(tensors, dist, factors, streams, starts, rounding_seeds is not None)
     kept = [moments[k : k + len(tensors)] for k in range(0, len(moments), len(tensors))]
     _check_moments(tensors, kept)
+    coefficients, steps = _float32(coefficients), _float32(steps)
     _check_finite(coefficients, "coefficients", place[1])
     _check_finite(steps, "steps")
     if len(steps):
@@ -606,6 +620,7 @@ def _update(
         _bump([*tensors, *moments])
 
 
+@ieee_arithmetic()
 def _project(
     backend: ModuleType,
     tensors: list[Tensor],

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hosfl_kernels.cpu import ieee_arithmetic
+
 
 @dataclass(frozen=True)
 class SGD:
@@ -46,9 +48,10 @@ class SGD:
 
     @property
     def constants(self) -> list[float]:
-        """The rule's numbers that no round changes, rounded to float32, in the order of spec.py."""
-        return _float32([self.momentum] if self.moments else [])
+        """The rule's numbers that no round changes, in the order of spec.py; backends round them to float32."""
+        return [self.momentum] if self.moments else []
 
+    @ieee_arithmetic()
     def steps(self, rounds: Sequence[int], rates: Sequence[float]) -> Tensor:
         """(rate, keep, root) of every round, float32 [R, 3] on the CPU.
 
@@ -88,7 +91,7 @@ class AdamW:
         object.__setattr__(self, "betas", tuple(self.betas))
         for k, beta in enumerate(self.betas):
             _check_share(beta, f"betas[{k}]")
-        if not (np.float32(self.eps) > 0 and math.isfinite(self.eps)):
+        if not (self.eps > 2.0**-150 and math.isfinite(self.eps)):  # 2^-150 and less is 0 in float32
             raise ValueError(f"eps must be finite and above 0 in float32, got {self.eps}")
         _check_weight_decay(self.weight_decay)
 
@@ -104,10 +107,11 @@ class AdamW:
 
     @property
     def constants(self) -> list[float]:
-        """b1, 1 - b1, b2, 1 - b2, eps: made in float64, rounded to float32."""
+        """b1, 1 - b1, b2, 1 - b2, eps: made in float64; backends round them to float32."""
         b1, b2 = self.betas
-        return _float32([b1, 1 - b1, b2, 1 - b2, self.eps])
+        return [b1, 1 - b1, b2, 1 - b2, self.eps]
 
+    @ieee_arithmetic()
     def steps(self, rounds: Sequence[int], rates: Sequence[float]) -> Tensor:
         """(rate, keep, root) of every round, float32 [R, 3] on the CPU.
 
@@ -144,16 +148,12 @@ def _power(base: float, exponent: int) -> float:
     return result
 
 
-def _float32(values: list[float]) -> list[float]:
-    return [float(np.float32(value)) for value in values]
-
-
 def _step_tensor(rows: list[tuple[float, float, float]]) -> Tensor:
     return torch.from_numpy(np.array(rows, np.float64).reshape(len(rows), 3).astype(np.float32))
 
 
 def _check_share(value: float, name: str) -> None:
-    if not 0 <= np.float32(value) < 1:
+    if not 0 <= value < 1 - 2.0**-25:  # from here on 1 in float32
         raise ValueError(f"{name} must be at least 0 and below 1 in float32, got {value}")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hosfl_kernels import check
+from hosfl_kernels import _cpp, check
 
 VECTORS = Path(__file__).parent / "noise_vectors.json"
 
@@ -33,6 +33,8 @@ def test_all_backends_pass(monkeypatch, capsys):
         assert f"ok   {backend:6} perturb_ bfloat16 gaussian stochastic" in said
         assert f"ok   {backend:6} philox" in said
     assert {op.split()[0] for op in cases} == {"perturb_", "replay_", "update_", "project"}
+    for isa in _cpp.supported():
+        assert f"     cpp    {isa} of" in said
     for backend in ("cpp", "triton"):
         assert all(f"ok   {backend:6} {op} " in said for op in cases)
 
@@ -68,7 +70,7 @@ def test_one_wrong_bit_is_named(tmp_path, backend):
     done = run("--backend", backend, "--vectors", path)
     assert done.returncode == 1
     failed = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
-    assert len(failed) == 4
+    assert len(failed) == 4 * (len(_cpp.supported()) if backend == "cpp" else 1)
     assert "1 of 24 elements differ, first element 7" in done.stdout
 
 

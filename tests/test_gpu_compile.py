@@ -31,8 +31,8 @@ UPDATE = [case for case in ALL if "update" in case.id]
 ONE_LOOP = [case for case in ALL if "update" not in case.id]
 WIDE = [case for case in ALL if not re.search("replay|update|project", case.id)]
 
-# Instructions per element (replay, project: per element and record), at most: what Triton 3.4, 3.6 and 3.9 make, and
-# 3 %; project: what Triton 3.9 makes, and 4 %.
+# Instructions per element (replay, project: per element and record), at most: what Triton 3.6 and 3.9 make, and 3 %;
+# project: what Triton 3.9 makes, and 4 %.
 BUDGET = {
     "noise-rademacher": 7.9,
     "noise-gaussian": 50.0,
@@ -59,6 +59,10 @@ BUDGET = {
     "project-gaussian-bfloat16": 51.5,
     "project-gaussian-float16": 51.5,
 }
+
+# Triton 3.7 makes most products of Philox's rounds by two instructions, IMAD.HI and IMAD, where 3.6, 3.8 and 3.9 make
+# them by one, IMAD.WIDE.
+SPLIT_PRODUCTS = 1.12 if triton.__version__.startswith("3.7.") else 1.0
 
 # update_: per element and direction by distribution and rule, and per element and round by rule and storage, at most:
 # what Triton 3.9 makes, and 5 %.
@@ -266,14 +270,13 @@ def test_every_float_operation_is_one_rounding_to_nearest(code: Code) -> None:
     arithmetic = r"\b(?:add|sub|mul|fma|mad|div|sqrt|rsqrt|rcp|ex2|lg2|sin|cos|tanh)\.\S*f(?:16|32|64)\S*"
     operations = set(re.findall(arithmetic, code.ptx))
     assert operations or code.name == "noise-rademacher"
-    # Triton 3.4 flushes subnormal arguments of the square root, and there are none: they are 0 or above 2^-24.
-    allowed = {"add.rn.f32", "sub.rn.f32", "mul.rn.f32", "sqrt.rn.f32", "sqrt.rn.ftz.f32"}
-    if "adamw" in code.name:  # its square root is of normal numbers only: see update.py
+    allowed = {"add.rn.f32", "sub.rn.f32", "mul.rn.f32", "sqrt.rn.f32"}
+    if "adamw" in code.name:
         allowed |= {"div.rn.f32"}
     if code.name.startswith("project"):  # the factor, times a tile's sum
         allowed |= {"mul.rn.f64"}
     assert operations <= allowed
-    assert not re.search(r"\.ftz|\.approx", code.ptx.replace("sqrt.rn.ftz.f32", ""))
+    assert not re.search(r"\.ftz|\.approx", code.ptx)
 
 
 @pytest.mark.parametrize("code", WIDE, indirect=True)
@@ -292,7 +295,7 @@ def test_instructions_per_element(code: Code) -> None:
     one_by_one = code.name.startswith(("replay", "project"))
     count = per_element_and_record if one_by_one else per_element_of_whole_tiles
     spent = count(code.name, code.instructions)
-    assert spent <= BUDGET[code.name]
+    assert spent <= BUDGET[code.name] * SPLIT_PRODUCTS
 
 
 @pytest.mark.parametrize("code", UPDATE, indirect=True)

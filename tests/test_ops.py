@@ -1,6 +1,9 @@
 """Every case on every backend, and the contract of the public functions."""
 
 import functools
+import os
+import platform
+import subprocess
 import sys
 
 import numpy as np
@@ -285,16 +288,114 @@ def test_snap_moves_by_half_a_quantum_at_most():
     assert (x - before).abs().max() <= quantum / 2 <= 6e-8
 
 
-def test_flushed_denormals_change_no_bit():
-    if not torch.set_flush_denormal(True):
-        pytest.skip("this processor has no such mode")
+def all_ops(tiny, dtypes):
+    """What every op makes of subnormal weights, moments, scales, coefficients and rates."""
+    made = [hk.noise(len(tiny[torch.float32]), 1, dist="gaussian")]
+    for dtype in dtypes:
+        for dist in ops.DISTRIBUTIONS:
+            x, (m, v) = [tiny[dtype].clone() for _ in range(4)], (tiny[torch.float32].clone() for _ in range(2))
+            hk.perturb_(x[0], 1, 1e-40, dist=dist)
+            hk.replay_(x[1], [1, 2], [1e-40, 3e-40], dist=dist)
+            hk.replay_(x[2], [1, 2], torch.tensor([1, 7], dtype=torch.int32).view(torch.float32), dist=dist)
+            rule = hk.AdamW(eps=1e-40)
+            steps = rule.steps([0, 1], [1e-40, 0.1])
+            hk.update_(x[3], [[m], [v]], rule, [[1], [2]], [[1e-40], [3e-40]], steps, dist=dist)
+            made += [*x, steps, m, v, hk.project(x[0], [1, 2], dist=dist)]
+    return made
+
+
+@pytest.mark.parametrize("backend", ["numpy", "triton", *_cpp.supported()])
+@pytest.mark.parametrize("control", [0x9FC0, 0x3F80, 0x5F80, 0x7F80], ids=["flush", "down", "up", "towards zero"])
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="numbers of that processor's control register")
+def test_the_caller_s_arithmetic_changes_no_bit(control, backend, monkeypatch):
+    """Subnormal numbers flushed to zero, as by torch.set_flush_denormal(True); sums rounded another way."""
+    before = _cpp.isa()
+    if backend in _cpp.supported():
+        _cpp.use_isa(backend)
+    elif hk.backends()[backend] is None or CUDA:
+        pytest.skip("the Triton backend takes other tensors here")
+    else:
+        for name in ops.SCHEMAS:
+            monkeypatch.setattr(cpu, name, getattr(ops.BACKENDS[backend], name))
+    n, dtypes = (3000, ops.DTYPES) if backend != "triton" else (40, ops.DTYPES[:1])  # the interpreter is slow
+    x = torch.randn(n, generator=torch.Generator().manual_seed(1)).abs() * 1e-3
+    x[::2] *= 2.0**-125
+    tiny = {dtype: x.to(dtype) for dtype in ops.DTYPES}
+    want = all_ops(tiny, dtypes)
+    plain = _cpp.exchange_arithmetic(control)
     try:
-        x = torch.zeros(300_000)
-        hk.perturb_(x, 1, 1e-40)
+        got = all_ops(tiny, dtypes)
     finally:
-        torch.set_flush_denormal(False)
-    assert torch.equal(x, torch.from_numpy(spec.perturb(np.zeros(300_000, np.float32), 1, 1e-40)))
-    assert x.abs().min() > 0
+        _cpp.exchange_arithmetic(plain)
+        _cpp.use_isa(before)
+    for k, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), k
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_a_thread_that_cannot_start_changes_no_bit():
+    program = """
+import resource, threading, torch
+import hosfl_kernels as hk
+
+def limited(use):
+    # Room for one thread's stack and a half.
+    now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + (3 << 29), resource.RLIM_INFINITY))
+    try:
+        return use()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+def started():
+    end, threads = threading.Event(), [threading.Thread(target=lambda: end.wait()) for _ in range(3)]
+    try:
+        for k, thread in enumerate(threads):
+            try:
+                thread.start()
+            except RuntimeError:
+                return k
+    finally:
+        end.set()
+
+x, y, seeds = torch.zeros(4_000_000), torch.zeros(4_000_000), [1, 2, 3]
+assert limited(started) in (0, 1)
+want = hk.perturb_(x, 7, 1.0), hk.project(x, seeds)
+torch.set_num_threads(30)
+got = limited(lambda: (hk.perturb_(y, 7, 1.0), hk.project(y, seeds)))
+torch.set_num_threads(1)
+assert torch.equal(x, y) and torch.equal(got[1], want[1])
+"""
+
+    def huge_stacks():
+        import resource  # Unix only
+
+        resource.setrlimit(resource.RLIMIT_STACK, (1 << 30, resource.getrlimit(resource.RLIMIT_STACK)[1]))
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, preexec_fn=huge_stacks)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("isa", _cpp.supported())
+def test_every_float16_is_rounded_as_numpy_does(isa):
+    """All 65536 cells, moved by nothing, to halfway between neighbours, among subnormal numbers, and beyond 65504."""
+    cells = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16)
+    before = _cpp.isa()
+    try:
+        _cpp.use_isa(isa)
+        for scale in (0.0, 2.0**-25, 2.0**-12, 1e-3, 15.999, 16.0, 1e5):
+            got, many = cells.clone(), cells.clone()
+            hk.perturb_(got, 3, scale)
+            hk.replay_(many, [3, 4, 5], [scale, 2.0**-24, -scale])
+            with np.errstate(all="ignore"):
+                want = spec.perturb(cells.numpy(), 3, scale)
+                want_many = spec.replay(cells.numpy(), [3, 4, 5], [scale, 2.0**-24, -scale])
+            assert check.difference(got, torch.from_numpy(want)) is None
+            assert check.difference(many, torch.from_numpy(want_many)) is None
+    finally:
+        _cpp.use_isa(before)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -27,6 +27,16 @@ from .update import CONSTANTS, STEP, update
 # The interpreter is chosen when triton decorates a kernel, by TRITON_INTERPRET.
 INTERPRETED = not isinstance(perturb, triton.runtime.JITFunction)
 
+if INTERPRETED and triton.__version__.startswith("3.6."):
+    # `range(n)` in a kernel is int() of an array [1], which numpy refuses from 2.4 on; Triton 3.7 asks for its element.
+    from triton.runtime import interpreter
+
+    def _patch_tensor(tensor: Any, scope: Any, patch: Any = interpreter._patch_lang_tensor) -> None:
+        patch(tensor, scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = _patch_tensor
+
 # bfloat16 is loaded and stored as integers: see rounding.py.
 CELLS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.uint16}
 

@@ -23,9 +23,10 @@ def number(table, index):
 
 @triton.jit
 def root_of(v):
-    """sqrt(v), rounded to nearest, also where a square root that flushes subnormal numbers is all there is.
+    """sqrt(v), rounded to nearest; the root is taken of normal numbers only.
 
-    4^32 v has the root 2^32 sqrt(v), and neither product rounds.
+    2^64 v has the root 2^32 sqrt(v), and neither product rounds. With a plain tl.sqrt_rn(v) three kernels for sm_80
+    need a stack (Triton 3.9).
     """
     small = v < 2.0**-64
     return tl.sqrt_rn(tl.where(small, v * 2.0**64, v)) * tl.where(small, 2.0**-32, 1.0)
