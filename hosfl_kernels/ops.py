@@ -530,10 +530,9 @@ def _check_moves(scales: Sequence[float], factors: Sequence[float], name: str) -
 
 
 def _float32(table: Tensor) -> Tensor:
-    with np.errstate(over="ignore"):  # infinity is refused later, with its place
-        return torch.from_numpy(
-            table.detach().numpy().astype(np.float32)
-        )  # torch would use threads with settings of their own
+    # By numpy: torch would use threads, whose arithmetic has settings of its own. Infinity is refused later.
+    with np.errstate(over="ignore"):
+        return torch.from_numpy(table.detach().numpy().astype(np.float32))
 
 
 def _unsigned(bits: Tensor) -> list[int]:
