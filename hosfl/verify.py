@@ -170,7 +170,8 @@ class _OneSeed(TorchDispatchMode):
 def _undisturbed(modules: set[nn.Module], model: nn.Module) -> Iterator[None]:
     """Train mode, one seed, gradients on; afterwards everything is as it was."""
     modes = {module: module.training for module in modules}
-    buffers = {buffer: (buffer._version, buffer.clone()) for module in modules for buffer in module.buffers(False)}
+    kept = (buffer for module in modules for buffer in module.buffers(False) if not buffer.is_inference())
+    buffers = {buffer: (buffer._version, buffer.clone()) for buffer in kept}
     devices = [p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")]
     kind = devices[0].type if devices else "cuda"
     numbers = sorted({d.index or 0 for d in devices})
@@ -180,7 +181,7 @@ def _undisturbed(modules: set[nn.Module], model: nn.Module) -> Iterator[None]:
             stack.callback(setattr, module, "training", mode)
             module.training = not isinstance(module, nn.modules.batchnorm._NormBase)
         try:
-            with torch.enable_grad(), _OneSeed(kind):
+            with torch.inference_mode(False), torch.enable_grad(), _OneSeed(kind):
                 yield
         finally:
             with torch.no_grad():

@@ -210,6 +210,14 @@ def test_verification_leaves_no_trace():
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+def test_gradients_are_compared_also_where_they_are_off(monkeypatch):
+    model, cut = text_model("bert", "classifier"), SPLIT._halves
+    monkeypatch.setattr(SPLIT, "_halves", lambda *halves: FAULTS["no gradient for the client"](cut(*halves)))
+    for off in (torch.no_grad, torch.inference_mode):
+        with off(), pytest.raises(CutError, match=r"the gradient of bert\.\S+ is lost"):
+            split(model, 1)
+
+
 # --- what structure shows -------------------------------------------------------------------------------------------
 
 
