@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hosfl.chain import CutError
 from hosfl.displaced import Inputs, call
@@ -45,6 +45,7 @@ def verify_halves(model: nn.Module, halves: Any, inputs: Inputs) -> None:
     owned = owners(model, halves)
     modules = {*model.modules(), *halves.client.modules(), *halves.server.modules()}
     with _undisturbed(modules, model):
+        inputs = tree_map_only(Tensor, torch.clone, inputs)  # those of inference mode can have no gradient behind them
         try:
             whole = _Pass.of(lambda: tensor_of(_call_whole(model, inputs)), model.parameters())
         except CutError:
