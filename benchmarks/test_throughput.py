@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from benchmarks.ways import BFLOAT16, RANDN_PRODUCTS, RANDN_RECORDS, WAYS
+from benchmarks.ways import BFLOAT16, FLOAT16, RANDN_PRODUCTS, RANDN_RECORDS, WAYS
 
 
-@pytest.mark.parametrize("way", [*WAYS, *BFLOAT16], ids=lambda w: f"{w.group}: {w.name}")
+@pytest.mark.parametrize("way", [*WAYS, *BFLOAT16, *FLOAT16], ids=lambda w: f"{w.group}: {w.name}")
 def test_throughput(benchmark, way, device, elements):
-    dtype = torch.bfloat16 if way in BFLOAT16 else torch.float32
+    dtype = torch.bfloat16 if way in BFLOAT16 else torch.float16 if way in FLOAT16 else torch.float32
     x = (torch.randn(elements, device=device) * 0.02).to(dtype)
 
     def once():

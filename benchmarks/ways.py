@@ -81,3 +81,9 @@ BFLOAT16 = [
     ),
     Way("perturb bfloat16", "MeZO's way", mezo),
 ]
+FLOAT16 = [
+    Way("perturb float16", ROOF, lambda x: x.add_(SCALE)),
+    Way("perturb float16", "hosfl Rademacher", lambda x: hk.perturb_(x, 1, SCALE)),
+    Way("perturb float16", "hosfl Gaussian", lambda x: hk.perturb_(x, 1, SCALE, dist="gaussian")),
+    Way("perturb float16", "MeZO's way", mezo),
+]

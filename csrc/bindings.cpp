@@ -12,6 +12,10 @@
 #include <thread>
 #include <vector>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include "arguments.h"
 
 namespace py = pybind11;
@@ -27,12 +31,14 @@ std::vector<const Ops*> supported() {  // best last
   // The features that kernels_avx2.cpp and kernels_avx512.cpp are compiled for, one by one: GCC 11 knows no levels such
   // as x86-64-v3 here. A feature counts only where the operating system saves its registers.
   __builtin_cpu_init();
+  unsigned a, b, c = 0, d;  // clang before 18 has no name for f16c
+  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
   const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
   const bool v4 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                   __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                   __builtin_cpu_supports("avx512vl");
-  if (v3) all.push_back(&avx2::ops);
-  if (v3 && v4) all.push_back(&avx512::ops);
+  if (v3 && f16c) all.push_back(&avx2::ops);
+  if (v3 && f16c && v4) all.push_back(&avx512::ops);
 #endif
   return all;
 }

@@ -41,8 +41,8 @@ struct BFloat16 {
   }
 };
 
-// By integers and float32 sums, because baseline x86-64 has no conversions; exact for every value but NaN payloads.
-// Every choice is between two values that are there, after a comparison of signed integers: compilers make branches of
+// By integers and float32 sums, because baseline x86-64 has no conversions; `store` makes the bits of the hardware's for
+// every float, NaN among them. Every choice is between two values that are there, after a comparison of signed integers: compilers make branches of
 // nested choices, which then are not vectorised, and SSE2 and AVX2 compare no unsigned integers.
 struct Float16 {
   using Cell = uint16_t;
@@ -71,7 +71,7 @@ struct Float16 {
     const int32_t a = int32_t(bits & 0x7FFFFFFFu);
     const int32_t normal = (a - 0x38000000 + 0x0FFF + ((a >> 13) & 1)) >> 13;
     const int32_t subnormal = int32_t(bits_of(from_bits(uint32_t(a)) + 0.5f)) - 0x3F000000;  // the sum rounds at 2^-24
-    const int32_t special = a > 0x7F800000 ? 0x7E00 : 0x7C00;
+    const int32_t special = a > 0x7F800000 ? 0x7E00 | ((a >> 13) & 0x03FF) : 0x7C00;  // NaN, infinity
     const int32_t upper = a >= 0x477FF000 ? special : normal;
     return Cell((bits >> 16 & 0x8000u) | uint32_t(a < 0x38800000 ? subnormal : upper));
   }

@@ -6,13 +6,13 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from pictures import packages
+from test_split import ResNet, randomised
 from torch import nn
 
 from hosfl.chain import CutError, chain
 from hosfl.split import SplitModel, cut_points, split
 from hosfl.verify import verify_halves
-from tests.pictures import packages
-from tests.test_split import ResNet, randomised
 
 TORCHVISION = {
     "mobilenet_v2": "features.10",

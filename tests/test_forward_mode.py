@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from test_probe import peak_bytes
-from test_split import IMAGES, TEXT, ResNet, image_model, text, text_model
+from test_split import IMAGES, TEXT, ResNet, differentiable, image_model, text, text_model
 from torch import nn
 
 from benchmarks.readme import RESULTS
@@ -51,14 +51,6 @@ def relative(found, expected):
 # Where a model computes in float64 throughout, a step of 1e-6 has an error of the order of 1e-9; where it casts its
 # normalisations to float32 whatever its weights are, differences of float32 numbers are compared.
 PURE = ("gpt2", "bert", "roberta", "xlm-roberta")
-
-
-def differentiable(family):
-    """Experts one after another: torch's grouped product has no forward-mode derivative."""
-    model = text_model(family, "words")
-    if "moe" in family or family == "mixtral":
-        model.set_experts_implementation("eager")
-    return model
 
 
 @pytest.mark.parametrize("family", TEXT)

@@ -8,7 +8,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save
 from test_forward_mode import Everything, relative, tangents
 from test_probe import peak_bytes
-from test_split import IMAGES, TEXT, image_model, text, text_model
+from test_split import IMAGES, TEXT, differentiable, image_model, text
 from test_tasks import config, folder  # noqa: F401
 from torch import nn
 
@@ -162,7 +162,7 @@ def test_tied_weights_stay_one():
 def test_every_family(family, frozen):
     torch.manual_seed(0)
     if family in TEXT:
-        plain, inputs = split(text_model(family, "words"), 2).client, text("left")
+        plain, inputs = split(differentiable(family), 2).client, text("left")
     else:
         plain, inputs = split(image_model(family), 2).client, torch.randn(2, 3, 16, 16)
     moving_only(plain, "norms", 0)

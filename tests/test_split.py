@@ -122,6 +122,14 @@ def text_model(family, head="none"):
     return make.from_config(config).eval()
 
 
+def differentiable(family):
+    """Experts one after another: torch's grouped product has no forward-mode derivative."""
+    model = text_model(family, "words")
+    if "moe" in family or family == "mixtral":
+        model.set_experts_implementation("eager")
+    return model
+
+
 def image_model(family):
     torch.manual_seed(0)
     model = hf.AutoModelForImageClassification.from_config(IMAGES[family]).eval()

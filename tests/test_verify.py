@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import transformers as hf
 from accelerate import dispatch_model
+from test_split import IMAGES, TEXT, ResNet, image_model, output, text, text_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,7 +17,6 @@ from hosfl.chain import CutError
 from hosfl.families import FAMILIES, example_inputs
 from hosfl.split import SplitModel, cut_points, split
 from hosfl.verify import verify_halves
-from tests.test_split import IMAGES, TEXT, ResNet, image_model, output, text, text_model
 
 SPLIT = import_module("hosfl.split")  # `hosfl.split` is the function
 
