@@ -6,9 +6,9 @@
 #include <array>
 #include <atomic>
 #include <cstdlib>
+#include <exception>
 #include <stdexcept>
 #include <string>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -82,7 +82,7 @@ void each_item(int64_t items, int threads, Work work) {
   others.reserve(size_t(threads - 1));
   try {
     for (int k = 1; k < threads; ++k) others.emplace_back(run);
-  } catch (const std::system_error&) {
+  } catch (const std::exception&) {  // no more threads, or no memory for one
   }
   run();
   for (std::thread& other : others) other.join();

@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from hosfl_kernels import _cpp
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of csrc/ops.h
 RULES = {"sgd": 0, "momentum": 1, "adamw": 2}  # enum Rule of csrc/ops.h
 
 
-@contextmanager
-def ieee_arithmetic() -> Iterator[None]:
-    """Round to nearest and keep subnormal numbers inside; a context, and a decorator of functions.
+def ieee_arithmetic(function: Callable[P, T]) -> Callable[P, T]:
+    """The function, run with rounding to nearest and subnormal numbers kept, whatever the caller has set.
 
     The kernels do this themselves. Casts to float32 on the way to them need it too: after
     torch.set_flush_denormal(True) numpy and torch make 0 of a coefficient of 1e-40.
     """
-    before = _cpp.exchange_arithmetic(_cpp.IEEE_ARITHMETIC)
-    try:
-        yield
-    finally:
-        _cpp.exchange_arithmetic(before)
+
+    @wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> T:
+        before = _cpp.exchange_arithmetic(_cpp.IEEE_ARITHMETIC)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _cpp.exchange_arithmetic(before)
+
+    return guarded
 
 
 def describe() -> str:

@@ -283,7 +283,7 @@ def project(
     return scalars
 
 
-@ieee_arithmetic()
+@ieee_arithmetic
 def snap_(
     tensors: Tensor | Iterable[Tensor], *, factors: Sequence[float] | None = None, headroom: float = 2.0
 ) -> float:
@@ -420,7 +420,7 @@ def _seed_tensor(seeds: Seeds, name: str) -> Tensor:
 
 
 def _coefficient_tensor(coefficients: Coefficients) -> Tensor:
-    """float32 or float64 [R] on the CPU: numbers are rounded to float32 by `_run`, in IEEE arithmetic."""
+    """float32 or float64 [R] on the CPU: backends round numbers to float32, in IEEE arithmetic."""
     if isinstance(coefficients, Tensor):
         if coefficients.dtype != torch.float32 or coefficients.dim() != 1 or coefficients.device.type != "cpu":
             raise TypeError("coefficients as a tensor must be float32, one-dimensional and on the CPU")
@@ -529,12 +529,6 @@ def _check_moves(scales: Sequence[float], factors: Sequence[float], name: str) -
             raise ValueError(f"{name.format(r=r)} times its factor must be finite in float32, got {scale} * {largest}")
 
 
-def _float32(table: Tensor) -> Tensor:
-    # By numpy: torch would use threads, whose arithmetic has settings of its own. Infinity is refused later.
-    with np.errstate(over="ignore"):
-        return torch.from_numpy(table.detach().numpy().astype(np.float32))
-
-
 def _unsigned(bits: Tensor) -> list[int]:
     seeds: list[int] = bits.numpy().view(np.uint64).tolist()
     return seeds
@@ -544,14 +538,14 @@ def _join(halves: Sequence[int]) -> int:
     return halves[0] | halves[1] << 32
 
 
-@ieee_arithmetic()
+@ieee_arithmetic
 def _noise(backend: ModuleType, out: Tensor, seed: Sequence[int], stream: int, start: int, dist: str) -> None:
     _check_tensors([out], [start])
     backend.noise_(out, _join(seed), stream, start, dist)
     _bump([out])
 
 
-@ieee_arithmetic()
+@ieee_arithmetic
 def _perturb(
     backend: ModuleType,
     tensors: list[Tensor],
@@ -569,7 +563,7 @@ def _perturb(
     _bump(tensors)
 
 
-@ieee_arithmetic()
+@ieee_arithmetic
 def _replay(
     backend: ModuleType,
     tensors: list[Tensor],
@@ -582,7 +576,7 @@ def _replay(
     rounding_seeds: Tensor | None,
 ) -> None:
     place = _place(tensors, dist, factors, streams, starts, rounding_seeds is not None)
-    values: list[float] = _float32(coefficients).tolist()
+    values: list[float] = coefficients.tolist()
     _check_moves(values, place[1], "coefficients[{r}]")
     if values:
         rounding = None if rounding_seeds is None else _unsigned(rounding_seeds)
@@ -590,7 +584,7 @@ def _replay(
         _bump(tensors)
 
 
-@ieee_arithmetic()
+@ieee_arithmetic
 def _update(
     backend: ModuleType,
     tensors: list[Tensor],
@@ -609,7 +603,6 @@ def _update(
     place = _place(tensors, dist, factors, streams, starts, rounding_seeds is not None)
     kept = [moments[k : k + len(tensors)] for k in range(0, len(moments), len(tensors))]
     _check_moments(tensors, kept)
-    coefficients, steps = _float32(coefficients), _float32(steps)
     _check_finite(coefficients, "coefficients", place[1])
     _check_finite(steps, "steps")
     if len(steps):
@@ -619,7 +612,7 @@ def _update(
         _bump([*tensors, *moments])
 
 
-@ieee_arithmetic()
+@ieee_arithmetic
 def _project(
     backend: ModuleType,
     tensors: list[Tensor],

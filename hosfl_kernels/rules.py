@@ -51,7 +51,7 @@ class SGD:
         """The rule's numbers that no round changes, in the order of spec.py; backends round them to float32."""
         return [self.momentum] if self.moments else []
 
-    @ieee_arithmetic()
+    @ieee_arithmetic
     def steps(self, rounds: Sequence[int], rates: Sequence[float]) -> Tensor:
         """(rate, keep, root) of every round, float32 [R, 3] on the CPU.
 
@@ -111,7 +111,7 @@ class AdamW:
         b1, b2 = self.betas
         return [b1, 1 - b1, b2, 1 - b2, self.eps]
 
-    @ieee_arithmetic()
+    @ieee_arithmetic
     def steps(self, rounds: Sequence[int], rates: Sequence[float]) -> Tensor:
         """(rate, keep, root) of every round, float32 [R, 3] on the CPU.
 
