@@ -54,7 +54,7 @@ class Chain:
             what = ", ".join(str(node) for node in crossing)
             raise CutError(f"cannot cut before {name}: one tensor must cross, and here it is {what}")
         at = nodes.index(first)
-        client, server = _Half(self.graph), _Half(self.graph)
+        client, server = _Half(), _Half()
         for node in nodes[:at]:
             client.take(node)
         server.receive(crossing[0])
@@ -89,7 +89,7 @@ class Mode(nn.Module):
 class _Half:
     """A graph that takes over some of another's steps. Weights and flags are read where they are needed first."""
 
-    def __init__(self, whole: fx.Graph) -> None:
+    def __init__(self) -> None:
         self.graph, self.taken = fx.Graph(), dict[fx.Node, fx.Node]()
 
     def receive(self, value: fx.Node) -> None:
@@ -97,7 +97,7 @@ class _Half:
 
     def take(self, node: fx.Node) -> None:
         if not _anywhere(node):
-            self.taken[node] = self.graph.node_copy(node, self._value)
+            self._value(node)
 
     def _value(self, node: fx.Node) -> fx.Node:
         if node not in self.taken:

@@ -52,7 +52,23 @@ class Family:
 
 
 DECODER = Family(decoder=True)
-DECODERS = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3")
+DECODERS = (
+    "llama",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "smollm3",
+    "olmo2",
+    "granite",
+    "starcoder2",
+    "stablelm",
+)
 BERT = Family(layers=("encoder.layer",), before=("embeddings", "embeddings_project"), after=("pooler",))
 FAMILIES = {
     "opt": Family(
@@ -63,7 +79,7 @@ FAMILIES = {
     ),
     "gpt2": Family(layers=("h",), before=("wte", "wpe", "drop"), after=("ln_f",), decoder=True),
     "gpt_neox": Family(before=("embed_in", "emb_dropout"), after=("final_layer_norm",), decoder=True),
-    **dict.fromkeys((*DECODERS, "mixtral", "olmo2", "granite", "starcoder2", "stablelm"), DECODER),
+    **dict.fromkeys(DECODERS, DECODER),
     **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert", "electra"), BERT),
     "distilbert": Family(layers=("transformer.layer",), before=("embeddings",), after=()),
     "modernbert": Family(before=("embeddings",), after=("final_norm",)),

@@ -61,7 +61,7 @@ def verify_halves(model: nn.Module, halves: Any, inputs: Inputs) -> None:
         except Exception as error:
             raise CutError(f"the halves of {_name(model)} do not run: {type(error).__name__}: {error}") from error
         if not _equal(whole.output, parts.output):
-            where = _first_difference(model, halves, inputs)
+            where = _first_difference(model, halves, inputs, set(owned.values()))
             raise CutError(f"the halves are not {_name(model)}: {_distance(whole.output, parts.output)}; {where}")
         names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         summed: dict[Tensor, float] = {}
@@ -98,8 +98,11 @@ def owners(model: nn.Module, halves: Any) -> dict[Tensor, Tensor]:
     found: dict[Tensor, Tensor] = {}
     for side, half in (("client", halves.client), ("server", halves.server)):
         for name, parameter in half.named_parameters():
+            if parameter in mine:
+                found[parameter] = parameter
+                continue
             like = [p for p in mine if p.shape == parameter.shape and p.dtype == parameter.dtype]
-            copies = [parameter] if parameter in mine else [p for p in like if torch.equal(p, parameter)]
+            copies = [p for p in like if torch.equal(p, parameter)]
             if not copies:
                 raise CutError(f"the halves are not {_name(model)}: it has no parameter like the {side} half's {name}")
             # Of several that are equal, such as new normalisations, the one whose name ends alike.
@@ -205,11 +208,13 @@ def _distance(a: Tensor, b: Tensor) -> str:
     return f"outputs differ by up to {float((a.float() - b.float()).abs().max()):.3g}"
 
 
-def _first_difference(model: nn.Module, halves: Any, inputs: Inputs) -> str:
-    """Where the halves leave the model's way, by watching the modules that are in both run once more."""
+def _first_difference(model: nn.Module, halves: Any, inputs: Inputs, held: set[Tensor]) -> str:
+    """Where the halves leave the model's way, by watching the modules that are in both run once more.
+
+    held: the model's parameters that the halves have.
+    """
     names = {module: name for name, module in model.named_modules() if name}
     shared = {m for half in (halves.client, halves.server) for m in half.modules() if m in names}
-    held = set(owners(model, halves).values())
     whole = _watched(names, lambda: _call_whole(model, inputs))
     parts = _watched(shared, lambda: halves(inputs))
     calls: dict[tuple[nn.Module, str], list[Any]] = {}

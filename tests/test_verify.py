@@ -52,7 +52,11 @@ def test_every_family_is_verified_at_every_cut(family, attention):
 @pytest.mark.parametrize("family", IMAGES)
 def test_every_image_family_is_verified_at_every_cut(family):
     model = image_model(family)
-    assert all(split(model, point.at) for point in cut_points(model))
+    for point in cut_points(model):
+        halves = split(model, point.at)
+        x = torch.randn(2, 3, 16, 16)
+        with torch.no_grad():
+            assert torch.equal(halves(x), model(x).logits)
 
 
 # --- faults ------------------------------------------------------------------------------------------------------
@@ -109,11 +113,11 @@ ON_TEXT = {
 }
 
 
-@pytest.mark.parametrize("fault", [*FAULTS, *ON_TEXT])
-@pytest.mark.parametrize("family", FAMILIES)
+CASES = [(family, fault) for family in FAMILIES for fault in (*FAULTS, *(ON_TEXT if family in TEXT else ()))]
+
+
+@pytest.mark.parametrize(("family", "fault"), CASES)
 def test_a_fault_is_found(family, fault, monkeypatch):
-    if fault in ON_TEXT and family in IMAGES:
-        return
     model, damage, cut = model_of(family), {**FAULTS, **ON_TEXT}[fault], SPLIT._halves
     monkeypatch.setattr(SPLIT, "_halves", lambda *halves: damage(cut(*halves)))
     with pytest.raises((CutError, ValueError), match=r"the halves are not|\(there is none\)"):
@@ -139,11 +143,10 @@ def test_a_layer_left_out_is_found_and_named(family, side):
 def test_faults_in_a_chain_are_found():
     torch.manual_seed(0)
     model = ResNet(False)
-    for fault, damage in FAULTS.items():
+    for damage in FAULTS.values():
         halves = damage(split(model, "layer2.0"))
         with pytest.raises(CutError, match="the halves are not"):
             verify_halves(model, halves, torch.randn(2, 3, 32, 32))
-        assert fault
     halves = split(model, "layer1.1")
     halves.server.layer1.add_module("1", nn.Identity())
     with pytest.raises(CutError, match=r"begins at layer1\.1, which neither half has"):
