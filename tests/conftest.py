@@ -13,11 +13,16 @@ from statistics import mean, stdev
 
 import pytest
 import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from hosfl_kernels import _cpp
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Inductor keeps what it compiled for one instruction set and loads it for another: wrong results, or a crash.
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR", f"{default_cache_dir()}-{os.environ.get('ATEN_CPU_CAPABILITY', 'native')}"
+)
 # Of the processes that tests start: see threads_and_instruction_set.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
