@@ -7,22 +7,21 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 
 import pytest
 import torch
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from hosfl_kernels import _cpp
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # Inductor keeps what it compiled for one instruction set and loads it for another: wrong results, or a crash.
-os.environ.setdefault(
-    "TORCHINDUCTOR_CACHE_DIR", f"{default_cache_dir()}-{os.environ.get('ATEN_CPU_CAPABILITY', 'native')}"
-)
+_OWN = f"torchinductor-{getattr(os, 'getuid', int)()}-{os.environ.get('ATEN_CPU_CAPABILITY', 'native')}"
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(tempfile.gettempdir(), _OWN)))
 # Of the processes that tests start: see threads_and_instruction_set.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
