@@ -50,10 +50,12 @@ import reprlib
 import stat
 import struct
 import zlib
+from array import array
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal
+from typing import IO, Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -430,15 +432,56 @@ def _decode(payload: bytes, directions: int) -> Record:
     raise LogError(f"unknown kind {kind} of {len(payload)} bytes")
 
 
+class Packed(Sequence[Record]):
+    """Records as the log has them, without frames: a ninth of what they take as objects, of which a run makes many.
+
+    directions: P, of the rounds. An item is made anew whenever it is asked for.
+    """
+
+    def __init__(self, directions: int) -> None:
+        self.directions = directions
+        self._data, self._ends = bytearray(), array("Q", [0])
+
+    def append(self, record: Record) -> None:
+        self._data += _payload(record)
+        self._ends.append(len(self._data))
+
+    def truncate(self, count: int) -> None:
+        """Keep the first `count`."""
+        del self._ends[count + 1 :]
+        del self._data[self._ends[-1] :]
+
+    def payload(self, number: int) -> bytes:
+        """A record's body without the chain."""
+        return bytes(self._data[self._ends[number] : self._ends[number + 1]])
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, number: int) -> Record: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Record]: ...
+    def __getitem__(self, number: int | slice) -> Record | list[Record]:
+        if isinstance(number, slice):
+            return [self[n] for n in range(*number.indices(len(self)))]
+        return _decode(self.payload(range(len(self))[number]), self.directions)
+
+
 class _History:
     """What records add up to, and which may come next."""
 
     def __init__(self, header: Header) -> None:
         self.header = header
-        self.records: list[Record] = []
-        self.rounds: list[RoundRecord] = []
+        self.records = Packed(header.directions)
+        self.rounds = array("Q")  # the number of the record of every committed round
+        self.lattices: list[tuple[int, float]] = []  # (round, quantum) of every coarser one
         self.digests: dict[int, bytes] = {}
-        self.epoch = 0
+        self.epochs: list[tuple[int, int]] = []  # (epoch, its first round) of every restart
+
+    @property
+    def epoch(self) -> int:
+        return self.epochs[-1][0] if self.epochs else 0
 
     def check(self, record: Record) -> None:
         """Raises LogError for a record that may not come next."""
@@ -457,22 +500,25 @@ class _History:
         if isinstance(record, RoundRecord) and len(record.coefficients) != self.header.directions:
             raise LogError(f"{len(record.coefficients)} coefficients in a run of {self.header.directions} directions")
         if isinstance(record, RoundRecord) and record.quantum is not None:
-            so_far = next((r.quantum for r in reversed(self.rounds) if r.quantum is not None), self.header.quantum)
+            so_far = self.lattices[-1][1] if self.lattices else self.header.quantum
             if so_far is None or record.quantum <= so_far:
                 raise LogError(f"a lattice of quantum {record.quantum:g} cannot follow one of {so_far}")
         if isinstance(record, DigestRecord) and self.digests.get(done, record.sha256) != record.sha256:
             raise LogError(f"after {done} rounds there is another digest already")
 
     def add(self, record: Record) -> None:
-        self.records.append(record)
         if isinstance(record, RoundRecord):
-            self.rounds.append(record)
+            self.rounds.append(len(self.records))
+            if record.quantum is not None:
+                self.lattices.append((record.round, record.quantum))
         elif isinstance(record, DigestRecord):
             self.digests[record.round] = record.sha256
         else:
-            self.epoch = record.epoch
+            self.epochs.append((record.epoch, record.round))
             del self.rounds[record.round :]
+            self.lattices = [(round, quantum) for round, quantum in self.lattices if round < record.round]
             self.digests = {round: digest for round, digest in self.digests.items() if round <= record.round}
+        self.records.append(record)
 
 
 # --- the file -----------------------------------------------------------------------------------------------------
@@ -621,7 +667,7 @@ class Log:
     """A log: what is in it, and `append`. Made by `create`, `open` or `read`; the rules are the module's.
 
     path. header. cut: bytes of a torn tail that `open` cut off. torn: bytes of one that `read` passed over.
-    Holds all records in memory. Not for use from several threads at once.
+    Holds all records in memory, as many bytes as the file has. Not for use from several threads at once.
     """
 
     def __init__(self, path: Path, content: _Content, file: io.FileIO | None, sync: Sync) -> None:
@@ -726,6 +772,23 @@ class Log:
         except OSError as error:
             self._refusal = f"could not be brought back to its last record ({error}): open it again"
 
+    def check_file(self) -> None:
+        """Whether the file is still this log: LogError where it is gone, replaced, cut or written by something else.
+
+        The last bytes tell: they depend on every record before them.
+        """
+        file = self._writable()
+        try:
+            there = os.stat(self.path)
+        except FileNotFoundError:
+            raise LogError(f"{self.path} is gone: something removed it while the run went on") from None
+        if not os.path.samestat(there, os.fstat(file.fileno())):
+            raise LogError(f"{self.path} was replaced by another file while the run went on")
+        if len(self._history.records):
+            file.seek(self._nbytes - CHAIN)
+            if file.read(CHAIN) != self._running[:CHAIN]:
+                raise LogError(f"{self.path} was overwritten while the run went on: it ends with other records")
+
     def flush(self) -> None:
         """Make every record appended so far durable. Raises OSError; then the log takes no more records."""
         if self._file is None:
@@ -763,9 +826,28 @@ class Log:
         return list(self._history.records)
 
     @property
+    def position(self) -> tuple[int, str]:
+        """How many records there are, and the running digest after them: see `digest_after`."""
+        return len(self._history.records), self.digest
+
+    def digest_after(self, records: int) -> str:
+        """The running digest as it was after the first so many records. LogError where there are fewer."""
+        if not 0 <= records <= len(self._history.records):
+            raise LogError(f"{self.path} holds {len(self._history.records)} records, not {records}")
+        running = hashlib.blake2b(_encode_header(self.header), digest_size=32).digest()
+        for number in range(records):
+            running = _advance(running, self._history.records.payload(number))
+        return running.hex()
+
+    @property
+    def epochs(self) -> list[tuple[int, int]]:
+        """(epoch, its first round) of every restart: rounds of earlier epochs from there on are void."""
+        return list(self._history.epochs)
+
+    @property
     def rounds(self) -> list[RoundRecord]:
         """The rounds that are committed now: rounds[t].round == t."""
-        return list(self._history.rounds)
+        return [self._history.records[number] for number in self._history.rounds]  # type: ignore[misc]
 
     @property
     def epoch(self) -> int:
