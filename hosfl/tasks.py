@@ -14,6 +14,7 @@ from hosfl import squad, text
 from hosfl.config import REPLAYED, Config
 from hosfl.data import Dataset, Splits, as_tokens, digits, inverted, sentences
 from hosfl.families import is_decoder, packaged_minilm, pretrained_model
+from hosfl.reading import Row
 from hosfl.split import SplitModel, split
 from hosfl.verbalizer import first_tokens, verbalized
 from hosfl.vision import CLASSES, noisy, pictures, pretrained_resnet
@@ -185,7 +186,7 @@ def text_task(config: Config) -> Task:
     tokens = first_tokens(name, it.end, it.words) if decoder else []
     templates = (it.prompt,) if decoder else it.texts
 
-    def told(row: text.Row) -> tuple[str, ...]:
+    def told(row: Row) -> tuple[str, ...]:
         return tuple(template.format_map(row) for template in templates)
 
     def model(at: int | str) -> SplitModel:
