@@ -116,13 +116,18 @@ def digest(value: Any) -> str:
     def add(value: Any) -> None:
         if isinstance(value, Tensor):
             found.update(json.dumps([str(value.dtype), list(value.shape)]).encode())
-            found.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            flat = value.detach().cpu().reshape(-1)
+            if flat.stride() != (1,):  # a view of one number, which counts as contiguous
+                flat = flat.clone(memory_format=torch.contiguous_format)
+            found.update(flat.view(torch.uint8).numpy().data)
         elif is_dataclass(value):
             add({field.name: getattr(value, field.name) for field in fields(value)})
         elif isinstance(value, dict):
             found.update(json.dumps(sorted(value)).encode())
             for name in sorted(value):
                 add(value[name])
+        elif isinstance(value, list) and any(isinstance(inner, Tensor) or is_dataclass(inner) for inner in value):
+            add(dict(enumerate(value)))
         else:
             found.update(json.dumps(value).encode())
 

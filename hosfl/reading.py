@@ -75,15 +75,15 @@ def text(path: Path) -> str:
     for mark, name in UTF_MARKS.items():
         if raw.startswith(mark):
             raise DataError(f"{path} is in {name}: save it as UTF-8")
-    try:
-        whole = raw.decode().removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{_place(path, raw, error.start)} is not UTF-8: save the file as UTF-8") from None
-    if "\0" in whole:
+    if 0 in raw:
         raise DataError(
             f"{_place(path, raw, raw.index(0))} is a NUL: the file is damaged, or not UTF-8; make it again, or save it"
             " as UTF-8"
         )
+    try:
+        whole = raw.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{_place(path, raw, error.start)} is not UTF-8: save the file as UTF-8") from None
     return whole.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -246,9 +246,9 @@ def _class(row: Row, names: Sequence[str], where: str, may_hide: bool) -> int:
         return names.index(str(label))
     if isinstance(label, str) and (PLAIN_NUMBER.fullmatch(label) or label == str(HIDDEN)):
         label = int(label)
-    number = label if isinstance(label, int) and not isinstance(label, bool) else len(names)
-    if (label == HIDDEN and may_hide) or (number >= 0 and (not names or number < len(names))):
-        return label
+    number = label if isinstance(label, int) and not isinstance(label, bool) else None
+    if number is not None and (0 <= number < (len(names) or number + 1) or (number == HIDDEN and may_hide)):
+        return number
     known = f"the classes are {_listed(names)}" if names else "a class is a number from 0 on, in plain digits"
     raise DataError(f"{where}: label {_shown(label)}: {known}")
 

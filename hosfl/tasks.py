@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hosfl import squad, text
 from hosfl.config import REPLAYED, Config
-from hosfl.data import Dataset, Splits, as_tokens, digits, inverted, sentences
+from hosfl.data import Dataset, Splits, as_tokens, digest, digits, inverted, sentences
 from hosfl.families import is_decoder, packaged_minilm, pretrained_model
 from hosfl.reading import Row
 from hosfl.split import SplitModel, split
@@ -57,6 +57,10 @@ class Task:
     tuned: dict[tuple[str, ...], Rates]
     metric: Callable[[Tensor, Dataset], Scores] = accuracy
     groups: Tensor | None = None
+
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, of the data and of what clients' data differ by; nothing of where they lay."""
+        return digest([self.splits, self.groups])
 
     def rates(self, config: Config) -> Rates:
         """The configuration's own rates, the tuned ones where it names none. ValueError where there are neither."""
