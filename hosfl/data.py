@@ -110,7 +110,7 @@ class Splits:
 
 
 def digest(value: Any) -> str:
-    """SHA-256, in hexadecimal, of tensors and what JSON can hold, in data classes, dictionaries, lists and tuples."""
+    """SHA-256, in hexadecimal, of tensors, and what JSON can hold, in data classes and dictionaries."""
     found = hashlib.sha256()
 
     def add(value: Any) -> None:
@@ -126,8 +126,6 @@ def digest(value: Any) -> str:
             found.update(json.dumps(sorted(value)).encode())
             for name in sorted(value):
                 add(value[name])
-        elif isinstance(value, list) and any(isinstance(inner, Tensor) or is_dataclass(inner) for inner in value):
-            add(dict(enumerate(value)))
         else:
             found.update(json.dumps(value).encode())
 

@@ -30,6 +30,7 @@ Found = tuple[str, Row]  # where a sample stands, such as "train.tsv, line 7", a
 HIDDEN = -1  # the label of samples whose labels are not public, as on the Hugging Face hub
 LISTED = 20  # names in a message
 LINE_END = re.compile(rb"\r\n?|\n")
+SURROGATE = re.compile("[\ud800-\udfff]")
 PLAIN_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
 UTF_MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 KINDS = {
@@ -172,7 +173,7 @@ def _parsed(document: str, where: str, own_lines: bool) -> Any:
             left += [(f"{place}[{i}]", value[i]) for i in reversed(range(len(value)))]
         elif isinstance(value, float) and not math.isfinite(value):
             wrong = f"{value} is no number of JSON"
-        elif isinstance(value, str) and not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+        elif isinstance(value, str) and not value.isascii() and SURROGATE.search(value):
             wrong = f"half a surrogate pair, {ascii(value)[:60]}: no text"
         if wrong:
             raise DataError(f"{where}{': ' if place else ''}{place}: {wrong}")
@@ -286,9 +287,10 @@ def standing(answers: Sequence[Answer]) -> None:
         places = [i for i in range(len(context)) if context.startswith(text, i)]
         message += f"; it begins at {_listed([str(i) for i in places])}" if places else "; the text does not have it"
         units = [unit for unit in UNITS if _counted(answer, unit)]
-        units = [unit for unit in units if all(_counted(other, unit) for other in answers)] or units
+        of_all = [unit for unit in units if all(_counted(other, unit) for other in answers)]
         if units:
-            message += f": offsets are counted {' or '.join(units)}; count them in characters, from 0"
+            how = "offsets are" if of_all else "as if"
+            message += f": {how} counted {' or '.join(of_all or units)}; count them in characters, from 0"
         raise DataError(message)
 
 

@@ -60,7 +60,7 @@ class Task:
 
     def digest(self) -> str:
         """SHA-256, in hexadecimal, of the data and of what clients' data differ by; nothing of where they lay."""
-        return digest([self.splits, self.groups])
+        return digest({"splits": self.splits, "groups": self.groups})
 
     def rates(self, config: Config) -> Rates:
         """The configuration's own rates, the tuned ones where it names none. ValueError where there are neither."""

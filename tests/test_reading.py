@@ -15,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hosfl import squad, text
+from hosfl import Config, squad, text
 from hosfl.data import Dataset, Splits, classified, dirichlet_split, held_out, iid_split, shards
 from hosfl.reading import Answer, DataError, class_folders, classes, hub, json_lines, picture_file, standing, table
 from hosfl.squad import Question, Windows
 from hosfl.text import TEXTS
+from hosfl.tasks import TASKS
 from hosfl.vision import CifarResNet, pictures, pretrained_resnet
 
 SIZE = (32, 32)
@@ -338,6 +339,8 @@ def test_all_answers_together_tell_how_offsets_are_counted(unit, count):
     claims = [Answer("file", c, "Ann", count(c[: c.index("Ann")])) for c in contexts]
     with pytest.raises(DataError, match=f"offsets are counted {unit} count them in characters, from 0$"):
         standing(claims)
+    with pytest.raises(DataError, match="it begins at 8: as if counted from 1;"):  # which the others are not
+        standing([Answer("file", "Ann saw Bob", "Ann", 0), Answer("file", "Ann saw Bob", "Bob", 9)])
 
 
 def changed(document, place, value):
@@ -671,6 +674,12 @@ def test_a_digest_changes_with_everything_that_a_part_holds(changes):
         (windows(**changes), windows(), windows()),
     )}  # fmt: skip
     assert len(found | {whole.digest()}) == 4
+
+
+def test_a_task_s_digest_has_what_clients_differ_by():
+    task = TASKS["digits"](Config())
+    assert task.digest() == TASKS["digits"](Config()).digest()
+    assert replace(task, groups=task.splits.train.labels).digest() != task.digest()
 
 
 def test_a_digest_is_of_content():
