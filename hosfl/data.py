@@ -73,7 +73,7 @@ class Splits:
 
     Raises DataError for a part without samples, for labels that are no integers from 0 on, and, where labels are
     classes, int [n], for a training part of one class and for classes that the training part has not. A validation or
-    test part of one class is a warning.
+    test part of one class is a warning, and so are labels int [n, ...] that are all the same.
     """
 
     train: Dataset
@@ -94,6 +94,8 @@ class Splits:
             if int(labels.min()) < 0:
                 raise DataError(f"the {name} part has the label {int(labels.min())}; labels begin at 0")
             if labels.dim() > 1:
+                if len(labels) > 1 and bool((labels == labels[0]).all()):
+                    warnings.warn(f"all labels of the {name} part are {labels[0].tolist()}", stacklevel=1)
                 continue
             present = labels.unique().tolist()
             strange = sorted(set(present) - set(known))

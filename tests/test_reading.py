@@ -19,8 +19,8 @@ from hosfl import Config, squad, text
 from hosfl.data import Dataset, Splits, classified, dirichlet_split, held_out, iid_split, shards
 from hosfl.reading import Answer, DataError, class_folders, classes, hub, json_lines, picture_file, standing, table
 from hosfl.squad import Question, Windows
-from hosfl.text import TEXTS
 from hosfl.tasks import TASKS
+from hosfl.text import TEXTS
 from hosfl.vision import CifarResNet, pictures, pretrained_resnet
 
 SIZE = (32, 32)
@@ -601,10 +601,12 @@ def test_one_class_only_to_test_on_is_a_warning():
     with pytest.warns(UserWarning, match="the test part has one class only, 1") as told:
         Splits(GOOD, GOOD, data(1, 1))
     assert len(told) == 1
-    places = Dataset(torch.zeros(2, 3), torch.zeros(2, 2, dtype=torch.int64))  # of answers, not classes
+    places = Dataset(torch.zeros(2, 3), torch.tensor([[1, 2], [0, 0]]))  # of answers, not classes
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        Splits(places, places, places)
+        Splits(places, places[:1], replace(places, labels=places.labels + 2))
+    with pytest.warns(UserWarning, match=r"all labels of the training part are \[0, 0\]"):
+        Splits(replace(places, labels=places.labels * 0), places, places)
 
 
 @pytest.mark.parametrize(
