@@ -424,6 +424,11 @@ def test_articles_are_enough_or_the_number_is_told(tmp_path):
     for each in (1, 7):
         path.write_text(json.dumps(articles(3, each)))
         assert [len(part) for part in squad.parts(str(path))] == [each] * 3
+    for large in range(3):  # whichever is drawn first, one article is left for each part
+        document = articles(3, 1)
+        document["data"][large]["paragraphs"] *= 50
+        path.write_text(json.dumps(document))
+        assert sorted(len(part) for part in squad.parts(str(path))) == [1, 1, 50]
 
 
 # --- pictures -----------------------------------------------------------------------------------------------------
@@ -530,6 +535,7 @@ def test_a_size_is_seen_before_a_picture_is_decoded(tmp_path):
         picture_file(path, SIZE)
 
 
+@pytest.mark.timeout(30)  # it would be waited for
 def test_a_pipe_is_no_picture(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(DataError, match=r"pipe.png is no file"):
@@ -566,6 +572,14 @@ def test_a_picture_that_changes_is_read_again(tmp_path):
 def test_files_that_hold_no_weights(wrong, tmp_path):
     torch.save(wrong, tmp_path / "wrong.th")
     with pytest.raises(DataError, match=r"wrong.th"):
+        pretrained_resnet(tmp_path / "wrong.th", 10)
+
+
+def test_weights_are_finite(tmp_path):
+    state = CifarResNet(10, 1).state_dict()
+    state["layer2.0.bn1.running_var"][3] = float("inf")
+    torch.save(state, tmp_path / "wrong.th")
+    with pytest.raises(DataError, match=r"wrong.th: layer2.0.bn1.running_var has values that are not finite"):
         pretrained_resnet(tmp_path / "wrong.th", 10)
 
 
