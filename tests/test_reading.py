@@ -148,7 +148,7 @@ def rows_of(read, path):
     return [row[1] for row in found] if found and isinstance(found[0], tuple) and len(found[0]) == 2 else found
 
 
-@pytest.mark.parametrize(("name", "valid", "change", "read", "reason"), cases())
+@pytest.mark.parametrize(("name", "valid", "change", "read", "reason"), list(cases()))
 def test_damaged_files(name, valid, change, read, reason, tmp_path):
     path = tmp_path / name
     path.write_bytes(valid)
@@ -669,7 +669,7 @@ def windows(**changes):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"inputs": {"input_ids": torch.arange(6).reshape(2, 3), "mask": torch.ones(2, 3, dtype=torch.int64)}},
+        {"inputs": {"ids": torch.arange(6).reshape(2, 3), "attention_mask": torch.ones(2, 3, dtype=torch.int64)}},
         {"inputs": {"input_ids": torch.arange(6).reshape(2, 3), "attention_mask": torch.zeros(2, 3).long()}},
         {"inputs": {"input_ids": torch.arange(6).reshape(2, 3, 1), "attention_mask": torch.ones(2, 3).long()}},
         {"inputs": {"input_ids": torch.arange(6).reshape(2, 3), "attention_mask": torch.ones(2, 6).int()}},
@@ -705,6 +705,7 @@ def test_a_digest_is_of_content():
     strided = Dataset(torch.arange(12.0).reshape(3, 4).T.contiguous().T, torch.tensor([0, 1, 0]))
     assert not strided.inputs.is_contiguous()
     assert one.digest() == strided.digest()
+    assert Dataset(one.inputs.view(torch.int32), one.labels).digest() != one.digest()
     assert one.to("cpu", torch.bfloat16).digest() != one.digest()
     assert Dataset(one.inputs * -0.0, one.labels).digest() != Dataset(one.inputs * 0.0, one.labels).digest()
     assert len(one.digest()) == 64
