@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +17,8 @@ from torch import Tensor
 
 from hosfl.client import Batch
 from hosfl.families import tokenized
+from hosfl.reading import DataError, Found, Row, classes, table, text_field
 from hosfl.seeds import Purpose, generator
-from hosfl.text import Row, lines_of, tsv_rows
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,10 @@ class Dataset:
         inputs = self._each(lambda x: x.to(device, dtype if x.is_floating_point() else None))
         return replace(self, inputs=inputs, labels=self.labels.to(device))  # of the same class
 
+    def digest(self) -> str:
+        """SHA-256 of the content, in hexadecimal: all that it holds, and nothing of where that lay."""
+        return digest(self)
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> Tensor | dict[str, Tensor]:
         if isinstance(self.inputs, Tensor):
             return change(self.inputs)
@@ -61,11 +69,70 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Splits:
-    """Training data, validation data for choosing rates, test data for reporting and nothing else."""
+    """Training data, validation data for choosing rates, test data for reporting and nothing else.
+
+    Raises DataError for a part without samples, for labels that are no integers from 0 on, and, where labels are
+    classes, int [n], for a training part of one class and for classes that the training part has not. A validation or
+    test part of one class is a warning, and so are labels int [n, ...] that are all the same.
+    """
 
     train: Dataset
     validation: Dataset
     test: Dataset
+
+    def __post_init__(self) -> None:
+        known = self.train.labels.unique().tolist()
+        for name, data in (("training", self.train), ("validation", self.validation), ("test", self.test)):
+            labels = data.labels
+            inputs = [data.inputs] if isinstance(data.inputs, Tensor) else list(data.inputs.values())
+            if not len(labels):
+                raise DataError(f"the {name} part has no samples")
+            if any(len(value) != len(labels) for value in inputs):
+                raise DataError(f"the {name} part has {len(inputs[0])} inputs and {len(labels)} labels")
+            if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+                raise DataError(f"the {name} part's labels are {labels.dtype}; they must be integers, such as int64")
+            if int(labels.min()) < 0:
+                raise DataError(f"the {name} part has the label {int(labels.min())}; labels begin at 0")
+            if labels.dim() > 1:
+                if len(labels) > 1 and bool((labels == labels[0]).all()):
+                    warnings.warn(f"all labels of the {name} part are {labels[0].tolist()}", stacklevel=1)
+                continue
+            present = labels.unique().tolist()
+            strange = sorted(set(present) - set(known))
+            if strange:
+                raise DataError(f"the {name} part has class {strange[0]}, which the training part has not: {known}")
+            if len(present) == 1 and name == "training":
+                raise DataError(f"the training part has one class only, {present[0]}: there is nothing to learn")
+            if len(present) == 1:
+                warnings.warn(f"the {name} part has one class only, {present[0]}: its scores say little", stacklevel=1)
+
+    def digest(self) -> str:
+        """SHA-256 of the content of all parts, in hexadecimal; nothing of where that lay."""
+        return digest(self)
+
+
+def digest(value: Any) -> str:
+    """SHA-256, in hexadecimal, of tensors, and what JSON can hold, in data classes and dictionaries."""
+    found = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            found.update(json.dumps([str(value.dtype), list(value.shape)]).encode())
+            flat = value.detach().cpu().reshape(-1)
+            if flat.stride() != (1,):  # a view of one number, which counts as contiguous
+                flat = flat.clone(memory_format=torch.contiguous_format)
+            found.update(flat.view(torch.uint8).numpy().data)
+        elif is_dataclass(value):
+            add({field.name: getattr(value, field.name) for field in fields(value)})
+        elif isinstance(value, dict):
+            found.update(json.dumps(sorted(value)).encode())
+            for name in sorted(value):
+                add(value[name])
+        else:
+            found.update(json.dumps(value).encode())
+
+    add(value)
+    return found.hexdigest()
 
 
 DIGITS_MEAN, DIGITS_DEVIATION = 0.305, 0.376  # of the training part's pixels, black 0 and white 1
@@ -106,11 +173,68 @@ def sentences(folder: Path, model: str, longest: int = 64) -> Splits:
     """Labelled sentences of a folder: train.tsv, dev.tsv (validation) and test.tsv.
 
     The first line is "sentence<TAB>label", every other a sentence and its class, from 0 on. model: whose tokenizer to
-    use. longest: tokens; what is longer is cut. Raises FileNotFoundError, ValueError naming the file and line.
+    use. longest: tokens; what is longer is cut. Raises OSError, DataError naming the file and line.
     """
-    paths = [folder / name for name in ("train.tsv", "dev.tsv", "test.tsv")]
-    found = [tsv_rows(path, lines_of(path)) for path in paths]
-    return as_tokens(found, lambda row: (row["sentence"],), model, longest)
+    train, validation, test = (
+        [
+            (where, {"sentence": text_field(row, "sentence", where), "label": row["label"]})
+            for where, row in table(folder / name, ("sentence", "label"))
+        ]
+        for name in ("train.tsv", "dev.tsv", "test.tsv")
+    )
+    return as_tokens(classified(train, validation, test), lambda row: (row["sentence"],), model, longest)
+
+
+def classified(
+    train: Sequence[Found], validation: Sequence[Found], test: Sequence[Found], names: Sequence[str] = ()
+) -> tuple[list[Row], list[Row], list[Row]]:
+    """The rows of published parts with their classes, int, as "label"; names: see `reading.classes`.
+
+    Where the test part's labels are not public, or it is empty, the published validation part is the test part, and the
+    validation part, for choosing rates, is held out of the training part: as many rows, but no more than a tenth, with
+    the training part's shares of the classes, the same in every run. Raises DataError.
+    """
+
+    def with_classes(part: Sequence[Found], numbers: list[int]) -> list[Row]:
+        return [{**row, "label": number} for (_, row), number in zip(part, numbers, strict=False)]
+
+    own = classes(train, names)
+    rows = with_classes(train, own)
+    for_rates = with_classes(validation, classes(validation, names, training=set(own)))
+    for_report = with_classes(test, classes(test, names, training=set(own), may_hide=True))
+    if for_report:
+        return rows, for_rates, for_report
+    kept, held = held_out(np.array(own), len(for_rates))
+    return [rows[i] for i in kept], [rows[i] for i in held], for_rates
+
+
+def held_out(classes: np.ndarray, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Which samples are kept, and which held out for validation: a tenth, or `most`, the same in every run.
+
+    classes: int [n]; both parts have the same shares of them. Raises DataError for too few samples.
+    """
+    from sklearn.model_selection import train_test_split
+
+    own, sizes = np.unique(classes, return_counts=True)
+    count = len(classes) // 10
+    if count < len(own):
+        raise DataError(
+            f"{len(classes)} training samples are too few to hold a tenth of them out for validation: at least"
+            f" {10 * len(own)} are needed for {len(own)} classes"
+        )
+    if most is not None and most < len(own):
+        raise DataError(
+            f"{most} validation samples are too few for another part of that size, held out of the training part: at"
+            f" least {len(own)} are needed, one for each class"
+        )
+    if sizes.min() < 2:
+        raise DataError(
+            f"the training part has one sample of class {own[sizes.argmin()]}: at least 2 are needed, one to train on"
+            " and one to hold out for validation"
+        )
+    count = count if most is None else min(count, most)
+    kept, held = train_test_split(np.arange(len(classes)), test_size=count, stratify=classes, random_state=0)
+    return np.sort(kept), np.sort(held)
 
 
 def as_tokens(
@@ -127,10 +251,9 @@ def as_tokens(
 def iid_split(samples: int, clients: int, seed: int) -> list[Tensor]:
     """Who owns which sample, whatever its class: equal parts of a random order; indices int64 per client.
 
-    Raises ValueError where there are fewer samples than clients.
+    Raises DataError where there are fewer samples than clients.
     """
-    if samples < clients:
-        raise ValueError(f"{samples} samples for {clients} clients: use fewer clients")
+    _enough(samples, clients, 1)
     order = generator(seed, Purpose.PARTITION).permutation(samples)
     return [torch.from_numpy(np.sort(part)) for part in np.array_split(order, clients)]
 
@@ -140,11 +263,12 @@ def dirichlet_split(labels: Tensor, clients: int, alpha: float, seed: int, small
 
     labels: int64 [n], the classes, or whatever else the clients' data are to differ by, such as articles. alpha: small
     means that clients see few classes, large that they see the same mix. Drawn again until every client has `smallest`
-    samples. Raises ValueError if that does not happen in 100 draws.
+    samples. Raises DataError where there are too few, or if that does not happen in 100 draws.
     """
+    _enough(len(labels), clients, smallest)
     random = generator(seed, Purpose.PARTITION)
     classes = [np.flatnonzero(labels.numpy() == c) for c in labels.unique().tolist()]
-    for _ in range(100 if clients * smallest <= len(labels) else 0):
+    for _ in range(100):
         owned: list[list[np.ndarray]] = [[] for _ in range(clients)]
         for members in classes:
             shares = random.dirichlet(np.full(clients, alpha))
@@ -154,10 +278,30 @@ def dirichlet_split(labels: Tensor, clients: int, alpha: float, seed: int, small
         parts = [np.sort(np.concatenate(parts)) for parts in owned]
         if min(len(part) for part in parts) >= smallest:
             return [torch.from_numpy(part) for part in parts]
-    raise ValueError(
+    raise DataError(
         f"{len(labels)} samples, {clients} clients, alpha {alpha}: some client always has fewer than {smallest};"
         " use fewer clients or a larger alpha"
     )
+
+
+def shards(samples: int, clients: int, smallest: int) -> int:
+    """In how many parts a crowd shares the data: one per client, or as many as have `smallest` samples each.
+
+    Raises DataError where the samples are too few for one.
+    """
+    if samples < smallest:
+        raise DataError(f"{samples} training samples are too few for a simulation: at least {smallest} are needed")
+    return min(clients, samples // smallest)
+
+
+def _enough(samples: int, clients: int, smallest: int) -> None:
+    if clients < 1:
+        raise ValueError(f"{samples} samples for {clients} clients: one client at least is needed")
+    if samples < clients * smallest:
+        raise DataError(
+            f"{samples} samples for {clients} clients: at least {clients * smallest} are needed, {smallest} for each;"
+            " use fewer clients or more data"
+        )
 
 
 @dataclass(frozen=True)

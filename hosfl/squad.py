@@ -6,7 +6,6 @@ answer of one that does not hold it whole is its first token. The predicted answ
 
 from __future__ import annotations
 
-import json
 import re
 import string
 from collections import Counter
@@ -21,13 +20,14 @@ from torch import Tensor
 
 from hosfl.data import Dataset, Splits
 from hosfl.families import tokenizer_of
-from hosfl.text import hub
+from hosfl.reading import Answer, DataError, Row, field, hub_rows, json_file, standing, typed
 
 HUB = "rajpurkar/squad"
 FILES = ("train-v1.1.json", "dev-v1.1.json")
 LONGEST = 384  # tokens of a window: question, and part of the paragraph
 LONGEST_ANSWER = 30  # tokens
 AT_ONCE = 1000  # questions to the tokenizer
+VERSION_2 = "is SQuAD 2.0, with questions that have no answer; this task reads 1.1"
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -73,51 +73,106 @@ def parts(data: str) -> tuple[list[Question], list[Question], list[Question]]:
     questions as the test part or a tenth of the training part. One file that is not a folder is all there is: a quarter
     of it, again whole articles, is the test part.
 
-    Raises: FileNotFoundError, ValueError for a file that is not SQuAD 1.1 or has too few articles; what `hub` raises.
+    Raises: OSError; DataError for a file that is not SQuAD 1.1 or has too few articles; without `datasets` ImportError.
     """
+    parts_of: Path | str = HUB
     if not data:
-        found = hub(HUB)
-        train, test = ([_from_hub(row) for row in found[part]] for part in ("train", "validation"))
+        published = hub_rows(HUB, parts=("train", "validation"))
+        train, test = (_checked([_from_hub(row, where) for where, row in part]) for part in published)
     elif Path(data).is_dir():
         train, test = (read(Path(data) / name) for name in FILES)
+        parts_of = Path(data) / FILES[0]
     else:
         everything = read(Path(data))
-        train, test = articles_apart(everything, len(everything) // 4)
-    train, validation = articles_apart(train, min(len(test), len(train) // 10))
-    if not train or not validation or not test:
-        raise ValueError(f"{data}: too few articles for parts to train, to choose rates and to test on")
+        _enough(everything, 3, data)
+        train, test = articles_apart(everything, max(1, len(everything) // 4), keep=2)
+        parts_of = data
+    _enough(train, 2, parts_of)
+    train, validation = articles_apart(train, max(1, min(len(test), len(train) // 10)), keep=1)
     return train, validation, test
 
 
+def _enough(questions: list[Question], needed: int, where: Path | str) -> None:
+    count = len({q.article for q in questions})
+    if count < needed:
+        what = ("to train, to choose rates and to test on", "to train and to choose rates on")[needed == 2]
+        raise DataError(f"{where}: too few articles, {count}: at least {needed} are needed, {what}")
+
+
 def read(path: Path) -> list[Question]:
-    """The questions of a file in SQuAD's JSON. Raises ValueError for another format, or a question without answer."""
+    """The questions of a file in SQuAD's JSON.
+
+    Raises OSError; DataError for another format, a question without answer, an answer that does not stand where its
+    offset says, a file without questions.
+    """
+    document = json_file(path)
+    if str(document.get("version")).lower().removeprefix("v").startswith("2"):
+        raise DataError(f"{path} {VERSION_2}")
     found = []
-    try:
-        for number, article in enumerate(json.loads(path.read_text(encoding="utf-8"))["data"]):
-            for paragraph in article["paragraphs"]:
-                for asked in paragraph["qas"]:
-                    if not asked["answers"]:
-                        raise ValueError(f"{path}: question {asked['id']} has no answer, as none has in SQuAD 1.1")
-                    texts = [answer["text"] for answer in asked["answers"]]
-                    start = asked["answers"][0]["answer_start"]
-                    found.append(Question(str(number), paragraph["context"], asked["question"], texts, start))
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not in SQuAD's format: {type(error).__name__}: {error}") from None
-    return found
+    for number, article in enumerate(field(document, "data", list, str(path))):
+        place = f"data[{number}]"
+        for p, paragraph in enumerate(_objects(article, "paragraphs", f"{path}, {place}")):
+            inner = f"{place}.paragraphs[{p}]"
+            for q, asked in enumerate(_objects(paragraph, "qas", f"{path}, {inner}")):
+                where = f"{path}, {inner}.qas[{q}]"
+                if typed(asked, dict, where).get("is_impossible"):
+                    raise DataError(f"{path} {VERSION_2}")
+                if isinstance(asked.get("id"), str):
+                    where = f"{path}, question {asked['id']}"
+                context = field(paragraph, "context", str, f"{path}, {inner}")
+                found.append(_question(str(number), context, asked, _objects(asked, "answers", where), where))
+    if not found:
+        raise DataError(f"{path} has no questions")
+    return _checked(found)
 
 
-def _from_hub(row: dict[str, Any]) -> Question:
-    answers = row["answers"]
-    return Question(row["title"], row["context"], row["question"], answers["text"], answers["answer_start"][0])
+def _objects(row: Any, name: str, where: str) -> list[Any]:
+    return field(typed(row, dict, where), name, list, where)
 
 
-def articles_apart(questions: list[Question], count: int) -> tuple[list[Question], list[Question]]:
-    """(kept, apart): whole articles are set apart until they have `count` questions; the same in every run."""
+def _question(article: str, context: str, asked: Row, given: list[Any], where: str) -> tuple[str, Question, list[int]]:
+    """One question with its place, and where its answers are said to begin."""
+    if not given:
+        raise DataError(f"{where} has no answer, as none has in SQuAD 1.1")
+    texts, starts = [], []
+    for number, answer in enumerate(given):
+        place = f"{where}, answers[{number}]"
+        texts.append(field(typed(answer, dict, place), "text", str, place))
+        starts.append(field(answer, "answer_start", int, place))
+    return where, Question(article, context, field(asked, "question", str, where), texts, starts[0]), starts
+
+
+def _from_hub(row: Row, where: str) -> tuple[str, Question, list[int]]:
+    answers = field(row, "answers", dict, where)
+    texts, starts = (field(answers, name, list, f"{where}, answers") for name in ("text", "answer_start"))
+    if len(texts) != len(starts):
+        raise DataError(f"{where}: {len(texts)} answers with {len(starts)} offsets")
+    given = [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
+    return _question(field(row, "title", str, where), field(row, "context", str, where), row, given, where)
+
+
+def _checked(found: list[tuple[str, Question, list[int]]]) -> list[Question]:
+    """The questions, if every answer stands where it is said to."""
+    standing(
+        [
+            Answer(where, asked.context, text, start)
+            for where, asked, starts in found
+            for text, start in zip(asked.answers, starts, strict=True)
+        ]
+    )
+    return [asked for _, asked, _ in found]
+
+
+def articles_apart(questions: list[Question], count: int, keep: int = 0) -> tuple[list[Question], list[Question]]:
+    """(kept, apart): whole articles are set apart until they have `count` questions; the same in every run.
+
+    keep: so many articles are kept, whatever count says.
+    """
     sizes = Counter(q.article for q in questions)
     names = sorted(sizes)
     apart: set[str] = set()
     for i in np.random.default_rng(0).permutation(len(names)):
-        if sum(sizes[name] for name in apart) >= count:
+        if sum(sizes[name] for name in apart) >= count or len(names) - len(apart) <= keep:
             break
         apart.add(names[i])
     return [q for q in questions if q.article not in apart], [q for q in questions if q.article in apart]

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from hosfl import squad, text
 from hosfl.config import REPLAYED, Config
-from hosfl.data import Dataset, Splits, as_tokens, digits, inverted, sentences
+from hosfl.data import Dataset, Splits, as_tokens, digest, digits, inverted, sentences
 from hosfl.families import is_decoder, packaged_minilm, pretrained_model
+from hosfl.reading import Row
 from hosfl.split import SplitModel, split
 from hosfl.verbalizer import first_tokens, verbalized
 from hosfl.vision import CLASSES, noisy, pictures, pretrained_resnet
@@ -56,6 +57,10 @@ class Task:
     tuned: dict[tuple[str, ...], Rates]
     metric: Callable[[Tensor, Dataset], Scores] = accuracy
     groups: Tensor | None = None
+
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal, of the data and of what clients' data differ by; nothing of where they lay."""
+        return digest({"splits": self.splits, "groups": self.groups})
 
     def rates(self, config: Config) -> Rates:
         """The configuration's own rates, the tuned ones where it names none. ValueError where there are neither."""
@@ -185,7 +190,7 @@ def text_task(config: Config) -> Task:
     tokens = first_tokens(name, it.end, it.words) if decoder else []
     templates = (it.prompt,) if decoder else it.texts
 
-    def told(row: text.Row) -> tuple[str, ...]:
+    def told(row: Row) -> tuple[str, ...]:
         return tuple(template.format_map(row) for template in templates)
 
     def model(at: int | str) -> SplitModel:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import pickle
-from collections import OrderedDict
+import io
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hosfl.data import Dataset, Splits
-from hosfl.text import held_out, hub
+from hosfl.data import Dataset, Splits, held_out
+from hosfl.reading import DataError, class_folders, classes, content, hub, hub_column, hub_picture, picture_file
 
 HUB = {"cifar10": ("uoft-cs/cifar10", "label"), "cifar100": ("uoft-cs/cifar100", "fine_label")}
 CLASSES = {"cifar10": 10, "cifar100": 100}
+SIZE = (32, 32)
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as published CIFAR weights have them
 
 
@@ -67,41 +67,49 @@ def pretrained_resnet(path: Path, classes: int) -> CifarResNet:
 
     Names may begin with "module." and call the last layer "linear", as the weights published with
     github.com/akamaster/pytorch_resnet_cifar10 do. The depth is read from the names. A last layer for another number
-    of classes is left out: it starts random. Raises FileNotFoundError, ValueError naming what does not fit.
+    of classes is left out: it starts random. Raises OSError; DataError naming the file and what does not fit.
     """
+    raw = content(path)
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        saved = saved.get("state_dict", saved)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, AttributeError) as error:
-        raise ValueError(f"{path} holds no state dictionary of tensors: {error}") from None
-    state = OrderedDict((k.removeprefix("module.").replace("linear.", "fc."), v) for k, v in saved.items())
-    blocks = {name.split(".")[1] for name in state if name.startswith("layer1.")}
-    model = CifarResNet(classes, len(blocks))
-    if "fc.bias" in state and len(state["fc.bias"]) != classes:
-        state |= model.fc.state_dict(prefix="fc.")
+        saved = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+        state = {
+            name.removeprefix("module.").replace("linear.", "fc."): value
+            for name, value in saved.get("state_dict", saved).items()
+        }
+        finite = {name: bool(value.isfinite().all()) for name, value in state.items()}
+    except Exception as error:  # of any type: the file may hold anything
+        raise DataError(f"{path} holds no state dictionary of tensors: {error}") from None
+    for name in state:
+        if not finite[name]:
+            raise DataError(f"{path}: {name} has values that are not finite")
     try:
+        model = CifarResNet(classes, len({name.split(".")[1] for name in state if name.startswith("layer1.")}))
+        if "fc.bias" in state and len(state["fc.bias"]) != classes:
+            state |= model.fc.state_dict(prefix="fc.")
         model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not hold the weights of a residual network for CIFAR: {error}") from error
+    except Exception as error:
+        raise DataError(f"{path} does not hold the weights of a residual network for CIFAR: {error}") from error
     return model
 
 
-@lru_cache(maxsize=1)  # a study's runs follow one another in one process
 def pictures(name: str, folder: Path | None) -> Splits:
     """CIFAR-10 or CIFAR-100, float32 [n, 3, 32, 32], standardised with ImageNet's mean and deviation.
 
-    folder: with train/CLASS/ and test/CLASS/ of picture files; classes are numbered in the order of their names, which
-    for CIFAR-10 is the official one. None: the hub's data set, which needs the package datasets and a network.
-    A tenth of the training part is held out as validation data. Raises FileNotFoundError, ValueError, ImportError.
+    folder: with train/CLASS/ and test/CLASS/ of picture files; classes are numbered in the order of the training part's
+    names, which for CIFAR-10 is the official one. None: the hub's data set, which needs the package datasets and a
+    network. A tenth of the training part is held out as validation data. Raises OSError; DataError naming the file;
+    ImportError.
     """
     if folder is None:
-        where, label = HUB[name]
-        found = hub(where)
-        train, test = (_from_hub(found[part], label) for part in ("train", "test"))
-    else:
-        train, test = (_from_folder(folder / part, CLASSES[name]) for part in ("train", "test"))
-    kept, held = map(torch.from_numpy, held_out(train.labels.numpy(), len(train) // 10))
-    return Splits(train[kept], train[held], test)
+        return _from_hub(name)
+    names, train = class_folders(folder / "train")
+    if len(names) != CLASSES[name]:
+        raise DataError(
+            f"{folder / 'train'}: {CLASSES[name]} folders, one per class, are needed, there are {len(names)}:"
+            f" {', '.join(names)}"
+        )
+    _, test = class_folders(folder / "test", names)
+    return _from_files(*(tuple(File.of(path, label) for path, label in part) for part in (train, test)))
 
 
 def noisy(splits: Splits, noise: float = 0.2, inverted: bool = False) -> Splits:
@@ -120,36 +128,51 @@ def noisy(splits: Splits, noise: float = 0.2, inverted: bool = False) -> Splits:
     return Splits(change(splits.train), change(splits.validation), change(splits.test))
 
 
-def _from_folder(folder: Path, classes: int) -> Dataset:
-    """One part's pictures, by class."""
-    image = _pillow()
-    names = sorted(p.name for p in folder.iterdir() if p.is_dir())
-    if len(names) != classes:
-        raise ValueError(f"{folder}: {classes} folders, one per class, are needed, there are {len(names)}")
-    pixels, labels = [], []
-    for label, name in enumerate(names):
-        for path in sorted((folder / name).iterdir()):
-            with image.open(path) as picture:
-                pixels.append(np.asarray(picture.convert("RGB")))
-            labels.append(label)
-            if pixels[-1].shape != (32, 32, 3):
-                raise ValueError(f"{path}: a picture of 32 x 32 is needed, it has {picture.size}")
-    return _standardised(pixels, labels)
+class File(NamedTuple):
+    """A picture file as it is now: another one as soon as it is written again."""
+
+    path: Path
+    label: int
+    size: int
+    changed: tuple[int, int]
+
+    @classmethod
+    def of(cls, path: Path, label: int) -> File:
+        found = path.stat()
+        return cls(path, label, found.st_size, (found.st_mtime_ns, found.st_ctime_ns))
 
 
-def _from_hub(rows: Any, label: str) -> Dataset:
-    return _standardised([np.asarray(picture.convert("RGB")) for picture in rows["img"]], list(rows[label]))
+@lru_cache(maxsize=1)  # a study's runs follow one another in one process
+def _from_files(train: tuple[File, ...], test: tuple[File, ...]) -> Splits:
+    return _parts(
+        *(
+            _standardised([picture_file(file.path, SIZE) for file in part], [file.label for file in part])
+            for part in (train, test)
+        )
+    )
+
+
+@lru_cache(maxsize=1)
+def _from_hub(name: str) -> Splits:
+    where, column = HUB[name]
+    names = ("train", "test")
+    numbers = [str(number) for number in range(CLASSES[name])]
+    found: list[Dataset] = []
+    for part, rows in zip(names, hub(where, parts=names), strict=True):
+        given, opened = (hub_column(rows, one, f"{where}, {part}") for one in (column, "img"))
+        samples = [(f"{where}, {part}, row {number}", {"label": label}) for number, label in enumerate(given)]
+        labels = classes(samples, numbers, training=found[0].labels.unique().tolist() if found else ())
+        pixels = [hub_picture(opened, number, place, SIZE) for number, (place, _) in enumerate(samples)]
+        found.append(_standardised(pixels, labels))
+    return _parts(*found)
+
+
+def _parts(train: Dataset, test: Dataset) -> Splits:
+    kept, held = map(torch.from_numpy, held_out(train.labels.numpy()))
+    return Splits(train[kept], train[held], test)
 
 
 def _standardised(pixels: list[np.ndarray], labels: list[int]) -> Dataset:
     mean, deviation = (np.asarray(v, dtype=np.float32) for v in (MEAN, DEVIATION))
     inputs = (np.stack(pixels).astype(np.float32) / 255 - mean) / deviation
     return Dataset(torch.from_numpy(inputs).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels, dtype=torch.int64))
-
-
-def _pillow() -> Any:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise ImportError("pictures need pillow: pip install pillow") from error
-    return Image

@@ -41,7 +41,7 @@ def question(number):
     name = NAMES[number % 6]
     before, after = "then the dog went home . " * (number % 7), " , then the cat went home in a red house ." * 2
     context = f"{before}{name} saw the red cat{after}"
-    return Question(f"{number // 10}", context, "Who saw the cat ?", [name, f"the {name}"], len(before))
+    return Question(f"{number // 10}", context, "Who saw the cat ?", [name, f"{name} saw"], len(before))
 
 
 def as_json(questions):
@@ -118,9 +118,12 @@ def test_the_hub_has_the_same(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("{", "not in SQuAD's format"),
-        ("[]", "not in SQuAD's format"),
-        ('{"data": [{"paragraphs": [{"context": "a"}]}]}', "not in SQuAD's format: KeyError: 'qas'"),
+        ("{", "line 1, column 2: not JSON"),
+        ("[]", "an object is needed, not a list"),
+        (
+            '{"data": [{"paragraphs": [{"context": "a"}]}]}',
+            r"data\[0\].paragraphs\[0\]: no field 'qas'; there are context",
+        ),
         (
             '{"data": [{"paragraphs": [{"context": "a", "qas": [{"id": "7", "question": "?", "answers": []}]}]}]}',
             "question 7 has no answer",

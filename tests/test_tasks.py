@@ -85,10 +85,10 @@ def test_sentences_are_read_and_padded(folder):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("text\tlabel\na\t1\n", "does not begin"),
-        ("", "does not begin"),
+        ("text\tlabel\na\t1\n", "line 1: no column 'sentence'"),
+        ("", "line 1: no column 'sentence'"),
         ("sentence\tlabel\n", "no samples"),
-        ("sentence\tlabel\na film\n", "line 2: expected a sentence"),
+        ("sentence\tlabel\na film\n", "line 2: 1 field, the first line names 2"),
         ("sentence\tlabel\na film\t1\na film\t-1\n", "line 3"),
         ("sentence\tlabel\na film\tgood\n", "line 2"),
         ("sentence\tlabel\n\t1\n", "line 2"),

@@ -168,14 +168,22 @@ def test_held_out_rows_are_no_training_rows(tmp_path):
 @pytest.mark.parametrize(
     ("task", "line", "reason"),
     [
-        ("sst2", "film\t2", "line 92: expected a sentence, a tab and a class 0 or 1"),
-        ("rte", "{", "line 91: not an object in JSON"),
-        ("rte", "[]", "line 91: not an object in JSON"),
-        ("rte", '{"premise": "a", "label": "entailment"}', "line 91: expected premise, hypothesis, and a label of ent"),
-        ("rte", '{"premise": "a", "hypothesis": "b"}', "line 91: expected"),
-        ("rte", '{"premise": "a", "hypothesis": "b", "label": "neutral"}', "line 91: expected"),
-        ("wsc", '{"text": "a", "target": {"span1_text": "a"}, "label": true}', "line 91: expected text, span1_text"),
-        ("wsc", '{"text": "a", "target": 3, "label": true}', "line 91: not an object"),
+        ("sst2", "film\t2", "line 92: label 2: the classes are 0, 1"),
+        ("rte", "{", "line 91, column 2: not JSON"),
+        ("rte", "[]", "line 91: an object is needed, not a list"),
+        ("rte", '{"premise": "a", "label": "entailment"}', "line 91: no field 'hypothesis'; there are premise, label"),
+        ("rte", '{"premise": "a", "hypothesis": "b"}', "line 91: no field 'label'"),
+        (
+            "rte",
+            '{"premise": "a", "hypothesis": "b", "label": "neutral"}',
+            "line 91: label 'neutral': the classes are entailment, not",
+        ),
+        ("wsc", '{"text": "a", "target": {"span1_text": "a"}, "label": true}', "line 91: no field 'span2_text'"),
+        (
+            "wsc",
+            '{"text": "a", "target": 3, "label": true}',
+            "line 91: field 'target': an object is needed, not a whole number",
+        ),
     ],
 )
 def test_rows_that_are_none(task, line, reason, tmp_path):
@@ -211,9 +219,11 @@ def test_what_the_hub_refuses_is_told(monkeypatch):
 
 
 def test_two_texts_have_types(models):
-    found = as_tokens([[{"label": 0}]] * 3, lambda r: ("good film", "bad"), str(models / "encoder"), 20).train
-    assert found.inputs["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1]]
-    found = as_tokens([[{"label": 0}]] * 3, lambda r: ("good film",), str(models / "encoder"), 20).train
+    found = as_tokens(
+        [[{"label": 0}, {"label": 1}]] * 3, lambda r: ("good film", "bad"), str(models / "encoder"), 20
+    ).train
+    assert found.inputs["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1]] * 2
+    found = as_tokens([[{"label": 0}, {"label": 1}]] * 3, lambda r: ("good film",), str(models / "encoder"), 20).train
     assert "token_type_ids" not in found.inputs
 
 

@@ -1,0 +1,485 @@
+"""Reading: what people bring is checked before it is believed, by one function per kind of file.
+
+A task reads its data through these functions alone. What is wrong is a `DataError` that names the file and the place in
+it; a file that is not there, or may not be read, is an `OSError`, which names the file too.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import math
+import os
+import re
+import unicodedata
+import warnings
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+T = TypeVar("T")
+Row = dict[str, Any]  # the fields of a sample by name
+Found = tuple[str, Row]  # where a sample stands, such as "train.tsv, line 7", and its fields
+
+HIDDEN = -1  # the label of samples whose labels are not public, as on the Hugging Face hub
+LISTED = 20  # names in a message
+LINE_END = re.compile(rb"\r\n?|\n")
+SURROGATE = re.compile("[\ud800-\udfff]")
+PLAIN_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
+UTF_MARKS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+KINDS = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+    type(None): "null",
+}
+PICTURES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's IMG_EXTENSIONS
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # others, such as EPS, run programs
+PICTURE_ENDS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND\xaeB`\x82"}  # of JPEG and PNG
+UNITS: dict[str, Callable[[str], int]] = {  # of what stands before an answer
+    "in UTF-16 units, as in JavaScript and Java": lambda before: len(before.encode("utf-16-le")) // 2,
+    "in UTF-8 bytes": lambda before: len(before.encode()),
+    "from 1": lambda before: len(before) + 1,
+}
+
+
+class DataError(ValueError):
+    """Data that are not what they should be. The message names the file and the place, and says what to do."""
+
+
+# --- text ---------------------------------------------------------------------------------------------------------
+
+
+def content(path: Path) -> bytes:
+    """A file's bytes. Raises OSError; DataError for a path that no file can have, such as one with a NUL."""
+    try:
+        return path.read_bytes()
+    except ValueError as error:
+        raise DataError(f"{str(path)!r} is no path: {error}") from None
+
+
+def text(path: Path) -> str:
+    """A file in UTF-8, with or without a mark at its beginning, its line ends as "\\n".
+
+    Raises OSError; DataError naming line and byte where it is not UTF-8, or has a NUL byte.
+    """
+    raw = content(path)
+    for mark, name in UTF_MARKS.items():
+        if raw.startswith(mark):
+            raise DataError(f"{path} is in {name}: save it as UTF-8")
+    if 0 in raw:
+        raise DataError(
+            f"{_place(path, raw, raw.index(0))} is a NUL: the file is damaged, or not UTF-8; make it again, or save it"
+            " as UTF-8"
+        )
+    try:
+        whole = raw.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{_place(path, raw, error.start)} is not UTF-8: save the file as UTF-8") from None
+    return whole.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _place(path: Path, raw: bytes, at: int) -> str:
+    ends = [found.end() for found in LINE_END.finditer(raw, 0, at)]
+    return f"{path}, line {len(ends) + 1}, byte {at - (ends[-1] if ends else 0) + 1} (0x{raw[at]:02x})"
+
+
+def lines(path: Path) -> list[str]:
+    """A text file's lines, without empty ones at the end. Not splitlines: texts may hold what it takes for an end."""
+    found = text(path).split("\n")
+    while found and not found[-1]:
+        found.pop()
+    return found
+
+
+def table(path: Path, columns: Sequence[str]) -> list[Found]:
+    """The rows of a file whose fields are set apart by tabs and whose first line names the columns.
+
+    columns: which it must have; it may have others, in any order. Raises OSError; DataError naming the line.
+    """
+    first, *rest = lines(path) or [""]
+    names = first.split("\t")
+    missing, twice = [name for name in columns if name not in names], _twice(names)
+    if missing or twice:
+        wrong = f"no column {missing[0]!r}" if missing else f"column {twice[0]!r} twice"
+        raise DataError(
+            f"{path}, line 1: {wrong}; the first line names the columns, such as {'<TAB>'.join(columns)}, and here it"
+            f" is {_shown(first)}"
+        )
+    found = []
+    for number, line in enumerate(rest, 2):
+        fields = line.split("\t")
+        if len(fields) != len(names):
+            count = f"{len(fields)} field{'s'[: len(fields) != 1]}"
+            raise DataError(f"{path}, line {number}: {count}, the first line names {len(names)}: {', '.join(names)}")
+        found.append((f"{path}, line {number}", dict(zip(names, fields, strict=True))))
+    return _some(path, found)
+
+
+def json_lines(path: Path) -> list[Found]:
+    """The objects of a file that has one in JSON on every line. Raises OSError; DataError naming the line."""
+    found = []
+    for number, line in enumerate(lines(path), 1):
+        where = f"{path}, line {number}"
+        found.append((where, typed(_parsed(line, where, own_lines=False), dict, where)))
+    return _some(path, found)
+
+
+def json_file(path: Path) -> Row:
+    """The object that a file in JSON is. Raises OSError; DataError naming the line, or the place in the document."""
+    return typed(_parsed(text(path), str(path), own_lines=True), dict, str(path))
+
+
+def _some(path: Path, found: list[Found]) -> list[Found]:
+    if not found:
+        raise DataError(f"{path} has no samples")
+    return found
+
+
+class _Object(dict[str, Any]):
+    """An object in JSON that knows which of its fields stood there twice."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]) -> None:
+        super().__init__(pairs)
+        self.twice = _twice([name for name, _ in pairs]) if len(pairs) > len(self) else []
+
+
+def _parsed(document: str, where: str, own_lines: bool) -> Any:
+    try:
+        whole = json.loads(document, object_pairs_hook=_Object)
+    except json.JSONDecodeError as error:
+        line = f", line {error.lineno}" if own_lines else ""
+        raise DataError(f"{where}{line}, column {error.colno}: not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number of very many digits; brackets in brackets
+        raise DataError(f"{where}: cannot be read as JSON: {error}") from None
+    left: list[tuple[str, Any]] = [("", whole)]  # not by recursion: it may be nested as deep as Python goes
+    while left:
+        place, value = left.pop()
+        wrong = ""
+        if isinstance(value, _Object):
+            wrong = f"field {_shown(value.twice[0])} twice" if value.twice else ""
+            left += [(f"{place}.{name}".lstrip("."), inner) for name, inner in reversed(value.items())]
+            left += [(f"{place}.{name!a}".lstrip("."), name) for name in value if not name.isascii()]
+        elif isinstance(value, list):
+            left += [(f"{place}[{i}]", value[i]) for i in reversed(range(len(value)))]
+        elif isinstance(value, float) and not math.isfinite(value):
+            wrong = f"{value} is no number of JSON"
+        elif isinstance(value, str) and not value.isascii() and SURROGATE.search(value):
+            wrong = f"half a surrogate pair, {ascii(value)[:60]}: no text"
+        if wrong:
+            raise DataError(f"{where}{': ' if place else ''}{place}: {wrong}")
+    return whole
+
+
+# --- fields -------------------------------------------------------------------------------------------------------
+
+
+def typed(value: Any, kind: type[T], where: str) -> T:
+    """The value, which must be of a kind of JSON: str, int (no bool), float, bool, list, dict."""
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        found = KINDS.get(dict if isinstance(value, dict) else type(value), _shown(value))
+        raise DataError(f"{where}: {KINDS[kind]} is needed, not {found}")
+    return value
+
+
+def field(row: Mapping[str, Any], name: str, kind: type[T], where: str) -> T:
+    """A field that must be there, and of a kind. Other fields are passed over."""
+    return typed(_there(row, name, where), kind, f"{where}: field {name!r}")
+
+
+def _there(row: Mapping[str, Any], name: str, where: str) -> Any:
+    if name not in row:
+        raise DataError(f"{where}: no field {name!r}; there {_are(list(row))}")
+    return row[name]
+
+
+def text_field(row: Mapping[str, Any], name: str, where: str) -> str:
+    """A field with a text that is not empty, without blanks at its ends."""
+    found = field(row, name, str, where).strip()
+    if not found:
+        raise DataError(f"{where}: field {name!r} is empty")
+    return found
+
+
+def classes(
+    found: Sequence[Found], names: Sequence[str] = (), training: Collection[int] = (), may_hide: bool = False
+) -> list[int]:
+    """The classes of a part's samples, by their field "label": a class's name or its number.
+
+    names: what files call the classes 0, 1, ...; none: classes are numbers, from 0 without gaps. training: classes that
+    the training part has; none: this is the training part, whose samples must differ. may_hide: the part's labels may
+    not be public, which is that they are all -1, or not there; then there are no classes, []. Raises DataError.
+    """
+    numbers = [_class(row, names, where, may_hide) for where, row in found]
+    if may_hide and all(number == HIDDEN for number in numbers):
+        return []
+    present = set(numbers)
+    gap = next(number for number in range(len(present) + 1) if number not in present)  # before it there is none
+    for (where, row), number in zip(found, numbers, strict=True):
+        label = f"{where}: label {_shown(row.get('label'))}"
+        if number == HIDDEN:
+            raise DataError(f"{label}, as where labels are hidden, but other samples of this part have theirs")
+        if training and number not in training:
+            raise DataError(f"{label} is none of the training part's: {_classes(training, names)}")
+        if not training and not names and number > gap:
+            raise DataError(f"{label}, but there is no {gap}: classes are numbered from 0 without gaps")
+        if not training and len(present) == 1:
+            raise DataError(
+                f"{label}, and so in all of the training part: it has one class only, so that there is nothing to learn"
+            )
+    return numbers
+
+
+def _class(row: Row, names: Sequence[str], where: str, may_hide: bool) -> int:
+    if may_hide and "label" not in row:
+        return HIDDEN
+    label = _there(row, "label", where)
+    if isinstance(label, str | bool) and str(label) in names:
+        return names.index(str(label))
+    if isinstance(label, str) and (PLAIN_NUMBER.fullmatch(label) or label == str(HIDDEN)):
+        label = int(label)
+    number = label if isinstance(label, int) and not isinstance(label, bool) else None
+    if number is not None and (0 <= number < (len(names) or number + 1) or (number == HIDDEN and may_hide)):
+        return number
+    known = f"the classes are {_listed(names)}" if names else "a class is a number from 0 on, in plain digits"
+    raise DataError(f"{where}: label {_shown(label)}: {known}")
+
+
+def _classes(numbers: Collection[int], names: Sequence[str]) -> str:
+    return _listed([names[n] if names else str(n) for n in sorted(numbers)])
+
+
+class Answer(NamedTuple):
+    """A text that is said to stand in another. where: of the message. start: in characters, from 0."""
+
+    where: str
+    context: str
+    text: str
+    start: int
+
+
+def standing(answers: Sequence[Answer]) -> None:
+    """Every answer stands in its context where it is said to. All of a file's answers tell how it counts.
+
+    Raises DataError for the first that does not, with what stands there instead, where it does stand, and how its
+    offset was counted, if it was so counted that UTF-16 units, bytes of UTF-8 or a beginning at 1 explain it.
+    """
+    for answer in answers:
+        where, context, text, start = answer
+        if not text.strip():
+            raise DataError(f"{where}: the answer is empty")
+        if start >= 0 and context.startswith(text, start):
+            continue
+        message = f"{where}: the answer {_shown(text)} is said to begin at {start}, "
+        if 0 <= start < len(context):
+            message += f"where {_shown(context[start : start + len(text)])} stands"
+        else:
+            message += f"outside of its text of {len(context)} characters"
+        places = [i for i in range(len(context)) if context.startswith(text, i)]
+        message += f"; it begins at {_listed([str(i) for i in places])}" if places else "; the text does not have it"
+        units = [unit for unit in UNITS if _counted(answer, unit)]
+        of_all = [unit for unit in units if all(_counted(other, unit) for other in answers)]
+        if units:
+            how = "offsets are" if of_all else "as if"
+            message += f": {how} counted {' or '.join(of_all or units)}; count them in characters, from 0"
+        raise DataError(message)
+
+
+def _counted(answer: Answer, unit: str) -> bool:
+    _, context, text, start = answer
+    places = re.finditer(f"(?={re.escape(text)})", context)
+    return any(UNITS[unit](context[: found.start()]) == start for found in places)
+
+
+# --- pictures -----------------------------------------------------------------------------------------------------
+
+
+def class_folders(folder: Path, training: Sequence[str] = ()) -> tuple[list[str], list[tuple[Path, int]]]:
+    """The classes of a part, by the names of its folders, and its picture files with the number of their class.
+
+    training: the training part's classes; none: this is the training part. Classes are in the order of their names,
+    which are compared in Unicode's composed form. What begins with a dot is passed over; so is, with one warning, what
+    has another ending than pictures. Raises OSError; DataError for a class that the training part has not, or that has
+    no pictures there.
+    """
+    own: dict[str, Path] = {}
+    others = []
+    for path in sorted(folder.iterdir()):
+        name = unicodedata.normalize("NFC", path.name)
+        if name.startswith("."):
+            continue
+        if not path.is_dir():
+            others.append(path)
+        elif training and name not in training:
+            raise DataError(f"{path}: no class of the training part, whose folders are {_listed(training)}")
+        elif name in own:
+            raise DataError(f"{path} and {own[name]} are one name, written in two ways: put their pictures together")
+        else:
+            own[name] = path
+    names = list(training) or sorted(own)
+    found = []
+    for label, name in enumerate(names):
+        files = _files(own[name]) if name in own else []
+        mine = [path for path in files if path.suffix.lower() in PICTURES]
+        if not mine and not training:
+            raise DataError(f"{own[name]}: a class without pictures; their names end in {', '.join(PICTURES)}")
+        others += [path for path in files if path.suffix.lower() not in PICTURES]
+        found += [(path, label) for path in mine]
+    if not found:
+        raise DataError(f"{folder}: no pictures; they belong into folders, one per class")
+    if others:
+        warnings.warn(
+            f"{folder}: {len(others)} files are passed over, for their names do not end as those of pictures do, the"
+            f" first is {others[0]}",
+            stacklevel=2,
+        )
+    return names, found
+
+
+def _files(folder: Path) -> list[Path]:
+    """All files of a folder and of those inside it, in the order of their names, without what begins with a dot."""
+
+    def fail(error: OSError) -> NoReturn:
+        raise error
+
+    found, seen = [], set()
+    for here, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        seen.add(os.path.realpath(here))
+        folders[:] = [
+            name for name in folders if name[0] != "." and os.path.realpath(os.path.join(here, name)) not in seen
+        ]
+        found += [Path(here, name) for name in files if name[0] != "."]
+    return sorted(found)
+
+
+def picture_file(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """A picture of a size (width, height) as uint8 [height, width, 3]. Grey of 16 bits is scaled to 8.
+
+    Raises OSError; DataError for another size, before the picture is decoded, for a mode whose range is not known, and
+    for whatever Pillow raises; ImportError without Pillow.
+    """
+    try:
+        image = importlib.import_module("PIL.Image")
+    except ImportError as error:
+        raise ImportError("pictures need pillow: pip install pillow") from error
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path} is no file")  # but a pipe, which would be waited for, or a device without end
+    raw = content(path)
+    with _pillow_s_errors(str(path), raw), image.open(io.BytesIO(raw), formats=FORMATS) as opened:
+        return _rgb(opened, str(path), size)
+
+
+def _rgb(opened: Any, where: str, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """What Pillow has opened, in 8 bits."""
+    if opened.size != size:
+        raise DataError(f"{where}: a picture of {size[0]} x {size[1]} is needed, it has {opened.size}")
+    if opened.mode == "F":
+        raise DataError(f"{where}: its mode is F, numbers of no known range: save it with 8 or 16 bits")
+    if not opened.mode.startswith("I"):
+        return np.asarray(opened.convert("RGB"))
+    grey = np.asarray(opened).astype(np.int64)
+    if grey.min() < 0 or grey.max() > 65535:
+        raise DataError(
+            f"{where}: its mode is {opened.mode}, with values from {grey.min()} to {grey.max()}, which is no known"
+            " range: save it with 8 or 16 bits"
+        )
+    return np.repeat(((grey + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)  # 65535 / 257 = 255
+
+
+@contextmanager
+def _pillow_s_errors(where: str, raw: bytes | None = None) -> Iterator[None]:
+    """What Pillow raises for a damaged picture, which may be of any type, as a DataError."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+        if raw is not None:
+            if type(error).__name__ == "UnidentifiedImageError":
+                message = f"its content is none of {', '.join(FORMATS)}"
+            if not raw:
+                message = "it is empty"
+            if any(raw.startswith(begin) and end not in raw[-32:] for begin, end in PICTURE_ENDS.items()):
+                message = f"it is truncated: {message}"
+        raise DataError(f"{where} cannot be read as a picture: {message}") from None
+
+
+# --- the Hugging Face hub -----------------------------------------------------------------------------------------
+
+
+def hub(*name: str, parts: Sequence[str]) -> list[Any]:
+    """Parts of a data set of the Hugging Face hub.
+
+    Raises ImportError without `datasets`, OSError where it cannot be loaded, DataError where it has no such part.
+    """
+    try:
+        load: Callable[..., Any] = importlib.import_module("datasets").load_dataset
+    except ImportError as error:
+        raise ImportError(
+            f"without data, a folder, {name[0]} comes from the Hugging Face hub, which needs datasets:"
+            " pip install 'hosfl[hf]'"
+        ) from error
+    try:
+        found = load(*name)
+    except OSError:
+        raise
+    except Exception as error:  # such as of data sets that come as a program
+        raise OSError(f"cannot load {' '.join(name)} from the Hugging Face hub: {error}") from error
+    for part in parts:
+        if part not in found:
+            raise DataError(f"{' '.join(name)} has no part {part!r}; there {_are(list(found))}")
+    return [found[part] for part in parts]
+
+
+def hub_rows(*name: str, parts: Sequence[str]) -> list[list[Found]]:
+    """The rows of parts, each with its place. Raises what `hub` raises."""
+    found = hub(*name, parts=parts)
+    return [
+        [(f"{' '.join(name)}, {part}, row {number}", row) for number, row in enumerate(rows)]
+        for part, rows in zip(parts, found, strict=True)
+    ]
+
+
+def hub_column(rows: Any, name: str, where: str) -> Any:
+    """A column of a part. Raises DataError where it is not there, or cannot be decoded."""
+    try:
+        return rows[name]
+    except Exception as error:
+        raise DataError(f"{where}: column {name!r} cannot be read: {type(error).__name__}: {error}") from None
+
+
+def hub_picture(column: Any, number: int, where: str, size: tuple[int, int]) -> NDArray[np.uint8]:
+    """A picture of a column, as `picture_file` has it. Raises DataError."""
+    with _pillow_s_errors(where):
+        return _rgb(column[number], where, size)
+
+
+# --- messages -----------------------------------------------------------------------------------------------------
+
+
+def _listed(names: Collection[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(list(names)[:LISTED]) + more
+
+
+def _are(names: Collection[str]) -> str:
+    return f"are {_listed(names)}" if names else "is none"
+
+
+def _shown(value: Any) -> str:
+    whole = "null" if value is None else repr(value)
+    return whole if len(whole) <= 80 else whole[:77] + "..."
+
+
+def _twice(names: Sequence[str]) -> list[str]:
+    return [name for name, times in Counter(names).items() if times > 1]
