@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hosfl.aggregate import Aggregation, RunningLength, clip_to_norm, to_lattice, weighted_mean
 from hosfl.lattice import Lattice, spread
-from hosfl.log import DigestRecord, EpochRecord, Log, LogError, RoundRecord
+from hosfl.log import DigestRecord, EpochRecord, Log, LogError, Packed, RoundRecord
 from hosfl.messages import Differs, Gradient, Hello, MessageError, PoolMoves, Records, Scalars, Trained, Weights
 from hosfl.replica import Pool, Replica, Run, digest_array
 from hosfl.snapshot import pack_optimizer, part, prefixed, unpack_optimizer
@@ -178,9 +178,12 @@ class SeedReplay:
     aggregation: Aggregation = weighted_mean
     clip: float | None = None
     digest_every: int = 100
-    records: list[RoundRecord] = field(default_factory=list)
+    records: Packed[RoundRecord] = field(init=False)
     epochs: list[tuple[int, int]] = field(default_factory=list)
     expects = Scalars
+
+    def __post_init__(self) -> None:
+        self.records = Packed(self.run.directions)
 
     @property
     def epoch(self) -> int:
@@ -284,7 +287,7 @@ class SeedReplay:
             if self.log is not None:
                 self.log.append(record)
         except BaseException:
-            self.records.pop()
+            self.records.truncate(len(self.records) - 1)
             if self.mirror.applied > len(self.records):  # the log failed, of whatever: the mirror goes back as well
                 self.mirror.reset()
                 self.mirror.apply(self._records(0, 0))
@@ -298,12 +301,15 @@ class SeedReplay:
 
         Raises LogError for a log that has fewer.
         """
-        if len(log.rounds) < round:
-            raise LogError(f"the log ends after {len(log.rounds)} rounds, before the server's round {round}")
-        if len(log.rounds) > round:
+        rounds = log.rounds
+        if len(rounds) < round:
+            raise LogError(f"the log ends after {len(rounds)} rounds, before the server's round {round}")
+        if len(rounds) > round:
             log.append(EpochRecord(log.epoch + 1, round))
-        self.log, self.records = log, list(log.rounds)
-        self.epochs = [(r.epoch, r.round) for r in log.records if isinstance(r, EpochRecord)]
+        self.log, self.epochs = log, log.epochs
+        self.records.truncate(0)
+        for record in rounds[:round]:
+            self.records.append(record)
         self.mirror.reset()
         self.mirror.apply(self._records(0, 0))
 

@@ -55,7 +55,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal, overload
+from typing import IO, Any, Literal, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -365,6 +365,7 @@ class DigestRecord:
 
 
 Record = RoundRecord | EpochRecord | DigestRecord
+AnyRecord = TypeVar("AnyRecord", RoundRecord, Record)
 
 
 def _when(record: Record) -> dict[str, int]:
@@ -432,7 +433,7 @@ def _decode(payload: bytes, directions: int) -> Record:
     raise LogError(f"unknown kind {kind} of {len(payload)} bytes")
 
 
-class Packed(Sequence[Record]):
+class Packed(Sequence[AnyRecord]):
     """Records as the log has them, without frames: a ninth of what they take as objects, of which a run makes many.
 
     directions: P, of the rounds. An item is made anew whenever it is asked for.
@@ -442,7 +443,7 @@ class Packed(Sequence[Record]):
         self.directions = directions
         self._data, self._ends = bytearray(), array("Q", [0])
 
-    def append(self, record: Record) -> None:
+    def append(self, record: AnyRecord) -> None:
         self._data += _payload(record)
         self._ends.append(len(self._data))
 
@@ -459,13 +460,14 @@ class Packed(Sequence[Record]):
         return len(self._ends) - 1
 
     @overload
-    def __getitem__(self, number: int) -> Record: ...
+    def __getitem__(self, number: int) -> AnyRecord: ...
     @overload
-    def __getitem__(self, number: slice) -> list[Record]: ...
-    def __getitem__(self, number: int | slice) -> Record | list[Record]:
+    def __getitem__(self, number: slice) -> list[AnyRecord]: ...
+    def __getitem__(self, number: int | slice) -> AnyRecord | list[AnyRecord]:
         if isinstance(number, slice):
             return [self[n] for n in range(*number.indices(len(self)))]
-        return _decode(self.payload(range(len(self))[number]), self.directions)
+        record: AnyRecord = _decode(self.payload(range(len(self))[number]), self.directions)  # type: ignore[assignment]
+        return record
 
 
 class _History:
@@ -473,7 +475,7 @@ class _History:
 
     def __init__(self, header: Header) -> None:
         self.header = header
-        self.records = Packed(header.directions)
+        self.records: Packed[Record] = Packed(header.directions)
         self.rounds = array("Q")  # the number of the record of every committed round
         self.lattices: list[tuple[int, float]] = []  # (round, quantum) of every coarser one
         self.digests: dict[int, bytes] = {}

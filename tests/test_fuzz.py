@@ -285,7 +285,7 @@ def to_commit(stage, message):
     if record.participants:
         return True
     assert not record.coefficients.any()
-    stage.ledger.records.pop()
+    stage.ledger.records.truncate(ROUND)
     stage.ledger.mirror.applied -= 1
     return False
 

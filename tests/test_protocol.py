@@ -194,7 +194,7 @@ def test_a_step_beyond_the_lattice_commits_nothing():
     before = made.ledger.mirror.digest()
     with pytest.raises(LatticeError, match="rate"):
         made.play(1)
-    assert made.ledger.records == []
+    assert not made.ledger.records
     assert (made.ledger.mirror.applied, made.ledger.mirror.digest()) == (0, before)
 
 
