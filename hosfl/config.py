@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -31,6 +33,15 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "evaluate_on": ("test", "validation"),
 }
 METHODS = CHOICES["method"]
+# What a run's bits do not depend on: where data and model lie (their content counts), what is kept, when one looks.
+NEUTRAL = ("data", "model", "keep", "evaluate_every", "snapshot_every")
+# Of a field's type: what it takes, numpy's numbers among it, what that becomes, and how it is called.
+KINDS: dict[str, tuple[type, type, str]] = {
+    "str": (str, str, "text"),
+    "int": (Integral, int, "a whole number"),
+    "float": (Real, float, "a number"),
+    "float | None": (Real, float, "a number or nothing"),
+}
 REPLAYED = ("ho", "zo-both", "mu-splitfed")  # whose client half is a log of scalars
 RULES = CHOICES["rule"]
 
@@ -50,6 +61,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 @dataclass(frozen=True)
 class Config:
     """Settings of one run. Raises ValueError for a value that cannot work, and says which.
+
+    Whole numbers do for floats and become them, numpy's numbers become Python's; nothing else is converted.
 
     task: what is learnt: "digits", which is embedded; "digits-inverted", a network pretrained on digits whose inputs
     change; "cifar10", "cifar100", and where a pretrained network's inputs change "cifar10-noisy" and
@@ -127,6 +140,8 @@ class Config:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
+        for name in self.names():
+            object.__setattr__(self, name, typed(name, getattr(self, name)))
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
@@ -156,8 +171,8 @@ class Config:
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be at least 0 and below 2^64, got {self.seed}")
         try:
-            torch.empty(0, device=self.device)
-        except (RuntimeError, AssertionError) as error:
+            torch.zeros(1, device=self.device).item()  # on the device "meta" there is nothing to compute with
+        except (RuntimeError, AssertionError, ImportError) as error:
             raise ValueError(f"cannot compute on device {self.device!r}: {error}") from error
 
     def scheduled(self, rate: float, round: int) -> float:
@@ -167,3 +182,32 @@ class Config:
     @classmethod
     def names(cls) -> list[str]:
         return [f.name for f in fields(cls)]
+
+    def settings(self) -> dict[str, Any]:
+        """The settings that a run's bits depend on, by name: all but `NEUTRAL`."""
+        return {name: value for name, value in asdict(self).items() if name not in NEUTRAL}
+
+
+def typed(name: str, value: Any) -> Any:
+    """A setting's value, of its field's type: str, int, float or None. Raises ValueError naming field and value."""
+    kind = str(Config.__dataclass_fields__[name].type)
+    if value is None and "None" in kind:
+        return None
+    takes, becomes, called = KINDS[kind]
+    if isinstance(value, takes) and not isinstance(value, bool):
+        try:
+            return becomes(value)
+        except OverflowError:  # of a whole number beyond all floats
+            pass
+    raise ValueError(f"{name}: {called} is needed, got {value!r}")
+
+
+def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two mappings, a line per key: "seed was 0, is 1". A key may be in one of them only."""
+
+    def told(of: Mapping[str, Any], key: str) -> str:
+        return repr(of[key]) if key in of else "not there"
+
+    keys = dict.fromkeys((*was, *now))
+    other = (key for key in keys if (key in was, was.get(key)) != (key in now, now.get(key)))
+    return [f"{key} was {told(was, key)}, is {told(now, key)}" for key in other]

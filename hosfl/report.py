@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, TextIO
 
+import numpy as np
 import torch
 
 from hosfl.checkpoint import save_config, write_atomically
@@ -19,6 +23,9 @@ from hosfl.config import Config
 from hosfl_kernels import backends
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
+
     from hosfl.client import Client
 
 
@@ -263,19 +270,37 @@ def plot_curves(runs: dict[str, list[Sequence[Evaluation]]], path: Path, title: 
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots(1, 2)
+    lines = {}
     for axis, quantity in zip(axes, ("loss", "accuracy"), strict=True):
         for method, seeds in runs.items():
             length = min(len(evaluations) for evaluations in seeds)
             rounds = [e.round for e in seeds[0][:length]]
-            values = torch.tensor([[getattr(e, quantity) for e in run[:length]] for run in seeds])
-            (line,) = axis.plot(rounds, values.mean(0), label=method)
+            values = np.array([[getattr(e, quantity) for e in run[:length]] for run in seeds], dtype=float)  # None: NaN
+            (line,) = axis.plot(rounds, values.mean(0))
+            lines[method] = line
             if len(seeds) > 1:
-                axis.fill_between(rounds, values.amin(0), values.amax(0), color=line.get_color(), alpha=0.15, lw=0)
+                axis.fill_between(rounds, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, lw=0)
         axis.set_xlabel("round")
         axis.set_ylabel(metric(next(iter(runs.values()))[0][0].scores) if quantity == "accuracy" else quantity)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yscale("log")
-    axes[1].legend(loc="lower right", frameon=False)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    name_lines(lines, axes[1].legend(lines.values(), [""] * len(lines), loc="lower right", frameon=False))
+    figure.suptitle(title, parse_math=False)
+    save_figure(figure, path, 120)
+
+
+def name_lines(names: Iterable[str], legend: Legend) -> None:
+    """Give a legend's lines these names as they are: "$" begins no formula, a leading "_" hides nothing."""
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_parse_math(False)
+        text.set_text(fill(name, 40))
+
+
+def save_figure(figure: Figure, path: Path, dpi: int) -> None:
+    """Write a figure as PNG, all of it or nothing. Characters that no font has are drawn as boxes, without warnings."""
+    png = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        figure.savefig(png, format="png", dpi=dpi)
+    write_atomically(path, png.getvalue())
