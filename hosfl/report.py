@@ -301,6 +301,6 @@ def save_figure(figure: Figure, path: Path, dpi: int) -> None:
     """Write a figure as PNG, all of it or nothing. Characters that no font has are drawn as boxes, without warnings."""
     png = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from", category=UserWarning)
+        warnings.filterwarnings("ignore", "Glyph .* missing from|Matplotlib currently does not support", UserWarning)
         figure.savefig(png, format="png", dpi=dpi)
     write_atomically(path, png.getvalue())

@@ -123,7 +123,7 @@ _SCALARS: dict[str, tuple[str, Callable[[str], Any]]] = {
 }
 
 
-class _Loader(yaml.BaseLoader):
+class _Loader(yaml.BaseLoader):  # type: ignore[misc, unused-ignore]  # with and without its stubs
     """Finds the tags of plain scalars; where several fit, the first one's."""
 
 
@@ -195,7 +195,8 @@ def load_study(path: Path) -> Study:
     try:
         return read_study(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}: save it as UTF-8") from None
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}: line {line} is not UTF-8, at byte {error.start}: save the file as UTF-8") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -663,7 +664,7 @@ def take_up(study: Study, folder: Path) -> None:
     try:
         held = parse_yaml(load_study(path).text)
     except ValueError as error:
-        raise ValueError(f"{error}. This is the folder's copy of the study's file: copy the file there again") from None
+        raise ValueError(f"{error}. It is the folder's copy of the study's file: copy that over it") from None
     says = parse_yaml(study.text)
     added = [method for method in says["methods"] if method not in held["methods"]]
     known = {**says, "methods": {name: method for name, method in says["methods"].items() if name not in added}}
