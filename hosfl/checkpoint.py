@@ -3,6 +3,8 @@
 config.json                 the settings
 base.safetensors            the client half of round 0
 hosfl.log                   the client half of every later round
+provenance.json             what the run was made of, against which everything that is put together is checked
+lock                        of the process that is at work
 snapshot-*.safetensors      the server, every so many rounds
 """
 
@@ -11,10 +13,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +25,10 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from hosfl.config import Config
+from hosfl.config import NEUTRAL, Config, differences
 from hosfl.lattice import Lattice
 from hosfl.ledger import to_records
-from hosfl.log import Header, Log, LogError, Parameter, sync_folder
+from hosfl.log import Header, Log, LogError, Parameter, locked, sync_folder
 from hosfl.probe import trainable
 from hosfl.replica import Pool, Replica, Rule, Run
 from hosfl_kernels import SGD, AdamW
@@ -72,8 +75,64 @@ def save_module(module: nn.Module, path: Path) -> None:
     write_atomically(path, save(tensors))
 
 
+def finite(value: Any) -> Any:
+    """The same with None for numbers that JSON has not: infinite ones and NaN."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file that every reader reads, whole or not at all: null for numbers that are not finite."""
+    write_atomically(path, (json.dumps(finite(value), indent=2, allow_nan=False) + "\n").encode())
+
+
 def save_config(config: Config, folder: Path) -> None:
-    write_atomically(folder / "config.json", (json.dumps(asdict(config), indent=2) + "\n").encode())
+    write_json(folder / "config.json", asdict(config))
+
+
+RUN_FILES = ("config.json", "hosfl.log", "summary.json", "metrics.jsonl")
+
+
+def check_free(folder: Path) -> None:
+    """Raises FileExistsError for a folder that holds a run, or what is left of one."""
+    for name in (*RUN_FILES, *(path.name for path in folder.glob("snapshot-*.safetensors"))):
+        if (folder / name).exists():
+            raise FileExistsError(
+                f"{folder} holds another run ({name}): resume it, choose another folder or delete what is in it"
+            )
+
+
+class FolderLock:
+    """A run's folder, for one process: no other takes it up until this one closes it or ends.
+
+    Raises RunFolderError where another process has it.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "lock"
+        self.file = self.path.open("a")
+        if not locked(self.file):
+            self.file.close()
+            raise RunFolderError(f"another process is at work on the run in {folder}: wait for it, or stop it")
+
+    def check(self) -> None:
+        """Raises RunFolderError where the folder was removed or replaced under the run."""
+        try:
+            there = os.path.samestat(self.path.stat(), os.fstat(self.file.fileno()))
+        except FileNotFoundError:
+            there = False
+        if not there:
+            raise RunFolderError(f"{self.path.parent} was removed or replaced while the run went on: the run ends here")
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class RunFolderError(ValueError):
+    """A run's folder that another process has, or that is no longer there."""
 
 
 def load_config(folder: Path) -> Config:
@@ -82,10 +141,9 @@ def load_config(folder: Path) -> Config:
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no run: there is no {path.name}")
     try:
-        values = json.loads(path.read_text())
-        return Config(**values)
-    except (TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not a run's settings: {error}") from error
+        return Config(**json.loads(path.read_bytes()))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a run's settings: {error}") from None
 
 
 def base_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -128,8 +186,17 @@ def header_of(run: Run, base: nn.Module, settings: dict[str, Any]) -> Header:
     )
 
 
+def header_digest(header: Header) -> str:
+    """SHA-256 of a log's header, without the settings that the bits do not depend on."""
+    settings = {name: value for name, value in header.settings.items() if name not in NEUTRAL}
+    return hashlib.sha256(repr(replace(header, settings=settings)).encode()).hexdigest()
+
+
 def open_log(folder: Path, header: Header) -> Log:
-    """The log of a run: the one in its folder, which must have this header, or a new one, there whole or not at all."""
+    """The log of a run: the one in its folder, which must have this header, or a new one, there whole or not at all.
+
+    Raises LogError for another run's, which says what differs.
+    """
     path = folder / "hosfl.log"
     if not path.exists():
         temporary = path.with_name("hosfl.log.tmp")
@@ -138,9 +205,11 @@ def open_log(folder: Path, header: Header) -> Log:
         temporary.replace(path)
         sync_folder(folder)
     log = Log.open(path)
-    if log.header != header:
+    if header_digest(log.header) != header_digest(header):
         log.close()
-        raise LogError(f"{path} is the log of another run")
+        settings = {name: value for name, value in log.header.settings.items() if name not in NEUTRAL}
+        found = differences(settings, header.settings) or ["the model's first weights or their lattice were others"]
+        raise LogError(f"{path} is the log of another run: {'; '.join(found)}")
     return log
 
 

@@ -9,9 +9,10 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from safetensors.torch import save
 
 from hosfl.checkpoint import load_config, rebuild, write_atomically
 from hosfl.compare import compare, print_table
-from hosfl.config import CHOICES, METHODS, PRESETS, Config
+from hosfl.config import CHOICES, METHODS, NEUTRAL, PRESETS, Config
 from hosfl.families import skeleton
 from hosfl.lattice import LatticeError
 from hosfl.log import EpochRecord, Log, LogError, RoundRecord
@@ -42,8 +43,8 @@ from hosfl.simulate import Faults, simulate
 from hosfl.split import cut_points
 from hosfl.study import State, load_study, run_study
 from hosfl.study_report import report
+from hosfl.trainer import Diverged, train
 from hosfl.trainer import Progress as OnProgress
-from hosfl.trainer import train
 
 HELP = {
     "task": "what is learnt: real handwritten digits; the same inverted, by a network pretrained on them; CIFAR, by a"
@@ -124,6 +125,12 @@ def _add_config(parser: argparse.ArgumentParser, leave_out: Sequence[str] = ()) 
             )
 
 
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("the name of a folder is needed, this one is empty")
+    return Path(text)
+
+
 def parser(preset: str | None = None) -> argparse.ArgumentParser:
     """The command line's parser; a preset changes the defaults, so that options given beside it still count."""
     top = argparse.ArgumentParser(
@@ -137,21 +144,23 @@ def parser(preset: str | None = None) -> argparse.ArgumentParser:
 
     one = command("train", "run one method once")
     _add_config(one)
-    one.add_argument("--out", type=Path, metavar="DIR", help="write log, snapshots, metrics, curves and weights there")
-    one.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR; takes no other options")
+    one.add_argument("--out", type=_path, metavar="DIR", help="write log, snapshots, metrics, curves and weights there")
+    one.add_argument(
+        "--resume", type=_path, metavar="DIR", help="go on with the run in DIR; data and model may lie elsewhere"
+    )
     many = command("compare", "run methods and seeds into one table")
     _add_config(many, leave_out=("method", "seed"))
     three = list(METHODS[:3])
     many.add_argument("--methods", nargs="+", choices=METHODS, default=three, help="default: " + " ".join(three))
     many.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
-    many.add_argument("--out", type=Path, metavar="DIR", required=True, help="a folder per run, table and curves")
+    many.add_argument("--out", type=_path, metavar="DIR", required=True, help="a folder per run, table and curves")
     crowd = command("simulate", "run HO-SFL with a crowd of clients under faults")
     _add_config(crowd, leave_out=("method",))
     for f in fields(Faults):
         crowd.add_argument(
             "--" + f.name.replace("_", "-"), type=TYPES[str(f.type)], default=f.default, help=FAULTS[f.name]
         )
-    crowd.add_argument("--out", type=Path, metavar="DIR", help="write hosfl.log and simulation.json there")
+    crowd.add_argument("--out", type=_path, metavar="DIR", help="write hosfl.log and simulation.json there")
     for sub in (one, many, crowd):
         sub.add_argument("--preset", choices=PRESETS, help="defaults of other options: the paper's setting")
         sub.set_defaults(**PRESETS.get(preset or "", {}))
@@ -168,11 +177,11 @@ def parser(preset: str | None = None) -> argparse.ArgumentParser:
     made.add_argument("--upto", type=int, metavar="ROUND", help="rounds to apply (default: all)")
     studied = command("study", "run the methods and seeds of a file at equal tuning; goes on where it was")
     studied.add_argument("file", type=Path, metavar="FILE", help="YAML: what to study, see hosfl/study.py")
-    studied.add_argument("--out", type=Path, metavar="DIR", required=True, help="a file per run, table and report")
+    studied.add_argument("--out", type=_path, metavar="DIR", required=True, help="a file per run, table and report")
     cores = os.cpu_count() or 1
     studied.add_argument("--jobs", type=int, default=cores, help="runs at a time (default: %(default)s)")
     page = command("report", "write a study's folder as one HTML page and its figures as PNG")
-    page.add_argument("folder", type=Path, metavar="DIR", help="a study's folder")
+    page.add_argument("folder", type=_path, metavar="DIR", help="a study's folder")
     peak = command("memory", "measure the peak memory of one client alone, beside inference of its half")
     peak.add_argument("--halves", nargs="+", choices=HALVES, default=list(HALVES), help="default: all")
     peak.add_argument("--device", default="cpu", help="where to compute (default: %(default)s)")
@@ -189,11 +198,13 @@ def _progress(*columns: ProgressColumn) -> Iterator[tuple[Progress, Callable[[st
     console = Console(stderr=True)
 
     def say(line: str) -> None:
-        if not console.is_terminal:
+        if not console.is_terminal or console.is_dumb_terminal:
             print(line, file=sys.stderr, flush=True)
 
     shared = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with Progress(*shared, *columns, console=console, disable=not console.is_terminal) as bar:
+    with Progress(
+        *shared, *columns, console=console, disable=not console.is_terminal or console.is_dumb_terminal
+    ) as bar:
         yield bar, say
 
 
@@ -219,9 +230,11 @@ def _train(options: argparse.Namespace) -> int:
     config = Config(**{name: getattr(options, name) for name in Config.names()})
     out = options.out
     if options.resume is not None:
-        if config != Config() or out is not None:
-            raise ValueError("--resume takes no other options: a run goes on with its own settings")
-        out, config = options.resume, load_config(options.resume)
+        if out is not None or config.settings() != Config().settings():
+            others = ", ".join("--" + name.replace("_", "-") for name in NEUTRAL)
+            raise ValueError(f"a run goes on with its own settings: beside --resume there may be {others}")
+        given = {name: getattr(options, name) for name in NEUTRAL if getattr(options, name) != getattr(Config(), name)}
+        out, config = options.resume, replace(load_config(options.resume), **given)
     with _bar(config.method, config.rounds) as on_progress:
         summary = train(config, out, on_progress, resume=options.resume is not None)
     scores = ", ".join(f"{name} {value:.4f}" for name, value in summary.scores.items())
@@ -391,7 +404,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if getattr(options, "preset", None):
         options = parser(options.preset).parse_args(arguments)
     try:
-        return COMMANDS[options.command](options)
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *where, **more: print(f"hosfl: {message}", file=sys.stderr)
+            status = COMMANDS[options.command](options)
+            sys.stdout.flush()
+            return status
+    except BrokenPipeError:  # such as `| head`: whoever read has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
+    except KeyboardInterrupt:
+        print("hosfl: interrupted; what came after the last snapshot or result is lost", file=sys.stderr)
+        return 130
     except LogError as error:
         print(f"hosfl: {error}", file=sys.stderr)
         return 1
@@ -400,7 +423,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, SafetensorError) as error:
         print(f"hosfl: {error}", file=sys.stderr)
         return 2
-    except LatticeError as error:
+    except (LatticeError, Diverged) as error:
         print(f"hosfl: the run diverged: {error}", file=sys.stderr)
         return 1
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -15,7 +14,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from hosfl.checkpoint import write_json
 from hosfl.config import Config
+from hosfl.provenance import ProvenanceError
 from hosfl.report import Evaluation, Summary, gap_recovered, machine, metric, plot_curves
 from hosfl.trainer import Progress, train
 
@@ -33,6 +34,10 @@ def compare(
 
     Ctrl-C ends the run at hand and leaves out the rest; the table then holds the runs that were finished.
     """
+    runs_of = [(config.method, config.seed) for config in configs]
+    for method, seed in runs_of:
+        if runs_of.count((method, seed)) > 1:
+            raise ValueError(f"method {method} with seed {seed} is there twice: name each method and each seed once")
     out.mkdir(parents=True, exist_ok=True)
     if (out / "table.json").exists():
         raise FileExistsError(f"{out} holds another comparison: choose another folder or delete it")
@@ -47,8 +52,11 @@ def compare(
             interrupted = True
             break
         runs.setdefault(config.method, []).append(summary)
+        data = {s.provenance["data"] for summaries in runs.values() for s in summaries}
+        if len(data) > 1:
+            raise ProvenanceError(f"the data changed while the runs went on: {folder} saw others than the runs before")
         lines = (folder / "metrics.jsonl").read_text().splitlines()
-        curves.setdefault(config.method, []).append([Evaluation(**json.loads(line)) for line in lines])
+        curves.setdefault(config.method, []).append([Evaluation.read(line) for line in lines])
     shared = {k: v for k, v in asdict(configs[0]).items() if k not in ("method", "seed")}
     table: dict[str, Any] = {
         "interrupted": interrupted,
@@ -57,7 +65,7 @@ def compare(
         "methods": {method: row(summaries) for method, summaries in runs.items()},
     }
     _add_gap(table["methods"])
-    (out / "table.json").write_text(json.dumps(table, indent=2) + "\n")
+    write_json(out / "table.json", table)
     if curves:
         seeds = max(len(s) for s in runs.values())
         plot_curves(curves, out / "curves.png", f"{configs[0].task}: mean of {seeds} seeds, band from worst to best")

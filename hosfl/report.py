@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import math
 import os
 import platform
 import sys
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Any, TextIO
 
+import numpy as np
 import torch
 
-from hosfl.checkpoint import save_config, write_atomically
+from hosfl.checkpoint import (
+    RUN_FILES,
+    FolderLock,
+    check_free,
+    finite,
+    save_config,
+    write_atomically,
+    write_json,
+)
 from hosfl.config import Config
+from hosfl.provenance import Provenance, ProvenanceError
 from hosfl_kernels import backends
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
+
     from hosfl.client import Client
 
 
@@ -45,6 +63,13 @@ class Evaluation:
     ) -> Evaluation:
         first = next(iter(scores.values()))
         return cls(round, first, loss, training, sum(moved.values()), moved, seconds, scores)
+
+    @classmethod
+    def read(cls, line: str) -> Evaluation:
+        """The evaluation of a line of metrics.jsonl. Raises ValueError or TypeError for what is none."""
+        values = dict(json.loads(line))
+        values.pop("run", None)
+        return cls(**{name: math.nan if value is None else value for name, value in values.items()})
 
 
 @dataclass(frozen=True)
@@ -77,6 +102,7 @@ class Summary:
     failure: str | None
     refused: list[str]
     replicas: Replicas | None
+    provenance: dict[str, Any]
     bytes: dict[str, int]
     bytes_per_client_round: dict[str, float]
     passes: dict[str, int]
@@ -93,16 +119,16 @@ class Summary:
         *,
         config: Config,
         rounds: int,
-        evaluations: Sequence[Evaluation],
+        last: Evaluation,
         clients: Sequence[Client],
         visits: int,
         passes: Mapping[str, int],
         refused: list[str],
         replicas: Replicas | None,
+        provenance: Provenance,
         seconds: float,
         failure: str | None,
     ) -> Summary:
-        last = evaluations[-1]
         timed = max(1, sum(c.seconds.rounds for c in clients))
         return cls(
             config=asdict(config),
@@ -114,6 +140,7 @@ class Summary:
             failure=failure,
             refused=refused[:100],
             replicas=replicas,
+            provenance=asdict(provenance),
             bytes=last.moved,
             bytes_per_client_round={k: v / max(1, visits) for k, v in last.moved.items()},
             passes=dict(passes),
@@ -196,55 +223,106 @@ def machine() -> dict[str, Any]:
 
 
 class Writer:
-    """Writes a run's files into a folder; without one, keeps nothing. resume: the folder holds the run to go on with.
+    """Writes a run's files into a folder, which is locked for this process; without one, keeps nothing.
 
-    Raises FileExistsError for a folder that holds a run which is not to be resumed.
+    `start` takes up a free folder, `resume` the run in one; until then nothing is written.
     """
 
-    def __init__(self, folder: Path | None, config: Config, resume: bool = False) -> None:
+    def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self.metrics: TextIO | None = None
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not resume:
-                if (folder / "config.json").exists():
-                    raise FileExistsError(f"{folder} holds another run: resume it, choose another folder or delete it")
-                save_config(config, folder)  # from here on there is a run to resume
-            self.metrics = (folder / "metrics.jsonl").open("a" if resume else "w")
+        self.lock: FolderLock | None = None
+        self.run = ""  # of whom the metrics are
+
+    def start(self, config: Config, provenance: Provenance) -> None:
+        """Make the folder this run's. Raises FileExistsError for one that holds a run, RunFolderError."""
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = FolderLock(self.folder)
+        check_free(self.folder)
+        write_json(self.folder / "provenance.json", asdict(provenance))
+        save_config(config, self.folder)  # from here on there is a run to resume
+        self.run = provenance.digest[:16]
+        self.metrics = (self.folder / "metrics.jsonl").open("w")
+
+    def resume(self, config: Config, provenance: Provenance) -> None:
+        """Take up the folder's run. Raises ProvenanceError where it was made of something else, RunFolderError."""
+        assert self.folder is not None
+        self.lock = FolderLock(self.folder)
+        path = self.folder / "provenance.json"
+        try:
+            found = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise ProvenanceError(f"{path} is not there, which says what the run was made of: start it anew") from None
+        except (ValueError, RecursionError) as error:
+            raise ProvenanceError(f"{path} is damaged: {error}") from None
+        provenance.check(found, path)
+        save_config(config, self.folder)
+        self.run = provenance.digest[:16]
 
     def resumed(self, round: int) -> list[Evaluation]:
-        """The evaluations up to `round` that the folder holds; later ones, and a torn last line, are dropped."""
-        if self.metrics is None or self.folder is None:
+        """The evaluations up to `round` that the folder holds; later ones, and a torn last line, are dropped.
+
+        Raises ProvenanceError for those of another run.
+        """
+        if self.folder is None:
             return []
         path = self.folder / "metrics.jsonl"
-        kept = []
-        for line in path.read_text().splitlines():
-            try:
-                evaluation = Evaluation(**json.loads(line))
-            except (json.JSONDecodeError, TypeError):
-                break
-            if evaluation.round > round:
-                break
-            kept.append(evaluation)
-        self.metrics.close()
-        write_atomically(path, "".join(json.dumps(asdict(e)) + "\n" for e in kept).encode())
+        kept = self.evaluations(round)
+        write_atomically(path, "".join(map(self._line, kept)).encode())
         self.metrics = path.open("a")
         return kept
 
+    def evaluations(self, round: int) -> list[Evaluation]:
+        """Those of the folder's metrics.jsonl up to `round`."""
+        assert self.folder is not None
+        path, kept = self.folder / "metrics.jsonl", []
+        lines = path.read_bytes().decode(errors="replace").split("\n") if path.exists() else []
+        for line in lines:
+            try:
+                evaluation = Evaluation.read(line)
+            except (ValueError, TypeError, RecursionError):
+                break
+            if json.loads(line).get("run") != self.run:
+                raise ProvenanceError(f"{path} has evaluations of another run: put its own back, or remove it")
+            if evaluation.round > round:
+                break
+            kept.append(evaluation)
+        return kept
+
+    def _line(self, evaluation: Evaluation) -> str:
+        return json.dumps(finite({**asdict(evaluation), "run": self.run}), allow_nan=False) + "\n"
+
     def add(self, evaluation: Evaluation) -> Evaluation:
         if self.metrics is not None:
-            self.metrics.write(json.dumps(asdict(evaluation)) + "\n")
+            self.metrics.write(self._line(evaluation))
             self.metrics.flush()
         return evaluation
 
-    def finish(self, summary: Summary, evaluations: Sequence[Evaluation]) -> None:
+    def finish(self, summary: Summary) -> None:
         if self.metrics is None or self.folder is None:
             return
-        self.metrics.close()
         title = f"{summary.config['method']} on {summary.config['task']}, seed {summary.config['seed']}"
+        evaluations = self.evaluations(summary.rounds)
         plot_curves({summary.config["method"]: [evaluations]}, self.folder / "curves.png", title)
         # Last: where there is a summary, all the rest is there.
-        write_atomically(self.folder / "summary.json", (json.dumps(asdict(summary), indent=2) + "\n").encode())
+        write_json(self.folder / "summary.json", asdict(summary))
+
+    def clear(self) -> None:
+        """Leave the folder free, as a start that came to nothing does."""
+        if self.folder is None or self.lock is None:
+            return
+        for name in (*RUN_FILES, "provenance.json", "base.safetensors", "lock"):
+            (self.folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it holds something else, which is not ours
+            self.folder.rmdir()
+
+    def close(self) -> None:
+        """Let the folder go."""
+        for file in (self.metrics, self.lock):
+            if file is not None:
+                file.close()
 
 
 def metric(scores: Mapping[str, float]) -> str:
@@ -263,19 +341,37 @@ def plot_curves(runs: dict[str, list[Sequence[Evaluation]]], path: Path, title: 
 
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots(1, 2)
+    lines = {}
     for axis, quantity in zip(axes, ("loss", "accuracy"), strict=True):
         for method, seeds in runs.items():
             length = min(len(evaluations) for evaluations in seeds)
             rounds = [e.round for e in seeds[0][:length]]
-            values = torch.tensor([[getattr(e, quantity) for e in run[:length]] for run in seeds])
-            (line,) = axis.plot(rounds, values.mean(0), label=method)
+            values = np.array([[getattr(e, quantity) for e in run[:length]] for run in seeds], dtype=float)  # None: NaN
+            (line,) = axis.plot(rounds, values.mean(0))
+            lines[method] = line
             if len(seeds) > 1:
-                axis.fill_between(rounds, values.amin(0), values.amax(0), color=line.get_color(), alpha=0.15, lw=0)
+                axis.fill_between(rounds, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, lw=0)
         axis.set_xlabel("round")
         axis.set_ylabel(metric(next(iter(runs.values()))[0][0].scores) if quantity == "accuracy" else quantity)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yscale("log")
-    axes[1].legend(loc="lower right", frameon=False)
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
+    name_lines(lines, axes[1].legend(lines.values(), [""] * len(lines), loc="lower right", frameon=False))
+    figure.suptitle(title, parse_math=False)
+    save_figure(figure, path, 120)
+
+
+def name_lines(names: Iterable[str], legend: Legend) -> None:
+    """Give a legend's lines these names as they are: "$" begins no formula, a leading "_" hides nothing."""
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_parse_math(False)
+        text.set_text(fill(name, 40))
+
+
+def save_figure(figure: Figure, path: Path, dpi: int) -> None:
+    """Write a figure as PNG, all of it or nothing. Characters that no font has are drawn as boxes, without warnings."""
+    png = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from|Matplotlib currently does not support", UserWarning)
+        figure.savefig(png, format="png", dpi=dpi)
+    write_atomically(path, png.getvalue())

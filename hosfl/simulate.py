@@ -8,7 +8,6 @@ differ. A server that dies is made anew from its files, log and snapshot. The cl
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 import time
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hosfl.checkpoint import save_module, write_atomically
+from hosfl.checkpoint import FolderLock, check_free, save_module, write_json
 from hosfl.client import Client, ZerothOrderClient
 from hosfl.config import Config
 from hosfl.lattice import Lattice, LatticeError
@@ -31,7 +30,17 @@ from hosfl.messages import Message, Multiplier, Scalars, Wire
 from hosfl.report import Evaluation, machine, peak_memory
 from hosfl.seeds import Purpose, generator
 from hosfl.tasks import Task
-from hosfl.trainer import Federation, Progress, assemble, evaluate, interruptible, restore, save_snapshot
+from hosfl.trainer import (
+    Diverged,
+    Federation,
+    Progress,
+    assemble,
+    check_loss,
+    evaluate,
+    interruptible,
+    restore,
+    save_snapshot,
+)
 
 SMALLEST_SHARD = 32  # samples; a crowd larger than the data shares it
 
@@ -206,7 +215,8 @@ class Crowd(Federation):
         """A new server from what the dead one left in `folder`; returns its round. The clients live on."""
         self.deaths += 1
         self.close()
-        again, _ = assemble(self.config, folder, SMALLEST_SHARD)
+        again, _ = assemble(self.config, SMALLEST_SHARD)
+        again.open_log(folder)
         done = restore(again, folder)
         before, self.server, self.observed = self.server, again.server, again.observed
         # Not what a server knows, but what we count.
@@ -314,23 +324,26 @@ def simulate(
         with tempfile.TemporaryDirectory() as temporary:
             return _simulate(config, faults, Path(temporary), progress)
     folder = Path(out)
-    if any((folder / name).exists() for name in ("hosfl.log", "config.json")):
-        raise FileExistsError(f"{folder} holds another run: choose another folder or delete it")
-    folder.mkdir(parents=True, exist_ok=True)
+    check_free(folder)
     return _simulate(config, faults, folder, progress)
 
 
 def _simulate(config: Config, faults: Faults, folder: Path, progress: Progress | None) -> Outcome:
     begin = time.perf_counter()
-    plain, task = assemble(config, folder, SMALLEST_SHARD)
-    crowd = Crowd(config, plain.server, plain.make, plain.base, plain.observed, faults=faults)
+    plain, task = assemble(config, SMALLEST_SHARD)
+    shared = {"header": plain.header, "provenance": plain.provenance}
+    crowd = Crowd(config, plain.server, plain.make, plain.base, plain.observed, faults=faults, **shared)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(folder)
     try:
+        crowd.open_log(folder)
         save_module(crowd.base, folder / "base.safetensors")
         done, evaluations, failure = _run(crowd, task, folder, begin, progress)
         outcome = _outcome(crowd, done, evaluations, failure, begin)
     finally:
         crowd.close()
-    write_atomically(folder / "simulation.json", (json.dumps(asdict(outcome), indent=2) + "\n").encode())
+        lock.close()
+    write_json(folder / "simulation.json", asdict(outcome))
     if failure is not None:
         raise failure
     return outcome
@@ -338,7 +351,7 @@ def _simulate(config: Config, faults: Faults, folder: Path, progress: Progress |
 
 def _run(
     crowd: Crowd, task: Task, folder: Path, begin: float, progress: Progress | None
-) -> tuple[int, list[Evaluation], LatticeError | None]:
+) -> tuple[int, list[Evaluation], LatticeError | Diverged | None]:
     """All rounds. Returns how many are done, evaluations, and what ended them early."""
     config = crowd.config
     data = (task.splits.test if config.evaluate_on == "test" else task.splits.validation).to(config.device)
@@ -364,6 +377,10 @@ def _run(
                 return done, evaluations, error
             due = done % config.evaluate_every == 0 or done == config.rounds
             new = evaluation() if due else None
+            try:
+                check_loss(0.0 if new is None else new.loss, done)
+            except Diverged as error:
+                return done, evaluations, error
             if crowd.faults.crash_every and done % config.snapshot_every == 0:
                 save_snapshot(crowd, folder, done)
             if progress is not None:
@@ -374,7 +391,7 @@ def _run(
 
 
 def _outcome(
-    crowd: Crowd, done: int, evaluations: list[Evaluation], failure: LatticeError | None, begin: float
+    crowd: Crowd, done: int, evaluations: list[Evaluation], failure: LatticeError | Diverged | None, begin: float
 ) -> Outcome:
     config, server, ledger = crowd.config, crowd.server, crowd.server.ledger
     assert isinstance(ledger, SeedReplay)

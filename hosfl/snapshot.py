@@ -20,7 +20,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -102,17 +102,31 @@ def load(path: str | os.PathLike[str]) -> Snapshot:
     return Snapshot(int(number), tensors, json.loads(text))
 
 
-def latest(folder: str | os.PathLike[str]) -> Snapshot | None:
-    """The newest snapshot that loads. Damaged ones are passed over with a warning that names file and reason.
+def latest(folder: str | os.PathLike[str], objection: Callable[[Snapshot], str] = lambda saved: "") -> Snapshot | None:
+    """The newest snapshot that loads and to which there is no objection. None where there is no such.
 
-    None where none loads: without a warning, where there is none.
+    Others are passed over with a warning that names file and reason. objection: why not this one, or ""; what it
+    raises, this raises.
     """
     for _, path in _snapshots(Path(folder)):
         try:
-            return load(path)
+            saved = load(path)
         except SnapshotError as error:
-            warnings.warn(f"passed over a snapshot: {error}", stacklevel=2)
+            reason = str(error)
+        else:
+            found = objection(saved)
+            if not found:
+                return saved
+            reason = f"{path} {found}"
+        warnings.warn(f"passed over a snapshot: {reason}", stacklevel=2)
     return None
+
+
+def set_aside(folder: str | os.PathLike[str], after: int) -> None:
+    """Snapshots of rounds above `after` get ".void" behind their names: a run that goes on from there is not theirs."""
+    for round, path in _snapshots(Path(folder)):
+        if round > after:
+            path.replace(path.with_name(path.name + ".void"))
 
 
 def _snapshots(folder: Path) -> list[tuple[int, Path]]:

@@ -11,12 +11,12 @@
 
 A trial is one choice from the grid, run over all tuning seeds. Every method must have equally many, unless
 `unequal: the reason` is given. Every run is a JSON file in the study's folder, written when the run has ended: whatever
-ends a study, the same command goes on where it was. Methods may be added to a study's file later.
+ends a study, the same command goes on where it was. Methods may be added to a study's file later, and what the bits do
+not depend on may change, such as where the data lie. Numbers are those of YAML 1.2; `<<: *base` merges mappings.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import math
@@ -26,9 +26,13 @@ import re
 import signal
 import threading
 import time
+import unicodedata
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, fields, replace
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -36,19 +40,22 @@ from typing import Any
 import torch
 import yaml
 
-from hosfl.checkpoint import write_atomically
-from hosfl.config import CHOICES, Config
+from hosfl.checkpoint import write_atomically, write_json
+from hosfl.config import CHOICES, NEUTRAL, Config, differences, typed
 from hosfl.lattice import LatticeError
 from hosfl.log import locked
 from hosfl.memory import HALVES, client_memory
 from hosfl.report import Evaluation, gap_recovered, machine, metric
 from hosfl.tasks import TASKS, Task
-from hosfl.trainer import train
+from hosfl.trainer import Diverged, train
 
 OWN = ("seed", "rounds", "evaluate_on")  # settings that the study itself makes
 TUNING, FINAL = "tuning", "runs"  # the folders of the two phases
 QUANTITIES = ("accuracy", "loss")
-KINDS: dict[str, tuple[type, ...]] = {"str": (str,), "int": (int,), "float": (int, float), "float | None": (int, float)}
+LONGEST_NAME = 255  # bytes of a file's name, on every file system in use
+MOST_TRIALS = 10_000  # of a method
+MOST_VALUES = 100_000  # of a file
+AGAIN = "delete it, and it is made again"
 
 
 @dataclass(frozen=True)
@@ -96,37 +103,106 @@ class Study:
 
 
 def slug(method: str) -> str:
-    """A method's name as the name of its folder."""
-    return re.sub(r"[^a-z0-9]+", "-", method.lower()).strip("-")
+    """A method's name as the name of its folder: its letters, marks and numbers, of any script, small."""
+    name = unicodedata.normalize("NFC", unicodedata.normalize("NFD", method).casefold())
+    return "-".join("".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in name).split())
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc, unused-ignore]  # with and without its stubs
-    """YAML whose mappings name nothing twice."""
+# YAML 1.2's core schema: of a plain scalar's tag, how it is written and what it is. PyYAML's own is that of YAML 1.1.
+_SCALARS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "null": (r"~|null|Null|NULL|", lambda text: None),
+    "bool": (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
+    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", lambda text: int(text, 0 if text[1:2] in ("o", "x") else 10)),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        lambda text: float(re.sub(r"\.(?=[a-zA-Z])", "", text)),
+    ),
+    "merge": (r"<<", str),
+    "str": (r"[^\ud800-\udfff]*", str),  # an escape makes half a character, which no file can hold
+}
 
 
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ValueError(f"{key!r} is there twice, the second time{str(node.start_mark).strip()}")
-    return loader.construct_mapping(node, deep=True)
+class _Loader(yaml.BaseLoader):  # type: ignore[misc, unused-ignore]  # with and without its stubs
+    """Finds the tags of plain scalars; where several fit, the first one's."""
 
 
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+for _tag, (_pattern, _) in _SCALARS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), None)
+
+
+def parse_yaml(text: str) -> Any:
+    """The mappings, lists and scalars of YAML 1.2's core schema, and merge keys. Raises ValueError, saying where.
+
+    A key that is there twice is refused; one that is merged gives way.
+    """
+    made = 0
+
+    def value(node: yaml.Node) -> Any:
+        nonlocal made
+        made += 1  # what an alias stands for counts every time
+        if made > MOST_VALUES:
+            raise ValueError(f"more than {MOST_VALUES} values: too large")
+        kind = node.tag.removeprefix("tag:yaml.org,2002:")
+        if isinstance(node, yaml.MappingNode) and kind == "map":
+            return mapping(node)
+        if isinstance(node, yaml.SequenceNode) and kind == "seq":
+            return [value(item) for item in node.value]
+        if not isinstance(node, yaml.ScalarNode) or kind not in _SCALARS:
+            raise ValueError(f"there is no use for the tag {node.tag!r}{_at(node)}")
+        pattern, of = _SCALARS[kind]
+        if not re.fullmatch(pattern, node.value):
+            raise ValueError(f"{node.value!r} is no {kind}{_at(node)}")
+        return of(node.value)
+
+    def mapping(node: yaml.MappingNode) -> dict[Any, Any]:
+        merged: dict[Any, Any] = {}
+        own: dict[Any, Any] = {}
+        merges = 0
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ValueError(f"a key must be one word or number{_at(key_node)}")
+            key, of = value(key_node), value(value_node)
+            merge = key_node.tag.endswith(":merge")
+            if key in own or (merge and merges):
+                raise ValueError(f"{key!r} is there twice, the second time{_at(key_node)}")
+            if not merge:
+                own[key] = of
+                continue
+            merges += 1
+            for base in of if isinstance(of, list) else [of]:
+                if not isinstance(base, dict):
+                    raise ValueError(f"<< merges a mapping, or a list of them, and got {base!r}{_at(key_node)}")
+                merged = base | merged  # of several, the first one's
+        return merged | own
+
+    try:
+        node = yaml.compose(text, _Loader)
+        return None if node is None else value(node)
+    except RecursionError:
+        raise ValueError("nested too deeply, or an alias stands for what it is in itself") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"not YAML: {error}") from None
+
+
+def _at(node: yaml.Node) -> str:
+    return f" in line {node.start_mark.line + 1}, column {node.start_mark.column + 1}"
 
 
 def load_study(path: Path) -> Study:
-    """The study that a file describes. Raises OSError, and ValueError naming the file and the key that is wrong."""
-    text = path.read_text()
+    """The study that a file describes, in UTF-8. Raises OSError, and ValueError naming the file and the key that is
+    wrong."""
     try:
-        return read_study(text)
-    except (ValueError, yaml.YAMLError) as error:
+        return read_study(path.read_bytes().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}: line {line} is not UTF-8, at byte {error.start}: save the file as UTF-8") from None
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
 def read_study(text: str) -> Study:
     """The study of a file's text. Raises ValueError naming the key that is wrong."""
-    says = _of(dict, yaml.load(text, _Loader), "a study")
+    says = _of(dict, parse_yaml(text), "a study")
     _known(says, ("base", "rounds", "seeds", "tuning_seeds", "methods", "memory", "unequal"), "")
     base = _settings(says.get("base") or {}, "base")
     rounds = _of(int, _needed(says, "rounds"), "rounds")
@@ -141,18 +217,22 @@ def read_study(text: str) -> Study:
         where = f"methods.{name}"
         if not isinstance(name, str) or not slug(name):
             raise ValueError(f"{where}: a method's name needs letters or digits")
+        if (size := len(slug(name).encode())) > LONGEST_NAME:
+            raise ValueError(f"{where}: its folder's name would have {size} bytes, {LONGEST_NAME} at most: shorten it")
         if slugs.setdefault(slug(name), name) != name:
             raise ValueError(f"{where}: its folder would be that of {slugs[slug(name)]!r}: choose another name")
         method = _of(dict, method or {}, where)
         _known(method, ("settings", "grid"), where)
         settings = {**base, **_settings(method.get("settings") or {}, f"{where}.settings")}
         grids[name] = _grid(method.get("grid") or {}, f"{where}.grid")
+        if (many := math.prod(map(len, grids[name].values()))) > MOST_TRIALS:
+            raise ValueError(f"{where}.grid: {many} trials, {MOST_TRIALS} at most")
         trials[name] = [settings | choice for choice in _choices(grids[name])]
         for choice in trials[name]:
             for seed in (*seeds, *tuning_seeds):
                 try:
                     Config(**{**choice, "rounds": rounds, "seed": seed})
-                except (ValueError, TypeError) as error:
+                except ValueError as error:
                     raise ValueError(f"{where}: {error}") from None
     unequal = _of(str, says.get("unequal") or "", "unequal")
     counts = {name: len(found) for name, found in trials.items()}
@@ -161,7 +241,7 @@ def read_study(text: str) -> Study:
         raise ValueError(f"methods: not equally many trials ({listed}): make the grids equal, or give unequal: why")
     memory = _of(list, says.get("memory") or [], "memory")
     for half in memory:
-        if half not in HALVES:
+        if half not in list(HALVES):
             raise ValueError(f"memory: {half!r} is none of {', '.join(HALVES)}")
     return Study(text, rounds, seeds, tuning_seeds, trials, grids, tuple(memory), unequal)
 
@@ -210,23 +290,19 @@ def _choices(grid: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
 
 
 def _value(name: Any, value: Any, where: str) -> Any:
-    """A setting's value, of its type. YAML 1.1 takes 1e-3 for text: here it is a number where one is needed."""
-    types = {f.name: str(f.type) for f in fields(Config)}
+    """A setting's value, of its type."""
     if name in OWN:
         raise ValueError(f"{where}.{name}: the study makes that itself; it has rounds, seeds and tuning_seeds")
-    if name not in types:
-        raise ValueError(f"{where}.{name}: no such setting; there are {', '.join(n for n in types if n not in OWN)}")
-    kind = types[name]
-    if value is None and "None" in kind:
-        return None
-    if kind.startswith("float") and isinstance(value, str):
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    if type(value) not in KINDS[kind]:
-        raise ValueError(f"{where}.{name}: {kind} is needed, got {value!r}")
+    if name not in Config.names():
+        known = ", ".join(n for n in Config.names() if n not in OWN)
+        raise ValueError(f"{where}.{name}: no such setting; there are {known}")
+    try:
+        value = typed(name, value)
+    except ValueError as error:
+        raise ValueError(f"{where}.{error}") from None
     if name in CHOICES and value not in CHOICES[name]:
         raise ValueError(f"{where}.{name}: one of {', '.join(CHOICES[name])} is needed, got {value!r}")
-    return float(value) if kind.startswith("float") else value
+    return value
 
 
 Result = dict[str, Any]
@@ -234,7 +310,7 @@ _warm: list[str] = []  # not empty once this process has trained
 
 
 def run_job(job: Job) -> Result | None:
-    """One run: settings, outcome and evaluations, ready for JSON. A run that diverges says so; None: interrupted."""
+    """One run: settings, outcome and evaluations. A run that diverges says so; None: interrupted."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     evaluations: list[Evaluation] = []
@@ -258,24 +334,13 @@ def run_job(job: Job) -> Result | None:
             return None
         # Of this process that may have made other runs: its peak is not this run's.
         outcome |= {k: v for k, v in asdict(summary).items() if k not in ("config", "peak_memory", "interrupted")}
-        if not math.isfinite(summary.loss):
-            outcome["failure"] = "the loss is not finite"
-    except LatticeError as error:
+    except (LatticeError, Diverged) as error:
         outcome |= {"failure": str(error), "rounds": done, "machine": machine()}
         outcome["seconds"] = time.perf_counter() - begin
     finally:
         torch.set_num_threads(threads)
     result = {"phase": job.phase, "method": job.method, "trial": job.trial, "config": asdict(job.config)}
-    return finite({**result, **outcome, "evaluations": [asdict(e) for e in evaluations]})
-
-
-def finite(value: Any) -> Any:
-    """The same with None for numbers that JSON has not: infinite ones and NaN."""
-    if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return {**result, **outcome, "evaluations": [asdict(e) for e in evaluations]}
 
 
 def _worker(parent: int) -> None:
@@ -291,7 +356,10 @@ def _worker(parent: int) -> None:
 
 
 def results(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, Result | None]]:
-    """Each job and its result as they are done, in so many processes; one: this one."""
+    """Each job and its result as they are done, in so many processes; one: this one.
+
+    Raises ChildProcessError, after all results that there are, if the system ends a process.
+    """
     if workers == 1:
         yield from ((job, run_job(job)) for job in jobs)
         return
@@ -300,8 +368,17 @@ def results(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, Result | N
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_worker, initargs=(os.getpid(),))
     try:
         of = {pool.submit(run_job, job): job for job in jobs}
+        broken = False
         for future in as_completed(of):
-            yield of[future], future.result()
+            if isinstance(future.exception(), BrokenProcessPool):
+                broken = True
+            else:
+                yield of[future], future.result()
+        if broken:
+            raise ChildProcessError(
+                "the system killed one of the study's processes, most likely for lack of memory: the same command goes"
+                " on where it was, and fewer --jobs need less"
+            )
     except BaseException:
         for process in set(multiprocessing.active_children()) - others:
             process.terminate()  # what it was at is not written anywhere
@@ -326,53 +403,109 @@ def run_study(
 ) -> bool:
     """Run what the folder does not hold yet; True if nothing is left, False if Ctrl-C came first.
 
-    Writes table.json when all is there. Raises ValueError if the folder holds another study, naming what differs, and
-    if another process is at work in it; and, before any run, what tasks raise whose data, model or rates are not there.
+    Writes table.json when all is there. Raises ValueError if the folder holds another study, naming what differs, or a
+    file that is damaged or was made of other data; and if another process is at work in it. Before any run it raises
+    what tasks raise whose data, model or rates are not there. Raises ChildProcessError as `results` does.
     """
     try:
-        check_tasks(study)
-        take_up(study, folder)
+        contents = Contents(check_tasks(study))
+        folder.mkdir(parents=True, exist_ok=True)
+        others = (path for path in folder.iterdir() if path.name != "lock" and not path.name.startswith("."))
+        if not (folder / "study.yaml").exists() and any(others):
+            raise ValueError(f"{folder} holds no study, and is not empty: choose another folder")
         with (folder / "lock").open("a") as lock:
             if not locked(lock):
                 raise ValueError(f"another process is at work on the study in {folder}: wait for it, or stop it")
-            return _all(study, folder, workers, progress)
+            take_up(study, folder)
+            for job in (*study.tuning(), *finals(study, folder)):
+                if (result := held(job, folder)) is not None:
+                    contents.check(job, result, folder)
+            return _all(study, folder, workers, progress, contents)
     except KeyboardInterrupt:
         return False
 
 
-def _all(study: Study, folder: Path, workers: int, progress: Callable[[State], None]) -> bool:
+def _all(study: Study, folder: Path, workers: int, progress: Callable[[State], None], contents: Contents) -> bool:
     """Both phases, what is to be measured beside them, and the table. False: interrupted."""
-    if not _run(study, study.tuning(), folder, workers, progress):
+    if not _run(study, study.tuning(), folder, workers, progress, contents):
         return False
-    final = [job for method, t in best(study, folder).items() if t is not None for job in study.final(method, t)]
-    if not _run(study, final, folder, workers, progress):
+    if not _run(study, finals(study, folder), folder, workers, progress, contents):
         return False
-    if study.memory and not (folder / "client-memory.json").exists():
+    if study.memory and measured(folder) is None:
         _write(folder / "client-memory.json", client_memory(study.memory))
     _write(folder / "table.json", table(study, folder))
     return True
 
 
-def check_tasks(study: Study) -> None:
-    """Find out what cannot work now, rather than when a method's turn comes. Raises what tasks raise."""
-    tasks: dict[tuple[str, ...], Task] = {}
+Data = tuple[str, str, str, str]  # the settings that say which data and model
+
+
+def _data(config: Config) -> Data:
+    return config.task, config.data, config.model, config.at
+
+
+def check_tasks(study: Study) -> dict[Data, str]:
+    """Find out what cannot work now, rather than when a method's turn comes. Raises what tasks raise.
+
+    Returns the digest of each of the study's data.
+    """
+    tasks: dict[Data, Task] = {}
     for job in study.tuning():
-        c = job.config
-        key = c.task, c.data, c.model, c.at
+        key = _data(job.config)
         if key not in tasks:
-            tasks[key] = TASKS[c.task](c)
-        tasks[key].rates(c)
+            tasks[key] = TASKS[job.config.task](job.config)
+        tasks[key].rates(job.config)
+    return {key: task.digest() for key, task in tasks.items()}
+
+
+class Contents:
+    """What a study's runs are made of: its data have these digests, and runs that begin alike have one model."""
+
+    def __init__(self, data: dict[Data, str]) -> None:
+        self.data = data
+        self._models: dict[tuple[Any, ...], tuple[str, str]] = {}
+        self._warned = False
+
+    def check(self, job: Job, result: Result, folder: Path) -> None:
+        """Raises ValueError, naming the job's file, if its result was made of something else than the study's."""
+        path, config = folder / job.file, job.config
+        if "provenance" not in result:  # made before results said it
+            if not self._warned:
+                warnings.warn(f"{path} does not say of what data and model it was made: it is taken", stacklevel=2)
+            self._warned = True
+            return
+        data, model = result["provenance"]["data"], result["provenance"]["model"]
+        now = self.data[_data(config)]
+        if data and now and data != now:
+            raise ValueError(
+                f"{path} was made of other data than the study's now (digest {data[:16]}, now {now[:16]}): put the data"
+                " back, or take another folder"
+            )
+        alike = (*_data(config), config.trains, config.frozen, config.dtype, config.seed)
+        first, where = self._models.setdefault(alike, (model, job.file)) if model else (model, "")
+        if model != first:
+            raise ValueError(
+                f"{path} was made of another model than {folder / where} (digest {model[:16]}, there {first[:16]}): put"
+                " the model back, or take another folder"
+            )
 
 
 def _write(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+    write_json(path, content)
 
 
-def _run(study: Study, jobs: Sequence[Job], folder: Path, workers: int, progress: Callable[[State], None]) -> bool:
+def _run(
+    study: Study,
+    jobs: Sequence[Job],
+    folder: Path,
+    workers: int,
+    progress: Callable[[State], None],
+    contents: Contents,
+) -> bool:
     """The jobs that have no result yet. False: interrupted."""
     todo = [job for job in jobs if held(job, folder) is None]
-    took = _seconds(folder)
+    took = _seconds(study, folder)
     left = {job.file: job for job in todo}
     total = len(study.tuning()) + len(study.trials) * len(study.seeds)
     before = 0 if jobs and jobs[0].phase == TUNING else len(study.tuning())
@@ -391,6 +524,9 @@ def _run(study: Study, jobs: Sequence[Job], folder: Path, workers: int, progress
     for job, result in results(todo, workers):
         if result is None:
             return False
+        # A run that diverged has no summary that says it.
+        made_of = {"settings": job.config.settings(), "data": contents.data[_data(job.config)], "model": "", "log": ""}
+        contents.check(job, result := {"provenance": made_of, **result}, folder)
         _write(folder / job.file, result)
         del left[job.file]
         took.setdefault(job.method, []).append(result["seconds"])
@@ -403,55 +539,136 @@ def _line(job: Job, result: Result) -> str:
     return f"{job.method}, trial {job.trial}, seed {job.config.seed}: {reached}, {result['seconds']:.0f} s"
 
 
-def _seconds(folder: Path) -> dict[str, list[float]]:
+def _seconds(study: Study, folder: Path) -> dict[str, list[float]]:
     """What each method's runs took so far."""
     took: dict[str, list[float]] = {}
-    for path in folder.glob("*/*/*.json"):
-        result = json.loads(path.read_text())
-        took.setdefault(result["method"], []).append(result["seconds"])
+    for job in (*study.tuning(), *finals(study, folder)):
+        if (result := held(job, folder)) is not None:
+            took.setdefault(job.method, []).append(result["seconds"])
     return took
 
 
-def held(job: Job, folder: Path) -> Result | None:
-    """A job's result, if the folder has it. Raises ValueError if it was made with other settings."""
-    path = folder / job.file
-    if not path.exists():
+# What a file must hold, as far as it is read: a type; a mapping's keys, `str` for any; a list's items.
+_NUMBER = (int, float)
+_MACHINE = dict.fromkeys(("processor", "cores", "gpu", "threads", "system", "python"), object)
+_EVALUATION = {
+    **dict.fromkeys(("round", "bytes", "seconds"), _NUMBER),
+    **dict.fromkeys(QUANTITIES, (*_NUMBER, type(None))),
+}
+_RUN: dict[Any, Any] = {
+    **dict.fromkeys(("phase", "method"), str),
+    "trial": int,
+    "config": dict,
+    "failure": (str, type(None)),
+    "seconds": _NUMBER,
+    "machine": _MACHINE,
+    "evaluations": [_EVALUATION],
+}
+_GOOD: dict[Any, Any] = {
+    **dict.fromkeys((*QUANTITIES, "forward_seconds", "answer_seconds"), _NUMBER),
+    "scores": dict,
+    "bytes_per_client_round": {str: _NUMBER},
+    "replicas": {"equal": bool},
+}
+_PROVENANCE = {"data": str, "model": str}
+_WAY = dict.fromkeys(("peak_extra", "cut", "of_bound"), _NUMBER)
+_HALF = {"what": str, "batch": int, "ways": {"inference": _WAY, str: _WAY}}
+_MEMORY = {"machine": _MACHINE, "device": str, "bound": _NUMBER, "halves": {str: _HALF}}
+
+
+def _misfits(value: Any, shape: Any, where: str = "it") -> Iterator[str]:
+    """What keeps a value from having a shape."""
+    if isinstance(shape, dict) and isinstance(value, dict):
+        for key, inside in shape.items():
+            if key is not str and key not in value:
+                yield f"{where} has no {key}"
+            for name in value if key is str else {key} & value.keys():
+                yield from _misfits(value[name], inside, f"its {name}" if where == "it" else f"{where}'s {name}")
+    elif isinstance(shape, list) and isinstance(value, list):
+        for item in value:
+            yield from _misfits(item, shape[0], f"one of {where}")
+    elif not isinstance(value, type(shape) if isinstance(shape, (dict, list)) else shape):
+        yield f"{where} cannot be {str(value)[:40]!r}"
+
+
+def _read(path: Path, shape: Any) -> Any:
+    """What a JSON file holds; None if it is not there. Raises ValueError if it is damaged or has another shape."""
+
+    def constant(name: str) -> None:
+        raise ValueError(f"{name} is no JSON")
+
+    try:
+        value = json.loads(path.read_bytes().decode(), parse_constant=constant)
+    except FileNotFoundError:
         return None
-    result: Result = json.loads(path.read_text())
-    if result["config"] != asdict(job.config):
-        config = asdict(job.config)
-        other = sorted(k for k in {*config, *result["config"]} if config.get(k) != result["config"].get(k))
-        raise ValueError(f"{path} was made with another {', '.join(other)}: take another folder, or delete the file")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): {AGAIN}") from None
+    _check(path, value, shape)
+    return value
+
+
+def _check(path: Path, value: Any, shape: Any) -> None:
+    if (misfit := next(_misfits(value, shape), None)) is not None:
+        raise ValueError(f"{path} is not what belongs there ({misfit}): {AGAIN}")
+
+
+def held(job: Job, folder: Path) -> Result | None:
+    """A job's result, if the folder has it. Raises ValueError if the file is damaged or another's, and says why."""
+    path = folder / job.file
+    result: Result | None = _read(path, _RUN)
+    if result is None:
+        return None
+    if not result["failure"]:
+        _check(path, result, _GOOD)
+    if "provenance" in result:  # results from before have none
+        _check(path, result, {"provenance": _PROVENANCE})
+    was = {key: value for key, value in result["config"].items() if key not in NEUTRAL}
+    now = {"phase": job.phase, "method": job.method, "trial": job.trial}
+    changed = differences({**{key: result[key] for key in now}, **was}, {**now, **job.config.settings()})
+    if changed:
+        raise ValueError(f"{path} is of another run ({'; '.join(changed)}): {AGAIN}, or take another folder")
     return result
+
+
+def measured(folder: Path) -> dict[str, Any] | None:
+    """A study's client-memory.json, if the folder has it. Raises ValueError if it is damaged."""
+    found: dict[str, Any] | None = _read(folder / "client-memory.json", _MEMORY)
+    return found
 
 
 def take_up(study: Study, folder: Path) -> None:
     """Make the folder this study's. Raises ValueError if it is another's, naming the keys that differ.
 
-    Methods may be added: what the others did stays what it is.
+    Methods may be added: what the others did stays what it is. So does it where settings change that no bit depends on.
     """
     path = folder / "study.yaml"
     if not path.exists():
-        if folder.exists() and any(folder.iterdir()):
-            raise ValueError(f"{folder} holds no study, and is not empty: choose another folder")
-        folder.mkdir(parents=True, exist_ok=True)
         write_atomically(path, study.text.encode())
         return
-    held, says = (yaml.load(text, _Loader) for text in (path.read_text(), study.text))
+    try:
+        held = parse_yaml(load_study(path).text)
+    except ValueError as error:
+        raise ValueError(f"{error}. It is the folder's copy of the study's file: copy that over it") from None
+    says = parse_yaml(study.text)
     added = [method for method in says["methods"] if method not in held["methods"]]
-    says["methods"] = {name: method for name, method in says["methods"].items() if name not in added}
-    was, now = dict(_flat(held)), dict(_flat(says))
-    changed = [
-        f"{key} was {was.get(key, 'not there')}, is {now.get(key, 'not there')}"
-        for key in dict.fromkeys((*was, *now))
-        if was.get(key) != now.get(key)
-    ]
+    known = {**says, "methods": {name: method for name, method in says["methods"].items() if name not in added}}
+    changed = differences(*(dict(_flat(_decisive(of))) for of in (held, known)))
     if changed:
         raise ValueError(
             f"{folder} holds another study; what differs: {'; '.join(changed)}. Choose another folder, or put it back"
         )
-    if added:
+    if says != held:
         write_atomically(path, study.text.encode())
+
+
+def _decisive(says: dict[str, Any]) -> dict[str, Any]:
+    """A study's file without the settings that no bit depends on."""
+
+    def kept(settings: dict[str, Any] | None) -> dict[str, Any]:
+        return {name: value for name, value in (settings or {}).items() if name not in NEUTRAL}
+
+    methods = {name: {**(m or {}), "settings": kept((m or {}).get("settings"))} for name, m in says["methods"].items()}
+    return {**says, "base": kept(says.get("base")), "methods": methods}
 
 
 def _flat(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
@@ -491,6 +708,14 @@ def best(study: Study, folder: Path) -> dict[str, int | None]:
         top = max(rows, key=lambda r: (r["accuracy"], -math.inf if r["loss"] is None else -r["loss"]), default=None)
         chosen[method] = None if top is None else top["trial"]
     return chosen
+
+
+def finals(study: Study, folder: Path) -> list[Job]:
+    """The final runs of each method whose trials have all their runs, as far as one of them worked."""
+    ended = Counter(row["method"] for row in trials(study, folder))
+    chosen = best(study, folder).items()
+    whole = [(method, n) for method, n in chosen if n is not None and ended[method] == len(study.trials[method])]
+    return [job for method, n in whole for job in study.final(method, n)]
 
 
 def table(study: Study, folder: Path) -> dict[str, Any]:
@@ -563,6 +788,7 @@ def _add_gap(rows: dict[str, Any]) -> None:
 
 def _reached(curve: Sequence[Mapping[str, Any]], seconds: float, quantity: str) -> float:
     """What a run had reached after so many seconds; before its first evaluation, that one's value."""
+    curve = [e for e in curve if e[quantity] is not None]
     after = next((n for n, e in enumerate(curve) if e["seconds"] >= seconds), len(curve))
     if after in (0, len(curve)):
         return float(curve[min(after, len(curve) - 1)][quantity])

@@ -6,6 +6,7 @@ import base64
 import json
 from collections.abc import Callable, Sequence
 from html import escape
+from math import nan
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -13,7 +14,8 @@ from typing import Any
 from hosfl.checkpoint import write_atomically
 from hosfl.config import Config
 from hosfl.memory import BOUNDED, reference
-from hosfl.study import Result, Study, held, load_study, table
+from hosfl.report import name_lines, save_figure
+from hosfl.study import Result, Study, finals, held, load_study, measured, table
 
 # Against what curves are drawn: name, axis, and an evaluation's value on it.
 AXES: tuple[tuple[str, Callable[[dict[str, Any]], float]], ...] = (
@@ -27,6 +29,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; m
 h1 { font-size: 1.6rem; margin-bottom: 0 } h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th, td, pre { unicode-bidi: plaintext; }
 th { border-bottom: 2px solid #888; vertical-align: bottom; } th:first-child, td:first-child { text-align: left; }
 tr.best td { font-weight: 600; background: #f0f6ee; } td.failed { color: #a02020; }
 img { max-width: 100%; } p, figcaption { max-width: 48rem; } figure { margin: 1rem 0; }
@@ -40,7 +43,8 @@ pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: 13px; }
 def report(folder: Path) -> Path:
     """Write report.html, curves.png and, where memory was measured, memory.png into a study's folder; the page's path.
 
-    A study that is not finished is shown as far as it is. Raises FileNotFoundError where there is no study.
+    A study that is not finished is shown as far as it is. Raises FileNotFoundError where there is no study, and
+    ValueError naming a file of it that is damaged or another study's.
     """
     if not (folder / "study.yaml").exists():
         raise FileNotFoundError(f"{folder} holds no study: there is no study.yaml")
@@ -51,15 +55,14 @@ def report(folder: Path) -> Path:
         for method, row in found["methods"].items()
         if row["trial"] is not None
     }
-    memory = folder / "client-memory.json"
-    measured = json.loads(memory.read_text()) if memory.exists() else None
+    memory = measured(folder)
     good = {m: [r for r in rs if not r["failure"]] for m, rs in runs.items()}
     if any(good.values()):
         plot_curves(good, folder / "curves.png", found["metric"])
-    if measured is not None:
-        plot_memory(measured, folder / "memory.png")
+    if memory is not None:
+        plot_memory(memory, folder / "memory.png")
     path = folder / "report.html"
-    write_atomically(path, page(study, found, runs, measured, folder).encode())
+    write_atomically(path, page(study, found, runs, memory, folder).encode())
     return path
 
 
@@ -74,18 +77,24 @@ def plot_curves(runs: dict[str, list[Result]], path: Path, metric: str) -> None:
     figure = Figure(figsize=(13, 7.2), layout="constrained")
     grid = figure.subplots(2, len(AXES), sharey="row", sharex="col")
     colors = colormaps["tab10" if len(runs) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
+    lines = {}
     for number, (method, results) in enumerate(runs.items()):
-        evaluations = [r["evaluations"] for r in results]
-        steps = range(min((len(e) for e in evaluations), default=0))
+        if not results:
+            continue
+        # Those that all runs have: how often one looks may have changed in between.
+        rounds = set.intersection(*({e["round"] for e in r["evaluations"]} for r in results))
+        evaluations = [[e for e in r["evaluations"] if e["round"] in rounds] for r in results]
+        steps = range(len(rounds))
         for row, quantity in enumerate(("accuracy", "loss")):
-            values = [[e[i][quantity] for e in evaluations] for i in steps]
+            values = [[nan if (v := e[i][quantity]) is None else v for e in evaluations] for i in steps]
             means = [mean(v) for v in values]
             errors = [stdev(v) / len(v) ** 0.5 if len(v) > 1 else 0.0 for v in values]
             for column, (_, where) in enumerate(AXES):
                 axis, color = grid[row, column], colors[number % len(colors)]
                 x = [mean(where(e[i]) for e in evaluations) for i in steps]
                 style = "--" if method in ("frozen", "first-order") else "-"
-                axis.plot(x, means, style, color=color, label=method, lw=1.6, marker="." if len(x) < 3 else None)
+                dots = "." if len(x) < 3 else None
+                (lines[method],) = axis.plot(x, means, style, color=color, lw=1.6, marker=dots)
                 low, high = ([m + s * e for m, e in zip(means, errors, strict=True)] for s in (-1, 1))
                 axis.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
     for row, quantity in enumerate(("accuracy", "loss")):
@@ -95,9 +104,11 @@ def plot_curves(runs: dict[str, list[Result]], path: Path, metric: str) -> None:
             grid[row, column].spines[["top", "right"]].set_visible(False)
             grid[1, column].set_xlabel(name)
     grid[1, 0].set_yscale("log")
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 5), frameon=False)
-    figure.savefig(path, dpi=130)
+    columns = max(1, min(len(lines), 5, 100 // min(40, max(map(len, lines)))))
+    places: list[Any] = list(lines.values())
+    legend = figure.legend(places, [""] * len(lines), loc="outside upper center", ncols=columns, frameon=False)
+    name_lines(lines, legend)
+    save_figure(figure, path, 130)
 
 
 def plot_memory(measured: dict[str, Any], path: Path) -> None:
@@ -123,14 +134,14 @@ def plot_memory(measured: dict[str, Any], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         if axis is not axes[0]:
             axis.set_yticklabels([])
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, 130)
 
 
 def page(
-    study: Study, found: dict[str, Any], runs: dict[str, list[Result]], measured: dict[str, Any] | None, folder: Path
+    study: Study, found: dict[str, Any], runs: dict[str, list[Result]], memory: dict[str, Any] | None, folder: Path
 ) -> str:
     """The page: HTML that holds its images."""
-    made = len(list(folder.glob("*/*/*.json")))
+    made = sum(held(job, folder) is not None for job in (*study.tuning(), *finals(study, folder)))
     wanted = len(study.tuning()) + len(study.trials) * len(study.seeds)
     started = [r for results in runs.values() for r in results]
     parts = [f"<h1>{escape(_title(study))}</h1>", f"<p>{escape(_what(study))}</p>"]
@@ -146,16 +157,16 @@ def page(
         text = "Means over seeds; bands: plus and minus one standard error. Dashed: the controls."
         parts += ["<h2>Curves</h2>", _image(folder / "curves.png", text)]
         parts += ["<h2>Bytes per client and round</h2>", _bytes(found["methods"])]
-    if measured is not None:
+    if memory is not None:
         parts += [
             "<h2>Memory of a client</h2>",
-            _image(folder / "memory.png", memory_note(measured)),
-            _memory(measured),
+            _image(folder / "memory.png", memory_note(memory)),
+            _memory(memory),
         ]
     parts += ["<h2>Tuning: every trial, on validation data</h2>", _tuning(study, found)]
     machines = {json.dumps(r["machine"], sort_keys=True): r["machine"] for r in started}
-    if measured is not None:
-        machines.setdefault("memory", measured["machine"])
+    if memory is not None:
+        machines.setdefault("memory", memory["machine"])
     parts.append("<h2>Machine and versions</h2>")
     parts += [f"<p>{escape(text)}</p>" for text in dict.fromkeys(map(_machine, machines.values()))]
     parts += ["<h2>The study's file</h2>", f"<pre>{escape(study.text)}</pre>"]
@@ -202,7 +213,8 @@ def _rows(head: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[
     lines = ["<tr>" + "".join(f"<th>{escape(h)}</th>" for h in head) + "</tr>"]
     for number, row in enumerate(rows):
         kind = f' class="{classes[number]}"' if classes and classes[number] else ""
-        cells = "".join(f"<td{' class=failed' if c.startswith('failed') else ''}>{escape(c)}</td>" for c in row)
+        failed = [n > 0 and cell.startswith("failed") for n, cell in enumerate(row)]  # the first one is a name
+        cells = "".join(f"<td{' class=failed' * f}>{escape(c)}</td>" for f, c in zip(failed, row, strict=True))
         lines.append(f"<tr{kind}>{cells}</tr>")
     return '<div class="scroll"><table>\n' + "\n".join(lines) + "\n</table></div>"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import signal
 import threading
 import time
@@ -28,21 +29,31 @@ from hosfl.baselines import (
     SplitFedClient,
     ZerothOrderServer,
 )
-from hosfl.checkpoint import header_of, load_config, open_log, save_module
+from hosfl.checkpoint import (
+    base_digest,
+    check_free,
+    header_digest,
+    header_of,
+    load_config,
+    open_log,
+    save_module,
+)
 from hosfl.client import Client, FirstOrderClient, ZerothOrderClient, load_vector
-from hosfl.config import REPLAYED, Config
-from hosfl.data import Batches, Dataset, dirichlet_split, iid_split
+from hosfl.config import REPLAYED, Config, differences
+from hosfl.data import Batches, Dataset, dirichlet_split, iid_split, shards
 from hosfl.displaced import call
 from hosfl.frozen import narrowed
 from hosfl.lattice import Lattice, LatticeError, power_of_two_scales
 from hosfl.ledger import FreshStep, GradientAverage, Ledger, PoolStep, SeedReplay, WeightAverage, WholeWeights
-from hosfl.log import Log
+from hosfl.log import EpochRecord, Header, Log, LogError
 from hosfl.messages import Message, MessageError, Wire, decode
 from hosfl.probe import trainable
+from hosfl.provenance import Provenance
 from hosfl.replica import Pool, Replica, Rule, Run
 from hosfl.report import Evaluation, Replicas, Summary, Writer
 from hosfl.seeds import Purpose, round_seed
 from hosfl.server import Server
+from hosfl.snapshot import prefixed
 from hosfl.split import SplitModel, dtype_of
 from hosfl.tasks import TASKS, Scores, Task
 from hosfl.trains import moving_only
@@ -58,7 +69,8 @@ class Federation:
     """A server, its clients, and the wire between them.
 
     make: a client that has applied nothing, by its number. base: the client half of round 0. observed: the client half
-    of the moment, for evaluation. exchanges: cuts that a client sends per round; its answer to all but the last is the
+    of the moment, for evaluation. header: of the log, for methods that have one; see `open_log`. provenance: what the
+    run is made of. exchanges: cuts that a client sends per round; its answer to all but the last is the
     next one, and the server numbers them on and on. clients: those made so far. complaints: what clients refused.
     visits: how many times a client took part.
     """
@@ -73,6 +85,8 @@ class Federation:
     clients: dict[int, Client] = field(default_factory=dict)
     complaints: list[str] = field(default_factory=list)
     visits: int = 0
+    header: Header | None = None
+    provenance: Provenance | None = None
 
     def round(self, round: int) -> float:
         """One round of the protocol; returns the mean training loss of its clients, NaN if nobody took part.
@@ -190,6 +204,11 @@ class Federation:
             load_vector(ledger.weights, trainable(self.observed)[0])
         return SplitModel(self.observed, self.server.half)
 
+    def open_log(self, folder: Path) -> None:
+        """Keep the client half's log in `folder`, where the method has one: a new one, or the one that is there."""
+        if isinstance(self.server.ledger, SeedReplay) and self.header is not None:
+            self.server.ledger.log = open_log(folder, self.header)
+
     def close(self) -> None:
         """Close the log."""
         if isinstance(self.server.ledger, SeedReplay) and self.server.ledger.log is not None:
@@ -235,11 +254,11 @@ def make_optimizer(
     return torch.optim.SGD(parameters, lr=1.0, momentum=MOMENTUM if rule == "momentum" else 0.0)
 
 
-def assemble(config: Config, out: Path | None = None, smallest_shard: int | None = None) -> tuple[Federation, Task]:
+def assemble(config: Config, smallest_shard: int | None = None) -> tuple[Federation, Task]:
     """The federation of a run, before its first round; everything in it follows from the configuration.
 
-    With `out`, HO-SFL's log is created there, or opened if it is there already. smallest_shard: so many samples
-    or more in each part of the data; clients that are more than the parts share them, each with its own batches.
+    Nothing is written. smallest_shard: so many samples or more in each part of the data; clients that are more than the
+    parts share them, each with its own batches.
     """
     task = TASKS[config.task](config)
     device = torch.device(config.device)
@@ -257,6 +276,7 @@ def assemble(config: Config, out: Path | None = None, smallest_shard: int | None
     run = make_run(config, parameters) if config.method in REPLAYED else None
     observed = copy.deepcopy(base)
     ledger: Ledger | None = None
+    header: Header | None = None
     if run is not None:
         step = (
             PoolStep(run, rate(rates.client), lambda p: make_optimizer(config.rule, p, POOL_BETAS), length)
@@ -264,10 +284,8 @@ def assemble(config: Config, out: Path | None = None, smallest_shard: int | None
             else FreshStep(run, rate(rates.client), length)
         )
         mirror = Replica(trainable(observed)[0], streams, run, lambda: parameters)
-        log: Log | None = None
-        if out is not None:
-            log = open_log(out, header_of(run, base, asdict(config)))
-        ledger = SeedReplay(run, step, mirror, log, aggregation, config.clip, config.digest_every)
+        header = header_of(run, base, config.settings())
+        ledger = SeedReplay(run, step, mirror, None, aggregation, config.clip, config.digest_every)
     elif config.method != "frozen":
         weights = nn.utils.parameters_to_vector(parameters).detach().cpu().float().clone()
         if config.method in ("splitfed", "hosl"):
@@ -278,7 +296,7 @@ def assemble(config: Config, out: Path | None = None, smallest_shard: int | None
 
     train = task.splits.train
     data = train.to(device, dtype_of(base))
-    parts = config.clients if smallest_shard is None else min(config.clients, len(train) // smallest_shard)
+    parts = config.clients if smallest_shard is None else shards(len(train), config.clients, smallest_shard)
     if config.partition == "iid":
         owned = iid_split(len(train), parts, config.seed)
     else:
@@ -325,7 +343,11 @@ def assemble(config: Config, out: Path | None = None, smallest_shard: int | None
         passes=passes,
         **more,
     )
-    return Federation(config, server, make, base, observed, exchanges), task
+    halves = prefixed("client", base.state_dict()) | prefixed("server", half.state_dict())
+    made_of = Provenance(
+        config.settings(), task.digest(), base_digest(halves), "" if header is None else header_digest(header)
+    )
+    return Federation(config, server, make, base, observed, exchanges, header=header, provenance=made_of), task
 
 
 CLIENTS: dict[str, type[Client]] = {
@@ -375,29 +397,76 @@ def evaluate(model: SplitModel, data: Dataset, task: Task) -> tuple[Scores, floa
 
 
 def save_snapshot(federation: Federation, out: Path, round: int) -> None:
-    """The server after `round` rounds. The log is on disk already: it never lags behind a snapshot."""
+    """The server after `round` rounds. The log is on disk already: it never lags behind a snapshot.
+
+    Raises LogError where the log is gone, replaced or cut by something else: what came after could not be rebuilt.
+    """
+    log = log_of(federation)
+    if log is not None:
+        log.check_file()
     tensors, info = federation.server.state()
     counted = {"bytes": federation.wire.bytes, "visits": federation.visits, "passes": dict(federation.server.passes)}
-    snapshot.save(out, round, tensors, {"server": info, "counted": counted}, keep=federation.config.keep)
+    made_of = federation.provenance and asdict(federation.provenance)
+    position = None if log is None else list(log.position)
+    info = {"server": info, "counted": counted, "provenance": made_of, "log": position}
+    snapshot.save(out, round, tensors, info, keep=federation.config.keep)
+
+
+def log_of(federation: Federation) -> Log | None:
+    """The log of its client half, where there is one."""
+    ledger = federation.server.ledger
+    return ledger.log if isinstance(ledger, SeedReplay) else None
 
 
 def restore(federation: Federation, out: Path) -> int:
-    """Bring a new federation to the last snapshot in `out`; returns its round.
+    """Bring a new federation, its log open, to the newest snapshot in `out` that the log covers; returns its round.
 
     Committed rounds after it are void: the server will never see again what it had learnt from them. They are run again
-    in a new epoch. Clients start from their base, like any that was away.
+    in a new epoch. Clients start from their base, like any that was away. Snapshots that are damaged, or that a log
+    that lost its end does not cover, are passed over with a warning and set aside.
+
+    Raises ProvenanceError for a snapshot of another run, LogError for a log of another history or one that is gone.
     """
-    saved = snapshot.latest(out)
+    log = log_of(federation)
+
+    def objection(saved: snapshot.Snapshot) -> str:
+        what = out / f"snapshot-{saved.round:08d}.safetensors"
+        assert federation.provenance is not None
+        federation.provenance.check(saved.info.get("provenance"), what)
+        if log is None:
+            return ""
+        records, digest = saved.info["log"]
+        if records > log.position[0]:
+            if not log.position[0]:
+                raise LogError(f"{log.path} has no record of the {saved.round} rounds that {what} holds: put it back")
+            return f"is after {saved.round} rounds, and {log.path} lost its end: it has {len(log.rounds)}"
+        if log.digest_after(records) != digest:
+            raise LogError(f"{log.path} and {what} are of two runs: they differ in the first {saved.round} rounds")
+        later = [r for r in log.records[records:] if isinstance(r, EpochRecord)]
+        return "is of rounds that are void" if any(r.round < saved.round for r in later) else ""
+
+    saved = snapshot.latest(out, objection)
     round = 0 if saved is None else saved.round
     if saved is not None:
         federation.server.load((saved.tensors, saved.info["server"]))
         federation.wire.bytes = dict(saved.info["counted"]["bytes"])
         federation.visits = saved.info["counted"]["visits"]
         federation.server.passes.update(saved.info["counted"]["passes"])
+    snapshot.set_aside(out, round)
     ledger = federation.server.ledger
-    if isinstance(ledger, SeedReplay) and ledger.log is not None:
-        ledger.restart(ledger.log, round)
+    if isinstance(ledger, SeedReplay) and log is not None:
+        ledger.restart(log, round)
     return round
+
+
+class Diverged(ArithmeticError):
+    """A loss that is not finite: from here on there is nothing to learn from."""
+
+
+def check_loss(loss: float, done: int) -> None:
+    """Raises Diverged for the loss of an evaluation that is infinite or NaN."""
+    if not math.isfinite(loss):
+        raise Diverged(f"the loss after round {done} is not finite: lower the learning rates")
 
 
 Progress = Callable[[int, float, Evaluation | None, int], None]  # rounds done, training loss, evaluation, bytes so far
@@ -413,82 +482,135 @@ def train(
     Ctrl-C ends the run after the current round, with all of this written; the summary says how many rounds were done.
     resume: take up the run in `out`, however it ended, at its last snapshot; `config` must be that run's.
 
-    Raises: ValueError for settings that do not fit the task or the run to resume, LatticeError when the run diverges
-    off the lattice (what was done until then is written), FileExistsError if `out` holds another run.
+    Settings that the bits do not depend on (`hosfl.config.NEUTRAL`) may change when a run is resumed; so data may lie
+    elsewhere, with the same content.
+
+    Raises: ValueError for settings that do not fit the task or the run to resume, ProvenanceError for data, a model or a
+    file of another run, LatticeError when the run diverges off the lattice and Diverged when its loss is no longer
+    finite (what was done until then is written), FileExistsError if `out` holds another run, RunFolderError if another
+    process is at work there. A start that fails before its first round leaves the folder free.
     """
+    if out is not None and not str(out):
+        raise ValueError("out is empty: name a folder")
     folder = Path(out) if out is not None else None
     begin = time.perf_counter()
-    if resume and (folder is None or load_config(folder) != config):
-        raise ValueError(f"these are not the settings of the run in {folder}: give the same ones, or another folder")
-    writer = Writer(folder, config, resume)
-    federation, task = assemble(config, folder)
-    done = 0
+    if resume:
+        if folder is None:
+            raise ValueError("a run to resume needs its folder")
+        differ = differences(load_config(folder).settings(), config.settings())
+        if differ:
+            raise ValueError(f"these are not the settings of the run in {folder}: {'; '.join(differ)}")
+    elif folder is not None:
+        check_free(folder)
+    federation, task = assemble(config)
+    assert federation.provenance is not None
+    writer = Writer(folder)
+    course = _Course(federation, task, writer, begin, progress)
     try:
-        if folder is not None:
+        if resume and folder is not None:
+            writer.resume(config, federation.provenance)
+            federation.open_log(folder)
+            course.done = restore(federation, folder)
             save_module(federation.base, folder / "base.safetensors")
-            if resume:
-                done = restore(federation, folder)
-        return _run(federation, task, writer, done, begin, progress)
+        else:
+            first = course.evaluated()
+            writer.start(config, federation.provenance)
+            course.last = writer.add(first)
+            if folder is not None:
+                save_module(federation.base, folder / "base.safetensors")
+                federation.open_log(folder)
+        return course.run()
+    except BaseException:
+        federation.close()
+        if not resume and not course.done and course.failure is None:
+            writer.clear()
+        raise
     finally:
         federation.close()
+        writer.close()
 
 
-def _run(
-    federation: Federation, task: Task, writer: Writer, done: int, begin: float, progress: Progress | None
-) -> Summary:
-    config, folder = federation.config, writer.folder
-    data = (task.splits.test if config.evaluate_on == "test" else task.splits.validation).to(config.device)
-    evaluations = writer.resumed(done)
-    begin -= evaluations[-1].seconds if evaluations else 0.0
-    failure: LatticeError | None = None
-    loss = float("nan")
+@dataclass
+class _Course:
+    """A run's way from its start or last snapshot to its end. last: the newest evaluation."""
 
-    def evaluation() -> Evaluation:
-        scores, test_loss = evaluate(federation.model(), data, task)
-        seconds, moved = time.perf_counter() - begin, dict(federation.wire.bytes)
-        return writer.add(Evaluation.of(done, scores, test_loss, loss, moved, seconds))
+    federation: Federation
+    task: Task
+    writer: Writer
+    begin: float
+    progress: Progress | None
+    done: int = 0
+    loss: float = math.nan
+    last: Evaluation | None = None
+    failure: LatticeError | Diverged | None = None
 
-    with interruptible() as interrupted:
-        if not evaluations:
-            evaluations.append(evaluation())
-        while done < config.rounds and not interrupted.is_set():
+    def evaluated(self) -> Evaluation:
+        federation, splits, config = self.federation, self.task.splits, self.federation.config
+        data = (splits.test if config.evaluate_on == "test" else splits.validation).to(config.device)
+        scores, loss = evaluate(federation.model(), data, self.task)
+        seconds, moved = time.perf_counter() - self.begin, dict(federation.wire.bytes)
+        return Evaluation.of(self.done, scores, loss, self.loss, moved, seconds)
+
+    def run(self) -> Summary:
+        federation, writer, folder = self.federation, self.writer, self.writer.folder
+        config = federation.config
+        with interruptible() as interrupted:
+            if self.last is None:  # of a resumed run
+                held = writer.resumed(self.done)
+                self.begin -= held[-1].seconds if held else 0.0
+                self.last = held[-1] if held else writer.add(self.evaluated())
             try:
-                loss = federation.round(done)
-            except LatticeError as error:
-                failure = error
-                break
-            done += 1
-            due = done % config.evaluate_every == 0 or done == config.rounds
-            if due:
-                evaluations.append(evaluation())
-            if folder is not None and (done % config.snapshot_every == 0 or done == config.rounds):
-                save_snapshot(federation, folder, done)
-            if progress is not None:
-                progress(done, loss, evaluations[-1] if due else None, sum(federation.wire.bytes.values()))
-        if folder is not None and interrupted.is_set():
-            save_snapshot(federation, folder, done)
-        if evaluations[-1].round != done and failure is None:
-            evaluations.append(evaluation())
-        summary = Summary.of(
-            config=config,
-            rounds=done,
-            evaluations=evaluations,
-            clients=list(federation.clients.values()),
-            visits=federation.visits,
-            passes=federation.server.passes,
-            refused=federation.server.refused + federation.complaints,
-            replicas=None if failure else federation.replicas(),
-            seconds=time.perf_counter() - begin,
-            failure=str(failure) if failure else None,
-        )
-        if folder is not None:
-            model = federation.model()
-            save_module(model.client, folder / "client.safetensors")
-            save_module(model.server, folder / "server.safetensors")
-        writer.finish(summary, evaluations)
-    if failure is not None:
-        raise failure
-    return summary
+                check_loss(self.last.loss, self.done)
+                while self.done < config.rounds and not interrupted.is_set():
+                    self.round()
+            except (LatticeError, Diverged) as error:
+                self.failure = error
+            if folder is not None and interrupted.is_set() and self.failure is None:
+                self.snapshot(folder)
+            if self.last.round != self.done and not isinstance(self.failure, LatticeError):
+                self.last = writer.add(self.evaluated())
+                if self.failure is None and not math.isfinite(self.last.loss):
+                    self.failure = Diverged(f"the loss after round {self.done} is not finite: lower the learning rates")
+            summary = Summary.of(
+                config=config,
+                rounds=self.done,
+                last=self.last,
+                clients=list(federation.clients.values()),
+                visits=federation.visits,
+                passes=federation.server.passes,
+                refused=federation.server.refused + federation.complaints,
+                replicas=None if self.failure else federation.replicas(),
+                provenance=federation.provenance,  # type: ignore[arg-type]  # of an assembled one
+                seconds=time.perf_counter() - self.begin,
+                failure=str(self.failure) if self.failure else None,
+            )
+            if folder is not None:
+                model = federation.model()
+                save_module(model.client, folder / "client.safetensors")
+                save_module(model.server, folder / "server.safetensors")
+            writer.finish(summary)
+        if self.failure is not None:
+            raise self.failure
+        return summary
+
+    def round(self) -> None:
+        """One round, and what is due after it."""
+        federation, folder, config = self.federation, self.writer.folder, self.federation.config
+        self.loss = federation.round(self.done)
+        self.done += 1
+        due = self.done % config.evaluate_every == 0 or self.done == config.rounds
+        if due:
+            self.last = self.writer.add(self.evaluated())
+            check_loss(self.last.loss, self.done)
+        if folder is not None and (self.done % config.snapshot_every == 0 or self.done == config.rounds):
+            self.snapshot(folder)
+        if self.progress is not None:
+            self.progress(self.done, self.loss, self.last if due else None, sum(federation.wire.bytes.values()))
+
+    def snapshot(self, folder: Path) -> None:
+        if self.writer.lock is not None:
+            self.writer.lock.check()
+        save_snapshot(self.federation, folder, self.done)
 
 
 @contextmanager

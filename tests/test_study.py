@@ -1,6 +1,7 @@
 """`hosfl study` and `hosfl report`: equal tuning, the same files however it was stopped, numbers that are the runs'."""
 
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -8,15 +9,21 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
+import warnings
 from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from hosfl import study as studies
+from hosfl import study_report
 from hosfl.cli import main
+from hosfl.data import Splits
 from hosfl.log import locked
-from hosfl.study import best, load_study, read_study, run_job, run_study, slug, table
+from hosfl.study import Study, best, load_study, parse_yaml, read_study, run_job, run_study, slug, table, take_up
 from hosfl.study_report import number, report
 
 FILE = """
@@ -202,7 +209,7 @@ def test_another_study_is_refused_by_what_differs(tmp_path, whole, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["study", str(file), "--out", str(whole)])
     errors = " ".join(capsys.readouterr().err.split())
-    assert "methods.ho, fresh.grid.client_rate was ['1e-1', 0.2], is ['1e-1', 0.3]" in errors
+    assert "methods.ho, fresh.grid.client_rate was [0.1, 0.2], is [0.1, 0.3]" in errors
     assert "seeds was [2, 3], is [2, 4]" in errors
     assert "tuning_seeds was" not in errors
     assert contents(whole) == before
@@ -258,8 +265,234 @@ def test_a_run_of_other_settings_is_not_taken(tmp_path, whole):
     run = json.loads(path.read_text())
     run["config"]["mu"] = 0.5  # as another version's default might be
     path.write_text(json.dumps(run))
-    with pytest.raises(ValueError, match=r"2\.json was made with another mu"):
+    with pytest.raises(ValueError, match=r"2\.json is of another run \(mu was 0.5, is 0.001\)"):
         run_study(read_study(FILE + FROZEN), tmp_path / "study")
+
+
+def change(path, edit):
+    """A JSON file with something changed by a function."""
+    held = json.loads(path.read_text())
+    edit(held)
+    path.write_text(json.dumps(held))
+
+
+def test_only_the_jobs_files_are_read(tmp_path, whole, monkeypatch):
+    folder = tmp_path / "study"
+    shutil.copytree(whole, folder)
+    for name in ("runs/frozen/._2.json", "runs/frozen/notes.json", "runs/frozen/2 (1).json", "tuning/frozen/.DS_Store"):
+        (folder / name).write_bytes(b"\0\5\26\7\0\2\0\0Mac OS X        \xb0")
+    (folder / "runs/old/2.json").parent.mkdir()
+    (folder / "runs/old/2.json").write_text("{}")
+    (folder / "runs/frozen/3.json").unlink()
+    ran = []
+    monkeypatch.setattr(studies, "run_job", lambda job: ran.append(job.file) or run_job(job))
+    assert "17 of 18 runs are done" in report(folder).read_text()
+    assert run_study(read_study(FILE + FROZEN), folder)
+    assert ran == ["runs/frozen/3.json"]
+    assert (folder / "table.json").read_text() != (whole / "table.json").read_text()  # seconds
+    assert "Not finished" not in report(folder).read_text()
+
+
+def test_a_folder_that_a_file_manager_has_seen_is_empty(tmp_path, monkeypatch):
+    (tmp_path / ".DS_Store").write_bytes(b"\0")
+    monkeypatch.setattr(studies, "run_job", lambda job: None)
+    assert not run_study(read_study(FILE), tmp_path)  # interrupted, and not refused
+
+
+MEMORY = {
+    "machine": dict.fromkeys(("processor", "cores", "gpu", "threads", "system", "python")),
+    "device": "cpu",
+    "bound": 1.1,
+    "halves": {"digits": {"what": "", "batch": 1, "ways": {"inference": {"peak_extra": 1, "cut": 1, "of_bound": 1}}}},
+}
+DAMAGES = {
+    "empty": lambda data: b"",
+    "cut": lambda data: data[: len(data) // 2],
+    "zeros": lambda data: bytes(len(data)),
+    "AppleDouble": lambda data: b"\0\5\26\7\0\2\0\0Mac OS X        \xb0",
+    "not UTF-8": lambda data: b'{"\xe9": 1}',
+    "UTF-16": lambda data: data.decode().encode("utf-16"),
+    "NaN": lambda data: re.sub(rb"(loss|bound)\": [0-9.]+", rb"\\1\": NaN", data),
+    "a list": lambda data: b"[]",
+    "text": lambda data: b'"a"',
+    "nothing in it": lambda data: b"{}",
+    "nested": lambda data: b"[" * 100_000,
+    "a key gone": lambda data: data.replace(b'"seconds"', b'"minutes"').replace(b'"peak_extra"', b'"peak"'),
+    "another type": lambda data: re.sub(rb"(loss|bound)\": [0-9.]+", rb'\\1": "low"', data),
+}
+OTHERS = {
+    "another seed's": ("runs/frozen/3.json", "seed was 3, is 2"),
+    "another method's": ("runs/first-order/2.json", "method was 'first-order', is 'frozen'"),
+    "another phase's": ("tuning/frozen/0-1.json", "phase was 'tuning', is 'runs'; .*seed was 1, is 2"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("place", ["tuning/frozen/1-0.json", "runs/frozen/2.json", "client-memory.json"])
+def test_a_damaged_file_is_named(tmp_path, whole, monkeypatch, place, damage):
+    shutil.copytree(whole, tmp_path / "study")
+    study = read_study(FILE + FROZEN + "memory: [digits]\n")
+    (tmp_path / "study/study.yaml").write_text(study.text)
+    (tmp_path / "study/client-memory.json").write_text(json.dumps(MEMORY))
+    path = tmp_path / "study" / place
+    good = path.read_bytes()
+    path.write_bytes(DAMAGES[damage](good))
+    assert path.read_bytes() != good
+    monkeypatch.setattr(studies, "run_job", None)
+    for take in (lambda: run_study(study, tmp_path / "study"), lambda: report(tmp_path / "study")):
+        with pytest.raises(ValueError, match=rf"{re.escape(str(path))} is .*\): delete it, and it is made again"):
+            take()
+    path.write_bytes(good)
+    assert run_study(study, tmp_path / "study")
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_another_runs_file_is_named(tmp_path, whole, other):
+    shutil.copytree(whole, tmp_path / "study")
+    name, differs = OTHERS[other]
+    shutil.copy(whole / name, tmp_path / "study/runs/frozen/2.json")
+    for take in (lambda: run_study(read_study(FILE + FROZEN), tmp_path / "study"), lambda: report(tmp_path / "study")):
+        with pytest.raises(ValueError, match=rf"frozen/2\.json is of another run \(.*{differs}.*delete it"):
+            take()
+    (tmp_path / "study/runs/frozen/2.json").unlink()  # as it says
+    assert run_study(read_study(FILE + FROZEN), tmp_path / "study")
+    assert contents(tmp_path / "study") == contents(whole)
+
+
+def test_another_trials_file_is_named(tmp_path, whole):
+    shutil.copytree(whole, tmp_path / "study")
+    change(tmp_path / "study/runs/frozen/2.json", lambda run: run.update(trial=1 - run["trial"]))
+    with pytest.raises(ValueError, match=r"frozen/2\.json is of another run \(trial was [01], is [01]\)"):
+        run_study(read_study(FILE + FROZEN), tmp_path / "study")
+
+
+@pytest.mark.parametrize("held", ["", "rounds: [", "- a", "methods: {}", FILE + "more: 1", "\0"])
+def test_a_damaged_copy_of_the_studys_file_is_named(tmp_path, whole, held):
+    shutil.copytree(whole, tmp_path / "study")
+    (tmp_path / "study/study.yaml").write_text(held)
+    with pytest.raises(ValueError, match=r"study/study\.yaml: (?s:.*)copy that over it"):
+        run_study(read_study(FILE + FROZEN), tmp_path / "study")
+    with pytest.raises(ValueError, match=r"study/study\.yaml: "):
+        report(tmp_path / "study")
+    (tmp_path / "study/study.yaml").write_text(FILE + FROZEN)  # as it says
+    assert run_study(read_study(FILE + FROZEN), tmp_path / "study")
+
+
+def test_what_no_bit_depends_on_may_change(tmp_path, whole, monkeypatch):
+    shutil.copytree(whole, tmp_path / "study")
+    text = (FILE + FROZEN).replace("evaluate_every: 1", "evaluate_every: 3, keep: 1, snapshot_every: 7")
+    (tmp_path / "study/runs/frozen/3.json").unlink()
+    assert run_study(read_study(text), tmp_path / "study")
+    assert (tmp_path / "study/study.yaml").read_text() == text
+    evaluated = [json.loads((tmp_path / f"study/runs/frozen/{n}.json").read_text())["evaluations"] for n in (2, 3)]
+    assert [len(e) for e in evaluated] == [3, 1]
+    figures = []
+    monkeypatch.setattr(study_report, "save_figure", lambda figure, path, dpi: figures.append(figure))
+    monkeypatch.setattr(study_report, "_image", lambda path, caption: "")
+    report(tmp_path / "study")
+    means = [sum(e[-1]["accuracy"] for e in evaluated) / 2, sum(e[-1]["loss"] for e in evaluated) / 2]
+    for axis, reached in ((figures[0].axes[0], means[0]), (figures[0].axes[3], means[1])):
+        line = axis.get_lines()[2]
+        assert (list(line.get_xdata()), list(line.get_ydata())) == ([3], [pytest.approx(reached)])
+
+
+def test_where_the_data_lie_may_change_and_nothing_else(tmp_path):
+    text = FILE.replace("base: {", "base: {task: sst2, data: /a, model: /b, at: '2', ")
+    take_up(read_study(text), tmp_path)
+    moved = text.replace("/a", "/c").replace("/b", "/d")
+    take_up(read_study(moved), tmp_path)
+    assert (tmp_path / "study.yaml").read_text() == moved
+    with pytest.raises(ValueError, match=r"what differs: base\.at was '2', is '1'\. Choose"):
+        take_up(read_study(moved.replace("at: '2'", "at: '1'")), tmp_path)
+
+
+def made_of(folder, **digests):
+    """Write into every result what it was made of; returns the results' paths."""
+    paths = sorted(folder.glob("*/*/*.json"))
+    for path in paths:
+        change(path, lambda run: run["provenance"].update(digests))
+    return paths
+
+
+def test_other_data_between_two_sessions_are_refused(tmp_path, whole, monkeypatch):
+    shutil.copytree(whole, tmp_path / "study")
+    path, study = made_of(tmp_path / "study", data="a" * 64)[0], read_study(FILE + FROZEN)
+    monkeypatch.setattr(studies, "run_job", None)
+    monkeypatch.setattr(Splits, "digest", lambda splits: "a" * 64, raising=False)
+    assert run_study(study, tmp_path / "study")
+    change(path, lambda run: run["provenance"].update(data="b" * 64))
+    with pytest.raises(
+        ValueError, match=rf"\.json was made of other data than the study's now \(digest {'b' * 16}, now a"
+    ):
+        run_study(study, tmp_path / "study")
+    path.unlink()
+    with monkeypatch.context() as patch:
+        changed = {"provenance": {"settings": {}, "data": "c" * 64, "model": "", "log": ""}}
+        patch.setattr(studies, "run_job", lambda job: run_job(job) | changed)
+        with pytest.raises(ValueError, match="made of other data than the study's now"):  # they change as it goes
+            run_study(study, tmp_path / "study")
+    assert not path.exists()
+
+
+def test_runs_that_begin_alike_have_one_model(tmp_path, whole, monkeypatch):
+    shutil.copytree(whole, tmp_path / "study")
+    made_of(tmp_path / "study", data="", model="a" * 64)
+    study = read_study(FILE + FROZEN)
+    monkeypatch.setattr(studies, "run_job", None)
+    for seed, digest in ((2, "a"), (3, "b")):  # each seed its own
+        for path in (tmp_path / "study").glob(f"runs/*/{seed}.json"):
+            change(path, lambda run, digest=digest: run["provenance"].update(model=digest * 64))
+    assert run_study(study, tmp_path / "study")
+    change(tmp_path / "study/runs/frozen/3.json", lambda run: run["provenance"].update(model="c" * 64))
+    with pytest.raises(ValueError, match=r"frozen/3\.json was made of another model than .*runs/ho-fresh/3\.json"):
+        run_study(study, tmp_path / "study")
+
+
+def test_results_that_do_not_say_what_they_were_made_of_are_taken(tmp_path, whole, monkeypatch):
+    shutil.copytree(whole, tmp_path / "study")
+    for path in (tmp_path / "study").glob("*/*/*.json"):
+        change(path, lambda run: run.pop("provenance"))
+    monkeypatch.setattr(studies, "run_job", None)
+    with pytest.warns(UserWarning, match="does not say of what data") as warned:
+        assert run_study(read_study(FILE + FROZEN), tmp_path / "study")
+    assert len(warned) == 1
+
+
+def test_every_result_says_what_it_was_made_of(whole, tmp_path):
+    for path in whole.glob("*/*/*.json"):
+        run = json.loads(path.read_text())
+        config = {k: v for k, v in run["config"].items() if k in run["provenance"]["settings"]}
+        assert config == run["provenance"]["settings"]
+        assert config.keys() >= {"seed", "rounds", "method", "task"}
+        assert not {"data", "keep"} & config.keys()
+    assert run_study(read_study(FILE.replace("[1e-1, 0.2]", "[1e6, 0.2]")), tmp_path / "diverges")
+    failed = json.loads((tmp_path / "diverges/tuning/ho-fresh/0-0.json").read_text())
+    assert failed["failure"]
+    assert failed["provenance"]["settings"]["client_rate"] == 1e6
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+def test_a_worker_that_the_system_kills(tmp_path, whole, file, monkeypatch, capsys):
+    others, killed = set(multiprocessing.active_children()), []
+
+    def killing(study, out, jobs, progress):
+        def tell(state):
+            progress(state)
+            if state.ended and not killed:
+                killed.extend(set(multiprocessing.active_children()) - others)
+                os.kill(killed[0].pid, signal.SIGKILL)
+
+        return run_study(study, out, jobs, tell)
+
+    monkeypatch.setattr("hosfl.cli.run_study", killing)
+    assert main(["study", str(file), "--out", str(tmp_path / "out"), "--jobs", "2"]) == 2
+    *told, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("hosfl: the system killed one of the study's processes, most likely for lack of memory: the")
+    held = contents(tmp_path / "out")
+    assert 0 < len(held) == len(told) < 12  # every run that was done is written, and has its line
+    monkeypatch.undo()
+    assert main(["study", str(file), "--out", str(tmp_path / "out"), "--jobs", "2"]) == 0
+    assert contents(tmp_path / "out") == contents(whole, "frozen")
 
 
 @pytest.mark.parametrize(
@@ -271,8 +504,8 @@ def test_a_run_of_other_settings_is_not_taken(tmp_path, whole):
         ("rounds: 3", "rounds: 0", "^methods.ho, fresh: rounds must be at least 1"),
         ("rounds: 3", "rounds: 3\nround: 4", "^round: unknown"),
         ("batch: 8", "bach: 8", "^base.bach: no such setting"),
-        ("batch: 8", "batch: eight", "^base.batch: int is needed, got 'eight'"),
-        ("batch: 8", "batch: true", "^base.batch: int is needed, got True"),
+        ("batch: 8", "batch: eight", "^base.batch: a whole number is needed, got 'eight'"),
+        ("batch: 8", "batch: true", "^base.batch: a whole number is needed, got True"),
         ("batch: 8", "seed: 8", "^base.seed: the study makes that itself"),
         ("batch: 8", "batch: 8, batch: 9", "^'batch' is there twice"),
         ("sampled: 2", "sampled: 5", "^methods.ho, fresh: cannot sample 5 of 4"),
@@ -280,7 +513,7 @@ def test_a_run_of_other_settings_is_not_taken(tmp_path, whole):
         ("method: first-order", "evaluate_on: test", "^methods.first-order.settings.evaluate_on: the study makes"),
         ("[1, 2.0]", "2.0", "^methods.first-order.grid.client_rate: a list is needed, got 2.0"),
         ("[1, 2.0]", "[1, 1.0]", "^methods.first-order.grid.client_rate: one value or more"),
-        ("[1, 2.0]", "[1, big]", "^methods.first-order.grid.client_rate: float | None is needed, got 'big'"),
+        ("[1, 2.0]", "[1, big]", "^methods.first-order.grid.client_rate: a number or nothing is needed, got 'big'"),
         ("[1, 2.0]", "[1, -1]", "^methods.first-order: client_rate must be positive"),
         ("  first-order:", "  ho fresh:", "^methods.ho fresh: its folder would be that of 'ho, fresh'"),
         ("seeds: [2, 3]", "seeds: [2, 2]", "^seeds: one seed or more is needed, each once"),
@@ -293,11 +526,167 @@ def test_files_that_cannot_work(old, new, message):
         read_study(FILE[: FILE.rindex(old)] + new + FILE[FILE.rindex(old) + len(old) :])
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *[("1e-3", 0.001), ("1E5", 1e5), ("+.5", 0.5), ("1.", 1.0), ("-.inf", -float("inf")), ("010", 10), ("-08", -8)],
+        *[("0o17", 15), ("0x1F", 31), ("1_000", "1_000"), ("12:30", "12:30"), ("0b1", "0b1"), ("-0x1", "-0x1")],
+        *[("yes", "yes"), ("No", "No"), ("on", "on"), ("off", "off"), ("2020-01-01", "2020-01-01"), ("=", "=")],
+        *[("true", True), ("FALSE", False), ("tRue", "tRue"), ("~", None), ("Null", None), ("", None), ("'1'", "1")],
+        *[("!!str 5", "5"), ("!!float 5", 5.0), ("[1, a]", [1, "a"]), ("'\\n'", "\\n"), ('"\\u00e9"', "é")],
+    ],
+)
+def test_values_are_those_of_yaml_1_2(text, value):
+    found = parse_yaml(f"key: {text}\n")["key"]
+    assert (found, type(found)) == (value, type(value))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("{<<: *b, x: 3}", {"x": 3, "y": 2}),
+        ("{x: 3, <<: *b}", {"x": 3, "y": 2}),
+        ("{<<: [*b, *c]}", {"x": 1, "y": 2, "z": 6}),
+        ("{<<: [*c, *b], z: 7}", {"x": 5, "y": 2, "z": 7}),
+        ("{<<: {<<: *c, x: 8}}", {"x": 8, "z": 6}),
+        ("{'<<': 1}", {"<<": 1}),
+    ],
+)
+def test_merge_keys(text, value):
+    assert parse_yaml(f"b: &b {{x: 1, y: 2}}\nc: &c {{x: 5, z: 6}}\na: {text}")["a"] == value
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &b {x: 1}\nc: {x: 3, <<: *b, x: 4}", "'x' is there twice, the second time in line 2, column 19"),
+        ("a: &b {x: 1}\nc: {<<: *b, <<: *b}", "'<<' is there twice"),
+        ("1: a\n1.0: b", "1.0 is there twice"),
+        ("a: {<<: 5}", "<< merges a mapping, or a list of them, and got 5 in line 1"),
+        ("a: {<<: [[]]}", "<< merges a mapping"),
+        ("a: &a [*a]", "an alias stands for what it is in itself"),
+        ("a: &a {<<: *a}", "an alias stands for what it is in itself"),
+        ("[" * 3000, "nested too deeply"),
+        (
+            "a: &a [1,1,1,1,1,1,1,1,1]\n"
+            + "".join(f"{n}: &{n} [{','.join(['*' + p] * 9)}]\n" for p, n in zip("abcdefg", "bcdefgh", strict=True)),
+            "more than 100000 values",
+        ),
+        ("? [1]\n: 2", "a key must be one word or number in line 1, column 3"),
+        ("a: !!python/object:os.system x", "no use for the tag 'tag:yaml.org,2002:python/object:os.system' in line 1"),
+        ("a: !!int x", "'x' is no int in line 1, column 4"),
+        ('a: "\\ud800"', "is no str in line 1"),
+        ("a: *b", "not YAML: found undefined alias"),
+        ("a: \0", "not YAML: unacceptable character"),
+        ("a\n---\nb", "not YAML: expected a single document"),
+    ],
+)
+def test_yaml_that_cannot_be(text, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        parse_yaml(text)
+
+
+def test_a_studys_file_as_editors_save_it(tmp_path):
+    (tmp_path / "s.yaml").write_bytes(
+        b"\xef\xbb\xbf" + FILE.replace("ho, fresh", "Größe").replace("\n", "\r\n").encode()
+    )
+    assert list(load_study(tmp_path / "s.yaml").trials) == ["Größe", "first-order"]
+    (tmp_path / "s.yaml").write_bytes(FILE.replace("ho, fresh", "Größe").encode("latin-1"))
+    with pytest.raises(ValueError, match=r"s\.yaml: line 7 is not UTF-8, at byte 134: save the file"):
+        load_study(tmp_path / "s.yaml")
+
+
+@st.composite
+def damaged(draw):
+    """A study's file in which some bytes are others."""
+    data = bytearray(FILE.encode())
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, len(data)))
+        data[at : at + draw(st.integers(0, 8))] = draw(st.binary(max_size=6) | st.sampled_from(TOKENS))
+    return bytes(data)
+
+
+TOKENS = [
+    t.encode()
+    for t in ("<<: ", "*a", "&a ", "!!int ", "!x ", "? ", "[", "{", "}", ": ", "- ", "\t", "1e999", "null", '"')
+]
+
+
+@settings(max_examples=300, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary() | damaged() | st.lists(st.sampled_from(TOKENS)).map(b"".join))
+def test_any_bytes_are_a_study_or_an_error_that_names_the_file(tmp_path, data):
+    path = tmp_path / "study.yaml"
+    path.write_bytes(data)
+    try:
+        found = load_study(path)
+    except ValueError as error:
+        found = str(error)
+    assert isinstance(found, Study) or found.startswith(f"{path}: ")
+
+
+def test_too_many_trials():
+    grid = ", ".join(f"{name}: [{', '.join(map(str, range(1, 31)))}]" for name in ("mu", "clip", "alpha"))
+    with pytest.raises(ValueError, match=r"methods\.first-order\.grid: 27000 trials, 10000 at most"):
+        read_study(FILE.replace("client_rate: [1, 2.0]", grid))
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        *[("ho, fresh", "ho-fresh"), ("HO__2 (b)", "ho-2-b"), ("a/b", "a-b"), ("../x", "x"), ("_$x$", "x")],
+        *[
+            ("方法", "方法"),
+            ("Große", "grosse"),
+            ("हिन्दी", "हिन्दी"),
+            ("метод Ж", "метод-ж"),
+            ("e\u0301", "é"),
+            ("x²", "x²"),
+        ],
+    ],
+)
+def test_a_methods_folder(name, folder):
+    assert slug(name) == unicodedata.normalize("NFC", folder)
+    assert name in read_study(FILE.replace("ho, fresh", json.dumps(name, ensure_ascii=False))).trials
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ("Große", "GROSSE", "its folder would be that of 'Große'"),
+        ("é", "e\u0301", "its folder would be that of 'é'"),
+        ("方" * 86, "b", "its folder's name would have 258 bytes, 255 at most: shorten it"),
+        ("🎉!", "b", "a method's name needs letters or digits"),
+    ],
+)
+def test_names_that_make_no_folder(first, second, message):
+    with pytest.raises(ValueError, match=message):
+        read_study(
+            FILE.replace("ho, fresh", json.dumps(first, ensure_ascii=False)).replace("first-order:", f'"{second}":', 1)
+        )
+
+
+def test_names_come_out_as_they_are(tmp_path, monkeypatch):
+    names = ["方法", "$x_1$", "_low", "<b>&amp;", "שלום (1)", "failed", "y" * 200]
+    methods = "".join(f"  {json.dumps(name, ensure_ascii=False)}: {{settings: {{method: frozen}}}}\n" for name in names)
+    figures, save = [], study_report.save_figure
+    monkeypatch.setattr(study_report, "save_figure", lambda figure, *to: figures.append(figure) or save(figure, *to))
+    assert run_study(read_study(FILE.partition("  ho, fresh")[0] + methods), tmp_path / "study")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        page = report(tmp_path / "study").read_text()
+    texts = figures[0].legends[0].get_texts()
+    assert [text.get_text().replace("\n", "") for text in texts] == names
+    assert not any(text.get_parse_math() for text in texts)
+    assert "<td>&lt;b&gt;&amp;amp;</td>" in page
+    assert "<td>failed</td>" in page  # a name is no failure
+    assert all((tmp_path / "study/runs" / slug(name) / "2.json").exists() for name in names)
+
+
 def test_unequal_trials_need_a_reason(tmp_path):
     text = FILE.replace("[1, 2.0]", "[1, 2.0, 4]") + "unequal: the control may have more\n"
     study = read_study(text)
     assert {m: len(t) for m, t in study.trials.items()} == {"ho, fresh": 2, "first-order": 3}
-    assert study.trials["ho, fresh"][0]["client_rate"] == 0.1  # 1e-1 is text in YAML 1.1
+    assert study.trials["ho, fresh"][0]["client_rate"] == 0.1
 
 
 def test_file_errors_name_the_file(tmp_path, capsys):
