@@ -146,7 +146,7 @@ def parser(preset: str | None = None) -> argparse.ArgumentParser:
     _add_config(one)
     one.add_argument("--out", type=_path, metavar="DIR", help="write log, snapshots, metrics, curves and weights there")
     one.add_argument(
-        "--resume", type=_path, metavar="DIR", help="go on with the run in DIR; data and model may lie elsewhere"
+        "--resume", type=_path, metavar="DIR", help="go on with the run in DIR; --data may say where its data lie now"
     )
     many = command("compare", "run methods and seeds into one table")
     _add_config(many, leave_out=("method", "seed"))
@@ -196,15 +196,14 @@ def parser(preset: str | None = None) -> argparse.ArgumentParser:
 def _progress(*columns: ProgressColumn) -> Iterator[tuple[Progress, Callable[[str], None]]]:
     """A bar with these columns at its end, and how to say a line: what a log file gets in place of the bar."""
     console = Console(stderr=True)
+    plain = not console.is_terminal or console.is_dumb_terminal
 
     def say(line: str) -> None:
-        if not console.is_terminal or console.is_dumb_terminal:
+        if plain:
             print(line, file=sys.stderr, flush=True)
 
     shared = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with Progress(
-        *shared, *columns, console=console, disable=not console.is_terminal or console.is_dumb_terminal
-    ) as bar:
+    with Progress(*shared, *columns, console=console, disable=plain) as bar:
         yield bar, say
 
 

@@ -67,9 +67,10 @@ class Evaluation:
     @classmethod
     def read(cls, line: str) -> Evaluation:
         """The evaluation of a line of metrics.jsonl. Raises ValueError or TypeError for what is none."""
-        values = dict(json.loads(line))
+        values: dict[str, Any] = dict(json.loads(line))
         values.pop("run", None)
-        return cls(**{name: math.nan if value is None else value for name, value in values.items()})
+        values |= {name: math.nan for name, value in values.items() if value is None}
+        return cls(**values)
 
 
 @dataclass(frozen=True)

@@ -331,8 +331,16 @@ def simulate(
 def _simulate(config: Config, faults: Faults, folder: Path, progress: Progress | None) -> Outcome:
     begin = time.perf_counter()
     plain, task = assemble(config, SMALLEST_SHARD)
-    shared = {"header": plain.header, "provenance": plain.provenance}
-    crowd = Crowd(config, plain.server, plain.make, plain.base, plain.observed, faults=faults, **shared)
+    crowd = Crowd(
+        config,
+        plain.server,
+        plain.make,
+        plain.base,
+        plain.observed,
+        header=plain.header,
+        provenance=plain.provenance,
+        faults=faults,
+    )
     folder.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(folder)
     try:

@@ -485,8 +485,8 @@ def train(
     Settings that the bits do not depend on (`hosfl.config.NEUTRAL`) may change when a run is resumed; so data may lie
     elsewhere, with the same content.
 
-    Raises: ValueError for settings that do not fit the task or the run to resume, ProvenanceError for data, a model or a
-    file of another run, LatticeError when the run diverges off the lattice and Diverged when its loss is no longer
+    Raises: ValueError for settings that do not fit the task or the run to resume, ProvenanceError for data, a model or
+    a file of another run, LatticeError when the run diverges off the lattice and Diverged when its loss is no longer
     finite (what was done until then is written), FileExistsError if `out` holds another run, RunFolderError if another
     process is at work there. A start that fails before its first round leaves the folder free.
     """
