@@ -20,8 +20,8 @@ class Provenance:
     """What a run's bits follow from.
 
     settings: those that the bits depend on, see `Config.settings`. data: SHA-256 of the content of all samples, as the
-    model gets them. model: SHA-256 of both halves' weights at round 0. log: SHA-256 of the log's header; empty where
-    the method has no log.
+    model gets them. model: SHA-256 of both halves' weights as the task makes them. log: SHA-256 of the log's header;
+    empty where the method has no log.
     """
 
     settings: dict[str, Any]

@@ -263,6 +263,7 @@ def assemble(config: Config, smallest_shard: int | None = None) -> tuple[Federat
     task = TASKS[config.task](config)
     device = torch.device(config.device)
     model = task.model(round_seed(config.seed, Purpose.MODEL, 0))
+    halves = base_digest(prefixed("client", model.client.state_dict()) | prefixed("server", model.server.state_dict()))
     base = moving_only(model.client, config.trains, config.seed).to(getattr(torch, config.dtype))
     base = narrowed(base, config.frozen).to(device)
     parameters, streams = trainable(base)
@@ -343,10 +344,7 @@ def assemble(config: Config, smallest_shard: int | None = None) -> tuple[Federat
         passes=passes,
         **more,
     )
-    halves = prefixed("client", base.state_dict()) | prefixed("server", half.state_dict())
-    made_of = Provenance(
-        config.settings(), task.digest(), base_digest(halves), "" if header is None else header_digest(header)
-    )
+    made_of = Provenance(config.settings(), task.digest(), halves, "" if header is None else header_digest(header))
     return Federation(config, server, make, base, observed, exchanges, header=header, provenance=made_of), task
 
 

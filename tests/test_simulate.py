@@ -70,8 +70,10 @@ def participants(log: Path) -> list[tuple[int, ...]]:
 
 def make_crowd(config: Config, faults: Faults, folder: Path) -> Crowd:
     folder.mkdir(exist_ok=True)
-    plain, _ = assemble(config, folder, SMALLEST_SHARD)
-    return Crowd(config, plain.server, plain.make, plain.base, plain.observed, faults=faults)
+    plain, _ = assemble(config, SMALLEST_SHARD)
+    plain.open_log(folder)
+    found = {"header": plain.header, "provenance": plain.provenance, "faults": faults}
+    return Crowd(config, plain.server, plain.make, plain.base, plain.observed, **found)  # type: ignore[arg-type]
 
 
 # --- one digest ---------------------------------------------------------------------------------------------------
@@ -84,7 +86,7 @@ def check_one_digest(config: Config, faults: Faults, folder: Path) -> Outcome:
     assert outcome.rounds == config.rounds
     tensors, replica = rebuild(folder / "hosfl.log", folder / "base.safetensors")
     log = Log.read(folder / "hosfl.log")
-    half = assemble(config, None, SMALLEST_SHARD)[0].base
+    half = assemble(config, SMALLEST_SHARD)[0].base
     assert digest([*half.parameters(), *half.buffers()]).hex() != outcome.digest
     half.load_state_dict(tensors)
     assert digest([*half.parameters(), *half.buffers()]).hex() == outcome.digest
@@ -548,7 +550,7 @@ def test_progress_and_evaluations() -> None:
 def test_validation_data_are_for_choosing(tmp_path: Path) -> None:
     config = small(rounds=1, evaluate_on="validation", evaluate_every=1)
     outcome = simulate(config, Faults())
-    federation, task = assemble(config, None, SMALLEST_SHARD)
+    federation, task = assemble(config, SMALLEST_SHARD)
     assert (outcome.evaluations[0].scores, outcome.evaluations[0].loss) == evaluate(
         federation.model(), task.splits.validation, task
     )
