@@ -199,11 +199,13 @@ def measure_here(name: str, way: str, batch: int, device: torch.device) -> dict[
 
 
 def measure(name: str, way: str, batch: int, device: str = "cpu") -> dict[str, int]:
-    """`measure_here` in a process of its own. Raises RuntimeError with what it said if it fails."""
+    """`measure_here` in a process of its own. Raises ChildProcessError with what it said if it fails."""
     command = [sys.executable, "-m", "hosfl.memory", name, way, str(batch), device]
     done = subprocess.run(command, env={**os.environ, **GIVE_BACK}, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{name}, {way}: {done.stderr.strip() or f'status {done.returncode}'}")
+        killed = f"the system killed its process (signal {-done.returncode}), most likely for lack of memory"
+        said = killed if done.returncode < 0 else done.stderr.strip() or f"status {done.returncode}"
+        raise ChildProcessError(f"{name}, {way}: {said}")
     found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
     return found
 

@@ -61,7 +61,7 @@ def test_a_process_that_fails_is_no_measurement(monkeypatch, tmp_path):
     failing.write_text("#!/bin/sh\necho out of memory >&2\nexit 3\n")
     failing.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(failing))
-    with pytest.raises(RuntimeError, match="digits, first-order: out of memory"):
+    with pytest.raises(ChildProcessError, match="digits, first-order: out of memory"):
         measure("digits", "first-order", 1)
 
 

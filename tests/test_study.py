@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 from hosfl import study as studies
 from hosfl import study_report
 from hosfl.cli import main
-from hosfl.data import Splits
 from hosfl.log import locked
 from hosfl.study import Study, best, load_study, parse_yaml, read_study, run_job, run_study, slug, table, take_up
 from hosfl.study_report import number, report
+from hosfl.tasks import Task
 
 FILE = """
 base: {batch: 8, clients: 4, sampled: 2, directions: 1, evaluate_every: 1}
@@ -418,7 +418,7 @@ def test_other_data_between_two_sessions_are_refused(tmp_path, whole, monkeypatc
     shutil.copytree(whole, tmp_path / "study")
     path, study = made_of(tmp_path / "study", data="a" * 64)[0], read_study(FILE + FROZEN)
     monkeypatch.setattr(studies, "run_job", None)
-    monkeypatch.setattr(Splits, "digest", lambda splits: "a" * 64, raising=False)
+    monkeypatch.setattr(Task, "digest", lambda task: "a" * 64)
     assert run_study(study, tmp_path / "study")
     change(path, lambda run: run["provenance"].update(data="b" * 64))
     with pytest.raises(
