@@ -312,13 +312,13 @@ DAMAGES = {
     "AppleDouble": lambda data: b"\0\5\26\7\0\2\0\0Mac OS X        \xb0",
     "not UTF-8": lambda data: b'{"\xe9": 1}',
     "UTF-16": lambda data: data.decode().encode("utf-16"),
-    "NaN": lambda data: re.sub(rb"(loss|bound)\": [0-9.]+", rb"\\1\": NaN", data),
+    "NaN": lambda data: re.sub(rb'(loss|bound)": [0-9.]+', rb'\1": NaN', data),
     "a list": lambda data: b"[]",
     "text": lambda data: b'"a"',
     "nothing in it": lambda data: b"{}",
     "nested": lambda data: b"[" * 100_000,
     "a key gone": lambda data: data.replace(b'"seconds"', b'"minutes"').replace(b'"peak_extra"', b'"peak"'),
-    "another type": lambda data: re.sub(rb"(loss|bound)\": [0-9.]+", rb'\\1": "low"', data),
+    "another type": lambda data: re.sub(rb'(loss|bound)": [0-9.]+', rb'\1": "low"', data),
 }
 OTHERS = {
     "another seed's": ("runs/frozen/3.json", "seed was 3, is 2"),
@@ -591,6 +591,7 @@ def test_a_studys_file_as_editors_save_it(tmp_path):
         b"\xef\xbb\xbf" + FILE.replace("ho, fresh", "Größe").replace("\n", "\r\n").encode()
     )
     assert list(load_study(tmp_path / "s.yaml").trials) == ["Größe", "first-order"]
+    assert load_study(tmp_path / "s.yaml").text.startswith("\r\nbase: ")  # what a copy holds and the page shows
     (tmp_path / "s.yaml").write_bytes(FILE.replace("ho, fresh", "Größe").encode("latin-1"))
     with pytest.raises(ValueError, match=r"s\.yaml: line 7 is not UTF-8, at byte 134: save the file"):
         load_study(tmp_path / "s.yaml")
@@ -710,6 +711,19 @@ def test_a_diverged_trial_loses_and_is_kept(tmp_path):
     assert found["methods"]["ho, fresh"]["trial"] == 1
     page = report(tmp_path).read_text()
     assert "failed 2 of 2" in page
+
+
+def test_files_hold_null_for_what_is_not_finite(tmp_path):
+    studies._write(tmp_path / "a" / "b.json", {"loss": float("nan"), "each": [1.5, -float("inf")], "of": ({"x": 2},)})
+    assert json.loads((tmp_path / "a" / "b.json").read_text()) == {"loss": None, "each": [1.5, None], "of": [{"x": 2}]}
+    study = read_study(FILE.replace("client_rate: [1, 2.0]", "server_rate: [1e30, 2.0]"))
+    assert run_study(study, tmp_path / "study")
+    run = json.loads((tmp_path / "study/tuning/first-order/0-0.json").read_text())
+    assert run["loss"] is None
+    assert "finite" in run["failure"]
+    texts = [path.read_text() for path in (tmp_path / "study").glob("**/*.json")]
+    assert not re.search(r"^[^\"]*(\"[^\"]*\": *)?-?(NaN|Infinity)", "".join(texts), re.M)
+    assert table(study, tmp_path / "study")["methods"]["first-order"]["trial"] == 1
 
 
 def test_every_trial_of_a_method_diverges(tmp_path):
