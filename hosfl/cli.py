@@ -4,7 +4,6 @@ crowd under faults, list where a model can be cut, rebuild weights from a log, l
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import signal
@@ -32,7 +31,7 @@ from rich.text import Text
 from safetensors import SafetensorError
 from safetensors.torch import save
 
-from hosfl.checkpoint import load_config, rebuild, write_atomically
+from hosfl.checkpoint import load_config, rebuild, write_atomically, write_json
 from hosfl.compare import compare, print_table
 from hosfl.config import CHOICES, METHODS, NEUTRAL, PRESETS, Config
 from hosfl.families import skeleton
@@ -378,7 +377,7 @@ def _memory(options: argparse.Namespace) -> int:
     Console(width=None if sys.stdout.isatty() else 110).print(shown)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(options.out, (json.dumps(result, indent=1) + "\n").encode())
+        write_json(options.out, result)
     over = list(over_bound(result))
     for what in over:
         print(what, file=sys.stderr)
