@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hosfl.log import DigestRecord, EpochRecord, Header, Log, LogError, Parameter, RoundRecord
+from hosfl.log import DigestRecord, EpochRecord, Header, Log, LogError, Packed, Parameter, RoundRecord
 
 SOURCE = Path(__file__).parent.parent / "hosfl" / "log.py"
 
@@ -214,6 +214,41 @@ def test_what_a_list_holds_is_the_reader_s_own(tmp_path):
     assert log.records == RECORDS
     assert len(log.rounds) == 3
     assert len(log.digests) == 2
+
+
+def test_packed_records_are_a_list_that_takes_their_bytes():
+    rounds = [a_round(n, quantum=None if n % 3 else 2.0**-n) for n in range(6)]
+    packed = Packed(P)
+    for record in rounds:
+        packed.append(record)
+    assert list(packed) == rounds
+    assert (packed[-1], packed[2:5], packed[:99]) == (rounds[-1], rounds[2:5], rounds)
+    with pytest.raises(IndexError):
+        packed[6]
+    packed.truncate(2)
+    assert (list(packed), len(packed)) == (rounds[:2], 2)
+    packed.append(rounds[2])
+    assert list(packed) == rounds[:3]
+    tracemalloc.start()
+    many = Packed(P)
+    for _ in range(10_000):
+        many.append(rounds[1])
+    used = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert used < 10_000 * 1.3 * (len(many.payload(0)) + 8)  # as objects they take nine times that
+
+
+def test_the_running_digest_is_known_at_every_record(tmp_path):
+    path = tmp_path / "log"
+    with Log.create(path, HEADER) as log:
+        digests = [log.digest]
+        for record in RECORDS:
+            log.append(record)
+            digests.append(log.digest)
+            assert log.position == (len(digests) - 1, log.digest)
+    assert [Log.read(path).digest_after(n) for n in range(len(digests))] == digests
+    with pytest.raises(LogError, match="records, not"):
+        log.digest_after(len(digests))
 
 
 def test_the_running_digest_tells_logs_apart(tmp_path):
