@@ -15,7 +15,7 @@ import numpy as np
 
 from hosfl_kernels import derive
 
-CACHED = 1 << 16  # rounds: a crowd that catches up asks for the same ones again and again
+CACHED = 1 << 12  # rounds: a crowd that catches up asks for the same ones again and again; more only take memory
 
 
 class Purpose(IntEnum):
