@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from hosfl.config import NEUTRAL, Config, differences
+from hosfl.config import Config, decisive, differences
 from hosfl.lattice import Lattice
 from hosfl.ledger import to_records
 from hosfl.log import Header, Log, LogError, Parameter, locked, sync_folder
@@ -188,8 +188,7 @@ def header_of(run: Run, base: nn.Module, settings: dict[str, Any]) -> Header:
 
 def header_digest(header: Header) -> str:
     """SHA-256 of a log's header, without the settings that the bits do not depend on."""
-    settings = {name: value for name, value in header.settings.items() if name not in NEUTRAL}
-    return hashlib.sha256(repr(replace(header, settings=settings)).encode()).hexdigest()
+    return hashlib.sha256(repr(replace(header, settings=decisive(header.settings))).encode()).hexdigest()
 
 
 def open_log(folder: Path, header: Header) -> Log:
@@ -207,8 +206,9 @@ def open_log(folder: Path, header: Header) -> Log:
     log = Log.open(path)
     if header_digest(log.header) != header_digest(header):
         log.close()
-        settings = {name: value for name, value in log.header.settings.items() if name not in NEUTRAL}
-        found = differences(settings, header.settings) or ["the model's first weights or their lattice were others"]
+        found = differences(decisive(log.header.settings), header.settings) or [
+            "the model's first weights or their lattice were others"
+        ]
         raise LogError(f"{path} is the log of another run: {'; '.join(found)}")
     return log
 

@@ -185,7 +185,12 @@ class Config:
 
     def settings(self) -> dict[str, Any]:
         """The settings that a run's bits depend on, by name: all but `NEUTRAL`."""
-        return {name: value for name, value in asdict(self).items() if name not in NEUTRAL}
+        return decisive(asdict(self))
+
+
+def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of some settings that a run's bits depend on."""
+    return {name: value for name, value in settings.items() if name not in NEUTRAL}
 
 
 def typed(name: str, value: Any) -> Any:

@@ -242,9 +242,9 @@ class Writer:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = FolderLock(self.folder)
         check_free(self.folder)
+        self.run = provenance.digest[:16]  # from here on the folder is this run's to clear
         write_json(self.folder / "provenance.json", asdict(provenance))
         save_config(config, self.folder)  # from here on there is a run to resume
-        self.run = provenance.digest[:16]
         self.metrics = (self.folder / "metrics.jsonl").open("w")
 
     def resume(self, config: Config, provenance: Provenance) -> None:
@@ -312,7 +312,7 @@ class Writer:
 
     def clear(self) -> None:
         """Leave the folder free, as a start that came to nothing does."""
-        if self.folder is None or self.lock is None:
+        if self.folder is None or not self.run:
             return
         for name in (*RUN_FILES, "provenance.json", "base.safetensors", "lock"):
             (self.folder / name).unlink(missing_ok=True)

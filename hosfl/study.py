@@ -41,7 +41,7 @@ import torch
 import yaml
 
 from hosfl.checkpoint import write_atomically, write_json
-from hosfl.config import CHOICES, NEUTRAL, Config, differences, typed
+from hosfl.config import CHOICES, Config, decisive, differences, typed
 from hosfl.lattice import LatticeError
 from hosfl.log import locked
 from hosfl.memory import HALVES, client_memory
@@ -622,7 +622,7 @@ def held(job: Job, folder: Path) -> Result | None:
         _check(path, result, _GOOD)
     if "provenance" in result:  # results from before have none
         _check(path, result, {"provenance": _PROVENANCE})
-    was = {key: value for key, value in result["config"].items() if key not in NEUTRAL}
+    was = decisive(result["config"])
     now = {"phase": job.phase, "method": job.method, "trial": job.trial}
     changed = differences({**{key: result[key] for key in now}, **was}, {**now, **job.config.settings()})
     if changed:
@@ -663,12 +663,9 @@ def take_up(study: Study, folder: Path) -> None:
 
 def _decisive(says: dict[str, Any]) -> dict[str, Any]:
     """A study's file without the settings that no bit depends on."""
-
-    def kept(settings: dict[str, Any] | None) -> dict[str, Any]:
-        return {name: value for name, value in (settings or {}).items() if name not in NEUTRAL}
-
-    methods = {name: {**(m or {}), "settings": kept((m or {}).get("settings"))} for name, m in says["methods"].items()}
-    return {**says, "base": kept(says.get("base")), "methods": methods}
+    methods = {name: m or {} for name, m in says["methods"].items()}
+    methods = {name: {**m, "settings": decisive(m.get("settings") or {})} for name, m in methods.items()}
+    return {**says, "base": decisive(says.get("base") or {}), "methods": methods}
 
 
 def _flat(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:

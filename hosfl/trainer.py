@@ -561,14 +561,13 @@ class _Course:
                 check_loss(self.last.loss, self.done)
                 while self.done < config.rounds and not interrupted.is_set():
                     self.round()
+                if folder is not None and interrupted.is_set():
+                    self.snapshot(folder)
+                if self.last.round != self.done:  # interrupted
+                    self.last = writer.add(self.evaluated())
+                    check_loss(self.last.loss, self.done)
             except (LatticeError, Diverged) as error:
                 self.failure = error
-            if folder is not None and interrupted.is_set() and self.failure is None:
-                self.snapshot(folder)
-            if self.last.round != self.done and not isinstance(self.failure, LatticeError):
-                self.last = writer.add(self.evaluated())
-                if self.failure is None and not math.isfinite(self.last.loss):
-                    self.failure = Diverged(f"the loss after round {self.done} is not finite: lower the learning rates")
             summary = Summary.of(
                 config=config,
                 rounds=self.done,

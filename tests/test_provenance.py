@@ -137,6 +137,7 @@ def test_a_log_that_lost_its_end_falls_back_to_a_snapshot_that_it_covers(runs, k
         train(load_config(run), run, resume=True)
     lost = [str(w.message) for w in caught if "lost its end" in str(w.message)]
     assert bool(lost) == (kept < 6)
+    assert (run / "snapshot-00000006.safetensors.void").exists() == (kept < 6)
     same_bits(run, runs / "pool" / "whole")
 
 
@@ -202,9 +203,6 @@ def test_every_method_locks_its_folder(killed, kind):
     train(load_config(run), run, resume=True)
 
 
-SENTENCES = "sentence\tlabel\n" + "".join(f"a {('good', 'bad')[i % 2]} film {i}\t{i % 2}\n" for i in range(40))
-
-
 def test_data_may_lie_elsewhere_and_must_be_the_same(tmp_path, monkeypatch):
     from hosfl.data import Dataset, Splits
     from hosfl.tasks import TASKS, digits_task
@@ -261,6 +259,23 @@ def test_a_start_that_fails_leaves_the_folder_free(tmp_path, monkeypatch):
         train(config("pool", clients=4000, sampled=2), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     train(config("pool"), tmp_path / "run")
+
+
+def test_a_start_that_finds_another_run_at_the_last_moment_leaves_it_alone(tmp_path, monkeypatch):
+    from hosfl import trainer
+
+    made = trainer.assemble
+
+    def slowly(config):  # meanwhile another process runs there, and ends
+        monkeypatch.setattr(trainer, "assemble", made)
+        train(config, tmp_path / "run")
+        return made(config)
+
+    monkeypatch.setattr(trainer, "assemble", slowly)
+    with pytest.raises(FileExistsError, match="another run"):
+        train(config("pool"), tmp_path / "run")
+    assert len(Log.read(tmp_path / "run" / "hosfl.log").rounds) == ROUNDS
+    assert (tmp_path / "run" / "summary.json").exists()
 
 
 def test_odd_command_lines_get_one_line(tmp_path, capsys, monkeypatch):
