@@ -25,7 +25,7 @@ from hosfl.seeds import Purpose, direction_seeds, pool_seeds, round_seed
 from hosfl.sharded import reshard, shards, whole
 from hosfl_kernels import SGD, replay_, update_
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,6 @@ class Terms:
     directions: int
     pool: int
     dist: str
-    momentum: float
 
     def seeds(self, step: int) -> tuple[int, ...]:
         """Of the step's directions: its own, or the next ones of the pool."""
@@ -48,6 +47,7 @@ class Terms:
 
 def apply_rule(
     terms: Terms,
+    momentum: float,
     tensors: Sequence[Tensor],
     numbers: Sequence[int],
     starts: Sequence[int],
@@ -64,8 +64,8 @@ def apply_rule(
         mine = [i for i, t in enumerate(tensors) if (t.dtype == torch.bfloat16) == coarse]
         update_(
             [tensors[i] for i in mine],
-            [[moments[i] for i in mine]] if moments else [[]] if terms.momentum else [],
-            SGD(momentum=terms.momentum),
+            [[moments[i] for i in mine]] if moments else [[]] if momentum else [],
+            SGD(momentum=momentum),
             seeds,
             coefficients,
             steps,
@@ -88,10 +88,14 @@ class Row:
 
 @dataclass
 class _Chapter:
-    """Steps that move the same parameters. puts: (quantum, numbers) of what was put on a lattice before the first."""
+    """Steps that move the same parameters alike: groups of them by their numbers, and the momentum of each.
+
+    puts: (quantum, numbers) of what was put on a lattice before the first.
+    """
 
     puts: list[tuple[float, list[int]]]
     groups: list[list[int]]
+    momenta: list[float]
     exact: bool
     steps: int = 0
     rows: array[float] = field(default_factory=lambda: array("f"))
@@ -121,10 +125,10 @@ class RunLog:
     def put(self, quantum: float, numbers: list[int]) -> None:
         self._puts.append((quantum, numbers))
 
-    def append(self, groups: list[list[int]], exact: bool, rows: list[Row]) -> None:
+    def append(self, groups: list[list[int]], momenta: list[float], exact: bool, rows: list[Row]) -> None:
         last = self.chapters[-1] if self.chapters else None
-        if last is None or self._puts or (last.groups, last.exact) != (groups, exact):
-            last = _Chapter(self._puts, groups, exact)
+        if last is None or self._puts or (last.groups, last.momenta, last.exact) != (groups, momenta, exact):
+            last = _Chapter(self._puts, groups, momenta, exact)
             self.chapters.append(last)
             self._puts = []
         last.steps += 1
@@ -150,7 +154,9 @@ class RunLog:
             "first": self.first,
             "parameters": [[name, str(p.dtype), list(p.shape)] for name, p in self.parameters],
             "bases": self.bases,
-            "chapters": [{"puts": c.puts, "groups": c.groups, "exact": c.exact} for c in self.chapters],
+            "chapters": [
+                {"puts": c.puts, "groups": c.groups, "momenta": c.momenta, "exact": c.exact} for c in self.chapters
+            ],
             "trained": digest(whole(p for _, p in self.parameters)).hex(),
         }
         text = json.dumps(header)
@@ -206,8 +212,9 @@ def _replay_chapter(
             replay_(tensors, seeds, coefficients.reshape(-1), dist=terms.dist, streams=numbers, starts=starts)
         else:
             pairs = zip(numbers, tensors, strict=True)
-            kept = [moments.setdefault(n, zeros(t)) for n, t in pairs] if terms.momentum else []
-            apply_rule(terms, tensors, numbers, starts, kept, first, coefficients, steps)
+            momentum = chapter["momenta"][g]
+            kept = [moments.setdefault(n, zeros(t)) for n, t in pairs] if momentum else []
+            apply_rule(terms, momentum, tensors, numbers, starts, kept, first, coefficients, steps)
 
 
 def _checksum(text: str, tables: dict[str, Tensor]) -> str:
@@ -228,8 +235,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not text or metadata.get("sha256") != _checksum(text, tables):
         raise LogError(f"{path} is no log of an optimizer, or a damaged one: its checksum is wrong")
     header: dict[str, Any] = json.loads(text)
-    if header.get("format") != FORMAT:
-        raise LogError(f"{path} is of format {header.get('format')}; this code reads {FORMAT}")
+    if header.get("format") not in (1, FORMAT):
+        raise LogError(f"{path} is of format {header.get('format')}; this code reads 1 and {FORMAT}")
+    if header["format"] == 1:  # which had one momentum for all
+        for chapter in header["chapters"]:
+            chapter["momenta"] = [header["momentum"]] * len(chapter["groups"])
     return header, tables
 
 
@@ -257,7 +267,7 @@ def _matched(model: nn.Module, header: dict[str, Any]) -> list[Tensor]:
 
 
 def zeros(parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
+    return torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False, memory_format=torch.contiguous_format)
 
 
 def plain(name: str) -> str:
