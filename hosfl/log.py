@@ -49,9 +49,10 @@ import os
 import reprlib
 import stat
 import struct
+import sys
 import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
@@ -78,6 +79,7 @@ EXPONENTS = -149, 103  # of a quantum of float32 weights: it is a float32 number
 ROUND, EPOCH, DIGEST, COARSER_ROUND = 1, 2, 3, 4
 DISTRIBUTIONS = ("rademacher", "gaussian")
 DTYPES = ("float32", "bfloat16", "float16")
+LARGEST = sys.float_info.max
 LARGEST_DIRECTIONS = 1 << 20
 CUT_SHORT = "it is damaged, or was never finished; then no record followed it, and the file may be deleted"
 
@@ -91,28 +93,41 @@ class LogError(ValueError):
 # --- checks of values ---------------------------------------------------------------------------------------------
 
 
-def _integer(value: Any, what: str, low: int, high: int) -> int:
+def check_integer(value: Any, what: str, low: int, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
         raise LogError(f"{what} must be an integer from {low} to {high}, not {reprlib.repr(value)}")
     return int(value)
 
 
-def _number(value: Any, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+def check_number(value: Any, what: str) -> float:
+    # Compared, not converted: an integer may be larger than any float.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -LARGEST <= value <= LARGEST:
         raise LogError(f"{what} must be a finite number, not {reprlib.repr(value)}")
     return float(value)
 
 
-def _power_of_two(value: Any, what: str) -> float:
-    number = _number(value, what)
+def check_power_of_two(value: Any, what: str) -> float:
+    number = check_number(value, what)
     if number <= 0 or math.frexp(number)[0] != 0.5:
         raise LogError(f"{what} must be a power of two, not {number!r}")
     return number
 
 
-def _choice(value: Any, what: str, choices: tuple[str, ...]) -> str:
+def check_choice(value: Any, what: str, choices: tuple[str, ...]) -> str:
     if not isinstance(value, str) or value not in choices:
         raise LogError(f"{what} must be {' or '.join(choices)}, not {reprlib.repr(value)}")
+    return value
+
+
+def check_sha256(value: Any, what: str) -> str:
+    if not isinstance(value, str) or len(value) != 64 or set(value) - set("0123456789abcdef"):
+        raise LogError(f"{what} must be 64 hexadecimal digits, not {reprlib.repr(value)}")
+    return value
+
+
+def check_keys(value: Any, expected: Collection[str], what: str) -> dict[str, Any]:
+    if not isinstance(value, dict) or value.keys() != set(expected):
+        raise LogError(f"{what} must have exactly {', '.join(sorted(expected))}, not {reprlib.repr(value)}")
     return value
 
 
@@ -168,13 +183,13 @@ class Parameter:
             raise LogError(f"{what}: shape must be a tuple, not {reprlib.repr(self.shape)}")
         if not isinstance(self.tied, (tuple, list)):
             raise LogError(f"{what}: tied must be a tuple of names, not {reprlib.repr(self.tied)}")
-        shape = tuple(_integer(size, f"{what}: a size in shape", 0, 2**63 - 1) for size in self.shape)
+        shape = tuple(check_integer(size, f"{what}: a size in shape", 0, 2**63 - 1) for size in self.shape)
         _set(
             self,
-            stream=_integer(self.stream, f"{what}: stream", 0, 2**32 - 1),
+            stream=check_integer(self.stream, f"{what}: stream", 0, 2**32 - 1),
             shape=shape,
-            dtype=_choice(self.dtype, f"{what}: dtype", DTYPES),
-            factor=_power_of_two(self.factor, f"{what}: factor"),
+            dtype=check_choice(self.dtype, f"{what}: dtype", DTYPES),
+            factor=check_power_of_two(self.factor, f"{what}: factor"),
             tied=tuple(_name(name, f"{what}: a name in tied") for name in self.tied),
         )
 
@@ -202,18 +217,18 @@ class Header:
     settings: dict[str, Any]
 
     def __post_init__(self) -> None:
-        directions = _integer(self.directions, "directions", 1, LARGEST_DIRECTIONS)
+        directions = check_integer(self.directions, "directions", 1, LARGEST_DIRECTIONS)
         _set(
             self,
-            seed=_integer(self.seed, "seed", 0, 2**64 - 1),
+            seed=check_integer(self.seed, "seed", 0, 2**64 - 1),
             directions=directions,
-            dist=_choice(self.dist, "dist", DISTRIBUTIONS),
-            mu=_number(self.mu, "mu"),
-            quantum=None if self.quantum is None else _power_of_two(self.quantum, "quantum"),
+            dist=check_choice(self.dist, "dist", DISTRIBUTIONS),
+            mu=check_number(self.mu, "mu"),
+            quantum=None if self.quantum is None else check_power_of_two(self.quantum, "quantum"),
             rule=_rule(self.rule),
             pool=None if self.pool is None else _pool(self.pool, directions),
             parameters=_parameters(self.parameters),
-            base=_hexadecimal(self.base),
+            base=check_sha256(self.base, "base"),
             settings=_dict(self.settings, "settings"),
         )
         if self.mu < 0:
@@ -239,8 +254,8 @@ def _pool(value: Any, directions: int) -> dict[str, int]:
     pool = _dict(value, "pool")
     if pool.keys() != {"size", "rounds"}:
         raise LogError(f"pool must have size and rounds, not {reprlib.repr(sorted(pool))}")
-    _integer(pool["size"], "pool: size", directions, 2**32 - 1)
-    _integer(pool["rounds"], "pool: rounds", 0, 2**32 - 1)
+    check_integer(pool["size"], "pool: size", directions, 2**32 - 1)
+    check_integer(pool["rounds"], "pool: rounds", 0, 2**32 - 1)
     return pool
 
 
@@ -252,19 +267,6 @@ def _parameters(value: Any) -> tuple[Parameter, ...]:
         if len(set(all_of_them)) < len(all_of_them):
             raise LogError(f"parameters: two have the same {what}")
     return tuple(value)
-
-
-def _hexadecimal(value: Any) -> str:
-    if not isinstance(value, str) or len(value) != 64 or set(value) - set("0123456789abcdef"):
-        raise LogError(f"base must be 64 hexadecimal digits, not {reprlib.repr(value)}")
-    return value
-
-
-def _keys(value: Any, cls: type[Any], what: str) -> dict[str, Any]:
-    expected = {f.name for f in fields(cls)}
-    if not isinstance(value, dict) or value.keys() != expected:
-        raise LogError(f"{what} must have exactly {', '.join(sorted(expected))}, not {reprlib.repr(value)}")
-    return value
 
 
 def _encode_header(header: Header) -> bytes:
@@ -290,10 +292,11 @@ def _decode_header(data: bytes) -> tuple[Header, int]:
     text = data[HEADER.size : end]
     if zlib.crc32(text, zlib.crc32(data[: HEADER.size - 4])) != crc:
         raise LogError("the header is damaged: its checksum is wrong")
-    values = _keys(_parsed(text, "the header"), Header, "the header")
+    values = check_keys(_parsed(text, "the header"), Header.__dataclass_fields__, "the header")
     if not isinstance(values["parameters"], list):
         raise LogError("the header: parameters must be a list")
-    values["parameters"] = tuple(Parameter(**_keys(p, Parameter, "a parameter")) for p in values["parameters"])
+    known = Parameter.__dataclass_fields__
+    values["parameters"] = tuple(Parameter(**check_keys(p, known, "a parameter")) for p in values["parameters"])
     header = Header(**values)
     if _encode_header(header) != data[:end]:
         raise LogError("the header is not canonical JSON")
@@ -321,15 +324,15 @@ class RoundRecord:
     quantum: float | None = None
 
     def __post_init__(self) -> None:
-        participants = tuple(_integer(client, "a participant", 0, 2**32 - 1) for client in self.participants)
+        participants = tuple(check_integer(client, "a participant", 0, 2**32 - 1) for client in self.participants)
         coefficients = _float32(self.coefficients)
         if len(set(participants)) < len(participants):
             raise LogError(f"a participant is named twice: {reprlib.repr(participants)}")
         if not participants and coefficients.any():
             raise LogError("nobody took part, but not all coefficients are zero")
         if self.quantum is not None:
-            exponent = math.frexp(_power_of_two(self.quantum, "quantum"))[1] - 1
-            _integer(exponent, "the quantum's exponent", *EXPONENTS)
+            exponent = math.frexp(check_power_of_two(self.quantum, "quantum"))[1] - 1
+            check_integer(exponent, "the quantum's exponent", *EXPONENTS)
         _set(self, rate=_rate(self.rate), coefficients=coefficients, participants=participants, **_when(self))
 
     def __eq__(self, other: object) -> bool:
@@ -370,14 +373,14 @@ AnyRecord = TypeVar("AnyRecord", RoundRecord, Record)
 
 def _when(record: Record) -> dict[str, int]:
     return {
-        "epoch": _integer(record.epoch, "epoch", 0, 2**16 - 1),
-        "round": _integer(record.round, "round", 0, 2**32 - 1),
+        "epoch": check_integer(record.epoch, "epoch", 0, 2**16 - 1),
+        "round": check_integer(record.round, "round", 0, 2**32 - 1),
     }
 
 
 def _rate(value: Any) -> float:
     try:
-        rate: float = RATE.unpack(RATE.pack(_number(value, "rate")))[0]
+        rate: float = RATE.unpack(RATE.pack(check_number(value, "rate")))[0]
     except OverflowError:
         raise LogError(f"rate must fit float32, not {value!r}") from None
     return rate
@@ -417,7 +420,7 @@ def _decode(payload: bytes, directions: int) -> Record:
     kind, epoch, round_ = FIELDS.unpack_from(payload)
     rest, quantum = payload[FIELDS.size :], None
     if kind == COARSER_ROUND and len(rest) >= EXPONENT.size:
-        exponent = _integer(EXPONENT.unpack_from(rest)[0], "the quantum's exponent", *EXPONENTS)
+        exponent = check_integer(EXPONENT.unpack_from(rest)[0], "the quantum's exponent", *EXPONENTS)
         kind, rest, quantum = ROUND, rest[EXPONENT.size :], 2.0**exponent
     if kind == ROUND:
         participants, odd = divmod(len(rest) - RATE.size - 4 * directions, 4)
@@ -662,7 +665,7 @@ def _interval(sync: Sync) -> int:
         return 1
     if sync == "never":
         return 0
-    return _integer(sync, 'sync, where it is not "always" or "never",', 1, 2**31)
+    return check_integer(sync, 'sync, where it is not "always" or "never",', 1, 2**31)
 
 
 class Log:

@@ -55,6 +55,12 @@ def pool_seeds(run_seed: int, generation: int, size: int) -> tuple[int, ...]:
     return tuple(derive(seed, j, 0) for j in range(size))
 
 
+@lru_cache(maxsize=1 << 14)
+def pool_seed(run_seed: int, generation: int, index: int) -> int:
+    """One of `pool_seeds`, for which nobody makes the others."""
+    return derive(round_seed(run_seed, Purpose.POOL, generation), index, 0)
+
+
 def generator(run_seed: int, purpose: Purpose, round: int = 0, client: int = 0) -> np.random.Generator:
     """A numpy generator for choices that are not part of the model's arithmetic: sampling, batches, partitions."""
     return np.random.default_rng(derive(round_seed(run_seed, purpose, round), client, 0))
