@@ -521,6 +521,13 @@ class ZOSGD(torch.optim.Optimizer):
     def _check_tensors(self, groups: list[_Group]) -> None:
         """dtypes, devices, strides, shared memory: what the kernels refuse is refused before anything moves."""
         named = [pair for group in groups for pair in group.named_tensors()]
+        for number, tensor in named:
+            if tensor.device != named[0][1].device and tensor.device.type != "meta":
+                raise RuntimeError(
+                    f"{self._name(named[0][0])} is on {named[0][1].device}, {self._name(number)} on {tensor.device}: "
+                    "weights that move must be on one device. Load the model without a device_map that spreads it, or "
+                    "freeze what is elsewhere"
+                )
         try:
             replay_([t for _, t in named], [], [])
         except (RuntimeError, TypeError, ValueError) as error:

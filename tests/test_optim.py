@@ -1551,6 +1551,36 @@ def test_errors_name_the_parameter(make, error, message, settings, named):
     assert not MEMORY.any()
 
 
+def test_weights_on_several_devices_are_refused_by_name_and_frozen_ones_are_not():
+    class Elsewhere(nn.Parameter):
+        device = torch.device("cuda:1")
+
+    named = [("first", nn.Parameter(torch.ones(2))), ("second", nn.Parameter(torch.ones(2)))]
+    named[1][1].__class__ = Elsewhere
+    optimizer = ZOSGD(named, 0.1)
+    with pytest.raises(RuntimeError, match=r"'first' is on cpu, parameter 'second' on cuda:1: .* device_map"):
+        optimizer.step(lambda: 0.0)
+    named[1][1].requires_grad_(False)
+    optimizer.step(lambda: named[0][1].sum())
+
+
+@pytest.mark.parametrize(
+    ("two_sided", "steps", "losses", "message"),
+    [
+        (False, 0, [1.0, float("nan")], "At the weights themselves the loss is finite, so mu is too large"),
+        (False, 0, [float("inf"), 1.0], "This is the first step: look for NaN in the batch, labels out of range"),
+        (True, 0, [1.0, float("nan")], "This is the first step"),
+        (True, 2, [1.0, float("nan")], "an lr so large that the weights have diverged"),
+    ],
+)
+def test_a_loss_that_is_nan_names_the_likely_causes(two_sided, steps, losses, message):
+    run = Run(two_sided=two_sided).go(steps)
+    before = run.weights
+    with pytest.raises(FloatingPointError, match=message):
+        run.optimizer.step(iter(losses).__next__)
+    assert not steps or same(run.weights, before)
+
+
 MEMORY = torch.zeros(8)
 
 
