@@ -242,11 +242,11 @@ class ZOSGD(torch.optim.Optimizer):
             must take every step; where a closure raises on one, the others wait. Pass a group of one to run
             alone. Of sharded parameters it must hold all shards.
 
-    Learning rate schedulers (those that turn momentum as well), `state_dict` (a few numbers, and moments),
-    `add_param_group`, copies and pickles (of model and optimizer together; not with a process_group), torch.compile of
-    the model, autocast and closures that loop over micro-batches work as with any optimizer. Where a whole training
-    step is compiled, the optimizer runs as Python within it, and so does its closure but for a model that is compiled
-    itself.
+    Learning rate schedulers (OneCycleLR and CyclicLR set momentum too, unless told `cycle_momentum=False`),
+    `state_dict` (a few numbers, and moments), `add_param_group`, copies and pickles (of model and optimizer together;
+    not with a process_group), torch.compile of the model, autocast and closures that loop over micro-batches work as
+    with any optimizer. Where a whole training step is compiled, the optimizer runs as Python within it, and so does its
+    closure but for a model that is compiled itself.
 
     Raises: ValueError, TypeError.
     """
