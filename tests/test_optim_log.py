@@ -417,7 +417,7 @@ def nearby(parts, chance):
 
 def elements(parts, chance):
     found = parts.tables[chance.choice([*parts.tables])].view(-1)
-    for _ in range(chance.choice((1, 1, 3)) if len(found) else 0):
+    for _ in range(chance.choice((1, 1, 3)) if len(found) and found.is_floating_point() else 0):
         at = chance.randrange(len(found))
         found[at] = chance.choice((*NUMBERS, 0, 1, 8)) if chance.random() < 0.5 else -found[at]
 
