@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from hosfl.config import Config, decisive, differences
 from hosfl.lattice import Lattice
 from hosfl.ledger import to_records
-from hosfl.log import Header, Log, LogError, Parameter, locked, sync_folder
+from hosfl.log import EXPONENTS, Header, Log, LogError, Parameter, check_integer, check_number, locked, sync_folder
 from hosfl.probe import trainable
 from hosfl.replica import Pool, Replica, Rule, Run
 from hosfl_kernels import SGD, AdamW
@@ -224,7 +224,10 @@ def _describe(rule: Rule | None) -> dict[str, Any]:
 
 def _rule(described: Mapping[str, Any]) -> Rule | None:
     constants = dict(described)
-    match constants.pop("name"):
+    name = constants.pop("name")
+    for constant, value in constants.items():
+        check_number(value, f"the rule's {constant}")
+    match name:
         case "moves":
             return None
         case "sgd":
@@ -238,7 +241,7 @@ def _rule(described: Mapping[str, Any]) -> Rule | None:
 def run_of(header: Header) -> Run:
     """The run that a header describes. Raises LogError for one that this version does not know."""
     try:
-        return Run(
+        run = Run(
             seed=header.seed,
             directions=header.directions,
             dist=header.dist,
@@ -248,16 +251,22 @@ def run_of(header: Header) -> Run:
             rule=_rule(header.rule),
             pool=None if header.pool is None else Pool(**header.pool),
         )
-    except (TypeError, ValueError, KeyError) as error:
+        if run.lattice is not None:
+            check_integer(run.lattice.exponent, "the quantum's exponent", *EXPONENTS)
+            run.lattice.nearest(run.mu)
+    except (ArithmeticError, TypeError, ValueError, KeyError) as error:
         raise LogError(f"the log's header makes no run: {error}") from error
+    if run.lattice is not None and (run.dist != "rademacher" or any(p.dtype != "float32" for p in header.parameters)):
+        raise LogError("the log's header makes no run: on a lattice are float32 weights and rademacher directions")
+    return run
 
 
 def rebuild(log: Path, base: Path, upto: int | None = None) -> tuple[dict[str, Tensor], Replica]:
     """The client half of a log: base weights, and every committed round before `upto` (default: all) in one pass.
 
     Returns the base file's tensors, the trained ones brought up to date, and the replica that did it. Raises LogError
-    for a damaged log, for a base that is not the one the log was made from, and for a wrong `upto`; and for weights
-    whose digest is not what the log says.
+    for a damaged log or one that no run can have written, for a base that is not the one the log was made from, and for
+    a wrong `upto`; and for weights whose digest is not what the log says.
     """
     opened = Log.read(log)
     run, header, records = run_of(opened.header), opened.header, opened.rounds
@@ -277,7 +286,10 @@ def rebuild(log: Path, base: Path, upto: int | None = None) -> tuple[dict[str, T
     # In parts that end where a digest is known, so that a difference is found where it began.
     stops = sorted({*(r for r in opened.digests if r <= upto), upto})
     for stop in stops:
-        replica.apply(to_records(records[replica.applied : stop], run, replica.applied))
+        try:
+            replica.apply(to_records(records[replica.applied : stop], run, replica.applied))
+        except (ArithmeticError, ValueError) as error:
+            raise LogError(f"{log} holds rounds that no run has made: {error}") from error
         if opened.digests.get(stop, replica.digest()) != replica.digest():
             raise LogError(f"after round {stop} the weights are not those of the run: the digests differ")
     return tensors | {other: tensors[name].clone() for other, name in tied.items()}, replica

@@ -39,7 +39,7 @@ from hosfl.lattice import LatticeError
 from hosfl.log import EpochRecord, Log, LogError, RoundRecord
 from hosfl.memory import HALVES, client_memory, over_bound
 from hosfl.report import Evaluation, metric
-from hosfl.simulate import Faults, simulate
+from hosfl.simulate import LIES, Faults, simulate
 from hosfl.split import cut_points
 from hosfl.study import State, load_study, run_study
 from hosfl.study_report import report
@@ -102,7 +102,8 @@ FAULTS = {
     "delay": "mean seconds that a message travels; nothing really waits (default: %(default)s)",
     "deadline": "seconds for each of a round's two exchanges (default: %(default)s)",
     "byzantine": "share of clients that lie (default: %(default)s)",
-    "magnitude": "how many times too large liars' scalars are (default: %(default)s)",
+    "lies": f"what they lie about, with commas between: {', '.join(LIES)} (default: %(default)s)",
+    "magnitude": "how many times too large liars' scalars and scaled cuts are (default: %(default)s)",
     "damage": "share of messages in which a bit flips (default: %(default)s)",
     "crash_every": "mean rounds between two deaths of the server; 0: never (default: %(default)s)",
 }

@@ -522,7 +522,8 @@ class _History:
             self.epochs.append((record.epoch, record.round))
             del self.rounds[record.round :]
             self.lattices = [(round, quantum) for round, quantum in self.lattices if round < record.round]
-            self.digests = {round: digest for round, digest in self.digests.items() if round <= record.round}
+            while self.digests and next(reversed(self.digests)) > record.round:  # they lie in the order of rounds
+                self.digests.popitem()
         self.records.append(record)
 
 

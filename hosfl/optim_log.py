@@ -374,8 +374,8 @@ def _chapter(
     for put in _sequence(values["puts"], f"{what}: puts"):
         quantum, listed = _items(put, 2, f"{what}: a put")
         numbers = _numbers(listed, f"{what}: a put", parameters, ("torch.float32",))
-        exponent = math.frexp(check_power_of_two(quantum, f"{what}: quantum"))[1] - 1
-        check_integer(exponent, f"{what}: the quantum's exponent", *EXPONENTS)
+        quantum = check_power_of_two(quantum, f"{what}: quantum")
+        check_integer(Lattice(quantum).exponent, f"{what}: the quantum's exponent", *EXPONENTS)
         puts.append((quantum, numbers))
         lattices.update(dict.fromkeys(numbers, quantum))
     dtypes = ("torch.float32",) if exact else MOVING

@@ -17,7 +17,7 @@ from torch import Tensor
 from hosfl.lattice import Lattice, LatticeError, spread
 from hosfl.log import EXPONENTS
 from hosfl.messages import MessageError, PoolMoves, Records
-from hosfl.seeds import Purpose, direction_seeds, pool_seeds, round_seed
+from hosfl.seeds import Purpose, direction_seeds, pool_seed, pool_seeds, round_seed
 from hosfl_kernels import SGD, AdamW, replay_, update_
 
 Rule = SGD | AdamW
@@ -78,8 +78,8 @@ class Run:
         """The seeds of the P directions of a round."""
         if self.pool is None:
             return direction_seeds(self.seed, round, self.directions)
-        seeds = pool_seeds(self.seed, self.pool.generation(round), self.pool.size)
-        return [seeds[j] for j in self.pool.measured(round, self.directions)]
+        generation = self.pool.generation(round)
+        return [pool_seed(self.seed, generation, j) for j in self.pool.measured(round, self.directions)]
 
 
 def digest(tensors: Iterable[Tensor]) -> bytes:

@@ -11,10 +11,10 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from hosfl.config import Config
 from hosfl.lattice import Lattice, LatticeError
 from hosfl.ledger import SeedReplay
 from hosfl.log import RoundRecord
-from hosfl.messages import Message, Multiplier, Scalars, Wire
+from hosfl.messages import Cut, Message, Multiplier, Scalars, Wire
 from hosfl.report import Evaluation, machine, peak_memory
 from hosfl.seeds import Purpose, generator
 from hosfl.tasks import Task
@@ -53,9 +53,11 @@ class Faults:
     invited clients that turn out to be away, for up to longest_absence rounds. delay: mean seconds that a message
     travels (exponential); deadline: seconds for each of a round's two exchanges; what the server gets after it arrives
     in its next round and is refused.
-    byzantine: the share of clients that send scalars `magnitude` times too large, of either sign. damage: the share of
-    messages in which a bit flips. crash_every: mean rounds between two deaths of the server, at any message or right
-    after a commit; 0: never.
+    byzantine: the share of clients that lie. lies: what about, of `LIES`, with commas between: "labels" (of C classes
+    they say C - 1 - c for c), "random-labels" (any class but the right one), "flipped-cuts" (times -1), "scaled-cuts"
+    (times `magnitude`), "noisy-cuts" (noise of the same size), "flipped-scalars", and "scalars" (times `magnitude`, of
+    either sign). damage: the share of messages in which a bit flips. crash_every: mean rounds between two deaths of the
+    server, at any message or right after a commit; 0: never.
     """
 
     dropout: float = 0.0
@@ -64,6 +66,7 @@ class Faults:
     delay: float = 0.0
     deadline: float = 10.0
     byzantine: float = 0.0
+    lies: str = "scalars"
     magnitude: float = 1e6
     damage: float = 0.0
     crash_every: int = 0
@@ -75,11 +78,18 @@ class Faults:
         for name in ("delay", "deadline", "magnitude"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
+        for lie in self.told:
+            if lie not in LIES:
+                raise ValueError(f"lies are {', '.join(LIES)}, with commas between, got {self.lies!r}")
         for name in ("longest_absence", "crash_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.crash_every == 1:
             raise ValueError("a server that dies in every round never ends one: crash_every is 0, or 2 or more")
+
+    @property
+    def told(self) -> list[str]:
+        return self.lies.split(",")
 
 
 class ServerDied(Exception):
@@ -149,15 +159,61 @@ class UnreliableWire(Wire):
 
 @dataclass
 class ByzantineClient(ZerothOrderClient):
-    """Sends scalars that are `magnitude` times too large, of either sign."""
+    """Does what it should and lies about it. faults: what it lies about. classes: C."""
 
-    magnitude: float = field(kw_only=True)
+    faults: Faults = field(kw_only=True)
+    classes: int = field(kw_only=True)
     random: np.random.Generator = field(kw_only=True)
 
+    def output(self, round: int) -> Cut:
+        return self._lie(super().output(round))
+
     def answer(self, message: Message) -> Scalars:
-        honest = super().answer(message)
-        signs = torch.from_numpy(self.random.choice([-1.0, 1.0], len(honest.scalars)).astype(np.float32))
-        return replace(honest, scalars=honest.scalars * signs * self.magnitude)
+        return self._lie(super().answer(message))
+
+    def _lie(self, honest: AnyMessage) -> AnyMessage:
+        for lie in self.faults.told:
+            about, told = LIES[lie]
+            if hasattr(honest, about):
+                lied: dict[str, Any] = {about: told(honest, self)}
+                honest = replace(honest, **lied)
+        return honest
+
+
+AnyMessage = TypeVar("AnyMessage", Cut, Scalars)
+
+
+def _classes(cut: Cut, liar: ByzantineClient) -> int:
+    """Labels are below it. Two for each sample are places in a text, of which one may be shorter than the longest."""
+    return cut.cut.shape[1] if cut.labels.dim() > 1 else liar.classes
+
+
+def _random_labels(cut: Cut, liar: ByzantineClient) -> Tensor:
+    classes = _classes(cut, liar)
+    others = torch.from_numpy(liar.random.integers(1, max(2, classes), cut.labels.shape).astype(np.int32))
+    return (cut.labels + others.to(cut.labels.device)) % classes
+
+
+def _noise(cut: Cut, liar: ByzantineClient) -> Tensor:
+    noise = torch.from_numpy(liar.random.standard_normal(cut.cut.shape, np.float32)).to(cut.cut.device)
+    return (noise * cut.cut.float().square().mean().sqrt()).to(cut.cut.dtype)
+
+
+def _signed(honest: Scalars, liar: ByzantineClient) -> Tensor:
+    signs = torch.from_numpy(liar.random.choice([-1.0, 1.0], len(honest.scalars)).astype(np.float32))
+    return honest.scalars * signs * liar.faults.magnitude
+
+
+# What a message says, and what a liar says in its place.
+LIES: dict[str, tuple[str, Callable[[Any, ByzantineClient], Tensor]]] = {
+    "labels": ("labels", lambda cut, liar: _classes(cut, liar) - 1 - cut.labels),
+    "random-labels": ("labels", _random_labels),
+    "flipped-cuts": ("cut", lambda cut, liar: -cut.cut),
+    "scaled-cuts": ("cut", lambda cut, liar: cut.cut * liar.faults.magnitude),
+    "noisy-cuts": ("cut", _noise),
+    "flipped-scalars": ("scalars", lambda honest, liar: -honest.scalars),
+    "scalars": ("scalars", _signed),
+}
 
 
 Key = tuple[bytes, Lattice | None]  # SHA-256, and where the weights live: what makes two states the same
@@ -233,7 +289,8 @@ class Crowd(Federation):
                 client.batch,
                 run=client.run,
                 base=client.base,
-                magnitude=self.faults.magnitude,
+                faults=self.faults,
+                classes=self.server.classes,
                 random=self.random,
             )
         if number in self.where and isinstance(client, ZerothOrderClient):
@@ -270,6 +327,7 @@ class Outcome:
     committed rounds that nobody answered. lost, late, damaged: messages; a lost one may be of a client that vanished.
     refusals: messages that the server refused; complaints: that clients did; reasons: of the first of them. differed:
     clients that found their half wrong. deaths: of the server. void: rounds that were run again because of them.
+    provenance: what the run was made of, see `hosfl.provenance`; `faults` are beside it.
     """
 
     rounds: int
@@ -298,6 +356,7 @@ class Outcome:
     seconds: float
     peak_memory: dict[str, int]
     config: dict[str, Any]
+    provenance: dict[str, Any]
     faults: dict[str, Any]
     machine: dict[str, Any]
 
@@ -404,6 +463,7 @@ def _outcome(
     config, server, ledger = crowd.config, crowd.server, crowd.server.ledger
     assert isinstance(ledger, SeedReplay)
     assert ledger.log is not None
+    assert crowd.provenance is not None
     together = crowd.replicas()
     return Outcome(
         rounds=done,
@@ -423,8 +483,8 @@ def _outcome(
         late=crowd.unreliable.overdue,
         damaged=crowd.unreliable.damaged,
         refusals=server.refusals,
-        complaints=len(crowd.complaints),
-        reasons=[*server.refused[:50], *crowd.complaints[:50]],
+        complaints=crowd.complaints,
+        reasons=[*server.refused[:50], *crowd.complained[:50]],
         differed=server.differences,
         deaths=crowd.deaths,
         void=sum(isinstance(record, RoundRecord) for record in ledger.log.records) - done,
@@ -432,6 +492,7 @@ def _outcome(
         seconds=time.perf_counter() - begin,
         peak_memory=peak_memory(),
         config=asdict(config),
+        provenance=asdict(crowd.provenance),
         faults=asdict(crowd.faults),
         machine=machine(),
     )

@@ -52,7 +52,7 @@ from hosfl.provenance import Provenance
 from hosfl.replica import Pool, Replica, Rule, Run
 from hosfl.report import Evaluation, Replicas, Summary, Writer
 from hosfl.seeds import Purpose, round_seed
-from hosfl.server import Server
+from hosfl.server import KEPT, Server
 from hosfl.snapshot import prefixed
 from hosfl.split import SplitModel, dtype_of
 from hosfl.tasks import TASKS, Scores, Task
@@ -71,8 +71,8 @@ class Federation:
     make: a client that has applied nothing, by its number. base: the client half of round 0. observed: the client half
     of the moment, for evaluation. header: of the log, for methods that have one; see `open_log`. provenance: what the
     run is made of. exchanges: cuts that a client sends per round; its answer to all but the last is the
-    next one, and the server numbers them on and on. clients: those made so far. complaints: what clients refused.
-    visits: how many times a client took part.
+    next one, and the server numbers them on and on. clients: those made so far. complained: what clients refused, the
+    first thousand times; complaints: how many there were. visits: how many times a client took part.
     """
 
     config: Config
@@ -83,7 +83,8 @@ class Federation:
     exchanges: int = 1
     wire: Wire = field(default_factory=Wire)
     clients: dict[int, Client] = field(default_factory=dict)
-    complaints: list[str] = field(default_factory=list)
+    complained: list[str] = field(default_factory=list)
+    complaints: int = 0
     visits: int = 0
     header: Header | None = None
     provenance: Provenance | None = None
@@ -125,7 +126,7 @@ class Federation:
         try:
             answer = client.answer(received)
         except MessageError as error:
-            self.complaints.append(f"client {client.number}: {error}")
+            self._complain(client.number, error)
             return None
         return self.up(answer)
 
@@ -144,7 +145,7 @@ class Federation:
                 news = client.catch_up(received)
             except (MessageError, LatticeError) as error:
                 # Moves that fit the server's replica do not fit the client's: its weights are damaged.
-                self.complaints.append(f"client {client.number}: {error}")
+                self._complain(client.number, error)
                 return False
         return True
 
@@ -159,8 +160,13 @@ class Federation:
         try:
             return None if data is None else decode(data)
         except MessageError as error:
-            self.complaints.append(f"client {message.client}: {error}")
+            self._complain(message.client, error)
             return None
+
+    def _complain(self, client: int, error: Exception) -> None:
+        self.complaints += 1
+        if len(self.complained) < KEPT:
+            self.complained.append(f"client {client}: {error}")
 
     def invited(self, round: int) -> list[int]:
         """Who takes part in a round."""
@@ -575,7 +581,7 @@ class _Course:
                 clients=list(federation.clients.values()),
                 visits=federation.visits,
                 passes=federation.server.passes,
-                refused=federation.server.refused + federation.complaints,
+                refused=federation.server.refused + federation.complained,
                 replicas=None if self.failure else federation.replicas(),
                 provenance=federation.provenance,  # type: ignore[arg-type]  # of an assembled one
                 seconds=time.perf_counter() - self.begin,

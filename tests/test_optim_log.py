@@ -211,6 +211,7 @@ WRONG = [
     ("lattice", at("chapters", 0, "puts")({}), "puts must be a list"),
     *(("lattice", at(*PUT)(v), "a put must") for v in (0.5, [0.5], [0.5, [0], 1])),
     *(("lattice", at(*PUT, 0)(v), "quantum must be a") for v in (3.0, 0.0, -0.5, NAN, INF, True, "1", None, 10**400)),
+    ("lattice", at(*PUT, 0)(2**64), "no multiples of the lattice's"),
     *(("lattice", at(*PUT, 0)(v), "the quantum's exponent") for v in (2.0**-150, 2.0**104, 2.0**1023)),
     *(("lattice", at(*PUT, 1)(v), "a number of a parameter must") for v in ([4], [-1], [True], [0.0], ["0"])),
     *(("lattice", at(*PUT, 1)(v), "must name parameters, each once") for v in ([], [0, 0])),
@@ -426,9 +427,9 @@ def nearby(parts, chance):
 
 def elements(parts, chance):
     found = parts.tables[chance.choice([*parts.tables])].view(-1)
-    for _ in range(chance.choice((1, 1, 3)) if len(found) else 0):
+    for _ in range(chance.choice((1, 1, 3)) if len(found) and found.is_floating_point() else 0):
         at = chance.randrange(len(found))
-        found[at] = chance.choice((*NUMBERS, 0.0, 1.0, 8.0, -found[at], found[at] * 2, found[at] / 2))
+        found[at] = chance.choice((*NUMBERS, 0, 1, 8)) if chance.random() < 0.5 else -found[at]
 
 
 def resized(parts, chance):

@@ -369,7 +369,7 @@ def test_random_participation_and_replay_over_200_rounds():
     assert outcome.equal
     assert outcome.clients == 11
     assert outcome.digest != base
-    assert federation.server.refused == federation.complaints == []
+    assert federation.server.refused == federation.complained == []
 
 
 class Troubled(Wire):
@@ -395,8 +395,8 @@ def test_a_client_that_refuses_costs_nobody_else_the_round(kind):
     federation.round(0)
     federation.wire = Troubled(spoil)
     federation.round(1)
-    assert len(federation.complaints) == 1
-    assert "client 1" in federation.complaints[0]
+    assert len(federation.complained) == 1
+    assert "client 1" in federation.complained[0]
     assert federation.server.ledger.records[1].participants == (0, 2)
     assert federation.server.refused == []
 
@@ -407,7 +407,7 @@ def test_a_client_with_damaged_weights_does_not_end_the_run():
     with torch.no_grad():
         federation.clients[1].parameters[0].view(-1)[0] = 1e30
     federation.round(1)
-    assert "beyond" in federation.complaints[0]
+    assert "beyond" in federation.complained[0]
     assert federation.server.ledger.records[1].participants == (0, 2)
 
 

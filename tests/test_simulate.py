@@ -12,10 +12,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from hosfl import trainer
 from hosfl.checkpoint import rebuild, run_of
 from hosfl.cli import main
 from hosfl.client import ZerothOrderClient
@@ -25,7 +27,7 @@ from hosfl.ledger import to_records
 from hosfl.log import EpochRecord, Log, RoundRecord
 from hosfl.messages import Cut, Message, Multiplier, Scalars, Wire
 from hosfl.replica import Replica, digest
-from hosfl.simulate import SMALLEST_SHARD, Crowd, Faults, Outcome, State, UnreliableWire, simulate
+from hosfl.simulate import LIES, SMALLEST_SHARD, Crowd, Faults, Outcome, State, UnreliableWire, simulate
 from hosfl.trainer import assemble, evaluate, train
 from hosfl_kernels import cpu
 from hosfl_kernels.ops import BACKENDS
@@ -356,6 +358,78 @@ def test_liars_are_as_many_and_lie_as_much_as_they_should(tmp_path: Path) -> Non
             assert torch.equal(answers[number].abs(), honest[number].abs() * factor)
 
 
+def told(lies: str, folder: Path, **settings: Any) -> tuple[Cut, Scalars]:
+    """What client 0 sends in round 0, whose multiplier is of an honest cut."""
+    crowd = make_crowd(small(**settings), Faults(byzantine=1.0, lies=lies, magnitude=64.0), folder)
+    client, honest = crowd.take(0), crowd.make(0)
+    cut = client.output(0)
+    multipliers, _ = crowd.server.step(0, [honest.output(0)])
+    answer = client.answer(multipliers[0])
+    assert isinstance(answer, Scalars)
+    crowd.close()
+    return cut, answer
+
+
+def test_liars_lie_about_what_they_are_to_and_nothing_else(tmp_path: Path) -> None:
+    plain, plain_answer = told("flipped-scalars", tmp_path / "honest", dtype="bfloat16")
+    honest = plain_answer.scalars * -1
+    lied = {lies: told(lies, tmp_path / lies, dtype="bfloat16") for lies in LIES}
+    lied["all"] = told("labels,flipped-cuts,scaled-cuts,flipped-scalars", tmp_path / "all", dtype="bfloat16")
+    for lies, (cut, answer) in lied.items():
+        assert (cut.cut.dtype, cut.labels.dtype, answer.scalars.dtype) == (torch.bfloat16, torch.int32, torch.float32)
+        assert torch.equal(cut.cut, plain.cut) == (lies not in ("flipped-cuts", "scaled-cuts", "noisy-cuts", "all"))
+        assert torch.equal(cut.labels, plain.labels) == (lies not in ("labels", "random-labels", "all"))
+        assert torch.equal(answer.scalars, honest) == (lies not in ("scalars", "flipped-scalars", "all"))
+    assert torch.equal(lied["labels"][0].labels, 9 - plain.labels)
+    random = lied["random-labels"][0].labels
+    assert (random != plain.labels).all()
+    assert ((random >= 0) & (random < 10)).all()
+    assert len(set((random - plain.labels).tolist())) > 3
+    assert torch.equal(lied["flipped-cuts"][0].cut, -plain.cut)
+    assert torch.equal(lied["scaled-cuts"][0].cut, 64 * plain.cut)
+    noise = lied["noisy-cuts"][0].cut.float()
+    assert 0.9 < float(noise.square().mean() / plain.cut.float().square().mean()) < 1.1
+    assert abs(float(noise.mean())) < 0.05 * float(noise.std())
+    assert torch.equal(lied["all"][0].cut, -64 * plain.cut)
+    assert torch.equal(lied["all"][1].scalars, -honest)
+    assert torch.equal(lied["scalars"][1].scalars.abs(), 64 * honest.abs())
+
+
+def test_false_labels_of_places_in_a_text_lie_in_it() -> None:
+    liar: Any = type("Liar", (), {"classes": 384, "random": np.random.default_rng(0)})
+    labels = torch.tensor([[0, 6], [3, 4]], dtype=torch.int32)
+    cut = Cut(client=0, round=0, epoch=0, cut=torch.zeros(2, 7, 5), labels=labels)
+    assert LIES["labels"][1](cut, liar).tolist() == [[6, 0], [3, 2]]
+    for _ in range(20):
+        false = LIES["random-labels"][1](cut, liar)
+        assert (false != labels).all()
+        assert ((false >= 0) & (false < 7)).all()
+
+
+@pytest.mark.parametrize("lies", [lies for lies in LIES if lies != "scalars"])
+def test_all_but_vast_lies_are_taken_for_the_truth(lies: str, tmp_path: Path) -> None:
+    outcome = simulate(small(rounds=5), Faults(byzantine=0.3, lies=lies, magnitude=10.0), tmp_path)
+    assert outcome.refusals == 0
+    assert outcome.equal
+
+
+def test_a_simulation_says_what_it_was_made_of(tmp_path: Path) -> None:
+    config = small(rounds=2)
+    simulate(config, Faults(), tmp_path)
+    written = json.loads((tmp_path / "simulation.json").read_text())
+    provenance = assemble(config, SMALLEST_SHARD)[0].provenance
+    assert provenance is not None
+    provenance.check(written["provenance"], "the simulation")
+    assert len(provenance.log) == 64
+
+
+def test_complaints_are_kept_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "KEPT", 3)
+    outcome = simulate(small(rounds=10), Faults(damage=0.5))
+    assert outcome.complaints > 3
+    assert len([reason for reason in outcome.reasons if "client" in reason[:6]]) <= 3
+
+
 def test_every_damaged_message_is_found() -> None:
     outcome = simulate(small(rounds=10), Faults(damage=0.2))
     assert outcome.damaged > 10
@@ -562,6 +636,8 @@ def test_validation_data_are_for_choosing(tmp_path: Path) -> None:
         ("dropout", 1.5, "dropout is a share, from 0 to 1"),
         ("absence", -0.1, "absence is a share"),
         ("byzantine", float("nan"), "byzantine is a share"),
+        ("lies", "", "lies are labels, random-labels"),
+        ("lies", "labels,cuts", "lies are labels, random-labels"),
         ("damage", 2, "damage is a share"),
         ("delay", -1, "delay must be finite and not negative"),
         ("deadline", float("nan"), "deadline must be finite"),
@@ -571,7 +647,7 @@ def test_validation_data_are_for_choosing(tmp_path: Path) -> None:
         ("crash_every", 1, "dies in every round"),
     ],
 )
-def test_wrong_faults(knob: str, value: float, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_faults(knob: str, value: float | str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(ValueError, match=message):
         Faults(**{knob: value})
     with pytest.raises(SystemExit) as ended:
