@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hosfl.aggregate import Aggregation, RunningLength, clip_to_norm, to_lattice, weighted_mean
+from hosfl.aggregate import Aggregation, RunningLength, clip_to_norm, shrinking, to_lattice, weighted_mean
 from hosfl.lattice import Lattice, spread
 from hosfl.log import DigestRecord, EpochRecord, Log, LogError, Packed, RoundRecord
 from hosfl.messages import Differs, Gradient, Hello, MessageError, PoolMoves, Records, Scalars, Trained, Weights
@@ -364,13 +364,14 @@ class WholeWeights:
 class GradientAverage(WholeWeights):
     """First-order split learning: clients send gradients, and the weights take a step with their average.
 
-    optimizer: of the weights. length, aggregation: as in SeedReplay.
+    optimizer: of the weights. length: as in FreshStep; aggregation, clip: as in SeedReplay.
     """
 
     optimizer: torch.optim.Optimizer
     rate: Rate
     length: RunningLength | None = None
     aggregation: Aggregation = weighted_mean
+    clip: float | None = None
     expects = Gradient
 
     def check(self, message: Gradient) -> None:
@@ -383,7 +384,10 @@ class GradientAverage(WholeWeights):
     def commit(self, round: int, answers: Sequence[Gradient], weights: Sequence[float]) -> None:
         """One step of the optimizer with the averaged gradient."""
         if answers:
-            mean = self.aggregation([a.gradient for a in answers], weights)
+            values = [a.gradient for a in answers]
+            if self.clip is not None:
+                values = [v * shrinking([v], self.clip) for v in values]
+            mean = self.aggregation(values, weights)
             rate = step_size(self.rate, self.length, round, float(mean.square().sum()))
             descend(self.weights, mean, self.optimizer, rate)
         self.rounds = round + 1

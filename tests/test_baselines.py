@@ -217,21 +217,21 @@ def test_splitfed_is_local_sgd_and_a_mean_by_samples():
         group.update(lr=0.03, weight_decay=federation.server.optimizer.param_groups[0]["weight_decay"])
     halves = [copy.deepcopy(federation.base) for _ in range(4)]
     batches = [federation.make(m).batch for m in range(4)]
+    samples = torch.tensor([float(len(batch(0)[1])) for batch in batches])
+    assert len(set(samples.tolist())) > 1
     for round in range(2):
         for step in range(3):
             optimizer.zero_grad()
-            for half, batch in zip(halves, batches, strict=True):
+            for half, batch, share in zip(halves, batches, samples / samples.sum(), strict=True):
                 x, y = batch(3 * round + step)
                 loss = task.loss(server(half(x)), y)
                 weights = trainable(half)[0]
                 own = torch.autograd.grad(loss, weights, retain_graph=True)
-                (loss / 4).backward(inputs=list(server.parameters()))
+                (loss * share).backward(inputs=list(server.parameters()))
                 with torch.no_grad():
                     for weight, gradient in zip(weights, own, strict=True):
                         weight -= 0.05 * gradient
             optimizer.step()
-        samples = torch.tensor([float(len(batch(0)[1])) for batch in batches])
-        assert len(set(samples.tolist())) > 1
         mean = (samples[:, None] * torch.stack([flat(half) for half in halves])).sum(0) / samples.sum()
         for half in halves:
             load_vector(mean, trainable(half)[0])
