@@ -83,6 +83,8 @@ class Config:
     differences, the paper's; "two-sided" ones; "forward" mode, which has no step; or "backward", one backward pass.
     microbatch: samples that a client which backpropagates takes together, 0 for all; fewer need less memory.
     server_rate, client_rate, server_decay: learning rates, and weight decay of the server half; None: the task's tuned.
+    client_rate is of the mean over the P directions, fresh or of a pool: one direction moves by client_rate / P times
+    its scalar.
     rule: of the client half: "sgd"; "normalized", SGD with the rate over the running length of the gradient;
     "momentum" (0.9); "adamw" (0.9, 0.999). With a pool the server applies it to the pool's coefficients. With fresh
     directions momentum and AdamW keep moments on every client, and the half leaves the lattice.

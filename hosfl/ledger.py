@@ -77,7 +77,8 @@ class FreshStep:
 class PoolStep:
     """A pool: the client half is base + sum_j a_j u_j, and the server trains a with any torch.optim optimizer.
 
-    d loss / d a_j = <g, u_j>, which is what the clients measure. Only the coefficients measured in a round move, each
+    d loss / d a_j = <g, u_j>, which is what the clients measure. The optimizer's rate is rate / P, so that a plain step
+    is that of fresh directions, -rate / P sum_p vbar_p u_p. Only the coefficients measured in a round move, each
     with its own count of steps. A new generation starts from zeros with a new optimizer. The committed moves are
     multiples of the lattice's quantum, and what rounding leaves over is carried forward.
     """
@@ -100,7 +101,7 @@ class PoolStep:
         rate = step_size(self.rate, self.length, round, float(scalars.square().mean()))
         measured = self.pool.measured(round, self.run.directions)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate / self.run.directions
         for j, scalar in zip(measured, scalars.tolist(), strict=True):
             self.coefficients[j].grad = torch.tensor(scalar, dtype=torch.float64)
         self.optimizer.step()

@@ -49,7 +49,7 @@ def test_each_half_learns_while_the_other_stands_still(method, half, seed, below
     quick = {"rounds": 20, "batch": 32, "clients": 2, "sampled": 2, "local_steps": 2, "schedule": "constant"}
     quick |= {"directions": 30 if method in REPLAYED else 15, "server_decay": 0.0}
     rates = {"server_rate": 1e-30, "client_rate": 1e-30}
-    client = {"checkpointed": 1.0, "splitfed": 0.2, "hosl": 0.5}.get(method, 0.05)
+    client = {"checkpointed": 1.0, "splitfed": 0.2, "hosl": 0.5}.get(method, 1.5)
     rates |= {"client": {"client_rate": client}, "server": {"server_rate": 0.03}}[half]
     federation, task = assemble(Config(method=method, seed=seed, **rates, **quick))
 
