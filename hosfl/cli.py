@@ -81,8 +81,9 @@ HELP = {
     "rule": "the client half's: SGD, with the rate over the gradient's running length, with momentum, or AdamW; with a"
     " pool it acts on the pool's coefficients (default: %(default)s)",
     "schedule": "of both rates; linear falls to zero at the last round (default: %(default)s)",
-    "aggregation": "of the clients' answers (default: %(default)s)",
-    "clip": "the largest length of one client's gradient estimate (default: none)",
+    "aggregation": "of the clients' answers, and of their gradients of the server half (default: %(default)s)",
+    "clip": "the largest length of one client's gradient of the client half, as estimated (default: none)",
+    "server_clip": "the largest length of one client's gradient of the server half (default: none)",
     "dtype": "of the client half (default: %(default)s)",
     "partition": "of the data over the clients: for each class, in squad for each article, by shares from a Dirichlet"
     " distribution; or at random in equal parts (default: %(default)s)",
