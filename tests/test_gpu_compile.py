@@ -22,7 +22,7 @@ from typing import NamedTuple
 import pytest
 import triton
 
-from hosfl_kernels.gpu.launch import variants
+from hosfl_kernels.gpu.launch import TRITON, variants
 
 CAPABILITIES = (80, 90)
 NAMES = sorted(variants())
@@ -59,6 +59,10 @@ BUDGET = {
     "project-gaussian-bfloat16": 51.5,
     "project-gaussian-float16": 51.5,
 }
+
+# Before Triton 3.6 the square root flushes subnormal arguments, and there are none: those of normal numbers are 0 or above
+# 2^-24, for AdamW's see update.py. The division would flush results too.
+ROOT, QUOTIENT = ("sqrt.rn.ftz.f32", "div.rn.f64") if TRITON < (3, 6) else ("sqrt.rn.f32", "div.rn.f32")
 
 # Triton 3.7 makes most products of Philox's rounds by two instructions, IMAD.HI and IMAD, where 3.6, 3.8 and 3.9 make
 # them by one, IMAD.WIDE.
@@ -270,13 +274,13 @@ def test_every_float_operation_is_one_rounding_to_nearest(code: Code) -> None:
     arithmetic = r"\b(?:add|sub|mul|fma|mad|div|sqrt|rsqrt|rcp|ex2|lg2|sin|cos|tanh)\.\S*f(?:16|32|64)\S*"
     operations = set(re.findall(arithmetic, code.ptx))
     assert operations or code.name == "noise-rademacher"
-    allowed = {"add.rn.f32", "sub.rn.f32", "mul.rn.f32", "sqrt.rn.f32"}
+    allowed = {"add.rn.f32", "sub.rn.f32", "mul.rn.f32", ROOT}
     if "adamw" in code.name:
-        allowed |= {"div.rn.f32"}
+        allowed |= {QUOTIENT}
     if code.name.startswith("project"):  # the factor, times a tile's sum
         allowed |= {"mul.rn.f64"}
     assert operations <= allowed
-    assert not re.search(r"\.ftz|\.approx", code.ptx)
+    assert not re.search(r"\.ftz|\.approx", code.ptx.replace(ROOT, ""))
 
 
 @pytest.mark.parametrize("code", WIDE, indirect=True)
