@@ -632,18 +632,27 @@ def test_groups_have_settings_of_their_own(case, tmp_path):
     mine |= {"decay": 0.5} if cls is ZONormalizedSGD else {}
     assert mine.keys() == {*cls.settable}
 
-    def both(model):
-        first, second = (list(model[i].named_parameters(prefix=str(i))) for i in (0, 2))
-        return [{"params": first}, {"params": second, **mine}]
-
-    run, alone = Run(case, both), Run(case, lambda model: [{**group, **mine} for group in both(model)])
-    for r in (run, alone):
-        r.optimizer.model = r.model  # off the lattice all of them
+    def trained(of_first, of_second):
+        run = Run(
+            case,
+            lambda model: [
+                {"params": list(model[i].named_parameters(prefix=str(i))), **own}
+                for i, own in ((0, of_first), (2, of_second))
+            ],
+        )
+        run.optimizer.model = run.model  # off the lattice all of them
         scalars = iter(np.random.default_rng(0).normal(size=100))
         for _ in range(3):
-            r.optimizer.step(lambda r=r, scalars=scalars: (r.model(torch.ones(1, 3, dtype=dtype)), next(scalars))[1])
+            run.optimizer.step(lambda: (run.model(torch.ones(1, 3, dtype=dtype)), next(scalars))[1])
+        return run
+
+    run, alone = trained({}, mine), trained(mine, mine)
     assert same(run.weights[2:], alone.weights[2:])
     assert not torch.equal(run.weights[0], alone.weights[0])
+    for name in mine:
+        without = trained({}, {key: value for key, value in mine.items() if key != name})
+        # Of normalised steps the size of a measurement's move is no matter.
+        assert torch.equal(run.weights[2], without.weights[2]) == (name == "mu" and cls is ZONormalizedSGD)
     run.optimizer.log.save(tmp_path / "log")
     rebuild(run.base, tmp_path / "log")
     assert same(list(run.base.parameters()), run.weights)
