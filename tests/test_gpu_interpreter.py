@@ -210,8 +210,8 @@ def test_both_quotients_are_rounded_to_nearest() -> None:
     large = random.random(n) * 2.0 ** random.integers(0, 40, n)
     ties = (random.integers(0, 2**10, n) * 2 + 1) * 2.0**-150 * 2.0**20
     near = [np.nextafter(ties.astype(np.float32), np.float32(to)) for to in (0, 1)]
-    a = torch.from_numpy(np.concatenate([a, small, ties, *near]).astype(np.float32)).to(DEVICE)
-    b = torch.from_numpy(np.concatenate([b, large, *[np.full(n, 2.0**20)] * 3]).astype(np.float32)).to(DEVICE)
+    a = torch.from_numpy(np.concatenate([a, *(x.astype(np.float32) for x in (small, ties, *near))])).to(DEVICE)
+    b = torch.from_numpy(np.concatenate([b, large.astype(np.float32), np.full(3 * n, 2.0**20, np.float32)])).to(DEVICE)
     found = torch.zeros(2, len(a), device=DEVICE)
     with np.errstate(all="ignore"):
         divide[(len(a) // 1024,)](a, b, found, len(a), WIDTH=1024)

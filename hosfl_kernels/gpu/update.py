@@ -39,8 +39,13 @@ def quotient64(a, b):
     return (a.to(tl.float64) / b.to(tl.float64)).to(tl.float32)
 
 
-# a / b, rounded to nearest. Before Triton 3.6 div_rn flushes subnormal numbers to zero.
-quotient = quotient64 if TRITON < (3, 6) else tl.div_rn
+FLUSHES = tl.constexpr(TRITON < (3, 6))
+
+
+@triton.jit
+def quotient(a, b):
+    """a / b, rounded to nearest. Before Triton 3.6 div_rn flushes subnormal numbers to zero."""
+    return quotient64(a, b) if FLUSHES else tl.div_rn(a, b)
 
 
 @triton.jit(do_not_specialize=["table", "row_of_program", "records", "rounds", "directions"])
