@@ -4,7 +4,7 @@ VENV ?= .venv
 OUT ?= runs/digits
 BIN := $(VENV)/bin
 
-.PHONY: train test test-slow test-learning bench tune studies results lint wheel gcc11 clean
+.PHONY: train test test-slow test-learning pair bench tune studies results lint wheel gcc11 clean
 
 # The main job: HO-SFL, first-order split learning and a frozen client on real digits, three seeds, one table.
 # The models are tiny: one thread is fastest.
@@ -28,6 +28,16 @@ test-learning: $(VENV)/ready
 	    env $$set $(BIN)/python -m pytest -m "learning and not slow" --seeds 5 --threads $$threads $(OPTIONS) || exit 1; \
 	  done; \
 	done
+
+# What depends on torch and Triton, with a pair of them in an environment of its own: make pair TORCH=2.14.1 TRITON=3.8.0.
+# The pairs are in the README. Where the index has wheels with CUDA only, PIP_EXTRA_INDEX_URL names another.
+PAIR = .venv-pairs/torch-$(TORCH)-triton-$(TRITON)
+PAIR_TESTS := spec ops update register check gpu_interpreter gpu_compile
+pair:
+	@test "$(TORCH)" -a "$(TRITON)" || (echo "name both: make pair TORCH=2.14.1 TRITON=3.8.0"; exit 2)
+	test -x $(PAIR)/bin/python || $(PYTHON) -m venv $(PAIR)
+	$(PAIR)/bin/python -m pip install --quiet torch==$(TORCH) triton==$(TRITON) -e . pytest pytest-timeout hypothesis
+	$(PAIR)/bin/python -m pytest $(PAIR_TESTS:%=tests/test_%.py) $(OPTIONS)
 
 # Throughput and memory of the kernels against their roof and their peers; steps of the optimizers beside MeZO's.
 bench: $(VENV)/ready

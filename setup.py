@@ -1,4 +1,5 @@
-"""Builds the C++ extension, and with HOSFL_CUDA=1 the CUDA one. All else about the package is in pyproject.toml.
+"""Builds the C++ extension, and with HOSFL_CUDA=1 the CUDA one. All else about the package is in pyproject.toml,
+but for the description, which is the README with links that hold elsewhere.
 
 The extensions take addresses and sizes: they include no torch header, link no libtorch, and one build serves every
 torch release. One build also serves every x86-64 processor: csrc/kernels_*.cpp compile the same loops for three
@@ -8,6 +9,7 @@ HOSFL_CUDA=1 needs nvcc on the PATH (CUDA 12.8 or later, which knows sm_100), an
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -50,6 +52,21 @@ class BuildWithNvcc(build_ext):
         subprocess.run([*command, *extension.sources, "-o", target], check=True)
 
 
+def long_description():
+    """README.md with absolute links, to this version's tag: an index of packages shows it alone."""
+    project = Path("pyproject.toml").read_text(encoding="utf-8")
+    source, version = (re.search(rf'^{key} = "(.*)"$', project, re.MULTILINE)[1] for key in ("Source", "version"))
+
+    def absolute(link):
+        is_picture, text, target = link.groups()
+        view = "raw" if is_picture else "blob"
+        page = f"README.md{target}" if target.startswith("#") else target
+        return f"{is_picture}[{text}]({source}/{view}/v{version}/{page})"
+
+    readme = Path("README.md").read_text(encoding="utf-8")
+    return re.sub(r"(!?)\[([^]]*)\]\((?![a-z]+:)([^)]+)\)", absolute, readme)
+
+
 with_cuda = os.environ.get("HOSFL_CUDA") == "1"
 cpp = Pybind11Extension(
     "hosfl_kernels._cpp",
@@ -60,6 +77,8 @@ cpp = Pybind11Extension(
     extra_link_args=["-pthread"],
 )
 setup(
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
     ext_modules=[cpp, CUDA] if with_cuda else [cpp],
     cmdclass={"build_ext": BuildWithNvcc},
     # The same version and another file name, so that both kinds of wheel can lie in one folder; and another folder to

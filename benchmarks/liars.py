@@ -31,6 +31,7 @@ COMMON: dict[str, Any] = {"clients": CLIENTS, "sampled": CLIENTS, "rounds": 400}
 SETTINGS: dict[str, dict[str, Any]] = {
     "weighted": {"aggregation": "weighted"},
     "median": {"aggregation": "median"},
+    "trimmed": {"aggregation": "trimmed"},
 }
 HONEST = "none"
 

@@ -40,16 +40,16 @@ ADAM_POOL = {**POOL, "rule": "adamw", "direction_scale": "rms", "pool_size": 128
 WAYS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "ho, fresh": (FRESH, (0.1, 0.2, 0.4)),
     "ho, fresh, P=2": ({**FRESH, "directions": 2}, (0.1, 0.2, 0.4)),
-    "ho, pool": (POOL, (0.02, 0.04, 0.08)),
-    "ho, pool, P=2": ({**POOL, "directions": 2}, (0.05, 0.1, 0.2)),
-    "ho, rolling pool, Adam": (ADAM_POOL, (0.01, 0.02, 0.04)),
-    "ho, rolling pool, Adam, P=2": ({**ADAM_POOL, "directions": 2}, (0.01, 0.02, 0.04)),
+    "ho, pool": (POOL, (0.1, 0.2, 0.4)),
+    "ho, pool, P=2": ({**POOL, "directions": 2}, (0.1, 0.2, 0.4)),
+    "ho, rolling pool, Adam": (ADAM_POOL, (0.05, 0.1, 0.2)),
+    "ho, rolling pool, Adam, P=2": ({**ADAM_POOL, "directions": 2}, (0.02, 0.04, 0.08)),
     "ho, preset paper": (PRESETS["paper"], (0.003, 0.006, 0.012)),
     "first-order": ({"method": "first-order"}, (0.5, 1.0, 2.0)),
     "splitfed": ({"method": "splitfed"}, (0.2, 0.4, 0.8)),
     "hosl": ({"method": "hosl"}, (0.1, 0.2, 0.4)),
-    "zo-both": ({"method": "zo-both"}, (0.02, 0.04, 0.08)),
-    "mu-splitfed": ({"method": "mu-splitfed"}, (0.02, 0.04, 0.08)),
+    "zo-both": ({"method": "zo-both"}, (0.1, 0.2, 0.4)),
+    "mu-splitfed": ({"method": "mu-splitfed"}, (0.1, 0.2, 0.4)),
 }
 
 Trial = dict[str, Any]

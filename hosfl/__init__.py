@@ -1,5 +1,7 @@
 """HO-SFL: fine-tune split models whose clients cannot afford backpropagation (Chen et al., arXiv 2603.14773)."""
 
+from importlib.metadata import version
+
 from hosfl.chain import CutError
 from hosfl.checkpoint import rebuild
 from hosfl.client import Client, FirstOrderClient, ZerothOrderClient
@@ -13,6 +15,8 @@ from hosfl.report import Evaluation, Summary
 from hosfl.server import Server
 from hosfl.split import SplitModel, cut_points, split
 from hosfl.trainer import train
+
+__version__ = version("hosfl")
 
 __all__ = [
     "Client",

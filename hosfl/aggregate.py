@@ -1,7 +1,8 @@
-"""From the clients' scalars to one estimate: plain functions.
+"""From what K clients say to one step: plain functions, the same for both halves.
 
 An aggregation takes one vector per client, float32 [n] each, and the clients' weights (numbers of samples), and gives
-float64 [n]. ghat = (1/P) sum_p vbar_p u_p, vbar being the aggregate of the clients' scalars.
+float64 [n]. Client half: ghat = (1/P) sum_p vbar_p u_p, vbar being the aggregate of the clients' scalars. Server half:
+the aggregate of its gradients, one of each client.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from hosfl.seeds import Purpose, round_seed
 from hosfl_kernels import derive
 
 Aggregation = Callable[[Sequence[Tensor], Sequence[float]], Tensor]
+Pieces = Sequence[Tensor | None]  # one client's vector in pieces; None where it has none, which is as good as zeros
 
 
 def weighted_mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
@@ -64,16 +66,77 @@ def clip_to_norm(values: Sequence[Tensor], largest: float, dimension: float) -> 
     return clipped
 
 
+def shrinking(pieces: Pieces, largest: float) -> float:
+    """The factor that takes one client's gradient, in pieces, to the length `largest` where it is longer; else 1."""
+    length = math.sqrt(sum(float(p.double().square().sum()) for p in pieces if p is not None))
+    return largest / length if length > largest else 1.0
+
+
 AGGREGATIONS: dict[str, Aggregation] = {
     "weighted": weighted_mean,
     "uniform": uniform_mean,
     "median": median,
     "trimmed": trimmed_mean,
 }
+# A client's share of those that are means, from its weight.
+SHARES: dict[Aggregation, Callable[[float], float]] = {weighted_mean: float, uniform_mean: lambda weight: 1.0}
 
 
 def _stack(values: Sequence[Tensor]) -> Tensor:
     return torch.stack([v.double() for v in values])
+
+
+class Summed:
+    """A mean of the clients' vectors, in the memory of one of them. share: a client's, from its weight."""
+
+    def __init__(self, share: Callable[[float], float]) -> None:
+        self.share, self.total = share, 0.0
+        self.sums: list[Tensor | None] = []
+
+    def add(self, pieces: Pieces, weight: float) -> None:
+        share = self.share(weight)
+        self.total += share
+        before = self.sums or [None] * len(pieces)
+        self.sums = [_plus(s, p, share) for s, p in zip(before, pieces, strict=True)]
+
+    def result(self) -> list[Tensor | None]:
+        """The mean; None where nobody had a piece. To be called once, at the end."""
+        return [None if s is None else s.div_(self.total) for s in self.sums]
+
+
+def _plus(total: Tensor | None, piece: Tensor | None, share: float) -> Tensor | None:
+    if piece is None:
+        return total
+    return piece * share if total is None else total.add_(piece, alpha=share)
+
+
+class Kept:
+    """Any aggregation of the clients' vectors. Keeps all K of them until the end, then goes over them by pieces."""
+
+    def __init__(self, aggregation: Aggregation) -> None:
+        self.aggregation = aggregation
+        self.rows: list[Pieces] = []
+        self.weights: list[float] = []
+
+    def add(self, pieces: Pieces, weight: float) -> None:
+        self.rows.append(pieces)
+        self.weights.append(weight)
+
+    def result(self) -> list[Tensor | None]:
+        return [self._aggregate(column) for column in zip(*self.rows, strict=True)]
+
+    def _aggregate(self, column: Pieces) -> Tensor | None:
+        like = next((p for p in column if p is not None), None)
+        if like is None:
+            return None
+        flat = [torch.zeros_like(like).reshape(-1) if p is None else p.reshape(-1) for p in column]
+        return self.aggregation(flat, self.weights).view_as(like).to(like.dtype)
+
+
+def gathered(aggregation: Aggregation) -> Summed | Kept:
+    """Nothing as yet of what is to be aggregated so."""
+    share = SHARES.get(aggregation)
+    return Kept(aggregation) if share is None else Summed(share)
 
 
 @dataclass

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from hosfl.aggregate import RunningLength
+from hosfl.aggregate import RunningLength, clip_to_norm, gathered
 from hosfl.client import FirstOrderClient, ZerothOrderClient, load_vector
 from hosfl.displaced import Displacement, Inputs, casts_forgotten, displaced, evaluate_displaced, refuse_writers
 from hosfl.ledger import OptimizerFactory, Rate, SeedReplay, descend, step_size
@@ -315,17 +315,16 @@ class ZerothOrderServer(LossServer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._heard: dict[int, Cut] = {}
+        self._heard: list[Cut] = []
         self._measured: list[Message] = []
 
     def step(self, round: int, cuts: Sequence[Message]) -> tuple[dict[int, Message], float]:
-        self._heard, self._measured = {}, []
+        self._heard, self._measured, self._number = [], [], round * self.steps
         answers, loss = super().step(round, cuts)
-        for again in range(round * self.steps + 1, (round + 1) * self.steps):
-            self.optimizer.zero_grad()
-            learnt = sum(self._estimate(again, message) for message in self._heard.values())
-            if learnt:
-                self._take_step(learnt)
+        for number in range(round * self.steps + 1, (round + 1) * self.steps):
+            self._number = number
+            if sum(map(self._estimate, self._heard)):
+                self._take_step()
         return answers, loss
 
     def _learn(self, round: int, message: Cut) -> tuple[Message | None, float]:
@@ -333,29 +332,41 @@ class ZerothOrderServer(LossServer):
         assert isinstance(self.ledger, SeedReplay)
         base, *rest = self._losses(message, [message.cut, *message.displaced])
         scalars = slopes(torch.stack(rest), base, self.ledger.mirror.mu, self.two_sided).float()
-        if not self._estimate(round * self.steps, message):
+        if not self._estimate(message):
             raise MessageError("a cut whose losses at moved weights are infinite or NaN")
-        self._heard[message.client] = message
+        self._heard.append(message)
         self._measured.append(Scalars(client=message.client, round=round, epoch=self.epoch, scalars=scalars))
         return None, float(base)
 
-    def _estimate(self, number: int, message: Cut) -> bool:
-        """Add the server half's gradient, as estimated from one client's cut; False, and nothing, if there is none."""
+    def _seeds(self) -> tuple[int, ...]:
+        """The step's directions, which are the same for all clients: so that P numbers are one's gradient."""
+        return direction_seeds(self.seed, self._number, self.directions, Purpose.SERVER)
+
+    def _estimate(self, message: Cut) -> bool:
+        """Gather the server half's slopes, as measured with one client's cut; False, and nothing, if there are none."""
         parameters, streams = trainable(self.half)
-        seeds = direction_seeds(self.seed, number, self.directions, Purpose.SERVER)
         steps = (self.mu, -self.mu) if self.two_sided else (self.mu,)
-        moves = [Displacement(parameters, streams, seed, step, self.dist) for seed in seeds for step in steps]
+        moves = [Displacement(parameters, streams, seed, step, self.dist) for seed in self._seeds() for step in steps]
         try:
             base, *rest = self._losses(message, [message.cut], [None, *moves])
         except MessageError:
             return False
-        coefficients = slopes(torch.stack(rest), base, self.mu, self.two_sided) / self.directions
-        for p in parameters:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p, memory_format=torch.contiguous_format)
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        replay_(gradients, seeds, coefficients.tolist(), dist=self.dist, streams=streams)
+        found = [slopes(torch.stack(rest), base, self.mu, self.two_sided)]
+        if self.clip is not None:
+            found = clip_to_norm(found, self.clip, sum(p.numel() for p in parameters))
+        self._gathered.add(found, len(message.cut) / self.batch)
         return True
+
+    def _take_step(self) -> None:
+        """One step along the directions by the slopes that are gathered."""
+        (found,), self._gathered = self._gathered.result(), gathered(self.aggregation)
+        assert found is not None
+        parameters, streams = trainable(self.half)
+        gradients = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in parameters]
+        replay_(gradients, self._seeds(), (found / self.directions).tolist(), dist=self.dist, streams=streams)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self.optimizer.step()
 
     def commit(self, round: int, answers: Sequence[Message]) -> None:
         """Commit the round with the scalars measured in it; the clients have nothing to answer."""

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from safetensors.torch import save
 from hosfl.checkpoint import load_config, rebuild, write_atomically, write_json
 from hosfl.compare import compare, print_table
 from hosfl.config import CHOICES, METHODS, NEUTRAL, PRESETS, Config
+from hosfl.extras import needed
 from hosfl.families import skeleton
 from hosfl.lattice import LatticeError
 from hosfl.log import EpochRecord, Log, LogError, RoundRecord
@@ -81,8 +83,9 @@ HELP = {
     "rule": "the client half's: SGD, with the rate over the gradient's running length, with momentum, or AdamW; with a"
     " pool it acts on the pool's coefficients (default: %(default)s)",
     "schedule": "of both rates; linear falls to zero at the last round (default: %(default)s)",
-    "aggregation": "of the clients' answers (default: %(default)s)",
-    "clip": "the largest length of one client's gradient estimate (default: none)",
+    "aggregation": "of the clients' answers, and of their gradients of the server half (default: %(default)s)",
+    "clip": "the largest length of one client's gradient of the client half, as estimated (default: none)",
+    "server_clip": "the largest length of one client's gradient of the server half (default: none)",
     "dtype": "of the client half (default: %(default)s)",
     "partition": "of the data over the clients: for each class, in squad for each article, by shares from a Dirichlet"
     " distribution; or at random in equal parts (default: %(default)s)",
@@ -137,6 +140,7 @@ def parser(preset: str | None = None) -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(
         prog="hosfl", description="Fine-tune split models without backpropagation on clients."
     )
+    top.add_argument("--version", action="version", version=f"hosfl {version('hosfl')}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, does: str, to: Any = commands) -> argparse.ArgumentParser:
@@ -343,6 +347,7 @@ def _study(options: argparse.Namespace) -> int:
     if options.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, got {options.jobs}")
     study = load_study(options.file)
+    needed("matplotlib.figure", "a study's page")  # known now, not after the last run
     with _progress(TextColumn("runs"), _TimeLeft()) as (bar, say):
         task = bar.add_task("study", total=None, expected=None, since=time.monotonic())
 

@@ -83,11 +83,16 @@ class Config:
     differences, the paper's; "two-sided" ones; "forward" mode, which has no step; or "backward", one backward pass.
     microbatch: samples that a client which backpropagates takes together, 0 for all; fewer need less memory.
     server_rate, client_rate, server_decay: learning rates, and weight decay of the server half; None: the task's tuned.
+    client_rate is of the mean over the P directions, fresh or of a pool: one direction moves by client_rate / P times
+    its scalar.
     rule: of the client half: "sgd"; "normalized", SGD with the rate over the running length of the gradient;
     "momentum" (0.9); "adamw" (0.9, 0.999). With a pool the server applies it to the pool's coefficients. With fresh
     directions momentum and AdamW keep moments on every client, and the half leaves the lattice.
     schedule: of both rates; "linear" falls to zero at the last round.
-    aggregation: of the clients' answers. clip: the largest length of one client's gradient estimate; None for none.
+    aggregation: of the clients' answers and of their gradients of the server half: "weighted" by samples; "uniform";
+    "median" or "trimmed", which stand a few clients that lie, and keep a gradient of the server half per client.
+    clip, server_clip: the largest length of one client's gradient of the client half, as estimated, and of the server
+    half; None for none.
     trains: which of the client half's parameters move: "all"; "lora", adapters of rank 8 beside all linear layers,
     which peft makes, "lora:2" of rank 2, "lora:2:*.query,*.value" beside some; "biases"; "norms"; or patterns of
     parameters' names, such as "*.query.*,*.value.*".
@@ -128,6 +133,7 @@ class Config:
     schedule: str = "linear"
     aggregation: str = "weighted"
     clip: float | None = None
+    server_clip: float | None = None
     dtype: str = "float32"
     partition: str = "dirichlet"
     alpha: float = 0.5
@@ -156,7 +162,7 @@ class Config:
         for name in ("pool_rounds", "microbatch"):
             if not 0 <= getattr(self, name) < 2**32:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        for name in ("mu", "alpha", "server_rate", "client_rate", "clip"):
+        for name in ("mu", "alpha", "server_rate", "client_rate", "clip", "server_clip"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} must be positive and finite, got {value}")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hosfl.client import Batch
+from hosfl.extras import needed
 from hosfl.families import tokenized
 from hosfl.reading import DataError, Found, Row, classes, table, text_field
 from hosfl.seeds import Purpose, generator
@@ -157,10 +158,8 @@ def digits() -> Splits:
     Standardised by mean and deviation of the training part. The parts are stratified and the same in every run.
     Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998.
     """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    x, y = load_digits(return_X_y=True)
+    train_test_split = needed("sklearn.model_selection", "the task digits").train_test_split
+    x, y = needed("sklearn.datasets", "the task digits").load_digits(return_X_y=True)
     inputs = torch.tensor(x, dtype=torch.float32).reshape(-1, 1, 8, 8)
     inputs = (inputs / 16 - DIGITS_MEAN) / DIGITS_DEVIATION
     labels = torch.tensor(y, dtype=torch.int64)
@@ -213,8 +212,7 @@ def held_out(classes: np.ndarray, most: int | None = None) -> tuple[np.ndarray, 
 
     classes: int [n]; both parts have the same shares of them. Raises DataError for too few samples.
     """
-    from sklearn.model_selection import train_test_split
-
+    split = needed("sklearn.model_selection", "holding samples out for validation").train_test_split
     own, sizes = np.unique(classes, return_counts=True)
     count = len(classes) // 10
     if count < len(own):
@@ -233,7 +231,7 @@ def held_out(classes: np.ndarray, most: int | None = None) -> tuple[np.ndarray, 
             " and one to hold out for validation"
         )
     count = count if most is None else min(count, most)
-    kept, held = train_test_split(np.arange(len(classes)), test_size=count, stratify=classes, random_state=0)
+    kept, held = split(np.arange(len(classes)), test_size=count, stratify=classes, random_state=0)
     return np.sort(kept), np.sort(held)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hosfl.aggregate import Aggregation, RunningLength, clip_to_norm, to_lattice, weighted_mean
+from hosfl.aggregate import Aggregation, RunningLength, clip_to_norm, shrinking, to_lattice, weighted_mean
 from hosfl.lattice import Lattice, spread
 from hosfl.log import DigestRecord, EpochRecord, Log, LogError, Packed, RoundRecord
 from hosfl.messages import Differs, Gradient, Hello, MessageError, PoolMoves, Records, Scalars, Trained, Weights
@@ -77,7 +77,8 @@ class FreshStep:
 class PoolStep:
     """A pool: the client half is base + sum_j a_j u_j, and the server trains a with any torch.optim optimizer.
 
-    d loss / d a_j = <g, u_j>, which is what the clients measure. Only the coefficients measured in a round move, each
+    d loss / d a_j = <g, u_j>, which is what the clients measure. The optimizer's rate is rate / P, so that a plain step
+    is that of fresh directions, -rate / P sum_p vbar_p u_p. Only the coefficients measured in a round move, each
     with its own count of steps. A new generation starts from zeros with a new optimizer. The committed moves are
     multiples of the lattice's quantum, and what rounding leaves over is carried forward.
     """
@@ -100,7 +101,7 @@ class PoolStep:
         rate = step_size(self.rate, self.length, round, float(scalars.square().mean()))
         measured = self.pool.measured(round, self.run.directions)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate / self.run.directions
         for j, scalar in zip(measured, scalars.tolist(), strict=True):
             self.coefficients[j].grad = torch.tensor(scalar, dtype=torch.float64)
         self.optimizer.step()
@@ -364,13 +365,14 @@ class WholeWeights:
 class GradientAverage(WholeWeights):
     """First-order split learning: clients send gradients, and the weights take a step with their average.
 
-    optimizer: of the weights. length, aggregation: as in SeedReplay.
+    optimizer: of the weights. length: as in FreshStep; aggregation, clip: as in SeedReplay.
     """
 
     optimizer: torch.optim.Optimizer
     rate: Rate
     length: RunningLength | None = None
     aggregation: Aggregation = weighted_mean
+    clip: float | None = None
     expects = Gradient
 
     def check(self, message: Gradient) -> None:
@@ -383,7 +385,10 @@ class GradientAverage(WholeWeights):
     def commit(self, round: int, answers: Sequence[Gradient], weights: Sequence[float]) -> None:
         """One step of the optimizer with the averaged gradient."""
         if answers:
-            mean = self.aggregation([a.gradient for a in answers], weights)
+            values = [a.gradient for a in answers]
+            if self.clip is not None:
+                values = [v * shrinking([v], self.clip) for v in values]
+            mean = self.aggregation(values, weights)
             rate = step_size(self.rate, self.length, round, float(mean.square().sum()))
             descend(self.weights, mean, self.optimizer, rate)
         self.rounds = round + 1

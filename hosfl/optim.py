@@ -56,12 +56,15 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -69,6 +72,7 @@ from torch import Tensor, distributed, nn
 from torch.optim.optimizer import ParamsT
 
 from hosfl.aggregate import RunningLength
+from hosfl.conditions import Conditions
 from hosfl.displaced import Displacement, casts_forgotten, displaced, refuse_writers, uninterrupted
 from hosfl.lattice import COARSER, STEPS, Lattice
 from hosfl.optim_log import Row, RunLog, Terms, apply_rule, plain, rebuild, zeros
@@ -79,7 +83,6 @@ from hosfl_kernels import SGD, derive, perturb_, replay_
 __all__ = ["ZOSGD", "RunLog", "ZONormalizedSGD", "rebuild"]
 
 Closure = Callable[[], Any]
-GROUP_SETTINGS = ("lr", "mu", "weight_decay")
 LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 SAMPLE = 16  # elements per tensor that are looked at for writes which torch does not count
 WATCHED_STEPS = 10  # whose losses are looked at for differences that are all 0
@@ -217,9 +220,9 @@ class ZOSGD(torch.optim.Optimizer):
     """Stochastic gradient descent on a gradient estimated from forward passes; see the module for the formula.
 
     Args:
-        params: as for any torch optimizer: tensors, (name, tensor) pairs, or groups with their own lr, mu and
-            weight_decay. float32, bfloat16 or float16, contiguous, on one device. Pass frozen ones too if they may be
-            unfrozen later. Only those that require grad move, where lr is above 0.
+        params: as for any torch optimizer: tensors, (name, tensor) pairs, or groups with their own lr, mu, momentum and
+            weight_decay. float32, bfloat16 or float16, contiguous or in channels_last, on one device. Pass frozen ones
+            too if they may be unfrozen later. Only those that require grad move, where lr is above 0.
         lr: learning rate, 0 or more. A step moves every weight by lr * |v| / sqrt(P) or so, and |v| is about as large
             as the gradient is long: what fits depends on the loss. `ZONormalizedSGD` takes that out.
         mu: how far weights move to be measured, above 0.
@@ -230,7 +233,8 @@ class ZOSGD(torch.optim.Optimizer):
             in their span.
         two_sided: measure at th + mu u and th - mu u, or at th + mu u and once at th.
         dist: "rademacher" (+1 or -1) or "gaussian". Gaussian directions cost the lattice.
-        seed: of all noise, 0 <= seed < 2^64. Runs of the same seed, weights and losses are the same run.
+        seed: of all noise, 0 <= seed < 2^64. Runs of the same seed, weights and losses are the same run. None: drawn
+            from torch's generator, so that `torch.manual_seed` decides; `optimizer.seed` tells it, and the log.
         model: the module that the closure evaluates and that owns `params` (the compiled one, where it is compiled):
             off the lattice its weights are then read only. Also gives the log the parameters' names.
         process_group: where torch.distributed is initialised, losses are averaged over this group (default: all
@@ -238,16 +242,19 @@ class ZOSGD(torch.optim.Optimizer):
             must take every step; where a closure raises on one, the others wait. Pass a group of one to run
             alone. Of sharded parameters it must hold all shards.
 
-    Learning rate schedulers, `state_dict` (a few numbers, and moments), `add_param_group`, copies and pickles (of model
-    and optimizer together; not with a process_group), torch.compile of the model, autocast and closures that loop over
-    micro-batches work as with any optimizer. Where a whole training step is compiled, the optimizer runs as Python
-    within it, and so does its closure but for a model that is compiled itself.
+    Learning rate schedulers (OneCycleLR and CyclicLR set momentum too, unless told `cycle_momentum=False`),
+    `state_dict` (a few numbers, and moments), `add_param_group`, copies and pickles (of model and optimizer together;
+    not with a process_group), torch.compile of the model, autocast and closures that loop over micro-batches work as
+    with any optimizer. Where a whole training step is compiled, the optimizer runs as Python within it, and so does its
+    closure but for a model that is compiled itself.
 
     Raises: ValueError, TypeError.
     """
 
-    # What a state keeps beside torch's groups.
-    kept: tuple[str, ...] = ("seed", "steps", "directions", "pool", "two_sided", "dist", "momentum")
+    # What a parameter group may set, and what a state keeps beside torch's groups.
+    settable: ClassVar[tuple[str, ...]] = ("lr", "mu", "momentum", "weight_decay")
+    kept: ClassVar[tuple[str, ...]] = ("seed", "steps", "directions", "pool", "two_sided", "dist")
+    _more_defaults: Mapping[str, Any] = MappingProxyType({})  # of a subclass
 
     def __init__(
         self,
@@ -261,7 +268,7 @@ class ZOSGD(torch.optim.Optimizer):
         pool: int = 0,
         two_sided: bool = True,
         dist: str = "rademacher",
-        seed: int = 0,
+        seed: int | None = None,
         model: nn.Module | None = None,
         process_group: distributed.ProcessGroup | None = None,
     ) -> None:
@@ -271,25 +278,29 @@ class ZOSGD(torch.optim.Optimizer):
             raise ValueError(f"pool must be 0, or at least the {directions} directions of a step, got {pool!r}")
         if dist not in ("rademacher", "gaussian"):
             raise ValueError(f"dist must be rademacher or gaussian, got {dist!r}")
-        SGD(momentum=momentum)  # checks it
-        derive(seed, 0, 0)
-        self.directions, self.pool, self.momentum = directions, pool, momentum
+        self._drawn, self._agreed = seed is None, False  # and whether all processes have the same
+        self.seed: int = int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if seed is None else seed
+        derive(self.seed, 0, 0)
+        self.directions, self.pool = directions, pool
         self.two_sided, self.dist = bool(two_sided), dist
-        self.seed, self.model, self.process_group = seed, model, process_group
+        self.model, self.process_group = model, process_group
         self.steps = 0
         self._quanta: dict[int, float] = {}  # of the lattices that parameters are on, by number
         self._on_lattice = False  # whether all that moved in the last step was
         self._flat: list[bool] = []  # of the last differences between losses, whether they were 0
         self._half_precision = self._warned = False  # whether the last loss was, and whether we have
+        self._told = ""  # why the log cannot be saved, if that was said
         self._measurement: _Measurement | None = None  # of the step that is to be taken next
         self._forget()
-        super().__init__(params, {"lr": lr, "mu": mu, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "mu": mu, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, **self._more_defaults})
         self._check_model()
         self.log = self._new_log()
 
     def _forget(self) -> None:
         """What is known of the weights from the last step: the next one looks for itself."""
         self._settled: object = None  # what moved, and where it lay
+        self._conditions = Conditions()
         self._versions: dict[int, tuple[int, int]] = {}
         self._bounds: dict[int, float] = {}  # upper bounds of max |weight|, by number; made exact when it matters
         self._sample: tuple[list[Tensor], Tensor] = ([], _numbers([]))  # elements, and the quantum of each
@@ -301,12 +312,12 @@ class ZOSGD(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; they are numbered on from the last. Raises ValueError, TypeError."""
-        _check_settings({**self.defaults, **param_group})
-        unknown = [key for key in param_group if key not in (*GROUP_SETTINGS, "params", "param_names", "initial_lr")]
+        self._check_settings({**self.defaults, **param_group})
+        unknown = [key for key in param_group if key not in (*self.settable, "params", "param_names", "initial_lr")]
         if unknown:
             raise ValueError(
                 f"a parameter group cannot have {', '.join(map(repr, unknown))} of its own: it may set "
-                f"{', '.join(GROUP_SETTINGS)}. What else there is, is an argument of the optimizer, and for all"
+                f"{', '.join(self.settable)}. What else there is, is an argument of the optimizer, and for all"
             )
         before = {p for group in self.param_groups for p in group["params"]}
         try:
@@ -325,6 +336,13 @@ class ZOSGD(torch.optim.Optimizer):
             group = self.param_groups.pop()
             name = self._describe(group, twice[0], len(self.param_groups))
             raise ValueError(f"{name} is twice in one group: pass tied parameters once")
+
+    def _check_settings(self, settings: dict[str, Any]) -> None:
+        for name in ("lr", "mu", "weight_decay"):
+            value = float(settings[name])
+            if not 0 <= value < LARGEST_FLOAT32 or (name == "mu" and value == 0):
+                raise ValueError(f"{name} must be finite and {'above 0' if name == 'mu' else '0 or more'}, got {value}")
+        SGD(momentum=float(settings["momentum"]))  # raises ValueError
 
     def _check_model(self) -> None:
         if self.model is None:
@@ -348,19 +366,23 @@ class ZOSGD(torch.optim.Optimizer):
 
         Args:
             closure: evaluates the model and returns the loss: a number, or a tensor of one element. No backward. It is
-                called 2 P times (one-sided P + 1, once where all rates are 0) and must depend on nothing but the
-                weights: the same batch, eval mode or no dropout. It need not be differentiable. Left out where the step
-                was measured before.
+                called 2 P times (one-sided P + 1, once where all rates are 0), each time with the random numbers of
+                the first (`hosfl.conditions`), so that the model may be in train mode: dropout takes the same units
+                away, and running statistics take in the first evaluation alone. On all else but the weights it must
+                not depend: the same batch every time. It need not be differentiable. Left out where the step was
+                measured before.
 
         Waits for the device for the losses, and before them to see whether somebody wrote the weights; never in
         between. If the closure raises or is interrupted the weights are what they were before the step (bit for bit,
-        unless they drift; but for what a new lattice rounds), and the optimizer too.
+        unless they drift; but for what a new lattice rounds), and the optimizer and torch's generators too.
 
         Raises: TypeError without a closure or for what is no number; FloatingPointError for losses that are infinite
         or NaN, or a step that is too long; ValueError where no parameter requires grad, or one cannot move by mu;
         RuntimeError where the closure writes the weights, or reads none of those that move.
         """
         measurement, self._measurement = self._measurement, None
+        if closure is not None:
+            self._warn_of_accelerate()
         with self._weights() as weights:
             if closure is not None or measurement is None:
                 measurement = self._measured(closure, weights)
@@ -370,6 +392,9 @@ class ZOSGD(torch.optim.Optimizer):
                 for settings, state in kept:
                     settings.update(state)
                 self.steps += 1
+        if self.log.refusal != self._told:
+            self._told = self.log.refusal
+            warnings.warn(f"the log of this run cannot be saved: {self._told}", stacklevel=2)
         return measurement.loss
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -389,6 +414,7 @@ class ZOSGD(torch.optim.Optimizer):
     @contextmanager
     def _weights(self) -> Iterator[_InPlace | _ReadOnly]:
         """All that moves in this step, at home again in the end."""
+        self._agree()
         groups = self._settle()
         weights: _InPlace | _ReadOnly = _InPlace(groups, self.dist)
         if not self._on_lattice and self.model is not None:
@@ -399,6 +425,35 @@ class ZOSGD(torch.optim.Optimizer):
             weights.home()
             self._versions = {n: version for group in groups for n, version in group.versions().items()}
             torch.clear_autocast_cache()
+
+    def _agree(self) -> None:
+        """One seed on all processes, before the first step: where each has drawn its own, one that all can tell."""
+        if self._agreed or not (distributed.is_available() and distributed.is_initialized()):
+            return
+        halves = [self.seed >> 32, self.seed & 0xFFFFFFFF]
+        numbers = [*halves, *(-half for half in halves), int(not self._drawn)]
+        largest = torch.tensor(numbers, device=self.param_groups[0]["params"][0].device)
+        distributed.all_reduce(largest, distributed.ReduceOp.MAX, self.process_group)
+        high, low, *smallest, given = largest.tolist()
+        if [high, low] != [-half for half in smallest]:
+            if given:
+                raise ValueError(f"processes have different seeds, this one {self.seed}: give all of them the same")
+            self.seed = high << 32 | low
+            self.log = self._new_log()
+        self._agreed = True
+
+    def _warn_of_accelerate(self) -> None:
+        """Of its accumulation, which passes on the closure of the last micro-batch alone."""
+        module = sys.modules.get("accelerate.state")
+        if module is None or self.steps or not module.GradientState._shared_state:
+            return
+        count = module.GradientState().num_steps
+        if count > 1:
+            warnings.warn(
+                f"accelerate accumulates {count} micro-batches, and calls step(closure) for the last of them only: its "
+                "closure must evaluate all of them, and return their mean loss",
+                stacklevel=3,
+            )
 
     def _settle(self) -> list[_Group]:
         """What moves in this step, on lattices where there can be any."""
@@ -434,7 +489,7 @@ class ZOSGD(torch.optim.Optimizer):
     def _requiring_grad(self) -> list[_Group]:
         groups, number = [], 0
         for index, settings in enumerate(self.param_groups):
-            _check_settings(settings)  # schedulers and users write them
+            self._check_settings(settings)  # schedulers and users write them
             moving = [(n, p) for n, p in enumerate(settings["params"], number) if p.requires_grad]
             places = [self._place(n, p) for n, p in moving]
             groups.append(
@@ -466,6 +521,13 @@ class ZOSGD(torch.optim.Optimizer):
     def _check_tensors(self, groups: list[_Group]) -> None:
         """dtypes, devices, strides, shared memory: what the kernels refuse is refused before anything moves."""
         named = [pair for group in groups for pair in group.named_tensors()]
+        for number, tensor in named:
+            if tensor.device != named[0][1].device and tensor.device.type != "meta":
+                raise RuntimeError(
+                    f"{self._name(named[0][0])} is on {named[0][1].device}, {self._name(number)} on {tensor.device}: "
+                    "weights that move must be on one device. Load the model without a device_map that spreads it, or "
+                    "freeze what is elsewhere"
+                )
         try:
             replay_([t for _, t in named], [], [])
         except (RuntimeError, TypeError, ValueError) as error:
@@ -513,7 +575,7 @@ class ZOSGD(torch.optim.Optimizer):
         return [p for group in groups for p, t in zip(group.parameters, group.tensors, strict=True) if p is not t]
 
     def _exact(self, groups: list[_Group]) -> bool:
-        plain = self.momentum == 0 and all(group.settings["weight_decay"] == 0 for group in groups)
+        plain = all(group.settings[name] == 0 for group in groups for name in ("momentum", "weight_decay"))
         return (
             plain
             and self.dist == "rademacher"
@@ -609,7 +671,7 @@ class ZOSGD(torch.optim.Optimizer):
                 Lattice(quantum).put([t for _, t in mine], [1.0] * len(mine))
                 self.log.put(quantum, [n for n, _ in mine])
                 self._bounds |= {n: self._bounds[n] + quantum for n, _ in mine}
-        elements = [t.detach().view(-1)[:: max(1, t.numel() // SAMPLE)][:SAMPLE] for _, t in pairs]
+        elements = [t.detach().as_strided([t.numel()], [1])[:: max(1, t.numel() // SAMPLE)][:SAMPLE] for _, t in pairs]
         quanta = [self._quanta[n] for (n, _), some in zip(pairs, elements, strict=True) for _ in range(len(some))]
         self._sample = elements, _numbers(quanta).to(pairs[0][1].device)
 
@@ -653,15 +715,17 @@ class ZOSGD(torch.optim.Optimizer):
         elif not self.two_sided:
             places = [(0, 0), *places]
         losses = []
-        for seed, sign in places:
-            with weights.at(seed, sign), let_go(self.model), casts_forgotten():
-                versions = [group.versions() for group in weights.groups]
-                answer = closure()
-                losses.append(_scalar(answer))
-                self._half_precision = getattr(answer, "dtype", None) in (torch.bfloat16, torch.float16)
-                if [group.versions() for group in weights.groups] != versions:
-                    self._settled = None
-                    raise RuntimeError("the closure writes the weights: it is only to evaluate them")
+        kinds = {p.device.type for group in self.param_groups for p in group["params"]} - {"meta"}
+        with self._conditions.repeated(kinds) as evaluate:
+            for seed, sign in places:
+                with weights.at(seed, sign), let_go(self.model), casts_forgotten():
+                    versions = [group.versions() for group in weights.groups]
+                    answer = _without_graph(partial(evaluate, closure))
+                    losses.append(_scalar(answer))
+                    self._half_precision = getattr(answer, "dtype", None) in (torch.bfloat16, torch.float16)
+                    if [group.versions() for group in weights.groups] != versions:
+                        self._settled = None
+                        raise RuntimeError("the closure writes the weights: it is only to evaluate them")
         return losses
 
     def _measured(self, closure: Closure | None, weights: _InPlace | _ReadOnly) -> _Measurement:
@@ -700,13 +764,30 @@ class ZOSGD(torch.optim.Optimizer):
             stacked /= distributed.get_world_size(self.process_group)
         values = stacked.cpu()
         if not torch.isfinite(values).all():
-            raise FloatingPointError(f"the closure returned losses that are infinite or NaN: {values.tolist()}")
+            raise FloatingPointError(self._unfinite(values.tolist()))
         if len(values) == 1:  # nothing moves
             return values[0], []
         if self.two_sided:
             plus, minus = values[0::2], values[1::2]
             return values.mean(), ((plus - minus) / 2).tolist()
         return values[0], (values[1:] - values[0]).tolist()
+
+    def _unfinite(self, losses: list[float]) -> str:
+        text = f"the closure returned losses that are infinite or NaN: {losses}"
+        bad = [not math.isfinite(loss) for loss in losses]
+        if not self.two_sided and not bad[0]:
+            text += ". At the weights themselves the loss is finite, so mu is too large for it"
+        elif self.steps == 0:
+            text += (
+                ". This is the first step: look for NaN in the batch, labels out of range, a mask that leaves nothing "
+                "to attend to, the logarithm or a division of 0, or half precision that overflows"
+            )
+        else:
+            text += (
+                ". The likely causes are an lr so large that the weights have diverged (lower it), a batch with NaN in "
+                "it, half precision that overflows (compute the loss in float32), and a mu that is too large"
+            )
+        return text
 
     # --- what is done ---
 
@@ -748,7 +829,9 @@ class ZOSGD(torch.optim.Optimizer):
         else:
             weights.home()
             rows = [self._rule_step(g, e) for g, e in zip(weights.groups, estimates, strict=True)]
-        self.log.append([group.numbers for group in weights.groups], self._on_lattice, rows)
+        groups = weights.groups
+        momenta = [float(group.settings["momentum"]) for group in groups]
+        self.log.append([group.numbers for group in groups], momenta, self._on_lattice, rows)
 
     def _lattice_step(self, weights: _InPlace, estimates: list[list[float]]) -> list[Row]:
         """Home and on in one pass: th = th - lr * sum_p e_p u_p, the coefficients on the lattice, right on average."""
@@ -779,11 +862,12 @@ class ZOSGD(torch.optim.Optimizer):
         return rows
 
     def _rule_step(self, group: _Group, estimate: list[float]) -> Row:
-        rule = SGD(momentum=self.momentum, weight_decay=float(group.settings["weight_decay"]))
+        rule = SGD(float(group.settings["momentum"]), float(group.settings["weight_decay"]))
         row = Row(estimate, *rule.steps([self.steps], [group.rate])[0, :2].tolist())
         moments = [self._moment(t) for t in group.tensors] if rule.moments else []
         coefficients, steps = _numbers([row.coefficients]), _numbers([[row.rate, row.keep]])
-        apply_rule(self._terms(), group.tensors, group.numbers, group.starts, moments, self.steps, coefficients, steps)
+        place = group.tensors, group.numbers, group.starts
+        apply_rule(self._terms(), rule.momentum, *place, moments, self.steps, coefficients, steps)
         return row
 
     def _moment(self, parameter: Tensor) -> Tensor:
@@ -798,6 +882,12 @@ class ZOSGD(torch.optim.Optimizer):
 
     # --- what is kept ---
 
+    def __repr__(self) -> str:
+        """As torch's, and above the groups what is the same for all of them."""
+        own = [f"    {name}: {getattr(self, name)}" for name in self.kept if name != "steps"]
+        name, groups = super().__repr__().split("\n", 1)
+        return "\n".join([name, *own, groups])
+
     def __getstate__(self) -> dict[str, Any]:
         """For copies and pickles."""
         if self.process_group is not None:
@@ -805,12 +895,13 @@ class ZOSGD(torch.optim.Optimizer):
                 "an optimizer with a process_group cannot be copied or pickled: make another with a group of its own, "
                 "and give it the state_dict of this one"
             )
-        own = ("model", "process_group", "log", "_quanta", "_on_lattice", "_measurement")
+        own = ("model", "process_group", "log", "_quanta", "_on_lattice", "_measurement", "_drawn")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in (*self.kept, *own)}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # of load_state_dict, too
         self._flat, self._half_precision, self._warned = [], False, False
+        self._told, self._agreed = "", False
         self._forget()
 
     def state_dict(self) -> dict[str, Any]:
@@ -839,12 +930,13 @@ class ZOSGD(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         for name in self.kept:
             setattr(self, name, run[name])
+        self._drawn = False
         self._quanta, self._measurement = dict(run["quanta"]), None
         for (_, parameter), state in zip(self._named(), saved, strict=True):
             if state:  # torch gives it the parameter's dtype; moments are float32
                 self.state[parameter]["moment"] = zeros(parameter).copy_(state["moment"])
         self.log = self._new_log()
-        if self.momentum and self.steps:
+        if any(saved):
             self.log.refusal = (
                 "a resumed run with momentum cannot be rebuilt: its log starts from moments, not from zeros"
             )
@@ -876,7 +968,7 @@ class ZOSGD(torch.optim.Optimizer):
         return self._describe(*places[number])
 
     def _terms(self) -> Terms:
-        return Terms(self.seed, self.directions, self.pool, self.dist, self.momentum)
+        return Terms(self.seed, self.directions, self.pool, self.dist)
 
     def _new_log(self) -> RunLog:
         return RunLog(self._terms(), self.steps)
@@ -890,31 +982,40 @@ class ZONormalizedSGD(ZOSGD):
     whatever scale the loss is, and no more as the gradient shrinks. One number per group is all it keeps.
 
     Args:
-        decay: of the running mean, at least 0 and below 1. 0 takes the length from each step alone.
+        decay: of the running mean, at least 0 and below 1; groups may have their own. 0 takes the length from each
+            step alone.
         Everything else as in `ZOSGD`.
     """
 
-    kept = (*ZOSGD.kept, "decay")
+    settable = (*ZOSGD.settable, "decay")
 
     def __init__(self, params: ParamsT, lr: float, mu: float = 1e-3, *, decay: float = 0.9, **settings: Any) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay must be at least 0 and below 1, got {decay}")
-        self.decay = decay
+        self._more_defaults = {"decay": decay}
         super().__init__(params, lr, mu, **settings)
+
+    def _check_settings(self, settings: dict[str, Any]) -> None:
+        super()._check_settings(settings)
+        if not 0 <= settings["decay"] < 1:
+            raise ValueError(f"decay must be at least 0 and below 1, got {settings['decay']}")
 
     def _estimate(self, group: _Group, derivatives: list[float]) -> tuple[list[float], dict[str, float]]:
         before = group.settings.get("square", 0.0), group.settings.get("square_weight", 0.0)
-        running = RunningLength(self.decay, *before)
+        running = RunningLength(float(group.settings["decay"]), *before)
         length = running.update(sum(v * v for v in derivatives) / len(derivatives))
         estimate = [v / length / self.directions for v in derivatives]
         return estimate, {"square": running.mean, "square_weight": running.weight}
 
 
-def _check_settings(settings: dict[str, Any]) -> None:
-    for name in GROUP_SETTINGS:
-        value = float(settings[name])
-        if not 0 <= value < LARGEST_FLOAT32 or (name == "mu" and value == 0):
-            raise ValueError(f"{name} must be finite and {'above 0' if name == 'mu' else '0 or more'}, got {value}")
+def _without_graph(evaluate: Closure) -> Any:
+    try:
+        return evaluate()
+    except RuntimeError as error:
+        if "does not require grad and does not have a grad_fn" in str(error):  # torch's words
+            raise RuntimeError(
+                "the closure calls backward(), as closures of torch.optim do: leave that and zero_grad() out. It only "
+                "evaluates the loss and returns it; no graph is recorded"
+            ) from error
+        raise
 
 
 def _scalar(loss: Any) -> Tensor:

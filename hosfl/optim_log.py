@@ -39,7 +39,7 @@ from hosfl.seeds import Purpose, direction_seeds, pool_seed, round_seed
 from hosfl.sharded import reshard, shards, whole
 from hosfl_kernels import SGD, replay_, update_
 
-FORMAT = 1
+FORMAT = 2  # the first had one momentum for all groups
 LARGEST_HEADER = 1 << 25  # characters: where they make many small lists, these take twenty times as much memory
 LARGEST_STEP = 2**64 - 1  # and of whatever else seeds are derived from
 MOVING = ("torch.float32", "torch.bfloat16", "torch.float16")
@@ -53,7 +53,6 @@ class Terms:
     directions: int
     pool: int
     dist: str
-    momentum: float
 
     def seeds(self, step: int) -> tuple[int, ...]:
         """Of the step's directions: its own, or the next ones of the pool."""
@@ -70,10 +69,12 @@ class Terms:
 
 
 HEADER = ("format", *Terms.__dataclass_fields__, "first", "parameters", "bases", "chapters", "trained")
+CHAPTER = ("puts", "groups", "exact")
 
 
 def apply_rule(
     terms: Terms,
+    momentum: float,
     tensors: Sequence[Tensor],
     numbers: Sequence[int],
     starts: Sequence[int],
@@ -90,8 +91,8 @@ def apply_rule(
         mine = [i for i, t in enumerate(tensors) if (t.dtype == torch.bfloat16) == coarse]
         update_(
             [tensors[i] for i in mine],
-            [[moments[i] for i in mine]] if moments else [[]] if terms.momentum else [],
-            SGD(momentum=terms.momentum),
+            [[moments[i] for i in mine]] if moments else [[]] if momentum else [],
+            SGD(momentum=momentum),
             seeds,
             coefficients,
             steps,
@@ -114,10 +115,14 @@ class Row:
 
 @dataclass
 class _Chapter:
-    """Steps that move the same parameters. puts: (quantum, numbers) of what was put on a lattice before the first."""
+    """Steps that move the same parameters alike: groups of them by their numbers, and the momentum of each.
+
+    puts: (quantum, numbers) of what was put on a lattice before the first.
+    """
 
     puts: list[tuple[float, list[int]]]
     groups: list[list[int]]
+    momenta: list[float]
     exact: bool
     steps: int = 0
     rows: array[float] = field(default_factory=lambda: array("f"))
@@ -147,10 +152,10 @@ class RunLog:
     def put(self, quantum: float, numbers: list[int]) -> None:
         self._puts.append((quantum, numbers))
 
-    def append(self, groups: list[list[int]], exact: bool, rows: list[Row]) -> None:
+    def append(self, groups: list[list[int]], momenta: list[float], exact: bool, rows: list[Row]) -> None:
         last = self.chapters[-1] if self.chapters else None
-        if last is None or self._puts or (last.groups, last.exact) != (groups, exact):
-            last = _Chapter(self._puts, groups, exact)
+        if last is None or self._puts or (last.groups, last.momenta, last.exact) != (groups, momenta, exact):
+            last = _Chapter(self._puts, groups, momenta, exact)
             self.chapters.append(last)
             self._puts = []
         last.steps += 1
@@ -176,7 +181,9 @@ class RunLog:
             "first": self.first,
             "parameters": [[name, str(p.dtype), list(p.shape)] for name, p in self.parameters],
             "bases": self.bases,
-            "chapters": [{"puts": c.puts, "groups": c.groups, "exact": c.exact} for c in self.chapters],
+            "chapters": [
+                {"puts": c.puts, "groups": c.groups, "momenta": c.momenta, "exact": c.exact} for c in self.chapters
+            ],
             "trained": digest(whole(p for _, p in self.parameters)).hex(),
         }
         text = json.dumps(header)
@@ -237,6 +244,7 @@ class Chapter:
 
     puts: list[tuple[float, list[int]]]
     groups: list[list[int]]
+    momenta: list[float]
     exact: bool
     quanta: list[float]
 
@@ -259,9 +267,10 @@ class Header:
             raise LogError(f"its header has {len(text)} characters; {LARGEST_HEADER} is the most")
         values = _parsed(text)
         written = values.get("format") if isinstance(values, dict) else None
-        if type(written) is not int or written != FORMAT:
-            raise LogError(f"it is of format {reprlib.repr(written)}; this code reads {FORMAT}")
-        check_keys(values, HEADER, "its header")
+        if type(written) is not int or written not in (1, FORMAT):
+            raise LogError(f"it is of format {reprlib.repr(written)}; this code reads 1 and {FORMAT}")
+        check_keys(values, (*HEADER, "momentum") if written == 1 else HEADER, "its header")
+        for_all = _momentum(values["momentum"], "momentum") if written == 1 else None
         terms = _terms(values)
         parameters = [_parameter(p, f"parameter {n}") for n, p in enumerate(_list(values, "parameters"))]
         lattices: dict[int, float] = {}
@@ -271,7 +280,7 @@ class Header:
             parameters,
             _bases(_list(values, "bases"), len(parameters)),
             [
-                _chapter(chapter, f"chapter {k}", terms, parameters, lattices)
+                _chapter(chapter, f"chapter {k}", terms, parameters, lattices, for_all)
                 for k, chapter in enumerate(_list(values, "chapters"))
             ],
             check_sha256(values["trained"], "trained"),
@@ -308,13 +317,17 @@ def _terms(values: dict[str, Any]) -> Terms:
     pool = check_integer(values["pool"], "pool", 0, LARGEST_STEP)
     if 0 < pool < directions:
         raise LogError(f"pool must be 0, or at least the {directions} directions of a step, not {pool}")
-    momentum = check_number(values["momentum"], "momentum")
+    seed = check_integer(values["seed"], "seed", 0, 2**64 - 1)
+    return Terms(seed, directions, pool, check_choice(values["dist"], "dist", DISTRIBUTIONS))
+
+
+def _momentum(value: Any, what: str) -> float:
+    momentum = check_number(value, what)
     try:
         SGD(momentum=momentum)
     except ValueError as error:
-        raise LogError(str(error)) from None
-    seed = check_integer(values["seed"], "seed", 0, 2**64 - 1)
-    return Terms(seed, directions, pool, check_choice(values["dist"], "dist", DISTRIBUTIONS), momentum)
+        raise LogError(f"{what}: {error}") from None
+    return momentum
 
 
 def _parameter(value: Any, what: str) -> Parameter:
@@ -344,9 +357,16 @@ def _bases(values: list[Any], parameters: int) -> list[tuple[int, str]]:
     return bases
 
 
-def _chapter(value: Any, what: str, terms: Terms, parameters: list[Parameter], lattices: dict[int, float]) -> Chapter:
-    """lattices: the quantum of every parameter that is on one; brought up to date."""
-    values = check_keys(value, ("puts", "groups", "exact"), what)
+def _chapter(
+    value: Any,
+    what: str,
+    terms: Terms,
+    parameters: list[Parameter],
+    lattices: dict[int, float],
+    for_all: float | None,
+) -> Chapter:
+    """lattices: the quantum of each parameter on one; brought up to date. for_all: the momentum of format 1."""
+    values = check_keys(value, CHAPTER if for_all is not None else (*CHAPTER, "momenta"), what)
     exact = values["exact"]
     if not isinstance(exact, bool):
         raise LogError(f"{what}: exact must be true or false, not {reprlib.repr(exact)}")
@@ -364,15 +384,20 @@ def _chapter(value: Any, what: str, terms: Terms, parameters: list[Parameter], l
     moving = [n for group in groups for n in group]
     if len(set(moving)) < len(moving):
         raise LogError(f"{what}: a parameter is in two groups")
+    if for_all is not None:
+        momenta = [for_all] * len(groups)
+    else:
+        listed = _items(values["momenta"], len(groups), f"{what}: momenta")
+        momenta = [_momentum(m, f"{what}: momentum") for m in listed]
     if not exact:
         lattices.clear()  # as the optimizer does: where moves round, there is no lattice
-        return Chapter(puts, groups, exact, [])
-    if terms.dist != "rademacher" or terms.momentum:
+        return Chapter(puts, groups, momenta, exact, [])
+    if terms.dist != "rademacher" or any(momenta):
         raise LogError(f"{what}: exact moves are of rademacher directions and without momentum")
     quanta = [{lattices.get(n, 0.0) for n in group} for group in groups]
     if any(len(mine) > 1 or 0.0 in mine for mine in quanta):
         raise LogError(f"{what}: the parameters of a group were not put on one lattice")
-    return Chapter(puts, groups, exact, [mine.pop() for mine in quanta])
+    return Chapter(puts, groups, momenta, exact, [mine.pop() for mine in quanta])
 
 
 def _numbers(value: Any, what: str, parameters: list[Parameter], dtypes: tuple[str, ...]) -> list[int]:
@@ -519,8 +544,9 @@ class _Replay:
             else:
                 tensors, starts = shards(self.parameters[n] for n in numbers)
                 pairs = zip(numbers, tensors, strict=True)
-                kept = [self.moments.setdefault(n, zeros(t)) for n, t in pairs] if terms.momentum else []
-                apply_rule(terms, tensors, numbers, starts, kept, first, coefficients, steps)
+                momentum = chapter.momenta[g]
+                kept = [self.moments.setdefault(n, zeros(t)) for n, t in pairs] if momentum else []
+                apply_rule(terms, momentum, tensors, numbers, starts, kept, first, coefficients, steps)
 
     def _move(self, first: int, numbers: list[int], quantum: float, coefficients: Tensor) -> None:
         """On the lattice: as many steps in one pass as together cannot leave it."""
@@ -544,7 +570,7 @@ def _largest(tensor: Tensor) -> float:
 
 
 def zeros(parameter: Tensor) -> Tensor:
-    return torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False)
+    return torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False, memory_format=torch.contiguous_format)
 
 
 def plain(name: str) -> str:

@@ -23,6 +23,8 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from hosfl.extras import needed
+
 T = TypeVar("T")
 Row = dict[str, Any]  # the fields of a sample by name
 Found = tuple[str, Row]  # where a sample stands, such as "train.tsv, line 7", and its fields
@@ -367,10 +369,7 @@ def picture_file(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
     Raises OSError; DataError for another size, before the picture is decoded, for a mode whose range is not known, and
     for whatever Pillow raises; ImportError without Pillow.
     """
-    try:
-        image = importlib.import_module("PIL.Image")
-    except ImportError as error:
-        raise ImportError("pictures need pillow: pip install pillow") from error
+    image = needed("PIL.Image", "a picture")
     if path.exists() and not path.is_file():
         raise DataError(f"{path} is no file")  # but a pipe, which would be waited for, or a device without end
     raw = content(path)

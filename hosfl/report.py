@@ -30,6 +30,7 @@ from hosfl.checkpoint import (
     write_json,
 )
 from hosfl.config import Config
+from hosfl.extras import needed
 from hosfl.provenance import Provenance, ProvenanceError
 from hosfl_kernels import backends
 
@@ -226,10 +227,13 @@ def machine() -> dict[str, Any]:
 class Writer:
     """Writes a run's files into a folder, which is locked for this process; without one, keeps nothing.
 
-    `start` takes up a free folder, `resume` the run in one; until then nothing is written.
+    `start` takes up a free folder, `resume` the run in one; until then nothing is written. Raises ImportError where
+    there is nothing to draw with.
     """
 
     def __init__(self, folder: Path | None) -> None:
+        if folder is not None:
+            needed("matplotlib.figure", "a run's folder")  # for its curves: known now, not after the last round
         self.folder = folder
         self.metrics: TextIO | None = None
         self.lock: FolderLock | None = None
@@ -338,9 +342,7 @@ def gap_recovered(reached: float, frozen: float, first_order: float) -> float | 
 
 def plot_curves(runs: dict[str, list[Sequence[Evaluation]]], path: Path, title: str) -> None:
     """Loss and accuracy against rounds, one line per method: the mean over seeds, and the band from worst to best."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    figure: Figure = needed("matplotlib.figure", path.name).Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots(1, 2)
     lines = {}
     for axis, quantity in zip(axes, ("loss", "accuracy"), strict=True):

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from hosfl.aggregate import Aggregation, Kept, Pieces, gathered, shrinking, weighted_mean
 from hosfl.ledger import Ledger, Rate, State
 from hosfl.messages import Cut, Differs, Hello, Message, MessageError, Multiplier, decode
 from hosfl.seeds import Purpose, generator, round_seed
@@ -27,7 +28,13 @@ class Server:
     loss: (output, labels) -> mean loss over the batch. ledger: what is known of the client half; None where it is
     frozen. clients: their number. cut_shape: of one sample; of texts, of the longest. classes: labels are below it.
     batch: the most samples that one client sends. masked: whether the half takes an attention mask beside the cut; its
-    texts may then be shorter. label_shape: of one sample's labels.
+    texts may then be shorter. label_shape: of one sample's labels. aggregation: of the clients' gradients of the half,
+    the ledger's own, so that both halves descend one loss. "median" and "trimmed" keep all K gradients, K times the
+    half's size, until the round's step. clip: the largest length of one client's gradient; None for none.
+
+    A half with running statistics, such as BatchNorm's: with "median" or "trimmed" every client's forward pass starts
+    from those of the round's begin, and the new ones are aggregated like the gradients. With a mean each client moves
+    them in turn, and neither clip nor mean guards them: one liar's cut can spoil them all.
 
     Whatever comes from a client goes through `receive`, `step` or `commit`, which refuse what is not exactly right; a
     refused message changes nothing. refused: the reasons, the first thousand of them; refusals: how many there were.
@@ -49,6 +56,8 @@ class Server:
     batch: int
     masked: bool = False
     label_shape: tuple[int, ...] = ()
+    aggregation: Aggregation = weighted_mean
+    clip: float | None = None
     refused: list[str] = field(default_factory=list)
     refusals: int = 0
     differed: list[str] = field(default_factory=list)
@@ -57,6 +66,7 @@ class Server:
 
     def __post_init__(self) -> None:
         self._samples: dict[int, int] = {}
+        self._gathered = gathered(self.aggregation)
         numbers = self.batch * sum(torch.Size(shape).numel() for shape in (self.cut_shape, self.label_shape))
         if self.masked:
             numbers += self.batch * self.cut_shape[0]
@@ -109,10 +119,10 @@ class Server:
             raise MessageError(f"there is no client {message.client} among {self.clients}")
 
     def step(self, round: int, cuts: Sequence[Message]) -> tuple[dict[int, Message], float]:
-        """Learn from every cut, one optimizer step; what is sent back by client, and the mean loss.
+        """Learn from every cut, one optimizer step; what is sent back by client, and the clients' aggregated loss.
 
-        The half's own step takes the mean of the K gradients. With nothing acceptable there is no step, and the loss
-        is NaN.
+        The half's own step takes the aggregate of the K gradients. With nothing acceptable there is no step, and the
+        loss is NaN.
         """
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(round)
@@ -132,14 +142,14 @@ class Server:
                 if answer is not None:
                     answers[message.client] = answer
                 self._samples[message.client] = len(cut.labels)
-                losses.append(loss)
+                losses.append(torch.tensor([loss], dtype=torch.float64))
         if not losses:
             return {}, float("nan")
-        self._take_step(len(losses))
-        return answers, sum(losses) / len(losses)
+        self._take_step()
+        return answers, float(self.aggregation(losses, [*self._samples.values()]))
 
     def _learn(self, round: int, message: Cut) -> tuple[Message | None, float]:
-        """Adds to the half's gradients; what the client is sent, and its loss: here by forward and backward.
+        """Adds to what is gathered; what the client is sent, and its loss: here by forward and backward.
 
         The multiplier is the gradient of that client's own mean loss, with no 1/K inside. Raises MessageError where
         the cut is such that nothing can be learnt from it; then all is as before.
@@ -147,12 +157,19 @@ class Server:
         multiplier, loss = self._backward(message.cut, message.labels, message.mask)
         return Multiplier(client=message.client, round=round, epoch=self.epoch, multiplier=multiplier), loss
 
-    def _take_step(self, clients: int) -> None:
-        """One step from the mean of the gradients of so many clients."""
-        for parameter in self.half.parameters():
-            if parameter.grad is not None:
-                parameter.grad /= clients
+    def _take_step(self) -> None:
+        """One step from what is gathered."""
+        found, self._gathered = self._gathered.result(), gathered(self.aggregation)
+        parameters = self._trained()
+        gradients, buffers = found[: len(parameters)], found[len(parameters) :]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        if buffers:
+            _load([*self.half.buffers()], buffers)
         self.optimizer.step()
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for p in self.half.parameters() if p.requires_grad]
 
     @contextmanager
     def _dropout_of(self, round: int) -> Iterator[None]:
@@ -163,13 +180,13 @@ class Server:
             yield
 
     def _backward(self, cut: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, float]:
-        """The multiplier and the loss; adds to the half's gradients.
+        """The multiplier and the loss; adds the half's gradient to what is gathered.
 
         Raises MessageError where the half cannot take the cut, and where numbers are finite but so absurd that they
-        would poison the half with NaN; then its gradients and buffers are as before.
+        would poison the half with NaN; then all is as before.
         """
-        parameters = [p for p in self.half.parameters() if p.requires_grad]
-        buffers = [(b, b.detach().clone()) for b in self.half.buffers()]
+        buffers = [*self.half.buffers()]
+        before = [b.detach().clone() for b in buffers]
         device, dtype = next(self.half.parameters()).device, dtype_of(self.half)
         cut = cut.to(device).requires_grad_()
         try:
@@ -177,17 +194,22 @@ class Server:
             loss = self.loss(output, labels.to(device, torch.int64))
             self.passes["server forward"] += len(cut)
             self.passes["server backward"] += len(cut)
-            multiplier, *gradients = torch.autograd.grad(loss, [cut, *parameters], allow_unused=True)
+            multiplier, *gradients = torch.autograd.grad(loss, [cut, *self._trained()], allow_unused=True)
             if not all(torch.isfinite(t).all() for t in (loss, multiplier, *gradients) if t is not None):
                 raise MessageError(f"a cut whose loss is {loss:g}, or whose gradients are infinite or NaN")
+            if not all(torch.equal(b.isfinite(), was.isfinite()) for b, was in zip(buffers, before, strict=True)):
+                raise MessageError("a cut that makes the half's running statistics infinite or NaN")
         except ValueError as error:  # such as BatchNorm's about a single sample
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
+            _load(buffers, before)
             raise MessageError(str(error)) from None
-        for p, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
-                p.grad = gradient.clone() if p.grad is None else p.grad.add_(gradient)
+        pieces: Pieces = gradients
+        if self.clip is not None:
+            factor = shrinking(gradients, self.clip)
+            pieces = [g if g is None else g * factor for g in gradients]
+        if isinstance(self._gathered, Kept):
+            pieces = [*pieces, *(b.detach().clone() for b in buffers)]
+            _load(buffers, before)
+        self._gathered.add(pieces, len(cut) / self.batch)  # not above 1, by which nothing finite becomes infinite
         return multiplier, float(loss.detach())
 
     def _masks(self, mask: Tensor) -> dict[str, Tensor]:
@@ -258,3 +280,10 @@ class Server:
         unpack_optimizer(self.optimizer, part("optimizer", tensors), info["optimizer"])
         if self.ledger is not None:
             self.ledger.load(part("ledger", tensors), info["ledger"])
+
+
+def _load(tensors: Sequence[Tensor], values: Pieces) -> None:
+    with torch.no_grad():
+        for tensor, value in zip(tensors, values, strict=True):
+            if value is not None:
+                tensor.copy_(value)

@@ -22,7 +22,6 @@ import json
 import math
 import multiprocessing
 import os
-import re
 import signal
 import threading
 import time
@@ -38,7 +37,6 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-import yaml
 
 from hosfl.checkpoint import write_atomically, write_json
 from hosfl.config import CHOICES, Config, decisive, differences, typed
@@ -54,7 +52,6 @@ TUNING, FINAL = "tuning", "runs"  # the folders of the two phases
 QUANTITIES = ("accuracy", "loss")
 LONGEST_NAME = 255  # bytes of a file's name, on every file system in use
 MOST_TRIALS = 10_000  # of a method
-MOST_VALUES = 100_000  # of a file
 AGAIN = "delete it, and it is made again"
 
 
@@ -108,86 +105,6 @@ def slug(method: str) -> str:
     return "-".join("".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in name).split())
 
 
-# YAML 1.2's core schema: of a plain scalar's tag, how it is written and what it is. PyYAML's own is that of YAML 1.1.
-_SCALARS: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "null": (r"~|null|Null|NULL|", lambda text: None),
-    "bool": (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
-    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", lambda text: int(text, 0 if text[1:2] in ("o", "x") else 10)),
-    "float": (
-        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-        lambda text: float(re.sub(r"\.(?=[a-zA-Z])", "", text)),
-    ),
-    "merge": (r"<<", str),
-    "str": (r"[^\ud800-\udfff]*", str),  # an escape makes half a character, which no file can hold
-}
-
-
-class _Loader(yaml.BaseLoader):  # type: ignore[misc, unused-ignore]  # with and without its stubs
-    """Finds the tags of plain scalars; where several fit, the first one's."""
-
-
-for _tag, (_pattern, _) in _SCALARS.items():
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), None)
-
-
-def parse_yaml(text: str) -> Any:
-    """The mappings, lists and scalars of YAML 1.2's core schema, and merge keys. Raises ValueError, saying where.
-
-    A key that is there twice is refused; one that is merged gives way.
-    """
-    made = 0
-
-    def value(node: yaml.Node) -> Any:
-        nonlocal made
-        made += 1  # what an alias stands for counts every time
-        if made > MOST_VALUES:
-            raise ValueError(f"more than {MOST_VALUES} values: too large")
-        kind = node.tag.removeprefix("tag:yaml.org,2002:")
-        if isinstance(node, yaml.MappingNode) and kind == "map":
-            return mapping(node)
-        if isinstance(node, yaml.SequenceNode) and kind == "seq":
-            return [value(item) for item in node.value]
-        if not isinstance(node, yaml.ScalarNode) or kind not in _SCALARS:
-            raise ValueError(f"there is no use for the tag {node.tag!r}{_at(node)}")
-        pattern, of = _SCALARS[kind]
-        if not re.fullmatch(pattern, node.value):
-            raise ValueError(f"{node.value!r} is no {kind}{_at(node)}")
-        return of(node.value)
-
-    def mapping(node: yaml.MappingNode) -> dict[Any, Any]:
-        merged: dict[Any, Any] = {}
-        own: dict[Any, Any] = {}
-        merges = 0
-        for key_node, value_node in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise ValueError(f"a key must be one word or number{_at(key_node)}")
-            key, of = value(key_node), value(value_node)
-            merge = key_node.tag.endswith(":merge")
-            if key in own or (merge and merges):
-                raise ValueError(f"{key!r} is there twice, the second time{_at(key_node)}")
-            if not merge:
-                own[key] = of
-                continue
-            merges += 1
-            for base in of if isinstance(of, list) else [of]:
-                if not isinstance(base, dict):
-                    raise ValueError(f"<< merges a mapping, or a list of them, and got {base!r}{_at(key_node)}")
-                merged = base | merged  # of several, the first one's
-        return merged | own
-
-    try:
-        node = yaml.compose(text, _Loader)
-        return None if node is None else value(node)
-    except RecursionError:
-        raise ValueError("nested too deeply, or an alias stands for what it is in itself") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"not YAML: {error}") from None
-
-
-def _at(node: yaml.Node) -> str:
-    return f" in line {node.start_mark.line + 1}, column {node.start_mark.column + 1}"
-
-
 def load_study(path: Path) -> Study:
     """The study that a file describes, in UTF-8. Raises OSError, and ValueError naming the file and the key that is
     wrong."""
@@ -201,7 +118,9 @@ def load_study(path: Path) -> Study:
 
 
 def read_study(text: str) -> Study:
-    """The study of a file's text. Raises ValueError naming the key that is wrong."""
+    """The study of a file's text. Raises ValueError naming the key that is wrong, ImportError without PyYAML."""
+    from hosfl.yaml12 import parse_yaml
+
     says = _of(dict, parse_yaml(text), "a study")
     _known(says, ("base", "rounds", "seeds", "tuning_seeds", "methods", "memory", "unequal"), "")
     base = _settings(says.get("base") or {}, "base")
@@ -641,6 +560,8 @@ def take_up(study: Study, folder: Path) -> None:
 
     Methods may be added: what the others did stays what it is. So does it where settings change that no bit depends on.
     """
+    from hosfl.yaml12 import parse_yaml
+
     path = folder / "study.yaml"
     if not path.exists():
         write_atomically(path, study.text.encode())

@@ -9,13 +9,17 @@ from html import escape
 from math import nan
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hosfl.checkpoint import write_atomically
 from hosfl.config import Config
+from hosfl.extras import needed
 from hosfl.memory import BOUNDED, reference
 from hosfl.report import name_lines, save_figure
 from hosfl.study import Result, Study, finals, held, load_study, measured, table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Against what curves are drawn: name, axis, and an evaluation's value on it.
 AXES: tuple[tuple[str, Callable[[dict[str, Any]], float]], ...] = (
@@ -71,12 +75,9 @@ def plot_curves(runs: dict[str, list[Result]], path: Path, metric: str) -> None:
 
     metric: what the task calls the accuracy.
     """
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(13, 7.2), layout="constrained")
+    figure: Figure = needed("matplotlib.figure", path.name).Figure(figsize=(13, 7.2), layout="constrained")
     grid = figure.subplots(2, len(AXES), sharey="row", sharex="col")
-    colors = colormaps["tab10" if len(runs) <= 10 else "tab20"].colors  # type: ignore[attr-defined]
+    colors = needed("matplotlib", path.name).colormaps["tab10" if len(runs) <= 10 else "tab20"].colors
     lines = {}
     for number, (method, results) in enumerate(runs.items()):
         if not results:
@@ -113,10 +114,10 @@ def plot_curves(runs: dict[str, list[Result]], path: Path, metric: str) -> None:
 
 def plot_memory(measured: dict[str, Any], path: Path) -> None:
     """A bar per way and half: what a client's process grows by, and the bound."""
-    from matplotlib.figure import Figure
-
     halves = measured["halves"]
-    figure = Figure(figsize=(4.6 * len(halves) + 2, 4.2), layout="constrained")
+    figure: Figure = needed("matplotlib.figure", path.name).Figure(
+        figsize=(4.6 * len(halves) + 2, 4.2), layout="constrained"
+    )
     axes = figure.subplots(1, len(halves), squeeze=False)[0]
     for axis, half in zip(axes, halves.values(), strict=True):
         ways = half["ways"]

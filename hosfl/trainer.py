@@ -299,7 +299,7 @@ def assemble(config: Config, smallest_shard: int | None = None) -> tuple[Federat
             ledger = WeightAverage(weights, aggregation)
         else:
             optimizer = make_optimizer(config.rule, [weights.requires_grad_()])
-            ledger = GradientAverage(weights, optimizer, rate(rates.client), length, aggregation)
+            ledger = GradientAverage(weights, optimizer, rate(rates.client), length, aggregation, config.clip)
 
     train = task.splits.train
     data = train.to(device, dtype_of(base))
@@ -347,6 +347,8 @@ def assemble(config: Config, smallest_shard: int | None = None) -> tuple[Federat
         batch=config.batch,
         masked=isinstance(data.inputs, dict) and "attention_mask" in data.inputs,
         label_shape=tuple(data.labels.shape[1:]),
+        aggregation=aggregation,
+        clip=config.server_clip,
         passes=passes,
         **more,
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from types import ModuleType
@@ -112,7 +112,8 @@ def perturb_(
     """Move tensors along a seeded direction, in place: tensors[t] += scale * factors[t] * z(seed, streams[t]).
 
     Args:
-        tensors: float32, bfloat16 or float16, contiguous, all on one device, no two sharing memory. Any shapes.
+        tensors: float32, bfloat16 or float16, all on one device, no two sharing memory. Any shapes; contiguous or, for
+            the price of a copy of one at a time, in channels_last. Noise goes by index, whatever the strides are.
         seed: 0 <= seed < 2^64.
         scale: finite in float32. Inside torch.compile a Python float is a constant: a new value is a new graph.
         dist: "rademacher" or "gaussian".
@@ -207,7 +208,8 @@ def update_(
 
     Args:
         moments: `rule.moments` lists of float32 tensors, each with one tensor per weight tensor: its shape and device,
-            contiguous, sharing no memory with anything else. Zeros before the first round. AdamW: [m, v], v >= 0.
+            strides as for weights, sharing no memory with anything else. Zeros before the first round. AdamW: [m, v],
+            v >= 0.
         rule: `SGD(...)` or `AdamW(...)`.
         seeds: R rounds of P directions, 0 <= seed < 2^64; or an int64 CPU tensor [R, P] of their bits.
         coefficients: float32 CPU tensor [R, P] or nested lists; finite. What is summed is the gradient's estimate: a
@@ -265,7 +267,7 @@ def project(
 
     Args:
         seeds: R integers, 0 <= seed < 2^64; or an int64 CPU tensor [R] of their bits, which torch.compile prefers.
-        Everything else as in `perturb_`.
+        Everything else as in `perturb_`; those in channels_last are copied, all at once.
 
     Products and the sums of up to 128 of them down a column are float32, all further sums float64. On the CPU the order
     of every sum is that of `spec.project`: the same bits for every thread count and instruction set. A GPU has an order
@@ -483,8 +485,16 @@ def _check_tensors(tensors: Sequence[Tensor], starts: Sequence[int] | None = Non
 
 
 def _check_contiguous(tensor: Tensor, name: str) -> None:
-    if not tensor.is_contiguous():
-        raise RuntimeError(f"{name} is not contiguous (strides {tensor.stride()}): call it on a contiguous one")
+    if not (tensor.is_contiguous() or _is_channels_last(tensor)):
+        raise RuntimeError(
+            f"{name} is not contiguous, nor in channels_last (strides {tensor.stride()}): call it on a contiguous one"
+        )
+
+
+def _is_channels_last(tensor: Tensor) -> bool:
+    return tensor.is_contiguous(memory_format=torch.channels_last) or tensor.is_contiguous(
+        memory_format=torch.channels_last_3d
+    )
 
 
 def _check_memory(tensors: dict[str, Tensor]) -> None:
@@ -559,7 +569,9 @@ def _perturb(
 ) -> None:
     place = _place(tensors, dist, factors, streams, starts, bool(rounding_seed))
     _check_moves([scale], place[1], "scale")
-    backend.perturb_(tensors, _join(seed), scale, *place, _join(rounding_seed) if rounding_seed else None)
+    for at, (rows,) in _row_major(tensors):
+        part = _part(place, at)
+        backend.perturb_(rows, _join(seed), scale, *part, _join(rounding_seed) if rounding_seed else None)
     _bump(tensors)
 
 
@@ -580,7 +592,8 @@ def _replay(
     _check_moves(values, place[1], "coefficients[{r}]")
     if values:
         rounding = None if rounding_seeds is None else _unsigned(rounding_seeds)
-        backend.replay_(tensors, _unsigned(seeds), values, *place, rounding)
+        for at, (rows,) in _row_major(tensors):
+            backend.replay_(rows, _unsigned(seeds), values, *_part(place, at), rounding)
         _bump(tensors)
 
 
@@ -608,7 +621,8 @@ def _update(
     if len(steps):
         record = (_unsigned(seeds.flatten()), coefficients.flatten().tolist(), steps.tolist())
         rounding = None if rounding_seeds is None else _unsigned(rounding_seeds)
-        backend.update_(tensors, kept, rule, list(constants), *record, *place, rounding)
+        for at, (rows, *mine) in _row_major(tensors, *kept):
+            backend.update_(rows, mine, rule, list(constants), *record, *_part(place, at), rounding)
         _bump([*tensors, *moments])
 
 
@@ -623,7 +637,7 @@ def _project(
     starts: Sequence[int],
 ) -> Tensor:
     place = _place(tensors, dist, factors, streams, starts, False)
-    scalars: Tensor = backend.project(tensors, _unsigned(seeds), *place)
+    scalars: Tensor = backend.project([t.contiguous() for t in tensors], _unsigned(seeds), *place)
     return scalars
 
 
@@ -634,12 +648,41 @@ def _place(
     streams: Sequence[int],
     starts: Sequence[int],
     stochastic: bool,
-) -> tuple[str, list[float], list[int], list[int]]:
+) -> Place:
     n = len(tensors)
     _check_tensors(tensors, starts)
     if stochastic and any(t.dtype == torch.float16 for t in tensors):
         raise TypeError("stochastic rounding is defined for bfloat16; float16 tensors take rounding='nearest'")
     return dist, _factors(factors, n), list(streams or range(n)), list(starts or [0] * n)
+
+
+Place = tuple[str, list[float], list[int], list[int]]
+
+
+def _part(place: Place, at: Sequence[int]) -> Place:
+    dist, factors, streams, starts = place
+    return dist, [factors[t] for t in at], [streams[t] for t in at], [starts[t] for t in at]
+
+
+def _row_major(*lists: list[Tensor]) -> Iterator[tuple[Sequence[int], Sequence[list[Tensor]]]]:
+    """Positions in the lists, and what lies there as kernels take it: those in channels_last as copies.
+
+    The copies are written back when the next ones are asked for, so that there is one at a time.
+    """
+    columns = list(zip(*lists, strict=True))
+    strided = [t for t, column in enumerate(columns) if not all(x.is_contiguous() for x in column)]
+    if not strided:
+        yield range(len(columns)), lists
+        return
+    plain = [t for t in range(len(columns)) if t not in strided]
+    if plain:
+        yield plain, [[values[t] for t in plain] for values in lists]
+    for t in strided:
+        rows = [x.contiguous() for x in columns[t]]
+        yield [t], [[row] for row in rows]
+        for x, row in zip(columns[t], rows, strict=True):
+            if row is not x:
+                x.copy_(row)
 
 
 def _bump(tensors: list[Tensor]) -> None:

@@ -79,7 +79,10 @@ class Small:
 
 
 def small(kind="moves", rate=0.05, growth=1.0, headroom=16.0, dist=None, **settings):
-    """A run: its kind is a key of RULES. growth: of the rate, per round. settings: of the ledger."""
+    """A run: its kind is a key of RULES. rate: of a pool, P times that. growth: of the rate, per round.
+
+    settings: of the ledger.
+    """
     torch.manual_seed(0)
     half = nn.Linear(3, 2)
     if "bfloat16" in kind:
@@ -99,7 +102,7 @@ def small(kind="moves", rate=0.05, growth=1.0, headroom=16.0, dist=None, **setti
     )
 
     def rates(round):
-        return rate * growth**round
+        return rate * growth**round * (DIRECTIONS if run.pool else 1)
 
     step = PoolStep(run, rates, adam) if run.pool else FreshStep(run, rates)
     made = Small(half, run, SeedReplay(run, step, mirror=None, **{"digest_every": 0, **settings}))

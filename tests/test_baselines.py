@@ -49,7 +49,7 @@ def test_each_half_learns_while_the_other_stands_still(method, half, seed, below
     quick = {"rounds": 20, "batch": 32, "clients": 2, "sampled": 2, "local_steps": 2, "schedule": "constant"}
     quick |= {"directions": 30 if method in REPLAYED else 15, "server_decay": 0.0}
     rates = {"server_rate": 1e-30, "client_rate": 1e-30}
-    client = {"checkpointed": 1.0, "splitfed": 0.2, "hosl": 0.5}.get(method, 0.05)
+    client = {"checkpointed": 1.0, "splitfed": 0.2, "hosl": 0.5}.get(method, 1.5)
     rates |= {"client": {"client_rate": client}, "server": {"server_rate": 0.03}}[half]
     federation, task = assemble(Config(method=method, seed=seed, **rates, **quick))
 
@@ -217,21 +217,21 @@ def test_splitfed_is_local_sgd_and_a_mean_by_samples():
         group.update(lr=0.03, weight_decay=federation.server.optimizer.param_groups[0]["weight_decay"])
     halves = [copy.deepcopy(federation.base) for _ in range(4)]
     batches = [federation.make(m).batch for m in range(4)]
+    samples = torch.tensor([float(len(batch(0)[1])) for batch in batches])
+    assert len(set(samples.tolist())) > 1
     for round in range(2):
         for step in range(3):
             optimizer.zero_grad()
-            for half, batch in zip(halves, batches, strict=True):
+            for half, batch, share in zip(halves, batches, samples / samples.sum(), strict=True):
                 x, y = batch(3 * round + step)
                 loss = task.loss(server(half(x)), y)
                 weights = trainable(half)[0]
                 own = torch.autograd.grad(loss, weights, retain_graph=True)
-                (loss / 4).backward(inputs=list(server.parameters()))
+                (loss * share).backward(inputs=list(server.parameters()))
                 with torch.no_grad():
                     for weight, gradient in zip(weights, own, strict=True):
                         weight -= 0.05 * gradient
             optimizer.step()
-        samples = torch.tensor([float(len(batch(0)[1])) for batch in batches])
-        assert len(set(samples.tolist())) > 1
         mean = (samples[:, None] * torch.stack([flat(half) for half in halves])).sum(0) / samples.sum()
         for half in halves:
             load_vector(mean, trainable(half)[0])

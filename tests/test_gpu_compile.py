@@ -22,7 +22,7 @@ from typing import NamedTuple
 import pytest
 import triton
 
-from hosfl_kernels.gpu.launch import variants
+from hosfl_kernels.gpu.launch import TRITON, variants
 
 CAPABILITIES = (80, 90)
 NAMES = sorted(variants())
@@ -60,10 +60,6 @@ BUDGET = {
     "project-gaussian-float16": 51.5,
 }
 
-# Triton 3.7 makes most products of Philox's rounds by two instructions, IMAD.HI and IMAD, where 3.6, 3.8 and 3.9 make
-# them by one, IMAD.WIDE.
-SPLIT_PRODUCTS = 1.12 if triton.__version__.startswith("3.7.") else 1.0
-
 # update_: per element and direction by distribution and rule, and per element and round by rule and storage, at most:
 # what Triton 3.9 makes, and 5 %.
 DIRECTION = {
@@ -79,6 +75,30 @@ ROUND = {
     "momentum": {"float32": 7.8, "float16": 9.9, "bfloat16": 16.2, "bfloat16-stochastic": 23.2},
     "adamw": {"float32": 50.8, "float16": 53.1, "bfloat16": 59.3, "bfloat16-stochastic": 66.6},
 }
+
+
+class Differs(NamedTuple):
+    """How many times BUDGET, and of ROUND what is AdamW's, are spent; bytes of an AdamW kernel's stack, at most; and
+    what a square root and a quotient become."""
+
+    noise: float = 1.0
+    adamw: float = 1.0
+    stack: int = 0
+    root: str = "sqrt.rn.f32"
+    quotient: str = "div.rn.f32"
+
+
+# From this Triton on, up to the next that is named; newer ones are as the last.
+VERSIONS = {
+    # The square root flushes subnormal arguments, and there are none: normal numbers take that of 0 or more than 2^-24,
+    # AdamW see update.py. Its division is in float64 because the other one flushes.
+    (3, 4): Differs(adamw=1.22, stack=16, root="sqrt.rn.ftz.f32", quotient="div.rn.f64"),
+    (3, 6): Differs(),
+    # Most products of Philox's rounds are two instructions, IMAD.HI and IMAD, in place of one, IMAD.WIDE.
+    (3, 7): Differs(noise=1.12),
+    (3, 8): Differs(),
+}
+HERE = VERSIONS[max(version for version in VERSIONS if version <= TRITON)]
 
 
 class Instruction(NamedTuple):
@@ -256,10 +276,11 @@ def per_element_and_direction(name: str, instructions: list[Instruction]) -> tup
 
 @pytest.mark.parametrize("code", ALL, indirect=True)
 def test_nothing_spills_and_no_value_crosses_threads(code: Code) -> None:
-    assert code.usage["STACK"] == 0
+    stack = HERE.stack if "adamw" in code.name else 0
+    assert code.usage["STACK"] <= stack
     assert code.usage["LOCAL"] == 0
     opcodes = {instruction.opcode.partition(".")[0] for instruction in code.instructions}
-    assert not opcodes & {"LDL", "STL"}
+    assert stack or not opcodes & {"LDL", "STL"}
     if not code.name.startswith("project"):  # it adds the columns of a tile
         assert code.usage["SHARED"] == 0
         assert not opcodes & {"LDS", "STS", "SHFL", "BAR"}
@@ -270,13 +291,13 @@ def test_every_float_operation_is_one_rounding_to_nearest(code: Code) -> None:
     arithmetic = r"\b(?:add|sub|mul|fma|mad|div|sqrt|rsqrt|rcp|ex2|lg2|sin|cos|tanh)\.\S*f(?:16|32|64)\S*"
     operations = set(re.findall(arithmetic, code.ptx))
     assert operations or code.name == "noise-rademacher"
-    allowed = {"add.rn.f32", "sub.rn.f32", "mul.rn.f32", "sqrt.rn.f32"}
+    allowed = {"add.rn.f32", "sub.rn.f32", "mul.rn.f32", HERE.root}
     if "adamw" in code.name:
-        allowed |= {"div.rn.f32"}
+        allowed |= {HERE.quotient}
     if code.name.startswith("project"):  # the factor, times a tile's sum
         allowed |= {"mul.rn.f64"}
     assert operations <= allowed
-    assert not re.search(r"\.ftz|\.approx", code.ptx)
+    assert not re.search(r"\.ftz|\.approx", code.ptx.replace(HERE.root, ""))
 
 
 @pytest.mark.parametrize("code", WIDE, indirect=True)
@@ -295,7 +316,7 @@ def test_instructions_per_element(code: Code) -> None:
     one_by_one = code.name.startswith(("replay", "project"))
     count = per_element_and_record if one_by_one else per_element_of_whole_tiles
     spent = count(code.name, code.instructions)
-    assert spent <= BUDGET[code.name] * SPLIT_PRODUCTS
+    assert spent <= BUDGET[code.name] * HERE.noise
 
 
 @pytest.mark.parametrize("code", UPDATE, indirect=True)
@@ -303,7 +324,7 @@ def test_instructions_per_direction_and_round(code: Code) -> None:
     _, rule, dist, storage = code.name.split("-", 3)
     direction, per_round = per_element_and_direction(code.name, code.instructions)
     assert direction <= DIRECTION[dist, rule]
-    assert per_round <= ROUND[rule][storage]
+    assert per_round <= ROUND[rule][storage] * (HERE.adamw if rule == "adamw" else 1.0)
 
 
 def test_every_variant_has_a_budget_and_signs_stay_below_20() -> None:

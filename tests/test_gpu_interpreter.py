@@ -12,6 +12,7 @@ import triton.language as tl
 
 from hosfl_kernels import gpu, reference, spec
 from hosfl_kernels.gpu.rounding import from_float32
+from hosfl_kernels.gpu.update import quotient, quotient64
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DISTS = ("rademacher", "gaussian")
@@ -190,6 +191,37 @@ def test_values_at_the_edges(dtype: torch.dtype, rounding_seed: int | None) -> N
         rounding = rounding_seed if dtype == torch.bfloat16 else None
         with np.errstate(over="ignore"):
             assert equal(x, spec.perturb(old, SEED, scale, stream=STREAM, rounding_seed=rounding))
+
+
+@triton.jit
+def divide(source, other, target, n, WIDTH: tl.constexpr):
+    lane = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    a, b = tl.load(source + lane), tl.load(other + lane)
+    tl.store(target + lane, quotient(a, b))
+    tl.store(target + n + lane, quotient64(a, b))
+
+
+def test_both_quotients_are_rounded_to_nearest() -> None:
+    """Of any bits; with subnormal results; and with results at, just above and just below a tie of two of those."""
+    random = np.random.default_rng(0)
+    n = 1 << 14
+    a, b = random.integers(0, 2**32, (2, n), dtype=np.uint32).view(np.float32)
+    small = random.random(n) * 2.0 ** random.integers(-149, -100, n)
+    large = random.random(n) * 2.0 ** random.integers(0, 40, n)
+    ties = (random.integers(0, 2**10, n) * 2 + 1) * 2.0**-150 * 2.0**20
+    near = [np.nextafter(ties.astype(np.float32), np.float32(to)) for to in (0, 1)]
+    a = torch.from_numpy(np.concatenate([a, *(x.astype(np.float32) for x in (small, ties, *near))])).to(DEVICE)
+    b = torch.from_numpy(np.concatenate([b, large.astype(np.float32), np.full(3 * n, 2.0**20, np.float32)])).to(DEVICE)
+    found = torch.zeros(2, len(a), device=DEVICE)
+    with np.errstate(all="ignore"):
+        divide[(len(a) // 1024,)](a, b, found, len(a), WIDTH=1024)
+        want = a.cpu().numpy() / b.cpu().numpy()
+    subnormal = (np.abs(want) < 2.0**-126) & (want != 0)
+    assert subnormal[n:].mean() > 0.5
+    is_nan = np.isnan(want)
+    for one in found.cpu().numpy():
+        assert np.array_equal(np.isnan(one), is_nan)
+        assert one[~is_nan].tobytes() == want[~is_nan].tobytes()
 
 
 @triton.jit

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import warnings
 
 import group
 import pytest
@@ -52,13 +53,14 @@ def trainer_of(model, folder, optimizer=None, causal=False, **settings):
     from hosfl.integrations.hf import ZOTrainer
 
     class Recorder(ZOTrainer):
-        """Keeps what each step was measured on."""
+        """Keeps what each step was measured on, and the state of the random numbers."""
 
-        batches = items = ()
+        batches = items = states = ()
         contexts = 0
 
         def training_step(self, model, inputs, num_items_in_batch=None):
             self.items = (*self.items, num_items_in_batch)
+            self.states = (*self.states, torch.get_rng_state())
             return super().training_step(model, inputs, num_items_in_batch)
 
         def compute_loss_context_manager(self):
@@ -84,7 +86,7 @@ def trainer_of(model, folder, optimizer=None, causal=False, **settings):
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_the_trainer_takes_the_steps_of_a_plain_loop(tmp_path, causal, accumulated):
     model = language_model() if causal else classifier()
-    plain = copy.deepcopy(model).eval()
+    plain = copy.deepcopy(model).train()  # with dropout, where it is no Llama
     trainer = trainer_of(model, tmp_path, causal=causal, gradient_accumulation_steps=accumulated)
     if not causal:
         # This model takes num_items_in_batch and ignores it, and the Trainer must be told that its losses are means.
@@ -103,6 +105,7 @@ def test_the_trainer_takes_the_steps_of_a_plain_loop(tmp_path, causal, accumulat
                 return torch.stack([plain(**b, num_items_in_batch=items).loss.double() for b in batches]).sum()
             return torch.stack([plain(**b).loss.double() for b in batches]).mean()
 
+        torch.set_rng_state(trainer.states[first + accumulated - 1])
         losses.append(float(optimizer.step(loss).float()))
         schedule.step()
     assert len(trainer.batches) == 8
@@ -336,6 +339,32 @@ def test_lightning_takes_the_steps_of_a_plain_loop_and_resumes_to_the_same_bits(
     for net in (resumed, fit(2)[0]):
         assert same(net.parameters(), plain.parameters())
     assert not same(half.parameters(), plain.parameters())
+
+
+# --- accelerate --------------------------------------------------------------------------------------------------
+
+
+def test_accelerate_s_accumulation_drops_closures_and_the_user_is_told():
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    try:
+        accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
+        model, data = nn.Linear(4, 1), torch.utils.data.DataLoader(torch.arange(64.0).reshape(16, 4), batch_size=2)
+        model, optimizer, data = accelerator.prepare(model, ZOSGD(model.parameters(), 1e-6, seed=0), data)
+        seen = []
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for batch in data:
+                with accelerator.accumulate(model):
+                    optimizer.step(lambda batch=batch: seen.append(float(batch[0, 0])) or model(batch).square().mean())
+        told = [str(w.message) for w in caught if "micro-batches" in str(w.message)]
+        assert len(told) == 1
+        assert "accumulates 4 micro-batches, and calls step(closure) for the last of them only" in told[0]
+        assert seen == [24.0, 24.0, 56.0, 56.0]
+    finally:
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
 
 
 # --- CUDA graphs -------------------------------------------------------------------------------------------------

@@ -580,9 +580,20 @@ def test_the_pool_is_adam_on_its_coefficients(kind):
         assert step.committed == pytest.approx(committed)
 
 
+def test_a_rate_means_the_same_for_a_pool_and_for_fresh_directions():
+    scalars = round_scalars(0).double()
+    fresh, pool = small().run, small("pool").run
+    expected, _ = FreshStep(fresh, lambda r: 0.5)(0, scalars, on(fresh.lattice))
+    found, _ = PoolStep(pool, lambda r: 0.5, lambda p: torch.optim.SGD(p))(0, scalars, on(pool.lattice))
+    assert found == pytest.approx(expected, abs=2 * pool.lattice.quantum)
+    assert found == pytest.approx((-0.5 / DIRECTIONS * scalars).tolist(), abs=2 * pool.lattice.quantum)
+    assert min(map(abs, found)) > 100 * pool.lattice.quantum
+
+
 def test_small_steps_add_up_in_the_pool():
     made = small("pool")
-    step, quantum = PoolStep(made.run, lambda r: 1.0, lambda p: torch.optim.SGD(p)), made.run.lattice.quantum
+    step = PoolStep(made.run, lambda r: float(DIRECTIONS), lambda p: torch.optim.SGD(p))
+    quantum = made.run.lattice.quantum
     moved = sum(
         np.array(step(round, torch.full((4,), -0.2 * quantum), on(made.run.lattice))[0]) for round in range(0, 10, 2)
     )

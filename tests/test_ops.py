@@ -490,6 +490,42 @@ def test_bad_arguments_change_nothing(call, error, message):
     assert all(torch.equal(x, torch.full((8,), 0.5)) for x in xs)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", ops.DTYPES)
+@pytest.mark.parametrize("rule", [hk.SGD(), hk.SGD(momentum=0.5), hk.AdamW()])
+@pytest.mark.parametrize("strided_moments", [True, False])
+def test_channels_last_changes_no_bit(rule, dtype, device, strided_moments):
+    """Between others and alone, in two and three dimensions; each op, with its place arguments."""
+    random = torch.Generator().manual_seed(0)
+    shapes = [(5,), (4, 3, 2, 5), (7, 2), (2, 3, 2, 2, 3), (3, 1, 4, 4), (2, 4, 3, 3)]
+    formats = [None, torch.channels_last, None, torch.channels_last_3d, torch.channels_last, torch.channels_last]
+    plain = [torch.randn(shape, generator=random).to(device, dtype) for shape in shapes]
+    last = [x.clone() if f is None else x.to(memory_format=f) for x, f in zip(plain, formats, strict=True)]
+    assert [x.is_contiguous() for x in last] == [True, False, True, False, True, False]  # one channel is both
+    strides = [x.stride() for x in last]
+    place = {"streams": [9, 8, 7, 6, 5, 4], "starts": [100, 0, 3, 70, 1, 129], "factors": [1.0, 2, 4, 0.5, 1, 8]}
+    seeds = {"rounding": "stochastic", "rounding_seed": 4} if dtype == torch.bfloat16 else {}
+    results = []
+    for tensors in (plain, last):
+        moments = [[torch.zeros_like(t, dtype=torch.float32) for t in tensors] for _ in range(rule.moments)]
+        if not strided_moments:
+            moments = [[m.contiguous() for m in kept] for kept in moments]
+        versions = [t._version for t in tensors]
+        hk.perturb_(tensors, 1, 0.125, **place, **seeds)
+        hk.replay_(tensors, [2, 3], [0.5, -1.0], **place)
+        for first in range(2):
+            steps = rule.steps([first], [0.1])
+            hk.update_(tensors, moments, rule, [[5 + first, 7]], [[1.0, -0.5]], steps, **place)
+        assert all(t._version > v for t, v in zip(tensors, versions, strict=True))
+        results.append([*tensors, *(m for kept in moments for m in kept), hk.project(tensors, [1, 2], **place)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    assert [x.stride() for x in last] == strides
+    if dtype == torch.float32:
+        assert hk.snap_(plain) == hk.snap_(last)
+        assert all(torch.equal(a, b) for a, b in zip(plain, last, strict=True))
+
+
 @pytest.mark.skipif(not CUDA, reason="needs two kinds of device")
 def test_device_mix():
     with pytest.raises(RuntimeError, match="use one device"):

@@ -1,9 +1,11 @@
 """hosfl.optim: every optimizer x every property; the estimator in numpy; logs; two processes; the examples."""
 
 import copy
+import inspect
 import io
 import os
 import pickle
+import random
 import runpy
 import signal
 import stat
@@ -14,6 +16,7 @@ import group
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -40,6 +43,7 @@ CASES = {
     "bfloat16": (ZONormalizedSGD, 0.02, {"mu": 0.05, "directions": 3}, torch.bfloat16, True),
     "float16": (ZOSGD, 0.02, {"mu": 0.03, "two_sided": False, "momentum": 0.5}, torch.float16, True),
 }
+WITH_MOMENTUM = [name for name, (_, _, settings, _, _) in CASES.items() if "momentum" in settings]
 EXACT = [name for name in CASES if name in ("plain", "one-sided", "normalized", "pool")]
 every = pytest.mark.parametrize("case", CASES)
 
@@ -81,7 +85,7 @@ def test_a_quadratic_falls_to_its_minimum_s_surroundings(case):
     cls, lr, settings, dtype, _ = CASES[case]
     model = nn.Linear(8, 1, bias=False).to(dtype)
     target = torch.linspace(-0.5, 0.5, 8)
-    optimizer = cls(model.parameters(), lr, model=model, **settings)
+    optimizer = cls(model.parameters(), lr, model=model, seed=0, **settings)
 
     def distance():
         return (model.weight.float()[0] - target).square().sum()
@@ -104,7 +108,7 @@ def test_a_saved_state_continues_to_the_same_bits(case):
     optimizer = whole.optimizer
     different = {"seed": 99, "lr": 0.5, "directions": 4, "pool": 0 if optimizer.pool else 7, "momentum": 0.25}
     different |= {"dist": "rademacher" if optimizer.dist == "gaussian" else "gaussian"}
-    different |= {"two_sided": not optimizer.two_sided, **({"decay": 0.3} if hasattr(optimizer, "decay") else {})}
+    different |= {"two_sided": not optimizer.two_sided, **({"decay": 0.3} if "decay" in optimizer.settable else {})}
     assert different.keys() >= {*optimizer.kept} - {"steps"}
     for weights_first in (True, False):
         other = Run(case, **different)
@@ -242,6 +246,161 @@ def test_measuring_first_and_stepping_later_is_one_step(case):
     halves.model[0].bias.requires_grad_(False)
     with pytest.raises(RuntimeError, match="when the step was measured"):
         halves.optimizer.step()
+
+
+# --- train mode --------------------------------------------------------------------------------------------------
+
+
+class Forgetful(nn.Module):
+    """A transformer's layer, a normalisation by batch statistics and dropout at three places."""
+
+    def __init__(self, dropout, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, dropout, "gelu", batch_first=True)
+        self.norm, self.drop, self.head = nn.BatchNorm1d(16), nn.Dropout(dropout), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.head(self.drop(self.norm(self.layer(x).mean(1))))
+
+
+@pytest.mark.parametrize("two_sided", [True, False])
+@pytest.mark.parametrize("dropout", [0.1, 0.5])
+def test_with_dropout_the_derivative_is_that_of_backpropagation_with_the_same_masks(dropout, two_sided):
+    model = Forgetful(dropout)
+    x, y = torch.randn(32, 6, 16), torch.randint(0, 4, (32,))
+
+    def loss():
+        return nn.functional.cross_entropy(model(x).double(), y)
+
+    pairs = []
+    for seed in range(24):
+        optimizer = ZOSGD(model.named_parameters(), 1e-12, 1e-3, seed=seed, two_sided=two_sided)
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        measured = []
+        optimizer.step(lambda measured=measured: measured.append(float(loss())) or measured[-1])
+        after = torch.get_rng_state()
+        ends = (measured[0] - measured[1]) / 2 if two_sided else measured[1] - measured[0]
+        torch.set_rng_state(before)
+        model.zero_grad()
+        loss().backward()
+        assert torch.equal(torch.get_rng_state(), after)  # as much was drawn as by one evaluation
+        (u,) = direction_seeds(seed, 0, 1)
+        truth = sum(
+            float((p.grad.flatten() * torch.from_numpy(spec.rademacher(p.numel(), u, n))).double().sum())
+            for n, p in enumerate(model.parameters())
+        )
+        pairs.append((ends / 1e-3, truth))
+    found, truth = np.array(pairs).T
+    # With other masks in every evaluation it is more than 10. What is left is rounding, and if one-sided curvature.
+    assert np.abs(found - truth).max() < (2e-3 if two_sided else 0.2) * truth.std()
+
+
+@every
+def test_the_evaluations_of_a_step_draw_the_same_numbers(case):
+    run = Run(case)
+    seen = []
+
+    def closure():
+        seen.append((float(torch.rand(())), random.random(), float(np.random.rand())))
+        return run.loss()
+
+    for _ in range(3):
+        run.optimizer.step(closure)
+        states = torch.get_rng_state(), random.getstate(), np.random.get_state()[2]
+        for evaluate in (run.optimizer.measure, run.optimizer.step):
+            with pytest.raises(ZeroDivisionError):
+                evaluate(lambda: (closure(), 1 / 0))
+        assert (states[1], states[2]) == (random.getstate(), np.random.get_state()[2])
+        assert torch.equal(states[0], torch.get_rng_state())
+    assert len({*seen}) == 4  # those of an error are the next step's
+
+
+@pytest.mark.parametrize("two_sided", [True, False])
+@pytest.mark.parametrize("given", [True, False])
+def test_running_statistics_take_in_a_step_s_first_evaluation(two_sided, given):
+    class Model(Forgetful):
+        def __init__(self):
+            super().__init__(0.1)
+            self.register_buffer("passes", torch.zeros(()))
+
+        def forward(self, x):
+            self.passes += 1
+            return super().forward(x)
+
+    model = Model()
+    x, losses, settings = torch.randn(32, 6, 16), [], {"two_sided": two_sided, "directions": 2, "seed": 1}
+    optimizer = ZOSGD(model.parameters(), 1e-3, model=model if given else None, **settings)
+    statistics = []
+
+    def closure():
+        losses.append(float(model(x).square().mean()))
+        statistics.append(model.norm.running_mean.clone())
+        return losses[-1]
+
+    count = 4 if two_sided else 3
+    for step in range(1, 5):
+        statistics.clear()
+        optimizer.step(closure)
+        assert len(statistics) == count
+        assert int(model.norm.num_batches_tracked) == step
+        assert torch.equal(model.norm.running_mean, statistics[0])
+        passes = float(model.passes)
+        # What is no normalisation's is seen to change in the second step, and is right from the third on.
+        assert passes == (count, count + 1, count + 2, count + 3)[step - 1]
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(lambda: (closure(), 1 / 0))
+    assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
+    model.eval()
+    optimizer.step(closure)
+    assert torch.equal(model.norm.running_mean, before["norm.running_mean"])
+
+
+def test_watching_leaves_nn_module_as_it_was():
+    original = nn.Module.__call__
+    run = Run()
+    with pytest.raises(ZeroDivisionError):
+        run.optimizer.step(lambda: (run.loss(), 1 / 0))
+    assert nn.Module.__call__ is original
+    run.go(1)
+    assert nn.Module.__call__ is original
+
+
+def test_a_loop_with_dropout_learns_as_in_eval_mode():
+    digits = load_digits()
+    x, y = torch.tensor(digits.data / 16, dtype=torch.float32), torch.tensor(digits.target)
+
+    def trained(train):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 16), nn.ReLU(), nn.Dropout(0.1), nn.Linear(16, 10)).train(train)
+        optimizer = ZONormalizedSGD(model.parameters(), lr=0.04, directions=4, two_sided=False, seed=0)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=400)
+        random = torch.Generator().manual_seed(0)
+
+        def loss(rows):
+            return nn.functional.cross_entropy(model(x[rows]), y[rows])
+
+        for _ in range(400):
+            batch = torch.randint(0, 1500, (128,), generator=random)
+            optimizer.step(lambda batch=batch: loss(batch))
+            schedule.step()
+        model.eval()
+        with torch.no_grad():
+            return float(loss(slice(0, 1500)))
+
+    still, dropped = trained(False), trained(True)
+    start = float(np.log(10))
+    assert start - dropped > 0.9 * (start - still)
+
+
+def test_a_closure_that_calls_backward_is_told_so():
+    run = Run().go(1)
+    before = run.weights
+    with pytest.raises(RuntimeError, match=r"calls backward\(\).*leave that and zero_grad\(\) out"):
+        run.optimizer.step(lambda: run.loss().backward())
+    assert same(run.weights, before)
 
 
 # --- the estimator -----------------------------------------------------------------------------------------------
@@ -390,6 +549,198 @@ def test_a_group_of_rate_zero_stays_and_schedulers_reach_all(case):
     assert not same(middle[2:], before[2:])
     scheduler.step()
     assert same(run.go(1).weights, middle)
+
+
+SCHEDULERS = {
+    "LambdaLR": {"lr_lambda": lambda step: 0.8**step},
+    "MultiplicativeLR": {"lr_lambda": lambda step: 0.9},
+    "StepLR": {"step_size": 2},
+    "MultiStepLR": {"milestones": [2, 4]},
+    "ConstantLR": {"total_iters": 3},
+    "LinearLR": {"total_iters": 4},
+    "ExponentialLR": {"gamma": 0.7},
+    "PolynomialLR": {"total_iters": 6},
+    "CosineAnnealingLR": {"T_max": 6},
+    "CosineAnnealingWarmRestarts": {"T_0": 3},
+    "OneCycleLR": {"max_lr": 0.02, "total_steps": 8},
+    "CyclicLR": {"base_lr": 0.001, "max_lr": 0.02, "step_size_up": 2},
+    "ReduceLROnPlateau": {"patience": 0, "threshold": 0.5},
+    "SequentialLR": {"milestones": [3]},
+    "ChainedScheduler": {},
+}
+TURNS_MOMENTUM = ("OneCycleLR", "CyclicLR")
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("case", ["normalized", "gaussian", "momentum", "bfloat16"])
+def test_torch_s_schedulers(name, case, tmp_path):
+    """The bits of setting by hand what the scheduler sets, by log too, and with a resumed scheduler."""
+    of_torch = torch.optim.lr_scheduler
+    run, by_hand = Run(case), Run(case)
+    for mine in (run, by_hand):
+        mine.optimizer.model = mine.model
+
+    def make(optimizer):
+        if name in ("SequentialLR", "ChainedScheduler"):
+            parts = [of_torch.ExponentialLR(optimizer, 0.9), of_torch.LinearLR(optimizer, 0.5, total_iters=4)]
+            arguments = (optimizer, parts) if name == "SequentialLR" else (parts,)
+            return getattr(of_torch, name)(*arguments, **SCHEDULERS[name])
+        return getattr(of_torch, name)(optimizer, **SCHEDULERS[name])
+
+    def settings(optimizer):
+        return {key: optimizer.param_groups[0][key] for key in ("lr", "momentum")}
+
+    schedule, used, losses = make(run.optimizer), [], []
+    for step in range(7):
+        used.append(settings(run.optimizer))
+        losses.append(run.optimizer.step(lambda step=step: run.loss(step)))
+        schedule.step(*losses[-1:] if name == "ReduceLROnPlateau" else ())
+        if step == 3:
+            saved = copy.deepcopy((run.model.state_dict(), run.optimizer.state_dict(), schedule.state_dict()))
+    assert len({s["lr"] for s in used}) > 1
+    assert (len({s["momentum"] for s in used}) > 1) == (name in TURNS_MOMENTUM)
+    for step, values in enumerate(used):
+        by_hand.optimizer.param_groups[0].update(values)
+        by_hand.go(1, first=step)
+    assert same(run.weights, by_hand.weights)
+    run.optimizer.log.save(tmp_path / "log")
+    rebuild(run.base, tmp_path / "log")
+    assert same(list(run.base.parameters()), run.weights)
+    other = Run(case, lr=0.5)
+    other.optimizer.model = other.model
+    again = make(other.optimizer)
+    other.model.load_state_dict(saved[0])
+    other.optimizer.load_state_dict(saved[1])
+    again.load_state_dict(saved[2])
+    for step in range(4, 7):
+        assert settings(other.optimizer) == used[step]
+        other.go(1, first=step)
+        again.step(*losses[step : step + 1] if name == "ReduceLROnPlateau" else ())
+    assert same(run.weights, other.weights)
+
+
+def test_all_of_torch_s_schedulers_are_among_these():
+    kinds = {name for name in torch.optim.lr_scheduler.__all__ if name != "LRScheduler"}
+    assert kinds == {*SCHEDULERS}
+
+
+@every
+def test_groups_have_settings_of_their_own(case, tmp_path):
+    """A group moves as it does where all have its settings; the losses of both runs are given."""
+    cls, lr, given, dtype, with_model = CASES[case]
+    mine = {"lr": 0.5 * lr, "mu": 0.07, "momentum": 0.25, "weight_decay": 0.125}
+    mine |= {"decay": 0.5} if cls is ZONormalizedSGD else {}
+    assert mine.keys() == {*cls.settable}
+
+    def trained(of_first, of_second):
+        run = Run(
+            case,
+            lambda model: [
+                {"params": list(model[i].named_parameters(prefix=str(i))), **own}
+                for i, own in ((0, of_first), (2, of_second))
+            ],
+        )
+        run.optimizer.model = run.model  # off the lattice all of them
+        scalars = iter(np.random.default_rng(0).normal(size=100))
+        for _ in range(3):
+            run.optimizer.step(lambda: (run.model(torch.ones(1, 3, dtype=dtype)), next(scalars))[1])
+        return run
+
+    run, alone = trained({}, mine), trained(mine, mine)
+    assert same(run.weights[2:], alone.weights[2:])
+    assert not torch.equal(run.weights[0], alone.weights[0])
+    for name in mine:
+        without = trained({}, {key: value for key, value in mine.items() if key != name})
+        # Of normalised steps the size of a measurement's move is no matter.
+        assert torch.equal(run.weights[2], without.weights[2]) == (name == "mu" and cls is ZONormalizedSGD)
+    run.optimizer.log.save(tmp_path / "log")
+    rebuild(run.base, tmp_path / "log")
+    assert same(list(run.base.parameters()), run.weights)
+    for name, value in {"lr": -1, "mu": 0, "momentum": 1, "weight_decay": -1, "decay": 1}.items():
+        if name in mine:
+            before, run.optimizer.param_groups[1][name] = run.optimizer.param_groups[1][name], value
+            with pytest.raises(ValueError, match=f"{name} must be"):
+                run.go(1)
+            run.optimizer.param_groups[1][name] = before
+
+
+@every
+def test_the_representation_tells_every_setting(case):
+    cls, lr, given, _, _ = CASES[case]
+    text = repr(Run(case, params=lambda m: [{"params": m[0].parameters(), "lr": 0.125}, *_rest(m)]).optimizer)
+    assert text.startswith(f"{cls.__name__} (\n")
+    settings = {"lr": lr, "mu": 1e-3, "momentum": 0.0, "weight_decay": 0.0, "directions": 1, "pool": 0, "seed": 3}
+    settings |= {"two_sided": True, "dist": "rademacher", **({"decay": 0.9} if cls is ZONormalizedSGD else {}), **given}
+    for name, value in settings.items():
+        assert f"    {name}: {value}\n" in text
+    assert "    lr: 0.125\n" in text
+    parameters = inspect.signature(cls).parameters.keys() | inspect.signature(ZOSGD).parameters.keys()
+    assert settings.keys() == parameters - {"params", "model", "process_group", "settings"}
+
+
+def _rest(model):
+    return [{"params": model[2].parameters()}]
+
+
+def test_a_seed_that_is_not_given_is_drawn_from_torch_s_generator(tmp_path):
+    def made(seed):
+        torch.manual_seed(seed)
+        model = nn.Linear(3, 1)
+        return [ZOSGD(model.named_parameters(), 0.01) for _ in range(2)], model
+
+    (first, second), _ = made(5)
+    assert first.seed != second.seed
+    (again, _), model = made(5)
+    assert again.seed == first.seed
+    assert made(6)[0][0].seed != first.seed
+    base = copy.deepcopy(model)
+    assert f"seed: {again.seed}" in repr(again)
+    assert again.state_dict()["run"]["seed"] == again.seed
+    before = torch.get_rng_state()
+    ZOSGD(model.parameters(), 0.01, seed=0)
+    assert torch.equal(before, torch.get_rng_state())
+    again.step(lambda: model.weight.square().sum())
+    again.log.save(tmp_path / "log")
+    rebuild(base, tmp_path / "log")
+    assert torch.equal(base.weight, model.weight)
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if name != "drifting"])
+def test_weights_in_channels_last_move_like_others(case, tmp_path):
+    cls, lr, settings, dtype, _ = CASES[case]
+
+    def trained(format):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 2), nn.Conv2d(2, 2, 1)).to(dtype)
+        base = copy.deepcopy(model)
+        model.to(memory_format=format)
+        optimizer = cls(model.named_parameters(), lr, seed=3, **{"model": model, **settings})
+        scalars = iter(np.random.default_rng(0).normal(size=100))
+        x = torch.randn(2, 3, 6, 6).to(dtype)
+        for _ in range(3):
+            optimizer.step(lambda: (model(x), next(scalars))[1])
+        return base, model, optimizer
+
+    _, plain, _ = trained(torch.contiguous_format)
+    base, model, optimizer = trained(torch.channels_last)
+    assert not model[0].weight.is_contiguous()
+    assert model[0].weight.is_contiguous(memory_format=torch.channels_last)
+    assert same(list(plain.parameters()), list(model.parameters()))
+    optimizer.log.save(tmp_path / "log")
+    for copied in (copy.deepcopy(base), base.to(memory_format=torch.channels_last)):
+        rebuild(copied, tmp_path / "log")
+        assert same(list(copied.parameters()), list(model.parameters()))
+
+
+def test_a_log_that_cannot_be_saved_is_told_at_the_first_step():
+    run = Run("drifting")
+    with pytest.warns(UserWarning, match="log of this run cannot be saved: .* give the optimizer `model`"):
+        run.go(1)
+    assert not heard(run.optimizer, run.loss, 3)
+    run = Run("momentum").go(1)
+    run.optimizer.load_state_dict(run.optimizer.state_dict())
+    assert "a resumed run with momentum" in heard(run.optimizer, run.loss, 3)[0]
+    assert not heard(Run().optimizer, run.loss, 2)
 
 
 def test_groups_added_later_are_numbered_on_and_logged(tmp_path):
@@ -715,7 +1066,7 @@ def test_losses_that_never_differ_are_warned_of_once(case):
     def flat():
         return run.model[0].weight.sum() * 0 + 1.0
 
-    assert not heard(run.optimizer, flat, 9)
+    assert len(heard(run.optimizer, flat, 9)) == (case == "drifting")  # whose log cannot be saved
     (message,) = heard(run.optimizer, flat, 30)
     dtype = run.model[0].weight.dtype
     assert ("in half precision, which" in message) == (dtype != torch.float32)
@@ -775,10 +1126,10 @@ def test_torch_s_defaults_change_no_bit(case, default, defaults, tmp_path):
         run.optimizer.measure(loss)
         run.optimizer.step()
         run.optimizer.load_state_dict(copy.deepcopy(run.optimizer).state_dict())
-        if not run.optimizer.momentum:
+        if case not in WITH_MOMENTUM:
             run.base = copy.deepcopy(run.model)
         run.optimizer.step(lambda: (loss(), 1.5)[1] if run.optimizer.model else 1.5)
-        if case != "drifting" and not run.optimizer.momentum:
+        if case != "drifting" and case not in WITH_MOMENTUM:
             run.optimizer.log.save(tmp_path / "log")
             rebuild(run.base, tmp_path / "log")
             assert same(list(run.base.parameters()), run.weights)
@@ -910,6 +1261,26 @@ def half_batches(model, rank):
     return (model(x.to(model[0].weight.dtype)).double() - x.sum(1, keepdim=True)).square().mean()
 
 
+def draw_seeds(rank, folder):
+    run = Run()
+    torch.manual_seed(rank)
+    run.optimizer = ZOSGD(run.model.parameters(), 0.02)
+    own = run.optimizer.seed
+    losses = [run.optimizer.step(run.loss) for _ in range(2)]
+    assert run.optimizer.log.terms.seed == run.optimizer.seed
+    with pytest.raises(ValueError, match=f"different seeds, this one {rank}: give all of them the same"):
+        Run(seed=rank).go(1)
+    Run(seed=5).go(1)
+    torch.save([own, run.optimizer.seed, losses, run.weights], f"{folder}/{rank}")
+
+
+def test_processes_agree_on_a_seed(tmp_path):
+    group.start(draw_seeds, str(tmp_path))()
+    first, second = (torch.load(tmp_path / str(rank)) for rank in range(2))
+    assert first[0] != second[0]
+    assert str(first[1:]) == str(second[1:])
+
+
 def train_distributed(rank, folder, closures):
     runs = [Run(case) for case in CASES]
     for run in runs:
@@ -1014,7 +1385,7 @@ def test_logs_that_would_not_rebuild_are_refused(tmp_path):
     with pytest.raises(LogError, match="momentum"):
         run.go(1).optimizer.log.save(tmp_path / "log")
     assert not list(tmp_path.iterdir())
-    assert optim_log.FORMAT == 1
+    assert optim_log.FORMAT == 2
 
 
 # --- files that are no files --------------------------------------------------------------------------------------
@@ -1148,11 +1519,11 @@ def test_wrong_parameters_are_refused():
         ZONormalizedSGD(embedding.parameters(), 0.1, decay=1.0)
 
 
-@pytest.mark.parametrize("key", ["momentum", "directions", "weightdecay", "square"])
+@pytest.mark.parametrize("key", ["nesterov", "directions", "weightdecay", "square"])
 def test_a_group_s_wrong_options_are_named_and_nothing_is_added(key):
     run = Run(params=lambda m: m[0].named_parameters())
     group = {"params": list(run.model[2].named_parameters()), key: 1.0}
-    with pytest.raises(ValueError, match=f"'{key}' of its own: it may set lr, mu, weight_decay"):
+    with pytest.raises(ValueError, match=f"'{key}' of its own: it may set lr, mu, momentum, weight_decay"):
         run.optimizer.add_param_group(group)
     with pytest.raises(ValueError, match=f"'{key}' of its own"):
         ZOSGD([group], 0.1)
@@ -1187,6 +1558,36 @@ def test_errors_name_the_parameter(make, error, message, settings, named):
     with pytest.raises(error, match=name + message):
         ZOSGD(params, 0.1, **settings).step(lambda: first.sum())
     assert not MEMORY.any()
+
+
+def test_weights_on_several_devices_are_refused_by_name_and_frozen_ones_are_not():
+    class Elsewhere(nn.Parameter):
+        device = torch.device("cuda:1")
+
+    named = [("first", nn.Parameter(torch.ones(2))), ("second", nn.Parameter(torch.ones(2)))]
+    named[1][1].__class__ = Elsewhere
+    optimizer = ZOSGD(named, 0.1)
+    with pytest.raises(RuntimeError, match=r"'first' is on cpu, parameter 'second' on cuda:1: .* device_map"):
+        optimizer.step(lambda: 0.0)
+    named[1][1].requires_grad_(False)
+    optimizer.step(lambda: named[0][1].sum())
+
+
+@pytest.mark.parametrize(
+    ("two_sided", "steps", "losses", "message"),
+    [
+        (False, 0, [1.0, float("nan")], "At the weights themselves the loss is finite, so mu is too large"),
+        (False, 0, [float("inf"), 1.0], "This is the first step: look for NaN in the batch, labels out of range"),
+        (True, 0, [1.0, float("nan")], "This is the first step"),
+        (True, 2, [1.0, float("nan")], "an lr so large that the weights have diverged"),
+    ],
+)
+def test_a_loss_that_is_nan_names_the_likely_causes(two_sided, steps, losses, message):
+    run = Run(two_sided=two_sided).go(steps)
+    before = run.weights
+    with pytest.raises(FloatingPointError, match=message):
+        run.optimizer.step(iter(losses).__next__)
+    assert not steps or same(run.weights, before)
 
 
 MEMORY = torch.zeros(8)

@@ -20,7 +20,8 @@ from hosfl.log import LogError
 from hosfl.optim import rebuild
 from hosfl.replica import digest
 
-# As 0.1.0 wrote them, in base64. What a reader of today makes of them is what it must make of them for ever.
+# As they were written, in base64: "momenta" in format 2, the others in format 1. What a reader of today makes of them
+# is what it must make of them for ever.
 WRITTEN = {
     name: base64.b64decode(text)
     for name, text in json.loads((Path(__file__).parent / "optim_logs.json").read_text()).items()
@@ -151,7 +152,7 @@ def named_twice(parts):
 NAN, INF = float("nan"), float("inf")
 PUT, GROUP = ("chapters", 0, "puts", 0), ("chapters", 0, "groups", 0)
 WRONG = [
-    *(("lattice", at("format")(v), "format") for v in (2, True, 1.0, "1", None)),
+    *(("lattice", at("format")(v), "format") for v in (3, True, 1.0, "1", None)),
     ("lattice", drop("format"), "format"),
     ("lattice", drop("trained"), "must have exactly"),
     ("lattice", at("more")(1), "must have exactly"),
@@ -167,6 +168,15 @@ WRONG = [
         ("momentum", at("momentum")(v), "momentum must be")
         for v in (1, -0.1, 1 - 2.0**-26, NAN, INF, True, "0", 10**400)
     ),
+    ("lattice", drop("momentum"), "must have exactly"),
+    *((case, at("format")(v), "must have exactly") for case, v in (("lattice", 2), ("momenta", 1))),
+    ("momenta", drop("chapters", 0, "momenta"), "chapter 0 must have exactly"),
+    *(("momenta", at("chapters", 0, "momenta")(v), "momenta must") for v in (0.5, [0.5], [0.5, 0, 0], {}, None)),
+    *(
+        ("momenta", at("chapters", 0, "momenta", 1)(v), "momentum must be")
+        for v in (1, -0.1, 1 - 2.0**-26, NAN, INF, True, "0", 10**400)
+    ),
+    ("momenta", at("chapters", 0, "momenta", 1)(0.75), "not the weights of the run"),
     *(("lattice", at("first")(v), "first must be") for v in (-1, 2**64, True, 0.0)),
     *(("lattice", at("first")(v), "its steps go beyond") for v in (2**64 - 1, 2**64 - 7)),
     *(("lattice", at("parameters")(v), "parameters must be a list") for v in ({}, "abcd", None)),

@@ -33,12 +33,12 @@ from hosfl_kernels import cpu
 from hosfl_kernels.ops import BACKENDS
 
 RULES: dict[str, dict[str, Any]] = {
-    "sgd": {"rule": "sgd", "client_rate": 0.02},
-    "momentum": {"rule": "momentum", "client_rate": 0.002},
-    "adamw": {"rule": "adamw", "client_rate": 0.005},
+    "sgd": {"rule": "sgd", "client_rate": 0.04},
+    "momentum": {"rule": "momentum", "client_rate": 0.004},
+    "adamw": {"rule": "adamw", "client_rate": 0.01},
     "pool": {
         "rule": "adamw",
-        "client_rate": 0.002,
+        "client_rate": 0.004,
         "directions_from": "pool",
         "pool_size": 16,
         "pool_rounds": 25,
@@ -57,7 +57,7 @@ def small(**settings: Any) -> Config:
         "batch": 8,
         "directions": 2,
         "server_rate": 0.06,
-        "client_rate": 0.02,
+        "client_rate": 0.04,
         "rule": "sgd",
         "snapshot_every": 5,
         "digest_every": 10,
@@ -108,10 +108,10 @@ def test_one_digest(rule: str, dtype: str, tmp_path: Path) -> None:
     assert outcome.states > 10
 
 
-@pytest.mark.parametrize("directions_from", ["fresh", "pool"])
-def test_one_digest_when_the_lattice_is_outgrown(directions_from: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("directions_from", "rate"), [("fresh", 1.0), ("pool", 2.0)])
+def test_one_digest_when_the_lattice_is_outgrown(directions_from: str, rate: float, tmp_path: Path) -> None:
     """Clients come, go and start anew on either side of the round in which the lattice becomes coarser."""
-    settings = {"rule": "normalized", "client_rate": 1.0, "directions_from": directions_from, "pool_size": 16}
+    settings = {"rule": "normalized", "client_rate": rate, "directions_from": directions_from, "pool_size": 16}
     faults = Faults(dropout=0.2, absence=0.1, longest_absence=30, damage=0.02, crash_every=12)
     check_one_digest(small(rounds=60, digest_every=15, evaluate_every=60, **settings), faults, tmp_path)
     assert any(record.quantum is not None for record in Log.read(tmp_path / "hosfl.log").rounds)
@@ -194,7 +194,7 @@ def test_one_digest_of_three_backends_longer(
 
 def learning(**settings: Any) -> Config:
     defaults = {"rounds": 60, "clients": 10, "sampled": 10, "batch": 16, "directions": 2, "evaluate_every": 60}
-    return small(**defaults | {"server_rate": 0.08, "client_rate": 0.05} | settings)
+    return small(**defaults | {"server_rate": 0.08, "client_rate": 0.1} | settings)
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +235,7 @@ def test_one_liar_of_ten_breaks_the_mean_of_normalised_steps(
     frozen_loss: float, seed: int, below: Callable[..., None]
 ) -> None:
     """They stay on the lattice, and go nowhere: worse than a client half that never learns."""
-    lied_to = simulate(learning(rule="normalized", client_rate=0.2, seed=seed), Faults(byzantine=0.1))
+    lied_to = simulate(learning(rule="normalized", client_rate=0.4, seed=seed), Faults(byzantine=0.1))
     below(frozen_loss / lied_to.loss, 1)
 
 

@@ -22,9 +22,10 @@ from hosfl import study as studies
 from hosfl import study_report
 from hosfl.cli import main
 from hosfl.log import locked
-from hosfl.study import Study, best, load_study, parse_yaml, read_study, run_job, run_study, slug, table, take_up
+from hosfl.study import Study, best, load_study, read_study, run_job, run_study, slug, table, take_up
 from hosfl.study_report import number, report
 from hosfl.tasks import Task
+from hosfl.yaml12 import parse_yaml
 
 FILE = """
 base: {batch: 8, clients: 4, sampled: 2, directions: 1, evaluate_every: 1}

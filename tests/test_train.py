@@ -18,7 +18,7 @@ from hosfl.config import METHODS, REPLAYED
 from hosfl.log import EpochRecord
 from hosfl.tasks import TASKS
 
-CLIENT_RATE = {"splitfed": 0.2, "hosl": 0.2, "mu-splitfed": 0.04}  # where none is tuned
+CLIENT_RATE = {"splitfed": 0.2, "hosl": 0.2, "mu-splitfed": 0.4}  # where none is tuned
 QUICK = {"rounds": 12, "evaluate_every": 5, "batch": 16, "directions": 2}
 
 

@@ -18,11 +18,11 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
 
     The step is measured at the last of `gradient_accumulation_steps` micro-batches, all of them at the same moved
     weights, and taken when the Trainer asks the optimizer to. Their losses are added or averaged by the Trainer's rule:
-    a `loss_is_scaled_for_ga` that is set decides. The model is in eval mode: a dropout mask of its own in
-    each evaluation would drown what the move changes. The logged loss is the step's; grad_norm is always 0, and
-    max_grad_norm without effect. Learning rates come from the scheduler and the optimizer's groups, not from the
-    arguments' `learning_rate`. bf16 is autocast as usual. A run that is resumed from a checkpoint holds the bits of one
-    that was not interrupted. Across processes losses are averaged, as `process_group` of `ZOSGD` says.
+    a `loss_is_scaled_for_ga` that is set decides. The model is in train mode, and all evaluations of a step have the
+    same dropout. The logged loss is the step's; grad_norm is always 0, and max_grad_norm without effect. Learning rates
+    come from the scheduler and the optimizer's groups, not from the arguments' `learning_rate`. bf16 is autocast as
+    usual. A run that is resumed from a checkpoint holds the bits of one that was not interrupted. Across processes
+    losses are averaged, as `process_group` of `ZOSGD` says.
 
     Raises in the first step: TypeError where the optimizer is none of `hosfl.optim`, or is wrapped by DeepSpeed;
     ValueError for fp16=True, which scales gradients.
@@ -46,7 +46,7 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
         if summed is None:  # the Trainer's rule: losses over the number of items of all micro-batches add up
             by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
             summed = by_model or self.compute_loss_func is not None
-        model.eval()
+        model.train()
 
         def loss() -> Tensor:
             with self.compute_loss_context_manager():

@@ -22,17 +22,17 @@ from .philox import philox_words as philox_words
 from .projection import project
 from .replay import replay
 from .tile import FIELDS
-from .update import CONSTANTS, STEP, update
+from .update import CONSTANTS, STEP, TRITON, update
 
 # The interpreter is chosen when triton decorates a kernel, by TRITON_INTERPRET.
 INTERPRETED = not isinstance(perturb, triton.runtime.JITFunction)
 
-if INTERPRETED and triton.__version__.startswith("3.6."):
+if INTERPRETED and TRITON < (3, 7):
     # `range(n)` in a kernel is int() of an array [1], which numpy refuses from 2.4 on; Triton 3.7 asks for its element.
     from triton.runtime import interpreter
 
-    def _patch_tensor(tensor: Any, scope: Any, patch: Any = interpreter._patch_lang_tensor) -> None:
-        patch(tensor, scope)
+    def _patch_tensor(tensor: Any, *scope: Any, patch: Any = interpreter._patch_lang_tensor) -> None:
+        patch(tensor, *scope)
         tensor.__index__ = lambda self: self.handle.data.item()
 
     interpreter._patch_lang_tensor = _patch_tensor

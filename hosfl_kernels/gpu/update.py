@@ -13,6 +13,7 @@ from .tile import exist, is_empty, locate, moment_address, pointers, rows_and_co
 
 CONSTANTS = tl.constexpr(5)  # numbers of the rule before the first round
 STEP = tl.constexpr(4)  # numbers of a round before its directions
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 
 @triton.jit
@@ -30,6 +31,21 @@ def root_of(v):
     """
     small = v < 2.0**-64
     return tl.sqrt_rn(tl.where(small, v * 2.0**64, v)) * tl.where(small, 2.0**-32, 1.0)
+
+
+@triton.jit
+def quotient64(a, b):
+    """a / b in float64, and then float32: the bits of one rounding, since 53 >= 2 * 24 + 2, of subnormal ones too."""
+    return (a.to(tl.float64) / b.to(tl.float64)).to(tl.float32)
+
+
+FLUSHES = tl.constexpr(TRITON < (3, 6))
+
+
+@triton.jit
+def quotient(a, b):
+    """a / b, rounded to nearest. Before Triton 3.6 div_rn flushes subnormal numbers to zero."""
+    return quotient64(a, b) if FLUSHES else tl.div_rn(a, b)
 
 
 @triton.jit(do_not_specialize=["table", "row_of_program", "records", "rounds", "directions"])
@@ -90,7 +106,7 @@ def update(
             if RULE == "adamw":
                 m = number(records, 0) * m + number(records, 1) * g
                 v = number(records, 2) * v + number(records, 3) * (g * g)
-                g = tl.div_rn(m, root_of(v) * root + number(records, 4))
+                g = quotient(m, root_of(v) * root + number(records, 4))
             y = x * keep - rate * g
             x = to_float32(from_float32(y, CELL, rounding_seed, stream, first_row, outer, inner, col, STOCHASTIC))
         # x is already rounded to CELL: this store is exact, and rounds to nearest.

@@ -1,0 +1,95 @@
+"""YAML 1.2's core schema, for the files of studies. PyYAML's own loaders read YAML 1.1."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from hosfl.extras import needed
+
+if TYPE_CHECKING:
+    import yaml
+else:
+    yaml = needed("yaml", "a study's file")
+
+MOST_VALUES = 100_000  # of a file
+
+# Of a plain scalar's tag: how it is written, and what it is.
+_SCALARS: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "null": (r"~|null|Null|NULL|", lambda text: None),
+    "bool": (r"true|True|TRUE|false|False|FALSE", lambda text: text.lower() == "true"),
+    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", lambda text: int(text, 0 if text[1:2] in ("o", "x") else 10)),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        lambda text: float(re.sub(r"\.(?=[a-zA-Z])", "", text)),
+    ),
+    "merge": (r"<<", str),
+    "str": (r"[^\ud800-\udfff]*", str),  # an escape makes half a character, which no file can hold
+}
+
+
+class _Loader(yaml.BaseLoader):  # type: ignore[misc, unused-ignore]  # with and without its stubs
+    """Finds the tags of plain scalars; where several fit, the first one's."""
+
+
+for _tag, (_pattern, _) in _SCALARS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), None)
+
+
+def parse_yaml(text: str) -> Any:
+    """The mappings, lists and scalars of YAML 1.2's core schema, and merge keys. Raises ValueError, saying where.
+
+    A key that is there twice is refused; one that is merged gives way.
+    """
+    made = 0
+
+    def value(node: yaml.Node) -> Any:
+        nonlocal made
+        made += 1  # what an alias stands for counts every time
+        if made > MOST_VALUES:
+            raise ValueError(f"more than {MOST_VALUES} values: too large")
+        kind = node.tag.removeprefix("tag:yaml.org,2002:")
+        if isinstance(node, yaml.MappingNode) and kind == "map":
+            return mapping(node)
+        if isinstance(node, yaml.SequenceNode) and kind == "seq":
+            return [value(item) for item in node.value]
+        if not isinstance(node, yaml.ScalarNode) or kind not in _SCALARS:
+            raise ValueError(f"there is no use for the tag {node.tag!r}{_at(node)}")
+        pattern, of = _SCALARS[kind]
+        if not re.fullmatch(pattern, node.value):
+            raise ValueError(f"{node.value!r} is no {kind}{_at(node)}")
+        return of(node.value)
+
+    def mapping(node: yaml.MappingNode) -> dict[Any, Any]:
+        merged: dict[Any, Any] = {}
+        own: dict[Any, Any] = {}
+        merges = 0
+        for key_node, value_node in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ValueError(f"a key must be one word or number{_at(key_node)}")
+            key, of = value(key_node), value(value_node)
+            merge = key_node.tag.endswith(":merge")
+            if key in own or (merge and merges):
+                raise ValueError(f"{key!r} is there twice, the second time{_at(key_node)}")
+            if not merge:
+                own[key] = of
+                continue
+            merges += 1
+            for base in of if isinstance(of, list) else [of]:
+                if not isinstance(base, dict):
+                    raise ValueError(f"<< merges a mapping, or a list of them, and got {base!r}{_at(key_node)}")
+                merged = base | merged  # of several, the first one's
+        return merged | own
+
+    try:
+        node = yaml.compose(text, _Loader)
+        return None if node is None else value(node)
+    except RecursionError:
+        raise ValueError("nested too deeply, or an alias stands for what it is in itself") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"not YAML: {error}") from None
+
+
+def _at(node: yaml.Node) -> str:
+    return f" in line {node.start_mark.line + 1}, column {node.start_mark.column + 1}"
