@@ -66,6 +66,7 @@ results: bench
 	rm -rf benchmarks/results/digits/*-*/
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.ways_to_learn
 	$(BIN)/python -m benchmarks.catchup
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.liars
 	$(BIN)/hosfl memory --out benchmarks/results/client-memory.json
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.curves

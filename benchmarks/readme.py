@@ -308,6 +308,42 @@ def numbers(results: dict[str, dict[str, Any]]) -> str:
     return _table(head, [row for _, row in sorted(rows)])
 
 
+LIE = {
+    "none": "none",
+    "labels": "labels: C - 1 - c for c",
+    "random-labels": "labels: any but the right one",
+    "flipped-cuts": "cuts times -1",
+    "scaled-cuts": "cuts times 1e6",
+    "noisy-cuts": "noise in place of cuts",
+    "flipped-scalars": "scalars times -1",
+    "scalars": "scalars times 1e6 or -1e6",
+}
+
+
+def liars(result: dict[str, Any]) -> str:
+    """Test accuracy under every lie, by the server's settings."""
+
+    def cell(runs: list[dict[str, Any]]) -> str:
+        accuracies = [r["accuracy"] for r in runs if r["accuracy"] is not None]
+        diverged = len(runs) - len(accuracies)
+        shown = f"{mean(accuracies):.4f}" if accuracies else ""
+        return ", ".join(filter(None, [shown, f"{diverged} of {len(runs)} diverged" if diverged else ""]))
+
+    def refusals(row: dict[str, list[dict[str, Any]]]) -> str:
+        counts = [r["refusals"] for runs in row.values() for r in runs if r["refusals"] is not None]
+        return f"{mean(counts):,.0f}" if counts else ""
+
+    settings = next(iter(result["settings"].values()))
+    config = Config(**settings)
+    what = (
+        f"{result['liars']} liars of {config.clients} clients, all of which take part in every one of {config.rounds} "
+        f"rounds, with batches of {config.batch}; seeds {', '.join(map(str, result['seeds']))}."
+    )
+    rows = [[LIE[lie], *map(cell, row.values()), refusals(row)] for lie, row in result["rows"].items()]
+    head = ["what they lie about", *result["settings"], "messages refused in a run"]
+    return f"{what} {_machine(result)}\n\n{_table(head, rows)}"
+
+
 Sections = dict[str, tuple[str, Callable[[dict[str, Any]], str]]]
 SECTIONS: Sections = {
     "digits": ("digits/table.json", digits),
@@ -327,6 +363,7 @@ STUDIES: Sections = {
 }
 PAGES: dict[Path, Sections] = {
     ROOT / "README.md": SECTIONS,
+    ROOT / "docs" / "threats.md": {"liars": ("digits-liars.json", liars)},
     ROOT / "benchmarks" / "studies" / "README.md": {**STUDIES, "numbers": ("studies/*/table.json", numbers)},
 }
 

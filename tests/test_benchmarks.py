@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import gpu, readme, report
+from benchmarks import gpu, liars, readme, report
 from benchmarks.test_memory import SMALL, bound
 from benchmarks.ways import WAYS
 from hosfl.report import machine, processor_name
@@ -206,3 +206,24 @@ def test_the_machine_and_how_tables_name_it():
     del here["instruction_sets"]  # an older file
     here["backends"] = {"cpp": "baseline of baseline, avx2"}
     assert "1 thread, instruction sets: hosfl baseline; Python" in readme._machine({"machine": here})
+
+
+# --- python -m benchmarks.liars -----------------------------------------------------------------------------------
+
+
+def test_every_lie_has_a_row(monkeypatch, tmp_path):
+    monkeypatch.setattr(liars, "SEEDS", (1,))
+    monkeypatch.setattr(liars, "SETTINGS", {"median": liars.SETTINGS["median"]})
+    small = ["rounds=1", "batch=4", "directions=1", "clients=5", "sampled=5"]
+    liars.main(["--jobs", "2", "--out", str(tmp_path / "rows.json"), "--set", *small])
+    found = json.loads((tmp_path / "rows.json").read_text())
+    assert [*found["rows"]] == ["none", *liars.LIES]
+    assert (
+        found["settings"]["median"] | {"rounds": 1, "batch": 4, "aggregation": "median"} == found["settings"]["median"]
+    )
+    table = readme.liars(found)
+    assert "of 5 clients" in table
+    assert "every one of 1 rounds" in table
+    assert len(table.splitlines()) == 2 + 2 + len(found["rows"])
+    with pytest.raises(SystemExit):
+        liars.main(["--set", "round=1"])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 from test_fuzz import NUMBERS, extend, flip, grown, remove, truncate
 from torch import nn
 
@@ -288,6 +288,15 @@ def test_headers_that_are_none(text, reason, parts, tmp_path):
     refused(tmp_path / "log", "lattice", reason)
 
 
+def test_another_checksum(parts, tmp_path):
+    found = parts("lattice")
+    found.header["seed"] = 4
+    save_file(found.tables, tmp_path / "log", {"hosfl.optim": json.dumps(found.header), "sha256": "0" * 64})
+    refused(tmp_path / "log", "lattice", "checksum is wrong")
+    save_file(found.tables, tmp_path / "log")
+    refused(tmp_path / "log", "lattice", "checksum is wrong")
+
+
 def test_a_key_that_is_there_twice(parts, tmp_path):
     found = parts("lattice")
     text = json.dumps(found.header)
@@ -319,6 +328,17 @@ def test_a_parameter_that_the_kernels_refuse(tmp_path):
     model = base("lattice")
     model[0].weight.data = model[0].weight.data.t().contiguous().t()
     refused(tmp_path / "log", "lattice", "cannot move in this model", model)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, 1e30])
+def test_weights_that_no_lattice_holds(value, parts, tmp_path):
+    model = base("lattice")
+    with torch.no_grad():
+        model[0].bias[0] = value
+    found = parts("lattice")
+    found.header["bases"][0][1] = digest(model.parameters()).hex()
+    found.write(tmp_path / "log")
+    refused(tmp_path / "log", "lattice", "step 0 carries weights beyond", model)
 
 
 @pytest.mark.parametrize("case", ["lattice", "momentum"])

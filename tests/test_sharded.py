@@ -1,11 +1,13 @@
 """hosfl.optim on sharded parameters, in two processes: the bits of one process that holds all."""
 
 import copy
+from pathlib import Path
 from unittest import mock
 
 import group
 import pytest
 import torch
+from test_optim_log import Parts
 from torch import distributed, nn
 
 from hosfl import sharded
@@ -106,6 +108,15 @@ def follows_the_bits(rank, folder):
             assert same(full(base), full(model))
             with pytest.raises(LogError, match="digest"):
                 rebuild(model, path if rank == 0 else f"{path}-log-{rank}")
+            found = Parts(path if rank == 0 else f"{path}-log-{rank}")
+            found.header["trained"] = "0" * 64
+            found.write(Path(f"{path}-wrong-{rank}"))
+            base = sharded_model(way)
+            before = full(base)
+            with pytest.raises(LogError, match="not the weights of the run"):
+                rebuild(base, f"{path}-wrong-{rank}")
+            sharded.reshard(base)
+            assert same(full(base), before)
 
 
 def writes_between_steps(rank, folder):
