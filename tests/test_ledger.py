@@ -592,7 +592,10 @@ def test_a_rate_means_the_same_for_a_pool_and_for_fresh_directions():
 
 def test_small_steps_add_up_in_the_pool():
     made = small("pool")
-    step, quantum = PoolStep(made.run, lambda r: float(DIRECTIONS), lambda p: torch.optim.SGD(p)), made.run.lattice.quantum
+    step, quantum = (
+        PoolStep(made.run, lambda r: float(DIRECTIONS), lambda p: torch.optim.SGD(p)),
+        made.run.lattice.quantum,
+    )
     moved = sum(
         np.array(step(round, torch.full((4,), -0.2 * quantum), on(made.run.lattice))[0]) for round in range(0, 10, 2)
     )
