@@ -34,7 +34,7 @@ from safetensors.torch import save
 
 from hosfl.checkpoint import load_config, rebuild, write_atomically, write_json
 from hosfl.compare import compare, print_table
-from hosfl.config import CHOICES, METHODS, NEUTRAL, PRESETS, Config
+from hosfl.config import CHOICES, METHODS, NEUTRAL, PRESETS, Config, all_with_shared, with_shared
 from hosfl.extras import needed
 from hosfl.families import skeleton
 from hosfl.lattice import LatticeError
@@ -230,8 +230,15 @@ def _bar(title: str, rounds: int) -> Iterator[OnProgress]:
         yield on_progress
 
 
+def _settings(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings that options give, and those that are the preset's, of which a method may not read all."""
+    given = {name: getattr(options, name) for name in Config.names() if name in options}
+    preset = {name: value for name, value in PRESETS.get(options.preset or "", {}).items() if given[name] == value}
+    return {name: value for name, value in given.items() if name not in preset}, preset
+
+
 def _train(options: argparse.Namespace) -> int:
-    config = Config(**{name: getattr(options, name) for name in Config.names()})
+    config = Config(**with_shared(*_settings(options)))
     out = options.out
     if options.resume is not None:
         if out is not None or config.settings() != Config().settings():
@@ -322,8 +329,9 @@ def _log(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    shared = {n: getattr(options, n) for n in Config.names() if n not in ("method", "seed")}
-    configs = [Config(**shared, method=m, seed=s) for m in options.methods for s in options.seeds]
+    shared, preset = _settings(options)
+    runs = [{"method": m, "seed": s} for m in options.methods for s in options.seeds]
+    configs = [Config(**with_shared(settings, preset)) for settings in all_with_shared(runs, shared)]
     table = compare(configs, options.out, lambda c: _bar(f"{c.method} {c.seed}", c.rounds))
     print_table(table)
     return 130 if table["interrupted"] else 0

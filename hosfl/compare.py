@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hosfl.checkpoint import write_json
-from hosfl.config import Config
+from hosfl.config import DEFAULTS, Config
 from hosfl.provenance import ProvenanceError
 from hosfl.report import Evaluation, Summary, gap_recovered, machine, metric, plot_curves
 from hosfl.trainer import Progress, train
@@ -57,7 +57,9 @@ def compare(
             raise ProvenanceError(f"the data changed while the runs went on: {folder} saw others than the runs before")
         lines = (folder / "metrics.jsonl").read_text().splitlines()
         curves.setdefault(config.method, []).append([Evaluation.read(line) for line in lines])
-    shared = {k: v for k, v in asdict(configs[0]).items() if k not in ("method", "seed")}
+    shared = {k: v for k, v in DEFAULTS.items() if k not in ("method", "seed")}
+    for config in configs:  # that of a method which does not read a setting has its default
+        shared |= {k: v for k, v in asdict(config).items() if k in shared and v != DEFAULTS[k]}
     table: dict[str, Any] = {
         "interrupted": interrupted,
         "config": shared,

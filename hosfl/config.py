@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral, Real
 from typing import Any
@@ -45,6 +45,30 @@ KINDS: dict[str, tuple[type, type, str]] = {
 REPLAYED = ("ho", "zo-both", "mu-splitfed")  # whose client half is a log of scalars
 RULES = CHOICES["rule"]
 
+_LEARNS = ("client_rate", "rule")
+_BACKPROPAGATES = (*_LEARNS, "clip", "microbatch")
+_PROBES = ("directions", "dist", "mu")
+_REPLAYS = (*_LEARNS, *_PROBES, "directions_from", "pool_size", "pool_rounds", "direction_scale", "estimator", "clip")
+# What each method reads of the settings that not all of them read.
+READS: dict[str, tuple[str, ...]] = {
+    "ho": (*_REPLAYS, "digest_every", "microbatch"),
+    "first-order": _BACKPROPAGATES,
+    "frozen": (),
+    "checkpointed": _BACKPROPAGATES,
+    "splitfed": (*_LEARNS, "microbatch", "local_steps"),
+    "zo-both": (*_REPLAYS, "digest_every"),
+    "hosl": (*_LEARNS, *_PROBES),
+    "mu-splitfed": (*_REPLAYS, "digest_every", "local_steps"),
+}
+# What is read only where another setting, which the method reads, has one of some values.
+READ_WITH: dict[str, tuple[str, tuple[str, ...]]] = {
+    "pool_size": ("directions_from", ("pool",)),
+    "pool_rounds": ("directions_from", ("pool",)),
+    "mu": ("estimator", ("one-sided", "two-sided")),
+    "microbatch": ("estimator", ("backward",)),
+    "alpha": ("partition", ("dirichlet",)),
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     # The algorithm of arXiv 2603.14773 as its authors' code runs it, but for its double division by K.
     "paper": {
@@ -60,7 +84,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of one run. Raises ValueError for a value that cannot work, and says which.
+    """Settings of one run. Raises ValueError for a value that cannot work, and says which; also for one that the run
+    would not look at (`READS`, `READ_WITH`), unless it is the default.
 
     Whole numbers do for floats and become them, numpy's numbers become Python's; nothing else is converted.
 
@@ -168,7 +193,10 @@ class Config:
                 raise ValueError(f"{name} must be positive and finite, got {value}")
         if self.server_decay is not None and not (self.server_decay >= 0 and math.isfinite(self.server_decay)):
             raise ValueError(f"server_decay must be finite and not negative, got {self.server_decay}")
-        if self.directions_from == "pool" and self.pool_size < self.directions:
+        for name, why in ignored(vars(self)).items():
+            if getattr(self, name) != DEFAULTS[name]:
+                raise ValueError(f"{name} = {getattr(self, name)!r} would do nothing {why}: leave it out")
+        if self.method in REPLAYED and self.directions_from == "pool" and self.pool_size < self.directions:
             raise ValueError(
                 f"cannot measure {self.directions} directions of a pool of {self.pool_size}: raise pool_size"
             )
@@ -192,6 +220,38 @@ class Config:
     def settings(self) -> dict[str, Any]:
         """The settings that a run's bits depend on, by name: all but `NEUTRAL`."""
         return decisive(asdict(self))
+
+
+DEFAULTS: dict[str, Any] = {f.name: f.default for f in fields(Config)}
+
+
+def ignored(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The names of all settings that a run of these would not look at, and why: "with method 'frozen'"."""
+    of = {**DEFAULTS, **settings}
+    read_by_some = {name for names in READS.values() for name in names}
+    others = read_by_some - set(READS[of["method"]])
+    found = {name: f"with method {of['method']!r}" for name in Config.names() if name in others}
+    for name, (other, values) in READ_WITH.items():
+        if not {name, other} & others and of[other] not in values:
+            found[name] = f"with {other} {of[other]!r}"
+    return found
+
+
+def with_shared(own: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's own settings, and those of the shared ones that it reads and does not have itself."""
+    unread = ignored({**shared, **own})
+    return {**{name: value for name, value in shared.items() if name not in unread}, **own}
+
+
+def all_with_shared(runs: Sequence[Mapping[str, Any]], shared: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """`with_shared` of each run. Raises ValueError for a shared setting, not the default, that none of them reads."""
+    unread = [ignored({**shared, **own}) for own in runs]
+    for name, value in shared.items():
+        reasons = [why.get(name) for why, own in zip(unread, runs, strict=True) if name not in own]
+        if reasons and all(reasons) and value != DEFAULTS[name]:
+            why = " or ".join(dict.fromkeys(map(str, reasons)))
+            raise ValueError(f"{name} = {value!r} would do nothing {why}: leave it out")
+    return [with_shared(own, shared) for own in runs]
 
 
 def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from hosfl.client import FirstOrderClient, ZerothOrderClient
-from hosfl.config import Config
+from hosfl.config import Config, with_shared
 from hosfl.data import Dataset
 from hosfl.displaced import call
 from hosfl.families import untrained
@@ -156,7 +156,7 @@ def measure_here(name: str, way: str, batch: int, device: torch.device) -> dict[
     torch.manual_seed(0)
     torch.set_num_threads(1)
     settings = HALVES[name].ways[way]
-    config = Config(directions=2, directions_from="fresh", device=str(device), **settings)
+    config = Config(**with_shared(settings, {"directions": 2, "directions_from": "fresh", "device": str(device)}))
     half, inputs = HALVES[name].make(batch)
     half = moving_only(half, config.trains, config.seed).eval().to(getattr(torch, config.dtype))
     half = narrowed(half, config.frozen).to(device)

@@ -1,6 +1,6 @@
 """A study: methods x seeds at equal tuning, as one file says. Tuned on validation data, reported on test data.
 
-    base: {task: digits, batch: 64}           # any of Config's settings, for all methods
+    base: {task: digits, batch: 64}           # any of Config's settings, for all methods that read them
     rounds: 400
     tuning_seeds: [0, 1]
     seeds: [0, 1, 2, 3, 4]                    # of the report
@@ -39,7 +39,7 @@ from typing import Any
 import torch
 
 from hosfl.checkpoint import write_atomically, write_json
-from hosfl.config import CHOICES, Config, decisive, differences, typed
+from hosfl.config import CHOICES, Config, all_with_shared, decisive, differences, typed, with_shared
 from hosfl.lattice import LatticeError
 from hosfl.log import locked
 from hosfl.memory import HALVES, client_memory
@@ -142,17 +142,21 @@ def read_study(text: str) -> Study:
             raise ValueError(f"{where}: its folder would be that of {slugs[slug(name)]!r}: choose another name")
         method = _of(dict, method or {}, where)
         _known(method, ("settings", "grid"), where)
-        settings = {**base, **_settings(method.get("settings") or {}, f"{where}.settings")}
+        settings = _settings(method.get("settings") or {}, f"{where}.settings")
         grids[name] = _grid(method.get("grid") or {}, f"{where}.grid")
         if (many := math.prod(map(len, grids[name].values()))) > MOST_TRIALS:
             raise ValueError(f"{where}.grid: {many} trials, {MOST_TRIALS} at most")
-        trials[name] = [settings | choice for choice in _choices(grids[name])]
+        trials[name] = [with_shared(settings | choice, base) for choice in _choices(grids[name])]
         for choice in trials[name]:
             for seed in (*seeds, *tuning_seeds):
                 try:
                     Config(**{**choice, "rounds": rounds, "seed": seed})
                 except ValueError as error:
                     raise ValueError(f"{where}: {error}") from None
+    try:
+        all_with_shared([trial for found in trials.values() for trial in found], base)
+    except ValueError as error:
+        raise ValueError(f"base: {error}") from None
     unequal = _of(str, says.get("unequal") or "", "unequal")
     counts = {name: len(found) for name, found in trials.items()}
     if len(set(counts.values())) > 1 and not unequal:

@@ -12,7 +12,7 @@ from hosfl import Config, train
 from hosfl.baselines import recomputing
 from hosfl.cli import main
 from hosfl.client import load_vector
-from hosfl.config import METHODS, REPLAYED
+from hosfl.config import METHODS, REPLAYED, with_shared
 from hosfl.messages import Cut, Hello, Losses, MessageError, Trained, Wire
 from hosfl.probe import trainable
 from hosfl.seeds import Purpose, direction_seeds
@@ -22,6 +22,11 @@ from hosfl_kernels import derive, perturb_
 NEW = ("checkpointed", "splitfed", "zo-both", "hosl", "mu-splitfed")
 SMALL = {"rounds": 10, "batch": 4, "directions": 3, "clients": 4, "sampled": 4, "local_steps": 3, "evaluate_every": 10}
 RATES = {"server_rate": 0.03, "client_rate": 0.05}
+
+
+def config(method, shared=SMALL, **own):
+    """Of `shared` what the method reads."""
+    return Config(**with_shared({"method": method, **own}, RATES | shared))
 
 
 def directions(parameters, streams, seeds, dist="rademacher"):
@@ -51,7 +56,7 @@ def test_each_half_learns_while_the_other_stands_still(method, half, seed, below
     rates = {"server_rate": 1e-30, "client_rate": 1e-30}
     client = {"checkpointed": 1.0, "splitfed": 0.2, "hosl": 0.5}.get(method, 1.5)
     rates |= {"client": {"client_rate": client}, "server": {"server_rate": 0.03}}[half]
-    federation, task = assemble(Config(method=method, seed=seed, **rates, **quick))
+    federation, task = assemble(config(method, quick, seed=seed, **rates))
 
     def loss():
         return evaluate(federation.model(), task.splits.test, task)[1]
@@ -66,7 +71,7 @@ def test_each_half_learns_while_the_other_stands_still(method, half, seed, below
 
 @pytest.mark.parametrize("method", NEW)
 def test_a_seed_is_a_run(method):
-    one, two, other = (train(Config(method=method, **RATES, **SMALL, seed=seed)) for seed in (3, 3, 4))
+    one, two, other = (train(config(method, seed=seed)) for seed in (3, 3, 4))
     assert one.replicas.digest == two.replicas.digest != other.replicas.digest
     assert (one.loss, one.bytes, one.passes) == (two.loss, two.bytes, two.passes)
 
@@ -75,7 +80,7 @@ def test_a_seed_is_a_run(method):
 
 
 def test_bytes_are_those_of_the_protocol():
-    base = assemble(Config(**SMALL))[0].base
+    base = assemble(config("ho"))[0].base
     d, visits = 4 * len(flat(base)), 10 * 4
     z = 4 * base(torch.zeros(4, 1, 8, 8)).numel()
     whole = {"weights down": (visits - 4) * d}  # in the first round everybody has them
@@ -87,12 +92,12 @@ def test_bytes_are_those_of_the_protocol():
         "mu-splitfed": {"cut up": 4 * z, "labels up": 16},
     }
     for method, each in expected.items():
-        found = train(Config(method=method, **RATES, **SMALL)).bytes
+        found = train(config(method)).bytes
         framing = {name: found.pop(name) for name in ("framing up", "framing down")}
         records = {"scalars down": (visits - 4) * 3 * 4}
         assert found == {k: v * visits for k, v in each.items()} | (records if method in NEW[2::2] else whole), method
         assert all(0 < size < 400 * visits for size in framing.values())
-    two_sided = train(Config(method="zo-both", estimator="two-sided", **RATES, **SMALL)).bytes
+    two_sided = train(config("zo-both", estimator="two-sided")).bytes
     assert two_sided["cut up"] == 7 * z * visits
 
 
@@ -101,7 +106,7 @@ def test_bytes_are_those_of_the_protocol():
 def test_passes_are_those_that_ran(method, estimator):
     if estimator == "backward" and method in ("zo-both", "hosl", "mu-splitfed"):
         return  # they see losses
-    federation, _ = assemble(Config(method=method, estimator=estimator, **RATES, **SMALL))
+    federation, _ = assemble(config(method, estimator=estimator))
     counted = {"client forward": 0, "client backward": 0, "server forward": 0, "server backward": 0}
 
     def watch(first_layer, side):
@@ -133,7 +138,7 @@ def test_passes_are_those_that_ran(method, estimator):
 
 
 def test_checkpointed_is_first_order_to_the_bit():
-    ours, theirs = (train(Config(method=m, **RATES, **SMALL)) for m in ("checkpointed", "first-order"))
+    ours, theirs = (train(config(m)) for m in ("checkpointed", "first-order"))
     assert ours.replicas == theirs.replicas
     assert (ours.loss, ours.bytes) == (theirs.loss, theirs.bytes)
     assert ours.passes["client forward"] == 1.5 * theirs.passes["client forward"]
@@ -193,7 +198,6 @@ def test_splitfed_of_one_client_and_one_step_is_split_learning(rule):
     rounds = 5 if rule == "sgd" else 1
     same = {
         **SMALL,
-        **RATES,
         "clients": 1,
         "sampled": 1,
         "local_steps": 1,
@@ -201,7 +205,7 @@ def test_splitfed_of_one_client_and_one_step_is_split_learning(rule):
         "rule": rule,
         "server_decay": 0.0,
     }
-    ours, theirs = (train(Config(method=m, **same)) for m in ("splitfed", "first-order"))
+    ours, theirs = (train(config(m, same)) for m in ("splitfed", "first-order"))
     assert ours.loss == pytest.approx(theirs.loss, rel=1e-6)
     if rule == "sgd":
         assert ours.replicas == theirs.replicas
@@ -209,8 +213,7 @@ def test_splitfed_of_one_client_and_one_step_is_split_learning(rule):
 
 
 def test_splitfed_is_local_sgd_and_a_mean_by_samples():
-    config = Config(method="splitfed", rule="sgd", schedule="constant", **RATES, **{**SMALL, "batch": 300})
-    federation, task = assemble(config)
+    federation, task = assemble(config("splitfed", rule="sgd", schedule="constant", batch=300))
     server = copy.deepcopy(federation.server.half)
     optimizer = task.optimizer(server, 0.0)
     for group in optimizer.param_groups:
@@ -258,7 +261,7 @@ class Lossy(Wire):
 
 @pytest.mark.parametrize("after", range(1, 10))
 def test_a_splitfed_client_that_is_lost_on_the_way_costs_nobody_else_the_round(after):
-    federation, _ = assemble(Config(method="splitfed", **RATES, **SMALL))
+    federation, _ = assemble(config("splitfed"))
     federation.round(0)
     before = federation.server.ledger.weights.clone()
     federation.wire = Lossy(1, after)
@@ -272,8 +275,7 @@ def test_a_splitfed_client_that_is_lost_on_the_way_costs_nobody_else_the_round(a
 
 def test_coarse_halves_learn_by_small_steps():
     """bfloat16 weights near 0.3 do not see a step of 1e-4; the average is kept in float32."""
-    config = Config(method="splitfed", dtype="bfloat16", server_rate=1e-30, client_rate=1e-3, **SMALL)
-    federation, _ = assemble(config)
+    federation, _ = assemble(config("splitfed", dtype="bfloat16", server_rate=1e-30, client_rate=1e-3))
     before = federation.server.ledger.weights.clone()
     for round in range(10):
         federation.round(round)
@@ -301,8 +303,7 @@ def loss_of(federation, task, number, round):
 
 @pytest.mark.parametrize("estimator", ["one-sided", "two-sided"])
 def test_zo_both_measures_both_halves_losses(estimator):
-    small = {**SMALL, "clients": 2, "sampled": 2, "batch": 32}
-    federation, task = assemble(Config(method="zo-both", estimator=estimator, **RATES, **small))
+    federation, task = assemble(config("zo-both", estimator=estimator, clients=2, sampled=2, batch=32))
     server, mu, behind = federation.server, federation.server.ledger.mirror.mu, float(estimator == "two-sided")
     losses = [loss_of(federation, task, m, 0) for m in range(2)]
     client_place, server_place = trainable(federation.base), trainable(server.half)
@@ -331,7 +332,7 @@ def flat_gradient(half):
 def test_mu_splitfed_takes_more_steps_of_the_server():
     steps = {}
     for method in ("zo-both", "mu-splitfed"):
-        federation, _ = assemble(Config(method=method, **RATES, **SMALL))
+        federation, _ = assemble(config(method))
         taken = []
         federation.server.optimizer.step = lambda taken=taken, s=federation.server: taken.append(flat_gradient(s.half))
         federation.round(0)
@@ -343,8 +344,8 @@ def test_mu_splitfed_takes_more_steps_of_the_server():
 
 @pytest.mark.parametrize("dist", ["rademacher", "gaussian"])
 def test_hosl_steps_along_directions_of_its_own(dist):
-    config = Config(method="hosl", rule="sgd", dist=dist, **RATES, **{**SMALL, "clients": 2, "sampled": 2, "batch": 32})
-    federation, task = assemble(config)
+    settings = config("hosl", rule="sgd", dist=dist, clients=2, sampled=2, batch=32)
+    federation, task = assemble(settings)
     losses = [loss_of(federation, task, m, 0) for m in range(2)]
     cuts = [federation.take(m).output(0) for m in range(2)]
     answers, _ = federation.server.step(0, cuts)
@@ -357,7 +358,7 @@ def test_hosl_steps_along_directions_of_its_own(dist):
         assert expected.abs().max() > 0.005
     with torch.no_grad():
         server = federation.server.half
-        before = assemble(config)[0].server.half
+        before = assemble(settings)[0].server.half
         assert not all(torch.equal(a, b) for a, b in zip(server.parameters(), before.parameters(), strict=True))
 
 
@@ -366,7 +367,7 @@ def test_hosl_steps_along_directions_of_its_own(dist):
 
 @pytest.mark.parametrize("method", ["zo-both", "hosl"])
 def test_servers_refuse_wrong_displaced_cuts(method):
-    federation, _ = assemble(Config(method=method, **RATES, **SMALL))
+    federation, _ = assemble(config(method))
     server, client = federation.server, federation.take(0)
     good = client.output(0)
     assert federation.up(good) is not None  # not too large to be read
@@ -399,14 +400,14 @@ def test_servers_refuse_wrong_displaced_cuts(method):
 
 @pytest.mark.parametrize("method", ["ho", "first-order", "splitfed"])
 def test_servers_that_measure_no_losses_refuse_displaced_cuts(method):
-    probed = assemble(Config(method="hosl", **RATES, **SMALL))[0].take(0).output(0)
-    server = assemble(Config(method=method, **RATES, **SMALL))[0].server
+    probed = assemble(config("hosl"))[0].take(0).output(0)
+    server = assemble(config(method))[0].server
     assert server.step(0, [probed])[0] == {}
     assert "ProbedCut" in server.refused[0]
 
 
 def test_an_average_refuses_wrong_weights_and_forgets_nobody():
-    federation, _ = assemble(Config(method="splitfed", **RATES, **{**SMALL, "local_steps": 1}))
+    federation, _ = assemble(config("splitfed", local_steps=1))
     server, ledger = federation.server, federation.server.ledger
     cuts = [federation.take(m).output(0) for m in range(3)]
     answers, _ = server.step(0, cuts)
@@ -428,7 +429,7 @@ def test_an_average_refuses_wrong_weights_and_forgets_nobody():
 
 
 def test_hosl_clients_refuse_wrong_losses():
-    federation, _ = assemble(Config(method="hosl", **RATES, **SMALL))
+    federation, _ = assemble(config("hosl"))
     client = federation.take(0)
     client.output(0)
     before = client.digest()

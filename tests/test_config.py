@@ -7,7 +7,20 @@ import numpy as np
 import pytest
 
 from hosfl.checkpoint import load_config, save_config
-from hosfl.config import KINDS, NEUTRAL, Config, differences
+from hosfl.cli import main
+from hosfl.config import (
+    KINDS,
+    METHODS,
+    NEUTRAL,
+    PRESETS,
+    Config,
+    all_with_shared,
+    differences,
+    ignored,
+    with_shared,
+)
+from hosfl.replica import digest
+from hosfl.trainer import assemble
 
 WRONG = {
     "str": [None, 1, True, b"a", ["a"], {}],
@@ -58,3 +71,121 @@ def test_what_the_bits_depend_on():
     ]
     assert differences({"a": 1, "b": None}, {"a": 1, "c": 2}) == ["b was None, is not there", "c was not there, is 2"]
     assert differences({"a": 1}, {"a": 1.0}) == []
+
+
+# --- settings that a run does not look at ---------------------------------------------------------------------------
+
+SMALL = {"rounds": 2, "clients": 4, "sampled": 3, "batch": 16, "directions": 2, "local_steps": 2, "pool_size": 8}
+RATES = {"server_rate": 0.03, "client_rate": 0.05}
+OTHER = {  # of every setting that can be seen in a few rounds of digits; most are far from what is usual
+    "trains": "biases",
+    "frozen": "int2",
+    "rounds": 3,
+    "clients": 5,
+    "sampled": 2,
+    "local_steps": 3,
+    "directions": 3,
+    "directions_from": "fresh",
+    "pool_size": 2,
+    "pool_rounds": 1,
+    "direction_scale": "rms",
+    "dist": "gaussian",
+    "mu": 0.1,
+    "estimator": "two-sided",
+    "microbatch": 7,
+    "batch": 9,
+    "server_rate": 0.1,
+    "client_rate": 0.2,
+    "server_decay": 0.7,
+    "rule": "sgd",
+    "schedule": "constant",
+    "aggregation": "median",
+    "clip": 1e-3,
+    "server_clip": 1e-3,
+    "dtype": "bfloat16",
+    "partition": "iid",
+    "alpha": 5.0,
+    "seed": 1,
+    "digest_every": 1,
+}
+# Where data and model lie, and what is written when, is seen elsewhere.
+UNSEEN = {"task", "data", "model", "at", "method", "evaluate_every", "evaluate_on", "snapshot_every", "keep", "device"}
+# Read, but without a trace here: what does not move is stored narrow, where --frozen says so; gradients are summed in
+# another order, and the lattice rounds them alike.
+TRACELESS = {("frozen", "trains"), ("ho backward", "microbatch")}
+WAYS = {method: {"method": method} for method in METHODS} | {
+    "ho fresh": {"directions_from": "fresh"},
+    "ho forward": {"estimator": "forward"},
+    "ho backward": {"estimator": "backward"},
+    "first-order iid": {"method": "first-order", "partition": "iid"},
+}
+
+
+def outcome(settings):
+    federation, _ = assemble(Config(**settings))
+    losses = [federation.round(round) for round in range(federation.config.rounds)]
+    model = federation.model()
+    weights = digest([*model.client.parameters(), *model.server.parameters()])
+    return losses, federation.wire.bytes, federation.server.passes, weights
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_setting_is_read_or_refused(way, monkeypatch):
+    """One that is read changes what comes of a run; one that is refused would not."""
+    assert OTHER.keys() | UNSEEN == set(Config.names())
+    usual = with_shared(WAYS[way], SMALL | RATES)
+    before = outcome(usual)
+    refused = ignored(usual)
+    for name, value in OTHER.items():
+        if name in WAYS[way] or (way, name) in TRACELESS:
+            continue
+        if name in refused:
+            changed = usual | {name: value}
+            with pytest.raises(ValueError, match=f"^{name} = {value!r} would do nothing {refused[name]}: leave it out"):
+                Config(**changed)
+            with monkeypatch.context() as patch:
+                patch.setattr("hosfl.config.ignored", lambda settings: {})
+                assert outcome(changed) == before, name
+        else:
+            assert outcome(with_shared(WAYS[way] | {name: value}, SMALL | RATES)) != before, name
+
+
+def test_shared_settings_are_for_the_runs_that_read_them():
+    runs = [{"method": "frozen"}, {"directions_from": "fresh"}, {}]
+    shared = {"rounds": 5, "directions": 3, "pool_size": 64, "alpha": 0.5}
+    assert all_with_shared(runs, shared) == [
+        {"rounds": 5, "alpha": 0.5, "method": "frozen"},
+        {"rounds": 5, "directions": 3, "alpha": 0.5, "directions_from": "fresh"},
+        shared,
+    ]
+    reason = "^pool_size = 64 would do nothing with method 'frozen' or with directions_from 'fresh': leave it out"
+    with pytest.raises(ValueError, match=reason):
+        all_with_shared(runs[:2], shared)
+    assert with_shared({"method": "frozen"}, PRESETS["paper"]) == {
+        "aggregation": "uniform",
+        "schedule": "constant",
+        "method": "frozen",
+    }
+    assert all_with_shared([{"method": "frozen"}], {"pool_size": 512}) == [{"method": "frozen"}]  # the default
+
+
+def test_presets_and_shared_options_on_the_command_line(tmp_path, capsys):
+    quick = ["--rounds", "1", "--batch", "4", "--server-rate", "0.1"]
+    assert main(["train", "--preset", "paper", "--method", "frozen", *quick]) == 0
+    for arguments in (
+        ["train", "--method", "frozen", "--directions", "3", *quick],
+        ["train", "--alpha", "2", "--partition", "iid"],
+    ):
+        with pytest.raises(SystemExit):
+            main(arguments)
+        assert "would do nothing with" in capsys.readouterr().err
+    out = tmp_path / "c"
+    compare = ["compare", "--methods", "frozen", "ho", "--seeds", "0", "--out", str(out), *quick]
+    assert main([*compare, "--client-rate", "0.1", "--pool-size", "16"]) == 0
+    table = json.loads((out / "table.json").read_text())
+    assert table["config"]["pool_size"] == 16
+    assert json.loads((out / "ho-0" / "config.json").read_text())["pool_size"] == 16
+    assert json.loads((out / "frozen-0" / "config.json").read_text())["pool_size"] == 512
+    with pytest.raises(SystemExit):
+        main([*compare, "--local-steps", "2"])
+    assert "local_steps = 2 would do nothing with method 'frozen' or with method 'ho'" in capsys.readouterr().err

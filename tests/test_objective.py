@@ -10,6 +10,7 @@ from torch import nn
 
 from hosfl import Config
 from hosfl.aggregate import AGGREGATIONS, Kept, Summed, gathered
+from hosfl.config import with_shared
 from hosfl.ledger import GradientAverage
 from hosfl.messages import Cut, Gradient
 from hosfl.probe import trainable
@@ -18,7 +19,13 @@ from hosfl.server import Server
 from hosfl.trainer import assemble
 
 UNEQUAL = {"batch": 300, "clients": 4, "sampled": 4, "directions": 6, "schedule": "constant", "rule": "sgd"}
-RATES = {"server_rate": 0.01, "client_rate": 1.0}
+UNEQUAL |= {"server_rate": 0.01, "client_rate": 1.0, "local_steps": 1}
+
+
+def unequal(method, aggregation="weighted", **settings):
+    """Clients whose batches are of unequal size."""
+    shared = UNEQUAL | {"aggregation": aggregation} | settings
+    return Config(**with_shared({"method": method}, shared))
 
 
 def relative(found, expected):
@@ -56,7 +63,7 @@ def one_round(config):
 @pytest.mark.parametrize("aggregation", ["weighted", "uniform"])
 @pytest.mark.parametrize("method", ["first-order", "checkpointed", "splitfed"])
 def test_both_halves_step_along_the_gradient_of_one_loss(method, aggregation):
-    config = Config(method=method, aggregation=aggregation, local_steps=1, **RATES, **UNEQUAL)
+    config = unequal(method, aggregation)
     expected, client, server, samples = one_loss(config)
     assert len(set(samples.tolist())) > 1
     federation, loss, seen, _ = one_round(config)
@@ -69,7 +76,7 @@ def test_both_halves_step_along_the_gradient_of_one_loss(method, aggregation):
 @pytest.mark.parametrize("aggregation", ["weighted", "uniform"])
 @pytest.mark.parametrize("estimator", ["forward", "backward"])
 def test_ho_measures_the_slopes_of_the_loss_that_its_server_descends(estimator, aggregation):
-    config = Config(estimator=estimator, aggregation=aggregation, **RATES, **UNEQUAL)
+    config = unequal("ho", aggregation, estimator=estimator)
     expected, client, server, _ = one_loss(config)
     federation, loss, seen, (scalars,) = one_round(config)
     u = torch.stack(directions(*trainable(federation.base), federation.server.ledger.run.seeds(0))).double()
@@ -81,7 +88,7 @@ def test_ho_measures_the_slopes_of_the_loss_that_its_server_descends(estimator, 
 @pytest.mark.parametrize("aggregation", ["weighted", "uniform"])
 @pytest.mark.parametrize("method", ["frozen", "hosl"])
 def test_the_server_of_clients_that_send_no_gradient_descends_it_too(method, aggregation):
-    config = Config(method=method, aggregation=aggregation, **RATES, **UNEQUAL)
+    config = unequal(method, aggregation)
     expected, _, server, _ = one_loss(config)
     _, loss, seen, _ = one_round(config)
     assert loss == pytest.approx(expected, rel=1e-5)
@@ -92,7 +99,7 @@ def test_the_server_of_clients_that_send_no_gradient_descends_it_too(method, agg
 @pytest.mark.parametrize("method", ["zo-both", "mu-splitfed"])
 def test_slopes_of_both_halves_are_those_of_one_loss(method, aggregation):
     """By differences, and of the server's further steps as well, whose weights stand still here."""
-    config = Config(method=method, aggregation=aggregation, estimator="two-sided", **RATES, **UNEQUAL)
+    config = unequal(method, aggregation, estimator="two-sided", local_steps=5)
     expected, client, server, _ = one_loss(config)
     federation, loss, seen, (scalars,) = one_round(config)
     u = torch.stack(directions(*trainable(federation.base), federation.server.ledger.run.seeds(0))).double()
@@ -242,7 +249,7 @@ def test_zeroth_order_servers_stand_a_liar(settings):
     """Whose slopes are hundreds of times theirs: P slopes are clipped and aggregated, of every step."""
     found = {}
     for liars in (0, 1):
-        federation, _ = assemble(Config(method="mu-splitfed", **settings, **{**UNEQUAL, **RATES, "batch": 16}))
+        federation, _ = assemble(unequal("mu-splitfed", batch=16, local_steps=5, **settings))
         server, seen = federation.server, []
         server.half[2] = nn.Identity()  # in place of a normalisation, which no large cut impresses
         server.optimizer.step = lambda seen=seen, s=server: seen.append(flat_gradient(s.half))

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from hosfl.checkpoint import FolderLock, RunFolderError, load_config
 from hosfl.cli import main
-from hosfl.config import Config
+from hosfl.config import Config, with_shared
 from hosfl.log import CHAIN, FRAME, Log, LogError, RoundRecord, _payload
 from hosfl.provenance import ProvenanceError
 from hosfl.trainer import Diverged, train
@@ -38,7 +38,7 @@ class Killed(BaseException):
 
 
 def config(kind, **settings):
-    return Config(**{**QUICK, **RATES, **METHODS[kind], **settings})
+    return Config(**with_shared(METHODS[kind] | settings, QUICK | RATES))
 
 
 def killing(at):

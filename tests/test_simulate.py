@@ -21,7 +21,7 @@ from hosfl import trainer
 from hosfl.checkpoint import rebuild, run_of
 from hosfl.cli import main
 from hosfl.client import ZerothOrderClient
-from hosfl.config import Config
+from hosfl.config import Config, with_shared
 from hosfl.lattice import LatticeError
 from hosfl.ledger import to_records
 from hosfl.log import EpochRecord, Log, RoundRecord
@@ -199,7 +199,7 @@ def learning(**settings: Any) -> Config:
 
 @pytest.fixture(scope="module")
 def frozen_loss(seed: int) -> float:
-    return train(Config(**vars(learning(seed=seed)) | {"method": "frozen"})).loss
+    return train(Config(**with_shared({"method": "frozen"}, vars(learning(seed=seed))))).loss
 
 
 @pytest.fixture(scope="module")

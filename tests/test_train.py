@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from hosfl import Config, LatticeError, Log, rebuild, train
 from hosfl.cli import main
-from hosfl.config import METHODS, REPLAYED
+from hosfl.config import METHODS, REPLAYED, with_shared
 from hosfl.log import EpochRecord
 from hosfl.tasks import TASKS
 
@@ -27,7 +27,7 @@ QUICK = {"rounds": 12, "evaluate_every": 5, "batch": 16, "directions": 2}
 def test_a_run_and_its_files(tmp_path, method, seed, below):
     seen = []
     rates = {"server_rate": 0.03, "client_rate": CLIENT_RATE.get(method)}
-    config = Config(method=method, seed=seed, **rates, **{**QUICK, "directions": 10})
+    config = Config(**with_shared({"method": method, "seed": seed, **rates}, {**QUICK, "directions": 10}))
     summary = train(config, tmp_path / "run", lambda *state: seen.append(state))
     assert [s[0] for s in seen] == list(range(1, 13))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -58,10 +58,10 @@ def test_bytes_are_those_of_the_protocol():
     assert ho["labels up"] == visits * 4 * 4
     assert ho["scalars up"] == visits * 3 * 4
     assert ho["scalars down"] == (visits - 4) * 3 * 4  # the first round has no record to send
-    first = train(Config(method="first-order", **config)).bytes
+    first = train(Config(**with_shared({"method": "first-order"}, config))).bytes
     assert first["gradient up"] == visits * d
     assert first["weights down"] == (visits - 4) * d
-    frozen = train(Config(method="frozen", **config)).bytes
+    frozen = train(Config(**with_shared({"method": "frozen"}, config))).bytes
     assert set(frozen) == {"framing up", "cut up", "labels up"}
 
 
@@ -114,7 +114,7 @@ def test_other_estimators_replay(estimator, dtype):
 def test_methods_share_data_and_batches():
     # With a client rate of zero (as good as), all three methods are the frozen client.
     rates = {"client_rate": 1e-30, "server_rate": 0.1, "server_decay": 0.0}
-    losses = {m: train(Config(method=m, **rates, **QUICK)).loss for m in ("first-order", "frozen")}
+    losses = {m: train(Config(**with_shared({"method": m}, rates | QUICK))).loss for m in ("first-order", "frozen")}
     assert losses["first-order"] == pytest.approx(losses["frozen"], rel=1e-5)
 
 
