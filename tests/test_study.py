@@ -677,7 +677,9 @@ def test_names_come_out_as_they_are(tmp_path, monkeypatch):
     methods = "".join(f"  {json.dumps(name, ensure_ascii=False)}: {{settings: {{method: frozen}}}}\n" for name in names)
     figures, save = [], study_report.save_figure
     monkeypatch.setattr(study_report, "save_figure", lambda figure, *to: figures.append(figure) or save(figure, *to))
-    assert run_study(read_study(FILE.partition("  ho, fresh")[0].replace("directions: 1, ", "") + methods), tmp_path / "study")
+    assert run_study(
+        read_study(FILE.partition("  ho, fresh")[0].replace("directions: 1, ", "") + methods), tmp_path / "study"
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         page = report(tmp_path / "study").read_text()
