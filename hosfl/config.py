@@ -115,7 +115,8 @@ class Config:
     directions momentum and AdamW keep moments on every client, and the half leaves the lattice.
     schedule: of both rates; "linear" falls to zero at the last round.
     aggregation: of the clients' answers and of their gradients of the server half: "weighted" by samples; "uniform";
-    "median" or "trimmed", which stand a few clients that lie, and keep a gradient of the server half per client.
+    "median" or "trimmed", which stand a few clients that lie, cost accuracy where clients are unlike, and keep a
+    gradient of the server half per client.
     clip, server_clip: the largest length of one client's gradient of the client half, as estimated, and of the server
     half; None for none.
     trains: which of the client half's parameters move: "all"; "lora", adapters of rank 8 beside all linear layers,

@@ -132,6 +132,7 @@ def read_study(text: str) -> Study:
     trials: dict[str, list[dict[str, Any]]] = {}
     grids: dict[str, dict[str, list[Any]]] = {}
     slugs: dict[str, str] = {}
+    owns: list[dict[str, Any]] = []  # every trial's settings, without the base's
     for name, method in methods.items():
         where = f"methods.{name}"
         if not isinstance(name, str) or not slug(name):
@@ -146,7 +147,9 @@ def read_study(text: str) -> Study:
         grids[name] = _grid(method.get("grid") or {}, f"{where}.grid")
         if (many := math.prod(map(len, grids[name].values()))) > MOST_TRIALS:
             raise ValueError(f"{where}.grid: {many} trials, {MOST_TRIALS} at most")
-        trials[name] = [with_shared(settings | choice, base) for choice in _choices(grids[name])]
+        own = [settings | choice for choice in _choices(grids[name])]
+        owns += own
+        trials[name] = [with_shared(settings, base) for settings in own]
         for choice in trials[name]:
             for seed in (*seeds, *tuning_seeds):
                 try:
@@ -154,7 +157,7 @@ def read_study(text: str) -> Study:
                 except ValueError as error:
                     raise ValueError(f"{where}: {error}") from None
     try:
-        all_with_shared([trial for found in trials.values() for trial in found], base)
+        all_with_shared(owns, base)
     except ValueError as error:
         raise ValueError(f"base: {error}") from None
     unequal = _of(str, says.get("unequal") or "", "unequal")

@@ -106,7 +106,7 @@ def test_bytes_are_those_of_the_protocol():
 def test_passes_are_those_that_ran(method, estimator):
     if estimator == "backward" and method in ("zo-both", "hosl", "mu-splitfed"):
         return  # they see losses
-    federation, _ = assemble(config(method, estimator=estimator))
+    federation, _ = assemble(config(method, SMALL | {"estimator": estimator}))
     counted = {"client forward": 0, "client backward": 0, "server forward": 0, "server backward": 0}
 
     def watch(first_layer, side):

@@ -507,6 +507,12 @@ def test_a_worker_that_the_system_kills(tmp_path, whole, file, monkeypatch, caps
         ("batch: 8", "bach: 8", "^base.bach: no such setting"),
         ("batch: 8", "batch: eight", "^base.batch: a whole number is needed, got 'eight'"),
         ("batch: 8", "batch: true", "^base.batch: a whole number is needed, got True"),
+        (
+            "batch: 8",
+            "local_steps: 8",
+            "^base: local_steps = 8 would do nothing with method 'ho' or with method 'first",
+        ),
+        ("method: first-order", "method: first-order, mu: 1", "^methods.first-order: mu = 1.0 would do nothing with"),
         ("batch: 8", "seed: 8", "^base.seed: the study makes that itself"),
         ("batch: 8", "batch: 8, batch: 9", "^'batch' is there twice"),
         ("sampled: 2", "sampled: 5", "^methods.ho, fresh: cannot sample 5 of 4"),
@@ -672,7 +678,9 @@ def test_names_come_out_as_they_are(tmp_path, monkeypatch):
     methods = "".join(f"  {json.dumps(name, ensure_ascii=False)}: {{settings: {{method: frozen}}}}\n" for name in names)
     figures, save = [], study_report.save_figure
     monkeypatch.setattr(study_report, "save_figure", lambda figure, *to: figures.append(figure) or save(figure, *to))
-    assert run_study(read_study(FILE.partition("  ho, fresh")[0] + methods), tmp_path / "study")
+    assert run_study(
+        read_study(FILE.partition("  ho, fresh")[0].replace("directions: 1, ", "") + methods), tmp_path / "study"
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         page = report(tmp_path / "study").read_text()

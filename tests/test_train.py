@@ -247,7 +247,8 @@ RESUMED = {
 @pytest.fixture(scope="module", params=RESUMED)
 def whole(request, tmp_path_factory):
     """A run that never stopped: its settings, summary and folder."""
-    config = Config(**{**QUICK, "rounds": 15}, **RATES, **RESUMED[request.param], snapshot_every=4, digest_every=6)
+    shared = QUICK | RATES | {"rounds": 15, "snapshot_every": 4, "digest_every": 6}
+    config = Config(**with_shared(RESUMED[request.param], shared))
     folder = tmp_path_factory.mktemp("whole")
     return config, train(config, folder), folder
 
