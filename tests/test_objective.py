@@ -56,7 +56,7 @@ def one_round(config):
         step = server.ledger.step
         server.ledger.step = lambda r, v, lattice: (scalars.append(v), step(r, v, lattice))[1]
     loss = federation.round(0)
-    assert federation.server.refused == federation.complaints == []
+    assert federation.server.refused == federation.complained == []
     return federation, loss, seen, scalars
 
 
