@@ -36,7 +36,7 @@ are noticed by 16 elements of each tensor: not those that change single elements
 
 Momentum keeps one float32 tensor per parameter. Nothing else is ever as large as a parameter, but for a copy, one
 parameter at a time, where a digest is taken, at the first step and by `log.save`: of weights on a GPU in the host's
-memory, of sharded ones whole on every process.
+memory, of sharded ones whole on every process; and where weights in channels_last move.
 
 A closure may replay a captured CUDA graph of the forward pass in the first case and in the last: weights stay at their
 addresses, between two evaluations nothing waits for the device, and the loss is copied out of the graph's output. Not

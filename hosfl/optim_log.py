@@ -127,6 +127,12 @@ class _Chapter:
     steps: int = 0
     rows: array[float] = field(default_factory=lambda: array("f"))
 
+    def told(self, before: _Chapter | None) -> dict[str, Any]:
+        """As the file has it: off the lattice None for the groups of the chapter before."""
+        again = before is not None and not (self.exact or before.exact) and self.groups is before.groups
+        groups = None if again else self.groups
+        return {"puts": self.puts, "groups": groups, "momenta": self.momenta, "exact": self.exact}
+
 
 class RunLog:
     """What moved the weights since the optimizer was made, or its state loaded. `save` writes it.
@@ -154,6 +160,8 @@ class RunLog:
 
     def append(self, groups: list[list[int]], momenta: list[float], exact: bool, rows: list[Row]) -> None:
         last = self.chapters[-1] if self.chapters else None
+        if last is not None and last.groups == groups:
+            groups = last.groups  # one list, however many chapters: a schedule of the momentum begins one every step
         if last is None or self._puts or (last.groups, last.momenta, last.exact) != (groups, momenta, exact):
             last = _Chapter(self._puts, groups, momenta, exact)
             self.chapters.append(last)
@@ -181,9 +189,7 @@ class RunLog:
             "first": self.first,
             "parameters": [[name, str(p.dtype), list(p.shape)] for name, p in self.parameters],
             "bases": self.bases,
-            "chapters": [
-                {"puts": c.puts, "groups": c.groups, "momenta": c.momenta, "exact": c.exact} for c in self.chapters
-            ],
+            "chapters": [c.told(before) for c, before in zip(self.chapters, [None, *self.chapters], strict=False)],
             "trained": digest(whole(p for _, p in self.parameters)).hex(),
         }
         text = json.dumps(header)
@@ -273,16 +279,12 @@ class Header:
         for_all = _momentum(values["momentum"], "momentum") if written == 1 else None
         terms = _terms(values)
         parameters = [_parameter(p, f"parameter {n}") for n, p in enumerate(_list(values, "parameters"))]
-        lattices: dict[int, float] = {}
         return cls(
             terms,
             check_integer(values["first"], "first", 0, LARGEST_STEP),
             parameters,
             _bases(_list(values, "bases"), len(parameters)),
-            [
-                _chapter(chapter, f"chapter {k}", terms, parameters, lattices, for_all)
-                for k, chapter in enumerate(_list(values, "chapters"))
-            ],
+            _chapters(_list(values, "chapters"), terms, parameters, for_all),
             check_sha256(values["trained"], "trained"),
         )
 
@@ -357,6 +359,15 @@ def _bases(values: list[Any], parameters: int) -> list[tuple[int, str]]:
     return bases
 
 
+def _chapters(values: list[Any], terms: Terms, parameters: list[Parameter], for_all: float | None) -> list[Chapter]:
+    lattices: dict[int, float] = {}
+    chapters: list[Chapter] = []
+    for k, value in enumerate(values):
+        before = chapters[-1] if chapters and for_all is None else None
+        chapters.append(_chapter(value, f"chapter {k}", terms, parameters, lattices, for_all, before))
+    return chapters
+
+
 def _chapter(
     value: Any,
     what: str,
@@ -364,8 +375,12 @@ def _chapter(
     parameters: list[Parameter],
     lattices: dict[int, float],
     for_all: float | None,
+    before: Chapter | None,
 ) -> Chapter:
-    """lattices: the quantum of each parameter on one; brought up to date. for_all: the momentum of format 1."""
+    """lattices: the quantum of each parameter on one; brought up to date. for_all: the momentum of format 1.
+
+    before: the chapter before this one, where its groups may be meant.
+    """
     values = check_keys(value, CHAPTER if for_all is not None else (*CHAPTER, "momenta"), what)
     exact = values["exact"]
     if not isinstance(exact, bool):
@@ -378,12 +393,10 @@ def _chapter(
         check_integer(Lattice(quantum).exponent, f"{what}: the quantum's exponent", *EXPONENTS)
         puts.append((quantum, numbers))
         lattices.update(dict.fromkeys(numbers, quantum))
-    dtypes = ("torch.float32",) if exact else MOVING
-    listed = _sequence(values["groups"], f"{what}: groups")
-    groups = [_numbers(group, f"{what}: a group", parameters, dtypes) for group in listed]
-    moving = [n for group in groups for n in group]
-    if len(set(moving)) < len(moving):
-        raise LogError(f"{what}: a parameter is in two groups")
+    if values["groups"] is None and before is not None and not (exact or before.exact):
+        groups = before.groups
+    else:
+        groups = _groups(values["groups"], what, parameters, ("torch.float32",) if exact else MOVING)
     if for_all is not None:
         momenta = [for_all] * len(groups)
     else:
@@ -398,6 +411,15 @@ def _chapter(
     if any(len(mine) > 1 or 0.0 in mine for mine in quanta):
         raise LogError(f"{what}: the parameters of a group were not put on one lattice")
     return Chapter(puts, groups, momenta, exact, [mine.pop() for mine in quanta])
+
+
+def _groups(value: Any, what: str, parameters: list[Parameter], dtypes: tuple[str, ...]) -> list[list[int]]:
+    listed = _sequence(value, f"{what}: groups")
+    groups = [_numbers(group, f"{what}: a group", parameters, dtypes) for group in listed]
+    moving = [n for group in groups for n in group]
+    if len(set(moving)) < len(moving):
+        raise LogError(f"{what}: a parameter is in two groups")
+    return groups
 
 
 def _numbers(value: Any, what: str, parameters: list[Parameter], dtypes: tuple[str, ...]) -> list[int]:
@@ -500,8 +522,9 @@ def _matched(model: nn.Module, header: Header) -> list[Tensor]:
 
 def _movable(header: Header, parameters: list[Tensor]) -> list[Tensor]:
     """What the log writes of the model. Raises LogError where the kernels would not."""
-    written = (numbers for c in header.chapters for numbers in (*(mine for _, mine in c.puts), *c.groups))
-    numbers = sorted({n for mine in written for n in mine})
+    lists = {id(c.groups): c.groups for c in header.chapters}.values()  # which many chapters may share
+    put = {n for c in header.chapters for _, mine in c.puts for n in mine}
+    numbers = sorted(put.union(n for groups in lists for mine in groups for n in mine))
     try:
         tensors, starts = shards(parameters[n] for n in numbers)
         with torch.no_grad():

@@ -17,7 +17,7 @@ from torch import nn
 
 from hosfl import optim_log
 from hosfl.log import LogError
-from hosfl.optim import rebuild
+from hosfl.optim import ZOSGD, rebuild
 from hosfl.replica import digest
 
 # As they were written, in base64: "momenta" in format 2, the others in format 1. What a reader of today makes of them
@@ -90,6 +90,22 @@ def test_logs_of_earlier_versions_rebuild(case, tmp_path):
     trained = digest(order or model.parameters()).hex()
     assert trained == Parts(tmp_path / "log").header["trained"]
     assert bits(model) != bits(base(case))
+
+
+def test_a_schedule_of_the_momentum_does_not_repeat_the_parameters(tmp_path):
+    """In 100 chapters of 200 parameters: their numbers are there once."""
+    torch.manual_seed(0)
+    model = nn.ParameterList(torch.rand(2) for _ in range(200))
+    before = copy.deepcopy(model)
+    optimizer = ZOSGD(model.named_parameters(), 1e-3, momentum=0.5, model=model)
+    for step in range(100):
+        optimizer.param_groups[0]["momentum"] = 0.5 + step / 1000
+        optimizer.step(lambda: sum(p.square().sum() for p in model))
+    optimizer.log.save(tmp_path / "log")
+    header = Parts(tmp_path / "log").header
+    assert [chapter["groups"] is None for chapter in header["chapters"]] == [False] + 99 * [True]
+    rebuild(before, tmp_path / "log")
+    assert bits(before) == bits(model)
 
 
 # --- one thing that is wrong --------------------------------------------------------------------------------------
@@ -177,6 +193,10 @@ WRONG = [
         for v in (1, -0.1, 1 - 2.0**-26, NAN, INF, True, "0", 10**400)
     ),
     ("momenta", at("chapters", 0, "momenta", 1)(0.75), "not the weights of the run"),
+    *((case, at("chapters", 0, "groups")(None), "groups must be a list") for case in ("lattice", "momenta")),
+    ("lattice", at("chapters", 1, "groups")(None), "groups must be a list"),  # of format 1
+    ("momenta", both(at("chapters", 1, "groups")(None), at("chapters", 1, "exact")(True)), "groups must be a list"),
+    ("momenta", both(at("chapters", 1, "groups")(None), at("chapters", 1, "momenta")([0.5])), "momenta must have 2"),
     *(("lattice", at("first")(v), "first must be") for v in (-1, 2**64, True, 0.0)),
     *(("lattice", at("first")(v), "its steps go beyond") for v in (2**64 - 1, 2**64 - 7)),
     *(("lattice", at("parameters")(v), "parameters must be a list") for v in ({}, "abcd", None)),
