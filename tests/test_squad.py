@@ -11,6 +11,7 @@ import transformers as hf
 from torch import nn
 
 from hosfl import Config, squad, train
+from hosfl.config import with_shared
 from hosfl.data import dirichlet_split
 from hosfl.families import pretrained_model
 from hosfl.messages import Cut
@@ -277,7 +278,7 @@ def test_of_several_answers_the_nearest_counts(folder):
 
 
 def config(folder, **settings):
-    return Config(**{**SETTINGS, "data": str(folder), "model": str(folder / "model"), **settings})
+    return Config(**with_shared(settings, {**SETTINGS, "data": str(folder), "model": str(folder / "model")}))
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from torch import nn
 
 from hosfl import Config, rebuild, train
 from hosfl.cli import main
-from hosfl.config import CHOICES
+from hosfl.config import CHOICES, with_shared
 from hosfl.data import Dataset, sentences
 from hosfl.displaced import call
 from hosfl.messages import Cut, encode
@@ -64,7 +64,7 @@ def folder(tmp_path_factory):
 
 
 def config(folder, **settings):
-    return Config(**{**SETTINGS, "data": str(folder), "model": str(folder / "model"), **settings})
+    return Config(**with_shared(settings, {**SETTINGS, "data": str(folder), "model": str(folder / "model")}))
 
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -189,7 +189,8 @@ def test_dropout_goes_by_the_seed_of_the_run(folder, method):
 @pytest.mark.parametrize("method", ["checkpointed", "splitfed", "zo-both", "hosl"])
 def test_other_methods_take_masks_and_adapters(folder, method):
     """With adapters SplitFed is SplitLoRA; only they travel."""
-    found = train(config(folder, method=method, trains="lora", rounds=4, local_steps=2))
+    steps = {"local_steps": 2} if method == "splitfed" else {}
+    found = train(config(folder, method=method, trains="lora", rounds=4, **steps))
     assert found.replicas.equal
     assert found.refused == []
     visits, exchanges = 4 * 2, 2 if method == "splitfed" else 1

@@ -15,6 +15,7 @@ from test_split import TEXT, output, text, text_model
 from hosfl import Config, train
 from hosfl.cli import main
 from hosfl.compare import print_table, row
+from hosfl.config import with_shared
 from hosfl.data import as_tokens, dirichlet_split, iid_split
 from hosfl.families import FAMILIES, is_decoder, pretrained_model
 from hosfl.split import split
@@ -314,16 +315,9 @@ def test_tasks_train_and_replay(task, kind, models, tmp_path):
 @pytest.mark.learning
 @pytest.mark.parametrize("task", ["sst2", "rte"])
 def test_a_decoder_learns_its_words(task, models, tmp_path, seed, below):
-    settings = Config(
-        **{**SETTINGS, "rounds": 40, "evaluate_every": 40, "batch": 16},
-        task=task,
-        data=str(write(task, tmp_path / "data")),
-        model=str(models / "decoder"),
-        method="first-order",
-        partition="iid",
-        seed=seed,
-    )
-    below(1 - train(settings).accuracy, 0.1)
+    own = {"method": "first-order", "partition": "iid", "rounds": 40, "evaluate_every": 40, "batch": 16, "seed": seed}
+    own |= {"task": task, "data": str(write(task, tmp_path / "data")), "model": str(models / "decoder")}
+    below(1 - train(Config(**with_shared(own, SETTINGS))).accuracy, 0.1)
 
 
 def test_the_classifier_gets_the_whole_model_s_texts(models, tmp_path):
