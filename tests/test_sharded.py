@@ -37,8 +37,8 @@ def both_halves(model):
 
 def optimizer_of(model, one_sided=False, **settings):
     if one_sided:
-        return ZONormalizedSGD(model.parameters(), 0.02, directions=2, two_sided=False, model=model, **settings)
-    return ZOSGD(model.parameters(), 0.02, model=model, **settings)
+        return ZONormalizedSGD(model.parameters(), 0.02, directions=2, two_sided=False, model=model, seed=0, **settings)
+    return ZOSGD(model.parameters(), 0.02, model=model, seed=0, **settings)
 
 
 def disturb(model, step):
