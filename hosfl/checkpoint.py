@@ -106,17 +106,17 @@ def check_free(folder: Path) -> None:
 
 
 class FolderLock:
-    """A run's folder, for one process: no other takes it up until this one closes it or ends.
+    """The folder of a run, or of a study, for one process: no other takes it up until this one closes it or ends.
 
     Raises RunFolderError where another process has it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, of: str = "run") -> None:
         self.path = folder / "lock"
         self.file = self.path.open("a")
         if not locked(self.file):
             self.file.close()
-            raise RunFolderError(f"another process is at work on the run in {folder}: wait for it, or stop it")
+            raise RunFolderError(f"another process is at work on the {of} in {folder}: wait for it, or stop it")
 
     def check(self) -> None:
         """Raises RunFolderError where the folder was removed or replaced under the run."""

@@ -123,13 +123,9 @@ def _of_torch(kinds: Collection[str]) -> list[_Generator]:
     for kind in sorted({*kinds} - {"cpu"}):
         module = torch.get_device_module(kind)
         for index in range(module.device_count()):
-            get, put = partial(module.get_rng_state, index), partial(_put_device, module.set_rng_state, index)
+            get, put = (partial(change, device=index) for change in (module.get_rng_state, module.set_rng_state))
             found.append(_Generator(get, put, torch.equal))
     return found
-
-
-def _put_device(put: Callable[[Tensor, int], None], index: int, state: Tensor) -> None:
-    put(state, index)
 
 
 @contextmanager

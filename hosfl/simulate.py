@@ -436,17 +436,15 @@ def _run(
             try:
                 loss = crowd.round(done)
                 done += 1
+                due = done % config.evaluate_every == 0 or done == config.rounds
+                new = evaluation() if due else None
+                if new is not None:
+                    check_loss(new.loss, done)
             except ServerDied:
                 done = crowd.restart(folder)
                 evaluations[:] = [e for e in evaluations if e.round <= done]
                 continue
-            except LatticeError as error:
-                return done, evaluations, error
-            due = done % config.evaluate_every == 0 or done == config.rounds
-            new = evaluation() if due else None
-            try:
-                check_loss(0.0 if new is None else new.loss, done)
-            except Diverged as error:
+            except (LatticeError, Diverged) as error:
                 return done, evaluations, error
             if crowd.faults.crash_every and done % config.snapshot_every == 0:
                 save_snapshot(crowd, folder, done)

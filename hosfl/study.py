@@ -31,6 +31,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
@@ -38,10 +39,9 @@ from typing import Any
 
 import torch
 
-from hosfl.checkpoint import write_atomically, write_json
+from hosfl.checkpoint import FolderLock, write_atomically, write_json
 from hosfl.config import CHOICES, Config, all_with_shared, decisive, differences, typed, with_shared
 from hosfl.lattice import LatticeError
-from hosfl.log import locked
 from hosfl.memory import HALVES, client_memory
 from hosfl.report import Evaluation, gap_recovered, machine, metric
 from hosfl.tasks import TASKS, Task
@@ -339,9 +339,7 @@ def run_study(
         others = (path for path in folder.iterdir() if path.name != "lock" and not path.name.startswith("."))
         if not (folder / "study.yaml").exists() and any(others):
             raise ValueError(f"{folder} holds no study, and is not empty: choose another folder")
-        with (folder / "lock").open("a") as lock:
-            if not locked(lock):
-                raise ValueError(f"another process is at work on the study in {folder}: wait for it, or stop it")
+        with closing(FolderLock(folder, "study")):
             take_up(study, folder)
             for job in (*study.tuning(), *finals(study, folder)):
                 if (result := held(job, folder)) is not None:

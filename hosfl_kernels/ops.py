@@ -569,8 +569,7 @@ def _perturb(
 ) -> None:
     place = _place(tensors, dist, factors, streams, starts, bool(rounding_seed))
     _check_moves([scale], place[1], "scale")
-    for at, (rows,) in _row_major(tensors):
-        part = _part(place, at)
+    for part, (rows,) in _row_major(place, tensors):
         backend.perturb_(rows, _join(seed), scale, *part, _join(rounding_seed) if rounding_seed else None)
     _bump(tensors)
 
@@ -592,8 +591,8 @@ def _replay(
     _check_moves(values, place[1], "coefficients[{r}]")
     if values:
         rounding = None if rounding_seeds is None else _unsigned(rounding_seeds)
-        for at, (rows,) in _row_major(tensors):
-            backend.replay_(rows, _unsigned(seeds), values, *_part(place, at), rounding)
+        for part, (rows,) in _row_major(place, tensors):
+            backend.replay_(rows, _unsigned(seeds), values, *part, rounding)
         _bump(tensors)
 
 
@@ -621,8 +620,8 @@ def _update(
     if len(steps):
         record = (_unsigned(seeds.flatten()), coefficients.flatten().tolist(), steps.tolist())
         rounding = None if rounding_seeds is None else _unsigned(rounding_seeds)
-        for at, (rows, *mine) in _row_major(tensors, *kept):
-            backend.update_(rows, mine, rule, list(constants), *record, *_part(place, at), rounding)
+        for part, (rows, *mine) in _row_major(place, tensors, *kept):
+            backend.update_(rows, mine, rule, list(constants), *record, *part, rounding)
         _bump([*tensors, *moments])
 
 
@@ -659,27 +658,27 @@ def _place(
 Place = tuple[str, list[float], list[int], list[int]]
 
 
-def _part(place: Place, at: Sequence[int]) -> Place:
-    dist, factors, streams, starts = place
-    return dist, [factors[t] for t in at], [streams[t] for t in at], [starts[t] for t in at]
-
-
-def _row_major(*lists: list[Tensor]) -> Iterator[tuple[Sequence[int], Sequence[list[Tensor]]]]:
-    """Positions in the lists, and what lies there as kernels take it: those in channels_last as copies.
+def _row_major(place: Place, *lists: list[Tensor]) -> Iterator[tuple[Place, Sequence[list[Tensor]]]]:
+    """Parts of the lists as kernels take them, those in channels_last as copies, and the place of each.
 
     The copies are written back when the next ones are asked for, so that there is one at a time.
     """
     columns = list(zip(*lists, strict=True))
     strided = [t for t, column in enumerate(columns) if not all(x.is_contiguous() for x in column)]
     if not strided:
-        yield range(len(columns)), lists
+        yield place, lists
         return
+    dist, factors, streams, starts = place
+
+    def part(at: list[int]) -> Place:
+        return dist, [factors[t] for t in at], [streams[t] for t in at], [starts[t] for t in at]
+
     plain = [t for t in range(len(columns)) if t not in strided]
     if plain:
-        yield plain, [[values[t] for t in plain] for values in lists]
+        yield part(plain), [[values[t] for t in plain] for values in lists]
     for t in strided:
         rows = [x.contiguous() for x in columns[t]]
-        yield [t], [[row] for row in rows]
+        yield part([t]), [[row] for row in rows]
         for x, row in zip(columns[t], rows, strict=True):
             if row is not x:
                 x.copy_(row)
