@@ -27,7 +27,7 @@ from hosfl.trainer import Diverged
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (1, 2, 3)
 CLIENTS, LIARS = 10, 2
-COMMON: dict[str, Any] = {"clients": CLIENTS, "sampled": CLIENTS, "rounds": 400}
+COMMON: dict[str, Any] = {"clients": CLIENTS, "sampled": CLIENTS, "rounds": 60, "batch": 16, "directions": 2}
 SETTINGS: dict[str, dict[str, Any]] = {
     "weighted": {"aggregation": "weighted"},
     "median": {"aggregation": "median"},
