@@ -44,7 +44,7 @@ bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.report
 	$(BIN)/python -m benchmarks.optim
 
-# The rates of hosfl/tasks.py, chosen on validation data: the same grid size for every method.
+# The rates of hosfl/tasks/task.py, chosen on validation data: the same grid size for every method.
 tune: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.tune
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 import hosfl_kernels as hk
-from hosfl.report import machine
+from hosfl.runs.report import machine
 
 RESULTS = Path(__file__).parent / "results"
 DIRECTIONS, RATE = 5, 1e-3

@@ -37,10 +37,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.mezo import MeZO
-from hosfl.data import Dataset, Splits, digits
-from hosfl.lattice import LatticeError
 from hosfl.optim import ZOSGD, ZONormalizedSGD
-from hosfl.report import machine
+from hosfl.protocol.lattice import LatticeError
+from hosfl.runs.report import machine
+from hosfl.tasks.data import Dataset, Splits, digits
 
 RESULTS = Path(__file__).parent / "results"
 TRIALS, SPACING = 5, 2.0

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from benchmarks.readme import RESULTS
 from benchmarks.sentences import PACKAGES, sentences
-from hosfl.displaced import call
-from hosfl.families import packaged_minilm, pretrained_model, tokenized
-from hosfl.memory import MINILM
-from hosfl.probe import evaluating, probe_forward, probe_untouched, trainable
-from hosfl.report import machine
-from hosfl.split import SplitModel, split
+from hosfl.halves.families import packaged_minilm, pretrained_model, tokenized
+from hosfl.halves.split import SplitModel, split
+from hosfl.probing.displaced import call
+from hosfl.probing.probe import evaluating, probe_forward, probe_untouched, trainable
+from hosfl.runs.memory import MINILM
+from hosfl.runs.report import machine
 from hosfl_kernels import noise
 
 LAYERS = 3  # on the client

@@ -2,7 +2,8 @@
 
     python -m benchmarks.liars [--jobs N] [--out FILE] [--set NAME=VALUE ...]
 
-All ten take part in every round. A lie is one of `hosfl.simulate.LIES`. --set: of any setting of Config, for all runs.
+All ten take part in every round. A lie is one of `hosfl.runs.simulate.LIES`. --set: of any setting of Config, for all
+runs.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from rich.progress import track
 
 from hosfl import Config, LatticeError
 from hosfl.cli import TYPES
-from hosfl.report import machine
-from hosfl.simulate import LIES, Faults, simulate
-from hosfl.trainer import Diverged
+from hosfl.runs.report import machine
+from hosfl.runs.simulate import LIES, Faults, simulate
+from hosfl.runs.trainer import Diverged
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (1, 2, 3)

@@ -34,8 +34,8 @@ import hosfl_kernels as hk
 from benchmarks.catchup import resident, seconds
 from benchmarks.mezo import MeZO
 from hosfl.optim import ZOSGD
-from hosfl.report import machine
-from hosfl.seeds import direction_seeds
+from hosfl.protocol.seeds import direction_seeds
+from hosfl.runs.report import machine
 
 RESULTS = Path(__file__).parent / "results"
 PARTS = ("overhead", "memory", "bfloat16")

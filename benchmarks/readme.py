@@ -10,8 +10,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from hosfl.config import Config
-from hosfl.memory import WAYS
+from hosfl.runs.config import Config
+from hosfl.runs.memory import WAYS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.ways import RANDN_PRODUCTS, RANDN_RECORDS, RECORDS, ROOF
-from hosfl.report import machine
+from hosfl.runs.report import machine
 
 RESULTS = Path(__file__).parent / "results"
 

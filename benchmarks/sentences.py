@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hosfl.data import Dataset, Splits
+from hosfl.tasks.data import Dataset, Splits
 
 PACKAGES = ("scipy", "torch", "matplotlib", "sklearn")
 NAMES = re.compile(rf"\b({'|'.join(PACKAGES)}|scikit-learn|numpy|mpl)", re.IGNORECASE)

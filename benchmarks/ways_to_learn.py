@@ -20,7 +20,7 @@ from rich.progress import track
 
 from benchmarks.tune import WAYS
 from hosfl import Config, train
-from hosfl.report import gap_recovered, machine
+from hosfl.runs.report import gap_recovered, machine
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (0, 1, 2, 3, 4, 5)

@@ -6,8 +6,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForSequenceClassification, TrainingArguments
 
-from hosfl.integrations.hf import ZOTrainer
 from hosfl.optim import ZONormalizedSGD, rebuild
+from hosfl.optim.hf import ZOTrainer
 
 torch.manual_seed(0)
 sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}

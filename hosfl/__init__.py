@@ -2,19 +2,19 @@
 
 from importlib.metadata import version
 
-from hosfl.chain import CutError
-from hosfl.checkpoint import rebuild
-from hosfl.client import Client, FirstOrderClient, ZerothOrderClient
-from hosfl.config import Config
-from hosfl.lattice import Lattice, LatticeError
-from hosfl.ledger import FreshStep, GradientAverage, PoolStep, SeedReplay
-from hosfl.log import Log, LogError
-from hosfl.messages import MessageError, Wire, decode, encode
-from hosfl.replica import Pool, Replica, Run
-from hosfl.report import Evaluation, Summary
-from hosfl.server import Server
-from hosfl.split import SplitModel, cut_points, split
-from hosfl.trainer import train
+from hosfl.halves.chain import CutError
+from hosfl.halves.split import SplitModel, cut_points, split
+from hosfl.methods.client import Client, FirstOrderClient, ZerothOrderClient
+from hosfl.methods.ledger import FreshStep, GradientAverage, PoolStep, SeedReplay
+from hosfl.methods.server import Server
+from hosfl.protocol.lattice import Lattice, LatticeError
+from hosfl.protocol.log import Log, LogError
+from hosfl.protocol.messages import MessageError, Wire, decode, encode
+from hosfl.protocol.replica import Pool, Replica, Run
+from hosfl.runs.checkpoint import rebuild
+from hosfl.runs.config import Config
+from hosfl.runs.report import Evaluation, Summary
+from hosfl.runs.trainer import train
 
 __version__ = version("hosfl")
 

@@ -32,21 +32,21 @@ from rich.text import Text
 from safetensors import SafetensorError
 from safetensors.torch import save
 
-from hosfl.checkpoint import load_config, rebuild, write_atomically, write_json
-from hosfl.compare import compare, print_table
-from hosfl.config import CHOICES, METHODS, NEUTRAL, PRESETS, Config, all_with_shared, with_shared
 from hosfl.extras import needed
-from hosfl.families import skeleton
-from hosfl.lattice import LatticeError
-from hosfl.log import EpochRecord, Log, LogError, RoundRecord
-from hosfl.memory import HALVES, client_memory, over_bound
-from hosfl.report import Evaluation, metric
-from hosfl.simulate import LIES, Faults, simulate
-from hosfl.split import cut_points
-from hosfl.study import State, load_study, run_study
-from hosfl.study_report import report
-from hosfl.trainer import Diverged, train
-from hosfl.trainer import Progress as OnProgress
+from hosfl.halves.families import skeleton
+from hosfl.halves.split import cut_points
+from hosfl.protocol.lattice import LatticeError
+from hosfl.protocol.log import EpochRecord, Log, LogError, RoundRecord
+from hosfl.runs.checkpoint import load_config, rebuild, write_atomically, write_json
+from hosfl.runs.config import CHOICES, METHODS, NEUTRAL, PRESETS, Config, all_with_shared, with_shared
+from hosfl.runs.memory import HALVES, client_memory, over_bound
+from hosfl.runs.report import Evaluation, metric
+from hosfl.runs.simulate import LIES, Faults, simulate
+from hosfl.runs.trainer import Diverged, train
+from hosfl.runs.trainer import Progress as OnProgress
+from hosfl.studies.compare import compare, print_table
+from hosfl.studies.page import report
+from hosfl.studies.study import State, load_study, run_study
 
 HELP = {
     "task": "what is learnt: real handwritten digits; the same inverted, by a network pretrained on them; CIFAR, by a"
@@ -181,7 +181,7 @@ def parser(preset: str | None = None) -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors to write")
     made.add_argument("--upto", type=int, metavar="ROUND", help="rounds to apply (default: all)")
     studied = command("study", "run the methods and seeds of a file at equal tuning; goes on where it was")
-    studied.add_argument("file", type=Path, metavar="FILE", help="YAML: what to study, see hosfl/study.py")
+    studied.add_argument("file", type=Path, metavar="FILE", help="YAML: what to study, see hosfl/studies/study.py")
     studied.add_argument("--out", type=_path, metavar="DIR", required=True, help="a file per run, table and report")
     cores = os.cpu_count() or 1
     studied.add_argument("--jobs", type=int, default=cores, help="runs at a time (default: %(default)s)")

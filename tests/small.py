@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hosfl.client import ZerothOrderClient
-from hosfl.lattice import Lattice
-from hosfl.ledger import FreshStep, PoolStep, SeedReplay
-from hosfl.messages import Hello, Scalars
-from hosfl.probe import trainable
-from hosfl.replica import Pool, Replica, Run
-from hosfl.server import Server
+from hosfl.methods.client import ZerothOrderClient
+from hosfl.methods.ledger import FreshStep, PoolStep, SeedReplay
+from hosfl.methods.server import Server
+from hosfl.probing.probe import trainable
+from hosfl.protocol.lattice import Lattice
+from hosfl.protocol.messages import Hello, Scalars
+from hosfl.protocol.replica import Pool, Replica, Run
 from hosfl_kernels import SGD, AdamW
 
 SAMPLES, DIRECTIONS = 6, 4

@@ -9,14 +9,14 @@ from test_probe import peak_bytes
 from torch import nn
 
 from hosfl import Config, train
-from hosfl.baselines import recomputing
 from hosfl.cli import main
-from hosfl.client import load_vector
-from hosfl.config import METHODS, REPLAYED, with_shared
-from hosfl.messages import Cut, Hello, Losses, MessageError, Trained, Wire
-from hosfl.probe import trainable
-from hosfl.seeds import Purpose, direction_seeds
-from hosfl.trainer import assemble, evaluate
+from hosfl.methods.baselines import recomputing
+from hosfl.methods.client import load_vector
+from hosfl.probing.probe import trainable
+from hosfl.protocol.messages import Cut, Hello, Losses, MessageError, Trained, Wire
+from hosfl.protocol.seeds import Purpose, direction_seeds
+from hosfl.runs.config import METHODS, REPLAYED, with_shared
+from hosfl.runs.trainer import assemble, evaluate
 from hosfl_kernels import derive, perturb_
 
 NEW = ("checkpointed", "splitfed", "zo-both", "hosl", "mu-splitfed")

@@ -10,7 +10,7 @@ import torch
 from benchmarks import gpu, liars, readme, report
 from benchmarks.test_memory import SMALL, bound
 from benchmarks.ways import WAYS
-from hosfl.report import machine, processor_name
+from hosfl.runs.report import machine, processor_name
 from hosfl_kernels import cpu, cuda
 from hosfl_kernels.ops import DISPATCH, DISTRIBUTIONS
 

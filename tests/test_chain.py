@@ -10,9 +10,9 @@ from pictures import packages
 from test_split import ResNet, randomised
 from torch import nn
 
-from hosfl.chain import CutError, chain
-from hosfl.split import SplitModel, cut_points, split
-from hosfl.verify import verify_halves
+from hosfl.halves.chain import CutError, chain
+from hosfl.halves.split import SplitModel, cut_points, split
+from hosfl.halves.verify import verify_halves
 
 TORCHVISION = {
     "mobilenet_v2": "features.10",

@@ -6,9 +6,10 @@ from dataclasses import asdict, fields
 import numpy as np
 import pytest
 
-from hosfl.checkpoint import load_config, save_config
 from hosfl.cli import main
-from hosfl.config import (
+from hosfl.protocol.replica import digest
+from hosfl.runs.checkpoint import load_config, save_config
+from hosfl.runs.config import (
     KINDS,
     METHODS,
     NEUTRAL,
@@ -19,8 +20,7 @@ from hosfl.config import (
     ignored,
     with_shared,
 )
-from hosfl.replica import digest
-from hosfl.trainer import assemble
+from hosfl.runs.trainer import assemble
 
 WRONG = {
     "str": [None, 1, True, b"a", ["a"], {}],
@@ -144,7 +144,7 @@ def test_every_setting_is_read_or_refused(way, monkeypatch):
             with pytest.raises(ValueError, match=f"^{name} = {value!r} would do nothing {refused[name]}: leave it out"):
                 Config(**changed)
             with monkeypatch.context() as patch:
-                patch.setattr("hosfl.config.ignored", lambda settings: {})
+                patch.setattr("hosfl.runs.config.ignored", lambda settings: {})
                 assert outcome(changed) == before, name
         else:
             assert outcome(with_shared(WAYS[way] | {name: value}, SMALL | RATES)) != before, name

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from hosfl.cli import main
-from hosfl.data import held_out
-from hosfl.reading import picture_file
-from hosfl.report import plot_curves
+from hosfl.runs.report import plot_curves
+from hosfl.tasks.data import held_out
+from hosfl.tasks.reading import picture_file
 
 # A process where none of these can be imported, of the extra or of what it brings.
 WITHOUT = """
@@ -36,8 +36,9 @@ assert not torch.equal(x, torch.ones(9))
 """,
     "a run without a folder": """
 import torch
-from hosfl import Config, tasks, train
-from hosfl.data import Dataset, Splits
+from hosfl import Config, train
+from hosfl.tasks import task as tasks
+from hosfl.tasks.data import Dataset, Splits
 tasks.digits = lambda: Splits(*[Dataset(torch.randn(200, 1, 8, 8), torch.arange(200) % 10)] * 3)
 assert train(Config(rounds=2)).rounds == 2
 """,
@@ -101,5 +102,5 @@ def test_a_function_names_the_extra(module, use, monkeypatch):
 
 
 def missing(module, monkeypatch):
-    monkeypatch.delitem(sys.modules, "hosfl.yaml12", raising=False)
+    monkeypatch.delitem(sys.modules, "hosfl.studies.yaml12", raising=False)
     monkeypatch.setitem(sys.modules, module, None)

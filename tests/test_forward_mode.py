@@ -10,15 +10,16 @@ from test_split import IMAGES, TEXT, ResNet, differentiable, image_model, text, 
 from torch import nn
 
 from benchmarks.readme import RESULTS
-from hosfl import Config, probe, train
-from hosfl.client import FirstOrderClient
-from hosfl.displaced import call
-from hosfl.forward_mode import Tangents, derivative
-from hosfl.lattice import Lattice
-from hosfl.messages import Multiplier
-from hosfl.probe import evaluating, probe_backward, probe_forward, probe_in_place, probe_untouched, trainable
-from hosfl.replica import digest
-from hosfl.split import split
+from hosfl import Config, train
+from hosfl.halves.split import split
+from hosfl.methods.client import FirstOrderClient
+from hosfl.probing import probe
+from hosfl.probing.displaced import call
+from hosfl.probing.forward_mode import Tangents, derivative
+from hosfl.probing.probe import evaluating, probe_backward, probe_forward, probe_in_place, probe_untouched, trainable
+from hosfl.protocol.lattice import Lattice
+from hosfl.protocol.messages import Multiplier
+from hosfl.protocol.replica import digest
 from hosfl_kernels import noise
 
 SEED = 7

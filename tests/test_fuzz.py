@@ -16,10 +16,11 @@ import torch
 from small import SAMPLES, batch, small
 from torch import nn
 
-from hosfl.client import FirstOrderClient
-from hosfl.lattice import LatticeError
-from hosfl.ledger import GradientAverage
-from hosfl.messages import (
+from hosfl.methods.client import FirstOrderClient
+from hosfl.methods.ledger import GradientAverage
+from hosfl.methods.server import Server
+from hosfl.protocol.lattice import LatticeError
+from hosfl.protocol.messages import (
     CRC,
     DTYPES,
     HEADER,
@@ -41,8 +42,7 @@ from hosfl.messages import (
     decode,
     encode,
 )
-from hosfl.replica import digest, digest_array
-from hosfl.server import Server
+from hosfl.protocol.replica import digest, digest_array
 
 ROUND, EPOCH = 16, 1  # in the second generation of the pool
 SIZES = (0, 1, 2, 3, 7, 255, 256, 65535, 65536, 2**24, 2**31 - 1, 2**31, 2**32 - 1)

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hosfl.log import LogError
 from hosfl.optim import ZOSGD, ZONormalizedSGD, rebuild
+from hosfl.protocol.log import LogError
 
 
 def same(a, b):
@@ -50,7 +50,7 @@ def sentences(causal):
 def trainer_of(model, folder, optimizer=None, causal=False, **settings):
     from transformers import TrainingArguments
 
-    from hosfl.integrations.hf import ZOTrainer
+    from hosfl.optim.hf import ZOTrainer
 
     class Recorder(ZOTrainer):
         """Keeps what each step was measured on, and the state of the random numbers."""

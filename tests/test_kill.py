@@ -33,10 +33,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hosfl import cli, snapshot
-from hosfl.checkpoint import load_config, rebuild
-from hosfl.log import EpochRecord, Log, RoundRecord
-from hosfl.report import Evaluation
+from hosfl import cli
+from hosfl.protocol.log import EpochRecord, Log, RoundRecord
+from hosfl.runs import snapshot
+from hosfl.runs.checkpoint import load_config, rebuild
+from hosfl.runs.report import Evaluation
 
 ROUNDS = 12
 TRAIN = f"--rounds {ROUNDS} --clients 4 --sampled 2 --batch 8 --directions 2 --snapshot-every 3 --evaluate-every 2"

@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hosfl.log import DigestRecord, EpochRecord, Header, Log, LogError, Packed, Parameter, RoundRecord
+from hosfl.protocol.log import DigestRecord, EpochRecord, Header, Log, LogError, Packed, Parameter, RoundRecord
 
-SOURCE = Path(__file__).parent.parent / "hosfl" / "log.py"
+SOURCE = Path(__file__).parent.parent / "hosfl" / "protocol" / "log.py"
 
 # Subprocesses load the module on its own: it needs neither torch nor the rest of the package, and starts sooner.
 LOAD = f"""

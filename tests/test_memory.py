@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from benchmarks.readme import RESULTS
-from hosfl import memory
 from hosfl.cli import main
-from hosfl.memory import BOUND, BOUNDED, FEW, HALVES, growth, measure, reference
-from hosfl.probe import PART, inner
+from hosfl.probing.probe import PART, inner
+from hosfl.runs import memory
+from hosfl.runs.memory import BOUND, BOUNDED, FEW, HALVES, growth, measure, reference
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 

@@ -7,7 +7,7 @@ import zlib
 import pytest
 import torch
 
-from hosfl.messages import (
+from hosfl.protocol.messages import (
     CRC,
     HEADER,
     MESSAGES,

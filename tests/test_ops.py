@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import hosfl_kernels as hk
-from hosfl.memory import growth
+from hosfl.runs.memory import growth
 from hosfl_kernels import _cpp, check, cpu, ops, reference, spec
 
 CUDA = torch.cuda.is_available()

@@ -21,11 +21,12 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hosfl import optim, optim_log
-from hosfl.checkpoint import write_atomically
-from hosfl.log import LogError
+from hosfl import optim
 from hosfl.optim import ZOSGD, ZONormalizedSGD, rebuild
-from hosfl.seeds import Purpose, direction_seeds, round_seed
+from hosfl.optim import log as optim_log
+from hosfl.protocol.log import LogError
+from hosfl.protocol.seeds import Purpose, direction_seeds, round_seed
+from hosfl.runs.checkpoint import write_atomically
 from hosfl_kernels import derive, spec
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))

@@ -15,10 +15,10 @@ from safetensors.torch import save, save_file
 from test_fuzz import NUMBERS, extend, flip, grown, remove, truncate
 from torch import nn
 
-from hosfl import optim_log
-from hosfl.log import LogError
 from hosfl.optim import ZOSGD, rebuild
-from hosfl.replica import digest
+from hosfl.optim import log as optim_log
+from hosfl.protocol.log import LogError
+from hosfl.protocol.replica import digest
 
 # As they were written, in base64: "momenta" in format 2, the others in format 1. What a reader of today makes of them
 # is what it must make of them for ever.

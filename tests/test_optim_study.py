@@ -11,7 +11,7 @@ from torch import nn
 from benchmarks import curves, optim, sentences
 from benchmarks.mezo import MeZO
 from hosfl.optim import ZONormalizedSGD
-from hosfl.seeds import direction_seeds
+from hosfl.protocol.seeds import direction_seeds
 from hosfl_kernels import noise
 
 # --- MeZO --------------------------------------------------------------------------------------------------------

@@ -16,8 +16,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.profiler import profile
 
-from hosfl.displaced import Displacement, evaluate_displaced
-from hosfl.probe import evaluating, probe_in_place, probe_untouched, trainable
+from hosfl.probing.displaced import Displacement, evaluate_displaced
+from hosfl.probing.probe import evaluating, probe_in_place, probe_untouched, trainable
 from hosfl_kernels import perturb_, snap_
 
 MU = 2.0**-8
@@ -609,7 +609,7 @@ def test_a_weight_asked_for_its_dtype_is_made_once(monkeypatch):
             return super().forward(x.to(self.weight.dtype))
 
     made = []
-    monkeypatch.setattr("hosfl.displaced.perturb_", lambda *a, **k: made.append(1) or perturb_(*a, **k))
+    monkeypatch.setattr("hosfl.probing.displaced.perturb_", lambda *a, **k: made.append(1) or perturb_(*a, **k))
     module = Asks(3, 2)
     with torch.no_grad():
         evaluate_displaced(module, torch.randn(1, 3), displacement(module))

@@ -9,17 +9,28 @@ import torch
 from small import DIRECTIONS, FACTORS, batch, small
 from torch import nn
 
-from hosfl.client import FirstOrderClient, ZerothOrderClient
-from hosfl.config import Config
-from hosfl.data import digits, dirichlet_split
-from hosfl.lattice import Lattice, LatticeError
-from hosfl.ledger import GradientAverage
-from hosfl.messages import Cut, Differs, Gradient, Hello, MessageError, Multiplier, Records, Scalars, Weights, Wire
-from hosfl.probe import probe_in_place, probe_untouched, trainable
-from hosfl.replica import Run
-from hosfl.seeds import direction_seeds
-from hosfl.split import SplitModel, split
-from hosfl.trainer import assemble
+from hosfl.halves.split import SplitModel, split
+from hosfl.methods.client import FirstOrderClient, ZerothOrderClient
+from hosfl.methods.ledger import GradientAverage
+from hosfl.probing.probe import probe_in_place, probe_untouched, trainable
+from hosfl.protocol.lattice import Lattice, LatticeError
+from hosfl.protocol.messages import (
+    Cut,
+    Differs,
+    Gradient,
+    Hello,
+    MessageError,
+    Multiplier,
+    Records,
+    Scalars,
+    Weights,
+    Wire,
+)
+from hosfl.protocol.replica import Run
+from hosfl.protocol.seeds import direction_seeds
+from hosfl.runs.config import Config
+from hosfl.runs.trainer import assemble
+from hosfl.tasks.data import digits, dirichlet_split
 from hosfl_kernels import spec
 
 NO_DIGEST = torch.empty(0, dtype=torch.int32)

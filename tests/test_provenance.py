@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hosfl.checkpoint import FolderLock, RunFolderError, load_config
 from hosfl.cli import main
-from hosfl.config import Config, with_shared
-from hosfl.log import CHAIN, FRAME, Log, LogError, RoundRecord, _payload
-from hosfl.provenance import ProvenanceError
-from hosfl.trainer import Diverged, train
+from hosfl.protocol.log import CHAIN, FRAME, Log, LogError, RoundRecord, _payload
+from hosfl.runs.checkpoint import FolderLock, RunFolderError, load_config
+from hosfl.runs.config import Config, with_shared
+from hosfl.runs.provenance import ProvenanceError
+from hosfl.runs.trainer import Diverged, train
 
 ROUNDS = 9
 QUICK = {"rounds": ROUNDS, "clients": 4, "sampled": 2, "batch": 8, "directions": 2, "snapshot_every": 3}
@@ -204,8 +204,8 @@ def test_every_method_locks_its_folder(killed, kind):
 
 
 def test_data_may_lie_elsewhere_and_must_be_the_same(tmp_path, monkeypatch):
-    from hosfl.data import Dataset, Splits
-    from hosfl.tasks import TASKS, digits_task
+    from hosfl.tasks.data import Dataset, Splits
+    from hosfl.tasks.task import TASKS, digits_task
 
     def task(config):
         found = digits_task(Config())
@@ -245,7 +245,7 @@ def test_a_loss_that_is_not_finite_is_a_failure(tmp_path, capsys):
 
 
 def test_a_start_that_fails_leaves_the_folder_free(tmp_path, monkeypatch):
-    from hosfl import trainer
+    from hosfl.runs import trainer
 
     def fails(*args):
         raise RuntimeError("no such operation")
@@ -262,7 +262,7 @@ def test_a_start_that_fails_leaves_the_folder_free(tmp_path, monkeypatch):
 
 
 def test_a_start_that_finds_another_run_at_the_last_moment_leaves_it_alone(tmp_path, monkeypatch):
-    from hosfl import trainer
+    from hosfl.runs import trainer
 
     made = trainer.assemble
 

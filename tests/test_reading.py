@@ -15,13 +15,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hosfl import Config, squad, text
-from hosfl.data import Dataset, Splits, classified, dirichlet_split, held_out, iid_split, shards
-from hosfl.reading import Answer, DataError, class_folders, classes, hub, json_lines, picture_file, standing, table
-from hosfl.squad import Question, Windows
-from hosfl.tasks import TASKS
-from hosfl.text import TEXTS
-from hosfl.vision import CifarResNet, pictures, pretrained_resnet
+from hosfl import Config
+from hosfl.tasks import squad, text
+from hosfl.tasks.data import Dataset, Splits, classified, dirichlet_split, held_out, iid_split, shards
+from hosfl.tasks.reading import (
+    Answer,
+    DataError,
+    class_folders,
+    classes,
+    hub,
+    json_lines,
+    picture_file,
+    standing,
+    table,
+)
+from hosfl.tasks.squad import Question, Windows
+from hosfl.tasks.task import TASKS
+from hosfl.tasks.text import TEXTS
+from hosfl.tasks.vision import CifarResNet, pictures, pretrained_resnet
 
 SIZE = (32, 32)
 

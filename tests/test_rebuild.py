@@ -14,9 +14,9 @@ from small import RULES
 from test_fuzz import extend, flip, remove, truncate
 from test_ledger import logged
 
-from hosfl import log as log_module
-from hosfl.checkpoint import rebuild
-from hosfl.log import DigestRecord, EpochRecord, Log, LogError
+from hosfl.protocol import log as log_module
+from hosfl.protocol.log import DigestRecord, EpochRecord, Log, LogError
+from hosfl.runs.checkpoint import rebuild
 
 
 def sealed(log, header):

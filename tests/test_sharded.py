@@ -10,9 +10,8 @@ import torch
 from test_optim_log import Parts
 from torch import distributed, nn
 
-from hosfl import sharded
-from hosfl.log import LogError
-from hosfl.optim import ZOSGD, ZONormalizedSGD, rebuild
+from hosfl.optim import ZOSGD, ZONormalizedSGD, rebuild, sharded
+from hosfl.protocol.log import LogError
 
 STEPS = 5
 

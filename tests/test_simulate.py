@@ -17,18 +17,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hosfl import trainer
-from hosfl.checkpoint import rebuild, run_of
 from hosfl.cli import main
-from hosfl.client import ZerothOrderClient
-from hosfl.config import Config, with_shared
-from hosfl.lattice import LatticeError
-from hosfl.ledger import to_records
-from hosfl.log import EpochRecord, Log, RoundRecord
-from hosfl.messages import Cut, Message, Multiplier, Scalars, Wire
-from hosfl.replica import Replica, digest
-from hosfl.simulate import LIES, SMALLEST_SHARD, Crowd, Faults, Outcome, State, UnreliableWire, simulate
-from hosfl.trainer import assemble, evaluate, train
+from hosfl.methods.client import ZerothOrderClient
+from hosfl.methods.ledger import to_records
+from hosfl.protocol.lattice import LatticeError
+from hosfl.protocol.log import EpochRecord, Log, RoundRecord
+from hosfl.protocol.messages import Cut, Message, Multiplier, Scalars, Wire
+from hosfl.protocol.replica import Replica, digest
+from hosfl.runs import trainer
+from hosfl.runs.checkpoint import rebuild, run_of
+from hosfl.runs.config import Config, with_shared
+from hosfl.runs.simulate import LIES, SMALLEST_SHARD, Crowd, Faults, Outcome, State, UnreliableWire, simulate
+from hosfl.runs.trainer import assemble, evaluate, train
 from hosfl_kernels import cpu
 from hosfl_kernels.ops import BACKENDS
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from hosfl.snapshot import SnapshotError, latest, load, pack_optimizer, save, unpack_optimizer
+from hosfl.runs.snapshot import SnapshotError, latest, load, pack_optimizer, save, unpack_optimizer
 
 KILLS = 2
 KILLS_SLOW = 15
@@ -297,7 +297,7 @@ def test_synced_before_the_rename_and_after_it(tmp_path, monkeypatch):
 
 WRITER = """
 import sys, torch
-from hosfl.snapshot import save
+from hosfl.runs.snapshot import save
 for round in range(int(sys.argv[2]), 1_000_000):
     save(sys.argv[1], round, {"a": torch.full((50_000,), float(round))}, {"round": round})
     print(round, flush=True)
@@ -473,7 +473,7 @@ def test_a_state_that_does_not_fit():
 
 
 def test_nothing_is_pickled():
-    source = (Path(__file__).parent.parent / "hosfl" / "snapshot.py").read_text()
+    source = (Path(__file__).parent.parent / "hosfl" / "runs" / "snapshot.py").read_text()
     assert "import pickle" not in source
     assert "torch.save" not in source
     assert "torch.load" not in source

@@ -9,10 +9,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hosfl.cli import main
-from hosfl.families import FAMILIES
-from hosfl.probe import evaluating, probe_untouched
-from hosfl.split import CutPoint, cut_points, split
-from hosfl.verify import owners
+from hosfl.halves.families import FAMILIES
+from hosfl.halves.split import CutPoint, cut_points, split
+from hosfl.halves.verify import owners
+from hosfl.probing.probe import evaluating, probe_untouched
 
 LAYERS, LENGTH, WIDTH = 3, 7, 16
 SHAPE = {

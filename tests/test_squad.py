@@ -10,15 +10,16 @@ import torch
 import transformers as hf
 from torch import nn
 
-from hosfl import Config, squad, train
-from hosfl.config import with_shared
-from hosfl.data import dirichlet_split
-from hosfl.families import pretrained_model
-from hosfl.messages import Cut
-from hosfl.split import split
-from hosfl.squad import HUB, Question, articles_apart, exact_match, f1, parts, predictions, span_scores, windows
-from hosfl.tasks import TASKS
-from hosfl.trainer import assemble
+from hosfl import Config, train
+from hosfl.halves.families import pretrained_model
+from hosfl.halves.split import split
+from hosfl.protocol.messages import Cut
+from hosfl.runs.config import with_shared
+from hosfl.runs.trainer import assemble
+from hosfl.tasks import squad
+from hosfl.tasks.data import dirichlet_split
+from hosfl.tasks.squad import HUB, Question, articles_apart, exact_match, f1, parts, predictions, span_scores, windows
+from hosfl.tasks.task import TASKS
 
 NAMES = ("Ann", "Bob", "Cid", "Dan", "Eve", "Flo")
 WORDS = ["?", ".", ",", "Who", "saw", "the", "cat", "dog", "in", "a", "red", "house", "then", "went", "home", *NAMES]

@@ -18,14 +18,14 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hosfl import study as studies
-from hosfl import study_report
 from hosfl.cli import main
-from hosfl.log import locked
-from hosfl.study import Study, best, load_study, read_study, run_job, run_study, slug, table, take_up
-from hosfl.study_report import number, report
-from hosfl.tasks import Task
-from hosfl.yaml12 import parse_yaml
+from hosfl.protocol.log import locked
+from hosfl.studies import page as study_report
+from hosfl.studies import study as studies
+from hosfl.studies.page import number, report
+from hosfl.studies.study import Study, best, load_study, read_study, run_job, run_study, slug, table, take_up
+from hosfl.studies.yaml12 import parse_yaml
+from hosfl.tasks.task import Task
 
 FILE = """
 base: {batch: 8, clients: 4, sampled: 2, directions: 1, evaluate_every: 1}

@@ -9,14 +9,14 @@ from torch import nn
 
 from hosfl import Config, rebuild, train
 from hosfl.cli import main
-from hosfl.config import CHOICES, with_shared
-from hosfl.data import Dataset, sentences
-from hosfl.displaced import call
-from hosfl.messages import Cut, encode
-from hosfl.probe import trainable
-from hosfl.tasks import TASKS
-from hosfl.trainer import assemble, evaluate
-from hosfl.trains import moving_only
+from hosfl.halves.trains import moving_only
+from hosfl.probing.displaced import call
+from hosfl.probing.probe import trainable
+from hosfl.protocol.messages import Cut, encode
+from hosfl.runs.config import CHOICES, with_shared
+from hosfl.runs.trainer import assemble, evaluate
+from hosfl.tasks.data import Dataset, sentences
+from hosfl.tasks.task import TASKS
 
 GOOD, BAD = ("good", "great", "fine", "lovely"), ("bad", "awful", "poor", "dull")
 WORDS = ("the", "film", "was", "a", "plot", "very", *GOOD, *BAD)

@@ -14,15 +14,15 @@ from test_split import TEXT, output, text, text_model
 
 from hosfl import Config, train
 from hosfl.cli import main
-from hosfl.compare import print_table, row
-from hosfl.config import with_shared
-from hosfl.data import as_tokens, dirichlet_split, iid_split
-from hosfl.families import FAMILIES, is_decoder, pretrained_model
-from hosfl.split import split
-from hosfl.tasks import TASKS
-from hosfl.text import TEXTS, Row, parts
-from hosfl.trainer import assemble
-from hosfl.verbalizer import Rows, first_tokens, verbalized, with_words
+from hosfl.halves.families import FAMILIES, is_decoder, pretrained_model
+from hosfl.halves.split import split
+from hosfl.runs.config import with_shared
+from hosfl.runs.trainer import assemble
+from hosfl.studies.compare import print_table, row
+from hosfl.tasks.data import as_tokens, dirichlet_split, iid_split
+from hosfl.tasks.task import TASKS
+from hosfl.tasks.text import TEXTS, Row, parts
+from hosfl.tasks.verbalizer import Rows, first_tokens, verbalized, with_words
 
 WORDS = [
     *("terrible", "great", "Yes", "No", "It", "was", "Does", "the", "pronoun", "here", "refer", "to", "or", "follow"),

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from hosfl import Config, LatticeError, Log, rebuild, train
 from hosfl.cli import main
-from hosfl.config import METHODS, REPLAYED, with_shared
-from hosfl.log import EpochRecord
-from hosfl.tasks import TASKS
+from hosfl.protocol.log import EpochRecord
+from hosfl.runs.config import METHODS, REPLAYED, with_shared
+from hosfl.tasks.task import TASKS
 
 CLIENT_RATE = {"splitfed": 0.2, "hosl": 0.2, "mu-splitfed": 0.4}  # where none is tuned
 QUICK = {"rounds": 12, "evaluate_every": 5, "batch": 16, "directions": 2}

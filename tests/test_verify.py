@@ -13,12 +13,12 @@ from test_split import IMAGES, TEXT, ResNet, image_model, output, text, text_mod
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hosfl.chain import CutError
-from hosfl.families import FAMILIES, example_inputs
-from hosfl.split import SplitModel, cut_points, split
-from hosfl.verify import verify_halves
+from hosfl.halves.chain import CutError
+from hosfl.halves.families import FAMILIES, example_inputs
+from hosfl.halves.split import SplitModel, cut_points, split
+from hosfl.halves.verify import verify_halves
 
-SPLIT = import_module("hosfl.split")  # `hosfl.split` is the function
+SPLIT = import_module("hosfl.halves.split")  # `hosfl.split` is the function
 
 
 def model_of(family, head="classifier"):

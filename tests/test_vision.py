@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from hosfl import Config, split, train
-from hosfl.vision import DEVIATION, MEAN, CifarResNet, noisy, pictures, pretrained_resnet
+from hosfl.tasks.vision import DEVIATION, MEAN, CifarResNet, noisy, pictures, pretrained_resnet
 
 NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 

@@ -1,0 +1,332 @@
+"""A model cut in two: the client half makes the cut tensor, the server half makes the output from it.
+
+    halves = split(model, at=4)  # the first four layers go to the client
+    halves.client(**inputs)  # the cut
+    halves(inputs)  # the whole model's output, to the bit
+
+Three ways to cut, of which the model decides: an `nn.Sequential` between its modules; the families of Hugging Face's
+transformers that `families` lists, between their layers; any other model of one input tensor, such as those of
+torchvision and timm, wherever only one tensor crosses (`chain`). Then the halves are compared with the model
+(`verify`). What cannot be cut so is refused: build a `SplitModel` of two modules of your own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hosfl.halves.chain import CutError, chain
+from hosfl.halves.families import (
+    FAMILIES,
+    ancestors,
+    behind_layers,
+    copied,
+    cut_transformer,
+    example_inputs,
+    has,
+    replaced,
+    transformer_layers,
+    waves,
+)
+from hosfl.halves.verify import ExampleError, on_meta, verify_halves
+from hosfl.probing.displaced import Inputs, call
+
+
+@dataclass(frozen=True)
+class SplitModel:
+    """Two modules whose composition is the model: output = server(client(x)).
+
+    Where inputs are named and have an attention mask, the server half takes it as well: server(cut, attention_mask=m).
+    """
+
+    client: nn.Module
+    server: nn.Module
+
+    def __call__(self, inputs: Inputs) -> Tensor:
+        cut = call(self.client, inputs)
+        if not isinstance(cut, Tensor):
+            raise CutError(f"the cut must be one tensor, and the client half makes a {type(cut).__name__}")
+        mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+        masks = {} if mask is None else {"attention_mask": mask}
+        output: Tensor = self.server(cut.to(dtype_of(self.server)), **masks)
+        return output
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """What a module computes in: the dtype of its first parameter that is no integer."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+
+
+@dataclass(frozen=True)
+class CutPoint:
+    """A place to cut: `name` is the first module of the server half, `at` how many layers the client half has.
+
+    client_parameters, server_parameters: numbers of elements on either side. With example inputs also, in bytes, for
+    these inputs: cut: what travels. client_activations, server_activations: the outputs of all modules that have no
+    modules inside, which is about what backpropagation through that side would keep.
+    """
+
+    at: int
+    name: str
+    client_parameters: int
+    server_parameters: int
+    cut: int | None = None
+    client_activations: int | None = None
+    server_activations: int | None = None
+
+
+def split(model: nn.Module, at: int | str, *, example: Inputs | None = None, verify: bool = True) -> SplitModel:
+    """Cut a model before a layer. In eval mode the halves' composition gives the model's output, to the bit.
+
+    at: the layer's number, which is how many layers the client half gets, or its name; `cut_points` lists both. With
+    all layers at the client, the server half is the model's head. A name may also be one that is not listed, inside a
+    layer, if one tensor crosses there.
+
+    The halves share the model's weights. Only weights tied across the cut, such as an embedding and the output layer
+    that shares it, become two: a client moves its own, the server trains its own.
+
+    example: a few samples as the model takes them: a tensor, a tuple of arguments, or a mapping of names. With them the
+    halves are compared with the model, outputs and gradients, at the cost of two forward and two backward passes. Left
+    out, the library makes some: of text and pictures for transformers, of pictures for all else; for an `nn.Sequential`
+    it compares nothing, since the composition of its parts is what it is. On the meta device nothing is computed.
+    verify: False compares nothing.
+
+    Raises: CutError, a TypeError, for a model that cannot be cut and for halves that are not the model; ValueError for
+    a cut that is none of its cut points, which it names, and where an example is needed.
+    """
+    inner = _inside(model)
+    way = _way(inner)
+    if isinstance(at, str) and at not in way.places and way.finer and has(inner, at):
+        found = chain(inner, at)
+        _refuse_hooks(found.model, found.opened)
+        halves = _halves(*found.cut(at))
+    else:
+        halves = _halves(*way.cut(_number(way.places, at)))
+    if not verify or on_meta(inner):
+        return halves
+    if example is not None:
+        verify_halves(model, halves, example)
+    elif not _plain_sequence(inner):
+        _verify_on_examples(model, inner, halves)
+    return halves
+
+
+def cut_points(model: nn.Module, inputs: Inputs | None = None) -> list[CutPoint]:
+    """Every place where `split` can cut a model. inputs: an example; model and example may be on the meta device.
+
+    Raises TypeError for a model that cannot be cut.
+    """
+    way = _way(_inside(model))
+    points = []
+    for name, number in way.places.items():
+        halves = _halves(*way.cut(number))
+        client, server = (sum(p.numel() for p in half.parameters()) for half in (halves.client, halves.server))
+        points.append(CutPoint(number, name, client, server, *(() if inputs is None else _activations(halves, inputs))))
+    return points
+
+
+@torch.no_grad()
+def _activations(halves: SplitModel, inputs: Inputs) -> tuple[int, int, int]:
+    """Bytes of the cut, and of all that the client half and the server half make on the way."""
+    sizes = {"client": 0, "server": 0}
+    cuts: list[int] = []
+
+    def add(side: str) -> Callable[..., None]:
+        def hook(module: nn.Module, given: Any, output: Any) -> None:
+            sizes[side] += _nbytes(output)
+
+        return hook
+
+    leaves = [(side, m) for side in sizes for m in getattr(halves, side).modules() if not m._modules]
+    hooks = [module.register_forward_hook(add(side)) for side, module in leaves]
+    hooks.append(halves.client.register_forward_hook(lambda module, given, output: cuts.append(_nbytes(output))))
+    try:
+        halves(inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return cuts[0], sizes["client"], sizes["server"]
+
+
+def _nbytes(output: Any) -> int:
+    return output.nbytes if isinstance(output, Tensor) else 0
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+WRAPPERS = {
+    "OptimizedModule": "_orig_mod, and compile the halves",
+    **dict.fromkeys(("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel"), "module"),
+}
+
+
+# --- what can be cut, and how -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How to cut a model: its cut points, and the halves from the number of one. finer: whether others have names."""
+
+    places: dict[str, int]
+    cut: Callable[[int], tuple[nn.Module, nn.Module]]
+    finer: bool = True
+
+
+def _way(model: nn.Module) -> _Way:
+    """Raises CutError where there is none."""
+    if transformer_layers(model) is not None:
+        _refuse_hooks(model, ancestors(model))
+        return _Way(_transformer_places(model), partial(cut_transformer, model), finer=False)
+    if _plain_sequence(model):
+        _refuse_hooks(model, [model])
+        names = list(model._modules)
+        return _Way({name: number for number, name in enumerate(names) if number}, partial(_cut_sequence, model))
+    config = getattr(model, "config", None)
+    if hasattr(config, "model_type"):
+        raise CutError(
+            f"cannot cut a {type(model).__name__}: of transformers' families known are {', '.join(FAMILIES)}; for all "
+            "else build a SplitModel of two modules"
+        )
+    try:
+        found = chain(model)
+        if not found.places:
+            raise CutError("nowhere in its forward pass one tensor alone goes from module to module")
+    except CutError as error:
+        raise CutError(
+            f"cannot cut a {type(model).__name__}: {error}; build a SplitModel of two modules of your own{_hint(model)}"
+        ) from error
+    _refuse_hooks(model, found.opened)
+    named = {number: name for name, number in found.places.items()}
+    return _Way(found.places, lambda number: found.cut(named[number]))
+
+
+def _transformer_places(model: nn.Module) -> dict[str, int]:
+    path, layers = transformer_layers(model) or ("", nn.ModuleList())
+    places = {f"{path}.{number}": number for number in range(len(layers))}
+    head = behind_layers(model)
+    return places if head is None else {**places, head: len(layers)}
+
+
+def _plain_sequence(model: nn.Module) -> bool:
+    return isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward
+
+
+def _cut_sequence(model: nn.Module, at: int) -> tuple[nn.Module, nn.Module]:
+    layers = list(model._modules.items())
+    return nn.Sequential(OrderedDict(layers[:at])), nn.Sequential(OrderedDict(layers[at:]))  # type: ignore[arg-type]
+
+
+def _halves(client: nn.Module, server: nn.Module) -> SplitModel:
+    server = _untied(client, server)
+    return SplitModel(client, server)
+
+
+def _hint(model: nn.Module) -> str:
+    """Which of its modules can be cut."""
+    for name, module in model.named_modules():
+        if name and getattr(getattr(module, "config", None), "model_type", "") in FAMILIES:
+            return f"; its {name}, a {type(module).__name__}, can be cut by itself"
+    return ""
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """The model inside peft's wrapper, whose adapters are part of its layers. Raises CutError for what wraps more."""
+    name = type(model).__name__
+    if name in WRAPPERS:
+        raise CutError(f"cannot cut through {name}: cut the model inside, its {WRAPPERS[name]}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CutError("cannot cut a scripted module: cut the module as it was")
+    base: Any = getattr(model, "get_base_model", None)
+    if hasattr(model, "peft_config") and base:
+        adapters: Any = model.peft_config
+        for adapter, settings in adapters.items():
+            if getattr(settings, "is_prompt_learning", False):
+                raise CutError(f"virtual tokens do not cross a cut: {adapter!r} is {settings.peft_type.value}")
+            if getattr(settings, "alora_invocation_tokens", None):
+                raise CutError(f"adapters that begin at certain tokens do not cross a cut: {adapter!r} has such")
+        model = base()
+    for path, module in model.named_modules():
+        own = module.__dict__.get("forward")
+        if own is not None and not (isinstance(own, MethodType) and own.__self__ is module and path):
+            raise CutError(
+                f"the forward pass of {path or name} was replaced on the object, as device maps, offload and mixed "
+                "precision do: the halves would go on with the old one. Take that off first (accelerate: "
+                "remove_hook_from_module(model, recurse=True)), cut, and place the halves"
+            )
+    return model
+
+
+def _refuse_hooks(model: nn.Module, followed: Iterable[nn.Module]) -> None:
+    """Raises CutError for hooks of the modules whose forward passes are taken apart: whose would they be?"""
+    names = {module: name for name, module in model.named_modules()}
+    for module in followed:
+        kinds = [kind for kind in HOOKS if getattr(module, kind, None)]
+        where = names[module] or type(module).__name__
+        if kinds or module.__dict__.get("forward") is not None:
+            raise CutError(
+                f"cannot cut through {where}, which has {kinds[0].strip('_') if kinds else 'its own forward'}"
+            )
+        if getattr(module, "_compiled_call_impl", None) is not None:
+            raise CutError(f"cannot cut through {where}, which is compiled: cut first, and compile the halves")
+
+
+def _verify_on_examples(model: nn.Module, inner: nn.Module, halves: SplitModel) -> None:
+    """With the first example of the library's own that the model takes."""
+    refused: ExampleError | None = None
+    for inputs in _examples(inner):
+        try:
+            return verify_halves(model, halves, inputs)
+        except ExampleError as error:
+            refused = error
+    raise ValueError(
+        f"a few samples are needed to compare the halves with the model: split(model, at, example=...), or verify=False"
+        f"{f' ({refused})' if refused else ''}"
+    )
+
+
+def _examples(model: nn.Module) -> Iterator[Inputs]:
+    if transformer_layers(model) is not None:
+        yield example_inputs(model)
+        return
+    first = next((m for m in model.modules() if m._parameters and not m._modules), None)
+    if not isinstance(first, nn.Conv2d):
+        return
+    # timm's models say what they take, torchvision's at times; others take most sizes.
+    told: Any = getattr(model, "pretrained_cfg", None) or {}
+    size = getattr(model, "image_size", None) or (told.get("fixed_input_size") and told["input_size"][-1])
+    for side in [size] if size else [64, 224]:
+        yield waves((2, first.in_channels, side, side), first.weight.device).to(first.weight.dtype)
+
+
+def _number(places: Mapping[str, int], at: int | str) -> int:
+    number = places.get(at, -1) if isinstance(at, str) else at
+    if isinstance(at, bool) or number not in places.values():
+        names = ", ".join(f"{n} ({name})" for name, n in places.items())
+        raise ValueError(f"cannot cut at {at!r}; the cut points are {names}")
+    return number
+
+
+def _untied(client: nn.Module, server: nn.Module) -> nn.Module:
+    """The server half with its own copy of every parameter and buffer that the client half has as well."""
+    mine = {id(t) for t in (*client.parameters(), *client.buffers())}
+    clones: dict[int, Any] = {}
+    for path, module in list(server.named_modules()):
+        held = {"_parameters": module._parameters, "_buffers": module._buffers}
+        shared = [(kind, name, t) for kind, ts in held.items() for name, t in ts.items() if id(t) in mine]
+        if not shared:
+            continue
+        own = copied(module)
+        own._parameters, own._buffers = dict(module._parameters), dict(module._buffers)
+        for kind, name, tensor in shared:
+            if id(tensor) not in clones:
+                clones[id(tensor)] = copy.deepcopy(tensor)  # of a parameter it is a parameter
+            getattr(own, kind)[name] = clones[id(tensor)]
+        server = replaced(server, path, own)
+    return server

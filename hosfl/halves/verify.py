@@ -1,0 +1,258 @@
+"""Are two halves the model that they were cut from? One forward and one backward pass of each says.
+
+Both run in train mode, so that dropout and its kind are seen, and every random number is drawn from the same seed
+wherever it is drawn: then the halves' outputs are the model's to the bit. Normalisations by batch statistics stay in
+eval mode. Whatever a pass changes, buffers, gradients, modes and random generators, is put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from hosfl.halves.chain import CutError
+from hosfl.halves.families import tensor_of
+from hosfl.probing.displaced import Inputs, call
+
+
+class ExampleError(ValueError):
+    """An example that the model does not take."""
+
+
+def on_meta(model: nn.Module) -> bool:
+    """Whether some of it has no numbers, so that nothing can be computed."""
+    return any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers()))
+
+
+def verify_halves(model: nn.Module, halves: Any, inputs: Inputs) -> None:
+    """Compare a model with its halves on an example: outputs, and the gradients of all parameters that require them.
+
+    halves: `client` and `server`, whose parameters are the model's or equal to the model's. inputs: a few samples.
+    On the CPU outputs must be equal to the bit, elsewhere within a few units in the last place; gradients within the
+    square root of a unit. Costs two forward and two backward passes; a gradient is gone once it has been looked at.
+
+    Raises CutError, which names where the difference begins, and for a cut or an output that is not one tensor;
+    ExampleError for an example that the model does not take.
+    """
+    owned = owners(model, halves)
+    modules = {*model.modules(), *halves.client.modules(), *halves.server.modules()}
+    with _undisturbed(modules, model):
+        inputs = tree_map_only(Tensor, torch.clone, inputs)  # those of inference mode can have no gradient behind them
+        try:
+            whole = _Pass.of(lambda: tensor_of(_call_whole(model, inputs)), model.parameters())
+        except CutError:
+            raise
+        except Exception as error:
+            raise ExampleError(f"{_name(model)} does not take the example: {error}") from error
+        if not torch.isfinite(whole.output).all():
+            raise ExampleError(f"{_name(model)} makes infinite or NaN outputs of the example")
+        try:
+            parts = _Pass.of(lambda: halves(inputs), owned)
+        except (CutError, ValueError):
+            raise
+        except Exception as error:
+            raise CutError(f"the halves of {_name(model)} do not run: {type(error).__name__}: {error}") from error
+        if not _equal(whole.output, parts.output):
+            where = _first_difference(model, halves, inputs, set(owned.values()))
+            raise CutError(f"the halves are not {_name(model)}: {_distance(whole.output, parts.output)}; {where}")
+        names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+        summed: dict[Tensor, float] = {}
+        for parameter, (sketch, _) in parts.gradients.items():
+            summed[owned[parameter]] = summed.get(owned[parameter], 0.0) + sketch
+        longest = max((norm for _, norm in whole.gradients.values()), default=0.0)
+        for parameter in {**whole.gradients, **summed}:
+            sketch, norm = whole.gradients.get(parameter, (0.0, 0.0))
+            allowed = torch.finfo(parameter.dtype).eps ** 0.5 * (norm + 1e-4 * longest)
+            if not abs(sketch - summed.get(parameter, 0.0)) <= allowed:
+                raise CutError(
+                    f"the halves are not {_name(model)}: their outputs are, but the gradient of {names[parameter]} is "
+                    f"{'another one' if parameter in summed else 'lost'}"
+                )
+
+
+def _name(model: nn.Module) -> str:
+    return type(model).__name__
+
+
+def _call_whole(model: nn.Module, inputs: Inputs) -> Any:
+    """A transformer that was told to return tuples returns names for once."""
+    configs: list[Any] = [m.config for m in model.modules() if hasattr(getattr(m, "config", None), "return_dict")]
+    with ExitStack() as stack:
+        for config in configs:
+            stack.callback(setattr, config, "return_dict", config.return_dict)
+            config.return_dict = True
+        return call(model, inputs)
+
+
+def owners(model: nn.Module, halves: Any) -> dict[Tensor, Tensor]:
+    """The model's parameter of each of the halves': itself, or for weights tied across the cut the one it copies."""
+    mine: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    found: dict[Tensor, Tensor] = {}
+    for side, half in (("client", halves.client), ("server", halves.server)):
+        for name, parameter in half.named_parameters():
+            if parameter in mine:
+                found[parameter] = parameter
+                continue
+            like = [p for p in mine if p.shape == parameter.shape and p.dtype == parameter.dtype]
+            copies = [p for p in like if torch.equal(p, parameter)]
+            if not copies:
+                raise CutError(f"the halves are not {_name(model)}: it has no parameter like the {side} half's {name}")
+            # Of several that are equal, such as new normalisations, the one whose name ends alike.
+            found[parameter] = max(copies, key=lambda p: _alike(mine[p], name))
+    return found
+
+
+def _alike(name: str, other: str) -> int:
+    """With how many of the same parts two names end."""
+    pairs = zip(reversed(name.split(".")), reversed(other.split(".")), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+@dataclass
+class _Pass:
+    """An output, and of every parameter's gradient a linear sketch and the length."""
+
+    output: Tensor
+    gradients: dict[Tensor, tuple[float, float]]
+
+    @classmethod
+    def of(cls, forward: Callable[[], Tensor], parameters: Any) -> _Pass:
+        found = cls(torch.empty(0), {})
+        moving = [p for p in parameters if p.requires_grad]
+        kept = [p.grad for p in moving]
+
+        def look(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            found.gradients[parameter] = _sketch(parameter.grad)
+            parameter.grad = None
+
+        with ExitStack() as stack:
+            for parameter, gradient in zip(moving, kept, strict=True):
+                parameter.grad = None
+                stack.callback(setattr, parameter, "grad", gradient)
+                stack.callback(parameter.register_post_accumulate_grad_hook(look).remove)
+            output = forward()
+            if not isinstance(output, Tensor):
+                raise CutError(f"a half must make one tensor, it makes a {type(output).__name__}")
+            found.output = output.detach().clone()
+            if output.requires_grad:
+                weights = torch.arange(output.numel(), device=output.device, dtype=torch.float32).cos()
+                (output.float().flatten() * weights).sum().backward()
+        return found
+
+
+def _sketch(gradient: Tensor) -> tuple[float, float]:
+    values = gradient.coalesce().values() if gradient.is_sparse else gradient
+    rows = values.reshape(len(values) if values.dim() else 1, -1).sum(1, dtype=torch.float64)
+    angles = torch.arange(len(rows), device=rows.device, dtype=torch.float64)
+    return float((rows * angles.cos()).sum()), float(torch.linalg.vector_norm(values.float()))
+
+
+class _OneSeed(TorchDispatchMode):
+    """Every operation that draws random numbers draws them from one seed: what was drawn before does not matter."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.kind = kind
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            torch.default_generator.manual_seed(0)
+            torch.get_device_module(self.kind).manual_seed(0)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _undisturbed(modules: set[nn.Module], model: nn.Module) -> Iterator[None]:
+    """Train mode, one seed, gradients on; afterwards everything is as it was."""
+    modes = {module: module.training for module in modules}
+    kept = (buffer for module in modules for buffer in module.buffers(False) if not buffer.is_inference())
+    buffers = {buffer: (buffer._version, buffer.clone()) for buffer in kept}
+    devices = [p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")]
+    kind = devices[0].type if devices else "cuda"
+    numbers = sorted({d.index or 0 for d in devices})
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(numbers, device_type=kind))
+        for module, mode in modes.items():
+            stack.callback(setattr, module, "training", mode)
+            module.training = not isinstance(module, nn.modules.batchnorm._NormBase)
+        try:
+            with torch.inference_mode(False), torch.enable_grad(), _OneSeed(kind):
+                yield
+        finally:
+            with torch.no_grad():
+                for buffer, (version, before) in buffers.items():
+                    if buffer._version != version:
+                        buffer.copy_(before)
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.device.type == "cpu":
+        return torch.equal(a, b)
+    return bool((a - b).abs().max() <= 16 * torch.finfo(a.dtype).eps * a.abs().max())
+
+
+def _distance(a: Tensor, b: Tensor) -> str:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return f"their output is {b.dtype} {[*b.shape]}, the model's {a.dtype} {[*a.shape]}"
+    return f"outputs differ by up to {float((a.float() - b.float()).abs().max()):.3g}"
+
+
+def _first_difference(model: nn.Module, halves: Any, inputs: Inputs, held: set[Tensor]) -> str:
+    """Where the halves leave the model's way, by watching the modules that are in both run once more.
+
+    held: the model's parameters that the halves have.
+    """
+    names = {module: name for name, module in model.named_modules() if name}
+    shared = {m for half in (halves.client, halves.server) for m in half.modules() if m in names}
+    whole = _watched(names, lambda: _call_whole(model, inputs))
+    parts = _watched(shared, lambda: halves(inputs))
+    calls: dict[tuple[nn.Module, str], list[Any]] = {}
+    for module, what, seen in parts:
+        calls.setdefault((module, what), []).append(seen)
+    for module, what, seen in whole:
+        if module not in shared:
+            weights = set(module.parameters())
+            if weights and not held & weights:
+                return f"it begins at {names[module]}, which neither half has"
+            continue
+        later = calls.get((module, what), [])
+        if not later:
+            return f"it begins at {names[module]}, which does not run in the halves"
+        if later.pop(0) != seen:
+            return f"it begins {'before' if what == 'inputs' else 'in'} {names[module]}: {what} differ"
+    return "it begins behind the last module that both have"
+
+
+def _watched(modules: Any, forward: Callable[[], Any]) -> list[tuple[nn.Module, str, Any]]:
+    """In the order of time, what modules were given and what they made, as sums."""
+    seen: list[tuple[nn.Module, str, Any]] = []
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.append((module, "inputs", _sums((args, kwargs))))
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        seen.append((module, "outputs", _sums(output)))
+
+    with ExitStack() as stack, torch.no_grad():
+        for module in modules:
+            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(after).remove)
+        forward()
+    return seen
+
+
+def _sums(values: Any) -> Sequence[Any]:
+    tensors = [v for v in tree_leaves(values) if isinstance(v, Tensor)]
+    finite = [torch.nan_to_num(t.double()) for t in tensors]
+    return [(*t.shape, float(t.sum()), float(t.square().sum())) for t in finite]

@@ -1,1 +1,0 @@
-"""Other people's training loops. Nothing here is imported by `hosfl` itself."""

@@ -1,0 +1,289 @@
+"""The server: owns the heavy half, makes the multipliers, and commits what the clients answer."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hosfl.halves.split import dtype_of
+from hosfl.methods.ledger import Ledger, Rate, State
+from hosfl.protocol.aggregate import Aggregation, Kept, Pieces, gathered, shrinking, weighted_mean
+from hosfl.protocol.messages import Cut, Differs, Hello, Message, MessageError, Multiplier, decode
+from hosfl.protocol.seeds import Purpose, generator, round_seed
+from hosfl.runs.snapshot import pack_optimizer, part, prefixed, unpack_optimizer
+
+KEPT = 1000  # reasons; the rest are only counted
+
+
+@dataclass
+class Server:
+    """The first-order half of HO-SFL.
+
+    loss: (output, labels) -> mean loss over the batch. ledger: what is known of the client half; None where it is
+    frozen. clients: their number. cut_shape: of one sample; of texts, of the longest. classes: labels are below it.
+    batch: the most samples that one client sends. masked: whether the half takes an attention mask beside the cut; its
+    texts may then be shorter. label_shape: of one sample's labels. aggregation: of the clients' gradients of the half,
+    the ledger's own, so that both halves descend one loss. "median" and "trimmed" keep all K gradients, K times the
+    half's size, until the round's step. clip: the largest length of one client's gradient; None for none.
+
+    A half with running statistics, such as BatchNorm's: with "median" or "trimmed" every client's forward pass starts
+    from those of the round's begin, and the new ones are aggregated like the gradients. With a mean each client moves
+    them in turn, and neither clip nor mean guards them: one liar's cut can spoil them all.
+
+    Whatever comes from a client goes through `receive`, `step` or `commit`, which refuse what is not exactly right; a
+    refused message changes nothing. refused: the reasons, the first thousand of them; refusals: how many there were.
+    differed: clients that found their half wrong, and when, the first thousand; differences: how many.
+    passes: samples that went forward and backward through either half so far; clients count theirs in the same place.
+    """
+
+    hears: ClassVar[type[Cut]] = Cut
+
+    half: nn.Module
+    loss: Callable[[Tensor, Tensor], Tensor]
+    optimizer: torch.optim.Optimizer
+    rate: Rate
+    ledger: Ledger | None
+    seed: int
+    clients: int
+    cut_shape: tuple[int, ...]
+    classes: int
+    batch: int
+    masked: bool = False
+    label_shape: tuple[int, ...] = ()
+    aggregation: Aggregation = weighted_mean
+    clip: float | None = None
+    refused: list[str] = field(default_factory=list)
+    refusals: int = 0
+    differed: list[str] = field(default_factory=list)
+    differences: int = 0
+    passes: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self._samples: dict[int, int] = {}
+        self._gathered = gathered(self.aggregation)
+        numbers = self.batch * sum(torch.Size(shape).numel() for shape in (self.cut_shape, self.label_shape))
+        if self.masked:
+            numbers += self.batch * self.cut_shape[0]
+        if self.ledger is not None:
+            numbers += self.ledger.largest_answer
+        self.largest_message = 4 * numbers + 1024
+
+    @property
+    def epoch(self) -> int:
+        return 0 if self.ledger is None else self.ledger.epoch
+
+    def sample(self, round: int, clients: int, count: int) -> list[int]:
+        """The clients of a round, a function of the run's seed."""
+        chosen = generator(self.seed, Purpose.SAMPLING, round).choice(clients, count, replace=False)
+        return sorted(int(c) for c in chosen)
+
+    def receive(self, data: bytes) -> Message | None:
+        """The message of bytes from the wire; None if they are refused: too many of them are not even read."""
+        try:
+            return decode(data, self.largest_message)
+        except MessageError as error:
+            self._refuse("bytes from the wire", error)
+            return None
+
+    def _refuse(self, what: str, error: MessageError) -> None:
+        self.refusals += 1
+        if len(self.refused) < KEPT:
+            self.refused.append(f"{what}: {error}")
+
+    def welcome(self, hello: Message) -> Message | None:
+        """What the client must apply before it takes part; None where it is refused or there is nothing to send."""
+        try:
+            if not isinstance(hello, (Hello, Differs)):
+                raise MessageError(f"{type(hello).__name__} where Hello was expected")
+            self._check_client(hello)
+            if self.ledger is None:
+                return None
+            answer = self.ledger.since(hello)
+        except MessageError as error:
+            self._refuse(f"client {hello.client}", error)
+            return None
+        if isinstance(hello, Differs):
+            self.differences += 1
+            if len(self.differed) < KEPT:
+                self.differed.append(f"client {hello.client} after round {hello.round}")
+        return answer
+
+    def _check_client(self, message: Message) -> None:
+        if message.client >= self.clients:
+            raise MessageError(f"there is no client {message.client} among {self.clients}")
+
+    def step(self, round: int, cuts: Sequence[Message]) -> tuple[dict[int, Message], float]:
+        """Learn from every cut, one optimizer step; what is sent back by client, and the clients' aggregated loss.
+
+        The half's own step takes the aggregate of the K gradients. With nothing acceptable there is no step, and the
+        loss is NaN.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate(round)
+        self.half.train()
+        self.optimizer.zero_grad()
+        self._samples = {}
+        answers: dict[int, Message] = {}
+        losses = []
+        with self._dropout_of(round):
+            for message in cuts:
+                try:
+                    cut = self._check_cut(round, message)
+                    answer, loss = self._learn(round, cut)
+                except MessageError as error:
+                    self._refuse(f"round {round}, client {message.client}", error)
+                    continue
+                if answer is not None:
+                    answers[message.client] = answer
+                self._samples[message.client] = len(cut.labels)
+                losses.append(torch.tensor([loss], dtype=torch.float64))
+        if not losses:
+            return {}, float("nan")
+        self._take_step()
+        return answers, float(self.aggregation(losses, [*self._samples.values()]))
+
+    def _learn(self, round: int, message: Cut) -> tuple[Message | None, float]:
+        """Adds to what is gathered; what the client is sent, and its loss: here by forward and backward.
+
+        The multiplier is the gradient of that client's own mean loss, with no 1/K inside. Raises MessageError where
+        the cut is such that nothing can be learnt from it; then all is as before.
+        """
+        multiplier, loss = self._backward(message.cut, message.labels, message.mask)
+        return Multiplier(client=message.client, round=round, epoch=self.epoch, multiplier=multiplier), loss
+
+    def _take_step(self) -> None:
+        """One step from what is gathered."""
+        found, self._gathered = self._gathered.result(), gathered(self.aggregation)
+        parameters = self._trained()
+        gradients, buffers = found[: len(parameters)], found[len(parameters) :]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        if buffers:
+            _load([*self.half.buffers()], buffers)
+        self.optimizer.step()
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [p for p in self.half.parameters() if p.requires_grad]
+
+    @contextmanager
+    def _dropout_of(self, round: int) -> Iterator[None]:
+        """Dropout in the half is a function of the run's seed and the round, and nobody else's random numbers move."""
+        device = next(self.half.parameters()).device
+        with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
+            torch.manual_seed(round_seed(self.seed, Purpose.DROPOUT, round) % 2**63)
+            yield
+
+    def _backward(self, cut: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, float]:
+        """The multiplier and the loss; adds the half's gradient to what is gathered.
+
+        Raises MessageError where the half cannot take the cut, and where numbers are finite but so absurd that they
+        would poison the half with NaN; then all is as before.
+        """
+        buffers = [*self.half.buffers()]
+        before = [b.detach().clone() for b in buffers]
+        device, dtype = next(self.half.parameters()).device, dtype_of(self.half)
+        cut = cut.to(device).requires_grad_()
+        try:
+            output = self.half(cut.to(dtype), **self._masks(mask))
+            loss = self.loss(output, labels.to(device, torch.int64))
+            self.passes["server forward"] += len(cut)
+            self.passes["server backward"] += len(cut)
+            multiplier, *gradients = torch.autograd.grad(loss, [cut, *self._trained()], allow_unused=True)
+            if not all(torch.isfinite(t).all() for t in (loss, multiplier, *gradients) if t is not None):
+                raise MessageError(f"a cut whose loss is {loss:g}, or whose gradients are infinite or NaN")
+            if not all(torch.equal(b.isfinite(), was.isfinite()) for b, was in zip(buffers, before, strict=True)):
+                raise MessageError("a cut that makes the half's running statistics infinite or NaN")
+        except ValueError as error:  # such as BatchNorm's about a single sample
+            _load(buffers, before)
+            raise MessageError(str(error)) from None
+        pieces: Pieces = gradients
+        if self.clip is not None:
+            factor = shrinking(gradients, self.clip)
+            pieces = [g if g is None else g * factor for g in gradients]
+        if isinstance(self._gathered, Kept):
+            pieces = [*pieces, *(b.detach().clone() for b in buffers)]
+            _load(buffers, before)
+        self._gathered.add(pieces, len(cut) / self.batch)  # not above 1, by which nothing finite becomes infinite
+        return multiplier, float(loss.detach())
+
+    def _masks(self, mask: Tensor) -> dict[str, Tensor]:
+        """What the half takes beside the cut."""
+        return {"attention_mask": mask.to(next(self.half.parameters()).device, torch.int64)} if self.masked else {}
+
+    def _check_cut(self, round: int, message: Message) -> Cut:
+        """The message itself, if it is a cut that can be learnt from; MessageError."""
+        right = message.round == round and message.epoch == self.epoch and type(message) is self.hears
+        if not right or not isinstance(message, Cut):
+            raise MessageError(f"{type(message).__name__} of round {message.round}, epoch {message.epoch}")
+        self._check_client(message)
+        if message.client in self._samples:
+            raise MessageError("a second cut in one round")
+        shape, labels = tuple(message.cut.shape), message.labels
+        sample, classes = shape[1:], self.classes
+        if self.masked and sample[:1] and 0 < sample[0] < self.cut_shape[0]:  # its texts are shorter than the longest
+            sample = self.cut_shape[:1] + sample[1:]
+            classes = shape[1] if self.label_shape else classes  # labels are places in a text
+        right = sample == self.cut_shape and tuple(labels.shape) == shape[:1] + self.label_shape
+        if not shape or not right or not len(labels):
+            raise MessageError(f"a cut of shape {shape}, labels {tuple(labels.shape)}; samples are {self.cut_shape}")
+        if len(labels) > self.batch:
+            raise MessageError(f"{len(labels)} samples; the most is {self.batch}")
+        if int(labels.min()) < 0 or int(labels.max()) >= classes:
+            raise MessageError(f"labels from {int(labels.min())} to {int(labels.max())} for {classes} classes")
+        if not torch.isfinite(message.cut).all():
+            raise MessageError("infinite or NaN elements in the cut")
+        expected = shape[:2] if self.masked else (0, 0)
+        if tuple(message.mask.shape) != expected or int(message.mask.sum()) != int((message.mask == 1).sum()):
+            raise MessageError(f"a mask of shape {tuple(message.mask.shape)}, not {expected}, or not of zeros and ones")
+        return message
+
+    def commit(self, round: int, answers: Sequence[Message]) -> None:
+        """Commit the round with those who answered, weighted by their numbers of samples."""
+        if self.ledger is None:
+            return
+        accepted: dict[int, Message] = {}
+        for message in answers:
+            try:
+                right = isinstance(message, self.ledger.expects) and message.round == round
+                if not right or message.epoch != self.epoch:
+                    raise MessageError(f"{type(message).__name__} of round {message.round}, epoch {message.epoch}")
+                if message.client not in self._samples or message.client in accepted:
+                    raise MessageError("an answer from a client that has no multiplier, or a second one")
+                self.ledger.check(message)  # type: ignore[arg-type]
+            except MessageError as error:
+                self._refuse(f"round {round}, client {message.client}", error)
+                continue
+            accepted[message.client] = message
+        weights = [self._samples[client] for client in accepted]
+        self.ledger.commit(round, list(accepted.values()), weights)  # type: ignore[arg-type]
+
+    def state(self) -> State:
+        """All that a restarted server needs beside the log: its half, its optimizer, the ledger's own state."""
+        moments, optimizer = pack_optimizer(self.optimizer)
+        tensors = prefixed("half", self.half.state_dict()) | prefixed("optimizer", moments)
+        info = {"optimizer": optimizer}
+        if self.ledger is not None:
+            ledger, info["ledger"] = self.ledger.state()
+            tensors |= prefixed("ledger", ledger)
+        return tensors, info
+
+    def load(self, state: State) -> None:
+        """Take up a saved state."""
+        tensors, info = state
+        self.half.load_state_dict(part("half", tensors))
+        unpack_optimizer(self.optimizer, part("optimizer", tensors), info["optimizer"])
+        if self.ledger is not None:
+            self.ledger.load(part("ledger", tensors), info["ledger"])
+
+
+def _load(tensors: Sequence[Tensor], values: Pieces) -> None:
+    with torch.no_grad():
+        for tensor, value in zip(tensors, values, strict=True):
+            if value is not None:
+                tensor.copy_(value)

@@ -1,0 +1,112 @@
+"""Forward mode: directional derivatives of a module with respect to its weights, without a step and its error.
+
+Every weight that moves is read as a dual number th + eps * u, u made by the noise kernel when a layer asks for it and
+gone when the layer is done: the memory of one layer's weights, and every activation twice. eps^2 = 0, so that the
+coefficient of eps in the output is J u exactly, up to the rounding of one forward pass. Weights are only read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from hosfl.probing.displaced import Displacement, Inputs, call, casts_forgotten, displaced, refuse_writers
+
+
+class Tangents(Displacement):
+    """Reads th_t as the dual number of th_t and factor_t * z(seed, stream_t)."""
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        streams: Sequence[int],
+        seed: int,
+        dist: str = "rademacher",
+        factors: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__(parameters, streams, seed, 1.0, dist, factors)
+
+    def _make(self, parameter: Tensor) -> Tensor:
+        tangent = _zeros(parameter, parameter.shape)
+        self._move([tangent], parameter, [0])
+        return forward_ad.make_dual(parameter.detach(), tangent.to(parameter.dtype))
+
+    def _make_rows(self, table: Tensor, numbers: Tensor) -> Tensor:
+        tangents = _zeros(table, (len(numbers), table.shape[1]))
+        self._move_rows(tangents, table, numbers)
+        return forward_ad.make_dual(table.detach()[numbers], tangents.to(table.dtype))
+
+    def table(self, parameter: Tensor) -> Tensor:
+        return DualTable.of(parameter, self)
+
+
+def _zeros(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Where the kernels write a direction: float64 weights get that of float32 ones."""
+    dtype = torch.float32 if like.dtype == torch.float64 else like.dtype
+    return torch.zeros(shape, dtype=dtype, device=like.device)
+
+
+class DualTable(Tensor):
+    """An embedding's weight as dual numbers, of which only the rows that a lookup needs are ever made."""
+
+    parameter: Tensor
+    tangents: Tangents
+
+    @staticmethod
+    def of(parameter: Tensor, tangents: Tangents) -> DualTable:
+        table: DualTable = parameter.detach().as_subclass(DualTable)
+        table.parameter, table.tangents = parameter, tangents
+        return table
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is nn.functional.embedding and isinstance(table := args[1], DualTable):
+            rows, positions = table.tangents.rows(table.parameter, args[0])
+            return nn.functional.embedding(positions, rows)
+        if getattr(function, "__name__", "") == "__get__":  # dtype, shape, device: no numbers
+            with torch._C.DisableTorchFunctionSubclass():
+                return function(*args, **kwargs)
+        return function(*map(_whole, args), **{name: _whole(value) for name, value in kwargs.items()})
+
+
+def _whole(value: Any) -> Any:
+    return value.tangents.whole(value.parameter) if isinstance(value, DualTable) else value
+
+
+@contextmanager
+def _differentiable() -> Iterator[None]:
+    """Fused attention has no forward-mode derivative; torch's own parts that it is made of have."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@torch.no_grad()
+@casts_forgotten()
+def derivative(module: nn.Module, inputs: Inputs, tangents: Tangents) -> Tensor:
+    """J u, the derivative of the module's output along one direction: the output's shape and dtype.
+
+    inputs: a tensor, a tuple of positional arguments or a mapping of keyword arguments.
+
+    Raises: TypeError and ValueError as `evaluate_displaced`; NotImplementedError for an operation without a
+    forward-mode derivative, such as one of an extension, or torch's grouped matrix product of experts: use differences
+    there, or tell transformers' model `set_experts_implementation("eager")`.
+    """
+    refuse_writers(module)
+    with forward_ad.dual_level(), _differentiable(), displaced(module, tangents):
+        output = call(module, inputs)
+        tangent = forward_ad.unpack_dual(output).tangent
+        return torch.zeros_like(output) if tangent is None else tangent.detach().clone()

@@ -1,0 +1,269 @@
+"""Probing: the client half's directional derivatives from forward passes. It leaves no trace in the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hosfl.halves.narrow import made_again
+from hosfl.probing.displaced import (
+    Displacement,
+    Inputs,
+    call,
+    casts_forgotten,
+    evaluate_displaced,
+    parts_of,
+    refuse_writers,
+    uninterrupted,
+)
+from hosfl.probing.forward_mode import Tangents, derivative
+from hosfl_kernels import project, replay_
+
+# How a directional derivative is measured. One-sided differences are the paper's: P + 1 passes; their error grows with
+# the step, by the curvature. Two-sided ones take 2 P + 1, forward mode has no step at all. Backward is for clients that
+# can backpropagate, if only some samples at a time: one pass measures any number of directions.
+ESTIMATORS = ("one-sided", "two-sided", "forward", "backward")
+
+PART = 1 << 16  # elements of the cut that are in float64 at a time
+WAITING = 1 << 20  # bytes of gradients that may wait for others: small tensors go through the noise kernel together
+
+
+def trainable(module: nn.Module) -> tuple[list[nn.Parameter], list[int]]:
+    """The parameters that move, and their streams.
+
+    A parameter's stream is its position among *all* parameters, so that freezing one changes nobody else's noise.
+    Tied parameters are listed once.
+    """
+    numbered = [(p, stream) for stream, p in enumerate(module.parameters()) if p.requires_grad]
+    return [p for p, _ in numbered], [stream for _, stream in numbered]
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode and no graph, as it was before afterwards."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for m, training in modes:
+            m.training = training
+
+
+def inner(multiplier: Tensor, output: Tensor, other: Tensor, distance: float) -> float:
+    """<multiplier, output - other> / distance, summed in float64. The difference first: two products would cancel.
+
+    Some samples at a time: all of them in float64 would be six times the cut, which small halves never need.
+    """
+    at_once = max(1, PART * len(output) // max(1, output.numel()))
+    parts = zip(multiplier.split(at_once), output.split(at_once), other.split(at_once), strict=True)
+    return float(sum(((ahead - behind).double() * m.double()).sum() for m, ahead, behind in parts)) / distance
+
+
+def probe_in_place(
+    forward: Callable[[], Tensor],
+    parameters: Sequence[Tensor],
+    streams: Sequence[int],
+    multiplier: Tensor,
+    cut: Tensor,
+    seeds: Sequence[int],
+    mu: float,
+    factors: Sequence[float] | None = None,
+    two_sided: bool = False,
+) -> Tensor:
+    """Directional derivatives along Rademacher directions, float32 [P], for weights on the lattice.
+
+    v_p = <multiplier, forward() at th + mu * u_p - cut> / mu with u_p,t = factors[t] * z(seeds[p], streams[t]);
+    two_sided: <multiplier, forward() at th + mu * u_p - forward() at th - mu * u_p> / (2 mu).
+    Call it under `evaluating`: the weights must not be recorded by autograd.
+
+    Moves the weights themselves: exact there, so that afterwards they hold the same bits, also if `forward` raises or
+    is interrupted. From one place to the next it takes one pass: back along u_p and out along u_(p+1). No memory of the
+    weights' size. Off the lattice every move rounds: use `probe_untouched`.
+    """
+    standing: list[tuple[int, float]] = []  # seed and distance of where the weights stand: one at most
+
+    def move(to: list[tuple[int, float]]) -> None:
+        seeds = [seed for seed, _ in standing + to]
+        steps = [-step for _, step in standing] + [step for _, step in to]
+        with uninterrupted():
+            replay_(parameters, seeds, steps, factors=factors, streams=streams)
+            standing[:] = to
+
+    def output(seed: int, step: float) -> Tensor:
+        move([(seed, step)])
+        with casts_forgotten():
+            return forward()
+
+    try:
+        return _differences(output, multiplier, cut, seeds, mu, two_sided)
+    finally:
+        move([])
+
+
+def probe_untouched(
+    module: nn.Module,
+    inputs: Inputs,
+    multiplier: Tensor,
+    cut: Tensor,
+    seeds: Sequence[int],
+    mu: float,
+    dist: str,
+    factors: Sequence[float] | None = None,
+    two_sided: bool = False,
+) -> Tensor:
+    """Directional derivatives for weights on no lattice, float32 [P]: reads th in any dtype, never writes it.
+
+    v_p as in `probe_in_place`; each weight of th + mu * u_p is rounded to its dtype. inputs: a tensor, a tuple of
+    positional arguments or a mapping of keyword arguments. dist: "rademacher" or "gaussian".
+
+    Off the lattice adding and taking away rounds twice, and a client that probes would drift from one that does not.
+    Costs the memory of one layer's weights while that layer runs. Raises as `evaluate_displaced`.
+    """
+    parameters, streams = trainable(module)
+
+    def output(seed: int, step: float) -> Tensor:
+        result: Tensor = evaluate_displaced(
+            module, inputs, Displacement(parameters, streams, seed, step, dist, factors)
+        )
+        return result
+
+    return _differences(output, multiplier, cut, seeds, mu, two_sided)
+
+
+def _differences(
+    output: Callable[[int, float], Tensor],
+    multiplier: Tensor,
+    cut: Tensor,
+    seeds: Sequence[int],
+    mu: float,
+    two_sided: bool,
+) -> Tensor:
+    """output: (seed, step) -> the cut at th + step * u."""
+    scalars = []
+    for seed in seeds:
+        ahead = output(seed, mu)
+        behind, distance = (output(seed, -mu), 2 * mu) if two_sided else (cut, mu)
+        scalars.append(inner(multiplier, ahead, behind, distance))
+        del ahead, behind  # not there while the next pass runs
+    return torch.tensor(scalars, dtype=torch.float32)
+
+
+def probe_forward(
+    module: nn.Module,
+    inputs: Inputs,
+    multiplier: Tensor,
+    seeds: Sequence[int],
+    dist: str,
+    factors: Sequence[float] | None = None,
+) -> Tensor:
+    """Directional derivatives by forward-mode differentiation, float32 [P]: v_p = <multiplier, J u_p>.
+
+    No step, so none of its error: what bfloat16 needs. Weights are only read. A pass costs about two to three forward
+    passes, the memory of one layer's weights, and twice the activations or more: torch's derivative of BatchNorm makes
+    more such tensors on the way. Raises as `hosfl.probing.forward_mode.derivative`.
+    """
+    parameters, streams = trainable(module)
+    scalars = []
+    for seed in seeds:
+        change = derivative(module, inputs, Tangents(parameters, streams, seed, dist, factors))
+        scalars.append(inner(multiplier, change, torch.zeros_like(change), 1.0))
+        del change  # not there while the next pass runs
+    return torch.tensor(scalars, dtype=torch.float32)
+
+
+def probe_backward(
+    module: nn.Module,
+    inputs: Inputs,
+    multiplier: Tensor,
+    seeds: Sequence[int],
+    dist: str,
+    factors: Sequence[float] | None = None,
+    microbatch: int = 0,
+) -> Tensor:
+    """Directional derivatives from the gradient, float32 [P]: v_p = <g, u_p>, g = J^T multiplier by backpropagation.
+
+    One forward and one backward pass however many directions; what P forward passes measure one by one, without a step.
+    The gradient never exists whole: a tensor's goes through the noise kernel soon after it is there, and is freed.
+    microbatch: samples that go through together, 0 for all: what has to be kept of them for the backward pass is the
+    memory that this costs. Samples must not depend on each other, as in eval mode they do not, and be the first
+    dimension of every tensor of the inputs. Backpropagation ends at the first layer that has something to train, and of
+    an embedding's gradient only the rows that were looked up exist. Weights are only read, and `grad` is what it was.
+
+    Raises: ValueError as `evaluate_displaced`.
+    """
+    refuse_writers(module)
+    parameters, streams = trainable(module)
+    factors = [1.0] * len(parameters) if factors is None else factors
+    scalars = torch.zeros(len(seeds), dtype=torch.float64)
+    waiting: dict[int, Tensor] = {}  # gradients by the parameter's position
+
+    def take(parameter: Tensor, position: int) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        if gradient.is_sparse:
+            measure_rows(gradient.coalesce(), position)
+            return
+        gradient = gradient.float().contiguous()
+        if gradient.nbytes > WAITING:
+            measure({position: gradient})
+            return
+        # A sum of its own: gradients may share memory with each other and with the multiplier.
+        waiting[position] = waiting.get(position, 0.0) + gradient
+        if sum(g.nbytes for g in waiting.values()) > WAITING:
+            measure(waiting)
+            waiting.clear()
+
+    def measure(gradients: dict[int, Tensor]) -> None:
+        scales, names = [factors[t] for t in gradients], [streams[t] for t in gradients]
+        scalars.add_(project(gradients.values(), seeds, dist=dist, factors=scales, streams=names))
+
+    def measure_rows(table: Tensor, position: int) -> None:
+        rows, numbers = table.values().float(), table.indices()[0].tolist()
+        place: Any = {"factors": [factors[position]] * len(rows), "streams": [streams[position]] * len(rows)}
+        starts = [number * rows.shape[1] for number in numbers]
+        scalars.add_(project(rows.unbind(), seeds, dist=dist, starts=starts, **place))
+
+    held = [p.grad for p in parameters]  # the user's own
+    hooks = []
+    try:
+        for position, parameter in enumerate(parameters):
+            parameter.grad = None
+            hooks.append(parameter.register_post_accumulate_grad_hook(partial(take, position=position)))
+        multipliers = multiplier.split(microbatch or len(multiplier))
+        with torch.enable_grad(), made_again(), _sparse_embeddings(module):
+            for part, m in zip(parts_of(inputs, microbatch), multipliers, strict=True):
+                output = call(module, part)
+                if output.requires_grad:  # or nothing that moves has a part in it
+                    torch.autograd.backward(output, m, inputs=parameters)
+        measure(waiting)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, gradient in zip(parameters, held, strict=True):
+            parameter.grad = gradient
+    return scalars.float()
+
+
+@contextmanager
+def _sparse_embeddings(module: nn.Module) -> Iterator[None]:
+    """The gradient of an nn.Embedding that moves has the rows that were looked up, and not its whole table's size."""
+    tables = []
+    for m in module.modules():
+        if isinstance(m, nn.Embedding) and not (m.sparse or m.scale_grad_by_freq):
+            weight = m._parameters["weight"]
+            if weight is not None and weight.requires_grad:
+                tables.append(m)
+    try:
+        for table in tables:
+            table.sparse = True
+        yield
+    finally:
+        for table in tables:
+            table.sparse = False

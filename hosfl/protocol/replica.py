@@ -1,0 +1,370 @@
+"""The client half as everybody holds it: its trainable weights after some round, and the way to every later one.
+
+The invariant of the whole library: replicas that have applied the same rounds hold the same bits, wherever they ran,
+whatever they missed, and whether they applied the rounds one by one or all in one pass.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hosfl.protocol.lattice import Lattice, LatticeError, spread
+from hosfl.protocol.log import EXPONENTS
+from hosfl.protocol.messages import MessageError, PoolMoves, Records
+from hosfl.protocol.seeds import Purpose, direction_seeds, pool_seed, pool_seeds, round_seed
+from hosfl_kernels import SGD, AdamW, replay_, update_
+
+Rule = SGD | AdamW
+
+
+@dataclass(frozen=True)
+class Pool:
+    """`size` directions, D, of which every round measures the next P in turn; all are replaced every `rounds` rounds.
+
+    rounds: G; 0 keeps one pool for the whole run. Raises ValueError.
+    """
+
+    size: int
+    rounds: int = 0
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.rounds < 0:
+            raise ValueError(f"a pool has 1 direction or more and 0 rounds or more, got {self.size} and {self.rounds}")
+
+    def generation(self, round: int) -> int:
+        """Which pool a round measures."""
+        return round // self.rounds if self.rounds else 0
+
+    def measured(self, round: int, directions: int) -> list[int]:
+        """Which of the pool's directions a round measures: P in turn."""
+        first = (round % self.rounds if self.rounds else round) * directions
+        return [(first + p) % self.size for p in range(directions)]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What client and server agree on before round 0, beside the weights. It never travels again.
+
+    seed: the run's seed. directions: P. dist: of the directions. mu: the size of a probe's step.
+    estimator: how a directional derivative is measured: a key of `hosfl.probing.probe.ESTIMATORS`.
+    factors: a power of two per trainable tensor, by which directions are scaled on it.
+    lattice: where the client half lives, or None where it lives on none; then `rule` is the step that each round makes.
+    pool: None for fresh directions every round.
+    """
+
+    seed: int
+    directions: int
+    dist: str
+    mu: float
+    factors: tuple[float, ...]
+    lattice: Lattice | None = None
+    rule: Rule | None = None
+    pool: Pool | None = None
+    estimator: str = "one-sided"
+
+    def __post_init__(self) -> None:
+        if (self.lattice is None) == (self.rule is None):
+            raise ValueError("a run has a lattice, where records are moves, or an update rule: one of them")
+        if self.pool is not None and self.pool.size < self.directions:
+            raise ValueError(f"cannot measure {self.directions} different directions of a pool of {self.pool.size}")
+
+    def seeds(self, round: int) -> Sequence[int]:
+        """The seeds of the P directions of a round."""
+        if self.pool is None:
+            return direction_seeds(self.seed, round, self.directions)
+        generation = self.pool.generation(round)
+        return [pool_seed(self.seed, generation, j) for j in self.pool.measured(round, self.directions)]
+
+
+def digest(tensors: Iterable[Tensor]) -> bytes:
+    """SHA-256 of the tensors' bits in order."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        if tensor.numel() == 0:
+            continue
+        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha.digest()
+
+
+def digest_array(bits: bytes) -> Tensor:
+    """A digest as it travels: int32 [8]."""
+    return torch.frombuffer(bytearray(bits), dtype=torch.int32)
+
+
+class DigestMismatch(Exception):
+    """The replica has other bits than the server's after the same rounds: it must start again from its base."""
+
+
+class Replica:
+    """Trainable tensors, their moments, and which rounds are in them.
+
+    tensors, streams: in the order of the log's header; the tensors are changed in place. base: gives the tensors'
+    values of round 0 again, for a replica that must start anew.
+    applied: number of rounds in the weights. epoch: in which the last of them came. lattice: where they are now; it
+    starts as the run's and becomes coarser in rounds whose records say so.
+    """
+
+    def __init__(
+        self, tensors: Sequence[Tensor], streams: Sequence[int], run: Run, base: Callable[[], Sequence[Tensor]]
+    ) -> None:
+        self.tensors, self.streams, self.run, self.base = list(tensors), list(streams), run, base
+        self.applied = self.epoch = 0
+        self.lattice = run.lattice
+        self.moments = [[torch.zeros_like(t, dtype=torch.float32) for t in tensors] for _ in range(self._moments())]
+        self._largest = float("inf")  # an upper bound of |weight| / factor, made exact when it matters
+
+    def _moments(self) -> int:
+        return self.run.rule.moments if self.run.rule is not None else 0
+
+    def reset(self) -> None:
+        """Back to round 0."""
+        with torch.no_grad():
+            for tensor, value in zip(self.tensors, self.base(), strict=True):
+                tensor.copy_(value)
+            for moment in self.moments:
+                torch._foreach_zero_(moment)
+        self.applied = self.epoch = 0
+        self.lattice = self.run.lattice
+        self._largest = float("inf")
+
+    @property
+    def mu(self) -> float:
+        """The size of a probe's step: the run's, on the lattice of the moment."""
+        return self.run.mu if self.lattice is None else self.lattice.nearest(self.run.mu, at_least_one=True)
+
+    def take_up(
+        self,
+        tensors: Sequence[Tensor],
+        moments: Sequence[Sequence[Tensor]],
+        applied: int,
+        epoch: int,
+        lattice: Lattice | None,
+    ) -> None:
+        """Copy another replica's state of `applied` rounds."""
+        with torch.no_grad():
+            torch._foreach_copy_(self.tensors, list(tensors))
+            for mine, other in zip(self.moments, moments, strict=True):
+                torch._foreach_copy_(mine, list(other))
+        self.applied, self.epoch, self.lattice = applied, epoch, lattice
+        self._largest = float("inf")
+
+    def digest(self) -> bytes:
+        """SHA-256 of weights and moments."""
+        return digest([*self.tensors, *(m for moment in self.moments for m in moment)])
+
+    def apply(self, message: Records | PoolMoves) -> None:
+        """Apply what was committed since. Rounds already applied are skipped: the same message twice is harmless.
+
+        Raises MessageError for records that do not follow on or are malformed, LatticeError for ones that would carry
+        a weight off the lattice (rounds before the one at fault are applied, it and later ones are not), and
+        DigestMismatch for a digest that is not the replica's own.
+        """
+        if message.epoch < self.epoch:
+            raise MessageError(f"records of epoch {message.epoch}, this client has seen epoch {self.epoch}")
+        # A server that was restarted asks for a new start: some of our rounds are void.
+        anew = message.epoch > self.epoch and message.round < self.applied
+        if anew and message.round != 0:
+            raise MessageError(f"records of a new epoch from round {message.round}, this client is at more")
+        if not torch.isfinite(message.coefficients).all():
+            raise MessageError("records with infinite or NaN coefficients")
+        if message.digest.numel() not in (0, 8):
+            raise MessageError(f"a digest of {message.digest.numel()} words, not 8")
+        applied, lattice = (0, self.run.lattice) if anew else (self.applied, self.lattice)
+        if isinstance(message, PoolMoves):
+            end = self._check_pool(message, applied)
+            _check_multiples(message.coefficients, lattice)
+        else:
+            end = self._check_rows(message)
+            parts = self._parts(message, applied, lattice)
+        if anew:
+            self.reset()
+        if isinstance(message, PoolMoves):
+            self._apply_pool(message)
+        else:
+            for part, rows, rates in parts:
+                if part is not None and part != self.lattice:
+                    self._coarsen(part, rows[:1])
+                self._apply_rows(rows, rates)
+        self.epoch = message.epoch
+        if (
+            message.digest.numel()
+            and end == self.applied
+            and not torch.equal(digest_array(self.digest()), message.digest)
+        ):
+            raise DigestMismatch(f"after {self.applied} rounds this client's half is not the server's")
+
+    def _check_rows(self, message: Records) -> int:
+        rows, rates, rule = message.coefficients, message.rates, self.run.rule
+        if message.round > self.applied:
+            raise MessageError(f"records start at round {message.round}, this client is at {self.applied}")
+        if rows.shape[1] != self.run.directions:
+            raise MessageError(f"records of {rows.shape[1]} directions in a run of {self.run.directions}")
+        if len(rates) != (len(rows) if rule else 0):
+            raise MessageError(f"{len(rates)} rates for {len(rows)} records")
+        end = message.round + len(rows)
+        if rule is not None:
+            if not (torch.isfinite(rates) & (rates >= 0)).all():
+                raise MessageError("infinite, NaN or negative rates")
+            with np.errstate(over="ignore"):
+                steps = rule.steps(range(message.round, end), rates.tolist())
+            if not torch.isfinite(steps).all():
+                raise MessageError("rates whose steps are beyond float32")
+        return end
+
+    def _parts(
+        self, message: Records, applied: int, lattice: Lattice | None
+    ) -> list[tuple[Lattice | None, Tensor, Tensor]]:
+        """The rows and rates from round `applied` on, cut where the lattice becomes coarser. Raises MessageError."""
+        end, starts = message.round + len(message.coefficients), [(applied, lattice)]
+        if message.lattices.shape[1:] != (2,) or (len(message.lattices) and lattice is None):
+            raise MessageError(f"lattices of shape {tuple(message.lattices.shape)} in a run on {lattice}")
+        before = message.round - 1
+        for round, exponent in message.lattices.tolist():
+            if not before < round < end or not EXPONENTS[0] <= exponent <= EXPONENTS[1]:
+                raise MessageError(f"a lattice of quantum 2^{exponent} from round {round} on, of rounds up to {end}")
+            before = round
+            if round >= applied:
+                starts.append((round, Lattice(2.0**exponent)))
+        parts = []
+        for (first, here), (until, _) in zip(starts, [*starts[1:], (end, None)], strict=True):
+            if here is not None and lattice is not None and here.quantum < lattice.quantum:
+                raise MessageError(f"a lattice of quantum {here.quantum:g} after one of {lattice.quantum:g}")
+            lattice, rows = here, message.coefficients[first - message.round : until - message.round]
+            _check_multiples(rows, here)
+            parts.append((here, rows, message.rates[first - message.round : until - message.round]))
+        return parts
+
+    def _check_pool(self, message: PoolMoves, applied: int) -> int:
+        pool, sums = self.run.pool, message.coefficients
+        if pool is None or self.run.lattice is None:
+            raise MessageError("sums over a pool in a run that has no pool on a lattice")
+        until = int(message.until[0]) if len(message.until) == 1 else -1
+        if not message.round < until or sums.shape[1] != pool.size:
+            raise MessageError(f"sums of {sums.shape[1]} directions for rounds {message.round} to {until}")
+        generations = pool.generation(until - 1) - pool.generation(message.round) + 1
+        if len(sums) != generations:
+            raise MessageError(f"{len(sums)} generations of a pool where {generations} lie in these rounds")
+        if message.round != applied and until > applied:  # up to there it is the same message again
+            raise MessageError(f"sums start at round {message.round}, this client is at {self.applied}")
+        return until
+
+    def _apply_rows(self, rows: Tensor, rates: Tensor) -> None:
+        """Rows of the rounds from `applied` on, in one pass over the weights."""
+        lattice = self.lattice
+        if not len(rows):
+            return
+        if lattice is None:
+            self._step(rows, rates)
+        elif self.fits(spread(rows)):
+            seeds = [s for r in range(self.applied, self.applied + len(rows)) for s in self.run.seeds(r)]
+            self._move(seeds, rows.reshape(-1))
+        elif len(rows) == 1:
+            raise LatticeError(
+                f"round {self.applied} would carry weights beyond {lattice.limit:g}, where the lattice ends: lower"
+                " the client's rate"
+            )
+        else:
+            # Together they might; one after another they may not: the order of halves is the order of rounds.
+            self._apply_rows(rows[: len(rows) // 2], rates[: len(rows) // 2])
+            self._apply_rows(rows[len(rows) // 2 :], rates[len(rows) // 2 :])
+            return
+        self.applied += len(rows)
+
+    def _coarsen(self, lattice: Lattice, row: Tensor) -> None:
+        """Put the weights on a coarser lattice, unless the move that comes with it is too large even for that one."""
+        if not self.fits(spread(row), lattice):
+            raise LatticeError(
+                f"round {self.applied} would carry weights beyond {lattice.limit:g}: lower the client's rate"
+            )
+        lattice.put(self.tensors, self.run.factors)
+        self.lattice = lattice
+        self._largest += lattice.quantum / 2
+
+    def _apply_pool(self, message: PoolMoves) -> None:
+        pool, lattice, until = self.run.pool, self.lattice, int(message.until[0])
+        assert pool is not None
+        assert lattice is not None
+        if until <= self.applied:
+            return
+        if not self.fits(spread(message.coefficients)):
+            raise LatticeError(f"rounds {self.applied} to {until} would carry weights beyond {lattice.limit:g}")
+        moved = message.coefficients != 0
+        first = pool.generation(message.round)
+        seeds = [
+            seed
+            for g, row in enumerate(moved.tolist(), first)
+            for seed, m in zip(pool_seeds(self.run.seed, g, pool.size), row, strict=True)
+            if m
+        ]
+        self._move(seeds, message.coefficients[moved])
+        self.applied = until
+
+    def _move(self, seeds: Sequence[int], coefficients: Tensor) -> None:
+        with torch.no_grad():
+            replay_(
+                self.tensors,
+                seeds,
+                coefficients.contiguous(),
+                dist=self.run.dist,
+                factors=self.run.factors,
+                streams=self.streams,
+            )
+        self._largest += spread(coefficients)
+
+    def _step(self, rows: Tensor, rates: Tensor) -> None:
+        run, rule = self.run, self.run.rule
+        assert rule is not None
+        # Nobody answered: no step, and nothing decays.
+        taken = rows.any(1).nonzero().flatten()
+        rounds = [self.applied + int(r) for r in taken]
+        if not rounds:
+            return
+        coarse = any(t.dtype == torch.bfloat16 for t in self.tensors)
+        with torch.no_grad():
+            update_(
+                self.tensors,
+                self.moments,
+                rule,
+                [run.seeds(round) for round in rounds],
+                rows[taken],
+                rule.steps(rounds, rates[taken].tolist()),
+                dist=run.dist,
+                factors=run.factors,
+                streams=self.streams,
+                rounding="stochastic" if coarse else "nearest",
+                rounding_seeds=[round_seed(run.seed, Purpose.WEIGHTS, r) for r in rounds] if coarse else None,
+            )
+
+    def fits(self, distance: float, lattice: Lattice | None = None) -> bool:
+        """Whether weights moved by up to `distance` (times their factor) stay on the lattice, in a probe as well.
+
+        lattice: one that they are put on first; default: the one that they are on.
+        """
+        lattice = lattice or self.lattice
+        if lattice is None:
+            return True
+        distance += self.mu + lattice.quantum  # a coarser lattice rounds weights and mu by up to half a quantum
+        if self._largest + distance > lattice.limit:
+            self._largest = max(
+                (
+                    float(t.detach().abs().amax()) / factor
+                    for t, factor in zip(self.tensors, self.run.factors, strict=True)
+                    if t.numel()
+                ),
+                default=0.0,
+            )
+        return self._largest + distance <= lattice.limit
+
+
+def _check_multiples(moves: Tensor, lattice: Lattice | None) -> None:
+    if lattice is None:
+        return
+    quanta = moves.double() / lattice.quantum
+    if not torch.equal(quanta, quanta.round()):
+        raise MessageError(f"moves that are no multiples of the lattice's quantum {lattice.quantum:g}")

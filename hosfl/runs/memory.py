@@ -1,0 +1,242 @@
+"""Peak memory of one client's round, alone in a process of its own, beside inference of the same half.
+
+A round is what a client does in it: a forward pass whose output leaves as bytes, a multiplier that comes as bytes, the
+answer. What counts is how far the process grows above where it stood with half and batch in place: on Linux the
+kernel's high-water mark of the resident set, on CUDA the allocator's peak, elsewhere the peak of the process so far.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hosfl.halves.families import untrained
+from hosfl.halves.narrow import FROZEN, made_again, narrowed
+from hosfl.halves.split import dtype_of, split
+from hosfl.halves.trains import moving_only
+from hosfl.methods.client import FirstOrderClient, ZerothOrderClient
+from hosfl.probing.displaced import call
+from hosfl.probing.probe import evaluating, trainable
+from hosfl.protocol.messages import Message, Multiplier, decode, encode
+from hosfl.runs.config import Config, with_shared
+from hosfl.runs.report import machine, peak_memory
+from hosfl.runs.trainer import make_run
+from hosfl.tasks.data import Dataset
+from hosfl.tasks.task import digits_model
+
+BOUND = 1.10  # of inference plus three cut tensors: what HO-SFL's client may need at most, its weights on the lattice
+MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536, "num_attention_heads": 12}
+RESNET18 = {"layer_type": "basic", "depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512], "embedding_size": 64}
+
+# glibc keeps freed memory for later, and how much depends on everything that was ever freed. Blocks of 64 KiB and more
+# go back at once under this setting, so that the resident set is what is in use.
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+
+
+# What is measured, by the settings of the client; without a method it is only a forward pass, or one and a backward
+# pass: all that any way to answer by backpropagation needs.
+INFERENCE, BACKPROPAGATION = "inference", "backpropagation alone"
+WAYS: dict[str, dict[str, Any]] = {
+    INFERENCE: {},
+    "ho, in place": {"method": "ho"},
+    "ho, in place, two-sided": {"method": "ho", "estimator": "two-sided"},
+    "ho, weights read only": {"method": "ho", "dist": "gaussian"},
+    "ho, forward mode": {"method": "ho", "estimator": "forward"},
+    "ho, one backward pass": {"method": "ho", "estimator": "backward"},
+    "ho, one backward pass, 2 samples at a time": {"method": "ho", "estimator": "backward", "microbatch": 2},
+    BACKPROPAGATION: {},
+    "first-order": {"method": "first-order"},
+    "first-order, 2 samples at a time": {"method": "first-order", "microbatch": 2},
+    f"{INFERENCE}, bfloat16": {"dtype": "bfloat16"},
+    "ho, weights read only, bfloat16": {"method": "ho", "dtype": "bfloat16"},
+    "ho, forward mode, bfloat16": {"method": "ho", "dtype": "bfloat16", "estimator": "forward"},
+}
+BOUNDED = ("ho, in place", "ho, in place, two-sided", "ho, one backward pass, 2 samples at a time")
+
+# Of a language model also with few weights that move, and the others stored in every width.
+FEW: dict[str, dict[str, Any]] = {
+    f"{way}, {trains}, the rest {frozen}": {**WAYS[way], "trains": trains, "frozen": frozen}
+    for way, trains, widths in (
+        ("ho, in place", "norms", FROZEN[:4]),
+        ("ho, in place", "lora", FROZEN[:4]),
+        ("ho, forward mode", "norms", ("float32", "int4")),
+        ("ho, one backward pass, 2 samples at a time", "norms", ("float32", "int4")),
+        ("ho, one backward pass, 2 samples at a time", "lora", ("float32", "int4")),
+        ("first-order", "norms", ("float32", "int4")),
+    )
+    for frozen in widths
+}
+
+
+@dataclass(frozen=True)
+class Half:
+    """A client half to measure.
+
+    make: batch -> the half, its weights random, and inputs. batch: the usual one. ways: what is measured of it.
+    """
+
+    what: str
+    batch: int
+    make: Callable[[int], tuple[nn.Module, Tensor | dict[str, Tensor]]]
+    ways: dict[str, dict[str, Any]] = field(default_factory=lambda: WAYS)
+
+
+def _digits(batch: int) -> tuple[nn.Module, Tensor]:
+    return digits_model(0).client, torch.randn(batch, 1, 8, 8)
+
+
+def _minilm(batch: int) -> tuple[nn.Module, dict[str, Tensor]]:
+    model = untrained("bert", **MINILM, vocab_size=30522)
+    tokens = torch.randint(0, 30522, (batch, 64))
+    return split(model, at=3).client, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+def _resnet18(batch: int) -> tuple[nn.Module, Tensor]:
+    return split(untrained("resnet", **RESNET18), at=2).client, torch.randn(batch, 3, 224, 224)
+
+
+HALVES = {
+    "digits": Half("the digits task's half, pictures of 8 x 8", 128, _digits),
+    "minilm": Half("BERT of MiniLM's size, 3 of 6 layers, 64 tokens", 16, _minilm, {**WAYS, **FEW}),
+    "resnet18": Half("ResNet-18, 2 of 4 stages, pictures of 224 x 224", 16, _resnet18),
+}
+
+
+def reference(way: str) -> str:
+    """The inference that a way is measured against: that of the same dtype."""
+    return f"{INFERENCE}, bfloat16" if {**WAYS, **FEW}[way].get("dtype") == "bfloat16" else INFERENCE
+
+
+def growth(work: Callable[[], object], device: torch.device) -> int:
+    """How many bytes this process grows above where it stands, at most, while `work` runs."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    if sys.platform != "linux":
+        before = peak_memory()["resident"]
+        work()
+        return peak_memory()["resident"] - before
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)  # what was freed must not be there for nothing when it is asked for again
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident("VmRSS")
+    work()
+    return _resident("VmHWM") - before
+
+
+def _resident(name: str) -> int:
+    """VmRSS or VmHWM of this process, bytes."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
+    return int(line.split()[1]) * 1024
+
+
+def measure_here(name: str, way: str, batch: int, device: torch.device) -> dict[str, int]:
+    """One way in this process. Bytes: peak_extra, how far it grows; cut, the cut tensor; weights, the half's as stored.
+
+    A round with a batch of one goes before, so that code and threads are there. Two directions: any more would need no
+    more memory.
+    """
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    settings = HALVES[name].ways[way]
+    config = Config(**with_shared(settings, {"directions": 2, "directions_from": "fresh", "device": str(device)}))
+    half, inputs = HALVES[name].make(batch)
+    half = moving_only(half, config.trains, config.seed).eval().to(getattr(torch, config.dtype))
+    half = narrowed(half, config.frozen).to(device)
+    whole = Dataset(inputs, torch.zeros(batch, dtype=torch.int64)).to(device, dtype_of(half))
+    batches = [(part.inputs, part.labels) for part in (whole[:1], whole)]  # by round
+    parameters, _ = trainable(half)
+
+    def infer(round: int) -> Tensor:
+        with evaluating(half):
+            cut: Tensor = call(half, batches[round][0])
+        return cut
+
+    def backpropagate(round: int) -> Sequence[Tensor]:
+        with evaluating(half), torch.enable_grad(), made_again():
+            cut = call(half, batches[round][0])
+            return torch.autograd.grad(cut, parameters, torch.ones_like(cut))
+
+    def take_part(round: int) -> Message:
+        encode(client.output(round))
+        multiplier = decode((Path(folder) / str(round)).read_bytes())
+        assert isinstance(multiplier, Multiplier)
+        return client.answer(multiplier)
+
+    work: Callable[[int], object] = backpropagate if way == BACKPROPAGATION else infer
+    with tempfile.TemporaryDirectory() as folder:
+        if "method" in settings:
+            shared: Any = {"number": 0, "half": half, "batch": batches.__getitem__, "microbatch": config.microbatch}
+            client: FirstOrderClient | ZerothOrderClient = FirstOrderClient(**shared)
+            if config.method == "ho":
+                client = ZerothOrderClient(**shared, run=make_run(config, parameters), base=lambda: parameters)
+            for round in (0, 1):
+                message = Multiplier(client=0, round=round, multiplier=torch.randn_like(infer(round)))
+                (Path(folder) / str(round)).write_bytes(encode(message))
+            work = take_part
+        cut = infer(0).nbytes * batch
+        work(0)
+        peak = growth(lambda: work(1), device)
+    weights = sum(t.nbytes for t in (*half.parameters(), *half.buffers()))
+    return {"peak_extra": peak, "cut": cut, "weights": weights}
+
+
+def measure(name: str, way: str, batch: int, device: str = "cpu") -> dict[str, int]:
+    """`measure_here` in a process of its own. Raises ChildProcessError with what it said if it fails."""
+    command = [sys.executable, "-m", "hosfl.runs.memory", name, way, str(batch), device]
+    done = subprocess.run(command, env={**os.environ, **GIVE_BACK}, capture_output=True, text=True)
+    if done.returncode:
+        killed = f"the system killed its process (signal {-done.returncode}), most likely for lack of memory"
+        said = killed if done.returncode < 0 else done.stderr.strip() or f"status {done.returncode}"
+        raise ChildProcessError(f"{name}, {way}: {said}")
+    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def client_memory(
+    names: Sequence[str], device: str = "cpu", progress: Callable[[str], None] = lambda what: None
+) -> dict[str, Any]:
+    """Every way for each of these halves: what benchmarks/results/client-memory.json holds.
+
+    A row's of_bound is its peak over (the peak of inference in the same dtype + three cut tensors).
+    """
+    halves: dict[str, Any] = {}
+    for name in names:
+        half = HALVES[name]
+        rows: dict[str, Any] = {}
+        for way in half.ways:
+            progress(f"{name}, {way}")
+            row: dict[str, Any] = {**measure(name, way, half.batch, device)}
+            rows[way] = row
+            row["of_bound"] = row["peak_extra"] / (rows[reference(way)]["peak_extra"] + 3 * row["cut"])
+        halves[name] = {"what": half.what, "batch": half.batch, "ways": rows}
+    return {"machine": {**machine(), "threads": 1}, "device": device, "bound": BOUND, "halves": halves}
+
+
+def over_bound(result: dict[str, Any]) -> Iterator[str]:
+    """What needs more than the bound. Of the digits half a page more or less is a percent: it is only shown."""
+    for name, half in result["halves"].items():
+        for way in BOUNDED:
+            if name != "digits" and half["ways"][way]["of_bound"] > result["bound"]:
+                yield f"{name}, {way}: {half['ways'][way]['of_bound']:.2f} times inference plus three cut tensors"
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure_here(sys.argv[1], sys.argv[2], int(sys.argv[3]), torch.device(sys.argv[4]))))

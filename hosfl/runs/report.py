@@ -1,0 +1,380 @@
+"""What a run leaves behind: metrics.jsonl as it goes, summary.json and curves.png at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import platform
+import sys
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from textwrap import fill
+from typing import TYPE_CHECKING, Any, TextIO
+
+import numpy as np
+import torch
+
+from hosfl.extras import needed
+from hosfl.runs.checkpoint import (
+    RUN_FILES,
+    FolderLock,
+    check_free,
+    finite,
+    save_config,
+    write_atomically,
+    write_json,
+)
+from hosfl.runs.config import Config
+from hosfl.runs.provenance import Provenance, ProvenanceError
+from hosfl_kernels import backends
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from matplotlib.legend import Legend
+
+    from hosfl.methods.client import Client
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The model after `round` rounds.
+
+    accuracy: the first of the task's scores, and the only one but for tasks that say otherwise: squad's is F1. scores:
+    all of them, by name. bytes: so far, all clients; moved: the same by category. seconds: since start.
+    """
+
+    round: int
+    accuracy: float
+    loss: float
+    training_loss: float
+    bytes: int
+    moved: dict[str, int]
+    seconds: float
+    scores: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, round: int, scores: dict[str, float], loss: float, training: float, moved: dict[str, int], seconds: float
+    ) -> Evaluation:
+        first = next(iter(scores.values()))
+        return cls(round, first, loss, training, sum(moved.values()), moved, seconds, scores)
+
+    @classmethod
+    def read(cls, line: str) -> Evaluation:
+        """The evaluation of a line of metrics.jsonl. Raises ValueError or TypeError for what is none."""
+        values: dict[str, Any] = dict(json.loads(line))
+        values.pop("run", None)
+        values |= {name: math.nan for name, value in values.items() if value is None}
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """Whether all clients, and a newcomer that replayed the whole log at the end, hold the same bits."""
+
+    clients: int
+    digest: str
+    equal: bool
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run's outcome.
+
+    accuracy, scores, loss: at the end, on the data named by config.evaluate_on; see `Evaluation`. bytes: by category,
+    whole run; bytes_per_client_round: the same over rounds x sampled clients. passes: samples that went forward and
+    backward through the halves, whole run, "client forward" and so on, evaluation left out; a pass with dual numbers is
+    one; passes_per_client_round as for bytes. forward_seconds, answer_seconds: mean per client and cut of the plain
+    forward pass, and of probing (P passes) or backpropagation. peak_memory: bytes, of the process, and on CUDA of its
+    allocator.
+    """
+
+    config: dict[str, Any]
+    accuracy: float
+    scores: dict[str, float]
+    loss: float
+    rounds: int
+    interrupted: bool
+    failure: str | None
+    refused: list[str]
+    replicas: Replicas | None
+    provenance: dict[str, Any]
+    bytes: dict[str, int]
+    bytes_per_client_round: dict[str, float]
+    passes: dict[str, int]
+    passes_per_client_round: dict[str, float]
+    seconds: float
+    forward_seconds: float
+    answer_seconds: float
+    peak_memory: dict[str, int]
+    machine: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        config: Config,
+        rounds: int,
+        last: Evaluation,
+        clients: Sequence[Client],
+        visits: int,
+        passes: Mapping[str, int],
+        refused: list[str],
+        replicas: Replicas | None,
+        provenance: Provenance,
+        seconds: float,
+        failure: str | None,
+    ) -> Summary:
+        timed = max(1, sum(c.seconds.rounds for c in clients))
+        return cls(
+            config=asdict(config),
+            accuracy=last.accuracy,
+            scores=last.scores,
+            loss=last.loss,
+            rounds=rounds,
+            interrupted=rounds < config.rounds and failure is None,
+            failure=failure,
+            refused=refused[:100],
+            replicas=replicas,
+            provenance=asdict(provenance),
+            bytes=last.moved,
+            bytes_per_client_round={k: v / max(1, visits) for k, v in last.moved.items()},
+            passes=dict(passes),
+            passes_per_client_round={k: v / max(1, visits) for k, v in passes.items()},
+            seconds=seconds,
+            forward_seconds=sum(c.seconds.forward for c in clients) / timed,
+            answer_seconds=sum(c.seconds.answer for c in clients) / timed,
+            peak_memory=peak_memory(),
+            machine=machine(),
+        )
+
+
+def peak_memory() -> dict[str, int]:
+    """Peak bytes of this process so far, and of the CUDA allocator where there is one."""
+    peaks = {}
+    try:
+        import resource
+    except ImportError:  # Windows
+        pass
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        peaks["resident"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if torch.cuda.is_available():
+        peaks["cuda"] = torch.cuda.max_memory_allocated()
+    return peaks
+
+
+def processor_name(cpuinfo: str) -> str | None:
+    """The first processor of a /proc/cpuinfo: the name it gives, if any, and the numbers that say which one it is.
+
+    A virtual machine's name may be "AMD EPYC" and no more, and on Arm there is none.
+    """
+    lines = (line.partition(":") for line in cpuinfo.partition("\n\n")[0].splitlines())
+    fields = {key.strip(): value.strip() for key, _, value in lines}
+    numbers = [
+        f"{label} {fields[key]}"
+        for label, key in (
+            ("vendor", "vendor_id"),
+            ("family", "cpu family"),
+            ("model", "model"),
+            ("stepping", "stepping"),
+            ("implementer", "CPU implementer"),
+            ("part", "CPU part"),
+        )
+        if key in fields
+    ]
+    return " ".join(filter(None, (fields.get("model name"), f"({', '.join(numbers)})" if numbers else None))) or None
+
+
+def machine() -> dict[str, Any]:
+    """What a number was measured on, for every results file.
+
+    processor: see `processor_name`. instruction_sets: what the C++ kernels use, and what torch's do. memory: bytes.
+    """
+
+    def of(package: str) -> str | None:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return None
+
+    cpuinfo = Path("/proc/cpuinfo")
+    processor = processor_name(cpuinfo.read_text()) if cpuinfo.exists() else None
+    found = backends()
+    return {
+        "processor": processor or platform.processor() or platform.machine(),
+        "instruction_sets": {
+            "hosfl": (found["cpp"] or "").partition(" ")[0],
+            "torch": torch.backends.cpu.get_cpu_capability(),
+        },
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "backends": found,
+        **{name: of(name) for name in ("hosfl", "torch", "triton", "numpy")},
+    }
+
+
+class Writer:
+    """Writes a run's files into a folder, which is locked for this process; without one, keeps nothing.
+
+    `start` takes up a free folder, `resume` the run in one; until then nothing is written. Raises ImportError where
+    there is nothing to draw with.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        if folder is not None:
+            needed("matplotlib.figure", "a run's folder")  # for its curves: known now, not after the last round
+        self.folder = folder
+        self.metrics: TextIO | None = None
+        self.lock: FolderLock | None = None
+        self.run = ""  # of whom the metrics are
+
+    def start(self, config: Config, provenance: Provenance) -> None:
+        """Make the folder this run's. Raises FileExistsError for one that holds a run, RunFolderError."""
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = FolderLock(self.folder)
+        check_free(self.folder)
+        self.run = provenance.digest[:16]  # from here on the folder is this run's to clear
+        write_json(self.folder / "provenance.json", asdict(provenance))
+        save_config(config, self.folder)  # from here on there is a run to resume
+        self.metrics = (self.folder / "metrics.jsonl").open("w")
+
+    def resume(self, config: Config, provenance: Provenance) -> None:
+        """Take up the folder's run. Raises ProvenanceError where it was made of something else, RunFolderError."""
+        assert self.folder is not None
+        self.lock = FolderLock(self.folder)
+        path = self.folder / "provenance.json"
+        try:
+            found = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise ProvenanceError(f"{path} is not there, which says what the run was made of: start it anew") from None
+        except (ValueError, RecursionError) as error:
+            raise ProvenanceError(f"{path} is damaged: {error}") from None
+        provenance.check(found, path)
+        save_config(config, self.folder)
+        self.run = provenance.digest[:16]
+
+    def resumed(self, round: int) -> list[Evaluation]:
+        """The evaluations up to `round` that the folder holds; later ones, and a torn last line, are dropped.
+
+        Raises ProvenanceError for those of another run.
+        """
+        if self.folder is None:
+            return []
+        path = self.folder / "metrics.jsonl"
+        kept = self.evaluations(round)
+        write_atomically(path, "".join(map(self._line, kept)).encode())
+        self.metrics = path.open("a")
+        return kept
+
+    def evaluations(self, round: int) -> list[Evaluation]:
+        """Those of the folder's metrics.jsonl up to `round`."""
+        assert self.folder is not None
+        path, kept = self.folder / "metrics.jsonl", []
+        lines = path.read_bytes().decode(errors="replace").split("\n") if path.exists() else []
+        for line in lines:
+            try:
+                evaluation = Evaluation.read(line)
+            except (ValueError, TypeError, RecursionError):
+                break
+            if json.loads(line).get("run") != self.run:
+                raise ProvenanceError(f"{path} has evaluations of another run: put its own back, or remove it")
+            if evaluation.round > round:
+                break
+            kept.append(evaluation)
+        return kept
+
+    def _line(self, evaluation: Evaluation) -> str:
+        return json.dumps(finite({**asdict(evaluation), "run": self.run}), allow_nan=False) + "\n"
+
+    def add(self, evaluation: Evaluation) -> Evaluation:
+        if self.metrics is not None:
+            self.metrics.write(self._line(evaluation))
+            self.metrics.flush()
+        return evaluation
+
+    def finish(self, summary: Summary) -> None:
+        if self.metrics is None or self.folder is None:
+            return
+        title = f"{summary.config['method']} on {summary.config['task']}, seed {summary.config['seed']}"
+        evaluations = self.evaluations(summary.rounds)
+        plot_curves({summary.config["method"]: [evaluations]}, self.folder / "curves.png", title)
+        # Last: where there is a summary, all the rest is there.
+        write_json(self.folder / "summary.json", asdict(summary))
+
+    def clear(self) -> None:
+        """Leave the folder free, as a start that came to nothing does."""
+        if self.folder is None or not self.run:
+            return
+        for name in (*RUN_FILES, "provenance.json", "base.safetensors", "lock"):
+            (self.folder / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it holds something else, which is not ours
+            self.folder.rmdir()
+
+    def close(self) -> None:
+        """Let the folder go."""
+        for file in (self.metrics, self.lock):
+            if file is not None:
+                file.close()
+
+
+def metric(scores: Mapping[str, float]) -> str:
+    """The name of the score that is shown as the accuracy."""
+    return next(iter(scores), "accuracy")
+
+
+def gap_recovered(reached: float, frozen: float, first_order: float) -> float | None:
+    """The share of the way from the frozen client to the first-order one; None where there is no way."""
+    return (reached - frozen) / (first_order - frozen) if first_order != frozen else None
+
+
+def plot_curves(runs: dict[str, list[Sequence[Evaluation]]], path: Path, title: str) -> None:
+    """Loss and accuracy against rounds, one line per method: the mean over seeds, and the band from worst to best."""
+    figure: Figure = needed("matplotlib.figure", path.name).Figure(figsize=(9, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2)
+    lines = {}
+    for axis, quantity in zip(axes, ("loss", "accuracy"), strict=True):
+        for method, seeds in runs.items():
+            length = min(len(evaluations) for evaluations in seeds)
+            rounds = [e.round for e in seeds[0][:length]]
+            values = np.array([[getattr(e, quantity) for e in run[:length]] for run in seeds], dtype=float)  # None: NaN
+            (line,) = axis.plot(rounds, values.mean(0))
+            lines[method] = line
+            if len(seeds) > 1:
+                axis.fill_between(rounds, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, lw=0)
+        axis.set_xlabel("round")
+        axis.set_ylabel(metric(next(iter(runs.values()))[0][0].scores) if quantity == "accuracy" else quantity)
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yscale("log")
+    name_lines(lines, axes[1].legend(lines.values(), [""] * len(lines), loc="lower right", frameon=False))
+    figure.suptitle(title, parse_math=False)
+    save_figure(figure, path, 120)
+
+
+def name_lines(names: Iterable[str], legend: Legend) -> None:
+    """Give a legend's lines these names as they are: "$" begins no formula, a leading "_" hides nothing."""
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_parse_math(False)
+        text.set_text(fill(name, 40))
+
+
+def save_figure(figure: Figure, path: Path, dpi: int) -> None:
+    """Write a figure as PNG, all of it or nothing. Characters that no font has are drawn as boxes, without warnings."""
+    png = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from|Matplotlib currently does not support", UserWarning)
+        figure.savefig(png, format="png", dpi=dpi)
+    write_atomically(path, png.getvalue())

@@ -1,0 +1,496 @@
+"""Abuse: thousands of clients that drop out, stay away, come late and lie, and a server that dies. `hosfl simulate`.
+
+The federation is the real one, message for message; what is simulated is the wire, the clock and the crowd. Every
+client does its own arithmetic on weights of its own while it takes part. Between its rounds it keeps only a reference
+to its state: clients whose bits are equal (SHA-256) share one copy, so that a crowd costs the memory of the states that
+differ. A server that dies is made anew from its files, log and snapshot. The clock is virtual: nothing sleeps.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hosfl.methods.client import Client, ZerothOrderClient
+from hosfl.methods.ledger import SeedReplay
+from hosfl.protocol.lattice import Lattice, LatticeError
+from hosfl.protocol.log import RoundRecord
+from hosfl.protocol.messages import Cut, Message, Multiplier, Scalars, Wire
+from hosfl.protocol.seeds import Purpose, generator
+from hosfl.runs.checkpoint import FolderLock, check_free, save_module, write_json
+from hosfl.runs.config import Config
+from hosfl.runs.report import Evaluation, machine, peak_memory
+from hosfl.runs.trainer import (
+    Diverged,
+    Federation,
+    Progress,
+    assemble,
+    check_loss,
+    evaluate,
+    interruptible,
+    restore,
+    save_snapshot,
+)
+from hosfl.tasks.task import Task
+
+SMALLEST_SHARD = 32  # samples; a crowd larger than the data shares it
+
+
+@dataclass(frozen=True)
+class Faults:
+    """What goes wrong. Raises ValueError for a value that cannot be.
+
+    dropout: the share of clients that vanish in the middle of a round, at any of its messages. absence: the share of
+    invited clients that turn out to be away, for up to longest_absence rounds. delay: mean seconds that a message
+    travels (exponential); deadline: seconds for each of a round's two exchanges; what the server gets after it arrives
+    in its next round and is refused.
+    byzantine: the share of clients that lie. lies: what about, of `LIES`, with commas between: "labels" (of C classes
+    they say C - 1 - c for c), "random-labels" (any class but the right one), "flipped-cuts" (times -1), "scaled-cuts"
+    (times `magnitude`), "noisy-cuts" (noise of the same size), "flipped-scalars", and "scalars" (times `magnitude`, of
+    either sign). damage: the share of messages in which a bit flips. crash_every: mean rounds between two deaths of the
+    server, at any message or right after a commit; 0: never.
+    """
+
+    dropout: float = 0.0
+    absence: float = 0.0
+    longest_absence: int = 300
+    delay: float = 0.0
+    deadline: float = 10.0
+    byzantine: float = 0.0
+    lies: str = "scalars"
+    magnitude: float = 1e6
+    damage: float = 0.0
+    crash_every: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("dropout", "absence", "byzantine", "damage"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share, from 0 to 1, got {getattr(self, name)}")
+        for name in ("delay", "deadline", "magnitude"):
+            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
+                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
+        for lie in self.told:
+            if lie not in LIES:
+                raise ValueError(f"lies are {', '.join(LIES)}, with commas between, got {self.lies!r}")
+        for name in ("longest_absence", "crash_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.crash_every == 1:
+            raise ValueError("a server that dies in every round never ends one: crash_every is 0, or 2 or more")
+
+    @property
+    def told(self) -> list[str]:
+        return self.lies.split(",")
+
+
+class ServerDied(Exception):
+    """The server is gone in the middle of a round."""
+
+
+class UnreliableWire(Wire):
+    """Loses, delays and damages messages, and kills the server, as `faults` say."""
+
+    def __init__(self, faults: Faults, random: np.random.Generator) -> None:
+        super().__init__()
+        self.faults, self.random = faults, random
+        self.left: dict[int, int] = {}  # messages until a client vanishes
+        self.clock: dict[int, float] = {}  # seconds into the exchange, by client
+        self.late: list[bytes] = []
+        self.death: int | None = None  # messages, and commits, until the server dies
+        self.lost = self.overdue = self.damaged = 0
+
+    def begin(self, clients: Sequence[int]) -> list[bytes]:
+        """A round begins. Returns what arrives only now."""
+        vanish = self.random.random(len(clients)) < self.faults.dropout
+        self.left = {c: int(self.random.integers(5)) for c, v in zip(clients, vanish, strict=True) if v}
+        self.clock = {}
+        if self.faults.crash_every and self.random.random() < 1 / self.faults.crash_every:
+            self.death = int(self.random.integers(2 + 5 * len(clients)))
+        late, self.late = self.late, []
+        return late
+
+    def carry(self, message: Message) -> bytes | None:
+        self.maybe_die()
+        client = message.client
+        if client in self.left:
+            if self.left[client] == 0:
+                self.lost += 1
+                return None
+            self.left[client] -= 1
+        data = super().carry(message)
+        assert data is not None
+        if self.faults.damage and self.random.random() < self.faults.damage:
+            self.damaged += 1
+            bit = int(self.random.integers(8 * len(data)))
+            data = data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :]
+        if self._in_time(message):
+            return data
+        self.overdue += 1
+        if message.direction == "up":
+            self.late.append(data)
+        return None
+
+    def maybe_die(self) -> None:
+        """One step nearer to the server's death."""
+        if self.death is None:
+            return
+        if self.death == 0:
+            self.death = None
+            raise ServerDied
+        self.death -= 1
+
+    def _in_time(self, message: Message) -> bool:
+        if isinstance(message, Multiplier):
+            self.clock[message.client] = 0.0  # the second exchange
+        if self.faults.delay:
+            travelled = float(self.random.exponential(self.faults.delay))
+            self.clock[message.client] = self.clock.get(message.client, 0.0) + travelled
+        return self.clock.get(message.client, 0.0) <= self.faults.deadline
+
+
+@dataclass
+class ByzantineClient(ZerothOrderClient):
+    """Does what it should and lies about it. faults: what it lies about. classes: C."""
+
+    faults: Faults = field(kw_only=True)
+    classes: int = field(kw_only=True)
+    random: np.random.Generator = field(kw_only=True)
+
+    def output(self, round: int) -> Cut:
+        return self._lie(super().output(round))
+
+    def answer(self, message: Message) -> Scalars:
+        return self._lie(super().answer(message))
+
+    def _lie(self, honest: AnyMessage) -> AnyMessage:
+        for lie in self.faults.told:
+            about, told = LIES[lie]
+            if hasattr(honest, about):
+                lied: dict[str, Any] = {about: told(honest, self)}
+                honest = replace(honest, **lied)
+        return honest
+
+
+AnyMessage = TypeVar("AnyMessage", Cut, Scalars)
+
+
+def _classes(cut: Cut, liar: ByzantineClient) -> int:
+    """Labels are below it. Two for each sample are places in a text, of which one may be shorter than the longest."""
+    return cut.cut.shape[1] if cut.labels.dim() > 1 else liar.classes
+
+
+def _random_labels(cut: Cut, liar: ByzantineClient) -> Tensor:
+    classes = _classes(cut, liar)
+    others = torch.from_numpy(liar.random.integers(1, max(2, classes), cut.labels.shape).astype(np.int32))
+    return (cut.labels + others.to(cut.labels.device)) % classes
+
+
+def _noise(cut: Cut, liar: ByzantineClient) -> Tensor:
+    noise = torch.from_numpy(liar.random.standard_normal(cut.cut.shape, np.float32)).to(cut.cut.device)
+    return (noise * cut.cut.float().square().mean().sqrt()).to(cut.cut.dtype)
+
+
+def _signed(honest: Scalars, liar: ByzantineClient) -> Tensor:
+    signs = torch.from_numpy(liar.random.choice([-1.0, 1.0], len(honest.scalars)).astype(np.float32))
+    return honest.scalars * signs * liar.faults.magnitude
+
+
+# What a message says, and what a liar says in its place.
+LIES: dict[str, tuple[str, Callable[[Any, ByzantineClient], Tensor]]] = {
+    "labels": ("labels", lambda cut, liar: _classes(cut, liar) - 1 - cut.labels),
+    "random-labels": ("labels", _random_labels),
+    "flipped-cuts": ("cut", lambda cut, liar: -cut.cut),
+    "scaled-cuts": ("cut", lambda cut, liar: cut.cut * liar.faults.magnitude),
+    "noisy-cuts": ("cut", _noise),
+    "flipped-scalars": ("scalars", lambda honest, liar: -honest.scalars),
+    "scalars": ("scalars", _signed),
+}
+
+
+Key = tuple[bytes, Lattice | None]  # SHA-256, and where the weights live: what makes two states the same
+
+
+@dataclass
+class State:
+    """The bits that clients share: weights, moments, and how many clients are in this state."""
+
+    tensors: list[Tensor]
+    moments: list[list[Tensor]]
+    clients: int = 0
+
+
+@dataclass
+class Crowd(Federation):
+    """A federation of thousands: a client exists while it takes part, and is a reference to its state otherwise."""
+
+    faults: Faults = field(default_factory=Faults)
+    states: dict[Key, State] = field(default_factory=dict)
+    where: dict[int, tuple[Key, int, int]] = field(default_factory=dict)  # client: state, rounds applied, epoch
+    away: dict[int, int] = field(default_factory=dict)  # client: the round in which it comes back
+    deaths: int = 0
+    most_states: int = 0
+
+    def __post_init__(self) -> None:
+        self.random = generator(self.config.seed, Purpose.FAULTS)
+        self.unreliable = UnreliableWire(self.faults, self.random)
+        self.wire = self.unreliable
+        liars = round(self.faults.byzantine * self.config.clients)
+        self.liars = {int(c) for c in self.random.choice(self.config.clients, liars, replace=False)}
+
+    def invited(self, round: int) -> list[int]:
+        """Those sampled who are not away."""
+        here = []
+        for client in super().invited(round):
+            if self.away.get(client, 0) > round:
+                continue
+            if self.faults.absence and self.random.random() < self.faults.absence:
+                self.away[client] = round + 1 + int(self.random.integers(max(1, self.faults.longest_absence)))
+                continue
+            here.append(client)
+        self._late = self.unreliable.begin(here)
+        return here
+
+    def late(self) -> list[Message | None]:
+        return [self.server.receive(data) for data in self._late]
+
+    def round(self, round: int) -> float:
+        loss = super().round(round)
+        self.unreliable.maybe_die()
+        return loss
+
+    def restart(self, folder: Path) -> int:
+        """A new server from what the dead one left in `folder`; returns its round. The clients live on."""
+        self.deaths += 1
+        self.close()
+        again, _ = assemble(self.config, SMALLEST_SHARD)
+        again.open_log(folder)
+        done = restore(again, folder)
+        before, self.server, self.observed = self.server, again.server, again.observed
+        # Not what a server knows, but what we count.
+        self.server.refused, self.server.refusals = before.refused, before.refusals
+        self.server.differed, self.server.differences = before.differed, before.differences
+        return done
+
+    def take(self, number: int) -> Client:
+        client = self.make(number)
+        if number in self.liars and isinstance(client, ZerothOrderClient):
+            client = ByzantineClient(
+                client.number,
+                client.half,
+                client.batch,
+                run=client.run,
+                base=client.base,
+                faults=self.faults,
+                classes=self.server.classes,
+                random=self.random,
+            )
+        if number in self.where and isinstance(client, ZerothOrderClient):
+            key, applied, epoch = self.where[number]
+            client.take_up(self.states[key].tensors, self.states[key].moments, applied, epoch, key[1])
+        return client
+
+    def put_back(self, client: Client) -> None:
+        assert isinstance(client, ZerothOrderClient)
+        replica, before = client.replica, self.where.get(client.number)
+        key = replica.digest(), replica.lattice
+        if before is None or before[0] != key:
+            if key not in self.states:
+                self.states[key] = State([t.detach() for t in replica.tensors], replica.moments)
+            self.states[key].clients += 1
+            if before is not None:
+                self._leave(before[0])
+        self.where[client.number] = key, replica.applied, replica.epoch
+        self.most_states = max(self.most_states, len(self.states))
+
+    def _leave(self, key: Key) -> None:
+        self.states[key].clients -= 1
+        if not self.states[key].clients:
+            del self.states[key]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a simulation came to.
+
+    accuracy, loss: at the end, on the data named by config.evaluate_on; evaluations: on the way, of rounds that stayed.
+    failure: why it ended early, if it diverged. equal: whether all clients and a newcomer held the same bits after
+    catching up at the end. states: the most distinct ones at once. visits: how many times a client took part. empty:
+    committed rounds that nobody answered. lost, late, damaged: messages; a lost one may be of a client that vanished.
+    refusals: messages that the server refused; complaints: that clients did; reasons: of the first of them. differed:
+    clients that found their half wrong. deaths: of the server. void: rounds that were run again because of them.
+    provenance: what the run was made of, see `hosfl.runs.provenance`; `faults` are beside it.
+    """
+
+    rounds: int
+    accuracy: float
+    loss: float
+    evaluations: list[Evaluation]
+    interrupted: bool
+    failure: str | None
+    clients: int
+    equal: bool
+    digest: str
+    log_digest: str
+    states: int
+    visits: int
+    empty: int
+    lost: int
+    late: int
+    damaged: int
+    refusals: int
+    complaints: int
+    reasons: list[str]
+    differed: int
+    deaths: int
+    void: int
+    bytes: dict[str, int]
+    seconds: float
+    peak_memory: dict[str, int]
+    config: dict[str, Any]
+    provenance: dict[str, Any]
+    faults: dict[str, Any]
+    machine: dict[str, Any]
+
+
+def simulate(
+    config: Config, faults: Faults, out: Path | str | None = None, progress: Progress | None = None
+) -> Outcome:
+    """Run HO-SFL under faults; returns the outcome.
+
+    With `out`, writes hosfl.log and base.safetensors there, of which `hosfl rebuild` makes the weights; snapshots, if
+    the server may die; and at the end simulation.json, the outcome. The first Ctrl-C ends it after the current round.
+
+    Raises ValueError for another method than "ho" and for a server that dies too often to get anywhere, FileExistsError
+    if `out` holds another run, LatticeError when the run diverges (the outcome until then is written).
+    """
+    if config.method != "ho":
+        raise ValueError(f"a simulation is of HO-SFL, method ho, not {config.method}")
+    if 0 < 5 * faults.crash_every < config.snapshot_every:
+        raise ValueError(
+            f"a server that dies every {faults.crash_every} rounds hardly ever lives for"
+            f" {config.snapshot_every}, to its next snapshot: lower snapshot_every"
+        )
+    if out is None:
+        with tempfile.TemporaryDirectory() as temporary:
+            return _simulate(config, faults, Path(temporary), progress)
+    folder = Path(out)
+    check_free(folder)
+    return _simulate(config, faults, folder, progress)
+
+
+def _simulate(config: Config, faults: Faults, folder: Path, progress: Progress | None) -> Outcome:
+    begin = time.perf_counter()
+    plain, task = assemble(config, SMALLEST_SHARD)
+    crowd = Crowd(
+        config,
+        plain.server,
+        plain.make,
+        plain.base,
+        plain.observed,
+        header=plain.header,
+        provenance=plain.provenance,
+        faults=faults,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(folder)
+    try:
+        crowd.open_log(folder)
+        save_module(crowd.base, folder / "base.safetensors")
+        done, evaluations, failure = _run(crowd, task, folder, begin, progress)
+        outcome = _outcome(crowd, done, evaluations, failure, begin)
+    finally:
+        crowd.close()
+        lock.close()
+    write_json(folder / "simulation.json", asdict(outcome))
+    if failure is not None:
+        raise failure
+    return outcome
+
+
+def _run(
+    crowd: Crowd, task: Task, folder: Path, begin: float, progress: Progress | None
+) -> tuple[int, list[Evaluation], LatticeError | Diverged | None]:
+    """All rounds. Returns how many are done, evaluations, and what ended them early."""
+    config = crowd.config
+    data = (task.splits.test if config.evaluate_on == "test" else task.splits.validation).to(config.device)
+    done, loss, evaluations = 0, float("nan"), list[Evaluation]()
+
+    def evaluation() -> Evaluation:
+        scores, found = evaluate(crowd.model(), data, task)
+        moved = dict(crowd.wire.bytes)
+        evaluations.append(Evaluation.of(done, scores, found, loss, moved, time.perf_counter() - begin))
+        return evaluations[-1]
+
+    with interruptible() as interrupted:
+        evaluation()
+        while done < config.rounds and not interrupted.is_set():
+            try:
+                loss = crowd.round(done)
+                done += 1
+                due = done % config.evaluate_every == 0 or done == config.rounds
+                new = evaluation() if due else None
+                if new is not None:
+                    check_loss(new.loss, done)
+            except ServerDied:
+                done = crowd.restart(folder)
+                evaluations[:] = [e for e in evaluations if e.round <= done]
+                continue
+            except (LatticeError, Diverged) as error:
+                return done, evaluations, error
+            if crowd.faults.crash_every and done % config.snapshot_every == 0:
+                save_snapshot(crowd, folder, done)
+            if progress is not None:
+                progress(done, loss, new, sum(crowd.wire.bytes.values()))
+        if evaluations[-1].round != done:
+            evaluation()
+    return done, evaluations, None
+
+
+def _outcome(
+    crowd: Crowd, done: int, evaluations: list[Evaluation], failure: LatticeError | Diverged | None, begin: float
+) -> Outcome:
+    config, server, ledger = crowd.config, crowd.server, crowd.server.ledger
+    assert isinstance(ledger, SeedReplay)
+    assert ledger.log is not None
+    assert crowd.provenance is not None
+    together = crowd.replicas()
+    return Outcome(
+        rounds=done,
+        accuracy=evaluations[-1].accuracy,
+        loss=evaluations[-1].loss,
+        evaluations=evaluations,
+        interrupted=done < config.rounds and failure is None,
+        failure=None if failure is None else str(failure),
+        clients=config.clients,
+        equal=together.equal,
+        digest=together.digest,
+        log_digest=ledger.log.digest,
+        states=crowd.most_states,
+        visits=crowd.visits,
+        empty=sum(not record.participants for record in ledger.records),
+        lost=crowd.unreliable.lost,
+        late=crowd.unreliable.overdue,
+        damaged=crowd.unreliable.damaged,
+        refusals=server.refusals,
+        complaints=crowd.complaints,
+        reasons=[*server.refused[:50], *crowd.complained[:50]],
+        differed=server.differences,
+        deaths=crowd.deaths,
+        void=sum(isinstance(record, RoundRecord) for record in ledger.log.records) - done,
+        bytes=dict(crowd.wire.bytes),
+        seconds=time.perf_counter() - begin,
+        peak_memory=peak_memory(),
+        config=asdict(config),
+        provenance=asdict(crowd.provenance),
+        faults=asdict(crowd.faults),
+        machine=machine(),
+    )

@@ -1,0 +1,295 @@
+"""The server half's checkpoint: `snapshot-00000120.safetensors`, the state after 120 rounds. Nothing is pickled.
+
+A snapshot holds tensors and `info`, any JSON. They travel in one safetensors file; its metadata are
+
+    format  "hosfl snapshot 1"
+    round   decimal
+    info    JSON; floats are Python's repr, which reads back as the same double
+    digest  SHA-256 of all of it, for safetensors has no checksum
+
+Durability: a snapshot is written under another name, synced, renamed, and the folder synced. When `save` returns it
+survives a power cut; a `save` cut short leaves the snapshots before it as they were, and a temporary file that the next
+one removes. One writer per folder. Every other program that knows safetensors can read the tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hosfl.protocol.log import sync_folder
+
+FORMAT = "hosfl snapshot 1"
+NAME = re.compile(r"snapshot-(\d{8,})\.safetensors")
+TEMPORARY = "snapshot-*.safetensors.tmp"
+DTYPES = (
+    *(torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+)
+
+
+class SnapshotError(ValueError):
+    """A snapshot that cannot be written, read or applied; nothing was changed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """The server after `round` rounds: tensors on the CPU, which are the reader's own, and info."""
+
+    round: int
+    tensors: dict[str, Tensor]
+    info: dict[str, Any]
+
+
+def save(
+    folder: str | os.PathLike[str], round: int, tensors: Mapping[str, Tensor], info: dict[str, Any], keep: int = 3
+) -> Path:
+    """Write the snapshot of `round`, in place of one that is there; it is durable when this returns. Its path.
+
+    tensors: dense, from any device; two may share memory and come back apart. info: what JSON gives back as it was, so
+    no tuples, no keys that are no strings, no NaN. Of the snapshots up to this round the newest `keep` stay, this one
+    among them; those of later rounds are left alone. Needs a copy of the tensors that are not contiguous on the CPU.
+
+    Raises SnapshotError for what cannot be stored and for a write that fails.
+    """
+    if isinstance(round, bool) or not isinstance(round, int) or round < 0 or keep < 1:
+        raise SnapshotError(f"round must be at least 0 and keep at least 1, not {round!r} and {keep!r}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    dense, text = _dense(tensors), _text(info)
+    metadata = {"format": FORMAT, "round": str(round), "info": text, "digest": _digest(round, text, dense)}
+    path = folder / f"snapshot-{round:08d}.safetensors"
+    _write(path, dense, metadata)
+    for old in [p for r, p in _snapshots(folder) if r <= round][keep:]:
+        old.unlink()
+    for stale in folder.glob(TEMPORARY):
+        stale.unlink()
+    return path
+
+
+def load(path: str | os.PathLike[str]) -> Snapshot:
+    """The snapshot in a file, every bit checked. Raises SnapshotError with the path and the reason."""
+    path = Path(path)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            # copies: what safetensors returns is the file, mapped, and would change with it
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, LookupError, AttributeError) as error:
+        raise SnapshotError(f"{path} cannot be read: {error}") from None
+    if metadata.get("format") != FORMAT:
+        raise SnapshotError(f"{path} is no snapshot: its format is {metadata.get('format')!r}, not {FORMAT!r}")
+    text, number = metadata.get("info", ""), metadata.get("round", "")
+    if not re.fullmatch(r"[0-9]{1,18}", number) or metadata.get("digest") != _digest(int(number), text, tensors):
+        raise SnapshotError(f"{path} is damaged: its digest is wrong")
+    named = NAME.fullmatch(path.name)
+    if named and int(named[1]) != int(number):
+        raise SnapshotError(f"{path} holds round {number}: it was renamed")
+    return Snapshot(int(number), tensors, json.loads(text))
+
+
+def latest(folder: str | os.PathLike[str], objection: Callable[[Snapshot], str] = lambda saved: "") -> Snapshot | None:
+    """The newest snapshot that loads and to which there is no objection. None where there is no such.
+
+    Others are passed over with a warning that names file and reason. objection: why not this one, or ""; what it
+    raises, this raises.
+    """
+    for _, path in _snapshots(Path(folder)):
+        try:
+            saved = load(path)
+        except SnapshotError as error:
+            reason = str(error)
+        else:
+            found = objection(saved)
+            if not found:
+                return saved
+            reason = f"{path} {found}"
+        warnings.warn(f"passed over a snapshot: {reason}", stacklevel=2)
+    return None
+
+
+def set_aside(folder: str | os.PathLike[str], after: int) -> None:
+    """Snapshots of rounds above `after` get ".void" behind their names: a run that goes on from there is not theirs."""
+    for round, path in _snapshots(Path(folder)):
+        if round > after:
+            path.replace(path.with_name(path.name + ".void"))
+
+
+def _snapshots(folder: Path) -> list[tuple[int, Path]]:
+    """Round and path, newest first."""
+    if not folder.is_dir():
+        return []
+    matches = [(NAME.fullmatch(path.name), path) for path in folder.iterdir()]
+    return sorted(((int(match[1]), path) for match, path in matches if match), reverse=True)
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync_folder(path.parent)
+    except (SafetensorError, OSError) as error:
+        temporary.unlink(missing_ok=True)
+        raise SnapshotError(f"{path} cannot be written: {error}") from error
+
+
+def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous, on the CPU, no two in the same memory."""
+    dense: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        _check_tensor(name, tensor)
+        value = tensor.detach().cpu().contiguous()
+        storage = value.untyped_storage()
+        if storage.nbytes() != value.nbytes or storage.data_ptr() in seen:
+            value = value.clone()
+        seen.add(value.untyped_storage().data_ptr())
+        dense[name] = value
+    return dense
+
+
+def _check_tensor(name: Any, tensor: Any) -> None:
+    if not isinstance(name, str) or name == "__metadata__":
+        raise SnapshotError(f"{name!r} cannot be a tensor's name")
+    if type(tensor) not in (Tensor, torch.nn.Parameter):
+        raise SnapshotError(f"{name} is a {type(tensor).__name__}; only plain tensors can be stored")
+    if tensor.layout != torch.strided or tensor.dtype not in DTYPES or tensor.is_meta:
+        raise SnapshotError(f"{name} is {tensor.dtype}, {tensor.layout}, on {tensor.device}; that cannot be stored")
+
+
+def _text(info: dict[str, Any]) -> str:
+    try:
+        text = json.dumps(info, sort_keys=True, separators=(",", ":"), allow_nan=False)
+        same = json.loads(text) == info
+    except (TypeError, ValueError, RecursionError) as error:
+        raise SnapshotError(f"info cannot be written as JSON: {error}") from None
+    if not same:
+        raise SnapshotError("info does not come back from JSON as it was: a tuple, or a key that is no string?")
+    return text
+
+
+def _digest(round: int, text: str, tensors: dict[str, Tensor]) -> str:
+    sha = hashlib.sha256(json.dumps([round, text]).encode() + b"\n")
+    for name, tensor in sorted(tensors.items()):
+        sha.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode() + b"\n")
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+# --- optimizers ---------------------------------------------------------------------------------------------------
+
+
+def prefixed(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under name.: for several owners in one file."""
+    return {f"{name}.{key}": value for key, value in tensors.items()}
+
+
+def part(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those that `prefixed` put under name., by their own names again."""
+    return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's `state_dict()` without pickle: tensors by flat names such as "state.3.exp_avg", the rest as JSON.
+
+    The tensors are the optimizer's own, not copies: save them before its next step. Stored are tensors, None, booleans,
+    integers, floats, strings, and lists, tuples and dicts of them. Raises SnapshotError that names what is none of
+    these.
+    """
+    tensors: dict[str, Tensor] = {}
+    state = _pack(optimizer.state_dict(), "", tensors)
+    return tensors, {"optimizer": type(optimizer).__name__, "parameters": _shapes(optimizer), "state": state}
+
+
+def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+    """Give an optimizer the state of the one that was packed: it goes on with the same bits. The tensors are copied.
+
+    The optimizer must be of the same class, over parameters of the same shapes and dtypes in the same groups. Names in
+    `tensors` that info does not mention are left alone. Raises SnapshotError; the optimizer is then as it was.
+    """
+    name, shapes = type(optimizer).__name__, _shapes(optimizer)
+    if info.get("optimizer") != name:
+        raise SnapshotError(f"the state is of {info.get('optimizer')}, the optimizer is {name}")
+    if info.get("parameters") != shapes:
+        raise SnapshotError(f"the state is for parameters {info.get('parameters')}, the optimizer has {shapes}")
+    state = _unpack(info.get("state"), tensors)
+    if not isinstance(state, dict) or not {"state", "param_groups"} <= state.keys():
+        raise SnapshotError("there is no state_dict in info")
+    try:
+        optimizer.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise SnapshotError(f"the state does not fit {name}: {error!r}") from error
+    _restore_dtypes(optimizer, state)
+
+
+def _shapes(optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    """Shape and dtype of every parameter, by group."""
+    return [[f"{list(p.shape)} {p.dtype}" for p in group["params"]] for group in optimizer.param_groups]
+
+
+def _restore_dtypes(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """`load_state_dict` casts state to its parameter's dtype, which loses bits of float32 state of bfloat16 weights."""
+    numbers = chain.from_iterable(group["params"] for group in state["param_groups"])
+    parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
+    for number, parameter in zip(numbers, parameters, strict=True):
+        for key, saved in state["state"].get(number, {}).items():
+            loaded = optimizer.state[parameter].get(key)
+            if isinstance(saved, Tensor) and isinstance(loaded, Tensor) and loaded.dtype != saved.dtype:
+                optimizer.state[parameter][key] = saved.to(loaded.device)
+
+
+def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """JSON for a tree: {"tensor": name}, {"tuple": [...]}, {"dict": [[key, value], ...]}, {"float": "nan"}."""
+    if isinstance(value, Tensor):
+        _check_tensor(name, value)
+        if name in tensors:
+            raise SnapshotError(f"two tensors have the name {name}")
+        tensors[name] = value.detach()
+        return {"tensor": name}
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else {"float": repr(float(value))}
+    if type(value) in (list, tuple):
+        items = [_pack(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
+        return items if isinstance(value, list) else {"tuple": items}
+    if isinstance(value, dict) and all(type(key) in (int, str) for key in value):
+        prefix = f"{name}." if name else ""
+        return {"dict": [[key, _pack(item, f"{prefix}{key}", tensors)] for key, item in value.items()]}
+    raise SnapshotError(f"{name} is {type(value).__name__} {value!r:.100}, which cannot be stored")
+
+
+def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_unpack(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    match value:
+        case {"tensor": str(name)} if name in tensors:
+            return tensors[name].clone()
+        case {"tensor": name}:
+            raise SnapshotError(f"the tensor {name!r} is missing")
+        case {"float": "nan" | "inf" | "-inf" as number}:
+            return float(number)
+        case {"tuple": list(items)}:
+            return tuple(_unpack(item, tensors) for item in items)
+        case {"dict": list(items)} if all(isinstance(item, list) and len(item) == 2 for item in items):
+            return {key: _unpack(item, tensors) for key, item in items}
+    raise SnapshotError(f"{value!r:.100} is no packed value")

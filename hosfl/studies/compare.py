@@ -1,0 +1,153 @@
+"""Methods beside each other: the same seeds, data, batches and rounds, one table."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from hosfl.runs.checkpoint import write_json
+from hosfl.runs.config import DEFAULTS, Config
+from hosfl.runs.provenance import ProvenanceError
+from hosfl.runs.report import Evaluation, Summary, gap_recovered, machine, metric, plot_curves
+from hosfl.runs.trainer import Progress, train
+
+CATEGORIES = (
+    *("cut up", "labels up", "mask up", "multiplier down", "losses down", "scalars up", "scalars down", "gradient up"),
+    *("weights up", "weights down"),
+)
+PASSES = ("client forward", "client backward", "server forward", "server backward")
+
+
+def compare(
+    configs: Sequence[Config], out: Path, bar: Callable[[Config], AbstractContextManager[Progress]]
+) -> dict[str, Any]:
+    """Run every configuration and write out/table.json, out/curves.png and a folder per run; returns the table.
+
+    Ctrl-C ends the run at hand and leaves out the rest; the table then holds the runs that were finished.
+    """
+    runs_of = [(config.method, config.seed) for config in configs]
+    for method, seed in runs_of:
+        if runs_of.count((method, seed)) > 1:
+            raise ValueError(f"method {method} with seed {seed} is there twice: name each method and each seed once")
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / "table.json").exists():
+        raise FileExistsError(f"{out} holds another comparison: choose another folder or delete it")
+    runs: dict[str, list[Summary]] = {}
+    curves: dict[str, list[Sequence[Evaluation]]] = {}
+    interrupted = False
+    for config in configs:
+        folder = out / f"{config.method}-{config.seed}"
+        with bar(config) as progress:
+            summary = train(config, folder, progress)
+        if summary.interrupted:
+            interrupted = True
+            break
+        runs.setdefault(config.method, []).append(summary)
+        data = {s.provenance["data"] for summaries in runs.values() for s in summaries}
+        if len(data) > 1:
+            raise ProvenanceError(f"the data changed while the runs went on: {folder} saw others than the runs before")
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        curves.setdefault(config.method, []).append([Evaluation.read(line) for line in lines])
+    shared = {k: v for k, v in DEFAULTS.items() if k not in ("method", "seed")}
+    for config in configs:  # that of a method which does not read a setting has its default
+        shared |= {k: v for k, v in asdict(config).items() if k in shared and v != DEFAULTS[k]}
+    table: dict[str, Any] = {
+        "interrupted": interrupted,
+        "config": shared,
+        "machine": machine(),
+        "methods": {method: row(summaries) for method, summaries in runs.items()},
+    }
+    _add_gap(table["methods"])
+    write_json(out / "table.json", table)
+    if curves:
+        seeds = max(len(s) for s in runs.values())
+        plot_curves(curves, out / "curves.png", f"{configs[0].task}: mean of {seeds} seeds, band from worst to best")
+    return table
+
+
+def row(summaries: Sequence[Summary]) -> dict[str, Any]:
+    """One method's line: means over seeds, and each seed's own figures."""
+    return {
+        "seeds": [s.config["seed"] for s in summaries],
+        "accuracy": mean(s.accuracy for s in summaries),
+        "scores": {name: mean(s.scores[name] for s in summaries) for name in summaries[0].scores},
+        "loss": mean(s.loss for s in summaries),
+        "accuracies": [s.accuracy for s in summaries],
+        "losses": [s.loss for s in summaries],
+        "bytes_per_client_round": {
+            category: mean(s.bytes_per_client_round.get(category, 0.0) for s in summaries)
+            for category in sorted(set().union(*(s.bytes_per_client_round for s in summaries)))
+        },
+        "passes_per_client_round": {
+            kind: mean(s.passes_per_client_round.get(kind, 0.0) for s in summaries) for kind in PASSES
+        },
+        "forward_seconds": mean(s.forward_seconds for s in summaries),
+        "answer_seconds": mean(s.answer_seconds for s in summaries),
+        "seconds": mean(s.seconds for s in summaries),
+        "replicas_equal": all(s.replicas is not None and s.replicas.equal for s in summaries),
+    }
+
+
+def _add_gap(methods: dict[str, Any]) -> None:
+    """Where both controls are there, how much of the gap between them every method recovers."""
+    if not {"frozen", "first-order"} <= set(methods):
+        return
+    for quantity in ("accuracy", "loss"):
+        low, high = methods["frozen"][quantity], methods["first-order"][quantity]
+        for line in methods.values():
+            line[f"{quantity}_gap_recovered"] = gap_recovered(line[quantity], low, high)
+
+
+def _score(name: str, line: dict[str, Any]) -> str:
+    return f"{line['scores'][name]:.4f}"
+
+
+def _bytes(category: str, line: dict[str, Any]) -> str:
+    return f"{line['bytes_per_client_round'].get(category, 0):,.0f}"
+
+
+def _passes(kind: str, line: dict[str, Any]) -> str:
+    return f"{line['passes_per_client_round'][kind]:,.0f}"
+
+
+def print_table(table: dict[str, Any]) -> None:
+    """The comparison as text."""
+    methods = table["methods"]
+    shown = Table(title=f"{table['config']['task']}, {table['config']['rounds']} rounds")
+    shown.add_column("")
+    for method, line in methods.items():
+        shown.add_column(f"{method} ({len(line['seeds'])} seeds)", justify="right")
+
+    def add(label: str, cell: Callable[[dict[str, Any]], str]) -> None:
+        shown.add_row(label, *(cell(line) for line in methods.values()))
+
+    def share(line: dict[str, Any], quantity: str) -> str:
+        value = line.get(f"{quantity}_gap_recovered")
+        return "" if value is None else f"{value + 0.0:.2f}"  # no -0.00
+
+    data = table["config"]["evaluate_on"]
+    scores = next(iter(methods.values()))["scores"] if methods else {}
+    for name in scores:
+        add(f"{data} {name}", partial(_score, name))
+    add(f"{data} loss", lambda line: f"{line['loss']:.4f}")
+    add(f"{metric(scores)} gap recovered", lambda line: share(line, "accuracy"))
+    add("loss gap recovered", lambda line: share(line, "loss"))
+    for category in (*CATEGORIES, "framing up", "framing down"):
+        if any(category in line["bytes_per_client_round"] for line in methods.values()):
+            add(f"bytes, {category}", partial(_bytes, category))
+    for kind in PASSES:
+        add(f"samples, {kind}", partial(_passes, kind))
+    add("client forward, ms", lambda line: f"{line['forward_seconds'] * 1e3:.2f}")
+    add("client answer, ms", lambda line: f"{line['answer_seconds'] * 1e3:.2f}")
+    add("answer / forward", lambda line: f"{line['answer_seconds'] / line['forward_seconds']:.1f}")
+    add("all clients hold the same bits", lambda line: "yes" if line["replicas_equal"] else "NO")
+    Console(width=None if sys.stdout.isatty() else 110).print(shown)

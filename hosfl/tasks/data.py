@@ -1,0 +1,318 @@
+"""Data: samples and labels, real handwritten digits, texts as tokens, and the split over clients."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hosfl.extras import needed
+from hosfl.halves.families import tokenized
+from hosfl.methods.client import Batch
+from hosfl.protocol.seeds import Purpose, generator
+from hosfl.tasks.reading import DataError, Found, Row, classes, table, text_field
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Inputs [n, ...], or several by name, such as tokens and their mask; labels int64 [n], or [n, ...]."""
+
+    inputs: Tensor | dict[str, Tensor]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, chosen: Tensor | slice) -> Dataset:
+        """Some of the samples."""
+        return Dataset(self._each(lambda x: x[chosen]), self.labels[chosen])
+
+    @property
+    def length(self) -> int:
+        """Tokens of a sample; 1 where the inputs are not tokens."""
+        return 1 if isinstance(self.inputs, Tensor) else self.inputs["input_ids"].shape[1]
+
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens up to the last one that counts, int64 [n]; ones where the inputs are not tokens."""
+        if isinstance(self.inputs, Tensor):
+            return torch.ones(len(self), dtype=torch.int64)
+        return (self.inputs["attention_mask"] * torch.arange(1, self.length + 1)).amax(1)
+
+    def trimmed(self) -> Dataset:
+        """Without the tokens at the end that count in no sample: nothing is computed or sent for them."""
+        longest = int(self.lengths.max())
+        return self if longest == self.length else replace(self, inputs=self._each(lambda x: x[:, :longest]))
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Dataset:
+        """On a device, inputs of floating point as `dtype`."""
+        inputs = self._each(lambda x: x.to(device, dtype if x.is_floating_point() else None))
+        return replace(self, inputs=inputs, labels=self.labels.to(device))  # of the same class
+
+    def digest(self) -> str:
+        """SHA-256 of the content, in hexadecimal: all that it holds, and nothing of where that lay."""
+        return digest(self)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Tensor | dict[str, Tensor]:
+        if isinstance(self.inputs, Tensor):
+            return change(self.inputs)
+        return {name: change(value) for name, value in self.inputs.items()}
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Training data, validation data for choosing rates, test data for reporting and nothing else.
+
+    Raises DataError for a part without samples, for labels that are no integers from 0 on, and, where labels are
+    classes, int [n], for a training part of one class and for classes that the training part has not. A validation or
+    test part of one class is a warning, and so are labels int [n, ...] that are all the same.
+    """
+
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+
+    def __post_init__(self) -> None:
+        known = self.train.labels.unique().tolist()
+        for name, data in (("training", self.train), ("validation", self.validation), ("test", self.test)):
+            labels = data.labels
+            inputs = [data.inputs] if isinstance(data.inputs, Tensor) else list(data.inputs.values())
+            if not len(labels):
+                raise DataError(f"the {name} part has no samples")
+            if any(len(value) != len(labels) for value in inputs):
+                raise DataError(f"the {name} part has {len(inputs[0])} inputs and {len(labels)} labels")
+            if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+                raise DataError(f"the {name} part's labels are {labels.dtype}; they must be integers, such as int64")
+            if int(labels.min()) < 0:
+                raise DataError(f"the {name} part has the label {int(labels.min())}; labels begin at 0")
+            if labels.dim() > 1:
+                if len(labels) > 1 and bool((labels == labels[0]).all()):
+                    warnings.warn(f"all labels of the {name} part are {labels[0].tolist()}", stacklevel=1)
+                continue
+            present = labels.unique().tolist()
+            strange = sorted(set(present) - set(known))
+            if strange:
+                raise DataError(f"the {name} part has class {strange[0]}, which the training part has not: {known}")
+            if len(present) == 1 and name == "training":
+                raise DataError(f"the training part has one class only, {present[0]}: there is nothing to learn")
+            if len(present) == 1:
+                warnings.warn(f"the {name} part has one class only, {present[0]}: its scores say little", stacklevel=1)
+
+    def digest(self) -> str:
+        """SHA-256 of the content of all parts, in hexadecimal; nothing of where that lay."""
+        return digest(self)
+
+
+def digest(value: Any) -> str:
+    """SHA-256, in hexadecimal, of tensors, and what JSON can hold, in data classes and dictionaries."""
+    found = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            found.update(json.dumps([str(value.dtype), list(value.shape)]).encode())
+            flat = value.detach().cpu().reshape(-1)
+            if flat.stride() != (1,):  # a view of one number, which counts as contiguous
+                flat = flat.clone(memory_format=torch.contiguous_format)
+            found.update(flat.view(torch.uint8).numpy().data)
+        elif is_dataclass(value):
+            add({field.name: getattr(value, field.name) for field in fields(value)})
+        elif isinstance(value, dict):
+            found.update(json.dumps(sorted(value)).encode())
+            for name in sorted(value):
+                add(value[name])
+        else:
+            found.update(json.dumps(value).encode())
+
+    add(value)
+    return found.hexdigest()
+
+
+DIGITS_MEAN, DIGITS_DEVIATION = 0.305, 0.376  # of the training part's pixels, black 0 and white 1
+
+
+def inverted(splits: Splits, noise: float = 0.2) -> Splits:
+    """Digits with black and white exchanged and normal noise on every pixel, the same in every run."""
+    random = torch.Generator().manual_seed(0)
+
+    def change(data: Dataset) -> Dataset:
+        assert isinstance(data.inputs, Tensor)
+        pixels = data.inputs * DIGITS_DEVIATION + DIGITS_MEAN
+        pixels = 1 - pixels + noise * torch.randn(pixels.shape, generator=random)
+        return Dataset((pixels - (1 - DIGITS_MEAN)) / DIGITS_DEVIATION, data.labels)
+
+    return Splits(change(splits.train), change(splits.validation), change(splits.test))
+
+
+def digits() -> Splits:
+    """The 1,797 handwritten digits that scikit-learn carries, float32 [n, 1, 8, 8]: 60 / 20 / 20 percent.
+
+    Standardised by mean and deviation of the training part. The parts are stratified and the same in every run.
+    Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998.
+    """
+    train_test_split = needed("sklearn.model_selection", "the task digits").train_test_split
+    x, y = needed("sklearn.datasets", "the task digits").load_digits(return_X_y=True)
+    inputs = torch.tensor(x, dtype=torch.float32).reshape(-1, 1, 8, 8)
+    inputs = (inputs / 16 - DIGITS_MEAN) / DIGITS_DEVIATION
+    labels = torch.tensor(y, dtype=torch.int64)
+    train, rest = train_test_split(np.arange(len(y)), train_size=0.6, stratify=y, random_state=0)
+    validation, test = train_test_split(rest, train_size=0.5, stratify=y[rest], random_state=0)
+    return Splits(*(Dataset(inputs[part], labels[part]) for part in (train, validation, test)))
+
+
+def sentences(folder: Path, model: str, longest: int = 64) -> Splits:
+    """Labelled sentences of a folder: train.tsv, dev.tsv (validation) and test.tsv.
+
+    The first line is "sentence<TAB>label", every other a sentence and its class, from 0 on. model: whose tokenizer to
+    use. longest: tokens; what is longer is cut. Raises OSError, DataError naming the file and line.
+    """
+    train, validation, test = (
+        [
+            (where, {"sentence": text_field(row, "sentence", where), "label": row["label"]})
+            for where, row in table(folder / name, ("sentence", "label"))
+        ]
+        for name in ("train.tsv", "dev.tsv", "test.tsv")
+    )
+    return as_tokens(classified(train, validation, test), lambda row: (row["sentence"],), model, longest)
+
+
+def classified(
+    train: Sequence[Found], validation: Sequence[Found], test: Sequence[Found], names: Sequence[str] = ()
+) -> tuple[list[Row], list[Row], list[Row]]:
+    """The rows of published parts with their classes, int, as "label"; names: see `reading.classes`.
+
+    Where the test part's labels are not public, or it is empty, the published validation part is the test part, and the
+    validation part, for choosing rates, is held out of the training part: as many rows, but no more than a tenth, with
+    the training part's shares of the classes, the same in every run. Raises DataError.
+    """
+
+    def with_classes(part: Sequence[Found], numbers: list[int]) -> list[Row]:
+        return [{**row, "label": number} for (_, row), number in zip(part, numbers, strict=False)]
+
+    own = classes(train, names)
+    rows = with_classes(train, own)
+    for_rates = with_classes(validation, classes(validation, names, training=set(own)))
+    for_report = with_classes(test, classes(test, names, training=set(own), may_hide=True))
+    if for_report:
+        return rows, for_rates, for_report
+    kept, held = held_out(np.array(own), len(for_rates))
+    return [rows[i] for i in kept], [rows[i] for i in held], for_rates
+
+
+def held_out(classes: np.ndarray, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Which samples are kept, and which held out for validation: a tenth, or `most`, the same in every run.
+
+    classes: int [n]; both parts have the same shares of them. Raises DataError for too few samples.
+    """
+    split = needed("sklearn.model_selection", "holding samples out for validation").train_test_split
+    own, sizes = np.unique(classes, return_counts=True)
+    count = len(classes) // 10
+    if count < len(own):
+        raise DataError(
+            f"{len(classes)} training samples are too few to hold a tenth of them out for validation: at least"
+            f" {10 * len(own)} are needed for {len(own)} classes"
+        )
+    if most is not None and most < len(own):
+        raise DataError(
+            f"{most} validation samples are too few for another part of that size, held out of the training part: at"
+            f" least {len(own)} are needed, one for each class"
+        )
+    if sizes.min() < 2:
+        raise DataError(
+            f"the training part has one sample of class {own[sizes.argmin()]}: at least 2 are needed, one to train on"
+            " and one to hold out for validation"
+        )
+    count = count if most is None else min(count, most)
+    kept, held = split(np.arange(len(classes)), test_size=count, stratify=classes, random_state=0)
+    return np.sort(kept), np.sort(held)
+
+
+def as_tokens(
+    found: Sequence[list[Row]], texts: Callable[[Row], tuple[str, ...]], model: str, longest: int, cut: str = "right"
+) -> Splits:
+    """Training, validation and test rows as a model's tokens, of one length; the other arguments: see `tokenized`."""
+    rows = [row for part in found for row in part]
+    labels = torch.tensor([row["label"] for row in rows], dtype=torch.int64)
+    whole = Dataset(tokenized(model, [texts(row) for row in rows], longest, cut), labels)
+    ends = np.cumsum([0, *map(len, found)]).tolist()
+    return Splits(*(whole[begin:end] for begin, end in pairwise(ends)))
+
+
+def iid_split(samples: int, clients: int, seed: int) -> list[Tensor]:
+    """Who owns which sample, whatever its class: equal parts of a random order; indices int64 per client.
+
+    Raises DataError where there are fewer samples than clients.
+    """
+    _enough(samples, clients, 1)
+    order = generator(seed, Purpose.PARTITION).permutation(samples)
+    return [torch.from_numpy(np.sort(part)) for part in np.array_split(order, clients)]
+
+
+def dirichlet_split(labels: Tensor, clients: int, alpha: float, seed: int, smallest: int = 8) -> list[Tensor]:
+    """Who owns which sample: for each class, shares drawn from a Dirichlet distribution; indices int64 per client.
+
+    labels: int64 [n], the classes, or whatever else the clients' data are to differ by, such as articles. alpha: small
+    means that clients see few classes, large that they see the same mix. Drawn again until every client has `smallest`
+    samples. Raises DataError where there are too few, or if that does not happen in 100 draws.
+    """
+    _enough(len(labels), clients, smallest)
+    random = generator(seed, Purpose.PARTITION)
+    classes = [np.flatnonzero(labels.numpy() == c) for c in labels.unique().tolist()]
+    for _ in range(100):
+        owned: list[list[np.ndarray]] = [[] for _ in range(clients)]
+        for members in classes:
+            shares = random.dirichlet(np.full(clients, alpha))
+            cuts = (np.cumsum(shares)[:-1] * len(members)).astype(int)
+            for client, part in enumerate(np.split(random.permutation(members), cuts)):
+                owned[client].append(part)
+        parts = [np.sort(np.concatenate(parts)) for parts in owned]
+        if min(len(part) for part in parts) >= smallest:
+            return [torch.from_numpy(part) for part in parts]
+    raise DataError(
+        f"{len(labels)} samples, {clients} clients, alpha {alpha}: some client always has fewer than {smallest};"
+        " use fewer clients or a larger alpha"
+    )
+
+
+def shards(samples: int, clients: int, smallest: int) -> int:
+    """In how many parts a crowd shares the data: one per client, or as many as have `smallest` samples each.
+
+    Raises DataError where the samples are too few for one.
+    """
+    if samples < smallest:
+        raise DataError(f"{samples} training samples are too few for a simulation: at least {smallest} are needed")
+    return min(clients, samples // smallest)
+
+
+def _enough(samples: int, clients: int, smallest: int) -> None:
+    if clients < 1:
+        raise ValueError(f"{samples} samples for {clients} clients: one client at least is needed")
+    if samples < clients * smallest:
+        raise DataError(
+            f"{samples} samples for {clients} clients: at least {clients * smallest} are needed, {smallest} for each;"
+            " use fewer clients or more data"
+        )
+
+
+@dataclass(frozen=True)
+class Batches:
+    """A client's batches: `size` of its samples, or all if it has fewer; the same for every method of a seed."""
+
+    data: Dataset
+    size: int
+    seed: int
+    client: int
+
+    def __call__(self, round: int) -> Batch:
+        random = generator(self.seed, Purpose.BATCHES, round, self.client)
+        chosen = torch.from_numpy(random.choice(len(self.data), min(self.size, len(self.data)), replace=False))
+        batch = self.data[chosen].trimmed()
+        return batch.inputs, batch.labels

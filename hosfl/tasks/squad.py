@@ -1,0 +1,297 @@
+"""SQuAD 1.1: questions about paragraphs, whose answers are spans of them (Rajpurkar et al., 2016).
+
+A paragraph that is longer than a model reads at once is read in windows that overlap. Every window is a sample; the
+answer of one that does not hold it whole is its first token. The predicted answer is the best span of all windows.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hosfl.halves.families import tokenizer_of
+from hosfl.tasks.data import Dataset, Splits
+from hosfl.tasks.reading import Answer, DataError, Row, field, hub_rows, json_file, standing, typed
+
+HUB = "rajpurkar/squad"
+FILES = ("train-v1.1.json", "dev-v1.1.json")
+LONGEST = 384  # tokens of a window: question, and part of the paragraph
+LONGEST_ANSWER = 30  # tokens
+AT_ONCE = 1000  # questions to the tokenizer
+VERSION_2 = "is SQuAD 2.0, with questions that have no answer; this task reads 1.1"
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+class Question(NamedTuple):
+    """One question. answers: all that were given. start: where the first one begins in the context, in characters."""
+
+    article: str
+    context: str
+    question: str
+    answers: list[str]
+    start: int
+
+
+@dataclass(frozen=True)
+class Windows(Dataset):
+    """Windows of a model's length. labels: int64 [n, 2], the answer's first and last token, 0 and 0 where it is not.
+
+    spans: int32 [n, length, 2], where in its context a token begins and ends, -1 where it is none of the context.
+    question: int64 [n], the number of a window's question. questions: those.
+    """
+
+    spans: Tensor
+    question: Tensor
+    questions: Sequence[Question]
+
+    @property
+    def used(self) -> int:
+        """Tokens of the longest window, without padding."""
+        assert isinstance(self.inputs, dict)
+        return int(self.inputs["attention_mask"].sum(1).max())
+
+    def shortened(self, length: int) -> Windows:
+        """Of fewer tokens; only padding may be lost."""
+        return replace(self, inputs=self._each(lambda x: x[:, :length].clone()), spans=self.spans[:, :length].clone())
+
+
+def parts(data: str) -> tuple[list[Question], list[Question], list[Question]]:
+    """Training, validation and test questions: from a folder, one file, or by name from the hub where data is empty.
+
+    The published test part is hidden: the development part is the test part, and the validation part, for choosing
+    rates, is held out of the training part: whole articles, drawn alike in every run, until they have as many
+    questions as the test part or a tenth of the training part. One file that is not a folder is all there is: a quarter
+    of it, again whole articles, is the test part.
+
+    Raises: OSError; DataError for a file that is not SQuAD 1.1 or has too few articles; without `datasets` ImportError.
+    """
+    parts_of: Path | str = HUB
+    if not data:
+        published = hub_rows(HUB, parts=("train", "validation"))
+        train, test = (_checked([_from_hub(row, where) for where, row in part]) for part in published)
+    elif Path(data).is_dir():
+        train, test = (read(Path(data) / name) for name in FILES)
+        parts_of = Path(data) / FILES[0]
+    else:
+        everything = read(Path(data))
+        _enough(everything, 3, data)
+        train, test = articles_apart(everything, max(1, len(everything) // 4), keep=2)
+        parts_of = data
+    _enough(train, 2, parts_of)
+    train, validation = articles_apart(train, max(1, min(len(test), len(train) // 10)), keep=1)
+    return train, validation, test
+
+
+def _enough(questions: list[Question], needed: int, where: Path | str) -> None:
+    count = len({q.article for q in questions})
+    if count < needed:
+        what = ("to train, to choose rates and to test on", "to train and to choose rates on")[needed == 2]
+        raise DataError(f"{where}: too few articles, {count}: at least {needed} are needed, {what}")
+
+
+def read(path: Path) -> list[Question]:
+    """The questions of a file in SQuAD's JSON.
+
+    Raises OSError; DataError for another format, a question without answer, an answer that does not stand where its
+    offset says, a file without questions.
+    """
+    document = json_file(path)
+    if str(document.get("version")).lower().removeprefix("v").startswith("2"):
+        raise DataError(f"{path} {VERSION_2}")
+    found = []
+    for number, article in enumerate(field(document, "data", list, str(path))):
+        place = f"data[{number}]"
+        for p, paragraph in enumerate(_objects(article, "paragraphs", f"{path}, {place}")):
+            inner = f"{place}.paragraphs[{p}]"
+            for q, asked in enumerate(_objects(paragraph, "qas", f"{path}, {inner}")):
+                where = f"{path}, {inner}.qas[{q}]"
+                if typed(asked, dict, where).get("is_impossible"):
+                    raise DataError(f"{path} {VERSION_2}")
+                if isinstance(asked.get("id"), str):
+                    where = f"{path}, question {asked['id']}"
+                context = field(paragraph, "context", str, f"{path}, {inner}")
+                found.append(_question(str(number), context, asked, _objects(asked, "answers", where), where))
+    if not found:
+        raise DataError(f"{path} has no questions")
+    return _checked(found)
+
+
+def _objects(row: Any, name: str, where: str) -> list[Any]:
+    return field(typed(row, dict, where), name, list, where)
+
+
+def _question(article: str, context: str, asked: Row, given: list[Any], where: str) -> tuple[str, Question, list[int]]:
+    """One question with its place, and where its answers are said to begin."""
+    if not given:
+        raise DataError(f"{where} has no answer, as none has in SQuAD 1.1")
+    texts, starts = [], []
+    for number, answer in enumerate(given):
+        place = f"{where}, answers[{number}]"
+        texts.append(field(typed(answer, dict, place), "text", str, place))
+        starts.append(field(answer, "answer_start", int, place))
+    return where, Question(article, context, field(asked, "question", str, where), texts, starts[0]), starts
+
+
+def _from_hub(row: Row, where: str) -> tuple[str, Question, list[int]]:
+    answers = field(row, "answers", dict, where)
+    texts, starts = (field(answers, name, list, f"{where}, answers") for name in ("text", "answer_start"))
+    if len(texts) != len(starts):
+        raise DataError(f"{where}: {len(texts)} answers with {len(starts)} offsets")
+    given = [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
+    return _question(field(row, "title", str, where), field(row, "context", str, where), row, given, where)
+
+
+def _checked(found: list[tuple[str, Question, list[int]]]) -> list[Question]:
+    """The questions, if every answer stands where it is said to."""
+    standing(
+        [
+            Answer(where, asked.context, text, start)
+            for where, asked, starts in found
+            for text, start in zip(asked.answers, starts, strict=True)
+        ]
+    )
+    return [asked for _, asked, _ in found]
+
+
+def articles_apart(questions: list[Question], count: int, keep: int = 0) -> tuple[list[Question], list[Question]]:
+    """(kept, apart): whole articles are set apart until they have `count` questions; the same in every run.
+
+    keep: so many articles are kept, whatever count says.
+    """
+    sizes = Counter(q.article for q in questions)
+    names = sorted(sizes)
+    apart: set[str] = set()
+    for i in np.random.default_rng(0).permutation(len(names)):
+        if sum(sizes[name] for name in apart) >= count or len(names) - len(apart) <= keep:
+            break
+        apart.add(names[i])
+    return [q for q in questions if q.article not in apart], [q for q in questions if q.article in apart]
+
+
+def windows(found: Sequence[Sequence[Question]], model: str) -> tuple[Splits, Tensor]:
+    """Parts as a model's tokens, all windows of one length, and the training windows' articles as int64 [n].
+
+    Neighbouring windows share a third of their length. A question is cut at a sixth of it. Raises ValueError for a
+    model whose tokenizer does not say where its tokens are in the text.
+    """
+    tokenizer = tokenizer_of(model)
+    if not tokenizer.is_fast:
+        raise ValueError(f"{model} has a tokenizer in Python, which does not say where its tokens are in the text")
+    whole = [_windows(tokenizer, questions) for questions in found]
+    longest = max(part.used for part in whole)
+    train, validation, test = (part.shortened(longest) for part in whole)
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(q.article for q in train.questions))}
+    articles = torch.tensor([numbers[q.article] for q in train.questions])
+    return Splits(Dataset(train.inputs, train.labels), validation, test), articles[train.question]
+
+
+def _windows(tokenizer: Any, questions: Sequence[Question]) -> Windows:
+    longest = min(LONGEST, tokenizer.model_max_length)
+    pieces: dict[str, list[Tensor]] = {}
+    for begin in range(0, len(questions), AT_ONCE):
+        some = questions[begin : begin + AT_ONCE]
+        found = tokenizer(
+            _cut(tokenizer, [q.question.strip() for q in some], longest // 6),
+            [q.context for q in some],
+            truncation="only_second",
+            max_length=longest,
+            stride=longest // 3,
+            padding="max_length",
+            return_overflowing_tokens=True,
+            return_offsets_mapping=True,
+        )
+        arrays = {name: torch.from_numpy(np.array(value)) for name, value in found.items()}  # much faster than "pt"
+        own, spans = arrays.pop("overflow_to_sample_mapping"), arrays.pop("offset_mapping").int()
+        for i in range(len(own)):
+            spans[i, [sequence != 1 for sequence in found.sequence_ids(i)]] = -1
+        pieces.setdefault("spans", []).append(spans)
+        pieces.setdefault("question", []).append(own + begin)
+        places = [_tokens(found, i, some[q]) for i, q in enumerate(own.tolist())]
+        pieces.setdefault("labels", []).append(torch.tensor(places, dtype=torch.int64))
+        for name, value in arrays.items():
+            pieces.setdefault(name, []).append(value)
+    joined = {name: torch.cat(tensors) for name, tensors in pieces.items()}
+    spans, question, labels = (joined.pop(name) for name in ("spans", "question", "labels"))
+    return Windows(joined, labels, spans, question, questions)
+
+
+def _cut(tokenizer: Any, questions: list[str], tokens: int) -> list[str]:
+    """The questions' first tokens, so many at most."""
+    found = tokenizer(questions, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return [q if len(own) <= tokens else q[: own[tokens - 1][1]] for q, own in zip(questions, found, strict=True)]
+
+
+def _tokens(found: Any, window: int, asked: Question) -> tuple[int, int]:
+    """The first and the last token of the answer in a window; (0, 0) where the window does not hold all of it."""
+    text = asked.answers[0]
+    begin = asked.start + len(text) - len(text.lstrip())
+    ends = (found.char_to_token(window, char, 1) for char in (begin, begin + len(text.strip()) - 1))
+    first, last = ends
+    return (0, 0) if first is None or last is None else (first, last)
+
+
+def span_scores(outputs: Tensor, data: Dataset) -> dict[str, float]:
+    """F1 and exact match of the predicted answers, from 0 to 1: each against the given answer that it is nearest to.
+
+    outputs: [n, length, 2], logits of start and end. As in the official evaluation, case, punctuation, articles and
+    blanks do not count.
+    """
+    assert isinstance(data, Windows)
+    found = predictions(outputs, data)
+    pairs = list(zip(found, data.questions, strict=True))
+    return {
+        name: sum(max(score(text, given) for given in asked.answers) for text, asked in pairs) / len(pairs)
+        for name, score in SCORES.items()
+    }
+
+
+def predictions(outputs: Tensor, data: Windows) -> list[str]:
+    """Each question's answer: of all its windows the span in the context with the highest sum of logits."""
+    spans = data.spans.cpu()
+    logits = outputs.float().cpu().masked_fill(spans[..., :1] < 0, float("-inf"))
+    start, end = logits.unbind(-1)
+    length = start.shape[1]
+    best = torch.full((len(start),), float("-inf"))
+    first = torch.zeros(len(start), dtype=torch.int64)
+    last = first.clone()
+    for more in range(min(LONGEST_ANSWER, length)):
+        score, at = (start[:, : length - more] + end[:, more:]).max(1)
+        better = score > best
+        best, first, last = (
+            torch.where(better, new, old) for new, old in ((score, best), (at, first), (at + more, last))
+        )
+    answers: list[tuple[float, str]] = [(float("-inf"), "")] * len(data.questions)
+    for i, number in enumerate(data.question.tolist()):
+        if float(best[i]) > answers[number][0]:
+            begin, stop = int(spans[i, first[i], 0]), int(spans[i, last[i], 1])
+            answers[number] = float(best[i]), data.questions[number].context[begin:stop]
+    return [text for _, text in answers]
+
+
+def words(text: str) -> list[str]:
+    """What of an answer counts."""
+    return ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split()
+
+
+def f1(predicted: str, given: str) -> float:
+    """The harmonic mean of precision and recall of the words."""
+    one, other = words(predicted), words(given)
+    shared = (Counter(one) & Counter(other)).total()
+    return 2 * shared / (len(one) + len(other)) if shared else 0.0
+
+
+def exact_match(predicted: str, given: str) -> float:
+    return float(words(predicted) == words(given))
+
+
+SCORES: dict[str, Callable[[str, str], float]] = {"F1": f1, "exact match": exact_match}

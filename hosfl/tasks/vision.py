@@ -1,0 +1,178 @@
+"""Pictures: CIFAR-10 and CIFAR-100 from folders or the hub, small residual networks, and inputs that change."""
+
+from __future__ import annotations
+
+import io
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hosfl.tasks.data import Dataset, Splits, held_out
+from hosfl.tasks.reading import DataError, class_folders, classes, content, hub, hub_column, hub_picture, picture_file
+
+HUB = {"cifar10": ("uoft-cs/cifar10", "label"), "cifar100": ("uoft-cs/cifar100", "fine_label")}
+CLASSES = {"cifar10": 10, "cifar100": 100}
+SIZE = (32, 32)
+MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, as published CIFAR weights have them
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions and a shortcut without parameters, the option A of He et al., 2016: where pictures get
+    smaller and wider, every second pixel, and zeros for the new channels."""
+
+    def __init__(self, width: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out)
+        self.conv2 = nn.Conv2d(out, out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out)
+        self.stride, self.more = stride, out - width
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(nn.functional.relu(self.bn1(self.conv1(x)))))
+        if self.more:
+            x = nn.functional.pad(x[..., :: self.stride, :: self.stride], (0, 0, 0, 0, self.more // 2, self.more // 2))
+        return nn.functional.relu(x + y)
+
+
+class CifarResNet(nn.Module):
+    """The residual network of 6 n + 2 layers for small pictures: He et al., "Deep Residual Learning", 2016.
+
+    [batch, 3, 32, 32] -> [batch, classes]. Stages of 16, 32 and 64 channels with n blocks each; n = 3: ResNet-20.
+    """
+
+    def __init__(self, classes: int, n: int = 3) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU()
+        self.layer1 = nn.Sequential(*(Block(16, 16, 1) for _ in range(n)))
+        self.layer2 = nn.Sequential(Block(16, 32, 2), *(Block(32, 32, 1) for _ in range(n - 1)))
+        self.layer3 = nn.Sequential(Block(32, 64, 2), *(Block(64, 64, 1) for _ in range(n - 1)))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(64, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer3(self.layer2(self.layer1(self.relu(self.bn1(self.conv1(x))))))
+        output: Tensor = self.fc(self.avgpool(x).flatten(1))
+        return output
+
+
+def pretrained_resnet(path: Path, classes: int) -> CifarResNet:
+    """A CifarResNet with the weights of a file: the state dictionary, or a checkpoint that has one as "state_dict".
+
+    Names may begin with "module." and call the last layer "linear", as the weights published with
+    github.com/akamaster/pytorch_resnet_cifar10 do. The depth is read from the names. A last layer for another number
+    of classes is left out: it starts random. Raises OSError; DataError naming the file and what does not fit.
+    """
+    raw = content(path)
+    try:
+        saved = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+        state = {
+            name.removeprefix("module.").replace("linear.", "fc."): value
+            for name, value in saved.get("state_dict", saved).items()
+        }
+        finite = {name: bool(value.isfinite().all()) for name, value in state.items()}
+    except Exception as error:  # of any type: the file may hold anything
+        raise DataError(f"{path} holds no state dictionary of tensors: {error}") from None
+    for name in state:
+        if not finite[name]:
+            raise DataError(f"{path}: {name} has values that are not finite")
+    try:
+        model = CifarResNet(classes, len({name.split(".")[1] for name in state if name.startswith("layer1.")}))
+        if "fc.bias" in state and len(state["fc.bias"]) != classes:
+            state |= model.fc.state_dict(prefix="fc.")
+        model.load_state_dict(state)
+    except Exception as error:
+        raise DataError(f"{path} does not hold the weights of a residual network for CIFAR: {error}") from error
+    return model
+
+
+def pictures(name: str, folder: Path | None) -> Splits:
+    """CIFAR-10 or CIFAR-100, float32 [n, 3, 32, 32], standardised with ImageNet's mean and deviation.
+
+    folder: with train/CLASS/ and test/CLASS/ of picture files; classes are numbered in the order of the training part's
+    names, which for CIFAR-10 is the official one. None: the hub's data set, which needs the package datasets and a
+    network. A tenth of the training part is held out as validation data. Raises OSError; DataError naming the file;
+    ImportError.
+    """
+    if folder is None:
+        return _from_hub(name)
+    names, train = class_folders(folder / "train")
+    if len(names) != CLASSES[name]:
+        raise DataError(
+            f"{folder / 'train'}: {CLASSES[name]} folders, one per class, are needed, there are {len(names)}:"
+            f" {', '.join(names)}"
+        )
+    _, test = class_folders(folder / "test", names)
+    return _from_files(*(tuple(File.of(path, label) for path, label in part) for part in (train, test)))
+
+
+def noisy(splits: Splits, noise: float = 0.2, inverted: bool = False) -> Splits:
+    """Pictures with normal noise, of a share of the range, on every pixel and channel, the same in every run.
+
+    inverted: their colours are exchanged for the opposite ones first.
+    """
+    random = torch.Generator().manual_seed(0)
+    mean, deviation = (torch.tensor(v)[:, None, None] for v in (MEAN, DEVIATION))
+
+    def change(data: Dataset) -> Dataset:
+        assert isinstance(data.inputs, Tensor)
+        pictures = (1 - 2 * mean) / deviation - data.inputs if inverted else data.inputs
+        return Dataset(pictures + noise / deviation * torch.randn(pictures.shape, generator=random), data.labels)
+
+    return Splits(change(splits.train), change(splits.validation), change(splits.test))
+
+
+class File(NamedTuple):
+    """A picture file as it is now: another one as soon as it is written again."""
+
+    path: Path
+    label: int
+    size: int
+    changed: tuple[int, int]
+
+    @classmethod
+    def of(cls, path: Path, label: int) -> File:
+        found = path.stat()
+        return cls(path, label, found.st_size, (found.st_mtime_ns, found.st_ctime_ns))
+
+
+@lru_cache(maxsize=1)  # a study's runs follow one another in one process
+def _from_files(train: tuple[File, ...], test: tuple[File, ...]) -> Splits:
+    return _parts(
+        *(
+            _standardised([picture_file(file.path, SIZE) for file in part], [file.label for file in part])
+            for part in (train, test)
+        )
+    )
+
+
+@lru_cache(maxsize=1)
+def _from_hub(name: str) -> Splits:
+    where, column = HUB[name]
+    names = ("train", "test")
+    numbers = [str(number) for number in range(CLASSES[name])]
+    found: list[Dataset] = []
+    for part, rows in zip(names, hub(where, parts=names), strict=True):
+        given, opened = (hub_column(rows, one, f"{where}, {part}") for one in (column, "img"))
+        samples = [(f"{where}, {part}, row {number}", {"label": label}) for number, label in enumerate(given)]
+        labels = classes(samples, numbers, training=found[0].labels.unique().tolist() if found else ())
+        pixels = [hub_picture(opened, number, place, SIZE) for number, (place, _) in enumerate(samples)]
+        found.append(_standardised(pixels, labels))
+    return _parts(*found)
+
+
+def _parts(train: Dataset, test: Dataset) -> Splits:
+    kept, held = map(torch.from_numpy, held_out(train.labels.numpy()))
+    return Splits(train[kept], train[held], test)
+
+
+def _standardised(pixels: list[np.ndarray], labels: list[int]) -> Dataset:
+    mean, deviation = (np.asarray(v, dtype=np.float32) for v in (MEAN, DEVIATION))
+    inputs = (np.stack(pixels).astype(np.float32) / 255 - mean) / deviation
+    return Dataset(torch.from_numpy(inputs).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels, dtype=torch.int64))
