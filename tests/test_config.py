@@ -19,6 +19,7 @@ WRONG = {
     "int": [None, 20.0, 1.5, "5", True, np.True_, np.float64(3), [1], float("nan")],
     "float": [None, "1e-3", True, [0.1], 1j, 10**400],
     "float | None": ["1e-3", False, {}, 10**400],
+    "dict[str, Any]": [None, 1, "a=1", ["a"]],
 }
 
 
@@ -56,7 +57,7 @@ def test_an_edited_config_is_refused(tmp_path, name, value):
 def test_what_the_bits_depend_on():
     assert Config().decisive() == {name: value for name, value in asdict(Config()).items() if name not in NEUTRAL}
     neutral = Config(data="/a", model="/b", keep=9, evaluate_every=9, snapshot_every=9)
-    assert neutral.settings() == Config().decisive()
+    assert neutral.decisive() == Config().decisive()
     assert differences(Config().decisive(), Config(seed=1, method="frozen").decisive()) == [
         "method was 'ho', is 'frozen'",
         "seed was 0, is 1",
