@@ -18,17 +18,19 @@ import torch
 from safetensors.torch import load_file
 
 from hosfl.cli import main
-from hosfl.methods.client import ZerothOrderClient
-from hosfl.methods.ledger import to_records
+from hosfl.methods.ho import ZerothOrderClient
 from hosfl.protocol.lattice import LatticeError
 from hosfl.protocol.log import EpochRecord, Log, RoundRecord
 from hosfl.protocol.messages import Cut, Message, Multiplier, Scalars, Wire
-from hosfl.protocol.replica import Replica, digest
+from hosfl.protocol.rebuild import rebuild
+from hosfl.protocol.replica import Replica, digest, to_records
+from hosfl.protocol.terms import run_of
 from hosfl.runs import trainer
-from hosfl.runs.checkpoint import rebuild, run_of
+from hosfl.runs.assemble import assemble, evaluate
 from hosfl.runs.config import Config, with_shared
-from hosfl.runs.simulate import LIES, SMALLEST_SHARD, Crowd, Faults, Outcome, State, UnreliableWire, simulate
-from hosfl.runs.trainer import assemble, evaluate, train
+from hosfl.runs.faults import LIES, Faults
+from hosfl.runs.simulate import SMALLEST_SHARD, Crowd, Outcome, State, UnreliableWire, simulate
+from hosfl.runs.trainer import train
 from hosfl_kernels import cpu
 from hosfl_kernels.ops import BACKENDS
 
