@@ -11,11 +11,12 @@ from safetensors.torch import save
 from small import DIRECTIONS, POOL, RULES, Small, round_scalars, small
 from torch import nn
 
+from hosfl.methods.ho import power_of_two_scales
 from hosfl.methods.ledger import SeedReplay, voided
 from hosfl.methods.steps import FreshStep, PoolStep
 from hosfl.probing.probe import probe_in_place, probe_untouched, trainable
 from hosfl.protocol.aggregate import AGGREGATIONS, RunningLength, clip_to_norm, to_lattice, trimmed_mean, weighted_mean
-from hosfl.protocol.lattice import Lattice, LatticeError, power_of_two_scales
+from hosfl.protocol.lattice import Lattice, LatticeError
 from hosfl.protocol.log import DigestRecord, EpochRecord, Log, LogError
 from hosfl.protocol.messages import Differs, Hello, MessageError, Multiplier, PoolMoves, Records, Scalars
 from hosfl.protocol.rebuild import rebuild

@@ -7,6 +7,7 @@ import zlib
 import pytest
 import torch
 
+from hosfl.methods.tensors import decoded as decode
 from hosfl.protocol.messages import (
     CRC,
     HEADER,
@@ -25,7 +26,6 @@ from hosfl.protocol.messages import (
     Trained,
     Weights,
     Wire,
-    decode,
     encode,
 )
 
