@@ -1,4 +1,4 @@
-"""How Sphinx makes the site: `make docs`. Pages are MyST Markdown; tutorials are notebooks that are run by the build."""
+"""How Sphinx makes the site: `make docs`. Pages are MyST Markdown; tutorials are notebooks that the build runs."""
 
 import re
 import sys

@@ -87,7 +87,7 @@ def as_rst(docstring: str, arguments: set[str]) -> list[str]:
             rest = textwrap.dedent("\n".join(lines[1:])) if lines[0] == "Args:" else block
             for text in re.sub(r"\n +", " ", rest).splitlines() if lines[0] == "Args:" else [" ".join(lines)]:
                 made += _items(text, arguments)
-    return "\n\n".join(made).splitlines() + [""]
+    return [*"\n\n".join(made).splitlines(), ""]
 
 
 def _bullet(line: str) -> tuple[str, str]:
@@ -129,7 +129,7 @@ def _option(action: argparse.Action) -> str:
 def commands(parser: argparse.ArgumentParser, settings: set[str]) -> Iterator[str]:
     """A section in Markdown for every command of a parser. settings: options that are described once, elsewhere."""
     (subs,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    for name, sub in subs.choices.items():
+    for sub in subs.choices.values():
         if any(isinstance(a, argparse._SubParsersAction) for a in sub._actions):
             yield from commands(sub, settings)
             continue

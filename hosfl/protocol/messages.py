@@ -15,7 +15,7 @@ import math
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -39,9 +39,16 @@ class MessageError(ValueError):
     """A message that is not what the protocol says; nothing was changed by it."""
 
 
-def array(category: str, dims: int | None, *dtypes: str, default: Any = MISSING) -> Any:
-    """A field that holds an array: what its bytes count as, how many dims it has (None: any), which dtypes."""
-    return field(metadata={"category": category, "dims": dims, "dtypes": dtypes or ("float32",)}, default=default)
+def array(category: str, dims: int | None, *dtypes: str, empty: tuple[int, ...] | None = None) -> Any:
+    """A field that holds an array: what its bytes count as, how many dims it has (None: any), which dtypes.
+
+    empty: the shape, with a zero in it, of one that is left out.
+    """
+    dtypes = dtypes or ("float32",)
+    metadata = {"category": category, "dims": dims, "dtypes": dtypes}
+    if empty is None:
+        return field(metadata=metadata)
+    return field(metadata=metadata, default_factory=lambda: np.empty(empty, NUMPY[dtypes[0]]))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -105,7 +112,7 @@ class Records(Message):
     coefficients: Array = array("scalars", 2)
     rates: Array = array("scalars", 1)
     digest: Array = array("digest", 1, "int32")
-    lattices: Array = array("scalars", 2, "int32", default=np.empty((0, 2), np.int32))
+    lattices: Array = array("scalars", 2, "int32", empty=(0, 2))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -145,7 +152,7 @@ class Cut(Message):
     kind, direction = 3, "up"
     cut: Array = array("cut", None, "float32", "bfloat16", "float16")
     labels: Array = array("labels", None, "int32")
-    mask: Array = array("mask", 2, "uint8", default=np.empty((0, 0), np.uint8))
+    mask: Array = array("mask", 2, "uint8", empty=(0, 0))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -176,7 +183,7 @@ class ProbedCut(Cut):
     """
 
     kind, direction = 10, "up"
-    displaced: Array = array("cut", None, "float32", "bfloat16", "float16", default=np.empty(0, np.float32))
+    displaced: Array = array("cut", None, "float32", "bfloat16", "float16", empty=(0,))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

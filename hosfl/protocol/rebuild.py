@@ -30,8 +30,9 @@ def rebuild(
     """The client half of a log: base weights, and every committed round before `upto` (default: all) in one pass.
 
     load: reads the base file, as numpy's arrays or torch's tensors. Returns its tensors, the trained ones brought up to
-    date, and the replica that did it. Raises LogError for a damaged log or one that no run can have written, for a base that is not the one the log was made from, and for
-    a wrong `upto`; and for weights whose digest is not what the log says.
+    date, and the replica that did it. Raises LogError for a damaged log or one that no run can have written, for a base
+    that is not the one the log was made from, and for a wrong `upto`; and for weights whose
+    digest is not what the log says.
     """
     opened = Log.read(log)
     run, header, records = run_of(opened.header), opened.header, opened.rounds
