@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from benchmarks.readme import RESULTS
 from benchmarks.sentences import PACKAGES, sentences
 from hosfl.halves.families import packaged_minilm, pretrained_model, tokenized
+from hosfl.halves.inputs import call
 from hosfl.halves.split import SplitModel, split
-from hosfl.probing.displaced import call
 from hosfl.probing.probe import evaluating, probe_forward, probe_untouched, trainable
 from hosfl.runs.memory import MINILM
 from hosfl.runs.report import machine

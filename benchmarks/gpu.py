@@ -42,9 +42,9 @@ if importlib.util.find_spec("safetensors") is None:
     # and none of those is touched here.
     sys.modules["safetensors"] = sys.modules["safetensors.torch"] = MagicMock()
 
+from hosfl.files import write_atomically
 from hosfl.optim import ZOSGD
 from hosfl.probing.probe import evaluating, probe_in_place, probe_untouched, trainable
-from hosfl.runs.checkpoint import write_atomically
 from hosfl.runs.report import machine
 
 ROOT = Path(__file__).parent.parent

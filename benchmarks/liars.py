@@ -2,7 +2,7 @@
 
     python -m benchmarks.liars [--jobs N] [--out FILE] [--set NAME=VALUE ...]
 
-All ten take part in every round. A lie is one of `hosfl.runs.simulate.LIES`. --set: of any setting of Config, for all
+All ten take part in every round. A lie is one of `hosfl.runs.faults.LIES`. --set: of any setting of Config, for all
 runs.
 """
 
@@ -21,9 +21,10 @@ from rich.progress import track
 
 from hosfl import Config, LatticeError
 from hosfl.cli import TYPES
+from hosfl.protocol.terms import Diverged
+from hosfl.runs.faults import LIES, Faults
 from hosfl.runs.report import machine
-from hosfl.runs.simulate import LIES, Faults, simulate
-from hosfl.runs.trainer import Diverged
+from hosfl.runs.simulate import simulate
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (1, 2, 3)

@@ -1,5 +1,5 @@
-"""`make results` ends here: writes tables from benchmarks/results into the README and into the page on the studies,
-between the markers that name them."""
+"""`make results` ends here: writes tables from benchmarks/results into the README and the pages of docs, between the
+markers that name them."""
 
 from __future__ import annotations
 
@@ -344,27 +344,45 @@ def liars(result: dict[str, Any]) -> str:
     return f"{what} {_machine(result)}\n\n{_table(head, rows)}"
 
 
+def overview(results: dict[str, dict[str, Any]]) -> str:
+    """Every study in one row: accuracies between the two controls, and the shares of the gap."""
+
+    def cell(row: dict[str, Any], share: bool = True) -> str:
+        told = f" ({row['loss_gap_recovered'] + 0.0:.2f})" if share else ""
+        return f"{row['accuracy']:.3f}{told}"
+
+    rows = []
+    for name, result in results.items():
+        methods = result["methods"]
+        ho = [cell(methods[method]) for method in ("ho, pool", "ho, one backward pass")]
+        controls = [cell(methods[method], share=False) for method in ("frozen", "first-order")]
+        rows.append([name, f"{MOVING[name]:,}", str(result["rounds"]), controls[0], *ho, controls[1]])
+    head = ["study", "weights that move", "rounds", "frozen", "HO-SFL, 5 forward passes", "HO-SFL, one backward pass"]
+    return _table([*head, "first-order"], rows)
+
+
 Sections = dict[str, tuple[str, Callable[[dict[str, Any]], str]]]
-SECTIONS: Sections = {
-    "digits": ("digits/table.json", digits),
-    "ways": ("digits-ways.json", ways),
-    "tuning": ("digits-tuning.json", tuning),
-    "kernels": ("kernels-cpu.json", kernels),
-    "catch-up": ("catchup-cpu.json", catchup),
-    "memory": ("client-memory.json", memory),
-    "estimators": ("estimators-cpu.json", estimators),
-    "optim": ("optim-cpu.json", optim),
-    "curves": ("optim-curves.json", curves),
-}
-
-
 STUDIES: Sections = {
     path.parent.name: (str(path.relative_to(RESULTS)), study) for path in sorted(RESULTS.glob("studies/*/table.json"))
 }
+ALL_STUDIES = "studies/*/table.json"
+DOCS = ROOT / "docs"
 PAGES: dict[Path, Sections] = {
-    ROOT / "README.md": SECTIONS,
-    ROOT / "docs" / "threats.md": {"liars": ("digits-liars.json", liars)},
-    ROOT / "benchmarks" / "studies" / "README.md": {**STUDIES, "numbers": ("studies/*/table.json", numbers)},
+    ROOT / "README.md": {"overview": (ALL_STUDIES, overview)},
+    DOCS / "estimators.md": {"estimators": ("estimators-cpu.json", estimators)},
+    DOCS / "results-digits.md": {
+        "digits": ("digits/table.json", digits),
+        "ways": ("digits-ways.json", ways),
+        "tuning": ("digits-tuning.json", tuning),
+    },
+    DOCS / "results-optim.md": {"curves": ("optim-curves.json", curves), "optim": ("optim-cpu.json", optim)},
+    DOCS / "results-speed.md": {
+        "kernels": ("kernels-cpu.json", kernels),
+        "catch-up": ("catchup-cpu.json", catchup),
+        "memory": ("client-memory.json", memory),
+    },
+    DOCS / "results-studies.md": {**STUDIES, "numbers": (ALL_STUDIES, numbers)},
+    DOCS / "threats.md": {"liars": ("digits-liars.json", liars)},
 }
 
 

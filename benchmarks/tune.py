@@ -25,8 +25,8 @@ import torch
 from rich.progress import track
 
 from hosfl import Config, LatticeError, train
-from hosfl.runs.config import PRESETS
 from hosfl.runs.report import machine
+from hosfl.settings import PRESETS
 
 SEEDS = (0, 1, 2, 3)
 SERVER = (0.04, 0.08, 0.16)

@@ -1,22 +1,55 @@
-"""HO-SFL: fine-tune split models whose clients cannot afford backpropagation (Chen et al., arXiv 2603.14773)."""
+"""HO-SFL: fine-tune split models whose clients cannot afford backpropagation (Chen et al., arXiv 2603.14773).
 
-from importlib.metadata import version
+The public names are imported when they are first asked for: the core of the protocol, and a command line that shows its
+help, need no torch.
+"""
 
-from hosfl.halves.chain import CutError
-from hosfl.halves.split import SplitModel, cut_points, split
-from hosfl.methods.client import Client, FirstOrderClient, ZerothOrderClient
-from hosfl.methods.ledger import FreshStep, GradientAverage, PoolStep, SeedReplay
-from hosfl.methods.server import Server
-from hosfl.protocol.lattice import Lattice, LatticeError
-from hosfl.protocol.log import Log, LogError
-from hosfl.protocol.messages import MessageError, Wire, decode, encode
-from hosfl.protocol.replica import Pool, Replica, Run
-from hosfl.runs.checkpoint import rebuild
-from hosfl.runs.config import Config
-from hosfl.runs.report import Evaluation, Summary
-from hosfl.runs.trainer import train
+from __future__ import annotations
 
-__version__ = version("hosfl")
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hosfl.halves.chain import CutError
+    from hosfl.halves.split import SplitModel, cut_points, split
+    from hosfl.methods.client import Client
+    from hosfl.methods.first_order import FirstOrderClient, GradientAverage
+    from hosfl.methods.ho import ZerothOrderClient
+    from hosfl.methods.ledger import SeedReplay
+    from hosfl.methods.method import Method
+    from hosfl.methods.server import Server
+    from hosfl.methods.steps import FreshStep, PoolStep
+    from hosfl.protocol.lattice import Lattice, LatticeError
+    from hosfl.protocol.log import Log, LogError
+    from hosfl.protocol.messages import MessageError, Wire, decode, encode
+    from hosfl.protocol.rebuild import rebuild
+    from hosfl.protocol.replica import Replica
+    from hosfl.protocol.terms import Pool, Run
+    from hosfl.runs.config import Config
+    from hosfl.runs.report import Evaluation, Summary
+    from hosfl.runs.trainer import train
+
+_WHERE = {
+    "hosfl.halves.chain": ("CutError",),
+    "hosfl.halves.split": ("SplitModel", "cut_points", "split"),
+    "hosfl.methods.client": ("Client",),
+    "hosfl.methods.first_order": ("FirstOrderClient", "GradientAverage"),
+    "hosfl.methods.ho": ("ZerothOrderClient",),
+    "hosfl.methods.ledger": ("SeedReplay",),
+    "hosfl.methods.method": ("Method",),
+    "hosfl.methods.server": ("Server",),
+    "hosfl.methods.steps": ("FreshStep", "PoolStep"),
+    "hosfl.protocol.lattice": ("Lattice", "LatticeError"),
+    "hosfl.protocol.log": ("Log", "LogError"),
+    "hosfl.protocol.messages": ("MessageError", "Wire", "decode", "encode"),
+    "hosfl.protocol.rebuild": ("rebuild",),
+    "hosfl.protocol.replica": ("Replica",),
+    "hosfl.protocol.terms": ("Pool", "Run"),
+    "hosfl.runs.config": ("Config",),
+    "hosfl.runs.report": ("Evaluation", "Summary"),
+    "hosfl.runs.trainer": ("train",),
+}
+_MODULES = {name: module for module, names in _WHERE.items() for name in names}
 
 __all__ = [
     "Client",
@@ -31,6 +64,7 @@ __all__ = [
     "Log",
     "LogError",
     "MessageError",
+    "Method",
     "Pool",
     "PoolStep",
     "Replica",
@@ -48,3 +82,19 @@ __all__ = [
     "split",
     "train",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("hosfl")
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    found = getattr(import_module(_MODULES[name]), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,18 +6,22 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hosfl.methods.client import ZerothOrderClient
-from hosfl.methods.ledger import FreshStep, PoolStep, SeedReplay
+from hosfl.methods import METHODS, method_of
+from hosfl.methods.ho import HO, ZerothOrderClient
+from hosfl.methods.ledger import SeedReplay
 from hosfl.methods.server import Server
+from hosfl.methods.steps import FreshStep, PoolStep
 from hosfl.probing.probe import trainable
 from hosfl.protocol.lattice import Lattice
 from hosfl.protocol.messages import Hello, Scalars
-from hosfl.protocol.replica import Pool, Replica, Run
+from hosfl.protocol.replica import Replica
+from hosfl.protocol.terms import Pool, Run
 from hosfl_kernels import SGD, AdamW
 
 SAMPLES, DIRECTIONS = 6, 4
 FACTORS = (0.5, 1.0)  # of weight and bias: not the same
 POOL = Pool(8, 11)  # a generation ends in the middle of a turn
+REPLAYED = [name for name in METHODS if issubclass(method_of(name), HO)]  # whose client half is a log of scalars
 RULES = {
     "moves": None,
     "sgd": SGD(weight_decay=0.1),

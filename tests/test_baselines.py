@@ -5,18 +5,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small import REPLAYED
 from test_probe import peak_bytes
 from torch import nn
 
 from hosfl import Config, train
 from hosfl.cli import main
-from hosfl.methods.baselines import recomputing
-from hosfl.methods.client import load_vector
+from hosfl.methods import METHODS
+from hosfl.methods.checkpointed import recomputing
+from hosfl.methods.ledger import load_vector
 from hosfl.probing.probe import trainable
 from hosfl.protocol.messages import Cut, Hello, Losses, MessageError, Trained, Wire
 from hosfl.protocol.seeds import Purpose, direction_seeds
-from hosfl.runs.config import METHODS, REPLAYED, with_shared
-from hosfl.runs.trainer import assemble, evaluate
+from hosfl.runs.assemble import assemble, evaluate
+from hosfl.runs.config import with_shared
 from hosfl_kernels import derive, perturb_
 
 NEW = ("checkpointed", "splitfed", "zo-both", "hosl", "mu-splitfed")

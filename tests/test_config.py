@@ -7,26 +7,19 @@ import numpy as np
 import pytest
 
 from hosfl.cli import main
+from hosfl.methods import METHODS
 from hosfl.protocol.replica import digest
+from hosfl.runs.assemble import assemble
 from hosfl.runs.checkpoint import load_config, save_config
-from hosfl.runs.config import (
-    KINDS,
-    METHODS,
-    NEUTRAL,
-    PRESETS,
-    Config,
-    all_with_shared,
-    differences,
-    ignored,
-    with_shared,
-)
-from hosfl.runs.trainer import assemble
+from hosfl.runs.config import Config, all_with_shared, ignored, with_shared
+from hosfl.settings import KINDS, NEUTRAL, PRESETS, differences
 
 WRONG = {
     "str": [None, 1, True, b"a", ["a"], {}],
     "int": [None, 20.0, 1.5, "5", True, np.True_, np.float64(3), [1], float("nan")],
     "float": [None, "1e-3", True, [0.1], 1j, 10**400],
     "float | None": ["1e-3", False, {}, 10**400],
+    "dict[str, Any]": [None, 1, "a=1", ["a"]],
 }
 
 
@@ -62,10 +55,12 @@ def test_an_edited_config_is_refused(tmp_path, name, value):
 
 
 def test_what_the_bits_depend_on():
-    assert Config().settings() == {name: value for name, value in asdict(Config()).items() if name not in NEUTRAL}
+    neutral = {*NEUTRAL, "options"}  # which are there where a task has some
+    assert Config().decisive() == {name: value for name, value in asdict(Config()).items() if name not in neutral}
+    assert Config(options={"n": 1}).decisive() == {**Config().decisive(), "options": {"n": 1}}
     neutral = Config(data="/a", model="/b", keep=9, evaluate_every=9, snapshot_every=9)
-    assert neutral.settings() == Config().settings()
-    assert differences(Config().settings(), Config(seed=1, method="frozen").settings()) == [
+    assert neutral.decisive() == Config().decisive()
+    assert differences(Config().decisive(), Config(seed=1, method="frozen").decisive()) == [
         "method was 'ho', is 'frozen'",
         "seed was 0, is 1",
     ]
@@ -109,7 +104,19 @@ OTHER = {  # of every setting that can be seen in a few rounds of digits; most a
     "digest_every": 1,
 }
 # Where data and model lie, and what is written when, is seen elsewhere.
-UNSEEN = {"task", "data", "model", "at", "method", "evaluate_every", "evaluate_on", "snapshot_every", "keep", "device"}
+UNSEEN = {
+    "task",
+    "options",
+    "data",
+    "model",
+    "at",
+    "method",
+    "evaluate_every",
+    "evaluate_on",
+    "snapshot_every",
+    "keep",
+    "device",
+}
 # Read, but without a trace here: what does not move is stored narrow, where --frozen says so; gradients are summed in
 # another order, and the lattice rounds them alike.
 TRACELESS = {("frozen", "trains"), ("ho backward", "microbatch")}

@@ -16,8 +16,7 @@ import torch
 from small import SAMPLES, batch, small
 from torch import nn
 
-from hosfl.methods.client import FirstOrderClient
-from hosfl.methods.ledger import GradientAverage
+from hosfl.methods.first_order import FirstOrderClient, GradientAverage
 from hosfl.methods.server import Server
 from hosfl.protocol.lattice import LatticeError
 from hosfl.protocol.messages import (

@@ -11,14 +11,17 @@ from safetensors.torch import save
 from small import DIRECTIONS, POOL, RULES, Small, round_scalars, small
 from torch import nn
 
-from hosfl.methods.ledger import FreshStep, PoolStep, SeedReplay, to_records, voided
+from hosfl.methods.ledger import SeedReplay, voided
+from hosfl.methods.steps import FreshStep, PoolStep
 from hosfl.probing.probe import probe_in_place, probe_untouched, trainable
 from hosfl.protocol.aggregate import AGGREGATIONS, RunningLength, clip_to_norm, to_lattice, trimmed_mean, weighted_mean
 from hosfl.protocol.lattice import Lattice, LatticeError, power_of_two_scales
 from hosfl.protocol.log import DigestRecord, EpochRecord, Log, LogError
 from hosfl.protocol.messages import Differs, Hello, MessageError, Multiplier, PoolMoves, Records, Scalars
-from hosfl.protocol.replica import DigestMismatch, Pool, Replica, digest_array
-from hosfl.runs.checkpoint import header_of, rebuild, save_module
+from hosfl.protocol.rebuild import rebuild
+from hosfl.protocol.replica import DigestMismatch, Replica, digest_array, to_records
+from hosfl.protocol.terms import Pool
+from hosfl.runs.checkpoint import header_of, save_module
 from hosfl_kernels import AdamW, spec
 
 ROUNDS = 37  # three generations of the pool and a bit

@@ -9,14 +9,14 @@ from test_baselines import directions, flat_gradient
 from torch import nn
 
 from hosfl import Config
-from hosfl.methods.ledger import GradientAverage
+from hosfl.methods.first_order import GradientAverage
 from hosfl.methods.server import Server
 from hosfl.probing.probe import trainable
 from hosfl.protocol.aggregate import AGGREGATIONS, Kept, Summed, gathered
 from hosfl.protocol.messages import Cut, Gradient
 from hosfl.protocol.seeds import Purpose, direction_seeds
+from hosfl.runs.assemble import assemble
 from hosfl.runs.config import with_shared
-from hosfl.runs.trainer import assemble
 
 UNEQUAL = {"batch": 300, "clients": 4, "sampled": 4, "directions": 6, "schedule": "constant", "rule": "sgd"}
 UNEQUAL |= {"server_rate": 0.01, "client_rate": 1.0, "local_steps": 1}

@@ -22,11 +22,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hosfl import optim
+from hosfl.files import write_atomically
 from hosfl.optim import ZOSGD, ZONormalizedSGD, rebuild
 from hosfl.optim import log as optim_log
 from hosfl.protocol.log import LogError
 from hosfl.protocol.seeds import Purpose, direction_seeds, round_seed
-from hosfl.runs.checkpoint import write_atomically
 from hosfl_kernels import derive, spec
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))

@@ -10,8 +10,8 @@ from small import DIRECTIONS, FACTORS, batch, small
 from torch import nn
 
 from hosfl.halves.split import SplitModel, split
-from hosfl.methods.client import FirstOrderClient, ZerothOrderClient
-from hosfl.methods.ledger import GradientAverage
+from hosfl.methods.first_order import FirstOrderClient, GradientAverage
+from hosfl.methods.ho import ZerothOrderClient
 from hosfl.probing.probe import probe_in_place, probe_untouched, trainable
 from hosfl.protocol.lattice import Lattice, LatticeError
 from hosfl.protocol.messages import (
@@ -26,10 +26,10 @@ from hosfl.protocol.messages import (
     Weights,
     Wire,
 )
-from hosfl.protocol.replica import Run
 from hosfl.protocol.seeds import direction_seeds
+from hosfl.protocol.terms import Run
+from hosfl.runs.assemble import assemble
 from hosfl.runs.config import Config
-from hosfl.runs.trainer import assemble
 from hosfl.tasks.data import digits, dirichlet_split
 from hosfl_kernels import spec
 

@@ -15,11 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 from hosfl.cli import main
+from hosfl.files import FolderLock, RunFolderError
 from hosfl.protocol.log import CHAIN, FRAME, Log, LogError, RoundRecord, _payload
-from hosfl.runs.checkpoint import FolderLock, RunFolderError, load_config
+from hosfl.protocol.provenance import ProvenanceError
+from hosfl.protocol.terms import Diverged
+from hosfl.runs.checkpoint import load_config
 from hosfl.runs.config import Config, with_shared
-from hosfl.runs.provenance import ProvenanceError
-from hosfl.runs.trainer import Diverged, train
+from hosfl.runs.trainer import train
 
 ROUNDS = 9
 QUICK = {"rounds": ROUNDS, "clients": 4, "sampled": 2, "batch": 8, "directions": 2, "snapshot_every": 3}
@@ -205,7 +207,7 @@ def test_every_method_locks_its_folder(killed, kind):
 
 def test_data_may_lie_elsewhere_and_must_be_the_same(tmp_path, monkeypatch):
     from hosfl.tasks.data import Dataset, Splits
-    from hosfl.tasks.task import TASKS, digits_task
+    from hosfl.tasks.task import digits_task
 
     def task(config):
         found = digits_task(Config())
@@ -213,7 +215,7 @@ def test_data_may_lie_elsewhere_and_must_be_the_same(tmp_path, monkeypatch):
         parts = (found.splits.train, found.splits.validation, found.splits.test)
         return type(found)(**{**vars(found), "splits": Splits(*(Dataset(p.inputs + shift, p.labels) for p in parts))})
 
-    monkeypatch.setitem(TASKS, "digits", task)
+    monkeypatch.setattr("hosfl.tasks.task.digits_task", task)
     for name, shift in (("here", "0"), ("moved", "0"), ("changed", "1")):
         (tmp_path / name).write_text(shift)
     made = config("first-order", data=str(tmp_path / "here"))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hosfl import Config
-from hosfl.tasks import squad, text
+from hosfl.tasks import squad, task_maker, text
 from hosfl.tasks.data import Dataset, Splits, classified, dirichlet_split, held_out, iid_split, shards
 from hosfl.tasks.reading import (
     Answer,
@@ -30,7 +30,6 @@ from hosfl.tasks.reading import (
     table,
 )
 from hosfl.tasks.squad import Question, Windows
-from hosfl.tasks.task import TASKS
 from hosfl.tasks.text import TEXTS
 from hosfl.tasks.vision import CifarResNet, pictures, pretrained_resnet
 
@@ -704,8 +703,8 @@ def test_a_digest_changes_with_everything_that_a_part_holds(changes):
 
 
 def test_a_task_s_digest_has_what_clients_differ_by():
-    task = TASKS["digits"](Config())
-    assert task.digest() == TASKS["digits"](Config()).digest()
+    task = task_maker("digits")(Config())
+    assert task.digest() == task_maker("digits")(Config()).digest()
     assert replace(task, groups=task.splits.train.labels).digest() != task.digest()
 
 

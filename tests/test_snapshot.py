@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from hosfl.runs.snapshot import SnapshotError, latest, load, pack_optimizer, save, unpack_optimizer
+from hosfl.methods.state import SnapshotError, pack_optimizer, unpack_optimizer
+from hosfl.runs.snapshot import latest, load, save
 
 KILLS = 2
 KILLS_SLOW = 15

@@ -14,12 +14,11 @@ from hosfl import Config, train
 from hosfl.halves.families import pretrained_model
 from hosfl.halves.split import split
 from hosfl.protocol.messages import Cut
+from hosfl.runs.assemble import assemble
 from hosfl.runs.config import with_shared
-from hosfl.runs.trainer import assemble
-from hosfl.tasks import squad
+from hosfl.tasks import squad, task_maker
 from hosfl.tasks.data import dirichlet_split
 from hosfl.tasks.squad import HUB, Question, articles_apart, exact_match, f1, parts, predictions, span_scores, windows
-from hosfl.tasks.task import TASKS
 
 NAMES = ("Ann", "Bob", "Cid", "Dan", "Eve", "Flo")
 WORDS = ["?", ".", ",", "Who", "saw", "the", "cat", "dog", "in", "a", "red", "house", "then", "went", "home", *NAMES]
@@ -284,7 +283,7 @@ def config(folder, **settings):
 
 @torch.no_grad()
 def test_the_halves_are_the_whole_model(folder):
-    task = TASKS["squad"](config(folder))
+    task = task_maker("squad")(config(folder))
     inputs = task.splits.test[:5].inputs
     whole = pretrained_model(str(folder / "model"), "QuestionAnswering").eval()
     found = whole(**inputs)

@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hosfl.cli import main
-from hosfl.protocol.log import locked
+from hosfl.files import locked
 from hosfl.studies import page as study_report
 from hosfl.studies import study as studies
 from hosfl.studies.page import number, report

@@ -9,14 +9,14 @@ from torch import nn
 
 from hosfl import Config, rebuild, train
 from hosfl.cli import main
+from hosfl.halves.inputs import call
 from hosfl.halves.trains import moving_only
-from hosfl.probing.displaced import call
 from hosfl.probing.probe import trainable
 from hosfl.protocol.messages import Cut, encode
-from hosfl.runs.config import CHOICES, with_shared
-from hosfl.runs.trainer import assemble, evaluate
+from hosfl.runs.assemble import assemble, evaluate
+from hosfl.runs.config import with_shared
+from hosfl.tasks import task_maker
 from hosfl.tasks.data import Dataset, sentences
-from hosfl.tasks.task import TASKS
 
 GOOD, BAD = ("good", "great", "fine", "lovely"), ("bad", "awful", "poor", "dull")
 WORDS = ("the", "film", "was", "a", "plot", "very", *GOOD, *BAD)
@@ -217,8 +217,8 @@ def test_the_split_model_is_the_whole_one_in_training(folder):
 
 def test_inverted_digits_are_a_pretrained_network_s_undoing():
     settings = Config(task="digits-inverted", rounds=1)
-    task = TASKS["digits-inverted"](settings)
-    clean, changed = TASKS["digits"](Config()).splits.test, task.splits.test
+    task = task_maker("digits-inverted")(settings)
+    clean, changed = task_maker("digits")(Config()).splits.test, task.splits.test
     halves = task.model(3)
     again = task.model(3)
     with torch.no_grad():
@@ -229,8 +229,7 @@ def test_inverted_digits_are_a_pretrained_network_s_undoing():
     assert before > 0.95
     assert after < 0.5
     assert torch.corrcoef(torch.stack([clean.inputs.flatten(), changed.inputs.flatten()]))[0, 1] < -0.7
-    assert torch.equal(changed.inputs, TASKS["digits-inverted"](settings).splits.test.inputs)
-    assert TASKS.keys() == set(CHOICES["task"])
+    assert torch.equal(changed.inputs, task_maker("digits-inverted")(settings).splits.test.inputs)
 
 
 # --- masks on the wire --------------------------------------------------------------------------------------------

@@ -16,11 +16,11 @@ from hosfl import Config, train
 from hosfl.cli import main
 from hosfl.halves.families import FAMILIES, is_decoder, pretrained_model
 from hosfl.halves.split import split
+from hosfl.runs.assemble import assemble
 from hosfl.runs.config import with_shared
-from hosfl.runs.trainer import assemble
 from hosfl.studies.compare import print_table, row
+from hosfl.tasks import task_maker
 from hosfl.tasks.data import as_tokens, dirichlet_split, iid_split
-from hosfl.tasks.task import TASKS
 from hosfl.tasks.text import TEXTS, Row, parts
 from hosfl.tasks.verbalizer import Rows, first_tokens, verbalized, with_words
 
@@ -237,7 +237,7 @@ def test_prompts_end_alike_and_lose_their_beginning(task, models, tmp_path, monk
     end = tokenizer(it.end)["input_ids"]
 
     def check():
-        inputs = TASKS[task](settings).splits.train.inputs
+        inputs = task_maker(task)(settings).splits.train.inputs
         for tokens, mask in zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), strict=True):
             assert mask == sorted(mask, reverse=True)  # padded on the right
             assert tokens[: sum(mask)][-len(end) :] == end
@@ -323,7 +323,7 @@ def test_a_decoder_learns_its_words(task, models, tmp_path, seed, below):
 def test_the_classifier_gets_the_whole_model_s_texts(models, tmp_path):
     """Both texts and their types reach the halves: the output is the uncut model's."""
     settings = Config(task="rte", data=str(write("rte", tmp_path / "d")), model=str(models / "encoder"), **SETTINGS)
-    it = TASKS["rte"](settings)
+    it = task_maker("rte")(settings)
     inputs = it.splits.test[:4].inputs
     assert inputs["token_type_ids"].any()
     torch.manual_seed(1)
@@ -340,9 +340,9 @@ def test_models_that_do_not_fit(models, tmp_path, capsys):
     assert (is_decoder(str(models / "decoder")), is_decoder(str(models / "encoder"))) == (True, False)
     for name in ("vit", "t5"):
         with pytest.raises(ValueError, match=f"is a {name}; text models that can be cut are opt, gpt2"):
-            TASKS["sst2"](Config(task="sst2", model=str(tmp_path / name)))
+            task_maker("sst2")(Config(task="sst2", model=str(tmp_path / name)))
     with pytest.raises(ValueError, match="squad needs an encoder"):
-        TASKS["squad"](Config(task="squad", model=str(models / "decoder")))
+        task_maker("squad")(Config(task="squad", model=str(models / "decoder")))
 
 
 # --- partitions ---------------------------------------------------------------------------------------------------

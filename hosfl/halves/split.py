@@ -36,8 +36,8 @@ from hosfl.halves.families import (
     transformer_layers,
     waves,
 )
+from hosfl.halves.inputs import Inputs, call
 from hosfl.halves.verify import ExampleError, on_meta, verify_halves
-from hosfl.probing.displaced import Inputs, call
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hosfl.halves.chain import CutError
 from hosfl.halves.families import tensor_of
-from hosfl.probing.displaced import Inputs, call
+from hosfl.halves.inputs import Inputs, call
 
 
 class ExampleError(ValueError):

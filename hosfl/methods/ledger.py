@@ -8,33 +8,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hosfl.protocol.aggregate import Aggregation, RunningLength, clip_to_norm, shrinking, to_lattice, weighted_mean
+from hosfl.probing.probe import trainable
+from hosfl.protocol.aggregate import Aggregation, RunningLength, clip_to_norm, weighted_mean
 from hosfl.protocol.lattice import Lattice, spread
 from hosfl.protocol.log import DigestRecord, EpochRecord, Log, LogError, Packed, RoundRecord
 from hosfl.protocol.messages import (
     Differs,
-    Gradient,
     Hello,
+    Message,
     MessageError,
     PoolMoves,
     Records,
     Scalars,
-    Trained,
     Weights,
 )
-from hosfl.protocol.replica import Pool, Replica, Run, digest_array
-from hosfl.runs.snapshot import pack_optimizer, part, prefixed, unpack_optimizer
+from hosfl.protocol.replica import NO_DIGEST, Replica, digest_array, to_records
+from hosfl.protocol.terms import Run
+from hosfl_kernels import AdamW
 
 Rate = Callable[[int], float]  # the learning rate of a round
 OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
 State = tuple[dict[str, Tensor], dict[str, Any]]  # tensors, and what JSON holds
-NO_DIGEST = torch.empty(0, dtype=torch.int32)
 
 
 def step_size(rate: Rate, length: RunningLength | None, round: int, square: float) -> float:
@@ -46,6 +46,38 @@ def step_size(rate: Rate, length: RunningLength | None, round: int, square: floa
 Choice = Callable[[Sequence[float]], Lattice | None]
 
 
+class Ledger(Protocol):
+    """What is committed of the client half. expects: the message that is a client's answer."""
+
+    expects: ClassVar[type[Message]]
+
+    @property
+    def epoch(self) -> int:
+        """How many times the server was restarted."""
+
+    @property
+    def largest_answer(self) -> int:
+        """How many numbers a client's answer holds."""
+
+    def since(self, hello: Hello | Differs) -> Message:
+        """What a client has missed. Raises MessageError."""
+
+    def check(self, message: Any) -> None:
+        """Raises MessageError for an answer that cannot be aggregated."""
+
+    def commit(self, round: int, answers: Sequence[Any], weights: Sequence[float]) -> None:
+        """One step from the answers, each with its client's number of samples; with none of them there is no step."""
+
+    def show(self, half: nn.Module) -> None:
+        """Give a copy of the client half, made by `Setup.observed`, the weights of the moment."""
+
+    def state(self) -> State:
+        """What a restarted server needs beside the log."""
+
+    def load(self, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
+        """Take up a saved state."""
+
+
 class Step(Protocol):
     """From a round's aggregated scalars to its record."""
 
@@ -55,116 +87,6 @@ class Step(Protocol):
     def state(self) -> State: ...
 
     def load(self, tensors: dict[str, Tensor], info: dict[str, Any]) -> None: ...
-
-
-@dataclass
-class FreshStep:
-    """Fresh directions every round. length: divides the rate, for normalised steps.
-
-    On a lattice the record is the move itself, -rate / P * vbar; elsewhere the gradient estimate's vbar / P, to which
-    every replica applies the run's rule.
-    """
-
-    run: Run
-    rate: Rate
-    length: RunningLength | None = None
-
-    def __call__(self, round: int, scalars: Tensor, lattice_for: Choice) -> tuple[list[float], float]:
-        rate = step_size(self.rate, self.length, round, float(scalars.square().mean()))
-        mean = [v / len(scalars) for v in scalars.tolist()]
-        moves = [-rate * v for v in mean]
-        lattice = lattice_for(moves)
-        return (mean if lattice is None else to_lattice(moves, lattice, self.run.seed, round)), rate
-
-    def state(self) -> State:
-        return {}, {"length": self.length and self.length.state()}
-
-    def load(self, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
-        if self.length is not None:
-            self.length.load(info["length"])
-
-
-class PoolStep:
-    """A pool: the client half is base + sum_j a_j u_j, and the server trains a with any torch.optim optimizer.
-
-    d loss / d a_j = <g, u_j>, which is what the clients measure. The optimizer's rate is rate / P, so that a plain step
-    is that of fresh directions, -rate / P sum_p vbar_p u_p. Only the coefficients measured in a round move, each
-    with its own count of steps. A new generation starts from zeros with a new optimizer. The committed moves are
-    multiples of the lattice's quantum, and what rounding leaves over is carried forward.
-    """
-
-    def __init__(self, run: Run, rate: Rate, optimizer: OptimizerFactory, length: RunningLength | None = None) -> None:
-        assert run.pool is not None
-        self.run, self.rate, self.make_optimizer, self.length = run, rate, optimizer, length
-        self.pool: Pool = run.pool
-        self._start(0)
-
-    def _start(self, generation: int) -> None:
-        self.generation = generation
-        self.coefficients = [torch.zeros((), dtype=torch.float64, requires_grad=True) for _ in range(self.pool.size)]
-        self.optimizer = self.make_optimizer([*self.coefficients])
-        self.committed = [0.0] * self.pool.size
-
-    def __call__(self, round: int, scalars: Tensor, lattice_for: Choice) -> tuple[list[float], float]:
-        if self.pool.generation(round) != self.generation:
-            self._start(self.pool.generation(round))
-        rate = step_size(self.rate, self.length, round, float(scalars.square().mean()))
-        measured = self.pool.measured(round, self.run.directions)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate / self.run.directions
-        for j, scalar in zip(measured, scalars.tolist(), strict=True):
-            self.coefficients[j].grad = torch.tensor(scalar, dtype=torch.float64)
-        self.optimizer.step()
-        self.optimizer.zero_grad()  # to None: the optimizer leaves alone what was not measured
-        wanted = {j: float(self.coefficients[j].detach()) - self.committed[j] for j in measured}
-        lattice = lattice_for([*wanted.values()])
-        moves = [float(np.float32(w)) if lattice is None else lattice.nearest(w) for w in wanted.values()]
-        for j, move in zip(measured, moves, strict=True):
-            self.committed[j] += move
-        # Off the lattice a record is a gradient estimate, and plain SGD at rate 1 makes the move of it.
-        return (moves, rate) if lattice is not None else ([-m for m in moves], 1.0)
-
-    def state(self) -> State:
-        moments, info = pack_optimizer(self.optimizer)
-        tensors = prefixed("optimizer", moments)
-        tensors["coefficients"] = torch.stack([c.detach() for c in self.coefficients])
-        tensors["committed"] = torch.tensor(self.committed, dtype=torch.float64)
-        length = self.length and self.length.state()
-        return tensors, {"generation": self.generation, "optimizer": info, "length": length}
-
-    def load(self, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
-        self._start(info["generation"])
-        with torch.no_grad():
-            for coefficient, value in zip(self.coefficients, tensors["coefficients"], strict=True):
-                coefficient.copy_(value)
-        self.committed = tensors["committed"].tolist()
-        unpack_optimizer(self.optimizer, part("optimizer", tensors), info["optimizer"])
-        if self.length is not None:
-            self.length.load(info["length"])
-
-
-def to_records(
-    rows: Sequence[RoundRecord],
-    run: Run,
-    first: int = 0,
-    *,
-    client: int = 0,
-    epoch: int = 0,
-    digest: Tensor = NO_DIGEST,
-) -> Records:
-    """The log's records of rounds `first`, `first` + 1, ... as the message that a replica applies."""
-    coefficients = np.array([r.coefficients for r in rows], np.float32).reshape(-1, run.directions)
-    rates = np.array([r.rate for r in rows] if run.rule is not None else [], np.float32)
-    lattices = [(r.round, Lattice(r.quantum).exponent) for r in rows if r.quantum is not None]
-    return Records(
-        client=client,
-        round=first,
-        epoch=epoch,
-        coefficients=torch.from_numpy(coefficients),
-        rates=torch.from_numpy(rates),
-        digest=digest,
-        lattices=torch.tensor(lattices, dtype=torch.int32).reshape(-1, 2),
-    )
 
 
 def voided(epochs: Sequence[tuple[int, int]], hello: Hello | Differs) -> bool:
@@ -191,7 +113,7 @@ class SeedReplay:
     digest_every: int = 100
     records: Packed[RoundRecord] = field(init=False)
     epochs: list[tuple[int, int]] = field(default_factory=list)
-    expects = Scalars
+    expects: ClassVar[type[Message]] = Scalars
 
     def __post_init__(self) -> None:
         self.records = Packed(self.run.directions)
@@ -324,6 +246,9 @@ class SeedReplay:
         self.mirror.reset()
         self.mirror.apply(self._records(0, 0))
 
+    def show(self, half: nn.Module) -> None:
+        """Nothing is to do: the mirror's weights are those of `Setup.observed`."""
+
     def state(self) -> State:
         return self.step.state()
 
@@ -361,6 +286,10 @@ class WholeWeights:
         weights = torch.empty(0) if current else self.weights.detach()
         return Weights(client=hello.client, round=self.rounds, epoch=self.epoch, weights=weights)
 
+    def show(self, half: nn.Module) -> None:
+        """Write the weights into a copy of the client half."""
+        load_vector(self.weights, trainable(half)[0])
+
     def state(self) -> State:
         return {"weights": self.weights.detach()}, {"rounds": self.rounds}
 
@@ -371,73 +300,23 @@ class WholeWeights:
         self.epoch += 1
 
 
-@dataclass
-class GradientAverage(WholeWeights):
-    """First-order split learning: clients send gradients, and the weights take a step with their average.
-
-    optimizer: of the weights. length: as in FreshStep; aggregation, clip: as in SeedReplay.
-    """
-
-    optimizer: torch.optim.Optimizer
-    rate: Rate
-    length: RunningLength | None = None
-    aggregation: Aggregation = weighted_mean
-    clip: float | None = None
-    expects = Gradient
-
-    def check(self, message: Gradient) -> None:
-        """Raises MessageError for a gradient that cannot be averaged."""
-        if message.gradient.shape != self.weights.shape:
-            raise MessageError(f"{len(message.gradient)} gradient elements for {len(self.weights)} weights")
-        if not torch.isfinite(message.gradient).all():
-            raise MessageError("infinite or NaN gradient")
-
-    def commit(self, round: int, answers: Sequence[Gradient], weights: Sequence[float]) -> None:
-        """One step of the optimizer with the averaged gradient."""
-        if answers:
-            values = [a.gradient for a in answers]
-            if self.clip is not None:
-                values = [v * shrinking([v], self.clip) for v in values]
-            mean = self.aggregation(values, weights)
-            rate = step_size(self.rate, self.length, round, float(mean.square().sum()))
-            descend(self.weights, mean, self.optimizer, rate)
-        self.rounds = round + 1
-
-    def state(self) -> State:
-        tensors, info = super().state()
-        moments, optimizer = pack_optimizer(self.optimizer)
-        length = self.length and self.length.state()
-        return tensors | prefixed("optimizer", moments), info | {"optimizer": optimizer, "length": length}
-
-    def load(self, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
-        super().load(tensors, info)
-        unpack_optimizer(self.optimizer, part("optimizer", tensors), info["optimizer"])
-        if self.length is not None:
-            self.length.load(info["length"])
+def load_vector(vector: Tensor, parameters: Sequence[nn.Parameter]) -> None:
+    """Write a flat vector into parameters, each keeping its dtype and device."""
+    with torch.no_grad():
+        for parameter, part in zip(parameters, vector.split([p.numel() for p in parameters]), strict=True):
+            parameter.copy_(part.view_as(parameter))
 
 
-@dataclass
-class WeightAverage(WholeWeights):
-    """Federated averaging: clients train their halves by themselves and send them; the mean is everybody's next one.
-
-    aggregation: of the clients' weights, each weighted by its number of samples.
-    """
-
-    aggregation: Aggregation = weighted_mean
-    expects = Trained
-
-    def check(self, message: Trained) -> None:
-        """Raises MessageError for weights that cannot be averaged."""
-        if message.weights.shape != self.weights.shape:
-            raise MessageError(f"{len(message.weights)} weights where the half has {len(self.weights)}")
-        if not torch.isfinite(message.weights).all():
-            raise MessageError("infinite or NaN weights")
-
-    def commit(self, round: int, answers: Sequence[Trained], weights: Sequence[float]) -> None:
-        """The clients' average; with no answers the weights stay."""
-        if answers:
-            self.weights = self.aggregation([a.weights for a in answers], weights).float()
-        self.rounds = round + 1
+ADAM = AdamW(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
 
 
-Ledger = SeedReplay | GradientAverage | WeightAverage
+MOMENTUM = 0.9
+
+
+def make_optimizer(
+    rule: str, parameters: list[Tensor], betas: tuple[float, float] = ADAM.betas
+) -> torch.optim.Optimizer:
+    """The server's optimizer of numbers that stand for the client half: pool coefficients, or averaged weights."""
+    if rule == "adamw":
+        return torch.optim.AdamW(parameters, betas=betas, eps=ADAM.eps, weight_decay=0.0)
+    return torch.optim.SGD(parameters, lr=1.0, momentum=MOMENTUM if rule == "momentum" else 0.0)

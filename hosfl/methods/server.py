@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from hosfl.halves.split import dtype_of
 from hosfl.methods.ledger import Ledger, Rate, State
+from hosfl.methods.state import pack_optimizer, part, prefixed, unpack_optimizer
 from hosfl.protocol.aggregate import Aggregation, Kept, Pieces, gathered, shrinking, weighted_mean
 from hosfl.protocol.messages import Cut, Differs, Hello, Message, MessageError, Multiplier, decode
 from hosfl.protocol.seeds import Purpose, generator, round_seed
-from hosfl.runs.snapshot import pack_optimizer, part, prefixed, unpack_optimizer
 
 KEPT = 1000  # reasons; the rest are only counted
 
@@ -255,13 +255,13 @@ class Server:
                     raise MessageError(f"{type(message).__name__} of round {message.round}, epoch {message.epoch}")
                 if message.client not in self._samples or message.client in accepted:
                     raise MessageError("an answer from a client that has no multiplier, or a second one")
-                self.ledger.check(message)  # type: ignore[arg-type]
+                self.ledger.check(message)
             except MessageError as error:
                 self._refuse(f"round {round}, client {message.client}", error)
                 continue
             accepted[message.client] = message
         weights = [self._samples[client] for client in accepted]
-        self.ledger.commit(round, list(accepted.values()), weights)  # type: ignore[arg-type]
+        self.ledger.commit(round, list(accepted.values()), weights)
 
     def state(self) -> State:
         """All that a restarted server needs beside the log: its half, its optimizer, the ledger's own state."""

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from hosfl.files import write_atomically
 from hosfl.optim.sharded import reshard, shards, whole
 from hosfl.probing.displaced import uninterrupted
 from hosfl.protocol.lattice import STEPS, Lattice
@@ -36,7 +37,6 @@ from hosfl.protocol.log import (
 )
 from hosfl.protocol.replica import digest
 from hosfl.protocol.seeds import Purpose, direction_seeds, pool_seed, round_seed
-from hosfl.runs.checkpoint import write_atomically
 from hosfl_kernels import SGD, replay_, update_
 
 FORMAT = 2  # the first had one momentum for all groups

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hosfl.probing.displaced import Displacement, Inputs, call, casts_forgotten, displaced, refuse_writers
+from hosfl.halves.inputs import Inputs, call
+from hosfl.probing.displaced import Displacement, casts_forgotten, displaced, refuse_writers
 
 
 class Tangents(Displacement):

@@ -10,17 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hosfl.halves.inputs import Inputs, call, parts_of
 from hosfl.halves.narrow import made_again
-from hosfl.probing.displaced import (
-    Displacement,
-    Inputs,
-    call,
-    casts_forgotten,
-    evaluate_displaced,
-    parts_of,
-    refuse_writers,
-    uninterrupted,
-)
+from hosfl.probing.displaced import Displacement, casts_forgotten, evaluate_displaced, refuse_writers, uninterrupted
 from hosfl.probing.forward_mode import Tangents, derivative
 from hosfl_kernels import project, replay_
 

@@ -56,10 +56,12 @@ from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
+
+from hosfl.files import locked, sync_folder
 
 try:
     import fcntl
@@ -632,32 +634,9 @@ def _write(file: io.FileIO, data: bytes, at: int) -> None:
         view = view[file.write(view) :]
 
 
-def locked(file: IO[Any]) -> bool:
-    """Lock a file until it is closed, whatever the end of the process; False if somebody else has."""
-    if fcntl is None:
-        return True
-    try:
-        # flock, not lockf: lockf's would end when this process closes any file object of this log, `Log.read`'s too
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def _lock(file: io.FileIO) -> None:
     if not locked(file):
         raise LogError("another writer has this log open; only one may append")
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a folder's entries durable: a new file, a rename. Windows cannot, and needs no asking."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _interval(sync: Sync) -> int:

@@ -8,78 +8,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hosfl.protocol.lattice import Lattice, LatticeError, spread
-from hosfl.protocol.log import EXPONENTS
+from hosfl.protocol.log import EXPONENTS, RoundRecord
 from hosfl.protocol.messages import MessageError, PoolMoves, Records
-from hosfl.protocol.seeds import Purpose, direction_seeds, pool_seed, pool_seeds, round_seed
-from hosfl_kernels import SGD, AdamW, replay_, update_
-
-Rule = SGD | AdamW
-
-
-@dataclass(frozen=True)
-class Pool:
-    """`size` directions, D, of which every round measures the next P in turn; all are replaced every `rounds` rounds.
-
-    rounds: G; 0 keeps one pool for the whole run. Raises ValueError.
-    """
-
-    size: int
-    rounds: int = 0
-
-    def __post_init__(self) -> None:
-        if self.size < 1 or self.rounds < 0:
-            raise ValueError(f"a pool has 1 direction or more and 0 rounds or more, got {self.size} and {self.rounds}")
-
-    def generation(self, round: int) -> int:
-        """Which pool a round measures."""
-        return round // self.rounds if self.rounds else 0
-
-    def measured(self, round: int, directions: int) -> list[int]:
-        """Which of the pool's directions a round measures: P in turn."""
-        first = (round % self.rounds if self.rounds else round) * directions
-        return [(first + p) % self.size for p in range(directions)]
-
-
-@dataclass(frozen=True)
-class Run:
-    """What client and server agree on before round 0, beside the weights. It never travels again.
-
-    seed: the run's seed. directions: P. dist: of the directions. mu: the size of a probe's step.
-    estimator: how a directional derivative is measured: a key of `hosfl.probing.probe.ESTIMATORS`.
-    factors: a power of two per trainable tensor, by which directions are scaled on it.
-    lattice: where the client half lives, or None where it lives on none; then `rule` is the step that each round makes.
-    pool: None for fresh directions every round.
-    """
-
-    seed: int
-    directions: int
-    dist: str
-    mu: float
-    factors: tuple[float, ...]
-    lattice: Lattice | None = None
-    rule: Rule | None = None
-    pool: Pool | None = None
-    estimator: str = "one-sided"
-
-    def __post_init__(self) -> None:
-        if (self.lattice is None) == (self.rule is None):
-            raise ValueError("a run has a lattice, where records are moves, or an update rule: one of them")
-        if self.pool is not None and self.pool.size < self.directions:
-            raise ValueError(f"cannot measure {self.directions} different directions of a pool of {self.pool.size}")
-
-    def seeds(self, round: int) -> Sequence[int]:
-        """The seeds of the P directions of a round."""
-        if self.pool is None:
-            return direction_seeds(self.seed, round, self.directions)
-        generation = self.pool.generation(round)
-        return [pool_seed(self.seed, generation, j) for j in self.pool.measured(round, self.directions)]
+from hosfl.protocol.seeds import Purpose, pool_seeds, round_seed
+from hosfl.protocol.terms import Run
+from hosfl_kernels import replay_, update_
 
 
 def digest(tensors: Iterable[Tensor]) -> bytes:
@@ -368,3 +307,30 @@ def _check_multiples(moves: Tensor, lattice: Lattice | None) -> None:
     quanta = moves.double() / lattice.quantum
     if not torch.equal(quanta, quanta.round()):
         raise MessageError(f"moves that are no multiples of the lattice's quantum {lattice.quantum:g}")
+
+
+NO_DIGEST = torch.empty(0, dtype=torch.int32)
+
+
+def to_records(
+    rows: Sequence[RoundRecord],
+    run: Run,
+    first: int = 0,
+    *,
+    client: int = 0,
+    epoch: int = 0,
+    digest: Tensor = NO_DIGEST,
+) -> Records:
+    """The log's records of rounds `first`, `first` + 1, ... as the message that a replica applies."""
+    coefficients = np.array([r.coefficients for r in rows], np.float32).reshape(-1, run.directions)
+    rates = np.array([r.rate for r in rows] if run.rule is not None else [], np.float32)
+    lattices = [(r.round, Lattice(r.quantum).exponent) for r in rows if r.quantum is not None]
+    return Records(
+        client=client,
+        round=first,
+        epoch=epoch,
+        coefficients=torch.from_numpy(coefficients),
+        rates=torch.from_numpy(rates),
+        digest=digest,
+        lattices=torch.tensor(lattices, dtype=torch.int32).reshape(-1, 2),
+    )

@@ -23,16 +23,16 @@ import torch
 from torch import Tensor, nn
 
 from hosfl.halves.families import untrained
+from hosfl.halves.inputs import call
 from hosfl.halves.narrow import FROZEN, made_again, narrowed
 from hosfl.halves.split import dtype_of, split
 from hosfl.halves.trains import moving_only
-from hosfl.methods.client import FirstOrderClient, ZerothOrderClient
-from hosfl.probing.displaced import call
+from hosfl.methods.first_order import FirstOrderClient
+from hosfl.methods.ho import ZerothOrderClient, make_run
 from hosfl.probing.probe import evaluating, trainable
 from hosfl.protocol.messages import Message, Multiplier, decode, encode
 from hosfl.runs.config import Config, with_shared
 from hosfl.runs.report import machine, peak_memory
-from hosfl.runs.trainer import make_run
 from hosfl.tasks.data import Dataset
 from hosfl.tasks.task import digits_model
 

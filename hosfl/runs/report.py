@@ -20,18 +20,12 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 import torch
 
+from hosfl.engines.in_process import Replicas
 from hosfl.extras import needed
-from hosfl.runs.checkpoint import (
-    RUN_FILES,
-    FolderLock,
-    check_free,
-    finite,
-    save_config,
-    write_atomically,
-    write_json,
-)
-from hosfl.runs.config import Config
-from hosfl.runs.provenance import Provenance, ProvenanceError
+from hosfl.files import FolderLock, finite, write_atomically, write_json
+from hosfl.protocol.provenance import Provenance, ProvenanceError
+from hosfl.runs.checkpoint import RUN_FILES, check_free, save_config
+from hosfl.settings import Settings
 from hosfl_kernels import backends
 
 if TYPE_CHECKING:
@@ -75,15 +69,6 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Replicas:
-    """Whether all clients, and a newcomer that replayed the whole log at the end, hold the same bits."""
-
-    clients: int
-    digest: str
-    equal: bool
-
-
-@dataclass(frozen=True)
 class Summary:
     """A run's outcome.
 
@@ -119,7 +104,7 @@ class Summary:
     def of(
         cls,
         *,
-        config: Config,
+        config: Settings,
         rounds: int,
         last: Evaluation,
         clients: Sequence[Client],
@@ -239,7 +224,7 @@ class Writer:
         self.lock: FolderLock | None = None
         self.run = ""  # of whom the metrics are
 
-    def start(self, config: Config, provenance: Provenance) -> None:
+    def start(self, config: Settings, provenance: Provenance) -> None:
         """Make the folder this run's. Raises FileExistsError for one that holds a run, RunFolderError."""
         if self.folder is None:
             return
@@ -251,7 +236,7 @@ class Writer:
         save_config(config, self.folder)  # from here on there is a run to resume
         self.metrics = (self.folder / "metrics.jsonl").open("w")
 
-    def resume(self, config: Config, provenance: Provenance) -> None:
+    def resume(self, config: Settings, provenance: Provenance) -> None:
         """Take up the folder's run. Raises ProvenanceError where it was made of something else, RunFolderError."""
         assert self.folder is not None
         self.lock = FolderLock(self.folder)

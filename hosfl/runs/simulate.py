@@ -8,7 +8,6 @@ differ. A server that dies is made anew from its files, log and snapshot. The cl
 
 from __future__ import annotations
 
-import math
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -20,76 +19,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hosfl.methods.client import Client, ZerothOrderClient
+from hosfl.engines.in_process import Federation
+from hosfl.files import FolderLock, write_json
+from hosfl.methods.client import Client
+from hosfl.methods.ho import ZerothOrderClient
 from hosfl.methods.ledger import SeedReplay
 from hosfl.protocol.lattice import Lattice, LatticeError
 from hosfl.protocol.log import RoundRecord
 from hosfl.protocol.messages import Cut, Message, Multiplier, Scalars, Wire
 from hosfl.protocol.seeds import Purpose, generator
-from hosfl.runs.checkpoint import FolderLock, check_free, save_module, write_json
+from hosfl.protocol.terms import Diverged
+from hosfl.runs.assemble import assemble, evaluate
+from hosfl.runs.checkpoint import check_free, save_module
 from hosfl.runs.config import Config
+from hosfl.runs.faults import Faults
 from hosfl.runs.report import Evaluation, machine, peak_memory
-from hosfl.runs.trainer import (
-    Diverged,
-    Federation,
-    Progress,
-    assemble,
-    check_loss,
-    evaluate,
-    interruptible,
-    restore,
-    save_snapshot,
-)
+from hosfl.runs.trainer import Progress, check_loss, interruptible, restore, save_snapshot
 from hosfl.tasks.task import Task
 
 SMALLEST_SHARD = 32  # samples; a crowd larger than the data shares it
-
-
-@dataclass(frozen=True)
-class Faults:
-    """What goes wrong. Raises ValueError for a value that cannot be.
-
-    dropout: the share of clients that vanish in the middle of a round, at any of its messages. absence: the share of
-    invited clients that turn out to be away, for up to longest_absence rounds. delay: mean seconds that a message
-    travels (exponential); deadline: seconds for each of a round's two exchanges; what the server gets after it arrives
-    in its next round and is refused.
-    byzantine: the share of clients that lie. lies: what about, of `LIES`, with commas between: "labels" (of C classes
-    they say C - 1 - c for c), "random-labels" (any class but the right one), "flipped-cuts" (times -1), "scaled-cuts"
-    (times `magnitude`), "noisy-cuts" (noise of the same size), "flipped-scalars", and "scalars" (times `magnitude`, of
-    either sign). damage: the share of messages in which a bit flips. crash_every: mean rounds between two deaths of the
-    server, at any message or right after a commit; 0: never.
-    """
-
-    dropout: float = 0.0
-    absence: float = 0.0
-    longest_absence: int = 300
-    delay: float = 0.0
-    deadline: float = 10.0
-    byzantine: float = 0.0
-    lies: str = "scalars"
-    magnitude: float = 1e6
-    damage: float = 0.0
-    crash_every: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("dropout", "absence", "byzantine", "damage"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is a share, from 0 to 1, got {getattr(self, name)}")
-        for name in ("delay", "deadline", "magnitude"):
-            if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
-                raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
-        for lie in self.told:
-            if lie not in LIES:
-                raise ValueError(f"lies are {', '.join(LIES)}, with commas between, got {self.lies!r}")
-        for name in ("longest_absence", "crash_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.crash_every == 1:
-            raise ValueError("a server that dies in every round never ends one: crash_every is 0, or 2 or more")
-
-    @property
-    def told(self) -> list[str]:
-        return self.lies.split(",")
 
 
 class ServerDied(Exception):
@@ -173,7 +121,7 @@ class ByzantineClient(ZerothOrderClient):
 
     def _lie(self, honest: AnyMessage) -> AnyMessage:
         for lie in self.faults.told:
-            about, told = LIES[lie]
+            about, told = TOLD[lie]
             if hasattr(honest, about):
                 lied: dict[str, Any] = {about: told(honest, self)}
                 honest = replace(honest, **lied)
@@ -205,7 +153,7 @@ def _signed(honest: Scalars, liar: ByzantineClient) -> Tensor:
 
 
 # What a message says, and what a liar says in its place.
-LIES: dict[str, tuple[str, Callable[[Any, ByzantineClient], Tensor]]] = {
+TOLD: dict[str, tuple[str, Callable[[Any, ByzantineClient], Tensor]]] = {
     "labels": ("labels", lambda cut, liar: _classes(cut, liar) - 1 - cut.labels),
     "random-labels": ("labels", _random_labels),
     "flipped-cuts": ("cut", lambda cut, liar: -cut.cut),
@@ -327,7 +275,7 @@ class Outcome:
     committed rounds that nobody answered. lost, late, damaged: messages; a lost one may be of a client that vanished.
     refusals: messages that the server refused; complaints: that clients did; reasons: of the first of them. differed:
     clients that found their half wrong. deaths: of the server. void: rounds that were run again because of them.
-    provenance: what the run was made of, see `hosfl.runs.provenance`; `faults` are beside it.
+    provenance: what the run was made of, see `hosfl.protocol.provenance`; `faults` are beside it.
     """
 
     rounds: int

@@ -14,11 +14,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from hosfl.runs.checkpoint import write_json
-from hosfl.runs.config import DEFAULTS, Config
-from hosfl.runs.provenance import ProvenanceError
+from hosfl.files import write_json
+from hosfl.protocol.provenance import ProvenanceError
+from hosfl.runs.config import Config
 from hosfl.runs.report import Evaluation, Summary, gap_recovered, machine, metric, plot_curves
 from hosfl.runs.trainer import Progress, train
+from hosfl.settings import DEFAULTS
 
 CATEGORIES = (
     *("cut up", "labels up", "mask up", "multiplier down", "losses down", "scalars up", "scalars down", "gradient up"),

@@ -12,7 +12,7 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 from hosfl.extras import needed
-from hosfl.runs.checkpoint import write_atomically
+from hosfl.files import write_atomically
 from hosfl.runs.config import Config
 from hosfl.runs.memory import BOUNDED, reference
 from hosfl.runs.report import name_lines, save_figure

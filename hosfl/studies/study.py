@@ -39,13 +39,17 @@ from typing import Any
 
 import torch
 
+from hosfl.files import FolderLock, write_atomically, write_json
 from hosfl.protocol.lattice import LatticeError
-from hosfl.runs.checkpoint import FolderLock, write_atomically, write_json
-from hosfl.runs.config import CHOICES, Config, all_with_shared, decisive, differences, typed, with_shared
+from hosfl.protocol.terms import Diverged
+from hosfl.runs.assemble import rates_of
+from hosfl.runs.config import Config, all_with_shared, with_shared
 from hosfl.runs.memory import HALVES, client_memory
 from hosfl.runs.report import Evaluation, gap_recovered, machine, metric
-from hosfl.runs.trainer import Diverged, train
-from hosfl.tasks.task import TASKS, Task
+from hosfl.runs.trainer import train
+from hosfl.settings import FIELDS, decisive, differences, typed
+from hosfl.tasks import task_maker
+from hosfl.tasks.task import Task
 
 OWN = ("seed", "rounds", "evaluate_on")  # settings that the study itself makes
 TUNING, FINAL = "tuning", "runs"  # the folders of the two phases
@@ -226,8 +230,9 @@ def _value(name: Any, value: Any, where: str) -> Any:
         value = typed(name, value)
     except ValueError as error:
         raise ValueError(f"{where}.{error}") from None
-    if name in CHOICES and value not in CHOICES[name]:
-        raise ValueError(f"{where}.{name}: one of {', '.join(CHOICES[name])} is needed, got {value!r}")
+    choices = FIELDS[name].metadata["choices"]
+    if choices and value not in choices:
+        raise ValueError(f"{where}.{name}: one of {', '.join(choices)} is needed, got {value!r}")
     return value
 
 
@@ -361,11 +366,11 @@ def _all(study: Study, folder: Path, workers: int, progress: Callable[[State], N
     return True
 
 
-Data = tuple[str, str, str, str]  # the settings that say which data and model
+Data = tuple[str, str, str, str, str]  # the settings that say which data and model
 
 
 def _data(config: Config) -> Data:
-    return config.task, config.data, config.model, config.at
+    return config.task, json.dumps(config.options, sort_keys=True), config.data, config.model, config.at
 
 
 def check_tasks(study: Study) -> dict[Data, str]:
@@ -377,8 +382,8 @@ def check_tasks(study: Study) -> dict[Data, str]:
     for job in study.tuning():
         key = _data(job.config)
         if key not in tasks:
-            tasks[key] = TASKS[job.config.task](job.config)
-        tasks[key].rates(job.config)
+            tasks[key] = task_maker(job.config.task)(job.config)
+        rates_of(tasks[key], job.config)
     return {key: task.digest() for key, task in tasks.items()}
 
 
@@ -449,7 +454,7 @@ def _run(
         if result is None:
             return False
         # A run that diverged has no summary that says it.
-        made_of = {"settings": job.config.settings(), "data": contents.data[_data(job.config)], "model": "", "log": ""}
+        made_of = {"settings": job.config.decisive(), "data": contents.data[_data(job.config)], "model": "", "log": ""}
         contents.check(job, result := {"provenance": made_of, **result}, folder)
         _write(folder / job.file, result)
         del left[job.file]
@@ -548,7 +553,7 @@ def held(job: Job, folder: Path) -> Result | None:
         _check(path, result, {"provenance": _PROVENANCE})
     was = decisive(result["config"])
     now = {"phase": job.phase, "method": job.method, "trial": job.trial}
-    changed = differences({**{key: result[key] for key in now}, **was}, {**now, **job.config.settings()})
+    changed = differences({**{key: result[key] for key in now}, **was}, {**now, **job.config.decisive()})
     if changed:
         raise ValueError(f"{path} is of another run ({'; '.join(changed)}): {AGAIN}, or take another folder")
     return result

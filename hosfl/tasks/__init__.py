@@ -1,0 +1,28 @@
+"""What is learnt: data, a model cut in two, a loss and scores. `TASKS` is the list; nothing is imported too early."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from hosfl.named import named
+
+if TYPE_CHECKING:
+    from hosfl.settings import Settings
+    from hosfl.tasks.task import Task
+
+_PICTURES = ("cifar10", "cifar100", "cifar10-noisy", "cifar10-inverted")
+TASKS = {
+    "digits": "hosfl.tasks.task:digits_task",
+    "digits-inverted": "hosfl.tasks.task:inverted_task",
+    "sentences": "hosfl.tasks.task:sentences_task",
+    **dict.fromkeys(("sst2", "rte", "wsc"), "hosfl.tasks.task:text_task"),
+    "squad": "hosfl.tasks.task:squad_task",
+    **dict.fromkeys(_PICTURES, "hosfl.tasks.task:pictures_task"),
+}
+
+
+def task_maker(name: str) -> Callable[[Settings], Task]:
+    """What makes a task, by its name in `TASKS`, or by "FILE.py:FUNCTION". Raises ValueError."""
+    maker: Callable[[Settings], Task] = named(name, "task", TASKS)
+    return maker

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hosfl.extras import needed
 from hosfl.halves.families import tokenized
-from hosfl.methods.client import Batch
+from hosfl.halves.inputs import Batch
 from hosfl.protocol.seeds import Purpose, generator
 from hosfl.tasks.reading import DataError, Found, Row, classes, table, text_field
 

@@ -5,28 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hosfl.halves.families import is_decoder, packaged_minilm, pretrained_model
 from hosfl.halves.split import SplitModel, split
-from hosfl.runs.config import REPLAYED, Config
+from hosfl.settings import Rates, Settings
 from hosfl.tasks import squad, text
 from hosfl.tasks.data import Dataset, Splits, as_tokens, digest, digits, inverted, sentences
 from hosfl.tasks.reading import Row
 from hosfl.tasks.verbalizer import first_tokens, verbalized
 from hosfl.tasks.vision import CLASSES, noisy, pictures, pretrained_resnet
-
-
-class Rates(NamedTuple):
-    """Learning rates of the server and of the client half, and the weight decay of the server's AdamW."""
-
-    server: float
-    client: float
-    decay: float
-
 
 Scores = dict[str, float]
 
@@ -43,10 +33,7 @@ class Task:
     classes: labels are below it. optimizer: (server half, weight decay) -> its optimizer.
     metric: (outputs for all of a data set, the data set) -> scores by name; the first is the one that tables show and
     that rates are chosen by. groups: int64 [training samples], what clients' data differ by; None: their labels.
-    tuned: way -> rates, chosen on validation data by benchmarks/tune.py, those of splitfed, hosl and mu-splitfed by
-    benchmarks/studies/digits.yaml; the keys are (method, directions_from, rule)
-    where the client half is a log of scalars, (method, rule), and ("frozen",). "checkpointed" has the gradients of
-    "first-order", and its rates.
+    tuned: a method's key, `Method.tuned`, -> rates, chosen on validation data by benchmarks/tune.py.
     """
 
     splits: Splits
@@ -62,24 +49,22 @@ class Task:
         """SHA-256, in hexadecimal, of the data and of what clients' data differ by; nothing of where they lay."""
         return digest({"splits": self.splits, "groups": self.groups})
 
-    def rates(self, config: Config) -> Rates:
-        """The configuration's own rates, the tuned ones where it names none. ValueError where there are neither."""
-        key: tuple[str, ...] = ("first-order" if config.method == "checkpointed" else config.method, config.rule)
-        if config.method == "frozen":
-            key = ("frozen",)
-        elif config.method in REPLAYED:
-            key = (config.method, config.directions_from, config.rule)
-        tuned = self.tuned.get(key)
+    def rates(self, key: tuple[str, ...], settings: Settings) -> Rates:
+        """The settings' own rates, those tuned for `key` where they name none. ValueError where there are neither.
+
+        key: of `tuned`; a method without a client rate has the key ("frozen",).
+        """
+        tuned, frozen = self.tuned.get(key), key == ("frozen",)
         if tuned is None:
-            client_rate = 1.0 if config.method == "frozen" else config.client_rate  # which has none
-            if not config.server_rate or not client_rate:
-                what = "server_rate" if config.method == "frozen" else "server_rate and client_rate"
+            client_rate = 1.0 if frozen else settings.client_rate
+            if not settings.server_rate or not client_rate:
+                what = "server_rate" if frozen else "server_rate and client_rate"
                 raise ValueError(f"no rates are tuned for {' '.join(key)}: give {what}")
-            tuned = Rates(config.server_rate, client_rate, 0.0)
-        decay = config.server_decay
+            tuned = Rates(settings.server_rate, client_rate, 0.0)
+        decay = settings.server_decay
         return Rates(
-            server=config.server_rate or tuned.server,
-            client=config.client_rate or tuned.client,
+            server=settings.server_rate or tuned.server,
+            client=settings.client_rate or tuned.client,
             decay=tuned.decay if decay is None else decay,
         )
 
@@ -110,7 +95,7 @@ def digits_model(seed: int) -> SplitModel:
     return split(model, at=4)
 
 
-def digits_task(config: Config) -> Task:
+def digits_task(config: Settings) -> Task:
     if config.data or config.model or config.at:
         raise ValueError("the digits task has its own data and model: leave out data, model and at")
     return Task(
@@ -134,7 +119,7 @@ def digits_task(config: Config) -> Task:
     )
 
 
-def inverted_task(config: Config) -> Task:
+def inverted_task(config: Settings) -> Task:
     """A pretrained network whose inputs change: digits in inverted colours, and noisy.
 
     The model of the digits task, trained whole and first-order on the digits as they are; then every picture is
@@ -164,7 +149,7 @@ def pretrained(halves: SplitModel, data: Dataset, seed: int, steps: int = 300, b
     return halves
 
 
-def sentences_task(config: Config) -> Task:
+def sentences_task(config: Settings) -> Task:
     """Classes of sentences, a pretrained text model: by default MiniLM after its third layer.
 
     config.data: a folder, see `hosfl.tasks.data.sentences`. config.model: default: the model that the package
@@ -178,7 +163,7 @@ def sentences_task(config: Config) -> Task:
     return pretrained_task(splits, classes, lambda at: headed(name, "SequenceClassification", at, classes), config)
 
 
-def text_task(config: Config) -> Task:
+def text_task(config: Settings) -> Task:
     """A published classification task of `hosfl.tasks.text`: sst2, rte, wsc. data, parts: see `hosfl.tasks.text.parts`.
 
     An encoder gets a random classifier, as in `sentences_task`. A decoder gets a prompt; its output is what it gives
@@ -202,7 +187,7 @@ def text_task(config: Config) -> Task:
     return pretrained_task(splits, len(it.words), model, config)
 
 
-def squad_task(config: Config) -> Task:
+def squad_task(config: Settings) -> Task:
     """SQuAD 1.1 with an encoder, whose random head gives every token's logits of beginning and of ending the answer.
 
     data, parts: see `squad.parts`. The loss is the mean of start's and end's cross-entropy, over windows; the
@@ -216,7 +201,7 @@ def squad_task(config: Config) -> Task:
     return replace(task, metric=squad.span_scores, groups=articles)
 
 
-def pictures_task(config: Config) -> Task:
+def pictures_task(config: Settings) -> Task:
     """CIFAR-10 or CIFAR-100 and a pretrained residual network.
 
     "cifar10-noisy": the pictures become noisy; "cifar10-inverted": their colours are inverted, with half that noise.
@@ -242,7 +227,7 @@ def headed(name: str, head: str, at: int | str, outputs: int) -> SplitModel:
     return split(pretrained_model(name, head, num_labels=outputs), at)
 
 
-def pretrained_task(splits: Splits, classes: int, model: Callable[[int | str], SplitModel], config: Config) -> Task:
+def pretrained_task(splits: Splits, classes: int, model: Callable[[int | str], SplitModel], config: Settings) -> Task:
     """What tasks with pretrained models share: the place of the cut, the third layer by default, and the optimizer.
 
     model: from the place of the cut; what is random in it comes from the run's seed.
@@ -262,13 +247,3 @@ def pretrained_task(splits: Splits, classes: int, model: Callable[[int | str], S
         optimizer=lambda half, decay: torch.optim.AdamW(half.parameters(), betas=(0.9, 0.99), weight_decay=decay),
         tuned={},
     )
-
-
-TASKS: dict[str, Callable[[Config], Task]] = {
-    "digits": digits_task,
-    "digits-inverted": inverted_task,
-    "sentences": sentences_task,
-    **dict.fromkeys(text.TEXTS, text_task),
-    "squad": squad_task,
-    **dict.fromkeys(("cifar10", "cifar100", "cifar10-noisy", "cifar10-inverted"), pictures_task),
-}

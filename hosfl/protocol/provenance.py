@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from hosfl.runs.config import differences
+from hosfl.files import sync_folder
+from hosfl.protocol.log import Header, Log, LogError
+from hosfl.settings import decisive, differences
 
 
 class ProvenanceError(ValueError):
@@ -46,3 +49,30 @@ class Provenance:
             differs.append("its log begins with another header")
         if differs:
             raise ProvenanceError(f"{what} is of another run: {'; '.join(differs)}. Put that back, or start anew")
+
+
+def header_digest(header: Header) -> str:
+    """SHA-256 of a log's header, without the settings that the bits do not depend on."""
+    return hashlib.sha256(repr(replace(header, settings=decisive(header.settings))).encode()).hexdigest()
+
+
+def open_log(folder: Path, header: Header) -> Log:
+    """The log of a run: the one in its folder, which must have this header, or a new one, there whole or not at all.
+
+    Raises LogError for another run's, which says what differs.
+    """
+    path = folder / "hosfl.log"
+    if not path.exists():
+        temporary = path.with_name("hosfl.log.tmp")
+        temporary.unlink(missing_ok=True)
+        Log.create(temporary, header).close()
+        temporary.replace(path)
+        sync_folder(folder)
+    log = Log.open(path)
+    if header_digest(log.header) != header_digest(header):
+        log.close()
+        found = differences(decisive(log.header.settings), header.settings) or [
+            "the model's first weights or their lattice were others"
+        ]
+        raise LogError(f"{path} is the log of another run: {'; '.join(found)}")
+    return log

@@ -1,0 +1,231 @@
+"""What the commands do that need torch; `hosfl.cli` has the others, and all options."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from hosfl.extras import needed
+from hosfl.files import write_json
+from hosfl.halves.families import skeleton
+from hosfl.halves.split import cut_points
+from hosfl.runs.checkpoint import load_config
+from hosfl.runs.config import Config, all_with_shared, with_shared
+from hosfl.runs.faults import Faults
+from hosfl.runs.memory import HALVES, client_memory, over_bound
+from hosfl.runs.report import Evaluation, metric
+from hosfl.runs.simulate import simulate
+from hosfl.runs.trainer import Progress as OnProgress
+from hosfl.runs.trainer import train
+from hosfl.settings import NEUTRAL, PRESETS
+from hosfl.studies.compare import compare, print_table
+from hosfl.studies.page import report
+from hosfl.studies.study import State, load_study, run_study
+
+SHOWN = (
+    *("accuracy", "loss", "clients", "visits", "states", "empty", "lost", "late", "damaged", "refusals", "complaints"),
+    *("differed", "deaths", "void", "seconds", "peak_memory", "digest"),
+)
+
+
+@contextmanager
+def _progress(*columns: ProgressColumn) -> Iterator[tuple[Progress, Callable[[str], None]]]:
+    """A bar with these columns at its end, and how to say a line: what a log file gets in place of the bar."""
+    console = Console(stderr=True)
+    plain = not console.is_terminal or console.is_dumb_terminal
+
+    def say(line: str) -> None:
+        if plain:
+            print(line, file=sys.stderr, flush=True)
+
+    shared = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    with Progress(*shared, *columns, console=console, disable=plain) as bar:
+        yield bar, say
+
+
+@contextmanager
+def _bar(title: str, rounds: int) -> Iterator[OnProgress]:
+    with _progress(TextColumn("{task.fields[state]}"), TimeRemainingColumn()) as (bar, say):
+        task = bar.add_task(title, total=rounds, state="")
+        accuracy = ""
+
+        def on_progress(done: int, loss: float, evaluation: Evaluation | None, moved: int) -> None:
+            nonlocal accuracy
+            if evaluation is not None:
+                accuracy = f"{metric(evaluation.scores)} {evaluation.accuracy:.3f}  "
+            state = f"loss {loss:.3f}  {accuracy}{moved / 1e6:.1f} MB"
+            bar.update(task, completed=done, state=state)
+            if evaluation is not None:
+                say(f"{title}  {done}/{rounds}  {state}")
+
+        yield on_progress
+
+
+def _settings(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings that options give, and those that are the preset's, of which a method may not read all."""
+    given = {name: getattr(options, name) for name in Config.names() if name in options}
+    preset = {name: value for name, value in PRESETS.get(options.preset or "", {}).items() if given[name] == value}
+    return {name: value for name, value in given.items() if name not in preset}, preset
+
+
+def _train(options: argparse.Namespace) -> int:
+    config = Config(**with_shared(*_settings(options)))
+    out = options.out
+    if options.resume is not None:
+        if out is not None or config.decisive() != Config().decisive():
+            others = ", ".join("--" + name.replace("_", "-") for name in NEUTRAL)
+            raise ValueError(f"a run goes on with its own settings: beside --resume there may be {others}")
+        given = {name: getattr(options, name) for name in NEUTRAL if getattr(options, name) != getattr(Config(), name)}
+        out, config = options.resume, replace(load_config(options.resume), **given)
+    with _bar(config.method, config.rounds) as on_progress:
+        summary = train(config, out, on_progress, resume=options.resume is not None)
+    scores = ", ".join(f"{name} {value:.4f}" for name, value in summary.scores.items())
+    print(
+        f"{config.method}: {config.evaluate_on} {scores}, loss {summary.loss:.4f}"
+        f" after {summary.rounds} rounds in {summary.seconds:.1f} s"
+    )
+    if summary.replicas is not None and not summary.replicas.equal:
+        print("the clients differ in their bits: this is a bug", file=sys.stderr)
+        return 1
+    return 130 if summary.interrupted else 0
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    config = Config(**{n: getattr(options, n) for n in Config.names() if n != "method"})
+    faults = Faults(**{f.name: getattr(options, f.name) for f in fields(Faults)})
+    with _bar(f"{config.clients} clients", config.rounds) as on_progress:
+        outcome = simulate(config, faults, options.out, on_progress)
+    shown = Table(title=f"{outcome.rounds} rounds of {config.task}", show_header=False)
+    for name in SHOWN:
+        value = getattr(outcome, name)
+        title = metric(outcome.evaluations[-1].scores) if name == "accuracy" else name.replace("_", " ")
+        shown.add_row(title, f"{value:.4f}" if isinstance(value, float) else str(value))
+    shown.add_row("all clients hold the same bits", "yes" if outcome.equal else "NO")
+    Console(width=None if sys.stdout.isatty() else 110).print(shown)
+    if not outcome.equal:
+        return 1
+    return 130 if outcome.interrupted else 0
+
+
+def _split(options: argparse.Namespace) -> int:
+    model, inputs = skeleton(options.model, options.batch, options.length)
+    try:
+        points = cut_points(model, inputs)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+    except RuntimeError:  # some versions of transformers look at values, which the meta device has not
+        points = cut_points(model)
+    shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in inputs.items())
+    table = Table(title=f"{type(model).__name__}, {shapes}", caption="parameters, and MB of the outputs of all modules")
+    for name in ("at", "first layer of the server", "client", "server", "MB client", "MB server", "MB cut"):
+        table.add_column(name, justify="left" if "layer" in name else "right")
+    for point in points:
+        sizes = (point.client_activations, point.server_activations, point.cut)
+        counts = (f"{n:,}" for n in (point.client_parameters, point.server_parameters))
+        table.add_row(str(point.at), point.name, *counts, *("?" if n is None else f"{n / 1e6:.2f}" for n in sizes))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    shared, preset = _settings(options)
+    runs = [{"method": m, "seed": s} for m in options.methods for s in options.seeds]
+    configs = [Config(**with_shared(settings, preset)) for settings in all_with_shared(runs, shared)]
+    table = compare(configs, options.out, lambda c: _bar(f"{c.method} {c.seed}", c.rounds))
+    print_table(table)
+    return 130 if table["interrupted"] else 0
+
+
+class _TimeLeft(ProgressColumn):
+    """What the study expects to need, less what has passed since it said so."""
+
+    def render(self, task: Task) -> Text:
+        expected, since = task.fields["expected"], task.fields["since"]
+        return Text(_time_left(None if expected is None else expected - (time.monotonic() - since)))
+
+
+def _time_left(seconds: float | None) -> str:
+    if seconds is None:
+        return "time left unknown"
+    return f"{seconds / 60:.0f} min left" if seconds >= 60 else "under a minute left"
+
+
+def _study(options: argparse.Namespace) -> int:
+    if options.jobs < 1:
+        raise ValueError(f"--jobs must be at least 1, got {options.jobs}")
+    study = load_study(options.file)
+    needed("matplotlib.figure", "a study's page")  # known now, not after the last run
+    with _progress(TextColumn("runs"), _TimeLeft()) as (bar, say):
+        task = bar.add_task("study", total=None, expected=None, since=time.monotonic())
+
+        def on_progress(state: State) -> None:
+            bar.update(task, description=state.phase, completed=state.done, total=state.runs)
+            bar.update(task, expected=state.seconds_left, since=time.monotonic())
+            if state.ended:
+                say(f"{state.phase}  {state.done}/{state.runs}  {state.ended}  {_time_left(state.seconds_left)}")
+
+        finished = run_study(study, options.out, options.jobs, on_progress)
+    if not finished:
+        print(f"interrupted: the same command goes on where {options.out} is", file=sys.stderr)
+        return 130
+    print(f"{options.out / 'table.json'}, {report(options.out)}")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    print(report(options.folder))
+    return 0
+
+
+def _memory(options: argparse.Namespace) -> int:
+    for half in options.halves:
+        if half not in HALVES:
+            raise ValueError(f"--halves: one of {', '.join(HALVES)} is needed, got {half!r}")
+    with Console(stderr=True).status("memory") as status:
+        result = client_memory(
+            options.halves or list(HALVES), options.device, lambda what: status.update(f"memory of {what}")
+        )
+    shown = Table(caption="MB above the weights: a round of one client, alone in its process")
+    for name in ("half", "way", "peak", "cut", "of inference + 3 cuts"):
+        shown.add_column(name, justify="left" if name in ("half", "way") else "right")
+    for name, half in result["halves"].items():
+        for way, row in half["ways"].items():
+            sizes = (f"{row[k] / 1e6:.2f}" for k in ("peak_extra", "cut"))
+            shown.add_row(name, way, *sizes, f"{row['of_bound']:.2f}")
+    Console(width=None if sys.stdout.isatty() else 110).print(shown)
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(options.out, result)
+    over = list(over_bound(result))
+    for what in over:
+        print(what, file=sys.stderr)
+    return 1 if over else 0
+
+
+COMMANDS = {
+    "train": _train,
+    "compare": _compare,
+    "simulate": _simulate,
+    "split": _split,
+    "study": _study,
+    "report": _report,
+    "memory": _memory,
+}

@@ -1,0 +1,118 @@
+"""Files that are written whole or not at all, and folders that belong to one process."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import stat
+from pathlib import Path
+from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock
+    fcntl = None  # type: ignore[assignment]
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """All of it or nothing, whatever happens in between; a file that was there keeps its mode.
+
+    A link stays, and what it points at is written. What is no regular file, as /dev/null or a pipe, is written into.
+
+    Raises OSError: IsADirectoryError for a folder, FileNotFoundError where there is no folder to write in, ....
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        mode = None
+    if mode is not None and stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "this is a folder: name a file in it", str(path))
+    if mode is not None and not stat.S_ISREG(mode):
+        with path.open("wb") as file:
+            file.write(data)
+        return
+    path = Path(os.path.realpath(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "there is no folder to write this file in", str(path))
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.unlink(missing_ok=True)  # of a writer that was killed
+    try:
+        with temporary.open("xb") as file:
+            if mode is not None:
+                temporary.chmod(stat.S_IMODE(mode))
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def finite(value: Any) -> Any:
+    """The same with None for numbers that JSON has not: infinite ones and NaN."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file that every reader reads, whole or not at all: null for numbers that are not finite."""
+    write_atomically(path, (json.dumps(finite(value), indent=2, allow_nan=False) + "\n").encode())
+
+
+class FolderLock:
+    """The folder of a run, or of a study, for one process: no other takes it up until this one closes it or ends.
+
+    Raises RunFolderError where another process has it.
+    """
+
+    def __init__(self, folder: Path, of: str = "run") -> None:
+        self.path = folder / "lock"
+        self.file = self.path.open("a")
+        if not locked(self.file):
+            self.file.close()
+            raise RunFolderError(f"another process is at work on the {of} in {folder}: wait for it, or stop it")
+
+    def check(self) -> None:
+        """Raises RunFolderError where the folder was removed or replaced under the run."""
+        try:
+            there = os.path.samestat(self.path.stat(), os.fstat(self.file.fileno()))
+        except FileNotFoundError:
+            there = False
+        if not there:
+            raise RunFolderError(f"{self.path.parent} was removed or replaced while the run went on: the run ends here")
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class RunFolderError(ValueError):
+    """A run's folder that another process has, or that is no longer there."""
+
+
+def locked(file: IO[Any]) -> bool:
+    """Lock a file until it is closed, whatever the end of the process; False if somebody else has."""
+    if fcntl is None:
+        return True
+    try:
+        # flock, not lockf: lockf's would end when this process closes any file object of this log, `Log.read`'s too
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a folder's entries durable: a new file, a rename. Windows cannot, and needs no asking."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,150 @@
+"""First-order split learning: exact gradients on both halves. The upper bound.
+
+Per client and round: the cut (size z) and labels go up, the multiplier (z) comes down, the gradient of all d weights
+goes up; the weights (d) come down. Server and client half each take one step of g = mean of the clients' gradients.
+Gupta and Raskar, "Distributed learning of deep neural network over multiple agents", 2018.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hosfl.halves.inputs import Batch, Inputs, call, parts_of
+from hosfl.halves.narrow import made_again
+from hosfl.methods.client import Client
+from hosfl.methods.ledger import Ledger, Rate, State, WholeWeights, descend, load_vector, make_optimizer, step_size
+from hosfl.methods.method import LEARNS, Method, Way
+from hosfl.methods.state import pack_optimizer, part, prefixed, unpack_optimizer
+from hosfl.probing.probe import evaluating, trainable
+from hosfl.protocol.aggregate import Aggregation, RunningLength, shrinking, weighted_mean
+from hosfl.protocol.messages import (
+    Gradient,
+    Message,
+    MessageError,
+    Weights,
+)
+from hosfl.settings import Settings
+
+
+@dataclass
+class FirstOrderClient(Client):
+    """First-order split learning: backpropagates the multiplier through its half and sends the whole gradient.
+
+    The upper bound: exact gradients, at the price of a client that can backpropagate and of weights that travel.
+    """
+
+    learns = True
+
+    def catch_up(self, message: Message) -> None:
+        """Take the averaged weights."""
+        if not isinstance(message, Weights):
+            raise MessageError(f"client {self.number} expects weights, got {type(message).__name__}")
+        self._check_addressee(message)
+        at, here = (message.epoch, message.round), (self.epoch, self.applied)
+        if at < here or (at != here and not len(message.weights)):
+            raise MessageError(f"{len(message.weights)} weights of (epoch, round) {at}; this client is at {here}")
+        parameters, _ = trainable(self.half)
+        weights = message.weights
+        if len(weights) not in (0, sum(p.numel() for p in parameters)):
+            raise MessageError(f"{len(weights)} weights for a half of {sum(p.numel() for p in parameters)}")
+        if not torch.isfinite(weights).all():
+            raise MessageError("weights that are infinite or NaN")
+        if len(weights):
+            load_vector(weights, parameters)
+        self.applied, self.epoch = message.round, message.epoch
+
+    def answer(self, message: Message) -> Message:
+        """d <multiplier, f(x)> / d weights, as a Gradient."""
+        gradient = self._gradient(self._multiplier(message))
+        return Gradient(client=self.number, round=self._round, epoch=self.epoch, gradient=gradient)
+
+    def _gradient(self, multiplier: Tensor) -> Tensor:
+        """float32 [d], by backpropagation; eval mode as everywhere on clients."""
+        parameters, _ = trainable(self.half)
+        multipliers = multiplier.split(self.microbatch or len(multiplier))
+        begin = time.perf_counter()
+        sums: list[Tensor] = []
+        with evaluating(self.half), torch.enable_grad(), made_again():
+            for part, m in zip(parts_of(self._inputs, self.microbatch), multipliers, strict=True):
+                gradients = [g.float() for g in torch.autograd.grad(self._recorded(part), parameters, m)]
+                # Not in place: gradients may share memory with each other and with the multiplier.
+                sums = [s + g for s, g in zip(sums, gradients, strict=True)] if sums else gradients
+        self.seconds.answer += time.perf_counter() - begin
+        self._count(forward=1, backward=1)
+        return torch.cat([g.reshape(-1) for g in sums])
+
+    def _recorded(self, inputs: Inputs) -> Tensor:
+        """The half's output, for backpropagation."""
+        cut: Tensor = call(self.half, inputs)
+        return cut
+
+
+@dataclass
+class GradientAverage(WholeWeights):
+    """First-order split learning: clients send gradients, and the weights take a step with their average.
+
+    optimizer: of the weights. length: as in FreshStep; aggregation, clip: as in SeedReplay.
+    """
+
+    optimizer: torch.optim.Optimizer
+    rate: Rate
+    length: RunningLength | None = None
+    aggregation: Aggregation = weighted_mean
+    clip: float | None = None
+    expects: ClassVar[type[Message]] = Gradient
+
+    def check(self, message: Gradient) -> None:
+        """Raises MessageError for a gradient that cannot be averaged."""
+        if message.gradient.shape != self.weights.shape:
+            raise MessageError(f"{len(message.gradient)} gradient elements for {len(self.weights)} weights")
+        if not torch.isfinite(message.gradient).all():
+            raise MessageError("infinite or NaN gradient")
+
+    def commit(self, round: int, answers: Sequence[Gradient], weights: Sequence[float]) -> None:
+        """One step of the optimizer with the averaged gradient."""
+        if answers:
+            values = [a.gradient for a in answers]
+            if self.clip is not None:
+                values = [v * shrinking([v], self.clip) for v in values]
+            mean = self.aggregation(values, weights)
+            rate = step_size(self.rate, self.length, round, float(mean.square().sum()))
+            descend(self.weights, mean, self.optimizer, rate)
+        self.rounds = round + 1
+
+    def state(self) -> State:
+        tensors, info = super().state()
+        moments, optimizer = pack_optimizer(self.optimizer)
+        length = self.length and self.length.state()
+        return tensors | prefixed("optimizer", moments), info | {"optimizer": optimizer, "length": length}
+
+    def load(self, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
+        super().load(tensors, info)
+        unpack_optimizer(self.optimizer, part("optimizer", tensors), info["optimizer"])
+        if self.length is not None:
+            self.length.load(info["length"])
+
+
+class FirstOrder(Method):
+    """Exact gradients at the price of a client that can backpropagate, and of weights that travel."""
+
+    reads: ClassVar[tuple[str, ...]] = (*LEARNS, "clip", "microbatch")
+    ways: ClassVar[dict[str, Way]] = {"first-order": ({}, (0.5, 1.0, 2.0))}
+
+    @classmethod
+    def tuned(cls, settings: Settings) -> tuple[str, ...]:
+        return ("first-order", settings.rule)
+
+    def make_ledger(self) -> Ledger:
+        setup, settings = self.setup, self.settings
+        weights = setup.flat().requires_grad_()
+        optimizer, rate = make_optimizer(settings.rule, [weights]), self.rate(setup.rates.client)
+        return GradientAverage(weights, optimizer, rate, setup.length(), setup.aggregation, settings.clip)
+
+    def client(self, number: int, half: nn.Module, batch: Callable[[int], Batch]) -> Client:
+        return FirstOrderClient(number, half, batch, passes=self.setup.passes, microbatch=self.settings.microbatch)

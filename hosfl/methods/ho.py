@@ -1,0 +1,221 @@
+"""HO-SFL (Chen et al., ICML 2026, arXiv 2603.14773): exact gradients at the server, scalars from the clients.
+
+Per client and round: the cut (size z) and labels go up, the multiplier (z) comes down, P scalars go up; P scalars per
+missed round come down. The multiplier m = d loss / d cut is that of the constraint "client output = server input", and
+
+    v_p = <m, f(x; theta + mu u_p) - f(x; theta)> / mu,    ghat = (1/P) sum_p vbar_p u_p
+
+with vbar the aggregate of the clients' scalars and u_p seeded directions, the same for all clients.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from hosfl.halves.inputs import Batch, call
+from hosfl.methods.client import Client
+from hosfl.methods.ledger import ADAM, MOMENTUM, Ledger, SeedReplay, Step, make_optimizer
+from hosfl.methods.method import LEARNS, PROBES, Method, Way
+from hosfl.methods.steps import POOL_BETAS, FreshStep, PoolStep
+from hosfl.named import label
+from hosfl.probing.probe import evaluating, probe_backward, probe_forward, probe_in_place, probe_untouched, trainable
+from hosfl.protocol.lattice import Lattice, power_of_two_scales
+from hosfl.protocol.messages import (
+    Differs,
+    Message,
+    MessageError,
+    PoolMoves,
+    Records,
+    Scalars,
+)
+from hosfl.protocol.replica import DigestMismatch, Replica, digest_array
+from hosfl.protocol.terms import Pool, Rule, Run
+from hosfl.settings import PRESETS, Settings
+from hosfl_kernels import SGD
+
+
+@dataclass
+class ZerothOrderClient(Client):
+    """HO-SFL's client: P perturbed forward passes per multiplier, P scalars up, committed records replayed.
+
+    With the estimator "backward" the P scalars come from one backward pass instead.
+    base: gives the trainable tensors of round 0 again, for a client that must start anew; default: it keeps a copy. A
+    device short of memory reads its base model's file.
+    """
+
+    run: Run = field(kw_only=True)
+    base: Callable[[], Sequence[Tensor]] | None = field(kw_only=True, default=None)
+    learns = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.parameters, self.streams = trainable(self.half)
+        if self.base is None:
+            copies = [p.detach().clone() for p in self.parameters]
+            self.base = lambda: copies
+        self.replica = Replica(self.parameters, self.streams, self.run, self.base)
+
+    def take_up(
+        self,
+        tensors: Sequence[Tensor],
+        moments: Sequence[Sequence[Tensor]],
+        applied: int,
+        epoch: int,
+        lattice: Lattice | None,
+    ) -> None:
+        """Become the copy of a replica's state."""
+        self.replica.take_up(tensors, moments, applied, epoch, lattice)
+        self.applied, self.epoch = applied, epoch
+
+    def catch_up(self, message: Message) -> Differs | None:
+        """Replay what was committed since: see `Replica.apply`.
+
+        A client whose half is not the server's goes back to its base and says so; the server's answer to that brings
+        it up to date. Raises MessageError and LatticeError.
+        """
+        if not isinstance(message, (Records, PoolMoves)):
+            raise MessageError(f"client {self.number} expects records, got {type(message).__name__}")
+        self._check_addressee(message)
+        said = None
+        try:
+            self.replica.apply(message)
+        except DigestMismatch:
+            wrong = digest_array(self.replica.digest())
+            said = Differs(client=self.number, round=self.replica.applied, epoch=self.replica.epoch, digest=wrong)
+            self.replica.reset()
+        finally:
+            self.applied, self.epoch = self.replica.applied, self.replica.epoch
+        return said
+
+    def answer(self, message: Message) -> Scalars:
+        """Probe the round's directions. The weights hold the same bits afterwards."""
+        multiplier, run = self._multiplier(message), self.run
+        seeds = run.seeds(self._round)
+        begin = time.perf_counter()
+        two_sided = run.estimator == "two-sided"
+        with evaluating(self.half):
+            if run.estimator == "forward":
+                scalars = probe_forward(self.half, self._inputs, multiplier, seeds, run.dist, run.factors)
+            elif run.estimator == "backward":
+                scalars = probe_backward(
+                    self.half, self._inputs, multiplier, seeds, run.dist, run.factors, self.microbatch
+                )
+            elif run.lattice is not None:
+                scalars = probe_in_place(
+                    lambda: call(self.half, self._inputs),
+                    self.parameters,
+                    self.streams,
+                    multiplier,
+                    self._cut,
+                    seeds,
+                    self.replica.mu,
+                    run.factors,
+                    two_sided,
+                )
+            else:
+                scalars = probe_untouched(
+                    self.half,
+                    self._inputs,
+                    multiplier,
+                    self._cut,
+                    seeds,
+                    self.replica.mu,
+                    run.dist,
+                    run.factors,
+                    two_sided,
+                )
+        self.seconds.answer += time.perf_counter() - begin
+        if run.estimator == "backward":
+            self._count(forward=1, backward=1)
+        else:
+            self._count(forward=(2 if two_sided else 1) * len(seeds))
+        return Scalars(client=self.number, round=self._round, epoch=self.epoch, scalars=scalars)
+
+
+def client_rule(config: Settings) -> Rule | None:
+    """The rule that every replica applies; None on a lattice, where records are moves."""
+    if config.directions_from == "fresh":
+        if config.rule == "momentum":
+            return SGD(momentum=MOMENTUM)
+        if config.rule == "adamw":
+            return ADAM
+    on_lattice = config.dist == "rademacher" and config.dtype == "float32"
+    return None if on_lattice else SGD()
+
+
+def make_run(config: Settings, parameters: list[nn.Parameter]) -> Run:
+    """What all agree on. Puts the parameters on their lattice, if the run has one."""
+    rms = config.direction_scale == "rms"
+    factors = power_of_two_scales(parameters) if rms else [1.0] * len(parameters)
+    rule = client_rule(config)
+    lattice = Lattice.snap(parameters, factors) if rule is None else None
+    return Run(
+        seed=config.seed,
+        directions=config.directions,
+        dist=config.dist,
+        mu=config.mu if lattice is None else lattice.nearest(config.mu, at_least_one=True),
+        factors=tuple(factors),
+        lattice=lattice,
+        rule=rule,
+        pool=Pool(config.pool_size, config.pool_rounds) if config.directions_from == "pool" else None,
+        estimator=config.estimator,
+    )
+
+
+# The settings that a method reads whose client half is a log of scalars.
+SCALARS = (
+    *LEARNS,
+    *PROBES,
+    *("directions_from", "pool_size", "pool_rounds", "direction_scale", "estimator", "clip"),
+)
+FRESH, POOL = {"directions_from": "fresh"}, {"directions_from": "pool"}
+ADAM_POOL = {**POOL, "rule": "adamw", "direction_scale": "rms", "pool_size": 128, "pool_rounds": 100}
+
+
+class HO(Method):
+    """The client half is its base and a log of P scalars a round, which every client replays."""
+
+    reads: ClassVar[tuple[str, ...]] = (*SCALARS, "digest_every", "microbatch")
+    ways: ClassVar[dict[str, Way]] = {
+        "ho, fresh": (FRESH, (0.1, 0.2, 0.4)),
+        "ho, fresh, P=2": ({**FRESH, "directions": 2}, (0.1, 0.2, 0.4)),
+        "ho, pool": (POOL, (0.1, 0.2, 0.4)),
+        "ho, pool, P=2": ({**POOL, "directions": 2}, (0.1, 0.2, 0.4)),
+        "ho, rolling pool, Adam": (ADAM_POOL, (0.05, 0.1, 0.2)),
+        "ho, rolling pool, Adam, P=2": ({**ADAM_POOL, "directions": 2}, (0.02, 0.04, 0.08)),
+        "ho, preset paper": (PRESETS["paper"], (0.003, 0.006, 0.012)),
+    }
+    kind: ClassVar[type[ZerothOrderClient]] = ZerothOrderClient
+
+    @classmethod
+    def check(cls, settings: Settings) -> None:
+        super().check(settings)
+        if settings.directions_from == "pool" and settings.pool_size < settings.directions:
+            raise ValueError(
+                f"cannot measure {settings.directions} directions of a pool of {settings.pool_size}: raise pool_size"
+            )
+
+    @classmethod
+    def tuned(cls, settings: Settings) -> tuple[str, ...]:
+        return (label(settings.method), settings.directions_from, settings.rule)
+
+    def make_ledger(self) -> Ledger:
+        setup, settings = self.setup, self.settings
+        self.run = run = make_run(settings, setup.parameters)
+        rate = self.rate(setup.rates.client)
+        step: Step = FreshStep(run, rate, setup.length())
+        if run.pool is not None:
+            step = PoolStep(run, rate, lambda p: make_optimizer(settings.rule, p, POOL_BETAS), setup.length())
+        moved, streams = trainable(setup.observed)
+        mirror = Replica(moved, streams, run, lambda: setup.parameters)
+        return SeedReplay(run, step, mirror, None, setup.aggregation, settings.clip, settings.digest_every)
+
+    def client(self, number: int, half: nn.Module, batch: Callable[[int], Batch]) -> Client:
+        setup = self.setup
+        shared: dict[str, Any] = {"passes": setup.passes, "microbatch": self.settings.microbatch}
+        return self.kind(number, half, batch, run=self.run, base=lambda: setup.parameters, **shared)

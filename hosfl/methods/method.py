@@ -1,0 +1,121 @@
+"""What a method is made of: the clients, the server and the ledger of one way to train a split model.
+
+A method is a subclass in a file of its own. The file is all there is to it: settings, tables, tuning and tests find
+what they need in the class. `frozen.py` is the smallest, `first_order.py` the next one to read.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from hosfl.halves.inputs import Batch
+from hosfl.methods.client import Client
+from hosfl.methods.ledger import Ledger, Rate
+from hosfl.methods.server import Server
+from hosfl.probing.probe import trainable
+from hosfl.protocol.aggregate import Aggregation, RunningLength
+from hosfl.settings import Rates, Settings
+
+# The settings that several methods read, to be named in `Method.reads`.
+LEARNS = ("client_rate", "rule")
+PROBES = ("directions", "dist", "mu")
+# What is tuned: the settings that make a way to use a method, and its client rates.
+Way = tuple[dict[str, Any], tuple[float, ...]]
+
+
+@dataclass
+class Setup:
+    """What a run gives to its method.
+
+    base: the client half of round 0; the method may still put its weights on a lattice, before anything else is made of
+    it. rates: of both halves. aggregation: of what the clients send. passes: where samples that go through either half
+    are counted.
+    """
+
+    settings: Settings
+    base: nn.Module
+    rates: Rates
+    aggregation: Aggregation
+    passes: Counter[str] = field(default_factory=Counter)
+
+    @cached_property
+    def observed(self) -> nn.Module:
+        """The client half as it is now, for evaluation: a copy of the base, made when it is first asked for."""
+        return copy.deepcopy(self.base)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those of the base that move."""
+        return trainable(self.base)[0]
+
+    def flat(self) -> Tensor:
+        """Those of the base that move, end to end: float32 [d], a copy on the CPU."""
+        return nn.utils.parameters_to_vector(self.parameters).detach().cpu().float().clone()
+
+    def length(self) -> RunningLength | None:
+        """What divides the client rate where the rule is "normalized"."""
+        return RunningLength() if self.settings.rule == "normalized" else None
+
+
+class Method:
+    """A way to train a split model, and what one run of it is made of. This one's client half never learns.
+
+    What a subclass says of itself:
+
+    reads: which settings it reads of those that not all methods read; others are refused.
+    estimators: which of those it can use.
+    server_rates, ways: what benchmarks/tune.py tries: rates of the server half, and by name the settings of a way to
+    use the method with its client rates. As many trials for every way.
+
+    setup: the run. ledger: what is known of the client half.
+    """
+
+    reads: ClassVar[tuple[str, ...]] = ()
+    estimators: ClassVar[tuple[str, ...]] = ("one-sided", "two-sided", "forward", "backward")
+    server_rates: ClassVar[tuple[float, ...]] = (0.04, 0.08, 0.16)
+    ways: ClassVar[dict[str, Way]] = {}
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup, self.settings = setup, setup.settings
+        self.ledger = self.make_ledger()
+
+    @classmethod
+    def check(cls, settings: Settings) -> None:
+        """Raises ValueError for settings that do not go with the method."""
+        if settings.estimator not in cls.estimators:
+            able = " or ".join(cls.estimators)
+            raise ValueError(f"{settings.method} sees losses, not derivatives: estimator must be {able}")
+
+    @classmethod
+    def tuned(cls, settings: Settings) -> tuple[str, ...]:
+        """Under which key a task keeps the method's rates."""
+        return ("frozen",)
+
+    @classmethod
+    def exchanges(cls, settings: Settings) -> int:
+        """How many cuts a client sends in a round; its answer to all but the last one's multiplier is the next."""
+        return 1
+
+    def make_ledger(self) -> Ledger | None:
+        """What is committed of the client half; None where nothing ever is."""
+        return None
+
+    def client(self, number: int, half: nn.Module, batch: Callable[[int], Batch]) -> Client:
+        """Client `number`, who has applied nothing. half: its own copy of the base. batch: of an exchange, its data."""
+        return Client(number, half, batch, passes=self.setup.passes)
+
+    def server(self, **shared: Any) -> Server:
+        """The server. shared: what every kind of server is made of."""
+        return Server(**shared)
+
+    def rate(self, base: float) -> Rate:
+        """The scheduled learning rate of an exchange."""
+        exchanges = self.exchanges(self.settings)
+        return lambda exchange: self.settings.scheduled(base, exchange // exchanges)

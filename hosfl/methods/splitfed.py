@@ -1,0 +1,142 @@
+"""SplitFed: clients train their halves by themselves for E steps, then their weights are averaged.
+
+Per client and round: E cuts (E z) and labels go up, E multipliers (E z) come down, all d weights go up and down.
+Thapa et al., "SplitFed: when federated learning meets split learning", AAAI 2022.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hosfl.halves.inputs import Batch
+from hosfl.methods.client import Client
+from hosfl.methods.first_order import FirstOrderClient
+from hosfl.methods.ledger import (
+    Ledger,
+    OptimizerFactory,
+    Rate,
+    WholeWeights,
+    descend,
+    load_vector,
+    make_optimizer,
+    step_size,
+)
+from hosfl.methods.method import LEARNS, Method, Way
+from hosfl.named import label
+from hosfl.probing.probe import trainable
+from hosfl.protocol.aggregate import Aggregation, RunningLength, weighted_mean
+from hosfl.protocol.messages import Cut, Message, MessageError, Trained
+from hosfl.settings import Settings
+
+
+@dataclass
+class SplitFedClient(FirstOrderClient):
+    """SplitFed's client (Thapa et al., AAAI 2022): takes steps of its own, then sends its weights to be averaged.
+
+    steps: exchanges of a round, each a step; E. What it calls a round is an exchange, of which round r has r E and the
+    following. optimizer: of its weights, rate: of an exchange; new every round, as averaging voids moments. normalized:
+    the rate over the running length of this round's gradients.
+
+    The server takes one step per exchange from all the clients' cuts, as SplitLoRA's does; the paper of SplitFed leaves
+    it to variants, of which the first averages copies of the server half instead.
+    """
+
+    optimizer: OptimizerFactory = field(kw_only=True)
+    rate: Rate = field(kw_only=True)
+    normalized: bool = field(kw_only=True)
+    steps: int = field(kw_only=True, default=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.parameters, self.streams = trainable(self.half)
+        # In float32 also where the half is coarser, or small steps would be lost.
+        self.weights = nn.utils.parameters_to_vector(self.parameters).detach().float().cpu()
+
+    def catch_up(self, message: Message) -> None:
+        super().catch_up(message)
+        weights: Tensor = message.weights  # type: ignore[attr-defined]
+        if len(weights):
+            self.weights = weights
+
+    def output(self, round: int) -> Cut:
+        if round % self.steps == 0:
+            self.weights = self.weights.detach().clone().requires_grad_()
+            self._optimizer = self.optimizer([self.weights])
+            self._length = RunningLength() if self.normalized else None
+        return super().output(round)
+
+    def answer(self, message: Message) -> Message:
+        """A step; then the next exchange's cut, or the weights after the round's last."""
+        gradient = self._gradient(self._multiplier(message)).cpu()
+        return self._step(gradient, float(gradient.double().square().sum()))
+
+    def _step(self, gradient: Tensor, square: float) -> Message:
+        rate = step_size(self.rate, self._length, self._round, square)
+        descend(self.weights, gradient, self._optimizer, rate)
+        load_vector(self.weights.detach(), self.parameters)
+        if (self._round + 1) % self.steps:
+            return self.output(self._round + 1)
+        round = self._round // self.steps
+        return Trained(client=self.number, round=round, epoch=self.epoch, weights=self.weights)
+
+
+@dataclass
+class WeightAverage(WholeWeights):
+    """Federated averaging: clients train their halves by themselves and send them; the mean is everybody's next one.
+
+    aggregation: of the clients' weights, each weighted by its number of samples.
+    """
+
+    aggregation: Aggregation = weighted_mean
+    expects: ClassVar[type[Message]] = Trained
+
+    def check(self, message: Trained) -> None:
+        """Raises MessageError for weights that cannot be averaged."""
+        if message.weights.shape != self.weights.shape:
+            raise MessageError(f"{len(message.weights)} weights where the half has {len(self.weights)}")
+        if not torch.isfinite(message.weights).all():
+            raise MessageError("infinite or NaN weights")
+
+    def commit(self, round: int, answers: Sequence[Trained], weights: Sequence[float]) -> None:
+        """The clients' average; with no answers the weights stay."""
+        if answers:
+            self.weights = self.aggregation([a.weights for a in answers], weights).float()
+        self.rounds = round + 1
+
+
+class SplitFed(Method):
+    """Both halves by backpropagation; E = local_steps between two averages of the clients' halves."""
+
+    reads: ClassVar[tuple[str, ...]] = (*LEARNS, "microbatch", "local_steps")
+    ways: ClassVar[dict[str, Way]] = {"splitfed": ({}, (0.2, 0.4, 0.8))}
+
+    @classmethod
+    def tuned(cls, settings: Settings) -> tuple[str, ...]:
+        return (label(settings.method), settings.rule)
+
+    @classmethod
+    def exchanges(cls, settings: Settings) -> int:
+        return settings.local_steps
+
+    def make_ledger(self) -> Ledger:
+        return WeightAverage(self.setup.flat(), self.setup.aggregation)
+
+    def own_steps(self) -> dict[str, Any]:
+        """What a client is made of that takes steps of its own."""
+        return {
+            "passes": self.setup.passes,
+            "microbatch": self.settings.microbatch,
+            "optimizer": partial(make_optimizer, self.settings.rule),
+            "rate": self.rate(self.setup.rates.client),
+            "normalized": self.settings.rule == "normalized",
+            "steps": self.exchanges(self.settings),
+        }
+
+    def client(self, number: int, half: nn.Module, batch: Callable[[int], Batch]) -> Client:
+        return SplitFedClient(number, half, batch, **self.own_steps())

@@ -1,0 +1,65 @@
+"""Objects by name: "package.module:name", or "FILE.py:name" of a file that need not be installed."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+def named(name: str, what: str, known: Mapping[str, str]) -> Any:
+    """The object of a name: one of `known`, whose values are references, or a reference itself.
+
+    what: such as "method", for errors. Raises ValueError that names what is not there, and what there is.
+    """
+    reference = known.get(name, name)
+    place, colon, inner = reference.rpartition(":")
+    if not colon or not place or not inner:
+        raise ValueError(
+            f"{what} must be one of {', '.join(known)}, or FILE.py:NAME or package.module:NAME, got {name!r}"
+        )
+    module = _file(Path(place), what) if place.endswith(".py") else _module(place, what)
+    try:
+        return getattr(module, inner)
+    except AttributeError:
+        raise ValueError(f"{what} {name!r}: there is no {inner} in {place}") from None
+
+
+def label(name: str) -> str:
+    """What a name is called in tables and folders: of a reference, what stands behind its colon."""
+    return name.rpartition(":")[2]
+
+
+def _module(name: str, what: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
+            raise ValueError(f"{what}: there is no module {error.name}") from None
+        raise
+
+
+def _file(path: Path, what: str) -> ModuleType:
+    """The module of a file, made once per process: what it defines is the same whoever asks."""
+    path = path.absolute()
+    if not path.is_file():
+        raise ValueError(f"{what}: there is no file {path}")
+    name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # before it runs: data classes look their module up
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

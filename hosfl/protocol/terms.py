@@ -1,0 +1,125 @@
+"""The terms of a run: what client and server agree on before round 0, and how a log's header says it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hosfl.protocol.lattice import Lattice
+from hosfl.protocol.log import EXPONENTS, Header, LogError, check_integer, check_number
+from hosfl.protocol.seeds import direction_seeds, pool_seed
+from hosfl_kernels import SGD, AdamW
+
+Rule = SGD | AdamW
+
+
+@dataclass(frozen=True)
+class Pool:
+    """`size` directions, D, of which every round measures the next P in turn; all are replaced every `rounds` rounds.
+
+    rounds: G; 0 keeps one pool for the whole run. Raises ValueError.
+    """
+
+    size: int
+    rounds: int = 0
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.rounds < 0:
+            raise ValueError(f"a pool has 1 direction or more and 0 rounds or more, got {self.size} and {self.rounds}")
+
+    def generation(self, round: int) -> int:
+        """Which pool a round measures."""
+        return round // self.rounds if self.rounds else 0
+
+    def measured(self, round: int, directions: int) -> list[int]:
+        """Which of the pool's directions a round measures: P in turn."""
+        first = (round % self.rounds if self.rounds else round) * directions
+        return [(first + p) % self.size for p in range(directions)]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What client and server agree on before round 0, beside the weights. It never travels again.
+
+    seed: the run's seed. directions: P. dist: of the directions. mu: the size of a probe's step.
+    estimator: how a directional derivative is measured: a key of `hosfl.probing.probe.ESTIMATORS`.
+    factors: a power of two per trainable tensor, by which directions are scaled on it.
+    lattice: where the client half lives, or None where it lives on none; then `rule` is the step that each round makes.
+    pool: None for fresh directions every round.
+    """
+
+    seed: int
+    directions: int
+    dist: str
+    mu: float
+    factors: tuple[float, ...]
+    lattice: Lattice | None = None
+    rule: Rule | None = None
+    pool: Pool | None = None
+    estimator: str = "one-sided"
+
+    def __post_init__(self) -> None:
+        if (self.lattice is None) == (self.rule is None):
+            raise ValueError("a run has a lattice, where records are moves, or an update rule: one of them")
+        if self.pool is not None and self.pool.size < self.directions:
+            raise ValueError(f"cannot measure {self.directions} different directions of a pool of {self.pool.size}")
+
+    def seeds(self, round: int) -> Sequence[int]:
+        """The seeds of the P directions of a round."""
+        if self.pool is None:
+            return direction_seeds(self.seed, round, self.directions)
+        generation = self.pool.generation(round)
+        return [pool_seed(self.seed, generation, j) for j in self.pool.measured(round, self.directions)]
+
+
+def _describe(rule: Rule | None) -> dict[str, Any]:
+    if rule is None:
+        return {"name": "moves"}
+    if isinstance(rule, SGD):
+        return {"name": "sgd", "momentum": rule.momentum, "weight_decay": rule.weight_decay}
+    b1, b2 = rule.betas
+    return {"name": "adamw", "beta1": b1, "beta2": b2, "eps": rule.eps, "weight_decay": rule.weight_decay}
+
+
+def _rule(described: Mapping[str, Any]) -> Rule | None:
+    constants = dict(described)
+    name = constants.pop("name")
+    for constant, value in constants.items():
+        check_number(value, f"the rule's {constant}")
+    match name:
+        case "moves":
+            return None
+        case "sgd":
+            return SGD(**constants)
+        case "adamw":
+            return AdamW(betas=(constants.pop("beta1"), constants.pop("beta2")), **constants)
+        case other:
+            raise ValueError(f"unknown update rule {other!r}")
+
+
+def run_of(header: Header) -> Run:
+    """The run that a header describes. Raises LogError for one that this version does not know."""
+    try:
+        run = Run(
+            seed=header.seed,
+            directions=header.directions,
+            dist=header.dist,
+            mu=header.mu,
+            factors=tuple(p.factor for p in header.parameters),
+            lattice=None if header.quantum is None else Lattice(header.quantum),
+            rule=_rule(header.rule),
+            pool=None if header.pool is None else Pool(**header.pool),
+        )
+        if run.lattice is not None:
+            check_integer(run.lattice.exponent, "the quantum's exponent", *EXPONENTS)
+            run.lattice.nearest(run.mu)
+    except (ArithmeticError, TypeError, ValueError, KeyError) as error:
+        raise LogError(f"the log's header makes no run: {error}") from error
+    if run.lattice is not None and (run.dist != "rademacher" or any(p.dtype != "float32" for p in header.parameters)):
+        raise LogError("the log's header makes no run: on a lattice are float32 weights and rademacher directions")
+    return run
+
+
+class Diverged(ArithmeticError):
+    """A loss that is not finite: from here on there is nothing to learn from."""

@@ -1,0 +1,329 @@
+"""The settings of a run: a small frozen object for each concern, and all of them together. Reading them needs no torch.
+
+A setting is said once: its default, the sentence that `--help` shows, and what it may be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from numbers import Integral, Real
+from typing import Any, NamedTuple
+
+# Of a field's type: what it takes, numpy's numbers among it, what that becomes, and how it is called.
+KINDS: dict[str, tuple[type, Callable[[Any], Any], str]] = {
+    "str": (str, str, "text"),
+    "int": (Integral, int, "a whole number"),
+    "float": (Real, float, "a number"),
+    "float | None": (Real, float, "a number or nothing"),
+    "dict[str, Any]": (Mapping, dict, "names and values"),
+}
+LARGEST_COUNT = 2**32 - 1
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    least: int | None = None,
+    positive: bool = False,
+    neutral: bool = False,
+    read_with: tuple[str, tuple[str, ...]] | None = None,
+) -> Any:
+    """A field. help: what `--help` says.
+
+    choices: all that it may be. least: a whole number of this size or more, below 2^32. positive: above 0 and finite,
+    where it is given. neutral: a run's bits do not depend on it. read_with: another setting, and of which of its values
+    alone this one is read.
+    """
+    rules = {"choices": choices, "least": least, "positive": positive, "neutral": neutral, "read_with": read_with}
+    metadata = {"help": help, **rules}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """Raises ValueError for a value that cannot work, and says which.
+
+    Whole numbers do for floats and become them, numpy's numbers become Python's; nothing else is converted.
+    """
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            object.__setattr__(self, f.name, typed(f, getattr(self, f.name)))
+        for f in fields(self):
+            value, may = getattr(self, f.name), f.metadata
+            if may["choices"] and value not in may["choices"]:
+                raise ValueError(f"{f.name} must be one of {', '.join(may['choices'])}, got {value!r}")
+            if may["least"] is not None and not may["least"] <= value <= LARGEST_COUNT:
+                raise ValueError(f"{f.name} must be at least {may['least']}, got {value}")
+            if may["positive"] and value is not None and not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{f.name} must be positive and finite, got {value}")
+
+
+@dataclass(frozen=True)
+class Data(_Checked):
+    """What is learnt, and whose data it is.
+
+    task: the name of one of `hosfl.tasks`, or a function that makes a `Task`: "package.module:function" or
+    "FILE.py:function". options: what that function is called with, by name. data: where a task does not have its own, a
+    folder with the data; where it is left out, the Hugging Face hub's. clients, sampled: N clients, K of them per
+    round. batch: samples per client and round. partition: of the training data over the clients: "dirichlet" with
+    parameter alpha, by class or, in squad, by article: small means unlike; or "iid", at random in equal parts, which
+    has no use for alpha.
+    """
+
+    task: str = setting("digits", "what is learnt: {tasks}, or FILE.py:FUNCTION, which makes a task")
+    options: dict[str, Any] = setting({}, "an option of the task, NAME=VALUE; may be given several times")
+    data: str = setting(
+        "",
+        "a folder with the task's data as published, of squad also one file; default: embedded, or by name from the"
+        " Hugging Face hub",
+        neutral=True,
+    )
+    clients: int = setting(10, "clients, each with its own data", least=1)
+    sampled: int = setting(3, "clients that take part in a round", least=1)
+    batch: int = setting(128, "samples per client and round, or all it has if fewer", least=1)
+    partition: str = setting(
+        "dirichlet",
+        "of the data over the clients: for each class, in squad for each article, by shares from a Dirichlet"
+        " distribution; or at random in equal parts",
+        choices=("dirichlet", "iid"),
+    )
+    alpha: float = setting(
+        0.5,
+        "Dirichlet parameter of the clients' data: small is unlike",
+        positive=True,
+        read_with=("partition", ("dirichlet",)),
+    )
+
+
+@dataclass(frozen=True)
+class Halves(_Checked):
+    """Which model, where it is cut, and how the client holds its half.
+
+    model, at: where a task does not have its own: a pretrained model by name, folder or file, and the layer to cut it
+    before. trains: which of the client half's parameters move: "all"; "lora", adapters of rank 8 beside all linear
+    layers, which peft makes, "lora:2" of rank 2, "lora:2:*.query,*.value" beside some; "biases"; "norms"; or patterns
+    of parameters' names, such as "*.query.*,*.value.*". frozen: how the client half's weights that do not move are
+    stored: "float32", which is as they are; "bfloat16"; or "int8", "int4", "int2", with a scale for every 64 weights or
+    fewer. It computes in its dtype all the same. dtype: of the client half. device: such as "cpu" or "cuda".
+    """
+
+    model: str = setting(
+        "",
+        "a pretrained model, on the hub or a folder, where the task does not say; default: the task's own",
+        neutral=True,
+    )
+    at: str = setting("", "the layer to cut the model before, by number or name; default: the task's own")
+    trains: str = setting(
+        "all", "what of the client half moves: all, lora, lora:RANK, lora:RANK:LAYERS, biases, norms, or name patterns"
+    )
+    frozen: str = setting(
+        "float32",
+        "how weights of the client half that do not move are stored; float32: as they are",
+        choices=("float32", "bfloat16", "int8", "int4", "int2"),
+    )
+    dtype: str = setting("float32", "of the client half", choices=("float32", "bfloat16"))
+    device: str = setting("cpu", "where to compute, such as cpu or cuda")
+
+
+@dataclass(frozen=True)
+class Learning(_Checked):
+    """How both halves learn. A method reads some of these: `Method.reads`.
+
+    method: the name of one of `hosfl.methods`, or "FILE.py:CLASS". local_steps: of a SplitFed client between averages,
+    of MU-SplitFed's server per round.
+    directions: P, perturbed forward passes per client and round; without such a pass where estimator is "backward".
+    directions_from: "fresh" ones every round, or a "pool" of pool_size that is replaced every pool_rounds rounds (0:
+    never). direction_scale: "unit", or "rms": scaled on every tensor by the power of two nearest its relative root mean
+    square. dist: "rademacher" or "gaussian".
+    mu: the size of a probe's step, rounded to the client's lattice where there is one. estimator: "one-sided"
+    differences, the paper's; "two-sided" ones; "forward" mode, which has no step; or "backward", one backward pass.
+    microbatch: samples that a client which backpropagates takes together, 0 for all; fewer need less memory.
+    server_rate, client_rate, server_decay: learning rates, and weight decay of the server half; None: the task's tuned.
+    client_rate is of the mean over the P directions, fresh or of a pool: one direction moves by client_rate / P times
+    its scalar.
+    rule: of the client half: "sgd"; "normalized", SGD with the rate over the running length of the gradient;
+    "momentum" (0.9); "adamw" (0.9, 0.999). With a pool the server applies it to the pool's coefficients. With fresh
+    directions momentum and AdamW keep moments on every client, and the half leaves the lattice.
+    aggregation: of the clients' answers and of their gradients of the server half: "weighted" by samples; "uniform";
+    "median" or "trimmed", which stand a few clients that lie, cost accuracy where clients are unlike, and keep a
+    gradient of the server half per client.
+    clip, server_clip: the largest length of one client's gradient of the client half, as estimated, and of the server
+    half; None for none.
+    """
+
+    method: str = setting("ho", "how both halves learn: {methods}, or FILE.py:CLASS, a method of your own")
+    local_steps: int = setting(
+        5, "steps of a SplitFed client between averages, of MU-SplitFed's server per round", least=1
+    )
+    directions: int = setting(
+        5, "P, perturbed forward passes per client and round; with the estimator backward any number", least=1
+    )
+    directions_from: str = setting(
+        "pool", "new directions every round, or a pool measured in turn", choices=("fresh", "pool")
+    )
+    pool_size: int = setting(512, "D, directions in the pool", least=1, read_with=("directions_from", ("pool",)))
+    pool_rounds: int = setting(
+        0, "rounds until the pool is replaced; 0: never", least=0, read_with=("directions_from", ("pool",))
+    )
+    direction_scale: str = setting(
+        "unit", "of directions on a tensor: one, or its relative size", choices=("unit", "rms")
+    )
+    dist: str = setting("rademacher", "of the directions", choices=("rademacher", "gaussian"))
+    mu: float = setting(
+        1e-3, "size of a probe's step", positive=True, read_with=("estimator", ("one-sided", "two-sided"))
+    )
+    estimator: str = setting(
+        "one-sided",
+        "of directional derivatives: differences, forward mode, or one backward pass",
+        choices=("one-sided", "two-sided", "forward", "backward"),
+    )
+    microbatch: int = setting(
+        0, "samples that a backward pass takes together, 0: all", least=0, read_with=("estimator", ("backward",))
+    )
+    server_rate: float | None = setting(
+        None, "the server's learning rate; default: tuned for task and method", positive=True
+    )
+    client_rate: float | None = setting(
+        None, "the clients' learning rate; default: tuned for task and method", positive=True
+    )
+    server_decay: float | None = setting(None, "weight decay of the server half; default: tuned for task and method")
+    rule: str = setting(
+        "normalized",
+        "the client half's: SGD, with the rate over the gradient's running length, with momentum, or AdamW; with a pool"
+        " it acts on the pool's coefficients",
+        choices=("normalized", "sgd", "momentum", "adamw"),
+    )
+    aggregation: str = setting(
+        "weighted",
+        "of the clients' answers, and of their gradients of the server half",
+        choices=("weighted", "uniform", "median", "trimmed"),
+    )
+    clip: float | None = setting(
+        None,
+        "the largest length of one client's gradient of the client half, as estimated; default: none",
+        positive=True,
+    )
+    server_clip: float | None = setting(
+        None, "the largest length of one client's gradient of the server half; default: none", positive=True
+    )
+
+
+@dataclass(frozen=True)
+class Schedule(_Checked):
+    """How long, from which seed, and what is looked at and kept on the way.
+
+    schedule: of both rates; "linear" falls to zero at the last round. seed: of everything, below 2^64.
+    evaluate_every, digest_every, snapshot_every: rounds; a snapshot is what a killed run resumes from. keep: snapshots.
+    evaluate_on: "test", or "validation" for choosing rates.
+    """
+
+    rounds: int = setting(400, "rounds", least=1)
+    schedule: str = setting(
+        "linear", "of both rates; linear falls to zero at the last round", choices=("linear", "constant")
+    )
+    seed: int = setting(0, "of everything")
+    evaluate_every: int = setting(20, "rounds between evaluations", least=1, neutral=True)
+    evaluate_on: str = setting("test", "validation is for choosing rates", choices=("test", "validation"))
+    digest_every: int = setting(100, "rounds between digests, by which clients find out that they differ", least=1)
+    snapshot_every: int = setting(
+        50, "rounds between snapshots of the server, from which a killed run resumes", least=1, neutral=True
+    )
+    keep: int = setting(3, "snapshots kept", least=1, neutral=True)
+
+    def scheduled(self, rate: float, round: int) -> float:
+        """The learning rate of a round, in float64: a function of the global round, the same for everyone."""
+        return rate * (1 - round / self.rounds) if self.schedule == "linear" else rate
+
+
+@dataclass(frozen=True)
+class Settings(Schedule, Learning, Halves, Data):
+    """All settings of a run. Raises ValueError, as its parts do, and for parts that do not go together."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rounds * self.local_steps > LARGEST_COUNT:
+            raise ValueError(f"{self.rounds} rounds of {self.local_steps} local steps are more than can be numbered")
+        if self.server_decay is not None and not (self.server_decay >= 0 and math.isfinite(self.server_decay)):
+            raise ValueError(f"server_decay must be finite and not negative, got {self.server_decay}")
+        if self.sampled > self.clients:
+            raise ValueError(f"cannot sample {self.sampled} of {self.clients} clients: lower sampled or raise clients")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be at least 0 and below 2^64, got {self.seed}")
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """Of all settings."""
+        return list(FIELDS)
+
+    def decisive(self) -> dict[str, Any]:
+        """The settings that a run's bits depend on, by name."""
+        return decisive(asdict(self))
+
+
+class Rates(NamedTuple):
+    """Learning rates of the server and of the client half, and the weight decay of the server's optimizer."""
+
+    server: float
+    client: float
+    decay: float
+
+
+CONCERNS: tuple[type[_Checked], ...] = (Data, Halves, Learning, Schedule)
+FIELDS: dict[str, Field[Any]] = {f.name: f for concern in CONCERNS for f in fields(concern)}
+DEFAULTS: dict[str, Any] = {
+    name: f.default_factory() if f.default_factory is not MISSING else f.default for name, f in FIELDS.items()
+}
+# What a run's bits do not depend on: where data and model lie (their content counts), what is kept, when one looks.
+NEUTRAL = tuple(name for name, f in FIELDS.items() if f.metadata["neutral"])
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The algorithm of arXiv 2603.14773 as its authors' code runs it, but for its double division by K.
+    "paper": {
+        "directions_from": "fresh",
+        "direction_scale": "unit",
+        "dist": "gaussian",
+        "rule": "adamw",
+        "aggregation": "uniform",
+        "schedule": "constant",
+    },
+}
+
+
+def typed(of: Field[Any] | str, value: Any) -> Any:
+    """A setting's value, of its field's type. Raises ValueError naming field and value."""
+    if isinstance(of, str):
+        of = FIELDS[of]
+    kind = str(of.type)
+    if value is None and "None" in kind:
+        return None
+    takes, becomes, called = KINDS[kind]
+    if isinstance(value, takes) and not isinstance(value, bool):
+        try:
+            return becomes(value)
+        except OverflowError:  # of a whole number beyond all floats
+            pass
+    raise ValueError(f"{of.name}: {called} is needed, got {value!r}")
+
+
+def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of some settings that a run's bits depend on."""
+    # A task without options is described as before there were any: logs of then are logs of the same runs.
+    return {name: value for name, value in settings.items() if name not in NEUTRAL and (name != "options" or value)}
+
+
+def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between two mappings, a line per key: "seed was 0, is 1". A key may be in one of them only."""
+
+    def told(of: Mapping[str, Any], key: str) -> str:
+        return repr(of[key]) if key in of else "not there"
+
+    keys = dict.fromkeys((*was, *now))
+    other = (key for key in keys if (key in was, was.get(key)) != (key in now, now.get(key)))
+    return [f"{key} was {told(was, key)}, is {told(now, key)}" for key in other]
