@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import hosfl_kernels
 from benchmarks.readme import PAGES, updated
 
 ROOT = Path(__file__).parent.parent
@@ -22,9 +23,7 @@ def imported(path):
 
 
 def test_imports_go_one_way():
-    public = set(
-        ast.literal_eval(re.search(r"__all__ = (\[.*?\])", (ROOT / "hosfl_kernels/__init__.py").read_text(), re.S)[1])
-    )
+    public = set(hosfl_kernels.__all__)
     for path in SOURCES:
         for name in imported(path):
             if path.is_relative_to(ROOT / "hosfl"):
@@ -73,6 +72,38 @@ def test_the_map_has_every_file():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_tables_of_the_pages_are_those_of_the_results(page):
     assert updated(page) == page.read_text()
+
+
+def code(path):
+    """A file without its comments and docstrings."""
+    if path.suffix != ".py":
+        return re.sub(r"//.*", "", path.read_text())
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
+            body[0].value.value = None
+    return ast.unparse(tree)
+
+
+@pytest.mark.parametrize(
+    ("op", "module", "by_itself_on_cuda"), [("replay", "replay", True), ("project", "projection", False)]
+)
+def test_an_op_touches_what_the_table_says(op, module, by_itself_on_cuda):
+    """`project` has no kernel of nvcc's: it is made of `noise_`."""
+    rows = re.search(r"a new op `name_` touches.*?\n\n", (ROOT / "CONTRIBUTING.md").read_text(), re.S)[0]
+    table = re.findall(r"^\| `(\S+)` \|", rows, re.M)
+    assert len([row for row in table if "/name." not in row]) <= 10
+    table = [row.replace("gpu/name.", f"gpu/{module}.").replace("/name.", f"/{op}.") for row in table]
+    files = [path for folder in ("hosfl_kernels", "csrc") for path in (ROOT / folder).rglob("*.*")]
+    files = [path for path in files if path.suffix in (".py", ".pyi", ".h", ".cpp", ".cu")]
+    touched = {str(p.relative_to(ROOT)) for p in files if re.search(rf"\b{op}_?\b", code(p))}
+    assert touched == set(table) - ({"csrc/cuda.cu"} if not by_itself_on_cuda else set())
 
 
 def test_few_knobs():
