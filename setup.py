@@ -31,7 +31,7 @@ ARCHITECTURES = ["80", "90", "100"]
 GENCODE = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in ARCHITECTURES]
 GENCODE += [f"-gencode=arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}"]
 
-CUDA = Extension("hosfl_kernels._cuda", ["csrc/cuda.cu", "csrc/cuda_bindings.cpp"])
+CUDA = Extension("hosfl_kernels._cuda", ["csrc/cuda.cu"])
 
 
 class BuildWithNvcc(build_ext):
@@ -70,7 +70,7 @@ def long_description():
 with_cuda = os.environ.get("HOSFL_CUDA") == "1"
 cpp = Pybind11Extension(
     "hosfl_kernels._cpp",
-    [path for path in sorted(glob("csrc/*.cpp")) if path not in CUDA.sources],
+    sorted(glob("csrc/*.cpp")),
     depends=sorted(glob("csrc/*.h")),
     cxx_std=17,
     extra_compile_args=["-O3", *IEEE],

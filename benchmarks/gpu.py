@@ -35,6 +35,7 @@ from torch import Tensor, nn
 
 import hosfl_kernels as hk
 from hosfl_kernels.ops import BACKENDS, DISPATCH, DISTRIBUTIONS, DTYPES
+from hosfl_kernels.place import Place
 
 if importlib.util.find_spec("safetensors") is None:
     # A machine may be lent without it and without an index to install it from. hosfl reads and writes files with it,
@@ -234,25 +235,24 @@ def op_rows(backend: ModuleType, n: int) -> Iterator[tuple[str, Callable[[], Row
     """(name, work) for every op of a backend, on n elements, on n / 8 where there are many records."""
     few = max(n // 8, 1)
     seeds, coefficients = list(range(RECORDS)), [SCALE] * RECORDS
-    place: list[Any] = [[1.0], [0], [0]]
 
     def noise(dist: str) -> Row:
         out = weights(n, torch.float32)
-        return moved(lambda: backend.noise_(out, 1, 0, 0, dist), out.nbytes)
+        return moved(lambda: backend.noise_(out, 1, Place.of_one(dist)), out.nbytes)
 
     def perturb(dtype: torch.dtype, dist: str, rounding: bool) -> Row:
         x = weights(n, dtype)
         seed = 2 if rounding else None
-        return moved(lambda: backend.perturb_([x], 1, SCALE, dist, *place, seed), 2 * x.nbytes)
+        return moved(lambda: backend.perturb_([x], 1, SCALE, Place.of_one(dist), seed), 2 * x.nbytes)
 
     def replay(dtype: torch.dtype, dist: str, rounding: bool) -> Row:
         x = weights(few, dtype)
-        arguments = ([x], seeds, coefficients, dist, *place, seeds if rounding else None)
+        arguments = ([x], seeds, coefficients, Place.of_one(dist), seeds if rounding else None)
         return computed(partial(backend.replay_, *arguments), few * RECORDS)
 
     def project(dtype: torch.dtype, dist: str) -> Row:
         x = weights(few, dtype)
-        return computed(lambda: backend.project([x], seeds, dist, *place), few * RECORDS)
+        return computed(lambda: backend.project([x], seeds, Place.of_one(dist)), few * RECORDS)
 
     def update(rule: hk.SGD | hk.AdamW, dtype: torch.dtype, dist: str, rounding: bool) -> Row:
         x = weights(few, dtype)
@@ -260,7 +260,7 @@ def op_rows(backend: ModuleType, n: int) -> Iterator[tuple[str, Callable[[], Row
         draws = list(range(RECORDS * DIRECTIONS))
         steps = rule.steps(seeds, coefficients).tolist()
         record = (rule.name, rule.constants, draws, [SCALE] * len(draws), steps)
-        arguments = ([x], moments, *record, dist, *place, seeds if rounding else None)
+        arguments = ([x], moments, *record, Place.of_one(dist), seeds if rounding else None)
         return computed(partial(backend.update_, *arguments), few * len(draws))
 
     for dist in DISTRIBUTIONS:

@@ -1,13 +1,15 @@
-// From Python's lists to the structures of ops.h, for the bindings of either extension.
+// From Python's lists to the structures of segment.h, for the bindings of either extension.
 #pragma once
 
 #include <algorithm>
 #include <array>
 #include <cstdint>
 #include <stdexcept>
+#include <string>
+#include <tuple>
 #include <vector>
 
-#include "ops.h"
+#include "segment.h"
 
 #if defined(__SSE__)
 #include <xmmintrin.h>
@@ -44,17 +46,31 @@ struct IeeeArithmetic {
   ~IeeeArithmetic() { exchange_arithmetic(saved); }
 };
 
-inline std::vector<Segment> segments_of(const std::vector<uint64_t>& addresses, const std::vector<int64_t>& sizes,
-                                 const std::vector<int>& dtypes, const std::vector<uint32_t>& streams,
-                                 const std::vector<uint64_t>& starts, const std::vector<float>& factors) {
-  const size_t n = addresses.size();
-  if (sizes.size() != n || dtypes.size() != n || streams.size() != n || starts.size() != n || factors.size() != n)
-    throw std::invalid_argument("addresses, sizes, dtypes, streams, starts and factors differ in length");
+// A tensor: its address, its number of elements, its dtype as a number.
+using Memory = std::tuple<uint64_t, int64_t, int>;
+
+// Where tensors lie in the noise: dist, factors, streams, starts, as the named tuple Place of arrays.py.
+using Place = std::tuple<std::string, std::vector<float>, std::vector<uint32_t>, std::vector<uint64_t>>;
+
+inline Dist dist_of(const std::string& name) {
+  if (name == "rademacher") return Dist::rademacher;
+  if (name == "gaussian") return Dist::gaussian;
+  throw std::invalid_argument("no distribution is named " + name);
+}
+
+inline std::vector<Segment> segments_of(const std::vector<Memory>& tensors, const Place& place) {
+  const auto& [name, factors, streams, starts] = place;
+  const size_t n = tensors.size();
+  if (factors.size() != n || streams.size() != n || starts.size() != n)
+    throw std::invalid_argument("tensors, factors, streams and starts differ in length");
+  const Dist dist = dist_of(name);
   std::vector<Segment> segments;
+  segments.reserve(n);
   for (size_t t = 0; t < n; ++t) {
-    if (sizes[t] < 0 || dtypes[t] < 0 || dtypes[t] > 2) throw std::invalid_argument("bad size or dtype");
-    segments.push_back({reinterpret_cast<void*>(addresses[t]), sizes[t], starts[t], streams[t], factors[t],
-                        static_cast<Dtype>(dtypes[t])});
+    const auto& [address, size, dtype] = tensors[t];
+    if (size < 0 || dtype < 0 || dtype > 2) throw std::invalid_argument("bad size or dtype");
+    segments.push_back({reinterpret_cast<void*>(address), size, starts[t], streams[t], factors[t],
+                        static_cast<Dtype>(dtype), dist});
   }
   return segments;
 }

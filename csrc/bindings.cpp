@@ -17,6 +17,7 @@
 #endif
 
 #include "arguments.h"
+#include "ops.h"
 
 namespace py = pybind11;
 
@@ -145,60 +146,48 @@ py::tuple philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c
   return py::make_tuple(words[0], words[1], words[2], words[3]);
 }
 
-void noise(uint64_t address, int64_t n, uint64_t seed, uint32_t stream, uint64_t start, bool gaussian, int threads) {
-  const std::vector<Segment> out = {{reinterpret_cast<void*>(address), n, start, stream, 1.0f, Dtype::float32}};
+void noise(const Memory& out, uint64_t seed, const Place& place, int threads) {
+  const auto segments = segments_of({out}, place);
   py::gil_scoped_release unlocked;
-  in_parallel(out, 1, threads, [&](const Segment& s) {
-    chosen->noise(static_cast<float*>(s.data), s.n, seed, s.stream, s.start,
-                  gaussian ? Dist::gaussian : Dist::rademacher);
-  });
+  in_parallel(segments, 1, threads, [&](const Segment& segment) { chosen->noise(segment, seed); });
 }
 
-void replay(const std::vector<uint64_t>& addresses, const std::vector<int64_t>& sizes, const std::vector<int>& dtypes,
-            const std::vector<uint32_t>& streams, const std::vector<uint64_t>& starts,
-            const std::vector<float>& factors, const std::vector<uint64_t>& seeds,
-            const std::vector<double>& coefficients, const std::vector<uint64_t>& rounding_seeds, bool gaussian,
+void replay(const std::vector<Memory>& tensors, const std::vector<uint64_t>& seeds,
+            const std::vector<double>& coefficients, const Place& place, const std::vector<uint64_t>& rounding_seeds,
             int threads) {
-  const auto segments = segments_of(addresses, sizes, dtypes, streams, starts, factors);
+  const auto segments = segments_of(tensors, place);
   const auto records = records_of(seeds, coefficients, rounding_seeds);
   const bool stochastic = !rounding_seeds.empty();
-  const Dist dist = gaussian ? Dist::gaussian : Dist::rademacher;
   py::gil_scoped_release unlocked;
   in_parallel(segments, int64_t(records.size()), threads, [&](const Segment& segment) {
     if (records.size() == 1) {
-      chosen->perturb(segment, records[0], dist, stochastic);
+      chosen->perturb(segment, records[0], stochastic);
     } else {
-      chosen->replay(segment, records.data(), int64_t(records.size()), dist, stochastic);
+      chosen->replay(segment, records.data(), int64_t(records.size()), stochastic);
     }
   });
 }
 
-void update(const std::vector<uint64_t>& addresses, const std::vector<int64_t>& sizes, const std::vector<int>& dtypes,
-            const std::vector<uint32_t>& streams, const std::vector<uint64_t>& starts,
-            const std::vector<float>& factors, const std::vector<std::vector<uint64_t>>& moments, int rule,
+void update(const std::vector<Memory>& tensors, const std::vector<std::vector<uint64_t>>& moments, int rule,
             const std::vector<double>& constants, const std::vector<uint64_t>& seeds,
             const std::vector<double>& coefficients, const std::vector<std::array<double, 3>>& rounds,
-            const std::vector<uint64_t>& rounding_seeds, bool gaussian, int threads) {
-  auto segments = segments_of(addresses, sizes, dtypes, streams, starts, factors);
+            const Place& place, const std::vector<uint64_t>& rounding_seeds, int threads) {
+  auto segments = segments_of(tensors, place);
   const auto records = records_of(seeds, coefficients, {});
   const auto steps = steps_of(rounds, rounding_seeds);
   const bool stochastic = !rounding_seeds.empty();
   add_moments(segments, moments);
   const Update update = update_of(rule, constants, records.data(), int64_t(records.size()), steps.data(),
                                   int64_t(steps.size()), moments.size());
-  const Dist dist = gaussian ? Dist::gaussian : Dist::rademacher;
   py::gil_scoped_release unlocked;
   in_parallel(segments, int64_t(records.size() + steps.size()), threads,
-              [&](const Segment& segment) { chosen->update(segment, update, dist, stochastic); });
+              [&](const Segment& segment) { chosen->update(segment, update, stochastic); });
 }
 
-std::vector<double> project(const std::vector<uint64_t>& addresses, const std::vector<int64_t>& sizes,
-                            const std::vector<int>& dtypes, const std::vector<uint32_t>& streams,
-                            const std::vector<uint64_t>& starts, const std::vector<float>& factors,
-                            const std::vector<uint64_t>& seeds, bool gaussian, int threads) {
-  const auto blocks = blocks_of(segments_of(addresses, sizes, dtypes, streams, starts, factors));
+std::vector<double> project(const std::vector<Memory>& tensors, const std::vector<uint64_t>& seeds, const Place& place,
+                            int threads) {
+  const auto blocks = blocks_of(segments_of(tensors, place));
   const int64_t n = int64_t(blocks.size()), count = int64_t(seeds.size());
-  const Dist dist = gaussian ? Dist::gaussian : Dist::rademacher;
   py::gil_scoped_release unlocked;
   IeeeArithmetic scope;
   std::vector<double> scalars(seeds.size());
@@ -209,7 +198,7 @@ std::vector<double> project(const std::vector<uint64_t>& addresses, const std::v
     const int64_t items = std::min(most, n - first);
     std::vector<double> sums(size_t(items * count));
     each_item(items, useful_threads(items * BLOCK * count, threads), [&](int64_t k) {
-      chosen->project(blocks[size_t(first + k)], seeds.data(), count, dist, sums.data() + k * count);
+      chosen->project(blocks[size_t(first + k)], seeds.data(), count, sums.data() + k * count);
     });
     for (size_t i = 0; i < sums.size(); ++i) scalars[i % seeds.size()] += sums[i];
   }

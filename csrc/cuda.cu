@@ -1,12 +1,17 @@
 // The ops for CUDA: one launch for up to 48 tensors of one dtype, one thread for one tile. HOSFL_CUDA=1 builds this
-// with nvcc. What a thread does is a function of (block, thread) that a C++ compiler can run too: see cuda.h.
+// with nvcc. What a thread does is a function of (block, thread): compiled by another compiler, a launch runs the threads
+// one after another.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 
-#include "cuda.h"
+#include "arguments.h"
 #include "cuda_tile.h"
+
+namespace py = pybind11;
 
 namespace hosfl {
 namespace cuda {
@@ -117,6 +122,8 @@ HOSFL_INLINE void run_thread(const Arguments& a, uint32_t block, uint32_t thread
 
 // --- launches ---
 
+using Queue = std::pair<int, uint64_t>;  // the device, and the cudaStream_t to launch on
+
 #ifdef __CUDACC__
 template <typename Work>
 __global__ void __launch_bounds__(THREADS) kernel(const __grid_constant__ Arguments a) {
@@ -132,13 +139,18 @@ __global__ void philox_kernel(uint64_t key, uint64_t block, uint32_t stream, uin
 void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
+
+cudaStream_t enter(const Queue& queue) {
+  check(cudaSetDevice(queue.first));
+  return reinterpret_cast<cudaStream_t>(queue.second);
+}
 #endif
 
 template <typename Work>
-void launch(const Arguments& a, uint32_t blocks, Queue queue) {
+void launch(const Arguments& a, uint32_t blocks, const Queue& queue) {
 #ifdef __CUDACC__
-  check(cudaSetDevice(queue.device));
-  kernel<Work><<<blocks, THREADS, 0, reinterpret_cast<cudaStream_t>(queue.stream)>>>(a);
+  const cudaStream_t stream = enter(queue);
+  kernel<Work><<<blocks, THREADS, 0, stream>>>(a);
   check(cudaGetLastError());
 #else
   for (uint32_t block = 0; block < blocks; ++block) {
@@ -149,7 +161,7 @@ void launch(const Arguments& a, uint32_t blocks, Queue queue) {
 
 // Launches Work on the segments of one dtype, TENSORS of them at a time.
 template <typename Work>
-void launch_all(const std::vector<Segment>& segments, Dtype dtype, Arguments a, Queue queue) {
+void launch_all(const std::vector<Segment>& segments, Dtype dtype, Arguments a, const Queue& queue) {
   int count = 0;
   uint64_t blocks = 0;
   const auto flush = [&] {
@@ -169,91 +181,110 @@ void launch_all(const std::vector<Segment>& segments, Dtype dtype, Arguments a, 
   flush();
 }
 
-constexpr Dtype DTYPES[] = {Dtype::float32, Dtype::bfloat16, Dtype::float16};
-
-}  // namespace
-
-bool emulated() {
-#ifdef __CUDACC__
-  return false;
-#else
-  return true;
-#endif
+// Calls run(dtype, storage, rounding, dist) for every dtype, the last three as constants.
+template <typename Run_>
+void each_dtype(Dist dist, bool stochastic, Run_ run) {
+  for (const Dtype dtype : {Dtype::float32, Dtype::bfloat16, Dtype::float16}) {
+    with_storage(dtype, stochastic, [&](auto storage, auto rounding) {
+      with_dist(dist, [&](auto dist_) { run(dtype, storage, rounding, dist_); });
+    });
+  }
 }
 
-void philox(uint64_t key, uint64_t block, uint32_t stream, uint32_t tag, uint32_t* words, Queue queue) {
+// --- Python's door: addresses on the device in, and the stream to launch on. Where CUDA refuses, RuntimeError. ---
+
+// An array as it lies in memory, to be copied to the device.
+template <typename T>
+py::bytes bytes_of(const std::vector<T>& array) {
+  return {reinterpret_cast<const char*>(array.data()), array.size() * sizeof(T)};
+}
+
+py::bytes records(const std::vector<uint64_t>& seeds, const std::vector<double>& coefficients,
+                  const std::vector<uint64_t>& rounding_seeds) {
+  return bytes_of(records_of(seeds, coefficients, rounding_seeds));
+}
+
+py::bytes steps(const std::vector<std::array<double, 3>>& rounds, const std::vector<uint64_t>& rounding_seeds) {
+  return bytes_of(steps_of(rounds, rounding_seeds));
+}
+
+void philox(uint64_t address, uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, const Queue& queue) {
+  auto* const words = reinterpret_cast<uint32_t*>(address);
+  const uint64_t block = uint64_t(c1) << 32 | c0;
 #ifdef __CUDACC__
-  check(cudaSetDevice(queue.device));
-  philox_kernel<<<1, 1, 0, reinterpret_cast<cudaStream_t>(queue.stream)>>>(key, block, stream, tag, words);
+  const cudaStream_t stream = enter(queue);
+  philox_kernel<<<1, 1, 0, stream>>>(key, block, c2, c3, words);
   check(cudaGetLastError());
 #else
   uint32_t word[4];
-  column_words(key, block, stream, tag, word);
+  column_words(key, block, c2, c3, word);
   std::copy(word, word + 4, words);
 #endif
 }
 
-void noise(const Segment& out, uint64_t seed, Dist dist, Queue queue) {
+void noise(const Memory& out, uint64_t seed, const Place& place, const Queue& queue) {
+  const auto segments = segments_of({out}, place);
   Arguments a = {};
   a.record.seed = seed;
-  if (dist == Dist::rademacher) {
-    launch_all<Noise<Dist::rademacher>>({out}, Dtype::float32, a, queue);
-  } else {
-    launch_all<Noise<Dist::gaussian>>({out}, Dtype::float32, a, queue);
-  }
+  with_dist(segments[0].dist, [&](auto dist) {
+    launch_all<Noise<decltype(dist)::value>>(segments, Dtype::float32, a, queue);
+  });
 }
 
-void perturb(const std::vector<Segment>& segments, const Record& record, Dist dist, bool stochastic, Queue queue) {
+void perturb(const std::vector<Memory>& tensors, uint64_t seed, double scale, const Place& place,
+             const std::vector<uint64_t>& rounding_seeds, const Queue& queue) {
+  const auto segments = segments_of(tensors, place);
   Arguments a = {};
-  a.record = record;
-  for (const Dtype dtype : DTYPES) {
-    with_storage(dtype, stochastic, [&](auto storage, auto rounding) {
-      using Storage = decltype(storage);
-      constexpr Rounding R = decltype(rounding)::value;
-      if (dist == Dist::rademacher) {
-        launch_all<Perturb<Storage, R, Dist::rademacher>>(segments, dtype, a, queue);
-      } else {
-        launch_all<Perturb<Storage, R, Dist::gaussian>>(segments, dtype, a, queue);
-      }
-    });
-  }
+  a.record = records_of({seed}, {scale}, rounding_seeds)[0];
+  each_dtype(segments[0].dist, !rounding_seeds.empty(), [&](Dtype dtype, auto storage, auto rounding, auto dist) {
+    launch_all<Perturb<decltype(storage), decltype(rounding)::value, decltype(dist)::value>>(segments, dtype, a, queue);
+  });
 }
 
-void replay(const std::vector<Segment>& segments, const Record* records, int64_t count, Dist dist, bool stochastic,
-            Queue queue) {
+void replay(const std::vector<Memory>& tensors, uint64_t records, int64_t count, const Place& place, bool stochastic,
+            const Queue& queue) {
+  const auto segments = segments_of(tensors, place);
   Arguments a = {};
-  a.records = records, a.count = count;
-  for (const Dtype dtype : DTYPES) {
-    with_storage(dtype, stochastic, [&](auto storage, auto rounding) {
-      using Storage = decltype(storage);
-      constexpr Rounding R = decltype(rounding)::value;
-      if (dist == Dist::rademacher) {
-        launch_all<Replay<Storage, R, Dist::rademacher>>(segments, dtype, a, queue);
-      } else {
-        launch_all<Replay<Storage, R, Dist::gaussian>>(segments, dtype, a, queue);
-      }
-    });
-  }
+  a.records = reinterpret_cast<const Record*>(records), a.count = count;
+  each_dtype(segments[0].dist, stochastic, [&](Dtype dtype, auto storage, auto rounding, auto dist) {
+    launch_all<Replay<decltype(storage), decltype(rounding)::value, decltype(dist)::value>>(segments, dtype, a, queue);
+  });
 }
 
-void update(const std::vector<Segment>& segments, const Update& update, Dist dist, bool stochastic, Queue queue) {
+void update(const std::vector<Memory>& tensors, const std::vector<std::vector<uint64_t>>& moments, int rule,
+            const std::vector<double>& constants, uint64_t records, int64_t count, uint64_t steps, int64_t rounds,
+            const Place& place, bool stochastic, const Queue& queue) {
+  auto segments = segments_of(tensors, place);
+  add_moments(segments, moments);
   Arguments a = {};
-  a.update = update;
-  for (const Dtype dtype : DTYPES) {
-    with_storage(dtype, stochastic, [&](auto storage, auto rounding) {
-      with_rule(update.rule, [&](auto rule) {
-        using Storage = decltype(storage);
-        constexpr Rounding R = decltype(rounding)::value;
-        constexpr Rule RULE = decltype(rule)::value;
-        if (dist == Dist::rademacher) {
-          launch_all<UpdateRounds<Storage, R, Dist::rademacher, RULE>>(segments, dtype, a, queue);
-        } else {
-          launch_all<UpdateRounds<Storage, R, Dist::gaussian, RULE>>(segments, dtype, a, queue);
-        }
-      });
+  a.update = update_of(rule, constants, reinterpret_cast<const Record*>(records), count,
+                       reinterpret_cast<const Step*>(steps), rounds, moments.size());
+  with_rule(a.update.rule, [&](auto rule_) {
+    constexpr Rule RULE = decltype(rule_)::value;
+    each_dtype(segments[0].dist, stochastic, [&](Dtype dtype, auto storage, auto rounding, auto dist) {
+      using Work = UpdateRounds<decltype(storage), decltype(rounding)::value, decltype(dist)::value, RULE>;
+      launch_all<Work>(segments, dtype, a, queue);
     });
-  }
+  });
 }
 
+}  // namespace
 }  // namespace cuda
 }  // namespace hosfl
+
+PYBIND11_MODULE(_cuda, m) {
+  using namespace hosfl::cuda;
+  m.doc() = "The CUDA kernels. Use hosfl_kernels, which checks the arguments first.";
+#ifdef __CUDACC__
+  m.attr("EMULATED") = false;
+#else
+  m.attr("EMULATED") = true;
+#endif
+  m.def("records", &records);
+  m.def("steps", &steps);
+  m.def("philox", &philox);
+  m.def("noise", &noise);
+  m.def("perturb", &perturb);
+  m.def("replay", &replay);
+  m.def("update", &update);
+}

@@ -15,11 +15,7 @@
 #endif
 #define HOSFL_ISA avx2
 #define HOSFL_LANES 8
-#include "project.h"
-#include "replay.h"
-#include "update.h"
-
-const hosfl::Ops hosfl::avx2::ops = {"avx2", philox, noise, perturb, replay, update, project};
+#include "ops.h"
 #ifdef __clang__
 #pragma clang attribute pop
 #endif

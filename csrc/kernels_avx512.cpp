@@ -16,11 +16,7 @@
 #endif
 #define HOSFL_ISA avx512
 #define HOSFL_LANES 16
-#include "project.h"
-#include "replay.h"
-#include "update.h"
-
-const hosfl::Ops hosfl::avx512::ops = {"avx512", philox, noise, perturb, replay, update, project};
+#include "ops.h"
 #ifdef __clang__
 #pragma clang attribute pop
 #endif

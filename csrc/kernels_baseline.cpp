@@ -5,8 +5,4 @@
 #endif
 
 #define HOSFL_ISA baseline
-#include "project.h"
-#include "replay.h"
-#include "update.h"
-
-const hosfl::Ops hosfl::baseline::ops = {"baseline", philox, noise, perturb, replay, update, project};
+#include "ops.h"

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "noise.h"
-#include "ops.h"
+#include "segment.h"
 #include "philox.h"
 
 namespace hosfl {

@@ -1,57 +1,19 @@
-// The ops as the bindings see them: pointers and sizes, one table of functions per instruction set.
+// The table of ops, one for each instruction set: the bindings call through it, and the files kernels_*.cpp fill it.
 #pragma once
 
-#include <cstdint>
+#include "segment.h"
 
 namespace hosfl {
-
-enum class Dtype : int { float32 = 0, bfloat16 = 1, float16 = 2 };
-enum class Dist : int { rademacher = 0, gaussian = 1 };
-
-// A contiguous piece of one logical tensor: `n` cells at `data`, the first of them element `start`.
-struct Segment {
-  void* data;
-  int64_t n;
-  uint64_t start;
-  uint32_t stream;
-  float factor;  // a power of two
-  Dtype dtype;
-  float* moments[2] = {nullptr, nullptr};  // what an update rule keeps of each cell
-};
-
-// One record: x += coefficient * factor * z(seed).
-struct Record {
-  uint64_t seed;
-  float coefficient;
-  uint64_t rounding_seed;
-};
-
-enum class Rule : int { sgd = 0, momentum = 1, adamw = 2 };
-
-// What a round's step needs beside its directions.
-struct Step {
-  float rate, keep, root;
-  uint64_t rounding_seed;
-};
-
-// Rounds of an update rule; `records` holds the directions of the first round, then those of the next.
-struct Update {
-  Rule rule;
-  float constants[5];  // as spec.py's `direction` lists them
-  const Record* records;
-  const Step* steps;
-  int64_t rounds, directions;
-};
 
 struct Ops {
   const char* isa;
   void (*philox)(uint64_t key, uint64_t block, uint32_t stream, uint32_t tag, uint32_t words[4]);
-  void (*noise)(float* out, int64_t n, uint64_t seed, uint32_t stream, uint64_t start, Dist dist);
-  void (*perturb)(const Segment& segment, const Record& record, Dist dist, bool stochastic);
-  void (*replay)(const Segment& segment, const Record* records, int64_t count, Dist dist, bool stochastic);
-  void (*update)(const Segment& segment, const Update& update, Dist dist, bool stochastic);
+  void (*noise)(const Segment& out, uint64_t seed);
+  void (*perturb)(const Segment& segment, const Record& record, bool stochastic);
+  void (*replay)(const Segment& segment, const Record* records, int64_t count, bool stochastic);
+  void (*update)(const Segment& segment, const Update& update, bool stochastic);
   // scalars[r], 0 before, becomes the sum over a segment that lies in one block of 128 x 1024.
-  void (*project)(const Segment& block, const uint64_t* seeds, int64_t count, Dist dist, double* scalars);
+  void (*project)(const Segment& block, const uint64_t* seeds, int64_t count, double* scalars);
 };
 
 namespace baseline {
@@ -67,3 +29,14 @@ extern const Ops ops;
 #endif
 
 }  // namespace hosfl
+
+#ifdef HOSFL_ISA  // in kernels_*.cpp: the loops of every op, for the set of that name
+#include "perturb.h"
+#include "project.h"
+#include "replay.h"
+#include "update.h"
+
+#define HOSFL_STRING(name) #name
+#define HOSFL_NAME(name) HOSFL_STRING(name)
+const hosfl::Ops hosfl::HOSFL_ISA::ops = {HOSFL_NAME(HOSFL_ISA), philox, noise, perturb, replay, update, project};
+#endif

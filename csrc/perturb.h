@@ -66,72 +66,81 @@ void with_row(typename Storage::Cell* x, int64_t count, Add add) {
   }
 }
 
-template <typename Storage, Rounding R, Dist D>
-void perturb_segment(const Segment& segment, const Record& record) {
+// The rounding bits of the row that holds cell `at` of the segment.
+template <Rounding R>
+RoundingBits::Row random_row(RoundingBits& rounding, const Segment& segment, const Record& record, int64_t at) {
+  if (R == Rounding::nearest) return RoundingBits::Row{nullptr, 0};
+  return rounding.row(segment.start + uint64_t(at), record.rounding_seed, segment.stream);
+}
+
+template <typename Storage, Rounding R>
+void perturb_segment(Rademacher, const Segment& segment, const Record& record) {
   auto* x = static_cast<typename Storage::Cell*>(segment.data);
   const float s = record.coefficient * segment.factor;
   RoundingBits rounding(segment);
-  const auto random_row = [&](int64_t at) {
-    if (R == Rounding::nearest) return RoundingBits::Row{nullptr, 0};
-    return rounding.row(segment.start + uint64_t(at), record.rounding_seed, segment.stream);
-  };
-  if (D == Dist::rademacher) {
-    BlockWords signs;
-    each_block<RADEMACHER_ROWS>(segment.start, segment.n, [&](const Run& run) {
-      signs.fill(record.seed, run.block, segment.stream, TAG_RADEMACHER, run.first_col(), run.cols());
-      each_row(run, [&](int64_t row, int64_t col, int64_t count, int64_t at) {
-        const auto random = random_row(at);
-        with_row<Storage>(x + at, count, [&](auto storage, auto* cells) {
-          add_signs<decltype(storage), R>(cells, count, s, signs.word[row / 32] + col, int(31 - row % 32),
-                                          random.word + (R == Rounding::nearest ? 0 : col), random.shift);
-        });
+  BlockWords signs;
+  each_block<RADEMACHER_ROWS>(segment.start, segment.n, [&](const Run& run) {
+    signs.fill(record.seed, run.block, segment.stream, TAG_RADEMACHER, run.first_col(), run.cols());
+    each_row(run, [&](int64_t row, int64_t col, int64_t count, int64_t at) {
+      const auto random = random_row<R>(rounding, segment, record, at);
+      with_row<Storage>(x + at, count, [&](auto storage, auto* cells) {
+        add_signs<decltype(storage), R>(cells, count, s, signs.word[row / 32] + col, int(31 - row % 32),
+                                        random.word + (R == Rounding::nearest ? 0 : col), random.shift);
       });
     });
-  } else {
-    Normals normals;
-    each_block<GAUSSIAN_ROWS>(segment.start, segment.n, [&](const Run& run) {
-      normals.fill(record.seed, run.block, segment.stream, run.first_col(), run.cols());
-      each_row(run, [&](int64_t row, int64_t col, int64_t count, int64_t at) {
-        const auto random = random_row(at);
-        with_row<Storage>(x + at, count, [&](auto storage, auto* cells) {
-          add_scaled<decltype(storage), R>(cells, count, s, normals.z[row] + col,
-                                           random.word + (R == Rounding::nearest ? 0 : col), random.shift);
-        });
-      });
-    });
-  }
+  });
 }
 
-void noise(float* out, int64_t n, uint64_t seed, uint32_t stream, uint64_t start, Dist dist) {
-  if (dist == Dist::rademacher) {
-    BlockWords signs;
-    each_block<RADEMACHER_ROWS>(start, n, [&](const Run& run) {
-      signs.fill(seed, run.block, stream, TAG_RADEMACHER, run.first_col(), run.cols());
-      each_row(run, [&](int64_t row, int64_t col, int64_t count, int64_t at) {
-        const uint32_t* word = signs.word[row / 32] + col;
-        for (int64_t i = 0; i < count; ++i) out[at + i] = signed_by(0x3F800000u, word[i], int(31 - row % 32));
+template <typename Storage, Rounding R>
+void perturb_segment(Gaussian, const Segment& segment, const Record& record) {
+  auto* x = static_cast<typename Storage::Cell*>(segment.data);
+  const float s = record.coefficient * segment.factor;
+  RoundingBits rounding(segment);
+  Normals normals;
+  each_block<GAUSSIAN_ROWS>(segment.start, segment.n, [&](const Run& run) {
+    normals.fill(record.seed, run.block, segment.stream, run.first_col(), run.cols());
+    each_row(run, [&](int64_t row, int64_t col, int64_t count, int64_t at) {
+      const auto random = random_row<R>(rounding, segment, record, at);
+      with_row<Storage>(x + at, count, [&](auto storage, auto* cells) {
+        add_scaled<decltype(storage), R>(cells, count, s, normals.z[row] + col,
+                                         random.word + (R == Rounding::nearest ? 0 : col), random.shift);
       });
     });
-  } else {
-    Normals normals;
-    each_block<GAUSSIAN_ROWS>(start, n, [&](const Run& run) {
-      normals.fill(seed, run.block, stream, run.first_col(), run.cols());
-      each_row(run, [&](int64_t row, int64_t col, int64_t count, int64_t at) {
-        memcpy(out + at, normals.z[row] + col, size_t(count) * sizeof(float));
-      });
-    });
-  }
+  });
 }
 
-void perturb(const Segment& segment, const Record& record, Dist dist, bool stochastic) {
+void noise_segment(Rademacher, const Segment& out, uint64_t seed) {
+  auto* const z = static_cast<float*>(out.data);
+  BlockWords signs;
+  each_block<RADEMACHER_ROWS>(out.start, out.n, [&](const Run& run) {
+    signs.fill(seed, run.block, out.stream, TAG_RADEMACHER, run.first_col(), run.cols());
+    each_row(run, [&](int64_t row, int64_t col, int64_t count, int64_t at) {
+      const uint32_t* word = signs.word[row / 32] + col;
+      for (int64_t i = 0; i < count; ++i) z[at + i] = signed_by(0x3F800000u, word[i], int(31 - row % 32));
+    });
+  });
+}
+
+void noise_segment(Gaussian, const Segment& out, uint64_t seed) {
+  auto* const z = static_cast<float*>(out.data);
+  Normals normals;
+  each_block<GAUSSIAN_ROWS>(out.start, out.n, [&](const Run& run) {
+    normals.fill(seed, run.block, out.stream, run.first_col(), run.cols());
+    each_row(run, [&](int64_t row, int64_t col, int64_t count, int64_t at) {
+      memcpy(z + at, normals.z[row] + col, size_t(count) * sizeof(float));
+    });
+  });
+}
+
+void noise(const Segment& out, uint64_t seed) {
+  with_dist(out.dist, [&](auto dist) { noise_segment(dist, out, seed); });
+}
+
+void perturb(const Segment& segment, const Record& record, bool stochastic) {
   with_storage(segment.dtype, stochastic, [&](auto storage, auto rounding) {
-    using Storage = decltype(storage);
-    constexpr Rounding R = decltype(rounding)::value;
-    if (dist == Dist::rademacher) {
-      perturb_segment<Storage, R, Dist::rademacher>(segment, record);
-    } else {
-      perturb_segment<Storage, R, Dist::gaussian>(segment, record);
-    }
+    with_dist(segment.dist, [&](auto dist) {
+      perturb_segment<decltype(storage), decltype(rounding)::value>(dist, segment, record);
+    });
   });
 }
 

@@ -105,14 +105,11 @@ void project_block(const Segment& block, const uint64_t* seeds, int64_t total, d
   });
 }
 
-void project(const Segment& block, const uint64_t* seeds, int64_t count, Dist dist, double* scalars) {
+void project(const Segment& block, const uint64_t* seeds, int64_t count, double* scalars) {
   with_storage(block.dtype, false, [&](auto storage, auto) {
-    using Storage = decltype(storage);
-    if (dist == Dist::rademacher) {
-      project_block<Storage, Dist::rademacher>(block, seeds, count, scalars);
-    } else {
-      project_block<Storage, Dist::gaussian>(block, seeds, count, scalars);
-    }
+    with_dist(block.dist, [&](auto dist) {
+      project_block<decltype(storage), decltype(dist)::value>(block, seeds, count, scalars);
+    });
   });
   for (int64_t r = 0; r < count; ++r) scalars[r] *= block.factor;
 }

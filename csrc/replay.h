@@ -18,7 +18,7 @@ HOSFL_INLINE void add_and_round(float* y, Added added, const uint32_t* random, i
 
 // Signs: a row of the tile stays in registers while the records of a chunk go by.
 template <typename Storage, Rounding R>
-void replay_signs(const Segment& segment, const Record* records, int64_t total) {
+void replay_segment(Rademacher, const Segment& segment, const Record* records, int64_t total) {
   auto* const x = static_cast<typename Storage::Cell*>(segment.data);
   TileWords signs, random;
   TileRows<RADEMACHER_ROWS> rows;
@@ -62,7 +62,7 @@ void replay_signs(const Segment& segment, const Record* records, int64_t total) 
 
 // Normal numbers: the four rows of a block stay in cache while the records go by.
 template <typename Storage, Rounding R>
-void replay_normals(const Segment& segment, const Record* records, int64_t total) {
+void replay_segment(Gaussian, const Segment& segment, const Record* records, int64_t total) {
   auto* const x = static_cast<typename Storage::Cell*>(segment.data);
   TileWords random;  // of one record at a time: index 0
   TileNormals normals;
@@ -89,15 +89,11 @@ void replay_normals(const Segment& segment, const Record* records, int64_t total
   });
 }
 
-void replay(const Segment& segment, const Record* records, int64_t count, Dist dist, bool stochastic) {
+void replay(const Segment& segment, const Record* records, int64_t count, bool stochastic) {
   with_storage(segment.dtype, stochastic, [&](auto storage, auto rounding) {
-    using Storage = decltype(storage);
-    constexpr Rounding R = decltype(rounding)::value;
-    if (dist == Dist::rademacher) {
-      replay_signs<Storage, R>(segment, records, count);
-    } else {
-      replay_normals<Storage, R>(segment, records, count);
-    }
+    with_dist(segment.dist, [&](auto dist) {
+      replay_segment<decltype(storage), decltype(rounding)::value>(dist, segment, records, count);
+    });
   });
 }
 

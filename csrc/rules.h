@@ -4,7 +4,7 @@
 #include <type_traits>
 
 #include "noise.h"
-#include "ops.h"
+#include "segment.h"
 
 namespace hosfl {
 

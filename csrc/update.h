@@ -73,7 +73,7 @@ void each_chunk(const Update& update, Body body) {
 
 // Signs: two rows of the tile, weights and moments, stay close while the rounds of a chunk go by.
 template <typename Storage, Rounding R, Rule RULE>
-void update_signs(const Segment& segment, const Update& update) {
+void update_segment(Rademacher, const Segment& segment, const Update& update) {
   TileWords signs, random;
   TileState<Storage, RULE, RADEMACHER_ROWS> state;
   TileRows<RADEMACHER_ROWS> sums;  // of a round's directions; one pair's, unless a round has more than one chunk
@@ -116,7 +116,7 @@ void update_signs(const Segment& segment, const Update& update) {
 
 // Normal numbers: the four rows of a block stay in cache while all rounds go by.
 template <typename Storage, Rounding R, Rule RULE>
-void update_normals(const Segment& segment, const Update& update) {
+void update_segment(Gaussian, const Segment& segment, const Update& update) {
   TileWords random;  // of one round at a time: index 0
   TileNormals normals;
   TileState<Storage, RULE, GAUSSIAN_ROWS> state;
@@ -147,17 +147,12 @@ void update_normals(const Segment& segment, const Update& update) {
   });
 }
 
-void update(const Segment& segment, const Update& update, Dist dist, bool stochastic) {
+void update(const Segment& segment, const Update& update, bool stochastic) {
   with_storage(segment.dtype, stochastic, [&](auto storage, auto rounding) {
     with_rule(update.rule, [&](auto rule) {
-      using Storage = decltype(storage);
-      constexpr Rounding R = decltype(rounding)::value;
-      constexpr Rule RULE = decltype(rule)::value;
-      if (dist == Dist::rademacher) {
-        update_signs<Storage, R, RULE>(segment, update);
-      } else {
-        update_normals<Storage, R, RULE>(segment, update);
-      }
+      with_dist(segment.dist, [&](auto dist) {
+        update_segment<decltype(storage), decltype(rounding)::value, decltype(rule)::value>(dist, segment, update);
+      });
     });
   });
 }

@@ -1,4 +1,4 @@
-"""How Sphinx makes the site: `make docs`. Pages are MyST Markdown; the tutorials are notebooks, which the build runs."""
+"""How Sphinx makes the site: `make docs`. Pages are MyST Markdown; tutorials are notebooks, which the build runs."""
 
 import re
 import sys

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from hosfl.protocol.lattice import Lattice, LatticeError
     from hosfl.protocol.log import Log, LogError
     from hosfl.protocol.messages import MessageError, Wire, decode, encode
-    from hosfl.protocol.rebuild import rebuild
     from hosfl.protocol.replica import Replica
     from hosfl.protocol.terms import Pool, Run
+    from hosfl.runs.checkpoint import rebuild
     from hosfl.runs.config import Config
     from hosfl.runs.report import Evaluation, Summary
     from hosfl.runs.trainer import train
@@ -42,9 +42,9 @@ _WHERE = {
     "hosfl.protocol.lattice": ("Lattice", "LatticeError"),
     "hosfl.protocol.log": ("Log", "LogError"),
     "hosfl.protocol.messages": ("MessageError", "Wire", "decode", "encode"),
-    "hosfl.protocol.rebuild": ("rebuild",),
     "hosfl.protocol.replica": ("Replica",),
     "hosfl.protocol.terms": ("Pool", "Run"),
+    "hosfl.runs.checkpoint": ("rebuild",),
     "hosfl.runs.config": ("Config",),
     "hosfl.runs.report": ("Evaluation", "Summary"),
     "hosfl.runs.trainer": ("train",),

@@ -159,13 +159,12 @@ def parser(preset: str | None = None) -> argparse.ArgumentParser:
 
 
 def _rebuild(options: argparse.Namespace) -> int:
-    from safetensors.torch import save
-
     from hosfl.files import write_atomically
     from hosfl.protocol.rebuild import rebuild
+    from hosfl.protocol.weights import as_file
 
     tensors, replica = rebuild(options.log, options.base, options.upto)
-    write_atomically(options.out, save(tensors))
+    write_atomically(options.out, as_file(tensors))
     print(f"{options.out}: the client half after {replica.applied} rounds, digest {replica.digest().hex()}")
     return 0
 

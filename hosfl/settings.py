@@ -314,7 +314,8 @@ def typed(of: Field[Any] | str, value: Any) -> Any:
 
 def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Those of some settings that a run's bits depend on."""
-    return {name: value for name, value in settings.items() if name not in NEUTRAL}
+    # A task without options is described as before there were any: logs of then are logs of the same runs.
+    return {name: value for name, value in settings.items() if name not in NEUTRAL and (name != "options" or value)}
 
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from hosfl_kernels import _cpp, cpu, ops, reference, spec
+from hosfl_kernels.place import Place
 from hosfl_kernels.rules import SGD, AdamW, Rule
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -43,6 +44,10 @@ class Case:
     start: int = 0
     factor: float = 1.0
     records: int = 1
+
+    @property
+    def place(self) -> Place:
+        return Place.of_one(self.dist, self.factor, self.stream, self.start)
 
     @property
     def op(self) -> str:
@@ -153,13 +158,13 @@ def records(case: Case) -> dict[str, Any]:
     }
 
 
-def rounds(case: UpdateCase) -> tuple[list[Any], list[int] | None]:
+def rounds(case: UpdateCase) -> tuple[tuple[str, list[float], list[int], list[float], Any], list[int] | None]:
     """Rule, constants, seeds, coefficients and steps of a case, as backends take them; and its rounding seeds."""
     p = case.directions
     record = records(replace(case, records=case.records * p))
     steps = case.rule.steps(range(case.records), [1e-2 / (1 + r) for r in range(case.records)]).tolist()
     rounding = None if record["rounding_seeds"] is None else record["rounding_seeds"][: case.records]
-    return [case.rule.name, case.rule.constants, record["seeds"], record["coefficients"], steps], rounding
+    return (case.rule.name, case.rule.constants, record["seeds"], record["coefficients"], steps), rounding
 
 
 def kept(case: UpdateCase) -> list[Tensor]:
@@ -196,14 +201,13 @@ def run_case(backend: ModuleType, case: Case, device: str) -> str | None:
     want = weights(case)
     got = want.to(device, copy=True)
     record = records(case)
-    place = (case.dist, [case.factor], [case.stream], [case.start])
     rounding = record["rounding_seeds"]
     if case.records == 1:
         one = None if rounding is None else rounding[0]
-        backend.perturb_([got], record["seeds"][0], record["coefficients"][0], *place, one)
+        backend.perturb_([got], record["seeds"][0], record["coefficients"][0], case.place, one)
     else:
-        backend.replay_([got], record["seeds"], record["coefficients"], *place, rounding)
-    reference.replay_([want], record["seeds"], record["coefficients"], *place, rounding)
+        backend.replay_([got], record["seeds"], record["coefficients"], case.place, rounding)
+    reference.replay_([want], record["seeds"], record["coefficients"], case.place, rounding)
     return difference(got, want)
 
 
@@ -211,9 +215,8 @@ def _run_update(backend: ModuleType, case: UpdateCase, device: str) -> str | Non
     want, want_moments = weights(case), kept(case)
     got, got_moments = want.to(device, copy=True), [m.to(device, copy=True) for m in want_moments]
     record, rounding = rounds(case)
-    place: list[Any] = [case.dist, [case.factor], [case.stream], [case.start], rounding]
-    backend.update_([got], [[m] for m in got_moments], *record, *place)
-    reference.update_([want], [[m] for m in want_moments], *record, *place)
+    backend.update_([got], [[m] for m in got_moments], *record, case.place, rounding)
+    reference.update_([want], [[m] for m in want_moments], *record, case.place, rounding)
     for k, (a, b) in enumerate(zip(got_moments, want_moments, strict=True)):
         if wrong := difference(a, b):
             return f"moment {k}: {wrong}"
@@ -222,8 +225,7 @@ def _run_update(backend: ModuleType, case: UpdateCase, device: str) -> str | Non
 
 def _run_project(backend: ModuleType, case: ProjectCase, device: str) -> str | None:
     x, seeds = weights(case).clamp(-1, 1), records(case)["seeds"]
-    place = (case.dist, [case.factor], [case.stream], [case.start])
-    got, want = backend.project([x.to(device)], seeds, *place), reference.project([x], seeds, *place)
+    got, want = backend.project([x.to(device)], seeds, case.place), reference.project([x], seeds, case.place)
     for r, seed in enumerate(seeds):
         z = spec.noise(case.n, seed, stream=case.stream, start=case.start, dist=case.dist)
         terms = case.factor * float(x.double().abs() @ torch.from_numpy(z).double().abs())
@@ -260,7 +262,7 @@ def vector_cases(vectors: dict[str, Any], backend: ModuleType, device: str) -> I
         normals = _from_bits(v["gaussian_f32_bits"], "float32")
         for dist, want in (("rademacher", signs), ("gaussian", normals)):
             out = torch.empty(len(want), dtype=torch.float32, device=device)
-            backend.noise_(out, seed, stream, start, dist)
+            backend.noise_(out, seed, Place.of_one(dist, stream=stream, start=start))
             yield f"noise {dist} {name}", difference(out, want)
         if backend is reference:  # the others show their rounding bits only by rounding
             bits = spec.rounding_bits(len(v["rounding_bits"]), seed, stream, start).tolist()
@@ -271,8 +273,8 @@ def vector_cases(vectors: dict[str, Any], backend: ModuleType, device: str) -> I
             for rounding, suffix in (("nearest", "_out_bits"), ("stochastic", "_stochastic_out_bits")):
                 if dist + suffix in v:
                     x = _from_bits(v["x_bits"], v["dtype"]).to(device)
-                    place = (dist, [1.0], [int(v["stream"])], [int(v["start"])])
-                    backend.perturb_([x], seed, scale, *place, seed if rounding == "stochastic" else None)
+                    place = Place.of_one(dist, stream=int(v["stream"]), start=int(v["start"]))
+                    backend.perturb_([x], seed, scale, place, seed if rounding == "stochastic" else None)
                     yield (
                         f"perturb_ {v['dtype']} {dist} {rounding} seed={seed} scale={scale:g}",
                         difference(x, _from_bits(v[dist + suffix], v["dtype"])),

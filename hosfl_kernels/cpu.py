@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from hosfl_kernels import _cpp
+from hosfl_kernels.place import Place
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of csrc/ops.h
-RULES = {"sgd": 0, "momentum": 1, "adamw": 2}  # enum Rule of csrc/ops.h
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of csrc/segment.h
+RULES = {"sgd": 0, "momentum": 1, "adamw": 2}  # enum Rule of csrc/segment.h
 
 
 def ieee_arithmetic(function: Callable[P, T]) -> Callable[P, T]:
@@ -45,47 +46,26 @@ def philox_words(key: int, counter: tuple[int, int, int, int]) -> tuple[int, int
     return words
 
 
-def noise_(out: Tensor, seed: int, stream: int, start: int, dist: str) -> None:
-    _cpp.noise(out.data_ptr(), out.numel(), seed, stream, start, dist == "gaussian", torch.get_num_threads())
+def _memory(tensors: Sequence[Tensor]) -> list[tuple[int, int, int]]:
+    return [(t.data_ptr(), t.numel(), DTYPES[t.dtype]) for t in tensors]
 
 
-def perturb_(
-    tensors: Sequence[Tensor],
-    seed: int,
-    scale: float,
-    dist: str,
-    factors: Sequence[float],
-    streams: Sequence[int],
-    starts: Sequence[int],
-    rounding_seed: int | None,
-) -> None:
-    rounding_seeds = None if rounding_seed is None else [rounding_seed]
-    replay_(tensors, [seed], [scale], dist, factors, streams, starts, rounding_seeds)
+def noise_(out: Tensor, seed: int, place: Place) -> None:
+    _cpp.noise(_memory([out])[0], seed, place, torch.get_num_threads())
+
+
+def perturb_(tensors: Sequence[Tensor], seed: int, scale: float, place: Place, rounding_seed: int | None) -> None:
+    replay_(tensors, [seed], [scale], place, None if rounding_seed is None else [rounding_seed])
 
 
 def replay_(
     tensors: Sequence[Tensor],
     seeds: Sequence[int],
     coefficients: Sequence[float],
-    dist: str,
-    factors: Sequence[float],
-    streams: Sequence[int],
-    starts: Sequence[int],
+    place: Place,
     rounding_seeds: Sequence[int] | None,
 ) -> None:
-    _cpp.replay(
-        [t.data_ptr() for t in tensors],
-        [t.numel() for t in tensors],
-        [DTYPES[t.dtype] for t in tensors],
-        streams,
-        starts,
-        factors,
-        seeds,
-        coefficients,
-        rounding_seeds or [],
-        dist == "gaussian",
-        torch.get_num_threads(),
-    )
+    _cpp.replay(_memory(tensors), seeds, coefficients, place, rounding_seeds or [], torch.get_num_threads())
 
 
 def update_(
@@ -96,48 +76,15 @@ def update_(
     seeds: Sequence[int],
     coefficients: Sequence[float],
     steps: Sequence[Sequence[float]],
-    dist: str,
-    factors: Sequence[float],
-    streams: Sequence[int],
-    starts: Sequence[int],
+    place: Place,
     rounding_seeds: Sequence[int] | None,
 ) -> None:
-    _cpp.update(
-        [t.data_ptr() for t in tensors],
-        [t.numel() for t in tensors],
-        [DTYPES[t.dtype] for t in tensors],
-        streams,
-        starts,
-        factors,
-        [[t.data_ptr() for t in moment] for moment in moments],
-        RULES[rule],
-        constants,
-        seeds,
-        coefficients,
-        steps,
-        rounding_seeds or [],
-        dist == "gaussian",
-        torch.get_num_threads(),
-    )
+    kept = [[t.data_ptr() for t in moment] for moment in moments]
+    record = (constants, seeds, coefficients, steps)
+    threads = torch.get_num_threads()
+    _cpp.update(_memory(tensors), kept, RULES[rule], *record, place, rounding_seeds or [], threads)
 
 
-def project(
-    tensors: Sequence[Tensor],
-    seeds: Sequence[int],
-    dist: str,
-    factors: Sequence[float],
-    streams: Sequence[int],
-    starts: Sequence[int],
-) -> Tensor:
-    scalars = _cpp.project(
-        [t.data_ptr() for t in tensors],
-        [t.numel() for t in tensors],
-        [DTYPES[t.dtype] for t in tensors],
-        streams,
-        starts,
-        factors,
-        seeds,
-        dist == "gaussian",
-        torch.get_num_threads(),
-    )
+def project(tensors: Sequence[Tensor], seeds: Sequence[int], place: Place) -> Tensor:
+    scalars = _cpp.project(_memory(tensors), seeds, place, torch.get_num_threads())
     return torch.tensor(scalars, dtype=torch.float64, device="cpu")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hosfl_kernels.cpu import DTYPES, RULES
+from hosfl_kernels.place import Place
 
 
 def _extension() -> Any:
@@ -57,11 +58,8 @@ def _on_device(table: bytes, op: str, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def _places(
-    tensors: Sequence[Tensor], factors: Sequence[float], streams: Sequence[int], starts: Sequence[int]
-) -> tuple[Any, ...]:
-    addresses, sizes = [t.data_ptr() for t in tensors], [t.numel() for t in tensors]
-    return addresses, sizes, [DTYPES[t.dtype] for t in tensors], streams, starts, factors
+def _memory(tensors: Sequence[Tensor]) -> list[tuple[int, int, int]]:
+    return [(t.data_ptr(), t.numel(), DTYPES[t.dtype]) for t in tensors]
 
 
 def philox_words(key: int, counter: tuple[int, int, int, int]) -> tuple[int, ...]:
@@ -73,24 +71,14 @@ def philox_words(key: int, counter: tuple[int, int, int, int]) -> tuple[int, ...
     return tuple(word & 0xFFFFFFFF for word in out.tolist())
 
 
-def noise_(out: Tensor, seed: int, stream: int, start: int, dist: str) -> None:
-    """Fill the float32 tensor `out` with elements start .. start + n of the noise of (seed, stream)."""
+def noise_(out: Tensor, seed: int, place: Place) -> None:
+    """Fill the float32 tensor `out` with the noise of `seed`."""
     extension = _extension()
     with torch.cuda.device_of(out):
-        queue = _queue(extension, out.device)
-        extension.noise(out.data_ptr(), out.numel(), seed, stream, start, dist == "gaussian", queue)
+        extension.noise(_memory([out])[0], seed, place, _queue(extension, out.device))
 
 
-def perturb_(
-    tensors: Sequence[Tensor],
-    seed: int,
-    scale: float,
-    dist: str,
-    factors: Sequence[float],
-    streams: Sequence[int],
-    starts: Sequence[int],
-    rounding_seed: int | None,
-) -> None:
+def perturb_(tensors: Sequence[Tensor], seed: int, scale: float, place: Place, rounding_seed: int | None) -> None:
     """x += scale * factor * z(seed) for every tensor, one launch per dtype and 48 tensors."""
     if not tensors:
         return
@@ -98,18 +86,14 @@ def perturb_(
     with torch.cuda.device_of(tensors[0]):
         queue = _queue(extension, tensors[0].device)
         rounding_seeds = [] if rounding_seed is None else [rounding_seed]
-        places = _places(tensors, factors, streams, starts)
-        extension.perturb(places, seed, scale, rounding_seeds, dist == "gaussian", queue)
+        extension.perturb(_memory(tensors), seed, scale, place, rounding_seeds, queue)
 
 
 def replay_(
     tensors: Sequence[Tensor],
     seeds: Sequence[int],
     coefficients: Sequence[float],
-    dist: str,
-    factors: Sequence[float],
-    streams: Sequence[int],
-    starts: Sequence[int],
+    place: Place,
     rounding_seeds: Sequence[int] | None,
 ) -> None:
     """perturb_ once for every record, in one pass over the tensors and to the same bits. Not for CUDA graphs."""
@@ -119,9 +103,8 @@ def replay_(
     with torch.cuda.device_of(tensors[0]):
         queue = _queue(extension, device)
         records = _on_device(extension.records(seeds, coefficients, rounding_seeds or []), "replay_", device)
-        places = _places(tensors, factors, streams, starts)
         stochastic = rounding_seeds is not None
-        extension.replay(places, records.data_ptr(), len(seeds), dist == "gaussian", stochastic, queue)
+        extension.replay(_memory(tensors), records.data_ptr(), len(seeds), place, stochastic, queue)
 
 
 def update_(
@@ -132,10 +115,7 @@ def update_(
     seeds: Sequence[int],
     coefficients: Sequence[float],
     steps: Sequence[Sequence[float]],
-    dist: str,
-    factors: Sequence[float],
-    streams: Sequence[int],
-    starts: Sequence[int],
+    place: Place,
     rounding_seeds: Sequence[int] | None,
 ) -> None:
     """len(steps) rounds of an update rule in one pass over weights and moments. Not for CUDA graphs."""
@@ -146,42 +126,27 @@ def update_(
         queue = _queue(extension, device)
         records = _on_device(extension.records(seeds, coefficients, []), "update_", device)
         rounds = _on_device(extension.steps(steps, rounding_seeds or []), "update_", device)
-        extension.update(
-            _places(tensors, factors, streams, starts),
-            [[t.data_ptr() for t in moment] for moment in moments],
-            RULES[rule],
-            constants,
-            records.data_ptr(),
-            len(seeds),
-            rounds.data_ptr(),
-            len(steps),
-            dist == "gaussian",
-            rounding_seeds is not None,
-            queue,
-        )
+        tables = (records.data_ptr(), len(seeds), rounds.data_ptr(), len(steps))
+        kept = [[t.data_ptr() for t in moment] for moment in moments]
+        stochastic = rounding_seeds is not None
+        extension.update(_memory(tensors), kept, RULES[rule], constants, *tables, place, stochastic, queue)
 
 
 PIECE = 1 << 22  # elements whose noise `project` makes at a time: 16 MB, and twice that for either factor in float64
 
 
-def project(
-    tensors: Sequence[Tensor],
-    seeds: Sequence[int],
-    dist: str,
-    factors: Sequence[float],
-    streams: Sequence[int],
-    starts: Sequence[int],
-) -> Tensor:
+def project(tensors: Sequence[Tensor], seeds: Sequence[int], place: Place) -> Tensor:
     """<tensors, z(seed)> for every seed, on the CPU. No kernel of its own: `noise_` makes the noise, a piece at a time.
 
     A piece is read from memory again for every seed. All sums are float64.
     """
     scalars = torch.zeros(len(seeds), dtype=torch.float64, device=tensors[0].device if tensors else "cpu")
-    for tensor, factor, stream, start in zip(tensors, factors, streams, starts, strict=True):
+    for tensor, where in zip(tensors, place.each(), strict=True):
         for k, piece in enumerate(tensor.detach().reshape(-1).split(PIECE)):
-            x = piece.double() * factor
+            x = piece.double() * where["factor"]
             z = torch.empty(piece.shape, dtype=torch.float32, device=piece.device)
+            of_piece = Place.of_one(**{**where, "start": where["start"] + k * PIECE})
             for r, seed in enumerate(seeds):
-                noise_(z, seed, stream, start + k * PIECE, dist)
+                noise_(z, seed, of_piece)
                 scalars[r] += x @ z.double()
     return scalars.cpu()

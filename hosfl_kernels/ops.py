@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
 from types import ModuleType
@@ -24,7 +24,10 @@ from torch import Tensor
 
 from hosfl_kernels import cpu, cuda, gpu, reference, spec
 from hosfl_kernels.cpu import ieee_arithmetic
+from hosfl_kernels.place import Place
 from hosfl_kernels.rules import SGD, AdamW, Rule
+
+__all__ = ["backends", "derive", "noise", "perturb_", "project", "replay_", "snap_", "update_"]
 
 BACKENDS: dict[str, ModuleType] = {"numpy": reference, "cpp": cpu, "triton": gpu, "cuda": cuda}
 
@@ -40,7 +43,7 @@ DISPATCH = {"CPU": cpu, "CUDA": _cuda_backend()}
 
 # Seeds travel as two 32-bit halves: a schema's int is signed, and a SymInt is not recompiled for every new value.
 # Records travel as CPU tensors for the same reason.
-_PLACE = "str dist, float[] factors, SymInt[] streams, SymInt[] starts"
+_PLACE = "str dist, float[] factors, SymInt[] streams, SymInt[] starts"  # a Place, field by field
 SCHEMAS = {
     "noise_": "(Tensor(a!) out, SymInt[] seed, SymInt stream, SymInt start, str dist) -> ()",
     "perturb_": f"(Tensor(a!)[] tensors, SymInt[] seed, float scale, {_PLACE}, SymInt[] rounding_seed) -> ()",
@@ -87,10 +90,9 @@ def noise(
 
     Raises: ValueError for a value out of range, TypeError for a wrong type.
     """
-    _check_dist(dist)
     if n < 0:
         raise ValueError(f"n must be 0 or more, got {n}")
-    _check_place(1, None, [stream], [start])
+    _place_of(1, dist, None, [stream], [start])
     out = torch.empty(n, dtype=torch.float32, device=device)
     _check_tensors([out])
     torch.ops.hosfl.noise_(out, _halves(seed, "seed"), stream, start, dist)
@@ -133,17 +135,15 @@ def perturb_(
     Raises: ValueError, TypeError or RuntimeError, before any tensor is changed.
     """
     tensors = _tensor_list(tensors)
-    _check_dist(dist)
+    place = _place_of(len(tensors), dist, factors, streams, starts)
     if not isinstance(scale, (float, int, np.floating)):
         raise TypeError(f"scale must be a number, got {type(scale).__name__}")
     if not -LARGEST_FLOAT32 <= scale <= LARGEST_FLOAT32:
         raise ValueError(f"scale must be finite in float32, got {scale}")
-    _check_place(len(tensors), factors, streams, starts)
     _check_rounding(rounding, rounding_seed is not None, "rounding_seed")
     halves = _halves(seed, "seed")
     rounding_halves = [] if rounding_seed is None else _halves(rounding_seed, "rounding_seed")
     if tensors:
-        place = (dist, factors or [], streams or [], starts or [])
         torch.ops.hosfl.perturb_(tensors, halves, scale, *place, rounding_halves)
 
 
@@ -173,8 +173,7 @@ def replay_(
     Raises: ValueError, TypeError or RuntimeError, before any tensor is changed.
     """
     tensors = _tensor_list(tensors)
-    _check_dist(dist)
-    _check_place(len(tensors), factors, streams, starts)
+    place = _place_of(len(tensors), dist, factors, streams, starts)
     _check_rounding(rounding, rounding_seeds is not None, "rounding_seeds")
     seeds = _seed_tensor(seeds, "seeds")
     coefficients = _coefficient_tensor(coefficients)
@@ -185,7 +184,6 @@ def replay_(
         if len(rounding_seeds) != len(seeds):
             raise ValueError(f"{len(seeds)} seeds but {len(rounding_seeds)} rounding_seeds")
     if tensors:
-        place = (dist, factors or [], streams or [], starts or [])
         torch.ops.hosfl.replay_(tensors, seeds, coefficients, *place, rounding_seeds)
 
 
@@ -234,8 +232,7 @@ def update_(
         raise TypeError(f"rule must be SGD or AdamW, got {type(rule).__name__}")
     tensors = _tensor_list(tensors)
     kept = _moment_lists(moments, rule, len(tensors))
-    _check_dist(dist)
-    _check_place(len(tensors), factors, streams, starts)
+    place = _place_of(len(tensors), dist, factors, streams, starts)
     _check_rounding(rounding, rounding_seeds is not None, "rounding_seeds")
     seeds = _seed_table(seeds)
     rounds, directions = seeds.shape
@@ -246,7 +243,6 @@ def update_(
         if len(rounding_seeds) != rounds:
             raise ValueError(f"{rounds} rounds but {len(rounding_seeds)} rounding_seeds")
     if tensors:
-        place = (dist, factors or [], streams or [], starts or [])
         record = (seeds, coefficients, steps)
         torch.ops.hosfl.update_(tensors, kept, rule.name, rule.constants, *record, *place, rounding_seeds)
 
@@ -277,9 +273,7 @@ def project(
     Raises: ValueError, TypeError or RuntimeError.
     """
     tensors = _tensor_list(tensors, changed=False)
-    _check_dist(dist)
-    _check_place(len(tensors), factors, streams, starts)
-    place = (dist, factors or [], streams or [], starts or [])
+    place = _place_of(len(tensors), dist, factors, streams, starts)
     with torch.no_grad():
         scalars: Tensor = torch.ops.hosfl.project(tensors, _seed_tensor(seeds, "seeds"), *place)
     return scalars
@@ -306,7 +300,7 @@ def snap_(
     any tensor is changed.
     """
     tensors = _tensor_list(tensors)
-    _check_place(len(tensors), factors, None, None)
+    _place_of(len(tensors), "rademacher", factors, None, None)
     if not 1 <= headroom <= 2**16:
         raise ValueError(f"headroom must be between 1 and 2^16, got {headroom}")
     _check_tensors(tensors)
@@ -386,14 +380,12 @@ def _halves(seed: int, name: str) -> list[int]:
     return [seed & 0xFFFFFFFF, seed >> 32]
 
 
-def _check_dist(dist: str) -> None:
+def _place_of(
+    n: int, dist: str, factors: Sequence[float] | None, streams: Sequence[int] | None, starts: Sequence[int] | None
+) -> Place:
+    """The place of n tensors, an empty list for what the caller left to the default: see `_whole`."""
     if dist not in DISTRIBUTIONS:
         raise ValueError(f"dist must be one of {', '.join(DISTRIBUTIONS)}, got {dist!r}")
-
-
-def _check_place(
-    n: int, factors: Sequence[float] | None, streams: Sequence[int] | None, starts: Sequence[int] | None
-) -> None:
     for name, values in (("factors", factors), ("streams", streams), ("starts", starts)):
         if values is not None and len(values) != n:
             raise ValueError(f"{n} tensors but {len(values)} {name}")
@@ -401,6 +393,7 @@ def _check_place(
         _check_integer(stream, 2**32, f"streams[{t}]")
     for t, start in enumerate(starts or []):
         _check_integer(start, 2**63, f"starts[{t}]")
+    return Place(dist, factors or [], streams or [], starts or [])
 
 
 def _check_rounding(rounding: str, seeded: bool, name: str) -> None:
@@ -551,7 +544,7 @@ def _join(halves: Sequence[int]) -> int:
 @ieee_arithmetic
 def _noise(backend: ModuleType, out: Tensor, seed: Sequence[int], stream: int, start: int, dist: str) -> None:
     _check_tensors([out], [start])
-    backend.noise_(out, _join(seed), stream, start, dist)
+    backend.noise_(out, _join(seed), Place.of_one(dist, stream=stream, start=start))
     _bump([out])
 
 
@@ -561,16 +554,13 @@ def _perturb(
     tensors: list[Tensor],
     seed: Sequence[int],
     scale: float,
-    dist: str,
-    factors: Sequence[float],
-    streams: Sequence[int],
-    starts: Sequence[int],
+    place: Place,
     rounding_seed: Sequence[int],
 ) -> None:
-    place = _place(tensors, dist, factors, streams, starts, bool(rounding_seed))
-    _check_moves([scale], place[1], "scale")
+    place = _whole(place, tensors, bool(rounding_seed))
+    _check_moves([scale], place.factors, "scale")
     for part, (rows,) in _row_major(place, tensors):
-        backend.perturb_(rows, _join(seed), scale, *part, _join(rounding_seed) if rounding_seed else None)
+        backend.perturb_(rows, _join(seed), scale, part, _join(rounding_seed) if rounding_seed else None)
     _bump(tensors)
 
 
@@ -580,19 +570,16 @@ def _replay(
     tensors: list[Tensor],
     seeds: Tensor,
     coefficients: Tensor,
-    dist: str,
-    factors: Sequence[float],
-    streams: Sequence[int],
-    starts: Sequence[int],
+    place: Place,
     rounding_seeds: Tensor | None,
 ) -> None:
-    place = _place(tensors, dist, factors, streams, starts, rounding_seeds is not None)
+    place = _whole(place, tensors, rounding_seeds is not None)
     values: list[float] = coefficients.tolist()
-    _check_moves(values, place[1], "coefficients[{r}]")
+    _check_moves(values, place.factors, "coefficients[{r}]")
     if values:
         rounding = None if rounding_seeds is None else _unsigned(rounding_seeds)
         for part, (rows,) in _row_major(place, tensors):
-            backend.replay_(rows, _unsigned(seeds), values, *part, rounding)
+            backend.replay_(rows, _unsigned(seeds), values, part, rounding)
         _bump(tensors)
 
 
@@ -606,56 +593,37 @@ def _update(
     seeds: Tensor,
     coefficients: Tensor,
     steps: Tensor,
-    dist: str,
-    factors: Sequence[float],
-    streams: Sequence[int],
-    starts: Sequence[int],
+    place: Place,
     rounding_seeds: Tensor | None,
 ) -> None:
-    place = _place(tensors, dist, factors, streams, starts, rounding_seeds is not None)
+    place = _whole(place, tensors, rounding_seeds is not None)
     kept = [moments[k : k + len(tensors)] for k in range(0, len(moments), len(tensors))]
     _check_moments(tensors, kept)
-    _check_finite(coefficients, "coefficients", place[1])
+    _check_finite(coefficients, "coefficients", place.factors)
     _check_finite(steps, "steps")
     if len(steps):
         record = (_unsigned(seeds.flatten()), coefficients.flatten().tolist(), steps.tolist())
         rounding = None if rounding_seeds is None else _unsigned(rounding_seeds)
         for part, (rows, *mine) in _row_major(place, tensors, *kept):
-            backend.update_(rows, mine, rule, list(constants), *record, *part, rounding)
+            backend.update_(rows, mine, rule, list(constants), *record, part, rounding)
         _bump([*tensors, *moments])
 
 
 @ieee_arithmetic
-def _project(
-    backend: ModuleType,
-    tensors: list[Tensor],
-    seeds: Tensor,
-    dist: str,
-    factors: Sequence[float],
-    streams: Sequence[int],
-    starts: Sequence[int],
-) -> Tensor:
-    place = _place(tensors, dist, factors, streams, starts, False)
-    scalars: Tensor = backend.project([t.contiguous() for t in tensors], _unsigned(seeds), *place)
+def _project(backend: ModuleType, tensors: list[Tensor], seeds: Tensor, place: Place) -> Tensor:
+    place = _whole(place, tensors, False)
+    scalars: Tensor = backend.project([t.contiguous() for t in tensors], _unsigned(seeds), place)
     return scalars
 
 
-def _place(
-    tensors: list[Tensor],
-    dist: str,
-    factors: Sequence[float],
-    streams: Sequence[int],
-    starts: Sequence[int],
-    stochastic: bool,
-) -> Place:
+def _whole(place: Place, tensors: list[Tensor], stochastic: bool) -> Place:
+    """The place with its defaults filled in, once it and the tensors are checked."""
     n = len(tensors)
-    _check_tensors(tensors, starts)
+    _check_tensors(tensors, place.starts)
     if stochastic and any(t.dtype == torch.float16 for t in tensors):
         raise TypeError("stochastic rounding is defined for bfloat16; float16 tensors take rounding='nearest'")
-    return dist, _factors(factors, n), list(streams or range(n)), list(starts or [0] * n)
-
-
-Place = tuple[str, list[float], list[int], list[int]]
+    streams, starts = list(place.streams or range(n)), list(place.starts or [0] * n)
+    return Place(place.dist, _factors(place.factors, n), streams, starts)
 
 
 def _row_major(place: Place, *lists: list[Tensor]) -> Iterator[tuple[Place, Sequence[list[Tensor]]]]:
@@ -668,17 +636,12 @@ def _row_major(place: Place, *lists: list[Tensor]) -> Iterator[tuple[Place, Sequ
     if not strided:
         yield place, lists
         return
-    dist, factors, streams, starts = place
-
-    def part(at: list[int]) -> Place:
-        return dist, [factors[t] for t in at], [streams[t] for t in at], [starts[t] for t in at]
-
     plain = [t for t in range(len(columns)) if t not in strided]
     if plain:
-        yield part(plain), [[values[t] for t in plain] for values in lists]
+        yield place.of(plain), [[values[t] for t in plain] for values in lists]
     for t in strided:
         rows = [x.contiguous() for x in columns[t]]
-        yield part([t]), [[row] for row in rows]
+        yield place.of([t]), [[row] for row in rows]
         for x, row in zip(columns[t], rows, strict=True):
             if row is not x:
                 x.copy_(row)
@@ -706,10 +669,24 @@ def _fake_project(tensors: list[Tensor], seeds: Tensor, *place: Any) -> Tensor:
     return seeds.new_empty(seeds.shape, dtype=torch.float64)
 
 
+def _implementation(name: str, backend: ModuleType) -> Callable[..., Any]:
+    """The op as torch.library calls it: the place comes field by field, where its schema has it."""
+    before, place, _ = SCHEMAS[name].partition(_PLACE)
+    run, at = _RUN[name], before.count(",")
+    if not place:
+        return partial(run, backend)
+
+    def implementation(*arguments: Any) -> Any:
+        end = at + len(Place._fields)
+        return run(backend, *arguments[:at], Place(*arguments[at:end]), *arguments[end:])
+
+    return implementation
+
+
 _library = torch.library.Library("hosfl", "DEF")
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema)
     for _key, _backend in DISPATCH.items():
-        _library.impl(_name, partial(_RUN[_name], _backend), _key)
+        _library.impl(_name, _implementation(_name, _backend), _key)
     _fake = _fake_project if _name == "project" else lambda *args: None
     torch.library.register_fake(f"hosfl::{_name}", _fake, lib=_library)

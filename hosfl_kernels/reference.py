@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hosfl_kernels import spec
+from hosfl_kernels.place import Place
 
 
 def describe() -> str:
@@ -24,40 +25,26 @@ def storage(tensor: Tensor) -> spec.Storage:
     return flat.view(torch.int16).numpy().view(np.uint16) if flat.dtype == torch.bfloat16 else flat.numpy()
 
 
-def noise_(out: Tensor, seed: int, stream: int, start: int, dist: str) -> None:
-    storage(out)[:] = spec.noise(out.numel(), seed, stream=stream, start=start, dist=dist)
+def noise_(out: Tensor, seed: int, place: Place) -> None:
+    stream, start = place.streams[0], place.starts[0]
+    storage(out)[:] = spec.noise(out.numel(), seed, stream=stream, start=start, dist=place.dist)
 
 
-def perturb_(
-    tensors: Sequence[Tensor],
-    seed: int,
-    scale: float,
-    dist: str,
-    factors: Sequence[float],
-    streams: Sequence[int],
-    starts: Sequence[int],
-    rounding_seed: int | None,
-) -> None:
-    for tensor, factor, stream, start in zip(tensors, factors, streams, starts, strict=True):
-        x = storage(tensor)
-        place = {"dist": dist, "factor": factor, "stream": stream, "start": start, "rounding_seed": rounding_seed}
-        x[:] = spec.perturb(x, seed, scale, **place)  # type: ignore[arg-type]
+def perturb_(tensors: Sequence[Tensor], seed: int, scale: float, place: Place, rounding_seed: int | None) -> None:
+    replay_(tensors, [seed], [scale], place, None if rounding_seed is None else [rounding_seed])
 
 
 def replay_(
     tensors: Sequence[Tensor],
     seeds: Sequence[int],
     coefficients: Sequence[float],
-    dist: str,
-    factors: Sequence[float],
-    streams: Sequence[int],
-    starts: Sequence[int],
+    place: Place,
     rounding_seeds: Sequence[int] | None,
 ) -> None:
-    for tensor, factor, stream, start in zip(tensors, factors, streams, starts, strict=True):
+    for tensor, where in zip(tensors, place.each(), strict=True):
         x = storage(tensor)
-        place = {"dist": dist, "factor": factor, "stream": stream, "start": start}
-        x[:] = spec.replay(x, list(seeds), list(coefficients), rounding_seeds=rounding_seeds, **place)  # type: ignore
+        where["rounding_seeds"] = rounding_seeds
+        x[:] = spec.replay(x, list(seeds), list(coefficients), **where)
 
 
 def update_(
@@ -68,32 +55,21 @@ def update_(
     seeds: Sequence[int],
     coefficients: Sequence[float],
     steps: Sequence[Sequence[float]],
-    dist: str,
-    factors: Sequence[float],
-    streams: Sequence[int],
-    starts: Sequence[int],
+    place: Place,
     rounding_seeds: Sequence[int] | None,
 ) -> None:
     by_round = [len(steps), len(seeds) // len(steps)]
     record = (np.array(seeds, object).reshape(by_round).tolist(), np.reshape(coefficients, by_round).tolist(), steps)
-    for t, (tensor, factor, stream, start) in enumerate(zip(tensors, factors, streams, starts, strict=True)):
+    for t, (tensor, where) in enumerate(zip(tensors, place.each(), strict=True)):
         x, mine = storage(tensor), [storage(moment[t]) for moment in moments]
-        place = {"dist": dist, "factor": factor, "stream": stream, "start": start, "rounding_seeds": rounding_seeds}
-        x[:], after = spec.update(x, mine, rule, list(constants), *record, **place)  # type: ignore
+        where["rounding_seeds"] = rounding_seeds
+        x[:], after = spec.update(x, mine, rule, list(constants), *record, **where)  # type: ignore[arg-type]
         for old, new in zip(mine, after, strict=True):
             old[:] = new
 
 
-def project(
-    tensors: Sequence[Tensor],
-    seeds: Sequence[int],
-    dist: str,
-    factors: Sequence[float],
-    streams: Sequence[int],
-    starts: Sequence[int],
-) -> Tensor:
+def project(tensors: Sequence[Tensor], seeds: Sequence[int], place: Place) -> Tensor:
     scalars = np.zeros(len(seeds))
-    for tensor, factor, stream, start in zip(tensors, factors, streams, starts, strict=True):
-        place = {"dist": dist, "factor": factor, "stream": stream, "start": start}
-        scalars = spec.project(storage(tensor), list(seeds), scalars, **place)  # type: ignore[arg-type]
+    for tensor, where in zip(tensors, place.each(), strict=True):
+        scalars = spec.project(storage(tensor), list(seeds), scalars, **where)
     return torch.from_numpy(scalars)

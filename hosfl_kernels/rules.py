@@ -16,6 +16,8 @@ from torch import Tensor
 
 from hosfl_kernels.cpu import ieee_arithmetic
 
+__all__ = ["SGD", "AdamW"]
+
 
 @dataclass(frozen=True)
 class SGD:

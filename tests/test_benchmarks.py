@@ -166,8 +166,8 @@ def test_only_projections_on_a_gpu_may_hold_more_than_a_megabyte(monkeypatch):
         if not way.group.startswith("project"):
             assert bound(way, "cuda", n) == SMALL
     way = next(w for w in WAYS if w.name == "hosfl Gaussian" and w.group.startswith("project"))
-    launch = pytest.importorskip("hosfl_kernels.gpu.launch")
-    sums = {dist: 64 * 8 * launch.project_variant(torch.float32, dist).programs(n, 0) for dist in DISTRIBUTIONS}
+    projection = pytest.importorskip("hosfl_kernels.gpu.projection")
+    sums = {dist: 64 * 8 * projection.variant(torch.float32, dist).programs(n, 0) for dist in DISTRIBUTIONS}
     assert max(sums.values()) == bound(way, "cuda", n) - SMALL == 4 * 2**20
     assert bound(way, "cuda", 2**40) == SMALL + 64 * 2**20
     monkeypatch.setitem(DISPATCH, "CUDA", cuda)

@@ -55,7 +55,9 @@ def test_an_edited_config_is_refused(tmp_path, name, value):
 
 
 def test_what_the_bits_depend_on():
-    assert Config().decisive() == {name: value for name, value in asdict(Config()).items() if name not in NEUTRAL}
+    neutral = {*NEUTRAL, "options"}  # which are there where a task has some
+    assert Config().decisive() == {name: value for name, value in asdict(Config()).items() if name not in neutral}
+    assert Config(options={"n": 1}).decisive() == {**Config().decisive(), "options": {"n": 1}}
     neutral = Config(data="/a", model="/b", keep=9, evaluate_every=9, snapshot_every=9)
     assert neutral.decisive() == Config().decisive()
     assert differences(Config().decisive(), Config(seed=1, method="frozen").decisive()) == [
@@ -102,7 +104,19 @@ OTHER = {  # of every setting that can be seen in a few rounds of digits; most a
     "digest_every": 1,
 }
 # Where data and model lie, and what is written when, is seen elsewhere.
-UNSEEN = {"task", "data", "model", "at", "method", "evaluate_every", "evaluate_on", "snapshot_every", "keep", "device"}
+UNSEEN = {
+    "task",
+    "options",
+    "data",
+    "model",
+    "at",
+    "method",
+    "evaluate_every",
+    "evaluate_on",
+    "snapshot_every",
+    "keep",
+    "device",
+}
 # Read, but without a trace here: what does not move is stored narrow, where --frozen says so; gradients are summed in
 # another order, and the lattice rounds them alike.
 TRACELESS = {("frozen", "trains"), ("ho backward", "microbatch")}

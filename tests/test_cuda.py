@@ -28,6 +28,7 @@ import triton
 
 import hosfl_kernels as hk
 from hosfl_kernels import check, cpu, cuda, ops
+from hosfl_kernels.place import Place
 
 ROOT = Path(__file__).parents[1]
 ARCHITECTURES = (80, 90, 100)
@@ -43,7 +44,7 @@ def emulated(tmp_path_factory):
     flags += ["-fsanitize=alignment,shift,signed-integer-overflow", "-fsanitize-undefined-trap-on-error"]
     if sys.platform == "darwin":
         flags += ["-undefined", "dynamic_lookup"]
-    sources = ["-x", "c++", ROOT / "csrc/cuda.cu", ROOT / "csrc/cuda_bindings.cpp"]
+    sources = ["-x", "c++", ROOT / "csrc/cuda.cu"]
     subprocess.run(["c++", *flags, *includes, *sources, "-o", target], check=True)
     name = "hosfl_kernels._cuda"
     spec = importlib.util.spec_from_file_location(name, target)
@@ -80,13 +81,13 @@ def many(random):
 def test_a_long_list_has_the_bits_of_the_cpp_backend(emulated, dist):
     first, second = (many(torch.Generator().manual_seed(1)) for _ in range(2))
     n = len(first)
-    place = (dist, [2.0 ** (k % 3 - 1) for k in range(n)], list(range(n)), [k * 1000 for k in range(n)])
+    place = Place(dist, [2.0 ** (k % 3 - 1) for k in range(n)], list(range(n)), [k * 1000 for k in range(n)])
     for backend, tensors in ((cpu, first), (emulated, second)):
-        backend.perturb_(tensors, 2**64 - 1, 1e-2, *place, None)
-        backend.replay_(tensors, [5, 6, 7], [1e-2, -3e-3, 1e-3], *place, None)
+        backend.perturb_(tensors, 2**64 - 1, 1e-2, place, None)
+        backend.replay_(tensors, [5, 6, 7], [1e-2, -3e-3, 1e-3], place, None)
         moments = [[torch.zeros(x.shape) for x in tensors] for _ in range(2)]
         constants, steps = [0.9, 0.1, 0.99, 0.01, 1e-8], [[1e-2, 0.99, 3.0], [1e-2, 0.98, 2.0]]
-        backend.update_(tensors, moments, "adamw", constants, [1, 2, 3, 4], [0.1] * 4, steps, *place, None)
+        backend.update_(tensors, moments, "adamw", constants, [1, 2, 3, 4], [0.1] * 4, steps, place, None)
     for a, b in zip(first, second, strict=True):
         # The whole storage: cells before and after the tensor stay as they were.
         whole = [x.untyped_storage() for x in (a, b)]
@@ -98,7 +99,7 @@ def test_a_long_list_has_the_bits_of_the_cpp_backend(emulated, dist):
 def test_the_cells_after_a_tensor_stay(emulated, n, dtype):
     # The last tile lacks a part of its last 16 bytes, or nothing.
     x = torch.full((n + 8,), 3.0, dtype=dtype)
-    emulated.perturb_([x[:n]], 1, 0.5, "rademacher", [1.0], [0], [0], None)
+    emulated.perturb_([x[:n]], 1, 0.5, Place.of_one(), None)
     assert set(x[:n].tolist()) == {2.5, 3.5}
     assert x[n:].tolist() == [3.0] * 8
 
@@ -107,7 +108,7 @@ def test_more_directions_than_fit_into_a_kernel_s_parameters(emulated):
     x, y = torch.zeros(3000), torch.zeros(3000)
     seeds, coefficients = list(range(1000)), torch.linspace(-1, 1, 1000).tolist()
     for backend, tensor in ((cpu, x), (emulated, y)):
-        backend.replay_([tensor], seeds, coefficients, "rademacher", [1.0], [0], [0], None)
+        backend.replay_([tensor], seeds, coefficients, Place.of_one(), None)
     assert torch.equal(x, y)
 
 
@@ -115,10 +116,10 @@ def test_more_directions_than_fit_into_a_kernel_s_parameters(emulated):
 def test_project_by_pieces(emulated, dist, monkeypatch):
     monkeypatch.setattr(cuda, "PIECE", 1000)
     x = [torch.randn(2500), torch.randn(0), torch.randn(30, 100).half()]
-    place = (dist, [1.0, 2.0, 0.5], [0, 1, 2], [131_000, 0, 2**40])
-    wrong = emulated.project(x, [1, 2], *place) - cpu.project(x, [1, 2], *place)
+    place = Place(dist, [1.0, 2.0, 0.5], [0, 1, 2], [131_000, 0, 2**40])
+    wrong = emulated.project(x, [1, 2], place) - cpu.project(x, [1, 2], place)
     assert wrong.abs().max() < 1e-7 * 5500
-    assert emulated.project([], [1], dist, [], [], []).tolist() == [0.0]
+    assert emulated.project([], [1], Place(dist, [], [], [])).tolist() == [0.0]
 
 
 def test_flushed_denormals_change_no_bit(emulated):
@@ -149,13 +150,13 @@ def test_without_either_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "hosfl_kernels._cuda", None)
     assert hk.backends()["cuda"] is None
     with pytest.raises(RuntimeError, match=r"pip install triton.*HOSFL_CUDA=1"):
-        cuda.perturb_([torch.zeros(3)], 1, 1.0, "rademacher", [1.0], [0], [0], None)
+        cuda.perturb_([torch.zeros(3)], 1, 1.0, Place.of_one(), None)
 
 
 def test_it_refuses_tensors_that_it_cannot_reach(emulated, monkeypatch):
     monkeypatch.setattr(emulated._extension(), "EMULATED", False)
     with pytest.raises(RuntimeError, match="take CUDA tensors, not cpu"):
-        cuda.noise_(torch.zeros(3), 1, 0, 0, "rademacher")
+        cuda.noise_(torch.zeros(3), 1, Place.of_one())
 
 
 # --- what nvcc makes ------------------------------------------------------------------------------------------

@@ -22,7 +22,8 @@ from typing import NamedTuple
 import pytest
 import triton
 
-from hosfl_kernels.gpu.launch import TRITON, variants
+from hosfl_kernels.gpu.launch import TRITON
+from hosfl_kernels.gpu.offline import variants
 
 CAPABILITIES = (80, 90)
 NAMES = sorted(variants())

@@ -13,6 +13,7 @@ import triton.language as tl
 from hosfl_kernels import gpu, reference, spec
 from hosfl_kernels.gpu.rounding import from_float32
 from hosfl_kernels.gpu.update import quotient, quotient64
+from hosfl_kernels.place import Place
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DISTS = ("rademacher", "gaussian")
@@ -39,7 +40,7 @@ def perturb_(
     x: torch.Tensor, scale: float = 1e-3, dist: str = "rademacher", start: int = 0, **options: int | None
 ) -> None:
     seed, rounding_seed = options.get("seed", SEED), options.get("rounding_seed")
-    gpu.perturb_([x], seed, scale, dist, [1.0], [STREAM], [start], rounding_seed)
+    gpu.perturb_([x], seed, scale, Place.of_one(dist, stream=STREAM, start=start), rounding_seed)
 
 
 def test_it_says_what_it_runs_on() -> None:
@@ -54,7 +55,7 @@ SPANS = [(1, 0), (16384, 0), (16385, 1), (3000, 131072 - 1500), (9000, 2**40 + 1
 @pytest.mark.parametrize(("n", "start"), SPANS)
 def test_noise(n: int, start: int, dist: str) -> None:
     out = torch.full((n,), torch.nan, device=DEVICE)
-    gpu.noise_(out, SEED, STREAM, start, dist)
+    gpu.noise_(out, SEED, Place.of_one(dist, stream=STREAM, start=start))
     assert equal(out, spec.noise(n, SEED, stream=STREAM, start=start, dist=dist))
 
 
@@ -77,7 +78,7 @@ def test_a_list_of_tensors(dist: str, stochastic: bool) -> None:
     starts, factors = [kind[2] for kind in KINDS], [kind[3] for kind in KINDS]
     streams = [STREAM - i for i in range(len(KINDS))]
     rounding_seed = ROUNDING_SEED if stochastic else None
-    gpu.perturb_(tensors, SEED, 0.1, dist, factors, streams, starts, rounding_seed)
+    gpu.perturb_(tensors, SEED, 0.1, Place(dist, factors, streams, starts), rounding_seed)
     for x, old, factor, stream, start in zip(tensors, before, factors, streams, starts, strict=True):
         rounding = rounding_seed if x.dtype == torch.bfloat16 else None
         options = {"dist": dist, "factor": factor, "stream": stream, "start": start, "rounding_seed": rounding}
@@ -92,7 +93,7 @@ def test_replay_is_one_perturb_after_another(dist: str, stochastic: bool) -> Non
     sizes, starts, factors = [3000, 2500, 8300], [2**33, 65536 - 1000, 5], [1.0, 0.5, 2.0]
     tensors = [weights(n, t) for n, t in zip(sizes, (torch.float32, torch.float16, torch.bfloat16), strict=True)]
     before = [cells(x) for x in tensors]
-    gpu.replay_(tensors, seeds, coefficients, dist, factors, [0, 1, 2], starts, rounding_seeds)
+    gpu.replay_(tensors, seeds, coefficients, Place(dist, factors, [0, 1, 2], starts), rounding_seeds)
     for stream, (x, old) in enumerate(zip(tensors, before, strict=True)):
         options = {"dist": dist, "factor": factors[stream], "stream": stream, "start": starts[stream]}
         rounding = rounding_seeds if x.dtype == torch.bfloat16 else None
@@ -127,8 +128,8 @@ def test_update(rule: str, stochastic: bool, dist: str) -> None:
     places[0]["rounding_seeds"] = places[1]["rounding_seeds"] = None
     want = [moved(x, [cells(k[t]) for k in moments], rule, **places[t]) for t, x in enumerate(tensors)]
     record = ([*SEEDS[0], *SEEDS[1]], [*COEFFICIENTS[0], *COEFFICIENTS[1]], STEPS)
-    place = (dist, factors, [0, 1, 2], starts, rounding_seeds)
-    gpu.update_(tensors, moments, rule, CONSTANTS[rule], *record, *place)
+    place = Place(dist, factors, [0, 1, 2], starts)
+    gpu.update_(tensors, moments, rule, CONSTANTS[rule], *record, place, rounding_seeds)
     for t, (x, kept) in enumerate(want):
         assert equal(tensors[t], x)
         assert all(equal(mine[t], k) for mine, k in zip(moments, kept, strict=True))
@@ -138,16 +139,16 @@ def test_update(rule: str, stochastic: bool, dist: str) -> None:
 @pytest.mark.parametrize("room", [1 << 23, 20])
 def test_project(room: int, dist: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the sums of the tiles have room for some seeds only."""
-    monkeypatch.setattr(gpu, "SUMS", room)
+    monkeypatch.setattr(gpu.module("projection"), "SUMS", room)
     seeds = [1, SEED, 3]
     tensors = [weights(n, dtype, 1.0) for dtype, n, _, _ in KINDS]
     storage = weights(3000, size=1.0)
     tensors.append(storage[3:-5])  # cells on both sides that are not its own
     starts, factors = [*(kind[2] for kind in KINDS), 77], [*(kind[3] for kind in KINDS), 1.0]
-    place = (dist, factors, [STREAM - i for i in range(len(tensors))], starts)
+    place = Place(dist, factors, [STREAM - i for i in range(len(tensors))], starts)
     terms = sum(f * float(x.double().abs().sum()) for f, x in zip(factors, tensors, strict=True))
-    want = reference.project([x.cpu() for x in tensors], seeds, *place)
-    assert (gpu.project(tensors, seeds, *place) - want).abs().max() < 1e-7 * terms
+    want = reference.project([x.cpu() for x in tensors], seeds, place)
+    assert (gpu.project(tensors, seeds, place) - want).abs().max() < 1e-7 * terms
 
 
 @pytest.mark.parametrize("dist", DISTS)
@@ -259,33 +260,36 @@ def test_bfloat16_rounding_of_any_bits(stochastic: bool) -> None:
     assert equal(target.view(torch.bfloat16), spec.from_float32(bits.view(np.float32), np.dtype(np.uint16), random))
 
 
+NOWHERE = Place("rademacher", [], [], [])
+
+
 def test_nothing_to_do() -> None:
-    gpu.perturb_([], SEED, 1.0, "rademacher", [], [], [], None)
-    gpu.replay_([], [1], [1.0], "rademacher", [], [], [], None)
+    gpu.perturb_([], SEED, 1.0, NOWHERE, None)
+    gpu.replay_([], [1], [1.0], NOWHERE, None)
     x = weights(10)
     old = cells(x)
-    gpu.replay_([x], [], [], "rademacher", [1.0], [0], [0], None)
-    gpu.replay_([x[:0]], [1], [1.0], "rademacher", [1.0], [0], [0], None)
-    assert gpu.project([], [1], "rademacher", [], [], []).tolist() == [0.0]
-    assert gpu.project([x], [], "rademacher", [1.0], [0], [0]).tolist() == []
-    assert gpu.project([x[:0]], [1], "rademacher", [1.0], [0], [0]).tolist() == [0.0]
-    gpu.update_([], [], "sgd", [], [1], [1.0], [(1.0, 1.0, 1.0)], "rademacher", [], [], [], None)
-    gpu.update_([x[:0]], [], "sgd", [], [1], [1.0], [(1.0, 1.0, 1.0)], "rademacher", [1.0], [0], [0], None)
+    gpu.replay_([x], [], [], Place.of_one(), None)
+    gpu.replay_([x[:0]], [1], [1.0], Place.of_one(), None)
+    assert gpu.project([], [1], NOWHERE).tolist() == [0.0]
+    assert gpu.project([x], [], Place.of_one()).tolist() == []
+    assert gpu.project([x[:0]], [1], Place.of_one()).tolist() == [0.0]
+    gpu.update_([], [], "sgd", [], [1], [1.0], [(1.0, 1.0, 1.0)], NOWHERE, None)
+    gpu.update_([x[:0]], [], "sgd", [], [1], [1.0], [(1.0, 1.0, 1.0)], Place.of_one(), None)
     assert equal(x, old)
 
 
 def test_a_tensor_out_of_reach_is_refused() -> None:
     with pytest.raises(RuntimeError, match="CPU tensors, not meta" if DEVICE == "cpu" else "CUDA tensors"):
-        gpu.noise_(torch.empty(8, device="meta"), 0, 0, 0, "rademacher")
+        gpu.noise_(torch.empty(8, device="meta"), 0, Place.of_one())
 
 
 def test_a_repeated_call_copies_nothing() -> None:
     launch = importlib.import_module("hosfl_kernels.gpu.launch")
     x = weights(10)
     perturb_(x)
-    before = launch.plan.cache_info()
+    before = launch.remembered.cache_info()
     perturb_(x, seed=1)
-    after = launch.plan.cache_info()
+    after = launch.remembered.cache_info()
     assert (after.hits, after.misses) == (before.hits + 1, before.misses)
 
 

@@ -13,6 +13,7 @@ import torch
 import hosfl_kernels as hk
 from hosfl.runs.memory import growth
 from hosfl_kernels import _cpp, check, cpu, ops, reference, spec
+from hosfl_kernels.place import Place
 
 CUDA = torch.cuda.is_available()
 DEVICES = ["cpu", "cuda"] if CUDA else ["cpu"]
@@ -79,9 +80,9 @@ def projected(dtype, dist):
     """Tensors, places and seeds, more of them than are in cache at once; and what spec.py says of them."""
     sizes, starts = [300_001, 77, 0, 5000], [131_000, 2**40, 3, 2**63 - 5000]
     tensors = [torch.randn(n, generator=torch.Generator().manual_seed(n)).to(dtype) for n in sizes]
-    place = (dist, [1.0, 0.5, 1.0, 4.0], [0, 7, 1, 2**32 - 1], starts)
+    place = Place(dist, [1.0, 0.5, 1.0, 4.0], [0, 7, 1, 2**32 - 1], starts)
     seeds = [spec.derive(1, r, 0) for r in range(35 if dist == "rademacher" else 4)]
-    return tensors, seeds, place, reference.project(tensors, seeds, *place)
+    return tensors, seeds, place, reference.project(tensors, seeds, place)
 
 
 @pytest.mark.parametrize("isa", _cpp.supported())
@@ -94,7 +95,7 @@ def test_threads_and_instruction_sets_change_no_bit_of_a_projection(isa, threads
     try:
         _cpp.use_isa(isa)
         threads(threads_)
-        assert torch.equal(cpu.project(tensors, seeds, *place), want)
+        assert torch.equal(cpu.project(tensors, seeds, place), want)
     finally:
         _cpp.use_isa(before)
 

@@ -22,14 +22,13 @@ from hosfl.methods.ho import ZerothOrderClient
 from hosfl.protocol.lattice import LatticeError
 from hosfl.protocol.log import EpochRecord, Log, RoundRecord
 from hosfl.protocol.messages import Cut, Message, Multiplier, Scalars, Wire
-from hosfl.protocol.rebuild import rebuild
 from hosfl.protocol.replica import Replica, digest, to_records
 from hosfl.protocol.terms import run_of
-from hosfl.runs import trainer
 from hosfl.runs.assemble import assemble, evaluate
+from hosfl.runs.checkpoint import rebuild
 from hosfl.runs.config import Config, with_shared
 from hosfl.runs.faults import LIES, Faults
-from hosfl.runs.simulate import SMALLEST_SHARD, Crowd, Outcome, State, UnreliableWire, simulate
+from hosfl.runs.simulate import SMALLEST_SHARD, TOLD, Crowd, Outcome, State, UnreliableWire, simulate
 from hosfl.runs.trainer import train
 from hosfl_kernels import cpu
 from hosfl_kernels.ops import BACKENDS
@@ -396,11 +395,15 @@ def test_false_labels_of_places_in_a_text_lie_in_it() -> None:
     liar: Any = type("Liar", (), {"classes": 384, "random": np.random.default_rng(0)})
     labels = torch.tensor([[0, 6], [3, 4]], dtype=torch.int32)
     cut = Cut(client=0, round=0, epoch=0, cut=torch.zeros(2, 7, 5), labels=labels)
-    assert LIES["labels"][1](cut, liar).tolist() == [[6, 0], [3, 2]]
+    assert TOLD["labels"][1](cut, liar).tolist() == [[6, 0], [3, 2]]
     for _ in range(20):
-        false = LIES["random-labels"][1](cut, liar)
+        false = TOLD["random-labels"][1](cut, liar)
         assert (false != labels).all()
         assert ((false >= 0) & (false < 7)).all()
+
+
+def test_every_lie_can_be_told() -> None:
+    assert tuple(TOLD) == LIES
 
 
 @pytest.mark.parametrize("lies", [lies for lies in LIES if lies != "scalars"])
@@ -421,7 +424,7 @@ def test_a_simulation_says_what_it_was_made_of(tmp_path: Path) -> None:
 
 
 def test_complaints_are_kept_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainer, "KEPT", 3)
+    monkeypatch.setattr("hosfl.engines.in_process.KEPT", 3)
     outcome = simulate(small(rounds=10), Faults(damage=0.5))
     assert outcome.complaints > 3
     assert len([reason for reason in outcome.reasons if "client" in reason[:6]]) <= 3

@@ -12,6 +12,7 @@ import torch._dynamo.testing
 
 import hosfl_kernels as hk
 from hosfl_kernels import _cpp, check, cpu, ops, reference, spec
+from hosfl_kernels.place import Place
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 RULES = [
@@ -213,8 +214,7 @@ def test_flushed_denormals_change_no_bit():
     want.moments[0][0].view(torch.int32).fill_(0x1000)
     want.moments[1][0].view(torch.int32).fill_(0x2000)
     k = hk.AdamW().constants
-    place = ("rademacher", [1.0], [0], [0], None)
-    reference.update_(want.tensors, want.moments, "adamw", k, [1], [1e-30], [[1.0, 1.0, 1e20]], *place)
+    reference.update_(want.tensors, want.moments, "adamw", k, [1], [1e-30], [[1.0, 1.0, 1e20]], Place.of_one(), None)
     assert same(state.all(), want.all())
     assert (state.moments[1][0] > 0).all()
 

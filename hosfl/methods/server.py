@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from hosfl.halves.split import dtype_of
+from hosfl.methods.gathered import Kept, Pieces, gathered, shrinking
 from hosfl.methods.ledger import Ledger, Rate, State
 from hosfl.methods.state import pack_optimizer, part, prefixed, unpack_optimizer
-from hosfl.protocol.aggregate import Aggregation, Kept, Pieces, gathered, shrinking, weighted_mean
-from hosfl.protocol.messages import Cut, Differs, Hello, Message, MessageError, Multiplier, decode
+from hosfl.methods.tensors import decoded
+from hosfl.protocol.aggregate import Aggregation, weighted_mean
+from hosfl.protocol.messages import Cut, Differs, Hello, Message, MessageError, Multiplier
 from hosfl.protocol.seeds import Purpose, generator, round_seed
 
 KEPT = 1000  # reasons; the rest are only counted
@@ -86,7 +88,7 @@ class Server:
     def receive(self, data: bytes) -> Message | None:
         """The message of bytes from the wire; None if they are refused: too many of them are not even read."""
         try:
-            return decode(data, self.largest_message)
+            return decoded(data, self.largest_message)
         except MessageError as error:
             self._refuse("bytes from the wire", error)
             return None

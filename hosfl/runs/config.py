@@ -22,11 +22,10 @@ class Config(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         task_maker(self.task)
-        method = method_of(self.method)
+        method_of(self.method).check(self)
         for name, why in ignored(vars(self)).items():
             if getattr(self, name) != DEFAULTS[name]:
                 raise ValueError(f"{name} = {getattr(self, name)!r} would do nothing {why}: leave it out")
-        method.check(self)
         _check_device(self.device)
 
 

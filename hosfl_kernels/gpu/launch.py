@@ -1,12 +1,13 @@
-"""Which kernel variant serves a call, with which constants and options; and the tables that the kernels read.
+"""How kernels are launched: variants with their constants and options, and the tables that say which program does what.
 
-offline.py compiles what stands here, so that tests without a GPU look at the kernels that a GPU runs.
+Every op's own module has its kernel, its variants and what it launches.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,17 +16,15 @@ import triton
 import triton.language as tl
 
 from hosfl_kernels import spec
+from hosfl_kernels.place import Place
 
-from .noise import noise
-from .perturb import perturb
-from .philox import philox_words as philox_words
-from .projection import project
-from .replay import replay
+from .philox import words
 from .tile import FIELDS
-from .update import CONSTANTS, STEP, TRITON, update
+
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 # The interpreter is chosen when triton decorates a kernel, by TRITON_INTERPRET.
-INTERPRETED = not isinstance(perturb, triton.runtime.JITFunction)
+INTERPRETED = not isinstance(words, triton.runtime.JITFunction)
 
 if INTERPRETED and TRITON < (3, 7):
     # `range(n)` in a kernel is int() of an array [1], which numpy refuses from 2.4 on; Triton 3.7 asks for its element.
@@ -36,6 +35,8 @@ if INTERPRETED and TRITON < (3, 7):
         tensor.__index__ = lambda self: self.handle.data.item()
 
     interpreter._patch_lang_tensor = _patch_tensor
+
+DISTRIBUTIONS = ("rademacher", "gaussian")
 
 # bfloat16 is loaded and stored as integers: see rounding.py.
 CELLS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.uint16}
@@ -60,75 +61,19 @@ class Variant(NamedTuple):
         self.kernel[(programs,)](*arguments, **self.constants, num_warps=self.num_warps, **OPTIONS)
 
 
-def _inner(dist: str) -> int:
+def inner(dist: str) -> int:
     """Rows that share their words: a program's loop takes so many at a time, all loaded before the first is used."""
     return {"rademacher": spec.ROUNDING_ROWS, "gaussian": spec.GAUSSIAN_ROWS}[dist]
 
 
-@functools.cache
-def noise_variant(dist: str) -> Variant:
-    return Variant(noise, {"DIST": dist, "BLOCKS": 2, "INNER": _inner(dist), "WIDTH": 512}, num_warps=4)
-
-
-@functools.cache
-def perturb_variant(dtype: torch.dtype, dist: str, stochastic: bool) -> Variant:
-    """Tiles of 512 columns, 16 bytes of each row to a thread.
-
-    16 rows of signs spread a Philox call thin enough; 128 would leave most of a GPU idle on a tensor of a million.
-    """
-    constants = {"CELL": CELLS[dtype], "DIST": dist, "STOCHASTIC": stochastic and dtype == torch.bfloat16}
-    constants |= {"BLOCKS": 2, "INNER": _inner(dist), "WIDTH": 512}
-    return Variant(perturb, constants, num_warps=512 * dtype.itemsize // (16 * 32))
-
-
-@functools.cache
-def replay_variant(dtype: torch.dtype, dist: str, stochastic: bool) -> Variant:
-    """Tiles of 128 columns, one to a thread: 64 rows of signs or 16 of normal numbers in registers."""
-    constants = {"CELL": CELLS[dtype], "DIST": dist, "STOCHASTIC": stochastic and dtype == torch.bfloat16}
-    constants |= {"BLOCKS": {"rademacher": 8, "gaussian": 4}[dist], "INNER": _inner(dist), "WIDTH": 128}
-    return Variant(replay, constants, num_warps=4)
-
-
-@functools.cache
-def project_variant(dtype: torch.dtype, dist: str, stochastic: bool = False) -> Variant:
-    """Tiles as replay has them; nothing is rounded to storage."""
-    constants = {"CELL": CELLS[dtype], "DIST": dist}
-    constants |= {"BLOCKS": {"rademacher": 8, "gaussian": 4}[dist], "INNER": _inner(dist), "WIDTH": 128}
-    return Variant(project, constants, num_warps=4)
-
-
-RULES = ("sgd", "momentum", "adamw")
-
-
-def update_variant(rule: str, dtype: torch.dtype, dist: str, stochastic: bool) -> Variant:
-    """Tiles of 128 columns, one to a thread: as many rows as fit into registers with their moments and sums."""
-    constants = {"RULE": rule, "CELL": CELLS[dtype], "DIST": dist}
-    constants |= {"STOCHASTIC": stochastic and dtype == torch.bfloat16}
-    blocks = 2 if rule == "adamw" and dist == "rademacher" else 4
-    constants |= {"BLOCKS": blocks, "INNER": _inner(dist), "WIDTH": 128}
-    return Variant(update, constants, num_warps=4)
-
-
-@functools.cache
-def update_variant_of(rule: str) -> Callable[[torch.dtype, str, bool], Variant]:
-    """The same function at every call: `plan` remembers by it."""
-    return functools.cache(functools.partial(update_variant, rule))
-
-
-def variants() -> dict[str, Variant]:
-    """Every variant that a call can reach, by name."""
-    found = {}
-    for dist in ("rademacher", "gaussian"):
-        found[f"noise-{dist}"] = noise_variant(dist)
+def kinds() -> Iterator[tuple[str, torch.dtype, str, bool]]:
+    """A name, dtype, distribution and whether rounding is stochastic, for each that an op has a variant of."""
+    for dist in DISTRIBUTIONS:
         for dtype in CELLS:
-            found[f"project-{dist}-{str(dtype).removeprefix('torch.')}"] = project_variant(dtype, dist)
-            for stochastic in (False, True) if dtype == torch.bfloat16 else (False,):
-                name = f"{dist}-{str(dtype).removeprefix('torch.')}{'-stochastic' if stochastic else ''}"
-                found[f"perturb-{name}"] = perturb_variant(dtype, dist, stochastic)
-                found[f"replay-{name}"] = replay_variant(dtype, dist, stochastic)
-                for rule in RULES:
-                    found[f"update-{rule}-{name}"] = update_variant(rule, dtype, dist, stochastic)
-    return found
+            name = f"{dist}-{str(dtype).removeprefix('torch.')}"
+            yield name, dtype, dist, False
+            if dtype == torch.bfloat16:
+                yield f"{name}-stochastic", dtype, dist, True
 
 
 def float_bits(values: Any) -> np.ndarray:
@@ -153,21 +98,42 @@ class Launch(NamedTuple):
         self.variant.launch(len(self.row_of_program), self.rows, self.row_of_program, *arguments)
 
 
-@functools.lru_cache(maxsize=32)
 def plan(
     variant_of: Callable[[torch.dtype, str, bool], Variant],
-    dist: str,
+    tensors: Sequence[torch.Tensor],
+    place: Place,
+    stochastic: bool = False,
+    moments: Sequence[Sequence[torch.Tensor]] = (),
+) -> list[Launch]:
+    """The launches for a list of tensors, remembered."""
+    device = tensors[0].device
+    launches = remembered(
+        variant_of,
+        Place(place.dist, tuple(place.factors), tuple(place.streams), tuple(place.starts)),
+        stochastic,
+        device,
+        tuple([x.dtype for x in tensors]),
+        tuple([x.data_ptr() for x in tensors]),
+        tuple([x.numel() for x in tensors]),
+        tuple([tuple([x.data_ptr() for x in kept]) for kept in moments]),
+    )
+    if capturing(device):
+        captured.append(launches)
+    return launches
+
+
+@functools.lru_cache(maxsize=32)
+def remembered(
+    variant_of: Callable[[torch.dtype, str, bool], Variant],
+    place: Place,
     stochastic: bool,
     device: torch.device,
     dtypes: tuple[torch.dtype, ...],
     addresses: tuple[int, ...],
     sizes: tuple[int, ...],
-    starts: tuple[int, ...],
-    streams: tuple[int, ...],
-    factors: tuple[float, ...],
     moments: tuple[tuple[int, ...], ...],
 ) -> list[Launch]:
-    """The launches for a list of tensors. Addresses are part of the key: `.data` may be rebound at any time."""
+    """`plan` by what it is made of. Addresses are part of the key: `.data` may be rebound at any time."""
     if capturing(device):
         raise RuntimeError("a CUDA graph can't capture the first call with these tensors: make it once before")
     launches = []
@@ -175,11 +141,12 @@ def plan(
         mine = [i for i, n in enumerate(sizes) if n and dtypes[i] == dtype]
         if not mine:
             continue
-        variant = variant_of(dtype, dist, stochastic)
+        variant = variant_of(dtype, place.dist, stochastic)
         rows = np.zeros((len(mine), FIELDS.value), np.int64)
-        for field, column in enumerate((addresses, sizes, starts, streams, float_bits(factors))):
+        columns = (addresses, sizes, place.starts, place.streams, float_bits(place.factors))
+        for field, column in enumerate(columns):
             rows[:, field] = [column[i] for i in mine]
-        programs = np.array([variant.programs(sizes[i], starts[i]) for i in mine])
+        programs = np.array([variant.programs(sizes[i], place.starts[i]) for i in mine])
         rows[:, 5] = np.cumsum(programs) - programs
         for k, kept in enumerate(moments):
             rows[:, 6 + k] = [kept[i] for i in mine]
@@ -188,42 +155,13 @@ def plan(
     return launches
 
 
-def record_table(
-    seeds: Sequence[int], coefficients: Sequence[float], rounding_seeds: Sequence[int] | None, device: torch.device
-) -> torch.Tensor:
-    """Rows of int64: seed, bits of the float32 coefficient, rounding seed."""
-    rows = np.empty((len(seeds), 3), np.int64)
-    rows[:, 0] = np.array(seeds, np.uint64).view(np.int64)
-    rows[:, 1] = float_bits(coefficients)
-    rows[:, 2] = 0 if rounding_seeds is None else np.array(rounding_seeds, np.uint64).view(np.int64)
-    return _on_device(rows, "replay_", device)
+def seed_bits(seeds: Sequence[int]) -> np.ndarray:
+    """Seeds as int64: how they travel in tables."""
+    return np.array(seeds, np.uint64).view(np.int64)
 
 
-def seed_table(seeds: Sequence[int], device: torch.device) -> torch.Tensor:
-    """int64: the bits of the seeds."""
-    return _on_device(np.array(seeds, np.uint64).view(np.int64), "project", device)
-
-
-def round_table(
-    constants: Sequence[float],
-    seeds: Sequence[int],
-    coefficients: Sequence[float],
-    steps: Sequence[Sequence[float]],
-    rounding_seeds: Sequence[int] | None,
-    device: torch.device,
-) -> torch.Tensor:
-    """int64, as update.py reads it: the rule's constants, then the rounds."""
-    rounds, header = len(steps), np.zeros(CONSTANTS.value, np.int64)
-    header[: len(constants)] = float_bits(constants)
-    rows = np.empty((rounds, STEP.value + 2 * (len(seeds) // rounds)), np.int64)
-    rows[:, :3] = float_bits(steps)
-    rows[:, 3] = 0 if rounding_seeds is None else np.array(rounding_seeds, np.uint64).view(np.int64)
-    rows[:, STEP.value :: 2] = np.array(seeds, np.uint64).view(np.int64).reshape(rounds, -1)
-    rows[:, STEP.value + 1 :: 2] = float_bits(coefficients).reshape(rounds, -1)
-    return _on_device(np.concatenate([header, rows.ravel()]), "update_", device)
-
-
-def _on_device(table: np.ndarray, op: str, device: torch.device) -> torch.Tensor:
+def on_device(table: np.ndarray, op: str, device: torch.device) -> torch.Tensor:
+    """A table for one call of an op."""
     if capturing(device):
         raise RuntimeError(f"a CUDA graph can't capture {op}: its records are copied to the device at the call")
     tensor = torch.from_numpy(table)
@@ -231,9 +169,28 @@ def _on_device(table: np.ndarray, op: str, device: torch.device) -> torch.Tensor
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
+def reach(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The context to launch in, for tensors of `device`; refuses tensors that the kernels can't reach."""
+    if INTERPRETED:
+        if device.type != "cpu":
+            raise RuntimeError(f"TRITON_INTERPRET=1: the Triton backend takes CPU tensors, not {device}")
+        return contextlib.nullcontext()
+    if device.type != "cuda":
+        raise RuntimeError(f"the Triton backend takes CUDA tensors (or CPU tensors, TRITON_INTERPRET=1), not {device}")
+    return torch.cuda.device(device)
+
+
 def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-# A captured graph reads its tables at every replay, also after `plan` has forgotten them.
+# A captured graph reads its tables at every replay, also after `remembered` has forgotten them.
 captured: list[list[Launch]] = []
+
+
+def philox_words(key: int, counter: tuple[int, int, int, int]) -> tuple[int, ...]:
+    """Four words, as spec.py's `philox` makes them."""
+    out = torch.empty(4, dtype=torch.int32, device="cpu" if INTERPRETED else "cuda")
+    with reach(out.device):
+        words[(1,)](out, key, *counter)
+    return tuple(word & 0xFFFFFFFF for word in out.tolist())

@@ -1,10 +1,15 @@
 """noise_: the random signs and normal numbers of spec.py, a tile at a time."""
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
 
 from hosfl_kernels import spec
+from hosfl_kernels.place import Place
 
+from .launch import DISTRIBUTIONS, Variant, inner, reach
 from .philox import COLS, column_words
 from .tile import exist, is_empty, is_full, locate, pointers, rows_and_columns
 
@@ -147,3 +152,20 @@ def noise(
                     PART,
                     False,
                 )
+
+
+@functools.cache
+def variant(dist: str) -> Variant:
+    return Variant(noise, {"DIST": dist, "BLOCKS": 2, "INNER": inner(dist), "WIDTH": 512}, num_warps=4)
+
+
+def variants() -> dict[str, Variant]:
+    return {f"noise-{dist}": variant(dist) for dist in DISTRIBUTIONS}
+
+
+def noise_(out: torch.Tensor, seed: int, place: Place) -> None:
+    """Fill the float32 tensor `out` with the noise of `seed`."""
+    with reach(out.device):
+        if n := out.numel():
+            start, chosen = place.starts[0], variant(place.dist)
+            chosen.launch(chosen.programs(n, start), out.data_ptr(), n, start, place.streams[0], seed)

@@ -15,7 +15,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .launch import INTERPRETED, OPTIONS, Variant, variants
+from . import MODULES, module
+from .launch import INTERPRETED, OPTIONS, Variant
+
+
+def variants() -> dict[str, Variant]:
+    """Every variant that a call can reach, by name."""
+    return {name: variant for op in MODULES for name, variant in module(op).variants().items()}
 
 
 def compile_variant(variant: Variant, capability: int) -> Any:

@@ -1,8 +1,15 @@
 """perturb_: x += scale * factor * z(seed), for all tensors of one dtype in one launch."""
 
+import functools
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
 
+from hosfl_kernels.place import Place
+
+from .launch import CELLS, Variant, float_bits, inner, kinds, plan, reach
 from .noise import normals, sign_words, signed
 from .philox import COLS
 from .rounding import from_float32, to_float32
@@ -113,3 +120,28 @@ def perturb(
                     PART,
                     False,
                 )
+
+
+@functools.cache
+def variant(dtype: torch.dtype, dist: str, stochastic: bool) -> Variant:
+    """Tiles of 512 columns, 16 bytes of each row to a thread.
+
+    16 rows of signs spread a Philox call thin enough; 128 would leave most of a GPU idle on a tensor of a million.
+    """
+    constants = {"CELL": CELLS[dtype], "DIST": dist, "STOCHASTIC": stochastic and dtype == torch.bfloat16}
+    constants |= {"BLOCKS": 2, "INNER": inner(dist), "WIDTH": 512}
+    return Variant(perturb, constants, num_warps=512 * dtype.itemsize // (16 * 32))
+
+
+def variants() -> dict[str, Variant]:
+    return {f"perturb-{name}": variant(*kind) for name, *kind in kinds()}
+
+
+def perturb_(tensors: Sequence[torch.Tensor], seed: int, scale: float, place: Place, rounding_seed: int | None) -> None:
+    """x += scale * factor * z(seed) for every tensor, one launch per dtype."""
+    if not tensors:
+        return
+    with reach(tensors[0].device):
+        scale_bits = int(float_bits(scale))
+        for run in plan(variant, tensors, place, rounding_seed is not None):
+            run(seed, scale_bits, rounding_seed or 0)

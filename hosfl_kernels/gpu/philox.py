@@ -40,10 +40,10 @@ def column_words(seed, stream, row, col, ROWS: tl.constexpr, TAG: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["seed", "c0", "c1", "c2", "c3"])
-def philox_words(out, seed: tl.uint64, c0: tl.uint32, c1: tl.uint32, c2: tl.uint32, c3: tl.uint32):
+def words(out, seed: tl.uint64, c0: tl.uint32, c1: tl.uint32, c2: tl.uint32, c3: tl.uint32):
     """One call, for checking against published words."""
     zero = tl.arange(0, 1).to(tl.uint32)
-    words = philox(
+    four = philox(
         seed.to(tl.uint64),
         zero + c0.to(tl.uint32),
         zero + c1.to(tl.uint32),
@@ -51,4 +51,4 @@ def philox_words(out, seed: tl.uint64, c0: tl.uint32, c1: tl.uint32, c2: tl.uint
         zero + c3.to(tl.uint32),
     )
     for i in tl.static_range(4):
-        tl.store(out + i + tl.arange(0, 1), words[i].to(tl.int32, bitcast=True))
+        tl.store(out + i + tl.arange(0, 1), four[i].to(tl.int32, bitcast=True))

@@ -4,16 +4,23 @@ As in replay.py a tile stays in registers while the seeds go by. A tile's sum is
 across threads, the one place where values cross them; torch adds the tiles in float64.
 """
 
+import functools
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
 
+from hosfl_kernels.place import Place
+
+from .launch import CELLS, DISTRIBUTIONS, Variant, inner, on_device, plan, reach, seed_bits
 from .noise import normals, sign_words, signed
 from .rounding import to_float32
 from .tile import exist, is_empty, locate, pointers, rows_and_columns, segment
 
 
 @triton.jit(do_not_specialize=["table", "row_of_program", "seeds", "count", "sums"])
-def project(
+def projection(
     table,
     row_of_program,
     seeds,
@@ -46,3 +53,39 @@ def project(
             total = tl.sum(tl.sum(tl.sum(products, 0), 0), 0)
             tl.store(mine, total.to(tl.float64) * factor.to(tl.float64))
             mine += tl.num_programs(0)
+
+
+@functools.cache
+def variant(dtype: torch.dtype, dist: str, stochastic: bool = False) -> Variant:
+    """Tiles as replay has them; nothing is rounded to storage."""
+    constants = {"CELL": CELLS[dtype], "DIST": dist}
+    constants |= {"BLOCKS": {"rademacher": 8, "gaussian": 4}[dist], "INNER": inner(dist), "WIDTH": 128}
+    return Variant(projection, constants, num_warps=4)
+
+
+def variants() -> dict[str, Variant]:
+    names = {dtype: str(dtype).removeprefix("torch.") for dtype in CELLS}
+    return {f"project-{dist}-{names[dtype]}": variant(dtype, dist) for dist in DISTRIBUTIONS for dtype in CELLS}
+
+
+SUMS = 1 << 23  # of tiles, kept at a time: 64 MB
+
+
+def project(tensors: Sequence[torch.Tensor], seeds: Sequence[int], place: Place) -> torch.Tensor:
+    """<tensors, z(seed)> for every seed, in one pass over the tensors for as many seeds as keep a tile's sums in SUMS.
+
+    The result is on the CPU: the call waits for the device. Not for CUDA graphs.
+    """
+    if not tensors or not seeds:
+        return torch.zeros(len(seeds), dtype=torch.float64, device="cpu")
+    device = tensors[0].device
+    with reach(device):
+        scalars = torch.zeros(len(seeds), dtype=torch.float64, device=device)
+        table = on_device(seed_bits(seeds), "project", device)
+        for run in plan(variant, tensors, place):
+            programs = len(run.row_of_program)
+            for some, mine in zip(*(t.split(max(SUMS // programs, 1)) for t in (table, scalars)), strict=True):
+                sums = torch.zeros(len(some), programs, dtype=torch.float64, device=device)
+                run(some, len(some), sums.data_ptr())
+                mine += sums.sum(1)
+        return scalars.cpu()

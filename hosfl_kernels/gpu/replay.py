@@ -5,9 +5,17 @@ of one perturb_ after another. A thread holds one column of many rows: memory is
 accesses matter less here than making few random words.
 """
 
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
 import triton
 import triton.language as tl
 
+from hosfl_kernels.place import Place
+
+from .launch import CELLS, Variant, float_bits, inner, kinds, on_device, plan, reach, seed_bits
 from .noise import normals, sign_words, signed
 from .rounding import from_float32, to_float32
 from .tile import exist, is_empty, locate, pointers, rows_and_columns, segment
@@ -49,3 +57,41 @@ def replay(
             x = to_float32(from_float32(y, CELL, rounding_seed, stream, first_row, outer, inner, col, STOCHASTIC))
         # x is already rounded to CELL: this store is exact, and rounds to nearest.
         tl.store(pointer, from_float32(x, CELL, 0, stream, first_row, outer, inner, col, False), mask)
+
+
+@functools.cache
+def variant(dtype: torch.dtype, dist: str, stochastic: bool) -> Variant:
+    """Tiles of 128 columns, one to a thread: 64 rows of signs or 16 of normal numbers in registers."""
+    constants = {"CELL": CELLS[dtype], "DIST": dist, "STOCHASTIC": stochastic and dtype == torch.bfloat16}
+    constants |= {"BLOCKS": {"rademacher": 8, "gaussian": 4}[dist], "INNER": inner(dist), "WIDTH": 128}
+    return Variant(replay, constants, num_warps=4)
+
+
+def variants() -> dict[str, Variant]:
+    return {f"replay-{name}": variant(*kind) for name, *kind in kinds()}
+
+
+def table_of(seeds: Sequence[int], coefficients: Sequence[float], rounding_seeds: Sequence[int] | None) -> np.ndarray:
+    """The records as the kernel reads them."""
+    rows = np.empty((len(seeds), 3), np.int64)
+    rows[:, 0] = seed_bits(seeds)
+    rows[:, 1] = float_bits(coefficients)
+    rows[:, 2] = 0 if rounding_seeds is None else seed_bits(rounding_seeds)
+    return rows
+
+
+def replay_(
+    tensors: Sequence[torch.Tensor],
+    seeds: Sequence[int],
+    coefficients: Sequence[float],
+    place: Place,
+    rounding_seeds: Sequence[int] | None,
+) -> None:
+    """perturb_ once for every record, in one pass over the tensors and to the same bits. Not for CUDA graphs."""
+    if not tensors or not seeds:
+        return
+    device = tensors[0].device
+    with reach(device):
+        records = on_device(table_of(seeds, coefficients, rounding_seeds), "replay_", device)
+        for run in plan(variant, tensors, place, rounding_seeds is not None):
+            run(records, len(seeds))

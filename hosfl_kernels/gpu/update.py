@@ -4,16 +4,23 @@ As in replay.py a tile stays in registers, here with its moments and the sum ove
 thread.
 """
 
+import functools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
 import triton
 import triton.language as tl
 
+from hosfl_kernels.place import Place
+
+from .launch import CELLS, TRITON, Variant, float_bits, inner, kinds, on_device, plan, reach, seed_bits
 from .noise import normals, sign_words, signed
 from .rounding import from_float32, to_float32
 from .tile import exist, is_empty, locate, moment_address, pointers, rows_and_columns, segment
 
 CONSTANTS = tl.constexpr(5)  # numbers of the rule before the first round
 STEP = tl.constexpr(4)  # numbers of a round before its directions
-TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 
 
 @triton.jit
@@ -115,3 +122,64 @@ def update(
             tl.store(m_pointer, m, mask)
         if RULE == "adamw":
             tl.store(v_pointer, v, mask)
+
+
+RULES = ("sgd", "momentum", "adamw")
+
+
+def variant(rule: str, dtype: torch.dtype, dist: str, stochastic: bool) -> Variant:
+    """Tiles of 128 columns, one to a thread: as many rows as fit into registers with their moments and sums."""
+    constants = {"RULE": rule, "CELL": CELLS[dtype], "DIST": dist}
+    constants |= {"STOCHASTIC": stochastic and dtype == torch.bfloat16}
+    blocks = 2 if rule == "adamw" and dist == "rademacher" else 4
+    constants |= {"BLOCKS": blocks, "INNER": inner(dist), "WIDTH": 128}
+    return Variant(update, constants, num_warps=4)
+
+
+@functools.cache
+def variant_of(rule: str) -> Callable[[torch.dtype, str, bool], Variant]:
+    """The same function at every call: `plan` remembers by it."""
+    return functools.cache(functools.partial(variant, rule))
+
+
+def variants() -> dict[str, Variant]:
+    return {f"update-{rule}-{name}": variant(rule, *kind) for rule in RULES for name, *kind in kinds()}
+
+
+def table_of(
+    constants: Sequence[float],
+    seeds: Sequence[int],
+    coefficients: Sequence[float],
+    steps: Sequence[Sequence[float]],
+    rounding_seeds: Sequence[int] | None,
+) -> np.ndarray:
+    """The rule's constants and the rounds as the kernel reads them."""
+    rounds, header = len(steps), np.zeros(CONSTANTS.value, np.int64)
+    header[: len(constants)] = float_bits(constants)
+    rows = np.empty((rounds, STEP.value + 2 * (len(seeds) // rounds)), np.int64)
+    rows[:, :3] = float_bits(steps)
+    rows[:, 3] = 0 if rounding_seeds is None else seed_bits(rounding_seeds)
+    rows[:, STEP.value :: 2] = seed_bits(seeds).reshape(rounds, -1)
+    rows[:, STEP.value + 1 :: 2] = float_bits(coefficients).reshape(rounds, -1)
+    return np.concatenate([header, rows.ravel()])
+
+
+def update_(
+    tensors: Sequence[torch.Tensor],
+    moments: Sequence[Sequence[torch.Tensor]],
+    rule: str,
+    constants: Sequence[float],
+    seeds: Sequence[int],
+    coefficients: Sequence[float],
+    steps: Sequence[Sequence[float]],
+    place: Place,
+    rounding_seeds: Sequence[int] | None,
+) -> None:
+    """len(steps) rounds of an update rule in one pass over weights and moments. Not for CUDA graphs."""
+    if not tensors or not steps:
+        return
+    device = tensors[0].device
+    with reach(device):
+        records = on_device(table_of(constants, seeds, coefficients, steps, rounding_seeds), "update_", device)
+        for run in plan(variant_of(rule), tensors, place, rounding_seeds is not None, moments):
+            run(records, len(steps), len(seeds) // len(steps))
