@@ -98,8 +98,8 @@ def for_clients(config: Settings, task: Task) -> Settings:
 
 @torch.no_grad()
 def _tried(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tuple[int, ...], Dataset]:
-    """The shape of one sample's cut, and the sample. Raises TypeError for a loss that is none."""
-    sample = read(data[:1])
+    """The shape of one sample's cut, and samples. Raises TypeError for a loss that is none."""
+    sample = read(data[:2])  # two, so that a loss per sample shows
     modes = model.client.training, model.server.training
     model.eval()
     cut = call(model.client, sample.inputs)

@@ -69,7 +69,7 @@ class Items:
             stacked: Any = {name: self._stack([value[name] for value in inputs], name) for name in names}
         else:
             stacked = self._stack(list(inputs), "inputs")
-        return Dataset(stacked, self._stack(list(labels), "labels")).to(self.device, self.dtype)
+        return Dataset(stacked, _labels(self._stack(list(labels), "labels"))).to(self.device, self.dtype)
 
     def digest(self) -> str:
         """SHA-256 of how many there are and of up to 1,024 of them, spread evenly, as they are read with seed 0."""
@@ -82,7 +82,7 @@ class Items:
         """All labels: of the source's `targets` where it has them, as torchvision's have; else every item is read."""
         known = getattr(self.source, "targets", None)
         if known is not None and len(known) == len(self.source):
-            return torch.as_tensor(known)[self.indices]
+            return _labels(torch.as_tensor(known)[self.indices])
         return torch.cat([self[part].read().labels.cpu() for part in torch.arange(len(self)).split(256)])
 
     def _item(self, number: int) -> tuple[Any, Any]:
@@ -140,13 +140,14 @@ def samples_of(given: Any, what: str) -> Dataset | Items:
             raise DataError(f"{what} is a tuple of {len(given)}: a pair (inputs, labels) is needed")
         inputs = given[0]
         arrays = {k: _tensor(v, f"{what}, {k}") for k, v in inputs.items()} if isinstance(inputs, Mapping) else None
-        found = Dataset(arrays or _tensor(inputs, f"{what}, inputs"), _tensor(given[1], f"{what}, labels"))
+        labels = _labels(_tensor(given[1], f"{what}, labels"))
+        found = Dataset(arrays or _tensor(inputs, f"{what}, inputs"), labels)
     elif isinstance(given, Mapping):
         name = next((name for name in LABELS if name in given), None)
         if name is None:
             raise DataError(f"{what} has {', '.join(map(str, given))}; one must be called labels")
         arrays = {k: _tensor(v, f"{what}, {k}") for k, v in given.items() if k != name}
-        found = Dataset(arrays, _tensor(given[name], f"{what}, {name}"))
+        found = Dataset(arrays, _labels(_tensor(given[name], f"{what}, {name}")))
     elif hasattr(given, "__getitem__") and hasattr(given, "__len__") and not isinstance(given, (str, bytes, Tensor)):
         found = Items(given, torch.arange(len(given)), what)
     else:
@@ -162,6 +163,11 @@ def samples_of(given: Any, what: str) -> Dataset | Items:
             if value.dim() == 0 or len(value) != len(found):
                 raise DataError(f"{what} has {len(found)} labels, and {name} of shape {tuple(value.shape)}")
     return found
+
+
+def _labels(labels: Tensor) -> Tensor:
+    """As losses take them: int64, or float32."""
+    return labels.float() if labels.is_floating_point() else labels.long()
 
 
 def _tensor(array: Any, what: str) -> Tensor:

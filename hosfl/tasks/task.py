@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hosfl.halves.split import SplitModel, split
+from hosfl.halves.split import SplitModel, dtype_of, split
 from hosfl.settings import Rates, Settings
 from hosfl.tasks.data import Dataset, Splits, digest
-from hosfl.tasks.items import Items, samples_of, sets_of
+from hosfl.tasks.items import Items, read, samples_of, sets_of
 from hosfl.tasks.reading import DataError
 
 Scores = dict[str, float]
@@ -117,7 +117,8 @@ class Task:
             place = (int(at) if at.isdecimal() else at) or self.at
             if place is None:
                 raise ValueError("where is the model to be cut? Give the task at=, such as a layer's name or number")
-            return split(made, place)
+            first = self.train[0] if isinstance(self.train, list) else self.train
+            return split(made, place, example=read(first[:2].to("cpu", dtype_of(made))).inputs)
 
     def score(self, outputs: Tensor, data: Dataset, loss: float) -> Scores:
         """The scores of outputs for all of a data set. loss: their mean loss."""
