@@ -288,8 +288,8 @@ def test_no_more_is_read_than_is_needed():
     given.targets = given.y  # as torchvision's data sets have
     mine = task(train=given)
     train(mine, **{**QUICK, "rounds": 2}, **RATES)
-    # Up to 1,024 for the digest, two for the cut, one to try it, and two clients' batches of two rounds.
-    assert len(given.read) <= 1024 + 2 + 1 + 2 * 2 * 8
+    # Up to 1,024 for the digest, two to compare the halves, two to try the loss, two clients' batches of two rounds.
+    assert len(given.read) <= 1024 + 2 + 2 + 2 * 2 * 8
     assert len(set(given.read)) < 1100
 
 
