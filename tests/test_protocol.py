@@ -30,7 +30,8 @@ from hosfl.protocol.seeds import direction_seeds
 from hosfl.protocol.terms import Run
 from hosfl.runs.assemble import assemble
 from hosfl.runs.config import Config
-from hosfl.tasks.data import digits, dirichlet_split
+from hosfl.tasks.data import dirichlet_split
+from hosfl.tasks.digits import digits
 from hosfl_kernels import spec
 
 NO_DIGEST = torch.empty(0, dtype=torch.int32)

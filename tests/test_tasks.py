@@ -16,7 +16,8 @@ from hosfl.protocol.messages import Cut, encode
 from hosfl.runs.assemble import assemble, evaluate
 from hosfl.runs.config import with_shared
 from hosfl.tasks import task_maker
-from hosfl.tasks.data import Dataset, sentences
+from hosfl.tasks.data import Dataset
+from hosfl.tasks.sentences import sentences
 
 GOOD, BAD = ("good", "great", "fine", "lovely"), ("bad", "awful", "poor", "dull")
 WORDS = ("the", "film", "was", "a", "plot", "very", *GOOD, *BAD)

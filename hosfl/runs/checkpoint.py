@@ -24,7 +24,7 @@ from hosfl.protocol.log import Header, Parameter
 from hosfl.protocol.rebuild import base_digest
 from hosfl.protocol.rebuild import rebuild as rebuilt
 from hosfl.protocol.replica import Replica
-from hosfl.protocol.terms import Run, _describe
+from hosfl.protocol.terms import Run, described
 from hosfl.runs.config import Config
 from hosfl.settings import Settings
 
@@ -74,7 +74,7 @@ def header_of(run: Run, base: nn.Module, settings: dict[str, Any]) -> Header:
         dist=run.dist,
         mu=run.mu,
         quantum=run.lattice.quantum if run.lattice else None,
-        rule=_describe(run.rule),
+        rule=described(run.rule),
         pool=asdict(run.pool) if run.pool else None,
         parameters=tuple(
             Parameter(

@@ -35,7 +35,7 @@ from hosfl.protocol.messages import Message, Multiplier, encode
 from hosfl.runs.config import Config, with_shared
 from hosfl.runs.report import machine, peak_memory
 from hosfl.tasks.data import Dataset
-from hosfl.tasks.task import digits_model
+from hosfl.tasks.digits import digits_model
 
 BOUND = 1.10  # of inference plus three cut tensors: what HO-SFL's client may need at most, its weights on the lattice
 MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536, "num_attention_heads": 12}

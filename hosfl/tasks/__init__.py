@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 _PICTURES = ("cifar10", "cifar100", "cifar10-noisy", "cifar10-inverted")
 TASKS = {
-    "digits": "hosfl.tasks.task:digits_task",
-    "digits-inverted": "hosfl.tasks.task:inverted_task",
-    "sentences": "hosfl.tasks.task:sentences_task",
-    **dict.fromkeys(("sst2", "rte", "wsc"), "hosfl.tasks.task:text_task"),
-    "squad": "hosfl.tasks.task:squad_task",
-    **dict.fromkeys(_PICTURES, "hosfl.tasks.task:pictures_task"),
+    "digits": "hosfl.tasks.digits:digits_task",
+    "digits-inverted": "hosfl.tasks.digits:inverted_task",
+    "sentences": "hosfl.tasks.sentences:sentences_task",
+    **dict.fromkeys(("sst2", "rte", "wsc"), "hosfl.tasks.text:text_task"),
+    "squad": "hosfl.tasks.squad:squad_task",
+    **dict.fromkeys(_PICTURES, "hosfl.tasks.vision:pictures_task"),
 }
 
 
