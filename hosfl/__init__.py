@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from hosfl.runs.config import Config
     from hosfl.runs.report import Evaluation, Summary
     from hosfl.runs.trainer import train
+    from hosfl.tasks.task import Task
 
 _WHERE = {
     "hosfl.halves.chain": ("CutError",),
@@ -48,6 +49,7 @@ _WHERE = {
     "hosfl.runs.config": ("Config",),
     "hosfl.runs.report": ("Evaluation", "Summary"),
     "hosfl.runs.trainer": ("train",),
+    "hosfl.tasks.task": ("Task",),
 }
 _MODULES = {name: module for module, names in _WHERE.items() for name in names}
 
@@ -73,6 +75,7 @@ __all__ = [
     "Server",
     "SplitModel",
     "Summary",
+    "Task",
     "Wire",
     "ZerothOrderClient",
     "cut_points",

@@ -212,7 +212,7 @@ def test_data_may_lie_elsewhere_and_must_be_the_same(tmp_path, monkeypatch):
     def task(config):
         found = digits_task(Config())
         shift = float(Path(config.data).read_text())
-        parts = (found.splits.train, found.splits.validation, found.splits.test)
+        parts = (found.train, found.validation, found.test)
         return type(found)(**{**vars(found), "splits": Splits(*(Dataset(p.inputs + shift, p.labels) for p in parts))})
 
     monkeypatch.setattr("hosfl.tasks.digits.digits_task", task)

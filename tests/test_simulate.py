@@ -626,7 +626,7 @@ def test_validation_data_are_for_choosing(tmp_path: Path) -> None:
     outcome = simulate(config, Faults())
     federation, task = assemble(config, SMALLEST_SHARD)
     assert (outcome.evaluations[0].scores, outcome.evaluations[0].loss) == evaluate(
-        federation.model(), task.splits.validation, task
+        federation.model(), task.validation, task
     )
 
 

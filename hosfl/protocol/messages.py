@@ -145,13 +145,14 @@ class Differs(Message):
 class Cut(Message):
     """The client half's output, and the labels.
 
-    cut: [batch, ...], float; labels: int32 [batch, ...]. mask: uint8 [batch, length], the attention mask of a text
-    model's inputs, 0 where there is only padding; [0, 0] where the server half takes none.
+    cut: [batch, ...], float; labels: int32 or, where they are no classes, float32 [batch, ...]. mask: uint8 [batch,
+    length], the attention mask of a text model's inputs, 0 where there is only padding; [0, 0] where the server half
+    takes none.
     """
 
     kind, direction = 3, "up"
     cut: Array = array("cut", None, "float32", "bfloat16", "float16")
-    labels: Array = array("labels", None, "int32")
+    labels: Array = array("labels", None, "int32", "float32")
     mask: Array = array("mask", 2, "uint8", empty=(0, 0))
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from hosfl.extras import needed
 from hosfl.halves.families import tokenized
-from hosfl.halves.inputs import Batch
 from hosfl.protocol.seeds import Purpose, generator
 from hosfl.tasks.reading import DataError, Found, Row, classes
 
@@ -37,20 +36,26 @@ class Dataset:
 
     @property
     def length(self) -> int:
-        """Tokens of a sample; 1 where the inputs are not tokens."""
-        return 1 if isinstance(self.inputs, Tensor) else self.inputs["input_ids"].shape[1]
+        """Tokens of a sample; 1 where the inputs are not tokens with a mask."""
+        if isinstance(self.inputs, Tensor) or "attention_mask" not in self.inputs:
+            return 1
+        return self.inputs["attention_mask"].shape[1]
 
     @property
     def lengths(self) -> Tensor:
         """Tokens up to the last one that counts, int64 [n]; ones where the inputs are not tokens."""
-        if isinstance(self.inputs, Tensor):
+        if isinstance(self.inputs, Tensor) or "attention_mask" not in self.inputs:
             return torch.ones(len(self), dtype=torch.int64)
         return (self.inputs["attention_mask"] * torch.arange(1, self.length + 1)).amax(1)
 
     def trimmed(self) -> Dataset:
         """Without the tokens at the end that count in no sample: nothing is computed or sent for them."""
         longest = int(self.lengths.max())
-        return self if longest == self.length else replace(self, inputs=self._each(lambda x: x[:, :longest]))
+        return (
+            self
+            if longest == self.length
+            else replace(self, inputs=self._each(lambda x: x[:, :longest] if x.shape[1:2] == (self.length,) else x))
+        )
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Dataset:
         """On a device, inputs of floating point as `dtype`."""
@@ -122,6 +127,11 @@ def digest(value: Any) -> str:
             if flat.stride() != (1,):  # a view of one number, which counts as contiguous
                 flat = flat.clone(memory_format=torch.contiguous_format)
             found.update(flat.view(torch.uint8).numpy().data)
+        elif isinstance(value, list):
+            for one in value:
+                add(one)
+        elif hasattr(value, "read"):  # items that are read one by one
+            add(value.digest())
         elif is_dataclass(value):
             add({field.name: getattr(value, field.name) for field in fields(value)})
         elif isinstance(value, dict):
@@ -251,19 +261,3 @@ def _enough(samples: int, clients: int, smallest: int) -> None:
             f"{samples} samples for {clients} clients: at least {clients * smallest} are needed, {smallest} for each;"
             " use fewer clients or more data"
         )
-
-
-@dataclass(frozen=True)
-class Batches:
-    """A client's batches: `size` of its samples, or all if it has fewer; the same for every method of a seed."""
-
-    data: Dataset
-    size: int
-    seed: int
-    client: int
-
-    def __call__(self, round: int) -> Batch:
-        random = generator(self.seed, Purpose.BATCHES, round, self.client)
-        chosen = torch.from_numpy(random.choice(len(self.data), min(self.size, len(self.data)), replace=False))
-        batch = self.data[chosen].trimmed()
-        return batch.inputs, batch.labels

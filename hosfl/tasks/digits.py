@@ -44,13 +44,12 @@ def digits_model(seed: int) -> SplitModel:
 def digits_task(config: Settings) -> Task:
     if config.data or config.model or config.at:
         raise ValueError("the digits task has its own data and model: leave out data, model and at")
-    return Task(
-        splits=digits(),
+    return Task.of(
+        digits(),
         classes=10,
-        model=digits_model,
+        model=lambda: digits_model(torch.initial_seed()),
         loss=nn.functional.cross_entropy,
-        optimizer=lambda half, decay: torch.optim.AdamW(half.parameters(), betas=(0.9, 0.99), weight_decay=decay),
-        tuned={
+        rates={
             ("ho", "fresh", "normalized"): Rates(0.04, 0.2, 0.3),
             ("ho", "fresh", "adamw"): Rates(0.04, 0.012, 0.3),
             ("ho", "pool", "normalized"): Rates(0.04, 0.2, 0.3),
@@ -72,12 +71,13 @@ def inverted_task(config: Settings) -> Task:
     inverted and gets normal noise of a fifth of the range. What the first layer has learnt is of little use then, and a
     server half cannot mend it.
     """
-    clean = digits_task(config)
+    clean, splits = digits_task(config), digits()
+    changed = inverted(splits)
 
-    def model(seed: int) -> SplitModel:
-        return pretrained(digits_model(seed), clean.splits.train, seed)
+    def model() -> SplitModel:
+        return pretrained(digits_model(torch.initial_seed()), splits.train, torch.initial_seed())
 
-    return replace(clean, splits=inverted(clean.splits), model=model)
+    return replace(clean, train=changed.train, validation=changed.validation, test=changed.test, model=model)
 
 
 def pretrained(halves: SplitModel, data: Dataset, seed: int, steps: int = 300, batch: int = 128) -> SplitModel:

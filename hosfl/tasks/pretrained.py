@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import nn
 
 from hosfl.halves.families import pretrained_model
@@ -25,17 +24,9 @@ def pretrained_task(splits: Splits, classes: int, model: Callable[[int | str], S
     model: from the place of the cut; what is random in it comes from the run's seed.
     """
     at = config.at or "3"
-
-    def seeded(seed: int) -> SplitModel:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed % 2**63)
-            return model(int(at) if at.isdecimal() else at)
-
-    return Task(
-        splits=splits,
+    return Task.of(
+        splits,
         classes=classes,
-        model=seeded,
+        model=lambda: model(int(at) if at.isdecimal() else at),
         loss=nn.functional.cross_entropy,
-        optimizer=lambda half, decay: torch.optim.AdamW(half.parameters(), betas=(0.9, 0.99), weight_decay=decay),
-        tuned={},
     )

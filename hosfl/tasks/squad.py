@@ -311,4 +311,4 @@ def squad_task(config: Settings) -> Task:
         raise ValueError(f"squad needs an encoder, such as BERT, and {name} is a decoder")
     splits, articles = windows(parts(config.data), name)
     task = pretrained_task(splits, splits.train.length, lambda at: headed(name, "QuestionAnswering", at, 2), config)
-    return replace(task, metric=span_scores, groups=articles)
+    return replace(task, scores=span_scores, groups=articles)

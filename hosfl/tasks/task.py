@@ -1,63 +1,172 @@
-"""Tasks: data, a model cut in two, and the rates that tuning chose for each method."""
+"""A task: what is learnt. A model to cut, data, a loss and scores; the library's own are made as a user's are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hosfl.halves.split import SplitModel
+from hosfl.halves.split import SplitModel, split
 from hosfl.settings import Rates, Settings
 from hosfl.tasks.data import Dataset, Splits, digest
+from hosfl.tasks.items import Items, samples_of, sets_of
+from hosfl.tasks.reading import DataError
 
 Scores = dict[str, float]
+Model = nn.Module | tuple[nn.Module, nn.Module] | Callable[..., Any]
 
 
-def accuracy(outputs: Tensor, data: Dataset) -> Scores:
-    """The share of samples whose largest output is that of their class."""
-    return {"accuracy": float((outputs.argmax(-1) == data.labels).double().mean())}
+def adamw(half: nn.Module, decay: float) -> torch.optim.Optimizer:
+    """The server half's optimizer where a task names none."""
+    return torch.optim.AdamW(half.parameters(), betas=(0.9, 0.99), weight_decay=decay)
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a run needs to know. Its random parts are functions of a seed.
+    """What is learnt. Any user makes one; `hosfl.train(task, ...)` runs it.
 
-    classes: labels are below it. optimizer: (server half, weight decay) -> its optimizer.
-    metric: (outputs for all of a data set, the data set) -> scores by name; the first is the one that tables show and
-    that rates are chosen by. groups: int64 [training samples], what clients' data differ by; None: their labels.
-    tuned: a method's key, `Method.tuned`, -> rates, chosen on validation data by benchmarks/tune.py.
+    model: a module, which is copied and cut at `at` by `hosfl.split`; the two halves, as `hosfl.split` returns them or
+    as a pair; or a function without arguments that makes any of these, called with the run's seed in force, so that
+    runs of other seeds begin with other weights.
+    train: a pair of arrays (inputs, labels), a mapping of arrays with "labels" among its names, a torch `Dataset`, a
+    Hugging Face data set; or a list of such, one for each client, where nothing is left to divide. Of a set whose items
+    are read by number no more is read than a batch needs. Labels are integers or floating-point numbers, of any shape.
+    test, validation: likewise, one each; validation is for choosing rates, and may be left out.
+    loss: (outputs, labels) -> the mean loss over the batch, a tensor of one element.
+    at: where to cut a whole model: see `hosfl.split`.
+    metrics: name -> (outputs, labels) of the whole set -> a number; the first is the one that tables show. Left out:
+    accuracy for labels that are classes, and the negative loss, as "score", for all others.
+    optimizer: (server half, weight decay) -> its optimizer; default: AdamW with betas 0.9 and 0.99.
+    classes: labels are below it, which the server checks; None: it cannot.
+    groups: int [training samples], what clients' data differ by where `partition` is "dirichlet"; None: the labels.
+    rates: by a method's name, or by `Method.tuned`, (server rate, client rate, weight decay); None: a run gives them.
+    scores: in place of metrics, (outputs, data set) -> scores by name, where a score needs more than labels.
+
+    Raises DataError, a ValueError, for data that are none, and TypeError or ValueError for the rest; each says what.
     """
 
-    splits: Splits
-    classes: int
-    model: Callable[[int], SplitModel]
+    model: Model
+    train: Any
+    test: Any
     loss: Callable[[Tensor, Tensor], Tensor]
-    optimizer: Callable[[nn.Module, float], torch.optim.Optimizer]
-    tuned: dict[tuple[str, ...], Rates]
-    metric: Callable[[Tensor, Dataset], Scores] = accuracy
-    groups: Tensor | None = None
+    at: int | str | None = None
+    validation: Any = None
+    metrics: Mapping[str, Callable[[Tensor, Tensor], Any]] | None = None
+    optimizer: Callable[[nn.Module, float], torch.optim.Optimizer] = adamw
+    classes: int | None = None
+    groups: Any = None
+    rates: Mapping[Any, tuple[float, ...]] = field(default_factory=dict)
+    scores: Callable[[Tensor, Dataset], Scores] | None = None
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        put("train", sets_of(self.train, "train"))
+        put("test", samples_of(self.test, "test"))
+        if self.validation is not None:
+            put("validation", samples_of(self.validation, "validation"))
+        if not callable(self.model) and not isinstance(self.model, tuple):
+            raise TypeError(f"model is a {type(self.model).__name__}: a module, two halves or a function is needed")
+        if not callable(self.loss):
+            raise TypeError(f"loss is a {type(self.loss).__name__}: a function of outputs and labels is needed")
+        if self.groups is not None:
+            groups = torch.as_tensor(self.groups)
+            if isinstance(self.train, list) or groups.shape != (len(self.train),):
+                raise DataError(
+                    f"groups of shape {tuple(groups.shape)}: one integer for each training sample is needed"
+                )
+            put("groups", groups)
+
+    @classmethod
+    def of(cls, splits: Splits, **more: Any) -> Task:
+        """A task of checked data: see `Splits`."""
+        return cls(train=splits.train, validation=splits.validation, test=splits.test, **more)
+
+    def data(self, part: str) -> Dataset | Items:
+        """The part "test" or "validation". Raises ValueError where there is none."""
+        found: Dataset | Items | None = getattr(self, part)
+        if found is None:
+            raise ValueError(f"the task has no {part} data: give some, or choose another evaluate_on")
+        return found
+
+    def halves(self, seed: int, at: str = "") -> SplitModel:
+        """The model in two halves, new ones. seed: of what is random in making it. at: where, if not where it says.
+
+        Raises what `hosfl.split` raises, ValueError where nobody says where to cut, and TypeError for what is no model.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed % 2**63)
+            # A module is callable as well, and a class of modules is a function that makes one.
+            made: Any = self.model if isinstance(self.model, (nn.Module, tuple)) else self.model()
+            if made is self.model:
+                made = copy.deepcopy(made)
+            if isinstance(made, tuple) and len(made) == 2 and all(isinstance(half, nn.Module) for half in made):
+                made = SplitModel(*made)
+            if isinstance(made, SplitModel):
+                if at:
+                    raise ValueError(f"the task's model is cut already: leave out at = {at!r}")
+                return made
+            if not isinstance(made, nn.Module):
+                raise TypeError(f"the task's model is a {type(made).__name__}: a module or two halves are needed")
+            place = (int(at) if at.isdecimal() else at) or self.at
+            if place is None:
+                raise ValueError("where is the model to be cut? Give the task at=, such as a layer's name or number")
+            return split(made, place)
+
+    def score(self, outputs: Tensor, data: Dataset, loss: float) -> Scores:
+        """The scores of outputs for all of a data set. loss: their mean loss."""
+        if self.scores is not None:
+            return self.scores(outputs, data)
+        metrics = self.metrics
+        if metrics is None:
+            if data.labels.is_floating_point() or data.labels.dim() > 1:
+                return {"score": -loss}
+            metrics = {"accuracy": accuracy}
+        return {name: _number(metric(outputs, data.labels), name) for name, metric in metrics.items()}
 
     def digest(self) -> str:
-        """SHA-256, in hexadecimal, of the data and of what clients' data differ by; nothing of where they lay."""
-        return digest({"splits": self.splits, "groups": self.groups})
+        """SHA-256, in hexadecimal, of the data and of what clients' data differ by; nothing of where they lay.
 
-    def rates(self, key: tuple[str, ...], settings: Settings) -> Rates:
-        """The settings' own rates, those tuned for `key` where they name none. ValueError where there are neither.
-
-        key: of `tuned`; a method without a client rate has the key ("frozen",).
+        Of sets that are read item by item it is of their length and of up to 1,024 items: see `Items.digest`.
         """
-        tuned, frozen = self.tuned.get(key), key == ("frozen",)
-        if tuned is None:
+        parts = {"train": self.train, "validation": self.validation, "test": self.test}
+        return digest({"splits": parts, "groups": self.groups})
+
+    def rates_of(self, key: tuple[str, ...], settings: Settings) -> Rates:
+        """The settings' own rates, the task's where they name none. ValueError where there are neither.
+
+        key: `Method.tuned`, by which, or by its first part alone, `rates` has them; a method without a client rate has
+        the key ("frozen",).
+        """
+        found, frozen = self.rates.get(key, self.rates.get(key[0])), key == ("frozen",)
+        if found is None:
             client_rate = 1.0 if frozen else settings.client_rate
             if not settings.server_rate or not client_rate:
                 what = "server_rate" if frozen else "server_rate and client_rate"
                 raise ValueError(f"no rates are tuned for {' '.join(key)}: give {what}")
-            tuned = Rates(settings.server_rate, client_rate, 0.0)
-        decay = settings.server_decay
+            found = (settings.server_rate, client_rate, 0.0)
+        tuned = Rates(*found, *(0.0,) * (3 - len(found)))
         return Rates(
             server=settings.server_rate or tuned.server,
             client=settings.client_rate or tuned.client,
-            decay=tuned.decay if decay is None else decay,
+            decay=tuned.decay if settings.server_decay is None else settings.server_decay,
         )
+
+
+def accuracy(outputs: Tensor, labels: Tensor) -> float:
+    """The share of samples whose largest output is that of their class."""
+    return float((outputs.argmax(-1) == labels).double().mean())
+
+
+def _number(value: Any, name: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"the metric {name} gives a {type(value).__name__} that is no number: {error}") from None
+    return number if math.isfinite(number) else math.nan
