@@ -170,7 +170,9 @@ def check(words, text, monkeypatch):
 
 @pytest.mark.parametrize("page", with_blocks(SHELL))
 def test_a_page_s_commands_run(page, folder, monkeypatch):
-    """In their order, in one folder."""
+    """In their order, in one folder, where the page's own files lie: blocks of Python that begin with a file's name."""
+    for name, block in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", TEXTS[page], re.S):
+        Path(name).write_text(block)
     for words in commands(TEXTS[page]):
         check(words, TEXTS[page], monkeypatch)
 
