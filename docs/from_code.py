@@ -102,11 +102,13 @@ def _bullet(line: str) -> tuple[str, str]:
 
 
 def _option(action: argparse.Action) -> str:
-    name = ", ".join(f"`{option}`" for option in action.option_strings) or f"`{action.metavar or action.dest}`"
+    """A row: the option, what stands behind it, what it is for, and what it may be."""
+    name = ", ".join(f"`{option}`" for option in action.option_strings)
+    metavar = f"`{action.metavar}`" if action.metavar else ""
     text = (action.help or "") % {**vars(action), "prog": "hosfl"}
-    if action.choices and action.option_strings:
-        text += f" One of {', '.join(f'`{choice}`' for choice in action.choices)}."
-    return f"| {name} | {text.replace('|', chr(92) + '|')} |"
+    if action.choices:
+        text += f"; one of {', '.join(f'`{choice}`' for choice in action.choices)}"
+    return f"| {' '.join(filter(None, (name, metavar)))} | {text.replace('|', chr(92) + '|')} |"
 
 
 def command_line() -> str:
