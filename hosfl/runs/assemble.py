@@ -55,7 +55,9 @@ def assemble(config: Settings, smallest_shard: int | None = None, task: Task | N
 
     def make(number: int) -> Client:
         mine = shares[number % len(shares)]
-        return method.client(number, copy.deepcopy(base), Batches(mine, config.batch, config.seed, number, task.per_token))
+        return method.client(
+            number, copy.deepcopy(base), Batches(mine, config.batch, config.seed, number, task.per_token)
+        )
 
     server = method.server(
         half=half,

@@ -633,9 +633,13 @@ def best(study: Study, folder: Path) -> dict[str, int | None]:
     one. None where in every trial every run failed."""
     chosen: dict[str, int | None] = {}
     sign = -1 if _metric(study, folder) in LOWER_IS_BETTER else 1
+
+    def merit(row: dict[str, Any]) -> tuple[float, float]:
+        return sign * row["accuracy"], -math.inf if row["loss"] is None else -row["loss"]
+
     for method, group in itertools.groupby(trials(study, folder), lambda row: row["method"]):
         rows = [row for row in group if len(row["failures"]) < len(row["losses"])]
-        top = max(rows, key=lambda r: (sign * r["accuracy"], -math.inf if r["loss"] is None else -r["loss"]), default=None)
+        top = max(rows, key=merit, default=None)
         chosen[method] = None if top is None else top["trial"]
     return chosen
 

@@ -149,7 +149,7 @@ class Task:
         return metrics
 
     def score(self, outputs: Tensor, data: Dataset, loss: float) -> Scores:
-        """The scores of outputs for all of a data set; of none where `running` metrics have seen them. loss: the mean."""
+        """The scores of outputs for all of a data set, of which `running` metrics need none. loss: their mean loss."""
         if self.scores is not None:
             return self.scores(outputs, data)
         metrics = self._metrics(data.labels)
