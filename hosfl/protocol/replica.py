@@ -152,7 +152,7 @@ class Replica:
                 raise MessageError("infinite, NaN or negative rates")
             with np.errstate(over="ignore"):
                 steps = rule.steps(range(message.round, end), rates.tolist())
-            if not torch.isfinite(steps).all():
+            if not np.isfinite(steps).all():
                 raise MessageError("rates whose steps are beyond float32")
         return end
 
