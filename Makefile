@@ -4,7 +4,7 @@ VENV ?= .venv
 OUT ?= runs/digits
 BIN := $(VENV)/bin
 
-.PHONY: train test test-slow test-learning pair bench tune studies results lint wheel gcc11 clean
+.PHONY: train test test-slow test-learning pair bench tune studies results lint docs wheel gcc11 clean
 
 # The main job: HO-SFL, first-order split learning and a frozen client on real digits, three seeds, one table.
 # The models are tiny: one thread is fastest.
@@ -30,7 +30,7 @@ test-learning: $(VENV)/ready
 	done
 
 # What depends on torch and Triton, with a pair of them in an environment of its own: make pair TORCH=2.14.1 TRITON=3.8.0.
-# The pairs are in the README. Where the index has wheels with CUDA only, PIP_EXTRA_INDEX_URL names another.
+# The pairs are in docs/versions.md. Where the index has wheels with CUDA only, PIP_EXTRA_INDEX_URL names another.
 PAIR = .venv-pairs/torch-$(TORCH)-triton-$(TRITON)
 PAIR_TESTS := spec ops update register check gpu_interpreter gpu_compile
 pair:
@@ -59,7 +59,7 @@ studies: $(VENV)/ready
 	done
 	$(BIN)/python -m benchmarks.readme
 
-# Everything else that the README quotes.
+# Everything else that the README and the pages of results quote.
 results: bench
 	rm -rf benchmarks/results/digits
 	OMP_NUM_THREADS=1 $(BIN)/hosfl compare --out benchmarks/results/digits
@@ -78,6 +78,10 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site, into build/site: tutorials are run, a warning is an error, and nothing is loaded over a network.
+docs: $(VENV)/docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -E -W --keep-going -n docs build/site
+
 # sdist and wheel into dist/, and the wheel alone in an empty environment: the self-check, and a train of 20 rounds.
 wheel:
 	PYTHON="$(PYTHON)" .ci/wheel
@@ -93,6 +97,10 @@ $(VENV)/ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
 	rm -rf $(VENV)/pictures # why in a folder of their own: tests/pictures.py
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps --target $(VENV)/pictures torchvision timm
+	touch $@
+
+$(VENV)/docs: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
 	touch $@
 
 clean:

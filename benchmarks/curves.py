@@ -40,7 +40,8 @@ from benchmarks.mezo import MeZO
 from hosfl.optim import ZOSGD, ZONormalizedSGD
 from hosfl.protocol.lattice import LatticeError
 from hosfl.runs.report import machine
-from hosfl.tasks.data import Dataset, Splits, digits
+from hosfl.tasks.data import Dataset, Splits
+from hosfl.tasks.digits import digits
 
 RESULTS = Path(__file__).parent / "results"
 TRIALS, SPACING = 5, 2.0

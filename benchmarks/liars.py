@@ -25,6 +25,7 @@ from hosfl.protocol.terms import Diverged
 from hosfl.runs.faults import LIES, Faults
 from hosfl.runs.report import machine
 from hosfl.runs.simulate import simulate
+from hosfl.settings import FIELDS
 
 RESULTS = Path(__file__).parent / "results"
 SEEDS = (1, 2, 3)
@@ -57,7 +58,7 @@ def setting(text: str) -> tuple[str, Any]:
     name, _, value = text.partition("=")
     if name not in Config.names():
         raise argparse.ArgumentTypeError(f"{name!r} is no setting: NAME=VALUE, NAME one of {', '.join(Config.names())}")
-    return name, TYPES[str(Config.__dataclass_fields__[name].type)](value)
+    return name, TYPES[str(FIELDS[name].type)](value)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

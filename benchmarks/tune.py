@@ -25,31 +25,15 @@ import torch
 from rich.progress import track
 
 from hosfl import Config, LatticeError, train
+from hosfl.methods import METHODS, method_of
 from hosfl.runs.report import machine
-from hosfl.settings import PRESETS
 
 SEEDS = (0, 1, 2, 3)
-SERVER = (0.04, 0.08, 0.16)
-ZEROTH_ORDER_SERVER = (0.02, 0.04, 0.08)
 DECAY = 0.3
 FROZEN = tuple(itertools.product((0.05, 0.1, 0.2), (0.0, 0.1, 0.3)))
-FRESH, POOL = {"directions_from": "fresh"}, {"directions_from": "pool"}
-ADAM_POOL = {**POOL, "rule": "adamw", "direction_scale": "rms", "pool_size": 128, "pool_rounds": 100}
-
-# What is tuned: a name, the settings that make it, and its client rates.
-WAYS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {
-    "ho, fresh": (FRESH, (0.1, 0.2, 0.4)),
-    "ho, fresh, P=2": ({**FRESH, "directions": 2}, (0.1, 0.2, 0.4)),
-    "ho, pool": (POOL, (0.1, 0.2, 0.4)),
-    "ho, pool, P=2": ({**POOL, "directions": 2}, (0.1, 0.2, 0.4)),
-    "ho, rolling pool, Adam": (ADAM_POOL, (0.05, 0.1, 0.2)),
-    "ho, rolling pool, Adam, P=2": ({**ADAM_POOL, "directions": 2}, (0.02, 0.04, 0.08)),
-    "ho, preset paper": (PRESETS["paper"], (0.003, 0.006, 0.012)),
-    "first-order": ({"method": "first-order"}, (0.5, 1.0, 2.0)),
-    "splitfed": ({"method": "splitfed"}, (0.2, 0.4, 0.8)),
-    "hosl": ({"method": "hosl"}, (0.1, 0.2, 0.4)),
-    "zo-both": ({"method": "zo-both"}, (0.1, 0.2, 0.4)),
-    "mu-splitfed": ({"method": "mu-splitfed"}, (0.1, 0.2, 0.4)),
+# What is tuned: a name, the method and its settings, and client rates: what every method says of itself.
+WAYS: dict[str, tuple[str, dict[str, Any], tuple[float, ...]]] = {
+    way: (name, settings, rates) for name in METHODS for way, (settings, rates) in method_of(name).ways.items()
 }
 
 Trial = dict[str, Any]
@@ -58,11 +42,11 @@ Trial = dict[str, Any]
 def trials() -> list[Trial]:
     """Every trial: the name of its way, and the settings of its runs."""
     found: list[Trial] = []
-    for way, (settings, rates) in WAYS.items():
-        servers = ZEROTH_ORDER_SERVER if settings.get("method") in ("zo-both", "mu-splitfed") else SERVER
-        for server, client in itertools.product(servers, rates):
+    for way, (name, settings, client_rates) in WAYS.items():
+        own = settings if name == Config().method else {"method": name, **settings}
+        for server, client in itertools.product(method_of(name).server_rates, client_rates):
             rates = {"server_rate": server, "server_decay": DECAY, "client_rate": client}
-            found.append({"way": way, "settings": {**settings, **rates}})
+            found.append({"way": way, "settings": {**own, **rates}})
     for server, decay in FROZEN:
         found.append({"way": "frozen", "settings": {"method": "frozen", "server_rate": server, "server_decay": decay}})
     return found

@@ -1,5 +1,4 @@
-"""What the pages take from the code: docstrings as reStructuredText, the command line, and a check that nothing public
-is missing."""
+"""What the pages take from the code, without Sphinx: public names, docstrings as reStructuredText, the command line."""
 
 from __future__ import annotations
 
@@ -9,14 +8,13 @@ import inspect
 import itertools
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from docutils import nodes
-from sphinx.errors import ExtensionError
-from sphinx.util.docutils import SphinxDirective
+from hosfl import Config
 
 HERE = Path(__file__).parent
+SETTINGS = set(Config.names())
 MODULES = ("hosfl", "hosfl.optim", "hosfl.optim.hf", "hosfl_kernels")
 
 
@@ -43,11 +41,6 @@ def faults() -> list[str]:
     return found
 
 
-def check(app) -> None:
-    if found := faults():
-        raise ExtensionError("; ".join(found))
-
-
 # --- docstrings ---
 
 _CODE = re.compile(r"(`[^`]+`)")
@@ -72,8 +65,18 @@ def _items(text: str, arguments: set[str]) -> Iterator[str]:
         yield f"{names}\n    {_escaped(about)}"
 
 
-def as_rst(docstring: str, arguments: set[str]) -> list[str]:
+def _arguments(of: object) -> set[str]:
+    """The names of a function's arguments, or of a class's and its fields."""
+    try:
+        names = set(inspect.signature(of).parameters)
+    except (TypeError, ValueError):
+        names = set()
+    return names | {name for cls in getattr(of, "__mro__", ()) for name in vars(cls).get("__annotations__", {})}
+
+
+def as_rst(docstring: str, of: object = None) -> list[str]:
     """A docstring in reStructuredText: an indented block is code, a paragraph or a block "Args:" is about arguments."""
+    arguments = _arguments(of)
     made: list[str] = []
     for block in re.split(r"\n\s*\n", docstring.strip("\n")):
         lines = block.splitlines()
@@ -87,7 +90,7 @@ def as_rst(docstring: str, arguments: set[str]) -> list[str]:
             rest = textwrap.dedent("\n".join(lines[1:])) if lines[0] == "Args:" else block
             for text in re.sub(r"\n +", " ", rest).splitlines() if lines[0] == "Args:" else [" ".join(lines)]:
                 made += _items(text, arguments)
-    return "\n\n".join(made).splitlines() + [""]
+    return [*"\n\n".join(made).splitlines(), ""]
 
 
 def _bullet(line: str) -> tuple[str, str]:
@@ -95,76 +98,44 @@ def _bullet(line: str) -> tuple[str, str]:
     return mark, line[len(mark) :]
 
 
-def docstring(app, what, name, obj, options, lines) -> None:
-    try:
-        arguments = set(inspect.signature(obj).parameters)
-    except (TypeError, ValueError):
-        arguments = set()
-    arguments |= {name for cls in getattr(obj, "__mro__", ()) for name in vars(cls).get("__annotations__", {})}
-    lines[:] = as_rst("\n".join(lines), arguments)
-
-
-def public_name(app, env, node, contnode) -> nodes.Node | None:
-    """A signature names a class by the module where it lies: it is documented under its public name."""
-    python = env.get_domain("py")
-    for module in MODULES:
-        name = f"{module}.{node['reftarget'].rpartition('.')[2]}"
-        if name in python.objects:
-            return python.resolve_xref(env, node["refdoc"], app.builder, "obj", name, node, contnode)
-    inside = node.get("refdomain") == "py" and node["reftarget"].startswith("hosfl")
-    return contnode if inside else None  # what is not public stays text
-
-
 # --- the command line ---
 
 
 def _option(action: argparse.Action) -> str:
-    name = ", ".join(f"`{option}`" for option in action.option_strings) or f"`{action.metavar or action.dest}`"
+    """A row: the option, what stands behind it, what it is for, and what it may be."""
+    name = ", ".join(f"`{option}`" for option in action.option_strings)
+    metavar = f"`{action.metavar}`" if action.metavar else ""
     text = (action.help or "") % {**vars(action), "prog": "hosfl"}
-    if action.choices and action.option_strings:
-        text += f" One of {', '.join(f'`{choice}`' for choice in action.choices)}."
-    return f"| {name} | {text.replace('|', chr(92) + '|')} |"
+    if action.choices:
+        text += f"; one of {', '.join(f'`{choice}`' for choice in action.choices)}"
+    return f"| {' '.join(filter(None, (name, metavar)))} | {text.replace('|', chr(92) + '|')} |"
 
 
-def commands(parser: argparse.ArgumentParser, settings: set[str]) -> Iterator[str]:
-    """A section in Markdown for every command of a parser. settings: options that are described once, elsewhere."""
-    (subs,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    for name, sub in subs.choices.items():
-        if any(isinstance(a, argparse._SubParsersAction) for a in sub._actions):
-            yield from commands(sub, settings)
-            continue
-        own = [a for a in sub._actions if a.dest not in settings | {"help"}]
-        shared = [a for a in sub._actions if a.dest in settings]
-        yield f"## {sub.prog}\n\n{sub.description}\n"
-        if shared:
-            without = sorted(settings - {a.dest for a in shared})
-            but = f" but {', '.join(f'`--{dest}`' for dest in without)}" if without else ""
-            yield f"Takes the [settings of a run](#settings-of-a-run){but}, and:\n"
-        yield "| option | what |\n|---|---|\n" + "\n".join(map(_option, own)) + "\n"
+def command_line() -> str:
+    """A section in Markdown for every command, and one for the settings that several share."""
+    from hosfl.cli import parser
+
+    named = dict(_commands(parser()))
+    settings = {a.dest: a for a in named["hosfl train"]._actions if a.dest in SETTINGS}
+    text = []
+    for name, command in named.items():
+        options = {a.dest: a for a in command._actions if a.dest != "help"}
+        text.append(f"## {name}\n\n{command.description}\n")
+        if shared := options.keys() & settings.keys():
+            without = ", ".join(f"`{a.option_strings[0]}`" for dest, a in settings.items() if dest not in shared)
+            but = f" but {without}" if without else ""
+            text.append(f"Takes the [settings of a run](#settings-of-a-run){but}, and:\n")
+        text.append(_table(a for dest, a in options.items() if dest not in settings))
+    return "\n".join([*text, "## Settings of a run\n", _table(settings.values())])
 
 
-def settings_of_a_run(parser: argparse.ArgumentParser, settings: set[str]) -> str:
-    """The settings, in Markdown, as `hosfl train` says them."""
-    (subs,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    rows = [_option(a) for a in subs.choices["train"]._actions if a.dest in settings]
-    return "## Settings of a run\n\n| option | what |\n|---|---|\n" + "\n".join(rows) + "\n"
+def _commands(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                deeper = list(_commands(command))
+                yield from deeper or [(command.prog, command)]
 
 
-class Commands(SphinxDirective):
-    """Every command and every option, from the parser itself."""
-
-    def run(self) -> list[nodes.Node]:
-        from hosfl import Config
-        from hosfl.cli import parser
-
-        names = set(Config.names())
-        text = "\n".join([*commands(parser(), names), settings_of_a_run(parser(), names)])
-        return self.parse_text_to_nodes(text, allow_section_headings=True)
-
-
-def setup(app) -> dict[str, bool]:
-    app.connect("builder-inited", check)
-    app.connect("autodoc-process-docstring", docstring)
-    app.connect("missing-reference", public_name)
-    app.add_directive("commands", Commands)
-    return {"parallel_read_safe": True}
+def _table(actions: Iterable[argparse.Action]) -> str:
+    return "| option | what |\n|---|---|\n" + "\n".join(map(_option, actions)) + "\n"

@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from hosfl.protocol.lattice import Lattice, LatticeError
     from hosfl.protocol.log import Log, LogError
     from hosfl.protocol.messages import MessageError, Wire, decode, encode
-    from hosfl.protocol.rebuild import rebuild
     from hosfl.protocol.replica import Replica
     from hosfl.protocol.terms import Pool, Run
+    from hosfl.runs.checkpoint import rebuild
     from hosfl.runs.config import Config
     from hosfl.runs.report import Evaluation, Summary
     from hosfl.runs.trainer import train
+    from hosfl.tasks.task import Task
 
 _WHERE = {
     "hosfl.halves.chain": ("CutError",),
@@ -42,12 +43,13 @@ _WHERE = {
     "hosfl.protocol.lattice": ("Lattice", "LatticeError"),
     "hosfl.protocol.log": ("Log", "LogError"),
     "hosfl.protocol.messages": ("MessageError", "Wire", "decode", "encode"),
-    "hosfl.protocol.rebuild": ("rebuild",),
     "hosfl.protocol.replica": ("Replica",),
     "hosfl.protocol.terms": ("Pool", "Run"),
+    "hosfl.runs.checkpoint": ("rebuild",),
     "hosfl.runs.config": ("Config",),
     "hosfl.runs.report": ("Evaluation", "Summary"),
     "hosfl.runs.trainer": ("train",),
+    "hosfl.tasks.task": ("Task",),
 }
 _MODULES = {name: module for module, names in _WHERE.items() for name in names}
 
@@ -73,6 +75,7 @@ __all__ = [
     "Server",
     "SplitModel",
     "Summary",
+    "Task",
     "Wire",
     "ZerothOrderClient",
     "cut_points",

@@ -27,23 +27,12 @@ TYPES: dict[str, Callable[[str], Any]] = {"str": str, "int": int, "float": float
 KNOWN = {"tasks": ", ".join(TASKS), "methods": ", ".join(METHODS)}
 
 
-class _Options(dict[str, Any]):
-    """NAME=VALUE pairs; a value that reads as a number or a truth value is one."""
-
-    @classmethod
-    def read(cls, text: str) -> tuple[str, Any]:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise argparse.ArgumentTypeError(f"NAME=VALUE is needed, got {text!r}")
-        truth = {"true": True, "false": False}
-        if value.lower() in truth:
-            return name, truth[value.lower()]
-        for kind in (int, float):
-            try:
-                return name, kind(value)
-            except ValueError:
-                pass
-        return name, value
+def _pair(text: str) -> tuple[str, str]:
+    """NAME=VALUE. What the value is, the task's function says."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise argparse.ArgumentTypeError(f"NAME=VALUE is needed, got {text!r}")
+    return name, value
 
 
 class _Add(argparse.Action):
@@ -79,7 +68,7 @@ def _add_fields(group: Any, own: Sequence[Any]) -> None:
             group.add_argument(
                 flag.removesuffix("s"),
                 dest=f.name,
-                type=_Options.read,
+                type=_pair,
                 action=_Add,
                 default={},
                 help=said,
@@ -159,13 +148,12 @@ def parser(preset: str | None = None) -> argparse.ArgumentParser:
 
 
 def _rebuild(options: argparse.Namespace) -> int:
-    from safetensors.torch import save
-
     from hosfl.files import write_atomically
     from hosfl.protocol.rebuild import rebuild
+    from hosfl.protocol.weights import as_file
 
     tensors, replica = rebuild(options.log, options.base, options.upto)
-    write_atomically(options.out, save(tensors))
+    write_atomically(options.out, as_file(tensors))
     print(f"{options.out}: the client half after {replica.applied} rounds, digest {replica.digest().hex()}")
     return 0
 

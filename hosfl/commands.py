@@ -27,6 +27,7 @@ from hosfl.extras import needed
 from hosfl.files import write_json
 from hosfl.halves.families import skeleton
 from hosfl.halves.split import cut_points
+from hosfl.named import label
 from hosfl.runs.checkpoint import load_config
 from hosfl.runs.config import Config, all_with_shared, with_shared
 from hosfl.runs.faults import Faults
@@ -95,11 +96,11 @@ def _train(options: argparse.Namespace) -> int:
             raise ValueError(f"a run goes on with its own settings: beside --resume there may be {others}")
         given = {name: getattr(options, name) for name in NEUTRAL if getattr(options, name) != getattr(Config(), name)}
         out, config = options.resume, replace(load_config(options.resume), **given)
-    with _bar(config.method, config.rounds) as on_progress:
+    with _bar(label(config.method), config.rounds) as on_progress:
         summary = train(config, out, on_progress, resume=options.resume is not None)
     scores = ", ".join(f"{name} {value:.4f}" for name, value in summary.scores.items())
     print(
-        f"{config.method}: {config.evaluate_on} {scores}, loss {summary.loss:.4f}"
+        f"{label(config.method)}: {config.evaluate_on} {scores}, loss {summary.loss:.4f}"
         f" after {summary.rounds} rounds in {summary.seconds:.1f} s"
     )
     if summary.replicas is not None and not summary.replicas.equal:
@@ -149,7 +150,7 @@ def _compare(options: argparse.Namespace) -> int:
     shared, preset = _settings(options)
     runs = [{"method": m, "seed": s} for m in options.methods for s in options.seeds]
     configs = [Config(**with_shared(settings, preset)) for settings in all_with_shared(runs, shared)]
-    table = compare(configs, options.out, lambda c: _bar(f"{c.method} {c.seed}", c.rounds))
+    table = compare(configs, options.out, lambda c: _bar(f"{label(c.method)} {c.seed}", c.rounds))
     print_table(table)
     return 130 if table["interrupted"] else 0
 

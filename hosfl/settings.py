@@ -70,11 +70,11 @@ class Data(_Checked):
     """What is learnt, and whose data it is.
 
     task: the name of one of `hosfl.tasks`, or a function that makes a `Task`: "package.module:function" or
-    "FILE.py:function". options: what that function is called with, by name. data: where a task does not have its own, a
-    folder with the data; where it is left out, the Hugging Face hub's. clients, sampled: N clients, K of them per
-    round. batch: samples per client and round. partition: of the training data over the clients: "dirichlet" with
-    parameter alpha, by class or, in squad, by article: small means unlike; or "iid", at random in equal parts, which
-    has no use for alpha.
+    "FILE.py:function"; "" where `hosfl.train` is given a task. options: of the task, by name. data: where a task does
+    not have its own, a folder with the data; where it is left out, the Hugging Face hub's. clients, sampled: N clients,
+    K of them per round; a task that has the data of each client says N. batch: samples per client and round.
+    partition: of the training data over the clients: "dirichlet" with parameter alpha, by class or, in squad, by
+    article: small means unlike; or "iid", at random in equal parts, which has no use for alpha.
     """
 
     task: str = setting("digits", "what is learnt: {tasks}, or FILE.py:FUNCTION, which makes a task")

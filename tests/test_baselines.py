@@ -61,7 +61,7 @@ def test_each_half_learns_while_the_other_stands_still(method, half, seed, below
     federation, task = assemble(config(method, quick, seed=seed, **rates))
 
     def loss():
-        return evaluate(federation.model(), task.splits.test, task)[1]
+        return evaluate(federation.model(), task.test, task)[1]
 
     before = loss()
     for round in range(20):

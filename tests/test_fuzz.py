@@ -18,6 +18,7 @@ from torch import nn
 
 from hosfl.methods.first_order import FirstOrderClient, GradientAverage
 from hosfl.methods.server import Server
+from hosfl.methods.tensors import decoded as decode
 from hosfl.protocol.lattice import LatticeError
 from hosfl.protocol.messages import (
     CRC,
@@ -38,7 +39,6 @@ from hosfl.protocol.messages import (
     Scalars,
     Trained,
     Weights,
-    decode,
     encode,
 )
 from hosfl.protocol.replica import digest, digest_array

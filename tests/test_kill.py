@@ -35,9 +35,8 @@ from safetensors.torch import load_file
 
 from hosfl import cli
 from hosfl.protocol.log import EpochRecord, Log, RoundRecord
-from hosfl.protocol.rebuild import rebuild
 from hosfl.runs import snapshot
-from hosfl.runs.checkpoint import load_config
+from hosfl.runs.checkpoint import load_config, rebuild
 from hosfl.runs.report import Evaluation
 
 ROUNDS = 12

@@ -10,9 +10,10 @@ from torch import nn
 
 from hosfl import Config
 from hosfl.methods.first_order import GradientAverage
+from hosfl.methods.gathered import Kept, Summed, gathered
 from hosfl.methods.server import Server
 from hosfl.probing.probe import trainable
-from hosfl.protocol.aggregate import AGGREGATIONS, Kept, Summed, gathered
+from hosfl.protocol.aggregate import AGGREGATIONS
 from hosfl.protocol.messages import Cut, Gradient
 from hosfl.protocol.seeds import Purpose, direction_seeds
 from hosfl.runs.assemble import assemble

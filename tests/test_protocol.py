@@ -30,7 +30,8 @@ from hosfl.protocol.seeds import direction_seeds
 from hosfl.protocol.terms import Run
 from hosfl.runs.assemble import assemble
 from hosfl.runs.config import Config
-from hosfl.tasks.data import digits, dirichlet_split
+from hosfl.tasks.data import dirichlet_split
+from hosfl.tasks.digits import digits
 from hosfl_kernels import spec
 
 NO_DIGEST = torch.empty(0, dtype=torch.int32)
@@ -400,7 +401,7 @@ def test_a_client_that_refuses_costs_nobody_else_the_round(kind):
         if not isinstance(message, kind) or message.client != 1:
             return message
         name = next(iter(message.arrays()))
-        return replace(message, **{name: torch.full_like(getattr(message, name), torch.nan)})
+        return replace(message, **{name: getattr(message, name) * np.float32(np.nan)})
 
     federation, _ = assemble(Config(rounds=2, batch=4, directions=2, clients=3, sampled=3))
     federation.round(0)

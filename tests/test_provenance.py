@@ -207,15 +207,15 @@ def test_every_method_locks_its_folder(killed, kind):
 
 def test_data_may_lie_elsewhere_and_must_be_the_same(tmp_path, monkeypatch):
     from hosfl.tasks.data import Dataset, Splits
-    from hosfl.tasks.task import digits_task
+    from hosfl.tasks.digits import digits_task
 
     def task(config):
         found = digits_task(Config())
         shift = float(Path(config.data).read_text())
-        parts = (found.splits.train, found.splits.validation, found.splits.test)
+        parts = (found.train, found.validation, found.test)
         return type(found)(**{**vars(found), "splits": Splits(*(Dataset(p.inputs + shift, p.labels) for p in parts))})
 
-    monkeypatch.setattr("hosfl.tasks.task.digits_task", task)
+    monkeypatch.setattr("hosfl.tasks.digits.digits_task", task)
     for name, shift in (("here", "0"), ("moved", "0"), ("changed", "1")):
         (tmp_path / name).write_text(shift)
     made = config("first-order", data=str(tmp_path / "here"))

@@ -16,7 +16,7 @@ from test_ledger import logged
 
 from hosfl.protocol import log as log_module
 from hosfl.protocol.log import DigestRecord, EpochRecord, Log, LogError
-from hosfl.protocol.rebuild import rebuild
+from hosfl.runs.checkpoint import rebuild
 
 
 def sealed(log, header):

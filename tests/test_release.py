@@ -15,7 +15,7 @@ from hosfl.cli import main
 ROOT = Path(__file__).parent.parent
 PROJECT = (ROOT / "pyproject.toml").read_text()
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
-PAIRS = re.findall(r"^\| (\d[\d.]*) \| (\d[\d.]*) \| (.*) \|$", (ROOT / "README.md").read_text(), re.M)
+PAIRS = re.findall(r"^\| (\d[\d.]*) \| (\d[\d.]*) \| (.*) \|$", (ROOT / "docs/versions.md").read_text(), re.M)
 
 
 def of_project(pattern):
@@ -119,4 +119,7 @@ def test_nothing_is_published_before_the_tests():
     release, ci = (yaml.safe_load((ROOT / f".github/workflows/{name}.yml").read_text()) for name in ("release", "ci"))
     assert "workflow_call" in ci[True]  # YAML 1.1 takes "on" for a truth
     assert release["jobs"]["test"] == {"uses": "./.github/workflows/ci.yml"}
-    assert set(release["jobs"]["publish"]["needs"]) == set(release["jobs"]) - {"publish"}
+    assert set(release["jobs"]["publish"]["needs"]) == set(release["jobs"]) - {"publish", "pages"}
+    assert release["jobs"]["pages"]["needs"] == "publish"
+    (site,) = (step["with"] for step in ci["jobs"]["docs"]["steps"] if step.get("with", {}).get("name") == "site")
+    assert release["jobs"]["pages"]["steps"][0]["with"]["name"] == site["name"]

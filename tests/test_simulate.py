@@ -22,10 +22,10 @@ from hosfl.methods.ho import ZerothOrderClient
 from hosfl.protocol.lattice import LatticeError
 from hosfl.protocol.log import EpochRecord, Log, RoundRecord
 from hosfl.protocol.messages import Cut, Message, Multiplier, Scalars, Wire
-from hosfl.protocol.rebuild import rebuild
 from hosfl.protocol.replica import Replica, digest, to_records
 from hosfl.protocol.terms import run_of
 from hosfl.runs.assemble import assemble, evaluate
+from hosfl.runs.checkpoint import rebuild
 from hosfl.runs.config import Config, with_shared
 from hosfl.runs.faults import LIES, Faults
 from hosfl.runs.simulate import SMALLEST_SHARD, TOLD, Crowd, Outcome, State, UnreliableWire, simulate
@@ -626,7 +626,7 @@ def test_validation_data_are_for_choosing(tmp_path: Path) -> None:
     outcome = simulate(config, Faults())
     federation, task = assemble(config, SMALLEST_SHARD)
     assert (outcome.evaluations[0].scores, outcome.evaluations[0].loss) == evaluate(
-        federation.model(), task.splits.validation, task
+        federation.model(), task.validation, task
     )
 
 

@@ -16,7 +16,7 @@ from hosfl.halves.split import split
 from hosfl.protocol.messages import Cut
 from hosfl.runs.assemble import assemble
 from hosfl.runs.config import with_shared
-from hosfl.tasks import squad, task_maker
+from hosfl.tasks import make_task, squad
 from hosfl.tasks.data import dirichlet_split
 from hosfl.tasks.squad import HUB, Question, articles_apart, exact_match, f1, parts, predictions, span_scores, windows
 
@@ -283,14 +283,14 @@ def config(folder, **settings):
 
 @torch.no_grad()
 def test_the_halves_are_the_whole_model(folder):
-    task = task_maker("squad")(config(folder))
-    inputs = task.splits.test[:5].inputs
+    task = make_task(config(folder))
+    inputs = task.test[:5].inputs
     whole = pretrained_model(str(folder / "model"), "QuestionAnswering").eval()
     found = whole(**inputs)
     for at in (0, 1):
         halves = split(whole, at)
         assert torch.equal(halves(inputs), torch.stack([found.start_logits, found.end_logits], -1))
-    labels = task.splits.test[:5].labels
+    labels = task.test[:5].labels
     start = nn.functional.cross_entropy(found.start_logits, labels[:, 0])
     end = nn.functional.cross_entropy(found.end_logits, labels[:, 1])
     assert torch.allclose(task.loss(halves(inputs), labels), (start + end) / 2)
@@ -322,7 +322,7 @@ def test_the_server_refuses_other_labels(folder):
     assert isinstance(good, Cut)
     assert good.labels.shape == (8, 2)
     far = good.labels.clone()
-    far[0, 1] = task.splits.train.length
+    far[0, 1] = task.train.length
     wrong = [replace(good, labels=good.labels[:, 0].contiguous()), replace(good, labels=far)]
     assert federation.server.step(0, wrong)[0] == {}
     assert federation.server.refusals == 2

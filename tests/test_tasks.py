@@ -15,8 +15,9 @@ from hosfl.probing.probe import trainable
 from hosfl.protocol.messages import Cut, encode
 from hosfl.runs.assemble import assemble, evaluate
 from hosfl.runs.config import with_shared
-from hosfl.tasks import task_maker
-from hosfl.tasks.data import Dataset, sentences
+from hosfl.tasks import make_task
+from hosfl.tasks.data import Dataset
+from hosfl.tasks.sentences import sentences
 
 GOOD, BAD = ("good", "great", "fine", "lovely"), ("bad", "awful", "poor", "dull")
 WORDS = ("the", "film", "was", "a", "plot", "very", *GOOD, *BAD)
@@ -204,7 +205,7 @@ def test_other_methods_take_masks_and_adapters(folder, method):
 
 def test_the_split_model_is_the_whole_one_in_training(folder):
     federation, task = assemble(config(folder))
-    batch = task.splits.test[:5]
+    batch = task.test[:5]
     whole = hf.AutoModelForSequenceClassification.from_pretrained(folder / "model", num_labels=2).eval()
     halves = federation.model()
     halves.client.eval(), halves.server.eval()
@@ -217,10 +218,10 @@ def test_the_split_model_is_the_whole_one_in_training(folder):
 
 def test_inverted_digits_are_a_pretrained_network_s_undoing():
     settings = Config(task="digits-inverted", rounds=1)
-    task = task_maker("digits-inverted")(settings)
-    clean, changed = task_maker("digits")(Config()).splits.test, task.splits.test
-    halves = task.model(3)
-    again = task.model(3)
+    task = make_task(settings)
+    clean, changed = make_task(Config()).test, task.test
+    halves = task.halves(3)
+    again = task.halves(3)
     with torch.no_grad():
         before, after = (
             float((halves(data.inputs).argmax(1) == data.labels).double().mean()) for data in (clean, changed)
@@ -229,7 +230,7 @@ def test_inverted_digits_are_a_pretrained_network_s_undoing():
     assert before > 0.95
     assert after < 0.5
     assert torch.corrcoef(torch.stack([clean.inputs.flatten(), changed.inputs.flatten()]))[0, 1] < -0.7
-    assert torch.equal(changed.inputs, task_maker("digits-inverted")(settings).splits.test.inputs)
+    assert torch.equal(changed.inputs, make_task(settings).test.inputs)
 
 
 # --- masks on the wire --------------------------------------------------------------------------------------------

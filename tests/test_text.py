@@ -19,7 +19,7 @@ from hosfl.halves.split import split
 from hosfl.runs.assemble import assemble
 from hosfl.runs.config import with_shared
 from hosfl.studies.compare import print_table, row
-from hosfl.tasks import task_maker
+from hosfl.tasks import make_task
 from hosfl.tasks.data import as_tokens, dirichlet_split, iid_split
 from hosfl.tasks.text import TEXTS, Row, parts
 from hosfl.tasks.verbalizer import Rows, first_tokens, verbalized, with_words
@@ -237,7 +237,7 @@ def test_prompts_end_alike_and_lose_their_beginning(task, models, tmp_path, monk
     end = tokenizer(it.end)["input_ids"]
 
     def check():
-        inputs = task_maker(task)(settings).splits.train.inputs
+        inputs = make_task(settings).train.inputs
         for tokens, mask in zip(inputs["input_ids"].tolist(), inputs["attention_mask"].tolist(), strict=True):
             assert mask == sorted(mask, reverse=True)  # padded on the right
             assert tokens[: sum(mask)][-len(end) :] == end
@@ -307,7 +307,7 @@ def test_tasks_train_and_replay(task, kind, models, tmp_path):
     assert found.classes == 2
     assert {p.dtype for p in federation.server.half.parameters()} == {torch.float32}  # the decoder's file has bfloat16
     halves = found.model(5)
-    assert halves(found.splits.test[:3].inputs).shape == (3, 2)
+    assert halves(found.test[:3].inputs).shape == (3, 2)
     first, again = (dict(made.server.state_dict()) for made in (halves, found.model(5)))
     assert all(torch.equal(first[name], again[name]) for name in first)
 
@@ -323,8 +323,8 @@ def test_a_decoder_learns_its_words(task, models, tmp_path, seed, below):
 def test_the_classifier_gets_the_whole_model_s_texts(models, tmp_path):
     """Both texts and their types reach the halves: the output is the uncut model's."""
     settings = Config(task="rte", data=str(write("rte", tmp_path / "d")), model=str(models / "encoder"), **SETTINGS)
-    it = task_maker("rte")(settings)
-    inputs = it.splits.test[:4].inputs
+    it = make_task(settings)
+    inputs = it.test[:4].inputs
     assert inputs["token_type_ids"].any()
     torch.manual_seed(1)
     whole = pretrained_model(settings.model, "SequenceClassification", num_labels=2).eval()
@@ -340,9 +340,9 @@ def test_models_that_do_not_fit(models, tmp_path, capsys):
     assert (is_decoder(str(models / "decoder")), is_decoder(str(models / "encoder"))) == (True, False)
     for name in ("vit", "t5"):
         with pytest.raises(ValueError, match=f"is a {name}; text models that can be cut are opt, gpt2"):
-            task_maker("sst2")(Config(task="sst2", model=str(tmp_path / name)))
+            make_task(Config(task="sst2", model=str(tmp_path / name)))
     with pytest.raises(ValueError, match="squad needs an encoder"):
-        task_maker("squad")(Config(task="squad", model=str(models / "decoder")))
+        make_task(Config(task="squad", model=str(models / "decoder")))
 
 
 # --- partitions ---------------------------------------------------------------------------------------------------

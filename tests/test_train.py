@@ -18,7 +18,7 @@ from hosfl.cli import main
 from hosfl.methods import METHODS
 from hosfl.protocol.log import EpochRecord
 from hosfl.runs.config import with_shared
-from hosfl.tasks import task_maker
+from hosfl.tasks import make_task
 
 CLIENT_RATE = {"splitfed": 0.2, "hosl": 0.2, "mu-splitfed": 0.4}  # where none is tuned
 QUICK = {"rounds": 12, "evaluate_every": 5, "batch": 16, "directions": 2}
@@ -44,14 +44,14 @@ def test_a_run_and_its_files(tmp_path, method, seed, below):
     assert saved["peak_memory"]["resident"] > 1e6
     assert saved["interrupted"] is False
     assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
-    model = task_maker("digits")(Config()).model(0)
+    model = make_task(Config()).halves(0)
     model.client.load_state_dict(load_file(tmp_path / "run" / "client.safetensors"))
     model.server.load_state_dict(load_file(tmp_path / "run" / "server.safetensors"))
 
 
 def test_bytes_are_those_of_the_protocol():
     config = {"rounds": 10, "batch": 4, "directions": 3, "clients": 4, "sampled": 4}
-    client = task_maker("digits")(Config()).model(0).client
+    client = make_task(Config()).halves(0).client
     d = 4 * sum(p.numel() for p in client.parameters() if p.requires_grad)
     cut = client(torch.zeros(1, 1, 8, 8)).numel() * 4
     visits = 10 * 4

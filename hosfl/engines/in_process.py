@@ -13,9 +13,10 @@ from hosfl.halves.split import SplitModel
 from hosfl.methods.client import Client
 from hosfl.methods.ledger import SeedReplay
 from hosfl.methods.server import KEPT, Server
+from hosfl.methods.tensors import decoded
 from hosfl.protocol.lattice import LatticeError
 from hosfl.protocol.log import Header
-from hosfl.protocol.messages import Message, MessageError, Wire, decode
+from hosfl.protocol.messages import Message, MessageError, Wire
 from hosfl.protocol.provenance import Provenance, open_log
 from hosfl.settings import Settings
 
@@ -114,7 +115,7 @@ class Federation:
         """What a client receives of the server's message."""
         data = self.wire.carry(message)
         try:
-            return None if data is None else decode(data)
+            return None if data is None else decoded(data)
         except MessageError as error:
             self._complain(message.client, error)
             return None

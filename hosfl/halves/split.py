@@ -40,17 +40,21 @@ from hosfl.halves.inputs import Inputs, call
 from hosfl.halves.verify import ExampleError, on_meta, verify_halves
 
 
-@dataclass(frozen=True)
-class SplitModel:
-    """Two modules whose composition is the model: output = server(client(x)).
+class SplitModel(nn.Module):
+    """Two modules whose composition is the model: output = server(client(x)). It unpacks: `client, server = halves`.
 
     Where inputs are named and have an attention mask, the server half takes it as well: server(cut, attention_mask=m).
     """
 
-    client: nn.Module
-    server: nn.Module
+    def __init__(self, client: nn.Module, server: nn.Module) -> None:
+        super().__init__()
+        self.client, self.server = client, server
 
-    def __call__(self, inputs: Inputs) -> Tensor:
+    def __iter__(self) -> Iterator[nn.Module]:
+        yield self.client
+        yield self.server
+
+    def forward(self, inputs: Inputs) -> Tensor:
         cut = call(self.client, inputs)
         if not isinstance(cut, Tensor):
             raise CutError(f"the cut must be one tensor, and the client half makes a {type(cut).__name__}")

@@ -80,7 +80,7 @@ class Client:
             round=round,
             epoch=self.epoch,
             cut=self._cut,
-            labels=self._labels.to(torch.int32),
+            labels=self._labels.float() if self._labels.is_floating_point() else self._labels.to(torch.int32),
             **masks,
         )
 

@@ -10,6 +10,7 @@ with vbar the aggregate of the clients' scalars and u_p seeded directions, the s
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from hosfl.methods.method import LEARNS, PROBES, Method, Way
 from hosfl.methods.steps import POOL_BETAS, FreshStep, PoolStep
 from hosfl.named import label
 from hosfl.probing.probe import evaluating, probe_backward, probe_forward, probe_in_place, probe_untouched, trainable
-from hosfl.protocol.lattice import Lattice, power_of_two_scales
+from hosfl.protocol.lattice import Lattice
 from hosfl.protocol.messages import (
     Differs,
     Message,
@@ -146,6 +147,23 @@ def client_rule(config: Settings) -> Rule | None:
             return ADAM
     on_lattice = config.dist == "rademacher" and config.dtype == "float32"
     return None if on_lattice else SGD()
+
+
+def power_of_two_scales(parameters: Sequence[Tensor]) -> list[float]:
+    """Per tensor the power of two nearest its root mean square, relative to the largest of them; 1 at most.
+
+    Directions scaled so move every tensor by the same share of its size. A tensor of zeros says nothing of its size
+    and takes the scale of the tensor before it: a bias follows its weight.
+    """
+    sizes = [float(p.detach().double().square().mean().sqrt()) if p.numel() else 0.0 for p in parameters]
+    largest = max((s for s in sizes if math.isfinite(s)), default=0.0)
+    scales: list[float] = []
+    for size in sizes:
+        if size > 0 and math.isfinite(size):
+            scales.append(max(2.0 ** round(math.log2(size / largest)), 2.0**-20))
+        else:
+            scales.append(scales[-1] if scales else 1.0)
+    return scales
 
 
 def make_run(config: Settings, parameters: list[nn.Parameter]) -> Run:

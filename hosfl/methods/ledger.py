@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hosfl.probing.probe import trainable
@@ -127,8 +128,8 @@ class SeedReplay:
         if hello.epoch > self.epoch:
             raise MessageError(f"client {hello.client} has seen epoch {hello.epoch}, this is epoch {self.epoch}")
         start = 0 if isinstance(hello, Differs) or voided(self.epochs, hello) else hello.round
-        if isinstance(hello, Differs) and hello.digest.numel() != 8:
-            raise MessageError(f"a digest of {hello.digest.numel()} words, not 8")
+        if isinstance(hello, Differs) and len(hello.digest) != 8:
+            raise MessageError(f"a digest of {len(hello.digest)} words, not 8")
         if start > len(self.records):
             raise MessageError(f"client {hello.client} claims {hello.round} rounds of {len(self.records)}")
         return self._records(hello.client, start, checked=isinstance(hello, Hello))
@@ -144,12 +145,12 @@ class SeedReplay:
                 round=start,
                 epoch=self.epoch,
                 coefficients=sums,
-                until=torch.tensor([len(self.records)], dtype=torch.int32),
+                until=np.array([len(self.records)], np.int32),
                 digest=digest,
             )
         return to_records(rows, self.run, start, client=client, epoch=self.epoch, digest=digest)
 
-    def _pool_sums(self, start: int) -> Tensor | None:
+    def _pool_sums(self, start: int) -> NDArray[np.float32] | None:
         """The moves since `start` by direction of the pool, where that is less to send; None where it is not."""
         pool, end = self.run.pool, len(self.records)
         if pool is None or self.run.lattice is None:
@@ -164,7 +165,7 @@ class SeedReplay:
         for record in self.records[start:]:
             measured = pool.measured(record.round, self.run.directions)
             sums[pool.generation(record.round) - first, measured] += record.coefficients
-        result = torch.from_numpy(sums.astype(np.float32))
+        result = sums.astype(np.float32)
         # In this order weights pass other values than in the rounds' own, and must stay on the lattice there too.
         return result if self.mirror.fits(2 * spread(result)) else None
 

@@ -56,7 +56,7 @@ class LossServer(Server):
         Raises MessageError for losses that are infinite or NaN.
         """
         parameter = next(self.half.parameters())
-        labels, masks = message.labels.to(parameter.device, torch.int64), self._masks(message.mask)
+        labels, masks = self._labels(message.labels), self._masks(message.mask)
         losses = []
         refuse_writers(self.half)
         with evaluating(self.half), casts_forgotten():
@@ -68,7 +68,7 @@ class LossServer(Server):
                     else:
                         with displaced(self.half, move):
                             output = self.half(inputs, **masks)
-                    losses.append(self.loss(output.double(), labels).double())
+                    losses.append(self.loss(output.double(), labels.double() if self.real else labels).double())
                     self.passes["server forward"] += len(cut)
         found = torch.stack(losses).cpu()
         if not torch.isfinite(found.float()).all():

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from hosfl.halves.split import dtype_of
+from hosfl.methods.gathered import Kept, Pieces, gathered, shrinking
 from hosfl.methods.ledger import Ledger, Rate, State
 from hosfl.methods.state import pack_optimizer, part, prefixed, unpack_optimizer
-from hosfl.protocol.aggregate import Aggregation, Kept, Pieces, gathered, shrinking, weighted_mean
-from hosfl.protocol.messages import Cut, Differs, Hello, Message, MessageError, Multiplier, decode
+from hosfl.methods.tensors import decoded
+from hosfl.protocol.aggregate import Aggregation, weighted_mean
+from hosfl.protocol.messages import Cut, Differs, Hello, Message, MessageError, Multiplier
 from hosfl.protocol.seeds import Purpose, generator, round_seed
 
 KEPT = 1000  # reasons; the rest are only counted
@@ -26,7 +28,8 @@ class Server:
     """The first-order half of HO-SFL.
 
     loss: (output, labels) -> mean loss over the batch. ledger: what is known of the client half; None where it is
-    frozen. clients: their number. cut_shape: of one sample; of texts, of the longest. classes: labels are below it.
+    frozen. clients: their number. cut_shape: of one sample; of texts, of the longest. classes: labels are below it;
+    None: any will do. real: labels are no integers.
     batch: the most samples that one client sends. masked: whether the half takes an attention mask beside the cut; its
     texts may then be shorter. label_shape: of one sample's labels. aggregation: of the clients' gradients of the half,
     the ledger's own, so that both halves descend one loss. "median" and "trimmed" keep all K gradients, K times the
@@ -52,10 +55,11 @@ class Server:
     seed: int
     clients: int
     cut_shape: tuple[int, ...]
-    classes: int
+    classes: int | None
     batch: int
     masked: bool = False
     label_shape: tuple[int, ...] = ()
+    real: bool = False
     aggregation: Aggregation = weighted_mean
     clip: float | None = None
     refused: list[str] = field(default_factory=list)
@@ -86,7 +90,7 @@ class Server:
     def receive(self, data: bytes) -> Message | None:
         """The message of bytes from the wire; None if they are refused: too many of them are not even read."""
         try:
-            return decode(data, self.largest_message)
+            return decoded(data, self.largest_message)
         except MessageError as error:
             self._refuse("bytes from the wire", error)
             return None
@@ -191,7 +195,7 @@ class Server:
         cut = cut.to(device).requires_grad_()
         try:
             output = self.half(cut.to(dtype), **self._masks(mask))
-            loss = self.loss(output, labels.to(device, torch.int64))
+            loss = self.loss(output, self._labels(labels))
             self.passes["server forward"] += len(cut)
             self.passes["server backward"] += len(cut)
             multiplier, *gradients = torch.autograd.grad(loss, [cut, *self._trained()], allow_unused=True)
@@ -212,6 +216,11 @@ class Server:
         self._gathered.add(pieces, len(cut) / self.batch)  # not above 1, by which nothing finite becomes infinite
         return multiplier, float(loss.detach())
 
+    def _labels(self, labels: Tensor) -> Tensor:
+        """As the loss takes them: int64, or float32."""
+        device = next(self.half.parameters()).device
+        return labels.to(device, None if labels.is_floating_point() else torch.int64)
+
     def _masks(self, mask: Tensor) -> dict[str, Tensor]:
         """What the half takes beside the cut."""
         return {"attention_mask": mask.to(next(self.half.parameters()).device, torch.int64)} if self.masked else {}
@@ -228,13 +237,16 @@ class Server:
         sample, classes = shape[1:], self.classes
         if self.masked and sample[:1] and 0 < sample[0] < self.cut_shape[0]:  # its texts are shorter than the longest
             sample = self.cut_shape[:1] + sample[1:]
-            classes = shape[1] if self.label_shape else classes  # labels are places in a text
+            if self.label_shape and classes == self.cut_shape[0]:  # labels are places in a text
+                classes = shape[1]
         right = sample == self.cut_shape and tuple(labels.shape) == shape[:1] + self.label_shape
         if not shape or not right or not len(labels):
             raise MessageError(f"a cut of shape {shape}, labels {tuple(labels.shape)}; samples are {self.cut_shape}")
         if len(labels) > self.batch:
             raise MessageError(f"{len(labels)} samples; the most is {self.batch}")
-        if int(labels.min()) < 0 or int(labels.max()) >= classes:
+        if labels.is_floating_point() != self.real or not torch.isfinite(labels).all():
+            raise MessageError(f"labels that are {labels.dtype}, or not finite; this task's are real: {self.real}")
+        if classes is not None and (int(labels.min()) < 0 or int(labels.max()) >= classes):
             raise MessageError(f"labels from {int(labels.min())} to {int(labels.max())} for {classes} classes")
         if not torch.isfinite(message.cut).all():
             raise MessageError("infinite or NaN elements in the cut")

@@ -20,7 +20,7 @@ class SnapshotError(ValueError):
     """A snapshot that cannot be written, read or applied; nothing was changed."""
 
 
-def _check_tensor(name: Any, tensor: Any) -> None:
+def check_tensor(name: Any, tensor: Any) -> None:
     if not isinstance(name, str) or name == "__metadata__":
         raise SnapshotError(f"{name!r} cannot be a tensor's name")
     if type(tensor) not in (Tensor, torch.nn.Parameter):
@@ -91,7 +91,7 @@ def _restore_dtypes(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> 
 def _pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     """JSON for a tree: {"tensor": name}, {"tuple": [...]}, {"dict": [[key, value], ...]}, {"float": "nan"}."""
     if isinstance(value, Tensor):
-        _check_tensor(name, value)
+        check_tensor(name, value)
         if name in tensors:
             raise SnapshotError(f"two tensors have the name {name}")
         tensors[name] = value.detach()

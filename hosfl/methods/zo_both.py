@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from hosfl.methods.gathered import gathered
 from hosfl.methods.ho import HO, SCALARS, ZerothOrderClient
 from hosfl.methods.ledger import SeedReplay
 from hosfl.methods.losses import LossServer, moved_outputs, slopes
@@ -19,7 +20,7 @@ from hosfl.methods.method import PROBES, Way
 from hosfl.methods.server import Server
 from hosfl.probing.displaced import Displacement
 from hosfl.probing.probe import trainable
-from hosfl.protocol.aggregate import clip_to_norm, gathered
+from hosfl.protocol.aggregate import clip_to_norm
 from hosfl.protocol.messages import Cut, Message, MessageError, ProbedCut, Scalars
 from hosfl.protocol.seeds import Purpose, direction_seeds
 from hosfl_kernels import replay_

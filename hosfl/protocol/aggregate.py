@@ -11,49 +11,49 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from hosfl.protocol.arrays import Array, is_tensor
 from hosfl.protocol.lattice import Lattice
 from hosfl.protocol.seeds import Purpose, round_seed
 from hosfl_kernels import derive
 
-Aggregation = Callable[[Sequence[Tensor], Sequence[float]], Tensor]
-Pieces = Sequence[Tensor | None]  # one client's vector in pieces; None where it has none, which is as good as zeros
+Aggregation = Callable[[Sequence[Array], Sequence[float]], Array]
 
 
-def weighted_mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def weighted_mean(values: Sequence[Array], weights: Sequence[float]) -> Array:
     """sum_m weights[m] values[m] / sum_m weights[m]: the gradient of the loss over all their samples."""
-    shares = torch.tensor(weights, dtype=torch.float64) / sum(weights)
-    return (shares[:, None] * _stack(values)).sum(0)
+    rows = _stack(values)
+    shares = _as(rows, weights) / sum(weights)
+    return (shares[:, None] * rows).sum(0)
 
 
-def uniform_mean(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def uniform_mean(values: Sequence[Array], weights: Sequence[float]) -> Array:
     """The mean of the clients, whatever they own: the paper's."""
     return _stack(values).mean(0)
 
 
-def median(values: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+def median(values: Sequence[Array], weights: Sequence[float]) -> Array:
     """The middle value of every element; of an even number the mean of the middle two.
 
     Holds as long as fewer than half of the clients lie (Yin et al., "Byzantine-robust distributed learning", 2018).
     """
-    ordered = _stack(values).sort(0).values
+    ordered = _sorted(_stack(values))
     return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
 
 
-def trimmed_mean(values: Sequence[Tensor], weights: Sequence[float], trim: float = 0.2) -> Tensor:
+def trimmed_mean(values: Sequence[Array], weights: Sequence[float], trim: float = 0.2) -> Array:
     """The mean of every element without its largest and smallest: a share `trim` of the clients at either end.
 
     At least one at either end where there are three clients or more. Holds as long as no more than that many lie.
     """
-    ordered = _stack(values).sort(0).values
+    ordered = _sorted(_stack(values))
     n = len(ordered)
     cut = min(max(int(trim * n), 1), (n - 1) // 2)
     return ordered[cut : n - cut].mean(0)
 
 
-def clip_to_norm(values: Sequence[Tensor], largest: float, dimension: float) -> list[Tensor]:
+def clip_to_norm(values: Sequence[Array], largest: float, dimension: float) -> list[Array]:
     """Scale down the clients whose gradient estimate is longer than `largest`; the others stay.
 
     The length is told by the scalars: E |ghat|^2 = dimension / P^2 sum_p v_p^2, dimension = sum over the trainable
@@ -61,15 +61,9 @@ def clip_to_norm(values: Sequence[Tensor], largest: float, dimension: float) -> 
     """
     clipped = []
     for value in values:
-        length = math.sqrt(dimension * float(value.double().square().sum())) / len(value)
+        length = math.sqrt(dimension * _squared(value)) / len(value)
         clipped.append(value * (largest / length) if length > largest else value)
     return clipped
-
-
-def shrinking(pieces: Pieces, largest: float) -> float:
-    """The factor that takes one client's gradient, in pieces, to the length `largest` where it is longer; else 1."""
-    length = math.sqrt(sum(float(p.double().square().sum()) for p in pieces if p is not None))
-    return largest / length if length > largest else 1.0
 
 
 AGGREGATIONS: dict[str, Aggregation] = {
@@ -78,65 +72,30 @@ AGGREGATIONS: dict[str, Aggregation] = {
     "median": median,
     "trimmed": trimmed_mean,
 }
-# A client's share of those that are means, from its weight.
-SHARES: dict[Aggregation, Callable[[float], float]] = {weighted_mean: float, uniform_mean: lambda weight: 1.0}
 
 
-def _stack(values: Sequence[Tensor]) -> Tensor:
-    return torch.stack([v.double() for v in values])
+def _stack(values: Sequence[Array]) -> Array:
+    """float64 [K, n], a row per client."""
+    if not is_tensor(values[0]):
+        return np.stack([np.asarray(v, np.float64) for v in values])
+    rows = values[0].detach().double().new_empty((len(values), *values[0].shape))
+    for row, value in zip(rows, values, strict=True):
+        row.copy_(value)
+    return rows
 
 
-class Summed:
-    """A mean of the clients' vectors, in the memory of one of them. share: a client's, from its weight."""
-
-    def __init__(self, share: Callable[[float], float]) -> None:
-        self.share, self.total = share, 0.0
-        self.sums: list[Tensor | None] = []
-
-    def add(self, pieces: Pieces, weight: float) -> None:
-        share = self.share(weight)
-        self.total += share
-        before = self.sums or [None] * len(pieces)
-        self.sums = [_plus(s, p, share) for s, p in zip(before, pieces, strict=True)]
-
-    def result(self) -> list[Tensor | None]:
-        """The mean; None where nobody had a piece. To be called once, at the end."""
-        return [None if s is None else s.div_(self.total) for s in self.sums]
+def _as(rows: Array, numbers: Sequence[float]) -> Array:
+    return rows.new_tensor(numbers) if is_tensor(rows) else np.array(numbers, np.float64)
 
 
-def _plus(total: Tensor | None, piece: Tensor | None, share: float) -> Tensor | None:
-    if piece is None:
-        return total
-    return piece * share if total is None else total.add_(piece, alpha=share)
+def _sorted(rows: Array) -> Array:
+    """Every column by size."""
+    return rows.sort(0).values if is_tensor(rows) else np.sort(rows, 0)
 
 
-class Kept:
-    """Any aggregation of the clients' vectors. Keeps all K of them until the end, then goes over them by pieces."""
-
-    def __init__(self, aggregation: Aggregation) -> None:
-        self.aggregation = aggregation
-        self.rows: list[Pieces] = []
-        self.weights: list[float] = []
-
-    def add(self, pieces: Pieces, weight: float) -> None:
-        self.rows.append(pieces)
-        self.weights.append(weight)
-
-    def result(self) -> list[Tensor | None]:
-        return [self._aggregate(column) for column in zip(*self.rows, strict=True)]
-
-    def _aggregate(self, column: Pieces) -> Tensor | None:
-        like = next((p for p in column if p is not None), None)
-        if like is None:
-            return None
-        flat = [torch.zeros_like(like).reshape(-1) if p is None else p.reshape(-1) for p in column]
-        return self.aggregation(flat, self.weights).view_as(like).to(like.dtype)
-
-
-def gathered(aggregation: Aggregation) -> Summed | Kept:
-    """Nothing as yet of what is to be aggregated so."""
-    share = SHARES.get(aggregation)
-    return Kept(aggregation) if share is None else Summed(share)
+def _squared(value: Array) -> float:
+    """Its squared length, in float64."""
+    return float(value.double().square().sum()) if is_tensor(value) else float(np.square(value, dtype=np.float64).sum())
 
 
 @dataclass

@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
+from hosfl.protocol.arrays import Array, is_tensor
 from hosfl_kernels import snap_
 
 STEPS = 1 << 24  # float32 holds every multiple of the quantum up to this many exactly
@@ -30,24 +31,28 @@ class Lattice:
     quantum: float
 
     @classmethod
-    def snap(cls, parameters: Sequence[Tensor], factors: Sequence[float], headroom: float = 16.0) -> Lattice:
+    def snap(cls, parameters: Sequence[Array], factors: Sequence[float], headroom: float = 16.0) -> Lattice:
         """Put float32 parameters on their lattice, in place. The same weights give the same lattice everywhere.
 
         Weights may grow to `headroom` times the largest: room for training from a small initialisation, at the price
         of 3 bits against the tightest lattice. A step of 2^-10 is still a thousand quanta.
         """
-        return cls(snap_([p.detach() for p in parameters], factors=factors, headroom=headroom))
+        plain = [p.detach() if is_tensor(p) else p for p in parameters]
+        return cls(snap_(plain, factors=factors, headroom=headroom))
 
     @classmethod
     def holding(cls, largest: float, headroom: float = 16.0) -> Lattice:
         """The lattice that `snap` makes for weights of this size at most; above 0 and finite."""
         return cls(math.ldexp(1.0, math.frexp(headroom * largest)[1]) / STEPS)
 
-    def put(self, parameters: Sequence[Tensor], factors: Sequence[float]) -> None:
+    def put(self, parameters: Sequence[Array], factors: Sequence[float]) -> None:
         """Put parameters on this very lattice, in place: what `snap` did to the same weights in another process."""
         for parameter, factor in zip(parameters, factors, strict=True):
             step = self.quantum * factor
-            parameter.detach().div_(step).round_().mul_(step).add_(0.0)
+            if is_tensor(parameter):
+                parameter.detach().div_(step).round_().mul_(step).add_(0.0)
+            else:
+                parameter[...] = np.rint(parameter / np.float32(step)) * np.float32(step) + np.float32(0)
 
     def coarser(self) -> Lattice:
         """The next lattice, for weights that have outgrown this one."""
@@ -79,23 +84,6 @@ class Lattice:
             raise LatticeError(f"{value:g} is beyond the lattice's limit {self.limit:g}: lower the client's rate")
 
 
-def power_of_two_scales(parameters: Sequence[Tensor]) -> list[float]:
-    """Per tensor the power of two nearest its root mean square, relative to the largest of them; 1 at most.
-
-    Directions scaled so move every tensor by the same share of its size. A tensor of zeros says nothing of its size
-    and takes the scale of the tensor before it: a bias follows its weight.
-    """
-    sizes = [float(p.detach().double().square().mean().sqrt()) if p.numel() else 0.0 for p in parameters]
-    largest = max((s for s in sizes if math.isfinite(s)), default=0.0)
-    scales: list[float] = []
-    for size in sizes:
-        if size > 0 and math.isfinite(size):
-            scales.append(max(2.0 ** round(math.log2(size / largest)), 2.0**-20))
-        else:
-            scales.append(scales[-1] if scales else 1.0)
-    return scales
-
-
-def spread(coefficients: Tensor) -> float:
+def spread(coefficients: NDArray[np.float32]) -> float:
     """The most that records can move a weight, in units of its factor: sum |c|."""
-    return float(coefficients.abs().sum(dtype=torch.float64))
+    return float(np.abs(coefficients).sum(dtype=np.float64))

@@ -15,28 +15,40 @@ import math
 import struct
 import zlib
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, TypeVar
 
-import torch
-from torch import Tensor
+import numpy as np
+
+from hosfl.protocol.arrays import Array, bits, count, dtype_name, host
 
 MAGIC = b"HSF1"
 HEADER = struct.Struct("<4sBBHIII")
 CRC = struct.Struct("<I")
 ARRAY = struct.Struct("<BBH")
-DTYPES = {1: torch.float32, 2: torch.bfloat16, 3: torch.float16, 4: torch.int32, 5: torch.uint8}
+DTYPES = {1: "float32", 2: "bfloat16", 3: "float16", 4: "int32", 5: "uint8"}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+NUMPY = {name: np.dtype("uint16" if name == "bfloat16" else name).newbyteorder("<") for name in DTYPES.values()}
 LARGEST_MESSAGE = 1 << 32
+
+
+AnyMessage = TypeVar("AnyMessage", bound="Message")
 
 
 class MessageError(ValueError):
     """A message that is not what the protocol says; nothing was changed by it."""
 
 
-def array(category: str, dims: int | None, *dtypes: torch.dtype, default: Any = MISSING) -> Any:
-    """A field that holds an array: what its bytes count as, how many dims it has (None: any), which dtypes."""
-    return field(metadata={"category": category, "dims": dims, "dtypes": dtypes or (torch.float32,)}, default=default)
+def array(category: str, dims: int | None, *dtypes: str, empty: tuple[int, ...] | None = None) -> Any:
+    """A field that holds an array: what its bytes count as, how many dims it has (None: any), which dtypes.
+
+    empty: the shape, with a zero in it, of one that is left out.
+    """
+    dtypes = dtypes or ("float32",)
+    metadata = {"category": category, "dims": dims, "dtypes": dtypes}
+    if empty is None:
+        return field(metadata=metadata)
+    return field(metadata=metadata, default_factory=lambda: np.empty(empty, NUMPY[dtypes[0]]))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -59,11 +71,16 @@ class Message:
         """Bytes on the wire by category, such as {"cut up": 2048, "labels up": 64, "framing up": 36}."""
         sizes = {"framing": HEADER.size}
         for name, meta in self.arrays().items():
-            value: Tensor = getattr(self, name)
+            value: Array = getattr(self, name)
             if value.nbytes:
                 sizes[meta["category"]] = sizes.get(meta["category"], 0) + value.nbytes
-            sizes["framing"] += ARRAY.size + 4 * value.dim()
+            sizes["framing"] += ARRAY.size + 4 * len(value.shape)
         return {f"{category} {self.direction}": size for category, size in sizes.items()}
+
+    def on_host(self: AnyMessage) -> AnyMessage:
+        """The same with all arrays numpy's: what `decode` gives."""
+        arrays: dict[str, Any] = {name: host(getattr(self, name)) for name in self.arrays()}
+        return replace(self, **arrays)
 
     @property
     def nbytes(self) -> int:
@@ -92,10 +109,10 @@ class Records(Message):
     """
 
     kind, direction = 2, "down"
-    coefficients: Tensor = array("scalars", 2)
-    rates: Tensor = array("scalars", 1)
-    digest: Tensor = array("digest", 1, torch.int32)
-    lattices: Tensor = array("scalars", 2, torch.int32, default=torch.empty(0, 2, dtype=torch.int32))
+    coefficients: Array = array("scalars", 2)
+    rates: Array = array("scalars", 1)
+    digest: Array = array("digest", 1, "int32")
+    lattices: Array = array("scalars", 2, "int32", empty=(0, 2))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -108,9 +125,9 @@ class PoolMoves(Message):
     """
 
     kind, direction = 8, "down"
-    coefficients: Tensor = array("scalars", 2)
-    until: Tensor = array("scalars", 1, torch.int32)
-    digest: Tensor = array("digest", 1, torch.int32)
+    coefficients: Array = array("scalars", 2)
+    until: Array = array("scalars", 1, "int32")
+    digest: Array = array("digest", 1, "int32")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -121,21 +138,22 @@ class Differs(Message):
     """
 
     kind, direction = 9, "up"
-    digest: Tensor = array("digest", 1, torch.int32)
+    digest: Array = array("digest", 1, "int32")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Cut(Message):
     """The client half's output, and the labels.
 
-    cut: [batch, ...], float; labels: int32 [batch, ...]. mask: uint8 [batch, length], the attention mask of a text
-    model's inputs, 0 where there is only padding; [0, 0] where the server half takes none.
+    cut: [batch, ...], float; labels: int32 or, where they are no classes, float32 [batch, ...]. mask: uint8 [batch,
+    length], the attention mask of a text model's inputs, 0 where there is only padding; [0, 0] where the server half
+    takes none.
     """
 
     kind, direction = 3, "up"
-    cut: Tensor = array("cut", None, torch.float32, torch.bfloat16, torch.float16)
-    labels: Tensor = array("labels", None, torch.int32)
-    mask: Tensor = array("mask", 2, torch.uint8, default=torch.empty(0, 0, dtype=torch.uint8))
+    cut: Array = array("cut", None, "float32", "bfloat16", "float16")
+    labels: Array = array("labels", None, "int32", "float32")
+    mask: Array = array("mask", 2, "uint8", empty=(0, 0))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -146,7 +164,7 @@ class Multiplier(Message):
     """
 
     kind, direction = 4, "down"
-    multiplier: Tensor = array("multiplier", None, torch.float32, torch.bfloat16, torch.float16)
+    multiplier: Array = array("multiplier", None, "float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -155,7 +173,7 @@ class Scalars(Message):
     <multiplier, f(x; theta + mu u_p) - cut> / mu; float32 [P]."""
 
     kind, direction = 5, "up"
-    scalars: Tensor = array("scalars", 1)
+    scalars: Array = array("scalars", 1)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -166,7 +184,7 @@ class ProbedCut(Cut):
     """
 
     kind, direction = 10, "up"
-    displaced: Tensor = array("cut", None, torch.float32, torch.bfloat16, torch.float16, default=torch.empty(0))
+    displaced: Array = array("cut", None, "float32", "bfloat16", "float16", empty=(0,))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -174,7 +192,7 @@ class Losses(Message):
     """The server's losses of a ProbedCut's displaced cuts, in their order: float32 [n]."""
 
     kind, direction = 11, "down"
-    losses: Tensor = array("losses", 1)
+    losses: Array = array("losses", 1)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -182,7 +200,7 @@ class Trained(Message):
     """A client that trained its half by itself sends all of it, float32 [d]: to be averaged with the others'."""
 
     kind, direction = 12, "up"
-    weights: Tensor = array("weights", 1)
+    weights: Array = array("weights", 1)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -190,7 +208,7 @@ class Weights(Message):
     """Where whole weights travel: the client half's, float32 [d]. Empty: the client's are current."""
 
     kind, direction = 6, "down"
-    weights: Tensor = array("weights", 1)
+    weights: Array = array("weights", 1)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -198,7 +216,7 @@ class Gradient(Message):
     """First-order split learning: the client half's gradient, float32 [d]."""
 
     kind, direction = 7, "up"
-    gradient: Tensor = array("gradient", 1)
+    gradient: Array = array("gradient", 1)
 
 
 MESSAGES: dict[int, type[Message]] = {
@@ -230,14 +248,15 @@ def encode(message: Message) -> bytes:
         where = f"epoch {message.epoch}, client {message.client}, round {message.round}"
         raise MessageError(f"{type(message).__name__} of {where} does not fit a header: {error}") from None
     header = header[: -CRC.size]
-    parts: list[bytes] = []
+    parts: list[bytes | memoryview] = []
     for name, meta in arrays.items():
-        value: Tensor = getattr(message, name).detach().cpu().contiguous()
-        _check(type(message).__name__, name, meta, value.dtype, value.dim())
-        parts.append(ARRAY.pack(CODES[value.dtype], value.dim(), 0))
-        parts.append(struct.pack(f"<{value.dim()}I", *value.shape))
-        if value.numel():  # an empty tensor's strides may be such that it has no view as bytes
-            parts.append(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+        value: Array = getattr(message, name)
+        dtype, dims = dtype_name(value), len(value.shape)
+        _check(type(message).__name__, name, meta, dtype, dims)
+        parts.append(ARRAY.pack(CODES[dtype], dims, 0))
+        parts.append(struct.pack(f"<{dims}I", *value.shape))
+        if count(value):
+            parts.append(bits(value))
     body = b"".join(parts)
     return header + CRC.pack(zlib.crc32(body, zlib.crc32(header))) + body
 
@@ -263,7 +282,7 @@ def decode(data: bytes, largest: int = LARGEST_MESSAGE) -> Message:
     return cls(client=client, round=round_, epoch=epoch, **dict(zip(arrays, values, strict=True)))
 
 
-def _read_arrays(cls: type[Message], data: memoryview) -> Iterator[Tensor]:
+def _read_arrays(cls: type[Message], data: memoryview) -> Iterator[Array]:
     at = 0
     for name, meta in cls.arrays().items():
         if len(data) < at + ARRAY.size:
@@ -280,19 +299,20 @@ def _read_arrays(cls: type[Message], data: memoryview) -> Iterator[Tensor]:
         at += 4 * dims
         if math.prod(max(n, 1) for n in shape) > LARGEST_MESSAGE:  # with a zero among them, no bytes need follow
             raise MessageError(f"{cls.__name__}.{name} says shape {shape}")
-        size = math.prod(shape) * dtype.itemsize
+        stored = NUMPY[dtype]
+        size = math.prod(shape) * stored.itemsize
         if len(data) < at + size:
             raise MessageError(f"{cls.__name__}.{name} says shape {shape}, {size} bytes, and has {len(data) - at}")
-        raw = torch.frombuffer(bytearray(data[at : at + size]), dtype=dtype) if size else torch.empty(0, dtype=dtype)
-        yield raw.reshape(shape)
+        # a copy: whoever gets it may write into it
+        yield np.frombuffer(data, stored, math.prod(shape), at).reshape(shape).copy()
         at += size
     if at != len(data):
         raise MessageError(f"{cls.__name__} has {len(data) - at} bytes too many")
 
 
-def _check(cls: str, name: str, meta: Any, dtype: torch.dtype, dims: int) -> None:
+def _check(cls: str, name: str, meta: Any, dtype: str, dims: int) -> None:
     if dtype not in meta["dtypes"]:
-        raise MessageError(f"{cls}.{name} is {dtype}, not {' or '.join(str(d) for d in meta['dtypes'])}")
+        raise MessageError(f"{cls}.{name} is {dtype}, not {' or '.join(meta['dtypes'])}")
     if dims > 8 or (meta["dims"] is not None and dims != meta["dims"]):
         raise MessageError(f"{cls}.{name} has {dims} dims, not {meta['dims']}")
 

@@ -3,41 +3,43 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
-import torch
-from safetensors.torch import load_file
-from torch import Tensor
-
+from hosfl.protocol.arrays import Array, bits, copied, dtype_name
 from hosfl.protocol.log import Header, Log, LogError
 from hosfl.protocol.replica import Replica, to_records
 from hosfl.protocol.terms import run_of
+from hosfl.protocol.weights import read_weights
 
 
-def base_digest(tensors: Mapping[str, Tensor]) -> str:
+def base_digest(tensors: Mapping[str, Array]) -> str:
     """SHA-256 of named tensors: names, dtypes, shapes and bits, by name."""
     sha = hashlib.sha256()
     for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        sha.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        tensor = tensors[name]
+        # As torch writes a dtype and a shape: logs of always have it so.
+        sha.update(f"{name}\0torch.{dtype_name(tensor)}\0{tuple(tensor.shape)}\0".encode())
+        sha.update(bits(tensor))
     return sha.hexdigest()
 
 
-def rebuild(log: Path, base: Path, upto: int | None = None) -> tuple[dict[str, Tensor], Replica]:
+def rebuild(
+    log: Path, base: Path, upto: int | None = None, load: Callable[[Path], dict[str, Array]] = read_weights
+) -> tuple[dict[str, Array], Replica]:
     """The client half of a log: base weights, and every committed round before `upto` (default: all) in one pass.
 
-    Returns the base file's tensors, the trained ones brought up to date, and the replica that did it. Raises LogError
-    for a damaged log or one that no run can have written, for a base that is not the one the log was made from, and for
-    a wrong `upto`; and for weights whose digest is not what the log says.
+    load: reads the base file, as numpy's arrays or torch's tensors. Returns its tensors, the trained ones brought up to
+    date, and the replica that did it. Raises LogError for a damaged log or one that no run can have written, for a base
+    that is not the one the log was made from, and for a wrong `upto`; and for weights whose
+    digest is not what the log says.
     """
     opened = Log.read(log)
     run, header, records = run_of(opened.header), opened.header, opened.rounds
     upto = len(records) if upto is None else upto
     if not 0 <= upto <= len(records):
         raise LogError(f"{log} holds {len(records)} rounds; cannot rebuild round {upto}")
-    tensors = load_file(base)
+    tensors = load(base)
     trained = _trained(tensors, header, base)
     tied = {other: p.name for p in header.parameters for other in p.tied}
     if run.lattice is not None:
@@ -45,7 +47,7 @@ def rebuild(log: Path, base: Path, upto: int | None = None) -> tuple[dict[str, T
         run.lattice.put([tensors[other] for other in tied], [p.factor for p in header.parameters for _ in p.tied])
     if base_digest(tensors) != header.base:
         raise LogError(f"{base} is not the base model of {log}: its digest is not the one in the log's header")
-    start = [t.clone() for t in trained]
+    start = [copied(t) for t in trained]
     replica = Replica(trained, [p.stream for p in header.parameters], run, lambda: start)
     # In parts that end where a digest is known, so that a difference is found where it began.
     stops = sorted({*(r for r in opened.digests if r <= upto), upto})
@@ -56,15 +58,15 @@ def rebuild(log: Path, base: Path, upto: int | None = None) -> tuple[dict[str, T
             raise LogError(f"{log} holds rounds that no run has made: {error}") from error
         if opened.digests.get(stop, replica.digest()) != replica.digest():
             raise LogError(f"after round {stop} the weights are not those of the run: the digests differ")
-    return tensors | {other: tensors[name].clone() for other, name in tied.items()}, replica
+    return tensors | {other: copied(tensors[name]) for other, name in tied.items()}, replica
 
 
-def _trained(tensors: Mapping[str, Tensor], header: Header, base: Path) -> list[Tensor]:
+def _trained(tensors: Mapping[str, Array], header: Header, base: Path) -> list[Array]:
     for p in header.parameters:
         for name in (p.name, *p.tied):
             if name not in tensors:
                 raise LogError(f"{base} has no tensor {name!r}, which the log trains")
-            shape, dtype = tuple(tensors[name].shape), str(tensors[name].dtype).removeprefix("torch.")
+            shape, dtype = tuple(tensors[name].shape), dtype_name(tensors[name])
             if (shape, dtype) != (tuple(p.shape), p.dtype):
                 raise LogError(f"{name!r} is {dtype} {shape} in {base}, and {p.dtype} {tuple(p.shape)} in the log")
     return [tensors[p.name] for p in header.parameters]

@@ -10,9 +10,9 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
+from hosfl.protocol.arrays import Array, assign, bits, count, dtype_name, host, largest, plain, zeros
 from hosfl.protocol.lattice import Lattice, LatticeError, spread
 from hosfl.protocol.log import EXPONENTS, RoundRecord
 from hosfl.protocol.messages import MessageError, PoolMoves, Records
@@ -20,20 +20,20 @@ from hosfl.protocol.seeds import Purpose, pool_seeds, round_seed
 from hosfl.protocol.terms import Run
 from hosfl_kernels import replay_, update_
 
+Rows = NDArray[np.float32]
 
-def digest(tensors: Iterable[Tensor]) -> bytes:
+
+def digest(tensors: Iterable[Array]) -> bytes:
     """SHA-256 of the tensors' bits in order."""
     sha = hashlib.sha256()
     for tensor in tensors:
-        if tensor.numel() == 0:
-            continue
-        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        sha.update(bits(tensor))
     return sha.digest()
 
 
-def digest_array(bits: bytes) -> Tensor:
+def digest_array(sha256: bytes) -> NDArray[np.int32]:
     """A digest as it travels: int32 [8]."""
-    return torch.frombuffer(bytearray(bits), dtype=torch.int32)
+    return np.frombuffer(sha256, "<i4").astype(np.int32)
 
 
 class DigestMismatch(Exception):
@@ -50,12 +50,12 @@ class Replica:
     """
 
     def __init__(
-        self, tensors: Sequence[Tensor], streams: Sequence[int], run: Run, base: Callable[[], Sequence[Tensor]]
+        self, tensors: Sequence[Array], streams: Sequence[int], run: Run, base: Callable[[], Sequence[Array]]
     ) -> None:
         self.tensors, self.streams, self.run, self.base = list(tensors), list(streams), run, base
         self.applied = self.epoch = 0
         self.lattice = run.lattice
-        self.moments = [[torch.zeros_like(t, dtype=torch.float32) for t in tensors] for _ in range(self._moments())]
+        self.moments = [[zeros(t) for t in tensors] for _ in range(self._moments())]
         self._largest = float("inf")  # an upper bound of |weight| / factor, made exact when it matters
 
     def _moments(self) -> int:
@@ -63,11 +63,11 @@ class Replica:
 
     def reset(self) -> None:
         """Back to round 0."""
-        with torch.no_grad():
-            for tensor, value in zip(self.tensors, self.base(), strict=True):
-                tensor.copy_(value)
-            for moment in self.moments:
-                torch._foreach_zero_(moment)
+        for tensor, value in zip(self.tensors, self.base(), strict=True):
+            assign(tensor, value)
+        for moment in self.moments:
+            for kept in moment:
+                assign(kept, zeros(kept))
         self.applied = self.epoch = 0
         self.lattice = self.run.lattice
         self._largest = float("inf")
@@ -79,17 +79,16 @@ class Replica:
 
     def take_up(
         self,
-        tensors: Sequence[Tensor],
-        moments: Sequence[Sequence[Tensor]],
+        tensors: Sequence[Array],
+        moments: Sequence[Sequence[Array]],
         applied: int,
         epoch: int,
         lattice: Lattice | None,
     ) -> None:
         """Copy another replica's state of `applied` rounds."""
-        with torch.no_grad():
-            torch._foreach_copy_(self.tensors, list(tensors))
-            for mine, other in zip(self.moments, moments, strict=True):
-                torch._foreach_copy_(mine, list(other))
+        for mine, others in zip((self.tensors, *self.moments), (tensors, *moments), strict=True):
+            for kept, other in zip(mine, others, strict=True):
+                assign(kept, other)
         self.applied, self.epoch, self.lattice = applied, epoch, lattice
         self._largest = float("inf")
 
@@ -104,16 +103,17 @@ class Replica:
         a weight off the lattice (rounds before the one at fault are applied, it and later ones are not), and
         DigestMismatch for a digest that is not the replica's own.
         """
+        message = message.on_host()
         if message.epoch < self.epoch:
             raise MessageError(f"records of epoch {message.epoch}, this client has seen epoch {self.epoch}")
         # A server that was restarted asks for a new start: some of our rounds are void.
         anew = message.epoch > self.epoch and message.round < self.applied
         if anew and message.round != 0:
             raise MessageError(f"records of a new epoch from round {message.round}, this client is at more")
-        if not torch.isfinite(message.coefficients).all():
+        if not np.isfinite(message.coefficients).all():
             raise MessageError("records with infinite or NaN coefficients")
-        if message.digest.numel() not in (0, 8):
-            raise MessageError(f"a digest of {message.digest.numel()} words, not 8")
+        if len(message.digest) not in (0, 8):
+            raise MessageError(f"a digest of {len(message.digest)} words, not 8")
         applied, lattice = (0, self.run.lattice) if anew else (self.applied, self.lattice)
         if isinstance(message, PoolMoves):
             end = self._check_pool(message, applied)
@@ -131,11 +131,7 @@ class Replica:
                     self._coarsen(part, rows[:1])
                 self._apply_rows(rows, rates)
         self.epoch = message.epoch
-        if (
-            message.digest.numel()
-            and end == self.applied
-            and not torch.equal(digest_array(self.digest()), message.digest)
-        ):
+        if len(message.digest) and end == self.applied and message.digest.tobytes() != self.digest():
             raise DigestMismatch(f"after {self.applied} rounds this client's half is not the server's")
 
     def _check_rows(self, message: Records) -> int:
@@ -148,17 +144,17 @@ class Replica:
             raise MessageError(f"{len(rates)} rates for {len(rows)} records")
         end = message.round + len(rows)
         if rule is not None:
-            if not (torch.isfinite(rates) & (rates >= 0)).all():
+            if not (np.isfinite(rates) & (rates >= 0)).all():
                 raise MessageError("infinite, NaN or negative rates")
             with np.errstate(over="ignore"):
                 steps = rule.steps(range(message.round, end), rates.tolist())
-            if not np.isfinite(steps).all():
+            if not np.isfinite(host(steps)).all():
                 raise MessageError("rates whose steps are beyond float32")
         return end
 
     def _parts(
         self, message: Records, applied: int, lattice: Lattice | None
-    ) -> list[tuple[Lattice | None, Tensor, Tensor]]:
+    ) -> list[tuple[Lattice | None, Rows, Rows]]:
         """The rows and rates from round `applied` on, cut where the lattice becomes coarser. Raises MessageError."""
         end, starts = message.round + len(message.coefficients), [(applied, lattice)]
         if message.lattices.shape[1:] != (2,) or (len(message.lattices) and lattice is None):
@@ -193,7 +189,7 @@ class Replica:
             raise MessageError(f"sums start at round {message.round}, this client is at {self.applied}")
         return until
 
-    def _apply_rows(self, rows: Tensor, rates: Tensor) -> None:
+    def _apply_rows(self, rows: Rows, rates: Rows) -> None:
         """Rows of the rounds from `applied` on, in one pass over the weights."""
         lattice = self.lattice
         if not len(rows):
@@ -215,7 +211,7 @@ class Replica:
             return
         self.applied += len(rows)
 
-    def _coarsen(self, lattice: Lattice, row: Tensor) -> None:
+    def _coarsen(self, lattice: Lattice, row: Rows) -> None:
         """Put the weights on a coarser lattice, unless the move that comes with it is too large even for that one."""
         if not self.fits(spread(row), lattice):
             raise LatticeError(
@@ -244,41 +240,39 @@ class Replica:
         self._move(seeds, message.coefficients[moved])
         self.applied = until
 
-    def _move(self, seeds: Sequence[int], coefficients: Tensor) -> None:
-        with torch.no_grad():
-            replay_(
-                self.tensors,
-                seeds,
-                coefficients.contiguous(),
-                dist=self.run.dist,
-                factors=self.run.factors,
-                streams=self.streams,
-            )
+    def _move(self, seeds: Sequence[int], coefficients: Rows) -> None:
+        replay_(
+            plain(self.tensors),
+            seeds,
+            coefficients.tolist(),
+            dist=self.run.dist,
+            factors=self.run.factors,
+            streams=self.streams,
+        )
         self._largest += spread(coefficients)
 
-    def _step(self, rows: Tensor, rates: Tensor) -> None:
+    def _step(self, rows: Rows, rates: Rows) -> None:
         run, rule = self.run, self.run.rule
         assert rule is not None
         # Nobody answered: no step, and nothing decays.
-        taken = rows.any(1).nonzero().flatten()
+        taken = np.flatnonzero(rows.any(1))
         rounds = [self.applied + int(r) for r in taken]
         if not rounds:
             return
-        coarse = any(t.dtype == torch.bfloat16 for t in self.tensors)
-        with torch.no_grad():
-            update_(
-                self.tensors,
-                self.moments,
-                rule,
-                [run.seeds(round) for round in rounds],
-                rows[taken],
-                rule.steps(rounds, rates[taken].tolist()),
-                dist=run.dist,
-                factors=run.factors,
-                streams=self.streams,
-                rounding="stochastic" if coarse else "nearest",
-                rounding_seeds=[round_seed(run.seed, Purpose.WEIGHTS, r) for r in rounds] if coarse else None,
-            )
+        coarse = any(dtype_name(t) == "bfloat16" for t in self.tensors)
+        update_(
+            plain(self.tensors),
+            self.moments,
+            rule,
+            [run.seeds(round) for round in rounds],
+            rows[taken].tolist(),
+            rule.steps(rounds, rates[taken].tolist()),
+            dist=run.dist,
+            factors=run.factors,
+            streams=self.streams,
+            rounding="stochastic" if coarse else "nearest",
+            rounding_seeds=[round_seed(run.seed, Purpose.WEIGHTS, r) for r in rounds] if coarse else None,
+        )
 
     def fits(self, distance: float, lattice: Lattice | None = None) -> bool:
         """Whether weights moved by up to `distance` (times their factor) stay on the lattice, in a probe as well.
@@ -290,26 +284,20 @@ class Replica:
             return True
         distance += self.mu + lattice.quantum  # a coarser lattice rounds weights and mu by up to half a quantum
         if self._largest + distance > lattice.limit:
-            self._largest = max(
-                (
-                    float(t.detach().abs().amax()) / factor
-                    for t, factor in zip(self.tensors, self.run.factors, strict=True)
-                    if t.numel()
-                ),
-                default=0.0,
-            )
+            sizes = (largest(t) / f for t, f in zip(self.tensors, self.run.factors, strict=True) if count(t))
+            self._largest = max(sizes, default=0.0)
         return self._largest + distance <= lattice.limit
 
 
-def _check_multiples(moves: Tensor, lattice: Lattice | None) -> None:
+def _check_multiples(moves: Rows, lattice: Lattice | None) -> None:
     if lattice is None:
         return
-    quanta = moves.double() / lattice.quantum
-    if not torch.equal(quanta, quanta.round()):
+    quanta = moves.astype(np.float64) / lattice.quantum
+    if not np.array_equal(quanta, np.rint(quanta)):
         raise MessageError(f"moves that are no multiples of the lattice's quantum {lattice.quantum:g}")
 
 
-NO_DIGEST = torch.empty(0, dtype=torch.int32)
+NO_DIGEST = np.empty(0, np.int32)
 
 
 def to_records(
@@ -319,7 +307,7 @@ def to_records(
     *,
     client: int = 0,
     epoch: int = 0,
-    digest: Tensor = NO_DIGEST,
+    digest: NDArray[np.int32] = NO_DIGEST,
 ) -> Records:
     """The log's records of rounds `first`, `first` + 1, ... as the message that a replica applies."""
     coefficients = np.array([r.coefficients for r in rows], np.float32).reshape(-1, run.directions)
@@ -329,8 +317,8 @@ def to_records(
         client=client,
         round=first,
         epoch=epoch,
-        coefficients=torch.from_numpy(coefficients),
-        rates=torch.from_numpy(rates),
+        coefficients=coefficients,
+        rates=rates,
         digest=digest,
-        lattices=torch.tensor(lattices, dtype=torch.int32).reshape(-1, 2),
+        lattices=np.array(lattices, np.int32).reshape(-1, 2),
     )

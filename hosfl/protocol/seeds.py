@@ -33,6 +33,7 @@ class Purpose(IntEnum):
     DROPOUT = 10  # of the server half
     SERVER = 11  # directions of the server half, where it learns by zeroth order
     OWN = 12  # directions that a client shares with nobody
+    READING = 13  # what is random in reading samples, such as augmentation
 
 
 @lru_cache(maxsize=CACHED)

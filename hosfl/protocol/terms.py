@@ -73,7 +73,8 @@ class Run:
         return [pool_seed(self.seed, generation, j) for j in self.pool.measured(round, self.directions)]
 
 
-def _describe(rule: Rule | None) -> dict[str, Any]:
+def described(rule: Rule | None) -> dict[str, Any]:
+    """A rule as a log's header says it."""
     if rule is None:
         return {"name": "moves"}
     if isinstance(rule, SGD):
@@ -82,8 +83,8 @@ def _describe(rule: Rule | None) -> dict[str, Any]:
     return {"name": "adamw", "beta1": b1, "beta2": b2, "eps": rule.eps, "weight_decay": rule.weight_decay}
 
 
-def _rule(described: Mapping[str, Any]) -> Rule | None:
-    constants = dict(described)
+def _rule(told: Mapping[str, Any]) -> Rule | None:
+    constants = dict(told)
     name = constants.pop("name")
     for constant, value in constants.items():
         check_number(value, f"the rule's {constant}")

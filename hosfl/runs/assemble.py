@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,38 +23,39 @@ from hosfl.protocol.provenance import Provenance, header_digest
 from hosfl.protocol.rebuild import base_digest
 from hosfl.protocol.seeds import Purpose, round_seed
 from hosfl.runs.checkpoint import header_of
-from hosfl.settings import Rates, Settings
-from hosfl.tasks import task_maker
-from hosfl.tasks.data import Batches, Dataset, dirichlet_split, iid_split, shards
+from hosfl.settings import DEFAULTS, Rates, Settings
+from hosfl.tasks import make_task
+from hosfl.tasks.data import Dataset, dirichlet_split, iid_split, shards
+from hosfl.tasks.items import Batches, Items, read
 from hosfl.tasks.task import Scores, Task
 
 
-def assemble(config: Settings, smallest_shard: int | None = None) -> tuple[Federation, Task]:
+def assemble(config: Settings, smallest_shard: int | None = None, task: Task | None = None) -> tuple[Federation, Task]:
     """The federation of a run, before its first round; everything in it follows from the configuration.
 
     Nothing is written. smallest_shard: so many samples or more in each part of the data; clients that are more than the
-    parts share them, each with its own batches.
+    parts share them, each with its own batches. task: where it is an object rather than a name.
+
+    Raises ValueError, DataError and what `Task.halves` raises.
     """
-    task = task_maker(config.task)(config)
-    kind = method_of(config.method)
-    rates = rates_of(task, config)
+    task = make_task(config) if task is None else task
+    config = for_clients(config, task)
+    kind, rates = method_of(config.method), rates_of(task, config)
     device = torch.device(config.device)
-    model = task.model(round_seed(config.seed, Purpose.MODEL, 0))
+    model = task.halves(round_seed(config.seed, Purpose.MODEL, 0), "" if config.task else config.at)
     halves = base_digest(prefixed("client", model.client.state_dict()) | prefixed("server", model.server.state_dict()))
     base = moving_only(model.client, config.trains, config.seed).to(getattr(torch, config.dtype))
     base = narrowed(base, config.frozen).to(device)
     setup = Setup(config, base, rates, AGGREGATIONS[config.aggregation])
     method = kind(setup)
-    data = task.splits.train.to(device, dtype_of(base))
-    owned = partition(task, config, smallest_shard)
+    shares = [share.to(device, dtype_of(base)) for share in partition(task, config, smallest_shard)]
+    half = model.server.to(device)
+    cut_shape, sample = _tried(task, SplitModel(base, half), shares[0])
 
     def make(number: int) -> Client:
-        mine = data[owned[number % len(owned)]]
+        mine = shares[number % len(shares)]
         return method.client(number, copy.deepcopy(base), Batches(mine, config.batch, config.seed, number))
 
-    half = model.server.to(device)
-    with torch.no_grad():
-        cut_shape = tuple(call(base, data[:1].inputs).shape[1:])
     server = method.server(
         half=half,
         loss=task.loss,
@@ -65,8 +67,9 @@ def assemble(config: Settings, smallest_shard: int | None = None) -> tuple[Feder
         cut_shape=cut_shape,
         classes=task.classes,
         batch=config.batch,
-        masked=isinstance(data.inputs, dict) and "attention_mask" in data.inputs,
-        label_shape=tuple(data.labels.shape[1:]),
+        masked=isinstance(sample.inputs, dict) and "attention_mask" in sample.inputs,
+        label_shape=tuple(sample.labels.shape[1:]),
+        real=sample.labels.is_floating_point(),
         aggregation=setup.aggregation,
         clip=config.server_clip,
         passes=setup.passes,
@@ -79,34 +82,75 @@ def assemble(config: Settings, smallest_shard: int | None = None) -> tuple[Feder
     return Federation(config, server, make, base, setup.observed, exchanges, header=header, provenance=made_of), task
 
 
+def for_clients(config: Settings, task: Task) -> Settings:
+    """The settings, with as many clients as the task has data sets of clients, if it has such.
+
+    Raises ValueError where the settings say another number.
+    """
+    if not isinstance(task.train, list) or config.clients == len(task.train):
+        return config
+    if config.clients != DEFAULTS["clients"]:
+        raise ValueError(
+            f"the task has the data of {len(task.train)} clients, not of {config.clients}: leave out clients"
+        )
+    return replace(config, clients=len(task.train), sampled=min(config.sampled, len(task.train)))
+
+
+@torch.no_grad()
+def _tried(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tuple[int, ...], Dataset]:
+    """The shape of one sample's cut, and samples. Raises TypeError for a loss that is none."""
+    sample = read(data[:2])  # two, so that a loss per sample shows
+    modes = model.client.training, model.server.training
+    model.eval()
+    cut = call(model.client, sample.inputs)
+    output = model(sample.inputs)
+    loss = task.loss(output, sample.labels)
+    model.client.train(modes[0]), model.server.train(modes[1])
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        what = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise TypeError(f"the loss of a batch is {what}: a tensor of one element, the mean over the batch, is needed")
+    return tuple(cut.shape[1:]), sample
+
+
 def rates_of(task: Task, config: Settings) -> Rates:
     """The rates of a run: its own, or those that were tuned for its task and method. Raises ValueError."""
-    return task.rates(method_of(config.method).tuned(config), config)
+    return task.rates_of(method_of(config.method).tuned(config), config)
 
 
-def partition(task: Task, config: Settings, smallest_shard: int | None = None) -> list[Tensor]:
-    """Who owns which training sample: indices int64 per client, or per part where a crowd shares them."""
-    train = task.splits.train
+def partition(task: Task, config: Settings, smallest_shard: int | None = None) -> list[Dataset | Items]:
+    """Each client's training samples, or each part's where a crowd shares them."""
+    train = task.train
+    if isinstance(train, list):
+        return train
     parts = config.clients if smallest_shard is None else shards(len(train), config.clients, smallest_shard)
     if config.partition == "iid":
-        return iid_split(len(train), parts, config.seed)
-    groups = train.labels if task.groups is None else task.groups
-    return dirichlet_split(groups, parts, config.alpha, config.seed)
+        owned = iid_split(len(train), parts, config.seed)
+    else:
+        groups = train.labels if task.groups is None else task.groups
+        if groups.dim() != 1 or groups.is_floating_point():
+            raise ValueError("labels that are no classes cannot divide the data: use partition iid, or give groups")
+        owned = dirichlet_split(groups, parts, config.alpha, config.seed)
+    return [train[chosen] for chosen in owned]
 
 
-def evaluate(model: SplitModel, data: Dataset, task: Task) -> tuple[Scores, float]:
+def evaluate(model: SplitModel, data: Dataset | Items, task: Task) -> tuple[Scores, float]:
     """(the task's scores, mean loss) of a model on a data set, both halves in eval mode."""
     modes = model.client.training, model.server.training
-    model.client.eval(), model.server.eval()
-    at_once = max(1, min(512, 512 * 64 // data.length))
+    model.eval()
+    device, dtype = next(model.server.parameters()).device, dtype_of(model.client)
     # Short texts with short ones, where outputs are per sample: those per token have to be of one length.
-    order = data.lengths.argsort(stable=True) if data.labels.dim() == 1 else torch.arange(len(data))
-    outputs, loss = [], 0.0
+    by_length = isinstance(data, Dataset) and data.labels.dim() == 1
+    order = data.lengths.argsort(stable=True) if by_length else torch.arange(len(data))
+    at_once = max(1, min(512, 512 * 64 // data.length)) if isinstance(data, Dataset) else 64
+    outputs, labels, loss = [], [], 0.0
     with torch.no_grad():
         for chosen in order.split(at_once):
-            part = data[chosen].to(data.labels.device, dtype_of(model.client))
-            output = model(part.trimmed().inputs if data.labels.dim() == 1 else part.inputs)
+            part = read(data[chosen].to(device, dtype))
+            output = model(part.trimmed().inputs if by_length else part.inputs)
             outputs.append(output)
+            labels.append(part.labels)
             loss += float(task.loss(output, part.labels)) * len(part)
     model.client.train(modes[0]), model.server.train(modes[1])
-    return task.metric(torch.cat(outputs)[order.argsort()], data), loss / len(data)
+    mean, back = loss / len(data), order.argsort()
+    seen = data if isinstance(data, Dataset) else Dataset({}, torch.cat(labels))
+    return task.score(torch.cat(outputs)[back], seen, mean), mean

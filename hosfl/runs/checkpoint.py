@@ -15,14 +15,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save
-from torch import nn
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
 
 from hosfl.files import write_atomically, write_json
 from hosfl.probing.probe import trainable
 from hosfl.protocol.log import Header, Parameter
 from hosfl.protocol.rebuild import base_digest
-from hosfl.protocol.terms import Run, _describe
+from hosfl.protocol.rebuild import rebuild as rebuilt
+from hosfl.protocol.replica import Replica
+from hosfl.protocol.terms import Run, described
 from hosfl.runs.config import Config
 from hosfl.settings import Settings
 
@@ -72,7 +74,7 @@ def header_of(run: Run, base: nn.Module, settings: dict[str, Any]) -> Header:
         dist=run.dist,
         mu=run.mu,
         quantum=run.lattice.quantum if run.lattice else None,
-        rule=_describe(run.rule),
+        rule=described(run.rule),
         pool=asdict(run.pool) if run.pool else None,
         parameters=tuple(
             Parameter(
@@ -88,3 +90,12 @@ def header_of(run: Run, base: nn.Module, settings: dict[str, Any]) -> Header:
         base=base_digest(base.state_dict()),
         settings=settings,
     )
+
+
+def rebuild(log: Path, base: Path, upto: int | None = None) -> tuple[dict[str, Tensor], Replica]:
+    """The client half of a log: base weights, and every committed round before `upto` (default: all) in one pass.
+
+    Returns the base file's tensors, the trained ones brought up to date, and the replica that did it: see
+    `hosfl.protocol.rebuild`, which does it without torch. Raises LogError.
+    """
+    return rebuilt(log, base, upto, load_file)

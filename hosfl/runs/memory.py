@@ -29,12 +29,13 @@ from hosfl.halves.split import dtype_of, split
 from hosfl.halves.trains import moving_only
 from hosfl.methods.first_order import FirstOrderClient
 from hosfl.methods.ho import ZerothOrderClient, make_run
+from hosfl.methods.tensors import decoded
 from hosfl.probing.probe import evaluating, trainable
-from hosfl.protocol.messages import Message, Multiplier, decode, encode
+from hosfl.protocol.messages import Message, Multiplier, encode
 from hosfl.runs.config import Config, with_shared
 from hosfl.runs.report import machine, peak_memory
 from hosfl.tasks.data import Dataset
-from hosfl.tasks.task import digits_model
+from hosfl.tasks.digits import digits_model
 
 BOUND = 1.10  # of inference plus three cut tensors: what HO-SFL's client may need at most, its weights on the lattice
 MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536, "num_attention_heads": 12}
@@ -176,7 +177,7 @@ def measure_here(name: str, way: str, batch: int, device: torch.device) -> dict[
 
     def take_part(round: int) -> Message:
         encode(client.output(round))
-        multiplier = decode((Path(folder) / str(round)).read_bytes())
+        multiplier = decoded((Path(folder) / str(round)).read_bytes())
         assert isinstance(multiplier, Multiplier)
         return client.answer(multiplier)
 

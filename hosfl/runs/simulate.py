@@ -238,7 +238,7 @@ class Crowd(Federation):
                 run=client.run,
                 base=client.base,
                 faults=self.faults,
-                classes=self.server.classes,
+                classes=self.server.classes or 0,
                 random=self.random,
             )
         if number in self.where and isinstance(client, ZerothOrderClient):
@@ -338,6 +338,8 @@ def simulate(
 def _simulate(config: Config, faults: Faults, folder: Path, progress: Progress | None) -> Outcome:
     begin = time.perf_counter()
     plain, task = assemble(config, SMALLEST_SHARD)
+    if task.classes is None and faults.byzantine and any(TOLD[lie][0] == "labels" for lie in faults.told):
+        raise ValueError("labels that are no classes cannot be lied about: choose other lies")
     crowd = Crowd(
         config,
         plain.server,
@@ -369,7 +371,7 @@ def _run(
 ) -> tuple[int, list[Evaluation], LatticeError | Diverged | None]:
     """All rounds. Returns how many are done, evaluations, and what ended them early."""
     config = crowd.config
-    data = (task.splits.test if config.evaluate_on == "test" else task.splits.validation).to(config.device)
+    data = task.data(config.evaluate_on).to(config.device)
     done, loss, evaluations = 0, float("nan"), list[Evaluation]()
 
     def evaluation() -> Evaluation:

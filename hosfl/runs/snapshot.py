@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hosfl.files import sync_folder
-from hosfl.methods.state import SnapshotError, _check_tensor
+from hosfl.methods.state import SnapshotError, check_tensor
 
 FORMAT = "hosfl snapshot 1"
 NAME = re.compile(r"snapshot-(\d{8,})\.safetensors")
@@ -146,7 +146,7 @@ def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     dense: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
-        _check_tensor(name, tensor)
+        check_tensor(name, tensor)
         value = tensor.detach().cpu().contiguous()
         storage = value.untyped_storage()
         if storage.nbytes() != value.nbytes or storage.data_ptr() in seen:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any, cast
 
 from hosfl.engines.in_process import Federation
 from hosfl.methods.ledger import SeedReplay
@@ -18,7 +19,7 @@ from hosfl.protocol.lattice import LatticeError
 from hosfl.protocol.log import EpochRecord, Log, LogError
 from hosfl.protocol.terms import Diverged
 from hosfl.runs import snapshot
-from hosfl.runs.assemble import assemble, evaluate
+from hosfl.runs.assemble import assemble, evaluate, for_clients
 from hosfl.runs.checkpoint import check_free, load_config, save_module
 from hosfl.runs.config import Config
 from hosfl.runs.report import Evaluation, Summary, Writer
@@ -99,14 +100,22 @@ Progress = Callable[[int, float, Evaluation | None, int], None]  # rounds done, 
 
 
 def train(
-    config: Config, out: Path | str | None = None, progress: Progress | None = None, *, resume: bool = False
+    what: Task | Config,
+    out: Path | str | None = None,
+    progress: Progress | None = None,
+    *,
+    resume: bool = False,
+    **settings: Any,
 ) -> Summary:
     """Run HO-SFL or one of its baselines; returns the summary.
+
+    what: a `Task`, and by name those settings of the run that are not to have their defaults (see `Config`), such as
+    method="first-order"; or a `Config`, whose task has a name.
 
     With `out`, writes there as it goes: config.json, base.safetensors, hosfl.log, snapshots, metrics.jsonl (one line
     per evaluation), and at the end summary.json, curves.png, client.safetensors and server.safetensors. The first
     Ctrl-C ends the run after the current round, with all of this written; the summary says how many rounds were done.
-    resume: take up the run in `out`, however it ended, at its last snapshot; `config` must be that run's.
+    resume: take up the run in `out`, however it ended, at its last snapshot; settings and task must be that run's.
 
     Settings that the bits do not depend on (`config.NEUTRAL`) may change when a run is resumed; so data may lie
     elsewhere, with the same content.
@@ -120,6 +129,7 @@ def train(
         raise ValueError("out is empty: name a folder")
     folder = Path(out) if out is not None else None
     begin = time.perf_counter()
+    config, given = _told(what, settings)
     if resume:
         if folder is None:
             raise ValueError("a run to resume needs its folder")
@@ -128,19 +138,19 @@ def train(
             raise ValueError(f"these are not the settings of the run in {folder}: {'; '.join(differ)}")
     elif folder is not None:
         check_free(folder)
-    federation, task = assemble(config)
+    federation, task = assemble(config, task=given)
     assert federation.provenance is not None
     writer = Writer(folder)
     course = _Course(federation, task, writer, begin, progress)
     try:
         if resume and folder is not None:
-            writer.resume(config, federation.provenance)
+            writer.resume(federation.config, federation.provenance)
             federation.open_log(folder)
             course.done = restore(federation, folder)
             save_module(federation.base, folder / "base.safetensors")
         else:
             first = course.evaluated()
-            writer.start(config, federation.provenance)
+            writer.start(federation.config, federation.provenance)
             course.last = writer.add(first)
             if folder is not None:
                 save_module(federation.base, folder / "base.safetensors")
@@ -154,6 +164,23 @@ def train(
     finally:
         federation.close()
         writer.close()
+
+
+def _told(what: Task | Config, settings: dict[str, Any]) -> tuple[Config, Task | None]:
+    """The run's settings, and its task where it is an object. Raises TypeError, ValueError."""
+    if isinstance(what, Config):
+        if settings:
+            raise TypeError(f"{', '.join(settings)} beside a Config: say them there")
+        return what, None
+    if not isinstance(what, Task):
+        raise TypeError(f"train needs a Task or a Config, not a {type(what).__name__}")
+    for name in settings:
+        if name not in Config.names():
+            raise TypeError(f"there is no setting {name}: there are {', '.join(Config.names())}")
+    if set(settings) & {"task", "options", "data", "model"}:
+        raise TypeError("a Task has its own data and model: leave out task, options, data and model")
+    config = Config(task="", **settings)
+    return cast(Config, for_clients(config, what)), what
 
 
 @dataclass
@@ -171,8 +198,8 @@ class _Course:
     failure: LatticeError | Diverged | None = None
 
     def evaluated(self) -> Evaluation:
-        federation, splits, config = self.federation, self.task.splits, self.federation.config
-        data = (splits.test if config.evaluate_on == "test" else splits.validation).to(config.device)
+        federation, config = self.federation, self.federation.config
+        data = self.task.data(config.evaluate_on).to(config.device)
         scores, loss = evaluate(federation.model(), data, self.task)
         seconds, moved = time.perf_counter() - self.begin, dict(federation.wire.bytes)
         return Evaluation.of(self.done, scores, loss, self.loss, moved, seconds)

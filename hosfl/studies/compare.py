@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hosfl.files import write_json
+from hosfl.named import label
 from hosfl.protocol.provenance import ProvenanceError
 from hosfl.runs.config import Config
 from hosfl.runs.report import Evaluation, Summary, gap_recovered, machine, metric, plot_curves
@@ -35,7 +36,7 @@ def compare(
 
     Ctrl-C ends the run at hand and leaves out the rest; the table then holds the runs that were finished.
     """
-    runs_of = [(config.method, config.seed) for config in configs]
+    runs_of = [(label(config.method), config.seed) for config in configs]
     for method, seed in runs_of:
         if runs_of.count((method, seed)) > 1:
             raise ValueError(f"method {method} with seed {seed} is there twice: name each method and each seed once")
@@ -46,18 +47,19 @@ def compare(
     curves: dict[str, list[Sequence[Evaluation]]] = {}
     interrupted = False
     for config in configs:
-        folder = out / f"{config.method}-{config.seed}"
+        name = label(config.method)
+        folder = out / f"{name}-{config.seed}"
         with bar(config) as progress:
             summary = train(config, folder, progress)
         if summary.interrupted:
             interrupted = True
             break
-        runs.setdefault(config.method, []).append(summary)
+        runs.setdefault(name, []).append(summary)
         data = {s.provenance["data"] for summaries in runs.values() for s in summaries}
         if len(data) > 1:
             raise ProvenanceError(f"the data changed while the runs went on: {folder} saw others than the runs before")
         lines = (folder / "metrics.jsonl").read_text().splitlines()
-        curves.setdefault(config.method, []).append([Evaluation.read(line) for line in lines])
+        curves.setdefault(name, []).append([Evaluation.read(line) for line in lines])
     shared = {k: v for k, v in DEFAULTS.items() if k not in ("method", "seed")}
     for config in configs:  # that of a method which does not read a setting has its default
         shared |= {k: v for k, v in asdict(config).items() if k in shared and v != DEFAULTS[k]}

@@ -48,7 +48,7 @@ from hosfl.runs.memory import HALVES, client_memory
 from hosfl.runs.report import Evaluation, gap_recovered, machine, metric
 from hosfl.runs.trainer import train
 from hosfl.settings import FIELDS, decisive, differences, typed
-from hosfl.tasks import task_maker
+from hosfl.tasks import make_task
 from hosfl.tasks.task import Task
 
 OWN = ("seed", "rounds", "evaluate_on")  # settings that the study itself makes
@@ -382,7 +382,7 @@ def check_tasks(study: Study) -> dict[Data, str]:
     for job in study.tuning():
         key = _data(job.config)
         if key not in tasks:
-            tasks[key] = task_maker(job.config.task)(job.config)
+            tasks[key] = make_task(job.config)
         rates_of(tasks[key], job.config)
     return {key: task.digest() for key, task in tasks.items()}
 

@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +16,8 @@ from torch import Tensor
 
 from hosfl.extras import needed
 from hosfl.halves.families import tokenized
-from hosfl.halves.inputs import Batch
 from hosfl.protocol.seeds import Purpose, generator
-from hosfl.tasks.reading import DataError, Found, Row, classes, table, text_field
+from hosfl.tasks.reading import DataError, Found, Row, classes
 
 
 @dataclass(frozen=True)
@@ -38,20 +36,26 @@ class Dataset:
 
     @property
     def length(self) -> int:
-        """Tokens of a sample; 1 where the inputs are not tokens."""
-        return 1 if isinstance(self.inputs, Tensor) else self.inputs["input_ids"].shape[1]
+        """Tokens of a sample; 1 where the inputs are not tokens with a mask."""
+        if isinstance(self.inputs, Tensor) or "attention_mask" not in self.inputs:
+            return 1
+        return self.inputs["attention_mask"].shape[1]
 
     @property
     def lengths(self) -> Tensor:
         """Tokens up to the last one that counts, int64 [n]; ones where the inputs are not tokens."""
-        if isinstance(self.inputs, Tensor):
+        if isinstance(self.inputs, Tensor) or "attention_mask" not in self.inputs:
             return torch.ones(len(self), dtype=torch.int64)
         return (self.inputs["attention_mask"] * torch.arange(1, self.length + 1)).amax(1)
 
     def trimmed(self) -> Dataset:
         """Without the tokens at the end that count in no sample: nothing is computed or sent for them."""
         longest = int(self.lengths.max())
-        return self if longest == self.length else replace(self, inputs=self._each(lambda x: x[:, :longest]))
+        return (
+            self
+            if longest == self.length
+            else replace(self, inputs=self._each(lambda x: x[:, :longest] if x.shape[1:2] == (self.length,) else x))
+        )
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Dataset:
         """On a device, inputs of floating point as `dtype`."""
@@ -123,6 +127,11 @@ def digest(value: Any) -> str:
             if flat.stride() != (1,):  # a view of one number, which counts as contiguous
                 flat = flat.clone(memory_format=torch.contiguous_format)
             found.update(flat.view(torch.uint8).numpy().data)
+        elif isinstance(value, list):
+            for one in value:
+                add(one)
+        elif hasattr(value, "read"):  # items that are read one by one
+            add(value.digest())
         elif is_dataclass(value):
             add({field.name: getattr(value, field.name) for field in fields(value)})
         elif isinstance(value, dict):
@@ -134,54 +143,6 @@ def digest(value: Any) -> str:
 
     add(value)
     return found.hexdigest()
-
-
-DIGITS_MEAN, DIGITS_DEVIATION = 0.305, 0.376  # of the training part's pixels, black 0 and white 1
-
-
-def inverted(splits: Splits, noise: float = 0.2) -> Splits:
-    """Digits with black and white exchanged and normal noise on every pixel, the same in every run."""
-    random = torch.Generator().manual_seed(0)
-
-    def change(data: Dataset) -> Dataset:
-        assert isinstance(data.inputs, Tensor)
-        pixels = data.inputs * DIGITS_DEVIATION + DIGITS_MEAN
-        pixels = 1 - pixels + noise * torch.randn(pixels.shape, generator=random)
-        return Dataset((pixels - (1 - DIGITS_MEAN)) / DIGITS_DEVIATION, data.labels)
-
-    return Splits(change(splits.train), change(splits.validation), change(splits.test))
-
-
-def digits() -> Splits:
-    """The 1,797 handwritten digits that scikit-learn carries, float32 [n, 1, 8, 8]: 60 / 20 / 20 percent.
-
-    Standardised by mean and deviation of the training part. The parts are stratified and the same in every run.
-    Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998.
-    """
-    train_test_split = needed("sklearn.model_selection", "the task digits").train_test_split
-    x, y = needed("sklearn.datasets", "the task digits").load_digits(return_X_y=True)
-    inputs = torch.tensor(x, dtype=torch.float32).reshape(-1, 1, 8, 8)
-    inputs = (inputs / 16 - DIGITS_MEAN) / DIGITS_DEVIATION
-    labels = torch.tensor(y, dtype=torch.int64)
-    train, rest = train_test_split(np.arange(len(y)), train_size=0.6, stratify=y, random_state=0)
-    validation, test = train_test_split(rest, train_size=0.5, stratify=y[rest], random_state=0)
-    return Splits(*(Dataset(inputs[part], labels[part]) for part in (train, validation, test)))
-
-
-def sentences(folder: Path, model: str, longest: int = 64) -> Splits:
-    """Labelled sentences of a folder: train.tsv, dev.tsv (validation) and test.tsv.
-
-    The first line is "sentence<TAB>label", every other a sentence and its class, from 0 on. model: whose tokenizer to
-    use. longest: tokens; what is longer is cut. Raises OSError, DataError naming the file and line.
-    """
-    train, validation, test = (
-        [
-            (where, {"sentence": text_field(row, "sentence", where), "label": row["label"]})
-            for where, row in table(folder / name, ("sentence", "label"))
-        ]
-        for name in ("train.tsv", "dev.tsv", "test.tsv")
-    )
-    return as_tokens(classified(train, validation, test), lambda row: (row["sentence"],), model, longest)
 
 
 def classified(
@@ -300,19 +261,3 @@ def _enough(samples: int, clients: int, smallest: int) -> None:
             f"{samples} samples for {clients} clients: at least {clients * smallest} are needed, {smallest} for each;"
             " use fewer clients or more data"
         )
-
-
-@dataclass(frozen=True)
-class Batches:
-    """A client's batches: `size` of its samples, or all if it has fewer; the same for every method of a seed."""
-
-    data: Dataset
-    size: int
-    seed: int
-    client: int
-
-    def __call__(self, round: int) -> Batch:
-        random = generator(self.seed, Purpose.BATCHES, round, self.client)
-        chosen = torch.from_numpy(random.choice(len(self.data), min(self.size, len(self.data)), replace=False))
-        batch = self.data[chosen].trimmed()
-        return batch.inputs, batch.labels

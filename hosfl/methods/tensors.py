@@ -1,0 +1,35 @@
+"""Messages as those who compute with torch hold them."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hosfl.protocol.messages import LARGEST_MESSAGE, AnyMessage, Message, decode
+
+
+def tensor(array: Any) -> Tensor:
+    """numpy's array as a tensor that shares its memory; uint16 is bfloat16's bits."""
+    if isinstance(array, Tensor):
+        return array
+    if sys.byteorder == "big":
+        array = array.astype(array.dtype.newbyteorder("="))
+    bfloat16 = array.dtype == np.uint16
+    found = torch.from_numpy(array.view(np.int16) if bfloat16 else array)
+    return found.view(torch.bfloat16) if bfloat16 else found
+
+
+def with_tensors(message: AnyMessage) -> AnyMessage:
+    """The same message, its arrays as tensors."""
+    arrays: dict[str, Any] = {name: tensor(getattr(message, name)) for name in message.arrays()}
+    return replace(message, **arrays)
+
+
+def decoded(data: bytes, largest: int = LARGEST_MESSAGE) -> Message:
+    """The message of bytes from the wire, its arrays as tensors. Raises MessageError."""
+    return with_tensors(decode(data, largest))

@@ -1,0 +1,210 @@
+"""Data sets of a user's own, as tasks take them: arrays are kept as they are, items are read when they are needed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hosfl.halves.inputs import Batch
+from hosfl.protocol.seeds import Purpose, generator, round_seed
+from hosfl.tasks.data import Dataset, digest
+from hosfl.tasks.reading import DataError
+from hosfl_kernels import derive
+
+LABELS = ("labels", "label")  # what a mapping calls them
+LOOKED_AT = 1024  # items that a digest is of, where they are read one by one
+
+
+@dataclass(frozen=True)
+class Items:
+    """Samples that are read one by one, when they are needed: those of `source` at `indices`.
+
+    source: with a length, and by number a pair (inputs, labels) or a mapping with "labels" or "label" among its names;
+    the rest of a mapping are the client half's arguments by name. seed: of what is random in reading, such as
+    augmentation: the same samples read with the same seed are the same, and nobody else's random numbers move. what:
+    how errors call it. device, dtype: of what is read, of inputs that are floating-point numbers.
+    """
+
+    source: Any
+    indices: Tensor
+    what: str
+    seed: int = 0
+    device: torch.device | str = "cpu"
+    dtype: torch.dtype | None = None
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, chosen: Tensor | slice) -> Items:
+        """Some of them; nothing is read."""
+        return replace(self, indices=self.indices[chosen])
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Items:
+        return replace(self, device=device, dtype=dtype)
+
+    @property
+    def lengths(self) -> Tensor:
+        """Not known before they are read: ones."""
+        return torch.ones(len(self), dtype=torch.int64)
+
+    def read(self, seed: int | None = None) -> Dataset:
+        """The samples. Raises DataError where they do not fit together."""
+        with seeded(self.seed if seed is None else seed):
+            items = [self._item(number) for number in self.indices.tolist()]
+        inputs, labels = zip(*items, strict=True)
+        first = inputs[0]
+        if isinstance(first, Mapping):
+            names = first.keys()
+            for number, value in zip(self.indices.tolist(), inputs, strict=True):
+                if not isinstance(value, Mapping) or value.keys() != names:
+                    raise DataError(f"{self.what}[{number}] has other names than the first: {', '.join(names)}")
+            stacked: Any = {name: self._stack([value[name] for value in inputs], name) for name in names}
+        else:
+            stacked = self._stack(list(inputs), "inputs")
+        return Dataset(stacked, _labels(self._stack(list(labels), "labels"))).to(self.device, self.dtype)
+
+    def digest(self) -> str:
+        """SHA-256 of how many there are and of up to 1,024 of them, spread evenly, as they are read with seed 0."""
+        looked_at = np.unique(np.linspace(0, len(self) - 1, min(len(self), LOOKED_AT)).astype(np.int64))
+        parts = np.array_split(looked_at, max(1, len(looked_at) // 64))
+        return digest([len(self), *(self[torch.from_numpy(part)].to("cpu").read(0).digest() for part in parts)])
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """All labels: of the source's `targets` where it has them, as torchvision's have; else every item is read."""
+        known = getattr(self.source, "targets", None)
+        if known is not None and len(known) == len(self.source):
+            return _labels(torch.as_tensor(known)[self.indices])
+        return torch.cat([self[part].read().labels.cpu() for part in torch.arange(len(self)).split(256)])
+
+    def _item(self, number: int) -> tuple[Any, Any]:
+        item = self.source[number]
+        if isinstance(item, Mapping):
+            name = next((name for name in LABELS if name in item), None)
+            if name is None:
+                raise DataError(f"{self.what}[{number}] has {', '.join(map(str, item))}; one must be called labels")
+            return {k: v for k, v in item.items() if k != name}, item[name]
+        if isinstance(item, (tuple, list)) and len(item) == 2:
+            return item[0], item[1]
+        raise DataError(
+            f"{self.what}[{number}] is a {type(item).__name__}: a pair (inputs, labels) is needed, or a mapping with"
+            " labels"
+        )
+
+    def _stack(self, values: list[Any], name: str) -> Tensor:
+        try:
+            tensors = [torch.as_tensor(value) for value in values]
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DataError(f"{self.what}: {name} that are no numbers ({error}): make tensors of them") from None
+        shapes = {tuple(tensor.shape) for tensor in tensors}
+        if len(shapes) > 1:
+            two = " and ".join(map(str, sorted(shapes)[:2]))
+            raise DataError(f"{self.what}: {name} of several shapes, such as {two}: pad them to one")
+        return torch.stack(tensors)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """torch's, Python's and numpy's random numbers on the host come from this seed, and go on as before afterwards."""
+    before = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed % 2**63)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+
+
+def samples_of(given: Any, what: str) -> Dataset | Items:
+    """A user's data set as the library holds it. what: how errors call it. Raises DataError for what is none.
+
+    given: a pair of arrays (inputs, labels), or a mapping of arrays with "labels" or "label" among its names, which are
+    kept as tensors; or anything with a length and items by number, such as torch's `Dataset`s and Hugging Face's data
+    sets, whose items are read when they are needed.
+    """
+    if isinstance(given, (Dataset, Items)):
+        found: Dataset | Items = given
+    elif isinstance(given, tuple):
+        if len(given) != 2:
+            raise DataError(f"{what} is a tuple of {len(given)}: a pair (inputs, labels) is needed")
+        inputs = given[0]
+        arrays = {k: _tensor(v, f"{what}, {k}") for k, v in inputs.items()} if isinstance(inputs, Mapping) else None
+        labels = _labels(_tensor(given[1], f"{what}, labels"))
+        found = Dataset(arrays or _tensor(inputs, f"{what}, inputs"), labels)
+    elif isinstance(given, Mapping):
+        name = next((name for name in LABELS if name in given), None)
+        if name is None:
+            raise DataError(f"{what} has {', '.join(map(str, given))}; one must be called labels")
+        arrays = {k: _tensor(v, f"{what}, {k}") for k, v in given.items() if k != name}
+        found = Dataset(arrays, _labels(_tensor(given[name], f"{what}, {name}")))
+    elif hasattr(given, "__getitem__") and hasattr(given, "__len__") and not isinstance(given, (str, bytes, Tensor)):
+        found = Items(given, torch.arange(len(given)), what)
+    else:
+        raise DataError(
+            f"{what} is a {type(given).__name__}, which has no length or no items by number: a torch Dataset, a Hugging"
+            " Face data set, a pair of arrays (inputs, labels) or a mapping of arrays is needed"
+        )
+    if not len(found):
+        raise DataError(f"{what} has no samples")
+    if isinstance(found, Dataset):
+        inputs = found.inputs if isinstance(found.inputs, Mapping) else {"inputs": found.inputs}
+        for name, value in inputs.items():
+            if value.dim() == 0 or len(value) != len(found):
+                raise DataError(f"{what} has {len(found)} labels, and {name} of shape {tuple(value.shape)}")
+    return found
+
+
+def _labels(labels: Tensor) -> Tensor:
+    """As losses take them: int64, or float32."""
+    return labels.float() if labels.is_floating_point() else labels.long()
+
+
+def _tensor(array: Any, what: str) -> Tensor:
+    try:
+        found = torch.as_tensor(array)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"{what}: no array of numbers ({error})") from None
+    if found.dim() == 0:
+        raise DataError(f"{what}: one number, where there is one for each sample")
+    return found
+
+
+def read(samples: Dataset | Items, seed: int = 0) -> Dataset:
+    """The samples, in memory. seed: of what is random in reading them."""
+    return samples.read(seed) if isinstance(samples, Items) else samples
+
+
+def sets_of(given: Any, what: str) -> Dataset | Items | list[Dataset | Items]:
+    """`samples_of`; of a list, one data set for each client."""
+    if not isinstance(given, list):
+        return samples_of(given, what)
+    if not given:
+        raise DataError(f"{what} is an empty list: one data set for each client is needed")
+    return [samples_of(one, f"{what} of client {number}") for number, one in enumerate(given)]
+
+
+@dataclass(frozen=True)
+class Batches:
+    """A client's batches: `size` of its samples, or all if it has fewer; the same for every method of a seed."""
+
+    data: Dataset | Items
+    size: int
+    seed: int
+    client: int
+
+    def __call__(self, round: int) -> Batch:
+        random = generator(self.seed, Purpose.BATCHES, round, self.client)
+        chosen = torch.from_numpy(random.choice(len(self.data), min(self.size, len(self.data)), replace=False))
+        batch = read(self.data[chosen], derive(round_seed(self.seed, Purpose.READING, round), self.client, 0)).trimmed()
+        return batch.inputs, batch.labels

@@ -1,0 +1,32 @@
+"""What tasks with pretrained models share: where they are cut, and their optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from hosfl.halves.families import pretrained_model
+from hosfl.halves.split import SplitModel, split
+from hosfl.settings import Settings
+from hosfl.tasks.data import Splits
+from hosfl.tasks.task import Task
+
+
+def headed(name: str, head: str, at: int | str, outputs: int) -> SplitModel:
+    """A pretrained model under a head, cut in two."""
+    return split(pretrained_model(name, head, num_labels=outputs), at)
+
+
+def pretrained_task(splits: Splits, classes: int, model: Callable[[int | str], SplitModel], config: Settings) -> Task:
+    """What tasks with pretrained models share: the place of the cut, the third layer by default, and the optimizer.
+
+    model: from the place of the cut; what is random in it comes from the run's seed.
+    """
+    at = config.at or "3"
+    return Task.of(
+        splits,
+        classes=classes,
+        model=lambda: model(int(at) if at.isdecimal() else at),
+        loss=nn.functional.cross_entropy,
+    )

@@ -1,0 +1,507 @@
+"""A stranger's model and data: every kind of data and of model, by Python, command line and study; what is refused."""
+
+import copy
+import json
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import IterableDataset
+
+from hosfl import Config, SplitModel, Task, split, train
+from hosfl.cli import main
+from hosfl.protocol.provenance import ProvenanceError
+from hosfl.runs.assemble import assemble
+from hosfl.tasks import make_task
+from hosfl.tasks.items import Items, read, samples_of, seeded
+from hosfl.tasks.reading import DataError
+
+FILE = '''
+import torch
+from torch import nn
+
+from hosfl import Task
+
+
+class Strange(nn.Module):
+    """Of no family that the library knows."""
+
+    def __init__(self, hidden):
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(12, hidden), nn.Linear(hidden, hidden), nn.Linear(hidden, 2)
+
+    def forward(self, x):
+        x = torch.tanh(self.first(x))
+        return self.last(x + torch.tanh(self.second(x)))
+
+
+def soft_margin(outputs, labels):
+    return nn.functional.softplus(outputs[:, 0] - outputs[:, 1]).mul(2.0 * labels - 1).exp().log1p().mean()
+
+
+def make(hidden: int = 16, shift: float = 0.0, name: str = "x"):
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(260, 12, generator=random) + shift
+    y = (x[:, :6].sum(1) > x[:, 6:].sum(1)).long()
+    return Task(
+        model=lambda: Strange(hidden), at="second", train=(x[:200], y[:200]), validation=(x[200:230], y[200:230]),
+        test=(x[230:], y[230:]), loss=nn.functional.cross_entropy, classes=2,
+        rates={"ho": (0.05, 0.2), "first-order": (0.05, 1.0), "frozen": (0.05, 1.0)},
+    )
+
+
+def nothing():
+    return None
+
+
+def needs(size: int):
+    return make(size)
+'''
+QUICK = {"rounds": 3, "clients": 3, "sampled": 2, "batch": 8, "directions": 2, "pool_size": 8}
+RATES = {"server_rate": 0.05, "client_rate": 0.1}
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("stranger") / "stranger.py"
+    path.write_text(FILE)
+    return path
+
+
+def data(n=60, features=4, seed=0):
+    x = torch.randn(n, features, generator=torch.Generator().manual_seed(seed))
+    return x, (x.sum(1) > 0).long()
+
+
+def net(features=4):
+    return nn.Sequential(nn.Linear(features, 6), nn.Tanh(), nn.Linear(6, 2))
+
+
+def task(**more):
+    x, y = data()
+    given = {"model": net, "at": 2, "train": (x[:40], y[:40]), "test": (x[40:], y[40:])}
+    return Task(**{**given, "loss": nn.functional.cross_entropy, **more})
+
+
+# --- by command line, in a study, in Python ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["ho", "first-order", "frozen"])
+def test_a_stranger_s_file_trains(file, method, tmp_path, capsys):
+    command = ["train", "--task", f"{file}:make", "--option", "hidden=8", "--method", method, "--rounds", "4"]
+    assert main([*command, "--clients", "4", "--batch", "8", "--out", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out.startswith(f"{method}: test accuracy")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["task"], config["options"]) == (f"{file}:make", {"hidden": "8"})
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+
+
+@pytest.mark.learning
+def test_a_stranger_s_client_half_learns(file, seed, below):
+    """Better than the control that never learns, on the same data."""
+    shared = {"task": f"{file}:make", "rounds": 60, "clients": 4, "seed": seed, "schedule": "constant"}
+    losses = {m: train(Config(method=m, **shared)).loss for m in ("ho", "frozen")}
+    below(losses["ho"] / losses["frozen"], 1)
+
+
+def test_options_differ_and_are_in_the_provenance(file, tmp_path):
+    outcomes = [
+        train(Config(task=f"{file}:make", options=options, **QUICK), tmp_path / str(n))
+        for n, options in enumerate(({}, {"hidden": 8}, {"shift": 0.5}))
+    ]
+    assert len({o.loss for o in outcomes}) == 3
+    assert outcomes[0].provenance["data"] == outcomes[1].provenance["data"] != outcomes[2].provenance["data"]
+    with pytest.raises(ValueError, match="options was not there, is"):
+        train(Config(task=f"{file}:make", options={"hidden": 8}, **QUICK), tmp_path / "0", resume=True)
+
+
+def test_a_stranger_s_study_in_processes_of_its_own(file, tmp_path):
+    (tmp_path / "study.yaml").write_text(
+        f"""
+base: {{task: "{file}:make", options: {{hidden: 8}}, clients: 3, sampled: 2, batch: 8}}
+rounds: 3
+seeds: [0]
+tuning_seeds: [1]
+methods:
+  frozen: {{settings: {{method: frozen}}, grid: {{server_rate: [0.05]}}}}
+  ho: {{settings: {{pool_size: 8}}, grid: {{server_rate: [0.05], client_rate: [0.1]}}}}
+  first-order: {{settings: {{method: first-order}}, grid: {{server_rate: [0.05], client_rate: [0.5]}}}}
+"""
+    )
+    command = [sys.executable, "-m", "hosfl.cli", "study", "study.yaml", "--out", "out", "--jobs", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads((tmp_path / "out" / "table.json").read_text())["methods"]) == {"frozen", "ho", "first-order"}
+
+
+def test_an_object_trains_resumes_and_is_refused_for_another(tmp_path):
+    mine = task()
+    whole = train(mine, tmp_path / "whole", **QUICK, **RATES, snapshot_every=1)
+    assert whole.replicas.equal
+    again = train(mine, tmp_path / "whole", resume=True, **QUICK, **RATES)
+    assert again.loss == whole.loss
+    with pytest.raises(ProvenanceError):
+        train(task(test=data(20, seed=5)), tmp_path / "whole", resume=True, **QUICK, **RATES)
+    with pytest.raises(ProvenanceError):
+        train(task(model=net()), tmp_path / "whole", resume=True, **QUICK, **RATES)
+    with pytest.raises(SystemExit):
+        main(["train", "--resume", str(tmp_path / "whole")])
+
+
+def test_the_given_model_stays_as_it_was():
+    mine = task(model=net())
+    before = copy.deepcopy(mine.model.state_dict())
+    train(mine, **QUICK, **RATES)
+    assert all(torch.equal(before[k], v) for k, v in mine.model.state_dict().items())
+    assert mine.model.training
+
+
+# --- kinds of models -----------------------------------------------------------------------------------------------
+
+MODELS = {
+    "whole": {"model": net()},
+    "halves": {"model": lambda: split(net(), 2), "at": None},
+    "a pair": {"model": (nn.Sequential(nn.Linear(4, 6), nn.Tanh()), nn.Linear(6, 2)), "at": None},
+    "a function": {"model": net},
+    "halves as they are": {"model": split(net(), 2), "at": None},
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_kind_of_model(kind):
+    mine = task(**MODELS[kind])
+    assert train(mine, **QUICK, **RATES).replicas.equal
+    one, two, three = (mine.halves(seed) for seed in (1, 1, 2))
+    assert isinstance(one, SplitModel)
+    assert one is not two
+
+    def same(a, b):
+        return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+    assert same(one, two)
+    assert same(one, three) != callable_without_weights(mine.model)
+
+
+def callable_without_weights(model):
+    return not isinstance(model, (nn.Module, tuple))
+
+
+def test_halves_are_a_module_like_any_other():
+    model = net()
+    halves = split(model, 2)
+    client, server = halves
+    x = torch.randn(3, 4)
+    assert torch.equal(halves(x), model(x))
+    assert torch.equal(server(client(x)), model(x))
+    assert list(halves.state_dict()) == ["client.0.weight", "client.0.bias", "server.2.weight", "server.2.bias"]
+    halves.eval()
+    assert not client.training
+    assert not server.training
+    assert next(halves.double().parameters()).dtype == torch.float64
+    again = copy.deepcopy(halves)
+    assert again.client is not halves.client
+    assert sum(p.numel() for p in halves.parameters()) == sum(p.numel() for p in model.parameters())
+
+
+# --- kinds of data -------------------------------------------------------------------------------------------------
+
+
+class Numbered(TorchDataset):
+    """Counts what is read. noise: random, on every read."""
+
+    def __init__(self, n=60, seed=0, noise=0.0, named=False):
+        self.x, self.y = data(n, seed=seed)
+        self.noise, self.named, self.read = noise, named, []
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, number):
+        self.read.append(number)
+        x = self.x[number] + self.noise * (torch.rand(()) + random.random() + np.random.rand())
+        return {"x": x, "labels": int(self.y[number])} if self.named else (x, self.y[number])
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 6)
+
+    def forward(self, x):
+        return torch.tanh(self.inner(x))
+
+
+def huggingface():
+    datasets = pytest.importorskip("datasets")
+    x, y = data(40)
+    return datasets.Dataset.from_dict({"x": x.tolist(), "label": y.tolist()})
+
+
+X, Y = data(40)
+DATA = {
+    "tensors": lambda: ((X, Y), False),
+    "arrays": lambda: ((X.double().numpy(), Y.numpy().astype(np.int32)), False),
+    "lists": lambda: ((X.tolist(), Y.tolist()), False),
+    "a pair with names": lambda: (({"x": X}, Y), True),
+    "a mapping": lambda: ({"x": X.numpy(), "labels": Y.numpy()}, True),
+    "a torch data set": lambda: (Numbered(40), False),
+    "a torch data set with names": lambda: (Numbered(40, named=True), True),
+    "a Hugging Face data set": lambda: (huggingface(), True),
+    "a set for each client": lambda: ([(X[:10], Y[:10]), (X[10:], Y[10:])], False),
+    "a torch data set for each client": lambda: ([Numbered(10), Numbered(12, 1), Numbered(9, 2)], False),
+}
+
+
+@pytest.mark.parametrize("method", ["ho", "splitfed"])
+@pytest.mark.parametrize("kind", DATA)
+def test_every_kind_of_data(kind, method):
+    given, named = DATA[kind]()
+    model = (Named(), nn.Linear(6, 2)) if named else net()
+    test = ({"x": X[:9]}, Y[:9]) if named else (X[:9], Y[:9])
+    mine = task(model=model, at=None if named else 2, train=given, test=test)
+    settings = {**QUICK, **RATES}
+    if isinstance(given, list):
+        del settings["clients"]
+    if method == "splitfed":
+        settings = {k: v for k, v in settings.items() if k not in ("directions", "pool_size")} | {"local_steps": 2}
+    summary = train(mine, method=method, **settings)
+    assert summary.rounds == 3
+    assert list(summary.scores) == ["accuracy"]
+    if isinstance(given, list):
+        assert summary.config["clients"] == len(given)
+
+
+def test_the_same_samples_make_the_same_run_however_they_are_given():
+    losses = set()
+    for kind in ("tensors", "lists", "a torch data set"):
+        losses.add(train(task(train=DATA[kind]()[0]), **QUICK, **RATES).loss)
+    assert len(losses) == 1
+
+
+def test_no_more_is_read_than_is_needed():
+    given = Numbered(10_000)
+    given.targets = given.y  # as torchvision's data sets have
+    mine = task(train=given)
+    train(mine, **{**QUICK, "rounds": 2}, **RATES)
+    # Up to 1,024 for the digest, two to compare the halves, two to try the loss, two clients' batches of two rounds.
+    assert len(given.read) <= 1024 + 2 + 2 + 2 * 2 * 8
+    assert len(set(given.read)) < 1100
+
+
+def test_augmentation_is_a_function_of_seed_client_and_round(tmp_path):
+    def run(folder, rounds, **more):
+        mine = task(train=Numbered(40, noise=0.5))
+        settings = {**QUICK, **RATES, "rounds": rounds, "schedule": "constant", "snapshot_every": 2}
+        return train(mine, folder, **settings, **more)
+
+    torch.manual_seed(5)
+    random.seed(5)
+    np.random.seed(5)
+    drawn = torch.rand(()), random.random(), np.random.rand()
+    torch.manual_seed(5)
+    random.seed(5)
+    np.random.seed(5)
+    whole = run(tmp_path / "a", 6)
+    assert (torch.rand(()), random.random(), np.random.rand()) == drawn  # nobody else's numbers moved
+    assert run(tmp_path / "b", 6).loss == whole.loss
+    assert run(None, 6, seed=1).loss != whole.loss
+    (tmp_path / "a" / "snapshot-00000006.safetensors").unlink()
+    assert run(tmp_path / "a", 6, resume=True).loss == whole.loss
+
+
+def test_regression_has_labels_that_are_no_classes():
+    x, _ = data()
+    mine = task(
+        model=nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1)),
+        train=(x[:40], x[:40].sum(1)),
+        test=(x[40:], x[40:].sum(1)),
+        loss=lambda outputs, labels: nn.functional.mse_loss(outputs[:, 0], labels),
+    )
+    for method, more in (("ho", {}), ("zo-both", {})):
+        summary = train(mine, method=method, partition="iid", **QUICK, **RATES, **more)
+        assert summary.scores == {"score": -summary.loss}
+        assert summary.replicas.equal
+    with pytest.raises(ValueError, match="labels that are no classes cannot divide the data: use partition iid"):
+        train(mine, **QUICK, **RATES)
+    grouped = task(**{**vars_of(mine), "groups": torch.arange(40) // 14})
+    assert train(grouped, **QUICK, **RATES).rounds == 3
+
+
+def vars_of(mine):
+    return {name: getattr(mine, name) for name in ("model", "train", "test", "loss")}
+
+
+def test_metrics_are_of_the_whole_set():
+    seen = []
+
+    def metric(outputs, labels):
+        seen.append((len(outputs), len(labels)))
+        return torch.tensor(0.25)
+
+    mine = task(metrics={"mine": metric, "other": lambda outputs, labels: 1}, test=Numbered(150))
+    summary = train(mine, **QUICK, **RATES)
+    assert summary.scores == {"mine": 0.25, "other": 1.0}
+    assert set(seen) == {(150, 150)}
+
+
+def test_real_labels_are_checked_by_the_server():
+    from dataclasses import replace
+
+    x, y = data()
+    mine = task(train=(x, y.float()), test=(x, y.float()), loss=lambda o, t: (o[:, 0] - t).square().mean())
+    real, _ = assemble(Config(task="", partition="iid", **QUICK, **RATES), task=mine)
+    client = real.take(real.invited(0)[0])
+    real.join(client)
+    cut = client.output(0)
+    assert real.server.step(0, [replace(cut, labels=cut.labels * float("nan"))])[0] == {}
+    assert "not finite" in real.server.refused[-1]
+    assert real.server.step(0, [replace(cut, labels=cut.labels.int())])[0] == {}
+    assert real.server.step(0, [cut])[0]
+
+
+# --- what is refused -----------------------------------------------------------------------------------------------
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        yield from zip(X, Y, strict=True)
+
+
+class Ragged(Numbered):
+    def __getitem__(self, number):
+        return torch.zeros(4 + number % 2), 0
+
+
+class Wrong(Numbered):
+    def __getitem__(self, number):
+        return {"x": X[0]} if self.named else X[0]
+
+
+REFUSED = {
+    "an iterable data set": ({"train": Endless()}, DataError, "train is a Endless, which has no length"),
+    "no data": ({"train": None}, DataError, "train is a NoneType"),
+    "inputs alone": ({"train": X}, DataError, "train is a Tensor"),
+    "a triple": ({"train": (X, Y, Y)}, DataError, r"train is a tuple of 3: a pair \(inputs, labels\) is needed"),
+    "empty": ({"test": (X[:0], Y[:0])}, DataError, "test has no samples"),
+    "an empty list": ({"train": []}, DataError, "train is an empty list: one data set for each client"),
+    "a bad set of a client": ({"train": [(X, Y), X]}, DataError, "train of client 1 is a Tensor"),
+    "no labels by name": ({"train": {"x": X}}, DataError, "train has x; one must be called labels"),
+    "lengths that differ": ({"train": (X[:5], Y)}, DataError, "train has 40 labels, and inputs of shape"),
+    "words": ({"train": (["a", "b"], [0, 1])}, DataError, "train, inputs: no array of numbers"),
+    "no model": ({"model": 3}, TypeError, "model is a int: a module, two halves or a function"),
+    "no loss": ({"loss": "mse"}, TypeError, "loss is a str: a function of outputs and labels"),
+    "groups of another length": ({"groups": [1, 2]}, DataError, r"groups of shape \(2,\)"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_task_that_is_none(what):
+    more, error, reason = REFUSED[what]
+    with pytest.raises(error, match=reason):
+        task(**more)
+
+
+LATER = {
+    "nowhere to cut": ({"at": None}, ValueError, "where is the model to be cut"),
+    "no such place": ({"at": 7}, ValueError, "cannot cut at 7; the cut points are"),
+    "a function of nothing": ({"model": lambda: None}, TypeError, "the task's model is a NoneType"),
+    "ragged items": ({"train": Ragged()}, DataError, "train: inputs of several shapes, such as .*: pad them to one"),
+    "items that are no pairs": ({"train": Wrong()}, DataError, r"train\[\d+\] is a Tensor: a pair"),
+    "items without labels": ({"train": Wrong(named=True)}, DataError, r"train\[\d+\] has x; one must be called labels"),
+    "a loss per sample": (
+        {"loss": lambda o, y: nn.functional.cross_entropy(o, y, reduction="none")},
+        TypeError,
+        "the loss of a batch is a tensor",
+    ),
+    "a loss that is a number": ({"loss": lambda o, y: 1.0}, TypeError, "the loss of a batch is a float"),
+    "a metric per sample": (
+        {"metrics": {"m": lambda o, y: o.argmax(-1) == y}},
+        TypeError,
+        "the metric m gives a Tensor that is no number",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", LATER)
+def test_a_task_that_cannot_run(what, tmp_path):
+    more, error, reason = LATER[what]
+    with pytest.raises(error, match=reason):
+        train(task(**more), tmp_path / "run", **QUICK, **RATES)
+    assert not any(tmp_path.glob("run/*"))
+
+
+def test_settings_beside_a_task():
+    with pytest.raises(ValueError, match="no rates are tuned for ho pool normalized: give server_rate and client_rate"):
+        train(task(), **QUICK)
+    with pytest.raises(TypeError, match="there is no setting round"):
+        train(task(), round=3)
+    with pytest.raises(TypeError, match="a Task has its own data and model"):
+        train(task(), data="/tmp")
+    with pytest.raises(TypeError, match="method beside a Config: say them there"):
+        train(Config(), method="ho")
+    with pytest.raises(TypeError, match="train needs a Task or a Config, not a str"):
+        train("digits")
+    with pytest.raises(ValueError, match="the task has no validation data"):
+        train(task(), **QUICK, **RATES, evaluate_on="validation")
+    clients = task(train=[(X, Y), (X, Y)])
+    with pytest.raises(ValueError, match="the task has the data of 2 clients, not of 5: leave out clients"):
+        train(clients, **RATES, clients=5)
+    with pytest.raises(ValueError, match="the task's model is cut already: leave out at"):
+        train(task(model=split(net(), 2), at=None), at="1", **QUICK, **RATES)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("make", {"hiden": 3}, "has no option hiden; it has hidden, shift, name"),
+        ("make", {"hidden": "x"}, "option hidden: a whole number is needed, got 'x'"),
+        ("make", {"hidden": 2.5}, "option hidden: a whole number is needed, got 2.5"),
+        ("make", {"name": 3}, "option name: text is needed, got 3"),
+        ("needs", {}, "needs the option size: --option size=VALUE"),
+        ("no", {}, "there is no no in"),
+        ("Task.", {}, "there is no Task. in"),
+    ],
+)
+def test_options_that_are_none(file, name, options, reason):
+    with pytest.raises(ValueError, match=reason):
+        Config(task=f"{file}:{name}", options=options)
+
+
+def test_settings_that_a_stranger_s_function_does_not_read(file):
+    for setting in ("data", "model", "at"):
+        with pytest.raises(ValueError, match=f"has its own {setting}: leave out {setting}"):
+            Config(task=f"{file}:make", **{setting: "x"})
+    with pytest.raises(TypeError, match="returns a NoneType"):
+        make_task(Config(task=f"{file}:nothing"))
+    with pytest.raises(ValueError, match="task 'digits' has no option hidden; it has none"):
+        Config(options={"hidden": 3})
+
+
+def test_reading_does_not_move_other_random_numbers():
+    torch.manual_seed(1)
+    before = torch.random.get_rng_state()
+    with seeded(3):
+        first = torch.rand(3), random.random(), np.random.rand()
+    with seeded(3):
+        assert torch.equal(torch.rand(3), first[0])
+        assert (random.random(), np.random.rand()) == first[1:]
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_digests_are_of_content():
+    given = Numbered(2000)
+    items = samples_of(given, "train")
+    assert isinstance(items, Items)
+    once = items.digest()
+    assert samples_of(Numbered(2000), "train").digest() == once
+    assert len(given.read) == 1024
+    other = Numbered(2000)
+    other.x[0] += 1
+    assert samples_of(other, "train").digest() != once
+    assert samples_of(Numbered(1999), "train").digest() != once
+    assert read(items[:3]).labels.tolist() == given.y[:3].tolist()
