@@ -119,7 +119,7 @@ def test_nothing_is_computed_or_sent_for_padding(folder):
     with torch.no_grad():
         outputs = halves(splits.test.inputs)
     scores, loss = evaluate(halves, splits.test, task)
-    assert scores == task.metric(outputs, splits.test)
+    assert scores == task.score(outputs, splits.test, loss)
     assert loss == pytest.approx(float(task.loss(outputs, splits.test.labels)), abs=1e-6)
     # In the order of the data: each sample's own.
     seen = replace(task, metric=lambda outputs, data: {"far": float((outputs - all_outputs).abs().max())})
