@@ -16,7 +16,6 @@ import hosfl_kernels as hk
 from hosfl_kernels import cpu
 
 
-
 ROOT = Path(__file__).parent.parent
 PLAIN = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "TRITON_INTERPRET")}
 

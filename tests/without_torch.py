@@ -44,7 +44,9 @@ def made_and_wanted(case, given):
         by_round = (case.records, case.directions)
         seeds, coefficients = np.array(seeds, np.uint64).reshape(by_round), np.reshape(coefficients, by_round)
         rounding = {**stochastic, "rounding_seeds": rounding_seeds}
-        hk.update_(mine, kept, case.rule, seeds, coefficients.astype(np.float32), np.float32(steps), **place, **rounding)
+        hk.update_(
+            mine, kept, case.rule, seeds, coefficients.astype(np.float32), np.float32(steps), **place, **rounding
+        )
         record = (seeds.tolist(), coefficients.tolist(), steps)
         want, after = spec.update(x, moments, rule, constants, *record, **one, rounding_seeds=rounding_seeds)
         return [mine, *(k[0] for k in kept)], [want, *after]
