@@ -101,9 +101,9 @@ def for_clients(config: Settings, task: Task) -> Settings:
             f"the task has the data of {len(task.train)} clients, not of {config.clients}: leave out clients"
         )
     clients, sampled = len(task.train), config.sampled
-    return replace(
-        config, clients=clients, sampled=min(sampled, clients) if sampled == DEFAULTS["sampled"] else sampled
-    )
+    if sampled == DEFAULTS["sampled"]:
+        sampled = min(sampled, clients)
+    return replace(config, clients=clients, sampled=sampled)
 
 
 @torch.no_grad()
