@@ -34,8 +34,9 @@ import torch
 from torch import Tensor, nn
 
 import hosfl_kernels as hk
-from hosfl_kernels.ops import BACKENDS, DISPATCH, DISTRIBUTIONS, DTYPES
+from hosfl_kernels.ops import DISTRIBUTIONS
 from hosfl_kernels.place import Place
+from hosfl_kernels.tensors import BACKENDS, DISPATCH, DTYPES
 
 if importlib.util.find_spec("safetensors") is None:
     # A machine may be lent without it and without an index to install it from. hosfl reads and writes files with it,

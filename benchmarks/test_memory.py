@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.ways import RECORDS, WAYS, Way
 from hosfl_kernels import cuda
-from hosfl_kernels.ops import DISPATCH
+from hosfl_kernels.tensors import DISPATCH
 
 SMALL = 1_000_000
 

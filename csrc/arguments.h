@@ -46,8 +46,8 @@ struct IeeeArithmetic {
   ~IeeeArithmetic() { exchange_arithmetic(saved); }
 };
 
-// A tensor: its address, its number of elements, its dtype as a number.
-using Memory = std::tuple<uint64_t, int64_t, int>;
+// Of tensors: addresses, numbers of elements, dtypes. Lists of each, because pybind11 is slow to read a tuple for each.
+using Memory = std::tuple<std::vector<uint64_t>, std::vector<int64_t>, std::vector<int>>;
 
 // Where tensors lie in the noise: dist, factors, streams, starts, as the named tuple Place of arrays.py.
 using Place = std::tuple<std::string, std::vector<float>, std::vector<uint32_t>, std::vector<uint64_t>>;
@@ -58,19 +58,19 @@ inline Dist dist_of(const std::string& name) {
   throw std::invalid_argument("no distribution is named " + name);
 }
 
-inline std::vector<Segment> segments_of(const std::vector<Memory>& tensors, const Place& place) {
+inline std::vector<Segment> segments_of(const Memory& tensors, const Place& place) {
+  const auto& [addresses, sizes, dtypes] = tensors;
   const auto& [name, factors, streams, starts] = place;
-  const size_t n = tensors.size();
-  if (factors.size() != n || streams.size() != n || starts.size() != n)
-    throw std::invalid_argument("tensors, factors, streams and starts differ in length");
+  const size_t n = addresses.size();
+  if (sizes.size() != n || dtypes.size() != n || factors.size() != n || streams.size() != n || starts.size() != n)
+    throw std::invalid_argument("addresses, sizes, dtypes, factors, streams and starts differ in length");
   const Dist dist = dist_of(name);
   std::vector<Segment> segments;
   segments.reserve(n);
   for (size_t t = 0; t < n; ++t) {
-    const auto& [address, size, dtype] = tensors[t];
-    if (size < 0 || dtype < 0 || dtype > 2) throw std::invalid_argument("bad size or dtype");
-    segments.push_back({reinterpret_cast<void*>(address), size, starts[t], streams[t], factors[t],
-                        static_cast<Dtype>(dtype), dist});
+    if (sizes[t] < 0 || dtypes[t] < 0 || dtypes[t] > 2) throw std::invalid_argument("bad size or dtype");
+    segments.push_back({reinterpret_cast<void*>(addresses[t]), sizes[t], starts[t], streams[t], factors[t],
+                        static_cast<Dtype>(dtypes[t]), dist});
   }
   return segments;
 }

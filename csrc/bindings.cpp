@@ -147,12 +147,12 @@ py::tuple philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c
 }
 
 void noise(const Memory& out, uint64_t seed, const Place& place, int threads) {
-  const auto segments = segments_of({out}, place);
+  const auto segments = segments_of(out, place);
   py::gil_scoped_release unlocked;
   in_parallel(segments, 1, threads, [&](const Segment& segment) { chosen->noise(segment, seed); });
 }
 
-void replay(const std::vector<Memory>& tensors, const std::vector<uint64_t>& seeds,
+void replay(const Memory& tensors, const std::vector<uint64_t>& seeds,
             const std::vector<double>& coefficients, const Place& place, const std::vector<uint64_t>& rounding_seeds,
             int threads) {
   const auto segments = segments_of(tensors, place);
@@ -168,7 +168,7 @@ void replay(const std::vector<Memory>& tensors, const std::vector<uint64_t>& see
   });
 }
 
-void update(const std::vector<Memory>& tensors, const std::vector<std::vector<uint64_t>>& moments, int rule,
+void update(const Memory& tensors, const std::vector<std::vector<uint64_t>>& moments, int rule,
             const std::vector<double>& constants, const std::vector<uint64_t>& seeds,
             const std::vector<double>& coefficients, const std::vector<std::array<double, 3>>& rounds,
             const Place& place, const std::vector<uint64_t>& rounding_seeds, int threads) {
@@ -184,7 +184,7 @@ void update(const std::vector<Memory>& tensors, const std::vector<std::vector<ui
               [&](const Segment& segment) { chosen->update(segment, update, stochastic); });
 }
 
-std::vector<double> project(const std::vector<Memory>& tensors, const std::vector<uint64_t>& seeds, const Place& place,
+std::vector<double> project(const Memory& tensors, const std::vector<uint64_t>& seeds, const Place& place,
                             int threads) {
   const auto blocks = blocks_of(segments_of(tensors, place));
   const int64_t n = int64_t(blocks.size()), count = int64_t(seeds.size());

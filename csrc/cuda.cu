@@ -223,7 +223,7 @@ void philox(uint64_t address, uint64_t key, uint32_t c0, uint32_t c1, uint32_t c
 }
 
 void noise(const Memory& out, uint64_t seed, const Place& place, const Queue& queue) {
-  const auto segments = segments_of({out}, place);
+  const auto segments = segments_of(out, place);
   Arguments a = {};
   a.record.seed = seed;
   with_dist(segments[0].dist, [&](auto dist) {
@@ -231,7 +231,7 @@ void noise(const Memory& out, uint64_t seed, const Place& place, const Queue& qu
   });
 }
 
-void perturb(const std::vector<Memory>& tensors, uint64_t seed, double scale, const Place& place,
+void perturb(const Memory& tensors, uint64_t seed, double scale, const Place& place,
              const std::vector<uint64_t>& rounding_seeds, const Queue& queue) {
   const auto segments = segments_of(tensors, place);
   Arguments a = {};
@@ -241,7 +241,7 @@ void perturb(const std::vector<Memory>& tensors, uint64_t seed, double scale, co
   });
 }
 
-void replay(const std::vector<Memory>& tensors, uint64_t records, int64_t count, const Place& place, bool stochastic,
+void replay(const Memory& tensors, uint64_t records, int64_t count, const Place& place, bool stochastic,
             const Queue& queue) {
   const auto segments = segments_of(tensors, place);
   Arguments a = {};
@@ -251,7 +251,7 @@ void replay(const std::vector<Memory>& tensors, uint64_t records, int64_t count,
   });
 }
 
-void update(const std::vector<Memory>& tensors, const std::vector<std::vector<uint64_t>>& moments, int rule,
+void update(const Memory& tensors, const std::vector<std::vector<uint64_t>>& moments, int rule,
             const std::vector<double>& constants, uint64_t records, int64_t count, uint64_t steps, int64_t rounds,
             const Place& place, bool stochastic, const Queue& queue) {
   auto segments = segments_of(tensors, place);

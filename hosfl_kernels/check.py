@@ -4,7 +4,7 @@
 
 Prints one line per backend and case; exits with 1 on any difference and says where it is. `cpp` runs with every
 instruction set of this processor. The Triton backend runs on the GPU, or without one in Triton's interpreter; `cuda`,
-the kernels of a HOSFL_CUDA=1 build, on a GPU only.
+the kernels of a HOSFL_CUDA=1 build, on a GPU only. Both need torch; the others run without it, on numpy arrays.
 """
 
 from __future__ import annotations
@@ -20,14 +20,12 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from hosfl_kernels import _cpp, cpu, ops, reference, spec
+from hosfl_kernels.arrays import DTYPES, is_numpy, storage
 from hosfl_kernels.place import Place
 from hosfl_kernels.rules import SGD, AdamW, Rule
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOLERANCE = 1e-6  # of a sum's absolute terms, where a backend sums in an order of its own
 SEED, ROUNDING_SEED = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03
 
@@ -123,9 +121,9 @@ def _cases() -> Iterator[Case]:
 CASES = [*_cases(), *_update_cases(), *_project_cases()]
 
 
-def weights(case: Case) -> Tensor:
+def weights(case: Case) -> spec.Storage:
     """Weights for a case: normal numbers of size 0.1, and the values that arithmetic gets wrong first."""
-    x = torch.from_numpy(np.random.default_rng(case.n).standard_normal(case.n).astype(np.float32) * np.float32(0.1))
+    x = np.random.default_rng(case.n).standard_normal(case.n).astype(np.float32) * np.float32(0.1)
     special = [
         0.0,
         -0.0,
@@ -141,8 +139,25 @@ def weights(case: Case) -> Tensor:
         1.0009765625,
     ]
     if case.n > 100:
-        x[3 : 3 + len(special)] = torch.tensor(special, dtype=torch.float32, device="cpu")
-    return x.to(DTYPES[case.dtype])
+        x[3 : 3 + len(special)] = special
+    return stored(x, case.dtype)
+
+
+def stored(x: spec.F32, dtype: str) -> spec.Storage:
+    return spec.from_float32(x, np.dtype("uint16" if dtype == "bfloat16" else dtype))
+
+
+def put(x: spec.Storage, device: str) -> Any:
+    """A copy where a backend takes it: "numpy", or a device of torch."""
+    if device == "numpy":
+        return x.copy()
+    from hosfl_kernels import tensors
+
+    return tensors.of_storage(x).to(device)
+
+
+def taken(x: Any) -> spec.Storage:
+    return storage(x if is_numpy(x) else x.cpu())
 
 
 def records(case: Case) -> dict[str, Any]:
@@ -167,23 +182,23 @@ def rounds(case: UpdateCase) -> tuple[tuple[str, list[float], list[int], list[fl
     return (case.rule.name, case.rule.constants, record["seeds"], record["coefficients"], steps), rounding
 
 
-def kept(case: UpdateCase) -> list[Tensor]:
+def kept(case: UpdateCase) -> list[spec.F32]:
     """Moments of a case: m like the weights, v from nothing over subnormal numbers to infinity."""
     moments = []
     for k in range(case.rule.moments):
-        x = weights(replace(case, dtype="float32")) * 0.5
-        moments.append(x if k == 0 else (x * x).flip(0))
+        x = weights(replace(case, dtype="float32")) * np.float32(0.5)
+        with np.errstate(over="ignore"):
+            moments.append(x if k == 0 else (x * x)[::-1].copy())
         if k and case.n > 100:
-            special = [0.0, 1e-45, 7e-42, 1.1754944e-38, 3e38, float("inf")]
-            moments[k][20:26] = torch.tensor(special, dtype=torch.float32, device="cpu")
+            moments[k][20:26] = [0.0, 1e-45, 7e-42, 1.1754944e-38, 3e38, float("inf")]
     return moments
 
 
-def difference(got: Tensor, want: Tensor) -> str | None:
-    """None where the bits are equal, else where they first differ. NaN equals NaN."""
-    a, b = reference.storage(got.cpu()), reference.storage(want)
+def difference(got: Any, want: Any) -> str | None:
+    """None where the bits of two arrays or tensors are equal, else where they first differ. NaN equals NaN."""
+    a, b = taken(got), taken(want)
     view = np.uint32 if a.itemsize == 4 else np.uint16
-    same = (a.view(view) == b.view(view)) | (torch.isnan(got.cpu()) & torch.isnan(want)).numpy().reshape(-1)
+    same = (a.view(view) == b.view(view)) | (np.isnan(spec.to_float32(a)) & np.isnan(spec.to_float32(b)))
     if same.all():
         return None
     i = int(np.flatnonzero(~same)[0])
@@ -193,13 +208,13 @@ def difference(got: Tensor, want: Tensor) -> str | None:
 
 
 def run_case(backend: ModuleType, case: Case, device: str) -> str | None:
-    """The difference between a backend and spec.py, or None."""
+    """The difference between a backend and spec.py, or None. device: "numpy", or one of torch."""
     if isinstance(case, UpdateCase):
         return _run_update(backend, case, device)
     if isinstance(case, ProjectCase):
         return _run_project(backend, case, device)
     want = weights(case)
-    got = want.to(device, copy=True)
+    got = put(want, device)
     record = records(case)
     rounding = record["rounding_seeds"]
     if case.records == 1:
@@ -213,7 +228,7 @@ def run_case(backend: ModuleType, case: Case, device: str) -> str | None:
 
 def _run_update(backend: ModuleType, case: UpdateCase, device: str) -> str | None:
     want, want_moments = weights(case), kept(case)
-    got, got_moments = want.to(device, copy=True), [m.to(device, copy=True) for m in want_moments]
+    got, got_moments = put(want, device), [put(m, device) for m in want_moments]
     record, rounding = rounds(case)
     backend.update_([got], [[m] for m in got_moments], *record, case.place, rounding)
     reference.update_([want], [[m] for m in want_moments], *record, case.place, rounding)
@@ -224,11 +239,12 @@ def _run_update(backend: ModuleType, case: UpdateCase, device: str) -> str | Non
 
 
 def _run_project(backend: ModuleType, case: ProjectCase, device: str) -> str | None:
-    x, seeds = weights(case).clamp(-1, 1), records(case)["seeds"]
-    got, want = backend.project([x.to(device)], seeds, case.place), reference.project([x], seeds, case.place)
+    x = stored(np.clip(spec.to_float32(weights(case)), -1, 1), case.dtype)
+    seeds = records(case)["seeds"]
+    got, want = backend.project([put(x, device)], seeds, case.place), reference.project([x], seeds, case.place)
     for r, seed in enumerate(seeds):
         z = spec.noise(case.n, seed, stream=case.stream, start=case.start, dist=case.dist)
-        terms = case.factor * float(x.double().abs() @ torch.from_numpy(z).double().abs())
+        terms = case.factor * float(np.abs(spec.to_float32(x).astype(float)) @ np.abs(z.astype(float)))
         if not abs(got[r] - want[r]) <= (0 if backend is cpu else TOLERANCE * terms):
             return f"scalar {r} is {got[r]:.17g}, should be {want[r]:.17g}"
     return None
@@ -237,10 +253,11 @@ def _run_project(backend: ModuleType, case: ProjectCase, device: str) -> str | N
 # --- vectors --------------------------------------------------------------------------------------------------
 
 
-def _from_bits(bits: Sequence[str], dtype: str) -> Tensor:
+def _from_bits(bits: Sequence[str], dtype: str) -> spec.Storage:
+    words = [int(b, 16) for b in bits]
     if dtype == "float32":
-        return torch.from_numpy(np.array([int(b, 16) for b in bits], np.uint32).view(np.float32).copy())
-    return torch.from_numpy(np.array([int(b, 16) for b in bits], np.uint16).view(np.int16).copy()).view(DTYPES[dtype])
+        return np.array(words, np.uint32).view(np.float32)
+    return np.array(words, np.uint16).view(np.float16 if dtype == "float16" else np.uint16)
 
 
 def vector_cases(vectors: dict[str, Any], backend: ModuleType, device: str) -> Iterator[tuple[str, str | None]]:
@@ -258,21 +275,21 @@ def vector_cases(vectors: dict[str, Any], backend: ModuleType, device: str) -> I
     for v in vectors["noise"]:
         seed, stream, start = int(v["seed"]), int(v["stream"]), int(v["start"])
         name = f"seed={seed} stream={stream} start={start}"
-        signs = torch.tensor(v["rademacher"], dtype=torch.float32, device="cpu")
+        signs = np.array(v["rademacher"], np.float32)
         normals = _from_bits(v["gaussian_f32_bits"], "float32")
         for dist, want in (("rademacher", signs), ("gaussian", normals)):
-            out = torch.empty(len(want), dtype=torch.float32, device=device)
+            out = put(np.empty(len(want), np.float32), device)
             backend.noise_(out, seed, Place.of_one(dist, stream=stream, start=start))
             yield f"noise {dist} {name}", difference(out, want)
         if backend is reference:  # the others show their rounding bits only by rounding
             bits = spec.rounding_bits(len(v["rounding_bits"]), seed, stream, start).tolist()
             yield f"rounding bits {name}", None if bits == v["rounding_bits"] else f"{bits} differ"
     for v in vectors["perturb"]:
-        seed, scale = int(v["seed"]), float(_from_bits([v["scale_f32_bits"]], "float32"))
+        seed, scale = int(v["seed"]), float(_from_bits([v["scale_f32_bits"]], "float32")[0])
         for dist in ops.DISTRIBUTIONS:
             for rounding, suffix in (("nearest", "_out_bits"), ("stochastic", "_stochastic_out_bits")):
                 if dist + suffix in v:
-                    x = _from_bits(v["x_bits"], v["dtype"]).to(device)
+                    x = put(_from_bits(v["x_bits"], v["dtype"]), device)
                     place = Place.of_one(dist, stream=int(v["stream"]), start=int(v["start"]))
                     backend.perturb_([x], seed, scale, place, seed if rounding == "stochastic" else None)
                     yield (
@@ -286,14 +303,18 @@ def vector_cases(vectors: dict[str, Any], backend: ModuleType, device: str) -> I
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m hosfl_kernels.check", description=__doc__.split("\n")[0])
-    parser.add_argument("--backend", choices=list(ops.BACKENDS), help="check this one only; default: all there are")
+    parser.add_argument("--backend", choices=ops.NAMES, help="check this one only; default: all there are")
     parser.add_argument("--vectors", type=Path, metavar="FILE", help="also check the vectors of this JSON file")
     options = parser.parse_args(arguments)
     try:
         vectors = json.loads(options.vectors.read_text()) if options.vectors else None
     except (OSError, ValueError) as error:
         parser.error(f"cannot read the vectors in {options.vectors}: {error}")
-    if options.backend in (None, "triton") and not torch.cuda.is_available() and "TRITON_INTERPRET" not in os.environ:
+    backends = ops.installed()
+    has_torch = len(backends) > len(ops.BACKENDS)
+    has_gpu = has_torch and sys.modules["torch"].cuda.is_available()
+    interprets = has_torch and not has_gpu and options.backend in (None, "triton")
+    if interprets and "TRITON_INTERPRET" not in os.environ:
         # Triton looks at this once, when the kernels are imported: start again with it.
         os.environ["TRITON_INTERPRET"] = "1"
         sys.stdout.flush()
@@ -301,13 +322,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.execv(sys.executable, [sys.executable, "-m", "hosfl_kernels.check", *argv])
 
     failed = 0
-    for name in [options.backend] if options.backend else ops.BACKENDS:
-        backend = ops.BACKENDS[name]
-        if backend.describe() is None:
+    for name in [options.backend] if options.backend else ops.NAMES:
+        backend = backends.get(name)
+        if backend is None or backend.describe() is None:
             print(f"{'FAIL' if options.backend else 'none':4} {name:6} cannot run on this machine")
             failed += options.backend is not None
             continue
-        device = "cuda" if name in ("triton", "cuda") and torch.cuda.is_available() else "cpu"
+        device = "numpy" if name in ops.BACKENDS else "cuda" if has_gpu else "cpu"
         for isa in _cpp.supported() if backend is cpu else [None]:  # the last is the one in use
             if isa is not None:
                 _cpp.use_isa(isa)

@@ -1,21 +1,27 @@
-"""The C++ backend: tensors in, addresses and sizes out. The arguments were checked in ops.py."""
+"""The C++ backend: arrays or tensors in, addresses and sizes out. The arguments were checked in ops.py."""
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from hosfl_kernels import _cpp
+from hosfl_kernels.arrays import addresses, dtype_name, sizes
 from hosfl_kernels.place import Place
+
+if TYPE_CHECKING:
+    from hosfl_kernels.arrays import Array
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of csrc/segment.h
+DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}  # enum Dtype of csrc/segment.h
 RULES = {"sgd": 0, "momentum": 1, "adamw": 2}  # enum Rule of csrc/segment.h
 
 
@@ -46,31 +52,44 @@ def philox_words(key: int, counter: tuple[int, int, int, int]) -> tuple[int, int
     return words
 
 
-def _memory(tensors: Sequence[Tensor]) -> list[tuple[int, int, int]]:
-    return [(t.data_ptr(), t.numel(), DTYPES[t.dtype]) for t in tensors]
+def threads() -> int:
+    """torch's number where torch is, else OMP_NUM_THREADS, else the processors that this process may use."""
+    if (torch := sys.modules.get("torch")) is not None:
+        return int(torch.get_num_threads())
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # "4,2": of nested loops, the outer
+    if asked.isdecimal() and int(asked):
+        return int(asked)
+    # Not on macOS.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def noise_(out: Tensor, seed: int, place: Place) -> None:
-    _cpp.noise(_memory([out])[0], seed, place, torch.get_num_threads())
+def memory(tensors: Sequence[Array]) -> tuple[list[int], list[int], list[int]]:
+    """Addresses, numbers of elements, dtypes."""
+    dtypes = [DTYPES[dtype_name(x.dtype)] for x in tensors]  # type: ignore[index]
+    return addresses(tensors), sizes(tensors), dtypes
 
 
-def perturb_(tensors: Sequence[Tensor], seed: int, scale: float, place: Place, rounding_seed: int | None) -> None:
+def noise_(out: Array, seed: int, place: Place) -> None:
+    _cpp.noise(memory([out]), seed, place, threads())
+
+
+def perturb_(tensors: Sequence[Array], seed: int, scale: float, place: Place, rounding_seed: int | None) -> None:
     replay_(tensors, [seed], [scale], place, None if rounding_seed is None else [rounding_seed])
 
 
 def replay_(
-    tensors: Sequence[Tensor],
+    tensors: Sequence[Array],
     seeds: Sequence[int],
     coefficients: Sequence[float],
     place: Place,
     rounding_seeds: Sequence[int] | None,
 ) -> None:
-    _cpp.replay(_memory(tensors), seeds, coefficients, place, rounding_seeds or [], torch.get_num_threads())
+    _cpp.replay(memory(tensors), seeds, coefficients, place, rounding_seeds or [], threads())
 
 
 def update_(
-    tensors: Sequence[Tensor],
-    moments: Sequence[Sequence[Tensor]],
+    tensors: Sequence[Array],
+    moments: Sequence[Sequence[Array]],
     rule: str,
     constants: Sequence[float],
     seeds: Sequence[int],
@@ -79,12 +98,10 @@ def update_(
     place: Place,
     rounding_seeds: Sequence[int] | None,
 ) -> None:
-    kept = [[t.data_ptr() for t in moment] for moment in moments]
+    kept = [addresses(moment) for moment in moments]
     record = (constants, seeds, coefficients, steps)
-    threads = torch.get_num_threads()
-    _cpp.update(_memory(tensors), kept, RULES[rule], *record, place, rounding_seeds or [], threads)
+    _cpp.update(memory(tensors), kept, RULES[rule], *record, place, rounding_seeds or [], threads())
 
 
-def project(tensors: Sequence[Tensor], seeds: Sequence[int], place: Place) -> Tensor:
-    scalars = _cpp.project(_memory(tensors), seeds, place, torch.get_num_threads())
-    return torch.tensor(scalars, dtype=torch.float64, device="cpu")
+def project(tensors: Sequence[Array], seeds: Sequence[int], place: Place) -> NDArray[np.float64]:
+    return np.array(_cpp.project(memory(tensors), seeds, place, threads()), np.float64)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hosfl_kernels.cpu import DTYPES, RULES
+from hosfl_kernels.cpu import RULES, memory
 from hosfl_kernels.place import Place
 
 
@@ -58,10 +58,6 @@ def _on_device(table: bytes, op: str, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
-def _memory(tensors: Sequence[Tensor]) -> list[tuple[int, int, int]]:
-    return [(t.data_ptr(), t.numel(), DTYPES[t.dtype]) for t in tensors]
-
-
 def philox_words(key: int, counter: tuple[int, int, int, int]) -> tuple[int, ...]:
     """Four words, as spec.py's `philox` makes them."""
     extension = _extension()
@@ -75,7 +71,7 @@ def noise_(out: Tensor, seed: int, place: Place) -> None:
     """Fill the float32 tensor `out` with the noise of `seed`."""
     extension = _extension()
     with torch.cuda.device_of(out):
-        extension.noise(_memory([out])[0], seed, place, _queue(extension, out.device))
+        extension.noise(memory([out]), seed, place, _queue(extension, out.device))
 
 
 def perturb_(tensors: Sequence[Tensor], seed: int, scale: float, place: Place, rounding_seed: int | None) -> None:
@@ -86,7 +82,7 @@ def perturb_(tensors: Sequence[Tensor], seed: int, scale: float, place: Place, r
     with torch.cuda.device_of(tensors[0]):
         queue = _queue(extension, tensors[0].device)
         rounding_seeds = [] if rounding_seed is None else [rounding_seed]
-        extension.perturb(_memory(tensors), seed, scale, place, rounding_seeds, queue)
+        extension.perturb(memory(tensors), seed, scale, place, rounding_seeds, queue)
 
 
 def replay_(
@@ -104,7 +100,7 @@ def replay_(
         queue = _queue(extension, device)
         records = _on_device(extension.records(seeds, coefficients, rounding_seeds or []), "replay_", device)
         stochastic = rounding_seeds is not None
-        extension.replay(_memory(tensors), records.data_ptr(), len(seeds), place, stochastic, queue)
+        extension.replay(memory(tensors), records.data_ptr(), len(seeds), place, stochastic, queue)
 
 
 def update_(
@@ -129,7 +125,7 @@ def update_(
         tables = (records.data_ptr(), len(seeds), rounds.data_ptr(), len(steps))
         kept = [[t.data_ptr() for t in moment] for moment in moments]
         stochastic = rounding_seeds is not None
-        extension.update(_memory(tensors), kept, RULES[rule], constants, *tables, place, stochastic, queue)
+        extension.update(memory(tensors), kept, RULES[rule], constants, *tables, place, stochastic, queue)
 
 
 PIECE = 1 << 22  # elements whose noise `project` makes at a time: 16 MB, and twice that for either factor in float64

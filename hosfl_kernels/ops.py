@@ -1,71 +1,84 @@
-"""The table of ops: their schemas, their checks, and the registration that joins a name to its backends.
+"""The table of ops: their schemas, their checks, and what runs them. They take numpy arrays and torch tensors alike.
 
     public function   checks what can be checked while torch.compile traces: seeds, scales, lengths, autograd
-    torch.ops.hosfl   picks the backend by the tensors' device
-    _run              checks the tensors themselves, calls the backend, tells autograd that they changed
+    torch.ops.hosfl   for tensors: picks the backend by their device (tensors.py registers the ops)
+    RUN               checks the arrays themselves, calls the backend, tells autograd that they changed
 
-A backend is a module with one function per op. Nothing falls back in silence: a device without a backend is an error.
+numpy arrays go from the public function to RUN, with the C++ backend. A backend is a module with one function per op.
+Nothing falls back in silence: a device without a backend is an error. torch is imported for a tensor only.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
 from itertools import pairwise
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
-from hosfl_kernels import cpu, cuda, gpu, reference, spec
+from hosfl_kernels import arrays, cpu, reference, spec
+from hosfl_kernels.arrays import (
+    are_row_major,
+    dtype_name,
+    is_channels_last,
+    is_numpy,
+    layouts,
+    sizes,
+    to_numpy,
+    wrong_kind,
+)
 from hosfl_kernels.cpu import ieee_arithmetic
 from hosfl_kernels.place import Place
 from hosfl_kernels.rules import SGD, AdamW, Rule
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from hosfl_kernels.arrays import Array
+
+    Numbers = NDArray[Any] | Tensor
+    Seeds = Sequence[int] | Numbers
+    Coefficients = Sequence[float] | Numbers
+    SeedTable = Sequence[Sequence[int]] | Numbers
+    Table = Sequence[Sequence[float]] | Numbers
+
 __all__ = ["backends", "derive", "noise", "perturb_", "project", "replay_", "snap_", "update_"]
 
-BACKENDS: dict[str, ModuleType] = {"numpy": reference, "cpp": cpu, "triton": gpu, "cuda": cuda}
-
-
-def _cuda_backend() -> ModuleType:
-    """What serves CUDA tensors: Triton where it is installed, else nvcc's kernels; those first if HOSFL_CUDA=1."""
-    if os.environ.get("HOSFL_CUDA") == "1" or importlib.util.find_spec("triton") is None:
-        return cuda
-    return gpu
-
-
-DISPATCH = {"CPU": cpu, "CUDA": _cuda_backend()}
+NAMES = ("numpy", "cpp", "triton", "cuda")
+BACKENDS: dict[str, ModuleType] = {"numpy": reference, "cpp": cpu}  # tensors.py adds those that take tensors only
 
 # Seeds travel as two 32-bit halves: a schema's int is signed, and a SymInt is not recompiled for every new value.
 # Records travel as CPU tensors for the same reason.
-_PLACE = "str dist, float[] factors, SymInt[] streams, SymInt[] starts"  # a Place, field by field
+PLACE = "str dist, float[] factors, SymInt[] streams, SymInt[] starts"  # a Place, field by field
 SCHEMAS = {
     "noise_": "(Tensor(a!) out, SymInt[] seed, SymInt stream, SymInt start, str dist) -> ()",
-    "perturb_": f"(Tensor(a!)[] tensors, SymInt[] seed, float scale, {_PLACE}, SymInt[] rounding_seed) -> ()",
-    "replay_": f"(Tensor(a!)[] tensors, Tensor seeds, Tensor coefficients, {_PLACE}, Tensor? rounding_seeds) -> ()",
+    "perturb_": f"(Tensor(a!)[] tensors, SymInt[] seed, float scale, {PLACE}, SymInt[] rounding_seed) -> ()",
+    "replay_": f"(Tensor(a!)[] tensors, Tensor seeds, Tensor coefficients, {PLACE}, Tensor? rounding_seeds) -> ()",
     "update_": "(Tensor(a!)[] tensors, Tensor(b!)[] moments, str rule, float[] constants, Tensor seeds, "
-    f"Tensor coefficients, Tensor steps, {_PLACE}, Tensor? rounding_seeds) -> ()",
-    "project": f"(Tensor[] tensors, Tensor seeds, {_PLACE}) -> Tensor",
+    f"Tensor coefficients, Tensor steps, {PLACE}, Tensor? rounding_seeds) -> ()",
+    "project": f"(Tensor[] tensors, Tensor seeds, {PLACE}) -> Tensor",
 }
 
 DISTRIBUTIONS = ("rademacher", "gaussian")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
-
-Seeds = Sequence[int] | Tensor
-Coefficients = Sequence[float] | Tensor
-SeedTable = Sequence[Sequence[int]] | Tensor
-Table = Sequence[Sequence[float]] | Tensor
 
 
 # --- the public functions -------------------------------------------------------------------------------------
 
 
+@overload
+def noise(  # type: ignore[overload-overlap]
+    n: int, seed: int, *, stream: int = 0, start: int = 0, dist: str = "rademacher", device: Literal["numpy"]
+) -> NDArray[np.float32]: ...
+@overload
+def noise(
+    n: int, seed: int, *, stream: int = 0, start: int = 0, dist: str = "rademacher", device: torch.device | str = "cpu"
+) -> Tensor: ...
 def noise(
     n: int,
     seed: int,
@@ -74,7 +87,7 @@ def noise(
     start: int = 0,
     dist: str = "rademacher",
     device: torch.device | str = "cpu",
-) -> Tensor:
+) -> NDArray[np.float32] | Tensor:
     """Elements start .. start + n of the noise of (seed, stream), float32 [n], for study and tests.
 
     Args:
@@ -83,24 +96,29 @@ def noise(
         stream: which parameter tensor, 0 <= stream < 2^32.
         start: index of the first element in the whole tensor, 0 <= start and start + n <= 2^63.
         dist: "rademacher" (+1 or -1) or "gaussian" (standard normal, |z| <= 6.77).
-        device: where to make it.
+        device: where to make it: torch's name of a device, for a tensor; "numpy", for an array. What comes back
+            follows from the arguments alone, never from what is installed: without torch the default is an error.
 
     The same bits on every backend, device and thread count; noise(n)[k:] is noise(n - k, start=k). `perturb_` adds
     this very noise without making it.
 
-    Raises: ValueError for a value out of range, TypeError for a wrong type.
+    Raises: ValueError for a value out of range, TypeError for a wrong type, ModuleNotFoundError where a tensor is
+    asked for and torch is missing.
     """
     if n < 0:
         raise ValueError(f"n must be 0 or more, got {n}")
     _place_of(1, dist, None, [stream], [start])
-    out = torch.empty(n, dtype=torch.float32, device=device)
-    _check_tensors([out])
-    torch.ops.hosfl.noise_(out, _halves(seed, "seed"), stream, start, dist)
+    halves = _halves(seed, "seed")
+    out = np.empty(n, np.float32) if device == "numpy" else _empty_tensor(n, device)
+    if is_numpy(out):
+        RUN["noise_"](cpu, out, halves, stream, start, dist)
+    else:
+        _tensors().call("noise_", out, halves, stream, start, dist)
     return out
 
 
 def perturb_(
-    tensors: Tensor | Iterable[Tensor],
+    tensors: Array | Iterable[Array],
     seed: int,
     scale: float,
     *,
@@ -114,8 +132,10 @@ def perturb_(
     """Move tensors along a seeded direction, in place: tensors[t] += scale * factors[t] * z(seed, streams[t]).
 
     Args:
-        tensors: float32, bfloat16 or float16, all on one device, no two sharing memory. Any shapes; contiguous or, for
-            the price of a copy of one at a time, in channels_last. Noise goes by index, whatever the strides are.
+        tensors: float32, bfloat16 or float16, no two sharing memory. Either torch tensors, all on one device,
+            contiguous or, for the price of a copy of one at a time, in channels_last; or numpy arrays, contiguous in C
+            order, bfloat16 as ml_dtypes.bfloat16 or as its bits in uint16. Any shapes. Noise goes by index, whatever
+            the strides are.
         seed: 0 <= seed < 2^64.
         scale: finite in float32. Inside torch.compile a Python float is a constant: a new value is a new graph.
         dist: "rademacher" or "gaussian".
@@ -134,21 +154,20 @@ def perturb_(
 
     Raises: ValueError, TypeError or RuntimeError, before any tensor is changed.
     """
-    tensors = _tensor_list(tensors)
+    tensors = _array_list(tensors)
     place = _place_of(len(tensors), dist, factors, streams, starts)
-    if not isinstance(scale, (float, int, np.floating)):
-        raise TypeError(f"scale must be a number, got {type(scale).__name__}")
+    _check_number(scale, "scale")
     if not -LARGEST_FLOAT32 <= scale <= LARGEST_FLOAT32:
         raise ValueError(f"scale must be finite in float32, got {scale}")
     _check_rounding(rounding, rounding_seed is not None, "rounding_seed")
     halves = _halves(seed, "seed")
     rounding_halves = [] if rounding_seed is None else _halves(rounding_seed, "rounding_seed")
     if tensors:
-        torch.ops.hosfl.perturb_(tensors, halves, scale, *place, rounding_halves)
+        _call("perturb_", _on_numpy(tensors), (tensors, halves, scale), place, (rounding_halves,))
 
 
 def replay_(
-    tensors: Tensor | Iterable[Tensor],
+    tensors: Array | Iterable[Array],
     seeds: Seeds,
     coefficients: Coefficients,
     *,
@@ -165,31 +184,33 @@ def replay_(
     rounding included; the weights cross the memory bus once, whatever the number of records.
 
     Args:
-        seeds: R integers, 0 <= seed < 2^64; or an int64 CPU tensor [R] of their bits, which torch.compile prefers.
-        coefficients: R finite numbers, or a float32 CPU tensor [R].
+        seeds: R integers, 0 <= seed < 2^64; or a numpy array [R] of uint64, or of int64 that has their bits; or such
+            an int64 CPU tensor, which torch.compile prefers.
+        coefficients: R finite numbers, or a float32 array or CPU tensor [R].
         rounding_seeds: for rounding="stochastic": R more seeds, one per record.
         Everything else as in `perturb_`.
 
     Raises: ValueError, TypeError or RuntimeError, before any tensor is changed.
     """
-    tensors = _tensor_list(tensors)
+    tensors = _array_list(tensors)
     place = _place_of(len(tensors), dist, factors, streams, starts)
     _check_rounding(rounding, rounding_seeds is not None, "rounding_seeds")
-    seeds = _seed_tensor(seeds, "seeds")
-    coefficients = _coefficient_tensor(coefficients)
+    numpy = _on_numpy(tensors)
+    seeds = _seed_bits(seeds, "seeds", numpy)
+    coefficients = _reals(coefficients, "coefficients", ONE, numpy)
     if len(seeds) != len(coefficients):
         raise ValueError(f"{len(seeds)} seeds but {len(coefficients)} coefficients")
     if rounding_seeds is not None:
-        rounding_seeds = _seed_tensor(rounding_seeds, "rounding_seeds")
+        rounding_seeds = _seed_bits(rounding_seeds, "rounding_seeds", numpy)
         if len(rounding_seeds) != len(seeds):
             raise ValueError(f"{len(seeds)} seeds but {len(rounding_seeds)} rounding_seeds")
     if tensors:
-        torch.ops.hosfl.replay_(tensors, seeds, coefficients, *place, rounding_seeds)
+        _call("replay_", numpy, (tensors, seeds, coefficients), place, (rounding_seeds,))
 
 
 def update_(
-    tensors: Tensor | Iterable[Tensor],
-    moments: Sequence[Tensor | Iterable[Tensor]],
+    tensors: Array | Iterable[Array],
+    moments: Sequence[Array | Iterable[Array]],
     rule: Rule,
     seeds: SeedTable,
     coefficients: Table,
@@ -205,14 +226,14 @@ def update_(
     """Apply many rounds of an update rule in one pass over weights and moments, in place.
 
     Args:
-        moments: `rule.moments` lists of float32 tensors, each with one tensor per weight tensor: its shape and device,
-            strides as for weights, sharing no memory with anything else. Zeros before the first round. AdamW: [m, v],
-            v >= 0.
+        moments: `rule.moments` lists of float32 tensors, or arrays where the weights are, each with one per weight
+            tensor: its shape and device, strides as for weights, sharing no memory with anything else. Zeros before
+            the first round. AdamW: [m, v], v >= 0.
         rule: `SGD(...)` or `AdamW(...)`.
-        seeds: R rounds of P directions, 0 <= seed < 2^64; or an int64 CPU tensor [R, P] of their bits.
-        coefficients: float32 CPU tensor [R, P] or nested lists; finite. What is summed is the gradient's estimate: a
-            mean over directions has its 1 / P in here.
-        steps: float32 CPU tensor [R, 3] of finite numbers (rate, keep, root), as `rule.steps` makes them.
+        seeds: R rounds of P directions, 0 <= seed < 2^64; or [R, P] of their bits, as in `replay_`.
+        coefficients: float32 array or CPU tensor [R, P], or nested lists; finite. What is summed is the gradient's
+            estimate: a mean over directions has its 1 / P in here.
+        steps: float32 array or CPU tensor [R, 3] of finite numbers (rate, keep, root), as `rule.steps` makes them.
         rounding_seeds: for rounding="stochastic": R seeds, one per round.
         Everything else as in `perturb_`.
 
@@ -230,23 +251,35 @@ def update_(
     """
     if not isinstance(rule, (SGD, AdamW)):
         raise TypeError(f"rule must be SGD or AdamW, got {type(rule).__name__}")
-    tensors = _tensor_list(tensors)
-    kept = _moment_lists(moments, rule, len(tensors))
+    tensors = _array_list(tensors)
+    kept = _moment_lists(moments, rule, tensors)
     place = _place_of(len(tensors), dist, factors, streams, starts)
     _check_rounding(rounding, rounding_seeds is not None, "rounding_seeds")
-    seeds = _seed_table(seeds)
+    numpy = _on_numpy(tensors)
+    seeds = _seed_table(seeds, numpy)
     rounds, directions = seeds.shape
-    coefficients = _table(coefficients, "coefficients", rounds, directions)
-    steps = _table(steps, "steps", rounds, 3)
+    coefficients = _table(coefficients, "coefficients", (rounds, directions), numpy)
+    steps = _table(steps, "steps", (rounds, 3), numpy)
     if rounding_seeds is not None:
-        rounding_seeds = _seed_tensor(rounding_seeds, "rounding_seeds")
+        rounding_seeds = _seed_bits(rounding_seeds, "rounding_seeds", numpy)
         if len(rounding_seeds) != rounds:
             raise ValueError(f"{rounds} rounds but {len(rounding_seeds)} rounding_seeds")
     if tensors:
-        record = (seeds, coefficients, steps)
-        torch.ops.hosfl.update_(tensors, kept, rule.name, rule.constants, *record, *place, rounding_seeds)
+        record = (rule.name, rule.constants, seeds, coefficients, steps)
+        _call("update_", numpy, (tensors, kept, *record), place, (rounding_seeds,))
 
 
+@overload
+def project(
+    tensors: NDArray[Any] | Iterable[NDArray[Any]],
+    seeds: Seeds,
+    *,
+    dist: str = "rademacher",
+    factors: Sequence[float] | None = None,
+    streams: Sequence[int] | None = None,
+    starts: Sequence[int] | None = None,
+) -> NDArray[np.float64]: ...
+@overload
 def project(
     tensors: Tensor | Iterable[Tensor],
     seeds: Seeds,
@@ -255,14 +288,24 @@ def project(
     factors: Sequence[float] | None = None,
     streams: Sequence[int] | None = None,
     starts: Sequence[int] | None = None,
-) -> Tensor:
+) -> Tensor: ...
+def project(
+    tensors: Array | Iterable[Array],
+    seeds: Seeds,
+    *,
+    dist: str = "rademacher",
+    factors: Sequence[float] | None = None,
+    streams: Sequence[int] | None = None,
+    starts: Sequence[int] | None = None,
+) -> NDArray[np.float64] | Tensor:
     """Inner products with seeded directions: scalars[r] = sum_t factors[t] * <tensors[t], z(seeds[r], streams[t])>.
 
     The transpose of `replay_`, in one pass over the tensors for all seeds. The tensors are only read: they may require
-    grad, and the result does not. Returns a float64 tensor [R] on the CPU; R = 0 and an empty list are fine.
+    grad, and the result does not; arrays may be read-only. Returns float64 [R]: of tensors a tensor on the CPU, of
+    arrays an array. R = 0 is fine, and so is an empty list, which counts as tensors where torch has been imported.
 
     Args:
-        seeds: R integers, 0 <= seed < 2^64; or an int64 CPU tensor [R] of their bits, which torch.compile prefers.
+        seeds: R of them, as in `replay_`.
         Everything else as in `perturb_`; those in channels_last are copied, all at once.
 
     Products and the sums of up to 128 of them down a column are float32, all further sums float64. On the CPU the order
@@ -272,17 +315,15 @@ def project(
 
     Raises: ValueError, TypeError or RuntimeError.
     """
-    tensors = _tensor_list(tensors, changed=False)
+    tensors = _array_list(tensors, changed=False)
     place = _place_of(len(tensors), dist, factors, streams, starts)
-    with torch.no_grad():
-        scalars: Tensor = torch.ops.hosfl.project(tensors, _seed_tensor(seeds, "seeds"), *place)
+    numpy = _on_numpy(tensors)
+    scalars: NDArray[np.float64] | Tensor = _call("project", numpy, (tensors, _seed_bits(seeds, "seeds", numpy)), place)
     return scalars
 
 
 @ieee_arithmetic
-def snap_(
-    tensors: Tensor | Iterable[Tensor], *, factors: Sequence[float] | None = None, headroom: float = 2.0
-) -> float:
+def snap_(tensors: Array | Iterable[Array], *, factors: Sequence[float] | None = None, headroom: float = 2.0) -> float:
     """Round float32 tensors to a lattice on which Rademacher moves are exact, in place; returns the quantum.
 
     quantum = 2^(e - 24), e the smallest with 2^e > headroom * max_t(max|tensors[t]| / factors[t]); tensor t is rounded
@@ -299,22 +340,22 @@ def snap_(
     Raises: TypeError for other dtypes, ValueError for infinite or NaN weights, RuntimeError as in `perturb_`; before
     any tensor is changed.
     """
-    tensors = _tensor_list(tensors)
+    tensors = _array_list(tensors)
     _place_of(len(tensors), "rademacher", factors, None, None)
     if not 1 <= headroom <= 2**16:
         raise ValueError(f"headroom must be between 1 and 2^16, got {headroom}")
     _check_tensors(tensors)
     factors = _factors(factors, len(tensors))
-    if any(t.dtype != torch.float32 for t in tensors):
+    if any(dtype_name(t.dtype) != "float32" for t in tensors):
         raise TypeError("snap_ takes float32 tensors only: bfloat16 and float16 have too few bits for a lattice")
-    maxima = [float(t.detach().abs().amax()) if t.numel() else 0.0 for t in tensors]
+    kind = arrays if not tensors or is_numpy(tensors[0]) else _tensors()
+    maxima = [kind.largest(t) for t in tensors]
     for t, largest in enumerate(maxima):
         if not math.isfinite(largest):
             raise ValueError(f"tensor {t} has infinite or NaN elements; there is no lattice for them")
     quantum = spec.quantum(maxima, factors, headroom)
-    with torch.no_grad():
-        for tensor, factor in zip(tensors, factors, strict=True):
-            tensor.div_(quantum * factor).round_().mul_(quantum * factor).add_(0.0)
+    for tensor, factor in zip(tensors, factors, strict=True):
+        kind.snap_(tensor, quantum * factor)
     return quantum
 
 
@@ -332,36 +373,90 @@ def derive(seed: int, a: int, b: int) -> int:
 
 
 def backends() -> dict[str, str | None]:
-    """What this machine has: backend name -> what it runs on, or None where it cannot run."""
-    return {name: module.describe() for name, module in BACKENDS.items()}
+    """What this machine has: backend name -> what it runs on, or None where it cannot run.
+
+    Imports torch and triton where they are installed.
+    """
+    found = installed()
+    return {name: found[name].describe() if name in found else None for name in NAMES}
+
+
+def installed() -> dict[str, ModuleType]:
+    """The backends: all, or without torch those that take numpy arrays."""
+    try:
+        return dict(_tensors().BACKENDS)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        return BACKENDS
+
+
+# --- one kind of array or the other --------------------------------------------------------------------------------
+
+
+def _tensors() -> Any:
+    """The module for tensors. Its import registers the ops with torch."""
+    import hosfl_kernels.tensors as tensors  # in half the time that `from hosfl_kernels import tensors` takes
+
+    return tensors
+
+
+def _on_numpy(tensors: Sequence[Array]) -> bool:
+    """Whether an op takes numpy's way. Of nothing it does not where torch has been imported."""
+    return is_numpy(tensors[0]) if tensors else sys.modules.get("torch") is None
+
+
+def _empty_tensor(n: int, device: torch.device | str) -> Tensor:
+    try:
+        empty: Tensor = _tensors().empty(n, device)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        message = "noise makes a tensor, which needs torch: pip install 'hosfl[torch]', or pass device='numpy'"
+        raise ModuleNotFoundError(message, name="torch") from error
+    return empty
+
+
+def _call(op: str, numpy: bool, arguments: Sequence[Any], place: Place, rounding: Sequence[Any] = ()) -> Any:
+    return RUN[op](cpu, *arguments, place, *rounding) if numpy else _tensors().call(op, *arguments, *place, *rounding)
+
+
+def _is_tensor(x: object) -> bool:
+    """Whether x is a tensor, or may be one: tensors.py, which needs torch, knows."""
+    return not isinstance(x, np.ndarray) and hasattr(x, "data_ptr")
+
+
+def _array_list(
+    given: Array | Iterable[Array], name: str = "tensors", changed: bool = True, like: Sequence[Array] = ()
+) -> list[Array]:
+    """The arrays or tensors given, of one kind, which is that of `like`."""
+    one = not isinstance(given, (list, tuple)) and (is_numpy(given) or _is_tensor(given))
+    listed: list[Any] = [given] if one else list(given)
+    if not listed:
+        return listed
+    if _is_tensor(like[0] if like else listed[0]):
+        _tensors().check(listed, name, changed)
+        return listed
+    for t, x in enumerate(listed):
+        if not is_numpy(x):
+            raise wrong_kind(x, f"{name}[{t}]")
+        if changed and not x.flags.writeable:
+            raise ValueError(f"{name}[{t}] is read-only, and would be changed in place: pass a writeable copy")
+    return listed
 
 
 # --- checks of numbers: also while torch.compile traces ----------------------------------------------------------
 
 
-def _tensor_list(tensors: Tensor | Iterable[Tensor], name: str = "tensors", changed: bool = True) -> list[Tensor]:
-    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    for t, tensor in enumerate(tensors):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}[{t}] is {type(tensor).__name__}, not a torch.Tensor")
-        if changed and tensor.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{name}[{t}] requires grad, and an in-place change would break its graph: use torch.no_grad()"
-            )
-        if tensor.device.type not in ("cpu", "cuda"):
-            raise RuntimeError(f"{name}[{t}] is on {tensor.device}; there are kernels for cpu and cuda")
-    return tensors
-
-
-def _moment_lists(moments: Sequence[Tensor | Iterable[Tensor]], rule: Rule, n: int) -> list[Tensor]:
+def _moment_lists(moments: Sequence[Array | Iterable[Array]], rule: Rule, tensors: list[Array]) -> list[Array]:
     """The moments end to end: all of the first kind, then all of the second."""
     if len(moments) != rule.moments:
         raise ValueError(f"{rule} keeps {rule.moments} moments per tensor, got {len(moments)} lists of them")
     kept = []
     for k, moment in enumerate(moments):
-        mine = _tensor_list(moment, f"moments[{k}]")
-        if len(mine) != n:
-            raise ValueError(f"{n} tensors but {len(mine)} in moments[{k}]")
+        mine = _array_list(moment, f"moments[{k}]", like=tensors)
+        if len(mine) != len(tensors):
+            raise ValueError(f"{len(tensors)} tensors but {len(mine)} in moments[{k}]")
         kept += mine
     return kept
 
@@ -371,6 +466,11 @@ def _check_integer(value: int, end: int, name: str) -> None:
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     if not 0 <= value < end:
         raise ValueError(f"{name} must be at least 0 and below 2^{end.bit_length() - 1}, got {value}")
+
+
+def _check_number(value: object, name: str) -> None:
+    if not isinstance(value, (float, int, np.floating, np.integer)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
 def _halves(seed: int, name: str) -> list[int]:
@@ -403,32 +503,46 @@ def _check_rounding(rounding: str, seeded: bool, name: str) -> None:
         raise ValueError(f"rounding='stochastic' and {name} go together: give both or neither")
 
 
-def _seed_tensor(seeds: Seeds, name: str) -> Tensor:
+ONE, TWO = ", one-dimensional and", ", two-dimensional and"  # dimensions
+
+
+def _numbers(values: Any, name: str, dtype: str, dimensions: str, numpy: bool) -> Numbers | None:
+    """Numbers that come as an array or a tensor, once they are checked; None for those that come as a list.
+
+    An array becomes a tensor first where the op is torch's: torch.compile knows no dtype of an array.
+    """
+    if not (is_numpy(values) or _is_tensor(values)):
+        return None
+    kind = "an array" if is_numpy(values) else "a tensor"
+    numbers: Any = _as_op_takes(values.copy(), numpy) if is_numpy(values) else values
+    right = str(numbers.dtype).removeprefix("torch.") == dtype and numbers.ndim == (1 if dimensions == ONE else 2)
+    if not right or (not is_numpy(numbers) and numbers.device.type != "cpu"):
+        taken = "int64 or uint64" if dtype == "int64" and is_numpy(values) else dtype
+        raise TypeError(f"{name} as {kind} must be {taken}{dimensions} on the CPU")
+    return numbers
+
+
+def _as_op_takes(values: NDArray[Any], numpy: bool) -> Numbers:
+    """Seeds or coefficients as an array or, where the op is torch's, as a tensor; uint64 as int64."""
+    if not numpy:
+        numbers: Tensor = _tensors().numbers(values)
+        return numbers
+    return values.view(np.int64) if values.dtype == np.uint64 else values
+
+
+def _seed_bits(seeds: Seeds, name: str, numpy: bool) -> Numbers:
     """int64 [R] on the CPU: the bits of uint64 seeds."""
-    if isinstance(seeds, Tensor):
-        if seeds.dtype != torch.int64 or seeds.dim() != 1 or seeds.device.type != "cpu":
-            raise TypeError(f"{name} as a tensor must be int64, one-dimensional and on the CPU")
-        return seeds
+    if (numbers := _numbers(seeds, name, "int64", ONE, numpy)) is not None:
+        return numbers
     for r, seed in enumerate(seeds):
         _check_integer(seed, 2**64, f"{name}[{r}]")
-    return torch.from_numpy(np.array(seeds, dtype=np.uint64).view(np.int64))
+    return _as_op_takes(np.array(seeds, dtype=np.uint64).view(np.int64), numpy)
 
 
-def _coefficient_tensor(coefficients: Coefficients) -> Tensor:
-    """float32 or float64 [R] on the CPU: backends round numbers to float32, in IEEE arithmetic."""
-    if isinstance(coefficients, Tensor):
-        if coefficients.dtype != torch.float32 or coefficients.dim() != 1 or coefficients.device.type != "cpu":
-            raise TypeError("coefficients as a tensor must be float32, one-dimensional and on the CPU")
-        return coefficients
-    return torch.tensor(coefficients, dtype=torch.float64, device="cpu")
-
-
-def _seed_table(seeds: SeedTable) -> Tensor:
+def _seed_table(seeds: SeedTable, numpy: bool) -> Numbers:
     """int64 [R, P] on the CPU: the bits of uint64 seeds."""
-    if isinstance(seeds, Tensor):
-        if seeds.dtype != torch.int64 or seeds.dim() != 2 or seeds.device.type != "cpu":
-            raise TypeError("seeds as a tensor must be int64 [rounds, directions], on the CPU")
-        return seeds
+    if (numbers := _numbers(seeds, "seeds", "int64", " [rounds, directions],", numpy)) is not None:
+        return numbers
     for r, row in enumerate(seeds):
         if not isinstance(row, Sequence):
             raise TypeError(f"seeds[{r}] must be a list of integers, one per direction, got {type(row).__name__}")
@@ -437,20 +551,32 @@ def _seed_table(seeds: SeedTable) -> Tensor:
         for p, seed in enumerate(row):
             _check_integer(seed, 2**64, f"seeds[{r}][{p}]")
     shape = (len(seeds), len(seeds[0]) if seeds else 0)
-    return torch.from_numpy(np.array(seeds, dtype=np.uint64).reshape(shape).view(np.int64))
+    return _as_op_takes(np.array(seeds, dtype=np.uint64).reshape(shape).view(np.int64), numpy)
 
 
-def _table(values: Table, name: str, rows: int, columns: int) -> Tensor:
-    """float32 or float64 [rows, columns] on the CPU, as `_coefficient_tensor`."""
-    if isinstance(values, Tensor):
-        if values.dtype != torch.float32 or values.dim() != 2 or values.device.type != "cpu":
-            raise TypeError(f"{name} as a tensor must be float32, two-dimensional and on the CPU")
-        table = values
-    else:
-        filled = values if len(values) else np.empty((0, columns))
-        table = torch.tensor(filled, dtype=torch.float64, device="cpu")
-    if table.shape != (rows, columns):
-        raise ValueError(f"{name} must be [{rows}, {columns}], one row per round of the seeds, got {[*table.shape]}")
+def _reals(values: Any, name: str, dimensions: str, numpy: bool) -> Numbers:
+    """float32 or float64 on the CPU: backends round numbers to float32, in IEEE arithmetic."""
+    if (numbers := _numbers(values, name, "float32", dimensions, numpy)) is not None:
+        return numbers
+    for r, row in enumerate(values):
+        if dimensions == ONE:
+            _check_number(row, f"{name}[{r}]")
+            continue
+        if not hasattr(row, "__len__"):
+            raise TypeError(f"{name}[{r}] must be a list of numbers, got {type(row).__name__}")
+        if len(row) != len(values[0]):
+            raise ValueError(f"{name}[0] has {len(values[0])} numbers, {name}[{r}] has {len(row)}")
+        for p, value in enumerate(row):
+            _check_number(value, f"{name}[{r}][{p}]")
+    return _as_op_takes(np.array(values, dtype=np.float64), numpy)
+
+
+def _table(values: Table, name: str, shape: tuple[int, int], numpy: bool) -> Numbers:
+    table = _reals(values if len(values) else np.empty((0, shape[1]), np.float32), name, TWO, numpy)
+    if table.shape != shape:
+        raise ValueError(
+            f"{name} must be [{shape[0]}, {shape[1]}], one row per round of the seeds, got {[*table.shape]}"
+        )
     return table
 
 
@@ -465,60 +591,72 @@ def _factors(factors: Sequence[float] | None, n: int) -> list[float]:
     return factors
 
 
-def _check_tensors(tensors: Sequence[Tensor], starts: Sequence[int] | None = None) -> None:
-    for t, tensor in enumerate(tensors):
-        if tensor.dtype not in DTYPES:
+Layouts = list[tuple[int, int, Any, bool]]  # as arrays.layouts makes them
+
+
+def _check_tensors(tensors: Sequence[Array], starts: Sequence[int] | None = None) -> Layouts:
+    """Returns their layouts."""
+    found = layouts(tensors)
+    for t, (tensor, (_, _, device, row_major)) in enumerate(zip(tensors, found, strict=True)):
+        if dtype_name(tensor.dtype) is None:
             raise TypeError(f"tensors[{t}] is {tensor.dtype}; the kernels take float32, bfloat16 and float16")
-        if tensor.device != tensors[0].device:
-            raise RuntimeError(f"tensors[0] is on {tensors[0].device}, tensors[{t}] on {tensor.device}: use one device")
-        _check_contiguous(tensor, f"tensors[{t}]")
-        if starts and starts[t] + tensor.numel() > 2**63:
-            raise ValueError(f"starts[{t}] + numel is beyond 2^63")
-    _check_memory({f"tensors[{t}]": tensor for t, tensor in enumerate(tensors)})
+        if device != found[0][2]:
+            raise RuntimeError(f"tensors[0] is on {found[0][2]}, tensors[{t}] on {device}: use one device")
+        if not row_major:
+            _check_channels_last(tensor, f"tensors[{t}]")
+    if starts:
+        for t, (start, size) in enumerate(zip(starts, sizes(tensors), strict=True)):
+            if start + size > 2**63:
+                raise ValueError(f"starts[{t}] + numel is beyond 2^63")
+    _check_memory({"tensors": found})
+    return found
 
 
-def _check_contiguous(tensor: Tensor, name: str) -> None:
-    if not (tensor.is_contiguous() or _is_channels_last(tensor)):
+def _check_channels_last(x: Any, name: str) -> None:
+    if is_numpy(x) and not x.flags.aligned:
+        raise RuntimeError(f"{name} does not lie where its numbers can be read (it is not aligned): call it on a copy")
+    if not is_channels_last(x):
+        strides = x.strides if is_numpy(x) else x.stride()
         raise RuntimeError(
-            f"{name} is not contiguous, nor in channels_last (strides {tensor.stride()}): call it on a contiguous one"
+            f"{name} is not contiguous, nor in channels_last (strides {strides}): call it on a contiguous one"
         )
 
 
-def _is_channels_last(tensor: Tensor) -> bool:
-    return tensor.is_contiguous(memory_format=torch.channels_last) or tensor.is_contiguous(
-        memory_format=torch.channels_last_3d
-    )
-
-
-def _check_memory(tensors: dict[str, Tensor]) -> None:
-    names = list(tensors)
-    memory = sorted((x.data_ptr(), x.data_ptr() + x.nbytes, i) for i, x in enumerate(tensors.values()) if x.numel())
-    for (_, end, i), (begin, _, j) in pairwise(memory):
+def _check_memory(lists: dict[str, Layouts]) -> None:
+    spans = []
+    for name, found in lists.items():
+        spans += [(begin, end, name, t) for t, (begin, end, _, _) in enumerate(found) if begin < end]
+    spans.sort()
+    for (_, end, *one), (begin, _, *other) in pairwise(spans):
         if begin < end:
-            first, second = names[min(i, j)], names[max(i, j)]
+            first, second = (
+                f"{name}[{t}]" for name, t in sorted((one, other), key=lambda at: (at[0] != "tensors", at))
+            )
             raise RuntimeError(f"{first} and {second} share memory: pass tied tensors once")
 
 
-def _check_moments(tensors: list[Tensor], moments: list[list[Tensor]]) -> None:
-    named = {f"tensors[{t}]": tensor for t, tensor in enumerate(tensors)}
+def _check_moments(tensors: list[Array], found: Layouts, moments: list[list[Array]]) -> None:
+    lists = {"tensors": found}
     for k, moment in enumerate(moments):
-        for t, (kept, tensor) in enumerate(zip(moment, tensors, strict=True)):
-            name = f"moments[{k}][{t}]"
-            if kept.dtype != torch.float32:
-                raise TypeError(f"{name} is {kept.dtype}; moments are float32, whatever the weights are")
+        lists[f"moments[{k}]"] = layouts(moment)
+        rows = zip(moment, lists[f"moments[{k}]"], tensors, found, strict=True)
+        for t, (kept, (_, _, device, row_major), tensor, (_, _, place, _)) in enumerate(rows):
+            if dtype_name(kept.dtype) != "float32":
+                raise TypeError(f"moments[{k}][{t}] is {kept.dtype}; moments are float32, whatever the weights are")
             if kept.shape != tensor.shape:
-                raise ValueError(f"{name} is {[*kept.shape]}, tensors[{t}] is {[*tensor.shape]}: they must be alike")
-            if kept.device != tensor.device:
-                raise RuntimeError(f"{name} is on {kept.device}, tensors[{t}] on {tensor.device}: use one device")
-            _check_contiguous(kept, name)
-            named[name] = kept
-    _check_memory(named)
+                shapes = f"moments[{k}][{t}] is {[*kept.shape]}, tensors[{t}] is {[*tensor.shape]}"
+                raise ValueError(f"{shapes}: they must be alike")
+            if device != place:
+                raise RuntimeError(f"moments[{k}][{t}] is on {device}, tensors[{t}] on {place}: use one device")
+            if not row_major:
+                _check_channels_last(kept, f"moments[{k}][{t}]")
+    _check_memory(lists)
 
 
-def _check_finite(table: Tensor, name: str, factors: Sequence[float] = (1.0,)) -> None:
+def _check_finite(table: NDArray[Any], name: str, factors: Sequence[float] = (1.0,)) -> None:
     """Every number of the table, times the largest factor, is finite in float32."""
     largest = max(factors)
-    beyond = ~(np.abs(table.double().numpy()) * largest <= LARGEST_FLOAT32)
+    beyond = ~(np.abs(table.astype(np.float64)) * largest <= LARGEST_FLOAT32)
     if beyond.any():
         r, p = np.argwhere(beyond)[0]
         times = "" if largest == 1 else f" * {largest}, its factor"
@@ -532,8 +670,8 @@ def _check_moves(scales: Sequence[float], factors: Sequence[float], name: str) -
             raise ValueError(f"{name.format(r=r)} times its factor must be finite in float32, got {scale} * {largest}")
 
 
-def _unsigned(bits: Tensor) -> list[int]:
-    seeds: list[int] = bits.numpy().view(np.uint64).tolist()
+def _unsigned(bits: Numbers) -> list[int]:
+    seeds: list[int] = to_numpy(bits).reshape(-1).view(np.uint64).tolist()
     return seeds
 
 
@@ -542,100 +680,110 @@ def _join(halves: Sequence[int]) -> int:
 
 
 @ieee_arithmetic
-def _noise(backend: ModuleType, out: Tensor, seed: Sequence[int], stream: int, start: int, dist: str) -> None:
+def _noise(backend: ModuleType, out: Array, seed: Sequence[int], stream: int, start: int, dist: str) -> None:
     _check_tensors([out], [start])
     backend.noise_(out, _join(seed), Place.of_one(dist, stream=stream, start=start))
-    _bump([out])
+    _mark_changed([out])
 
 
 @ieee_arithmetic
 def _perturb(
     backend: ModuleType,
-    tensors: list[Tensor],
+    tensors: list[Array],
     seed: Sequence[int],
     scale: float,
     place: Place,
     rounding_seed: Sequence[int],
 ) -> None:
-    place = _whole(place, tensors, bool(rounding_seed))
+    place, _ = _whole(place, tensors, bool(rounding_seed))
     _check_moves([scale], place.factors, "scale")
     for part, (rows,) in _row_major(place, tensors):
         backend.perturb_(rows, _join(seed), scale, part, _join(rounding_seed) if rounding_seed else None)
-    _bump(tensors)
+    _mark_changed(tensors)
 
 
 @ieee_arithmetic
 def _replay(
     backend: ModuleType,
-    tensors: list[Tensor],
-    seeds: Tensor,
-    coefficients: Tensor,
+    tensors: list[Array],
+    seeds: Numbers,
+    coefficients: Numbers,
     place: Place,
-    rounding_seeds: Tensor | None,
+    rounding_seeds: Numbers | None,
 ) -> None:
-    place = _whole(place, tensors, rounding_seeds is not None)
+    place, _ = _whole(place, tensors, rounding_seeds is not None)
     values: list[float] = coefficients.tolist()
     _check_moves(values, place.factors, "coefficients[{r}]")
     if values:
         rounding = None if rounding_seeds is None else _unsigned(rounding_seeds)
         for part, (rows,) in _row_major(place, tensors):
             backend.replay_(rows, _unsigned(seeds), values, part, rounding)
-        _bump(tensors)
+        _mark_changed(tensors)
 
 
 @ieee_arithmetic
 def _update(
     backend: ModuleType,
-    tensors: list[Tensor],
-    moments: list[Tensor],
+    tensors: list[Array],
+    moments: list[Array],
     rule: str,
     constants: Sequence[float],
-    seeds: Tensor,
-    coefficients: Tensor,
-    steps: Tensor,
+    seeds: Numbers,
+    coefficients: Numbers,
+    steps: Numbers,
     place: Place,
-    rounding_seeds: Tensor | None,
+    rounding_seeds: Numbers | None,
 ) -> None:
-    place = _whole(place, tensors, rounding_seeds is not None)
+    place, found = _whole(place, tensors, rounding_seeds is not None)
     kept = [moments[k : k + len(tensors)] for k in range(0, len(moments), len(tensors))]
-    _check_moments(tensors, kept)
-    _check_finite(coefficients, "coefficients", place.factors)
-    _check_finite(steps, "steps")
+    _check_moments(tensors, found, kept)
+    _check_finite(to_numpy(coefficients), "coefficients", place.factors)
+    _check_finite(to_numpy(steps), "steps")
     if len(steps):
-        record = (_unsigned(seeds.flatten()), coefficients.flatten().tolist(), steps.tolist())
+        record = (_unsigned(seeds), coefficients.flatten().tolist(), steps.tolist())
         rounding = None if rounding_seeds is None else _unsigned(rounding_seeds)
         for part, (rows, *mine) in _row_major(place, tensors, *kept):
             backend.update_(rows, mine, rule, list(constants), *record, part, rounding)
-        _bump([*tensors, *moments])
+        _mark_changed([*tensors, *moments])
 
 
 @ieee_arithmetic
-def _project(backend: ModuleType, tensors: list[Tensor], seeds: Tensor, place: Place) -> Tensor:
-    place = _whole(place, tensors, False)
-    scalars: Tensor = backend.project([t.contiguous() for t in tensors], _unsigned(seeds), place)
+def _project(backend: ModuleType, tensors: list[Array], seeds: Numbers, place: Place) -> NDArray[np.float64] | Tensor:
+    place, _ = _whole(place, tensors, False)
+    rows = [t if is_numpy(t) else t.contiguous() for t in tensors]  # type: ignore[union-attr]
+    scalars: NDArray[np.float64] | Tensor = backend.project(rows, _unsigned(seeds), place)
     return scalars
 
 
-def _whole(place: Place, tensors: list[Tensor], stochastic: bool) -> Place:
-    """The place with its defaults filled in, once it and the tensors are checked."""
-    n = len(tensors)
-    _check_tensors(tensors, place.starts)
-    if stochastic and any(t.dtype == torch.float16 for t in tensors):
+RUN: dict[str, Callable[..., Any]] = {
+    "noise_": _noise,
+    "perturb_": _perturb,
+    "replay_": _replay,
+    "update_": _update,
+    "project": _project,
+}
+
+
+def _whole(place: Place, tensors: list[Array], stochastic: bool) -> tuple[Place, Layouts]:
+    """The place with its defaults filled in, and the tensors' layouts, once both are checked."""
+    dist, factors, streams, starts = place
+    found = _check_tensors(tensors, starts)
+    if stochastic and any(dtype_name(t.dtype) == "float16" for t in tensors):
         raise TypeError("stochastic rounding is defined for bfloat16; float16 tensors take rounding='nearest'")
-    streams, starts = list(place.streams or range(n)), list(place.starts or [0] * n)
-    return Place(place.dist, _factors(place.factors, n), streams, starts)
+    n = len(tensors)
+    return Place(dist, _factors(factors, n), list(streams or range(n)), list(starts or [0] * n)), found
 
 
-def _row_major(place: Place, *lists: list[Tensor]) -> Iterator[tuple[Place, Sequence[list[Tensor]]]]:
+def _row_major(place: Place, *lists: list[Array]) -> Iterator[tuple[Place, Sequence[list[Array]]]]:
     """Parts of the lists as kernels take them, those in channels_last as copies, and the place of each.
 
     The copies are written back when the next ones are asked for, so that there is one at a time.
     """
-    columns = list(zip(*lists, strict=True))
-    strided = [t for t, column in enumerate(columns) if not all(x.is_contiguous() for x in column)]
-    if not strided:
+    if all(all(are_row_major(xs)) for xs in lists):
         yield place, lists
         return
+    strided = [t for t, row_major in enumerate(zip(*map(are_row_major, lists), strict=True)) if not all(row_major)]
+    columns: list[tuple[Any, ...]] = list(zip(*lists, strict=True))
     plain = [t for t in range(len(columns)) if t not in strided]
     if plain:
         yield place.of(plain), [[values[t] for t in plain] for values in lists]
@@ -647,46 +795,6 @@ def _row_major(place: Place, *lists: list[Tensor]) -> Iterator[tuple[Place, Sequ
                 x.copy_(row)
 
 
-def _bump(tensors: list[Tensor]) -> None:
-    # torch.library does not do this for us; without it backward would run silently on changed tensors.
-    for tensor in tensors:
-        if not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)  # one at a time: torch 2.6 takes no list
-
-
-# --- registration ---------------------------------------------------------------------------------------------
-
-_RUN: dict[str, Any] = {
-    "noise_": _noise,
-    "perturb_": _perturb,
-    "replay_": _replay,
-    "update_": _update,
-    "project": _project,
-}
-
-
-def _fake_project(tensors: list[Tensor], seeds: Tensor, *place: Any) -> Tensor:
-    return seeds.new_empty(seeds.shape, dtype=torch.float64)
-
-
-def _implementation(name: str, backend: ModuleType) -> Callable[..., Any]:
-    """The op as torch.library calls it: the place comes field by field, where its schema has it."""
-    before, place, _ = SCHEMAS[name].partition(_PLACE)
-    run, at = _RUN[name], before.count(",")
-    if not place:
-        return partial(run, backend)
-
-    def implementation(*arguments: Any) -> Any:
-        end = at + len(Place._fields)
-        return run(backend, *arguments[:at], Place(*arguments[at:end]), *arguments[end:])
-
-    return implementation
-
-
-_library = torch.library.Library("hosfl", "DEF")
-for _name, _schema in SCHEMAS.items():
-    _library.define(_name + _schema)
-    for _key, _backend in DISPATCH.items():
-        _library.impl(_name, _implementation(_name, _backend), _key)
-    _fake = _fake_project if _name == "project" else lambda *args: None
-    torch.library.register_fake(f"hosfl::{_name}", _fake, lib=_library)
+def _mark_changed(tensors: list[Array]) -> None:
+    if tensors and not is_numpy(tensors[0]):
+        _tensors().mark_changed(tensors)

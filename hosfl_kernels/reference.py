@@ -1,15 +1,19 @@
-"""The numpy backend: spec.py on torch tensors, to check the others against. Slow, and allocates; not dispatched to."""
+"""The numpy backend: spec.py on arrays or tensors, to check the others against. Slow, and allocates; no op runs it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from hosfl_kernels import spec
+from hosfl_kernels.arrays import storage
 from hosfl_kernels.place import Place
+
+if TYPE_CHECKING:
+    from hosfl_kernels.arrays import Array
 
 
 def describe() -> str:
@@ -19,23 +23,18 @@ def describe() -> str:
 philox_words = spec.philox
 
 
-def storage(tensor: Tensor) -> spec.Storage:
-    """The tensor's memory as spec.py sees it: bfloat16 as uint16 bits. A view for CPU tensors."""
-    flat = tensor.detach().reshape(-1)
-    return flat.view(torch.int16).numpy().view(np.uint16) if flat.dtype == torch.bfloat16 else flat.numpy()
-
-
-def noise_(out: Tensor, seed: int, place: Place) -> None:
+def noise_(out: Array, seed: int, place: Place) -> None:
     stream, start = place.streams[0], place.starts[0]
-    storage(out)[:] = spec.noise(out.numel(), seed, stream=stream, start=start, dist=place.dist)
+    z = storage(out)
+    z[:] = spec.noise(z.size, seed, stream=stream, start=start, dist=place.dist)
 
 
-def perturb_(tensors: Sequence[Tensor], seed: int, scale: float, place: Place, rounding_seed: int | None) -> None:
+def perturb_(tensors: Sequence[Array], seed: int, scale: float, place: Place, rounding_seed: int | None) -> None:
     replay_(tensors, [seed], [scale], place, None if rounding_seed is None else [rounding_seed])
 
 
 def replay_(
-    tensors: Sequence[Tensor],
+    tensors: Sequence[Array],
     seeds: Sequence[int],
     coefficients: Sequence[float],
     place: Place,
@@ -48,8 +47,8 @@ def replay_(
 
 
 def update_(
-    tensors: Sequence[Tensor],
-    moments: Sequence[Sequence[Tensor]],
+    tensors: Sequence[Array],
+    moments: Sequence[Sequence[Array]],
     rule: str,
     constants: Sequence[float],
     seeds: Sequence[int],
@@ -68,8 +67,8 @@ def update_(
             old[:] = new
 
 
-def project(tensors: Sequence[Tensor], seeds: Sequence[int], place: Place) -> Tensor:
+def project(tensors: Sequence[Array], seeds: Sequence[int], place: Place) -> NDArray[np.float64]:
     scalars = np.zeros(len(seeds))
     for tensor, where in zip(tensors, place.each(), strict=True):
         scalars = spec.project(storage(tensor), list(seeds), scalars, **where)
-    return torch.from_numpy(scalars)
+    return scalars

@@ -11,8 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from hosfl_kernels.cpu import ieee_arithmetic
 
@@ -40,7 +39,7 @@ class SGD:
 
     @property
     def moments(self) -> int:
-        """How many float32 tensors the rule keeps per parameter."""
+        """How many float32 numbers the rule keeps per weight."""
         return int(self.momentum > 0)
 
     @property
@@ -54,8 +53,8 @@ class SGD:
         return [self.momentum] if self.moments else []
 
     @ieee_arithmetic
-    def steps(self, rounds: Sequence[int], rates: Sequence[float]) -> Tensor:
-        """(rate, keep, root) of every round, float32 [R, 3] on the CPU.
+    def steps(self, rounds: Sequence[int], rates: Sequence[float]) -> NDArray[np.float32]:
+        """(rate, keep, root) of every round, a float32 array [R, 3].
 
         Args:
             rounds: the rounds' global numbers, counted from 0.
@@ -66,7 +65,7 @@ class SGD:
         Raises: ValueError, TypeError.
         """
         _check_rounds(rounds, rates)
-        return _step_tensor([(rate, 1 - rate * self.weight_decay, 1.0) for rate in rates])
+        return _step_table([(rate, 1 - rate * self.weight_decay, 1.0) for rate in rates])
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class AdamW:
 
     @property
     def moments(self) -> int:
-        """How many float32 tensors the rule keeps per parameter: m, then v."""
+        """How many float32 numbers the rule keeps per weight: m, then v."""
         return 2
 
     @property
@@ -114,8 +113,8 @@ class AdamW:
         return [b1, 1 - b1, b2, 1 - b2, self.eps]
 
     @ieee_arithmetic
-    def steps(self, rounds: Sequence[int], rates: Sequence[float]) -> Tensor:
-        """(rate, keep, root) of every round, float32 [R, 3] on the CPU.
+    def steps(self, rounds: Sequence[int], rates: Sequence[float]) -> NDArray[np.float32]:
+        """(rate, keep, root) of every round, a float32 array [R, 3].
 
         Args:
             rounds: the rounds' global numbers, counted from 0: Adam's t is round + 1.
@@ -133,7 +132,7 @@ class AdamW:
             t = int(number) + 1
             root = 1 / math.sqrt(1 - _power(b2, t))
             rows.append((rate / (1 - _power(b1, t)), 1 - rate * self.weight_decay, root))
-        return _step_tensor(rows)
+        return _step_table(rows)
 
 
 Rule = SGD | AdamW
@@ -150,8 +149,8 @@ def _power(base: float, exponent: int) -> float:
     return result
 
 
-def _step_tensor(rows: list[tuple[float, float, float]]) -> Tensor:
-    return torch.from_numpy(np.array(rows, np.float64).reshape(len(rows), 3).astype(np.float32))
+def _step_table(rows: list[tuple[float, float, float]]) -> NDArray[np.float32]:
+    return np.array(rows, np.float64).reshape(len(rows), 3).astype(np.float32)
 
 
 def _check_share(value: float, name: str) -> None:

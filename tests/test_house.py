@@ -159,4 +159,4 @@ def test_few_knobs():
         for path in SOURCES
         for name in re.findall(r"environ(?:\.get|\.setdefault)?[\[(]\s*\"(\w+)\"", path.read_text())
     ]
-    assert {name for _, name in read} <= {"TRITON_INTERPRET", "HOSFL_CUDA"}
+    assert {name for _, name in read} <= {"TRITON_INTERPRET", "HOSFL_CUDA", "OMP_NUM_THREADS"}

@@ -1,5 +1,9 @@
 """The ops inside torch: schemas, fake tensors, torch.compile."""
 
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
@@ -80,3 +84,35 @@ def test_schemas():
         ([x], torch.tensor([1, 2]), torch.tensor([0.5, 1.0]), "rademacher", [], [], [], None),
     )
     torch.library.opcheck(torch.ops.hosfl.project.default, ([x], torch.tensor([1, 2]), "gaussian", [], [], []))
+
+
+@pytest.mark.parametrize("first", ["torch", "hosfl_kernels", "hosfl_kernels.tensors"])
+def test_the_ops_are_registered_when_they_are_needed(first):
+    """With torch before it, at the import; else with the first tensor, also if torch.compile traces that call."""
+    program = f"""
+import {first}
+import torch, hosfl_kernels as hk
+at_once = {first != "hosfl_kernels"}
+assert hasattr(torch.ops.hosfl, "perturb_") == at_once
+x, y = torch.zeros(100), torch.zeros(100)
+torch.compile(lambda t: hk.perturb_(t, 1, 1.0), fullgraph=True, backend="eager")(x)
+torch.ops.hosfl.perturb_([y], [1, 0], 1.0, "rademacher", [], [], [], [])
+assert torch.equal(x, y) and x.abs().min() == 1
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_compile_takes_numpy_s_numbers():
+    rule = hk.SGD(momentum=0.5)
+
+    def f(x, m, seeds, coefficients, steps):
+        hk.update_(x, [m], rule, seeds, coefficients, steps)
+        return x + 1
+
+    compiled, _ = counted(f)
+    seeds, coefficients = np.array([[2**64 - 1, 3]], np.uint64), np.array([[0.5, 0.25]], np.float32)
+    got, want = ([torch.zeros(50), torch.zeros(50)] for _ in range(2))
+    arguments = (seeds, coefficients, rule.steps([0], [0.1]))
+    assert torch.equal(compiled(*got, *arguments), f(*want, *arguments))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

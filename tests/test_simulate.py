@@ -31,7 +31,7 @@ from hosfl.runs.faults import LIES, Faults
 from hosfl.runs.simulate import SMALLEST_SHARD, TOLD, Crowd, Outcome, State, UnreliableWire, simulate
 from hosfl.runs.trainer import train
 from hosfl_kernels import cpu
-from hosfl_kernels.ops import BACKENDS
+from hosfl_kernels.tensors import BACKENDS
 
 RULES: dict[str, dict[str, Any]] = {
     "sgd": {"rule": "sgd", "client_rate": 0.04},

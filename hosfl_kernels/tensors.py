@@ -1,0 +1,131 @@
+"""What only torch has: the ops in torch.library, the backends of its devices, and what a tensor may refuse.
+
+Imported where torch is and is needed: with hosfl_kernels in a program that has imported torch, else with the first
+tensor that an op is given. `import hosfl_kernels.tensors` makes torch.ops.hosfl at once.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from hosfl_kernels import arrays, cpu, cuda, gpu, ops
+from hosfl_kernels.place import Place
+
+BACKENDS: dict[str, ModuleType] = {**ops.BACKENDS, "triton": gpu, "cuda": cuda}
+READING = [op for op, schema in ops.SCHEMAS.items() if "!" not in schema]
+DTYPES: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in arrays.DTYPES)
+
+
+def cuda_backend() -> ModuleType:
+    """What serves CUDA tensors: Triton where it is installed, else nvcc's kernels; those first if HOSFL_CUDA=1."""
+    if os.environ.get("HOSFL_CUDA") == "1" or importlib.util.find_spec("triton") is None:
+        return cuda
+    return gpu
+
+
+DISPATCH = {"CPU": cpu, "CUDA": cuda_backend()}
+
+
+def check(tensors: Sequence[Any], name: str, changed: bool) -> None:
+    """Refuses what the ops can't take, also while torch.compile traces."""
+    for t, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise arrays.wrong_kind(tensor, f"{name}[{t}]")
+        if changed and tensor.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{name}[{t}] requires grad, and an in-place change would break its graph: use torch.no_grad()"
+            )
+        if tensor.device.type not in ("cpu", "cuda"):
+            raise RuntimeError(f"{name}[{t}] is on {tensor.device}; there are kernels for cpu and cuda")
+
+
+def call(op: str, *arguments: Any) -> Any:
+    """The op by the tensors' device, or traced."""
+    function = getattr(torch.ops.hosfl, op)
+    if op not in READING:
+        return function(*arguments)
+    with torch.no_grad():  # the result has no gradient
+        return function(*arguments)
+
+
+def numbers(x: NDArray[Any]) -> Tensor:
+    """A tensor of seeds or coefficients: a view; uint64 as int64."""
+    tensor = torch.from_numpy(x)
+    return tensor.view(torch.int64) if tensor.dtype == torch.uint64 else tensor
+
+
+def of_storage(x: NDArray[Any]) -> Tensor:
+    """A tensor of an array as spec.py has it: a copy; uint16 are the bits of bfloat16."""
+    if x.dtype == np.uint16:
+        return torch.from_numpy(x.view(np.int16).copy()).view(torch.bfloat16)
+    return torch.from_numpy(x.copy())
+
+
+def empty(n: int, device: torch.device | str) -> Tensor:
+    return torch.empty(n, dtype=torch.float32, device=device)
+
+
+def mark_changed(tensors: Sequence[Tensor]) -> None:
+    """Tells autograd. torch.library doesn't; without it backward would run silently on changed tensors."""
+    for tensor in tensors:
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)  # one at a time: torch 2.6 takes no list
+
+
+def largest(x: Tensor) -> float:
+    """The largest absolute value, 0 of nothing; NaN if there is one."""
+    return float(x.detach().abs().amax()) if x.numel() else 0.0
+
+
+def snap_(x: Tensor, step: float) -> None:
+    """spec.snap, in place."""
+    with torch.no_grad():
+        x.div_(step).round_().mul_(step).add_(0.0)
+
+
+# --- registration ---------------------------------------------------------------------------------------------
+
+
+def _implementation(op: str, backend: ModuleType) -> Callable[..., Any]:
+    """The op as torch.library calls it: the place comes field by field, where its schema has it."""
+    before, place, _ = ops.SCHEMAS[op].partition(ops.PLACE)
+    if not place:
+        return partial(ops.RUN[op], backend)
+    run, first = ops.RUN[op], before.count(",")
+    end = first + len(Place._fields)
+
+    def implementation(*a: Any) -> Any:
+        return run(backend, *a[:first], Place(*a[first:end]), *a[end:])
+
+    def reading(*a: Any) -> Any:
+        made = implementation(*a)
+        return torch.from_numpy(made) if isinstance(made, np.ndarray) else made
+
+    return reading if op in READING else implementation
+
+
+def _fake(op: str) -> Callable[..., Any]:
+    """What torch.compile sees: nothing, or one number per seed."""
+
+    def fake(tensors: Sequence[Tensor], seeds: Tensor, *arguments: Any) -> Tensor:
+        return seeds.new_empty(seeds.shape, dtype=torch.float64)
+
+    return fake if ops.SCHEMAS[op].endswith("-> Tensor") else lambda *arguments: None
+
+
+_library = torch.library.Library("hosfl", "DEF")
+for _op, _schema in ops.SCHEMAS.items():
+    _library.define(_op + _schema)
+    for _key, _backend in DISPATCH.items():
+        _library.impl(_op, _implementation(_op, _backend), _key)
+    torch.library.register_fake(f"hosfl::{_op}", _fake(_op), lib=_library)
