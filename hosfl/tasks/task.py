@@ -40,12 +40,17 @@ class Task:
     loss: (outputs, labels) -> the mean loss over the batch, a tensor of one element.
     at: where to cut a whole model: see `hosfl.split`.
     metrics: name -> (outputs, labels) of the whole set -> a number; the first is the one that tables show. Left out:
-    accuracy for labels that are classes, and the negative loss, as "score", for all others.
+    accuracy for labels that are classes, and the negative loss, as "score", for all others. A metric may also be an
+    object with reset(), update(outputs, labels) for every batch, and compute(), such as torchmetrics'; if all are, the
+    outputs of the whole set are never in memory together.
     optimizer: (server half, weight decay) -> its optimizer; default: AdamW with betas 0.9 and 0.99.
     classes: labels are below it, which the server checks; None: it cannot.
+    ignore_index: the label that the loss does not count, as torch's cross_entropy calls it. Labels are then one for
+    each token, [n, length], and end with their text; the loss is the mean over those that count. None: all count.
     groups: int [training samples], what clients' data differ by where `partition` is "dirichlet"; None: the labels.
     rates: by a method's name, or by `Method.tuned`, (server rate, client rate, weight decay); None: a run gives them.
     scores: in place of metrics, (outputs, data set) -> scores by name, where a score needs more than labels.
+    generated: further scores, (the halves in eval mode, data set) -> scores by name, of what a model writes.
 
     Raises DataError, a ValueError, for data that are none, and TypeError or ValueError for the rest; each says what.
     """
@@ -56,12 +61,14 @@ class Task:
     loss: Callable[[Tensor, Tensor], Tensor]
     at: int | str | None = None
     validation: Any = None
-    metrics: Mapping[str, Callable[[Tensor, Tensor], Any]] | None = None
+    metrics: Mapping[str, Any] | None = None
     optimizer: Callable[[nn.Module, float], torch.optim.Optimizer] = adamw
     classes: int | None = None
+    ignore_index: int | None = None
     groups: Any = None
     rates: Mapping[Any, tuple[float, ...]] = field(default_factory=dict)
     scores: Callable[[Tensor, Dataset], Scores] | None = None
+    generated: Callable[[SplitModel, Any], Scores] | None = None
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -120,16 +127,43 @@ class Task:
             first = self.train[0] if isinstance(self.train, list) else self.train
             return split(made, place, example=read(first[:2].to("cpu", dtype_of(made))).inputs)
 
+    @property
+    def per_token(self) -> bool:
+        """Whether labels are one for each token."""
+        return self.ignore_index is not None
+
+    def counted(self, labels: Tensor) -> int:
+        """What a batch's loss is the mean over: its samples, or its labels that count."""
+        return len(labels) if self.ignore_index is None else int((labels != self.ignore_index).sum())
+
+    def running(self, labels: Tensor) -> list[Any] | None:
+        """The metrics that are given one batch after another, reset; None where some need all outputs together.
+
+        labels: of any samples.
+        """
+        metrics = [*self._metrics(labels).values()]
+        if self.scores is not None or not all(map(_runs, metrics)):
+            return None
+        for metric in metrics:
+            metric.reset()
+        return metrics
+
     def score(self, outputs: Tensor, data: Dataset, loss: float) -> Scores:
-        """The scores of outputs for all of a data set. loss: their mean loss."""
+        """The scores of outputs for all of a data set, of which `running` metrics need none. loss: their mean loss."""
         if self.scores is not None:
             return self.scores(outputs, data)
-        metrics = self.metrics
-        if metrics is None:
-            if data.labels.is_floating_point() or data.labels.dim() > 1:
-                return {"score": -loss}
-            metrics = {"accuracy": accuracy}
-        return {name: _number(metric(outputs, data.labels), name) for name, metric in metrics.items()}
+        metrics = self._metrics(data.labels)
+        if not metrics and self.generated is None:
+            return {"score": -loss}
+        return {
+            name: _number(metric.compute() if _runs(metric) else metric(outputs, data.labels), name)
+            for name, metric in metrics.items()
+        }
+
+    def _metrics(self, labels: Tensor) -> Mapping[str, Any]:
+        if self.metrics is not None:
+            return self.metrics
+        return {} if labels.is_floating_point() or labels.dim() > 1 else {"accuracy": accuracy}
 
     def digest(self) -> str:
         """SHA-256, in hexadecimal, of the data and of what clients' data differ by; nothing of where they lay.
@@ -163,6 +197,11 @@ class Task:
 def accuracy(outputs: Tensor, labels: Tensor) -> float:
     """The share of samples whose largest output is that of their class."""
     return float((outputs.argmax(-1) == labels).double().mean())
+
+
+def _runs(metric: Any) -> bool:
+    """Whether a metric takes one batch after another."""
+    return all(callable(getattr(metric, name, None)) for name in ("reset", "update", "compute"))
 
 
 def _number(value: Any, name: str) -> float:
