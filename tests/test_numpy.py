@@ -1,4 +1,4 @@
-"""The ops without torch, on numpy arrays, in processes that cannot import it; what arrays and tensors have in common."""
+"""The ops without torch: numpy arrays, in processes that cannot import it; what arrays and tensors have in common."""
 
 import json
 import os

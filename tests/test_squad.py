@@ -17,8 +17,9 @@ from hosfl.protocol.messages import Cut
 from hosfl.runs.assemble import assemble
 from hosfl.runs.config import with_shared
 from hosfl.tasks import make_task, squad
+from hosfl.tasks.answers import exact_match, f1
 from hosfl.tasks.data import dirichlet_split
-from hosfl.tasks.squad import HUB, Question, articles_apart, exact_match, f1, parts, predictions, span_scores, windows
+from hosfl.tasks.squad import HUB, Question, articles_apart, parts, predictions, span_scores, windows
 
 NAMES = ("Ann", "Bob", "Cid", "Dan", "Eve", "Flo")
 WORDS = ["?", ".", ",", "Who", "saw", "the", "cat", "dog", "in", "a", "red", "house", "then", "went", "home", *NAMES]

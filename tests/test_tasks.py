@@ -122,7 +122,7 @@ def test_nothing_is_computed_or_sent_for_padding(folder):
     assert scores == task.score(outputs, splits.test, loss)
     assert loss == pytest.approx(float(task.loss(outputs, splits.test.labels)), abs=1e-6)
     # In the order of the data: each sample's own.
-    seen = replace(task, metric=lambda outputs, data: {"far": float((outputs - all_outputs).abs().max())})
+    seen = replace(task, scores=lambda outputs, data: {"far": float((outputs - all_outputs).abs().max())})
     all_outputs = outputs
     assert evaluate(halves, splits.test, seen)[0]["far"] < 1e-5
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -291,6 +292,30 @@ def is_decoder(name: str) -> bool:
     if kind not in texts or config.is_encoder_decoder:
         raise ValueError(f"{name} is a {kind}; text models that can be cut are {', '.join(texts)}")
     return FAMILIES[kind].decoder
+
+
+def text_limits(name: str) -> tuple[int, int]:
+    """(tokens that a text model knows, the most that it reads at once), from its configuration and tokenizer files.
+
+    Raises ImportError, OSError.
+    """
+    config = _transformers().AutoConfig.from_pretrained(name)
+    return config.vocab_size, getattr(config, "max_position_embeddings", sys.maxsize)
+
+
+def stop_tokens(name: str) -> list[int]:
+    """The tokens at which a decoder's text ends: its tokenizer's, and those that its files tell `generate` of.
+
+    Raises ImportError, OSError; ValueError for a tokenizer without a token for the end of a text.
+    """
+    end = tokenizer_of(name).eos_token_id
+    if end is None:
+        raise ValueError(f"the tokenizer of {name} has no token for the end of a text: set its eos_token, and save it")
+    try:
+        told = _transformers().GenerationConfig.from_pretrained(name).eos_token_id
+    except OSError:  # no such file
+        told = None
+    return list(dict.fromkeys([end, *(told if isinstance(told, list) else [] if told is None else [told])]))
 
 
 def untrained(kind: str, **settings: Any) -> nn.Module:

@@ -29,7 +29,8 @@ class Server:
 
     loss: (output, labels) -> mean loss over the batch. ledger: what is known of the client half; None where it is
     frozen. clients: their number. cut_shape: of one sample; of texts, of the longest. classes: labels are below it;
-    None: any will do. real: labels are no integers.
+    None: any will do. real: labels are no integers. ignore_index: a label that the loss does not count, such as -100 of
+    torch's cross_entropy; labels are then one for each token, and end with their text. None: every label counts.
     batch: the most samples that one client sends. masked: whether the half takes an attention mask beside the cut; its
     texts may then be shorter. label_shape: of one sample's labels. aggregation: of the clients' gradients of the half,
     the ledger's own, so that both halves descend one loss. "median" and "trimmed" keep all K gradients, K times the
@@ -60,6 +61,7 @@ class Server:
     masked: bool = False
     label_shape: tuple[int, ...] = ()
     real: bool = False
+    ignore_index: int | None = None
     aggregation: Aggregation = weighted_mean
     clip: float | None = None
     refused: list[str] = field(default_factory=list)
@@ -234,18 +236,24 @@ class Server:
         if message.client in self._samples:
             raise MessageError("a second cut in one round")
         shape, labels = tuple(message.cut.shape), message.labels
-        sample, classes = shape[1:], self.classes
+        sample, label, classes = shape[1:], self.label_shape, self.classes
         if self.masked and sample[:1] and 0 < sample[0] < self.cut_shape[0]:  # its texts are shorter than the longest
             sample = self.cut_shape[:1] + sample[1:]
-            if self.label_shape and classes == self.cut_shape[0]:  # labels are places in a text
+            if self.ignore_index is not None:  # one for each token
+                label = shape[1:2] + label[1:]
+            elif label and classes == self.cut_shape[0]:  # labels are places in a text
                 classes = shape[1]
-        right = sample == self.cut_shape and tuple(labels.shape) == shape[:1] + self.label_shape
+        right = sample == self.cut_shape and tuple(labels.shape) == shape[:1] + label
         if not shape or not right or not len(labels):
             raise MessageError(f"a cut of shape {shape}, labels {tuple(labels.shape)}; samples are {self.cut_shape}")
         if len(labels) > self.batch:
             raise MessageError(f"{len(labels)} samples; the most is {self.batch}")
         if labels.is_floating_point() != self.real or not torch.isfinite(labels).all():
             raise MessageError(f"labels that are {labels.dtype}, or not finite; this task's are real: {self.real}")
+        if self.ignore_index is not None:
+            labels = labels[labels != self.ignore_index]
+            if not len(labels):
+                raise MessageError(f"a cut whose labels are all {self.ignore_index}: there is nothing to learn from it")
         if classes is not None and (int(labels.min()) < 0 or int(labels.max()) >= classes):
             raise MessageError(f"labels from {int(labels.min())} to {int(labels.max())} for {classes} classes")
         if not torch.isfinite(message.cut).all():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +27,7 @@ from hosfl.protocol.seeds import Purpose, round_seed
 from hosfl.runs.checkpoint import header_of
 from hosfl.settings import DEFAULTS, Rates, Settings
 from hosfl.tasks import make_task
-from hosfl.tasks.data import Dataset, dirichlet_split, iid_split, shards
+from hosfl.tasks.data import Dataset, at_once, dirichlet_split, iid_split, shards
 from hosfl.tasks.items import Batches, Items, check_alike, read
 from hosfl.tasks.task import Scores, Task
 
@@ -58,7 +59,9 @@ def assemble(config: Settings, smallest_shard: int | None = None, task: Task | N
 
     def make(number: int) -> Client:
         mine = shares[number % len(shares)]
-        return method.client(number, copy.deepcopy(base), Batches(mine, config.batch, config.seed, number))
+        return method.client(
+            number, copy.deepcopy(base), Batches(mine, config.batch, config.seed, number, task.per_token)
+        )
 
     optimizer = task.optimizer(half, rates.decay)
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -77,6 +80,7 @@ def assemble(config: Settings, smallest_shard: int | None = None, task: Task | N
         masked=isinstance(sample.inputs, dict) and "attention_mask" in sample.inputs,
         label_shape=tuple(sample.labels.shape[1:]),
         real=sample.labels.is_floating_point(),
+        ignore_index=task.ignore_index,
         aggregation=setup.aggregation,
         clip=config.server_clip,
         passes=setup.passes,
@@ -159,19 +163,33 @@ def evaluate(model: SplitModel, data: Dataset | Items, task: Task) -> tuple[Scor
     modes = model.client.training, model.server.training
     model.eval()
     device, dtype = next(model.server.parameters()).device, dtype_of(model.client)
-    # Short texts with short ones, where outputs are per sample: those per token have to be of one length.
-    by_length = isinstance(data, Dataset) and data.labels.dim() == 1
+    first = data[:1] if isinstance(data, Dataset) else read(data[:1])
+    metrics = task.running(first.labels)
+    # Short texts with short ones, but where outputs per token are kept together, which takes one length.
+    by_length = isinstance(data, Dataset) and (metrics is not None if task.per_token else data.labels.dim() == 1)
     order = data.lengths.argsort(stable=True) if by_length else torch.arange(len(data))
-    at_once = max(1, min(512, 512 * 64 // data.length)) if isinstance(data, Dataset) else 64
-    outputs, labels, loss = [], [], 0.0
+    together = at_once(first.length, task.classes or 1 if task.per_token else 1)
+    if isinstance(data, Items):
+        together = min(together, 64)
+    outputs, labels, loss, counted = [], [], 0.0, 0
     with torch.no_grad():
-        for chosen in order.split(at_once):
+        for chosen in order.split(together):
             part = read(data[chosen].to(device, dtype))
-            output = model(part.trimmed().inputs if by_length else part.inputs)
-            outputs.append(output)
-            labels.append(part.labels)
-            loss += float(task.loss(output, part.labels)) * len(part)
+            if by_length:
+                part = part.trimmed(task.per_token)
+            output, count = model(part.inputs), task.counted(part.labels)
+            if count:
+                loss += float(task.loss(output, part.labels)) * count
+                counted += count
+            for metric in metrics or ():
+                metric.update(output, part.labels)
+            if metrics is None:
+                outputs.append(output)
+            if isinstance(data, Items):
+                labels.append(part.labels)
+        generated = {} if task.generated is None else task.generated(model, data)
     model.client.train(modes[0]), model.server.train(modes[1])
-    mean, back = loss / len(data), order.argsort()
+    mean = loss / counted if counted else math.nan
     seen = data if isinstance(data, Dataset) else Dataset({}, torch.cat(labels))
-    return task.score(torch.cat(outputs)[back], seen, mean), mean
+    all_outputs = torch.cat(outputs)[order.argsort()] if metrics is None else torch.empty(0)
+    return task.score(all_outputs, seen, mean) | generated, mean

@@ -315,6 +315,9 @@ class Writer:
                 file.close()
 
 
+LOWER_IS_BETTER = ("perplexity",)  # of all scores
+
+
 def metric(scores: Mapping[str, float]) -> str:
     """The name of the score that is shown as the accuracy."""
     return next(iter(scores), "accuracy")

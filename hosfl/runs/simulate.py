@@ -107,10 +107,11 @@ class UnreliableWire(Wire):
 
 @dataclass
 class ByzantineClient(ZerothOrderClient):
-    """Does what it should and lies about it. faults: what it lies about. classes: C."""
+    """Does what it should and lies about it. faults: what it lies about. classes: C. ignore_index: see `Server`."""
 
     faults: Faults = field(kw_only=True)
     classes: int = field(kw_only=True)
+    ignore_index: int | None = field(kw_only=True)
     random: np.random.Generator = field(kw_only=True)
 
     def output(self, round: int) -> Cut:
@@ -133,13 +134,22 @@ AnyMessage = TypeVar("AnyMessage", Cut, Scalars)
 
 def _classes(cut: Cut, liar: ByzantineClient) -> int:
     """Labels are below it. Two for each sample are places in a text, of which one may be shorter than the longest."""
-    return cut.cut.shape[1] if cut.labels.dim() > 1 else liar.classes
+    places = cut.labels.dim() > 1 and liar.ignore_index is None
+    return cut.cut.shape[1] if places else liar.classes
+
+
+def _other_labels(cut: Cut, liar: ByzantineClient) -> Tensor:
+    return _where_they_count(cut, _classes(cut, liar) - 1 - cut.labels, liar)
 
 
 def _random_labels(cut: Cut, liar: ByzantineClient) -> Tensor:
     classes = _classes(cut, liar)
     others = torch.from_numpy(liar.random.integers(1, max(2, classes), cut.labels.shape).astype(np.int32))
-    return (cut.labels + others.to(cut.labels.device)) % classes
+    return _where_they_count(cut, (cut.labels + others.to(cut.labels.device)) % classes, liar)
+
+
+def _where_they_count(cut: Cut, lie: Tensor, liar: ByzantineClient) -> Tensor:
+    return lie if liar.ignore_index is None else torch.where(cut.labels == liar.ignore_index, cut.labels, lie)
 
 
 def _noise(cut: Cut, liar: ByzantineClient) -> Tensor:
@@ -154,7 +164,7 @@ def _signed(honest: Scalars, liar: ByzantineClient) -> Tensor:
 
 # What a message says, and what a liar says in its place.
 TOLD: dict[str, tuple[str, Callable[[Any, ByzantineClient], Tensor]]] = {
-    "labels": ("labels", lambda cut, liar: _classes(cut, liar) - 1 - cut.labels),
+    "labels": ("labels", _other_labels),
     "random-labels": ("labels", _random_labels),
     "flipped-cuts": ("cut", lambda cut, liar: -cut.cut),
     "scaled-cuts": ("cut", lambda cut, liar: cut.cut * liar.faults.magnitude),
@@ -239,6 +249,7 @@ class Crowd(Federation):
                 base=client.base,
                 faults=self.faults,
                 classes=self.server.classes or 0,
+                ignore_index=self.server.ignore_index,
                 random=self.random,
             )
         if number in self.where and isinstance(client, ZerothOrderClient):

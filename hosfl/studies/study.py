@@ -45,7 +45,7 @@ from hosfl.protocol.terms import Diverged
 from hosfl.runs.assemble import rates_of
 from hosfl.runs.config import Config, all_with_shared, with_shared
 from hosfl.runs.memory import HALVES, client_memory
-from hosfl.runs.report import Evaluation, gap_recovered, machine, metric
+from hosfl.runs.report import LOWER_IS_BETTER, Evaluation, gap_recovered, machine, metric
 from hosfl.runs.trainer import train
 from hosfl.settings import FIELDS, decisive, differences, typed
 from hosfl.tasks import make_task
@@ -610,9 +610,10 @@ def _flat(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
 
 def trials(study: Study, folder: Path) -> list[dict[str, Any]]:
     """Every trial that has all its runs: validation figures by seed and their means. A failed run counts as accuracy 0
-    and an infinite loss, here None."""
+    (of a score that is better when lower: infinite) and an infinite loss, here None."""
     rows = []
     jobs = study.tuning()
+    worst = math.inf if _metric(study, folder) in LOWER_IS_BETTER else 0.0
     for (method, n), group in itertools.groupby(jobs, lambda job: (job.method, job.trial)):
         found = [held(job, folder) for job in group]
         runs = [run for run in found if run is not None]
@@ -620,7 +621,7 @@ def trials(study: Study, folder: Path) -> list[dict[str, Any]]:
             continue
         failures = [run["failure"] for run in runs if run["failure"]]
         row = {"method": method, "trial": n, "choice": _choices(study.grids[method])[n], "failures": failures}
-        row["accuracies"] = [0.0 if run["failure"] else run["accuracy"] for run in runs]
+        row["accuracies"] = [worst if run["failure"] else run["accuracy"] for run in runs]
         row["losses"] = [None if run["failure"] else run["loss"] for run in runs]
         row["accuracy"] = mean(row["accuracies"])
         row["loss"] = None if failures else mean(row["losses"])
@@ -629,12 +630,17 @@ def trials(study: Study, folder: Path) -> list[dict[str, Any]]:
 
 
 def best(study: Study, folder: Path) -> dict[str, int | None]:
-    """The trial of each method: the highest mean validation accuracy, at equal accuracy the lower loss, then the first
+    """The trial of each method: the best mean validation accuracy, at equal accuracy the lower loss, then the first
     one. None where in every trial every run failed."""
     chosen: dict[str, int | None] = {}
+    sign = -1 if _metric(study, folder) in LOWER_IS_BETTER else 1
+
+    def merit(row: dict[str, Any]) -> tuple[float, float]:
+        return sign * row["accuracy"], -math.inf if row["loss"] is None else -row["loss"]
+
     for method, group in itertools.groupby(trials(study, folder), lambda row: row["method"]):
         rows = [row for row in group if len(row["failures"]) < len(row["losses"])]
-        top = max(rows, key=lambda r: (r["accuracy"], -math.inf if r["loss"] is None else -r["loss"]), default=None)
+        top = max(rows, key=merit, default=None)
         chosen[method] = None if top is None else top["trial"]
     return chosen
 
@@ -661,10 +667,14 @@ def table(study: Study, folder: Path) -> dict[str, Any]:
     _add_gap(rows)
     for row in rows.values():
         del row["curves"]
-    first = (held(job, folder) for job in study.tuning())
-    name = next((metric(run["scores"]) for run in first if run and not run["failure"]), "accuracy")
-    what = {"rounds": study.rounds, "unequal": study.unequal, "metric": name, "machine": machine()}
+    what = {"rounds": study.rounds, "unequal": study.unequal, "metric": _metric(study, folder), "machine": machine()}
     return {**what, "methods": rows, "trials": tried}
+
+
+def _metric(study: Study, folder: Path) -> str:
+    """What the study's task calls the accuracy, as far as a run has said so."""
+    runs = (held(job, folder) for job in study.tuning())
+    return next((metric(run["scores"]) for run in runs if run and not run["failure"]), "accuracy")
 
 
 def _row(study: Study, method: str, trial: int | None, runs: Sequence[Result]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ TASKS = {
     "sentences": "hosfl.tasks.sentences:sentences_task",
     **dict.fromkeys(("sst2", "rte", "wsc"), "hosfl.tasks.text:text_task"),
     "squad": "hosfl.tasks.squad:squad_task",
+    "lm": "hosfl.tasks.lm:lm_task",
     **dict.fromkeys(_PICTURES, "hosfl.tasks.vision:pictures_task"),
 }
 OWN = ("data", "model", "at")  # settings that a function of one's own reads if it has parameters of these names

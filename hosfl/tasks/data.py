@@ -48,14 +48,16 @@ class Dataset:
             return torch.ones(len(self), dtype=torch.int64)
         return (self.inputs["attention_mask"] * torch.arange(1, self.length + 1)).amax(1)
 
-    def trimmed(self) -> Dataset:
-        """Without the tokens at the end that count in no sample: nothing is computed or sent for them."""
+    def trimmed(self, per_token: bool = False) -> Dataset:
+        """Without the tokens at the end that count in no sample: nothing is computed or sent for them.
+
+        per_token: labels are one for each token, [n, length, ...], and end with the tokens.
+        """
         longest = int(self.lengths.max())
-        return (
-            self
-            if longest == self.length
-            else replace(self, inputs=self._each(lambda x: x[:, :longest] if x.shape[1:2] == (self.length,) else x))
-        )
+        if longest == self.length:
+            return self
+        inputs = self._each(lambda x: x[:, :longest] if x.shape[1:2] == (self.length,) else x)
+        return replace(self, inputs=inputs, labels=self.labels[:, :longest] if per_token else self.labels)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Dataset:
         """On a device, inputs of floating point as `dtype`."""
@@ -70,6 +72,14 @@ class Dataset:
         if isinstance(self.inputs, Tensor):
             return change(self.inputs)
         return {name: change(value) for name, value in self.inputs.items()}
+
+
+NUMBERS = 1 << 26  # of outputs at once: 256 MB in float32, of which a loss makes a few copies
+
+
+def at_once(length: int, outputs: int = 1) -> int:
+    """How many samples of `length` tokens are evaluated together, with so many outputs for each token."""
+    return max(1, min(512, 512 * 64 // length, NUMBERS // (length * outputs)))
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,20 @@ def headed(name: str, head: str, at: int | str, outputs: int) -> SplitModel:
     return split(pretrained_model(name, head, num_labels=outputs), at)
 
 
+def place(config: Settings) -> int | str:
+    """Where a pretrained model is cut: the third layer by default."""
+    at = config.at or "3"
+    return int(at) if at.isdecimal() else at
+
+
 def pretrained_task(splits: Splits, classes: int, model: Callable[[int | str], SplitModel], config: Settings) -> Task:
     """What tasks with pretrained models share: the place of the cut, the third layer by default, and the optimizer.
 
     model: from the place of the cut; what is random in it comes from the run's seed.
     """
-    at = config.at or "3"
     return Task.of(
         splits,
         classes=classes,
-        model=lambda: model(int(at) if at.isdecimal() else at),
+        model=lambda: model(place(config)),
         loss=nn.functional.cross_entropy,
     )

@@ -1,15 +1,14 @@
 """SQuAD 1.1: questions about paragraphs, whose answers are spans of them (Rajpurkar et al., 2016).
 
-A paragraph that is longer than a model reads at once is read in windows that overlap. Every window is a sample; the
-answer of one that does not hold it whole is its first token. The predicted answer is the best span of all windows.
+An encoder points at the answer. A paragraph that is longer than it reads at once is read in windows that overlap. Every
+window is a sample; the answer of one that does not hold it whole is its first token. The predicted answer is the best
+span of all windows. A decoder is given paragraph and question, and writes the answer.
 """
 
 from __future__ import annotations
 
-import re
-import string
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,20 +18,22 @@ import torch
 from torch import Tensor
 
 from hosfl.halves.families import is_decoder, packaged_minilm, tokenizer_of
+from hosfl.halves.split import SplitModel
 from hosfl.settings import Settings
+from hosfl.tasks.answers import answer_scores
 from hosfl.tasks.data import Dataset, Splits
+from hosfl.tasks.lm import Decoder, Text, completion_task, encoded, generated_answers
 from hosfl.tasks.pretrained import headed, pretrained_task
 from hosfl.tasks.reading import Answer, DataError, Row, field, hub_rows, json_file, standing, typed
-from hosfl.tasks.task import Task
+from hosfl.tasks.task import Scores, Task
 
 HUB = "rajpurkar/squad"
 FILES = ("train-v1.1.json", "dev-v1.1.json")
-LONGEST = 384  # tokens of a window: question, and part of the paragraph
+LONGEST = 384  # tokens of a window: question, and part of the paragraph; of a decoder's sample, with the answer
+PROMPT = "Context: {context}\nQuestion: {question}\nAnswer:"
 LONGEST_ANSWER = 30  # tokens
 AT_ONCE = 1000  # questions to the tokenizer
 VERSION_2 = "is SQuAD 2.0, with questions that have no answer; this task reads 1.1"
-ARTICLES = re.compile(r"\b(a|an|the)\b")
-PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 class Question(NamedTuple):
@@ -193,9 +194,13 @@ def windows(found: Sequence[Sequence[Question]], model: str) -> tuple[Splits, Te
     whole = [_windows(tokenizer, questions) for questions in found]
     longest = max(part.used for part in whole)
     train, validation, test = (part.shortened(longest) for part in whole)
-    numbers = {name: i for i, name in enumerate(dict.fromkeys(q.article for q in train.questions))}
-    articles = torch.tensor([numbers[q.article] for q in train.questions])
-    return Splits(Dataset(train.inputs, train.labels), validation, test), articles[train.question]
+    return Splits(Dataset(train.inputs, train.labels), validation, test), articles(train.questions)[train.question]
+
+
+def articles(questions: Sequence[Question]) -> Tensor:
+    """The numbers of the questions' articles, int64 [n], in the order in which they come."""
+    numbers = {name: i for i, name in enumerate(dict.fromkeys(q.article for q in questions))}
+    return torch.tensor([numbers[q.article] for q in questions])
 
 
 def _windows(tokenizer: Any, questions: Sequence[Question]) -> Windows:
@@ -250,12 +255,7 @@ def span_scores(outputs: Tensor, data: Dataset) -> dict[str, float]:
     blanks do not count.
     """
     assert isinstance(data, Windows)
-    found = predictions(outputs, data)
-    pairs = list(zip(found, data.questions, strict=True))
-    return {
-        name: sum(max(score(text, given) for given in asked.answers) for text, asked in pairs) / len(pairs)
-        for name, score in SCORES.items()
-    }
+    return answer_scores(predictions(outputs, data), [asked.answers for asked in data.questions])
 
 
 def predictions(outputs: Tensor, data: Windows) -> list[str]:
@@ -281,34 +281,52 @@ def predictions(outputs: Tensor, data: Windows) -> list[str]:
     return [text for _, text in answers]
 
 
-def words(text: str) -> list[str]:
-    """What of an answer counts."""
-    return ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split()
+@dataclass(frozen=True)
+class Asked(Dataset):
+    """Prompts with the first answer, as `lm.encoded` has them, and the questions with all answers."""
+
+    questions: Sequence[Question]
 
 
-def f1(predicted: str, given: str) -> float:
-    """The harmonic mean of precision and recall of the words."""
-    one, other = words(predicted), words(given)
-    shared = (Counter(one) & Counter(other)).total()
-    return 2 * shared / (len(one) + len(other)) if shared else 0.0
+def asked(questions: Sequence[Question], decoder: Decoder, longest: int) -> Asked:
+    """Questions as a decoder's samples of so many tokens at most. Raises DataError for an answer that does not fit.
 
-
-def exact_match(predicted: str, given: str) -> float:
-    return float(words(predicted) == words(given))
-
-
-SCORES: dict[str, Callable[[str, str], float]] = {"F1": f1, "exact match": exact_match}
+    What is too long loses the paragraph's beginning. A question is cut at a sixth of the length.
+    """
+    shown = _cut(decoder.tokenizer, [q.question.strip() for q in questions], longest // 6)
+    texts = []
+    for q, question in zip(questions, shown, strict=True):
+        prompt, answer = PROMPT.format(context=q.context, question=question), f" {q.answers[0].strip()}"
+        completion = (len(prompt), len(prompt) + len(answer))
+        texts.append(Text(f"SQuAD, question {q.question.strip()!r}", prompt + answer, [completion]))
+    data = encoded(texts, decoder, longest)
+    return Asked(data.inputs, data.labels, questions)
 
 
 def squad_task(config: Settings) -> Task:
-    """SQuAD 1.1 with an encoder, whose random head gives every token's logits of beginning and of ending the answer.
+    """SQuAD 1.1: an encoder points at the answer, a decoder writes it. data, parts: see `parts`.
 
-    data, parts: see `parts`. The loss is the mean of start's and end's cross-entropy, over windows; the
-    metric F1, and exact match beside it, over questions. Clients' data differ by article.
+    An encoder's random head gives every token's logits of beginning and of ending the answer; the loss is the mean of
+    start's and end's cross-entropy, over windows. A decoder learns the first answer: see `lm.completion_loss`.
+
+    The metric is F1, and exact match beside it, over questions. Clients' data differ by article.
     """
     name = config.model or packaged_minilm()
+    found = parts(config.data)
     if is_decoder(name):
-        raise ValueError(f"squad needs an encoder, such as BERT, and {name} is a decoder")
-    splits, articles = windows(parts(config.data), name)
+        return written_task(config, Decoder.of(name), found)
+    splits, groups = windows(found, name)
     task = pretrained_task(splits, splits.train.length, lambda at: headed(name, "QuestionAnswering", at, 2), config)
-    return replace(task, scores=span_scores, groups=articles)
+    return replace(task, scores=span_scores, groups=groups)
+
+
+def written_task(config: Settings, decoder: Decoder, found: Sequence[Sequence[Question]]) -> Task:
+    """With a decoder, which writes answers of `LONGEST_ANSWER` tokens at most."""
+    longest = min(LONGEST, decoder.longest - LONGEST_ANSWER)
+
+    def scores(halves: SplitModel, data: Asked) -> Scores:
+        written = generated_answers(halves, data, decoder, LONGEST_ANSWER)
+        return answer_scores(written, [q.answers for q in data.questions])
+
+    data = [asked(part, decoder, longest) for part in found]
+    return completion_task(config, decoder, data, metrics={}, generated=scores, groups=articles(found[0]))

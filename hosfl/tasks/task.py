@@ -19,7 +19,6 @@ from hosfl.tasks.items import Items, read, samples_of, seeded, sets_of
 from hosfl.tasks.reading import DataError
 
 Scores = dict[str, float]
-LEFT_OUT = -100  # a label that torch's cross-entropy does not count
 Model = nn.Module | tuple[nn.Module, nn.Module] | Callable[..., Any]
 
 
@@ -42,12 +41,17 @@ class Task:
     loss: (outputs, labels) -> the mean loss over the batch, a tensor of one element.
     at: where to cut a whole model: see `hosfl.split`.
     metrics: name -> (outputs, labels) of the whole set -> a number; the first is the one that tables show. Left out:
-    accuracy for labels that are classes, and the negative loss, as "score", for all others.
+    accuracy for labels that are classes, and the negative loss, as "score", for all others. A metric may also be an
+    object with reset(), update(outputs, labels) for every batch, and compute(), such as torchmetrics'; if all are, the
+    outputs of the whole set are never in memory together.
     optimizer: (server half, weight decay) -> its optimizer; default: AdamW with betas 0.9 and 0.99.
     classes: labels are below it, which the server checks; None: it cannot.
+    ignore_index: the label that the loss does not count, as torch's cross_entropy calls it. Labels are then one for
+    each token, [n, length], and end with their text; the loss is the mean over those that count. None: all count.
     groups: int [training samples], what clients' data differ by where `partition` is "dirichlet"; None: the labels.
     rates: by a method's name, or by `Method.tuned`, (server rate, client rate, weight decay); None: a run gives them.
     scores: in place of metrics, (outputs, data set) -> scores by name, where a score needs more than labels.
+    generated: further scores, (the halves in eval mode, data set) -> scores by name, of what a model writes.
 
     Raises DataError, a ValueError, for data that are none, and TypeError or ValueError for the rest; each says what.
     """
@@ -58,12 +62,14 @@ class Task:
     loss: Callable[[Tensor, Tensor], Tensor]
     at: int | str | None = None
     validation: Any = None
-    metrics: Mapping[str, Callable[[Tensor, Tensor], Any]] | None = None
+    metrics: Mapping[str, Any] | None = None
     optimizer: Callable[[nn.Module, float], torch.optim.Optimizer] = adamw
     classes: int | None = None
+    ignore_index: int | None = None
     groups: Any = None
     rates: Mapping[Any, tuple[float, ...]] = field(default_factory=dict)
     scores: Callable[[Tensor, Dataset], Scores] | None = None
+    generated: Callable[[SplitModel, Any], Scores] | None = None
     _before: list[weakref.ref[nn.Module]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -79,12 +85,12 @@ class Task:
         for name, of in (("loss", "outputs and labels"), ("optimizer", "a half and its weight decay")):
             if not callable(found := getattr(self, name)):
                 raise TypeError(f"{name} is a {type(found).__name__}: a function of {of} is needed")
-        _check_metrics(self.metrics, self.scores)
+        _check_metrics(self)
         for key, tuned in _mapping(self.rates, "rates", "rates by a method's name").items():
             _check_rates(key, tuned)
         if self.classes is not None:
             for name, data in self.sets():
-                _check_classes(name, data, self.classes)
+                _check_classes(name, data, self.classes, self.ignore_index)
         if self.groups is not None:
             put("groups", self._grouped())
 
@@ -158,19 +164,46 @@ class Task:
             self._before[:] = [weakref.ref(first)]
         return made
 
+    @property
+    def per_token(self) -> bool:
+        """Whether labels are one for each token."""
+        return self.ignore_index is not None
+
+    def counted(self, labels: Tensor) -> int:
+        """What a batch's loss is the mean over: its samples, or its labels that count."""
+        return len(labels) if self.ignore_index is None else int((labels != self.ignore_index).sum())
+
+    def running(self, labels: Tensor) -> list[Any] | None:
+        """The metrics that are given one batch after another, reset; None where some need all outputs together.
+
+        labels: of any samples.
+        """
+        metrics = [*self._metrics(labels).values()]
+        if self.scores is not None or not all(map(_runs, metrics)):
+            return None
+        for metric in metrics:
+            metric.reset()
+        return metrics
+
     def score(self, outputs: Tensor, data: Dataset, loss: float) -> Scores:
-        """The scores of outputs for all of a data set. loss: their mean loss."""
+        """The scores of outputs for all of a data set, of which `running` metrics need none. loss: their mean loss."""
         if self.scores is not None:
             found = self.scores(outputs, data)
             if not isinstance(found, Mapping) or not found:
                 raise TypeError(f"the task's scores are {found!r}: numbers by name are needed")
             return {name: _number(value, name) for name, value in found.items()}
-        metrics = self.metrics
-        if metrics is None:
-            if data.labels.is_floating_point() or data.labels.dim() > 1:
-                return {"score": -loss}
-            metrics = {"accuracy": accuracy}
-        return {name: _number(metric(outputs, data.labels), name) for name, metric in metrics.items()}
+        metrics = self._metrics(data.labels)
+        if not metrics and self.generated is None:
+            return {"score": -loss}
+        return {
+            name: _number(metric.compute() if _runs(metric) else metric(outputs, data.labels), name)
+            for name, metric in metrics.items()
+        }
+
+    def _metrics(self, labels: Tensor) -> Mapping[str, Any]:
+        if self.metrics is not None:
+            return self.metrics
+        return {} if labels.is_floating_point() or labels.dim() > 1 else {"accuracy": accuracy}
 
     def digest(self) -> str:
         """SHA-256, in hexadecimal, of the data and of what clients' data differ by; nothing of where they lay.
@@ -208,17 +241,19 @@ def _mapping(value: Any, name: str, of: str) -> Mapping[Any, Any]:
     return value
 
 
-def _check_metrics(metrics: Any, scores: Any) -> None:
-    if scores is not None and not callable(scores):
-        raise TypeError(f"scores is a {type(scores).__name__}: a function of outputs and a data set is needed")
-    if metrics is None:
+def _check_metrics(task: Task) -> None:
+    for name, of in (("scores", "outputs and a data set"), ("generated", "halves and a data set")):
+        found = getattr(task, name)
+        if found is not None and not callable(found):
+            raise TypeError(f"{name} is a {type(found).__name__}: a function of {of} is needed")
+    if task.metrics is None:
         return
-    if scores is not None:
+    if task.scores is not None:
         raise ValueError("metrics and scores: give one of them")
-    if not _mapping(metrics, "metrics", "functions of outputs and labels by name"):
+    if not _mapping(task.metrics, "metrics", "functions of outputs and labels by name") and task.generated is None:
         raise ValueError("metrics is empty: name one, or leave it out")
-    for name, metric in metrics.items():
-        if not isinstance(name, str) or not callable(metric):
+    for name, metric in task.metrics.items():
+        if not isinstance(name, str) or not (callable(metric) or _runs(metric)):
             raise TypeError(f"the metric {name!r} is a {type(metric).__name__}: a function, by a name, is needed")
 
 
@@ -237,11 +272,11 @@ def _check_rates(key: Any, tuned: Any) -> None:
         )
 
 
-def _check_classes(name: str, data: Dataset | Items, classes: int) -> None:
+def _check_classes(name: str, data: Dataset | Items, classes: int, ignored: int | None) -> None:
     """Of what lies in memory; the server sees to the rest."""
     if isinstance(data, Items):
         return
-    counted = data.labels[data.labels != LEFT_OUT]
+    counted = data.labels if ignored is None else data.labels[data.labels != ignored]
     least, most = (float(counted.min()), float(counted.max())) if len(counted) else (0.0, 0.0)
     if data.labels.is_floating_point() or least < 0 or most >= classes:
         raise DataError(
@@ -253,6 +288,11 @@ def _check_classes(name: str, data: Dataset | Items, classes: int) -> None:
 def accuracy(outputs: Tensor, labels: Tensor) -> float:
     """The share of samples whose largest output is that of their class."""
     return float((outputs.argmax(-1) == labels).double().mean())
+
+
+def _runs(metric: Any) -> bool:
+    """Whether a metric takes one batch after another."""
+    return all(callable(getattr(metric, name, None)) for name in ("reset", "update", "compute"))
 
 
 def _number(value: Any, name: str) -> float:
