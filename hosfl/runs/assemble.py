@@ -164,9 +164,9 @@ def evaluate(model: SplitModel, data: Dataset | Items, task: Task) -> tuple[Scor
     model.eval()
     device, dtype = next(model.server.parameters()).device, dtype_of(model.client)
     first = data[:1] if isinstance(data, Dataset) else read(data[:1])
-    metrics = task.running(first.labels)
+    metrics, kept = task.running(first.labels), task.keeps_outputs(first.labels)
     # Short texts with short ones, but where outputs per token are kept together, which takes one length.
-    by_length = isinstance(data, Dataset) and (metrics is not None if task.per_token else data.labels.dim() == 1)
+    by_length = isinstance(data, Dataset) and (not kept if task.per_token else data.labels.dim() == 1)
     order = data.lengths.argsort(stable=True) if by_length else torch.arange(len(data))
     together = at_once(first.length, task.classes or 1 if task.per_token else 1)
     if isinstance(data, Items):
@@ -181,9 +181,9 @@ def evaluate(model: SplitModel, data: Dataset | Items, task: Task) -> tuple[Scor
             if count:
                 loss += float(task.loss(output, part.labels)) * count
                 counted += count
-            for metric in metrics or ():
+            for metric in metrics:
                 metric.update(output, part.labels)
-            if metrics is None:
+            if kept:
                 outputs.append(output)
             if isinstance(data, Items):
                 labels.append(part.labels)
@@ -191,5 +191,5 @@ def evaluate(model: SplitModel, data: Dataset | Items, task: Task) -> tuple[Scor
     model.client.train(modes[0]), model.server.train(modes[1])
     mean = loss / counted if counted else math.nan
     seen = data if isinstance(data, Dataset) else Dataset({}, torch.cat(labels))
-    all_outputs = torch.cat(outputs)[order.argsort()] if metrics is None else torch.empty(0)
+    all_outputs = torch.cat(outputs)[order.argsort()] if kept else torch.empty(0)
     return task.score(all_outputs, seen, mean) | generated, mean

@@ -85,6 +85,8 @@ def conversation(messages: Sequence[Any], where: str, tokenizer: Any) -> Text:
     turns = [n for n, message in enumerate(said) if message["role"] == "assistant"]
     if not turns:
         raise DataError(f"{where}: no message has the role assistant: there is nothing to learn from it")
+    if not turns[0]:
+        raise DataError(f"{where}, messages[0]: the assistant speaks first: put a message before it that it answers")
 
     def written(count: int, ask: bool) -> str:
         try:
@@ -95,7 +97,7 @@ def conversation(messages: Sequence[Any], where: str, tokenizer: Any) -> Text:
     whole = written(turns[-1] + 1, ask=False)
     completions = []
     for n in turns:
-        before, behind = written(n, ask=True) if n else "", written(n + 1, ask=False)
+        before, behind = written(n, ask=True), written(n + 1, ask=False)
         turn = whole[len(before) : len(behind)].rstrip()
         if not (whole.startswith(before) and whole.startswith(behind) and turn):
             raise DataError(

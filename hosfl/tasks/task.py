@@ -173,20 +173,19 @@ class Task:
         """What a batch's loss is the mean over: its samples, or its labels that count."""
         return len(labels) if self.ignore_index is None else int((labels != self.ignore_index).sum())
 
-    def running(self, labels: Tensor) -> list[Any] | None:
-        """The metrics that are given one batch after another, reset; None where some need all outputs together.
-
-        labels: of any samples.
-        """
-        metrics = [*self._metrics(labels).values()]
-        if self.scores is not None or not all(map(_runs, metrics)):
-            return None
+    def running(self, labels: Tensor) -> list[Any]:
+        """The metrics that are given one batch after another, reset. labels: of any samples."""
+        metrics = [metric for metric in self._metrics(labels).values() if _runs(metric)]
         for metric in metrics:
             metric.reset()
         return metrics
 
+    def keeps_outputs(self, labels: Tensor) -> bool:
+        """Whether some score needs the outputs for the whole data set together. labels: of any samples."""
+        return self.scores is not None or not all(map(_runs, self._metrics(labels).values()))
+
     def score(self, outputs: Tensor, data: Dataset, loss: float) -> Scores:
-        """The scores of outputs for all of a data set, of which `running` metrics need none. loss: their mean loss."""
+        """The scores of outputs for all of a data set, which `running` metrics have seen. loss: their mean loss."""
         if self.scores is not None:
             found = self.scores(outputs, data)
             if not isinstance(found, Mapping) or not found:
