@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import random
 import subprocess
 import sys
@@ -285,8 +286,9 @@ def test_halves_are_a_module_like_any_other():
     assert not client.training
     assert not server.training
     assert next(halves.double().parameters()).dtype == torch.float64
-    again = copy.deepcopy(halves)
-    assert again.client is not halves.client
+    for again in (copy.deepcopy(halves), pickle.loads(pickle.dumps(halves))):
+        assert again.client is not halves.client
+        assert torch.equal(again(x.double()), halves(x.double()))
     assert sum(p.numel() for p in halves.parameters()) == sum(p.numel() for p in model.parameters())
 
 
@@ -695,8 +697,10 @@ def test_settings_that_a_stranger_s_function_does_not_read(file):
         Config(options={"hidden": 3})
 
 
-def test_reading_does_not_move_other_random_numbers():
+def test_reading_does_not_move_other_random_numbers(monkeypatch):
     torch.manual_seed(1)
+    # Of a device that is not in use yet no seed is set either: nobody could put it back.
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a device's seed is set"))
     before = torch.random.get_rng_state()
     with seeded(3):
         first = torch.rand(3), random.random(), np.random.rand()
