@@ -32,12 +32,13 @@ class Task:
     """What is learnt. Any user makes one; `hosfl.train(task, ...)` runs it.
 
     model: a module, which is copied and cut at `at` by `hosfl.split`; the two halves, as `hosfl.split` returns them or
-    as a pair; or a function without arguments that makes any of these, called with the run's seed in force, so that
-    runs of other seeds begin with other weights.
+    as a pair; or a function without arguments that makes any of these, a new one each time, called with the run's seed
+    in force, so that runs of other seeds begin with other weights.
     train: a pair of arrays (inputs, labels), a mapping of arrays with "labels" among its names, a torch `Dataset`, a
     Hugging Face data set; or a list of such, one for each client, where nothing is left to divide. Of a set whose items
-    are read by number no more is read than a batch needs. Labels are integers or floating-point numbers, of any shape.
-    test, validation: likewise, one each; validation is for choosing rates, and may be left out.
+    are read by number no more is read than a batch needs, and all labels where it is divided by class. Labels are
+    integers within int32, or floating-point numbers, of any shape; samples are of one shape.
+    test, validation: likewise, one each, of any size; validation is for choosing rates, and may be left out.
     loss: (outputs, labels) -> the mean loss over the batch, a tensor of one element.
     at: where to cut a whole model: see `hosfl.split`.
     metrics: name -> (outputs, labels) of the whole set -> a number; the first is the one that tables show. Left out:
