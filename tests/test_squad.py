@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import datasets
 import pytest
+import tokenizers
 import torch
 import transformers as hf
 from torch import nn
@@ -14,12 +15,14 @@ from hosfl import Config, train
 from hosfl.halves.families import pretrained_model
 from hosfl.halves.split import split
 from hosfl.protocol.messages import Cut
-from hosfl.runs.assemble import assemble
+from hosfl.runs.assemble import assemble, evaluate
 from hosfl.runs.config import with_shared
-from hosfl.tasks import make_task, squad
+from hosfl.tasks import lm, make_task, squad
 from hosfl.tasks.answers import exact_match, f1
 from hosfl.tasks.data import dirichlet_split
-from hosfl.tasks.squad import HUB, Question, articles_apart, parts, predictions, span_scores, windows
+from hosfl.tasks.lm import IGNORED, Decoder
+from hosfl.tasks.reading import DataError
+from hosfl.tasks.squad import HUB, Question, articles_apart, parts, predictions, prompted, span_scores, windows
 
 NAMES = ("Ann", "Bob", "Cid", "Dan", "Eve", "Flo")
 WORDS = ["?", ".", ",", "Who", "saw", "the", "cat", "dog", "in", "a", "red", "house", "then", "went", "home", *NAMES]
@@ -315,6 +318,101 @@ def test_squad_trains(folder, method, tmp_path):
 def test_squad_is_learned(folder, seed, below):
     settings = config(folder, method="first-order", rounds=80, evaluate_every=80, batch=16, seed=seed)
     below(1 - train(settings).accuracy, 0.4)
+
+
+# --- decoders -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def writer(folder):
+    """A decoder that knows the same words."""
+    path = folder / "writer"
+    vocabulary = {
+        word: n for n, word in enumerate(["[UNK]", "<s>", "</s>", ":", "Context", "Question", "Answer", *WORDS])
+    }
+    own = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    own.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    own.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "[UNK]"}
+    hf.PreTrainedTokenizerFast(tokenizer_object=own, **special).save_pretrained(path)
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    small |= {"vocab_size": len(vocabulary), "intermediate_size": 64, "bos_token_id": 1, "eos_token_id": 2}
+    hf.LlamaForCausalLM(hf.LlamaConfig(**small, max_position_embeddings=90)).save_pretrained(path)
+    return str(path)
+
+
+def short(number):
+    """One whose answer is the first word of a short context; it has two answers, and articles of ten questions."""
+    name = NAMES[number % 6]
+    return Question(f"{number // 10}", f"{name} saw the cat .", "Who saw the cat ?", [name, f"{name} saw"], 0)
+
+
+def test_a_decoder_is_shown_the_question_and_learns_the_first_answer(writer):
+    decoder = Decoder.of(writer)
+    long = short(1)._replace(context="the dog went home . " * 30 + "Bob saw the cat .")
+    asking = short(2)._replace(question="Who saw the cat " * 10)
+    found = prompted([short(0), long, asking], decoder, 60)
+    assert found.questions == [short(0), long, asking]
+    shown = [decoder.tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(*found.inputs.values(), strict=True)]
+    assert shown[0] == "<s> Context : Ann saw the cat . Question : Who saw the cat ? Answer : Ann"
+    tail = "home . Bob saw the cat . Question : Who saw the cat ? Answer : Bob"  # of the context the beginning is lost
+    assert shown[1].startswith("<s> ")
+    assert shown[1].endswith(tail)
+    assert found.inputs["attention_mask"].sum(1).tolist() == [18, 59, 23]
+    assert shown[2].endswith("Question : Who saw the cat Who saw the cat Who saw Answer : Cid")  # a sixth of 60
+    assert [labels[labels != IGNORED].tolist()[-1] for labels in found.labels] == [2, 2, 2]
+    learnt = [decoder.tokenizer.decode(labels[labels != IGNORED]) for labels in found.labels]
+    assert learnt == ["Ann </s>", "Bob </s>", "Cid </s>"]
+    with pytest.raises(DataError, match="question 'Who saw the cat \\?': 41 tokens from its first completion on"):
+        prompted([short(0)._replace(answers=["cat " * 40])], decoder, 30)
+
+
+def test_a_decoder_s_task(folder, writer):
+    task = make_task(config(folder, model=writer))
+    train_part, _, test = parts(str(folder))
+    assert [len(task.train), len(task.test)] == [90, 20]
+    assert task.test.questions == test
+    assert task.train.length <= 90 - 30  # so that an answer of 30 tokens has room
+    assert task.groups.tolist() == [
+        sorted({q.article for q in train_part}, key=int).index(q.article) for q in train_part
+    ]
+    halves = task.halves(0)
+    written = ["Dan"] * 20
+
+    def told(halves, prompts, most, stops, vocabulary):
+        assert (most, stops, vocabulary) == (30, [2], task.classes)
+        tokenizer = hf.AutoTokenizer.from_pretrained(writer)
+        assert all(tokenizer.decode(prompt).endswith("Who saw the cat ? Answer :") for prompt in prompts)
+        return [tokenizer(f"the {text}", add_special_tokens=False)["input_ids"] for text in written]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm, "generate", told)
+        scores, _ = evaluate(halves, task.test, task)
+        right = sum(q.answers[0] == "Dan" for q in test)
+        assert scores == {"F1": right / 20, "exact match": right / 20}
+        written[:] = [q.answers[1] for q in test]  # of the answers the nearest counts
+        assert evaluate(halves, task.test, task)[0] == {"F1": 1.0, "exact match": 1.0}
+
+
+@pytest.mark.parametrize("method", ["ho", "zo-both"])
+def test_a_decoder_trains(folder, writer, method, tmp_path):
+    summary = train(config(folder, model=writer, method=method, rounds=3, trains="lora"), tmp_path / "run")
+    assert summary.replicas.equal
+    assert summary.refused == []
+    assert list(summary.scores) == ["F1", "exact match"]
+
+
+@pytest.mark.learning
+def test_a_decoder_learns_to_answer(writer, tmp_path, seed, below):
+    (tmp_path / "train-v1.1.json").write_text(json.dumps(as_json(map(short, range(200)))))
+    (tmp_path / "dev-v1.1.json").write_text(json.dumps(as_json(map(short, range(200, 220)))))
+    settings = {"method": "first-order", "rounds": 120, "evaluate_every": 120, "batch": 16, "seed": seed}
+    found = train(config(tmp_path, model=writer, client_rate=0.5, **settings))
+    below(1 - found.accuracy, 0.5)
+
+
+# --- labels that others send --------------------------------------------------------------------------------------
 
 
 def test_the_server_refuses_other_labels(folder):

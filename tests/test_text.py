@@ -341,8 +341,6 @@ def test_models_that_do_not_fit(models, tmp_path, capsys):
     for name in ("vit", "t5"):
         with pytest.raises(ValueError, match=f"is a {name}; text models that can be cut are opt, gpt2"):
             make_task(Config(task="sst2", model=str(tmp_path / name)))
-    with pytest.raises(ValueError, match="squad needs an encoder"):
-        make_task(Config(task="squad", model=str(models / "decoder")))
 
 
 # --- partitions ---------------------------------------------------------------------------------------------------

@@ -46,7 +46,8 @@ class Dataset:
         """Tokens up to the last one that counts, int64 [n]; ones where the inputs are not tokens."""
         if isinstance(self.inputs, Tensor) or "attention_mask" not in self.inputs:
             return torch.ones(len(self), dtype=torch.int64)
-        return (self.inputs["attention_mask"] * torch.arange(1, self.length + 1)).amax(1)
+        mask = self.inputs["attention_mask"]
+        return (mask * torch.arange(1, self.length + 1, device=mask.device)).amax(1)
 
     def trimmed(self, per_token: bool = False) -> Dataset:
         """Without the tokens at the end that count in no sample: nothing is computed or sent for them.

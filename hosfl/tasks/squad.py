@@ -288,7 +288,7 @@ class Asked(Dataset):
     questions: Sequence[Question]
 
 
-def asked(questions: Sequence[Question], decoder: Decoder, longest: int) -> Asked:
+def prompted(questions: Sequence[Question], decoder: Decoder, longest: int) -> Asked:
     """Questions as a decoder's samples of so many tokens at most. Raises DataError for an answer that does not fit.
 
     What is too long loses the paragraph's beginning. A question is cut at a sixth of the length.
@@ -328,5 +328,5 @@ def written_task(config: Settings, decoder: Decoder, found: Sequence[Sequence[Qu
         written = generated_answers(halves, data, decoder, LONGEST_ANSWER)
         return answer_scores(written, [q.answers for q in data.questions])
 
-    data = [asked(part, decoder, longest) for part in found]
+    data = [prompted(part, decoder, longest) for part in found]
     return completion_task(config, decoder, data, metrics={}, generated=scores, groups=articles(found[0]))
