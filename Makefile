@@ -32,11 +32,11 @@ test-learning: $(VENV)/ready
 # What depends on torch and Triton, with a pair of them in an environment of its own: make pair TORCH=2.14.1 TRITON=3.8.0.
 # The pairs are in docs/versions.md. Where the index has wheels with CUDA only, PIP_EXTRA_INDEX_URL names another.
 PAIR = .venv-pairs/torch-$(TORCH)-triton-$(TRITON)
-PAIR_TESTS := spec ops update register check gpu_interpreter gpu_compile
+PAIR_TESTS := spec ops update numpy register check gpu_interpreter gpu_compile
 pair:
 	@test "$(TORCH)" -a "$(TRITON)" || (echo "name both: make pair TORCH=2.14.1 TRITON=3.8.0"; exit 2)
 	test -x $(PAIR)/bin/python || $(PYTHON) -m venv $(PAIR)
-	$(PAIR)/bin/python -m pip install --quiet torch==$(TORCH) triton==$(TRITON) -e . pytest pytest-timeout hypothesis
+	$(PAIR)/bin/python -m pip install --quiet torch==$(TORCH) triton==$(TRITON) -e '.[torch]' pytest pytest-timeout hypothesis
 	$(PAIR)/bin/python -m pytest $(PAIR_TESTS:%=tests/test_%.py) $(OPTIONS)
 
 # Throughput and memory of the kernels against their roof and their peers; steps of the optimizers beside MeZO's.

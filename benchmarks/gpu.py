@@ -34,8 +34,7 @@ import torch
 from torch import Tensor, nn
 
 import hosfl_kernels as hk
-from hosfl_kernels.ops import DISTRIBUTIONS
-from hosfl_kernels.place import Place
+from hosfl_kernels.place import DISTRIBUTIONS, Place
 from hosfl_kernels.tensors import BACKENDS, DISPATCH, DTYPES
 
 if importlib.util.find_spec("safetensors") is None:

@@ -6,8 +6,9 @@ help, need no torch.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from hosfl.extras import needed
 
 if TYPE_CHECKING:
     from hosfl.halves.chain import CutError
@@ -94,7 +95,7 @@ def __getattr__(name: str) -> Any:
         return version("hosfl")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(import_module(_MODULES[name]), name)
+    found = getattr(needed(_MODULES[name], f"hosfl.{name}", "torch"), name)
     globals()[name] = found
     return found
 

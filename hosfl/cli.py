@@ -7,7 +7,6 @@ Options are known without torch, which is imported when a command runs that need
 from __future__ import annotations
 
 import argparse
-import importlib
 import math
 import os
 import signal
@@ -18,6 +17,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from hosfl.extras import needed
 from hosfl.methods import METHODS
 from hosfl.runs.faults import Faults
 from hosfl.settings import CONCERNS, PRESETS
@@ -213,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _command(name: str) -> Callable[[argparse.Namespace], int]:
     of_logs = {"rebuild": _rebuild, "log": _log}  # which need no torch
     command: Callable[[argparse.Namespace], int]
-    command = of_logs.get(name) or importlib.import_module("hosfl.commands").COMMANDS[name]
+    command = of_logs.get(name) or needed("hosfl.commands", f"hosfl {name}", "torch").COMMANDS[name]
     return command
 
 

@@ -40,7 +40,9 @@ def _module(name: str, what: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
-            raise ValueError(f"{what}: there is no module {error.name}") from None
+            raise ValueError(
+                f"{what}: there is no module {error.name}: install it, or name a file, FILE.py:NAME"
+            ) from None
         raise
 
 

@@ -18,10 +18,18 @@ if TYPE_CHECKING:
     Array = NDArray[Any] | Tensor
 
 DTYPES = ("float32", "bfloat16", "float16")
+Layouts = list[tuple[int, int, Any, bool]]  # see `layouts`
 
 
 def is_numpy(x: object) -> TypeGuard[NDArray[Any]]:
     return isinstance(x, np.ndarray)
+
+
+def tensors_module() -> Any:
+    """The module for tensors. Its import registers the ops with torch."""
+    import hosfl_kernels.tensors as tensors  # in half the time that `from hosfl_kernels import tensors` takes
+
+    return tensors
 
 
 @cache
@@ -53,7 +61,7 @@ def are_row_major(xs: Sequence[Any]) -> list[bool]:
     )
 
 
-def layouts(xs: Sequence[Any]) -> list[tuple[int, int, Any, bool]]:
+def layouts(xs: Sequence[Any]) -> Layouts:
     """Of each: its address, the one behind it, its device, and what `are_row_major` says."""
     if xs and is_numpy(xs[0]):
         return [(at := x.ctypes.data, at + x.nbytes, "cpu", x.flags.c_contiguous and x.flags.aligned) for x in xs]

@@ -23,7 +23,7 @@ import numpy as np
 
 from hosfl_kernels import _cpp, cpu, ops, reference, spec
 from hosfl_kernels.arrays import DTYPES, is_numpy, storage
-from hosfl_kernels.place import Place
+from hosfl_kernels.place import DISTRIBUTIONS, Place
 from hosfl_kernels.rules import SGD, AdamW, Rule
 
 TOLERANCE = 1e-6  # of a sum's absolute terms, where a backend sums in an order of its own
@@ -86,7 +86,7 @@ def _update_cases() -> Iterator[UpdateCase]:
     # bits, the second is wider than a row.
     for rule in RULES:
         for dtype, rounding in KINDS:
-            for dist in ops.DISTRIBUTIONS:
+            for dist in DISTRIBUTIONS:
                 kind: dict[str, Any] = {"dtype": dtype, "dist": dist, "rounding": rounding, "rule": rule}
                 start = 2**44 - 100
                 yield UpdateCase(**kind, n=150, stream=2**32 - 1, start=start, factor=0.25, records=2, directions=3)
@@ -95,7 +95,7 @@ def _update_cases() -> Iterator[UpdateCase]:
 
 def _project_cases() -> Iterator[ProjectCase]:
     for dtype in DTYPES:
-        for dist in ops.DISTRIBUTIONS:
+        for dist in DISTRIBUTIONS:
             yield ProjectCase(dtype, dist, n=1, stream=1, start=131_071, records=2)
             yield ProjectCase(dtype, dist, n=150, stream=2**32 - 1, start=2**44 - 100, factor=0.25, records=33)
             yield ProjectCase(dtype, dist, n=9001, stream=6, start=131_000, factor=2.0, records=2)
@@ -108,7 +108,7 @@ def _cases() -> Iterator[Case]:
     # Rademacher blocks (131072), and beyond 32 bits.
     places = [(1, 0), (7, 1020), (1024, 0), (1025, 1023), (4099, 4093), (9001, 131_071), (3000, 2**32 - 1500)]
     for dtype, rounding in KINDS:
-        for dist in ops.DISTRIBUTIONS:
+        for dist in DISTRIBUTIONS:
             for stream, (n, start) in enumerate(places):
                 yield Case(dtype, dist, rounding, n, stream, start)
             yield Case(dtype, dist, rounding, 2100, 2**32 - 1, 2**44 - 1000, factor=0.25)
@@ -286,7 +286,7 @@ def vector_cases(vectors: dict[str, Any], backend: ModuleType, device: str) -> I
             yield f"rounding bits {name}", None if bits == v["rounding_bits"] else f"{bits} differ"
     for v in vectors["perturb"]:
         seed, scale = int(v["seed"]), float(_from_bits([v["scale_f32_bits"]], "float32")[0])
-        for dist in ops.DISTRIBUTIONS:
+        for dist in DISTRIBUTIONS:
             for rounding, suffix in (("nearest", "_out_bits"), ("stochastic", "_stochastic_out_bits")):
                 if dist + suffix in v:
                     x = put(_from_bits(v["x_bits"], v["dtype"]), device)

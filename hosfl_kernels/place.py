@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+DISTRIBUTIONS = ("rademacher", "gaussian")
+
 
 class Place(NamedTuple):
     """What a backend needs to know of a list of tensors beside the tensors: where each of them lies in the noise.

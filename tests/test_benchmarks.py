@@ -12,7 +12,7 @@ from benchmarks.test_memory import SMALL, bound
 from benchmarks.ways import WAYS
 from hosfl.runs.report import machine, processor_name
 from hosfl_kernels import cpu, cuda
-from hosfl_kernels.ops import DISTRIBUTIONS
+from hosfl_kernels.place import DISTRIBUTIONS
 from hosfl_kernels.tensors import DISPATCH
 
 # --- python -m benchmarks.gpu ------------------------------------------------------------------------------------

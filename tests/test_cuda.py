@@ -27,8 +27,8 @@ import torch
 import triton
 
 import hosfl_kernels as hk
-from hosfl_kernels import check, cpu, cuda, ops
-from hosfl_kernels.place import Place
+from hosfl_kernels import check, cpu, cuda
+from hosfl_kernels.place import DISTRIBUTIONS, Place
 from hosfl_kernels.tensors import BACKENDS, DTYPES, cuda_backend
 
 ROOT = Path(__file__).parents[1]
@@ -78,7 +78,7 @@ def many(random):
     return made
 
 
-@pytest.mark.parametrize("dist", ops.DISTRIBUTIONS)
+@pytest.mark.parametrize("dist", DISTRIBUTIONS)
 def test_a_long_list_has_the_bits_of_the_cpp_backend(emulated, dist):
     first, second = (many(torch.Generator().manual_seed(1)) for _ in range(2))
     n = len(first)
@@ -113,7 +113,7 @@ def test_more_directions_than_fit_into_a_kernel_s_parameters(emulated):
     assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("dist", ops.DISTRIBUTIONS)
+@pytest.mark.parametrize("dist", DISTRIBUTIONS)
 def test_project_by_pieces(emulated, dist, monkeypatch):
     monkeypatch.setattr(cuda, "PIECE", 1000)
     x = [torch.randn(2500), torch.randn(0), torch.randn(30, 100).half()]

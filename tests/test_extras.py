@@ -37,7 +37,7 @@ assert not torch.equal(x, torch.ones(9))
     "a run without a folder": """
 import torch
 from hosfl import Config, train
-from hosfl.tasks import task as tasks
+from hosfl.tasks import digits as tasks
 from hosfl.tasks.data import Dataset, Splits
 tasks.digits = lambda: Splits(*[Dataset(torch.randn(200, 1, 8, 8), torch.arange(200) % 10)] * 3)
 assert train(Config(rounds=2)).rounds == 2

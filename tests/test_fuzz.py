@@ -25,6 +25,7 @@ from hosfl.protocol.messages import (
     DTYPES,
     HEADER,
     MESSAGES,
+    NUMPY,
     Cut,
     Differs,
     Gradient,
@@ -93,7 +94,7 @@ def places(data):
         code, dims = data[at], data[at + 1]
         begin = at + 4 + 4 * dims
         elements = int(np.prod(struct.unpack_from(f"<{dims}I", data, at + 4), dtype=np.int64))
-        end = begin + elements * DTYPES[code].itemsize
+        end = begin + elements * NUMPY[DTYPES[code]].itemsize
         found.append((at, code, dims, begin, end))
         at = end
     return found
@@ -133,7 +134,7 @@ def elements(data, chance):
     if not arrays:
         return header(data, chance)
     _, code, _, begin, end = chance.choice(arrays)
-    size = DTYPES[code].itemsize
+    size = NUMPY[DTYPES[code]].itemsize
     for _ in range(chance.choice((1, 1, 3))):
         at = begin + size * chance.randrange((end - begin) // size)
         if code == 4:

@@ -33,7 +33,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hosfl import cli
+from hosfl import cli, commands
 from hosfl.protocol.log import EpochRecord, Log, RoundRecord
 from hosfl.runs import snapshot
 from hosfl.runs.checkpoint import load_config, rebuild
@@ -84,7 +84,7 @@ def _train(arguments: list[str], errors: Path, acknowledge: int, point: int) -> 
     def bar(title: str, rounds: int) -> Iterator[Any]:
         yield lambda done, *rest: os.write(acknowledge, bytes([done]))
 
-    cli._bar = bar
+    commands._bar = bar
     if point:
         sys.setprofile(_Fuse(point))
     try:

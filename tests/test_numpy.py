@@ -1,4 +1,4 @@
-"""The ops without torch: on numpy arrays, in processes that cannot import it; and what is the same of arrays and tensors."""
+"""The ops without torch: numpy arrays, in processes that cannot import it; what arrays and tensors have in common."""
 
 import json
 import os
@@ -14,8 +14,6 @@ import without_torch
 
 import hosfl_kernels as hk
 from hosfl_kernels import cpu
-
-
 
 ROOT = Path(__file__).parent.parent
 PLAIN = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "TRITON_INTERPRET")}

@@ -5,11 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from safetensors.torch import save
 
 from hosfl import Log, rebuild
 from hosfl.protocol.arrays import bits
 from hosfl.protocol.rebuild import rebuild as rebuild_without_torch
+from hosfl.protocol.weights import as_file, read_weights
 
 LOGS = Path(__file__).parent / "logs"
 DIGESTS = json.loads((LOGS / "digests.json").read_text())
@@ -65,7 +69,22 @@ def test_the_core_needs_no_torch(tmp_path):
     assert json.loads(done.stderr) == DIGESTS
     for name in DIGESTS:
         tensors, _ = rebuild(LOGS / name / "hosfl.log", LOGS / name / "base.safetensors")
-        from safetensors.torch import load_file
+        assert (tmp_path / name).read_bytes() == save(tensors)
 
-        written = load_file(tmp_path / name)
-        assert all(written[key].equal(value) for key, value in tensors.items())
+
+def test_files_without_torch_are_torch_s_files(tmp_path):
+    numbers = torch.arange(-6, 6)
+    dtypes = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16]
+    tensors = {f"{d}"[6:]: numbers.reshape(3, 4).to(d) for d in [*dtypes, torch.int8, torch.uint8, torch.bool]}
+    tensors |= {"one": torch.tensor(3.0), "none": torch.empty(0, 3), '\u00fcber "x"': numbers.float().t()}
+    data = save({name: value.contiguous() for name, value in tensors.items()})
+    assert as_file(tensors) == data
+    (tmp_path / "file").write_bytes(data)
+    arrays = read_weights(tmp_path / "file")
+    assert as_file(arrays) == data
+    assert arrays["float32"].tolist() == tensors["float32"].tolist()
+    assert arrays["bfloat16"].dtype == np.uint16
+    with pytest.raises(ValueError, match="'x' is complex64, which cannot be written"):
+        as_file({"x": torch.zeros(1, dtype=torch.complex64)})
+    with pytest.raises(IsADirectoryError):
+        read_weights(tmp_path)

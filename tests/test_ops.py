@@ -13,7 +13,7 @@ import torch
 import hosfl_kernels as hk
 from hosfl.runs.memory import growth
 from hosfl_kernels import _cpp, check, cpu, ops, reference, spec
-from hosfl_kernels.place import Place
+from hosfl_kernels.place import DISTRIBUTIONS, Place
 from hosfl_kernels.tensors import BACKENDS, DTYPES
 
 CUDA = torch.cuda.is_available()
@@ -47,7 +47,7 @@ def test_case(backend, case):
 
 @pytest.mark.parametrize("isa", _cpp.supported())
 @pytest.mark.parametrize("threads_", [1, 2, 3, 4])
-@pytest.mark.parametrize("dist", ops.DISTRIBUTIONS)
+@pytest.mark.parametrize("dist", DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_threads_and_instruction_sets_change_no_bit(isa, threads_, dist, dtype, threads):
     x = torch.randn(600_001, generator=torch.Generator().manual_seed(0)).to(dtype)
@@ -88,7 +88,7 @@ def projected(dtype, dist):
 
 @pytest.mark.parametrize("isa", _cpp.supported())
 @pytest.mark.parametrize("threads_", [1, 2, 4])
-@pytest.mark.parametrize("dist", ops.DISTRIBUTIONS)
+@pytest.mark.parametrize("dist", DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_threads_and_instruction_sets_change_no_bit_of_a_projection(isa, threads_, dist, dtype, threads):
     tensors, seeds, place, want = projected(dtype, dist)
@@ -110,7 +110,7 @@ def test_more_threads_than_one_are_used(threads):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dist", ops.DISTRIBUTIONS)
+@pytest.mark.parametrize("dist", DISTRIBUTIONS)
 def test_noise_is_what_perturb_adds(device, dist):
     z = hk.noise(5001, 2**63 + 9, stream=4, start=1000, dist=dist, device=device)
     x = torch.zeros(5001, device=device)
@@ -152,7 +152,7 @@ def test_nothing_to_do(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dist", ops.DISTRIBUTIONS)
+@pytest.mark.parametrize("dist", DISTRIBUTIONS)
 @pytest.mark.parametrize(("dtype", "rounding"), [*((d, "nearest") for d in DTYPES), (torch.bfloat16, "stochastic")])
 def test_replay_is_perturb_record_by_record(device, dist, dtype, rounding):
     one = [torch.randn(3000, device=device).to(dtype), torch.randn(50, device=device).to(dtype)]
@@ -178,7 +178,7 @@ def test_project_finds_what_was_added(device, dtype):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dist", ops.DISTRIBUTIONS)
+@pytest.mark.parametrize("dist", DISTRIBUTIONS)
 def test_project_is_the_transpose_of_replay(device, dist):
     place = {"dist": dist, "factors": [2.0, 1.0], "streams": [3, 4], "starts": [131_000, 0]}
     y = [torch.randn(5000, device=device), torch.randn(3, 100, device=device)]
@@ -192,7 +192,7 @@ def test_project_is_the_transpose_of_replay(device, dist):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dist", ops.DISTRIBUTIONS)
+@pytest.mark.parametrize("dist", DISTRIBUTIONS)
 def test_projections_of_shards_add_up(device, dist):
     x, cuts = torch.randn(300_000, device=device), [1, 1022, 140_000, 158_977]
     whole = hk.project(x, [1, 2], dist=dist, streams=[6], starts=[99])
@@ -226,7 +226,7 @@ def test_project_nothing():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dist", ops.DISTRIBUTIONS)
+@pytest.mark.parametrize("dist", DISTRIBUTIONS)
 def test_infinity_and_nan_reach_the_projection(device, dist):
     x = torch.ones(5000, device=device)
     x[4000] = torch.inf
@@ -243,7 +243,7 @@ def test_more_seeds_than_there_is_room_for_sums_of_blocks():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("dist", ops.DISTRIBUTIONS)
+@pytest.mark.parametrize("dist", DISTRIBUTIONS)
 def test_project_needs_no_memory_to_speak_of(dist):
     x = torch.randn(4_000_000, dtype=torch.bfloat16)
     assert growth(lambda: hk.project(x, [1, 2, 3], dist=dist), x.device) < 1e6
@@ -294,7 +294,7 @@ def all_ops(tiny, dtypes):
     """What every op makes of subnormal weights, moments, scales, coefficients and rates."""
     made = [hk.noise(len(tiny[torch.float32]), 1, dist="gaussian")]
     for dtype in dtypes:
-        for dist in ops.DISTRIBUTIONS:
+        for dist in DISTRIBUTIONS:
             x, (m, v) = [tiny[dtype].clone() for _ in range(4)], (tiny[torch.float32].clone() for _ in range(2))
             hk.perturb_(x[0], 1, 1e-40, dist=dist)
             hk.replay_(x[1], [1, 2], [1e-40, 3e-40], dist=dist)

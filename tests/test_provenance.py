@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -206,14 +207,14 @@ def test_every_method_locks_its_folder(killed, kind):
 
 
 def test_data_may_lie_elsewhere_and_must_be_the_same(tmp_path, monkeypatch):
-    from hosfl.tasks.data import Dataset, Splits
+    from hosfl.tasks.data import Dataset
     from hosfl.tasks.digits import digits_task
 
     def task(config):
         found = digits_task(Config())
         shift = float(Path(config.data).read_text())
-        parts = (found.train, found.validation, found.test)
-        return type(found)(**{**vars(found), "splits": Splits(*(Dataset(p.inputs + shift, p.labels) for p in parts))})
+        parts = {name: getattr(found, name) for name in ("train", "validation", "test")}
+        return replace(found, **{name: Dataset(p.inputs + shift, p.labels) for name, p in parts.items()})
 
     monkeypatch.setattr("hosfl.tasks.digits.digits_task", task)
     for name, shift in (("here", "0"), ("moved", "0"), ("changed", "1")):
@@ -268,10 +269,10 @@ def test_a_start_that_finds_another_run_at_the_last_moment_leaves_it_alone(tmp_p
 
     made = trainer.assemble
 
-    def slowly(config):  # meanwhile another process runs there, and ends
+    def slowly(config, task):  # meanwhile another process runs there, and ends
         monkeypatch.setattr(trainer, "assemble", made)
         train(config, tmp_path / "run")
-        return made(config)
+        return made(config, task=task)
 
     monkeypatch.setattr(trainer, "assemble", slowly)
     with pytest.raises(FileExistsError, match="another run"):

@@ -94,6 +94,21 @@ def test_every_link_of_the_description_leads_somewhere(metadata):
             assert not anchor or anchor in titles
 
 
+def test_the_plain_package_needs_numpy_and_no_torch(metadata):
+    """Every extra but `torch` itself brings torch."""
+    required = re.findall(r"^Requires-Dist: (.*)", metadata, re.M)
+    plain = {re.match(r"[\w-]+", line)[0] for line in required if "extra ==" not in line}
+    assert plain == {"numpy", "safetensors"}
+    of_extra = {}
+    for line in required:
+        for extra in re.findall(r'extra == "(\w+)"', line):
+            of_extra.setdefault(extra, []).append(line)
+    assert any(line.startswith("torch>=") for line in of_extra["torch"])
+    for extra, lines in of_extra.items():
+        if extra != "torch":
+            assert any(re.match(r"hosfl\[(.*,)?(torch|studies|hf)\b", line) for line in lines), extra
+
+
 def test_one_address_of_the_project():
     """pyproject.toml's is what CITATION.cff and the other addresses there begin with."""
     source = of_project(r'^Source = "(.*)"')

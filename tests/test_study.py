@@ -485,7 +485,7 @@ def test_a_worker_that_the_system_kills(tmp_path, whole, file, monkeypatch, caps
 
         return run_study(study, out, jobs, tell)
 
-    monkeypatch.setattr("hosfl.cli.run_study", killing)
+    monkeypatch.setattr("hosfl.commands.run_study", killing)
     assert main(["study", str(file), "--out", str(tmp_path / "out"), "--jobs", "2"]) == 2
     *told, last = capsys.readouterr().err.splitlines()
     assert last.startswith("hosfl: the system killed one of the study's processes, most likely for lack of memory: the")

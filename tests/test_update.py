@@ -11,8 +11,8 @@ import torch
 import torch._dynamo.testing
 
 import hosfl_kernels as hk
-from hosfl_kernels import _cpp, check, cpu, ops, reference, spec
-from hosfl_kernels.place import Place
+from hosfl_kernels import _cpp, check, cpu, reference, spec
+from hosfl_kernels.place import DISTRIBUTIONS, Place
 from hosfl_kernels.tensors import DTYPES
 
 DEVICES = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -129,7 +129,7 @@ def test_bad_numbers_are_refused(make, message):
 # --- the same bits --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dist", ops.DISTRIBUTIONS)
+@pytest.mark.parametrize("dist", DISTRIBUTIONS)
 @pytest.mark.parametrize(("dtype", "rounding"), check.KINDS)
 @pytest.mark.parametrize("rule", check.RULES, ids=str)
 def test_cpp_is_spec_at_every_length(rule, dtype, rounding, dist):
@@ -149,7 +149,7 @@ def test_cpp_is_spec_at_every_length(rule, dtype, rounding, dist):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dist", ops.DISTRIBUTIONS)
+@pytest.mark.parametrize("dist", DISTRIBUTIONS)
 @pytest.mark.parametrize(("dtype", "rounding"), KINDS)
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize(("rounds", "directions"), [(40, 1), (9, 5), (3, 33), (2, 64)])
@@ -166,7 +166,7 @@ def test_many_rounds_are_one_after_another(rounds, directions, rule, dtype, roun
     assert not same(many.tensors[:1], before.tensors[:1])
 
 
-@pytest.mark.parametrize("dist", ops.DISTRIBUTIONS)
+@pytest.mark.parametrize("dist", DISTRIBUTIONS)
 @pytest.mark.parametrize(("dtype", "rounding"), KINDS)
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_sharding_changes_no_bit(rule, dtype, rounding, dist):
@@ -184,7 +184,7 @@ def test_sharding_changes_no_bit(rule, dtype, rounding, dist):
 
 @pytest.mark.parametrize("isa", _cpp.supported())
 @pytest.mark.parametrize("threads_", [1, 2, 3, 4])
-@pytest.mark.parametrize("dist", ops.DISTRIBUTIONS)
+@pytest.mark.parametrize("dist", DISTRIBUTIONS)
 @pytest.mark.parametrize("rule", RULES[2:], ids=str)
 def test_threads_and_instruction_sets_change_no_bit(isa, threads_, dist, rule, threads):
     want = State(rule, [weights(140_001), weights(3333, torch.bfloat16)])

@@ -2,26 +2,35 @@
 
 import copy
 import json
+import pickle
 import random
 import subprocess
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import Dataset as TorchDataset
-from torch.utils.data import IterableDataset
+from torch.utils.data import IterableDataset, Subset
 
 from hosfl import Config, SplitModel, Task, split, train
 from hosfl.cli import main
 from hosfl.protocol.provenance import ProvenanceError
 from hosfl.runs.assemble import assemble
+from hosfl.runs.faults import Faults
+from hosfl.runs.simulate import simulate
+from hosfl.studies.study import read_study
 from hosfl.tasks import make_task
 from hosfl.tasks.items import Items, read, samples_of, seeded
 from hosfl.tasks.reading import DataError
 
 FILE = '''
+from pathlib import Path
+from typing import Optional
+
 import torch
 from torch import nn
 
@@ -53,6 +62,22 @@ def make(hidden: int = 16, shift: float = 0.0, name: str = "x"):
         test=(x[230:], y[230:]), loss=nn.functional.cross_entropy, classes=2,
         rates={"ho": (0.05, 0.2), "first-order": (0.05, 1.0), "frozen": (0.05, 1.0)},
     )
+
+
+def drawn(n: int = 3, sets: int = 0):
+    x = torch.randn(120, 12)
+    y = (x.sum(1) > 0).long()
+    train = [(x[k::sets], y[k::sets]) for k in range(sets)] if sets else (x, y)
+    rates = {"ho": (0.05, 0.2), "frozen": (0.05, 1.0)}
+    return Task(Strange(8), train, (x[:40], y[:40]), nn.functional.cross_entropy, at="second", rates=rates, classes=2)
+
+
+def typed(where: Path, many: Optional[int] = None, few: "int | None" = 3, share: float = 0.5, on: bool = False, **more):
+    found.append((where, many, few, share, on, more))
+    return make()
+
+
+found = []
 
 
 def nothing():
@@ -97,8 +122,51 @@ def test_a_stranger_s_file_trains(file, method, tmp_path, capsys):
     assert main([*command, "--clients", "4", "--batch", "8", "--out", str(tmp_path / "run")]) == 0
     assert capsys.readouterr().out.startswith(f"{method}: test accuracy")
     config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert (config["task"], config["options"]) == (f"{file}:make", {"hidden": "8"})
+    assert (config["task"], config["options"]) == (f"{file}:make", {"hidden": 8})
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+
+
+def test_what_a_function_draws_is_the_same_in_every_run(file, tmp_path):
+    """A model and data that are made at random in the function, not in one that it gives to Task."""
+    config = Config(task=f"{file}:drawn", **QUICK)
+    torch.manual_seed(1)
+    first = train(config, tmp_path / "run")
+    torch.manual_seed(2)
+    before = torch.random.get_rng_state()
+    assert train(config).provenance == first.provenance
+    assert train(config, tmp_path / "run", resume=True).loss == first.loss
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("faults", [{}, {"absence": 0.3}, {"crash_every": 3}])
+def test_clients_data_that_a_file_gives_say_how_many_clients_there_are(file, tmp_path, faults):
+    settings = {name: value for name, value in QUICK.items() if name not in ("clients", "sampled")}
+    config = Config(task=f"{file}:drawn", options={"sets": 2}, snapshot_every=1, **settings)
+    summary = train(config, tmp_path / "run")
+    assert (summary.config["clients"], summary.config["sampled"]) == (2, 2)
+    assert train(config, tmp_path / "run", resume=True).loss == summary.loss
+    outcome = simulate(replace(config, rounds=8), Faults(**faults))
+    assert outcome.equal
+    assert outcome.clients == 2
+    assert (outcome.deaths > 0) == ("crash_every" in faults)
+    with pytest.raises(ValueError, match="cannot sample 5 of 2 clients"):
+        train(replace(config, sampled=5))
+
+
+def test_options_become_what_the_function_takes(file, tmp_path):
+    told = {"where": "a/b", "many": "8", "few": "none", "share": "1e-2", "on": "True", "other": "x"}
+    config = Config(task=f"{file}:typed", options=told, **QUICK)
+    assert config.options == {"where": "a/b", "many": 8, "few": None, "share": 0.01, "on": True, "other": "x"}
+    make_task(config)
+    make_task(Config(task=f"{file}:typed", options={"where": Path("c"), "share": 1}))
+    found = sys.modules[make_task.__globals__["_maker"](f"{file}:typed").__module__].found
+    assert found[-2:] == [
+        (Path("a/b"), 8, None, 0.01, True, {"other": "x"}),
+        (Path("c"), None, 3, 1.0, False, {}),
+    ]
+    train(config, tmp_path / "run")  # the text of a command line and the values of Python are one run
+    same = replace(config, options={**config.options, "many": 8})
+    assert train(same, tmp_path / "run", resume=True).rounds == 3
 
 
 @pytest.mark.learning
@@ -118,6 +186,21 @@ def test_options_differ_and_are_in_the_provenance(file, tmp_path):
     assert outcomes[0].provenance["data"] == outcomes[1].provenance["data"] != outcomes[2].provenance["data"]
     with pytest.raises(ValueError, match="options was not there, is"):
         train(Config(task=f"{file}:make", options={"hidden": 8}, **QUICK), tmp_path / "0", resume=True)
+
+
+def test_options_are_in_a_grid(file):
+    text = f"""
+base: {{task: "{file}:make", clients: 3, sampled: 2, batch: 8, pool_size: 8}}
+rounds: 2
+seeds: [0]
+tuning_seeds: [1]
+methods: {{ho: {{grid: {{options: [{{hidden: 4}}, {{hidden: 8}}]}}}}}}
+"""
+    assert [trial["options"] for trial in read_study(text).trials["ho"]] == [{"hidden": 4}, {"hidden": 8}]
+    with pytest.raises(ValueError, match=r"methods.ho.grid.options: .* each once"):
+        read_study(text.replace("{hidden: 8}", "{hidden: 4}"))
+    with pytest.raises(ValueError, match=r"methods\.ho: task .* has no option hiden"):
+        read_study(text.replace("{hidden: 8}", "{hiden: 4}"))
 
 
 def test_a_stranger_s_study_in_processes_of_its_own(file, tmp_path):
@@ -203,8 +286,9 @@ def test_halves_are_a_module_like_any_other():
     assert not client.training
     assert not server.training
     assert next(halves.double().parameters()).dtype == torch.float64
-    again = copy.deepcopy(halves)
-    assert again.client is not halves.client
+    for again in (copy.deepcopy(halves), pickle.loads(pickle.dumps(halves))):
+        assert again.client is not halves.client
+        assert torch.equal(again(x.double()), halves(x.double()))
     assert sum(p.numel() for p in halves.parameters()) == sum(p.numel() for p in model.parameters())
 
 
@@ -288,8 +372,9 @@ def test_no_more_is_read_than_is_needed():
     given.targets = given.y  # as torchvision's data sets have
     mine = task(train=given)
     train(mine, **{**QUICK, "rounds": 2}, **RATES)
-    # Up to 1,024 for the digest, two to compare the halves, two to try the loss, two clients' batches of two rounds.
-    assert len(given.read) <= 1024 + 2 + 2 + 2 * 2 * 8
+    # Up to 1,024 for the digest, one to see what they are like, two to compare the halves, two to try the loss, two
+    # clients' batches of two rounds.
+    assert len(given.read) <= 1024 + 1 + 2 + 2 + 2 * 2 * 8
     assert len(set(given.read)) < 1100
 
 
@@ -312,6 +397,29 @@ def test_augmentation_is_a_function_of_seed_client_and_round(tmp_path):
     assert run(None, 6, seed=1).loss != whole.loss
     (tmp_path / "a" / "snapshot-00000006.safetensors").unlink()
     assert run(tmp_path / "a", 6, resume=True).loss == whole.loss
+
+
+@pytest.mark.parametrize("kind", ["targets", "subset", "a Hugging Face data set"])
+def test_labels_beside_the_items_are_taken_from_there(kind):
+    """To divide the data by class, no item is read."""
+    given = Numbered(40)
+    given.targets = given.y.tolist()
+    if kind == "subset":
+        items = samples_of(Subset(given, range(39, 9, -1)), "train")
+        expected = given.y[range(39, 9, -1)]
+    elif kind == "targets":
+        items, expected = samples_of(given, "train"), given.y
+    else:
+        items, expected = samples_of(huggingface().with_transform(refused), "train"), Y
+    assert torch.equal(items.labels, expected)
+    assert torch.equal(items[torch.tensor([3, 1])].labels, expected[[3, 1]])
+    assert given.read == []
+    del given.targets
+    assert torch.equal(samples_of(given, "train").labels, given.y)
+
+
+def refused(batch):
+    raise AssertionError("an item was read")
 
 
 def test_regression_has_labels_that_are_no_classes():
@@ -350,8 +458,6 @@ def test_metrics_are_of_the_whole_set():
 
 
 def test_real_labels_are_checked_by_the_server():
-    from dataclasses import replace
-
     x, y = data()
     mine = task(train=(x, y.float()), test=(x, y.float()), loss=lambda o, t: (o[:, 0] - t).square().mean())
     real, _ = assemble(Config(task="", partition="iid", **QUICK, **RATES), task=mine)
@@ -382,8 +488,36 @@ class Wrong(Numbered):
         return {"x": X[0]} if self.named else X[0]
 
 
+class Counted(Endless):
+    def __len__(self):
+        return 40
+
+
 REFUSED = {
     "an iterable data set": ({"train": Endless()}, DataError, "train is a Endless, which has no length"),
+    "an iterable data set with a length": ({"train": Counted()}, DataError, "train is a Counted, which has no length"),
+    "a list of samples": ({"train": [(X[0], 1)]}, DataError, "is a list, which has one data set for each client"),
+    "labels beyond int32": ({"train": (X, Y + 2**40)}, DataError, "train: labels from 1099511627776 to .*int32"),
+    "labels that are not finite": ({"test": (X, Y / 0)}, DataError, "test: labels that are infinite or NaN"),
+    "complex labels": ({"train": (X, Y * 1j)}, DataError, "train: labels that are torch.complex64"),
+    "a class too many": ({"test": (X, Y + 1), "classes": 2}, DataError, "test has labels from 1 to 2, .*from 0 to 1"),
+    "a class below 0": ({"train": (X, Y - 1), "classes": 2}, DataError, "train has labels from -1 to 0"),
+    "classes that are none": ({"train": (X, Y / 2), "classes": 2}, DataError, "torch.float32: with classes = 2"),
+    "no metrics": ({"metrics": {}}, ValueError, "metrics is empty: name one, or leave it out"),
+    "a list of metrics": ({"metrics": [max]}, TypeError, "metrics is a list: a mapping is needed"),
+    "a metric that is none": ({"metrics": {"m": 1}}, TypeError, "the metric 'm' is a int: a function"),
+    "scores that are none": ({"scores": 1}, TypeError, "scores is a int"),
+    "metrics and scores": ({"scores": max, "metrics": {"m": max}}, ValueError, "metrics and scores: give one"),
+    "no optimizer": ({"optimizer": None}, TypeError, "optimizer is a NoneType: a function of a half"),
+    "rates without names": ({"rates": (0.1, 0.1)}, TypeError, "rates is a tuple: a mapping is needed"),
+    "one rate": ({"rates": {"ho": 0.1}}, ValueError, "rates of 'ho' are 0.1: a server rate and a client rate"),
+    "one rate in a tuple": ({"rates": {"ho": (0.1,)}}, ValueError, "rates of 'ho' are"),
+    "four rates": ({"rates": {"ho": (0.1, 0.1, 0.1, 0.1)}}, ValueError, "rates of 'ho' are"),
+    "a negative rate": ({"rates": {"ho": (0.1, -0.1)}}, ValueError, "rates of 'ho' are"),
+    "an endless rate": ({"rates": {"ho": (0.1, float("inf"))}}, ValueError, "rates of 'ho' are"),
+    "groups that are no numbers": ({"groups": ["a"] * 40}, DataError, "groups: no array of integers .*number them"),
+    "groups that are shares": ({"groups": [0.5] * 40}, DataError, "groups of shape .*torch.float32: one integer"),
+    "groups of clients' data": ({"train": [(X, Y)], "groups": [1] * 40}, ValueError, "divided already: leave out"),
     "no data": ({"train": None}, DataError, "train is a NoneType"),
     "inputs alone": ({"train": X}, DataError, "train is a Tensor"),
     "a triple": ({"train": (X, Y, Y)}, DataError, r"train is a tuple of 3: a pair \(inputs, labels\) is needed"),
@@ -406,7 +540,67 @@ def test_a_task_that_is_none(what):
         task(**more)
 
 
+def crossed(outputs, labels):
+    return nn.functional.cross_entropy(outputs.reshape(-1, 2), labels.reshape(-1).long())
+
+
+class Told(nn.Module):
+    """What a half makes, as a function of it."""
+
+    def __init__(self, inner, change):
+        super().__init__()
+        self.inner, self.change = inner, change
+
+    def forward(self, x):
+        return self.change(self.inner(x))
+
+
+def made(client=lambda x: x, server=lambda x: x):
+    return {"model": (Told(nn.Linear(4, 6), client), Told(nn.Linear(6, 2), server)), "at": None, "loss": crossed}
+
+
+class Gone(Numbered):
+    def __getitem__(self, number):
+        raise KeyError(number)
+
+
+UNLIKE = {
+    "features": (
+        [(X, Y), (X[:, :3], Y)],
+        r"train of client 1: a sample's inputs are floating-point numbers of shape \(3",
+    ),
+    "kinds of inputs": ([(X, Y), (X.long(), Y)], "a sample's inputs are integers"),
+    "shapes of labels": ([(X, Y), (X, Y[:, None])], r"a sample's labels are integers of shape \(1,\)"),
+    "kinds of labels": ([(X, Y), (X, Y.float())], "a sample's labels are floating-point numbers"),
+    "names": ([(X, Y), ({"x": X}, Y)], "train of client 1 has x, labels, and train of client 0 has inputs, labels"),
+}
 LATER = {
+    **{
+        f"clients with other {what}": ({"train": sets, "loss": crossed}, DataError, reason)
+        for what, (sets, reason) in UNLIKE.items()
+    },
+    "test labels of another kind": (
+        {"test": (X, Y.float()), "loss": crossed},
+        DataError,
+        "test: a sample's labels are",
+    ),
+    "test labels of more dimensions": (
+        {"test": (X, Y[:, None]), "loss": crossed},
+        DataError,
+        "test: a sample's labels",
+    ),
+    "validation inputs by name": ({"validation": ({"x": X}, Y)}, DataError, "validation has x, labels, and train has"),
+    "items without numbers": (
+        {"train": Gone()},
+        DataError,
+        r"train\[0\] cannot be read \(KeyError.* from 0 to 59",
+    ),
+    "a cut without samples": (made(client=lambda x: x.mean(0)), TypeError, r"the cut of 2 samples is a tensor \(6,\)"),
+    "outputs by name": (made(server=lambda x: {"logits": x}), TypeError, "the output of 2 samples is a dict: a tensor"),
+    "one output": (made(server=lambda x: x.sum()), TypeError, r"the output of 2 samples is a tensor \(\)"),
+    "a server half of no weights": ({"model": (nn.Linear(4, 2), nn.Tanh()), "at": None}, ValueError, "no parameters"),
+    "an optimizer that is none": ({"optimizer": lambda half, decay: None}, TypeError, "optimizer is a NoneType"),
+    "scores of nothing": ({"scores": lambda outputs, data: None}, TypeError, "the task's scores are None: numbers by"),
     "nowhere to cut": ({"at": None}, ValueError, "where is the model to be cut"),
     "no such place": ({"at": 7}, ValueError, "cannot cut at 7; the cut points are"),
     "a function of nothing": ({"model": lambda: None}, TypeError, "the task's model is a NoneType"),
@@ -430,14 +624,34 @@ LATER = {
 @pytest.mark.parametrize("what", LATER)
 def test_a_task_that_cannot_run(what, tmp_path):
     more, error, reason = LATER[what]
+    clients = len(more["train"]) if isinstance(more.get("train"), list) else QUICK["clients"]
     with pytest.raises(error, match=reason):
-        train(task(**more), tmp_path / "run", **QUICK, **RATES)
+        train(task(**more), tmp_path / "run", **{**QUICK, "clients": clients}, **RATES)
     assert not any(tmp_path.glob("run/*"))
+
+
+def test_what_is_evaluated_on_may_be_larger():
+    net = nn.Sequential(nn.Conv1d(1, 4, 3), nn.Tanh(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, 2))
+    x = torch.randn(40, 1, 12)
+    mine = task(model=net, train=(x[:, :, :8], Y), test=(x, Y))
+    assert train(mine, **QUICK, **RATES).rounds == 3
+
+
+def test_a_function_that_gives_one_module_again_is_refused():
+    """It was changed by the run before."""
+    one = net()
+    client, server = nn.Linear(4, 6), nn.Linear(6, 2)
+    for mine in (task(model=lambda: one), task(model=lambda: (client, server), at=None)):
+        train(mine, **QUICK, **RATES)
+        with pytest.raises(ValueError, match="gives the same module again, which a run has changed"):
+            train(mine, **QUICK, **RATES)
 
 
 def test_settings_beside_a_task():
     with pytest.raises(ValueError, match="no rates are tuned for ho pool normalized: give server_rate and client_rate"):
         train(task(), **QUICK)
+    with pytest.raises(ValueError, match="no rates are tuned for ho pool normalized, only for hoo: give server_rate"):
+        train(task(rates={"hoo": (0.1, 0.1)}), **QUICK)
     with pytest.raises(TypeError, match="there is no setting round"):
         train(task(), round=3)
     with pytest.raises(TypeError, match="a Task has its own data and model"):
@@ -462,6 +676,7 @@ def test_settings_beside_a_task():
         ("make", {"hidden": "x"}, "option hidden: a whole number is needed, got 'x'"),
         ("make", {"hidden": 2.5}, "option hidden: a whole number is needed, got 2.5"),
         ("make", {"name": 3}, "option name: text is needed, got 3"),
+        ("typed", {"where": "x", "few": "y"}, "option few: a whole number or none is needed, got 'y'"),
         ("needs", {}, "needs the option size: --option size=VALUE"),
         ("no", {}, "there is no no in"),
         ("Task.", {}, "there is no Task. in"),
@@ -482,8 +697,10 @@ def test_settings_that_a_stranger_s_function_does_not_read(file):
         Config(options={"hidden": 3})
 
 
-def test_reading_does_not_move_other_random_numbers():
+def test_reading_does_not_move_other_random_numbers(monkeypatch):
     torch.manual_seed(1)
+    # Of a device that is not in use yet no seed is set either: nobody could put it back.
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a device's seed is set"))
     before = torch.random.get_rng_state()
     with seeded(3):
         first = torch.rand(3), random.random(), np.random.rand()

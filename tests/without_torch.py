@@ -1,4 +1,4 @@
-"""Every op on numpy arrays. As a program it has no torch and no triton; test_numpy.py runs it, and `refused` on tensors.
+"""Every op on numpy arrays. As a program it has no torch; test_numpy.py runs it, and `refused` on tensors.
 
     python tests/without_torch.py VECTORS
 
@@ -31,7 +31,7 @@ def place_of(case):
 
 
 def made_and_wanted(case, given):
-    """What an op of the public functions makes of a case's array, and what spec.py does; `given` is the array's view."""
+    """What a public op makes of a case's array, and what spec.py does; `given` is the array's view."""
     x, record = check.weights(case), check.records(case)
     place, one = place_of(case)
     rounding_seeds = record["rounding_seeds"]
@@ -44,7 +44,9 @@ def made_and_wanted(case, given):
         by_round = (case.records, case.directions)
         seeds, coefficients = np.array(seeds, np.uint64).reshape(by_round), np.reshape(coefficients, by_round)
         rounding = {**stochastic, "rounding_seeds": rounding_seeds}
-        hk.update_(mine, kept, case.rule, seeds, coefficients.astype(np.float32), np.float32(steps), **place, **rounding)
+        hk.update_(
+            mine, kept, case.rule, seeds, coefficients.astype(np.float32), np.float32(steps), **place, **rounding
+        )
         record = (seeds.tolist(), coefficients.tolist(), steps)
         want, after = spec.update(x, moments, rule, constants, *record, **one, rounding_seeds=rounding_seeds)
         return [mine, *(k[0] for k in kept)], [want, *after]

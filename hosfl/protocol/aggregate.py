@@ -79,8 +79,8 @@ def _stack(values: Sequence[Array]) -> Array:
     if not is_tensor(values[0]):
         return np.stack([np.asarray(v, np.float64) for v in values])
     rows = values[0].detach().double().new_empty((len(values), *values[0].shape))
-    for row, value in zip(rows, values, strict=True):
-        row.copy_(value)
+    for number, value in enumerate(values):
+        rows[number] = value.detach()
     return rows
 
 

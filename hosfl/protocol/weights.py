@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, deserialize, serialize
+from safetensors import deserialize
 
 from hosfl.protocol.arrays import Array, bits, dtype_name
 
 # A file's name of a dtype, and numpy's of what holds it here.
 STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "uint16", "BOOL": "bool"}
 STORED |= {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
+ORDER = ("BOOL", "U8", "I8", "I16", "F16", "BF16", "I32", "F32", "F64", "I64")  # the format's own
 
 
 def read_weights(path: Path) -> dict[str, Array]:
@@ -32,12 +34,22 @@ def read_weights(path: Path) -> dict[str, Array]:
 
 
 def as_file(arrays: Mapping[str, Array]) -> bytes:
-    """The bytes of a file that holds these, numpy's or torch's."""
-    told: Any = {
-        name: {"dtype": dtype_name(array), "shape": tuple(array.shape), "data": bytes(bits(array))}
-        for name, array in arrays.items()
-    }
-    try:
-        return bytes(serialize(told))
-    except SafetensorError as error:
-        raise ValueError(f"these weights cannot be written: {error}") from error
+    """The bytes of a file that holds these, numpy's or torch's: those that `safetensors.torch.save` makes of them.
+
+    Raises ValueError for a dtype that numpy cannot hold.
+    """
+    codes = {("bfloat16" if code == "BF16" else name): code for code, name in STORED.items()}
+    for name, array in arrays.items():
+        if dtype_name(array) not in codes:
+            raise ValueError(f"{name!r} is {dtype_name(array)}, which cannot be written: {', '.join(codes)} can")
+    # Widest dtypes first, so that all are aligned.
+    order = sorted(arrays, key=lambda name: (-ORDER.index(codes[dtype_name(arrays[name])]), name))
+    header, data = {}, bytearray()
+    for name in order:
+        begin, array = len(data), arrays[name]
+        data += bits(array)
+        said = {"dtype": codes[dtype_name(array)], "shape": list(array.shape), "data_offsets": [begin, len(data)]}
+        header[name] = said
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + bytes(data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from hosfl.runs.checkpoint import header_of
 from hosfl.settings import DEFAULTS, Rates, Settings
 from hosfl.tasks import make_task
 from hosfl.tasks.data import Dataset, at_once, dirichlet_split, iid_split, shards
-from hosfl.tasks.items import Batches, Items, read
+from hosfl.tasks.items import Batches, Items, check_alike, read
 from hosfl.tasks.task import Scores, Task
 
 
@@ -41,6 +42,7 @@ def assemble(config: Settings, smallest_shard: int | None = None, task: Task | N
     """
     task = make_task(config) if task is None else task
     config = for_clients(config, task)
+    check_alike(task.sets())
     kind, rates = method_of(config.method), rates_of(task, config)
     device = torch.device(config.device)
     model = task.halves(round_seed(config.seed, Purpose.MODEL, 0), "" if config.task else config.at)
@@ -51,6 +53,8 @@ def assemble(config: Settings, smallest_shard: int | None = None, task: Task | N
     method = kind(setup)
     shares = [share.to(device, dtype_of(base)) for share in partition(task, config, smallest_shard)]
     half = model.server.to(device)
+    if not any(parameter.requires_grad for parameter in half.parameters()):
+        raise ValueError("the server half has no parameters that train: cut the model further in front")
     cut_shape, sample = _tried(task, SplitModel(base, half), shares[0])
 
     def make(number: int) -> Client:
@@ -59,10 +63,13 @@ def assemble(config: Settings, smallest_shard: int | None = None, task: Task | N
             number, copy.deepcopy(base), Batches(mine, config.batch, config.seed, number, task.per_token)
         )
 
+    optimizer = task.optimizer(half, rates.decay)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"the task's optimizer is a {type(optimizer).__name__}: a torch.optim.Optimizer is needed")
     server = method.server(
         half=half,
         loss=task.loss,
-        optimizer=task.optimizer(half, rates.decay),
+        optimizer=optimizer,
         rate=method.rate(rates.server),
         ledger=method.ledger,
         seed=config.seed,
@@ -97,23 +104,37 @@ def for_clients(config: Settings, task: Task) -> Settings:
         raise ValueError(
             f"the task has the data of {len(task.train)} clients, not of {config.clients}: leave out clients"
         )
-    return replace(config, clients=len(task.train), sampled=min(config.sampled, len(task.train)))
+    clients, sampled = len(task.train), config.sampled
+    if sampled == DEFAULTS["sampled"]:
+        sampled = min(sampled, clients)
+    return replace(config, clients=clients, sampled=sampled)
 
 
 @torch.no_grad()
 def _tried(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tuple[int, ...], Dataset]:
-    """The shape of one sample's cut, and samples. Raises TypeError for a loss that is none."""
+    """The shape of one sample's cut, and samples. Raises TypeError for outputs and a loss that are none."""
     sample = read(data[:2])  # two, so that a loss per sample shows
     modes = model.client.training, model.server.training
     model.eval()
     cut = call(model.client, sample.inputs)
     output = model(sample.inputs)
+    for of, found in (("the cut", cut), ("the output", output)):
+        if not isinstance(found, Tensor) or found.shape[:1] != (len(sample),):
+            raise TypeError(
+                f"{of} of {len(sample)} samples is {_told(found)}: a tensor is needed, whose first dimension is the"
+                " samples"
+            )
     loss = task.loss(output, sample.labels)
     model.client.train(modes[0]), model.server.train(modes[1])
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        what = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        raise TypeError(f"the loss of a batch is {what}: a tensor of one element, the mean over the batch, is needed")
+        raise TypeError(
+            f"the loss of a batch is {_told(loss)}: a tensor of one element, the mean over the batch, is needed"
+        )
     return tuple(cut.shape[1:]), sample
+
+
+def _told(value: Any) -> str:
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def rates_of(task: Task, config: Settings) -> Rates:

@@ -8,7 +8,7 @@ from typing import Any
 
 from hosfl.methods import METHODS, method_of
 from hosfl.settings import DEFAULTS, FIELDS, Settings
-from hosfl.tasks import check_task
+from hosfl.tasks import options_of
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Config(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_task(self)
+        object.__setattr__(self, "options", options_of(self))
         method_of(self.method).check(self)
         for name, why in ignored(vars(self)).items():
             if getattr(self, name) != DEFAULTS[name]:

@@ -352,7 +352,7 @@ def _simulate(config: Config, faults: Faults, folder: Path, progress: Progress |
     if task.classes is None and faults.byzantine and any(TOLD[lie][0] == "labels" for lie in faults.told):
         raise ValueError("labels that are no classes cannot be lied about: choose other lies")
     crowd = Crowd(
-        config,
+        plain.config,
         plain.server,
         plain.make,
         plain.base,

@@ -24,6 +24,7 @@ from hosfl.runs.checkpoint import check_free, load_config, save_module
 from hosfl.runs.config import Config
 from hosfl.runs.report import Evaluation, Summary, Writer
 from hosfl.settings import differences
+from hosfl.tasks import make_task
 from hosfl.tasks.task import Task
 
 
@@ -129,16 +130,16 @@ def train(
         raise ValueError("out is empty: name a folder")
     folder = Path(out) if out is not None else None
     begin = time.perf_counter()
-    config, given = _told(what, settings)
-    if resume:
-        if folder is None:
-            raise ValueError("a run to resume needs its folder")
+    if resume and folder is None:
+        raise ValueError("a run to resume needs its folder")
+    if folder is not None and not resume:
+        check_free(folder)
+    config, task = _told(what, settings)
+    if resume and folder is not None:
         differ = differences(load_config(folder).decisive(), config.decisive())
         if differ:
             raise ValueError(f"these are not the settings of the run in {folder}: {'; '.join(differ)}")
-    elif folder is not None:
-        check_free(folder)
-    federation, task = assemble(config, task=given)
+    federation, _ = assemble(config, task=task)
     assert federation.provenance is not None
     writer = Writer(folder)
     course = _Course(federation, task, writer, begin, progress)
@@ -166,12 +167,13 @@ def train(
         writer.close()
 
 
-def _told(what: Task | Config, settings: dict[str, Any]) -> tuple[Config, Task | None]:
-    """The run's settings, and its task where it is an object. Raises TypeError, ValueError."""
+def _told(what: Task | Config, settings: dict[str, Any]) -> tuple[Config, Task]:
+    """The run's settings and its task. Raises TypeError, ValueError."""
     if isinstance(what, Config):
         if settings:
             raise TypeError(f"{', '.join(settings)} beside a Config: say them there")
-        return what, None
+        task = make_task(what)
+        return cast(Config, for_clients(what, task)), task
     if not isinstance(what, Task):
         raise TypeError(f"train needs a Task or a Config, not a {type(what).__name__}")
     for name in settings:

@@ -210,7 +210,8 @@ def _grid(says: Any, where: str) -> dict[str, list[Any]]:
     grid = {}
     for name, values in _of(dict, says, where).items():
         grid[name] = [_value(name, value, where) for value in _of(list, values, f"{where}.{name}")]
-        if not grid[name] or len(set(grid[name])) < len(grid[name]):
+        once = {json.dumps(value, sort_keys=True) for value in grid[name]}
+        if not grid[name] or len(once) < len(grid[name]):
             raise ValueError(f"{where}.{name}: one value or more is needed, each once, got {values}")
     return grid
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
 from hosfl.named import named
 
@@ -25,24 +27,33 @@ TASKS = {
 OWN = ("data", "model", "at")  # settings that a function of one's own reads if it has parameters of these names
 
 
-def check_task(settings: Settings) -> None:
-    """Raises ValueError for a task that is none, and for options that it has not."""
-    if settings.task:
-        _arguments(_maker(settings.task), settings)
+def options_of(settings: Settings) -> dict[str, Any]:
+    """A run's options as its task's function takes them, as far as JSON can hold them: "8" is 8 where it takes numbers.
+
+    Raises ValueError for a task that is none, and for options that it has not.
+    """
+    if not settings.task:
+        return settings.options
+    taken = _arguments(_maker(settings.task), settings)
+    plain = (bool, int, float, str, type(None))
+    return {name: taken[name] if isinstance(taken[name], plain) else given for name, given in settings.options.items()}
 
 
 def make_task(settings: Settings) -> Task:
     """The task of a run: one of `TASKS`, or what the function returns that "FILE.py:FUNCTION" names.
 
-    Raises ValueError; TypeError where the function returns something else.
+    The function is called with the same random numbers in force, whatever the run's seed: what it draws is the same in
+    every run. Raises ValueError; TypeError where the function returns something else.
     """
+    from hosfl.tasks.items import seeded
     from hosfl.tasks.task import Task
 
     if not settings.task:
         raise ValueError("the run's task was an object, not a name: pass it to hosfl.train again")
     maker = _maker(settings.task)
     arguments = _arguments(maker, settings)
-    made = maker(settings, **arguments) if settings.task in TASKS else maker(**arguments)
+    with seeded(0):
+        made = maker(settings, **arguments) if settings.task in TASKS else maker(**arguments)
     if not isinstance(made, Task):
         raise TypeError(f"task {settings.task!r} returns a {type(made).__name__}: a hosfl.Task is needed")
     return made
@@ -57,7 +68,7 @@ def _maker(name: str) -> Callable[..., Any]:
 
 def _arguments(maker: Callable[..., Any], settings: Settings) -> dict[str, Any]:
     """The options as the function takes them. Raises ValueError for unknown and missing ones."""
-    parameters = dict(inspect.signature(maker, eval_str=True).parameters)
+    parameters = _parameters(maker)
     told = dict(settings.options)
     if settings.task in TASKS:
         parameters.pop(next(iter(parameters)))  # the settings
@@ -67,29 +78,48 @@ def _arguments(maker: Callable[..., Any], settings: Settings) -> dict[str, Any]:
         if strange:
             raise ValueError(f"task {settings.task!r} has its own {', '.join(strange)}: leave out {', '.join(strange)}")
         told |= given
-    if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        return told
-    known = ", ".join(parameters) or "none"
+    more = [name for name, p in parameters.items() if p.kind is p.VAR_KEYWORD]
+    known = {name: p for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
     for name in told:
-        if name not in parameters:
-            raise ValueError(f"task {settings.task!r} has no option {name}; it has {known}")
-    missing = [name for name, p in parameters.items() if p.default is p.empty and name not in told]
+        if name not in known and not more:
+            raise ValueError(f"task {settings.task!r} has no option {name}; it has {', '.join(known) or 'none'}")
+    missing = [name for name, p in known.items() if p.default is p.empty and name not in told]
     if missing:
-        raise ValueError(f"task {settings.task!r} needs the option {missing[0]}: --option {missing[0]}=VALUE")
-    return {name: _value(name, value, parameters[name]) for name, value in told.items()}
+        how = f"--{missing[0]}" if missing[0] in OWN else f"--option {missing[0]}=VALUE"
+        raise ValueError(f"task {settings.task!r} needs the option {missing[0]}: {how}")
+    return {name: _value(name, value, known[name]) if name in known else value for name, value in told.items()}
+
+
+def _parameters(maker: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    try:
+        return dict(inspect.signature(maker, eval_str=True).parameters)
+    except NameError:  # of an annotation that is there for type checkers alone
+        return dict(inspect.signature(maker).parameters)
+
+
+KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
 
 
 def _value(name: str, value: Any, parameter: inspect.Parameter) -> Any:
-    """A value as the parameter's annotation says, or as its default is; text of a command line becomes that."""
-    kind = parameter.annotation if parameter.annotation is not parameter.empty else type(parameter.default)
-    called = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
-    if kind not in called or (isinstance(value, kind) and not (kind is int and isinstance(value, bool))):
+    """A value as the parameter's annotation says, or as its default is; text of a command line becomes that.
+
+    An annotation that is none of `KINDS`, or one of them or None, says nothing: the value stays as it is.
+    """
+    annotation = parameter.annotation
+    kind = type(parameter.default) if annotation is parameter.empty else annotation
+    either = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    kinds, optional = [one for one in either if one is not NoneType], NoneType in either
+    if len(kinds) != 1 or (kind := kinds[0]) not in KINDS or (optional and value is None):
+        return value
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     try:
-        if kind is bool:
-            return {"true": True, "false": False}[str(value).lower()]
-        if isinstance(value, str) or (kind is float and isinstance(value, int)):
-            return kind(value)
+        if isinstance(value, str):
+            if optional and value.lower() == "none":
+                return None
+            return {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            return float(value)
     except (ValueError, KeyError):
         pass
-    raise ValueError(f"option {name}: {called[kind]} is needed, got {value!r}")
+    raise ValueError(f"option {name}: {KINDS[kind]}{' or none' * optional} is needed, got {value!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset, Subset
 
 from hosfl.halves.inputs import Batch
 from hosfl.protocol.seeds import Purpose, generator, round_seed
@@ -69,7 +70,7 @@ class Items:
             stacked: Any = {name: self._stack([value[name] for value in inputs], name) for name in names}
         else:
             stacked = self._stack(list(inputs), "inputs")
-        return Dataset(stacked, _labels(self._stack(list(labels), "labels"))).to(self.device, self.dtype)
+        return Dataset(stacked, _labels(self._stack(list(labels), "labels"), self.what)).to(self.device, self.dtype)
 
     def digest(self) -> str:
         """SHA-256 of how many there are and of up to 1,024 of them, spread evenly, as they are read with seed 0."""
@@ -79,14 +80,20 @@ class Items:
 
     @cached_property
     def labels(self) -> Tensor:
-        """All labels: of the source's `targets` where it has them, as torchvision's have; else every item is read."""
-        known = getattr(self.source, "targets", None)
-        if known is not None and len(known) == len(self.source):
-            return _labels(torch.as_tensor(known)[self.indices])
+        """All labels: see `labels_beside`; where there are none beside the items, every item is read once."""
+        beside = labels_beside(self.source)
+        if beside is not None:
+            return _labels(_tensor(beside, f"{self.what}, labels"), self.what)[self.indices]
         return torch.cat([self[part].read().labels.cpu() for part in torch.arange(len(self)).split(256)])
 
     def _item(self, number: int) -> tuple[Any, Any]:
-        item = self.source[number]
+        try:
+            item = self.source[number]
+        except (LookupError, NotImplementedError) as error:
+            raise DataError(
+                f"{self.what}[{number}] cannot be read ({error!r}): items are needed by numbers from 0 to"
+                f" {len(self.source) - 1}"
+            ) from error
         if isinstance(item, Mapping):
             name = next((name for name in LABELS if name in item), None)
             if name is None:
@@ -113,10 +120,14 @@ class Items:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """torch's, Python's and numpy's random numbers on the host come from this seed, and go on as before afterwards."""
+    """torch's, Python's and numpy's random numbers come from this seed, and go on as before afterwards."""
     before = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed % 2**63)
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        # Not torch.manual_seed, which also decides with what a device begins that nobody has used yet.
+        torch.default_generator.manual_seed(seed % 2**63)
+        if devices:
+            torch.cuda.manual_seed_all(seed % 2**63)
         random.seed(seed)
         np.random.seed(seed % 2**32)
         try:
@@ -140,15 +151,15 @@ def samples_of(given: Any, what: str) -> Dataset | Items:
             raise DataError(f"{what} is a tuple of {len(given)}: a pair (inputs, labels) is needed")
         inputs = given[0]
         arrays = {k: _tensor(v, f"{what}, {k}") for k, v in inputs.items()} if isinstance(inputs, Mapping) else None
-        labels = _labels(_tensor(given[1], f"{what}, labels"))
+        labels = _labels(_tensor(given[1], f"{what}, labels"), what)
         found = Dataset(arrays or _tensor(inputs, f"{what}, inputs"), labels)
     elif isinstance(given, Mapping):
         name = next((name for name in LABELS if name in given), None)
         if name is None:
             raise DataError(f"{what} has {', '.join(map(str, given))}; one must be called labels")
         arrays = {k: _tensor(v, f"{what}, {k}") for k, v in given.items() if k != name}
-        found = Dataset(arrays, _labels(_tensor(given[name], f"{what}, {name}")))
-    elif hasattr(given, "__getitem__") and hasattr(given, "__len__") and not isinstance(given, (str, bytes, Tensor)):
+        found = Dataset(arrays, _labels(_tensor(given[name], f"{what}, {name}"), what))
+    elif _numbered(given):
         found = Items(given, torch.arange(len(given)), what)
     else:
         raise DataError(
@@ -165,9 +176,34 @@ def samples_of(given: Any, what: str) -> Dataset | Items:
     return found
 
 
-def _labels(labels: Tensor) -> Tensor:
-    """As losses take them: int64, or float32."""
-    return labels.float() if labels.is_floating_point() else labels.long()
+def _labels(labels: Tensor, what: str) -> Tensor:
+    """As losses take them: int64, or float32. Raises DataError for those that no message can carry."""
+    if labels.is_complex():
+        raise DataError(f"{what}: labels that are {labels.dtype}: integers or floating-point numbers are needed")
+    if labels.is_floating_point():
+        if not bool(torch.isfinite(labels.float()).all()):
+            raise DataError(f"{what}: labels that are infinite or NaN")
+        return labels.float()
+    found, most = labels.long(), torch.iinfo(torch.int32)
+    if found.numel() and not most.min <= int(found.min()) <= int(found.max()) <= most.max:
+        raise DataError(f"{what}: labels from {int(found.min())} to {int(found.max())}: they travel as int32")
+    return found
+
+
+def labels_beside(source: Any) -> Any:
+    """All labels of a data set where it has them beside its items, so that no item is read; None where it has not.
+
+    As `targets`, which torchvision's data sets have; as a column of a Hugging Face data set, as stored; or in the data
+    set that a torch `Subset` is of.
+    """
+    if isinstance(source, Subset):
+        whole = labels_beside(source.dataset)
+        return None if whole is None else torch.as_tensor(whole)[list(source.indices)]
+    if hasattr(source, "column_names") and hasattr(source, "with_format"):
+        name = next((name for name in LABELS if name in source.column_names), None)
+        return None if name is None else list(source.with_format(None)[name])
+    found = getattr(source, "targets", None)
+    return found if found is not None and len(found) == len(source) else None
 
 
 def _tensor(array: Any, what: str) -> Tensor:
@@ -178,6 +214,12 @@ def _tensor(array: Any, what: str) -> Tensor:
     if found.dim() == 0:
         raise DataError(f"{what}: one number, where there is one for each sample")
     return found
+
+
+def _numbered(given: Any) -> bool:
+    if isinstance(given, (str, bytes, np.ndarray, Tensor, IterableDataset)):
+        return False
+    return hasattr(given, "__getitem__") and hasattr(given, "__len__")
 
 
 def read(samples: Dataset | Items, seed: int = 0) -> Dataset:
@@ -191,7 +233,41 @@ def sets_of(given: Any, what: str) -> Dataset | Items | list[Dataset | Items]:
         return samples_of(given, what)
     if not given:
         raise DataError(f"{what} is an empty list: one data set for each client is needed")
-    return [samples_of(one, f"{what} of client {number}") for number, one in enumerate(given)]
+    try:
+        return [samples_of(one, f"{what} of client {number}") for number, one in enumerate(given)]
+    except DataError as error:
+        raise DataError(f"{error} ({what} is a list, which has one data set for each client)") from None
+
+
+def check_alike(sets: Iterable[tuple[str, Dataset | Items]]) -> None:
+    """Raises DataError for a data set whose samples are unlike the first's: in names, kinds of numbers or shapes.
+
+    sets: with how errors call them. What is evaluated on, "test" and "validation", may be of other sizes, such as
+    longer texts or larger pictures, but not of another number of dimensions.
+    """
+    (first, data), *others = sets
+    wanted = _kinds(data)
+    for what, other in others:
+        found = _kinds(other)
+        if found.keys() != wanted.keys():
+            raise DataError(f"{what} has {', '.join(found)}, and {first} has {', '.join(wanted)}: make them alike")
+        for name, (numbers, shape) in found.items():
+            as_numbers, as_shape = wanted[name]
+            same = len(shape) == len(as_shape) if what in ("test", "validation") else shape == as_shape
+            if numbers != as_numbers or not same:
+                raise DataError(
+                    f"{what}: a sample's {name} are {numbers} of shape {shape}, and those of {first} are {as_numbers}"
+                    f" of shape {as_shape}: make them alike"
+                )
+
+
+def _kinds(data: Dataset | Items) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Of one sample, by name: which numbers, and their shape."""
+    sample = read(data[:1])
+    parts = {"inputs": sample.inputs} if isinstance(sample.inputs, Tensor) else sample.inputs
+    kinds = "integers", "floating-point numbers"
+    every = {**parts, "labels": sample.labels}
+    return {name: (kinds[value.is_floating_point()], tuple(value.shape[1:])) for name, value in every.items()}
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from hosfl.halves.split import SplitModel, dtype_of, split
 from hosfl.settings import Rates, Settings
 from hosfl.tasks.data import Dataset, Splits, digest
-from hosfl.tasks.items import Items, read, samples_of, sets_of
+from hosfl.tasks.items import Items, read, samples_of, seeded, sets_of
 from hosfl.tasks.reading import DataError
 
 Scores = dict[str, float]
@@ -31,12 +32,13 @@ class Task:
     """What is learnt. Any user makes one; `hosfl.train(task, ...)` runs it.
 
     model: a module, which is copied and cut at `at` by `hosfl.split`; the two halves, as `hosfl.split` returns them or
-    as a pair; or a function without arguments that makes any of these, called with the run's seed in force, so that
-    runs of other seeds begin with other weights.
+    as a pair; or a function without arguments that makes any of these, a new one each time, called with the run's seed
+    in force, so that runs of other seeds begin with other weights.
     train: a pair of arrays (inputs, labels), a mapping of arrays with "labels" among its names, a torch `Dataset`, a
     Hugging Face data set; or a list of such, one for each client, where nothing is left to divide. Of a set whose items
-    are read by number no more is read than a batch needs. Labels are integers or floating-point numbers, of any shape.
-    test, validation: likewise, one each; validation is for choosing rates, and may be left out.
+    are read by number no more is read than a batch needs, and all labels where it is divided by class. Labels are
+    integers within int32, or floating-point numbers, of any shape; samples are of one shape.
+    test, validation: likewise, one each, of any size; validation is for choosing rates, and may be left out.
     loss: (outputs, labels) -> the mean loss over the batch, a tensor of one element.
     at: where to cut a whole model: see `hosfl.split`.
     metrics: name -> (outputs, labels) of the whole set -> a number; the first is the one that tables show. Left out:
@@ -69,6 +71,7 @@ class Task:
     rates: Mapping[Any, tuple[float, ...]] = field(default_factory=dict)
     scores: Callable[[Tensor, Dataset], Scores] | None = None
     generated: Callable[[SplitModel, Any], Scores] | None = None
+    _before: list[weakref.ref[nn.Module]] = field(default_factory=list, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -80,15 +83,38 @@ class Task:
             put("validation", samples_of(self.validation, "validation"))
         if not callable(self.model) and not isinstance(self.model, tuple):
             raise TypeError(f"model is a {type(self.model).__name__}: a module, two halves or a function is needed")
-        if not callable(self.loss):
-            raise TypeError(f"loss is a {type(self.loss).__name__}: a function of outputs and labels is needed")
+        for name, of in (("loss", "outputs and labels"), ("optimizer", "a half and its weight decay")):
+            if not callable(found := getattr(self, name)):
+                raise TypeError(f"{name} is a {type(found).__name__}: a function of {of} is needed")
+        _check_metrics(self)
+        for key, tuned in _mapping(self.rates, "rates", "rates by a method's name").items():
+            _check_rates(key, tuned)
+        if self.classes is not None:
+            for name, data in self.sets():
+                _check_classes(name, data, self.classes, self.ignore_index)
         if self.groups is not None:
+            put("groups", self._grouped())
+
+    def sets(self) -> Iterator[tuple[str, Dataset | Items]]:
+        """All data sets, each client's own, as errors call them. The first is what the others have to be like."""
+        sets = self.train if isinstance(self.train, list) else [self.train]
+        yield from (("train" if len(sets) == 1 else f"train of client {n}", one) for n, one in enumerate(sets))
+        yield "test", self.test
+        if self.validation is not None:
+            yield "validation", self.validation
+
+    def _grouped(self) -> Tensor:
+        if isinstance(self.train, list):
+            raise ValueError("groups say how train is divided, and a list of sets is divided already: leave out groups")
+        try:
             groups = torch.as_tensor(self.groups)
-            if isinstance(self.train, list) or groups.shape != (len(self.train),):
-                raise DataError(
-                    f"groups of shape {tuple(groups.shape)}: one integer for each training sample is needed"
-                )
-            put("groups", groups)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DataError(f"groups: no array of integers ({error}): number them") from None
+        if groups.shape != (len(self.train),) or groups.is_floating_point() or groups.is_complex():
+            raise DataError(
+                f"groups of shape {tuple(groups.shape)}, {groups.dtype}: one integer for each training sample is needed"
+            )
+        return groups
 
     @classmethod
     def of(cls, splits: Splits, **more: Any) -> Task:
@@ -107,12 +133,10 @@ class Task:
 
         Raises what `hosfl.split` raises, ValueError where nobody says where to cut, and TypeError for what is no model.
         """
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed % 2**63)
-            # A module is callable as well, and a class of modules is a function that makes one.
-            made: Any = self.model if isinstance(self.model, (nn.Module, tuple)) else self.model()
-            if made is self.model:
-                made = copy.deepcopy(made)
+        with seeded(seed):
+            # A module is callable as well.
+            given = isinstance(self.model, (nn.Module, tuple))
+            made: Any = copy.deepcopy(self.model) if given else self._made()
             if isinstance(made, tuple) and len(made) == 2 and all(isinstance(half, nn.Module) for half in made):
                 made = SplitModel(*made)
             if isinstance(made, SplitModel):
@@ -126,6 +150,20 @@ class Task:
                 raise ValueError("where is the model to be cut? Give the task at=, such as a layer's name or number")
             first = self.train[0] if isinstance(self.train, list) else self.train
             return split(made, place, example=read(first[:2].to("cpu", dtype_of(made))).inputs)
+
+    def _made(self) -> Any:
+        """What the function makes. Raises ValueError where it is what it made before: a run has changed that."""
+        assert callable(self.model)
+        made: Any = self.model()
+        first = made[0] if isinstance(made, tuple) and made else made
+        if isinstance(first, nn.Module):
+            if self._before and self._before[0]() is first:
+                raise ValueError(
+                    "the task's function gives the same module again, which a run has changed: let it make a new one,"
+                    " or give the module itself, which is copied"
+                )
+            self._before[:] = [weakref.ref(first)]
+        return made
 
     @property
     def per_token(self) -> bool:
@@ -150,7 +188,10 @@ class Task:
     def score(self, outputs: Tensor, data: Dataset, loss: float) -> Scores:
         """The scores of outputs for all of a data set, which `running` metrics have seen. loss: their mean loss."""
         if self.scores is not None:
-            return self.scores(outputs, data)
+            found = self.scores(outputs, data)
+            if not isinstance(found, Mapping) or not found:
+                raise TypeError(f"the task's scores are {found!r}: numbers by name are needed")
+            return {name: _number(value, name) for name, value in found.items()}
         metrics = self._metrics(data.labels)
         if not metrics and self.generated is None:
             return {"score": -loss}
@@ -183,13 +224,64 @@ class Task:
             client_rate = 1.0 if frozen else settings.client_rate
             if not settings.server_rate or not client_rate:
                 what = "server_rate" if frozen else "server_rate and client_rate"
-                raise ValueError(f"no rates are tuned for {' '.join(key)}: give {what}")
+                there = f", only for {', '.join(map(str, self.rates))}" if self.rates else ""
+                raise ValueError(f"no rates are tuned for {' '.join(key)}{there}: give {what}")
             found = (settings.server_rate, client_rate, 0.0)
         tuned = Rates(*found, *(0.0,) * (3 - len(found)))
         return Rates(
             server=settings.server_rate or tuned.server,
             client=settings.client_rate or tuned.client,
             decay=tuned.decay if settings.server_decay is None else settings.server_decay,
+        )
+
+
+def _mapping(value: Any, name: str, of: str) -> Mapping[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} is a {type(value).__name__}: a mapping is needed, {of}")
+    return value
+
+
+def _check_metrics(task: Task) -> None:
+    for name, of in (("scores", "outputs and a data set"), ("generated", "halves and a data set")):
+        found = getattr(task, name)
+        if found is not None and not callable(found):
+            raise TypeError(f"{name} is a {type(found).__name__}: a function of {of} is needed")
+    if task.metrics is None:
+        return
+    if task.scores is not None:
+        raise ValueError("metrics and scores: give one of them")
+    if not _mapping(task.metrics, "metrics", "functions of outputs and labels by name") and task.generated is None:
+        raise ValueError("metrics is empty: name one, or leave it out")
+    for name, metric in task.metrics.items():
+        if not isinstance(name, str) or not (callable(metric) or _runs(metric)):
+            raise TypeError(f"the metric {name!r} is a {type(metric).__name__}: a function, by a name, is needed")
+
+
+def _check_rates(key: Any, tuned: Any) -> None:
+    try:
+        server, client, decay = (float(rate) for rate in (*tuned, 0.0)[:3])
+        right = (
+            len(tuned) in (2, 3) and min(server, client) > 0 and decay >= 0 and math.isfinite(server + client + decay)
+        )
+    except (TypeError, ValueError):
+        right = False
+    if not right:
+        raise ValueError(
+            f"rates of {key!r} are {tuned!r}: a server rate and a client rate are needed, positive, and a weight decay"
+            " where there is one"
+        )
+
+
+def _check_classes(name: str, data: Dataset | Items, classes: int, ignored: int | None) -> None:
+    """Of what lies in memory; the server sees to the rest."""
+    if isinstance(data, Items):
+        return
+    counted = data.labels if ignored is None else data.labels[data.labels != ignored]
+    least, most = (float(counted.min()), float(counted.max())) if len(counted) else (0.0, 0.0)
+    if data.labels.is_floating_point() or least < 0 or most >= classes:
+        raise DataError(
+            f"{name} has labels from {least:g} to {most:g}, {data.labels.dtype}: with classes = {classes} they are"
+            f" integers from 0 to {classes - 1}"
         )
 
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from hosfl_kernels import spec
-from hosfl_kernels.place import Place
+from hosfl_kernels.place import DISTRIBUTIONS, Place
 
 from .philox import words
 from .tile import FIELDS
@@ -35,8 +35,6 @@ if INTERPRETED and TRITON < (3, 7):
         tensor.__index__ = lambda self: self.handle.data.item()
 
     interpreter._patch_lang_tensor = _patch_tensor
-
-DISTRIBUTIONS = ("rademacher", "gaussian")
 
 # bfloat16 is loaded and stored as integers: see rounding.py.
 CELLS = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.uint16}

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 
 from hosfl_kernels import spec
-from hosfl_kernels.place import Place
+from hosfl_kernels.place import DISTRIBUTIONS, Place
 
-from .launch import DISTRIBUTIONS, Variant, inner, reach
+from .launch import Variant, inner, reach
 from .philox import COLS, column_words
 from .tile import exist, is_empty, is_full, locate, pointers, rows_and_columns
 

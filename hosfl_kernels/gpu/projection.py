@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from hosfl_kernels.place import Place
+from hosfl_kernels.place import DISTRIBUTIONS, Place
 
-from .launch import CELLS, DISTRIBUTIONS, Variant, inner, on_device, plan, reach, seed_bits
+from .launch import CELLS, Variant, inner, on_device, plan, reach, seed_bits
 from .noise import normals, sign_words, signed
 from .rounding import to_float32
 from .tile import exist, is_empty, locate, pointers, rows_and_columns, segment

@@ -1,0 +1,296 @@
+"""The checks of arguments, one for arrays and tensors alike. Each says what was wrong, before anything is changed.
+
+The first half also runs while torch.compile traces an op: it touches numbers, lengths and kinds. The second half reads
+what a backend will really get: dtypes, devices, memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hosfl_kernels.arrays import (
+    Layouts,
+    dtype_name,
+    is_channels_last,
+    is_numpy,
+    layouts,
+    sizes,
+    tensors_module,
+    to_numpy,
+    wrong_kind,
+)
+from hosfl_kernels.place import DISTRIBUTIONS, Place
+from hosfl_kernels.rules import Rule
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hosfl_kernels.arrays import Array
+
+    Numbers = NDArray[Any] | Tensor
+    Seeds = Sequence[int] | Numbers
+    Coefficients = Sequence[float] | Numbers
+    SeedTable = Sequence[Sequence[int]] | Numbers
+    Table = Sequence[Sequence[float]] | Numbers
+
+LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
+
+
+# --- kinds and numbers ------------------------------------------------------------------------------------------
+
+
+def _is_tensor(x: object) -> bool:
+    """Whether x is a tensor, or may be one: tensors.py, which needs torch, knows."""
+    return not isinstance(x, np.ndarray) and hasattr(x, "data_ptr")
+
+
+def array_list(
+    given: Array | Iterable[Array], name: str = "tensors", changed: bool = True, like: Sequence[Array] = ()
+) -> list[Array]:
+    """The arrays or tensors given, of one kind, which is that of `like`."""
+    one = not isinstance(given, (list, tuple)) and (is_numpy(given) or _is_tensor(given))
+    listed: list[Any] = [given] if one else list(given)
+    if not listed:
+        return listed
+    if _is_tensor(like[0] if like else listed[0]):
+        tensors_module().check(listed, name, changed)
+        return listed
+    for t, x in enumerate(listed):
+        if not is_numpy(x):
+            raise wrong_kind(x, f"{name}[{t}]")
+        if changed and not x.flags.writeable:
+            raise ValueError(f"{name}[{t}] is read-only, and would be changed in place: pass a writeable copy")
+    return listed
+
+
+def moment_lists(moments: Sequence[Array | Iterable[Array]], rule: Rule, tensors: list[Array]) -> list[Array]:
+    """The moments end to end: all of the first kind, then all of the second."""
+    if len(moments) != rule.moments:
+        raise ValueError(f"{rule} keeps {rule.moments} moments per tensor, got {len(moments)} lists of them")
+    kept = []
+    for k, moment in enumerate(moments):
+        mine = array_list(moment, f"moments[{k}]", like=tensors)
+        if len(mine) != len(tensors):
+            raise ValueError(f"{len(tensors)} tensors but {len(mine)} in moments[{k}]")
+        kept += mine
+    return kept
+
+
+def check_integer(value: int, end: int, name: str) -> None:
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if not 0 <= value < end:
+        raise ValueError(f"{name} must be at least 0 and below 2^{end.bit_length() - 1}, got {value}")
+
+
+def check_number(value: object, name: str) -> None:
+    if not isinstance(value, (float, int, np.floating, np.integer)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def halves_of(seed: int, name: str) -> list[int]:
+    check_integer(seed, 2**64, name)
+    if isinstance(seed, np.integer):
+        seed = int(seed)
+    return [seed & 0xFFFFFFFF, seed >> 32]
+
+
+def place_of(
+    n: int, dist: str, factors: Sequence[float] | None, streams: Sequence[int] | None, starts: Sequence[int] | None
+) -> Place:
+    """The place of n tensors, an empty list for what the caller left to the default: see `_whole`."""
+    if dist not in DISTRIBUTIONS:
+        raise ValueError(f"dist must be one of {', '.join(DISTRIBUTIONS)}, got {dist!r}")
+    for name, values in (("factors", factors), ("streams", streams), ("starts", starts)):
+        if values is not None and len(values) != n:
+            raise ValueError(f"{n} tensors but {len(values)} {name}")
+    for t, stream in enumerate(streams or []):
+        check_integer(stream, 2**32, f"streams[{t}]")
+    for t, start in enumerate(starts or []):
+        check_integer(start, 2**63, f"starts[{t}]")
+    return Place(dist, factors or [], streams or [], starts or [])
+
+
+def check_rounding(rounding: str, seeded: bool, name: str) -> None:
+    if rounding not in ("nearest", "stochastic"):
+        raise ValueError(f"rounding must be nearest or stochastic, got {rounding!r}")
+    if seeded != (rounding == "stochastic"):
+        raise ValueError(f"rounding='stochastic' and {name} go together: give both or neither")
+
+
+ONE, TWO = ", one-dimensional and", ", two-dimensional and"  # dimensions
+
+
+def _numbers(values: Any, name: str, dtype: str, dimensions: str, numpy: bool) -> Numbers | None:
+    """Numbers that come as an array or a tensor, once they are checked; None for those that come as a list.
+
+    An array becomes a tensor first where the op is torch's: torch.compile knows no dtype of an array.
+    """
+    if not (is_numpy(values) or _is_tensor(values)):
+        return None
+    kind = "an array" if is_numpy(values) else "a tensor"
+    numbers: Any = _as_op_takes(values.copy(), numpy) if is_numpy(values) else values
+    right = str(numbers.dtype).removeprefix("torch.") == dtype and numbers.ndim == (1 if dimensions == ONE else 2)
+    if not right or (not is_numpy(numbers) and numbers.device.type != "cpu"):
+        taken = "int64 or uint64" if dtype == "int64" and is_numpy(values) else dtype
+        raise TypeError(f"{name} as {kind} must be {taken}{dimensions} on the CPU")
+    return numbers
+
+
+def _as_op_takes(values: NDArray[Any], numpy: bool) -> Numbers:
+    """Seeds or coefficients as an array or, where the op is torch's, as a tensor; uint64 as int64."""
+    if not numpy:
+        numbers: Tensor = tensors_module().numbers(values)
+        return numbers
+    return values.view(np.int64) if values.dtype == np.uint64 else values
+
+
+def seed_bits(seeds: Seeds, name: str, numpy: bool) -> Numbers:
+    """int64 [R] on the CPU: the bits of uint64 seeds."""
+    if (numbers := _numbers(seeds, name, "int64", ONE, numpy)) is not None:
+        return numbers
+    for r, seed in enumerate(seeds):
+        check_integer(seed, 2**64, f"{name}[{r}]")
+    return _as_op_takes(np.array(seeds, dtype=np.uint64).view(np.int64), numpy)
+
+
+def seed_table(seeds: SeedTable, numpy: bool) -> Numbers:
+    """int64 [R, P] on the CPU: the bits of uint64 seeds."""
+    if (numbers := _numbers(seeds, "seeds", "int64", " [rounds, directions],", numpy)) is not None:
+        return numbers
+    for r, row in enumerate(seeds):
+        if not isinstance(row, Sequence):
+            raise TypeError(f"seeds[{r}] must be a list of integers, one per direction, got {type(row).__name__}")
+        if len(row) != len(seeds[0]):
+            raise ValueError(f"seeds[0] has {len(seeds[0])} directions, seeds[{r}] has {len(row)}")
+        for p, seed in enumerate(row):
+            check_integer(seed, 2**64, f"seeds[{r}][{p}]")
+    shape = (len(seeds), len(seeds[0]) if seeds else 0)
+    return _as_op_takes(np.array(seeds, dtype=np.uint64).reshape(shape).view(np.int64), numpy)
+
+
+def reals(values: Any, name: str, dimensions: str, numpy: bool) -> Numbers:
+    """float32 or float64 on the CPU: backends round numbers to float32, in IEEE arithmetic."""
+    if (numbers := _numbers(values, name, "float32", dimensions, numpy)) is not None:
+        return numbers
+    for r, row in enumerate(values):
+        if dimensions == ONE:
+            check_number(row, f"{name}[{r}]")
+            continue
+        if not hasattr(row, "__len__"):
+            raise TypeError(f"{name}[{r}] must be a list of numbers, got {type(row).__name__}")
+        if len(row) != len(values[0]):
+            raise ValueError(f"{name}[0] has {len(values[0])} numbers, {name}[{r}] has {len(row)}")
+        for p, value in enumerate(row):
+            check_number(value, f"{name}[{r}][{p}]")
+    return _as_op_takes(np.array(values, dtype=np.float64), numpy)
+
+
+def table_of(values: Table, name: str, shape: tuple[int, int], numpy: bool) -> Numbers:
+    table = reals(values if len(values) else np.empty((0, shape[1]), np.float32), name, TWO, numpy)
+    if table.shape != shape:
+        raise ValueError(
+            f"{name} must be [{shape[0]}, {shape[1]}], one row per round of the seeds, got {[*table.shape]}"
+        )
+    return table
+
+
+# --- arrays and tensors ------------------------------------------------------------------------------------------
+
+
+def factors_of(factors: Sequence[float] | None, n: int) -> list[float]:
+    factors = list(factors or [1.0] * n)
+    for t, factor in enumerate(factors):
+        if not (2.0**-100 <= factor <= 2.0**100 and math.frexp(factor)[0] == 0.5):
+            raise ValueError(f"factors[{t}] must be a power of two between 2^-100 and 2^100, got {factor}")
+    return factors
+
+
+def check_tensors(tensors: Sequence[Array], starts: Sequence[int] | None = None) -> Layouts:
+    """Dtypes, devices, contiguity, memory that is shared, and the ends of streams. Returns the layouts."""
+    found = layouts(tensors)
+    for t, (tensor, (_, _, device, row_major)) in enumerate(zip(tensors, found, strict=True)):
+        if dtype_name(tensor.dtype) is None:
+            raise TypeError(f"tensors[{t}] is {tensor.dtype}; the kernels take float32, bfloat16 and float16")
+        if device != found[0][2]:
+            raise RuntimeError(f"tensors[0] is on {found[0][2]}, tensors[{t}] on {device}: use one device")
+        if not row_major:
+            _check_channels_last(tensor, f"tensors[{t}]")
+    if starts:
+        for t, (start, size) in enumerate(zip(starts, sizes(tensors), strict=True)):
+            if start + size > 2**63:
+                raise ValueError(f"starts[{t}] + numel is beyond 2^63")
+    _check_memory({"tensors": found})
+    return found
+
+
+def _check_channels_last(x: Any, name: str) -> None:
+    if is_numpy(x) and not x.flags.aligned:
+        raise RuntimeError(f"{name} does not lie where its numbers can be read (it is not aligned): call it on a copy")
+    if not is_channels_last(x):
+        strides = x.strides if is_numpy(x) else x.stride()
+        raise RuntimeError(
+            f"{name} is not contiguous, nor in channels_last (strides {strides}): call it on a contiguous one"
+        )
+
+
+def _check_memory(lists: dict[str, Layouts]) -> None:
+    spans = []
+    for k, found in enumerate(lists.values()):
+        spans += [(begin, end, k, t) for t, (begin, end, _, _) in enumerate(found) if begin < end]
+    spans.sort()
+    names = list(lists)
+    for (_, end, *one), (begin, _, *other) in pairwise(spans):
+        if begin < end:
+            first, second = (f"{names[k]}[{t}]" for k, t in sorted((one, other)))
+            raise RuntimeError(f"{first} and {second} share memory: pass tied tensors once")
+
+
+def check_moments(tensors: list[Array], found: Layouts, moments: list[list[Array]]) -> None:
+    lists = {"tensors": found}
+    for k, moment in enumerate(moments):
+        lists[f"moments[{k}]"] = layouts(moment)
+        rows = zip(moment, lists[f"moments[{k}]"], tensors, found, strict=True)
+        for t, (kept, (_, _, device, row_major), tensor, (_, _, theirs, _)) in enumerate(rows):
+            if dtype_name(kept.dtype) != "float32":
+                raise TypeError(f"moments[{k}][{t}] is {kept.dtype}; moments are float32, whatever the weights are")
+            if kept.shape != tensor.shape:
+                shapes = f"moments[{k}][{t}] is {[*kept.shape]}, tensors[{t}] is {[*tensor.shape]}"
+                raise ValueError(f"{shapes}: they must be alike")
+            if device != theirs:
+                raise RuntimeError(f"moments[{k}][{t}] is on {device}, tensors[{t}] on {theirs}: use one device")
+            if not row_major:
+                _check_channels_last(kept, f"moments[{k}][{t}]")
+    _check_memory(lists)
+
+
+def check_finite(table: NDArray[Any], name: str, factors: Sequence[float] = (1.0,)) -> None:
+    """Every number of the table, times the largest factor, is finite in float32."""
+    largest = max(factors)
+    beyond = ~(np.abs(table.astype(np.float64)) * largest <= LARGEST_FLOAT32)
+    if beyond.any():
+        r, p = np.argwhere(beyond)[0]
+        times = "" if largest == 1 else f" * {largest}, its factor"
+        raise ValueError(f"{name}[{r}][{p}] must be finite in float32, got {float(table[r, p])}{times}")
+
+
+def check_moves(scales: Sequence[float], factors: Sequence[float], name: str) -> None:
+    largest = max(factors, default=1.0)
+    for r, scale in enumerate(scales):
+        if not abs(scale) * largest <= LARGEST_FLOAT32:
+            raise ValueError(f"{name.format(r=r)} times its factor must be finite in float32, got {scale} * {largest}")
+
+
+def unsigned(bits: Numbers) -> list[int]:
+    seeds: list[int] = to_numpy(bits).reshape(-1).view(np.uint64).tolist()
+    return seeds
+
+
+def joined(halves: Sequence[int]) -> int:
+    return halves[0] | halves[1] << 32
