@@ -6,6 +6,7 @@ import re
 import weakref
 from dataclasses import replace
 
+import datasets
 import pytest
 import tokenizers
 import torch
@@ -611,6 +612,28 @@ def test_methods_train_it(folder, tmp_path, method, settings):
     assert list(found.scores) == ["perplexity", "exact match", "F1"]
     assert found.accuracy == found.scores["perplexity"] == pytest.approx(math.exp(found.loss), rel=1e-6)
     assert found.bytes["labels up"] == found.bytes["mask up"] * 4
+
+
+@pytest.mark.parametrize("kind", ["arrays", "items"])
+def test_a_task_of_one_s_own_with_labels_of_tokens(folder, kind):
+    """Which are trimmed with their texts, refused where none counts, and scored as the library's own are."""
+    known = make_task(config(folder))
+
+    def given(data):
+        arrays = {**data.inputs, "labels": data.labels}
+        return arrays if kind == "arrays" else datasets.Dataset.from_dict(arrays).with_format("torch")
+
+    sets = {name: given(part) for name, part in known.sets()}
+    own = Task(
+        lambda: whole_model(folder), **sets, at=1, loss=completion_loss, metrics={"perplexity": Perplexity()},
+        classes=known.classes, ignore_index=IGNORED,
+    )  # fmt: skip
+    settings = {name: SETTINGS[name] for name in ("rounds", "clients", "sampled", "batch", "partition", "directions")}
+    found = train(own, **settings, at="1", server_rate=0.01, client_rate=0.01)
+    expected = train(config(folder))
+    assert found.refused == []
+    assert found.bytes == expected.bytes
+    assert found.scores["perplexity"] == pytest.approx(expected.scores["perplexity"], rel=1e-4)
 
 
 def first_and_last(folder, run, **settings):

@@ -1,4 +1,4 @@
-"""What a split decoder writes: greedy generation through both halves, and what it is worth beside given answers."""
+"""What a split decoder writes: greedy generation through both halves."""
 
 from __future__ import annotations
 

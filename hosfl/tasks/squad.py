@@ -312,9 +312,10 @@ def squad_task(config: Settings) -> Task:
     The metric is F1, and exact match beside it, over questions. Clients' data differ by article.
     """
     name = config.model or packaged_minilm()
+    decoder = Decoder.of(name) if is_decoder(name) else None
     found = parts(config.data)
-    if is_decoder(name):
-        return written_task(config, Decoder.of(name), found)
+    if decoder is not None:
+        return written_task(config, decoder, found)
     splits, groups = windows(found, name)
     task = pretrained_task(splits, splits.train.length, lambda at: headed(name, "QuestionAnswering", at, 2), config)
     return replace(task, scores=span_scores, groups=groups)
