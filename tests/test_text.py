@@ -306,9 +306,9 @@ def test_tasks_train_and_replay(task, kind, models, tmp_path):
     federation, found = assemble(settings)
     assert found.classes == 2
     assert {p.dtype for p in federation.server.half.parameters()} == {torch.float32}  # the decoder's file has bfloat16
-    halves = found.model(5)
+    halves = found.halves(5)
     assert halves(found.test[:3].inputs).shape == (3, 2)
-    first, again = (dict(made.server.state_dict()) for made in (halves, found.model(5)))
+    first, again = (dict(made.server.state_dict()) for made in (halves, found.halves(5)))
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
