@@ -392,7 +392,7 @@ def test_liars_lie_about_what_they_are_to_and_nothing_else(tmp_path: Path) -> No
 
 
 def test_false_labels_of_places_in_a_text_lie_in_it() -> None:
-    liar: Any = type("Liar", (), {"classes": 384, "random": np.random.default_rng(0)})
+    liar: Any = type("Liar", (), {"classes": 384, "ignore_index": None, "random": np.random.default_rng(0)})
     labels = torch.tensor([[0, 6], [3, 4]], dtype=torch.int32)
     cut = Cut(client=0, round=0, epoch=0, cut=torch.zeros(2, 7, 5), labels=labels)
     assert TOLD["labels"][1](cut, liar).tolist() == [[6, 0], [3, 2]]
