@@ -53,7 +53,7 @@ def sizes(xs: Sequence[Any]) -> list[int]:
 
 
 def are_row_major(xs: Sequence[Any]) -> list[bool]:
-    """Whether each is contiguous in C order (and of numpy aligned: torch's always are)."""
+    """Whether each is contiguous in C order; an array of numpy aligned as well."""
     return (
         [x.flags.c_contiguous and x.flags.aligned for x in xs]
         if xs and is_numpy(xs[0])
