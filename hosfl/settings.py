@@ -142,6 +142,8 @@ class Learning(_Checked):
     directions_from: "fresh" ones every round, or a "pool" of pool_size that is replaced every pool_rounds rounds (0:
     never). direction_scale: "unit", or "rms": scaled on every tensor by the power of two nearest its relative root mean
     square. dist: "rademacher" or "gaussian".
+    blocks: groups of the client half's layers, with about as many layers in each that move; a direction moves one
+    group, so that its pass runs from there to the cut only, and groups close to the cut get more of the P directions.
     mu: the size of a probe's step, rounded to the client's lattice where there is one. estimator: "one-sided"
     differences, the paper's; "two-sided" ones; "forward" mode, which has no step; or "backward", one backward pass.
     microbatch: samples that a client which backpropagates takes together, 0 for all; fewer need less memory.
@@ -164,6 +166,9 @@ class Learning(_Checked):
     )
     directions: int = setting(
         5, "P, perturbed forward passes per client and round; with the estimator backward any number", least=1
+    )
+    blocks: int = setting(
+        1, "groups of the client half's layers of which a direction moves one; 1: a direction moves all", least=1
     )
     directions_from: str = setting(
         "pool", "new directions every round, or a pool measured in turn", choices=("fresh", "pool")

@@ -123,6 +123,17 @@ def split(model: nn.Module, at: int | str, *, example: Inputs | None = None, ver
     return halves
 
 
+def places(model: nn.Module) -> dict[str, int]:
+    """The names and numbers of the layers before which a model can be cut. Raises CutError where there is no way."""
+    return _way(_inside(model)).places
+
+
+def halves_at(model: nn.Module, name: str) -> tuple[nn.Module, nn.Module]:
+    """What runs before a layer, and what runs from there on. All weights are the model's own, tied ones too."""
+    way = _way(_inside(model))
+    return way.cut(way.places[name])
+
+
 def cut_points(model: nn.Module, inputs: Inputs | None = None) -> list[CutPoint]:
     """Every place where `split` can cut a model. inputs: an example; model and example may be on the meta device.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -21,6 +21,13 @@ from hosfl.protocol.messages import (
     Multiplier,
 )
 from hosfl.protocol.replica import digest
+
+# Samples that went through a half, by half and direction; through some of its layers: as their share of the work.
+Passes = defaultdict[str, float]
+
+
+def no_passes() -> Passes:
+    return defaultdict(int)
 
 
 @dataclass
@@ -48,7 +55,7 @@ class Client:
     applied: int = 0
     epoch: int = 0
     seconds: Seconds = field(default_factory=Seconds)
-    passes: Counter[str] = field(default_factory=Counter)
+    passes: Passes = field(default_factory=no_passes)
     microbatch: int = 0
 
     def __post_init__(self) -> None:
@@ -84,8 +91,8 @@ class Client:
             **masks,
         )
 
-    def _count(self, forward: int = 0, backward: int = 0) -> None:
-        """So many passes of the round's batch."""
+    def _count(self, forward: float = 0, backward: float = 0) -> None:
+        """So many passes of the round's batch; parts of one where only some layers run."""
         self.passes["client forward"] += forward * len(self._labels)
         self.passes["client backward"] += backward * len(self._labels)
 

@@ -14,19 +14,31 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from hosfl.halves.blocks import Begin, BlockRun, allotted, blocks_of
 from hosfl.halves.inputs import Batch, call
 from hosfl.methods.client import Client
 from hosfl.methods.ledger import ADAM, MOMENTUM, Ledger, SeedReplay, Step, make_optimizer
 from hosfl.methods.method import LEARNS, PROBES, Method, Way
 from hosfl.methods.steps import POOL_BETAS, FreshStep, PoolStep
 from hosfl.named import label
-from hosfl.probing.probe import evaluating, probe_backward, probe_forward, probe_in_place, probe_untouched, trainable
+from hosfl.probing.probe import (
+    Moved,
+    evaluating,
+    probe_backward,
+    probe_forward,
+    probe_in_place,
+    probe_untouched,
+    trainable,
+)
 from hosfl.protocol.lattice import Lattice
 from hosfl.protocol.messages import (
+    Cut,
     Differs,
     Message,
     MessageError,
@@ -35,7 +47,7 @@ from hosfl.protocol.messages import (
     Scalars,
 )
 from hosfl.protocol.replica import DigestMismatch, Replica, digest_array
-from hosfl.protocol.terms import Pool, Rule, Run
+from hosfl.protocol.terms import Block, Pool, Rule, Run
 from hosfl.settings import PRESETS, Settings
 from hosfl_kernels import SGD
 
@@ -46,20 +58,21 @@ class ZerothOrderClient(Client):
 
     With the estimator "backward" the P scalars come from one backward pass instead.
     base: gives the trainable tensors of round 0 again, for a client that must start anew; default: it keeps a copy. A
-    device short of memory reads its base model's file.
+    device short of memory reads its base model's file. begins: where the run's blocks begin.
     """
 
     run: Run = field(kw_only=True)
     base: Callable[[], Sequence[Tensor]] | None = field(kw_only=True, default=None)
+    begins: Sequence[Begin] = field(kw_only=True, default=(Begin("", (), 1.0),))
     learns = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.parameters, self.streams = trainable(self.half)
+        self.moved = Moved.of(self.half, self.run.factors)
         if self.base is None:
-            copies = [p.detach().clone() for p in self.parameters]
+            copies = [p.detach().clone() for p in self.moved.tensors]
             self.base = lambda: copies
-        self.replica = Replica(self.parameters, self.streams, self.run, self.base)
+        self.replica = Replica(self.moved.tensors, self.moved.streams, self.run, self.base)
 
     def take_up(
         self,
@@ -93,49 +106,77 @@ class ZerothOrderClient(Client):
             self.applied, self.epoch = self.replica.applied, self.replica.epoch
         return said
 
+    def output(self, round: int) -> Cut:
+        with self.blocks.kept():
+            return super().output(round)
+
+    @cached_property
+    def blocks(self) -> BlockRun:
+        """Made when it is first needed: most clients of a crowd never come."""
+        return BlockRun(self.half, [begin.entry for begin in self.begins])
+
     def answer(self, message: Message) -> Scalars:
         """Probe the round's directions. The weights hold the same bits afterwards."""
         multiplier, run = self._multiplier(message), self.run
         seeds = run.seeds(self._round)
         begin = time.perf_counter()
-        two_sided = run.estimator == "two-sided"
-        with evaluating(self.half):
-            if run.estimator == "forward":
-                scalars = probe_forward(self.half, self._inputs, multiplier, seeds, run.dist, run.factors)
-            elif run.estimator == "backward":
-                scalars = probe_backward(
-                    self.half, self._inputs, multiplier, seeds, run.dist, run.factors, self.microbatch
-                )
-            elif run.lattice is not None:
-                scalars = probe_in_place(
-                    lambda: call(self.half, self._inputs),
-                    self.parameters,
-                    self.streams,
-                    multiplier,
-                    self._cut,
-                    seeds,
-                    self.replica.mu,
-                    run.factors,
-                    two_sided,
-                )
-            else:
-                scalars = probe_untouched(
-                    self.half,
-                    self._inputs,
-                    multiplier,
-                    self._cut,
-                    seeds,
-                    self.replica.mu,
-                    run.dist,
-                    run.factors,
-                    two_sided,
-                )
-        self.seconds.answer += time.perf_counter() - begin
         if run.estimator == "backward":
-            self._count(forward=1, backward=1)
+            found = [self._backward(multiplier, seeds)]
         else:
-            self._count(forward=(2 if two_sided else 1) * len(seeds))
-        return Scalars(client=self.number, round=self._round, epoch=self.epoch, scalars=scalars)
+            found = [
+                self._probe(number, self.moved.some(block.tensors), multiplier, seeds[positions])
+                for number, (block, positions) in enumerate(run.parts())
+            ]
+        self.seconds.answer += time.perf_counter() - begin
+        return Scalars(client=self.number, round=self._round, epoch=self.epoch, scalars=torch.cat(found))
+
+    def _backward(self, multiplier: Tensor, seeds: Sequence[int]) -> Tensor:
+        measured = [positions for block, positions in self.run.parts() for _ in block.tensors]
+        order = [t for block in self.run.blocks for t in block.tensors]
+        with evaluating(self.half):
+            module, inputs = self.blocks.at(0, self._inputs)
+            with evaluating(module):
+                found = probe_backward(
+                    module,
+                    inputs,
+                    multiplier,
+                    seeds,
+                    self.run.dist,
+                    microbatch=self.microbatch,
+                    moved=self.moved.some(order),
+                    measured=measured,
+                )
+        self._count(forward=self.begins[0].share, backward=self.begins[0].share)
+        return found
+
+    def _probe(self, number: int, moved: Moved, multiplier: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Forward passes from a block to the cut, along directions that move it alone."""
+        run, mu, two_sided = self.run, self.replica.mu, self.run.estimator == "two-sided"
+        with evaluating(self.half):
+            module, inputs = self.blocks.at(number, self._inputs)
+            with evaluating(module):
+                if run.estimator == "forward":
+                    found = probe_forward(module, inputs, multiplier, seeds, run.dist, moved=moved)
+                elif run.lattice is not None:
+                    found = probe_in_place(
+                        lambda: call(module, inputs),
+                        moved.tensors,
+                        moved.streams,
+                        multiplier,
+                        self._cut,
+                        seeds,
+                        mu,
+                        moved.factors,
+                        two_sided,
+                    )
+                else:
+                    found = probe_untouched(
+                        module, inputs, multiplier, self._cut, seeds, mu, run.dist, two_sided=two_sided, moved=moved
+                    )
+        share = self.begins[number].share
+        between = self.begins[number - 1].share - share if number else 0.0
+        self._count(forward=between + (2 if two_sided else 1) * len(seeds) * share)
+        return found
 
 
 def client_rule(config: Settings) -> Rule | None:
@@ -166,8 +207,8 @@ def power_of_two_scales(parameters: Sequence[Tensor]) -> list[float]:
     return scales
 
 
-def make_run(config: Settings, parameters: list[nn.Parameter]) -> Run:
-    """What all agree on. Puts the parameters on their lattice, if the run has one."""
+def make_run(config: Settings, parameters: list[nn.Parameter], begins: Sequence[Begin] = ()) -> Run:
+    """What all agree on. Puts the parameters on their lattice, if the run has one. begins: of its blocks, if any."""
     rms = config.direction_scale == "rms"
     factors = power_of_two_scales(parameters) if rms else [1.0] * len(parameters)
     rule = client_rule(config)
@@ -182,7 +223,16 @@ def make_run(config: Settings, parameters: list[nn.Parameter]) -> Run:
         rule=rule,
         pool=Pool(config.pool_size, config.pool_rounds) if config.directions_from == "pool" else None,
         estimator=config.estimator,
+        blocks=_blocks(config.directions, begins, parameters, factors),
     )
+
+
+def _blocks(
+    directions: int, begins: Sequence[Begin], parameters: Sequence[Tensor], factors: Sequence[float]
+) -> tuple[Block, ...]:
+    sizes = [sum(parameters[t].numel() * factors[t] ** 2 for t in begin.tensors) for begin in begins]
+    counts = allotted(directions, sizes, [begin.share for begin in begins]) if begins else []
+    return tuple(Block(begin.tensors, n) for begin, n in zip(begins, counts, strict=True))
 
 
 # The settings that a method reads whose client half is a log of scalars.
@@ -198,7 +248,7 @@ ADAM_POOL = {**POOL, "rule": "adamw", "direction_scale": "rms", "pool_size": 128
 class HO(Method):
     """The client half is its base and a log of P scalars a round, which every client replays."""
 
-    reads: ClassVar[tuple[str, ...]] = (*SCALARS, "digest_every", "microbatch")
+    reads: ClassVar[tuple[str, ...]] = (*SCALARS, "digest_every", "microbatch", "blocks")
     ways: ClassVar[dict[str, Way]] = {
         "ho, fresh": (FRESH, (0.1, 0.2, 0.4)),
         "ho, fresh, P=2": ({**FRESH, "directions": 2}, (0.1, 0.2, 0.4)),
@@ -217,6 +267,8 @@ class HO(Method):
             raise ValueError(
                 f"cannot measure {settings.directions} directions of a pool of {settings.pool_size}: raise pool_size"
             )
+        if settings.blocks > 1 and settings.directions_from == "pool":
+            raise ValueError("directions of a pool move all that trains: blocks needs directions_from fresh")
 
     @classmethod
     def tuned(cls, settings: Settings) -> tuple[str, ...]:
@@ -224,7 +276,8 @@ class HO(Method):
 
     def make_ledger(self) -> Ledger:
         setup, settings = self.setup, self.settings
-        self.run = run = make_run(settings, setup.parameters)
+        self.begins = blocks_of(setup.base, settings.blocks, setup.sample) if settings.blocks > 1 else []
+        self.run = run = make_run(settings, setup.parameters, self.begins)
         rate = self.rate(setup.rates.client)
         step: Step = FreshStep(run, rate, setup.length())
         if run.pool is not None:
@@ -236,4 +289,6 @@ class HO(Method):
     def client(self, number: int, half: nn.Module, batch: Callable[[int], Batch]) -> Client:
         setup = self.setup
         shared: dict[str, Any] = {"passes": setup.passes, "microbatch": self.settings.microbatch}
+        if self.begins:
+            shared["begins"] = self.begins
         return self.kind(number, half, batch, run=self.run, base=lambda: setup.parameters, **shared)

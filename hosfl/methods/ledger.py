@@ -191,14 +191,14 @@ class SeedReplay:
         def lattice_for(moves: Sequence[float]) -> Lattice | None:
             nonlocal lattice
             if here is not None:
-                rounded = sum(map(abs, moves)) + len(moves) * here.quantum
+                rounded = sum(map(abs, moves)) + len(moves) * here.quantum  # of blocks more than any of them moves
                 lattice = here if self.mirror.fits(max(here.limit / 2, rounded)) else here.coarser()
             return lattice
 
         if answers:
             values = [a.scalars for a in answers]
             if self.clip is not None:
-                values = clip_to_norm(values, self.clip, self.dimension)
+                values = clip_to_norm(values, self.clip, self.weights)
             coefficients, rate = self.step(round, self.aggregation(values, weights), lattice_for)
         quantum = None if lattice is None or lattice == here else lattice.quantum
         participants = tuple(a.client for a in answers)
@@ -210,9 +210,14 @@ class SeedReplay:
         return self.run.directions
 
     @property
-    def dimension(self) -> float:
-        """E |u|^2: the trainable elements, each with its squared factor."""
-        return sum(t.numel() * f * f for t, f in zip(self.mirror.tensors, self.run.factors, strict=True))
+    def weights(self) -> NDArray[np.float64]:
+        """[P], by which |ghat|^2 is told from scalars: d_b / P_b^2, d_b = E |u_p|^2 of the block that p moves.
+
+        d_b are the block's trainable elements, each with its squared factor.
+        """
+        sizes = [t.numel() * f * f for t, f in zip(self.mirror.tensors, self.run.factors, strict=True)]
+        blocks = [(sum(sizes[t] for t in b.tensors) / b.directions**2, b.directions) for b in self.run.blocks]
+        return np.repeat([weight for weight, _ in blocks], [count for _, count in blocks])
 
     def _append(self, record: RoundRecord) -> None:
         self.records.append(record)

@@ -7,7 +7,6 @@ what they need in the class. `frozen.py` is the smallest, `first_order.py` the n
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,8 +14,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from hosfl.halves.inputs import Batch
-from hosfl.methods.client import Client
+from hosfl.halves.inputs import Batch, Inputs
+from hosfl.methods.client import Client, Passes, no_passes
 from hosfl.methods.ledger import Ledger, Rate
 from hosfl.methods.server import Server
 from hosfl.probing.probe import trainable
@@ -35,15 +34,16 @@ class Setup:
     """What a run gives to its method.
 
     base: the client half of round 0; the method may still put its weights on a lattice, before anything else is made of
-    it. rates: of both halves. aggregation: of what the clients send. passes: where samples that go through either half
-    are counted.
+    it. rates: of both halves. aggregation: of what the clients send. sample: inputs of a few samples. passes: where
+    samples that go through either half are counted.
     """
 
     settings: Settings
     base: nn.Module
     rates: Rates
     aggregation: Aggregation
-    passes: Counter[str] = field(default_factory=Counter)
+    sample: Inputs
+    passes: Passes = field(default_factory=no_passes)
 
     @cached_property
     def observed(self) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hosfl.halves.split import dtype_of
+from hosfl.methods.client import Passes, no_passes
 from hosfl.methods.gathered import Kept, Pieces, gathered, shrinking
 from hosfl.methods.ledger import Ledger, Rate, State
 from hosfl.methods.state import pack_optimizer, part, prefixed, unpack_optimizer
@@ -68,7 +68,7 @@ class Server:
     refusals: int = 0
     differed: list[str] = field(default_factory=list)
     differences: int = 0
-    passes: Counter[str] = field(default_factory=Counter)
+    passes: Passes = field(default_factory=no_passes)
 
     def __post_init__(self) -> None:
         self._samples: dict[int, int] = {}

@@ -20,7 +20,7 @@ class FreshStep:
     """Fresh directions every round. length: divides the rate, for normalised steps.
 
     On a lattice the record is the move itself, -rate / P * vbar; elsewhere the gradient estimate's vbar / P, to which
-    every replica applies the run's rule.
+    every replica applies the run's rule. Where directions move blocks, P is the number of the block's own.
     """
 
     run: Run
@@ -28,8 +28,8 @@ class FreshStep:
     length: RunningLength | None = None
 
     def __call__(self, round: int, scalars: Tensor, lattice_for: Choice) -> tuple[list[float], float]:
-        rate = step_size(self.rate, self.length, round, float(scalars.square().mean()))
-        mean = [v / len(scalars) for v in scalars.tolist()]
+        rate = step_size(self.rate, self.length, round, self.run.square(scalars.tolist()))
+        mean = [share * v for share, v in zip(self.run.shares(), scalars.tolist(), strict=True)]
         moves = [-rate * v for v in mean]
         lattice = lattice_for(moves)
         return (mean if lattice is None else to_lattice(moves, lattice, self.run.seed, round)), rate

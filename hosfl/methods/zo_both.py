@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from hosfl.methods.gathered import gathered
@@ -107,7 +108,8 @@ class ZerothOrderServer(LossServer):
             return False
         found = [slopes(torch.stack(rest), base, self.mu, self.two_sided)]
         if self.clip is not None:
-            found = clip_to_norm(found, self.clip, sum(p.numel() for p in parameters))
+            size = sum(p.numel() for p in parameters)
+            found = clip_to_norm(found, self.clip, np.full(self.directions, size / self.directions**2))
         self._gathered.add(found, len(message.cut) / self.batch)
         return True
 

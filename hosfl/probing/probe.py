@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -23,6 +25,26 @@ ESTIMATORS = ("one-sided", "two-sided", "forward", "backward")
 
 PART = 1 << 16  # elements of the cut that are in float64 at a time
 WAITING = 1 << 20  # bytes of gradients that may wait for others: small tensors go through the noise kernel together
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Tensors that directions move; of each its noise's stream, and the power of two that scales directions on it."""
+
+    tensors: Sequence[Tensor]
+    streams: Sequence[int]
+    factors: Sequence[float]
+
+    @classmethod
+    def of(cls, module: nn.Module, factors: Sequence[float] | None = None) -> Moved:
+        """All that is trainable in a module."""
+        tensors, streams = trainable(module)
+        return cls(tensors, streams, [1.0] * len(tensors) if factors is None else factors)
+
+    def some(self, positions: Sequence[int]) -> Moved:
+        """Those at these positions."""
+        tensors, streams, factors = self.tensors, self.streams, self.factors
+        return Moved([tensors[t] for t in positions], [streams[t] for t in positions], [factors[t] for t in positions])
 
 
 def trainable(module: nn.Module) -> tuple[list[nn.Parameter], list[int]]:
@@ -109,21 +131,22 @@ def probe_untouched(
     dist: str,
     factors: Sequence[float] | None = None,
     two_sided: bool = False,
+    moved: Moved | None = None,
 ) -> Tensor:
     """Directional derivatives for weights on no lattice, float32 [P]: reads th in any dtype, never writes it.
 
     v_p as in `probe_in_place`; each weight of th + mu * u_p is rounded to its dtype. inputs: a tensor, a tuple of
-    positional arguments or a mapping of keyword arguments. dist: "rademacher" or "gaussian".
+    positional arguments or a mapping of keyword arguments. dist: "rademacher" or "gaussian". moved: what directions
+    move, where that is not all that is trainable in the module, with the factors.
 
     Off the lattice adding and taking away rounds twice, and a client that probes would drift from one that does not.
     Costs the memory of one layer's weights while that layer runs. Raises as `evaluate_displaced`.
     """
-    parameters, streams = trainable(module)
+    moved = moved or Moved.of(module, factors)
 
     def output(seed: int, step: float) -> Tensor:
-        result: Tensor = evaluate_displaced(
-            module, inputs, Displacement(parameters, streams, seed, step, dist, factors)
-        )
+        displacement = Displacement(moved.tensors, moved.streams, seed, step, dist, moved.factors)
+        result: Tensor = evaluate_displaced(module, inputs, displacement)
         return result
 
     return _differences(output, multiplier, cut, seeds, mu, two_sided)
@@ -154,6 +177,7 @@ def probe_forward(
     seeds: Sequence[int],
     dist: str,
     factors: Sequence[float] | None = None,
+    moved: Moved | None = None,
 ) -> Tensor:
     """Directional derivatives by forward-mode differentiation, float32 [P]: v_p = <multiplier, J u_p>.
 
@@ -161,10 +185,11 @@ def probe_forward(
     passes, the memory of one layer's weights, and twice the activations or more: torch's derivative of BatchNorm makes
     more such tensors on the way. Raises as `hosfl.probing.forward_mode.derivative`.
     """
-    parameters, streams = trainable(module)
+    moved = moved or Moved.of(module, factors)
     scalars = []
     for seed in seeds:
-        change = derivative(module, inputs, Tangents(parameters, streams, seed, dist, factors))
+        tangents = Tangents(moved.tensors, moved.streams, seed, dist, moved.factors)
+        change = derivative(module, inputs, tangents)
         scalars.append(inner(multiplier, change, torch.zeros_like(change), 1.0))
         del change  # not there while the next pass runs
     return torch.tensor(scalars, dtype=torch.float32)
@@ -178,6 +203,8 @@ def probe_backward(
     dist: str,
     factors: Sequence[float] | None = None,
     microbatch: int = 0,
+    moved: Moved | None = None,
+    measured: Sequence[slice] | None = None,
 ) -> Tensor:
     """Directional derivatives from the gradient, float32 [P]: v_p = <g, u_p>, g = J^T multiplier by backpropagation.
 
@@ -187,12 +214,14 @@ def probe_backward(
     memory that this costs. Samples must not depend on each other, as in eval mode they do not, and be the first
     dimension of every tensor of the inputs. Backpropagation ends at the first layer that has something to train, and of
     an embedding's gradient only the rows that were looked up exist. Weights are only read, and `grad` is what it was.
+    moved: as in `probe_untouched`. measured: of each of its tensors, which of the directions move it; None: all.
 
     Raises: ValueError as `evaluate_displaced`.
     """
     refuse_writers(module)
-    parameters, streams = trainable(module)
-    factors = [1.0] * len(parameters) if factors is None else factors
+    moved = moved or Moved.of(module, factors)
+    parameters, streams, factors = moved.tensors, moved.streams, moved.factors
+    of = [slice(None)] * len(parameters) if measured is None else measured
     scalars = torch.zeros(len(seeds), dtype=torch.float64)
     waiting: dict[int, Tensor] = {}  # gradients by the parameter's position
 
@@ -213,14 +242,17 @@ def probe_backward(
             waiting.clear()
 
     def measure(gradients: dict[int, Tensor]) -> None:
-        scales, names = [factors[t] for t in gradients], [streams[t] for t in gradients]
-        scalars.add_(project(gradients.values(), seeds, dist=dist, factors=scales, streams=names))
+        for _, some in groupby(gradients, lambda t: (of[t].start, of[t].stop)):  # tensors moved together lie together
+            ts = list(some)
+            scales, names = [factors[t] for t in ts], [streams[t] for t in ts]
+            found = project([gradients[t] for t in ts], seeds[of[ts[0]]], dist=dist, factors=scales, streams=names)
+            scalars[of[ts[0]]] += found
 
     def measure_rows(table: Tensor, position: int) -> None:
         rows, numbers = table.values().float(), table.indices()[0].tolist()
         place: Any = {"factors": [factors[position]] * len(rows), "streams": [streams[position]] * len(rows)}
         starts = [number * rows.shape[1] for number in numbers]
-        scalars.add_(project(rows.unbind(), seeds, dist=dist, starts=starts, **place))
+        scalars[of[position]] += project(rows.unbind(), seeds[of[position]], dist=dist, starts=starts, **place)
 
     held = [p.grad for p in parameters]  # the user's own
     hooks = []

@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
-from hosfl.protocol.arrays import Array, is_tensor
+from hosfl.protocol.arrays import Array, host, is_tensor
 from hosfl.protocol.lattice import Lattice
 from hosfl.protocol.seeds import Purpose, round_seed
 from hosfl_kernels import derive
@@ -53,15 +54,15 @@ def trimmed_mean(values: Sequence[Array], weights: Sequence[float], trim: float 
     return ordered[cut : n - cut].mean(0)
 
 
-def clip_to_norm(values: Sequence[Array], largest: float, dimension: float) -> list[Array]:
+def clip_to_norm(values: Sequence[Array], largest: float, weights: NDArray[np.float64]) -> list[Array]:
     """Scale down the clients whose gradient estimate is longer than `largest`; the others stay.
 
-    The length is told by the scalars: E |ghat|^2 = dimension / P^2 sum_p v_p^2, dimension = sum over the trainable
-    elements of their squared factor. Never a norm computed on a device, which would depend on the device.
+    The length is told by the scalars: E |ghat|^2 = sum_p weights_p v_p^2, weights_p = d / P^2, d the trainable
+    elements, each with its squared factor. Never a norm computed on a device, which would depend on the device.
     """
     clipped = []
     for value in values:
-        length = math.sqrt(dimension * _squared(value)) / len(value)
+        length = math.sqrt(_squared(value, weights))
         clipped.append(value * (largest / length) if length > largest else value)
     return clipped
 
@@ -93,9 +94,9 @@ def _sorted(rows: Array) -> Array:
     return rows.sort(0).values if is_tensor(rows) else np.sort(rows, 0)
 
 
-def _squared(value: Array) -> float:
-    """Its squared length, in float64."""
-    return float(value.double().square().sum()) if is_tensor(value) else float(np.square(value, dtype=np.float64).sum())
+def _squared(value: Array, weights: NDArray[np.float64]) -> float:
+    """sum weights * value^2, in float64."""
+    return float((np.square(host(value), dtype=np.float64) * weights).sum())
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """The client half's checkpoint: base weights, and this append-only file of the numbers that moved them, `hosfl.log`.
 
-Format 1, little-endian:
+Formats 1 and 2, little-endian:
 
-    header  "hosfllog"  version u16  zero u16  length u32  crc u32  JSON[length]
+    header  "hosfllog"  format u16  zero u16  length u32  crc u32  JSON[length]
     record  ab 52  length u32  crc u32  body[length]
     body    kind u8  epoch u16  round u32  fields  chain[8]
     fields  kind 1, round:  rate f32  coefficients f32[P]  participants u32[k]
@@ -11,7 +11,8 @@ Format 1, little-endian:
             kind 4, round on a coarser lattice:  exponent i16, then as kind 1
 
 The header's crc is CRC-32 of the 16 bytes before it and the JSON; a record's, of its length and its body, so that a
-damaged length cannot pass for a torn tail. The JSON is UTF-8 with sorted keys and no spaces; floats are Python's repr,
+damaged length cannot pass for a torn tail. Format 2 is of runs whose header has blocks, which format 1 does not know;
+all else is the same. The JSON is UTF-8 with sorted keys and no spaces; floats are Python's repr,
 the shortest decimal that reads back as the same double. The running digest starts as BLAKE2b-256 of the header's bytes
 and becomes BLAKE2b-256(running digest, body without chain) with every record; `chain` is its first 8 bytes, so that
 records removed, repeated, exchanged or taken from another log are found. (Records removed from the end leave a shorter
@@ -69,7 +70,7 @@ except ImportError:  # Windows: no lock
     fcntl = None  # type: ignore[assignment]
 
 MAGIC = b"hosfllog"
-VERSION = 1
+VERSION, WITH_BLOCKS = 1, 2
 HEADER = struct.Struct("<8sHHII")
 MARKER = b"\xabR"  # its first byte is not zero: what never reached the disk reads as zeros
 FRAME = struct.Struct("<2sII")
@@ -203,6 +204,8 @@ class Header:
     seed: the run's, below 2^64. directions: P. dist: "rademacher" or "gaussian". mu: the probe's step, 0 for forward
     mode. quantum: of the lattice, a power of two; None off it. rule: the update rule's "name" and its constants.
     pool: {"size": D, "rounds": G} for D directions renewed every G rounds, 0: never; P <= D; None for fresh directions.
+    blocks: {"tensors": [...], "directions": n} each: of the P directions the first n move these parameters alone, by
+    position, the next ones those of the next block; none: every direction moves all.
     parameters: in the order in which they move. base: SHA-256 of the base weights, hex. settings: the run's
     configuration, any JSON; not read here. Dicts are copied. Raises LogError, which names the field.
     """
@@ -217,6 +220,7 @@ class Header:
     parameters: tuple[Parameter, ...]
     base: str
     settings: dict[str, Any]
+    blocks: tuple[dict[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         directions = check_integer(self.directions, "directions", 1, LARGEST_DIRECTIONS)
@@ -232,6 +236,7 @@ class Header:
             parameters=_parameters(self.parameters),
             base=check_sha256(self.base, "base"),
             settings=_dict(self.settings, "settings"),
+            blocks=_blocks(self.blocks, directions),
         )
         if self.mu < 0:
             raise LogError(f"mu must not be negative, not {self.mu!r}")
@@ -261,6 +266,19 @@ def _pool(value: Any, directions: int) -> dict[str, int]:
     return pool
 
 
+def _blocks(value: Any, directions: int) -> tuple[dict[str, Any], ...]:
+    if not isinstance(value, (tuple, list)):
+        raise LogError(f"blocks must be a list, not {reprlib.repr(value)}")
+    blocks = tuple(check_keys(_dict(b, "a block"), ("tensors", "directions"), "a block") for b in value)
+    for block in blocks:
+        check_integer(block["directions"], "a block's directions", 1, directions)
+        if not isinstance(block["tensors"], list):
+            raise LogError(f"a block's tensors must be a list, not {reprlib.repr(block['tensors'])}")
+        for position in block["tensors"]:
+            check_integer(position, "a block's tensor", 0, 2**32 - 1)
+    return blocks
+
+
 def _parameters(value: Any) -> tuple[Parameter, ...]:
     if not isinstance(value, (tuple, list)) or not all(isinstance(p, Parameter) for p in value):
         raise LogError(f"parameters must be a tuple of Parameter, not {reprlib.repr(value)}")
@@ -274,8 +292,11 @@ def _parameters(value: Any) -> tuple[Parameter, ...]:
 def _encode_header(header: Header) -> bytes:
     values = {f.name: getattr(header, f.name) for f in fields(header)}
     values["parameters"] = [asdict(parameter) for parameter in header.parameters]
+    version = WITH_BLOCKS if header.blocks else VERSION
+    if version == VERSION:
+        del values["blocks"]
     text = _canonical(values, "the header")
-    head = HEADER.pack(MAGIC, VERSION, 0, len(text), 0)[:-4]
+    head = HEADER.pack(MAGIC, version, 0, len(text), 0)[:-4]
     return head + struct.pack("<I", zlib.crc32(text, zlib.crc32(head))) + text
 
 
@@ -286,15 +307,16 @@ def _decode_header(data: bytes) -> tuple[Header, int]:
     if len(data) < HEADER.size:
         raise LogError(f"{len(data)} bytes are too few for a header: {CUT_SHORT}")
     _, version, zero, length, crc = HEADER.unpack_from(data)
-    if version != VERSION or zero != 0:
-        raise LogError(f"is of format {version}.{zero}; this code reads {VERSION}.0")
+    if version not in (VERSION, WITH_BLOCKS) or zero != 0:
+        raise LogError(f"is of format {version}.{zero}; this code reads {VERSION}.0 and {WITH_BLOCKS}.0")
     end = HEADER.size + length
     if end > len(data):
         raise LogError(f"the header says {length} bytes and {len(data) - HEADER.size} are there: {CUT_SHORT}")
     text = data[HEADER.size : end]
     if zlib.crc32(text, zlib.crc32(data[: HEADER.size - 4])) != crc:
         raise LogError("the header is damaged: its checksum is wrong")
-    values = check_keys(_parsed(text, "the header"), Header.__dataclass_fields__, "the header")
+    expected = Header.__dataclass_fields__.keys() - ({"blocks"} if version == VERSION else set())
+    values = check_keys(_parsed(text, "the header"), expected, "the header")
     if not isinstance(values["parameters"], list):
         raise LogError("the header: parameters must be a list")
     known = Parameter.__dataclass_fields__

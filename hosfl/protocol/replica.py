@@ -196,9 +196,12 @@ class Replica:
             return
         if lattice is None:
             self._step(rows, rates)
-        elif self.fits(spread(rows)):
-            seeds = [s for r in range(self.applied, self.applied + len(rows)) for s in self.run.seeds(r)]
-            self._move(seeds, rows.reshape(-1))
+        elif self.fits(self.run.spread(rows)):
+            seeds = [self.run.seeds(round) for round in range(self.applied, self.applied + len(rows))]
+            for block, positions in self.run.parts():
+                moved = [seed for of_round in seeds for seed in of_round[positions]]
+                self._move(moved, rows[:, positions].reshape(-1), block.tensors)
+            self._largest += self.run.spread(rows)
         elif len(rows) == 1:
             raise LatticeError(
                 f"round {self.applied} would carry weights beyond {lattice.limit:g}, where the lattice ends: lower"
@@ -213,7 +216,7 @@ class Replica:
 
     def _coarsen(self, lattice: Lattice, row: Rows) -> None:
         """Put the weights on a coarser lattice, unless the move that comes with it is too large even for that one."""
-        if not self.fits(spread(row), lattice):
+        if not self.fits(self.run.spread(row), lattice):
             raise LatticeError(
                 f"round {self.applied} would carry weights beyond {lattice.limit:g}: lower the client's rate"
             )
@@ -237,19 +240,20 @@ class Replica:
             for seed, m in zip(pool_seeds(self.run.seed, g, pool.size), row, strict=True)
             if m
         ]
-        self._move(seeds, message.coefficients[moved])
+        self._move(seeds, message.coefficients[moved], range(len(self.tensors)))
+        self._largest += spread(message.coefficients)
         self.applied = until
 
-    def _move(self, seeds: Sequence[int], coefficients: Rows) -> None:
+    def _move(self, seeds: Sequence[int], coefficients: Rows, tensors: Sequence[int]) -> None:
+        """Move these of the tensors along all directions."""
         replay_(
-            plain(self.tensors),
+            plain([self.tensors[t] for t in tensors]),
             seeds,
             coefficients.tolist(),
             dist=self.run.dist,
-            factors=self.run.factors,
-            streams=self.streams,
+            factors=[self.run.factors[t] for t in tensors],
+            streams=[self.streams[t] for t in tensors],
         )
-        self._largest += spread(coefficients)
 
     def _step(self, rows: Rows, rates: Rows) -> None:
         run, rule = self.run, self.run.rule
@@ -260,19 +264,20 @@ class Replica:
         if not rounds:
             return
         coarse = any(dtype_name(t) == "bfloat16" for t in self.tensors)
-        update_(
-            plain(self.tensors),
-            self.moments,
-            rule,
-            [run.seeds(round) for round in rounds],
-            rows[taken].tolist(),
-            rule.steps(rounds, rates[taken].tolist()),
-            dist=run.dist,
-            factors=run.factors,
-            streams=self.streams,
-            rounding="stochastic" if coarse else "nearest",
-            rounding_seeds=[round_seed(run.seed, Purpose.WEIGHTS, r) for r in rounds] if coarse else None,
-        )
+        for block, positions in run.parts():
+            update_(
+                plain([self.tensors[t] for t in block.tensors]),
+                [[moment[t] for t in block.tensors] for moment in self.moments],
+                rule,
+                [run.seeds(round)[positions] for round in rounds],
+                rows[taken][:, positions].tolist(),
+                rule.steps(rounds, rates[taken].tolist()),
+                dist=run.dist,
+                factors=[run.factors[t] for t in block.tensors],
+                streams=[self.streams[t] for t in block.tensors],
+                rounding="stochastic" if coarse else "nearest",
+                rounding_seeds=[round_seed(run.seed, Purpose.WEIGHTS, r) for r in rounds] if coarse else None,
+            )
 
     def fits(self, distance: float, lattice: Lattice | None = None) -> bool:
         """Whether weights moved by up to `distance` (times their factor) stay on the lattice, in a probe as well.

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hosfl.protocol.lattice import Lattice
+import numpy as np
+from numpy.typing import NDArray
+
+from hosfl.protocol.lattice import Lattice, spread
 from hosfl.protocol.log import EXPONENTS, Header, LogError, check_integer, check_number
 from hosfl.protocol.seeds import direction_seeds, pool_seed
 from hosfl_kernels import SGD, AdamW
 
 Rule = SGD | AdamW
+
+
+@dataclass(frozen=True)
+class Block:
+    """Layers of the client half that `directions` of a round's P move, and move alone.
+
+    tensors: positions in the run's list of trainable tensors. The blocks of a run share out all of them, and the P
+    directions in this order.
+    """
+
+    tensors: tuple[int, ...]
+    directions: int
 
 
 @dataclass(frozen=True)
@@ -47,6 +62,8 @@ class Run:
     factors: a power of two per trainable tensor, by which directions are scaled on it.
     lattice: where the client half lives, or None where it lives on none; then `rule` is the step that each round makes.
     pool: None for fresh directions every round.
+    blocks: which tensors a direction moves; left out, every direction moves all. The estimate is then made of one for
+    each block, ghat_b = (1/P_b) sum_p vbar_p u_p over the P_b directions that move it.
     """
 
     seed: int
@@ -58,8 +75,20 @@ class Run:
     rule: Rule | None = None
     pool: Pool | None = None
     estimator: str = "one-sided"
+    blocks: tuple[Block, ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.blocks:
+            object.__setattr__(self, "blocks", (Block(tuple(range(len(self.factors))), self.directions),))
+        shared = sorted(t for block in self.blocks for t in block.tensors)
+        if shared != list(range(len(self.factors))) or not all(b.directions > 0 for b in self.blocks):
+            raise ValueError("every trainable tensor is in one block, and every block has a direction or more")
+        if sum(block.directions for block in self.blocks) != self.directions:
+            raise ValueError(
+                f"blocks of {[b.directions for b in self.blocks]} directions in a run of {self.directions}"
+            )
+        if self.pool is not None and len(self.blocks) > 1:
+            raise ValueError("directions of a pool move all tensors: blocks go with fresh directions")
         if (self.lattice is None) == (self.rule is None):
             raise ValueError("a run has a lattice, where records are moves, or an update rule: one of them")
         if self.pool is not None and self.pool.size < self.directions:
@@ -71,6 +100,27 @@ class Run:
             return direction_seeds(self.seed, round, self.directions)
         generation = self.pool.generation(round)
         return [pool_seed(self.seed, generation, j) for j in self.pool.measured(round, self.directions)]
+
+    def parts(self) -> Iterator[tuple[Block, slice]]:
+        """The blocks, and which of the P directions move each."""
+        first = 0
+        for block in self.blocks:
+            yield block, slice(first, first + block.directions)
+            first += block.directions
+
+    def shares(self) -> list[float]:
+        """What each direction counts for in its block's estimate, 1 / P_b: [P]."""
+        return [1 / block.directions for block in self.blocks for _ in range(block.directions)]
+
+    def square(self, scalars: Sequence[float]) -> float:
+        """|g|^2 as one round's scalars [P] tell it: E v_p^2 = |g_b|^2 for a direction that moves block b alone."""
+        return sum(share * v * v for share, v in zip(self.shares(), scalars, strict=True))
+
+    def spread(self, rows: NDArray[np.float32]) -> float:
+        """The most that moves [..., P] carry a weight together, in units of its factor: sum |c| over its block's."""
+        if len(self.blocks) == 1:
+            return spread(rows)
+        return max(spread(rows[..., positions]) for _, positions in self.parts())
 
 
 def described(rule: Rule | None) -> dict[str, Any]:
@@ -111,6 +161,7 @@ def run_of(header: Header) -> Run:
             lattice=None if header.quantum is None else Lattice(header.quantum),
             rule=_rule(header.rule),
             pool=None if header.pool is None else Pool(**header.pool),
+            blocks=tuple(Block(tuple(b["tensors"]), b["directions"]) for b in header.blocks),
         )
         if run.lattice is not None:
             check_integer(run.lattice.exponent, "the quantum's exponent", *EXPONENTS)

@@ -49,13 +49,13 @@ def assemble(config: Settings, smallest_shard: int | None = None, task: Task | N
     halves = base_digest(prefixed("client", model.client.state_dict()) | prefixed("server", model.server.state_dict()))
     base = moving_only(model.client, config.trains, config.seed).to(getattr(torch, config.dtype))
     base = narrowed(base, config.frozen).to(device)
-    setup = Setup(config, base, rates, AGGREGATIONS[config.aggregation])
-    method = kind(setup)
     shares = [share.to(device, dtype_of(base)) for share in partition(task, config, smallest_shard)]
     half = model.server.to(device)
     if not any(parameter.requires_grad for parameter in half.parameters()):
         raise ValueError("the server half has no parameters that train: cut the model further in front")
     cut_shape, sample = _tried(task, SplitModel(base, half), shares[0])
+    setup = Setup(config, base, rates, AGGREGATIONS[config.aggregation], sample.inputs)
+    method = kind(setup)
 
     def make(number: int) -> Client:
         mine = shares[number % len(shares)]

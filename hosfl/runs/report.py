@@ -92,7 +92,7 @@ class Summary:
     provenance: dict[str, Any]
     bytes: dict[str, int]
     bytes_per_client_round: dict[str, float]
-    passes: dict[str, int]
+    passes: dict[str, float]
     passes_per_client_round: dict[str, float]
     seconds: float
     forward_seconds: float
@@ -109,7 +109,7 @@ class Summary:
         last: Evaluation,
         clients: Sequence[Client],
         visits: int,
-        passes: Mapping[str, int],
+        passes: Mapping[str, float],
         refused: list[str],
         replicas: Replicas | None,
         provenance: Provenance,

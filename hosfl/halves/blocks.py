@@ -1,0 +1,198 @@
+"""Blocks of a client half: consecutive layers that a direction moves alone, and the half from a block's first layer on.
+
+A direction that moves one block needs the forward pass from that block to the cut, and no more. What comes before the
+first block runs once a round. So of six layers the last three, each a block of its own, cost 3/6, 2/6 and 1/6 of a pass
+a probe, and twice 1/6 a round to go on from one block to the next.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hosfl.halves.chain import CutError
+from hosfl.halves.families import ClientHalf
+from hosfl.halves.inputs import Inputs, call
+from hosfl.halves.split import halves_at, places
+
+
+@dataclass(frozen=True)
+class Begin:
+    """Where a block begins.
+
+    entry: its first module's name in the half; "" for the half's own beginning. tensors: what it moves, by position
+    among the half's trainable parameters. share: the work from there to the cut, as a share of the whole half's.
+    """
+
+    entry: str
+    tensors: tuple[int, ...]
+    share: float
+
+
+def blocks_of(half: nn.Module, count: int, inputs: Inputs) -> list[Begin]:
+    """`count` blocks of a half, with about as many layers that move in each; inputs: a few samples.
+
+    Work is counted in floating-point operations of matrix products and convolutions, on these samples.
+
+    Raises CutError for a half that nothing can be told about, and where what runs from an entry on does not give the
+    half's own bits; ValueError where fewer than `count` layers move.
+    """
+    moving = [p for p in half.parameters() if p.requires_grad]
+    if count == 1:
+        return [Begin("", tuple(range(len(moving))), 1.0)]
+    # A parameter's layer is the last place in front of which nothing uses it.
+    entries = ["", *places(_inner(half))]
+    layer = [0] * len(moving)
+    for number, entry in enumerate(entries[1:], 1):
+        before = {id(p) for p in halves_at(_inner(half), entry)[0].parameters()}
+        layer = [last if id(p) in before else number for p, last in zip(moving, layer, strict=True)]
+    layers = sorted(set(layer))
+    if count > len(layers):
+        raise ValueError(
+            f"blocks={count}: only {len(layers)} of the client half's layers have something that moves; choose as many "
+            "blocks or fewer, or let more move by trains"
+        )
+    groups = [group.tolist() for group in np.array_split(layers, count)]
+    modes = [(m, m.training) for m in half.modules()]
+    half.eval()
+    try:
+        whole, cut = _counted(half, inputs)
+        begins = []
+        for group in groups:
+            entry = entries[group[0]]
+            run = BlockRun(half, [entry])
+            with torch.no_grad(), run.kept():
+                call(half, inputs)
+            work, again = _counted(*run.at(0, inputs))
+            if not torch.equal(cut, again):
+                raise CutError(f"the client half from {entry or 'its beginning'} on does not give its own output")
+            tensors = tuple(t for t, number in enumerate(layer) if number in group)
+            begins.append(Begin(entry, tensors, work / whole if whole else 1.0))
+    finally:
+        for m, training in modes:
+            m.training = training
+    return begins
+
+
+def allotted(directions: int, sizes: Sequence[float], shares: Sequence[float]) -> list[int]:
+    """How many of P directions move each block: P_b in proportion to sqrt(d_b / c_b), and one at least.
+
+    Of all ways to spend the same work it makes the estimate's variance the least where blocks have gradients of equal
+    size: d_b / P_b summed, sum P_b c_b fixed. sizes: d_b, numbers that move. shares: c_b, the work of a probe.
+
+    Raises ValueError for fewer directions than blocks.
+    """
+    if directions < len(sizes):
+        raise ValueError(f"{directions} directions cannot move {len(sizes)} blocks: raise directions or lower blocks")
+    wanted = np.sqrt(np.array(sizes) / np.array(shares))
+    wanted *= directions / wanted.sum()
+    counts = np.maximum(1, np.floor(wanted)).astype(int)
+    while counts.sum() < directions:
+        counts[int(np.argmax(wanted - counts))] += 1
+    while counts.sum() > directions:
+        counts[int(np.argmin(np.where(counts > 1, wanted - counts, math.inf)))] -= 1
+    return [int(count) for count in counts]
+
+
+class _Reached(Exception):
+    """The forward pass has come to the next block, and need not go on."""
+
+
+class BlockRun:
+    """A client half's forward pass from one block after another.
+
+    half: as it is; its weights may move between the passes. entries: of the blocks, in order. Holds the input of one
+    block, a tensor of about the cut's size, and two while it goes on to the next.
+    """
+
+    def __init__(self, half: nn.Module, entries: Sequence[str]) -> None:
+        self.half, self.entries = half, list(entries)
+        inner = _inner(half)
+        self.rests = [halves_at(inner, entry)[1] if entry else half for entry in entries]
+        self._input: Tensor | None = None
+        self._block = 0
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """A forward pass of the half in this block leaves the first block's input here."""
+        self._input, self._block = None, 0
+
+        def keep(value: Tensor) -> None:
+            if self._input is None:
+                self._input = value
+
+        with self._at_entry(0, keep):
+            yield
+
+    def at(self, block: int, inputs: Inputs) -> tuple[nn.Module, Inputs]:
+        """What to call for the pass from a block to the cut: a module, and its inputs.
+
+        inputs: the half's own, as in the pass under `kept`. Blocks are asked for in order: what lies between runs.
+        Call it in eval mode and without a graph, with the half's weights as they were under `kept`.
+        """
+
+        def stop(value: Tensor) -> None:
+            self._input = value
+            raise _Reached
+
+        for last in range(self._block, block):
+            with self._at_entry(last + 1, stop):
+                try:
+                    call(self.rests[last], self._inputs(last, inputs))
+                except _Reached:
+                    self._block = last + 1
+                    continue
+            raise CutError(f"the forward pass does not come to {self.entries[last + 1]}")
+        return self.rests[block], self._inputs(block, inputs)
+
+    def _inputs(self, block: int, inputs: Inputs) -> Inputs:
+        if not self.entries[block]:
+            return inputs
+        if self._input is None:
+            raise CutError(f"the forward pass does not come to {self.entries[block]}")
+        mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+        return self._input if mask is None else {"cut": self._input, "attention_mask": mask}
+
+    @contextmanager
+    def _at_entry(self, block: int, take: Callable[[Tensor], None]) -> Iterator[None]:
+        """The input of a block's first module goes to `take`."""
+        if not self.entries[block]:
+            yield
+            return
+
+        def hook(module: nn.Module, args: Sequence[Any], named: dict[str, Any]) -> None:
+            take(next(value for value in (*args, *named.values()) if isinstance(value, Tensor)))
+
+        handle = _inner(self.half).get_submodule(self.entries[block]).register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+def _inner(half: nn.Module) -> nn.Module:
+    """What of a half is cut again."""
+    return half.trunk if isinstance(half, ClientHalf) else half
+
+
+@torch.no_grad()
+def _counted(module: nn.Module, inputs: Inputs) -> tuple[int, Tensor]:
+    """(floating-point operations, output) of a forward pass in eval mode."""
+    from torch.utils.flop_counter import FlopCounterMode  # seconds to import
+
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        with FlopCounterMode(display=False) as counter:
+            output = call(module, inputs)
+    finally:
+        for m, training in modes:
+            m.training = training
+    return counter.get_total_flops(), output
