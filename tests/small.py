@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from hosfl.halves.blocks import Begin
 from hosfl.methods import METHODS, method_of
 from hosfl.methods.ho import HO, ZerothOrderClient
 from hosfl.methods.ledger import SeedReplay
@@ -15,11 +16,12 @@ from hosfl.probing.probe import trainable
 from hosfl.protocol.lattice import Lattice
 from hosfl.protocol.messages import Hello, Scalars
 from hosfl.protocol.replica import Replica
-from hosfl.protocol.terms import Pool, Run
+from hosfl.protocol.terms import Block, Pool, Run
 from hosfl_kernels import SGD, AdamW
 
 SAMPLES, DIRECTIONS = 6, 4
 FACTORS = (0.5, 1.0)  # of weight and bias: not the same
+BLOCKS = (Block((1,), 1), Block((0,), 3))  # the bias alone, and the weight alone
 POOL = Pool(8, 11)  # a generation ends in the middle of a turn
 REPLAYED = [name for name in METHODS if issubclass(method_of(name), HO)]  # whose client half is a log of scalars
 RULES = {
@@ -28,6 +30,8 @@ RULES = {
     "momentum": SGD(momentum=0.9, weight_decay=0.1),
     "adamw": AdamW(weight_decay=0.1),
     "adamw bfloat16": AdamW(weight_decay=0.1),
+    "blocks": None,
+    "blocks adamw": AdamW(weight_decay=0.1),
     "pool": None,
     "pool bfloat16": SGD(),
 }
@@ -56,7 +60,12 @@ class Small:
 
     def client(self, number=0):
         half = copy.deepcopy(self.half)
-        return ZerothOrderClient(number, half, lambda r: (batch(r)[0].to(half.weight.dtype), batch(r)[1]), run=self.run)
+        begins = [Begin("", block.tensors, 1.0) for block, _ in self.run.parts()]
+
+        def cast(round):
+            return batch(round)[0].to(half.weight.dtype), batch(round)[1]
+
+        return ZerothOrderClient(number, half, cast, run=self.run, begins=begins)
 
     def replica(self):
         parameters, streams = trainable(copy.deepcopy(self.half))
@@ -103,6 +112,7 @@ def small(kind="moves", rate=0.05, growth=1.0, headroom=16.0, dist=None, **setti
         lattice=lattice,
         rule=rule,
         pool=POOL if "pool" in kind else None,
+        blocks=BLOCKS if "blocks" in kind else (),
     )
 
     def rates(round):

@@ -400,7 +400,7 @@ def test_a_client_that_differs_says_so_and_rebuilds(kind):
     server, client = made.server(), made.client()
     client.catch_up(made.since(client))
     with torch.no_grad():
-        client.parameters[0][1, 2] += 2.0**-4
+        client.moved.tensors[0][1, 2] += 2.0**-4
     made.play(10)
     news = server.welcome(client.hello())
     assert news.digest.size == 8  # it crosses a multiple of ten
@@ -427,7 +427,7 @@ def test_sums_over_the_pool_are_checked_as_well():
     assert news.digest.size == 8
     assert right.catch_up(news) is None
     with torch.no_grad():
-        wrong.parameters[1][0] += made.run.lattice.quantum
+        wrong.moved.tensors[1][0] += made.run.lattice.quantum
     assert isinstance(wrong.catch_up(news), Differs)
     assert state(wrong.replica) == state(made.replica())
 
@@ -703,10 +703,11 @@ def test_one_liar_among_ten(sign):
 
 def test_clipping_goes_by_the_estimate_s_length():
     made = small()
-    run, dimension = made.run, made.ledger.dimension
-    assert dimension == 6 * 0.5**2 + 2 * 1.0**2
+    run, weights = made.run, made.ledger.weights
+    dimension = 6 * 0.5**2 + 2 * 1.0**2
+    assert weights.tolist() == [dimension / 4**2] * 4
     values = [torch.tensor([3.0, 4.0, 0.0, 0.0]), torch.tensor([0.3, 0.4, 0.0, 0.0]), torch.zeros(4)]
-    clipped = clip_to_norm(values, 1.0, dimension)
+    clipped = clip_to_norm(values, 1.0, weights)
     lengths = [np.sqrt(dimension) / 4 * float(v.norm()) for v in clipped]
     assert lengths == pytest.approx([1.0, np.sqrt(dimension) / 4 * 0.5, 0.0])
     assert torch.equal(clipped[1], values[1])

@@ -417,7 +417,7 @@ def test_a_client_with_damaged_weights_does_not_end_the_run():
     federation, _ = assemble(Config(rounds=5, batch=4, directions=2, clients=3, sampled=3))
     federation.round(0)
     with torch.no_grad():
-        federation.clients[1].parameters[0].view(-1)[0] = 1e30
+        federation.clients[1].moved.tensors[0].view(-1)[0] = 1e30
     federation.round(1)
     assert "beyond" in federation.complained[0]
     assert federation.server.ledger.records[1].participants == (0, 2)

@@ -21,8 +21,10 @@ from hosfl.runs.checkpoint import rebuild
 
 def sealed(log, header):
     """The bytes of a log of the same records behind another header, its fields as JSON."""
+    header = {name: value for name, value in header.items() if value or name != "blocks"}
+    version = log_module.WITH_BLOCKS if "blocks" in header else log_module.VERSION
     text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-    head = log_module.HEADER.pack(log_module.MAGIC, log_module.VERSION, 0, len(text), 0)[:-4]
+    head = log_module.HEADER.pack(log_module.MAGIC, version, 0, len(text), 0)[:-4]
     data = head + struct.pack("<I", zlib.crc32(text, zlib.crc32(head))) + text
     running = hashlib.blake2b(data, digest_size=32).digest()
     for record in log.records:
@@ -65,6 +67,17 @@ HOSTILE_HEADERS = [
     # Finer than what its moves are multiples of, so that they would carry weights beyond it.
     ("moves", at("quantum")(2.0**-30), "no run has made"),
     ("moves", at("quantum")(2.0**-15), "digest|no run has made"),
+    ("blocks", at("blocks", 0, "tensors")([0, 1]), "in one block"),
+    ("blocks", at("blocks", 0, "tensors")([]), "in one block"),
+    ("blocks", at("blocks", 0, "tensors")([2]), "in one block"),
+    ("blocks", at("blocks", 0, "tensors")("0"), "must be a list"),
+    ("blocks", at("blocks", 0, "tensors")([True]), "a block's tensor must be"),
+    *(("blocks", at("blocks", 0, "directions")(n), "a block's directions must be") for n in (0, -1, 5, 10**400, "1")),
+    ("blocks", at("blocks", 0, "directions")(3), "blocks of"),
+    ("blocks", at("blocks")([{"directions": 1}]), "a block must have exactly"),
+    ("blocks", at("blocks")(7), "blocks must be a list"),
+    ("blocks", at("blocks")([0]), "must be a dict"),
+    ("blocks", at("pool")({"size": 8, "rounds": 0}), "blocks go with fresh directions"),
 ]
 
 

@@ -589,7 +589,7 @@ def test_rotten_bits_that_no_digest_finds_are_reported(monkeypatch: pytest.Monke
         said = catch_up(client, message)
         if client.number == 3 and client.applied == 4:
             with torch.no_grad():
-                client.parameters[0].view(-1)[0] += 2.0**-10
+                client.moved.tensors[0].view(-1)[0] += 2.0**-10
         return said
 
     monkeypatch.setattr(ZerothOrderClient, "catch_up", sloppy)

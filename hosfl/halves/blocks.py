@@ -143,6 +143,9 @@ class BlockRun:
             raise _Reached
 
         for last in range(self._block, block):
+            if not self.entries[last + 1]:  # that one begins with the half, too
+                self._block = last + 1
+                continue
             with self._at_entry(last + 1, stop):
                 try:
                     call(self.rests[last], self._inputs(last, inputs))

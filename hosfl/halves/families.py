@@ -527,7 +527,8 @@ class Through(nn.Module):
 def _trunk_path(model: nn.Module, family: Family) -> str:
     # Gemma's language models say they have a language_model and have a model.
     names = (getattr(model, "base_model_prefix", ""), "model")
-    return _join(next((name for name in names if name in model._modules), ""), family.trunk)
+    path = _join(next((name for name in names if name in model._modules), ""), family.trunk)
+    return path if has(model, path) else ""  # or it is the trunk itself
 
 
 def _along(module: nn.Module, path: str) -> Iterator[nn.Module]:

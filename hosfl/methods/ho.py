@@ -132,7 +132,7 @@ class ZerothOrderClient(Client):
 
     def _backward(self, multiplier: Tensor, seeds: Sequence[int]) -> Tensor:
         measured = [positions for block, positions in self.run.parts() for _ in block.tensors]
-        order = [t for block in self.run.blocks for t in block.tensors]
+        order = [t for block, _ in self.run.parts() for t in block.tensors]
         with evaluating(self.half):
             module, inputs = self.blocks.at(0, self._inputs)
             with evaluating(module):

@@ -216,7 +216,7 @@ class SeedReplay:
         d_b are the block's trainable elements, each with its squared factor.
         """
         sizes = [t.numel() * f * f for t, f in zip(self.mirror.tensors, self.run.factors, strict=True)]
-        blocks = [(sum(sizes[t] for t in b.tensors) / b.directions**2, b.directions) for b in self.run.blocks]
+        blocks = [(sum(sizes[t] for t in b.tensors) / b.directions**2, b.directions) for b, _ in self.run.parts()]
         return np.repeat([weight for weight, _ in blocks], [count for _, count in blocks])
 
     def _append(self, record: RoundRecord) -> None:

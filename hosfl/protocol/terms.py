@@ -78,17 +78,15 @@ class Run:
     blocks: tuple[Block, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.blocks:
-            object.__setattr__(self, "blocks", (Block(tuple(range(len(self.factors))), self.directions),))
-        shared = sorted(t for block in self.blocks for t in block.tensors)
-        if shared != list(range(len(self.factors))) or not all(b.directions > 0 for b in self.blocks):
-            raise ValueError("every trainable tensor is in one block, and every block has a direction or more")
-        if sum(block.directions for block in self.blocks) != self.directions:
-            raise ValueError(
-                f"blocks of {[b.directions for b in self.blocks]} directions in a run of {self.directions}"
-            )
-        if self.pool is not None and len(self.blocks) > 1:
-            raise ValueError("directions of a pool move all tensors: blocks go with fresh directions")
+        if self.blocks:
+            shared = sorted(t for block in self.blocks for t in block.tensors)
+            if shared != list(range(len(self.factors))) or not all(b.directions > 0 for b in self.blocks):
+                raise ValueError("every trainable tensor is in one block, and every block has a direction or more")
+            counts = [block.directions for block in self.blocks]
+            if sum(counts) != self.directions:
+                raise ValueError(f"blocks of {counts} directions in a run of {self.directions}")
+            if self.pool is not None:
+                raise ValueError("directions of a pool move all tensors: blocks go with fresh directions")
         if (self.lattice is None) == (self.rule is None):
             raise ValueError("a run has a lattice, where records are moves, or an update rule: one of them")
         if self.pool is not None and self.pool.size < self.directions:
@@ -104,13 +102,13 @@ class Run:
     def parts(self) -> Iterator[tuple[Block, slice]]:
         """The blocks, and which of the P directions move each."""
         first = 0
-        for block in self.blocks:
+        for block in self.blocks or (Block(tuple(range(len(self.factors))), self.directions),):
             yield block, slice(first, first + block.directions)
             first += block.directions
 
     def shares(self) -> list[float]:
         """What each direction counts for in its block's estimate, 1 / P_b: [P]."""
-        return [1 / block.directions for block in self.blocks for _ in range(block.directions)]
+        return [1 / block.directions for block, _ in self.parts() for _ in range(block.directions)]
 
     def square(self, scalars: Sequence[float]) -> float:
         """|g|^2 as one round's scalars [P] tell it: E v_p^2 = |g_b|^2 for a direction that moves block b alone."""
@@ -118,8 +116,6 @@ class Run:
 
     def spread(self, rows: NDArray[np.float32]) -> float:
         """The most that moves [..., P] carry a weight together, in units of its factor: sum |c| over its block's."""
-        if len(self.blocks) == 1:
-            return spread(rows)
         return max(spread(rows[..., positions]) for _, positions in self.parts())
 
 

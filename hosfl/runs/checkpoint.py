@@ -89,7 +89,7 @@ def header_of(run: Run, base: nn.Module, settings: dict[str, Any]) -> Header:
         ),
         base=base_digest(base.state_dict()),
         settings=settings,
-        blocks=() if len(run.blocks) == 1 else tuple(asdict(block) for block in run.blocks),
+        blocks=tuple(asdict(block) for block in run.blocks),
     )
 
 

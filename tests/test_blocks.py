@@ -1,0 +1,384 @@
+"""Directions that move one block: what a pass costs, which numbers come out, and that replay moves that block alone."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from hosfl import Config, Task, split, train
+from hosfl.halves.blocks import Begin, BlockRun, allotted, blocks_of
+from hosfl.halves.chain import CutError
+from hosfl.halves.families import FAMILIES, example_inputs, untrained
+from hosfl.halves.inputs import call
+from hosfl.halves.trains import moving_only
+from hosfl.methods.ho import ZerothOrderClient, make_run
+from hosfl.probing.probe import evaluating, trainable
+from hosfl.protocol.log import Log
+from hosfl.protocol.messages import Multiplier
+from hosfl.protocol.terms import Block, Run
+from hosfl.runs.checkpoint import rebuild
+from hosfl_kernels import SGD, replay_
+
+BERT = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 16,
+}
+
+
+@pytest.fixture(scope="module")
+def bert():
+    """A client half of four layers, of which the biases of the last three move, and inputs."""
+    torch.manual_seed(0)
+    model = untrained("bert", **BERT).eval()
+    half = split(model, 4).client
+    return moving_only(half, "*layer.[123].*bias", 0), example_inputs(model)
+
+
+class Residual(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.one, self.norm, self.two = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width), nn.Tanh()
+
+    def forward(self, x):
+        return x + self.two(self.norm(self.one(x)))
+
+
+class Convolutions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.layers = nn.Sequential(*(Residual(4) for _ in range(4)))
+
+    def forward(self, x):
+        return self.layers(torch.tanh(self.stem(x)))
+
+
+def plain():
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 4))
+
+
+def pictures():
+    torch.manual_seed(0)
+    return moving_only(Convolutions().eval(), "norms", 0), torch.randn(2, 3, 9, 9)
+
+
+def numbers():
+    torch.manual_seed(0)
+    return plain(), torch.randn(3, 5)
+
+
+def client_of(half, inputs, begins, **settings):
+    config = Config(directions_from="fresh", rule="sgd", blocks=len(begins), **settings)
+    half = copy.deepcopy(half)
+    run = make_run(config, trainable(half)[0], begins)
+    labels = torch.zeros(len(call(half, inputs)), dtype=torch.int64)
+    return ZerothOrderClient(0, half, lambda round: (inputs, labels), run=run, begins=begins)
+
+
+def answer(client, multiplier, round=0):
+    client.output(round)
+    return client.answer(Multiplier(client=0, round=round, multiplier=multiplier)).scalars
+
+
+def exact(client, inputs, multiplier, round=0):
+    """<g, u_p> for the run's directions, by backpropagation and with the directions made whole."""
+    half = copy.deepcopy(client.half).eval()
+    parameters, streams = trainable(half)
+    gradients = torch.autograd.grad(call(half, inputs), parameters, multiplier)
+    found = []
+    for block, positions in client.run.parts():
+        for seed in client.run.seeds(round)[positions]:
+            total = 0.0
+            for t in block.tensors:
+                u = torch.zeros(parameters[t].shape)
+                replay_([u], [seed], [1.0], dist=client.run.dist, streams=[streams[t]], factors=[client.run.factors[t]])
+                total += float((gradients[t].double() * u.double()).sum())
+            found.append(total)
+    return torch.tensor(found)
+
+
+# --- where blocks begin -------------------------------------------------------------------------------------------
+
+
+def test_a_layer_each_and_its_share_of_the_work(bert):
+    half, inputs = bert
+    begins = blocks_of(half, 3, inputs)
+    assert [b.entry for b in begins] == [f"encoder.layer.{n}" for n in (1, 2, 3)]
+    assert [b.share for b in begins] == pytest.approx([3 / 4, 2 / 4, 1 / 4])
+    names = [name for name, p in half.named_parameters() if p.requires_grad]
+    for number, begin in enumerate(begins, 1):
+        assert all(f"layer.{number}." in names[t] for t in begin.tensors)
+    assert sorted(t for b in begins for t in b.tensors) == list(range(len(names)))
+
+
+def test_neighbours_make_a_block_where_there_are_fewer_blocks_than_layers(bert):
+    half, inputs = bert
+    begins = blocks_of(half, 2, inputs)
+    assert [b.entry for b in begins] == ["encoder.layer.1", "encoder.layer.3"]
+    assert len(begins[0].tensors) == 2 * len(begins[1].tensors)
+    everything = tuple(t for b in begins for t in b.tensors)
+    assert blocks_of(half, 1, inputs) == [Begin("", everything, 1.0)]
+
+
+def test_what_moves_in_front_of_the_layers_is_in_the_first_block():
+    torch.manual_seed(0)
+    model = untrained("bert", **BERT).eval()
+    half = moving_only(split(model, 2).client, "*LayerNorm*", 0)
+    begins = blocks_of(half, 3, example_inputs(model))
+    assert [b.entry for b in begins] == ["", "encoder.layer.0", "encoder.layer.1"]
+    assert begins[0].share == 1
+
+
+def test_more_blocks_than_layers_are_refused(bert):
+    half, inputs = bert
+    with pytest.raises(ValueError, match="blocks=4: only 3 of the client half's layers"):
+        blocks_of(half, 4, inputs)
+
+
+def test_a_half_that_cannot_be_taken_apart_is_refused():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, x):
+            return self.b(self.a(x)) if x.sum() > 0 else x
+
+    with pytest.raises(CutError, match="Odd"):
+        blocks_of(Odd(), 2, torch.ones(1, 2))
+
+
+def test_a_part_that_does_not_give_the_half_s_output_is_refused(bert, monkeypatch):
+    half, inputs = bert
+    kept = BlockRun._inputs
+
+    def wrong(self, block, given):
+        found = kept(self, block, given)
+        return {**found, "cut": found["cut"] + 1} if "cut" in found else found
+
+    monkeypatch.setattr(BlockRun, "_inputs", wrong)
+    with pytest.raises(CutError, match=r"from encoder\.layer\.1 on does not give its own output"):
+        blocks_of(half, 3, inputs)
+
+
+SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+SIZES |= {"intermediate_size": 32, "max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize("kind", ["roberta", "distilbert", "gpt2", "llama", "qwen3", "t5", "modernbert", "vit"])
+def test_families(kind):
+    settings = {
+        "gpt2": {"vocab_size": 40, "n_embd": 16, "n_layer": 3, "n_head": 2},
+        "distilbert": {"vocab_size": 40, "dim": 16, "n_layers": 3, "n_heads": 2, "hidden_dim": 32},
+        "t5": {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 3, "num_heads": 2},
+        "vit": {**SIZES, "image_size": 16, "patch_size": 8},
+        "llama": {**SIZES, "num_key_value_heads": 2},
+        "qwen3": {**SIZES, "num_key_value_heads": 2, "head_dim": 8},
+        "modernbert": {**SIZES, "pad_token_id": 0},
+        "roberta": SIZES,
+    }[kind]
+    if kind == "t5":
+        transformers = pytest.importorskip("transformers")
+        model = transformers.T5EncoderModel(transformers.T5Config(**settings))
+    else:
+        model = untrained(kind, **settings)
+    model = model.eval()
+    assert kind in FAMILIES
+    half, inputs = split(model, 2).client, example_inputs(model)
+    half = moving_only(half, "*.0.*weight,*.1.*weight", 0)
+    begins = blocks_of(half, 2, inputs)
+    assert begins[1].share == pytest.approx(begins[0].share / 2)
+    client = client_of(half, inputs, begins, directions=6, estimator="backward")
+    multiplier = torch.randn(call(half, inputs).shape)
+    with torch.no_grad():
+        found = answer(client, multiplier)
+    expected = exact(client, inputs, multiplier)
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
+
+
+# --- how many directions each gets --------------------------------------------------------------------------------
+
+
+def test_blocks_close_to_the_cut_get_more_directions():
+    assert allotted(15, [96, 96, 96], [3 / 6, 2 / 6, 1 / 6]) == [4, 5, 6]
+    assert allotted(3, [1000, 1, 1], [1, 1, 1]) == [1, 1, 1]
+    assert allotted(8, [400, 100], [1, 1]) == [5, 3]
+    for total in range(4, 40):
+        assert sum(allotted(total, [7, 900, 1, 30], [1.0, 0.8, 0.5, 0.1])) == total
+        assert min(allotted(total, [7, 900, 1, 30], [1.0, 0.8, 0.5, 0.1])) >= 1
+    with pytest.raises(ValueError, match="2 directions cannot move 3 blocks"):
+        allotted(2, [1, 1, 1], [1, 1, 1])
+
+
+def test_no_split_of_the_same_work_has_less_variance():
+    sizes, shares = [96.0, 48.0, 96.0], [3 / 6, 2 / 6, 1 / 6]
+
+    def variance(counts):
+        return sum(d / n for d, n in zip(sizes, counts, strict=True))
+
+    def work(counts):
+        return sum(c * n for c, n in zip(shares, counts, strict=True))
+
+    chosen = allotted(60, sizes, shares)
+    others = [(a, b, c) for a in range(1, 60) for b in range(1, 60) for c in range(1, 60)]
+    best = min(variance(n) for n in others if work(n) <= work(chosen))
+    assert variance(chosen) < 1.01 * best
+
+
+# --- the numbers --------------------------------------------------------------------------------------------------
+
+ESTIMATORS = [("one-sided", 2e-2), ("two-sided", 2e-3), ("forward", 1e-5), ("backward", 1e-5)]
+
+
+@pytest.mark.parametrize(("estimator", "tolerance"), ESTIMATORS)
+@pytest.mark.parametrize("dist", ["rademacher", "gaussian"])
+@pytest.mark.parametrize("make", [pictures, numbers, "bert"])
+def test_every_estimator_measures_the_block_s_derivative(estimator, tolerance, dist, make, request):
+    half, inputs = request.getfixturevalue("bert") if make == "bert" else make()
+    begins = blocks_of(half, 3, inputs)
+    mu = {"mu": 1e-4} if estimator.endswith("sided") else {}  # float32: smaller ones lose more to rounding
+    client = client_of(half, inputs, begins, directions=9, estimator=estimator, dist=dist, **mu)
+    before = [p.detach().clone() for p in client.half.parameters()]
+    multiplier = torch.randn(call(half, inputs).shape, generator=torch.Generator().manual_seed(1))
+    found, expected = answer(client, multiplier), exact(client, inputs, multiplier)
+    assert float((found - expected).abs().max() / expected.abs().max()) < tolerance
+    assert all(torch.equal(p, was) for p, was in zip(client.half.parameters(), before, strict=True))
+    assert not any(m._forward_pre_hooks for m in client.half.modules())
+
+
+def test_the_estimate_is_unbiased(bert):
+    """Over many rounds the mean of what a round steps along is the gradient: each block's share counts once."""
+    half, inputs = bert
+    begins = blocks_of(half, 3, inputs)
+    client = client_of(half, inputs, begins, directions=6, estimator="backward")
+    multiplier = torch.randn(call(half, inputs).shape, generator=torch.Generator().manual_seed(1))
+    parameters, streams = trainable(client.half)
+    gradients = torch.autograd.grad(call(half.eval(), inputs), trainable(half)[0], multiplier)
+    gradient = torch.cat([g.flatten() for g in gradients]).double()
+    rounds, total = 3000, torch.zeros(gradient.numel(), dtype=torch.float64)
+    for round in range(rounds):
+        scalars = exact_from(gradients, client.run, streams, round)
+        pieces = [torch.zeros(p.shape) for p in parameters]
+        for (block, positions), share in zip(
+            client.run.parts(), (1 / b.directions for b in client.run.blocks), strict=True
+        ):
+            for seed, scalar in zip(client.run.seeds(round)[positions], scalars[positions], strict=True):
+                for t in block.tensors:
+                    replay_([pieces[t]], [seed], [share * scalar], streams=[streams[t]])
+        total += torch.cat([p.flatten() for p in pieces]).double()
+    error = total / rounds - gradient
+    # The estimate's variance is about d_b / P_b |g_b|^2 for each block; the mean's is that over the rounds.
+    sizes = [sum(parameters[t].numel() for t in b.tensors) / b.directions for b in client.run.blocks]
+    lengths = [sum(float(gradients[t].square().sum()) for t in b.tensors) for b in client.run.blocks]
+    expected = np.sqrt(sum(s * g for s, g in zip(sizes, lengths, strict=True)) / rounds)
+    assert float(error.norm()) < 1.3 * expected
+    assert float(gradient.norm()) > 5 * expected  # so that a share twice as large would show
+
+
+def exact_from(gradients, run, streams, round):
+    found = []
+    for block, positions in run.parts():
+        for seed in run.seeds(round)[positions]:
+            total = 0.0
+            for t in block.tensors:
+                u = torch.zeros(gradients[t].shape)
+                replay_([u], [seed], [1.0], streams=[streams[t]])
+                total += float((gradients[t] * u).sum())
+            found.append(total)
+    return found
+
+
+def test_the_kept_input_is_the_first_block_s_and_goes_on_with_the_blocks(bert):
+    half, inputs = bert
+    run = BlockRun(half, [f"encoder.layer.{n}" for n in (1, 2, 3)])
+    calls = []
+    handles = [
+        layer.register_forward_hook(lambda m, a, o, n=n: calls.append(n))
+        for n, layer in enumerate(half.trunk.encoder.layer)
+    ]
+    with torch.no_grad(), evaluating(half):
+        with run.kept():
+            cut = call(half, inputs)
+        assert calls == [0, 1, 2, 3]
+        for block, expected in ((0, []), (0, []), (1, [1]), (2, [2])):
+            calls.clear()
+            module, given = run.at(block, inputs)
+            assert calls == expected
+            assert torch.equal(call(module, given), cut)
+    for handle in handles:
+        handle.remove()
+
+
+def test_work_is_counted_in_parts_of_a_pass(bert):
+    half, inputs = bert
+    begins = blocks_of(half, 3, inputs)
+    samples = len(inputs["input_ids"])
+    client = client_of(half, inputs, begins, directions=9)
+    answer(client, torch.ones(call(half, inputs).shape))
+    counts = [b.directions for b in client.run.blocks]
+    probes = sum(n * share for n, share in zip(counts, (3 / 4, 2 / 4, 1 / 4), strict=True))
+    assert client.passes["client forward"] == pytest.approx(samples * (1 + probes + 2 / 4))
+
+
+# --- replay -------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_s_blocks_share_out_tensors_and_directions():
+    shared = {"seed": 1, "directions": 4, "dist": "rademacher", "mu": 1e-3, "factors": (1.0, 1.0, 1.0)}
+    run = Run(**shared, rule=SGD(), blocks=(Block((2,), 1), Block((0, 1), 3)))
+    assert run.shares() == [1, 1 / 3, 1 / 3, 1 / 3]
+    assert run.square([2.0, 3.0, 3.0, 3.0]) == pytest.approx(4 + 9)
+    assert run.spread(np.array([[5, 1, -1, 1]], np.float32)) == 5
+    assert replace(run, blocks=()).spread(np.array([[5, 1, -1, 1]], np.float32)) == 8
+    for blocks in ((Block((0, 1), 4),), (Block((0, 1, 2), 4), Block((), 0)), (Block((0, 1), 2), Block((2,), 3))):
+        with pytest.raises(ValueError, match="block"):
+            Run(**shared, rule=SGD(), blocks=blocks)
+
+
+def test_blocks_of_a_pool_are_refused():
+    with pytest.raises(ValueError, match="blocks needs directions_from fresh"):
+        Config(blocks=2)
+
+
+def layered():
+    """A task whose client half has three layers that move."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 5, generator=random)
+    y = (x[:, 0] > x[:, 1]).long()
+    torch.manual_seed(0)
+    model = nn.Sequential(*plain(), nn.Tanh(), nn.Linear(4, 2))
+    rates = {"*": (0.1, 0.05)}
+    return Task(
+        model, (x[:160], y[:160]), (x[160:], y[160:]), nn.functional.cross_entropy, at=6, rates=rates, classes=2
+    )
+
+
+SETTINGS = [
+    {"rule": "normalized"},
+    {"rule": "adamw"},
+    {"rule": "adamw", "dtype": "bfloat16", "estimator": "forward"},
+    {"rule": "sgd", "dist": "gaussian", "estimator": "two-sided"},
+    {"rule": "adamw", "estimator": "backward", "clip": 1.0, "direction_scale": "rms"},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=range(len(SETTINGS)))
+def test_a_run_with_blocks_replays_and_resumes(settings, tmp_path):
+    shared = {"directions_from": "fresh", "blocks": 3, "directions": 6, "rounds": 12, "batch": 8, "clients": 3}
+    shared |= {"server_rate": 0.1, "client_rate": 0.02, "digest_every": 4, "evaluate_every": 6, **settings}
+    summary = train(layered(), out=tmp_path, sampled=2, **shared)
+    assert summary.replicas.equal
+    log = Log.read(tmp_path / "hosfl.log")
+    assert [b["tensors"] for b in log.header.blocks] == [[0, 1], [2, 3], [4, 5]]
+    assert len(log.digests) == 3
+    _, replica = rebuild(tmp_path / "hosfl.log", tmp_path / "base.safetensors")
+    assert replica.digest() == log.digests[12]
+    moved = [float((t - b).abs().max()) for t, b in zip(replica.tensors, replica.base(), strict=True)]
+    assert min(moved) > 0
