@@ -168,7 +168,10 @@ class Learning(_Checked):
         5, "P, perturbed forward passes per client and round; with the estimator backward any number", least=1
     )
     blocks: int = setting(
-        1, "groups of the client half's layers of which a direction moves one; 1: a direction moves all", least=1
+        1,
+        "groups of the client half's layers of which a direction moves one; 1: a direction moves all",
+        least=1,
+        read_with=("directions_from", ("fresh",)),
     )
     directions_from: str = setting(
         "pool", "new directions every round, or a pool measured in turn", choices=("fresh", "pool")

@@ -343,7 +343,7 @@ def test_a_run_s_blocks_share_out_tensors_and_directions():
 
 
 def test_blocks_of_a_pool_are_refused():
-    with pytest.raises(ValueError, match="blocks needs directions_from fresh"):
+    with pytest.raises(ValueError, match="blocks = 2 would do nothing with directions_from 'pool'"):
         Config(blocks=2)
 
 

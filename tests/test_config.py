@@ -117,6 +117,7 @@ UNSEEN = {
     "snapshot_every",
     "keep",
     "device",
+    "blocks",  # of a half with one layer that moves there is one: tests/test_blocks.py
 }
 # Read, but without a trace here: what does not move is stored narrow, where --frozen says so; gradients are summed in
 # another order, and the lattice rounds them alike.

@@ -267,8 +267,6 @@ class HO(Method):
             raise ValueError(
                 f"cannot measure {settings.directions} directions of a pool of {settings.pool_size}: raise pool_size"
             )
-        if settings.blocks > 1 and settings.directions_from == "pool":
-            raise ValueError("directions of a pool move all that trains: blocks needs directions_from fresh")
 
     @classmethod
     def tuned(cls, settings: Settings) -> tuple[str, ...]:
