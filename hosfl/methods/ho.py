@@ -24,6 +24,7 @@ from hosfl.methods.ledger import ADAM, MOMENTUM, Ledger, SeedReplay, Step, make_
 from hosfl.methods.method import LEARNS, PROBES, Method, Way
 from hosfl.methods.steps import POOL_BETAS, FreshStep, PoolStep
 from hosfl.named import label
+from hosfl.probing.batched import probe_batched, probe_forward_batched
 from hosfl.probing.probe import evaluating, probe_backward, probe_forward, probe_in_place, probe_untouched, trainable
 from hosfl.protocol.lattice import Lattice
 from hosfl.protocol.messages import (
@@ -45,12 +46,14 @@ class ZerothOrderClient(Client):
     """HO-SFL's client: P perturbed forward passes per multiplier, P scalars up, committed records replayed.
 
     With the estimator "backward" the P scalars come from one backward pass instead.
+    probes_at_once: perturbed copies that go through the half in one pass; with "backward" there are none.
     base: gives the trainable tensors of round 0 again, for a client that must start anew; default: it keeps a copy. A
     device short of memory reads its base model's file.
     """
 
     run: Run = field(kw_only=True)
     base: Callable[[], Sequence[Tensor]] | None = field(kw_only=True, default=None)
+    probes_at_once: int = field(kw_only=True, default=1)
     learns = True
 
     def __post_init__(self) -> None:
@@ -100,7 +103,9 @@ class ZerothOrderClient(Client):
         begin = time.perf_counter()
         two_sided = run.estimator == "two-sided"
         with evaluating(self.half):
-            if run.estimator == "forward":
+            if self.probes_at_once > 1 and run.estimator != "backward":
+                scalars = self._answer_batched(multiplier, seeds)
+            elif run.estimator == "forward":
                 scalars = probe_forward(self.half, self._inputs, multiplier, seeds, run.dist, run.factors)
             elif run.estimator == "backward":
                 scalars = probe_backward(
@@ -136,6 +141,16 @@ class ZerothOrderClient(Client):
         else:
             self._count(forward=(2 if two_sided else 1) * len(seeds))
         return Scalars(client=self.number, round=self._round, epoch=self.epoch, scalars=scalars)
+
+    def _answer_batched(self, multiplier: Tensor, seeds: Sequence[int]) -> Tensor:
+        run, at_once = self.run, self.probes_at_once
+        half, inputs, cut = self.half, self._inputs, self._cut
+        if run.estimator == "forward":
+            return probe_forward_batched(half, inputs, multiplier, seeds, run.dist, run.factors, at_once=at_once)
+        mu, two_sided = self.replica.mu, run.estimator == "two-sided"
+        return probe_batched(
+            half, inputs, multiplier, cut, seeds, mu, run.dist, run.factors, two_sided, at_once=at_once
+        )
 
 
 def client_rule(config: Settings) -> Rule | None:
@@ -198,7 +213,7 @@ ADAM_POOL = {**POOL, "rule": "adamw", "direction_scale": "rms", "pool_size": 128
 class HO(Method):
     """The client half is its base and a log of P scalars a round, which every client replays."""
 
-    reads: ClassVar[tuple[str, ...]] = (*SCALARS, "digest_every", "microbatch")
+    reads: ClassVar[tuple[str, ...]] = (*SCALARS, "digest_every", "microbatch", "probes_at_once")
     ways: ClassVar[dict[str, Way]] = {
         "ho, fresh": (FRESH, (0.1, 0.2, 0.4)),
         "ho, fresh, P=2": ({**FRESH, "directions": 2}, (0.1, 0.2, 0.4)),
@@ -235,5 +250,6 @@ class HO(Method):
 
     def client(self, number: int, half: nn.Module, batch: Callable[[int], Batch]) -> Client:
         setup = self.setup
-        shared: dict[str, Any] = {"passes": setup.passes, "microbatch": self.settings.microbatch}
-        return self.kind(number, half, batch, run=self.run, base=lambda: setup.parameters, **shared)
+        shared: dict[str, Any] = {name: getattr(self.settings, name) for name in ("microbatch", "probes_at_once")}
+        shared |= {"passes": setup.passes, "base": lambda: setup.parameters}
+        return self.kind(number, half, batch, run=self.run, **shared)
