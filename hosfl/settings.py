@@ -147,6 +147,8 @@ class Learning(_Checked):
     mu: the size of a probe's step, rounded to the client's lattice where there is one. estimator: "one-sided"
     differences, the paper's; "two-sided" ones; "forward" mode, which has no step; or "backward", one backward pass.
     microbatch: samples that a client which backpropagates takes together, 0 for all; fewer need less memory.
+    probes_at_once: probes that go through the client half in one pass: each has a copy of the weights that move, and
+    activations of its own. Faster where these weights and the batch are small. A scalar differs by rounding only.
     server_rate, client_rate, server_decay: learning rates, and weight decay of the server half; None: the task's tuned.
     client_rate is of the mean over the P directions, fresh or of a pool: one direction moves by client_rate / P times
     its scalar.
@@ -194,6 +196,13 @@ class Learning(_Checked):
     )
     microbatch: int = setting(
         0, "samples that a backward pass takes together, 0: all", least=0, read_with=("estimator", ("backward",))
+    )
+    probes_at_once: int = setting(
+        1,
+        "probes that go through the client half in one pass, on copies of the weights that move: faster where these and"
+        " the batch are small, and as many times the activations",
+        least=1,
+        read_with=("estimator", ("one-sided", "two-sided", "forward")),
     )
     server_rate: float | None = setting(
         None, "the server's learning rate; default: tuned for task and method", positive=True

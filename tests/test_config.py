@@ -89,6 +89,7 @@ OTHER = {  # of every setting that can be seen in a few rounds of digits; most a
     "mu": 0.1,
     "estimator": "two-sided",
     "microbatch": 7,
+    "probes_at_once": 2,
     "batch": 9,
     "server_rate": 0.1,
     "client_rate": 0.2,
@@ -120,8 +121,9 @@ UNSEEN = {
     "blocks",  # of a half with one layer that moves there is one: tests/test_blocks.py
 }
 # Read, but without a trace here: what does not move is stored narrow, where --frozen says so; gradients are summed in
-# another order, and the lattice rounds them alike.
+# another order, probes of one pass too, and the lattice rounds them alike.
 TRACELESS = {("frozen", "trains"), ("ho backward", "microbatch")}
+TRACELESS |= {(way, "probes_at_once") for way in ("ho", "ho fresh", "ho forward")}
 WAYS = {method: {"method": method} for method in METHODS} | {
     "ho fresh": {"directions_from": "fresh"},
     "ho forward": {"estimator": "forward"},

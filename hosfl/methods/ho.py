@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from hosfl.halves.blocks import Begin, BlockRun, allotted, blocks_of
-from hosfl.halves.inputs import Batch, call
+from hosfl.halves.inputs import Batch, Inputs, call
 from hosfl.methods.client import Client
 from hosfl.methods.ledger import ADAM, MOMENTUM, Ledger, SeedReplay, Step, make_optimizer
 from hosfl.methods.method import LEARNS, PROBES, Method, Way
 from hosfl.methods.steps import POOL_BETAS, FreshStep, PoolStep
 from hosfl.named import label
+from hosfl.probing.batched import probe_batched, probe_forward_batched
 from hosfl.probing.probe import (
     Moved,
     evaluating,
@@ -57,6 +58,7 @@ class ZerothOrderClient(Client):
     """HO-SFL's client: P perturbed forward passes per multiplier, P scalars up, committed records replayed.
 
     With the estimator "backward" the P scalars come from one backward pass instead.
+    probes_at_once: perturbed copies that go through the half in one pass; with "backward" there are none.
     base: gives the trainable tensors of round 0 again, for a client that must start anew; default: it keeps a copy. A
     device short of memory reads its base model's file. begins: where the run's blocks begin.
     """
@@ -64,6 +66,7 @@ class ZerothOrderClient(Client):
     run: Run = field(kw_only=True)
     base: Callable[[], Sequence[Tensor]] | None = field(kw_only=True, default=None)
     begins: Sequence[Begin] = field(kw_only=True, default=(Begin("", (), 1.0),))
+    probes_at_once: int = field(kw_only=True, default=1)
     learns = True
 
     def __post_init__(self) -> None:
@@ -155,7 +158,9 @@ class ZerothOrderClient(Client):
         with evaluating(self.half):
             module, inputs = self.blocks.at(number, self._inputs)
             with evaluating(module):
-                if run.estimator == "forward":
+                if self.probes_at_once > 1:
+                    found = self._batched(module, inputs, moved, multiplier, seeds)
+                elif run.estimator == "forward":
                     found = probe_forward(module, inputs, multiplier, seeds, run.dist, moved=moved)
                 elif run.lattice is not None:
                     found = probe_in_place(
@@ -177,6 +182,27 @@ class ZerothOrderClient(Client):
         between = self.begins[number - 1].share - share if number else 0.0
         self._count(forward=between + (2 if two_sided else 1) * len(seeds) * share)
         return found
+
+    def _batched(
+        self, module: nn.Module, inputs: Inputs, moved: Moved, multiplier: Tensor, seeds: Sequence[int]
+    ) -> Tensor:
+        """The same, several probes in a pass. On a lattice, too: a copy's weights are exact there."""
+        run, at_once = self.run, self.probes_at_once
+        if run.estimator == "forward":
+            return probe_forward_batched(module, inputs, multiplier, seeds, run.dist, moved=moved, at_once=at_once)
+        two_sided, mu = run.estimator == "two-sided", self.replica.mu
+        return probe_batched(
+            module,
+            inputs,
+            multiplier,
+            self._cut,
+            seeds,
+            mu,
+            run.dist,
+            two_sided=two_sided,
+            moved=moved,
+            at_once=at_once,
+        )
 
 
 def client_rule(config: Settings) -> Rule | None:

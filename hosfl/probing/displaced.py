@@ -7,7 +7,7 @@ import threading
 from collections import UserDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 from weakref import ref
 
 import torch
@@ -16,6 +16,19 @@ from torch.utils._pytree import tree_map
 
 from hosfl.halves.inputs import Inputs, call
 from hosfl_kernels import perturb_
+
+
+class Moved(Protocol):
+    """What a module reads in the place of the weights that move."""
+
+    read: bool  # whether anybody has asked for one
+
+    def moves(self, parameter: Tensor | None) -> bool: ...
+
+    def whole(self, parameter: Tensor) -> Tensor: ...
+
+    def table(self, parameter: Tensor) -> Tensor:
+        """As `whole`, for an nn.Embedding."""
 
 
 class Displacement:
@@ -34,7 +47,7 @@ class Displacement:
         self.seed, self.scale, self.dist = seed, scale, dist
         self.place = {id(p): (s, f) for p, s, f in zip(parameters, streams, factors, strict=True)}
         self.made: dict[int, ref[Tensor]] = {}
-        self.read = False  # whether anybody has asked for a weight that moves
+        self.read = False
         self.last: Tensor | None = None
 
     def moves(self, parameter: Tensor | None) -> bool:
@@ -146,7 +159,7 @@ class Reads(UserDict[str, Any]):
     its child's weights. What the model assigns goes to this copy and is forgotten with it.
     """
 
-    def __init__(self, module: nn.Module, displacement: Displacement) -> None:
+    def __init__(self, module: nn.Module, displacement: Moved) -> None:
         super().__init__(module._parameters)
         self.displacement, self.table = displacement, isinstance(module, nn.Embedding)
 
@@ -194,7 +207,7 @@ HELD = ("_parameters", "_flat_weights", "_flat_weight_refs")
 
 
 @contextmanager
-def displaced(module: nn.Module, displacement: Displacement) -> Iterator[None]:
+def displaced(module: nn.Module, displacement: Moved) -> Iterator[None]:
     """While it lasts, reading a trainable weight anywhere in the module gives the displaced one, made on the spot.
 
     Modules in the hands of torch.compile get all of theirs beforehand: a graph takes weights as inputs, and would be

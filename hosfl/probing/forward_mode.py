@@ -84,7 +84,7 @@ def _whole(value: Any) -> Any:
 
 
 @contextmanager
-def _differentiable() -> Iterator[None]:
+def differentiable() -> Iterator[None]:
     """Fused attention has no forward-mode derivative; torch's own parts that it is made of have."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -107,7 +107,7 @@ def derivative(module: nn.Module, inputs: Inputs, tangents: Tangents) -> Tensor:
     there, or tell transformers' model `set_experts_implementation("eager")`.
     """
     refuse_writers(module)
-    with forward_ad.dual_level(), _differentiable(), displaced(module, tangents):
+    with forward_ad.dual_level(), differentiable(), displaced(module, tangents):
         output = call(module, inputs)
         tangent = forward_ad.unpack_dual(output).tangent
         return torch.zeros_like(output) if tangent is None else tangent.detach().clone()

@@ -79,6 +79,8 @@ FEW: dict[str, dict[str, Any]] = {
     )
     for frozen in widths
 }
+PASS = {"directions": 5, "probes_at_once": 5}
+FEW["ho, 5 probes in a pass, norms, the rest float32"] = {"method": "ho", "trains": "norms", **PASS}
 
 
 @dataclass(frozen=True)
@@ -151,8 +153,8 @@ def _resident(name: str) -> int:
 def measure_here(name: str, way: str, batch: int, device: torch.device) -> dict[str, int]:
     """One way in this process. Bytes: peak_extra, how far it grows; cut, the cut tensor; weights, the half's as stored.
 
-    A round with a batch of one goes before, so that code and threads are there. Two directions: any more would need no
-    more memory.
+    A round with a batch of one goes before, so that code and threads are there. Two directions, where the way does not
+    say: any more would need no more memory, but in the same pass.
     """
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -187,7 +189,8 @@ def measure_here(name: str, way: str, batch: int, device: torch.device) -> dict[
             shared: Any = {"number": 0, "half": half, "batch": batches.__getitem__, "microbatch": config.microbatch}
             client: FirstOrderClient | ZerothOrderClient = FirstOrderClient(**shared)
             if config.method == "ho":
-                client = ZerothOrderClient(**shared, run=make_run(config, parameters), base=lambda: parameters)
+                shared |= {"run": make_run(config, parameters), "base": lambda: parameters}
+                client = ZerothOrderClient(**shared, probes_at_once=config.probes_at_once)
             for round in (0, 1):
                 message = Multiplier(client=0, round=round, multiplier=torch.randn_like(infer(round)))
                 (Path(folder) / str(round)).write_bytes(encode(message))
