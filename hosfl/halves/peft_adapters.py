@@ -107,7 +107,7 @@ def _inject(half: nn.Module, config: Any, seed: int, public: Inputs | None) -> N
         config.target_modules = [name for name, m in half.named_modules() if isinstance(m, nn.Linear)]
         if getattr(config, "feedforward_modules", "") is None:
             config.feedforward_modules = []
-    own = {id(p) for p in half.parameters()}
+    own = {id(t) for t in (*half.parameters(), *half.buffers())}
     half.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed % 2**63)
@@ -120,13 +120,28 @@ def _inject(half: nn.Module, config: Any, seed: int, public: Inputs | None) -> N
             raise ValueError(f"peft refuses: {error}") from error
         if found is not None:
             _load_eva(tuner, found)
-    if not any(p.requires_grad for p in half.parameters()):
+    if not any(p.requires_grad and p.numel() for p in half.parameters()):
         raise ValueError("nothing of these adapters moves")
-    for module in half.modules():
+    _keep(half, own)
+
+
+def _keep(half: nn.Module, own: set[int]) -> None:
+    """Make what is fixed in adapters, such as random projections, a part of the half's state dict, as buffers.
+
+    own: ids of the half's tensors of before. Raises ValueError for numbers that a module holds as a plain attribute: no
+    base file would have them, and another machine might compute others.
+    """
+    for path, module in half.named_modules():
         for name, p in list(module._parameters.items()):
             if p is not None and id(p) not in own and not p.requires_grad:
                 del module._parameters[name]
                 module.register_buffer(name, p.detach())
+        new = {name for name, b in module._buffers.items() if b is not None and id(b) not in own}
+        module._non_persistent_buffers_set -= new
+        for name, value in vars(module).items() if "base_layer" in module._modules else ():
+            held = value.values() if isinstance(value, dict) and name not in ("_parameters", "_buffers") else [value]
+            if any(isinstance(one, Tensor) for one in held):
+                raise ValueError(f"{path}.{name} holds tensors outside of the state dict: no base file would have them")
 
 
 def _eva(half: nn.Module, path: str, inside: nn.Module, config: Any, public: Inputs | None) -> dict[str, Tensor] | None:

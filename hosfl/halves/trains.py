@@ -7,11 +7,13 @@ from collections.abc import Iterable
 from fnmatch import fnmatch
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from hosfl.halves.adapters import adaptable, add_adapters
 from hosfl.halves.inputs import Inputs
 from hosfl.halves.peft_adapters import add_peft, peft_config, with_peft
+from hosfl.halves.split import dtype_of
 from hosfl.protocol.seeds import Purpose, round_seed
 
 RANK = 8
@@ -38,6 +40,8 @@ def moving_only(half: nn.Module, trains: str, seed: int, public: Inputs | None =
     if trains == "all":
         return half
     kind, _, rest = trains.partition(":")
+    dtype = dtype_of(half)
+    public = tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, public)
     try:
         if kind == "lora":
             _add_lora(half, trains, seed)

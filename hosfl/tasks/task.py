@@ -50,9 +50,8 @@ class Task:
     ignore_index: the label that the loss does not count, as torch's cross_entropy calls it. Labels are then one for
     each token, [n, length], and end with their text; the loss is the mean over those that count. None: all count.
     groups: int [training samples], what clients' data differ by where `partition` is "dirichlet"; None: the labels.
-    public: unlabelled samples, about a hundred, as the client half takes them and as `train` has its inputs: an array or
-    arrays by name. They are no client's, and everybody may see them. Where `trains` is "act:..." the client half's
-    adapters are made from them; None: such a run is refused.
+    public: unlabelled samples that everybody may see and that are no client's, about a hundred: an array or arrays by
+    name, as the inputs of `train`. Where `trains` is "act:..." adapters are made from them; None: it is refused.
     rates: by a method's name, or by `Method.tuned`, (server rate, client rate, weight decay); None: a run gives them.
     scores: in place of metrics, (outputs, data set) -> scores by name, where a score needs more than labels.
     generated: further scores, (the halves in eval mode, data set) -> scores by name, of what a model writes.
