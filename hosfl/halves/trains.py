@@ -1,4 +1,4 @@
-"""Which of a client half's parameters move: all, low-rank adapters, biases, normalisations, or some by their names."""
+"""Which of a client half's parameters move: all, adapters, biases, normalisations, or some by their names."""
 
 from __future__ import annotations
 
@@ -7,30 +7,54 @@ from collections.abc import Iterable
 from fnmatch import fnmatch
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
+from hosfl.halves.adapters import adaptable, add_adapters
+from hosfl.halves.inputs import Inputs
+from hosfl.halves.peft_adapters import add_peft, peft_config, with_peft
+from hosfl.halves.split import dtype_of
 from hosfl.protocol.seeds import Purpose, round_seed
 
 RANK = 8
 
 
-def moving_only(half: nn.Module, trains: str, seed: int) -> nn.Module:
+def moving_only(half: nn.Module, trains: str, seed: int, public: Inputs | None = None) -> nn.Module:
     """Leave `requires_grad` to those parameters that `trains` names; returns the half, changed in place.
 
     trains: "all" leaves everything as it is. "lora": nothing but adapters of rank 8 that peft puts beside every linear
     layer; "lora:2" of rank 2; "lora:2:*.query,*.value" beside linear layers whose names match one of these patterns.
-    They start as zero, their random part drawn from the run's seed. "biases". "norms": all parameters of modules whose
-    class is named ...Norm.... Or patterns of parameters' names as for files, separated by commas. What does not require
-    grad already, stays.
+    They start as zero, their random part drawn from the run's seed. "xs:2", "xs:2:LAYERS": a 2 x 2 matrix beside every
+    linear layer and convolution, between two fixed matrices that come from the layer's weight; "act:2", "act:2:LAYERS":
+    that come from its inputs as well, for which `public` is needed: see `hosfl.halves.adapters`. Convolutions in groups
+    have none. "peft:NAME", such as "peft:vera": what peft calls so, with its defaults; "peft:FILE.json": an
+    adapter_config.json. "biases". "norms": all parameters of modules whose class is named ...Norm.... Or patterns of
+    parameters' names as for files, separated by commas. What does not require grad already, stays.
 
-    Raises ValueError where nothing is left that moves and for a rank that is no positive number, before anything is
-    changed; ImportError for "lora" without peft.
+    public: unlabelled samples as the half takes them, which are no secret; for "act" and peft's EVA.
+
+    Raises ValueError where nothing is left that moves, for a rank that is no positive number or larger than a layer,
+    for a configuration that peft does not take, and for public samples that are missing or of no use, before anything
+    is changed; ImportError for "lora" and "peft" without peft.
     """
     if trains == "all":
         return half
-    if trains.partition(":")[0] == "lora":
-        _add_adapters(half, trains, seed)
-        return half
+    kind, _, rest = trains.partition(":")
+    dtype = dtype_of(half)
+    public = tree_map_only(Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x, public)
+    try:
+        if kind == "lora":
+            _add_lora(half, trains, seed)
+            return half
+        if kind in ("xs", "act"):
+            _add_xs(half, trains, public)
+            return half
+        if kind == "peft":
+            add_peft(half, peft_config(rest), round_seed(seed, Purpose.MODEL, 1), public)
+            return half
+    except ValueError as error:
+        told = str(error)
+        raise ValueError(told if told.startswith("trains=") else f"trains={trains!r}: {told}") from error
     if trains == "norms":
         norms = [path for path, module in half.named_modules() if "norm" in type(module).__name__.lower()]
         patterns = [f"{path}.*" if path else "*" for path in norms]
@@ -49,24 +73,49 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch(name, pattern.strip()) for pattern in patterns)
 
 
-def _add_adapters(half: nn.Module, trains: str, seed: int) -> None:
+def _told(trains: str, example: str) -> tuple[int, list[str]]:
+    """The rank and the patterns of KIND:RANK:LAYERS; of KIND alone rank 8, where the example is so. ValueError."""
     _, colon, rest = trains.partition(":")
-    rank, some, patterns = rest.partition(":")
-    if colon and not (rank.isdecimal() and int(rank) > 0):
-        raise ValueError(f"trains={trains!r}: the rank must be a whole number from 1 on, as in lora:4")
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise ImportError("adapters need peft: pip install 'hosfl[hf]'") from error
-    linear = sorted({name for name, module in half.named_modules() if isinstance(module, nn.Linear)})
-    if not linear:
-        raise ValueError("trains='lora' needs linear layers, and the client half has none")
-    chosen = [name for name in linear if not some or _matches(name, patterns.split(","))]
+    rank, _, patterns = rest.partition(":")
+    if not colon and example.startswith("lora"):
+        return RANK, []
+    if not (rank.isdecimal() and int(rank) > 0):
+        raise ValueError(f"the rank must be a whole number from 1 on, as in {example}")
+    return int(rank), patterns.split(",") if patterns else []
+
+
+def _chosen(trains: str, names: Iterable[str], patterns: list[str], kind: str) -> list[str]:
+    names = sorted(names)
+    if not names:
+        raise ValueError(f"trains={trains!r} needs a {kind}, and the client half has none")
+    chosen = [name for name in names if not patterns or _matches(name, patterns)]
     if not chosen:
-        raise ValueError(f"trains={trains!r} matches no linear layer; the client half has {', '.join(linear)[:500]}")
-    r = int(rank) if colon else RANK
+        raise ValueError(f"trains={trains!r} matches no {kind}; the client half has {', '.join(names)[:500]}")
+    return chosen
+
+
+def _add_lora(half: nn.Module, trains: str, seed: int) -> None:
+    rank, patterns = _told(trains, "lora:4")
+    linear = {name for name, module in half.named_modules() if isinstance(module, nn.Linear)}
+    with_peft()
+    from peft import LoraConfig, inject_adapter_in_model
+
+    chosen = _chosen(trains, linear, patterns, "linear layer")
     paths = "|".join(map(re.escape, chosen))  # as a pattern: of a list's names peft takes those that end so as well
     half.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(round_seed(seed, Purpose.MODEL, 1) % 2**63)
-        inject_adapter_in_model(LoraConfig(r=r, lora_alpha=r, target_modules=paths), half)
+        inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=paths), half)
+
+
+def _add_xs(half: nn.Module, trains: str, public: Inputs | None) -> None:
+    kind = trains.partition(":")[0]
+    rank, patterns = _told(trains, f"{kind}:4")
+    layers = {name: module for name, module in half.named_modules() if adaptable(module)}
+    chosen = _chosen(trains, layers, patterns, "linear layer or convolution")
+    if kind == "act" and public is None:
+        raise ValueError(
+            "the layers' inputs are those of public samples, and there are none: give the task some, Task(public=...),"
+            f" or take {trains.replace('act', 'xs', 1)}, which needs none"
+        )
+    add_adapters(half, {name: layers[name] for name in chosen}, rank, public if kind == "act" else None)

@@ -274,7 +274,7 @@ ADAM_POOL = {**POOL, "rule": "adamw", "direction_scale": "rms", "pool_size": 128
 class HO(Method):
     """The client half is its base and a log of P scalars a round, which every client replays."""
 
-    reads: ClassVar[tuple[str, ...]] = (*SCALARS, "digest_every", "microbatch", "blocks")
+    reads: ClassVar[tuple[str, ...]] = (*SCALARS, "digest_every", "microbatch", "probes_at_once", "blocks")
     ways: ClassVar[dict[str, Way]] = {
         "ho, fresh": (FRESH, (0.1, 0.2, 0.4)),
         "ho, fresh, P=2": ({**FRESH, "directions": 2}, (0.1, 0.2, 0.4)),
@@ -312,7 +312,9 @@ class HO(Method):
 
     def client(self, number: int, half: nn.Module, batch: Callable[[int], Batch]) -> Client:
         setup = self.setup
-        shared: dict[str, Any] = {"passes": setup.passes, "microbatch": self.settings.microbatch}
+        shared: dict[str, Any] = {name: getattr(self.settings, name) for name in ("microbatch", "probes_at_once")}
         if self.begins:
             shared["begins"] = self.begins
-        return self.kind(number, half, batch, run=self.run, base=lambda: setup.parameters, **shared)
+        return self.kind(
+            number, half, batch, run=self.run, base=lambda: setup.parameters, passes=setup.passes, **shared
+        )

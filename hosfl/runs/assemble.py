@@ -5,12 +5,17 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from hosfl.engines.in_process import Federation
+from hosfl.halves.adapters import factors
 from hosfl.halves.inputs import call
 from hosfl.halves.narrow import narrowed
 from hosfl.halves.split import SplitModel, dtype_of
@@ -21,7 +26,7 @@ from hosfl.methods.ledger import SeedReplay
 from hosfl.methods.method import Setup
 from hosfl.methods.state import prefixed
 from hosfl.protocol.aggregate import AGGREGATIONS
-from hosfl.protocol.provenance import Provenance, header_digest
+from hosfl.protocol.provenance import Provenance, ProvenanceError, header_digest
 from hosfl.protocol.rebuild import base_digest
 from hosfl.protocol.seeds import Purpose, round_seed
 from hosfl.runs.checkpoint import header_of
@@ -32,11 +37,15 @@ from hosfl.tasks.items import Batches, Items, check_alike, read
 from hosfl.tasks.task import Scores, Task
 
 
-def assemble(config: Settings, smallest_shard: int | None = None, task: Task | None = None) -> tuple[Federation, Task]:
+def assemble(
+    config: Settings, smallest_shard: int | None = None, task: Task | None = None, begun: Path | None = None
+) -> tuple[Federation, Task]:
     """The federation of a run, before its first round; everything in it follows from the configuration.
 
     Nothing is written. smallest_shard: so many samples or more in each part of the data; clients that are more than the
-    parts share them, each with its own batches. task: where it is an object rather than a name.
+    parts share them, each with its own batches. task: where it is an object rather than a name. begun: the folder of
+    this run, where it goes on: what is fixed in adapters is what its base file holds, since another machine would
+    decompose a matrix into other bits.
 
     Raises ValueError, DataError and what `Task.halves` raises.
     """
@@ -46,9 +55,16 @@ def assemble(config: Settings, smallest_shard: int | None = None, task: Task | N
     kind, rates = method_of(config.method), rates_of(task, config)
     device = torch.device(config.device)
     model = task.halves(round_seed(config.seed, Purpose.MODEL, 0), "" if config.task else config.at)
-    halves = base_digest(prefixed("client", model.client.state_dict()) | prefixed("server", model.server.state_dict()))
-    base = moving_only(model.client, config.trains, config.seed).to(getattr(torch, config.dtype))
-    base = narrowed(base, config.frozen).to(device)
+    first = prefixed("client", model.client.state_dict()) | prefixed("server", model.server.state_dict())
+    halves = base_digest(first)
+    base = moving_only(model.client, config.trains, config.seed, task.public).to(getattr(torch, config.dtype))
+    base = narrowed(base, config.frozen)
+    fixed = factors(base)
+    if fixed:
+        if begun is not None:
+            _take_up(fixed, begun / "base.safetensors")
+        halves = base_digest({"halves": np.frombuffer(bytes.fromhex(halves), np.uint8), **fixed})
+    base = base.to(device)
     shares = [share.to(device, dtype_of(base)) for share in partition(task, config, smallest_shard)]
     half = model.server.to(device)
     if not any(parameter.requires_grad for parameter in half.parameters()):
@@ -91,6 +107,24 @@ def assemble(config: Settings, smallest_shard: int | None = None, task: Task | N
     made_of = Provenance(config.decisive(), task.digest(), halves, "" if header is None else header_digest(header))
     exchanges = kind.exchanges(config)
     return Federation(config, server, make, base, setup.observed, exchanges, header=header, provenance=made_of), task
+
+
+def _take_up(fixed: dict[str, Tensor], path: Path) -> None:
+    """Give adapters the fixed parts that a base file holds. Without the file they stay as they were computed here.
+
+    Raises ProvenanceError for another run's file; whether the numbers are this run's, its provenance says later.
+    """
+    if not path.exists():
+        return
+    try:
+        held = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ProvenanceError(f"{path} cannot be read: {error}. Put it back, or start anew") from error
+    for name, tensor in fixed.items():
+        if name not in held or held[name].shape != tensor.shape or held[name].dtype != tensor.dtype:
+            raise ProvenanceError(f"{path} has no {name} as this run's adapters have it: put its own back")
+        with torch.no_grad():
+            tensor.copy_(held[name])
 
 
 def for_clients(config: Settings, task: Task) -> Settings:

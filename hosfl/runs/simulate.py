@@ -229,7 +229,7 @@ class Crowd(Federation):
         """A new server from what the dead one left in `folder`; returns its round. The clients live on."""
         self.deaths += 1
         self.close()
-        again, _ = assemble(self.config, SMALLEST_SHARD)
+        again, _ = assemble(self.config, SMALLEST_SHARD, begun=folder)
         again.open_log(folder)
         done = restore(again, folder)
         before, self.server, self.observed = self.server, again.server, again.observed

@@ -139,7 +139,7 @@ def train(
         differ = differences(load_config(folder).decisive(), config.decisive())
         if differ:
             raise ValueError(f"these are not the settings of the run in {folder}: {'; '.join(differ)}")
-    federation, _ = assemble(config, task=task)
+    federation, _ = assemble(config, task=task, begun=folder if resume else None)
     assert federation.provenance is not None
     writer = Writer(folder)
     course = _Course(federation, task, writer, begin, progress)

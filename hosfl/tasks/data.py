@@ -7,6 +7,7 @@ import json
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from importlib.resources import files
 from itertools import pairwise
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hosfl.extras import needed
-from hosfl.halves.families import tokenized
+from hosfl.halves.families import text_limits, tokenized
 from hosfl.protocol.seeds import Purpose, generator
 from hosfl.tasks.reading import DataError, Found, Row, classes
 
@@ -216,6 +217,15 @@ def as_tokens(
     whole = Dataset(tokenized(model, [texts(row) for row in rows], longest, cut), labels)
     ends = np.cumsum([0, *map(len, found)]).tolist()
     return Splits(*(whole[begin:end] for begin, end in pairwise(ends)))
+
+
+def public_tokens(model: str) -> dict[str, Tensor]:
+    """About a hundred short English texts that the package carries, as a model's tokens: see `Task.public`.
+
+    They are the prose of these pages and a few lines of everyday's, written for this; 64 tokens of each at most.
+    """
+    texts = (files("hosfl.tasks") / "public.txt").read_text("utf-8").splitlines()
+    return tokenized(model, [(text,) for text in texts], min(64, text_limits(model)[1]))
 
 
 def iid_split(samples: int, clients: int, seed: int) -> list[Tensor]:

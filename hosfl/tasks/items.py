@@ -176,6 +176,16 @@ def samples_of(given: Any, what: str) -> Dataset | Items:
     return found
 
 
+def inputs_of(given: Any, what: str) -> Tensor | dict[str, Tensor]:
+    """Inputs without labels, an array or arrays by name, as tensors. Raises DataError for what is none."""
+    named = {k: _tensor(v, f"{what}, {k}") for k, v in given.items()} if isinstance(given, Mapping) else None
+    found = _tensor(given, what) if named is None else named
+    sizes = {len(x) for x in (found.values() if isinstance(found, dict) else [found])}
+    if len(sizes) != 1 or 0 in sizes:
+        raise DataError(f"{what} has inputs of {sorted(sizes) or 'no'} samples: as many of each, and some, are needed")
+    return found
+
+
 def _labels(labels: Tensor, what: str) -> Tensor:
     """As losses take them: int64, or float32. Raises DataError for those that no message can carry."""
     if labels.is_complex():

@@ -21,7 +21,7 @@ from hosfl.halves.families import is_decoder, pretrained_model, stop_tokens, tex
 from hosfl.halves.split import SplitModel, split
 from hosfl.settings import Settings
 from hosfl.tasks.answers import answer_scores
-from hosfl.tasks.data import Dataset, held_out
+from hosfl.tasks.data import Dataset, held_out, public_tokens
 from hosfl.tasks.generation import generate
 from hosfl.tasks.pretrained import place
 from hosfl.tasks.reading import DataError, Found, Row, field, json_lines, text_field, typed
@@ -342,5 +342,6 @@ def completion_task(config: Settings, decoder: Decoder, data: Sequence[Dataset],
         loss=completion_loss,
         classes=decoder.vocabulary,
         ignore_index=IGNORED,
+        public=public_tokens(decoder.name),
         **more,
     )

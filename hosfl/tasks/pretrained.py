@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -24,14 +25,17 @@ def place(config: Settings) -> int | str:
     return int(at) if at.isdecimal() else at
 
 
-def pretrained_task(splits: Splits, classes: int, model: Callable[[int | str], SplitModel], config: Settings) -> Task:
+def pretrained_task(
+    splits: Splits, classes: int, model: Callable[[int | str], SplitModel], config: Settings, **more: Any
+) -> Task:
     """What tasks with pretrained models share: the place of the cut, the third layer by default, and the optimizer.
 
-    model: from the place of the cut; what is random in it comes from the run's seed.
+    model: from the place of the cut; what is random in it comes from the run's seed. more: of `Task`.
     """
     return Task.of(
         splits,
         classes=classes,
         model=lambda: model(place(config)),
         loss=nn.functional.cross_entropy,
+        **more,
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hosfl.halves.families import packaged_minilm
 from hosfl.settings import Settings
-from hosfl.tasks.data import Splits, as_tokens, classified
+from hosfl.tasks.data import Splits, as_tokens, classified, public_tokens
 from hosfl.tasks.pretrained import headed, pretrained_task
 from hosfl.tasks.reading import table, text_field
 from hosfl.tasks.task import Task
@@ -23,7 +23,13 @@ def sentences_task(config: Settings) -> Task:
     name = config.model or packaged_minilm()
     splits = sentences(Path(config.data), name)
     classes = int(splits.train.labels.max()) + 1
-    return pretrained_task(splits, classes, lambda at: headed(name, "SequenceClassification", at, classes), config)
+    return pretrained_task(
+        splits,
+        classes,
+        lambda at: headed(name, "SequenceClassification", at, classes),
+        config,
+        public=public_tokens(name),
+    )
 
 
 def sentences(folder: Path, model: str, longest: int = 64) -> Splits:

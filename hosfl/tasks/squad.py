@@ -21,7 +21,7 @@ from hosfl.halves.families import is_decoder, packaged_minilm, tokenizer_of
 from hosfl.halves.split import SplitModel
 from hosfl.settings import Settings
 from hosfl.tasks.answers import answer_scores
-from hosfl.tasks.data import Dataset, Splits
+from hosfl.tasks.data import Dataset, Splits, public_tokens
 from hosfl.tasks.lm import Decoder, Text, completion_task, encoded, generated_answers
 from hosfl.tasks.pretrained import headed, pretrained_task
 from hosfl.tasks.reading import Answer, DataError, Row, field, hub_rows, json_file, standing, typed
@@ -318,7 +318,7 @@ def squad_task(config: Settings) -> Task:
         return written_task(config, decoder, found)
     splits, groups = windows(found, name)
     task = pretrained_task(splits, splits.train.length, lambda at: headed(name, "QuestionAnswering", at, 2), config)
-    return replace(task, scores=span_scores, groups=groups)
+    return replace(task, scores=span_scores, groups=groups, public=public_tokens(name))
 
 
 def written_task(config: Settings, decoder: Decoder, found: Sequence[Sequence[Question]]) -> Task:

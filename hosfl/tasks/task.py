@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hosfl.halves.split import SplitModel, dtype_of, split
 from hosfl.settings import Rates, Settings
 from hosfl.tasks.data import Dataset, Splits, digest
-from hosfl.tasks.items import Items, read, samples_of, seeded, sets_of
+from hosfl.tasks.items import Items, inputs_of, read, samples_of, seeded, sets_of
 from hosfl.tasks.reading import DataError
 
 Scores = dict[str, float]
@@ -50,6 +50,8 @@ class Task:
     ignore_index: the label that the loss does not count, as torch's cross_entropy calls it. Labels are then one for
     each token, [n, length], and end with their text; the loss is the mean over those that count. None: all count.
     groups: int [training samples], what clients' data differ by where `partition` is "dirichlet"; None: the labels.
+    public: unlabelled samples that everybody may see and that are no client's, about a hundred: an array or arrays by
+    name, as the inputs of `train`. Where `trains` is "act:..." adapters are made from them; None: it is refused.
     rates: by a method's name, or by `Method.tuned`, (server rate, client rate, weight decay); None: a run gives them.
     scores: in place of metrics, (outputs, data set) -> scores by name, where a score needs more than labels.
     generated: further scores, (the halves in eval mode, data set) -> scores by name, of what a model writes.
@@ -68,6 +70,7 @@ class Task:
     classes: int | None = None
     ignore_index: int | None = None
     groups: Any = None
+    public: Any = None
     rates: Mapping[Any, tuple[float, ...]] = field(default_factory=dict)
     scores: Callable[[Tensor, Dataset], Scores] | None = None
     generated: Callable[[SplitModel, Any], Scores] | None = None
@@ -81,6 +84,8 @@ class Task:
         put("test", samples_of(self.test, "test"))
         if self.validation is not None:
             put("validation", samples_of(self.validation, "validation"))
+        if self.public is not None:
+            put("public", inputs_of(self.public, "public"))
         if not callable(self.model) and not isinstance(self.model, tuple):
             raise TypeError(f"model is a {type(self.model).__name__}: a module, two halves or a function is needed")
         for name, of in (("loss", "outputs and labels"), ("optimizer", "a half and its weight decay")):

@@ -13,7 +13,7 @@ from pathlib import Path
 from hosfl.halves.families import is_decoder, packaged_minilm, pretrained_model
 from hosfl.halves.split import SplitModel
 from hosfl.settings import Settings
-from hosfl.tasks.data import as_tokens, classified
+from hosfl.tasks.data import as_tokens, classified, public_tokens
 from hosfl.tasks.pretrained import headed, pretrained_task
 from hosfl.tasks.reading import Found, Row, field, hub_rows, json_lines, table, text_field
 from hosfl.tasks.task import Task
@@ -140,4 +140,4 @@ def text_task(config: Settings) -> Task:
         return headed(name, "SequenceClassification", at, len(it.words))
 
     splits = as_tokens(parts(it, config.data), told, name, it.longest, cut="left" if decoder else "right")
-    return pretrained_task(splits, len(it.words), model, config)
+    return pretrained_task(splits, len(it.words), model, config, public=public_tokens(name))
