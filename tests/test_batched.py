@@ -21,7 +21,7 @@ from hosfl.methods import ho
 from hosfl.probing import batched
 from hosfl.probing.batched import probe_batched, probe_forward_batched
 from hosfl.probing.displaced import Displacement
-from hosfl.probing.probe import evaluating, probe_forward, probe_in_place, probe_untouched, trainable
+from hosfl.probing.probe import Moved, evaluating, probe_forward, probe_in_place, probe_untouched, trainable
 from hosfl.protocol.lattice import Lattice
 from hosfl.runs.assemble import assemble
 
@@ -183,13 +183,13 @@ def test_on_a_lattice_as_well_as_in_place():
 
 
 def test_a_part_of_what_moves_from_where_it_begins():
-    """parameters and streams: those of a block, while the pass starts at that block."""
+    """moved: what a block has, while the pass starts at that block."""
     half, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(5, 3)
-    parameters, streams = (found[2:] for found in trainable(half))
+    moved = Moved.of(half).some([2, 3])
     with evaluating(half):
         cut, held = half(x), half[:2](x)
         rest = (torch.ones_like(cut), cut, SEEDS, MU, "gaussian")
-        place = {"at_once": 2, "parameters": parameters, "streams": streams}
+        place = {"at_once": 2, "moved": moved}
         found = probe_batched(half[2:], held, *rest, **place)
         whole = probe_batched(half, x, *rest, **place)
         exact = probe_forward_batched(half[2:], held, *rest[:1], SEEDS, "gaussian", **place)
@@ -362,9 +362,9 @@ def test_a_run(estimator, dtype, monkeypatch):
     name = "probe_forward_batched" if estimator == "forward" else "probe_batched"
     probe, calls = getattr(ho, name), []
 
-    def watched(*args, at_once):
+    def watched(*args, at_once, **more):
         calls.append(at_once)
-        return probe(*args, at_once=at_once)
+        return probe(*args, at_once=at_once, **more)
 
     monkeypatch.setattr(ho, name, watched)
     run, _ = assemble(Config(**RUN, estimator=estimator, dtype=dtype, evaluate_every=3))
