@@ -47,12 +47,7 @@ def blocks_of(half: nn.Module, count: int, inputs: Inputs) -> list[Begin]:
     moving = [p for p in half.parameters() if p.requires_grad]
     if count == 1:
         return [Begin("", tuple(range(len(moving))), 1.0)]
-    # A parameter's layer is the last place in front of which nothing uses it.
-    entries = ["", *places(_inner(half))]
-    layer = [0] * len(moving)
-    for number, entry in enumerate(entries[1:], 1):
-        before = {id(p) for p in halves_at(_inner(half), entry)[0].parameters()}
-        layer = [last if id(p) in before else number for p, last in zip(moving, layer, strict=True)]
+    entries, layer = ["", *places(_inner(half))], layers_of(half, moving)
     layers = sorted(set(layer))
     if count > len(layers):
         raise ValueError(
@@ -79,6 +74,23 @@ def blocks_of(half: nn.Module, count: int, inputs: Inputs) -> list[Begin]:
         for m, training in modes:
             m.training = training
     return begins
+
+
+def layers_of(half: nn.Module, parameters: Sequence[Tensor]) -> list[int]:
+    """Of each parameter of a half the layer that uses it first, by number; 0 is what comes before the first place.
+
+    It is the last place at which the half could be cut with the parameter behind the cut.
+    """
+    layers = [0] * len(parameters)
+    for number, entry in enumerate(places(_inner(half)), 1):
+        before = {id(p) for p in halves_at(_inner(half), entry)[0].parameters()}
+        layers = [last if id(p) in before else number for p, last in zip(parameters, layers, strict=True)]
+    return layers
+
+
+def entry_of(half: nn.Module, layer: int) -> str:
+    """The name of a layer of `layers_of`, as the half's own cut points have it; "" for the beginning."""
+    return ["", *places(_inner(half))][layer]
 
 
 def allotted(directions: int, sizes: Sequence[float], shares: Sequence[float]) -> list[int]:

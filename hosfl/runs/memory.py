@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hosfl.halves.blocks import blocks_of
 from hosfl.halves.families import untrained
 from hosfl.halves.inputs import call
 from hosfl.halves.narrow import FROZEN, made_again, narrowed
@@ -64,7 +65,10 @@ WAYS: dict[str, dict[str, Any]] = {
     "ho, weights read only, bfloat16": {"method": "ho", "dtype": "bfloat16"},
     "ho, forward mode, bfloat16": {"method": "ho", "dtype": "bfloat16", "estimator": "forward"},
 }
-BOUNDED = ("ho, in place", "ho, in place, two-sided", "ho, one backward pass, 2 samples at a time")
+IN_BLOCKS = "ho, in place, 3 blocks of adapters, the rest float32"
+# What has a bound, and how many more cut tensors it may have: a block's input, and the next one's.
+BOUNDED = dict.fromkeys(("ho, in place", "ho, in place, two-sided", "ho, one backward pass, 2 samples at a time"), 0)
+BOUNDED[IN_BLOCKS] = 2
 
 # Of a language model also with few weights that move, and the others stored in every width.
 FEW: dict[str, dict[str, Any]] = {
@@ -79,6 +83,7 @@ FEW: dict[str, dict[str, Any]] = {
     )
     for frozen in widths
 }
+FEW[IN_BLOCKS] = {"method": "ho", "trains": "xs:4", "blocks": 3, "directions": 6}
 PASS = {"directions": 5, "probes_at_once": 5}
 FEW["ho, 5 probes in a pass, norms, the rest float32"] = {"method": "ho", "trains": "norms", **PASS}
 
@@ -189,7 +194,8 @@ def measure_here(name: str, way: str, batch: int, device: torch.device) -> dict[
             shared: Any = {"number": 0, "half": half, "batch": batches.__getitem__, "microbatch": config.microbatch}
             client: FirstOrderClient | ZerothOrderClient = FirstOrderClient(**shared)
             if config.method == "ho":
-                shared |= {"run": make_run(config, parameters), "base": lambda: parameters}
+                begins = blocks_of(half, config.blocks, batches[0][0])
+                shared |= {"run": make_run(config, parameters, begins), "base": lambda: parameters, "begins": begins}
                 client = ZerothOrderClient(**shared, probes_at_once=config.probes_at_once)
             for round in (0, 1):
                 message = Multiplier(client=0, round=round, multiplier=torch.randn_like(infer(round)))
@@ -237,9 +243,14 @@ def client_memory(
 def over_bound(result: dict[str, Any]) -> Iterator[str]:
     """What needs more than the bound. Of the digits half a page more or less is a percent: it is only shown."""
     for name, half in result["halves"].items():
-        for way in BOUNDED:
-            if name != "digits" and half["ways"][way]["of_bound"] > result["bound"]:
-                yield f"{name}, {way}: {half['ways'][way]['of_bound']:.2f} times inference plus three cut tensors"
+        for way, cuts in BOUNDED.items():
+            row = half["ways"].get(way)
+            if row is None or name == "digits":
+                continue
+            inference = half["ways"][reference(way)]["peak_extra"] + 3 * row["cut"]
+            if row["peak_extra"] > result["bound"] * inference + cuts * row["cut"]:
+                more = f", and {cuts} more" if cuts else ""
+                yield f"{name}, {way}: {row['of_bound']:.2f} times inference plus three cut tensors{more}"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,154 @@
+"""What of a client half to move, and how, so that its clients learn from forward passes alone.
+
+A run measures P numbers a round about d weights. In trials on sentences and pictures (docs/forward-passes.md) a client
+learnt where the whole run had some fifteen numbers or more for every weight, and next to nothing below one. So the
+weights are made few enough for the budget, where they matter: in the layers next to the cut, whose probes are cheap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatch
+
+from torch import nn
+
+from hosfl.halves.adapters import adaptable
+from hosfl.halves.blocks import allotted, blocks_of, entry_of, layers_of
+from hosfl.halves.trains import moving_only
+from hosfl.protocol.seeds import Purpose, round_seed
+from hosfl.settings import Settings
+from hosfl.tasks import make_task
+from hosfl.tasks.items import read
+from hosfl.tasks.task import Task
+
+PER_WEIGHT = 15  # numbers that a run should measure for every weight that moves
+LARGEST_RANK = 8
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """Settings, and why. weights: that move. work: of a round's probes, in forward passes of the whole half."""
+
+    trains: str
+    blocks: int
+    directions: int
+    weights: int
+    work: float
+    reasons: tuple[str, ...]
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """As `hosfl.train` takes them."""
+        shared = {"directions_from": "fresh", "rule": "adamw"}
+        return {"trains": self.trains, "blocks": self.blocks, "directions": self.directions, **shared}
+
+
+def suggest(config: Settings, rounds: int = 300, passes: float = 5.0, task: Task | None = None) -> Suggestion:
+    """Which layers of a task's client half to adapt, at which rank, and how many directions to measure.
+
+    rounds: of the run to come. passes: the work that a client may spend on probes in a round, in forward passes of its
+    half. Nothing is computed but two forward passes of two samples for each candidate; no data but these is looked at.
+
+    Raises ValueError for a budget that no block fits, and for a half with nothing that could move; CutError for a half
+    that cannot be taken apart.
+    """
+    if rounds < 1 or not passes > 0:
+        raise ValueError(f"rounds and passes must be positive, got {rounds} and {passes}")
+    task = make_task(config) if task is None else task
+
+    def half() -> nn.Module:
+        return task.halves(round_seed(config.seed, Purpose.MODEL, 0), "" if config.task else config.at).client.eval()
+
+    train = task.train[0] if isinstance(task.train, list) else task.train
+    inputs = read(train[:2]).inputs
+    first = half()
+    norms = [m for m in first.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
+    named = {path: m for path, m in first.named_modules() if path and adaptable(m)}
+    if norms and any(m.affine for m in norms):
+        return _norms(first, inputs, rounds, passes)
+    if not named:
+        raise ValueError(
+            "the client half has no linear layer, convolution or BatchNorm that could move: cut it further"
+        )
+    weights = [m.weight for m in named.values()]
+    numbers = layers_of(first, weights)
+    layers = sorted(set(numbers))
+    for count in range((len(layers) + 1) // 2, 0, -1):  # the last half of them, or fewer where the budget is small
+        chosen = {path: n for path, n in zip(named, numbers, strict=True) if n in layers[-count:]}
+        moving = moving_only(half(), f"xs:1:{','.join(chosen)}", config.seed)
+        shares = [begin.share for begin in blocks_of(moving, count, inputs)]
+        directions = _directions(passes, [1.0] * count, shares)
+        if directions is None:
+            continue
+        smallest = min(min(named[path].weight.flatten(1).shape) for path in chosen)
+        rank = round((directions * rounds / PER_WEIGHT / len(chosen)) ** 0.5)
+        rank = max(1, min(rank, LARGEST_RANK, smallest))
+        kind = "xs" if task.public is None else "act"
+        return Suggestion(
+            trains=f"{kind}:{rank}:{_patterns(first, chosen, named)}",
+            blocks=count,
+            directions=directions,
+            weights=len(chosen) * rank**2,
+            work=_work(allotted(directions, [1.0] * count, shares), shares),
+            reasons=(
+                f"the last {count} of {len(layers)} layers: a probe of the last one costs {shares[-1]:.2f} of a pass",
+                f"{directions} directions are the work of {passes:g} passes where each moves one layer; they would be "
+                f"{int(passes)} otherwise",
+                f"rank {rank}: {len(chosen)} linear layers make {len(chosen) * rank**2} weights, and {rounds} rounds"
+                f" measure {directions * rounds / (len(chosen) * rank**2):.0f} numbers for each",
+                "A and B from the inputs of public samples"
+                if kind == "act"
+                else "A and B from the weights: the task has no public samples, from which they are better",
+            ),
+        )
+    raise ValueError(f"{passes:g} passes a round are too few for one direction: raise passes")
+
+
+def _norms(half: nn.Module, inputs: object, rounds: int, passes: float) -> Suggestion:
+    """Of a half with BatchNorms: their scales and shifts, which is where shifted pictures are learnt."""
+    moving = moving_only(half, "norms", 0)
+    weights = sum(p.numel() for p in moving.parameters() if p.requires_grad)
+    layers = len(set(layers_of(moving, [p for p in moving.parameters() if p.requires_grad])))
+    for count in range(min(4, layers), 0, -1):
+        begins = blocks_of(moving, count, inputs)  # type: ignore[arg-type]
+        sizes = [float(len(begin.tensors)) for begin in begins]
+        shares = [begin.share for begin in begins]
+        directions = _directions(passes, sizes, shares)
+        if directions is not None:
+            numbers = directions * rounds / weights
+            enough = "" if numbers >= PER_WEIGHT else f": raise rounds, {PER_WEIGHT} or more are wanted"
+            reasons = (
+                f"scales and shifts of the BatchNorms, {weights} weights: adapters suit convolutions less",
+                f"{count} blocks: {directions} directions for the work of {passes:g} passes",
+                f"{rounds} rounds measure {numbers:.1f} numbers for each weight{enough}",
+                "calibrate=8 besides, where pictures have changed",
+            )
+            work = _work(allotted(directions, sizes, shares), shares)
+            return Suggestion("norms", count, directions, weights, work, reasons)
+    raise ValueError(f"{passes:g} passes a round are too few for one direction: raise passes")
+
+
+def _work(counts: list[int], shares: list[float]) -> float:
+    """Of a round's probes, and of going on from block to block."""
+    return sum(n * share for n, share in zip(counts, shares, strict=True)) + shares[0] - shares[-1]
+
+
+def _directions(passes: float, sizes: list[float], shares: list[float]) -> int | None:
+    """The most directions whose work is no more than so many passes; None where not even one a block fits."""
+    fitting = None
+    directions = len(shares)
+    while _work(allotted(directions, sizes, shares), shares) <= 1.01 * passes:  # shares are no round numbers
+        fitting, directions = directions, directions + 1
+    return fitting
+
+
+def _patterns(half: nn.Module, chosen: Mapping[str, int], named: Mapping[str, nn.Module]) -> str:
+    """What `trains` calls these layers: the modules that hold them and no other, or each by its name."""
+    patterns = []
+    for number in sorted(set(chosen.values())):
+        own = [path for path, of in chosen.items() if of == number]
+        entry = entry_of(half, number)
+        inside = [path for path in named if entry and fnmatch(path, f"*{entry}.*")]
+        patterns += [f"*{entry}.*"] if inside == own else own
+    return ",".join(patterns)
