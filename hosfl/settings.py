@@ -112,8 +112,8 @@ class Halves(_Checked):
     linear layers and convolutions, between fixed matrices from their weights, "act:2" from their inputs on public
     samples, "xs:2:LAYERS" beside some; "peft:NAME" or "peft:FILE.json", any adapters of peft; "biases"; "norms"; or
     patterns of parameters' names, such as "*.query.*,*.value.*". frozen: how the client half's weights that do not move
-    are stored: "float32", which is as they are; "bfloat16"; or "int8", "int4", "int2", with a scale for every 64 weights
-    or fewer. It computes in its dtype all the same. dtype: of the client half. device: such as "cpu" or "cuda".
+    are stored: "float32", which is as they are; "bfloat16"; or "int8", "int4", "int2", with a scale for every 64
+    weights or fewer. It computes in its dtype all the same. dtype: of the client half. device: such as "cpu" or "cuda".
     """
 
     model: str = setting(
