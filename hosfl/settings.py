@@ -108,10 +108,12 @@ class Halves(_Checked):
 
     model, at: where a task does not have its own: a pretrained model by name, folder or file, and the layer to cut it
     before. trains: which of the client half's parameters move: "all"; "lora", adapters of rank 8 beside all linear
-    layers, which peft makes, "lora:2" of rank 2, "lora:2:*.query,*.value" beside some; "biases"; "norms"; or patterns
-    of parameters' names, such as "*.query.*,*.value.*". frozen: how the client half's weights that do not move are
-    stored: "float32", which is as they are; "bfloat16"; or "int8", "int4", "int2", with a scale for every 64 weights or
-    fewer. It computes in its dtype all the same. dtype: of the client half. device: such as "cpu" or "cuda".
+    layers, which peft makes, "lora:2" of rank 2, "lora:2:*.query,*.value" beside some; "xs:2", 2 x 2 numbers beside all
+    linear layers and convolutions, between fixed matrices from their weights, "act:2" from their inputs on public
+    samples, "xs:2:LAYERS" beside some; "peft:NAME" or "peft:FILE.json", any adapters of peft; "biases"; "norms"; or
+    patterns of parameters' names, such as "*.query.*,*.value.*". frozen: how the client half's weights that do not move
+    are stored: "float32", which is as they are; "bfloat16"; or "int8", "int4", "int2", with a scale for every 64
+    weights or fewer. It computes in its dtype all the same. dtype: of the client half. device: such as "cpu" or "cuda".
     """
 
     model: str = setting(
@@ -121,7 +123,9 @@ class Halves(_Checked):
     )
     at: str = setting("", "the layer to cut the model before, by number or name; default: the task's own")
     trains: str = setting(
-        "all", "what of the client half moves: all, lora, lora:RANK, lora:RANK:LAYERS, biases, norms, or name patterns"
+        "all",
+        "what of the client half moves: all, lora, or xs, act or lora with :RANK or :RANK:LAYERS, peft:NAME or"
+        " peft:FILE.json, biases, norms, or name patterns",
     )
     frozen: str = setting(
         "float32",

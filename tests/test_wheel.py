@@ -41,7 +41,12 @@ def test_the_wheel_holds_every_package_and_nothing_else(packages, source_tree):
     (extension,) = wheel - in_packages
     assert re.fullmatch(r"hosfl_kernels/_cpp\.[\w.-]*(so|pyd)", extension)
     assert in_packages <= wheel
-    assert {"hosfl/py.typed", "hosfl_kernels/py.typed", "hosfl_kernels/gpu/__init__.py"} <= wheel
+    assert {
+        "hosfl/py.typed",
+        "hosfl/tasks/public.txt",
+        "hosfl_kernels/py.typed",
+        "hosfl_kernels/gpu/__init__.py",
+    } <= wheel
 
 
 def test_the_build_knows_no_torch_and_no_processor_of_its_own(packages, source_tree):
