@@ -53,9 +53,11 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def _add_settings(parser: argparse.ArgumentParser, leave_out: Sequence[str] = ()) -> None:
+def _add_settings(
+    parser: argparse.ArgumentParser, leave_out: Sequence[str] = (), concerns: Sequence[Any] = CONCERNS
+) -> None:
     """An option for every setting of a run, by concern."""
-    for concern in CONCERNS:
+    for concern in concerns:
         group = parser.add_argument_group(concern.__name__.lower())
         own = [f for f in fields(concern) if f.name not in leave_out]
         _add_fields(group, own)
@@ -125,6 +127,11 @@ def parser(preset: str | None = None) -> argparse.ArgumentParser:
     cuts.add_argument("--batch", type=int, default=1, help="samples of the example (default: %(default)s)")
     limit = "tokens per sample, the model's limit at most (default: %(default)s)"
     cuts.add_argument("--length", type=int, default=128, help=limit)
+    budget = command("suggest", "suggest what of the client half to move, for a number of rounds and passes")
+    _add_settings(budget, leave_out=("trains",), concerns=CONCERNS[:2])
+    budget.add_argument("--rounds", type=int, default=300, help="of the run to come (default: %(default)s)")
+    work = "what a client may spend on probes in a round, in forward passes of its half (default: %(default)s)"
+    budget.add_argument("--passes", type=float, default=5.0, help=work)
     made = command("rebuild", "make the client half of a log")
     made.add_argument("log", type=Path, metavar="LOG", help="a run's hosfl.log")
     made.add_argument("--base", type=Path, required=True, metavar="FILE", help="safetensors with the base weights")

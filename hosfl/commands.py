@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -34,9 +35,10 @@ from hosfl.runs.faults import Faults
 from hosfl.runs.memory import HALVES, client_memory, over_bound
 from hosfl.runs.report import Evaluation, metric
 from hosfl.runs.simulate import simulate
+from hosfl.runs.suggest import suggest
 from hosfl.runs.trainer import Progress as OnProgress
 from hosfl.runs.trainer import train
-from hosfl.settings import NEUTRAL, PRESETS
+from hosfl.settings import DEFAULTS, FIELDS, NEUTRAL, PRESETS
 from hosfl.studies.compare import compare, print_table
 from hosfl.studies.page import report
 from hosfl.studies.study import State, load_study, run_study
@@ -146,6 +148,19 @@ def _split(options: argparse.Namespace) -> int:
     return 0
 
 
+def _suggest(options: argparse.Namespace) -> int:
+    given = {name: value for name, value in vars(options).items() if name in FIELDS and name != "rounds"}
+    found = suggest(Config(**given), options.rounds, options.passes)
+    for reason in found.reasons:
+        print(f"- {reason}")
+    asked = {name: value for name, value in given.items() if value != DEFAULTS[name] and name != "options"}
+    settings = {**asked, **found.settings, "rounds": options.rounds}
+    pairs = [("--option", f"{name}={value}") for name, value in given["options"].items()]
+    pairs += [(f"--{name.replace('_', '-')}", str(value)) for name, value in settings.items()]
+    print(shlex.join(["hosfl", "train", *(word for pair in pairs for word in pair)]))
+    return 0
+
+
 def _compare(options: argparse.Namespace) -> int:
     shared, preset = _settings(options)
     runs = [{"method": m, "seed": s} for m in options.methods for s in options.seeds]
@@ -226,6 +241,7 @@ COMMANDS = {
     "compare": _compare,
     "simulate": _simulate,
     "split": _split,
+    "suggest": _suggest,
     "study": _study,
     "report": _report,
     "memory": _memory,
