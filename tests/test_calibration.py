@@ -5,6 +5,7 @@ import json
 import random
 import textwrap
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,16 +27,8 @@ from hosfl.tasks.items import Batches
 
 CHANNELS, CALIBRATE, BATCH = (4, 6), 3, 8
 NUMBERS = 2 * sum(CHANNELS)
-SHARED = {
-    "rounds": 4,
-    "clients": 4,
-    "sampled": 3,
-    "batch": BATCH,
-    "directions": 2,
-    "pool_size": 8,
-    "dist": "rademacher",
-}
-SHARED |= {"server_rate": 0.01, "client_rate": 0.01, "evaluate_every": 2, "snapshot_every": 2, "trains": "norms"}
+SHARED = {"rounds": 4, "clients": 4, "sampled": 3, "batch": BATCH, "directions": 2, "pool_size": 8, "trains": "norms"}
+SHARED |= {"server_rate": 0.01, "client_rate": 0.01, "evaluate_every": 2, "snapshot_every": 2}
 
 
 def pictures(n, seed):
@@ -131,7 +124,6 @@ def test_the_statistics_are_those_that_one_gets_by_hand(task, aggregation):
     }[aggregation]
     assert torch.allclose(of(federation.base).double(), by_hand, rtol=1e-4, atol=1e-5)
     assert torch.equal(of(federation.base), of(federation.model().client))
-    assert not torch.allclose(by_hand, (rows * 1.01).mean(0), rtol=1e-4, atol=1e-5)
 
 
 class Odd(nn.Module):
@@ -348,8 +340,8 @@ def test_training_s_batches_stay_what_they_were(task):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method(task, method, tmp_path):
-    shared = {"method": method, "rounds": 2, "local_steps": 2}
-    summary = train(task, tmp_path / "run", **with_shared(shared, {"calibrate": 2, **SHARED}))
+    own = {"method": method, "rounds": 2, "calibrate": 2}
+    summary = train(task, tmp_path / "run", **with_shared(own, {**SHARED, "rounds": 2, "local_steps": 2}))
     assert summary.replicas.equal
     assert summary.refused == []
     assert summary.bytes["statistics up"] == 3 * 4 * NUMBERS
@@ -438,7 +430,7 @@ def make():
 
 def test_crowds_and_servers_that_die(tmp_path):
     file = tmp_path / "shifted.py"
-    file.write_text(textwrap.dedent(FILE).format(here=str(__import__("pathlib").Path(__file__).parent)))
+    file.write_text(textwrap.dedent(FILE).format(here=str(Path(__file__).parent)))
     config = Config(**settings(task=f"{file}:make", rounds=12, clients=12, partition="iid"))
     faults = Faults(dropout=0.2, absence=0.1, damage=0.05, crash_every=6)
     outcome = simulate(config, faults, tmp_path / "run")

@@ -62,8 +62,8 @@ def assemble(
     base = narrowed(base, config.frozen)
     if config.calibrate and not calibration.running(base):
         raise ValueError(
-            f"calibrate = {config.calibrate} needs a client half with running statistics, such as BatchNorm's, and this one"
-            " has none: leave it out"
+            f"calibrate = {config.calibrate} needs a client half with running statistics, such as BatchNorm's, and this"
+            " one has none: leave it out"
         )
     fixed = factors(base)
     if fixed and begun is not None:
