@@ -330,7 +330,7 @@ class Outcome:
 def simulate(
     config: Config, faults: Faults, out: Path | str | None = None, progress: Progress | None = None
 ) -> Outcome:
-    """Run HO-SFL under faults; returns the outcome.
+    """Run HO-SFL under faults; returns the outcome. Running statistics are estimated before these begin.
 
     With `out`, writes hosfl.log and base.safetensors there, of which `hosfl rebuild` makes the weights; snapshots, if
     the server may die; and at the end simulation.json, the outcome. The first Ctrl-C ends it after the current round.
