@@ -113,7 +113,9 @@ class Halves(_Checked):
     samples, "xs:2:LAYERS" beside some; "peft:NAME" or "peft:FILE.json", any adapters of peft; "biases"; "norms"; or
     patterns of parameters' names, such as "*.query.*,*.value.*". frozen: how the client half's weights that do not move
     are stored: "float32", which is as they are; "bfloat16"; or "int8", "int4", "int2", with a scale for every 64
-    weights or fewer. It computes in its dtype all the same. dtype: of the client half. device: such as "cpu" or "cuda".
+    weights or fewer. It computes in its dtype all the same. calibrate: batches on which each client of the first round
+    estimates the running statistics of its half's normalisations, such as BatchNorm's, before that round; all clients
+    take up the aggregate. dtype: of the client half. device: such as "cpu" or "cuda".
     """
 
     model: str = setting(
@@ -131,6 +133,12 @@ class Halves(_Checked):
         "float32",
         "how weights of the client half that do not move are stored; float32: as they are",
         choices=("float32", "bfloat16", "int8", "int4", "int2"),
+    )
+    calibrate: int = setting(
+        0,
+        "batches per client by which the running statistics of the client half's BatchNorms are estimated anew before"
+        " the first round; 0: none",
+        least=0,
     )
     dtype: str = setting("float32", "of the client half", choices=("float32", "bfloat16"))
     device: str = setting("cpu", "where to compute, such as cpu or cuda")

@@ -366,7 +366,7 @@ def test_another_machine_takes_the_factors_from_the_base_file(folder, tmp_path, 
     with pytest.raises((ProvenanceError, LogError), match="first weights were others"):
         train(settings, tmp_path / "swapped", resume=True)
     save_file({n: t for n, t in held.items() if n != name}, file)
-    with pytest.raises(ProvenanceError, match=f"has no {name} as this run's adapters have it"):
+    with pytest.raises(ProvenanceError, match=f"has no {name} as this run has it"):
         train(settings, tmp_path / "swapped", resume=True)
     file.write_bytes(b"nothing")
     with pytest.raises(ProvenanceError, match="cannot be read"):

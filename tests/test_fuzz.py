@@ -26,6 +26,7 @@ from hosfl.protocol.messages import (
     HEADER,
     MESSAGES,
     NUMPY,
+    Calibration,
     Cut,
     Differs,
     Gradient,
@@ -38,6 +39,7 @@ from hosfl.protocol.messages import (
     ProbedCut,
     Records,
     Scalars,
+    Statistics,
     Trained,
     Weights,
     encode,
@@ -76,7 +78,7 @@ def header(data, chance):
     """Another kind, count, epoch, client or round."""
     where, code, values = chance.choice(
         [
-            (4, "<B", [*range(14), 255]),
+            (4, "<B", [*range(16), 255]),
             (5, "<B", [0, 1, 2, 3, 4, 255]),
             (6, "<H", [0, 1, 2, 3, 65535]),
             (8, "<I", [0, 1, 2, 9, 10, 2**31, 2**32 - 1]),
@@ -243,6 +245,8 @@ class Stage:
             PoolMoves(**here, coefficients=sums, until=until + 10, digest=known),
             ProbedCut(**{**vars(self.cut), "displaced": self.cut.cut[None].clone()}),
             *(Losses(**here, losses=torch.randn(2)), Trained(**here, weights=torch.randn(8))),
+            Statistics(**here, statistics=torch.rand(4), samples=torch.tensor([SAMPLES], dtype=torch.int32)),
+            Calibration(**here, statistics=torch.rand(4)),
         ]
         assert {type(m) for m in messages} == set(MESSAGES.values())
         return [encode(m) for m in messages]

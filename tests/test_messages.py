@@ -13,6 +13,7 @@ from hosfl.protocol.messages import (
     CRC,
     HEADER,
     MESSAGES,
+    Calibration,
     Cut,
     Differs,
     Gradient,
@@ -24,6 +25,7 @@ from hosfl.protocol.messages import (
     ProbedCut,
     Records,
     Scalars,
+    Statistics,
     Trained,
     Weights,
     Wire,
@@ -58,6 +60,8 @@ EXAMPLES = [
     ),
     Losses(client=1, round=2, losses=torch.randn(4)),
     Trained(client=1, round=2, weights=torch.randn(70)),
+    Statistics(client=1, round=0, statistics=torch.randn(8), samples=torch.tensor([256]).int()),
+    Calibration(client=1, round=0, statistics=torch.randn(8)),
 ]
 SCALARS = EXAMPLES[8]
 

@@ -58,14 +58,13 @@ def test_what_is_suggested_fits_the_budget_and_runs(passes):
 
 def test_of_texts_the_last_layers_and_a_rank_for_the_rounds():
     found = suggest(Config(task=""), 300, 5.0, texts())
-    assert found.trains == "xs:4:*encoder.layer.2.*,*encoder.layer.3.*"
-    assert (found.blocks, found.weights) == (2, 12 * 16)
+    assert found.trains == "xs:5:*encoder.layer.2.*,*encoder.layer.3.*"
+    assert (found.blocks, found.weights) == (2, 12 * 25)
     assert suggest(Config(task=""), 60, 5.0, texts()).trains.startswith("xs:2:")
     assert suggest(Config(task=""), 1, 5.0, texts()).trains.startswith("xs:1:")
     assert suggest(Config(task=""), 10**6, 5.0, texts()).trains.startswith("xs:8:")
-    assert suggest(Config(task=""), 300, 5.0, texts(public=True)).trains.startswith("act:4:")
-    # One layer is all that a small budget reaches.
-    assert suggest(Config(task=""), 300, 0.5, texts()).trains == "xs:1:*encoder.layer.3.*"
+    assert suggest(Config(task=""), 300, 5.0, texts(public=True)).trains.startswith("act:5:")
+    assert suggest(Config(task=""), 300, 1.0, texts()).trains == "xs:2:*encoder.layer.3.*"
 
 
 def test_of_pictures_scales_and_shifts():

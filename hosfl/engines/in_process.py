@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from hosfl.halves.inputs import Batch
 from hosfl.halves.split import SplitModel
+from hosfl.methods import calibration
 from hosfl.methods.client import Client
 from hosfl.methods.ledger import SeedReplay
 from hosfl.methods.server import KEPT, Server
@@ -45,6 +47,30 @@ class Federation:
     visits: int = 0
     header: Header | None = None
     provenance: Provenance | None = None
+
+    def calibrate(self, batches: Callable[[int], Iterable[Batch]]) -> None:
+        """Before the first round, its clients estimate the running statistics of the client half.
+
+        What the server commits is that of the base. The clients have to ask for it like all others: see `join`.
+        batches: of a client, by its number, for this alone.
+        """
+        heard: list[Message | None] = []
+        for number in self.invited(0):
+            client = self.take(number)
+            try:
+                heard.append(self.up(client.statistics(batches(number))))
+            except MessageError as error:
+                self._complain(number, error)
+            finally:
+                self.put_back(client)
+        self.server.calibrate([message for message in heard if message is not None])
+        self.take_statistics()
+
+    def take_statistics(self) -> None:
+        """Give base and observed half the statistics that the server has committed."""
+        if self.server.statistics is not None:
+            for half in (self.base, self.observed):
+                calibration.load(half, self.server.statistics.values)
 
     def round(self, round: int) -> float:
         """One round of the protocol; returns the mean training loss of its clients, NaN if nobody took part.
@@ -89,6 +115,8 @@ class Federation:
 
     def join(self, client: Client) -> bool:
         """The first exchange: the client says where it is and takes what it missed. False if that fails."""
+        if self.config.calibrate and not client.calibrated and not self._calibrated(client):
+            return False
         news: Message | None = client.hello()
         while news is not None:  # a client that finds its half wrong says so and starts anew: once more around
             heard = self.up(news)
@@ -104,6 +132,20 @@ class Federation:
                 # Moves that fit the server's replica do not fit the client's: its weights are damaged.
                 self._complain(client.number, error)
                 return False
+        return True
+
+    def _calibrated(self, client: Client) -> bool:
+        """A client that comes for the first time asks for the run's statistics. False if that fails."""
+        asked = self.up(client.asks())
+        answer = None if asked is None else self.server.calibration(asked)
+        received = None if answer is None else self.down(answer)
+        if received is None:
+            return False
+        try:
+            client.calibrate(received)
+        except MessageError as error:
+            self._complain(client.number, error)
+            return False
         return True
 
     def up(self, message: Message) -> Message | None:

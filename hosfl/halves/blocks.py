@@ -22,6 +22,8 @@ from hosfl.halves.families import ClientHalf
 from hosfl.halves.inputs import Inputs, call
 from hosfl.halves.split import halves_at, places
 
+LEAST = 0.01  # of a pass: what has no matrix product takes time all the same
+
 
 @dataclass(frozen=True)
 class Begin:
@@ -69,7 +71,7 @@ def blocks_of(half: nn.Module, count: int, inputs: Inputs) -> list[Begin]:
             if not torch.equal(cut, again):
                 raise CutError(f"the client half from {entry or 'its beginning'} on does not give its own output")
             tensors = tuple(t for t, number in enumerate(layer) if number in group)
-            begins.append(Begin(entry, tensors, work / whole if whole else 1.0))
+            begins.append(Begin(entry, tensors, max(work / whole, LEAST) if whole else 1.0))
     finally:
         for m, training in modes:
             m.training = training

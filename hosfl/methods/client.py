@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from hosfl.halves.inputs import Batch, call
+from hosfl.methods import calibration
 from hosfl.probing.probe import evaluating
 from hosfl.protocol.messages import (
+    Calibration,
     Cut,
     Differs,
     Hello,
     Message,
     MessageError,
     Multiplier,
+    Statistics,
 )
 from hosfl.protocol.replica import digest
 
@@ -45,7 +48,8 @@ class Client:
 
     `batch(round)` draws this client's batch. `applied` counts the rounds that its weights contain, `epoch` is the
     server's when they came. passes: where samples that go forward and backward through the half are counted; the
-    run's, if it is given. microbatch: samples that a client which backpropagates takes together; 0: all.
+    run's, if it is given. calibrated: whether it has taken up the run's running statistics. microbatch: samples that a
+    client which backpropagates takes together; 0: all.
     """
 
     number: int
@@ -57,9 +61,38 @@ class Client:
     seconds: Seconds = field(default_factory=Seconds)
     passes: Passes = field(default_factory=no_passes)
     microbatch: int = 0
+    calibrated: bool = False
 
     def __post_init__(self) -> None:
         self._round = -1  # of the last cut: there is none yet
+
+    def statistics(self, batches: Iterable[Batch]) -> Statistics:
+        """Running statistics of the half's normalisations on batches of its own. The half stays as it is.
+
+        Raises MessageError where these have none, such as single samples.
+        """
+        try:
+            values, samples = calibration.estimated(self.half, batches)
+        except ValueError as error:  # such as BatchNorm's about a single sample
+            raise MessageError(str(error)) from None
+        self.passes["client forward"] += samples
+        count = torch.tensor([samples], dtype=torch.int32)
+        return Statistics(client=self.number, round=0, epoch=self.epoch, statistics=values, samples=count)
+
+    def asks(self) -> Statistics:
+        """Ask for the run's statistics."""
+        none = torch.empty(0, dtype=torch.int32)
+        return Statistics(client=self.number, round=0, epoch=self.epoch, statistics=torch.empty(0), samples=none)
+
+    def calibrate(self, message: Message) -> None:
+        """Take up the run's statistics. Raises MessageError for a message that holds none, or comes twice."""
+        if not isinstance(message, Calibration):
+            raise MessageError(f"client {self.number} expects statistics, got {type(message).__name__}")
+        self._check_addressee(message)
+        if self.calibrated:
+            raise MessageError(f"client {self.number} has its statistics already")
+        calibration.load(self.half, message.statistics)
+        self.calibrated = True
 
     def hello(self) -> Hello:
         """Ask for everything after the last round applied."""

@@ -11,13 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from hosfl.halves.split import dtype_of
+from hosfl.methods.calibration import RunningStatistics
 from hosfl.methods.client import Passes, no_passes
 from hosfl.methods.gathered import Kept, Pieces, gathered, shrinking
 from hosfl.methods.ledger import Ledger, Rate, State
 from hosfl.methods.state import pack_optimizer, part, prefixed, unpack_optimizer
 from hosfl.methods.tensors import decoded
 from hosfl.protocol.aggregate import Aggregation, weighted_mean
-from hosfl.protocol.messages import Cut, Differs, Hello, Message, MessageError, Multiplier
+from hosfl.protocol.messages import (
+    Calibration,
+    Cut,
+    Differs,
+    Hello,
+    Message,
+    MessageError,
+    Multiplier,
+    Statistics,
+)
 from hosfl.protocol.seeds import Purpose, generator, round_seed
 
 KEPT = 1000  # reasons; the rest are only counted
@@ -35,6 +45,7 @@ class Server:
     texts may then be shorter. label_shape: of one sample's labels. aggregation: of the clients' gradients of the half,
     the ledger's own, so that both halves descend one loss. "median" and "trimmed" keep all K gradients, K times the
     half's size, until the round's step. clip: the largest length of one client's gradient; None for none.
+    statistics: the running ones of the client half, where the run estimates them anew.
 
     A half with running statistics, such as BatchNorm's: with "median" or "trimmed" every client's forward pass starts
     from those of the round's begin, and the new ones are aggregated like the gradients. With a mean each client moves
@@ -64,6 +75,7 @@ class Server:
     ignore_index: int | None = None
     aggregation: Aggregation = weighted_mean
     clip: float | None = None
+    statistics: RunningStatistics | None = None
     refused: list[str] = field(default_factory=list)
     refusals: int = 0
     differed: list[str] = field(default_factory=list)
@@ -78,6 +90,8 @@ class Server:
             numbers += self.batch * self.cut_shape[0]
         if self.ledger is not None:
             numbers += self.ledger.largest_answer
+        if self.statistics is not None:
+            numbers += len(self.statistics.values)
         self.largest_message = 4 * numbers + 1024
 
     @property
@@ -101,6 +115,41 @@ class Server:
         self.refusals += 1
         if len(self.refused) < KEPT:
             self.refused.append(f"{what}: {error}")
+
+    def calibrate(self, answers: Sequence[Message]) -> None:
+        """Commit the clients' running statistics, before the first round; with nothing acceptable they stay."""
+        accepted: dict[int, Statistics] = {}
+        for message in answers:
+            try:
+                statistics, committed = self._check_statistics(message)
+                if message.client in accepted:
+                    raise MessageError("statistics for the second time")
+                committed.samples(statistics)
+            except MessageError as error:
+                self._refuse(f"calibration, client {message.client}", error)
+                continue
+            accepted[message.client] = statistics
+        if self.statistics is not None:
+            self.statistics.commit(list(accepted.values()), self.aggregation)
+
+    def calibration(self, asked: Message) -> Calibration | None:
+        """The committed running statistics, for a client that asks for them; None where it is refused."""
+        try:
+            message, committed = self._check_statistics(asked)
+            if len(message.statistics) or len(message.samples):
+                raise MessageError("statistics after those of the run were committed")
+        except MessageError as error:
+            self._refuse(f"client {asked.client}", error)
+            return None
+        return Calibration(client=asked.client, round=0, epoch=self.epoch, statistics=committed.values)
+
+    def _check_statistics(self, message: Message) -> tuple[Statistics, RunningStatistics]:
+        if not isinstance(message, Statistics) or message.round:
+            raise MessageError(f"{type(message).__name__} of round {message.round} where Statistics were expected")
+        self._check_client(message)
+        if self.statistics is None:
+            raise MessageError("Statistics in a run that does not estimate them")
+        return message, self.statistics
 
     def welcome(self, hello: Message) -> Message | None:
         """What the client must apply before it takes part; None where it is refused or there is nothing to send."""

@@ -18,7 +18,7 @@ from hosfl.halves.inputs import Inputs, call
 from hosfl_kernels import perturb_
 
 
-class Moved(Protocol):
+class Displaces(Protocol):
     """What a module reads in the place of the weights that move."""
 
     read: bool  # whether anybody has asked for one
@@ -159,7 +159,7 @@ class Reads(UserDict[str, Any]):
     its child's weights. What the model assigns goes to this copy and is forgotten with it.
     """
 
-    def __init__(self, module: nn.Module, displacement: Moved) -> None:
+    def __init__(self, module: nn.Module, displacement: Displaces) -> None:
         super().__init__(module._parameters)
         self.displacement, self.table = displacement, isinstance(module, nn.Embedding)
 
@@ -207,7 +207,7 @@ HELD = ("_parameters", "_flat_weights", "_flat_weight_refs")
 
 
 @contextmanager
-def displaced(module: nn.Module, displacement: Moved) -> Iterator[None]:
+def displaced(module: nn.Module, displacement: Displaces) -> Iterator[None]:
     """While it lasts, reading a trainable weight anywhere in the module gives the displaced one, made on the spot.
 
     Modules in the hands of torch.compile get all of theirs beforehand: a graph takes weights as inputs, and would be

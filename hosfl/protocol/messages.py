@@ -212,6 +212,27 @@ class Weights(Message):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
+class Statistics(Message):
+    """Running statistics of the client half's normalisations on the client's own data, before the first round.
+
+    statistics: float32 [n], of each normalisation in the order of modules the means of all channels, then the
+    variances; samples: int32 [1], how many they are of. Both [0]: a client that has none yet asks for the committed.
+    """
+
+    kind, direction = 13, "up"
+    statistics: Array = array("statistics", 1)
+    samples: Array = array("samples", 1, "int32")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Calibration(Message):
+    """The committed running statistics, which hold from round 0 on: float32 [n], in the order of Statistics."""
+
+    kind, direction = 14, "down"
+    statistics: Array = array("statistics", 1)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Gradient(Message):
     """First-order split learning: the client half's gradient, float32 [d]."""
 
@@ -234,6 +255,8 @@ MESSAGES: dict[int, type[Message]] = {
         ProbedCut,
         Losses,
         Trained,
+        Statistics,
+        Calibration,
     )
 }
 

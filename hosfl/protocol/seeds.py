@@ -34,6 +34,7 @@ class Purpose(IntEnum):
     SERVER = 11  # directions of the server half, where it learns by zeroth order
     OWN = 12  # directions that a client shares with nobody
     READING = 13  # what is random in reading samples, such as augmentation
+    CALIBRATION = 14  # batches on which running statistics are estimated
 
 
 @lru_cache(maxsize=CACHED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ from torch import Tensor
 
 from hosfl.engines.in_process import Federation
 from hosfl.halves.adapters import factors
-from hosfl.halves.inputs import call
+from hosfl.halves.inputs import Batch, call
 from hosfl.halves.narrow import narrowed
 from hosfl.halves.split import SplitModel, dtype_of
 from hosfl.halves.trains import moving_only
-from hosfl.methods import method_of
+from hosfl.methods import calibration, method_of
 from hosfl.methods.client import Client
 from hosfl.methods.ledger import SeedReplay
 from hosfl.methods.method import Setup
@@ -44,8 +45,8 @@ def assemble(
 
     Nothing is written. smallest_shard: so many samples or more in each part of the data; clients that are more than the
     parts share them, each with its own batches. task: where it is an object rather than a name. begun: the folder of
-    this run, where it goes on: what is fixed in adapters is what its base file holds, since another machine would
-    decompose a matrix into other bits.
+    this run, where it goes on: what is fixed in adapters, and running statistics that clients have estimated, is what
+    its base file holds, since another machine would compute other bits.
 
     Raises ValueError, DataError and what `Task.halves` raises.
     """
@@ -59,11 +60,14 @@ def assemble(
     halves = base_digest(first)
     base = moving_only(model.client, config.trains, config.seed, task.public).to(getattr(torch, config.dtype))
     base = narrowed(base, config.frozen)
+    if config.calibrate and not calibration.running(base):
+        raise ValueError(
+            f"calibrate = {config.calibrate} needs a client half with running statistics, such as BatchNorm's, and this"
+            " one has none: leave it out"
+        )
     fixed = factors(base)
-    if fixed:
-        if begun is not None:
-            _take_up(fixed, begun / "base.safetensors")
-        halves = base_digest({"halves": np.frombuffer(bytes.fromhex(halves), np.uint8), **fixed})
+    if fixed and begun is not None:
+        _take_up(fixed, begun / "base.safetensors")
     base = base.to(device)
     shares = [share.to(device, dtype_of(base)) for share in partition(task, config, smallest_shard)]
     half = model.server.to(device)
@@ -72,12 +76,21 @@ def assemble(
     cut_shape, sample = _tried(task, SplitModel(base, half), shares[0])
     setup = Setup(config, base, rates, AGGREGATIONS[config.aggregation], sample.inputs)
     method = kind(setup)
+    statistics = calibration.RunningStatistics.of(base, config.batch * config.calibrate) if config.calibrate else None
+    uncalibrated = None if statistics is None else statistics.values
+
+    def batches(number: int, purpose: Purpose) -> Batches:
+        mine = shares[number % len(shares)]
+        return Batches(mine, config.batch, config.seed, number, task.per_token, purpose)
 
     def make(number: int) -> Client:
-        mine = shares[number % len(shares)]
-        return method.client(
-            number, copy.deepcopy(base), Batches(mine, config.batch, config.seed, number, task.per_token)
-        )
+        half = copy.deepcopy(base)
+        if uncalibrated is not None:  # a client knows what it is told
+            calibration.load(half, uncalibrated)
+        return method.client(number, half, batches(number, Purpose.BATCHES))
+
+    def for_statistics(number: int) -> Iterator[Batch]:
+        return map(batches(number, Purpose.CALIBRATION), range(config.calibrate))
 
     optimizer = task.optimizer(half, rates.decay)
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -100,31 +113,43 @@ def assemble(
         aggregation=setup.aggregation,
         clip=config.server_clip,
         passes=setup.passes,
+        statistics=statistics,
     )
-    header = None
+    federation = Federation(config, server, make, base, setup.observed, kind.exchanges(config))
+    if statistics is not None:
+        running = calibration.running(base)
+        if begun is not None and _take_up(running, begun / "base.safetensors"):
+            statistics.values = calibration.flat(base)
+            federation.take_statistics()
+        else:
+            federation.calibrate(for_statistics)
+        fixed |= running
+    if fixed:
+        halves = base_digest({"halves": np.frombuffer(bytes.fromhex(halves), np.uint8), **fixed})
     if isinstance(method.ledger, SeedReplay):
-        header = header_of(method.ledger.run, base, config.decisive())
-    made_of = Provenance(config.decisive(), task.digest(), halves, "" if header is None else header_digest(header))
-    exchanges = kind.exchanges(config)
-    return Federation(config, server, make, base, setup.observed, exchanges, header=header, provenance=made_of), task
+        federation.header = header_of(method.ledger.run, base, config.decisive())
+    header = "" if federation.header is None else header_digest(federation.header)
+    federation.provenance = Provenance(config.decisive(), task.digest(), halves, header)
+    return federation, task
 
 
-def _take_up(fixed: dict[str, Tensor], path: Path) -> None:
-    """Give adapters the fixed parts that a base file holds. Without the file they stay as they were computed here.
+def _take_up(fixed: dict[str, Tensor], path: Path) -> bool:
+    """Give tensors of a half what its base file holds of them. Without the file they stay as they are: False.
 
     Raises ProvenanceError for another run's file; whether the numbers are this run's, its provenance says later.
     """
     if not path.exists():
-        return
+        return False
     try:
         held = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ProvenanceError(f"{path} cannot be read: {error}. Put it back, or start anew") from error
     for name, tensor in fixed.items():
         if name not in held or held[name].shape != tensor.shape or held[name].dtype != tensor.dtype:
-            raise ProvenanceError(f"{path} has no {name} as this run's adapters have it: put its own back")
+            raise ProvenanceError(f"{path} has no {name} as this run has it: put its own back")
         with torch.no_grad():
             tensor.copy_(held[name])
+    return True
 
 
 def for_clients(config: Settings, task: Task) -> Settings:

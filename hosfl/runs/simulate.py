@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hosfl.engines.in_process import Federation
 from hosfl.files import FolderLock, write_json
+from hosfl.methods import calibration
 from hosfl.methods.client import Client
 from hosfl.methods.ho import ZerothOrderClient
 from hosfl.methods.ledger import SeedReplay
@@ -192,6 +193,7 @@ class Crowd(Federation):
 
     faults: Faults = field(default_factory=Faults)
     states: dict[Key, State] = field(default_factory=dict)
+    calibrated: set[int] = field(default_factory=set)
     where: dict[int, tuple[Key, int, int]] = field(default_factory=dict)  # client: state, rounds applied, epoch
     away: dict[int, int] = field(default_factory=dict)  # client: the round in which it comes back
     deaths: int = 0
@@ -252,6 +254,9 @@ class Crowd(Federation):
                 ignore_index=self.server.ignore_index,
                 random=self.random,
             )
+        if number in self.calibrated and self.server.statistics is not None:
+            calibration.load(client.half, self.server.statistics.values)
+            client.calibrated = True
         if number in self.where and isinstance(client, ZerothOrderClient):
             key, applied, epoch = self.where[number]
             client.take_up(self.states[key].tensors, self.states[key].moments, applied, epoch, key[1])
@@ -259,6 +264,8 @@ class Crowd(Federation):
 
     def put_back(self, client: Client) -> None:
         assert isinstance(client, ZerothOrderClient)
+        if client.calibrated:
+            self.calibrated.add(client.number)
         replica, before = client.replica, self.where.get(client.number)
         key = replica.digest(), replica.lattice
         if before is None or before[0] != key:
@@ -323,7 +330,7 @@ class Outcome:
 def simulate(
     config: Config, faults: Faults, out: Path | str | None = None, progress: Progress | None = None
 ) -> Outcome:
-    """Run HO-SFL under faults; returns the outcome.
+    """Run HO-SFL under faults; returns the outcome. Running statistics are estimated before these begin.
 
     With `out`, writes hosfl.log and base.safetensors there, of which `hosfl rebuild` makes the weights; snapshots, if
     the server may die; and at the end simulation.json, the outcome. The first Ctrl-C ends it after the current round.
@@ -359,8 +366,11 @@ def _simulate(config: Config, faults: Faults, folder: Path, progress: Progress |
         plain.observed,
         header=plain.header,
         provenance=plain.provenance,
+        complained=plain.complained,
+        complaints=plain.complaints,
         faults=faults,
     )
+    crowd.wire.bytes.update(plain.wire.bytes)  # of calibration, which is over before anything goes wrong
     folder.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(folder)
     try:

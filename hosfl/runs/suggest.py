@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from typing import Any
 
 from torch import nn
 
 from hosfl.halves.adapters import adaptable
 from hosfl.halves.blocks import allotted, blocks_of, entry_of, layers_of
+from hosfl.halves.inputs import Inputs
 from hosfl.halves.trains import moving_only
 from hosfl.protocol.seeds import Purpose, round_seed
 from hosfl.settings import Settings
@@ -76,27 +78,32 @@ def suggest(config: Settings, rounds: int = 300, passes: float = 5.0, task: Task
     layers = sorted(set(numbers))
     for count in range((len(layers) + 1) // 2, 0, -1):  # the last half of them, or fewer where the budget is small
         chosen = {path: n for path, n in zip(named, numbers, strict=True) if n in layers[-count:]}
-        moving = moving_only(half(), f"xs:1:{','.join(chosen)}", config.seed)
-        shares = [begin.share for begin in blocks_of(moving, count, inputs)]
-        directions = _directions(passes, [1.0] * count, shares)
-        if directions is None:
+        smallest = min(min(_sides(named[path])) for path in chosen)
+
+        def at_rank(rank: int, chosen: Mapping[str, int] = chosen, count: int = count) -> _Probes | None:
+            moving = moving_only(half(), f"xs:{rank}:{','.join(chosen)}", config.seed)
+            return _most(moving, count, inputs, passes)
+
+        probes = at_rank(1)
+        if probes is None:
             continue
-        smallest = min(min(named[path].weight.flatten(1).shape) for path in chosen)
-        rank = round((directions * rounds / PER_WEIGHT / len(chosen)) ** 0.5)
+        rank = round((probes.directions * rounds / PER_WEIGHT / len(chosen)) ** 0.5)
         rank = max(1, min(rank, LARGEST_RANK, smallest))
+        probes = at_rank(rank)
+        if probes is None:
+            continue
         kind = "xs" if task.public is None else "act"
         return Suggestion(
             trains=f"{kind}:{rank}:{_patterns(first, chosen, named)}",
             blocks=count,
-            directions=directions,
+            directions=probes.directions,
             weights=len(chosen) * rank**2,
-            work=_work(allotted(directions, [1.0] * count, shares), shares),
+            work=probes.work,
             reasons=(
-                f"the last {count} of {len(layers)} layers: a probe of the last one costs {shares[-1]:.2f} of a pass",
-                f"{directions} directions are the work of {passes:g} passes where each moves one layer; they would be "
-                f"{int(passes)} otherwise",
+                f"the last {count} of {len(layers)} layers: a probe of the last is {probes.shares[-1]:.2f} of a pass",
+                f"each direction moves one layer: {probes.directions} of them cost the work of {passes:g} passes",
                 f"rank {rank}: {len(chosen)} linear layers make {len(chosen) * rank**2} weights, and {rounds} rounds"
-                f" measure {directions * rounds / (len(chosen) * rank**2):.0f} numbers for each",
+                f" measure {probes.directions * rounds / (len(chosen) * rank**2):.0f} numbers for each",
                 "A and B from the inputs of public samples"
                 if kind == "act"
                 else "A and B from the weights: the task has no public samples, from which they are better",
@@ -105,18 +112,15 @@ def suggest(config: Settings, rounds: int = 300, passes: float = 5.0, task: Task
     raise ValueError(f"{passes:g} passes a round are too few for one direction: raise passes")
 
 
-def _norms(half: nn.Module, inputs: object, rounds: int, passes: float) -> Suggestion:
+def _norms(half: nn.Module, inputs: Inputs, rounds: int, passes: float) -> Suggestion:
     """Of a half with BatchNorms: their scales and shifts, which is where shifted pictures are learnt."""
     moving = moving_only(half, "norms", 0)
     weights = sum(p.numel() for p in moving.parameters() if p.requires_grad)
     layers = len(set(layers_of(moving, [p for p in moving.parameters() if p.requires_grad])))
     for count in range(min(4, layers), 0, -1):
-        begins = blocks_of(moving, count, inputs)  # type: ignore[arg-type]
-        sizes = [float(len(begin.tensors)) for begin in begins]
-        shares = [begin.share for begin in begins]
-        directions = _directions(passes, sizes, shares)
-        if directions is not None:
-            numbers = directions * rounds / weights
+        probes = _most(moving, count, inputs, passes)
+        if probes is not None:
+            directions, numbers = probes.directions, probes.directions * rounds / weights
             enough = "" if numbers >= PER_WEIGHT else f": raise rounds, {PER_WEIGHT} or more are wanted"
             reasons = (
                 f"scales and shifts of the BatchNorms, {weights} weights: adapters suit convolutions less",
@@ -124,23 +128,40 @@ def _norms(half: nn.Module, inputs: object, rounds: int, passes: float) -> Sugge
                 f"{rounds} rounds measure {numbers:.1f} numbers for each weight{enough}",
                 "calibrate=8 besides, where pictures have changed",
             )
-            work = _work(allotted(directions, sizes, shares), shares)
-            return Suggestion("norms", count, directions, weights, work, reasons)
+            return Suggestion("norms", count, directions, weights, probes.work, reasons)
     raise ValueError(f"{passes:g} passes a round are too few for one direction: raise passes")
+
+
+def _sides(layer: nn.Module) -> tuple[int, int]:
+    weight: Any = layer.weight
+    rows, columns = weight.flatten(1).shape
+    return rows, columns
+
+
+@dataclass(frozen=True)
+class _Probes:
+    """The most directions that fit a budget. shares: of a pass, by block. work: of a round, in passes."""
+
+    directions: int
+    shares: list[float]
+    work: float
+
+
+def _most(moving: nn.Module, count: int, inputs: Inputs, passes: float) -> _Probes | None:
+    """Of what moves in so many blocks; None where not even one direction a block fits."""
+    parameters = [p for p in moving.parameters() if p.requires_grad]
+    begins = blocks_of(moving, count, inputs)
+    sizes = [float(sum(parameters[t].numel() for t in begin.tensors)) for begin in begins]
+    shares = [begin.share for begin in begins]
+    fitting, directions = None, count
+    while (work := _work(allotted(directions, sizes, shares), shares)) <= 1.01 * passes:  # shares are no round numbers
+        fitting, directions = _Probes(directions, shares, work), directions + 1
+    return fitting
 
 
 def _work(counts: list[int], shares: list[float]) -> float:
     """Of a round's probes, and of going on from block to block."""
     return sum(n * share for n, share in zip(counts, shares, strict=True)) + shares[0] - shares[-1]
-
-
-def _directions(passes: float, sizes: list[float], shares: list[float]) -> int | None:
-    """The most directions whose work is no more than so many passes; None where not even one a block fits."""
-    fitting = None
-    directions = len(shares)
-    while _work(allotted(directions, sizes, shares), shares) <= 1.01 * passes:  # shares are no round numbers
-        fitting, directions = directions, directions + 1
-    return fitting
 
 
 def _patterns(half: nn.Module, chosen: Mapping[str, int], named: Mapping[str, nn.Module]) -> str:

@@ -24,7 +24,7 @@ from hosfl.settings import DEFAULTS
 
 CATEGORIES = (
     *("cut up", "labels up", "mask up", "multiplier down", "losses down", "scalars up", "scalars down", "gradient up"),
-    *("weights up", "weights down"),
+    *("weights up", "weights down", "statistics up", "samples up", "statistics down"),
 )
 PASSES = ("client forward", "client backward", "server forward", "server backward")
 

@@ -284,7 +284,8 @@ def _kinds(data: Dataset | Items) -> dict[str, tuple[str, tuple[int, ...]]]:
 class Batches:
     """A client's batches: `size` of its samples, or all if it has fewer; the same for every method of a seed.
 
-    per_token: labels are one for each token, and end with the batch's longest text.
+    per_token: labels are one for each token, and end with the batch's longest text. purpose: what they are for; other
+    samples for each.
     """
 
     data: Dataset | Items
@@ -292,9 +293,10 @@ class Batches:
     seed: int
     client: int
     per_token: bool = False
+    purpose: Purpose = Purpose.BATCHES
 
     def __call__(self, round: int) -> Batch:
-        random = generator(self.seed, Purpose.BATCHES, round, self.client)
+        random = generator(self.seed, self.purpose, round, self.client)
         chosen = torch.from_numpy(random.choice(len(self.data), min(self.size, len(self.data)), replace=False))
         batch = read(self.data[chosen], derive(round_seed(self.seed, Purpose.READING, round), self.client, 0))
         batch = batch.trimmed(self.per_token)

@@ -1,0 +1,149 @@
+"""Running statistics of the client half's normalisations, estimated anew where inputs are not what they were.
+
+Forward passes alone find them: Li et al., "Revisiting batch normalization for practical domain adaptation", 2016. A
+client's are the means over its batches of a batch's own mean and unbiased variance, as torch.optim.swa_utils.update_bn
+makes them; the run's are the aggregate of the clients'. How far the clients' means lie apart is in no variance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from hosfl.halves.inputs import Batch, call
+from hosfl.probing.probe import evaluating
+from hosfl.protocol.aggregate import Aggregation
+from hosfl.protocol.messages import MessageError, Statistics
+
+
+def running(half: nn.Module) -> dict[str, Tensor]:
+    """The half's running statistics by their names in its state dict: of each normalisation the mean, the variance."""
+    return {
+        f"{path}.{name}" if path else name: getattr(norm, name)
+        for path, norm in _norms(half).items()
+        for name in ("running_mean", "running_var")
+    }
+
+
+def flat(half: nn.Module) -> Tensor:
+    """The same end to end, as they travel: float32 [n], a copy on the CPU, n two for every channel."""
+    return torch.cat([t.detach().float().cpu() for t in running(half).values()])
+
+
+def load(half: nn.Module, values: Tensor) -> None:
+    """Give a half the statistics of `flat`. Raises MessageError, with nothing changed, where they cannot be its own."""
+    tensors = list(running(half).values())
+    sizes = [len(t) for t in tensors]
+    check(values, sizes, tensors[0].dtype)
+    with torch.no_grad():
+        for tensor, part in zip(tensors, values.split(sizes), strict=True):
+            tensor.copy_(part)
+
+
+def check(values: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> None:
+    """Raises MessageError for values that are not, by turns, means and variances of such sizes, finite in the dtype."""
+    if len(values) != sum(sizes):
+        raise MessageError(f"{len(values)} statistics where normalisations have {sum(sizes)}")
+    if not torch.isfinite(values.to(dtype)).all():
+        raise MessageError("infinite or NaN statistics")
+    if any((variances < 0).any() for variances in values.split(list(sizes))[1::2]):
+        raise MessageError("negative variances")
+
+
+def estimated(half: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, int]:
+    """The statistics that a half has on some batches, as `flat` gives them, and how many samples these are.
+
+    One forward pass each, without a graph: normalisations of the statistics that are estimated normalise by the batch,
+    all else is in eval mode. The half stays as it is.
+
+    Raises ValueError, as BatchNorm does, for a batch of one value per channel.
+    """
+    norms, samples = list(_norms(half).values()), 0
+    sums = [torch.zeros(2, len(norm.running_mean), dtype=torch.float64) for norm in norms]  # type: ignore[arg-type]
+    calls = [0] * len(norms)
+
+    def taken_in(number: int) -> Callable[..., None]:
+        def take_in(norm: _NormBase, *_: object) -> None:
+            sums[number] += torch.stack([norm.running_mean, norm.running_var]).double().cpu()  # type: ignore[list-item]
+            calls[number] += 1
+
+        return take_in
+
+    with evaluating(half), _of_one_batch(norms):
+        hooks = [norm.register_forward_hook(taken_in(number)) for number, norm in enumerate(norms)]
+        try:
+            for inputs, labels in batches:
+                call(half, inputs)
+                samples += len(labels)
+        finally:
+            for hook in hooks:
+                hook.remove()
+    found = flat(half).split([s.numel() for s in sums])  # as they were, for a normalisation that nothing goes through
+    means = [(s / n).float().flatten() if n else old for s, n, old in zip(sums, calls, found, strict=True)]
+    return torch.cat(means), samples
+
+
+@contextmanager
+def _of_one_batch(norms: Sequence[_NormBase]) -> Iterator[None]:
+    """Running statistics become those of each batch alone. All is as before afterwards, but for the mode."""
+    momenta = [norm.momentum for norm in norms]
+    buffers = [b for norm in norms for b in norm.buffers()]
+    before = [b.clone() for b in buffers]
+    try:
+        for norm in norms:
+            norm.momentum, norm.training = 1.0, True
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        with torch.no_grad():
+            for buffer, was in zip(buffers, before, strict=True):
+                buffer.copy_(was)
+
+
+def _norms(half: nn.Module) -> dict[str, _NormBase]:
+    """The modules with running statistics, by name, in their order."""
+    return {
+        name: module
+        for name, module in half.named_modules()
+        if isinstance(module, _NormBase) and module.track_running_stats and module.running_mean is not None
+    }
+
+
+@dataclass
+class RunningStatistics:
+    """What the server knows of the client half's: float32 [n] as committed, at first those of the model.
+
+    sizes: of the means and the variances of each normalisation. dtype: of the half's own. most: samples that one client
+    may measure them on.
+    """
+
+    values: Tensor
+    sizes: Sequence[int]
+    dtype: torch.dtype
+    most: int
+
+    @classmethod
+    def of(cls, half: nn.Module, most: int) -> RunningStatistics:
+        """Those of a half that has some."""
+        tensors = list(running(half).values())
+        return cls(flat(half), [len(t) for t in tensors], tensors[0].dtype, most)
+
+    def samples(self, message: Statistics) -> int:
+        """How many samples a client's statistics are of. Raises MessageError for those that cannot be aggregated."""
+        check(message.statistics, self.sizes, self.dtype)
+        count = int(message.samples[0]) if len(message.samples) == 1 else 0
+        if not 0 < count <= self.most:
+            raise MessageError(f"statistics of {message.samples.tolist()} samples: from 1 to {self.most} are possible")
+        return count
+
+    def commit(self, found: Sequence[Statistics], aggregation: Aggregation) -> None:
+        """The clients' aggregate, weighted by their samples; with no clients all stays."""
+        if found:
+            weights = [self.samples(message) for message in found]
+            self.values = aggregation([message.statistics for message in found], weights).float()
