@@ -269,10 +269,10 @@ def test_a_start_that_finds_another_run_at_the_last_moment_leaves_it_alone(tmp_p
 
     made = trainer.assemble
 
-    def slowly(config, task):  # meanwhile another process runs there, and ends
+    def slowly(config, **more):  # meanwhile another process runs there, and ends
         monkeypatch.setattr(trainer, "assemble", made)
         train(config, tmp_path / "run")
-        return made(config, task=task)
+        return made(config, **more)
 
     monkeypatch.setattr(trainer, "assemble", slowly)
     with pytest.raises(FileExistsError, match="another run"):
