@@ -176,6 +176,8 @@ def test_two_numbers_per_channel_on_the_wire(task):
     plain = train(task, **settings(rounds=1, calibrate=0))
     assert not {name for name in plain.bytes if name.startswith(("statistics", "samples"))}
     assert summary.passes["client forward"] == plain.passes["client forward"] + 3 * CALIBRATE * BATCH
+    room = made(task).server.largest_message - made(task, calibrate=0).server.largest_message
+    assert room == 4 * NUMBERS  # more is not even read
     # Whoever comes later is sent them once.
     longer = train(task, **settings(rounds=8))
     assert longer.bytes["statistics down"] == 4 * 4 * NUMBERS
