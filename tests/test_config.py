@@ -118,6 +118,7 @@ UNSEEN = {
     "snapshot_every",
     "keep",
     "device",
+    "calibrate",  # of a half without BatchNorm there is nothing to: tests/test_calibration.py
     "blocks",  # of a half with one layer that moves there is one: tests/test_blocks.py
 }
 # Read, but without a trace here: what does not move is stored narrow, where --frozen says so; gradients are summed in

@@ -260,7 +260,7 @@ def memory_note(measured: dict[str, Any]) -> str:
     return (
         f"One client in a process of its own: {what} during a round, above the weights of its half. The dotted line:"
         f" {measured['bound']:.2f} times float32 inference plus three cut tensors, the bound for"
-        f" {' and '.join(BOUNDED)}."
+        f" {', '.join(BOUNDED)}; the last may have two cut tensors more."
     )
 
 
