@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from hosfl.halves.blocks import Begin, allotted, blocks_of
+from hosfl.halves.blocks import Begin, blocks_of, work
 from hosfl.halves.families import packaged_minilm, pretrained_model
-from hosfl.halves.inputs import call
+from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.split import split
 from hosfl.halves.trains import moving_only
 from hosfl.methods.ho import ZerothOrderClient, make_run
-from hosfl.probing.probe import evaluating, trainable
+from hosfl.probing.probe import trainable
 from hosfl.protocol.messages import Multiplier
 from hosfl.runs.config import Config
 from hosfl.runs.report import machine
@@ -36,9 +36,9 @@ def least(works: dict[str, Callable[[], Any]]) -> dict[str, float]:
     """CPU seconds of each, taken in turn: the least of several."""
     found = dict.fromkeys(works, float("inf"))
     for _ in range(REPEATS):
-        for name, work in works.items():
+        for name, once in works.items():
             begin = time.process_time()
-            work()
+            once()
             found[name] = min(found[name], time.process_time() - begin)
     return found
 
@@ -60,7 +60,7 @@ def measured() -> dict[str, Any]:
         for count in (1, 3):
             config = Config(directions_from="fresh", rule="adamw", directions=DIRECTIONS, blocks=count)
             begins: list[Begin] = blocks_of(half, count, inputs)
-            run = make_run(config, parameters, begins if count > 1 else ())
+            run = make_run(config, parameters, begins)
             client = ZerothOrderClient(0, half, lambda round: (inputs, labels), run=run, begins=begins)
             client.output(0)
 
@@ -70,10 +70,8 @@ def measured() -> dict[str, Any]:
 
             name = f"a round of {DIRECTIONS} directions" + (f" in {count} blocks" if count > 1 else "")
             works[name] = probe
-            sizes = [float(sum(parameters[t].numel() for t in begin.tensors)) for begin in begins]
-            shares = [begin.share for begin in begins]
-            probes = sum(n * c for n, c in zip(allotted(DIRECTIONS, sizes, shares), shares, strict=True))
-            counted[name] = 1 + probes + shares[0] - shares[-1]
+            counts = [block.directions for block, _ in run.parts()]
+            counted[name] = 1 + work(counts, [begin.share for begin in begins])
         seconds = least(works)
     one = seconds.pop("a forward pass")
     rows = {name: {"counted": counted[name], "timed": s / one, "seconds": s} for name, s in seconds.items()}

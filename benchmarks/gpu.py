@@ -43,8 +43,9 @@ if importlib.util.find_spec("safetensors") is None:
     sys.modules["safetensors"] = sys.modules["safetensors.torch"] = MagicMock()
 
 from hosfl.files import write_atomically
+from hosfl.halves.inputs import evaluating
 from hosfl.optim import ZOSGD
-from hosfl.probing.probe import evaluating, probe_in_place, probe_untouched, trainable
+from hosfl.probing.probe import probe_in_place, probe_untouched, trainable
 from hosfl.runs.report import machine
 
 ROOT = Path(__file__).parent.parent

@@ -8,10 +8,11 @@ import torch
 
 from benchmarks.ways import BFLOAT16, FLOAT16, RANDN_PRODUCTS, RANDN_RECORDS, WAYS
 from hosfl.halves.families import packaged_minilm, pretrained_model
+from hosfl.halves.inputs import evaluating
 from hosfl.halves.split import split
 from hosfl.halves.trains import moving_only
 from hosfl.probing.batched import probe_batched, probe_forward_batched
-from hosfl.probing.probe import evaluating, probe_forward, probe_untouched
+from hosfl.probing.probe import probe_forward, probe_untouched
 
 
 @pytest.mark.parametrize("way", [*WAYS, *BFLOAT16, *FLOAT16], ids=lambda w: f"{w.group}: {w.name}")

@@ -13,7 +13,7 @@ from torch._C import _functorch as functorch
 
 from hosfl import Config, train
 from hosfl.halves.families import packaged_minilm, pretrained_model
-from hosfl.halves.inputs import call
+from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.narrow import narrowed
 from hosfl.halves.split import split
 from hosfl.halves.trains import moving_only
@@ -21,7 +21,7 @@ from hosfl.methods import ho
 from hosfl.probing import batched
 from hosfl.probing.batched import probe_batched, probe_forward_batched
 from hosfl.probing.displaced import Displacement
-from hosfl.probing.probe import Moved, evaluating, probe_forward, probe_in_place, probe_untouched, trainable
+from hosfl.probing.probe import Moved, probe_forward, probe_in_place, probe_untouched, trainable
 from hosfl.protocol.lattice import Lattice
 from hosfl.protocol.messages import Multiplier
 from hosfl.runs.assemble import assemble

@@ -12,10 +12,10 @@ from hosfl import Config, Task, split, train
 from hosfl.halves.blocks import Begin, BlockRun, allotted, blocks_of
 from hosfl.halves.chain import CutError
 from hosfl.halves.families import FAMILIES, example_inputs, untrained
-from hosfl.halves.inputs import call
+from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.trains import moving_only
 from hosfl.methods.ho import ZerothOrderClient, make_run
-from hosfl.probing.probe import evaluating, trainable
+from hosfl.probing.probe import trainable
 from hosfl.protocol.log import Log
 from hosfl.protocol.messages import Multiplier
 from hosfl.protocol.rebuild import rebuild as without_torch

@@ -11,12 +11,12 @@ from torch import nn
 
 from benchmarks.readme import RESULTS
 from hosfl import Config, train
-from hosfl.halves.inputs import call
+from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.split import split
 from hosfl.methods.first_order import FirstOrderClient
 from hosfl.probing import probe
 from hosfl.probing.forward_mode import Tangents, derivative
-from hosfl.probing.probe import evaluating, probe_backward, probe_forward, probe_in_place, probe_untouched, trainable
+from hosfl.probing.probe import probe_backward, probe_forward, probe_in_place, probe_untouched, trainable
 from hosfl.protocol.lattice import Lattice
 from hosfl.protocol.messages import Multiplier
 from hosfl.protocol.replica import digest

@@ -14,12 +14,12 @@ from torch import nn
 
 from hosfl import Config, rebuild, train
 from hosfl.cli import main
-from hosfl.halves.inputs import call
+from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.narrow import BITS, GROUP, _made, made_again, narrowed
 from hosfl.halves.split import dtype_of, split
 from hosfl.halves.trains import moving_only
 from hosfl.probing.forward_mode import derivative
-from hosfl.probing.probe import evaluating, probe_backward, probe_forward, probe_in_place, probe_untouched, trainable
+from hosfl.probing.probe import probe_backward, probe_forward, probe_in_place, probe_untouched, trainable
 from hosfl.protocol.lattice import Lattice
 from hosfl.protocol.log import LogError
 from hosfl.runs.assemble import assemble

@@ -16,8 +16,9 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from torch.profiler import profile
 
+from hosfl.halves.inputs import evaluating
 from hosfl.probing.displaced import Displacement, evaluate_displaced
-from hosfl.probing.probe import evaluating, probe_in_place, probe_untouched, trainable
+from hosfl.probing.probe import probe_in_place, probe_untouched, trainable
 from hosfl_kernels import perturb_, snap_
 
 MU = 2.0**-8

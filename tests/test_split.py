@@ -10,9 +10,10 @@ from torch import nn
 
 from hosfl.cli import main
 from hosfl.halves.families import FAMILIES
+from hosfl.halves.inputs import evaluating
 from hosfl.halves.split import CutPoint, cut_points, split
 from hosfl.halves.verify import owners
-from hosfl.probing.probe import evaluating, probe_untouched
+from hosfl.probing.probe import probe_untouched
 
 LAYERS, LENGTH, WIDTH = 3, 7, 16
 SHAPE = {

@@ -8,14 +8,13 @@ LoRA of the same rank has r (in + out).
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hosfl.halves.inputs import Inputs, call, parts_of
+from hosfl.halves.inputs import Inputs, call, evaluating, mask_of, parts_of
 
 AT_ONCE = 32  # public samples in one forward pass
 
@@ -44,7 +43,7 @@ class LoraXS(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         output: Tensor = self.base_layer(x)
         low = x.reshape(-1, x.shape[-1]) @ self.A.T @ self.R.T
-        # One operation that adds as it multiplies: a third less than a product and a sum.
+        # One operation that adds as it multiplies: no second tensor of the output's size.
         return torch.addmm(output.reshape(-1, output.shape[-1]), low, self.B.T).view(output.shape)
 
     @property
@@ -97,6 +96,12 @@ def _transposed(module: nn.Module) -> bool:
     return known is not None and type(module).forward is known.Conv1D.forward
 
 
+def largest_rank(layer: nn.Module) -> int:
+    """That an adapter beside this layer can have: the smaller side of its weight as a matrix."""
+    weight: Any = layer.weight
+    return min(len(weight), weight[0].numel())
+
+
 def _matrix(layer: nn.Module) -> Tensor:
     """Its weight as [out, in], float64."""
     weight: Any = layer.weight
@@ -115,10 +120,9 @@ def add_adapters(half: nn.Module, layers: Mapping[str, nn.Module], rank: int, pu
     """
     if "" in layers:
         raise ValueError(f"the client half is itself a {type(half).__name__}: put it into an nn.Sequential")
-    sides = {path: min(_matrix(layer).shape) for path, layer in layers.items()}
-    smallest = min(sides, key=lambda path: sides[path])
-    if rank > sides[smallest]:
-        raise ValueError(f"rank {rank} is too large for {smallest}: {sides[smallest]} at most, or leave that layer out")
+    smallest = min(layers, key=lambda path: largest_rank(layers[path]))
+    if rank > (most := largest_rank(layers[smallest])):
+        raise ValueError(f"rank {rank} is too large for {smallest}: {most} at most, or leave that layer out")
     moments = None if public is None else second_moments(half, layers, public)
     made = {}
     for path, layer in layers.items():
@@ -194,7 +198,6 @@ def signed(rows: Tensor) -> Tensor:
 # --- inputs of layers ---------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def second_moments(half: nn.Module, layers: Mapping[str, nn.Module], samples: Inputs) -> dict[str, Tensor]:
     """C = sum x x^T, float32 [in, in], over the inputs of each of these layers; of a convolution over its patches.
 
@@ -229,11 +232,6 @@ def second_moments(half: nn.Module, layers: Mapping[str, nn.Module], samples: In
     return moments
 
 
-def mask_of(inputs: Inputs) -> Tensor | None:
-    """The attention mask of a batch, where it has one."""
-    return inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-
-
 def rows_of(layer: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
     """A layer's inputs as rows [n, in], without those that an attention mask [batch, length] leaves out."""
     if isinstance(layer, CONVOLUTIONS):
@@ -245,15 +243,3 @@ def rows_of(layer: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
     if mask is not None and x.dim() == 3 and x.shape[:2] == mask.shape:
         return x[mask.bool()]
     return x.reshape(-1, x.shape[-1])
-
-
-@contextmanager
-def evaluating(half: nn.Module) -> Iterator[None]:
-    """Eval mode, as it was before afterwards."""
-    modes = [(module, module.training) for module in half.modules()]
-    half.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training

@@ -8,7 +8,7 @@ a probe, and twice 1/6 a round to go on from one block to the next.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from hosfl.halves.chain import CutError
 from hosfl.halves.families import ClientHalf
-from hosfl.halves.inputs import Inputs, call
-from hosfl.halves.split import halves_at, places
+from hosfl.halves.inputs import Inputs, call, evaluating, mask_of
+from hosfl.halves.split import way_of
 
 LEAST = 0.01  # of a pass: what has no matrix product takes time all the same
 
@@ -49,7 +49,7 @@ def blocks_of(half: nn.Module, count: int, inputs: Inputs) -> list[Begin]:
     moving = [p for p in half.parameters() if p.requires_grad]
     if count == 1:
         return [Begin("", tuple(range(len(moving))), 1.0)]
-    entries, layer = ["", *places(_inner(half))], layers_of(half, moving)
+    layer = layers_of(half, moving)
     layers = sorted(set(layer))
     if count > len(layers):
         raise ValueError(
@@ -57,42 +57,37 @@ def blocks_of(half: nn.Module, count: int, inputs: Inputs) -> list[Begin]:
             "blocks or fewer, or let more move by trains"
         )
     groups = [group.tolist() for group in np.array_split(layers, count)]
-    modes = [(m, m.training) for m in half.modules()]
-    half.eval()
-    try:
-        whole, cut = _counted(half, inputs)
-        begins = []
-        for group in groups:
-            entry = entries[group[0]]
-            run = BlockRun(half, [entry])
-            with torch.no_grad(), run.kept():
-                call(half, inputs)
-            work, again = _counted(*run.at(0, inputs))
+    entries = entries_of(half)
+    run = BlockRun(half, [entries[group[0]] for group in groups])
+    begins = []
+    with evaluating(half):
+        with run.kept():
+            whole, cut = _counted(half, inputs)
+        for number, group in enumerate(groups):
+            work, again = _counted(*run.at(number, inputs))
+            entry = run.entries[number]
             if not torch.equal(cut, again):
                 raise CutError(f"the client half from {entry or 'its beginning'} on does not give its own output")
-            tensors = tuple(t for t, number in enumerate(layer) if number in group)
+            tensors = tuple(t for t, of in enumerate(layer) if of in group)
             begins.append(Begin(entry, tensors, max(work / whole, LEAST) if whole else 1.0))
-    finally:
-        for m, training in modes:
-            m.training = training
     return begins
 
 
+def entries_of(half: nn.Module) -> list[str]:
+    """The names of a half's layers, as its own cut points have them; the first is "", for what comes before them."""
+    return ["", *way_of(_inner(half)).places]
+
+
 def layers_of(half: nn.Module, parameters: Sequence[Tensor]) -> list[int]:
-    """Of each parameter of a half the layer that uses it first, by number; 0 is what comes before the first place.
+    """Of each parameter of a half the layer that uses it first, by its number in `entries_of`.
 
     It is the last place at which the half could be cut with the parameter behind the cut.
     """
-    layers = [0] * len(parameters)
-    for number, entry in enumerate(places(_inner(half)), 1):
-        before = {id(p) for p in halves_at(_inner(half), entry)[0].parameters()}
+    layers, way = [0] * len(parameters), way_of(_inner(half))
+    for number, place in enumerate(way.places.values(), 1):
+        before = {id(p) for p in way.cut(place)[0].parameters()}
         layers = [last if id(p) in before else number for p, last in zip(parameters, layers, strict=True)]
     return layers
-
-
-def entry_of(half: nn.Module, layer: int) -> str:
-    """The name of a layer of `layers_of`, as the half's own cut points have it; "" for the beginning."""
-    return ["", *places(_inner(half))][layer]
 
 
 def allotted(directions: int, sizes: Sequence[float], shares: Sequence[float]) -> list[int]:
@@ -115,6 +110,11 @@ def allotted(directions: int, sizes: Sequence[float], shares: Sequence[float]) -
     return [int(count) for count in counts]
 
 
+def work(counts: Sequence[int], shares: Sequence[float]) -> float:
+    """Of a round's probes, P_b of each block, and of going on from block to block, in passes of the whole half."""
+    return sum(n * share for n, share in zip(counts, shares, strict=True)) + shares[0] - shares[-1]
+
+
 class _Reached(Exception):
     """The forward pass has come to the next block, and need not go on."""
 
@@ -128,8 +128,10 @@ class BlockRun:
 
     def __init__(self, half: nn.Module, entries: Sequence[str]) -> None:
         self.half, self.entries = half, list(entries)
-        inner = _inner(half)
-        self.rests = [halves_at(inner, entry)[1] if entry else half for entry in entries]
+        self.rests = [half] * len(self.entries)
+        if any(self.entries):
+            way = way_of(_inner(half))
+            self.rests = [way.cut(way.places[entry])[1] if entry else half for entry in self.entries]
         self._input: Tensor | None = None
         self._block = 0
 
@@ -174,7 +176,7 @@ class BlockRun:
             return inputs
         if self._input is None:
             raise CutError(f"the forward pass does not come to {self.entries[block]}")
-        mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+        mask = mask_of(inputs)
         return self._input if mask is None else {"cut": self._input, "attention_mask": mask}
 
     @contextmanager
@@ -199,17 +201,10 @@ def _inner(half: nn.Module) -> nn.Module:
     return half.trunk if isinstance(half, ClientHalf) else half
 
 
-@torch.no_grad()
 def _counted(module: nn.Module, inputs: Inputs) -> tuple[int, Tensor]:
     """(floating-point operations, output) of a forward pass in eval mode."""
     from torch.utils.flop_counter import FlopCounterMode  # seconds to import
 
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        with FlopCounterMode(display=False) as counter:
-            output = call(module, inputs)
-    finally:
-        for m, training in modes:
-            m.training = training
+    with evaluating(module), FlopCounterMode(display=False) as counter:
+        output = call(module, inputs)
     return counter.get_total_flops(), output

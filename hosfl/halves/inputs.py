@@ -1,11 +1,13 @@
-"""What a half takes: a batch's inputs, whole and in parts."""
+"""What a half takes: a batch's inputs, whole and in parts; and how it is called where nothing is learnt."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from operator import itemgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -17,6 +19,24 @@ def call(module: nn.Module, inputs: Inputs) -> Any:
     if isinstance(inputs, Mapping):
         return module(**inputs)
     return module(*inputs) if isinstance(inputs, tuple) else module(inputs)
+
+
+def mask_of(inputs: Inputs) -> Tensor | None:
+    """The attention mask of a batch, where it has one."""
+    return inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode and no graph, as it was before afterwards."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for m, training in modes:
+            m.training = training
 
 
 def parts_of(inputs: Inputs, samples: int) -> Iterator[Inputs]:

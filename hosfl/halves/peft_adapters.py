@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from hosfl.halves.adapters import mask_of, rows_of
-from hosfl.halves.inputs import Inputs, call
+from hosfl.halves.adapters import rows_of
+from hosfl.halves.inputs import Inputs, call, mask_of
 
 
 def with_peft() -> Any:

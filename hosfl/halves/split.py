@@ -36,7 +36,7 @@ from hosfl.halves.families import (
     transformer_layers,
     waves,
 )
-from hosfl.halves.inputs import Inputs, call
+from hosfl.halves.inputs import Inputs, call, mask_of
 from hosfl.halves.verify import ExampleError, on_meta, verify_halves
 
 
@@ -58,7 +58,7 @@ class SplitModel(nn.Module):
         cut = call(self.client, inputs)
         if not isinstance(cut, Tensor):
             raise CutError(f"the cut must be one tensor, and the client half makes a {type(cut).__name__}")
-        mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+        mask = mask_of(inputs)
         masks = {} if mask is None else {"attention_mask": mask}
         output: Tensor = self.server(cut.to(dtype_of(self.server)), **masks)
         return output
@@ -107,7 +107,7 @@ def split(model: nn.Module, at: int | str, *, example: Inputs | None = None, ver
     a cut that is none of its cut points, which it names, and where an example is needed.
     """
     inner = _inside(model)
-    way = _way(inner)
+    way = way_of(inner)
     if isinstance(at, str) and at not in way.places and way.finer and has(inner, at):
         found = chain(inner, at)
         _refuse_hooks(found.model, found.opened)
@@ -123,23 +123,12 @@ def split(model: nn.Module, at: int | str, *, example: Inputs | None = None, ver
     return halves
 
 
-def places(model: nn.Module) -> dict[str, int]:
-    """The names and numbers of the layers before which a model can be cut. Raises CutError where there is no way."""
-    return _way(_inside(model)).places
-
-
-def halves_at(model: nn.Module, name: str) -> tuple[nn.Module, nn.Module]:
-    """What runs before a layer, and what runs from there on. All weights are the model's own, tied ones too."""
-    way = _way(_inside(model))
-    return way.cut(way.places[name])
-
-
 def cut_points(model: nn.Module, inputs: Inputs | None = None) -> list[CutPoint]:
     """Every place where `split` can cut a model. inputs: an example; model and example may be on the meta device.
 
     Raises TypeError for a model that cannot be cut.
     """
-    way = _way(_inside(model))
+    way = way_of(_inside(model))
     points = []
     for name, number in way.places.items():
         halves = _halves(*way.cut(number))
@@ -186,23 +175,26 @@ WRAPPERS = {
 
 
 @dataclass(frozen=True)
-class _Way:
-    """How to cut a model: its cut points, and the halves from the number of one. finer: whether others have names."""
+class Way:
+    """How to cut a model: its cut points, and the halves from the number of one. finer: whether others have names.
+
+    All weights of the halves are the model's own, tied ones too.
+    """
 
     places: dict[str, int]
     cut: Callable[[int], tuple[nn.Module, nn.Module]]
     finer: bool = True
 
 
-def _way(model: nn.Module) -> _Way:
+def way_of(model: nn.Module) -> Way:
     """Raises CutError where there is none."""
     if transformer_layers(model) is not None:
         _refuse_hooks(model, ancestors(model))
-        return _Way(_transformer_places(model), partial(cut_transformer, model), finer=False)
+        return Way(_transformer_places(model), partial(cut_transformer, model), finer=False)
     if _plain_sequence(model):
         _refuse_hooks(model, [model])
         names = list(model._modules)
-        return _Way({name: number for number, name in enumerate(names) if number}, partial(_cut_sequence, model))
+        return Way({name: number for number, name in enumerate(names) if number}, partial(_cut_sequence, model))
     config = getattr(model, "config", None)
     if hasattr(config, "model_type"):
         raise CutError(
@@ -219,7 +211,7 @@ def _way(model: nn.Module) -> _Way:
         ) from error
     _refuse_hooks(model, found.opened)
     named = {number: name for name, number in found.places.items()}
-    return _Way(found.places, lambda number: found.cut(named[number]))
+    return Way(found.places, lambda number: found.cut(named[number]))
 
 
 def _transformer_places(model: nn.Module) -> dict[str, int]:

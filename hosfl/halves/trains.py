@@ -73,14 +73,14 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch(name, pattern.strip()) for pattern in patterns)
 
 
-def _told(trains: str, example: str) -> tuple[int, list[str]]:
-    """The rank and the patterns of KIND:RANK:LAYERS; of KIND alone rank 8, where the example is so. ValueError."""
-    _, colon, rest = trains.partition(":")
+def _told(trains: str, default: int | None = None) -> tuple[int, list[str]]:
+    """The rank and the patterns of KIND:RANK:LAYERS; of KIND alone the default rank, if there is one. ValueError."""
+    kind, colon, rest = trains.partition(":")
     rank, _, patterns = rest.partition(":")
-    if not colon and example.startswith("lora"):
-        return RANK, []
+    if not colon and default is not None:
+        return default, []
     if not (rank.isdecimal() and int(rank) > 0):
-        raise ValueError(f"the rank must be a whole number from 1 on, as in {example}")
+        raise ValueError(f"the rank must be a whole number from 1 on, as in {kind}:4")
     return int(rank), patterns.split(",") if patterns else []
 
 
@@ -95,7 +95,7 @@ def _chosen(trains: str, names: Iterable[str], patterns: list[str], kind: str) -
 
 
 def _add_lora(half: nn.Module, trains: str, seed: int) -> None:
-    rank, patterns = _told(trains, "lora:4")
+    rank, patterns = _told(trains, RANK)
     linear = {name for name, module in half.named_modules() if isinstance(module, nn.Linear)}
     with_peft()
     from peft import LoraConfig, inject_adapter_in_model
@@ -110,7 +110,7 @@ def _add_lora(half: nn.Module, trains: str, seed: int) -> None:
 
 def _add_xs(half: nn.Module, trains: str, public: Inputs | None) -> None:
     kind = trains.partition(":")[0]
-    rank, patterns = _told(trains, f"{kind}:4")
+    rank, patterns = _told(trains)
     layers = {name: module for name, module in half.named_modules() if adaptable(module)}
     chosen = _chosen(trains, layers, patterns, "linear layer or convolution")
     if kind == "act" and public is None:

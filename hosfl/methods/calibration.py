@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from hosfl.halves.inputs import Batch, call
-from hosfl.probing.probe import evaluating
+from hosfl.halves.inputs import Batch, call, evaluating
 from hosfl.protocol.aggregate import Aggregation
 from hosfl.protocol.messages import MessageError, Statistics
 

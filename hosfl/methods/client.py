@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from hosfl.halves.inputs import Batch, call
+from hosfl.halves.inputs import Batch, call, evaluating
 from hosfl.methods import calibration
-from hosfl.probing.probe import evaluating
 from hosfl.protocol.messages import (
     Calibration,
     Cut,

@@ -15,14 +15,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hosfl.halves.inputs import Batch, Inputs, call, parts_of
+from hosfl.halves.inputs import Batch, Inputs, call, evaluating, parts_of
 from hosfl.halves.narrow import made_again
 from hosfl.methods.client import Client
 from hosfl.methods.gathered import shrinking
 from hosfl.methods.ledger import Ledger, Rate, State, WholeWeights, descend, load_vector, make_optimizer, step_size
 from hosfl.methods.method import LEARNS, Method, Way
 from hosfl.methods.state import pack_optimizer, part, prefixed, unpack_optimizer
-from hosfl.probing.probe import evaluating, trainable
+from hosfl.probing.probe import trainable
 from hosfl.protocol.aggregate import Aggregation, RunningLength, weighted_mean
 from hosfl.protocol.messages import (
     Gradient,

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
@@ -21,22 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from hosfl.halves.blocks import Begin, BlockRun, allotted, blocks_of
-from hosfl.halves.inputs import Batch, Inputs, call
+from hosfl.halves.inputs import Batch, Inputs, call, evaluating
 from hosfl.methods.client import Client
 from hosfl.methods.ledger import ADAM, MOMENTUM, Ledger, SeedReplay, Step, make_optimizer
 from hosfl.methods.method import LEARNS, PROBES, Method, Way
 from hosfl.methods.steps import POOL_BETAS, FreshStep, PoolStep
 from hosfl.named import label
 from hosfl.probing.batched import probe_batched, probe_forward_batched
-from hosfl.probing.probe import (
-    Moved,
-    evaluating,
-    probe_backward,
-    probe_forward,
-    probe_in_place,
-    probe_untouched,
-    trainable,
-)
+from hosfl.probing.probe import Moved, probe_backward, probe_forward, probe_in_place, probe_untouched, trainable
 from hosfl.protocol.lattice import Lattice
 from hosfl.protocol.messages import (
     Cut,
@@ -133,51 +126,55 @@ class ZerothOrderClient(Client):
         self.seconds.answer += time.perf_counter() - begin
         return Scalars(client=self.number, round=self._round, epoch=self.epoch, scalars=torch.cat(found))
 
+    @contextmanager
+    def _from(self, number: int) -> Iterator[tuple[nn.Module, Inputs]]:
+        """What to call for a pass from a block to the cut, in eval mode and without a graph."""
+        with evaluating(self.half):
+            module, inputs = self.blocks.at(number, self._inputs)
+            with evaluating(module):
+                yield module, inputs
+
     def _backward(self, multiplier: Tensor, seeds: Sequence[int]) -> Tensor:
         measured = [positions for block, positions in self.run.parts() for _ in block.tensors]
         order = [t for block, _ in self.run.parts() for t in block.tensors]
-        with evaluating(self.half):
-            module, inputs = self.blocks.at(0, self._inputs)
-            with evaluating(module):
-                found = probe_backward(
-                    module,
-                    inputs,
-                    multiplier,
-                    seeds,
-                    self.run.dist,
-                    microbatch=self.microbatch,
-                    moved=self.moved.some(order),
-                    measured=measured,
-                )
+        with self._from(0) as (module, inputs):
+            found = probe_backward(
+                module,
+                inputs,
+                multiplier,
+                seeds,
+                self.run.dist,
+                microbatch=self.microbatch,
+                moved=self.moved.some(order),
+                measured=measured,
+            )
         self._count(forward=self.begins[0].share, backward=self.begins[0].share)
         return found
 
     def _probe(self, number: int, moved: Moved, multiplier: Tensor, seeds: Sequence[int]) -> Tensor:
         """Forward passes from a block to the cut, along directions that move it alone."""
         run, mu, two_sided = self.run, self.replica.mu, self.run.estimator == "two-sided"
-        with evaluating(self.half):
-            module, inputs = self.blocks.at(number, self._inputs)
-            with evaluating(module):
-                if self.probes_at_once > 1:
-                    found = self._batched(module, inputs, moved, multiplier, seeds)
-                elif run.estimator == "forward":
-                    found = probe_forward(module, inputs, multiplier, seeds, run.dist, moved=moved)
-                elif run.lattice is not None:
-                    found = probe_in_place(
-                        lambda: call(module, inputs),
-                        moved.tensors,
-                        moved.streams,
-                        multiplier,
-                        self._cut,
-                        seeds,
-                        mu,
-                        moved.factors,
-                        two_sided,
-                    )
-                else:
-                    found = probe_untouched(
-                        module, inputs, multiplier, self._cut, seeds, mu, run.dist, two_sided=two_sided, moved=moved
-                    )
+        with self._from(number) as (module, inputs):
+            if self.probes_at_once > 1:
+                found = self._batched(module, inputs, moved, multiplier, seeds)
+            elif run.estimator == "forward":
+                found = probe_forward(module, inputs, multiplier, seeds, run.dist, moved=moved)
+            elif run.lattice is not None:
+                found = probe_in_place(
+                    lambda: call(module, inputs),
+                    moved.tensors,
+                    moved.streams,
+                    multiplier,
+                    self._cut,
+                    seeds,
+                    mu,
+                    moved.factors,
+                    two_sided,
+                )
+            else:
+                found = probe_untouched(
+                    module, inputs, multiplier, self._cut, seeds, mu, run.dist, two_sided=two_sided, moved=moved
+                )
         share = self.begins[number].share
         between = self.begins[number - 1].share - share if number else 0.0
         self._count(forward=between + (2 if two_sided else 1) * len(seeds) * share)
@@ -234,7 +231,7 @@ def power_of_two_scales(parameters: Sequence[Tensor]) -> list[float]:
 
 
 def make_run(config: Settings, parameters: list[nn.Parameter], begins: Sequence[Begin] = ()) -> Run:
-    """What all agree on. Puts the parameters on their lattice, if the run has one. begins: of its blocks, if any."""
+    """What all agree on. Puts the parameters on their lattice, if the run has one. begins: of its blocks."""
     rms = config.direction_scale == "rms"
     factors = power_of_two_scales(parameters) if rms else [1.0] * len(parameters)
     rule = client_rule(config)
@@ -256,8 +253,10 @@ def make_run(config: Settings, parameters: list[nn.Parameter], begins: Sequence[
 def _blocks(
     directions: int, begins: Sequence[Begin], parameters: Sequence[Tensor], factors: Sequence[float]
 ) -> tuple[Block, ...]:
+    if len(begins) < 2:
+        return ()  # every direction moves all
     sizes = [sum(parameters[t].numel() * factors[t] ** 2 for t in begin.tensors) for begin in begins]
-    counts = allotted(directions, sizes, [begin.share for begin in begins]) if begins else []
+    counts = allotted(directions, sizes, [begin.share for begin in begins])
     return tuple(Block(begin.tensors, n) for begin, n in zip(begins, counts, strict=True))
 
 
@@ -300,7 +299,7 @@ class HO(Method):
 
     def make_ledger(self) -> Ledger:
         setup, settings = self.setup, self.settings
-        self.begins = blocks_of(setup.base, settings.blocks, setup.sample) if settings.blocks > 1 else []
+        self.begins = blocks_of(setup.base, settings.blocks, setup.sample)
         self.run = run = make_run(settings, setup.parameters, self.begins)
         rate = self.rate(setup.rates.client)
         step: Step = FreshStep(run, rate, setup.length())
@@ -313,8 +312,5 @@ class HO(Method):
     def client(self, number: int, half: nn.Module, batch: Callable[[int], Batch]) -> Client:
         setup = self.setup
         shared: dict[str, Any] = {name: getattr(self.settings, name) for name in ("microbatch", "probes_at_once")}
-        if self.begins:
-            shared["begins"] = self.begins
-        return self.kind(
-            number, half, batch, run=self.run, base=lambda: setup.parameters, passes=setup.passes, **shared
-        )
+        shared |= {"run": self.run, "begins": self.begins, "passes": setup.passes}
+        return self.kind(number, half, batch, base=lambda: setup.parameters, **shared)

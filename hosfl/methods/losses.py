@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from hosfl.halves.inputs import Inputs
+from hosfl.halves.inputs import Inputs, evaluating
 from hosfl.methods.server import Server
 from hosfl.probing.displaced import Displacement, casts_forgotten, displaced, evaluate_displaced, refuse_writers
-from hosfl.probing.probe import evaluating, trainable
+from hosfl.probing.probe import trainable
 from hosfl.protocol.messages import Cut, Message, MessageError, ProbedCut
 
 

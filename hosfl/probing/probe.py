@@ -57,19 +57,6 @@ def trainable(module: nn.Module) -> tuple[list[nn.Parameter], list[int]]:
     return [p for p, _ in numbered], [stream for _, stream in numbered]
 
 
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode and no graph, as it was before afterwards."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for m, training in modes:
-            m.training = training
-
-
 def inner(multiplier: Tensor, output: Tensor, other: Tensor, distance: float) -> float:
     """<multiplier, output - other> / distance, summed in float64. The difference first: two products would cancel.
 

@@ -24,14 +24,14 @@ from torch import Tensor, nn
 
 from hosfl.halves.blocks import blocks_of
 from hosfl.halves.families import untrained
-from hosfl.halves.inputs import call
+from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.narrow import FROZEN, made_again, narrowed
 from hosfl.halves.split import dtype_of, split
 from hosfl.halves.trains import moving_only
 from hosfl.methods.first_order import FirstOrderClient
 from hosfl.methods.ho import ZerothOrderClient, make_run
 from hosfl.methods.tensors import decoded
-from hosfl.probing.probe import evaluating, trainable
+from hosfl.probing.probe import trainable
 from hosfl.protocol.messages import Message, Multiplier, encode
 from hosfl.runs.config import Config, with_shared
 from hosfl.runs.report import machine, peak_memory

@@ -1,8 +1,8 @@
 """What of a client half to move, and how, so that its clients learn from forward passes alone.
 
-A run measures P numbers a round about d weights. In trials on sentences and pictures (docs/forward-passes.md) a client
-learnt where the whole run had some fifteen numbers or more for every weight, and next to nothing below one. So the
-weights are made few enough for the budget, where they matter: in the layers next to the cut, whose probes are cheap.
+A run measures P numbers a round about d weights. In the studies (docs/results-studies.md) a client learns next to
+nothing where the whole run has less than one number for every weight, and more the more there are. So the weights are
+made few enough for the budget, where probes are cheap: in the layers next to the cut.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from typing import Any
 
 from torch import nn
 
-from hosfl.halves.adapters import adaptable
-from hosfl.halves.blocks import allotted, blocks_of, entry_of, layers_of
+from hosfl.halves.adapters import adaptable, largest_rank
+from hosfl.halves.blocks import allotted, blocks_of, entries_of, layers_of, work
 from hosfl.halves.inputs import Inputs
 from hosfl.halves.trains import moving_only
 from hosfl.protocol.seeds import Purpose, round_seed
@@ -78,7 +77,7 @@ def suggest(config: Settings, rounds: int = 300, passes: float = 5.0, task: Task
     layers = sorted(set(numbers))
     for count in range((len(layers) + 1) // 2, 0, -1):  # the last half of them, or fewer where the budget is small
         chosen = {path: n for path, n in zip(named, numbers, strict=True) if n in layers[-count:]}
-        smallest = min(min(_sides(named[path])) for path in chosen)
+        smallest = min(largest_rank(named[path]) for path in chosen)
 
         def at_rank(rank: int, chosen: Mapping[str, int] = chosen, count: int = count) -> _Probes | None:
             moving = moving_only(half(), f"xs:{rank}:{','.join(chosen)}", config.seed)
@@ -132,12 +131,6 @@ def _norms(half: nn.Module, inputs: Inputs, rounds: int, passes: float) -> Sugge
     raise ValueError(f"{passes:g} passes a round are too few for one direction: raise passes")
 
 
-def _sides(layer: nn.Module) -> tuple[int, int]:
-    weight: Any = layer.weight
-    rows, columns = weight.flatten(1).shape
-    return rows, columns
-
-
 @dataclass(frozen=True)
 class _Probes:
     """The most directions that fit a budget. shares: of a pass, by block. work: of a round, in passes."""
@@ -154,22 +147,17 @@ def _most(moving: nn.Module, count: int, inputs: Inputs, passes: float) -> _Prob
     sizes = [float(sum(parameters[t].numel() for t in begin.tensors)) for begin in begins]
     shares = [begin.share for begin in begins]
     fitting, directions = None, count
-    while (work := _work(allotted(directions, sizes, shares), shares)) <= 1.01 * passes:  # shares are no round numbers
-        fitting, directions = _Probes(directions, shares, work), directions + 1
+    while (cost := work(allotted(directions, sizes, shares), shares)) <= 1.01 * passes:  # shares are no round numbers
+        fitting, directions = _Probes(directions, shares, cost), directions + 1
     return fitting
-
-
-def _work(counts: list[int], shares: list[float]) -> float:
-    """Of a round's probes, and of going on from block to block."""
-    return sum(n * share for n, share in zip(counts, shares, strict=True)) + shares[0] - shares[-1]
 
 
 def _patterns(half: nn.Module, chosen: Mapping[str, int], named: Mapping[str, nn.Module]) -> str:
     """What `trains` calls these layers: the modules that hold them and no other, or each by its name."""
-    patterns = []
+    patterns, entries = [], entries_of(half)
     for number in sorted(set(chosen.values())):
         own = [path for path, of in chosen.items() if of == number]
-        entry = entry_of(half, number)
+        entry = entries[number]
         inside = [path for path in named if entry and fnmatch(path, f"*{entry}.*")]
         patterns += [f"*{entry}.*"] if inside == own else own
     return ",".join(patterns)
