@@ -31,6 +31,7 @@ RULES = {
     "adamw": AdamW(weight_decay=0.1),
     "adamw bfloat16": AdamW(weight_decay=0.1),
     "blocks": None,
+    "blocks sgd": SGD(),
     "blocks adamw": AdamW(weight_decay=0.1),
     "pool": None,
     "pool bfloat16": SGD(),

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from small import BLOCKS, FACTORS, small
 from torch import nn
 
 from hosfl import Config, Task, split, train
@@ -16,6 +17,7 @@ from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.trains import moving_only
 from hosfl.methods.ho import ZerothOrderClient, make_run
 from hosfl.probing.probe import trainable
+from hosfl.protocol.aggregate import RunningLength
 from hosfl.protocol.log import Log
 from hosfl.protocol.messages import Multiplier
 from hosfl.protocol.rebuild import rebuild as without_torch
@@ -341,6 +343,43 @@ def test_a_run_s_blocks_share_out_tensors_and_directions():
     for blocks in ((Block((0, 1), 4),), (Block((0, 1, 2), 4), Block((), 0)), (Block((0, 1), 2), Block((2,), 3))):
         with pytest.raises(ValueError, match="block"):
             Run(**shared, rule=SGD(), blocks=blocks)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dist"), [("blocks", "rademacher"), ("blocks sgd", "rademacher"), ("blocks sgd", "gaussian")]
+)
+def test_replay_moves_a_block_along_its_own_directions(kind, dist):
+    """Many rounds in one pass, against every direction added by hand where the record's position says."""
+    made = small(kind, dist=dist).play(5)
+    replica = made.replica()
+    expected = [t.detach().double() for t in replica.tensors]
+    for record in made.ledger.records[:]:
+        first = 0
+        for block in BLOCKS:
+            for position in range(first, first + block.directions):
+                (t,) = block.tensors
+                step = float(record.coefficients[position]) * (1.0 if kind == "blocks" else -record.rate)
+                u = torch.zeros(replica.tensors[t].shape)
+                seed, stream = made.run.seeds(record.round)[position], replica.streams[t]
+                replay_([u], [seed], [1.0], dist=dist, streams=[stream], factors=[FACTORS[t]])
+                expected[t] += step * u.double()
+            first += block.directions
+    replica.apply(made.since(replica))
+    assert replica.applied == 5
+    for tensor, value in zip(replica.tensors, expected, strict=True):
+        assert float((tensor.double() - value).abs().max()) < 1e-6
+    moved = [float((t - b).abs().max()) for t, b in zip(replica.tensors, replica.base(), strict=True)]
+    assert min(moved) > 1e-3
+
+
+def test_lengths_are_told_block_by_block():
+    """A client's estimate, which is clipped, and the gradient's, by which a normalised step is divided."""
+    made = small("blocks")
+    bias, weight = 2 * FACTORS[1] ** 2, 6 * FACTORS[0] ** 2
+    assert made.ledger.weights.tolist() == pytest.approx([bias, *[weight / 9] * 3])
+    made.ledger.step.length = RunningLength()
+    _, rate = made.ledger.step(0, torch.tensor([2.0, 3.0, 0.0, 3.0]).double(), lambda moves: made.run.lattice)
+    assert rate == pytest.approx(0.05 / np.sqrt(4 + 18 / 3))
 
 
 def test_blocks_of_a_pool_are_refused():
