@@ -75,6 +75,8 @@ class Data(_Checked):
     K of them per round; a task that has the data of each client says N. batch: samples per client and round.
     partition: of the training data over the clients: "dirichlet" with parameter alpha, by class or, in squad, by
     article: small means unlike; or "iid", at random in equal parts, which has no use for alpha.
+    public: training samples that are set aside, the same in every run: no client has them, nobody reads their labels,
+    and they are the task's public samples, which adapters are made from: see `trains`.
     """
 
     task: str = setting("digits", "what is learnt: {tasks}, or FILE.py:FUNCTION, which makes a task")
@@ -99,6 +101,12 @@ class Data(_Checked):
         "Dirichlet parameter of the clients' data: small is unlike",
         positive=True,
         read_with=("partition", ("dirichlet",)),
+    )
+    public: int = setting(
+        0,
+        "training samples set aside, without their labels, as the public ones that adapters are made from; 0: none,"
+        " public samples are the task's own",
+        least=0,
     )
 
 

@@ -29,6 +29,7 @@ from hosfl.protocol.log import LogError
 from hosfl.protocol.provenance import ProvenanceError
 from hosfl.protocol.rebuild import base_digest
 from hosfl.runs.assemble import assemble
+from hosfl.runs.config import Config
 from hosfl.tasks import make_task
 from hosfl_kernels import perturb_
 
@@ -507,3 +508,42 @@ def test_eva_needs_as_many_tokens_as_directions(tmp_path):
     file.write_text('{"peft_type": "LORA", "r": 8, "init_lora_weights": "eva"}')
     few = {name: value[:1] for name, value in tokens().items()}
     untouched(split(bert(), 1).client, f"peft:{file}", "EVA with this rank needs 16 public tokens", few)
+
+
+# --- public samples of the training part ----------------------------------------------------------------------------
+
+
+def test_public_samples_are_set_aside(folder):  # noqa: F811
+    _, task = assemble(config(folder))
+    wanted = task.with_public(5)
+    total = len(task.train)
+    chosen = [number * total // 5 for number in range(5)]
+    rest = [number for number in range(total) if number not in chosen]
+    assert all(torch.equal(wanted.train.inputs[n], task.train.inputs[n][rest]) for n in task.train.inputs)
+    assert torch.equal(wanted.train.labels, task.train.labels[rest])
+    longest = int(task.train[torch.tensor(chosen)].lengths.max())
+    for name, value in wanted.public.items():
+        assert torch.equal(value, task.train.inputs[name][chosen][:, :longest])
+    assert wanted.digest() != task.digest()
+    federation, assembled = assemble(config(folder, public=5, trains="act:2"))
+    assert len(assembled.train) == total - 5
+    other, _ = assemble(config(folder, trains="act:2"))
+    assert base_digest(factors(federation.base)) != base_digest(factors(other.base))
+
+
+def test_pictures_have_adapters_from_their_inputs_so():
+    half = assemble(Config(task="digits", trains="act:2", public=50))[0].base
+    assert factors(half)
+    with pytest.raises(ValueError, match="public samples"):
+        assemble(Config(task="digits", trains="act:2"))
+
+
+def test_public_samples_that_cannot_be_set_aside(folder):  # noqa: F811
+    _, task = assemble(config(folder))
+    with pytest.raises(ValueError, match=f"public = {len(task.train)} leaves none"):
+        task.with_public(len(task.train))
+    divided = replace(task, train=[task.train, task.train])
+    with pytest.raises(ValueError, match="clients' own data"):
+        divided.with_public(3)
+    grouped = replace(task, groups=torch.arange(len(task.train)))
+    assert 0 not in grouped.with_public(3).groups

@@ -102,6 +102,7 @@ OTHER = {  # of every setting that can be seen in a few rounds of digits; most a
     "dtype": "bfloat16",
     "partition": "iid",
     "alpha": 5.0,
+    "public": 700,
     "seed": 1,
     "digest_every": 1,
 }

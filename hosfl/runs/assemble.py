@@ -50,6 +50,7 @@ def assemble(
     Raises ValueError, DataError and what `Task.halves` raises.
     """
     task = make_task(config) if task is None else task
+    task = task.with_public(config.public) if config.public else task
     config = for_clients(config, task)
     check_alike(task.sets())
     kind, rates = method_of(config.method), rates_of(task, config)

@@ -6,7 +6,7 @@ import copy
 import math
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -99,6 +99,23 @@ class Task:
                 _check_classes(name, data, self.classes, self.ignore_index)
         if self.groups is not None:
             put("groups", self._grouped())
+
+    def with_public(self, count: int) -> Task:
+        """The task with `count` training samples set aside, spread evenly, as its public ones, without their labels.
+
+        Raises ValueError where clients' data are divided already, and where no training sample would be left.
+        """
+        if isinstance(self.train, list):
+            raise ValueError(
+                "public samples cannot be set aside of clients' own data: give the task some, Task(public=...)"
+            )
+        if count >= len(self.train):
+            raise ValueError(f"public = {count} leaves none of {len(self.train)} training samples: set fewer aside")
+        chosen = torch.arange(count) * len(self.train) // count
+        rest = torch.ones(len(self.train), dtype=torch.bool).index_fill(0, chosen, False).nonzero().flatten()
+        public = read(self.train[chosen]).trimmed(self.per_token).inputs
+        groups = None if self.groups is None else self.groups[rest]
+        return replace(self, train=self.train[rest], public=public, groups=groups)
 
     def sets(self) -> Iterator[tuple[str, Dataset | Items]]:
         """All data sets, each client's own, as errors call them. The first is what the others have to be like."""
