@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -26,6 +26,7 @@ MAGIC = b"HSF1"
 HEADER = struct.Struct("<4sBBHIII")
 CRC = struct.Struct("<I")
 ARRAY = struct.Struct("<BBH")
+LENGTH = struct.Struct("<I")
 DTYPES = {1: "float32", 2: "bfloat16", 3: "float16", 4: "int32", 5: "uint8"}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 NUMPY = {name: np.dtype("uint16" if name == "bfloat16" else name).newbyteorder("<") for name in DTYPES.values()}
@@ -233,6 +234,37 @@ class Calibration(Message):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
+class Invitation(Message):
+    """The server asks for a cut in `round`. What the client has missed goes before it; if nothing does, or it does not
+    follow on, the client says Hello in place of a cut, and is asked again."""
+
+    kind, direction = 15, "down"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Complaint(Message):
+    """A client cannot answer, and why: uint8 [n], UTF-8."""
+
+    kind, direction = 16, "up"
+    text: Array = array("complaints", 1, "uint8")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Audit(Message):
+    """The server asks for the digest of the client's half after `round` rounds. What was missed goes before it."""
+
+    kind, direction = 17, "down"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Audited(Message):
+    """The SHA-256 of the client half after `round` rounds, parameters and buffers: int32 [8]."""
+
+    kind, direction = 18, "up"
+    digest: Array = array("digest", 1, "int32")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Gradient(Message):
     """First-order split learning: the client half's gradient, float32 [d]."""
 
@@ -257,6 +289,10 @@ MESSAGES: dict[int, type[Message]] = {
         Trained,
         Statistics,
         Calibration,
+        Invitation,
+        Complaint,
+        Audit,
+        Audited,
     )
 }
 
@@ -303,6 +339,28 @@ def decode(data: bytes, largest: int = LARGEST_MESSAGE) -> Message:
         raise MessageError(f"{cls.__name__} has {len(arrays)} arrays, this one {count}")
     values = _read_arrays(cls, memoryview(data)[HEADER.size :])
     return cls(client=client, round=round_, epoch=epoch, **dict(zip(arrays, values, strict=True)))
+
+
+def pack(messages: Sequence[bytes]) -> bytes:
+    """Several encoded messages that travel together: before each one its length, u32."""
+    return b"".join(part for data in messages for part in (LENGTH.pack(len(data)), data))
+
+
+def unpack(data: bytes, most: int = 4) -> list[bytes]:
+    """The encoded messages of `pack`. Raises MessageError where bytes are missing or too many, and above `most`."""
+    found, at = list[bytes](), 0
+    while at < len(data):
+        if len(data) < at + LENGTH.size:
+            raise MessageError("the length of a message is cut off")
+        (size,) = LENGTH.unpack_from(data, at)
+        at += LENGTH.size
+        if len(data) < at + size:
+            raise MessageError(f"a message of {size} bytes is cut off after {len(data) - at}")
+        if len(found) == most:
+            raise MessageError(f"more than {most} messages together")
+        found.append(data[at : at + size])
+        at += size
+    return found
 
 
 def _read_arrays(cls: type[Message], data: memoryview) -> Iterator[Array]:

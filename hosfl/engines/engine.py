@@ -1,0 +1,64 @@
+"""Who carries the messages between the server and its clients: one narrow interface, and a file for each engine.
+
+Bytes go out, bytes come back. An engine knows clients by number and nothing of what the bytes say; the rounds, the
+server and the clients know nothing of who carries them. The server's side is `Engine`; a client's side is `Line`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back of a client: its bytes, or None and the reason, such as "gone" or "late"."""
+
+    client: int
+    data: bytes | None
+    reason: str = ""
+
+
+class Engine(Protocol):
+    """The server's side. Not for several threads at once."""
+
+    def present(self) -> frozenset[int]:
+        """The clients that could be asked now, by number."""
+
+    def ask(
+        self, messages: Mapping[int, bytes], deadline: float | None = None, enough: int | None = None
+    ) -> Iterator[Reply]:
+        """Send each client its bytes, and give what comes back as it comes: one `Reply` for each client.
+
+        Ends when every client's reply is there; when `enough` of them have brought bytes; after `deadline` seconds.
+        Clients that have brought none by then are told of as "late"; whoever is not here, or vanishes meanwhile, at
+        once as "gone". A reply counts for its own ask alone: what comes later, or twice, is dropped. Closing the
+        iterator early ends the ask. deadline None: no end. enough None: all.
+        """
+
+    def offer(self, files: Mapping[str, bytes]) -> None:
+        """What clients may fetch, by name, from now on; what was offered before is replaced."""
+
+    def close(self) -> None:
+        """Let go of everything. Clients stay as they are, and look for the next server."""
+
+
+class Line(Protocol):
+    """A client's side."""
+
+    def fetch(self, name: str, deadline: float | None = None) -> bytes:
+        """What the server offers under a name. Waits for a server that is away. Raises EngineError."""
+
+    def serve(self, answer: Callable[[bytes], bytes]) -> None:
+        """Answer the server's asks, one after another, until the line is closed: from another thread, or a signal.
+
+        A server or broker that goes away is waited for.
+        """
+
+    def close(self) -> None:
+        """End `serve`."""
+
+
+class EngineError(RuntimeError):
+    """What stands between server and clients does not work; says what, and what to do."""
