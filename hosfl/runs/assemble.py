@@ -43,14 +43,13 @@ def assemble(
     """The federation of a run, before its first round; everything in it follows from the configuration.
 
     Nothing is written. smallest_shard: so many samples or more in each part of the data; clients that are more than the
-    parts share them, each with its own batches. task: where it is an object rather than a name. begun: the folder of
-    this run, where it goes on: what is fixed in adapters, and running statistics that clients have estimated, is what
-    its base file holds, since another machine would compute other bits.
+    parts share them, each with its own batches. task: where it is an object rather than a name; its public samples are
+    set aside already. begun: the folder of this run, where it goes on: what is fixed in adapters, and running
+    statistics that clients have estimated, is what its base file holds, since another machine would compute other bits.
 
     Raises ValueError, DataError and what `Task.halves` raises.
     """
     task = make_task(config) if task is None else task
-    task = task.with_public(config.public) if config.public else task
     config = for_clients(config, task)
     check_alike(task.sets())
     kind, rates = method_of(config.method), rates_of(task, config)

@@ -182,7 +182,8 @@ def _told(what: Task | Config, settings: dict[str, Any]) -> tuple[Config, Task]:
     if set(settings) & {"task", "options", "data", "model"}:
         raise TypeError("a Task has its own data and model: leave out task, options, data and model")
     config = Config(task="", **settings)
-    return cast(Config, for_clients(config, what)), what
+    task = what.with_public(config.public) if config.public else what
+    return cast(Config, for_clients(config, task)), task
 
 
 @dataclass
