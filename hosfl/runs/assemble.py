@@ -14,7 +14,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hosfl.engines.in_process import Federation
 from hosfl.halves.adapters import factors
 from hosfl.halves.inputs import Batch, call
 from hosfl.halves.narrow import narrowed
@@ -30,6 +29,7 @@ from hosfl.protocol.provenance import Provenance, ProvenanceError, header_digest
 from hosfl.protocol.rebuild import base_digest
 from hosfl.protocol.seeds import Purpose, round_seed
 from hosfl.runs.checkpoint import header_of
+from hosfl.runs.federation import Federation
 from hosfl.settings import DEFAULTS, Rates, Settings
 from hosfl.tasks import make_task
 from hosfl.tasks.data import Dataset, at_once, dirichlet_split, iid_split, shards

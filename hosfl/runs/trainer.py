@@ -13,7 +13,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
-from hosfl.engines.in_process import Federation
 from hosfl.methods.ledger import SeedReplay
 from hosfl.protocol.lattice import LatticeError
 from hosfl.protocol.log import EpochRecord, Log, LogError
@@ -22,6 +21,7 @@ from hosfl.runs import snapshot
 from hosfl.runs.assemble import assemble, evaluate, for_clients
 from hosfl.runs.checkpoint import check_free, load_config, save_module
 from hosfl.runs.config import Config
+from hosfl.runs.federation import Federation
 from hosfl.runs.report import Evaluation, Summary, Writer
 from hosfl.settings import differences
 from hosfl.tasks import make_task
