@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,7 +60,9 @@ class Federation:
 
     clients: those made here so far. where: (rounds, epoch) that a client has applied, as far as the server knows.
     complained: what clients refused, the first thousand times; complaints: how many there were. visits: how many times
-    a client took part. missing: how many times a client that was asked did not answer.
+    a client took part. missing: how many times a client that was asked did not answer; why: of the round's, by client.
+    seconds: of the last round, by phase: "cuts" and "answers" are spent on the engine and the clients, "server" here.
+    took_part: clients whose answers were the last round's; whose cuts, where a method needs no answers.
     """
 
     config: Settings
@@ -79,6 +82,9 @@ class Federation:
     complaints: int = 0
     visits: int = 0
     missing: int = 0
+    why: dict[int, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    took_part: list[int] = field(default_factory=list)
     header: Header | None = None
     provenance: Provenance | None = None
 
@@ -96,24 +102,36 @@ class Federation:
 
         A message that is lost, late or refused costs its sender the round, and nobody else anything.
         """
+        self.seconds, self.why = dict.fromkeys(("cuts", "server", "answers"), 0.0), {}
         try:
             invited = self.invited(round)
             late = self.late()
-            sent = self._reached(Invitation, round, invited)
+            with self._timed("cuts"):
+                sent = self._reached(Invitation, round, invited)
             self.visits += len(sent)
             cuts = [message for message in late if message is not None] + [sent[n] for n in sorted(sent)]
             losses = []
             for exchange in range(round * self.exchanges, (round + 1) * self.exchanges):
-                multipliers, loss = self.server.step(exchange, cuts)
+                with self._timed("server"):
+                    multipliers, loss = self.server.step(exchange, cuts)
                 losses.append(loss)
                 # A late cut can be of this very round, which died once and began again: its sender may not be here.
                 learn = sent if self.server.ledger is not None else {}
-                answers = self._answers({n: [m] for n, m in multipliers.items() if n in learn})
+                with self._timed("answers"):
+                    answers = self._answers({n: [m] for n, m in multipliers.items() if n in learn})
                 cuts = [answers[n] for n in sorted(answers)]
-            self.server.commit(round, cuts)
+            with self._timed("server"):
+                self.server.commit(round, cuts)
+            self.took_part = sorted(answers if multipliers and learn else sent)
         finally:
             self._leave()
         return sum(losses) / len(losses)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - begin
 
     def _reached(self, what: type[Invitation | Audit], round: int, clients: Sequence[int]) -> dict[int, Message]:
         """The cuts or digests of clients, by number: everybody takes first what it has missed."""
@@ -184,6 +202,7 @@ class Federation:
         data = None if reply.data is None else self.wire.bring(reply.client, reply.data)
         if data is None:
             self._missed(reply.client)
+            self.why[reply.client] = reply.reason or "lost"
             return None
         message = self.server.receive(data, reply.client)
         if message is None:
