@@ -13,7 +13,7 @@ from hosfl.files import RunFolderError
 from hosfl.methods import METHODS
 from hosfl.protocol.messages import Invitation, encode, pack
 from hosfl.runs.config import Config, with_shared
-from hosfl.runs.join import JoinError, Kept, client_of, join, own_data, settings_of
+from hosfl.runs.join import Clients, Everybody, JoinError, Kept, join, own_data, settings_of
 from hosfl.runs.serve import Over
 from hosfl.tasks import make_task
 
@@ -27,11 +27,17 @@ WAYS = {method: {"method": method, "server_rate": 0.05} for method in METHODS} |
 }
 
 
+def client_of(run, config, base, number):
+    """The client of a process of its own."""
+    clients = Clients(run, config, base)
+    return clients.endpoint(number, own_data("", number, config, clients.task), alone=True)
+
+
 class Elsewhere(InProcess):
     """Clients that are made of what is offered alone."""
 
-    def __init__(self, clients, data=""):
-        self.data, self.endpoints = data, {}
+    def __init__(self, clients):
+        self.endpoints = {}
         super().__init__(self.reply, clients)
 
     def offer(self, files):
@@ -40,7 +46,7 @@ class Elsewhere(InProcess):
     def reply(self, number, data):
         if number not in self.endpoints:
             run, config = settings_of(self.files["run"])
-            self.endpoints[number] = client_of(run, config, self.files["base"], number, self.data)
+            self.endpoints[number] = client_of(run, config, self.files["base"], number)
         return self.endpoints[number].answer(data)
 
 
@@ -58,6 +64,15 @@ def test_the_same_bits_as_in_one_process(way, tmp_path):
     assert all(len(event["took part"]) == 2 and not event["missing"] for event in events)
     status = json.loads((tmp_path / "status.json").read_text())
     assert (status["round"], status["here"]) == (4, [0, 1, 2])
+
+
+@pytest.mark.parametrize("way", ["ho", "ho adamw", "first-order", "splitfed"])
+def test_one_process_for_everybody(way, tmp_path):
+    settings = Config(**with_shared(WAYS[way], SMALL | {"clients": 9, "rounds": 8}))
+    here = train(settings)
+    there = train(settings, tmp_path, over=Over(lambda files, clients: InProcess(Everybody(files)(), clients)))
+    assert there.replicas.equal
+    assert (there.replicas.digest, there.loss) == (here.replicas.digest, here.loss)
 
 
 def offered(tmp_path, **settings):

@@ -5,11 +5,13 @@ Nothing that comes from the server is evaluated: the run names a task and a meth
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,43 +122,87 @@ def is_task_data(data: str) -> bool:
     return bool(data) and not data.endswith((".npz", ".safetensors")) and ".py:" not in data
 
 
-def client_of(run: dict[str, Any], config: Config, base: bytes, number: int, data: str = "") -> Endpoint:
-    """The client of a run, its half that of round 0. data: see `own_data`.
+class Clients:
+    """Clients of one run, made of what the server offers. Whoever is made first costs a model, the next ones a copy.
 
     Raises JoinError where base, settings and this version's code do not make the half that the server has.
     """
-    if hashlib.sha256(base).hexdigest() != run["base"]:
-        raise JoinError("the base half has another SHA-256 than the run says: it was damaged, or is another run's")
-    task = make_task(config)
-    theirs = replace(config, task=run["task"]) if run["task"] in TASKS else config
-    # Factors of adapters come with the base: no public samples are needed, and what is made of weights stands in.
-    trains = "xs" + config.trains[3:] if config.trains.startswith("act:") else config.trains
-    half = base_of(replace(config, trains=trains), halves_of(config, task), None)
-    half = half.to(config.device)
-    tensors = _loaded(half, base)
-    mine = own_data(data, number, config, task).to(config.device, dtype_of(half))
-    kind = method_of(config.method)
-    sample = read(mine[:2]).inputs
-    method = kind(Setup(config, half, rates_of(task, config), AGGREGATIONS[config.aggregation], sample))
-    if isinstance(method.ledger, SeedReplay):
-        settings = {**theirs.decisive(), "task": run["task"]}
-        header = header_digest(header_of(method.ledger.run, half, settings))
-        if header != run["log"]:
-            raise JoinError(
-                f"the half made here is not the server's (hosfl {run['hosfl']} there): the same version, model and task"
-                " are needed"
-            )
-    client = method.client(number, half, Batches(mine, config.batch, config.seed, number, task.per_token))
-    names = [name for name, p in half.named_parameters() if p.requires_grad]
 
-    def first() -> list[Tensor]:
-        return [tensors[name].to(config.device) for name in names]
+    def __init__(self, run: dict[str, Any], config: Config, base: bytes) -> None:
+        if hashlib.sha256(base).hexdigest() != run["base"]:
+            raise JoinError("the base half has another SHA-256 than the run says: it was damaged, or is another run's")
+        self.config, self.task = config, make_task(config)
+        # Factors of adapters come with the base: no public samples are needed, and what is made of weights stands in.
+        trains = "xs" + config.trains[3:] if config.trains.startswith("act:") else config.trains
+        half = base_of(replace(config, trains=trains), halves_of(config, self.task), None).to(config.device)
+        self.tensors, self.half = _loaded(half, base), half
+        train = self.task.train[0] if isinstance(self.task.train, list) else self.task.train
+        sample = read(train[:2].to(config.device, dtype_of(half))).inputs
+        self.kind = method_of(config.method)
+        setup = Setup(config, half, rates_of(self.task, config), AGGREGATIONS[config.aggregation], sample)
+        self.method = self.kind(setup)
+        self.follows = self.method.ledger is not None
+        if isinstance(self.method.ledger, SeedReplay):
+            header = header_of(self.method.ledger.run, half, {**config.decisive(), "task": run["task"]})
+            if header_digest(header) != run["log"]:
+                raise JoinError(
+                    f"the half made here is not the server's (hosfl {run['hosfl']} there): the same version, model and"
+                    " task are needed"
+                )
+        self.method.ledger = None  # and the server's replica with it
 
-    if isinstance(client, ZerothOrderClient):
-        client.replica.base = first  # the half itself moves: its round 0 is in the file
-    follows = method.ledger is not None
-    method.ledger = None  # and the server's replica with it
-    return Endpoint(client, kind.exchanges(config), follows)
+    def endpoint(self, number: int, data: Dataset | Items, alone: bool = False) -> Endpoint:
+        """A client that has applied nothing. alone: there will be no other, so that it may have the half itself."""
+        config, half = self.config, self.half if alone else copy.deepcopy(self.half)
+        mine = data.to(config.device, dtype_of(half))
+        batches = Batches(mine, config.batch, config.seed, number, self.task.per_token)
+        client = self.method.client(number, half, batches)
+        if isinstance(client, ZerothOrderClient):
+            client.replica.base = self._base  # the half itself moves: its round 0 is in the file
+        return Endpoint(client, self.kind.exchanges(config), self.follows)
+
+    def _base(self) -> list[Tensor]:
+        """What moves, at round 0."""
+        names = [name for name, p in self.half.named_parameters() if p.requires_grad]
+        return [self.tensors[name].to(self.config.device) for name in names]
+
+
+class Everybody:
+    """All clients of a run in one process of several, such as an actor: each is made when it is first asked.
+
+    It pickles: files are what the server offers, local this machine's own settings. No more clients are held than a
+    round needs. One that comes for the first time, or again, begins where another was last: the same rounds give every
+    client the same bits, so that it need not replay them.
+    """
+
+    def __init__(self, files: Mapping[str, bytes], **local: Any) -> None:
+        self.files, self.local = dict(files), local
+
+    def __call__(self) -> Callable[[int, bytes], bytes]:
+        run, config = settings_of(self.files["run"], **self.local)
+        clients = Clients(run, config, self.files["base"])
+        shares = partition(clients.task, config)
+        held: OrderedDict[int, Endpoint] = OrderedDict()
+
+        def answer(number: int, data: bytes) -> bytes:
+            if number not in held:
+                endpoint = clients.endpoint(number, shares[number])
+                if held:
+                    _follow(endpoint.client, max((e.client for e in held.values()), key=lambda c: (c.epoch, c.applied)))
+                held[number] = endpoint
+                while len(held) > config.sampled + 1:
+                    held.popitem(last=False)
+            held.move_to_end(number)
+            return held[number].answer(data)
+
+        return answer
+
+
+def _follow(client: Client, other: Client) -> None:
+    """Begin where another client of the run is."""
+    if isinstance(client, ZerothOrderClient) and isinstance(other, ZerothOrderClient):
+        at = other.replica
+        client.take_up(at.tensors, at.moments, at.applied, at.epoch, at.lattice)
 
 
 def _loaded(half: nn.Module, base: bytes) -> dict[str, Tensor]:
@@ -266,7 +312,8 @@ def join(
     try:
         local = {"data": data if is_task_data(data) else "", "model": model, "device": device}
         run, config = settings_of(line.fetch("run"), task, **local)
-        endpoint = client_of(run, config, base_half(line, run, folder / "base.safetensors"), number, data)
+        clients = Clients(run, config, base_half(line, run, folder / "base.safetensors"))
+        endpoint = clients.endpoint(number, own_data(data, number, config, clients.task), alone=True)
         kept = Kept(folder / "state.safetensors", run, endpoint.client)
         kept.restore()
         log.info("client %d joins at round %d", number, endpoint.client.applied)

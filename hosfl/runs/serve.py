@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,11 +30,12 @@ LOCAL = ("data", "model", "device", "evaluate_every", "snapshot_every", "keep") 
 class Over:
     """How a run reaches its clients.
 
-    engine: who carries the messages. deadline: seconds for each of a round's two exchanges. enough: cuts, and answers,
-    with which a round goes on without the rest; None: all. least: clients that have to be here before a round begins.
+    engine: who carries the messages; or what makes it of what clients are offered, by name, and of their number.
+    deadline: seconds for each of a round's two exchanges. enough: cuts, and answers, with which a round goes on without
+    the rest; None: all. least: clients that have to be here before a round begins.
     """
 
-    engine: Engine
+    engine: Engine | Callable[[dict[str, bytes], int], Engine]
     deadline: float | None = None
     enough: int | None = None
     least: int = 1
@@ -51,20 +54,20 @@ class Over:
         """
         if federation.config.calibrate:
             raise ValueError("calibrate needs all clients in one process: leave it out, or train without an engine")
-        self.engine.offer(offered(federation, folder))
-        federation.engine, federation.deadline = self.engine, self.deadline
+        files = offered(federation, folder)
+        engine = self.engine(files, federation.config.clients) if callable(self.engine) else self.engine
+        engine.offer(files)
+        federation.engine, federation.deadline = engine, self.deadline
         federation.enough, federation.least = self.enough, self.least
 
 
 def offered(federation: Federation, folder: Path) -> dict[str, bytes]:
     """What a client fetches when it comes for the first time: the run, as JSON, and the base half, as safetensors."""
-    from hosfl import __version__
-
     base = (folder / "base.safetensors").read_bytes()
     settings = {name: value for name, value in asdict(federation.config).items() if name not in LOCAL}
     run = {
         "format": FORMAT,
-        "hosfl": __version__,
+        "hosfl": version("hosfl"),
         "settings": settings,
         "base": hashlib.sha256(base).hexdigest(),
         "log": "" if federation.header is None else header_digest(federation.header),
