@@ -1,0 +1,263 @@
+"""Clients on one owner's machines: a few processes of a Ray cluster, its actors, answer for all of them.
+
+Whoever reaches a Ray cluster can run code in it. It is for networks whose every machine is trusted; clients of other
+owners come over another engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import pickle
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+
+from hosfl.engines.engine import EngineError, Reply
+from hosfl.extras import needed
+
+Answer = Callable[[int, bytes], bytes]
+
+AHEAD = 2  # asks that an actor holds: the one it answers, and the next, so that it never waits for us
+NOBODY = -1  # no actor's number
+ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0"}  # a cluster that we start does not report to Ray's makers
+log = logging.getLogger(__name__)
+
+
+class RayEngine:
+    """The engine of one owner's cluster: asks are calls of Ray actors, each of which answers for many clients.
+
+    A client belongs to the actor of its number modulo the actors, and what it keeps between asks stays there. An actor
+    that dies takes what its clients kept with it: they begin anew, and say so when they are asked. Ray starts it again;
+    until then others stand in for it.
+
+    make: called once in each actor, and again in one that was restarted; returns what answers there, a function of a
+    client's number and the server's bytes. It has to pickle, as instances of a class in a module do, and the cluster's
+    machines have to have this Python, Ray and hosfl. Arrays in it are read-only there.
+    clients: N; their numbers are 0 to N - 1.
+    actors: None: as many as the cluster has room for, and N or fewer.
+    address: "HOST:PORT" of a cluster to join, or "auto" for the one on this machine. None: one is started here, and
+    ends with `close`. A program that is in a cluster already stays in it.
+    cpus, gpus: of each actor, as Ray counts them. An actor computes with as many threads as it has CPUs, or one.
+    patience: seconds for all actors to have called `make`.
+
+    Raises EngineError where the actors cannot start, and says why; ImportError without Ray.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Answer],
+        clients: int,
+        actors: int | None = None,
+        address: str | None = None,
+        cpus: float = 1.0,
+        gpus: float = 0.0,
+        patience: float = 600.0,
+    ) -> None:
+        if clients < 1 or (actors is not None and actors < 1) or cpus < 0 or gpus < 0:
+            raise ValueError(
+                f"clients = {clients}, actors = {actors}, cpus = {cpus}, gpus = {gpus}: one client or more, one actor"
+                " or more, and no share below 0 are needed"
+            )
+        self._ray = needed("ray", "the engine ray", "ray")
+        self.clients = clients
+        self._actors: list[Any] = []
+        self._away: dict[int, Any] = {}  # actors that died, and the calls that Ray answers when they are back
+        self._started = not self._ray.is_initialized()
+        if self._started:
+            _join(self._ray, address, None if actors is None else max(1, math.ceil(actors * cpus)))
+        try:
+            self._start(make, min(clients, actors or self._room(cpus, gpus)), cpus, gpus, patience)
+        except BaseException:
+            self.close()
+            raise
+
+    def _room(self, cpus: float, gpus: float) -> int:
+        """How many actors the cluster has room for."""
+        there = self._ray.cluster_resources()
+        rooms = [there.get(name, 0) / share for name, share in (("CPU", cpus), ("GPU", gpus)) if share]
+        return max(1, int(min(rooms, default=1)))
+
+    def _start(self, make: Callable[[], Answer], count: int, cpus: float, gpus: float, patience: float) -> None:
+        ray = self._ray
+        try:
+            self._make = ray.put(make)  # once for all actors; held, since restarted ones take it again
+        except (TypeError, AttributeError, pickle.PicklingError) as error:
+            raise EngineError(f"what makes the clients does not pickle: {_reason(error)}") from error
+        threads = {"OMP_NUM_THREADS": str(max(1, int(cpus)))}  # also where it is set otherwise for this process
+        actor = ray.remote(
+            num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=0, runtime_env={"env_vars": threads}
+        )(_Actor)
+        self._actors = [actor.remote(self._make) for _ in range(count)]
+        begun = [actor.here.remote() for actor in self._actors]
+        missing = set(begun)
+        ends = time.monotonic() + patience
+        while missing:
+            done, _ = ray.wait(list(missing), timeout=max(0.0, ends - time.monotonic()))
+            if not done:
+                raise EngineError(
+                    f"{len(missing)} of {count} actors had not started after {patience:g} s. Each needs {cpus:g} CPUs"
+                    f" and {gpus:g} GPUs, and the cluster has {_told(ray.cluster_resources())},"
+                    f" {_told(ray.available_resources())} of them free. Ask for fewer actors, or for smaller ones"
+                )
+            missing -= set(done)
+            try:
+                ray.get(done)
+            except ray.exceptions.RayError as error:
+                raise EngineError(f"the clients cannot be made: {_reason(error)}") from error
+
+    def present(self) -> frozenset[int]:
+        """All clients, while any actor is there. An actor that died since the last ask counts until it is asked."""
+        self._look()
+        return frozenset(range(self.clients)) if len(self._away) < len(self._actors) else frozenset()
+
+    def ask(
+        self, messages: Mapping[int, bytes], deadline: float | None = None, enough: int | None = None
+    ) -> Iterator[Reply]:
+        """As `Engine.ask`; begins when the first reply is wanted.
+
+        An actor answers one client after another, and one that still answers an ask that has ended begins with this one
+        when it is done. An actor that dies takes with it the one or two clients that it had been sent; those that are
+        queued for it go to others. What `make`'s function raises is "failed: ", the error's name and what it says.
+
+        Raises EngineError where no actor will ever be back.
+        """
+        if not self._actors:
+            raise EngineError("this engine is closed: make another")
+        ends = math.inf if deadline is None else time.monotonic() + deadline
+        lacking = len(messages) if enough is None else enough
+        self._look()
+        open_ = dict.fromkeys(messages)  # clients of whom nothing was said yet
+        queues: defaultdict[int, deque[int]] = defaultdict(deque)  # clients by their actors
+        for client in messages:
+            queues[self._actor_of(client)].append(client)
+        held = [0] * len(self._actors)
+        calls: dict[Any, tuple[int, int]] = {}  # of those sent: client and actor
+        try:
+            while lacking > 0:
+                for client in queues.pop(NOBODY, ()):
+                    del open_[client]
+                    yield Reply(client, None, "gone")
+                left = ends - time.monotonic()
+                for actor, queue in queues.items():
+                    while queue and left > 0 and held[actor] < AHEAD:
+                        client = queue.popleft()
+                        calls[self._actors[actor].answer.remote(client, messages[client])] = client, actor
+                        held[actor] += 1
+                done = self._wait(calls, left)
+                if done is None:
+                    break
+                client, actor = calls.pop(done)
+                held[actor] -= 1
+                reply = self._reply(client, actor, done)
+                if actor in self._away:
+                    for other in queues.pop(actor, ()):
+                        queues[self._actor_of(other)].append(other)
+                lacking -= reply.data is not None
+                del open_[client], done  # Ray keeps an answer while its call is held
+                yield reply
+            for client in open_:
+                yield Reply(client, None, "late")
+        finally:
+            for call in calls if self._actors else ():
+                self._ray.cancel(call)  # what has not begun never does; what has is dropped
+
+    def offer(self, files: Mapping[str, bytes]) -> None:
+        """Nothing is fetched over this engine: what clients need comes with `make`."""
+
+    def close(self) -> None:
+        """End the actors, and the cluster if it was started here. These clients end with their engine."""
+        actors, self._actors = self._actors, []
+        self._away.clear()
+        if self._ray.is_initialized():
+            for actor in actors:
+                self._ray.kill(actor)
+            if self._started:
+                self._ray.shutdown()
+        self._started = False
+
+    def _actor_of(self, client: int) -> int:
+        """A client's own actor, or one that stands in for it. NOBODY: there is no such client, or no actor."""
+        if not 0 <= client < self.clients:
+            return NOBODY
+        own = client % len(self._actors)
+        if own not in self._away:
+            return own
+        here = [actor for actor in range(len(self._actors)) if actor not in self._away]
+        return here[client % len(here)] if here else NOBODY
+
+    def _wait(self, calls: Collection[Any], left: float) -> Any:
+        """A call that is done; None: none is, in the time that is left."""
+        if not calls:
+            return None
+        done, _ = self._ray.wait(list(calls), timeout=None if left == math.inf else max(0.0, left))
+        return done[0] if done else None
+
+    def _reply(self, client: int, actor: int, call: Any) -> Reply:
+        try:
+            answer = self._ray.get(call)
+        except self._ray.exceptions.RayError as error:
+            if actor not in self._away:
+                log.warning("actor %d is away, and client %d gone: %s", actor, client, _reason(error))
+                self._away[actor] = self._actors[actor].here.options(max_task_retries=-1).remote()
+            return Reply(client, None, "gone")
+        return Reply(client, answer) if isinstance(answer, bytes) else Reply(client, None, f"failed: {answer}")
+
+    def _look(self) -> None:
+        """Which of the actors that were away are back?"""
+        for actor, call in list(self._away.items()):
+            if call is None or self._wait([call], 0.0) is None:
+                continue
+            try:
+                self._ray.get(call)
+                del self._away[actor]
+            except self._ray.exceptions.RayError as error:
+                log.error("actor %d will not be back: %s", actor, _reason(error))
+                self._away[actor] = None
+        if self._actors and list(self._away.values()) == [None] * len(self._actors):
+            raise EngineError("no actor is left, and Ray brings none back: see the log of hosfl.engines.ray")
+
+
+class _Actor:
+    """Runs in a process of its own."""
+
+    def __init__(self, make: Callable[[], Answer]) -> None:
+        self._answer = make()
+
+    def here(self) -> None:
+        """Returns when the clients are made."""
+
+    def answer(self, client: int, data: bytes) -> bytes | str:
+        """The client's bytes; a text: why there are none."""
+        try:
+            answer = self._answer(client, data)
+        except (Exception, SystemExit) as error:  # Ray would bring back no actor that exits
+            return f"{type(error).__name__}: {error}"
+        return answer if isinstance(answer, bytes) else f"TypeError: bytes are needed, not {type(answer).__name__}"
+
+
+def _join(ray: Any, address: str | None, cpus: int | None) -> None:
+    """Be part of a cluster, or start one of as many CPUs: those of this machine for None."""
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+    try:
+        if address is None:
+            for name, value in ENVIRONMENT.items():
+                os.environ.setdefault(name, value)
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+        else:
+            ray.init(address=address, **quiet)
+    except (OSError, RuntimeError, ValueError) as error:
+        where = "start" if address is None else f"be joined at {address}"
+        raise EngineError(f"Ray's cluster cannot {where}: {_reason(error)}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """What an error says in its last line: Ray puts an actor's whole traceback before it."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__
+
+
+def _told(resources: Mapping[str, float]) -> str:
+    return f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs"

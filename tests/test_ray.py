@@ -1,0 +1,291 @@
+"""The engine of a Ray cluster: what every engine promises, and actors that die."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from hosfl.engines.engine import EngineError, Reply
+
+ray = pytest.importorskip("ray")
+
+from hosfl.engines.ray import RayEngine  # noqa: E402
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import this file
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+    ray.init(address="local", num_cpus=2, object_store_memory=200 * 2**20, **quiet)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def engine():
+    """Twelve clients over two actors: even numbers at one, odd ones at the other."""
+    engine = RayEngine(obedient, 12, actors=2)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def mortal():
+    """The same, where a test kills actors."""
+    engine = RayEngine(obedient, 12, actors=2, cpus=0)
+    yield engine
+    engine.close()
+
+
+def obedient():
+    """Clients that do what they are told, and send other bytes back as they are."""
+    kept = {}
+
+    def answer(client, data):
+        word, _, rest = data[:100].partition(b" ")
+        match word:
+            case b"sleep":
+                time.sleep(float(rest))
+            case b"die":
+                os.kill(os.getpid(), signal.SIGKILL)
+            case b"exit":
+                sys.exit("enough")
+            case b"raise":
+                raise KeyError(rest.decode())
+            case b"nothing":
+                return None
+            case b"keep":
+                kept[client] = rest
+            case b"kept":
+                return kept.get(client, b"nothing was kept")
+            case b"process":
+                return str(os.getpid()).encode()
+            case b"threads":
+                return os.environ["OMP_NUM_THREADS"].encode()
+        return data
+
+    return answer
+
+
+def told(engine, messages, **how):
+    """What is said of each client: its bytes, or the reason why there are none."""
+    replies = list(engine.ask(messages, **how))
+    said = {r.client: r.reason if r.data is None else r.data for r in replies}
+    assert len(said) == len(replies), "a client twice"
+    assert all((r.data is None) == bool(r.reason) for r in replies)
+    return said
+
+
+def until(true, seconds=60):
+    ends = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < ends, "never"
+        time.sleep(0.05)
+
+
+def process(engine, client):
+    return int(told(engine, {client: b"process"})[client])
+
+
+def test_replies_come_as_clients_are_done(engine):
+    assert engine.present() == frozenset(range(12))
+    assert list(engine.ask({0: b"sleep 1", 1: b"one", 3: b"three"})) == [
+        Reply(1, b"one"),
+        Reply(3, b"three"),
+        Reply(0, b"sleep 1"),
+    ]
+    assert list(engine.ask({})) == []
+
+
+@pytest.mark.parametrize("size", [0, 1, 100_000, 3 * 2**20, 64 * 2**20])
+def test_bytes_come_back_as_they_were(engine, size):
+    data = os.urandom(size)
+    (reply,) = engine.ask({5: data})
+    assert reply.client == 5
+    assert type(reply.data) is bytes
+    assert reply.data == data
+
+
+def test_one_reply_for_each_of_many():
+    crowd = RayEngine(obedient, 500, actors=1, cpus=0)
+    try:
+        assert told(crowd, {n: b"%d" % n for n in range(500)}) == {n: b"%d" % n for n in range(500)}
+    finally:
+        crowd.close()
+
+
+def test_what_clients_keep_stays(engine):
+    told(engine, {n: b"keep %d" % n for n in range(12)})
+    assert told(engine, dict.fromkeys(range(12), b"kept")) == {n: b"%d" % n for n in range(12)}
+    assert len({process(engine, n) for n in range(12)}) == 2
+
+
+def test_late_is_told_at_the_deadline_and_dropped_afterwards(engine):
+    began = time.monotonic()
+    assert told(engine, {0: b"sleep 2", 1: b"one"}, deadline=0.5) == {0: "late", 1: b"one"}
+    assert 0.5 <= time.monotonic() - began < 1.5
+    assert told(engine, {1: b"two"}, deadline=1) == {1: b"two"}
+    assert told(engine, {0: b"three"}) == {0: b"three"}
+    assert told(engine, {0: b"four", 1: b"five"}, deadline=0) == {0: "late", 1: "late"}
+
+
+def test_what_has_not_begun_at_the_end_never_does(engine):
+    told(engine, {2: b"keep old", 4: b"keep old"})
+    asks = {0: b"sleep 1", 2: b"keep new", 4: b"keep new"}
+    assert told(engine, asks, deadline=0.3) == dict.fromkeys(asks, "late")
+    assert told(engine, {2: b"kept", 4: b"kept"}) == {2: b"old", 4: b"old"}
+
+
+def test_enough_ends_an_ask(engine):
+    asks = {0: b"raise no", 1: b"sleep 1", 2: b"two", 4: b"four", 6: b"sleep 1", 8: b"eight"}
+    found = told(engine, asks, enough=2)
+    assert found == {0: "failed: KeyError: 'no'", 2: b"two", 4: b"four", 1: "late", 6: "late", 8: "late"}
+    assert list(found)[:3] == [0, 2, 4]
+    assert told(engine, {0: b"zero", 1: b"one"}, enough=0) == {0: "late", 1: "late"}
+    assert told(engine, {0: b"zero", 1: b"one"}, enough=9) == {0: b"zero", 1: b"one"}
+
+
+def test_an_iterator_that_is_closed_ends_its_ask(engine):
+    told(engine, dict.fromkeys(range(12), b"keep old"))
+    replies = engine.ask({1: b"one", 0: b"sleep 1"} | dict.fromkeys(range(2, 12, 2), b"keep new"))
+    assert next(replies) == Reply(1, b"one")
+    replies.close()
+    assert told(engine, dict.fromkeys(range(2, 12, 2), b"kept")) == dict.fromkeys(range(2, 12, 2), b"old")
+
+
+def test_strangers_are_gone(engine):
+    assert told(engine, {12: b"x", -1: b"x", 3: b"three"}) == {12: "gone", -1: "gone", 3: b"three"}
+    assert told(engine, {12: b"x"}) == {12: "gone"}
+
+
+@pytest.mark.parametrize(
+    ("ask", "why"),
+    [
+        (b"raise no", "KeyError: 'no'"),
+        (b"nothing", "TypeError: bytes are needed, not NoneType"),
+        (b"exit", "SystemExit: enough"),
+    ],
+)
+def test_a_client_that_fails_says_why_and_lives(engine, ask, why):
+    told(engine, {0: b"keep this"})
+    assert told(engine, {0: ask, 1: b"one"}) == {0: f"failed: {why}", 1: b"one"}
+    assert told(engine, {0: b"kept"}) == {0: b"this"}
+
+
+def test_an_actor_computes_with_its_share_of_threads(engine):
+    assert told(engine, {0: b"threads"}) == {0: b"1"}
+
+
+def test_an_actor_dies_during_an_ask_and_comes_back(mortal):
+    told(mortal, dict.fromkeys(range(12), b"keep this"))
+    before = process(mortal, 0)
+    asks = {0: b"die", 2: b"two"} | dict.fromkeys((1, 3, 4, 6, 8), b"hi")
+    assert told(mortal, asks) == {0: "gone", 2: "gone"} | dict.fromkeys((1, 3, 4, 6, 8), b"hi")
+    assert mortal.present() == frozenset(range(12))  # the other stands in
+    until(lambda: process(mortal, 0) not in (before, process(mortal, 1)))
+    assert told(mortal, {0: b"kept", 1: b"kept"}) == {0: b"nothing was kept", 1: b"this"}
+
+
+def test_an_actor_that_died_between_asks_is_found_out(mortal):
+    os.kill(process(mortal, 1), signal.SIGKILL)
+    until(lambda: told(mortal, {1: b"one"}) == {1: "gone"}, 5)
+    assert told(mortal, {1: b"one", 2: b"two"}) == {1: b"one", 2: b"two"}
+
+
+def test_nobody_is_here_while_the_only_actor_is_away():
+    engine = RayEngine(obedient, 12, actors=1, cpus=0)
+    try:
+        assert told(engine, {0: b"die"} | dict.fromkeys(range(1, 12), b"hi")) == dict.fromkeys(range(12), "gone")
+        assert engine.present() == frozenset()
+        assert told(engine, {0: b"hi"}) == {0: "gone"}
+        until(engine.present)
+        assert told(engine, dict.fromkeys(range(12), b"hi")) == dict.fromkeys(range(12), b"hi")
+    finally:
+        engine.close()
+
+
+def test_an_actor_that_cannot_be_made_again_is_an_error(tmp_path):
+    def once():
+        (tmp_path / "made").mkdir()
+        return obedient()
+
+    engine = RayEngine(once, 1, cpus=0)
+    try:
+        assert told(engine, {0: b"die"}) == {0: "gone"}
+        with pytest.raises(EngineError, match="no actor is left"):
+            until(engine.present)
+    finally:
+        engine.close()
+
+
+def test_what_cannot_start_says_why_and_leaves_nothing():
+    def broken():
+        raise ValueError("no such base")
+
+    before = ray.available_resources().get("CPU", 0)
+    with pytest.raises(EngineError, match=r"cannot be made: ValueError: no such base"):
+        RayEngine(broken, 4, actors=1, cpus=0)
+    with pytest.raises(EngineError, match=r"1 of 1 actors had not started after 1 s.*99 CPUs.*has 2 CPUs.*fewer"):
+        RayEngine(obedient, 4, actors=1, cpus=99, patience=1)
+    lock = threading.Lock()
+    with pytest.raises(EngineError, match=r"does not pickle: .*lock"):
+        RayEngine(lambda: lock, 4, actors=1)
+    for bad in ({"clients": 0}, {"clients": 4, "actors": 0}, {"clients": 4, "cpus": -1}, {"clients": 4, "gpus": -1}):
+        with pytest.raises(ValueError, match="one client or more"):
+            RayEngine(obedient, **bad)
+    assert ray.available_resources().get("CPU", 0) == before
+
+
+def test_a_closed_engine_leaves_a_cluster_that_it_found():
+    engine = RayEngine(obedient, 3, actors=9, cpus=0)
+    assert len({process(engine, n) for n in range(3)}) == 3  # no more actors than clients
+    replies = engine.ask({0: b"hi", 1: b"hi"})
+    next(replies)
+    engine.close()
+    engine.close()
+    replies.close()
+    assert engine.present() == frozenset()
+    with pytest.raises(EngineError, match="closed"):
+        next(engine.ask({0: b"hi"}))
+    assert ray.is_initialized()
+
+
+ALONE = """
+import os, ray
+from hosfl.engines.engine import Reply
+from hosfl.engines.ray import RayEngine
+
+def make():
+    print("said in an actor")
+    return lambda client, data: os.kill(os.getpid(), 9) if data == b"die" else data
+
+engine = RayEngine(make, 4, actors=1)
+assert list(engine.ask({0: b"hi"})) == [Reply(0, b"hi")]
+list(engine.ask({0: b"die"}))
+engine.close()
+assert not ray.is_initialized()
+"""
+
+
+def test_a_cluster_of_our_own_is_quiet_and_ends():
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.count("\n") <= 1, done.stderr  # that an actor is away
+
+
+def test_no_cluster_at_an_address():
+    code = "from hosfl.engines.ray import RayEngine; RayEngine(lambda: None, 1, address='127.0.0.1:1')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert "EngineError: Ray's cluster cannot be joined at 127.0.0.1:1" in done.stderr
+
+
+def test_without_ray_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r"the engine ray needs ray, which is missing: pip install 'hosfl\[ray\]'"):
+        RayEngine(obedient, 1)
