@@ -115,7 +115,9 @@ def parser(preset: str | None = None) -> argparse.ArgumentParser:
         help="who carries the messages to the clients; over a network: hosfl serve (default: %(default)s)",
     )
     engine.add_argument("--address", help="of a Ray cluster, HOST:PORT or auto; default: one is started here")
-    engine.add_argument("--actors", type=int, help="Ray processes that the clients share; default: as many as have room")
+    engine.add_argument(
+        "--actors", type=int, help="Ray processes that the clients share; default: as many as have room"
+    )
     hosts = command("serve", "run the server of a federation, whose clients are on other machines")
     hosts.add_argument("server", type=_path, metavar="DIR", help="the folder server of hosfl federation create")
     _add_settings(hosts, leave_out=("clients",))
@@ -127,14 +129,36 @@ def parser(preset: str | None = None) -> argparse.ArgumentParser:
     waits.add_argument("--least", type=int, default=1, help="clients to be here before a round begins (1)")
     client = command("join", "take part in a federation as one of its clients, until interrupted")
     client.add_argument("client", type=_path, metavar="DIR", help="the client's folder, from the federation's operator")
-    own = "this client's data: a file of arrays (.npz, .safetensors), FILE.py:FUNCTION, or a folder as the task reads it;"
+    own = (
+        "this client's data: a file of arrays (.npz, .safetensors), FILE.py:FUNCTION, or a folder as the task reads it;"
+    )
     client.add_argument("--data", default="", help=f"{own} default: its share of the task's own")
-    client.add_argument("--task", default="", help="FILE.py:FUNCTION of yours, where the run's task is not the library's")
+    client.add_argument(
+        "--task", default="", help="FILE.py:FUNCTION of yours, where the run's task is not the library's"
+    )
     client.add_argument("--model", default="", help="a folder or name, where the run has a model of its own")
     client.add_argument("--device", default="cpu", help="where to compute (default: %(default)s)")
     state = command("status", "show how a federation's run stands: who is here, round, loss, bytes, what was refused")
     state.add_argument("folder", type=_path, metavar="DIR", help="the run's folder")
     state.add_argument("--watch", action="store_true", help="go on showing it until interrupted")
+    members = command("federation", "make and keep a federation's certificates and permissions")
+    kept = members.add_subparsers(dest="action", required=True, metavar="ACTION")
+    new = command("create", "make a federation: an authority, a broker, a server and clients", kept)
+    new.add_argument("folder", type=_path, metavar="DIR", help="a new folder; the authority's key stays in it")
+    new.add_argument("--clients", type=int, required=True, help="how many")
+    new.add_argument("--address", required=True, help="HOST or HOST:PORT at which everybody reaches the broker")
+    new.add_argument("--name", default="hosfl", help="of the run: letters, digits, _ and - (default: %(default)s)")
+    new.add_argument("--days", type=int, default=365, help="that certificates last (default: %(default)s)")
+    for name, does in (
+        ("add", "add a client"),
+        ("revoke", "make a client's certificate worthless"),
+        ("renew", "make a new certificate"),
+        ("show", "show who belongs to it, and until when"),
+    ):
+        kind = command(name, does, kept)
+        kind.add_argument("folder", type=_path, metavar="DIR", help="of hosfl federation create")
+        if name in ("revoke", "renew"):
+            kind.add_argument("who", metavar="WHO", help="a client's number" + ", server or broker" * (name == "renew"))
     many = command("compare", "run methods and seeds into one table")
     _add_settings(many, leave_out=("method", "seed"))
     three = list(METHODS)[:3]
@@ -190,6 +214,43 @@ def _rebuild(options: argparse.Namespace) -> int:
     tensors, replica = rebuild(options.log, options.base, options.upto)
     write_atomically(options.out, as_file(tensors))
     print(f"{options.out}: the client half after {replica.applied} rounds, digest {replica.digest().hex()}")
+    return 0
+
+
+RELOAD = "The broker learns of it when it reads its files again: nats-server --signal reload, or SIGHUP to its process."
+
+
+def _federation(options: argparse.Namespace) -> int:
+    from hosfl.engines.provision import Federation
+
+    folder = options.folder
+    if options.action == "create":
+        made = Federation.create(folder, options.clients, options.address, options.name, options.days)
+        print(f"{folder}: {len(made.clients)} clients of the run {made.run}, broker at {made.address}")
+        print(f"start the broker:   nats-server -c {folder / 'broker' / 'nats.conf'}")
+        print(f"start the server:   hosfl serve {folder / 'server'} --out RUN")
+        print(f"start each client:  hosfl join {folder / 'clients' / '0'}")
+        print(
+            f"Each folder in {folder / 'clients'} is for one device's owner alone. {folder / 'ca'} stays where it is."
+        )
+        return 0
+    federation = Federation(folder)
+    if options.action == "show":
+        for who, ends, told in federation.described():
+            print(f"{who:12} until {ends}  {told}".rstrip())
+        return 0
+    if options.action == "add":
+        number = federation.add()
+        print(f"client {number}: hand out {folder / 'clients' / str(number)}. The server starts anew with its folder.")
+    elif options.action == "revoke":
+        if not options.who.isdecimal():
+            raise ValueError(f"a client's number is needed, got {options.who!r}")
+        federation.revoke(int(options.who))
+        print(f"client {options.who}: its certificate is nobody's now.")
+    else:
+        federation.renew(options.who)
+        print(f"{options.who}: a new certificate and key are in its folder.")
+    print(RELOAD)
     return 0
 
 
@@ -252,9 +313,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command(name: str) -> Callable[[argparse.Namespace], int]:
-    of_logs = {"rebuild": _rebuild, "log": _log, "status": _status}  # which need no torch
+    plain = {"rebuild": _rebuild, "log": _log, "status": _status, "federation": _federation}  # without torch
     command: Callable[[argparse.Namespace], int]
-    command = of_logs.get(name) or needed("hosfl.commands", f"hosfl {name}", "torch").COMMANDS[name]
+    command = plain.get(name) or needed("hosfl.commands", f"hosfl {name}", "torch").COMMANDS[name]
     return command
 
 

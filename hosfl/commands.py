@@ -27,6 +27,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from hosfl.engines.provision import Federation, check_broker, check_refusal, read_member
 from hosfl.extras import needed
 from hosfl.files import write_json
 from hosfl.halves.families import skeleton
@@ -107,17 +108,22 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    federation = read_member(options.server, SERVER)
+    federation = read_member(options.server, "server")
     settings, preset = _settings(options)
     config, out = _begun(options, Config(**with_shared({**settings, "clients": federation.clients}, preset)))
     if out is None:
         raise ValueError("a server keeps its run in a folder: give --out DIR, or --resume DIR")
     if config.clients != federation.clients:
         raise ValueError(f"the run in {out} has {config.clients} clients, the federation {federation.clients}")
-    federation.check()
+    soon = federation.check()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    if soon:
+        logging.warning(soon)
+    check_refusal(federation)
+    if (options.server.parent / "federation.json").exists():  # the broker's files lie here as well
+        check_broker(Federation(options.server.parent))
     nats = needed("hosfl.engines.nats", "hosfl serve", "nats")
-    engine = nats.NatsEngine(federation.url, federation.run, federation.clients, federation.tls)
+    engine = nats.NatsEngine(federation.url, federation.run, federation.clients, nats.Tls(*federation.paths))
     try:
         over = Over(engine, options.deadline, options.enough, options.least)
         return _run(config, out, options.resume is not None, over)
@@ -126,11 +132,13 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _join(options: argparse.Namespace) -> int:
-    client = read_member(options.client, CLIENT)
-    client.check()
+    client = read_member(options.client, "client")
+    soon = client.check()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if soon:
+        logging.warning(soon)
     nats = needed("hosfl.engines.nats", "hosfl join", "nats")
-    line = nats.NatsLine(client.url, client.run, client.number, client.tls)
+    line = nats.NatsLine(client.url, client.run, client.number, nats.Tls(*client.paths))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: line.close())
     join(

@@ -1,7 +1,7 @@
 """Real processes of a federation, for tests: a broker, a server, clients, and what kills them.
 
-    python tests/processes.py server URL FOLDER JSON       settings and `Over`'s numbers; goes on if the folder has a run
-    python tests/processes.py client URL FOLDER NUMBER JSON    how slow it is, the largest file it may write
+python tests/processes.py server URL FOLDER JSON       settings and `Over`'s numbers; goes on if the folder has a run
+python tests/processes.py client URL FOLDER NUMBER JSON    how slow it is, the largest file it may write
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Clients, a server and a broker that are killed, stopped and starved. Whoever is left or comes back holds one digest."""
+"""Clients, server and broker are killed, stopped and starved. Whoever is left or comes back holds one digest."""
 
 import json
 import random
