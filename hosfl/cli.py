@@ -107,6 +107,34 @@ def parser(preset: str | None = None) -> argparse.ArgumentParser:
     one.add_argument(
         "--resume", type=_path, metavar="DIR", help="go on with the run in DIR; --data may say where its data lie now"
     )
+    engine = one.add_argument_group("engine")
+    engine.add_argument(
+        "--engine",
+        choices=("in-process", "ray"),
+        default="in-process",
+        help="who carries the messages to the clients; over a network: hosfl serve (default: %(default)s)",
+    )
+    engine.add_argument("--address", help="of a Ray cluster, HOST:PORT or auto; default: one is started here")
+    engine.add_argument("--actors", type=int, help="Ray processes that the clients share; default: as many as have room")
+    hosts = command("serve", "run the server of a federation, whose clients are on other machines")
+    hosts.add_argument("server", type=_path, metavar="DIR", help="the folder server of hosfl federation create")
+    _add_settings(hosts, leave_out=("clients",))
+    hosts.add_argument("--out", type=_path, metavar="DIR", help="write log, snapshots, metrics and status there")
+    hosts.add_argument("--resume", type=_path, metavar="DIR", help="go on with the run in DIR")
+    waits = hosts.add_argument_group("waiting")
+    waits.add_argument("--deadline", type=float, default=60.0, help="seconds for each of a round's two exchanges (60)")
+    waits.add_argument("--enough", type=int, help="answers with which a round goes on without the rest; default: all")
+    waits.add_argument("--least", type=int, default=1, help="clients to be here before a round begins (1)")
+    client = command("join", "take part in a federation as one of its clients, until interrupted")
+    client.add_argument("client", type=_path, metavar="DIR", help="the client's folder, from the federation's operator")
+    own = "this client's data: a file of arrays (.npz, .safetensors), FILE.py:FUNCTION, or a folder as the task reads it;"
+    client.add_argument("--data", default="", help=f"{own} default: its share of the task's own")
+    client.add_argument("--task", default="", help="FILE.py:FUNCTION of yours, where the run's task is not the library's")
+    client.add_argument("--model", default="", help="a folder or name, where the run has a model of its own")
+    client.add_argument("--device", default="cpu", help="where to compute (default: %(default)s)")
+    state = command("status", "show how a federation's run stands: who is here, round, loss, bytes, what was refused")
+    state.add_argument("folder", type=_path, metavar="DIR", help="the run's folder")
+    state.add_argument("--watch", action="store_true", help="go on showing it until interrupted")
     many = command("compare", "run methods and seeds into one table")
     _add_settings(many, leave_out=("method", "seed"))
     three = list(METHODS)[:3]
@@ -118,7 +146,7 @@ def parser(preset: str | None = None) -> argparse.ArgumentParser:
     _add_settings(crowd, leave_out=("method",))
     _add_fields(crowd.add_argument_group("faults"), fields(Faults))
     crowd.add_argument("--out", type=_path, metavar="DIR", help="write hosfl.log and simulation.json there")
-    for sub in (one, many, crowd):
+    for sub in (one, hosts, many, crowd):
         sub.add_argument("--preset", choices=PRESETS, help="defaults of other options: the paper's setting")
         sub.set_defaults(**PRESETS.get(preset or "", {}))
     cuts = command("split", "list the places where a model can be cut, and what lies on either side")
@@ -163,6 +191,12 @@ def _rebuild(options: argparse.Namespace) -> int:
     write_atomically(options.out, as_file(tensors))
     print(f"{options.out}: the client half after {replica.applied} rounds, digest {replica.digest().hex()}")
     return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    from hosfl.runs.status import show
+
+    return show(options.folder, options.watch)
 
 
 def _log(options: argparse.Namespace) -> int:
@@ -218,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command(name: str) -> Callable[[argparse.Namespace], int]:
-    of_logs = {"rebuild": _rebuild, "log": _log}  # which need no torch
+    of_logs = {"rebuild": _rebuild, "log": _log, "status": _status}  # which need no torch
     command: Callable[[argparse.Namespace], int]
     command = of_logs.get(name) or needed("hosfl.commands", f"hosfl {name}", "torch").COMMANDS[name]
     return command

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -32,8 +35,10 @@ from hosfl.named import label
 from hosfl.runs.checkpoint import load_config
 from hosfl.runs.config import Config, all_with_shared, with_shared
 from hosfl.runs.faults import Faults
+from hosfl.runs.join import Everybody, join
 from hosfl.runs.memory import HALVES, client_memory, over_bound
 from hosfl.runs.report import Evaluation, metric
+from hosfl.runs.serve import Over
 from hosfl.runs.simulate import simulate
 from hosfl.runs.suggest import suggest
 from hosfl.runs.trainer import Progress as OnProgress
@@ -90,16 +95,71 @@ def _settings(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, An
 
 
 def _train(options: argparse.Namespace) -> int:
-    config = Config(**with_shared(*_settings(options)))
-    out = options.out
+    config, out = _begun(options, Config(**with_shared(*_settings(options))))
+    over = None
+    if options.engine == "ray":
+        made = needed("hosfl.engines.ray", "--engine ray", "ray").RayEngine
+        local = {"data": config.data, "model": config.model, "device": config.device}
+        over = Over(lambda files, clients: made(Everybody(files, **local), clients, options.actors, options.address))
+    elif options.address or options.actors:
+        raise ValueError("--address and --actors are of --engine ray")
+    return _run(config, out, options.resume is not None, over)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    federation = read_member(options.server, SERVER)
+    settings, preset = _settings(options)
+    config, out = _begun(options, Config(**with_shared({**settings, "clients": federation.clients}, preset)))
+    if out is None:
+        raise ValueError("a server keeps its run in a folder: give --out DIR, or --resume DIR")
+    if config.clients != federation.clients:
+        raise ValueError(f"the run in {out} has {config.clients} clients, the federation {federation.clients}")
+    federation.check()
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    nats = needed("hosfl.engines.nats", "hosfl serve", "nats")
+    engine = nats.NatsEngine(federation.url, federation.run, federation.clients, federation.tls)
+    try:
+        over = Over(engine, options.deadline, options.enough, options.least)
+        return _run(config, out, options.resume is not None, over)
+    finally:
+        engine.close()
+
+
+def _join(options: argparse.Namespace) -> int:
+    client = read_member(options.client, CLIENT)
+    client.check()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    nats = needed("hosfl.engines.nats", "hosfl join", "nats")
+    line = nats.NatsLine(client.url, client.run, client.number, client.tls)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: line.close())
+    join(
+        line,
+        client.number,
+        options.client / "state",
+        data=options.data,
+        task=options.task,
+        model=options.model,
+        device=options.device,
+    )
+    return 0
+
+
+def _begun(options: argparse.Namespace, config: Config) -> tuple[Config, Path | None]:
+    """The settings and the folder of a run, new or resumed."""
+    out: Path | None = options.out
     if options.resume is not None:
         if out is not None or config.decisive() != Config().decisive():
             others = ", ".join("--" + name.replace("_", "-") for name in NEUTRAL)
             raise ValueError(f"a run goes on with its own settings: beside --resume there may be {others}")
         given = {name: getattr(options, name) for name in NEUTRAL if getattr(options, name) != getattr(Config(), name)}
         out, config = options.resume, replace(load_config(options.resume), **given)
+    return config, out
+
+
+def _run(config: Config, out: Path | None, resume: bool, over: Over | None) -> int:
     with _bar(label(config.method), config.rounds) as on_progress:
-        summary = train(config, out, on_progress, resume=options.resume is not None)
+        summary = train(config, out, on_progress, resume=resume, over=over)
     scores = ", ".join(f"{name} {value:.4f}" for name, value in summary.scores.items())
     print(
         f"{label(config.method)}: {config.evaluate_on} {scores}, loss {summary.loss:.4f}"
@@ -241,6 +301,8 @@ COMMANDS = {
     "compare": _compare,
     "simulate": _simulate,
     "split": _split,
+    "serve": _serve,
+    "join": _join,
     "suggest": _suggest,
     "study": _study,
     "report": _report,

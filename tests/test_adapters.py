@@ -547,3 +547,12 @@ def test_public_samples_that_cannot_be_set_aside(folder):  # noqa: F811
         divided.with_public(3)
     grouped = replace(task, groups=torch.arange(len(task.train)))
     assert 0 not in grouped.with_public(3).groups
+
+
+def test_a_task_of_one_s_own_has_its_public_samples_set_aside(folder):  # noqa: F811
+    _, task = assemble(config(folder))
+    settings = {"rounds": 1, "clients": 2, "sampled": 2, "partition": "iid", "server_rate": 0.01, "client_rate": 0.01}
+    one = train(task, trains="act:2", public=6, **settings)
+    other = train(replace(task.with_public(6)), trains="act:2", **settings)
+    assert one.provenance["data"] == other.provenance["data"] != task.digest()
+    assert one.replicas.digest == other.replicas.digest

@@ -15,7 +15,7 @@ from hosfl.methods import METHODS
 from hosfl.methods.checkpointed import recomputing
 from hosfl.methods.ledger import load_vector
 from hosfl.probing.probe import trainable
-from hosfl.protocol.messages import Cut, Hello, Losses, MessageError, Trained, Wire
+from hosfl.protocol.messages import Cut, Hello, Losses, MessageError, Trained, Wire, encode
 from hosfl.protocol.seeds import Purpose, direction_seeds
 from hosfl.runs.assemble import assemble, evaluate
 from hosfl.runs.config import with_shared
@@ -253,9 +253,14 @@ class Lossy(Wire):
         super().__init__()
         self.client, self.left = client, after
 
-    def carry(self, message):
-        data = super().carry(message)
-        if message.client == self.client:
+    def carry(self, client, messages):
+        return self._lost(client, super().carry(client, messages))
+
+    def bring(self, client, data):
+        return self._lost(client, data)
+
+    def _lost(self, client, data):
+        if client == self.client:
             self.left -= 1
             return None if self.left == 0 else data
         return data
@@ -372,7 +377,7 @@ def test_servers_refuse_wrong_displaced_cuts(method):
     federation, _ = assemble(config(method))
     server, client = federation.server, federation.take(0)
     good = client.output(0)
-    assert federation.up(good) is not None  # not too large to be read
+    assert server.receive(encode(good)) is not None  # not too large to be read
     moved = good.displaced
     state = {k: v.clone() for k, v in server.half.state_dict().items()}
     wrong = [

@@ -14,7 +14,6 @@ from test_fuzz import mutated
 from torch import nn
 
 from hosfl import Config, Task, rebuild, train
-from hosfl.engines.in_process import Federation
 from hosfl.methods import METHODS, calibration
 from hosfl.protocol.messages import Calibration, Cut, MessageError, Statistics, Wire, encode
 from hosfl.protocol.provenance import ProvenanceError
@@ -22,6 +21,7 @@ from hosfl.protocol.seeds import Purpose
 from hosfl.runs.assemble import assemble, evaluate
 from hosfl.runs.config import with_shared
 from hosfl.runs.faults import Faults
+from hosfl.runs.federation import Federation
 from hosfl.runs.simulate import simulate
 from hosfl.tasks.items import Batches
 
@@ -308,8 +308,8 @@ def test_a_client_knows_what_it_is_told(task):
     assert torch.equal(of(newcomer.half), of(federation.base))
 
     class Lossy(Wire):
-        def carry(self, message):
-            return None if isinstance(message, Calibration) else super().carry(message)
+        def carry(self, client, messages):
+            return None if isinstance(messages[0], Calibration) else super().carry(client, messages)
 
     federation.wire = Lossy()
     away = federation.make(1)

@@ -13,11 +13,15 @@ from hosfl.protocol.messages import (
     CRC,
     HEADER,
     MESSAGES,
+    Audit,
+    Audited,
     Calibration,
+    Complaint,
     Cut,
     Differs,
     Gradient,
     Hello,
+    Invitation,
     Losses,
     MessageError,
     Multiplier,
@@ -30,6 +34,8 @@ from hosfl.protocol.messages import (
     Weights,
     Wire,
     encode,
+    pack,
+    unpack,
 )
 
 NO_DIGEST, DIGEST = torch.empty(0, dtype=torch.int32), torch.arange(8, dtype=torch.int32)
@@ -62,6 +68,10 @@ EXAMPLES = [
     Trained(client=1, round=2, weights=torch.randn(70)),
     Statistics(client=1, round=0, statistics=torch.randn(8), samples=torch.tensor([256]).int()),
     Calibration(client=1, round=0, statistics=torch.randn(8)),
+    Invitation(client=1, round=7, epoch=2),
+    Complaint(client=1, round=7, text=torch.tensor([110, 111], dtype=torch.uint8)),
+    Audit(client=1, round=7),
+    Audited(client=1, round=7, digest=torch.arange(8).int()),
 ]
 SCALARS = EXAMPLES[8]
 
@@ -184,8 +194,29 @@ def test_wrong_arrays_are_refused_when_encoded():
 def test_the_wire_counts_and_shares_nothing():
     wire = Wire()
     scalars = torch.ones(5)
-    received = wire.carry(Scalars(client=0, round=0, scalars=scalars))
+    one, other = Losses(client=0, round=0, losses=scalars), Audit(client=0, round=0)
+    received = unpack(wire.carry(0, [one, other]))
     scalars.zero_()
-    assert torch.equal(decode(received).scalars, torch.ones(5))
-    wire.carry(Scalars(client=0, round=1, scalars=scalars))
-    assert wire.bytes == {"scalars up": 40, "framing up": 2 * 28}
+    assert torch.equal(decode(received[0]).losses, torch.ones(5))
+    assert type(decode(received[1])) is Audit
+    assert wire.bytes == {"losses down": 20, "framing down": 28 + 20 + 2 * 4}
+    wire.count(Scalars(client=0, round=1, scalars=scalars))
+    assert wire.bytes == {"losses down": 20, "framing down": 56, "scalars up": 20, "framing up": 28}
+
+
+def test_messages_that_travel_together():
+    parts = [encode(message) for message in EXAMPLES[:3]]
+    together = pack(parts)
+    assert unpack(together) == parts
+    assert unpack(b"") == []
+    for end in range(1, len(together)):
+        whole = [n for n in range(4) if len(pack(parts[:n])) == end]
+        if whole:
+            assert unpack(together[:end]) == parts[: whole[0]]
+        else:
+            with pytest.raises(MessageError, match="cut off"):
+                unpack(together[:end])
+    with pytest.raises(MessageError, match="more than 2"):
+        unpack(together, most=2)
+    with pytest.raises(MessageError, match="4294967295 bytes is cut off"):
+        unpack(b"\xff" * 8)

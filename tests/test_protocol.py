@@ -391,8 +391,8 @@ class Troubled(Wire):
         super().__init__()
         self.spoil = spoil
 
-    def carry(self, message):
-        return super().carry(self.spoil(message))
+    def carry(self, client, messages):
+        return super().carry(client, [self.spoil(message) for message in messages])
 
 
 @pytest.mark.parametrize("kind", [Multiplier, Records])

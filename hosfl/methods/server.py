@@ -92,7 +92,7 @@ class Server:
             numbers += self.ledger.largest_answer
         if self.statistics is not None:
             numbers += len(self.statistics.values)
-        self.largest_message = 4 * numbers + 1024
+        self.largest_message = 4 * numbers + 2048  # of which a complaint may take half
 
     @property
     def epoch(self) -> int:
@@ -103,13 +103,19 @@ class Server:
         chosen = generator(self.seed, Purpose.SAMPLING, round).choice(clients, count, replace=False)
         return sorted(int(c) for c in chosen)
 
-    def receive(self, data: bytes) -> Message | None:
-        """The message of bytes from the wire; None if they are refused: too many of them are not even read."""
+    def receive(self, data: bytes, client: int | None = None) -> Message | None:
+        """The message of bytes from the wire; None if they are refused: too many of them are not even read.
+
+        client: who sent them, where whoever carried them knows; a message that says it is another's is refused.
+        """
         try:
-            return decoded(data, self.largest_message)
+            message = decoded(data, self.largest_message)
+            if client is not None and message.client != client:
+                raise MessageError(f"it says that it is client {message.client}'s")
         except MessageError as error:
-            self._refuse("bytes from the wire", error)
+            self._refuse("bytes from the wire" if client is None else f"bytes of client {client}", error)
             return None
+        return message
 
     def _refuse(self, what: str, error: MessageError) -> None:
         self.refusals += 1

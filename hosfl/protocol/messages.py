@@ -399,14 +399,26 @@ def _check(cls: str, name: str, meta: Any, dtype: str, dims: int) -> None:
 
 
 class Wire:
-    """Carries messages in one process, as bytes: nothing is shared behind it, and every byte is counted."""
+    """Counts every byte between server and clients. One that loses, delays or damages some is made of it for tests."""
 
     def __init__(self) -> None:
         self.bytes: dict[str, int] = {}
 
-    def carry(self, message: Message) -> bytes | None:
-        """The bytes that the other side receives; None: they are lost, or come too late. This wire loses nothing."""
-        data = encode(message)
-        for category, size in message.sizes().items():
-            self.bytes[category] = self.bytes.get(category, 0) + size
+    def carry(self, client: int, messages: Sequence[Message]) -> bytes | None:
+        """What a client receives of the server's ask; None: it is lost, or comes too late. This wire loses nothing."""
+        for message in messages:
+            self.count(message)
+        self._add("framing down", LENGTH.size * len(messages))
+        return pack([encode(message) for message in messages])
+
+    def bring(self, client: int, data: bytes) -> bytes | None:
+        """What the server receives of a client's bytes. They are counted when they are read: see `count`."""
         return data
+
+    def count(self, message: Message) -> None:
+        """Add a message's bytes to their categories'."""
+        for category, size in message.sizes().items():
+            self._add(category, size)
+
+    def _add(self, category: str, size: int) -> None:
+        self.bytes[category] = self.bytes.get(category, 0) + size

@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
-from hosfl.engines.in_process import Federation
 from hosfl.halves.adapters import factors
-from hosfl.halves.inputs import Batch, call
+from hosfl.halves.inputs import Batch, Inputs, call
 from hosfl.halves.narrow import narrowed
 from hosfl.halves.split import SplitModel, dtype_of
 from hosfl.halves.trains import moving_only
@@ -30,6 +29,7 @@ from hosfl.protocol.provenance import Provenance, ProvenanceError, header_digest
 from hosfl.protocol.rebuild import base_digest
 from hosfl.protocol.seeds import Purpose, round_seed
 from hosfl.runs.checkpoint import header_of
+from hosfl.runs.federation import Federation
 from hosfl.settings import DEFAULTS, Rates, Settings
 from hosfl.tasks import make_task
 from hosfl.tasks.data import Dataset, at_once, dirichlet_split, iid_split, shards
@@ -43,23 +43,21 @@ def assemble(
     """The federation of a run, before its first round; everything in it follows from the configuration.
 
     Nothing is written. smallest_shard: so many samples or more in each part of the data; clients that are more than the
-    parts share them, each with its own batches. task: where it is an object rather than a name. begun: the folder of
-    this run, where it goes on: what is fixed in adapters, and running statistics that clients have estimated, is what
-    its base file holds, since another machine would compute other bits.
+    parts share them, each with its own batches. task: where it is an object rather than a name; its public samples are
+    set aside already. begun: the folder of this run, where it goes on: what is fixed in adapters, and running
+    statistics that clients have estimated, is what its base file holds, since another machine would compute other bits.
 
     Raises ValueError, DataError and what `Task.halves` raises.
     """
     task = make_task(config) if task is None else task
-    task = task.with_public(config.public) if config.public else task
     config = for_clients(config, task)
     check_alike(task.sets())
     kind, rates = method_of(config.method), rates_of(task, config)
     device = torch.device(config.device)
-    model = task.halves(round_seed(config.seed, Purpose.MODEL, 0), "" if config.task else config.at)
+    model = halves_of(config, task)
     first = prefixed("client", model.client.state_dict()) | prefixed("server", model.server.state_dict())
     halves = base_digest(first)
-    base = moving_only(model.client, config.trains, config.seed, task.public).to(getattr(torch, config.dtype))
-    base = narrowed(base, config.frozen)
+    base = base_of(config, model, task.public)
     if config.calibrate and not calibration.running(base):
         raise ValueError(
             f"calibrate = {config.calibrate} needs a client half with running statistics, such as BatchNorm's, and this"
@@ -131,6 +129,17 @@ def assemble(
     header = "" if federation.header is None else header_digest(federation.header)
     federation.provenance = Provenance(config.decisive(), task.digest(), halves, header)
     return federation, task
+
+
+def halves_of(config: Settings, task: Task) -> SplitModel:
+    """Both halves as the task makes them, in a run of these settings."""
+    return task.halves(round_seed(config.seed, Purpose.MODEL, 0), "" if config.task else config.at)
+
+
+def base_of(config: Settings, model: SplitModel, public: Inputs | None) -> nn.Module:
+    """The client half of round 0, with what moves. Raises ValueError; see `moving_only`."""
+    base = moving_only(model.client, config.trains, config.seed, public).to(getattr(torch, config.dtype))
+    return narrowed(base, config.frozen)
 
 
 def _take_up(fixed: dict[str, Tensor], path: Path) -> bool:

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 import torch
 
-from hosfl.engines.in_process import Replicas
 from hosfl.extras import needed
 from hosfl.files import FolderLock, finite, write_atomically, write_json
 from hosfl.protocol.provenance import Provenance, ProvenanceError
 from hosfl.runs.checkpoint import RUN_FILES, check_free, save_config
+from hosfl.runs.federation import Replicas
 from hosfl.settings import Settings
 from hosfl_kernels import backends
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hosfl.engines.in_process import Federation
 from hosfl.files import FolderLock, write_json
 from hosfl.methods import calibration
 from hosfl.methods.client import Client
@@ -34,6 +33,7 @@ from hosfl.runs.assemble import assemble, evaluate
 from hosfl.runs.checkpoint import check_free, save_module
 from hosfl.runs.config import Config
 from hosfl.runs.faults import Faults
+from hosfl.runs.federation import Federation
 from hosfl.runs.report import Evaluation, machine, peak_memory
 from hosfl.runs.trainer import Progress, check_loss, interruptible, restore, save_snapshot
 from hosfl.tasks.task import Task
@@ -57,36 +57,46 @@ class UnreliableWire(Wire):
         self.death: int | None = None  # messages, and commits, until the server dies
         self.lost = self.overdue = self.damaged = 0
 
-    def begin(self, clients: Sequence[int]) -> list[bytes]:
-        """A round begins. Returns what arrives only now."""
+    def begin(self, clients: Mapping[int, int]) -> list[bytes]:
+        """A round begins. clients: how many messages each has, in both directions. Returns what arrives only now."""
         vanish = self.random.random(len(clients)) < self.faults.dropout
-        self.left = {c: int(self.random.integers(5)) for c, v in zip(clients, vanish, strict=True) if v}
+        self.left = {c: int(self.random.integers(clients[c])) for c, v in zip(clients, vanish, strict=True) if v}
         self.clock = {}
         if self.faults.crash_every and self.random.random() < 1 / self.faults.crash_every:
-            self.death = int(self.random.integers(2 + 5 * len(clients)))
+            self.death = int(self.random.integers(2 + sum(clients.values())))
         late, self.late = self.late, []
         return late
 
-    def carry(self, message: Message) -> bytes | None:
+    def carry(self, client: int, messages: Sequence[Message]) -> bytes | None:
+        data = super().carry(client, messages)
+        assert data is not None
+        if isinstance(messages[-1], Multiplier):
+            self.clock[client] = 0.0  # the second exchange
+        arrives, travelled = self._travels(client, data)
+        if travelled is not None and not arrives:
+            self.overdue += 1
+        return travelled if arrives else None
+
+    def bring(self, client: int, data: bytes) -> bytes | None:
+        arrives, travelled = self._travels(client, data)
+        if travelled is not None and not arrives:
+            self.overdue += 1
+            self.late.append(travelled)
+        return travelled if arrives else None
+
+    def _travels(self, client: int, data: bytes) -> tuple[bool, bytes | None]:
+        """(whether it arrives in time, what arrives): None where its client has vanished."""
         self.maybe_die()
-        client = message.client
         if client in self.left:
             if self.left[client] == 0:
                 self.lost += 1
-                return None
+                return False, None
             self.left[client] -= 1
-        data = super().carry(message)
-        assert data is not None
         if self.faults.damage and self.random.random() < self.faults.damage:
             self.damaged += 1
             bit = int(self.random.integers(8 * len(data)))
             data = data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :]
-        if self._in_time(message):
-            return data
-        self.overdue += 1
-        if message.direction == "up":
-            self.late.append(data)
-        return None
+        return self._in_time(client), data
 
     def maybe_die(self) -> None:
         """One step nearer to the server's death."""
@@ -97,13 +107,11 @@ class UnreliableWire(Wire):
             raise ServerDied
         self.death -= 1
 
-    def _in_time(self, message: Message) -> bool:
-        if isinstance(message, Multiplier):
-            self.clock[message.client] = 0.0  # the second exchange
+    def _in_time(self, client: int) -> bool:
         if self.faults.delay:
             travelled = float(self.random.exponential(self.faults.delay))
-            self.clock[message.client] = self.clock.get(message.client, 0.0) + travelled
-        return self.clock.get(message.client, 0.0) <= self.faults.deadline
+            self.clock[client] = self.clock.get(client, 0.0) + travelled
+        return self.clock.get(client, 0.0) <= self.faults.deadline
 
 
 @dataclass
@@ -194,12 +202,13 @@ class Crowd(Federation):
     faults: Faults = field(default_factory=Faults)
     states: dict[Key, State] = field(default_factory=dict)
     calibrated: set[int] = field(default_factory=set)
-    where: dict[int, tuple[Key, int, int]] = field(default_factory=dict)  # client: state, rounds applied, epoch
+    held: dict[int, tuple[Key, int, int]] = field(default_factory=dict)  # client: state, rounds applied, epoch
     away: dict[int, int] = field(default_factory=dict)  # client: the round in which it comes back
     deaths: int = 0
     most_states: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.random = generator(self.config.seed, Purpose.FAULTS)
         self.unreliable = UnreliableWire(self.faults, self.random)
         self.wire = self.unreliable
@@ -216,7 +225,7 @@ class Crowd(Federation):
                 self.away[client] = round + 1 + int(self.random.integers(max(1, self.faults.longest_absence)))
                 continue
             here.append(client)
-        self._late = self.unreliable.begin(here)
+        self._late = self.unreliable.begin({c: 4 if c in self.where else 6 for c in here})  # those say where they are
         return here
 
     def late(self) -> list[Message | None]:
@@ -235,6 +244,7 @@ class Crowd(Federation):
         again.open_log(folder)
         done = restore(again, folder)
         before, self.server, self.observed = self.server, again.server, again.observed
+        self.where = {}
         # Not what a server knows, but what we count.
         self.server.refused, self.server.refusals = before.refused, before.refusals
         self.server.differed, self.server.differences = before.differed, before.differences
@@ -257,8 +267,8 @@ class Crowd(Federation):
         if number in self.calibrated and self.server.statistics is not None:
             calibration.load(client.half, self.server.statistics.values)
             client.calibrated = True
-        if number in self.where and isinstance(client, ZerothOrderClient):
-            key, applied, epoch = self.where[number]
+        if number in self.held and isinstance(client, ZerothOrderClient):
+            key, applied, epoch = self.held[number]
             client.take_up(self.states[key].tensors, self.states[key].moments, applied, epoch, key[1])
         return client
 
@@ -266,18 +276,18 @@ class Crowd(Federation):
         assert isinstance(client, ZerothOrderClient)
         if client.calibrated:
             self.calibrated.add(client.number)
-        replica, before = client.replica, self.where.get(client.number)
+        replica, before = client.replica, self.held.get(client.number)
         key = replica.digest(), replica.lattice
         if before is None or before[0] != key:
             if key not in self.states:
                 self.states[key] = State([t.detach() for t in replica.tensors], replica.moments)
             self.states[key].clients += 1
             if before is not None:
-                self._leave(before[0])
-        self.where[client.number] = key, replica.applied, replica.epoch
+                self._left(before[0])
+        self.held[client.number] = key, replica.applied, replica.epoch
         self.most_states = max(self.most_states, len(self.states))
 
-    def _leave(self, key: Key) -> None:
+    def _left(self, key: Key) -> None:
         self.states[key].clients -= 1
         if not self.states[key].clients:
             del self.states[key]

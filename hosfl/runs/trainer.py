@@ -13,7 +13,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
-from hosfl.engines.in_process import Federation
 from hosfl.methods.ledger import SeedReplay
 from hosfl.protocol.lattice import LatticeError
 from hosfl.protocol.log import EpochRecord, Log, LogError
@@ -22,7 +21,9 @@ from hosfl.runs import snapshot
 from hosfl.runs.assemble import assemble, evaluate, for_clients
 from hosfl.runs.checkpoint import check_free, load_config, save_module
 from hosfl.runs.config import Config
+from hosfl.runs.federation import Federation
 from hosfl.runs.report import Evaluation, Summary, Writer
+from hosfl.runs.serve import Events, Over
 from hosfl.settings import differences
 from hosfl.tasks import make_task
 from hosfl.tasks.task import Task
@@ -106,6 +107,7 @@ def train(
     progress: Progress | None = None,
     *,
     resume: bool = False,
+    over: Over | None = None,
     **settings: Any,
 ) -> Summary:
     """Run HO-SFL or one of its baselines; returns the summary.
@@ -117,6 +119,7 @@ def train(
     per evaluation), and at the end summary.json, curves.png, client.safetensors and server.safetensors. The first
     Ctrl-C ends the run after the current round, with all of this written; the summary says how many rounds were done.
     resume: take up the run in `out`, however it ended, at its last snapshot; settings and task must be that run's.
+    over: the engine that reaches the clients, where they are not in this process; it needs `out`.
 
     Settings that the bits do not depend on (`config.NEUTRAL`) may change when a run is resumed; so data may lie
     elsewhere, with the same content.
@@ -130,8 +133,8 @@ def train(
         raise ValueError("out is empty: name a folder")
     folder = Path(out) if out is not None else None
     begin = time.perf_counter()
-    if resume and folder is None:
-        raise ValueError("a run to resume needs its folder")
+    if (resume or over) and folder is None:
+        raise ValueError(f"a run {'to resume' if resume else 'with clients elsewhere'} needs its folder")
     if folder is not None and not resume:
         check_free(folder)
     config, task = _told(what, settings)
@@ -156,6 +159,9 @@ def train(
             if folder is not None:
                 save_module(federation.base, folder / "base.safetensors")
                 federation.open_log(folder)
+        if over is not None and folder is not None:
+            over.reach(federation, folder)
+            course.events = Events(folder)
         return course.run()
     except BaseException:
         federation.close()
@@ -182,7 +188,8 @@ def _told(what: Task | Config, settings: dict[str, Any]) -> tuple[Config, Task]:
     if set(settings) & {"task", "options", "data", "model"}:
         raise TypeError("a Task has its own data and model: leave out task, options, data and model")
     config = Config(task="", **settings)
-    return cast(Config, for_clients(config, what)), what
+    task = what.with_public(config.public) if config.public else what
+    return cast(Config, for_clients(config, task)), task
 
 
 @dataclass
@@ -198,6 +205,7 @@ class _Course:
     loss: float = math.nan
     last: Evaluation | None = None
     failure: LatticeError | Diverged | None = None
+    events: Events | None = None  # where clients are elsewhere
 
     def evaluated(self) -> Evaluation:
         federation, config = self.federation, self.federation.config
@@ -217,7 +225,10 @@ class _Course:
             try:
                 check_loss(self.last.loss, self.done)
                 while self.done < config.rounds and not interrupted.is_set():
-                    self.round()
+                    if federation.ready():
+                        self.round()
+                    else:
+                        self.wait()
                 if folder is not None and interrupted.is_set():
                     self.snapshot(folder)
                 if self.last.round != self.done:  # interrupted
@@ -252,6 +263,8 @@ class _Course:
         federation, folder, config = self.federation, self.writer.folder, self.federation.config
         self.loss = federation.round(self.done)
         self.done += 1
+        if self.events is not None:
+            self.events.round(federation, self.done, self.loss)
         due = self.done % config.evaluate_every == 0 or self.done == config.rounds
         if due:
             self.last = self.writer.add(self.evaluated())
@@ -260,6 +273,12 @@ class _Course:
             self.snapshot(folder)
         if self.progress is not None:
             self.progress(self.done, self.loss, self.last if due else None, sum(federation.wire.bytes.values()))
+
+    def wait(self) -> None:
+        """A moment, until enough clients are here."""
+        if self.events is not None:
+            self.events.waiting(self.federation, self.done)
+        time.sleep(0.1)
 
     def snapshot(self, folder: Path) -> None:
         if self.writer.lock is not None:

@@ -367,11 +367,12 @@ def _all(study: Study, folder: Path, workers: int, progress: Callable[[State], N
     return True
 
 
-Data = tuple[str, str, str, str, str]  # the settings that say which data and model
+Data = tuple[str, str, str, int, str, str]  # the settings that say which data and model
 
 
 def _data(config: Config) -> Data:
-    return config.task, json.dumps(config.options, sort_keys=True), config.data, config.model, config.at
+    options = json.dumps(config.options, sort_keys=True)
+    return config.task, options, config.data, config.public, config.model, config.at
 
 
 def check_tasks(study: Study) -> dict[Data, str]:

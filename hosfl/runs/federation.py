@@ -1,0 +1,366 @@
+"""The rounds of the protocol. Who carries the messages is an engine's business: see `hosfl.engines.engine`.
+
+A round is two exchanges. The server asks the invited for their cuts, each with what it has missed since it was last
+here; then it sends multipliers to those whose cuts it could learn from, and commits what they answer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import nn
+
+from hosfl.engines.engine import Engine, Reply
+from hosfl.engines.in_process import InProcess
+from hosfl.halves.inputs import Batch
+from hosfl.halves.split import SplitModel
+from hosfl.methods import calibration
+from hosfl.methods.client import Client
+from hosfl.methods.endpoint import Endpoint
+from hosfl.methods.ledger import SeedReplay
+from hosfl.methods.server import KEPT, Server
+from hosfl.protocol.log import Header
+from hosfl.protocol.messages import (
+    Audit,
+    Audited,
+    Complaint,
+    Differs,
+    Hello,
+    Invitation,
+    Message,
+    MessageError,
+    PoolMoves,
+    Records,
+    Statistics,
+    Wire,
+    encode,
+)
+from hosfl.protocol.provenance import Provenance, open_log
+from hosfl.settings import Settings
+
+TRIES = 3  # asks for one cut: a client that is elsewhere, and one that then finds its half wrong, are asked again
+AT_ONCE = 16  # clients whose halves are audited together
+
+
+@dataclass
+class Federation:
+    """A server, its clients, and the engine between them.
+
+    make: a client that has applied nothing, by its number. base: the client half of round 0. observed: the client half
+    of the moment, for evaluation. header: of the log, for methods that have one; see `open_log`. provenance: what the
+    run is made of. exchanges: cuts that a client sends per round; its answer to all but the last is the
+    next one, and the server numbers them on and on. engine: None: the clients live here, and are made by `make`.
+    deadline: seconds for each exchange of a round; None: as long as it takes. enough: cuts, and then answers, with
+    which a round goes on without the rest; None: all that were invited. least: clients that have to be here before a
+    round begins.
+
+    clients: those made here so far. where: (rounds, epoch) that a client has applied, as far as the server knows.
+    complained: what clients refused, the first thousand times; complaints: how many there were. visits: how many times
+    a client took part. missing: how many times a client that was asked did not answer; why: of the round's, by client.
+    seconds: of the last round, by phase: "cuts" and "answers" are spent on the engine and the clients, "server" here.
+    took_part: clients whose answers were the last round's; whose cuts, where a method needs no answers.
+    """
+
+    config: Settings
+    server: Server
+    make: Callable[[int], Client]
+    base: nn.Module
+    observed: nn.Module
+    exchanges: int = 1
+    engine: Engine = None  # type: ignore[assignment]  # until __post_init__
+    deadline: float | None = None
+    enough: int | None = None
+    least: int = 1
+    wire: Wire = field(default_factory=Wire)
+    clients: dict[int, Client] = field(default_factory=dict)
+    where: dict[int, tuple[int, int]] = field(default_factory=dict)
+    complained: list[str] = field(default_factory=list)
+    complaints: int = 0
+    visits: int = 0
+    missing: int = 0
+    why: dict[int, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    took_part: list[int] = field(default_factory=list)
+    header: Header | None = None
+    provenance: Provenance | None = None
+
+    def __post_init__(self) -> None:
+        self._here: dict[int, Endpoint] = {}
+        if self.engine is None:
+            self.engine = InProcess(lambda number, data: self.endpoint(number).answer(data), self.config.clients)
+
+    def ready(self) -> bool:
+        """Whether enough clients are here for a round."""
+        return len(self.engine.present()) >= self.least
+
+    def round(self, round: int) -> float:
+        """One round of the protocol; returns the mean training loss of its clients, NaN if nobody took part.
+
+        A message that is lost, late or refused costs its sender the round, and nobody else anything.
+        """
+        self.seconds, self.why = dict.fromkeys(("cuts", "server", "answers"), 0.0), {}
+        try:
+            invited = self.invited(round)
+            late = self.late()
+            with self._timed("cuts"):
+                sent = self._reached(Invitation, round, invited)
+            self.visits += len(sent)
+            cuts = [message for message in late if message is not None] + [sent[n] for n in sorted(sent)]
+            losses = []
+            for exchange in range(round * self.exchanges, (round + 1) * self.exchanges):
+                with self._timed("server"):
+                    multipliers, loss = self.server.step(exchange, cuts)
+                losses.append(loss)
+                # A late cut can be of this very round, which died once and began again: its sender may not be here.
+                learn = sent if self.server.ledger is not None else {}
+                with self._timed("answers"):
+                    answers = self._answers({n: [m] for n, m in multipliers.items() if n in learn})
+                cuts = [answers[n] for n in sorted(answers)]
+            with self._timed("server"):
+                self.server.commit(round, cuts)
+            self.took_part = sorted(answers if multipliers and learn else sent)
+        finally:
+            self._leave()
+        return sum(losses) / len(losses)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - begin
+
+    def _reached(self, what: type[Invitation | Audit], round: int, clients: Sequence[int]) -> dict[int, Message]:
+        """The cuts or digests of clients, by number: everybody takes first what it has missed."""
+        ends, found = self._ends(), dict[int, Message]()
+        asks = {n: self._news(n) for n in clients}
+        if self.server.ledger is not None:
+            # Where a client is, it says at once: nobody who computes is waited for meanwhile.
+            unknown = {n: asks.pop(n) for n in clients if n not in self.where}
+            asks |= self._ask(what, round, unknown, ends, found)
+        for _ in range(TRIES):
+            asks = self._ask(what, round, asks, ends, found)
+        return found
+
+    def _ask(
+        self,
+        what: type[Invitation | Audit],
+        round: int,
+        asks: Mapping[int, Sequence[Message]],
+        ends: float | None,
+        found: dict[int, Message],
+    ) -> dict[int, list[Message]]:
+        """Adds what came to `found`; returns what to send those who said that they are elsewhere."""
+        again: dict[int, list[Message]] = {}
+        wanted = {n: what(client=n, round=round, epoch=self.server.epoch) for n in asks}
+        enough = self.enough if what is Invitation else None
+        for message in self._replies({n: [*news, wanted[n]] for n, news in asks.items()}, ends):
+            client = message.client
+            if isinstance(message, (Hello, Differs, Statistics)):
+                of = self.server.calibration if isinstance(message, Statistics) else self.server.welcome
+                news = of(message)
+                if news is not None:
+                    again[client] = [news]
+                continue
+            found[client] = message
+            for applied in asks[client]:
+                self.where[client] = _after(applied)
+            if enough is not None and len(found) >= enough:
+                return {}
+        return again
+
+    def _answers(self, asks: Mapping[int, Sequence[Message]]) -> dict[int, Message]:
+        """What clients answer to their multipliers, by number."""
+        found: dict[int, Message] = {}
+        for message in self._replies(asks, self._ends()):
+            found[message.client] = message
+            if self.enough is not None and len(found) >= self.enough:
+                break
+        return found
+
+    def _replies(self, asks: Mapping[int, Sequence[Message]], ends: float | None) -> Iterator[Message]:
+        """What comes back, as it comes. Whoever closes this is done with the ask."""
+        data: dict[int, bytes] = {}
+        for client, messages in asks.items():
+            carried = self.wire.carry(client, messages)
+            if carried is None:
+                self._missed(client)
+            else:
+                data[client] = carried
+        if not data:
+            return
+        for reply in self.engine.ask(data, None if ends is None else max(0.0, ends - time.monotonic())):
+            message = self._heard(reply)
+            if message is not None:
+                yield message
+
+    def _heard(self, reply: Reply) -> Message | None:
+        """The message of a reply, if it brings one that can be read."""
+        data = None if reply.data is None else self.wire.bring(reply.client, reply.data)
+        if data is None:
+            self._missed(reply.client)
+            self.why[reply.client] = reply.reason or "lost"
+            return None
+        message = self.server.receive(data, reply.client)
+        if message is None:
+            self.where.pop(reply.client, None)
+            return None
+        self.wire.count(message)
+        if isinstance(message, Complaint):
+            self.where.pop(reply.client, None)
+            text = bytes(message.text.tolist()).decode(errors="replace")
+            self._complain(reply.client, "".join(c if c.isprintable() else "?" for c in text))
+            return None
+        return message
+
+    def _missed(self, client: int) -> None:
+        self.missing += 1
+        self.where.pop(client, None)  # whether it has taken what it was sent, it will say
+
+    def _news(self, client: int) -> list[Message]:
+        """What a client has missed, as far as the server knows where it is."""
+        if client not in self.where:
+            return []
+        round, epoch = self.where[client]
+        news = self.server.welcome(Hello(client=client, round=round, epoch=epoch))
+        return [] if news is None else [news]
+
+    def _ends(self) -> float | None:
+        return None if self.deadline is None else time.monotonic() + self.deadline
+
+    def _complain(self, client: int, what: str) -> None:
+        self.complaints += 1
+        if len(self.complained) < KEPT:
+            self.complained.append(f"client {client}: {what}")
+
+    def invited(self, round: int) -> list[int]:
+        """Who takes part in a round: a sample of those who are here."""
+        here = sorted(self.engine.present())
+        return [here[n] for n in self.server.sample(round, len(here), min(self.config.sampled, len(here)))]
+
+    def late(self) -> list[Message | None]:
+        """What arrives only now of earlier rounds: nothing, where engines drop it."""
+        return []
+
+    def endpoint(self, number: int) -> Endpoint:
+        """A client of this process, from its first ask in a round to the round's end."""
+        if number not in self._here:
+            self._here[number] = self._endpoint(self.take(number))
+        return self._here[number]
+
+    def _endpoint(self, client: Client) -> Endpoint:
+        return Endpoint(client, self.exchanges, self.server.ledger is not None, bool(self.config.calibrate))
+
+    def take(self, number: int) -> Client:
+        """A client of this process, as it was when it was last here."""
+        if number not in self.clients:
+            self.clients[number] = self.make(number)
+        return self.clients[number]
+
+    def put_back(self, client: Client) -> None:
+        """The client leaves."""
+
+    def _leave(self) -> None:
+        for endpoint in self._here.values():
+            self.put_back(endpoint.client)
+        self._here.clear()
+
+    def calibrate(self, batches: Callable[[int], Iterable[Batch]]) -> None:
+        """Before the first round, its clients estimate the running statistics of the client half.
+
+        What the server commits is that of the base. The clients have to ask for it like all others. It is for clients
+        of this process. batches: of a client, by its number, for this alone.
+        """
+        heard: list[Message | None] = []
+        for number in self.invited(0):
+            client = self.take(number)
+            try:
+                heard.append(self._heard(Reply(number, encode(client.statistics(batches(number))))))
+            except MessageError as error:
+                self._complain(number, str(error))
+            finally:
+                self.put_back(client)
+        self.server.calibrate([message for message in heard if message is not None])
+        self.take_statistics()
+
+    def take_statistics(self) -> None:
+        """Give base and observed half the statistics that the server has committed."""
+        if self.server.statistics is not None:
+            for half in (self.base, self.observed):
+                calibration.load(half, self.server.statistics.values)
+
+    def replicas(self) -> Replicas:
+        """Bring every client that is here up to date, and a newcomer from nothing; do they hold the same bits?
+
+        What moves here is not counted as the run's.
+        """
+        wire, self.wire = self.wire, Wire()
+        here, digests = sorted(self.engine.present()), list[str]()
+        for start in range(0, len(here), AT_ONCE):
+            digests += self.audited(here[start : start + AT_ONCE])
+        newcomer = self.make(0)
+        joined = self.join(newcomer)
+        self.wire = wire
+        equal = joined and len(digests) == len(here) and set(digests) <= {newcomer.digest()}
+        return Replicas(clients=len(here) + 1, digest=newcomer.digest(), equal=equal)
+
+    def join(self, client: Client) -> bool:
+        """Bring one client up to date that is nobody's whom an engine knows. False where that fails."""
+        endpoint, number = self._endpoint(client), client.number
+        engine, there = self.engine, self.where.pop(number, None)
+        self.engine = InProcess(lambda number, data: endpoint.answer(data), 1)
+        try:
+            return bool(self.audited([number]))
+        finally:
+            self.engine = engine
+            self.where.pop(number, None)
+            if there is not None:
+                self.where[number] = there
+
+    def audited(self, clients: Sequence[int]) -> list[str]:
+        """The digests of clients' halves after they have taken all that was committed; of those who answer."""
+        try:
+            found = self._reached(Audit, 0, clients)
+        finally:
+            self._leave()
+        return [m.digest.numpy().tobytes().hex() for m in found.values() if isinstance(m, Audited)]
+
+    def model(self) -> SplitModel:
+        """Both halves as they are now."""
+        if self.server.ledger is not None:
+            self.server.ledger.show(self.observed)
+        return SplitModel(self.observed, self.server.half)
+
+    def open_log(self, folder: Path) -> None:
+        """Keep the client half's log in `folder`, where the method has one: a new one, or the one that is there."""
+        if isinstance(self.server.ledger, SeedReplay) and self.header is not None:
+            self.server.ledger.log = open_log(folder, self.header)
+
+    def close(self) -> None:
+        """Close the log, and let go of the engine."""
+        if isinstance(self.server.ledger, SeedReplay) and self.server.ledger.log is not None:
+            self.server.ledger.log.close()
+        self.engine.close()
+
+
+def _after(news: Message) -> tuple[int, int]:
+    """(rounds, epoch) of a client that has applied what it was sent."""
+    match news:
+        case Records():
+            return news.round + len(news.coefficients), news.epoch
+        case PoolMoves():
+            return int(news.until[0]), news.epoch
+        case _:
+            return news.round, news.epoch
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """Whether all clients, and a newcomer that replayed the whole log at the end, hold the same bits."""
+
+    clients: int
+    digest: str
+    equal: bool

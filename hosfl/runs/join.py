@@ -1,0 +1,331 @@
+"""A client on its own machine: it fetches a run once, and answers from then on.
+
+Nothing that comes from the server is evaluated: the run names a task and a method of this library, or is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from hosfl.engines.engine import Line
+from hosfl.files import FolderLock, write_atomically
+from hosfl.halves.split import dtype_of
+from hosfl.methods import METHODS, method_of
+from hosfl.methods.client import Client
+from hosfl.methods.endpoint import Endpoint
+from hosfl.methods.ho import ZerothOrderClient
+from hosfl.methods.ledger import SeedReplay
+from hosfl.methods.method import Setup
+from hosfl.named import named
+from hosfl.protocol.aggregate import AGGREGATIONS
+from hosfl.protocol.lattice import Lattice
+from hosfl.protocol.provenance import header_digest
+from hosfl.runs.assemble import base_of, halves_of, partition, rates_of
+from hosfl.runs.checkpoint import header_of
+from hosfl.runs.config import Config
+from hosfl.runs.serve import FORMAT, LOCAL
+from hosfl.tasks import TASKS, make_task
+from hosfl.tasks.data import Dataset
+from hosfl.tasks.items import Batches, Items, read, samples_of
+from hosfl.tasks.task import Task
+
+SAVED_EVERY = 60.0  # seconds: what was applied since is replayed
+KEPT_FORMAT = "1"
+log = logging.getLogger("hosfl.join")
+
+
+class JoinError(ValueError):
+    """A run that this client does not take part in, and why."""
+
+
+def settings_of(offered: bytes, task: str = "", **local: Any) -> tuple[dict[str, Any], Config]:
+    """What the server offers, and its settings with this machine's own. Raises JoinError.
+
+    task: "FILE.py:FUNCTION" of this machine, for a run of a task that is not the library's.
+    """
+    try:
+        run = json.loads(offered)
+        settings = dict(run["settings"])
+        if run["format"] != FORMAT:
+            raise JoinError(f"the server offers a run of format {run['format']!r}, this is {FORMAT}: update hosfl")
+        base, header = str(run["base"]), str(run["log"])
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise (
+            error if isinstance(error, JoinError) else JoinError(f"what the server offers is no run: {error!r}")
+        ) from None
+    theirs = settings.get("task")
+    if theirs not in TASKS and not task:
+        raise JoinError(
+            f"the run is of the server's own task {theirs!r}: name yours with --task FILE.py:FUNCTION, since no code is"
+            " fetched"
+        )
+    if theirs in TASKS and task:
+        raise JoinError(f"the run's task is {theirs!r}, the library's: leave out --task")
+    if settings.get("method") not in METHODS:
+        raise JoinError(f"the run's method {settings.get('method')!r} is none of this library's: {', '.join(METHODS)}")
+    if str(settings.get("trains")).startswith("peft:") and str(settings["trains"]).endswith(".json"):
+        raise JoinError("the run's adapters are those of a file of the server's: this client reads no file by its name")
+    strange = sorted(set(settings) - set(Config.names()) | set(settings) & set(LOCAL))
+    if strange:
+        raise JoinError(f"the run has settings that this version has not: {', '.join(strange)}: update hosfl")
+    try:
+        config = Config(**{**settings, **local, **({"task": task} if task else {})})
+    except (TypeError, ValueError) as error:
+        raise JoinError(f"the run's settings do not work here: {error}") from None
+    return {"base": base, "log": header, "task": theirs, "hosfl": str(run.get("hosfl"))}, config
+
+
+def own_data(data: str, number: int, config: Config, task: Task) -> Dataset | Items:
+    """This client's samples. data: "" for its share of the task's; a file of arrays, .npz or .safetensors, with
+    "labels" among its names; FILE.py:FUNCTION, which returns what `Task.train` takes; else what the task reads, all of
+    it. Raises DataError, ValueError, OSError.
+    """
+    if not data:
+        return partition(task, config)[number]
+    if data.endswith(".npz"):
+        with np.load(data, allow_pickle=False) as arrays:
+            return _of_arrays({name: arrays[name] for name in arrays.files}, data)
+    if data.endswith(".safetensors"):
+        return _of_arrays(load(Path(data).read_bytes()), data)
+    if ".py:" in data:
+        made = named(data, "data", {})()
+        return samples_of(made, data)
+    train = task.train
+    if isinstance(train, list):
+        raise ValueError(f"{data} has the data of {len(train)} clients: give this one's own")
+    return train
+
+
+def _of_arrays(arrays: dict[str, Any], data: str) -> Dataset | Items:
+    if set(arrays) == {"inputs", "labels"}:
+        return samples_of((arrays["inputs"], arrays["labels"]), data)
+    return samples_of(arrays, data)
+
+
+def is_task_data(data: str) -> bool:
+    """Whether `data` is for the task to read."""
+    return bool(data) and not data.endswith((".npz", ".safetensors")) and ".py:" not in data
+
+
+class Clients:
+    """Clients of one run, made of what the server offers. Whoever is made first costs a model, the next ones a copy.
+
+    Raises JoinError where base, settings and this version's code do not make the half that the server has.
+    """
+
+    def __init__(self, run: dict[str, Any], config: Config, base: bytes) -> None:
+        if hashlib.sha256(base).hexdigest() != run["base"]:
+            raise JoinError("the base half has another SHA-256 than the run says: it was damaged, or is another run's")
+        self.config, self.task = config, make_task(config)
+        # Factors of adapters come with the base: no public samples are needed, and what is made of weights stands in.
+        trains = "xs" + config.trains[3:] if config.trains.startswith("act:") else config.trains
+        half = base_of(replace(config, trains=trains), halves_of(config, self.task), None).to(config.device)
+        self.tensors, self.half = _loaded(half, base), half
+        train = self.task.train[0] if isinstance(self.task.train, list) else self.task.train
+        sample = read(train[:2].to(config.device, dtype_of(half))).inputs
+        self.kind = method_of(config.method)
+        setup = Setup(config, half, rates_of(self.task, config), AGGREGATIONS[config.aggregation], sample)
+        self.method = self.kind(setup)
+        self.follows = self.method.ledger is not None
+        if isinstance(self.method.ledger, SeedReplay):
+            header = header_of(self.method.ledger.run, half, {**config.decisive(), "task": run["task"]})
+            if header_digest(header) != run["log"]:
+                raise JoinError(
+                    f"the half made here is not the server's (hosfl {run['hosfl']} there): the same version, model and"
+                    " task are needed"
+                )
+        self.method.ledger = None  # and the server's replica with it
+
+    def endpoint(self, number: int, data: Dataset | Items, alone: bool = False) -> Endpoint:
+        """A client that has applied nothing. alone: there will be no other, so that it may have the half itself."""
+        config, half = self.config, self.half if alone else copy.deepcopy(self.half)
+        mine = data.to(config.device, dtype_of(half))
+        batches = Batches(mine, config.batch, config.seed, number, self.task.per_token)
+        client = self.method.client(number, half, batches)
+        if isinstance(client, ZerothOrderClient):
+            client.replica.base = self._base  # the half itself moves: its round 0 is in the file
+        return Endpoint(client, self.kind.exchanges(config), self.follows)
+
+    def _base(self) -> list[Tensor]:
+        """What moves, at round 0."""
+        names = [name for name, p in self.half.named_parameters() if p.requires_grad]
+        return [self.tensors[name].to(self.config.device) for name in names]
+
+
+class Everybody:
+    """All clients of a run in one process of several, such as an actor: each is made when it is first asked.
+
+    It pickles: files are what the server offers, local this machine's own settings. No more clients are held than a
+    round needs. One that comes for the first time, or again, begins where another was last: the same rounds give every
+    client the same bits, so that it need not replay them.
+    """
+
+    def __init__(self, files: Mapping[str, bytes], **local: Any) -> None:
+        self.files, self.local = dict(files), local
+
+    def __call__(self) -> Callable[[int, bytes], bytes]:
+        run, config = settings_of(self.files["run"], **self.local)
+        clients = Clients(run, config, self.files["base"])
+        shares = partition(clients.task, config)
+        held: OrderedDict[int, Endpoint] = OrderedDict()
+
+        def answer(number: int, data: bytes) -> bytes:
+            if number not in held:
+                endpoint = clients.endpoint(number, shares[number])
+                if held:
+                    _follow(endpoint.client, max((e.client for e in held.values()), key=lambda c: (c.epoch, c.applied)))
+                held[number] = endpoint
+                while len(held) > config.sampled + 1:
+                    held.popitem(last=False)
+            held.move_to_end(number)
+            return held[number].answer(data)
+
+        return answer
+
+
+def _follow(client: Client, other: Client) -> None:
+    """Begin where another client of the run is."""
+    if isinstance(client, ZerothOrderClient) and isinstance(other, ZerothOrderClient):
+        at = other.replica
+        client.take_up(at.tensors, at.moments, at.applied, at.epoch, at.lattice)
+
+
+def _loaded(half: nn.Module, base: bytes) -> dict[str, Tensor]:
+    """The base file's tensors, which the half has taken. Raises JoinError."""
+    try:
+        tensors = load(base)
+    except SafetensorError as error:
+        raise JoinError(f"the base half is no safetensors file: {error}") from None
+    own = half.state_dict()
+    for name in own.keys() | tensors.keys():
+        if name not in own or name not in tensors:
+            raise JoinError(f"{name} is in the {'base' if name in tensors else 'half made here'} alone: another model?")
+        if (own[name].shape, own[name].dtype) != (tensors[name].shape, tensors[name].dtype):
+            raise JoinError(f"{name} has another shape or type in the base than in the half made here: another model?")
+    half.load_state_dict(tensors)
+    return tensors
+
+
+class Kept:
+    """A client's state on disk, so that a restart need not replay the whole log. Losing it loses time alone."""
+
+    def __init__(self, path: Path, run: dict[str, Any], client: Client) -> None:
+        self.path, self.of, self.client = path, str(run["log"]), client
+        self._saved = time.monotonic()
+
+    def restore(self) -> None:
+        """Take up what is there; a file that is damaged, or another run's, is passed over."""
+        client = self.client
+        if not isinstance(client, ZerothOrderClient) or not self.path.exists():
+            return
+        replica = client.replica
+        try:
+            with safe_open(self.path, "pt") as file:
+                told = file.metadata()
+                if told["format"] != KEPT_FORMAT or told["log"] != self.of or told["client"] != str(client.number):
+                    raise ValueError("it is of another run")
+                groups = [
+                    [file.get_tensor(f"{group}.{n}") for n in range(len(replica.tensors))]
+                    for group in range(1 + len(replica.moments))
+                ]
+            quantum = float(told["quantum"]) if told["quantum"] else None
+            digest = told["digest"]
+            mine = [[*replica.tensors], *replica.moments]
+            for kept, tensors in zip(groups, mine, strict=True):
+                if any(k.shape != t.shape or k.dtype != t.dtype for k, t in zip(kept, tensors, strict=True)):
+                    raise ValueError("it is of another half")
+            lattice = None if quantum is None else Lattice(quantum)
+            client.take_up(groups[0], groups[1:], int(told["applied"]), int(told["epoch"]), lattice)
+            if replica.digest().hex() != digest:
+                raise ValueError("its digest is another")
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s is passed over: %s", self.path, error)
+            replica.reset()
+            client.applied, client.epoch = replica.applied, replica.epoch
+
+    def save(self, due: bool = True) -> None:
+        """Write it, unless that was done a moment ago and is not due. A full disk is a warning."""
+        client = self.client
+        if not isinstance(client, ZerothOrderClient) or (not due and time.monotonic() - self._saved < SAVED_EVERY):
+            return
+        replica = client.replica
+        groups: Sequence[Sequence[Any]] = [replica.tensors, *replica.moments]
+        tensors = {
+            f"{group}.{n}": torch.as_tensor(tensor).detach().cpu().contiguous()
+            for group, of in enumerate(groups)
+            for n, tensor in enumerate(of)
+        }
+        told = {
+            "format": KEPT_FORMAT,
+            "log": self.of,
+            "client": str(client.number),
+            "applied": str(replica.applied),
+            "epoch": str(replica.epoch),
+            "quantum": "" if replica.lattice is None else repr(replica.lattice.quantum),
+            "digest": replica.digest().hex(),
+        }
+        try:
+            write_atomically(self.path, save(tensors, told))
+        except OSError as error:
+            log.warning("%s cannot be written: %s; a restart would replay more", self.path, error)
+        self._saved = time.monotonic()
+
+
+def base_half(line: Line, run: dict[str, Any], path: Path) -> bytes:
+    """The base half: from the file it was kept in, or fetched, once. Raises JoinError for one that is damaged."""
+    if path.exists() and hashlib.sha256(data := path.read_bytes()).hexdigest() == run["base"]:
+        return data
+    data = line.fetch("base")
+    if hashlib.sha256(data).hexdigest() != run["base"]:
+        raise JoinError("the server's base half has another SHA-256 than it says")
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        log.warning("%s cannot be written: %s; a restart fetches it again", path, error)
+    return data
+
+
+def join(
+    line: Line, number: int, folder: Path, *, data: str = "", task: str = "", model: str = "", device: str = "cpu"
+) -> None:
+    """Take part in a run until the line is closed. folder: this client's, where its base and its state are kept.
+
+    data: see `own_data`. task, model: where the run's are not the library's. Raises JoinError, and what data raise.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(folder, "client")
+    try:
+        local = {"data": data if is_task_data(data) else "", "model": model, "device": device}
+        run, config = settings_of(line.fetch("run"), task, **local)
+        clients = Clients(run, config, base_half(line, run, folder / "base.safetensors"))
+        endpoint = clients.endpoint(number, own_data(data, number, config, clients.task), alone=True)
+        kept = Kept(folder / "state.safetensors", run, endpoint.client)
+        kept.restore()
+        log.info("client %d joins at round %d", number, endpoint.client.applied)
+
+        def answer(ask: bytes) -> bytes:
+            said = endpoint.answer(ask)
+            kept.save(due=False)
+            return said
+
+        try:
+            line.serve(answer)
+        finally:
+            kept.save()
+    finally:
+        lock.close()

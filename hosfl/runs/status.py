@@ -1,0 +1,59 @@
+"""`hosfl status`: how a run whose clients are elsewhere stands, from the file that it writes. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+STALE = 15.0  # seconds without a word, after which the server may not be running
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """What `hosfl.runs.serve.Events` wrote last. Raises FileNotFoundError, ValueError."""
+    path = folder / "status.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no run with clients elsewhere: there is no {path.name}")
+    found = json.loads(path.read_bytes())
+    if not isinstance(found, dict) or "rounds" not in found:
+        raise ValueError(f"{path} is not a run's status")
+    return found
+
+
+def lines(status: dict[str, Any], now: float) -> list[str]:
+    """The status in words."""
+    last, here = status["last"], status["here"]
+    absent = sorted(set(range(status["clients"])) - set(here))
+    silent = now - status["time"]
+    told = [
+        f"round {status['round']} of {status['rounds']}"
+        + (f", and no word for {silent:.0f} s: is the server running?" if silent > STALE else ""),
+        f"here: {_numbers(here)}; not here: {_numbers(absent)}",
+    ]
+    if "waiting for" in last:
+        told.append(f"waiting until {last['waiting for']} are here")
+    else:
+        loss = "none" if last["loss"] is None else f"{last['loss']:.4f}"
+        spent = ", ".join(f"{phase} {seconds:.3f} s" for phase, seconds in last["seconds"].items())
+        told.append(f"last round: loss {loss}; took part: {_numbers(last['took part'])}; {spent}")
+        told += [f"  client {client}: {why}" for client, why in last["missing"].items()]
+    told.append(f"{sum(status['bytes'].values()) / 1e6:.1f} MB; no answer {status['missing']} times")
+    told += [f"refused: {reason}" for reason in status["refused"]]
+    told += [f"complaint: {reason}" for reason in status["complaints"]]
+    return told
+
+
+def _numbers(clients: list[int]) -> str:
+    return ", ".join(map(str, clients[:50])) + (" ..." if len(clients) > 50 else "") if clients else "nobody"
+
+
+def show(folder: Path, watch: bool) -> int:
+    """Print the status, once or until interrupted."""
+    while True:
+        told = "\n".join(lines(read_status(folder), time.time()))
+        if not watch:
+            print(told)
+            return 0
+        print(f"\x1b[2J\x1b[H{folder}\n{told}", flush=True)
+        time.sleep(1.0)

@@ -1,0 +1,229 @@
+"""Clients that know of a run what a server offers, and nothing else."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hosfl import train
+from hosfl.engines.in_process import InProcess
+from hosfl.files import RunFolderError
+from hosfl.methods import METHODS
+from hosfl.protocol.messages import Invitation, encode, pack
+from hosfl.runs.config import Config, with_shared
+from hosfl.runs.join import Clients, Everybody, JoinError, Kept, join, own_data, settings_of
+from hosfl.runs.serve import Over
+from hosfl.tasks import make_task
+
+SMALL = {"rounds": 4, "clients": 3, "sampled": 2, "batch": 8, "directions": 3, "evaluate_every": 4, "snapshot_every": 2}
+WAYS = {method: {"method": method, "server_rate": 0.05} for method in METHODS} | {
+    "ho fresh": {"directions_from": "fresh"},
+    "ho adamw": {"directions_from": "fresh", "rule": "adamw"},
+    "ho bfloat16": {"dtype": "bfloat16"},
+    "ho act": {"trains": "act:2", "public": 40, "directions_from": "fresh", "rule": "adamw"},
+    "ho int8": {"trains": "xs:2", "frozen": "int8"},
+}
+
+
+def client_of(run, config, base, number):
+    """The client of a process of its own."""
+    clients = Clients(run, config, base)
+    return clients.endpoint(number, own_data("", number, config, clients.task), alone=True)
+
+
+class Elsewhere(InProcess):
+    """Clients that are made of what is offered alone."""
+
+    def __init__(self, clients):
+        self.endpoints = {}
+        super().__init__(self.reply, clients)
+
+    def offer(self, files):
+        self.files, self.endpoints = files, {}
+
+    def reply(self, number, data):
+        if number not in self.endpoints:
+            run, config = settings_of(self.files["run"])
+            self.endpoints[number] = client_of(run, config, self.files["base"], number)
+        return self.endpoints[number].answer(data)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_bits_as_in_one_process(way, tmp_path):
+    settings = Config(**with_shared(WAYS[way], SMALL))
+    here = train(settings)
+    there = train(settings, tmp_path, over=Over(Elsewhere(3)))
+    assert there.replicas.equal
+    assert there.replicas.digest == here.replicas.digest
+    assert (there.loss, there.accuracy) == (here.loss, here.accuracy)
+    assert there.bytes == here.bytes
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [event["round"] for event in events] == [1, 2, 3, 4]
+    assert all(len(event["took part"]) == 2 and not event["missing"] for event in events)
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["round"], status["here"]) == (4, [0, 1, 2])
+
+
+@pytest.mark.parametrize("way", ["ho", "ho adamw", "first-order", "splitfed"])
+def test_one_process_for_everybody(way, tmp_path):
+    settings = Config(**with_shared(WAYS[way], SMALL | {"clients": 9, "rounds": 8}))
+    here = train(settings)
+    there = train(settings, tmp_path, over=Over(lambda files, clients: InProcess(Everybody(files)(), clients)))
+    assert there.replicas.equal
+    assert (there.replicas.digest, there.loss) == (here.replicas.digest, here.loss)
+
+
+def offered(tmp_path, **settings):
+    engine = Elsewhere(3)
+    train(Config(**SMALL | settings), tmp_path / "run", over=Over(engine))
+    return engine
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return offered(tmp_path_factory.mktemp("run"), directions_from="fresh", rule="adamw")
+
+
+def changed(files, **settings):
+    told = json.loads(files["run"])
+    told["settings"] |= settings
+    return json.dumps(told).encode()
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"task": "evil.py:task"}, "name yours with --task"),
+        ({"task": "os:system"}, "name yours with --task"),
+        ({"method": "evil.py:Method"}, "none of this library's"),
+        ({"trains": "peft:/etc/x.json"}, "reads no file by its name"),
+        ({"data": "/etc"}, "settings that this version has not: data"),
+        ({"model": "/etc"}, "settings that this version has not: model"),
+        ({"device": "cuda"}, "settings that this version has not: device"),
+        ({"more": 1}, "settings that this version has not: more"),
+        ({"rounds": "many"}, "rounds: a whole number"),
+        ({"batch": -1}, "batch must be at least 1"),
+    ],
+)
+def test_a_run_that_is_refused(run, settings, says):
+    with pytest.raises(JoinError, match=says):
+        settings_of(changed(run.files, **settings))
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\xff", b"[]", b"{}", b"null", b'{"format": 2, "settings": {}}', b"[" * 100_000]
+)
+def test_what_is_no_run(data):
+    with pytest.raises(JoinError):
+        settings_of(data)
+
+
+def test_a_base_that_is_not_the_run_s(run):
+    told, config = settings_of(run.files["run"])
+    with pytest.raises(JoinError, match="SHA-256"):
+        client_of(told, config, run.files["base"][:-1] + b"\0", 0)
+    other = {**told, "log": "0" * 64}
+    with pytest.raises(JoinError, match="not the server's"):
+        client_of(other, config, run.files["base"], 0)
+    told, config = settings_of(changed(run.files, trains="biases"))
+    with pytest.raises(JoinError, match="not the server's"):
+        client_of(told, config, run.files["base"], 0)
+
+
+class Direct:
+    """A line to a run, whose server asks what it is told to."""
+
+    def __init__(self, files, asks=()):
+        self.files, self.asks, self.heard, self.fetched = files, asks, [], []
+
+    def fetch(self, name, deadline=None):
+        self.fetched.append(name)
+        return self.files[name]
+
+    def serve(self, answer):
+        self.heard += [answer(ask) for ask in self.asks]
+
+
+def test_a_client_keeps_its_base_and_its_state(run, tmp_path, caplog):
+    told, config = settings_of(run.files["run"])
+    done = run.endpoints[0].client
+    assert done.applied == 4
+    kept = Kept(tmp_path / "state.safetensors", told, done)
+    kept.save()
+    again = client_of(told, config, run.files["base"], 0)
+    assert again.client.digest() != done.digest()
+    Kept(tmp_path / "state.safetensors", told, again.client).restore()
+    assert (again.client.applied, again.client.digest()) == (4, done.digest())
+    for moment, other in zip(again.client.replica.moments, done.replica.moments, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(moment, other, strict=True))
+    # A state that is damaged, another client's or another run's is passed over: the client begins with its base.
+    tensors, plain = load_file(tmp_path / "state.safetensors"), client_of(told, config, run.files["base"], 0)
+    base = plain.client.digest()
+    whole = (tmp_path / "state.safetensors").read_bytes()
+    for data in (whole[:-9], whole[:-1] + b"\x7f", b"", whole.replace(b'"client":"0"', b'"client":"1"')):
+        (tmp_path / "state.safetensors").write_bytes(data)
+        Kept(tmp_path / "state.safetensors", told, plain.client).restore()
+        assert (plain.client.applied, plain.client.digest()) == (0, base)
+        assert "passed over" in caplog.text
+        caplog.clear()
+    save_file(tensors, tmp_path / "state.safetensors")
+    Kept(tmp_path / "state.safetensors", told, plain.client).restore()
+    assert plain.client.applied == 0
+
+
+def test_the_base_is_fetched_once(run, tmp_path):
+    ask = pack([encode(Invitation(client=1, round=4))])
+    line = Direct(run.files, [ask])
+    join(line, 1, tmp_path)
+    assert line.fetched == ["run", "base"]
+    assert len(line.heard) == 1
+    again = Direct(run.files)
+    join(again, 1, tmp_path)
+    assert again.fetched == ["run"]
+    (tmp_path / "base.safetensors").write_bytes(b"damaged")
+    once_more = Direct(run.files)
+    join(once_more, 1, tmp_path)
+    assert once_more.fetched == ["run", "base"]
+
+
+def test_two_processes_of_one_client(run, tmp_path):
+    class Second(Direct):
+        def serve(self, answer):
+            with pytest.raises(RunFolderError, match="client"):
+                join(Direct(run.files), 1, tmp_path)
+            self.heard.append(b"")
+
+    line = Second(run.files)
+    join(line, 1, tmp_path)
+    assert line.heard
+
+
+def test_a_client_s_own_data(tmp_path):
+    config = Config(**SMALL)
+    task = make_task(config)
+    inputs, labels = np.zeros((5, 1, 8, 8), np.float32), np.arange(5)
+    np.savez(tmp_path / "mine.npz", inputs=inputs, labels=labels)
+    save_file({"inputs": torch.zeros(6, 1, 8, 8), "labels": torch.arange(6)}, tmp_path / "mine.safetensors")
+    (tmp_path / "mine.py").write_text(
+        "import torch\ndef data():\n    return torch.zeros(7, 1, 8, 8), torch.arange(7)\n"
+    )
+    for name, count in (("mine.npz", 5), ("mine.safetensors", 6), ("mine.py:data", 7)):
+        assert len(own_data(str(tmp_path / name), 0, config, task)) == count
+    np.savez(tmp_path / "evil.npz", inputs=np.array([print], object), labels=labels)
+    with pytest.raises(ValueError, match="allow_pickle"):
+        own_data(str(tmp_path / "evil.npz"), 0, config, task)
+    shares = [len(own_data("", n, config, task)) for n in range(3)]
+    assert sum(shares) == len(task.train)
+
+
+@pytest.mark.parametrize("wrong", [{"deadline": 0}, {"deadline": -1.0}, {"enough": 0}, {"least": 0}])
+def test_wrong_numbers(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Over(Elsewhere(3), **wrong)
+
+
+def test_a_run_elsewhere_needs_a_folder(tmp_path):
+    with pytest.raises(ValueError, match="folder"):
+        train(Config(**SMALL), over=Over(Elsewhere(3)))
