@@ -128,7 +128,7 @@ def test_what_clients_keep_stays(engine):
 def test_late_is_told_at_the_deadline_and_dropped_afterwards(engine):
     began = time.monotonic()
     assert told(engine, {0: b"sleep 2", 1: b"one"}, deadline=0.5) == {0: "late", 1: b"one"}
-    assert 0.5 <= time.monotonic() - began < 1.5
+    assert 0.45 < time.monotonic() - began < 1.5
     assert told(engine, {1: b"two"}, deadline=1) == {1: b"two"}
     assert told(engine, {0: b"three"}) == {0: b"three"}
     assert told(engine, {0: b"four", 1: b"five"}, deadline=0) == {0: "late", 1: "late"}
@@ -137,7 +137,8 @@ def test_late_is_told_at_the_deadline_and_dropped_afterwards(engine):
 def test_what_has_not_begun_at_the_end_never_does(engine):
     told(engine, {2: b"keep old", 4: b"keep old"})
     asks = {0: b"sleep 1", 2: b"keep new", 4: b"keep new"}
-    assert told(engine, asks, deadline=0.3) == dict.fromkeys(asks, "late")
+    for _ in range(2):  # also where an actor is still busy with the ask before
+        assert told(engine, asks, deadline=0.3) == dict.fromkeys(asks, "late")
     assert told(engine, {2: b"kept", 4: b"kept"}) == {2: b"old", 4: b"old"}
 
 
@@ -185,7 +186,7 @@ def test_an_actor_dies_during_an_ask_and_comes_back(mortal):
     told(mortal, dict.fromkeys(range(12), b"keep this"))
     before = process(mortal, 0)
     asks = {0: b"die", 2: b"two"} | dict.fromkeys((1, 3, 4, 6, 8), b"hi")
-    assert told(mortal, asks) == {0: "gone", 2: "gone"} | dict.fromkeys((1, 3, 4, 6, 8), b"hi")
+    assert told(mortal, asks) == {0: "gone", 2: b"two"} | dict.fromkeys((1, 3, 4, 6, 8), b"hi")
     assert mortal.present() == frozenset(range(12))  # the other stands in
     until(lambda: process(mortal, 0) not in (before, process(mortal, 1)))
     assert told(mortal, {0: b"kept", 1: b"kept"}) == {0: b"nothing was kept", 1: b"this"}
@@ -233,7 +234,7 @@ def test_what_cannot_start_says_why_and_leaves_nothing():
     with pytest.raises(EngineError, match=r"1 of 1 actors had not started after 1 s.*99 CPUs.*has 2 CPUs.*fewer"):
         RayEngine(obedient, 4, actors=1, cpus=99, patience=1)
     lock = threading.Lock()
-    with pytest.raises(EngineError, match=r"does not pickle: .*lock"):
+    with pytest.raises(EngineError, match="does not pickle: cannot pickle '_thread"):
         RayEngine(lambda: lock, 4, actors=1)
     for bad in ({"clients": 0}, {"clients": 4, "actors": 0}, {"clients": 4, "cpus": -1}, {"clients": 4, "gpus": -1}):
         with pytest.raises(ValueError, match="one client or more"):
@@ -244,11 +245,11 @@ def test_what_cannot_start_says_why_and_leaves_nothing():
 def test_a_closed_engine_leaves_a_cluster_that_it_found():
     engine = RayEngine(obedient, 3, actors=9, cpus=0)
     assert len({process(engine, n) for n in range(3)}) == 3  # no more actors than clients
-    replies = engine.ask({0: b"hi", 1: b"hi"})
-    next(replies)
+    replies = engine.ask({0: b"hi", 1: b"sleep 5"})
+    assert next(replies) == Reply(0, b"hi")
     engine.close()
     engine.close()
-    replies.close()
+    assert next(replies) == Reply(1, None, "late")
     assert engine.present() == frozenset()
     with pytest.raises(EngineError, match="closed"):
         next(engine.ask({0: b"hi"}))
@@ -256,18 +257,22 @@ def test_a_closed_engine_leaves_a_cluster_that_it_found():
 
 
 ALONE = """
-import os, ray
-from hosfl.engines.engine import Reply
+import ray
+from hosfl.engines.engine import EngineError, Reply
 from hosfl.engines.ray import RayEngine
 
 def make():
     print("said in an actor")
-    return lambda client, data: os.kill(os.getpid(), 9) if data == b"die" else data
+    return lambda client, data: data
 
 engine = RayEngine(make, 4, actors=1)
 assert list(engine.ask({0: b"hi"})) == [Reply(0, b"hi")]
-list(engine.ask({0: b"die"}))
 engine.close()
+assert not ray.is_initialized()
+try:
+    RayEngine(make, 4, actors=2, gpus=1000)
+except EngineError as error:
+    assert str(error).startswith("2 actors of 1000 GPUs each"), error
 assert not ray.is_initialized()
 """
 
@@ -275,8 +280,7 @@ assert not ray.is_initialized()
 def test_a_cluster_of_our_own_is_quiet_and_ends():
     done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
-    assert done.stderr.count("\n") <= 1, done.stderr  # that an actor is away
+    assert done.stdout == done.stderr == ""
 
 
 def test_no_cluster_at_an_address():

@@ -10,17 +10,17 @@ import logging
 import math
 import os
 import pickle
+import socket
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from hosfl.engines.engine import EngineError, Reply
 from hosfl.extras import needed
 
 Answer = Callable[[int, bytes], bytes]
 
-AHEAD = 2  # asks that an actor holds: the one it answers, and the next, so that it never waits for us
 NOBODY = -1  # no actor's number
 ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0"}  # a cluster that we start does not report to Ray's makers
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class RayEngine:
 
     make: called once in each actor, and again in one that was restarted; returns what answers there, a function of a
     client's number and the server's bytes. It has to pickle, as instances of a class in a module do, and the cluster's
-    machines have to have this Python, Ray and hosfl. Arrays in it are read-only there.
+    machines have to have this Python, Ray and hosfl.
     clients: N; their numbers are 0 to N - 1.
     actors: None: as many as the cluster has room for, and N or fewer.
     address: "HOST:PORT" of a cluster to join, or "auto" for the one on this machine. None: one is started here, and
@@ -64,6 +64,7 @@ class RayEngine:
         self._ray = needed("ray", "the engine ray", "ray")
         self.clients = clients
         self._actors: list[Any] = []
+        self._calls: dict[Any, _Call] = {}  # by Ray's reference to what comes: one for each busy actor
         self._away: dict[int, Any] = {}  # actors that died, and the calls that Ray answers when they are back
         self._started = not self._ray.is_initialized()
         if self._started:
@@ -83,16 +84,20 @@ class RayEngine:
     def _start(self, make: Callable[[], Answer], count: int, cpus: float, gpus: float, patience: float) -> None:
         ray = self._ray
         try:
-            self._make = ray.put(make)  # once for all actors; held, since restarted ones take it again
+            self._make = ray.put(ray.cloudpickle.dumps(make))  # once for all actors
         except (TypeError, AttributeError, pickle.PicklingError) as error:
             raise EngineError(f"what makes the clients does not pickle: {_reason(error)}") from error
+        there = ray.cluster_resources().get("GPU", 0)
+        if self._started and there < count * gpus:  # a cluster of somebody else's may grow
+            raise EngineError(
+                f"{count} actors of {gpus:g} GPUs each were asked for, and this machine has {there:g} GPUs"
+            )
         threads = {"OMP_NUM_THREADS": str(max(1, int(cpus)))}  # also where it is set otherwise for this process
         actor = ray.remote(
             num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=0, runtime_env={"env_vars": threads}
         )(_Actor)
-        self._actors = [actor.remote(self._make) for _ in range(count)]
-        begun = [actor.here.remote() for actor in self._actors]
-        missing = set(begun)
+        self._actors = [actor.remote() for _ in range(count)]
+        missing = {self._made(actor) for actor in self._actors}
         ends = time.monotonic() + patience
         while missing:
             done, _ = ray.wait(list(missing), timeout=max(0.0, ends - time.monotonic()))
@@ -118,9 +123,10 @@ class RayEngine:
     ) -> Iterator[Reply]:
         """As `Engine.ask`; begins when the first reply is wanted.
 
-        An actor answers one client after another, and one that still answers an ask that has ended begins with this one
-        when it is done. An actor that dies takes with it the one or two clients that it had been sent; those that are
-        queued for it go to others. What `make`'s function raises is "failed: ", the error's name and what it says.
+        An actor is sent one client's bytes at a time, and what still waits when an ask ends is never sent. An actor
+        that is busy with an ask that has ended comes to this one when it is done. One that dies takes the client with
+        it that it was answering for; those that wait for it go to others. What a client raises is its reason:
+        "failed: ", the error's name and what it says. One ask at a time: another drops what the one before still lacks.
 
         Raises EngineError where no actor will ever be back.
         """
@@ -129,40 +135,35 @@ class RayEngine:
         ends = math.inf if deadline is None else time.monotonic() + deadline
         lacking = len(messages) if enough is None else enough
         self._look()
-        open_ = dict.fromkeys(messages)  # clients of whom nothing was said yet
+        ask = object()
+        untold = dict.fromkeys(messages)  # clients, in order
         queues: defaultdict[int, deque[int]] = defaultdict(deque)  # clients by their actors
         for client in messages:
             queues[self._actor_of(client)].append(client)
-        held = [0] * len(self._actors)
-        calls: dict[Any, tuple[int, int]] = {}  # of those sent: client and actor
-        try:
-            while lacking > 0:
-                for client in queues.pop(NOBODY, ()):
-                    del open_[client]
-                    yield Reply(client, None, "gone")
-                left = ends - time.monotonic()
-                for actor, queue in queues.items():
-                    while queue and left > 0 and held[actor] < AHEAD:
-                        client = queue.popleft()
-                        calls[self._actors[actor].answer.remote(client, messages[client])] = client, actor
-                        held[actor] += 1
-                done = self._wait(calls, left)
-                if done is None:
-                    break
-                client, actor = calls.pop(done)
-                held[actor] -= 1
-                reply = self._reply(client, actor, done)
-                if actor in self._away:
-                    for other in queues.pop(actor, ()):
-                        queues[self._actor_of(other)].append(other)
+        while lacking > 0 and untold and self._actors:
+            for client in queues.pop(NOBODY, ()):
+                del untold[client]
+                yield Reply(client, None, "gone")
+            left = ends - time.monotonic()
+            for actor in queues.keys() - {call.actor for call in self._calls.values()}:
+                if queues[actor] and left > 0:
+                    client = queues[actor].popleft()
+                    reference = self._actors[actor].answer.remote(client, messages[client])
+                    self._calls[reference] = _Call(ask, client, actor)
+            done = self._wait(self._calls, left)
+            if done is None:
+                break
+            call = self._calls.pop(done)
+            reply = self._reply(call, done)
+            if call.actor in self._away:
+                for client in queues.pop(call.actor, ()):
+                    queues[self._actor_of(client)].append(client)
+            if call.ask is ask:
+                del untold[call.client], done  # Ray keeps what an actor answered while its reference is held
                 lacking -= reply.data is not None
-                del open_[client], done  # Ray keeps an answer while its call is held
                 yield reply
-            for client in open_:
-                yield Reply(client, None, "late")
-        finally:
-            for call in calls if self._actors else ():
-                self._ray.cancel(call)  # what has not begun never does; what has is dropped
+        for client in untold:
+            yield Reply(client, None, "late")
 
     def offer(self, files: Mapping[str, bytes]) -> None:
         """Nothing is fetched over this engine: what clients need comes with `make`."""
@@ -170,6 +171,7 @@ class RayEngine:
     def close(self) -> None:
         """End the actors, and the cluster if it was started here. These clients end with their engine."""
         actors, self._actors = self._actors, []
+        self._calls.clear()
         self._away.clear()
         if self._ray.is_initialized():
             for actor in actors:
@@ -195,15 +197,23 @@ class RayEngine:
         done, _ = self._ray.wait(list(calls), timeout=None if left == math.inf else max(0.0, left))
         return done[0] if done else None
 
-    def _reply(self, client: int, actor: int, call: Any) -> Reply:
+    def _reply(self, call: _Call, reference: Any) -> Reply:
         try:
-            answer = self._ray.get(call)
+            answer, why = self._ray.get(reference), "it was restarted since it was last asked"
         except self._ray.exceptions.RayError as error:
-            if actor not in self._away:
-                log.warning("actor %d is away, and client %d gone: %s", actor, client, _reason(error))
-                self._away[actor] = self._actors[actor].here.options(max_task_retries=-1).remote()
-            return Reply(client, None, "gone")
-        return Reply(client, answer) if isinstance(answer, bytes) else Reply(client, None, f"failed: {answer}")
+            answer, why = None, _reason(error)
+        if answer is None:
+            if call.actor not in self._away:
+                log.warning("actor %d is away, and client %d gone: %s", call.actor, call.client, why)
+                self._away[call.actor] = self._made(self._actors[call.actor])
+            return Reply(call.client, None, "gone")
+        if isinstance(answer, bytes):
+            return Reply(call.client, answer)
+        return Reply(call.client, None, f"failed: {answer}")
+
+    def _made(self, actor: Any) -> Any:
+        """The call that ends when an actor is here and has made its clients, however often it has to be restarted."""
+        return actor.made.options(max_task_retries=-1).remote(self._make)
 
     def _look(self) -> None:
         """Which of the actors that were away are back?"""
@@ -220,17 +230,29 @@ class RayEngine:
             raise EngineError("no actor is left, and Ray brings none back: see the log of hosfl.engines.ray")
 
 
+class _Call(NamedTuple):
+    """What an actor is busy with, maybe for an ask that has ended."""
+
+    ask: object
+    client: int
+    actor: int
+
+
 class _Actor:
     """Runs in a process of its own."""
 
-    def __init__(self, make: Callable[[], Answer]) -> None:
-        self._answer = make()
+    def __init__(self) -> None:
+        self._answer: Answer | None = None
 
-    def here(self) -> None:
-        """Returns when the clients are made."""
+    def made(self, make: bytes) -> None:
+        """Makes the clients of this process."""
+        if self._answer is None:
+            self._answer = pickle.loads(make)()
 
-    def answer(self, client: int, data: bytes) -> bytes | str:
-        """The client's bytes; a text: why there are none."""
+    def answer(self, client: int, data: bytes) -> bytes | str | None:
+        """The client's bytes; a text: why there are none; None: this process is new and has no clients yet."""
+        if self._answer is None:
+            return None
         try:
             answer = self._answer(client, data)
         except (Exception, SystemExit) as error:  # Ray would bring back no actor that exits
@@ -242,6 +264,9 @@ def _join(ray: Any, address: str | None, cpus: int | None) -> None:
     """Be part of a cluster, or start one of as many CPUs: those of this machine for None."""
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
+        host, _, port = (address or "").rpartition(":")
+        if port.isdecimal() and "/" not in host:
+            socket.create_connection((host, int(port)), 10).close()  # where nobody is, Ray looks for minutes
         if address is None:
             for name, value in ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
