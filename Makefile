@@ -15,9 +15,11 @@ train: $(VENV)/ready
 # A process per core, and a file's tests in one of them: they share what they make once. OPTIONS goes to pytest, such as
 # OPTIONS="--isa avx2": the kernels' instruction set.
 test: $(VENV)/ready
+	@.ci/broker
 	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile $(OPTIONS)
 
 test-slow: $(VENV)/ready
+	@.ci/broker
 	$(BIN)/python -m pytest -m slow $(OPTIONS)
 
 # What training comes to, with the instruction sets of other processors, on one thread and two, from five seeds; and how

@@ -1,4 +1,4 @@
-"""Real processes of a federation, for tests: a broker, a server, clients, and what kills them.
+"""Real processes of a federation, for tests: a server and clients, and what kills them.
 
 python tests/processes.py server URL FOLDER JSON       settings and `Over`'s numbers; goes on if the folder has a run
 python tests/processes.py client URL FOLDER NUMBER JSON    how slow it is, the largest file it may write
@@ -6,39 +6,13 @@ python tests/processes.py client URL FOLDER NUMBER JSON    how slow it is, the l
 
 import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 RUN = "soak"
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-class Broker:
-    """A nats-server without certificates."""
-
-    def __init__(self, folder):
-        self.folder, self.port = folder, free_port()
-        self.url = f"nats://127.0.0.1:{self.port}"
-        self.start()
-
-    def start(self):
-        command = [shutil.which("nats-server"), "-a", "127.0.0.1", "-p", str(self.port)]
-        with (self.folder / "broker.log").open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log)
-
-    def kill(self):
-        self.process.kill()
-        self.process.wait()
 
 
 class Role:

@@ -2,19 +2,17 @@
 
 import json
 import random
-import shutil
 import signal
 import time
 
 import pytest
-from processes import Broker, client, server, status, wait_for
+from broker import Broker
+from processes import client, server, status, wait_for
 
 from hosfl.protocol.log import Log, RoundRecord
 
-pytestmark = [
-    pytest.mark.skipif(shutil.which("nats-server") is None, reason="there is no nats-server to start"),
-    pytest.mark.timeout(1500),
-]
+pytest.importorskip("nats")
+pytestmark = pytest.mark.timeout(1500)
 CLIENTS = 4
 SETTINGS = {
     "clients": CLIENTS,
@@ -34,6 +32,7 @@ class Federation:
     def __init__(self, folder, rounds, probing=0.03, deadline=3.0):
         self.folder = folder
         self.broker = Broker(folder)
+        self.broker.start()
         self.told = {**SETTINGS, "rounds": rounds, "over": {"deadline": deadline, "enough": 2, "least": 2}}
         self.server = server(folder, self.broker, **self.told)
         self.clients = [client(folder, self.broker, n, slow=probing) for n in range(CLIENTS)]
@@ -53,8 +52,9 @@ class Federation:
         return [(r.round, r.coefficients.tobytes(), r.participants) for r in log.rounds if isinstance(r, RoundRecord)]
 
     def close(self):
-        for process in (*self.clients, self.server, self.broker):
+        for process in (*self.clients, self.server):
             process.kill()
+        self.broker.stop()
 
     # --- faults ---
 
@@ -81,7 +81,7 @@ class Federation:
         assert after[: len(before)] == before
 
     def kill_the_broker(self, chance):
-        self.broker.kill()
+        self.broker.stop()
         time.sleep(0.3)
         self.broker.start()
 
