@@ -123,7 +123,9 @@ class Halves(_Checked):
     are stored: "float32", which is as they are; "bfloat16"; or "int8", "int4", "int2", with a scale for every 64
     weights or fewer. It computes in its dtype all the same. calibrate: batches on which each client of the first round
     estimates the running statistics of its half's normalisations, such as BatchNorm's, before that round; all clients
-    take up the aggregate. dtype: of the client half. device: such as "cpu" or "cuda".
+    take up the aggregate. dtype: of the client half. wire: how cut and multiplier travel:
+    "float32", which is as they are computed; "bfloat16" or "float16", half the bytes; or "int8" with a scale for each
+    64 numbers, a quarter and a little. device: such as "cpu" or "cuda".
     """
 
     model: str = setting(
@@ -149,6 +151,11 @@ class Halves(_Checked):
         least=0,
     )
     dtype: str = setting("float32", "of the client half", choices=("float32", "bfloat16"))
+    wire: str = setting(
+        "float32",
+        "how cut and multiplier travel; float32: as they are computed",
+        choices=("float32", "bfloat16", "float16", "int8"),
+    )
     device: str = setting("cpu", "where to compute, such as cpu or cuda")
 
 

@@ -103,6 +103,7 @@ OTHER = {  # of every setting that can be seen in a few rounds of digits; most a
     "partition": "iid",
     "alpha": 5.0,
     "public": 700,
+    "wire": "int8",
     "seed": 1,
     "digest_every": 1,
 }

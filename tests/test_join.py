@@ -24,6 +24,7 @@ WAYS = {method: {"method": method, "server_rate": 0.05} for method in METHODS} |
     "ho bfloat16": {"dtype": "bfloat16"},
     "ho act": {"trains": "act:2", "public": 40, "directions_from": "fresh", "rule": "adamw"},
     "ho int8": {"trains": "xs:2", "frozen": "int8"},
+    "ho over int8": {"wire": "int8"},
 }
 
 

@@ -68,6 +68,13 @@ EXAMPLES = [
     Trained(client=1, round=2, weights=torch.randn(70)),
     Statistics(client=1, round=0, statistics=torch.randn(8), samples=torch.tensor([256]).int()),
     Calibration(client=1, round=0, statistics=torch.randn(8)),
+    Cut(
+        client=1,
+        round=2,
+        cut=torch.randint(-127, 128, (4, 33)).to(torch.int8),
+        labels=torch.zeros(4, dtype=torch.int32),
+        scales=torch.rand(3),
+    ),
     Invitation(client=1, round=7, epoch=2),
     Complaint(client=1, round=7, text=torch.tensor([110, 111], dtype=torch.uint8)),
     Audit(client=1, round=7),
@@ -161,7 +168,7 @@ def test_a_huge_claim_allocates_nothing():
 
 @pytest.mark.parametrize("shape", [(2**32 - 1,) * 7 + (0,), (0,) + (2**32 - 1,) * 7, (2**32 - 1, 2**31, 0)])
 def test_a_shape_beyond_all_memory_is_refused_though_it_is_empty(shape):
-    header = HEADER.pack(b"HSF1", Cut.kind, 3, 0, 0, 0, 0)
+    header = HEADER.pack(b"HSF1", Cut.kind, len(Cut.arrays()), 0, 0, 0, 0)
     cut = struct.pack("<BBH", 1, len(shape), 0) + struct.pack(f"<{len(shape)}I", *shape)
     labels = struct.pack("<BBHI", 4, 1, 0, 0)
     with pytest.raises(MessageError, match="says shape"):
@@ -169,7 +176,7 @@ def test_a_shape_beyond_all_memory_is_refused_though_it_is_empty(shape):
 
 
 def test_too_many_dims_and_too_many_bytes_are_refused():
-    header = HEADER.pack(b"HSF1", Cut.kind, 3, 0, 0, 0, 0)
+    header = HEADER.pack(b"HSF1", Cut.kind, len(Cut.arrays()), 0, 0, 0, 0)
     with pytest.raises(MessageError, match="9 dims"):
         decode(sealed(header + struct.pack("<BBH9I", 1, 9, 0, *[1] * 9) + bytes(4)))
     data = encode(SCALARS)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hosfl.halves.inputs import Batch, call, evaluating
 from hosfl.methods import calibration
+from hosfl.methods.travel import packed, unpacked
 from hosfl.protocol.messages import (
     Calibration,
     Cut,
@@ -48,7 +49,7 @@ class Client:
     `batch(round)` draws this client's batch. `applied` counts the rounds that its weights contain, `epoch` is the
     server's when they came. passes: where samples that go forward and backward through the half are counted; the
     run's, if it is given. calibrated: whether it has taken up the run's running statistics. microbatch: samples that a
-    client which backpropagates takes together; 0: all.
+    client which backpropagates takes together; 0: all. wire: how cut and multiplier travel, see `hosfl.methods.travel`.
     """
 
     number: int
@@ -60,6 +61,7 @@ class Client:
     seconds: Seconds = field(default_factory=Seconds)
     passes: Passes = field(default_factory=no_passes)
     microbatch: int = 0
+    wire: str = "float32"
     calibrated: bool = False
 
     def __post_init__(self) -> None:
@@ -114,11 +116,13 @@ class Client:
         masks = {}
         if isinstance(self._inputs, Mapping) and "attention_mask" in self._inputs:
             masks["mask"] = self._inputs["attention_mask"].to(torch.uint8)
+        cut, scales = packed(self._cut, self.wire)
         return Cut(
             client=self.number,
             round=round,
             epoch=self.epoch,
-            cut=self._cut,
+            cut=cut,
+            scales=scales,
             labels=self._labels.float() if self._labels.is_floating_point() else self._labels.to(torch.int32),
             **masks,
         )
@@ -140,11 +144,13 @@ class Client:
                 f"client {self.number} is in round {self._round} of epoch {self.epoch}; this multiplier is for client"
                 f" {message.client} in round {message.round} of epoch {message.epoch}"
             )
-        cut, multiplier = self._cut, message.multiplier
+        cut, multiplier = self._cut, unpacked(message.multiplier, message.scales, self.wire)
+        if self.wire != "float32":
+            multiplier = multiplier.to(cut.dtype)
         if (multiplier.shape, multiplier.dtype) != (cut.shape, cut.dtype):
             other = f"{multiplier.dtype} {tuple(multiplier.shape)}"
             raise MessageError(f"the cut is {cut.dtype} {tuple(cut.shape)}, the multiplier {other}")
-        if not torch.isfinite(message.multiplier).all():
+        if not torch.isfinite(multiplier).all():
             raise MessageError("a multiplier with infinite or NaN elements")
         return multiplier.to(cut.device)
 

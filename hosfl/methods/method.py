@@ -24,6 +24,7 @@ from hosfl.settings import Rates, Settings
 
 # The settings that several methods read, to be named in `Method.reads`.
 LEARNS = ("client_rate", "rule")
+WIRE = ("wire",)
 PROBES = ("directions", "dist", "mu")
 # What is tuned: the settings that make a way to use a method, and its client rates.
 Way = tuple[dict[str, Any], tuple[float, ...]]
@@ -77,7 +78,7 @@ class Method:
     setup: the run. ledger: what is known of the client half.
     """
 
-    reads: ClassVar[tuple[str, ...]] = ()
+    reads: ClassVar[tuple[str, ...]] = WIRE
     estimators: ClassVar[tuple[str, ...]] = ("one-sided", "two-sided", "forward", "backward")
     server_rates: ClassVar[tuple[float, ...]] = (0.04, 0.08, 0.16)
     ways: ClassVar[dict[str, Way]] = {}
@@ -110,6 +111,12 @@ class Method:
     def client(self, number: int, half: nn.Module, batch: Callable[[int], Batch]) -> Client:
         """Client `number`, who has applied nothing. half: its own copy of the base. batch: of an exchange, its data."""
         return Client(number, half, batch, passes=self.setup.passes)
+
+    def made(self, number: int, half: nn.Module, batch: Callable[[int], Batch]) -> Client:
+        """`client`, as all of the run's are."""
+        client = self.client(number, half, batch)
+        client.wire = self.settings.wire if "wire" in self.reads else client.wire
+        return client
 
     def server(self, **shared: Any) -> Server:
         """The server. shared: what every kind of server is made of."""

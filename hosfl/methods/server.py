@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -17,6 +17,7 @@ from hosfl.methods.gathered import Kept, Pieces, gathered, shrinking
 from hosfl.methods.ledger import Ledger, Rate, State
 from hosfl.methods.state import pack_optimizer, part, prefixed, unpack_optimizer
 from hosfl.methods.tensors import decoded
+from hosfl.methods.travel import packed, unpacked
 from hosfl.protocol.aggregate import Aggregation, weighted_mean
 from hosfl.protocol.messages import (
     Calibration,
@@ -45,7 +46,8 @@ class Server:
     texts may then be shorter. label_shape: of one sample's labels. aggregation: of the clients' gradients of the half,
     the ledger's own, so that both halves descend one loss. "median" and "trimmed" keep all K gradients, K times the
     half's size, until the round's step. clip: the largest length of one client's gradient; None for none.
-    statistics: the running ones of the client half, where the run estimates them anew.
+    statistics: the running ones of the client half, where the run estimates them anew. wire: how cuts and multipliers
+    travel.
 
     A half with running statistics, such as BatchNorm's: with "median" or "trimmed" every client's forward pass starts
     from those of the round's begin, and the new ones are aggregated like the gradients. With a mean each client moves
@@ -76,6 +78,7 @@ class Server:
     aggregation: Aggregation = weighted_mean
     clip: float | None = None
     statistics: RunningStatistics | None = None
+    wire: str = "float32"
     refused: list[str] = field(default_factory=list)
     refusals: int = 0
     differed: list[str] = field(default_factory=list)
@@ -215,8 +218,10 @@ class Server:
         The multiplier is the gradient of that client's own mean loss, with no 1/K inside. Raises MessageError where
         the cut is such that nothing can be learnt from it; then all is as before.
         """
-        multiplier, loss = self._backward(message.cut, message.labels, message.mask)
-        return Multiplier(client=message.client, round=round, epoch=self.epoch, multiplier=multiplier), loss
+        found, loss = self._backward(message.cut, message.labels, message.mask)
+        multiplier, scales = packed(found, self.wire)
+        answer = Multiplier(client=message.client, round=round, epoch=self.epoch, multiplier=multiplier, scales=scales)
+        return answer, loss
 
     def _take_step(self) -> None:
         """One step from what is gathered."""
@@ -283,7 +288,7 @@ class Server:
         return {"attention_mask": mask.to(next(self.half.parameters()).device, torch.int64)} if self.masked else {}
 
     def _check_cut(self, round: int, message: Message) -> Cut:
-        """The message itself, if it is a cut that can be learnt from; MessageError."""
+        """The message, its cut unpacked, if it is one that can be learnt from; MessageError."""
         right = message.round == round and message.epoch == self.epoch and type(message) is self.hears
         if not right or not isinstance(message, Cut):
             raise MessageError(f"{type(message).__name__} of round {message.round}, epoch {message.epoch}")
@@ -311,6 +316,7 @@ class Server:
                 raise MessageError(f"a cut whose labels are all {self.ignore_index}: there is nothing to learn from it")
         if classes is not None and (int(labels.min()) < 0 or int(labels.max()) >= classes):
             raise MessageError(f"labels from {int(labels.min())} to {int(labels.max())} for {classes} classes")
+        message = replace(message, cut=unpacked(message.cut, message.scales, self.wire))
         if not torch.isfinite(message.cut).all():
             raise MessageError("infinite or NaN elements in the cut")
         expected = shape[:2] if self.masked else (0, 0)

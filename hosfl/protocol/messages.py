@@ -27,7 +27,7 @@ HEADER = struct.Struct("<4sBBHIII")
 CRC = struct.Struct("<I")
 ARRAY = struct.Struct("<BBH")
 LENGTH = struct.Struct("<I")
-DTYPES = {1: "float32", 2: "bfloat16", 3: "float16", 4: "int32", 5: "uint8"}
+DTYPES = {1: "float32", 2: "bfloat16", 3: "float16", 4: "int32", 5: "uint8", 6: "int8"}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 NUMPY = {name: np.dtype("uint16" if name == "bfloat16" else name).newbyteorder("<") for name in DTYPES.values()}
 LARGEST_MESSAGE = 1 << 32
@@ -148,24 +148,26 @@ class Cut(Message):
 
     cut: [batch, ...], float; labels: int32 or, where they are no classes, float32 [batch, ...]. mask: uint8 [batch,
     length], the attention mask of a text model's inputs, 0 where there is only padding; [0, 0] where the server half
-    takes none.
+    takes none. scales: of an int8 cut, float32 [blocks], a factor for every 64 numbers in their order.
     """
 
     kind, direction = 3, "up"
-    cut: Array = array("cut", None, "float32", "bfloat16", "float16")
+    cut: Array = array("cut", None, "float32", "bfloat16", "float16", "int8")
     labels: Array = array("labels", None, "int32", "float32")
     mask: Array = array("mask", 2, "uint8", empty=(0, 0))
+    scales: Array = array("cut", 1, empty=(0,))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Multiplier(Message):
     """The Lagrange multiplier of "client output = server input": d loss / d cut, the loss being this client's own mean.
 
-    multiplier: [batch, ...], the shape and dtype of the cut.
+    multiplier: [batch, ...], the shape and dtype of the cut. scales: as of a Cut.
     """
 
     kind, direction = 4, "down"
-    multiplier: Array = array("multiplier", None, "float32", "bfloat16", "float16")
+    multiplier: Array = array("multiplier", None, "float32", "bfloat16", "float16", "int8")
+    scales: Array = array("multiplier", 1, empty=(0,))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -85,7 +85,7 @@ def assemble(
         half = copy.deepcopy(base)
         if uncalibrated is not None:  # a client knows what it is told
             calibration.load(half, uncalibrated)
-        return method.client(number, half, batches(number, Purpose.BATCHES))
+        return method.made(number, half, batches(number, Purpose.BATCHES))
 
     def for_statistics(number: int) -> Iterator[Batch]:
         return map(batches(number, Purpose.CALIBRATION), range(config.calibrate))
@@ -112,6 +112,7 @@ def assemble(
         clip=config.server_clip,
         passes=setup.passes,
         statistics=statistics,
+        wire=config.wire if "wire" in kind.reads else "float32",
     )
     federation = Federation(config, server, make, base, setup.observed, kind.exchanges(config))
     if statistics is not None:

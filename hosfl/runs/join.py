@@ -156,7 +156,7 @@ class Clients:
         config, half = self.config, self.half if alone else copy.deepcopy(self.half)
         mine = data.to(config.device, dtype_of(half))
         batches = Batches(mine, config.batch, config.seed, number, self.task.per_token)
-        client = self.method.client(number, half, batches)
+        client = self.method.made(number, half, batches)
         if isinstance(client, ZerothOrderClient):
             client.replica.base = self._base  # the half itself moves: its round 0 is in the file
         return Endpoint(client, self.kind.exchanges(config), self.follows)
