@@ -13,7 +13,10 @@ from hosfl.engines.engine import EngineError, Reply
 
 ray = pytest.importorskip("ray")
 
+from hosfl import Config, train  # noqa: E402
 from hosfl.engines.ray import RayEngine  # noqa: E402
+from hosfl.runs.join import Everybody  # noqa: E402
+from hosfl.runs.serve import Over  # noqa: E402
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import this file
 
@@ -293,3 +296,38 @@ def test_without_ray_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match=r"the engine ray needs ray, which is missing: pip install 'hosfl\[ray\]'"):
         RayEngine(obedient, 1)
+
+
+def over_ray(make=lambda files: Everybody(files)):
+    return Over(lambda files, clients: RayEngine(make(files), clients, actors=2, cpus=0))
+
+
+def test_a_run_over_ray_is_the_run_in_one_process(tmp_path):
+    config = Config(rounds=3, clients=5, sampled=4)
+    here, there = train(config, tmp_path / "here"), train(config, tmp_path / "there", over=over_ray())
+    assert here.replicas.digest == there.replicas.digest
+    assert there.replicas.equal
+    assert here.scores == there.scores
+
+
+def test_a_run_outlives_an_actor(tmp_path):
+    def mortal(files):
+        def make():
+            answer, asked = Everybody(files)(), []
+
+            def until_the_fifth(client, data):
+                asked.append(client)
+                if len(asked) == 5 and not (tmp_path / "died").exists():
+                    (tmp_path / "died").touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return answer(client, data)
+
+            return until_the_fifth
+
+        return make
+
+    summary = train(Config(rounds=4, clients=5, sampled=5), tmp_path / "run", over=over_ray(mortal))
+    assert (tmp_path / "died").exists()
+    assert summary.rounds == 4
+    assert summary.replicas.equal
+    assert summary.replicas.clients == 6
