@@ -62,7 +62,7 @@ class Thread:
     def __init__(self, run, number, answer):
         self.line = run.line(number)
         self.answer = getattr(answers, answer) if isinstance(answer, str) else answer
-        self.thread = threading.Thread(target=self._serve)
+        self.thread = threading.Thread(target=self._serve, daemon=True)
         self.thread.start()
 
     def _serve(self):

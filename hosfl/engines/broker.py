@@ -242,12 +242,12 @@ class Link:
             if self._closing.is_set() and not lost.is_set():
                 await self._last_words(broker)
             self.up = False
+            await self._shut(broker)
             for work in (*works, closing):
                 work.cancel()
             for outcome in await asyncio.gather(*works, closing, return_exceptions=True):
                 if isinstance(outcome, Exception):
                     self._complain(outcome)
-            await self._shut(broker)
             if not self._closing.is_set():
                 log.warning("%s has lost its connection, and looks for another", self.name)
                 await self._nap(FIRST * random.random())
@@ -283,10 +283,10 @@ class Link:
     async def _send(self, broker: _Broker) -> None:
         """All that goes out: frames first, then a piece of each stream in turn."""
         piece = min(PIECE, broker.max_payload - AROUND)
-        while True:
+        while self.up:  # nats-py keeps a cancellation to itself
             await self._wake.wait()
             self._wake.clear()
-            while self._outbox or self._streams:
+            while self.up and (self._outbox or self._streams):
                 if self._outbox:
                     subject, frame, reply = self._outbox.popleft()
                 else:
@@ -308,6 +308,7 @@ class Link:
 
     async def _last_words(self, broker: _Broker) -> None:
         """What is in the outbox, for a second at most."""
+        self._streams.clear()
         for _ in range(100):
             if not self._outbox:
                 break

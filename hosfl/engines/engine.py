@@ -13,7 +13,11 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back of a client: its bytes, or None and the reason, such as "gone" or "late"."""
+    """What came back of a client: its bytes, or None and the reason.
+
+    Reasons: "gone", "late", or "failed: ..." where the client could not answer. That names the kind of its error and no
+    more: the text may be of its data, and stays in the client's own log.
+    """
 
     client: int
     data: bytes | None
@@ -31,14 +35,17 @@ class Engine(Protocol):
     ) -> Iterator[Reply]:
         """Send each client its bytes, and give what comes back as it comes: one `Reply` for each client.
 
-        Ends when every client's reply is there; when `enough` of them have brought bytes; after `deadline` seconds.
-        Clients that have brought none by then are told of as "late"; whoever is not here, or vanishes meanwhile, at
-        once as "gone". A reply counts for its own ask alone: what comes later, or twice, is dropped. Closing the
-        iterator early ends the ask. deadline None: no end. enough None: all.
+        They leave when the first reply is asked for. Ends when every client's reply is there; when `enough` of them
+        have brought bytes; after `deadline` seconds. Clients that have brought none by then are told of as "late";
+        whoever is not here, or vanishes meanwhile, at once as "gone". A reply counts for its own ask alone: what comes
+        later, or twice, is dropped. Closing the iterator early ends the ask. deadline None: no end. enough None: all.
         """
 
     def offer(self, files: Mapping[str, bytes]) -> None:
-        """What clients may fetch, by name, from now on; what was offered before is replaced."""
+        """What clients may fetch, by name, from now on; what was offered before is replaced.
+
+        Until the first offer, those that fetch wait.
+        """
 
     def close(self) -> None:
         """Let go of everything. Clients stay as they are, and look for the next server."""
@@ -53,7 +60,8 @@ class Line(Protocol):
     def serve(self, answer: Callable[[bytes], bytes]) -> None:
         """Answer the server's asks, one after another, until the line is closed: from another thread, or a signal.
 
-        A server or broker that goes away is waited for.
+        Meanwhile the client is present. A server or broker that goes away is waited for. What `answer` raises is logged
+        here and fails that ask alone. Raises EngineError when another process of the same client takes its place.
         """
 
     def close(self) -> None:

@@ -409,6 +409,8 @@ class NatsEngine:
         if asked.incoming is None:
             incoming = begin(piece, time.monotonic)
             if not incoming.whole and peer.receiving():
+                if piece.data:
+                    self._drop(client, "a piece of ask %016x that was not asked for", piece.id)
                 return  # its beats will say that there is another
             asked.incoming = incoming
             self._moving.add(asked.id)

@@ -1,0 +1,99 @@
+"""What an exchange costs, engine by engine: N bytes to each of four clients, and N bytes back of each.
+
+    python -m benchmarks.engines [--out FILE] [--engine nats ...]
+
+Clients are processes of their own on this machine; NATS without certificates, its broker a process too. Seconds of an
+exchange: the median of several, the least and the most.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from hosfl.engines.engine import Engine
+from hosfl.runs.report import machine
+
+RESULTS = Path(__file__).parent / "results"
+CLIENTS, REPEATS = 4, 12
+SIZES = {"1 KB": 1 << 10, "3 MB": 3 << 20, "16 MB": 16 << 20}
+
+
+@contextlib.contextmanager
+def over_nats() -> Iterator[Engine]:
+    """Four clients, and the broker between them and us."""
+    from hosfl.engines.nats import NatsEngine
+
+    program = shutil.which("nats-server")
+    if program is None:
+        sys.exit("no nats-server on the path: https://docs.nats.io, or Debian's package of that name")
+    with socket.socket() as free, contextlib.ExitStack() as ends:
+        free.bind(("127.0.0.1", 0))
+        url = f"nats://127.0.0.1:{free.getsockname()[1]}"
+        free.close()
+        log = Path(ends.enter_context(tempfile.TemporaryDirectory()), "log")
+        serve = f"from hosfl.engines.nats import NatsLine; NatsLine({url!r}, 'bench', %d).serve(bytes)"
+        commands = [[program, "-a", "127.0.0.1", "-p", url.rpartition(":")[2], "-l", str(log)]]
+        commands += [[sys.executable, "-c", serve % number] for number in range(CLIENTS)]
+        for command in commands:
+            process = subprocess.Popen(command)
+            ends.callback(process.wait)
+            ends.callback(process.kill)
+        engine = NatsEngine(url, "bench", CLIENTS)
+        ends.callback(engine.close)
+        yield engine
+
+
+ENGINES: dict[str, Callable[[], contextlib.AbstractContextManager[Engine]]] = {"nats": over_nats}
+
+
+def measured(engine: Engine) -> dict[str, Any]:
+    """Seconds of an exchange, by its size."""
+    until = time.monotonic() + 60
+    while len(engine.present()) < CLIENTS:
+        if time.monotonic() > until:
+            sys.exit(f"{len(engine.present())} of {CLIENTS} clients are here after a minute")
+        time.sleep(0.1)
+    rows = {}
+    for name, size in SIZES.items():
+        seconds = []
+        for _ in range(2 + REPEATS):
+            data = os.urandom(size)
+            begin = time.perf_counter()
+            replies = list(engine.ask(dict.fromkeys(range(CLIENTS), data), deadline=60))
+            seconds.append(time.perf_counter() - begin)
+            assert all(reply.data == data for reply in replies), [reply.reason for reply in replies]
+        counted = seconds[2:]  # the first two warm up
+        rows[name] = {"median": statistics.median(counted), "least": min(counted), "most": max(counted)}
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS / "engines.json")
+    parser.add_argument("--engine", choices=ENGINES, nargs="*", default=list(ENGINES))
+    options = parser.parse_args()
+    found: dict[str, Any] = {"machine": machine(), "clients": CLIENTS, "engines": {}}
+    for name in options.engine:
+        with ENGINES[name]() as engine:
+            found["engines"][name] = rows = measured(engine)
+        for size, row in rows.items():
+            spread = f"{1e3 * row['least']:.1f} to {1e3 * row['most']:.1f}"
+            print(f"{name}, {size}: {1e3 * row['median']:.1f} ms ({spread})", flush=True)
+    options.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

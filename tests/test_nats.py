@@ -1,0 +1,607 @@
+"""What the NATS engine stands: brokers that go, strangers who speak, and nothing believed that is not the broker's."""
+
+import os
+import pickle
+import random
+import threading
+import time
+
+import answers
+import pytest
+from broker import Broker, Stranger, certificates
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hosfl.engines import frames, nats
+from hosfl.engines.engine import EngineError, Reply
+from hosfl.engines.frames import Beat, Bye, Ended, Fetch, FrameError, Outgoing, Piece, Ping, Want, Why, decode, encode
+
+MB = 1 << 20
+UP, DOWN = b"hosfl.r.up.%d.m", b"hosfl.r.down.%d.m"
+
+
+def until(true, seconds=20.0):
+    begin = time.monotonic()
+    while not true():
+        assert time.monotonic() < begin + seconds
+        time.sleep(0.02)
+
+
+class Lines:
+    """Lines that serve in threads."""
+
+    def __init__(self, url):
+        self.url, self.open = url, []
+
+    def join(self, number, answer=answers.reverse, **options):
+        line = nats.NatsLine(self.url, "r", number, **options)
+
+        def serve():
+            try:
+                line.serve(answer)
+            except EngineError as error:
+                line.ended = error
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        self.open.append((line, thread))
+        return line
+
+    def close(self):
+        for line, thread in self.open:
+            line.close()
+            thread.join(30)
+            assert not thread.is_alive()
+
+
+@pytest.fixture
+def broker(tmp_path):
+    broker = Broker(tmp_path)
+    broker.start()
+    yield broker
+    broker.stop()
+
+
+@pytest.fixture
+def engine(broker):
+    engine = nats.NatsEngine(broker.url, "r", 4)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def lines(broker):
+    lines = Lines(broker.url)
+    yield lines
+    lines.close()
+
+
+@pytest.fixture
+def stranger(broker):
+    stranger = Stranger(broker.port)
+    yield stranger
+    stranger.close()
+
+
+class ByHand:
+    """Client `number`, spoken by hand: it hears asks, and says what a test wants."""
+
+    def __init__(self, broker, number, line=7):
+        self.stranger, self.number = Stranger(broker.port), number
+        self.stranger.subscribe(DOWN % number)
+        self.say(Beat(line, 1))
+
+    def say(self, *frames):
+        for frame in frames:
+            self.stranger.publish(UP % self.number, frame if isinstance(frame, bytes) else encode(frame))
+        self.stranger.socket.sendall(b"PING\r\n")
+
+    def hear(self, kind):
+        """The next frame of a kind. Keeps being here meanwhile."""
+        while True:
+            frame = decode(self.stranger.next())
+            if isinstance(frame, kind):
+                return frame
+
+    def close(self):
+        self.stranger.close()
+
+
+@pytest.fixture
+def by_hand(broker, engine):
+    hand = ByHand(broker, 1)
+    until(lambda: engine.present() == {1})
+    yield hand
+    hand.close()
+
+
+def start(engine, messages, **limits):
+    """An ask in a thread; `join` it for the list of its replies."""
+
+    class Asking(threading.Thread):
+        def run(self):
+            self.replies = list(engine.ask(messages, **limits))
+
+        def join(self):
+            super().join(30)
+            return self.replies
+
+    asking = Asking(daemon=True)
+    asking.start()
+    return asking
+
+
+# Brokers that go.
+
+
+@pytest.mark.parametrize("size", [3, 24 * MB])
+def test_a_broker_that_restarts_during_an_ask(broker, engine, lines, size):
+    """Small: while it is answered. Large: while the question or the answer is on its way."""
+    begun = threading.Event()
+
+    def answer(data):
+        begun.set()
+        time.sleep(0.5)
+        return data[::-1]
+
+    lines.join(0, answer)
+    lines.join(1, answer)
+    until(lambda: engine.present() == {0, 1})
+    data = os.urandom(size)
+    asking = start(engine, {0: data, 1: data}, deadline=60)
+    for _ in range(3):
+        time.sleep(0.3)
+        broker.stop()
+        time.sleep(0.3)
+        broker.start()
+    replies = asking.join()
+    assert sorted(replies, key=lambda reply: reply.client) == [Reply(0, data[::-1]), Reply(1, data[::-1])]
+    assert begun.is_set()
+
+
+def test_an_ask_waits_for_a_broker_that_is_away(broker, engine, lines):
+    lines.join(0)
+    until(lambda: engine.present() == {0})
+    broker.stop()
+    until(lambda: engine.present() == set())
+    begin = time.monotonic()
+    assert list(engine.ask({0: b"ab"}, deadline=0.5)) == [Reply(0, None, "late")]
+    assert 0.4 < time.monotonic() - begin < 2
+    asking = start(engine, {0: b"ab"}, deadline=30)
+    time.sleep(0.5)
+    broker.start()
+    assert asking.join() == [Reply(0, b"ba")]
+
+
+def test_a_server_and_a_client_that_are_there_before_the_broker(broker, lines):
+    broker.stop()
+    engine = nats.NatsEngine(broker.url, "r", 1)
+    lines.join(0)
+    asking = start(engine, {0: b"ab"}, deadline=30)
+    time.sleep(1)
+    broker.start()
+    assert asking.join() == [Reply(0, b"ba")]
+    engine.close()
+
+
+def test_a_file_goes_on_where_it_was(broker, engine, monkeypatch):
+    """The broker restarts, the server restarts; not a byte is fetched twice but those on their way."""
+    data = os.urandom(40 * MB)
+    engine.offer({"base": data})
+    line = nats.NatsLine(broker.url, "r", 0)
+    sent = []
+    piece = Outgoing.piece
+
+    def counted(outgoing, id, offset, end):
+        sent.append(end - offset)
+        time.sleep(0.01)  # 50 MB a second
+        return piece(outgoing, id, offset, end)
+
+    monkeypatch.setattr(Outgoing, "piece", counted)
+    found = []
+    fetching = threading.Thread(target=lambda: found.append(line.fetch("base", deadline=60)))
+    fetching.start()
+    until(lambda: sum(sent) > 8 * MB)
+    broker.stop()
+    broker.start()
+    until(lambda: sum(sent) > 24 * MB)
+    engine.close()
+    engine = nats.NatsEngine(broker.url, "r", 1)
+    engine.offer({"base": data})
+    fetching.join()
+    line.close()
+    engine.close()
+    assert found == [data]
+    assert 40 * MB <= sum(sent) < 40 * MB + 2 * 2 * frames.WINDOW
+
+
+# Strangers.
+
+HOSTILE = {
+    "a status that is no text": {"headers": b"NATS/1.0 \xff\xff\xff\r\n\r\n"},
+    "headers that are none": {"headers": b"NATS/1.0"},
+    "a header line that is none": {"headers": b"NATS/1.0\r\n: \xff\r\n\xff\r\n\r\n"},
+    "no responders, said by a client": {"headers": b"NATS/1.0 503\r\n\r\n"},
+    "a reply subject that is no text": {"reply": b"a\xff"},
+    "a reply subject with white space": {"reply": b"a\x0bb"},
+    "a reply subject with a form feed": {"reply": b"a\x0c1"},
+}
+
+
+@pytest.mark.parametrize("how", HOSTILE)
+def test_no_message_stops_the_connection(broker, engine, lines, stranger, how):
+    """nats-py itself stops reading at most of these, and the rest make it connect anew."""
+    lines.join(0)
+    until(lambda: engine.present() == {0})
+    connections = engine._connections
+    for subject in (UP % 1, b"hosfl.r.up.1.gone"):
+        stranger.publish(subject, b"x", **HOSTILE[how])
+    stranger.publish(b"hosfl.r.up.\xff.m", b"x")
+    stranger.publish(b"hosfl.r.up.1\x0b2.m", b"x")
+    stranger.publish(b"hosfl.r.up.99999999999999999999.m", b"x")
+    stranger.publish(b"hosfl.r.up.4.m", encode(Beat(1, 1)))  # the run has clients 0 to 3
+    stranger.flush()
+    assert list(engine.ask({0: b"ab"}, deadline=5)) == [Reply(0, b"ba")]
+    assert engine._connections == connections
+    assert engine.present() == {0}
+
+
+def test_mutated_frames(broker, engine, lines, stranger, monkeypatch):
+    """Client 1 sends thousands of damaged frames, also such as fit the ask that it has. Client 0 notices nothing."""
+    monkeypatch.setattr(nats, "RATE", 1e9)
+    monkeypatch.setattr(nats, "BURST", 1e9)
+    for peer in engine._peers:
+        peer.allowance = 1e9
+    lines.join(0)
+    over = threading.Event()
+    lines.join(1, lambda data: over.wait(60) and data)
+    until(lambda: engine.present() == {0, 1})
+    asking = start(engine, {1: b"ask"}, deadline=3)
+    until(lambda: engine._peers[1].asked)
+    (asked,) = engine._peers[1].asked
+    random_ = random.Random(0)
+    samples = [
+        Beat(3, 1, ((asked, True), (9, False))),
+        Piece(asked, False, 0, 4, 1, b"abcd"),
+        Piece(asked, False, 0, 3 * MB, 1, b""),
+        Piece(asked, True, 0, 4, 1, b"abcd"),
+        Want(asked, 0, 3),
+        Ended(asked, Why.DONE),
+        Fetch(asked, "f"),
+        Bye(3),
+        Ping(1, 1),
+    ]
+    log = []
+    monkeypatch.setattr(nats.log, "exception", lambda *values: log.append(values))
+    for number in range(4000):
+        data = bytearray(encode(random_.choice(samples)))
+        for _ in range(random_.choice((0, 1, 1, 2, 5))):
+            data[random_.randrange(len(data))] = random_.randrange(256)
+        if random_.random() < 0.3:
+            data = data[: random_.randrange(len(data) + 1)] + random_.randbytes(random_.choice((0, 0, 1, 9, 300)))
+        stranger.publish(UP % 1, bytes(data))
+        if number % 400 == 0:
+            assert list(engine.ask({0: b"%d" % number}, deadline=5)) == [Reply(0, (b"%d" % number)[::-1])]
+    stranger.flush()
+    over.set()
+    assert asking.join()[0].client == 1
+    assert engine._connections == 1
+    assert not log
+    assert engine.dropped[1] > 1000
+    lines.join(2)
+    until(lambda: {0, 2} <= engine.present())
+    assert {reply.data for reply in engine.ask({0: b"ab", 2: b"ab"}, deadline=5)} == {b"ba"}
+
+
+@given(st.binary(max_size=64))
+def test_any_bytes_are_a_frame_or_refused(data):
+    for version in (b"", bytes([frames.VERSION]), bytes([frames.VERSION, data[0] % 9]) if data else b""):
+        try:
+            frame = decode(version + data)
+        except FrameError:
+            continue
+        assert encode(frame) == version + data
+
+
+def test_frames_come_back():
+    for frame in (
+        Ping(2**64 - 1, 2**32 - 1),
+        Beat(0, 1),
+        Beat(5, 1, ((2**64 - 1, True), (0, False))),
+        Piece(1, False, 0, 0, 0, b""),
+        Piece(1, False, 3, 2**40, 2**32 - 1, b"abc"),
+        Piece(1, True, 0, 500, 0, b"why"),
+        Want(1, 2, 3),
+        Ended(1, Why.LATE, "zu spät"),
+        Fetch(1, "ein Name"),
+        Bye(4),
+    ):
+        assert decode(encode(frame)) == frame
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"", "0 bytes are no frame"),
+        (b"\x02\x01" + bytes(12), "version 2 of the frames, not 1: install the same hosfl at both ends"),
+        (b"\x01\x09", "kind 9"),
+        (encode(Want(1, 2, 3)) + b"x", "a Want with 1 bytes too many"),
+        (encode(Want(1, 2, 3))[:-1], "a Want of 25 bytes"),
+        (encode(Piece(1, False, 3, 4, 0, b"ab")), "a piece of 2 bytes from 3 on, of 4"),
+        (encode(Piece(1, True, 0, 501, 0, b"")), "a piece of 0 bytes from 0 on, of 501"),
+        (encode(Piece(1, False, 0, 2 * MB, 0, bytes(MB))), "a piece of 1048576 bytes"),
+        (encode(Beat(1, 1)) + bytes(9) * 17, "a list of asks of 153 bytes"),
+        (encode(Beat(1, 1)) + bytes(8), "a list of asks of 8 bytes"),
+        (encode(Beat(1, 1)) + bytes(8) + b"\x02", "neither answered nor not"),
+        (encode(Ended(1, Why.DONE))[:-1] + b"\x63", "reason 99"),
+        (encode(Fetch(1, "f")) + b"\xff", "not UTF-8"),
+        (encode(Fetch(1, "f" * 501)), "a text of 501 bytes"),
+    ],
+)
+def test_frames_that_are_refused(data, why):
+    with pytest.raises(FrameError, match=why):
+        decode(data)
+
+
+def test_a_flood_is_not_listened_to(broker, engine, lines, stranger, caplog):
+    lines.join(0)
+    until(lambda: engine.present() == {0})
+    quiet = time.monotonic()
+    assert list(engine.ask({0: b"ab"})) == [Reply(0, b"ba")]
+    quiet = time.monotonic() - quiet
+    stop = threading.Event()
+
+    def flood():
+        while not stop.is_set():
+            for _ in range(200):
+                stranger.publish(UP % 1, encode(Want(1, 2, 3)))
+            stranger.flush()
+
+    flooding = threading.Thread(target=flood)
+    flooding.start()
+    until(lambda: engine.dropped[1] > 1000)
+    begin = time.monotonic()
+    for _ in range(10):
+        assert list(engine.ask({0: b"ab"}, deadline=5)) == [Reply(0, b"ba")]
+    took = (time.monotonic() - begin) / 10
+    stop.set()
+    flooding.join()
+    assert took < quiet + 0.5
+    assert caplog.text.count("client 1: it sends too much, and is not listened to") <= 2  # a line in ten seconds
+    assert "it sends too much" in caplog.text
+
+
+def test_an_answer_within_the_rate_of_what_was_asked_for(engine, lines, monkeypatch):
+    """A large answer has more pieces than a client may send of its own accord."""
+    monkeypatch.setattr(nats, "BURST", 5.0)
+    monkeypatch.setattr(nats, "RATE", 2.0)
+    for peer in engine._peers:
+        peer.allowance = 5.0
+    lines.join(0, lambda data: bytes(20 * MB))
+    until(lambda: engine.present() == {0})
+    assert list(engine.ask({0: b""}, deadline=20)) == [Reply(0, bytes(20 * MB))]
+
+
+# Answers that are none.
+
+
+def test_a_reply_that_is_too_large_is_refused_before_it_is_sent(broker, lines, caplog):
+    engine = nats.NatsEngine(broker.url, "r", 1, largest=MB)
+    lines.join(0, lambda data: bytes(MB + 1) if data == b"more" else bytes(MB))
+    until(lambda: engine.present() == {0})
+    text = "a reply of 1048577 bytes; the largest is one of 1048576"
+    assert list(engine.ask({0: b"more"}, deadline=5)) == [Reply(0, None, f"failed: {text}")]
+    until(lambda: f"has ended without its reply: {text}" in caplog.text)  # the client is told
+    assert list(engine.ask({0: b""}, deadline=5)) == [Reply(0, bytes(MB))]
+    with pytest.raises(EngineError, match="1048577 bytes; the largest is one of 1048576"):
+        engine.ask({0: bytes(MB + 1)})
+    engine.close()
+
+
+def test_an_ask_that_is_too_large_for_a_client(engine, lines):
+    lines.join(0, largest=10)
+    until(lambda: engine.present() == {0})
+    (reply,) = engine.ask({0: bytes(11)}, deadline=5)
+    assert reply == Reply(0, None, "failed: 11 bytes, more than the largest message of 10")
+    assert list(engine.ask({0: bytes(10)}, deadline=5)) == [Reply(0, bytes(10))]
+
+
+def test_a_damaged_reply_is_a_failure(engine, by_hand):
+    asking = start(engine, {1: b"ask"}, deadline=10)
+    ask = by_hand.hear(Piece)
+    by_hand.say(Piece(ask.id, False, 0, 4, 12345, b"abcd"))
+    assert asking.join() == [Reply(1, None, "failed: damaged on its way")]
+
+
+def test_one_half_received_reply_of_a_client(engine, by_hand):
+    """And no byte of it that was not asked for."""
+    first, second = start(engine, {1: b"1"}, deadline=3), start(engine, {1: b"2"}, deadline=3)
+    asks = [by_hand.hear(Piece).id, by_hand.hear(Piece).id]
+    for ask in asks:
+        by_hand.say(Piece(ask, False, 0, 60 * MB, 0, b""))
+    assert by_hand.hear(Want) == Want(asks[0], 0, frames.WINDOW)
+    for offset in range(0, 12 * MB, frames.PIECE):
+        by_hand.say(Piece(asks[1], False, offset, 60 * MB, 0, bytes(frames.PIECE)))
+    for offset in range(frames.PIECE, 12 * MB, frames.PIECE):  # from the second piece on
+        by_hand.say(Piece(asks[0], False, offset, 60 * MB, 0, bytes(frames.PIECE)))
+    by_hand.say(Piece(asks[0], False, 0, 60 * MB, 1, b"ab"))  # of another message
+    by_hand.say(Piece(asks[0], False, 0, 50 * MB, 0, b"ab"))
+    until(lambda: engine.dropped[1] >= 25 + 23)
+    kept = [len(asked.incoming.data) for asked in engine._peers[1].asked.values() if asked.incoming is not None]
+    assert kept == [0]
+    assert [first.join(), second.join()] == [[Reply(1, None, "late")]] * 2
+    assert not engine._moving
+
+
+def test_a_reply_counts_once_and_for_its_own_ask(engine, by_hand, caplog):
+    """Twice, late, of an ask before, of an ask that never was: dropped, told of at both ends."""
+    asking = start(engine, {1: b"one"}, deadline=10)
+    one = by_hand.hear(Piece)
+    reply = encode(Piece(one.id, False, 0, 3, Outgoing(b"ONE").crc, b"ONE"))
+    by_hand.say(reply)
+    assert asking.join() == [Reply(1, b"ONE")]
+    assert by_hand.hear(Ended) == Ended(one.id, Why.DONE)
+    by_hand.say(reply)
+    assert by_hand.hear(Ended) == Ended(one.id, Why.LATE)
+    asking = start(engine, {1: b"two"}, deadline=10)
+    two = by_hand.hear(Piece)
+    assert two.id != one.id
+    by_hand.say(reply, Piece(one.id, False, 0, 3, Outgoing(b"TWO").crc, b"TWO"), Piece(5, False, 0, 1, 0, b"x"))
+    by_hand.say(Piece(two.id, False, 0, 3, Outgoing(b"two").crc, b"two"))
+    assert asking.join() == [Reply(1, b"two")]
+    assert engine.dropped[1] == 4
+    assert f"client 1: late, to ask {one.id:016x}, which is over" in caplog.text
+
+
+def test_a_pickle_is_bytes(engine, by_hand, lines):
+    class Harm:
+        def __reduce__(self):
+            return os.abort, ()
+
+    harm = pickle.dumps(Harm())
+    asking = start(engine, {1: harm}, deadline=10)
+    ask = by_hand.hear(Piece)
+    assert bytes(ask.data) == harm
+    by_hand.say(Piece(ask.id, False, 0, len(harm), Outgoing(harm).crc, harm))
+    assert asking.join() == [Reply(1, harm)]
+
+
+def test_a_reason_is_one_short_line(engine, by_hand):
+    asking = start(engine, {1: b"ask"}, deadline=10)
+    ask = by_hand.hear(Piece)
+    text = b"first\nsecond \x1b[31m \xff"
+    by_hand.say(Piece(ask.id, True, 0, len(text), Outgoing(text).crc, text))
+    (reply,) = asking.join()
+    assert reply == Reply(1, None, "failed: first?second ?[31m �")
+
+
+def test_nobody_answers_for_another(engine, lines, broker):
+    """What a message says of itself is not looked at: an ask of client 0 cannot be answered by client 1."""
+    lines.join(0, answers.slow)
+    hand = ByHand(broker, 1)
+    until(lambda: engine.present() == {0, 1})
+    asking = start(engine, {0: b"1.0"}, deadline=10)
+    until(lambda: engine._peers[0].asked)
+    (id,) = engine._peers[0].asked
+    hand.say(Piece(id, False, 0, 4, Outgoing(b"evil").crc, b"evil"))
+    assert hand.hear(Ended) == Ended(id, Why.LATE)
+    assert asking.join() == [Reply(0, b"0.1")]
+    hand.close()
+
+
+# Who is here.
+
+
+def test_a_machine_without_power_is_gone_after_a_while(broker, monkeypatch):
+    """Its connection stands, and nothing comes: only silence tells."""
+    monkeypatch.setattr(nats, "GRACE", 0.5)
+    engine = nats.NatsEngine(broker.url, "r", 4, patience=1.5)
+    hand = ByHand(broker, 1)
+    until(lambda: engine.present() == {1})
+    begin = time.monotonic()
+    assert list(engine.ask({1: b"ask"}, deadline=20)) == [Reply(1, None, "gone")]
+    assert 0.5 < time.monotonic() - begin < 5
+    hand.say(Beat(7, 1))
+    until(lambda: engine.present() == {1})
+    hand.close()
+    engine.close()
+
+
+def test_a_new_process_of_a_client_ends_the_asks_of_the_old(broker, engine, by_hand):
+    asking = start(engine, {1: b"ask"}, deadline=20)
+    by_hand.hear(Piece)
+    new = ByHand(broker, 1, line=8)
+    begin = time.monotonic()
+    assert asking.join() == [Reply(1, None, "gone")]
+    assert time.monotonic() - begin < 2
+    by_hand.say(Beat(7, 1))  # the old one is still there
+    assert by_hand.hear(Ended) != Ended(7, Why.REPLACED)  # the ask's
+    assert by_hand.hear(Ended) == Ended(7, Why.REPLACED)
+    by_hand.say(Bye(7))
+    asking = start(engine, {1: b"ask"}, deadline=20)
+    ask = new.hear(Piece)
+    new.say(Beat(8, 1, ((ask.id, False),)))
+    new.say(Piece(ask.id, False, 0, 1, Outgoing(b"x").crc, b"x"))
+    assert asking.join() == [Reply(1, b"x")]
+    new.close()
+
+
+def test_two_asks_at_once(engine, lines):
+    for number in range(4):
+        lines.join(number)
+    until(lambda: len(engine.present()) == 4)
+    big = os.urandom(5 * MB)
+    first, second = engine.ask({0: b"a1", 1: big}), engine.ask({1: big[:-1], 2: b"b1"})
+    seen = [next(first), next(second), next(first), next(second)]
+    assert {(reply.client, reply.data) for reply in seen} == {
+        *((0, b"1a"), (1, big[::-1])),
+        *((1, big[:-1][::-1]), (2, b"1b")),
+    }
+    assert list(first) == list(second) == []
+
+
+# Certificates.
+
+
+@pytest.fixture
+def secured(tmp_path):
+    """A broker that knows clients by their certificates, and lets each speak for itself alone."""
+    certificates(tmp_path, ["broker", "server", "c0", "c1", "unknown"])
+    names = {name: f'"{tmp_path / name}"' for name in ("broker.pem", "broker.key", "ca.pem")}
+    tls = f"tls {{ cert_file: {names['broker.pem']}, key_file: {names['broker.key']}, ca_file: {names['ca.pem']}"
+    users = ['{user: "server@hosfl", permissions: {publish: "hosfl.r.down.>", subscribe: "hosfl.r.up.>"}}']
+    for k in (0, 1):
+        allowed = f'publish: "hosfl.r.up.{k}.>", subscribe: "hosfl.r.down.{k}.>"'
+        users.append(f'{{user: "c{k}@hosfl", permissions: {{{allowed}}}}}')
+    broker = Broker(tmp_path, f"{tls}, verify_and_map: true }}\nauthorization {{ users = [{', '.join(users)}] }}")
+    broker.start()
+    broker.tls = lambda name: nats.Tls(tmp_path / "ca.pem", tmp_path / f"{name}.pem", tmp_path / f"{name}.key")
+    broker.url = f"tls://localhost:{broker.port}"
+    yield broker
+    broker.stop()
+
+
+def test_certificates(secured, caplog):
+    engine = nats.NatsEngine(secured.url, "r", 2, secured.tls("server"))
+    lines = Lines(secured.url)
+    lines.join(0, tls=secured.tls("c0"))
+    until(lambda: engine.present() == {0})
+    assert list(engine.ask({0: b"ab"}, deadline=5)) == [Reply(0, b"ba")]
+    engine.offer({"f": b"1"})
+    assert lines.open[0][0].fetch("f", deadline=5) == b"1"
+    lines.join(1, tls=secured.tls("c0"))  # client 0 says that it is client 1
+    lines.join(1, tls=secured.tls("unknown"))
+    until(lambda: "the broker does not let it" in caplog.text)
+    until(lambda: "client 1 of run r has no broker" in caplog.text)
+    time.sleep(1)
+    assert engine.present() == {0}
+    assert list(engine.ask({0: b"ab", 1: b"ab"}, deadline=8)) == [Reply(0, b"ba"), Reply(1, None, "gone")]
+    lines.join(1, tls=secured.tls("c1"))
+    until(lambda: engine.present() == {0, 1})
+    lines.close()
+    engine.close()
+
+
+def test_a_broker_without_certificates_is_not_spoken_to(broker, caplog, tmp_path):
+    """nats-py does without TLS where a broker, or somebody in between, says that there is none."""
+    certificates(tmp_path, ["server"])
+    tls = nats.Tls(tmp_path / "ca.pem", tmp_path / "server.pem", tmp_path / "server.key")
+    engine = nats.NatsEngine(broker.url.replace("nats:", "tls:"), "r", 1, tls)
+    until(lambda: "secure connection not available" in caplog.text)
+    assert not engine._link.up
+    engine.close()
+
+
+def test_what_cannot_be_connected_is_said_at_once(tmp_path):
+    here, none = "nats://localhost:1", nats.Tls("ca", "cert", "key")
+    for urls, run, tls, why in [
+        ("tls://localhost:1", "r", None, "takes certificates"),
+        ([], "r", None, "no broker"),
+        (here, "a.b", None, "named by letters"),
+        (here, "*", None, "named by letters"),
+        (here, "r", none, "no certificates to use"),
+    ]:
+        with pytest.raises(EngineError, match=why):
+            nats.NatsEngine(urls, run, 1, tls)
+    with pytest.raises(EngineError, match="numbered from 0"):
+        nats.NatsLine("nats://localhost:1", "r", -1)
