@@ -1,0 +1,146 @@
+"""A thousand simulated clients over a few Ray actors: time and memory per round, with a fifth of the answers lost.
+
+python -m benchmarks.ray_clients --out FILE
+
+Every round asks 100 of 1,000 clients for their cuts and then for their scalars, on digits; each client drops out of a
+round with a chance of a fifth, at its cut or at its answer. At the end some clients are brought up to date and must
+hold the server's digest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hosfl.engines.engine import Engine, Reply
+from hosfl.engines.ray import RayEngine
+from hosfl.files import write_json
+from hosfl.runs.assemble import assemble
+from hosfl.runs.checkpoint import save_module
+from hosfl.runs.config import Config
+from hosfl.runs.join import Everybody
+from hosfl.runs.report import machine
+from hosfl.runs.serve import Over
+
+MB = 1e6
+
+
+class DropsOut:
+    """An engine some of whose clients vanish in an ask. share: of clients and rounds; half of them at each exchange."""
+
+    def __init__(self, engine: Engine, share: float, seed: int = 0) -> None:
+        self.engine, self.share, self.random = engine, share, np.random.default_rng(seed)
+        self.lost = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.engine, name)
+
+    def ask(
+        self, messages: Mapping[int, bytes], deadline: float | None = None, enough: int | None = None
+    ) -> Iterator[Reply]:
+        vanish = 1 - (1 - self.share) ** 0.5  # of two exchanges
+        for reply in self.engine.ask(messages, deadline, enough):
+            if self.random.random() < vanish:
+                self.lost += 1
+                yield Reply(reply.client, None, "gone")
+            else:
+                yield reply
+
+
+def peak(pid: int | str = "self") -> int:
+    """Bytes, the most that a process had in memory so far."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def measure(clients: int, sampled: int, rounds: int, actors: int, share: float) -> dict[str, Any]:
+    """Runs the rounds; returns what they took."""
+    import ray
+
+    config = Config(
+        task="digits",
+        clients=clients,
+        sampled=sampled,
+        rounds=rounds,
+        partition="iid",
+        batch=1,
+        directions_from="fresh",
+        digest_every=20,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        federation, _ = assemble(config)
+        save_module(federation.base, out / "base.safetensors")
+        federation.open_log(out)
+        made: list[DropsOut] = []
+
+        def engine(files: dict[str, bytes], count: int) -> Engine:
+            made.append(DropsOut(RayEngine(Everybody(files), count, actors), share))
+            return made[0]
+
+        Over(engine).reach(federation, out)
+        seconds, losses = [], []
+        try:
+            for round in range(rounds):
+                begin = time.perf_counter()
+                losses.append(federation.round(round))
+                seconds.append(time.perf_counter() - begin)
+            made[0].share = 0.0
+            some = range(0, clients, max(1, clients // 50))
+            digests = federation.audited(list(some))
+            newcomer = federation.make(0)
+            joined = federation.join(newcomer)
+            pids = [p for p in _children(os.getpid()) if b"ray::_Actor" in Path(f"/proc/{p}/cmdline").read_bytes()]
+            memory = {"server": peak() / MB, "actors": [peak(p) / MB for p in pids]}
+        finally:
+            federation.close()
+            ray.shutdown()
+    return {
+        "clients": clients,
+        "sampled": sampled,
+        "rounds": rounds,
+        "actors": actors,
+        "dropout": share,
+        "lost": made[0].lost,
+        "visits": federation.visits,
+        "seconds a round": {"median": float(np.median(seconds)), "p90": float(np.quantile(seconds, 0.9))},
+        "loss": {"first": losses[0], "last": losses[-1]},
+        "peak MB": memory,
+        "audited": len(digests),
+        "one digest": joined and set(digests) == {newcomer.digest()},
+        "machine": machine(),
+    }
+
+
+def _children(pid: int) -> list[int]:
+    """All processes below one."""
+    found: list[int] = []
+    for path in Path("/proc").iterdir():
+        if path.name.isdecimal():
+            found.append(int(path.name))
+    return [p for p in found if p != pid]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--clients", type=int, default=1000)
+    parser.add_argument("--sampled", type=int, default=100)
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--actors", type=int, default=2)
+    parser.add_argument("--dropout", type=float, default=0.2)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/ray-clients.json"))
+    options = parser.parse_args()
+    found = measure(options.clients, options.sampled, options.rounds, options.actors, options.dropout)
+    write_json(options.out, found)
+    print({name: value for name, value in found.items() if name != "machine"})
+
+
+if __name__ == "__main__":
+    main()
