@@ -27,7 +27,7 @@ from nats.aio.client import Client
 from nats.protocol.parser import Parser
 
 from hosfl.engines.engine import EngineError
-from hosfl.engines.frames import PIECE, Outgoing
+from hosfl.engines.frames import LEAST, PIECE, SMALL, Outgoing
 
 log = logging.getLogger("hosfl.engines.nats")
 T = TypeVar("T")
@@ -276,13 +276,15 @@ class Link:
             error_cb=error,
             closed_cb=closed,
         )
+        if broker.max_payload < SMALL + AROUND:
+            raise EngineError(f"its max_payload is {broker.max_payload} bytes; let it be 1 MB, as it is by default")
         for subject in self.subjects:
             await broker.subscribe(subject)
         await broker.flush(int(ANSWERS))
 
     async def _send(self, broker: _Broker) -> None:
         """All that goes out: frames first, then a piece of each stream in turn."""
-        piece = min(PIECE, broker.max_payload - AROUND)
+        piece = min(PIECE, (broker.max_payload - AROUND) // LEAST * LEAST)
         while self.up:  # nats-py keeps a cancellation to itself
             await self._wake.wait()
             self._wake.clear()

@@ -111,7 +111,7 @@ class _Peer:
     def expects(self, piece: Piece) -> bool:
         """Whether it was asked for."""
         asked = self.asked.get(piece.id)
-        return asked is not None and asked.incoming is not None and bool(piece.data) and asked.incoming.fits(piece)
+        return asked is not None and asked.incoming is not None and asked.incoming.fits(piece)
 
     def receiving(self) -> bool:
         """Whether an answer is on its way here: of each client one at a time."""
@@ -416,7 +416,7 @@ class NatsEngine:
             self._moving.add(asked.id)
         elif asked.incoming.fits(piece):
             asked.incoming.take(piece)
-        else:
+        elif piece.data:  # and not the announcement once more
             self._drop(client, "a piece of ask %016x that was not asked for", piece.id)
             return
         incoming = asked.incoming
@@ -606,7 +606,6 @@ class NatsLine:
         if task is None:
             return None
         message = task.incoming.message()
-        task.incoming.data = bytearray()
         if message is None:
             self._reply(id, Outgoing(b"the message is damaged", failed=True))
         return message
@@ -717,7 +716,7 @@ class NatsLine:
         incoming = fetching.incoming
         if incoming is None or (incoming.total, incoming.crc) != (piece.total, piece.crc):
             incoming = fetching.incoming = begin(piece, time.monotonic)
-        elif incoming.fits(piece) and piece.data:
+        elif incoming.fits(piece):
             incoming.take(piece)
         elif not piece.data:
             self._want(fetching.id, incoming, again=True)  # announced again
