@@ -184,6 +184,14 @@ def test_a_server_and_a_client_that_are_there_before_the_broker(broker, lines):
     engine.close()
 
 
+def test_a_new_server_waits_for_its_clients(engine, lines):
+    until(lambda: engine._link.up)
+    asking = start(engine, {0: b"ab", 1: b"ab"}, deadline=30)
+    time.sleep(1.5)
+    lines.join(0)
+    assert asking.join() == [Reply(0, b"ba"), Reply(1, None, "gone")]
+
+
 def test_a_file_goes_on_where_it_was(broker, engine, monkeypatch):
     """The broker restarts, the server restarts; not a byte is fetched twice but those on their way."""
     data = os.urandom(40 * MB)
@@ -240,7 +248,6 @@ HOSTILE = {
     "a status that is no text": {"headers": b"NATS/1.0 \xff\xff\xff\r\n\r\n"},
     "headers that are none": {"headers": b"NATS/1.0"},
     "a header line that is none": {"headers": b"NATS/1.0\r\n: \xff\r\n\xff\r\n\r\n"},
-    "no responders, said by a client": {"headers": b"NATS/1.0 503\r\n\r\n"},
     "a reply subject that is no text": {"reply": b"a\xff"},
     "a reply subject with white space": {"reply": b"a\x0bb"},
     "a reply subject with a form feed": {"reply": b"a\x0c1"},

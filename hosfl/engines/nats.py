@@ -317,7 +317,7 @@ class NatsEngine:
         self.dropped[client] += 1
         self._notes.warn((client, why), f"client %d: {why}", client, *values)
 
-    def _receive(self, subject: bytes, headers: bytes, data: bytes) -> None:
+    def _receive(self, subject: bytes, data: bytes) -> None:
         of = self._subject.fullmatch(subject)
         client = int(of[1]) if of else -1
         if of is None or client >= len(self._peers):
@@ -325,7 +325,7 @@ class NatsEngine:
             return
         peer, now = self._peers[client], time.monotonic()
         if of[2] == b"gone":
-            if peer.absent is None and headers.startswith(b"NATS/1.0 503"):
+            if peer.absent is None:  # said by the broker; or by the client, of itself
                 peer.absent = now
             return
         peer.heard, peer.absent = now, None
@@ -653,7 +653,7 @@ class NatsLine:
         if fetching is not None and not fetching.announced and time.monotonic() - fetching.asked > ANEW:
             self._ask_file(fetching)
 
-    def _receive(self, subject: bytes, headers: bytes, data: bytes) -> None:
+    def _receive(self, subject: bytes, data: bytes) -> None:
         try:
             frame = decode(data)
         except FrameError as error:
