@@ -27,11 +27,11 @@ from nats.aio.client import Client
 from nats.protocol.parser import Parser
 
 from hosfl.engines.engine import EngineError
-from hosfl.engines.frames import PIECE, Outgoing
+from hosfl.engines.frames import LEAST, PIECE, SMALL, Outgoing
 
 log = logging.getLogger("hosfl.engines.nats")
 T = TypeVar("T")
-Receive = Callable[[bytes, bytes, bytes], None]
+Receive = Callable[[bytes, bytes], None]
 
 TICK = 0.5  # seconds
 FIRST, LONGEST = 0.1, 2.0  # seconds between attempts to connect
@@ -87,9 +87,9 @@ class _Parser(Parser):
                 if len(raw) < size + 2:
                     return
                 self.message = None
-                head, body = bytes(raw[:headers]), bytes(raw[headers:size])
+                data = bytes(raw[headers:size])
                 del raw[: size + 2]
-                self.nc.receive(subject, head, body)
+                self.nc.receive(subject, data)
 
 
 class _Broker(Client):
@@ -119,8 +119,8 @@ class _Stream:
 class Link:
     """A thread with a connection.
 
-    urls: of brokers, such as "tls://host:4222". subjects: what is heard. receive(subject, headers, data), connected()
-    after every new connection and tick(since) every half second are called in the thread. At a tick everything that the
+    urls: of brokers, such as "tls://host:4222". subjects: what is heard. receive(subject, data), connected() after
+    every new connection and tick(since) every half second are called in the thread. At a tick everything that the
     broker had for us at `since`, of time.monotonic(), has been received. `post`, `stream` and `stop` are for the thread
     alone, `call` is for all others.
     """
@@ -276,13 +276,15 @@ class Link:
             error_cb=error,
             closed_cb=closed,
         )
+        if broker.max_payload < SMALL + AROUND:
+            raise EngineError(f"its max_payload is {broker.max_payload} bytes; let it be 1 MB, as it is by default")
         for subject in self.subjects:
             await broker.subscribe(subject)
         await broker.flush(int(ANSWERS))
 
     async def _send(self, broker: _Broker) -> None:
         """All that goes out: frames first, then a piece of each stream in turn."""
-        piece = min(PIECE, broker.max_payload - AROUND)
+        piece = min(PIECE, (broker.max_payload - AROUND) // LEAST * LEAST)
         while self.up:  # nats-py keeps a cancellation to itself
             await self._wake.wait()
             self._wake.clear()
@@ -328,8 +330,8 @@ class Link:
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._closing.wait(), seconds)
 
-    def _heard(self, subject: bytes, headers: bytes, data: bytes) -> None:
-        self._safely(self._receive, subject, headers, data)
+    def _heard(self, subject: bytes, data: bytes) -> None:
+        self._safely(self._receive, subject, data)
 
     def _safely(self, function: Callable[..., None], *arguments: Any) -> None:
         try:

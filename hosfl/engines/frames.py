@@ -17,6 +17,7 @@ from enum import IntEnum
 VERSION = 1
 PIECE = 512 * 1024  # bytes of a message in one frame; the broker's largest is 1 MB, if nobody changed it
 SMALL = 32 * 1024  # bytes of a message that comes whole with its announcement
+LEAST = 16 * 1024  # bytes of a piece but the last, whose multiple all are: many small ones cost more than they hold
 WINDOW = 4 * 1024 * 1024  # bytes on their way to one receiver
 TEXT = 500  # bytes of a name or a reason
 LISTED = 16  # asks that a line can have at once
@@ -226,39 +227,47 @@ class Incoming:
     total: int
     crc: int
     now: Callable[[], float]
-    data: bytearray = field(default_factory=bytearray)
+    have: int = 0  # bytes that have come
     asked: int = 0  # bytes that have come or been asked for
     moved: float = field(init=False)  # when bytes came last, or were asked for anew
+    _pieces: list[bytes | memoryview] = field(default_factory=list)
+    _sum: int = 0
 
     def __post_init__(self) -> None:
         self.moved = self.now()
 
     def fits(self, piece: Piece) -> bool:
-        """Whether it is of this message, the next one, and asked for."""
+        """Whether it is of this message, the next one, asked for, and not one of very many."""
         same = (piece.failed, piece.total, piece.crc) == (self.failed, self.total, self.crc)
-        return same and piece.offset == len(self.data) and piece.offset + len(piece.data) <= self.asked
+        end = piece.offset + len(piece.data)
+        large = len(piece.data) >= LEAST or (end == self.asked and len(piece.data) > 0)
+        return same and piece.offset == self.have and end <= self.asked and large
 
     def take(self, piece: Piece) -> None:
         """Keep a piece that fits."""
-        self.data += piece.data
+        self._pieces.append(piece.data)
+        self._sum = zlib.crc32(piece.data, self._sum)
+        self.have += len(piece.data)
         self.moved = self.now()
 
     @property
     def whole(self) -> bool:
         """Whether all bytes are here."""
-        return len(self.data) == self.total
+        return self.have == self.total
 
     def message(self) -> bytes | None:
-        """All bytes; None where they are not those that were announced."""
-        return bytes(self.data) if zlib.crc32(self.data) == self.crc else None
+        """All bytes, which are kept no longer; None where they are not those that were announced."""
+        message = b"".join(self._pieces)
+        self._pieces.clear()
+        return message if self._sum == self.crc else None
 
     def wanted(self, id: int, window: int, again: bool = False) -> bytes | None:
         """A frame that asks for more, if it is time to. again: what was asked for is not coming."""
         if again:
-            self.asked, self.moved = len(self.data), self.now()
-        if self.asked == self.total or self.asked - len(self.data) > window // 2:
+            self.asked, self.moved = self.have, self.now()
+        if self.asked == self.total or self.asked - self.have > window // 2:
             return None
-        offset, self.asked = self.asked, min(self.total, self.asked + window)
+        offset, self.asked = self.asked, min(self.total, self.asked + window // LEAST * LEAST)
         return encode(Want(id, offset, self.asked - offset))
 
 
@@ -267,5 +276,6 @@ def begin(piece: Piece, now: Callable[[], float]) -> Incoming:
     incoming = Incoming(piece.failed, piece.total, piece.crc, now)
     if piece.offset == 0 and len(piece.data) == piece.total <= SMALL:
         incoming.asked = piece.total
-        incoming.take(piece)
+        if piece.total:
+            incoming.take(piece)
     return incoming

@@ -111,7 +111,7 @@ class _Peer:
     def expects(self, piece: Piece) -> bool:
         """Whether it was asked for."""
         asked = self.asked.get(piece.id)
-        return asked is not None and asked.incoming is not None and bool(piece.data) and asked.incoming.fits(piece)
+        return asked is not None and asked.incoming is not None and asked.incoming.fits(piece)
 
     def receiving(self) -> bool:
         """Whether an answer is on its way here: of each client one at a time."""
@@ -317,7 +317,7 @@ class NatsEngine:
         self.dropped[client] += 1
         self._notes.warn((client, why), f"client %d: {why}", client, *values)
 
-    def _receive(self, subject: bytes, headers: bytes, data: bytes) -> None:
+    def _receive(self, subject: bytes, data: bytes) -> None:
         of = self._subject.fullmatch(subject)
         client = int(of[1]) if of else -1
         if of is None or client >= len(self._peers):
@@ -325,7 +325,7 @@ class NatsEngine:
             return
         peer, now = self._peers[client], time.monotonic()
         if of[2] == b"gone":
-            if peer.absent is None and headers.startswith(b"NATS/1.0 503"):
+            if peer.absent is None:  # said by the broker; or by the client, of itself
                 peer.absent = now
             return
         peer.heard, peer.absent = now, None
@@ -416,7 +416,7 @@ class NatsEngine:
             self._moving.add(asked.id)
         elif asked.incoming.fits(piece):
             asked.incoming.take(piece)
-        else:
+        elif piece.data:  # and not the announcement once more
             self._drop(client, "a piece of ask %016x that was not asked for", piece.id)
             return
         incoming = asked.incoming
@@ -606,7 +606,6 @@ class NatsLine:
         if task is None:
             return None
         message = task.incoming.message()
-        task.incoming.data = bytearray()
         if message is None:
             self._reply(id, Outgoing(b"the message is damaged", failed=True))
         return message
@@ -654,7 +653,7 @@ class NatsLine:
         if fetching is not None and not fetching.announced and time.monotonic() - fetching.asked > ANEW:
             self._ask_file(fetching)
 
-    def _receive(self, subject: bytes, headers: bytes, data: bytes) -> None:
+    def _receive(self, subject: bytes, data: bytes) -> None:
         try:
             frame = decode(data)
         except FrameError as error:
@@ -717,7 +716,7 @@ class NatsLine:
         incoming = fetching.incoming
         if incoming is None or (incoming.total, incoming.crc) != (piece.total, piece.crc):
             incoming = fetching.incoming = begin(piece, time.monotonic)
-        elif incoming.fits(piece) and piece.data:
+        elif incoming.fits(piece):
             incoming.take(piece)
         elif not piece.data:
             self._want(fetching.id, incoming, again=True)  # announced again
