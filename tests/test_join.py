@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hosfl import train
+from hosfl.engines.engine import Reply
 from hosfl.engines.in_process import InProcess
 from hosfl.files import RunFolderError
 from hosfl.methods import METHODS
@@ -74,6 +75,32 @@ def test_one_process_for_everybody(way, tmp_path):
     there = train(settings, tmp_path, over=Over(lambda files, clients: InProcess(Everybody(files)(), clients)))
     assert there.replicas.equal
     assert (there.replicas.digest, there.loss) == (here.replicas.digest, here.loss)
+
+
+def test_the_engine_of_one_process():
+    asked = []
+
+    def answer(number, data):
+        asked.append(number)
+        return data[::-1]
+
+    engine = InProcess(answer, 3)
+    assert engine.present() == {0, 1, 2}
+    big = bytes(range(256)) * 4096
+    assert list(engine.ask({2: b"", 0: big})) == [Reply(2, b""), Reply(0, big[::-1])]
+    assert list(engine.ask({})) == []
+    assert list(engine.ask({3: b"x", -1: b"x"})) == [Reply(3, None, "gone"), Reply(-1, None, "gone")]
+    asked.clear()
+    assert list(engine.ask({1: b"ab", 2: b"cd", 0: b"ef"}, enough=1)) == [
+        Reply(1, b"ba"),
+        Reply(2, None, "late"),
+        Reply(0, None, "late"),
+    ]
+    assert asked == [1]
+    replies = engine.ask({0: b"a", 1: b"b"})
+    next(replies)
+    replies.close()
+    assert asked == [1, 0]
 
 
 def offered(tmp_path, **settings):

@@ -22,11 +22,14 @@ class InProcess:
     def ask(
         self, messages: Mapping[int, bytes], deadline: float | None = None, enough: int | None = None
     ) -> Iterator[Reply]:
-        """One client after another, in the order of the asks. Nothing is late here: there is no deadline."""
+        """One client after another, in the order of the asks; those behind `enough` are not asked. No deadline holds."""
         for number, (client, data) in enumerate(messages.items()):
-            if number == enough:
-                return
-            yield Reply(client, self.answer(client, data))
+            if enough is not None and number >= enough:
+                yield Reply(client, None, "late")
+            elif 0 <= client < self.clients:
+                yield Reply(client, self.answer(client, data))
+            else:
+                yield Reply(client, None, "gone")
 
     def offer(self, files: Mapping[str, bytes]) -> None:
         """Nobody fetches here what is in the process already."""
