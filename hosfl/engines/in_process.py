@@ -22,7 +22,7 @@ class InProcess:
     def ask(
         self, messages: Mapping[int, bytes], deadline: float | None = None, enough: int | None = None
     ) -> Iterator[Reply]:
-        """One client after another, in the order of the asks; those behind `enough` are not asked. No deadline holds."""
+        """One client after another, in the order of the asks; those behind `enough` are not asked. No deadline here."""
         for number, (client, data) in enumerate(messages.items()):
             if enough is not None and number >= enough:
                 yield Reply(client, None, "late")

@@ -1,0 +1,168 @@
+"""A client that sends anything but what it should: the run is what it would be without it."""
+
+import pickle
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hosfl.engines.engine import Reply
+from hosfl.engines.in_process import InProcess
+from hosfl.methods.tensors import decoded
+from hosfl.protocol.messages import Audited, Complaint, Cut, Hello, Invitation, Scalars, encode, unpack
+from hosfl.runs.assemble import assemble
+from hosfl.runs.config import Config
+
+LIAR = 2
+SMALL = {"clients": 3, "sampled": 3, "batch": 4, "directions": 2, "directions_from": "fresh", "partition": "iid"}
+
+
+class WithLiar(InProcess):
+    """Two clients as they should be; what the third says, `lie` makes of what it was asked and what it ought to say.
+
+    lie: None: it is not there.
+    """
+
+    def __init__(self, federation, lie):
+        super().__init__(lambda number, data: federation.endpoint(number).answer(data), 3)
+        self.lie = lie
+
+    def ask(self, messages, deadline=None, enough=None):
+        for reply in super().ask(messages, deadline, enough):
+            if reply.client != LIAR:
+                yield reply
+            elif self.lie is None:
+                yield Reply(LIAR, None, "gone")
+            else:
+                yield Reply(LIAR, self.lie(messages[LIAR], reply.data))
+
+
+def outcome(rounds, lie, **settings):
+    federation, _ = assemble(Config(**SMALL | settings, rounds=rounds))
+    federation.engine = WithLiar(federation, lie)
+    losses = [federation.round(round) for round in range(rounds)]
+    state = [t.clone() for t in federation.server.half.state_dict().values()]
+    return federation, losses, federation.server.ledger.mirror.digest(), state
+
+
+def same(one, other):
+    _, losses, digest, state = one
+    _, others, other_digest, other_state = other
+    return losses == others and digest == other_digest and all(map(torch.equal, state, other_state))
+
+
+def as_another(ask, honest):
+    return encode(replace(decoded(honest), client=1))
+
+
+def in_another_round(ask, honest):
+    message = decoded(honest)
+    return encode(replace(message, round=message.round + 1))
+
+
+def in_another_epoch(ask, honest):
+    return encode(replace(decoded(honest), epoch=7))
+
+
+class Late:
+    """Always what it should have said a round ago."""
+
+    def __init__(self):
+        self.before = {}
+
+    def __call__(self, ask, honest):
+        kind = type(decoded(honest))
+        said, self.before[kind] = self.before.get(kind, b""), honest
+        return said
+
+
+def endless_hellos(ask, honest):
+    return encode(Hello(client=LIAR, round=0))
+
+
+def ahead(ask, honest):
+    return encode(Hello(client=LIAR, round=2**32 - 1, epoch=65535))
+
+
+def complaints(ask, honest):
+    text = torch.frombuffer(bytearray(b"\x1b[2Jfake log line\n" * 20), dtype=torch.uint8)
+    return encode(Complaint(client=LIAR, round=0, text=text))
+
+
+def of_another_kind(ask, honest):
+    wanted = decoded(unpack(ask)[-1])
+    round = wanted.round
+    if isinstance(wanted, Invitation):
+        return encode(Scalars(client=LIAR, round=round, scalars=torch.ones(2)))
+    return encode(Audited(client=LIAR, round=round, digest=torch.zeros(8, dtype=torch.int32)))
+
+
+def too_large(ask, honest):
+    return encode(Cut(client=LIAR, round=0, cut=torch.zeros(1_000_000), labels=torch.zeros(1, dtype=torch.int32)))
+
+
+LIES = [
+    *(as_another, in_another_round, in_another_epoch, Late(), endless_hellos, ahead, complaints, of_another_kind),
+    too_large,
+    lambda ask, honest: b"",
+    lambda ask, honest: ask,
+    lambda ask, honest: pickle.dumps(print),
+    lambda ask, honest: honest * 2,
+    lambda ask, honest: honest[:-1],
+]
+
+
+@pytest.fixture(scope="module")
+def without():
+    return outcome(4, None)
+
+
+@pytest.mark.parametrize("lie", LIES, ids=lambda lie: getattr(lie, "__name__", type(lie).__name__))
+def test_a_lie_costs_the_liar_its_rounds_and_nobody_else_anything(lie, without):
+    found = outcome(4, lie)
+    assert same(found, without)
+    federation = found[0]
+    said = federation.server.refused + federation.complained
+    assert said or lie is endless_hellos
+    assert all("client 2" in what or f"client {LIAR}" in what for what in said), said
+    assert all(what.isprintable() for what in said)
+
+
+def mutations(seed):
+    chance = random.Random(seed)
+
+    def lie(ask, honest):
+        data = bytearray(honest)
+        for _ in range(chance.randint(1, 8)):
+            data[chance.randrange(len(data))] = chance.randrange(256)
+        return bytes(data[: chance.randrange(1, len(data) + 1)] if chance.random() < 0.3 else data)
+
+    return lie
+
+
+def mutated(rounds):
+    found = outcome(rounds, mutations(0), batch=1)
+    assert same(found, outcome(rounds, None, batch=1))
+    assert found[0].server.refusals >= rounds
+
+
+def test_mutated_messages():
+    mutated(100)
+
+
+@pytest.mark.slow
+def test_ten_thousand_mutated_messages():
+    mutated(10_000)
+
+
+def test_a_client_that_differs_for_ever_is_asked_a_few_times():
+    """Every ask costs the server something: a client that always wants to begin anew is left alone for the round."""
+    asked = []
+
+    def lie(ask, honest):
+        asked.append(ask)
+        return endless_hellos(ask, honest)
+
+    outcome(2, lie)
+    assert len(asked) <= 2 * 4
