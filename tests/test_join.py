@@ -77,6 +77,22 @@ def test_one_process_for_everybody(way, tmp_path):
     assert (there.replicas.digest, there.loss) == (here.replicas.digest, here.loss)
 
 
+@pytest.mark.parametrize("way", ["ho fresh", "ho adamw", "ho act"])
+def test_a_half_that_went_wrong_begins_anew_from_the_base_file(way, tmp_path):
+    settings = with_shared(WAYS[way], SMALL | {"rounds": 6, "sampled": 3, "digest_every": 1})
+    engine = Elsewhere(3)
+
+    def damage(done, *_):
+        if done == 3:
+            with torch.no_grad():
+                engine.endpoints[1].client.replica.tensors[0].view(-1)[0] += 0.5
+
+    found = train(Config(**settings), tmp_path, damage, over=Over(engine))
+    assert found.replicas.equal
+    assert found.replicas.digest == train(Config(**settings)).replicas.digest
+    assert engine.endpoints[1].client.applied == 6
+
+
 def test_the_engine_of_one_process():
     asked = []
 
