@@ -326,13 +326,14 @@ def _told(error: Exception) -> int | None:
     """
     from safetensors import SafetensorError
 
+    from hosfl.engines.engine import EngineError, JoinError
     from hosfl.protocol.lattice import LatticeError
     from hosfl.protocol.log import LogError
     from hosfl.protocol.terms import Diverged
 
     status: int | None
     match error:
-        case LogError():
+        case LogError() | EngineError() | JoinError():
             status = 1
         case LatticeError() | Diverged():
             print(f"hosfl: the run diverged: {error}", file=sys.stderr)

@@ -110,7 +110,11 @@ def _train(options: argparse.Namespace) -> int:
 def _serve(options: argparse.Namespace) -> int:
     federation = read_member(options.server, "server")
     settings, preset = _settings(options)
-    config, out = _begun(options, Config(**with_shared({**settings, "clients": federation.clients}, preset)))
+    if options.resume is None:
+        settings["clients"] = federation.clients
+        if settings["sampled"] == DEFAULTS["sampled"]:
+            settings["sampled"] = min(DEFAULTS["sampled"], federation.clients)
+    config, out = _begun(options, Config(**with_shared(settings, preset)))
     if out is None:
         raise ValueError("a server keeps its run in a folder: give --out DIR, or --resume DIR")
     if config.clients != federation.clients:

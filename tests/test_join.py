@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hosfl import train
-from hosfl.engines.engine import Reply
+from hosfl.engines.engine import JoinError, Reply
 from hosfl.engines.in_process import InProcess
 from hosfl.files import RunFolderError
 from hosfl.methods import METHODS
 from hosfl.protocol.messages import Invitation, encode, pack
 from hosfl.runs.config import Config, with_shared
-from hosfl.runs.join import Clients, Everybody, JoinError, Kept, join, own_data, settings_of
+from hosfl.runs.join import Clients, Everybody, Kept, join, own_data, settings_of
 from hosfl.runs.serve import Over
 from hosfl.tasks import make_task
 

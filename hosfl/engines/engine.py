@@ -70,3 +70,7 @@ class Line(Protocol):
 
 class EngineError(RuntimeError):
     """What stands between server and clients does not work; says what, and what to do."""
+
+
+class JoinError(ValueError):
+    """A run that this client does not take part in, and why."""

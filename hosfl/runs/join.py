@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from hosfl.engines.engine import Line
+from hosfl.engines.engine import JoinError, Line
 from hosfl.files import FolderLock, write_atomically
 from hosfl.halves.split import dtype_of
 from hosfl.methods import METHODS, method_of
@@ -47,10 +47,6 @@ from hosfl.tasks.task import Task
 SAVED_EVERY = 60.0  # seconds: what was applied since is replayed
 KEPT_FORMAT = "1"
 log = logging.getLogger("hosfl.join")
-
-
-class JoinError(ValueError):
-    """A run that this client does not take part in, and why."""
 
 
 def settings_of(offered: bytes, task: str = "", **local: Any) -> tuple[dict[str, Any], Config]:

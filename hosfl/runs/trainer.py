@@ -134,7 +134,9 @@ def train(
     folder = Path(out) if out is not None else None
     begin = time.perf_counter()
     if (resume or over) and folder is None:
-        raise ValueError(f"a run {'to resume' if resume else 'with clients elsewhere'} needs its folder")
+        raise ValueError(
+            f"a run {'to resume' if resume else 'with clients elsewhere'} needs its folder: out, or --out DIR"
+        )
     if folder is not None and not resume:
         check_free(folder)
     config, task = _told(what, settings)
