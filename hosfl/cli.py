@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import signal
 import sys
 import warnings
@@ -151,7 +152,43 @@ def parser(preset: str | None = None) -> argparse.ArgumentParser:
     logs = command("log", "look into a log").add_subparsers(dest="action", required=True, metavar="ACTION")
     for name, does in (("show", "print what a log holds"), ("verify", "check every byte of a log")):
         command(name, does, logs).add_argument("log", type=Path, metavar="LOG")
+    _add_federation(command, command("federation", "say who may take part in a run across machines, and as whom"))
     return top
+
+
+def _add_federation(command: Callable[..., argparse.ArgumentParser], parser: argparse.ArgumentParser) -> None:
+    """The actions of `hosfl federation`."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    def action(name: str, does: str) -> argparse.ArgumentParser:
+        made = command(name, does, actions)
+        made.add_argument("folder", type=_path, metavar="DIR", help="the federation's folder")
+        return made
+
+    made = action("create", "make certificates, the broker's configuration, and a folder for each client's owner")
+    made.add_argument("--clients", type=int, required=True, help="how many, numbered from 0")
+    made.add_argument("--address", required=True, metavar="HOST[:PORT]", help="where clients reach the broker")
+    made.add_argument("--name", default="run", metavar="RUN", help="of the run (default: %(default)s)")
+    made.add_argument("--days", type=int, default=365, help="how long certificates last (default: %(default)s)")
+    where = "where the folder broker will lie on the broker's machine (default: DIR/broker)"
+    made.add_argument("--broker-folder", default="", metavar="PATH", help=where)
+    more = action("add", "make folders for more clients")
+    more.add_argument("--clients", type=int, default=1, help="how many more (default: %(default)s)")
+    action("revoke", "take a client's permissions away").add_argument("client", type=int, metavar="CLIENT")
+    new = action("renew", "make a new certificate in place of one that ends, is lost, or was revoked")
+    new.add_argument("who", type=_member, metavar="WHO", help="a client's number, server or broker")
+    action("show", "print who is in, until when, and who is not any more")
+
+
+def _member(text: str) -> int | str:
+    if text not in ("server", "broker") and not re.fullmatch("[0-9]{1,9}", text):
+        raise argparse.ArgumentTypeError(f"a client's number, server or broker is needed, got {text!r}")
+    return int(text) if text.isdigit() else text
+
+
+def _federation(options: argparse.Namespace) -> int:
+    status: int = needed("hosfl.federation.command", "hosfl federation", "nats").run(options)
+    return status
 
 
 def _rebuild(options: argparse.Namespace) -> int:
@@ -218,9 +255,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command(name: str) -> Callable[[argparse.Namespace], int]:
-    of_logs = {"rebuild": _rebuild, "log": _log}  # which need no torch
+    without_torch = {"rebuild": _rebuild, "log": _log, "federation": _federation}
     command: Callable[[argparse.Namespace], int]
-    command = of_logs.get(name) or needed("hosfl.commands", f"hosfl {name}", "torch").COMMANDS[name]
+    command = without_torch.get(name) or needed("hosfl.commands", f"hosfl {name}", "torch").COMMANDS[name]
     return command
 
 
