@@ -21,7 +21,7 @@ MAX_PENDING = 64 << 20  # bytes that wait for one connection before the broker d
 CLOSED = (ssl.SSLError, ConnectionResetError, BrokenPipeError)  # by the broker, while it was spoken to
 
 # nats-server 2.9 tries a certificate's e-mail addresses, then its DNS names, URIs and subject; the first that is a
-# user's name is the user. Ours have one e-mail address, which no other certificate has, and nothing else that could be one.
+# user's name is the user. Ours have one e-mail address, which no other certificate has, and nothing else that could be.
 # A limit of connections per user it has not.
 TEMPLATE = """\
 # Made by `hosfl federation`, which writes it again. Change nothing: `hosfl serve` refuses it then.
@@ -50,7 +50,7 @@ authorization {{
   ]
 }}
 
-# For every user one connection and one that has not yet been found dead, and a few to spare.
+# For the server and every client one connection and one that has not yet been found dead, and a few to spare.
 max_connections: {connections}
 max_subscriptions: 1024
 max_control_line: 4096
@@ -79,7 +79,7 @@ def configuration(roster: Roster, folder: str) -> str:
         key=_quoted(f"{folder}/broker.key"),
         authority=_quoted(f"{folder}/ca.pem"),
         users="\n".join(_user(name, roster.run, client) for name, client in users.items()),
-        connections=2 * len(users) + 16,
+        connections=2 * (1 + len(roster.clients)) + 16,
         payload=MAX_PAYLOAD,
         pending=MAX_PENDING,
     )

@@ -33,8 +33,8 @@ class Member:
         """Of a folder `server` or `clients/N` that `hosfl federation` made.
 
         Warns of a certificate that ends within 30 days. now: with its time zone; default: the clock's. Raises
-        FederationError for a folder that is not whole, and for a
-        certificate that has ended: asked at the start of a run, it says so before the broker refuses.
+        FederationError for a folder that is not whole, and for a certificate that has ended: asked at the start of a
+        run, it says so before the broker refuses.
         """
         kind = "server" if (folder / "federation.json").exists() else "client"
         missing = [name for name in ("ca.pem", f"{kind}.pem", f"{kind}.key") if not (folder / name).is_file()]
