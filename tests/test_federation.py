@@ -247,7 +247,7 @@ def subjects(*ways):
 FORBIDDEN = {
     "clients/1": (
         [*subjects("up.2.answer", "up.10.answer", "up.1", "down.1.ask", "down.2.ask"), "_INBOX.a", "$SYS.REQ.A"],
-        [*subjects("down.2.>", "down.*.ask", "down.>", "up.1.>", "up.>"), "hosfl.>", "*.demo.down.1.>", ">", "_INBOX.>"],
+        [*subjects("down.2.>", "down.*.ask", "down.>", "up.1.>", "up.>"), "*.demo.down.1.>", ">", "_INBOX.a"],
     ),
     "server": (
         [*subjects("up.1.answer", "other"), "hosfl.other.down.1.ask", "_INBOX.a"],
@@ -482,6 +482,14 @@ def test_nobody_there_is_no_refusal(fed):
         silent.close()
 
 
+def test_a_broker_that_falls_silent_is_no_refusal(fed, monkeypatch):
+    """After it has refused who has no certificate."""
+    answers = iter([lambda: b"", lambda: (_ for _ in ()).throw(TimeoutError)])
+    monkeypatch.setattr("hosfl.federation.broker._ask", lambda *_: next(answers)())
+    with pytest.raises(TimeoutError):
+        check_broker(Member.read(fed / "server"))
+
+
 # --- folders ------------------------------------------------------------------------------------------------------
 
 
@@ -541,6 +549,15 @@ def test_certificates_are_what_strict_verifiers_take(template):
         policy.build_client_verifier().verify(load("broker/broker.pem"), [])
     with pytest.raises(x509.verification.VerificationError):
         policy.build_server_verifier(x509.DNSName("localhost")).verify(load("server/server.pem"), [])
+
+
+@pytest.mark.parametrize("host", ["broker.example", "10.0.0.3", "2001:db8::1"])
+def test_the_broker_s_certificate_is_for_its_address(host, template):
+    broker = x509.load_pem_x509_certificate(authority(template).broker(host, 9).certificate)
+    names = broker.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    dns, ip = names.get_values_for_type(x509.DNSName), names.get_values_for_type(x509.IPAddress)
+    assert {host, "localhost", "127.0.0.1"} == {*dns, *map(str, ip)}
+    assert (host in dns) == (host == "broker.example")
 
 
 def test_a_folder_that_is_there_is_refused(tmp_path, capsys):
@@ -628,6 +645,10 @@ def test_a_revoked_certificate_is_remembered(fed, capsys):
     federation.revoke(fed, 1)
     roster = federation.renew(fed, 1)
     assert [(r.who, r.serial) for r in roster.retired] == [("client-1", old)]
+    replaced = [("client-2", roster.clients[2].serial), ("server", roster.server.serial)]
+    federation.renew(fed, 2)
+    roster = federation.renew(fed, "server")
+    assert [(r.who, r.serial) for r in roster.retired] == [("client-1", old), *replaced]
     assert roster == federation.read(fed) == Roster.read(fed / "server/federation.json")
     assert main(["federation", "show", str(fed)]) == 0
     assert f"certificate {old} of client-1" in capsys.readouterr().out
@@ -726,6 +747,31 @@ def test_a_certificate_that_ends_is_told(template, recwarn):
         Member.read(template / "server", ends + timedelta(days=1))
 
 
+def test_a_key_that_others_can_read_is_told(fed, recwarn):
+    Member.read(fed / "clients/1")
+    assert not recwarn.list
+    (fed / "clients/1/client.key").chmod(0o640)
+    with pytest.warns(UserWarning, match=rf"chmod 600 {fed}/clients/1/client\.key"):
+        Member.read(fed / "clients/1")
+
+
+def test_certificates_may_last_ten_years(tmp_path, monkeypatch):
+    """And new ones are made nine years later."""
+    federation.create(tmp_path / "fed", 1, "localhost", days=3650)
+    later = datetime.now(timezone.utc) + timedelta(days=9 * 365)
+    monkeypatch.setattr("hosfl.federation.certificates._now", lambda: later)
+    federation.add(tmp_path / "fed")
+
+
+def test_nothing_outlasts_the_authority(fed, monkeypatch):
+    now = datetime.now(timezone.utc)
+    monkeypatch.setattr("hosfl.federation.certificates._now", lambda: now + timedelta(days=7300 - 300))
+    before = files(fed)
+    with pytest.raises(FederationError, match="fewer than 365 days"):
+        federation.renew(fed, 1)
+    assert files(fed) == before
+
+
 def test_show_says_what_ends_and_what_was_edited(fed, capsys):
     roster, now = federation.read(fed), datetime.now(timezone.utc)
     soon = Standing(roster.clients[0].serial, now + timedelta(days=12, hours=1))
@@ -777,7 +823,11 @@ def test_a_damaged_folder_is_named(damage, fed):
 def test_a_damaged_roster_is_named(field, fed):
     path = fed / "ca/federation.json"
     saved = json.loads(path.read_text())
-    for damaged in ({k: v for k, v in saved.items() if k != field}, {**saved, field: [{"serial": "x"}]}):
+    quoted = {"serial": '"}', "expires": saved["server"]["expires"], "revoked": False}  # it would end its line
+    for value in (None, [{"serial": "x"}], [quoted], quoted):
+        damaged = {**saved, field: value}
+        if value is None:
+            del damaged[field]
         path.write_text(json.dumps(damaged))
         if field == "broker_folder" and field in damaged:
             continue

@@ -105,18 +105,16 @@ def check_permissions(conf: Path | str, roster: Roster) -> None:
     conf: the file, or its text. The broker's folder may have moved. Raises FederationError that names the first line
     that differs; OSError for a file that cannot be read.
     """
-    path = conf if isinstance(conf, Path) else None
-    text = conf.read_text("utf-8", "replace") if isinstance(conf, Path) else conf
-    where = path or "the broker's configuration"
+    text = conf.read_bytes().decode("utf-8", "replace") if isinstance(conf, Path) else conf
+    where = conf if isinstance(conf, Path) else "the broker's configuration"
     made_again = "make it again with `hosfl federation renew DIR broker`, and let the broker reload it"
     found = re.search(r'^  cert_file: ("/.*/broker\.pem")$', text, re.M)
     try:
-        folder = str(json.loads(found[1])).removesuffix("/broker.pem") if found else ""
+        if found is None:
+            raise ValueError
+        made = configuration(roster, str(json.loads(found[1])).removesuffix("/broker.pem"))
     except ValueError:
-        folder = ""
-    if not folder:
-        raise FederationError(f"{where} names no certificate of the broker in `tls`: {made_again}")
-    made = configuration(roster, folder)
+        raise FederationError(f"{where} names no certificate of the broker in `tls`: {made_again}") from None
     for number, (is_, was) in enumerate(zip_longest(text.split("\n"), made.split("\n")), 1):
         if is_ != was:
             there, here = ("nothing" if line is None else f"`{line.strip()}`" for line in (is_, was))
@@ -133,6 +131,7 @@ def check_broker(member: Member, timeout: float = 10.0) -> None:
     each answer. Raises FederationError where it is not so, or where the broker is another's; OSError where nobody
     answers.
     """
+    own = member.context()
     stranger = ssl.create_default_context(cafile=str(member.folder / "ca.pem"))
     try:
         answer = _ask(member, stranger, b"", timeout)
@@ -147,7 +146,7 @@ def check_broker(member: Member, timeout: float = 10.0) -> None:
         )
     forbidden = f"SUB > 1\r\nPUB hosfl.{member.run}.probe 0\r\n\r\n".encode()
     try:
-        answer = _ask(member, member.context(), forbidden, timeout)
+        answer = _ask(member, own, forbidden, timeout)
     except ssl.SSLCertVerificationError as error:
         raise _of_another(member, error) from None
     except CLOSED as error:

@@ -11,7 +11,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-AUTHORITY_DAYS = 3650
+AUTHORITY_DAYS = 7300
+MOST_DAYS = 3650  # of what it signs
 CLOCKS_DIFFER = timedelta(days=1)  # a certificate is valid since then: a device's clock may be behind
 
 

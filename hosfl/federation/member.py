@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import ssl
 import warnings
 from dataclasses import dataclass
@@ -32,9 +34,9 @@ class Member:
     def read(cls, folder: Path, now: datetime | None = None) -> Member:
         """Of a folder `server` or `clients/N` that `hosfl federation` made.
 
-        Warns of a certificate that ends within 30 days. now: with its time zone; default: the clock's. Raises
-        FederationError for a folder that is not whole, and for a certificate that has ended: asked at the start of a
-        run, it says so before the broker refuses.
+        Warns of a certificate that ends within 30 days, and of a key that others can read. Raises FederationError for a
+        folder that is not whole, and for a certificate that has ended: at the start of a run it says so before the
+        broker refuses. now: with its time zone; default: the clock's.
         """
         kind = "server" if (folder / "federation.json").exists() else "client"
         missing = [name for name in ("ca.pem", f"{kind}.pem", f"{kind}.key") if not (folder / name).is_file()]
@@ -60,6 +62,9 @@ class Member:
             raise FederationError(f"the certificate in {folder} ended on {expires:%Y-%m-%d}: {renewed}")
         if left < SOON:
             warnings.warn(f"the certificate in {folder} ends on {expires:%Y-%m-%d}: {renewed}", stacklevel=2)
+        key = folder / f"{kind}.key"
+        if os.name != "nt" and key.stat().st_mode & 0o077:
+            warnings.warn(f"others can read the key {key}: chmod 600 {shlex.quote(str(key))}", stacklevel=2)
         return member
 
     def context(self) -> ssl.SSLContext:

@@ -16,7 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from hosfl.federation.broker import configuration
-from hosfl.federation.certificates import AUTHORITY_DAYS, Authority, FederationError, Issued, make_authority
+from hosfl.federation.certificates import MOST_DAYS, Authority, FederationError, Issued, make_authority
 from hosfl.federation.roster import MOST_CLIENTS, Address, Retired, Roster, Standing, check_run
 from hosfl.files import FolderLock, sync_folder, write_atomically, write_json
 
@@ -205,8 +205,8 @@ def _with_client(roster: Roster, number: int, standing: Standing) -> Roster:
 
 
 def _check_days(days: int) -> None:
-    if not 1 <= days <= AUTHORITY_DAYS:
-        raise ValueError(f"certificates must last 1 to {AUTHORITY_DAYS} days, got {days}")
+    if not 1 <= days <= MOST_DAYS:
+        raise ValueError(f"certificates must last 1 to {MOST_DAYS} days, got {days}")
 
 
 def _check_count(clients: int, there: int = 0) -> None:
