@@ -1,5 +1,5 @@
 """The command line: train, compare methods and seeds, run and report studies, measure a client's memory, simulate a
-crowd under faults, list where a model can be cut, rebuild weights from a log, look into a log.
+crowd under faults, list where a model can be cut, rebuild weights from a log, look into a log, make a federation.
 
 Options are known without torch, which is imported when a command runs that needs it: `hosfl.commands`.
 """

@@ -76,8 +76,7 @@ class Broker:
 def start(tmp_path):
     """Calls start(conf): a broker with this configuration."""
     if NATS is None:
-        assert "CI" not in os.environ, "nats-server is not installed"
-        pytest.skip("nats-server is not installed")
+        (pytest.fail if "CI" in os.environ else pytest.skip)("nats-server is not installed")
     started = []
 
     def with_conf(conf):
