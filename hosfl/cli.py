@@ -1,5 +1,5 @@
 """The command line: train, compare methods and seeds, run and report studies, measure a client's memory, simulate a
-crowd under faults, list where a model can be cut, rebuild weights from a log, look into a log.
+crowd under faults, list where a model can be cut, rebuild weights from a log, look into a log, make a federation.
 
 Options are known without torch, which is imported when a command runs that needs it: `hosfl.commands`.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import signal
 import sys
 import warnings
@@ -123,6 +124,8 @@ def parser(preset: str | None = None) -> argparse.ArgumentParser:
     _add_settings(hosts, leave_out=("clients",))
     hosts.add_argument("--out", type=_path, metavar="DIR", help="write log, snapshots, metrics and status there")
     hosts.add_argument("--resume", type=_path, metavar="DIR", help="go on with the run in DIR")
+    where = "a copy of the broker's nats.conf, to be checked; default: the one beside DIR, if it is there"
+    hosts.add_argument("--broker", type=Path, metavar="FILE", help=where)
     waits = hosts.add_argument_group("waiting")
     waits.add_argument("--deadline", type=float, default=60.0, help="seconds for each of a round's two exchanges (60)")
     waits.add_argument("--enough", type=int, help="answers with which a round goes on without the rest; default: all")
@@ -141,24 +144,6 @@ def parser(preset: str | None = None) -> argparse.ArgumentParser:
     state = command("status", "show how a federation's run stands: who is here, round, loss, bytes, what was refused")
     state.add_argument("folder", type=_path, metavar="DIR", help="the run's folder")
     state.add_argument("--watch", action="store_true", help="go on showing it until interrupted")
-    members = command("federation", "make and keep a federation's certificates and permissions")
-    kept = members.add_subparsers(dest="action", required=True, metavar="ACTION")
-    new = command("create", "make a federation: an authority, a broker, a server and clients", kept)
-    new.add_argument("folder", type=_path, metavar="DIR", help="a new folder; the authority's key stays in it")
-    new.add_argument("--clients", type=int, required=True, help="how many")
-    new.add_argument("--address", required=True, help="HOST or HOST:PORT at which everybody reaches the broker")
-    new.add_argument("--name", default="hosfl", help="of the run: letters, digits, _ and - (default: %(default)s)")
-    new.add_argument("--days", type=int, default=365, help="that certificates last (default: %(default)s)")
-    for name, does in (
-        ("add", "add a client"),
-        ("revoke", "make a client's certificate worthless"),
-        ("renew", "make a new certificate"),
-        ("show", "show who belongs to it, and until when"),
-    ):
-        kind = command(name, does, kept)
-        kind.add_argument("folder", type=_path, metavar="DIR", help="of hosfl federation create")
-        if name in ("revoke", "renew"):
-            kind.add_argument("who", metavar="WHO", help="a client's number" + ", server or broker" * (name == "renew"))
     many = command("compare", "run methods and seeds into one table")
     _add_settings(many, leave_out=("method", "seed"))
     three = list(METHODS)[:3]
@@ -203,7 +188,43 @@ def parser(preset: str | None = None) -> argparse.ArgumentParser:
     logs = command("log", "look into a log").add_subparsers(dest="action", required=True, metavar="ACTION")
     for name, does in (("show", "print what a log holds"), ("verify", "check every byte of a log")):
         command(name, does, logs).add_argument("log", type=Path, metavar="LOG")
+    _add_federation(command, command("federation", "say who may take part in a run across machines, and as whom"))
     return top
+
+
+def _add_federation(command: Callable[..., argparse.ArgumentParser], parser: argparse.ArgumentParser) -> None:
+    """The actions of `hosfl federation`."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    def action(name: str, does: str) -> argparse.ArgumentParser:
+        made = command(name, does, actions)
+        made.add_argument("folder", type=_path, metavar="DIR", help="the federation's folder")
+        return made
+
+    made = action("create", "make certificates, the broker's configuration, and a folder for each client's owner")
+    made.add_argument("--clients", type=int, required=True, help="how many, numbered from 0")
+    made.add_argument("--address", required=True, metavar="HOST[:PORT]", help="where clients reach the broker")
+    made.add_argument("--name", default="run", metavar="RUN", help="of the run (default: %(default)s)")
+    made.add_argument("--days", type=int, default=365, help="how long certificates last (default: %(default)s)")
+    where = "where the folder broker will lie on the broker's machine (default: DIR/broker)"
+    made.add_argument("--broker-folder", default="", metavar="PATH", help=where)
+    more = action("add", "make folders for more clients")
+    more.add_argument("--clients", type=int, default=1, help="how many more (default: %(default)s)")
+    action("revoke", "take a client's permissions away").add_argument("client", type=int, metavar="CLIENT")
+    new = action("renew", "make a new certificate in place of one that ends, is lost, or was revoked")
+    new.add_argument("who", type=_member, metavar="WHO", help="a client's number, server or broker")
+    action("show", "print who is in, until when, and who is not any more")
+
+
+def _member(text: str) -> int | str:
+    if text not in ("server", "broker") and not re.fullmatch("[0-9]{1,9}", text):
+        raise argparse.ArgumentTypeError(f"a client's number, server or broker is needed, got {text!r}")
+    return int(text) if text.isdigit() else text
+
+
+def _federation(options: argparse.Namespace) -> int:
+    status: int = needed("hosfl.federation.command", "hosfl federation", "nats").run(options)
+    return status
 
 
 def _rebuild(options: argparse.Namespace) -> int:
@@ -214,43 +235,6 @@ def _rebuild(options: argparse.Namespace) -> int:
     tensors, replica = rebuild(options.log, options.base, options.upto)
     write_atomically(options.out, as_file(tensors))
     print(f"{options.out}: the client half after {replica.applied} rounds, digest {replica.digest().hex()}")
-    return 0
-
-
-RELOAD = "The broker learns of it when it reads its files again: nats-server --signal reload, or SIGHUP to its process."
-
-
-def _federation(options: argparse.Namespace) -> int:
-    from hosfl.engines.provision import Federation
-
-    folder = options.folder
-    if options.action == "create":
-        made = Federation.create(folder, options.clients, options.address, options.name, options.days)
-        print(f"{folder}: {len(made.clients)} clients of the run {made.run}, broker at {made.address}")
-        print(f"start the broker:   nats-server -c {folder / 'broker' / 'nats.conf'}")
-        print(f"start the server:   hosfl serve {folder / 'server'} --out RUN")
-        print(f"start each client:  hosfl join {folder / 'clients' / '0'}")
-        print(
-            f"Each folder in {folder / 'clients'} is for one device's owner alone. {folder / 'ca'} stays where it is."
-        )
-        return 0
-    federation = Federation(folder)
-    if options.action == "show":
-        for who, ends, told in federation.described():
-            print(f"{who:12} until {ends}  {told}".rstrip())
-        return 0
-    if options.action == "add":
-        number = federation.add()
-        print(f"client {number}: hand out {folder / 'clients' / str(number)}. The server starts anew with its folder.")
-    elif options.action == "revoke":
-        if not options.who.isdecimal():
-            raise ValueError(f"a client's number is needed, got {options.who!r}")
-        federation.revoke(int(options.who))
-        print(f"client {options.who}: its certificate is nobody's now.")
-    else:
-        federation.renew(options.who)
-        print(f"{options.who}: a new certificate and key are in its folder.")
-    print(RELOAD)
     return 0
 
 
@@ -313,9 +297,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command(name: str) -> Callable[[argparse.Namespace], int]:
-    plain = {"rebuild": _rebuild, "log": _log, "status": _status, "federation": _federation}  # without torch
+    without_torch = {"rebuild": _rebuild, "log": _log, "status": _status, "federation": _federation}
     command: Callable[[argparse.Namespace], int]
-    command = plain.get(name) or needed("hosfl.commands", f"hosfl {name}", "torch").COMMANDS[name]
+    command = without_torch.get(name) or needed("hosfl.commands", f"hosfl {name}", "torch").COMMANDS[name]
     return command
 
 

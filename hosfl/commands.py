@@ -27,8 +27,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from hosfl.engines.provision import Federation, check_broker, check_refusal, read_member
 from hosfl.extras import needed
+from hosfl.federation import Member, Roster, check_broker, check_permissions
 from hosfl.files import write_json
 from hosfl.halves.families import skeleton
 from hosfl.halves.split import cut_points
@@ -108,26 +108,32 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    federation = read_member(options.server, "server")
+    nats = needed("hosfl.engines.nats", "hosfl serve", "nats")
+    member = Member.read(options.server)
+    if member.client is not None:
+        raise ValueError(f"{options.server} is the folder of {member.who}: name the federation's folder server")
+    roster = Roster.read(options.server / "federation.json")
     settings, preset = _settings(options)
     if options.resume is None:
-        settings["clients"] = federation.clients
+        settings["clients"] = len(roster.clients)
         if settings["sampled"] == DEFAULTS["sampled"]:
-            settings["sampled"] = min(DEFAULTS["sampled"], federation.clients)
+            settings["sampled"] = min(DEFAULTS["sampled"], len(roster.clients))
     config, out = _begun(options, Config(**with_shared(settings, preset)))
     if out is None:
         raise ValueError("a server keeps its run in a folder: give --out DIR, or --resume DIR")
-    if config.clients != federation.clients:
-        raise ValueError(f"the run in {out} has {config.clients} clients, the federation {federation.clients}")
-    soon = federation.check()
+    if config.clients != len(roster.clients):
+        raise ValueError(f"the run in {out} has {config.clients} clients, the federation {len(roster.clients)}")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
-    if soon:
-        logging.warning(soon)
-    check_refusal(federation)
-    if (options.server.parent / "federation.json").exists():  # the broker's files lie here as well
-        check_broker(Federation(options.server.parent))
-    nats = needed("hosfl.engines.nats", "hosfl serve", "nats")
-    engine = nats.NatsEngine(federation.url, federation.run, federation.clients, nats.Tls(*federation.paths))
+    conf = options.broker or options.server.parent / "broker" / "nats.conf"
+    if options.broker is not None or conf.exists():
+        check_permissions(conf, roster)
+    else:
+        logging.warning("the broker's nats.conf is not here to be checked: name a copy of it with --broker FILE")
+    try:
+        check_broker(member)
+    except OSError as error:
+        logging.warning("no broker answers at %s (%s): it is waited for", member.address, error)
+    engine = nats.NatsEngine(f"tls://{member.address}", member.run, config.clients, nats.Tls(*_pem(member)))
     try:
         over = Over(engine, options.deadline, options.enough, options.least)
         return _run(config, out, options.resume is not None, over)
@@ -136,18 +142,17 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _join(options: argparse.Namespace) -> int:
-    client = read_member(options.client, "client")
-    soon = client.check()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    if soon:
-        logging.warning(soon)
     nats = needed("hosfl.engines.nats", "hosfl join", "nats")
-    line = nats.NatsLine(client.url, client.run, client.number, nats.Tls(*client.paths))
+    member = Member.read(options.client)
+    if member.client is None:
+        raise ValueError(f"{options.client} is the server's folder: name a client's, such as clients/0")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    line = nats.NatsLine(f"tls://{member.address}", member.run, member.client, nats.Tls(*_pem(member)))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: line.close())
     join(
         line,
-        client.number,
+        member.client,
         options.client / "state",
         data=options.data,
         task=options.task,
@@ -155,6 +160,12 @@ def _join(options: argparse.Namespace) -> int:
         device=options.device,
     )
     return 0
+
+
+def _pem(member: Member) -> tuple[Path, Path, Path]:
+    """The files of a member's certificate: the authority's, its own, its key."""
+    role = "server" if member.client is None else "client"
+    return member.folder / "ca.pem", member.folder / f"{role}.pem", member.folder / f"{role}.key"
 
 
 def _begun(options: argparse.Namespace, config: Config) -> tuple[Config, Path | None]:

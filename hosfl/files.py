@@ -7,6 +7,7 @@ import json
 import math
 import os
 import stat
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -16,9 +17,10 @@ except ImportError:  # Windows: no lock
     fcntl = None  # type: ignore[assignment]
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes, private: bool = False) -> None:
     """All of it or nothing, whatever happens in between; a file that was there keeps its mode.
 
+    private: for its owner alone, mode 0600, from its first byte on and whatever mode a file had that was there.
     A link stays, and what it points at is written. What is no regular file, as /dev/null or a pipe, is written into.
 
     Raises OSError: IsADirectoryError for a folder, FileNotFoundError where there is no folder to write in, ....
@@ -39,8 +41,8 @@ def write_atomically(path: Path, data: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)  # of a writer that was killed
     try:
-        with temporary.open("xb") as file:
-            if mode is not None:
+        with open(temporary, "xb", opener=partial(os.open, mode=0o600 if private else 0o666)) as file:
+            if mode is not None and not private:
                 temporary.chmod(stat.S_IMODE(mode))
             file.write(data)
             file.flush()

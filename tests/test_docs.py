@@ -162,7 +162,7 @@ def check(words, text, monkeypatch):
         make_command(rest)
     elif program == "pip":
         pip_command(rest)
-    elif program == "nats-server":  # another's program: tests/test_provision.py starts it so
+    elif program == "nats-server":  # another's program: tests/test_serve.py starts it so
         assert rest[0] == "-c"
     elif program == "cmp":
         assert filecmp.cmp(*rest, shallow=False)

@@ -24,7 +24,7 @@ def imported(path):
 
 # From the ground up: a wing imports of those before it, and of itself. What lies beside the wings is a leaf.
 WINGS = (
-    *("protocol", "halves", "probing", "methods", "tasks", "engines", "runs", "studies"),
+    *("protocol", "halves", "probing", "methods", "tasks", "federation", "engines", "runs", "studies"),
     "commands",  # and hosfl/cli.py, which imports it when a command runs
 )
 LEAVES = ("extras", "files", "named", "settings")

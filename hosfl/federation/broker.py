@@ -1,0 +1,202 @@
+"""The broker's configuration: made, compared with what was made, and tried against the broker that runs.
+
+The broker is nats-server 2.9 or later. It takes only TLS 1.2 and 1.3.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import ssl
+from itertools import zip_longest
+from pathlib import Path
+
+from hosfl.federation.certificates import FederationError
+from hosfl.federation.member import Member
+from hosfl.federation.roster import Roster
+
+MAX_PAYLOAD = 1 << 20  # bytes of one message; larger ones travel in pieces
+MAX_PENDING = 64 << 20  # bytes that wait for one connection before the broker drops it
+CLOSED = (ssl.SSLError, ConnectionResetError, BrokenPipeError)  # by the broker, while it was spoken to
+
+# nats-server 2.9 tries a certificate's e-mail addresses, then its DNS names, URIs and subject; the first that is a
+# user's name is the user. Ours have one e-mail address, which no other certificate has, and nothing else that could be.
+# A limit of connections per user it has not.
+TEMPLATE = """\
+# Made by `hosfl federation`, which writes it again. Change nothing: `hosfl serve` refuses it then.
+# Logging and monitoring are options of nats-server.
+listen: {listen}
+pid_file: {pid}
+
+tls {{
+  cert_file: {certificate}
+  key_file: {key}
+  ca_file: {authority}
+  # No connection without a certificate of this authority. The e-mail address in it is the user.
+  verify_and_map: true
+  timeout: 5
+  cipher_suites: [
+    "TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256"
+    "TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384"
+  ]
+}}
+
+# What a user is not allowed here, it is refused.
+authorization {{
+  timeout: 6
+  users: [
+{users}
+  ]
+}}
+
+# For the server and every client one connection and one that has not yet been found dead, and a few to spare.
+max_connections: {connections}
+max_subscriptions: 1024
+max_control_line: 4096
+max_payload: {payload}
+max_pending: {pending}
+write_deadline: "60s"
+ping_interval: "20s"
+ping_max: 2
+"""
+
+
+def configuration(roster: Roster, folder: str) -> str:
+    """The text of `nats.conf`.
+
+    folder: where the broker's files lie on its machine; an absolute path, so that it holds in any working directory.
+    """
+    address, users = roster.address, roster.users()
+    if address.is_loopback:
+        host = "127.0.0.1" if address.host == "localhost" else address.host
+    else:
+        host = "::" if ":" in address.host else "0.0.0.0"
+    return TEMPLATE.format(
+        listen=_quoted(f"[{host}]:{address.port}" if ":" in host else f"{host}:{address.port}"),
+        pid=_quoted(f"{folder}/nats.pid"),
+        certificate=_quoted(f"{folder}/broker.pem"),
+        key=_quoted(f"{folder}/broker.key"),
+        authority=_quoted(f"{folder}/ca.pem"),
+        users="\n".join(_user(name, roster.run, client) for name, client in users.items()),
+        connections=2 * (1 + len(roster.clients)) + 16,
+        payload=MAX_PAYLOAD,
+        pending=MAX_PENDING,
+    )
+
+
+def _user(name: str, run: str, client: int | None) -> str:
+    up, down = (f"hosfl.{run}.{way}.{'' if client is None else f'{client}.'}>" for way in ("up", "down"))
+    publish, subscribe = (down, up) if client is None else (up, down)
+    may = f'publish: {{allow: ["{publish}"]}}, subscribe: {{allow: ["{subscribe}"]}}'
+    return f'    {{user: "{name}", permissions: {{{may}}}}}'
+
+
+def _quoted(text: str) -> str:
+    """As nats-server reads it, and JSON alike. Raises ValueError for what cannot be written so."""
+    if not text.isprintable():
+        raise ValueError(f"the path of the broker's folder has characters that its configuration cannot hold: {text!r}")
+    return json.dumps(text, ensure_ascii=False)
+
+
+def check_permissions(conf: Path | str, roster: Roster) -> None:
+    """Refuse a configuration of the broker that is not, line by line, the one made for this roster.
+
+    conf: the file, or its text. The broker's folder may have moved. Raises FederationError that names the first line
+    that differs; OSError for a file that cannot be read.
+    """
+    text = conf.read_bytes().decode("utf-8", "replace") if isinstance(conf, Path) else conf
+    where = conf if isinstance(conf, Path) else "the broker's configuration"
+    made_again = "make it again with `hosfl federation renew DIR broker`, and let the broker reload it"
+    found = re.search(r'^  cert_file: ("/.*/broker\.pem")$', text, re.M)
+    try:
+        if found is None:
+            raise ValueError
+        made = configuration(roster, str(json.loads(found[1])).removesuffix("/broker.pem"))
+    except ValueError:
+        raise FederationError(f"{where} names no certificate of the broker in `tls`: {made_again}") from None
+    for number, (is_, was) in enumerate(zip_longest(text.split("\n"), made.split("\n")), 1):
+        if is_ != was:
+            there, here = ("nothing" if line is None else f"`{line.strip()}`" for line in (is_, was))
+            raise FederationError(
+                f"{where}, line {number}: there is {there} where {here} was made, so the broker may allow what it must"
+                f" refuse: {made_again}"
+            )
+
+
+def check_broker(member: Member, timeout: float = 10.0) -> None:
+    """Try the broker that runs: it must refuse who has no certificate, know this one, and allow it its own only.
+
+    It is asked as anybody, and as this member: what it allows others, `check_permissions` reads. timeout: seconds for
+    each answer. Raises FederationError where it is not so, or where the broker is another's; OSError where nobody
+    answers.
+    """
+    own = member.context()
+    stranger = ssl.create_default_context(cafile=str(member.folder / "ca.pem"))
+    try:
+        answer = _ask(member, stranger, b"", timeout)
+    except CLOSED as error:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            raise _of_another(member, error) from None
+        answer = b""
+    if b"PONG" in answer:
+        raise FederationError(
+            f"the broker at {member.address} lets in who has no certificate: start it with the nats.conf that"
+            " `hosfl federation` made"
+        )
+    forbidden = f"SUB > 1\r\nPUB hosfl.{member.run}.probe 0\r\n\r\n".encode()
+    try:
+        answer = _ask(member, own, forbidden, timeout)
+    except ssl.SSLCertVerificationError as error:
+        raise _of_another(member, error) from None
+    except CLOSED as error:
+        raise _refused(member, str(error)) from None
+    if b"PONG" not in answer:
+        raise _refused(member, answer.decode("utf-8", "replace").strip())
+    for what in (b"Permissions Violation for Subscription", b"Permissions Violation for Publish"):
+        if what not in answer:
+            raise FederationError(
+                f"the broker at {member.address} lets {member.who} "
+                f"{'subscribe' if b'Sub' in what else 'publish'} what is not its own: start it with the nats.conf that"
+                " `hosfl federation` made"
+            )
+
+
+def _ask(member: Member, context: ssl.SSLContext, lines: bytes, timeout: float) -> bytes:
+    """Connect, say these lines, and give what the broker says up to its PONG, or until it closes."""
+    host, port = member.address.host, member.address.port
+    with socket.create_connection((host, port), timeout) as plain:
+        info = b""
+        while not info.endswith(b"\n") and (more := plain.recv(1)) and len(info) < 1 << 16:
+            info += more
+        try:
+            if not info.startswith(b"INFO "):
+                raise ValueError
+            tls = json.loads(info[5:]).get("tls_required")
+        except (ValueError, AttributeError):
+            raise FederationError(f"what answers at {member.address} is no NATS broker") from None
+        if not tls:
+            raise FederationError(
+                f"the broker at {member.address} speaks without TLS: start it with the nats.conf that"
+                " `hosfl federation` made"
+            )
+        with context.wrap_socket(plain, server_hostname=host) as line:
+            line.sendall(b'CONNECT {"verbose":false,"pedantic":false,"tls_required":true}\r\n' + lines + b"PING\r\n")
+            answer = b""
+            while b"PONG" not in answer and (more := line.recv(4096)):
+                answer += more
+    return answer
+
+
+def _refused(member: Member, why: str) -> FederationError:
+    return FederationError(
+        f"the broker at {member.address} refuses the certificate in {member.folder}: it was revoked or renewed, or the"
+        f" broker has not yet read its new configuration ({why or 'it closed the connection'})"
+    )
+
+
+def _of_another(member: Member, error: ssl.SSLCertVerificationError) -> FederationError:
+    return FederationError(
+        f"the broker at {member.address} is not this federation's, or its certificate has ended or is for another"
+        f" address: {error.verify_message}"
+    )

@@ -1,0 +1,97 @@
+"""`hosfl serve` and `hosfl join`, as an operator and device owners type them."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("nats")
+
+from broker import Broker
+
+from hosfl.cli import main
+
+
+class Started(Broker):
+    """A federation's own broker."""
+
+    def __init__(self, folder, port):
+        super().__init__(folder)
+        self.settings, self.port = folder / "broker" / "nats.conf", port
+
+
+@pytest.fixture
+def federation(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path / "fed"
+    assert main(["federation", "create", str(folder), "--clients", "3", "--address", f"127.0.0.1:{port}"]) == 0
+    started = Started(folder, port)
+    started.start()
+    yield folder
+    started.stop()
+
+
+def test_a_run_by_its_commands(federation, tmp_path):
+    """What an operator and two device owners type; one client belongs to nobody."""
+    folder, environment = federation, {**os.environ, "OMP_NUM_THREADS": "1"}
+    hosfl = [sys.executable, "-W", "ignore", "-m", "hosfl.cli"]
+    joined = [
+        subprocess.Popen([*hosfl, "join", folder / "clients" / str(n)], env=environment, stderr=subprocess.DEVNULL)
+        for n in range(2)
+    ]
+    settings = ["--rounds", "5", "--sampled", "2", "--batch", "8", "--least", "2", "--out", tmp_path / "run"]
+    try:
+        served = subprocess.run([*hosfl, "serve", folder / "server", *settings], env=environment, timeout=120)
+        assert served.returncode == 0
+        for process in joined:
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) == 0
+    finally:
+        for process in joined:
+            process.kill()
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["replicas"]["clients"] == 3
+    assert summary["replicas"]["equal"]
+    assert (folder / "clients" / "0" / "state" / "state.safetensors").exists()
+    status = subprocess.run([*hosfl, "status", tmp_path / "run"], capture_output=True, text=True, env=environment)
+    assert "round 5 of 5" in status.stdout
+    assert "here: 0, 1; not here: 2" in status.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "says"),
+    [
+        (["serve", "FED/server"], 2, "give --out"),
+        (["serve", "FED/clients/0", "--out", "RUN"], 2, "the folder of client 0"),
+        (["serve", "FED", "--out", "RUN"], 2, "FED has no"),
+        (["serve", "FED/server", "--out", "RUN", "--enough", "0"], 2, "enough must be at least 1"),
+        (["serve", "FED/server", "--out", "RUN", "--deadline", "0"], 2, "deadline must be"),
+        (["serve", "FED/server", "--out", "RUN", "--calibrate", "2"], 2, "running statistics"),
+        (["serve", "FED/server", "--out", "RUN", "--broker", "OTHER"], 2, "names no certificate"),
+        (["join", "FED/server"], 2, "the server's folder"),
+        (["join", "RUN"], 2, "RUN has no"),
+        (["status", "RUN"], 2, "no run with clients elsewhere"),
+    ],
+)
+def test_what_cannot_be(federation, tmp_path, capsys, words, status, says):
+    (tmp_path / "other.conf").write_text("port: 4222\n")
+    places = {"FED": str(federation), "RUN": str(tmp_path / "run"), "OTHER": str(tmp_path / "other.conf")}
+
+    def placed(text):
+        for name, place in places.items():
+            text = text.replace(name, place)
+        return text
+
+    try:
+        ended = main([placed(word) for word in words])
+    except SystemExit as exit:
+        ended = exit.code
+    assert ended == status
+    assert placed(says) in capsys.readouterr().err
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("*.json"))
