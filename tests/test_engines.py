@@ -220,7 +220,7 @@ def test_a_client_that_closes_during_an_ask_is_gone(three):
     three.clients.pop(0).close()
     leaving = three.join(0, answer)
     until(lambda: len(three.engine.present()) == CLIENTS)
-    closing = threading.Thread(target=lambda: (begun.wait(), leaving.close()))
+    closing = threading.Thread(target=lambda: (begun.wait(), leaving.close()), daemon=True)
     closing.start()
     begin = time.monotonic()
     assert answered(three, [0, 1]) == {0: Reply(0, None, "gone"), 1: Reply(1, b"ksa")}
