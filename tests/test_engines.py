@@ -220,7 +220,7 @@ def test_a_client_that_closes_during_an_ask_is_gone(three):
     three.clients.pop(0).close()
     leaving = three.join(0, answer)
     until(lambda: len(three.engine.present()) == CLIENTS)
-    closing = threading.Thread(target=lambda: (begun.wait(), leaving.close()))
+    closing = threading.Thread(target=lambda: (begun.wait(), leaving.close()), daemon=True)
     closing.start()
     begin = time.monotonic()
     assert answered(three, [0, 1]) == {0: Reply(0, None, "gone"), 1: Reply(1, b"ksa")}
@@ -323,9 +323,9 @@ def test_a_file_of_a_server_that_is_away_is_waited_for(run):
     with pytest.raises(EngineError, match=r"'f' has not come in 0\.3 seconds"):
         line.fetch("f", deadline=0.3)
     assert 0.2 < time.monotonic() - begin < 2
-    later = threading.Timer(0.5, lambda: (run.restart(), run.engine.offer({"f": b"here"})))
+    later = threading.Timer(0.5, lambda: (run.restart(), time.sleep(1), run.engine.offer({"f": b"here"})))
     later.start()
-    assert line.fetch("f", deadline=20) == b"here"
+    assert line.fetch("f", deadline=10) == b"here"
     later.join()
     line.close()
 

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hosfl.engines import frames, nats
+from hosfl.engines.broker import Link
 from hosfl.engines.engine import EngineError, Reply
 from hosfl.engines.frames import Beat, Bye, Ended, Fetch, FrameError, Outgoing, Piece, Ping, Want, Why, decode, encode
 
@@ -98,10 +99,12 @@ class ByHand:
 
     def hear(self, kind):
         """The next frame of a kind. Keeps being here meanwhile."""
+        until = time.monotonic() + 20
         while True:
             frame = decode(self.stranger.next())
             if isinstance(frame, kind):
                 return frame
+            assert time.monotonic() < until, f"no {kind.__name__} has come"
 
     def close(self):
         self.stranger.close()
@@ -157,6 +160,36 @@ def test_a_broker_that_restarts_during_an_ask(broker, engine, lines, size):
     replies = asking.join()
     assert sorted(replies, key=lambda reply: reply.client) == [Reply(0, data[::-1]), Reply(1, data[::-1])]
     assert begun.is_set()
+
+
+@pytest.mark.parametrize("whose", ["server", "client"])
+def test_one_connection_that_breaks_during_an_ask(engine, lines, monkeypatch, whose):
+    """The other end notices nothing of it."""
+    connections = []
+    connect = Link._connect
+
+    async def noted(link, broker, lost):
+        connections.append((link, broker))
+        await connect(link, broker, lost)
+
+    monkeypatch.setattr(Link, "_connect", noted)
+    piece = Outgoing.piece
+    monkeypatch.setattr(Outgoing, "piece", lambda *values: time.sleep(0.01) or piece(*values))
+    engine.close()
+    engine = nats.NatsEngine(lines.url, "r", 1)
+    line = lines.join(0)
+    until(lambda: engine.present() == {0})
+    data = os.urandom(24 * MB)
+    asking = start(engine, {0: data}, deadline=15)  # before a stalled transfer would begin again
+    for _ in range(4):
+        time.sleep(0.3)
+        wanted = engine._link if whose == "server" else line._link
+        broker = [broker for link, broker in connections if link is wanted][-1]
+        wanted._loop.call_soon_threadsafe(broker._transport.close)
+    assert asking.join() == [Reply(0, data[::-1])]
+    assert len([link for link, _ in connections if link is not wanted]) == 1
+    assert len(connections) > 2
+    engine.close()
 
 
 def test_an_ask_waits_for_a_broker_that_is_away(broker, engine, lines):
@@ -255,7 +288,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("how", HOSTILE)
-def test_no_message_stops_the_connection(broker, engine, lines, stranger, how):
+def test_no_message_stops_the_connection(broker, engine, lines, stranger, how, caplog):
     """nats-py itself stops reading at most of these, and the rest make it connect anew."""
     lines.join(0)
     until(lambda: engine.present() == {0})
@@ -270,6 +303,7 @@ def test_no_message_stops_the_connection(broker, engine, lines, stranger, how):
     assert list(engine.ask({0: b"ab"}, deadline=5)) == [Reply(0, b"ba")]
     assert engine._connections == connections
     assert engine.present() == {0}
+    assert "a fault of hosfl's" not in caplog.text
 
 
 def test_mutated_frames(broker, engine, lines, stranger, monkeypatch):
@@ -343,6 +377,18 @@ def test_frames_come_back():
         Bye(4),
     ):
         assert decode(encode(frame)) == frame
+
+
+def test_windows_end_where_pieces_may():
+    """A piece that ends one window while the next is asked for is not refused as one of very many."""
+    incoming = frames.Incoming(False, 300_000, 0, time.monotonic)
+    ends = []
+    while incoming.have < incoming.total:
+        if (frame := incoming.wanted(1, 100_000)) is not None:
+            ends.append(decode(frame).offset + decode(frame).length)
+        incoming.have = incoming.asked  # as if it had come
+    assert [end % frames.LEAST for end in ends[:-1]] == [0, 0, 0]
+    assert ends[-1] == 300_000
 
 
 @pytest.mark.parametrize(
@@ -479,6 +525,18 @@ def test_a_reply_counts_once_and_for_its_own_ask(engine, by_hand, caplog):
     assert asking.join() == [Reply(1, b"two")]
     assert engine.dropped[1] == 4
     assert f"client 1: late, to ask {one.id:016x}, which is over" in caplog.text
+
+
+def test_an_ask_that_ends_early_is_over_at_both_ends(engine, by_hand):
+    assert list(engine.ask({1: b"late"}, deadline=0.3)) == [Reply(1, None, "late")]
+    late = by_hand.hear(Piece)
+    assert by_hand.hear(Ended) == Ended(late.id, Why.LATE)
+    asking = engine.ask({0: b"gone", 1: b"closed"})
+    assert next(asking) == Reply(0, None, "gone")
+    closed = by_hand.hear(Piece)
+    asking.close()
+    assert by_hand.hear(Ended) == Ended(closed.id, Why.LATE)
+    assert not engine._peers[1].asked
 
 
 def test_a_pickle_is_bytes(engine, by_hand, lines):

@@ -211,7 +211,6 @@ class Link:
         self._streams.pop((subject, id), None)
 
     def _work(self) -> None:
-        asyncio.set_event_loop(self._loop)
         try:
             self._loop.run_until_complete(self._run())
         finally:

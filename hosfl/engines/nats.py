@@ -679,11 +679,7 @@ class NatsLine:
 
     def _pinged(self, ping: Ping) -> None:
         before, self._server = self._server, ping
-        if before is not None and before.engine != ping.engine:
-            log.info("client %d: another server is here", self.client)
-            for id in list(self._tasks):
-                self._forget(id)
-        if before != ping:
+        if before != ping:  # a new connection of the server's, or another server, which will say what it does not know
             self._want_again()
         self._beat()
 
