@@ -56,7 +56,17 @@ def over_nats() -> Iterator[Engine]:
         yield engine
 
 
-ENGINES: dict[str, Callable[[], contextlib.AbstractContextManager[Engine]]] = {"nats": over_nats}
+@contextlib.contextmanager
+def over_ray() -> Iterator[Engine]:
+    """Four clients, each in an actor of a cluster on this machine."""
+    from hosfl.engines.ray import RayEngine
+
+    engine = RayEngine(lambda: lambda client, data: data, CLIENTS, CLIENTS)
+    yield engine
+    engine.close()
+
+
+ENGINES: dict[str, Callable[[], contextlib.AbstractContextManager[Engine]]] = {"nats": over_nats, "ray": over_ray}
 
 
 def measured(engine: Engine) -> dict[str, Any]:

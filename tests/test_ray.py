@@ -24,7 +24,9 @@ ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
-    ray.init(address="local", num_cpus=2, object_store_memory=200 * 2**20, **quiet)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "7")  # the machine's own: an actor has its share
+        ray.init(address="local", num_cpus=2, object_store_memory=200 * 2**20, **quiet)
     yield
     ray.shutdown()
 
@@ -134,7 +136,6 @@ def test_late_is_told_at_the_deadline_and_dropped_afterwards(engine):
     assert 0.45 < time.monotonic() - began < 1.5
     assert told(engine, {1: b"two"}, deadline=1) == {1: b"two"}
     assert told(engine, {0: b"three"}) == {0: b"three"}
-    assert told(engine, {0: b"four", 1: b"five"}, deadline=0) == {0: "late", 1: "late"}
 
 
 def test_what_has_not_begun_at_the_end_never_does(engine):
@@ -142,15 +143,16 @@ def test_what_has_not_begun_at_the_end_never_does(engine):
     asks = {0: b"sleep 1", 2: b"keep new", 4: b"keep new"}
     for _ in range(2):  # also where an actor is still busy with the ask before
         assert told(engine, asks, deadline=0.3) == dict.fromkeys(asks, "late")
+    time.sleep(1)
+    assert told(engine, {2: b"keep new", 4: b"keep new"}, deadline=0) == {2: "late", 4: "late"}
     assert told(engine, {2: b"kept", 4: b"kept"}) == {2: b"old", 4: b"old"}
 
 
 def test_enough_ends_an_ask(engine):
     asks = {0: b"raise no", 1: b"sleep 1", 2: b"two", 4: b"four", 6: b"sleep 1", 8: b"eight"}
     found = told(engine, asks, enough=2)
-    assert found == {0: "failed: KeyError: 'no'", 2: b"two", 4: b"four", 1: "late", 6: "late", 8: "late"}
+    assert found == {0: "failed: KeyError", 2: b"two", 4: b"four", 1: "late", 6: "late", 8: "late"}
     assert list(found)[:3] == [0, 2, 4]
-    assert told(engine, {0: b"zero", 1: b"one"}, enough=0) == {0: "late", 1: "late"}
     assert told(engine, {0: b"zero", 1: b"one"}, enough=9) == {0: b"zero", 1: b"one"}
 
 
@@ -162,22 +164,26 @@ def test_an_iterator_that_is_closed_ends_its_ask(engine):
     assert told(engine, dict.fromkeys(range(2, 12, 2), b"kept")) == dict.fromkeys(range(2, 12, 2), b"old")
 
 
-def test_strangers_are_gone(engine):
-    assert told(engine, {12: b"x", -1: b"x", 3: b"three"}) == {12: "gone", -1: "gone", 3: b"three"}
-    assert told(engine, {12: b"x"}) == {12: "gone"}
+def test_what_cannot_be_asked(engine):
+    for stranger in (12, -1):
+        with pytest.raises(EngineError, match=f"clients 0 to 11, and no {stranger}"):
+            engine.ask({stranger: b"x", 3: b"three"})
+    with pytest.raises(EngineError, match="enough is a number of clients from 1 on, not 0"):
+        engine.ask({0: b""}, enough=0)
+
+
+def test_an_ask_that_nobody_looks_at_is_not_sent(engine):
+    told(engine, {0: b"keep old"})
+    engine.ask({0: b"keep new"}).close()
+    assert told(engine, {0: b"kept"}) == {0: b"old"}
 
 
 @pytest.mark.parametrize(
-    ("ask", "why"),
-    [
-        (b"raise no", "KeyError: 'no'"),
-        (b"nothing", "TypeError: bytes are needed, not NoneType"),
-        (b"exit", "SystemExit: enough"),
-    ],
+    ("ask", "why"), [(b"raise no", "KeyError"), (b"nothing", "TypeError"), (b"exit", "SystemExit")]
 )
-def test_a_client_that_fails_says_why_and_lives(engine, ask, why):
+def test_a_client_that_fails_says_so_and_lives(engine, ask, why):
     told(engine, {0: b"keep this"})
-    assert told(engine, {0: ask, 1: b"one"}) == {0: f"failed: {why}", 1: b"one"}
+    assert told(engine, {0: ask, 1: b"one"}) == {0: f"failed: {why}", 1: b"one"}  # and nothing of its data
     assert told(engine, {0: b"kept"}) == {0: b"this"}
 
 
@@ -199,6 +205,31 @@ def test_an_actor_that_died_between_asks_is_found_out(mortal):
     os.kill(process(mortal, 1), signal.SIGKILL)
     until(lambda: told(mortal, {1: b"one"}) == {1: "gone"}, 5)
     assert told(mortal, {1: b"one", 2: b"two"}) == {1: b"one", 2: b"two"}
+
+
+def test_an_actor_that_was_restarted_between_asks_is_made_again(mortal):
+    os.kill(process(mortal, 1), signal.SIGKILL)
+    new = mortal._actors[1].answer.options(max_task_retries=-1)
+    until(lambda: ray.get(new.remote(1, b"")) is None)
+    assert told(mortal, {1: b"one", 3: b"three"}) == {1: "gone", 3: b"three"}
+    until(lambda: process(mortal, 1) != process(mortal, 0))
+
+
+def test_an_actor_may_die_again_while_it_is_made(tmp_path):
+    def at_the_third_try():
+        (tmp_path / str(len(list(tmp_path.iterdir())))).mkdir()
+        if len(list(tmp_path.iterdir())) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return obedient()
+
+    engine = RayEngine(at_the_third_try, 1, cpus=0)
+    try:
+        assert told(engine, {0: b"die"}) == {0: "gone"}
+        until(engine.present)
+        assert told(engine, {0: b"hi"}) == {0: b"hi"}
+        assert len(list(tmp_path.iterdir())) == 3
+    finally:
+        engine.close()
 
 
 def test_nobody_is_here_while_the_only_actor_is_away():
@@ -247,16 +278,19 @@ def test_what_cannot_start_says_why_and_leaves_nothing():
 
 def test_a_closed_engine_leaves_a_cluster_that_it_found():
     engine = RayEngine(obedient, 3, actors=9, cpus=0)
-    assert len({process(engine, n) for n in range(3)}) == 3  # no more actors than clients
-    replies = engine.ask({0: b"hi", 1: b"sleep 5"})
-    assert next(replies) == Reply(0, b"hi")
+    assert len(engine._actors) == 3  # no more actors than clients
+    actor = process(engine, 1)
+    asking = engine.ask({0: b"hi", 1: b"sleep 60"})
+    assert next(asking) == Reply(0, b"hi")
     engine.close()
     engine.close()
-    assert next(replies) == Reply(1, None, "late")
-    assert engine.present() == frozenset()
-    with pytest.raises(EngineError, match="closed"):
-        next(engine.ask({0: b"hi"}))
-    assert ray.is_initialized()
+    with pytest.raises(EngineError, match="closed during an ask"):
+        next(asking)
+    for use in (engine.present, lambda: list(engine.ask({0: b"hi"}))):
+        with pytest.raises(EngineError, match="this engine is closed"):
+            use()
+    until(lambda: not os.path.exists(f"/proc/{actor}"), 20)
+    assert told(RayEngine(obedient, 3, actors=1, cpus=0), {0: b"hi"}) == {0: b"hi"}  # the cluster is there
 
 
 ALONE = """

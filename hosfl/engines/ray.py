@@ -121,29 +121,37 @@ class RayEngine:
     def ask(
         self, messages: Mapping[int, bytes], deadline: float | None = None, enough: int | None = None
     ) -> Iterator[Reply]:
-        """As `Engine.ask`; begins when the first reply is wanted.
+        """As `Engine.ask`. One at a time: another ask drops what the one before still lacks.
 
         An actor is sent one client's bytes at a time, and what still waits when an ask ends is never sent. An actor
         that is busy with an ask that has ended comes to this one when it is done. One that dies takes the client with
-        it that it was answering for; those that wait for it go to others. What a client raises is its reason:
-        "failed: ", the error's name and what it says. One ask at a time: another drops what the one before still lacks.
+        it that it was answering for; those that wait for it go to others. What a client raised is in Ray's log of its
+        actor.
 
-        Raises EngineError where no actor will ever be back.
+        Raises EngineError for clients that there are not, enough below 1, where no actor will ever be back, and when
+        the engine is closed.
         """
-        if not self._actors:
-            raise EngineError("this engine is closed: make another")
+        for client in messages:
+            if not 0 <= client < self.clients:
+                raise EngineError(f"the run has clients 0 to {self.clients - 1}, and no {client}")
+        if enough is not None and enough < 1:
+            raise EngineError(f"enough is a number of clients from 1 on, not {enough}")
+        return self._asked(messages, deadline, len(messages) if enough is None else enough)
+
+    def _asked(self, messages: Mapping[int, bytes], deadline: float | None, lacking: int) -> Iterator[Reply]:
         ends = math.inf if deadline is None else time.monotonic() + deadline
-        lacking = len(messages) if enough is None else enough
         self._look()
         ask = object()
         untold = dict.fromkeys(messages)  # clients, in order
         queues: defaultdict[int, deque[int]] = defaultdict(deque)  # clients by their actors
         for client in messages:
             queues[self._actor_of(client)].append(client)
-        while lacking > 0 and untold and self._actors:
+        while lacking > 0 and untold:
             for client in queues.pop(NOBODY, ()):
                 del untold[client]
                 yield Reply(client, None, "gone")
+            if not self._actors:
+                raise EngineError("the engine was closed during an ask")
             left = ends - time.monotonic()
             for actor in queues.keys() - {call.actor for call in self._calls.values()}:
                 if queues[actor] and left > 0:
@@ -181,9 +189,7 @@ class RayEngine:
         self._started = False
 
     def _actor_of(self, client: int) -> int:
-        """A client's own actor, or one that stands in for it. NOBODY: there is no such client, or no actor."""
-        if not 0 <= client < self.clients:
-            return NOBODY
+        """A client's own actor, or one that stands in for it. NOBODY: all are away."""
         own = client % len(self._actors)
         if own not in self._away:
             return own
@@ -217,6 +223,8 @@ class RayEngine:
 
     def _look(self) -> None:
         """Which of the actors that were away are back?"""
+        if not self._actors:
+            raise EngineError("this engine is closed: make another")
         for actor, call in list(self._away.items()):
             if call is None or self._wait([call], 0.0) is None:
                 continue
@@ -226,7 +234,7 @@ class RayEngine:
             except self._ray.exceptions.RayError as error:
                 log.error("actor %d will not be back: %s", actor, _reason(error))
                 self._away[actor] = None
-        if self._actors and list(self._away.values()) == [None] * len(self._actors):
+        if list(self._away.values()) == [None] * len(self._actors):
             raise EngineError("no actor is left, and Ray brings none back: see the log of hosfl.engines.ray")
 
 
@@ -250,14 +258,17 @@ class _Actor:
             self._answer = pickle.loads(make)()
 
     def answer(self, client: int, data: bytes) -> bytes | str | None:
-        """The client's bytes; a text: why there are none; None: this process is new and has no clients yet."""
+        """The client's bytes; a text: the kind of its error; None: this process is new and has no clients yet."""
         if self._answer is None:
             return None
         try:
             answer = self._answer(client, data)
+            if not isinstance(answer, bytes):
+                raise TypeError(f"bytes are needed, not {type(answer).__name__}")
+            return answer
         except (Exception, SystemExit) as error:  # Ray would bring back no actor that exits
-            return f"{type(error).__name__}: {error}"
-        return answer if isinstance(answer, bytes) else f"TypeError: bytes are needed, not {type(answer).__name__}"
+            log.exception("client %d could not answer", client)
+            return type(error).__name__
 
 
 def _join(ray: Any, address: str | None, cpus: int | None) -> None:
