@@ -163,31 +163,30 @@ def test_a_broker_that_restarts_during_an_ask(broker, engine, lines, size):
 
 
 @pytest.mark.parametrize("whose", ["server", "client"])
-def test_one_connection_that_breaks_during_an_ask(engine, lines, monkeypatch, whose):
+def test_one_connection_that_breaks_during_an_ask(broker, lines, monkeypatch, whose):
     """The other end notices nothing of it."""
     connections = []
     connect = Link._connect
 
-    async def noted(link, broker, lost):
-        connections.append((link, broker))
-        await connect(link, broker, lost)
+    async def noted(link, connection, lost):
+        connections.append((link, connection))
+        await connect(link, connection, lost)
 
     monkeypatch.setattr(Link, "_connect", noted)
     piece = Outgoing.piece
     monkeypatch.setattr(Outgoing, "piece", lambda *values: time.sleep(0.01) or piece(*values))
-    engine.close()
-    engine = nats.NatsEngine(lines.url, "r", 1)
+    engine = nats.NatsEngine(broker.url, "r", 1)
     line = lines.join(0)
     until(lambda: engine.present() == {0})
     data = os.urandom(24 * MB)
     asking = start(engine, {0: data}, deadline=15)  # before a stalled transfer would begin again
+    cut, other = (engine._link, line._link) if whose == "server" else (line._link, engine._link)
     for _ in range(4):
         time.sleep(0.3)
-        wanted = engine._link if whose == "server" else line._link
-        broker = [broker for link, broker in connections if link is wanted][-1]
-        wanted._loop.call_soon_threadsafe(broker._transport.close)
+        connection = [connection for link, connection in connections if link is cut][-1]
+        cut._loop.call_soon_threadsafe(connection._transport.close)
     assert asking.join() == [Reply(0, data[::-1])]
-    assert len([link for link, _ in connections if link is not wanted]) == 1
+    assert [link for link, _ in connections].count(other) == 1
     assert len(connections) > 2
     engine.close()
 
