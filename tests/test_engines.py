@@ -313,7 +313,7 @@ def test_a_signal_may_end_a_client(run):
         line.serve(answers.reverse)
     finally:
         signal.signal(signal.SIGALRM, before)
-    assert run.engine.present() == set()
+    until(lambda: run.engine.present() == set())
 
 
 def test_a_file_of_a_server_that_is_away_is_waited_for(run):

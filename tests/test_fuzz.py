@@ -26,11 +26,15 @@ from hosfl.protocol.messages import (
     HEADER,
     MESSAGES,
     NUMPY,
+    Audit,
+    Audited,
     Calibration,
+    Complaint,
     Cut,
     Differs,
     Gradient,
     Hello,
+    Invitation,
     Losses,
     Message,
     MessageError,
@@ -110,7 +114,7 @@ def shape(data, chance):
     at, _, dims, _, _ = chance.choice(arrays)
     what = chance.randrange(4)
     if what == 0:
-        data[at] = chance.randrange(7)
+        data[at] = chance.randrange(8)
     elif what == 1:
         data[at + 1] = chance.choice((0, 1, 2, 3, 8, 9, 255))
     else:
@@ -144,7 +148,7 @@ def elements(data, chance):
         elif code == 1:
             struct.pack_into("<f", data, at, np.float32(chance.choice(NUMBERS)))
         else:
-            data[at + 1] |= 0x7F  # infinite, NaN or huge
+            data[at + size - 1] |= 0x7F  # infinite, NaN or huge
     return data
 
 
@@ -247,6 +251,8 @@ class Stage:
             *(Losses(**here, losses=torch.randn(2)), Trained(**here, weights=torch.randn(8))),
             Statistics(**here, statistics=torch.rand(4), samples=torch.tensor([SAMPLES], dtype=torch.int32)),
             Calibration(**here, statistics=torch.rand(4)),
+            *(Invitation(**here), Audit(**here), Audited(**here, digest=known)),
+            Complaint(**here, text=torch.zeros(3, dtype=torch.uint8)),
         ]
         assert {type(m) for m in messages} == set(MESSAGES.values())
         return [encode(m) for m in messages]

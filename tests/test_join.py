@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hosfl import train
-from hosfl.engines.engine import JoinError, Reply
+from hosfl.engines.engine import EngineError, JoinError, Reply
 from hosfl.engines.in_process import InProcess
 from hosfl.files import RunFolderError
 from hosfl.methods import METHODS
@@ -105,7 +105,11 @@ def test_the_engine_of_one_process():
     big = bytes(range(256)) * 4096
     assert list(engine.ask({2: b"", 0: big})) == [Reply(2, b""), Reply(0, big[::-1])]
     assert list(engine.ask({})) == []
-    assert list(engine.ask({3: b"x", -1: b"x"})) == [Reply(3, None, "gone"), Reply(-1, None, "gone")]
+    for stranger in (3, -1):
+        with pytest.raises(EngineError, match="clients 0 to 2"):
+            engine.ask({0: b"x", stranger: b"x"})
+    with pytest.raises(EngineError, match="from 1 on"):
+        engine.ask({0: b"x"}, enough=0)
     asked.clear()
     assert list(engine.ask({1: b"ab", 2: b"cd", 0: b"ef"}, enough=1)) == [
         Reply(1, b"ba"),

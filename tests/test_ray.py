@@ -314,6 +314,7 @@ assert not ray.is_initialized()
 """
 
 
+@pytest.mark.slow
 def test_a_cluster_of_our_own_is_quiet_and_ends():
     done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -344,6 +345,7 @@ def test_a_run_over_ray_is_the_run_in_one_process(tmp_path):
     assert here.scores == there.scores
 
 
+@pytest.mark.slow
 def test_a_run_outlives_an_actor(tmp_path):
     def mortal(files):
         def make():

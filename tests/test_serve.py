@@ -24,12 +24,12 @@ class Started(Broker):
         self.settings, self.port = folder / "broker" / "nats.conf", port
 
 
-@pytest.fixture
-def federation(tmp_path):
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    folder = tmp_path / "fed"
+    folder = tmp_path_factory.mktemp("federation") / "fed"
     assert main(["federation", "create", str(folder), "--clients", "3", "--address", f"127.0.0.1:{port}"]) == 0
     started = Started(folder, port)
     started.start()

@@ -64,7 +64,8 @@ def test_bytes_are_those_of_the_protocol():
     assert first["gradient up"] == visits * d
     assert first["weights down"] == (visits - 4) * d
     frozen = train(Config(**with_shared({"method": "frozen"}, config))).bytes
-    assert set(frozen) == {"framing up", "cut up", "labels up"}
+    assert set(frozen) == {"framing up", "cut up", "labels up", "framing down"}
+    assert frozen["framing down"] == visits * (20 + 4)  # an invitation, and its length
 
 
 def test_a_seed_is_a_run():

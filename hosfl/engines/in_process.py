@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from hosfl.engines.engine import Reply
+from hosfl.engines.engine import EngineError, Reply
 
 
 class InProcess:
@@ -22,14 +22,20 @@ class InProcess:
     def ask(
         self, messages: Mapping[int, bytes], deadline: float | None = None, enough: int | None = None
     ) -> Iterator[Reply]:
-        """One client after another, in the order of the asks; those behind `enough` are not asked. No deadline here."""
+        """One client after another, in the order of the asks; those behind `enough` are not asked. No deadline here.
+
+        Raises EngineError for clients that there are not, and for enough below 1.
+        """
+        for client in messages:
+            if not 0 <= client < self.clients:
+                raise EngineError(f"the run has clients 0 to {self.clients - 1}, and no {client}")
+        if enough is not None and enough < 1:
+            raise EngineError(f"enough is a number of clients from 1 on, not {enough}")
+        return self._asked(messages, len(messages) if enough is None else enough)
+
+    def _asked(self, messages: Mapping[int, bytes], enough: int) -> Iterator[Reply]:
         for number, (client, data) in enumerate(messages.items()):
-            if enough is not None and number >= enough:
-                yield Reply(client, None, "late")
-            elif 0 <= client < self.clients:
-                yield Reply(client, self.answer(client, data))
-            else:
-                yield Reply(client, None, "gone")
+            yield Reply(client, self.answer(client, data)) if number < enough else Reply(client, None, "late")
 
     def offer(self, files: Mapping[str, bytes]) -> None:
         """Nobody fetches here what is in the process already."""

@@ -311,7 +311,7 @@ class Federation:
         """Bring one client up to date that is nobody's whom an engine knows. False where that fails."""
         endpoint, number = self._endpoint(client), client.number
         engine, there = self.engine, self.where.pop(number, None)
-        self.engine = InProcess(lambda number, data: endpoint.answer(data), 1)
+        self.engine = InProcess(lambda number, data: endpoint.answer(data), number + 1)
         try:
             return bool(self.audited([number]))
         finally:
