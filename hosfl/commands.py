@@ -28,7 +28,6 @@ from rich.table import Table
 from rich.text import Text
 
 from hosfl.extras import needed
-from hosfl.federation import Member, Roster, check_broker, check_permissions
 from hosfl.files import write_json
 from hosfl.halves.families import skeleton
 from hosfl.halves.split import cut_points
@@ -108,11 +107,11 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    nats = needed("hosfl.engines.nats", "hosfl serve", "nats")
-    member = Member.read(options.server)
+    nats, federation = (needed(name, "hosfl serve", "nats") for name in ("hosfl.engines.nats", "hosfl.federation"))
+    member = federation.Member.read(options.server)
     if member.client is not None:
         raise ValueError(f"{options.server} is the folder of {member.who}: name the federation's folder server")
-    roster = Roster.read(options.server / "federation.json")
+    roster = federation.Roster.read(options.server / "federation.json")
     settings, preset = _settings(options)
     if options.resume is None:
         settings["clients"] = len(roster.clients)
@@ -126,14 +125,14 @@ def _serve(options: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     conf = options.broker or options.server.parent / "broker" / "nats.conf"
     if options.broker is not None or conf.exists():
-        check_permissions(conf, roster)
+        federation.check_permissions(conf, roster)
     else:
         logging.warning("the broker's nats.conf is not here to be checked: name a copy of it with --broker FILE")
     try:
-        check_broker(member)
+        federation.check_broker(member)
     except OSError as error:
         logging.warning("no broker answers at %s (%s): it is waited for", member.address, error)
-    engine = nats.NatsEngine(f"tls://{member.address}", member.run, config.clients, nats.Tls(*_pem(member)))
+    engine = nats.NatsEngine(f"tls://{member.address}", member.run, config.clients, nats.Tls(*member.pem))
     try:
         over = Over(engine, options.deadline, options.enough, options.least)
         return _run(config, out, options.resume is not None, over)
@@ -142,12 +141,12 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _join(options: argparse.Namespace) -> int:
-    nats = needed("hosfl.engines.nats", "hosfl join", "nats")
-    member = Member.read(options.client)
+    nats, federation = (needed(name, "hosfl join", "nats") for name in ("hosfl.engines.nats", "hosfl.federation"))
+    member = federation.Member.read(options.client)
     if member.client is None:
         raise ValueError(f"{options.client} is the server's folder: name a client's, such as clients/0")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    line = nats.NatsLine(f"tls://{member.address}", member.run, member.client, nats.Tls(*_pem(member)))
+    line = nats.NatsLine(f"tls://{member.address}", member.run, member.client, nats.Tls(*member.pem))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: line.close())
     join(
@@ -160,12 +159,6 @@ def _join(options: argparse.Namespace) -> int:
         device=options.device,
     )
     return 0
-
-
-def _pem(member: Member) -> tuple[Path, Path, Path]:
-    """The files of a member's certificate: the authority's, its own, its key."""
-    role = "server" if member.client is None else "client"
-    return member.folder / "ca.pem", member.folder / f"{role}.pem", member.folder / f"{role}.key"
 
 
 def _begun(options: argparse.Namespace, config: Config) -> tuple[Config, Path | None]:

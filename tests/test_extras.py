@@ -1,4 +1,4 @@
-"""What works without the packages of the extra `studies`, and what is said where one is missing."""
+"""What works without the packages of the extras `studies`, `nats` and `ray`, and what is said where one is missing."""
 
 import os
 import subprocess
@@ -13,11 +13,11 @@ from hosfl.runs.report import plot_curves
 from hosfl.tasks.data import held_out
 from hosfl.tasks.reading import picture_file
 
-# A process where none of these can be imported, of the extra or of what it brings.
+# A process where none of these can be imported, of the extras or of what they bring.
 WITHOUT = """
 import sys
 from importlib.machinery import PathFinder
-MISSING = {"matplotlib", "sklearn", "scipy", "yaml", "PIL"}
+MISSING = {"matplotlib", "sklearn", "scipy", "yaml", "PIL", "nats", "cryptography", "ray"}
 class Others(PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
@@ -34,6 +34,7 @@ x = torch.nn.Parameter(torch.ones(9))
 ZOSGD([x], lr=1e-3).step(lambda: (x * x).sum())
 assert not torch.equal(x, torch.ones(9))
 """,
+    "a command that needs torch": "from hosfl.commands import COMMANDS; assert COMMANDS['train']",
     "a run without a folder": """
 import torch
 from hosfl import Config, train

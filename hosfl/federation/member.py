@@ -30,6 +30,12 @@ class Member:
     def who(self) -> str:
         return "the server" if self.client is None else f"client {self.client}"
 
+    @property
+    def pem(self) -> tuple[Path, Path, Path]:
+        """The files that prove it: the authority's certificate, its own, its key."""
+        role = "server" if self.client is None else "client"
+        return self.folder / "ca.pem", self.folder / f"{role}.pem", self.folder / f"{role}.key"
+
     @classmethod
     def read(cls, folder: Path, now: datetime | None = None) -> Member:
         """Of a folder `server` or `clients/N` that `hosfl federation` made.
@@ -72,12 +78,12 @@ class Member:
 
         Raises FederationError where certificate and key are damaged, or not of one pair.
         """
-        kind = "server" if self.client is None else "client"
+        authority, certificate, key = self.pem
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # which checks the broker's certificate and host
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         try:
-            context.load_verify_locations(self.folder / "ca.pem")
-            context.load_cert_chain(self.folder / f"{kind}.pem", self.folder / f"{kind}.key")
+            context.load_verify_locations(authority)
+            context.load_cert_chain(certificate, key)
         except ssl.SSLError as error:
             raise FederationError(
                 f"the certificates or the key in {self.folder} are damaged, or not of one pair: take the folder from a"
