@@ -6,7 +6,7 @@ server and the clients know nothing of who carries them. The server's side is `E
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,6 +49,15 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Let go of everything. Clients stay as they are, and look for the next server."""
+
+
+def check_ask(clients: Collection[int], there: int, enough: int | None) -> None:
+    """What every engine refuses: clients that are not among the run's `there`, and enough below 1. EngineError."""
+    for client in clients:
+        if not 0 <= client < there:
+            raise EngineError(f"the run has clients 0 to {there - 1}, and no {client}")
+    if enough is not None and enough < 1:
+        raise EngineError(f"enough is a number of clients from 1 on, not {enough}")
 
 
 class Line(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from hosfl.engines.engine import EngineError, Reply
+from hosfl.engines.engine import Reply, check_ask
 
 
 class InProcess:
@@ -26,11 +26,7 @@ class InProcess:
 
         Raises EngineError for clients that there are not, and for enough below 1.
         """
-        for client in messages:
-            if not 0 <= client < self.clients:
-                raise EngineError(f"the run has clients 0 to {self.clients - 1}, and no {client}")
-        if enough is not None and enough < 1:
-            raise EngineError(f"enough is a number of clients from 1 on, not {enough}")
+        check_ask(messages, self.clients, enough)
         return self._asked(messages, len(messages) if enough is None else enough)
 
     def _asked(self, messages: Mapping[int, bytes], enough: int) -> Iterator[Reply]:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
 from hosfl.engines.broker import Link, Tls
-from hosfl.engines.engine import EngineError, Reply
+from hosfl.engines.engine import EngineError, Reply, check_ask
 from hosfl.engines.frames import (
     LISTED,
     SMALL,
@@ -172,13 +172,10 @@ class NatsEngine:
 
         Without a broker, and for some seconds after it is back, clients that are not here are waited for.
         """
-        for client, data in messages.items():
-            if not 0 <= client < len(self._peers):
-                raise EngineError(f"the run has clients 0 to {len(self._peers) - 1}, and no {client}")
+        check_ask(messages, len(self._peers), enough)
+        for data in messages.values():
             if len(data) > self.largest:
                 raise EngineError(f"a message of {len(data)} bytes; the largest is one of {self.largest}")
-        if enough is not None and enough < 1:
-            raise EngineError(f"enough is a number of clients from 1 on, not {enough}")
         return self._replies(messages, deadline, enough)
 
     def _replies(self, messages: Mapping[int, bytes], deadline: float | None, enough: int | None) -> Iterator[Reply]:

@@ -16,7 +16,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from hosfl.engines.engine import EngineError, Reply
+from hosfl.engines.engine import EngineError, Reply, check_ask
 from hosfl.extras import needed
 
 Answer = Callable[[int, bytes], bytes]
@@ -131,11 +131,7 @@ class RayEngine:
         Raises EngineError for clients that there are not, enough below 1, where no actor will ever be back, and when
         the engine is closed.
         """
-        for client in messages:
-            if not 0 <= client < self.clients:
-                raise EngineError(f"the run has clients 0 to {self.clients - 1}, and no {client}")
-        if enough is not None and enough < 1:
-            raise EngineError(f"enough is a number of clients from 1 on, not {enough}")
+        check_ask(messages, self.clients, enough)
         return self._asked(messages, deadline, len(messages) if enough is None else enough)
 
     def _asked(self, messages: Mapping[int, bytes], deadline: float | None, lacking: int) -> Iterator[Reply]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from torch import nn
 
 from hosfl.engines.engine import Engine, Reply
+from hosfl.engines.frames import printable
 from hosfl.engines.in_process import InProcess
 from hosfl.halves.inputs import Batch
 from hosfl.halves.split import SplitModel
@@ -211,8 +212,7 @@ class Federation:
         self.wire.count(message)
         if isinstance(message, Complaint):
             self.where.pop(reply.client, None)
-            text = bytes(message.text.tolist()).decode(errors="replace")
-            self._complain(reply.client, "".join(c if c.isprintable() else "?" for c in text))
+            self._complain(reply.client, printable(bytes(message.text.tolist()).decode(errors="replace")))
             return None
         return message
 
