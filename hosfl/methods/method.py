@@ -115,7 +115,7 @@ class Method:
     def made(self, number: int, half: nn.Module, batch: Callable[[int], Batch]) -> Client:
         """`client`, as all of the run's are."""
         client = self.client(number, half, batch)
-        client.wire = self.settings.wire if "wire" in self.reads else client.wire
+        client.wire = self.settings.wire
         return client
 
     def server(self, **shared: Any) -> Server:

@@ -56,10 +56,7 @@ def suggest(config: Settings, rounds: int = 300, passes: float = 5.0, task: Task
     """
     if rounds < 1 or not passes > 0:
         raise ValueError(f"rounds and passes must be positive, got {rounds} and {passes}")
-    if task is None:
-        task = make_task(config)
-    elif config.public:
-        task = task.with_public(config.public)
+    task = make_task(config) if task is None else task.with_public(config.public)
 
     def half() -> nn.Module:
         return task.halves(round_seed(config.seed, Purpose.MODEL, 0), "" if config.task else config.at).client.eval()

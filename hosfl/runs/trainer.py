@@ -190,7 +190,7 @@ def _told(what: Task | Config, settings: dict[str, Any]) -> tuple[Config, Task]:
     if set(settings) & {"task", "options", "data", "model"}:
         raise TypeError("a Task has its own data and model: leave out task, options, data and model")
     config = Config(task="", **settings)
-    task = what.with_public(config.public) if config.public else what
+    task = what.with_public(config.public)
     return cast(Config, for_clients(config, task)), task
 
 

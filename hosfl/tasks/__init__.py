@@ -56,7 +56,7 @@ def make_task(settings: Settings) -> Task:
         made = maker(settings, **arguments) if settings.task in TASKS else maker(**arguments)
     if not isinstance(made, Task):
         raise TypeError(f"task {settings.task!r} returns a {type(made).__name__}: a hosfl.Task is needed")
-    return made.with_public(settings.public) if settings.public else made
+    return made.with_public(settings.public)
 
 
 def _maker(name: str) -> Callable[..., Any]:

@@ -103,8 +103,11 @@ class Task:
     def with_public(self, count: int) -> Task:
         """The task with `count` training samples set aside, spread evenly, as its public ones, without their labels.
 
-        Raises ValueError where clients' data are divided already, and where no training sample would be left.
+        0: the task as it is. Raises ValueError where clients' data are divided already, and where no training sample
+        would be left.
         """
+        if not count:
+            return self
         if isinstance(self.train, list):
             raise ValueError(
                 "public samples cannot be set aside of clients' own data: give the task some, Task(public=...)"
