@@ -112,10 +112,15 @@ class Method:
         """Client `number`, who has applied nothing. half: its own copy of the base. batch: of an exchange, its data."""
         return Client(number, half, batch, passes=self.setup.passes)
 
+    @property
+    def wire(self) -> str:
+        """How cuts and multipliers travel: as they are computed where the method does not read the setting."""
+        return self.settings.wire if "wire" in self.reads else "float32"
+
     def made(self, number: int, half: nn.Module, batch: Callable[[int], Batch]) -> Client:
         """`client`, as all of the run's are."""
         client = self.client(number, half, batch)
-        client.wire = self.settings.wire
+        client.wire = self.wire
         return client
 
     def server(self, **shared: Any) -> Server:

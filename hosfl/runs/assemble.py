@@ -112,7 +112,7 @@ def assemble(
         clip=config.server_clip,
         passes=setup.passes,
         statistics=statistics,
-        wire=config.wire,
+        wire=method.wire,
     )
     federation = Federation(config, server, make, base, setup.observed, kind.exchanges(config))
     if statistics is not None:
