@@ -55,21 +55,6 @@ void each_row(const Run& run, Body body) {
   }
 }
 
-// Four rows of normal numbers.
-struct Normals {
-  BlockWords words;
-  alignas(64) float z[4][COLS];
-
-  void fill(uint64_t seed, uint64_t block, uint32_t stream, int64_t col, int64_t count) {
-    words.fill(seed, block, stream, TAG_GAUSSIAN, col, count);
-    for (int pair = 0; pair < 4; pair += 2) {
-      for (int64_t i = col; i < col + count; ++i) {
-        box_muller(words.word[pair][i], words.word[pair + 1][i], z[pair][i], z[pair + 1][i]);
-      }
-    }
-  }
-};
-
 // The 16 rounding bits of one row of a segment at a time; words are made when a row enters a new block of 8.
 struct RoundingBits {
   BlockWords words;

@@ -39,46 +39,48 @@ HOSFL_INLINE float to_float(uint32_t a) {
   return float(int32_t(a >> 16)) * 65536.0f + float(int32_t(a & 0xFFFFu));
 }
 
+// What box_muller needs of a number beside its operators: here of one, in vectors.h of many.
+HOSFL_INLINE float signed_to_float(uint32_t a) { return float(int32_t(a)); }
+HOSFL_INLINE uint32_t shift_signed(uint32_t a, int n) { return uint32_t(int32_t(a) >> n); }
+HOSFL_INLINE float root(float x) { return sqrtf(x); }
+
 // The sign bit of bit `row` of a word, in place: word << (31 - row % 32).
 HOSFL_INLINE float signed_by(uint32_t s_bits, uint32_t word, int shift) {
   return from_bits(s_bits ^ ((word << shift) & 0x80000000u));
 }
 
-HOSFL_INLINE void box_muller(uint32_t a, uint32_t b, float& z0, float& z1) {
-  const float u = to_float(a) * 0x1p-32f + 0x1p-33f;
-  const int32_t bits = int32_t(bits_of(u));
-  const int32_t k = (bits - 0x3f3504f3) >> 23;
-  const float f = from_bits(uint32_t(bits) - (uint32_t(k) << 23)) - 1.0f;
-  float l = 0x1.6626eap-4f;
-  l = l * f + -0x1.26729ep-3f;
+// Two words to two normal numbers; of packs, lane by lane. Logarithm, sine and cosine are three chains that do not wait
+// for one another, so their steps lie side by side here.
+template <typename F, typename U>
+HOSFL_INLINE void box_muller(const U a, const U b, F& z0, F& z1) {
+  const F u = to_float(a) * 0x1p-32f + 0x1p-33f;
+  const U bits = bits_of(u);
+  const U k = shift_signed(bits - 0x3f3504f3u, 23);
+  const F f = from_bits(bits - (k << 23)) - 1.0f;
+  const U q = (b + 0x20000000u) >> 30;
+  const F t = signed_to_float(b - (q << 30)) * 0x1p-32f;
+  const F t2 = t * t;
+  F l = f * 0x1.6626eap-4f + -0x1.26729ep-3f;
+  F s = t2 * -0x1.2d9b7cp+6f + 0x1.465ec4p+6f;
+  F c = t2 * 0x1.d9c326p+5f + -0x1.55c57ap+6f;
   l = l * f + 0x1.322850p-3f;
+  s = s * t2 + -0x1.4abbbap+5f;
+  c = c * t2 + 0x1.03c1dcp+6f;
   l = l * f + -0x1.5329bep-3f;
+  s = s * t2 + 0x1.921fb6p+2f;
+  c = c * t2 + -0x1.3bd3ccp+4f;
   l = l * f + 0x1.98b80ap-3f;
+  s = t * s;
+  c = c * t2 + 0x1p+0f;
   l = l * f + -0x1.0005a6p-2f;
   l = l * f + 0x1.555790p-2f;
   l = l * f + -0x1.fffff8p-2f;
   l = l * f + 0x1p+0f;
-  const float r = sqrtf(-2.0f * (f * l + float(k) * from_bits(0x3f317218u)));
-
-  const uint32_t q = (b + 0x20000000u) >> 30;
-  const float t = float(int32_t(b - (q << 30))) * 0x1p-32f;
-  const float t2 = t * t;
-  float s = -0x1.2d9b7cp+6f;
-  s = s * t2 + 0x1.465ec4p+6f;
-  s = s * t2 + -0x1.4abbbap+5f;
-  s = s * t2 + 0x1.921fb6p+2f;
-  s = t * s;
-  float c = 0x1.d9c326p+5f;
-  c = c * t2 + -0x1.55c57ap+6f;
-  c = c * t2 + 0x1.03c1dcp+6f;
-  c = c * t2 + -0x1.3bd3ccp+4f;
-  c = c * t2 + 0x1p+0f;
+  const F r = root((f * l + signed_to_float(k) * from_bits(0x3f317218u)) * -2.0f);
   // Swap and sign by integer masks: cheaper than selects, and the same bits.
-  const uint32_t swap = (bits_of(s) ^ bits_of(c)) & (0u - (q & 1u));
-  const float sine = from_bits((bits_of(s) ^ swap) ^ ((q & 2u) << 30));
-  const float cosine = from_bits((bits_of(c) ^ swap) ^ (((q + 1u) & 2u) << 30));
-  z0 = r * cosine;
-  z1 = r * sine;
+  const U swap = (bits_of(s) ^ bits_of(c)) & (U{} - (q & 1u));
+  z0 = r * from_bits((bits_of(c) ^ swap) ^ (((q + 1u) & 2u) << 30));
+  z1 = r * from_bits((bits_of(s) ^ swap) ^ ((q & 2u) << 30));
 }
 
 }  // namespace hosfl

@@ -96,13 +96,15 @@ void perturb_segment(Gaussian, const Segment& segment, const Record& record) {
   auto* x = static_cast<typename Storage::Cell*>(segment.data);
   const float s = record.coefficient * segment.factor;
   RoundingBits rounding(segment);
-  Normals normals;
+  alignas(64) float z[GAUSSIAN_ROWS][COLS];
   each_block<GAUSSIAN_ROWS>(segment.start, segment.n, [&](const Run& run) {
-    normals.fill(record.seed, run.block, segment.stream, run.first_col(), run.cols());
+    // The cells come from memory while the numbers are made.
+    for (int64_t i = 0; i < run.count; i += 64 / int64_t(sizeof *x)) __builtin_prefetch(x + run.at + i, 1);
+    normal_columns(record.seed, run.block, segment.stream, run.first_col(), run.cols(), z);
     each_row(run, [&](int64_t row, int64_t col, int64_t count, int64_t at) {
       const auto random = random_row<R>(rounding, segment, record, at);
       with_row<Storage>(x + at, count, [&](auto storage, auto* cells) {
-        add_scaled<decltype(storage), R>(cells, count, s, normals.z[row] + col,
+        add_scaled<decltype(storage), R>(cells, count, s, z[row] + col,
                                          random.word + (R == Rounding::nearest ? 0 : col), random.shift);
       });
     });
@@ -122,12 +124,12 @@ void noise_segment(Rademacher, const Segment& out, uint64_t seed) {
 }
 
 void noise_segment(Gaussian, const Segment& out, uint64_t seed) {
-  auto* const z = static_cast<float*>(out.data);
-  Normals normals;
+  auto* const cells = static_cast<float*>(out.data);
+  alignas(64) float z[GAUSSIAN_ROWS][COLS];
   each_block<GAUSSIAN_ROWS>(out.start, out.n, [&](const Run& run) {
-    normals.fill(seed, run.block, out.stream, run.first_col(), run.cols());
+    normal_columns(seed, run.block, out.stream, run.first_col(), run.cols(), z);
     each_row(run, [&](int64_t row, int64_t col, int64_t count, int64_t at) {
-      memcpy(z + at, normals.z[row] + col, size_t(count) * sizeof(float));
+      memcpy(cells + at, z[row] + col, size_t(count) * sizeof(float));
     });
   });
 }
