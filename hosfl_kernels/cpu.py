@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,17 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}  # enum Dtype of csrc/segment.h
+
+
+class _Codes(dict[Any, int]):
+    """Of a dtype of numpy or torch its number in DTYPES, looked up once."""
+
+    def __missing__(self, dtype: Any) -> int:
+        self[dtype] = code = DTYPES[dtype_name(dtype)]  # type: ignore[index]
+        return code
+
+
+CODES = _Codes()
 RULES = {"sgd": 0, "momentum": 1, "adamw": 2}  # enum Rule of csrc/segment.h
 
 
@@ -65,8 +76,7 @@ def threads() -> int:
 
 def memory(tensors: Sequence[Array]) -> tuple[list[int], list[int], list[int]]:
     """Addresses, numbers of elements, dtypes."""
-    dtypes = [DTYPES[dtype_name(x.dtype)] for x in tensors]  # type: ignore[index]
-    return addresses(tensors), sizes(tensors), dtypes
+    return addresses(tensors), sizes(tensors), [CODES[x.dtype] for x in tensors]
 
 
 def noise_(out: Array, seed: int, place: Place) -> None:

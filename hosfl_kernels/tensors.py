@@ -10,6 +10,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import filterfalse
 from types import ModuleType
 from typing import Any
 
@@ -38,14 +39,15 @@ DISPATCH = {"CPU": cpu, "CUDA": cuda_backend()}
 
 def check(tensors: Sequence[Any], name: str, changed: bool) -> None:
     """Refuses what the ops can't take, also while torch.compile traces."""
+    breaks_graphs = changed and torch.is_grad_enabled()
     for t, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
             raise arrays.wrong_kind(tensor, f"{name}[{t}]")
-        if changed and tensor.requires_grad and torch.is_grad_enabled():
+        if breaks_graphs and tensor.requires_grad:
             raise RuntimeError(
                 f"{name}[{t}] requires grad, and an in-place change would break its graph: use torch.no_grad()"
             )
-        if tensor.device.type not in ("cpu", "cuda"):
+        if not (tensor.is_cpu or tensor.is_cuda):
             raise RuntimeError(f"{name}[{t}] is on {tensor.device}; there are kernels for cpu and cuda")
 
 
@@ -77,9 +79,7 @@ def empty(n: int, device: torch.device | str) -> Tensor:
 
 def mark_changed(tensors: Sequence[Tensor]) -> None:
     """Tells autograd. torch.library doesn't; without it backward would run silently on changed tensors."""
-    for tensor in tensors:
-        if not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)  # one at a time: torch 2.6 takes no list
+    torch.autograd.graph.increment_version(list(filterfalse(Tensor.is_inference, tensors)))
 
 
 def largest(x: Tensor) -> float:

@@ -256,6 +256,7 @@ def test_every_estimator_measures_the_block_s_derivative(estimator, tolerance, d
     assert not any(m._forward_pre_hooks for m in client.half.modules())
 
 
+@pytest.mark.slow
 def test_the_estimate_is_unbiased(bert):
     """Over many rounds the mean of what a round steps along is the gradient: each block's share counts once."""
     half, inputs = bert

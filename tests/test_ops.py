@@ -492,6 +492,78 @@ def test_bad_arguments_change_nothing(call, error, message):
     assert all(torch.equal(x, torch.full((8,), 0.5)) for x in xs)
 
 
+def _strided(xs):
+    xs[1].data = torch.zeros(8, 8).T
+
+
+def _doubled(xs):
+    xs[1].data = torch.zeros(8, 8, dtype=torch.float64)
+
+
+def _halved_in_place(xs):
+    xs[1].data = xs[1].data.view(torch.float16)  # the same address, another dtype and size
+
+
+def _overlapping(xs):
+    xs[1].data = xs[0].data[4:]
+
+
+def _longer(xs):
+    memory = torch.zeros(256)
+    xs[0].data, xs[1].data = memory[:64], memory[64:]
+    hk.perturb_(xs, 1, 0.5)
+    xs[0].data = memory[:65]  # the address that it had
+
+
+def _required(xs):
+    xs[1].requires_grad_()
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "error", "message"),
+    [
+        (_strided, {}, RuntimeError, "tensors\\[1\\] is not contiguous"),
+        (_doubled, {}, TypeError, "tensors\\[1\\] is torch.float64"),
+        (_halved_in_place, {"rounding": "stochastic", "rounding_seed": 1}, TypeError, "bfloat16"),
+        (_overlapping, {}, RuntimeError, "share memory"),
+        (_longer, {}, RuntimeError, "share memory"),
+        (_required, {}, RuntimeError, "no_grad"),
+        (lambda xs: None, {"factors": [1.0, 3.0]}, ValueError, "factors\\[1\\] must be a power of two"),
+        (lambda xs: None, {"starts": [0, 2**63 - 1]}, ValueError, "beyond 2\\^63"),
+    ],
+    ids=str,
+)
+def test_a_list_that_was_right_is_looked_at_again(change, options, error, message):
+    xs = [torch.zeros(8, 8), torch.zeros(8, 8)]
+    for _ in range(2):
+        hk.perturb_(xs, 1, 0.5)
+    change(xs)
+    before = [x.detach().clone() for x in xs]
+    for _ in range(2):  # what was refused isn't remembered
+        with pytest.raises(error, match=message):
+            hk.perturb_(xs, 1, 0.5, **options)
+    assert all(torch.equal(x, was) for x, was in zip(xs, before, strict=True))
+
+
+def test_a_list_is_remembered_with_its_place_and_its_dtypes():
+    memory = torch.zeros(128)
+    for place in ({}, {"streams": [3, 4]}, {"starts": [5, 6]}, {"factors": [0.5, 2.0]}, {"dist": "gaussian"}):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            xs = [x.view(dtype) for x in memory.zero_().chunk(2)]
+            want = [torch.zeros(x.shape, dtype=dtype) for x in xs]  # another list, of other addresses
+            for _ in range(2):
+                hk.perturb_(xs, 1, 0.5, **place)
+                ops._found_right.clear()
+                hk.perturb_(want, 1, 0.5, **place)
+            assert all(map(same, xs, want))
+
+
+def test_what_is_remembered_is_bounded():
+    for n in range(2 * ops.LISTS):
+        hk.perturb_(torch.zeros(n + 1), 1, 0.5)
+        assert len(ops._found_right) <= ops.LISTS
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rule", [hk.SGD(), hk.SGD(momentum=0.5), hk.AdamW()])
