@@ -18,7 +18,7 @@ from glob import glob
 from pathlib import Path
 
 import pybind11
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -67,6 +67,7 @@ def long_description():
     return re.sub(r"(!?)\[([^]]*)\]\((?![a-z]+:)([^)]+)\)", absolute, readme)
 
 
+ParallelCompile("HOSFL_BUILD_JOBS", default=0).install()  # as many files at once as there are processors
 with_cuda = os.environ.get("HOSFL_CUDA") == "1"
 cpp = Pybind11Extension(
     "hosfl_kernels._cpp",

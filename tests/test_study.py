@@ -472,6 +472,7 @@ def test_every_result_says_what_it_was_made_of(whole, tmp_path):
     assert failed["provenance"]["settings"]["client_rate"] == 1e6
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
 def test_a_worker_that_the_system_kills(tmp_path, whole, file, monkeypatch, capsys):
     others, killed = set(multiprocessing.active_children()), []
