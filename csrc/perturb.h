@@ -74,7 +74,7 @@ RoundingBits::Row random_row(RoundingBits& rounding, const Segment& segment, con
 }
 
 template <typename Storage, Rounding R>
-void perturb_segment(Rademacher, const Segment& segment, const Record& record) {
+HOSFL_LOOP void perturb_segment(Rademacher, const Segment& segment, const Record& record) {
   auto* x = static_cast<typename Storage::Cell*>(segment.data);
   const float s = record.coefficient * segment.factor;
   RoundingBits rounding(segment);
@@ -92,7 +92,7 @@ void perturb_segment(Rademacher, const Segment& segment, const Record& record) {
 }
 
 template <typename Storage, Rounding R>
-void perturb_segment(Gaussian, const Segment& segment, const Record& record) {
+HOSFL_LOOP void perturb_segment(Gaussian, const Segment& segment, const Record& record) {
   auto* x = static_cast<typename Storage::Cell*>(segment.data);
   const float s = record.coefficient * segment.factor;
   RoundingBits rounding(segment);

@@ -18,7 +18,7 @@ HOSFL_INLINE void add_and_round(float* y, Added added, const uint32_t* random, i
 
 // Signs: a row of the tile stays in registers while the records of a chunk go by.
 template <typename Storage, Rounding R>
-void replay_segment(Rademacher, const Segment& segment, const Record* records, int64_t total) {
+HOSFL_LOOP void replay_segment(Rademacher, const Segment& segment, const Record* records, int64_t total) {
   auto* const x = static_cast<typename Storage::Cell*>(segment.data);
   TileWords signs, random;
   TileRows<RADEMACHER_ROWS> rows;
@@ -62,7 +62,7 @@ void replay_segment(Rademacher, const Segment& segment, const Record* records, i
 
 // Normal numbers: the four rows of a block stay in cache while the records go by.
 template <typename Storage, Rounding R>
-void replay_segment(Gaussian, const Segment& segment, const Record* records, int64_t total) {
+HOSFL_LOOP void replay_segment(Gaussian, const Segment& segment, const Record* records, int64_t total) {
   auto* const x = static_cast<typename Storage::Cell*>(segment.data);
   TileWords random;  // of one record at a time: index 0
   TileNormals normals;

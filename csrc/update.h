@@ -73,7 +73,7 @@ void each_chunk(const Update& update, Body body) {
 
 // Signs: two rows of the tile, weights and moments, stay close while the rounds of a chunk go by.
 template <typename Storage, Rounding R, Rule RULE>
-void update_segment(Rademacher, const Segment& segment, const Update& update) {
+HOSFL_LOOP void update_segment(Rademacher, const Segment& segment, const Update& update) {
   TileWords signs, random;
   TileState<Storage, RULE, RADEMACHER_ROWS> state;
   TileRows<RADEMACHER_ROWS> sums;  // of a round's directions; one pair's, unless a round has more than one chunk
@@ -116,7 +116,7 @@ void update_segment(Rademacher, const Segment& segment, const Update& update) {
 
 // Normal numbers: the four rows of a block stay in cache while all rounds go by.
 template <typename Storage, Rounding R, Rule RULE>
-void update_segment(Gaussian, const Segment& segment, const Update& update) {
+HOSFL_LOOP void update_segment(Gaussian, const Segment& segment, const Update& update) {
   TileWords random;  // of one round at a time: index 0
   TileNormals normals;
   TileState<Storage, RULE, GAUSSIAN_ROWS> state;

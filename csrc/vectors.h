@@ -8,6 +8,9 @@
 
 #include "noise.h"
 
+// A function of its own in the machine code, where tests/test_disassembly.py finds it by its name.
+#define HOSFL_LOOP __attribute__((noinline))
+
 namespace hosfl {
 namespace HOSFL_ISA {
 namespace {
