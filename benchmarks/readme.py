@@ -283,7 +283,7 @@ def study(result: dict[str, Any]) -> str:
     return f"{what} {_machine(result)}\n\n{_table(head, rows)}"
 
 
-# Weights that move in a study's client half.
+# Weights that move in a study's client half, where a method has no `trains` of its own.
 MOVING = {
     "digits": 416,
     "digits-iid": 416,
@@ -291,7 +291,9 @@ MOVING = {
     "cifar10-noisy": 832,
     "cifar10-inverted": 832,
     "sst2": 6_912,
+    "sst2-forward": 288,
 }
+LORA = {"lora:1:*.layer.5.*": 6_912}
 
 
 def numbers(results: dict[str, dict[str, Any]]) -> str:
@@ -301,8 +303,9 @@ def numbers(results: dict[str, dict[str, Any]]) -> str:
         for method, r in result["methods"].items():
             if r["settings"].get("method", "ho") == "ho" and r["settings"].get("trains") != "biases":
                 directions = r["settings"].get("directions", Config().directions)
-                count = directions * result["rounds"] / MOVING[name]
-                formula = f"{directions} x {result['rounds']} / {MOVING[name]}"
+                weights = LORA.get(r["settings"].get("trains"), MOVING[name])
+                count = directions * result["rounds"] / weights
+                formula = f"{directions} x {result['rounds']} / {weights}"
                 rows.append((count, [f"{name}: {method}", formula, f"{count:.1f}", f"{r['loss_gap_recovered']:.2f}"]))
     head = ["study and method", "P x rounds / weights", "numbers per weight", "loss gap recovered"]
     return _table(head, [row for _, row in sorted(rows)])
@@ -354,7 +357,8 @@ def overview(results: dict[str, dict[str, Any]]) -> str:
     rows = []
     for name, result in results.items():
         methods = result["methods"]
-        ho = [cell(methods[method]) for method in ("ho, pool", "ho, one backward pass")]
+        passes = "ho, forward passes" if "ho, forward passes" in methods else "ho, pool"
+        ho = [cell(methods[method]) for method in (passes, "ho, one backward pass")]
         controls = [cell(methods[method], share=False) for method in ("frozen", "first-order")]
         rows.append([name, f"{MOVING[name]:,}", str(result["rounds"]), controls[0], *ho, controls[1]])
     head = ["study", "weights that move", "rounds", "frozen", "HO-SFL, 5 forward passes", "HO-SFL, one backward pass"]
