@@ -536,7 +536,6 @@ def _required(xs):
         (lambda xs: None, {"factors": [1.0, 3.0]}, ValueError, "factors\\[1\\] must be a power of two"),
         (lambda xs: None, {"starts": [0, 2**63 - 1]}, ValueError, "beyond 2\\^63"),
     ],
-    ids=str,
 )
 def test_a_list_that_was_right_is_looked_at_again(change, options, error, message):
     xs = [torch.zeros(8, 8), torch.zeros(8, 8)]
