@@ -10,7 +10,7 @@ namespace HOSFL_ISA {
 namespace {
 
 // The 64-bit products of the even lanes.
-static inline __attribute__((always_inline)) U64 multiply_even(U64 x, U64 m) {
+HOSFL_INLINE U64 multiply_even(U64 x, U64 m) {
 #if HOSFL_LANES == 16
   return (U64)_mm512_mul_epu32((__m512i)x, (__m512i)m);
 #elif HOSFL_LANES == 8
@@ -23,7 +23,7 @@ static inline __attribute__((always_inline)) U64 multiply_even(U64 x, U64 m) {
 }
 
 // Shuffles where there are two sources of lanes to choose from: the ports that multiply also shift.
-static inline __attribute__((always_inline)) U32 multiply_high(U32 x, uint32_t m) {
+HOSFL_INLINE U32 multiply_high(U32 x, uint32_t m) {
   const U64 factor = U64{} + m;
 #if HOSFL_LANES == 16
   constexpr auto ODD = _MM_PERM_ENUM(0xF5);  // every lane becomes the odd one of its pair
@@ -42,8 +42,8 @@ static inline __attribute__((always_inline)) U32 multiply_high(U32 x, uint32_t m
 
 // The four words of GROUP columns of a block, from `col` on. `block` is a multiple of 64, so adding a column below 1024
 // to a block's number never carries.
-static inline __attribute__((always_inline)) void philox_group(uint64_t seed, uint64_t block, uint32_t stream,
-                                                               uint32_t tag, int64_t col, Words (&word)[4]) {
+HOSFL_INLINE void philox_group(uint64_t seed, uint64_t block, uint32_t stream, uint32_t tag, int64_t col,
+                               Words (&word)[4]) {
   U32 lane;
   for (int i = 0; i < LANES; ++i) lane[i] = uint32_t(block) + uint32_t(i);
 #pragma GCC unroll 4

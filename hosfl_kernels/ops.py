@@ -503,7 +503,7 @@ def _whole(place: Place, tensors: list[Array], stochastic: bool) -> tuple[Place,
     known = _found_right.get(key)
     if known is None:
         known = _checked(place, tensors, stochastic)
-        if len(_found_right) == LISTS:
+        if len(_found_right) >= LISTS:  # more where threads add at once
             _found_right.clear()
         _found_right[key] = known
     return known
