@@ -26,7 +26,7 @@ from hosfl.protocol.lattice import Lattice
 from hosfl.protocol.messages import Multiplier
 from hosfl.runs.assemble import assemble
 
-MU, SEEDS = 2.0**-5, [3, 1, 4, 15, 9]  # a step so large that what a pass rounds is small beside it
+MU, SEEDS = 2.0**-3, [3, 1, 4, 15, 9]  # a step so large that what a pass rounds is small beside it
 P = len(SEEDS)
 
 

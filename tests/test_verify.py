@@ -362,6 +362,15 @@ def test_a_model_that_returns_tuples():
     assert model.config.return_dict is False
 
 
+def test_the_model_is_compared_without_a_cache():
+    """With one it is another computation: keys and values lie elsewhere, and on some processors sums differ."""
+    model, seen = text_model("gpt2", "words"), []
+    model.transformer.h[0].register_forward_pre_hook(lambda *_: seen.append(model.config.use_cache))
+    split(model, 1)
+    assert seen[0] is False  # the whole runs first
+    assert model.config.use_cache is True
+
+
 @pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
 def test_checkpointed_activations_on_the_server(family):
     model, inputs = text_model(family, "classifier"), text("left")

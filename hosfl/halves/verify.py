@@ -83,12 +83,18 @@ def _name(model: nn.Module) -> str:
 
 
 def _call_whole(model: nn.Module, inputs: Inputs) -> Any:
-    """A transformer that was told to return tuples returns names for once."""
-    configs: list[Any] = [m.config for m in model.modules() if hasattr(getattr(m, "config", None), "return_dict")]
+    """As the halves run: a transformer returns names for once, and keeps no keys and values.
+
+    Those that it keeps lie elsewhere in memory than those that it does not, and on some processors attention sums them
+    in another order.
+    """
+    configs: list[Any] = [m.config for m in model.modules() if hasattr(m, "config")]
     with ExitStack() as stack:
         for config in configs:
-            stack.callback(setattr, config, "return_dict", config.return_dict)
-            config.return_dict = True
+            for name, value in (("return_dict", True), ("use_cache", False)):
+                if hasattr(config, name):
+                    stack.callback(setattr, config, name, getattr(config, name))
+                    setattr(config, name, value)
         return call(model, inputs)
 
 

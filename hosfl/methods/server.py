@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
@@ -86,8 +86,13 @@ class Server:
     passes: Passes = field(default_factory=no_passes)
 
     def __post_init__(self) -> None:
-        self._samples: dict[int, int] = {}
+        # Of the step that is under way: what `begin` empties.
+        self._number = 0
         self._gathered = gathered(self.aggregation)
+        self._samples: dict[int, int] = {}
+        self._answers: dict[int, Message] = {}
+        self._found: list[Tensor] = []  # losses
+        self._random: list[Tensor] = []  # the generators' states after the last cut
         numbers = self.batch * sum(torch.Size(shape).numel() for shape in (self.cut_shape, self.label_shape))
         if self.masked:
             numbers += self.batch * self.cut_shape[0]
@@ -182,35 +187,46 @@ class Server:
         if message.client >= self.clients:
             raise MessageError(f"there is no client {message.client} among {self.clients}")
 
-    def step(self, round: int, cuts: Sequence[Message]) -> tuple[dict[int, Message], float]:
+    def step(self, round: int, cuts: Iterable[Message]) -> tuple[dict[int, Message], float]:
         """Learn from every cut, one optimizer step; what is sent back by client, and the clients' aggregated loss.
 
         The half's own step takes the aggregate of the K gradients. With nothing acceptable there is no step, and the
-        loss is NaN.
+        loss is NaN. `begin`, `learn` and `end` are its parts, for cuts that come one by one.
         """
+        self.begin(round)
+        for message in cuts:
+            self.learn(message)
+        return self.end()
+
+    def begin(self, round: int) -> None:
+        """A step begins, of cuts of this number."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate(round)
         self.half.train()
         self.optimizer.zero_grad()
-        self._samples = {}
-        answers: dict[int, Message] = {}
-        losses = []
-        with self._dropout_of(round):
-            for message in cuts:
-                try:
-                    cut = self._check_cut(round, message)
-                    answer, loss = self._learn(round, cut)
-                except MessageError as error:
-                    self._refuse(f"round {round}, client {message.client}", error)
-                    continue
-                if answer is not None:
-                    answers[message.client] = answer
-                self._samples[message.client] = len(cut.labels)
-                losses.append(torch.tensor([loss], dtype=torch.float64))
-        if not losses:
+        self._number, self._gathered = round, gathered(self.aggregation)
+        self._samples, self._answers, self._found, self._random = {}, {}, [], []
+
+    def learn(self, message: Message) -> None:
+        """Learn from one cut, or refuse it. The order of the cuts is that of a sum and of dropout: let it be theirs."""
+        try:
+            with self._dropout():
+                cut = self._check_cut(self._number, message)
+                answer, loss = self._learn(self._number, cut)
+        except MessageError as error:
+            self._refuse(f"round {self._number}, client {message.client}", error)
+            return
+        if answer is not None:
+            self._answers[message.client] = answer
+        self._samples[message.client] = len(cut.labels)
+        self._found.append(torch.tensor([loss], dtype=torch.float64))
+
+    def end(self) -> tuple[dict[int, Message], float]:
+        """The step is taken. Returns what `step` does."""
+        if not self._found:
             return {}, float("nan")
         self._take_step()
-        return answers, float(self.aggregation(losses, [*self._samples.values()]))
+        return self._answers, float(self.aggregation(self._found, [*self._samples.values()]))
 
     def _learn(self, round: int, message: Cut) -> tuple[Message | None, float]:
         """Adds to what is gathered; what the client is sent, and its loss: here by forward and backward.
@@ -238,12 +254,19 @@ class Server:
         return [p for p in self.half.parameters() if p.requires_grad]
 
     @contextmanager
-    def _dropout_of(self, round: int) -> Iterator[None]:
+    def _dropout(self) -> Iterator[None]:
         """Dropout in the half is a function of the run's seed and the round, and nobody else's random numbers move."""
         device = next(self.half.parameters()).device
-        with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=device.type):
-            torch.manual_seed(round_seed(self.seed, Purpose.DROPOUT, round) % 2**63)
+        own = [] if device.type == "cpu" else [device]
+        with torch.random.fork_rng(devices=own, device_type=device.type):
+            if self._random:  # as the cut before left them
+                torch.set_rng_state(self._random[0])
+                for place, state in zip(own, self._random[1:], strict=True):
+                    torch.get_device_module(place).set_rng_state(state, place)
+            else:
+                torch.manual_seed(round_seed(self.seed, Purpose.DROPOUT, self._number) % 2**63)
             yield
+            self._random = [torch.get_rng_state(), *(torch.get_device_module(d).get_rng_state(d) for d in own)]
 
     def _backward(self, cut: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, float]:
         """The multiplier and the loss; adds the half's gradient to what is gathered.

@@ -72,12 +72,16 @@ class ZerothOrderServer(LossServer):
         super().__post_init__()
         self._heard: list[Cut] = []
         self._measured: list[Message] = []
+        self._seeded = 0  # the step's number, which its directions are drawn from
 
-    def step(self, round: int, cuts: Sequence[Message]) -> tuple[dict[int, Message], float]:
-        self._heard, self._measured, self._number = [], [], round * self.steps
-        answers, loss = super().step(round, cuts)
-        for number in range(round * self.steps + 1, (round + 1) * self.steps):
-            self._number = number
+    def begin(self, round: int) -> None:
+        super().begin(round)
+        self._heard, self._measured, self._seeded = [], [], round * self.steps
+
+    def end(self) -> tuple[dict[int, Message], float]:
+        answers, loss = super().end()
+        for number in range(self._number * self.steps + 1, (self._number + 1) * self.steps):
+            self._seeded = number
             if sum(map(self._estimate, self._heard)):
                 self._take_step()
         return answers, loss
@@ -95,7 +99,7 @@ class ZerothOrderServer(LossServer):
 
     def _seeds(self) -> tuple[int, ...]:
         """The step's directions, which are the same for all clients: so that P numbers are one's gradient."""
-        return direction_seeds(self.seed, self._number, self.directions, Purpose.SERVER)
+        return direction_seeds(self.seed, self._seeded, self.directions, Purpose.SERVER)
 
     def _estimate(self, message: Cut) -> bool:
         """Gather the server half's slopes, as measured with one client's cut; False, and nothing, if there are none."""

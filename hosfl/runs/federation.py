@@ -7,6 +7,7 @@ here; then it sends multipliers to those whose cuts it could learn from, and com
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -62,7 +63,8 @@ class Federation:
     clients: those made here so far. where: (rounds, epoch) that a client has applied, as far as the server knows.
     complained: what clients refused, the first thousand times; complaints: how many there were. visits: how many times
     a client took part. missing: how many times a client that was asked did not answer; why: of the round's, by client.
-    seconds: of the last round, by phase: "cuts" and "answers" are spent on the engine and the clients, "server" here.
+    seconds: of the last round, by phase: "cuts" and "answers" are spent on the engine and the clients, "server" here;
+    it learns from a cut while those of other clients are still on their way.
     took_part: clients whose answers were the last round's; whose cuts, where a method needs no answers.
     """
 
@@ -105,45 +107,60 @@ class Federation:
         """
         self.seconds, self.why = dict.fromkeys(("cuts", "server", "answers"), 0.0), {}
         try:
-            invited = self.invited(round)
-            late = self.late()
+            invited, first = self.invited(round), round * self.exchanges
+            self.server.begin(first)
+            learning = _InOrder(invited, self._learn)
+            for message in self.late():
+                self._learn(message)
             with self._timed("cuts"):
-                sent = self._reached(Invitation, round, invited)
+                sent = self._reached(Invitation, round, invited, learning)
             self.visits += len(sent)
-            cuts = [message for message in late if message is not None] + [sent[n] for n in sorted(sent)]
-            losses = []
-            for exchange in range(round * self.exchanges, (round + 1) * self.exchanges):
+            with self._timed("server"):
+                multipliers, loss = self.server.end()
+            losses = [loss]
+            for exchange in range(first + 1, first + self.exchanges):
+                cuts = self._answers(multipliers, sent)
                 with self._timed("server"):
                     multipliers, loss = self.server.step(exchange, cuts)
                 losses.append(loss)
-                # A late cut can be of this very round, which died once and began again: its sender may not be here.
-                learn = sent if self.server.ledger is not None else {}
-                with self._timed("answers"):
-                    answers = self._answers({n: [m] for n, m in multipliers.items() if n in learn})
-                cuts = [answers[n] for n in sorted(answers)]
+            answers = self._answers(multipliers, sent)
             with self._timed("server"):
-                self.server.commit(round, cuts)
-            self.took_part = sorted(answers if multipliers and learn else sent)
+                self.server.commit(round, answers)
+            learnt = multipliers and self.server.ledger is not None
+            self.took_part = [m.client for m in answers] if learnt else sorted(sent)
         finally:
             self._leave()
         return sum(losses) / len(losses)
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
-        begin = time.perf_counter()
+        """Adds what the block takes to a phase, but for what is timed within it."""
+        begin, before = time.perf_counter(), sum(self.seconds.values())
         yield
-        self.seconds[phase] += time.perf_counter() - begin
+        self.seconds[phase] += time.perf_counter() - begin - (sum(self.seconds.values()) - before)
 
-    def _reached(self, what: type[Invitation | Audit], round: int, clients: Sequence[int]) -> dict[int, Message]:
-        """The cuts or digests of clients, by number: everybody takes first what it has missed."""
+    def _learn(self, message: Message | None) -> None:
+        if message is not None:
+            with self._timed("server"):
+                self.server.learn(message)
+
+    def _reached(
+        self, what: type[Invitation | Audit], round: int, clients: Sequence[int], order: _InOrder | None = None
+    ) -> dict[int, Message]:
+        """The cuts or digests of clients, by number: everybody takes first what it has missed.
+
+        order: is told of them as they come, and of who sends none.
+        """
         ends, found = self._ends(), dict[int, Message]()
         asks = {n: self._news(n) for n in clients}
         if self.server.ledger is not None:
             # Where a client is, it says at once: nobody who computes is waited for meanwhile.
             unknown = {n: asks.pop(n) for n in clients if n not in self.where}
-            asks |= self._ask(what, round, unknown, ends, found)
+            asks |= self._ask(what, round, unknown, ends, found, order)
         for _ in range(TRIES):
-            asks = self._ask(what, round, asks, ends, found)
+            asks = self._ask(what, round, asks, ends, found, order)
+        if order is not None:
+            order.end()
         return found
 
     def _ask(
@@ -153,18 +170,23 @@ class Federation:
         asks: Mapping[int, Sequence[Message]],
         ends: float | None,
         found: dict[int, Message],
+        order: _InOrder | None,
     ) -> dict[int, list[Message]]:
         """Adds what came to `found`; returns what to send those who said that they are elsewhere."""
         again: dict[int, list[Message]] = {}
         wanted = {n: what(client=n, round=round, epoch=self.server.epoch) for n in asks}
         enough = self.enough if what is Invitation else None
-        for message in self._replies({n: [*news, wanted[n]] for n, news in asks.items()}, ends):
-            client = message.client
+        for client, message in self._replies({n: [*news, wanted[n]] for n, news in asks.items()}, ends):
             if isinstance(message, (Hello, Differs, Statistics)):
                 of = self.server.calibration if isinstance(message, Statistics) else self.server.welcome
                 news = of(message)
                 if news is not None:
                     again[client] = [news]
+                    continue
+                message = None
+            if order is not None:
+                order.came(client, message)
+            if message is None:
                 continue
             found[client] = message
             for applied in asks[client]:
@@ -173,17 +195,23 @@ class Federation:
                 return {}
         return again
 
-    def _answers(self, asks: Mapping[int, Sequence[Message]]) -> dict[int, Message]:
-        """What clients answer to their multipliers, by number."""
+    def _answers(self, multipliers: Mapping[int, Message], sent: Mapping[int, Message]) -> list[Message]:
+        """What clients answer to their multipliers, in their order. sent: their cuts."""
+        # A late cut can be of this very round, which died once and began again: its sender may not be here.
+        asks = {n: [m] for n, m in multipliers.items() if n in sent and self.server.ledger is not None}
         found: dict[int, Message] = {}
-        for message in self._replies(asks, self._ends()):
-            found[message.client] = message
-            if self.enough is not None and len(found) >= self.enough:
-                break
-        return found
+        with self._timed("answers"):
+            for client, message in self._replies(asks, self._ends()):
+                if message is not None:
+                    found[client] = message
+                if self.enough is not None and len(found) >= self.enough:
+                    break
+        return [found[n] for n in sorted(found)]
 
-    def _replies(self, asks: Mapping[int, Sequence[Message]], ends: float | None) -> Iterator[Message]:
-        """What comes back, as it comes. Whoever closes this is done with the ask."""
+    def _replies(
+        self, asks: Mapping[int, Sequence[Message]], ends: float | None
+    ) -> Iterator[tuple[int, Message | None]]:
+        """What comes back, as it comes: None where it is nothing. Whoever closes this is done with the ask."""
         data: dict[int, bytes] = {}
         for client, messages in asks.items():
             carried = self.wire.carry(client, messages)
@@ -194,9 +222,7 @@ class Federation:
         if not data:
             return
         for reply in self.engine.ask(data, None if ends is None else max(0.0, ends - time.monotonic())):
-            message = self._heard(reply)
-            if message is not None:
-                yield message
+            yield reply.client, self._heard(reply)
 
     def _heard(self, reply: Reply) -> Message | None:
         """The message of a reply, if it brings one that can be read."""
@@ -344,6 +370,30 @@ class Federation:
         if isinstance(self.server.ledger, SeedReplay) and self.server.ledger.log is not None:
             self.server.ledger.log.close()
         self.engine.close()
+
+
+class _InOrder:
+    """Hands on what comes of several clients in their order, each once those before it have come, or never will."""
+
+    def __init__(self, clients: Iterable[int], take: Callable[[Message], None]) -> None:
+        self.take, self._waiting = take, deque(sorted(clients))
+        self._there: dict[int, Message | None] = {}
+
+    def came(self, client: int, message: Message | None) -> None:
+        """Its message is here; None: there will be none."""
+        self._there[client] = message
+        while self._waiting and self._waiting[0] in self._there:
+            self._next()
+
+    def end(self) -> None:
+        """Whoever has not come will not."""
+        while self._waiting:
+            self._next()
+
+    def _next(self) -> None:
+        message = self._there.pop(self._waiting.popleft(), None)
+        if message is not None:
+            self.take(message)
 
 
 def _after(news: Message) -> tuple[int, int]:
