@@ -69,6 +69,10 @@ results: bench
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.ways_to_learn
 	$(BIN)/python -m benchmarks.catchup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.liars
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.wire
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.engines
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rounds
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.ray_clients
 	$(BIN)/hosfl memory --out benchmarks/results/client-memory.json
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[bench]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.curves

@@ -2,13 +2,14 @@
 
     python -m benchmarks.liars [--jobs N] [--out FILE] [--set NAME=VALUE ...]
 
-All ten take part in every round. A lie is one of `hosfl.runs.faults.LIES`. --set: of any setting of Config, for all
-runs.
+All ten take part in every round. A lie is one of `hosfl.runs.faults.LIES`. The clients' data are unlike, as digits has
+them by default, or alike. --set: of any setting of Config, for all runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -33,19 +34,21 @@ CLIENTS, LIARS = 10, 2
 COMMON: dict[str, Any] = {"clients": CLIENTS, "sampled": CLIENTS, "rounds": 60, "batch": 16, "directions": 2}
 SETTINGS: dict[str, dict[str, Any]] = {
     "weighted": {"aggregation": "weighted"},
+    "weighted, clipped": {"aggregation": "weighted", "clip": 1.0, "server_clip": 0.1},
     "median": {"aggregation": "median"},
     "trimmed": {"aggregation": "trimmed"},
 }
+DATA: dict[str, dict[str, Any]] = {"unlike": {}, "alike": {"partition": "iid"}}
 HONEST = "none"
 
-Job = tuple[str, str, int, dict[str, Any]]  # name in SETTINGS, lies, seed, what all have in common
+Job = tuple[str, str, str, int, dict[str, Any]]  # names in DATA and SETTINGS, lies, seed, what all have in common
 
 
 def run(job: Job) -> dict[str, Any]:
     """One run's accuracy and loss on test data, None where it diverges, and how many messages the server refused."""
     torch.set_num_threads(1)
-    name, lies, seed, common = job
-    config = Config(**common, **SETTINGS[name], seed=seed, evaluate_every=common["rounds"])
+    data, name, lies, seed, common = job
+    config = Config(**{**common, **DATA[data], **SETTINGS[name]}, seed=seed, evaluate_every=common["rounds"])
     faults = Faults() if lies == HONEST else Faults(byzantine=LIARS / CLIENTS, lies=lies)
     try:
         outcome = simulate(config, faults)
@@ -68,12 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--set", type=setting, nargs="*", default=[], metavar="NAME=VALUE")
     options = parser.parse_args(arguments)
     common = COMMON | dict(options.set)
-    jobs: list[Job] = [(name, lies, seed, common) for lies in (HONEST, *LIES) for name in SETTINGS for seed in SEEDS]
+    told = (HONEST, *LIES)
+    jobs: list[Job] = [(*which, common) for which in itertools.product(DATA, SETTINGS, told, SEEDS)]
     with ProcessPoolExecutor(options.jobs) as pool:
         done = list(track(pool.map(run, jobs), total=len(jobs), description="runs"))
-    rows: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for (name, lies, *_), result in zip(jobs, done, strict=True):
-        rows.setdefault(lies, {}).setdefault(name, []).append(result)
+    rows: dict[str, dict[str, dict[str, list[dict[str, Any]]]]] = {}
+    for (data, name, lies, *_), result in zip(jobs, done, strict=True):
+        rows.setdefault(data, {}).setdefault(lies, {}).setdefault(name, []).append(result)
     settings = {name: common | mine for name, mine in SETTINGS.items()}
     found = {"machine": machine(), "seeds": SEEDS, "liars": LIARS, "settings": settings, "rows": rows}
     options.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -92,6 +92,68 @@ def ways(result: dict[str, Any]) -> str:
     return f"Seeds {', '.join(map(str, result['seeds']))}. {_machine(result)}\n\n{_table(head, rows)}"
 
 
+def wire(result: dict[str, Any]) -> str:
+    """Bytes and what they cost: means over seeds with their standard errors, and of the loss the paired difference."""
+
+    def cell(values: Sequence[float]) -> str:
+        return f"{mean(values):.4f} ± {stdev(values) / len(values) ** 0.5:.4f}"
+
+    types = result["types"]
+    plain = [run["loss"] for run in next(iter(types.values()))]
+    rows = []
+    for name, runs in types.items():
+        more = [run["loss"] - loss for run, loss in zip(runs, plain, strict=True)]
+        cells = [cell([run[quantity] for run in runs]) for quantity in ("accuracy", "loss")]
+        size = mean(run["bytes"] for run in runs)
+        rows.append([name, f"{size / 1e3:.1f}", *cells, cell(more) if any(more) else ""])
+    head = ["`--wire`", "KB per client and round", "test accuracy", "test loss", "loss above the first row's"]
+    return f"Digits, seeds {', '.join(map(str, result['seeds']))}. {_machine(result)}\n\n{_table(head, rows)}"
+
+
+def rounds(result: dict[str, Any]) -> str:
+    """A round by phase, engine by engine."""
+    rows = []
+    for half, engines in result["halves"].items():
+        for engine, row in engines.items():
+            phases = ("round", "cuts", "server", "answers", "engine", "clients")
+            times = [f"{1e3 * row['seconds'][phase]:,.1f}" for phase in phases]
+            rows.append([f"{half}, {engine}", *times, f"{row['ratio']:.2f}", f"{sum(row['bytes']) / 1e3:,.0f}"])
+    head = ["ms", "round", "cuts", "server", "answers", "the engine alone", "the clients alone", "of its parts", "KB"]
+    what = f"{result['clients']} clients, medians of {result['rounds']} rounds."
+    return f"{what} {_machine(result)}\n\n{_table(head, rows)}"
+
+
+def exchanges(result: dict[str, Any]) -> str:
+    """What an exchange of bytes costs, engine by engine."""
+    engines = result["engines"]
+    sizes = next(iter(engines.values()))
+    rows = []
+    for size in sizes:
+        cells = [
+            f"{1e3 * r['median']:.1f} ({1e3 * r['least']:.1f} to {1e3 * r['most']:.1f})" for r in _of(engines, size)
+        ]
+        rows.append([size, *cells])
+    what = f"{result['clients']} clients, as many bytes to and fro of each; ms, median (least to most)."
+    return f"{what} {_machine(result)}\n\n{_table(['', *engines], rows)}"
+
+
+def crowd(result: dict[str, Any]) -> str:
+    """A crowd of simulated clients over a few actors."""
+    spent, peak = result["seconds a round"], result["peak MB"]
+    actors = ", ".join(f"{size:,.0f}" for size in peak["actors"])
+    return (
+        f"{result['clients']:,} clients of one sample each over {result['actors']} actors, {result['sampled']} a round,"
+        f" {result['rounds']} rounds, {result['dropout']:.0%} of the answers lost ({result['lost']:,}):"
+        f" {spent['median']:.2f} s a round (nine of ten within {spent['p90']:.2f}), at most {peak['server']:,.0f} MB at"
+        f" the server and {actors} at the actors. {result['audited']} clients and a newcomer were brought up to date:"
+        f" {'one digest' if result['one digest'] else 'THEIR DIGESTS DIFFER'}. {_machine(result)}"
+    )
+
+
+def _of(rows: dict[str, Any], name: str) -> list[Any]:
+    return [row[name] for row in rows.values()]
+
+
 def tuning(result: dict[str, Any]) -> str:
     """The winners of the tuning."""
     rows = [
@@ -342,9 +404,12 @@ def liars(result: dict[str, Any]) -> str:
         f"{result['liars']} liars of {config.clients} clients, all of which take part in every one of {config.rounds} "
         f"rounds, with batches of {config.batch}; seeds {', '.join(map(str, result['seeds']))}."
     )
-    rows = [[LIE[lie], *map(cell, row.values()), refusals(row)] for lie, row in result["rows"].items()]
     head = ["what they lie about", *result["settings"], "messages refused in a run"]
-    return f"{what} {_machine(result)}\n\n{_table(head, rows)}"
+    tables = [f"{what} {_machine(result)}"]
+    for data, lies in result["rows"].items():
+        rows = [[LIE[lie], *map(cell, row.values()), refusals(row)] for lie, row in lies.items()]
+        tables.append(f"Clients whose data are {data}:\n\n{_table(head, rows)}")
+    return "\n\n".join(tables)
 
 
 def overview(results: dict[str, dict[str, Any]]) -> str:
@@ -374,6 +439,12 @@ DOCS = ROOT / "docs"
 PAGES: dict[Path, Sections] = {
     ROOT / "README.md": {"overview": (ALL_STUDIES, overview)},
     DOCS / "estimators.md": {"estimators": ("estimators-cpu.json", estimators)},
+    DOCS / "federation.md": {
+        "rounds": ("rounds.json", rounds),
+        "exchanges": ("engines.json", exchanges),
+        "wire": ("digits-wire.json", wire),
+        "crowd": ("ray-clients.json", crowd),
+    },
     DOCS / "results-digits.md": {
         "digits": ("digits/table.json", digits),
         "ways": ("digits-ways.json", ways),

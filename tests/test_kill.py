@@ -181,7 +181,7 @@ class Trial:
         assert summary["replicas"]["equal"]
         assert (summary["rounds"], summary["interrupted"], summary["failure"]) == (ROUNDS, False, None)
         lines = (self.folder / "metrics.jsonl").read_text().splitlines()
-        evaluations = [Evaluation.read(line) for line in lines]
+        evaluations = [Evaluation.read(line)[0] for line in lines]
         assert not list(self.folder.glob("*.tmp"))
         self.found["epochs"] += sum(isinstance(r, EpochRecord) for r in log.records)
         self.found["void rounds"] += sum(isinstance(r, RoundRecord) for r in log.records) - ROUNDS

@@ -102,10 +102,11 @@ def test_the_table(whole):
     assert "multiplier down" not in rows["frozen"]["bytes_per_client_round"]
 
 
-def test_equal_seconds_are_those_of_first_order(tmp_path, whole):
-    """Losses of 8, 4 and 2 after 1, 2 and 3 seconds, where frozen ends at 10 and first-order at 0 after 1.5."""
+@pytest.mark.parametrize(("first", "share"), [(1, 0.4), (1.5, 0.2), (1.6, None)])  # 6 is between 8 and 4
+def test_equal_seconds_are_those_of_first_order(tmp_path, whole, first, share):
+    """Losses of 8, 4 and 2, the 8 after `first` seconds, where frozen ends at 10 and first-order at 0 after 1.5."""
     shutil.copytree(whole, tmp_path / "study")
-    seconds, losses = {"frozen": 1, "first-order": 0.5, "ho-fresh": 1}, {"frozen": 10, "first-order": 0}
+    seconds, losses = {"frozen": 1, "first-order": 0.5, "ho-fresh": first}, {"frozen": 10, "first-order": 0}
     for path in (tmp_path / "study").glob("runs/*/*.json"):
         run = json.loads(path.read_text())
         for n, evaluation in enumerate(run["evaluations"]):
@@ -113,7 +114,7 @@ def test_equal_seconds_are_those_of_first_order(tmp_path, whole):
             evaluation["loss"] = losses.get(path.parent.name, 8 / 2**n)
         path.write_text(json.dumps({**run, "loss": run["evaluations"][-1]["loss"]}))
     rows = studies.table(load_study(tmp_path / "study" / "study.yaml"), tmp_path / "study")["methods"]
-    assert rows["ho, fresh"]["loss_gap_in_equal_seconds"] == pytest.approx(0.4)  # 6 is between 8 and 4
+    assert rows["ho, fresh"]["loss_gap_in_equal_seconds"] == (share and pytest.approx(share))
     assert rows["ho, fresh"]["loss_gap_recovered"] == pytest.approx(0.8)
     assert [rows[m]["loss_gap_in_equal_seconds"] for m in ("frozen", "first-order")] == [0, 1]
 

@@ -60,12 +60,12 @@ class Evaluation:
         return cls(round, first, loss, training, sum(moved.values()), moved, seconds, scores)
 
     @classmethod
-    def read(cls, line: str) -> Evaluation:
-        """The evaluation of a line of metrics.jsonl. Raises ValueError or TypeError for what is none."""
+    def read(cls, line: str) -> tuple[Evaluation, str]:
+        """A line of metrics.jsonl: the evaluation, and whose it is. Raises ValueError or TypeError for what is none."""
         values: dict[str, Any] = dict(json.loads(line))
-        values.pop("run", None)
+        run = str(values.pop("run", ""))
         values |= {name: math.nan for name, value in values.items() if value is None}
-        return cls(**values)
+        return cls(**values), run
 
 
 @dataclass(frozen=True)
@@ -271,10 +271,10 @@ class Writer:
         lines = path.read_bytes().decode(errors="replace").split("\n") if path.exists() else []
         for line in lines:
             try:
-                evaluation = Evaluation.read(line)
+                evaluation, run = Evaluation.read(line)
             except (ValueError, TypeError, RecursionError):
                 break
-            if json.loads(line).get("run") != self.run:
+            if run != self.run:
                 raise ProvenanceError(f"{path} has evaluations of another run: put its own back, or remove it")
             if evaluation.round > round:
                 break

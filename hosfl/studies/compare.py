@@ -59,7 +59,7 @@ def compare(
         if len(data) > 1:
             raise ProvenanceError(f"the data changed while the runs went on: {folder} saw others than the runs before")
         lines = (folder / "metrics.jsonl").read_text().splitlines()
-        curves.setdefault(name, []).append([Evaluation.read(line) for line in lines])
+        curves.setdefault(name, []).append([Evaluation.read(line)[0] for line in lines])
     shared = {k: v for k, v in DEFAULTS.items() if k not in ("method", "seed")}
     for config in configs:  # that of a method which does not read a setting has its default
         shared |= {k: v for k, v in asdict(config).items() if k in shared and v != DEFAULTS[k]}

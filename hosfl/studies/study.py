@@ -721,17 +721,23 @@ def _add_gap(rows: dict[str, Any]) -> None:
         row[f"{q}_gap_recovered"] = row[f"{q}_gap_in_equal_seconds"] = None
         if len(low) == len(high) == 1 and row["curves"]:
             controls = low[0][q], high[0][q]
-            by_then = mean(_reached(curve, end, q) for curve in row["curves"])
             row[f"{q}_gap_recovered"] = gap_recovered(row[q], *controls)
-            row[f"{q}_gap_in_equal_seconds"] = gap_recovered(by_then, *controls)
+            by_then = [_reached(curve, end, q) for curve in row["curves"]]
+            known = [value for value in by_then if value is not None]
+            if len(known) == len(by_then):
+                row[f"{q}_gap_in_equal_seconds"] = gap_recovered(mean(known), *controls)
 
 
-def _reached(curve: Sequence[Mapping[str, Any]], seconds: float, quantity: str) -> float:
-    """What a run had reached after so many seconds; before its first evaluation, that one's value."""
+def _reached(curve: Sequence[Mapping[str, Any]], seconds: float, quantity: str) -> float | None:
+    """What a run had reached after so many seconds; None before its first evaluation, when nobody knows."""
     curve = [e for e in curve if e[quantity] is not None]
     after = next((n for n, e in enumerate(curve) if e["seconds"] >= seconds), len(curve))
-    if after in (0, len(curve)):
-        return float(curve[min(after, len(curve) - 1)][quantity])
-    a, b = curve[after - 1], curve[after]
+    if after == len(curve):
+        return float(curve[-1][quantity])
+    a, b = curve[max(0, after - 1)], curve[after]
+    if b["seconds"] == seconds:
+        return float(b[quantity])
+    if after == 0:
+        return None
     part = (seconds - a["seconds"]) / (b["seconds"] - a["seconds"])
     return float(a[quantity] + part * (b[quantity] - a[quantity]))
