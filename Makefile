@@ -12,11 +12,12 @@ train: $(VENV)/ready
 	rm -rf $(OUT)
 	OMP_NUM_THREADS=1 $(BIN)/hosfl compare --out $(OUT)
 
-# A process per core, and a file's tests in one of them: they share what they make once. OPTIONS goes to pytest, such as
-# OPTIONS="--isa avx2": the kernels' instruction set.
+# One process more than there are cores, since some tests wait; a file's tests in one of them: they share what they make
+# once. OPTIONS goes to pytest, such as OPTIONS="--isa avx2": the kernels' instruction set.
+PROCESSES = $(shell cores=$$(getconf _NPROCESSORS_ONLN); echo $$((cores < 4 ? cores + 1 : 4)))
 test: $(VENV)/ready
 	@.ci/broker
-	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile $(OPTIONS)
+	$(BIN)/python -m pytest -m "not slow" -n $(PROCESSES) --dist loadfile $(OPTIONS)
 
 test-slow: $(VENV)/ready
 	@.ci/broker

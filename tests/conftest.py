@@ -32,6 +32,18 @@ def pytest_addoption(parser):
     parser.addoption("--isa", choices=_cpp.supported(), help="of the C++ kernels (default: the best there is)")
 
 
+# Of the tests marked `families`, `make test` runs those of these: one for each way to build a transformer, or a picture
+# model. `make test-slow` runs the others.
+FEW = ("opt", "gpt2", "llama", "gemma3_text", "bert", "modernbert", "deberta-v2", "t5", "vit", "resnet", "torchvision")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("families") and item.callspec.params["family"] not in FEW:
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_generate_tests(metafunc):
     if metafunc.definition.get_closest_marker("learning"):
         metafunc.parametrize("seed", range(metafunc.config.getoption("--seeds")), indirect=True, scope="module")

@@ -54,6 +54,7 @@ def relative(found, expected):
 PURE = ("gpt2", "bert", "roberta", "xlm-roberta")
 
 
+@pytest.mark.families
 @pytest.mark.parametrize("family", TEXT)
 def test_the_derivative_of_every_text_family(family):
     half = split(differentiable(family), 2).client.double()
@@ -69,6 +70,7 @@ def test_the_derivative_of_every_text_family(family):
             assert relative(found, difference(half, inputs, 1e-4)) < 1e-3
 
 
+@pytest.mark.families
 @pytest.mark.parametrize("family", TEXT)
 @pytest.mark.parametrize("padding", ["left", "all"])
 def test_padding_gives_no_nan(family, padding):
@@ -274,6 +276,7 @@ def both_ways(half, inputs, microbatch=0, dist="rademacher", factors=None):
         return probe_backward(half, inputs, multiplier, seeds, dist, factors, microbatch), expected
 
 
+@pytest.mark.families
 @pytest.mark.parametrize("family", TEXT)
 def test_backward_of_every_text_family(family):
     half = split(differentiable(family), 2).client

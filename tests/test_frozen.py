@@ -157,6 +157,7 @@ def test_tied_weights_stay_one():
 # --- models -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.families
 @pytest.mark.parametrize("frozen", ["bfloat16", "int4"])
 @pytest.mark.parametrize("family", [*TEXT, *IMAGES])
 def test_every_family(family, frozen):

@@ -38,8 +38,19 @@ def test_the_instruction_set_is_the_one_asked_for(pytestconfig):
     assert _cpp.isa() == (pytestconfig.getoption("--isa") or _cpp.supported()[-1])
 
 
-@pytest.mark.parametrize("case", check.CASES, ids=str)
-@pytest.mark.parametrize("backend", HERE)
+def long_in_the_interpreter(backend, case):
+    """Several seconds; in float32 `make test` runs it."""
+    return backend == "triton" and not CUDA and case.records > 3 and case.dtype != "float32"
+
+
+@pytest.mark.parametrize(
+    ("backend", "case"),
+    [
+        pytest.param(b, c, id=f"{b}-{c}", marks=[pytest.mark.slow] if long_in_the_interpreter(b, c) else [])
+        for b in HERE
+        for c in check.CASES
+    ],
+)
 def test_case(backend, case):
     device = "cuda" if backend in ("triton", "cuda") and CUDA else "cpu"
     assert check.run_case(BACKENDS[backend], case, device) is None

@@ -27,16 +27,16 @@ SETTINGS = {
 
 
 class Federation:
-    """Four clients and a server. probing: seconds that an answer takes."""
+    """Four clients and a server. probing: seconds that an answer takes. drop: of the network's first absence."""
 
-    def __init__(self, folder, rounds, probing=0.03, deadline=3.0):
+    def __init__(self, folder, rounds, drop=4.0, probing=0.03, deadline=3.0):
         self.folder = folder
         self.broker = Broker(folder)
         self.broker.start()
         self.told = {**SETTINGS, "rounds": rounds, "over": {"deadline": deadline, "enough": 2, "least": 2}}
         self.server = server(folder, self.broker, **self.told)
         self.clients = [client(folder, self.broker, n, slow=probing) for n in range(CLIENTS)]
-        self.probing, self.committed = probing, []
+        self.probing, self.drop = probing, drop
 
     def round(self):
         return status(self.folder).get("round", 0)
@@ -88,7 +88,8 @@ class Federation:
     def a_client_lags(self, chance):
         self.stop([self.clients[chance.randrange(CLIENTS)]], 10 * self.probing + 1)
 
-    def the_network_drops(self, chance, seconds=4.0):
+    def the_network_drops(self, chance):
+        seconds, self.drop = self.drop, 4.0
         self.stop([self.broker], seconds)
 
     def the_server_sleeps(self, chance):
@@ -121,9 +122,9 @@ FAULTS = (
 )
 
 
-def soak(folder, faults, rounds, seed=0):
+def soak(folder, faults, rounds, seed=0, **told):
     chance = random.Random(seed)
-    federation = Federation(folder, rounds)
+    federation = Federation(folder, rounds, **told)
     try:
         federation.goes_on(2)
         for number in range(faults):
@@ -148,4 +149,4 @@ def test_every_kind_of_fault(tmp_path):
 
 @pytest.mark.slow
 def test_a_hundred_faults(tmp_path):
-    soak(tmp_path, faults=100, rounds=1500)
+    soak(tmp_path, faults=100, rounds=1500, drop=30.0)

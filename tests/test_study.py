@@ -166,6 +166,7 @@ def start(file, out, jobs):
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_killed_and_gone_on_with_two_workers(tmp_path, whole, file):
     out = tmp_path / "out"
     process = start(file, out, 1)

@@ -275,6 +275,7 @@ def test_rows_have_their_biases():
     assert torch.allclose(Rows(layer, [7, 2])(hidden), layer(hidden)[..., [7, 2]], atol=1e-6)
 
 
+@pytest.mark.families
 @pytest.mark.parametrize("padding", ["none", "left", "right", "all"])
 @pytest.mark.parametrize("family", [name for name in TEXT if FAMILIES[name].decoder])
 @torch.no_grad()

@@ -119,6 +119,7 @@ ON_TEXT = {
 CASES = [(family, fault) for family in FAMILIES for fault in (*FAULTS, *(ON_TEXT if family in TEXT else ()))]
 
 
+@pytest.mark.families
 @pytest.mark.parametrize(("family", "fault"), CASES)
 def test_a_fault_is_found(family, fault, monkeypatch):
     model, damage, cut = model_of(family), {**FAULTS, **ON_TEXT}[fault], SPLIT._halves
@@ -128,6 +129,7 @@ def test_a_fault_is_found(family, fault, monkeypatch):
     split(model, 2, verify=False)
 
 
+@pytest.mark.families
 @pytest.mark.parametrize("side", ["client", "server"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_layer_left_out_is_found_and_named(family, side):

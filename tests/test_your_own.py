@@ -203,6 +203,7 @@ methods: {{ho: {{grid: {{options: [{{hidden: 4}}, {{hidden: 8}}]}}}}}}
         read_study(text.replace("{hidden: 8}", "{hiden: 4}"))
 
 
+@pytest.mark.slow
 def test_a_stranger_s_study_in_processes_of_its_own(file, tmp_path):
     (tmp_path / "study.yaml").write_text(
         f"""
