@@ -155,6 +155,7 @@ def _join(options: argparse.Namespace) -> int:
         options.client / "state",
         data=options.data,
         task=options.task,
+        method=options.method,
         model=options.model,
         device=options.device,
     )

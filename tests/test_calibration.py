@@ -69,7 +69,11 @@ def settings(**own):
 
 
 def made(task, **own):
-    return assemble(Config(task="", **settings(**own)), task=task)[0]
+    """A federation before its first round."""
+    federation, _ = assemble(Config(task="", **settings(**own)), task=task)
+    if federation.config.calibrate:
+        federation.calibrate()
+    return federation
 
 
 def of(half):
@@ -320,7 +324,7 @@ def test_a_client_knows_what_it_is_told(task):
     assert federation.replicas().equal
 
 
-def test_with_nobody_acceptable_nothing_changes(task, monkeypatch):
+def test_with_nobody_acceptable_nothing_changes(task, monkeypatch, caplog):
     def fails(*_):
         raise ValueError("more than 1 value per channel")
 
@@ -329,6 +333,7 @@ def test_with_nobody_acceptable_nothing_changes(task, monkeypatch):
     assert torch.equal(of(federation.base), of(task.model[:6]))
     assert federation.complaints == 3
     assert "1 value per channel" in federation.complained[0]
+    assert "those of the model stay" in caplog.text
     assert federation.join(federation.make(0))
 
 
@@ -403,7 +408,10 @@ def test_statistics_of_another_run_are_refused(task, tmp_path):
     save_file({name: t for name, t in tensors.items() if name != "4.running_var"}, base)
     with pytest.raises(ProvenanceError, match=r"has no 4\.running_var"):
         train(task, tmp_path, resume=True, **told)
-    base.unlink()  # on this machine they come out the same
+    base.unlink()  # others may be here by now, who would find other statistics
+    with pytest.raises(ProvenanceError, match=r"base\.safetensors cannot be read.*Put it back"):
+        train(task, tmp_path, resume=True, **told)
+    base.write_bytes(right)
     train(task, tmp_path, resume=True, **told)
     assert base.read_bytes() == right
 
