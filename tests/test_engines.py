@@ -12,7 +12,7 @@ from pathlib import Path
 
 import answers
 import pytest
-from broker import Broker
+from broker import Plain
 
 from hosfl.engines.engine import EngineError, Reply
 from hosfl.engines.in_process import InProcess
@@ -98,7 +98,7 @@ class OverNats:
 
         folder = request.getfixturevalue("tmp_path")
         self.nats, self.run, self.clients = nats, f"run-{next(_runs)}", []
-        self.broker = Broker(folder)
+        self.broker = Plain(folder)
         self.broker.start()
         self.engine = self._engine()
 

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 
@@ -11,27 +10,17 @@ import pytest
 
 pytest.importorskip("nats")
 
-from broker import Broker
+from broker import Broker, free_port
 
 from hosfl.cli import main
 
 
-class Started(Broker):
-    """A federation's own broker."""
-
-    def __init__(self, folder, port):
-        super().__init__(folder)
-        self.settings, self.port = folder / "broker" / "nats.conf", port
-
-
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     folder = tmp_path_factory.mktemp("federation") / "fed"
-    assert main(["federation", "create", str(folder), "--clients", "3", "--address", f"127.0.0.1:{port}"]) == 0
-    started = Started(folder, port)
+    address = f"127.0.0.1:{free_port()}"
+    assert main(["federation", "create", str(folder), "--clients", "3", "--address", address]) == 0
+    started = Broker(folder / "broker" / "nats.conf", folder)
     started.start()
     yield folder
     started.stop()
