@@ -589,6 +589,18 @@ def test_a_run_over_an_engine_goes_on_with_its_statistics(tmp_path):
     assert again.files == files  # so that clients who kept their base need not fetch it
 
 
+def test_a_client_that_comes_back_is_told_once_more(tmp_path):
+    config, engine = Config(**settings(task=OWN, rounds=6)), Apart()
+
+    def forgets(done, *_):
+        if done == 3:
+            engine.endpoints.clear()
+
+    summary = alike(train(config), train(config, tmp_path, forgets, over=Over(engine)))
+    assert summary.refused == []
+    assert all(endpoint.client.calibrated for endpoint in engine.endpoints.values())
+
+
 def test_calibration_waits_for_enough_clients(tmp_path, monkeypatch):
     engine, told = Apart(), []
     engine.here = frozenset({2})
