@@ -485,6 +485,25 @@ def alike(here, there):
     return there
 
 
+def test_the_order_in_which_statistics_come_is_nothing(task, monkeypatch):
+    """A sum rounds otherwise in another order; and clients of this process leave as they do after a round."""
+
+    class Backwards(InProcess):
+        def ask(self, messages, deadline=None, enough=None):
+            yield from reversed(list(super().ask(messages, deadline, enough)))
+
+    federation, _ = assemble(Config(task="", **settings()), task=task)
+    federation.engine = Backwards(federation.engine.answer, 4)
+    came, commit = [], federation.server.calibrate
+    monkeypatch.setattr(federation.server, "calibrate", lambda answers: came.extend(answers) or commit(answers))
+    left = []
+    monkeypatch.setattr(federation, "put_back", left.append)
+    federation.calibrate()
+    assert len(came) == 3
+    assert [message.client for message in came] == sorted(message.client for message in came)
+    assert sorted(client.number for client in left) == [message.client for message in came]
+
+
 @pytest.mark.parametrize("own", [{}, {"trains": "xs:2"}, {"method": "first-order"}, {"method": "frozen"}], ids=str)
 def test_the_same_bits_with_clients_elsewhere(own, tmp_path):
     config = Config(**settings(task=OWN, **own))
