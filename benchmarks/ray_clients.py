@@ -85,7 +85,7 @@ def measure(clients: int, sampled: int, rounds: int, actors: int, share: float) 
             made.append(DropsOut(RayEngine(Everybody(files), count, actors), share))
             return made[0]
 
-        Over(engine).reach(federation, out)
+        Over(engine).reach(federation)
         seconds, losses = [], []
         try:
             for round in range(rounds):

@@ -113,12 +113,12 @@ class TimedEverybody:
 
 def client(member: Path, times: Path, data: str) -> None:
     """A client over NATS, in a process of its own. data: where texts are; "echo": answers without computing."""
-    from hosfl.engines.nats import NatsLine, Tls
+    from hosfl.engines.nats import NatsLine
     from hosfl.federation import Member
 
     me = Member.read(member)
     assert me.client is not None
-    line, number = NatsLine(f"tls://{me.address}", me.run, me.client, Tls(*me.pem)), me.client
+    line, number = NatsLine(f"tls://{me.address}", me.run, me.client, me.context()), me.client
     if data == "echo":
         return line.serve(echo)
     run, config = settings_of(line.fetch("run"), data=data)
@@ -140,7 +140,7 @@ def in_process(folder: Path, data: str) -> Iterator[Made | None]:
 
 @contextlib.contextmanager
 def over_nats(folder: Path, data: str) -> Iterator[Made]:
-    from hosfl.engines.nats import NatsEngine, Tls
+    from hosfl.engines.nats import NatsEngine
     from hosfl.federation import Member
 
     program = shutil.which("nats-server")
@@ -163,7 +163,7 @@ def over_nats(folder: Path, data: str) -> Iterator[Made]:
 
         def engine(files: dict[str, bytes] | None) -> Engine:
             member = Member.read(fed / "server")
-            engine = NatsEngine(f"tls://{member.address}", member.run, CLIENTS, Tls(*member.pem))
+            engine = NatsEngine(f"tls://{member.address}", member.run, CLIENTS, member.context())
             ends.callback(engine.close)
             of = "echo" if files is None else data
             for number in range(CLIENTS):

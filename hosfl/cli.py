@@ -139,6 +139,9 @@ def parser(preset: str | None = None) -> argparse.ArgumentParser:
     client.add_argument(
         "--task", default="", help="FILE.py:FUNCTION of yours, where the run's task is not the library's"
     )
+    client.add_argument(
+        "--method", default="", help="FILE.py:CLASS of yours, where the run's method is not the library's"
+    )
     client.add_argument("--model", default="", help="a folder or name, where the run has a model of its own")
     client.add_argument("--device", default="cpu", help="where to compute (default: %(default)s)")
     state = command("status", "show how a federation's run stands: who is here, round, loss, bytes, what was refused")

@@ -132,7 +132,7 @@ def _serve(options: argparse.Namespace) -> int:
         federation.check_broker(member)
     except OSError as error:
         logging.warning("no broker answers at %s (%s): it is waited for", member.address, error)
-    engine = nats.NatsEngine(f"tls://{member.address}", member.run, config.clients, nats.Tls(*member.pem))
+    engine = nats.NatsEngine(f"tls://{member.address}", member.run, config.clients, member.context())
     try:
         over = Over(engine, options.deadline, options.enough, options.least)
         return _run(config, out, options.resume is not None, over)
@@ -146,7 +146,7 @@ def _join(options: argparse.Namespace) -> int:
     if member.client is None:
         raise ValueError(f"{options.client} is the server's folder: name a client's, such as clients/0")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    line = nats.NatsLine(f"tls://{member.address}", member.run, member.client, nats.Tls(*member.pem))
+    line = nats.NatsLine(f"tls://{member.address}", member.run, member.client, member.context())
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: line.close())
     join(
@@ -155,6 +155,7 @@ def _join(options: argparse.Namespace) -> int:
         options.client / "state",
         data=options.data,
         task=options.task,
+        method=options.method,
         model=options.model,
         device=options.device,
     )

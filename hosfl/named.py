@@ -30,6 +30,12 @@ def named(name: str, what: str, known: Mapping[str, str]) -> Any:
         raise ValueError(f"{what} {name!r}: there is no {inner} in {place}") from None
 
 
+def absolute(name: str) -> str:
+    """A reference that means the same in every folder: the file of "FILE.py:name" by its whole path."""
+    place, colon, inner = name.rpartition(":")
+    return f"{Path(place).absolute()}{colon}{inner}" if place.endswith(".py") else name
+
+
 def label(name: str) -> str:
     """What a name is called in tables and folders: of a reference, what stands behind its colon."""
     return name.rpartition(":")[2]

@@ -1,49 +1,72 @@
-"""A NATS broker for the tests, certificates for it, and a client that speaks its protocol by hand."""
+"""NATS brokers for the tests, certificates for it, and a client that speaks its protocol by hand."""
 
 import os
 import shutil
 import socket
+import ssl
 import subprocess
 import time
 from datetime import datetime, timedelta, timezone
+from pathlib import Path
 
 import pytest
 
+NATS = shutil.which("nats-server", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
+
+
+def free_port():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
 
 class Broker:
-    """nats-server on a free port of this machine. lines: of its configuration."""
+    """nats-server with a configuration; it may be stopped and started again. Its log lies in `folder`."""
 
-    def __init__(self, folder, lines=""):
-        self.program = shutil.which("nats-server")
-        if self.program is None:
+    def __init__(self, conf, folder):
+        if NATS is None:
             said = "no nats-server on the path: https://docs.nats.io, or Debian's package of that name"
-            if os.environ.get("CI"):
-                pytest.fail(said)
-            pytest.skip(said)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.settings = folder / "nats.conf"
-        self.settings.write_text(f"host: 127.0.0.1\nport: {self.port}\n{lines}\n")
-        self.url = f"nats://127.0.0.1:{self.port}"
-        self.process = None
+            (pytest.fail if os.environ.get("CI") else pytest.skip)(said)
+        self.conf, self.log, self.process = Path(conf), folder / "broker.log", None
 
     def start(self):
-        log = self.settings.with_suffix(".log")
-        self.process = subprocess.Popen([self.program, "-c", self.settings, "-l", log])
-        for _ in range(500):
-            try:
-                socket.create_connection(("127.0.0.1", self.port)).close()
-                return
-            except OSError:
-                time.sleep(0.02)
-        raise RuntimeError(log.read_text())
+        with self.log.open("w") as log:
+            # Somewhere else than its files: the paths in its configuration must hold all the same.
+            self.process = subprocess.Popen([NATS, "-c", self.conf], stderr=log, cwd="/")
+        self._wait(lambda: "Server is ready" in self.log.read_text())
+
+    def _wait(self, until):
+        end = time.monotonic() + 30
+        while not until():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < end, self.log.read_text()
+            time.sleep(0.02)
+
+    def reload(self):
+        before = self.log.read_text().count("Reloaded server configuration")
+        subprocess.run([NATS, "--signal", f"reload={self.pid_file}"], check=True)
+        self._wait(lambda: self.log.read_text().count("Reloaded server configuration") > before)
+
+    @property
+    def pid_file(self):
+        """Where a federation's configuration has it."""
+        return self.conf.parent / "nats.pid"
 
     def stop(self):
         if self.process is not None:
             self.process.kill()
             self.process.wait()
             self.process = None
+
+
+class Plain(Broker):
+    """One that anybody may speak to, on a free port of this machine. lines: more of its configuration."""
+
+    def __init__(self, folder, lines=""):
+        super().__init__(folder / "nats.conf", folder)
+        self.port = free_port()
+        self.conf.write_text(f"host: 127.0.0.1\nport: {self.port}\n{lines}\n")
+        self.url = f"nats://127.0.0.1:{self.port}"
 
 
 class Stranger:
@@ -119,3 +142,10 @@ def certificates(folder, names):
         (folder / f"{name}.pem").write_bytes(signed.public_bytes(serialization.Encoding.PEM))
         kind, plain = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
         (folder / f"{name}.key").write_bytes(key.private_bytes(serialization.Encoding.PEM, kind, plain))
+
+
+def context(folder, name):
+    """For a connection with one of these certificates."""
+    made = ssl.create_default_context(cafile=folder / "ca.pem")
+    made.load_cert_chain(folder / f"{name}.pem", folder / f"{name}.key")
+    return made

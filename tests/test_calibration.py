@@ -3,50 +3,52 @@
 import copy
 import json
 import random
-import textwrap
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+import shifted
 import torch
 from safetensors.torch import load_file, save_file
+from shifted import moved, net, pictures
 from test_fuzz import mutated
+from test_join import Elsewhere
 from torch import nn
 
 from hosfl import Config, Task, rebuild, train
+from hosfl.engines.engine import Reply
+from hosfl.engines.in_process import InProcess
 from hosfl.methods import METHODS, calibration
-from hosfl.protocol.messages import Calibration, Cut, MessageError, Statistics, Wire, encode
+from hosfl.methods.endpoint import Endpoint
+from hosfl.methods.tensors import decoded as decode
+from hosfl.protocol.messages import (
+    Calibration,
+    Complaint,
+    Cut,
+    Hello,
+    Invitation,
+    MessageError,
+    Statistics,
+    Wire,
+    encode,
+    pack,
+    unpack,
+)
 from hosfl.protocol.provenance import ProvenanceError
 from hosfl.protocol.seeds import Purpose
 from hosfl.runs.assemble import assemble, evaluate
 from hosfl.runs.config import with_shared
 from hosfl.runs.faults import Faults
 from hosfl.runs.federation import Federation
+from hosfl.runs.join import Everybody
+from hosfl.runs.serve import Over
 from hosfl.runs.simulate import simulate
 from hosfl.tasks.items import Batches
 
 CHANNELS, CALIBRATE, BATCH = (4, 6), 3, 8
 NUMBERS = 2 * sum(CHANNELS)
+OWN = f"{shifted.__file__}:make"
 SHARED = {"rounds": 4, "clients": 4, "sampled": 3, "batch": BATCH, "directions": 2, "pool_size": 8, "trains": "norms"}
 SHARED |= {"server_rate": 0.01, "client_rate": 0.01, "evaluate_every": 2, "snapshot_every": 2}
-
-
-def pictures(n, seed):
-    """Of two classes: which half is brighter."""
-    chance = torch.Generator().manual_seed(seed)
-    x, labels = torch.randn(n, 1, 6, 6, generator=chance), torch.arange(n) % 2
-    x[labels == 0, :, :3] += 1
-    x[labels == 1, :, 3:] += 1
-    return x, labels
-
-
-def net():
-    first = [nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), nn.ReLU()]
-    return nn.Sequential(*first, nn.Flatten(), nn.Dropout(0.1), nn.Linear(24, 2))
-
-
-def shifted(x):
-    return 3 * x + 4
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def task():
         nn.functional.cross_entropy(model(x[chosen]), labels[chosen]).backward()
         optimizer.step()
     test = pictures(100, 1)
-    return Task(model, (shifted(x), labels), (shifted(test[0]), test[1]), nn.functional.cross_entropy, 6, classes=2)
+    return Task(model, (moved(x), labels), (moved(test[0]), test[1]), nn.functional.cross_entropy, 6, classes=2)
 
 
 def settings(**own):
@@ -69,7 +71,11 @@ def settings(**own):
 
 
 def made(task, **own):
-    return assemble(Config(task="", **settings(**own)), task=task)[0]
+    """A federation before its first round."""
+    federation, _ = assemble(Config(task="", **settings(**own)), task=task)
+    if federation.config.calibrate:
+        federation.calibrate()
+    return federation
 
 
 def of(half):
@@ -274,14 +280,22 @@ def test_hostile_calibration_is_refused(task, name):
 def test_mutated_bytes_change_nothing(task):
     federation, chance = made(task), random.Random(0)
     server, client = federation.server, federation.make(0)
+    endpoint = Endpoint(client, calibrates=True)
     whole = [
         encode(statistics()),
         encode(client.asks()),
         encode(Calibration(client=0, round=0, statistics=of(client.half))),
+        encode(Calibration(client=0, round=0, statistics=torch.empty(0))),
     ]
-    accepted = 0
+    accepted = asked = 0
     for _ in range(2000):
-        message = server.receive(mutated(whole, chance))
+        data = mutated(whole, chance)
+        before = client.digest()
+        said = decode(endpoint.answer(pack([data])))
+        assert isinstance(said, (Statistics, Complaint))
+        asked += isinstance(said, Statistics)
+        assert client.digest() == before
+        message = server.receive(data)
         if message is None:
             continue
         server.calibrate([message])
@@ -296,7 +310,7 @@ def test_mutated_bytes_change_nothing(task):
         client.calibrated = False
         for values in (server.statistics.values, of(client.half)):
             calibration.check(values, server.statistics.sizes, torch.float32)
-    assert accepted
+    assert min(accepted, asked) > 20
 
 
 def test_a_client_knows_what_it_is_told(task):
@@ -320,7 +334,7 @@ def test_a_client_knows_what_it_is_told(task):
     assert federation.replicas().equal
 
 
-def test_with_nobody_acceptable_nothing_changes(task, monkeypatch):
+def test_with_nobody_acceptable_nothing_changes(task, monkeypatch, caplog):
     def fails(*_):
         raise ValueError("more than 1 value per channel")
 
@@ -329,6 +343,7 @@ def test_with_nobody_acceptable_nothing_changes(task, monkeypatch):
     assert torch.equal(of(federation.base), of(task.model[:6]))
     assert federation.complaints == 3
     assert "1 value per channel" in federation.complained[0]
+    assert "those of the model stay" in caplog.text
     assert federation.join(federation.make(0))
 
 
@@ -403,7 +418,10 @@ def test_statistics_of_another_run_are_refused(task, tmp_path):
     save_file({name: t for name, t in tensors.items() if name != "4.running_var"}, base)
     with pytest.raises(ProvenanceError, match=r"has no 4\.running_var"):
         train(task, tmp_path, resume=True, **told)
-    base.unlink()  # on this machine they come out the same
+    base.unlink()  # others may be here by now, who would find other statistics
+    with pytest.raises(ProvenanceError, match=r"base\.safetensors cannot be read.*Put it back"):
+        train(task, tmp_path, resume=True, **told)
+    base.write_bytes(right)
     train(task, tmp_path, resume=True, **told)
     assert base.read_bytes() == right
 
@@ -416,24 +434,8 @@ def test_a_half_without_running_statistics_is_refused(task, tmp_path):
         Config(calibrate=-1)
 
 
-FILE = """
-import sys
-sys.path.insert(0, {here!r})
-from test_calibration import net, pictures, shifted
-from torch import nn
-from hosfl import Task
-
-def make():
-    (x, labels), test = pictures(160, 0), pictures(40, 1)
-    data = (shifted(x), labels), (shifted(test[0]), test[1])
-    return Task(net, *data, nn.functional.cross_entropy, 6, classes=2)
-"""
-
-
 def test_crowds_and_servers_that_die(tmp_path):
-    file = tmp_path / "shifted.py"
-    file.write_text(textwrap.dedent(FILE).format(here=str(Path(__file__).parent)))
-    config = Config(**settings(task=f"{file}:make", rounds=12, clients=12, partition="iid"))
+    config = Config(**settings(task=OWN, rounds=12, clients=12, partition="iid"))
     faults = Faults(dropout=0.2, absence=0.1, damage=0.05, crash_every=6)
     outcome = simulate(config, faults, tmp_path / "run")
     assert outcome.equal
@@ -444,3 +446,201 @@ def test_crowds_and_servers_that_die(tmp_path):
     assert 3 <= sent < outcome.visits  # most are of clients who have them already
     tensors, _ = rebuild(tmp_path / "run" / "hosfl.log", tmp_path / "run" / "base.safetensors")
     assert float(tensors["1.running_mean"].abs().max()) > 1
+
+
+# --- clients elsewhere --------------------------------------------------------------------------------------------
+
+
+class Apart(Elsewhere):
+    """Clients that are made of what is offered alone. wrong: what some of them answer when they are asked for theirs:
+    bytes, or None where they are gone."""
+
+    def __init__(self, wrong=None):
+        super().__init__(4, task=OWN)
+        self.wrong, self.here, self.asked = wrong or {}, frozenset(range(4)), []
+
+    def present(self):
+        return self.here
+
+    def ask(self, messages, deadline=None, enough=None):
+        for number, data in messages.items():
+            (*_, wanted) = unpack(data)
+            asks = isinstance(decode(wanted), Calibration)
+            self.asked += [number] if asks else []
+            if asks and number in self.wrong:
+                answer = self.wrong[number]
+                yield Reply(number, answer, "" if answer else "gone")
+            else:
+                yield Reply(number, self.answer(number, data))
+
+
+def everybody(files, clients):
+    return InProcess(Everybody(files)(), clients)
+
+
+def alike(here, there):
+    assert there.replicas.equal
+    assert (there.replicas.digest, there.loss) == (here.replicas.digest, here.loss)
+    assert there.provenance == here.provenance
+    return there
+
+
+def test_the_order_in_which_statistics_come_is_nothing(task, monkeypatch):
+    """A sum rounds otherwise in another order; and clients of this process leave as they do after a round."""
+
+    class Backwards(InProcess):
+        def ask(self, messages, deadline=None, enough=None):
+            yield from reversed(list(super().ask(messages, deadline, enough)))
+
+    federation, _ = assemble(Config(task="", **settings()), task=task)
+    federation.engine = Backwards(federation.engine.answer, 4)
+    came, commit = [], federation.server.calibrate
+    monkeypatch.setattr(federation.server, "calibrate", lambda answers: came.extend(answers) or commit(answers))
+    left = []
+    monkeypatch.setattr(federation, "put_back", left.append)
+    federation.calibrate()
+    assert len(came) == 3
+    assert [message.client for message in came] == sorted(message.client for message in came)
+    assert sorted(client.number for client in left) == [message.client for message in came]
+
+
+@pytest.mark.parametrize("own", [{}, {"trains": "xs:2"}, {"method": "first-order"}, {"method": "frozen"}], ids=str)
+def test_the_same_bits_with_clients_elsewhere(own, tmp_path):
+    config = Config(**settings(task=OWN, **own))
+    here = train(config, tmp_path / "here")
+    there = alike(here, train(config, tmp_path / "there", over=Over(Apart())))
+    assert there.bytes == here.bytes
+    for name in ("base", "client", "server"):
+        one, other = (tmp_path / way / f"{name}.safetensors" for way in ("here", "there"))
+        assert one.read_bytes() == other.read_bytes()
+
+
+def test_one_process_for_everybody(tmp_path):
+    config = Config(**settings(task=OWN, clients=9, rounds=6))
+    summary = alike(train(config), train(config, tmp_path, over=Over(everybody)))
+    assert summary.bytes["statistics down"] == 3 * 4 * NUMBERS  # newcomers begin with what another was told
+
+
+def test_who_dies_or_lies_costs_nobody_else_anything(tmp_path):
+    config = Config(**settings(task=OWN, sampled=4, aggregation="uniform"))
+    lie = encode(statistics(2, values=torch.full((NUMBERS,), float("nan"))))
+    engine = Apart({0: None, 1: b"no message", 2: lie, 3: encode(statistics(1))})
+    summary = train(config, tmp_path / "none", over=Over(engine))
+    base = load_file(tmp_path / "none" / "base.safetensors")
+    assert float(base["1.running_mean"].abs().max()) == 0  # the model's own
+    assert [reason for reason in summary.refused if "infinite or NaN" in reason]
+    assert [reason for reason in summary.refused if "says that it is client 1's" in reason]
+    assert summary.replicas.equal
+    one = Apart({n: answer for n, answer in engine.wrong.items() if n != 3})
+    summary = train(config, tmp_path / "one", over=Over(one))
+    assert one.asked == engine.asked == [0, 1, 2, 3]
+    assert summary.replicas.equal
+    base = load_file(tmp_path / "one" / "base.safetensors")
+    client = fresh(one, 3)
+    assert torch.equal(torch.cat([base[n] for n in calibration.running(client.client.half)]), own_statistics(client))
+
+
+def fresh(engine, number):
+    """The endpoint of a client that has just come."""
+    engine.endpoints.pop(number, None)
+    engine.reply(number, pack([]))
+    return engine.endpoints[number]
+
+
+def own_statistics(endpoint):
+    ask = Calibration(client=endpoint.client.number, round=0, statistics=torch.empty(0))
+    return decode(endpoint.answer(pack([encode(ask)]))).statistics
+
+
+@pytest.fixture(scope="module")
+def offered(tmp_path_factory):
+    engine = Apart()
+    train(Config(**settings(task=OWN)), tmp_path_factory.mktemp("run"), over=Over(engine))
+    return engine
+
+
+def test_a_client_that_is_asked_for_its_statistics(offered):
+    endpoint = fresh(offered, 1)
+
+    def said(*messages):
+        return decode(endpoint.answer(pack([encode(message) for message in messages])))
+
+    before = endpoint.client.digest()
+    ask = Calibration(client=1, round=0, statistics=torch.empty(0))
+    first, again = said(ask), said(ask)
+    assert torch.equal(first.statistics, again.statistics)
+    assert first.samples.tolist() == again.samples.tolist() == [CALIBRATE * BATCH]
+    assert endpoint.client.digest() == before
+    # Told the run's, it holds them, until another server asks before its round 0: those are void.
+    told = Calibration(client=1, round=0, statistics=torch.ones(NUMBERS))
+    invitation = Invitation(client=1, round=0)
+    assert len(said(invitation).statistics) == 0
+    assert type(said(told, invitation)) is Hello
+    assert type(said(invitation)) is Hello
+    assert torch.equal(said(ask).statistics, first.statistics)
+    assert len(said(invitation).statistics) == 0
+    for wrong, why in (
+        (Calibration(client=2, round=0, statistics=torch.empty(0)), "for client 2"),
+        (told, "20 statistics in an ask"),
+    ):
+        assert why in text(said(wrong))
+    assert type(said(invitation, ask)) is Hello  # nothing goes before it
+    endpoint.client.applied = 3
+    assert "after 3 rounds" in text(said(ask))
+    endpoint.calibrates = False
+    assert "a multiplier, got Calibration" in text(said(ask))
+
+
+def text(complaint):
+    assert type(complaint) is Complaint
+    return bytes(complaint.text.tolist()).decode()
+
+
+def test_a_run_over_an_engine_goes_on_with_its_statistics(tmp_path):
+    config = Config(**settings(task=OWN))
+    expected = train(config, tmp_path / "here")
+    first, again = Apart(), Apart()
+    with pytest.raises(Killed):
+        train(config, tmp_path / "run", dying(2), over=Over(first))
+    files = dict(first.files)
+    alike(expected, train(config, tmp_path / "run", resume=True, over=Over(again)))
+    assert (first.asked != [], again.asked) == (True, [])
+    assert again.files == files  # so that clients who kept their base need not fetch it
+
+
+def test_a_client_that_comes_back_is_told_once_more(tmp_path):
+    config, engine = Config(**settings(task=OWN, rounds=6)), Apart()
+
+    def forgets(done, *_):
+        if done == 3:
+            engine.endpoints.clear()
+
+    summary = alike(train(config), train(config, tmp_path, forgets, over=Over(engine)))
+    assert summary.refused == []
+    assert all(endpoint.client.calibrated for endpoint in engine.endpoints.values())
+
+
+def test_calibration_waits_for_enough_clients(tmp_path, monkeypatch):
+    engine, told = Apart(), []
+    engine.here = frozenset({2})
+
+    def come(seconds):
+        told.append(json.loads((tmp_path / "run" / "status.json").read_text()))
+        engine.here |= {len(told) - 1}
+
+    monkeypatch.setattr("hosfl.runs.trainer.time.sleep", come)
+    config = Config(**settings(task=OWN))
+    summary = train(config, tmp_path / "run", over=Over(engine, least=3))
+    assert engine.asked == [0, 1, 2]
+    assert [status["here"] for status in told][:1] == [[2]]
+    assert told[0]["last"] == {"waiting for": 3}
+    assert summary.replicas.equal
+
+    def interrupted(seconds):
+        raise KeyboardInterrupt
+
+    engine.here = frozenset({2})
+    monkeypatch.setattr("hosfl.runs.trainer.time.sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "other", over=Over(engine, least=3))
+    assert not (tmp_path / "other").exists()

@@ -11,7 +11,6 @@ import ssl
 import stat
 import subprocess
 import sys
-import time
 import warnings
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import nats
 import pytest
+from broker import Broker, free_port
 from cryptography import x509
 from cryptography.x509.verification import PolicyBuilder, Store
 from hypothesis import given
@@ -34,53 +34,17 @@ from hosfl.federation.roster import Address, Standing
 from hosfl.files import FolderLock, RunFolderError, write_json
 
 ROOT = Path(__file__).parent.parent
-NATS = shutil.which("nats-server", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 REFUSED = (ssl.SSLError, ConnectionError, nats.errors.Error, asyncio.IncompleteReadError)
-
-
-def free_port():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
-
-
-class Broker:
-    """A nats-server that runs until the test ends."""
-
-    def __init__(self, conf, where):
-        self.log = where / "broker.log"
-        with self.log.open("w") as log:
-            # Somewhere else than its files: the paths in its configuration must hold all the same.
-            self.process = subprocess.Popen([NATS, "-c", conf], stderr=log, cwd="/")
-        self._wait(lambda: "Server is ready" in self.log.read_text())
-        self.pid_file = Path(conf).parent / "nats.pid"
-
-    def _wait(self, until):
-        end = time.monotonic() + 30
-        while not until():
-            assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < end, self.log.read_text()
-            time.sleep(0.02)
-
-    def reload(self):
-        before = self.log.read_text().count("Reloaded server configuration")
-        subprocess.run([NATS, "--signal", f"reload={self.pid_file}"], check=True)
-        self._wait(lambda: self.log.read_text().count("Reloaded server configuration") > before)
-
-    def stop(self):
-        self.process.kill()
-        self.process.wait()
 
 
 @pytest.fixture
 def start(tmp_path):
     """Calls start(conf): a broker with this configuration."""
-    if NATS is None:
-        (pytest.fail if "CI" in os.environ else pytest.skip)("nats-server is not installed")
     started = []
 
     def with_conf(conf):
         started.append(Broker(conf, tmp_path))
+        started[-1].start()
         return started[-1]
 
     yield with_conf

@@ -250,7 +250,8 @@ class Stage:
             ProbedCut(**{**vars(self.cut), "displaced": self.cut.cut[None].clone()}),
             *(Losses(**here, losses=torch.randn(2)), Trained(**here, weights=torch.randn(8))),
             Statistics(**here, statistics=torch.rand(4), samples=torch.tensor([SAMPLES], dtype=torch.int32)),
-            Calibration(**here, statistics=torch.rand(4)),
+            Statistics(**here, statistics=torch.empty(0), samples=none),
+            *(Calibration(**here, statistics=torch.rand(4)), Calibration(**here, statistics=torch.empty(0))),
             *(Invitation(**here), Audit(**here), Audited(**here, digest=known)),
             Complaint(**here, text=torch.zeros(3, dtype=torch.uint8)),
         ]

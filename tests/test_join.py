@@ -1,9 +1,13 @@
 """Clients that know of a run what a server offers, and nothing else."""
 
 import json
+import pickle
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import shifted
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -13,9 +17,11 @@ from hosfl.engines.in_process import InProcess
 from hosfl.files import RunFolderError
 from hosfl.methods import METHODS
 from hosfl.protocol.messages import Invitation, encode, pack
+from hosfl.runs.assemble import assemble
 from hosfl.runs.config import Config, with_shared
 from hosfl.runs.join import Clients, Everybody, Kept, join, own_data, settings_of
 from hosfl.runs.serve import Over
+from hosfl.runs.serve import offered as offered_by
 from hosfl.tasks import make_task
 
 SMALL = {"rounds": 4, "clients": 3, "sampled": 2, "batch": 8, "directions": 3, "evaluate_every": 4, "snapshot_every": 2}
@@ -29,6 +35,11 @@ WAYS = {method: {"method": method, "server_rate": 0.05} for method in METHODS} |
 }
 
 
+SIGNS = str(Path(__file__).parent.parent / "examples" / "signs.py")
+OWN = {"task": f"{shifted.__file__}:make", "method": f"{SIGNS}:Signs"}
+RATES = {"server_rate": 0.05, "client_rate": 0.01}
+
+
 def client_of(run, config, base, number):
     """The client of a process of its own."""
     clients = Clients(run, config, base)
@@ -36,10 +47,10 @@ def client_of(run, config, base, number):
 
 
 class Elsewhere(InProcess):
-    """Clients that are made of what is offered alone."""
+    """Clients that are made of what is offered alone. own: the task and the method that they name themselves."""
 
-    def __init__(self, clients):
-        self.endpoints = {}
+    def __init__(self, clients, **own):
+        self.endpoints, self.own = {}, own
         super().__init__(self.reply, clients)
 
     def offer(self, files):
@@ -47,7 +58,7 @@ class Elsewhere(InProcess):
 
     def reply(self, number, data):
         if number not in self.endpoints:
-            run, config = settings_of(self.files["run"])
+            run, config = settings_of(self.files["run"], **self.own)
             self.endpoints[number] = client_of(run, config, self.files["base"], number)
         return self.endpoints[number].answer(data)
 
@@ -72,9 +83,52 @@ def test_the_same_bits_as_in_one_process(way, tmp_path):
 def test_one_process_for_everybody(way, tmp_path):
     settings = Config(**with_shared(WAYS[way], SMALL | {"clients": 9, "rounds": 8}))
     here = train(settings)
-    there = train(settings, tmp_path, over=Over(lambda files, clients: InProcess(Everybody(files)(), clients)))
+    there = train(settings, tmp_path, over=Over(everybody))
     assert there.replicas.equal
     assert (there.replicas.digest, there.loss) == (here.replicas.digest, here.loss)
+
+
+def everybody(files, clients):
+    return InProcess(pickle.loads(pickle.dumps(Everybody(files)))(), clients)
+
+
+@pytest.mark.parametrize("way", ["each alone", "everybody"])
+def test_a_task_and_a_method_of_one_s_own(way, tmp_path, monkeypatch):
+    """Files by a name that is the operator's; each client has them elsewhere, and under other names."""
+    for name, source in (("tasks.py", shifted.__file__), ("methods.py", SIGNS)):
+        shutil.copy(source, tmp_path / name)
+    theirs = {"task": f"{tmp_path}/tasks.py:make", "method": f"{tmp_path}/methods.py:Signs"}
+    monkeypatch.chdir(Path(shifted.__file__).parent)
+    settings = Config(**SMALL | {"task": "shifted.py:make", "method": "../examples/signs.py:Signs"} | RATES)
+    here = train(settings)
+    there = train(settings, tmp_path / "run", over=Over(everybody if way == "everybody" else Elsewhere(3, **theirs)))
+    assert there.replicas.equal
+    assert (there.replicas.digest, there.loss) == (here.replicas.digest, here.loss)
+    plain = {name: value for name, value in OWN.items() if name != "method"}
+    assert here.replicas.digest != train(Config(**SMALL | plain | RATES)).replicas.digest
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (config["task"], config["method"]) == (settings.task, settings.method)
+
+
+@pytest.mark.parametrize("name", ["task", "method"])
+def test_a_machine_that_lacks_a_file(name, tmp_path, monkeypatch):
+    file = tmp_path / "mine.py"
+    shutil.copy(shifted.__file__ if name == "task" else SIGNS, file)
+    monkeypatch.chdir(tmp_path)
+    inner = OWN[name].rpartition(":")[2]
+    config = Config(**SMALL | OWN | RATES | {name: f"mine.py:{inner}"})
+    federation, _ = assemble(config)
+    made = Everybody(offered_by(federation))
+    file.unlink()
+    with pytest.raises(JoinError, match=f"has no {file}, where the run's {name} is: every machine has to have"):
+        made()
+    federation.close()
+
+
+def test_a_task_that_is_an_object(tmp_path):
+    with pytest.raises(JoinError, match=r"put it into a file, FILE\.py:FUNCTION"):
+        train(shifted.make(), tmp_path / "run", over=Over(everybody), **SMALL | RATES)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("way", ["ho fresh", "ho adamw", "ho act"])
@@ -145,7 +199,10 @@ def changed(files, **settings):
     [
         ({"task": "evil.py:task"}, "name yours with --task"),
         ({"task": "os:system"}, "name yours with --task"),
-        ({"method": "evil.py:Method"}, "none of this library's"),
+        ({"task": ["digits"]}, "name yours with --task"),
+        ({"method": "evil.py:Method"}, "name yours with --method FILE.py:CLASS"),
+        ({"method": "os:system"}, "name yours with --method"),
+        ({"method": {}}, "name yours with --method"),
         ({"trains": "peft:/etc/x.json"}, "reads no file by its name"),
         ({"data": "/etc"}, "settings that this version has not: data"),
         ({"model": "/etc"}, "settings that this version has not: model"),
@@ -158,6 +215,13 @@ def changed(files, **settings):
 def test_a_run_that_is_refused(run, settings, says):
     with pytest.raises(JoinError, match=says):
         settings_of(changed(run.files, **settings))
+
+
+def test_one_s_own_where_the_run_s_is_the_library_s(run):
+    for own in ({"task": OWN["task"]}, {"method": OWN["method"]}):
+        (name,) = own
+        with pytest.raises(JoinError, match=f"the library's: leave out --{name}"):
+            settings_of(run.files["run"], **own)
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,8 @@ EXAMPLES = [
     Complaint(client=1, round=7, text=torch.tensor([110, 111], dtype=torch.uint8)),
     Audit(client=1, round=7),
     Audited(client=1, round=7, digest=torch.arange(8).int()),
+    Statistics(client=1, round=0, statistics=torch.empty(0), samples=NO_DIGEST),
+    Calibration(client=1, round=0, statistics=torch.empty(0)),
 ]
 SCALARS = EXAMPLES[8]
 

@@ -8,7 +8,7 @@ import time
 
 import answers
 import pytest
-from broker import Broker, Stranger, certificates
+from broker import Plain, Stranger, certificates, context
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,7 +57,7 @@ class Lines:
 
 @pytest.fixture
 def broker(tmp_path):
-    broker = Broker(tmp_path)
+    broker = Plain(tmp_path)
     broker.start()
     yield broker
     broker.stop()
@@ -257,7 +257,7 @@ def test_a_file_goes_on_where_it_was(broker, engine, monkeypatch):
 
 @pytest.mark.parametrize("payload", [1000, 50_000, 123_456])
 def test_what_a_broker_carries_at_once(tmp_path, caplog, payload):
-    broker = Broker(tmp_path, f"max_payload: {payload}")
+    broker = Plain(tmp_path, f"max_payload: {payload}")
     broker.start()
     engine, lines = nats.NatsEngine(broker.url, "r", 3), Lines(broker.url)
     data = os.urandom(9 * MB + 7)
@@ -638,9 +638,9 @@ def secured(tmp_path):
     for k in (0, 1):
         allowed = f'publish: "hosfl.r.up.{k}.>", subscribe: "hosfl.r.down.{k}.>"'
         users.append(f'{{user: "c{k}@hosfl", permissions: {{{allowed}}}}}')
-    broker = Broker(tmp_path, f"{tls}, verify_and_map: true }}\nauthorization {{ users = [{', '.join(users)}] }}")
+    broker = Plain(tmp_path, f"{tls}, verify_and_map: true }}\nauthorization {{ users = [{', '.join(users)}] }}")
     broker.start()
-    broker.tls = lambda name: nats.Tls(tmp_path / "ca.pem", tmp_path / f"{name}.pem", tmp_path / f"{name}.key")
+    broker.tls = lambda name: context(tmp_path, name)
     broker.url = f"tls://localhost:{broker.port}"
     yield broker
     broker.stop()
@@ -670,23 +670,21 @@ def test_certificates(secured, caplog):
 def test_a_broker_without_certificates_is_not_spoken_to(broker, caplog, tmp_path):
     """nats-py does without TLS where a broker, or somebody in between, says that there is none."""
     certificates(tmp_path, ["server"])
-    tls = nats.Tls(tmp_path / "ca.pem", tmp_path / "server.pem", tmp_path / "server.key")
-    engine = nats.NatsEngine(broker.url.replace("nats:", "tls:"), "r", 1, tls)
+    engine = nats.NatsEngine(broker.url.replace("nats:", "tls:"), "r", 1, context(tmp_path, "server"))
     until(lambda: "secure connection not available" in caplog.text)
     assert not engine._link.up
     engine.close()
 
 
-def test_what_cannot_be_connected_is_said_at_once(tmp_path):
-    here, none = "nats://localhost:1", nats.Tls("ca", "cert", "key")
-    for urls, run, tls, why in [
-        ("tls://localhost:1", "r", None, "takes certificates"),
-        ([], "r", None, "no broker"),
-        (here, "a.b", None, "named by letters"),
-        (here, "*", None, "named by letters"),
-        (here, "r", none, "no certificates to use"),
+def test_what_cannot_be_connected_is_said_at_once():
+    here = "nats://localhost:1"
+    for urls, run, why in [
+        ("tls://localhost:1", "r", "takes certificates"),
+        ([], "r", "no broker"),
+        (here, "a.b", "named by letters"),
+        (here, "*", "named by letters"),
     ]:
         with pytest.raises(EngineError, match=why):
-            nats.NatsEngine(urls, run, 1, tls)
+            nats.NatsEngine(urls, run, 1)
     with pytest.raises(EngineError, match="numbered from 0"):
         nats.NatsLine("nats://localhost:1", "r", -1)

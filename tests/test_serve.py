@@ -2,50 +2,59 @@
 
 import json
 import os
+import shutil
 import signal
-import socket
 import subprocess
 import sys
 
 import pytest
+import shifted
 
 pytest.importorskip("nats")
 
-from broker import Broker
+from broker import Broker, free_port
+from test_join import SIGNS, Elsewhere
 
+from hosfl import train
 from hosfl.cli import main
-
-
-class Started(Broker):
-    """A federation's own broker."""
-
-    def __init__(self, folder, port):
-        super().__init__(folder)
-        self.settings, self.port = folder / "broker" / "nats.conf", port
+from hosfl.runs.checkpoint import load_config
+from hosfl.runs.serve import Over
 
 
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     folder = tmp_path_factory.mktemp("federation") / "fed"
-    assert main(["federation", "create", str(folder), "--clients", "3", "--address", f"127.0.0.1:{port}"]) == 0
-    started = Started(folder, port)
+    address = f"127.0.0.1:{free_port()}"
+    assert main(["federation", "create", str(folder), "--clients", "3", "--address", address]) == 0
+    started = Broker(folder / "broker" / "nats.conf", folder)
     started.start()
     yield folder
     started.stop()
 
 
+class Two(Elsewhere):
+    """Two of three clients, in this process."""
+
+    def present(self):
+        return frozenset(range(2))
+
+
 def test_a_run_by_its_commands(federation, tmp_path):
-    """What an operator and two device owners type; one client belongs to nobody."""
+    """What an operator and two device owners type; one client belongs to nobody.
+
+    Task and method are of a file that each has a copy of, and running statistics are estimated first.
+    """
     folder, environment = federation, {**os.environ, "OMP_NUM_THREADS": "1"}
     hosfl = [sys.executable, "-W", "ignore", "-m", "hosfl.cli"]
+    own, copies = [], []
+    for option, file, name in (("--task", shifted.__file__, "make"), ("--method", SIGNS, "Signs")):
+        own += [option, f"{file}:{name}"]
+        copies += [option, f"{shutil.copy(file, tmp_path)}:{name}"]
     joined = [
-        subprocess.Popen([*hosfl, "join", folder / "clients" / str(n)], env=environment, stderr=subprocess.DEVNULL)
-        for n in range(2)
+        subprocess.Popen([*hosfl, "join", folder / "clients" / str(n), *copies], env=environment) for n in range(2)
     ]
-    settings = ["--rounds", "5", "--sampled", "2", "--batch", "8", "--least", "2", "--out", tmp_path / "run"]
+    settings = [*own, "--rounds", "5", "--sampled", "2", "--batch", "8", "--calibrate", "2"]
+    settings += ["--server-rate", "0.05", "--client-rate", "0.01", "--least", "2", "--out", tmp_path / "run"]
     try:
         served = subprocess.run([*hosfl, "serve", folder / "server", *settings], env=environment, timeout=120)
         assert served.returncode == 0
@@ -58,6 +67,9 @@ def test_a_run_by_its_commands(federation, tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["replicas"]["clients"] == 3
     assert summary["replicas"]["equal"]
+    here = Over(Two(3, task=own[1], method=own[3]))
+    again = train(load_config(tmp_path / "run"), tmp_path / "here", over=here)
+    assert again.replicas.digest == summary["replicas"]["digest"]
     assert (folder / "clients" / "0" / "state" / "state.safetensors").exists()
     status = subprocess.run([*hosfl, "status", tmp_path / "run"], capture_output=True, text=True, env=environment)
     assert "round 5 of 5" in status.stdout

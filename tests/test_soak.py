@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from broker import Broker
+from broker import Plain
 from processes import client, server, status, wait_for
 
 from hosfl.protocol.log import Log, RoundRecord
@@ -31,7 +31,7 @@ class Federation:
 
     def __init__(self, folder, rounds, drop=4.0, probing=0.03, deadline=3.0):
         self.folder = folder
-        self.broker = Broker(folder)
+        self.broker = Plain(folder)
         self.broker.start()
         self.told = {**SETTINGS, "rounds": rounds, "over": {"deadline": deadline, "enough": 2, "least": 2}}
         self.server = server(folder, self.broker, **self.told)

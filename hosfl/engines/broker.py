@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as Waited
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from nats import errors
@@ -37,24 +36,6 @@ TICK = 0.5  # seconds
 FIRST, LONGEST = 0.1, 2.0  # seconds between attempts to connect
 ANSWERS = 10.0  # seconds in which a broker answers
 AROUND = 256  # bytes of a frame that are no data, and more
-
-
-@dataclass(frozen=True)
-class Tls:
-    """Paths of PEM files: the authority that signed the broker's certificate; our own certificate and its key."""
-
-    ca: str | Path
-    cert: str | Path
-    key: str | Path
-
-    def context(self) -> ssl.SSLContext:
-        """Raises EngineError."""
-        try:
-            context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=str(self.ca))
-            context.load_cert_chain(str(self.cert), str(self.key))
-        except (OSError, ssl.SSLError) as error:
-            raise EngineError(f"{self.ca}, {self.cert} and {self.key} are no certificates to use: {error}") from error
-        return context
 
 
 class _Parser(Parser):
@@ -128,7 +109,7 @@ class Link:
     def __init__(
         self,
         urls: str | Sequence[str],
-        tls: Tls | None,
+        tls: ssl.SSLContext | None,
         name: str,
         subjects: Sequence[str],
         receive: Receive,
@@ -139,8 +120,8 @@ class Link:
         if not self.urls:
             raise EngineError("no broker is named")
         if tls is None and any(url.startswith(("tls:", "wss:")) for url in self.urls):
-            raise EngineError(f"{', '.join(self.urls)} takes certificates, and none are given: see Tls")
-        self.context = None if tls is None else tls.context()
+            raise EngineError(f"{', '.join(self.urls)} takes certificates, and none are given: see tls")
+        self.tls = tls
         self.name, self.subjects = name, list(subjects)
         self._receive, self._connected, self._tick = receive, connected, tick
         self.up = False
@@ -220,7 +201,7 @@ class Link:
     async def _run(self) -> None:
         delay = FIRST
         while not self._closing.is_set():
-            broker, lost = _Broker(self._heard, self.context is not None), asyncio.Event()
+            broker, lost = _Broker(self._heard, self.tls is not None), asyncio.Event()
             try:
                 await self._connect(broker, lost)
             except Exception as error:  # of sockets, of TLS, of nats-py and of its parser: whatever a broker may say
@@ -264,7 +245,7 @@ class Link:
         await broker.connect(
             self.urls,
             name=self.name,
-            tls=self.context,
+            tls=self.tls,
             allow_reconnect=False,
             max_reconnect_attempts=1,
             reconnect_time_wait=FIRST,  # type: ignore[arg-type] # seconds, also in parts

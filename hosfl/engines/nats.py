@@ -15,6 +15,7 @@ import contextlib
 import logging
 import re
 import secrets
+import ssl
 import threading
 import time
 from collections import Counter
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
-from hosfl.engines.broker import Link, Tls
+from hosfl.engines.broker import Link
 from hosfl.engines.engine import EngineError, Reply, check_ask
 from hosfl.engines.frames import (
     LISTED,
@@ -44,8 +45,6 @@ from hosfl.engines.frames import (
     encode,
     printable,
 )
-
-__all__ = ["LARGEST", "NatsEngine", "NatsLine", "Tls"]
 
 log = logging.getLogger("hosfl.engines.nats")
 
@@ -131,8 +130,9 @@ class NatsEngine:
     """The server's side; one for a run at a time.
 
     urls: of brokers, such as "tls://host:4222". run: its name, of letters, digits, _ and -. clients: numbered
-    0 ... clients - 1. tls: None for a broker without certificates, which anybody can speak to: tests. largest: bytes of
-    a message. patience: seconds of silence after which a client is gone whose connection still stands.
+    0 ... clients - 1. tls: with the authority of the broker's certificate, our own and its key, as `Member.context`
+    makes it; None for a broker without certificates, which anybody can speak to: tests. largest: bytes of a message.
+    patience: seconds of silence after which a client is gone whose connection still stands.
 
     Connects in the background, and waits for a broker that is away. Raises EngineError for what cannot work.
     dropped: frames that were not followed, by client: malformed, late, twice, or too many.
@@ -143,7 +143,7 @@ class NatsEngine:
         urls: str | Sequence[str],
         run: str,
         clients: int,
-        tls: Tls | None = None,
+        tls: ssl.SSLContext | None = None,
         *,
         largest: int = LARGEST,
         patience: float = 10.0,
@@ -493,7 +493,7 @@ class NatsLine:
         urls: str | Sequence[str],
         run: str,
         client: int,
-        tls: Tls | None = None,
+        tls: ssl.SSLContext | None = None,
         *,
         largest: int = LARGEST,
     ) -> None:

@@ -7,6 +7,7 @@ makes them; the run's are the aggregate of the clients'. How far the clients' me
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +43,14 @@ def load(half: nn.Module, values: Tensor) -> None:
     with torch.no_grad():
         for tensor, part in zip(tensors, values.split(sizes), strict=True):
             tensor.copy_(part)
+
+
+def first(base: nn.Module, statistics: RunningStatistics | None) -> nn.Module:
+    """A copy of the base as clients begin with it: with the model's statistics, until they are told the run's."""
+    half = copy.deepcopy(base)
+    if statistics is not None:
+        load(half, statistics.model)
+    return half
 
 
 def check(values: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> None:
@@ -118,11 +127,12 @@ def _norms(half: nn.Module) -> dict[str, _NormBase]:
 class RunningStatistics:
     """What the server knows of the client half's: float32 [n] as committed, at first those of the model.
 
-    sizes: of the means and the variances of each normalisation. dtype: of the half's own. most: samples that one client
-    may measure them on.
+    model: those of the model, float32 [n], with which every client begins. sizes: of the means and the variances of
+    each normalisation. dtype: of the half's own. most: samples that one client may measure them on.
     """
 
     values: Tensor
+    model: Tensor
     sizes: Sequence[int]
     dtype: torch.dtype
     most: int
@@ -131,7 +141,7 @@ class RunningStatistics:
     def of(cls, half: nn.Module, most: int) -> RunningStatistics:
         """Those of a half that has some."""
         tensors = list(running(half).values())
-        return cls(flat(half), [len(t) for t in tensors], tensors[0].dtype, most)
+        return cls(flat(half), flat(half), [len(t) for t in tensors], tensors[0].dtype, most)
 
     def samples(self, message: Statistics) -> int:
         """How many samples a client's statistics are of. Raises MessageError for those that cannot be aggregated."""

@@ -50,6 +50,7 @@ class Client:
     server's when they came. passes: where samples that go forward and backward through the half are counted; the
     run's, if it is given. calibrated: whether it has taken up the run's running statistics. microbatch: samples that a
     client which backpropagates takes together; 0: all. wire: how cut and multiplier travel, see `hosfl.methods.travel`.
+    for_statistics: draws the batches of its running statistics, the same ones every time.
     """
 
     number: int
@@ -63,17 +64,25 @@ class Client:
     microbatch: int = 0
     wire: str = "float32"
     calibrated: bool = False
+    for_statistics: Callable[[], Iterable[Batch]] = tuple
 
     def __post_init__(self) -> None:
         self._round = -1  # of the last cut: there is none yet
 
-    def statistics(self, batches: Iterable[Batch]) -> Statistics:
-        """Running statistics of the half's normalisations on batches of its own. The half stays as it is.
+    def statistics(self, message: Calibration) -> Statistics:
+        """Running statistics of the half's normalisations on batches of its own, which an empty message asks for.
 
-        Raises MessageError where these have none, such as single samples.
+        The half stays as it is, and any statistics that it was told are void: those of the run are yet to come. Raises
+        MessageError for another message, after round 0, and where batches have none, such as single samples.
         """
+        self._check_addressee(message)
+        if len(message.statistics):
+            raise MessageError(f"{len(message.statistics)} statistics in an ask for some")
+        if self.applied:
+            raise MessageError(f"asked for statistics of round 0 after {self.applied} rounds, of this run or another")
+        self.calibrated = False
         try:
-            values, samples = calibration.estimated(self.half, batches)
+            values, samples = calibration.estimated(self.half, self.for_statistics())
         except ValueError as error:  # such as BatchNorm's about a single sample
             raise MessageError(str(error)) from None
         self.passes["client forward"] += samples

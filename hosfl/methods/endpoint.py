@@ -60,6 +60,8 @@ class Endpoint:
         client, said_where = self.client, self._said_where
         *news, wanted = messages
         self._said_where = False
+        if isinstance(wanted, Calibration) and self.calibrates and not news:
+            return client.statistics(wanted)
         if isinstance(wanted, (Invitation, Audit)):
             if self.calibrates and not client.calibrated:
                 if not news or not isinstance(news[0], Calibration):

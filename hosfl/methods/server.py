@@ -130,8 +130,11 @@ class Server:
         if len(self.refused) < KEPT:
             self.refused.append(f"{what}: {error}")
 
-    def calibrate(self, answers: Sequence[Message]) -> None:
-        """Commit the clients' running statistics, before the first round; with nothing acceptable they stay."""
+    def calibrate(self, answers: Sequence[Message]) -> int:
+        """Commit the clients' running statistics, before the first round; returns of how many clients these are.
+
+        With nothing acceptable they stay.
+        """
         accepted: dict[int, Statistics] = {}
         for message in answers:
             try:
@@ -145,6 +148,7 @@ class Server:
             accepted[message.client] = statistics
         if self.statistics is not None:
             self.statistics.commit(list(accepted.values()), self.aggregation)
+        return len(accepted)
 
     def calibration(self, asked: Message) -> Calibration | None:
         """The committed running statistics, for a client that asks for them; None where it is refused."""

@@ -229,7 +229,10 @@ class Statistics(Message):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Calibration(Message):
-    """The committed running statistics, which hold from round 0 on: float32 [n], in the order of Statistics."""
+    """The committed running statistics, which hold from round 0 on: float32 [n], in the order of Statistics.
+
+    [0]: the server has none yet and asks for the client's own, which are Statistics.
+    """
 
     kind, direction = 14, "down"
     statistics: Array = array("statistics", 1)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +13,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from hosfl.halves.adapters import factors
-from hosfl.halves.inputs import Batch, Inputs, call
+from hosfl.halves.inputs import Inputs, call
 from hosfl.halves.narrow import narrowed
 from hosfl.halves.split import SplitModel, dtype_of
 from hosfl.halves.trains import moving_only
 from hosfl.methods import calibration, method_of
 from hosfl.methods.client import Client
 from hosfl.methods.ledger import SeedReplay
-from hosfl.methods.method import Setup
+from hosfl.methods.method import Method, Setup
 from hosfl.methods.state import prefixed
 from hosfl.protocol.aggregate import AGGREGATIONS
+from hosfl.protocol.log import Header
 from hosfl.protocol.provenance import Provenance, ProvenanceError, header_digest
 from hosfl.protocol.rebuild import base_digest
 from hosfl.protocol.seeds import Purpose, round_seed
@@ -42,12 +41,14 @@ def assemble(
 ) -> tuple[Federation, Task]:
     """The federation of a run, before its first round; everything in it follows from the configuration.
 
-    Nothing is written. smallest_shard: so many samples or more in each part of the data; clients that are more than the
-    parts share them, each with its own batches. task: where it is an object rather than a name; its public samples are
-    set aside already. begun: the folder of this run, where it goes on: what is fixed in adapters, and running
-    statistics that clients have estimated, is what its base file holds, since another machine would compute other bits.
+    Nothing is written. Where clients have yet to estimate running statistics, it has no header and no provenance:
+    `Federation.calibrate` comes first. smallest_shard: so many samples or more in each part of the data; clients that
+    are more than the parts share them, each with its own batches. task: where it is an object rather than a name; its
+    public samples are set aside already. begun: the folder of this run, where it goes on: what is fixed in adapters,
+    and running statistics that clients have estimated, is what its base file holds, since another machine, and other
+    clients, would compute other bits.
 
-    Raises ValueError, DataError and what `Task.halves` raises.
+    Raises ValueError, DataError, ProvenanceError for a base file that is not this run's, and what `Task.halves` raises.
     """
     task = make_task(config) if task is None else task
     config = for_clients(config, task)
@@ -63,9 +64,9 @@ def assemble(
             f"calibrate = {config.calibrate} needs a client half with running statistics, such as BatchNorm's, and this"
             " one has none: leave it out"
         )
-    fixed = factors(base)
-    if fixed and begun is not None:
-        _take_up(fixed, begun / "base.safetensors")
+    fixed, file = factors(base), None if begun is None else begun / "base.safetensors"
+    if fixed and file is not None and file.exists():
+        _take_up(fixed, file)
     base = base.to(device)
     shares = [share.to(device, dtype_of(base)) for share in partition(task, config, smallest_shard)]
     half = model.server.to(device)
@@ -75,20 +76,9 @@ def assemble(
     setup = Setup(config, base, rates, AGGREGATIONS[config.aggregation], sample.inputs)
     method = kind(setup)
     statistics = calibration.RunningStatistics.of(base, config.batch * config.calibrate) if config.calibrate else None
-    uncalibrated = None if statistics is None else statistics.values
-
-    def batches(number: int, purpose: Purpose) -> Batches:
-        mine = shares[number % len(shares)]
-        return Batches(mine, config.batch, config.seed, number, task.per_token, purpose)
 
     def make(number: int) -> Client:
-        half = copy.deepcopy(base)
-        if uncalibrated is not None:  # a client knows what it is told
-            calibration.load(half, uncalibrated)
-        return method.made(number, half, batches(number, Purpose.BATCHES))
-
-    def for_statistics(number: int) -> Iterator[Batch]:
-        return map(batches(number, Purpose.CALIBRATION), range(config.calibrate))
+        return client_of(method, number, calibration.first(base, statistics), shares[number % len(shares)], task)
 
     optimizer = task.optimizer(half, rates.decay)
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -114,22 +104,34 @@ def assemble(
         statistics=statistics,
         wire=method.wire,
     )
-    federation = Federation(config, server, make, base, setup.observed, kind.exchanges(config))
-    if statistics is not None:
-        running = calibration.running(base)
-        if begun is not None and _take_up(running, begun / "base.safetensors"):
-            statistics.values = calibration.flat(base)
-            federation.take_statistics()
-        else:
-            federation.calibrate(for_statistics)
-        fixed |= running
-    if fixed:
-        halves = base_digest({"halves": np.frombuffer(bytes.fromhex(halves), np.uint8), **fixed})
-    if isinstance(method.ledger, SeedReplay):
-        federation.header = header_of(method.ledger.run, base, config.decisive())
-    header = "" if federation.header is None else header_digest(federation.header)
-    federation.provenance = Provenance(config.decisive(), task.digest(), halves, header)
+    running = {} if statistics is None else calibration.running(base)
+
+    def describe() -> tuple[Header | None, Provenance]:
+        model, header = halves, None
+        if fixed or running:
+            model = base_digest({"halves": np.frombuffer(bytes.fromhex(halves), np.uint8), **fixed, **running})
+        if isinstance(method.ledger, SeedReplay):
+            header = header_of(method.ledger.run, base, config.decisive())
+        log = "" if header is None else header_digest(header)
+        return header, Provenance(config.decisive(), task.digest(), model, log)
+
+    federation = Federation(config, server, make, base, setup.observed, kind.exchanges(config), describe=describe)
+    if statistics is not None and file is not None:
+        _take_up(running, file)
+        statistics.values = calibration.flat(base)
+    if statistics is None or file is not None:
+        federation.settle()
     return federation, task
+
+
+def client_of(method: Method, number: int, half: nn.Module, data: Dataset | Items, task: Task) -> Client:
+    """A client of a run, who has applied nothing. half: its own copy of the base; data: its samples."""
+    config = method.settings
+    batches = Batches(data, config.batch, config.seed, number, task.per_token)
+    client = method.made(number, half, batches)
+    others = replace(batches, purpose=Purpose.CALIBRATION)
+    client.for_statistics = lambda: map(others, range(config.calibrate))
+    return client
 
 
 def halves_of(config: Settings, task: Task) -> SplitModel:
@@ -143,13 +145,12 @@ def base_of(config: Settings, model: SplitModel, public: Inputs | None) -> nn.Mo
     return narrowed(base, config.frozen)
 
 
-def _take_up(fixed: dict[str, Tensor], path: Path) -> bool:
-    """Give tensors of a half what its base file holds of them. Without the file they stay as they are: False.
+def _take_up(fixed: dict[str, Tensor], path: Path) -> None:
+    """Give tensors of a half what its base file holds of them.
 
-    Raises ProvenanceError for another run's file; whether the numbers are this run's, its provenance says later.
+    Raises ProvenanceError for another run's file, or none; whether the numbers are this run's, its provenance says
+    later.
     """
-    if not path.exists():
-        return False
     try:
         with safe_open(path, "pt") as file:  # of the whole half these alone are read
             there = set(file.keys())
@@ -161,7 +162,6 @@ def _take_up(fixed: dict[str, Tensor], path: Path) -> bool:
             raise ProvenanceError(f"{path} has no {name} as this run has it: put its own back")
         with torch.no_grad():
             tensor.copy_(held[name])
-    return True
 
 
 def for_clients(config: Settings, task: Task) -> Settings:

@@ -29,10 +29,14 @@ from hosfl.runs.config import Config
 from hosfl.settings import Settings
 
 
-def save_module(module: nn.Module, path: Path) -> None:
+def module_bytes(module: nn.Module) -> bytes:
     """A module's state dict as safetensors; tied tensors are written once per name."""
-    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}
-    write_atomically(path, save(tensors))
+    return save({k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()})
+
+
+def save_module(module: nn.Module, path: Path) -> None:
+    """`module_bytes` in a file."""
+    write_atomically(path, module_bytes(module))
 
 
 def save_config(config: Settings, folder: Path) -> None:

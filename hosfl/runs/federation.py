@@ -6,6 +6,7 @@ here; then it sends multipliers to those whose cuts it could learn from, and com
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,12 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 from torch import nn
 
 from hosfl.engines.engine import Engine, Reply
 from hosfl.engines.frames import printable
 from hosfl.engines.in_process import InProcess
-from hosfl.halves.inputs import Batch
 from hosfl.halves.split import SplitModel
 from hosfl.methods import calibration
 from hosfl.methods.client import Client
@@ -29,23 +30,23 @@ from hosfl.protocol.log import Header
 from hosfl.protocol.messages import (
     Audit,
     Audited,
+    Calibration,
     Complaint,
     Differs,
     Hello,
     Invitation,
     Message,
-    MessageError,
     PoolMoves,
     Records,
     Statistics,
     Wire,
-    encode,
 )
 from hosfl.protocol.provenance import Provenance, open_log
 from hosfl.settings import Settings
 
 TRIES = 3  # asks for one cut: a client that is elsewhere, and one that then finds its half wrong, are asked again
 AT_ONCE = 16  # clients whose halves are audited together
+log = logging.getLogger("hosfl.federation")
 
 
 @dataclass
@@ -54,11 +55,11 @@ class Federation:
 
     make: a client that has applied nothing, by its number. base: the client half of round 0. observed: the client half
     of the moment, for evaluation. header: of the log, for methods that have one; see `open_log`. provenance: what the
-    run is made of. exchanges: cuts that a client sends per round; its answer to all but the last is the
-    next one, and the server numbers them on and on. engine: None: the clients live here, and are made by `make`.
-    deadline: seconds for each exchange of a round; None: as long as it takes. enough: cuts, and then answers, with
-    which a round goes on without the rest; None: all that were invited. least: clients that have to be here before a
-    round begins.
+    run is made of. describe: gives both, once the base is complete: see `settle`. exchanges: cuts that a client sends
+    per round; its answer to all but the last is the next one, and the server numbers them on and on. engine: None: the
+    clients live here, and are made by `make`. deadline: seconds for each exchange; None: as long as it takes. enough:
+    cuts, and then answers, with which a round goes on without the rest, or statistics without theirs; None: all that
+    were invited. least: clients that have to be here before a round begins.
 
     clients: those made here so far. where: (rounds, epoch) that a client has applied, as far as the server knows.
     complained: what clients refused, the first thousand times; complaints: how many there were. visits: how many times
@@ -90,6 +91,7 @@ class Federation:
     took_part: list[int] = field(default_factory=list)
     header: Header | None = None
     provenance: Provenance | None = None
+    describe: Callable[[], tuple[Header | None, Provenance]] | None = None
 
     def __post_init__(self) -> None:
         self._here: dict[int, Endpoint] = {}
@@ -196,16 +198,20 @@ class Federation:
         return again
 
     def _answers(self, multipliers: Mapping[int, Message], sent: Mapping[int, Message]) -> list[Message]:
-        """What clients answer to their multipliers, in their order. sent: their cuts."""
+        """What clients answer to their multipliers. sent: the cuts of the round."""
         # A late cut can be of this very round, which died once and began again: its sender may not be here.
         asks = {n: [m] for n, m in multipliers.items() if n in sent and self.server.ledger is not None}
-        found: dict[int, Message] = {}
         with self._timed("answers"):
-            for client, message in self._replies(asks, self._ends()):
-                if message is not None:
-                    found[client] = message
-                if self.enough is not None and len(found) >= self.enough:
-                    break
+            return self._all(asks)
+
+    def _all(self, asks: Mapping[int, Sequence[Message]]) -> list[Message]:
+        """What clients answer, in their order, and none of them is asked twice."""
+        found: dict[int, Message] = {}
+        for client, message in self._replies(asks, self._ends()):
+            if message is not None:
+                found[client] = message
+            if self.enough is not None and len(found) >= self.enough:
+                break
         return [found[n] for n in sorted(found)]
 
     def _replies(
@@ -294,29 +300,29 @@ class Federation:
             self.put_back(endpoint.client)
         self._here.clear()
 
-    def calibrate(self, batches: Callable[[int], Iterable[Batch]]) -> None:
+    def calibrate(self) -> None:
         """Before the first round, its clients estimate the running statistics of the client half.
 
-        What the server commits is that of the base. The clients have to ask for it like all others. It is for clients
-        of this process. batches: of a client, by its number, for this alone.
+        What the server commits is that of the base. The clients have to ask for it like all others. With nobody's the
+        model's own stay, and a warning says so.
         """
-        heard: list[Message | None] = []
-        for number in self.invited(0):
-            client = self.take(number)
-            try:
-                heard.append(self._heard(Reply(number, encode(client.statistics(batches(number))))))
-            except MessageError as error:
-                self._complain(number, str(error))
-            finally:
-                self.put_back(client)
-        self.server.calibrate([message for message in heard if message is not None])
-        self.take_statistics()
+        none = np.empty(0, np.float32)
+        asks = {n: [Calibration(client=n, round=0, epoch=self.server.epoch, statistics=none)] for n in self.invited(0)}
+        try:
+            found = self._all(asks)
+        finally:
+            self._leave()
+        if not self.server.calibrate(found):
+            log.warning("no client gave running statistics that can be used: those of the model stay")
+        self.settle()
 
-    def take_statistics(self) -> None:
-        """Give base and observed half the statistics that the server has committed."""
+    def settle(self) -> None:
+        """Complete the base with the statistics that the server has committed: now it is known what the run is of."""
         if self.server.statistics is not None:
             for half in (self.base, self.observed):
                 calibration.load(half, self.server.statistics.values)
+        if self.describe is not None:
+            self.header, self.provenance = self.describe()
 
     def replicas(self) -> Replicas:
         """Bring every client that is here up to date, and a newcomer from nothing; do they hold the same bits?

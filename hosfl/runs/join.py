@@ -1,6 +1,7 @@
 """A client on its own machine: it fetches a run once, and answers from then on.
 
-Nothing that comes from the server is evaluated: the run names a task and a method of this library, or is refused.
+Nothing that comes from the server is evaluated: a task and a method that are not the library's, this machine names. A
+cluster of one owner's is the exception: there a run's own files are read, where they lie on its machines.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import copy
 import hashlib
 import json
 import logging
+import socket
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
@@ -25,23 +27,23 @@ from torch import Tensor, nn
 from hosfl.engines.engine import JoinError, Line
 from hosfl.files import FolderLock, write_atomically
 from hosfl.halves.split import dtype_of
-from hosfl.methods import METHODS, method_of
+from hosfl.methods import METHODS, calibration, method_of
 from hosfl.methods.client import Client
 from hosfl.methods.endpoint import Endpoint
 from hosfl.methods.ho import ZerothOrderClient
 from hosfl.methods.ledger import SeedReplay
 from hosfl.methods.method import Setup
-from hosfl.named import named
+from hosfl.named import absolute, named
 from hosfl.protocol.aggregate import AGGREGATIONS
 from hosfl.protocol.lattice import Lattice
 from hosfl.protocol.provenance import header_digest
-from hosfl.runs.assemble import base_of, halves_of, partition, rates_of
+from hosfl.runs.assemble import base_of, client_of, halves_of, partition, rates_of
 from hosfl.runs.checkpoint import header_of
 from hosfl.runs.config import Config
 from hosfl.runs.serve import FORMAT, LOCAL
 from hosfl.tasks import TASKS, make_task
 from hosfl.tasks.data import Dataset
-from hosfl.tasks.items import Batches, Items, read, samples_of
+from hosfl.tasks.items import Items, read, samples_of
 from hosfl.tasks.task import Task
 
 SAVED_EVERY = 60.0  # seconds: what was applied since is replayed
@@ -49,10 +51,14 @@ KEPT_FORMAT = "1"
 log = logging.getLogger("hosfl.join")
 
 
-def settings_of(offered: bytes, task: str = "", **local: Any) -> tuple[dict[str, Any], Config]:
+OWN = {"task": (TASKS, "FUNCTION"), "method": (METHODS, "CLASS")}  # what of a run may be in a file: FILE.py:NAME
+
+
+def settings_of(offered: bytes, task: str = "", method: str = "", **local: Any) -> tuple[dict[str, Any], Config]:
     """What the server offers, and its settings with this machine's own. Raises JoinError.
 
-    task: "FILE.py:FUNCTION" of this machine, for a run of a task that is not the library's.
+    task: "FILE.py:FUNCTION" of this machine, for a run of a task that is not the library's. method: "FILE.py:CLASS",
+    likewise.
     """
     try:
         run = json.loads(offered)
@@ -64,26 +70,30 @@ def settings_of(offered: bytes, task: str = "", **local: Any) -> tuple[dict[str,
         raise (
             error if isinstance(error, JoinError) else JoinError(f"what the server offers is no run: {error!r}")
         ) from None
-    theirs = settings.get("task")
-    if theirs not in TASKS and not task:
-        raise JoinError(
-            f"the run is of the server's own task {theirs!r}: name yours with --task FILE.py:FUNCTION, since no code is"
-            " fetched"
-        )
-    if theirs in TASKS and task:
-        raise JoinError(f"the run's task is {theirs!r}, the library's: leave out --task")
-    if settings.get("method") not in METHODS:
-        raise JoinError(f"the run's method {settings.get('method')!r} is none of this library's: {', '.join(METHODS)}")
+    told: dict[str, Any] = {"base": base, "log": header, "hosfl": str(run.get("hosfl"))}
+    for name, own in (("task", task), ("method", method)):
+        theirs, (library, kind) = settings.get(name), OWN[name]
+        told[name] = theirs
+        known = isinstance(theirs, str) and theirs in library
+        if not known and not own:
+            raise JoinError(
+                f"the run is of the server's own {name} {theirs!r}: name yours with --{name} FILE.py:{kind}, since no"
+                " code is fetched"
+            )
+        if known and own:
+            raise JoinError(f"the run's {name} is {theirs!r}, the library's: leave out --{name}")
+        if own:
+            local[name] = own
     if str(settings.get("trains")).startswith("peft:") and str(settings["trains"]).endswith(".json"):
         raise JoinError("the run's adapters are those of a file of the server's: this client reads no file by its name")
     strange = sorted(set(settings) - set(Config.names()) | set(settings) & set(LOCAL))
     if strange:
         raise JoinError(f"the run has settings that this version has not: {', '.join(strange)}: update hosfl")
     try:
-        config = Config(**{**settings, **local, **({"task": task} if task else {})})
+        config = Config(**{**settings, **local})
     except (TypeError, ValueError) as error:
         raise JoinError(f"the run's settings do not work here: {error}") from None
-    return {"base": base, "log": header, "task": theirs, "hosfl": str(run.get("hosfl"))}, config
+    return told, config
 
 
 def own_data(data: str, number: int, config: Config, task: Task) -> Dataset | Items:
@@ -139,23 +149,21 @@ class Clients:
         self.method = self.kind(setup)
         self.follows = self.method.ledger is not None
         if isinstance(self.method.ledger, SeedReplay):
-            header = header_of(self.method.ledger.run, half, {**config.decisive(), "task": run["task"]})
-            if header_digest(header) != run["log"]:
+            settings = {**config.decisive(), **{name: run[name] for name in OWN}}
+            if header_digest(header_of(self.method.ledger.run, half, settings)) != run["log"]:
                 raise JoinError(
-                    f"the half made here is not the server's (hosfl {run['hosfl']} there): the same version, model and"
-                    " task are needed"
+                    f"the half made here is not the server's (hosfl {run['hosfl']} there): the same version, model,"
+                    " task and method are needed"
                 )
         self.method.ledger = None  # and the server's replica with it
 
     def endpoint(self, number: int, data: Dataset | Items, alone: bool = False) -> Endpoint:
         """A client that has applied nothing. alone: there will be no other, so that it may have the half itself."""
         config, half = self.config, self.half if alone else copy.deepcopy(self.half)
-        mine = data.to(config.device, dtype_of(half))
-        batches = Batches(mine, config.batch, config.seed, number, self.task.per_token)
-        client = self.method.made(number, half, batches)
+        client = client_of(self.method, number, half, data.to(config.device, dtype_of(half)), self.task)
         if isinstance(client, ZerothOrderClient):
             client.replica.base = self._base  # the half itself moves: its round 0 is in the file
-        return Endpoint(client, self.kind.exchanges(config), self.follows)
+        return Endpoint(client, self.kind.exchanges(config), self.follows, bool(config.calibrate))
 
     def _base(self) -> list[Tensor]:
         """What moves, at round 0."""
@@ -166,15 +174,34 @@ class Clients:
 class Everybody:
     """All clients of a run in one process of several, such as an actor: each is made when it is first asked.
 
-    It pickles: files are what the server offers, local this machine's own settings. No more clients are held than a
-    round needs. One that comes for the first time, or again, begins where another was last: the same rounds give every
-    client the same bits, so that it need not replay them.
+    It pickles: files are what the server offers, local this machine's own settings. A task or a method of a file of
+    one's own goes by its name: every machine has to have the file at the same path, and the file is run there. So it is
+    for machines of one owner. No more clients are held than a round needs. One that comes for the first time, or again,
+    begins where another was last: the same rounds give every client the same bits, so that it need not replay them.
+
+    Raises JoinError for a task that was an object, and where it is called for a file that is not there.
     """
 
     def __init__(self, files: Mapping[str, bytes], **local: Any) -> None:
         self.files, self.local = dict(files), local
+        settings = json.loads(files["run"])["settings"]
+        for name, (library, kind) in OWN.items():
+            if not settings[name]:
+                raise JoinError(
+                    f"the run's {name} is an object of this process, which no other has: put it into a file,"
+                    f" FILE.py:{kind}"
+                )
+            if settings[name] not in library:
+                self.local[name] = absolute(settings[name])
 
     def __call__(self) -> Callable[[int, bytes], bytes]:
+        for name in OWN:
+            place, _, _ = self.local.get(name, "").rpartition(":")
+            if place.endswith(".py") and not Path(place).is_file():
+                raise JoinError(
+                    f"{socket.gethostname()} has no {place}, where the run's {name} is: every machine has to have that"
+                    " file at this path"
+                )
         run, config = settings_of(self.files["run"], **self.local)
         clients = Clients(run, config, self.files["base"])
         shares = partition(clients.task, config)
@@ -199,6 +226,9 @@ def _follow(client: Client, other: Client) -> None:
     if isinstance(client, ZerothOrderClient) and isinstance(other, ZerothOrderClient):
         at = other.replica
         client.take_up(at.tensors, at.moments, at.applied, at.epoch, at.lattice)
+    if other.calibrated:
+        calibration.load(client.half, calibration.flat(other.half))
+        client.calibrated = True
 
 
 def _loaded(half: nn.Module, base: bytes) -> dict[str, Tensor]:
@@ -297,17 +327,26 @@ def base_half(line: Line, run: dict[str, Any], path: Path) -> bytes:
 
 
 def join(
-    line: Line, number: int, folder: Path, *, data: str = "", task: str = "", model: str = "", device: str = "cpu"
+    line: Line,
+    number: int,
+    folder: Path,
+    *,
+    data: str = "",
+    task: str = "",
+    method: str = "",
+    model: str = "",
+    device: str = "cpu",
 ) -> None:
     """Take part in a run until the line is closed. folder: this client's, where its base and its state are kept.
 
-    data: see `own_data`. task, model: where the run's are not the library's. Raises JoinError, and what data raise.
+    data: see `own_data`. task, method, model: where the run's are not the library's. Raises JoinError, and what data
+    raise.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(folder, "client")
     try:
         local = {"data": data if is_task_data(data) else "", "model": model, "device": device}
-        run, config = settings_of(line.fetch("run"), task, **local)
+        run, config = settings_of(line.fetch("run"), task, method, **local)
         clients = Clients(run, config, base_half(line, run, folder / "base.safetensors"))
         endpoint = clients.endpoint(number, own_data(data, number, config, clients.task), alone=True)
         kept = Kept(folder / "state.safetensors", run, endpoint.client)

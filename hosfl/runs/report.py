@@ -212,8 +212,8 @@ def machine() -> dict[str, Any]:
 class Writer:
     """Writes a run's files into a folder, which is locked for this process; without one, keeps nothing.
 
-    `start` takes up a free folder, `resume` the run in one; until then nothing is written. Raises ImportError where
-    there is nothing to draw with.
+    `take` takes up a free folder, and `start` begins a run in it; `resume` takes up the run in one. Raises ImportError
+    where there is nothing to draw with.
     """
 
     def __init__(self, folder: Path | None) -> None:
@@ -222,16 +222,23 @@ class Writer:
         self.folder = folder
         self.metrics: TextIO | None = None
         self.lock: FolderLock | None = None
+        self.mine = False  # whether the folder is this run's to clear
         self.run = ""  # of whom the metrics are
 
-    def start(self, config: Settings, provenance: Provenance) -> None:
+    def take(self) -> None:
         """Make the folder this run's. Raises FileExistsError for one that holds a run, RunFolderError."""
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = FolderLock(self.folder)
         check_free(self.folder)
-        self.run = provenance.digest[:16]  # from here on the folder is this run's to clear
+        self.mine = True
+
+    def start(self, config: Settings, provenance: Provenance) -> None:
+        """Begin a run in the folder that was taken."""
+        if self.folder is None:
+            return
+        self.run = provenance.digest[:16]
         write_json(self.folder / "provenance.json", asdict(provenance))
         save_config(config, self.folder)  # from here on there is a run to resume
         self.metrics = (self.folder / "metrics.jsonl").open("w")
@@ -301,9 +308,9 @@ class Writer:
 
     def clear(self) -> None:
         """Leave the folder free, as a start that came to nothing does."""
-        if self.folder is None or not self.run:
+        if self.folder is None or not self.mine:
             return
-        for name in (*RUN_FILES, "provenance.json", "base.safetensors", "lock"):
+        for name in (*RUN_FILES, "provenance.json", "base.safetensors", "status.json", "lock"):
             (self.folder / name).unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # it holds something else, which is not ours
             self.folder.rmdir()

@@ -17,7 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from hosfl.engines.engine import Engine
 from hosfl.files import finite, write_json
+from hosfl.methods import calibration
+from hosfl.methods.ledger import SeedReplay
 from hosfl.protocol.provenance import header_digest
+from hosfl.runs.checkpoint import header_of, module_bytes
 
 if TYPE_CHECKING:
     from hosfl.runs.federation import Federation
@@ -31,8 +34,9 @@ class Over:
     """How a run reaches its clients.
 
     engine: who carries the messages; or what makes it of what clients are offered, by name, and of their number.
-    deadline: seconds for each of a round's two exchanges. enough: cuts, and answers, with which a round goes on without
-    the rest; None: all. least: clients that have to be here before a round begins.
+    deadline: seconds for each of a round's two exchanges, and for running statistics before the first. enough: cuts,
+    and answers, with which a round goes on without the rest; None: all. least: clients that have to be here before a
+    round begins.
     """
 
     engine: Engine | Callable[[dict[str, bytes], int], Engine]
@@ -47,30 +51,33 @@ class Over:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 
-    def reach(self, federation: Federation, folder: Path) -> None:
-        """Let the federation's messages go through the engine, and offer clients what they begin with.
-
-        Raises ValueError for a run that needs its clients here.
-        """
-        if federation.config.calibrate:
-            raise ValueError("calibrate needs all clients in one process: leave it out, or train without an engine")
-        files = offered(federation, folder)
+    def reach(self, federation: Federation) -> None:
+        """Let the federation's messages go through the engine, and offer clients what they begin with."""
+        files = offered(federation)
         engine = self.engine(files, federation.config.clients) if callable(self.engine) else self.engine
         engine.offer(files)
         federation.engine, federation.deadline = engine, self.deadline
         federation.enough, federation.least = self.enough, self.least
 
 
-def offered(federation: Federation, folder: Path) -> dict[str, bytes]:
-    """What a client fetches when it comes for the first time: the run, as JSON, and the base half, as safetensors."""
-    base = (folder / "base.safetensors").read_bytes()
-    settings = {name: value for name, value in asdict(federation.config).items() if name not in LOCAL}
+def offered(federation: Federation) -> dict[str, bytes]:
+    """What a client fetches when it comes for the first time: the run, as JSON, and the base half, as safetensors.
+
+    Running statistics that clients estimate are in neither: a client is told them when it takes part.
+    """
+    half = calibration.first(federation.base, federation.server.statistics)
+    base = module_bytes(half)
+    config, ledger = federation.config, federation.server.ledger
+    log = ""
+    if isinstance(ledger, SeedReplay):
+        log = header_digest(header_of(ledger.run, half, config.decisive()))
+    settings = {name: value for name, value in asdict(config).items() if name not in LOCAL}
     run = {
         "format": FORMAT,
         "hosfl": version("hosfl"),
         "settings": settings,
         "base": hashlib.sha256(base).hexdigest(),
-        "log": "" if federation.header is None else header_digest(federation.header),
+        "log": log,
     }
     return {"run": json.dumps(run).encode(), "base": base}
 

@@ -366,6 +366,8 @@ def simulate(
 def _simulate(config: Config, faults: Faults, folder: Path, progress: Progress | None) -> Outcome:
     begin = time.perf_counter()
     plain, task = assemble(config, SMALLEST_SHARD)
+    if config.calibrate:
+        plain.calibrate()
     if task.classes is None and faults.byzantine and any(TOLD[lie][0] == "labels" for lie in faults.told):
         raise ValueError("labels that are no classes cannot be lied about: choose other lies")
     crowd = Crowd(

@@ -16,6 +16,7 @@ from typing import Any, cast
 from hosfl.methods.ledger import SeedReplay
 from hosfl.protocol.lattice import LatticeError
 from hosfl.protocol.log import EpochRecord, Log, LogError
+from hosfl.protocol.provenance import Provenance
 from hosfl.protocol.terms import Diverged
 from hosfl.runs import snapshot
 from hosfl.runs.assemble import assemble, evaluate, for_clients
@@ -39,9 +40,8 @@ def save_snapshot(federation: Federation, out: Path, round: int) -> None:
         log.check_file()
     tensors, info = federation.server.state()
     counted = {"bytes": federation.wire.bytes, "visits": federation.visits, "passes": dict(federation.server.passes)}
-    made_of = federation.provenance and asdict(federation.provenance)
     position = None if log is None else list(log.position)
-    info = {"server": info, "counted": counted, "provenance": made_of, "log": position}
+    info = {"server": info, "counted": counted, "provenance": asdict(provenance_of(federation)), "log": position}
     snapshot.save(out, round, tensors, info, keep=federation.config.keep)
 
 
@@ -49,6 +49,12 @@ def log_of(federation: Federation) -> Log | None:
     """The log of its client half, where there is one."""
     ledger = federation.server.ledger
     return ledger.log if isinstance(ledger, SeedReplay) else None
+
+
+def provenance_of(federation: Federation) -> Provenance:
+    """What its run is made of."""
+    assert federation.provenance is not None, "running statistics are estimated first"
+    return federation.provenance
 
 
 def restore(federation: Federation, out: Path) -> int:
@@ -64,8 +70,7 @@ def restore(federation: Federation, out: Path) -> int:
 
     def objection(saved: snapshot.Snapshot) -> str:
         what = out / f"snapshot-{saved.round:08d}.safetensors"
-        assert federation.provenance is not None
-        federation.provenance.check(saved.info.get("provenance"), what)
+        provenance_of(federation).check(saved.info.get("provenance"), what)
         if log is None:
             return ""
         records, digest = saved.info["log"]
@@ -145,25 +150,27 @@ def train(
         if differ:
             raise ValueError(f"these are not the settings of the run in {folder}: {'; '.join(differ)}")
     federation, _ = assemble(config, task=task, begun=folder if resume else None)
-    assert federation.provenance is not None
     writer = Writer(folder)
     course = _Course(federation, task, writer, begin, progress)
     try:
         if resume and folder is not None:
-            writer.resume(federation.config, federation.provenance)
+            writer.resume(federation.config, provenance_of(federation))
             federation.open_log(folder)
             course.done = restore(federation, folder)
             save_module(federation.base, folder / "base.safetensors")
+            course.reach(over)
         else:
+            writer.take()
+            course.reach(over)
+            if config.calibrate:
+                course.calibrate()
             first = course.evaluated()
-            writer.start(federation.config, federation.provenance)
-            course.last = writer.add(first)
             if folder is not None:
                 save_module(federation.base, folder / "base.safetensors")
+            writer.start(federation.config, provenance_of(federation))
+            course.last = writer.add(first)
+            if folder is not None:
                 federation.open_log(folder)
-        if over is not None and folder is not None:
-            over.reach(federation, folder)
-            course.events = Events(folder)
         return course.run()
     except BaseException:
         federation.close()
@@ -209,6 +216,18 @@ class _Course:
     failure: LatticeError | Diverged | None = None
     events: Events | None = None  # where clients are elsewhere
 
+    def reach(self, over: Over | None) -> None:
+        """Let clients be elsewhere, where they are."""
+        if over is not None and self.writer.folder is not None:
+            over.reach(self.federation)
+            self.events = Events(self.writer.folder)
+
+    def calibrate(self) -> None:
+        """Have the clients estimate running statistics, when enough of them are here."""
+        while not self.federation.ready():
+            self.wait()
+        self.federation.calibrate()
+
     def evaluated(self) -> Evaluation:
         federation, config = self.federation, self.federation.config
         data = self.task.data(config.evaluate_on).to(config.device)
@@ -247,7 +266,7 @@ class _Course:
                 passes=federation.server.passes,
                 refused=federation.server.refused + federation.complained,
                 replicas=None if self.failure else federation.replicas(),
-                provenance=federation.provenance,  # type: ignore[arg-type]  # of an assembled one
+                provenance=provenance_of(federation),
                 seconds=time.perf_counter() - self.begin,
                 failure=str(self.failure) if self.failure else None,
             )
