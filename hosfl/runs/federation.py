@@ -63,7 +63,8 @@ class Federation:
     complained: what clients refused, the first thousand times; complaints: how many there were. visits: how many times
     a client took part. missing: how many times a client that was asked did not answer; why: of the round's, by client.
     seconds: of the last round, by phase: "cuts" and "answers" are spent on the engine and the clients, "server" here.
-    took_part: clients whose answers were the last round's; whose cuts, where a method needs no answers.
+    asked: clients that were invited to the last round. took_part: clients whose answers were its answers; whose cuts,
+    where a method needs no answers.
     """
 
     config: Settings
@@ -85,6 +86,7 @@ class Federation:
     missing: int = 0
     why: dict[int, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    asked: list[int] = field(default_factory=list)
     took_part: list[int] = field(default_factory=list)
     header: Header | None = None
     provenance: Provenance | None = None
@@ -105,10 +107,10 @@ class Federation:
         """
         self.seconds, self.why = dict.fromkeys(("cuts", "server", "answers"), 0.0), {}
         try:
-            invited = self.invited(round)
+            self.asked = self.invited(round)
             late = self.late()
             with self._timed("cuts"):
-                sent = self._reached(Invitation, round, invited)
+                sent = self._reached(Invitation, round, self.asked)
             self.visits += len(sent)
             cuts = [message for message in late if message is not None] + [sent[n] for n in sorted(sent)]
             losses = []
