@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import sys
 import time
 
 import numpy as np
@@ -129,7 +130,9 @@ def test_what_another_run_left_is_void(tmp_path):
     train(Config(**QUICK), tmp_path / "run", tensorboard=True)
     shutil.move(tmp_path / "run/tensorboard", tmp_path / "new/tensorboard")
     train(Config(**{**QUICK, "rounds": 2, "seed": 1}), tmp_path / "new", tensorboard=True)
-    assert [step for step, _ in points(tmp_path / "new")["bytes"]] == [1, 2]
+    found = points(tmp_path / "new")
+    assert [step for step, _ in found["bytes"]] == [1, 2]
+    assert [step for step, _ in found["evaluation/loss"]] == [0, 2]
 
 
 def test_a_start_that_fails_leaves_no_board(tmp_path, monkeypatch):
@@ -145,8 +148,23 @@ def test_a_start_that_fails_leaves_no_board(tmp_path, monkeypatch):
             patch.setattr(Over, "reach", fails)
             with pytest.raises(OSError, match="no broker"):
                 train(Config(**QUICK), tmp_path / "run", over=over(), tensorboard=True)
-        assert len(list(tmp_path.rglob("*.tfevents.*"))) == others
+        assert len(list(tmp_path.rglob("*"))) == 3 * others  # run, tensorboard and the file of another
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
+
+
+def test_where_the_package_is_missing_a_run_to_resume_stays_as_it_is(tmp_path, monkeypatch):
+    def kill(done, *_):
+        if done == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(Config(**QUICK), tmp_path, kill)
+    held = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(ImportError, match=r"pip install 'hosfl\[tensorboard\]'"):
+        train(Config(**QUICK), tmp_path, resume=True, tensorboard=True)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == held
 
 
 def test_it_needs_a_folder():
@@ -246,7 +264,7 @@ def test_lines_that_cannot_be_read(tmp_path):
     written(tmp_path, [good[0], *bad, good[1]])
     found, damaged = read(tmp_path)
     assert ([e.round for e in found], damaged) == ([1, 2], len(bad))
-    assert f"{len(bad)} lines of events.jsonl cannot be read" in attendance(tmp_path).read_text()
+    assert f"cannot be read</strong> and do not count: {len(bad)}." in attendance(tmp_path).read_text()
 
 
 def read(folder):

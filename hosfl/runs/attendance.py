@@ -168,7 +168,7 @@ def plot(events: Sequence[Event], clients: int, path: Path, title: str) -> str:
         numbers.set_major_locator(locator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     figure.suptitle(title, parse_math=False)
     save_figure(figure, path, 130)
-    return "" if wide == tall == 1 else f"{tall} clients x {wide} rounds"
+    return "" if wide == tall == 1 else f"{tall} client{'s' * (tall > 1)} x {wide} round{'s' * (wide > 1)}"
 
 
 def _draw_clients(
@@ -246,7 +246,7 @@ def _page(title: str, rounds: int, clients: int, events: Sequence[Event], damage
         f" Last training loss: {loss}. {last.moved / 1e6:.1f} MB on the wire.</p>"
     ]
     if damaged:
-        parts.append(f"<p><strong>{damaged} lines of events.jsonl cannot be read</strong> and are passed over.</p>")
+        parts.append(f"<p><strong>Lines of events.jsonl that cannot be read</strong> and do not count: {damaged}.</p>")
     text = (
         "A round asks some clients. Gone: not connected, or vanished meanwhile. Late: no answer by the deadline."
         " Failed: the client could not answer. Lost: a message did not arrive. Left out: its message was refused, it"
