@@ -328,23 +328,26 @@ def drawn(folder, monkeypatch):
 
 def test_the_figure(tmp_path, monkeypatch):
     told = [event(n, [0], {1: "gone"}, loss=None if n == 2 else n, seconds=n) for n in (1, 2, 3)]
-    text, (matrix, curve, phases) = drawn(written(tmp_path, told, task="a $task$"), monkeypatch)
+    text, (matrix, curve, phases) = drawn(written(tmp_path, told, task="<b>$\\no_formula$"), monkeypatch)
     assert [t.get_text() for t in matrix.get_legend().get_texts()] == ["took part", "gone", "not asked"]
     assert matrix.get_images()[0].get_array().shape == (3, 3, 3)
+    assert matrix.collections  # lines between the cells
     np.testing.assert_array_equal(curve.get_lines()[0].get_xydata(), [[1, 1], [2, math.nan], [3, 3]])
     stacked = {patch.get_label(): patch.get_data() for patch in phases.patches}
     assert list(stacked) == ["cuts", "server", "answers"]
     assert stacked["answers"].values == pytest.approx([2.1, 3.1, 4.1])
     assert stacked["answers"].baseline == pytest.approx([1.1, 2.1, 3.1])
     assert "A cell is" not in text
+    assert "<b>" not in text
     assert "Last training loss: 3.0000." in text
 
 
 @pytest.mark.parametrize("events", [[event(7, loss=None)], [event(1, [0]), event(2, loss=None)]])
 def test_runs_with_hardly_anything_in_them(events, tmp_path, monkeypatch, recwarn):
-    text, _ = drawn(written(tmp_path, [{**event, "seconds": {}} for event in events], clients=1), monkeypatch)
+    text, _ = drawn(written(tmp_path, [{**event, "seconds": {}} for event in events], clients=1, task=""), monkeypatch)
     assert not recwarn.list
     assert "Last training loss: none: nobody took part" in text
+    assert "<h1>Run: ho, seed 0</h1>" in text
 
 
 def test_thousands_of_rounds_and_clients_stay_readable_and_quick(tmp_path, monkeypatch):
@@ -355,6 +358,7 @@ def test_thousands_of_rounds_and_clients_stay_readable_and_quick(tmp_path, monke
     assert time.perf_counter() - begin < 20  # seconds; some 2 on a machine that does nothing else
     rows, columns, _ = matrix.get_images()[0].get_array().shape
     assert (rows, columns) == (143, 556)
+    assert not matrix.collections
     assert len(curve.get_lines()[0].get_xdata()) == columns
     assert "A cell is 14 clients x 9 rounds" in text
     assert len(table(tmp_path / "report.html")) == 2000

@@ -62,7 +62,7 @@ class Event:
         why = {int(client): str(why) for client, why in told["missing"].items() if int(client) not in took}
         of: dict[str, set[int]] = {state: set() for state in STATES} | {"took part": took}
         for client, reason in why.items():
-            of[_state(reason)].add(client)
+            of[reason if reason in ("gone", "late", "lost") else "failed"].add(client)
         of["left out"] = set(told.get("asked", ())) - took - set(why)  # older runs don't say whom they asked
         if not all(type(c) is int and 0 <= c < clients for known in of.values() for c in known):
             raise ValueError("clients that the run has not")
@@ -80,11 +80,6 @@ class Event:
 
 
 DAMAGED = (ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError, RecursionError)
-
-
-def _state(reason: str) -> str:
-    kind = reason.partition(":")[0]
-    return kind if kind in ("gone", "late", "lost") else "failed"
 
 
 def read_events(path: Path, rounds: int, clients: int) -> tuple[list[Event], int]:
