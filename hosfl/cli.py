@@ -108,6 +108,8 @@ def parser(preset: str | None = None) -> argparse.ArgumentParser:
     one.add_argument(
         "--resume", type=_path, metavar="DIR", help="go on with the run in DIR; --data may say where its data lie now"
     )
+    board = "write the run's scalars for TensorBoard into its folder tensorboard"
+    one.add_argument("--tensorboard", action="store_true", help=board)
     engine = one.add_argument_group("engine")
     engine.add_argument(
         "--engine",
@@ -124,6 +126,7 @@ def parser(preset: str | None = None) -> argparse.ArgumentParser:
     _add_settings(hosts, leave_out=("clients",))
     hosts.add_argument("--out", type=_path, metavar="DIR", help="write log, snapshots, metrics and status there")
     hosts.add_argument("--resume", type=_path, metavar="DIR", help="go on with the run in DIR")
+    hosts.add_argument("--tensorboard", action="store_true", help=board)
     where = "a copy of the broker's nats.conf, to be checked; default: the one beside DIR, if it is there"
     hosts.add_argument("--broker", type=Path, metavar="FILE", help=where)
     waits = hosts.add_argument_group("waiting")
@@ -182,8 +185,8 @@ def parser(preset: str | None = None) -> argparse.ArgumentParser:
     studied.add_argument("--out", type=_path, metavar="DIR", required=True, help="a file per run, table and report")
     cores = os.cpu_count() or 1
     studied.add_argument("--jobs", type=int, default=cores, help="runs at a time (default: %(default)s)")
-    page = command("report", "write a study's folder as one HTML page and its figures as PNG")
-    page.add_argument("folder", type=_path, metavar="DIR", help="a study's folder")
+    page = command("report", "write a study, or who took part when in a run, as one HTML page and its figures as PNG")
+    page.add_argument("folder", type=_path, metavar="DIR", help="of a study, or of a run with clients elsewhere")
     peak = command("memory", "measure the peak memory of one client alone, beside inference of its half")
     peak.add_argument("--halves", nargs="+", default=[], metavar="HALF", help="digits, minilm, resnet18 (default: all)")
     peak.add_argument("--device", default="cpu", help="where to compute (default: %(default)s)")

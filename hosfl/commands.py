@@ -32,6 +32,7 @@ from hosfl.files import write_json
 from hosfl.halves.families import skeleton
 from hosfl.halves.split import cut_points
 from hosfl.named import label
+from hosfl.runs.attendance import attendance
 from hosfl.runs.checkpoint import load_config
 from hosfl.runs.config import Config, all_with_shared, with_shared
 from hosfl.runs.faults import Faults
@@ -103,7 +104,7 @@ def _train(options: argparse.Namespace) -> int:
         over = Over(lambda files, clients: made(Everybody(files, **local), clients, options.actors, options.address))
     elif options.address or options.actors:
         raise ValueError("--address and --actors are of --engine ray")
-    return _run(config, out, options.resume is not None, over)
+    return _run(options, config, out, over)
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -135,7 +136,7 @@ def _serve(options: argparse.Namespace) -> int:
     engine = nats.NatsEngine(f"tls://{member.address}", member.run, config.clients, member.context())
     try:
         over = Over(engine, options.deadline, options.enough, options.least)
-        return _run(config, out, options.resume is not None, over)
+        return _run(options, config, out, over)
     finally:
         engine.close()
 
@@ -174,9 +175,10 @@ def _begun(options: argparse.Namespace, config: Config) -> tuple[Config, Path | 
     return config, out
 
 
-def _run(config: Config, out: Path | None, resume: bool, over: Over | None) -> int:
+def _run(options: argparse.Namespace, config: Config, out: Path | None, over: Over | None) -> int:
+    resume = options.resume is not None
     with _bar(label(config.method), config.rounds) as on_progress:
-        summary = train(config, out, on_progress, resume=resume, over=over)
+        summary = train(config, out, on_progress, resume=resume, over=over, tensorboard=options.tensorboard)
     scores = ", ".join(f"{name} {value:.4f}" for name, value in summary.scores.items())
     print(
         f"{label(config.method)}: {config.evaluate_on} {scores}, loss {summary.loss:.4f}"
@@ -284,7 +286,12 @@ def _study(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    print(report(options.folder))
+    folder = options.folder
+    if not (folder / "study.yaml").exists() and not (folder / "events.jsonl").exists():
+        raise FileNotFoundError(
+            f"{folder} holds no study and no run with clients elsewhere: there is neither study.yaml nor events.jsonl"
+        )
+    print(report(folder) if (folder / "study.yaml").exists() else attendance(folder))
     return 0
 
 

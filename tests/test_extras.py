@@ -1,4 +1,4 @@
-"""What works without the packages of the extras `studies`, `nats` and `ray`, and what is said where one is missing."""
+"""What works without the packages of extras, and what is said where one is missing."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ from hosfl.tasks.reading import picture_file
 WITHOUT = """
 import sys
 from importlib.machinery import PathFinder
-MISSING = {"matplotlib", "sklearn", "scipy", "yaml", "PIL", "nats", "cryptography", "ray"}
+MISSING = {"matplotlib", "sklearn", "scipy", "yaml", "PIL", "nats", "cryptography", "ray", "tensorboard"}
 class Others(PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
@@ -72,6 +72,7 @@ COMMANDS = [
     (STUDIES, "yaml", "a study's file needs yaml"),
     (STUDIES, "matplotlib.figure", "a study's page needs matplotlib"),
     ("report {0}", "yaml", "a study's file needs yaml"),
+    (TRAIN + " --tensorboard", "tensorboard", "--tensorboard needs tensorboard"),
 ]
 
 
@@ -84,7 +85,7 @@ def test_a_command_names_the_extra_before_it_writes(command, module, message, tm
     assert end.value.code == 2
     said = " ".join(capsys.readouterr().err.split())
     assert message in said
-    assert said.endswith("pip install 'hosfl[studies]'")
+    assert said.endswith(f"pip install 'hosfl[{module if module == 'tensorboard' else 'studies'}]'")
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["study.yaml"]
 
 
@@ -103,5 +104,6 @@ def test_a_function_names_the_extra(module, use, monkeypatch):
 
 
 def missing(module, monkeypatch):
-    monkeypatch.delitem(sys.modules, "hosfl.studies.yaml12", raising=False)
+    for importer in ("hosfl.studies.yaml12", "torch.utils.tensorboard"):
+        monkeypatch.delitem(sys.modules, importer, raising=False)
     monkeypatch.setitem(sys.modules, module, None)

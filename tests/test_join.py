@@ -75,6 +75,7 @@ def test_the_same_bits_as_in_one_process(way, tmp_path):
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [event["round"] for event in events] == [1, 2, 3, 4]
     assert all(len(event["took part"]) == 2 and not event["missing"] for event in events)
+    assert all(sorted(event["asked"]) == event["took part"] for event in events)
     status = json.loads((tmp_path / "status.json").read_text())
     assert (status["round"], status["here"]) == (4, [0, 1, 2])
 

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 
 import pytest
 import shifted
@@ -55,6 +56,7 @@ def test_a_run_by_its_commands(federation, tmp_path):
     ]
     settings = [*own, "--rounds", "5", "--sampled", "2", "--batch", "8", "--calibrate", "2"]
     settings += ["--server-rate", "0.05", "--client-rate", "0.01", "--least", "2", "--out", tmp_path / "run"]
+    settings += ["--tensorboard"] * (find_spec("tensorboard") is not None)
     try:
         served = subprocess.run([*hosfl, "serve", folder / "server", *settings], env=environment, timeout=120)
         assert served.returncode == 0
@@ -74,6 +76,9 @@ def test_a_run_by_its_commands(federation, tmp_path):
     status = subprocess.run([*hosfl, "status", tmp_path / "run"], capture_output=True, text=True, env=environment)
     assert "round 5 of 5" in status.stdout
     assert "here: 0, 1; not here: 2" in status.stdout
+    assert len(list((tmp_path / "run").glob("tensorboard/*"))) == settings.count("--tensorboard")
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert "Round 5 of 5, 3 clients" in (tmp_path / "run/report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -391,7 +391,7 @@ def test_what_no_bit_depends_on_may_change(tmp_path, whole, monkeypatch):
     assert [len(e) for e in evaluated] == [3, 1]
     figures = []
     monkeypatch.setattr(study_report, "save_figure", lambda figure, path, dpi: figures.append(figure))
-    monkeypatch.setattr(study_report, "_image", lambda path, caption: "")
+    monkeypatch.setattr(study_report, "html_image", lambda path, caption: "")
     report(tmp_path / "study")
     means = [sum(e[-1]["accuracy"] for e in evaluated) / 2, sum(e[-1]["loss"] for e in evaluated) / 2]
     for axis, reached in ((figures[0].axes[0], means[0]), (figures[0].axes[3], means[1])):

@@ -65,8 +65,8 @@ class Federation:
     complained: what clients refused, the first thousand times; complaints: how many there were. visits: how many times
     a client took part. missing: how many times a client that was asked did not answer; why: of the round's, by client.
     seconds: of the last round, by phase: "cuts" and "answers" are spent on the engine and the clients, "server" here;
-    it learns from a cut while those of other clients are still on their way.
-    took_part: clients whose answers were the last round's; whose cuts, where a method needs no answers.
+    it learns from a cut while those of other clients are still on their way. asked: clients that were invited to the
+    last round. took_part: clients whose answers were its answers; whose cuts, where a method needs no answers.
     """
 
     config: Settings
@@ -88,6 +88,7 @@ class Federation:
     missing: int = 0
     why: dict[int, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    asked: list[int] = field(default_factory=list)
     took_part: list[int] = field(default_factory=list)
     header: Header | None = None
     provenance: Provenance | None = None
@@ -109,13 +110,13 @@ class Federation:
         """
         self.seconds, self.why = dict.fromkeys(("cuts", "server", "answers"), 0.0), {}
         try:
-            invited, first = self.invited(round), round * self.exchanges
+            self.asked, first = self.invited(round), round * self.exchanges
             self.server.begin(first)
-            learning = _InOrder(invited, self._learn)
+            learning = _InOrder(self.asked, self._learn)
             for message in self.late():
                 self._learn(message)
             with self._timed("cuts"):
-                sent = self._reached(Invitation, round, invited, learning)
+                sent = self._reached(Invitation, round, self.asked, learning)
             self.visits += len(sent)
             with self._timed("server"):
                 multipliers, loss = self.server.end()

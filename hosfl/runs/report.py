@@ -25,6 +25,7 @@ from hosfl.files import FolderLock, finite, write_atomically, write_json
 from hosfl.protocol.provenance import Provenance, ProvenanceError
 from hosfl.runs.checkpoint import RUN_FILES, check_free, save_config
 from hosfl.runs.federation import Replicas
+from hosfl.runs.tensorboard import Board, summary_writer
 from hosfl.settings import Settings
 from hosfl_kernels import backends
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from matplotlib.legend import Legend
 
     from hosfl.methods.client import Client
+    from hosfl.runs.federation import Federation
 
 
 @dataclass(frozen=True)
@@ -212,14 +214,17 @@ def machine() -> dict[str, Any]:
 class Writer:
     """Writes a run's files into a folder, which is locked for this process; without one, keeps nothing.
 
-    `take` takes up a free folder, and `start` begins a run in it; `resume` takes up the run in one. Raises ImportError
-    where there is nothing to draw with.
+    `take` takes up a free folder, and `start` begins a run in it; `resume` takes up the run in one. tensorboard: write
+    scalars for it too. Raises ImportError where there is nothing to draw with, or TensorBoard is missing.
     """
 
-    def __init__(self, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None, tensorboard: bool = False) -> None:
         if folder is not None:
             needed("matplotlib.figure", "a run's folder")  # for its curves: known now, not after the last round
-        self.folder = folder
+        if tensorboard:
+            summary_writer()
+        self.folder, self.tensorboard = folder, tensorboard
+        self.board: Board | None = None
         self.metrics: TextIO | None = None
         self.lock: FolderLock | None = None
         self.mine = False  # whether the folder is this run's to clear
@@ -242,6 +247,7 @@ class Writer:
         write_json(self.folder / "provenance.json", asdict(provenance))
         save_config(config, self.folder)  # from here on there is a run to resume
         self.metrics = (self.folder / "metrics.jsonl").open("w")
+        self._open_board(0)
 
     def resume(self, config: Settings, provenance: Provenance) -> None:
         """Take up the folder's run. Raises ProvenanceError where it was made of something else, RunFolderError."""
@@ -269,7 +275,12 @@ class Writer:
         kept = self.evaluations(round)
         write_atomically(path, "".join(map(self._line, kept)).encode())
         self.metrics = path.open("a")
+        self._open_board(round + 1)
         return kept
+
+    def _open_board(self, first: int) -> None:
+        if self.tensorboard and self.folder is not None:
+            self.board = Board(self.folder, first)
 
     def evaluations(self, round: int) -> list[Evaluation]:
         """Those of the folder's metrics.jsonl up to `round`."""
@@ -295,7 +306,14 @@ class Writer:
         if self.metrics is not None:
             self.metrics.write(self._line(evaluation))
             self.metrics.flush()
+        if self.board is not None:
+            self.board.evaluation(evaluation)
         return evaluation
+
+    def round(self, federation: Federation, done: int, loss: float) -> None:
+        """A round is over."""
+        if self.board is not None:
+            self.board.round(federation, done, loss)
 
     def finish(self, summary: Summary) -> None:
         if self.metrics is None or self.folder is None:
@@ -312,12 +330,14 @@ class Writer:
             return
         for name in (*RUN_FILES, "provenance.json", "base.safetensors", "status.json", "lock"):
             (self.folder / name).unlink(missing_ok=True)
+        if self.board is not None:
+            self.board.clear()
         with contextlib.suppress(OSError):  # it holds something else, which is not ours
             self.folder.rmdir()
 
     def close(self) -> None:
         """Let the folder go."""
-        for file in (self.metrics, self.lock):
+        for file in (self.board, self.metrics, self.lock):
             if file is not None:
                 file.close()
 

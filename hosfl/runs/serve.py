@@ -1,7 +1,7 @@
 """A run whose clients are elsewhere: what they are offered, and what of it is written down.
 
 status.json    how the run stands now: who is here, round, loss, bytes, what was refused
-events.jsonl   a line per round: who took part, who did not and why, seconds by phase, bytes
+events.jsonl   a line per round: who was asked, who took part, who did not and why, seconds by phase, bytes
 """
 
 from __future__ import annotations
@@ -94,6 +94,7 @@ class Events:
             "time": round(time.time(), 3),
             "round": done,
             "loss": loss,
+            "asked": federation.asked,
             "took part": federation.took_part,
             "missing": {str(client): why for client, why in sorted(federation.why.items())},
             "seconds": {phase: round(spent, 4) for phase, spent in federation.seconds.items()},

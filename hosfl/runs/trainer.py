@@ -113,6 +113,7 @@ def train(
     *,
     resume: bool = False,
     over: Over | None = None,
+    tensorboard: bool = False,
     **settings: Any,
 ) -> Summary:
     """Run HO-SFL or one of its baselines; returns the summary.
@@ -125,6 +126,8 @@ def train(
     Ctrl-C ends the run after the current round, with all of this written; the summary says how many rounds were done.
     resume: take up the run in `out`, however it ended, at its last snapshot; settings and task must be that run's.
     over: the engine that reaches the clients, where they are not in this process; it needs `out`.
+    tensorboard: write event files for TensorBoard into `out`/tensorboard, a point per round; see
+    `hosfl.runs.tensorboard.Board`. The run's bits are the same without.
 
     Settings that the bits do not depend on (`config.NEUTRAL`) may change when a run is resumed; so data may lie
     elsewhere, with the same content.
@@ -132,16 +135,16 @@ def train(
     Raises: ValueError for settings that do not fit the task or the run to resume, ProvenanceError for data, a model or
     a file of another run, LatticeError when the run diverges off the lattice and Diverged when its loss is no longer
     finite (what was done until then is written), FileExistsError if `out` holds another run, RunFolderError if another
-    process is at work there. A start that fails before its first round leaves the folder free.
+    process is at work there, ImportError for a package that is missing. A start that fails before its first round
+    leaves the folder free.
     """
     if out is not None and not str(out):
         raise ValueError("out is empty: name a folder")
     folder = Path(out) if out is not None else None
     begin = time.perf_counter()
-    if (resume or over) and folder is None:
-        raise ValueError(
-            f"a run {'to resume' if resume else 'with clients elsewhere'} needs its folder: out, or --out DIR"
-        )
+    if (resume or over or tensorboard) and folder is None:
+        which = "to resume" if resume else "with clients elsewhere" if over else "for TensorBoard"
+        raise ValueError(f"a run {which} needs its folder: out, or --out DIR")
     if folder is not None and not resume:
         check_free(folder)
     config, task = _told(what, settings)
@@ -150,7 +153,7 @@ def train(
         if differ:
             raise ValueError(f"these are not the settings of the run in {folder}: {'; '.join(differ)}")
     federation, _ = assemble(config, task=task, begun=folder if resume else None)
-    writer = Writer(folder)
+    writer = Writer(folder, tensorboard)
     course = _Course(federation, task, writer, begin, progress)
     try:
         if resume and folder is not None:
@@ -286,6 +289,7 @@ class _Course:
         self.done += 1
         if self.events is not None:
             self.events.round(federation, self.done, self.loss)
+        self.writer.round(federation, self.done, self.loss)
         due = self.done % config.evaluate_every == 0 or self.done == config.rounds
         if due:
             self.last = self.writer.add(self.evaluated())

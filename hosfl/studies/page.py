@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Callable, Sequence
 from html import escape
@@ -15,6 +14,7 @@ from hosfl.extras import needed
 from hosfl.files import write_atomically
 from hosfl.runs.config import Config
 from hosfl.runs.memory import BOUNDED, reference
+from hosfl.runs.pages import document, html_image, html_table
 from hosfl.runs.report import name_lines, save_figure
 from hosfl.studies.study import Result, Study, finals, held, load_study, measured, table
 
@@ -27,21 +27,6 @@ AXES: tuple[tuple[str, Callable[[dict[str, Any]], float]], ...] = (
     ("MB on the wire, all clients", lambda e: e["bytes"] / 1e6),
     ("seconds", lambda e: e["seconds"]),
 )
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 72rem; margin: 2rem auto;
-  padding: 0 1rem; }
-h1 { font-size: 1.6rem; margin-bottom: 0 } h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }
-.scroll { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap; }
-th, td, pre { unicode-bidi: plaintext; }
-th { border-bottom: 2px solid #888; vertical-align: bottom; } th:first-child, td:first-child { text-align: left; }
-tr.best td { font-weight: 600; background: #f0f6ee; } td.failed { color: #a02020; }
-img { max-width: 100%; } p, figcaption { max-width: 48rem; } figure { margin: 1rem 0; }
-pre { background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: 13px; }
-@media print { body { margin: 0; max-width: none; font-size: 10px; } pre { white-space: pre-wrap; }
-  h2 { break-after: avoid; } figure, tr { break-inside: avoid; } .scroll { overflow: visible; }
-  tr.best td { -webkit-print-color-adjust: exact; print-color-adjust: exact; } }
-"""
 
 
 def report(folder: Path) -> Path:
@@ -145,7 +130,7 @@ def page(
     made = sum(held(job, folder) is not None for job in (*study.tuning(), *finals(study, folder)))
     wanted = len(study.tuning()) + len(study.trials) * len(study.seeds)
     started = [r for results in runs.values() for r in results]
-    parts = [f"<h1>{escape(_title(study))}</h1>", f"<p>{escape(_what(study))}</p>"]
+    parts = [f"<p>{escape(_what(study))}</p>"]
     if not started or (made < wanted and not _settled(study, found, runs)):
         parts.append(f"<p><strong>Not finished:</strong> {made} of {wanted} runs are done.</p>")
     if found["methods"]:
@@ -156,12 +141,12 @@ def page(
         ]
     if any(not r["failure"] for r in started):
         text = "Means over seeds; bands: plus and minus one standard error. Dashed: the controls."
-        parts += ["<h2>Curves</h2>", _image(folder / "curves.png", text)]
+        parts += ["<h2>Curves</h2>", html_image(folder / "curves.png", text)]
         parts += ["<h2>Bytes per client and round</h2>", _bytes(found["methods"])]
     if memory is not None:
         parts += [
             "<h2>Memory of a client</h2>",
-            _image(folder / "memory.png", memory_note(memory)),
+            html_image(folder / "memory.png", memory_note(memory)),
             _memory(memory),
         ]
     parts += ["<h2>Tuning: every trial, on validation data</h2>", _tuning(study, found)]
@@ -171,9 +156,7 @@ def page(
     parts.append("<h2>Machine and versions</h2>")
     parts += [f"<p>{escape(text)}</p>" for text in dict.fromkeys(map(_machine, machines.values()))]
     parts += ["<h2>The study's file</h2>", f"<pre>{escape(study.text)}</pre>"]
-    head = f'<meta charset="utf-8"><title>{escape(_title(study))}</title><style>{STYLE}</style>'
-    head += '<meta name="viewport" content="width=device-width">'
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(parts) + "\n</body></html>\n"
+    return document(_title(study), parts)
 
 
 def _settled(study: Study, found: dict[str, Any], runs: dict[str, list[Result]]) -> bool:
@@ -209,17 +192,6 @@ def _notes(study: Study, found: dict[str, Any]) -> str:
     return text + (f" Seeds {_list(sorted(both))} were also tuned on." if both else "")
 
 
-def _rows(head: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[str] = ()) -> str:
-    """A table; cells are text."""
-    lines = ["<tr>" + "".join(f"<th>{escape(h)}</th>" for h in head) + "</tr>"]
-    for number, row in enumerate(rows):
-        kind = f' class="{classes[number]}"' if classes and classes[number] else ""
-        failed = [n > 0 and cell.startswith("failed") for n, cell in enumerate(row)]  # the first one is a name
-        cells = "".join(f"<td{' class=failed' * f}>{escape(c)}</td>" for f, c in zip(failed, row, strict=True))
-        lines.append(f"<tr{kind}>{cells}</tr>")
-    return '<div class="scroll"><table>\n' + "\n".join(lines) + "\n</table></div>"
-
-
 def number(value: float | None, error: float | None = None, places: int = 4) -> str:
     """A number as the page shows it, with its standard error if there is one."""
     if value is None:
@@ -243,7 +215,7 @@ def _results(methods: dict[str, Any], metric: str) -> str:
         gaps = [number(row[share], None, 2) for share in shares]
         moved = sum(row["bytes_per_client_round"].values()) / 1e3 if row["seeds"] else None
         rows.append([method, *scores, *gaps, number(moved, None, 1), number(row["seconds"], None, 1), seeds])
-    return _rows(head, rows)
+    return html_table(head, rows)
 
 
 def _bytes(methods: dict[str, Any]) -> str:
@@ -251,7 +223,7 @@ def _bytes(methods: dict[str, Any]) -> str:
     rows = [
         [m, *(f"{row['bytes_per_client_round'].get(c, 0.0):,.0f}" for c in categories)] for m, row in methods.items()
     ]
-    return _rows(["", *categories], rows)
+    return html_table(["", *categories], rows)
 
 
 def memory_note(measured: dict[str, Any]) -> str:
@@ -270,7 +242,7 @@ def _memory(measured: dict[str, Any]) -> str:
         for name, half in measured["halves"].items()
         for way, r in half["ways"].items()
     ]
-    return _rows(["", "peak, MB", "cut tensor, MB", "of inference + 3 cuts"], rows)
+    return html_table(["", "peak, MB", "cut tensor, MB", "of inference + 3 cuts"], rows)
 
 
 def _tuning(study: Study, found: dict[str, Any]) -> str:
@@ -283,7 +255,7 @@ def _tuning(study: Study, found: dict[str, Any]) -> str:
             why = f"failed {len(trial['failures'])} of {len(study.tuning_seeds)}: {trial['failures'][0]}"
         rows.append([method, choice, number(trial["accuracy"]), number(trial["loss"]), why])
         classes.append("best" if found["methods"].get(method, {}).get("trial") == trial["trial"] else "")
-    return _rows(["", "settings", f"validation {found['metric']}", "validation loss", ""], rows, classes)
+    return html_table(["", "settings", f"validation {found['metric']}", "validation loss", ""], rows, classes)
 
 
 def _machine(m: dict[str, Any]) -> str:
@@ -292,11 +264,3 @@ def _machine(m: dict[str, Any]) -> str:
     where += f", instruction sets {sets}" if sets else ""  # older runs don't say
     packages = ", ".join(f"{p} {m[p]}" for p in ("hosfl", "torch", "triton", "numpy") if m.get(p))
     return f"{where}, {m['threads']} threads; {m['system']}, Python {m['python']}, {packages}."
-
-
-def _image(path: Path, caption: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    return (
-        f'<figure><img alt="{escape(path.stem)}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )

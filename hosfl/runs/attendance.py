@@ -1,0 +1,275 @@
+"""Who took part when: the rounds of a run with clients elsewhere as one page and a figure, of its events.jsonl."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hosfl.extras import needed
+from hosfl.files import write_atomically
+from hosfl.named import label
+from hosfl.runs.pages import document, html_image, html_table
+from hosfl.runs.report import save_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# What may become of a client that a round asks, and its colour.
+STATES = {
+    "took part": "#3b7dbd",
+    "gone": "#4d4d4d",
+    "late": "#f0a30a",
+    "failed": "#c0152f",
+    "lost": "#b57edc",
+    "left out": "#8c6d31",
+}
+NOT_ASKED = "#eeeeee"
+ROUNDS, CLIENTS = 600, 150  # columns and rows of the figure's matrix, at most
+
+
+@dataclass(frozen=True)
+class Event:
+    """A round is over.
+
+    clients: by state, see `STATES`. why: of those that failed. loss: NaN where nobody took part. moved: bytes so far of
+    all clients.
+    """
+
+    round: int
+    time: datetime
+    loss: float
+    seconds: dict[str, float]
+    moved: int
+    clients: dict[str, NDArray[np.int32]]
+    why: dict[int, str]
+
+    @classmethod
+    def read(cls, line: bytes, rounds: int, clients: int) -> Event:
+        """The round of a line of events.jsonl. Raises one of `DAMAGED` for what is none of this run."""
+        told = json.loads(line)
+        took = set(told["took part"])
+        why = {int(client): str(why) for client, why in told["missing"].items() if int(client) not in took}
+        of: dict[str, set[int]] = {state: set() for state in STATES} | {"took part": took}
+        for client, reason in why.items():
+            of[reason if reason in ("gone", "late", "lost") else "failed"].add(client)
+        of["left out"] = set(told.get("asked", ())) - took - set(why)  # older runs don't say whom they asked
+        if not all(type(c) is int and 0 <= c < clients for known in of.values() for c in known):
+            raise ValueError("clients that the run has not")
+        if not 1 <= told["round"] <= rounds:
+            raise ValueError("a round that the run has not")
+        return cls(
+            round=int(told["round"]),
+            time=datetime.fromtimestamp(told["time"], timezone.utc),
+            loss=math.nan if told["loss"] is None else float(told["loss"]),
+            seconds={str(phase): float(spent) for phase, spent in told["seconds"].items()},
+            moved=int(told["bytes"]),
+            clients={state: np.array(sorted(known), np.int32) for state, known in of.items()},
+            why={client: reason for client, reason in why.items() if client in of["failed"]},
+        )
+
+
+DAMAGED = (ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError, RecursionError)
+
+
+def read_events(path: Path, rounds: int, clients: int) -> tuple[list[Event], int]:
+    """The rounds of an events.jsonl in their order, and how many lines cannot be read.
+
+    A round that was run again after a resume counts once, the last time; what came after it in the history that is void
+    does not count. A last line that is torn is passed over, and not counted: it may be written just now.
+    """
+    kept: list[Event] = []
+    damaged = 0
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                event = Event.read(line, rounds, clients)
+            except DAMAGED:
+                damaged += line.endswith(b"\n")
+                continue
+            while kept and kept[-1].round >= event.round:
+                kept.pop()
+            kept.append(event)
+    return kept, damaged
+
+
+def attendance(folder: Path) -> Path:
+    """Write report.html and clients.png into the folder of a run with clients elsewhere; the page's path.
+
+    A run that goes on is shown as far as it is. Raises FileNotFoundError where the folder holds no such run, and
+    ValueError naming a file of it that is damaged, or that has no round yet.
+    """
+    title, rounds, clients = _run(folder / "config.json")
+    path = folder / "events.jsonl"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no run with clients elsewhere: there is no {path.name}")
+    events, damaged = read_events(path, rounds, clients)
+    if not events:
+        raise ValueError(f"{path} has no round yet that can be read: run the report again after the first one")
+    cell = plot(events, clients, folder / "clients.png", title)
+    page = folder / "report.html"
+    write_atomically(page, _page(title, rounds, clients, events, damaged, cell, folder / "clients.png").encode())
+    return page
+
+
+def _run(path: Path) -> tuple[str, int, int]:
+    """What a run is called, its rounds and its clients, from its settings. They need not be settings that run here."""
+    try:
+        settings = json.loads(path.read_bytes())
+        on = f" on {label(settings['task'])}" if settings["task"] else ""  # a task that is an object has no name
+        title = f"Run: {label(settings['method'])}{on}, seed {settings['seed']}"
+        return title, int(settings["rounds"]), int(settings["clients"])
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path.parent} holds no run: there is no {path.name}") from None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is not a run's settings: {error!r}") from None
+
+
+def plot(events: Sequence[Event], clients: int, path: Path, title: str) -> str:
+    """Clients against rounds, training loss, seconds by phase; returns what a cell of the first is, if it is many.
+
+    Of many rounds or clients neighbours share a cell. Its colour is the mean of its clients', a client's the mean of
+    the rounds that asked it. Curves are means too.
+    """
+    first, last = events[0].round, events[-1].round
+    wide, tall = -(-(last - first + 1) // ROUNDS), -(-clients // CLIENTS)
+    of = np.array([(event.round - first) // wide for event in events])
+    edges = first - 0.5 + wide * np.arange((last - first) // wide + 2)
+    height = 0.8 + 0.15 * min(clients, 40)  # inches
+    figure: Figure = needed("matplotlib.figure", path.name).Figure(figsize=(11, height + 5), layout="constrained")
+    axes: Sequence[Axes] = figure.subplots(3, 1, sharex=True, height_ratios=[height, 1.8, 1.8])
+    _draw_clients(axes[0], events, of, edges, clients, tall)
+    losses = _means(of, [event.loss for event in events], len(edges) - 1)
+    axes[1].plot((edges[1:] + edges[:-1]) / 2, losses, color="#222222", lw=1.4, marker="." if len(edges) < 40 else None)
+    axes[1].set_ylabel("training loss")
+    axes[1].grid(alpha=0.3)
+    _draw_seconds(axes[2], events, of, edges)
+    axes[2].set_xlabel("round")
+    axes[2].set_xlim(first - 0.5, last + 0.5)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    locator = needed("matplotlib.ticker", path.name).MaxNLocator
+    for numbers in (axes[0].yaxis, axes[2].xaxis):
+        numbers.set_major_locator(locator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+    figure.suptitle(title, parse_math=False)
+    save_figure(figure, path, 130)
+    return "" if wide == tall == 1 else f"{tall} client{'s' * (tall > 1)} x {wide} round{'s' * (wide > 1)}"
+
+
+def _draw_clients(
+    axis: Axes, events: Sequence[Event], of: NDArray[np.int64], edges: NDArray[np.floating], clients: int, tall: int
+) -> None:
+    """The matrix. of: the events' columns; edges: of the columns, in rounds; tall: clients per row."""
+    cells = _cells(events, of, len(edges) - 1, clients, tall)
+    extent = (edges[0], edges[-1], tall * len(cells) - 0.5, -0.5)
+    axis.imshow(cells, extent=extent, aspect="auto", interpolation="nearest")
+    if max(cells.shape) <= 60:
+        axis.hlines(np.arange(1, clients) - 0.5, edges[0], edges[-1], "white", lw=1)
+        axis.vlines(edges[1:-1], -0.5, clients - 0.5, "white", lw=1)
+    axis.set_ylim(clients - 0.5, -0.5)
+    axis.set_ylabel("client")
+    patch = needed("matplotlib.patches", "clients.png").Patch
+    happened = {state: color for state, color in STATES.items() if any(event.clients[state].size for event in events)}
+    known = {**happened, "not asked": NOT_ASKED}
+    axis.legend(handles=[patch(facecolor=color, label=state) for state, color in known.items()], **_above(len(known)))
+
+
+def _draw_seconds(axis: Axes, events: Sequence[Event], of: NDArray[np.int64], edges: NDArray[np.floating]) -> None:
+    """Mean seconds per round of every column, the phases one upon another."""
+    names = list(dict.fromkeys(phase for event in events for phase in event.seconds))
+    colors = needed("matplotlib", "clients.png").colormaps["viridis"](np.linspace(0.2, 0.9, len(names)))
+    below = np.zeros(len(edges) - 1)
+    for name, color in zip(names, colors, strict=True):
+        above = below + np.nan_to_num(_means(of, [event.seconds.get(name, 0.0) for event in events], len(below)))
+        axis.stairs(above, edges, baseline=below, fill=True, color=color, label=name)
+        below = above
+    axis.set_ylabel("seconds per round")
+    if names:
+        axis.legend(**_above(len(names)))
+
+
+def _above(columns: int) -> dict[str, Any]:
+    """A legend's place: one line above its axes, where it hides nothing."""
+    where = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2}
+    return {**where, "ncols": columns, "frameon": False}
+
+
+def _cells(
+    events: Sequence[Event], of: NDArray[np.int64], columns: int, clients: int, tall: int
+) -> NDArray[np.float64]:
+    """The colours of the matrix's cells, [rows, columns, 3]. of: the events' columns; tall: clients per row."""
+    rgba = needed("matplotlib.colors", "clients.png").to_rgba_array([*STATES.values(), NOT_ASKED])
+    palette, not_asked = rgba[:-1, :3], rgba[-1, :3]
+    starts = np.arange(0, clients, tall)
+    sizes = np.diff(starts, append=clients)[:, None]
+    image = np.tile(not_asked, (len(starts), columns, 1))
+    for column, among in groupby(zip(of, events, strict=True), lambda pair: pair[0]):
+        counts = np.zeros((clients, len(STATES)))
+        for _, event in among:
+            for number, known in enumerate(event.clients.values()):
+                counts[known, number] += 1
+        asked = counts.sum(1, keepdims=True)
+        colors = np.where(asked > 0, counts @ palette / np.maximum(asked, 1), not_asked)
+        image[:, column] = np.add.reduceat(colors, starts) / sizes
+    return image
+
+
+def _means(of: NDArray[np.int64], values: Sequence[float], columns: int) -> NDArray[np.float64]:
+    """The mean of the values of each column, those left out that are not finite; NaN where there is none."""
+    found = np.array(values)
+    finite = np.isfinite(found)
+    sums = np.bincount(of[finite], found[finite], columns)
+    counts = np.bincount(of[finite], minlength=columns)
+    return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
+
+
+def _page(title: str, rounds: int, clients: int, events: Sequence[Event], damaged: int, cell: str, image: Path) -> str:
+    last = events[-1]
+    loss = "none: nobody took part" if math.isnan(last.loss) else f"{last.loss:.4f}"
+    parts = [
+        f"<p>Round {last.round} of {rounds}, {clients} clients; from {_time(events[0].time)} to {_time(last.time)}."
+        f" Last training loss: {loss}. {last.moved / 1e6:.1f} MB on the wire.</p>"
+    ]
+    if damaged:
+        parts.append(f"<p><strong>Lines of events.jsonl that cannot be read</strong> and do not count: {damaged}.</p>")
+    text = (
+        "A round asks some clients. Gone: not connected, or vanished meanwhile. Late: no answer by the deadline."
+        " Failed: the client could not answer. Lost: a message did not arrive. Left out: its message was refused, it"
+        " complained, or the round went on without it."
+    )
+    if cell:
+        text += f" A cell is {cell}: its colour is the mean of its clients', and curves are means too."
+    parts += ["<h2>Who took part when</h2>", html_image(image, text)]
+    parts += ["<h2>Clients</h2>", _table(events, clients)]
+    return document(title, parts)
+
+
+def _table(events: Sequence[Event], clients: int) -> str:
+    counts = {state: Counter[int]() for state in STATES}
+    seen: dict[int, Event] = {}
+    why: dict[int, str] = {}
+    for event in events:
+        for state, known in event.clients.items():
+            counts[state].update(known.tolist())
+        seen |= dict.fromkeys(event.clients["took part"].tolist(), event)
+        why |= event.why
+    rows = []
+    for client in range(clients):
+        last = f"round {seen[client].round}, {_time(seen[client].time)}" if client in seen else "never"
+        cells = [str(counts[state][client] or "") for state in STATES]
+        rows.append([str(client), *cells, last, why.get(client, "")])
+    return html_table(["client", *STATES, "last took part", "last failure"], rows)
+
+
+def _time(time: datetime) -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC")

@@ -1,0 +1,74 @@
+"""A run's scalars for TensorBoard: event files in the folder `tensorboard` of the run's folder, against rounds."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hosfl.extras import needed
+
+if TYPE_CHECKING:
+    from hosfl.runs.federation import Federation
+    from hosfl.runs.report import Evaluation
+
+
+def summary_writer() -> Any:
+    """The class that writes event files. Raises ImportError where the package is missing."""
+    return needed("torch.utils.tensorboard", "--tensorboard", "tensorboard").SummaryWriter
+
+
+class Board:
+    """Writes a run's scalars; step: the number of rounds done.
+
+    evaluation/NAME  the loss and every score of the task, per evaluation
+    training/loss    of a round; NaN where nobody took part
+    bytes            so far, all clients
+    clients/...      took_part, did_not_answer: how many in the round
+    messages/refused in the round
+    seconds/PHASE    of the round: cuts, server, answers
+
+    first: the first step that is written. What older event files say of this step and later ones is void, and
+    TensorBoard drops it: a run that goes on at its last snapshot has every round once.
+    """
+
+    def __init__(self, folder: Path, first: int) -> None:
+        self.folder, self.refusals = folder / "tensorboard", 0
+        before = set(self.folder.glob("*"))
+        self.writer = summary_writer()(str(self.folder), purge_step=first)
+        self.own = set(self.folder.glob("*")) - before
+
+    def round(self, federation: Federation, done: int, loss: float) -> None:
+        """A round is over."""
+        refused = federation.server.refusals - self.refusals
+        self.refusals = federation.server.refusals
+        counts = {
+            "training/loss": loss,
+            "bytes": sum(federation.wire.bytes.values()),
+            "clients/took_part": len(federation.took_part),
+            "clients/did_not_answer": len(federation.why),
+            "messages/refused": refused,
+        }
+        self._write(counts | {f"seconds/{phase}": spent for phase, spent in federation.seconds.items()}, done)
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        """The model was evaluated."""
+        found = {"loss": evaluation.loss, **evaluation.scores}
+        self._write({f"evaluation/{name}": value for name, value in found.items()}, evaluation.round)
+
+    def _write(self, scalars: Mapping[str, float], step: int) -> None:
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()  # at once: a snapshot may follow, and a resumed run never writes the rounds before it again
+
+    def clear(self) -> None:
+        """Remove what this board has written, and the folder if it holds nothing else."""
+        self.close()
+        for path in self.own:
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
+
+    def close(self) -> None:
+        self.writer.close()
