@@ -53,13 +53,13 @@ def digits_task(config: Settings) -> Task:
             ("ho", "fresh", "normalized"): Rates(0.04, 0.2, 0.3),
             ("ho", "fresh", "adamw"): Rates(0.04, 0.012, 0.3),
             ("ho", "pool", "normalized"): Rates(0.04, 0.2, 0.3),
-            ("ho", "pool", "adamw"): Rates(0.08, 0.1, 0.3),
-            ("first-order", "normalized"): Rates(0.08, 2.0, 0.3),
+            ("ho", "pool", "adamw"): Rates(0.16, 0.1, 0.3),
+            ("first-order", "normalized"): Rates(0.16, 2.0, 0.3),
             ("splitfed", "normalized"): Rates(0.08, 0.4, 0.3),
-            ("hosl", "normalized"): Rates(0.04, 0.1, 0.3),
+            ("hosl", "normalized"): Rates(0.16, 0.4, 0.3),
             ("zo-both", "pool", "normalized"): Rates(0.04, 0.2, 0.3),
-            ("mu-splitfed", "pool", "normalized"): Rates(0.04, 0.2, 0.3),
-            ("frozen",): Rates(0.1, 1.0, 0.1),
+            ("mu-splitfed", "pool", "normalized"): Rates(0.02, 0.1, 0.3),
+            ("frozen",): Rates(0.05, 1.0, 0.0),
         },
     )
 
