@@ -121,6 +121,8 @@ def parser(preset: str | None = None) -> argparse.ArgumentParser:
     engine.add_argument(
         "--actors", type=int, help="Ray processes that the clients share; default: as many as have room"
     )
+    share = "of a GPU for each actor, such as 0.25; its clients then compute on --device, else on CPUs (default: 0)"
+    engine.add_argument("--actor-gpus", type=float, default=0.0, metavar="SHARE", help=share)
     hosts = command("serve", "run the server of a federation, whose clients are on other machines")
     hosts.add_argument("server", type=_path, metavar="DIR", help="the folder server of hosfl federation create")
     _add_settings(hosts, leave_out=("clients",))

@@ -100,11 +100,19 @@ def _train(options: argparse.Namespace) -> int:
     over = None
     if options.engine == "ray":
         made = needed("hosfl.engines.ray", "--engine ray", "ray").RayEngine
-        local = {"data": config.data, "model": config.model, "device": config.device}
-        over = Over(lambda files, clients: made(Everybody(files, **local), clients, options.actors, options.address))
-    elif options.address or options.actors:
-        raise ValueError("--address and --actors are of --engine ray")
+        # An actor has no GPU but what is set apart for it.
+        local = {"device": config.device if options.actor_gpus else "cpu"}
+        local |= {name: _absolute(getattr(config, name)) for name in ("data", "model")}
+        gpus = {"gpus": options.actor_gpus}
+        over = Over(lambda files, n: made(Everybody(files, **local), n, options.actors, options.address, **gpus))
+    elif options.address or options.actors or options.actor_gpus:
+        raise ValueError("--address, --actors and --actor-gpus are of --engine ray")
     return _run(options, config, out, over)
+
+
+def _absolute(path: str) -> str:
+    """Of a file or folder of this machine; what is none, such as a name on the hub, stays as it is."""
+    return str(Path(path).absolute()) if path and Path(path).exists() else path
 
 
 def _serve(options: argparse.Namespace) -> int:
