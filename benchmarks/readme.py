@@ -143,7 +143,7 @@ def crowd(result: dict[str, Any]) -> str:
     actors = ", ".join(f"{size:,.0f}" for size in peak["actors"])
     return (
         f"{result['clients']:,} clients of one sample each over {result['actors']} actors, {result['sampled']} a round,"
-        f" {result['rounds']} rounds, {result['dropout']:.0%} of the answers lost ({result['lost']:,}):"
+        f" {result['rounds']} rounds, of each of which {result['dropout']:.0%} drop out:"
         f" {spent['median']:.2f} s a round (nine of ten within {spent['p90']:.2f}), at most {peak['server']:,.0f} MB at"
         f" the server and {actors} at the actors. {result['audited']} clients and a newcomer were brought up to date:"
         f" {'one digest' if result['one digest'] else 'THEIR DIGESTS DIFFER'}. {_machine(result)}"

@@ -28,7 +28,6 @@ from hosfl.engines.engine import Engine, Reply
 from hosfl.engines.in_process import InProcess
 from hosfl.files import write_json
 from hosfl.runs.assemble import assemble, partition
-from hosfl.runs.checkpoint import save_module
 from hosfl.runs.config import Config
 from hosfl.runs.federation import Federation
 from hosfl.runs.join import Clients, Everybody, settings_of
@@ -233,14 +232,13 @@ def measure(settings: dict[str, Any], name: str, folder: Path) -> dict[str, Any]
     """One half over one engine."""
     config = Config(**SHARED, **settings)
     federation, _ = assemble(config)
-    save_module(federation.base, folder / "base.safetensors")
     federation.open_log(folder)
     with ENGINES[name](folder, config.data) as make:
         if make is None:
             assert isinstance(federation.engine, InProcess)
             federation.engine.answer = Timed(federation.engine.answer, folder)
         else:
-            Over(lambda files, clients: make(files)).reach(federation, folder)
+            Over(lambda files, clients: make(files)).reach(federation)
             here(federation.engine)
         weighed = Weighed(federation.engine)
         federation.engine = weighed
