@@ -6,10 +6,8 @@
 #include <array>
 #include <atomic>
 #include <cstdlib>
-#include <exception>
 #include <stdexcept>
 #include <string>
-#include <thread>
 #include <vector>
 
 #if defined(__x86_64__)
@@ -18,6 +16,7 @@
 
 #include "arguments.h"
 #include "ops.h"
+#include "pool.h"
 
 namespace py = pybind11;
 
@@ -60,7 +59,7 @@ void use_isa(const std::string& name) {
 
 // --- threads ---
 
-// Below this many cell updates one thread is faster than starting another (10 to 30 us each).
+// Below this many cell updates one thread is faster than waking another.
 constexpr int64_t UPDATES_PER_THREAD = 1 << 17;
 
 int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
@@ -71,22 +70,14 @@ int useful_threads(int64_t updates, int threads) {
 }
 
 // Calls work(k) for k = 0 .. items - 1. Threads take items as they come free: on a busy machine a slow thread then
-// holds up one item, not its whole share, and where the system starts no more threads those that run do all the work.
+// holds up one item, not its whole share.
 template <typename Work>
 void each_item(int64_t items, int threads, Work work) {
   std::atomic<int64_t> next{0};
-  const auto run = [&] {
+  Pool::here().run(threads - 1, [&] {
     IeeeArithmetic scope;
     for (int64_t k; (k = next.fetch_add(1)) < items;) work(k);
-  };
-  std::vector<std::thread> others;
-  others.reserve(size_t(threads - 1));
-  try {
-    for (int k = 1; k < threads; ++k) others.emplace_back(run);
-  } catch (const std::exception&) {  // no more threads, or no memory for one
-  }
-  run();
-  for (std::thread& other : others) other.join();
+  });
 }
 
 constexpr int64_t BLOCK = 131072, ROW = 1024;

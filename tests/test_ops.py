@@ -345,6 +345,45 @@ def test_the_caller_s_arithmetic_changes_no_bit(control, backend, monkeypatch):
         assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), k
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_threads_are_kept_and_a_forked_child_has_its_own():
+    program = """
+import os, threading, time
+import numpy as np
+import torch
+import hosfl_kernels as hk
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+torch.set_num_threads(3)
+x, y = np.zeros(4_000_000, np.float32), np.zeros(4_000_000, np.float32)
+before = threads()
+hk.perturb_(x, 7, 1.0)
+assert threads() == before + 2
+child = os.fork()
+if child == 0:
+    alone = threads() == 1
+    hk.perturb_(y, 7, 1.0)
+    os._exit(0 if alone and threads() == 3 and (x == y).all() else 1)
+assert os.waitpid(child, 0)[1] == 0
+
+outs = [np.zeros(1_000_000, np.float32) for _ in range(8)]  # one of them has the kept threads, the others none
+callers = [threading.Thread(target=lambda out=out: [hk.perturb_(out, 7, 1.0) for _ in range(9)]) for out in outs]
+for caller in callers:
+    caller.start()
+for caller in callers:
+    caller.join()
+until = time.monotonic() + 30
+while threads() > before + 2 and time.monotonic() < until:  # a thread that was joined is still there for a moment
+    time.sleep(0.01)
+assert threads() == before + 2
+assert all((out == 9 * x[:1_000_000]).all() for out in outs)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
 def test_a_thread_that_cannot_start_changes_no_bit():
     program = """
