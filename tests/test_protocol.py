@@ -9,6 +9,7 @@ import torch
 from small import DIRECTIONS, FACTORS, batch, small
 from torch import nn
 
+from hosfl.engines.engine import Reply
 from hosfl.halves.split import SplitModel, split
 from hosfl.methods.first_order import FirstOrderClient, GradientAverage
 from hosfl.methods.ho import ZerothOrderClient
@@ -461,3 +462,77 @@ def test_digits_and_their_split():
     assert np.mean(uneven) > 2 * np.mean(even)
     with pytest.raises(ValueError, match="fewer clients"):
         dirichlet_split(splits.train.labels, 500, 0.5, seed=1)
+
+
+# --- the server learns while cuts are on their way ------------------------------------------------------------------
+
+
+class Shuffled:
+    """An engine whose replies come in an order of its own; some clients are gone. learnt: by whom the server had learnt
+    when a reply left, of every first ask of a round."""
+
+    def __init__(self, federation, order, gone=()):
+        self.engine, self.server, self.order, self.gone = federation.engine, federation.server, order, gone
+        self.learnt = []
+
+    def __getattr__(self, name):
+        return getattr(self.engine, name)
+
+    def ask(self, messages, deadline=None, enough=None):
+        replies = {reply.client: reply for reply in self.engine.ask(messages)}
+        for client in sorted(replies, key=self.order.index):
+            self.learnt.append((client, [*self.server._samples]))
+            yield Reply(client, None, "gone") if client in self.gone else replies[client]
+
+
+def crowd(method, **told):
+    told |= {"clients": 4, "sampled": 4, "rounds": 3, "batch": 8, "evaluate_every": 3}
+    told |= {} if method == "frozen" else {"client_rate": 0.05}
+    return assemble(Config(method=method, server_rate=0.05, **told))[0]
+
+
+@pytest.mark.parametrize("method", ["ho", "splitfed", "hosl", "mu-splitfed"])
+def test_the_order_in_which_cuts_come_changes_no_bit(method):
+    """Cuts are learnt from in the order of their clients, and of those who are gone nobody waits for one."""
+    told = {"rule": "adamw"} if method == "ho" else {}
+    plain, other = crowd(method, **told), crowd(method, **told)
+    if method == "ho":  # with another engine a gone client's half is behind for a round
+        plain.engine = Shuffled(plain, [0, 1, 2, 3], gone=[1])
+        other.engine = Shuffled(other, [3, 0, 2, 1], gone=[1])
+    else:
+        other.engine = Shuffled(other, [3, 0, 2, 1])
+    assert [plain.round(r) for r in range(3)] == [other.round(r) for r in range(3)]
+    for a, b in zip(plain.model().parameters(), other.model().parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_server_learns_while_other_cuts_are_on_their_way():
+    federation = crowd("frozen")
+    federation.engine = Shuffled(federation, [1, 0, 3, 2])
+    federation.round(0)
+    assert federation.engine.learnt == [(1, []), (0, []), (3, [0, 1]), (2, [0, 1])]
+    assert [*federation.server._samples] == [0, 1, 2, 3]
+    assert federation.seconds["server"] > 0
+
+
+def test_nobody_waits_for_a_client_that_is_gone():
+    federation = crowd("frozen")
+    federation.engine = Shuffled(federation, [0, 1, 2, 3], gone=[0])
+    federation.round(0)
+    assert federation.engine.learnt == [(0, []), (1, []), (2, [1]), (3, [1, 2])]
+
+
+def test_dropout_goes_on_from_cut_to_cut_and_is_the_round_s():
+    federation = crowd("ho")
+    server, cut = federation.server, federation.take(0).output(0)
+    server.half = nn.Sequential(nn.Dropout(0.5), server.half)
+    server.rate = lambda round: 0.0
+    cuts = [replace(cut, client=n) for n in range(3)]
+    before = torch.get_rng_state()
+    first, _ = server.step(0, cuts)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(first[0].multiplier, first[1].multiplier)  # the same cut, and another mask
+    torch.rand(5)  # what others draw does not matter
+    again, _ = server.step(0, [cuts[0], replace(cuts[1], labels=cuts[1].labels + 99), cuts[1], cuts[2]])
+    assert all(torch.equal(first[n].multiplier, again[n].multiplier) for n in range(3))
+    assert len(server.refused) == 1
