@@ -36,12 +36,17 @@ def measure(elements: int, threads: int, path: Path) -> bool:
 
 
 def ratios(rows: list[dict[str, Any]]) -> None:
-    """Adds to every throughput row its ratios to the roof and to the peers in the same run."""
+    """Adds to every throughput row its ratios to the roof and to the peers in the same run.
+
+    The roof is of as many bytes, in whatever type torch moves them fastest: adding to bfloat16 on one thread is not
+    limited by memory everywhere.
+    """
 
     def seconds(row: dict[str, Any], name: str) -> float | None:
-        where = (row["device"], row["threads"], row["group"])
-        found = [r["seconds"] for r in rows if (r["device"], r["threads"], r["group"]) == where and r["name"] == name]
-        return found[0] if found else None
+        same = ("device", "threads", "bytes" if name == ROOF else "group")
+        grouped = any(r["name"] == name and r["group"] == row["group"] for r in rows)
+        found = [r["seconds"] for r in rows if r["name"] == name and all(r.get(k) == row[k] for k in same)]
+        return min(found) if found and grouped else None
 
     for row in rows:
         if "bytes" in row:
