@@ -66,7 +66,7 @@ def test_a_run_in_fewer_bytes(method):
         summary = found[wire]
         assert summary.replicas.equal
         assert not summary.refused
-        assert summary.loss == pytest.approx(found["float32"].loss, abs=0.05)
+        assert summary.loss == pytest.approx(found["float32"].loss, abs=0.2)  # of 2.3
         assert summary.loss != found["float32"].loss
         for category in {"cut up", "multiplier down"} & set(whole):
             assert summary.bytes[category] / whole[category] == pytest.approx(share, rel=0.02)
