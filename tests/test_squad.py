@@ -407,8 +407,8 @@ def test_a_decoder_trains(folder, writer, method, tmp_path):
 def test_a_decoder_learns_to_answer(writer, tmp_path, seed, below):
     (tmp_path / "train-v1.1.json").write_text(json.dumps(as_json(map(short, range(200)))))
     (tmp_path / "dev-v1.1.json").write_text(json.dumps(as_json(map(short, range(200, 220)))))
-    settings = {"method": "first-order", "rounds": 120, "evaluate_every": 120, "batch": 16, "seed": seed}
-    found = train(config(tmp_path, model=writer, client_rate=0.5, **settings))
+    settings = {"method": "first-order", "rounds": 240, "evaluate_every": 240, "batch": 16, "seed": seed}
+    found = train(config(tmp_path, model=writer, client_rate=0.15, **settings))
     below(1 - found.accuracy, 0.5)
 
 
