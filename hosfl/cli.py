@@ -110,19 +110,7 @@ def parser(preset: str | None = None) -> argparse.ArgumentParser:
     )
     board = "write the run's scalars for TensorBoard into its folder tensorboard"
     one.add_argument("--tensorboard", action="store_true", help=board)
-    engine = one.add_argument_group("engine")
-    engine.add_argument(
-        "--engine",
-        choices=("in-process", "ray"),
-        default="in-process",
-        help="who carries the messages to the clients; over a network: hosfl serve (default: %(default)s)",
-    )
-    engine.add_argument("--address", help="of a Ray cluster, HOST:PORT or auto; default: one is started here")
-    engine.add_argument(
-        "--actors", type=int, help="Ray processes that the clients share; default: as many as have room"
-    )
-    share = "of a GPU for each actor, such as 0.25; its clients then compute on --device, else on CPUs (default: 0)"
-    engine.add_argument("--actor-gpus", type=float, default=0.0, metavar="SHARE", help=share)
+    _add_engine(one)
     hosts = command("serve", "run the server of a federation, whose clients are on other machines")
     hosts.add_argument("server", type=_path, metavar="DIR", help="the folder server of hosfl federation create")
     _add_settings(hosts, leave_out=("clients",))
@@ -162,6 +150,7 @@ def parser(preset: str | None = None) -> argparse.ArgumentParser:
     crowd = command("simulate", "run HO-SFL with a crowd of clients under faults")
     _add_settings(crowd, leave_out=("method",))
     _add_fields(crowd.add_argument_group("faults"), fields(Faults))
+    _add_engine(crowd)
     crowd.add_argument("--out", type=_path, metavar="DIR", help="write hosfl.log and simulation.json there")
     for sub in (one, hosts, many, crowd):
         sub.add_argument("--preset", choices=PRESETS, help="defaults of other options: the paper's setting")
@@ -198,6 +187,23 @@ def parser(preset: str | None = None) -> argparse.ArgumentParser:
         command(name, does, logs).add_argument("log", type=Path, metavar="LOG")
     _add_federation(command, command("federation", "say who may take part in a run across machines, and as whom"))
     return top
+
+
+def _add_engine(parser: argparse.ArgumentParser) -> None:
+    """Who carries the messages to the clients."""
+    engine = parser.add_argument_group("engine")
+    engine.add_argument(
+        "--engine",
+        choices=("in-process", "ray"),
+        default="in-process",
+        help="who carries the messages to the clients; over a network: hosfl serve (default: %(default)s)",
+    )
+    engine.add_argument("--address", help="of a Ray cluster, HOST:PORT or auto; default: one is started here")
+    engine.add_argument(
+        "--actors", type=int, help="Ray processes that the clients share; default: as many as have room"
+    )
+    share = "of a GPU for each actor, such as 0.25; its clients then compute on --device, else on CPUs (default: 0)"
+    engine.add_argument("--actor-gpus", type=float, default=0.0, metavar="SHARE", help=share)
 
 
 def _add_federation(command: Callable[..., argparse.ArgumentParser], parser: argparse.ArgumentParser) -> None:

@@ -27,6 +27,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from hosfl.engines.engine import Engine
 from hosfl.extras import needed
 from hosfl.files import write_json
 from hosfl.halves.families import skeleton
@@ -40,7 +41,7 @@ from hosfl.runs.join import Everybody, join
 from hosfl.runs.memory import HALVES, client_memory, over_bound
 from hosfl.runs.report import Evaluation, metric
 from hosfl.runs.serve import Over
-from hosfl.runs.simulate import simulate
+from hosfl.runs.simulate import SMALLEST_SHARD, simulate
 from hosfl.runs.suggest import suggest
 from hosfl.runs.trainer import Progress as OnProgress
 from hosfl.runs.trainer import train
@@ -97,17 +98,26 @@ def _settings(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, An
 
 def _train(options: argparse.Namespace) -> int:
     config, out = _begun(options, Config(**with_shared(*_settings(options))))
-    over = None
-    if options.engine == "ray":
-        made = needed("hosfl.engines.ray", "--engine ray", "ray").RayEngine
-        # An actor has no GPU but what is set apart for it.
-        local = {"device": config.device if options.actor_gpus else "cpu"}
-        local |= {name: _absolute(getattr(config, name)) for name in ("data", "model")}
-        gpus = {"gpus": options.actor_gpus}
-        over = Over(lambda files, n: made(Everybody(files, **local), n, options.actors, options.address, **gpus))
-    elif options.address or options.actors or options.actor_gpus:
-        raise ValueError("--address, --actors and --actor-gpus are of --engine ray")
-    return _run(options, config, out, over)
+    return _run(options, config, out, _engine(options, config))
+
+
+def _engine(options: argparse.Namespace, config: Config, smallest_shard: int | None = None) -> Over | None:
+    """Who carries the messages to the clients; None: they are in this process."""
+    if options.engine != "ray":
+        if options.address or options.actors or options.actor_gpus:
+            raise ValueError("--address, --actors and --actor-gpus are of --engine ray")
+        return None
+    made = needed("hosfl.engines.ray", "--engine ray", "ray").RayEngine
+    # An actor has no GPU but what is set apart for it.
+    local = {"device": config.device if options.actor_gpus else "cpu"}
+    local |= {name: _absolute(getattr(config, name)) for name in ("data", "model")}
+
+    def engine(files: dict[str, bytes], clients: int) -> Engine:
+        everybody = Everybody(files, smallest_shard, **local)
+        ray: Engine = made(everybody, clients, options.actors, options.address, gpus=options.actor_gpus)
+        return ray
+
+    return Over(engine)
 
 
 def _absolute(path: str) -> str:
@@ -202,7 +212,7 @@ def _simulate(options: argparse.Namespace) -> int:
     config = Config(**{n: getattr(options, n) for n in Config.names() if n != "method"})
     faults = Faults(**{f.name: getattr(options, f.name) for f in fields(Faults)})
     with _bar(f"{config.clients} clients", config.rounds) as on_progress:
-        outcome = simulate(config, faults, options.out, on_progress)
+        outcome = simulate(config, faults, options.out, on_progress, _engine(options, config, SMALLEST_SHARD))
     shown = Table(title=f"{outcome.rounds} rounds of {config.task}", show_header=False)
     for name in SHOWN:
         value = getattr(outcome, name)

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from hosfl.cli import main
+from hosfl.engines.in_process import InProcess
 from hosfl.methods.ho import ZerothOrderClient
 from hosfl.protocol.lattice import LatticeError
 from hosfl.protocol.log import EpochRecord, Log, RoundRecord
@@ -29,6 +30,8 @@ from hosfl.runs.assemble import assemble, evaluate
 from hosfl.runs.checkpoint import rebuild
 from hosfl.runs.config import Config, with_shared
 from hosfl.runs.faults import LIES, Faults
+from hosfl.runs.join import Everybody
+from hosfl.runs.serve import Over
 from hosfl.runs.simulate import SMALLEST_SHARD, TOLD, Crowd, Outcome, State, UnreliableWire, simulate
 from hosfl.runs.trainer import train
 from hosfl_kernels import cpu
@@ -119,6 +122,22 @@ def test_one_digest_when_the_lattice_is_outgrown(settings: dict[str, Any], tmp_p
     config = small(rounds=60, digest_every=15, evaluate_every=60, rule="normalized", **settings)
     check_one_digest(config, faults, tmp_path)
     assert any(record.quantum is not None for record in Log.read(tmp_path / "hosfl.log").rounds)
+
+
+def test_a_crowd_elsewhere_meets_the_same_faults() -> None:
+    """Over an engine whose processes can be anybody, in process here so that the same client answers first."""
+    config = small(rounds=30, clients=100, sampled=5, digest_every=15, evaluate_every=30)
+    faults = Faults(dropout=0.2, absence=0.1, longest_absence=30, delay=1, deadline=6, damage=0.02, crash_every=12)
+
+    def everybody(files: dict[str, bytes], clients: int) -> InProcess:
+        return InProcess(Everybody(files, SMALLEST_SHARD)(), clients)
+
+    here, there = simulate(config, faults), simulate(config, faults, over=Over(everybody))
+    assert there.equal
+    assert min(there.lost, there.late, there.damaged, there.deaths) > 0
+    assert (there.digest, there.loss) == (here.digest, here.loss)
+    with pytest.raises(ValueError, match=r"byzantine = 0.1 needs clients of this process"):
+        simulate(config, Faults(byzantine=0.1), over=Over(everybody))
 
 
 @pytest.mark.slow

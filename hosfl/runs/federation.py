@@ -372,10 +372,14 @@ class Federation:
         if isinstance(self.server.ledger, SeedReplay) and self.header is not None:
             self.server.ledger.log = open_log(folder, self.header)
 
-    def close(self) -> None:
-        """Close the log, and let go of the engine."""
+    def close_log(self) -> None:
+        """Let go of the log's file."""
         if isinstance(self.server.ledger, SeedReplay) and self.server.ledger.log is not None:
             self.server.ledger.log.close()
+
+    def close(self) -> None:
+        """Close the log, and let go of the engine."""
+        self.close_log()
         self.engine.close()
 
 

@@ -179,11 +179,13 @@ class Everybody:
     for machines of one owner. No more clients are held than a round needs. One that comes for the first time, or again,
     begins where another was last: the same rounds give every client the same bits, so that it need not replay them.
 
+    smallest_shard: samples, where a crowd shares the data; see `partition`.
+
     Raises JoinError for a task that was an object, and where it is called for a file that is not there.
     """
 
-    def __init__(self, files: Mapping[str, bytes], **local: Any) -> None:
-        self.files, self.local = dict(files), local
+    def __init__(self, files: Mapping[str, bytes], smallest_shard: int | None = None, **local: Any) -> None:
+        self.files, self.smallest_shard, self.local = dict(files), smallest_shard, local
         settings = json.loads(files["run"])["settings"]
         for name, (library, kind) in OWN.items():
             if not settings[name]:
@@ -204,12 +206,12 @@ class Everybody:
                 )
         run, config = settings_of(self.files["run"], **self.local)
         clients = Clients(run, config, self.files["base"])
-        shares = partition(clients.task, config)
+        shares = partition(clients.task, config, self.smallest_shard)
         held: OrderedDict[int, Endpoint] = OrderedDict()
 
         def answer(number: int, data: bytes) -> bytes:
             if number not in held:
-                endpoint = clients.endpoint(number, shares[number])
+                endpoint = clients.endpoint(number, shares[number % len(shares)])
                 if held:
                     _follow(endpoint.client, max((e.client for e in held.values()), key=lambda c: (c.epoch, c.applied)))
                 held[number] = endpoint

@@ -35,6 +35,7 @@ from hosfl.runs.config import Config
 from hosfl.runs.faults import Faults
 from hosfl.runs.federation import Federation
 from hosfl.runs.report import Evaluation, machine, peak_memory
+from hosfl.runs.serve import Over
 from hosfl.runs.trainer import Progress, check_loss, interruptible, restore, save_snapshot
 from hosfl.tasks.task import Task
 
@@ -239,7 +240,7 @@ class Crowd(Federation):
     def restart(self, folder: Path) -> int:
         """A new server from what the dead one left in `folder`; returns its round. The clients live on."""
         self.deaths += 1
-        self.close()
+        self.close_log()
         again, _ = assemble(self.config, SMALLEST_SHARD, begun=folder)
         again.open_log(folder)
         done = restore(again, folder)
@@ -338,15 +339,23 @@ class Outcome:
 
 
 def simulate(
-    config: Config, faults: Faults, out: Path | str | None = None, progress: Progress | None = None
+    config: Config,
+    faults: Faults,
+    out: Path | str | None = None,
+    progress: Progress | None = None,
+    over: Over | None = None,
 ) -> Outcome:
     """Run HO-SFL under faults; returns the outcome. Running statistics are estimated before these begin.
+
+    over: the engine that reaches the clients, where they are not in this process: what goes wrong does so on the way to
+    them. Then nobody lies, and nobody knows how many distinct states there are.
 
     With `out`, writes hosfl.log and base.safetensors there, of which `hosfl rebuild` makes the weights; snapshots, if
     the server may die; and at the end simulation.json, the outcome. The first Ctrl-C ends it after the current round.
 
-    Raises ValueError for another method than "ho" and for a server that dies too often to get anywhere, FileExistsError
-    if `out` holds another run, LatticeError when the run diverges (the outcome until then is written).
+    Raises ValueError for another method than "ho", for a server that dies too often to get anywhere and for liars that
+    are elsewhere, FileExistsError if `out` holds another run, LatticeError when the run diverges (the outcome until
+    then is written).
     """
     if config.method != "ho":
         raise ValueError(f"a simulation is of HO-SFL, method ho, not {config.method}")
@@ -355,15 +364,17 @@ def simulate(
             f"a server that dies every {faults.crash_every} rounds hardly ever lives for"
             f" {config.snapshot_every}, to its next snapshot: lower snapshot_every"
         )
+    if over is not None and faults.byzantine:
+        raise ValueError(f"byzantine = {faults.byzantine} needs clients of this process: leave it out, or the engine")
     if out is None:
         with tempfile.TemporaryDirectory() as temporary:
-            return _simulate(config, faults, Path(temporary), progress)
+            return _simulate(config, faults, Path(temporary), progress, over)
     folder = Path(out)
     check_free(folder)
-    return _simulate(config, faults, folder, progress)
+    return _simulate(config, faults, folder, progress, over)
 
 
-def _simulate(config: Config, faults: Faults, folder: Path, progress: Progress | None) -> Outcome:
+def _simulate(config: Config, faults: Faults, folder: Path, progress: Progress | None, over: Over | None) -> Outcome:
     begin = time.perf_counter()
     plain, task = assemble(config, SMALLEST_SHARD)
     if config.calibrate:
@@ -386,6 +397,8 @@ def _simulate(config: Config, faults: Faults, folder: Path, progress: Progress |
     folder.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(folder)
     try:
+        if over is not None:
+            over.reach(crowd)
         crowd.open_log(folder)
         save_module(crowd.base, folder / "base.safetensors")
         done, evaluations, failure = _run(crowd, task, folder, begin, progress)
