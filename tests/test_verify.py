@@ -32,6 +32,7 @@ def adapted(model):
     return peft.get_peft_model(model, settings).eval()
 
 
+@pytest.mark.families
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", TEXT)
 def test_every_family_is_verified_at_every_cut(family, attention):
