@@ -536,3 +536,18 @@ def test_dropout_goes_on_from_cut_to_cut_and_is_the_round_s():
     again, _ = server.step(0, [cuts[0], replace(cuts[1], labels=cuts[1].labels + 99), cuts[1], cuts[2]])
     assert all(torch.equal(first[n].multiplier, again[n].multiplier) for n in range(3))
     assert len(server.refused) == 1
+
+
+@pytest.mark.parametrize(("reason", "equal"), [("gone", True), ("late", True), ("failed: KeyError", False)])
+def test_a_client_that_leaves_during_the_audit_is_no_other_bits(reason, equal):
+    federation = crowd("ho")
+    federation.round(0)
+
+    class Leaves(Shuffled):
+        def ask(self, messages, *limits):
+            for reply in super().ask(messages):
+                yield Reply(2, None, reason) if reply.client == 2 else reply
+
+    federation.engine = Leaves(federation, [0, 1, 2, 3])
+    found = federation.replicas()
+    assert (found.clients, found.equal) == (4 if equal else 5, equal)

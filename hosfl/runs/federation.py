@@ -328,17 +328,19 @@ class Federation:
     def replicas(self) -> Replicas:
         """Bring every client that is here up to date, and a newcomer from nothing; do they hold the same bits?
 
-        What moves here is not counted as the run's.
+        What moves here is not counted as the run's. Of a client that leaves meanwhile nothing is said.
         """
         wire, self.wire = self.wire, Wire()
-        here, digests = sorted(self.engine.present()), list[str]()
+        here, digests, away = sorted(self.engine.present()), list[str](), 0
         for start in range(0, len(here), AT_ONCE):
+            self.why = {}
             digests += self.audited(here[start : start + AT_ONCE])
+            away += sum(reason in ("gone", "late") for reason in self.why.values())
         newcomer = self.make(0)
         joined = self.join(newcomer)
         self.wire = wire
-        equal = joined and len(digests) == len(here) and set(digests) <= {newcomer.digest()}
-        return Replicas(clients=len(here) + 1, digest=newcomer.digest(), equal=equal)
+        equal = joined and len(digests) == len(here) - away and set(digests) <= {newcomer.digest()}
+        return Replicas(clients=len(here) - away + 1, digest=newcomer.digest(), equal=equal)
 
     def join(self, client: Client) -> bool:
         """Bring one client up to date that is nobody's whom an engine knows. False where that fails."""
