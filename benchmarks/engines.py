@@ -69,13 +69,18 @@ def over_ray() -> Iterator[Engine]:
 ENGINES: dict[str, Callable[[], contextlib.AbstractContextManager[Engine]]] = {"nats": over_nats, "ray": over_ray}
 
 
-def measured(engine: Engine) -> dict[str, Any]:
-    """Seconds of an exchange, by its size."""
-    until = time.monotonic() + 60
+def here(engine: Engine) -> None:
+    """Waits for all clients."""
+    until = time.monotonic() + 120
     while len(engine.present()) < CLIENTS:
         if time.monotonic() > until:
-            sys.exit(f"{len(engine.present())} of {CLIENTS} clients are here after a minute")
+            sys.exit(f"{len(engine.present())} of {CLIENTS} clients are here after two minutes")
         time.sleep(0.1)
+
+
+def measured(engine: Engine) -> dict[str, Any]:
+    """Seconds of an exchange, by its size."""
+    here(engine)
     rows = {}
     for name, size in SIZES.items():
         seconds = []

@@ -72,17 +72,19 @@ def digits(result: dict[str, Any]) -> str:
     return _machine(result) + "\n\n" + _table(["", *methods], rows)
 
 
+def _mean(values: Sequence[float]) -> str:
+    """With its standard error."""
+    return f"{mean(values):.4f} ± {stdev(values) / len(values) ** 0.5:.4f}"
+
+
 def ways(result: dict[str, Any]) -> str:
     """Every way to learn: accuracy, loss and shares of the gap, with the standard errors of their means over seeds."""
-
-    def cell(values: Sequence[float]) -> str:
-        return f"{mean(values):.4f} ± {stdev(values) / len(values) ** 0.5:.4f}"
 
     rows = [
         [
             way,
-            cell(r["accuracies"]),
-            cell(r["losses"]),
+            _mean(r["accuracies"]),
+            _mean(r["losses"]),
             f"{r['accuracy_gap_recovered'] + 0.0:.2f}",
             f"{r['loss_gap_recovered'] + 0.0:.2f}",
         ]
@@ -95,17 +97,14 @@ def ways(result: dict[str, Any]) -> str:
 def wire(result: dict[str, Any]) -> str:
     """Bytes and what they cost: means over seeds with their standard errors, and of the loss the paired difference."""
 
-    def cell(values: Sequence[float]) -> str:
-        return f"{mean(values):.4f} ± {stdev(values) / len(values) ** 0.5:.4f}"
-
     types = result["types"]
     plain = [run["loss"] for run in next(iter(types.values()))]
     rows = []
     for name, runs in types.items():
         more = [run["loss"] - loss for run, loss in zip(runs, plain, strict=True)]
-        cells = [cell([run[quantity] for run in runs]) for quantity in ("accuracy", "loss")]
+        cells = [_mean([run[quantity] for run in runs]) for quantity in ("accuracy", "loss")]
         size = mean(run["bytes"] for run in runs)
-        rows.append([name, f"{size / 1e3:.1f}", *cells, cell(more) if any(more) else ""])
+        rows.append([name, f"{size / 1e3:.1f}", *cells, _mean(more) if any(more) else ""])
     head = ["`--wire`", "KB per client and round", "test accuracy", "test loss", "loss above the first row's"]
     return f"Digits, seeds {', '.join(map(str, result['seeds']))}. {_machine(result)}\n\n{_table(head, rows)}"
 
@@ -118,7 +117,7 @@ def rounds(result: dict[str, Any]) -> str:
             phases = ("round", "cuts", "server", "answers", "engine", "clients")
             times = [f"{1e3 * row['seconds'][phase]:,.1f}" for phase in phases]
             rows.append([f"{half}, {engine}", *times, f"{row['ratio']:.2f}", f"{sum(row['bytes']) / 1e3:,.0f}"])
-    head = ["ms", "round", "cuts", "server", "answers", "the engine alone", "the clients alone", "of its parts", "KB"]
+    head = ["ms", "round", "cuts", "server", "answers", "the engine alone", "the clients", "of its parts", "KB"]
     what = f"{result['clients']} clients, medians of {result['rounds']} rounds."
     return f"{what} {_machine(result)}\n\n{_table(head, rows)}"
 

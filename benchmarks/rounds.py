@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python -m benchmarks.rounds [--out FILE] [--half digits ...] [--engine nats ...]
 
 Over NATS and Ray clients are processes of their own; NATS as `hosfl federation` sets it up, with mutual TLS. Beside a
-round stand its parts, each measured alone: the engine's two exchanges of as many bytes with clients that compute
-nothing; what the slowest client computes (in process they are one after another: the sum of theirs), and the server.
+round stand its parts: the engine's two exchanges of as many bytes with clients that compute nothing; what the slowest
+client computes in the round, by its own clock (in process they are one after another: the sum of theirs); the server.
 All hold one digest at the end. Seconds are medians over rounds.
 """
 
@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.engines import CLIENTS, here
 from hosfl.engines.engine import Engine, Reply
 from hosfl.engines.in_process import InProcess
 from hosfl.files import write_json
@@ -35,7 +36,7 @@ from hosfl.runs.report import machine
 from hosfl.runs.serve import Over
 
 RESULTS = Path(__file__).parent / "results"
-CLIENTS, WARM, ROUNDS = 4, 4, 24
+WARM, ROUNDS = 4, 24
 SHARED: dict[str, Any] = {"clients": CLIENTS, "sampled": CLIENTS, "rounds": WARM + ROUNDS, "partition": "iid"}
 SHARED |= {"directions": 5, "directions_from": "fresh"}
 HALVES: dict[str, dict[str, Any]] = {
@@ -214,15 +215,6 @@ class Weighed:
             assert reply.data is not None, reply.reason
             self.asks[-1][reply.client] = len(messages[reply.client]), len(reply.data)
             yield reply
-
-
-def here(engine: Engine) -> None:
-    """Waits for all clients."""
-    until = time.monotonic() + 120
-    while len(engine.present()) < CLIENTS:
-        if time.monotonic() > until:
-            sys.exit(f"{len(engine.present())} of {CLIENTS} clients are here after two minutes")
-        time.sleep(0.1)
 
 
 # --- measuring ----------------------------------------------------------------------------------------------------

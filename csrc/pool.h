@@ -1,4 +1,4 @@
-// Threads that are kept: waking one costs a third of starting one.
+// Threads that are kept: waking one costs less than starting one.
 #pragma once
 
 #include <pthread.h>
