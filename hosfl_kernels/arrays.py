@@ -26,6 +26,14 @@ def is_numpy(x: object) -> TypeGuard[NDArray[Any]]:
     return isinstance(x, np.ndarray)
 
 
+def may_be_tensor(x: object) -> bool:
+    """Whether x is a tensor, or may be one: tensors.py, which needs torch, knows.
+
+    By an attribute that is no method: those torch.compile of torch 2.8 does not see.
+    """
+    return not is_numpy(x) and hasattr(x, "requires_grad")
+
+
 def tensors_module() -> Any:
     """The module for tensors. Its import registers the ops with torch."""
     import hosfl_kernels.tensors as tensors  # in half the time that `from hosfl_kernels import tensors` takes
@@ -94,7 +102,7 @@ def is_channels_last(x: Any) -> bool:
 
 def wrong_kind(x: Any, name: str) -> TypeError:
     """The error for what is no array or tensor, or not of the kind of those beside it."""
-    if is_numpy(x) or hasattr(x, "data_ptr"):
+    if is_numpy(x) or may_be_tensor(x):
         kind, others = ("numpy array", "torch.Tensors") if is_numpy(x) else ("torch.Tensor", "numpy arrays")
         return TypeError(f"{name} is a {kind} among {others}: pass one kind in a call")
     return TypeError(f"{name} is {type(x).__name__}, not a numpy array or a torch.Tensor")

@@ -20,6 +20,7 @@ from hosfl_kernels.arrays import (
     is_channels_last,
     is_numpy,
     layouts,
+    may_be_tensor,
     sizes,
     tensors_module,
     to_numpy,
@@ -45,20 +46,15 @@ LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 # --- kinds and numbers ------------------------------------------------------------------------------------------
 
 
-def _is_tensor(x: object) -> bool:
-    """Whether x is a tensor, or may be one: tensors.py, which needs torch, knows."""
-    return not isinstance(x, np.ndarray) and hasattr(x, "data_ptr")
-
-
 def array_list(
     given: Array | Iterable[Array], name: str = "tensors", changed: bool = True, like: Sequence[Array] = ()
 ) -> list[Array]:
     """The arrays or tensors given, of one kind, which is that of `like`."""
-    one = not isinstance(given, (list, tuple)) and (is_numpy(given) or _is_tensor(given))
+    one = not isinstance(given, (list, tuple)) and (is_numpy(given) or may_be_tensor(given))
     listed: list[Any] = [given] if one else list(given)
     if not listed:
         return listed
-    if _is_tensor(like[0] if like else listed[0]):
+    if may_be_tensor(like[0] if like else listed[0]):
         tensors_module().check(listed, name, changed)
         return listed
     for t, x in enumerate(listed):
@@ -132,7 +128,7 @@ def _numbers(values: Any, name: str, dtype: str, dimensions: str, numpy: bool) -
 
     An array becomes a tensor first where the op is torch's: torch.compile knows no dtype of an array.
     """
-    if not (is_numpy(values) or _is_tensor(values)):
+    if not (is_numpy(values) or may_be_tensor(values)):
         return None
     kind = "an array" if is_numpy(values) else "a tensor"
     numbers: Any = _as_op_takes(values.copy(), numpy) if is_numpy(values) else values
