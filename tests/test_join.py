@@ -22,7 +22,6 @@ from hosfl.runs.config import Config, with_shared
 from hosfl.runs.join import Clients, Everybody, Kept, join, own_data, settings_of
 from hosfl.runs.serve import Over
 from hosfl.runs.serve import offered as offered_by
-from hosfl.tasks import make_task
 
 SMALL = {"rounds": 4, "clients": 3, "sampled": 2, "batch": 8, "directions": 3, "evaluate_every": 4, "snapshot_every": 2}
 WAYS = {method: {"method": method, "server_rate": 0.05} for method in METHODS} | {
@@ -43,7 +42,7 @@ RATES = {"server_rate": 0.05, "client_rate": 0.01}
 def client_of(run, config, base, number):
     """The client of a process of its own."""
     clients = Clients(run, config, base)
-    return clients.endpoint(number, own_data("", number, config, clients.task), alone=True)
+    return clients.endpoint(number, clients.samples(number), alone=True)
 
 
 class Elsewhere(InProcess):
@@ -315,7 +314,6 @@ def test_two_processes_of_one_client(run, tmp_path):
 
 def test_a_client_s_own_data(tmp_path):
     config = Config(**SMALL)
-    task = make_task(config)
     inputs, labels = np.zeros((5, 1, 8, 8), np.float32), np.arange(5)
     np.savez(tmp_path / "mine.npz", inputs=inputs, labels=labels)
     save_file({"inputs": torch.zeros(6, 1, 8, 8), "labels": torch.arange(6)}, tmp_path / "mine.safetensors")
@@ -323,12 +321,12 @@ def test_a_client_s_own_data(tmp_path):
         "import torch\ndef data():\n    return torch.zeros(7, 1, 8, 8), torch.arange(7)\n"
     )
     for name, count in (("mine.npz", 5), ("mine.safetensors", 6), ("mine.py:data", 7)):
-        assert len(own_data(str(tmp_path / name), 0, config, task)) == count
+        assert len(own_data(str(tmp_path / name), config, 1)) == count
     np.savez(tmp_path / "evil.npz", inputs=np.array([print], object), labels=labels)
     with pytest.raises(ValueError, match="allow_pickle"):
-        own_data(str(tmp_path / "evil.npz"), 0, config, task)
-    shares = [len(own_data("", n, config, task)) for n in range(3)]
-    assert sum(shares) == len(task.train)
+        own_data(str(tmp_path / "evil.npz"), config, 1)
+    with pytest.raises(ValueError, match="the task digits reads no files"):
+        own_data(str(tmp_path), config, 1)
 
 
 @pytest.mark.parametrize("wrong", [{"deadline": 0}, {"deadline": -1.0}, {"enough": 0}, {"least": 0}])

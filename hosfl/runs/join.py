@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from hosfl.engines.engine import JoinError, Line
 from hosfl.files import FolderLock, write_atomically
+from hosfl.halves.inputs import Inputs, call, evaluating
 from hosfl.halves.split import dtype_of
 from hosfl.methods import METHODS, calibration, method_of
 from hosfl.methods.client import Client
@@ -41,10 +42,9 @@ from hosfl.runs.assemble import base_of, client_of, halves_of, partition, rates_
 from hosfl.runs.checkpoint import header_of
 from hosfl.runs.config import Config
 from hosfl.runs.serve import FORMAT, LOCAL
-from hosfl.tasks import TASKS, make_task
+from hosfl.tasks import READERS, TASKS, make_task
 from hosfl.tasks.data import Dataset
 from hosfl.tasks.items import Items, read, samples_of
-from hosfl.tasks.task import Task
 
 SAVED_EVERY = 60.0  # seconds: what was applied since is replayed
 KEPT_FORMAT = "1"
@@ -65,12 +65,12 @@ def settings_of(offered: bytes, task: str = "", method: str = "", **local: Any) 
         settings = dict(run["settings"])
         if run["format"] != FORMAT:
             raise JoinError(f"the server offers a run of format {run['format']!r}, this is {FORMAT}: update hosfl")
-        base, header = str(run["base"]), str(run["log"])
+        base, header, cut = str(run["base"]), str(run["log"]), [int(size) for size in run["cut"]]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise (
             error if isinstance(error, JoinError) else JoinError(f"what the server offers is no run: {error!r}")
         ) from None
-    told: dict[str, Any] = {"base": base, "log": header, "hosfl": str(run.get("hosfl"))}
+    told: dict[str, Any] = {"base": base, "log": header, "cut": cut, "hosfl": str(run.get("hosfl"))}
     for name, own in (("task", task), ("method", method)):
         theirs, (library, kind) = settings.get(name), OWN[name]
         told[name] = theirs
@@ -96,13 +96,16 @@ def settings_of(offered: bytes, task: str = "", method: str = "", **local: Any) 
     return told, config
 
 
-def own_data(data: str, number: int, config: Config, task: Task) -> Dataset | Items:
-    """This client's samples. data: "" for its share of the task's; a file of arrays, .npz or .safetensors, with
-    "labels" among its names; FILE.py:FUNCTION, which returns what `Task.train` takes; else what the task reads, all of
-    it. Raises DataError, ValueError, OSError.
+def own_data(data: str, config: Config, longest: int) -> Dataset | Items | None:
+    """This client's samples, before there is a task. None: they are the task's, which reads `data` itself.
+
+    data: "", for the client's share of the task's; a file of arrays, .npz or .safetensors, with "labels" among its
+    names; FILE.py:FUNCTION, which returns what `Task.train` takes; else a file or a folder of the task's own format,
+    which need not have all classes, or what a task of one's own reads. longest: tokens that the half reads, of texts.
+    Raises DataError, ValueError, OSError.
     """
     if not data:
-        return partition(task, config)[number]
+        return None
     if data.endswith(".npz"):
         with np.load(data, allow_pickle=False) as arrays:
             return _of_arrays({name: arrays[name] for name in arrays.files}, data)
@@ -111,10 +114,14 @@ def own_data(data: str, number: int, config: Config, task: Task) -> Dataset | It
     if ".py:" in data:
         made = named(data, "data", {})()
         return samples_of(made, data)
-    train = task.train
-    if isinstance(train, list):
-        raise ValueError(f"{data} has the data of {len(train)} clients: give this one's own")
-    return train
+    if config.task in READERS:
+        found: Dataset = named(READERS[config.task], "data", {})(config, Path(data), longest)
+        return found
+    if config.task in TASKS:
+        raise ValueError(
+            f"the task {config.task} reads no files such as {data}: give .npz, .safetensors or FILE.py:NAME"
+        )
+    return None
 
 
 def _of_arrays(arrays: dict[str, Any], data: str) -> Dataset | Items:
@@ -123,27 +130,32 @@ def _of_arrays(arrays: dict[str, Any], data: str) -> Dataset | Items:
     return samples_of(arrays, data)
 
 
-def is_task_data(data: str) -> bool:
-    """Whether `data` is for the task to read."""
-    return bool(data) and not data.endswith((".npz", ".safetensors")) and ".py:" not in data
+def is_task_data(data: str, task: str) -> bool:
+    """Whether `data` is for the task to read: that is a file of one's own."""
+    return bool(data and task) and not data.endswith((".npz", ".safetensors")) and ".py:" not in data
 
 
 class Clients:
     """Clients of one run, made of what the server offers. Whoever is made first costs a model, the next ones a copy.
 
-    Raises JoinError where base, settings and this version's code do not make the half that the server has.
+    own: the samples of one client, see `own_data`; None: all have shares of the task's.
+
+    Raises JoinError where base, settings and this version's code do not make the half that the server has, and for
+    samples that this half does not take.
     """
 
-    def __init__(self, run: dict[str, Any], config: Config, base: bytes) -> None:
+    def __init__(self, run: dict[str, Any], config: Config, base: bytes, own: Dataset | Items | None = None) -> None:
         if hashlib.sha256(base).hexdigest() != run["base"]:
             raise JoinError("the base half has another SHA-256 than the run says: it was damaged, or is another run's")
-        self.config, self.task = config, make_task(config)
+        self.config, self.task, self.own = config, make_task(config, own), own
         # Factors of adapters come with the base: no public samples are needed, and what is made of weights stands in.
         trains = "xs" + config.trains[3:] if config.trains.startswith("act:") else config.trains
         half = base_of(replace(config, trains=trains), halves_of(config, self.task), None).to(config.device)
         self.tensors, self.half = _loaded(half, base), half
-        train = self.task.train[0] if isinstance(self.task.train, list) else self.task.train
-        sample = read(train[:2].to(config.device, dtype_of(half))).inputs
+        train = self.task.train if own is None else own
+        first = train[0] if isinstance(train, list) else train
+        sample = read(first[:2].to(config.device, dtype_of(half))).inputs
+        _try(half, sample, run["cut"])
         self.kind = method_of(config.method)
         setup = Setup(config, half, rates_of(self.task, config), AGGREGATIONS[config.aggregation], sample)
         self.method = self.kind(setup)
@@ -157,6 +169,17 @@ class Clients:
                 )
         self.method.ledger = None  # and the server's replica with it
 
+    def samples(self, number: int) -> Dataset | Items:
+        """A client's: its own, all that its task has read for it, or its share of the task's. Raises ValueError."""
+        train = self.task.train
+        if self.own is not None:
+            return self.own
+        if not self.config.data:
+            return partition(self.task, self.config)[number]
+        if isinstance(train, list):
+            raise ValueError(f"{self.config.data} has the data of {len(train)} clients: give this one's own")
+        return train
+
     def endpoint(self, number: int, data: Dataset | Items, alone: bool = False) -> Endpoint:
         """A client that has applied nothing. alone: there will be no other, so that it may have the half itself."""
         config, half = self.config, self.half if alone else copy.deepcopy(self.half)
@@ -169,6 +192,18 @@ class Clients:
         """What moves, at round 0."""
         names = [name for name, p in self.half.named_parameters() if p.requires_grad]
         return [self.tensors[name].to(self.config.device) for name in names]
+
+
+def _try(half: nn.Module, sample: Inputs, cut: list[int]) -> None:
+    """Raises JoinError where the half does not make of the samples what the server takes."""
+    try:
+        with torch.no_grad(), evaluating(half):
+            made = list(call(half, sample).shape[1:])
+    except Exception as error:  # of whatever kind: the data may be anything
+        raise JoinError(f"the client half does not take these data: {error}") from None
+    texts = isinstance(sample, Mapping) and "attention_mask" in sample
+    if made != cut and not (texts and made[:1] < cut[:1] and made[1:] == cut[1:]):
+        raise JoinError(f"of these data the client half makes cuts of shape {made}, and the server takes {cut}")
 
 
 class Everybody:
@@ -347,10 +382,11 @@ def join(
     folder.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(folder, "client")
     try:
-        local = {"data": data if is_task_data(data) else "", "model": model, "device": device}
+        local = {"data": data if is_task_data(data, task) else "", "model": model, "device": device}
         run, config = settings_of(line.fetch("run"), task, method, **local)
-        clients = Clients(run, config, base_half(line, run, folder / "base.safetensors"))
-        endpoint = clients.endpoint(number, own_data(data, number, config, clients.task), alone=True)
+        own = own_data(data, config, run["cut"][0] if run["cut"] else 1)
+        clients = Clients(run, config, base_half(line, run, folder / "base.safetensors"), own)
+        endpoint = clients.endpoint(number, clients.samples(number), alone=True)
         kept = Kept(folder / "state.safetensors", run, endpoint.client)
         kept.restore()
         log.info("client %d joins at round %d", number, endpoint.client.applied)

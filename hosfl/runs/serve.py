@@ -25,7 +25,7 @@ from hosfl.runs.checkpoint import header_of, module_bytes
 if TYPE_CHECKING:
     from hosfl.runs.federation import Federation
 
-FORMAT = 1  # of what is offered
+FORMAT = 2  # of what is offered
 LOCAL = ("data", "model", "device", "evaluate_every", "snapshot_every", "keep")  # settings that are a machine's own
 
 
@@ -63,6 +63,8 @@ class Over:
 def offered(federation: Federation) -> dict[str, bytes]:
     """What a client fetches when it comes for the first time: the run, as JSON, and the base half, as safetensors.
 
+    "cut" is the shape of one sample's cut; of texts, of the longest that the server takes.
+
     Running statistics that clients estimate are in neither: a client is told them when it takes part.
     """
     half = calibration.first(federation.base, federation.server.statistics)
@@ -78,6 +80,7 @@ def offered(federation: Federation) -> dict[str, bytes]:
         "settings": settings,
         "base": hashlib.sha256(base).hexdigest(),
         "log": log,
+        "cut": list(federation.server.cut_shape),
     }
     return {"run": json.dumps(run).encode(), "base": base}
 

@@ -12,6 +12,8 @@ from hosfl.named import named
 
 if TYPE_CHECKING:
     from hosfl.settings import Settings
+    from hosfl.tasks.data import Dataset
+    from hosfl.tasks.items import Items
     from hosfl.tasks.task import Task
 
 _PICTURES = ("cifar10", "cifar100", "cifar10-noisy", "cifar10-inverted")
@@ -23,6 +25,14 @@ TASKS = {
     "squad": "hosfl.tasks.squad:squad_task",
     "lm": "hosfl.tasks.lm:lm_task",
     **dict.fromkeys(_PICTURES, "hosfl.tasks.vision:pictures_task"),
+}
+# How a task reads the files of one client's own samples: (settings, path, tokens that the half reads) -> Dataset.
+READERS = {
+    "sentences": "hosfl.tasks.sentences:own_sentences",
+    **dict.fromkeys(("sst2", "rte", "wsc"), "hosfl.tasks.text:own_texts"),
+    "squad": "hosfl.tasks.squad:own_questions",
+    "lm": "hosfl.tasks.lm:own_completions",
+    **dict.fromkeys(_PICTURES, "hosfl.tasks.vision:own_pictures"),
 }
 OWN = ("data", "model", "at")  # settings that a function of one's own reads if it has parameters of these names
 
@@ -39,11 +49,12 @@ def options_of(settings: Settings) -> dict[str, Any]:
     return {name: taken[name] if isinstance(taken[name], plain) else given for name, given in settings.options.items()}
 
 
-def make_task(settings: Settings) -> Task:
+def make_task(settings: Settings, own: Dataset | Items | None = None) -> Task:
     """The task of a run: one of `TASKS`, or what the function returns that "FILE.py:FUNCTION" names.
 
     The function is called with the same random numbers in force, whatever the run's seed: what it draws is the same in
-    every run. Raises ValueError; TypeError where the function returns something else.
+    every run. own: the samples of the one client that it is made for; a task of `READERS` then reads nothing itself.
+    Raises ValueError; TypeError where the function returns something else.
     """
     from hosfl.tasks.items import seeded
     from hosfl.tasks.task import Task
@@ -53,10 +64,12 @@ def make_task(settings: Settings) -> Task:
     maker = _maker(settings.task)
     arguments = _arguments(maker, settings)
     with seeded(0):
+        if own is not None and settings.task in READERS:
+            arguments["own"] = own
         made = maker(settings, **arguments) if settings.task in TASKS else maker(**arguments)
     if not isinstance(made, Task):
         raise TypeError(f"task {settings.task!r} returns a {type(made).__name__}: a hosfl.Task is needed")
-    return made.with_public(settings.public)
+    return made if own is not None else made.with_public(settings.public)
 
 
 def _maker(name: str) -> Callable[..., Any]:
@@ -72,6 +85,7 @@ def _arguments(maker: Callable[..., Any], settings: Settings) -> dict[str, Any]:
     told = dict(settings.options)
     if settings.task in TASKS:
         parameters.pop(next(iter(parameters)))  # the settings
+        parameters.pop("own", None)
     else:
         given = {name: getattr(settings, name) for name in OWN if getattr(settings, name)}
         strange = [name for name in given if name not in parameters]

@@ -167,9 +167,6 @@ def classified(
     the training part's shares of the classes, the same in every run. Raises DataError.
     """
 
-    def with_classes(part: Sequence[Found], numbers: list[int]) -> list[Row]:
-        return [{**row, "label": number} for (_, row), number in zip(part, numbers, strict=False)]
-
     own = classes(train, names)
     rows = with_classes(train, own)
     for_rates = with_classes(validation, classes(validation, names, training=set(own)))
@@ -178,6 +175,11 @@ def classified(
         return rows, for_rates, for_report
     kept, held = held_out(np.array(own), len(for_rates))
     return [rows[i] for i in kept], [rows[i] for i in held], for_rates
+
+
+def with_classes(found: Sequence[Found], numbers: Sequence[int]) -> list[Row]:
+    """Rows with their classes as "label". Fewer numbers than rows: only so many rows."""
+    return [{**row, "label": number} for (_, row), number in zip(found, numbers, strict=False)]
 
 
 def held_out(classes: np.ndarray, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -212,11 +214,17 @@ def as_tokens(
     found: Sequence[list[Row]], texts: Callable[[Row], tuple[str, ...]], model: str, longest: int, cut: str = "right"
 ) -> Splits:
     """Training, validation and test rows as a model's tokens, of one length; the other arguments: see `tokenized`."""
-    rows = [row for part in found for row in part]
-    labels = torch.tensor([row["label"] for row in rows], dtype=torch.int64)
-    whole = Dataset(tokenized(model, [texts(row) for row in rows], longest, cut), labels)
+    whole = tokens([row for part in found for row in part], texts, model, longest, cut)
     ends = np.cumsum([0, *map(len, found)]).tolist()
     return Splits(*(whole[begin:end] for begin, end in pairwise(ends)))
+
+
+def tokens(
+    rows: Sequence[Row], texts: Callable[[Row], tuple[str, ...]], model: str, longest: int, cut: str = "right"
+) -> Dataset:
+    """Rows as a model's tokens, of one length; the other arguments: see `tokenized`."""
+    labels = torch.tensor([row["label"] for row in rows], dtype=torch.int64)
+    return Dataset(tokenized(model, [texts(row) for row in rows], longest, cut), labels)
 
 
 def public_tokens(model: str) -> dict[str, Tensor]:

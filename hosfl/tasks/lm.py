@@ -30,6 +30,7 @@ from hosfl.tasks.task import Scores, Task
 IGNORED = -100  # the label of tokens that are no completion's: torch's cross_entropy, and transformers, leave it out
 FILES = ("train.jsonl", "validation.jsonl", "test.jsonl")
 AT_ONCE = 1000  # texts to the tokenizer
+LONGEST = 256  # tokens of a sample, where nobody says
 
 
 # --- texts ----------------------------------------------------------------------------------------------------------
@@ -284,17 +285,20 @@ def _text(tokens: Sequence[int], decoder: Decoder) -> str:
 # --- tasks ----------------------------------------------------------------------------------------------------------
 
 
-def lm_task(config: Settings, longest: int = 256, generate: int = 0, by: str = "") -> Task:
+def lm_task(
+    config: Settings, longest: int = LONGEST, generate: int = 0, by: str = "", own: Dataset | None = None
+) -> Task:
     """Completions of prompts, or an assistant's turns, with a decoder that is named by config.model.
 
     config.data: a folder with train.jsonl, test.jsonl and, if it is not to be a tenth of the training part,
     validation.jsonl; see `as_text`. longest: tokens of a sample, see `encoded`. generate: so many new tokens at most,
     by which exact match and F1 are scored beside the perplexity; 0: they are not. by: a field of the training part's
-    rows, by whose values clients' data differ; without it they do not, and config.partition is "iid".
+    rows, by whose values clients' data differ; without it they do not, and config.partition is "iid". own: a client's
+    samples, in place of the folder's.
 
     The objective: see `completion_loss`.
     """
-    if not config.data:
+    if not config.data and own is None:
         raise ValueError(f"the lm task needs data: a folder with {FILES[0]} and {FILES[2]}")
     if not config.model:
         raise ValueError("the lm task needs a model: a decoder, on the hub or a folder")
@@ -309,6 +313,8 @@ def lm_task(config: Settings, longest: int = 256, generate: int = 0, by: str = "
     if longest + generate > decoder.longest:
         also = f" and {generate} that are generated" if generate else ""
         raise ValueError(f"{config.model} reads {decoder.longest} tokens: {longest}{also} are too many; lower longest")
+    if own is not None:
+        return completion_task(config, decoder, [own, own, own], metrics={"perplexity": Perplexity()})
     found = parts(Path(config.data))
     texts = [[as_text(row, where, decoder.tokenizer) for where, row in part] for part in found]
     scores = (lambda halves, data: generation_scores(halves, data, decoder, generate)) if generate else None
@@ -325,6 +331,14 @@ def lm_task(config: Settings, longest: int = 256, generate: int = 0, by: str = "
         generated=scores,
         groups=groups,
     )
+
+
+def own_completions(config: Settings, path: Path, longest: int) -> Dataset:
+    """One client's samples: a file such as train.jsonl, or a folder with one. longest: tokens that the half reads."""
+    decoder = Decoder.of(config.model)
+    rows = json_lines(path / FILES[0] if path.is_dir() else path)
+    most = min(longest + 1, int(config.options.get("longest", LONGEST)))  # the last one is only predicted
+    return encoded([as_text(row, where, decoder.tokenizer) for where, row in rows], decoder, most)
 
 
 def completion_task(config: Settings, decoder: Decoder, data: Sequence[Dataset], **more: Any) -> Task:

@@ -10,7 +10,8 @@ from torch import nn
 from hosfl.halves.families import pretrained_model
 from hosfl.halves.split import SplitModel, split
 from hosfl.settings import Settings
-from hosfl.tasks.data import Splits
+from hosfl.tasks.data import Dataset, Splits
+from hosfl.tasks.items import Items
 from hosfl.tasks.task import Task
 
 
@@ -26,14 +27,19 @@ def place(config: Settings) -> int | str:
 
 
 def pretrained_task(
-    splits: Splits, classes: int, model: Callable[[int | str], SplitModel], config: Settings, **more: Any
+    data: Splits | Dataset | Items,
+    classes: int,
+    model: Callable[[int | str], SplitModel],
+    config: Settings,
+    **more: Any,
 ) -> Task:
     """What tasks with pretrained models share: the place of the cut, the third layer by default, and the optimizer.
 
-    model: from the place of the cut; what is random in it comes from the run's seed. more: of `Task`.
+    data: see `Task.of`. model: from the place of the cut; what is random in it comes from the run's seed. more: of
+    `Task`.
     """
     return Task.of(
-        splits,
+        data,
         classes=classes,
         model=lambda: model(place(config)),
         loss=nn.functional.cross_entropy,

@@ -213,13 +213,18 @@ def text_field(row: Mapping[str, Any], name: str, where: str) -> str:
 
 
 def classes(
-    found: Sequence[Found], names: Sequence[str] = (), training: Collection[int] = (), may_hide: bool = False
+    found: Sequence[Found],
+    names: Sequence[str] = (),
+    training: Collection[int] = (),
+    may_hide: bool = False,
+    all_there: bool = True,
 ) -> list[int]:
     """The classes of a part's samples, by their field "label": a class's name or its number.
 
     names: what files call the classes 0, 1, ...; none: classes are numbers, from 0 without gaps. training: classes that
     the training part has; none: this is the training part, whose samples must differ. may_hide: the part's labels may
-    not be public, which is that they are all -1, or not there; then there are no classes, []. Raises DataError.
+    not be public, which is that they are all -1, or not there; then there are no classes, []. all_there: False for one
+    client's samples, which need not have every class. Raises DataError.
     """
     numbers = [_class(row, names, where, may_hide) for where, row in found]
     if may_hide and all(number == HIDDEN for number in numbers):
@@ -232,6 +237,8 @@ def classes(
             raise DataError(f"{label}, as where labels are hidden, but other samples of this part have theirs")
         if training and number not in training:
             raise DataError(f"{label} is none of the training part's: {_classes(training, names)}")
+        if not all_there:
+            continue
         if not training and not names and number > gap:
             raise DataError(f"{label}, but there is no {gap}: classes are numbered from 0 without gaps")
         if not training and len(present) == 1:
@@ -305,13 +312,16 @@ def _counted(answer: Answer, unit: str) -> bool:
 # --- pictures -----------------------------------------------------------------------------------------------------
 
 
-def class_folders(folder: Path, training: Sequence[str] = ()) -> tuple[list[str], list[tuple[Path, int]]]:
+def class_folders(
+    folder: Path, training: Sequence[str] = (), all_there: bool = True
+) -> tuple[list[str], list[tuple[Path, int]]]:
     """The classes of a part, by the names of its folders, and its picture files with the number of their class.
 
     training: the training part's classes; none: this is the training part. Classes are in the order of their names,
     which are compared in Unicode's composed form. What begins with a dot is passed over; so is, with one warning, what
-    has another ending than pictures. Raises OSError; DataError for a class that the training part has not, or that has
-    no pictures there.
+    has another ending than pictures. all_there: False for one client's pictures, whose classes may be empty folders.
+
+    Raises OSError; DataError for a class that the training part has not, or that has no pictures there.
     """
     own: dict[str, Path] = {}
     others = []
@@ -332,7 +342,7 @@ def class_folders(folder: Path, training: Sequence[str] = ()) -> tuple[list[str]
     for label, name in enumerate(names):
         files = _files(own[name]) if name in own else []
         mine = [path for path in files if path.suffix.lower() in PICTURES]
-        if not mine and not training:
+        if not mine and not training and all_there:
             raise DataError(f"{own[name]}: a class without pictures; their names end in {', '.join(PICTURES)}")
         others += [path for path in files if path.suffix.lower() not in PICTURES]
         found += [(path, label) for path in mine]

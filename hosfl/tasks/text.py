@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from hosfl.halves.families import is_decoder, packaged_minilm, pretrained_model
 from hosfl.halves.split import SplitModel
 from hosfl.settings import Settings
-from hosfl.tasks.data import as_tokens, classified, public_tokens
+from hosfl.tasks.data import Dataset, as_tokens, classified, public_tokens, tokens, with_classes
 from hosfl.tasks.pretrained import headed, pretrained_task
-from hosfl.tasks.reading import Found, Row, field, hub_rows, json_lines, table, text_field
+from hosfl.tasks.reading import Found, Row, classes, field, hub_rows, json_lines, table, text_field
 from hosfl.tasks.task import Task
 from hosfl.tasks.verbalizer import first_tokens, verbalized
 
@@ -119,25 +120,50 @@ def _of_task(row: Row, task: TextTask, where: str) -> Found:
     return where, texts | ({"label": row["label"]} if "label" in row else {})
 
 
-def text_task(config: Settings) -> Task:
+class Telling(NamedTuple):
+    """How a model is told a task's rows."""
+
+    task: TextTask
+    model: str
+    decoder: bool
+
+    @classmethod
+    def of(cls, config: Settings) -> Telling:
+        name = config.model or packaged_minilm()
+        return cls(TEXTS[config.task], name, is_decoder(name))
+
+    @property
+    def cut(self) -> str:
+        """The side on which what is too long loses tokens."""
+        return "left" if self.decoder else "right"
+
+    def texts(self, row: Row) -> tuple[str, ...]:
+        """What the model sees of a row."""
+        templates = (self.task.prompt,) if self.decoder else self.task.texts
+        return tuple(template.format_map(row) for template in templates)
+
+
+def text_task(config: Settings, own: Dataset | None = None) -> Task:
     """A published classification task of this file: sst2, rte, wsc. data, parts: see `hosfl.tasks.text.parts`.
 
     An encoder gets a random classifier, as in `sentences_task`. A decoder gets a prompt; its output is what it gives
-    the classes' words to come next, by the first token of each.
+    the classes' words to come next, by the first token of each. own: a client's samples, in place of all parts.
     """
-    it = TEXTS[config.task]
-    name = config.model or packaged_minilm()
-    decoder = is_decoder(name)
-    tokens = first_tokens(name, it.end, it.words) if decoder else []
-    templates = (it.prompt,) if decoder else it.texts
-
-    def told(row: Row) -> tuple[str, ...]:
-        return tuple(template.format_map(row) for template in templates)
+    it, name, decoder = told = Telling.of(config)
+    answers = first_tokens(name, it.end, it.words) if decoder else []
 
     def model(at: int | str) -> SplitModel:
         if decoder:
-            return verbalized(pretrained_model(name, "CausalLM"), tokens, at)
+            return verbalized(pretrained_model(name, "CausalLM"), answers, at)
         return headed(name, "SequenceClassification", at, len(it.words))
 
-    splits = as_tokens(parts(it, config.data), told, name, it.longest, cut="left" if decoder else "right")
-    return pretrained_task(splits, len(it.words), model, config, public=public_tokens(name))
+    data = as_tokens(parts(it, config.data), told.texts, name, it.longest, told.cut) if own is None else own
+    return pretrained_task(data, len(it.words), model, config, public=public_tokens(name))
+
+
+def own_texts(config: Settings, path: Path, longest: int) -> Dataset:
+    """One client's samples: a file as the training part is published, or a folder with one."""
+    told = Telling.of(config)
+    found = read(path / told.task.files[0] if path.is_dir() else path, told.task, may_hide=False)
+    rows = with_classes(found, classes(found, told.task.labels, all_there=False))
+    return tokens(rows, told.texts, told.model, min(longest, told.task.longest), told.cut)

@@ -6,7 +6,7 @@ import io
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -107,12 +107,7 @@ def pictures(name: str, folder: Path | None) -> Splits:
     """
     if folder is None:
         return _from_hub(name)
-    names, train = class_folders(folder / "train")
-    if len(names) != CLASSES[name]:
-        raise DataError(
-            f"{folder / 'train'}: {CLASSES[name]} folders, one per class, are needed, there are {len(names)}:"
-            f" {', '.join(names)}"
-        )
+    names, train = _classes_of(name, folder / "train")
     _, test = class_folders(folder / "test", names)
     return _from_files(*(tuple(File.of(path, label) for path, label in part) for part in (train, test)))
 
@@ -123,14 +118,39 @@ def noisy(splits: Splits, noise: float = 0.2, inverted: bool = False) -> Splits:
     inverted: their colours are exchanged for the opposite ones first.
     """
     random = torch.Generator().manual_seed(0)
+    parts = (splits.train, splits.validation, splits.test)
+    return Splits(*(_noisy(part, random, noise, inverted) for part in parts))
+
+
+def _noisy(data: Dataset, random: torch.Generator, noise: float, inverted: bool) -> Dataset:
     mean, deviation = (torch.tensor(v)[:, None, None] for v in (MEAN, DEVIATION))
+    assert isinstance(data.inputs, Tensor)
+    pictures = (1 - 2 * mean) / deviation - data.inputs if inverted else data.inputs
+    return Dataset(pictures + noise / deviation * torch.randn(pictures.shape, generator=random), data.labels)
 
-    def change(data: Dataset) -> Dataset:
-        assert isinstance(data.inputs, Tensor)
-        pictures = (1 - 2 * mean) / deviation - data.inputs if inverted else data.inputs
-        return Dataset(pictures + noise / deviation * torch.randn(pictures.shape, generator=random), data.labels)
 
-    return Splits(change(splits.train), change(splits.validation), change(splits.test))
+CHANGES: dict[str, dict[str, Any]] = {
+    "noisy": {"noise": 0.2, "inverted": False},
+    "inverted": {"noise": 0.1, "inverted": True},
+}
+
+
+def own_pictures(config: Settings, path: Path, longest: int) -> Dataset:
+    """One client's samples: a folder with one for each class, empty ones too, or with such a folder called train."""
+    name, _, change = config.task.partition("-")
+    _, found = _classes_of(name, path / "train" if (path / "train").is_dir() else path, all_there=False)
+    pixels = [picture_file(file, SIZE) for file, _ in found]
+    data = _standardised(pixels, [label for _, label in found])
+    return _noisy(data, torch.Generator().manual_seed(0), **CHANGES[change]) if change else data
+
+
+def _classes_of(name: str, folder: Path, all_there: bool = True) -> tuple[list[str], list[tuple[Path, int]]]:
+    names, found = class_folders(folder, all_there=all_there)
+    if len(names) != CLASSES[name]:
+        raise DataError(
+            f"{folder}: {CLASSES[name]} folders, one per class, are needed, there are {len(names)}: {', '.join(names)}"
+        )
+    return names, found
 
 
 class File(NamedTuple):
@@ -183,22 +203,23 @@ def _standardised(pixels: list[np.ndarray], labels: list[int]) -> Dataset:
     return Dataset(torch.from_numpy(inputs).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels, dtype=torch.int64))
 
 
-def pictures_task(config: Settings) -> Task:
+def pictures_task(config: Settings, own: Dataset | None = None) -> Task:
     """CIFAR-10 or CIFAR-100 and a pretrained residual network.
 
     "cifar10-noisy": the pictures become noisy; "cifar10-inverted": their colours are inverted, with half that noise.
 
     config.data: see `pictures`. config.model: a file, see `pretrained_resnet`. The cut is
-    before "layer2.0" by default: the client half has the first convolution and the first stage.
+    before "layer2.0" by default: the client half has the first convolution and the first stage. own: a client's
+    samples, in place of all parts, and changed already.
     """
     if not config.model:
         raise ValueError(f"the {config.task} task needs a model: a file with its weights, such as resnet20-12fca82f.th")
     name, _, change = config.task.partition("-")
-    splits = pictures(name, Path(config.data) if config.data else None)
-    if change:
-        splits = noisy(splits, 0.1, inverted=True) if change == "inverted" else noisy(splits)
+    data: Splits | Dataset = pictures(name, Path(config.data) if config.data else None) if own is None else own
+    if change and isinstance(data, Splits):
+        data = noisy(data, **CHANGES[change])
 
     def model(at: int | str) -> SplitModel:
         return split(pretrained_resnet(Path(config.model), CLASSES[name]), at)
 
-    return pretrained_task(splits, CLASSES[name], model, replace(config, at=config.at or "layer2.0"))
+    return pretrained_task(data, CLASSES[name], model, replace(config, at=config.at or "layer2.0"))

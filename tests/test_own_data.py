@@ -1,0 +1,214 @@
+"""A client's own samples, in files that the server never sees: of every task that reads files, and as arrays."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import test_lm
+import test_squad
+import test_text
+import torch
+from test_join import Elsewhere
+from test_squad import folder as squad_folder  # noqa: F401
+from test_tasks import folder as sentences_folder  # noqa: F401
+from test_text import models  # noqa: F401
+from test_vision import folder as pictures_folder  # noqa: F401
+from test_vision import weights  # noqa: F401
+
+from hosfl import Config, train
+from hosfl.engines.engine import JoinError
+from hosfl.runs.assemble import assemble
+from hosfl.runs.join import Clients, own_data, settings_of
+from hosfl.runs.serve import Over, offered
+from hosfl.tasks import READERS, make_task
+from hosfl.tasks.reading import DataError
+from hosfl.tasks.vision import DEVIATION
+
+FEW = {"rounds": 3, "clients": 2, "sampled": 2, "batch": 4, "directions": 2, "evaluate_every": 3, "partition": "iid"}
+RATES = {"server_rate": 0.01, "client_rate": 0.01}
+TASKS = [("sentences", ""), *((t, k) for t in ("sst2", "rte", "wsc") for k in ("encoder", "decoder")), ("squad", "")]
+TASKS += [("lm", ""), ("cifar10", ""), ("cifar10-noisy", "")]
+lm_folder = test_lm.folder
+
+
+@pytest.fixture
+def given(request, tmp_path):
+    """Settings of a run, and the file or folder of each of two clients: a file of one class, and a folder.
+
+    The first has a text that is longer than any that the server has, where they are texts.
+    """
+    task, kind = request.param
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    if task == "sentences":
+        there = request.getfixturevalue("sentences_folder")
+        data, model = there, there / "model"
+        (tmp_path / "one.tsv").write_text(f"sentence\tlabel\n{'the film was good ' * 9}\t1\n" + "good film\t1\n" * 8)
+        (mine / "train.tsv").write_text("sentence\tlabel\nbad film\t0\ngood film\t1\n")
+        files = [tmp_path / "one.tsv", mine]
+    elif task == "squad":
+        there = request.getfixturevalue("squad_folder")
+        data, model = there, there / "model"
+        (tmp_path / "one.json").write_text(json.dumps(test_squad.as_json([test_squad.question(0)])))
+        some = list(map(test_squad.question, range(7)))
+        (mine / "train-v1.1.json").write_text(json.dumps(test_squad.as_json(some)))
+        files = [tmp_path / "one.json", mine]
+    elif task == "lm":
+        there = request.getfixturevalue("lm_folder")
+        data, model = there, there / "model"
+        longer = {"prompt": "now " * 40 + "the dog likes", "completion": " bones"}
+        test_lm.write(tmp_path / "one.jsonl", [longer, *map(test_lm.sample, range(5))])
+        test_lm.write(mine / "train.jsonl", map(test_lm.sample, range(7)))
+        files = [tmp_path / "one.jsonl", mine]
+    elif task.startswith("cifar"):
+        data, model = request.getfixturevalue("pictures_folder"), request.getfixturevalue("weights")
+        for folder in data.joinpath("train").iterdir():
+            (mine / folder.name).mkdir()
+            (tmp_path / "other" / "train" / folder.name).mkdir(parents=True)
+        (mine / "ship" / "0.png").write_bytes((data / "train" / "ship" / "3.png").read_bytes())
+        (tmp_path / "other" / "train" / "frog" / "a.png").write_bytes((data / "train/frog/5.png").read_bytes())
+        files = [mine, tmp_path / "other"]
+    else:
+        model = request.getfixturevalue("models") / kind
+        data = test_text.write(task, tmp_path / "data")
+        name = test_text.TEXTS[task].files[0]
+        lines = (data / name).read_text().splitlines()
+        head, rest = (lines[:1], lines[1:]) if task == "sst2" else ([], lines)
+        one = tmp_path / f"one{name[-6:] if task != 'sst2' else '.tsv'}"
+        longer = rest[0].replace("film", "film" + " and film" * 30).replace("dog ate", "dog ate" + " and ate" * 30)
+        one.write_text("\n".join([*head, longer, *rest[3:12:3]]) + "\n")
+        (mine / name).write_text("\n".join([*head, *rest[:6]]) + "\n")
+        files = [one, mine]
+    at = "" if task.startswith("cifar") else "1"
+    return Config(task=task, data=str(data), model=str(model), at=at, **FEW, **RATES), files
+
+
+class WithData(Elsewhere):
+    """Clients that have samples of their own, and the model of a run."""
+
+    def __init__(self, files, model):
+        super().__init__(len(files))
+        self.data, self.model = files, model
+
+    def reply(self, number, data):
+        if number not in self.endpoints:
+            run, config = settings_of(self.files["run"], model=self.model)
+            own = own_data(str(self.data[number]), config, run["cut"][0])
+            clients = Clients(run, config, self.files["base"], own)
+            self.endpoints[number] = clients.endpoint(number, clients.samples(number), alone=True)
+        return self.endpoints[number].answer(data)
+
+
+@pytest.mark.parametrize("given", TASKS, indirect=True, ids=["-".join(filter(None, task)) for task in TASKS])
+def test_clients_with_files_of_their_own(given, tmp_path):
+    config, files = given
+    engine = WithData(files, config.model)
+    found = train(config, tmp_path / "run", over=Over(engine))
+    assert found.refused == []
+    assert found.replicas.equal
+    assert found.replicas.digest != train(config).replicas.digest
+
+
+def test_every_task_that_reads_files_is_here():
+    assert {task for task, _ in TASKS} | {"cifar100", "cifar10-inverted"} == set(READERS)
+
+
+@pytest.mark.parametrize("given", [("cifar10", "")], indirect=True)
+def test_classes_are_numbered_by_all_folders(given, tmp_path):
+    config, (mine, other) = given
+    assert own_data(str(mine), config, 1).labels.tolist() == [8]
+    assert own_data(str(other), config, 1).labels.tolist() == [6]
+    (mine / "cat").rmdir()
+    with pytest.raises(DataError, match="10 folders, one per class, are needed, there are 9"):
+        own_data(str(mine), config, 1)
+
+
+@pytest.mark.parametrize("given", [("sst2", "encoder"), ("sentences", "")], indirect=True, ids=["sst2", "sentences"])
+def test_labels_that_are_none(given, tmp_path):
+    config, (one, _) = given
+    one.write_text("sentence\tlabel\ngood film\tnone\n")
+    with pytest.raises(DataError, match=r"one\.tsv.*line 2: label 'none'"):
+        own_data(str(one), config, 64)
+    with pytest.raises(FileNotFoundError):
+        own_data(str(tmp_path / "nowhere.tsv"), config, 64)
+
+
+def arrays_of(config, count=5):
+    """What a user would make of a task's own tokens."""
+    data = make_task(config).train[:count]
+    return {**{name: value.numpy() for name, value in data.inputs.items()}, "labels": data.labels.numpy()}
+
+
+@pytest.mark.parametrize("given", [("sentences", ""), ("lm", "")], indirect=True, ids=["sentences", "lm"])
+def test_arrays_of_tokens(given, tmp_path):
+    config, _ = given
+    np.savez(tmp_path / "mine.npz", **arrays_of(config))
+    (tmp_path / "mine.py").write_text(
+        f"import numpy as np\ndef samples():\n    return dict(np.load({str(tmp_path / 'mine.npz')!r}))\n"
+    )
+    engine = WithData([tmp_path / "mine.npz", f"{tmp_path}/mine.py:samples"], config.model)
+    found = train(config, tmp_path / "run", over=Over(engine))
+    assert found.refused == []
+    assert found.replicas.equal
+
+
+@pytest.mark.parametrize("given", [("sentences", "")], indirect=True, ids=["sentences"])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda a: {"x": a["input_ids"], "labels": a["labels"]}, "the client half does not take these data"),
+        (lambda a: {**a, "input_ids": a["input_ids"] + 10**6}, "the client half does not take these data"),
+        (lambda a: {k: np.repeat(v, 9, 1) if v.ndim == 2 else v for k, v in a.items()}, "cuts of shape|does not take"),
+    ],
+    ids=["another name", "tokens that are none", "longer texts"],
+)
+def test_arrays_that_the_half_does_not_take(given, change, reason, tmp_path):
+    config, _ = given
+    federation, _ = assemble(config)
+    files = offered(federation)
+    federation.close()
+    np.savez(tmp_path / "mine.npz", **change(arrays_of(config)))
+    run, config = settings_of(files["run"], model=config.model)
+    with pytest.raises(JoinError, match=reason):
+        Clients(run, config, files["base"], own_data(str(tmp_path / "mine.npz"), config, run["cut"][0]))
+
+
+def test_pictures_of_another_size(tmp_path):
+    federation, _ = assemble(Config(**FEW, **RATES))
+    files = offered(federation)
+    federation.close()
+    np.savez(tmp_path / "mine.npz", inputs=np.zeros((4, 1, 9, 9), np.float32), labels=np.zeros(4, int))
+    run, config = settings_of(files["run"])
+    np.savez(tmp_path / "right.npz", inputs=np.zeros((4, 1, 8, 8), np.float32), labels=np.zeros(4, int))
+    Clients(run, config, files["base"], own_data(str(tmp_path / "right.npz"), config, 1))
+    with pytest.raises(JoinError, match=r"the client half makes cuts of shape \[7, 9, 9\], and the server takes \["):
+        Clients(run, config, files["base"], own_data(str(tmp_path / "mine.npz"), config, 1))
+
+
+def test_public_samples_are_not_set_aside_of_a_client_s_own(tmp_path):
+    config = Config(**FEW | {"trains": "act:2", "public": 40, "directions_from": "fresh", "rule": "adamw"}, **RATES)
+    few = make_task(Config(**FEW)).train[:6]
+    assert make_task(config, few).public is None
+    assert len(make_task(config).train) == len(make_task(replace(config, public=0)).train) - 40
+    federation, _ = assemble(config)
+    files = offered(federation)
+    federation.close()
+    run, config = settings_of(files["run"])
+    clients = Clients(run, config, files["base"], few)
+    assert torch.equal(clients.samples(1).labels, few.labels)
+
+
+@pytest.mark.parametrize("given", [("squad", "")], indirect=True, ids=["squad"])
+def test_windows_as_long_as_the_server_s(given):
+    config, (one, _) = given
+    assert own_data(str(one), config, 18).length == 18
+
+
+@pytest.mark.parametrize("given", [("cifar10-noisy", "")], indirect=True, ids=["noisy"])
+def test_a_task_s_noise_is_in_a_client_s_pictures_too(given):
+    config, (mine, _) = given
+    plain = own_data(str(mine), replace(config, task="cifar10"), 1).inputs
+    change = own_data(str(mine), config, 1).inputs - plain
+    deviation = torch.tensor(DEVIATION)[:, None, None]
+    assert 0.15 < float((change * deviation).std()) < 0.25
