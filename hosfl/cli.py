@@ -125,7 +125,7 @@ def parser(preset: str | None = None) -> argparse.ArgumentParser:
     waits.add_argument("--least", type=int, default=1, help="clients to be here before a round begins (1)")
     client = command("join", "take part in a federation as one of its clients, until interrupted")
     client.add_argument("client", type=_path, metavar="DIR", help="the client's folder, from the federation's operator")
-    own = "this client's data: a file of arrays (.npz, .safetensors), FILE.py:FUNCTION, or a file or folder as the task reads it;"
+    own = "this client's data: arrays (.npz, .safetensors), FILE.py:FUNCTION, or a file or folder as the task reads it;"
     client.add_argument("--data", default="", help=f"{own} default: its share of the task's own")
     client.add_argument(
         "--task", default="", help="FILE.py:FUNCTION of yours, where the run's task is not the library's"

@@ -6,11 +6,14 @@ Needs root, and Linux with `ip`.
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -151,6 +154,70 @@ def test_clients_on_machines_of_their_own(machines, tmp_path):
         for process in running:
             process.kill()
         broker.stop()
+
+
+def tops(service):
+    """The folders of the root that a service's volumes lie in."""
+    return sorted({"/" + volume.split(":")[1].split("/")[1] for volume in service["volumes"]})
+
+
+def contained(machine, folder, service, words, log):
+    """What a service of a compose file runs, on a machine, with its volumes where they are in the container."""
+    hosts = folder / "hosts"
+    hosts.write_text(f"127.0.0.1 localhost\n{BROKER} broker.example.org\n")
+    script = [f"mount --bind {hosts} /etc/hosts", "mount -t tmpfs none /mnt"]
+    for volume in service["volumes"]:
+        here, there, *read_only = volume.split(":")
+        source = folder / here
+        if not source.exists():
+            source.mkdir()
+        script.append(f"mkdir -p /mnt{os.path.dirname(there)}")
+        script.append(f"{'touch' if source.is_file() else 'mkdir -p'} /mnt{there}")
+        script.append(f"mount --bind {source} /mnt{there}")
+        script += [f"mount -o remount,bind,ro /mnt{there}"] * bool(read_only)
+    # The container's root is this machine's, but for what the volumes put into it.
+    script += [f"mount --rbind /mnt{top} {top}" for top in tops(service)]
+    script.append("exec " + shlex.join(map(str, words)))
+    return machine.start("unshare", "-m", "bash", "-ec", "; ".join(script), log=log, cwd="/")
+
+
+def test_the_page_s_compose_file(machines, tmp_path):
+    yaml = pytest.importorskip("yaml")
+    page = (Path(__file__).parent.parent / "docs" / "federation.md").read_text()
+    create = re.search(r"hosfl (federation create fed-docker .*)", page)[1].replace(
+        "fed-docker", f"{tmp_path}/fed-docker"
+    )
+    services = yaml.safe_load(re.search(r"```yaml\n(services:.*?)```", page, re.S)[1])["services"]
+    assert main(shlex.split(create)) == 0
+    host, server, client, _ = machines
+    assert services["broker"]["networks"]["default"]["aliases"] == ["broker.example.org"]
+    words = shlex.split(services["server"]["command"])
+    words[words.index("--rounds") + 1] = "10"
+    hosfl = [sys.executable, "-W", "ignore", "-m", "hosfl.cli"]
+    running = []
+    made = [Path(top) for top in {*tops(services["broker"]), *tops(services["server"])} if not Path(top).exists()]
+    for path in made:
+        path.mkdir()  # where something can be mounted
+    try:
+        broker = services["broker"]
+        running.append(contained(host, tmp_path, broker, [NATS, *broker["command"]], tmp_path / "broker.log"))
+        wait_for(
+            lambda: "Server is ready" in (tmp_path / "broker.log").read_text() or running[0].poll() is not None, 20
+        )
+        assert running[0].poll() is None, (tmp_path / "broker.log").read_text()
+        found = contained(server, tmp_path, services["server"], [*hosfl, *words[1:]], tmp_path / "server.log")
+        running.append(found)
+        none = {"volumes": []}
+        for number in range(4):
+            join = [*hosfl, "join", tmp_path / "fed-docker" / "clients" / str(number)]
+            running.append(contained(client, tmp_path, none, join, tmp_path / f"client-{number}.log"))
+        assert found.wait(120) == 0, (tmp_path / "server.log").read_text()
+        assert json.loads((tmp_path / "runs" / "digits" / "summary.json").read_text())["replicas"]["equal"]
+    finally:
+        for process in running:
+            process.kill()
+        for path in made:
+            path.rmdir()
 
 
 def test_a_stranger_s_machine(machines, tmp_path):
