@@ -133,10 +133,34 @@ def _numbers(values: Any, name: str, dtype: str, dimensions: str, numpy: bool) -
     kind = "an array" if is_numpy(values) else "a tensor"
     numbers: Any = _as_op_takes(values.copy(), numpy) if is_numpy(values) else values
     right = str(numbers.dtype).removeprefix("torch.") == dtype and numbers.ndim == (1 if dimensions == ONE else 2)
-    if not right or (not is_numpy(numbers) and numbers.device.type != "cpu"):
+    if not right or not (is_numpy(numbers) or numbers.is_cpu or numbers.is_cuda):
         taken = "int64 or uint64" if dtype == "int64" and is_numpy(values) else dtype
         raise TypeError(f"{name} as {kind} must be {taken}{dimensions} on the CPU")
     return numbers
+
+
+def check_on_host(tables: dict[str, Numbers | None], op: str) -> None:
+    """What an op reads on the host."""
+    for name, table in tables.items():
+        if isinstance(table, np.ndarray) or table is None:
+            continue
+        if not table.is_cpu:
+            raise TypeError(f"{op} takes {name} on the CPU, and they are on {table.device}")
+
+
+def are_there(records: dict[str, Numbers | None], tensors: Sequence[Array]) -> bool:
+    """Whether the records lie where the tensors are, on a GPU; otherwise they are all on the host.
+
+    Raises RuntimeError for some here and some there, and for another GPU's.
+    """
+    places = {name: "cpu" if is_numpy(x) else str(x.device) for name, x in records.items() if x is not None}
+    if set(places.values()) == {"cpu"}:
+        return False
+    there = str(getattr(tensors[0], "device", "cpu"))
+    for name, place in places.items():
+        if place != there:
+            raise RuntimeError(f"{name} on {place} for tensors on {there}: put all records on the CPU, or all there")
+    return True
 
 
 def _as_op_takes(values: NDArray[Any], numpy: bool) -> Numbers:

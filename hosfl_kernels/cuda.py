@@ -87,12 +87,14 @@ def perturb_(tensors: Sequence[Tensor], seed: int, scale: float, place: Place, r
 
 def replay_(
     tensors: Sequence[Tensor],
-    seeds: Sequence[int],
-    coefficients: Sequence[float],
+    seeds: Sequence[int] | Tensor,
+    coefficients: Sequence[float] | Tensor,
     place: Place,
-    rounding_seeds: Sequence[int] | None,
+    rounding_seeds: Sequence[int] | Tensor | None,
 ) -> None:
     """perturb_ once for every record, in one pass over the tensors and to the same bits. Not for CUDA graphs."""
+    if isinstance(seeds, Tensor):
+        raise RuntimeError("records on the GPU need Triton's kernels: install triton, or pass them on the CPU")
     if not tensors or not seeds:
         return
     extension, device = _extension(), tensors[0].device

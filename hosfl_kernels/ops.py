@@ -172,6 +172,10 @@ def replay_(
         rounding_seeds: for rounding="stochastic": R more seeds, one per record.
         Everything else as in `perturb_`.
 
+    Records may also be tensors on the tensors' GPU, all of them. They are read when the kernel runs: a CUDA graph that
+    captures the call reads what is there at every replay, and the call waits for nothing. What they hold is then not
+    checked: a coefficient that is infinite or NaN reaches the weights. Not with the kernels of HOSFL_CUDA=1.
+
     Raises: ValueError, TypeError or RuntimeError, before any tensor is changed.
     """
     tensors = checks.array_list(tensors)
@@ -438,6 +442,12 @@ def _replay(
     rounding_seeds: Numbers | None,
 ) -> None:
     place, _ = _whole(place, tensors, rounding_seeds is not None)
+    records = {"seeds": seeds, "coefficients": coefficients, "rounding_seeds": rounding_seeds}
+    if checks.are_there(records, tensors):
+        for part, (rows,) in _row_major(place, tensors):
+            backend.replay_(rows, seeds, coefficients, part, rounding_seeds)
+        _mark_changed(tensors)
+        return
     values: list[float] = coefficients.tolist()
     checks.check_moves(values, place.factors, "coefficients[{r}]")
     if values:
@@ -460,6 +470,9 @@ def _update(
     place: Place,
     rounding_seeds: Numbers | None,
 ) -> None:
+    checks.check_on_host(
+        {"seeds": seeds, "coefficients": coefficients, "steps": steps, "rounding_seeds": rounding_seeds}, "update_"
+    )
     place, found = _whole(place, tensors, rounding_seeds is not None)
     kept = [moments[k : k + len(tensors)] for k in range(0, len(moments), len(tensors))]
     checks.check_moments(tensors, found, kept)
@@ -475,6 +488,7 @@ def _update(
 
 @ieee_arithmetic
 def _project(backend: ModuleType, tensors: list[Array], seeds: Numbers, place: Place) -> NDArray[np.float64] | Tensor:
+    checks.check_on_host({"seeds": seeds}, "project")
     place, _ = _whole(place, tensors, False)
     rows = [t if is_numpy(t) else t.contiguous() for t in tensors]  # type: ignore[union-attr]
     scalars: NDArray[np.float64] | Tensor = backend.project(rows, checks.unsigned(seeds), place)

@@ -125,7 +125,8 @@ def _fake(op: str) -> Callable[..., Any]:
 
 _library = torch.library.Library("hosfl", "DEF")
 for _op, _schema in ops.SCHEMAS.items():
-    _library.define(_op + _schema)
+    # A graph that torch.compile records on its own would repeat the numbers of the call that it saw.
+    _library.define(_op + _schema, tags=(torch.Tag.cudagraph_unsafe,))
     for _key, _backend in DISPATCH.items():
         _library.impl(_op, _implementation(_op, _backend), _key)
     torch.library.register_fake(f"hosfl::{_op}", _fake(_op), lib=_library)

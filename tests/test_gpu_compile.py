@@ -12,6 +12,8 @@ upper bounds.
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import os
 import re
 import subprocess
@@ -65,6 +67,9 @@ BUDGET = {
     "project-gaussian-bfloat16": 51.5,
     "project-gaussian-float16": 51.5,
 }
+
+# With seed and scale read from the device.
+BUDGET |= {k.replace("perturb", "perturb-on-device"): v for k, v in BUDGET.items() if k.startswith("perturb")}
 
 # update_: per element and direction by distribution and rule, and per element and round by rule and storage, at most:
 # what Triton 3.9 makes, and 5 %.
@@ -333,6 +338,54 @@ def test_instructions_per_direction_and_round(code: Code) -> None:
     direction, per_round = per_element_and_direction(code.name, code.instructions)
     assert direction <= DIRECTION[dist, rule]
     assert per_round <= ROUND[rule][storage] * (HERE.adamw if rule == "adamw" else 1.0)
+
+
+LAUNCHER = """
+import hashlib, json, sys
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+class Driver:
+    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_device(self): return 0
+    def get_current_stream(self, device=None): return 0
+    def get_device_interface(self): return torch.cuda
+    def map_python_to_cpp_type(self, kind): return kind
+    utils = None
+
+driver.set_active(Driver())
+from hosfl_kernels.gpu.offline import variants
+
+t, i = torch.zeros(64, dtype=torch.int64), torch.zeros(64, dtype=torch.int32)
+most, least = 2**64 - 5, 2**63 + 1
+arguments = {  # of a launch: odd numbers and round ones, small and large, none of which may make another kernel
+    "noise": (2**40 + 8, 16, 2**63 - 50, 2**32 - 1, most),
+    "perturb": (t, i, t[1:], most, -5, least),
+    "replay": (t[1:], i, t, 64),
+    "update": (t, i[1:], t, 3, 1),
+    "project": (t, i, t[1:], 64, 2**45),
+}
+found = {}
+for name, variant in variants().items():
+    made = variant.compile(*arguments[name.split("-")[0]])
+    made = made.result() if hasattr(made, "result") else made
+    found[name] = hashlib.sha256(made.asm["cubin"]).hexdigest()
+json.dump(found, sys.stdout)
+"""
+
+
+def test_a_launch_makes_these_very_kernels(compiled: Callable[[int], Path]) -> None:
+    """The launcher's own path up to the launch, with a driver that only names a GPU."""
+    folder = compiled(90)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
+    environment["TRITON_CACHE_DIR"] = str(folder.parent / "cache")
+    command = [sys.executable, "-c", LAUNCHER]
+    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    launched = json.loads(done.stdout)
+    offline = {name: hashlib.sha256((folder / f"{name}.cubin").read_bytes()).hexdigest() for name in NAMES}
+    assert launched == offline
 
 
 def test_every_variant_has_a_budget_and_signs_stay_below_20() -> None:

@@ -100,6 +100,34 @@ def test_replay_is_one_perturb_after_another(dist: str, stochastic: bool) -> Non
         assert equal(x, spec.replay(old, seeds, coefficients, rounding_seeds=rounding, **options))
 
 
+def there(values: list[int] | list[float]) -> torch.Tensor:
+    """Seeds or coefficients as they lie on the device."""
+    if isinstance(values[0], float):
+        return torch.tensor(values, dtype=torch.float32, device=DEVICE)
+    return torch.from_numpy(np.array(values, np.uint64).view(np.int64)).to(DEVICE)
+
+
+@pytest.mark.parametrize("dist", DISTS)
+@pytest.mark.parametrize("stochastic", [False, True])
+@pytest.mark.parametrize("records", [1, 3])
+def test_records_on_the_device(records: int, dist: str, stochastic: bool) -> None:
+    """The bits are those of records on the host, of which a single one has the kernel of perturb_ too."""
+    seeds, coefficients = [SEED, 1, 3][:records], [1e-3, -2e-2, 5e-4][:records]
+    rounding_seeds = [ROUNDING_SEED, 4, 2**64 - 1][:records] if stochastic else None
+    sizes, starts, factors = [3000, 2500, 17000], [2**33, 65536 - 1000, 5], [1.0, 0.5, 2.0]
+    tensors = [weights(n, t) for n, t in zip(sizes, (torch.float32, torch.float16, torch.bfloat16), strict=True)]
+    before, again = [cells(x) for x in tensors], [x.clone() for x in tensors]
+    place = Place(dist, factors, [0, 1, 2], starts)
+    rounding = None if rounding_seeds is None else there(rounding_seeds)
+    gpu.replay_(tensors, there(seeds), there(coefficients), place, rounding)
+    gpu.replay_(again, seeds, coefficients, place, rounding_seeds)
+    for stream, (x, old) in enumerate(zip(tensors, before, strict=True)):
+        options = {"dist": dist, "factor": factors[stream], "stream": stream, "start": starts[stream]}
+        own = rounding_seeds if x.dtype == torch.bfloat16 else None
+        assert equal(x, spec.replay(old, seeds, coefficients, rounding_seeds=own, **options))
+        assert torch.equal(x, again[stream])
+
+
 def moved(x: torch.Tensor, kept: list[np.ndarray], rule: str, **options: object) -> tuple[np.ndarray, list[np.ndarray]]:
     """A tensor and its moments after the rounds of `update_`, by spec.py."""
     return spec.update(cells(x), kept, rule, CONSTANTS[rule], SEEDS, COEFFICIENTS, STEPS, **options)
@@ -293,7 +321,79 @@ def test_a_repeated_call_copies_nothing() -> None:
     assert (after.hits, after.misses) == (before.hits + 1, before.misses)
 
 
+def test_nothing_is_changed_before_all_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch = importlib.import_module("hosfl_kernels.gpu.launch")
+    compiled = []
+
+    def compile(variant: object, *arguments: object) -> None:
+        compiled.append(variant.constants["CELL"])
+        if len(compiled) == 2:
+            raise RuntimeError("out of registers")
+
+    monkeypatch.setattr(launch.Variant, "compile", compile)
+    monkeypatch.setattr(launch, "_compiled", set())
+    tensors = [weights(10), weights(10, torch.bfloat16)]
+    before = [cells(x) for x in tensors]
+    with pytest.raises(RuntimeError, match="registers"):
+        gpu.perturb_(tensors, 1, 1.0, Place("rademacher", [1.0] * 2, [0, 1], [0, 0]), None)
+    assert all(equal(x, old) for x, old in zip(tensors, before, strict=True))
+    for _ in range(2):
+        gpu.perturb_(tensors, 1, 1.0, Place("rademacher", [1.0] * 2, [0, 1], [0, 0]), None)
+    assert len(compiled) == 3  # what was compiled is not compiled again
+
+
+def test_what_a_graph_captures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the tables of a call before, and they live as long as the process; each once."""
+    launch = importlib.import_module("hosfl_kernels.gpu.launch")
+    monkeypatch.setattr(launch, "captured", {})
+    x = weights(10)
+    with monkeypatch.context() as capturing:
+        capturing.setattr(launch, "capturing", lambda device: True)
+        with pytest.raises(RuntimeError, match="make it once before"):
+            perturb_(x)
+        with pytest.raises(RuntimeError, match="can't capture replay_ of records on the host"):
+            gpu.replay_([x], [1], [1.0], Place.of_one(), None)
+    perturb_(x)
+    gpu.replay_([x], there([1]), there([1.0]), Place.of_one(), None)
+    with monkeypatch.context() as capturing:
+        capturing.setattr(launch, "capturing", lambda device: True)
+        for _ in range(2):
+            perturb_(x)
+            gpu.replay_([x], there([2]), there([1.0]), Place.of_one(), None)
+        launch.remembered.cache_clear()
+        perturb_(x)
+    assert len(launch.captured) == 2
+    assert len(launch.latest) == 2
+
+
+def test_each_stream_has_tables_of_its_own() -> None:
+    launch = importlib.import_module("hosfl_kernels.gpu.launch")
+    variant = importlib.import_module("hosfl_kernels.gpu.perturb").variant
+    x = weights(10)
+    key = (variant, Place("rademacher", (1.0,), (0,), (0,)), False, x.device)
+    key += ((x.dtype,), (x.data_ptr(),), (x.numel(),), ())
+    one, other = launch.remembered(1, *key), launch.remembered(2, *key)
+    assert one[0].rows.data_ptr() != other[0].rows.data_ptr()
+    assert one is launch.remembered(1, *key)
+
+
 if DEVICE == "cuda":  # the interpreter has no graphs
+
+    def test_a_cuda_graph_reads_new_records() -> None:
+        x = weights(5000)
+        expected = cells(x)
+        seed, scale = there([1]), there([1e-3])
+        gpu.replay_([x], seed, scale, Place.of_one(), None)
+        expected = spec.perturb(expected, 1, 1e-3)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            gpu.replay_([x], seed, scale, Place.of_one(), None)
+        for number in (SEED, 7):
+            seed.copy_(there([number]))
+            scale.fill_(number % 5)
+            graph.replay()
+            expected = spec.perturb(expected, number, number % 5)
+        assert equal(x, expected)
 
     def test_a_cuda_graph_replays_perturb() -> None:
         x = weights(5000)

@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hosfl_kernels as hk
+from hosfl_kernels import checks, cuda
+from hosfl_kernels.place import Place
 
 SEEDS = [1, 2, 3, 2**40, 2**63 + 5, 2**64 - 1, 0, 2**63 + 77, 7, 12345, 99]
 
@@ -116,3 +119,25 @@ def test_compile_takes_numpy_s_numbers():
     arguments = (seeds, coefficients, rule.steps([0], [0.1]))
     assert torch.equal(compiled(*got, *arguments), f(*want, *arguments))
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_graphs_that_torch_compile_records_leave_the_ops_out():
+    """A graph would repeat the seed of the call that it saw."""
+    for op in ("noise_", "perturb_", "replay_", "update_", "project"):
+        assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.hosfl, op).default.tags
+
+
+def test_where_records_may_lie():
+    with FakeTensorMode():
+        here, there, other = (torch.zeros(2, dtype=torch.int64, device=d) for d in ("cpu", "cuda:0", "cuda:1"))
+    assert not checks.are_there({"seeds": here, "rounding_seeds": None}, [there])
+    assert not checks.are_there({"seeds": np.zeros(2)}, [np.zeros(2)])
+    assert checks.are_there({"seeds": there, "coefficients": there, "rounding_seeds": None}, [there])
+    for seeds, coefficients, tensors in ((there, here, there), (there, there, here), (other, other, there)):
+        with pytest.raises(RuntimeError, match="put all records on the CPU, or all there"):
+            checks.are_there({"seeds": seeds, "coefficients": coefficients}, [tensors])
+    with pytest.raises(TypeError, match=r"update_ takes seeds on the CPU, and they are on cuda:0"):
+        checks.check_on_host({"steps": here, "seeds": there}, "update_")
+    checks.check_on_host({"seeds": here, "steps": np.zeros(2), "rounding_seeds": None}, "update_")
+    with pytest.raises(RuntimeError, match="need Triton's kernels"):
+        cuda.replay_([here], here, here.float(), Place.of_one(), None)

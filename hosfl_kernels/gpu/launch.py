@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -58,6 +59,11 @@ class Variant(NamedTuple):
     def launch(self, programs: int, *arguments: Any) -> None:
         self.kernel[(programs,)](*arguments, **self.constants, num_warps=self.num_warps, **OPTIONS)
 
+    def compile(self, *arguments: Any) -> Any:
+        """What a launch with these arguments makes first, and then finds."""
+        options = {**self.constants, "num_warps": self.num_warps, **OPTIONS}
+        return None if INTERPRETED else self.kernel.run(*arguments, grid=(1,), warmup=True, **options)
+
 
 def inner(dist: str) -> int:
     """Rows that share their words: a program's loop takes so many at a time, all loaded before the first is used."""
@@ -81,11 +87,11 @@ def float_bits(values: Any) -> np.ndarray:
 
 
 class Launch(NamedTuple):
-    """One launch for the tensors of one dtype: rows of int64 and every program's row (int64), on the device.
+    """One launch for the tensors of one dtype: rows of int64 and every program's row (int32), on the device.
 
     A row: address, elements, start, stream, bits of the float32 factor, number of the tensor's first program, and the
     addresses of up to two moments.
-    A program reads which row is its own instead of searching: 8 bytes beside the 4 KB of its tile or more.
+    A program reads which row is its own instead of searching: 4 bytes beside the 4 KB of its tile or more.
     """
 
     variant: Variant
@@ -95,6 +101,28 @@ class Launch(NamedTuple):
     def __call__(self, *arguments: Any) -> None:
         self.variant.launch(len(self.row_of_program), self.rows, self.row_of_program, *arguments)
 
+    def compile(self, *arguments: Any) -> None:
+        """Compile what a call runs, once."""
+        if (key := (id(self.variant), self.rows.device)) not in _compiled:
+            self.variant.compile(self.rows, self.row_of_program, *arguments)
+            _compiled.add(key)
+
+
+_compiled: set[tuple[int, torch.device]] = set()
+
+
+def run(launches: Sequence[Launch], *arguments: Any) -> None:
+    """Launch all; none before each is compiled: a failure there must not leave some of the tensors changed."""
+    if len(launches) > 1:
+        for launch in launches:
+            launch.compile(*arguments)
+    for launch in launches:
+        launch(*arguments)
+
+
+class Launches(list[Launch]):
+    """Of one list of tensors."""  # a list of Python's own cannot be referred to weakly
+
 
 def plan(
     variant_of: Callable[[torch.dtype, str, bool], Variant],
@@ -102,10 +130,14 @@ def plan(
     place: Place,
     stochastic: bool = False,
     moments: Sequence[Sequence[torch.Tensor]] = (),
-) -> list[Launch]:
-    """The launches for a list of tensors, remembered."""
+) -> Launches:
+    """The launches for a list of tensors, remembered.
+
+    Each stream has tables of its own, which it has filled and alone reads. A CUDA graph, which is captured on yet
+    another stream, takes those of any: it is replayed after the call that made them, and keeps them.
+    """
     device = tensors[0].device
-    launches = remembered(
+    key = (
         variant_of,
         Place(place.dist, tuple(place.factors), tuple(place.streams), tuple(place.starts)),
         stochastic,
@@ -116,12 +148,26 @@ def plan(
         tuple([tuple([x.data_ptr() for x in kept]) for kept in moments]),
     )
     if capturing(device):
-        captured.append(launches)
-    return launches
+        if key not in captured:
+            captured[key] = _latest(key)
+        return captured[key]
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return remembered(stream, *key)
+
+
+def _latest(key: tuple[Any, ...]) -> Launches:
+    if key not in latest:
+        raise RuntimeError("a CUDA graph can't capture the first call with these tensors: make it once before")
+    return latest[key]
+
+
+# The launches that are remembered, whatever the stream.
+latest: weakref.WeakValueDictionary[tuple[Any, ...], Launches] = weakref.WeakValueDictionary()
 
 
 @functools.lru_cache(maxsize=32)
 def remembered(
+    stream: int,
     variant_of: Callable[[torch.dtype, str, bool], Variant],
     place: Place,
     stochastic: bool,
@@ -130,11 +176,9 @@ def remembered(
     addresses: tuple[int, ...],
     sizes: tuple[int, ...],
     moments: tuple[tuple[int, ...], ...],
-) -> list[Launch]:
+) -> Launches:
     """`plan` by what it is made of. Addresses are part of the key: `.data` may be rebound at any time."""
-    if capturing(device):
-        raise RuntimeError("a CUDA graph can't capture the first call with these tensors: make it once before")
-    launches = []
+    launches = Launches()
     for dtype in CELLS:
         mine = [i for i, n in enumerate(sizes) if n and dtypes[i] == dtype]
         if not mine:
@@ -148,8 +192,9 @@ def remembered(
         rows[:, 5] = np.cumsum(programs) - programs
         for k, kept in enumerate(moments):
             rows[:, 6 + k] = [kept[i] for i in mine]
-        row_of_program = np.repeat(np.arange(len(mine), dtype=np.int64), programs)
-        launches.append(Launch(variant, torch.from_numpy(rows).to(device), torch.from_numpy(row_of_program).to(device)))
+        row_of_program = np.repeat(np.arange(len(mine), dtype=np.int32), programs)
+        launches.append(Launch(variant, _copied(rows, device), _copied(row_of_program, device)))
+    latest[variant_of, place, stochastic, device, dtypes, addresses, sizes, moments] = launches
     return launches
 
 
@@ -162,6 +207,10 @@ def on_device(table: np.ndarray, op: str, device: torch.device) -> torch.Tensor:
     """A table for one call of an op."""
     if capturing(device):
         raise RuntimeError(f"a CUDA graph can't capture {op}: its records are copied to the device at the call")
+    return _copied(table, device)
+
+
+def _copied(table: np.ndarray, device: torch.device) -> torch.Tensor:
     tensor = torch.from_numpy(table)
     # From pinned memory the host doesn't wait for the device to catch up.
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
@@ -182,8 +231,8 @@ def capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-# A captured graph reads its tables at every replay, also after `remembered` has forgotten them.
-captured: list[list[Launch]] = []
+# A captured graph reads its tables at every replay, also after `remembered` has forgotten them. Of each list once.
+captured: dict[tuple[Any, ...], Launches] = {}
 
 
 def philox_words(key: int, counter: tuple[int, int, int, int]) -> tuple[int, ...]:

@@ -29,7 +29,7 @@ def compile_variant(variant: Variant, capability: int) -> Any:
     if INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET=1 replaces the compiler: unset it to compile")
     parameters = inspect.signature(variant.kernel.fn).parameters
-    arguments = {name: _type(p) for name, p in parameters.items() if name not in variant.constants}
+    arguments = {name: _type(name, p) for name, p in parameters.items() if name not in variant.constants}
     if list(arguments) != list(variant.kernel.do_not_specialize):
         raise AssertionError(f"{variant.kernel.fn.__name__}: an argument is missing in do_not_specialize")
     signature = {name: arguments.get(name, "constexpr") for name in parameters}
@@ -39,10 +39,10 @@ def compile_variant(variant: Variant, capability: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def _type(parameter: inspect.Parameter) -> str:
-    """How Triton writes an argument's type: integers have annotations, and tables are of int64."""
+def _type(name: str, parameter: inspect.Parameter) -> str:
+    """How Triton writes an argument's type: integers have annotations, and tables are of int64 but for one."""
     if parameter.annotation is inspect.Parameter.empty:
-        return "*i64"
+        return "*i32" if name == "row_of_program" else "*i64"
     return str(parameter.annotation.name).replace("uint", "u").replace("int", "i")
 
 

@@ -1,4 +1,8 @@
-"""perturb_: x += scale * factor * z(seed), for all tensors of one dtype in one launch."""
+"""perturb_: x += scale * factor * z(seed), for all tensors of one dtype in one launch.
+
+Seed and scale are arguments of the kernel, or lie on the device as a record of `replay_` does: a CUDA graph then reads
+what is there when it is replayed.
+"""
 
 import functools
 from collections.abc import Sequence
@@ -9,7 +13,7 @@ import triton.language as tl
 
 from hosfl_kernels.place import Place
 
-from .launch import CELLS, Variant, float_bits, inner, kinds, plan, reach
+from .launch import CELLS, Variant, float_bits, inner, kinds, plan, reach, run
 from .noise import normals, sign_words, signed
 from .philox import COLS
 from .rounding import from_float32, to_float32
@@ -54,25 +58,32 @@ def add_noise(
         first_row += INNER
 
 
-@triton.jit(do_not_specialize=["table", "row_of_program", "seed", "scale_bits", "rounding_seed"])
+@triton.jit(do_not_specialize=["table", "row_of_program", "records", "seed", "scale_bits", "rounding_seed"])
 def perturb(
     table,
     row_of_program,
+    records,
     seed: tl.uint64,
     scale_bits: tl.int32,
     rounding_seed: tl.uint64,
     CELL: tl.constexpr,
     DIST: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    ON_DEVICE: tl.constexpr,
     BLOCKS: tl.constexpr,
     INNER: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
+    """ON_DEVICE: seed, scale and rounding seed are those of the one record at `records`; see replay.py."""
     ROWS: tl.constexpr = BLOCKS * INNER
     SIZE: tl.constexpr = CELL.primitive_bitwidth // 8
     address, n, start, stream, factor, program = segment(table, row_of_program)
     first_row, first_col, at = locate(start, program, ROWS, WIDTH)
     address += at.to(tl.uint64) * SIZE
+    if ON_DEVICE:
+        seed = tl.load(records).to(tl.uint64)
+        scale_bits = tl.load(records + 1).to(tl.int32)
+        rounding_seed = tl.load(records + 2).to(tl.uint64)
     s = scale_bits.to(tl.float32, bitcast=True) * factor
     seed = seed.to(tl.uint64)
     rounding_seed = rounding_seed.to(tl.uint64)
@@ -123,18 +134,22 @@ def perturb(
 
 
 @functools.cache
-def variant(dtype: torch.dtype, dist: str, stochastic: bool) -> Variant:
+def variant(dtype: torch.dtype, dist: str, stochastic: bool, on_device: bool = False) -> Variant:
     """Tiles of 512 columns, 16 bytes of each row to a thread.
 
     16 rows of signs spread a Philox call thin enough; 128 would leave most of a GPU idle on a tensor of a million.
     """
     constants = {"CELL": CELLS[dtype], "DIST": dist, "STOCHASTIC": stochastic and dtype == torch.bfloat16}
-    constants |= {"BLOCKS": 2, "INNER": inner(dist), "WIDTH": 512}
+    constants |= {"ON_DEVICE": on_device, "BLOCKS": 2, "INNER": inner(dist), "WIDTH": 512}
     return Variant(perturb, constants, num_warps=512 * dtype.itemsize // (16 * 32))
 
 
+variant_on_device = functools.cache(functools.partial(variant, on_device=True))  # `plan` remembers by it
+
+
 def variants() -> dict[str, Variant]:
-    return {f"perturb-{name}": variant(*kind) for name, *kind in kinds()}
+    by_value = {f"perturb-{name}": variant(*kind) for name, *kind in kinds()}
+    return by_value | {f"perturb-on-device-{name}": variant_on_device(*kind) for name, *kind in kinds()}
 
 
 def perturb_(tensors: Sequence[torch.Tensor], seed: int, scale: float, place: Place, rounding_seed: int | None) -> None:
@@ -142,6 +157,6 @@ def perturb_(tensors: Sequence[torch.Tensor], seed: int, scale: float, place: Pl
     if not tensors:
         return
     with reach(tensors[0].device):
-        scale_bits = int(float_bits(scale))
-        for run in plan(variant, tensors, place, rounding_seed is not None):
-            run(seed, scale_bits, rounding_seed or 0)
+        launches = plan(variant, tensors, place, rounding_seed is not None)
+        nowhere = launches[0].rows if launches else None
+        run(launches, nowhere, seed, int(float_bits(scale)), rounding_seed or 0)

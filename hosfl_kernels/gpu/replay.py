@@ -7,6 +7,7 @@ accesses matter less here than making few random words.
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +16,9 @@ import triton.language as tl
 
 from hosfl_kernels.place import Place
 
-from .launch import CELLS, Variant, float_bits, inner, kinds, on_device, plan, reach, seed_bits
+from .launch import CELLS, Variant, float_bits, inner, kinds, on_device, plan, reach, run, seed_bits
 from .noise import normals, sign_words, signed
+from .perturb import variant_on_device
 from .rounding import from_float32, to_float32
 from .tile import exist, is_empty, locate, pointers, rows_and_columns, segment
 
@@ -71,7 +73,7 @@ def variants() -> dict[str, Variant]:
     return {f"replay-{name}": variant(*kind) for name, *kind in kinds()}
 
 
-def table_of(seeds: Sequence[int], coefficients: Sequence[float], rounding_seeds: Sequence[int] | None) -> np.ndarray:
+def table_of(seeds: Sequence[int], coefficients: Any, rounding_seeds: Any) -> np.ndarray:
     """The records as the kernel reads them."""
     rows = np.empty((len(seeds), 3), np.int64)
     rows[:, 0] = seed_bits(seeds)
@@ -82,16 +84,31 @@ def table_of(seeds: Sequence[int], coefficients: Sequence[float], rounding_seeds
 
 def replay_(
     tensors: Sequence[torch.Tensor],
-    seeds: Sequence[int],
-    coefficients: Sequence[float],
+    seeds: Sequence[int] | torch.Tensor,
+    coefficients: Sequence[float] | torch.Tensor,
     place: Place,
-    rounding_seeds: Sequence[int] | None,
+    rounding_seeds: Sequence[int] | torch.Tensor | None,
 ) -> None:
-    """perturb_ once for every record, in one pass over the tensors and to the same bits. Not for CUDA graphs."""
-    if not tensors or not seeds:
+    """perturb_ once for every record, in one pass over the tensors and to the same bits.
+
+    Records that are tensors lie on the device, and a CUDA graph can capture the call. A single one takes the kernel of
+    perturb_, whose memory accesses are wider.
+    """
+    if not tensors or not len(seeds):
         return
-    device = tensors[0].device
+    device, stochastic = tensors[0].device, rounding_seeds is not None
     with reach(device):
-        records = on_device(table_of(seeds, coefficients, rounding_seeds), "replay_", device)
-        for run in plan(variant, tensors, place, rounding_seeds is not None):
-            run(records, len(seeds))
+        if isinstance(seeds, torch.Tensor):
+            records = _there(seeds, coefficients, rounding_seeds)
+        else:
+            records = on_device(table_of(seeds, coefficients, rounding_seeds), "replay_ of records on the host", device)
+        if len(seeds) == 1:
+            run(plan(variant_on_device, tensors, place, stochastic), records, 0, 0, 0)
+        else:
+            run(plan(variant, tensors, place, stochastic), records, len(seeds))
+
+
+def _there(seeds: torch.Tensor, coefficients: Any, rounding_seeds: Any) -> torch.Tensor:
+    """`table_of` of tensors, made where they are."""
+    bits = coefficients.contiguous().view(torch.int32).to(torch.int64)
+    return torch.stack([seeds, bits, torch.zeros_like(seeds) if rounding_seeds is None else rounding_seeds], 1)

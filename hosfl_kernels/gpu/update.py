@@ -14,7 +14,7 @@ import triton.language as tl
 
 from hosfl_kernels.place import Place
 
-from .launch import CELLS, TRITON, Variant, float_bits, inner, kinds, on_device, plan, reach, seed_bits
+from .launch import CELLS, TRITON, Variant, float_bits, inner, kinds, on_device, plan, reach, run, seed_bits
 from .noise import normals, sign_words, signed
 from .rounding import from_float32, to_float32
 from .tile import exist, is_empty, locate, moment_address, pointers, rows_and_columns, segment
@@ -181,5 +181,5 @@ def update_(
     device = tensors[0].device
     with reach(device):
         records = on_device(table_of(constants, seeds, coefficients, steps, rounding_seeds), "update_", device)
-        for run in plan(variant_of(rule), tensors, place, rounding_seeds is not None, moments):
-            run(records, len(steps), len(seeds) // len(steps))
+        launches = plan(variant_of(rule), tensors, place, rounding_seeds is not None, moments)
+        run(launches, records, len(steps), len(seeds) // len(steps))
