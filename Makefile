@@ -4,7 +4,7 @@ VENV ?= .venv
 OUT ?= runs/digits
 BIN := $(VENV)/bin
 
-.PHONY: train test test-slow test-learning pair bench tune studies results lint docs wheel gcc11 clean
+.PHONY: train test test-slow test-learning pair bench gpu tune studies results lint docs wheel gcc11 clean
 
 # The main job: HO-SFL, first-order split learning and a frozen client on real digits, three seeds, one table.
 # The models are tiny: one thread is fastest.
@@ -46,6 +46,10 @@ pair:
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.report
 	$(BIN)/python -m benchmarks.optim
+
+# Everything that a new GPU is needed for: bits, rows, tests, compute-sanitizer. A bare machine needs no make: see the file.
+gpu: $(VENV)/ready
+	$(BIN)/python benchmarks/gpu_session.py --no-install $(OPTIONS)
 
 # The rates of hosfl/tasks/task.py, chosen on validation data: the same grid size for every method.
 tune: $(VENV)/ready

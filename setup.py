@@ -6,6 +6,7 @@ torch release. One build also serves every x86-64 processor: csrc/kernels_*.cpp 
 instruction sets and bindings.cpp picks one at run time, so there is no -march here.
 
 HOSFL_CUDA=1 needs nvcc on the PATH (CUDA 12.8 or later, which knows sm_100), and nothing else of CUDA when it runs.
+HOSFL_CUDA_ARCHITECTURES=90 compiles for that generation alone, in a third of the time.
 """
 
 import os
@@ -27,7 +28,7 @@ IEEE = ["-ffp-contract=off", "-fno-fast-math", "-fno-math-errno", "-fno-trapping
 NVCC_IEEE = ["--fmad=false", "-prec-div=true", "-prec-sqrt=true", "-ftz=false"]
 
 # Machine code for these, which newer processors of each generation run too, and PTX for generations to come.
-ARCHITECTURES = ["80", "90", "100"]
+ARCHITECTURES = os.environ.get("HOSFL_CUDA_ARCHITECTURES", "80 90 100").split()
 GENCODE = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in ARCHITECTURES]
 GENCODE += [f"-gencode=arch=compute_{ARCHITECTURES[-1]},code=compute_{ARCHITECTURES[-1]}"]
 

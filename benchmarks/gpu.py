@@ -4,8 +4,9 @@
 
 Starts with the self-check, and measures nothing where a bit is wrong. Then a row each for: the roof (a copy, and `add_`
 per dtype), every op of every backend on one large tensor, lists of tensors of LoRA's size, a step of ZOSGD beside its
-forward passes, a client's probes beside theirs. What a call takes of the GPU's memory stands in its row. A row is
-printed and saved as it comes; one that fails is saved with its error, and the others go on. Exits with 1 if any failed.
+forward passes, one that a CUDA graph replays, a client's probes beside theirs. What a call takes of the GPU's memory
+stands in its row. A row is printed and saved as it comes; one that fails is saved with its error, and the others go on.
+Exits with 1 if any failed.
 
 Times are medians. On a GPU they are those of the device, between events; those of the host are named so. Without a GPU
 a clock times the C++ kernels: that tries this file out, and says nothing about a GPU. Sized for ten minutes of an H100.
@@ -328,6 +329,56 @@ def step(dist: str, width: int, layers: int) -> Row:
     return beside_forward(lambda: optimizer.step(loss), loss, 2, count)
 
 
+def captured(call: Callable[[], object]) -> Callable[[], object]:
+    """The call as a CUDA graph replays it; where there are none, the call."""
+    if not CUDA:
+        return call
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+@torch.no_grad()
+def captured_step(dist: str, width: int, layers: int) -> Row:
+    """A step whose seed and sizes lie on the device, in a CUDA graph, beside two forward passes and the same step call
+    by call. Both must leave the same bits with seeds that the graph was not captured with."""
+    model, inputs = stack(width, layers, torch.bfloat16)
+    moved = list(model.parameters())
+    seed, mu = torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.full((1,), SCALE, device=DEVICE)
+
+    def loss() -> Tensor:
+        return model(inputs).float().square().mean().reshape(1)
+
+    def step() -> None:
+        hk.replay_(moved, seed, mu, dist=dist)
+        above = loss()
+        hk.replay_(moved, seed, -2 * mu, dist=dist)
+        below = loss()
+        hk.replay_(moved, seed, mu, dist=dist)
+        hk.replay_(moved, seed, (below - above) * 1e-3, dist=dist)
+
+    first = [w.clone() for w in moved]
+
+    def after(call: Callable[[], object]) -> list[Tensor]:
+        for w, old in zip(moved, first, strict=True):
+            w.copy_(old)
+        for number in (11, 2**62 + 3):
+            seed.fill_(number)
+            call()
+        return [w.clone() for w in moved]
+
+    replayed = captured(step)
+    same = all(map(torch.equal, after(step), after(replayed)))
+    row = beside_forward(replayed, loss, 2, sum(w.numel() for w in moved))
+    return {**row, "call_by_call_ms": wall_milliseconds(step), "same_bits": same}
+
+
 def probes(in_place: bool, width: int, layers: int) -> Row:
     """What a client computes in a round: the cut and DIRECTIONS one-sided probes, beside as many forward passes."""
     half, inputs = stack(width, layers, torch.float32)
@@ -357,6 +408,7 @@ def all_rows(n: int, width: int, layers: int) -> Iterator[tuple[str, str, Callab
         yield "list", name, work
     for dist in DISTRIBUTIONS:
         yield "step", f"ZOSGD bfloat16 {dist}", partial(step, dist, width, layers)
+        yield "graph", f"a captured step bfloat16 {dist}", partial(captured_step, dist, width, layers)
     for in_place in (True, False):
         name = f"{DIRECTIONS} probes float32 {'in place' if in_place else 'of weights only read'}"
         yield "client", name, partial(probes, in_place, width, max(1, layers // 8))

@@ -1,19 +1,82 @@
 """The benchmarks' machinery, on the CPU and tiny: rows are saved as they come, failures cost no other row."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from benchmarks import gpu, liars, readme, report
+from benchmarks import gpu, gpu_session, liars, readme, report
 from benchmarks.test_memory import SMALL, bound
 from benchmarks.ways import WAYS
 from hosfl.runs.report import machine, processor_name
 from hosfl_kernels import cpu, cuda
 from hosfl_kernels.place import DISTRIBUTIONS
 from hosfl_kernels.tensors import DISPATCH
+
+# --- make gpu ----------------------------------------------------------------------------------------------------
+
+
+def test_a_part_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
+    def stand_ins(out, quick, install):
+        assert quick
+        assert not install
+        for name, source in (
+            ("fails", "print('no luck'); raise SystemExit(3)"),
+            ("hangs", "import time; print('begun', flush=True); time.sleep(60)"),
+            ("passes", "import os; print(os.environ['SHOWN'])"),
+        ):
+            share = 1e-9 if name == "hangs" else 1.0
+            yield gpu_session.Part(name, [sys.executable, "-c", source], share, environment={"SHOWN": "yes"})
+        yield gpu_session.Part("absent", ["nothing"], missing="there is no such tool")
+        yield gpu_session.Part("nowhere", [str(tmp_path / "no such program")])
+
+    monkeypatch.setattr(gpu_session, "parts", stand_ins)
+    assert gpu_session.main(["--quick", "--no-install", "--out", str(tmp_path / "new" / "out")]) == 1
+    found = json.loads((tmp_path / "new" / "out" / "parts.json").read_text())
+    assert [part["result"].partition(":")[0] for part in found] == [
+        "failed",
+        "too long",
+        "passed",
+        "left out",
+        "failed",
+    ]
+    assert (tmp_path / "new" / "out" / "passes.log").read_text() == "yes\n"
+    assert (tmp_path / "new" / "out" / "hangs.log").read_text() == "begun\n"
+    assert "no luck" in capsys.readouterr().out
+
+
+def test_the_parts_are_there(tmp_path, monkeypatch):
+    """Their modules and files exist, and what this machine lacks is left out by name."""
+    monkeypatch.setattr(gpu_session.shutil, "which", lambda name: None)
+    found = {part.name: part for part in gpu_session.parts(tmp_path, True, True)}
+    assert list(found) == ["install", "bits", "rows", "tests", "sanitizer"]
+    assert found["sanitizer"].missing
+    assert not found["install"].environment
+    for part in found.values():
+        for word in part.command:
+            if word.startswith("tests/"):
+                assert (gpu_session.ROOT / word).exists()
+    monkeypatch.setattr(gpu_session.shutil, "which", lambda name: f"/usr/bin/{name}")
+    found = {part.name: part for part in gpu_session.parts(tmp_path, True, True)}
+    assert found["install"].environment["HOSFL_CUDA"] == "1"
+    assert found["sanitizer"].command[0] == "/usr/bin/compute-sanitizer"
+    assert not found["sanitizer"].missing
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_session_on_a_machine_without_a_gpu(tmp_path):
+    """The parts themselves, in Triton's interpreter and by a clock."""
+    command = [sys.executable, "benchmarks/gpu_session.py", "--quick", "--no-install", "--minutes", "18"]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([*command, "--out", tmp_path], cwd=gpu_session.ROOT, env=environment)
+    assert done.returncode == 0
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    assert [row["same_bits"] for row in rows if row["group"] == "graph"] == [True, True]
+
 
 # --- python -m benchmarks.gpu ------------------------------------------------------------------------------------
 
@@ -49,6 +112,8 @@ def test_every_op_and_dtype_has_a_row(tiny, capsys):
         ops = ("perturb_", "replay_ 64", "update_ 64 x 5 sgd", "update_ 64 x 5 adamw")
         assert {f"{op} bfloat16 {dist} stochastic" for op in ops} <= names
     assert {"copy float32", "add_ float16", "3 x perturb_", "3 x replay_ 5", "3 x torch._foreach_add_"} <= names
+    captured = [row for row in found["rows"] if row["name"].startswith("a captured step")]
+    assert [row["same_bits"] for row in captured] == [True, True]
     assert {"5 probes float32 in place", "5 probes float32 of weights only read"} <= names
     for row in found["rows"]:
         assert all(row[figure] > 0 for figure in ("ms", "GB/s", "ps_per_draw", "of_copy", "host_us") if figure in row)

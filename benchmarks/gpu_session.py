@@ -1,0 +1,111 @@
+"""Everything that a new GPU is needed for, in one command: `make gpu`, or on a bare machine
+
+    python benchmarks/gpu_session.py [--out FOLDER] [--minutes N] [--quick] [--no-install]
+
+which needs nothing but Python, torch, Triton and a C++ compiler: no index, no make. Its parts, one after another:
+
+    install    hosfl from this checkout, with nvcc's kernels where there is nvcc; no dependency is fetched
+    bits       the self-check of every backend against the vectors
+    rows       python -m benchmarks.gpu: what every op costs, lists, steps, a step in a CUDA graph
+    tests      the tests whose kernels run on a GPU
+    sanitizer  the self-check once more under compute-sanitizer, where it is there
+
+Every part has a log of its own in FOLDER, and its line in FOLDER/parts.json as it ends; the rows are saved one by one.
+So whatever cuts a session short, what was done is there. A part that fails or takes too long costs no other. Exits with
+1 if any failed. Without a GPU the same parts run in Triton's interpreter and by a clock: that tries this file out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = [f"tests/test_{name}.py" for name in ("gpu_interpreter", "ops", "update", "register", "check")]
+CHECK = [sys.executable, "-m", "hosfl_kernels.check", "--vectors", "tests/noise_vectors.json"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command, and how much of the session's time it may take. missing: what it needs and is not here."""
+
+    name: str
+    command: Sequence[str]
+    share: float = 1.0
+    missing: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def parts(out: Path, quick: bool, install: bool) -> Iterator[Part]:
+    nvcc, sanitizer = shutil.which("nvcc"), shutil.which("compute-sanitizer")
+    environment = {"HOSFL_CUDA": "1", "HOSFL_CUDA_ARCHITECTURES": "90"} if nvcc else {}
+    pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
+    if install:
+        # hosfl's kernels with Triton serve the rows; HOSFL_CUDA=1 is for the build alone.
+        yield Part("install", pip, 0.3, environment=environment)
+    yield Part("bits", CHECK, 0.2)
+    rows = [sys.executable, "-m", "benchmarks.gpu", "--out", str(out / "gpu.json"), *["--quick"] * quick]
+    yield Part("rows", rows, 0.6)
+    pytest = "" if find_spec("pytest") else "pytest is not installed"
+    tests = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-q", "-x", *TESTS]
+    yield Part("tests", tests, 0.8, pytest)
+    missing = "" if sanitizer else "there is no compute-sanitizer on the path"
+    yield Part("sanitizer", [sanitizer or "", "--error-exitcode", "9", *CHECK], 1.0, missing)
+
+
+def run(part: Part, out: Path, seconds: float) -> dict[str, object]:
+    """What became of a part: "passed", "failed", "too long" or why it was left out."""
+    if part.missing:
+        return {"part": part.name, "result": f"left out: {part.missing}"}
+    begin, log = time.monotonic(), out / f"{part.name}.log"
+    try:
+        with log.open("w") as file:
+            done = subprocess.run(
+                part.command,
+                cwd=ROOT,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=seconds,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **part.environment},
+            )
+        result = "failed" if done.returncode else "passed"
+    except subprocess.TimeoutExpired:
+        result = "too long"
+    except OSError as error:
+        result = f"failed: {error}"
+    return {"part": part.name, "result": result, "seconds": round(time.monotonic() - begin, 1), "log": log.name}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="gpu_session.py", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), metavar="FOLDER", help="default: runs/gpu")
+    parser.add_argument("--minutes", type=float, default=9.5, metavar="N", help="for all of it; default: 9.5")
+    parser.add_argument("--quick", action="store_true", help="rows of small tensors and a small model")
+    parser.add_argument("--no-install", action="store_true", help="take hosfl as it is here")
+    options = parser.parse_args(arguments)
+    out = options.out.absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    ends, results = time.monotonic() + 60 * options.minutes, []
+    for part in parts(out, options.quick, not options.no_install):
+        result = run(part, out, max(1.0, part.share * (ends - time.monotonic())))
+        results.append(result)
+        (out / "parts.json").write_text(json.dumps(results, indent=1) + "\n")
+        print(*(value for key, value in result.items() if key != "log"), sep="  ", flush=True)
+        if result["result"] == "failed":
+            print("    " + "\n    ".join((out / f"{part.name}.log").read_text().splitlines()[-15:]), flush=True)
+    failed = [r for r in results if str(r["result"]).startswith(("failed", "too long"))]
+    print(f"{len(failed)} of {len(results)} parts failed; {out}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
