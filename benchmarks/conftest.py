@@ -1,20 +1,31 @@
 """Options of the suites, and the tensors they work on."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.shapes import LISTS
+
+SIZES = (2**10, 2**15, 2**20, 2**26, 2**30)
+
 
 def pytest_addoption(parser):
-    parser.addoption("--elements", type=int, default=64 * 2**20, help="elements of the tensor (default: 64 Mi)")
+    parser.addoption("--elements", type=int, default=64 * 2**20, help="elements of the largest tensor (64 Mi)")
     parser.addoption("--rows", type=Path, help="a file to add every benchmark's row to, as it ends: JSON lines")
 
 
 def pytest_generate_tests(metafunc):
+    most = metafunc.config.getoption("--elements")
     if "device" in metafunc.fixturenames:
         metafunc.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
+    if "size" in metafunc.fixturenames:
+        metafunc.parametrize("size", [size for size in SIZES if size <= most] or [most], ids="{:,}".format)
+    if "model" in metafunc.fixturenames:
+        small = [name for name, shapes in LISTS.items() if sum(map(math.prod, shapes())) <= 2 * most]
+        metafunc.parametrize("model", small or [next(iter(LISTS))])
 
 
 @pytest.fixture

