@@ -65,6 +65,7 @@ studies: $(VENV)/ready
 	  cp runs/$$study-study/table.json runs/$$study-study/curves.png benchmarks/results/studies/$$study || exit 1; \
 	done
 	$(BIN)/python -m benchmarks.readme
+	$(BIN)/python -m benchmarks.numbers
 
 # Everything else that the README and the pages of results quote.
 results: bench

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 from hosfl.runs.config import Config
 from hosfl.runs.memory import WAYS
@@ -353,23 +353,39 @@ MOVING = {
     "cifar10-inverted": 832,
     "sst2": 6_912,
     "sst2-forward": 288,
+    "cr-forward": 288,
 }
 LORA = {"lora:1:*.layer.5.*": 6_912}
 
 
-def numbers(results: dict[str, dict[str, Any]]) -> str:
-    """How many numbers per weight a run had, and what it made of them; by name of the study, where all weights move."""
-    rows = []
+class Numbers(NamedTuple):
+    """What a run had for each weight that moves, and the share of the loss gap that it made of them."""
+
+    per_weight: float
+    study: str
+    method: str
+    formula: str
+    share: float
+
+
+def numbers_of(results: dict[str, dict[str, Any]]) -> list[Numbers]:
+    """Of every HO-SFL run of the studies, by their number; `results` by name of the study."""
+    found = []
     for name, result in results.items():
         for method, r in result["methods"].items():
             if r["settings"].get("method", "ho") == "ho" and r["settings"].get("trains") != "biases":
                 directions = r["settings"].get("directions", Config().directions)
                 weights = LORA.get(r["settings"].get("trains"), MOVING[name])
-                count = directions * result["rounds"] / weights
                 formula = f"{directions} x {result['rounds']} / {weights}"
-                rows.append((count, [f"{name}: {method}", formula, f"{count:.1f}", f"{r['loss_gap_recovered']:.2f}"]))
-    head = ["study and method", "P x rounds / weights", "numbers per weight", "loss gap recovered"]
-    return _table(head, [row for _, row in sorted(rows)])
+                count = directions * result["rounds"] / weights
+                found.append(Numbers(count, name, method, formula, r["loss_gap_recovered"]))
+    return sorted(found)
+
+
+def numbers(results: dict[str, dict[str, Any]]) -> str:
+    """How many numbers per weight a run had, and what it made of them."""
+    rows = [[f"{r.study}: {r.method}", r.formula, f"{r.per_weight:.1f}", f"{r.share:.2f}"] for r in numbers_of(results)]
+    return _table(["study and method", "P x rounds / weights", "numbers per weight", "loss gap recovered"], rows)
 
 
 LIE = {
@@ -460,7 +476,7 @@ PAGES: dict[Path, Sections] = {
 }
 
 
-def _read(file: str) -> Any:
+def result_of(file: str) -> Any:
     """A result, or for a pattern several by the names of their folders."""
     if "*" not in file:
         return json.loads((RESULTS / file).read_text())
@@ -471,7 +487,7 @@ def updated(page: Path) -> str:
     """A page's text with its tables made again."""
     text = page.read_text()
     for name, (file, write) in PAGES[page].items():
-        table = write(_read(file))
+        table = write(result_of(file))
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
         text, found = re.subn(pattern, lambda m, t=table: m[1] + t + "\n" + m[2], text, flags=re.S)  # type: ignore[misc]
         if found != 1:

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_session, liars, readme, report
+from benchmarks import gpu, gpu_session, liars, numbers, readme, report
 from benchmarks.shapes import LISTS
 from benchmarks.test_memory import SMALL, bound
 from benchmarks.ways import WAYS
@@ -242,6 +242,15 @@ def test_the_suites_lists_are_the_models():
     # Rank 8 beside the queries and values of every layer.
     assert sum(map(math.prod, LISTS["LoRA of OPT-125M"]())) == 12 * 2 * 8 * (768 + 768)
     assert sum(map(math.prod, LISTS["LoRA of Llama-3.2-1B"]())) == 16 * 8 * (2048 + 2048 + 512 + 2048)
+
+
+def test_the_figure_of_numbers_per_weight(tmp_path):
+    """Every point of the table is in it, and what is committed is of the tables that are."""
+    numbers.draw(tmp_path / "numbers.png")
+    assert (tmp_path / "numbers.png").read_bytes()[:4] == b"\x89PNG"
+    studies = {point.study for point in readme.numbers_of(readme.result_of(readme.ALL_STUDIES))}
+    assert studies == set(readme.MOVING)
+    assert numbers.OUT.exists()
 
 
 def test_a_suite_that_measures_nothing_leaves_the_results_alone(tmp_path, monkeypatch):
