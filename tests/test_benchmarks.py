@@ -236,9 +236,9 @@ def test_the_suites_by_themselves(tmp_path, monkeypatch):
 def test_the_suites_lists_are_the_models():
     """The published numbers of parameters, and torchvision's and transformers' of tensors."""
     known = {"ResNet-18": (11_689_512, 62), "OPT-125M": (125_239_296, 196), "Llama-3.2-1B": (1_235_814_400, 146)}
-    for name, (numbers, tensors) in known.items():
+    for name, (count, tensors) in known.items():
         found = LISTS[name]()
-        assert (sum(map(math.prod, found)), len(found)) == (numbers, tensors)
+        assert (sum(map(math.prod, found)), len(found)) == (count, tensors)
     # Rank 8 beside the queries and values of every layer.
     assert sum(map(math.prod, LISTS["LoRA of OPT-125M"]())) == 12 * 2 * 8 * (768 + 768)
     assert sum(map(math.prod, LISTS["LoRA of Llama-3.2-1B"]())) == 16 * 8 * (2048 + 2048 + 512 + 2048)
