@@ -10,6 +10,7 @@ import runpy
 import signal
 import stat
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 
 import group
@@ -1105,12 +1106,16 @@ def test_a_loss_in_half_precision_is_warned_of_and_accuracy_is_not():
 def defaults():
     """Sets torch's default dtype and device, and resets them."""
 
-    def set_to(value):
-        (torch.set_default_dtype if isinstance(value, torch.dtype) else torch.set_default_device)(value)
+    with ExitStack() as devices:  # torch.set_default_device(None) leaves torch 2.8 without any
 
-    yield set_to
+        def set_to(value):
+            if isinstance(value, torch.dtype):
+                torch.set_default_dtype(value)
+            else:
+                devices.enter_context(torch.device(value))
+
+        yield set_to
     torch.set_default_dtype(torch.float32)
-    torch.set_default_device(None)
 
 
 @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, "meta"])

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def test_a_run_and_its_files(tmp_path, method, seed, below):
     assert saved["config"]["method"] == method
     assert saved["replicas"]["equal"] is True
     assert saved["replicas"]["clients"] == 11
-    assert saved["machine"]["torch"] == torch.__version__
+    assert saved["machine"]["torch"] == version("torch")
     assert saved["peak_memory"]["resident"] > 1e6
     assert saved["interrupted"] is False
     assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
