@@ -1,6 +1,7 @@
 // replay_: many records in one pass over the weights. Every rounding happens as if one record came after another.
 #pragma once
 
+#include "perturb.h"
 #include "tile.h"
 
 namespace hosfl {
@@ -89,7 +90,22 @@ HOSFL_LOOP void replay_segment(Gaussian, const Segment& segment, const Record* r
   });
 }
 
+// Up to so many records a block goes through perturb_ for each, in cache after the first: its rows are read as they lie,
+// where a tile of 128 columns skips from row to row. Two records are what a client's probe moves by.
+constexpr int64_t FEW = 16;
+
 void replay(const Segment& segment, const Record* records, int64_t count, bool stochastic) {
+  if (segment.dist == Dist::rademacher && count <= FEW) {
+    const int64_t size = segment.dtype == Dtype::float32 ? 4 : 2;
+    each_block<RADEMACHER_ROWS>(segment.start, segment.n, [&](const Run& run) {
+      Segment block = segment;
+      block.data = static_cast<char*>(segment.data) + run.at * size;
+      block.start += uint64_t(run.at);
+      block.n = run.count;
+      for (int64_t r = 0; r < count; ++r) perturb(block, records[r], stochastic);
+    });
+    return;
+  }
   with_storage(segment.dtype, stochastic, [&](auto storage, auto rounding) {
     with_dist(segment.dist, [&](auto dist) {
       replay_segment<decltype(storage), decltype(rounding)::value>(dist, segment, records, count);
