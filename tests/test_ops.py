@@ -668,7 +668,7 @@ def test_derive_takes_numpy_integers():
     assert hk.derive(np.uint64(5), np.int64(1), 2) == hk.derive(5, 1, 2)
 
 
-@pytest.mark.parametrize("records", [16, 17, 40])
+@pytest.mark.parametrize("records", [2, 4, 5, 16, 17, 40])
 @pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_few_records_and_many_leave_the_same_bits(dtype, rounding, records):
