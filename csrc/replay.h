@@ -91,9 +91,9 @@ HOSFL_LOOP void replay_segment(Gaussian, const Segment& segment, const Record* r
 }
 
 // Up to so many records a block goes through perturb_ for each, in cache after the first: its rows are read as they lie,
-// where a tile of 128 columns skips from row to row. Two records are what a client's probe moves by. Narrower vectors
-// convert 2-byte cells for longer than memory takes, and a tile is converted once.
-#if HOSFL_LANES == 16
+// where a tile of 128 columns skips from row to row. Two records are what a client's probe moves by. The baseline set
+// converts 2-byte cells for longer than memory takes, and a tile is converted once.
+#if HOSFL_LANES >= 8
 constexpr int64_t FEW = 16;
 #else
 constexpr int64_t FEW = 4;
