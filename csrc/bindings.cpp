@@ -62,8 +62,6 @@ void use_isa(const std::string& name) {
 // Below this many cell updates one thread is faster than waking another.
 constexpr int64_t UPDATES_PER_THREAD = 1 << 17;
 
-int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
-
 // Those that `updates` keep busy.
 int useful_threads(int64_t updates, int threads) {
   return int(std::clamp<int64_t>(updates / UPDATES_PER_THREAD, 1, std::max(threads, 1)));
@@ -88,14 +86,7 @@ std::vector<Segment> part_of(const std::vector<Segment>& segments, int64_t first
   int64_t at = 0;
   for (const Segment& segment : segments) {
     const int64_t from = std::max<int64_t>(first - at, 0), to = std::min(last - at, segment.n);
-    if (from < to) {
-      Segment piece = segment;
-      piece.data = static_cast<char*>(segment.data) + from * size_of(segment.dtype);
-      for (float*& moment : piece.moments) moment += moment ? from : 0;
-      piece.n = to - from;
-      piece.start = segment.start + uint64_t(from);
-      part.push_back(piece);
-    }
+    if (from < to) part.push_back(piece_of(segment, from, to));
     at += segment.n;
   }
   return part;

@@ -101,12 +101,8 @@ constexpr int64_t FEW = 4;
 
 void replay(const Segment& segment, const Record* records, int64_t count, bool stochastic) {
   if (segment.dist == Dist::rademacher && count <= FEW) {
-    const int64_t size = segment.dtype == Dtype::float32 ? 4 : 2;
     each_block<RADEMACHER_ROWS>(segment.start, segment.n, [&](const Run& run) {
-      Segment block = segment;
-      block.data = static_cast<char*>(segment.data) + run.at * size;
-      block.start += uint64_t(run.at);
-      block.n = run.count;
+      const Segment block = piece_of(segment, run.at, run.at + run.count);
       for (int64_t r = 0; r < count; ++r) perturb(block, records[r], stochastic);
     });
     return;

@@ -35,6 +35,18 @@ struct Segment {
   float* moments[2] = {nullptr, nullptr};  // what an update rule keeps of each cell
 };
 
+static inline int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
+// Its cells [from, to).
+static inline Segment piece_of(const Segment& segment, int64_t from, int64_t to) {
+  Segment piece = segment;
+  piece.data = static_cast<char*>(segment.data) + from * size_of(segment.dtype);
+  for (float*& moment : piece.moments) moment += moment ? from : 0;
+  piece.n = to - from;
+  piece.start = segment.start + uint64_t(from);
+  return piece;
+}
+
 // One record: x += coefficient * factor * z(seed).
 struct Record {
   uint64_t seed;

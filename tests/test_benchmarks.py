@@ -246,7 +246,7 @@ def test_the_suites_lists_are_the_models():
 
 
 def test_the_figure_of_numbers_per_weight(tmp_path):
-    """Every point of the table is in it, and what is committed is of the tables that are."""
+    """It is drawn, of all studies, and one is committed."""
     numbers.draw(tmp_path / "numbers.png")
     assert (tmp_path / "numbers.png").read_bytes()[:4] == b"\x89PNG"
     studies = {point.study for point in readme.numbers_of(readme.result_of(readme.ALL_STUDIES))}
