@@ -18,11 +18,14 @@ from benchmarks.mezo import MeZO
 from hosfl.halves.families import packaged_minilm, pretrained_model
 from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.split import SplitModel, split
+from hosfl.methods.grouped import GroupedServer
+from hosfl.methods.server import Server
 from hosfl.optim import ZOSGD
 from hosfl.probing.probe import probe_in_place, probe_untouched, trainable
+from hosfl.protocol.messages import Cut
 from hosfl_kernels import snap_
 
-PROBES, CUTS = 5, 10
+PROBES, CUTS, TOGETHER = 5, 10, 64
 BATCHES = {"MiniLM 2 x 32": (2, 32), "MiniLM 16 x 64": (16, 64), "ResNet-18 16": (16, 0)}
 
 
@@ -81,28 +84,33 @@ def test_client(benchmark: Any, which: str, way: str) -> None:
         timed(benchmark, once, f"client {which}", way)
 
 
-@pytest.mark.parametrize("way", ["all cuts in one pass", "cut after cut"])
-@pytest.mark.parametrize("samples", [2, 16])
-def test_server(benchmark: Any, samples: int, way: str) -> None:
-    """Forward and backward of the server half for ten cuts of 32 tokens, with a gradient for each."""
-    model = split(minilm(), 3)
-    half, cuts = model.server, [torch.randn(samples, 32, 384) for _ in range(CUTS)]
-    masks, labels = (
-        [torch.ones(samples, 32, dtype=torch.uint8)] * CUTS,
-        [torch.zeros(samples, dtype=torch.int64)] * CUTS,
-    )
-    half.eval()
+@pytest.mark.parametrize("way", ["all cuts in one pass", "cut after cut", f"server_batch {TOGETHER}"])
+@pytest.mark.parametrize(("samples", "tokens"), [(2, 32), (2, 64), (16, 64)])
+def test_server(benchmark: Any, samples: int, tokens: int, way: str) -> None:
+    """A server's step for ten cuts, with a multiplier for each, beside one forward and backward pass of all of them."""
+    half = split(minilm(), 3).server.train()
+    mask, labels = torch.ones(samples, tokens, dtype=torch.uint8), torch.zeros(samples, dtype=torch.int32)
+    cuts = [
+        Cut(client=n, round=0, cut=torch.randn(samples, tokens, 384), labels=labels, mask=mask) for n in range(CUTS)
+    ]
 
-    def step(groups: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    def roof() -> None:
         half.zero_grad()
-        for cut, mask, label in groups:
-            leaf = cut.clone().requires_grad_()
-            nn.functional.cross_entropy(half(leaf, mask), label, reduction="sum").backward()
+        leaf = torch.cat([c.cut for c in cuts]).requires_grad_()
+        outputs = half(leaf, attention_mask=torch.cat([mask] * CUTS))
+        nn.functional.cross_entropy(outputs, torch.cat([labels] * CUTS).long()).backward()
 
-    one = [(torch.cat(cuts), torch.cat(masks), torch.cat(labels))]
-    each = list(zip(cuts, masks, labels, strict=True))
-    groups = one if way == "all cuts in one pass" else each
-    timed(benchmark, lambda: step(groups), f"server {CUTS} x {samples}", way)
+    def server(kind: type[Server], **settings: Any) -> Server:
+        optimizer, loss = torch.optim.SGD(half.parameters(), lr=0.0), nn.functional.cross_entropy
+        shared = (half, loss, optimizer, lambda round: 0.0, None, 0, CUTS, (tokens, 384), 2, samples)
+        return kind(*shared, masked=True, **settings)
+
+    if way == "all cuts in one pass":
+        once: Callable[[], object] = roof
+    else:
+        stepping = server(Server) if way == "cut after cut" else server(GroupedServer, most=TOGETHER)
+        once = lambda: stepping.step(0, cuts)  # noqa: E731
+    timed(benchmark, once, f"server {CUTS} x {samples} x {tokens}", way)
 
 
 @pytest.mark.parametrize("way", ["forward passes alone", "ZOSGD", "ZOSGD, model given", "MeZO"])

@@ -176,6 +176,9 @@ class Learning(_Checked):
     microbatch: samples that a client which backpropagates takes together, 0 for all; fewer need less memory.
     probes_at_once: probes that go through the client half in one pass: each has a copy of the weights that move, and
     activations of its own. Faster where these weights and the batch are small. A scalar differs by rounding only.
+    server_batch: the most samples that go through the server half in one pass, of the cuts of several clients; 0: each
+    client's cut goes through by itself. Faster where cuts are small; what every client is sent differs by rounding, and
+    dropout draws other random numbers.
     server_rate, client_rate, server_decay: learning rates, and weight decay of the server half; None: the task's tuned.
     client_rate is of the mean over the P directions, fresh or of a pool: one direction moves by client_rate / P times
     its scalar.
@@ -230,6 +233,13 @@ class Learning(_Checked):
         " the batch are small, and as many times the activations",
         least=1,
         read_with=("estimator", ("one-sided", "two-sided", "forward")),
+    )
+    server_batch: int = setting(
+        0,
+        "samples that go through the server half in one pass, of several clients' cuts: faster where cuts are small,"
+        " and as many times the activations; 0: each cut by itself",
+        least=0,
+        read_with=("aggregation", ("weighted", "uniform")),
     )
     server_rate: float | None = setting(
         None, "the server's learning rate; default: tuned for task and method", positive=True
@@ -326,6 +336,8 @@ DEFAULTS: dict[str, Any] = {
 }
 # What a run's bits do not depend on: where data and model lie (their content counts), what is kept, when one looks.
 NEUTRAL = tuple(name for name, f in FIELDS.items() if f.metadata["neutral"])
+# A run with these is described as before there were any: logs of then are logs of the same runs.
+LATER = {name: DEFAULTS[name] for name in ("options", "server_batch")}
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The algorithm of arXiv 2603.14773 as its authors' code runs it, but for its double division by K.
@@ -358,8 +370,11 @@ def typed(of: Field[Any] | str, value: Any) -> Any:
 
 def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Those of some settings that a run's bits depend on."""
-    # A task without options is described as before there were any: logs of then are logs of the same runs.
-    return {name: value for name, value in settings.items() if name not in NEUTRAL and (name != "options" or value)}
+    return {
+        name: value
+        for name, value in settings.items()
+        if name not in NEUTRAL and not (name in LATER and value == LATER[name])
+    }
 
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ from hosfl.protocol.replica import digest
 from hosfl.runs.assemble import assemble
 from hosfl.runs.checkpoint import load_config, save_config
 from hosfl.runs.config import Config, all_with_shared, ignored, with_shared
-from hosfl.settings import KINDS, NEUTRAL, PRESETS, differences
+from hosfl.settings import KINDS, LATER, NEUTRAL, PRESETS, differences
 
 WRONG = {
     "str": [None, 1, True, b"a", ["a"], {}],
@@ -55,7 +55,7 @@ def test_an_edited_config_is_refused(tmp_path, name, value):
 
 
 def test_what_the_bits_depend_on():
-    neutral = {*NEUTRAL, "options"}  # which are there where a task has some
+    neutral = {*NEUTRAL, *LATER}  # which are there where they are not the defaults
     assert Config().decisive() == {name: value for name, value in asdict(Config()).items() if name not in neutral}
     of_a_task = Config(task="", options={"n": 1}).decisive()
     assert of_a_task == {**Config(task="").decisive(), "options": {"n": 1}}
@@ -90,6 +90,7 @@ OTHER = {  # of every setting that can be seen in a few rounds of digits; most a
     "estimator": "two-sided",
     "microbatch": 7,
     "probes_at_once": 2,
+    "server_batch": 32,
     "batch": 9,
     "server_rate": 0.1,
     "client_rate": 0.2,

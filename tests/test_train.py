@@ -245,6 +245,7 @@ RESUMED = {
     "hosl": {"method": "hosl"},
     "mu-splitfed": {"method": "mu-splitfed", "local_steps": 2},
     "frozen": {"method": "frozen"},
+    "several cuts in a pass": {"server_batch": 256},
 }
 
 

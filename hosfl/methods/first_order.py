@@ -20,7 +20,7 @@ from hosfl.halves.narrow import made_again
 from hosfl.methods.client import Client
 from hosfl.methods.gathered import shrinking
 from hosfl.methods.ledger import Ledger, Rate, State, WholeWeights, descend, load_vector, make_optimizer, step_size
-from hosfl.methods.method import LEARNS, WIRE, Method, Way
+from hosfl.methods.method import LEARNS, MULTIPLIERS, Method, Way
 from hosfl.methods.state import pack_optimizer, part, prefixed, unpack_optimizer
 from hosfl.probing.probe import trainable
 from hosfl.protocol.aggregate import Aggregation, RunningLength, weighted_mean
@@ -134,7 +134,7 @@ class GradientAverage(WholeWeights):
 class FirstOrder(Method):
     """Exact gradients at the price of a client that can backpropagate, and of weights that travel."""
 
-    reads: ClassVar[tuple[str, ...]] = (*LEARNS, *WIRE, "clip", "microbatch")
+    reads: ClassVar[tuple[str, ...]] = (*LEARNS, *MULTIPLIERS, "clip", "microbatch")
     ways: ClassVar[dict[str, Way]] = {"first-order": ({}, (0.5, 1.0, 2.0))}
 
     @classmethod

@@ -24,19 +24,26 @@ class Summed:
 
     def add(self, pieces: Pieces, weight: float) -> None:
         share = self.share(weight)
+        self._add(pieces, share, share)
+
+    def add_sum(self, pieces: Pieces, shares: float) -> None:
+        """Several clients at once. pieces: of the sum of their vectors, each times its share; shares: their sum."""
+        self._add(pieces, 1.0, shares)
+
+    def _add(self, pieces: Pieces, times: float, share: float) -> None:
         self.total += share
         before = self.sums or [None] * len(pieces)
-        self.sums = [_plus(s, p, share) for s, p in zip(before, pieces, strict=True)]
+        self.sums = [_plus(s, p, times) for s, p in zip(before, pieces, strict=True)]
 
     def result(self) -> list[Tensor | None]:
         """The mean; None where nobody had a piece. To be called once, at the end."""
         return [None if s is None else s.div_(self.total) for s in self.sums]
 
 
-def _plus(total: Tensor | None, piece: Tensor | None, share: float) -> Tensor | None:
+def _plus(total: Tensor | None, piece: Tensor | None, times: float) -> Tensor | None:
     if piece is None:
         return total
-    return piece * share if total is None else total.add_(piece, alpha=share)
+    return piece * times if total is None else total.add_(piece, alpha=times)
 
 
 class Kept:

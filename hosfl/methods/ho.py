@@ -25,7 +25,7 @@ from hosfl.halves.blocks import Begin, BlockRun, allotted, blocks_of
 from hosfl.halves.inputs import Batch, Inputs, call, evaluating
 from hosfl.methods.client import Client
 from hosfl.methods.ledger import ADAM, MOMENTUM, Ledger, SeedReplay, Step, make_optimizer
-from hosfl.methods.method import LEARNS, PROBES, WIRE, Method, Way
+from hosfl.methods.method import LEARNS, MULTIPLIERS, PROBES, Method, Way
 from hosfl.methods.steps import POOL_BETAS, FreshStep, PoolStep
 from hosfl.named import label
 from hosfl.probing.batched import probe_batched, probe_forward_batched
@@ -273,7 +273,14 @@ ADAM_POOL = {**POOL, "rule": "adamw", "direction_scale": "rms", "pool_size": 128
 class HO(Method):
     """The client half is its base and a log of P scalars a round, which every client replays."""
 
-    reads: ClassVar[tuple[str, ...]] = (*SCALARS, *WIRE, "digest_every", "microbatch", "probes_at_once", "blocks")
+    reads: ClassVar[tuple[str, ...]] = (
+        *SCALARS,
+        *MULTIPLIERS,
+        "digest_every",
+        "microbatch",
+        "probes_at_once",
+        "blocks",
+    )
     ways: ClassVar[dict[str, Way]] = {
         "ho, fresh": (FRESH, (0.1, 0.2, 0.4)),
         "ho, fresh, P=2": ({**FRESH, "directions": 2}, (0.1, 0.2, 0.4)),

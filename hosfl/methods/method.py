@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hosfl.halves.inputs import Batch, Inputs
 from hosfl.methods.client import Client, Passes, no_passes
+from hosfl.methods.grouped import GroupedServer
 from hosfl.methods.ledger import Ledger, Rate
 from hosfl.methods.server import Server
 from hosfl.probing.probe import trainable
@@ -24,7 +25,7 @@ from hosfl.settings import Rates, Settings
 
 # The settings that several methods read, to be named in `Method.reads`.
 LEARNS = ("client_rate", "rule")
-WIRE = ("wire",)
+MULTIPLIERS = ("wire", "server_batch")  # of servers that send some
 PROBES = ("directions", "dist", "mu")
 # What is tuned: the settings that make a way to use a method, and its client rates.
 Way = tuple[dict[str, Any], tuple[float, ...]]
@@ -78,7 +79,7 @@ class Method:
     setup: the run. ledger: what is known of the client half.
     """
 
-    reads: ClassVar[tuple[str, ...]] = WIRE
+    reads: ClassVar[tuple[str, ...]] = MULTIPLIERS
     estimators: ClassVar[tuple[str, ...]] = ("one-sided", "two-sided", "forward", "backward")
     server_rates: ClassVar[tuple[float, ...]] = (0.04, 0.08, 0.16)
     ways: ClassVar[dict[str, Way]] = {}
@@ -124,8 +125,12 @@ class Method:
         return client
 
     def server(self, **shared: Any) -> Server:
-        """The server. shared: what every kind of server is made of."""
-        return Server(**shared)
+        """The server. shared: what every kind of server is made of.
+
+        A method with a server of its own reads `server_batch` only if that server does.
+        """
+        most = self.settings.server_batch
+        return GroupedServer(**shared, most=most) if most else Server(**shared)
 
     def rate(self, base: float) -> Rate:
         """The scheduled learning rate of an exchange."""

@@ -16,7 +16,7 @@ from hosfl.methods.client import Passes, no_passes
 from hosfl.methods.gathered import Kept, Pieces, gathered, shrinking
 from hosfl.methods.ledger import Ledger, Rate, State
 from hosfl.methods.state import pack_optimizer, part, prefixed, unpack_optimizer
-from hosfl.methods.tensors import decoded
+from hosfl.methods.tensors import all_true, decoded
 from hosfl.methods.travel import packed, unpacked
 from hosfl.protocol.aggregate import Aggregation, weighted_mean
 from hosfl.protocol.messages import (
@@ -213,16 +213,28 @@ class Server:
 
     def learn(self, message: Message) -> None:
         """Learn from one cut, or refuse it. The order of the cuts is that of a sum and of dropout: let it be theirs."""
+        with self._refusing(message):
+            self._take(self._check_cut(self._number, message))
+
+    @contextmanager
+    def _refusing(self, message: Message) -> Iterator[None]:
+        """What the block finds wrong with a message of the step is a refusal."""
         try:
-            with self._dropout():
-                cut = self._check_cut(self._number, message)
-                answer, loss = self._learn(self._number, cut)
+            yield
         except MessageError as error:
             self._refuse(f"round {self._number}, client {message.client}", error)
-            return
+
+    def _take(self, cut: Cut) -> None:
+        """Learn from a cut that was checked. Raises MessageError; then all is as before."""
+        with self._dropout():
+            answer, loss = self._learn(self._number, cut)
+        self._learnt(cut, answer, loss)
+
+    def _learnt(self, cut: Cut, answer: Message | None, loss: float) -> None:
+        """What is kept of a cut until the step ends."""
         if answer is not None:
-            self._answers[message.client] = answer
-        self._samples[message.client] = len(cut.labels)
+            self._answers[cut.client] = answer
+        self._samples[cut.client] = len(cut.labels)
         self._found.append(torch.tensor([loss], dtype=torch.float64))
 
     def end(self) -> tuple[dict[int, Message], float]:
@@ -238,10 +250,13 @@ class Server:
         The multiplier is the gradient of that client's own mean loss, with no 1/K inside. Raises MessageError where
         the cut is such that nothing can be learnt from it; then all is as before.
         """
-        found, loss = self._backward(message.cut, message.labels, message.mask)
+        multiplier, loss = self._backward(message.cut, message.labels, message.mask)
+        return self._multiplier(round, message.client, multiplier), loss
+
+    def _multiplier(self, round: int, client: int, found: Tensor) -> Multiplier:
+        """A multiplier as it travels."""
         multiplier, scales = packed(found, self.wire)
-        answer = Multiplier(client=message.client, round=round, epoch=self.epoch, multiplier=multiplier, scales=scales)
-        return answer, loss
+        return Multiplier(client=client, round=round, epoch=self.epoch, multiplier=multiplier, scales=scales)
 
     def _take_step(self) -> None:
         """One step from what is gathered."""
@@ -288,9 +303,9 @@ class Server:
             self.passes["server forward"] += len(cut)
             self.passes["server backward"] += len(cut)
             multiplier, *gradients = torch.autograd.grad(loss, [cut, *self._trained()], allow_unused=True)
-            if not all(torch.isfinite(t).all() for t in (loss, multiplier, *gradients) if t is not None):
+            if not all_true(torch.isfinite(t).all() for t in (loss, multiplier, *gradients) if t is not None):
                 raise MessageError(f"a cut whose loss is {loss:g}, or whose gradients are infinite or NaN")
-            if not all(torch.equal(b.isfinite(), was.isfinite()) for b, was in zip(buffers, before, strict=True)):
+            if not all_true((b.isfinite() == was.isfinite()).all() for b, was in zip(buffers, before, strict=True)):
                 raise MessageError("a cut that makes the half's running statistics infinite or NaN")
         except ValueError as error:  # such as BatchNorm's about a single sample
             _load(buffers, before)

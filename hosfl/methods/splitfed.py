@@ -27,7 +27,7 @@ from hosfl.methods.ledger import (
     make_optimizer,
     step_size,
 )
-from hosfl.methods.method import LEARNS, WIRE, Method, Way
+from hosfl.methods.method import LEARNS, MULTIPLIERS, Method, Way
 from hosfl.named import label
 from hosfl.probing.probe import trainable
 from hosfl.protocol.aggregate import Aggregation, RunningLength, weighted_mean
@@ -113,7 +113,7 @@ class WeightAverage(WholeWeights):
 class SplitFed(Method):
     """Both halves by backpropagation; E = local_steps between two averages of the clients' halves."""
 
-    reads: ClassVar[tuple[str, ...]] = (*LEARNS, *WIRE, "microbatch", "local_steps")
+    reads: ClassVar[tuple[str, ...]] = (*LEARNS, *MULTIPLIERS, "microbatch", "local_steps")
     ways: ClassVar[dict[str, Way]] = {"splitfed": ({}, (0.2, 0.4, 0.8))}
 
     @classmethod

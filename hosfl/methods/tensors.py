@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -33,3 +34,12 @@ def with_tensors(message: AnyMessage) -> AnyMessage:
 def decoded(data: bytes, largest: int = LARGEST_MESSAGE) -> Message:
     """The message of bytes from the wire, its arrays as tensors. Raises MessageError."""
     return with_tensors(decode(data, largest))
+
+
+def all_true(flags: Iterable[Tensor]) -> bool:
+    """Whether all of some bool tensors of one element, on one device, are true; of none they are.
+
+    One answer for all of them: a GPU is waited for once, not once for each.
+    """
+    found = list(flags)
+    return not found or bool(torch.stack(found).all())
