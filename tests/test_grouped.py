@@ -254,7 +254,7 @@ def test_a_larger_cut_goes_by_itself():
 
 def test_a_cut_that_is_alone_has_the_bits_of_one_after_another():
     one, many = pair(most=1, dropout=0.5)
-    answers, others = one.step(0, tiny())[0], many.step(0, tiny())[0]
+    answers, others = (server.step(0, tiny(samples=7))[0] for server in (one, many))  # 7 of 12: a share that rounds
     assert all(torch.equal(answers[m].multiplier, others[m].multiplier) for m in range(4))
 
 

@@ -141,9 +141,6 @@ class GroupedServer(Server):
         for module, training in modes:
             module.training = training
         still = all_true((b == was).all() for b, was in zip(buffers, before, strict=True))
-        with torch.no_grad():
-            for buffer, was in zip(buffers, before, strict=True):
-                buffer.copy_(was)
         if gradient[1:].any() or not still:
             raise ValueError(
                 "server_batch puts several clients' cuts through the server half in one pass, and in this half samples"
