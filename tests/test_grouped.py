@@ -74,6 +74,20 @@ def alike(server, other, cuts):
     return found
 
 
+def same_rounds(config):
+    """Rounds of a task come to the same with every round's cuts in one pass; how many lengths its texts had."""
+    found, lengths = [], set()
+    for most in (0, 1000):
+        federation, _ = assemble(replace(config, server_batch=most))
+        steady(federation.server.half).register_forward_pre_hook(lambda half, given: lengths.add(given[0].shape[1]))
+        passes = passes_of(federation.server)
+        found.append([federation.round(round) for round in range(config.rounds)])
+        assert federation.server.refused == []
+        assert len(passes) == config.rounds * (1 if most else config.sampled)
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    return len(lengths)
+
+
 def steady(half):
     """Without dropout, which would draw other numbers."""
     for module in half.modules():

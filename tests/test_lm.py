@@ -13,6 +13,7 @@ import torch
 import torchmetrics
 import transformers as hf
 from safetensors.torch import load_file
+from test_grouped import same_rounds
 from test_split import TEXT, text_model
 from torch import nn
 
@@ -507,6 +508,10 @@ def test_labels_end_with_their_texts(folder):
             lengths.add(cut.cut.shape[1])
     assert len(lengths) > 1
     assert max(lengths) <= task.train.length
+
+
+def test_several_clients_completions_in_one_pass_of_the_server_half(folder):
+    assert same_rounds(config(folder, batch=2)) > 1
 
 
 def test_the_server_refuses_other_labels(folder):

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers as hf
+from test_grouped import same_rounds
 from torch import nn
 
 from hosfl import Config, rebuild, train
@@ -260,6 +261,10 @@ def test_hostile_masks_are_refused(folder):
     multipliers, loss = server.step(0, [nothing, replace(good, client=1)])
     assert set(multipliers) == {0, 1}
     assert loss == loss
+
+
+def test_several_clients_sentences_in_one_pass_of_the_server_half(folder):
+    assert same_rounds(config(folder, batch=2)) > 1
 
 
 def test_a_server_half_that_takes_no_mask_is_sent_none():
