@@ -179,6 +179,12 @@ class Learning(_Checked):
     server_batch: the most samples that go through the server half in one pass, of the cuts of several clients; 0: each
     client's cut goes through by itself. Faster where cuts are small; what every client is sent differs by rounding, and
     dropout draws other random numbers.
+    multiplier: "exact"; or "centered", as if the outputs of the samples in a pass through the server half had no common
+    shift. The half's own bias learns that shift, and in a small batch it is mostly noise. One more backward pass of
+    the half, without its weights. With server_batch a pass has several clients' samples; where clients are unlike it
+    should. For tasks with one label per sample.
+    server_first: rounds at the beginning in which the server half learns alone; its clients send cuts and are asked
+    nothing more. Multipliers of a head with random weights say little (Kumar et al., arXiv 2202.10054, train it first).
     server_rate, client_rate, server_decay: learning rates, and weight decay of the server half; None: the task's tuned.
     client_rate is of the mean over the P directions, fresh or of a pool: one direction moves by client_rate / P times
     its scalar.
@@ -240,6 +246,16 @@ class Learning(_Checked):
         " and as many times the activations; 0: each cut by itself",
         least=0,
         read_with=("aggregation", ("weighted", "uniform")),
+    )
+    multiplier: str = setting(
+        "exact",
+        "what a client is sent; centered: without what shifts the outputs of all samples alike, which is mostly noise",
+        choices=("exact", "centered"),
+    )
+    server_first: int = setting(
+        0,
+        "rounds at the beginning in which the server half learns alone: for one that begins with random weights",
+        least=0,
     )
     server_rate: float | None = setting(
         None, "the server's learning rate; default: tuned for task and method", positive=True
@@ -337,7 +353,7 @@ DEFAULTS: dict[str, Any] = {
 # What a run's bits do not depend on: where data and model lie (their content counts), what is kept, when one looks.
 NEUTRAL = tuple(name for name, f in FIELDS.items() if f.metadata["neutral"])
 # A run with these is described as before there were any: logs of then are logs of the same runs.
-LATER = {name: DEFAULTS[name] for name in ("options", "server_batch")}
+LATER = {name: DEFAULTS[name] for name in ("options", "server_batch", "multiplier", "server_first")}
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The algorithm of arXiv 2603.14773 as its authors' code runs it, but for its double division by K.

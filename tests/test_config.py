@@ -91,6 +91,8 @@ OTHER = {  # of every setting that can be seen in a few rounds of digits; most a
     "microbatch": 7,
     "probes_at_once": 2,
     "server_batch": 32,
+    "multiplier": "centered",
+    "server_first": 1,
     "batch": 9,
     "server_rate": 0.1,
     "client_rate": 0.2,

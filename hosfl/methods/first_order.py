@@ -134,7 +134,7 @@ class GradientAverage(WholeWeights):
 class FirstOrder(Method):
     """Exact gradients at the price of a client that can backpropagate, and of weights that travel."""
 
-    reads: ClassVar[tuple[str, ...]] = (*LEARNS, *MULTIPLIERS, "clip", "microbatch")
+    reads: ClassVar[tuple[str, ...]] = (*LEARNS, *MULTIPLIERS, "clip", "microbatch", "multiplier", "server_first")
     ways: ClassVar[dict[str, Way]] = {"first-order": ({}, (0.5, 1.0, 2.0))}
 
     @classmethod

@@ -109,13 +109,14 @@ class GroupedServer(Server):
         # One copy to the device for all, and one leaf of the graph.
         cut = torch.cat(pad([c.cut for c in cuts])).to(device).requires_grad_()
         masks = self._masks(torch.cat(pad([c.mask for c in cuts]))) if self.masked else {}
-        outputs = self.half(cut.to(dtype), **masks).split(sizes)
-        own = [self.loss(output, self._labels(x)) for output, x in zip(outputs, labels, strict=True)]
+        output = self.half(cut.to(dtype), **masks)
+        own = [self.loss(o, self._labels(x)) for o, x in zip(output.split(sizes), labels, strict=True)]
         losses = torch.stack([loss.reshape(()) for loss in own])
         self.passes["server forward"] += len(cut)
         self.passes["server backward"] += len(cut)
         total = (losses * losses.new_tensor(shares)).sum()
-        found, *gradients = torch.autograd.grad(total, [cut, *self._trained()], allow_unused=True)
+        weights = torch.tensor([share / size for share, size in zip(shares, sizes, strict=True)])
+        found, *gradients = self._gradients(total, output, cut, weights.repeat_interleave(torch.tensor(sizes)))
         multipliers = [m / share for m, share in zip(found.split(sizes), shares, strict=True)]
         if not all_true(torch.isfinite(t).all() for t in (losses, *multipliers, *gradients) if t is not None):
             raise MessageError("cuts of which a loss or a gradient is infinite or NaN")

@@ -280,6 +280,8 @@ class HO(Method):
         "microbatch",
         "probes_at_once",
         "blocks",
+        "multiplier",
+        "server_first",
     )
     ways: ClassVar[dict[str, Way]] = {
         "ho, fresh": (FRESH, (0.1, 0.2, 0.4)),

@@ -46,7 +46,9 @@ class Server:
     texts may then be shorter. label_shape: of one sample's labels. aggregation: of the clients' gradients of the half,
     the ledger's own, so that both halves descend one loss. "median" and "trimmed" keep all K gradients, K times the
     half's size, until the round's step. clip: the largest length of one client's gradient; None for none.
-    statistics: the running ones of the client half, where the run estimates them anew. wire: how cuts and multipliers
+    statistics: the running ones of the client half, where the run estimates them anew. alone: rounds at the beginning
+    in which nobody is sent a multiplier: this half learns, and no client's. centered: multipliers leave out what shifts
+    the outputs of all samples alike; see `centered`. wire: how cuts and multipliers
     travel.
 
     A half with running statistics, such as BatchNorm's: with "median" or "trimmed" every client's forward pass starts
@@ -78,6 +80,8 @@ class Server:
     aggregation: Aggregation = weighted_mean
     clip: float | None = None
     statistics: RunningStatistics | None = None
+    alone: int = 0
+    centered: bool = False
     wire: str = "float32"
     refused: list[str] = field(default_factory=list)
     refusals: int = 0
@@ -86,6 +90,8 @@ class Server:
     passes: Passes = field(default_factory=no_passes)
 
     def __post_init__(self) -> None:
+        if self.centered and self.label_shape:
+            raise ValueError("multiplier = centered is for tasks with one label per sample: leave it out")
         # Of the step that is under way: what `begin` empties.
         self._number = 0
         self._gathered = gathered(self.aggregation)
@@ -242,7 +248,8 @@ class Server:
         if not self._found:
             return {}, float("nan")
         self._take_step()
-        return self._answers, float(self.aggregation(self._found, [*self._samples.values()]))
+        answers = {} if self._number < self.alone else self._answers
+        return answers, float(self.aggregation(self._found, [*self._samples.values()]))
 
     def _learn(self, round: int, message: Cut) -> tuple[Message | None, float]:
         """Adds to what is gathered; what the client is sent, and its loss: here by forward and backward.
@@ -302,7 +309,7 @@ class Server:
             loss = self.loss(output, self._labels(labels))
             self.passes["server forward"] += len(cut)
             self.passes["server backward"] += len(cut)
-            multiplier, *gradients = torch.autograd.grad(loss, [cut, *self._trained()], allow_unused=True)
+            multiplier, *gradients = self._gradients(loss, output, cut, torch.ones(len(cut)))
             if not all_true(torch.isfinite(t).all() for t in (loss, multiplier, *gradients) if t is not None):
                 raise MessageError(f"a cut whose loss is {loss:g}, or whose gradients are infinite or NaN")
             if not all_true((b.isfinite() == was.isfinite()).all() for b, was in zip(buffers, before, strict=True)):
@@ -319,6 +326,15 @@ class Server:
             _load(buffers, before)
         self._gathered.add(pieces, len(cut) / self.batch)  # not above 1, by which nothing finite becomes infinite
         return multiplier, float(loss.detach())
+
+    def _gradients(self, loss: Tensor, output: Tensor, cut: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+        """Of a loss, by the cut and by what trains. weights: of the samples in the loss, up to a factor: [n]."""
+        if not self.centered:
+            return torch.autograd.grad(loss, [cut, *self._trained()], allow_unused=True)
+        gradients = torch.autograd.grad(loss, self._trained(), retain_graph=True, allow_unused=True)
+        (found,) = torch.autograd.grad(loss, output, retain_graph=True)
+        (multiplier,) = torch.autograd.grad(output, cut, centered(found, weights))
+        return multiplier, *gradients
 
     def _labels(self, labels: Tensor) -> Tensor:
         """As the loss takes them: int64, or float32."""
@@ -410,3 +426,14 @@ def _load(tensors: Sequence[Tensor], values: Pieces) -> None:
         for tensor, value in zip(tensors, values, strict=True):
             if value is not None:
                 tensor.copy_(value)
+
+
+def centered(gradient: Tensor, weights: Tensor) -> Tensor:
+    """A loss's gradient by the outputs of its samples, without what shifts all outputs alike: [n, ...], as given.
+
+    g_i - w_i (sum_j g_j) / (sum_j w_j), for samples that have weights w_i [n] in the loss. Where the server half has
+    learnt its bias, the sum's expectation is 0, and it is the noise of a small batch alone; of a single sample nothing
+    is left.
+    """
+    shares = (weights / weights.sum()).to(gradient)
+    return gradient - shares.view(-1, *(1,) * (gradient.dim() - 1)) * gradient.sum(0)

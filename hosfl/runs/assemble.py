@@ -102,6 +102,8 @@ def assemble(
         clip=config.server_clip,
         passes=setup.passes,
         statistics=statistics,
+        alone=config.server_first,
+        centered=config.multiplier == "centered",
         wire=method.wire,
     )
     running = {} if statistics is None else calibration.running(base)
