@@ -429,6 +429,6 @@ def test_settings_that_do_not_go_with_it(kind):
 
 
 def test_a_run_without_it_is_described_as_before_there_was_any():
-    assert LATER == {"options": {}, "server_batch": 0}
+    assert LATER["server_batch"] == 0
     assert "server_batch" not in Config().decisive()
     assert Config(server_batch=8).decisive()["server_batch"] == 8
