@@ -35,7 +35,7 @@ test-learning: $(VENV)/ready
 # What depends on torch and Triton, with a pair of them in an environment of its own: make pair TORCH=2.14.1 TRITON=3.8.0.
 # The pairs are in docs/versions.md. Where the index has wheels with CUDA only, PIP_EXTRA_INDEX_URL names another.
 PAIR = .venv-pairs/torch-$(TORCH)-triton-$(TRITON)
-PAIR_TESTS := spec ops update numpy register check gpu_interpreter gpu_compile
+PAIR_TESTS := spec ops update numpy register check gpu_interpreter gpu_choices gpu_compile
 pair:
 	@test "$(TORCH)" -a "$(TRITON)" || (echo "name both: make pair TORCH=2.14.1 TRITON=3.8.0"; exit 2)
 	test -x $(PAIR)/bin/python || $(PYTHON) -m venv $(PAIR)
@@ -47,7 +47,8 @@ bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.report
 	$(BIN)/python -m benchmarks.optim
 
-# Everything that a new GPU is needed for: bits, rows, tests, compute-sanitizer. A bare machine needs no make: see the file.
+# Everything that a new GPU is needed for: bits, rows, tests, compute-sanitizer, shapes of tiles. A bare machine needs no
+# make: see the file.
 gpu: $(VENV)/ready
 	$(BIN)/python benchmarks/gpu_session.py --no-install $(OPTIONS)
 

@@ -1,6 +1,7 @@
 """The first hour on a new GPU in one command: are the bits right, and how fast is everything?
 
     python -m benchmarks.gpu [--elements N] [--out FILE] [--quick]
+    python -m benchmarks.gpu --sweep [--seconds N] [--elements N] [--out FILE] [--quick]
 
 Starts with the self-check, and measures nothing where a bit is wrong. Then a row each for: the roof (a copy, and `add_`
 per dtype), every op of every backend on one large tensor, lists of tensors of LoRA's size, a step of ZOSGD beside its
@@ -10,6 +11,8 @@ Exits with 1 if any failed.
 
 Times are medians. On a GPU they are those of the device, between events; those of the host are named so. Without a GPU
 a clock times the C++ kernels: that tries this file out, and says nothing about a GPU. Sized for ten minutes of an H100.
+
+--sweep measures something else: which shape of tile is fastest, kernel by kernel. See sweep.py.
 
 Needs torch, numpy and this repository, and on a GPU triton: nothing else that `make bench` needs.
 """
@@ -170,7 +173,7 @@ class Rows:
     def save(self) -> None:
         write_atomically(self.path, (json.dumps(self.result, indent=1) + "\n").encode())
 
-    def add(self, group: str, name: str, work: Callable[[], Row]) -> None:
+    def add(self, group: str, name: str, work: Callable[[], Row]) -> Row:
         """The row that `work` returns, or the error that it ended with."""
         begin = time.perf_counter()
         try:
@@ -188,6 +191,7 @@ class Rows:
         figures = {k: v for k, v in row.items() if k not in ("group", "name") and v is not None}
         shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
         print(f"{group:6} {name:44}", *shown, sep="  ", flush=True)
+        return row
 
     def end(self) -> int:
         """How many failed."""
@@ -416,14 +420,23 @@ def all_rows(n: int, width: int, layers: int) -> Iterator[tuple[str, str, Callab
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--elements", type=int, metavar="N", help="of the large tensor; default: 2^29, on a CPU 2^22")
+    parser.add_argument(
+        "--elements", type=int, metavar="N", help="of the large tensor; default: 2^29, 2^27 for --sweep"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="default with a GPU: benchmarks/results/gpu.json")
     parser.add_argument("--quick", action="store_true", help="a sixteenth of the elements, and a small model")
+    parser.add_argument("--sweep", action="store_true", help="time shapes of tiles, and make a table of the fastest")
+    parser.add_argument("--seconds", type=float, default=480, metavar="N", help="for all of the sweep; default: 480")
     options = parser.parse_args(arguments)
+    begin = time.monotonic()
+    if options.sweep and BACKENDS["triton"].describe() is None:
+        print("no GPU here: with TRITON_INTERPRET=1, --elements 5000 and --out the sweep is tried out", file=sys.stderr)
+        return 1
     if not CUDA and options.out is None:
         parser.error("no GPU here: name a file with --out to try this out on the CPU")
-    out = options.out or ROOT / "benchmarks" / "results" / "gpu.json"
-    n = options.elements or (2**29 if CUDA else 2**22) // (16 if options.quick else 1)
+    out = options.out or ROOT / "benchmarks" / "results" / ("gpu-sweep.json" if options.sweep else "gpu.json")
+    large = (2**27 if options.sweep else 2**29) if CUDA else 2**22
+    n = options.elements or large // (16 if options.quick else 1)
     width, layers = (2048, 16) if CUDA and not options.quick else (64, 2)
 
     print("the self-check of every backend", flush=True)
@@ -432,8 +445,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     print("all bits are right")
     if not CUDA:
-        print("no GPU here: the C++ kernels are timed by a clock, which says nothing about a GPU")
+        timed = "Triton's interpreter is" if options.sweep else "the C++ kernels are"
+        print(f"no GPU here: {timed} timed by a clock, which says nothing about a GPU")
     facts = {"machine": machine(), "driver": driver(), "cuda": torch.version.cuda, "device": DEVICE, "elements": n}
+    if options.sweep:
+        from benchmarks import sweep  # needs triton, and this module by its name
+
+        return 1 if sweep.main(out, facts, n, begin + options.seconds) else 0
     facts["lists_and_steps_on"] = DISPATCH[DEVICE.upper()].__name__
     rows = Rows(out, facts)
     for row in all_rows(n, width, layers):

@@ -9,6 +9,7 @@ which needs nothing but Python, torch, Triton and a C++ compiler: no index, no m
     rows       python -m benchmarks.gpu: what every op costs, lists, steps, a step in a CUDA graph
     tests      the tests whose kernels run on a GPU
     sanitizer  the self-check once more under compute-sanitizer, where it is there
+    sweep      python -m benchmarks.gpu --sweep, for the time that is left: which shapes of tiles are fastest
 
 Every part has a log of its own in FOLDER, and its line in FOLDER/parts.json as it ends; the rows are saved one by one.
 So whatever cuts a session short, what was done is there. A part that fails or takes too long costs no other. Exits with
@@ -30,19 +31,29 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = [f"tests/test_{name}.py" for name in ("gpu_interpreter", "ops", "update", "register", "check")]
+TESTS = [f"tests/test_{name}.py" for name in ("gpu_interpreter", "gpu_choices", "ops", "update", "register", "check")]
 CHECK = [sys.executable, "-m", "hosfl_kernels.check", "--vectors", "tests/noise_vectors.json"]
 
 
 @dataclass(frozen=True)
 class Part:
-    """A command, and how much of the session's time it may take. missing: what it needs and is not here."""
+    """A command, and how much of the session's time it may take. missing: what it needs and is not here.
+
+    ends: the command takes --seconds, and ends in order by then.
+    """
 
     name: str
     command: Sequence[str]
     share: float = 1.0
     missing: str = ""
     environment: dict[str, str] = field(default_factory=dict)
+    ends: bool = False
+
+
+def has_gpu() -> bool:
+    """As torch sees it, which a file of this folder can't import when it is run: there is a numbers.py beside it."""
+    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def parts(out: Path, quick: bool, install: bool) -> Iterator[Part]:
@@ -59,7 +70,13 @@ def parts(out: Path, quick: bool, install: bool) -> Iterator[Part]:
     tests = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-q", "-x", *TESTS]
     yield Part("tests", tests, 0.8, pytest)
     missing = "" if sanitizer else "there is no compute-sanitizer on the path"
-    yield Part("sanitizer", [sanitizer or "", "--error-exitcode", "9", *CHECK], 1.0, missing)
+    yield Part("sanitizer", [sanitizer or "", "--error-exitcode", "9", *CHECK], 0.7, missing)
+    sweep = [sys.executable, "-m", "benchmarks.gpu", "--sweep", "--out", str(out / "sweep.json"), *["--quick"] * quick]
+    if has_gpu():
+        yield Part("sweep", sweep, ends=True)
+    else:
+        tried_out = ["--elements", "1000", "--seconds", "120"]
+        yield Part("sweep", [*sweep, *tried_out], environment={"TRITON_INTERPRET": "1"})
 
 
 def run(part: Part, out: Path, seconds: float) -> dict[str, object]:
@@ -67,10 +84,11 @@ def run(part: Part, out: Path, seconds: float) -> dict[str, object]:
     if part.missing:
         return {"part": part.name, "result": f"left out: {part.missing}"}
     begin, log = time.monotonic(), out / f"{part.name}.log"
+    in_order = ["--seconds", str(0.9 * seconds)] if part.ends else []
     try:
         with log.open("w") as file:
             done = subprocess.run(
-                part.command,
+                [*part.command, *in_order],
                 cwd=ROOT,
                 stdout=file,
                 stderr=subprocess.STDOUT,

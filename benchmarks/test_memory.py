@@ -16,8 +16,8 @@ def bound(way: Way, device: str, elements: int) -> int:
     """The bytes that a way of ours may take besides its tensor: 1 MB.
 
     On a GPU `project` has sums too, which are its result's parts. Triton: a float64 per seed and tile, at most 64 MB;
-    the smallest tile has 2,048 elements. nvcc's, which has no kernel for it: noise and factors of 2^22 elements at a
-    time, in float32 and float64.
+    the smallest default tile has 2,048 elements. nvcc's, which has no kernel for it: noise and factors of 2^22 elements
+    at a time, in float32 and float64.
     """
     if device != "cuda" or not way.group.startswith("project"):
         return SMALL

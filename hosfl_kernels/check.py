@@ -3,8 +3,9 @@
     python -m hosfl_kernels.check [--backend numpy|cpp|triton|cuda] [--vectors FILE]
 
 Prints one line per backend and case; exits with 1 on any difference and says where it is. `cpp` runs with every
-instruction set of this processor. The Triton backend runs on the GPU, or without one in Triton's interpreter; `cuda`,
-the kernels of a HOSFL_CUDA=1 build, on a GPU only. Both need torch; the others run without it, on numpy arrays.
+instruction set of this processor. The Triton backend runs on the GPU, with the tiles of small and of large launches
+where they differ, or without one in Triton's interpreter; `cuda`, the kernels of a HOSFL_CUDA=1 build, on a GPU only.
+Both need torch; the others run without it, on numpy arrays.
 """
 
 from __future__ import annotations
@@ -298,6 +299,19 @@ def vector_cases(vectors: dict[str, Any], backend: ModuleType, device: str) -> I
                     )
 
 
+def ways(name: str, backend: ModuleType) -> Iterator[str]:
+    """Sets a backend to one after another of its ways to compute, and says which: the last is the one in use."""
+    if name == "cpp":
+        for isa in _cpp.supported():
+            _cpp.use_isa(isa)
+            yield f"{backend.describe()}"
+    elif name == "triton":
+        for size in backend.each_size():
+            yield f"{backend.describe()}, tiles for {size} launches"
+    else:
+        yield f"{backend.describe()}"
+
+
 # --- the command ----------------------------------------------------------------------------------------------
 
 
@@ -329,10 +343,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             failed += options.backend is not None
             continue
         device = "numpy" if name in ops.BACKENDS else "cuda" if has_gpu else "cpu"
-        for isa in _cpp.supported() if backend is cpu else [None]:  # the last is the one in use
-            if isa is not None:
-                _cpp.use_isa(isa)
-            print(f"     {name:6} {backend.describe()}")
+        for way in ways(name, backend):
+            print(f"     {name:6} {way}")
             results = [(str(case), run_case(backend, case, device)) for case in CASES if backend is not reference]
             results += vector_cases(vectors, backend, device) if vectors else []
             for case_name, wrong in results:

@@ -1,5 +1,6 @@
 """The benchmarks' machinery, on the CPU and tiny: rows are saved as they come, failures cost no other row."""
 
+import importlib
 import json
 import math
 import os
@@ -33,6 +34,8 @@ def test_a_part_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
         ):
             share = 1e-9 if name == "hangs" else 1.0
             yield gpu_session.Part(name, [sys.executable, "-c", source], share, environment={"SHOWN": "yes"})
+        source = "import sys; print(*sys.argv[1:])"
+        yield gpu_session.Part("ends", [sys.executable, "-c", source], 0.5, ends=True)
         yield gpu_session.Part("absent", ["nothing"], missing="there is no such tool")
         yield gpu_session.Part("nowhere", [str(tmp_path / "no such program")])
 
@@ -43,30 +46,44 @@ def test_a_part_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
         "failed",
         "too long",
         "passed",
+        "passed",
         "left out",
         "failed",
     ]
     assert (tmp_path / "new" / "out" / "passes.log").read_text() == "yes\n"
     assert (tmp_path / "new" / "out" / "hangs.log").read_text() == "begun\n"
+    option, seconds = (tmp_path / "new" / "out" / "ends.log").read_text().split()
+    assert option == "--seconds"
+    assert 100 < float(seconds) < 0.5 * 60 * 9.5  # of what the parts before have left
     assert "no luck" in capsys.readouterr().out
 
 
 def test_the_parts_are_there(tmp_path, monkeypatch):
     """Their modules and files exist, and what this machine lacks is left out by name."""
     monkeypatch.setattr(gpu_session.shutil, "which", lambda name: None)
+    monkeypatch.setattr(gpu_session, "has_gpu", lambda: False)
     found = {part.name: part for part in gpu_session.parts(tmp_path, True, True)}
-    assert list(found) == ["install", "bits", "rows", "tests", "sanitizer"]
+    assert list(found) == ["install", "bits", "rows", "tests", "sanitizer", "sweep"]
     assert found["sanitizer"].missing
+    assert not found["sweep"].ends
+    assert found["sweep"].environment["TRITON_INTERPRET"] == "1"
     assert not found["install"].environment
     for part in found.values():
         for word in part.command:
             if word.startswith("tests/"):
                 assert (gpu_session.ROOT / word).exists()
     monkeypatch.setattr(gpu_session.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(gpu_session, "has_gpu", lambda: True)
     found = {part.name: part for part in gpu_session.parts(tmp_path, True, True)}
     assert found["install"].environment["HOSFL_CUDA"] == "1"
     assert found["sanitizer"].command[0] == "/usr/bin/compute-sanitizer"
     assert not found["sanitizer"].missing
+    assert found["sweep"].ends
+    assert not found["sweep"].environment
+
+
+def test_whether_there_is_a_gpu():
+    assert gpu_session.has_gpu() == torch.cuda.is_available()
 
 
 @pytest.mark.slow
@@ -79,6 +96,7 @@ def test_a_session_on_a_machine_without_a_gpu(tmp_path):
     assert done.returncode == 0
     rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
     assert [row["same_bits"] for row in rows if row["group"] == "graph"] == [True, True]
+    assert json.loads((tmp_path / "sweep.json").read_text())["rows"]
 
 
 # --- python -m benchmarks.gpu ------------------------------------------------------------------------------------
@@ -272,8 +290,9 @@ def test_only_projections_on_a_gpu_may_hold_more_than_a_megabyte(monkeypatch):
         if not way.group.startswith("project"):
             assert bound(way, "cuda", n) == SMALL
     way = next(w for w in WAYS if w.name == "hosfl Gaussian" and w.group.startswith("project"))
-    projection = pytest.importorskip("hosfl_kernels.gpu.projection")
-    sums = {dist: 64 * 8 * projection.variant(torch.float32, dist).programs(n, 0) for dist in DISTRIBUTIONS}
+    pytest.importorskip("triton")
+    offline = importlib.import_module("hosfl_kernels.gpu.offline").variants()
+    sums = {dist: 64 * 8 * offline[f"project-{dist}-float32"].programs(n, 0) for dist in DISTRIBUTIONS}
     assert max(sums.values()) == bound(way, "cuda", n) - SMALL == 4 * 2**20
     assert bound(way, "cuda", 2**40) == SMALL + 64 * 2**20
     monkeypatch.setitem(DISPATCH, "CUDA", cuda)

@@ -368,9 +368,9 @@ def test_what_a_graph_captures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_each_stream_has_tables_of_its_own() -> None:
     launch = importlib.import_module("hosfl_kernels.gpu.launch")
-    variant = importlib.import_module("hosfl_kernels.gpu.perturb").variant
+    kernel = importlib.import_module("hosfl_kernels.gpu.perturb").BY_VALUE
     x = weights(10)
-    key = (variant, Place("rademacher", (1.0,), (0,), (0,)), False, x.device)
+    key = (kernel, Place("rademacher", (1.0,), (0,), (0,)), False, x.device)
     key += ((x.dtype,), (x.data_ptr(),), (x.numel(),), ())
     one, other = launch.remembered(1, *key), launch.remembered(2, *key)
     assert one[0].rows.data_ptr() != other[0].rows.data_ptr()

@@ -6,7 +6,7 @@ Imports without triton and without a GPU; calls then raise RuntimeError. Argumen
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -33,6 +33,21 @@ def describe() -> str | None:
         return None
     major, minor = cuda.get_device_capability()
     return f"cuda sm_{major}{minor} ({cuda.get_device_name()})"
+
+
+def each_size() -> Iterator[str]:
+    """The size classes one after another: until the next, launches of any size take the shapes of this one.
+
+    A single one, "all", where this GPU's table makes no difference between them.
+    """
+    launch, choices = module("launch"), module("choices")
+    capability = launch.capability(launch.torch.device("cpu" if launch.INTERPRETED else "cuda"))
+    shapes = {size: choices.of(capability, size) for size in choices.SIZES}
+    if all(each == shapes["small"] for each in shapes.values()):
+        shapes = {"all": shapes["small"]}
+    for size, each in shapes.items():
+        with launch.instead(each):
+            yield size
 
 
 def philox_words(key: int, counter: tuple[int, int, int, int]) -> tuple[int, ...]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,8 @@ import triton.language as tl
 from hosfl_kernels import spec
 from hosfl_kernels.place import DISTRIBUTIONS, Place
 
+from . import choices
+from .choices import Shape
 from .philox import words
 from .tile import FIELDS
 
@@ -64,20 +67,99 @@ class Variant(NamedTuple):
         options = {**self.constants, "num_warps": self.num_warps, **OPTIONS}
         return None if INTERPRETED else self.kernel.run(*arguments, grid=(1,), warmup=True, **options)
 
+    def spills(self, *arguments: Any) -> int:
+        """32-bit words of a thread that lie in memory, as the driver counts them; in the interpreter none."""
+        if (compiled := self.compile(*arguments)) is None:
+            return 0
+        compiled._init_handles()  # as Triton's tutorials do: the driver knows it once the kernel is loaded
+        return compiled.n_spills
+
 
 def inner(dist: str) -> int:
     """Rows that share their words: a program's loop takes so many at a time, all loaded before the first is used."""
     return {"rademacher": spec.ROUNDING_ROWS, "gaussian": spec.GAUSSIAN_ROWS}[dist]
 
 
-def kinds() -> Iterator[tuple[str, torch.dtype, str, bool]]:
-    """A name, dtype, distribution and whether rounding is stochastic, for each that an op has a variant of."""
-    for dist in DISTRIBUTIONS:
-        for dtype in CELLS:
-            name = f"{dist}-{str(dtype).removeprefix('torch.')}"
-            yield name, dtype, dist, False
-            if dtype == torch.bfloat16:
-                yield f"{name}-stochastic", dtype, dist, True
+class Kind(NamedTuple):
+    """What a variant is for beside its op. stochastic: the rounding, of bfloat16 alone."""
+
+    dtype: torch.dtype
+    dist: str
+    stochastic: bool = False
+
+    def __str__(self) -> str:
+        name = f"{self.dist}-{str(self.dtype).removeprefix('torch.')}"
+        return f"{name}-stochastic" if self.stochastic else name
+
+
+KINDS = tuple(
+    Kind(dtype, dist, stochastic)
+    for dist in DISTRIBUTIONS
+    for dtype in CELLS
+    for stochastic in ((False, True) if dtype == torch.bfloat16 else (False,))
+)
+
+
+def tile_constants(kind: Kind, shape: Shape) -> dict[str, int]:
+    """The constants of a kernel that are its tile's."""
+    return {"BLOCKS": shape.blocks, "INNER": inner(kind.dist), "WIDTH": shape.width}
+
+
+@dataclass(frozen=True, eq=False)
+class Kernel:
+    """A kernel of an op, in a variant for every kind of tensors and shape. `plan` remembers by its identity.
+
+    variant: makes one, the same for the same arguments. default: the shape where choices.json names none. wide: a
+    thread has 16 bytes of every row of a tile, where another has one column at least.
+    """
+
+    name: str
+    variant: Callable[[Kind, Shape], Variant]
+    default: Callable[[Kind], Shape]
+    wide: bool = False
+    kinds: Sequence[Kind] = KINDS
+
+    def at(self, kind: Kind, elements: int, device: torch.device) -> Variant:
+        """The variant for a launch of so many elements in all."""
+        shapes = choices.of(capability(device), choices.size_of(elements)) if _instead is None else _instead
+        return self.variant(kind, shapes.get(f"{self.name}-{kind}") or self.default(kind))
+
+    def impossible(self, kind: Kind, shape: Shape) -> str | None:
+        """Why the kernel can't have this shape, or None."""
+        if any(type(x) is not int or x < 1 or x & (x - 1) for x in shape):
+            return "each number is a power of two"
+        if (rows := shape.blocks * inner(kind.dist)) > spec.RADEMACHER_ROWS:
+            return f"{rows} rows; the words of a program's signs are those of {spec.RADEMACHER_ROWS}"
+        if shape.width > spec.COLS:
+            return f"{shape.width} columns; a row has {spec.COLS}"
+        columns = 16 // kind.dtype.itemsize if self.wide else 1
+        if (least := 32 * shape.num_warps * columns) > shape.width:
+            return f"its threads want {columns} columns each, {least} in all"
+        return None
+
+
+_instead: Mapping[str, Shape] | None = None
+
+
+@contextlib.contextmanager
+def instead(shapes: Mapping[str, Shape]) -> Iterator[None]:
+    """Within, a launch of any size takes the shape that is named here, or its default: for checks and timings."""
+    global _instead
+    before, _instead = _instead, shapes
+    remembered.cache_clear()
+    try:
+        yield
+    finally:
+        _instead = before
+        remembered.cache_clear()
+
+
+def capability(device: torch.device) -> int | None:
+    """90 for sm_90; None where there is none: the interpreter, AMD."""
+    if device.type != "cuda" or torch.version.hip:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def float_bits(values: Any) -> np.ndarray:
@@ -125,7 +207,7 @@ class Launches(list[Launch]):
 
 
 def plan(
-    variant_of: Callable[[torch.dtype, str, bool], Variant],
+    kernel: Kernel,
     tensors: Sequence[torch.Tensor],
     place: Place,
     stochastic: bool = False,
@@ -138,7 +220,7 @@ def plan(
     """
     device = tensors[0].device
     key = (
-        variant_of,
+        kernel,
         Place(place.dist, tuple(place.factors), tuple(place.streams), tuple(place.starts)),
         stochastic,
         device,
@@ -168,7 +250,7 @@ latest: weakref.WeakValueDictionary[tuple[Any, ...], Launches] = weakref.WeakVal
 @functools.lru_cache(maxsize=32)
 def remembered(
     stream: int,
-    variant_of: Callable[[torch.dtype, str, bool], Variant],
+    kernel: Kernel,
     place: Place,
     stochastic: bool,
     device: torch.device,
@@ -183,7 +265,8 @@ def remembered(
         mine = [i for i, n in enumerate(sizes) if n and dtypes[i] == dtype]
         if not mine:
             continue
-        variant = variant_of(dtype, place.dist, stochastic)
+        kind = Kind(dtype, place.dist, stochastic and dtype == torch.bfloat16)
+        variant = kernel.at(kind, sum(sizes[i] for i in mine), device)
         rows = np.zeros((len(mine), FIELDS.value), np.int64)
         columns = (addresses, sizes, place.starts, place.streams, float_bits(place.factors))
         for field, column in enumerate(columns):
@@ -194,7 +277,7 @@ def remembered(
             rows[:, 6 + k] = [kept[i] for i in mine]
         row_of_program = np.repeat(np.arange(len(mine), dtype=np.int32), programs)
         launches.append(Launch(variant, _copied(rows, device), _copied(row_of_program, device)))
-    latest[variant_of, place, stochastic, device, dtypes, addresses, sizes, moments] = launches
+    latest[kernel, place, stochastic, device, dtypes, addresses, sizes, moments] = launches
     return launches
 
 

@@ -9,7 +9,8 @@ import triton.language as tl
 from hosfl_kernels import spec
 from hosfl_kernels.place import DISTRIBUTIONS, Place
 
-from .launch import Variant, inner, reach
+from .choices import Shape
+from .launch import Kernel, Kind, Variant, reach, tile_constants
 from .philox import COLS, column_words
 from .tile import exist, is_empty, is_full, locate, pointers, rows_and_columns
 
@@ -154,18 +155,22 @@ def noise(
                 )
 
 
+def default(kind: Kind) -> Shape:
+    return Shape(blocks=2, width=512, num_warps=4)
+
+
 @functools.cache
-def variant(dist: str) -> Variant:
-    return Variant(noise, {"DIST": dist, "BLOCKS": 2, "INNER": inner(dist), "WIDTH": 512}, num_warps=4)
+def variant(kind: Kind, shape: Shape) -> Variant:
+    return Variant(noise, {"DIST": kind.dist, **tile_constants(kind, shape)}, shape.num_warps)
 
 
-def variants() -> dict[str, Variant]:
-    return {f"noise-{dist}": variant(dist) for dist in DISTRIBUTIONS}
+KERNEL = Kernel("noise", variant, default, wide=True, kinds=[Kind(torch.float32, dist) for dist in DISTRIBUTIONS])
+KERNELS = (KERNEL,)
 
 
 def noise_(out: torch.Tensor, seed: int, place: Place) -> None:
     """Fill the float32 tensor `out` with the noise of `seed`."""
     with reach(out.device):
         if n := out.numel():
-            start, chosen = place.starts[0], variant(place.dist)
+            start, chosen = place.starts[0], KERNEL.at(Kind(torch.float32, place.dist), n, out.device)
             chosen.launch(chosen.programs(n, start), out.data_ptr(), n, start, place.streams[0], seed)

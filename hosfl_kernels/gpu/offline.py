@@ -15,13 +15,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import MODULES, module
+from . import choices
 from .launch import INTERPRETED, OPTIONS, Variant
 
 
-def variants() -> dict[str, Variant]:
-    """Every variant that a call can reach, by name."""
-    return {name: variant for op in MODULES for name, variant in module(op).variants().items()}
+def variants(capability: int | None = None) -> dict[str, Variant]:
+    """Every variant that a call can reach, by name: the defaults, and as NAME@SIZE what choices.json names for GPUs of
+    this compute capability."""
+    kernels = choices.kernels()
+    found = {name: kernel.variant(kind, kernel.default(kind)) for name, (kernel, kind) in kernels.items()}
+    for size in choices.SIZES:
+        for name, shape in choices.of(capability, size).items():
+            kernel, kind = kernels[name]
+            found[f"{name}@{size}"] = kernel.variant(kind, shape)
+    return found
 
 
 def compile_variant(variant: Variant, capability: int) -> Any:
@@ -48,7 +55,7 @@ def _type(name: str, parameter: inspect.Parameter) -> str:
 
 def compile_all(capability: int) -> dict[str, Any]:
     """Every variant by name."""
-    return {name: compile_variant(variant, capability) for name, variant in variants().items()}
+    return {name: compile_variant(variant, capability) for name, variant in variants(capability).items()}
 
 
 def main(directory: str, *capabilities: str) -> None:

@@ -13,7 +13,8 @@ import triton.language as tl
 
 from hosfl_kernels.place import Place
 
-from .launch import CELLS, Variant, float_bits, inner, kinds, plan, reach, run
+from .choices import Shape
+from .launch import CELLS, Kernel, Kind, Variant, float_bits, plan, reach, run, tile_constants
 from .noise import normals, sign_words, signed
 from .philox import COLS
 from .rounding import from_float32, to_float32
@@ -133,23 +134,23 @@ def perturb(
                 )
 
 
-@functools.cache
-def variant(dtype: torch.dtype, dist: str, stochastic: bool, on_device: bool = False) -> Variant:
+def default(kind: Kind) -> Shape:
     """Tiles of 512 columns, 16 bytes of each row to a thread.
 
     16 rows of signs spread a Philox call thin enough; 128 would leave most of a GPU idle on a tensor of a million.
     """
-    constants = {"CELL": CELLS[dtype], "DIST": dist, "STOCHASTIC": stochastic and dtype == torch.bfloat16}
-    constants |= {"ON_DEVICE": on_device, "BLOCKS": 2, "INNER": inner(dist), "WIDTH": 512}
-    return Variant(perturb, constants, num_warps=512 * dtype.itemsize // (16 * 32))
+    return Shape(blocks=2, width=512, num_warps=512 * kind.dtype.itemsize // (16 * 32))
 
 
-variant_on_device = functools.cache(functools.partial(variant, on_device=True))  # `plan` remembers by it
+@functools.cache
+def variant(on_device: bool, kind: Kind, shape: Shape) -> Variant:
+    constants = {"CELL": CELLS[kind.dtype], "DIST": kind.dist, "STOCHASTIC": kind.stochastic, "ON_DEVICE": on_device}
+    return Variant(perturb, {**constants, **tile_constants(kind, shape)}, shape.num_warps)
 
 
-def variants() -> dict[str, Variant]:
-    by_value = {f"perturb-{name}": variant(*kind) for name, *kind in kinds()}
-    return by_value | {f"perturb-on-device-{name}": variant_on_device(*kind) for name, *kind in kinds()}
+BY_VALUE = Kernel("perturb", functools.partial(variant, False), default, wide=True)
+ON_DEVICE = Kernel("perturb-on-device", functools.partial(variant, True), default, wide=True)
+KERNELS = (BY_VALUE, ON_DEVICE)
 
 
 def perturb_(tensors: Sequence[torch.Tensor], seed: int, scale: float, place: Place, rounding_seed: int | None) -> None:
@@ -157,6 +158,6 @@ def perturb_(tensors: Sequence[torch.Tensor], seed: int, scale: float, place: Pl
     if not tensors:
         return
     with reach(tensors[0].device):
-        launches = plan(variant, tensors, place, rounding_seed is not None)
+        launches = plan(BY_VALUE, tensors, place, rounding_seed is not None)
         nowhere = launches[0].rows if launches else None
         run(launches, nowhere, seed, int(float_bits(scale)), rounding_seed or 0)

@@ -11,9 +11,10 @@ import torch
 import triton
 import triton.language as tl
 
-from hosfl_kernels.place import DISTRIBUTIONS, Place
+from hosfl_kernels.place import Place
 
-from .launch import CELLS, Variant, inner, on_device, plan, reach, seed_bits
+from .choices import Shape
+from .launch import CELLS, KINDS, Kernel, Kind, Variant, on_device, plan, reach, seed_bits, tile_constants
 from .noise import normals, sign_words, signed
 from .rounding import to_float32
 from .tile import exist, is_empty, locate, pointers, rows_and_columns, segment
@@ -55,17 +56,20 @@ def projection(
             mine += tl.num_programs(0)
 
 
+def default(kind: Kind) -> Shape:
+    """Tiles as replay has them."""
+    return Shape({"rademacher": 8, "gaussian": 4}[kind.dist], width=128, num_warps=4)
+
+
 @functools.cache
-def variant(dtype: torch.dtype, dist: str, stochastic: bool = False) -> Variant:
-    """Tiles as replay has them; nothing is rounded to storage."""
-    constants = {"CELL": CELLS[dtype], "DIST": dist}
-    constants |= {"BLOCKS": {"rademacher": 8, "gaussian": 4}[dist], "INNER": inner(dist), "WIDTH": 128}
-    return Variant(projection, constants, num_warps=4)
+def variant(kind: Kind, shape: Shape) -> Variant:
+    constants = {"CELL": CELLS[kind.dtype], "DIST": kind.dist}
+    return Variant(projection, {**constants, **tile_constants(kind, shape)}, shape.num_warps)
 
 
-def variants() -> dict[str, Variant]:
-    names = {dtype: str(dtype).removeprefix("torch.") for dtype in CELLS}
-    return {f"project-{dist}-{names[dtype]}": variant(dtype, dist) for dist in DISTRIBUTIONS for dtype in CELLS}
+# Nothing is rounded to storage.
+KERNEL = Kernel("project", variant, default, kinds=[kind for kind in KINDS if not kind.stochastic])
+KERNELS = (KERNEL,)
 
 
 SUMS = 1 << 23  # of tiles, kept at a time: 64 MB
@@ -82,7 +86,7 @@ def project(tensors: Sequence[torch.Tensor], seeds: Sequence[int], place: Place)
     with reach(device):
         scalars = torch.zeros(len(seeds), dtype=torch.float64, device=device)
         table = on_device(seed_bits(seeds), "project", device)
-        for run in plan(variant, tensors, place):
+        for run in plan(KERNEL, tensors, place):
             programs = len(run.row_of_program)
             for some, mine in zip(*(t.split(max(SUMS // programs, 1)) for t in (table, scalars)), strict=True):
                 sums = torch.zeros(len(some), programs, dtype=torch.float64, device=device)

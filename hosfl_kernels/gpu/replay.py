@@ -16,9 +16,10 @@ import triton.language as tl
 
 from hosfl_kernels.place import Place
 
-from .launch import CELLS, Variant, float_bits, inner, kinds, on_device, plan, reach, run, seed_bits
+from .choices import Shape
+from .launch import CELLS, Kernel, Kind, Variant, float_bits, on_device, plan, reach, run, seed_bits, tile_constants
 from .noise import normals, sign_words, signed
-from .perturb import variant_on_device
+from .perturb import ON_DEVICE
 from .rounding import from_float32, to_float32
 from .tile import exist, is_empty, locate, pointers, rows_and_columns, segment
 
@@ -61,16 +62,19 @@ def replay(
         tl.store(pointer, from_float32(x, CELL, 0, stream, first_row, outer, inner, col, False), mask)
 
 
-@functools.cache
-def variant(dtype: torch.dtype, dist: str, stochastic: bool) -> Variant:
+def default(kind: Kind) -> Shape:
     """Tiles of 128 columns, one to a thread: 64 rows of signs or 16 of normal numbers in registers."""
-    constants = {"CELL": CELLS[dtype], "DIST": dist, "STOCHASTIC": stochastic and dtype == torch.bfloat16}
-    constants |= {"BLOCKS": {"rademacher": 8, "gaussian": 4}[dist], "INNER": inner(dist), "WIDTH": 128}
-    return Variant(replay, constants, num_warps=4)
+    return Shape({"rademacher": 8, "gaussian": 4}[kind.dist], width=128, num_warps=4)
 
 
-def variants() -> dict[str, Variant]:
-    return {f"replay-{name}": variant(*kind) for name, *kind in kinds()}
+@functools.cache
+def variant(kind: Kind, shape: Shape) -> Variant:
+    constants = {"CELL": CELLS[kind.dtype], "DIST": kind.dist, "STOCHASTIC": kind.stochastic}
+    return Variant(replay, {**constants, **tile_constants(kind, shape)}, shape.num_warps)
+
+
+KERNEL = Kernel("replay", variant, default)
+KERNELS = (KERNEL,)
 
 
 def table_of(seeds: Sequence[int], coefficients: Any, rounding_seeds: Any) -> np.ndarray:
@@ -103,9 +107,9 @@ def replay_(
         else:
             records = on_device(table_of(seeds, coefficients, rounding_seeds), "replay_ of records on the host", device)
         if len(seeds) == 1:
-            run(plan(variant_on_device, tensors, place, stochastic), records, 0, 0, 0)
+            run(plan(ON_DEVICE, tensors, place, stochastic), records, 0, 0, 0)
         else:
-            run(plan(variant, tensors, place, stochastic), records, len(seeds))
+            run(plan(KERNEL, tensors, place, stochastic), records, len(seeds))
 
 
 def _there(seeds: torch.Tensor, coefficients: Any, rounding_seeds: Any) -> torch.Tensor:

@@ -5,7 +5,7 @@ thread.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -14,7 +14,21 @@ import triton.language as tl
 
 from hosfl_kernels.place import Place
 
-from .launch import CELLS, TRITON, Variant, float_bits, inner, kinds, on_device, plan, reach, run, seed_bits
+from .choices import Shape
+from .launch import (
+    CELLS,
+    TRITON,
+    Kernel,
+    Kind,
+    Variant,
+    float_bits,
+    on_device,
+    plan,
+    reach,
+    run,
+    seed_bits,
+    tile_constants,
+)
 from .noise import normals, sign_words, signed
 from .rounding import from_float32, to_float32
 from .tile import exist, is_empty, locate, moment_address, pointers, rows_and_columns, segment
@@ -124,26 +138,22 @@ def update(
             tl.store(v_pointer, v, mask)
 
 
-RULES = ("sgd", "momentum", "adamw")
-
-
-def variant(rule: str, dtype: torch.dtype, dist: str, stochastic: bool) -> Variant:
+def default(rule: str, kind: Kind) -> Shape:
     """Tiles of 128 columns, one to a thread: as many rows as fit into registers with their moments and sums."""
-    constants = {"RULE": rule, "CELL": CELLS[dtype], "DIST": dist}
-    constants |= {"STOCHASTIC": stochastic and dtype == torch.bfloat16}
-    blocks = 2 if rule == "adamw" and dist == "rademacher" else 4
-    constants |= {"BLOCKS": blocks, "INNER": inner(dist), "WIDTH": 128}
-    return Variant(update, constants, num_warps=4)
+    return Shape(2 if rule == "adamw" and kind.dist == "rademacher" else 4, width=128, num_warps=4)
 
 
 @functools.cache
-def variant_of(rule: str) -> Callable[[torch.dtype, str, bool], Variant]:
-    """The same function at every call: `plan` remembers by it."""
-    return functools.cache(functools.partial(variant, rule))
+def variant(rule: str, kind: Kind, shape: Shape) -> Variant:
+    constants = {"RULE": rule, "CELL": CELLS[kind.dtype], "DIST": kind.dist, "STOCHASTIC": kind.stochastic}
+    return Variant(update, {**constants, **tile_constants(kind, shape)}, shape.num_warps)
 
 
-def variants() -> dict[str, Variant]:
-    return {f"update-{rule}-{name}": variant(rule, *kind) for rule in RULES for name, *kind in kinds()}
+BY_RULE = {
+    rule: Kernel(f"update-{rule}", functools.partial(variant, rule), functools.partial(default, rule))
+    for rule in ("sgd", "momentum", "adamw")
+}
+KERNELS = tuple(BY_RULE.values())
 
 
 def table_of(
@@ -181,5 +191,5 @@ def update_(
     device = tensors[0].device
     with reach(device):
         records = on_device(table_of(constants, seeds, coefficients, steps, rounding_seeds), "update_", device)
-        launches = plan(variant_of(rule), tensors, place, rounding_seeds is not None, moments)
+        launches = plan(BY_RULE[rule], tensors, place, rounding_seeds is not None, moments)
         run(launches, records, len(steps), len(seeds) // len(steps))

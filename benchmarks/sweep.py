@@ -1,0 +1,265 @@
+"""Which shape of tile is fastest on this GPU, kernel by kernel: `python -m benchmarks.gpu --sweep`.
+
+For every kernel, kind of tensor and size class the candidates are timed, the default first. The launch is timed alone:
+records and tables lie on the device before. Before it is timed a candidate must leave the bits that the default leaves
+on a tensor of odd start and size (of `project`, whose sums have an order of their own, the sum within a tolerance);
+other bits are a failure. One that keeps more of a thread in memory than the default, where registers were too few, is
+left out.
+
+The fastest candidate is chosen where it takes at most 97 % of the default's time, and again when both are timed once
+more. What is chosen so far stands in a new table beside the rows, FILE with the ending .choices.json, after every
+kernel: copied to hosfl_kernels/gpu/choices.json it is what launches take. What was not swept keeps its entry there.
+
+Most of the time goes into compilation, of every candidate once for both size classes. There are 558. For sm_90 one
+takes 0.2 to 1.2 s of a core of an AMD EPYC with Triton 3.7.1, on average 0.5 s: 4.6 of the default 8 minutes. The
+kernels of most use come first; after --seconds the sweep ends and names what it has not swept. Run again it begins
+anew, but finds what was compiled in Triton's cache.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import hosfl_kernels as hk
+from benchmarks.gpu import DEVICE, ROOT, SCALE, Row, Rows, milliseconds
+from hosfl.files import write_atomically
+from hosfl_kernels.check import TOLERANCE
+from hosfl_kernels.gpu import choices
+from hosfl_kernels.gpu.choices import Shape
+from hosfl_kernels.gpu.launch import Kernel, Kind, Variant, capability, float_bits, instead, on_device, plan, seed_bits
+from hosfl_kernels.gpu.replay import table_of as records_of
+from hosfl_kernels.gpu.update import table_of as rounds_of
+from hosfl_kernels.place import Place
+
+FASTER = 0.97  # of the default's time
+RECORDS, ROUNDS, DIRECTIONS = 16, 4, 4
+START, ODD = 131_077, 140_001  # whole tiles of every shape, and parts of tiles on both sides
+
+
+class Prepared(NamedTuple):
+    """A launch whose arguments lie on the device. written: weights and moments, or the sums of tiles."""
+
+    variant: Variant
+    programs: int
+    arguments: tuple[Any, ...]
+    weights: Tensor
+    written: list[Tensor]
+
+    def __call__(self) -> None:
+        self.variant.launch(self.programs, *self.arguments)
+
+
+# --- one launch of every kernel -----------------------------------------------------------------------------------
+
+
+def planned(
+    kernel: Kernel,
+    x: Tensor,
+    place: Place,
+    stochastic: bool,
+    *arguments: Any,
+    moments: Sequence[Tensor] = (),
+) -> Prepared:
+    (launch,) = plan(kernel, [x], place, stochastic, [[m] for m in moments])
+    tables = (launch.rows, launch.row_of_program)
+    return Prepared(launch.variant, len(launch.row_of_program), (*tables, *arguments), x, [x, *moments])
+
+
+def records(count: int, stochastic: bool) -> Tensor:
+    seeds = range(1, count + 1)
+    table = records_of(seeds, [SCALE] * count, seeds if stochastic else None)
+    return on_device(table, "the sweep", torch.device(DEVICE))
+
+
+def noise(kernel: Kernel, x: Tensor, place: Place, stochastic: bool) -> Prepared:
+    n, start = x.numel(), place.starts[0]
+    variant = kernel.at(Kind(x.dtype, place.dist), n, x.device)
+    return Prepared(variant, variant.programs(n, start), (x.data_ptr(), n, start, place.streams[0], 1), x, [x])
+
+
+def perturb(kernel: Kernel, x: Tensor, place: Place, stochastic: bool) -> Prepared:
+    return planned(kernel, x, place, stochastic, records(1, False), 1, int(float_bits(SCALE)), 2)
+
+
+def perturb_on_device(kernel: Kernel, x: Tensor, place: Place, stochastic: bool) -> Prepared:
+    return planned(kernel, x, place, stochastic, records(1, stochastic), 0, 0, 0)
+
+
+def replay(kernel: Kernel, x: Tensor, place: Place, stochastic: bool) -> Prepared:
+    return planned(kernel, x, place, stochastic, records(RECORDS, stochastic), RECORDS)
+
+
+def update(rule: hk.SGD | hk.AdamW, kernel: Kernel, x: Tensor, place: Place, stochastic: bool) -> Prepared:
+    rounds, draws = range(ROUNDS), range(ROUNDS * DIRECTIONS)
+    steps = rule.steps(rounds, [SCALE] * ROUNDS).tolist()
+    table = rounds_of(rule.constants, draws, [SCALE] * len(draws), steps, rounds if stochastic else None)
+    moments = [torch.zeros(x.numel(), device=DEVICE) for _ in range(rule.moments)]
+    arguments = (on_device(table, "the sweep", x.device), ROUNDS, DIRECTIONS)
+    return planned(kernel, x, place, stochastic, *arguments, moments=moments)
+
+
+def project(kernel: Kernel, x: Tensor, place: Place, stochastic: bool) -> Prepared:
+    seeds = on_device(seed_bits(range(RECORDS)), "the sweep", x.device)
+    one = planned(kernel, x, place, False, seeds, RECORDS)
+    sums = torch.zeros(RECORDS, one.programs, dtype=torch.float64, device=DEVICE)
+    return one._replace(arguments=(*one.arguments, sums.data_ptr()), written=[sums])
+
+
+LAUNCHES: dict[str, Callable[[Kernel, Tensor, Place, bool], Prepared]] = {
+    # The order of the sweep, within a distribution.
+    "perturb": perturb,
+    "replay": replay,
+    "perturb-on-device": perturb_on_device,
+    **{f"update-{rule.name}": partial(update, rule) for rule in (hk.SGD(), hk.AdamW(), hk.SGD(momentum=0.9))},
+    "project": project,
+    "noise": noise,
+}
+
+
+def prepare(kernel: Kernel, kind: Kind, shape: Shape, n: int, start: int = 0) -> Prepared:
+    """A launch on n elements from `start` on, the whole tiles among them aligned to 16 bytes."""
+    skipped = start % 8
+    x = torch.linspace(-1, 1, n + skipped, device=DEVICE).to(kind.dtype)[skipped:]
+    with instead({f"{kernel.name}-{kind}": shape}):
+        return LAUNCHES[kernel.name](kernel, x, Place.of_one(kind.dist, stream=3, start=start), kind.stochastic)
+
+
+def same(one: Prepared, other: Prepared) -> bool:
+    """Whether both have written the same bits; of sums, the same but for the order of additions."""
+    if one.written[0] is not one.weights:
+        a, b = (prepared.written[0].sum(1) for prepared in (one, other))
+        return bool((a - b).abs().max() <= TOLERANCE * one.weights.double().abs().sum())
+    pairs = zip(one.written, other.written, strict=True)
+    return all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in pairs)
+
+
+# --- the sweep ----------------------------------------------------------------------------------------------------
+
+
+def candidates(kernel: Kernel, kind: Kind) -> list[Shape]:
+    """The default first; then more and fewer row blocks, and half and twice the columns with their warps.
+
+    A thread of a wide kernel has the blocks one after another, so that four times as many cost no registers.
+    """
+    default = kernel.default(kind)
+    scales = product((1, 1 / 2, 2, 4) if kernel.wide else (1, 1 / 2, 2), (1, 1 / 2, 2))
+    shapes = [Shape(*(int(x * by) for x, by in zip(default, (b, w, w), strict=True))) for b, w in scales]
+    return [shape for shape in shapes if kernel.impossible(kind, shape) is None]
+
+
+class Sweep:
+    """What was measured so far, its rows and its table. elements: of the tensor that stands for a size class."""
+
+    def __init__(self, rows: Rows, elements: dict[str, int]) -> None:
+        self.rows, self.elements = rows, elements
+        self.chosen: dict[str, dict[str, Shape]] = {}  # of every kernel that was swept, by size class
+
+    def run(self, ends: float) -> list[str]:
+        """Sweep until a time of time.monotonic(). Returns the kernels that were not swept."""
+        kernels = choices.kernels()
+
+        def use(name: str) -> tuple[bool, bool, int]:
+            kernel, kind = kernels[name]
+            return kind.dtype == torch.float16, kind.dist == "gaussian", list(LAUNCHES).index(kernel.name)
+
+        order = sorted(kernels, key=use)
+        for name in order:
+            if not self.one(name, *kernels[name], ends):
+                break
+            write_atomically(self.table, self.entries().encode())
+        return [name for name in order if name not in self.chosen]
+
+    def one(self, name: str, kernel: Kernel, kind: Kind, ends: float) -> bool:
+        """Time a kernel's candidates and choose among them. False where there was no time for all."""
+        default, *others = candidates(kernel, kind)
+        trials: list[Prepared] = []
+        times: dict[Shape, Row] = {}
+
+        def work(shape: Shape) -> Row:
+            trials[1:] = [prepare(kernel, kind, shape, min(ODD, self.elements["large"]) | 1, START)]
+            trials[-1]()
+            if not same(trials[0], trials[-1]):
+                raise AssertionError("the bits are not those of the default")
+            least, words = (trial.variant.spills(*trial.arguments) for trial in (trials[0], trials[-1]))
+            if words > least:
+                return {"left_out": f"{words} words of a thread are in memory, {least} with the default"}
+            times[shape] = {f"{size}_ms": self.timed(kernel, kind, shape, size) for size in self.elements}
+            return times[shape]
+
+        for shape in (default, *others):
+            if time.monotonic() > ends:
+                return False
+            self.rows.add("sweep", f"{name} {said(shape)}", partial(work, shape))
+            if default not in times:
+                return True  # it failed: there is nothing to compare with
+        self.chosen[name] = {}
+        for size in self.elements:
+            best = min(times, key=lambda shape: times[shape][f"{size}_ms"])
+            if faster(times[best][f"{size}_ms"], times[default][f"{size}_ms"]):
+                again = partial(self.again, kernel, kind, size, best)
+                row = self.rows.add("again", f"{name} {size} {said(best)}", again)
+                if "failed" not in row and faster(row["ms"], row["default_ms"]):
+                    self.chosen[name][size] = best
+        return True
+
+    def timed(self, kernel: Kernel, kind: Kind, shape: Shape, size: str) -> float:
+        return milliseconds(prepare(kernel, kind, shape, self.elements[size]))
+
+    def again(self, kernel: Kernel, kind: Kind, size: str, shape: Shape) -> Row:
+        ms, default_ms = (self.timed(kernel, kind, one, size) for one in (shape, kernel.default(kind)))
+        return {"ms": ms, "default_ms": default_ms}
+
+    @property
+    def table(self) -> Path:
+        return self.rows.path.with_suffix(".choices.json")
+
+    def entries(self) -> str:
+        """The table as a file: what was chosen, and what the committed one says of all that was not swept."""
+        facts = self.rows.result
+        here = capability(torch.device(DEVICE)) or 0  # no GPU's: a table with it is refused
+        measured = {name: facts["machine"][name] for name in ("gpu", "torch", "triton")}
+        measured |= {name: facts[name] for name in ("driver", "cuda")}
+        kept = json.loads(choices.PATH.read_text())["choices"]
+        found = [e for e in kept if e["capability"] != here or e["kernel"] not in self.chosen]
+        for name, shapes in self.chosen.items():
+            for size, shape in shapes.items():
+                key = {"capability": here, "kernel": name, "size": size}
+                found.append({**key, **shape._asdict(), "measured": measured})
+        found.sort(key=lambda e: (e["capability"], e["kernel"], e["size"]))
+        about = "By python -m benchmarks.gpu --sweep. A launch that has no entry takes its kernel's default shape."
+        lines = ",".join(f"\n  {json.dumps(entry)}" for entry in found)
+        return f'{{\n "about": {json.dumps(about)},\n "choices": [{lines}\n ]\n}}\n'
+
+
+def said(shape: Shape) -> str:
+    return " ".join(f"{field}={value}" for field, value in shape._asdict().items())
+
+
+def faster(ms: float, default_ms: float) -> bool:
+    return ms <= FASTER * default_ms
+
+
+def main(out: Path, facts: dict[str, Any], n: int, ends: float) -> int:
+    """Sweep, the large size class on n elements. Returns how many rows failed."""
+    rows = Rows(out, facts)
+    sweep = Sweep(rows, {"large": n, "small": max(n // 128, 1)})
+    rows.result["not_swept"] = left = sweep.run(ends)
+    failed = rows.end()
+    print(f"{failed} of {len(rows.result['rows'])} rows failed; {out}")
+    if left:
+        print("not swept:", *left)
+    if sweep.chosen:
+        found = sum(map(len, sweep.chosen.values()))
+        print(f"{found} shapes were faster than the default: {sweep.table}")
+        if capability(torch.device(DEVICE)):
+            print(f"to commit: {out}, and {sweep.table} as {choices.PATH.relative_to(ROOT)}")
+    return failed
