@@ -430,7 +430,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     begin = time.monotonic()
     if options.sweep and BACKENDS["triton"].describe() is None:
-        print("no GPU here: with TRITON_INTERPRET=1, --elements 5000 and --out the sweep is tried out", file=sys.stderr)
+        lacks = "Triton" if CUDA else "GPU"
+        print(f"no {lacks} here: TRITON_INTERPRET=1, --elements 5000 and --out try the sweep out", file=sys.stderr)
         return 1
     if not CUDA and options.out is None:
         parser.error("no GPU here: name a file with --out to try this out on the CPU")

@@ -31,7 +31,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TESTS = [f"tests/test_{name}.py" for name in ("gpu_interpreter", "gpu_choices", "ops", "update", "register", "check")]
+TESTS = [f"tests/test_{name}.py" for name in ("gpu_interpreter", "ops", "update", "register", "check")]
 CHECK = [sys.executable, "-m", "hosfl_kernels.check", "--vectors", "tests/noise_vectors.json"]
 
 

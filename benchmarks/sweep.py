@@ -146,14 +146,13 @@ def same(one: Prepared, other: Prepared) -> bool:
 
 
 def candidates(kernel: Kernel, kind: Kind) -> list[Shape]:
-    """The default first; then more and fewer row blocks, and half and twice the columns with their warps.
+    """The default first; then fewer and more row blocks, and half and twice the columns with their warps.
 
-    A thread of a wide kernel has the blocks one after another, so that four times as many cost no registers.
+    A wide kernel goes through its blocks one after another and holds none, so that four times as many fit.
     """
     default = kernel.default(kind)
     scales = product((1, 1 / 2, 2, 4) if kernel.wide else (1, 1 / 2, 2), (1, 1 / 2, 2))
-    shapes = [Shape(*(int(x * by) for x, by in zip(default, (b, w, w), strict=True))) for b, w in scales]
-    return [shape for shape in shapes if kernel.impossible(kind, shape) is None]
+    return [Shape(int(b * default.blocks), int(w * default.width), int(w * default.num_warps)) for b, w in scales]
 
 
 class Sweep:

@@ -239,7 +239,7 @@ def test_rows_are_there_when_a_sweep_is_cut_short(tmp_path, timed, monkeypatch):
 
 
 def test_the_candidates():
-    """The default first, none twice, none that the kernel can't have; those that a thread of registers can hold."""
+    """The default first, none twice, none that the kernel can't have; as many columns to a warp as the default has."""
     for kernel, kind in KERNELS.values():
         found = sweep.candidates(kernel, kind)
         default = kernel.default(kind)
