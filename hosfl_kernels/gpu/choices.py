@@ -2,9 +2,9 @@
 
     python -m benchmarks.gpu --sweep
 
-times shapes on a GPU and writes a choices.json. The one here is empty: no GPU has run the sweep, no shape has been
-measured, and every launch takes its default. What a kernel writes to weights does not depend on its shape; the float32
-sums of `project` are added in another order.
+times shapes on a GPU and writes a choices.json. Until a GPU has run that, the table is empty and says "not measured",
+and every launch takes its default. What a kernel writes to weights does not depend on its shape; the float32 sums of
+`project` are added in another order.
 
 An entry has the compute capability (90 for sm_90), the kernel by its name in offline.py, the size class, the shape, and
 the GPU and the versions that measured it.
