@@ -66,7 +66,7 @@ studies: $(VENV)/ready
 	  cp runs/$$study-study/table.json runs/$$study-study/curves.png benchmarks/results/studies/$$study || exit 1; \
 	done
 	$(BIN)/python -m benchmarks.readme
-	$(BIN)/python -m benchmarks.numbers
+	$(BIN)/python -m benchmarks.per_weight
 
 # Everything else that the README and the pages of results quote.
 results: bench

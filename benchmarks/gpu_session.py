@@ -51,7 +51,7 @@ class Part:
 
 
 def has_gpu() -> bool:
-    """As torch sees it, which a file of this folder can't import when it is run: there is a numbers.py beside it."""
+    """As torch sees it, in a process of its own: what CUDA takes of the GPU here would be gone for every part."""
     code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
     return subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
