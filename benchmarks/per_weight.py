@@ -1,4 +1,4 @@
-"""`python -m benchmarks.per_weight`: how many numbers a weight gets in a run, against the share of the loss gap recovered.
+"""`python -m benchmarks.per_weight`: how many numbers a weight gets in a run, and the share of the loss gap recovered.
 
 One point for each HO-SFL method of every study whose table is committed; the same as in docs/results-studies.md.
 """

@@ -354,6 +354,7 @@ MOVING = {
     "sst2": 6_912,
     "sst2-forward": 288,
     "cr-forward": 288,
+    "sst2-centered": 288,
 }
 LORA = {"lora:1:*.layer.5.*": 6_912}
 
@@ -438,7 +439,7 @@ def overview(results: dict[str, dict[str, Any]]) -> str:
     for name, result in results.items():
         methods = result["methods"]
         passes = "ho, forward passes" if "ho, forward passes" in methods else "ho, pool"
-        ho = [cell(methods[method]) for method in (passes, "ho, one backward pass")]
+        ho = [cell(methods[method]) if method in methods else "" for method in (passes, "ho, one backward pass")]
         controls = [cell(methods[method], share=False) for method in ("frozen", "first-order")]
         rows.append([name, f"{MOVING[name]:,}", str(result["rounds"]), controls[0], *ho, controls[1]])
     head = ["study", "weights that move", "rounds", "frozen", "HO-SFL, 5 forward passes", "HO-SFL, one backward pass"]

@@ -11,7 +11,7 @@ from importlib.metadata import version
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_session, liars, numbers, readme, report
+from benchmarks import gpu, gpu_session, liars, per_weight, readme, report
 from benchmarks.shapes import LISTS
 from benchmarks.test_memory import SMALL, bound
 from benchmarks.ways import WAYS
@@ -265,11 +265,11 @@ def test_the_suites_lists_are_the_models():
 
 def test_the_figure_of_numbers_per_weight(tmp_path):
     """It is drawn, of all studies, and one is committed."""
-    numbers.draw(tmp_path / "numbers.png")
+    per_weight.draw(tmp_path / "numbers.png")
     assert (tmp_path / "numbers.png").read_bytes()[:4] == b"\x89PNG"
     studies = {point.study for point in readme.numbers_of(readme.result_of(readme.ALL_STUDIES))}
     assert studies == set(readme.MOVING)
-    assert numbers.OUT.exists()
+    assert per_weight.OUT.exists()
 
 
 def test_a_suite_that_measures_nothing_leaves_the_results_alone(tmp_path, monkeypatch):
