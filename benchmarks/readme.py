@@ -190,6 +190,16 @@ def kernels(result: dict[str, Any]) -> str:
     )
 
 
+def steps(result: dict[str, Any]) -> str:
+    """A step of client, server and optimizer beside what its passes cost alone."""
+    rows = [
+        [r["group"], r["name"], str(r["threads"]), f"{r['seconds'] * 1e3:.1f}", f"{r['of_reference']:.2f}"]
+        for r in sorted(result["rows"], key=lambda r: (r["group"], r["threads"]))
+    ]
+    head = ["step", "way", "threads", "ms", "of its passes alone"]
+    return f"{_machine(result)}\n\n{_table(head, rows)}"
+
+
 def catchup(result: dict[str, Any]) -> str:
     """A late client's 1,000 rounds."""
     rows = [
@@ -469,6 +479,7 @@ PAGES: dict[Path, Sections] = {
     DOCS / "results-optim.md": {"curves": ("optim-curves.json", curves), "optim": ("optim-cpu.json", optim)},
     DOCS / "results-speed.md": {
         "kernels": ("kernels-cpu.json", kernels),
+        "steps": ("steps-cpu.json", steps),
         "catch-up": ("catchup-cpu.json", catchup),
         "memory": ("client-memory.json", memory),
     },

@@ -25,12 +25,15 @@ from benchmarks.ways import RANDN_PRODUCTS, RANDN_RECORDS, RECORDS, ROOF
 from hosfl.runs.report import machine
 
 RESULTS = Path(__file__).parent / "results"
-SUITES = ("test_throughput.py", "test_memory.py")  # of which the table is; the others are pytest-benchmark's to show
+SUITES = (
+    "test_throughput.py",
+    "test_memory.py",
+)  # of which the table is; test_steps.py has steps.py, test_ops.py is pytest-benchmark's to show
 
 
-def measure(elements: int, threads: int, path: Path) -> bool:
-    """Adds the suites' rows to a file of JSON lines, each as it comes; whether every benchmark passed."""
-    suites = [str(Path(__file__).parent / name) for name in SUITES]
+def measure(names: Sequence[str], elements: int, threads: int, path: Path) -> bool:
+    """Adds the rows of suites to a file of JSON lines, each as it comes; whether every benchmark passed."""
+    suites = [str(Path(__file__).parent / name) for name in names]
     command = [sys.executable, "-m", "pytest", *suites, "-q", "-p", "no:cacheprovider"]
     command += [f"--elements={elements}", f"--rows={path}", "--benchmark-quiet"]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
@@ -96,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result = options.out / f"kernels-{'cuda' if torch.cuda.is_available() else 'cpu'}.json"
     saved = result.with_suffix(".jsonl")
     saved.unlink(missing_ok=True)
-    passed = [measure(options.elements, threads, saved) for threads in options.threads]
+    passed = [measure(SUITES, options.elements, threads, saved) for threads in options.threads]
     rows = [json.loads(line) for line in saved.read_text().splitlines()] if saved.exists() else []
     if not rows:
         raise SystemExit(f"nothing was measured: {result} is left as it was")

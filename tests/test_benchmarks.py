@@ -11,7 +11,7 @@ from importlib.metadata import version
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_session, liars, per_weight, readme, report
+from benchmarks import gpu, gpu_session, liars, per_weight, readme, report, steps
 from benchmarks.shapes import LISTS
 from benchmarks.test_memory import SMALL, bound
 from benchmarks.ways import WAYS
@@ -280,6 +280,29 @@ def test_a_suite_that_measures_nothing_leaves_the_results_alone(tmp_path, monkey
     with pytest.raises(SystemExit, match="nothing was measured"):
         report.main(["--out", str(tmp_path)])
     assert [path.read_text() for path in before] == ["{}", "{}"]
+
+
+def test_steps_are_set_beside_their_own_passes(tmp_path, monkeypatch):
+    seconds = {("client", "in place"): 3.0, ("client", "forward passes alone"): 2.0, ("server", "cut after cut"): 4.0}
+    seconds |= {("server", "server_batch 64"): 1.0, ("of no passes", "alone"): 7.0}
+
+    def measured(names, elements, threads, path):
+        assert all((gpu_session.ROOT / "benchmarks" / name).exists() for name in names)
+        with path.open("a") as file:
+            for (group, name), s in seconds.items():
+                file.write(
+                    json.dumps({"group": group, "name": name, "threads": threads, "seconds": s / threads}) + "\n"
+                )
+        return True
+
+    monkeypatch.setattr(steps, "measure", measured)
+    assert steps.main(["--threads", "1", "2", "--out", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "steps-cpu.json").read_text())["rows"]
+    assert [r.get("of_reference") for r in found] == [1.5, 1.0, 1.0, 0.25, None] * 2
+    monkeypatch.setattr(steps, "measure", lambda *arguments: False)
+    with pytest.raises(SystemExit, match="nothing was measured"):
+        steps.main(["--out", str(tmp_path)])
+    assert json.loads((tmp_path / "steps-cpu.json").read_text())["rows"] == found
 
 
 def test_only_projections_on_a_gpu_may_hold_more_than_a_megabyte(monkeypatch):

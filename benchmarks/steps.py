@@ -1,0 +1,48 @@
+"""`make bench`: what a step of the server, a client and an optimizer costs beside the passes in it.
+
+    python -m benchmarks.steps [--threads N ...] [--out FOLDER]
+
+Runs test_steps.py with each number of threads. A step's reference is measured in the same run: as many forward passes
+alone, or the server's cuts one after another. Best of the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.report import RESULTS, measure
+from hosfl.runs.report import machine
+
+REFERENCES = ("forward passes alone", "cut after cut")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.steps", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default: benchmarks/results)")
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    result = options.out / "steps-cpu.json"
+    with tempfile.TemporaryDirectory() as folder:
+        saved = Path(folder) / "rows"
+        passed = [measure(["test_steps.py"], 1, threads, saved) for threads in options.threads]
+        rows = [json.loads(line) for line in saved.read_text().splitlines()] if saved.exists() else []
+    if not rows:
+        raise SystemExit(f"nothing was measured: {result} is left as it was")
+    alone = {(r["group"], r["threads"]): r["seconds"] for r in rows if r["name"] in REFERENCES}
+    for row in rows:
+        if (reference := alone.get((row["group"], row["threads"]))) is not None:
+            row["of_reference"] = row["seconds"] / reference
+    result.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    print(f"{len(rows)} rows: {result}")
+    return 0 if all(passed) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
