@@ -322,6 +322,10 @@ class Settings(Schedule, Learning, Halves, Data):
             raise ValueError(f"{self.rounds} rounds of {self.local_steps} local steps are more than can be numbered")
         if self.server_decay is not None and not (self.server_decay >= 0 and math.isfinite(self.server_decay)):
             raise ValueError(f"server_decay must be finite and not negative, got {self.server_decay}")
+        if self.server_first and self.server_first >= self.rounds:
+            raise ValueError(
+                f"server_first={self.server_first} leaves none of {self.rounds} rounds for the client half: lower it"
+            )
         if self.sampled > self.clients:
             raise ValueError(f"cannot sample {self.sampled} of {self.clients} clients: lower sampled or raise clients")
         if not 0 <= self.seed < 2**64:

@@ -154,6 +154,13 @@ def test_the_log_says_that_nobody_took_part(tmp_path):
 # --- settings -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("rounds", [1, 4, 5])
+def test_a_server_that_would_learn_alone_to_the_end_is_refused(rounds):
+    with pytest.raises(ValueError, match=f"server_first=5 leaves none of {rounds} rounds"):
+        Config(server_first=5, rounds=rounds)
+    assert Config(server_first=5, rounds=6).server_first == 5
+
+
 @pytest.mark.parametrize("setting", [{"multiplier": "centered"}, {"server_first": 2}])
 @pytest.mark.parametrize("method", ["frozen", "hosl", "zo-both", "splitfed"])
 def test_methods_that_do_not_read_them(method, setting):
