@@ -48,8 +48,7 @@ class Server:
     half's size, until the round's step. clip: the largest length of one client's gradient; None for none.
     statistics: the running ones of the client half, where the run estimates them anew. alone: rounds at the beginning
     in which nobody is sent a multiplier: this half learns, and no client's. centered: multipliers leave out what shifts
-    the outputs of all samples alike; see `centered`. wire: how cuts and multipliers
-    travel.
+    the outputs of all samples alike; see `centered`. wire: how cuts and multipliers travel.
 
     A half with running statistics, such as BatchNorm's: with "median" or "trimmed" every client's forward pass starts
     from those of the round's begin, and the new ones are aggregated like the gradients. With a mean each client moves
