@@ -83,7 +83,8 @@ def hosfl_command(words, text):
             Config(**{**names, "data": "", "model": ""})
             return
         if getattr(options, "resume", None) is None:
-            words = [*words, *FEW[options.command]]
+            alone = ["--server-first", "1"] if getattr(options, "server_first", 0) else []  # fewer than the rounds
+            words = [*words, *FEW[options.command], *alone]
     elif READ_ONLY.search(" ".join(words)):
         return
     assert cli.main(words) == 0
