@@ -170,12 +170,17 @@ def tuning(result: dict[str, Any]) -> str:
     return f"{_machine(result)}\n\n{_table(head, rows)}"
 
 
+def _cell(row: dict[str, Any], name: str) -> str:
+    """A ratio of a row, where it has one."""
+    return f"{row[name]:.2f}" if name in row else ""
+
+
 def kernels(result: dict[str, Any]) -> str:
     """Throughput and memory."""
     speed, memory = [], []
     for r in result["rows"]:
         if "bytes" in r:
-            ratios = [f"{r[k]:.2f}" if k in r else "" for k in ("of_roof", "times_mezo", "times_randn")]
+            ratios = [_cell(r, k) for k in ("of_roof", "times_mezo", "times_randn")]
             speed.append([f"{r['group']}: {r['name']}", str(r["threads"]), f"{r['seconds'] * 1e3:.1f}", *ratios])
         else:
             share = f"{r['peak_extra_bytes'] / r['tensor_bytes']:.3f}"
@@ -193,7 +198,7 @@ def kernels(result: dict[str, Any]) -> str:
 def steps(result: dict[str, Any]) -> str:
     """A step of client, server and optimizer beside what its passes cost alone."""
     rows = [
-        [r["group"], r["name"], str(r["threads"]), f"{r['seconds'] * 1e3:.1f}", f"{r['of_reference']:.2f}"]
+        [r["group"], r["name"], str(r["threads"]), f"{r['seconds'] * 1e3:.1f}", _cell(r, "of_reference")]
         for r in sorted(result["rows"], key=lambda r: (r["group"], r["threads"]))
     ]
     head = ["step", "way", "threads", "ms", "of its passes alone"]

@@ -25,10 +25,8 @@ from benchmarks.ways import RANDN_PRODUCTS, RANDN_RECORDS, RECORDS, ROOF
 from hosfl.runs.report import machine
 
 RESULTS = Path(__file__).parent / "results"
-SUITES = (
-    "test_throughput.py",
-    "test_memory.py",
-)  # of which the table is; test_steps.py has steps.py, test_ops.py is pytest-benchmark's to show
+# Of which the table is. steps.py has test_steps.py; test_ops.py is pytest-benchmark's to show.
+SUITES = ("test_throughput.py", "test_memory.py")
 
 
 def measure(names: Sequence[str], elements: int, threads: int, path: Path) -> bool:
