@@ -35,6 +35,11 @@ BERT = {
 }
 
 
+ESTIMATORS = [("one-sided", 2e-2), ("two-sided", 2e-3), ("forward", 1e-5), ("backward", 1e-5)]
+AT_ONCE = {"directions": 6, "probes_at_once": 3}
+WHOLE = Begin("", (), 1.0)
+
+
 @pytest.fixture(scope="module")
 def bert():
     """A client half of four layers, of which the biases of the last three move, and inputs."""
@@ -82,7 +87,8 @@ def client_of(half, inputs, begins, **settings):
     half = copy.deepcopy(half)
     run = make_run(config, trainable(half)[0], begins)
     labels = torch.zeros(len(call(half, inputs)), dtype=torch.int64)
-    return ZerothOrderClient(0, half, lambda round: (inputs, labels), run=run, begins=begins)
+    at_once = config.probes_at_once
+    return ZerothOrderClient(0, half, lambda _: (inputs, labels), run=run, begins=begins, probes_at_once=at_once)
 
 
 def answer(client, multiplier, round=0):
@@ -127,7 +133,7 @@ def test_neighbours_make_a_block_where_there_are_fewer_blocks_than_layers(bert):
     assert [b.entry for b in begins] == ["encoder.layer.1", "encoder.layer.3"]
     assert len(begins[0].tensors) == 2 * len(begins[1].tensors)
     everything = tuple(t for b in begins for t in b.tensors)
-    assert blocks_of(half, 1, inputs) == [Begin("", everything, 1.0)]
+    assert blocks_of(half, 1, inputs) == [Begin("encoder.layer.1", everything, begins[0].share)]
 
 
 def test_what_moves_in_front_of_the_layers_is_in_the_first_block():
@@ -145,21 +151,21 @@ def test_more_blocks_than_layers_are_refused(bert):
         blocks_of(half, 4, inputs)
 
 
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
+
+    def forward(self, x):
+        return self.b(self.a(x)) if x.sum() > 0 else x
+
+
 def test_a_half_that_cannot_be_taken_apart_is_refused():
-    class Odd(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(2, 2), nn.Linear(2, 2)
-
-        def forward(self, x):
-            return self.b(self.a(x)) if x.sum() > 0 else x
-
     with pytest.raises(CutError, match="Odd"):
         blocks_of(Odd(), 2, torch.ones(1, 2))
 
 
-def test_a_part_that_does_not_give_the_half_s_output_is_refused(bert, monkeypatch):
-    half, inputs = bert
+def wrong_from_a_block(monkeypatch):
     kept = BlockRun._inputs
 
     def wrong(self, block, given):
@@ -167,6 +173,11 @@ def test_a_part_that_does_not_give_the_half_s_output_is_refused(bert, monkeypatc
         return {**found, "cut": found["cut"] + 1} if "cut" in found else found
 
     monkeypatch.setattr(BlockRun, "_inputs", wrong)
+
+
+def test_a_part_that_does_not_give_the_half_s_output_is_refused(bert, monkeypatch):
+    half, inputs = bert
+    wrong_from_a_block(monkeypatch)
     with pytest.raises(CutError, match=r"from encoder\.layer\.1 on does not give its own output"):
         blocks_of(half, 3, inputs)
 
@@ -206,6 +217,57 @@ def test_families(kind):
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-5
 
 
+# --- one block: what lies in front of it is kept, too --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", [{"estimator": e} for e, _ in ESTIMATORS] + [{"dist": "gaussian"}, AT_ONCE], ids=str)
+def test_one_block_gives_the_numbers_of_the_whole_half_for_less_work(bert, way):
+    half, inputs = bert
+    multiplier = torch.randn(call(half, inputs).shape, generator=torch.Generator().manual_seed(1))
+    from_its_layer = client_of(half, inputs, blocks_of(half, 1, inputs), **way)
+    whole = client_of(half, inputs, [WHOLE], **way)
+    assert from_its_layer.run == whole.run  # so is the log
+    rounding = 1e-5 if way.get("estimator") == "forward" else 0  # forward mode has an attention of its own
+    torch.testing.assert_close(
+        answer(from_its_layer, multiplier), answer(whole, multiplier), rtol=rounding, atol=rounding
+    )
+    for of, from_whole in whole.passes.items():
+        plain = len(multiplier) if of == "client forward" else 0  # the cut itself
+        assert from_its_layer.passes[of] == plain + 3 / 4 * (from_whole - plain)
+
+
+class Widening(nn.Sequential):
+    """Its first layer's output is larger than the cut."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(5, 50), nn.Linear(50, 4))
+
+
+@pytest.mark.parametrize(
+    ("half", "trains"),
+    [
+        (nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 400), nn.Linear(400, 4)), "1.*,2.*"),  # little is in front
+        (Widening(), "1.*"),
+        (plain(), "all"),
+    ],
+    ids=["little in front", "wide", "nothing in front"],
+)
+def test_one_block_is_the_whole_half_where_a_kept_input_does_not_pay(half, trains):
+    half = moving_only(half, trains, 0)
+    [begin] = blocks_of(half, 1, torch.randn(2, half[0].in_features))
+    assert (begin.entry, begin.share) == ("", 1.0)
+
+
+def test_one_block_is_the_whole_half_where_nothing_can_be_told_about_it(bert, monkeypatch):
+    moving = Odd()
+    moving.a.requires_grad_(False)
+    assert blocks_of(moving, 1, torch.ones(1, 2)) == [Begin("", (0, 1), 1.0)]
+    half, inputs = bert
+    wrong_from_a_block(monkeypatch)
+    [begin] = blocks_of(half, 1, inputs)
+    assert (begin.entry, begin.share) == ("", 1.0)
+
+
 # --- how many directions each gets --------------------------------------------------------------------------------
 
 
@@ -236,8 +298,6 @@ def test_no_split_of_the_same_work_has_less_variance():
 
 
 # --- the numbers --------------------------------------------------------------------------------------------------
-
-ESTIMATORS = [("one-sided", 2e-2), ("two-sided", 2e-3), ("forward", 1e-5), ("backward", 1e-5)]
 
 
 @pytest.mark.parametrize(("estimator", "tolerance"), ESTIMATORS)

@@ -128,7 +128,11 @@ def test_clients_on_machines_of_their_own(machines, tmp_path):
             *hosfl, "serve", fed / "server", *settings, log=tmp_path / "server.log", cwd=tmp_path, env=environment
         )
         running.append(server)
-        wait_for(lambda: len(rounds(run)) > 9 or server.poll() is not None, 60)
+
+        def came():  # all, however long a busy machine takes to let each of them in
+            return len(rounds(run)) > 9 and {0, 1, 2} == set.union(*rounds(run))
+
+        wait_for(lambda: came() or server.poll() is not None, 120)
         others[0].unplug()
         time.sleep(1)
         before = len(rounds(run))
@@ -147,7 +151,7 @@ def test_clients_on_machines_of_their_own(machines, tmp_path):
         assert summary["replicas"]["equal"]
         assert summary["replicas"]["clients"] == 4  # with a newcomer
         took_part = rounds(run)
-        assert {0, 1, 2} == set.union(*took_part[:10])
+        assert {0, 1, 2} == set.union(*took_part[:before])
         assert {1, 2} == set.union(*took_part[before + 1 : after])  # and not 0
         assert 0 in set.union(*took_part[-50:]), "the unplugged client did not come back"
         for process in running[:3]:

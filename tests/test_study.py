@@ -11,6 +11,7 @@ import sys
 import time
 import unicodedata
 import warnings
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hosfl import Config
 from hosfl.cli import main
 from hosfl.files import locked
 from hosfl.studies import page as study_report
@@ -449,6 +451,23 @@ def test_runs_that_begin_alike_have_one_model(tmp_path, whole, monkeypatch):
     change(tmp_path / "study/runs/frozen/3.json", lambda run: run["provenance"].update(model="c" * 64))
     with pytest.raises(ValueError, match=r"frozen/3\.json was made of another model than .*runs/ho-fresh/3\.json"):
         run_study(study, tmp_path / "study")
+
+
+def test_calibrated_runs_begin_with_statistics_of_their_own(tmp_path):
+    """Running statistics are part of what a run begins with, and clients that are not calibrated keep the base's."""
+    contents = studies.Contents(defaultdict(str))
+
+    def check(model, name, **settings):
+        result = {"provenance": {"data": "", "model": model * 64}}
+        contents.check(studies.Job("runs", name, 0, Config(**settings)), result, tmp_path)
+
+    check("a", "plain")
+    check("b", "calibrated", calibrate=8)
+    check("c", "uniform", calibrate=8, aggregation="uniform")  # so is the mean of the clients' statistics
+    check("d", "fewer batches", calibrate=4)
+    check("a", "plain too", aggregation="uniform")
+    with pytest.raises(ValueError, match=r"other/0\.json was made of another model than .*runs/calibrated/0\.json"):
+        check("a", "other", calibrate=8)
 
 
 def test_results_that_do_not_say_what_they_were_made_of_are_taken(tmp_path, whole, monkeypatch):

@@ -64,7 +64,7 @@ def test_of_texts_the_last_layers_and_a_rank_for_the_rounds():
     assert suggest(Config(task=""), 1, 5.0, texts()).trains.startswith("xs:1:")
     assert suggest(Config(task=""), 10**6, 5.0, texts()).trains.startswith("xs:8:")
     assert suggest(Config(task=""), 300, 5.0, texts(public=True)).trains.startswith("act:5:")
-    assert suggest(Config(task=""), 300, 1.0, texts()).trains == "xs:2:*encoder.layer.3.*"
+    assert suggest(Config(task=""), 300, 1.0, texts()).trains == "xs:3:*encoder.layer.3.*"
 
 
 def test_of_pictures_scales_and_shifts():

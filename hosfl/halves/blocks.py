@@ -1,8 +1,8 @@
 """Blocks of a client half: consecutive layers that a direction moves alone, and the half from a block's first layer on.
 
 A direction that moves one block needs the forward pass from that block to the cut, and no more. What comes before the
-first block runs once a round. So of six layers the last three, each a block of its own, cost 3/6, 2/6 and 1/6 of a pass
-a probe, and twice 1/6 a round to go on from one block to the next.
+first block runs once a round. So of six layers the last three cost 3/6 of a pass a probe if they are one block; each a
+block of its own, they cost 3/6, 2/6 and 1/6, and twice 1/6 a round to go on from one block to the next.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from hosfl.halves.inputs import Inputs, call, evaluating, mask_of
 from hosfl.halves.split import way_of
 
 LEAST = 0.01  # of a pass: what has no matrix product takes time all the same
+SAVES = 0.1  # of a pass, at least: what has to be in front of a single block for its input to be kept
 
 
 @dataclass(frozen=True)
@@ -41,15 +42,29 @@ class Begin:
 def blocks_of(half: nn.Module, count: int, inputs: Inputs) -> list[Begin]:
     """`count` blocks of a half, with about as many layers that move in each; inputs: a few samples.
 
-    Work is counted in floating-point operations of matrix products and convolutions, on these samples.
+    Work is counted in floating-point operations of matrix products and convolutions, on these samples. One block is
+    the whole half where nothing can be told about it, its first layers do little, or their output is larger than the
+    cut.
 
-    Raises CutError for a half that nothing can be told about, and where what runs from an entry on does not give the
-    half's own bits; ValueError where fewer than `count` layers move.
+    Raises, of more than one block: CutError for a half that nothing can be told about, and where what runs from an
+    entry on does not give the half's own bits; ValueError where fewer than `count` layers move.
     """
     moving = [p for p in half.parameters() if p.requires_grad]
-    if count == 1:
-        return [Begin("", tuple(range(len(moving))), 1.0)]
-    layer = layers_of(half, moving)
+    if count > 1:
+        return _begins(half, count, inputs, layers_of(half, moving))[0]
+    whole = [Begin("", tuple(range(len(moving))), 1.0)]
+    try:
+        layer = layers_of(half, moving)
+        if not min(layer, default=0):
+            return whole
+        begins, kept, cut = _begins(half, count, inputs, layer)
+    except CutError:
+        return whole
+    return begins if begins[0].share <= 1 - SAVES and kept <= cut else whole
+
+
+def _begins(half: nn.Module, count: int, inputs: Inputs, layer: Sequence[int]) -> tuple[list[Begin], int, int]:
+    """The blocks, and bytes: of the first one's input, and of the cut. layer: see `layers_of`."""
     layers = sorted(set(layer))
     if count > len(layers):
         raise ValueError(
@@ -63,6 +78,7 @@ def blocks_of(half: nn.Module, count: int, inputs: Inputs) -> list[Begin]:
     with evaluating(half):
         with run.kept():
             whole, cut = _counted(half, inputs)
+        kept = run.held
         for number, group in enumerate(groups):
             work, again = _counted(*run.at(number, inputs))
             entry = run.entries[number]
@@ -70,7 +86,7 @@ def blocks_of(half: nn.Module, count: int, inputs: Inputs) -> list[Begin]:
                 raise CutError(f"the client half from {entry or 'its beginning'} on does not give its own output")
             tensors = tuple(t for t, of in enumerate(layer) if of in group)
             begins.append(Begin(entry, tensors, max(work / whole, LEAST) if whole else 1.0))
-    return begins
+    return begins, kept, cut.nbytes
 
 
 def entries_of(half: nn.Module) -> list[str]:
@@ -134,6 +150,11 @@ class BlockRun:
             self.rests = [way.cut(way.places[entry])[1] if entry else half for entry in self.entries]
         self._input: Tensor | None = None
         self._block = 0
+
+    @property
+    def held(self) -> int:
+        """Bytes of the block's input."""
+        return 0 if self._input is None else self._input.nbytes
 
     @contextmanager
     def kept(self) -> Iterator[None]:

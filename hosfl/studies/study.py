@@ -412,7 +412,8 @@ class Contents:
                 f"{path} was made of other data than the study's now (digest {data[:16]}, now {now[:16]}): put the data"
                 " back, or take another folder"
             )
-        alike = (*_data(config), config.trains, config.frozen, config.dtype, config.seed)
+        calibrated = (config.calibrate, config.aggregation) if config.calibrate else ()
+        alike = (*_data(config), config.trains, config.frozen, config.dtype, config.seed, calibrated)
         first, where = self._models.setdefault(alike, (model, job.file)) if model else (model, "")
         if model != first:
             raise ValueError(
