@@ -8,6 +8,7 @@ The first row of a group is the roof: the forward passes alone, or all cuts of a
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from hosfl.halves.split import SplitModel, split
 from hosfl.methods.grouped import GroupedServer
 from hosfl.methods.server import Server
 from hosfl.optim import ZOSGD
+from hosfl.probing.compiled import call_compiled
 from hosfl.probing.probe import probe_in_place, probe_untouched, trainable
 from hosfl.protocol.messages import Cut
 from hosfl_kernels import snap_
@@ -57,7 +59,7 @@ def timed(benchmark: Any, once: Callable[[], object], group: str, name: str) -> 
     benchmark.pedantic(once, rounds=5, warmup_rounds=1)
 
 
-@pytest.mark.parametrize("way", ["forward passes alone", "in place", "weights only read"])
+@pytest.mark.parametrize("way", ["forward passes alone", "in place", "in place, compiled", "weights only read"])
 @pytest.mark.parametrize("which", BATCHES)
 def test_client(benchmark: Any, which: str, way: str) -> None:
     """The cut and P one-sided probes of all weights, beside P + 1 forward passes in inference mode."""
@@ -73,15 +75,16 @@ def test_client(benchmark: Any, which: str, way: str) -> None:
                 for _ in range(1 + PROBES):
                     call(half, inputs)
 
-        def in_place() -> Tensor:
-            forward = lambda: call(half, inputs)  # noqa: E731
+        def in_place(how: Callable[[nn.Module, Any], Tensor] = call) -> Tensor:
+            forward = partial(how, half, inputs)
             return probe_in_place(forward, parameters, streams, multiplier, forward(), seeds, mu)
 
         def only_read() -> Tensor:
             return probe_untouched(half, inputs, multiplier, call(half, inputs), seeds, mu, "rademacher")
 
-        once = {"forward passes alone": alone, "in place": in_place, "weights only read": only_read}[way]
-        timed(benchmark, once, f"client {which}", way)
+        compiled = partial(in_place, partial(call_compiled, "inductor"))
+        ways = {"in place": in_place, "in place, compiled": compiled, "weights only read": only_read}
+        timed(benchmark, {"forward passes alone": alone, **ways}[way], f"client {which}", way)
 
 
 @pytest.mark.parametrize("way", ["all cuts in one pass", "cut after cut", f"server_batch {TOGETHER}"])

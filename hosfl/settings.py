@@ -177,6 +177,8 @@ class Learning(_Checked):
     microbatch: samples that a client which backpropagates takes together, 0 for all; fewer need less memory.
     probes_at_once: probes that go through the client half in one pass: each has a copy of the weights that move, and
     activations of its own. Faster where these weights and the batch are small. A scalar differs by rounding only.
+    compile: a backend of torch.compile, such as "inductor", under which the client half runs forward, where its weights
+    move in place and one probe runs at a time; "": none. A scalar differs by rounding only.
     server_batch: the most samples that go through the server half in one pass, of the cuts of several clients; 0: each
     client's cut goes through by itself. Faster where cuts are small; what every client is sent differs by rounding, and
     dropout draws other random numbers.
@@ -240,6 +242,12 @@ class Learning(_Checked):
         " the batch are small, and as many times the activations",
         least=1,
         read_with=("estimator", ("one-sided", "two-sided", "forward")),
+    )
+    compile: str = setting(
+        "",
+        "a backend of torch.compile, such as inductor, for the client half's forward passes and probes in place;"
+        " default: none",
+        read_with=("estimator", ("one-sided", "two-sided")),
     )
     server_batch: int = setting(
         0,
@@ -358,7 +366,7 @@ DEFAULTS: dict[str, Any] = {
 # What a run's bits do not depend on: where data and model lie (their content counts), what is kept, when one looks.
 NEUTRAL = tuple(name for name, f in FIELDS.items() if f.metadata["neutral"])
 # A run with these is described as before there were any: logs of then are logs of the same runs.
-LATER = {name: DEFAULTS[name] for name in ("options", "server_batch", "multiplier", "server_first")}
+LATER = {name: DEFAULTS[name] for name in ("options", "compile", "server_batch", "multiplier", "server_first")}
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The algorithm of arXiv 2603.14773 as its authors' code runs it, but for its double division by K.

@@ -87,8 +87,8 @@ def client_of(half, inputs, begins, **settings):
     half = copy.deepcopy(half)
     run = make_run(config, trainable(half)[0], begins)
     labels = torch.zeros(len(call(half, inputs)), dtype=torch.int64)
-    at_once = config.probes_at_once
-    return ZerothOrderClient(0, half, lambda _: (inputs, labels), run=run, begins=begins, probes_at_once=at_once)
+    how = {name: getattr(config, name) for name in ("probes_at_once", "compile")}
+    return ZerothOrderClient(0, half, lambda _: (inputs, labels), run=run, begins=begins, **how)
 
 
 def answer(client, multiplier, round=0):

@@ -124,6 +124,7 @@ UNSEEN = {
     "keep",
     "device",
     "calibrate",  # of a half without BatchNorm there is nothing to: tests/test_calibration.py
+    "compile",  # rounding, which a backend that leaves the graph as it is does not show: tests/test_compiled.py
     "blocks",  # of a half with one layer that moves there is one: tests/test_blocks.py
 }
 # Read, but without a trace here: what does not move is stored narrow, where --frozen says so; gradients are summed in

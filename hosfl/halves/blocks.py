@@ -138,18 +138,32 @@ class _Reached(Exception):
 class BlockRun:
     """A client half's forward pass from one block after another.
 
-    half: as it is; its weights may move between the passes. entries: of the blocks, in order. Holds the input of one
-    block, a tensor of about the cut's size, and two while it goes on to the next.
+    half: as it is; its weights may move between the passes. entries: of the blocks, in order. call: how modules are
+    called. Holds the input of one block, a tensor of about the cut's size, and two while it goes on to the next.
     """
 
-    def __init__(self, half: nn.Module, entries: Sequence[str]) -> None:
-        self.half, self.entries = half, list(entries)
-        self.rests = [half] * len(self.entries)
+    def __init__(
+        self, half: nn.Module, entries: Sequence[str], call: Callable[[nn.Module, Inputs], Any] = call
+    ) -> None:
+        self.half, self.entries, self.call = half, list(entries), call
+        self.rests, self.front = [half] * len(self.entries), half
         if any(self.entries):
             way = way_of(_inner(half))
-            self.rests = [way.cut(way.places[entry])[1] if entry else half for entry in self.entries]
+            parts = [way.cut(way.places[entry]) if entry else (half, half) for entry in self.entries]
+            self.front, self.rests = parts[0][0], [rest for _, rest in parts]
         self._input: Tensor | None = None
         self._block = 0
+
+    def output(self, inputs: Inputs) -> Tensor:
+        """The half's output. The first block's input stays here."""
+        if self.call is call or not self.entries[0]:
+            with self.kept():
+                output: Tensor = self.call(self.half, inputs)
+            return output
+        # Compiled code does not look for hooks, so its two parts run one after the other.
+        self._input, self._block = self.call(self.front, inputs), 0
+        output = self.call(self.rests[0], self._inputs(0, inputs))
+        return output
 
     @property
     def held(self) -> int:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from hosfl.halves.inputs import Batch, call, evaluating
+from hosfl.halves.inputs import Batch, Inputs, call, evaluating
 from hosfl.methods import calibration
 from hosfl.methods.travel import packed, unpacked
 from hosfl.protocol.messages import (
@@ -118,7 +118,7 @@ class Client:
         self._inputs, self._labels = self.batch(round)
         begin = time.perf_counter()
         with evaluating(self.half):
-            self._cut = call(self.half, self._inputs)
+            self._cut = self._forward(self._inputs)
         self.seconds.forward += time.perf_counter() - begin
         self.seconds.rounds += 1
         self._count(forward=1)
@@ -135,6 +135,11 @@ class Client:
             labels=self._labels.float() if self._labels.is_floating_point() else self._labels.to(torch.int32),
             **masks,
         )
+
+    def _forward(self, inputs: Inputs) -> Tensor:
+        """The half's output."""
+        output: Tensor = call(self.half, inputs)
+        return output
 
     def _count(self, forward: float = 0, backward: float = 0) -> None:
         """So many passes of the round's batch; parts of one where only some layers run."""

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
@@ -29,10 +29,10 @@ from hosfl.methods.method import LEARNS, MULTIPLIERS, PROBES, Method, Way
 from hosfl.methods.steps import POOL_BETAS, FreshStep, PoolStep
 from hosfl.named import label
 from hosfl.probing.batched import probe_batched, probe_forward_batched
+from hosfl.probing.compiled import backends, call_compiled
 from hosfl.probing.probe import Moved, probe_backward, probe_forward, probe_in_place, probe_untouched, trainable
 from hosfl.protocol.lattice import Lattice
 from hosfl.protocol.messages import (
-    Cut,
     Differs,
     Message,
     MessageError,
@@ -51,7 +51,8 @@ class ZerothOrderClient(Client):
     """HO-SFL's client: P perturbed forward passes per multiplier, P scalars up, committed records replayed.
 
     With the estimator "backward" the P scalars come from one backward pass instead.
-    probes_at_once: perturbed copies that go through the half in one pass; with "backward" there are none.
+    probes_at_once: perturbed copies that go through the half in one pass; with "backward" there are none. compile: the
+    backend of torch.compile that forward passes run under, for probes in place one by one; "": none.
     base: gives the trainable tensors of round 0 again, for a client that must start anew; default: it keeps a copy. A
     device short of memory reads its base model's file. begins: where the run's blocks begin.
     """
@@ -60,6 +61,7 @@ class ZerothOrderClient(Client):
     base: Callable[[], Sequence[Tensor]] | None = field(kw_only=True, default=None)
     begins: Sequence[Begin] = field(kw_only=True, default=(Begin("", (), 1.0),))
     probes_at_once: int = field(kw_only=True, default=1)
+    compile: str = field(kw_only=True, default="")
     learns = True
 
     def __post_init__(self) -> None:
@@ -102,14 +104,14 @@ class ZerothOrderClient(Client):
             self.applied, self.epoch = self.replica.applied, self.replica.epoch
         return said
 
-    def output(self, round: int) -> Cut:
-        with self.blocks.kept():
-            return super().output(round)
+    def _forward(self, inputs: Inputs) -> Tensor:
+        return self.blocks.output(inputs)
 
     @cached_property
     def blocks(self) -> BlockRun:
         """Made when it is first needed: most clients of a crowd never come."""
-        return BlockRun(self.half, [begin.entry for begin in self.begins])
+        how = partial(call_compiled, self.compile) if self.compile else call
+        return BlockRun(self.half, [begin.entry for begin in self.begins], how)
 
     def answer(self, message: Message) -> Scalars:
         """Probe the round's directions. The weights hold the same bits afterwards."""
@@ -161,7 +163,7 @@ class ZerothOrderClient(Client):
                 found = probe_forward(module, inputs, multiplier, seeds, run.dist, moved=moved)
             elif run.lattice is not None:
                 found = probe_in_place(
-                    lambda: call(module, inputs),
+                    lambda: self.blocks.call(module, inputs),
                     moved.tensors,
                     moved.streams,
                     multiplier,
@@ -266,6 +268,7 @@ SCALARS = (
     *PROBES,
     *("directions_from", "pool_size", "pool_rounds", "direction_scale", "estimator", "clip"),
 )
+ONE_S_OWN = ("microbatch", "probes_at_once", "compile")  # settings of how a client computes its numbers
 FRESH, POOL = {"directions_from": "fresh"}, {"directions_from": "pool"}
 ADAM_POOL = {**POOL, "rule": "adamw", "direction_scale": "rms", "pool_size": 128, "pool_rounds": 100}
 
@@ -279,6 +282,7 @@ class HO(Method):
         "digest_every",
         "microbatch",
         "probes_at_once",
+        "compile",
         "blocks",
         "multiplier",
         "server_first",
@@ -301,6 +305,17 @@ class HO(Method):
             raise ValueError(
                 f"cannot measure {settings.directions} directions of a pool of {settings.pool_size}: raise pool_size"
             )
+        if not settings.compile:
+            return
+        if settings.compile not in backends():
+            raise ValueError(f"compile must be one of {', '.join(backends())}, got {settings.compile!r}")
+        one_by_one = settings.estimator.endswith("sided") and (settings.blocks, settings.probes_at_once) == (1, 1)
+        if client_rule(settings) is not None or not one_by_one:
+            raise ValueError(
+                "compile is for probes in place, one by one: fresh directions or a pool of dist rademacher, rule sgd or"
+                " normalized with fresh ones, dtype float32, estimator one-sided or two-sided, blocks 1 and"
+                " probes_at_once 1"
+            )
 
     @classmethod
     def tuned(cls, settings: Settings) -> tuple[str, ...]:
@@ -320,6 +335,6 @@ class HO(Method):
 
     def client(self, number: int, half: nn.Module, batch: Callable[[int], Batch]) -> Client:
         setup = self.setup
-        shared: dict[str, Any] = {name: getattr(self.settings, name) for name in ("microbatch", "probes_at_once")}
+        shared: dict[str, Any] = {name: getattr(self.settings, name) for name in ONE_S_OWN}
         shared |= {"run": self.run, "begins": self.begins, "passes": setup.passes}
         return self.kind(number, half, batch, base=lambda: setup.parameters, **shared)

@@ -21,7 +21,7 @@ from hosfl.methods.ledger import Ledger, Rate
 from hosfl.methods.server import Server
 from hosfl.probing.probe import trainable
 from hosfl.protocol.aggregate import Aggregation, RunningLength
-from hosfl.settings import Rates, Settings
+from hosfl.settings import DEFAULTS, Rates, Settings
 
 # The settings that several methods read, to be named in `Method.reads`.
 LEARNS = ("client_rate", "rule")
@@ -113,15 +113,14 @@ class Method:
         """Client `number`, who has applied nothing. half: its own copy of the base. batch: of an exchange, its data."""
         return Client(number, half, batch, passes=self.setup.passes)
 
-    @property
-    def wire(self) -> str:
-        """How cuts and multipliers travel: as they are computed where the method does not read the setting."""
-        return self.settings.wire if "wire" in self.reads else "float32"
+    def read(self, name: str) -> Any:
+        """A setting's value; its default where the method does not read it."""
+        return getattr(self.settings, name) if name in self.reads else DEFAULTS[name]
 
     def made(self, number: int, half: nn.Module, batch: Callable[[int], Batch]) -> Client:
         """`client`, as all of the run's are."""
         client = self.client(number, half, batch)
-        client.wire = self.wire
+        client.wire = self.read("wire")
         return client
 
     def server(self, **shared: Any) -> Server:

@@ -102,9 +102,9 @@ def assemble(
         clip=config.server_clip,
         passes=setup.passes,
         statistics=statistics,
-        alone=config.server_first,
-        centered=config.multiplier == "centered",
-        wire=method.wire,
+        alone=method.read("server_first"),
+        centered=method.read("multiplier") == "centered",
+        wire=method.read("wire"),
     )
     running = {} if statistics is None else calibration.running(base)
 
