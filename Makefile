@@ -66,6 +66,12 @@ studies: $(VENV)/ready
 	  mkdir -p benchmarks/results/studies/$$study && \
 	  cp runs/$$study-study/table.json runs/$$study-study/curves.png benchmarks/results/studies/$$study || exit 1; \
 	done
+	for rounds in 100 300 1000; do \
+	  study=digits-inverted-$$rounds; \
+	  OMP_NUM_THREADS=1 $(BIN)/hosfl study benchmarks/studies/$$study.yaml --out runs/$$study-study --jobs 2 && \
+	  mkdir -p benchmarks/results/lengths/$$study && \
+	  cp runs/$$study-study/table.json benchmarks/results/lengths/$$study || exit 1; \
+	done
 	$(BIN)/python -m benchmarks.readme
 	$(BIN)/python -m benchmarks.per_weight
 

@@ -370,6 +370,8 @@ MOVING = {
     "sst2-forward": 288,
     "cr-forward": 288,
     "sst2-centered": 288,
+    "cifar10-noisy-long": 832,
+    "cifar10-inverted-long": 832,
 }
 LORA = {"lora:1:*.layer.5.*": 6_912}
 
@@ -461,6 +463,25 @@ def overview(results: dict[str, dict[str, Any]]) -> str:
     return _table([*head, "first-order"], rows)
 
 
+def lengths(results: dict[str, dict[str, Any]]) -> str:
+    """One task's studies of several lengths: what is recovered of each one's gap, in accuracy and in loss."""
+
+    def cell(row: dict[str, Any]) -> str:
+        return f"{row['accuracy_gap_recovered'] + 0.0:.2f} / {row['loss_gap_recovered'] + 0.0:.2f}"
+
+    ordered = sorted(results.values(), key=lambda result: result["rounds"])
+    names = [name for name in ordered[0]["methods"] if name.startswith("ho")]
+    rows = [
+        [
+            str(result["rounds"]),
+            *(f"{result['methods'][name]['accuracy']:.3f}" for name in ("frozen", "first-order")),
+            *(cell(result["methods"][name]) for name in names),
+        ]
+        for result in ordered
+    ]
+    return f"{_machine(ordered[0])}\n\n" + _table(["rounds", "frozen", "first-order", *names], rows)
+
+
 Sections = dict[str, tuple[str, Callable[[dict[str, Any]], str]]]
 STUDIES: Sections = {
     path.parent.name: (str(path.relative_to(RESULTS)), study) for path in sorted(RESULTS.glob("studies/*/table.json"))
@@ -488,7 +509,11 @@ PAGES: dict[Path, Sections] = {
         "catch-up": ("catchup-cpu.json", catchup),
         "memory": ("client-memory.json", memory),
     },
-    DOCS / "results-studies.md": {**STUDIES, "numbers": (ALL_STUDIES, numbers)},
+    DOCS / "results-studies.md": {
+        **STUDIES,
+        "lengths": ("lengths/*/table.json", lengths),
+        "numbers": (ALL_STUDIES, numbers),
+    },
     DOCS / "threats.md": {"liars": ("digits-liars.json", liars)},
 }
 

@@ -29,7 +29,7 @@ from hosfl.methods.method import LEARNS, MULTIPLIERS, PROBES, Method, Way
 from hosfl.methods.steps import POOL_BETAS, FreshStep, PoolStep
 from hosfl.named import label
 from hosfl.probing.batched import probe_batched, probe_forward_batched
-from hosfl.probing.compiled import backends, call_compiled
+from hosfl.probing.compiled import call_compiled, check_backend
 from hosfl.probing.probe import Moved, probe_backward, probe_forward, probe_in_place, probe_untouched, trainable
 from hosfl.protocol.lattice import Lattice
 from hosfl.protocol.messages import (
@@ -307,8 +307,7 @@ class HO(Method):
             )
         if not settings.compile:
             return
-        if settings.compile not in backends():
-            raise ValueError(f"compile must be one of {', '.join(backends())}, got {settings.compile!r}")
+        check_backend(settings.compile)
         one_by_one = settings.estimator.endswith("sided") and (settings.blocks, settings.probes_at_once) == (1, 1)
         if client_rule(settings) is not None or not one_by_one:
             raise ValueError(

@@ -15,13 +15,15 @@ from torch import nn
 from hosfl.halves.inputs import Inputs, call
 
 
-def backends() -> list[str]:
-    """The names of torch.compile's backends, those for debugging among them."""
-    return list(torch._dynamo.list_backends(exclude_tags=()))
+def check_backend(name: str) -> None:
+    """Raises ValueError for what is no backend of torch.compile. Those for debugging are taken, and not told."""
+    if name not in torch._dynamo.list_backends(exclude_tags=()):
+        usual = ", ".join(torch._dynamo.list_backends())
+        raise ValueError(f"compile must be a backend of torch.compile, such as {usual}, got {name!r}")
 
 
 def call_compiled(backend: str, module: nn.Module, inputs: Inputs) -> Any:
-    """`hosfl.halves.inputs.call`, compiled. backend: one of `backends`.
+    """`hosfl.halves.inputs.call`, compiled. backend: of torch.compile, by name.
 
     A value differs by rounding from what `call` gives. Raises ValueError for a module that torch or the backend cannot
     compile, such as where there is no C++ compiler.
