@@ -198,10 +198,13 @@ def kernels(result: dict[str, Any]) -> str:
 def steps(result: dict[str, Any]) -> str:
     """A step of client, server and optimizer beside what its passes cost alone."""
     rows = [
-        [r["group"], r["name"], str(r["threads"]), f"{r['seconds'] * 1e3:.1f}", _cell(r, "of_reference")]
+        [
+            *(r["group"], r["name"], str(r["threads"]), f"{r['seconds'] * 1e3:.1f}", _cell(r, "of_reference")),
+            f"{r['peak_extra_bytes'] / 2**20:.1f}" if "peak_extra_bytes" in r else "",
+        ]
         for r in sorted(result["rows"], key=lambda r: (r["group"], r["threads"]))
     ]
-    head = ["step", "way", "threads", "ms", "of its passes alone"]
+    head = ["step", "way", "threads", "ms", "of its passes alone", "peak extra MiB"]
     return f"{_machine(result)}\n\n{_table(head, rows)}"
 
 

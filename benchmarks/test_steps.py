@@ -1,4 +1,4 @@
-"""What a step costs beside its forward passes: of a client, of the server, of an optimizer; by pytest-benchmark.
+"""What a step costs beside its forward passes, and how far the process grows in it; by pytest-benchmark.
 
     pytest benchmarks/test_steps.py --benchmark-only
 
@@ -25,6 +25,7 @@ from hosfl.optim import ZOSGD
 from hosfl.probing.compiled import call_compiled
 from hosfl.probing.probe import probe_in_place, probe_untouched, trainable
 from hosfl.protocol.messages import Cut
+from hosfl.runs.memory import growth
 from hosfl_kernels import snap_
 
 PROBES, CUTS, TOGETHER = 5, 10, 64
@@ -57,6 +58,7 @@ def timed(benchmark: Any, once: Callable[[], object], group: str, name: str) -> 
     benchmark.group = group
     benchmark.extra_info.update(device="cpu", group=group, name=name)
     benchmark.pedantic(once, rounds=5, warmup_rounds=1)
+    benchmark.extra_info.update(peak_extra_bytes=growth(once, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("way", ["forward passes alone", "in place", "in place, compiled", "weights only read"])
