@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from benchmarks.readme import ALL_STUDIES, RESULTS, numbers_of, result_of
@@ -18,14 +19,15 @@ MARKS = {"one backward pass": "s", "paper": "x"}  # of methods whose names say s
 
 def draw(path: Path) -> None:
     points = numbers_of(result_of(ALL_STUDIES))
-    studies = list(dict.fromkeys(point.study for point in points))
+    studies = dict.fromkeys(point.study for point in points)
+    colors = dict(zip(studies, colormaps["tab20"].colors, strict=False))  # type: ignore[attr-defined]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for point in points:
         mark = next((mark for name, mark in MARKS.items() if name in point.method), "o")
-        axes.plot(point.per_weight, point.share, mark, color=f"C{studies.index(point.study)}", markersize=6)
+        axes.plot(point.per_weight, point.share, mark, color=colors[point.study], markersize=6)
     for study in sorted(studies):
-        axes.plot([], [], "o", color=f"C{studies.index(study)}", label=study)
+        axes.plot([], [], "o", color=colors[study], label=study)
     for name, mark in {"forward passes": "o", **MARKS}.items():
         axes.plot([], [], mark, color="gray", label=f"({name})")
     axes.axhline(0, color="gray", linewidth=0.8)
