@@ -266,6 +266,8 @@ def test_one_block_is_the_whole_half_where_nothing_can_be_told_about_it(bert, mo
     wrong_from_a_block(monkeypatch)
     [begin] = blocks_of(half, 1, inputs)
     assert (begin.entry, begin.share) == ("", 1.0)
+    monkeypatch.setattr(BlockRun, "at", lambda *arguments: {}["no such input"])
+    assert blocks_of(half, 1, inputs) == [begin]
 
 
 # --- how many directions each gets --------------------------------------------------------------------------------
