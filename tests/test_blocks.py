@@ -209,6 +209,11 @@ def test_families(kind):
     half = moving_only(half, "*.0.*weight,*.1.*weight", 0)
     begins = blocks_of(half, 2, inputs)
     assert begins[1].share == pytest.approx(begins[0].share / 2)
+    behind = BlockRun(half, [begins[1].entry])
+    with evaluating(half), behind.kept():
+        call(half, inputs)
+    with evaluating(behind.front):
+        assert torch.equal(call(behind.front, inputs), behind._input)
     client = client_of(half, inputs, begins, directions=6, estimator="backward")
     multiplier = torch.randn(call(half, inputs).shape)
     with torch.no_grad():
@@ -268,6 +273,37 @@ def test_one_block_is_the_whole_half_where_nothing_can_be_told_about_it(bert, mo
     assert (begin.entry, begin.share) == ("", 1.0)
     monkeypatch.setattr(BlockRun, "at", lambda *arguments: {}["no such input"])
     assert blocks_of(half, 1, inputs) == [begin]
+
+
+class Dropping(nn.Module):
+    """Functions drop between its layers in train mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three, self.four = (nn.Linear(5, 5) for _ in range(4))
+
+    def forward(self, x):
+        for layer in (self.one, self.two, self.three):
+            x = nn.functional.dropout(layer(x), 0.5, self.training)
+        return self.four(x)
+
+
+@pytest.mark.parametrize(("count", "how"), [(1, {}), (1, {"compile": "eager"}), (3, {"directions": 6})], ids=str)
+def test_no_part_of_a_half_in_train_mode_drops_anything(count, how):
+    torch.manual_seed(0)
+    half, x = moving_only(Dropping().train(), "two.*,three.*,four.*", 0), torch.randn(3, 5)
+    begins = blocks_of(half, count, x)
+    assert begins[0].entry == "two"
+    client = client_of(half, x, begins, **how)
+    with evaluating(half):
+        expected = call(half, x)
+    multiplier = torch.randn(expected.shape)
+    for round in range(3):
+        torch.testing.assert_close(client.output(round).cut, expected)
+        found = client.answer(Multiplier(client=0, round=round, multiplier=multiplier)).scalars
+        exactly = exact(client, x, multiplier, round)
+        assert float((found - exactly).abs().max() / exactly.abs().max()) < 2e-2
+    assert client.half.training
 
 
 # --- how many directions each gets --------------------------------------------------------------------------------

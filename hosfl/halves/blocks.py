@@ -148,8 +148,9 @@ class BlockRun:
         self.half, self.entries, self.call = half, list(entries), call
         self.rests, self.front = [half] * len(self.entries), half
         if any(self.entries):
-            way = way_of(_inner(half))
-            parts = [way.cut(way.places[entry]) if entry else (half, half) for entry in self.entries]
+            with evaluating(half):  # parts have a mode of their own, which is the half's when it is cut
+                way = way_of(_inner(half))
+                parts = [way.cut(way.places[entry]) if entry else (half, half) for entry in self.entries]
             self.front, self.rests = parts[0][0], [rest for _, rest in parts]
         self._input: Tensor | None = None
         self._block = 0
