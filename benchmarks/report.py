@@ -38,6 +38,27 @@ def measure(names: Sequence[str], elements: int, threads: int, path: Path) -> bo
     return subprocess.run(command, env=environment, stdout=sys.stderr).returncode == 0
 
 
+def collected(names: Sequence[str], elements: int, threads: Sequence[int], result: Path) -> tuple[list[Any], bool]:
+    """(rows of suites with each number of threads, whether every benchmark passed). result: the file to come.
+
+    What was measured lies beside it, as JSON lines, until it is written. Raises SystemExit where nothing was.
+    """
+    result.parent.mkdir(parents=True, exist_ok=True)
+    saved = result.with_suffix(".jsonl")
+    saved.unlink(missing_ok=True)
+    passed = [measure(names, elements, count, saved) for count in threads]
+    rows = [json.loads(line) for line in saved.read_text().splitlines()] if saved.exists() else []
+    if not rows:
+        raise SystemExit(f"nothing was measured: {result} is left as it was")
+    return rows, all(passed)
+
+
+def write(result: Path, measured: dict[str, Any]) -> None:
+    """A result, and the machine. The rows that `collected` kept beside it go."""
+    result.write_text(json.dumps({"machine": machine(), **measured}, indent=1) + "\n")
+    result.with_suffix(".jsonl").unlink(missing_ok=True)
+
+
 def ratios(rows: list[dict[str, Any]]) -> None:
     """Adds to every throughput row its ratios to the roof and to the peers in the same run.
 
@@ -93,22 +114,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default: benchmarks/results)")
     options = parser.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
     result = options.out / f"kernels-{'cuda' if torch.cuda.is_available() else 'cpu'}.json"
-    saved = result.with_suffix(".jsonl")
-    saved.unlink(missing_ok=True)
-    passed = [measure(SUITES, options.elements, threads, saved) for threads in options.threads]
-    rows = [json.loads(line) for line in saved.read_text().splitlines()] if saved.exists() else []
-    if not rows:
-        raise SystemExit(f"nothing was measured: {result} is left as it was")
+    rows, passed = collected(SUITES, options.elements, options.threads, result)
     # Memory does not depend on threads: once is enough.
     rows = [r for r in rows if "bytes" in r or r["threads"] == options.threads[0]]
     ratios(rows)
     show(rows)
-    measured = {"machine": machine(), "elements": options.elements, "rows": rows}
-    result.write_text(json.dumps(measured, indent=1) + "\n")
-    saved.unlink(missing_ok=True)
-    return 0 if all(passed) else 1
+    write(result, {"elements": options.elements, "rows": rows})
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

@@ -9,15 +9,12 @@ alone, or the server's cuts one after another. Best of the rounds.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.report import RESULTS, measure
-from hosfl.runs.report import machine
+from benchmarks.report import RESULTS, collected, write
 
 REFERENCES = ("forward passes alone", "cut after cut")
 
@@ -27,21 +24,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default: benchmarks/results)")
     options = parser.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
     result = options.out / "steps-cpu.json"
-    with tempfile.TemporaryDirectory() as folder:
-        saved = Path(folder) / "rows"
-        passed = [measure(["test_steps.py"], 1, threads, saved) for threads in options.threads]
-        rows = [json.loads(line) for line in saved.read_text().splitlines()] if saved.exists() else []
-    if not rows:
-        raise SystemExit(f"nothing was measured: {result} is left as it was")
+    rows, passed = collected(["test_steps.py"], 1, options.threads, result)
     alone = {(r["group"], r["threads"]): r["seconds"] for r in rows if r["name"] in REFERENCES}
     for row in rows:
         if (key := (row["group"], row["threads"])) in alone:
             row["of_reference"] = row["seconds"] / alone[key]
-    result.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    write(result, {"rows": rows})
     print(f"{len(rows)} rows: {result}")
-    return 0 if all(passed) else 1
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

@@ -295,11 +295,11 @@ def test_steps_are_set_beside_their_own_passes(tmp_path, monkeypatch):
                 )
         return True
 
-    monkeypatch.setattr(steps, "measure", measured)
+    monkeypatch.setattr(report, "measure", measured)
     assert steps.main(["--threads", "1", "2", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "steps-cpu.json").read_text())["rows"]
     assert [r.get("of_reference") for r in found] == [1.5, 1.0, 1.0, 0.25, None] * 2
-    monkeypatch.setattr(steps, "measure", lambda *arguments: False)
+    monkeypatch.setattr(report, "measure", lambda *arguments: False)
     with pytest.raises(SystemExit, match="nothing was measured"):
         steps.main(["--out", str(tmp_path)])
     assert json.loads((tmp_path / "steps-cpu.json").read_text())["rows"] == found
