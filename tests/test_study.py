@@ -453,6 +453,12 @@ def test_runs_that_begin_alike_have_one_model(tmp_path, whole, monkeypatch):
         run_study(study, tmp_path / "study")
 
 
+def test_a_process_s_first_run_may_have_rounds_in_which_the_server_learns_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(studies, "_warm", [])  # so that a run of one round goes first
+    study = read_study(FILE.replace("directions_from: fresh", "directions_from: fresh, server_first: 2") + FROZEN)
+    assert run_study(study, tmp_path / "study")
+
+
 def test_calibrated_runs_begin_with_statistics_of_their_own(tmp_path):
     """Running statistics are part of what a run begins with, and clients that are not calibrated keep the base's."""
     contents = studies.Contents(defaultdict(str))

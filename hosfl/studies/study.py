@@ -258,7 +258,7 @@ def run_job(job: Job) -> Result | None:
     try:
         if not _warm:  # a process's first round waits for imports and caches: nobody's seconds
             _warm.append(job.config.task)
-            if train(replace(job.config, rounds=1)).interrupted:
+            if train(replace(job.config, rounds=1, server_first=0)).interrupted:
                 return None
             begin = time.perf_counter()
         summary = train(job.config, None, progress)
