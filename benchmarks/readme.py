@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from hosfl.runs.config import Config
 from hosfl.runs.memory import WAYS
+from hosfl.settings import DEFAULTS
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -375,8 +376,9 @@ MOVING = {
     "sst2-centered": 288,
     "cifar10-noisy-long": 832,
     "cifar10-inverted-long": 832,
+    "decoder-forward": 336,
 }
-LORA = {"lora:1:*.layer.5.*": 6_912}
+LORA = {"lora:1:*.layer.5.*": 6_912, "lora:1:*.layers.5.*": 2_560}
 
 
 class Numbers(NamedTuple):
@@ -395,10 +397,13 @@ def numbers_of(results: dict[str, dict[str, Any]]) -> list[Numbers]:
     for name, result in results.items():
         for method, r in result["methods"].items():
             if r["settings"].get("method", "ho") == "ho" and r["settings"].get("trains") != "biases":
-                directions = r["settings"].get("directions", Config().directions)
-                weights = LORA.get(r["settings"].get("trains"), MOVING[name])
-                formula = f"{directions} x {result['rounds']} / {weights}"
-                count = directions * result["rounds"] / weights
+                settings = DEFAULTS | r["settings"]
+                clients = min(settings["direction_sets"], settings["sampled"])
+                directions = settings["directions"]
+                weights = LORA.get(settings["trains"], MOVING[name])
+                each = f"{clients} x " if clients > 1 else ""  # that measure directions of their own
+                formula = f"{each}{directions} x {result['rounds']} / {weights}"
+                count = clients * directions * result["rounds"] / weights
                 found.append(Numbers(count, name, method, formula, r["loss_gap_recovered"]))
     return sorted(found)
 
@@ -461,7 +466,8 @@ def overview(results: dict[str, dict[str, Any]]) -> str:
         passes = "ho, forward passes" if "ho, forward passes" in methods else "ho, pool"
         ho = [cell(methods[method]) if method in methods else "" for method in (passes, "ho, one backward pass")]
         controls = [cell(methods[method], share=False) for method in ("frozen", "first-order")]
-        rows.append([name, f"{MOVING[name]:,}", str(result["rounds"]), controls[0], *ho, controls[1]])
+        named = name if result["metric"] == "accuracy" else f"{name} ({result['metric']})"
+        rows.append([named, f"{MOVING[name]:,}", str(result["rounds"]), controls[0], *ho, controls[1]])
     head = ["study", "weights that move", "rounds", "frozen", "HO-SFL, 5 forward passes", "HO-SFL, one backward pass"]
     return _table([*head, "first-order"], rows)
 
@@ -483,6 +489,26 @@ def lengths(results: dict[str, dict[str, Any]]) -> str:
         for result in ordered
     ]
     return f"{_machine(ordered[0])}\n\n" + _table(["rounds", "frozen", "first-order", *names], rows)
+
+
+def uses(results: dict[str, dict[str, Any]]) -> str:
+    """Uses of a round's numbers by row, a study each column: shares of its gap, in its metric and in loss."""
+
+    def cell(result: dict[str, Any], name: str) -> str:
+        if name not in result["methods"]:
+            return ""
+        row, controls = result["methods"][name], [result["methods"][n]["loss"] for n in ("frozen", "first-order")]
+        error = row["loss_error"] / abs(controls[0] - controls[1])
+        return f"{row['accuracy_gap_recovered'] + 0.0:.2f} / {row['loss_gap_recovered'] + 0.0:.2f} ± {error:.2f}"
+
+    names = dict.fromkeys(name for result in results.values() for name in result["methods"])
+    rows = [[name, *(cell(result, name) for result in results.values())] for name in names if name != "frozen"]
+    told = []
+    for study, result in results.items():
+        seeds = max((len(r["seeds"]) for r in result["methods"].values()), default=0)
+        tried = len(result["trials"]) // len(result["methods"])
+        told.append(f"{study}: {result['rounds']} rounds, {seeds} seeds, {tried} trials for every row")
+    return f"{'; '.join(told)}. {_machine(next(iter(results.values())))}\n\n" + _table(["", *results], rows)
 
 
 Sections = dict[str, tuple[str, Callable[[dict[str, Any]], str]]]
@@ -515,6 +541,7 @@ PAGES: dict[Path, Sections] = {
     DOCS / "results-studies.md": {
         **STUDIES,
         "lengths": ("lengths/*/table.json", lengths),
+        "uses": ("uses/*/table.json", uses),
         "numbers": (ALL_STUDIES, numbers),
     },
     DOCS / "threats.md": {"liars": ("digits-liars.json", liars)},
