@@ -398,12 +398,10 @@ def numbers_of(results: dict[str, dict[str, Any]]) -> list[Numbers]:
         for method, r in result["methods"].items():
             if r["settings"].get("method", "ho") == "ho" and r["settings"].get("trains") != "biases":
                 settings = DEFAULTS | r["settings"]
-                clients = min(settings["direction_sets"], settings["sampled"])
                 directions = settings["directions"]
                 weights = LORA.get(settings["trains"], MOVING[name])
-                each = f"{clients} x " if clients > 1 else ""  # that measure directions of their own
-                formula = f"{each}{directions} x {result['rounds']} / {weights}"
-                count = clients * directions * result["rounds"] / weights
+                formula = f"{directions} x {result['rounds']} / {weights}"
+                count = directions * result["rounds"] / weights
                 found.append(Numbers(count, name, method, formula, r["loss_gap_recovered"]))
     return sorted(found)
 

@@ -172,9 +172,6 @@ class Learning(_Checked):
     blocks: groups of the client half's layers, with about as many layers in each that move; a direction moves one
     group, so that its pass runs from there to the cut only, and groups close to the cut get more of the P directions.
     With one group passes run from the first layer that moves, where that saves a tenth of a pass or more.
-    direction_sets: S, of P directions each; client m measures those of set m mod S. The estimate's variance falls to
-    that of S P directions where clients' gradients are the same, and stays as it is where they have nothing in common.
-    A record has S P numbers.
     mu: the size of a probe's step, rounded to the client's lattice where there is one. estimator: "one-sided"
     differences, the paper's; "two-sided" ones; "forward" mode, which has no step; or "backward", one backward pass.
     microbatch: samples that a client which backpropagates takes together, 0 for all; fewer need less memory.
@@ -214,13 +211,6 @@ class Learning(_Checked):
     blocks: int = setting(
         1,
         "groups of the client half's layers of which a direction moves one; 1: a direction moves all",
-        least=1,
-        read_with=("directions_from", ("fresh",)),
-    )
-    direction_sets: int = setting(
-        1,
-        "sets of P directions in a round, of which a client measures one, by its number: more numbers for the same"
-        " work where clients' gradients differ, and as many times the record; 1: all clients measure the same",
         least=1,
         read_with=("directions_from", ("fresh",)),
     )
@@ -376,10 +366,7 @@ DEFAULTS: dict[str, Any] = {
 # What a run's bits do not depend on: where data and model lie (their content counts), what is kept, when one looks.
 NEUTRAL = tuple(name for name, f in FIELDS.items() if f.metadata["neutral"])
 # A run with these is described as before there were any: logs of then are logs of the same runs.
-LATER = {
-    name: DEFAULTS[name]
-    for name in ("options", "compile", "server_batch", "multiplier", "server_first", "direction_sets")
-}
+LATER = {name: DEFAULTS[name] for name in ("options", "compile", "server_batch", "multiplier", "server_first")}
 
 PRESETS: dict[str, dict[str, Any]] = {
     # The algorithm of arXiv 2603.14773 as its authors' code runs it, but for its double division by K.

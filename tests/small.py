@@ -35,8 +35,6 @@ RULES = {
     "blocks adamw": AdamW(weight_decay=0.1),
     "pool": None,
     "pool bfloat16": SGD(),
-    "sets": None,
-    "sets adamw": AdamW(weight_decay=0.1),
 }
 
 
@@ -78,9 +76,8 @@ class Small:
     def play(self, rounds, empty=(), seed=0):
         """Commit rounds up to `rounds`, nobody answering those in `empty`."""
         for round in range(len(self.ledger.records), rounds):
-            own = round_scalars(round, seed).split(self.ledger.largest_answer)  # of each set
-            answers = [Scalars(client=m, round=round, epoch=self.ledger.epoch, scalars=s) for m, s in enumerate(own)]
-            answers = [] if round in empty else answers
+            answer = Scalars(client=0, round=round, epoch=self.ledger.epoch, scalars=round_scalars(round, seed))
+            answers = [] if round in empty else [answer]
             self.ledger.commit(round, answers, [1.0] * len(answers))
         return self
 
@@ -117,7 +114,6 @@ def small(kind="moves", rate=0.05, growth=1.0, headroom=16.0, dist=None, **setti
         rule=rule,
         pool=POOL if "pool" in kind else None,
         blocks=BLOCKS if "blocks" in kind else (),
-        sets=2 if "sets" in kind else 1,
     )
 
     def rates(round):

@@ -126,7 +126,6 @@ UNSEEN = {
     "calibrate",  # of a half without BatchNorm there is nothing to: tests/test_calibration.py
     "compile",  # rounding, which a backend that leaves the graph as it is does not show: tests/test_compiled.py
     "blocks",  # of a half with one layer that moves there is one: tests/test_blocks.py
-    "direction_sets",  # a pool has none: tests/test_direction_sets.py
 }
 # Read, but without a trace here: what does not move is stored narrow, where --frozen says so; gradients are summed in
 # another order, probes of one pass too, and the lattice rounds them alike.

@@ -123,7 +123,7 @@ class ZerothOrderClient(Client):
         else:
             found = [
                 self._probe(number, self.moved.some(block.tensors), multiplier, seeds[positions])
-                for number, (block, positions) in enumerate(run.parts_of(self.number))
+                for number, (block, positions) in enumerate(run.parts())
             ]
         self.seconds.answer += time.perf_counter() - begin
         return Scalars(client=self.number, round=self._round, epoch=self.epoch, scalars=torch.cat(found))
@@ -137,17 +137,14 @@ class ZerothOrderClient(Client):
                 yield module, inputs
 
     def _backward(self, multiplier: Tensor, seeds: Sequence[int]) -> Tensor:
-        parts, own = list(self.run.parts_of(self.number)), self.run.positions(self.number)
-        measured = [
-            slice(own.index(p.start), own.index(p.start) + p.stop - p.start) for b, p in parts for _ in b.tensors
-        ]
-        order = [t for block, _ in parts for t in block.tensors]
+        measured = [positions for block, positions in self.run.parts() for _ in block.tensors]
+        order = [t for block, _ in self.run.parts() for t in block.tensors]
         with self._from(0) as (module, inputs):
             found = probe_backward(
                 module,
                 inputs,
                 multiplier,
-                [seeds[p] for p in own],
+                seeds,
                 self.run.dist,
                 microbatch=self.microbatch,
                 moved=self.moved.some(order),
@@ -243,7 +240,7 @@ def make_run(config: Settings, parameters: list[nn.Parameter], begins: Sequence[
     lattice = Lattice.snap(parameters, factors) if rule is None else None
     return Run(
         seed=config.seed,
-        directions=config.directions * config.direction_sets,
+        directions=config.directions,
         dist=config.dist,
         mu=config.mu if lattice is None else lattice.nearest(config.mu, at_least_one=True),
         factors=tuple(factors),
@@ -251,19 +248,18 @@ def make_run(config: Settings, parameters: list[nn.Parameter], begins: Sequence[
         rule=rule,
         pool=Pool(config.pool_size, config.pool_rounds) if config.directions_from == "pool" else None,
         estimator=config.estimator,
-        blocks=_blocks(config, begins, parameters, factors),
-        sets=config.direction_sets,
+        blocks=_blocks(config.directions, begins, parameters, factors),
     )
 
 
 def _blocks(
-    config: Settings, begins: Sequence[Begin], parameters: Sequence[Tensor], factors: Sequence[float]
+    directions: int, begins: Sequence[Begin], parameters: Sequence[Tensor], factors: Sequence[float]
 ) -> tuple[Block, ...]:
     if len(begins) < 2:
         return ()  # every direction moves all
     sizes = [sum(parameters[t].numel() * factors[t] ** 2 for t in begin.tensors) for begin in begins]
-    counts = allotted(config.directions, sizes, [begin.share for begin in begins])
-    return tuple(Block(begin.tensors, n * config.direction_sets) for begin, n in zip(begins, counts, strict=True))
+    counts = allotted(directions, sizes, [begin.share for begin in begins])
+    return tuple(Block(begin.tensors, n) for begin, n in zip(begins, counts, strict=True))
 
 
 # The settings that a method reads whose client half is a log of scalars.
@@ -288,7 +284,6 @@ class HO(Method):
         "probes_at_once",
         "compile",
         "blocks",
-        "direction_sets",
         "multiplier",
         "server_first",
     )
@@ -309,14 +304,6 @@ class HO(Method):
         if settings.directions_from == "pool" and settings.pool_size < settings.directions:
             raise ValueError(
                 f"cannot measure {settings.directions} directions of a pool of {settings.pool_size}: raise pool_size"
-            )
-        sets = settings.direction_sets
-        if sets > settings.clients:
-            raise ValueError(f"direction_sets={sets} of {settings.clients} clients: nobody would measure some of them")
-        if sets > 1 and settings.aggregation not in ("weighted", "uniform"):
-            raise ValueError(
-                f"aggregation {settings.aggregation} compares what clients say of the same directions, and with"
-                " direction_sets they measure others: leave out direction_sets"
             )
         if not settings.compile:
             return

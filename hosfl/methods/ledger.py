@@ -171,10 +171,8 @@ class SeedReplay:
 
     def check(self, message: Scalars) -> None:
         """Raises MessageError for scalars that cannot be averaged."""
-        if len(message.scalars) != self.largest_answer:
-            raise MessageError(
-                f"{len(message.scalars)} scalars in a run of {self.largest_answer} directions per client"
-            )
+        if len(message.scalars) != self.run.directions:
+            raise MessageError(f"{len(message.scalars)} scalars in a run of {self.run.directions} directions")
         if not torch.isfinite(message.scalars).all():
             raise MessageError("infinite or NaN scalars")
 
@@ -201,7 +199,6 @@ class SeedReplay:
             values = [a.scalars for a in answers]
             if self.clip is not None:
                 values = clip_to_norm(values, self.clip, self.weights)
-            values = [self._placed(a.client, v) for a, v in zip(answers, values, strict=True)]
             coefficients, rate = self.step(round, self.aggregation(values, weights), lattice_for)
         quantum = None if lattice is None or lattice == here else lattice.quantum
         participants = tuple(a.client for a in answers)
@@ -210,31 +207,17 @@ class SeedReplay:
     @property
     def largest_answer(self) -> int:
         """How many numbers a client's answer holds."""
-        return self.run.directions // self.run.sets
-
-    def _placed(self, client: int, scalars: Tensor) -> Tensor:
-        """A client's scalars [P] among all sets' [S P], times S: it says nothing of the other sets' directions.
-
-        The mean over clients is then S sum_m w_m v_m over those of a set, and 1 / (S P) times it their part of ghat,
-        sum_m w_m (1/P) sum_p v_mp u_mp.
-        """
-        if self.run.sets == 1:
-            return scalars
-        whole = torch.zeros(self.run.directions, dtype=torch.float64)
-        whole[self.run.positions(client)] = self.run.sets * scalars.double().cpu()
-        return whole
+        return self.run.directions
 
     @property
     def weights(self) -> NDArray[np.float64]:
-        """[P], by which |ghat|^2 is told from one client's scalars: d_b / P_b^2, d_b = E |u_p|^2 of the block that p
-        moves.
+        """[P], by which |ghat|^2 is told from scalars: d_b / P_b^2, d_b = E |u_p|^2 of the block that p moves.
 
         d_b are the block's trainable elements, each with its squared factor.
         """
         sizes = [t.numel() * f * f for t, f in zip(self.mirror.tensors, self.run.factors, strict=True)]
-        counts = [block.directions // self.run.sets for block, _ in self.run.parts()]
-        moved = [sum(sizes[t] for t in block.tensors) for block, _ in self.run.parts()]
-        return np.repeat([d / n**2 for d, n in zip(moved, counts, strict=True)], counts)
+        blocks = [(sum(sizes[t] for t in b.tensors) / b.directions**2, b.directions) for b, _ in self.run.parts()]
+        return np.repeat([weight for weight, _ in blocks], [count for _, count in blocks])
 
     def _append(self, record: RoundRecord) -> None:
         self.records.append(record)

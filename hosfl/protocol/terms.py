@@ -57,16 +57,13 @@ class Pool:
 class Run:
     """What client and server agree on before round 0, beside the weights. It never travels again.
 
-    seed: the run's seed. directions: of a round and its record, of all sets. dist: of the directions. mu: the size of a
-    probe's step.
+    seed: the run's seed. directions: P. dist: of the directions. mu: the size of a probe's step.
     estimator: how a directional derivative is measured: a key of `hosfl.probing.probe.ESTIMATORS`.
     factors: a power of two per trainable tensor, by which directions are scaled on it.
     lattice: where the client half lives, or None where it lives on none; then `rule` is the step that each round makes.
     pool: None for fresh directions every round.
     blocks: which tensors a direction moves; left out, every direction moves all. The estimate is then made of one for
     each block, ghat_b = (1/P_b) sum_p vbar_p u_p over the P_b directions that move it.
-    sets: S, each of P = directions / S. Client m measures set m mod S alone. A record has a number for each direction
-    of all sets, so that replay need not know of them.
     """
 
     seed: int
@@ -79,7 +76,6 @@ class Run:
     pool: Pool | None = None
     estimator: str = "one-sided"
     blocks: tuple[Block, ...] = ()
-    sets: int = 1
 
     def __post_init__(self) -> None:
         if self.blocks:
@@ -91,10 +87,6 @@ class Run:
                 raise ValueError(f"blocks of {counts} directions in a run of {self.directions}")
             if self.pool is not None:
                 raise ValueError("directions of a pool move all tensors: blocks go with fresh directions")
-        if any(block.directions % self.sets for block, _ in self.parts()):
-            raise ValueError(f"{self.sets} sets of equal size do not share out the directions of each block")
-        if self.sets > 1 and self.pool is not None:
-            raise ValueError("directions of a pool are measured by all clients: sets go with fresh directions")
         if (self.lattice is None) == (self.rule is None):
             raise ValueError("a run has a lattice, where records are moves, or an update rule: one of them")
         if self.pool is not None and self.pool.size < self.directions:
@@ -113,17 +105,6 @@ class Run:
         for block in self.blocks or (Block(tuple(range(len(self.factors))), self.directions),):
             yield block, slice(first, first + block.directions)
             first += block.directions
-
-    def parts_of(self, client: int) -> Iterator[tuple[Block, slice]]:
-        """The blocks, and which of the directions that move each the client measures."""
-        for block, positions in self.parts():
-            count = block.directions // self.sets
-            first = positions.start + client % self.sets * count
-            yield block, slice(first, first + count)
-
-    def positions(self, client: int) -> list[int]:
-        """Which of a round's directions the client measures: [P], in the order of its scalars."""
-        return [p for _, own in self.parts_of(client) for p in range(own.start, own.stop)]
 
     def shares(self) -> list[float]:
         """What each direction counts for in its block's estimate, 1 / P_b: [P]."""
