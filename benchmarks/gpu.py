@@ -351,13 +351,13 @@ def captured(call: Callable[[], object]) -> Callable[[], object]:
 @torch.no_grad()
 def captured_step(rule: hk.AdamW | None, dist: str, width: int, layers: int) -> Row:
     """A step whose seed and sizes lie on the device, in a CUDA graph, beside two forward passes and the same step call
-    by call: of a rule, or one move along the direction. Both must leave the same bits with seeds, and of a rule rates and
-    bias corrections, that the graph was not captured with."""
+    by call: of a rule, or one move along the direction. Both must leave the same bits with seeds, and with a rule's
+    rates and bias corrections, that the graph was not captured with."""
     model, inputs = stack(width, layers, torch.bfloat16)
     moved = list(model.parameters())
     seed, mu = torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.full((1,), SCALE, device=DEVICE)
     moments = [[torch.zeros_like(w, dtype=torch.float32) for w in moved] for _ in range(rule.moments if rule else 0)]
-    numbers = torch.zeros(1, 3, device=DEVICE)
+    numbers = torch.tensor([[SCALE, 1.0, 1.0]], device=DEVICE)  # of a rule's step
 
     def loss() -> Tensor:
         return model(inputs).float().square().mean().reshape(1)

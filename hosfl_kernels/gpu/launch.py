@@ -170,7 +170,7 @@ def float_bits(values: Any) -> np.ndarray:
 
 def bits_there(values: torch.Tensor) -> torch.Tensor:
     """The same of a float32 tensor where it lies, as int64."""
-    return values.contiguous().view(torch.int32).to(torch.int64)
+    return values.view(torch.int32).to(torch.int64)
 
 
 class Launch(NamedTuple):
