@@ -230,9 +230,9 @@ def update_(
         AdamW   m = b1 * m + (1 - b1) * g; v = b2 * v + (1 - b2) * (g * g); d = m / (sqrt(v) * root + eps)
         x = x * keep - rate * d, rounded to x's dtype as in `perturb_`; the next round starts from there
 
-    Records may also be tensors on the tensors' GPU, `steps` among them, all or none; see `replay_`. A CUDA graph that
-    captures the call then reads the rates and the bias corrections of every replay; the rule's own numbers, `rule`'s
-    fields, are those of the call that it captured.
+    Records may also be tensors on the tensors' GPU, all of them, `steps` too: see `replay_`. A CUDA graph that captures
+    the call then reads rate, decay and bias corrections anew at every replay. Betas, eps and momentum are those of the
+    call that it captured.
 
     Many rounds in one call leave the bits of one call per round, on every backend, device, thread count and sharding;
     weights and moments cross the memory bus once. Not promised: the payload of NaN.
