@@ -5,7 +5,7 @@
 
 Starts with the self-check, and measures nothing where a bit is wrong. Then a row each for: the roof (a copy, and `add_`
 per dtype), every op of every backend on one large tensor, lists of tensors of LoRA's size, a step of ZOSGD beside its
-forward passes, one that a CUDA graph replays, a client's probes beside theirs. What a call takes of the GPU's memory
+forward passes, two that a CUDA graph replays, a client's probes beside theirs. What a call takes of the GPU's memory
 stands in its row. A row is printed and saved as it comes; one that fails is saved with its error, and the others go on.
 Exits with 1 if any failed.
 
@@ -27,7 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import pairwise, product
+from itertools import chain, pairwise, product
 from pathlib import Path
 from statistics import median
 from types import ModuleType
@@ -349,12 +349,15 @@ def captured(call: Callable[[], object]) -> Callable[[], object]:
 
 
 @torch.no_grad()
-def captured_step(dist: str, width: int, layers: int) -> Row:
+def captured_step(rule: hk.AdamW | None, dist: str, width: int, layers: int) -> Row:
     """A step whose seed and sizes lie on the device, in a CUDA graph, beside two forward passes and the same step call
-    by call. Both must leave the same bits with seeds that the graph was not captured with."""
+    by call: of a rule, or one move along the direction. Both must leave the same bits with seeds, and with a rule's
+    rates and bias corrections, that the graph was not captured with."""
     model, inputs = stack(width, layers, torch.bfloat16)
     moved = list(model.parameters())
     seed, mu = torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.full((1,), SCALE, device=DEVICE)
+    moments = [[torch.zeros_like(w, dtype=torch.float32) for w in moved] for _ in range(rule.moments if rule else 0)]
+    numbers = torch.tensor([[SCALE, 1.0, 1.0]], device=DEVICE)  # of a rule's step
 
     def loss() -> Tensor:
         return model(inputs).float().square().mean().reshape(1)
@@ -365,17 +368,23 @@ def captured_step(dist: str, width: int, layers: int) -> Row:
         hk.replay_(moved, seed, -2 * mu, dist=dist)
         below = loss()
         hk.replay_(moved, seed, mu, dist=dist)
-        hk.replay_(moved, seed, (below - above) * 1e-3, dist=dist)
+        if rule:
+            hk.update_(moved, moments, rule, seed[None], (above - below)[None], numbers, dist=dist)
+        else:
+            hk.replay_(moved, seed, (below - above) * 1e-3, dist=dist)
 
-    first = [w.clone() for w in moved]
+    changed = [*moved, *chain.from_iterable(moments)]
+    first = [x.clone() for x in changed]
 
     def after(call: Callable[[], object]) -> list[Tensor]:
-        for w, old in zip(moved, first, strict=True):
-            w.copy_(old)
-        for number in (11, 2**62 + 3):
+        for x, old in zip(changed, first, strict=True):
+            x.copy_(old)
+        for t, number in enumerate((11, 2**62 + 3)):
             seed.fill_(number)
+            if rule:
+                numbers.copy_(torch.from_numpy(rule.steps([t], [SCALE / (1 + t)])))
             call()
-        return [w.clone() for w in moved]
+        return [x.clone() for x in changed]
 
     replayed = captured(step)
     same = all(map(torch.equal, after(step), after(replayed)))
@@ -412,7 +421,9 @@ def all_rows(n: int, width: int, layers: int) -> Iterator[tuple[str, str, Callab
         yield "list", name, work
     for dist in DISTRIBUTIONS:
         yield "step", f"ZOSGD bfloat16 {dist}", partial(step, dist, width, layers)
-        yield "graph", f"a captured step bfloat16 {dist}", partial(captured_step, dist, width, layers)
+        yield "graph", f"a captured step bfloat16 {dist}", partial(captured_step, None, dist, width, layers)
+        adamw = partial(captured_step, hk.AdamW(), dist, width, layers)
+        yield "graph", f"a captured step of AdamW bfloat16 {dist}", adamw
     for in_place in (True, False):
         name = f"{DIRECTIONS} probes float32 {'in place' if in_place else 'of weights only read'}"
         yield "client", name, partial(probes, in_place, width, max(1, layers // 8))

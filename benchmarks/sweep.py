@@ -37,6 +37,7 @@ from hosfl_kernels.gpu import choices
 from hosfl_kernels.gpu.choices import Shape
 from hosfl_kernels.gpu.launch import Kernel, Kind, Variant, capability, float_bits, instead, on_device, plan, seed_bits
 from hosfl_kernels.gpu.replay import table_of as records_of
+from hosfl_kernels.gpu.update import constant_bits
 from hosfl_kernels.gpu.update import table_of as rounds_of
 from hosfl_kernels.place import Place
 
@@ -101,9 +102,9 @@ def replay(kernel: Kernel, x: Tensor, place: Place, stochastic: bool) -> Prepare
 def update(rule: hk.SGD | hk.AdamW, kernel: Kernel, x: Tensor, place: Place, stochastic: bool) -> Prepared:
     rounds, draws = range(ROUNDS), range(ROUNDS * DIRECTIONS)
     steps = rule.steps(rounds, [SCALE] * ROUNDS).tolist()
-    table = rounds_of(rule.constants, draws, [SCALE] * len(draws), steps, rounds if stochastic else None)
+    table = rounds_of(draws, [SCALE] * len(draws), steps, rounds if stochastic else None)
     moments = [torch.zeros(x.numel(), device=DEVICE) for _ in range(rule.moments)]
-    arguments = (on_device(table, "the sweep", x.device), ROUNDS, DIRECTIONS)
+    arguments = (on_device(table, "the sweep", x.device), ROUNDS, DIRECTIONS, *constant_bits(rule.constants))
     return planned(kernel, x, place, stochastic, *arguments, moments=moments)
 
 

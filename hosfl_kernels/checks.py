@@ -139,13 +139,10 @@ def _numbers(values: Any, name: str, dtype: str, dimensions: str, numpy: bool) -
     return numbers
 
 
-def check_on_host(tables: dict[str, Numbers | None], op: str) -> None:
-    """What an op reads on the host."""
-    for name, table in tables.items():
-        if isinstance(table, np.ndarray) or table is None:
-            continue
-        if not table.is_cpu:
-            raise TypeError(f"{op} takes {name} on the CPU, and they are on {table.device}")
+def check_on_host(seeds: Numbers, op: str) -> None:
+    """Of an op that reads them on the host."""
+    if not (isinstance(seeds, np.ndarray) or seeds.is_cpu):
+        raise TypeError(f"{op} takes seeds on the CPU, and they are on {seeds.device}")
 
 
 def are_there(records: dict[str, Numbers | None], tensors: Sequence[Array]) -> bool:

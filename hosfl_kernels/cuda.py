@@ -58,6 +58,11 @@ def _on_device(table: bytes, op: str, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
+def _refuse_records_there(seeds: Sequence[int] | Tensor) -> None:
+    if isinstance(seeds, Tensor):
+        raise RuntimeError("records on the GPU need Triton's kernels: install triton, or pass them on the CPU")
+
+
 def philox_words(key: int, counter: tuple[int, int, int, int]) -> tuple[int, ...]:
     """Four words, as spec.py's `philox` makes them."""
     extension = _extension()
@@ -93,8 +98,7 @@ def replay_(
     rounding_seeds: Sequence[int] | Tensor | None,
 ) -> None:
     """perturb_ once for every record, in one pass over the tensors and to the same bits. Not for CUDA graphs."""
-    if isinstance(seeds, Tensor):
-        raise RuntimeError("records on the GPU need Triton's kernels: install triton, or pass them on the CPU")
+    _refuse_records_there(seeds)
     if not tensors or not seeds:
         return
     extension, device = _extension(), tensors[0].device
@@ -110,13 +114,14 @@ def update_(
     moments: Sequence[Sequence[Tensor]],
     rule: str,
     constants: Sequence[float],
-    seeds: Sequence[int],
-    coefficients: Sequence[float],
-    steps: Sequence[Sequence[float]],
+    seeds: Sequence[int] | Tensor,
+    coefficients: Sequence[float] | Tensor,
+    steps: Sequence[Sequence[float]] | Tensor,
     place: Place,
-    rounding_seeds: Sequence[int] | None,
+    rounding_seeds: Sequence[int] | Tensor | None,
 ) -> None:
     """len(steps) rounds of an update rule in one pass over weights and moments. Not for CUDA graphs."""
+    _refuse_records_there(seeds)
     if not tensors or not steps:
         return
     extension, device = _extension(), tensors[0].device

@@ -230,6 +230,10 @@ def update_(
         AdamW   m = b1 * m + (1 - b1) * g; v = b2 * v + (1 - b2) * (g * g); d = m / (sqrt(v) * root + eps)
         x = x * keep - rate * d, rounded to x's dtype as in `perturb_`; the next round starts from there
 
+    Records may also be tensors on the tensors' GPU, all of them, `steps` too: see `replay_`. A CUDA graph that captures
+    the call then reads rate, decay and bias corrections anew at every replay. Betas, eps and momentum are those of the
+    call that it captured.
+
     Many rounds in one call leave the bits of one call per round, on every backend, device, thread count and sharding;
     weights and moments cross the memory bus once. Not promised: the payload of NaN.
 
@@ -470,17 +474,18 @@ def _update(
     place: Place,
     rounding_seeds: Numbers | None,
 ) -> None:
-    checks.check_on_host(
-        {"seeds": seeds, "coefficients": coefficients, "steps": steps, "rounding_seeds": rounding_seeds}, "update_"
-    )
     place, found = _whole(place, tensors, rounding_seeds is not None)
     kept = [moments[k : k + len(tensors)] for k in range(0, len(moments), len(tensors))]
     checks.check_moments(tensors, found, kept)
-    checks.check_finite(to_numpy(coefficients), "coefficients", place.factors)
-    checks.check_finite(to_numpy(steps), "steps")
-    if len(steps):
+    record: tuple[Any, ...] = (seeds, coefficients, steps)
+    rounding: Any = rounding_seeds
+    named = {"seeds": seeds, "coefficients": coefficients, "steps": steps, "rounding_seeds": rounding_seeds}
+    if not checks.are_there(named, tensors):
+        checks.check_finite(to_numpy(coefficients), "coefficients", place.factors)
+        checks.check_finite(to_numpy(steps), "steps")
         record = (checks.unsigned(seeds), coefficients.flatten().tolist(), steps.tolist())
         rounding = None if rounding_seeds is None else checks.unsigned(rounding_seeds)
+    if len(steps):
         for part, (rows, *mine) in _row_major(place, tensors, *kept):
             backend.update_(rows, mine, rule, list(constants), *record, part, rounding)
         _mark_changed([*tensors, *moments])
@@ -488,7 +493,7 @@ def _update(
 
 @ieee_arithmetic
 def _project(backend: ModuleType, tensors: list[Array], seeds: Numbers, place: Place) -> NDArray[np.float64] | Tensor:
-    checks.check_on_host({"seeds": seeds}, "project")
+    checks.check_on_host(seeds, "project")
     place, _ = _whole(place, tensors, False)
     rows = [t if is_numpy(t) else t.contiguous() for t in tensors]  # type: ignore[union-attr]
     scalars: NDArray[np.float64] | Tensor = backend.project(rows, checks.unsigned(seeds), place)

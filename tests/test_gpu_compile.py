@@ -406,7 +406,7 @@ arguments = {  # of a launch: odd numbers and round ones, small and large, none 
     "noise": (2**40 + 8, 16, 2**63 - 50, 2**32 - 1, most),
     "perturb": (t, i, t[1:], most, -5, least),
     "replay": (t[1:], i, t, 64),
-    "update": (t, i[1:], t, 3, 1),
+    "update": (t, i[1:], t, 3, 1, 2**30, -1, 16, 0, 7),
     "project": (t, i, t[1:], 64, 2**45),
 }
 found = {}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from hosfl_kernels import gpu, reference, spec
+from hosfl_kernels import SGD, AdamW, gpu, reference, spec
 from hosfl_kernels.gpu.rounding import from_float32
 from hosfl_kernels.gpu.update import quotient, quotient64
 from hosfl_kernels.place import Place
@@ -128,6 +131,14 @@ def test_records_on_the_device(records: int, dist: str, stochastic: bool) -> Non
         assert torch.equal(x, again[stream])
 
 
+def tables(seeds: Any, coefficients: Any, steps: Any) -> tuple[torch.Tensor, ...]:
+    """The rounds of `update_` as they lie on the device: not in C order, which nobody promised."""
+    return tuple(
+        torch.stack([there(list(row)) for row in zip(*table, strict=True)]).t()
+        for table in (seeds, coefficients, steps)
+    )
+
+
 def moved(x: torch.Tensor, kept: list[np.ndarray], rule: str, **options: object) -> tuple[np.ndarray, list[np.ndarray]]:
     """A tensor and its moments after the rounds of `update_`, by spec.py."""
     return spec.update(cells(x), kept, rule, CONSTANTS[rule], SEEDS, COEFFICIENTS, STEPS, **options)
@@ -155,12 +166,15 @@ def test_update(rule: str, stochastic: bool, dist: str) -> None:
     ]
     places[0]["rounding_seeds"] = places[1]["rounding_seeds"] = None
     want = [moved(x, [cells(k[t]) for k in moments], rule, **places[t]) for t, x in enumerate(tensors)]
-    record = ([*SEEDS[0], *SEEDS[1]], [*COEFFICIENTS[0], *COEFFICIENTS[1]], STEPS)
     place = Place(dist, factors, [0, 1, 2], starts)
-    gpu.update_(tensors, moments, rule, CONSTANTS[rule], *record, place, rounding_seeds)
-    for t, (x, kept) in enumerate(want):
-        assert equal(tensors[t], x)
-        assert all(equal(mine[t], k) for mine, k in zip(moments, kept, strict=True))
+    host = ([*SEEDS[0], *SEEDS[1]], [*COEFFICIENTS[0], *COEFFICIENTS[1]], STEPS, place, rounding_seeds)
+    device = (*tables(SEEDS, COEFFICIENTS, STEPS), place, rounding_seeds and there(rounding_seeds))
+    again = [x.clone() for x in tensors], [[x.clone() for x in kept] for kept in moments]
+    for (xs, kept), record in (((tensors, moments), host), (again, device)):
+        gpu.update_(xs, kept, rule, CONSTANTS[rule], *record)
+        for t, (x, wanted) in enumerate(want):
+            assert equal(xs[t], x)
+            assert all(equal(mine[t], k) for mine, k in zip(kept, wanted, strict=True))
 
 
 @pytest.mark.parametrize("dist", DISTS)
@@ -303,7 +317,12 @@ def test_nothing_to_do() -> None:
     assert gpu.project([x[:0]], [1], Place.of_one()).tolist() == [0.0]
     gpu.update_([], [], "sgd", [], [1], [1.0], [(1.0, 1.0, 1.0)], NOWHERE, None)
     gpu.update_([x[:0]], [], "sgd", [], [1], [1.0], [(1.0, 1.0, 1.0)], Place.of_one(), None)
+    records = [torch.zeros(1, *kind, device=DEVICE) for kind in ((0,), (3,))]
+    gpu.update_([x], [], "sgd", [], records[0].long()[:0], records[0][:0], records[1][:0], Place.of_one(), None)
     assert equal(x, old)
+    records[1][0, 1] = 0.5
+    gpu.update_([x], [], "sgd", [], records[0].long(), records[0], records[1], Place.of_one(), None)
+    assert equal(x, old * np.float32(0.5))  # a round without directions
 
 
 def test_a_tensor_out_of_reach_is_refused() -> None:
@@ -354,6 +373,10 @@ def test_what_a_graph_captures(monkeypatch: pytest.MonkeyPatch) -> None:
             perturb_(x)
         with pytest.raises(RuntimeError, match="can't capture replay_ of records on the host"):
             gpu.replay_([x], [1], [1.0], Place.of_one(), None)
+        with pytest.raises(RuntimeError, match="can't capture update_ of records on the host"):
+            gpu.update_([x], [], "sgd", [], [1], [1.0], [(1.0, 1.0, 1.0)], Place.of_one(), None)
+        with pytest.raises(RuntimeError, match="make it once before"):
+            gpu.update_([x], [], "sgd", [], *tables([[1]], [[1.0]], [(1.0, 1.0, 1.0)]), Place.of_one(), None)
     perturb_(x)
     gpu.replay_([x], there([1]), there([1.0]), Place.of_one(), None)
     with monkeypatch.context() as capturing:
@@ -376,6 +399,124 @@ def test_each_stream_has_tables_of_its_own() -> None:
     one, other = launch.remembered(1, *key), launch.remembered(2, *key)
     assert one[0].rows.data_ptr() != other[0].rows.data_ptr()
     assert one is launch.remembered(1, *key)
+
+
+class Graph(TorchDispatchMode):
+    """A stand-in for a CUDA graph, which the interpreter has none of: torch's ops and the launches, one after another.
+
+    `replay` does the same again: numbers that the host gave are those of the capture, memory is read anew, and results
+    come to lie where they lay.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open = self.launching = False
+        self.calls: list[tuple[Any, Any]] = []
+
+    def __enter__(self) -> Graph:
+        self.open = True
+        return super().__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self.open = False
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        call = partial(op, *args, **(kwargs or {}))
+        made = call()
+        if not self.launching:  # the interpreter's own
+            self.calls.append((call, made))
+        return made
+
+    def launch(self, call: Any) -> None:
+        self.launching = True
+        call()
+        self.launching = False
+        if self.open:
+            self.calls.append((call, None))
+
+    def replay(self) -> None:
+        for call, made in self.calls:
+            again = call()
+            if isinstance(made, torch.Tensor) and made.data_ptr() != again.data_ptr():
+                made.copy_(again)
+
+
+@pytest.fixture
+def graph(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """An empty graph, and calls that believe in it."""
+    if DEVICE == "cuda":
+        return torch.cuda.CUDAGraph()
+    launch = importlib.import_module("hosfl_kernels.gpu.launch")
+    graph, original = Graph(), launch.Variant.launch
+    monkeypatch.setattr(launch, "capturing", lambda device: graph.open)
+    monkeypatch.setattr(launch, "captured", {})
+    monkeypatch.setattr(launch.Variant, "launch", lambda *arguments: graph.launch(partial(original, *arguments)))
+    return graph
+
+
+@pytest.mark.parametrize(
+    ("rule", "directions"),
+    [
+        pytest.param(SGD(weight_decay=0.125), 1, id="sgd"),
+        pytest.param(SGD(0.875), 2, id="momentum"),
+        pytest.param(AdamW(betas=(0.75, 0.875), weight_decay=0.5), 2, id="adamw"),
+    ],
+)
+def test_a_captured_step_reads_seeds_rates_and_bias_corrections_anew(rule: Any, directions: int, graph: Any) -> None:
+    """Two probes of each direction, then the update, whose numbers are those that the host would have made."""
+    sizes, dtypes = (150, 200), (torch.float32, torch.bfloat16)
+    place, mu, rates = Place("gaussian", [1.0, 0.5], [3, 9], [0, 2**33]), 2.0**-6, [0.5, 0.125, 1.0, 0.25]
+    xs = [weights(n, dtype) for n, dtype in zip(sizes, dtypes, strict=True)]
+    moments = [[torch.zeros(n, device=DEVICE) for n in sizes] for _ in range(rule.moments)]
+    ys, others = [x.cpu().clone() for x in xs], [[torch.zeros(n) for n in sizes] for _ in moments]
+    keys = np.random.default_rng(0).integers(0, 2**64, (len(rates), directions), np.uint64)
+    seeds = torch.zeros(1, directions, dtype=torch.int64, device=DEVICE)
+    size, steps = torch.zeros(directions, device=DEVICE), torch.zeros(1, 3, device=DEVICE)
+
+    def loss(tensors: list[torch.Tensor]) -> torch.Tensor:
+        # Exact, so that no order of a sum matters.
+        return torch.stack([(x[:20].double() * 2**20).round().abs().sum() for x in tensors]).sum().float() * 2.0**-20
+
+    def step() -> None:
+        above_and_below = []
+        for p in range(directions):
+            for scale in (size, -2 * size, size):
+                gpu.replay_(xs, seeds[0, p : p + 1], scale[p : p + 1], place, None)
+                above_and_below.append(loss(xs))
+        difference = torch.stack(above_and_below).view(1, directions, 3)
+        coefficients = (difference[..., 0] - difference[..., 1]) / (2 * directions * size)
+        record = (seeds, coefficients, steps, place, seeds[0, :1])
+        gpu.update_(xs, moments, rule.name, rule.constants, *record)
+
+    def on_the_host(t: int) -> None:
+        differences = []
+        for key in keys[t].tolist():
+            reference.perturb_(ys, key, mu, place, None)
+            differences.append(float(loss(ys)))
+            reference.perturb_(ys, key, -2 * mu, place, None)
+            differences[-1] = np.float32(differences[-1]) - np.float32(loss(ys))
+            reference.perturb_(ys, key, mu, place, None)
+        coefficients = [float(d / np.float32(2 * directions * mu)) for d in differences]
+        own = rule.steps([t], rates[t : t + 1]).tolist()
+        record = (keys[t].tolist(), coefficients, own, place, keys[t, :1].tolist())
+        reference.update_(ys, others, rule.name, rule.constants, *record)
+
+    for t in range(len(rates)):
+        seeds.copy_(there(keys[t].tolist())[None])
+        size.fill_(mu)
+        steps.copy_(torch.from_numpy(rule.steps([t], rates[t : t + 1])))
+        if t == 1:
+            before = [x.clone() for x in (*xs, *(m for kept in moments for m in kept))]
+            with graph if DEVICE == "cpu" else torch.cuda.graph(graph):
+                step()
+            for x, old in zip((*xs, *(m for kept in moments for m in kept)), before, strict=True):
+                x.copy_(old)  # the stand-in has done what it captured
+        step() if t == 0 else graph.replay()
+        on_the_host(t)
+        assert all(equal(x, cells(y)) for x, y in zip(xs, ys, strict=True))
+        for kept, other in zip(moments, others, strict=True):
+            assert all(equal(m, cells(n)) for m, n in zip(kept, other, strict=True))
 
 
 if DEVICE == "cuda":  # the interpreter has no graphs

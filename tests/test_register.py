@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -136,8 +137,83 @@ def test_where_records_may_lie():
     for seeds, coefficients, tensors in ((there, here, there), (there, there, here), (other, other, there)):
         with pytest.raises(RuntimeError, match="put all records on the CPU, or all there"):
             checks.are_there({"seeds": seeds, "coefficients": coefficients}, [tensors])
-    with pytest.raises(TypeError, match=r"update_ takes seeds on the CPU, and they are on cuda:0"):
-        checks.check_on_host({"steps": here, "seeds": there}, "update_")
-    checks.check_on_host({"seeds": here, "steps": np.zeros(2), "rounding_seeds": None}, "update_")
+    with pytest.raises(TypeError, match=r"project takes seeds on the CPU, and they are on cuda:0"):
+        checks.check_on_host(there, "project")
+    checks.check_on_host(here, "project")
+    checks.check_on_host(np.zeros(2), "project")
     with pytest.raises(RuntimeError, match="need Triton's kernels"):
         cuda.replay_([here], here, here.float(), Place.of_one(), None)
+    with pytest.raises(RuntimeError, match="need Triton's kernels"):
+        cuda.update_([here], [], "sgd", [], here[:, None], here[:, None], here[:, None], Place.of_one(), None)
+
+
+class Asked(NamedTuple):
+    """A backend of `update_` that keeps what it is asked for."""
+
+    calls: list[Any]
+
+    def update_(self, *arguments: Any) -> None:
+        self.calls.append(arguments)
+
+
+def there(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A tensor whose numbers nobody can read."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+RECORDS = {"seeds": there(2, 3, dtype=torch.int64), "coefficients": there(2, 3), "steps": there(2, 3)}
+
+
+def updated(backend: Asked, rounding_seeds: torch.Tensor | None, **others: torch.Tensor) -> None:
+    run = hk.ops.RUN["update_"]
+    run(
+        backend,
+        [there(5)],
+        [],
+        "sgd",
+        [],
+        *{**RECORDS, **others}.values(),
+        Place("gaussian", [], [], []),
+        rounding_seeds,
+    )
+
+
+@pytest.mark.parametrize("rounding_seeds", [None, there(2, dtype=torch.int64)])
+def test_update_leaves_records_on_the_device_unread(rounding_seeds):
+    backend = Asked([])
+    updated(backend, rounding_seeds)
+    ((_, _, rule, _, *records, place, rounding),) = backend.calls
+    assert (rule, place) == ("sgd", Place("gaussian", [1.0], [0], [0]))
+    assert all(a is b for a, b in zip([*records, rounding], [*RECORDS.values(), rounding_seeds], strict=True))
+
+
+@pytest.mark.parametrize("name", ["seeds", "coefficients", "steps", "rounding_seeds"])
+def test_update_takes_all_records_from_one_place(name):
+    backend = Asked([])
+    here = {name: torch.zeros(2, 3)}
+    with pytest.raises(RuntimeError, match="put all records on the CPU, or all there"):
+        updated(backend, **{"rounding_seeds": there(2), **here})
+    assert not backend.calls
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "said"),
+    [
+        ({"seeds": (2, 3, torch.int32)}, TypeError, "seeds as a tensor must be int64"),
+        ({"seeds": (6, torch.int64)}, TypeError, r"seeds as a tensor must be int64 \[rounds, directions\]"),
+        ({"coefficients": (2, 3, torch.float64)}, TypeError, "coefficients as a tensor must be float32"),
+        ({"coefficients": (2, 2, torch.float32)}, ValueError, r"coefficients must be \[2, 3\]"),
+        ({"steps": (2, 3, torch.float16)}, TypeError, "steps as a tensor must be float32"),
+        ({"steps": (1, 3, torch.float32)}, ValueError, r"steps must be \[2, 3\]"),
+        ({"rounding_seeds": (3, torch.int64)}, ValueError, "2 rounds but 3 rounding_seeds"),
+        ({"rounding_seeds": (2, torch.float32)}, TypeError, "rounding_seeds as a tensor must be int64"),
+    ],
+)
+def test_update_names_records_on_the_device_that_it_cannot_take(wrong, error, said):
+    kinds = {"seeds": (2, 3, torch.int64), "coefficients": (2, 3, torch.float32), "steps": (2, 3, torch.float32)}
+    kinds |= {"rounding_seeds": (2, torch.int64)}
+    with FakeTensorMode():
+        weights = torch.zeros(5, device="cuda")
+        records = {k: torch.zeros(shape, dtype=d, device="cuda") for k, (*shape, d) in {**kinds, **wrong}.items()}
+    with pytest.raises(error, match=said):
+        hk.update_(weights, [], hk.SGD(), rounding="stochastic", **records)

@@ -40,8 +40,9 @@ memory, of sharded ones whole on every process; and where weights in channels_la
 
 A closure may replay a captured CUDA graph of the forward pass in the first case and in the last: weights stay at their
 addresses, between two evaluations nothing waits for the device, and the loss is copied out of the graph's output. Not
-in the second, where the moved weights are elsewhere; and the step itself cannot be captured, since its size is known
-only when the losses are. None of this has run on a GPU yet.
+in the second, where the moved weights are elsewhere; and the step itself cannot be captured: the host reads the losses,
+refuses those that are not finite, puts the step on the lattice and writes it into the log. Steps of `hosfl_kernels` can
+be, with records on the GPU. None of this has run on a GPU yet.
 
 Where processes share a model (DDP, or FSDP2's `fully_shard`) its losses are averaged, and all of them hold the bits of
 one process with the mean loss. Sharded parameters need `model`, and must be in the first case above; every process must

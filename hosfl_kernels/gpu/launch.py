@@ -168,6 +168,11 @@ def float_bits(values: Any) -> np.ndarray:
         return np.asarray(values, np.float64).astype(np.float32).view(np.int32)
 
 
+def bits_there(values: torch.Tensor) -> torch.Tensor:
+    """The same of a float32 tensor where it lies, as int64."""
+    return values.view(torch.int32).to(torch.int64)
+
+
 class Launch(NamedTuple):
     """One launch for the tensors of one dtype: rows of int64 and every program's row (int32), on the device.
 

@@ -17,7 +17,20 @@ import triton.language as tl
 from hosfl_kernels.place import Place
 
 from .choices import Shape
-from .launch import CELLS, Kernel, Kind, Variant, float_bits, on_device, plan, reach, run, seed_bits, tile_constants
+from .launch import (
+    CELLS,
+    Kernel,
+    Kind,
+    Variant,
+    bits_there,
+    float_bits,
+    on_device,
+    plan,
+    reach,
+    run,
+    seed_bits,
+    tile_constants,
+)
 from .noise import normals, sign_words, signed
 from .perturb import ON_DEVICE
 from .rounding import from_float32, to_float32
@@ -114,5 +127,5 @@ def replay_(
 
 def _there(seeds: torch.Tensor, coefficients: Any, rounding_seeds: Any) -> torch.Tensor:
     """`table_of` of tensors, made where they are."""
-    bits = coefficients.contiguous().view(torch.int32).to(torch.int64)
-    return torch.stack([seeds, bits, torch.zeros_like(seeds) if rounding_seeds is None else rounding_seeds], 1)
+    rounding = torch.zeros_like(seeds) if rounding_seeds is None else rounding_seeds
+    return torch.stack([seeds, bits_there(coefficients), rounding], 1)

@@ -1,11 +1,13 @@
 """update_: many rounds of an update rule in one pass over weights and moments, one launch per dtype.
 
 As in replay.py a tile stays in registers, here with its moments and the sum over a round's directions: fewer rows to a
-thread.
+thread. The rule's constants are arguments of the kernel. What changes from round to round, rate and bias corrections
+among it, is read from records on the device.
 """
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from .launch import (
     Kernel,
     Kind,
     Variant,
+    bits_there,
     float_bits,
     on_device,
     plan,
@@ -33,14 +36,14 @@ from .noise import normals, sign_words, signed
 from .rounding import from_float32, to_float32
 from .tile import exist, is_empty, locate, moment_address, pointers, rows_and_columns, segment
 
-CONSTANTS = tl.constexpr(5)  # numbers of the rule before the first round
+CONSTANTS = 5  # numbers of a rule, at most
 STEP = tl.constexpr(4)  # numbers of a round before its directions
 
 
 @triton.jit
-def number(table, index):
-    """A float32 from a table of int64."""
-    return tl.load(table + index).to(tl.int32).to(tl.float32, bitcast=True)
+def number(bits):
+    """The float32 that has the low 32 bits."""
+    return bits.to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -69,13 +72,31 @@ def quotient(a, b):
     return quotient64(a, b) if FLUSHES else tl.div_rn(a, b)
 
 
-@triton.jit(do_not_specialize=["table", "row_of_program", "records", "rounds", "directions"])
+@triton.jit(
+    do_not_specialize=[
+        "table",
+        "row_of_program",
+        "records",
+        "rounds",
+        "directions",
+        "b1_bits",
+        "rest1_bits",
+        "b2_bits",
+        "rest2_bits",
+        "eps_bits",
+    ]
+)
 def update(
     table,
     row_of_program,
     records,
     rounds: tl.int32,
     directions: tl.int32,
+    b1_bits: tl.int32,
+    rest1_bits: tl.int32,
+    b2_bits: tl.int32,
+    rest2_bits: tl.int32,
+    eps_bits: tl.int32,
     RULE: tl.constexpr,
     CELL: tl.constexpr,
     DIST: tl.constexpr,
@@ -84,8 +105,11 @@ def update(
     INNER: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """`records` holds int64: the rule's constants, then for every round rate, keep, root (bits of float32), rounding
-    seed, and for every direction the seed and the bits of the float32 coefficient."""
+    """`records` holds a row of int64 for every round: rate, keep, root (bits of float32), rounding seed, and for every
+    direction the seed and the bits of the float32 coefficient.
+
+    The rule's constants, bits of float32: of AdamW b1, 1 - b1, b2, 1 - b2 and eps; momentum is the first.
+    """
     ROWS: tl.constexpr = BLOCKS * INNER
     address, n, start, stream, factor, program = segment(table, row_of_program)
     first_row, first_col, at = locate(start, program, ROWS, WIDTH)
@@ -104,30 +128,29 @@ def update(
             v_address = moment_address(table, row_of_program, 1) + at.to(tl.uint64) * 4
             v_pointer = pointers(v_address, outer, inner, lane, tl.float32, False)
             v = tl.load(v_pointer, mask)
-        record = records + CONSTANTS
         for _ in range(rounds):
-            rate = number(record, 0)
-            keep = number(record, 1)
-            root = number(record, 2)
-            rounding_seed = tl.load(record + 3).to(tl.uint64)
-            record += STEP
+            rate = number(tl.load(records))
+            keep = number(tl.load(records + 1))
+            root = number(tl.load(records + 2))
+            rounding_seed = tl.load(records + 3).to(tl.uint64)
+            records += STEP
             g = tl.zeros((BLOCKS, INNER, WIDTH), tl.float32)
             for _ in range(directions):
-                seed = tl.load(record).to(tl.uint64)
-                s = number(record, 1) * factor
-                record += 2
+                seed = tl.load(records).to(tl.uint64)
+                s = number(tl.load(records + 1)) * factor
+                records += 2
                 if DIST == "rademacher":
                     a, b, c, d = sign_words(seed, stream, first_row, col)
                     g += signed(s, a, b, c, d, first_row, outer, inner)
                 else:
                     g += s * normals(seed, stream, first_row, outer, inner, col)
             if RULE == "momentum":
-                m = number(records, 0) * m + g
+                m = number(b1_bits) * m + g
                 g = m
             if RULE == "adamw":
-                m = number(records, 0) * m + number(records, 1) * g
-                v = number(records, 2) * v + number(records, 3) * (g * g)
-                g = quotient(m, root_of(v) * root + number(records, 4))
+                m = number(b1_bits) * m + number(rest1_bits) * g
+                v = number(b2_bits) * v + number(rest2_bits) * (g * g)
+                g = quotient(m, root_of(v) * root + number(eps_bits))
             y = x * keep - rate * g
             x = to_float32(from_float32(y, CELL, rounding_seed, stream, first_row, outer, inner, col, STOCHASTIC))
         # x is already rounded to CELL: this store is exact, and rounds to nearest.
@@ -156,22 +179,26 @@ BY_RULE = {
 KERNELS = tuple(BY_RULE.values())
 
 
+def constant_bits(constants: Sequence[float]) -> list[int]:
+    """The rule's constants as the kernel takes them."""
+    bits: list[int] = float_bits([*constants, *[0.0] * (CONSTANTS - len(constants))]).tolist()
+    return bits
+
+
 def table_of(
-    constants: Sequence[float],
     seeds: Sequence[int],
     coefficients: Sequence[float],
     steps: Sequence[Sequence[float]],
     rounding_seeds: Sequence[int] | None,
 ) -> np.ndarray:
-    """The rule's constants and the rounds as the kernel reads them."""
-    rounds, header = len(steps), np.zeros(CONSTANTS.value, np.int64)
-    header[: len(constants)] = float_bits(constants)
+    """The rounds as the kernel reads them."""
+    rounds = len(steps)
     rows = np.empty((rounds, STEP.value + 2 * (len(seeds) // rounds)), np.int64)
     rows[:, :3] = float_bits(steps)
     rows[:, 3] = 0 if rounding_seeds is None else seed_bits(rounding_seeds)
     rows[:, STEP.value :: 2] = seed_bits(seeds).reshape(rounds, -1)
     rows[:, STEP.value + 1 :: 2] = float_bits(coefficients).reshape(rounds, -1)
-    return np.concatenate([header, rows.ravel()])
+    return rows
 
 
 def update_(
@@ -179,17 +206,32 @@ def update_(
     moments: Sequence[Sequence[torch.Tensor]],
     rule: str,
     constants: Sequence[float],
-    seeds: Sequence[int],
-    coefficients: Sequence[float],
-    steps: Sequence[Sequence[float]],
+    seeds: Sequence[int] | torch.Tensor,
+    coefficients: Sequence[float] | torch.Tensor,
+    steps: Sequence[Sequence[float]] | torch.Tensor,
     place: Place,
-    rounding_seeds: Sequence[int] | None,
+    rounding_seeds: Sequence[int] | torch.Tensor | None,
 ) -> None:
-    """len(steps) rounds of an update rule in one pass over weights and moments. Not for CUDA graphs."""
-    if not tensors or not steps:
+    """len(steps) rounds of an update rule in one pass over weights and moments.
+
+    Records that are tensors, seeds and coefficients [R, P], lie on the device, and a CUDA graph can capture the call.
+    """
+    if not tensors or not len(steps):
         return
     device = tensors[0].device
     with reach(device):
-        records = on_device(table_of(constants, seeds, coefficients, steps, rounding_seeds), "update_", device)
+        if isinstance(seeds, torch.Tensor):
+            records = _there(seeds, coefficients, steps, rounding_seeds)
+        else:
+            table = table_of(seeds, coefficients, steps, rounding_seeds)
+            records = on_device(table, "update_ of records on the host", device)
         launches = plan(BY_RULE[rule], tensors, place, rounding_seeds is not None, moments)
-        run(launches, records, len(steps), len(seeds) // len(steps))
+        directions = (records.shape[1] - STEP.value) // 2
+        run(launches, records, len(steps), directions, *constant_bits(constants))
+
+
+def _there(seeds: torch.Tensor, coefficients: Any, steps: Any, rounding_seeds: Any) -> torch.Tensor:
+    """`table_of` of tensors, made where they are."""
+    rounding = seeds.new_zeros(len(steps)) if rounding_seeds is None else rounding_seeds
+    directions = torch.stack([seeds, bits_there(coefficients)], 2).flatten(1)
+    return torch.cat([bits_there(steps), rounding[:, None], directions], 1)
