@@ -72,6 +72,9 @@ studies: $(VENV)/ready
 	  mkdir -p benchmarks/results/lengths/$$study && \
 	  cp runs/$$study-study/table.json benchmarks/results/lengths/$$study || exit 1; \
 	done
+	OMP_NUM_THREADS=1 $(BIN)/hosfl study benchmarks/studies/digits-uses.yaml --out runs/digits-uses-study --jobs 2
+	mkdir -p benchmarks/results/uses/digits-uses
+	cp runs/digits-uses-study/table.json benchmarks/results/uses/digits-uses
 	$(BIN)/python -m benchmarks.readme
 	$(BIN)/python -m benchmarks.per_weight
 
