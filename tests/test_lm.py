@@ -302,6 +302,8 @@ def test_the_task_says_what_it_needs(folder, tmp_path, capsys):
     refused("needs data", data="")
     refused("needs a model", model="")
     refused("a decoder is needed", model=str(encoder(tmp_path / "encoder")))
+    refused(r"no folder runs/no/model with a model, and no model on the hub", OSError, model="runs/no/model")
+    refused(r"no folder \./model with a model", OSError, model="./model")
     refused("reads 300 tokens: 301 are too many; lower longest", options={"longest": 301})
     refused(
         "reads 300 tokens: 290 and 11 that are generated are too many", options={"longest": "290", "generate": "11"}

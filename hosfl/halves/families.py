@@ -239,7 +239,7 @@ def skeleton(name: str, batch: int, length: int) -> tuple[nn.Module, dict[str, T
     images have the model's own size. Raises ImportError without transformers, OSError where there is no such model.
     """
     transformers = _transformers()
-    config = transformers.AutoConfig.from_pretrained(name)
+    config = _read("AutoConfig", name)
     # The others look at values, which the meta device has not: of masks, of experts' choices.
     config._attn_implementation, config._experts_implementation = "eager", "batched_mm"
     wanted = (config.architectures or [""])[0]
@@ -277,7 +277,7 @@ def pretrained_model(name: str, head: str, **settings: Any) -> nn.Module:
     """
     transformers = _transformers()
     with _quiet(transformers):
-        model: nn.Module = getattr(transformers, f"AutoModelFor{head}").from_pretrained(name, **settings)
+        model: nn.Module = _read(f"AutoModelFor{head}", name, **settings)
     return model.float()  # many are published in 16 bits, which the server's optimizer could not train
 
 
@@ -286,7 +286,7 @@ def is_decoder(name: str) -> bool:
 
     Raises ImportError, OSError, and ValueError for a model of no family that can be cut.
     """
-    config = _transformers().AutoConfig.from_pretrained(name)
+    config = _read("AutoConfig", name)
     kind = config.model_type
     texts = [k for k, family in FAMILIES.items() if family.inputs == "input_ids" and not family.beside]
     if kind not in texts or config.is_encoder_decoder:
@@ -299,7 +299,7 @@ def text_limits(name: str) -> tuple[int, int]:
 
     Raises ImportError, OSError.
     """
-    config = _transformers().AutoConfig.from_pretrained(name)
+    config = _read("AutoConfig", name)
     return config.vocab_size, getattr(config, "max_position_embeddings", sys.maxsize)
 
 
@@ -312,7 +312,7 @@ def stop_tokens(name: str) -> list[int]:
     if end is None:
         raise ValueError(f"the tokenizer of {name} has no token for the end of a text: set its eos_token, and save it")
     try:
-        told = _transformers().GenerationConfig.from_pretrained(name).eos_token_id
+        told = _read("GenerationConfig", name).eos_token_id
     except OSError:  # no such file
         told = None
     return list(dict.fromkeys([end, *(told if isinstance(told, list) else [] if told is None else [told])]))
@@ -327,7 +327,7 @@ def untrained(kind: str, **settings: Any) -> nn.Module:
 
 def tokenizer_of(name: str, **settings: Any) -> Any:
     """A model's tokenizer that pads on the right, where positions are those of a text alone in every family."""
-    tokenizer = _transformers().AutoTokenizer.from_pretrained(name, padding_side="right", **settings)
+    tokenizer = _read("AutoTokenizer", name, padding_side="right", **settings)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -345,6 +345,15 @@ def tokenized(name: str, texts: Sequence[Sequence[str]], longest: int, cut: str 
     found = tokenizer(*columns, padding=True, truncation=True, max_length=longest, return_tensors="pt")
     types = ["token_type_ids"] if len(columns) > 1 else []
     return {name: found[name] for name in ("input_ids", "attention_mask", *types) if name in found}
+
+
+def _read(kind: str, name: str, **settings: Any) -> Any:
+    """What transformers calls `kind`, of a model on the hub or in a folder. Raises ImportError, OSError."""
+    found = getattr(_transformers(), kind)
+    on_the_hub = name.count("/") < 2 and not name.startswith((".", "/", "~"))
+    if not on_the_hub and not Path(name).is_dir():
+        raise FileNotFoundError(f"no folder {name} with a model, and no model on the hub can be called so")
+    return found.from_pretrained(name, **settings)
 
 
 def _transformers() -> Any:
