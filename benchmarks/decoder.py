@@ -18,7 +18,6 @@ about.json. Nothing is written before all is learnt. About 12 minutes on one cor
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import math
 import random
@@ -34,6 +33,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+
+from benchmarks.sentences import first_paragraphs
 
 PACKAGES = ("numpy", "scipy", "torch", "sklearn", "matplotlib", "transformers", "pandas", "sympy", "networkx")
 PARTS = {"train": 4000, "validation": 400, "test": 400, "held out": 400}  # functions; the last measure pretraining
@@ -69,16 +70,11 @@ class Function(NamedTuple):
 
 def described(file: Path) -> Iterator[Function]:
     """Functions and classes of a file whose docstring begins with 4 to 18 words, and whose name has 1 to 5."""
-    try:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError):
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("__"):
-            text = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
-            words = WORDS.findall(node.name)
-            if text.isascii() and 4 <= len(text.split()) <= 18 and 1 <= len(words) <= 5:
-                yield Function(" ".join(words).lower(), text)
+    for name, paragraph in first_paragraphs(file):
+        text, words = " ".join(paragraph.split()), WORDS.findall(name)
+        fits = 4 <= len(text.split()) <= 18 and 1 <= len(words) <= 5
+        if fits and text.isascii() and not name.startswith("__"):
+            yield Function(" ".join(words).lower(), text)
 
 
 def functions(packages: Sequence[str] = PACKAGES) -> list[Function]:

@@ -31,18 +31,23 @@ LEARNING_LAYERS = 1
 SHARPNESS = 10.0  # of the head at the start: cosines are multiplied by it
 
 
-def first_sentences(file: Path) -> Iterator[str]:
-    """Of the docstrings of a file's functions and classes, 5 to 24 words long."""
+def first_paragraphs(file: Path) -> Iterator[tuple[str, str]]:
+    """Name and docstring's first paragraph, "" where there is none, of a file's functions and classes."""
     try:
-        tree = ast.parse(file.read_text())
+        tree = ast.parse(file.read_text(encoding="utf-8"))
     except (SyntaxError, UnicodeDecodeError):
         return
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            paragraph = (ast.get_docstring(node) or "").split("\n\n")[0]
-            sentence = " ".join(NAMES.sub("it", re.split(r"(?<=\w)\.(?:\s|$)", paragraph)[0]).split())
-            if sentence.isascii() and 5 <= len(sentence.split()) <= 24:
-                yield sentence
+            yield node.name, (ast.get_docstring(node) or "").split("\n\n")[0]
+
+
+def first_sentences(file: Path) -> Iterator[str]:
+    """Of the docstrings of a file's functions and classes, 5 to 24 words long."""
+    for _, paragraph in first_paragraphs(file):
+        sentence = " ".join(NAMES.sub("it", re.split(r"(?<=\w)\.(?:\s|$)", paragraph)[0]).split())
+        if sentence.isascii() and 5 <= len(sentence.split()) <= 24:
+            yield sentence
 
 
 def sentences() -> dict[str, list[tuple[str, int]]]:

@@ -1,6 +1,6 @@
 """What to make of a round's numbers: ways to use them, side by side, over the same rounds and the same work.
 
-    hosfl study benchmarks/studies/cr-uses.yaml --out runs/cr-uses-study --jobs 2
+    hosfl study benchmarks/studies/digits-uses.yaml --out runs/digits-uses-study --jobs 2
 
 Each way is a method of a study. Clients send exact gradients here, and the server takes from them the numbers that
 forward passes would have measured, v_p = <g, u_p>, and nothing else: a run costs as much as a first-order one. What
