@@ -45,6 +45,7 @@ pair:
 # Throughput and memory of the kernels against their roof and their peers; steps of the optimizers beside MeZO's.
 bench: $(VENV)/ready
 	$(BIN)/python -m benchmarks.report
+	$(BIN)/python -m benchmarks.ops
 	$(BIN)/python -m benchmarks.steps
 	$(BIN)/python -m benchmarks.optim
 

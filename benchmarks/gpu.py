@@ -4,10 +4,11 @@
     python -m benchmarks.gpu --sweep [--seconds N] [--elements N] [--out FILE] [--quick]
 
 Starts with the self-check, and measures nothing where a bit is wrong. Then a row each for: the roof (a copy, and `add_`
-per dtype), every op of every backend on one large tensor, lists of tensors of LoRA's size, a step of ZOSGD beside its
-forward passes, two that a CUDA graph replays, a client's probes beside theirs. What a call takes of the GPU's memory
-stands in its row. A row is printed and saved as it comes; one that fails is saved with its error, and the others go on.
-Exits with 1 if any failed.
+per dtype), the peers' ways (torch.randn, MeZO's, `tl.randn` in a kernel of its own), every op of every backend on one
+large tensor, lists of tensors of LoRA's size and as models have them, a step of ZOSGD beside its forward passes, two
+that a CUDA graph replays, a client's probes beside theirs. What a call takes of the GPU's memory stands in its row.
+A row is printed and saved as it comes; one that fails is saved with its error, and the others go on. Exits with 1 if
+any failed.
 
 Times are medians. On a GPU they are those of the device, between events; those of the host are named so. Without a GPU
 a clock times the C++ kernels: that tries this file out, and says nothing about a GPU. Sized for ten minutes of an H100.
@@ -22,6 +23,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 import time
@@ -46,6 +48,8 @@ if importlib.util.find_spec("safetensors") is None:
     # and none of those is touched here.
     sys.modules["safetensors"] = sys.modules["safetensors.torch"] = MagicMock()
 
+from benchmarks import ways as ways_of
+from benchmarks.shapes import LISTS, Shapes
 from hosfl.files import write_atomically
 from hosfl.halves.inputs import evaluating
 from hosfl.optim import ZOSGD
@@ -58,7 +62,7 @@ DEVICE = "cuda" if CUDA else "cpu"
 SCALE = 1e-3
 RECORDS, DIRECTIONS = 64, 5
 COPY = "copy float32"  # the roof
-LISTS = (1, 64, 300)  # tensors
+TENSORS = (1, 64, 300)  # in a list
 BATCH, TOKENS = 8, 128
 SECONDS, LEAST, MOST = 1.0, 3, 20  # how long a call is timed, and how often at least and at most
 
@@ -221,6 +225,22 @@ def roof_rows(n: int) -> Iterator[tuple[str, Callable[[], Row]]]:
         yield f"add_ {plain(dtype)}", partial(add, dtype)
 
 
+def peer_rows(n: int) -> Iterator[tuple[str, Callable[[], Row]]]:
+    """(name, work): what others do in place of `perturb_`, on one tensor. None of their numbers are ours."""
+
+    def one(call: Callable[[Tensor], object], dtype: torch.dtype) -> Row:
+        x = weights(n, dtype)
+        return moved(lambda: call(x), 2 * x.nbytes)
+
+    ways: dict[str, Callable[[Tensor], object]] = {"torch.randn + add_": ways_of.randn_add, "MeZO": ways_of.mezo}
+    if "triton" in backends():
+        from benchmarks import randn  # needs triton
+
+        ways |= {"tl.randn": lambda x: randn.add_(x, SCALE), "tl.randn4x": lambda x: randn.add_four_(x, SCALE)}
+    for dtype, (name, call) in product((torch.float32, torch.bfloat16), ways.items()):
+        yield f"{name} {plain(dtype)}", partial(one, call, dtype)
+
+
 def plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -297,8 +317,31 @@ def list_rows(width: int) -> Iterator[tuple[str, Callable[[], Row]]]:
         tensors = [torch.zeros(8, width, device=DEVICE) for _ in range(many)]
         return {"host_us": host_microseconds(lambda: call(tensors)), "ms": milliseconds(lambda: call(tensors))}
 
-    for many, (name, call) in product(LISTS, calls.items()):
+    for many, (name, call) in product(TENSORS, calls.items()):
         yield f"{many} x {name}", partial(both, call, many)
+
+
+def model_rows(most: int) -> Iterator[tuple[str, Callable[[], Row]]]:
+    """(name, work) for lists with the shapes of models, bfloat16, of so many numbers at most: ours and the peers'."""
+    seeds, coefficients = torch.arange(DIRECTIONS), torch.full((DIRECTIONS,), SCALE)
+    ways: dict[str, Callable[[list[Tensor]], object]] = {
+        "torch._foreach_add_": lambda tensors: torch._foreach_add_(tensors, SCALE),
+        "MeZO": ways_of.mezo_list,
+        "DeComFL": ways_of.decomfl,
+    }
+    for dist in DISTRIBUTIONS:
+        ways[f"perturb_ {dist}"] = partial(hk.perturb_, seed=1, scale=SCALE, dist=dist)
+        ways[f"replay_ {DIRECTIONS} {dist}"] = partial(hk.replay_, seeds=seeds, coefficients=coefficients, dist=dist)
+
+    def one(shapes: Shapes, call: Callable[[list[Tensor]], object]) -> Row:
+        tensors = [torch.zeros(shape, dtype=torch.bfloat16, device=DEVICE) for shape in shapes]
+        row = moved(lambda: call(tensors), 2 * sum(x.nbytes for x in tensors))
+        return {**row, "host_us": host_microseconds(lambda: call(tensors))}
+
+    for model, make in LISTS.items():
+        if sum(map(math.prod, shapes := make())) <= most:
+            for name, call in ways.items():
+                yield f"{model}: {name}", partial(one, shapes, call)
 
 
 def stack(width: int, layers: int, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
@@ -414,11 +457,15 @@ def all_rows(n: int, width: int, layers: int) -> Iterator[tuple[str, str, Callab
     """(group, name, work) of every row. width, layers: of the model that a step moves; a client has an eighth of it."""
     for name, work in roof_rows(n):
         yield "roof", name, work
+    for name, work in peer_rows(n):
+        yield "peers", name, work
     for backend in backends():
         for name, work in op_rows(BACKENDS[backend], n):
             yield backend, name, work
     for name, work in list_rows(2 * width):
         yield "list", name, work
+    for name, work in model_rows(4 * n):
+        yield "model", name, work
     for dist in DISTRIBUTIONS:
         yield "step", f"ZOSGD bfloat16 {dist}", partial(step, dist, width, layers)
         yield "graph", f"a captured step bfloat16 {dist}", partial(captured_step, None, dist, width, layers)

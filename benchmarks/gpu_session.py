@@ -50,15 +50,19 @@ class Part:
     ends: bool = False
 
 
-def has_gpu() -> bool:
-    """As torch sees it, in a process of its own: what CUDA takes of the GPU here would be gone for every part."""
-    code = "import sys, torch; sys.exit(not torch.cuda.is_available())"
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+def capability() -> str | None:
+    """The GPU's compute capability, such as "90", or None where there is none. As torch sees it, in a process of its
+    own: what CUDA takes of the GPU here would be gone for every part."""
+    code = "import torch; print(*torch.cuda.get_device_capability() if torch.cuda.is_available() else (), sep='')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or None
 
 
 def parts(out: Path, quick: bool, install: bool) -> Iterator[Part]:
     nvcc, sanitizer = shutil.which("nvcc"), shutil.which("compute-sanitizer")
-    environment = {"HOSFL_CUDA": "1", "HOSFL_CUDA_ARCHITECTURES": "90"} if nvcc else {}
+    gpu = capability()
+    # For this GPU alone: nvcc takes its time for each kind.
+    environment = {"HOSFL_CUDA": "1", "HOSFL_CUDA_ARCHITECTURES": gpu} if nvcc and gpu else {}
     pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
     if install:
         # hosfl's kernels with Triton serve the rows; HOSFL_CUDA=1 is for the build alone.
@@ -72,7 +76,7 @@ def parts(out: Path, quick: bool, install: bool) -> Iterator[Part]:
     missing = "" if sanitizer else "there is no compute-sanitizer on the path"
     yield Part("sanitizer", [sanitizer or "", "--error-exitcode", "9", *CHECK], 0.7, missing)
     sweep = [sys.executable, "-m", "benchmarks.gpu", "--sweep", "--out", str(out / "sweep.json"), *["--quick"] * quick]
-    if has_gpu():
+    if gpu:
         yield Part("sweep", sweep, ends=True)
     else:
         tried_out = ["--elements", "1000", "--seconds", "120"]

@@ -196,6 +196,55 @@ def kernels(result: dict[str, Any]) -> str:
     )
 
 
+def ops(result: dict[str, Any]) -> str:
+    """Every op by size, and lists as models have them. Of the runs with the fewest threads."""
+    fewest = min(r["threads"] for r in result["rows"])
+    rows = [r for r in result["rows"] if r["threads"] == fewest]
+    single, lists = {}, {}
+    for r in rows:
+        of, _, by = r["of"].partition(" by ") if " by " in r["of"] else r["of"].partition(" new ")
+        (lists if of.startswith("list ") else single).setdefault((f"{r['name']}, {r['dtype']}", by), {})[of] = r
+
+    def cell(row: dict[str, Any] | None, shares: bool) -> str:
+        if row is None:
+            return ""
+        compared = next((f" ({_cell(row, k)})" for k in ("of_roof", "times_randn") if shares and k in row), "")
+        return f"{row['seconds'] * 1e6:,.0f}{compared}"
+
+    def table(found: dict[Any, dict[str, Any]], what: str) -> str:
+        columns = list(dict.fromkeys(of for cells in found.values() for of in cells))
+        head = [f"{what}: microseconds", *(of.removeprefix("list ") for of in columns)]
+        return _table(
+            head, [[way, *(cell(cells.get(of), True) for of in columns)] for (way, _), cells in found.items()]
+        )
+
+    where = _machine({**result, "rows": rows})
+    return f"{where}\n\n{table(single, 'elements')}\n\n{table(lists, 'tensors of')}"
+
+
+def gpu(result: dict[str, Any] | None) -> str:
+    """What `make gpu` measured, or that nobody has."""
+    if result is None:
+        return "Not measured: `make gpu` has not run on a GPU."
+    figures = ("ms", "GB/s", "of_copy", "of_forward_passes", "ps_per_draw", "host_us", "extra_bytes")
+    rows = []
+    for r in result["rows"]:
+        cells = ["" if r.get(f) is None else f"{r[f]:,.0f}" if f == "extra_bytes" else f"{r[f]:.4g}" for f in figures]
+        rows.append([f"{r['group']}: {r['name']}", *([r["failed"], *cells[1:]] if "failed" in r else cells)])
+    head = [
+        "",
+        "ms",
+        "GB/s",
+        "of the copy",
+        "of its forward passes",
+        "ps a number drawn",
+        "us of the host",
+        "extra bytes",
+    ]
+    cut = "" if result["complete"] else " The session was cut short: rows are missing."
+    return f"{result['elements']:,} elements; CUDA {result['cuda']}. {_machine(result)}{cut}\n\n{_table(head, rows)}"
+
+
 def steps(result: dict[str, Any]) -> str:
     """A step of client, server and optimizer beside what its passes cost alone."""
     rows = [
@@ -514,6 +563,7 @@ STUDIES: Sections = {
     path.parent.name: (str(path.relative_to(RESULTS)), study) for path in sorted(RESULTS.glob("studies/*/table.json"))
 }
 ALL_STUDIES = "studies/*/table.json"
+GPU = "gpu.json"
 DOCS = ROOT / "docs"
 PAGES: dict[Path, Sections] = {
     ROOT / "README.md": {"overview": (ALL_STUDIES, overview)},
@@ -532,6 +582,8 @@ PAGES: dict[Path, Sections] = {
     DOCS / "results-optim.md": {"curves": ("optim-curves.json", curves), "optim": ("optim-cpu.json", optim)},
     DOCS / "results-speed.md": {
         "kernels": ("kernels-cpu.json", kernels),
+        "ops": ("ops-cpu.json", ops),
+        "gpu": (GPU, gpu),
         "steps": ("steps-cpu.json", steps),
         "catch-up": ("catchup-cpu.json", catchup),
         "memory": ("client-memory.json", memory),
@@ -547,9 +599,10 @@ PAGES: dict[Path, Sections] = {
 
 
 def result_of(file: str) -> Any:
-    """A result, or for a pattern several by the names of their folders."""
+    """A result, or for a pattern several by the names of their folders. None where no GPU was."""
     if "*" not in file:
-        return json.loads((RESULTS / file).read_text())
+        path = RESULTS / file
+        return None if file == GPU and not path.exists() else json.loads(path.read_text())
     return {path.parent.name: json.loads(path.read_text()) for path in sorted(RESULTS.glob(file))}
 
 

@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.ways import RANDN_PRODUCTS, RANDN_RECORDS, RECORDS, ROOF
+from benchmarks.ways import LIST_ROOF, MEZO, RANDN, RANDN_PRODUCTS, RANDN_RECORDS, RECORDS, ROOF
 from hosfl.runs.report import machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -67,7 +67,7 @@ def ratios(rows: list[dict[str, Any]]) -> None:
     """
 
     def seconds(row: dict[str, Any], name: str) -> float | None:
-        same = ("device", "threads", "bytes" if name == ROOF else "group")
+        same = ("device", "threads", "bytes" if name in (ROOF, LIST_ROOF) else "group")
         grouped = any(r["name"] == name and r["group"] == row["group"] for r in rows)
         found = [r["seconds"] for r in rows if r["name"] == name and all(r.get(k) == row[k] for k in same)]
         return min(found) if found and grouped else None
@@ -76,7 +76,9 @@ def ratios(rows: list[dict[str, Any]]) -> None:
         if "bytes" in row:
             for label, other in (
                 ("of_roof", ROOF),
-                ("times_mezo", "MeZO's way"),
+                ("of_roof", LIST_ROOF),
+                ("times_mezo", MEZO),
+                ("times_randn", RANDN),
                 ("times_randn", RANDN_RECORDS),
                 ("times_randn", RANDN_PRODUCTS),
             ):

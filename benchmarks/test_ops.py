@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
 from itertools import product
 from typing import Any
 
@@ -19,7 +21,7 @@ from torch import Tensor
 
 import hosfl_kernels as hk
 from benchmarks.shapes import LISTS
-from benchmarks.ways import SCALE, mezo
+from benchmarks.ways import DECOMFL, LIST_ROOF, MEZO, RANDN, ROOF, SCALE, decomfl, mezo, mezo_list
 from hosfl_kernels.place import DISTRIBUTIONS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -27,16 +29,17 @@ RECORDS, DIRECTIONS = 8, 5
 KINDS = [*product(DTYPES, DISTRIBUTIONS, (False,)), *product(["bfloat16"], DISTRIBUTIONS, (True,))]
 
 
-def timed(benchmark: Any, call: Callable[[], object], group: str, nbytes: int, device: str) -> None:
-    """Small calls many at a time, large ones a few times."""
+def timed(benchmark: Any, call: Callable[[], object], name: str, of: str, dtype: str, nbytes: int, device: str) -> None:
+    """Small calls many at a time, large ones a few times. of: what is moved, such as a size; nbytes: that it has."""
 
     def once() -> None:
         call()
         if device == "cuda":
             torch.cuda.synchronize()
 
+    group = f"{of} {dtype}"
     benchmark.group = f"{device} {group}"
-    benchmark.extra_info.update(device=device, group=group, name=benchmark.name, bytes=2 * nbytes)
+    benchmark.extra_info.update(device=device, group=group, of=of, dtype=dtype, name=name, bytes=2 * nbytes)
     iterations = max(1, min(100, 2**22 // max(1, nbytes)))
     benchmark.pedantic(once, rounds=5 if nbytes > 2**26 else 20, iterations=iterations, warmup_rounds=1)
 
@@ -54,21 +57,47 @@ def label(kind: tuple[str, str, bool]) -> str:
     return f"{dtype} {dist}{' stochastic' if stochastic else ''}"
 
 
+def called(op: str, dist: str, stochastic: bool = False) -> str:
+    return f"hosfl {op} {dist}{', stochastic rounding' if stochastic else ''}"
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_roof(benchmark: Any, dtype: str, device: str, size: int) -> None:
     (x,) = weights([(size,)], dtype, device)
-    timed(benchmark, lambda: x.add_(SCALE), f"{size:,} {dtype}", x.nbytes, device)
+    timed(benchmark, lambda: x.add_(SCALE), ROOF, f"{size:,}", dtype, x.nbytes, device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_mezo(benchmark: Any, dtype: str, device: str, size: int) -> None:
     (x,) = weights([(size,)], dtype, device)
-    timed(benchmark, lambda: mezo(x), f"{size:,} {dtype}", x.nbytes, device)
+    timed(benchmark, lambda: mezo(x), MEZO, f"{size:,}", dtype, x.nbytes, device)
 
 
-@pytest.mark.parametrize("dist", DISTRIBUTIONS)
-def test_noise(benchmark: Any, dist: str, device: str, size: int) -> None:
-    timed(benchmark, lambda: hk.noise(size, 1, dist=dist, device=device), f"{size:,} float32", 2 * size, device)
+def ways_to_noise(size: int, device: str) -> dict[str, Callable[[], object]]:
+    """New normal numbers, and signs: ours, torch's, EvoX's where it is installed, and on a GPU Triton's own."""
+    ways: dict[str, Callable[[], object]] = {
+        f"hosfl noise {dist}": partial(hk.noise, size, 1, dist=dist, device=device) for dist in DISTRIBUTIONS
+    }
+    ways[RANDN] = partial(torch.randn, size, device=device)
+    if device == "cuda":
+        from benchmarks.randn import randn
+
+        ways["tl.randn"] = partial(randn, size)
+    if find_spec("evox"):
+        from evox.triton_kernels.kernels import philox_normal
+
+        ways["EvoX's philox_normal"] = partial(philox_normal, torch.tensor([1], device=device), size)
+    return ways
+
+
+@pytest.mark.parametrize(
+    "way", ["hosfl noise rademacher", "hosfl noise gaussian", RANDN, "tl.randn", "EvoX's philox_normal"]
+)
+def test_noise(benchmark: Any, way: str, device: str, size: int) -> None:
+    ways = ways_to_noise(size, device)
+    if way not in ways:
+        pytest.skip("pip install evox" if "EvoX" in way else "a kernel of Triton's needs a GPU")
+    timed(benchmark, ways[way], way, f"{size:,} new numbers,", "float32", 2 * size, device)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=label)
@@ -76,7 +105,8 @@ def test_perturb(benchmark: Any, kind: tuple[str, str, bool], device: str, size:
     dtype, dist, stochastic = kind
     (x,) = weights([(size,)], dtype, device)
     how: dict[str, Any] = {"rounding": "stochastic", "rounding_seed": 2} if stochastic else {}
-    timed(benchmark, lambda: hk.perturb_(x, 1, SCALE, dist=dist, **how), f"{size:,} {dtype}", x.nbytes, device)
+    name = called("perturb_", dist, stochastic)
+    timed(benchmark, lambda: hk.perturb_(x, 1, SCALE, dist=dist, **how), name, f"{size:,}", dtype, x.nbytes, device)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=label)
@@ -84,21 +114,16 @@ def test_replay(benchmark: Any, kind: tuple[str, str, bool], device: str, size: 
     dtype, dist, stochastic = kind
     (x,), (seeds, coefficients) = weights([(size,)], dtype, device), seeds_of(RECORDS)
     how: dict[str, Any] = {"rounding": "stochastic", "rounding_seeds": seeds} if stochastic else {}
-    group = f"{size:,} {dtype}, {RECORDS} records"
-    timed(benchmark, lambda: hk.replay_(x, seeds, coefficients, dist=dist, **how), group, x.nbytes, device)
+    name, of = called(f"replay_ {RECORDS}", dist, stochastic), f"{size:,} by {RECORDS} records"
+    timed(benchmark, lambda: hk.replay_(x, seeds, coefficients, dist=dist, **how), name, of, dtype, x.nbytes, device)
 
 
 @pytest.mark.parametrize("dist", DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_project(benchmark: Any, dtype: str, dist: str, device: str, size: int) -> None:
     (x,), (seeds, _) = weights([(size,)], dtype, device), seeds_of(RECORDS)
-    timed(
-        benchmark,
-        lambda: hk.project(x, seeds, dist=dist),
-        f"{size:,} {dtype}, {RECORDS} records",
-        x.nbytes,
-        device,
-    )
+    name, of = called(f"project {RECORDS}", dist), f"{size:,} by {RECORDS} records"
+    timed(benchmark, lambda: hk.project(x, seeds, dist=dist), name, of, dtype, x.nbytes, device)
 
 
 @pytest.mark.parametrize("dist", DISTRIBUTIONS)
@@ -108,11 +133,13 @@ def test_update(benchmark: Any, rule: hk.SGD | hk.AdamW, dist: str, device: str,
     moments = [[torch.zeros_like(x)] for _ in range(rule.moments)]
     seeds, coefficients = torch.arange(DIRECTIONS).reshape(1, -1), torch.full((1, DIRECTIONS), SCALE)
     steps = rule.steps([0], [SCALE])
-    group = f"{size:,} float32, a round of {DIRECTIONS}"
+    name, of = called(f"update_ {rule.name}", dist), f"{size:,} by a round of {DIRECTIONS}"
     timed(
         benchmark,
         lambda: hk.update_([x], moments, rule, seeds, coefficients, steps, dist=dist),
-        group,
+        name,
+        of,
+        "float32",
         x.nbytes,
         device,
     )
@@ -121,35 +148,14 @@ def test_update(benchmark: Any, rule: hk.SGD | hk.AdamW, dist: str, device: str,
 # --- lists of tensors, as models have them --------------------------------------------------------------------------
 
 
-def decomfl(tensors: list[Tensor]) -> None:
-    """DeComFL's way: the whole perturbation is there before it is added.
-
-    Source: Li et al., "Achieving Dimension-Free Communication in Federated Learning via Zeroth-Order Optimization",
-    ICLR 2025, arXiv 2405.15861.
-    """
-    perturbations = [torch.randn(x.shape, device=x.device, dtype=x.dtype) for x in tensors]
-    for x, z in zip(tensors, perturbations, strict=True):
-        x.add_(z, alpha=SCALE)
-
-
-def mezo_list(tensors: list[Tensor]) -> None:
-    for x in tensors:
-        mezo(x)
-
-
 def ways_with_lists() -> dict[str, Callable[[list[Tensor]], object]]:
     seeds, coefficients = seeds_of(DIRECTIONS)
     ours: dict[str, Callable[[list[Tensor]], object]] = {}
     for dist in DISTRIBUTIONS:
-        ours[f"perturb_ {dist}"] = lambda ts, d=dist: hk.perturb_(ts, 1, SCALE, dist=d)  # type: ignore[misc]
-        ours[f"replay_ {DIRECTIONS} {dist}"] = lambda ts, d=dist: hk.replay_(ts, seeds, coefficients, dist=d)  # type: ignore[misc]
-        ours[f"project {DIRECTIONS} {dist}"] = lambda ts, d=dist: hk.project(ts, seeds, dist=d)  # type: ignore[misc]
-    return {
-        "torch._foreach_add_ (the roof)": lambda ts: torch._foreach_add_(ts, SCALE),
-        "MeZO's way": mezo_list,
-        "DeComFL's way": decomfl,
-        **ours,
-    }
+        ours[called("perturb_", dist)] = lambda ts, d=dist: hk.perturb_(ts, 1, SCALE, dist=d)  # type: ignore[misc]
+        ours[called(f"replay_ {DIRECTIONS}", dist)] = lambda ts, d=dist: hk.replay_(ts, seeds, coefficients, dist=d)  # type: ignore[misc]
+        ours[called(f"project {DIRECTIONS}", dist)] = lambda ts, d=dist: hk.project(ts, seeds, dist=d)  # type: ignore[misc]
+    return {LIST_ROOF: lambda ts: torch._foreach_add_(ts, SCALE), MEZO: mezo_list, DECOMFL: decomfl, **ours}
 
 
 @pytest.mark.parametrize("way", ways_with_lists())
@@ -158,4 +164,4 @@ def test_list(benchmark: Any, way: str, dtype: str, device: str, model: str) -> 
     shapes = LISTS[model]()
     tensors, call = weights(shapes, dtype, device), ways_with_lists()[way]
     nbytes = sum(map(math.prod, shapes)) * DTYPES[dtype].itemsize
-    timed(benchmark, lambda: call(tensors), f"list {model} {dtype}", nbytes, device)
+    timed(benchmark, lambda: call(tensors), way, f"list {model}", dtype, nbytes, device)

@@ -6,7 +6,7 @@
 import pytest
 import torch
 
-from benchmarks.ways import BFLOAT16, FLOAT16, RANDN_PRODUCTS, RANDN_RECORDS, WAYS
+from benchmarks.ways import BFLOAT16, FLOAT16, OLDER, RANDN_PRODUCTS, RANDN_RECORDS, WAYS
 from hosfl.halves.families import packaged_minilm, pretrained_model
 from hosfl.halves.inputs import evaluating
 from hosfl.halves.split import split
@@ -15,8 +15,10 @@ from hosfl.probing.batched import probe_batched, probe_forward_batched
 from hosfl.probing.probe import probe_forward, probe_untouched
 
 
-@pytest.mark.parametrize("way", [*WAYS, *BFLOAT16, *FLOAT16], ids=lambda w: f"{w.group}: {w.name}")
+@pytest.mark.parametrize("way", [*WAYS, *OLDER, *BFLOAT16, *FLOAT16], ids=lambda w: f"{w.group}: {w.name}")
 def test_throughput(benchmark, way, device, elements):
+    if way in OLDER and device != "cpu":
+        pytest.skip("an instruction set of CPUs")
     dtype = torch.bfloat16 if way in BFLOAT16 else torch.float16 if way in FLOAT16 else torch.float32
     x = (torch.randn(elements, device=device) * 0.02).to(dtype)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 import hosfl_kernels as hk
+from hosfl_kernels import _cpp
 
 SCALE = 1e-3
 RECORDS = 64
@@ -36,6 +38,22 @@ def mezo(x: Tensor) -> None:
     x.data = x.data + 1 * z * SCALE
 
 
+def mezo_list(tensors: Sequence[Tensor]) -> None:
+    for x in tensors:
+        mezo(x)
+
+
+def decomfl(tensors: Sequence[Tensor]) -> None:
+    """DeComFL's way: the whole perturbation is there before it is added.
+
+    Source: Li et al., "Achieving Dimension-Free Communication in Federated Learning via Zeroth-Order Optimization",
+    ICLR 2025, arXiv 2405.15861.
+    """
+    perturbations = [torch.randn(x.shape, device=x.device, dtype=x.dtype) for x in tensors]
+    for x, z in zip(tensors, perturbations, strict=True):
+        x.add_(z, alpha=SCALE)
+
+
 def randn_records(x: Tensor) -> None:
     for _ in range(RECORDS):
         randn_add(x)
@@ -55,7 +73,22 @@ def replayed(dist: str) -> Callable[[Tensor], None]:
     return lambda x: hk.replay_(x, seeds, coefficients, dist=dist)
 
 
-ROOF = "add_ a constant (the roof)"
+def with_isa(isa: str, move: Callable[[Tensor], object]) -> Callable[[Tensor], object]:
+    """The same, by the C++ kernels for another instruction set of this processor."""
+
+    def moved(x: Tensor) -> None:
+        best = _cpp.isa()
+        _cpp.use_isa(isa)
+        try:
+            move(x)
+        finally:
+            _cpp.use_isa(best)
+
+    return moved
+
+
+ROOF, LIST_ROOF = "add_ a constant (the roof)", "torch._foreach_add_ (the roof)"
+MEZO, DECOMFL, RANDN = "MeZO's way", "DeComFL's way", "torch.randn"
 RANDN_RECORDS = f"{RECORDS} x (torch.randn + add_)"
 RANDN_PRODUCTS = f"{RECORDS} x (torch.randn + dot)"
 WAYS = [
@@ -63,7 +96,7 @@ WAYS = [
     Way("perturb", "hosfl Rademacher", lambda x: hk.perturb_(x, 1, SCALE)),
     Way("perturb", "hosfl Gaussian", lambda x: hk.perturb_(x, 1, SCALE, dist="gaussian")),
     Way("perturb", "torch.randn + add_", randn_add),
-    Way("perturb", "MeZO's way", mezo),
+    Way("perturb", MEZO, mezo),
     Way(f"replay {RECORDS}", "hosfl Rademacher", replayed("rademacher")),
     Way(f"replay {RECORDS}", "hosfl Gaussian", replayed("gaussian")),
     Way(f"replay {RECORDS}", RANDN_RECORDS, randn_records),
@@ -79,11 +112,18 @@ BFLOAT16 = [
         "hosfl Rademacher, stochastic rounding",
         lambda x: hk.perturb_(x, 1, SCALE, rounding="stochastic", rounding_seed=2),
     ),
-    Way("perturb bfloat16", "MeZO's way", mezo),
+    Way("perturb bfloat16", MEZO, mezo),
 ]
 FLOAT16 = [
     Way("perturb float16", ROOF, lambda x: x.add_(SCALE)),
     Way("perturb float16", "hosfl Rademacher", lambda x: hk.perturb_(x, 1, SCALE)),
     Way("perturb float16", "hosfl Gaussian", lambda x: hk.perturb_(x, 1, SCALE, dist="gaussian")),
-    Way("perturb float16", "MeZO's way", mezo),
+    Way("perturb float16", MEZO, mezo),
+]
+# Of a processor that has better ones.
+OLDER = [
+    Way("perturb", f"hosfl {name} by {isa} alone", with_isa(isa, partial(hk.perturb_, seed=1, scale=SCALE, dist=dist)))
+    for isa in ("avx2",)
+    if isa in _cpp.supported()[:-1]
+    for name, dist in (("Rademacher", "rademacher"), ("Gaussian", "gaussian"))
 ]

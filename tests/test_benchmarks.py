@@ -11,10 +11,10 @@ from importlib.metadata import version
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_session, liars, per_weight, readme, report, steps
+from benchmarks import gpu, gpu_session, liars, ops, per_weight, readme, report, steps
 from benchmarks.shapes import LISTS
 from benchmarks.test_memory import SMALL, bound
-from benchmarks.ways import WAYS
+from benchmarks.ways import DECOMFL, LIST_ROOF, MEZO, ROOF, WAYS
 from hosfl.runs.report import machine, processor_name
 from hosfl_kernels import cpu, cuda
 from hosfl_kernels.place import DISTRIBUTIONS
@@ -61,7 +61,7 @@ def test_a_part_that_fails_costs_no_other(tmp_path, monkeypatch, capsys):
 def test_the_parts_are_there(tmp_path, monkeypatch):
     """Their modules and files exist, and what this machine lacks is left out by name."""
     monkeypatch.setattr(gpu_session.shutil, "which", lambda name: None)
-    monkeypatch.setattr(gpu_session, "has_gpu", lambda: False)
+    monkeypatch.setattr(gpu_session, "capability", lambda: None)
     found = {part.name: part for part in gpu_session.parts(tmp_path, True, True)}
     assert list(found) == ["install", "bits", "rows", "tests", "sanitizer", "sweep"]
     assert found["sanitizer"].missing
@@ -73,9 +73,9 @@ def test_the_parts_are_there(tmp_path, monkeypatch):
             if word.startswith("tests/"):
                 assert (gpu_session.ROOT / word).exists()
     monkeypatch.setattr(gpu_session.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(gpu_session, "has_gpu", lambda: True)
+    monkeypatch.setattr(gpu_session, "capability", lambda: "86")
     found = {part.name: part for part in gpu_session.parts(tmp_path, True, True)}
-    assert found["install"].environment["HOSFL_CUDA"] == "1"
+    assert found["install"].environment == {"HOSFL_CUDA": "1", "HOSFL_CUDA_ARCHITECTURES": "86"}
     assert found["sanitizer"].command[0] == "/usr/bin/compute-sanitizer"
     assert not found["sanitizer"].missing
     assert found["sweep"].ends
@@ -83,7 +83,8 @@ def test_the_parts_are_there(tmp_path, monkeypatch):
 
 
 def test_whether_there_is_a_gpu():
-    assert gpu_session.has_gpu() == torch.cuda.is_available()
+    there = torch.cuda.is_available()
+    assert gpu_session.capability() == ("{}{}".format(*torch.cuda.get_device_capability()) if there else None)
 
 
 @pytest.mark.slow
@@ -99,14 +100,60 @@ def test_a_session_on_a_machine_without_a_gpu(tmp_path):
     assert json.loads((tmp_path / "sweep.json").read_text())["rows"]
 
 
+# --- python -m benchmarks.randn: a baseline -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tritons_own_numbers(dtype):
+    """In its interpreter, in a process of its own: the setting holds for the whole process."""
+    code = f"""
+import torch
+from benchmarks import randn
+
+n, dtype = 5000, {dtype}  # not whole blocks
+z = randn.randn(n, device="cpu")
+assert abs(z.mean()) < 0.1 and abs(z.std() - 1) < 0.1
+x = torch.ones(n, dtype=dtype)
+randn.add_(x, 0.5)
+assert torch.allclose(x.float(), 1 + 0.5 * z, atol=1e-6 if dtype == torch.float32 else 0.02)
+y = torch.ones(n + 1, dtype=dtype)
+randn.add_four_(y[:n], 0.5)
+moved = (y[:n].float() - 1) / 0.5
+assert abs(moved.mean()) < 0.1 and abs(moved.std() - 1) < 0.1 and y[n] == 1
+assert moved.unique().numel() > (100 if dtype == torch.bfloat16 else 4900)
+"""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=gpu.ROOT, env=environment)
+
+
+def test_tritons_own_numbers_compile():
+    pytest.importorskip("triton")
+    code = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from benchmarks import randn
+
+for kernel in (randn._new, randn._add, randn._add_four):
+    for dtype in ("fp32", "bf16"):
+        types = {"out": "*fp32", "x": f"*{dtype}", "n": "i64", "seed": "i32", "scale": "fp32"}
+        signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+        constants = {(kernel.arg_names.index("BLOCK"),): randn.BLOCK}
+        triton.compile(ASTSource(kernel, signature, constants, {}), target=GPUTarget("cuda", 90, 32))
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=gpu.ROOT, env=environment)
+
+
 # --- python -m benchmarks.gpu ------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """Calls main on little work, the self-check passed before; returns its status and what its file holds."""
-    for name, value in {"SECONDS": 0, "LEAST": 1, "MOST": 1, "LISTS": (1, 3), "BATCH": 1, "TOKENS": 2}.items():
+    for name, value in {"SECONDS": 0, "LEAST": 1, "MOST": 1, "TENSORS": (1, 3), "BATCH": 1, "TOKENS": 2}.items():
         monkeypatch.setattr(gpu, name, value)
+    monkeypatch.setattr(gpu, "LISTS", {"tiny": lambda: [(3, 4), (5,)], "large": lambda: [(2**14,)]})
     monkeypatch.setattr(gpu, "check", lambda: None)
     path = tmp_path / "new" / "rows.json"
 
@@ -136,6 +183,9 @@ def test_every_op_and_dtype_has_a_row(tiny, capsys):
     captured = [row for row in found["rows"] if row["name"].startswith("a captured step")]
     assert [row["same_bits"] for row in captured] == [True] * 4
     assert {"5 probes float32 in place", "5 probes float32 of weights only read"} <= names
+    assert {"MeZO bfloat16", "torch.randn + add_ float32"} <= names
+    assert {f"tiny: {way}" for way in ("MeZO", "DeComFL", "perturb_ gaussian", "replay_ 5 rademacher")} <= names
+    assert not any(name.startswith("large") for name in names)  # more numbers than four of the large tensor
     for row in found["rows"]:
         assert all(row[figure] > 0 for figure in ("ms", "GB/s", "ps_per_draw", "of_copy", "host_us") if figure in row)
         assert "ms" in row
@@ -170,7 +220,7 @@ def test_what_ends_the_command_loses_no_row(tiny, monkeypatch):
         tiny()
     found = json.loads(tiny.path.read_text())
     assert not found["complete"]
-    assert found["rows"][-1]["name"] == "3 x torch._foreach_add_"
+    assert found["rows"][-1]["group"] == "model"
 
 
 @pytest.mark.parametrize(("status", "said"), [(0, "all bits are right"), (1, "FAIL cpp philox"), (2, "")])
@@ -248,8 +298,13 @@ def test_the_suites_by_themselves(tmp_path, monkeypatch):
     ops = {row["name"].partition("[")[0] for row in rows}
     assert ops == {f"test_{op}" for op in ("roof", "mezo", "noise", "perturb", "replay", "project", "update", "list")}
     groups = {row["group"] for row in rows}
-    assert {"cpu 1,024 float32", "cpu 1,024 bfloat16, 8 records", "cpu list LoRA of OPT-125M float32"} <= groups
+    assert {"cpu 1,024 float32", "cpu 1,024 by 8 records bfloat16", "cpu list LoRA of OPT-125M float32"} <= groups
     assert all(row["extra_info"]["bytes"] > 0 for row in rows)
+    names = [(row["extra_info"]["name"], row["extra_info"]["dtype"], row["extra_info"]["of"]) for row in rows]
+    assert len(set(names)) == len(names)
+    assert {("torch.randn", "float32", "1,024 new numbers,"), (DECOMFL, "bfloat16", "list LoRA of OPT-125M")} <= {
+        *names
+    }
 
 
 def test_the_suites_lists_are_the_models():
@@ -303,6 +358,34 @@ def test_steps_are_set_beside_their_own_passes(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="nothing was measured"):
         steps.main(["--out", str(tmp_path)])
     assert json.loads((tmp_path / "steps-cpu.json").read_text())["rows"] == found
+
+
+def test_ops_are_set_beside_the_roof_and_drawn(tmp_path, monkeypatch):
+    """The rows of the suite itself, on little work; the roof of a list is not that of one tensor."""
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    assert ops.main(["--threads", "1", "--elements", "1024", "--out", str(tmp_path)]) == 0
+    assert (tmp_path / "ops.png").read_bytes()[:4] == b"\x89PNG"
+    found = json.loads((tmp_path / "ops-cpu.json").read_text())
+    ratio = {(r["name"], r["dtype"], r["of"]): r.get("of_roof") for r in found["rows"]}
+    seconds = {(r["name"], r["dtype"], r["of"]): r["seconds"] for r in found["rows"]}
+    of = "list LoRA of OPT-125M"
+    expected = seconds[LIST_ROOF, "float32", of] / seconds[MEZO, "float32", of]
+    assert ratio[MEZO, "float32", of] == expected
+    assert ratio[MEZO, "float32", "1,024"] == seconds[ROOF, "float32", "1,024"] / seconds[MEZO, "float32", "1,024"]
+    assert ratio["hosfl replay_ 8 gaussian", "float32", "1,024 by 8 records"] is None
+    table = readme.ops(found)
+    assert f"| {MEZO}, float32 | {seconds[MEZO, 'float32', of] * 1e6:,.0f} ({expected:.2f}) |" in table
+
+
+def test_what_no_gpu_has_measured_is_said(tmp_path, tiny):
+    assert readme.gpu(None).startswith("Not measured")
+    _, found = tiny()
+    found["rows"][0] = {"group": "roof", "name": "broken", "failed": "out of luck", "seconds": 1.0}
+    table = readme.gpu(found)
+    assert "| roof: broken | out of luck |" in table
+    assert "cut short" not in table
+    assert len(table.splitlines()) == 4 + len(found["rows"])
+    assert "cut short" in readme.gpu({**found, "complete": False})
 
 
 def test_only_projections_on_a_gpu_may_hold_more_than_a_megabyte(monkeypatch):

@@ -1,0 +1,84 @@
+"""`make bench`: every op by size and dtype, and lists as models have them, beside the roof and the peers.
+
+    python -m benchmarks.ops [--elements N] [--threads N ...] [--out FOLDER]
+
+Runs test_ops.py with each number of threads, writes ops-cpu.json and draws ops.png: how many bytes a second each way
+moves, with the roof. Best of the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+from benchmarks.report import RESULTS, collected, ratios, write
+from benchmarks.ways import DECOMFL, LIST_ROOF, MEZO, ROOF
+from hosfl.runs.report import save_figure
+
+# The ways of the figure: what they are called there, and their colors.
+ADD = ("torch's add, the roof", "black")
+OURS = {
+    "hosfl perturb_ rademacher": ("hosfl Rademacher", "tab:blue"),
+    "hosfl perturb_ gaussian": ("hosfl Gaussian", "tab:cyan"),
+}
+PEERS = {MEZO: (MEZO, "tab:red"), DECOMFL: (DECOMFL, "tab:orange")}
+ONE_TENSOR, LIST = {ROOF: ADD, **OURS, **PEERS}, {LIST_ROOF: ADD, **OURS, **PEERS}
+DTYPES = ("float32", "bfloat16")
+
+
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Above by the size of one tensor, below by list. Of the runs with the fewest threads."""
+    fewest = min(r["threads"] for r in rows)
+    speed = {(r["name"], r["dtype"], r["of"]): r["bytes"] / r["seconds"] / 1e9 for r in rows if r["threads"] == fewest}
+    ofs = list(dict.fromkeys(of for name, _, of in speed if name in (*ONE_TENSOR, *LIST)))
+    lists = [of for of in ofs if of.startswith("list ")]
+    sizes = [of for of in ofs if of not in lists]
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    above, below = figure.subplots(2, 2, sharey=True)
+    for dtype, lines, bars in zip(DTYPES, above, below, strict=True):
+        for name, (label, color) in ONE_TENSOR.items():
+            points = [(int(of.replace(",", "")), speed[key]) for of in sizes if (key := (name, dtype, of)) in speed]
+            if points:
+                lines.plot(
+                    *zip(*points, strict=True), "--" if name == ROOF else "-", color=color, marker="o", label=label
+                )
+        for place, (name, (label, color)) in enumerate(LIST.items()):
+            heights = [speed.get((name, dtype, of), 0.0) for of in lists]
+            bars.bar([n + 0.16 * (place - 2) for n in range(len(lists))], heights, 0.15, color=color, label=label)
+        lines.set_xscale("log")
+        lines.set_yscale("log")
+        lines.set_xlabel(f"{dtype} elements of one tensor")
+        bars.set_xticks(range(len(lists)), [of.removeprefix("list ") for of in lists], fontsize=8)
+        bars.set_xlabel(f"{dtype} tensors with the shapes of a model, or of adapters")
+        for axes in (lines, bars):
+            axes.grid(axis="y", linewidth=0.3)
+            axes.legend(fontsize=8, frameon=False)
+    for axes in (above[0], below[0]):
+        axes.set_ylabel("GB read and written a second")
+    save_figure(figure, path, dpi=110)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ops", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--elements", type=int, default=64 * 2**20, help="of the largest tensor (default: 64 Mi)")
+    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default: benchmarks/results)")
+    options = parser.parse_args(arguments)
+    result = options.out / f"ops-{'cuda' if torch.cuda.is_available() else 'cpu'}.json"
+    rows, passed = collected(["test_ops.py"], options.elements, options.threads, result)
+    ratios(rows)
+    write(result, {"elements": options.elements, "rows": rows})
+    draw(rows, options.out / "ops.png")
+    print(f"{len(rows)} rows: {result}")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
