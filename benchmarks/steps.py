@@ -13,10 +13,17 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from benchmarks.report import RESULTS, collected, write
 
 REFERENCES = ("forward passes alone", "cut after cut")
+
+
+def _where(row: dict[str, Any]) -> tuple[str, str, int]:
+    return row["device"], row["group"], row["threads"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,11 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default: benchmarks/results)")
     options = parser.parse_args(arguments)
-    result = options.out / "steps-cpu.json"
+    result = options.out / f"steps-{'cuda' if torch.cuda.is_available() else 'cpu'}.json"
     rows, passed = collected(["test_steps.py"], 1, options.threads, result)
-    alone = {(r["group"], r["threads"]): r["seconds"] for r in rows if r["name"] in REFERENCES}
+    alone = {_where(r): r["seconds"] for r in rows if r["name"] in REFERENCES}
     for row in rows:
-        if (key := (row["group"], row["threads"])) in alone:
+        if (key := _where(row)) in alone:
             row["of_reference"] = row["seconds"] / alone[key]
     write(result, {"rows": rows})
     print(f"{len(rows)} rows: {result}")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from benchmarks.mezo import MeZO
 from hosfl.halves.families import packaged_minilm, pretrained_model
 from hosfl.halves.inputs import call, evaluating
-from hosfl.halves.split import SplitModel, split
+from hosfl.halves.split import split
 from hosfl.methods.grouped import GroupedServer
 from hosfl.methods.server import Server
 from hosfl.optim import ZOSGD
@@ -45,28 +45,34 @@ def resnet18() -> nn.Module:
     return model
 
 
-def halves(which: str) -> tuple[SplitModel, Any]:
-    """A model cut in the middle, and a batch of what it takes."""
+def halves(which: str, device: str) -> tuple[nn.Module, Any]:
+    """The client half of a model cut in the middle, and a batch of what it takes."""
     samples, tokens = BATCHES[which]
     if which.startswith("MiniLM"):
-        return split(minilm(), 3), {"input_ids": torch.randint(1000, 20_000, (samples, tokens))}
+        ids = torch.randint(1000, 20_000, (samples, tokens), device=device)
+        return split(minilm(), 3).client.to(device), {"input_ids": ids}
     pictures = torch.randn(samples, 3, 224, 224)
-    return split(resnet18(), "resnet.encoder.stages.1", example=pictures[:2]), pictures
+    half = split(resnet18(), "resnet.encoder.stages.1", example=pictures[:2]).client
+    return half.to(device), pictures.to(device)
 
 
-def timed(benchmark: Any, once: Callable[[], object], group: str, name: str) -> None:
-    benchmark.group = group
-    benchmark.extra_info.update(device="cpu", group=group, name=name)
-    benchmark.pedantic(once, rounds=5, warmup_rounds=1)
-    benchmark.extra_info.update(peak_extra_bytes=growth(once, torch.device("cpu")))
+def timed(benchmark: Any, once: Callable[[], object], device: str, group: str, name: str) -> None:
+    def waited() -> None:
+        once()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.group = f"{device} {group}"
+    benchmark.extra_info.update(device=device, group=group, name=name)
+    benchmark.pedantic(waited, rounds=5, warmup_rounds=1)
+    benchmark.extra_info.update(peak_extra_bytes=growth(waited, torch.device(device)))
 
 
 @pytest.mark.parametrize("way", ["forward passes alone", "in place", "in place, compiled", "weights only read"])
 @pytest.mark.parametrize("which", BATCHES)
-def test_client(benchmark: Any, which: str, way: str) -> None:
+def test_client(benchmark: Any, which: str, way: str, device: str) -> None:
     """The cut and P one-sided probes of all weights, beside P + 1 forward passes in inference mode."""
-    model, inputs = halves(which)
-    half = model.client
+    half, inputs = halves(which, device)
     parameters, streams = trainable(half)
     with evaluating(half):
         mu = 2**10 * snap_(parameters)
@@ -86,14 +92,14 @@ def test_client(benchmark: Any, which: str, way: str) -> None:
 
         compiled = partial(in_place, partial(call_compiled, "inductor"))
         ways = {"in place": in_place, "in place, compiled": compiled, "weights only read": only_read}
-        timed(benchmark, {"forward passes alone": alone, **ways}[way], f"client {which}", way)
+        timed(benchmark, {"forward passes alone": alone, **ways}[way], device, f"client {which}", way)
 
 
 @pytest.mark.parametrize("way", ["all cuts in one pass", "cut after cut", f"server_batch {TOGETHER}"])
 @pytest.mark.parametrize(("samples", "tokens"), [(2, 32), (2, 64), (16, 64)])
-def test_server(benchmark: Any, samples: int, tokens: int, way: str) -> None:
+def test_server(benchmark: Any, samples: int, tokens: int, way: str, device: str) -> None:
     """A server's step for ten cuts, with a multiplier for each, beside one forward and backward pass of all of them."""
-    half = split(minilm(), 3).server.train()
+    half = split(minilm(), 3).server.train().to(device)
     mask, labels = torch.ones(samples, tokens, dtype=torch.uint8), torch.zeros(samples, dtype=torch.int32)
     cuts = [
         Cut(client=n, round=0, cut=torch.randn(samples, tokens, 384), labels=labels, mask=mask) for n in range(CUTS)
@@ -101,9 +107,9 @@ def test_server(benchmark: Any, samples: int, tokens: int, way: str) -> None:
 
     def roof() -> None:
         half.zero_grad()
-        leaf = torch.cat([c.cut for c in cuts]).requires_grad_()
-        outputs = half(leaf, attention_mask=torch.cat([mask] * CUTS))
-        nn.functional.cross_entropy(outputs, torch.cat([labels] * CUTS).long()).backward()
+        leaf = torch.cat([c.cut for c in cuts]).to(device).requires_grad_()
+        outputs = half(leaf, attention_mask=torch.cat([mask] * CUTS).to(device))
+        nn.functional.cross_entropy(outputs, torch.cat([labels] * CUTS).long().to(device)).backward()
 
     def server(kind: type[Server], **settings: Any) -> Server:
         optimizer, loss = torch.optim.SGD(half.parameters(), lr=0.0), nn.functional.cross_entropy
@@ -115,14 +121,14 @@ def test_server(benchmark: Any, samples: int, tokens: int, way: str) -> None:
     else:
         stepping = server(Server) if way == "cut after cut" else server(GroupedServer, most=TOGETHER)
         once = lambda: stepping.step(0, cuts)  # noqa: E731
-    timed(benchmark, once, f"server {CUTS} x {samples} x {tokens}", way)
+    timed(benchmark, once, device, f"server {CUTS} x {samples} x {tokens}", way)
 
 
 @pytest.mark.parametrize("way", ["forward passes alone", "ZOSGD", "ZOSGD, model given", "MeZO"])
-def test_optimizer(benchmark: Any, way: str) -> None:
+def test_optimizer(benchmark: Any, way: str, device: str) -> None:
     """A step, two forward passes, of all of MiniLM with 16 texts of 64 tokens."""
-    model = minilm().eval()
-    inputs = torch.randint(1000, 20_000, (16, 64))
+    model = minilm().eval().to(device)
+    inputs = torch.randint(1000, 20_000, (16, 64), device=device)
 
     def loss() -> Tensor:
         with torch.no_grad():
@@ -141,4 +147,4 @@ def test_optimizer(benchmark: Any, way: str) -> None:
         given = {"model": model} if "model" in way else {}
         optimizer = ZOSGD(model.parameters(), 1e-6, **given)  # type: ignore[arg-type]
         once = lambda: optimizer.step(loss)  # noqa: E731
-    timed(benchmark, once, "optimizer, MiniLM 16 x 64", way)
+    timed(benchmark, once, device, "optimizer, MiniLM 16 x 64", way)

@@ -346,7 +346,10 @@ def test_steps_are_set_beside_their_own_passes(tmp_path, monkeypatch):
         with path.open("a") as file:
             for (group, name), s in seconds.items():
                 file.write(
-                    json.dumps({"group": group, "name": name, "threads": threads, "seconds": s / threads}) + "\n"
+                    json.dumps(
+                        {"device": "cpu", "group": group, "name": name, "threads": threads, "seconds": s / threads}
+                    )
+                    + "\n"
                 )
         return True
 
