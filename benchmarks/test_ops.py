@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import product
 from typing import Any
@@ -97,7 +98,8 @@ def test_noise(benchmark: Any, way: str, device: str, size: int) -> None:
     ways = ways_to_noise(size, device)
     if way not in ways:
         pytest.skip("pip install evox" if "EvoX" in way else "a kernel of Triton's needs a GPU")
-    timed(benchmark, ways[way], way, f"{size:,} new numbers,", "float32", 2 * size, device)
+    name = f"EvoX {version('evox')}'s philox_normal" if "EvoX" in way else way
+    timed(benchmark, ways[way], name, f"{size:,} new numbers,", "float32", 2 * size, device)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=label)
