@@ -2,8 +2,8 @@
 
     python -m benchmarks.ops [--elements N] [--threads N ...] [--out FOLDER]
 
-Runs test_ops.py with each number of threads, writes ops-cpu.json and draws ops.png: how many bytes a second each way
-moves, with the roof. Best of the rounds.
+Runs test_ops.py with each number of threads, writes ops-cpu.json (ops-cuda.json where there is a GPU) and draws
+ops-cpu.png: how many bytes a second each way moves, with the roof. Best of the rounds.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DTYPES = ("float32", "bfloat16")
 
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Above by the size of one tensor, below by list. Of the runs with the fewest threads.
+    """Above by the size of one tensor, below by list. Of one device, and of the runs with the fewest threads.
 
     The roof of one tensor is that of the tables: of as many bytes, whichever type torch is fastest in.
     """
@@ -78,11 +78,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default: benchmarks/results)")
     options = parser.parse_args(arguments)
-    result = options.out / f"ops-{'cuda' if torch.cuda.is_available() else 'cpu'}.json"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    result = options.out / f"ops-{device}.json"
     rows, passed = collected(["test_ops.py"], options.elements, options.threads, result)
     ratios(rows)
     write(result, {"elements": options.elements, "rows": rows})
-    draw(rows, options.out / "ops.png")
+    draw([r for r in rows if r["device"] == device], result.with_suffix(".png"))
     print(f"{len(rows)} rows: {result}")
     return 0 if passed else 1
 

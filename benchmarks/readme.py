@@ -205,18 +205,16 @@ def ops(result: dict[str, Any]) -> str:
         of, _, by = r["of"].partition(" by ") if " by " in r["of"] else r["of"].partition(" new ")
         (lists if of.startswith("list ") else single).setdefault((f"{r['name']}, {r['dtype']}", by), {})[of] = r
 
-    def cell(row: dict[str, Any] | None, shares: bool) -> str:
+    def cell(row: dict[str, Any] | None) -> str:
         if row is None:
             return ""
-        compared = next((f" ({_cell(row, k)})" for k in ("of_roof", "times_randn") if shares and k in row), "")
+        compared = next((f" ({_cell(row, k)})" for k in ("of_roof", "times_randn") if k in row), "")
         return f"{row['seconds'] * 1e6:,.0f}{compared}"
 
     def table(found: dict[Any, dict[str, Any]], what: str) -> str:
         columns = list(dict.fromkeys(of for cells in found.values() for of in cells))
         head = [f"{what}: microseconds", *(of.removeprefix("list ") for of in columns)]
-        return _table(
-            head, [[way, *(cell(cells.get(of), True) for of in columns)] for (way, _), cells in found.items()]
-        )
+        return _table(head, [[way, *(cell(cells.get(of)) for of in columns)] for (way, _), cells in found.items()])
 
     where = _machine({**result, "rows": rows})
     return f"{where}\n\n{table(single, 'elements')}\n\n{table(lists, 'tensors of')}"
@@ -231,16 +229,7 @@ def gpu(result: dict[str, Any] | None) -> str:
     for r in result["rows"]:
         cells = ["" if r.get(f) is None else f"{r[f]:,.0f}" if f == "extra_bytes" else f"{r[f]:.4g}" for f in figures]
         rows.append([f"{r['group']}: {r['name']}", *([r["failed"], *cells[1:]] if "failed" in r else cells)])
-    head = [
-        "",
-        "ms",
-        "GB/s",
-        "of the copy",
-        "of its forward passes",
-        "ps a number drawn",
-        "us of the host",
-        "extra bytes",
-    ]
+    head = ["", "ms", "GB/s", "of the copy", "of its forward passes", "ps a number", "us of the host", "extra bytes"]
     cut = "" if result["complete"] else " The session was cut short: rows are missing."
     return f"{result['elements']:,} elements; CUDA {result['cuda']}. {_machine(result)}{cut}\n\n{_table(head, rows)}"
 
@@ -500,6 +489,10 @@ def liars(result: dict[str, Any]) -> str:
     return "\n\n".join(tables)
 
 
+# What a client that only runs forward passes is advised, and what a study has in its place.
+PASSES = ("ho, forward passes, normalized steps", "ho, forward passes", "ho, pool")
+
+
 def overview(results: dict[str, dict[str, Any]]) -> str:
     """Every study in one row: accuracies between the two controls, and the shares of the gap."""
 
@@ -510,7 +503,7 @@ def overview(results: dict[str, dict[str, Any]]) -> str:
     rows = []
     for name, result in results.items():
         methods = result["methods"]
-        passes = "ho, forward passes" if "ho, forward passes" in methods else "ho, pool"
+        passes = next(name for name in PASSES if name in methods)
         ho = [cell(methods[method]) if method in methods else "" for method in (passes, "ho, one backward pass")]
         controls = [cell(methods[method], share=False) for method in ("frozen", "first-order")]
         named = name if result["metric"] == "accuracy" else f"{name} ({result['metric']})"
@@ -558,6 +551,25 @@ def uses(results: dict[str, dict[str, Any]]) -> str:
     return f"{'; '.join(told)}. {_machine(next(iter(results.values())))}\n\n" + _table(["", *results], rows)
 
 
+# Studies with both rules: the row of Adam, and that of normalized steps.
+RULES = {
+    "decoder-forward": ("ho, forward passes", "ho, forward passes, normalized steps"),
+    "cifar10-inverted-long": ("ho, forward passes", "ho, forward passes, normalized steps"),
+    "sst2-centered": ("ho, forward passes", "ho, forward passes, normalized steps"),
+    "digits-uses": ("averaged, Adam", "averaged"),
+}
+
+
+def rules(results: dict[str, Any]) -> str:
+    """Adam and normalized steps, study by study: shares of the gaps in the metric and in loss."""
+
+    def cell(row: dict[str, Any]) -> str:
+        return f"{row['accuracy_gap_recovered'] + 0.0:.2f} / {row['loss_gap_recovered'] + 0.0:.2f}"
+
+    rows = [[study, *(cell(results[study]["methods"][name]) for name in names)] for study, names in RULES.items()]
+    return _table(["study", "Adam", "normalized steps"], rows)
+
+
 Sections = dict[str, tuple[str, Callable[[dict[str, Any]], str]]]
 STUDIES: Sections = {
     path.parent.name: (str(path.relative_to(RESULTS)), study) for path in sorted(RESULTS.glob("studies/*/table.json"))
@@ -568,6 +580,7 @@ DOCS = ROOT / "docs"
 PAGES: dict[Path, Sections] = {
     ROOT / "README.md": {"overview": (ALL_STUDIES, overview)},
     DOCS / "estimators.md": {"estimators": ("estimators-cpu.json", estimators)},
+    DOCS / "forward-passes.md": {"rules": ("*/*/table.json", rules)},
     DOCS / "federation.md": {
         "rounds": ("rounds.json", rounds),
         "exchanges": ("engines.json", exchanges),

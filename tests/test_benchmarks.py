@@ -367,7 +367,7 @@ def test_ops_are_set_beside_the_roof_and_drawn(tmp_path, monkeypatch):
     """The rows of the suite itself, on little work; the roof of a list is not that of one tensor."""
     monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
     assert ops.main(["--threads", "1", "--elements", "1024", "--out", str(tmp_path)]) == 0
-    assert (tmp_path / "ops.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "ops-cpu.png").read_bytes()[:4] == b"\x89PNG"
     found = json.loads((tmp_path / "ops-cpu.json").read_text())
     ratio = {(r["name"], r["dtype"], r["of"]): r.get("of_roof") for r in found["rows"]}
     seconds = {(r["name"], r["dtype"], r["of"]): r["seconds"] for r in found["rows"]}

@@ -40,9 +40,13 @@ class Suggestion:
 
     @property
     def settings(self) -> dict[str, object]:
-        """As `hosfl.train` takes them."""
-        shared = {"directions_from": "fresh", "rule": "adamw"}
-        return {"trains": self.trains, "blocks": self.blocks, "directions": self.directions, **shared}
+        """As `hosfl.train` takes them. The rule stays the default, for reasons in docs/forward-passes.md."""
+        return {
+            "trains": self.trains,
+            "blocks": self.blocks,
+            "directions": self.directions,
+            "directions_from": "fresh",
+        }
 
 
 def suggest(config: Settings, rounds: int = 300, passes: float = 5.0, task: Task | None = None) -> Suggestion:
