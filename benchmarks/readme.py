@@ -555,6 +555,7 @@ def uses(results: dict[str, dict[str, Any]]) -> str:
 RULES = {
     "decoder-forward": ("ho, forward passes", "ho, forward passes, normalized steps"),
     "cifar10-inverted-long": ("ho, forward passes", "ho, forward passes, normalized steps"),
+    "cifar10-noisy-long": ("ho, forward passes", "ho, forward passes, normalized steps"),
     "sst2-centered": ("ho, forward passes", "ho, forward passes, normalized steps"),
     "digits-uses": ("averaged, Adam", "averaged"),
 }
