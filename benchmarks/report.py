@@ -41,8 +41,13 @@ def measure(names: Sequence[str], elements: int, threads: int, path: Path) -> bo
 def collected(names: Sequence[str], elements: int, threads: Sequence[int], result: Path) -> tuple[list[Any], bool]:
     """(rows of suites with each number of threads, whether every benchmark passed). result: the file to come.
 
-    What was measured lies beside it, as JSON lines, until it is written. Raises SystemExit where nothing was.
+    What was measured lies beside it, as JSON lines, until it is written. Raises SystemExit where nothing was, and for
+    numbers below 1.
     """
+    if min(elements, *threads) < 1:
+        raise SystemExit(
+            f"--elements and --threads must be 1 or more, got {elements} and {', '.join(map(str, threads))}"
+        )
     result.parent.mkdir(parents=True, exist_ok=True)
     saved = result.with_suffix(".jsonl")
     saved.unlink(missing_ok=True)

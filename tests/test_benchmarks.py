@@ -334,6 +334,9 @@ def test_a_suite_that_measures_nothing_leaves_the_results_alone(tmp_path, monkey
     monkeypatch.setattr(report, "measure", lambda *arguments: False)
     with pytest.raises(SystemExit, match="nothing was measured"):
         report.main(["--out", str(tmp_path)])
+    for wrong in (["--elements", "0"], ["--threads", "1", "0"]):
+        with pytest.raises(SystemExit, match="must be 1 or more"):
+            ops.main([*wrong, "--out", str(tmp_path)])
     assert [path.read_text() for path in before] == ["{}", "{}"]
 
 
