@@ -202,8 +202,9 @@ def ops(result: dict[str, Any]) -> str:
     rows = [r for r in result["rows"] if r["threads"] == fewest]
     single, lists = {}, {}
     for r in rows:
-        of, _, by = r["of"].partition(" by ") if " by " in r["of"] else r["of"].partition(" new ")
-        (lists if of.startswith("list ") else single).setdefault((f"{r['name']}, {r['dtype']}", by), {})[of] = r
+        first, _, rest = r["of"].partition(" ")  # "list" and its name, or a size and what it moves by
+        found, column, by = (lists, rest, "") if first == "list" else (single, first, rest)
+        found.setdefault((f"{r['name']}, {r['dtype']}", by), {})[column] = r
 
     def cell(row: dict[str, Any] | None) -> str:
         if row is None:
@@ -213,7 +214,7 @@ def ops(result: dict[str, Any]) -> str:
 
     def table(found: dict[Any, dict[str, Any]], what: str) -> str:
         columns = list(dict.fromkeys(of for cells in found.values() for of in cells))
-        head = [f"{what}: microseconds", *(of.removeprefix("list ") for of in columns)]
+        head = [f"{what}: microseconds", *columns]
         return _table(head, [[way, *(cell(cells.get(of)) for of in columns)] for (way, _), cells in found.items()])
 
     where = _machine({**result, "rows": rows})
@@ -489,6 +490,11 @@ def liars(result: dict[str, Any]) -> str:
     return "\n\n".join(tables)
 
 
+def _shares(row: dict[str, Any]) -> str:
+    """Of the gaps in a study's metric and in loss."""
+    return f"{row['accuracy_gap_recovered'] + 0.0:.2f} / {row['loss_gap_recovered'] + 0.0:.2f}"
+
+
 # What a client that only runs forward passes is advised, and what a study has in its place.
 PASSES = ("ho, forward passes, normalized steps", "ho, forward passes", "ho, pool")
 
@@ -515,16 +521,13 @@ def overview(results: dict[str, dict[str, Any]]) -> str:
 def lengths(results: dict[str, dict[str, Any]]) -> str:
     """One task's studies of several lengths: what is recovered of each one's gap, in accuracy and in loss."""
 
-    def cell(row: dict[str, Any]) -> str:
-        return f"{row['accuracy_gap_recovered'] + 0.0:.2f} / {row['loss_gap_recovered'] + 0.0:.2f}"
-
     ordered = sorted(results.values(), key=lambda result: result["rounds"])
     names = [name for name in ordered[0]["methods"] if name.startswith("ho")]
     rows = [
         [
             str(result["rounds"]),
             *(f"{result['methods'][name]['accuracy']:.3f}" for name in ("frozen", "first-order")),
-            *(cell(result["methods"][name]) for name in names),
+            *(_shares(result["methods"][name]) for name in names),
         ]
         for result in ordered
     ]
@@ -539,7 +542,7 @@ def uses(results: dict[str, dict[str, Any]]) -> str:
             return ""
         row, controls = result["methods"][name], [result["methods"][n]["loss"] for n in ("frozen", "first-order")]
         error = row["loss_error"] / abs(controls[0] - controls[1])
-        return f"{row['accuracy_gap_recovered'] + 0.0:.2f} / {row['loss_gap_recovered'] + 0.0:.2f} ± {error:.2f}"
+        return f"{_shares(row)} ± {error:.2f}"
 
     names = dict.fromkeys(name for result in results.values() for name in result["methods"])
     rows = [[name, *(cell(result, name) for result in results.values())] for name in names if name != "frozen"]
@@ -551,23 +554,18 @@ def uses(results: dict[str, dict[str, Any]]) -> str:
     return f"{'; '.join(told)}. {_machine(next(iter(results.values())))}\n\n" + _table(["", *results], rows)
 
 
-# Studies with both rules: the row of Adam, and that of normalized steps.
-RULES = {
-    "decoder-forward": ("ho, forward passes", "ho, forward passes, normalized steps"),
-    "cifar10-inverted-long": ("ho, forward passes", "ho, forward passes, normalized steps"),
-    "cifar10-noisy-long": ("ho, forward passes", "ho, forward passes, normalized steps"),
-    "sst2-centered": ("ho, forward passes", "ho, forward passes, normalized steps"),
-    "digits-uses": ("averaged, Adam", "averaged"),
-}
+# The row of Adam, and that of normalized steps, in studies that have both.
+RULES = (("ho, forward passes", "ho, forward passes, normalized steps"), ("averaged, Adam", "averaged"))
 
 
 def rules(results: dict[str, Any]) -> str:
     """Adam and normalized steps, study by study: shares of the gaps in the metric and in loss."""
-
-    def cell(row: dict[str, Any]) -> str:
-        return f"{row['accuracy_gap_recovered'] + 0.0:.2f} / {row['loss_gap_recovered'] + 0.0:.2f}"
-
-    rows = [[study, *(cell(results[study]["methods"][name]) for name in names)] for study, names in RULES.items()]
+    rows = [
+        [study, *(_shares(result["methods"][name]) for name in names)]
+        for study, result in results.items()
+        for names in RULES
+        if result["methods"].keys() >= set(names)
+    ]
     return _table(["study", "Adam", "normalized steps"], rows)
 
 
