@@ -323,15 +323,6 @@ def list_rows(width: int) -> Iterator[tuple[str, Callable[[], Row]]]:
 
 def model_rows(most: int) -> Iterator[tuple[str, Callable[[], Row]]]:
     """(name, work) for lists with the shapes of models, bfloat16, of so many numbers at most: ours and the peers'."""
-    seeds, coefficients = torch.arange(DIRECTIONS), torch.full((DIRECTIONS,), SCALE)
-    ways: dict[str, Callable[[list[Tensor]], object]] = {
-        "torch._foreach_add_": lambda tensors: torch._foreach_add_(tensors, SCALE),
-        "MeZO": ways_of.mezo_list,
-        "DeComFL": ways_of.decomfl,
-    }
-    for dist in DISTRIBUTIONS:
-        ways[f"perturb_ {dist}"] = partial(hk.perturb_, seed=1, scale=SCALE, dist=dist)
-        ways[f"replay_ {DIRECTIONS} {dist}"] = partial(hk.replay_, seeds=seeds, coefficients=coefficients, dist=dist)
 
     def one(shapes: Shapes, call: Callable[[list[Tensor]], object]) -> Row:
         tensors = [torch.zeros(shape, dtype=torch.bfloat16, device=DEVICE) for shape in shapes]
@@ -340,8 +331,9 @@ def model_rows(most: int) -> Iterator[tuple[str, Callable[[], Row]]]:
 
     for model, make in LISTS.items():
         if sum(map(math.prod, shapes := make())) <= most:
-            for name, call in ways.items():
-                yield f"{model}: {name}", partial(one, shapes, call)
+            for name, call in ways_of.LIST_WAYS.items():
+                if "project" not in name:  # it moves nothing
+                    yield f"{model}: {name}", partial(one, shapes, call)
 
 
 def stack(width: int, layers: int, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:

@@ -8,17 +8,14 @@ ops-cpu.png: how many bytes a second each way moves, with the roof. Best of the 
 
 from __future__ import annotations
 
-import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 
-from benchmarks.report import RESULTS, collected, ratios, write
+from benchmarks.report import collected, options_of, ratios, write
 from benchmarks.ways import DECOMFL, LIST_ROOF, MEZO, ROOF
 from hosfl.runs.report import save_figure
 
@@ -73,18 +70,12 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ops", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--elements", type=int, default=64 * 2**20, help="of the largest tensor (default: 64 Mi)")
-    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default: benchmarks/results)")
-    options = parser.parse_args(arguments)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    result = options.out / f"ops-{device}.json"
-    rows, passed = collected(["test_ops.py"], options.elements, options.threads, result)
+    options = options_of("ops", __doc__, "ops", arguments)
+    rows, passed = collected(["test_ops.py"], options.elements, options.threads, options.result)
     ratios(rows)
-    write(result, {"elements": options.elements, "rows": rows})
-    draw([r for r in rows if r["device"] == device], result.with_suffix(".png"))
-    print(f"{len(rows)} rows: {result}")
+    write(options.result, {"elements": options.elements, "rows": rows})
+    draw([r for r in rows if r["device"] == options.device], options.result.with_suffix(".png"))
+    print(f"{len(rows)} rows: {options.result}")
     return 0 if passed else 1
 
 

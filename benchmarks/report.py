@@ -29,6 +29,22 @@ RESULTS = Path(__file__).parent / "results"
 SUITES = ("test_throughput.py", "test_memory.py")
 
 
+def options_of(
+    name: str, about: str | None, result: str, arguments: Sequence[str] | None, sized: bool = True
+) -> argparse.Namespace:
+    """What a command that runs suites is asked for: elements if it is sized, threads, and the device and its result's
+    file."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=(about or "").split("\n")[0])
+    if sized:
+        parser.add_argument("--elements", type=int, default=64 * 2**20, help="of the largest tensor (default: 64 Mi)")
+    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default: benchmarks/results)")
+    options = parser.parse_args(arguments)
+    options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    options.result = options.out / f"{result}-{options.device}.json"
+    return options
+
+
 def measure(names: Sequence[str], elements: int, threads: int, path: Path) -> bool:
     """Adds the rows of suites to a file of JSON lines, each as it comes; whether every benchmark passed."""
     suites = [str(Path(__file__).parent / name) for name in names]
@@ -116,18 +132,13 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--elements", type=int, default=64 * 2**20, help="of the float32 tensor (default: 64 Mi)")
-    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder (default: benchmarks/results)")
-    options = parser.parse_args(arguments)
-    result = options.out / f"kernels-{'cuda' if torch.cuda.is_available() else 'cpu'}.json"
-    rows, passed = collected(SUITES, options.elements, options.threads, result)
+    options = options_of("report", __doc__, "kernels", arguments)
+    rows, passed = collected(SUITES, options.elements, options.threads, options.result)
     # Memory does not depend on threads: once is enough.
     rows = [r for r in rows if "bytes" in r or r["threads"] == options.threads[0]]
     ratios(rows)
     show(rows)
-    write(result, {"elements": options.elements, "rows": rows})
+    write(options.result, {"elements": options.elements, "rows": rows})
     return 0 if passed else 1
 
 

@@ -22,31 +22,24 @@ from torch import Tensor
 
 import hosfl_kernels as hk
 from benchmarks.shapes import LISTS
-from benchmarks.ways import DECOMFL, LIST_ROOF, MEZO, RANDN, ROOF, SCALE, decomfl, mezo, mezo_list
+from benchmarks.ways import DIRECTIONS, LIST_WAYS, MEZO, RANDN, ROOF, SCALE, called, mezo, seeds_of, waiting
 from hosfl_kernels.place import DISTRIBUTIONS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-RECORDS, DIRECTIONS = 8, 5
+RECORDS = 8
 KINDS = [*product(DTYPES, DISTRIBUTIONS, (False,)), *product(["bfloat16"], DISTRIBUTIONS, (True,))]
 
 
 def timed(benchmark: Any, call: Callable[[], object], name: str, of: str, dtype: str, nbytes: int, device: str) -> None:
     """Small calls many at a time, large ones a few times. of: what is moved, such as a size; nbytes: that it has."""
 
-    def once() -> None:
-        call()
-        if device == "cuda":
-            torch.cuda.synchronize()
-
     group = f"{of} {dtype}"
     benchmark.group = f"{device} {group}"
     benchmark.extra_info.update(device=device, group=group, of=of, dtype=dtype, name=name, bytes=2 * nbytes)
     iterations = max(1, min(100, 2**22 // max(1, nbytes)))
-    benchmark.pedantic(once, rounds=5 if nbytes > 2**26 else 20, iterations=iterations, warmup_rounds=1)
-
-
-def seeds_of(records: int) -> tuple[Tensor, Tensor]:
-    return torch.arange(records), torch.full((records,), SCALE)
+    benchmark.pedantic(
+        waiting(call, device), rounds=5 if nbytes > 2**26 else 20, iterations=iterations, warmup_rounds=1
+    )
 
 
 def weights(shapes: Sequence[tuple[int, ...]], dtype: str, device: str) -> list[Tensor]:
@@ -56,10 +49,6 @@ def weights(shapes: Sequence[tuple[int, ...]], dtype: str, device: str) -> list[
 def label(kind: tuple[str, str, bool]) -> str:
     dtype, dist, stochastic = kind
     return f"{dtype} {dist}{' stochastic' if stochastic else ''}"
-
-
-def called(op: str, dist: str, stochastic: bool = False) -> str:
-    return f"hosfl {op} {dist}{', stochastic rounding' if stochastic else ''}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -150,20 +139,10 @@ def test_update(benchmark: Any, rule: hk.SGD | hk.AdamW, dist: str, device: str,
 # --- lists of tensors, as models have them --------------------------------------------------------------------------
 
 
-def ways_with_lists() -> dict[str, Callable[[list[Tensor]], object]]:
-    seeds, coefficients = seeds_of(DIRECTIONS)
-    ours: dict[str, Callable[[list[Tensor]], object]] = {}
-    for dist in DISTRIBUTIONS:
-        ours[called("perturb_", dist)] = lambda ts, d=dist: hk.perturb_(ts, 1, SCALE, dist=d)  # type: ignore[misc]
-        ours[called(f"replay_ {DIRECTIONS}", dist)] = lambda ts, d=dist: hk.replay_(ts, seeds, coefficients, dist=d)  # type: ignore[misc]
-        ours[called(f"project {DIRECTIONS}", dist)] = lambda ts, d=dist: hk.project(ts, seeds, dist=d)  # type: ignore[misc]
-    return {LIST_ROOF: lambda ts: torch._foreach_add_(ts, SCALE), MEZO: mezo_list, DECOMFL: decomfl, **ours}
-
-
-@pytest.mark.parametrize("way", ways_with_lists())
+@pytest.mark.parametrize("way", LIST_WAYS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_list(benchmark: Any, way: str, dtype: str, device: str, model: str) -> None:
     shapes = LISTS[model]()
-    tensors, call = weights(shapes, dtype, device), ways_with_lists()[way]
+    tensors, call = weights(shapes, dtype, device), LIST_WAYS[way]
     nbytes = sum(map(math.prod, shapes)) * DTYPES[dtype].itemsize
     timed(benchmark, lambda: call(tensors), way, f"list {model}", dtype, nbytes, device)

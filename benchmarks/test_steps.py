@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.mezo import MeZO
+from benchmarks.ways import waiting
 from hosfl.halves.families import packaged_minilm, pretrained_model
 from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.split import split
@@ -57,11 +58,7 @@ def halves(which: str, device: str) -> tuple[nn.Module, Any]:
 
 
 def timed(benchmark: Any, once: Callable[[], object], device: str, group: str, name: str) -> None:
-    def waited() -> None:
-        once()
-        if device == "cuda":
-            torch.cuda.synchronize()
-
+    waited = waiting(once, device)
     benchmark.group = f"{device} {group}"
     benchmark.extra_info.update(device=device, group=group, name=name)
     benchmark.pedantic(waited, rounds=5, warmup_rounds=1)

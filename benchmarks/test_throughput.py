@@ -6,7 +6,7 @@
 import pytest
 import torch
 
-from benchmarks.ways import BFLOAT16, FLOAT16, OLDER, RANDN_PRODUCTS, RANDN_RECORDS, WAYS
+from benchmarks.ways import BFLOAT16, FLOAT16, OLDER, RANDN_PRODUCTS, RANDN_RECORDS, WAYS, waiting
 from hosfl.halves.families import packaged_minilm, pretrained_model
 from hosfl.halves.inputs import evaluating
 from hosfl.halves.split import split
@@ -22,11 +22,7 @@ def test_throughput(benchmark, way, device, elements):
     dtype = torch.bfloat16 if way in BFLOAT16 else torch.float16 if way in FLOAT16 else torch.float32
     x = (torch.randn(elements, device=device) * 0.02).to(dtype)
 
-    def once():
-        way.move(x)
-        if device == "cuda":
-            torch.cuda.synchronize()
-
+    once = waiting(lambda: way.move(x), device)
     benchmark.group = f"{device} {way.group}"
     benchmark.extra_info.update(device=device, group=way.group, name=way.name, bytes=2 * x.nbytes)
     on_cpu = device == "cpu"
@@ -44,10 +40,7 @@ def test_throughput(benchmark, way, device, elements):
 def test_copy(benchmark, elements):
     x, y = torch.randn(elements, device="cuda"), torch.empty(elements, device="cuda")
 
-    def once():
-        y.copy_(x)
-        torch.cuda.synchronize()
-
+    once = waiting(lambda: y.copy_(x), "cuda")
     benchmark.extra_info.update(device="cuda", group="perturb", name="copy (bandwidth)", bytes=2 * x.nbytes)
     once()
     benchmark.pedantic(once, rounds=15)

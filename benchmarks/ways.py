@@ -11,9 +11,10 @@ from torch import Tensor
 
 import hosfl_kernels as hk
 from hosfl_kernels import _cpp
+from hosfl_kernels.place import DISTRIBUTIONS
 
 SCALE = 1e-3
-RECORDS = 64
+RECORDS, DIRECTIONS = 64, 5
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,25 @@ def replayed(dist: str) -> Callable[[Tensor], None]:
     return lambda x: hk.replay_(x, seeds, coefficients, dist=dist)
 
 
+def waiting(call: Callable[[], object], device: str) -> Callable[[], None]:
+    """The call, and the end of what it started on a GPU."""
+
+    def waited() -> None:
+        call()
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return waited
+
+
+def seeds_of(records: int) -> tuple[Tensor, Tensor]:
+    return torch.arange(records), torch.full((records,), SCALE)
+
+
+def called(op: str, dist: str, stochastic: bool = False) -> str:
+    return f"hosfl {op} {dist}{', stochastic rounding' if stochastic else ''}"
+
+
 def with_isa(isa: str, move: Callable[[Tensor], object]) -> Callable[[Tensor], object]:
     """The same, by the C++ kernels for another instruction set of this processor."""
 
@@ -127,3 +147,17 @@ OLDER = [
     if isa in _cpp.supported()[:-1]
     for name, dist in (("Rademacher", "rademacher"), ("Gaussian", "gaussian"))
 ]
+
+
+def _with_lists() -> dict[str, Callable[[list[Tensor]], object]]:
+    seeds, coefficients = seeds_of(DIRECTIONS)
+    ours: dict[str, Callable[[list[Tensor]], object]] = {}
+    for dist in DISTRIBUTIONS:
+        ours[called("perturb_", dist)] = partial(hk.perturb_, seed=1, scale=SCALE, dist=dist)
+        replay = partial(hk.replay_, seeds=seeds, coefficients=coefficients, dist=dist)
+        ours[called(f"replay_ {DIRECTIONS}", dist)] = replay
+        ours[called(f"project {DIRECTIONS}", dist)] = partial(hk.project, seeds=seeds, dist=dist)
+    return {LIST_ROOF: lambda tensors: torch._foreach_add_(tensors, SCALE), MEZO: mezo_list, DECOMFL: decomfl, **ours}
+
+
+LIST_WAYS = _with_lists()

@@ -184,7 +184,7 @@ def test_every_op_and_dtype_has_a_row(tiny, capsys):
     assert [row["same_bits"] for row in captured] == [True] * 4
     assert {"5 probes float32 in place", "5 probes float32 of weights only read"} <= names
     assert {"MeZO bfloat16", "torch.randn + add_ float32"} <= names
-    assert {f"tiny: {way}" for way in ("MeZO", "DeComFL", "perturb_ gaussian", "replay_ 5 rademacher")} <= names
+    assert {f"tiny: {way}" for way in (MEZO, DECOMFL, "hosfl perturb_ gaussian", "hosfl replay_ 5 rademacher")} <= names
     assert not any(name.startswith("large") for name in names)  # more numbers than four of the large tensor
     for row in found["rows"]:
         assert all(row[figure] > 0 for figure in ("ms", "GB/s", "ps_per_draw", "of_copy", "host_us") if figure in row)
