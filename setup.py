@@ -76,6 +76,7 @@ cpp = Pybind11Extension(
     depends=sorted(glob("csrc/*.h")),
     cxx_std=17,
     extra_compile_args=["-O3", *IEEE],
+    libraries=["dl"] if sys.platform == "linux" else [],  # dlsym, which newer C libraries have themselves
     extra_link_args=["-pthread"],
 )
 setup(

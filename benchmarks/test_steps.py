@@ -80,14 +80,14 @@ def test_client(benchmark: Any, which: str, way: str, device: str) -> None:
                 for _ in range(1 + PROBES):
                     call(half, inputs)
 
-        def in_place(how: Callable[[nn.Module, Any], Tensor] = call) -> Tensor:
+        def in_place(how: Callable[[nn.Module, Any], Tensor] = call, read: nn.Module | None = half) -> Tensor:
             forward = partial(how, half, inputs)
-            return probe_in_place(forward, parameters, streams, multiplier, forward(), seeds, mu)
+            return probe_in_place(forward, parameters, streams, multiplier, forward(), seeds, mu, module=read)
 
         def only_read() -> Tensor:
             return probe_untouched(half, inputs, multiplier, call(half, inputs), seeds, mu, "rademacher")
 
-        compiled = partial(in_place, partial(call_compiled, "inductor"))
+        compiled = partial(in_place, partial(call_compiled, "inductor"), None)
         ways = {"in place": in_place, "in place, compiled": compiled, "weights only read": only_read}
         timed(benchmark, {"forward passes alone": alone, **ways}[way], device, f"client {which}", way)
 

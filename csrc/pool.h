@@ -1,10 +1,12 @@
 // Threads that are kept: waking one costs less than starting one.
 #pragma once
 
+#include <dlfcn.h>
 #include <pthread.h>
 #include <signal.h>
 
 #include <algorithm>
+#include <atomic>
 #include <condition_variable>
 #include <exception>
 #include <functional>
@@ -22,12 +24,26 @@ class Pool {
     return *current();
   }
 
+  // From now on `run` takes OpenMP's threads, if the process has loaded an OpenMP for all to see, as torch does on Linux.
+  // After each op those wait for the next one by spinning, for milliseconds: threads of our own beside them would get half
+  // of the processors. A forked child has threads of its own again: OpenMP's are gone there, and it does not know.
+  bool join_openmp() {
+    openmp_ = reinterpret_cast<Region>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));  // LLVM's OpenMP has one, too
+    return openmp_ != nullptr;
+  }
+
   // Calls `job` on this thread, and meanwhile on up to `others` of the pool's. Returns when nobody is at it any more: who
   // has not begun by the time that this thread's call ends never does. While another thread uses the pool, and where the
-  // system starts no more threads, those that are there do all the work.
+  // system starts no more threads, those that are there do all the work. OpenMP's come all, however many `others` are: it
+  // would end those that one call leaves out, and start them again for the next.
   void run(int others, const std::function<void()>& job) {
+    if (others < 1) return job();
+    if (const Region region = openmp_) {
+      auto call = [](void* data) { (*static_cast<const std::function<void()>*>(data))(); };
+      return region(call, const_cast<std::function<void()>*>(&job), 0, 0);
+    }
     std::unique_lock<std::mutex> mine(turn_, std::defer_lock);
-    if (others < 1 || !mine.try_lock()) return job();
+    if (!mine.try_lock()) return job();
     {
       std::lock_guard<std::mutex> lock(mutex_);
       start(others);
@@ -42,6 +58,9 @@ class Pool {
   }
 
  private:
+  // How a compiler calls OpenMP: the work, its data, the number of threads (0: as many as are set), flags.
+  using Region = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
   static Pool*& current() {
     static Pool* pool = new Pool;
     return pool;
@@ -71,6 +90,7 @@ class Pool {
     }
   }
 
+  std::atomic<Region> openmp_{nullptr};
   std::mutex turn_;   // held while somebody uses the pool
   std::mutex mutex_;  // guards what follows
   std::condition_variable wake_, done_;

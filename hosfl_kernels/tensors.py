@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hosfl_kernels import arrays, cpu, cuda, gpu, ops
+from hosfl_kernels import _cpp, arrays, cpu, cuda, gpu, ops
 from hosfl_kernels.place import Place
 
 BACKENDS: dict[str, ModuleType] = {**ops.BACKENDS, "triton": gpu, "cuda": cuda}
@@ -92,6 +92,8 @@ def snap_(x: Tensor, step: float) -> None:
     with torch.no_grad():
         x.div_(step).round_().mul_(step).add_(0.0)
 
+
+_cpp.join_openmp()
 
 # --- registration ---------------------------------------------------------------------------------------------
 

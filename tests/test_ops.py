@@ -345,18 +345,26 @@ def test_the_caller_s_arithmetic_changes_no_bit(control, backend, monkeypatch):
         assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), k
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_threads_are_kept_and_a_forked_child_has_its_own():
-    program = """
+def run_alone(program, **settings):
+    """A program in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, **settings)
+    assert done.returncode == 0, done.stderr
+
+
+ONE_EACH = {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # numpy's own threads, which come and go
+THREADS = """
 import os, threading, time
 import numpy as np
-import torch
-import hosfl_kernels as hk
 
 def threads():
     return len(os.listdir("/proc/self/task"))
+"""
 
-torch.set_num_threads(3)
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_threads_are_kept_and_a_forked_child_has_its_own():
+    program = """
+import hosfl_kernels as hk
 x, y = np.zeros(4_000_000, np.float32), np.zeros(4_000_000, np.float32)
 before = threads()
 hk.perturb_(x, 7, 1.0)
@@ -380,14 +388,45 @@ while threads() > before + 2 and time.monotonic() < until:  # a thread that was 
 assert threads() == before + 2
 assert all((out == 9 * x[:1_000_000]).all() for out in outs)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    run_alone(THREADS + program, env={**os.environ, **ONE_EACH, "OMP_NUM_THREADS": "3"})
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not _cpp.join_openmp(), reason="needs a torch with OpenMP")
+def test_where_torch_is_its_threads_work():
+    program = """
+import torch
+import hosfl_kernels as hk
+torch.set_num_threads(3)
+torch.zeros(4_000_000).add_(1.0)
+x, y = torch.zeros(4_000_000), torch.zeros(4_000_000)
+before = threads()
+hk.perturb_(x, 7, 1.0)
+assert hk.project(x, [7]) == 4e6
+hk.perturb_(np.zeros(4_000_000, np.float32), 7, 1.0)
+assert threads() == before
+
+child = os.fork()  # OpenMP would wait for ever for threads that are not there
+if child == 0:
+    hk.perturb_(y, 7, 1.0)
+    os._exit(0 if threads() == 3 and (x.numpy() == y.numpy()).all() else 1)
+assert os.waitpid(child, 0)[1] == 0
+
+outs = [torch.zeros(1_000_000) for _ in range(8)]
+callers = [threading.Thread(target=lambda out=out: [hk.perturb_(out, 7, 1.0) for _ in range(9)]) for out in outs]
+for caller in callers:
+    caller.start()
+for caller in callers:
+    caller.join()
+assert all(torch.equal(out, 9 * x[:1_000_000]) for out in outs)
+"""
+    run_alone(THREADS + program)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
 def test_a_thread_that_cannot_start_changes_no_bit():
     program = """
-import resource, threading, torch
+import os, resource, threading
+import numpy as np
 import hosfl_kernels as hk
 
 def limited(use):
@@ -410,13 +449,14 @@ def started():
     finally:
         end.set()
 
-x, y, seeds = torch.zeros(4_000_000), torch.zeros(4_000_000), [1, 2, 3]
+x, y, seeds = np.zeros(4_000_000, np.float32), np.zeros(4_000_000, np.float32), [1, 2, 3]
 assert limited(started) in (0, 1)
-want = hk.perturb_(x, 7, 1.0), hk.project(x, seeds)
-torch.set_num_threads(30)
+os.environ["OMP_NUM_THREADS"] = "1"
+hk.perturb_(x, 7, 1.0)
+want = hk.project(x, seeds)
+os.environ["OMP_NUM_THREADS"] = "30"
 got = limited(lambda: (hk.perturb_(y, 7, 1.0), hk.project(y, seeds)))
-torch.set_num_threads(1)
-assert torch.equal(x, y) and torch.equal(got[1], want[1])
+assert (x == y).all() and (got[1] == want).all()
 """
 
     def huge_stacks():
@@ -424,10 +464,7 @@ assert torch.equal(x, y) and torch.equal(got[1], want[1])
 
         resource.setrlimit(resource.RLIMIT_STACK, (1 << 30, resource.getrlimit(resource.RLIMIT_STACK)[1]))
 
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, preexec_fn=huge_stacks)
-    assert done.returncode == 0, done.stderr
+    run_alone(program, env={**os.environ, **ONE_EACH}, preexec_fn=huge_stacks)
 
 
 @pytest.mark.parametrize("scale", [0.0, 2.0**-25, 2.0**-12, 1e-3, 15.999, 16.0, 1e5])

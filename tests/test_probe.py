@@ -8,6 +8,7 @@ import pickle
 import signal
 import threading
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from torch.profiler import profile
 
 from hosfl.halves.inputs import evaluating
+from hosfl.probing import displaced
 from hosfl.probing.displaced import Displacement, evaluate_displaced
 from hosfl.probing.probe import probe_in_place, probe_untouched, trainable
 from hosfl_kernels import perturb_, snap_
@@ -315,6 +317,51 @@ def test_scalars_of_both_ways(name, dtype):
     assert got.abs().min() > 0
 
 
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "not contiguous"])
+def test_rows_of_large_tables(name, monkeypatch):
+    """By row or whole, the scalars are the same; a table that is moved by row is not written."""
+    module, inputs = build(name)
+    module = First(module)
+    parameters, streams = trainable(module)
+    snap_([p.detach() for p in parameters], headroom=64.0)
+    factors = [2.0 ** (t % 3) for t in range(len(parameters))]
+    args, kwargs = arguments(inputs)
+    with evaluating(module):
+        cut = module(*args, **kwargs)
+        probe = partial(probe_in_place, lambda: module(*args, **kwargs), parameters, streams)
+        rest = (torch.randn_like(cut), cut, [1, 2, 3], MU, factors)
+        want = probe(*rest)
+        assert torch.equal(probe(*rest, two_sided=True, module=module), probe(*rest, two_sided=True))
+
+        monkeypatch.setattr(displaced, "LARGE", 1)
+        tables = displaced.large_tables(module, parameters)
+        assert len(tables) == {"tables": 1, "gpt, tied": 1}.get(name, 0)  # of the second, positions: the other is tied
+        before, same, versions = digest(module), identity(tables), [p._version for p in parameters]
+        assert torch.equal(probe(*rest, module=module), want)
+        assert identity(tables) == same
+        assert digest(module) == before
+        assert torch.equal(probe(*rest, two_sided=True, module=module), probe(*rest, two_sided=True))
+        by_row = {id(p) for p in tables.parameters()}
+        assert all(p._version > v or id(p) in by_row for p, v in zip(parameters, versions, strict=True) if p.numel())
+
+
+def test_which_tables_are_large(monkeypatch):
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.large, self.small, self.frozen = nn.Embedding(9, 4), nn.Embedding(8, 4), nn.Embedding(9, 4)
+            self.frozen.requires_grad_(False)
+            self.writes, self.tied, self.head = nn.Embedding(9, 4, max_norm=1.0), nn.Embedding(9, 4), nn.Linear(4, 9)
+            self.head.weight = self.tied.weight
+
+    monkeypatch.setattr(displaced, "LARGE", 36)
+    half = Half()
+    assert [*displaced.large_tables(half, trainable(half)[0])] == [half.large]
+    assert [*displaced.large_tables(half, [half.head.weight])] == []
+    half.compile(backend="eager")
+    assert [*displaced.large_tables(half, trainable(half)[0])] == []
+
+
 def test_no_directions():
     half, x, lam = nn.Linear(3, 2), torch.randn(1, 3), torch.ones(1, 2)
     assert probe_untouched(half, x, lam, lam, [], MU, "gaussian").shape == (0,)
@@ -415,25 +462,34 @@ class Fails(nn.Module):
         return out
 
 
-@pytest.mark.parametrize(("way", "dtype"), [("in place", torch.float32), *(("untouched", dtype) for dtype in FLOATS)])
+IN_PLACE = [("in place", torch.float32), ("in place, by row", torch.float32)]
+
+
+@pytest.mark.parametrize(("way", "dtype"), [*IN_PLACE, *(("untouched", dtype) for dtype in FLOATS)])
 @pytest.mark.parametrize("after", [0, 1, 3])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_an_exception_in_the_model(error, after, way, dtype):
+def test_an_exception_in_the_model(error, after, way, dtype, monkeypatch):
     torch.manual_seed(0)
     module, ids = Fails(error, after).to(dtype).eval(), torch.randint(0, 9, (3, 2))
+    if way == "in place, by row":
+        monkeypatch.setattr(displaced, "LARGE", 1)
+        module.head.weight = nn.Parameter(torch.randn(9, 4))
     parameters, streams = trainable(module)
     if dtype is torch.float32:
         snap_([p.detach() for p in parameters], headroom=16.0)
-    before, same = digest(module), identity(module)
+    before, same, table = digest(module), identity(module), identity(module.table)
     lam = torch.ones(3, 2, 9)
     with evaluating(module), pytest.raises(error, match="out of luck"):
-        if way == "in place":
-            probe_in_place(lambda: module(ids), parameters, streams, lam, lam, [1, 2, 3, 4], MU)
+        if way in dict(IN_PLACE):
+            by_row = module if way == "in place, by row" else None
+            probe_in_place(lambda: module(ids), parameters, streams, lam, lam, [1, 2, 3, 4], MU, module=by_row)
         else:
             probe_untouched(module, ids, lam, lam, [1, 2, 3, 4], MU, "gaussian")
     assert digest(module) == before
     if way == "untouched":
         assert identity(module) == same
+    elif way == "in place, by row":
+        assert identity(module.table) == table
 
 
 @pytest.mark.parametrize("way", ["in place", "untouched"])

@@ -12,7 +12,7 @@ from torch import nn
 from hosfl.engines.engine import Reply
 from hosfl.halves.split import SplitModel, split
 from hosfl.methods.first_order import FirstOrderClient, GradientAverage
-from hosfl.methods.ho import ZerothOrderClient
+from hosfl.methods.ho import ZerothOrderClient, make_run
 from hosfl.probing.probe import probe_in_place, probe_untouched, trainable
 from hosfl.protocol.lattice import Lattice, LatticeError
 from hosfl.protocol.messages import (
@@ -113,6 +113,24 @@ def test_probing_leaves_no_trace(kind):
         client.answer(Multiplier(client=0, round=round, multiplier=torch.randn(6, 2).to(cut.dtype)))
     assert client.digest() == before
     assert [m.training for m in client.half.modules()] == modes
+
+
+def test_a_large_vocabulary_is_not_written_by_probing():
+    """A copy of the rows that a batch looks up moves. Compiled code has the table moved whole, to the same scalars."""
+    ids, multiplier, found, written = torch.randint(0, 40_000, (2, 5)), torch.randn(2, 5, 4), [], []
+    for compiled in ("", "eager"):
+        torch.manual_seed(0)
+        half = nn.Sequential(nn.Embedding(40_000, 32), nn.Linear(32, 4))
+        run = make_run(Config(), trainable(half)[0])
+        assert run.lattice is not None
+        client = ZerothOrderClient(0, half, lambda round: (ids, torch.zeros(2)), run=run, compile=compiled)
+        client.output(0)
+        before = half[0].weight._version
+        found.append(client.answer(Multiplier(client=0, round=0, multiplier=multiplier)).scalars)
+        written.append(half[0].weight._version > before)
+    assert written == [False, True]
+    assert torch.equal(*found)
+    assert found[0].abs().min() > 0
 
 
 @pytest.mark.parametrize("after", [1, 2, 4])

@@ -172,6 +172,7 @@ class ZerothOrderClient(Client):
                     mu,
                     moved.factors,
                     two_sided,
+                    module=None if self.compile else module,
                 )
             else:
                 found = probe_untouched(

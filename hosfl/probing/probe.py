@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from hosfl.halves.inputs import Inputs, call, parts_of
 from hosfl.halves.narrow import made_again
-from hosfl.probing.displaced import Displacement, casts_forgotten, evaluate_displaced, refuse_writers, uninterrupted
+from hosfl.probing.displaced import (
+    Displacement,
+    casts_forgotten,
+    displaced,
+    evaluate_displaced,
+    large_tables,
+    refuse_writers,
+    uninterrupted,
+)
 from hosfl.probing.forward_mode import Tangents, derivative
 from hosfl_kernels import project, replay_
 
@@ -77,6 +85,7 @@ def probe_in_place(
     mu: float,
     factors: Sequence[float] | None = None,
     two_sided: bool = False,
+    module: nn.Module | None = None,
 ) -> Tensor:
     """Directional derivatives along Rademacher directions, float32 [P], for weights on the lattice.
 
@@ -87,19 +96,29 @@ def probe_in_place(
     Moves the weights themselves: exact there, so that afterwards they hold the same bits, also if `forward` raises or
     is interrupted. From one place to the next it takes one pass: back along u_p and out along u_(p+1). No memory of the
     weights' size. Off the lattice every move rounds: use `probe_untouched`.
+
+    module: what `forward` calls, not compiled. Of a large nn.Embedding in it only the rows that a batch looks up are
+    moved then, and in a copy of them: the same bits, for the price of the batch in place of the vocabulary's. A
+    table that the model also reads otherwise is copied whole while it does.
     """
+    moved = Moved(parameters, streams, [1.0] * len(parameters) if factors is None else factors)
+    tables = nn.ModuleList() if module is None else large_tables(module, parameters)
+    by_row = {id(p) for p in tables.parameters()}
+    looked_up = moved.some([t for t, p in enumerate(parameters) if id(p) in by_row])
+    moved = moved.some([t for t, p in enumerate(parameters) if id(p) not in by_row])
     standing: list[tuple[int, float]] = []  # seed and distance of where the weights stand: one at most
 
     def move(to: list[tuple[int, float]]) -> None:
         seeds = [seed for seed, _ in standing + to]
         steps = [-step for _, step in standing] + [step for _, step in to]
         with uninterrupted():
-            replay_(parameters, seeds, steps, factors=factors, streams=streams)
+            replay_(moved.tensors, seeds, steps, factors=moved.factors, streams=moved.streams)
             standing[:] = to
 
     def output(seed: int, step: float) -> Tensor:
         move([(seed, step)])
-        with casts_forgotten():
+        rows = Displacement(looked_up.tensors, looked_up.streams, seed, step, "rademacher", looked_up.factors)
+        with casts_forgotten(), displaced(tables, rows):
             return forward()
 
     try:
