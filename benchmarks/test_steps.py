@@ -2,13 +2,16 @@
 
     pytest benchmarks/test_steps.py --benchmark-only
 
-The first row of a group is the roof: the forward passes alone, or all cuts of a round in one pass.
+A step is set beside what its passes cost alone, which run before each of its rounds: of_reference is the median of the
+rounds' ratios. So both meet the same machine, however busy it is.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
+from statistics import median
 from typing import Any
 
 import pytest
@@ -29,7 +32,7 @@ from hosfl.protocol.messages import Cut
 from hosfl.runs.memory import growth
 from hosfl_kernels import snap_
 
-PROBES, CUTS, TOGETHER = 5, 10, 64
+PROBES, CUTS, TOGETHER, ROUNDS = 5, 10, 64, 7
 BATCHES = {"MiniLM 2 x 32": (2, 32), "MiniLM 16 x 64": (16, 64), "ResNet-18 16": (16, 0)}
 
 
@@ -57,11 +60,23 @@ def halves(which: str, device: str) -> tuple[nn.Module, Any]:
     return half.to(device), pictures.to(device)
 
 
-def timed(benchmark: Any, once: Callable[[], object], device: str, group: str, name: str) -> None:
-    waited = waiting(once, device)
+def timed(
+    benchmark: Any, once: Callable[[], object], beside: Callable[[], object], device: str, group: str, name: str
+) -> None:
+    """once: the step; beside: its passes alone."""
+    waited, reference, alone = waiting(once, device), waiting(beside, device), []
+
+    def before_each_round() -> None:
+        begin = time.perf_counter()
+        reference()
+        alone.append(time.perf_counter() - begin)
+
     benchmark.group = f"{device} {group}"
     benchmark.extra_info.update(device=device, group=group, name=name)
-    benchmark.pedantic(waited, rounds=5, warmup_rounds=1)
+    benchmark.pedantic(waited, setup=before_each_round, rounds=ROUNDS, warmup_rounds=1)
+    if benchmark.stats:
+        pairs = zip(benchmark.stats.stats.data, alone[-ROUNDS:], strict=True)
+        benchmark.extra_info.update(of_reference=median(step / passes for step, passes in pairs))
     benchmark.extra_info.update(peak_extra_bytes=growth(waited, torch.device(device)))
 
 
@@ -89,7 +104,7 @@ def test_client(benchmark: Any, which: str, way: str, device: str) -> None:
 
         compiled = partial(in_place, partial(call_compiled, "inductor"), None)
         ways = {"in place": in_place, "in place, compiled": compiled, "weights only read": only_read}
-        timed(benchmark, {"forward passes alone": alone, **ways}[way], device, f"client {which}", way)
+        timed(benchmark, {"forward passes alone": alone, **ways}[way], alone, device, f"client {which}", way)
 
 
 @pytest.mark.parametrize("way", ["all cuts in one pass", "cut after cut", f"server_batch {TOGETHER}"])
@@ -113,12 +128,11 @@ def test_server(benchmark: Any, samples: int, tokens: int, way: str, device: str
         shared = (half, loss, optimizer, lambda round: 0.0, None, 0, CUTS, (tokens, 384), 2, samples)
         return kind(*shared, masked=True, **settings)
 
-    if way == "all cuts in one pass":
-        once: Callable[[], object] = roof
-    else:
-        stepping = server(Server) if way == "cut after cut" else server(GroupedServer, most=TOGETHER)
-        once = lambda: stepping.step(0, cuts)  # noqa: E731
-    timed(benchmark, once, device, f"server {CUTS} x {samples} x {tokens}", way)
+    one, several = server(Server), server(GroupedServer, most=TOGETHER)
+    cut_after_cut: Callable[[], object] = lambda: one.step(0, cuts)  # noqa: E731
+    ways: dict[str, Callable[[], object]] = {"all cuts in one pass": roof, "cut after cut": cut_after_cut}
+    once = ways.get(way, lambda: several.step(0, cuts))
+    timed(benchmark, once, cut_after_cut, device, f"server {CUTS} x {samples} x {tokens}", way)
 
 
 @pytest.mark.parametrize("way", ["forward passes alone", "ZOSGD", "ZOSGD, model given", "MeZO"])
@@ -144,4 +158,4 @@ def test_optimizer(benchmark: Any, way: str, device: str) -> None:
         given = {"model": model} if "model" in way else {}
         optimizer = ZOSGD(model.parameters(), 1e-6, **given)  # type: ignore[arg-type]
         once = lambda: optimizer.step(loss)  # noqa: E731
-    timed(benchmark, once, device, "optimizer, MiniLM 16 x 64", way)
+    timed(benchmark, once, alone, device, "optimizer, MiniLM 16 x 64", way)

@@ -7,11 +7,12 @@ import os
 import subprocess
 import sys
 from importlib.metadata import version
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_session, liars, ops, per_weight, readme, report, steps
+from benchmarks import gpu, gpu_session, liars, ops, per_weight, readme, report, steps, test_steps
 from benchmarks.shapes import LISTS
 from benchmarks.test_memory import SMALL, bound
 from benchmarks.ways import DECOMFL, LIST_ROOF, MEZO, ROOF, WAYS
@@ -341,29 +342,57 @@ def test_a_suite_that_measures_nothing_leaves_the_results_alone(tmp_path, monkey
 
 
 def test_steps_are_set_beside_their_own_passes(tmp_path, monkeypatch):
-    seconds = {("client", "in place"): 3.0, ("client", "forward passes alone"): 2.0, ("server", "cut after cut"): 4.0}
-    seconds |= {("server", "server_batch 64"): 1.0, ("of no passes", "alone"): 7.0}
-
     def measured(names, elements, threads, path):
         assert all((gpu_session.ROOT / "benchmarks" / name).exists() for name in names)
         with path.open("a") as file:
-            for (group, name), s in seconds.items():
-                file.write(
-                    json.dumps(
-                        {"device": "cpu", "group": group, "name": name, "threads": threads, "seconds": s / threads}
-                    )
-                    + "\n"
-                )
+            file.write(json.dumps({"group": "client", "name": "in place", "threads": threads}) + "\n")
         return True
 
     monkeypatch.setattr(report, "measure", measured)
     assert steps.main(["--threads", "1", "2", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "steps-cpu.json").read_text())["rows"]
-    assert [r.get("of_reference") for r in found] == [1.5, 1.0, 1.0, 0.25, None] * 2
+    assert [r["threads"] for r in found] == [1, 2]
     monkeypatch.setattr(report, "measure", lambda *arguments: False)
     with pytest.raises(SystemExit, match="nothing was measured"):
         steps.main(["--out", str(tmp_path)])
     assert json.loads((tmp_path / "steps-cpu.json").read_text())["rows"] == found
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_step_and_its_passes_take_turns(enabled, monkeypatch):
+    """Where every second round is four times as slow, a step of twice its passes is one all the same."""
+    now, ran = [0.0], []
+    monkeypatch.setattr(test_steps.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(test_steps, "growth", lambda work, device: 5)
+
+    def takes(name, seconds):
+        ran.append(name)
+        now[0] += seconds * 4 ** ((len(ran) - 1) // 2 % 2)
+
+    class Benchmark:
+        def __init__(self):
+            self.extra_info, self.stats = {}, None
+
+        def pedantic(self, step, setup, rounds, warmup_rounds):
+            data = []
+            for _ in range(warmup_rounds + rounds):
+                setup()
+                begin = now[0]
+                step()
+                data.append(now[0] - begin)
+            if enabled:
+                self.stats = SimpleNamespace(stats=SimpleNamespace(data=data[warmup_rounds:]))
+
+    benchmark = Benchmark()
+    test_steps.timed(benchmark, lambda: takes("step", 2.0), lambda: takes("passes", 1.0), "cpu", "client", "in place")
+    assert ran == ["passes", "step"] * (1 + test_steps.ROUNDS)
+    assert benchmark.extra_info == {
+        "device": "cpu",
+        "group": "client",
+        "name": "in place",
+        "peak_extra_bytes": 5,
+        **({"of_reference": 2.0} if enabled else {}),
+    }
 
 
 def test_ops_are_set_beside_the_roof_and_drawn(tmp_path, monkeypatch):
