@@ -8,9 +8,12 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <cstdio>
 #include <exception>
+#include <fstream>
 #include <functional>
 #include <mutex>
+#include <string>
 #include <thread>
 
 namespace hosfl {
@@ -26,9 +29,9 @@ class Pool {
 
   // From now on `run` takes OpenMP's threads, if the process has loaded an OpenMP for all to see, as torch does on Linux.
   // After each op those wait for the next one by spinning, for milliseconds: threads of our own beside them would get half
-  // of the processors. A forked child has threads of its own again: OpenMP's are gone there, and it does not know.
+  // of the processors. Not in a forked child: OpenMP's are gone there, it does not know, and waits for them for ever.
   bool join_openmp() {
-    openmp_ = reinterpret_cast<Region>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));  // LLVM's OpenMP has one, too
+    if (!forked()) openmp_ = reinterpret_cast<Region>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));  // LLVM's has one, too
     return openmp_ != nullptr;
   }
 
@@ -60,6 +63,18 @@ class Pool {
  private:
   // How a compiler calls OpenMP: the work, its data, the number of threads (0: as many as are set), flags.
   using Region = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+  // Whether this process was forked and runs on without a program of its own; also where nothing tells.
+  static bool forked() {
+    constexpr unsigned FORKED = 0x40;  // PF_FORKNOEXEC of Linux, a flag of the ninth field of its stat
+    std::ifstream file("/proc/self/stat");
+    std::string line;
+    std::getline(file, line);
+    const size_t name = line.rfind(')');  // the second field is in brackets, and may hold more of them
+    unsigned flags = FORKED;
+    if (name != std::string::npos) sscanf(line.c_str() + name + 1, " %*c %*d %*d %*d %*d %*d %u", &flags);
+    return flags & FORKED;
+  }
 
   static Pool*& current() {
     static Pool* pool = new Pool;
