@@ -115,22 +115,40 @@ def test_probing_leaves_no_trace(kind):
     assert [m.training for m in client.half.modules()] == modes
 
 
-def test_a_large_vocabulary_is_not_written_by_probing():
-    """A copy of the rows that a batch looks up moves. Compiled code has the table moved whole, to the same scalars."""
-    ids, multiplier, found, written = torch.randint(0, 40_000, (2, 5)), torch.randn(2, 5, 4), [], []
+class Vocabulary(nn.Module):
+    """A large table and a layer. other: reads the table by a reference of its own, as some that share weights do."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.table, self.layer = nn.Embedding(40_000, 32), nn.Linear(32, 4)
+        self.references = [self.table.weight] if other else []
+
+    def forward(self, ids):
+        return self.layer(self.table(ids) + sum(weight[ids + 1] for weight in self.references))
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_large_vocabulary_is_not_written_by_probing(other):
+    """A copy of the rows that a batch looks up moves; else, and for compiled code, all of it, to the same scalars."""
+    ids, multiplier = torch.randint(0, 30_000, (2, 5)), torch.randn(2, 5, 4)
+    found, written, passes = [], [], []
     for compiled in ("", "eager"):
         torch.manual_seed(0)
-        half = nn.Sequential(nn.Embedding(40_000, 32), nn.Linear(32, 4))
+        half = Vocabulary(other)
         run = make_run(Config(), trainable(half)[0])
         assert run.lattice is not None
         client = ZerothOrderClient(0, half, lambda round: (ids, torch.zeros(2)), run=run, compile=compiled)
-        client.output(0)
-        before = half[0].weight._version
-        found.append(client.answer(Multiplier(client=0, round=0, multiplier=multiplier)).scalars)
-        written.append(half[0].weight._version > before)
-    assert written == [False, True]
+        for round in range(2):
+            client.output(round)
+            before = half.table.weight._version
+            scalars = client.answer(Multiplier(client=0, round=round, multiplier=multiplier * round)).scalars
+        found.append(scalars)
+        written.append(half.table.weight._version > before)
+        passes.append(client.passes["client forward"])
+    assert written == [other, True]
     assert torch.equal(*found)
     assert found[0].abs().min() > 0
+    assert passes[0] == passes[1] + 2 * len(ids)  # the first probe, both ways
 
 
 @pytest.mark.parametrize("after", [1, 2, 4])

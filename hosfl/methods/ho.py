@@ -30,6 +30,7 @@ from hosfl.methods.steps import POOL_BETAS, FreshStep, PoolStep
 from hosfl.named import label
 from hosfl.probing.batched import probe_batched, probe_forward_batched
 from hosfl.probing.compiled import call_compiled, check_backend
+from hosfl.probing.displaced import large_tables
 from hosfl.probing.probe import Moved, probe_backward, probe_forward, probe_in_place, probe_untouched, trainable
 from hosfl.protocol.lattice import Lattice
 from hosfl.protocol.messages import (
@@ -71,6 +72,7 @@ class ZerothOrderClient(Client):
             copies = [p.detach().clone() for p in self.moved.tensors]
             self.base = lambda: copies
         self.replica = Replica(self.moved.tensors, self.moved.streams, self.run, self.base)
+        self._by_row: dict[int, bool] = {}  # of a block, whether probes may move large tables by row
 
     def take_up(
         self,
@@ -162,18 +164,7 @@ class ZerothOrderClient(Client):
             elif run.estimator == "forward":
                 found = probe_forward(module, inputs, multiplier, seeds, run.dist, moved=moved)
             elif run.lattice is not None:
-                found = probe_in_place(
-                    lambda: self.blocks.call(module, inputs),
-                    moved.tensors,
-                    moved.streams,
-                    multiplier,
-                    self._cut,
-                    seeds,
-                    mu,
-                    moved.factors,
-                    two_sided,
-                    module=None if self.compile else module,
-                )
+                found = self._in_place(number, module, inputs, moved, multiplier, seeds)
             else:
                 found = probe_untouched(
                     module, inputs, multiplier, self._cut, seeds, mu, run.dist, two_sided=two_sided, moved=moved
@@ -182,6 +173,38 @@ class ZerothOrderClient(Client):
         between = self.begins[number - 1].share - share if number else 0.0
         self._count(forward=between + (2 if two_sided else 1) * len(seeds) * share)
         return found
+
+    def _in_place(
+        self, number: int, module: nn.Module, inputs: Inputs, moved: Moved, multiplier: Tensor, seeds: Sequence[int]
+    ) -> Tensor:
+        """The same, by weights that move. Large tables by row, once that has been seen to come to the same.
+
+        It does not where a model reads a table by a reference of its own, as some that share weights do.
+        """
+        two_sided = self.run.estimator == "two-sided"
+
+        def probe(multiplier: Tensor, seeds: Sequence[int], by_row: bool) -> Tensor:
+            return probe_in_place(
+                lambda: self.blocks.call(module, inputs),
+                moved.tensors,
+                moved.streams,
+                multiplier,
+                self._cut,
+                seeds,
+                self.replica.mu,
+                moved.factors,
+                two_sided,
+                module=module if by_row else None,
+            )
+
+        if number not in self._by_row:
+            able = not self.compile and len(large_tables(module, moved.tensors)) > 0
+            if able:
+                ones, share = torch.ones_like(multiplier), self.begins[number].share
+                able = torch.equal(probe(ones, seeds[:1], True), probe(ones, seeds[:1], False))
+                self._count(forward=2 * (2 if two_sided else 1) * share)
+            self._by_row[number] = able
+        return probe(multiplier, seeds, self._by_row[number])
 
     def _batched(
         self, module: nn.Module, inputs: Inputs, moved: Moved, multiplier: Tensor, seeds: Sequence[int]

@@ -8,6 +8,7 @@ evaluation into their running statistics as if it were a batch of its own.
 from __future__ import annotations
 
 import random
+import threading
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -27,11 +28,14 @@ class _Generator(NamedTuple):
     equal: Callable[[Any, Any], bool]
 
 
+Place = tuple[nn.Module, str]  # a buffer's module, and its name there
+
+
 class _State(NamedTuple):
-    """At one moment: of each generator the state, and buffers with a copy of each."""
+    """At one moment: of each generator the state; of places which tensor is there, and a copy of what it holds."""
 
     generators: list[Any]
-    buffers: list[Tensor]
+    buffers: list[tuple[Place, Tensor]]
     copies: list[Tensor]
 
 
@@ -48,13 +52,15 @@ class Conditions:
     Random numbers: of torch's generators, for the CPU and all devices of the weights' kinds; of Python's and numpy's
     global ones if the first evaluation of all draws from them. Not of a `torch.Generator` of the closure's own.
     Buffers of the modules that the first evaluation of all calls: of normalisations in train mode, and of others from
-    the step after the one in which they were seen to change. A replayed CUDA graph calls no module.
+    the step after the one in which they were seen to change, in place or by another tensor. A replayed CUDA graph calls
+    no module, and what is written by `.data` is not seen.
     """
 
     def __init__(self) -> None:
         self._slow: Collection[_Generator] = SLOW
+        self._steps = 0
         self._modules: list[nn.Module] | None = None  # None: no evaluation was seen
-        self._seen: list[Tensor] = []  # buffers that an evaluation changed
+        self._seen: dict[Place, None] = {}  # where an evaluation changed a buffer
 
     @contextmanager
     def repeated(self, kinds: Collection[str]) -> Iterator[Callable[[Closure], Any]]:
@@ -82,8 +88,10 @@ class Conditions:
             raise
         if after is not None:
             _put(generators, after)
-            states = zip(generators, before.generators, after.generators, strict=True)
-            self._slow = [g for g, a, b in states if g in self._slow and not g.equal(a, b)]
+            if not self._steps:
+                states = zip(generators, before.generators, after.generators, strict=True)
+                self._slow = [g for g, a, b in states if g in self._slow and not g.equal(a, b)]
+            self._steps += 1
 
     def _watched(self, closure: Closure) -> Any:
         """A step's first evaluation: which modules it calls, or which of their buffers it changes."""
@@ -92,30 +100,34 @@ class Conditions:
                 answer = closure()
             self._modules = list({module: None for top in called for module in top.modules()})
             return answer
-        versions = [(b, b._version) for m in self._modules for b in _buffers(m)]
+        before = [(place, b, b._version) for m in self._modules for place, b in _buffers(m)]
         answer = closure()
-        moved = [b for b, version in versions if b._version != version and not any(b is s for s in self._seen)]
-        self._seen += moved
+        for (m, name), buffer, version in before:
+            if m._buffers.get(name) is not buffer or buffer._version != version:
+                self._seen[m, name] = None
         return answer
 
     def _state(self, generators: Collection[_Generator]) -> _State:
-        buffers = {id(b): b for b in self._seen}
+        places = dict(self._seen)
         for m in self._modules or ():
             if isinstance(m, _NormBase) and m.training:
-                buffers |= {id(b): b for b in _buffers(m)}
-        kept = list(buffers.values())
-        return _State([g.get() for g in generators], kept, [b.clone() for b in kept])
+                places |= dict.fromkeys(place for place, _ in _buffers(m))
+        kept = [((m, name), b) for m, name in places if (b := m._buffers.get(name)) is not None]
+        return _State([g.get() for g in generators], kept, [b.clone() for _, b in kept])
 
 
-def _buffers(module: nn.Module) -> list[Tensor]:
-    return [b for b in module._buffers.values() if b is not None and not b.is_inference()]
+def _buffers(module: nn.Module) -> list[tuple[Place, Tensor]]:
+    return [((module, n), b) for n, b in module._buffers.items() if b is not None and not b.is_inference()]
 
 
 def _put(generators: Collection[_Generator], state: _State) -> None:
     for generator, value in zip(generators, state.generators, strict=True):
         generator.put(value)
+    for (module, name), buffer in state.buffers:
+        if module._buffers.get(name) is not buffer:
+            module._buffers[name] = buffer
     if state.buffers:
-        torch._foreach_copy_(state.buffers, state.copies)
+        torch._foreach_copy_([buffer for _, buffer in state.buffers], state.copies)
 
 
 def _of_torch(kinds: Collection[str]) -> list[_Generator]:
@@ -128,25 +140,47 @@ def _of_torch(kinds: Collection[str]) -> list[_Generator]:
     return found
 
 
+# By thread, what it has called since it began to watch. Of a thread that is inside a module there is no entry.
+_watching: dict[int, list[nn.Module]] = {}
+_changing = threading.Lock()
+_watchers = 0
+_original = nn.Module.__call__
+
+
+def _call_watched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    called = _watching.pop(threading.get_ident(), None)
+    if called is None:
+        return _original(module, *args, **kwargs)
+    called.append(module)
+    try:
+        return _original(module, *args, **kwargs)
+    finally:
+        _watching[threading.get_ident()] = called
+
+
 @contextmanager
 def _calls() -> Iterator[list[nn.Module]]:
-    """The modules that are called in the block, but for those called within others.
+    """The modules that this thread calls in the block, but for those called within others.
 
-    Not by torch's global hooks: torch.compile guards on them, and would compile every model a second time.
+    Not by torch's global hooks: torch.compile guards on them, and would compile every model a second time. While any
+    thread watches, `nn.Module.__call__` is another function.
     """
-    called: list[nn.Module] = []
-    original = nn.Module.__call__
-
-    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        called.append(module)
-        nn.Module.__call__ = original  # type: ignore[method-assign]
-        try:
-            return original(module, *args, **kwargs)
-        finally:
-            nn.Module.__call__ = call  # type: ignore[method-assign]
-
-    nn.Module.__call__ = call  # type: ignore[method-assign]
+    global _watchers, _original
+    thread, called = threading.get_ident(), list[nn.Module]()
+    before = _watching.get(thread)
+    with _changing:
+        if not _watchers:
+            _original = nn.Module.__call__
+            nn.Module.__call__ = _call_watched  # type: ignore[method-assign]
+        _watchers += 1
+    _watching[thread] = called
     try:
         yield called
     finally:
-        nn.Module.__call__ = original  # type: ignore[method-assign]
+        _watching.pop(thread, None)
+        if before is not None:
+            _watching[thread] = before
+        with _changing:
+            _watchers -= 1
+            if not _watchers:
+                nn.Module.__call__ = _original  # type: ignore[method-assign]

@@ -99,7 +99,8 @@ def probe_in_place(
 
     module: what `forward` calls, not compiled. Of a large nn.Embedding in it only the rows that a batch looks up are
     moved then, and in a copy of them: the same bits, for the price of the batch in place of the vocabulary's. A
-    table that the model also reads otherwise is copied whole while it does.
+    table of which the model also reads other rows is copied whole meanwhile. It must be read as its module's `weight`:
+    who keeps a reference of its own, in a list say, sees it unmoved.
     """
     moved = Moved(parameters, streams, [1.0] * len(parameters) if factors is None else factors)
     tables = nn.ModuleList() if module is None else large_tables(module, parameters)
