@@ -106,11 +106,12 @@ def place_of(
     for name, values in (("factors", factors), ("streams", streams), ("starts", starts)):
         if values is not None and len(values) != n:
             raise ValueError(f"{n} tensors but {len(values)} {name}")
-    for t, stream in enumerate(streams or []):
+    place = Place(dist, *([] if values is None else list(values) for values in (factors, streams, starts)))
+    for t, stream in enumerate(place.streams):
         check_integer(stream, 2**32, f"streams[{t}]")
-    for t, start in enumerate(starts or []):
+    for t, start in enumerate(place.starts):
         check_integer(start, 2**63, f"starts[{t}]")
-    return Place(dist, factors or [], streams or [], starts or [])
+    return place
 
 
 def check_rounding(rounding: str, seeded: bool, name: str) -> None:
@@ -222,7 +223,7 @@ def table_of(values: Table, name: str, shape: tuple[int, int], numpy: bool) -> N
 
 
 def factors_of(factors: Sequence[float] | None, n: int) -> list[float]:
-    factors = list(factors or [1.0] * n)
+    factors = [1.0] * n if factors is None or not len(factors) else list(factors)
     for t, factor in enumerate(factors):
         if not (2.0**-100 <= factor <= 2.0**100 and math.frexp(factor)[0] == 0.5):
             raise ValueError(f"factors[{t}] must be a power of two between 2^-100 and 2^100, got {factor}")

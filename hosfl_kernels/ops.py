@@ -329,8 +329,8 @@ def snap_(tensors: Array | Iterable[Array], *, factors: Sequence[float] | None =
     Tensors of zeros only have quantum 2^-24: room up to 1. The quantum is one number, not one per tensor: every move
     is a multiple of the largest anyway, and so a bias that starts at zero has as much room as the largest weight.
 
-    Raises: TypeError for other dtypes, ValueError for infinite or NaN weights, RuntimeError as in `perturb_`; before
-    any tensor is changed.
+    Raises: TypeError for other dtypes, ValueError for infinite or NaN weights and for those so large or small that
+    quantum * factor is not from 2^-126 to 2^103, RuntimeError as in `perturb_`; before any tensor is changed.
     """
     tensors = checks.array_list(tensors)
     checks.place_of(len(tensors), "rademacher", factors, None, None)
@@ -346,6 +346,12 @@ def snap_(tensors: Array | Iterable[Array], *, factors: Sequence[float] | None =
         if not math.isfinite(largest):
             raise ValueError(f"tensor {t} has infinite or NaN elements; there is no lattice for them")
     quantum = spec.quantum(maxima, factors, headroom)
+    for t, factor in enumerate(factors):
+        if not 2.0**-126 <= quantum * factor <= 2.0 ** (127 - 24):
+            raise ValueError(
+                f"tensor {t} has no lattice in float32's normal numbers: its step would be {quantum * factor:g}, for a"
+                f" largest weight of {max(m / f for m, f in zip(maxima, factors, strict=True)):g} times its factor"
+            )
     for tensor, factor in zip(tensors, factors, strict=True):
         kind.snap_(tensor, quantum * factor)
     return quantum

@@ -580,6 +580,9 @@ def test_parameters_change_in_place():
         (lambda x: hk.project([x[0], 3], [1]), TypeError, "tensors\\[1\\] is int"),
         (lambda x: hk.snap_([x[0], x[1].bfloat16()]), TypeError, "float32 tensors only"),
         (lambda x: hk.snap_([x[0], torch.tensor([float("nan")])]), ValueError, "tensor 1 has infinite or NaN"),
+        (lambda x: hk.snap_([x[0] * 1e-30, x[1] * 0], factors=[1.0, 2.0**-20]), ValueError, "tensor 1 has no lattice"),
+        (lambda x: hk.snap_([torch.tensor([1e-40, -3e-41])]), ValueError, "tensor 0 has no lattice in float32"),
+        (lambda x: hk.snap_([torch.tensor([3.4e38])]), ValueError, "its step would be 4.05648e\\+31"),
         (lambda x: hk.noise(-1, 1), ValueError, "n must be 0 or more"),
         (lambda x: hk.noise(1, 1, dist="cauchy"), ValueError, "dist"),
         (lambda x: hk.derive(0, 2**64, 0), ValueError, "a must be"),
@@ -591,6 +594,17 @@ def test_bad_arguments_change_nothing(call, error, message):
     with pytest.raises(error, match=message):
         call(xs)
     assert all(torch.equal(x, torch.full((8,), 0.5)) for x in xs)
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array])
+def test_places_come_in_any_sequence(kind):
+    given = {"factors": [2.0, 0.5], "streams": [7, 3], "starts": [1, 5]}
+    for make in (lambda: [torch.zeros(9), torch.zeros(5)], lambda: [np.zeros(9, np.float32), np.zeros(5, np.float32)]):
+        want, got = make(), make()
+        hk.perturb_(want, 1, 1.0, **given)
+        hk.perturb_(got, 1, 1.0, **{name: kind(values) for name, values in given.items()})
+        assert all((a == b).all() for a, b in zip(want, got, strict=True))
+        assert hk.snap_(got, factors=kind(given["factors"])) == hk.snap_(want, factors=given["factors"])
 
 
 def _strided(xs):
