@@ -97,6 +97,10 @@ def halves_of(seed: int, name: str) -> list[int]:
     return [seed & 0xFFFFFFFF, seed >> 32]
 
 
+def _listed(values: Sequence[Any] | None) -> list[Any]:
+    return [] if values is None else list(values)
+
+
 def place_of(
     n: int, dist: str, factors: Sequence[float] | None, streams: Sequence[int] | None, starts: Sequence[int] | None
 ) -> Place:
@@ -106,7 +110,7 @@ def place_of(
     for name, values in (("factors", factors), ("streams", streams), ("starts", starts)):
         if values is not None and len(values) != n:
             raise ValueError(f"{n} tensors but {len(values)} {name}")
-    place = Place(dist, *([] if values is None else list(values) for values in (factors, streams, starts)))
+    place = Place(dist, *map(_listed, (factors, streams, starts)))
     for t, stream in enumerate(place.streams):
         check_integer(stream, 2**32, f"streams[{t}]")
     for t, start in enumerate(place.starts):
