@@ -116,6 +116,27 @@ def test_the_trainer_takes_the_steps_of_a_plain_loop(tmp_path, causal, accumulat
     assert len({len(b["input_ids"]) for b in trainer.batches}) == 2
 
 
+def test_an_interrupted_trainer_begins_anew_with_the_next_step_s_batches(tmp_path):
+    trainer = trainer_of(classifier(), tmp_path, gradient_accumulation_steps=2)
+    prepare, seen = trainer._prepare_inputs, []
+
+    def interrupted(inputs):
+        if trainer.batches:
+            raise KeyboardInterrupt
+        return prepare(inputs)
+
+    trainer._prepare_inputs = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer._prepare_inputs = prepare
+    compute = trainer.compute_loss
+    trainer.compute_loss = lambda model, inputs, **more: seen.append(inputs) or compute(model, inputs, **more)
+    trainer.batches = ()
+    trainer.train()
+    first, second = (batch["input_ids"] for batch in trainer.batches[:2])
+    assert [b["input_ids"].tolist() for b in seen[:4]] == 2 * [first.tolist(), second.tolist()]
+
+
 def test_a_resumed_trainer_holds_the_bits_of_one_that_went_through(tmp_path):
     def go(folder, resume=None, **settings):
         model = classifier()

@@ -30,6 +30,10 @@ class ZOTrainer(Trainer):  # type: ignore[misc]
 
     _micro_batches: tuple[dict[str, Any], ...] = ()
 
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self._micro_batches = ()  # of a loop that was interrupted, or ran out of memory and begins again
+        return super()._inner_training_loop(*args, **kwargs)
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """The step's loss at its last micro-batch, 0 at the others: the Trainer adds them up."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
