@@ -1579,6 +1579,36 @@ def test_weights_on_several_devices_are_refused_by_name_and_frozen_ones_are_not(
     optimizer.step(lambda: named[0][1].sum())
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.bool, torch.complex64])
+def test_frozen_parameters_of_any_dtype_are_a_base_s(dtype, tmp_path):
+    def params(model, last=1):
+        values = torch.tensor([0, last], dtype=torch.float32).to(dtype)
+        model[2].register_parameter("frozen", nn.Parameter(values, requires_grad=False))
+        return model.named_parameters()
+
+    run, base, other = (Run(params=params) for _ in range(3))
+    run.go(2).optimizer.log.save(tmp_path / "log")
+    rebuild(base.model, tmp_path / "log")
+    assert same(base.weights[:4], run.weights[:4])
+    params(other.model, last=0)
+    with pytest.raises(LogError, match="the digest of its weights is another"):
+        rebuild(other.model, tmp_path / "log")
+
+
+def test_with_a_frozen_parameter_on_the_meta_device_there_is_no_log(tmp_path):
+    def params(model):
+        model[2].register_parameter("away", nn.Parameter(torch.zeros(2, device="meta"), requires_grad=False))
+        return model.named_parameters()
+
+    run = Run(params=params)
+    with pytest.warns(UserWarning, match=r"cannot be saved: parameter '2\.away' is on the meta device"):
+        run.go(1)
+    run.go(1, first=1)
+    assert same(run.weights[:4], Run().go(2).weights)
+    with pytest.raises(LogError, match=r"parameter '2\.away' is on the meta device"):
+        run.optimizer.log.save(tmp_path / "log")
+
+
 @pytest.mark.parametrize(
     ("two_sided", "steps", "losses", "message"),
     [

@@ -150,10 +150,15 @@ class RunLog:
 
     def admit(self, parameters: list[tuple[str | None, Tensor]]) -> None:
         """Take in those of all parameters that are new: their values now are their base."""
-        new = parameters[len(self.parameters) :]
-        if new:
+        first = len(self.parameters)
+        new = parameters[first:]
+        # Frozen ones that are loaded when they are read, as by accelerate's offloading.
+        absent = [repr(name) if name else str(n) for n, (name, p) in enumerate(new, first) if p.is_meta]
+        if absent:
+            self.refusal = f"parameter {absent[0]} is on the meta device, so that its bits are not known"
+        elif new:
             self.bases.append((len(parameters), digest(whole(p for _, p in new)).hex()))
-            self.parameters += new
+        self.parameters += new
 
     def put(self, quantum: float, numbers: list[int]) -> None:
         self._puts.append((quantum, numbers))

@@ -41,9 +41,8 @@ def bits(array: Array) -> memoryview:
     """The bytes of its elements in order."""
     if is_tensor(array):
         flat = array.detach().cpu().contiguous().reshape(-1)
-        if dtype_name(array) == "bfloat16":
-            flat = flat.view(sys.modules["torch"].int16)  # numpy has no bfloat16
-        return memoryview(flat.numpy()).cast("B") if len(flat) else memoryview(b"")
+        flat = flat.view(sys.modules["torch"].uint8)  # numpy has neither bfloat16 nor float8
+        return memoryview(flat.numpy()) if len(flat) else memoryview(b"")
     flat = np.ascontiguousarray(array).reshape(-1)
     return memoryview(flat.view(np.uint8).data) if flat.size else memoryview(b"")
 
