@@ -10,6 +10,7 @@ import runpy
 import signal
 import stat
 import warnings
+import weakref
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -1021,6 +1022,13 @@ def test_writes_that_torch_does_not_count_are_noticed(write):
         with pytest.raises(FloatingPointError):
             run.optimizer.step(iter([1.0, float("nan")]).__next__)
     assert same(run.weights, before)
+
+
+def test_a_model_that_goes_elsewhere_leaves_no_memory_to_the_optimizer():
+    run = Run().go(1)
+    memory = weakref.ref(run.model[0].weight.untyped_storage())
+    run.model.half()
+    assert memory() is None
 
 
 # --- losses that say nothing -------------------------------------------------------------------------------------

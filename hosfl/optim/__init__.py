@@ -304,7 +304,7 @@ class ZOSGD(torch.optim.Optimizer):
         self._conditions = Conditions()
         self._versions: dict[int, tuple[int, int]] = {}
         self._bounds: dict[int, float] = {}  # upper bounds of max |weight|, by number; made exact when it matters
-        self._sample: tuple[list[Tensor], Tensor] = ([], _numbers([]))  # elements, and the quantum of each
+        self._sampled = _numbers([])  # the quantum of each element of all samples
 
     @property
     def lattice(self) -> Lattice | None:
@@ -588,10 +588,10 @@ class ZOSGD(torch.optim.Optimizer):
     def _written(self, groups: list[_Group]) -> bool:
         """Whether there are weights that are new here, or that somebody else wrote, on any process."""
         versions = {n: version for group in groups for n, version in group.versions().items()}
-        elements, quanta = self._sample
         written = versions != self._versions
-        if not written and elements:
-            steps = torch.cat(elements) / quanta
+        if not written and groups:
+            # Taken anew every time: views that are kept would keep the memory of a model that goes elsewhere.
+            steps = torch.cat([_sample(t) for group in groups for t in group.tensors]) / self._sampled
             written = not bool(((steps == steps.round()) & (steps.abs() <= STEPS / 2)).all())
         return self._largest_of_all([float(written)], groups) != [0.0]
 
@@ -672,9 +672,9 @@ class ZOSGD(torch.optim.Optimizer):
                 Lattice(quantum).put([t for _, t in mine], [1.0] * len(mine))
                 self.log.put(quantum, [n for n, _ in mine])
                 self._bounds |= {n: self._bounds[n] + quantum for n, _ in mine}
-        elements = [t.detach().as_strided([t.numel()], [1])[:: max(1, t.numel() // SAMPLE)][:SAMPLE] for _, t in pairs]
-        quanta = [self._quanta[n] for (n, _), some in zip(pairs, elements, strict=True) for _ in range(len(some))]
-        self._sample = elements, _numbers(quanta).to(pairs[0][1].device)
+        # By number, as in `_written`: groups may come here in parts.
+        quanta = [self._quanta[n] for n, t in sorted(pairs, key=lambda pair: pair[0]) for _ in range(len(_sample(t)))]
+        self._sampled = _numbers(quanta).to(pairs[0][1].device)
 
     def _outgrown(self, groups: list[_Group], distances: list[float]) -> set[tuple[int, float]]:
         """The lattices, by parameter group and quantum, that might not hold all weights when they move so far."""
@@ -1005,6 +1005,12 @@ class ZONormalizedSGD(ZOSGD):
         length = running.update(sum(v * v for v in derivatives) / len(derivatives))
         estimate = [v / length / self.directions for v in derivatives]
         return estimate, {"square": running.mean, "square_weight": running.weight}
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """Elements of it, in memory order: a view."""
+    step = max(1, tensor.numel() // SAMPLE)
+    return tensor.as_strided([min(SAMPLE, -(-tensor.numel() // step))], [step])
 
 
 def _without_graph(evaluate: Closure) -> Any:
