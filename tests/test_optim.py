@@ -1285,6 +1285,10 @@ def draw_seeds(rank, folder):
     with pytest.raises(ValueError, match=f"different seeds, this one {rank}: give all of them the same"):
         Run(seed=rank).go(1)
     Run(seed=5).go(1)
+    with pytest.raises(ValueError, match="no parameter requires grad"):
+        ZOSGD([{"params": []}], 0.1).step(lambda: 0.0)
+    first_is_empty = ZOSGD([{"params": []}, {"params": run.model.parameters()}], 0.0)
+    assert torch.equal(first_is_empty.step(run.loss), run.loss().double())
     torch.save([own, run.optimizer.seed, losses, run.weights], f"{folder}/{rank}")
 
 

@@ -415,7 +415,7 @@ class ZOSGD(torch.optim.Optimizer):
     @contextmanager
     def _weights(self) -> Iterator[_InPlace | _ReadOnly]:
         """All that moves in this step, at home again in the end."""
-        self._agree()
+        self._agree(self._device())
         groups = self._settle()
         weights: _InPlace | _ReadOnly = _InPlace(groups, self.dist)
         if not self._on_lattice and self.model is not None:
@@ -427,13 +427,20 @@ class ZOSGD(torch.optim.Optimizer):
             self._versions = {n: version for group in groups for n, version in group.versions().items()}
             torch.clear_autocast_cache()
 
-    def _agree(self) -> None:
+    def _device(self) -> torch.device:
+        """Of the parameters that may move, and of what processes tell each other. Raises ValueError without any."""
+        moving: Iterator[Tensor] = (p for group in self.param_groups for p in group["params"] if p.requires_grad)
+        for parameter in moving:
+            return parameter.device
+        raise ValueError("no parameter requires grad: there is nothing to move")
+
+    def _agree(self, device: torch.device) -> None:
         """One seed on all processes, before the first step: where each has drawn its own, one that all can tell."""
         if self._agreed or not (distributed.is_available() and distributed.is_initialized()):
             return
         halves = [self.seed >> 32, self.seed & 0xFFFFFFFF]
         numbers = [*halves, *(-half for half in halves), int(not self._drawn)]
-        largest = torch.tensor(numbers, device=self.param_groups[0]["params"][0].device)
+        largest = torch.tensor(numbers, device=device)
         distributed.all_reduce(largest, distributed.ReduceOp.MAX, self.process_group)
         high, low, *smallest, given = largest.tolist()
         if [high, low] != [-half for half in smallest]:
@@ -459,8 +466,6 @@ class ZOSGD(torch.optim.Optimizer):
     def _settle(self) -> list[_Group]:
         """What moves in this step, on lattices where there can be any."""
         candidates = self._requiring_grad()
-        if not any(group.numbers for group in candidates):
-            raise ValueError("no parameter requires grad: there is nothing to move")
         groups = [group for group in candidates if group.rate and group.numbers]
         exact = self._exact(groups)
         self._check_owned(groups)
@@ -760,7 +765,7 @@ class ZOSGD(torch.optim.Optimizer):
     def _differences(self, stacked: Tensor) -> tuple[Tensor, list[float]]:
         """The loss to return, and d_p: the wait for the device."""
         if distributed.is_available() and distributed.is_initialized():
-            stacked = stacked.to(self.param_groups[0]["params"][0].device)
+            stacked = stacked.to(self._device())
             distributed.all_reduce(stacked, group=self.process_group)
             stacked /= distributed.get_world_size(self.process_group)
         values = stacked.cpu()
