@@ -164,6 +164,36 @@ def test_a_closure_that_fails_leaves_no_trace(case, error):
         assert same(run.weights, undisturbed.weights)
 
 
+def by_layer(model, **settings_of_the_second):
+    first, second = ({"params": [*layer.named_parameters()]} for layer in (model[0], model[2]))
+    return [first, {**second, **settings_of_the_second}]
+
+
+def test_no_memory_for_the_moments_of_a_later_group_leaves_no_trace(monkeypatch):
+    run, undisturbed = Run("momentum", by_layer), Run("momentum", by_layer).go(1)
+    state, left = str(run.optimizer.state_dict()), iter([0, 0])
+
+    def allocate(parameter):
+        if next(left, None) is None:
+            raise torch.OutOfMemoryError
+        return optim_log.zeros(parameter)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optim, "zeros", allocate)
+        with pytest.raises(torch.OutOfMemoryError):
+            run.go(1)
+    assert same(run.weights, list(run.base.parameters()))
+    assert str(run.optimizer.state_dict()) == state
+    assert same(run.go(1).weights, undisturbed.weights)
+
+
+def test_a_weight_decay_of_a_later_group_that_float32_does_not_hold_leaves_no_trace():
+    run = Run("decay", lambda model: by_layer(model, lr=1e20, weight_decay=1e20))
+    with pytest.raises(FloatingPointError, match=r"lr \* weight_decay is 1e\+40"):
+        run.go(1)
+    assert same(run.weights, list(run.base.parameters()))
+
+
 @every
 def test_a_log_rebuilds_the_same_bits(case, tmp_path):
     run = Run(case).go(5)

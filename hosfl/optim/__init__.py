@@ -829,12 +829,19 @@ class ZOSGD(torch.optim.Optimizer):
         reach = max((max(group.rate, 1.0) * sum(map(abs, e)) for group, e in pairs), default=0.0)
         if not reach < LARGEST_FLOAT32 / 4:
             raise FloatingPointError(f"a step of {reach:g}: lower lr, or raise mu")
+        for group in weights.groups:
+            shrinking = group.rate * float(group.settings["weight_decay"])
+            if not shrinking < LARGEST_FLOAT32:
+                raise FloatingPointError(f"lr * weight_decay is {shrinking:g}: lower one of them")
         if self._on_lattice:
             assert isinstance(weights, _InPlace)
             rows = self._lattice_step(weights, estimates)
         else:
+            # The moments of all groups before the first group moves: there may be no memory for them.
+            moments = [self._moments(group) for group in weights.groups]
             weights.home()
-            rows = [self._rule_step(g, e) for g, e in zip(weights.groups, estimates, strict=True)]
+            triples = zip(weights.groups, estimates, moments, strict=True)
+            rows = [self._rule_step(*triple) for triple in triples]
         groups = weights.groups
         momenta = [float(group.settings["momentum"]) for group in groups]
         self.log.append([group.numbers for group in groups], momenta, self._on_lattice, rows)
@@ -867,21 +874,22 @@ class ZOSGD(torch.optim.Optimizer):
             self._bounds |= {n: self._bounds[n] + sum(map(abs, row.coefficients)) for n in group.numbers}
         return rows
 
-    def _rule_step(self, group: _Group, estimate: list[float]) -> Row:
+    def _rule_step(self, group: _Group, estimate: list[float], moments: list[Tensor]) -> Row:
         rule = SGD(float(group.settings["momentum"]), float(group.settings["weight_decay"]))
         row = Row(estimate, *rule.steps([self.steps], [group.rate])[0, :2].tolist())
-        moments = [self._moment(t) for t in group.tensors] if rule.moments else []
         coefficients, steps = _numbers([row.coefficients]), _numbers([[row.rate, row.keep]])
         place = group.tensors, group.numbers, group.starts
         apply_rule(self._terms(), rule.momentum, *place, moments, self.steps, coefficients, steps)
+        for tensor, moment in zip(group.tensors, moments, strict=False):
+            self.state[tensor]["moment"] = moment
         return row
 
-    def _moment(self, parameter: Tensor) -> Tensor:
-        state = self.state[parameter]
-        if "moment" not in state:
-            state["moment"] = zeros(parameter)
-        moment: Tensor = state["moment"]
-        return moment
+    def _moments(self, group: _Group) -> list[Tensor]:
+        """One for each tensor, zeros where there was none; without momentum none at all."""
+        if not group.settings["momentum"]:
+            return []
+        kept = [self.state.get(t, {}).get("moment") for t in group.tensors]
+        return [zeros(t) if moment is None else moment for t, moment in zip(group.tensors, kept, strict=True)]
 
     def _seeds(self) -> Sequence[int]:
         return self._terms().seeds(self.steps)
