@@ -20,6 +20,12 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -100,6 +106,19 @@ def test_a_quadratic_falls_to_its_minimum_s_surroundings(case):
     assert loss.shape == ()
 
 
+def told(state):
+    return state["param_groups"][0]["run"]
+
+
+def as_before(state):
+    """As it was when the run lay beside the groups."""
+    first, *rest = copy.deepcopy(state["param_groups"])
+    run = first.pop("run")
+    quanta = {n: q for n, q in enumerate(run["quanta"]) if q is not None}
+    run = {key: run[key] for key in ("seed", "steps", "directions", "pool", "two_sided", "dist")}
+    return {**state, "param_groups": [first, *rest], "run": {**run, "quanta": quanta}}
+
+
 @every
 def test_a_saved_state_continues_to_the_same_bits(case):
     whole = Run(case).go(6)
@@ -113,17 +132,47 @@ def test_a_saved_state_continues_to_the_same_bits(case):
     different |= {"dist": "rademacher" if optimizer.dist == "gaussian" else "gaussian"}
     different |= {"two_sided": not optimizer.two_sided, **({"decay": 0.3} if "decay" in optimizer.settable else {})}
     assert different.keys() >= {*optimizer.kept} - {"steps"}
-    for weights_first in (True, False):
+    for weights_first, state in ((True, saved["optimizer"]), (False, as_before(saved["optimizer"]))):
         other = Run(case, **different)
         if weights_first:
             other.model.load_state_dict(saved["model"])
-        other.optimizer.load_state_dict(saved["optimizer"])
+        other.optimizer.load_state_dict(state)
         if not weights_first:
             other.model.load_state_dict(saved["model"])
         assert other.optimizer.steps == 3
         other.go(3, first=3)
         assert same(other.weights, whole.weights)
         assert str(other.optimizer.state_dict()) == str(whole.optimizer.state_dict())
+
+
+@every
+@pytest.mark.filterwarnings("ignore:torch.distributed is ")
+def test_torch_s_checkpoints_continue_to_the_same_bits(case, tmp_path):
+    whole, half = Run(case).go(6), Run(case).go(3)
+    other = Run(case, seed=99, directions=4, pool=0 if whole.optimizer.pool else 7)
+    groups = str(other.optimizer.param_groups)
+    saved, read = (
+        {"model": run.model.state_dict(), "optimizer": get_optimizer_state_dict(run.model, run.optimizer)}
+        for run in (half, other)
+    )
+    assert same(other.weights, list(other.base.parameters()))
+    assert (other.optimizer.steps, str(other.optimizer.param_groups)) == (0, groups)
+    checkpoint.save(saved, checkpoint_id=tmp_path)
+    checkpoint.load(read, checkpoint_id=tmp_path)
+    other.model.load_state_dict(read["model"])
+    set_optimizer_state_dict(other.model, other.optimizer, read["optimizer"])
+    other.go(3, first=3)
+    assert same(other.weights, whole.weights)
+    assert str(other.optimizer.state_dict()) == str(whole.optimizer.state_dict())
+
+
+def test_a_flat_checkpoint_is_refused_and_changes_nothing():
+    run, flat = Run().go(1), StateDictOptions(flatten_optimizer_state_dict=True)
+    groups = str(run.optimizer.param_groups)
+    saved = get_optimizer_state_dict(run.model, run.optimizer, options=flat)
+    with pytest.raises(ValueError, match=r"no state of a ZOSGD: .*flatten_optimizer_state_dict"):
+        set_optimizer_state_dict(run.model, run.optimizer, saved, options=flat)
+    assert (run.optimizer.steps, str(run.optimizer.param_groups)) == (1, groups)
 
 
 @every
@@ -728,7 +777,7 @@ def test_a_seed_that_is_not_given_is_drawn_from_torch_s_generator(tmp_path):
     assert made(6)[0][0].seed != first.seed
     base = copy.deepcopy(model)
     assert f"seed: {again.seed}" in repr(again)
-    assert again.state_dict()["run"]["seed"] == again.seed
+    assert told(again.state_dict())["seed"] == again.seed
     before = torch.get_rng_state()
     ZOSGD(model.parameters(), 0.01, seed=0)
     assert torch.equal(before, torch.get_rng_state())
@@ -899,7 +948,7 @@ def test_ctrl_c_in_the_middle_of_a_move(monkeypatch):
 
 
 def quanta(optimizer):
-    return [*optimizer.state_dict()["run"]["quanta"].values()]
+    return [q for q in told(optimizer.state_dict())["quanta"] if q is not None]
 
 
 def on_lattices(optimizer, parameters):
@@ -1016,6 +1065,7 @@ def test_at_a_rate_of_zero_no_bit_changes(case, tmp_path):
     assert torch.equal(run.optimizer.measure(closure), loss)
     run.optimizer.step()
     assert same(run.weights, list(run.base.parameters()))
+    assert run.optimizer.step() is None  # not measured: this is no step
     assert run.optimizer.steps == 2
     # As a schedule's first steps are.
     run.optimizer.param_groups[0]["lr"] = CASES[case][1]
@@ -1703,6 +1753,57 @@ def test_a_momentum_that_does_not_fit_is_named_and_nothing_changes():
     with pytest.raises(ValueError, match=r"the momentum of parameter '2\.bias' is \[7\] in it"):
         fresh.optimizer.load_state_dict(saved)
     assert fresh.optimizer.seed == 9
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"optimizer": "Other"}, "class must be ZONormalizedSGD, not 'Other'"),
+        ({"shapes": [[4, 3], [4], [1, 4], [2]]}, r"of these parameters: parameter '2\.bias' is \[2\] in it"),
+        ({"directions": 0}, "directions must be"),
+        ({"directions": True}, "directions must be"),
+        ({"pool": 1}, "pool must be"),
+        ({"seed": -1}, "seed must be"),
+        ({"steps": -3}, "steps must be"),
+        ({"steps": 1.0}, "steps must be"),
+        ({"dist": "uniform"}, "dist must be"),
+        ({"two_sided": "no"}, "two_sided must be"),
+        ({"quanta": [0.0, 1.0, 1.0, 1.0]}, "quantum of parameter 0 must be"),
+        ({"quanta": [1.0, 0.3, None, 1.0]}, "quantum of parameter 1 must be"),
+        ({"quanta": [2.0**110]}, "quantum's exponent must be"),
+        ({"quanta": {4: 1.0}}, "number of a parameter must be"),
+        ({"more": 1}, "must have exactly"),
+    ],
+)
+def test_a_state_that_cannot_be_one_is_refused_and_changes_nothing(change, message):
+    saved = Run("normalized").go(1).optimizer.state_dict()
+    told(saved).update(change)
+    other = Run("normalized", seed=9).go(1)
+    before = str(other.optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        other.optimizer.load_state_dict(saved)
+    assert str(other.optimizer.state_dict()) == before
+    assert len(other.optimizer.log.chapters) == 1
+    other.go(1)
+
+
+def test_another_optimizer_s_state_is_refused_and_changes_nothing():
+    plain, normalized, small = Run().go(1), Run("normalized").go(1), Run("decay").go(1)
+    more = {**small.optimizer.state_dict(), "param_groups": 2 * small.optimizer.state_dict()["param_groups"]}
+    negative = small.optimizer.state_dict()
+    negative["param_groups"][0]["mu"] = -1.0
+    for run, saved, message in [
+        (plain, normalized.optimizer.state_dict(), "no state of a ZOSGD: the class"),
+        (normalized, plain.optimizer.state_dict(), "no state of a ZONormalizedSGD: the class"),
+        (normalized, as_before(plain.optimizer.state_dict()), "its groups have no decay"),
+        (plain, more, "different number of parameter groups"),
+        (plain, negative, "no state of a ZOSGD: mu must be"),
+    ]:
+        before = str(run.optimizer.state_dict())
+        with pytest.raises(ValueError, match=message):
+            run.optimizer.load_state_dict(saved)
+        assert str(run.optimizer.state_dict()) == before
+        run.go(1)
 
 
 def test_a_model_that_is_converted_later_goes_on():

@@ -177,6 +177,28 @@ def a_closure_that_raises(rank, folder):
     assert same(full(model), full(undisturbed))
 
 
+def goes_on_from_a_checkpoint(rank, folder):
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    def step(model, optimizer):
+        optimizer.step(lambda: half(model, rank))
+        sharded.reshard(model)
+
+    whole, again = sharded_model("default"), sharded_model("default")
+    optimizer, other = optimizer_of(whole, True), optimizer_of(again, True)
+    step(whole, optimizer)
+    saved = dict(zip("mo", get_state_dict(whole, optimizer), strict=True))
+    checkpoint.save(saved, checkpoint_id=f"{folder}/checkpoint")
+    step(whole, optimizer)
+    read = dict(zip("mo", get_state_dict(again, other), strict=True))
+    checkpoint.load(read, checkpoint_id=f"{folder}/checkpoint")
+    set_state_dict(again, other, model_state_dict=read["m"], optim_state_dict=read["o"])
+    step(again, other)
+    assert other.steps == 2
+    assert same(full(again), full(whole))
+
+
 def what_is_refused(rank, folder):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -229,7 +251,13 @@ def one_of_many(rank, folder, parts):
 def folder(tmp_path_factory):
     """What two processes have left there, and four on a mesh of two dimensions."""
     folder = tmp_path_factory.mktemp("sharded")
-    parts = (follows_the_bits, writes_between_steps, a_closure_that_raises, what_is_refused)
+    parts = (
+        follows_the_bits,
+        writes_between_steps,
+        a_closure_that_raises,
+        goes_on_from_a_checkpoint,
+        what_is_refused,
+    )
     for world, done in ((2, parts), (4, parts[:1])):
         group.start(one_of_many, str(folder), done, count=world)()
     return folder

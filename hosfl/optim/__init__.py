@@ -62,7 +62,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -72,12 +72,13 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim.optimizer import ParamsT
 
-from hosfl.optim.log import Row, RunLog, Terms, apply_rule, plain, rebuild, zeros
+from hosfl.optim.log import LARGEST_STEP, Row, RunLog, Terms, apply_rule, check_terms, plain, rebuild, zeros
 from hosfl.optim.sharded import is_sharded, let_go, reshard, shard
 from hosfl.probing.conditions import Conditions
 from hosfl.probing.displaced import Displacement, casts_forgotten, displaced, refuse_writers, uninterrupted
 from hosfl.protocol.aggregate import RunningLength
 from hosfl.protocol.lattice import COARSER, STEPS, Lattice
+from hosfl.protocol.log import EXPONENTS, check_choice, check_integer, check_keys, check_power_of_two
 from hosfl.protocol.seeds import Purpose, round_seed
 from hosfl_kernels import SGD, derive, perturb_, replay_
 
@@ -362,7 +363,7 @@ class ZOSGD(torch.optim.Optimizer):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> Tensor:
+    def step(self, closure: Closure | None = None) -> Tensor | None:
         """One step. Returns the loss, float64 on the CPU: the mean over all moved weights, one-sided the loss at th.
 
         Args:
@@ -371,7 +372,8 @@ class ZOSGD(torch.optim.Optimizer):
                 the first (`probing.conditions`), so that the model may be in train mode: dropout takes the same units
                 away, and running statistics take in the first evaluation alone. On all else but the weights it must
                 not depend: the same batch every time. It need not be differentiable. Left out where the step was
-                measured before.
+                measured before. Left out otherwise, where all rates are 0, no step is made and None returned, but
+                moments are there then: this is how torch.distributed.checkpoint prepares optimizers.
 
         Waits for the device for the losses, and before them to see whether somebody wrote the weights; never in
         between. If the closure raises or is interrupted the weights are what they were before the step (bit for bit,
@@ -382,6 +384,9 @@ class ZOSGD(torch.optim.Optimizer):
         RuntimeError where the closure writes the weights, or reads none of those that move.
         """
         measurement, self._measurement = self._measurement, None
+        if closure is None and measurement is None and not any(float(group["lr"]) for group in self.param_groups):
+            self._make_moments()
+            return None
         if closure is not None:
             self._warn_of_accelerate()
         with self._weights() as weights:
@@ -891,6 +896,13 @@ class ZOSGD(torch.optim.Optimizer):
         kept = [self.state.get(t, {}).get("moment") for t in group.tensors]
         return [zeros(t) if moment is None else moment for t, moment in zip(group.tensors, kept, strict=True)]
 
+    def _make_moments(self) -> None:
+        """Zeros that others are copied into, or that are as good as those which the next step would make."""
+        for group in self.param_groups:
+            for parameter in group["params"] if group["momentum"] else []:
+                if parameter.requires_grad and not self.state.get(parameter):
+                    self.state[parameter]["moment"] = zeros(parameter)
+
     def _seeds(self) -> Sequence[int]:
         return self._terms().seeds(self.steps)
 
@@ -919,41 +931,89 @@ class ZOSGD(torch.optim.Optimizer):
         self._forget()
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's, and under "run" the seed, the number of steps, the settings that shape a step, and the lattices.
+        """As torch's, and under "run" in its first group the seed, the number of steps, the settings that shape a step.
 
-        run["quanta"]: the quantum of each parameter that is on a lattice, by its number.
+        run["optimizer"]: the class. run["shapes"], run["quanta"]: of each parameter, by its number, the shape, and the
+        quantum of its lattice; None where it is on none.
+
+        In a group, because torch.distributed.checkpoint keeps nothing beside groups and moments; in lists, because it
+        loads those keys of a mapping that are there before.
         """
-        run = {name: getattr(self, name) for name in self.kept}
-        return {**super().state_dict(), "run": {**run, "quanta": dict(sorted(self._quanta.items()))}}
+        told: dict[str, Any] = super().state_dict()
+        named = self._named()
+        told["param_groups"][0]["run"] = {
+            "optimizer": type(self).__name__,
+            **{name: getattr(self, name) for name in self.kept},
+            "shapes": [list(p.shape) for _, p in named],
+            "quanta": [self._quanta.get(n) for n in range(len(named))],
+        }
+        return told
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved state; the weights are the model's to load, before or after. The log starts anew.
 
-        Raises: ValueError where it is the state of another optimizer, or of other parameters.
+        Raises: ValueError where it is the state of another optimizer, or of other parameters. Nothing is changed then.
         """
-        run = state_dict.get("run")
-        if not isinstance(run, dict) or run.keys() != {*self.kept, "quanta"}:
-            raise ValueError(f"this is no state of a {type(self).__name__}")
-        saved = [state_dict["state"].get(i, {}) for group in state_dict["param_groups"] for i in group["params"]]
-        for number, ((_, parameter), state) in enumerate(zip(self._named(), saved, strict=False)):  # torch counts them
-            if "moment" in state and state["moment"].shape != parameter.shape:
-                raise ValueError(
-                    f"this is no state of these parameters: the momentum of {self._name(number)} is "
-                    f"{list(state['moment'].shape)} in it"
-                )
-        super().load_state_dict(state_dict)
+        groups = [dict(group) for group in state_dict["param_groups"]]
+        run = groups[0].pop("run", None) if groups else None
+        try:
+            run = self._checked_run(state_dict.get("run") if run is None else run)
+            for group in groups:
+                absent = [name for name in self.settable if name not in group]
+                if absent:
+                    raise ValueError(f"its groups have no {', '.join(absent)}")
+                self._check_settings(group)
+        except ValueError as error:
+            raise ValueError(f"this is no state of a {type(self).__name__}: {error}") from None
+        saved = [state_dict["state"].get(i, {}) for group in groups for i in group["params"]]
+        self._check_shapes(run["shapes"], saved)
+        # torch's copies, made below, have the parameters' dtypes; moments are float32.
+        pairs = zip(self._named(), saved, strict=False)  # torch counts them
+        moments = {p: zeros(p).copy_(state["moment"]) for (_, p), state in pairs if state}
+        super().load_state_dict({**state_dict, "param_groups": groups})
         for name in self.kept:
             setattr(self, name, run[name])
         self._drawn = False
-        self._quanta, self._measurement = dict(run["quanta"]), None
-        for (_, parameter), state in zip(self._named(), saved, strict=True):
-            if state:  # torch gives it the parameter's dtype; moments are float32
-                self.state[parameter]["moment"] = zeros(parameter).copy_(state["moment"])
+        self._quanta, self._measurement = run["quanta"], None
+        for parameter, moment in moments.items():
+            self.state[parameter]["moment"] = moment
         self.log = self._new_log()
-        if any(saved):
+        if moments:
             self.log.refusal = (
                 "a resumed run with momentum cannot be rebuilt: its log starts from moments, not from zeros"
             )
+
+    def _checked_run(self, run: Any) -> dict[str, Any]:
+        """What a state tells of its run; quanta by number, of parameters that are on a lattice. Raises ValueError."""
+        if not isinstance(run, dict):
+            raise ValueError("its first group has no `run` (nor has it with flatten_optimizer_state_dict)")
+        # Earlier versions had it beside the groups, without class and shapes, and with such quanta.
+        run = {"optimizer": type(self).__name__, "shapes": None, **run}
+        check_keys(run, ("optimizer", *self.kept, "shapes", "quanta"), "its run")
+        check_choice(run["optimizer"], "the class", (type(self).__name__,))
+        if not isinstance(run["two_sided"], bool):
+            raise ValueError(f"two_sided must be true or false, not {run['two_sided']!r}")
+        run |= {**asdict(check_terms(run)), "steps": check_integer(run["steps"], "steps", 0, LARGEST_STEP)}
+        quanta, last = run["quanta"], len(self._named()) - 1
+        run["quanta"] = {}
+        for number, quantum in quanta.items() if isinstance(quanta, dict) else enumerate(quanta):
+            if quantum is not None:
+                n = check_integer(number, "the number of a parameter", 0, last)
+                run["quanta"][n] = check_power_of_two(quantum, f"the quantum of parameter {n}")
+                check_integer(Lattice(quantum).exponent, "the quantum's exponent", *EXPONENTS)
+        return run
+
+    def _check_shapes(self, shapes: list[list[int]] | None, saved: list[dict[str, Any]]) -> None:
+        """Of parameters, None where they are not known, and of their moments. Raises ValueError."""
+        own = [list(p.shape) for _, p in self._named()]
+        for number, (shape, found, state) in enumerate(zip(own, shapes or own, saved, strict=False)):
+            what = ""
+            if found != shape:
+                what = f"{self._name(number)} is {found}"
+            elif state and list(state["moment"].shape) != shape:
+                what = f"the momentum of {self._name(number)} is {list(state['moment'].shape)}"
+            if what:
+                raise ValueError(f"this is no state of these parameters: {what} in it")
 
     def _named(self) -> list[tuple[str | None, Tensor]]:
         """All parameters by number, with their names where these are known."""
@@ -1006,6 +1066,13 @@ class ZONormalizedSGD(ZOSGD):
     def __init__(self, params: ParamsT, lr: float, mu: float = 1e-3, *, decay: float = 0.9, **settings: Any) -> None:
         self._more_defaults = {"decay": decay}
         super().__init__(params, lr, mu, **settings)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As that of `ZOSGD`. Groups have their running means from the start: see there what loads them."""
+        told = super().state_dict()
+        for group in told["param_groups"]:
+            group |= {"square": 0.0, "square_weight": 0.0, **group}
+        return told
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         super()._check_settings(settings)

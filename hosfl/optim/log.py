@@ -282,7 +282,7 @@ class Header:
             raise LogError(f"it is of format {reprlib.repr(written)}; this code reads 1 and {FORMAT}")
         check_keys(values, (*HEADER, "momentum") if written == 1 else HEADER, "its header")
         for_all = _momentum(values["momentum"], "momentum") if written == 1 else None
-        terms = _terms(values)
+        terms = check_terms(values)
         parameters = [_parameter(p, f"parameter {n}") for n, p in enumerate(_list(values, "parameters"))]
         return cls(
             terms,
@@ -319,7 +319,8 @@ def _list(values: dict[str, Any], name: str) -> list[Any]:
     return _sequence(values[name], name)
 
 
-def _terms(values: dict[str, Any]) -> Terms:
+def check_terms(values: dict[str, Any]) -> Terms:
+    """Raises LogError, which names the field."""
     directions = check_integer(values["directions"], "directions", 1, LARGEST_STEP)
     pool = check_integer(values["pool"], "pool", 0, LARGEST_STEP)
     if 0 < pool < directions:
