@@ -19,7 +19,7 @@ from torch.profiler import profile
 
 from hosfl.halves.inputs import evaluating
 from hosfl.probing import displaced
-from hosfl.probing.displaced import Displacement, evaluate_displaced
+from hosfl.probing.displaced import Displacement, evaluate_displaced, refuse_references
 from hosfl.probing.probe import probe_in_place, probe_untouched, trainable
 from hosfl_kernels import perturb_, snap_
 
@@ -420,6 +420,43 @@ def test_forward_inside_autocast():
         assert torch.equal(in_place, probe_untouched(half, x, lam, cut, [1, 2], 0.25, "rademacher"))
         assert in_place.abs().min() > 0
         assert torch.equal(half(x), cut)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_weights_that_are_read_from_their_modules(name):
+    module, inputs = build(name)
+    module = First(module)
+    before = digest(module)
+    refuse_references(module, inputs)
+    assert digest(module) == before
+
+
+class Refers(nn.Module):
+    """Reads its layer's weight by another way than its layer."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.kept = [self.layer.weight] if how == "list" else [self.layer.weight.detach()[:2]]
+        if how == "closure":
+            weight = self.layer.weight
+            self.kept = []
+            self.read = lambda: weight
+
+    def forward(self, x):
+        return self.layer(x).sum(1) + F.linear(x, self.kept[0] if self.kept else self.read()).sum(1)
+
+
+@pytest.mark.parametrize("how", ["list", "view", "closure"])
+def test_weights_that_are_read_by_other_references(how):
+    torch.manual_seed(0)
+    module = Refers(how)
+    before = digest(module)
+    with pytest.raises(ValueError, match="reads a weight by a reference of its own"):
+        refuse_references(module, vectors())
+    assert digest(module) == before
+    module.layer.weight.requires_grad_(False)  # what does not move may be read in any way
+    refuse_references(module, vectors())
 
 
 # --- no trace -----------------------------------------------------------------------------------------------------

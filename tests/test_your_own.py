@@ -723,3 +723,38 @@ def test_digests_are_of_content():
     assert samples_of(other, "train").digest() != once
     assert samples_of(Numbered(1999), "train").digest() != once
     assert read(items[:3]).labels.tolist() == given.y[:3].tolist()
+
+
+class Refers(nn.Module):
+    """Its second layer has the first one's weight, in a list so that it is one parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+        self.shared = [self.layer.weight]
+
+    def forward(self, x):
+        return self.head(nn.functional.linear(torch.tanh(self.layer(x)), self.shared[0]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "taken"),
+    [
+        ({}, True),  # weights move in place, and every reference sees it
+        ({"estimator": "backward", "directions_from": "fresh"}, True),
+        ({"dist": "gaussian"}, False),
+        ({"estimator": "forward"}, False),
+        ({"probes_at_once": 2}, False),
+        ({"method": "zo-both"}, False),
+        ({"method": "hosl"}, False),
+        ({"method": "first-order"}, True),
+    ],
+)
+def test_a_half_that_reads_weights_by_references_of_its_own(settings, taken):
+    own = task(model=lambda: (Refers(), nn.Linear(2, 2)), at=None)
+    quick = {"rounds": 2, "clients": 3, "batch": 8, **RATES}
+    if taken:
+        train(own, **quick, **settings)
+    else:
+        with pytest.raises(ValueError, match="reads a weight by a reference of its own"):
+            train(own, **quick, **settings)

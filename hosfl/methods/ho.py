@@ -30,7 +30,7 @@ from hosfl.methods.steps import POOL_BETAS, FreshStep, PoolStep
 from hosfl.named import label
 from hosfl.probing.batched import probe_batched, probe_forward_batched
 from hosfl.probing.compiled import call_compiled, check_backend
-from hosfl.probing.displaced import large_tables
+from hosfl.probing.displaced import large_tables, refuse_references
 from hosfl.probing.probe import Moved, probe_backward, probe_forward, probe_in_place, probe_untouched, trainable
 from hosfl.protocol.lattice import Lattice
 from hosfl.protocol.messages import (
@@ -348,6 +348,8 @@ class HO(Method):
         setup, settings = self.setup, self.settings
         self.begins = blocks_of(setup.base, settings.blocks, setup.sample)
         self.run = run = make_run(settings, setup.parameters, self.begins)
+        if self.displaces():
+            refuse_references(setup.base, setup.sample)
         rate = self.rate(setup.rates.client)
         step: Step = FreshStep(run, rate, setup.length())
         if run.pool is not None:
@@ -355,6 +357,11 @@ class HO(Method):
         moved, streams = trainable(setup.observed)
         mirror = Replica(moved, streams, run, lambda: setup.parameters)
         return SeedReplay(run, step, mirror, None, setup.aggregation, settings.clip, settings.digest_every)
+
+    def displaces(self) -> bool:
+        """Whether clients evaluate their half at other weights while they only read its own."""
+        one_by_one = self.settings.estimator.endswith("sided") and self.settings.probes_at_once == 1
+        return self.settings.estimator != "backward" and not (one_by_one and self.run.lattice is not None)
 
     def client(self, number: int, half: nn.Module, batch: Callable[[int], Batch]) -> Client:
         setup = self.setup

@@ -16,10 +16,12 @@ from torch import nn
 
 from hosfl.halves.inputs import Batch
 from hosfl.methods.client import Client
+from hosfl.methods.ledger import Ledger
 from hosfl.methods.losses import LossServer, moved_outputs
 from hosfl.methods.method import LEARNS, PROBES, Way
 from hosfl.methods.server import Server
 from hosfl.methods.splitfed import SplitFed, SplitFedClient
+from hosfl.probing.displaced import refuse_references
 from hosfl.protocol.messages import Cut, Losses, Message, MessageError, ProbedCut
 from hosfl.protocol.seeds import Purpose, direction_seeds
 from hosfl.settings import Settings
@@ -94,6 +96,10 @@ class HOSL(SplitFed):
     @classmethod
     def exchanges(cls, settings: Settings) -> int:
         return 1
+
+    def make_ledger(self) -> Ledger:
+        refuse_references(self.setup.base, self.setup.sample)
+        return super().make_ledger()
 
     def client(self, number: int, half: nn.Module, batch: Callable[[int], Batch]) -> Client:
         probing = {name: getattr(self.settings, name) for name in ("seed", *PROBES)}

@@ -142,6 +142,9 @@ class ZOBoth(HO):
     ways: ClassVar[dict[str, Way]] = {"zo-both": ({}, (0.1, 0.2, 0.4))}
     kind = CutProbingClient
 
+    def displaces(self) -> bool:
+        return True
+
     def server(self, **shared: Any) -> Server:
         settings = self.settings
         two_sided, probing = settings.estimator == "two-sided", {name: getattr(settings, name) for name in PROBES}

@@ -20,30 +20,13 @@ from torch import Tensor, nn
 from torch.func import jvp, vmap
 
 from hosfl.halves.inputs import Inputs, call
-from hosfl.probing.displaced import casts_forgotten, displaced, refuse_writers
+from hosfl.probing.displaced import Copies, casts_forgotten, displaced, refuse_writers
 from hosfl.probing.forward_mode import differentiable
 from hosfl.probing.probe import Moved, inner
 from hosfl_kernels import perturb_
 
 # For good: a filter that comes and goes makes Python forget which other warnings it has shown already.
 warnings.filterwarnings("ignore", ".*batching rule for aten::_scaled_dot_product_flash_attention_for_cpu")
-
-
-class Copies:
-    """In the place of one `Displacement`: what a layer reads is the weight of every probe, as vmap and jvp hold it."""
-
-    def __init__(self, parameters: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
-        self.copies = {id(p): copy for p, copy in zip(parameters, copies, strict=True)}
-        self.read = False
-
-    def moves(self, parameter: Tensor | None) -> bool:
-        return id(parameter) in self.copies
-
-    def whole(self, parameter: Tensor) -> Tensor:
-        return self.copies[id(parameter)]
-
-    def table(self, parameter: Tensor) -> Tensor:
-        return self.whole(parameter)
 
 
 def probe_batched(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 from collections import Counter, UserDict
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from hosfl.halves.inputs import Inputs, call
+from hosfl.halves.inputs import Inputs, call, evaluating
 from hosfl_kernels import perturb_
 
 # Numbers in an embedding's table from which on gathering and moving the rows of a batch (0.2 ms) costs less than moving
@@ -33,6 +34,23 @@ class Displaces(Protocol):
 
     def table(self, parameter: Tensor) -> Tensor:
         """As `whole`, for an nn.Embedding."""
+
+
+class Copies:
+    """Of every weight that moves a copy, made beforehand."""
+
+    def __init__(self, parameters: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
+        self.copies = {id(p): copy for p, copy in zip(parameters, copies, strict=True)}
+        self.read = False
+
+    def moves(self, parameter: Tensor | None) -> bool:
+        return id(parameter) in self.copies
+
+    def whole(self, parameter: Tensor) -> Tensor:
+        return self.copies[id(parameter)]
+
+    def table(self, parameter: Tensor) -> Tensor:
+        return self.whole(parameter)
 
 
 class Displacement:
@@ -263,6 +281,34 @@ def refuse_writers(module: nn.Module) -> None:
         raise TypeError("cannot evaluate a scripted module at other weights than its own: pass the module as it was")
     if any(getattr(m, "max_norm", None) is not None for m in modules):
         raise ValueError("an embedding with max_norm writes its weights in every forward pass: set max_norm=None")
+
+
+@casts_forgotten()
+def refuse_references(module: nn.Module, inputs: Inputs) -> None:
+    """Raises ValueError for a module that reads a weight by a reference of its own, in a list say, or by a view of it.
+
+    Reading the weight from the module that has it is what is displaced. To see that nothing else is read, all that are
+    trainable are NaN for a pass in which their modules have copies; afterwards they hold the same bits.
+    """
+    refuse_writers(module)
+    weights = [p for p in module.parameters() if p.requires_grad]
+    with evaluating(module):
+        copies = [nn.Parameter(p.detach().clone()) for p in weights]  # of their class: see `Displacement.whole`
+        want = call(module, inputs)
+        try:
+            for weight in weights:
+                weight.fill_(math.nan)
+            with displaced(module, Copies(weights, copies)):
+                found = call(module, inputs)
+        finally:
+            with uninterrupted():
+                for weight, copy in zip(weights, copies, strict=True):
+                    weight.copy_(copy)
+    if not torch.equal(found, want):
+        raise ValueError(
+            "the client half reads a weight by a reference of its own, such as one in a list, or by a view of it: it"
+            " could not be evaluated at other weights than its own. Let it read the weight from the module that has it"
+        )
 
 
 @torch.no_grad()
