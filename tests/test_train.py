@@ -18,7 +18,10 @@ from hosfl import Config, LatticeError, Log, rebuild, train
 from hosfl.cli import main
 from hosfl.methods import METHODS
 from hosfl.protocol.log import EpochRecord
+from hosfl.runs.assemble import assemble
+from hosfl.runs.checkpoint import next_epoch
 from hosfl.runs.config import with_shared
+from hosfl.runs.trainer import restore, save_snapshot
 from hosfl.tasks import make_task
 
 CLIENT_RATE = {"splitfed": 0.2, "hosl": 0.2, "mu-splitfed": 0.4}  # where none is tuned
@@ -296,6 +299,36 @@ def test_a_run_killed_between_snapshots_voids_what_came_after_the_last(tmp_path,
     tensors, _ = rebuild(run / "hosfl.log", run / "base.safetensors")
     saved = load_file(run / "client.safetensors")
     assert all(torch.equal(tensors[name], saved[name]) for name in saved)
+
+
+@pytest.mark.parametrize("method", ["first-order", "splitfed"])
+def test_clients_that_live_on_follow_every_start_of_the_server(tmp_path, method):
+    """Weights that travel whole, and no round is lost: before the first snapshot, and from one snapshot twice."""
+    config = Config(method=method, clients=3, sampled=2, rounds=8, batch=4, server_rate=0.03, client_rate=0.2)
+    never_stopped, clients = assemble(config)[0], {}
+    for round in range(8):
+        never_stopped.round(round)
+    for start, begin, end in [(0, 0, 5), (1, 0, 3), (2, 0, 4), (3, 4, 7), (4, 4, 6), (5, 4, 8)]:
+        federation, _ = assemble(config)
+        federation.clients = clients
+        assert (restore(federation, tmp_path) if start else 0) == begin
+        for round in range(begin, end):
+            federation.round(round)
+            assert federation.took_part == federation.asked
+            if start == 2 and round == 3:
+                save_snapshot(federation, tmp_path, 4)
+    for (name, one), other in zip(
+        never_stopped.server.state()[0].items(), federation.server.state()[0].values(), strict=True
+    ):
+        assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("damage", ["", "1.5", "true", "-1", "65535", '{"epoch": 1}', "[" * 100_000])
+def test_an_epoch_that_cannot_be_one_is_named(tmp_path, damage):
+    assert [next_epoch(tmp_path) for _ in range(3)] == [1, 2, 3]
+    (tmp_path / "epoch.json").write_text(damage)
+    with pytest.raises(ValueError, match=r"epoch\.json is not a run's epoch"):
+        next_epoch(tmp_path)
 
 
 def test_resuming_needs_a_run_and_its_settings(tmp_path):

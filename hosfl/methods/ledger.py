@@ -274,7 +274,8 @@ def descend(weights: Tensor, gradient: Tensor, optimizer: torch.optim.Optimizer,
 class WholeWeights:
     """The client half's weights live here and travel whole.
 
-    weights: float32 [d]. rounds: those in them. epoch: restarts of the server.
+    weights: float32 [d]. rounds: those in them. epoch: which start of the server they are of; whoever takes up a saved
+    state says it, for a state does not know of starts after it.
     """
 
     weights: Tensor
@@ -303,7 +304,6 @@ class WholeWeights:
         with torch.no_grad():
             self.weights.copy_(tensors["weights"])
         self.rounds = info["rounds"]
-        self.epoch += 1
 
 
 def load_vector(vector: Tensor, parameters: Sequence[nn.Parameter]) -> None:

@@ -5,6 +5,7 @@ base.safetensors            the client half of round 0
 hosfl.log                   the client half of every later round
 provenance.json             what the run was made of, against which everything that is put together is checked
 lock                        of the process that is at work
+epoch.json                  where weights travel whole: how often the run was resumed
 snapshot-*.safetensors      the server, every so many rounds
 """
 
@@ -18,7 +19,7 @@ from typing import Any
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from hosfl.files import write_atomically, write_json
+from hosfl.files import sync_folder, write_atomically, write_json
 from hosfl.probing.probe import trainable
 from hosfl.protocol.log import Header, Parameter
 from hosfl.protocol.rebuild import base_digest
@@ -43,6 +44,7 @@ def save_config(config: Settings, folder: Path) -> None:
     write_json(folder / "config.json", asdict(config))
 
 
+LAST_EPOCH = 2**16 - 1  # that a message has room for
 RUN_FILES = ("config.json", "hosfl.log", "summary.json", "metrics.jsonl")
 
 
@@ -64,6 +66,23 @@ def load_config(folder: Path) -> Config:
         return Config(**json.loads(path.read_bytes()))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a run's settings: {error}") from None
+
+
+def next_epoch(folder: Path) -> int:
+    """An epoch above every earlier one of the run in a folder: 1, 2, ...; on disk when this returns.
+
+    For runs without a log, which else would say it. Raises ValueError naming the file for one that holds no epoch.
+    """
+    path = folder / "epoch.json"
+    try:
+        last = json.loads(path.read_bytes()) if path.exists() else 0
+        if type(last) is not int or not 0 <= last < LAST_EPOCH:
+            raise ValueError(f"a whole number below {LAST_EPOCH} is needed")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a run's epoch: {error}") from None
+    write_json(path, last + 1)
+    sync_folder(folder)
+    return last + 1
 
 
 def header_of(run: Run, base: nn.Module, settings: dict[str, Any]) -> Header:

@@ -13,14 +13,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
-from hosfl.methods.ledger import SeedReplay
+from hosfl.methods.ledger import SeedReplay, WholeWeights
 from hosfl.protocol.lattice import LatticeError
 from hosfl.protocol.log import EpochRecord, Log, LogError
 from hosfl.protocol.provenance import Provenance
 from hosfl.protocol.terms import Diverged
 from hosfl.runs import snapshot
 from hosfl.runs.assemble import assemble, evaluate, for_clients
-from hosfl.runs.checkpoint import check_free, load_config, save_module
+from hosfl.runs.checkpoint import check_free, load_config, next_epoch, save_module
 from hosfl.runs.config import Config
 from hosfl.runs.federation import Federation
 from hosfl.runs.report import Evaluation, Summary, Writer
@@ -94,6 +94,8 @@ def restore(federation: Federation, out: Path) -> int:
     ledger = federation.server.ledger
     if isinstance(ledger, SeedReplay) and log is not None:
         ledger.restart(log, round)
+    elif isinstance(ledger, WholeWeights):
+        ledger.epoch = next_epoch(out)  # before a round: clients that lived on hold weights of rounds that are void
     return round
 
 
