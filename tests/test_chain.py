@@ -152,6 +152,51 @@ def test_sequences_with_a_forward_or_an_init_of_their_own():
         split(model, 1)
 
 
+SHIFT = torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+
+class Remembers(nn.Module):
+    """Its forward pass changes itself and draws a random number, without its input."""
+
+    def __init__(self, refused=False):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.norm, self.calls, self.refused = nn.BatchNorm1d(4), 0, refused
+        for name in ("center", "behind", "replaced"):
+            self.register_buffer(name, torch.ones(4))
+
+    def forward(self, x):
+        self.calls += 1
+        self.center.mul_(0.9)
+        self.behind.data.mul_(0.9)
+        self.replaced = self.replaced * 0.9
+        self.drawn, self.seen = torch.rand(1), self.first(x)
+        assert not self.refused
+        return self.third(self.second(self.norm(self.seen + SHIFT)))
+
+
+def test_a_cut_leaves_the_model_as_it_was():
+    """Also where it is refused, and where its activations are measured."""
+    for way in ("refused", "cut", "measured"):
+        model = Remembers(way == "refused").train()
+        model.third.eval()
+        before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+        names, modes = list(vars(model)), [m.training for m in model.modules()]
+        if way == "cut":
+            whole, halves = model, split(model, "second", verify=False)
+        elif way == "measured":
+            assert [p.cut for p in cut_points(model, torch.randn(3, 4, generator=torch.Generator()))] == [48] * 3
+        else:
+            with pytest.raises(CutError, match="cannot follow the forward pass of Remembers"):
+                cut_points(model)
+        assert torch.equal(torch.get_rng_state(), random)
+        assert (list(vars(model)), [m.training for m in model.modules()], model.calls) == (names, modes, 0)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        pickle.dumps(model)
+    x = torch.randn(3, 4)
+    assert torch.equal(halves.eval()(x), whole.eval()(x))  # the constant is the half's own
+
+
 class Decides(Net):
     """By a tensor's values, which nobody knows beforehand."""
 

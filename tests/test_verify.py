@@ -163,26 +163,26 @@ def test_faults_in_a_chain_are_found():
 
 
 class Passes(nn.Module):
-    """Counts what goes through."""
+    """Counts what goes through, in a place of which nothing is put back."""
 
     def __init__(self):
         super().__init__()
-        self.weight, self.forwards, self.backwards = nn.Parameter(torch.ones(1)), 0, 0
+        self.weight, self.passes = nn.Parameter(torch.ones(1)), {"forward": 0, "backward": 0}
 
     def forward(self, x):
-        self.forwards += 1
+        self.passes["forward"] += 1
         y = x * self.weight
         if y.requires_grad:
-            y.register_hook(lambda gradient: setattr(self, "backwards", self.backwards + 1))
+            y.register_hook(lambda gradient: self.passes.update(backward=self.passes["backward"] + 1))
         return y
 
 
 def test_two_forward_and_two_backward_passes():
     stages = [Passes() for _ in range(4)]
     halves = split(nn.Sequential(*stages), 2, example=torch.randn(3, 4))
-    assert [(s.forwards, s.backwards) for s in stages] == [(2, 2)] * 4
+    assert [s.passes for s in stages] == [{"forward": 2, "backward": 2}] * 4
     assert split(nn.Sequential(*stages), 2, verify=False).client[0] is halves.client[0]
-    assert stages[0].forwards == 2
+    assert stages[0].passes["forward"] == 2
 
 
 class Nothing(TorchDispatchMode):
@@ -217,6 +217,44 @@ def test_verification_leaves_no_trace():
     assert all(p.grad is None for name, p in model.named_parameters() if name != "bn1.weight")
     assert halves.client.training
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class Writes(nn.Module):
+    """Past autograd into a buffer, and into an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.last = nn.Linear(4, 4), None
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x):
+        self.mean.data.add_(1)
+        self.last = self.layer(x + self.mean)
+        return self.last
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_what_a_pass_changes_is_put_back_before_the_next(old):
+    spectral = nn.utils.spectral_norm if old else nn.utils.parametrizations.spectral_norm
+    model = nn.Sequential(Writes(), spectral(nn.Linear(4, 4)), nn.Linear(4, 2))
+    before, names = copy.deepcopy(model.state_dict()), [list(vars(m)) for m in model.modules()]
+    for at in (1, 2):
+        split(model, at, example=torch.ones(3, 4))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [list(vars(m)) for m in model.modules()] == names
+    assert model[0].last is None
+
+
+class InPlace(nn.Linear):
+    def forward(self, x):
+        x -= 0.5
+        return super().forward(x)
+
+
+def test_every_pass_has_an_example_of_its_own():
+    x = torch.ones(3, 4)
+    split(nn.Sequential(InPlace(4, 4), nn.Tanh(), nn.Linear(4, 2)), 2, example=x)
+    assert torch.equal(x, torch.ones(3, 4))
 
 
 def test_gradients_are_compared_also_where_they_are_off(monkeypatch):

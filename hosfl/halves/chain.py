@@ -2,16 +2,20 @@
 
 `torch.fx` follows the forward pass of the model, and of those modules inside it that hold layers; every other module is
 one step, called as it is. A cut is before a step where only one value crosses: all that runs before becomes the client
-half, all that runs from there on the server half, functions between modules included. Nothing is computed.
+half, all that runs from there on the server half, functions between modules included. Nothing is computed, and the
+model is as it was afterwards.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 from torch import fx, nn
+
+from hosfl.halves.inputs import unchanged
 
 
 class CutError(TypeError):
@@ -20,11 +24,15 @@ class CutError(TypeError):
 
 @dataclass(frozen=True)
 class Chain:
-    """A model's steps. graph: in the order of its forward pass; opened: the modules that were followed."""
+    """A model's steps. graph: in the order of its forward pass; opened: the modules that were followed.
+
+    constants: tensors that steps read and that are none of the model's, by the names that fx gave them.
+    """
 
     model: nn.Module
     opened: list[nn.Module]
     graph: fx.Graph
+    constants: dict[str, Any]
 
     @property
     def places(self) -> dict[str, int]:
@@ -67,13 +75,14 @@ class Chain:
         parts: dict[str, Any] = {}
         for node in graph.nodes:
             if node.op in ("call_module", "get_attr"):
-                owner, _, name = node.target.rpartition(".")
-                mode = node.target == MODE
-                parts[node.target] = Mode() if mode else getattr(self.model.get_submodule(owner), name)
+                parts[node.target] = Mode() if node.target == MODE else self._part(node.target)
         half = fx.GraphModule(parts, graph, f"{type(self.model).__name__}{side}")
         for module in (half, *(m for m in parts.values() if isinstance(m, Mode))):
             module.training = self.model.training
         return half
+
+    def _part(self, name: str) -> Any:
+        return self.constants[name] if name in self.constants else attrgetter(name)(self.model)
 
 
 MODE = "train_mode"  # the name of this module in a half
@@ -118,13 +127,13 @@ def chain(model: nn.Module, at: str | None = None) -> Chain:
     if at is not None:
         parts = at.split(".")
         opened = [model.get_submodule(".".join(parts[:n])) for n in range(len(parts))]
-        return Chain(model, opened, _graph(model, opened))
-    found = Chain(model, [model], _graph(model, [model]))
+        return _followed(model, opened)
+    found = _followed(model, [model])
     tried: set[nn.Module] = set()
     while candidates := [m for m in _called(found) if m not in tried and _holds_layers(m)]:
         tried.add(candidates[0])
         try:
-            finer = Chain(model, [*found.opened, candidates[0]], _graph(model, [*found.opened, candidates[0]]))
+            finer = _followed(model, [*found.opened, candidates[0]])
         except CutError:
             continue  # as one step it can stay
         if len(finer.places) > len(found.places) - isinstance(candidates[0], nn.Sequential):
@@ -159,21 +168,21 @@ class _Tracer(fx.Tracer):
         return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
 
 
-def _graph(model: nn.Module, opened: list[nn.Module]) -> fx.Graph:
+def _followed(model: nn.Module, opened: list[nn.Module]) -> Chain:
     """The forward pass as one graph for both modes: where a function is told the mode, the half's own mode is read."""
-    before = [module.training for module in opened]
     graphs = []
-    try:
-        for mode in (False, True):
-            for module in opened:
-                module.training = mode
-            graphs.append(_Tracer(opened).trace(model))
-    except Exception as error:  # whatever a forward pass does with a value that is none yet
-        message = str(error).strip().split("\n")[0]
-        raise CutError(f"cannot follow the forward pass of {type(model).__name__}: {message}") from error
-    finally:
-        for module, mode in zip(opened, before, strict=True):
-            module.training = mode
+    # What a forward pass does without its input is really done: to buffers, attributes, random generators.
+    with unchanged(model.modules()):
+        try:
+            for mode in (False, True):
+                for module in opened:
+                    module.training = mode
+                graphs.append(_Tracer(opened).trace(model))
+        except Exception as error:  # whatever a forward pass does with a value that is none yet
+            message = str(error).strip().split("\n")[0]
+            raise CutError(f"cannot follow the forward pass of {type(model).__name__}: {message}") from error
+        there = dict(vars(model))
+    constants = {name: value for name, value in there.items() if name not in vars(model)}
     evaluating, training = graphs
     other = CutError(
         f"the forward pass of {type(model).__name__} is another one in train mode than in eval mode: build it without "
@@ -207,7 +216,7 @@ def _graph(model: nn.Module, opened: list[nn.Module]) -> fx.Graph:
 
     for a, b in pairs:
         a.args, a.kwargs = merged(a.args, b.args), merged(a.kwargs, b.kwargs)
-    return evaluating
+    return Chain(model, opened, evaluating, constants)
 
 
 def _ends(value: slice) -> tuple[Any, Any, Any]:

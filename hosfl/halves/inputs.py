@@ -1,8 +1,8 @@
-"""What a half takes: a batch's inputs, whole and in parts; and how it is called where nothing is learnt."""
+"""What a half takes: a batch's inputs, whole and in parts; and how it is called where nothing is learnt or changed."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from operator import itemgetter
 from typing import Any
@@ -37,6 +37,36 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for m, training in modes:
             m.training = training
+
+
+@contextmanager
+def unchanged(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Whatever passes change is afterwards as it was: attributes, modes, numbers in buffers, random generators."""
+    modules = list(modules)
+    held = [(own, dict(own)) for m in modules for own in (vars(m), m._parameters, m._buffers)]
+    buffers = [b for m in modules for b in m._buffers.values() if b is not None]
+    kept = [(b, b._version, b.clone()) for b in buffers if not (b.is_meta or b.is_inference())]
+    kind, numbers = accelerators(modules)
+    try:
+        with torch.random.fork_rng(numbers, device_type=kind):
+            yield
+    finally:
+        for own, names in held:
+            own.clear()
+            own.update(names)
+        with torch.no_grad():
+            for buffer, version, before in kept:
+                # What is written through .data counts no version, and what is sparse cannot be compared.
+                if buffer._version != version or (buffer.layout == torch.strided and not torch.equal(buffer, before)):
+                    buffer.copy_(before)
+
+
+def accelerators(modules: Iterable[nn.Module]) -> tuple[str, list[int]]:
+    """The kind of device that parameters of modules are on, and the numbers of these devices; none where all are on
+    the CPU."""
+    devices = {p.device for m in modules for p in m._parameters.values() if p is not None}
+    found = [device for device in devices if device.type not in ("cpu", "meta")]
+    return (found[0].type if found else "cuda"), sorted(device.index or 0 for device in found)
 
 
 def parts_of(inputs: Inputs, samples: int) -> Iterator[Inputs]:

@@ -36,7 +36,7 @@ from hosfl.halves.families import (
     transformer_layers,
     waves,
 )
-from hosfl.halves.inputs import Inputs, call, mask_of
+from hosfl.halves.inputs import Inputs, call, mask_of, unchanged
 from hosfl.halves.verify import ExampleError, on_meta, verify_halves
 
 
@@ -153,7 +153,8 @@ def _activations(halves: SplitModel, inputs: Inputs) -> tuple[int, int, int]:
     hooks = [module.register_forward_hook(add(side)) for side, module in leaves]
     hooks.append(halves.client.register_forward_hook(lambda module, given, output: cuts.append(_nbytes(output))))
     try:
-        halves(inputs)
+        with unchanged(halves.modules()):
+            halves(inputs)
     finally:
         for hook in hooks:
             hook.remove()

@@ -2,14 +2,16 @@
 
 Both run in train mode, so that dropout and its kind are seen, and every random number is drawn from the same seed
 wherever it is drawn: then the halves' outputs are the model's to the bit. Normalisations by batch statistics stay in
-eval mode. Whatever a pass changes, buffers, gradients, modes and random generators, is put back.
+eval mode. Whatever a pass changes, attributes, buffers, gradients, modes and random generators, is put back before the
+next one, which has inputs of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hosfl.halves.chain import CutError
 from hosfl.halves.families import tensor_of
-from hosfl.halves.inputs import Inputs, call
+from hosfl.halves.inputs import Inputs, accelerators, call, unchanged
 
 
 class ExampleError(ValueError):
@@ -44,38 +46,39 @@ def verify_halves(model: nn.Module, halves: Any, inputs: Inputs) -> None:
     """
     owned = owners(model, halves)
     modules = {*model.modules(), *halves.client.modules(), *halves.server.modules()}
-    with _undisturbed(modules, model):
-        inputs = tree_map_only(Tensor, torch.clone, inputs)  # those of inference mode can have no gradient behind them
-        try:
-            whole = _Pass.of(lambda: tensor_of(_call_whole(model, inputs)), model.parameters())
-        except CutError:
-            raise
-        except Exception as error:
-            raise ExampleError(f"{_name(model)} does not take the example: {error}") from error
-        if not torch.isfinite(whole.output).all():
-            raise ExampleError(f"{_name(model)} makes infinite or NaN outputs of the example")
-        try:
-            parts = _Pass.of(lambda: halves(inputs), owned)
-        except (CutError, ValueError):
-            raise
-        except Exception as error:
-            raise CutError(f"the halves of {_name(model)} do not run: {type(error).__name__}: {error}") from error
-        if not _equal(whole.output, parts.output):
-            where = _first_difference(model, halves, inputs, set(owned.values()))
-            raise CutError(f"the halves are not {_name(model)}: {_distance(whole.output, parts.output)}; {where}")
-        names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-        summed: dict[Tensor, float] = {}
-        for parameter, (sketch, _) in parts.gradients.items():
-            summed[owned[parameter]] = summed.get(owned[parameter], 0.0) + sketch
-        longest = max((norm for _, norm in whole.gradients.values()), default=0.0)
-        for parameter in {**whole.gradients, **summed}:
-            sketch, norm = whole.gradients.get(parameter, (0.0, 0.0))
-            allowed = torch.finfo(parameter.dtype).eps ** 0.5 * (norm + 1e-4 * longest)
-            if not abs(sketch - summed.get(parameter, 0.0)) <= allowed:
-                raise CutError(
-                    f"the halves are not {_name(model)}: their outputs are, but the gradient of {names[parameter]} is "
-                    f"{'another one' if parameter in summed else 'lost'}"
-                )
+    undisturbed = partial(_undisturbed, modules, inputs)
+    try:
+        with undisturbed() as own:
+            whole = _Pass.of(lambda: tensor_of(_call_whole(model, own)), model.parameters())
+    except CutError:
+        raise
+    except Exception as error:
+        raise ExampleError(f"{_name(model)} does not take the example: {error}") from error
+    if not torch.isfinite(whole.output).all():
+        raise ExampleError(f"{_name(model)} makes infinite or NaN outputs of the example")
+    try:
+        with undisturbed() as own:
+            parts = _Pass.of(lambda: halves(own), owned)
+    except (CutError, ValueError):
+        raise
+    except Exception as error:
+        raise CutError(f"the halves of {_name(model)} do not run: {type(error).__name__}: {error}") from error
+    if not _equal(whole.output, parts.output):
+        where = _first_difference(model, halves, undisturbed, set(owned.values()))
+        raise CutError(f"the halves are not {_name(model)}: {_distance(whole.output, parts.output)}; {where}")
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    summed: dict[Tensor, float] = {}
+    for parameter, (sketch, _) in parts.gradients.items():
+        summed[owned[parameter]] = summed.get(owned[parameter], 0.0) + sketch
+    longest = max((norm for _, norm in whole.gradients.values()), default=0.0)
+    for parameter in {**whole.gradients, **summed}:
+        sketch, norm = whole.gradients.get(parameter, (0.0, 0.0))
+        allowed = torch.finfo(parameter.dtype).eps ** 0.5 * (norm + 1e-4 * longest)
+        if not abs(sketch - summed.get(parameter, 0.0)) <= allowed:
+            raise CutError(
+                f"the halves are not {_name(model)}: their outputs are, but the gradient of {names[parameter]} is "
+                f"{'another one' if parameter in summed else 'lost'}"
+            )
 
 
 def _name(model: nn.Module) -> str:
@@ -177,27 +180,14 @@ class _OneSeed(TorchDispatchMode):
 
 
 @contextmanager
-def _undisturbed(modules: set[nn.Module], model: nn.Module) -> Iterator[None]:
-    """Train mode, one seed, gradients on; afterwards everything is as it was."""
-    modes = {module: module.training for module in modules}
-    kept = (buffer for module in modules for buffer in module.buffers(False) if not buffer.is_inference())
-    buffers = {buffer: (buffer._version, buffer.clone()) for buffer in kept}
-    devices = [p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")]
-    kind = devices[0].type if devices else "cuda"
-    numbers = sorted({d.index or 0 for d in devices})
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(numbers, device_type=kind))
-        for module, mode in modes.items():
-            stack.callback(setattr, module, "training", mode)
+def _undisturbed(modules: set[nn.Module], inputs: Inputs) -> Iterator[Inputs]:
+    """For one pass: train mode, one seed, gradients on, inputs to write into; afterwards everything is as it was."""
+    with unchanged(modules):
+        for module in modules:
             module.training = not isinstance(module, nn.modules.batchnorm._NormBase)
-        try:
-            with torch.inference_mode(False), torch.enable_grad(), _OneSeed(kind):
-                yield
-        finally:
-            with torch.no_grad():
-                for buffer, (version, before) in buffers.items():
-                    if buffer._version != version:
-                        buffer.copy_(before)
+        with torch.inference_mode(False), torch.enable_grad(), _OneSeed(accelerators(modules)[0]):
+            # In here: what was made in inference mode can have no gradient behind it.
+            yield tree_map_only(Tensor, torch.clone, inputs)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:
@@ -214,15 +204,19 @@ def _distance(a: Tensor, b: Tensor) -> str:
     return f"outputs differ by up to {float((a.float() - b.float()).abs().max()):.3g}"
 
 
-def _first_difference(model: nn.Module, halves: Any, inputs: Inputs, held: set[Tensor]) -> str:
+def _first_difference(
+    model: nn.Module, halves: Any, undisturbed: Callable[[], AbstractContextManager[Inputs]], held: set[Tensor]
+) -> str:
     """Where the halves leave the model's way, by watching the modules that are in both run once more.
 
-    held: the model's parameters that the halves have.
+    undisturbed: what either pass runs in, with its inputs. held: the model's parameters that the halves have.
     """
     names = {module: name for name, module in model.named_modules() if name}
     shared = {m for half in (halves.client, halves.server) for m in half.modules() if m in names}
-    whole = _watched(names, lambda: _call_whole(model, inputs))
-    parts = _watched(shared, lambda: halves(inputs))
+    with undisturbed() as own:
+        whole = _watched(names, lambda: _call_whole(model, own))
+    with undisturbed() as own:
+        parts = _watched(shared, lambda: halves(own))
     calls: dict[tuple[nn.Module, str], list[Any]] = {}
     for module, what, seen in parts:
         calls.setdefault((module, what), []).append(seen)
