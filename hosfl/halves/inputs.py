@@ -26,6 +26,11 @@ def mask_of(inputs: Inputs) -> Tensor | None:
     return inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
 
 
+def writes(inputs: Inputs) -> list[int]:
+    """How often each tensor was written into."""
+    return [t._version for t in tree_leaves(inputs) if isinstance(t, Tensor) and not t.is_inference()]
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Eval mode and no graph, as it was before afterwards."""
