@@ -107,6 +107,30 @@ def test_functions_between_modules_are_cut_with_them():
         assert not {*again.client.parameters()} & {*halves.client.parameters()}
 
 
+class Pixels(Net):
+    def forward(self, pixel_values):
+        return super().forward(pixel_values)
+
+
+class OnlyNamed(Net):
+    def forward(self, *, input=None, **more):
+        return super().forward(input, **more)
+
+
+class Passed(Net):
+    def forward(self, *args, **named):
+        return super().forward(*args, **named)
+
+
+def test_the_client_half_s_argument_has_the_name_of_the_model_s():
+    x = torch.randn(5, 6)
+    for kind, name in ((Pixels, "pixel_values"), (OnlyNamed, "input"), (Passed, "x")):
+        model = kind().eval()
+        halves = split(model, "second", example={name: x})
+        assert torch.equal(halves({name: x}), model(**{name: x}))
+        assert torch.equal(halves(x), halves({name: x}))
+
+
 def test_numbers_are_those_of_cut_points_and_names_may_lie_deeper():
     model = randomised(ResNet(False)).eval()
     x, points = torch.randn(2, 3, 32, 32), cut_points(model)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hosfl.halves.chain import CutError
-from hosfl.halves.families import FAMILIES, example_inputs
+from hosfl.halves.families import FAMILIES, example_inputs, tensor_of
 from hosfl.halves.split import SplitModel, cut_points, split
 from hosfl.halves.verify import verify_halves
 
@@ -401,6 +401,25 @@ def test_a_model_that_returns_tuples():
     with torch.no_grad():
         assert torch.equal(halves(inputs), text_model("llama", "words")(**inputs).logits)
     assert model.config.return_dict is False
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        x = self.second(self.first(x))
+        return x, -x
+
+
+def test_a_model_of_two_outputs_is_told_so():
+    with pytest.raises(CutError, match="the model makes a tuple, and a server half makes one tensor"):
+        split(Pair(), "second", example=torch.randn(3, 4))
+    with pytest.raises(CutError, match="the model makes a NoneType"):
+        tensor_of(None)
+    with pytest.raises(CutError, match="the model makes a, b, and a server half"):
+        tensor_of({"a": 1, "b": 2})
 
 
 def test_the_model_is_compared_without_a_cache():

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from inspect import Parameter, signature
 from operator import attrgetter
 from typing import Any
 
@@ -155,7 +156,7 @@ def _holds_layers(module: nn.Module) -> bool:
 
 
 class _Tracer(fx.Tracer):
-    """Follows the forward passes of `opened`. Arguments behind the first keep their defaults."""
+    """Follows the forward passes of `opened`. The first argument keeps its name, those behind it their defaults."""
 
     def __init__(self, opened: Iterable[nn.Module]) -> None:
         super().__init__()
@@ -165,7 +166,13 @@ class _Tracer(fx.Tracer):
         return m not in self.opened
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
+        behind_self = [*signature(root_fn).parameters.values()][1:]
+        kinds = {p.name: p.kind for p in behind_self if p.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)}
+        name = next(iter(kinds), "x")
+        value = self.create_proxy("placeholder", name, (), {})
+        if kinds.get(name) is Parameter.KEYWORD_ONLY:
+            return lambda: root_fn(self.root, **{name: value}), []
+        return root_fn, [self.root, value]
 
 
 def _followed(model: nn.Module, opened: list[nn.Module]) -> Chain:

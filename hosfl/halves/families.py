@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -429,13 +429,15 @@ def tensor_of(output: Any) -> Tensor:
     """The one tensor of a transformer's output: of start and end logits, [batch, length, 2]. Raises CutError."""
     if isinstance(output, Tensor):
         return output
-    if "start_logits" in output:
-        return torch.stack([output.start_logits, output.end_logits], -1)
+    named = output if isinstance(output, Mapping) else {}
+    if "start_logits" in named:
+        return torch.stack([named["start_logits"], named["end_logits"]], -1)
     for name in ("logits", "last_hidden_state"):
-        if name in output:
-            result: Tensor = output[name]
+        if name in named:
+            result: Tensor = named[name]
             return result
-    raise CutError(f"the model makes {', '.join(output)}, and a server half makes one tensor: take a model of one head")
+    what = ", ".join(named) or f"a {type(output).__name__}"
+    raise CutError(f"the model makes {what}, and a server half makes one tensor: take a model of one head")
 
 
 class ServerHalf(nn.Module):
