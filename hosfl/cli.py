@@ -37,11 +37,11 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 class _Add(argparse.Action):
-    """Adds a pair to the option's dictionary, which is not shared with the default."""
+    """Adds a pair to the option's dictionary."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option: str | None = None) -> None:
         name, value = values
-        setattr(namespace, self.dest, {**getattr(namespace, self.dest), name: value})
+        setattr(namespace, self.dest, {**getattr(namespace, self.dest, {}), name: value})
 
 
 class _Version(argparse.Action):
@@ -65,23 +65,17 @@ def _add_settings(
 
 
 def _add_fields(group: Any, own: Sequence[Any]) -> None:
+    """What is not given is not among the options: beside --resume, or a preset, a default is none."""
     for f in own:
-        flag, said = "--" + f.name.replace("_", "-"), f.metadata["help"].format(**KNOWN).replace("%", "%%")
+        flag, said = "--" + f.name.replace("_", "-"), f.metadata["help"].format(**KNOWN)
+        shared: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS}
         if str(f.type).startswith("dict"):
-            group.add_argument(
-                flag.removesuffix("s"),
-                dest=f.name,
-                type=_pair,
-                action=_Add,
-                default={},
-                help=said,
-                metavar="NAME=VALUE",
-            )
-            continue
-        if "default:" not in said:
-            said += " (default: %(default)s)"
-        choices = f.metadata["choices"] or None
-        group.add_argument(flag, type=TYPES[str(f.type)], default=f.default, choices=choices, help=said)
+            shared |= {"type": _pair, "action": _Add, "metavar": "NAME=VALUE"}
+            flag = flag.removesuffix("s")
+        else:
+            shared |= {"type": TYPES[str(f.type)], "choices": f.metadata["choices"] or None}
+            said += "" if "default:" in said else f" (default: {f.default})"
+        group.add_argument(flag, help=said.replace("%", "%%"), **shared)
 
 
 def _path(text: str) -> Path:
@@ -90,8 +84,8 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
-def parser(preset: str | None = None) -> argparse.ArgumentParser:
-    """The command line's parser; a preset changes the defaults, so that options given beside it still count."""
+def parser() -> argparse.ArgumentParser:
+    """The command line's parser."""
     top = argparse.ArgumentParser(
         prog="hosfl", description="Fine-tune split models without backpropagation on clients."
     )
@@ -152,7 +146,6 @@ def parser(preset: str | None = None) -> argparse.ArgumentParser:
     crowd.add_argument("--out", type=_path, metavar="DIR", help="write hosfl.log and simulation.json there")
     for sub in (one, hosts, many, crowd):
         sub.add_argument("--preset", choices=PRESETS, help="defaults of other options: the paper's setting")
-        sub.set_defaults(**PRESETS.get(preset or "", {}))
     cuts = command("split", "list the places where a model can be cut, and what lies on either side")
     cuts.add_argument("--model", required=True, metavar="NAME", help="on the Hugging Face hub, or a folder; no weights")
     cuts.add_argument("--list", action="store_true", help="list the cut points: what this command does anyway")
@@ -286,8 +279,6 @@ def _log(options: argparse.Namespace) -> int:
 def main(arguments: Sequence[str] | None = None) -> int:
     top = parser()
     options = top.parse_args(arguments)
-    if getattr(options, "preset", None):
-        options = parser(options.preset).parse_args(arguments)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *where, **more: print(f"hosfl: {message}", file=sys.stderr)

@@ -90,14 +90,14 @@ def _bar(title: str, rounds: int) -> Iterator[OnProgress]:
 
 
 def _settings(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings that options give, and those that are the preset's, of which a method may not read all."""
+    """The settings that options give, and the preset's beside them, of which a method may not read all."""
     given = {name: getattr(options, name) for name in Config.names() if name in options}
-    preset = {name: value for name, value in PRESETS.get(options.preset or "", {}).items() if given[name] == value}
-    return {name: value for name, value in given.items() if name not in preset}, preset
+    preset = PRESETS.get(options.preset or "", {})
+    return given, {name: value for name, value in preset.items() if name not in given}
 
 
 def _train(options: argparse.Namespace) -> int:
-    config, out = _begun(options, Config(**with_shared(*_settings(options))))
+    config, out = _begun(options, *_settings(options))
     return _run(options, config, out, _engine(options, config))
 
 
@@ -134,9 +134,8 @@ def _serve(options: argparse.Namespace) -> int:
     settings, preset = _settings(options)
     if options.resume is None:
         settings["clients"] = len(roster.clients)
-        if settings["sampled"] == DEFAULTS["sampled"]:
-            settings["sampled"] = min(DEFAULTS["sampled"], len(roster.clients))
-    config, out = _begun(options, Config(**with_shared(settings, preset)))
+        settings.setdefault("sampled", min(DEFAULTS["sampled"], len(roster.clients)))
+    config, out = _begun(options, settings, preset)
     if out is None:
         raise ValueError("a server keeps its run in a folder: give --out DIR, or --resume DIR")
     if config.clients != len(roster.clients):
@@ -181,16 +180,14 @@ def _join(options: argparse.Namespace) -> int:
     return 0
 
 
-def _begun(options: argparse.Namespace, config: Config) -> tuple[Config, Path | None]:
+def _begun(options: argparse.Namespace, settings: dict[str, Any], preset: dict[str, Any]) -> tuple[Config, Path | None]:
     """The settings and the folder of a run, new or resumed."""
-    out: Path | None = options.out
-    if options.resume is not None:
-        if out is not None or config.decisive() != Config().decisive():
-            others = ", ".join("--" + name.replace("_", "-") for name in NEUTRAL)
-            raise ValueError(f"a run goes on with its own settings: beside --resume there may be {others}")
-        given = {name: getattr(options, name) for name in NEUTRAL if getattr(options, name) != getattr(Config(), name)}
-        out, config = options.resume, replace(load_config(options.resume), **given)
-    return config, out
+    if options.resume is None:
+        return Config(**with_shared(settings, preset)), options.out
+    if options.out is not None or {*settings, *preset} - {*NEUTRAL}:
+        others = ", ".join("--" + name.replace("_", "-") for name in NEUTRAL)
+        raise ValueError(f"a run goes on with its own settings: beside --resume there may be {others}")
+    return replace(load_config(options.resume), **settings), options.resume
 
 
 def _run(options: argparse.Namespace, config: Config, out: Path | None, over: Over | None) -> int:
@@ -209,8 +206,9 @@ def _run(options: argparse.Namespace, config: Config, out: Path | None, over: Ov
 
 
 def _simulate(options: argparse.Namespace) -> int:
-    config = Config(**{n: getattr(options, n) for n in Config.names() if n != "method"})
-    faults = Faults(**{f.name: getattr(options, f.name) for f in fields(Faults)})
+    settings, preset = _settings(options)
+    config = Config(**preset, **settings)
+    faults = Faults(**{f.name: getattr(options, f.name) for f in fields(Faults) if f.name in options})
     with _bar(f"{config.clients} clients", config.rounds) as on_progress:
         outcome = simulate(config, faults, options.out, on_progress, _engine(options, config, SMALLEST_SHARD))
     shown = Table(title=f"{outcome.rounds} rounds of {config.task}", show_header=False)
@@ -250,9 +248,8 @@ def _suggest(options: argparse.Namespace) -> int:
     found = suggest(Config(**given), options.rounds, options.passes)
     for reason in found.reasons:
         print(f"- {reason}")
-    asked = {name: value for name, value in given.items() if value != DEFAULTS[name] and name != "options"}
-    settings = {**asked, **found.settings, "rounds": options.rounds}
-    pairs = [("--option", f"{name}={value}") for name, value in given["options"].items()]
+    pairs = [("--option", f"{name}={value}") for name, value in given.pop("options", {}).items()]
+    settings = {**given, **found.settings, "rounds": options.rounds}
     pairs += [(f"--{name.replace('_', '-')}", str(value)) for name, value in settings.items()]
     print(shlex.join(["hosfl", "train", *(word for pair in pairs for word in pair)]))
     return 0

@@ -362,11 +362,13 @@ def test_resume_on_the_command_line(tmp_path, capsys):
     assert not (tmp_path / "nowhere").exists()
     train(Config(**QUICK), run, stop(7, interrupt))
     assert json.loads((run / "summary.json").read_text())["rounds"] == 7
-    for more in (["--seed", "1"], ["--out", tmp_path / "other"], ["--preset", "paper"], ["--rounds", "12"]):
+    others = (["--rounds", "12"], ["--rounds", "400"], ["--server-batch", "0"])  # of which two are defaults
+    for more in (["--seed", "1"], ["--out", tmp_path / "other"], ["--preset", "paper"], *others):
         assert "with its own settings" in fails(capsys, 2, "train", "--resume", run, *more)
-    for _ in range(2):  # the rest, then a finished run
-        assert main(["train", "--resume", str(run)]) == 0
+    for keep in (10, 3):  # the rest, then a finished run; 3 is the default, and counts
+        assert main(["train", "--resume", str(run), "--keep", str(keep)]) == 0
         assert "after 12 rounds" in capsys.readouterr().out
+        assert json.loads((run / "config.json").read_text())["keep"] == keep
     (run / "config.json").write_text("{}}")
     assert "config.json is not a run's settings" in fails(capsys, 2, "train", "--resume", run)
     (run / "config.json").write_text('{"knobs": 3}')
