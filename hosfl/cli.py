@@ -84,6 +84,12 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
+def _count(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,9}", text) or not int(text):
+        raise argparse.ArgumentTypeError(f"a whole number of 1 or more is needed, got {text!r}")
+    return int(text)
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line's parser."""
     top = argparse.ArgumentParser(
@@ -149,9 +155,9 @@ def parser() -> argparse.ArgumentParser:
     cuts = command("split", "list the places where a model can be cut, and what lies on either side")
     cuts.add_argument("--model", required=True, metavar="NAME", help="on the Hugging Face hub, or a folder; no weights")
     cuts.add_argument("--list", action="store_true", help="list the cut points: what this command does anyway")
-    cuts.add_argument("--batch", type=int, default=1, help="samples of the example (default: %(default)s)")
+    cuts.add_argument("--batch", type=_count, default=1, help="samples of the example (default: %(default)s)")
     limit = "tokens per sample, the model's limit at most (default: %(default)s)"
-    cuts.add_argument("--length", type=int, default=128, help=limit)
+    cuts.add_argument("--length", type=_count, default=128, help=limit)
     budget = command("suggest", "suggest what of the client half to move, for a number of rounds and passes")
     _add_settings(budget, leave_out=("trains",), concerns=CONCERNS[:2])
     budget.add_argument("--rounds", type=int, default=300, help="of the run to come (default: %(default)s)")

@@ -423,3 +423,7 @@ def test_the_command_lists_cut_points(tmp_path, capsys):
         main(["split", "--model", str(tmp_path / "t5")])
     assert "cannot cut a T5" in capsys.readouterr().err
     assert main(["split", "--model", str(tmp_path / "none")]) == 2
+    for wrong in (["--batch", "-1"], ["--batch", "1.5"], ["--length", "0"], ["--length=-5"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["split", "--model", str(tmp_path / "llama"), *wrong])
+        assert f"argument {wrong[0][:7].rstrip('=')}" in capsys.readouterr().err

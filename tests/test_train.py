@@ -331,6 +331,11 @@ def test_an_epoch_that_cannot_be_one_is_named(tmp_path, damage):
         next_epoch(tmp_path)
 
 
+def test_a_step_that_leads_off_the_lattice_is_said_to(tmp_path, capsys):
+    assert "lower mu" in fails(capsys, 2, "train", "--mu", "1e30", "--out", tmp_path / "run")
+    assert not any(tmp_path.glob("run/*"))
+
+
 def test_resuming_needs_a_run_and_its_settings(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no run"):
         train(Config(**QUICK), tmp_path, resume=True)

@@ -257,11 +257,16 @@ def power_of_two_scales(parameters: Sequence[Tensor]) -> list[float]:
 
 
 def make_run(config: Settings, parameters: list[nn.Parameter], begins: Sequence[Begin] = ()) -> Run:
-    """What all agree on. Puts the parameters on their lattice, if the run has one. begins: of its blocks."""
+    """What all agree on. Puts the parameters on their lattice, if the run has one. begins: of its blocks.
+
+    Raises ValueError for a probe's step that leads off the lattice.
+    """
     rms = config.direction_scale == "rms"
     factors = power_of_two_scales(parameters) if rms else [1.0] * len(parameters)
     rule = client_rule(config)
     lattice = Lattice.snap(parameters, factors) if rule is None else None
+    if lattice is not None and config.mu >= lattice.limit:
+        raise ValueError(f"mu = {config.mu:g} is beyond what the weights' lattice holds, {lattice.limit:g}: lower mu")
     return Run(
         seed=config.seed,
         directions=config.directions,
