@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
+from hosfl import Task
 from hosfl.engines.engine import Reply
 from hosfl.engines.in_process import InProcess
 from hosfl.methods.tensors import decoded
@@ -38,12 +40,15 @@ class WithLiar(InProcess):
                 yield Reply(LIAR, self.lie(messages[LIAR], reply.data))
 
 
-def outcome(rounds, lie, **settings):
-    federation, _ = assemble(Config(**SMALL | settings, rounds=rounds))
+def outcome(rounds, lie, task=None, **settings):
+    settings |= {} if task is None else {"task": "", "server_rate": 0.05, "client_rate": 0.1}
+    federation, _ = assemble(Config(**SMALL | settings, rounds=rounds), task=task)
     federation.engine = WithLiar(federation, lie)
     losses = [federation.round(round) for round in range(rounds)]
     state = [t.clone() for t in federation.server.half.state_dict().values()]
-    return federation, losses, federation.server.ledger.mirror.digest(), state
+    newcomer = federation.make(0)
+    assert federation.join(newcomer)
+    return federation, losses, newcomer.digest(), state
 
 
 def same(one, other):
@@ -86,7 +91,7 @@ def ahead(ask, honest):
 
 
 def complaints(ask, honest):
-    text = torch.frombuffer(bytearray(b"\x1b[2Jfake log line\n" * 20), dtype=torch.uint8)
+    text = torch.frombuffer(bytearray(b"fake log line\n" * 20), dtype=torch.uint8)
     return encode(Complaint(client=LIAR, round=0, text=text))
 
 
@@ -127,6 +132,63 @@ def test_a_lie_costs_the_liar_its_rounds_and_nobody_else_anything(lie, without):
     assert said or lie is endless_hellos
     assert all("client 2" in what or f"client {LIAR}" in what for what in said), said
     assert all(what.isprintable() for what in said)
+
+
+def cross_entropy(outputs, labels):
+    return nn.functional.cross_entropy(outputs, labels)  # IndexError for a class that is none
+
+
+def shares(outputs, labels):
+    return nn.functional.binary_cross_entropy(outputs[:, 0].sigmoid(), labels)  # RuntimeError for what is no share
+
+
+def picky(outputs, labels):
+    assert int(labels.max()) < 2, "of the task's\nown"  # a user's own error, of more than a line
+    return cross_entropy(outputs, labels)
+
+
+WAYS = {
+    **{method: {"method": method} for method in ("ho", "zo-both", "mu-splitfed")},
+    "hosl": {"method": "hosl", "directions_from": Config().directions_from},  # which it does not read
+    "grouped": {"server_batch": 12},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("loss", [cross_entropy, shares, picky])
+def test_labels_of_which_no_loss_can_be_made_are_refused(loss, way):
+    """A task that does not say its classes: the loss is the first to see that a label is wrong."""
+
+    def lie(ask, honest):
+        said = decoded(honest)
+        return encode(replace(said, labels=torch.full_like(said.labels, 7))) if isinstance(said, Cut) else honest
+
+    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    y = (x.sum(1) > 0).to(torch.float32 if loss is shares else torch.int64)
+    norm = [] if way == "grouped" else [nn.BatchNorm1d(6)]  # has buffers to put back
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), *norm, nn.Dropout(0.3), nn.Linear(6, 2))
+    task = Task(net, (x, y), (x, y), loss, at=2)
+    found = outcome(3, lie, task, **WAYS[way])
+    if way == "grouped":  # the others of a pass are taken again, and differ by rounding and dropout
+        assert found[0].server.passes["server backward"] == 3 * 2 * 4
+    else:
+        assert same(found, outcome(3, None, task, **WAYS[way]))
+    server = found[0].server
+    assert server.refusals == 3
+    assert all(what.isprintable() and f"client {LIAR}: nothing can be learnt" in what for what in server.refused)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.AcceleratorError, MemoryError])
+def test_what_is_the_machine_s_fault_is_nobody_s_message(error, grouped):
+    federation, _ = assemble(Config(**SMALL, server_batch=64 * grouped))
+
+    def loss(outputs, labels):
+        raise error("the device is gone")
+
+    federation.server.loss = loss
+    with pytest.raises(error):
+        federation.round(0)
 
 
 def mutations(seed):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hosfl.halves.inputs import evaluating
 from hosfl.halves.split import dtype_of
 from hosfl.methods.gathered import SHARES, Summed
-from hosfl.methods.server import Server
+from hosfl.methods.server import Server, computing
 from hosfl.methods.tensors import all_true
 from hosfl.protocol.messages import Cut, Message, MessageError
 
@@ -82,9 +82,9 @@ class GroupedServer(Server):
         group, self._group = self._group, []
         if len(group) > 1:
             try:
-                with self._dropout():
+                with self._dropout(), computing():
                     multipliers, losses = self._backward_together(group)
-            except ValueError:
+            except MessageError:
                 pass  # and nothing was changed: one after another shows whose cut it is
             else:
                 for cut, multiplier, loss in zip(group, multipliers, losses, strict=True):
@@ -97,7 +97,8 @@ class GroupedServer(Server):
     def _backward_together(self, cuts: Sequence[Cut]) -> tuple[list[Tensor], list[float]]:
         """Each cut's multiplier and loss; adds the half's gradients to what is gathered.
 
-        Raises ValueError where the half cannot take them, and where anything is infinite or NaN; then all is as before.
+        Raises where the half or the loss cannot take them, and MessageError where anything is infinite or NaN; then all
+        is as before.
         """
         assert isinstance(self._gathered, Summed)
         device, dtype = next(self.half.parameters()).device, dtype_of(self.half)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hosfl.halves.inputs import Inputs, evaluating
-from hosfl.methods.server import Server
+from hosfl.methods.server import Server, computing
 from hosfl.probing.displaced import Displacement, casts_forgotten, displaced, evaluate_displaced, refuse_writers
 from hosfl.probing.probe import trainable
 from hosfl.protocol.messages import Cut, Message, MessageError, ProbedCut
@@ -53,13 +53,14 @@ class LossServer(Server):
         """The loss of each of the cuts at each of the moved weights (None: where they are), float64 [cuts x moves].
 
         In eval mode, forward only, for the message's labels; differences are to be taken, so from logits on in float64.
-        Raises MessageError for losses that are infinite or NaN.
+        Raises MessageError where the half cannot take the cut, or the loss the labels, and for losses that are infinite
+        or NaN.
         """
         parameter = next(self.half.parameters())
         labels, masks = self._labels(message.labels), self._masks(message.mask)
         losses = []
         refuse_writers(self.half)
-        with evaluating(self.half), casts_forgotten():
+        with computing(), evaluating(self.half), casts_forgotten():
             for cut in cuts:
                 inputs = cut.to(parameter.device, parameter.dtype)
                 for move in moves:

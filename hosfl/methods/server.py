@@ -32,6 +32,24 @@ from hosfl.protocol.messages import (
 from hosfl.protocol.seeds import Purpose, generator, round_seed
 
 KEPT = 1000  # reasons; the rest are only counted
+# The machine's faults and no message's: the next one would meet them too, or has no device left to be computed on.
+MACHINE = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
+
+
+@contextmanager
+def computing() -> Iterator[None]:
+    """What a half or a loss raises over a client's cut and labels, such as a label that is no class, is a MessageError.
+
+    So is what is the half's own fault, or the loss's. That refuses everybody, and a run of which nothing was learnt
+    says why: see `hosfl.runs.trainer.check_learnt`.
+    """
+    try:
+        yield
+    except (MessageError, *MACHINE):
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split())  # in one line
+        raise MessageError(f"nothing can be learnt from it: {type(error).__name__}: {said}") from error
 
 
 @dataclass
@@ -296,26 +314,27 @@ class Server:
     def _backward(self, cut: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, float]:
         """The multiplier and the loss; adds the half's gradient to what is gathered.
 
-        Raises MessageError where the half cannot take the cut, and where numbers are finite but so absurd that they
-        would poison the half with NaN; then all is as before.
+        Raises MessageError where the half cannot take the cut, or the loss the labels, and where numbers are finite but
+        so absurd that they would poison the half with NaN; then all is as before.
         """
         buffers = [*self.half.buffers()]
         before = [b.detach().clone() for b in buffers]
         device, dtype = next(self.half.parameters()).device, dtype_of(self.half)
         cut = cut.to(device).requires_grad_()
         try:
-            output = self.half(cut.to(dtype), **self._masks(mask))
-            loss = self.loss(output, self._labels(labels))
-            self.passes["server forward"] += len(cut)
-            self.passes["server backward"] += len(cut)
-            multiplier, *gradients = self._gradients(loss, output, cut, torch.ones(len(cut)))
+            with computing():
+                output = self.half(cut.to(dtype), **self._masks(mask))
+                loss = self.loss(output, self._labels(labels))
+                self.passes["server forward"] += len(cut)
+                self.passes["server backward"] += len(cut)
+                multiplier, *gradients = self._gradients(loss, output, cut, torch.ones(len(cut)))
             if not all_true(torch.isfinite(t).all() for t in (loss, multiplier, *gradients) if t is not None):
-                raise MessageError(f"a cut whose loss is {loss:g}, or whose gradients are infinite or NaN")
+                raise MessageError(f"a cut whose loss is {float(loss):g}, or whose gradients are infinite or NaN")
             if not all_true((b.isfinite() == was.isfinite()).all() for b, was in zip(buffers, before, strict=True)):
                 raise MessageError("a cut that makes the half's running statistics infinite or NaN")
-        except ValueError as error:  # such as BatchNorm's about a single sample
+        except MessageError:
             _load(buffers, before)
-            raise MessageError(str(error)) from None
+            raise
         pieces: Pieces = gradients
         if self.clip is not None:
             factor = shrinking(gradients, self.clip)
