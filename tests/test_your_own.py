@@ -275,6 +275,31 @@ def callable_without_weights(model):
     return not isinstance(model, (nn.Module, tuple))
 
 
+def test_a_place_of_0_is_a_place():
+    """A run's `at` comes before the task's, also where the client half is what lies before all layers."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(hidden_size=8, num_hidden_layers=3, num_attention_heads=2, vocab_size=9)
+    x = {"input_ids": torch.ones(4, 3, dtype=torch.int64)}
+    mine = task(model=transformers.BertForSequenceClassification(config), at=2, train=(x, Y[:4]), test=(x, Y[:4]))
+    sides = [[name for name, _ in mine.halves(0, at).server.named_parameters()] for at in ("", "0", "1")]
+    assert [sum("query.weight" in name for name in names) for names in sides] == [1, 3, 2]
+
+
+@pytest.mark.parametrize("rates", [(1e-4, 1.0), (1.0, 1e-4), (0.5, 0.5), (0.0, 0.0), (0.5,)])
+def test_groups_of_an_optimizer_keep_the_ratios_of_their_rates(rates):
+    """At the run's rate goes the group with the largest."""
+    made = []
+
+    def optimizer(half, decay):
+        groups = [{"params": [p], "lr": rate} for p, rate in zip(half.parameters(), rates, strict=False)]
+        made.append(torch.optim.SGD(groups, lr=0.3))
+        return made[0]
+
+    train(task(optimizer=optimizer), **QUICK, **RATES, schedule="constant")
+    found = [group["lr"] for group in made[0].param_groups]
+    assert found == [RATES["server_rate"] * (rate / max(rates) if any(rates) else 1) for rate in rates]
+
+
 def test_halves_are_a_module_like_any_other():
     model = net()
     halves = split(model, 2)
@@ -601,6 +626,11 @@ LATER = {
     "one output": (made(server=lambda x: x.sum()), TypeError, r"the output of 2 samples is a tensor \(\)"),
     "a server half of no weights": ({"model": (nn.Linear(4, 2), nn.Tanh()), "at": None}, ValueError, "no parameters"),
     "an optimizer that is none": ({"optimizer": lambda half, decay: None}, TypeError, "optimizer is a NoneType"),
+    "an optimizer of another model": (
+        {"optimizer": lambda half, decay: torch.optim.SGD(net().parameters())},
+        ValueError,
+        "the task's optimizer has none of the server half's parameters",
+    ),
     "scores of nothing": ({"scores": lambda outputs, data: None}, TypeError, "the task's scores are None: numbers by"),
     "nowhere to cut": ({"at": None}, ValueError, "where is the model to be cut"),
     "no such place": ({"at": 7}, ValueError, "cannot cut at 7; the cut points are"),

@@ -56,17 +56,19 @@ def computing() -> Iterator[None]:
 class Server:
     """The first-order half of HO-SFL.
 
-    loss: (output, labels) -> mean loss over the batch. ledger: what is known of the client half; None where it is
-    frozen. clients: their number. cut_shape: of one sample; of texts, of the longest. classes: labels are below it;
-    None: any will do. real: labels are no integers. ignore_index: a label that the loss does not count, such as -100 of
-    torch's cross_entropy; labels are then one for each token, and end with their text. None: every label counts.
-    batch: the most samples that one client sends. masked: whether the half takes an attention mask beside the cut; its
-    texts may then be shorter. label_shape: of one sample's labels. aggregation: of the clients' gradients of the half,
-    the ledger's own, so that both halves descend one loss. "median" and "trimmed" keep all K gradients, K times the
-    half's size, until the round's step. clip: the largest length of one client's gradient; None for none.
-    statistics: the running ones of the client half, where the run estimates them anew. alone: rounds at the beginning
-    in which nobody is sent a multiplier: this half learns, and no client's. centered: multipliers leave out what shifts
-    the outputs of all samples alike; see `centered`. wire: how cuts and multipliers travel.
+    loss: (output, labels) -> mean loss over the batch. rate: of a step. Where the optimizer was made with several
+    rates, one per group, it is that of the group with the largest, and the others keep their ratios to it. ledger: what
+    is known of the client half; None where it is frozen. clients: their number. cut_shape: of one sample; of texts, of
+    the longest. classes: labels are below it; None: any will do. real: labels are no integers. ignore_index: a label
+    that the loss does not count, such as -100 of torch's cross_entropy; labels are then one for each token, and end
+    with their text. None: every label counts. batch: the most samples that one client sends. masked: whether the half
+    takes an attention mask beside the cut; its texts may then be shorter. label_shape: of one sample's labels.
+    aggregation: of the clients' gradients of the half, the ledger's own, so that both halves descend one loss. "median"
+    and "trimmed" keep all K gradients, K times the half's size, until the round's step. clip: the largest length of one
+    client's gradient; None for none. statistics: the running ones of the client half, where the run estimates them
+    anew. alone: rounds at the beginning in which nobody is sent a multiplier: this half learns, and no client's.
+    centered: multipliers leave out what shifts the outputs of all samples alike; see `centered`. wire: how cuts and
+    multipliers travel.
 
     A half with running statistics, such as BatchNorm's: with "median" or "trimmed" every client's forward pass starts
     from those of the round's begin, and the new ones are aggregated like the gradients. With a mean each client moves
@@ -109,6 +111,8 @@ class Server:
     def __post_init__(self) -> None:
         if self.centered and self.label_shape:
             raise ValueError("multiplier = centered is for tasks with one label per sample: leave it out")
+        given = [float(group.get("lr", 1.0)) for group in self.optimizer.param_groups]
+        self._shares = [rate / max(given) if max(given) > 0 else 1.0 for rate in given]
         # Of the step that is under way: what `begin` empties.
         self._number = 0
         self._gathered = gathered(self.aggregation)
@@ -227,8 +231,8 @@ class Server:
 
     def begin(self, round: int) -> None:
         """A step begins, of cuts of this number."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate(round)
+        for group, share in zip(self.optimizer.param_groups, self._shares, strict=True):
+            group["lr"] = self.rate(round) * share
         self.half.train()
         self.optimizer.zero_grad()
         self._number, self._gathered = round, gathered(self.aggregation)

@@ -83,6 +83,12 @@ def assemble(
     optimizer = task.optimizer(half, rates.decay)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"the task's optimizer is a {type(optimizer).__name__}: a torch.optim.Optimizer is needed")
+    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    if not any(parameter.requires_grad for parameter in held.intersection(half.parameters())):
+        raise ValueError(
+            "the task's optimizer has none of the server half's parameters that train: make it of the half that is"
+            " given to the function"
+        )
     server = method.server(
         half=half,
         loss=task.loss,

@@ -45,7 +45,8 @@ class Task:
     accuracy for labels that are classes, and the negative loss, as "score", for all others. A metric may also be an
     object with reset(), update(outputs, labels) for every batch, and compute(), such as torchmetrics'; if all are, the
     outputs of the whole set are never in memory together.
-    optimizer: (server half, weight decay) -> its optimizer; default: AdamW with betas 0.9 and 0.99.
+    optimizer: (server half, weight decay) -> its optimizer; default: AdamW with betas 0.9 and 0.99. The run says its
+    rate; of several groups with rates of their own, that of the largest, and the ratios between them stay.
     classes: labels are below it, which the server checks; None: it cannot.
     ignore_index: the label that the loss does not count, as torch's cross_entropy calls it. Labels are then one for
     each token, [n, length], and end with their text; the loss is the mean over those that count. None: all count.
@@ -172,7 +173,7 @@ class Task:
                 return made
             if not isinstance(made, nn.Module):
                 raise TypeError(f"the task's model is a {type(made).__name__}: a module or two halves are needed")
-            place = (int(at) if at.isdecimal() else at) or self.at
+            place = (int(at) if at.isdecimal() else at) if at else self.at
             if place is None:
                 raise ValueError("where is the model to be cut? Give the task at=, such as a layer's name or number")
             first = self.train[0] if isinstance(self.train, list) else self.train
