@@ -300,6 +300,38 @@ def test_groups_of_an_optimizer_keep_the_ratios_of_their_rates(rates):
     assert found == [RATES["server_rate"] * (rate / max(rates) if any(rates) else 1) for rate in rates]
 
 
+class Halved(nn.Module):
+    def __init__(self, inplace):
+        super().__init__()
+        self.inplace = inplace
+
+    def forward(self, x):
+        return x.mul_(0.5) if self.inplace else x * 0.5
+
+
+WAYS = {
+    **{name: {"method": name} for name in ("ho", "first-order", "hosl", "zo-both", "mu-splitfed")},
+    "centered": {"multiplier": "centered"},
+    "bfloat16": {"wire": "bfloat16"},
+    "grouped": {"server_batch": 64},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_server_half_may_begin_in_place(way):
+    """It gets a copy: what it does to that is nobody's, not even its own next pass's."""
+    given = {name: value for name, value in QUICK.items() if way != "first-order" or name != "directions"}
+    if WAYS[way].get("method", "ho") != "ho":
+        del given["pool_size"]
+    first = nn.Linear(4, 6)
+    nets = [nn.Sequential(first, Halved(inplace), nn.Tanh(), nn.Linear(6, 2)) for inplace in (False, True)]
+    nets[1][3].load_state_dict(nets[0][3].state_dict())
+    outcomes = [train(task(model=net, at=1), **given, **RATES, **WAYS[way]) for net in nets]
+    assert outcomes[0].refused == outcomes[1].refused == []
+    assert outcomes[0].loss == outcomes[1].loss
+    assert outcomes[0].replicas == outcomes[1].replicas
+
+
 def test_halves_are_a_module_like_any_other():
     model = net()
     halves = split(model, 2)

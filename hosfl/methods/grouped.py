@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hosfl.halves.inputs import evaluating
 from hosfl.halves.split import dtype_of
 from hosfl.methods.gathered import SHARES, Summed
-from hosfl.methods.server import Server, computing
+from hosfl.methods.server import Server, computing, handed
 from hosfl.methods.tensors import all_true
 from hosfl.protocol.messages import Cut, Message, MessageError
 
@@ -110,7 +110,7 @@ class GroupedServer(Server):
         # One copy to the device for all, and one leaf of the graph.
         cut = torch.cat(pad([c.cut for c in cuts])).to(device).requires_grad_()
         masks = self._masks(torch.cat(pad([c.mask for c in cuts]))) if self.masked else {}
-        output = self.half(cut.to(dtype), **masks)
+        output = self.half(handed(cut, dtype), **masks)
         own = [self.loss(o, self._labels(x)) for o, x in zip(output.split(sizes), labels, strict=True)]
         losses = torch.stack([loss.reshape(()) for loss in own])
         self.passes["server forward"] += len(cut)
@@ -138,7 +138,7 @@ class GroupedServer(Server):
         cuts.requires_grad_()
         self.half.train()
         with self._dropout():
-            output = self.half(cuts, **self._masks(masks))[0]
+            output = self.half(handed(cuts, cuts.dtype), **self._masks(masks))[0]
             (gradient,) = torch.autograd.grad((output * torch.rand_like(output)).sum(), cuts)
         for module, training in modes:
             module.training = training
@@ -159,8 +159,8 @@ class GroupedServer(Server):
         some = max(1, longest // 2)
         masks[:, some:] = 0
         with evaluating(self.half):
-            whole = self.half(cuts, **self._masks(masks))
-            alone = self.half(cuts[:, :some], **self._masks(masks[:, :some]))
+            whole = self.half(handed(cuts, cuts.dtype), **self._masks(masks))
+            alone = self.half(handed(cuts[:, :some], cuts.dtype), **self._masks(masks[:, :some]))
         if self.ignore_index is not None:  # the loss counts no output there
             whole = whole[:, :some]
         return whole.shape == alone.shape and bool((whole - alone).abs().max() <= 0.01 * alone.abs().max())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from hosfl.halves.inputs import Inputs, evaluating
-from hosfl.methods.server import Server, computing
+from hosfl.methods.server import Server, computing, handed
 from hosfl.probing.displaced import Displacement, casts_forgotten, displaced, evaluate_displaced, refuse_writers
 from hosfl.probing.probe import trainable
 from hosfl.protocol.messages import Cut, Message, MessageError, ProbedCut
@@ -62,13 +63,10 @@ class LossServer(Server):
         refuse_writers(self.half)
         with computing(), evaluating(self.half), casts_forgotten():
             for cut in cuts:
-                inputs = cut.to(parameter.device, parameter.dtype)
+                inputs = cut.to(parameter.device)
                 for move in moves:
-                    if move is None:
-                        output = self.half(inputs, **masks)
-                    else:
-                        with displaced(self.half, move):
-                            output = self.half(inputs, **masks)
+                    with nullcontext() if move is None else displaced(self.half, move):
+                        output = self.half(handed(inputs, parameter.dtype), **masks)
                     losses.append(self.loss(output.double(), labels.double() if self.real else labels).double())
                     self.passes["server forward"] += len(cut)
         found = torch.stack(losses).cpu()

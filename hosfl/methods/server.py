@@ -327,13 +327,13 @@ class Server:
         cut = cut.to(device).requires_grad_()
         try:
             with computing():
-                output = self.half(cut.to(dtype), **self._masks(mask))
+                output = self.half(handed(cut, dtype), **self._masks(mask))
                 loss = self.loss(output, self._labels(labels))
                 self.passes["server forward"] += len(cut)
                 self.passes["server backward"] += len(cut)
                 multiplier, *gradients = self._gradients(loss, output, cut, torch.ones(len(cut)))
             if not all_true(torch.isfinite(t).all() for t in (loss, multiplier, *gradients) if t is not None):
-                raise MessageError(f"a cut whose loss is {float(loss):g}, or whose gradients are infinite or NaN")
+                raise MessageError(f"a cut whose loss is {loss.item():g}, or whose gradients are infinite or NaN")
             if not all_true((b.isfinite() == was.isfinite()).all() for b, was in zip(buffers, before, strict=True)):
                 raise MessageError("a cut that makes the half's running statistics infinite or NaN")
         except MessageError:
@@ -441,6 +441,15 @@ class Server:
         unpack_optimizer(self.optimizer, part("optimizer", tensors), info["optimizer"])
         if self.ledger is not None:
             self.ledger.load(part("ledger", tensors), info["ledger"])
+
+
+def handed(cut: Tensor, dtype: torch.dtype) -> Tensor:
+    """A cut as a half takes it, which may begin with an operation in place: a copy that no one else looks at.
+
+    Nor is it a leaf of the graph, which autograd lets nobody write. Beside a pass one copy costs nothing, and where the
+    dtype is another it is made anyway.
+    """
+    return cut.to(dtype, copy=True)
 
 
 def _load(tensors: Sequence[Tensor], values: Pieces) -> None:
