@@ -6,6 +6,7 @@ import pickle
 import random
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from torch.utils.data import IterableDataset, Subset
 from hosfl import Config, SplitModel, Task, split, train
 from hosfl.cli import main
 from hosfl.protocol.provenance import ProvenanceError
+from hosfl.protocol.terms import Diverged
 from hosfl.runs.assemble import assemble
 from hosfl.runs.faults import Faults
 from hosfl.runs.simulate import simulate
@@ -613,6 +615,22 @@ class Told(nn.Module):
         return self.change(self.inner(x))
 
 
+def subtracts(x):
+    x -= 0.5
+    return x
+
+
+class First(Told):
+    """Told, but of what its inner module gets."""
+
+    def forward(self, x):
+        return self.inner(self.change(x))
+
+
+def first(client):
+    return {"model": (First(nn.Linear(4, 6), client), nn.Linear(6, 2)), "at": None}
+
+
 def made(client=lambda x: x, server=lambda x: x):
     return {"model": (Told(nn.Linear(4, 6), client), Told(nn.Linear(6, 2), server)), "at": None, "loss": crossed}
 
@@ -656,6 +674,17 @@ LATER = {
     "a cut without samples": (made(client=lambda x: x.mean(0)), TypeError, r"the cut of 2 samples is a tensor \(6,\)"),
     "outputs by name": (made(server=lambda x: {"logits": x}), TypeError, "the output of 2 samples is a dict: a tensor"),
     "one output": (made(server=lambda x: x.sum()), TypeError, r"the output of 2 samples is a tensor \(\)"),
+    "a half that writes its inputs": (first(subtracts), ValueError, "the client half writes into its inputs, .*a copy"),
+    "a half with noise": (
+        made(client=lambda x: x + 0.1 * torch.randn_like(x)),
+        ValueError,
+        "the client half in eval mode makes two outputs of the same inputs, .* random numbers in train mode only",
+    ),
+    "a half that remembers": (
+        made(client=lambda x, seen=[]: x * len([seen.append(0), *seen])),
+        ValueError,
+        "the client half in eval mode makes two outputs of the same inputs, .* keep nothing",
+    ),
     "a server half of no weights": ({"model": (nn.Linear(4, 2), nn.Tanh()), "at": None}, ValueError, "no parameters"),
     "an optimizer that is none": ({"optimizer": lambda half, decay: None}, TypeError, "optimizer is a NoneType"),
     "an optimizer of another model": (
@@ -709,6 +738,25 @@ def test_a_client_half_that_writes_into_its_inputs(settings):
     assert train(task(model=(Writes(torch.relu_), nn.Linear(6, 2)), at=None), **settings).rounds == 3
     with pytest.raises(ValueError, match="the client half writes into its inputs"):
         train(task(model=(Writes(lambda x: x.sub_(1)), nn.Linear(6, 2)), at=None), **settings)
+
+
+def test_data_stay_as_they_were_given():
+    """Also where a half that writes into its inputs was tried on them, and refused."""
+    x, y = X.clone(), Y.clone()
+    for model in (first(subtracts), {}):
+        mine = task(train=[(x, y), (x, y)], test=(x, y), **model)
+        with nullcontext() if not model else pytest.raises(ValueError, match="writes into its inputs"):
+            train(mine, rounds=2, batch=8, **RATES)
+    assert torch.equal(x, X)
+    assert torch.equal(y, Y)
+
+
+def test_a_half_may_draw_in_train_mode_and_make_what_is_no_number():
+    """Dropout is no noise, as clients run in eval mode; NaN, which is not equal to itself, is none either."""
+    drops = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, 2))
+    assert train(task(model=drops), **QUICK, **RATES).refused == []
+    with pytest.raises(Diverged):  # the loss before the first round
+        train(task(**made(client=lambda x: x / 0 * 0)), **QUICK, **RATES)
 
 
 def test_what_is_evaluated_on_may_be_larger():

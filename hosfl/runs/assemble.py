@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from hosfl.halves.adapters import factors
-from hosfl.halves.inputs import Inputs, call
+from hosfl.halves.inputs import Inputs, call, evaluating
 from hosfl.halves.narrow import narrowed
 from hosfl.halves.split import SplitModel, dtype_of
 from hosfl.halves.trains import moving_only
@@ -31,7 +32,7 @@ from hosfl.runs.checkpoint import header_of
 from hosfl.runs.federation import Federation
 from hosfl.settings import DEFAULTS, Rates, Settings
 from hosfl.tasks import make_task
-from hosfl.tasks.data import Dataset, at_once, dirichlet_split, iid_split, shards
+from hosfl.tasks.data import Dataset, at_once, digest, dirichlet_split, iid_split, shards
 from hosfl.tasks.items import Batches, Items, check_alike, read
 from hosfl.tasks.task import Scores, Task
 
@@ -189,27 +190,49 @@ def for_clients(config: Settings, task: Task) -> Settings:
     return replace(config, clients=clients, sampled=sampled)
 
 
-@torch.no_grad()
 def _tried(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tuple[int, ...], Dataset]:
-    """The shape of one sample's cut, and samples. Raises TypeError for outputs and a loss that are none."""
-    sample = read(data[:2])  # two, so that a loss per sample shows
-    modes = model.client.training, model.server.training
-    model.eval()
-    cut = call(model.client, sample.inputs)
-    output = model(sample.inputs)
-    for of, found in (("the cut", cut), ("the output", output)):
-        if not isinstance(found, Tensor) or found.shape[:1] != (len(sample),):
-            raise TypeError(
-                f"{of} of {len(sample)} samples is {_told(found)}: a tensor is needed, whose first dimension is the"
-                " samples"
-            )
-    loss = task.loss(output, sample.labels)
-    model.client.train(modes[0]), model.server.train(modes[1])
+    """The shape of one sample's cut, and samples.
+
+    Raises TypeError for outputs and a loss that are none, ValueError for a client half that is no function of its
+    inputs and weights.
+    """
+    sample = read(data[torch.arange(min(2, len(data)))])  # a copy; two, so that a loss per sample shows
+
+    def fresh() -> Inputs:
+        return tree_map_only(Tensor, torch.clone, sample.inputs)
+
+    with evaluating(model):
+        given = fresh()
+        cut, again, output = call(model.client, given), call(model.client, fresh()), model(fresh())
+        for of, found in (("the cut", cut), ("the output", output)):
+            if not isinstance(found, Tensor) or found.shape[:1] != (len(sample),):
+                raise TypeError(
+                    f"{of} of {len(sample)} samples is {_told(found)}: a tensor is needed, whose first dimension is the"
+                    " samples"
+                )
+        loss = task.loss(output, sample.labels)
+    if digest(given) != digest(sample.inputs):
+        raise ValueError(
+            "the client half writes into its inputs, so that the next pass of a batch would see another: let it compute"
+            " on a copy, such as x = x - 1 in place of x -= 1"
+        )
+    if not _equal(cut, again):
+        raise ValueError(
+            "the client half in eval mode makes two outputs of the same inputs, and it is by such passes that clients"
+            " learn: let it draw random numbers in train mode only, and keep nothing from one pass to the next"
+        )
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise TypeError(
             f"the loss of a batch is {_told(loss)}: a tensor of one element, the mean over the batch, is needed"
         )
     return tuple(cut.shape[1:]), sample
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two cuts are the same: on a GPU, where a sum may take another order every time, up to rounding."""
+    exact = one.device.type == "cpu"
+    rounding = 0.0 if exact else 16 * torch.finfo(one.dtype).eps * float(one.abs().max())
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0.0, atol=rounding, equal_nan=True)
 
 
 def _told(value: Any) -> str:
