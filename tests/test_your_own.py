@@ -302,6 +302,54 @@ def test_groups_of_an_optimizer_keep_the_ratios_of_their_rates(rates):
     assert found == [RATES["server_rate"] * (rate / max(rates) if any(rates) else 1) for rate in rates]
 
 
+class Looks(nn.Module):
+    """Of two tables: up the rows of one, or along one whether the outputs are like its rows; the other has no use."""
+
+    def __init__(self, table, up):
+        super().__init__()
+        self.table, self.up, self.other = table, up, nn.Linear(6, 6)
+        self.register_buffer("shift", table.weight.detach()[0])
+
+    def forward(self, x):
+        return self.table(x) + self.shift if self.up else self.other(x).mean(1) @ self.table.weight.T
+
+
+def tied():
+    table = nn.Embedding(9, 6)
+    client, server = Looks(table, True), Looks(table, False)
+    server.shift = client.shift
+    return client, server
+
+
+TIED = {"a pair": tied(), "halves": SplitModel(*tied()), "a function": tied}
+
+
+@pytest.mark.parametrize("kind", TIED)
+def test_what_both_halves_have_becomes_two(kind):
+    """As where `split` cuts. Else the server's steps move the weights with which clients begin that come later."""
+    x = torch.randint(0, 9, (40, 3), generator=torch.Generator().manual_seed(0))
+    mine = task(model=TIED[kind], at=None, train=(x, x[:, 0]), test=(x, x[:, 0]))
+    client, server = mine.halves(1)
+    assert client.table.weight is not server.table.weight
+    assert client.shift is not server.shift
+    assert torch.equal(client.table.weight, server.table.weight)
+    config = Config(task="", **QUICK | {"sampled": 1, "partition": "iid"}, **RATES)
+    federation, _ = assemble(config, task=mine)
+    first = federation.base.table.weight.detach().clone()
+    trained = federation.server.half.table.weight.detach().clone()
+    for number in range(3):
+        federation.round(number)
+    assert torch.equal(federation.base.table.weight, first)
+    assert not torch.equal(federation.server.half.table.weight, trained)
+    assert federation.replicas().equal
+
+
+def test_of_halves_that_have_something_in_common_no_more_is_copied():
+    client, server = tied()
+    found = task(model=lambda: (client, server), at=None).halves(1)
+    assert found.server.other.weight is server.other.weight
+
+
 class Halved(nn.Module):
     def __init__(self, inplace):
         super().__init__()

@@ -32,8 +32,8 @@ class Task:
     """What is learnt. Any user makes one; `hosfl.train(task, ...)` runs it.
 
     model: a module, which is copied and cut at `at` by `hosfl.split`; the two halves, as `hosfl.split` returns them or
-    as a pair; or a function without arguments that makes any of these, a new one each time, called with the run's seed
-    in force, so that runs of other seeds begin with other weights.
+    as a pair, where weights that both have become two; or a function without arguments that makes any of these, a new
+    one each time, called with the run's seed in force, so that runs of other seeds begin with other weights.
     train: a pair of arrays (inputs, labels), a mapping of arrays with "labels" among its names, a torch `Dataset`, a
     Hugging Face data set; or a list of such, one for each client, where nothing is left to divide. Of a set whose items
     are read by number no more is read than a batch needs, and all labels where it is divided by class. Labels are
@@ -170,7 +170,7 @@ class Task:
             if isinstance(made, SplitModel):
                 if at:
                     raise ValueError(f"the task's model is cut already: leave out at = {at!r}")
-                return made
+                return _untied(made)
             if not isinstance(made, nn.Module):
                 raise TypeError(f"the task's model is a {type(made).__name__}: a module or two halves are needed")
             place = (int(at) if at.isdecimal() else at) if at else self.at
@@ -261,6 +261,15 @@ class Task:
             client=settings.client_rate or tuned.client,
             decay=tuned.decay if settings.server_decay is None else settings.server_decay,
         )
+
+
+def _untied(halves: SplitModel) -> SplitModel:
+    """The halves, of which the server's has its own copy of every parameter and buffer that both had, as of `split`."""
+    mine = {*halves.client.parameters(), *halves.client.buffers()}
+    server = {*halves.server.parameters(), *halves.server.buffers()}
+    if mine & server:
+        halves.server = copy.deepcopy(halves.server, {id(kept): kept for kept in server - mine})
+    return halves
 
 
 def _mapping(value: Any, name: str, of: str) -> Mapping[Any, Any]:
