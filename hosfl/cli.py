@@ -322,11 +322,11 @@ def _told(error: Exception) -> int | None:
     from hosfl.engines.engine import EngineError, JoinError
     from hosfl.protocol.lattice import LatticeError
     from hosfl.protocol.log import LogError
-    from hosfl.protocol.terms import Diverged
+    from hosfl.protocol.terms import Diverged, NothingLearnt
 
     status: int | None
     match error:
-        case LogError() | EngineError() | JoinError():
+        case LogError() | EngineError() | JoinError() | NothingLearnt():
             status = 1
         case LatticeError() | Diverged():
             print(f"hosfl: the run diverged: {error}", file=sys.stderr)

@@ -4,6 +4,7 @@ import copy
 import json
 import pickle
 import random
+import re
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -77,6 +78,13 @@ def drawn(n: int = 3, sets: int = 0):
 def typed(where: Path, many: Optional[int] = None, few: "int | None" = 3, share: float = 0.5, on: bool = False, **more):
     found.append((where, many, few, share, on, more))
     return make()
+
+
+def single():
+    """Server half with BatchNorm, which takes no single sample."""
+    x, y = torch.randn(60, 4), torch.arange(60) % 2
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2))
+    return Task(net, (x, y), (x, y), nn.functional.cross_entropy, at=1, rates={"ho": (0.05, 0.2)})
 
 
 found = []
@@ -169,6 +177,41 @@ def test_options_become_what_the_function_takes(file, tmp_path):
     train(config, tmp_path / "run")  # the text of a command line and the values of Python are one run
     same = replace(config, options={**config.options, "many": 8})
     assert train(same, tmp_path / "run", resume=True).rounds == 3
+
+
+def test_a_run_that_learns_from_nobody_fails_and_says_why(file, tmp_path, capsys):
+    command = ["train", "--task", f"{file}:single", "--clients", "3", "--sampled", "2", "--batch", "1", "--rounds", "3"]
+    run = tmp_path / "run"
+    assert main([*command, "--out", str(run)]) == 1
+    why = "the server learnt from no cut in 3 rounds"
+    first = r"round 0, client \d: nothing can be learnt from it: ValueError: Expected more than 1 value per channel"
+    assert re.search(rf"^hosfl: {why}: {first}", capsys.readouterr().err, re.MULTILINE)
+    summary = json.loads((run / "summary.json").read_text())
+    assert re.match(rf"{why}: {first}", summary["failure"])
+    assert (summary["rounds"], len(summary["refused"])) == (3, 6)
+    assert main(["train", "--resume", str(run)]) == 1  # it still is none, and who refused what is not known any more
+    assert why in capsys.readouterr().err
+    assert main(["train", "--task", f"{file}:single", "--clients", "3", "--batch", "4", "--rounds", "3"]) == 0
+
+
+def test_a_run_says_what_was_refused(monkeypatch, caplog):
+    bad = iter([True, *[False] * 99])
+
+    def loss(outputs, labels):
+        assert not (outputs.requires_grad and next(bad)), "not today"
+        return nn.functional.cross_entropy(outputs, labels)
+
+    summary = train(task(loss=loss), **QUICK, **RATES)
+    assert (len(summary.refused), summary.failure) == (1, None)
+    (said,) = [record.message for record in caplog.records if record.name == "hosfl.federation"]
+    assert re.match(r"messages that were refused: 1, the first: round 0, client \d: .* AssertionError: not today", said)
+
+
+def test_a_server_that_goes_on_knows_whether_it_has_learnt(tmp_path):
+    mine = task()
+    train(mine, tmp_path / "run", **QUICK, **RATES, snapshot_every=1)
+    (tmp_path / "run" / "summary.json").unlink()
+    assert train(mine, tmp_path / "run", resume=True, **QUICK, **RATES).failure is None  # without a round of its own
 
 
 @pytest.mark.learning
@@ -629,6 +672,16 @@ REFUSED = {
     "no data": ({"train": None}, DataError, "train is a NoneType"),
     "inputs alone": ({"train": X}, DataError, "train is a Tensor"),
     "a triple": ({"train": (X, Y, Y)}, DataError, r"train is a tuple of 3: a pair \(inputs, labels\) is needed"),
+    "a mask of weights": (
+        {"train": ({"x": X, "attention_mask": X.clamp(0.25, 1)}, Y)},
+        DataError,
+        "train: attention_mask has 0.25, and it is of 0 and 1",
+    ),
+    "a mask of twos": (
+        {"test": ({"x": X, "attention_mask": 2 + 0 * X.long()}, Y)},
+        DataError,
+        "test: attention_mask has 2, and it is of 0 and 1",
+    ),
     "empty": ({"test": (X[:0], Y[:0])}, DataError, "test has no samples"),
     "an empty list": ({"train": []}, DataError, "train is an empty list: one data set for each client"),
     "a bad set of a client": ({"train": [(X, Y), X]}, DataError, "train of client 1 is a Tensor"),
@@ -683,6 +736,11 @@ def made(client=lambda x: x, server=lambda x: x):
     return {"model": (Told(nn.Linear(4, 6), client), Told(nn.Linear(6, 2), server)), "at": None, "loss": crossed}
 
 
+class Weighed(Numbered):
+    def __getitem__(self, number):
+        return {"x": self.x[number], "attention_mask": [1, 1, 0.5, 0], "labels": self.y[number]}
+
+
 class Gone(Numbered):
     def __getitem__(self, number):
         raise KeyError(number)
@@ -722,6 +780,11 @@ LATER = {
     "a cut without samples": (made(client=lambda x: x.mean(0)), TypeError, r"the cut of 2 samples is a tensor \(6,\)"),
     "outputs by name": (made(server=lambda x: {"logits": x}), TypeError, "the output of 2 samples is a dict: a tensor"),
     "one output": (made(server=lambda x: x.sum()), TypeError, r"the output of 2 samples is a tensor \(\)"),
+    "items with a mask of weights": (
+        {"train": Weighed()},
+        DataError,
+        "train: attention_mask has 0.5, and it is of 0 and 1",
+    ),
     "a half that writes its inputs": (first(subtracts), ValueError, "the client half writes into its inputs, .*a copy"),
     "a half with noise": (
         made(client=lambda x: x + 0.1 * torch.randn_like(x)),

@@ -40,8 +40,8 @@ MACHINE = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
 def computing() -> Iterator[None]:
     """What a half or a loss raises over a client's cut and labels, such as a label that is no class, is a MessageError.
 
-    So is what is the half's own fault, or the loss's. That refuses everybody, and a run of which nothing was learnt
-    says why: see `hosfl.runs.trainer.check_learnt`.
+    So is what is the half's own fault, or the loss's. That refuses everybody, and a run in which nothing was learnt
+    ends as a failure that says why.
     """
     try:
         yield
@@ -76,8 +76,9 @@ class Server:
 
     Whatever comes from a client goes through `receive`, `step` or `commit`, which refuse what is not exactly right; a
     refused message changes nothing. refused: the reasons, the first thousand of them; refusals: how many there were.
-    differed: clients that found their half wrong, and when, the first thousand; differences: how many.
-    passes: samples that went forward and backward through either half so far; clients count theirs in the same place.
+    differed: clients that found their half wrong, and when, the first thousand; differences: how many. learnt: cuts
+    that were learnt from. passes: samples that went forward and backward through either half so far; clients count
+    theirs in the same place.
     """
 
     hears: ClassVar[type[Cut]] = Cut
@@ -106,6 +107,7 @@ class Server:
     refusals: int = 0
     differed: list[str] = field(default_factory=list)
     differences: int = 0
+    learnt: int = 0
     passes: Passes = field(default_factory=no_passes)
 
     def __post_init__(self) -> None:
@@ -263,6 +265,7 @@ class Server:
             self._answers[cut.client] = answer
         self._samples[cut.client] = len(cut.labels)
         self._found.append(torch.tensor([loss], dtype=torch.float64))
+        self.learnt += 1
 
     def end(self) -> tuple[dict[int, Message], float]:
         """The step is taken. Returns what `step` does."""
@@ -428,7 +431,7 @@ class Server:
         """All that a restarted server needs beside the log: its half, its optimizer, the ledger's own state."""
         moments, optimizer = pack_optimizer(self.optimizer)
         tensors = prefixed("half", self.half.state_dict()) | prefixed("optimizer", moments)
-        info = {"optimizer": optimizer}
+        info = {"optimizer": optimizer, "learnt": self.learnt}
         if self.ledger is not None:
             ledger, info["ledger"] = self.ledger.state()
             tensors |= prefixed("ledger", ledger)
@@ -439,6 +442,7 @@ class Server:
         tensors, info = state
         self.half.load_state_dict(part("half", tensors))
         unpack_optimizer(self.optimizer, part("optimizer", tensors), info["optimizer"])
+        self.learnt = info.get("learnt", 1)  # a snapshot of before it was counted does not say that it was none
         if self.ledger is not None:
             self.ledger.load(part("ledger", tensors), info["ledger"])
 

@@ -171,3 +171,7 @@ def run_of(header: Header) -> Run:
 
 class Diverged(ArithmeticError):
     """A loss that is not finite: from here on there is nothing to learn from."""
+
+
+class NothingLearnt(RuntimeError):
+    """A whole run whose server could learn from no cut: what it ends with is what it began with."""

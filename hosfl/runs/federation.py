@@ -99,6 +99,17 @@ class Federation:
         if self.engine is None:
             self.engine = InProcess(lambda number, data: self.endpoint(number).answer(data), self.config.clients)
 
+    @property
+    def refused(self) -> list[str]:
+        """The reasons of either side for what it refused: the server's, then the clients'."""
+        return self.server.refused + self.complained
+
+    def say_refused(self) -> None:
+        """Warn of what either side has refused, if anything."""
+        if self.refused:
+            count = self.server.refusals + self.complaints
+            log.warning("messages that were refused: %d, the first: %s", count, self.refused[0])
+
     def ready(self) -> bool:
         """Whether enough clients are here for a round."""
         return len(self.engine.present()) >= self.least

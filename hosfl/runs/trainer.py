@@ -17,7 +17,7 @@ from hosfl.methods.ledger import SeedReplay, WholeWeights
 from hosfl.protocol.lattice import LatticeError
 from hosfl.protocol.log import EpochRecord, Log, LogError
 from hosfl.protocol.provenance import Provenance
-from hosfl.protocol.terms import Diverged
+from hosfl.protocol.terms import Diverged, NothingLearnt
 from hosfl.runs import snapshot
 from hosfl.runs.assemble import assemble, evaluate, for_clients
 from hosfl.runs.checkpoint import check_free, load_config, next_epoch, save_module
@@ -105,6 +105,12 @@ def check_loss(loss: float, done: int) -> None:
         raise Diverged(f"the loss after round {done} is not finite: lower the learning rates")
 
 
+def check_learnt(federation: Federation, done: int) -> None:
+    """Raises NothingLearnt, with the first reason that is known, where no cut of all these rounds was learnt from."""
+    if done and not federation.server.learnt:
+        raise NothingLearnt(": ".join([f"the server learnt from no cut in {done} rounds", *federation.refused[:1]]))
+
+
 Progress = Callable[[int, float, Evaluation | None, int], None]  # rounds done, training loss, evaluation, bytes so far
 
 
@@ -135,10 +141,10 @@ def train(
     elsewhere, with the same content.
 
     Raises: ValueError for settings that do not fit the task or the run to resume, ProvenanceError for data, a model or
-    a file of another run, LatticeError when the run diverges off the lattice and Diverged when its loss is no longer
-    finite (what was done until then is written), FileExistsError if `out` holds another run, RunFolderError if another
-    process is at work there, ImportError for a package that is missing. A start that fails before its first round
-    leaves the folder free.
+    a file of another run, LatticeError when the run diverges off the lattice, Diverged when its loss is no longer
+    finite and NothingLearnt when all cuts of all rounds were refused or lost (what was done until then is written),
+    FileExistsError if `out` holds another run, RunFolderError if another process is at work there, ImportError for a
+    package that is missing. A start that fails before its first round leaves the folder free.
     """
     if out is not None and not str(out):
         raise ValueError("out is empty: name a folder")
@@ -218,7 +224,7 @@ class _Course:
     done: int = 0
     loss: float = math.nan
     last: Evaluation | None = None
-    failure: LatticeError | Diverged | None = None
+    failure: LatticeError | Diverged | NothingLearnt | None = None
     events: Events | None = None  # where clients are elsewhere
 
     def reach(self, over: Over | None) -> None:
@@ -260,7 +266,10 @@ class _Course:
                 if self.last.round != self.done:  # interrupted
                     self.last = writer.add(self.evaluated())
                     check_loss(self.last.loss, self.done)
-            except (LatticeError, Diverged) as error:
+                if self.done == config.rounds:
+                    check_learnt(federation, self.done)
+                federation.say_refused()
+            except (LatticeError, Diverged, NothingLearnt) as error:
                 self.failure = error
             summary = Summary.of(
                 config=config,
@@ -269,7 +278,7 @@ class _Course:
                 clients=list(federation.clients.values()),
                 visits=federation.visits,
                 passes=federation.server.passes,
-                refused=federation.server.refused + federation.complained,
+                refused=federation.refused,
                 replicas=None if self.failure else federation.replicas(),
                 provenance=provenance_of(federation),
                 seconds=time.perf_counter() - self.begin,

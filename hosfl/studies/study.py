@@ -41,7 +41,7 @@ import torch
 
 from hosfl.files import FolderLock, write_atomically, write_json
 from hosfl.protocol.lattice import LatticeError
-from hosfl.protocol.terms import Diverged
+from hosfl.protocol.terms import Diverged, NothingLearnt
 from hosfl.runs.assemble import rates_of
 from hosfl.runs.config import Config, all_with_shared, with_shared
 from hosfl.runs.memory import HALVES, client_memory
@@ -242,7 +242,7 @@ _warm: list[str] = []  # not empty once this process has trained
 
 
 def run_job(job: Job) -> Result | None:
-    """One run: settings, outcome and evaluations. A run that diverges says so; None: interrupted."""
+    """One run: settings, outcome and evaluations. One that diverges, or learns nothing, says so; None: interrupted."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     evaluations: list[Evaluation] = []
@@ -266,7 +266,7 @@ def run_job(job: Job) -> Result | None:
             return None
         # Of this process that may have made other runs: its peak is not this run's.
         outcome |= {k: v for k, v in asdict(summary).items() if k not in ("config", "peak_memory", "interrupted")}
-    except (LatticeError, Diverged) as error:
+    except (LatticeError, Diverged, NothingLearnt) as error:
         outcome |= {"failure": str(error), "rounds": done, "machine": machine()}
         outcome["seconds"] = time.perf_counter() - begin
     finally:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, Subset
 
-from hosfl.halves.inputs import Batch
+from hosfl.halves.inputs import Batch, Inputs, mask_of
 from hosfl.protocol.seeds import Purpose, generator, round_seed
 from hosfl.tasks.data import Dataset, digest
 from hosfl.tasks.reading import DataError
@@ -70,6 +70,7 @@ class Items:
             stacked: Any = {name: self._stack([value[name] for value in inputs], name) for name in names}
         else:
             stacked = self._stack(list(inputs), "inputs")
+        _check_mask(stacked, self.what)
         return Dataset(stacked, _labels(self._stack(list(labels), "labels"), self.what)).to(self.device, self.dtype)
 
     def digest(self) -> str:
@@ -173,6 +174,7 @@ def samples_of(given: Any, what: str) -> Dataset | Items:
         for name, value in inputs.items():
             if value.dim() == 0 or len(value) != len(found):
                 raise DataError(f"{what} has {len(found)} labels, and {name} of shape {tuple(value.shape)}")
+        _check_mask(found.inputs, what)
     return found
 
 
@@ -184,6 +186,16 @@ def inputs_of(given: Any, what: str) -> Tensor | dict[str, Tensor]:
     if len(sizes) != 1 or 0 in sizes:
         raise DataError(f"{what} has inputs of {sorted(sizes) or 'no'} samples: as many of each, and some, are needed")
     return found
+
+
+def _check_mask(inputs: Inputs, what: str) -> None:
+    """Raises DataError for an attention mask of other numbers than 0 and 1, which no message carries."""
+    mask = mask_of(inputs)
+    if mask is not None and len(strange := mask[(mask != 0) & (mask != 1)]):
+        raise DataError(
+            f"{what}: attention_mask has {strange[0].item():g}, and it is of 0 and 1, which say what counts: call"
+            " weights and other numbers something else"
+        )
 
 
 def _labels(labels: Tensor, what: str) -> Tensor:
