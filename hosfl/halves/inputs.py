@@ -21,14 +21,14 @@ def call(module: nn.Module, inputs: Inputs) -> Any:
     return module(*inputs) if isinstance(inputs, tuple) else module(inputs)
 
 
+def copied(given: Any) -> Any:
+    """The same, of copies of all tensors in it."""
+    return tree_map_only(Tensor, torch.clone, given)
+
+
 def mask_of(inputs: Inputs) -> Tensor | None:
     """The attention mask of a batch, where it has one."""
     return inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-
-
-def writes(inputs: Inputs) -> list[int]:
-    """How often each tensor was written into."""
-    return [t._version for t in tree_leaves(inputs) if isinstance(t, Tensor) and not t.is_inference()]
 
 
 @contextmanager

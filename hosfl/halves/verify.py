@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from hosfl.halves.chain import CutError
 from hosfl.halves.families import tensor_of
-from hosfl.halves.inputs import Inputs, accelerators, call, unchanged
+from hosfl.halves.inputs import Inputs, accelerators, call, copied, unchanged
 
 
 class ExampleError(ValueError):
@@ -187,7 +187,7 @@ def _undisturbed(modules: set[nn.Module], inputs: Inputs) -> Iterator[Inputs]:
             module.training = not isinstance(module, nn.modules.batchnorm._NormBase)
         with torch.inference_mode(False), torch.enable_grad(), _OneSeed(accelerators(modules)[0]):
             # In here: what was made in inference mode can have no gradient behind it.
-            yield tree_map_only(Tensor, torch.clone, inputs)
+            yield copied(inputs)
 
 
 def _equal(a: Tensor, b: Tensor) -> bool:

@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from hosfl.halves.adapters import factors
-from hosfl.halves.inputs import Inputs, call, evaluating
+from hosfl.halves.inputs import Inputs, call, copied, evaluating
 from hosfl.halves.narrow import narrowed
 from hosfl.halves.split import SplitModel, dtype_of
 from hosfl.halves.trains import moving_only
@@ -84,8 +83,8 @@ def assemble(
     optimizer = task.optimizer(half, rates.decay)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"the task's optimizer is a {type(optimizer).__name__}: a torch.optim.Optimizer is needed")
-    held = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    if not any(parameter.requires_grad for parameter in held.intersection(half.parameters())):
+    trained = {parameter for parameter in half.parameters() if parameter.requires_grad}
+    if not any(parameter in trained for group in optimizer.param_groups for parameter in group["params"]):
         raise ValueError(
             "the task's optimizer has none of the server half's parameters that train: make it of the half that is"
             " given to the function"
@@ -197,13 +196,10 @@ def _tried(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tuple[
     inputs and weights.
     """
     sample = read(data[torch.arange(min(2, len(data)))])  # a copy; two, so that a loss per sample shows
-
-    def fresh() -> Inputs:
-        return tree_map_only(Tensor, torch.clone, sample.inputs)
-
+    given = copied(sample.inputs)
     with evaluating(model):
-        given = fresh()
-        cut, again, output = call(model.client, given), call(model.client, fresh()), model(fresh())
+        cut = copied(call(model.client, given))  # it may be what the next pass writes
+        again, output = call(model.client, given), model(copied(sample.inputs))
         for of, found in (("the cut", cut), ("the output", output)):
             if not isinstance(found, Tensor) or found.shape[:1] != (len(sample),):
                 raise TypeError(
@@ -211,12 +207,12 @@ def _tried(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tuple[
                     " samples"
                 )
         loss = task.loss(output, sample.labels)
-    if digest(given) != digest(sample.inputs):
-        raise ValueError(
-            "the client half writes into its inputs, so that the next pass of a batch would see another: let it compute"
-            " on a copy, such as x = x - 1 in place of x -= 1"
-        )
     if not _equal(cut, again):
+        if digest(given) != digest(sample.inputs):
+            raise ValueError(
+                "the client half writes into its inputs, so that the next pass of a batch sees another: let it compute"
+                " on a copy, such as x = x - 1 in place of x -= 1"
+            )
         raise ValueError(
             "the client half in eval mode makes two outputs of the same inputs, and it is by such passes that clients"
             " learn: let it draw random numbers in train mode only, and keep nothing from one pass to the next"
