@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from hosfl.runs.config import Config
 from hosfl.runs.memory import WAYS
 from hosfl.settings import DEFAULTS
+from hosfl.studies.page import at_ends
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -399,7 +400,7 @@ def study(result: dict[str, Any]) -> str:
     tried = len(result["trials"]) // len(result["methods"])
     seeds = max((r["seeds"] for r in result["methods"].values()), key=len)
     what = f"{result['rounds']} rounds, seeds {', '.join(map(str, seeds))}, {tried} trials for every method."
-    return f"{what} {_machine(result)}\n\n{_table(head, rows)}"
+    return f"{what} {_machine(result)}\n\n{_table(head, rows)}\n\n{at_ends(result)}".rstrip()
 
 
 # Weights that move in a study's client half, where a method has no `trains` of its own.

@@ -24,7 +24,7 @@ from hosfl.cli import main
 from hosfl.files import locked
 from hosfl.studies import page as study_report
 from hosfl.studies import study as studies
-from hosfl.studies.page import number, report
+from hosfl.studies.page import at_ends, number, report
 from hosfl.studies.study import Study, best, load_study, read_study, run_job, run_study, slug, table, take_up
 from hosfl.studies.yaml12 import parse_yaml
 from hosfl.tasks.task import Task
@@ -770,6 +770,27 @@ def test_every_trial_of_a_method_diverges(tmp_path):
     page = report(tmp_path).read_text()
     assert "failed: no trial worked" in page
     assert "Not finished" not in page
+
+
+def test_what_was_chosen_at_an_end_of_its_grid_is_told():
+    grids = {
+        "inside, top": [(rate, decay) for rate in (1, 2, 4) for decay in (0.0, 0.1, 0.3)],
+        "none beyond 0": [(rate, decay) for rate in (1, 2, 4) for decay in (0.0, 0.1, 0.3)],
+        "two": [(rate, 0.1) for rate in (1, 2)],
+        "failed": [(rate, 0.1) for rate in (1, 2, 4)],
+    }
+    trials = [
+        {"method": method, "trial": n, "choice": {"client_rate": rate, "decay": decay, "rule": "sgd"}}
+        for method, grid in grids.items()
+        for n, (rate, decay) in enumerate(grid)
+    ]
+    chosen = {"inside, top": 5, "none beyond 0": 3, "two": 1, "failed": None}
+    found = {"methods": {method: {"trial": trial} for method, trial in chosen.items()}, "trials": trials}
+    assert at_ends(found).endswith("might do better: inside, top (decay 0.3).")
+    found["methods"]["inside, top"]["trial"] = 0
+    assert at_ends(found).endswith("might do better: inside, top (client rate 1).")
+    found["methods"]["inside, top"]["trial"] = 4
+    assert at_ends(found) == ""
 
 
 def test_the_report_is_whole_and_its_numbers_are_the_runs(tmp_path, whole):

@@ -188,8 +188,32 @@ def _notes(study: Study, found: dict[str, Any]) -> str:
             " Gap recovered: the share of the way from the frozen client to the first-order one; in equal seconds: by"
             " what is reached when first-order's run ends."
         )
+    text += f" {at_ends(found)}".rstrip()
     both = set(study.seeds) & set(study.tuning_seeds)
     return text + (f" Seeds {_list(sorted(both))} were also tuned on." if both else "")
+
+
+def at_ends(found: dict[str, Any]) -> str:
+    """Which chosen values lie at an end of what was tried, of three values or more; "" where none does.
+
+    found: as `table` gives it. Nothing lies beyond 0, and a grid of two values has ends alone.
+    """
+    told = []
+    for method, row in found["methods"].items():
+        tried = [trial for trial in found["trials"] if trial["method"] == method]
+        chosen = next((trial["choice"] for trial in tried if trial["trial"] == row["trial"]), {})
+        ends = []
+        for name, value in chosen.items():
+            if isinstance(value, (str, bool)):
+                continue
+            values = sorted({trial["choice"][name] for trial in tried})
+            if len(values) > 2 and value in (values[0], values[-1]) and value:
+                ends.append(f"{name.replace('_', ' ')} {value:g}")
+        if ends:
+            told.append(f"{method} ({', '.join(ends)})")
+    if not told:
+        return ""
+    return f"Chosen at an end of what was tried, where a value beyond might do better: {'; '.join(told)}."
 
 
 def number(value: float | None, error: float | None = None, places: int = 4) -> str:
