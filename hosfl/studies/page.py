@@ -201,7 +201,7 @@ def at_ends(found: dict[str, Any]) -> str:
     told = []
     for method, row in found["methods"].items():
         tried = [trial for trial in found["trials"] if trial["method"] == method]
-        chosen = next((trial["choice"] for trial in tried if trial["trial"] == row["trial"]), {})
+        chosen: dict[str, Any] = next((trial["choice"] for trial in tried if trial["trial"] == row["trial"]), {})
         ends = []
         for name, value in chosen.items():
             if isinstance(value, (str, bool)):
