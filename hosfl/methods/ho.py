@@ -55,7 +55,8 @@ class ZerothOrderClient(Client):
     probes_at_once: perturbed copies that go through the half in one pass; with "backward" there are none. compile: the
     backend of torch.compile that forward passes run under, for probes in place one by one; "": none.
     base: gives the trainable tensors of round 0 again, for a client that must start anew; default: it keeps a copy. A
-    device short of memory reads its base model's file. begins: where the run's blocks begin.
+    device short of memory reads its base model's file. begins: where the run's blocks begin. by_row: of a block whether
+    probes may move large tables by row, once that is known; clients with copies of one half may share it.
     """
 
     run: Run = field(kw_only=True)
@@ -63,6 +64,7 @@ class ZerothOrderClient(Client):
     begins: Sequence[Begin] = field(kw_only=True, default=(Begin("", (), 1.0),))
     probes_at_once: int = field(kw_only=True, default=1)
     compile: str = field(kw_only=True, default="")
+    by_row: dict[int, bool] = field(kw_only=True, default_factory=dict)
     learns = True
 
     def __post_init__(self) -> None:
@@ -72,7 +74,6 @@ class ZerothOrderClient(Client):
             copies = [p.detach().clone() for p in self.moved.tensors]
             self.base = lambda: copies
         self.replica = Replica(self.moved.tensors, self.moved.streams, self.run, self.base)
-        self._by_row: dict[int, bool] = {}  # of a block, whether probes may move large tables by row
 
     def take_up(
         self,
@@ -197,14 +198,14 @@ class ZerothOrderClient(Client):
                 module=module if by_row else None,
             )
 
-        if number not in self._by_row:
+        if number not in self.by_row:
             able = not self.compile and len(large_tables(module, moved.tensors)) > 0
             if able:
                 ones, share = torch.ones_like(multiplier), self.begins[number].share
                 able = torch.equal(probe(ones, seeds[:1], True), probe(ones, seeds[:1], False))
                 self._count(forward=2 * (2 if two_sided else 1) * share)
-            self._by_row[number] = able
-        return probe(multiplier, seeds, self._by_row[number])
+            self.by_row[number] = able
+        return probe(multiplier, seeds, self.by_row[number])
 
     def _batched(
         self, module: nn.Module, inputs: Inputs, moved: Moved, multiplier: Tensor, seeds: Sequence[int]
@@ -353,6 +354,7 @@ class HO(Method):
         setup, settings = self.setup, self.settings
         self.begins = blocks_of(setup.base, settings.blocks, setup.sample)
         self.run = run = make_run(settings, setup.parameters, self.begins)
+        self.by_row: dict[int, bool] = {}
         if self.displaces():
             refuse_references(setup.base, setup.sample)
         rate = self.rate(setup.rates.client)
@@ -371,5 +373,5 @@ class HO(Method):
     def client(self, number: int, half: nn.Module, batch: Callable[[int], Batch]) -> Client:
         setup = self.setup
         shared: dict[str, Any] = {name: getattr(self.settings, name) for name in ONE_S_OWN}
-        shared |= {"run": self.run, "begins": self.begins, "passes": setup.passes}
+        shared |= {"run": self.run, "begins": self.begins, "passes": setup.passes, "by_row": self.by_row}
         return self.kind(number, half, batch, base=lambda: setup.parameters, **shared)
