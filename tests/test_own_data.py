@@ -9,6 +9,7 @@ import test_lm
 import test_squad
 import test_text
 import torch
+from safetensors.torch import save_file
 from test_join import Direct, Elsewhere
 from test_squad import folder as squad_folder  # noqa: F401
 from test_tasks import folder as sentences_folder  # noqa: F401
@@ -218,6 +219,84 @@ def test_what_the_server_would_refuse_in_every_round(digits, wrong, says, tmp_pa
     np.savez(tmp_path / "mine.npz", **RIGHT | wrong)
     with pytest.raises(DataError, match=rf"mine\.npz: .*{says}"):
         join(Direct(digits), 0, tmp_path / "state", data=str(tmp_path / "mine.npz"))
+
+
+def whole(folder, kind):
+    """A file of arrays, its bytes."""
+    path = folder / f"whole.{kind}"
+    if kind == "npz":
+        np.savez(path, **RIGHT)
+    else:
+        save_file({name: torch.as_tensor(value) for name, value in RIGHT.items()}, path)
+    return path.read_bytes()
+
+
+def pickled(folder):
+    np.savez(folder / "objects.npz", **RIGHT | {"inputs": np.array([print] * 40, object)})
+    return (folder / "objects.npz").read_bytes()
+
+
+def one_array(folder):
+    np.save(folder / "one.npy", RIGHT["inputs"])
+    return (folder / "one.npy").read_bytes()
+
+
+DAMAGE = {
+    "empty": lambda folder, kind: b"",
+    "text": lambda folder, kind: b"hello",
+    "cut": lambda folder, kind: whole(folder, kind)[:300],
+    "without its end": lambda folder, kind: whole(folder, kind)[:-1],
+    "without its begin": lambda folder, kind: whole(folder, kind)[200:],
+    "of objects": lambda folder, kind: pickled(folder),
+    "one array": lambda folder, kind: one_array(folder),
+}
+
+
+@pytest.mark.parametrize("kind", ["npz", "safetensors"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_files(damage, kind, tmp_path):
+    (tmp_path / f"mine.{kind}").write_bytes(DAMAGE[damage](tmp_path, kind))
+    with pytest.raises(DataError, match=rf"mine\.{kind} is damaged, or holds no arrays of numbers"):
+        own_data(str(tmp_path / f"mine.{kind}"), Config(**FEW), 1)
+
+
+@pytest.mark.parametrize("kind", ["npz", "safetensors"])
+def test_every_byte_of_a_file_damaged(kind, tmp_path):
+    """What is not noticed is in the numbers, or in what nobody reads."""
+    good, path = whole(tmp_path, kind), tmp_path / f"mine.{kind}"
+    places = [*range(300), *range(300, len(good) - 300, 997), *range(len(good) - 300, len(good))]
+    said = []
+    for place in places:
+        path.write_bytes(good[:place] + bytes([good[place] ^ 0xFF]) + good[place + 1 :])
+        try:
+            own_data(str(path), Config(**FEW), 1)
+        except DataError as error:
+            said.append(str(error))
+    assert len(said) > len(places) / 9
+    assert all(str(path) in text for text in said)
+
+
+def test_files_that_are_not_there(tmp_path):
+    for name in ("mine.npz", "mine.safetensors"):
+        with pytest.raises(FileNotFoundError, match=name):
+            own_data(str(tmp_path / name), Config(**FEW), 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("f = 5", r"mine\.py:f is no function without arguments \(5 is not a callable object\)"),
+        ("def f(folder): return 3", r"mine\.py:f is no function without arguments \(missing a required argument"),
+        ("def f(): return 3", r"mine\.py:f is a int, which has no length"),
+        ("x = 1\ndef f(:", r"data '.*mine\.py:f': .*mine\.py, line 2: "),
+        ("def g(): return 3", r"there is no f in .*mine\.py"),
+    ],
+    ids=["a number", "an argument", "no samples", "syntax", "another name"],
+)
+def test_functions_that_are_none(text, says, tmp_path):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(ValueError, match=says):
+        own_data(f"{tmp_path}/mine.py:f", Config(**FEW), 1)
 
 
 @pytest.mark.parametrize("beside", [False, True])

@@ -15,8 +15,10 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -111,14 +113,17 @@ def own_data(data: str, config: Config, longest: int) -> Dataset | Items | None:
     """
     if not data:
         return None
-    if data.endswith(".npz"):
-        with np.load(data, allow_pickle=False) as arrays:
-            return _of_arrays({name: arrays[name] for name in arrays.files}, data)
-    if data.endswith(".safetensors"):
-        return _of_arrays(load(Path(data).read_bytes()), data)
+    if data.endswith((".npz", ".safetensors")):
+        return _of_arrays(_arrays(data), data)
     if ".py:" in data:
-        made = named(data, "data", {})()
-        return samples_of(made, data)
+        made = named(data, "data", {})
+        try:
+            signature(made).bind()
+        except TypeError as error:
+            raise DataError(
+                f"{data} is no function without arguments ({error}): one that returns samples is needed"
+            ) from None
+        return samples_of(made(), data)
     if config.task in READERS:
         found: Dataset = named(READERS[config.task], "data", {})(config, Path(data), longest)
         return found
@@ -127,6 +132,19 @@ def own_data(data: str, config: Config, longest: int) -> Dataset | Items | None:
             f"the task {config.task} reads no files such as {data}: give .npz, .safetensors or FILE.py:NAME"
         )
     return None
+
+
+def _arrays(path: str) -> dict[str, Any]:
+    """A file's arrays by name. Raises OSError, and DataError for a file that holds none."""
+    try:
+        if path.endswith(".safetensors"):
+            return load(Path(path).read_bytes())
+        with ZipFile(path), np.load(path, allow_pickle=False) as arrays:  # numpy takes what is no zip for a pickle
+            return {name: arrays[name] for name in arrays.files}
+    except Exception as error:  # of zip, zlib, numpy or safetensors, of whatever kind: the file may hold anything
+        if isinstance(error, OSError) and error.filename:  # it is not there, or may not be read
+            raise
+        raise DataError(f"{path} is damaged, or holds no arrays of numbers ({error}): save it again") from None
 
 
 def _of_arrays(arrays: dict[str, Any], data: str) -> Dataset | Items:
