@@ -23,7 +23,10 @@ def named(name: str, what: str, known: Mapping[str, str]) -> Any:
         raise ValueError(
             f"{what} must be one of {', '.join(known)}, or FILE.py:NAME or package.module:NAME, got {name!r}"
         )
-    module = _file(Path(place), what) if place.endswith(".py") else _module(place, what)
+    try:
+        module = _file(Path(place), what) if place.endswith(".py") else _module(place, what)
+    except SyntaxError as error:
+        raise ValueError(f"{what} {name!r}: {error.filename}, line {error.lineno}: {error.msg}") from None
     try:
         return getattr(module, inner)
     except AttributeError:

@@ -1,5 +1,6 @@
 """What the NATS engine stands: brokers that go, strangers who speak, and nothing believed that is not the broker's."""
 
+import asyncio
 import os
 import pickle
 import random
@@ -665,6 +666,25 @@ def test_certificates(secured, caplog):
     until(lambda: engine.present() == {0, 1})
     lines.close()
     engine.close()
+
+
+def test_who_is_refused_comes_less_and_less_often(secured, tmp_path, monkeypatch, caplog):
+    """Where nobody answers there may be a broker in a moment; who is not let in, waits for somebody who renews it."""
+    waited = []
+
+    async def nap(self, seconds):
+        waited.append(seconds)
+        await asyncio.sleep(0.01)
+
+    monkeypatch.setattr(Link, "_nap", nap)
+    for url, least, most in ((secured.url, 15, 30), ("tls://localhost:1", 1, 2)):
+        waited.clear()
+        line = nats.NatsLine(url, "r", 0, context(tmp_path, "unknown"))
+        until(lambda: len(waited) > 12)
+        line.close()
+        assert max(waited[:3]) < 1
+        assert least <= waited[12] <= most
+    assert "eof_received" not in caplog.text
 
 
 def test_a_broker_without_certificates_is_not_spoken_to(broker, caplog, tmp_path):

@@ -9,7 +9,8 @@ import test_lm
 import test_squad
 import test_text
 import torch
-from test_join import Elsewhere
+from safetensors.torch import save_file
+from test_join import Direct, Elsewhere
 from test_squad import folder as squad_folder  # noqa: F401
 from test_tasks import folder as sentences_folder  # noqa: F401
 from test_text import models  # noqa: F401
@@ -19,7 +20,7 @@ from test_vision import weights  # noqa: F401
 from hosfl import Config, train
 from hosfl.engines.engine import JoinError
 from hosfl.runs.assemble import assemble
-from hosfl.runs.join import Clients, own_data, settings_of
+from hosfl.runs.join import Clients, join, own_data, settings_of
 from hosfl.runs.serve import Over, offered
 from hosfl.tasks import READERS, make_task
 from hosfl.tasks.reading import DataError
@@ -170,7 +171,7 @@ def test_arrays_that_the_half_does_not_take(given, change, reason, tmp_path):
     federation.close()
     np.savez(tmp_path / "mine.npz", **change(arrays_of(config)))
     run, config = settings_of(files["run"], model=config.model)
-    with pytest.raises(JoinError, match=reason):
+    with pytest.raises(DataError, match=reason):
         Clients(run, config, files["base"], own_data(str(tmp_path / "mine.npz"), config, run["cut"][0]))
 
 
@@ -182,8 +183,181 @@ def test_pictures_of_another_size(tmp_path):
     run, config = settings_of(files["run"])
     np.savez(tmp_path / "right.npz", inputs=np.zeros((4, 1, 8, 8), np.float32), labels=np.zeros(4, int))
     Clients(run, config, files["base"], own_data(str(tmp_path / "right.npz"), config, 1))
-    with pytest.raises(JoinError, match=r"the client half makes cuts of shape \[7, 9, 9\], and the server takes \["):
+    with pytest.raises(DataError, match=r"the client half makes cuts of shape \[7, 9, 9\], and the server takes \["):
         Clients(run, config, files["base"], own_data(str(tmp_path / "mine.npz"), config, 1))
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """What the server of a run on digits offers."""
+    federation, _ = assemble(Config(**FEW))
+    files = offered(federation)
+    federation.close()
+    return files
+
+
+RIGHT = {"inputs": np.zeros((40, 1, 8, 8), np.float32), "labels": np.arange(40) % 10}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"labels": np.full(40, 10)}, "its labels are from 10 to 10, and the server takes 0 to 9"),
+        ({"labels": np.arange(40) % 11}, "its labels are from 0 to 10, and the server takes 0 to 9"),
+        ({"labels": np.full(40, -1)}, "its labels are from -1 to -1, and the server takes 0 to 9"),
+        ({"labels": np.full(40, 0.5)}, "its labels are floating-point numbers, and the server takes integers"),
+        ({"labels": RIGHT["labels"][:, None]}, r"a sample's label has the shape \[1\], and the server takes \[\]"),
+        ({"inputs": RIGHT["inputs"] * np.nan}, "the client half makes infinite or NaN numbers"),
+        ({"inputs": RIGHT["inputs"].astype(int)}, "the client half does not take these data"),
+        ({"inputs": RIGHT["inputs"][:, :, :7]}, r"cuts of shape \[7, 7, 8\], and the server takes \[7, 8, 8\]"),
+    ],
+    ids=["above", "one above", "below", "real", "of another shape", "NaN", "integers", "smaller"],
+)
+def test_what_the_server_would_refuse_in_every_round(digits, wrong, says, tmp_path):
+    np.savez(tmp_path / "right.npz", **RIGHT)
+    join(Direct(digits), 0, tmp_path / "state", data=str(tmp_path / "right.npz"))
+    np.savez(tmp_path / "mine.npz", **RIGHT | wrong)
+    with pytest.raises(DataError, match=rf"mine\.npz: .*{says}"):
+        join(Direct(digits), 0, tmp_path / "state", data=str(tmp_path / "mine.npz"))
+
+
+def whole(folder, kind):
+    """A file of arrays, its bytes."""
+    path = folder / f"whole.{kind}"
+    if kind == "npz":
+        np.savez(path, **RIGHT)
+    else:
+        save_file({name: torch.as_tensor(value) for name, value in RIGHT.items()}, path)
+    return path.read_bytes()
+
+
+def pickled(folder):
+    np.savez(folder / "objects.npz", **RIGHT | {"inputs": np.array([print] * 40, object)})
+    return (folder / "objects.npz").read_bytes()
+
+
+def one_array(folder):
+    np.save(folder / "one.npy", RIGHT["inputs"])
+    return (folder / "one.npy").read_bytes()
+
+
+DAMAGE = {
+    "empty": lambda folder, kind: b"",
+    "text": lambda folder, kind: b"hello",
+    "cut": lambda folder, kind: whole(folder, kind)[:300],
+    "without its end": lambda folder, kind: whole(folder, kind)[:-1],
+    "without its begin": lambda folder, kind: whole(folder, kind)[200:],
+    "of objects": lambda folder, kind: pickled(folder),
+    "one array": lambda folder, kind: one_array(folder),
+}
+
+
+@pytest.mark.parametrize("kind", ["npz", "safetensors"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_files(damage, kind, tmp_path):
+    (tmp_path / f"mine.{kind}").write_bytes(DAMAGE[damage](tmp_path, kind))
+    with pytest.raises(DataError, match=rf"mine\.{kind} is damaged, or holds no arrays of numbers"):
+        own_data(str(tmp_path / f"mine.{kind}"), Config(**FEW), 1)
+
+
+@pytest.mark.parametrize("kind", ["npz", "safetensors"])
+def test_every_byte_of_a_file_damaged(kind, tmp_path):
+    """What is not noticed is in the numbers, or in what nobody reads."""
+    good, path = whole(tmp_path, kind), tmp_path / f"mine.{kind}"
+    places = [*range(300), *range(300, len(good) - 300, 997), *range(len(good) - 300, len(good))]
+    said = []
+    for place in places:
+        path.write_bytes(good[:place] + bytes([good[place] ^ 0xFF]) + good[place + 1 :])
+        try:
+            own_data(str(path), Config(**FEW), 1)
+        except DataError as error:
+            said.append(str(error))
+    assert len(said) > len(places) / 9
+    assert all(str(path) in text for text in said)
+
+
+def test_files_that_are_not_there(tmp_path):
+    for name in ("mine.npz", "mine.safetensors"):
+        with pytest.raises(FileNotFoundError, match=name):
+            own_data(str(tmp_path / name), Config(**FEW), 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("f = 5", r"mine\.py:f is no function without arguments \(5 is not a callable object\)"),
+        ("def f(folder): return 3", r"mine\.py:f is no function without arguments \(missing a required argument"),
+        ("def f(): return 3", r"mine\.py:f is a int, which has no length"),
+        ("x = 1\ndef f(:", r"data '.*mine\.py:f': .*mine\.py, line 2: "),
+        ("def g(): return 3", r"there is no f in .*mine\.py"),
+    ],
+    ids=["a number", "an argument", "no samples", "syntax", "another name"],
+)
+def test_functions_that_are_none(text, says, tmp_path):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(ValueError, match=says):
+        own_data(f"{tmp_path}/mine.py:f", Config(**FEW), 1)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_labels_of_items(digits, beside, tmp_path):
+    """Those of the first items; all that lie beside them, unless an item's own are others."""
+    files = {"first": [10, 10, 0], "last": [0, 0, 10]}
+    for name, labels in files.items():
+        (tmp_path / f"{name}.py").write_text(
+            f"""
+import torch
+class Items:
+    labels = {labels}
+    def __init__(self, shift=0):
+        self.shift = shift
+        if {beside}:
+            self.targets = torch.tensor(self.labels) + shift
+    def __len__(self):
+        return 3
+    def __getitem__(self, number):
+        return torch.zeros(1, 8, 8), self.labels[number]
+def shifted():
+    return Items(7)
+"""
+        )
+
+    def joins(name):
+        join(Direct(digits), 0, tmp_path / "state", data=f"{tmp_path}/{name}")
+
+    with pytest.raises(DataError, match=rf"first\.py:Items: its labels are from {0 if beside else 10} to 10"):
+        joins("first.py:Items")
+    if beside:
+        with pytest.raises(DataError, match=r"last\.py:Items: its labels are from 0 to 10"):
+            joins("last.py:Items")
+        joins("last.py:shifted")
+    else:
+        joins("last.py:Items")
+
+
+@pytest.mark.parametrize("given", [("lm", "")], indirect=True, ids=["lm"])
+def test_labels_of_tokens(given, tmp_path):
+    config, _ = given
+    federation, _ = assemble(config)
+    files, model = offered(federation), config.model
+    federation.close()
+    right = arrays_of(config)
+    for change, says in (
+        (right["labels"] * 0 - 100, "all of its labels are -100, which do not count"),
+        (right["labels"][:, :-1], "a sample's label has the shape"),
+        (right["labels"] + 10**6, "and the server takes 0 to"),
+    ):
+        np.savez(tmp_path / "mine.npz", **right | {"labels": change})
+        with pytest.raises(DataError, match=says):
+            join(Direct(files), 0, tmp_path / "state", data=str(tmp_path / "mine.npz"), model=model)
+
+
+@pytest.mark.parametrize("without", ["labels", "shape", "real", "classes", "ignore_index"])
+def test_an_offer_that_does_not_say_which_labels(digits, without):
+    told = json.loads(digits["run"])
+    (told if without == "labels" else told["labels"]).pop(without)
+    with pytest.raises(JoinError, match="no run"):
+        settings_of(json.dumps(told).encode())
 
 
 def test_public_samples_are_not_set_aside_of_a_client_s_own(tmp_path):

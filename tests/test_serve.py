@@ -14,12 +14,14 @@ import shifted
 pytest.importorskip("nats")
 
 from broker import Broker, free_port
+from processes import wait_for
 from test_join import SIGNS, Elsewhere
 
-from hosfl import train
+from hosfl import Config, train
 from hosfl.cli import main
+from hosfl.runs.assemble import assemble
 from hosfl.runs.checkpoint import load_config
-from hosfl.runs.serve import Over
+from hosfl.runs.serve import Over, offered
 
 
 @pytest.fixture(scope="module")
@@ -112,3 +114,72 @@ def test_what_cannot_be(federation, tmp_path, capsys, words, status, says):
     assert ended == status
     assert placed(says) in capsys.readouterr().err
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("*.json"))
+
+
+READING = """
+import time
+from pathlib import Path
+def slowly():
+    Path(__file__).with_suffix(".read").touch()
+    time.sleep(60)
+def and_on():
+    for _ in range(2):
+        try:
+            slowly()
+        except KeyboardInterrupt:
+            Path(__file__).with_suffix(".again").touch()
+"""
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)], ids=["Ctrl-C", "SIGTERM"])
+def test_a_client_is_ended_by_a_signal(federation, tmp_path, number, status):
+    """While there is no broker, while its data are read, while it serves: at once, and it is no error.
+
+    One whose code keeps the interrupt to itself is ended by the second signal.
+    """
+    from hosfl.engines.nats import NatsEngine
+    from hosfl.federation import Member
+
+    alone = tmp_path / "alone"
+    assert main(["federation", "create", str(alone), "--clients", "1", "--address", f"127.0.0.1:{free_port()}"]) == 0
+    for name in ("mine", "other"):
+        (tmp_path / f"{name}.py").write_text(READING)
+    made, _ = assemble(Config(rounds=2, clients=3))
+    files = offered(made)
+    made.close()
+    member = Member.read(federation / "server")
+    engine = NatsEngine(f"tls://{member.address}", member.run, 3, member.context())
+    engine.offer(files)
+    joined = {
+        "waits": [alone / "clients" / "0"],
+        "reads": [federation / "clients" / "0", "--data", tmp_path / "mine.py:slowly"],
+        "reads on": [federation / "clients" / "1", "--data", tmp_path / "other.py:and_on"],
+        "serves": [federation / "clients" / "2"],
+    }
+    reached = {
+        "waits": lambda: "has no broker" in (tmp_path / "waits.log").read_text(),
+        "reads": (tmp_path / "mine.read").exists,
+        "reads on": (tmp_path / "other.read").exists,
+        "serves": lambda: 2 in engine.present(),
+    }
+    hosfl, environment = [sys.executable, "-W", "ignore", "-m", "hosfl.cli"], {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = {}
+    try:
+        for name, words in joined.items():
+            with (tmp_path / f"{name}.log").open("wb") as log:
+                processes[name] = subprocess.Popen([*hosfl, "join", *words], stderr=log, env=environment)
+        for name, process in processes.items():
+            wait_for(reached[name])
+            process.send_signal(number)
+        wait_for((tmp_path / "other.again").exists)
+        processes["reads on"].send_signal(number)
+        for name, process in processes.items():
+            assert process.wait(20) == (-number if name == "reads on" else status), name
+            said = (tmp_path / f"{name}.log").read_text()
+            assert f"of run {member.run} ends; once more ends it at once" in said
+            assert "Traceback" not in said
+            assert "closed" not in said
+    finally:
+        for process in processes.values():
+            process.kill()
+        engine.close()

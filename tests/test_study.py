@@ -207,6 +207,24 @@ def test_workers_end_with_their_study(tmp_path, file, stop):
     assert not contents(tmp_path / "out")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_ctrl_c_while_workers_start(tmp_path, file):
+    """A terminal sends it to all of them, and they import torch for seconds before they could say what it does."""
+    process = start(file, tmp_path / "out", 2)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    deadline = time.time() + 120
+    while time.time() < deadline and len(workers := children.read_text().split()) < 3:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    for worker in workers:
+        os.kill(int(worker), signal.SIGINT)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+
+
 def test_another_study_is_refused_by_what_differs(tmp_path, whole, capsys):
     file = tmp_path / "other.yaml"
     file.write_text((FILE + FROZEN).replace("[1e-1, 0.2]", "[1e-1, 0.3]").replace("seeds: [2, 3]", "seeds: [2, 4]"))

@@ -29,11 +29,14 @@ from hosfl.engines.engine import EngineError
 from hosfl.engines.frames import LEAST, PIECE, SMALL, Outgoing
 
 log = logging.getLogger("hosfl.engines.nats")
+# nats-py's stream does not know that it is under TLS: asyncio says so at every connection's end, and nothing is wrong.
+logging.getLogger("asyncio").addFilter(lambda record: "eof_received" not in str(record.msg))
 T = TypeVar("T")
 Receive = Callable[[bytes, bytes], None]
 
 TICK = 0.5  # seconds
 FIRST, LONGEST = 0.1, 2.0  # seconds between attempts to connect
+REFUSED = 30.0  # the longest where it is not let in: somebody has to renew its certificate first
 ANSWERS = 10.0  # seconds in which a broker answers
 AROUND = 256  # bytes of a frame that are no data, and more
 
@@ -208,7 +211,7 @@ class Link:
                 self._complain(error)  # after what led to it, if nats-py has told
                 await self._shut(broker)
                 await self._nap(delay * random.uniform(0.5, 1))
-                delay = min(2 * delay, LONGEST)
+                delay = min(2 * delay, REFUSED if "authorization" in str(error).lower() else LONGEST)
                 continue
             delay = FIRST
             log.info("%s is connected", self.name)

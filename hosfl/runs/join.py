@@ -15,8 +15,10 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 import torch
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 
 from hosfl.engines.engine import JoinError, Line
 from hosfl.files import FolderLock, write_atomically
-from hosfl.halves.inputs import Inputs, call, evaluating
+from hosfl.halves.inputs import Inputs, call, evaluating, mask_of
 from hosfl.halves.split import dtype_of
 from hosfl.methods import METHODS, calibration, method_of
 from hosfl.methods.client import Client
@@ -44,7 +46,8 @@ from hosfl.runs.config import Config
 from hosfl.runs.serve import FORMAT, LOCAL
 from hosfl.tasks import READERS, TASKS, make_task
 from hosfl.tasks.data import Dataset
-from hosfl.tasks.items import Items, read, samples_of
+from hosfl.tasks.items import Items, labels_beside, read, samples_of
+from hosfl.tasks.reading import DataError
 
 SAVED_EVERY = 60.0  # seconds: what was applied since is replayed
 KEPT_FORMAT = "1"
@@ -66,11 +69,15 @@ def settings_of(offered: bytes, task: str = "", method: str = "", **local: Any) 
         if run["format"] != FORMAT:
             raise JoinError(f"the server offers a run of format {run['format']!r}, this is {FORMAT}: update hosfl")
         base, header, cut = str(run["base"]), str(run["log"]), [int(size) for size in run["cut"]]
+        takes = dict(run["labels"])
+        labels: dict[str, Any] = {"shape": [int(size) for size in takes["shape"]], "real": bool(takes["real"])}
+        for name in ("classes", "ignore_index"):
+            labels[name] = None if takes[name] is None else int(takes[name])
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise (
             error if isinstance(error, JoinError) else JoinError(f"what the server offers is no run: {error!r}")
         ) from None
-    told: dict[str, Any] = {"base": base, "log": header, "cut": cut, "hosfl": str(run.get("hosfl"))}
+    told: dict[str, Any] = {"base": base, "log": header, "cut": cut, "labels": labels, "hosfl": str(run.get("hosfl"))}
     for name, own in (("task", task), ("method", method)):
         theirs, (library, kind) = settings.get(name), OWN[name]
         told[name] = theirs
@@ -106,14 +113,17 @@ def own_data(data: str, config: Config, longest: int) -> Dataset | Items | None:
     """
     if not data:
         return None
-    if data.endswith(".npz"):
-        with np.load(data, allow_pickle=False) as arrays:
-            return _of_arrays({name: arrays[name] for name in arrays.files}, data)
-    if data.endswith(".safetensors"):
-        return _of_arrays(load(Path(data).read_bytes()), data)
+    if data.endswith((".npz", ".safetensors")):
+        return _of_arrays(_arrays(data), data)
     if ".py:" in data:
-        made = named(data, "data", {})()
-        return samples_of(made, data)
+        made = named(data, "data", {})
+        try:
+            signature(made).bind()
+        except TypeError as error:
+            raise DataError(
+                f"{data} is no function without arguments ({error}): one that returns samples is needed"
+            ) from None
+        return samples_of(made(), data)
     if config.task in READERS:
         found: Dataset = named(READERS[config.task], "data", {})(config, Path(data), longest)
         return found
@@ -122,6 +132,19 @@ def own_data(data: str, config: Config, longest: int) -> Dataset | Items | None:
             f"the task {config.task} reads no files such as {data}: give .npz, .safetensors or FILE.py:NAME"
         )
     return None
+
+
+def _arrays(path: str) -> dict[str, Any]:
+    """A file's arrays by name. Raises OSError, and DataError for a file that holds none."""
+    try:
+        if path.endswith(".safetensors"):
+            return load(Path(path).read_bytes())
+        with ZipFile(path), np.load(path, allow_pickle=False) as arrays:  # numpy takes what is no zip for a pickle
+            return {name: arrays[name] for name in arrays.files}
+    except Exception as error:  # of zip, zlib, numpy or safetensors, of whatever kind: the file may hold anything
+        if isinstance(error, OSError) and error.filename:  # it is not there, or may not be read
+            raise
+        raise DataError(f"{path} is damaged, or holds no arrays of numbers ({error}): save it again") from None
 
 
 def _of_arrays(arrays: dict[str, Any], data: str) -> Dataset | Items:
@@ -138,15 +161,24 @@ def is_task_data(data: str, task: str) -> bool:
 class Clients:
     """Clients of one run, made of what the server offers. Whoever is made first costs a model, the next ones a copy.
 
-    own: the samples of one client, see `own_data`; None: all have shares of the task's.
+    own: the samples of one client, see `own_data`; None: all have shares of the task's. what: how errors call them.
 
-    Raises JoinError where base, settings and this version's code do not make the half that the server has, and for
-    samples that this half does not take.
+    Raises JoinError where base, settings and this version's code do not make the half that the server has, and
+    DataError for samples that this half does not take, or of which the server would not take what the half makes.
     """
 
-    def __init__(self, run: dict[str, Any], config: Config, base: bytes, own: Dataset | Items | None = None) -> None:
+    def __init__(
+        self,
+        run: dict[str, Any],
+        config: Config,
+        base: bytes,
+        own: Dataset | Items | None = None,
+        what: str = "the data",
+    ) -> None:
         if hashlib.sha256(base).hexdigest() != run["base"]:
             raise JoinError("the base half has another SHA-256 than the run says: it was damaged, or is another run's")
+        if own is not None:  # before the task looks at them, which does not know where they lie
+            _check_labels(own, run, what)
         self.config, self.task, self.own = config, make_task(config, own), own
         # Factors of adapters come with the base: no public samples are needed, and what is made of weights stands in.
         trains = "xs" + config.trains[3:] if config.trains.startswith("act:") else config.trains
@@ -155,7 +187,9 @@ class Clients:
         train = self.task.train if own is None else own
         first = train[0] if isinstance(train, list) else train
         sample = read(first[:2].to(config.device, dtype_of(half))).inputs
-        _try(half, sample, run["cut"])
+        _try(half, sample, run["cut"], what)
+        if own is None:
+            _check_labels(first, run, what)
         self.kind = method_of(config.method)
         setup = Setup(config, half, rates_of(self.task, config), AGGREGATIONS[config.aggregation], sample)
         self.method = self.kind(setup)
@@ -194,16 +228,55 @@ class Clients:
         return [self.tensors[name].to(self.config.device) for name in names]
 
 
-def _try(half: nn.Module, sample: Inputs, cut: list[int]) -> None:
-    """Raises JoinError where the half does not make of the samples what the server takes."""
+def _try(half: nn.Module, sample: Inputs, cut: list[int], what: str) -> None:
+    """Raises DataError where the half does not make of the samples what the server takes."""
     try:
         with torch.no_grad(), evaluating(half):
-            made = list(call(half, sample).shape[1:])
+            found = call(half, sample)
+            made, finite = list(found.shape[1:]), bool(found.isfinite().all())
     except Exception as error:  # of whatever kind: the data may be anything
-        raise JoinError(f"the client half does not take these data: {error}") from None
+        raise DataError(f"{what}: the client half does not take these data: {error}") from None
     texts = isinstance(sample, Mapping) and "attention_mask" in sample
     if made != cut and not (texts and made[:1] < cut[:1] and made[1:] == cut[1:]):
-        raise JoinError(f"of these data the client half makes cuts of shape {made}, and the server takes {cut}")
+        raise DataError(f"{what}: of these data the client half makes cuts of shape {made}, and the server takes {cut}")
+    if not finite:
+        raise DataError(
+            f"{what}: of its first samples the client half makes infinite or NaN numbers, and the server takes finite"
+            " ones: look for such numbers among the inputs"
+        )
+
+
+def _check_labels(data: Dataset | Items, run: dict[str, Any], what: str) -> None:
+    """Raises DataError for labels that the server would refuse in every round: see `Server`.
+
+    All are looked at that lie in memory, or beside items as these have them; else those of the first samples.
+    """
+    first, takes, cut = read(data[:2]), run["labels"], run["cut"]
+    labels = first.labels
+    if isinstance(data, Dataset) or labels_beside(data.source) is not None:
+        # An item's may be another than the one beside it, which a transformation makes of that.
+        labels = data.labels if data.labels[:2].tolist() == labels.tolist() else labels
+    shape, classes, ignored = takes["shape"], takes["classes"], takes["ignore_index"]
+    if mask_of(first.inputs) is not None:  # texts may be shorter than the longest, and what goes by their tokens too
+        if ignored is not None:
+            shape = [first.length, *shape[1:]]
+        elif shape and cut and classes == cut[0]:
+            classes = first.length
+    if list(labels.shape[1:]) != shape:
+        raise DataError(
+            f"{what}: a sample's label has the shape {list(labels.shape[1:])}, and the server takes {shape}"
+        )
+    if labels.is_floating_point() != takes["real"]:
+        kinds = "integers", "floating-point numbers"
+        raise DataError(
+            f"{what}: its labels are {kinds[labels.is_floating_point()]}, and the server takes {kinds[takes['real']]}"
+        )
+    counted = labels if ignored is None else labels[labels != ignored]
+    if not counted.numel():
+        raise DataError(f"{what}: all of its labels are {ignored}, which do not count: there is nothing to learn from")
+    least, most = counted.min().item(), counted.max().item()
+    if classes is not None and not 0 <= least <= most < classes:
+        raise DataError(f"{what}: its labels are from {least} to {most}, and the server takes 0 to {classes - 1}")
 
 
 class Everybody:
@@ -385,7 +458,8 @@ def join(
         local = {"data": data if is_task_data(data, task) else "", "model": model, "device": device}
         run, config = settings_of(line.fetch("run"), task, method, **local)
         own = own_data(data, config, run["cut"][0] if run["cut"] else 1)
-        clients = Clients(run, config, base_half(line, run, folder / "base.safetensors"), own)
+        base = base_half(line, run, folder / "base.safetensors")
+        clients = Clients(run, config, base, own, data or "the task's data")
         endpoint = clients.endpoint(number, clients.samples(number), alone=True)
         kept = Kept(folder / "state.safetensors", run, endpoint.client)
         kept.restore()

@@ -298,8 +298,13 @@ def results(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, Result | N
     context = multiprocessing.get_context("spawn")
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_worker, initargs=(os.getpid(),))
+    # They inherit what this thread blocks: a Ctrl-C while they import torch is not theirs either. Here it only waits.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
-        of = {pool.submit(run_job, job): job for job in jobs}
+        try:
+            of = {pool.submit(run_job, job): job for job in jobs}
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         broken = False
         for future in as_completed(of):
             if isinstance(future.exception(), BrokenProcessPool):
