@@ -138,8 +138,8 @@ def _serve(options: argparse.Namespace) -> int:
     config, out = _begun(options, settings, preset)
     if out is None:
         raise ValueError("a server keeps its run in a folder: give --out DIR, or --resume DIR")
-    if config.clients != len(roster.clients):
-        raise ValueError(f"the run in {out} has {config.clients} clients, the federation {len(roster.clients)}")
+    if config.clients > len(roster.clients):  # fewer: who was added since has no part in this run
+        raise ValueError(f"the run in {out} has {config.clients} clients, the federation only {len(roster.clients)}")
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     conf = options.broker or options.server.parent / "broker" / "nats.conf"
     if options.broker is not None or conf.exists():

@@ -611,6 +611,27 @@ def test_a_new_process_of_a_client_ends_the_asks_of_the_old(broker, engine, by_h
     new.close()
 
 
+@pytest.mark.parametrize("begins", ["fetches", "serves"])
+def test_a_client_that_the_run_has_not_is_told(broker, lines, begins):
+    """Added to the federation while the run goes on, the broker lets it in: it must not wait for ever.
+
+    Nor one that serves since before the server was there, which does not know that there is somebody to ping.
+    """
+    text = "this run has clients 0 to 3, and no client 4: a new run takes it in"
+    line = lines.join(4) if begins == "serves" else nats.NatsLine(broker.url, "r", 4)
+    until(lambda: line._link.up)
+    engine = nats.NatsEngine(broker.url, "r", 4)
+    if begins == "serves":
+        until(lambda: getattr(line, "ended", None))
+        assert str(line.ended) == text
+    else:
+        with pytest.raises(EngineError, match=f"^{text}$"):
+            line.fetch("run", deadline=10)
+        line.close()
+    assert engine.present() == set()
+    engine.close()
+
+
 def test_two_asks_at_once(engine, lines):
     for number in range(4):
         lines.join(number)

@@ -19,6 +19,7 @@ from test_join import SIGNS, Elsewhere
 from hosfl import train
 from hosfl.cli import main
 from hosfl.runs.checkpoint import load_config
+from hosfl.runs.config import Config
 from hosfl.runs.serve import Over
 
 
@@ -79,6 +80,17 @@ def test_a_run_by_its_commands(federation, tmp_path):
     assert len(list((tmp_path / "run").glob("tensorboard/*"))) == settings.count("--tensorboard")
     assert main(["report", str(tmp_path / "run")]) == 0
     assert "Round 5 of 5, 3 clients" in (tmp_path / "run/report.html").read_text()
+
+
+def test_a_run_goes_on_with_its_own_clients(tmp_path):
+    """One that the federation was given meanwhile has no part in it."""
+    address = f"127.0.0.1:{free_port()}"
+    assert main(["federation", "create", str(tmp_path / "fed"), "--clients", "2", "--address", address]) == 0
+    settings = {"rounds": 2, "clients": 2, "sampled": 2, "batch": 8, "directions": 1}
+    train(Config(**settings), tmp_path / "run", over=Over(Elsewhere(2)))
+    assert main(["federation", "add", str(tmp_path / "fed")]) == 0
+    assert main(["serve", str(tmp_path / "fed/server"), "--resume", str(tmp_path / "run")]) == 0
+    assert load_config(tmp_path / "run").clients == 2
 
 
 @pytest.mark.parametrize(
