@@ -394,6 +394,17 @@ def test_one_owner_s_run_does_not_wait_for_others(tmp_path):
         train(Config(**SMALL), tmp_path, over=Over(Rubbish(), patient=False))
 
 
+def test_an_engine_takes_the_run_s_largest_message(tmp_path):
+    class Limited(Elsewhere):
+        def limit(self, largest):
+            self.largest = largest
+
+    engine = Limited(3)
+    train(Config(**SMALL), tmp_path, over=Over(engine))
+    federation, _ = assemble(Config(**SMALL))
+    assert engine.largest == federation.server.largest_message
+
+
 @pytest.mark.parametrize("wrong", [{"deadline": 0}, {"deadline": -1.0}, {"enough": 0}, {"least": 0}])
 def test_wrong_numbers(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):

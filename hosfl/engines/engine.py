@@ -47,6 +47,9 @@ class Engine(Protocol):
         Until the first offer, those that fetch wait.
         """
 
+    def limit(self, largest: int) -> None:
+        """No right answer of the run has more bytes than this: an engine that refuses large ones need take no more."""
+
     def close(self) -> None:
         """Let go of everything. Clients stay as they are, and look for the next server."""
 

@@ -48,7 +48,10 @@ from hosfl.engines.frames import (
 
 log = logging.getLogger("hosfl.engines.nats")
 
-LARGEST = 64 * 1024 * 1024 + 64 * 1024  # bytes of a message: 64 MB, and what frames it
+LARGEST = 64 * 1024 * 1024 + 64 * 1024  # bytes of a reply, where nobody says what the run's are: 64 MB, and a frame
+# Bytes of an ask or a file: all messages that the protocol has. A replay grows with its rounds, and a base half is as
+# large as it is; a client cannot know either.
+MOST = 1 << 32
 ALL_WINDOWS = 4 * WINDOW  # bytes on their way to the server; a broker cuts who lets 64 MB lie
 GRACE = 4.0  # seconds from a new connection on, in which clients find their way back too
 ABSENT = 1.0  # seconds in which a client's connection may come back before its asks are over
@@ -132,8 +135,9 @@ class NatsEngine:
 
     urls: of brokers, such as "tls://host:4222". run: its name, of letters, digits, _ and -. clients: numbered
     0 ... clients - 1. tls: with the authority of the broker's certificate, our own and its key, as `Member.context`
-    makes it; None for a broker without certificates, which anybody can speak to: tests. largest: bytes of a message.
-    patience: seconds of silence after which a client is gone whose connection still stands.
+    makes it; None for a broker without certificates, which anybody can speak to: tests. largest: bytes of a reply,
+    until `limit` says what they are in the run. patience: seconds of silence after which a client is gone whose
+    connection still stands.
 
     Connects in the background, and waits for a broker that is away. Raises EngineError for what cannot work.
     dropped: frames that were not followed, by client: malformed, late, twice, or too many.
@@ -172,18 +176,20 @@ class NatsEngine:
     ) -> Iterator[Reply]:
         """See `Engine.ask`. The asks leave when the first reply is asked for.
 
-        Without a broker, and for some seconds after it is back, clients that are not here are waited for.
+        Without a broker, and for some seconds after it is back, clients that are not here are waited for. A message
+        that is too large fails the ask of its client alone.
         """
         check_ask(messages, len(self._peers), enough)
-        for data in messages.values():
-            if len(data) > self.largest:
-                raise EngineError(f"a message of {len(data)} bytes; the largest is one of {self.largest}")
         return self._replies(messages, deadline, enough)
 
     def _replies(self, messages: Mapping[int, bytes], deadline: float | None, enough: int | None) -> Iterator[Reply]:
         over = None if deadline is None else time.monotonic() + deadline
         replies: SimpleQueue[Reply | None] = SimpleQueue()
-        outgoing = {client: Outgoing(bytes(data)) for client, data in messages.items()}
+        outgoing = {client: Outgoing(bytes(data)) for client, data in messages.items() if len(data) <= MOST}
+        for client in messages.keys() - outgoing.keys():
+            text = f"an ask of {len(messages[client])} bytes; the largest is one of {MOST}"
+            log.warning("client %d: %s", client, text)
+            replies.put(Reply(client, None, f"failed: {text}"))
         asked = self._link.call(self._begin, outgoing, replies)
         open = dict.fromkeys(messages)
         brought = 0
@@ -212,6 +218,10 @@ class NatsEngine:
         """See `Engine.offer`. Until the first offer, those that fetch wait."""
         offered = {name: Outgoing(bytes(data)) for name, data in files.items()}
         self._link.call(self._offer, offered)
+
+    def limit(self, largest: int) -> None:
+        """See `Engine.limit`."""
+        self.largest = largest
 
     def close(self) -> None:
         """See `Engine.close`."""
@@ -497,8 +507,8 @@ class _Fetching:
 class NatsLine:
     """A client's side.
 
-    urls, run, tls: as of `NatsEngine`; the certificate is this client's. client: its number. largest: bytes of a
-    message.
+    urls, run, tls: as of `NatsEngine`; the certificate is this client's. client: its number. largest: bytes of an
+    ask, or of a file.
 
     Connects in the background. The server sees a client that serves; fetching it can do before.
     """
@@ -510,7 +520,7 @@ class NatsLine:
         client: int,
         tls: ssl.SSLContext | None = None,
         *,
-        largest: int = LARGEST,
+        largest: int = MOST,
     ) -> None:
         _checked(run, client)
         self.client, self.largest = client, largest
@@ -724,6 +734,9 @@ class NatsLine:
 
     def _file(self, fetching: _Fetching, piece: Piece) -> None:
         fetching.announced = True
+        if piece.total > self.largest:
+            fetching.done.put(f"{fetching.name!r} has {piece.total} bytes; the largest file is one of {self.largest}")
+            return
         incoming = fetching.incoming
         if incoming is None or (incoming.total, incoming.crc) != (piece.total, piece.crc):
             incoming = fetching.incoming = begin(piece, time.monotonic)

@@ -57,6 +57,7 @@ class Over:
         """Let the federation's messages go through the engine, and offer clients what they begin with."""
         files = offered(federation)
         engine = self.engine(files, federation.config.clients) if callable(self.engine) else self.engine
+        engine.limit(federation.server.largest_message)
         engine.offer(files)
         federation.engine, federation.deadline = engine, self.deadline
         federation.enough, federation.least = self.enough, self.least
