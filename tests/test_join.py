@@ -3,6 +3,8 @@
 import json
 import pickle
 import shutil
+import signal
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +13,20 @@ import shifted
 import torch
 from safetensors.torch import load_file, save_file
 
-from hosfl import train
+from hosfl import commands, train
 from hosfl.engines.engine import EngineError, JoinError, Reply
 from hosfl.engines.in_process import InProcess
 from hosfl.files import RunFolderError
 from hosfl.methods import METHODS
 from hosfl.protocol.messages import Invitation, encode, pack
+from hosfl.protocol.terms import NothingLearnt
+from hosfl.runs import trainer
 from hosfl.runs.assemble import assemble
 from hosfl.runs.config import Config, with_shared
 from hosfl.runs.join import Clients, Everybody, Kept, join, own_data, settings_of
-from hosfl.runs.serve import Over
+from hosfl.runs.serve import Events, Over
 from hosfl.runs.serve import offered as offered_by
+from hosfl.runs.status import lines
 
 SMALL = {"rounds": 4, "clients": 3, "sampled": 2, "batch": 8, "directions": 3, "evaluate_every": 4, "snapshot_every": 2}
 WAYS = {method: {"method": method, "server_rate": 0.05} for method in METHODS} | {
@@ -327,6 +332,77 @@ def test_a_client_s_own_data(tmp_path):
         own_data(str(tmp_path / "evil.npz"), config, 1)
     with pytest.raises(ValueError, match="the task digits reads no files"):
         own_data(str(tmp_path), config, 1)
+
+
+class Rubbish(Elsewhere):
+    """Client 1 answers everything with rubbish. The others come when a round was tried five times in vain."""
+
+    def __init__(self, *signals):
+        super().__init__(3)
+        self.signals, self.tries = signals, 0
+
+    def present(self):
+        return frozenset(range(3) if self.tries > 5 else [1])
+
+    def reply(self, number, data):
+        if number != 1:
+            return super().reply(number, data)
+        self.tries += 1
+        if self.tries == 5:
+            for number in self.signals:
+                signal.raise_signal(number)
+        return b"rubbish"
+
+
+@pytest.mark.parametrize("sampled", [1, 3])
+def test_nobody_uses_up_the_rounds_of_the_others(sampled, tmp_path, monkeypatch, caplog, capsys):
+    told = []
+    status = Events.waiting
+
+    def waits(events, federation, done):
+        events._told = 0.0
+        status(events, federation, done)
+        told.append((done, json.loads((tmp_path / "status.json").read_text())))
+
+    monkeypatch.setattr(Events, "waiting", waits)
+    monkeypatch.setattr(trainer, "FIRST", 0.01, raising=False)
+    options, config = Namespace(resume=None, tensorboard=False), Config(**SMALL | {"sampled": sampled})
+    assert commands._run(options, config, tmp_path, Over(Rubbish())) == 0
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [event["round"] for event in events] == [1, 2, 3, 4]
+    assert all(event["took part"] and 1 not in event["took part"] for event in events)
+    done, waiting = told[0]
+    assert (done, waiting["last"]) == (0, {"waiting for": 1, "tried": 1, "missing": {"1": "left out"}})
+    assert "of round 1 no cut could be learnt from, tried 1 times so far" in "\n".join(lines(waiting, 0.0))
+    assert "round 1: no cut could be learnt from, and it is tried again; bytes of client 1: 7 bytes" in caplog.text
+    assert max(status["last"]["tried"] for _, status in told) >= 5
+    # In the end client 1 says nothing of a run in which it never took part.
+    replicas = json.loads((tmp_path / "summary.json").read_text())["replicas"]
+    assert (replicas["clients"], replicas["equal"], replicas["odd"]) == (3, True, {"1": "no digest"})
+    assert f"client 1 gave no digest in the end, not {replicas['digest']}" in capsys.readouterr().err
+
+
+def test_a_run_that_waits_for_better_cuts_may_be_interrupted(tmp_path):
+    summary = train(Config(**SMALL), tmp_path, over=Over(Rubbish(signal.SIGINT)))
+    assert summary.interrupted
+    assert summary.rounds == 0
+
+
+def test_one_owner_s_run_does_not_wait_for_others(tmp_path):
+    """As in one process: that nothing was learnt is told after its rounds."""
+    with pytest.raises(NothingLearnt, match="no cut in 4 rounds: bytes of client 1"):
+        train(Config(**SMALL), tmp_path, over=Over(Rubbish(), patient=False))
+
+
+def test_an_engine_takes_the_run_s_largest_message(tmp_path):
+    class Limited(Elsewhere):
+        def limit(self, largest):
+            self.largest = largest
+
+    engine = Limited(3)
+    train(Config(**SMALL), tmp_path, over=Over(engine))
+    federation, _ = assemble(Config(**SMALL))
+    assert engine.largest == federation.server.largest_message
 
 
 @pytest.mark.parametrize("wrong", [{"deadline": 0}, {"deadline": -1.0}, {"enough": 0}, {"least": 0}])

@@ -465,9 +465,41 @@ def test_a_reply_that_is_too_large_is_refused_before_it_is_sent(broker, lines, c
     assert list(engine.ask({0: b"more"}, deadline=5)) == [Reply(0, None, f"failed: {text}")]
     until(lambda: f"has ended without its reply: {text}" in caplog.text)  # the client is told
     assert list(engine.ask({0: b""}, deadline=5)) == [Reply(0, bytes(MB))]
-    with pytest.raises(EngineError, match="1048577 bytes; the largest is one of 1048576"):
-        engine.ask({0: bytes(MB + 1)})
+    engine.limit(MB + 1)  # the run's own
+    assert list(engine.ask({0: b"more"}, deadline=5)) == [Reply(0, bytes(MB + 1))]
     engine.close()
+
+
+def test_an_ask_that_is_too_large_fails_that_client_alone(engine, lines, monkeypatch, caplog):
+    """Such as the replay of a very long run to a newcomer: the others go on."""
+    for number in (0, 1):
+        lines.join(number)
+    until(lambda: engine.present() == {0, 1})
+    monkeypatch.setattr(nats, "MOST", MB, raising=False)
+    engine.limit(MB)
+    text = "an ask of 1048577 bytes; the largest is one of 1048576"
+    replies = engine.ask({0: bytes(MB + 1), 1: bytes(MB)}, deadline=20)
+    assert sorted(replies, key=lambda r: r.client) == [Reply(0, None, f"failed: {text}"), Reply(1, bytes(MB))]
+    assert f"client 0: {text}" in caplog.text
+
+
+def test_an_ask_and_a_file_may_be_larger_than_a_reply(engine, lines):
+    data = bytes(3 * MB)
+    engine.limit(MB)
+    engine.offer({"base": data})
+    line = lines.join(0, lambda ask: str(len(ask)).encode())
+    until(lambda: engine.present() == {0})
+    assert list(engine.ask({0: data}, deadline=20)) == [Reply(0, str(len(data)).encode())]
+    assert line.fetch("base", deadline=20) == data
+
+
+def test_a_file_that_is_too_large_is_not_kept(broker, engine):
+    engine.offer({"base": bytes(11), "run": bytes(10)})
+    line = nats.NatsLine(broker.url, "r", 0, largest=10)
+    with pytest.raises(EngineError, match="'base' has 11 bytes; the largest file is one of 10"):
+        line.fetch("base", deadline=10)
+    assert line.fetch("run", deadline=10) == bytes(10)
+    line.close()
 
 
 def test_an_ask_that_is_too_large_for_a_client(engine, lines):
@@ -610,6 +642,27 @@ def test_a_new_process_of_a_client_ends_the_asks_of_the_old(broker, engine, by_h
     new.say(Piece(ask.id, False, 0, 1, Outgoing(b"x").crc, b"x"))
     assert asking.join() == [Reply(1, b"x")]
     new.close()
+
+
+@pytest.mark.parametrize("begins", ["fetches", "serves"])
+def test_a_client_that_the_run_has_not_is_told(broker, lines, begins):
+    """Added to the federation while the run goes on, the broker lets it in: it must not wait for ever.
+
+    Nor one that serves since before the server was there, which does not know that there is somebody to ping.
+    """
+    text = "this run has clients 0 to 3, and no client 4: a new run takes it in"
+    line = lines.join(4) if begins == "serves" else nats.NatsLine(broker.url, "r", 4)
+    until(lambda: line._link.up)
+    engine = nats.NatsEngine(broker.url, "r", 4)
+    if begins == "serves":
+        until(lambda: getattr(line, "ended", None))
+        assert str(line.ended) == text
+    else:
+        with pytest.raises(EngineError, match=f"^{text}$"):
+            line.fetch("run", deadline=10)
+        line.close()
+    assert engine.present() == set()
+    engine.close()
 
 
 def test_two_asks_at_once(engine, lines):

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from importlib.util import find_spec
 
 import pytest
@@ -13,14 +14,16 @@ import shifted
 
 pytest.importorskip("nats")
 
-from broker import Broker, free_port
+from broker import Broker, Plain, free_port
 from processes import wait_for
 from test_join import SIGNS, Elsewhere
 
 from hosfl import Config, train
 from hosfl.cli import main
+from hosfl.engines.nats import NatsEngine, NatsLine
 from hosfl.runs.assemble import assemble
 from hosfl.runs.checkpoint import load_config
+from hosfl.runs.join import join
 from hosfl.runs.serve import Over, offered
 
 
@@ -81,6 +84,36 @@ def test_a_run_by_its_commands(federation, tmp_path):
     assert len(list((tmp_path / "run").glob("tensorboard/*"))) == settings.count("--tensorboard")
     assert main(["report", str(tmp_path / "run")]) == 0
     assert "Round 5 of 5, 3 clients" in (tmp_path / "run/report.html").read_text()
+
+
+def test_a_run_goes_on_with_its_own_clients(tmp_path):
+    """One that the federation was given meanwhile has no part in it."""
+    address = f"127.0.0.1:{free_port()}"
+    assert main(["federation", "create", str(tmp_path / "fed"), "--clients", "2", "--address", address]) == 0
+    settings = {"rounds": 2, "clients": 2, "sampled": 2, "batch": 8, "directions": 1}
+    train(Config(**settings), tmp_path / "run", over=Over(Elsewhere(2)))
+    assert main(["federation", "add", str(tmp_path / "fed")]) == 0
+    assert main(["serve", str(tmp_path / "fed/server"), "--resume", str(tmp_path / "run")]) == 0
+    assert load_config(tmp_path / "run").clients == 2
+
+
+def test_a_run_whose_cuts_are_larger_than_an_engine_takes_of_itself(tmp_path):
+    broker = Plain(tmp_path)
+    broker.start()
+    engine, lines = NatsEngine(broker.url, "r", 2, largest=1000), [NatsLine(broker.url, "r", n) for n in range(2)]
+    threads = [threading.Thread(target=join, args=(line, n, tmp_path / f"{n}")) for n, line in enumerate(lines)]
+    for thread in threads:
+        thread.start()
+    config = Config(rounds=2, clients=2, sampled=2, batch=16, directions=1)
+    try:
+        summary = train(config, tmp_path / "run", over=Over(engine, least=2, patient=False))
+    finally:
+        for line, thread in zip(lines, threads, strict=True):
+            line.close()
+            thread.join(20)
+        broker.stop()
+    assert summary.replicas.equal
+    assert (summary.rounds, summary.replicas.clients) == (2, 3)
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,9 @@ class Engine(Protocol):
         Until the first offer, those that fetch wait.
         """
 
+    def limit(self, largest: int) -> None:
+        """No right answer of the run has more bytes than this: an engine that refuses large ones need take no more."""
+
     def close(self) -> None:
         """Let go of everything. Clients stay as they are, and look for the next server."""
 
@@ -64,13 +67,15 @@ class Line(Protocol):
     """A client's side."""
 
     def fetch(self, name: str, deadline: float | None = None) -> bytes:
-        """What the server offers under a name. Waits for a server that is away. Raises EngineError."""
+        """What the server offers under a name. Waits for a server that is away. Raises EngineError, also of a server
+        whose run has no such client."""
 
     def serve(self, answer: Callable[[bytes], bytes]) -> None:
         """Answer the server's asks, one after another, until the line is closed: from another thread, or a signal.
 
         Meanwhile the client is present. A server or broker that goes away is waited for. What `answer` raises is logged
-        here and fails that ask alone. Raises EngineError when another process of the same client takes its place.
+        here and fails that ask alone. Raises EngineError when another process of the same client takes its place, or
+        the server's run has no such client.
         """
 
     def close(self) -> None:

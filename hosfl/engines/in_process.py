@@ -36,5 +36,8 @@ class InProcess:
     def offer(self, files: Mapping[str, bytes]) -> None:
         """Nobody fetches here what is in the process already."""
 
+    def limit(self, largest: int) -> None:
+        """An answer is in the memory already when it is here."""
+
     def close(self) -> None:
         """There is nothing to let go of."""

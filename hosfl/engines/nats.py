@@ -48,11 +48,15 @@ from hosfl.engines.frames import (
 
 log = logging.getLogger("hosfl.engines.nats")
 
-LARGEST = 64 * 1024 * 1024 + 64 * 1024  # bytes of a message: 64 MB, and what frames it
+LARGEST = 64 * 1024 * 1024 + 64 * 1024  # bytes of a reply, where nobody says what the run's are: 64 MB, and a frame
+# Bytes of an ask or a file: all messages that the protocol has. A replay grows with its rounds, and a base half is as
+# large as it is; a client cannot know either.
+MOST = 1 << 32
 ALL_WINDOWS = 4 * WINDOW  # bytes on their way to the server; a broker cuts who lets 64 MB lie
 GRACE = 4.0  # seconds from a new connection on, in which clients find their way back too
 ABSENT = 1.0  # seconds in which a client's connection may come back before its asks are over
 PING = 1.0  # seconds between two pings
+SILENT = 3.0  # seconds without a ping, after which a client says that it is here: a server pings those of its run alone
 STALLED = 20.0  # seconds without a byte, after which a transfer begins again where it stopped
 ANEW = 1.0  # seconds without an answer, after which a file is asked for again
 RATE, BURST = 200.0, 1000.0  # frames of a client that nobody asked for: a second, and at once
@@ -131,8 +135,9 @@ class NatsEngine:
 
     urls: of brokers, such as "tls://host:4222". run: its name, of letters, digits, _ and -. clients: numbered
     0 ... clients - 1. tls: with the authority of the broker's certificate, our own and its key, as `Member.context`
-    makes it; None for a broker without certificates, which anybody can speak to: tests. largest: bytes of a message.
-    patience: seconds of silence after which a client is gone whose connection still stands.
+    makes it; None for a broker without certificates, which anybody can speak to: tests. largest: bytes of a reply,
+    until `limit` says what they are in the run. patience: seconds of silence after which a client is gone whose
+    connection still stands.
 
     Connects in the background, and waits for a broker that is away. Raises EngineError for what cannot work.
     dropped: frames that were not followed, by client: malformed, late, twice, or too many.
@@ -153,6 +158,7 @@ class NatsEngine:
         self.dropped: Counter[int] = Counter()
         self._id, self._connections, self._since, self._pinged = secrets.randbits(64), 0, 0.0, 0.0
         self._peers = [_Peer() for _ in range(clients)]
+        self._strangers = _Peer()  # all that the broker knows and the run does not
         self._offered: dict[str, Outgoing] | None = None
         self._moving: set[int] = set()  # asks whose answer is on its way
         self._notes = _Notes()
@@ -170,18 +176,20 @@ class NatsEngine:
     ) -> Iterator[Reply]:
         """See `Engine.ask`. The asks leave when the first reply is asked for.
 
-        Without a broker, and for some seconds after it is back, clients that are not here are waited for.
+        Without a broker, and for some seconds after it is back, clients that are not here are waited for. A message
+        that is too large fails the ask of its client alone.
         """
         check_ask(messages, len(self._peers), enough)
-        for data in messages.values():
-            if len(data) > self.largest:
-                raise EngineError(f"a message of {len(data)} bytes; the largest is one of {self.largest}")
         return self._replies(messages, deadline, enough)
 
     def _replies(self, messages: Mapping[int, bytes], deadline: float | None, enough: int | None) -> Iterator[Reply]:
         over = None if deadline is None else time.monotonic() + deadline
         replies: SimpleQueue[Reply | None] = SimpleQueue()
-        outgoing = {client: Outgoing(bytes(data)) for client, data in messages.items()}
+        outgoing = {client: Outgoing(bytes(data)) for client, data in messages.items() if len(data) <= MOST}
+        for client in messages.keys() - outgoing.keys():
+            text = f"an ask of {len(messages[client])} bytes; the largest is one of {MOST}"
+            log.warning("client %d: %s", client, text)
+            replies.put(Reply(client, None, f"failed: {text}"))
         asked = self._link.call(self._begin, outgoing, replies)
         open = dict.fromkeys(messages)
         brought = 0
@@ -210,6 +218,10 @@ class NatsEngine:
         """See `Engine.offer`. Until the first offer, those that fetch wait."""
         offered = {name: Outgoing(bytes(data)) for name, data in files.items()}
         self._link.call(self._offer, offered)
+
+    def limit(self, largest: int) -> None:
+        """See `Engine.limit`."""
+        self.largest = largest
 
     def close(self) -> None:
         """See `Engine.close`."""
@@ -317,10 +329,13 @@ class NatsEngine:
     def _receive(self, subject: bytes, data: bytes) -> None:
         of = self._subject.fullmatch(subject)
         client = int(of[1]) if of else -1
+        now = time.monotonic()
         if of is None or client >= len(self._peers):
             self._notes.warn("stranger", "a message at %s, of no client of the run", printable(repr(subject)))
+            if of is not None and of[2] == b"m" and self._strangers.within_rate(now):
+                self._turn_away(client, data)
             return
-        peer, now = self._peers[client], time.monotonic()
+        peer = self._peers[client]
         if of[2] == b"gone":
             if peer.absent is None:  # said by the broker; or by the client, of itself
                 peer.absent = now
@@ -354,6 +369,16 @@ class NatsEngine:
                 peer.file = None
         else:
             self._drop(client, "a frame that only servers send is dropped")
+
+    def _turn_away(self, client: int, data: bytes) -> None:
+        """Tell a client that came after the run had begun, which would wait for ever, that it has no part in it."""
+        with contextlib.suppress(FrameError):
+            frame = decode(data)
+            if isinstance(frame, (Beat, Fetch)):
+                last = len(self._peers) - 1
+                text = f"this run has clients 0 to {last}, and no client {client}: a new run takes it in"
+                id = frame.line if isinstance(frame, Beat) else frame.id
+                self._post(client, encode(Ended(id, Why.REFUSED, text)))
 
     def _here(self, client: int, beat: Beat) -> None:
         peer = self._peers[client]
@@ -482,8 +507,8 @@ class _Fetching:
 class NatsLine:
     """A client's side.
 
-    urls, run, tls: as of `NatsEngine`; the certificate is this client's. client: its number. largest: bytes of a
-    message.
+    urls, run, tls: as of `NatsEngine`; the certificate is this client's. client: its number. largest: bytes of an
+    ask, or of a file.
 
     Connects in the background. The server sees a client that serves; fetching it can do before.
     """
@@ -495,15 +520,16 @@ class NatsLine:
         client: int,
         tls: ssl.SSLContext | None = None,
         *,
-        largest: int = LARGEST,
+        largest: int = MOST,
     ) -> None:
         _checked(run, client)
         self.client, self.largest = client, largest
         self._up = f"hosfl.{run}.up.{client}.m"
         self._id, self._connections = secrets.randbits(64), 0
         self._server: Ping | None = None
+        self._heard = 0.0  # when the server's last ping was
         self._serving = self._closed = False
-        self._replaced = False
+        self._out = ""  # why the server has no place for it
         self._tasks: dict[int, _Task] = {}
         self._queue: SimpleQueue[int | None] = SimpleQueue()
         self._one = threading.Lock()
@@ -533,7 +559,7 @@ class NatsLine:
         return found
 
     def serve(self, answer: Callable[[bytes], bytes]) -> None:
-        """See `Line.serve`. Raises EngineError when another process of the same client has taken its place."""
+        """See `Line.serve`."""
         self._present(True)
         try:
             while (id := self._queue.get()) is not None:
@@ -545,8 +571,8 @@ class NatsLine:
                 raise
         finally:
             self._present(False)
-        if self._replaced:
-            raise EngineError(f"another process is client {self.client} now")
+        if self._out:
+            raise EngineError(self._out)
 
     def _answered(self, answer: Callable[[bytes], bytes], message: bytes) -> Outgoing:
         """The kind of an error is told, its text is not: that may be of the client's data."""
@@ -645,6 +671,8 @@ class NatsLine:
             self._post(want)
 
     def _tick(self, since: float) -> None:
+        if time.monotonic() - self._heard > SILENT:
+            self._beat()
         self._want_again(STALLED)
         fetching = self._fetching
         if fetching is not None and not fetching.announced and time.monotonic() - fetching.asked > ANEW:
@@ -675,7 +703,7 @@ class NatsLine:
             self._ended(frame)
 
     def _pinged(self, ping: Ping) -> None:
-        before, self._server = self._server, ping
+        before, self._server, self._heard = self._server, ping, time.monotonic()
         if before != ping:  # a new connection of the server's, or another server, which will say what it does not know
             self._want_again()
         self._beat()
@@ -706,6 +734,9 @@ class NatsLine:
 
     def _file(self, fetching: _Fetching, piece: Piece) -> None:
         fetching.announced = True
+        if piece.total > self.largest:
+            fetching.done.put(f"{fetching.name!r} has {piece.total} bytes; the largest file is one of {self.largest}")
+            return
         incoming = fetching.incoming
         if incoming is None or (incoming.total, incoming.crc) != (piece.total, piece.crc):
             incoming = fetching.incoming = begin(piece, time.monotonic)
@@ -721,15 +752,16 @@ class NatsLine:
             self._want(fetching.id, incoming)
 
     def _ended(self, ended: Ended) -> None:
-        if ended.why is Why.REPLACED:
-            if ended.id == self._id:
-                log.error("client %d: another process has taken its place; this one ends", self.client)
-                self._replaced = True
-                self._serving = False
-                self._queue.put(None)
+        if ended.id == self._id:  # the line itself
+            self._out = f"another process is client {self.client} now"
+            if ended.why is not Why.REPLACED:
+                self._out = printable(ended.text)
+            log.error("client %d ends: %s", self.client, self._out)
+            self._serving = False
+            self._queue.put(None)
         elif self._fetching is not None and ended.id == self._fetching.id:
             if ended.why is Why.REFUSED:
-                self._fetching.done.put(f"the server does not offer {self._fetching.name!r}")
+                self._fetching.done.put(printable(ended.text) or f"the server does not offer {self._fetching.name!r}")
             elif ended.why is Why.UNKNOWN:
                 self._ask_file(self._fetching)
         elif ended.id in self._tasks:

@@ -172,6 +172,9 @@ class RayEngine:
     def offer(self, files: Mapping[str, bytes]) -> None:
         """Nothing is fetched over this engine: what clients need comes with `make`."""
 
+    def limit(self, largest: int) -> None:
+        """The actors are the owner's own, and Ray takes what they answer."""
+
     def close(self) -> None:
         """End the actors, and the cluster if it was started here. These clients end with their engine."""
         actors, self._actors = self._actors, []

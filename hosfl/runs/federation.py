@@ -7,6 +7,7 @@ here; then it sends multipliers to those whose cuts it could learn from, and com
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -59,14 +60,16 @@ class Federation:
     per round; its answer to all but the last is the next one, and the server numbers them on and on. engine: None: the
     clients live here, and are made by `make`. deadline: seconds for each exchange; None: as long as it takes. enough:
     cuts, and then answers, with which a round goes on without the rest, or statistics without theirs; None: all that
-    were invited. least: clients that have to be here before a round begins.
+    were invited. least: clients that have to be here before a round begins. patient: a round in which no cut could be
+    learnt from is not committed, and can be tried again.
 
     clients: those made here so far. where: (rounds, epoch) that a client has applied, as far as the server knows.
     complained: what clients refused, the first thousand times; complaints: how many there were. visits: how many times
     a client took part. missing: how many times a client that was asked did not answer; why: of the round's, by client.
     seconds: of the last round, by phase: "cuts" and "answers" are spent on the engine and the clients, "server" here;
     it learns from a cut while those of other clients are still on their way. asked: clients that were invited to the
-    last round. took_part: clients whose answers were its answers; whose cuts, where a method needs no answers.
+    last round. took_part: clients whose answers were its answers; whose cuts, where a method needs no answers. seen:
+    those that took part in any. tried: how often the next round was tried in vain, where the run is patient.
     """
 
     config: Settings
@@ -79,6 +82,7 @@ class Federation:
     deadline: float | None = None
     enough: int | None = None
     least: int = 1
+    patient: bool = False
     wire: Wire = field(default_factory=Wire)
     clients: dict[int, Client] = field(default_factory=dict)
     where: dict[int, tuple[int, int]] = field(default_factory=dict)
@@ -90,12 +94,15 @@ class Federation:
     seconds: dict[str, float] = field(default_factory=dict)
     asked: list[int] = field(default_factory=list)
     took_part: list[int] = field(default_factory=list)
+    seen: set[int] = field(default_factory=set)
+    tried: int = 0
     header: Header | None = None
     provenance: Provenance | None = None
     describe: Callable[[], tuple[Header | None, Provenance]] | None = None
 
     def __post_init__(self) -> None:
         self._here: dict[int, Endpoint] = {}
+        self._in_vain: set[int] = set()  # whom the next round was tried with
         if self.engine is None:
             self.engine = InProcess(lambda number, data: self.endpoint(number).answer(data), self.config.clients)
 
@@ -117,8 +124,10 @@ class Federation:
     def round(self, round: int) -> float:
         """One round of the protocol; returns the mean training loss of its clients, NaN if nobody took part.
 
-        A message that is lost, late or refused costs its sender the round, and nobody else anything.
+        A message that is lost, late or refused costs its sender the round, and nobody else anything: where the run is
+        patient, a round of nobody else's is still to come. See `tried`.
         """
+        learnt = self.server.learnt
         self.seconds, self.why = dict.fromkeys(("cuts", "server", "answers"), 0.0), {}
         try:
             self.asked, first = self.invited(round), round * self.exchanges
@@ -131,6 +140,12 @@ class Federation:
             self.visits += len(sent)
             with self._timed("server"):
                 multipliers, loss = self.server.end()
+            if self.patient and self.server.learnt == learnt:
+                self.tried += 1
+                self._in_vain.update(self.asked)
+                return math.nan
+            self.tried = 0
+            self._in_vain.clear()
             losses = [loss]
             for exchange in range(first + 1, first + self.exchanges):
                 cuts = self._answers(multipliers, sent)
@@ -140,8 +155,9 @@ class Federation:
             answers = self._answers(multipliers, sent)
             with self._timed("server"):
                 self.server.commit(round, answers)
-            learnt = multipliers and self.server.ledger is not None
-            self.took_part = [m.client for m in answers] if learnt else sorted(sent)
+            answered = multipliers and self.server.ledger is not None
+            self.took_part = [m.client for m in answers] if answered else sorted(sent)
+            self.seen.update(self.took_part)
         finally:
             self._leave()
         return sum(losses) / len(losses)
@@ -281,8 +297,11 @@ class Federation:
             self.complained.append(f"client {client}: {what}")
 
     def invited(self, round: int) -> list[int]:
-        """Who takes part in a round: a sample of those who are here."""
-        here = sorted(self.engine.present())
+        """Who takes part in a round: a sample of those who are here, and of whom it was not yet tried with in vain."""
+        present = self.engine.present()
+        if self._in_vain.issuperset(present):
+            self._in_vain.clear()
+        here = sorted(present - self._in_vain)
         return [here[n] for n in self.server.sample(round, len(here), min(self.config.sampled, len(here)))]
 
     def late(self) -> list[Message | None]:
@@ -339,19 +358,22 @@ class Federation:
     def replicas(self) -> Replicas:
         """Bring every client that is here up to date, and a newcomer from nothing; do they hold the same bits?
 
-        What moves here is not counted as the run's. Of a client that leaves meanwhile nothing is said.
+        What moves here is not counted as the run's. Of a client that leaves meanwhile nothing is said. Where clients
+        are elsewhere, one that never took part may answer what it likes: see `Replicas.odd`.
         """
         wire, self.wire = self.wire, Wire()
-        here, digests, away = sorted(self.engine.present()), list[str](), 0
-        for start in range(0, len(here), AT_ONCE):
-            self.why = {}
-            digests += self.audited(here[start : start + AT_ONCE])
-            away += sum(reason in ("gone", "late") for reason in self.why.values())
+        present, digests, here = sorted(self.engine.present()), dict[int, str](), list[int]()
+        for start in range(0, len(present), AT_ONCE):
+            self.why, some = {}, present[start : start + AT_ONCE]
+            digests |= self.audited(some)
+            here += [n for n in some if self.why.get(n) not in ("gone", "late")]
         newcomer = self.make(0)
-        joined = self.join(newcomer)
+        joined, right = self.join(newcomer), newcomer.digest()
         self.wire = wire
-        equal = joined and len(digests) == len(here) - away and set(digests) <= {newcomer.digest()}
-        return Replicas(clients=len(here) - away + 1, digest=newcomer.digest(), equal=equal)
+        odd = {n: f"the digest {digests[n]}" if n in digests else "no digest" for n in here if digests.get(n) != right}
+        strangers = odd.keys() - self.seen if self.patient else set()
+        equal = joined and odd.keys() <= strangers
+        return Replicas(clients=len(here) - len(strangers) + 1, digest=right, equal=equal, odd=odd)
 
     def join(self, client: Client) -> bool:
         """Bring one client up to date that is nobody's whom an engine knows. False where that fails."""
@@ -366,13 +388,13 @@ class Federation:
             if there is not None:
                 self.where[number] = there
 
-    def audited(self, clients: Sequence[int]) -> list[str]:
+    def audited(self, clients: Sequence[int]) -> dict[int, str]:
         """The digests of clients' halves after they have taken all that was committed; of those who answer."""
         try:
             found = self._reached(Audit, 0, clients)
         finally:
             self._leave()
-        return [m.digest.numpy().tobytes().hex() for m in found.values() if isinstance(m, Audited)]
+        return {n: m.digest.numpy().tobytes().hex() for n, m in found.items() if isinstance(m, Audited)}
 
     def model(self) -> SplitModel:
         """Both halves as they are now."""
@@ -433,8 +455,13 @@ def _after(news: Message) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Replicas:
-    """Whether all clients, and a newcomer that replayed the whole log at the end, hold the same bits."""
+    """Whether all clients, and a newcomer that replayed the whole log at the end, hold the same bits.
+
+    odd: what others gave in place of that digest, by client: of clients elsewhere also those that never took part, of
+    which the run says nothing.
+    """
 
     clients: int
     digest: str
     equal: bool
+    odd: dict[int, str] = field(default_factory=dict)

@@ -36,13 +36,15 @@ class Over:
     engine: who carries the messages; or what makes it of what clients are offered, by name, and of their number.
     deadline: seconds for each of a round's two exchanges, and for running statistics before the first. enough: cuts,
     and answers, with which a round goes on without the rest; None: all. least: clients that have to be here before a
-    round begins.
+    round begins. patient: a round in which no cut could be learnt from does not count, and is tried again after a
+    pause: others may come. Else it counts, as in one process.
     """
 
     engine: Engine | Callable[[dict[str, bytes], int], Engine]
     deadline: float | None = None
     enough: int | None = None
     least: int = 1
+    patient: bool = True
 
     def __post_init__(self) -> None:
         if self.deadline is not None and not self.deadline > 0:
@@ -55,6 +57,7 @@ class Over:
         """Let the federation's messages go through the engine, and offer clients what they begin with."""
         files = offered(federation)
         engine = self.engine(files, federation.config.clients) if callable(self.engine) else self.engine
+        engine.limit(federation.server.largest_message)
         engine.offer(files)
         federation.engine, federation.deadline = engine, self.deadline
         federation.enough, federation.least = self.enough, self.least
@@ -117,8 +120,12 @@ class Events:
         self._status(federation, done, event, due=done == federation.config.rounds)
 
     def waiting(self, federation: Federation, done: int) -> None:
-        """Too few clients are here for a round."""
-        self._status(federation, done, {"waiting for": federation.least})
+        """Too few clients are here for a round, or it was tried in vain, and is tried again in a while."""
+        event: dict[str, Any] = {"waiting for": federation.least}
+        if federation.tried:
+            why = {str(client): federation.why.get(client, "left out") for client in federation.asked}
+            event |= {"tried": federation.tried, "missing": why}
+        self._status(federation, done, event)
 
     def _status(self, federation: Federation, done: int, event: dict[str, Any], due: bool = False) -> None:
         if not due and time.time() - self._told < 0.5:

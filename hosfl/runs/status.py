@@ -31,7 +31,12 @@ def lines(status: dict[str, Any], now: float) -> list[str]:
         + (f", and no word for {silent:.0f} s: is the server running?" if silent > STALE else ""),
         f"here: {_numbers(here)}; not here: {_numbers(absent)}",
     ]
-    if "waiting for" in last:
+    if "tried" in last:
+        told.append(
+            f"waiting: of round {status['round'] + 1} no cut could be learnt from, tried {last['tried']} times so far"
+        )
+        told += [f"  client {client}: {why}" for client, why in last["missing"].items()]
+    elif "waiting for" in last:
         told.append(f"waiting until {last['waiting for']} are here")
     else:
         loss = "none" if last["loss"] is None else f"{last['loss']:.4f}"

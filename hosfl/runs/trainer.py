@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import threading
@@ -28,6 +29,9 @@ from hosfl.runs.serve import Events, Over
 from hosfl.settings import differences
 from hosfl.tasks import make_task
 from hosfl.tasks.task import Task
+
+FIRST, LONGEST = 0.1, 10.0  # seconds between two tries of a round
+log = logging.getLogger("hosfl.trainer")
 
 
 def save_snapshot(federation: Federation, out: Path, round: int) -> None:
@@ -214,7 +218,8 @@ def _told(what: Task | Config, settings: dict[str, Any]) -> tuple[Config, Task]:
 
 @dataclass
 class _Course:
-    """A run's way from its start or last snapshot to its end. last: the newest evaluation."""
+    """A run's way from its start or last snapshot to its end. last: the newest evaluation. again: when a round that
+    was in vain is tried again."""
 
     federation: Federation
     task: Task
@@ -226,11 +231,13 @@ class _Course:
     last: Evaluation | None = None
     failure: LatticeError | Diverged | NothingLearnt | None = None
     events: Events | None = None  # where clients are elsewhere
+    again: float = 0.0
 
     def reach(self, over: Over | None) -> None:
         """Let clients be elsewhere, where they are."""
         if over is not None and self.writer.folder is not None:
             over.reach(self.federation)
+            self.federation.patient = over.patient
             self.events = Events(self.writer.folder)
 
     def calibrate(self) -> None:
@@ -257,7 +264,7 @@ class _Course:
             try:
                 check_loss(self.last.loss, self.done)
                 while self.done < config.rounds and not interrupted.is_set():
-                    if federation.ready():
+                    if federation.ready() and time.monotonic() >= self.again:
                         self.round()
                     else:
                         self.wait()
@@ -296,7 +303,14 @@ class _Course:
     def round(self) -> None:
         """One round, and what is due after it."""
         federation, folder, config = self.federation, self.writer.folder, self.federation.config
-        self.loss = federation.round(self.done)
+        loss = federation.round(self.done)
+        if federation.tried:
+            if federation.tried == 1:
+                reasons = "; ".join(["", *federation.refused[-1:]])
+                log.warning("round %d: no cut could be learnt from, and it is tried again%s", self.done + 1, reasons)
+            self.again = time.monotonic() + min(LONGEST, FIRST * 2.0 ** min(federation.tried - 1, 20))
+            return
+        self.loss = loss
         self.done += 1
         if self.events is not None:
             self.events.round(federation, self.done, self.loss)
@@ -311,7 +325,7 @@ class _Course:
             self.progress(self.done, self.loss, self.last if due else None, sum(federation.wire.bytes.values()))
 
     def wait(self) -> None:
-        """A moment, until enough clients are here."""
+        """A moment, until enough clients are here, or a round is tried again."""
         if self.events is not None:
             self.events.waiting(self.federation, self.done)
         time.sleep(0.1)
