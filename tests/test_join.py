@@ -10,12 +10,15 @@ import pytest
 import shifted
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from hosfl import train
 from hosfl.engines.engine import EngineError, JoinError, Reply
 from hosfl.engines.in_process import InProcess
 from hosfl.files import RunFolderError
 from hosfl.methods import METHODS
+from hosfl.methods.ho import make_run
+from hosfl.named import named
 from hosfl.protocol.messages import Invitation, encode, pack
 from hosfl.runs.assemble import assemble
 from hosfl.runs.config import Config, with_shared
@@ -225,7 +228,7 @@ def test_one_s_own_where_the_run_s_is_the_library_s(run):
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"\xff", b"[]", b"{}", b"null", b'{"format": 2, "settings": {}}', b"[" * 100_000]
+    "data", [b"", b"\xff", b"[]", b"{}", b"null", b'{"format": 3, "settings": {}}', b"[" * 100_000]
 )
 def test_what_is_no_run(data):
     with pytest.raises(JoinError):
@@ -242,6 +245,68 @@ def test_a_base_that_is_not_the_run_s(run):
     told, config = settings_of(changed(run.files, trains="biases"))
     with pytest.raises(JoinError, match="not the server's"):
         client_of(told, config, run.files["base"], 0)
+
+
+SNAPPED = """
+import hosfl, torch
+from torch import nn
+
+def net(first, second):
+    layers = [nn.Linear(4, 4, bias=False) for _ in range(2)]
+    for layer, weight in zip(layers, (first, second)):
+        layer.weight.data = weight
+    return nn.Sequential(*layers, nn.Linear(4, 2))
+
+def task(first, second):
+    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    data = (x[:40], (x[:40, 0] > 0).long()), (x[40:], (x[40:, 0] > 0).long())
+    return hosfl.Task(lambda: net(first, second), *data, nn.functional.cross_entropy, 2, classes=2)
+
+def up_to_a_power_of_two():
+    return task(torch.eye(4) * (1 - 2.0**-24), torch.full((4, 4), 1 / 16))
+
+def up_to_another_factor():
+    return task(2 * torch.eye(4), torch.full((4, 4), 0.5**0.5))
+"""
+
+
+@pytest.mark.parametrize("name", ["up_to_a_power_of_two", "up_to_another_factor"])
+def test_a_base_that_would_be_snapped_otherwise_once_more(name, tmp_path):
+    """The first weights are rounded up to where a lattice, or the scale of directions, is another one."""
+    (tmp_path / "mine.py").write_text(SNAPPED)
+    task = f"{tmp_path}/mine.py:{name}"
+    settings = Config(**SMALL | RATES | {"task": task, "directions_from": "fresh", "direction_scale": "rms"})
+    parameters = [*assemble(settings)[0].base.parameters()]
+    first = make_run(settings, [nn.Parameter(p.clone()) for p in named(task, "task", {})().model()[:2].parameters()])
+    again = make_run(settings, parameters)
+    assert again.measures != first.measures
+    there = train(settings, tmp_path / "run", over=Over(Elsewhere(3, task=task)))
+    assert there.replicas.equal
+    assert there.replicas.digest == train(settings).replicas.digest
+
+
+@pytest.mark.parametrize(
+    ("measures", "says"),
+    [
+        ({"factors": [1.0], "quantum": 2.0**-20}, "not the server's: Measures"),
+        ({"quantum": None}, "not the server's: Measures"),
+        ({"quantum": 2.0**-19}, "not the server's"),
+        ({"quantum": 3.0}, "a power of two"),
+        ({"quantum": "1"}, "a finite number"),
+        ({"quantum": 2.0**200}, "the quantum's exponent"),
+        ({"factors": [0.0]}, "a power of two"),
+        ({"factors": 1}, "no run"),
+        ({"more": 1}, "no run"),
+    ],
+)
+def test_measures_that_are_not_the_run_s(measures, says, tmp_path):
+    federation, _ = assemble(Config(**SMALL))
+    files = offered_by(federation)
+    told = json.loads(files["run"])
+    told["measures"] |= measures
+    with pytest.raises(JoinError, match=says):
+        run, config = settings_of(json.dumps(told).encode())
+        Clients(run, config, files["base"])
 
 
 class Direct:

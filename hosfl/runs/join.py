@@ -38,6 +38,7 @@ from hosfl.named import absolute, named
 from hosfl.protocol.aggregate import AGGREGATIONS
 from hosfl.protocol.lattice import Lattice
 from hosfl.protocol.provenance import header_digest
+from hosfl.protocol.terms import Measures
 from hosfl.runs.assemble import base_of, client_of, halves_of, partition, rates_of
 from hosfl.runs.checkpoint import header_of
 from hosfl.runs.config import Config
@@ -66,11 +67,13 @@ def settings_of(offered: bytes, task: str = "", method: str = "", **local: Any) 
         if run["format"] != FORMAT:
             raise JoinError(f"the server offers a run of format {run['format']!r}, this is {FORMAT}: update hosfl")
         base, header, cut = str(run["base"]), str(run["log"]), [int(size) for size in run["cut"]]
+        measures = None if run["measures"] is None else Measures(**run["measures"])
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise (
             error if isinstance(error, JoinError) else JoinError(f"what the server offers is no run: {error!r}")
         ) from None
     told: dict[str, Any] = {"base": base, "log": header, "cut": cut, "hosfl": str(run.get("hosfl"))}
+    told["measures"] = measures
     for name, own in (("task", task), ("method", method)):
         theirs, (library, kind) = settings.get(name), OWN[name]
         told[name] = theirs
@@ -158,15 +161,17 @@ class Clients:
         _try(half, sample, run["cut"])
         self.kind = method_of(config.method)
         setup = Setup(config, half, rates_of(self.task, config), AGGREGATIONS[config.aggregation], sample)
-        self.method = self.kind(setup)
+        setup.measures = run["measures"]
+        needed = "the same version, model, task and method are needed"
+        try:
+            self.method = self.kind(setup)
+        except ValueError as error:
+            raise JoinError(f"the half made here is not the server's: {error}: {needed}") from None
         self.follows = self.method.ledger is not None
         if isinstance(self.method.ledger, SeedReplay):
             settings = {**config.decisive(), **{name: run[name] for name in OWN}}
             if header_digest(header_of(self.method.ledger.run, half, settings)) != run["log"]:
-                raise JoinError(
-                    f"the half made here is not the server's (hosfl {run['hosfl']} there): the same version, model,"
-                    " task and method are needed"
-                )
+                raise JoinError(f"the half made here is not the server's (hosfl {run['hosfl']} there): {needed}")
         self.method.ledger = None  # and the server's replica with it
 
     def samples(self, number: int) -> Dataset | Items:

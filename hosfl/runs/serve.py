@@ -25,7 +25,7 @@ from hosfl.runs.checkpoint import header_of, module_bytes
 if TYPE_CHECKING:
     from hosfl.runs.federation import Federation
 
-FORMAT = 2  # of what is offered
+FORMAT = 3  # of what is offered
 LOCAL = ("data", "model", "device", "evaluate_every", "snapshot_every", "keep")  # settings that are a machine's own
 
 
@@ -63,15 +63,17 @@ class Over:
 def offered(federation: Federation) -> dict[str, bytes]:
     """What a client fetches when it comes for the first time: the run, as JSON, and the base half, as safetensors.
 
-    "cut" is the shape of one sample's cut; of texts, of the longest that the server takes.
+    "cut" is the shape of one sample's cut; of texts, of the longest that the server takes. "measures": see `Measures`;
+    null where the method has no log.
 
     Running statistics that clients estimate are in neither: a client is told them when it takes part.
     """
     half = calibration.first(federation.base, federation.server.statistics)
     base = module_bytes(half)
     config, ledger = federation.config, federation.server.ledger
-    log = ""
+    log, measures = "", None
     if isinstance(ledger, SeedReplay):
+        measures = asdict(ledger.run.measures)
         log = header_digest(header_of(ledger.run, half, config.decisive()))
     settings = {name: value for name, value in asdict(config).items() if name not in LOCAL}
     run = {
@@ -80,6 +82,7 @@ def offered(federation: Federation) -> dict[str, bytes]:
         "settings": settings,
         "base": hashlib.sha256(base).hexdigest(),
         "log": log,
+        "measures": measures,
         "cut": list(federation.server.cut_shape),
     }
     return {"run": json.dumps(run).encode(), "base": base}
