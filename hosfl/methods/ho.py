@@ -86,6 +86,10 @@ class ZerothOrderClient(Client):
         self.replica.take_up(tensors, moments, applied, epoch, lattice)
         self.applied, self.epoch = applied, epoch
 
+    def anew(self) -> None:
+        self.replica.reset()
+        super().anew()
+
     def catch_up(self, message: Message) -> Differs | None:
         """Replay what was committed since: see `Replica.apply`.
 

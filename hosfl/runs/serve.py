@@ -78,6 +78,7 @@ def offered(federation: Federation) -> dict[str, bytes]:
     settings = {name: value for name, value in asdict(config).items() if name not in LOCAL}
     run = {
         "format": FORMAT,
+        "id": federation.id.hex(),
         "hosfl": version("hosfl"),
         "settings": settings,
         "base": hashlib.sha256(base).hexdigest(),
