@@ -129,7 +129,7 @@ def test_a_lie_costs_the_liar_its_rounds_and_nobody_else_anything(lie, without):
     assert same(found, without)
     federation = found[0]
     said = federation.server.refused + federation.complained
-    assert said or lie is endless_hellos
+    assert said or lie in (endless_hellos, ahead)
     assert all("client 2" in what or f"client {LIAR}" in what for what in said), said
     assert all(what.isprintable() for what in said)
 

@@ -12,12 +12,15 @@ import pytest
 import shifted
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from hosfl import commands, train
 from hosfl.engines.engine import EngineError, JoinError, Reply
 from hosfl.engines.in_process import InProcess
 from hosfl.files import RunFolderError
 from hosfl.methods import METHODS
+from hosfl.methods.ho import make_run
+from hosfl.named import named
 from hosfl.protocol.messages import Invitation, encode, pack
 from hosfl.protocol.terms import NothingLearnt
 from hosfl.runs import trainer
@@ -230,7 +233,7 @@ def test_one_s_own_where_the_run_s_is_the_library_s(run):
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"\xff", b"[]", b"{}", b"null", b'{"format": 2, "settings": {}}', b"[" * 100_000]
+    "data", [b"", b"\xff", b"[]", b"{}", b"null", b'{"format": 3, "settings": {}}', b"[" * 100_000]
 )
 def test_what_is_no_run(data):
     with pytest.raises(JoinError):
@@ -247,6 +250,68 @@ def test_a_base_that_is_not_the_run_s(run):
     told, config = settings_of(changed(run.files, trains="biases"))
     with pytest.raises(JoinError, match="not the server's"):
         client_of(told, config, run.files["base"], 0)
+
+
+SNAPPED = """
+import hosfl, torch
+from torch import nn
+
+def net(first, second):
+    layers = [nn.Linear(4, 4, bias=False) for _ in range(2)]
+    for layer, weight in zip(layers, (first, second)):
+        layer.weight.data = weight
+    return nn.Sequential(*layers, nn.Linear(4, 2))
+
+def task(first, second):
+    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    data = (x[:40], (x[:40, 0] > 0).long()), (x[40:], (x[40:, 0] > 0).long())
+    return hosfl.Task(lambda: net(first, second), *data, nn.functional.cross_entropy, 2, classes=2)
+
+def up_to_a_power_of_two():
+    return task(torch.eye(4) * (1 - 2.0**-24), torch.full((4, 4), 1 / 16))
+
+def up_to_another_factor():
+    return task(2 * torch.eye(4), torch.full((4, 4), 0.5**0.5))
+"""
+
+
+@pytest.mark.parametrize("name", ["up_to_a_power_of_two", "up_to_another_factor"])
+def test_a_base_that_would_be_snapped_otherwise_once_more(name, tmp_path):
+    """The first weights are rounded up to where a lattice, or the scale of directions, is another one."""
+    (tmp_path / "mine.py").write_text(SNAPPED)
+    task = f"{tmp_path}/mine.py:{name}"
+    settings = Config(**SMALL | RATES | {"task": task, "directions_from": "fresh", "direction_scale": "rms"})
+    parameters = [*assemble(settings)[0].base.parameters()]
+    first = make_run(settings, [nn.Parameter(p.clone()) for p in named(task, "task", {})().model()[:2].parameters()])
+    again = make_run(settings, parameters)
+    assert again.measures != first.measures
+    there = train(settings, tmp_path / "run", over=Over(Elsewhere(3, task=task)))
+    assert there.replicas.equal
+    assert there.replicas.digest == train(settings).replicas.digest
+
+
+@pytest.mark.parametrize(
+    ("measures", "says"),
+    [
+        ({"factors": [1.0], "quantum": 2.0**-20}, "not the server's: Measures"),
+        ({"quantum": None}, "not the server's: Measures"),
+        ({"quantum": 2.0**-19}, "not the server's"),
+        ({"quantum": 3.0}, "a power of two"),
+        ({"quantum": "1"}, "a finite number"),
+        ({"quantum": 2.0**200}, "the quantum's exponent"),
+        ({"factors": [0.0]}, "a power of two"),
+        ({"factors": 1}, "no run"),
+        ({"more": 1}, "no run"),
+    ],
+)
+def test_measures_that_are_not_the_run_s(measures, says, tmp_path):
+    federation, _ = assemble(Config(**SMALL))
+    files = offered_by(federation)
+    told = json.loads(files["run"])
+    told["measures"] |= measures
+    with pytest.raises(JoinError, match=says):
+        run, config = settings_of(json.dumps(told).encode())
+        Clients(run, config, files["base"])
 
 
 class Direct:
@@ -285,13 +350,23 @@ def test_a_client_keeps_its_base_and_its_state(run, tmp_path, caplog):
         assert (plain.client.applied, plain.client.digest()) == (0, base)
         assert "passed over" in caplog.text
         caplog.clear()
+    (tmp_path / "state.safetensors").write_bytes(whole)
+    Kept(tmp_path / "state.safetensors", {**told, "id": bytes(8)}, plain.client).restore()  # a run of the same settings
+    assert (plain.client.applied, plain.client.digest()) == (0, base)
+    assert "it is of another run" in caplog.text
     save_file(tensors, tmp_path / "state.safetensors")
     Kept(tmp_path / "state.safetensors", told, plain.client).restore()
     assert plain.client.applied == 0
 
 
+def asks(files, number):
+    """The ask of a server that does not know where the client is."""
+    id = np.frombuffer(bytes.fromhex(json.loads(files["run"])["id"]), np.uint8)
+    return pack([encode(Invitation(client=number, round=0, run=id))])
+
+
 def test_the_base_is_fetched_once(run, tmp_path):
-    ask = pack([encode(Invitation(client=1, round=4))])
+    ask = asks(run.files, 1)
     line = Direct(run.files, [ask])
     join(line, 1, tmp_path)
     assert line.fetched == ["run", "base"]
@@ -303,6 +378,118 @@ def test_the_base_is_fetched_once(run, tmp_path):
     once_more = Direct(run.files)
     join(once_more, 1, tmp_path)
     assert once_more.fetched == ["run", "base"]
+
+
+ALONE = SMALL | {"clients": 1, "sampled": 1, "rounds": 8}  # and no digest until the end
+
+
+class LivesOn:
+    """A line of the only client, which stays while one server after another comes: starts, functions of `Over`."""
+
+    def __init__(self, *starts):
+        self.starts, self.fetched, self.found, self.closed = starts, [], [], False
+        self.offer(offered_by(assemble(Config(**ALONE))[0]))  # of a run that never begins
+
+    def offer(self, files):
+        self.files = files
+
+    def fetch(self, name, deadline=None):
+        self.fetched.append(name)
+        return self.files[name]
+
+    def serve(self, answer):
+        for start in self.starts:
+            engine = InProcess(lambda number, data: answer(data), 1)
+            engine.offer = self.offer
+            self.found.append(start(Over(engine)))
+
+    def close(self):
+        self.closed = True
+
+
+class Killed(Exception):
+    pass
+
+
+def took_part(folder):
+    return [json.loads(line)["took part"] for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("way", ["ho", "ho adamw", "first-order", "splitfed"])
+def test_a_client_that_lives_on_takes_part_in_the_next_run(way, tmp_path):
+    """Twice the same settings: everything of the two runs is the same but for their ids."""
+    settings = Config(**with_shared(WAYS[way], ALONE))
+    folders = [tmp_path / "one", tmp_path / "other"]
+    line = LivesOn(*(lambda over, folder=folder: train(settings, folder, over=over) for folder in folders))
+    join(line, 0, tmp_path / "client")
+    here = train(settings)
+    for folder, found in zip(folders, line.found, strict=True):
+        assert found.replicas.equal
+        assert (found.replicas.digest, found.loss) == (here.replicas.digest, here.loss)
+        assert found.refused == []
+        assert took_part(folder) == [[0]] * 8
+    assert len({(folder / "id.json").read_text() for folder in folders}) == 2
+    assert line.fetched.count("run") == 3
+
+
+@pytest.mark.parametrize("way", ["ho", "ho adamw", "first-order", "splitfed"])
+def test_a_copy_of_a_run_s_folder_is_resumed(way, tmp_path):
+    """Clients are ahead of the server: by rounds, and then by epochs."""
+    settings = Config(**with_shared(WAYS[way], ALONE))
+    run, copies = tmp_path / "run", [tmp_path / "copy", tmp_path / "another copy"]
+
+    def start(folder, over, kill=99, **more):
+        def progress(done, *_):
+            if done == 2 and not copies[0].exists():
+                for copy in copies:
+                    shutil.copytree(folder, copy)
+            if done == kill:
+                raise Killed
+
+        try:
+            return train(settings, folder, progress, over=over, **more)
+        except Killed:
+            return None
+
+    line = LivesOn(
+        lambda over: start(run, over, 5),
+        lambda over: start(copies[0], over, 7, resume=True),
+        lambda over: start(copies[0], over, 7, resume=True),
+        lambda over: start(copies[1], over, resume=True),
+    )
+    join(line, 0, tmp_path / "client")
+    found, here = line.found[-1], train(settings)
+    assert found.replicas.equal
+    assert (found.replicas.digest, found.loss) == (here.replicas.digest, here.loss)
+    assert found.refused == []
+    assert took_part(copies[1]) == [[0]] * 8
+    assert line.fetched.count("run") == 2
+
+
+def test_the_next_run_is_none_that_the_client_can_join(run, tmp_path):
+    """It ends as it does where that is the first run that it finds."""
+    next_run = {**run.files, "run": json.dumps(json.loads(changed(run.files, task="own")) | {"id": "00" * 8}).encode()}
+
+    class Line(Direct):
+        closed = False
+
+        def serve(self, answer):
+            self.files = next_run
+            with pytest.raises(JoinError):
+                answer(asks(next_run, 1))
+            assert self.closed
+
+        def close(self):
+            self.closed = True
+
+    with pytest.raises(JoinError, match="name yours with --task"):
+        join(Line(run.files), 1, tmp_path)
+
+
+@pytest.mark.parametrize("id", ["", "00", "0" * 15 + "g", 7, None])
+def test_an_id_that_is_none(run, id):
+    with pytest.raises(JoinError, match="is no run"):
+        settings_of(json.dumps(json.loads(run.files["run"]) | {"id": id}).encode())
 
 
 def test_two_processes_of_one_client(run, tmp_path):

@@ -39,6 +39,7 @@ from hosfl.protocol.messages import (
 )
 
 NO_DIGEST, DIGEST = torch.empty(0, dtype=torch.int32), torch.arange(8, dtype=torch.int32)
+RUN = torch.arange(8, dtype=torch.uint8)
 EXAMPLES = [
     Hello(client=3, round=17),
     Records(client=3, round=17, coefficients=torch.randn(4, 5), rates=torch.randn(4), digest=DIGEST),
@@ -75,12 +76,12 @@ EXAMPLES = [
         labels=torch.zeros(4, dtype=torch.int32),
         scales=torch.rand(3),
     ),
-    Invitation(client=1, round=7, epoch=2),
+    Invitation(client=1, round=7, epoch=2, run=RUN),
     Complaint(client=1, round=7, text=torch.tensor([110, 111], dtype=torch.uint8)),
-    Audit(client=1, round=7),
+    Audit(client=1, round=7, run=RUN),
     Audited(client=1, round=7, digest=torch.arange(8).int()),
     Statistics(client=1, round=0, statistics=torch.empty(0), samples=NO_DIGEST),
-    Calibration(client=1, round=0, statistics=torch.empty(0)),
+    Calibration(client=1, round=0, run=RUN, statistics=torch.empty(0)),
 ]
 SCALARS = EXAMPLES[8]
 
@@ -208,9 +209,9 @@ def test_the_wire_counts_and_shares_nothing():
     scalars.zero_()
     assert torch.equal(decode(received[0]).losses, torch.ones(5))
     assert type(decode(received[1])) is Audit
-    assert wire.bytes == {"losses down": 20, "framing down": 28 + 20 + 2 * 4}
+    assert wire.bytes == {"losses down": 20, "framing down": 28 + 28 + 2 * 4}
     wire.count(Scalars(client=0, round=1, scalars=scalars))
-    assert wire.bytes == {"losses down": 20, "framing down": 56, "scalars up": 20, "framing up": 28}
+    assert wire.bytes == {"losses down": 20, "framing down": 64, "scalars up": 20, "framing up": 28}
 
 
 def test_messages_that_travel_together():

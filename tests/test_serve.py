@@ -60,11 +60,12 @@ def test_a_run_by_its_commands(federation, tmp_path):
         subprocess.Popen([*hosfl, "join", folder / "clients" / str(n), *copies], env=environment) for n in range(2)
     ]
     settings = [*own, "--rounds", "5", "--sampled", "2", "--batch", "8", "--calibrate", "2"]
-    settings += ["--server-rate", "0.05", "--client-rate", "0.01", "--least", "2", "--out", tmp_path / "run"]
+    settings += ["--server-rate", "0.05", "--client-rate", "0.01", "--least", "2"]
     settings += ["--tensorboard"] * (find_spec("tensorboard") is not None)
     try:
-        served = subprocess.run([*hosfl, "serve", folder / "server", *settings], env=environment, timeout=120)
-        assert served.returncode == 0
+        for out in ("run", "next"):  # for which the clients need no restart
+            served = [*hosfl, "serve", folder / "server", *settings, "--out", tmp_path / out]
+            assert subprocess.run(served, env=environment, timeout=120).returncode == 0
         for process in joined:
             process.send_signal(signal.SIGTERM)
             assert process.wait(20) == 0
@@ -74,6 +75,8 @@ def test_a_run_by_its_commands(federation, tmp_path):
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["replicas"]["clients"] == 3
     assert summary["replicas"]["equal"]
+    following = json.loads((tmp_path / "next" / "summary.json").read_text())
+    assert (following["replicas"], following["refused"]) == (summary["replicas"], [])
     here = Over(Two(3, task=own[1], method=own[3]))
     again = train(load_config(tmp_path / "run"), tmp_path / "here", over=here)
     assert again.replicas.digest == summary["replicas"]["digest"]

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.metadata import version
 
 import pytest
@@ -19,7 +20,7 @@ from hosfl.cli import main
 from hosfl.methods import METHODS
 from hosfl.protocol.log import EpochRecord
 from hosfl.runs.assemble import assemble
-from hosfl.runs.checkpoint import next_epoch
+from hosfl.runs.checkpoint import load_id, next_epoch
 from hosfl.runs.config import with_shared
 from hosfl.runs.trainer import restore, save_snapshot
 from hosfl.tasks import make_task
@@ -69,7 +70,7 @@ def test_bytes_are_those_of_the_protocol():
     assert first["weights down"] == (visits - 4) * d
     frozen = train(Config(**with_shared({"method": "frozen"}, config))).bytes
     assert set(frozen) == {"framing up", "cut up", "labels up", "framing down"}
-    assert frozen["framing down"] == visits * (20 + 4)  # an invitation, and its length
+    assert frozen["framing down"] == visits * (20 + 16 + 4)  # an invitation, the run that it is of, and its length
 
 
 def test_a_seed_is_a_run():
@@ -276,11 +277,16 @@ def test_a_run_stopped_at_a_snapshot_and_resumed_is_the_run_that_never_stopped(t
     assert (summary.rounds, summary.interrupted, summary.loss) == (15, False, expected.loss)
     assert summary.replicas == expected.replicas
     assert summary.passes == expected.passes
-    same_files(tmp_path / "run", folder, *(["hosfl.log"] if config.method in REPLAYED else []))
+    same_files(tmp_path / "run", folder)
+    if config.method in REPLAYED:  # no round is void, and a new epoch begins
+        logs = [Log.read(of / "hosfl.log") for of in (tmp_path / "run", folder)]
+        one, other = ([replace(r, epoch=0, coefficients=r.coefficients.tolist()) for r in log.rounds] for log in logs)
+        assert one == other
+        assert (logs[0].epochs, logs[1].epochs) == ([(1, 10)], [])
     if config.rule == "normalized" and config.method == "ho":  # a finished run has nothing left to do
         again = train(config, tmp_path / "run", resume=True)
         assert (again.rounds, again.loss) == (15, expected.loss)
-        same_files(tmp_path / "run", folder, "hosfl.log")
+        same_files(tmp_path / "run", folder)
 
 
 def test_a_run_killed_between_snapshots_voids_what_came_after_the_last(tmp_path, whole):
@@ -321,6 +327,16 @@ def test_clients_that_live_on_follow_every_start_of_the_server(tmp_path, method)
         never_stopped.server.state()[0].items(), federation.server.state()[0].values(), strict=True
     ):
         assert torch.equal(one, other), name
+
+
+def test_a_folder_s_id(tmp_path):
+    first = load_id(tmp_path)  # of a run before there were any
+    assert len(first) == 8
+    assert load_id(tmp_path) == first
+    for damage in ("", "{", "[" * 100_000, "7", '"00"', json.dumps("g" * 16)):
+        (tmp_path / "id.json").write_text(damage)
+        with pytest.raises(ValueError, match=r"id\.json is not a run's id"):
+            load_id(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["", "1.5", "true", "-1", "65535", '{"epoch": 1}', "[" * 100_000])

@@ -108,6 +108,10 @@ class Client:
         """Ask for everything after the last round applied."""
         return Hello(client=self.number, round=self.applied, epoch=self.epoch)
 
+    def anew(self) -> None:
+        """Take what is committed from round 0 on, as if nothing had been applied yet."""
+        self.applied = self.epoch = 0
+
     def catch_up(self, message: Message) -> Differs | None:
         """Take what was committed since. Returns what the client has to say if its half turns out to be wrong."""
         return None

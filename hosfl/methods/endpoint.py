@@ -12,8 +12,10 @@ import numpy as np
 
 from hosfl.methods.client import Client
 from hosfl.methods.tensors import decoded
+from hosfl.protocol.arrays import bits
 from hosfl.protocol.lattice import LatticeError
 from hosfl.protocol.messages import (
+    Ask,
     Audit,
     Audited,
     Calibration,
@@ -28,24 +30,29 @@ from hosfl.protocol.messages import (
 LONGEST_COMPLAINT = 1000  # bytes
 
 
+class AnotherRun(Exception):
+    """The server's ask is of another run than the client. Nothing was changed by it."""
+
+
 @dataclass
 class Endpoint:
     """A client as an engine sees it: bytes in, bytes out. Asking the same twice is harmless.
 
     exchanges: cuts per round. follows: whether anything is ever committed of the client half. calibrates: whether the
-    run estimates running statistics before its first round.
+    run estimates running statistics before its first round. run: its id, which every ask that begins something says.
     """
 
     client: Client
     exchanges: int = 1
     follows: bool = True
     calibrates: bool = False
+    run: bytes = b""
 
     def __post_init__(self) -> None:
         self._said_where = False  # whether the last answer was Hello: what comes then has to fit
 
     def answer(self, data: bytes) -> bytes:
-        """The answer to an ask, encoded. What cannot be answered is answered by a Complaint; nothing is raised."""
+        """The answer to an ask, encoded; a Complaint where there is none. AnotherRun is all that is raised."""
         client = self.client
         try:
             return encode(self._answer([decoded(one) for one in unpack(data)]))
@@ -59,6 +66,8 @@ class Endpoint:
             raise MessageError("an ask without a message")
         client, said_where = self.client, self._said_where
         *news, wanted = messages
+        if isinstance(wanted, Ask) and bytes(bits(wanted.run)) != self.run:
+            raise AnotherRun(f"client {client.number} is of run {self.run.hex()}, asked by another")
         self._said_where = False
         if isinstance(wanted, Calibration) and self.calibrates and not news:
             return client.statistics(wanted)
@@ -71,6 +80,8 @@ class Endpoint:
                 self._said_where = True
                 return client.hello()
         for message in news:
+            if said_where and (message.epoch < client.epoch or message.round < client.applied):
+                client.anew()  # the server does not know of all these rounds: it may have lost some
             try:
                 differs = client.catch_up(message)
             except MessageError:

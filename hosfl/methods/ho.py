@@ -42,7 +42,7 @@ from hosfl.protocol.messages import (
     Scalars,
 )
 from hosfl.protocol.replica import DigestMismatch, Replica, digest_array
-from hosfl.protocol.terms import Block, Pool, Rule, Run
+from hosfl.protocol.terms import Block, Measures, Pool, Rule, Run
 from hosfl.settings import PRESETS, Settings
 from hosfl_kernels import SGD
 
@@ -86,6 +86,10 @@ class ZerothOrderClient(Client):
         """Become the copy of a replica's state."""
         self.replica.take_up(tensors, moments, applied, epoch, lattice)
         self.applied, self.epoch = applied, epoch
+
+    def anew(self) -> None:
+        self.replica.reset()
+        super().anew()
 
     def catch_up(self, message: Message) -> Differs | None:
         """Replay what was committed since: see `Replica.apply`.
@@ -257,15 +261,26 @@ def power_of_two_scales(parameters: Sequence[Tensor]) -> list[float]:
     return scales
 
 
-def make_run(config: Settings, parameters: list[nn.Parameter], begins: Sequence[Begin] = ()) -> Run:
+def make_run(
+    config: Settings, parameters: list[nn.Parameter], begins: Sequence[Begin] = (), measures: Measures | None = None
+) -> Run:
     """What all agree on. Puts the parameters on their lattice, if the run has one. begins: of its blocks.
 
-    Raises ValueError for a probe's step that leads off the lattice.
+    measures: of the run whose base the parameters are; None: they are taken of the parameters.
+
+    Raises ValueError for a probe's step that leads off the lattice, and for measures of another half.
     """
-    rms = config.direction_scale == "rms"
-    factors = power_of_two_scales(parameters) if rms else [1.0] * len(parameters)
     rule = client_rule(config)
-    lattice = Lattice.snap(parameters, factors) if rule is None else None
+    if measures is None:
+        rms = config.direction_scale == "rms"
+        factors = power_of_two_scales(parameters) if rms else [1.0] * len(parameters)
+        lattice = Lattice.snap(parameters, factors) if rule is None else None
+    else:
+        factors, lattice = list(measures.factors), measures.lattice
+        if len(factors) != len(parameters) or (lattice is None) == (rule is None):
+            raise ValueError(f"{measures} are not of {len(parameters)} tensors under the rule {config.rule}")
+        if lattice is not None:
+            lattice.put(parameters, factors)
     if lattice is not None and config.mu >= lattice.limit:
         raise ValueError(f"mu = {config.mu:g} is beyond what the weights' lattice holds, {lattice.limit:g}: lower mu")
     return Run(
@@ -353,7 +368,7 @@ class HO(Method):
     def make_ledger(self) -> Ledger:
         setup, settings = self.setup, self.settings
         self.begins = blocks_of(setup.base, settings.blocks, setup.sample)
-        self.run = run = make_run(settings, setup.parameters, self.begins)
+        self.run = run = make_run(settings, setup.parameters, self.begins, setup.measures)
         self.by_row: dict[int, bool] = {}
         if self.displaces():
             refuse_references(setup.base, setup.sample)

@@ -124,14 +124,15 @@ class SeedReplay:
         return self.epochs[-1][0] if self.epochs else 0
 
     def since(self, hello: Hello | Differs) -> Records | PoolMoves:
-        """Every record after the client's last; from round 0 on if its half is wrong or holds void rounds."""
-        if hello.epoch > self.epoch:
-            raise MessageError(f"client {hello.client} has seen epoch {hello.epoch}, this is epoch {self.epoch}")
-        start = 0 if isinstance(hello, Differs) or voided(self.epochs, hello) else hello.round
+        """Every record after the client's last; from round 0 on if its half is wrong or holds void rounds.
+
+        So too if it has more rounds than there are, or has seen a later epoch, as where a copy of the run's folder has
+        been resumed: of what the client holds, nobody knows here.
+        """
         if isinstance(hello, Differs) and len(hello.digest) != 8:
             raise MessageError(f"a digest of {len(hello.digest)} words, not 8")
-        if start > len(self.records):
-            raise MessageError(f"client {hello.client} claims {hello.round} rounds of {len(self.records)}")
+        ahead = hello.epoch > self.epoch or hello.round > len(self.records)
+        start = 0 if isinstance(hello, Differs) or ahead or voided(self.epochs, hello) else hello.round
         return self._records(hello.client, start, checked=isinstance(hello, Hello))
 
     def _records(self, client: int, start: int, checked: bool = False) -> Records | PoolMoves:
@@ -238,13 +239,14 @@ class SeedReplay:
     def restart(self, log: Log, round: int) -> None:
         """Take up a log's records before `round`; those from there on are void, and a new epoch starts.
 
+        It starts also where the log has no later ones: it may have had some, as the log of which this is a copy has.
+
         Raises LogError for a log that has fewer.
         """
         rounds = log.rounds
         if len(rounds) < round:
             raise LogError(f"the log ends after {len(rounds)} rounds, before the server's round {round}")
-        if len(rounds) > round:
-            log.append(EpochRecord(log.epoch + 1, round))
+        log.append(EpochRecord(log.epoch + 1, round))
         self.log, self.epochs = log, log.epochs
         self.records.truncate(0)
         for record in rounds[:round]:

@@ -21,6 +21,7 @@ from hosfl.methods.ledger import Ledger, Rate
 from hosfl.methods.server import Server
 from hosfl.probing.probe import trainable
 from hosfl.protocol.aggregate import Aggregation, RunningLength
+from hosfl.protocol.terms import Measures
 from hosfl.settings import DEFAULTS, Rates, Settings
 
 # The settings that several methods read, to be named in `Method.reads`.
@@ -37,7 +38,8 @@ class Setup:
 
     base: the client half of round 0; the method may still put its weights on a lattice, before anything else is made of
     it. rates: of both halves. aggregation: of what the clients send. sample: inputs of a few samples. passes: where
-    samples that go through either half are counted.
+    samples that go through either half are counted. measures: those of the run
+    whose base it is; None: the run is made here.
     """
 
     settings: Settings
@@ -46,6 +48,7 @@ class Setup:
     aggregation: Aggregation
     sample: Inputs
     passes: Passes = field(default_factory=no_passes)
+    measures: Measures | None = None
 
     @cached_property
     def observed(self) -> nn.Module:

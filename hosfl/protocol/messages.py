@@ -228,7 +228,14 @@ class Statistics(Message):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Calibration(Message):
+class Ask(Message):
+    """With which the server comes to a client. run: uint8 [8], the id of the run that it is of."""
+
+    run: Array = array("framing", 1, "uint8", empty=(0,))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Calibration(Ask):
     """The committed running statistics, which hold from round 0 on: float32 [n], in the order of Statistics.
 
     [0]: the server has none yet and asks for the client's own, which are Statistics.
@@ -239,7 +246,7 @@ class Calibration(Message):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Invitation(Message):
+class Invitation(Ask):
     """The server asks for a cut in `round`. What the client has missed goes before it; if nothing does, or it does not
     follow on, the client says Hello in place of a cut, and is asked again."""
 
@@ -255,7 +262,7 @@ class Complaint(Message):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Audit(Message):
+class Audit(Ask):
     """The server asks for the digest of the client's half after `round` rounds. What was missed goes before it."""
 
     kind, direction = 17, "down"

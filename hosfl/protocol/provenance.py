@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -49,6 +50,21 @@ class Provenance:
             differs.append("its log begins with another header")
         if differs:
             raise ProvenanceError(f"{what} is of another run: {'; '.join(differs)}. Put that back, or start anew")
+
+
+ID = 8  # bytes
+
+
+def new_id() -> bytes:
+    """A run's id. Two runs of the same provenance have the same digests all over, and not the same rounds."""
+    return secrets.token_bytes(ID)
+
+
+def read_id(digits: Any) -> bytes:
+    """The id of its hexadecimal digits, as JSON holds it. Raises ValueError."""
+    if not isinstance(digits, str) or len(id := bytes.fromhex(digits)) != ID:
+        raise ValueError(f"{2 * ID} hexadecimal digits are needed")
+    return id
 
 
 def header_digest(header: Header) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hosfl.protocol.lattice import Lattice, spread
-from hosfl.protocol.log import EXPONENTS, Header, LogError, check_integer, check_number
+from hosfl.protocol.log import EXPONENTS, Header, LogError, check_integer, check_number, check_power_of_two
 from hosfl.protocol.seeds import direction_seeds, pool_seed
 from hosfl_kernels import SGD, AdamW
 
@@ -54,6 +54,28 @@ class Pool:
 
 
 @dataclass(frozen=True)
+class Measures:
+    """What a run took of its model's first weights, before they were put on the lattice. As JSON they are an object.
+
+    Weights that lie on it may measure otherwise: with one that was rounded up to a power of two it would be twice as
+    coarse. So whoever gets a base gets these with it. factors, quantum: as in a log's header. Raises ValueError.
+    """
+
+    factors: tuple[float, ...]
+    quantum: float | None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "factors", tuple(check_power_of_two(f, "a factor") for f in self.factors))
+        if self.quantum is not None:
+            object.__setattr__(self, "quantum", check_power_of_two(self.quantum, "the quantum"))
+            check_integer(Lattice(self.quantum).exponent, "the quantum's exponent", *EXPONENTS)
+
+    @property
+    def lattice(self) -> Lattice | None:
+        return None if self.quantum is None else Lattice(self.quantum)
+
+
+@dataclass(frozen=True)
 class Run:
     """What client and server agree on before round 0, beside the weights. It never travels again.
 
@@ -91,6 +113,10 @@ class Run:
             raise ValueError("a run has a lattice, where records are moves, or an update rule: one of them")
         if self.pool is not None and self.pool.size < self.directions:
             raise ValueError(f"cannot measure {self.directions} different directions of a pool of {self.pool.size}")
+
+    @property
+    def measures(self) -> Measures:
+        return Measures(self.factors, None if self.lattice is None else self.lattice.quantum)
 
     def seeds(self, round: int) -> Sequence[int]:
         """The seeds of the P directions of a round."""

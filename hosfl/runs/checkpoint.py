@@ -5,6 +5,7 @@ base.safetensors            the client half of round 0
 hosfl.log                   the client half of every later round
 provenance.json             what the run was made of, against which everything that is put together is checked
 lock                        of the process that is at work
+id.json                     the run's id, in hexadecimal digits
 epoch.json                  where weights travel whole: how often the run was resumed
 snapshot-*.safetensors      the server, every so many rounds
 """
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from hosfl.files import sync_folder, write_atomically, write_json
 from hosfl.probing.probe import trainable
 from hosfl.protocol.log import Header, Parameter
+from hosfl.protocol.provenance import new_id, read_id
 from hosfl.protocol.rebuild import base_digest
 from hosfl.protocol.rebuild import rebuild as rebuilt
 from hosfl.protocol.replica import Replica
@@ -66,6 +68,26 @@ def load_config(folder: Path) -> Config:
         return Config(**json.loads(path.read_bytes()))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a run's settings: {error}") from None
+
+
+def save_id(id: bytes, folder: Path) -> None:
+    """Write down a new run's id."""
+    write_json(folder / "id.json", id.hex())
+    sync_folder(folder)
+
+
+def load_id(folder: Path) -> bytes:
+    """The id of the run in a folder; a new one, where there is none: the run is of a version before there were any.
+
+    Raises ValueError naming the file for one that holds no id.
+    """
+    path = folder / "id.json"
+    if not path.exists():
+        save_id(new_id(), folder)
+    try:
+        return read_id(json.loads(path.read_bytes()))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not a run's id: {error}") from None
 
 
 def next_epoch(folder: Path) -> int:

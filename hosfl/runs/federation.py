@@ -12,10 +12,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 
 from hosfl.engines.engine import Engine, Reply
@@ -42,7 +43,7 @@ from hosfl.protocol.messages import (
     Statistics,
     Wire,
 )
-from hosfl.protocol.provenance import Provenance, open_log
+from hosfl.protocol.provenance import Provenance, new_id, open_log
 from hosfl.settings import Settings
 
 TRIES = 3  # asks for one cut: a client that is elsewhere, and one that then finds its half wrong, are asked again
@@ -53,6 +54,9 @@ log = logging.getLogger("hosfl.federation")
 @dataclass
 class Federation:
     """A server, its clients, and the engine between them.
+
+    id: random; no other run has it, and this one keeps it when it is resumed. Clients know by it whose weights theirs
+    are.
 
     make: a client that has applied nothing, by its number. base: the client half of round 0. observed: the client half
     of the moment, for evaluation. header: of the log, for methods that have one; see `open_log`. provenance: what the
@@ -99,6 +103,7 @@ class Federation:
     header: Header | None = None
     provenance: Provenance | None = None
     describe: Callable[[], tuple[Header | None, Provenance]] | None = None
+    id: bytes = field(default_factory=new_id)
 
     def __post_init__(self) -> None:
         self._here: dict[int, Endpoint] = {}
@@ -148,11 +153,11 @@ class Federation:
             self._in_vain.clear()
             losses = [loss]
             for exchange in range(first + 1, first + self.exchanges):
-                cuts = self._answers(multipliers, sent)
+                cuts = self._answers(multipliers)
                 with self._timed("server"):
                     multipliers, loss = self.server.step(exchange, cuts)
                 losses.append(loss)
-            answers = self._answers(multipliers, sent)
+            answers = self._answers(multipliers)
             with self._timed("server"):
                 self.server.commit(round, answers)
             answered = multipliers and self.server.ledger is not None
@@ -204,7 +209,7 @@ class Federation:
     ) -> dict[int, list[Message]]:
         """Adds what came to `found`; returns what to send those who said that they are elsewhere."""
         again: dict[int, list[Message]] = {}
-        wanted = {n: what(client=n, round=round, epoch=self.server.epoch) for n in asks}
+        wanted = {n: what(client=n, round=round, epoch=self.server.epoch, run=self._run) for n in asks}
         enough = self.enough if what is Invitation else None
         for client, message in self._replies({n: [*news, wanted[n]] for n, news in asks.items()}, ends):
             if isinstance(message, (Hello, Differs, Statistics)):
@@ -225,10 +230,9 @@ class Federation:
                 return {}
         return again
 
-    def _answers(self, multipliers: Mapping[int, Message], sent: Mapping[int, Message]) -> list[Message]:
-        """What clients answer to their multipliers. sent: the cuts of the round."""
-        # A late cut can be of this very round, which died once and began again: its sender may not be here.
-        asks = {n: [m] for n, m in multipliers.items() if n in sent and self.server.ledger is not None}
+    def _answers(self, multipliers: Mapping[int, Message]) -> list[Message]:
+        """What clients answer to their multipliers."""
+        asks = {n: [m] for n, m in multipliers.items() if self.server.ledger is not None}
         with self._timed("answers"):
             return self._all(asks)
 
@@ -315,7 +319,12 @@ class Federation:
         return self._here[number]
 
     def _endpoint(self, client: Client) -> Endpoint:
-        return Endpoint(client, self.exchanges, self.server.ledger is not None, bool(self.config.calibrate))
+        return Endpoint(client, self.exchanges, self.server.ledger is not None, bool(self.config.calibrate), self.id)
+
+    @property
+    def _run(self) -> NDArray[np.uint8]:
+        """The id as it travels."""
+        return np.frombuffer(self.id, np.uint8)
 
     def take(self, number: int) -> Client:
         """A client of this process, as it was when it was last here."""
@@ -338,7 +347,8 @@ class Federation:
         model's own stay, and a warning says so.
         """
         none = np.empty(0, np.float32)
-        asks = {n: [Calibration(client=n, round=0, epoch=self.server.epoch, statistics=none)] for n in self.invited(0)}
+        ask = Calibration(client=0, round=0, epoch=self.server.epoch, run=self._run, statistics=none)
+        asks = {n: [replace(ask, client=n)] for n in self.invited(0)}
         try:
             found = self._all(asks)
         finally:

@@ -32,14 +32,15 @@ from hosfl.halves.inputs import Inputs, call, evaluating, mask_of
 from hosfl.halves.split import dtype_of
 from hosfl.methods import METHODS, calibration, method_of
 from hosfl.methods.client import Client
-from hosfl.methods.endpoint import Endpoint
+from hosfl.methods.endpoint import AnotherRun, Endpoint
 from hosfl.methods.ho import ZerothOrderClient
 from hosfl.methods.ledger import SeedReplay
 from hosfl.methods.method import Setup
 from hosfl.named import absolute, named
 from hosfl.protocol.aggregate import AGGREGATIONS
 from hosfl.protocol.lattice import Lattice
-from hosfl.protocol.provenance import header_digest
+from hosfl.protocol.provenance import header_digest, read_id
+from hosfl.protocol.terms import Measures
 from hosfl.runs.assemble import base_of, client_of, halves_of, partition, rates_of
 from hosfl.runs.checkpoint import header_of
 from hosfl.runs.config import Config
@@ -50,7 +51,7 @@ from hosfl.tasks.items import Items, labels_beside, read, samples_of
 from hosfl.tasks.reading import DataError
 
 SAVED_EVERY = 60.0  # seconds: what was applied since is replayed
-KEPT_FORMAT = "1"
+KEPT_FORMAT = "2"
 log = logging.getLogger("hosfl.join")
 
 
@@ -73,11 +74,14 @@ def settings_of(offered: bytes, task: str = "", method: str = "", **local: Any) 
         labels: dict[str, Any] = {"shape": [int(size) for size in takes["shape"]], "real": bool(takes["real"])}
         for name in ("classes", "ignore_index"):
             labels[name] = None if takes[name] is None else int(takes[name])
+        id = read_id(run["id"])
+        measures = None if run["measures"] is None else Measures(**run["measures"])
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise (
             error if isinstance(error, JoinError) else JoinError(f"what the server offers is no run: {error!r}")
         ) from None
     told: dict[str, Any] = {"base": base, "log": header, "cut": cut, "labels": labels, "hosfl": str(run.get("hosfl"))}
+    told |= {"measures": measures, "id": id}
     for name, own in (("task", task), ("method", method)):
         theirs, (library, kind) = settings.get(name), OWN[name]
         told[name] = theirs
@@ -179,7 +183,7 @@ class Clients:
             raise JoinError("the base half has another SHA-256 than the run says: it was damaged, or is another run's")
         if own is not None:  # before the task looks at them, which does not know where they lie
             _check_labels(own, run, what)
-        self.config, self.task, self.own = config, make_task(config, own), own
+        self.config, self.task, self.own, self.id = config, make_task(config, own), own, run["id"]
         # Factors of adapters come with the base: no public samples are needed, and what is made of weights stands in.
         trains = "xs" + config.trains[3:] if config.trains.startswith("act:") else config.trains
         half = base_of(replace(config, trains=trains), halves_of(config, self.task), None).to(config.device)
@@ -192,15 +196,17 @@ class Clients:
             _check_labels(first, run, what)
         self.kind = method_of(config.method)
         setup = Setup(config, half, rates_of(self.task, config), AGGREGATIONS[config.aggregation], sample)
-        self.method = self.kind(setup)
+        setup.measures = run["measures"]
+        needed = "the same version, model, task and method are needed"
+        try:
+            self.method = self.kind(setup)
+        except ValueError as error:
+            raise JoinError(f"the half made here is not the server's: {error}: {needed}") from None
         self.follows = self.method.ledger is not None
         if isinstance(self.method.ledger, SeedReplay):
             settings = {**config.decisive(), **{name: run[name] for name in OWN}}
             if header_digest(header_of(self.method.ledger.run, half, settings)) != run["log"]:
-                raise JoinError(
-                    f"the half made here is not the server's (hosfl {run['hosfl']} there): the same version, model,"
-                    " task and method are needed"
-                )
+                raise JoinError(f"the half made here is not the server's (hosfl {run['hosfl']} there): {needed}")
         self.method.ledger = None  # and the server's replica with it
 
     def samples(self, number: int) -> Dataset | Items:
@@ -220,7 +226,7 @@ class Clients:
         client = client_of(self.method, number, half, data.to(config.device, dtype_of(half)), self.task)
         if isinstance(client, ZerothOrderClient):
             client.replica.base = self._base  # the half itself moves: its round 0 is in the file
-        return Endpoint(client, self.kind.exchanges(config), self.follows, bool(config.calibrate))
+        return Endpoint(client, self.kind.exchanges(config), self.follows, bool(config.calibrate), self.id)
 
     def _base(self) -> list[Tensor]:
         """What moves, at round 0."""
@@ -361,7 +367,7 @@ class Kept:
     """A client's state on disk, so that a restart need not replay the whole log. Losing it loses time alone."""
 
     def __init__(self, path: Path, run: dict[str, Any], client: Client) -> None:
-        self.path, self.of, self.client = path, str(run["log"]), client
+        self.path, self.of, self.client = path, run["id"].hex(), client
         self._saved = time.monotonic()
 
     def restore(self) -> None:
@@ -373,7 +379,7 @@ class Kept:
         try:
             with safe_open(self.path, "pt") as file:
                 told = file.metadata()
-                if told["format"] != KEPT_FORMAT or told["log"] != self.of or told["client"] != str(client.number):
+                if told["format"] != KEPT_FORMAT or told["run"] != self.of or told["client"] != str(client.number):
                     raise ValueError("it is of another run")
                 groups = [
                     [file.get_tensor(f"{group}.{n}") for n in range(len(replica.tensors))]
@@ -408,7 +414,7 @@ class Kept:
         }
         told = {
             "format": KEPT_FORMAT,
-            "log": self.of,
+            "run": self.of,
             "client": str(client.number),
             "applied": str(replica.applied),
             "epoch": str(replica.epoch),
@@ -449,6 +455,8 @@ def join(
 ) -> None:
     """Take part in a run until the line is closed. folder: this client's, where its base and its state are kept.
 
+    When the server comes with another run, the client takes part in that one.
+
     data: see `own_data`. task, method, model: where the run's are not the library's. Raises JoinError, and what data
     raise.
     """
@@ -456,23 +464,44 @@ def join(
     lock = FolderLock(folder, "client")
     try:
         local = {"data": data if is_task_data(data, task) else "", "model": model, "device": device}
-        run, config = settings_of(line.fetch("run"), task, method, **local)
-        own = own_data(data, config, run["cut"][0] if run["cut"] else 1)
-        base = base_half(line, run, folder / "base.safetensors")
-        clients = Clients(run, config, base, own, data or "the task's data")
-        endpoint = clients.endpoint(number, clients.samples(number), alone=True)
-        kept = Kept(folder / "state.safetensors", run, endpoint.client)
-        kept.restore()
-        log.info("client %d joins at round %d", number, endpoint.client.applied)
+
+        def joined() -> tuple[Endpoint, Kept]:
+            """This client in the run that is offered now."""
+            run, config = settings_of(line.fetch("run"), task, method, **local)
+            own = own_data(data, config, run["cut"][0] if run["cut"] else 1)
+            base = base_half(line, run, folder / "base.safetensors")
+            clients = Clients(run, config, base, own, data or "the task's data")
+            endpoint = clients.endpoint(number, clients.samples(number), alone=True)
+            kept = Kept(folder / "state.safetensors", run, endpoint.client)
+            kept.restore()
+            log.info("client %d joins at round %d", number, endpoint.client.applied)
+            return endpoint, kept
+
+        taken: list[tuple[Endpoint, Kept]] = [joined()]  # none, while another run is fetched
+        failed: list[Exception] = []
 
         def answer(ask: bytes) -> bytes:
-            said = endpoint.answer(ask)
-            kept.save(due=False)
+            try:
+                said = taken[0][0].answer(ask)
+            except AnotherRun:
+                log.info("client %d leaves its run: the server has begun another", number)
+                taken.clear()  # first: there may not be room for two
+                try:
+                    taken.append(joined())
+                except Exception as error:
+                    failed.append(error)  # the line would keep it to itself
+                    line.close()
+                    raise
+                said = taken[0][0].answer(ask)
+            taken[0][1].save(due=False)
             return said
 
         try:
             line.serve(answer)
         finally:
-            kept.save()
+            for _, kept in taken:
+                kept.save()
+        if failed:
+            raise failed[0]
     finally:
         lock.close()

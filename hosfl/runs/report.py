@@ -328,7 +328,7 @@ class Writer:
         """Leave the folder free, as a start that came to nothing does."""
         if self.folder is None or not self.mine:
             return
-        for name in (*RUN_FILES, "provenance.json", "base.safetensors", "status.json", "lock"):
+        for name in (*RUN_FILES, "provenance.json", "id.json", "base.safetensors", "status.json", "lock"):
             (self.folder / name).unlink(missing_ok=True)
         if self.board is not None:
             self.board.clear()

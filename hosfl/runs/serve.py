@@ -67,23 +67,26 @@ def offered(federation: Federation) -> dict[str, bytes]:
     """What a client fetches when it comes for the first time: the run, as JSON, and the base half, as safetensors.
 
     "cut" is the shape of one sample's cut; of texts, of the longest that the server takes. "labels" are those that
-    it takes.
+    it takes. "measures": see `Measures`; null where the method has no log.
 
     Running statistics that clients estimate are in neither: a client is told them when it takes part.
     """
     half = calibration.first(federation.base, federation.server.statistics)
     base = module_bytes(half)
     config, server, ledger = federation.config, federation.server, federation.server.ledger
-    log = ""
+    log, measures = "", None
     if isinstance(ledger, SeedReplay):
+        measures = asdict(ledger.run.measures)
         log = header_digest(header_of(ledger.run, half, config.decisive()))
     settings = {name: value for name, value in asdict(config).items() if name not in LOCAL}
     run = {
         "format": FORMAT,
+        "id": federation.id.hex(),
         "hosfl": version("hosfl"),
         "settings": settings,
         "base": hashlib.sha256(base).hexdigest(),
         "log": log,
+        "measures": measures,
         "cut": list(server.cut_shape),
         "labels": {
             "shape": list(server.label_shape),

@@ -21,7 +21,7 @@ from hosfl.protocol.provenance import Provenance
 from hosfl.protocol.terms import Diverged, NothingLearnt
 from hosfl.runs import snapshot
 from hosfl.runs.assemble import assemble, evaluate, for_clients
-from hosfl.runs.checkpoint import check_free, load_config, next_epoch, save_module
+from hosfl.runs.checkpoint import check_free, load_config, load_id, next_epoch, save_id, save_module
 from hosfl.runs.config import Config
 from hosfl.runs.federation import Federation
 from hosfl.runs.report import Evaluation, Summary, Writer
@@ -170,6 +170,7 @@ def train(
     try:
         if resume and folder is not None:
             writer.resume(federation.config, provenance_of(federation))
+            federation.id = load_id(folder)
             federation.open_log(folder)
             course.done = restore(federation, folder)
             save_module(federation.base, folder / "base.safetensors")
@@ -182,6 +183,7 @@ def train(
             first = course.evaluated()
             if folder is not None:
                 save_module(federation.base, folder / "base.safetensors")
+                save_id(federation.id, folder)
             writer.start(federation.config, provenance_of(federation))
             course.last = writer.add(first)
             if folder is not None:
