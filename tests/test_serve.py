@@ -9,6 +9,7 @@ import sys
 import threading
 from importlib.util import find_spec
 
+import numpy as np
 import pytest
 import shifted
 
@@ -152,6 +153,39 @@ def test_what_cannot_be(federation, tmp_path, capsys, words, status, says):
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("*.json"))
 
 
+def offering(federation):
+    """A server that offers a run and begins none, and who it is."""
+    from hosfl.engines.nats import NatsEngine
+    from hosfl.federation import Member
+
+    made, _ = assemble(Config(rounds=2, clients=3))
+    files = offered(made)
+    made.close()
+    member = Member.read(federation / "server")
+    engine = NatsEngine(f"tls://{member.address}", member.run, 3, member.context())
+    engine.offer(files)
+    return engine, member
+
+
+def test_wrong_data_end_the_command_with_status_2(federation, tmp_path):
+    engine, _ = offering(federation)
+    inputs = np.zeros((4, 1, 8, 8), np.float32)
+    np.savez(tmp_path / "classes.npz", inputs=inputs, labels=np.full(4, 10))
+    np.savez(tmp_path / "sizes.npz", inputs=inputs[..., 1:], labels=np.arange(4))
+    (tmp_path / "empty.npz").touch()
+    hosfl, environment = [sys.executable, "-W", "ignore", "-m", "hosfl.cli"], {**os.environ, "OMP_NUM_THREADS": "1"}
+    try:
+        for name, says in (("classes", "labels are from 10"), ("sizes", "cuts of shape"), ("empty", "is damaged")):
+            words = ["join", federation / "clients" / "0", "--data", tmp_path / f"{name}.npz"]
+            ended = subprocess.run([*hosfl, *words], env=environment, capture_output=True, text=True, timeout=60)
+            assert ended.returncode == 2
+            assert f"{name}.npz" in ended.stderr
+            assert says in ended.stderr
+            assert "Traceback" not in ended.stderr
+    finally:
+        engine.close()
+
+
 READING = """
 import time
 from pathlib import Path
@@ -173,19 +207,11 @@ def test_a_client_is_ended_by_a_signal(federation, tmp_path, number, status):
 
     One whose code keeps the interrupt to itself is ended by the second signal.
     """
-    from hosfl.engines.nats import NatsEngine
-    from hosfl.federation import Member
-
     alone = tmp_path / "alone"
     assert main(["federation", "create", str(alone), "--clients", "1", "--address", f"127.0.0.1:{free_port()}"]) == 0
     for name in ("mine", "other"):
         (tmp_path / f"{name}.py").write_text(READING)
-    made, _ = assemble(Config(rounds=2, clients=3))
-    files = offered(made)
-    made.close()
-    member = Member.read(federation / "server")
-    engine = NatsEngine(f"tls://{member.address}", member.run, 3, member.context())
-    engine.offer(files)
+    engine, member = offering(federation)
     joined = {
         "waits": [alone / "clients" / "0"],
         "reads": [federation / "clients" / "0", "--data", tmp_path / "mine.py:slowly"],

@@ -39,7 +39,7 @@ methods:
   first-order: {settings: {method: first-order}, grid: {client_rate: [1, 2.0]}}
 """
 FROZEN = "  frozen: {settings: {method: frozen}, grid: {server_rate: [0.05, 0.1]}}\n"
-MEASURED = ("seconds", "forward_seconds", "answer_seconds", "machine")
+MEASURED = ("seconds", "forward_seconds", "answer_seconds", "machine", "jobs")
 
 
 @pytest.fixture
@@ -102,6 +102,29 @@ def test_the_table(whole):
     assert rows["frozen"]["accuracy_gap_in_equal_seconds"] is not None
     assert "curves" not in row
     assert "multiplier down" not in rows["frozen"]["bytes_per_client_round"]
+
+
+def test_the_table_says_how_many_runs_were_made_at_a_time(tmp_path, whole):
+    shutil.copytree(whole, tmp_path / "study")
+
+    def jobs():
+        return {name: row["jobs"] for name, row in table(study, tmp_path / "study")["methods"].items()}
+
+    study = read_study(FILE + FROZEN)
+    assert jobs() == {"ho, fresh": [1], "first-order": [1], "frozen": [1]}
+    path = tmp_path / "study/runs/frozen/2.json"
+    path.unlink()
+    assert run_study(study, tmp_path / "study", 2)
+    assert jobs()["frozen"] == [1, 2]
+    for path in (tmp_path / "study/runs").glob("*/*.json"):  # as before results said it
+        run = json.loads(path.read_text())
+        del run["jobs"]
+        path.write_text(json.dumps(run))
+    assert run_study(study, tmp_path / "study")
+    assert {json.dumps(n) for n in jobs().values()} == {"[]"}
+    path.write_text(json.dumps({**run, "jobs": "two"}))
+    with pytest.raises(ValueError, match=r"its jobs cannot be 'two'"):
+        jobs()
 
 
 @pytest.mark.parametrize(("first", "share"), [(1, 0.4), (1.5, 0.2), (1.6, None)])  # 6 is between 8 and 4
@@ -565,6 +588,19 @@ def test_a_worker_that_the_system_kills(tmp_path, whole, file, monkeypatch, caps
         ("from: fresh", "from: old", r"^methods.ho, fresh.settings.directions_from: one of fresh"),
         ("method: first-order", "evaluate_on: test", "^methods.first-order.settings.evaluate_on: the study makes"),
         ("[1, 2.0]", "2.0", "^methods.first-order.grid.client_rate: a list is needed, got 2.0"),
+        *(
+            (
+                "client_rate: [1, 2.0]",
+                f"{name}: [{values}]",
+                f"^methods.first-order.grid.{name}: its trials would all be the same run: put one value into settings",
+            )
+            for name, values in {
+                "evaluate_every": "1, 2",
+                "keep": "1, 2",
+                "device": "cpu, cuda",
+                "data": "a, b",
+            }.items()
+        ),
         ("[1, 2.0]", "[1, 1.0]", "^methods.first-order.grid.client_rate: one value or more"),
         ("[1, 2.0]", "[1, big]", "^methods.first-order.grid.client_rate: a number or nothing is needed, got 'big'"),
         ("[1, 2.0]", "[1, -1]", "^methods.first-order: client_rate must be positive"),

@@ -47,11 +47,13 @@ from hosfl.runs.config import Config, all_with_shared, with_shared
 from hosfl.runs.memory import HALVES, client_memory
 from hosfl.runs.report import LOWER_IS_BETTER, Evaluation, gap_recovered, machine, metric
 from hosfl.runs.trainer import train
-from hosfl.settings import FIELDS, decisive, differences, typed
+from hosfl.settings import FIELDS, NEUTRAL, decisive, differences, typed
 from hosfl.tasks import make_task
 from hosfl.tasks.task import Task
 
 OWN = ("seed", "rounds", "evaluate_on")  # settings that the study itself makes
+# What no trial can choose: where a run computes or reads, what is kept, when one looks. A model is one that is there.
+NO_CHOICE = ("device", *(name for name in NEUTRAL if name != "model"))
 TUNING, FINAL = "tuning", "runs"  # the folders of the two phases
 QUANTITIES = ("accuracy", "loss")
 LONGEST_NAME = 255  # bytes of a file's name, on every file system in use
@@ -213,6 +215,8 @@ def _grid(says: Any, where: str) -> dict[str, list[Any]]:
         once = {json.dumps(value, sort_keys=True) for value in grid[name]}
         if not grid[name] or len(once) < len(grid[name]):
             raise ValueError(f"{where}.{name}: one value or more is needed, each once, got {values}")
+        if name in NO_CHOICE and len(grid[name]) > 1:
+            raise ValueError(f"{where}.{name}: its trials would all be the same run: put one value into settings")
     return grid
 
 
@@ -463,7 +467,7 @@ def _run(
             return False
         # A run that diverged has no summary that says it.
         made_of = {"settings": job.config.decisive(), "data": contents.data[_data(job.config)], "model": "", "log": ""}
-        contents.check(job, result := {"provenance": made_of, **result}, folder)
+        contents.check(job, result := {"provenance": made_of, "jobs": workers, **result}, folder)
         _write(folder / job.file, result)
         del left[job.file]
         took.setdefault(job.method, []).append(result["seconds"])
@@ -559,6 +563,8 @@ def held(job: Job, folder: Path) -> Result | None:
         _check(path, result, _GOOD)
     if "provenance" in result:  # results from before have none
         _check(path, result, {"provenance": _PROVENANCE})
+    if "jobs" in result:  # nor these
+        _check(path, result, {"jobs": int})
     was = decisive(result["config"])
     now = {"phase": job.phase, "method": job.method, "trial": job.trial}
     changed = differences({**{key: result[key] for key in now}, **was}, {**now, **job.config.decisive()})
@@ -663,7 +669,8 @@ def finals(study: Study, folder: Path) -> list[Job]:
 def table(study: Study, folder: Path) -> dict[str, Any]:
     """What the study found so far: a row per method of its final runs, and every trial.
 
-    Means are over the runs that did not fail; error: the standard error of a mean over seeds, None for one seed.
+    Means are over the runs that did not fail; error: the standard error of a mean over seeds, None for one seed. jobs:
+    of how many runs at a time the method's were; none where they were made before results said it.
     """
     tried = trials(study, folder)
     complete = len(tried) == sum(map(len, study.trials.values()))
@@ -703,6 +710,7 @@ def _row(study: Study, method: str, trial: int | None, runs: Sequence[Result]) -
     }
     for name in ("seconds", "forward_seconds", "answer_seconds"):
         row[name] = mean(run[name] for run in good) if good else None
+    row["jobs"] = sorted({run["jobs"] for run in good if "jobs" in run})  # at a time, which says what seconds are worth
     row["curves"] = [run["evaluations"] for run in good]
     row["replicas_equal"] = all(run["replicas"]["equal"] for run in good) if good else None
     return row
