@@ -155,6 +155,7 @@ def _serve(options: argparse.Namespace) -> int:
     engine = nats.NatsEngine(f"tls://{member.address}", member.run, config.clients, member.context())
     try:
         over = Over(engine, options.deadline, options.enough, options.least)
+        over.check(sum(not client.revoked for client in roster.clients[: config.clients]))
         return _run(options, config, out, over)
     finally:
         engine.close()

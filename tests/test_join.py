@@ -1,6 +1,7 @@
 """Clients that know of a run what a server offers, and nothing else."""
 
 import json
+import math
 import pickle
 import shutil
 import signal
@@ -592,10 +593,19 @@ def test_an_engine_takes_the_run_s_largest_message(tmp_path):
     assert engine.largest == federation.server.largest_message
 
 
-@pytest.mark.parametrize("wrong", [{"deadline": 0}, {"deadline": -1.0}, {"enough": 0}, {"least": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"deadline": 0}, {"deadline": -1.0}, {"deadline": math.inf}, {"enough": 0}, {"least": 0}]
+)
 def test_wrong_numbers(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         Over(Elsewhere(3), **wrong)
+
+
+@pytest.mark.parametrize("name", ["enough", "least"])
+def test_nobody_is_waited_for_who_cannot_come(name, tmp_path):
+    with pytest.raises(ValueError, match=f"{name} must be at most 3"):
+        train(Config(**SMALL), tmp_path / "run", over=Over(Elsewhere(3), **{name: 4}))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_elsewhere_needs_a_folder(tmp_path):

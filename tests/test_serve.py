@@ -90,7 +90,7 @@ def test_a_run_by_its_commands(federation, tmp_path):
     assert "Round 5 of 5, 3 clients" in (tmp_path / "run/report.html").read_text()
 
 
-def test_a_run_goes_on_with_its_own_clients(tmp_path):
+def test_a_run_goes_on_with_its_own_clients(tmp_path, capsys):
     """One that the federation was given meanwhile has no part in it."""
     address = f"127.0.0.1:{free_port()}"
     assert main(["federation", "create", str(tmp_path / "fed"), "--clients", "2", "--address", address]) == 0
@@ -99,6 +99,11 @@ def test_a_run_goes_on_with_its_own_clients(tmp_path):
     assert main(["federation", "add", str(tmp_path / "fed")]) == 0
     assert main(["serve", str(tmp_path / "fed/server"), "--resume", str(tmp_path / "run")]) == 0
     assert load_config(tmp_path / "run").clients == 2
+    # Nor are those counted, or one that was revoked, whom it could wait for.
+    assert main(["federation", "revoke", str(tmp_path / "fed"), "0"]) == 0
+    with pytest.raises(SystemExit):
+        main(["serve", str(tmp_path / "fed/server"), "--resume", str(tmp_path / "run"), "--least", "2"])
+    assert "least must be at most 1, the clients that may be here, got 2" in capsys.readouterr().err
 
 
 def test_a_run_whose_cuts_are_larger_than_an_engine_takes_of_itself(tmp_path):
@@ -127,7 +132,11 @@ def test_a_run_whose_cuts_are_larger_than_an_engine_takes_of_itself(tmp_path):
         (["serve", "FED/clients/0", "--out", "RUN"], 2, "the folder of client 0"),
         (["serve", "FED", "--out", "RUN"], 2, "FED has no"),
         (["serve", "FED/server", "--out", "RUN", "--enough", "0"], 2, "enough must be at least 1"),
+        (["serve", "FED/server", "--out", "RUN", "--enough", "4"], 2, "enough must be at most 3, the clients that may"),
+        (["serve", "FED/server", "--out", "RUN", "--least", "4"], 2, "least must be at most 3, the clients that may"),
         (["serve", "FED/server", "--out", "RUN", "--deadline", "0"], 2, "deadline must be"),
+        (["serve", "FED/server", "--out", "RUN", "--deadline", "inf"], 2, "deadline must be"),
+        (["serve", "FED/server", "--out", "RUN", "--deadline", "nan"], 2, "deadline must be"),
         (["serve", "FED/server", "--out", "RUN", "--calibrate", "2"], 2, "running statistics"),
         (["serve", "FED/server", "--out", "RUN", "--broker", "OTHER"], 2, "names no certificate"),
         (["join", "FED/server"], 2, "the server's folder"),

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from hosfl.runs.federation import Federation
 
 FORMAT = 3  # of what is offered
+LONGEST = 7 * 24 * 3600  # seconds of a deadline: platforms wait for some weeks at most, and for infinity not at all
 LOCAL = ("data", "model", "device", "evaluate_every", "snapshot_every", "keep")  # settings that are a machine's own
 
 
@@ -47,14 +48,24 @@ class Over:
     patient: bool = True
 
     def __post_init__(self) -> None:
-        if self.deadline is not None and not self.deadline > 0:
-            raise ValueError(f"deadline must be a positive number of seconds, got {self.deadline}")
+        if self.deadline is not None and not 0 < self.deadline <= LONGEST:
+            raise ValueError(f"deadline must be a positive number of seconds, at most {LONGEST}, got {self.deadline}")
         for name in ("enough", "least"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 
+    def check(self, clients: int) -> None:
+        """Raises ValueError where more clients are waited for than can ever be here."""
+        for name in ("enough", "least"):
+            if (value := getattr(self, name)) is not None and value > clients:
+                raise ValueError(f"{name} must be at most {clients}, the clients that may be here, got {value}")
+
     def reach(self, federation: Federation) -> None:
-        """Let the federation's messages go through the engine, and offer clients what they begin with."""
+        """Let the federation's messages go through the engine, and offer clients what they begin with.
+
+        Raises ValueError as `check` does.
+        """
+        self.check(federation.config.clients)
         files = offered(federation)
         engine = self.engine(files, federation.config.clients) if callable(self.engine) else self.engine
         engine.limit(federation.server.largest_message)
