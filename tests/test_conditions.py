@@ -105,6 +105,18 @@ def test_a_thread_inside_a_module_leaves_nothing_behind():
     assert conditions._modules == []
 
 
+def test_inside_a_module_nothing_is_watched():
+    """torch.compile looks at `nn.Module.__call__` there, and knows no other."""
+    original, seen = nn.Module.__call__, []
+
+    class Looks(nn.Module):
+        def forward(self):
+            seen.append(nn.Module.__call__)
+
+    step(Conditions(), Looks(), evaluations=1)
+    assert seen == [original]
+
+
 def test_what_is_called_within_a_module_is_seen_as_its_part():
     conditions, outer = Conditions(), nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     step(conditions, lambda: (outer(torch.zeros(1, 2)), outer[1](torch.zeros(1))))

@@ -143,8 +143,20 @@ def _of_torch(kinds: Collection[str]) -> list[_Generator]:
 # By thread, what it has called since it began to watch. Of a thread that is inside a module there is no entry.
 _watching: dict[int, list[nn.Module]] = {}
 _changing = threading.Lock()
-_watchers = 0
+_outside = 0  # threads that watch, and are inside no module
 _original = nn.Module.__call__
+
+
+def _count_outside(change: int) -> None:
+    """While there are any `nn.Module.__call__` is another function. Inside a module torch.compile may look at it."""
+    global _outside, _original
+    with _changing:
+        if not _outside:
+            _original = nn.Module.__call__
+            nn.Module.__call__ = _call_watched  # type: ignore[method-assign]
+        _outside += change
+        if not _outside:
+            nn.Module.__call__ = _original  # type: ignore[method-assign]
 
 
 def _call_watched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -152,9 +164,11 @@ def _call_watched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if called is None:
         return _original(module, *args, **kwargs)
     called.append(module)
+    _count_outside(-1)
     try:
         return _original(module, *args, **kwargs)
     finally:
+        _count_outside(+1)
         _watching[threading.get_ident()] = called
 
 
@@ -162,25 +176,16 @@ def _call_watched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _calls() -> Iterator[list[nn.Module]]:
     """The modules that this thread calls in the block, but for those called within others.
 
-    Not by torch's global hooks: torch.compile guards on them, and would compile every model a second time. While any
-    thread watches, `nn.Module.__call__` is another function.
+    Not by torch's global hooks: torch.compile guards on them, and would compile every model a second time.
     """
-    global _watchers, _original
     thread, called = threading.get_ident(), list[nn.Module]()
     before = _watching.get(thread)
-    with _changing:
-        if not _watchers:
-            _original = nn.Module.__call__
-            nn.Module.__call__ = _call_watched  # type: ignore[method-assign]
-        _watchers += 1
+    _count_outside(+1)
     _watching[thread] = called
     try:
         yield called
     finally:
         _watching.pop(thread, None)
+        _count_outside(-1)
         if before is not None:
             _watching[thread] = before
-        with _changing:
-            _watchers -= 1
-            if not _watchers:
-                nn.Module.__call__ = _original  # type: ignore[method-assign]
