@@ -365,7 +365,7 @@ def test_what_a_graph_captures(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes the tables of a call before, and they live as long as the process; each once."""
     launch = importlib.import_module("hosfl_kernels.gpu.launch")
     monkeypatch.setattr(launch, "captured", {})
-    # Another test's tensor may have lain where x will: what was remembered of it would be taken, and be in no new `latest`.
+    # Another test's tensor may have lain where x will: it would be remembered, and yet in no new `latest`.
     monkeypatch.setattr(launch, "latest", type(launch.latest)())
     launch.remembered.cache_clear()
     x = weights(10)
