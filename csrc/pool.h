@@ -28,8 +28,8 @@ class Pool {
   }
 
   // From now on `run` takes OpenMP's threads, if the process has loaded an OpenMP for all to see, as torch does on Linux.
-  // After each op those wait for the next one by spinning, for milliseconds: threads of our own beside them would get half
-  // of the processors. Not in a forked child: OpenMP's are gone there, it does not know, and waits for them for ever.
+  // After each op those wait for the next one by spinning, and threads of our own would share the processors with them.
+  // Not in a forked child: OpenMP's are gone there, it does not know, and waits for them for ever.
   bool join_openmp() {
     if (!forked()) openmp_ = reinterpret_cast<Region>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));  // LLVM's has one, too
     return openmp_ != nullptr;

@@ -227,7 +227,7 @@ def table_of(values: Table, name: str, shape: tuple[int, int], numpy: bool) -> N
 
 
 def factors_of(factors: Sequence[float] | None, n: int) -> list[float]:
-    factors = [1.0] * n if factors is None or not len(factors) else list(factors)
+    factors = _listed(factors) or [1.0] * n
     for t, factor in enumerate(factors):
         if not (2.0**-100 <= factor <= 2.0**100 and math.frexp(factor)[0] == 0.5):
             raise ValueError(f"factors[{t}] must be a power of two between 2^-100 and 2^100, got {factor}")

@@ -21,9 +21,18 @@ def call(module: nn.Module, inputs: Inputs) -> Any:
     return module(*inputs) if isinstance(inputs, tuple) else module(inputs)
 
 
-def copied(given: Any) -> Any:
+def cloned(given: Any) -> Any:
     """The same, of copies of all tensors in it."""
     return tree_map_only(Tensor, torch.clone, given)
+
+
+def alike(a: Tensor, b: Tensor) -> bool:
+    """Whether two passes gave the same: to the bit, NaN included; on a GPU, where a sum may take another order every
+    time, within a few units in the last place."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    rounding = 0.0 if a.device.type == "cpu" else 16 * torch.finfo(a.dtype).eps * float(a.abs().max())
+    return torch.allclose(a, b, rtol=0.0, atol=rounding, equal_nan=True)
 
 
 def mask_of(inputs: Inputs) -> Tensor | None:

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from hosfl.halves.chain import CutError
 from hosfl.halves.families import tensor_of
-from hosfl.halves.inputs import Inputs, accelerators, call, copied, unchanged
+from hosfl.halves.inputs import Inputs, accelerators, alike, call, cloned, unchanged
 
 
 class ExampleError(ValueError):
@@ -63,7 +63,7 @@ def verify_halves(model: nn.Module, halves: Any, inputs: Inputs) -> None:
         raise
     except Exception as error:
         raise CutError(f"the halves of {_name(model)} do not run: {type(error).__name__}: {error}") from error
-    if not _equal(whole.output, parts.output):
+    if not alike(whole.output, parts.output):
         where = _first_difference(model, halves, undisturbed, set(owned.values()))
         raise CutError(f"the halves are not {_name(model)}: {_distance(whole.output, parts.output)}; {where}")
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
@@ -187,15 +187,7 @@ def _undisturbed(modules: set[nn.Module], inputs: Inputs) -> Iterator[Inputs]:
             module.training = not isinstance(module, nn.modules.batchnorm._NormBase)
         with torch.inference_mode(False), torch.enable_grad(), _OneSeed(accelerators(modules)[0]):
             # In here: what was made in inference mode can have no gradient behind it.
-            yield copied(inputs)
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if a.device.type == "cpu":
-        return torch.equal(a, b)
-    return bool((a - b).abs().max() <= 16 * torch.finfo(a.dtype).eps * a.abs().max())
+            yield cloned(inputs)
 
 
 def _distance(a: Tensor, b: Tensor) -> str:

@@ -78,7 +78,7 @@ from hosfl.probing.conditions import Conditions
 from hosfl.probing.displaced import Displacement, casts_forgotten, displaced, refuse_writers, uninterrupted
 from hosfl.protocol.aggregate import RunningLength
 from hosfl.protocol.lattice import COARSER, STEPS, Lattice
-from hosfl.protocol.log import EXPONENTS, check_choice, check_integer, check_keys, check_power_of_two
+from hosfl.protocol.log import check_choice, check_integer, check_keys, check_quantum
 from hosfl.protocol.seeds import Purpose, round_seed
 from hosfl_kernels import SGD, derive, perturb_, replay_
 
@@ -999,8 +999,7 @@ class ZOSGD(torch.optim.Optimizer):
         for number, quantum in quanta.items() if isinstance(quanta, dict) else enumerate(quanta):
             if quantum is not None:
                 n = check_integer(number, "the number of a parameter", 0, last)
-                run["quanta"][n] = check_power_of_two(quantum, f"the quantum of parameter {n}")
-                check_integer(Lattice(quantum).exponent, "the quantum's exponent", *EXPONENTS)
+                run["quanta"][n] = check_quantum(quantum, f"the quantum of parameter {n}")
         return run
 
     def _check_shapes(self, shapes: list[list[int]] | None, saved: list[dict[str, Any]]) -> None:

@@ -26,13 +26,12 @@ from hosfl.probing.displaced import uninterrupted
 from hosfl.protocol.lattice import STEPS, Lattice
 from hosfl.protocol.log import (
     DISTRIBUTIONS,
-    EXPONENTS,
     LogError,
     check_choice,
     check_integer,
     check_keys,
     check_number,
-    check_power_of_two,
+    check_quantum,
     check_sha256,
 )
 from hosfl.protocol.replica import digest
@@ -395,8 +394,7 @@ def _chapter(
     for put in _sequence(values["puts"], f"{what}: puts"):
         quantum, listed = _items(put, 2, f"{what}: a put")
         numbers = _numbers(listed, f"{what}: a put", parameters, ("torch.float32",))
-        quantum = check_power_of_two(quantum, f"{what}: quantum")
-        check_integer(Lattice(quantum).exponent, f"{what}: the quantum's exponent", *EXPONENTS)
+        quantum = check_quantum(quantum, f"{what}: quantum")
         puts.append((quantum, numbers))
         lattices.update(dict.fromkeys(numbers, quantum))
     if values["groups"] is None and before is not None and not (exact or before.exact):

@@ -58,7 +58,6 @@ class Conditions:
 
     def __init__(self) -> None:
         self._slow: Collection[_Generator] = SLOW
-        self._steps = 0
         self._modules: list[nn.Module] | None = None  # None: no evaluation was seen
         self._seen: dict[Place, None] = {}  # where an evaluation changed a buffer
 
@@ -88,10 +87,9 @@ class Conditions:
             raise
         if after is not None:
             _put(generators, after)
-            if not self._steps:
+            if self._slow is SLOW:
                 states = zip(generators, before.generators, after.generators, strict=True)
                 self._slow = [g for g, a, b in states if g in self._slow and not g.equal(a, b)]
-            self._steps += 1
 
     def _watched(self, closure: Closure) -> Any:
         """A step's first evaluation: which modules it calls, or which of their buffers it changes."""

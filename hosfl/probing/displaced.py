@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_map
 from hosfl.halves.inputs import Inputs, call, evaluating
 from hosfl_kernels import perturb_
 
-# Numbers in an embedding's table from which on gathering and moving the rows of a batch (0.2 ms) costs less than moving
-# the whole table and back.
+# Numbers in an embedding's table from which on gathering and moving the rows of a batch costs less than moving the
+# whole table and back.
 LARGE = 1 << 20
 
 

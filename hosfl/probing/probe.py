@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -109,6 +109,12 @@ def probe_in_place(
     moved = moved.some([t for t, p in enumerate(parameters) if id(p) not in by_row])
     standing: list[tuple[int, float]] = []  # seed and distance of where the weights stand: one at most
 
+    def rows(seed: int, step: float) -> AbstractContextManager[None]:
+        if not looked_up.tensors:
+            return nullcontext()
+        moves = Displacement(looked_up.tensors, looked_up.streams, seed, step, "rademacher", looked_up.factors)
+        return displaced(tables, moves)
+
     def move(to: list[tuple[int, float]]) -> None:
         seeds = [seed for seed, _ in standing + to]
         steps = [-step for _, step in standing] + [step for _, step in to]
@@ -118,8 +124,7 @@ def probe_in_place(
 
     def output(seed: int, step: float) -> Tensor:
         move([(seed, step)])
-        rows = Displacement(looked_up.tensors, looked_up.streams, seed, step, "rademacher", looked_up.factors)
-        with casts_forgotten(), displaced(tables, rows):
+        with casts_forgotten(), rows(seed, step):
             return forward()
 
     try:

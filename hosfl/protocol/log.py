@@ -78,6 +78,7 @@ FIELDS = struct.Struct("<BHI")
 RATE = struct.Struct("<f")
 CHAIN = 8
 EXPONENT = struct.Struct("<h")
+LAST_EPOCH = 2**16 - 1  # that records and messages have room for
 EXPONENTS = -149, 103  # of a quantum of float32 weights: it is a float32 number, and 2^24 of them still are
 ROUND, EPOCH, DIGEST, COARSER_ROUND = 1, 2, 3, 4
 DISTRIBUTIONS = ("rademacher", "gaussian")
@@ -114,6 +115,13 @@ def check_power_of_two(value: Any, what: str) -> float:
     if number <= 0 or math.frexp(number)[0] != 0.5:
         raise LogError(f"{what} must be a power of two, not {number!r}")
     return number
+
+
+def check_quantum(value: Any, what: str) -> float:
+    """Of a lattice of float32 weights."""
+    quantum = check_power_of_two(value, what)
+    check_integer(math.frexp(quantum)[1] - 1, f"{what}: the quantum's exponent", *EXPONENTS)
+    return quantum
 
 
 def check_choice(value: Any, what: str, choices: tuple[str, ...]) -> str:
@@ -355,8 +363,7 @@ class RoundRecord:
         if not participants and coefficients.any():
             raise LogError("nobody took part, but not all coefficients are zero")
         if self.quantum is not None:
-            exponent = math.frexp(check_power_of_two(self.quantum, "quantum"))[1] - 1
-            check_integer(exponent, "the quantum's exponent", *EXPONENTS)
+            check_quantum(self.quantum, "the quantum")
         _set(self, rate=_rate(self.rate), coefficients=coefficients, participants=participants, **_when(self))
 
     def __eq__(self, other: object) -> bool:
@@ -397,7 +404,7 @@ AnyRecord = TypeVar("AnyRecord", RoundRecord, Record)
 
 def _when(record: Record) -> dict[str, int]:
     return {
-        "epoch": check_integer(record.epoch, "epoch", 0, 2**16 - 1),
+        "epoch": check_integer(record.epoch, "epoch", 0, LAST_EPOCH),
         "round": check_integer(record.round, "round", 0, 2**32 - 1),
     }
 

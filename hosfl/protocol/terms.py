@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hosfl.protocol.lattice import Lattice, spread
-from hosfl.protocol.log import EXPONENTS, Header, LogError, check_integer, check_number, check_power_of_two
+from hosfl.protocol.log import Header, LogError, check_number, check_power_of_two, check_quantum
 from hosfl.protocol.seeds import direction_seeds, pool_seed
 from hosfl_kernels import SGD, AdamW
 
@@ -67,8 +67,7 @@ class Measures:
     def __post_init__(self) -> None:
         object.__setattr__(self, "factors", tuple(check_power_of_two(f, "a factor") for f in self.factors))
         if self.quantum is not None:
-            object.__setattr__(self, "quantum", check_power_of_two(self.quantum, "the quantum"))
-            check_integer(Lattice(self.quantum).exponent, "the quantum's exponent", *EXPONENTS)
+            object.__setattr__(self, "quantum", check_quantum(self.quantum, "the quantum"))
 
     @property
     def lattice(self) -> Lattice | None:
@@ -186,7 +185,7 @@ def run_of(header: Header) -> Run:
             blocks=tuple(Block(tuple(b["tensors"]), b["directions"]) for b in header.blocks),
         )
         if run.lattice is not None:
-            check_integer(run.lattice.exponent, "the quantum's exponent", *EXPONENTS)
+            check_quantum(run.lattice.quantum, "the quantum")
             run.lattice.nearest(run.mu)
     except (ArithmeticError, TypeError, ValueError, KeyError) as error:
         raise LogError(f"the log's header makes no run: {error}") from error

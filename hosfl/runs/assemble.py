@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from hosfl.halves.adapters import factors
-from hosfl.halves.inputs import Inputs, call, copied, evaluating
+from hosfl.halves.inputs import Inputs, alike, call, cloned, evaluating
 from hosfl.halves.narrow import narrowed
 from hosfl.halves.split import SplitModel, dtype_of
 from hosfl.halves.trains import moving_only
@@ -196,10 +196,10 @@ def _tried(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tuple[
     inputs and weights.
     """
     sample = read(data[torch.arange(min(2, len(data)))])  # a copy; two, so that a loss per sample shows
-    given = copied(sample.inputs)
+    given = cloned(sample.inputs)
     with evaluating(model):
-        cut = copied(call(model.client, given))  # it may be what the next pass writes
-        again, output = call(model.client, given), model(copied(sample.inputs))
+        cut = cloned(call(model.client, given))  # it may be what the next pass writes
+        again, output = call(model.client, given), model(cloned(sample.inputs))
         for of, found in (("the cut", cut), ("the output", output)):
             if not isinstance(found, Tensor) or found.shape[:1] != (len(sample),):
                 raise TypeError(
@@ -207,7 +207,7 @@ def _tried(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tuple[
                     " samples"
                 )
         loss = task.loss(output, sample.labels)
-    if not _equal(cut, again):
+    if not alike(cut, again):
         if digest(given) != digest(sample.inputs):
             raise ValueError(
                 "the client half writes into its inputs, so that the next pass of a batch sees another: let it compute"
@@ -222,13 +222,6 @@ def _tried(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tuple[
             f"the loss of a batch is {_told(loss)}: a tensor of one element, the mean over the batch, is needed"
         )
     return tuple(cut.shape[1:]), sample
-
-
-def _equal(one: Tensor, other: Tensor) -> bool:
-    """Whether two cuts are the same: on a GPU, where a sum may take another order every time, up to rounding."""
-    exact = one.device.type == "cpu"
-    rounding = 0.0 if exact else 16 * torch.finfo(one.dtype).eps * float(one.abs().max())
-    return one.shape == other.shape and torch.allclose(one, other, rtol=0.0, atol=rounding, equal_nan=True)
 
 
 def _told(value: Any) -> str:

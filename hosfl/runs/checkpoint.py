@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from hosfl.files import sync_folder, write_atomically, write_json
 from hosfl.probing.probe import trainable
-from hosfl.protocol.log import Header, Parameter
+from hosfl.protocol.log import LAST_EPOCH, Header, Parameter
 from hosfl.protocol.provenance import new_id, read_id
 from hosfl.protocol.rebuild import base_digest
 from hosfl.protocol.rebuild import rebuild as rebuilt
@@ -46,7 +46,6 @@ def save_config(config: Settings, folder: Path) -> None:
     write_json(folder / "config.json", asdict(config))
 
 
-LAST_EPOCH = 2**16 - 1  # that a message has room for
 RUN_FILES = ("config.json", "hosfl.log", "summary.json", "metrics.jsonl")
 
 

@@ -264,7 +264,11 @@ class Task:
 
 
 def _untied(halves: SplitModel) -> SplitModel:
-    """The halves, of which the server's has its own copy of every parameter and buffer that both had, as of `split`."""
+    """The halves, of which the server's has its own copy of every parameter and buffer that both had, as of `split`.
+
+    `split` keeps the model's own modules, and copies those above such a weight alone; these halves may be anything, so
+    that all modules are copied, each knowing its own again.
+    """
     mine = {*halves.client.parameters(), *halves.client.buffers()}
     server = {*halves.server.parameters(), *halves.server.buffers()}
     if mine & server:
