@@ -18,8 +18,8 @@ from hosfl import Config, Task, rebuild, train
 from hosfl.engines.engine import Reply
 from hosfl.engines.in_process import InProcess
 from hosfl.methods import METHODS, calibration
-from hosfl.methods.endpoint import AnotherRun, Endpoint
 from hosfl.methods.tensors import decoded as decode
+from hosfl.protocol.endpoint import AnotherRun, Endpoint
 from hosfl.protocol.messages import (
     Calibration,
     Complaint,

@@ -42,6 +42,7 @@ from hosfl.protocol.messages import (
     PoolMoves,
     ProbedCut,
     Records,
+    Refusal,
     Scalars,
     Statistics,
     Trained,
@@ -253,7 +254,7 @@ class Stage:
             Statistics(**here, statistics=torch.empty(0), samples=none),
             *(Calibration(**here, statistics=torch.rand(4)), Calibration(**here, statistics=torch.empty(0))),
             *(Invitation(**here), Audit(**here), Audited(**here, digest=known)),
-            Complaint(**here, text=torch.zeros(3, dtype=torch.uint8)),
+            *(kind(**here, text=torch.zeros(3, dtype=torch.uint8)) for kind in (Complaint, Refusal)),
         ]
         assert {type(m) for m in messages} == set(MESSAGES.values())
         return [encode(m) for m in messages]

@@ -12,7 +12,18 @@ from hosfl import Task
 from hosfl.engines.engine import Reply
 from hosfl.engines.in_process import InProcess
 from hosfl.methods.tensors import decoded
-from hosfl.protocol.messages import Audited, Complaint, Cut, Hello, Invitation, Scalars, encode, unpack
+from hosfl.protocol.messages import (
+    Audited,
+    Complaint,
+    Cut,
+    Hello,
+    Invitation,
+    Refusal,
+    Scalars,
+    encode,
+    text_of,
+    unpack,
+)
 from hosfl.runs.assemble import assemble
 from hosfl.runs.config import Config
 
@@ -176,6 +187,39 @@ def test_labels_of_which_no_loss_can_be_made_are_refused(loss, way):
     server = found[0].server
     assert server.refusals == 3
     assert all(what.isprintable() and f"client {LIAR}: nothing can be learnt" in what for what in server.refused)
+
+
+def scalars_that_are_none(ask, honest):
+    said = decoded(honest)
+    return encode(replace(said, scalars=said.scalars * float("nan"))) if isinstance(said, Scalars) else honest
+
+
+WHY = {
+    "of a cut": (in_another_round, "Cut of round 1, epoch 0"),
+    "of scalars": (scalars_that_are_none, "infinite or NaN scalars"),
+    "of bytes": (lambda ask, honest: b"rubbish", "7 bytes are too few for a header of 20"),
+}
+
+
+@pytest.mark.parametrize("what", WHY)
+def test_who_is_refused_is_told_why_in_the_next_round(what):
+    lie, why = WHY[what]
+    federation, _ = assemble(Config(**SMALL, rounds=3))
+    told = dict.fromkeys(range(3), ())
+
+    def answer(number, data):
+        told[number] += tuple(m for m in map(decoded, unpack(data)) if isinstance(m, Refusal))
+        honest = federation.endpoint(number).answer(data)
+        return lie(data, honest) if number == LIAR and round == 0 else honest
+
+    federation.engine = InProcess(answer, 3)
+    for round in range(3):
+        federation.round(round)
+        assert len(told[LIAR]) == (round > 0)
+    assert federation.server.refusals >= 1
+    assert [(m.client, m.round, text_of(m)) for m in told[LIAR]] == [(LIAR, 1, why)]
+    assert told[0] == told[1] == ()
+    assert federation.took_part == [0, 1, 2]
 
 
 @pytest.mark.parametrize("grouped", [False, True])

@@ -22,7 +22,7 @@ from hosfl.files import RunFolderError
 from hosfl.methods import METHODS
 from hosfl.methods.ho import make_run
 from hosfl.named import named
-from hosfl.protocol.messages import Invitation, encode, pack
+from hosfl.protocol.messages import Hello, Invitation, Refusal, decode, encode, pack, text_array, unpack
 from hosfl.protocol.terms import NothingLearnt
 from hosfl.runs import trainer
 from hosfl.runs.assemble import assemble
@@ -364,6 +364,21 @@ def asks(files, number):
     """The ask of a server that does not know where the client is."""
     id = np.frombuffer(bytes.fromhex(json.loads(files["run"])["id"]), np.uint8)
     return pack([encode(Invitation(client=number, round=0, run=id))])
+
+
+def test_why_the_server_refuses_is_in_the_client_s_log_once(run, tmp_path, caplog):
+    ask = unpack(asks(run.files, 1))
+
+    def after(*reasons):
+        return pack([*(encode(Refusal(client=1, round=0, text=text_array(why))) for why in reasons), *ask])
+
+    line = Direct(run.files, [after(why) for why in ("a second cut", "a second cut", "labels\nof 9", "a second cut")])
+    join(line, 1, tmp_path)
+    assert {type(decode(said)) for said in line.heard} == {Hello}
+    says = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    refuses = "the server refuses what client 1 sends: "
+    assert says == [refuses + why for why in ("a second cut", "labels?of 9", "a second cut")]
+    assert encode(Refusal(client=1, round=0, text=text_array("long" * 999))).count(b"long") == 250
 
 
 def test_the_base_is_fetched_once(run, tmp_path):

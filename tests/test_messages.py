@@ -28,6 +28,7 @@ from hosfl.protocol.messages import (
     PoolMoves,
     ProbedCut,
     Records,
+    Refusal,
     Scalars,
     Statistics,
     Trained,
@@ -80,6 +81,7 @@ EXAMPLES = [
     Complaint(client=1, round=7, text=torch.tensor([110, 111], dtype=torch.uint8)),
     Audit(client=1, round=7, run=RUN),
     Audited(client=1, round=7, digest=torch.arange(8).int()),
+    Refusal(client=1, round=7, text=torch.tensor([110, 111], dtype=torch.uint8)),
     Statistics(client=1, round=0, statistics=torch.empty(0), samples=NO_DIGEST),
     Calibration(client=1, round=0, run=RUN, statistics=torch.empty(0)),
 ]

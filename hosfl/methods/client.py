@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hosfl.halves.inputs import Batch, Inputs, call, evaluating
 from hosfl.methods import calibration
+from hosfl.methods.tensors import decoded
 from hosfl.methods.travel import packed, unpacked
 from hosfl.protocol.messages import (
     Calibration,
@@ -103,6 +104,10 @@ class Client:
             raise MessageError(f"client {self.number} has its statistics already")
         calibration.load(self.half, message.statistics)
         self.calibrated = True
+
+    def decoded(self, data: bytes) -> Message:
+        """The message of bytes from the wire, its arrays as tensors. Raises MessageError."""
+        return decoded(data)
 
     def hello(self) -> Hello:
         """Ask for everything after the last round applied."""

@@ -27,7 +27,9 @@ from hosfl.protocol.messages import (
     Message,
     MessageError,
     Multiplier,
+    Refusal,
     Statistics,
+    text_array,
 )
 from hosfl.protocol.seeds import Purpose, generator, round_seed
 
@@ -75,7 +77,8 @@ class Server:
     them in turn, and neither clip nor mean guards them: one liar's cut can spoil them all.
 
     Whatever comes from a client goes through `receive`, `step` or `commit`, which refuse what is not exactly right; a
-    refused message changes nothing. refused: the reasons, the first thousand of them; refusals: how many there were.
+    refused message changes nothing. refused: the reasons, the first thousand of them; refusals: how many there were;
+    unsaid: the last reason of each client that has not been told of it.
     differed: clients that found their half wrong, and when, the first thousand; differences: how many. learnt: cuts
     that were learnt from. passes: samples that went forward and backward through either half so far; clients count
     theirs in the same place.
@@ -105,6 +108,7 @@ class Server:
     wire: str = "float32"
     refused: list[str] = field(default_factory=list)
     refusals: int = 0
+    unsaid: dict[int, str] = field(default_factory=dict)
     differed: list[str] = field(default_factory=list)
     differences: int = 0
     learnt: int = 0
@@ -129,7 +133,7 @@ class Server:
             numbers += self.ledger.largest_answer
         if self.statistics is not None:
             numbers += len(self.statistics.values)
-        self.largest_message = 4 * numbers + 2048  # of which a complaint may take half
+        self.largest_message = 4 * numbers + 2048  # a complaint is at most half of that
 
     @property
     def epoch(self) -> int:
@@ -150,14 +154,24 @@ class Server:
             if client is not None and message.client != client:
                 raise MessageError(f"it says that it is client {message.client}'s")
         except MessageError as error:
-            self._refuse("bytes from the wire" if client is None else f"bytes of client {client}", error)
+            self._refuse("bytes from the wire" if client is None else f"bytes of client {client}", client, error)
             return None
         return message
 
-    def _refuse(self, what: str, error: MessageError) -> None:
+    def _refuse(self, what: str, client: int | None, error: MessageError) -> None:
+        """Say of a message why it is refused. client: whose it is, where that is known."""
         self.refusals += 1
         if len(self.refused) < KEPT:
             self.refused.append(f"{what}: {error}")
+        if client is not None and client < self.clients:
+            self.unsaid[client] = str(error)
+
+    def refusal(self, client: int, round: int) -> Refusal | None:
+        """What a client that is invited is told of its last message, if that was refused: once."""
+        if client not in self.unsaid:
+            return None
+        why = text_array(self.unsaid.pop(client))
+        return Refusal(client=client, round=round, epoch=self.epoch, text=why)
 
     def calibrate(self, answers: Sequence[Message]) -> int:
         """Commit the clients' running statistics, before the first round; returns of how many clients these are.
@@ -172,7 +186,7 @@ class Server:
                     raise MessageError("statistics for the second time")
                 committed.samples(statistics)
             except MessageError as error:
-                self._refuse(f"calibration, client {message.client}", error)
+                self._refuse(f"calibration, client {message.client}", message.client, error)
                 continue
             accepted[message.client] = statistics
         if self.statistics is not None:
@@ -186,7 +200,7 @@ class Server:
             if len(message.statistics) or len(message.samples):
                 raise MessageError("statistics after those of the run were committed")
         except MessageError as error:
-            self._refuse(f"client {asked.client}", error)
+            self._refuse(f"client {asked.client}", asked.client, error)
             return None
         return Calibration(client=asked.client, round=0, epoch=self.epoch, statistics=committed.values)
 
@@ -208,7 +222,7 @@ class Server:
                 return None
             answer = self.ledger.since(hello)
         except MessageError as error:
-            self._refuse(f"client {hello.client}", error)
+            self._refuse(f"client {hello.client}", hello.client, error)
             return None
         if isinstance(hello, Differs):
             self.differences += 1
@@ -251,7 +265,7 @@ class Server:
         try:
             yield
         except MessageError as error:
-            self._refuse(f"round {self._number}, client {message.client}", error)
+            self._refuse(f"round {self._number}, client {message.client}", message.client, error)
 
     def _take(self, cut: Cut) -> None:
         """Learn from a cut that was checked. Raises MessageError; then all is as before."""
@@ -421,7 +435,7 @@ class Server:
                     raise MessageError("an answer from a client that has no multiplier, or a second one")
                 self.ledger.check(message)
             except MessageError as error:
-                self._refuse(f"round {round}, client {message.client}", error)
+                self._refuse(f"round {round}, client {message.client}", message.client, error)
                 continue
             accepted[message.client] = message
         weights = [self._samples[client] for client in accepted]

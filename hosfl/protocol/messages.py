@@ -31,6 +31,7 @@ DTYPES = {1: "float32", 2: "bfloat16", 3: "float16", 4: "int32", 5: "uint8", 6: 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 NUMPY = {name: np.dtype("uint16" if name == "bfloat16" else name).newbyteorder("<") for name in DTYPES.values()}
 LARGEST_MESSAGE = 1 << 32
+LONGEST_TEXT = 1000  # bytes of a reason
 
 
 AnyMessage = TypeVar("AnyMessage", bound="Message")
@@ -262,6 +263,15 @@ class Complaint(Message):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
+class Refusal(Message):
+    """Why the server refused what this client sent last: uint8 [n], UTF-8. It goes before an invitation, for the
+    client's owner to read; the client itself does nothing about it."""
+
+    kind, direction = 19, "down"
+    text: Array = array("complaints", 1, "uint8")
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Audit(Ask):
     """The server asks for the digest of the client's half after `round` rounds. What was missed goes before it."""
 
@@ -305,8 +315,19 @@ MESSAGES: dict[int, type[Message]] = {
         Complaint,
         Audit,
         Audited,
+        Refusal,
     )
 }
+
+
+def text_array(text: str) -> Array:
+    """A reason as it travels: uint8 [n], the first LONGEST_TEXT bytes of its UTF-8."""
+    return np.frombuffer(text.encode()[:LONGEST_TEXT], np.uint8)
+
+
+def text_of(message: Complaint | Refusal) -> str:
+    """The reason in a message, of whatever bytes. Nobody has made it fit for a log."""
+    return bytes(bits(message.text)).decode(errors="replace")
 
 
 def encode(message: Message) -> bytes:

@@ -25,9 +25,9 @@ from hosfl.engines.in_process import InProcess
 from hosfl.halves.split import SplitModel
 from hosfl.methods import calibration
 from hosfl.methods.client import Client
-from hosfl.methods.endpoint import Endpoint
 from hosfl.methods.ledger import SeedReplay
 from hosfl.methods.server import KEPT, Server
+from hosfl.protocol.endpoint import Endpoint
 from hosfl.protocol.log import Header
 from hosfl.protocol.messages import (
     Audit,
@@ -42,6 +42,7 @@ from hosfl.protocol.messages import (
     Records,
     Statistics,
     Wire,
+    text_of,
 )
 from hosfl.protocol.provenance import Provenance, new_id, open_log
 from hosfl.settings import Settings
@@ -106,7 +107,7 @@ class Federation:
     id: bytes = field(default_factory=new_id)
 
     def __post_init__(self) -> None:
-        self._here: dict[int, Endpoint] = {}
+        self._here: dict[int, Endpoint[Client]] = {}
         self._in_vain: set[int] = set()  # whom the next round was tried with
         if self.engine is None:
             self.engine = InProcess(lambda number, data: self.endpoint(number).answer(data), self.config.clients)
@@ -209,9 +210,13 @@ class Federation:
     ) -> dict[int, list[Message]]:
         """Adds what came to `found`; returns what to send those who said that they are elsewhere."""
         again: dict[int, list[Message]] = {}
-        wanted = {n: what(client=n, round=round, epoch=self.server.epoch, run=self._run) for n in asks}
         enough = self.enough if what is Invitation else None
-        for client, message in self._replies({n: [*news, wanted[n]] for n, news in asks.items()}, ends):
+        whole: dict[int, list[Message]] = {}
+        for n, missed in asks.items():
+            refusal = self.server.refusal(n, round) if what is Invitation else None
+            wanted = what(client=n, round=round, epoch=self.server.epoch, run=self._run)
+            whole[n] = [*missed, wanted] if refusal is None else [*missed, refusal, wanted]
+        for client, message in self._replies(whole, ends):
             if isinstance(message, (Hello, Differs, Statistics)):
                 of = self.server.calibration if isinstance(message, Statistics) else self.server.welcome
                 news = of(message)
@@ -276,7 +281,7 @@ class Federation:
         self.wire.count(message)
         if isinstance(message, Complaint):
             self.where.pop(reply.client, None)
-            self._complain(reply.client, printable(bytes(message.text.tolist()).decode(errors="replace")))
+            self._complain(reply.client, printable(text_of(message)))
             return None
         return message
 
@@ -312,13 +317,13 @@ class Federation:
         """What arrives only now of earlier rounds: nothing, where engines drop it."""
         return []
 
-    def endpoint(self, number: int) -> Endpoint:
+    def endpoint(self, number: int) -> Endpoint[Client]:
         """A client of this process, from its first ask in a round to the round's end."""
         if number not in self._here:
             self._here[number] = self._endpoint(self.take(number))
         return self._here[number]
 
-    def _endpoint(self, client: Client) -> Endpoint:
+    def _endpoint(self, client: Client) -> Endpoint[Client]:
         return Endpoint(client, self.exchanges, self.server.ledger is not None, bool(self.config.calibrate), self.id)
 
     @property

@@ -27,17 +27,18 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from hosfl.engines.engine import JoinError, Line
+from hosfl.engines.frames import printable
 from hosfl.files import FolderLock, write_atomically
 from hosfl.halves.inputs import Inputs, call, evaluating, mask_of
 from hosfl.halves.split import dtype_of
 from hosfl.methods import METHODS, calibration, method_of
 from hosfl.methods.client import Client
-from hosfl.methods.endpoint import AnotherRun, Endpoint
 from hosfl.methods.ho import ZerothOrderClient
 from hosfl.methods.ledger import SeedReplay
 from hosfl.methods.method import Setup
 from hosfl.named import absolute, named
 from hosfl.protocol.aggregate import AGGREGATIONS
+from hosfl.protocol.endpoint import AnotherRun, Endpoint
 from hosfl.protocol.lattice import Lattice
 from hosfl.protocol.provenance import header_digest, read_id
 from hosfl.protocol.terms import Measures
@@ -220,7 +221,7 @@ class Clients:
             raise ValueError(f"{self.config.data} has the data of {len(train)} clients: give this one's own")
         return train
 
-    def endpoint(self, number: int, data: Dataset | Items, alone: bool = False) -> Endpoint:
+    def endpoint(self, number: int, data: Dataset | Items, alone: bool = False) -> Endpoint[Client]:
         """A client that has applied nothing. alone: there will be no other, so that it may have the half itself."""
         config, half = self.config, self.half if alone else copy.deepcopy(self.half)
         client = client_of(self.method, number, half, data.to(config.device, dtype_of(half)), self.task)
@@ -321,7 +322,7 @@ class Everybody:
         run, config = settings_of(self.files["run"], **self.local)
         clients = Clients(run, config, self.files["base"])
         shares = partition(clients.task, config, self.smallest_shard)
-        held: OrderedDict[int, Endpoint] = OrderedDict()
+        held: OrderedDict[int, Endpoint[Client]] = OrderedDict()
 
         def answer(number: int, data: bytes) -> bytes:
             if number not in held:
@@ -428,6 +429,18 @@ class Kept:
         self._saved = time.monotonic()
 
 
+class _Refusals:
+    """Says in the log what the server refused, and why: the same reason once, however many rounds it recurs in."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self._said = number, ""
+
+    def __call__(self, why: str) -> None:
+        if why != self._said:
+            log.warning("the server refuses what client %d sends: %s", self.number, printable(why))
+        self._said = why
+
+
 def base_half(line: Line, run: dict[str, Any], path: Path) -> bytes:
     """The base half: from the file it was kept in, or fetched, once. Raises JoinError for one that is damaged."""
     if path.exists() and hashlib.sha256(data := path.read_bytes()).hexdigest() == run["base"]:
@@ -465,19 +478,20 @@ def join(
     try:
         local = {"data": data if is_task_data(data, task) else "", "model": model, "device": device}
 
-        def joined() -> tuple[Endpoint, Kept]:
+        def joined() -> tuple[Endpoint[Client], Kept]:
             """This client in the run that is offered now."""
             run, config = settings_of(line.fetch("run"), task, method, **local)
             own = own_data(data, config, run["cut"][0] if run["cut"] else 1)
             base = base_half(line, run, folder / "base.safetensors")
             clients = Clients(run, config, base, own, data or "the task's data")
             endpoint = clients.endpoint(number, clients.samples(number), alone=True)
+            endpoint.refused = _Refusals(number)
             kept = Kept(folder / "state.safetensors", run, endpoint.client)
             kept.restore()
             log.info("client %d joins at round %d", number, endpoint.client.applied)
             return endpoint, kept
 
-        taken: list[tuple[Endpoint, Kept]] = [joined()]  # none, while another run is fetched
+        taken: list[tuple[Endpoint[Client], Kept]] = [joined()]  # none, while another run is fetched
         failed: list[Exception] = []
 
         def answer(ask: bytes) -> bytes:

@@ -25,7 +25,7 @@ from hosfl.runs.checkpoint import header_of, module_bytes
 if TYPE_CHECKING:
     from hosfl.runs.federation import Federation
 
-FORMAT = 3  # of what is offered
+FORMAT = 4  # of what is offered
 LONGEST = 7 * 24 * 3600  # seconds of a deadline: platforms wait for some weeks at most, and for infinity not at all
 LOCAL = ("data", "model", "device", "evaluate_every", "snapshot_every", "keep")  # settings that are a machine's own
 

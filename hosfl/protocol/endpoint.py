@@ -6,12 +6,12 @@ The answer is one message. A client that cannot follow says where it is, and is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
-from hosfl.methods.client import Client
-from hosfl.methods.tensors import decoded
 from hosfl.protocol.arrays import bits
 from hosfl.protocol.lattice import LatticeError
 from hosfl.protocol.messages import (
@@ -20,33 +20,86 @@ from hosfl.protocol.messages import (
     Audited,
     Calibration,
     Complaint,
+    Cut,
+    Differs,
+    Hello,
     Invitation,
     Message,
     MessageError,
+    Refusal,
+    Statistics,
     encode,
+    text_array,
+    text_of,
     unpack,
 )
-
-LONGEST_COMPLAINT = 1000  # bytes
 
 
 class AnotherRun(Exception):
     """The server's ask is of another run than the client. Nothing was changed by it."""
 
 
+class Answers(Protocol):
+    """A client, whatever it computes with: what an endpoint calls. Every method may raise MessageError.
+
+    applied, epoch: the rounds in its half, and in which of the server's starts they came. calibrated: whether it has
+    the run's running statistics.
+    """
+
+    number: int
+    applied: int
+    epoch: int
+    calibrated: bool
+
+    def decoded(self, data: bytes) -> Message:
+        """The message of bytes from the wire, its arrays as this client takes them."""
+
+    def asks(self) -> Statistics:
+        """Ask for the run's running statistics."""
+
+    def statistics(self, message: Calibration) -> Statistics:
+        """Its own running statistics."""
+
+    def calibrate(self, message: Message) -> None:
+        """Take up the run's."""
+
+    def hello(self) -> Hello:
+        """Say where it is."""
+
+    def anew(self) -> None:
+        """Begin with the base."""
+
+    def catch_up(self, message: Message) -> Differs | None:
+        """Take what was committed since; what it has to say if its half turns out to be wrong. Raises LatticeError."""
+
+    def output(self, round: int) -> Cut:
+        """The cut of a batch."""
+
+    def answer(self, message: Message) -> Message:
+        """What it makes of its multiplier."""
+
+    def digest(self) -> str:
+        """SHA-256 of its half, in hexadecimal."""
+
+
+AnyClient = TypeVar("AnyClient", bound=Answers)
+
+
 @dataclass
-class Endpoint:
+class Endpoint(Generic[AnyClient]):
     """A client as an engine sees it: bytes in, bytes out. Asking the same twice is harmless.
 
     exchanges: cuts per round. follows: whether anything is ever committed of the client half. calibrates: whether the
     run estimates running statistics before its first round. run: its id, which every ask that begins something says.
+    refused: is told why the server refused what the client sent.
     """
 
-    client: Client
+    client: AnyClient
     exchanges: int = 1
     follows: bool = True
     calibrates: bool = False
     run: bytes = b""
+    refused: Callable[[str], None] | None = None
 
     def __post_init__(self) -> None:
         self._said_where = False  # whether the last answer was Hello: what comes then has to fit
@@ -55,10 +108,10 @@ class Endpoint:
         """The answer to an ask, encoded; a Complaint where there is none. AnotherRun is all that is raised."""
         client = self.client
         try:
-            return encode(self._answer([decoded(one) for one in unpack(data)]))
+            return encode(self._answer([client.decoded(one) for one in unpack(data)]))
         except (MessageError, LatticeError) as error:
             # Moves that fit the server's replica and not the client's are a LatticeError: its weights are damaged.
-            said = np.frombuffer(str(error).encode()[:LONGEST_COMPLAINT], np.uint8)
+            said = text_array(str(error))
             return encode(Complaint(client=client.number, round=client.applied, epoch=client.epoch, text=said))
 
     def _answer(self, messages: list[Message]) -> Message:
@@ -66,6 +119,10 @@ class Endpoint:
             raise MessageError("an ask without a message")
         client, said_where = self.client, self._said_where
         *news, wanted = messages
+        while news and isinstance(told := news[-1], Refusal):
+            news.pop()
+            if self.refused is not None:
+                self.refused(text_of(told))
         if isinstance(wanted, Ask) and bytes(bits(wanted.run)) != self.run:
             raise AnotherRun(f"client {client.number} is of run {self.run.hex()}, asked by another")
         self._said_where = False
