@@ -18,6 +18,7 @@ from torch import nn
 from hosfl import commands, train
 from hosfl.engines.engine import EngineError, JoinError, Reply
 from hosfl.engines.in_process import InProcess
+from hosfl.engines.joining import Kept
 from hosfl.files import RunFolderError
 from hosfl.methods import METHODS
 from hosfl.methods.ho import make_run
@@ -27,7 +28,7 @@ from hosfl.protocol.terms import NothingLearnt
 from hosfl.runs import trainer
 from hosfl.runs.assemble import assemble
 from hosfl.runs.config import Config, with_shared
-from hosfl.runs.join import Clients, Everybody, Kept, join, own_data, settings_of
+from hosfl.runs.join import Clients, Everybody, join, own_data, settings_of
 from hosfl.runs.serve import Events, Over
 from hosfl.runs.serve import offered as offered_by
 from hosfl.runs.status import lines
@@ -333,11 +334,11 @@ def test_a_client_keeps_its_base_and_its_state(run, tmp_path, caplog):
     told, config = settings_of(run.files["run"])
     done = run.endpoints[0].client
     assert done.applied == 4
-    kept = Kept(tmp_path / "state.safetensors", told, done)
+    kept = Kept(tmp_path / "state.safetensors", told["id"], done)
     kept.save()
     again = client_of(told, config, run.files["base"], 0)
     assert again.client.digest() != done.digest()
-    Kept(tmp_path / "state.safetensors", told, again.client).restore()
+    Kept(tmp_path / "state.safetensors", told["id"], again.client).restore()
     assert (again.client.applied, again.client.digest()) == (4, done.digest())
     for moment, other in zip(again.client.replica.moments, done.replica.moments, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(moment, other, strict=True))
@@ -347,16 +348,16 @@ def test_a_client_keeps_its_base_and_its_state(run, tmp_path, caplog):
     whole = (tmp_path / "state.safetensors").read_bytes()
     for data in (whole[:-9], whole[:-1] + b"\x7f", b"", whole.replace(b'"client":"0"', b'"client":"1"')):
         (tmp_path / "state.safetensors").write_bytes(data)
-        Kept(tmp_path / "state.safetensors", told, plain.client).restore()
+        Kept(tmp_path / "state.safetensors", told["id"], plain.client).restore()
         assert (plain.client.applied, plain.client.digest()) == (0, base)
         assert "passed over" in caplog.text
         caplog.clear()
     (tmp_path / "state.safetensors").write_bytes(whole)
-    Kept(tmp_path / "state.safetensors", {**told, "id": bytes(8)}, plain.client).restore()  # a run of the same settings
+    Kept(tmp_path / "state.safetensors", bytes(8), plain.client).restore()  # a run of the same settings
     assert (plain.client.applied, plain.client.digest()) == (0, base)
     assert "it is of another run" in caplog.text
     save_file(tensors, tmp_path / "state.safetensors")
-    Kept(tmp_path / "state.safetensors", told, plain.client).restore()
+    Kept(tmp_path / "state.safetensors", told["id"], plain.client).restore()
     assert plain.client.applied == 0
 
 

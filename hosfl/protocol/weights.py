@@ -8,6 +8,7 @@ import os
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import deserialize
@@ -33,8 +34,10 @@ def read_weights(path: Path) -> dict[str, Array]:
     return found
 
 
-def as_file(arrays: Mapping[str, Array]) -> bytes:
+def as_file(arrays: Mapping[str, Array], told: Mapping[str, str] | None = None) -> bytes:
     """The bytes of a file that holds these, numpy's or torch's: those that `safetensors.torch.save` makes of them.
+
+    told: metadata.
 
     Raises ValueError for a dtype that numpy cannot hold.
     """
@@ -44,7 +47,8 @@ def as_file(arrays: Mapping[str, Array]) -> bytes:
             raise ValueError(f"{name!r} is {dtype_name(array)}, which cannot be written: {', '.join(codes)} can")
     # Widest dtypes first, so that all are aligned.
     order = sorted(arrays, key=lambda name: (-ORDER.index(codes[dtype_name(arrays[name])]), name))
-    header, data = {}, bytearray()
+    header: dict[str, Any] = {} if told is None else {"__metadata__": dict(told)}
+    data = bytearray()
     for name in order:
         begin, array = len(data), arrays[name]
         data += bits(array)

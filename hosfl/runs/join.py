@@ -9,11 +9,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import logging
 import socket
-import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -22,13 +20,12 @@ from zipfile import ZipFile
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from hosfl.engines.engine import JoinError, Line
-from hosfl.engines.frames import printable
-from hosfl.files import FolderLock, write_atomically
+from hosfl.engines.joining import check_labels, fetched, read_offer, take_part
 from hosfl.halves.inputs import Inputs, call, evaluating, mask_of
 from hosfl.halves.split import dtype_of
 from hosfl.methods import METHODS, calibration, method_of
@@ -38,23 +35,16 @@ from hosfl.methods.ledger import SeedReplay
 from hosfl.methods.method import Setup
 from hosfl.named import absolute, named
 from hosfl.protocol.aggregate import AGGREGATIONS
-from hosfl.protocol.endpoint import AnotherRun, Endpoint
-from hosfl.protocol.lattice import Lattice
-from hosfl.protocol.provenance import header_digest, read_id
-from hosfl.protocol.terms import Measures
+from hosfl.protocol.endpoint import Endpoint
+from hosfl.protocol.provenance import header_digest
 from hosfl.runs.assemble import base_of, client_of, halves_of, partition, rates_of
 from hosfl.runs.checkpoint import header_of
 from hosfl.runs.config import Config
-from hosfl.runs.serve import FORMAT, LOCAL
+from hosfl.runs.serve import LOCAL
 from hosfl.tasks import READERS, TASKS, make_task
 from hosfl.tasks.data import Dataset
 from hosfl.tasks.items import Items, labels_beside, read, samples_of
 from hosfl.tasks.reading import DataError
-
-SAVED_EVERY = 60.0  # seconds: what was applied since is replayed
-KEPT_FORMAT = "2"
-log = logging.getLogger("hosfl.join")
-
 
 OWN = {"task": (TASKS, "FUNCTION"), "method": (METHODS, "CLASS")}  # what of a run may be in a file: FILE.py:NAME
 
@@ -65,24 +55,7 @@ def settings_of(offered: bytes, task: str = "", method: str = "", **local: Any) 
     task: "FILE.py:FUNCTION" of this machine, for a run of a task that is not the library's. method: "FILE.py:CLASS",
     likewise.
     """
-    try:
-        run = json.loads(offered)
-        settings = dict(run["settings"])
-        if run["format"] != FORMAT:
-            raise JoinError(f"the server offers a run of format {run['format']!r}, this is {FORMAT}: update hosfl")
-        base, header, cut = str(run["base"]), str(run["log"]), [int(size) for size in run["cut"]]
-        takes = dict(run["labels"])
-        labels: dict[str, Any] = {"shape": [int(size) for size in takes["shape"]], "real": bool(takes["real"])}
-        for name in ("classes", "ignore_index"):
-            labels[name] = None if takes[name] is None else int(takes[name])
-        id = read_id(run["id"])
-        measures = None if run["measures"] is None else Measures(**run["measures"])
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise (
-            error if isinstance(error, JoinError) else JoinError(f"what the server offers is no run: {error!r}")
-        ) from None
-    told: dict[str, Any] = {"base": base, "log": header, "cut": cut, "labels": labels, "hosfl": str(run.get("hosfl"))}
-    told |= {"measures": measures, "id": id}
+    settings, told = read_offer(offered)
     for name, own in (("task", task), ("method", method)):
         theirs, (library, kind) = settings.get(name), OWN[name]
         told[name] = theirs
@@ -258,32 +231,12 @@ def _check_labels(data: Dataset | Items, run: dict[str, Any], what: str) -> None
 
     All are looked at that lie in memory, or beside items as these have them; else those of the first samples.
     """
-    first, takes, cut = read(data[:2]), run["labels"], run["cut"]
+    first = read(data[:2])
     labels = first.labels
     if isinstance(data, Dataset) or labels_beside(data.source) is not None:
         # An item's may be another than the one beside it, which a transformation makes of that.
         labels = data.labels if data.labels[:2].tolist() == labels.tolist() else labels
-    shape, classes, ignored = takes["shape"], takes["classes"], takes["ignore_index"]
-    if mask_of(first.inputs) is not None:  # texts may be shorter than the longest, and what goes by their tokens too
-        if ignored is not None:
-            shape = [first.length, *shape[1:]]
-        elif shape and cut and classes == cut[0]:
-            classes = first.length
-    if list(labels.shape[1:]) != shape:
-        raise DataError(
-            f"{what}: a sample's label has the shape {list(labels.shape[1:])}, and the server takes {shape}"
-        )
-    if labels.is_floating_point() != takes["real"]:
-        kinds = "integers", "floating-point numbers"
-        raise DataError(
-            f"{what}: its labels are {kinds[labels.is_floating_point()]}, and the server takes {kinds[takes['real']]}"
-        )
-    counted = labels if ignored is None else labels[labels != ignored]
-    if not counted.numel():
-        raise DataError(f"{what}: all of its labels are {ignored}, which do not count: there is nothing to learn from")
-    least, most = counted.min().item(), counted.max().item()
-    if classes is not None and not 0 <= least <= most < classes:
-        raise DataError(f"{what}: its labels are from {least} to {most}, and the server takes 0 to {classes - 1}")
+    check_labels(labels.cpu().numpy(), None if mask_of(first.inputs) is None else first.length, run, what)
 
 
 class Everybody:
@@ -364,97 +317,6 @@ def _loaded(half: nn.Module, base: bytes) -> dict[str, Tensor]:
     return tensors
 
 
-class Kept:
-    """A client's state on disk, so that a restart need not replay the whole log. Losing it loses time alone."""
-
-    def __init__(self, path: Path, run: dict[str, Any], client: Client) -> None:
-        self.path, self.of, self.client = path, run["id"].hex(), client
-        self._saved = time.monotonic()
-
-    def restore(self) -> None:
-        """Take up what is there; a file that is damaged, or another run's, is passed over."""
-        client = self.client
-        if not isinstance(client, ZerothOrderClient) or not self.path.exists():
-            return
-        replica = client.replica
-        try:
-            with safe_open(self.path, "pt") as file:
-                told = file.metadata()
-                if told["format"] != KEPT_FORMAT or told["run"] != self.of or told["client"] != str(client.number):
-                    raise ValueError("it is of another run")
-                groups = [
-                    [file.get_tensor(f"{group}.{n}") for n in range(len(replica.tensors))]
-                    for group in range(1 + len(replica.moments))
-                ]
-            quantum = float(told["quantum"]) if told["quantum"] else None
-            digest = told["digest"]
-            mine = [[*replica.tensors], *replica.moments]
-            for kept, tensors in zip(groups, mine, strict=True):
-                if any(k.shape != t.shape or k.dtype != t.dtype for k, t in zip(kept, tensors, strict=True)):
-                    raise ValueError("it is of another half")
-            lattice = None if quantum is None else Lattice(quantum)
-            client.take_up(groups[0], groups[1:], int(told["applied"]), int(told["epoch"]), lattice)
-            if replica.digest().hex() != digest:
-                raise ValueError("its digest is another")
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-            log.warning("%s is passed over: %s", self.path, error)
-            replica.reset()
-            client.applied, client.epoch = replica.applied, replica.epoch
-
-    def save(self, due: bool = True) -> None:
-        """Write it, unless that was done a moment ago and is not due. A full disk is a warning."""
-        client = self.client
-        if not isinstance(client, ZerothOrderClient) or (not due and time.monotonic() - self._saved < SAVED_EVERY):
-            return
-        replica = client.replica
-        groups: Sequence[Sequence[Any]] = [replica.tensors, *replica.moments]
-        tensors = {
-            f"{group}.{n}": torch.as_tensor(tensor).detach().cpu().contiguous()
-            for group, of in enumerate(groups)
-            for n, tensor in enumerate(of)
-        }
-        told = {
-            "format": KEPT_FORMAT,
-            "run": self.of,
-            "client": str(client.number),
-            "applied": str(replica.applied),
-            "epoch": str(replica.epoch),
-            "quantum": "" if replica.lattice is None else repr(replica.lattice.quantum),
-            "digest": replica.digest().hex(),
-        }
-        try:
-            write_atomically(self.path, save(tensors, told))
-        except OSError as error:
-            log.warning("%s cannot be written: %s; a restart would replay more", self.path, error)
-        self._saved = time.monotonic()
-
-
-class _Refusals:
-    """Says in the log what the server refused, and why: the same reason once, however many rounds it recurs in."""
-
-    def __init__(self, number: int) -> None:
-        self.number, self._said = number, ""
-
-    def __call__(self, why: str) -> None:
-        if why != self._said:
-            log.warning("the server refuses what client %d sends: %s", self.number, printable(why))
-        self._said = why
-
-
-def base_half(line: Line, run: dict[str, Any], path: Path) -> bytes:
-    """The base half: from the file it was kept in, or fetched, once. Raises JoinError for one that is damaged."""
-    if path.exists() and hashlib.sha256(data := path.read_bytes()).hexdigest() == run["base"]:
-        return data
-    data = line.fetch("base")
-    if hashlib.sha256(data).hexdigest() != run["base"]:
-        raise JoinError("the server's base half has another SHA-256 than it says")
-    try:
-        write_atomically(path, data)
-    except OSError as error:
-        log.warning("%s cannot be written: %s; a restart fetches it again", path, error)
-    return data
-
-
 def join(
     line: Line,
     number: int,
@@ -473,49 +335,13 @@ def join(
     data: see `own_data`. task, method, model: where the run's are not the library's. Raises JoinError, and what data
     raise.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FolderLock(folder, "client")
-    try:
-        local = {"data": data if is_task_data(data, task) else "", "model": model, "device": device}
+    local = {"data": data if is_task_data(data, task) else "", "model": model, "device": device}
 
-        def joined() -> tuple[Endpoint[Client], Kept]:
-            """This client in the run that is offered now."""
-            run, config = settings_of(line.fetch("run"), task, method, **local)
-            own = own_data(data, config, run["cut"][0] if run["cut"] else 1)
-            base = base_half(line, run, folder / "base.safetensors")
-            clients = Clients(run, config, base, own, data or "the task's data")
-            endpoint = clients.endpoint(number, clients.samples(number), alone=True)
-            endpoint.refused = _Refusals(number)
-            kept = Kept(folder / "state.safetensors", run, endpoint.client)
-            kept.restore()
-            log.info("client %d joins at round %d", number, endpoint.client.applied)
-            return endpoint, kept
+    def made(offered: bytes) -> Endpoint[Client]:
+        run, config = settings_of(offered, task, method, **local)
+        own = own_data(data, config, run["cut"][0] if run["cut"] else 1)
+        base = fetched(line, "base", run["base"], folder / "base.safetensors")
+        clients = Clients(run, config, base, own, data or "the task's data")
+        return clients.endpoint(number, clients.samples(number), alone=True)
 
-        taken: list[tuple[Endpoint[Client], Kept]] = [joined()]  # none, while another run is fetched
-        failed: list[Exception] = []
-
-        def answer(ask: bytes) -> bytes:
-            try:
-                said = taken[0][0].answer(ask)
-            except AnotherRun:
-                log.info("client %d leaves its run: the server has begun another", number)
-                taken.clear()  # first: there may not be room for two
-                try:
-                    taken.append(joined())
-                except Exception as error:
-                    failed.append(error)  # the line would keep it to itself
-                    line.close()
-                    raise
-                said = taken[0][0].answer(ask)
-            taken[0][1].save(due=False)
-            return said
-
-        try:
-            line.serve(answer)
-        finally:
-            for _, kept in taken:
-                kept.save()
-        if failed:
-            raise failed[0]
-    finally:
-        lock.close()
+    take_part(line, number, folder, made)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hosfl.engines.engine import Engine
+from hosfl.engines.joining import FORMAT
 from hosfl.files import finite, write_json
 from hosfl.methods import calibration
 from hosfl.methods.ledger import SeedReplay
@@ -25,7 +26,6 @@ from hosfl.runs.checkpoint import header_of, module_bytes
 if TYPE_CHECKING:
     from hosfl.runs.federation import Federation
 
-FORMAT = 4  # of what is offered
 LONGEST = 7 * 24 * 3600  # seconds of a deadline: platforms wait for some weeks at most, and for infinity not at all
 LOCAL = ("data", "model", "device", "evaluate_every", "snapshot_every", "keep")  # settings that are a machine's own
 
@@ -98,6 +98,7 @@ def offered(federation: Federation) -> dict[str, bytes]:
         "base": hashlib.sha256(base).hexdigest(),
         "log": log,
         "measures": measures,
+        "edge": None,
         "cut": list(server.cut_shape),
         "labels": {
             "shape": list(server.label_shape),

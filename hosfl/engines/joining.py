@@ -1,0 +1,243 @@
+"""A client at its end of a line, whatever it computes with: it reads what is offered, keeps its state on disk, and
+answers until the line is closed. Nothing that comes from the server is evaluated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from hosfl.engines.engine import JoinError, Line
+from hosfl.engines.frames import printable
+from hosfl.files import FolderLock, write_atomically
+from hosfl.protocol.arrays import Array, is_tensor
+from hosfl.protocol.endpoint import AnotherRun, Answers, Endpoint
+from hosfl.protocol.lattice import Lattice
+from hosfl.protocol.provenance import read_id
+from hosfl.protocol.replica import Replica
+from hosfl.protocol.terms import Measures
+from hosfl.protocol.weights import as_file
+from hosfl.tasks.reading import DataError
+
+FORMAT = 4  # of what is offered
+SAVED_EVERY = 60.0  # seconds: what was applied since is replayed
+KEPT_FORMAT = "2"
+log = logging.getLogger("hosfl.join")
+
+
+def read_offer(offered: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of the run that a server offers, and what else it says of it, of the right types. Raises JoinError.
+
+    What it says: base, log: digests; cut: the shape of one sample's; labels: see `check_labels`; measures; id; hosfl,
+    the server's version; edge: SHA-256 of the files for clients without torch, by name; None where there are none.
+    """
+    try:
+        run = json.loads(offered)
+        settings = dict(run["settings"])
+        if run["format"] != FORMAT:
+            raise JoinError(f"the server offers a run of format {run['format']!r}, this is {FORMAT}: update hosfl")
+        base, header, cut = str(run["base"]), str(run["log"]), [int(size) for size in run["cut"]]
+        takes = dict(run["labels"])
+        labels: dict[str, Any] = {"shape": [int(size) for size in takes["shape"]], "real": bool(takes["real"])}
+        for name in ("classes", "ignore_index"):
+            labels[name] = None if takes[name] is None else int(takes[name])
+        id = read_id(run["id"])
+        measures = None if run["measures"] is None else Measures(**run["measures"])
+        edge = None if run["edge"] is None else {str(name): str(sha) for name, sha in dict(run["edge"]).items()}
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise (
+            error if isinstance(error, JoinError) else JoinError(f"what the server offers is no run: {error!r}")
+        ) from None
+    told: dict[str, Any] = {"base": base, "log": header, "cut": cut, "labels": labels, "hosfl": str(run.get("hosfl"))}
+    return settings, told | {"measures": measures, "id": id, "edge": edge}
+
+
+def check_labels(labels: NDArray[Any], tokens: int | None, run: dict[str, Any], what: str) -> None:
+    """Raises DataError for labels that the server would refuse in every round.
+
+    tokens: of a sample; None where the inputs have no attention mask. what: how errors call the data.
+    """
+    takes, cut = run["labels"], run["cut"]
+    shape, classes, ignored = takes["shape"], takes["classes"], takes["ignore_index"]
+    if tokens is not None:  # texts may be shorter than the longest, and what goes by their tokens too
+        if ignored is not None:
+            shape = [tokens, *shape[1:]]
+        elif shape and cut and classes == cut[0]:
+            classes = tokens
+    if list(labels.shape[1:]) != shape:
+        raise DataError(
+            f"{what}: a sample's label has the shape {list(labels.shape[1:])}, and the server takes {shape}"
+        )
+    real = labels.dtype.kind == "f"
+    if real != takes["real"]:
+        kinds = "integers", "floating-point numbers"
+        raise DataError(f"{what}: its labels are {kinds[real]}, and the server takes {kinds[takes['real']]}")
+    counted = labels if ignored is None else labels[labels != ignored]
+    if not counted.size:
+        raise DataError(f"{what}: all of its labels are {ignored}, which do not count: there is nothing to learn from")
+    least, most = counted.min().item(), counted.max().item()
+    if classes is not None and not 0 <= least <= most < classes:
+        raise DataError(f"{what}: its labels are from {least} to {most}, and the server takes 0 to {classes - 1}")
+
+
+def fetched(line: Line, name: str, sha256: str, path: Path) -> bytes:
+    """A file that the server offers: the one that was kept, or fetched, once. Raises JoinError for a damaged one."""
+    if path.exists() and hashlib.sha256(data := path.read_bytes()).hexdigest() == sha256:
+        return data
+    data = line.fetch(name)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise JoinError(f"the server's {name} has another SHA-256 than it says")
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        log.warning("%s cannot be written: %s; a restart fetches it again", path, error)
+    return data
+
+
+@runtime_checkable
+class Replays(Answers, Protocol):
+    """A client that holds a replica."""
+
+    replica: Replica
+
+    def take_up(
+        self,
+        tensors: Sequence[Array],
+        moments: Sequence[Sequence[Array]],
+        applied: int,
+        epoch: int,
+        lattice: Lattice | None,
+    ) -> None:
+        """Become the copy of a replica's state."""
+
+
+class Kept:
+    """A client's state on disk, so that a restart need not replay the whole log. Losing it loses time alone.
+
+    run: the id of the run that it is of.
+    """
+
+    def __init__(self, path: Path, run: bytes, client: Answers) -> None:
+        self.path, self.of, self.client = path, run.hex(), client
+        self._saved = time.monotonic()
+
+    def restore(self) -> None:
+        """Take up what is there; a file that is damaged, or another run's, is passed over."""
+        client = self.client
+        if not isinstance(client, Replays) or not self.path.exists():
+            return
+        replica = client.replica
+        try:
+            with safe_open(self.path, "pt" if all(map(is_tensor, replica.tensors)) else "np") as file:
+                told = file.metadata()
+                if told["format"] != KEPT_FORMAT or told["run"] != self.of or told["client"] != str(client.number):
+                    raise ValueError("it is of another run")
+                groups = [
+                    [file.get_tensor(f"{group}.{n}") for n in range(len(replica.tensors))]
+                    for group in range(1 + len(replica.moments))
+                ]
+            quantum = float(told["quantum"]) if told["quantum"] else None
+            digest = told["digest"]
+            mine = [[*replica.tensors], *replica.moments]
+            for kept, tensors in zip(groups, mine, strict=True):
+                if any(k.shape != t.shape or k.dtype != t.dtype for k, t in zip(kept, tensors, strict=True)):
+                    raise ValueError("it is of another half")
+            lattice = None if quantum is None else Lattice(quantum)
+            client.take_up(groups[0], groups[1:], int(told["applied"]), int(told["epoch"]), lattice)
+            if replica.digest().hex() != digest:
+                raise ValueError("its digest is another")
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s is passed over: %s", self.path, error)
+            client.anew()
+
+    def save(self, due: bool = True) -> None:
+        """Write it, unless that was done a moment ago and is not due. A full disk is a warning."""
+        client = self.client
+        if not isinstance(client, Replays) or (not due and time.monotonic() - self._saved < SAVED_EVERY):
+            return
+        replica = client.replica
+        groups: Sequence[Sequence[Array]] = [replica.tensors, *replica.moments]
+        tensors = {f"{group}.{n}": tensor for group, of in enumerate(groups) for n, tensor in enumerate(of)}
+        told = {
+            "format": KEPT_FORMAT,
+            "run": self.of,
+            "client": str(client.number),
+            "applied": str(replica.applied),
+            "epoch": str(replica.epoch),
+            "quantum": "" if replica.lattice is None else repr(replica.lattice.quantum),
+            "digest": replica.digest().hex(),
+        }
+        try:
+            write_atomically(self.path, as_file(tensors, told))
+        except OSError as error:
+            log.warning("%s cannot be written: %s; a restart would replay more", self.path, error)
+        self._saved = time.monotonic()
+
+
+class _Refusals:
+    """Says in the log what the server refused, and why: the same reason once, however many rounds it recurs in."""
+
+    def __init__(self, number: int) -> None:
+        self.number, self._said = number, ""
+
+    def __call__(self, why: str) -> None:
+        if why != self._said:
+            log.warning("the server refuses what client %d sends: %s", self.number, printable(why))
+        self._said = why
+
+
+def take_part(line: Line, number: int, folder: Path, made: Callable[[bytes], Endpoint[Any]]) -> None:
+    """Take part in a run until the line is closed. folder: this client's, where its state is kept.
+
+    made: the client of the run that is offered. When the server comes with another run, the client takes part in that
+    one. Raises JoinError, and what `made` raises.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FolderLock(folder, "client")
+    try:
+
+        def joined() -> tuple[Endpoint[Any], Kept]:
+            """This client in the run that is offered now."""
+            endpoint = made(line.fetch("run"))
+            endpoint.refused = _Refusals(number)
+            kept = Kept(folder / "state.safetensors", endpoint.run, endpoint.client)
+            kept.restore()
+            log.info("client %d joins at round %d", number, endpoint.client.applied)
+            return endpoint, kept
+
+        taken: list[tuple[Endpoint[Any], Kept]] = [joined()]  # none, while another run is fetched
+        failed: list[Exception] = []
+
+        def answer(ask: bytes) -> bytes:
+            try:
+                said = taken[0][0].answer(ask)
+            except AnotherRun:
+                log.info("client %d leaves its run: the server has begun another", number)
+                taken.clear()  # first: there may not be room for two
+                try:
+                    taken.append(joined())
+                except Exception as error:
+                    failed.append(error)  # the line would keep it to itself
+                    line.close()
+                    raise
+                said = taken[0][0].answer(ask)
+            taken[0][1].save(due=False)
+            return said
+
+        try:
+            line.serve(answer)
+        finally:
+            for _, kept in taken:
+                kept.save()
+        if failed:
+            raise failed[0]
+    finally:
+        lock.close()
