@@ -7,6 +7,7 @@ Options are known without torch, which is imported when a command runs that need
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import os
 import re
@@ -25,6 +26,7 @@ from hosfl.settings import CONCERNS, PRESETS
 from hosfl.tasks import TASKS
 
 TYPES: dict[str, Callable[[str], Any]] = {"str": str, "int": int, "float": float, "float | None": float}
+WITH_TORCH = {"task": "", "method": "", "model": "", "device": "cpu"}  # options of hosfl join
 KNOWN = {"tasks": ", ".join(TASKS), "methods": ", ".join(METHODS)}
 
 
@@ -117,6 +119,9 @@ def parser() -> argparse.ArgumentParser:
     hosts.add_argument("--out", type=_path, metavar="DIR", help="write log, snapshots, metrics and status there")
     hosts.add_argument("--resume", type=_path, metavar="DIR", help="go on with the run in DIR")
     hosts.add_argument("--tensorboard", action="store_true", help=board)
+    hosts.add_argument(
+        "--edge", action="store_true", help="let clients without torch join too: hosfl join --runtime onnx"
+    )
     where = "a copy of the broker's nats.conf, to be checked; default: the one beside DIR, if it is there"
     hosts.add_argument("--broker", type=Path, metavar="FILE", help=where)
     waits = hosts.add_argument_group("waiting")
@@ -135,6 +140,8 @@ def parser() -> argparse.ArgumentParser:
     )
     client.add_argument("--model", default="", help="a folder or name, where the run has a model of its own")
     client.add_argument("--device", default="cpu", help="where to compute (default: %(default)s)")
+    kinds = "what runs the client half: torch, or onnx, onnxruntime without torch (default: %(default)s)"
+    client.add_argument("--runtime", choices=("torch", "onnx"), default="torch", help=kinds)
     state = command("status", "show how a federation's run stands: who is here, round, loss, bytes, what was refused")
     state.add_argument("folder", type=_path, metavar="DIR", help="the run's folder")
     state.add_argument("--watch", action="store_true", help="go on showing it until interrupted")
@@ -238,6 +245,34 @@ def _federation(options: argparse.Namespace) -> int:
     return status
 
 
+def _join(options: argparse.Namespace) -> int:
+    nats, federation = (needed(name, "hosfl join", "nats") for name in ("hosfl.engines.nats", "hosfl.federation"))
+    from hosfl.engines.engine import EngineError
+    from hosfl.engines.joining import Ending
+
+    member = federation.Member.read(options.client)
+    if member.client is None:
+        raise ValueError(f"{options.client} is the server's folder: name a client's, such as clients/0")
+    told = {"data": options.data}
+    if options.runtime == "onnx":
+        join = needed("hosfl.edge.join", "hosfl join --runtime onnx", "edge").join
+        for name, default in WITH_TORCH.items():
+            if getattr(options, name) != default:
+                raise ValueError(f"--{name} is for clients with torch: leave it out, or leave out --runtime onnx")
+    else:
+        join = needed("hosfl.runs.join", "hosfl join", "torch").join
+        told |= {name: getattr(options, name) for name in WITH_TORCH}
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    name = f"client {member.client} of run {member.run}"
+    line = Ending(nats.NatsLine(f"tls://{member.address}", member.run, member.client, member.context()), name)
+    try:
+        join(line, member.client, options.client / "state", **told)
+    except (KeyboardInterrupt, EngineError):
+        if line.signal is None:
+            raise
+    return 130 if line.signal == signal.SIGINT else 0
+
+
 def _rebuild(options: argparse.Namespace) -> int:
     from hosfl.files import write_atomically
     from hosfl.protocol.rebuild import rebuild
@@ -306,7 +341,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _command(name: str) -> Callable[[argparse.Namespace], int]:
-    without_torch = {"rebuild": _rebuild, "log": _log, "status": _status, "federation": _federation}
+    without_torch = {"rebuild": _rebuild, "log": _log, "status": _status, "federation": _federation, "join": _join}
     command: Callable[[argparse.Namespace], int]
     command = without_torch.get(name) or needed("hosfl.commands", f"hosfl {name}", "torch").COMMANDS[name]
     return command

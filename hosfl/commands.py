@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import shlex
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,7 +26,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from hosfl.engines.engine import Engine, EngineError, Line
+from hosfl.engines.engine import Engine
 from hosfl.extras import needed
 from hosfl.files import write_json
 from hosfl.halves.families import skeleton
@@ -39,7 +36,7 @@ from hosfl.runs.attendance import attendance
 from hosfl.runs.checkpoint import load_config
 from hosfl.runs.config import Config, all_with_shared, with_shared
 from hosfl.runs.faults import Faults
-from hosfl.runs.join import Everybody, join
+from hosfl.runs.join import Everybody
 from hosfl.runs.memory import HALVES, client_memory, over_bound
 from hosfl.runs.report import Evaluation, metric
 from hosfl.runs.serve import Over
@@ -159,69 +156,6 @@ def _serve(options: argparse.Namespace) -> int:
         return _run(options, config, out, over)
     finally:
         engine.close()
-
-
-def _join(options: argparse.Namespace) -> int:
-    nats, federation = (needed(name, "hosfl join", "nats") for name in ("hosfl.engines.nats", "hosfl.federation"))
-    member = federation.Member.read(options.client)
-    if member.client is None:
-        raise ValueError(f"{options.client} is the server's folder: name a client's, such as clients/0")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    name = f"client {member.client} of run {member.run}"
-    line = _Ending(nats.NatsLine(f"tls://{member.address}", member.run, member.client, member.context()), name)
-    try:
-        join(
-            line,
-            member.client,
-            options.client / "state",
-            data=options.data,
-            task=options.task,
-            method=options.method,
-            model=options.model,
-            device=options.device,
-        )
-    except (KeyboardInterrupt, EngineError):
-        if line.signal is None:
-            raise
-    return 130 if line.signal == signal.SIGINT else 0
-
-
-class _Ending:
-    """A client's line that Ctrl-C or SIGTERM ends; the second one has its default action, and ends the process.
-
-    A client that serves answers what it is at, and keeps its state. Before that nothing is at stake: the wait for the
-    server, or the reading of data, ends at once, by KeyboardInterrupt. signal: which it was.
-    """
-
-    def __init__(self, line: Line, name: str) -> None:
-        self.line, self.name = line, name
-        self.signal: int | None = None
-        self._serves = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._end)
-
-    def fetch(self, name: str, deadline: float | None = None) -> bytes:
-        return self.line.fetch(name, deadline)
-
-    def serve(self, answer: Callable[[bytes], bytes]) -> None:
-        self._serves = True
-        if self.signal is None:  # else code that reads data has kept the interrupt to itself
-            self.line.serve(answer)
-
-    def close(self) -> None:
-        self.line.close()
-
-    def _end(self, number: int, frame: object) -> None:
-        for one in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(one, signal.SIG_DFL)
-        if self.signal is not None:  # the second: a pass that Ctrl-C waits for has put this back
-            signal.raise_signal(number)
-        self.signal = number
-        # Not by print or a log: the signal may have come while this thread was at one of these.
-        os.write(2, f"hosfl: {self.name} ends; once more ends it at once\n".encode())
-        if not self._serves:
-            raise KeyboardInterrupt
-        threading.Thread(target=self.close).start()  # what it waits for, this thread may hold
 
 
 def _begun(options: argparse.Namespace, settings: dict[str, Any], preset: dict[str, Any]) -> tuple[Config, Path | None]:
@@ -388,7 +322,6 @@ COMMANDS = {
     "simulate": _simulate,
     "split": _split,
     "serve": _serve,
-    "join": _join,
     "suggest": _suggest,
     "study": _study,
     "report": _report,

@@ -7,6 +7,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -241,3 +244,41 @@ def take_part(line: Line, number: int, folder: Path, made: Callable[[bytes], End
             raise failed[0]
     finally:
         lock.close()
+
+
+class Ending:
+    """A client's line that Ctrl-C or SIGTERM ends; the second one has its default action, and ends the process.
+
+    A client that serves answers what it is at, and keeps its state. Before that nothing is at stake: the wait for the
+    server, or the reading of data, ends at once, by KeyboardInterrupt. signal: which it was.
+    """
+
+    def __init__(self, line: Line, name: str) -> None:
+        self.line, self.name = line, name
+        self.signal: int | None = None
+        self._serves = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._end)
+
+    def fetch(self, name: str, deadline: float | None = None) -> bytes:
+        return self.line.fetch(name, deadline)
+
+    def serve(self, answer: Callable[[bytes], bytes]) -> None:
+        self._serves = True
+        if self.signal is None:  # else code that reads data has kept the interrupt to itself
+            self.line.serve(answer)
+
+    def close(self) -> None:
+        self.line.close()
+
+    def _end(self, number: int, frame: object) -> None:
+        for one in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(one, signal.SIG_DFL)
+        if self.signal is not None:  # the second: a pass that Ctrl-C waits for has put this back
+            signal.raise_signal(number)
+        self.signal = number
+        # Not by print or a log: the signal may have come while this thread was at one of these.
+        os.write(2, f"hosfl: {self.name} ends; once more ends it at once\n".encode())
+        if not self._serves:
+            raise KeyboardInterrupt
+        threading.Thread(target=self.close).start()  # what it waits for, this thread may hold

@@ -34,6 +34,12 @@ def no_passes() -> Passes:
     return defaultdict(int)
 
 
+def digested(half: nn.Module) -> dict[str, Tensor]:
+    """What a half's digest is of, by name and in order: its parameters, tied ones once, and the buffers in its file."""
+    stored = half.state_dict()
+    return {**dict(half.named_parameters()), **{name: b for name, b in half.named_buffers() if name in stored}}
+
+
 @dataclass
 class Seconds:
     """Time a client spent: on plain forward passes, and on answering multipliers (probing, or backpropagation)."""
@@ -182,5 +188,5 @@ class Client:
             raise MessageError(f"a message for client {message.client}, this is client {self.number}")
 
     def digest(self) -> str:
-        """SHA-256 of the client half's parameters and buffers, their bits in order."""
-        return digest([*self.half.parameters(), *self.half.buffers()]).hex()
+        """SHA-256 of the client half's parameters and of the buffers that its file holds, their bits in order."""
+        return digest(digested(self.half).values()).hex()

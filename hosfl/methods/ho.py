@@ -41,7 +41,7 @@ from hosfl.protocol.messages import (
     Records,
     Scalars,
 )
-from hosfl.protocol.replica import DigestMismatch, Replica, digest_array
+from hosfl.protocol.replica import Replica
 from hosfl.protocol.terms import Block, Measures, Pool, Rule, Run
 from hosfl.settings import PRESETS, Settings
 from hosfl_kernels import SGD
@@ -92,24 +92,13 @@ class ZerothOrderClient(Client):
         super().anew()
 
     def catch_up(self, message: Message) -> Differs | None:
-        """Replay what was committed since: see `Replica.apply`.
-
-        A client whose half is not the server's goes back to its base and says so; the server's answer to that brings
-        it up to date. Raises MessageError and LatticeError.
-        """
+        """Replay what was committed since: see `Replica.follow`."""
         if not isinstance(message, (Records, PoolMoves)):
             raise MessageError(f"client {self.number} expects records, got {type(message).__name__}")
-        self._check_addressee(message)
-        said = None
         try:
-            self.replica.apply(message)
-        except DigestMismatch:
-            wrong = digest_array(self.replica.digest())
-            said = Differs(client=self.number, round=self.replica.applied, epoch=self.replica.epoch, digest=wrong)
-            self.replica.reset()
+            return self.replica.follow(message, self.number)
         finally:
             self.applied, self.epoch = self.replica.applied, self.replica.epoch
-        return said
 
     def _forward(self, inputs: Inputs) -> Tensor:
         return self.blocks.output(inputs)

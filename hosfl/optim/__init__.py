@@ -72,10 +72,11 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.optim.optimizer import ParamsT
 
+from hosfl.interrupts import uninterrupted
 from hosfl.optim.log import LARGEST_STEP, Row, RunLog, Terms, apply_rule, check_terms, plain, rebuild, zeros
 from hosfl.optim.sharded import is_sharded, let_go, reshard, shard
 from hosfl.probing.conditions import Conditions
-from hosfl.probing.displaced import Displacement, casts_forgotten, displaced, refuse_writers, uninterrupted
+from hosfl.probing.displaced import Displacement, casts_forgotten, displaced, refuse_writers
 from hosfl.protocol.aggregate import RunningLength
 from hosfl.protocol.lattice import COARSER, STEPS, Lattice
 from hosfl.protocol.log import check_choice, check_integer, check_keys, check_quantum

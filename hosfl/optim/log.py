@@ -21,8 +21,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from hosfl.files import write_atomically
+from hosfl.interrupts import uninterrupted
 from hosfl.optim.sharded import reshard, shards, whole
-from hosfl.probing.displaced import uninterrupted
 from hosfl.protocol.lattice import STEPS, Lattice
 from hosfl.protocol.log import (
     DISTRIBUTIONS,

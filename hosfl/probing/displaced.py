@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import signal
-import threading
 from collections import Counter, UserDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from hosfl.halves.inputs import Inputs, call, evaluating
+from hosfl.interrupts import uninterrupted
 from hosfl_kernels import perturb_
 
 # Numbers in an embedding's table from which on gathering and moving the rows of a batch costs less than moving the
@@ -197,26 +196,6 @@ class Reads(UserDict[str, Any]):
         move = self.displacement
         move.read = True  # as far as one can know: a compiled graph has its weights beforehand
         return {name: move.whole(p) if move.moves(p) else p for name, p in self.data.items()}
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until the block has ended. Only the main thread is ever interrupted, so only there it does anything.
-
-    Without it most interrupts would come up just after a kernel, between the move and the note that it was made.
-    """
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    caught: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, frame: caught.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if caught:
-            signal.raise_signal(signal.SIGINT)
 
 
 def _compiled(module: nn.Module) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hosfl.halves.inputs import Inputs, call, parts_of
 from hosfl.halves.narrow import made_again
+from hosfl.interrupts import uninterrupted
 from hosfl.probing.displaced import (
     Displacement,
     casts_forgotten,
@@ -21,7 +22,6 @@ from hosfl.probing.displaced import (
     evaluate_displaced,
     large_tables,
     refuse_writers,
-    uninterrupted,
 )
 from hosfl.probing.forward_mode import Tangents, derivative
 from hosfl_kernels import project, replay_

@@ -47,9 +47,13 @@ class Answers(Protocol):
     """
 
     number: int
-    applied: int
-    epoch: int
     calibrated: bool
+
+    @property
+    def applied(self) -> int: ...
+
+    @property
+    def epoch(self) -> int: ...
 
     def decoded(self, data: bytes) -> Message:
         """The message of bytes from the wire, its arrays as this client takes them."""

@@ -297,7 +297,8 @@ def _parameters(value: Any) -> tuple[Parameter, ...]:
     return tuple(value)
 
 
-def _encode_header(header: Header) -> bytes:
+def encode_header(header: Header) -> bytes:
+    """The bytes of a log without records."""
     values = {f.name: getattr(header, f.name) for f in fields(header)}
     values["parameters"] = [asdict(parameter) for parameter in header.parameters]
     version = WITH_BLOCKS if header.blocks else VERSION
@@ -308,8 +309,8 @@ def _encode_header(header: Header) -> bytes:
     return head + struct.pack("<I", zlib.crc32(text, zlib.crc32(head))) + text
 
 
-def _decode_header(data: bytes) -> tuple[Header, int]:
-    """The header, and where it ends."""
+def decode_header(data: bytes) -> tuple[Header, int]:
+    """A log's header, and where it ends. Raises LogError."""
     if data[: len(MAGIC)] != MAGIC[: len(data)]:
         raise LogError(f"starts with {data[: len(MAGIC)]!r}, not {MAGIC!r}: this is no log")
     if len(data) < HEADER.size:
@@ -330,7 +331,7 @@ def _decode_header(data: bytes) -> tuple[Header, int]:
     known = Parameter.__dataclass_fields__
     values["parameters"] = tuple(Parameter(**check_keys(p, known, "a parameter")) for p in values["parameters"])
     header = Header(**values)
-    if _encode_header(header) != data[:end]:
+    if encode_header(header) != data[:end]:
         raise LogError("the header is not canonical JSON")
     return header, end
 
@@ -594,7 +595,7 @@ class _Content:
 
 
 def _parse(data: bytes) -> _Content:
-    header, at = _decode_header(data)
+    header, at = decode_header(data)
     history = _History(header)
     running = hashlib.blake2b(data[:at], digest_size=32).digest()
     while (body := _body(data, at)) is not None:
@@ -703,7 +704,7 @@ class Log:
 
         Raises FileExistsError where there is a file already, and OSError where none can be written; then none is left.
         """
-        path, data = Path(path), _encode_header(header)
+        path, data = Path(path), encode_header(header)
         _interval(sync)
         file = io.FileIO(path, "x+")
         try:
@@ -848,7 +849,7 @@ class Log:
         """The running digest as it was after the first so many records. LogError where there are fewer."""
         if not 0 <= records <= len(self._history.records):
             raise LogError(f"{self.path} holds {len(self._history.records)} records, not {records}")
-        running = hashlib.blake2b(_encode_header(self.header), digest_size=32).digest()
+        running = hashlib.blake2b(encode_header(self.header), digest_size=32).digest()
         for number in range(records):
             running = _advance(running, self._history.records.payload(number))
         return running.hex()

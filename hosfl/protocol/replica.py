@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from hosfl.protocol.arrays import Array, assign, bits, count, dtype_name, host, largest, plain, zeros
 from hosfl.protocol.lattice import Lattice, LatticeError, spread
 from hosfl.protocol.log import EXPONENTS, RoundRecord
-from hosfl.protocol.messages import MessageError, PoolMoves, Records
+from hosfl.protocol.messages import Differs, MessageError, PoolMoves, Records
 from hosfl.protocol.seeds import Purpose, pool_seeds, round_seed
 from hosfl.protocol.terms import Run
 from hosfl_kernels import replay_, update_
@@ -133,6 +133,20 @@ class Replica:
         self.epoch = message.epoch
         if len(message.digest) and end == self.applied and message.digest.tobytes() != self.digest():
             raise DigestMismatch(f"after {self.applied} rounds this client's half is not the server's")
+
+    def follow(self, message: Records | PoolMoves, client: int) -> Differs | None:
+        """`apply`, for client number `client`. What it has to say if its half turns out to be wrong: it is back at its
+        base then, and the server's answer to that brings it up to date. Raises MessageError and LatticeError."""
+        if message.client != client:
+            raise MessageError(f"a message for client {message.client}, this is client {client}")
+        try:
+            self.apply(message)
+        except DigestMismatch:
+            wrong = digest_array(self.digest())
+            said = Differs(client=client, round=self.applied, epoch=self.epoch, digest=wrong)
+            self.reset()
+            return said
+        return None
 
     def _check_rows(self, message: Records) -> int:
         rows, rates, rule = message.coefficients, message.rates, self.run.rule

@@ -12,6 +12,7 @@ from enum import IntEnum
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hosfl_kernels import derive
 
@@ -61,6 +62,11 @@ def pool_seeds(run_seed: int, generation: int, size: int) -> tuple[int, ...]:
 def pool_seed(run_seed: int, generation: int, index: int) -> int:
     """One of `pool_seeds`, for which nobody makes the others."""
     return derive(round_seed(run_seed, Purpose.POOL, generation), index, 0)
+
+
+def drawn(run_seed: int, purpose: Purpose, round: int, client: int, samples: int, size: int) -> NDArray[np.int64]:
+    """Which of a client's samples are a round's batch: `size` of them, or all if there are fewer."""
+    return generator(run_seed, purpose, round, client).choice(samples, min(size, samples), replace=False)
 
 
 def generator(run_seed: int, purpose: Purpose, round: int = 0, client: int = 0) -> np.random.Generator:

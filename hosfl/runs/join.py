@@ -16,9 +16,7 @@ from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
-from zipfile import ZipFile
 
-import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
@@ -44,7 +42,7 @@ from hosfl.runs.serve import LOCAL
 from hosfl.tasks import READERS, TASKS, make_task
 from hosfl.tasks.data import Dataset
 from hosfl.tasks.items import Items, labels_beside, read, samples_of
-from hosfl.tasks.reading import DataError
+from hosfl.tasks.reading import DataError, arrays_in
 
 OWN = {"task": (TASKS, "FUNCTION"), "method": (METHODS, "CLASS")}  # what of a run may be in a file: FILE.py:NAME
 
@@ -92,7 +90,7 @@ def own_data(data: str, config: Config, longest: int) -> Dataset | Items | None:
     if not data:
         return None
     if data.endswith((".npz", ".safetensors")):
-        return _of_arrays(_arrays(data), data)
+        return _of_arrays(arrays_in(data, lambda file: load(file.read_bytes())), data)
     if ".py:" in data:
         made = named(data, "data", {})
         try:
@@ -110,19 +108,6 @@ def own_data(data: str, config: Config, longest: int) -> Dataset | Items | None:
             f"the task {config.task} reads no files such as {data}: give .npz, .safetensors or FILE.py:NAME"
         )
     return None
-
-
-def _arrays(path: str) -> dict[str, Any]:
-    """A file's arrays by name. Raises OSError, and DataError for a file that holds none."""
-    try:
-        if path.endswith(".safetensors"):
-            return load(Path(path).read_bytes())
-        with ZipFile(path), np.load(path, allow_pickle=False) as arrays:  # numpy takes what is no zip for a pickle
-            return {name: arrays[name] for name in arrays.files}
-    except Exception as error:  # of zip, zlib, numpy or safetensors, of whatever kind: the file may hold anything
-        if isinstance(error, OSError) and error.filename:  # it is not there, or may not be read
-            raise
-        raise DataError(f"{path} is damaged, or holds no arrays of numbers ({error}): save it again") from None
 
 
 def _of_arrays(arrays: dict[str, Any], data: str) -> Dataset | Items:

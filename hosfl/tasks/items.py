@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, Subset
 
 from hosfl.halves.inputs import Batch, Inputs, mask_of
-from hosfl.protocol.seeds import Purpose, generator, round_seed
+from hosfl.protocol.seeds import Purpose, drawn, round_seed
 from hosfl.tasks.data import Dataset, digest
 from hosfl.tasks.reading import DataError
 from hosfl_kernels import derive
@@ -308,8 +308,7 @@ class Batches:
     purpose: Purpose = Purpose.BATCHES
 
     def __call__(self, round: int) -> Batch:
-        random = generator(self.seed, self.purpose, round, self.client)
-        chosen = torch.from_numpy(random.choice(len(self.data), min(self.size, len(self.data)), replace=False))
+        chosen = torch.from_numpy(drawn(self.seed, self.purpose, round, self.client, len(self.data), self.size))
         batch = read(self.data[chosen], derive(round_seed(self.seed, Purpose.READING, round), self.client, 0))
         batch = batch.trimmed(self.per_token)
         return batch.inputs, batch.labels

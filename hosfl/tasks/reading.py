@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
+from zipfile import ZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -492,3 +493,19 @@ def _shown(value: Any) -> str:
 
 def _twice(names: Sequence[str]) -> list[str]:
     return [name for name, times in Counter(names).items() if times > 1]
+
+
+def arrays_in(path: str, load: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """The arrays of a file, .npz or .safetensors, by name. load: reads the latter.
+
+    Raises OSError, and DataError for a file that holds none.
+    """
+    try:
+        if path.endswith(".safetensors"):
+            return load(Path(path))
+        with ZipFile(path), np.load(path, allow_pickle=False) as arrays:  # numpy takes what is no zip for a pickle
+            return {name: arrays[name] for name in arrays.files}
+    except Exception as error:  # of zip, zlib, numpy or safetensors, of whatever kind: the file may hold anything
+        if isinstance(error, OSError) and error.filename:  # it is not there, or may not be read
+            raise
+        raise DataError(f"{path} is damaged, or holds no arrays of numbers ({error}): save it again") from None

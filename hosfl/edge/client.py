@@ -1,0 +1,204 @@
+"""HO-SFL's client on an inference runtime: it holds the replica that every client holds, and needs no torch.
+
+Its weights have the same bits as everybody's, since the kernels move them. What it measures differs in the last digits,
+as it does between any two machines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from hosfl.edge.half import Half
+from numpy.typing import NDArray
+
+from hosfl.edge.data import MASK, Samples
+from hosfl.edge.travel import packed, unpacked
+from hosfl.interrupts import uninterrupted
+from hosfl.protocol.arrays import Array
+from hosfl.protocol.lattice import Lattice
+from hosfl.protocol.messages import (
+    Calibration,
+    Cut,
+    Differs,
+    Hello,
+    Message,
+    MessageError,
+    Multiplier,
+    PoolMoves,
+    Records,
+    Scalars,
+    Statistics,
+    decode,
+)
+from hosfl.protocol.replica import Replica, digest
+from hosfl.protocol.terms import Run
+from hosfl_kernels import perturb_, replay_
+
+PART = 1 << 16  # elements of the cut that are in float64 at a time
+
+
+class EdgeClient:
+    """A client of a run of method ho, with one-sided or two-sided differences. It is a `hosfl.protocol.endpoint.Answers`.
+
+    half: moves. streams: of the noise of its moving tensors, as the log's header has them. batches: a round's samples.
+    weights: all that the half's digest is of, in order: a name, and the array unless it moves.
+    """
+
+    calibrated = True  # runs that estimate running statistics have no such clients
+
+    def __init__(
+        self,
+        number: int,
+        half: Half,
+        run: Run,
+        streams: Sequence[int],
+        batches: Callable[[int], Samples],
+        weights: Callable[[], Sequence[Array]],
+        wire: str = "float32",
+    ) -> None:
+        self.number, self.half, self.run, self.batches, self.wire = number, half, run, batches, wire
+        self.weights = weights
+        self.replica = Replica(half.tensors, streams, run, half.base)
+        self._round = -1  # of the last cut: there is none yet
+
+    @property
+    def applied(self) -> int:
+        return self.replica.applied
+
+    @property
+    def epoch(self) -> int:
+        return self.replica.epoch
+
+    def decoded(self, data: bytes) -> Message:
+        return decode(data)
+
+    def asks(self) -> Statistics:
+        raise MessageError("a client without torch has no running statistics to estimate")
+
+    def statistics(self, message: Calibration) -> Statistics:
+        return self.asks()
+
+    def calibrate(self, message: Message) -> None:
+        self.asks()
+
+    def hello(self) -> Hello:
+        return Hello(client=self.number, round=self.applied, epoch=self.epoch)
+
+    def anew(self) -> None:
+        self.replica.reset()
+
+    def take_up(
+        self,
+        tensors: Sequence[Array],
+        moments: Sequence[Sequence[Array]],
+        applied: int,
+        epoch: int,
+        lattice: Lattice | None,
+    ) -> None:
+        self.replica.take_up(tensors, moments, applied, epoch, lattice)
+
+    def catch_up(self, message: Message) -> Differs | None:
+        if not isinstance(message, (Records, PoolMoves)):
+            raise MessageError(f"client {self.number} expects records, got {type(message).__name__}")
+        return self.replica.follow(message, self.number)
+
+    def output(self, round: int) -> Cut:
+        """The cut of the round's batch."""
+        self._round, batch = round, self.batches(round)
+        self._inputs, self._cut = batch.inputs, self.half(batch.inputs)
+        cut, scales = packed(self._cut, self.wire)
+        masks = {"mask": batch.named()[MASK].astype(np.uint8)} if MASK in batch.named() else {}
+        labels = batch.labels if batch.labels.dtype == np.float32 else batch.labels.astype(np.int32)
+        return Cut(client=self.number, round=round, epoch=self.epoch, cut=cut, scales=scales, labels=labels, **masks)
+
+    def answer(self, message: Message) -> Scalars:
+        """Probe the round's directions. The weights hold the same bits afterwards."""
+        multiplier = self._multiplier(message)
+        seeds, scalars = self.run.seeds(self._round), np.zeros(self.run.directions, np.float32)
+        for block, positions in self.run.parts():
+            scalars[positions] = self._probe(block.tensors, multiplier, seeds[positions])
+        return Scalars(client=self.number, round=self._round, epoch=self.epoch, scalars=scalars)
+
+    def _multiplier(self, message: Message) -> NDArray[np.float32]:
+        if not isinstance(message, Multiplier):
+            raise MessageError(f"client {self.number} expects a multiplier, got {type(message).__name__}")
+        if (message.round, message.epoch, message.client) != (self._round, self.epoch, self.number):
+            raise MessageError(
+                f"client {self.number} is in round {self._round} of epoch {self.epoch}; this multiplier is for client"
+                f" {message.client} in round {message.round} of epoch {message.epoch}"
+            )
+        multiplier = unpacked(message.multiplier, message.scales, self.wire)
+        if multiplier.shape != self._cut.shape:
+            raise MessageError(f"the cut is {self._cut.shape}, the multiplier {multiplier.shape}")
+        if not np.isfinite(multiplier).all():
+            raise MessageError("a multiplier with infinite or NaN elements")
+        return multiplier
+
+    def _probe(self, block: Sequence[int], multiplier: NDArray[np.float32], seeds: Sequence[int]) -> list[float]:
+        """The derivatives along directions that move these of the tensors."""
+        probe, mu, scalars = _Probe(self.replica, block), self.replica.mu, []
+        try:
+            for seed in seeds:
+                probe.move(seed, mu)
+                ahead, behind, distance = self.half(self._inputs), self._cut, mu
+                if self.run.estimator == "two-sided":
+                    probe.move(seed, -mu)
+                    behind, distance = self.half(self._inputs), 2 * mu
+                scalars.append(inner(multiplier, ahead, behind) / distance)
+        finally:
+            probe.home()
+        return scalars
+
+    def digest(self) -> str:
+        """SHA-256 of the half, as every client's."""
+        return digest(self.weights()).hex()
+
+
+class _Probe:
+    """Tensors of a replica that stand at th + step * u(seed), or at th.
+
+    On the lattice they move there and back exactly, in one pass from one place to the next. Elsewhere every move rounds:
+    copies of the tensors keep th meanwhile.
+    """
+
+    def __init__(self, replica: Replica, block: Sequence[int]) -> None:
+        self.tensors = [replica.tensors[t] for t in block]
+        self.place: dict[str, Any] = {
+            "dist": replica.run.dist,
+            "factors": [replica.run.factors[t] for t in block],
+            "streams": [replica.streams[t] for t in block],
+        }
+        self.kept = None if replica.lattice is not None else [np.copy(t) for t in self.tensors]
+        self.standing: list[tuple[int, float]] = []  # seed and step: one at most
+
+    def move(self, seed: int, step: float) -> None:
+        if self.kept is None:
+            self._replay([(seed, step)])
+        else:
+            self.home()
+            perturb_(self.tensors, seed, step, **self.place)
+
+    def home(self) -> None:
+        if self.kept is None:
+            self._replay([])
+            return
+        for tensor, kept in zip(self.tensors, self.kept, strict=True):
+            tensor[...] = kept
+
+    def _replay(self, to: list[tuple[int, float]]) -> None:
+        seeds = [seed for seed, _ in self.standing + to]
+        steps = [-step for _, step in self.standing] + [step for _, step in to]
+        with uninterrupted():
+            replay_(self.tensors, seeds, steps, **self.place)
+            self.standing = to
+
+
+def inner(multiplier: NDArray[np.float32], output: NDArray[np.float32], other: NDArray[np.float32]) -> float:
+    """<multiplier, output - other>, summed in float64, some samples at a time. See `hosfl.probing.probe.inner`."""
+    at_once = max(1, PART * len(output) // max(1, output.size))
+    return sum(
+        float(((output[at : at + at_once] - other[at : at + at_once]).astype(np.float64) * m).sum())
+        for at, m in ((at, multiplier[at : at + at_once]) for at in range(0, len(output), at_once))
+    )

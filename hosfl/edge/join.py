@@ -1,0 +1,156 @@
+"""A client without torch on its own machine: what it takes part in it fetches, and checks, before it computes anything."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hosfl.edge.half import BASE, GRAPH, Half, HalfError
+from safetensors import SafetensorError
+
+from hosfl.edge.client import EdgeClient
+from hosfl.edge.data import Batches, Samples, read_samples
+from hosfl.engines.engine import JoinError, Line
+from hosfl.engines.joining import check_labels, fetched, read_offer, take_part
+from hosfl.protocol.arrays import Array
+from hosfl.protocol.endpoint import Endpoint
+from hosfl.protocol.log import Header, LogError, decode_header
+from hosfl.protocol.provenance import header_digest
+from hosfl.protocol.rebuild import base_digest
+from hosfl.protocol.terms import Run, run_of
+from hosfl.protocol.weights import read_weights
+from hosfl.settings import Settings
+from hosfl.tasks.reading import DataError
+
+HEADER = "header"  # the file that a log without records would be
+ESTIMATORS = ("one-sided", "two-sided")
+log = logging.getLogger("hosfl.join")
+
+
+def join(line: Line, number: int, folder: Path, *, data: str, threads: int = 0) -> None:
+    """Take part in a run until the line is closed, as `hosfl.runs.join.join` does, with onnxruntime in torch's place.
+
+    The server has to offer the client half as a graph: `hosfl serve --edge`. data: see `hosfl.edge.data.read_samples`.
+    threads: of onnxruntime; 0: one for each core. Raises JoinError, DataError, HalfError, ValueError and OSError.
+    """
+    if not data:
+        raise ValueError("a client without torch knows no task that has data for it: name its own with --data")
+
+    def made(offered: bytes) -> Endpoint[EdgeClient]:
+        return client_of(offered, lambda name, sha, path: fetched(line, name, sha, path), number, folder, data, threads)
+
+    take_part(line, number, folder, made)
+
+
+def client_of(
+    offered: bytes,
+    fetch: Callable[[str, str, Path], bytes],
+    number: int,
+    folder: Path,
+    data: str,
+    threads: int = 0,
+) -> Endpoint[EdgeClient]:
+    """A client that has applied nothing, of the run that a server offers. fetch: (name, SHA-256, path) of its files.
+
+    Raises as `join`.
+    """
+    told, run = read_offer(offered)
+    if run["edge"] is None:
+        raise JoinError("the server offers nothing to clients without torch: it has to be started with --edge")
+    settings = _settings(told)
+    samples = read_samples(data)
+    check_labels(samples.labels, samples.tokens, run, data)
+    fetch("base", run["base"], folder / BASE)
+    fetch(GRAPH, run["edge"]["files"][GRAPH], folder / GRAPH)
+    terms, header = _terms(fetch(HEADER, run["edge"]["files"][HEADER], folder / HEADER), run["log"], settings)
+    weights = _base(folder / BASE, header)
+    missing = [name for name in run["edge"]["digest"] if name not in weights]
+    if missing:
+        raise JoinError(f"the server's base has no {missing[0]}, which the digest of its half is of")
+    del weights  # the session has its own
+    half = Half(folder, [p.name for p in header.parameters], threads)
+    _try(half, samples[:2], run["cut"], data)
+    per_token = run["labels"]["ignore_index"] is not None
+    client = EdgeClient(
+        number,
+        half,
+        terms,
+        [p.stream for p in header.parameters],
+        Batches(samples, settings.batch, settings.seed, number, per_token),
+        lambda: _weights(folder / BASE, run["edge"]["digest"], header, half),
+        settings.wire,
+    )
+    return Endpoint(client, run=run["id"])
+
+
+def _settings(told: dict[str, Any]) -> Settings:
+    """The run's. Raises JoinError for a run that only clients with torch can take part in."""
+    strange = sorted(set(told) - set(Settings.names()))
+    if strange:
+        raise JoinError(f"the run has settings that this version has not: {', '.join(strange)}: update hosfl")
+    try:
+        settings = Settings(**told)
+    except (TypeError, ValueError) as error:
+        raise JoinError(f"the run's settings do not work here: {error}") from None
+    if why := unable(settings):
+        raise JoinError(f"{why}: join with torch, without --runtime onnx")
+    return settings
+
+
+def unable(settings: Settings) -> str:
+    """Why clients without torch cannot take part in a run of these settings; "" where they can."""
+    if settings.method != "ho":
+        return f"clients without torch take part in method ho, and the run's is {settings.method!r}"
+    if settings.estimator not in ESTIMATORS:
+        return f"clients without torch measure {' or '.join(ESTIMATORS)} differences, not {settings.estimator}"
+    if settings.calibrate:
+        return "clients without torch cannot estimate running statistics, as calibrate wants"
+    return ""
+
+
+def _terms(data: bytes, sha256: str, settings: Settings) -> tuple[Run, Header]:
+    """The run's terms and its log's header. Raises JoinError for one that is not the log's."""
+    try:
+        header, end = decode_header(data)
+        if end != len(data) or header_digest(header) != sha256:
+            raise JoinError("the server's header is another than that of its log")
+        return replace(run_of(header), estimator=settings.estimator), header
+    except LogError as error:
+        raise JoinError(f"the server's header is none: {error}") from None
+
+
+def _base(path: Path, header: Header) -> dict[str, Array]:
+    """The weights of the base file. Raises JoinError where they are not those that the header names."""
+    try:
+        weights = read_weights(path)
+    except (SafetensorError, ValueError) as error:
+        raise JoinError(f"the base half is no safetensors file: {error}") from None
+    if base_digest(weights) != header.base:
+        raise JoinError("the server's base holds other weights than its log's header says")
+    return weights
+
+
+def _weights(path: Path, names: Sequence[str], header: Header, half: Half) -> list[Array]:
+    """All that the half's digest is of."""
+    moving = {p.name: tensor for p, tensor in zip(header.parameters, half.tensors, strict=True)}
+    fixed = read_weights(path)
+    return [moving[name] if name in moving else fixed[name] for name in names]
+
+
+def _try(half: Half, samples: Samples, cut: list[int], what: str) -> None:
+    """Raises DataError where the half does not make of the samples what the server takes, HalfError where onnxruntime
+    does not see its weights move."""
+    try:
+        found = half(samples.inputs)
+    except HalfError as error:
+        raise DataError(f"{what}: {error}") from None
+    made, short = list(found.shape[1:]), samples.tokens is not None and found.shape[1:2] < tuple(cut[:1])
+    if made != cut and not (short and made[1:] == cut[1:]):
+        raise DataError(f"{what}: of these data the client half makes cuts of shape {made}, and the server takes {cut}")
+    if not np.isfinite(found).all():
+        raise DataError(f"{what}: of its first samples the client half makes infinite or NaN numbers")
+    half.check(samples.inputs)
