@@ -1,0 +1,248 @@
+"""A client half as an ONNX graph without weights, for clients that have no torch: see `hosfl.edge.half`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hosfl.edge.half import BASE, GRAPH, LAYOUT, PREFIX, Half, HalfError
+from hosfl.extras import needed
+from hosfl.halves.families import ClientHalf, copied
+from hosfl.halves.inputs import Inputs, call, evaluating, unchanged
+from hosfl.protocol.weights import as_file
+
+ROWS = 3  # samples that a graph is made of: a batch of one would be taken for a size that never changes
+CONSTANTS = 1 << 20  # bytes of a graph that are no weights, at most: every client of a run fetches it
+CLOSE = 1e-4  # of the output's largest number
+
+
+class ExportError(ValueError):
+    """A client half that cannot be run without torch."""
+
+
+def exported(half: nn.Module, sample: Inputs) -> bytes:
+    """A client half as an ONNX model without weights, which are those in the file of `hosfl.runs.checkpoint.module_bytes`.
+
+    sample: inputs as the half takes them, a tensor or tensors by name; their values do not matter, but for the checks.
+    Batches may have any size, and texts, which are integers [batch, tokens], any length that the half takes.
+
+    Every tensor of the half's state dict is an initializer whose bytes lie in base.safetensors; those that require grad
+    are graph inputs as well, so that the holder of a session may give it memory of its own for them. The graph's
+    outputs are compared with the half's, for the sample and for another batch, also with every moving weight moved.
+
+    Raises ExportError, which says what stands in the way; ImportError without onnx, onnxscript or onnxruntime.
+    """
+    for module in ("onnx", "onnxscript", "onnxruntime"):
+        needed(module, "the export of a client half", "export")
+    _check(half)
+    named = _named(sample)
+    with evaluating(half), unchanged(half.modules()):
+        takes_lengths = _takes(half, _given(sample, _resized(named, ROWS, shorter=True)))
+        model = _graph(half, sample, named, takes_lengths)
+        base = as_file(half.state_dict())
+        graph = _without_weights(model, half, base)
+        _compare(half, sample, named, takes_lengths, graph, base)
+    return graph
+
+
+def _check(half: nn.Module) -> None:
+    for path, module in half.named_modules():
+        if "narrow" in vars(module):
+            raise ExportError(
+                f"{path or 'the client half'} stores its weights narrow, which only torch unpacks: export with frozen=float32"
+            )
+    for name, tensor in (*half.named_parameters(), *half.named_buffers()):
+        if tensor.is_floating_point() and tensor.dtype != torch.float32 or tensor.is_complex():
+            raise ExportError(f"{name} is {str(tensor.dtype).removeprefix('torch.')}: make the half float32, half.float()")
+        if tensor.device.type != "cpu":
+            raise ExportError(f"{name} is on {tensor.device}: move the half to the CPU, half.cpu()")
+
+
+def _named(sample: Inputs) -> dict[str, Tensor]:
+    """The inputs by the names that they have in the graph."""
+    named = dict(sample) if isinstance(sample, Mapping) else {"input": sample}
+    for name, x in named.items():
+        if not isinstance(x, Tensor):
+            raise ExportError(f"{name} is a {type(x).__name__}: a half is exported for a tensor, or for tensors by name")
+        if not x.dim() or not len(x):
+            raise ExportError(f"{name} is {[*x.shape]}: its first dimension must be that of samples, of which one is needed")
+    return named
+
+
+def _resized(named: Mapping[str, Tensor], rows: int, shorter: bool) -> dict[str, Tensor]:
+    """So many samples, the given ones over and over; shorter: texts of fewer tokens, or of two for one."""
+    found = {}
+    for name, x in named.items():
+        x = x[torch.arange(rows) % len(x)]
+        if shorter and _is_text(x):
+            x = x[:, torch.arange(max(2, x.shape[1] - 1 - x.shape[1] // 4)) % x.shape[1]]
+        found[name] = x
+    return found
+
+
+def _is_text(x: Tensor) -> bool:
+    return x.dim() == 2 and not x.is_floating_point()
+
+
+def _given(sample: Inputs, named: Mapping[str, Tensor]) -> Inputs:
+    """Named inputs as the half takes them."""
+    return named if isinstance(sample, Mapping) else named["input"]
+
+
+def _takes(half: nn.Module, inputs: Inputs) -> bool:
+    try:
+        call(half, inputs)
+    except Exception:  # whatever a model raises
+        return False
+    return True
+
+
+class _Named(nn.Module):
+    """The half as a module of positional arguments, which the exporter counts and names."""
+
+    def __init__(self, client: nn.Module, names: Sequence[str] | None) -> None:
+        super().__init__()
+        self.client, self.names = client, names
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        cut = call(self.client, tensors[0] if self.names is None else dict(zip(self.names, tensors, strict=True)))
+        if not isinstance(cut, Tensor):
+            raise ExportError(f"the cut must be one tensor, and the half makes a {type(cut).__name__}")
+        return cut
+
+
+def _graph(half: nn.Module, sample: Inputs, named: Mapping[str, Tensor], any_length: bool) -> Any:
+    """The exporter's model, in onnxscript's representation."""
+    inputs = _resized(named, ROWS, shorter=any_length)
+    sizes = tuple({0: "batch", **({1: "tokens"} if any_length and _is_text(x) else {})} for x in inputs.values())
+    if isinstance(half, ClientHalf) and half.pools is not None:
+        half = copied(half)
+        half.pools = None  # a check of tokens' values, of which a graph has none
+    client = _Named(half, list(inputs) if isinstance(sample, Mapping) else None)
+    try:
+        with _quiet():
+            program = torch.onnx.export(
+                client,
+                tuple(inputs.values()),
+                dynamo=True,
+                optimize=False,  # which would rename weights, and fold what depends on them
+                verbose=False,
+                input_names=list(inputs),
+                output_names=["cut"],
+                dynamic_shapes=(sizes,),
+            )
+    except Exception as error:  # the exporter's own errors, and whatever a model raises under it
+        cause = next(e for e in _causes(error) if e.__cause__ is None)
+        raise ExportError(
+            f"torch cannot export the {type(half).__name__}: {type(cause).__name__}: {str(cause).strip()[:1000]}; "
+            "cut the model elsewhere, or replace the module that it names"
+        ) from error
+    assert program is not None
+    return program.model
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's remarks on what of torchvision is missing and what of torch will change."""
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
+
+
+def _without_weights(model: Any, half: nn.Module, base: bytes) -> bytes:
+    """The model with weights that lie in a base file, and those that require grad among its inputs."""
+    from onnxscript import ir
+
+    end = 8 + int.from_bytes(base[:8], "little")
+    places: dict[str, Any] = json.loads(base[8:end])
+    graph, names = model.graph, dict[int, list[str]]()
+    state = half.state_dict(keep_vars=True)
+    for name, tensor in state.items():
+        names.setdefault(id(tensor), []).append(name)
+    weights = []
+    for first, *others in names.values():  # of a tied weight's names a log has the first as well
+        tensor = state[first]
+        found = [graph.initializers.pop(PREFIX + name, None) for name in (first, *others)]
+        value, *same = [value for value in found if value is not None] or [None]
+        if value is None and tensor.requires_grad:  # it moves, and nothing reads it
+            value = ir.Value(type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(tensor.shape))
+        if value is None:
+            continue
+        for other in same:
+            ir.convenience.replace_all_uses_with(other, value)
+        begin, stop = places[first]["data_offsets"]
+        value.name = PREFIX + first
+        value.const_value = ir.ExternalTensor(
+            BASE, end + begin, stop - begin, value.dtype, shape=value.shape, name=value.name
+        )
+        weights.append(value)
+        if tensor.requires_grad:
+            graph.inputs.append(value)
+    constants = {value.name: value.const_value.nbytes for value in graph.initializers.values()}
+    if (size := sum(constants.values())) > CONSTANTS:
+        largest = max(constants, key=lambda name: constants[name])
+        raise ExportError(
+            f"the graph has {size:,} bytes of constants that are no weights, most of them {largest.removeprefix(PREFIX)}: "
+            "register it as a persistent buffer, so that the base file has it"
+        )
+    for value in weights:
+        graph.register_initializer(value)
+    graph.metadata_props.clear()  # where which line of whose code lies
+    for node in graph.all_nodes():
+        node.metadata_props.clear()
+        for output in node.outputs:
+            output.metadata_props.clear()
+    model.metadata_props[LAYOUT] = hashlib.sha256(base[:end]).hexdigest()
+    serialized: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
+    return serialized
+
+
+def _compare(
+    half: nn.Module, sample: Inputs, named: Mapping[str, Tensor], any_length: bool, graph: bytes, base: bytes
+) -> None:
+    """Raises ExportError where onnxruntime makes something else of the graph than torch of the half."""
+    moving = [name for name, p in half.named_parameters() if p.requires_grad]
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / GRAPH).write_bytes(graph)
+        (folder / BASE).write_bytes(base)
+        try:
+            run = Half(folder, moving)
+            for rows, shorter in ((len(next(iter(named.values()))), False), (ROWS + 1, any_length), (1, any_length)):
+                inputs = _resized(named, rows, shorter)
+                arrays = {name: x.numpy() for name, x in inputs.items()}
+                cut, wanted = run(arrays), call(half, _given(sample, inputs)).numpy()
+                if cut.shape != wanted.shape:
+                    raise ExportError(f"of {rows} samples the graph makes {cut.shape}, and the half {wanted.shape}")
+                if not np.abs(cut - wanted).max() <= CLOSE * np.abs(wanted).max():
+                    raise ExportError(
+                        f"of {rows} samples the graph makes other numbers than the half: they differ by "
+                        f"{np.abs(cut - wanted).max():.3g}, and the half's largest is {np.abs(wanted).max():.3g}"
+                    )
+            run.check(arrays)
+        except HalfError as error:
+            raise ExportError(f"the graph of the {type(half).__name__} does not run: {error}") from error

@@ -1,0 +1,163 @@
+"""The client half under onnxruntime: numpy's arrays are its moving weights, and no torch is needed.
+
+half.onnx           the half without weights, as `hosfl.edge.export` makes it
+base.safetensors    its weights of round 0, the file that every client of a run has
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+GRAPH, BASE = "half.onnx", "base.safetensors"
+PREFIX = "client."  # of the weights' names in a graph, where inputs and values have names as well
+LAYOUT = "layout"  # what a graph's metadata call the digest of its base file's header
+STEP = 1 / 64  # how far a check moves every weight: more than rounding hides, and little enough for any network
+
+Arrays = NDArray[Any] | Mapping[str, NDArray[Any]]
+
+
+class HalfError(ValueError):
+    """A graph or base file that is not the half's, inputs that it does not take, or a runtime that misses moves."""
+
+
+class Half:
+    """The client half under onnxruntime: weights that move are numpy arrays, changed in place and seen by the next pass.
+
+    folder: holds half.onnx and base.safetensors. moving: names of weights as in the half's state dict. threads: of
+    onnxruntime; 0: one for each core. tensors: the moving weights, in the order of `moving`.
+
+    The moving ones are inputs of the graph with a value of their own, which onnxruntime reads anew in every pass; it
+    would prepack or fold constants once, and go on with the old ones. Frozen ones are constants in the file.
+
+    Raises HalfError.
+    """
+
+    tensors: list[NDArray[np.float32]]
+
+    def __init__(self, folder: Path, moving: Sequence[str], threads: int = 0) -> None:
+        self._graph, self._file, self._moving, self._threads = folder / GRAPH, folder / BASE, list(moving), threads
+        if len(set(moving)) < len(self._moving):
+            raise HalfError(f"a weight is named twice: {', '.join(moving)}")
+        self.tensors = self.base()
+        # A session does not own what it reads: without these, and without the arrays, it would read freed memory.
+        self._values = [onnxruntime.OrtValue.ortvalue_from_numpy(tensor) for tensor in self.tensors]
+        self._session = self._opened()
+
+    def base(self) -> list[NDArray[np.float32]]:
+        """The moving weights of round 0, read from the file. Raises HalfError."""
+        found = []
+        try:
+            with safe_open(self._file, framework="numpy") as file:  # type: ignore[no-untyped-call]
+                held = set(file.keys())
+                for name in self._moving:
+                    if name not in held:
+                        raise HalfError(f"{self._file} has no {name!r}, which moves; {self._another}")
+                    if (dtype := file.get_slice(name).get_dtype()) != "F32":
+                        raise HalfError(f"{name!r} moves and is {dtype}: a client without torch has float32 alone")
+                    found.append(np.array(file.get_tensor(name), np.float32, order="C"))
+        except (OSError, SafetensorError) as error:
+            raise HalfError(f"{self._file} cannot be read: {error}; fetch it anew") from error
+        return found
+
+    def __call__(self, inputs: Arrays) -> NDArray[np.float32]:
+        """The cut. inputs: an array, or arrays by name, as the half was exported for. Raises HalfError."""
+        return self._run(self._session, inputs)
+
+    def _run(self, session: Any, inputs: Arrays) -> NDArray[np.float32]:
+        named = dict(inputs) if isinstance(inputs, Mapping) else {"input": inputs}
+        takes = [entry.name for entry in session.get_inputs()]
+        if set(named) != set(takes):
+            raise HalfError(f"the half takes {', '.join(takes)}, and was given {', '.join(named)}")
+        try:
+            cut: NDArray[np.float32] = session.run(None, named)[0]
+        except Exception as error:  # onnxruntime's errors have no class in common
+            raise HalfError(f"the half does not take these inputs: {error}") from error
+        return cut
+
+    def check(self, inputs: Arrays) -> None:
+        """Does this machine's onnxruntime see every move of a weight? Raises HalfError that names those it misses.
+
+        Every moving weight is moved, which must give the bits of a session that was opened where they are then, and put
+        back, which must give the bits of before. So weights that these inputs do not reach, such as an expert's that no
+        token goes to, need no excuse: they change nothing in either. Costs four passes, and for the time of the check
+        the memory of the moving weights.
+        """
+        before, kept = self(inputs), [np.copy(tensor) for tensor in self.tensors]
+        try:
+            for tensor in self.tensors:
+                _move(tensor)
+            seen = self(inputs)
+            del self._session  # never two at once, each with its copy of the frozen weights
+            self._session = self._opened()
+            moved = self(inputs)
+        finally:
+            for tensor, values in zip(self.tensors, kept, strict=True):
+                tensor[...] = values
+        if not (_same(seen, moved) and _same(self(inputs), before)):
+            raise HalfError(
+                f"onnxruntime {onnxruntime.__version__} goes on with old values of weights that move: "
+                f"{', '.join(self._unseen(inputs))}; install another version"
+            )
+
+    def _unseen(self, inputs: Arrays) -> list[str]:
+        """The weights of which the session misses a move that one opened afterwards knows."""
+        names = []
+        for name, tensor in zip(self._moving, self.tensors, strict=True):
+            kept = np.copy(tensor)
+            _move(tensor)
+            if not _same(self(inputs), self._run(self._opened(), inputs)):
+                names.append(name)
+            tensor[...] = kept
+        return names
+
+    def _opened(self) -> Any:
+        """A session over `tensors`, which it reads wherever they are then."""
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # or it warns of every weight that is an input too
+        options.intra_op_num_threads = self._threads
+        # Blocks that are kept for later passes and plans of them cost more memory than they save time.
+        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+        for name, value in zip(self._moving, self._values, strict=True):
+            options.add_initializer(PREFIX + name, value)
+        if not self._graph.is_file():
+            raise HalfError(f"there is no {self._graph}")
+        try:
+            session = onnxruntime.InferenceSession(self._graph, options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # as above
+            raise HalfError(f"onnxruntime cannot open {self._graph} with {self._file}: {error}") from error
+        if session.get_modelmeta().custom_metadata_map.get(LAYOUT) != layout(self._file):
+            raise HalfError(f"{self._graph} was not made for {self._file}; {self._another}")
+        may = [entry.name.removeprefix(PREFIX) for entry in session.get_overridable_initializers()]
+        if still := sorted({*self._moving} - {*may}):
+            raise HalfError(f"{still[0]!r} does not move in {self._graph}, where these do: {', '.join(may)[:500]}")
+        return session
+
+    @property
+    def _another(self) -> str:
+        return "graph and base are of two halves: fetch both of one run"
+
+
+def layout(file: Path) -> str:
+    """A digest of what lies where in a safetensors file: a graph knows its weights by their places alone."""
+    with file.open("rb") as stream:
+        size = stream.read(8)
+        return hashlib.sha256(size + stream.read(int.from_bytes(size, "little"))).hexdigest()
+
+
+def _move(tensor: NDArray[np.float32]) -> None:
+    """By turns up and down: a normalisation behind it takes a common shift away."""
+    flat = tensor.reshape(-1)
+    flat[::2] += np.float32(STEP)
+    flat[1::2] -= np.float32(STEP)
+
+
+def _same(a: NDArray[np.float32], b: NDArray[np.float32]) -> bool:
+    return np.array_equal(a, b, equal_nan=True)
