@@ -119,9 +119,8 @@ def parser() -> argparse.ArgumentParser:
     hosts.add_argument("--out", type=_path, metavar="DIR", help="write log, snapshots, metrics and status there")
     hosts.add_argument("--resume", type=_path, metavar="DIR", help="go on with the run in DIR")
     hosts.add_argument("--tensorboard", action="store_true", help=board)
-    hosts.add_argument(
-        "--edge", action="store_true", help="let clients without torch join too: hosfl join --runtime onnx"
-    )
+    edge = "offer the client half to clients without torch too, which join by hosfl join --runtime onnx"
+    hosts.add_argument("--edge", action="store_true", help=edge)
     where = "a copy of the broker's nats.conf, to be checked; default: the one beside DIR, if it is there"
     hosts.add_argument("--broker", type=Path, metavar="FILE", help=where)
     waits = hosts.add_argument_group("waiting")

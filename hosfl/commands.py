@@ -151,7 +151,7 @@ def _serve(options: argparse.Namespace) -> int:
         logging.warning("no broker answers at %s (%s): it is waited for", member.address, error)
     engine = nats.NatsEngine(f"tls://{member.address}", member.run, config.clients, member.context())
     try:
-        over = Over(engine, options.deadline, options.enough, options.least)
+        over = Over(engine, options.deadline, options.enough, options.least, edge=options.edge)
         over.check(sum(not client.revoked for client in roster.clients[: config.clients]))
         return _run(options, config, out, over)
     finally:

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from hosfl.edge.half import Half
 from numpy.typing import NDArray
 
 from hosfl.edge.data import MASK, Samples
+from hosfl.edge.half import Half
 from hosfl.edge.travel import packed, unpacked
 from hosfl.interrupts import uninterrupted
 from hosfl.protocol.arrays import Array
@@ -40,10 +40,10 @@ PART = 1 << 16  # elements of the cut that are in float64 at a time
 
 
 class EdgeClient:
-    """A client of a run of method ho, with one-sided or two-sided differences. It is a `hosfl.protocol.endpoint.Answers`.
+    """A client of a run of method ho, with one-sided or two-sided differences. `Endpoint` says what its methods do.
 
-    half: moves. streams: of the noise of its moving tensors, as the log's header has them. batches: a round's samples.
-    weights: all that the half's digest is of, in order: a name, and the array unless it moves.
+    half: its weights move. streams: of the noise of its moving tensors, as the log's header has them. batches: gives a
+    round's samples. weights: gives all arrays that the half's digest is of, in their order.
     """
 
     calibrated = True  # runs that estimate running statistics have no such clients
@@ -159,8 +159,8 @@ class EdgeClient:
 class _Probe:
     """Tensors of a replica that stand at th + step * u(seed), or at th.
 
-    On the lattice they move there and back exactly, in one pass from one place to the next. Elsewhere every move rounds:
-    copies of the tensors keep th meanwhile.
+    On the lattice they move there and back exactly, in one pass from one place to the next. Elsewhere every move
+    rounds, and copies of the tensors keep th meanwhile.
     """
 
     def __init__(self, replica: Replica, block: Sequence[int]) -> None:

@@ -21,7 +21,7 @@ LABELS, MASK = ("labels", "label"), "attention_mask"
 
 @dataclass(frozen=True)
 class Samples:
-    """inputs: [n, ...], or several by name, such as tokens and their mask: int64 or float32. labels: likewise, [n, ...].
+    """inputs: int64 or float32 [n, ...], or several by name, such as tokens and their mask. labels: likewise [n, ...].
 
     Raises DataError for what does not go together.
     """
@@ -87,17 +87,15 @@ def samples_of(given: Any, what: str) -> Samples:
 
 
 def read_samples(data: str) -> Samples:
-    """A client's own: a file of arrays, .npz or .safetensors, or FILE.py:FUNCTION, which returns what `samples_of` takes.
+    """A client's own: of a file of arrays, .npz or .safetensors, or of FILE.py:FUNCTION.
 
-    Raises DataError, ValueError, OSError.
+    The function returns what `samples_of` takes. Raises DataError, ValueError, OSError.
     """
     if data.endswith((".npz", ".safetensors")):
         found = arrays_in(data, read_weights)
         return samples_of((found["inputs"], found["labels"]) if set(found) == {"inputs", "labels"} else found, data)
     if ".py:" not in data:
-        raise ValueError(
-            f"a client without torch reads arrays: give .npz, .safetensors or FILE.py:FUNCTION, not {data!r}"
-        )
+        raise ValueError(f"a client without torch reads .npz, .safetensors or FILE.py:FUNCTION, got {data!r}")
     made = named(data, "data", {})
     try:
         signature(made).bind()

@@ -1,4 +1,4 @@
-"""A client without torch on its own machine: what it takes part in it fetches, and checks, before it computes anything."""
+"""A client without torch on its own machine: it fetches the run and the half, and checks both before it computes."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hosfl.edge.half import BASE, GRAPH, Half, HalfError
 from safetensors import SafetensorError
 
 from hosfl.edge.client import EdgeClient
 from hosfl.edge.data import Batches, Samples, read_samples
+from hosfl.edge.half import BASE, GRAPH, Half, HalfError
 from hosfl.engines.engine import JoinError, Line
 from hosfl.engines.joining import check_labels, fetched, read_offer, take_part
 from hosfl.protocol.arrays import Array
@@ -26,7 +26,7 @@ from hosfl.protocol.weights import read_weights
 from hosfl.settings import Settings
 from hosfl.tasks.reading import DataError
 
-HEADER = "header"  # the file that a log without records would be
+HEADER = "header"  # of the run's log: the bytes of a log without records
 ESTIMATORS = ("one-sided", "two-sided")
 log = logging.getLogger("hosfl.join")
 
@@ -65,8 +65,8 @@ def client_of(
     samples = read_samples(data)
     check_labels(samples.labels, samples.tokens, run, data)
     fetch("base", run["base"], folder / BASE)
-    fetch(GRAPH, run["edge"]["files"][GRAPH], folder / GRAPH)
-    terms, header = _terms(fetch(HEADER, run["edge"]["files"][HEADER], folder / HEADER), run["log"], settings)
+    fetch(GRAPH, run["edge"]["graph"], folder / GRAPH)
+    terms, header = _terms(fetch(HEADER, run["edge"]["header"], folder / HEADER), run["log"], settings)
     weights = _base(folder / BASE, header)
     missing = [name for name in run["edge"]["digest"] if name not in weights]
     if missing:

@@ -40,7 +40,8 @@ def read_offer(offered: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings of the run that a server offers, and what else it says of it, of the right types. Raises JoinError.
 
     What it says: base, log: digests; cut: the shape of one sample's; labels: see `check_labels`; measures; id; hosfl,
-    the server's version; edge: SHA-256 of the files for clients without torch, by name; None where there are none.
+    the server's version; edge, for clients without torch: SHA-256 of graph and header, and the names of what the half's
+    digest is of; None where there is nothing for them.
     """
     try:
         run = json.loads(offered)
@@ -54,7 +55,10 @@ def read_offer(offered: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
             labels[name] = None if takes[name] is None else int(takes[name])
         id = read_id(run["id"])
         measures = None if run["measures"] is None else Measures(**run["measures"])
-        edge = None if run["edge"] is None else {str(name): str(sha) for name, sha in dict(run["edge"]).items()}
+        edge: dict[str, Any] | None = None
+        if run["edge"] is not None:
+            edge = {name: str(run["edge"][name]) for name in ("graph", "header")}
+            edge["digest"] = [str(name) for name in run["edge"]["digest"]]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise (
             error if isinstance(error, JoinError) else JoinError(f"what the server offers is no run: {error!r}")

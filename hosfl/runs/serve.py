@@ -6,6 +6,7 @@ events.jsonl   a line per round: who was asked, who took part, who did not and w
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import time
@@ -15,11 +16,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
 from hosfl.engines.engine import Engine
 from hosfl.engines.joining import FORMAT
+from hosfl.extras import needed
 from hosfl.files import finite, write_json
 from hosfl.methods import calibration
+from hosfl.methods.client import digested
 from hosfl.methods.ledger import SeedReplay
+from hosfl.protocol.log import encode_header
 from hosfl.protocol.provenance import header_digest
 from hosfl.runs.checkpoint import header_of, module_bytes
 
@@ -38,7 +45,7 @@ class Over:
     deadline: seconds for each of a round's two exchanges, and for running statistics before the first. enough: cuts,
     and answers, with which a round goes on without the rest; None: all. least: clients that have to be here before a
     round begins. patient: a round in which no cut could be learnt from does not count, and is tried again after a
-    pause: others may come. Else it counts, as in one process.
+    pause: others may come. Else it counts, as in one process. edge: clients without torch may take part too.
     """
 
     engine: Engine | Callable[[dict[str, bytes], int], Engine]
@@ -46,6 +53,7 @@ class Over:
     enough: int | None = None
     least: int = 1
     patient: bool = True
+    edge: bool = False
 
     def __post_init__(self) -> None:
         if self.deadline is not None and not 0 < self.deadline <= LONGEST:
@@ -63,10 +71,10 @@ class Over:
     def reach(self, federation: Federation) -> None:
         """Let the federation's messages go through the engine, and offer clients what they begin with.
 
-        Raises ValueError as `check` does.
+        Raises ValueError as `check` does, and for a run that clients without torch cannot take part in.
         """
         self.check(federation.config.clients)
-        files = offered(federation)
+        files = offered(federation, self.edge)
         engine = self.engine(files, federation.config.clients) if callable(self.engine) else self.engine
         engine.limit(federation.server.largest_message)
         engine.offer(files)
@@ -74,8 +82,10 @@ class Over:
         federation.enough, federation.least = self.enough, self.least
 
 
-def offered(federation: Federation) -> dict[str, bytes]:
+def offered(federation: Federation, edge: bool = False) -> dict[str, bytes]:
     """What a client fetches when it comes for the first time: the run, as JSON, and the base half, as safetensors.
+
+    edge: what clients without torch need is among it. Raises ValueError for a run in which they cannot take part.
 
     "cut" is the shape of one sample's cut; of texts, of the longest that the server takes. "labels" are those that
     it takes. "measures": see `Measures`; null where the method has no log.
@@ -84,6 +94,7 @@ def offered(federation: Federation) -> dict[str, bytes]:
     """
     half = calibration.first(federation.base, federation.server.statistics)
     base = module_bytes(half)
+    for_edge = _for_edge(federation, half) if edge else {}
     config, server, ledger = federation.config, federation.server, federation.server.ledger
     log, measures = "", None
     if isinstance(ledger, SeedReplay):
@@ -98,7 +109,7 @@ def offered(federation: Federation) -> dict[str, bytes]:
         "base": hashlib.sha256(base).hexdigest(),
         "log": log,
         "measures": measures,
-        "edge": None,
+        "edge": _told(for_edge, half) if edge else None,
         "cut": list(server.cut_shape),
         "labels": {
             "shape": list(server.label_shape),
@@ -107,7 +118,27 @@ def offered(federation: Federation) -> dict[str, bytes]:
             "ignore_index": server.ignore_index,
         },
     }
-    return {"run": json.dumps(run).encode(), "base": base}
+    return {"run": json.dumps(run).encode(), "base": base} | for_edge
+
+
+def _told(files: dict[str, bytes], half: nn.Module) -> dict[str, Any]:
+    """What the run says of the files for clients without torch."""
+    graph, header = (hashlib.sha256(data).hexdigest() for data in files.values())
+    return {"graph": graph, "header": header, "digest": list(digested(half))}
+
+
+def _for_edge(federation: Federation, half: nn.Module) -> dict[str, bytes]:
+    """The half as a graph, and the header of the run's log: what clients without torch need."""
+    edge = needed("hosfl.edge.join", "a server of clients without torch", "export")
+    exported = needed("hosfl.edge.export", "a server of clients without torch", "export").exported
+    if why := edge.unable(federation.config):
+        raise ValueError(why)
+    assert isinstance(federation.server.ledger, SeedReplay)
+    header = header_of(federation.server.ledger.run, half, federation.config.decisive())
+    sample, _ = federation.make(0).batch(0)
+    if federation.config.device != "cpu":
+        half, sample = copy.deepcopy(half).cpu(), tree_map_only(Tensor, Tensor.cpu, sample)
+    return {edge.GRAPH: exported(half, sample), edge.HEADER: encode_header(header)}
 
 
 class Events:

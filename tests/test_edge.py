@@ -1,0 +1,482 @@
+"""The client without torch: the bits that everybody holds, derivatives like a torch client's, and what it refuses."""
+
+import hashlib
+import json
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from test_fuzz import mutated
+from torch import nn
+
+from hosfl import Config, Task
+from hosfl.cli import main
+from hosfl.edge import travel
+from hosfl.edge.data import Batches, Samples, read_samples, samples_of
+from hosfl.edge.half import HalfError
+from hosfl.edge.join import client_of, join
+from hosfl.engines.engine import JoinError
+from hosfl.engines.in_process import InProcess
+from hosfl.methods import travel as with_torch
+from hosfl.methods.tensors import tensor
+from hosfl.protocol.endpoint import AnotherRun
+from hosfl.protocol.messages import (
+    Audit,
+    Complaint,
+    Cut,
+    Differs,
+    Hello,
+    Invitation,
+    MessageError,
+    Multiplier,
+    Scalars,
+    decode,
+    encode,
+    pack,
+    unpack,
+)
+from hosfl.runs.assemble import assemble, partition
+from hosfl.runs.serve import Over, offered
+from hosfl.tasks import items
+from hosfl.tasks.data import Dataset
+from hosfl.tasks.reading import DataError
+
+SETTINGS = {"rounds": 6, "clients": 3, "sampled": 3, "batch": 8, "directions": 4, "digest_every": 2, "seed": 5}
+FRESH = {"directions_from": "fresh"}
+WAYS = {
+    "pool": {},
+    "two-sided": {**FRESH, "estimator": "two-sided"},
+    "adamw": {**FRESH, "rule": "adamw"},
+    "gaussian": {**FRESH, "dist": "gaussian"},
+    "scaled": {**FRESH, "direction_scale": "rms"},
+    "float16": {"wire": "float16"},
+    "bfloat16": {"wire": "bfloat16"},
+    "int8": {"wire": "int8"},
+    "texts": {},
+    "texts, xs": {**FRESH, "trains": "xs:2", "blocks": 2},
+    "texts, lora": {**FRESH, "trains": "lora:1"},
+    "pictures": {**FRESH},
+}
+
+
+def texts():
+    chance = torch.Generator().manual_seed(0)
+    ids = torch.randint(5, 90, (120, 12), generator=chance)
+    mask = (torch.arange(12) < torch.randint(3, 13, (120, 1), generator=chance)).long()
+    labels = (ids[:, 0] > 47).long()
+    config = transformers.BertConfig(
+        vocab_size=90, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24
+    )
+
+    def model():
+        return transformers.BertForSequenceClassification(config)
+
+    tokens = {"input_ids": ids * mask, "attention_mask": mask}
+    train, test = ({k: v[:100] for k, v in tokens.items()}, labels[:100]), (tokens, labels)
+    return Task(model, train, test, nn.functional.cross_entropy, at=2)
+
+
+def pictures():
+    x = torch.randn(100, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+
+    def model():
+        norm = nn.BatchNorm2d(4)
+        norm.running_mean.uniform_(-0.5, 0.5), norm.running_var.uniform_(0.5, 2)
+        return nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(144, 2))
+
+    return Task(model, (x, (x.sum((1, 2, 3)) > 0).long()), (x[:9], torch.arange(9) % 2), nn.functional.cross_entropy, 3)
+
+
+def made(way, **more):
+    """A federation, its task, and what it offers to clients without torch."""
+    kind, settings = way.partition(",")[0], {**SETTINGS, **WAYS[way], **more}
+    task = {"texts": texts, "pictures": pictures}.get(kind, lambda: None)()
+    if task is not None:
+        settings |= {"task": "", "server_rate": 0.05, "client_rate": 0.1, "partition": "iid"}
+    federation, task = assemble(Config(**settings), task=task)
+    return federation, task, offered(federation, edge=True)
+
+
+def saved(share, path):
+    """A client's samples in a file of arrays."""
+    inputs = share.inputs if isinstance(share.inputs, dict) else {"inputs": share.inputs}
+    np.savez(path, labels=share.labels.numpy(), **{name: value.numpy() for name, value in inputs.items()})
+    return str(path)
+
+
+def fetch_from(files):
+    def fetch(name, sha256, path):
+        assert hashlib.sha256(files[name]).hexdigest() == sha256
+        path.write_bytes(files[name])
+        return files[name]
+
+    return fetch
+
+
+def endpoint(files, number, folder, data):
+    folder.mkdir(exist_ok=True)
+    return client_of(files["run"], fetch_from(files), number, folder, data)
+
+
+def close(one, other, cut, sent, mu):
+    """Whether derivatives along the same directions are alike, but for a percent and the rounding of outputs over mu."""
+    multiplier = travel.unpacked(sent.multiplier, sent.scales, WIRES[str(sent.multiplier.dtype)])
+    values = travel.unpacked(cut.cut, cut.scales, WIRES[str(cut.cut.dtype)])
+    rounding = 1e-6 * np.abs(values).max() * np.sqrt(np.square(multiplier).sum()) / mu
+    return np.abs(one.scalars - other.scalars).max() < 1e-2 * np.abs(other.scalars).max() + rounding
+
+
+WIRES = {"float32": "float32", "float16": "float16", "uint16": "bfloat16", "int8": "int8"}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_beside_clients_with_torch(way, tmp_path):
+    """Client 0 has torch, 1 and 2 have not. Of the first round, whose weights are the same, all numbers are alike."""
+    federation, task, files = made(way)
+    shares = partition(task, federation.config)
+    edges = {n: endpoint(files, n, tmp_path / str(n), saved(shares[n], tmp_path / f"{n}.npz")) for n in (1, 2)}
+    heard = {}
+
+    def answer(number, data):
+        theirs = federation.endpoint(number).answer(data)
+        said = edges[number].answer(data) if number in edges else theirs
+        heard.setdefault(number, []).append((decode(theirs), decode(said), decode(unpack(data)[-1])))
+        return said
+
+    federation.engine = InProcess(answer, 3)
+    before = edges[1].client.replica.digest()
+    losses = [federation.round(0)]
+    assert edges[1].client.replica.digest() == before  # probing leaves no trace
+    for number in edges:
+        kinds = [type(said) for _, said, _ in heard[number]]
+        assert kinds == [type(theirs) for theirs, _, _ in heard[number]] == [Hello, Cut, Scalars]
+        _, (cut, mine, _), (scalars, measured, sent) = heard[number]
+        assert np.array_equal(cut.labels, mine.labels)  # the same samples
+        assert np.array_equal(cut.mask, mine.mask)
+        assert mine.cut.dtype == cut.cut.dtype
+        assert mine.scales.shape == cut.scales.shape
+        if mine.cut.dtype == np.float32:
+            assert np.allclose(mine.cut, cut.cut, rtol=0, atol=1e-5 * np.abs(cut.cut).max())
+        assert close(measured, scalars, cut, sent, edges[number].client.run.mu)
+    losses += [federation.round(round) for round in range(1, 6)]
+    assert federation.refused == []
+    assert np.isfinite(losses).all()
+    found = federation.replicas()
+    assert (found.equal, found.clients, found.odd) == (True, 4, {})
+    assert edges[1].client.applied == 6
+    assert edges[1].client.digest() == found.digest
+
+
+def test_a_client_that_was_away_and_one_that_is_wrong(tmp_path):
+    federation, task, files = made("pool")
+    data = saved(partition(task, federation.config)[1], tmp_path / "own.npz")
+    edge = endpoint(files, 1, tmp_path / "1", data)
+    for round in range(3):
+        federation.round(round)
+    said = []
+
+    def answer(number, data):
+        said.append(decode(edge.answer(data)) if number == 1 else decode(federation.endpoint(number).answer(data)))
+        return encode(said[-1])
+
+    federation.engine = InProcess(answer, 3)
+    edge.client.replica.tensors[0][...] += 0.25
+    federation.round(3)
+    assert [type(m) for m in said if m.client == 1] == [Hello, Differs, Cut, Scalars]
+    assert federation.replicas().equal
+
+
+def ask(files, *before, kind=Invitation, number=1, round=0):
+    id = np.frombuffer(bytes.fromhex(json.loads(files["run"])["id"]), np.uint8)
+    return pack([*before, encode(kind(client=number, round=round, run=id))])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """What is offered, a client's folder and its data."""
+    federation, task, files = made("pool")
+    folder = tmp_path_factory.mktemp("edge")
+    data = saved(partition(task, federation.config)[1], folder / "own.npz")
+    news = encode(federation.server.welcome(Hello(client=1, round=0)))
+    return files, folder, data, news
+
+
+def test_multipliers_that_are_none(run, tmp_path):
+    files, _, data, news = run
+    edge = endpoint(files, 1, tmp_path / "1", data)
+    cut = decode(edge.answer(ask(files, news)))
+    assert type(cut) is Cut
+    before, right = edge.client.replica.digest(), np.ones_like(cut.cut)
+    here = {"client": 1, "round": 0}
+    wrong = {
+        "a multiplier with infinite or NaN": Multiplier(**here, multiplier=right * np.float32(np.nan)),
+        "the cut is": Multiplier(**here, multiplier=right[:, :-1]),
+        "float16 in a run": Multiplier(**here, multiplier=right.astype(np.float16)),
+        "this multiplier is for client 1 in round 9": Multiplier(client=1, round=9, multiplier=right),
+        "expects a multiplier, got Scalars": Scalars(**here, scalars=np.ones(4, np.float32)),
+    }
+    for why, message in wrong.items():
+        said = decode(edge.answer(pack([encode(message)])))
+        assert type(said) is Complaint
+        assert why in bytes(said.text).decode()
+    assert type(decode(edge.answer(pack([encode(Multiplier(**here, multiplier=right))])))) is Scalars
+    assert edge.client.replica.digest() == before
+
+
+def test_mutated_bytes_change_nothing(run, tmp_path):
+    files, _, data, news = run
+    edge, chance = endpoint(files, 1, tmp_path / "1", data), random.Random(0)
+    cut = decode(edge.answer(ask(files, news)))
+    whole = [news, encode(cut), encode(Multiplier(client=1, round=0, multiplier=np.ones_like(cut.cut)))]
+    before, kinds = edge.client.replica.digest(), set()
+    for _ in range(1000):
+        try:
+            kinds.add(type(decode(edge.answer(pack([mutated(whole, chance)])))))
+        except AnotherRun:
+            kinds.add(AnotherRun)
+        assert edge.client.replica.digest() == before
+    assert {Complaint, Scalars} <= kinds
+
+
+class Direct:
+    """A line to a server that asks what it is told to."""
+
+    def __init__(self, files, *asks):
+        self.files, self.asks, self.heard, self.fetched = files, asks, [], []
+
+    def fetch(self, name, deadline=None):
+        self.fetched.append(name)
+        return self.files[name]
+
+    def serve(self, answer):
+        self.heard += [decode(answer(data)) for data in self.asks]
+
+
+def test_files_are_fetched_once_and_the_state_is_kept(tmp_path, caplog):
+    federation, task, files = made("adamw")
+    data = saved(partition(task, federation.config)[1], tmp_path / "own.npz")
+    for round in range(4):
+        federation.round(round)
+    news = encode(federation.server.welcome(Hello(client=1, round=0)))
+    line = Direct(files, ask(files, news, round=4), ask(files, kind=Audit, round=4))
+    join(line, 1, tmp_path / "state", data=data)
+    assert line.fetched == ["run", "base", "half.onnx", "header"]
+    assert [type(said) for said in line.heard] == [Cut, Hello]
+    again = Direct(files, ask(files, kind=Invitation, round=4))
+    join(again, 1, tmp_path / "state", data=data)
+    assert again.fetched == ["run"]
+    assert [(type(said), said.round) for said in again.heard] == [(Hello, 4)]  # not from the beginning
+    (tmp_path / "state" / "state.safetensors").write_bytes(b"damaged")
+    (tmp_path / "state" / "half.onnx").write_bytes(b"damaged")
+    once_more = Direct(files, ask(files, kind=Invitation, round=4))
+    join(once_more, 1, tmp_path / "state", data=data)
+    assert once_more.fetched == ["run", "half.onnx"]
+    assert once_more.heard[0].round == 0
+    assert "is passed over" in caplog.text
+
+
+def changed(files, **told):
+    return {**files, "run": json.dumps(json.loads(files["run"]) | told).encode()}
+
+
+def other_settings(files, **settings):
+    run = json.loads(files["run"])
+    return {**files, "run": json.dumps(run | {"settings": run["settings"] | settings}).encode()}
+
+
+def sealed(files, **others):
+    """Files in place of those that are offered, with their right SHA-256."""
+    run = json.loads(files["run"])
+    for name, data in others.items():
+        sha256 = hashlib.sha256(data).hexdigest()
+        run = run | {"base": sha256} if name == "base" else run | {"edge": run["edge"] | {name: sha256}}
+    names = {"graph": "half.onnx"}
+    return files | {names.get(n, n): data for n, data in others.items()} | {"run": json.dumps(run).encode()}
+
+
+REFUSED = {
+    "no edge": (lambda files: changed(files, edge=None), "has to be started with --edge"),
+    "no digest": (lambda files: changed(files, edge={"graph": "", "header": ""}), "is no run"),
+    "another method": (lambda files: other_settings(files, method="first-order"), "take part in method ho"),
+    "forward mode": (lambda files: other_settings(files, estimator="forward"), "one-sided or two-sided differences"),
+    "statistics": (lambda files: other_settings(files, calibrate=2), "cannot estimate running statistics"),
+    "a setting of tomorrow": (lambda files: other_settings(files, tomorrow=1), "update hosfl"),
+    "a setting of another type": (lambda files: other_settings(files, batch="many"), "do not work here"),
+    "another log": (lambda files: changed(files, log="0" * 64), "another than that of its log"),
+    "no header": (lambda files: sealed(files, header=b"HSFL"), "header is none"),
+    "a header and more": (lambda files: sealed(files, header=files["header"] + b"\0"), "another than that of its log"),
+    "no base": (lambda files: sealed(files, base=b"rubbish"), "no safetensors file"),
+    "another base": (lambda files: sealed(files, base=files["base"][:-1] + b"\1"), "other weights than its log"),
+    "no graph": (lambda files: sealed(files, graph=b"rubbish"), "onnxruntime cannot open"),
+    "a digest of more": (
+        lambda files: changed(files, edge=json.loads(files["run"])["edge"] | {"digest": ["other"]}),
+        "has no other",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_runs_that_are_refused(what, run, tmp_path):
+    files, _, data, _ = run
+    change, why = REFUSED[what]
+    with pytest.raises((JoinError, HalfError), match=why):
+        endpoint(change(files), 1, tmp_path / "1", data)
+
+
+def test_runs_that_a_server_does_not_offer():
+    for settings, why in [
+        ({"method": "first-order"}, "method ho"),
+        ({"estimator": "backward"}, "differences"),
+        ({"dtype": "bfloat16"}, "float32"),
+    ]:
+        federation, _ = assemble(Config(**{"clients": 3, "sampled": 3} | settings))
+        with pytest.raises(ValueError, match=why):
+            Over(InProcess(lambda number, data: b"", 3), edge=True).reach(federation)
+
+
+WRONG = {
+    "other inputs": ({"inputs": np.zeros((9, 3)), "labels": np.arange(9)}, "does not take these"),
+    "inputs by name": ({"pixels": np.zeros((9, 1, 8, 8)), "labels": np.arange(9)}, "was given pixels"),
+    "classes": ({"inputs": np.zeros((12, 1, 8, 8)), "labels": np.arange(12)}, "labels are from 0 to 11"),
+    "real labels": ({"inputs": np.zeros((9, 1, 8, 8)), "labels": np.ones(9)}, "floating-point numbers"),
+    "infinite inputs": ({"inputs": np.full((9, 1, 8, 8), np.inf), "labels": np.arange(9)}, "infinite or NaN"),
+    "more labels": ({"inputs": np.zeros((8, 1, 8, 8)), "labels": np.arange(9)}, "9 labels, and inputs of shape"),
+    "no labels": ({"inputs": np.zeros((8, 1, 8, 8))}, "one must be called labels"),
+    "words": ({"inputs": np.zeros((2, 1, 8, 8)), "labels": np.array(["a", "b"])}, "numbers are needed"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_data_that_are_refused(what, run, tmp_path):
+    files, _, _, _ = run
+    arrays, why = WRONG[what]
+    np.savez(tmp_path / "own.npz", **arrays)
+    with pytest.raises(DataError, match=why):
+        endpoint(files, 1, tmp_path / "1", str(tmp_path / "own.npz"))
+
+
+def test_no_data_and_no_arrays(run, tmp_path, monkeypatch):
+    files, *_ = run
+    with pytest.raises(ValueError, match="--data"):
+        join(Direct(files), 1, tmp_path, data="")
+    with pytest.raises(ValueError, match=r"reads \.npz"):
+        endpoint(files, 1, tmp_path, str(tmp_path))
+    with pytest.raises(FileNotFoundError):
+        endpoint(files, 1, tmp_path, str(tmp_path / "none.npz"))
+    (tmp_path / "own.py").write_text(
+        "import numpy as np\ndef make():\n    return np.zeros((9, 1, 8, 8)), np.arange(9)\n"
+    )
+    assert len(read_samples(f"{tmp_path / 'own.py'}:make")) == 9
+    (tmp_path / "own2.py").write_text("def make(x):\n    return x\n")
+    with pytest.raises(DataError, match="without arguments"):
+        read_samples(f"{tmp_path / 'own2.py'}:make")
+
+
+def test_batches_are_those_of_a_client_with_torch():
+    task = texts()
+    for per_token in (False, True):
+        inputs, labels = task.train.inputs, task.train.labels
+        labels = inputs["input_ids"].clone() if per_token else labels
+        theirs = items.Batches(Dataset(inputs, labels), 3, 7, 2, per_token)
+        own = samples_of(({k: v.numpy() for k, v in inputs.items()}, labels.numpy()), "data")
+        mine = Batches(own, 3, 7, 2, per_token)
+        lengths = set()
+        for round in range(20):
+            (x, y), batch = theirs(round), mine(round)
+            assert np.array_equal(batch.labels, y.numpy())
+            assert batch.named().keys() == x.keys()
+            assert all(np.array_equal(batch.named()[name], x[name].numpy()) for name in x)
+            lengths.add(batch.tokens)
+        assert len(lengths) > 2
+
+
+def test_masks_that_are_none():
+    ids, labels = np.ones((2, 3), np.int64), np.arange(2)
+    for mask in (np.array([[1, 0, 2], [1, 1, 1]]), np.array([[0, 0, 0], [1, 1, 1]]), np.ones(2)):
+        with pytest.raises(DataError, match="attention_mask"):
+            samples_of({"input_ids": ids, "attention_mask": mask, "labels": labels}, "data")
+    with pytest.raises(DataError, match="no samples"):
+        Samples(np.zeros((0, 3)), np.zeros(0))
+
+
+def tricky():
+    chance = np.random.default_rng(0)
+    values = chance.standard_normal((5, 71)).astype(np.float32) * 10 ** chance.uniform(-30, 4, (5, 1)).astype("f4")
+    values[0, :3] = 0, -0.0, 2**-149
+    values[1, 64:] = 0
+    return values
+
+
+@pytest.mark.parametrize("wire", ["float32", "float16", "bfloat16", "int8"])
+def test_what_travels_has_the_same_bits(wire):
+    values = tricky()
+    packed, scales = travel.packed(values, wire)
+    theirs, their_scales = with_torch.packed(torch.from_numpy(values), wire)
+    assert torch.equal(tensor(packed), theirs)
+    assert torch.equal(torch.from_numpy(scales), their_scales)
+    back = with_torch.unpacked(theirs, their_scales, wire)
+    assert torch.equal(torch.from_numpy(travel.unpacked(packed, scales, wire)), back)
+    with pytest.raises(MessageError, match="scales for"):
+        travel.unpacked(packed, np.ones(1, np.float32), wire)
+    with pytest.raises(MessageError, match="in a run where cuts travel as"):
+        travel.unpacked(packed.astype(np.float64), scales, wire)
+
+
+ALONE = """
+import hashlib, json, sys
+sys.modules.update(torch=None, triton=None, onnx=None, transformers=None)  # an import of these raises ImportError
+from pathlib import Path
+from hosfl.edge.join import join
+from hosfl.protocol.messages import decode
+
+class Line:
+    def fetch(self, name, deadline=None):
+        return (Path(sys.argv[1]) / name).read_bytes()
+    def serve(self, answer):
+        for name in ("invitation", "multiplier", "audit"):
+            said = answer((Path(sys.argv[1]) / name).read_bytes())
+            (Path(sys.argv[1]) / f"{name}.said").write_bytes(said)
+
+join(Line(), 1, Path(sys.argv[1]) / "state", data=sys.argv[2])
+"""
+
+
+def test_a_process_without_torch(tmp_path):
+    federation, task, files = made("texts, lora")
+    data = saved(partition(task, federation.config)[1], tmp_path / "own.npz")
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    news = encode(federation.server.welcome(Hello(client=1, round=0)))
+    here = federation.endpoint(1)
+    cut = decode(here.answer(ask(files, news)))
+    chance = np.random.default_rng(0)
+    sent = Multiplier(client=1, round=0, multiplier=chance.standard_normal(cut.cut.shape).astype(np.float32))
+    multiplier = pack([encode(sent)])
+    for name, content in {"invitation": ask(files, news), "multiplier": multiplier}.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "audit").write_bytes(ask(files, news, kind=Audit))
+    done = subprocess.run([sys.executable, "-c", ALONE, tmp_path, data], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said = {name: decode((tmp_path / f"{name}.said").read_bytes()) for name in ("invitation", "multiplier", "audit")}
+    assert np.allclose(said["invitation"].cut, cut.cut, rtol=0, atol=1e-5 * np.abs(cut.cut).max())
+    assert close(said["multiplier"], decode(here.answer(multiplier)), cut, sent, here.client.run.mu)
+    assert said["audit"].digest.tobytes().hex() == here.client.digest()
+
+
+def test_the_command_s_errors(tmp_path, capsys):
+    member = tmp_path / "fed"
+    assert main(["federation", "create", str(member), "--clients", "1", "--address", "127.0.0.1"]) == 0
+    client = str(member / "clients" / "0")
+    for words, why in [
+        ([], "with --data"),
+        (["--data", "x.npz", "--task", "mine.py:make"], "--task is for clients with torch"),
+        (["--data", "x.npz", "--device", "cuda"], "--device is for clients with torch"),
+    ]:
+        with pytest.raises(SystemExit) as ended:
+            main(["join", client, "--runtime", "onnx", *words])
+        assert ended.value.code == 2
+        assert why in capsys.readouterr().err
