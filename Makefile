@@ -89,6 +89,7 @@ results: bench
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.liars
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.wire
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.engines
+	$(BIN)/python -m benchmarks.edge
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rounds
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.ray_clients
 	$(BIN)/hosfl memory --out benchmarks/results/client-memory.json

@@ -138,6 +138,25 @@ def exchanges(result: dict[str, Any]) -> str:
     return f"{what} {_machine(result)}\n\n{_table(['', *engines], rows)}"
 
 
+def edge(result: dict[str, Any]) -> str:
+    """A client without torch beside one with torch."""
+    rows = []
+    for name, r in result["rows"].items():
+        trains, _, runtime = name.partition(", ")
+        of = {"all": "all of the half", "few": "16 numbers a layer"}[trains]
+        megabytes = [result["installed"][runtime], r["peak"], r["between"]]
+        seconds = [r["import"], r["seconds"]["cut"], r["seconds"]["scalars"]]
+        rows.append([f"{of}, {runtime}", *(f"{b / 1e6:,.0f}" for b in megabytes), *(f"{s:.2f}" for s in seconds)])
+    what = (
+        "MiniLM's half in shape, embeddings and three layers; 16 texts of 64 tokens, five directions. Memory of the whole"
+        " process, its peak from start to end with the check of the weights, and between rounds. Installed: with all that"
+        f" is required; torch is the CPU's and comes with Triton. onnxruntime {result['onnxruntime']}."
+    )
+    head = ["what moves, runtime", "installed, MB", "peak, MB", "between rounds, MB"]
+    head += ["import, s", "cut, s", "five probes, s"]
+    return f"{what} {_machine(result)}\n\n{_table(head, rows)}"
+
+
 def crowd(result: dict[str, Any]) -> str:
     """A crowd of simulated clients over a few actors."""
     spent, peak = result["seconds a round"], result["peak MB"]
@@ -579,6 +598,7 @@ GPU = "gpu.json"
 DOCS = ROOT / "docs"
 PAGES: dict[Path, Sections] = {
     ROOT / "README.md": {"overview": (ALL_STUDIES, overview)},
+    DOCS / "edge.md": {"edge": ("edge.json", edge)},
     DOCS / "estimators.md": {"estimators": ("estimators-cpu.json", estimators)},
     DOCS / "forward-passes.md": {"rules": ("*/*/table.json", rules)},
     DOCS / "federation.md": {

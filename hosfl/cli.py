@@ -245,7 +245,8 @@ def _federation(options: argparse.Namespace) -> int:
 
 
 def _join(options: argparse.Namespace) -> int:
-    nats, federation = (needed(name, "hosfl join", "nats") for name in ("hosfl.engines.nats", "hosfl.federation"))
+    extra = "edge" if options.runtime == "onnx" else "nats"
+    nats, federation = (needed(name, "hosfl join", extra) for name in ("hosfl.engines.nats", "hosfl.federation"))
     from hosfl.engines.engine import EngineError
     from hosfl.engines.joining import Ending
 

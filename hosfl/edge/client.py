@@ -6,7 +6,7 @@ as it does between any two machines.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,7 +55,7 @@ class EdgeClient:
         run: Run,
         streams: Sequence[int],
         batches: Callable[[int], Samples],
-        weights: Callable[[], Sequence[Array]],
+        weights: Callable[[], Iterable[Array]],
         wire: str = "float32",
     ) -> None:
         self.number, self.half, self.run, self.batches, self.wire = number, half, run, batches, wire

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from hosfl.edge.client import EdgeClient
 from hosfl.edge.data import Batches, Samples, read_samples
@@ -22,7 +22,6 @@ from hosfl.protocol.log import Header, LogError, decode_header
 from hosfl.protocol.provenance import header_digest
 from hosfl.protocol.rebuild import base_digest
 from hosfl.protocol.terms import Run, run_of
-from hosfl.protocol.weights import read_weights
 from hosfl.settings import Settings
 from hosfl.tasks.reading import DataError
 
@@ -67,11 +66,7 @@ def client_of(
     fetch("base", run["base"], folder / BASE)
     fetch(GRAPH, run["edge"]["graph"], folder / GRAPH)
     terms, header = _terms(fetch(HEADER, run["edge"]["header"], folder / HEADER), run["log"], settings)
-    weights = _base(folder / BASE, header)
-    missing = [name for name in run["edge"]["digest"] if name not in weights]
-    if missing:
-        raise JoinError(f"the server's base has no {missing[0]}, which the digest of its half is of")
-    del weights  # the session has its own
+    _check_base(folder / BASE, header, run["edge"]["digest"])
     half = Half(folder, [p.name for p in header.parameters], threads)
     _try(half, samples[:2], run["cut"], data)
     per_token = run["labels"]["ignore_index"] is not None
@@ -123,22 +118,42 @@ def _terms(data: bytes, sha256: str, settings: Settings) -> tuple[Run, Header]:
         raise JoinError(f"the server's header is none: {error}") from None
 
 
-def _base(path: Path, header: Header) -> dict[str, Array]:
-    """The weights of the base file. Raises JoinError where they are not those that the header names."""
+class _Stored(Mapping[str, Array]):
+    """The weights of an open file, each read when it is asked for: all of them are as much as the session has."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self._names = file, list(file.keys())
+
+    def __getitem__(self, name: str) -> Array:
+        return self._file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _check_base(path: Path, header: Header, digested: Sequence[str]) -> None:
+    """Raises JoinError where weights are not those that the header names, or the digest is of more than there are."""
     try:
-        weights = read_weights(path)
-    except (SafetensorError, ValueError) as error:
+        with safe_open(path, "np") as file:
+            weights = _Stored(file)
+            if base_digest(weights) != header.base:
+                raise JoinError("the server's base holds other weights than its log's header says")
+            missing = [name for name in digested if name not in [*weights]]
+    except SafetensorError as error:
         raise JoinError(f"the base half is no safetensors file: {error}") from None
-    if base_digest(weights) != header.base:
-        raise JoinError("the server's base holds other weights than its log's header says")
-    return weights
+    if missing:
+        raise JoinError(f"the server's base has no {missing[0]}, which the digest of its half is of")
 
 
-def _weights(path: Path, names: Sequence[str], header: Header, half: Half) -> list[Array]:
-    """All that the half's digest is of."""
-    moving = {p.name: tensor for p, tensor in zip(header.parameters, half.tensors, strict=True)}
-    fixed = read_weights(path)
-    return [moving[name] if name in moving else fixed[name] for name in names]
+def _weights(path: Path, names: Sequence[str], header: Header, half: Half) -> Iterator[Array]:
+    """All that the half's digest is of, each read when it is its turn."""
+    moved = {p.name: tensor for p, tensor in zip(header.parameters, half.tensors, strict=True)}
+    with safe_open(path, "np") as file:
+        for name in names:
+            yield moved[name] if name in moved else file.get_tensor(name)
 
 
 def _try(half: Half, samples: Samples, cut: list[int], what: str) -> None:
