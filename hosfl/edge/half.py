@@ -29,7 +29,7 @@ class HalfError(ValueError):
 
 
 class Half:
-    """The client half under onnxruntime: weights that move are numpy arrays, changed in place and seen by the next pass.
+    """The client half under onnxruntime: what moves is numpy arrays, changed in place and seen by the next pass.
 
     folder: holds half.onnx and base.safetensors. moving: names of weights as in the half's state dict. threads: of
     onnxruntime; 0: one for each core. tensors: the moving weights, in the order of `moving`.
@@ -55,7 +55,7 @@ class Half:
         """The moving weights of round 0, read from the file. Raises HalfError."""
         found = []
         try:
-            with safe_open(self._file, framework="numpy") as file:  # type: ignore[no-untyped-call]
+            with safe_open(self._file, framework="numpy") as file:
                 held = set(file.keys())
                 for name in self._moving:
                     if name not in held:
@@ -75,7 +75,7 @@ class Half:
         named = dict(inputs) if isinstance(inputs, Mapping) else {"input": inputs}
         takes = [entry.name for entry in session.get_inputs()]
         if set(named) != set(takes):
-            raise HalfError(f"the half takes {', '.join(takes)}, and was given {', '.join(named)}")
+            raise HalfError(f"the half takes {', '.join(takes)}, and was given {', '.join(named) or 'nothing'}")
         try:
             cut: NDArray[np.float32] = session.run(None, named)[0]
         except Exception as error:  # onnxruntime's errors have no class in common
