@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from test_split import randomised, text_model
+from test_split import image_model, randomised, text_model
 from torch import nn
 
 import hosfl
@@ -45,6 +45,10 @@ def pictures(rows=3, channels=3, side=16):
     return torch.randn(rows, channels, side, side, generator=torch.Generator().manual_seed(rows))
 
 
+def images(rows=3):
+    return {"pixel_values": pictures(rows)}
+
+
 def numbers(rows=3):
     return torch.randn(rows, 6, generator=torch.Generator().manual_seed(rows))
 
@@ -69,6 +73,17 @@ class Tied(nn.Module):
 def family(name, trains="all", head="none"):
     half = hosfl.split(text_model(name, head), 2, verify=False).client
     return moving_only(half, trains, 0, texts(8))
+
+
+def experts():
+    """More of them than tokens find."""
+    model = text_model("mixtral")
+    model.set_experts_implementation("batched_mm")
+    return hosfl.split(model, 2, verify=False).client
+
+
+def vit():
+    return moving_only(hosfl.split(image_model("vit"), 1, verify=False).client, "act:2", 0, images(8))
 
 
 def resnet(trains="all"):
@@ -117,6 +132,8 @@ HALVES = {
     "opt, norms": (lambda: family("opt", "norms"), texts),
     "llama, lora": (lambda: family("llama", "lora:1"), texts),
     "mistral": (lambda: family("mistral"), texts),
+    "mixtral": (experts, texts),
+    "vit, act": (vit, images),
     "minilm, lora": (lambda: minilm("lora:1"), texts),
     "minilm": (lambda: minilm("all"), texts),
 }
@@ -170,7 +187,7 @@ def close(cut, wanted, inputs):
     assert cut.shape == wanted.shape
     assert cut.dtype == wanted.dtype == np.float32
     assert np.isfinite(cut).all()
-    if isinstance(inputs, dict):
+    if isinstance(inputs, dict) and "attention_mask" in inputs:
         seen = inputs["attention_mask"].numpy() != 0
         cut, wanted = cut[seen], wanted[seen]
     return np.abs(cut - wanted).max() <= 1e-4 * np.abs(wanted).max()
@@ -299,9 +316,17 @@ def test_a_runtime_that_misses_moves_is_found_out(name, tmp_path, monkeypatch):
 
         run = Copies(tmp_path, moving_of(half), threads=1)
         before = [t.copy() for t in run.tensors]
-        with pytest.raises(HalfError, match=rf"old values of weights that move: {stale};"):
+        with pytest.raises(HalfError, match=rf"goes on with old values of {stale}: install"):
             run.check(inputs)
         assert all(np.array_equal(a, b) for a, b in zip(before, run.tensors, strict=True))
+
+
+def test_a_runtime_that_never_makes_the_same_is_found_out(folder, monkeypatch):
+    noise, run = np.random.default_rng(0), Half._run
+    monkeypatch.setattr(Half, "_run", lambda *args: run(*args) + noise.random(4, dtype=np.float32))
+    half = Half(folder, [])
+    with pytest.raises(HalfError, match="comes back to other numbers: install"):
+        half.check(arrays(numbers()))
 
 
 def test_weights_that_inputs_do_not_reach_are_no_fault(tmp_path):
@@ -431,6 +456,7 @@ REFUSED = {
         numbers(),
         "torch cannot export the Of: .*; cut the model elsewhere",
     ),
+    "experts in groups": (lambda: family("mixtral"), texts(), r'set_experts_implementation\("batched_mm"\)'),
     "a fixed batch": (lambda: Of(lambda self, y: y.reshape(3, 4)), numbers(), "the Of: .*"),
     "noise": (lambda: Of(lambda self, y: y + torch.rand_like(y)), numbers(), "is not the half: of 3 samples numbers"),
     "a large constant": (

@@ -40,8 +40,8 @@ def exported(half: nn.Module, sample: Inputs) -> bytes:
 
     Every tensor of the half's state dict is an initializer whose bytes lie in base.safetensors, which is the file that
     `hosfl.runs.checkpoint.save_module` writes; those that require grad are graph inputs as well, so that the holder of
-    a session may give it memory of its own for them. The graph's
-    outputs are compared with the half's, for the sample and for another batch, also with every moving weight moved.
+    a session may give it memory of its own for them. onnxruntime then makes the half's output of the sample and of
+    other batches, and is seen to follow every weight that moves.
 
     Raises ExportError, which says what stands in the way; ImportError without onnx or onnxscript.
     """
@@ -166,9 +166,12 @@ def _graph(half: nn.Module, sample: Inputs, named: Mapping[str, Tensor], any_len
             )
     except Exception as error:  # the exporter's own errors, and whatever a model raises under it
         cause = next(e for e in _causes(error) if e.__cause__ is None)
+        said = " ".join(str(cause).split())[:500]
+        way = "cut the model elsewhere, or replace the module that it names"
+        if "grouped_mm" in said:
+            way = 'tell transformers\' model `set_experts_implementation("batched_mm")`'
         raise ExportError(
-            f"torch cannot export the {type(half).__name__}: {type(cause).__name__}: {' '.join(str(cause).split())[:500]}; "
-            "cut the model elsewhere, or replace the module that it names"
+            f"torch cannot export the {type(half).__name__}: {type(cause).__name__}: {said}; {way}"
         ) from error
     assert program is not None
     return program.model

@@ -91,23 +91,23 @@ class Half:
         the memory of the moving weights.
         """
         before, kept = self(inputs), [np.copy(tensor) for tensor in self.tensors]
+        missed = []
         try:
             for tensor in self.tensors:
                 _move(tensor)
             seen = self(inputs)
             del self._session  # never two at once, each with its copy of the frozen weights
             self._session = self._opened()
-            moved = self(inputs)
+            if not (same := _same(seen, self(inputs))):
+                missed = self._missed(inputs)
         finally:
             for tensor, values in zip(self.tensors, kept, strict=True):
                 tensor[...] = values
-        if not (_same(seen, moved) and _same(self(inputs), before)):
-            raise HalfError(
-                f"onnxruntime {onnxruntime.__version__} goes on with old values of weights that move: "
-                f"{', '.join(self._unseen(inputs))}; install another version"
-            )
+        if not (same and _same(self(inputs), before)):
+            what = f"goes on with old values of {', '.join(missed)}" if missed else "comes back to other numbers"
+            raise HalfError(f"onnxruntime {onnxruntime.__version__} {what}: install another version")
 
-    def _unseen(self, inputs: Arrays) -> list[str]:
+    def _missed(self, inputs: Arrays) -> list[str]:
         """The weights of which the session misses a move that one opened afterwards knows."""
         names = []
         for name, tensor in zip(self._moving, self.tensors, strict=True):
