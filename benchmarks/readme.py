@@ -148,9 +148,9 @@ def edge(result: dict[str, Any]) -> str:
         seconds = [r["import"], r["seconds"]["cut"], r["seconds"]["scalars"]]
         rows.append([f"{of}, {runtime}", *(f"{b / 1e6:,.0f}" for b in megabytes), *(f"{s:.2f}" for s in seconds)])
     what = (
-        "MiniLM's half in shape, embeddings and three layers; 16 texts of 64 tokens, five directions. Memory of the whole"
-        " process, its peak from start to end with the check of the weights, and between rounds. Installed: with all that"
-        f" is required; torch is the CPU's and comes with Triton. onnxruntime {result['onnxruntime']}."
+        "MiniLM's half in shape, embeddings and three layers; 16 texts of 64 tokens, five directions. Memory is the"
+        " whole process's: its peak from start to end, the check of the weights included, and between rounds. Installed"
+        f" with all that is required; torch is the CPU's, and comes with Triton. onnxruntime {result['onnxruntime']}."
     )
     head = ["what moves, runtime", "installed, MB", "peak, MB", "between rounds, MB"]
     head += ["import, s", "cut, s", "five probes, s"]

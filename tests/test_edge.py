@@ -123,7 +123,7 @@ def endpoint(files, number, folder, data):
 
 
 def close(one, other, cut, sent, mu):
-    """Whether derivatives along the same directions are alike, but for a percent and the rounding of outputs over mu."""
+    """Whether derivatives along the same directions are alike, but for a percent and the outputs' rounding over mu."""
     multiplier = travel.unpacked(sent.multiplier, sent.scales, WIRES[str(sent.multiplier.dtype)])
     values = travel.unpacked(cut.cut, cut.scales, WIRES[str(cut.cut.dtype)])
     rounding = 1e-6 * np.abs(values).max() * np.sqrt(np.square(multiplier).sum()) / mu

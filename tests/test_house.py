@@ -24,7 +24,7 @@ def imported(path):
 
 # From the ground up: a wing imports of those before it, and of itself. What lies beside the wings is a leaf.
 WINGS = (
-    *("protocol", "halves", "probing", "methods", "tasks", "federation", "engines", "runs", "studies"),
+    *("protocol", "halves", "probing", "methods", "tasks", "federation", "engines", "edge", "runs", "studies"),
     "commands",  # and hosfl/cli.py, which imports it when a command runs
 )
 LEAVES = ("extras", "files", "named", "settings")
@@ -65,6 +65,7 @@ def test_methods_and_tasks_know_nothing_of_each_other():
 
 def test_the_protocol_and_what_lies_below_it_import_no_torch():
     paths = [*(ROOT / "hosfl/protocol").glob("*.py"), *(ROOT / f"hosfl/{leaf}.py" for leaf in LEAVES)]
+    paths.append(ROOT / "hosfl/edge/half.py")
     for path in paths:
         assert not [name for name in imported(path) if re.match(r"torch(\.|$)", name)], path
 

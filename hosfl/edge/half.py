@@ -29,7 +29,7 @@ class HalfError(ValueError):
 
 
 class Half:
-    """The client half under onnxruntime: weights that move are numpy arrays, changed in place and seen by the next pass.
+    """The client half under onnxruntime: what moves is numpy arrays, changed in place and seen by the next pass.
 
     folder: holds half.onnx and base.safetensors. moving: names of weights as in the half's state dict. threads: of
     onnxruntime; 0: one for each core. tensors: the moving weights, in the order of `moving`.
@@ -55,7 +55,7 @@ class Half:
         """The moving weights of round 0, read from the file. Raises HalfError."""
         found = []
         try:
-            with safe_open(self._file, framework="numpy") as file:  # type: ignore[no-untyped-call]
+            with safe_open(self._file, framework="numpy") as file:
                 held = set(file.keys())
                 for name in self._moving:
                     if name not in held:
@@ -75,7 +75,7 @@ class Half:
         named = dict(inputs) if isinstance(inputs, Mapping) else {"input": inputs}
         takes = [entry.name for entry in session.get_inputs()]
         if set(named) != set(takes):
-            raise HalfError(f"the half takes {', '.join(takes)}, and was given {', '.join(named)}")
+            raise HalfError(f"the half takes {', '.join(takes)}, and was given {', '.join(named) or 'nothing'}")
         try:
             cut: NDArray[np.float32] = session.run(None, named)[0]
         except Exception as error:  # onnxruntime's errors have no class in common
@@ -91,23 +91,23 @@ class Half:
         the memory of the moving weights.
         """
         before, kept = self(inputs), [np.copy(tensor) for tensor in self.tensors]
+        missed = []
         try:
             for tensor in self.tensors:
                 _move(tensor)
             seen = self(inputs)
             del self._session  # never two at once, each with its copy of the frozen weights
             self._session = self._opened()
-            moved = self(inputs)
+            if not (same := _same(seen, self(inputs))):
+                missed = self._missed(inputs)
         finally:
             for tensor, values in zip(self.tensors, kept, strict=True):
                 tensor[...] = values
-        if not (_same(seen, moved) and _same(self(inputs), before)):
-            raise HalfError(
-                f"onnxruntime {onnxruntime.__version__} goes on with old values of weights that move: "
-                f"{', '.join(self._unseen(inputs))}; install another version"
-            )
+        if not (same and _same(self(inputs), before)):
+            what = f"goes on with old values of {', '.join(missed)}" if missed else "comes back to other numbers"
+            raise HalfError(f"onnxruntime {onnxruntime.__version__} {what}: install another version")
 
-    def _unseen(self, inputs: Arrays) -> list[str]:
+    def _missed(self, inputs: Arrays) -> list[str]:
         """The weights of which the session misses a move that one opened afterwards knows."""
         names = []
         for name, tensor in zip(self._moving, self.tensors, strict=True):

