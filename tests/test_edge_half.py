@@ -201,6 +201,7 @@ def test_a_graph_is_the_half_wherever_its_weights_are(name, tmp_path):
     sample, others = inputs(), inputs(5, 11) if inputs is texts else inputs(5)
     base = run(arrays(sample))
     assert close(base, by_torch(half, sample), sample)
+    assert close(Half(tmp_path, [], threads=1)(arrays(sample)), base, sample)
     assert close(run(arrays(others)), by_torch(half, others), others)
     run.check(arrays(sample))
     assert np.array_equal(run(arrays(sample)), base)
@@ -255,6 +256,8 @@ def test_a_graph_is_small_and_says_nothing_of_whoever_made_it(name):
 
 def test_a_half_is_left_as_it_was():
     half = convolutions().train()
+    half.append(Counts())
+    noisy = Of(lambda self, y: y + torch.rand_like(y))
     before, flags = copy.deepcopy(half.state_dict()), [p.requires_grad for p in half.parameters()]
     generator = torch.get_rng_state()
     first = exported(half, pictures())
@@ -262,8 +265,20 @@ def test_a_half_is_left_as_it_was():
     assert all(m.training for m in half.modules())
     assert all(torch.equal(before[name], t) for name, t in half.state_dict().items())
     assert flags == [p.requires_grad for p in half.parameters()]
+    assert half[-1].passes == 0
+    for rows in (1, 7):
+        assert exported(half, pictures(rows)) == first
+    with pytest.raises(ExportError):
+        exported(noisy, numbers())
     assert torch.equal(generator, torch.get_rng_state())
-    assert exported(half, pictures(7)) == first  # whoever makes it, of whichever batch
+
+
+class Counts(nn.Module):
+    passes = 0
+
+    def forward(self, x):
+        self.passes += 1
+        return x
 
 
 WITHOUT_TORCH = """
@@ -321,9 +336,15 @@ def test_a_runtime_that_misses_moves_is_found_out(name, tmp_path, monkeypatch):
         assert all(np.array_equal(a, b) for a, b in zip(before, run.tensors, strict=True))
 
 
-def test_a_runtime_that_never_makes_the_same_is_found_out(folder, monkeypatch):
-    noise, run = np.random.default_rng(0), Half._run
-    monkeypatch.setattr(Half, "_run", lambda *args: run(*args) + noise.random(4, dtype=np.float32))
+@pytest.mark.parametrize("off", [1, 2, 3, 4])
+def test_a_runtime_that_makes_other_numbers_once_is_found_out(off, folder, monkeypatch):
+    run, passes = Half._run, []
+
+    def off_once(*args):
+        passes.append(args)
+        return run(*args) + (len(passes) == off)
+
+    monkeypatch.setattr(Half, "_run", off_once)
     half = Half(folder, [])
     with pytest.raises(HalfError, match="comes back to other numbers: install"):
         half.check(arrays(numbers()))
