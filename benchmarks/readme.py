@@ -150,7 +150,8 @@ def edge(result: dict[str, Any]) -> str:
     what = (
         "MiniLM's half in shape, embeddings and three layers; 16 texts of 64 tokens, five directions. Memory is the"
         " whole process's: its peak from start to end, the check of the weights included, and between rounds. Installed"
-        f" with all that is required; torch is the CPU's, and comes with Triton. onnxruntime {result['onnxruntime']}."
+        f" with all that is required; torch is the CPU's, and comes with Triton. The process with torch also holds"
+        f" transformers, of which the task makes its half. onnxruntime {result['onnxruntime']}."
     )
     head = ["what moves, runtime", "installed, MB", "peak, MB", "between rounds, MB"]
     head += ["import, s", "cut, s", "five probes, s"]
