@@ -3,7 +3,7 @@
     python -m benchmarks.edge [--out FILE] [--threads 1]
 
 The half is MiniLM's in shape, embeddings and three of its six layers, with random weights; rounds are of 16 texts of 64
-tokens and five directions. All of it moves, or some numbers per layer. Memory is the whole process's: its peak from
+tokens. All of it moves, or some numbers per layer, by probes or a backward pass. Memory is the whole process's: its peak from
 start to end, and what it holds between rounds. The same asks, as bytes, go to every client.
 """
 
@@ -27,7 +27,12 @@ import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
 TEXTS, TOKENS, WIDTH = 16, 64, 384
-TRAINS = {"all": "all", "few": "xs:4"}
+BACKWARD = {"estimator": "backward", "microbatch": 2, "directions": 128}
+WAYS: dict[str, dict[str, Any]] = {
+    "all of the half, five probes": {"trains": "all", "directions": 5},
+    "16 numbers a layer, five probes": {"trains": "xs:4", "directions": 5},
+    "16 numbers a layer, backward, two samples at a time": {"trains": "xs:4", **BACKWARD},
+}
 ROUNDS = 9  # of which the first warms up
 RUNTIMES = {"torch": "torch,nats", "onnx": "edge"}  # and the extras that their clients install
 
@@ -48,15 +53,15 @@ def texts() -> Any:
     return hosfl.Task(lambda: transformers.BertForSequenceClassification(config), data, data, loss, at=3)
 
 
-def make(folder: Path, trains: str) -> None:
+def make(folder: Path, way: str) -> None:
     """Write what a server offers, a client's samples, and the asks of some rounds."""
     from hosfl.protocol.messages import Hello, Invitation, Multiplier, encode, pack
     from hosfl.runs.assemble import assemble
     from hosfl.runs.config import Config
     from hosfl.runs.serve import offered
 
-    settings: dict[str, Any] = {"clients": 1, "sampled": 1, "partition": "iid", "directions": 5, "batch": TEXTS}
-    settings |= {"directions_from": "fresh", "server_rate": 0.1, "client_rate": 0.1, "trains": TRAINS[trains]}
+    settings: dict[str, Any] = {"clients": 1, "sampled": 1, "partition": "iid", "batch": TEXTS, **WAYS[way]}
+    settings |= {"directions_from": "fresh", "server_rate": 0.1, "client_rate": 0.1}
     federation, task = assemble(Config(task=f"{Path(__file__).resolve()}:texts", **settings))
     for name, data in offered(federation, edge=True).items():
         (folder / name).write_bytes(data)
@@ -157,9 +162,9 @@ def installed(extras: str) -> int:
 def measured(threads: int) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MALLOC_MMAP_THRESHOLD_": "65536"}
-    for trains in TRAINS:
+    for way in WAYS:
         with tempfile.TemporaryDirectory() as folder:
-            make(Path(folder), trains)
+            make(Path(folder), way)
             for runtime in RUNTIMES:
                 command = [
                     sys.executable,
@@ -174,8 +179,8 @@ def measured(threads: int) -> dict[str, Any]:
                 done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
                 if done.returncode:
                     sys.exit(done.stderr)
-                rows[f"{trains}, {runtime}"] = row = json.loads(done.stdout.splitlines()[-1])
-                print(f"{trains}, {runtime}: {row}", flush=True)
+                rows[f"{way}, {runtime}"] = row = json.loads(done.stdout.splitlines()[-1])
+                print(f"{way}, {runtime}: {row}", flush=True)
     return rows
 
 

@@ -60,6 +60,8 @@ WAYS = {
     "texts, xs": {**FRESH, "trains": "xs:2", "blocks": 2},
     "texts, lora": {**FRESH, "trains": "lora:1"},
     "pictures": {**FRESH},
+    "texts, backward": {**FRESH, "trains": "lora:1", "estimator": "backward", "microbatch": 3, "blocks": 2},
+    "pictures, backward": {**FRESH, "estimator": "backward"},
 }
 
 
@@ -302,7 +304,7 @@ REFUSED = {
     "no edge": (lambda files: changed(files, edge=None), "has to be started with --edge"),
     "no digest": (lambda files: changed(files, edge={"graph": "", "header": ""}), "is no run"),
     "another method": (lambda files: other_settings(files, method="first-order"), "take part in method ho"),
-    "forward mode": (lambda files: other_settings(files, estimator="forward"), "one-sided or two-sided differences"),
+    "forward mode": (lambda files: other_settings(files, estimator="forward"), "not forward"),
     "statistics": (lambda files: other_settings(files, calibrate=2), "cannot estimate running statistics"),
     "a setting of tomorrow": (lambda files: other_settings(files, tomorrow=1), "update hosfl"),
     "a setting of another type": (lambda files: other_settings(files, batch="many"), "do not work here"),
@@ -330,7 +332,7 @@ def test_runs_that_are_refused(what, run, tmp_path):
 def test_runs_that_a_server_does_not_offer():
     for settings, why in [
         ({"method": "first-order"}, "method ho"),
-        ({"estimator": "backward"}, "differences"),
+        ({"estimator": "forward"}, "not forward"),
         ({"dtype": "bfloat16"}, "float32"),
     ]:
         federation, _ = assemble(Config(**{"clients": 3, "sampled": 3} | settings))

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hosfl.edge.data import MASK, Samples
+from hosfl.edge.gradient import Gradient
 from hosfl.edge.half import Half
 from hosfl.edge.travel import packed, unpacked
 from hosfl.interrupts import uninterrupted
@@ -34,16 +35,19 @@ from hosfl.protocol.messages import (
 )
 from hosfl.protocol.replica import Replica, digest
 from hosfl.protocol.terms import Run
-from hosfl_kernels import perturb_, replay_
+from hosfl_kernels import perturb_, project, replay_
 
 PART = 1 << 16  # elements of the cut that are in float64 at a time
 
 
 class EdgeClient:
-    """A client of a run of method ho, with one-sided or two-sided differences. `Endpoint` says what its methods do.
+    """A client of a run of method ho that measures differences or, with a graph of its gradient, backpropagates.
+
+    `hosfl.protocol.endpoint.Answers` says what its methods do.
 
     half: its weights move. streams: of the noise of its moving tensors, as the log's header has them. batches: gives a
-    round's samples. weights: gives all arrays that the half's digest is of, in their order.
+    round's samples. weights: gives all arrays that the half's digest is of, in their order. gradient: of
+    the half's tensors, for the estimator backward. microbatch: samples that it takes together; 0: all.
     """
 
     calibrated = True  # runs that estimate running statistics have no such clients
@@ -57,9 +61,11 @@ class EdgeClient:
         batches: Callable[[int], Samples],
         weights: Callable[[], Iterable[Array]],
         wire: str = "float32",
+        gradient: Gradient | None = None,
+        microbatch: int = 0,
     ) -> None:
         self.number, self.half, self.run, self.batches, self.wire = number, half, run, batches, wire
-        self.weights = weights
+        self.weights, self.gradient, self.microbatch = weights, gradient, microbatch
         self.replica = Replica(half.tensors, streams, run, half.base)
         self._round = -1  # of the last cut: there is none yet
 
@@ -106,19 +112,26 @@ class EdgeClient:
 
     def output(self, round: int) -> Cut:
         """The cut of the round's batch."""
-        self._round, batch = round, self.batches(round)
-        self._inputs, self._cut = batch.inputs, self.half(batch.inputs)
+        self._round = round
+        self._batch = batch = self.batches(round)
+        self._cut = self.half(batch.inputs)
         cut, scales = packed(self._cut, self.wire)
         masks = {"mask": batch.named()[MASK].astype(np.uint8)} if MASK in batch.named() else {}
         labels = batch.labels if batch.labels.dtype == np.float32 else batch.labels.astype(np.int32)
         return Cut(client=self.number, round=round, epoch=self.epoch, cut=cut, scales=scales, labels=labels, **masks)
 
     def answer(self, message: Message) -> Scalars:
-        """Probe the round's directions. The weights hold the same bits afterwards."""
+        """Measure along the round's directions. The weights hold the same bits afterwards."""
         multiplier = self._multiplier(message)
         seeds, scalars = self.run.seeds(self._round), np.zeros(self.run.directions, np.float32)
-        for block, positions in self.run.parts():
-            scalars[positions] = self._probe(block.tensors, multiplier, seeds[positions])
+        if self.gradient is None:
+            for block, positions in self.run.parts():
+                scalars[positions] = self._probe(block.tensors, multiplier, seeds[positions])
+        else:
+            gradients = self._gradients(self.gradient, multiplier)
+            for block, positions in self.run.parts():
+                some, place = [gradients[t] for t in block.tensors], _place(self.replica, block.tensors)
+                scalars[positions] = project(some, seeds[positions], **place)
         return Scalars(client=self.number, round=self._round, epoch=self.epoch, scalars=scalars)
 
     def _multiplier(self, message: Message) -> NDArray[np.float32]:
@@ -136,16 +149,26 @@ class EdgeClient:
             raise MessageError("a multiplier with infinite or NaN elements")
         return multiplier
 
+    def _gradients(self, gradient: Gradient, multiplier: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        """<multiplier, cut> by each of the tensors, some samples at a time."""
+        at_once = self.microbatch or len(multiplier)
+        found = [np.zeros_like(tensor) for tensor in self.replica.tensors]
+        for at in range(0, len(multiplier), at_once):
+            some = slice(at, at + at_once)
+            for total, part in zip(found, gradient(self._batch[some].inputs, multiplier[some]), strict=True):
+                total += part
+        return found
+
     def _probe(self, block: Sequence[int], multiplier: NDArray[np.float32], seeds: Sequence[int]) -> list[float]:
         """The derivatives along directions that move these of the tensors."""
         probe, mu, scalars = _Probe(self.replica, block), self.replica.mu, []
         try:
             for seed in seeds:
                 probe.move(seed, mu)
-                ahead, behind, distance = self.half(self._inputs), self._cut, mu
+                ahead, behind, distance = self.half(self._batch.inputs), self._cut, mu
                 if self.run.estimator == "two-sided":
                     probe.move(seed, -mu)
-                    behind, distance = self.half(self._inputs), 2 * mu
+                    behind, distance = self.half(self._batch.inputs), 2 * mu
                 scalars.append(inner(multiplier, ahead, behind) / distance)
         finally:
             probe.home()
@@ -154,6 +177,12 @@ class EdgeClient:
     def digest(self) -> str:
         """SHA-256 of the half, as every client's."""
         return digest(self.weights()).hex()
+
+
+def _place(replica: Replica, block: Sequence[int]) -> dict[str, Any]:
+    """Where directions lie on these of a replica's tensors."""
+    factors, streams = [replica.run.factors[t] for t in block], [replica.streams[t] for t in block]
+    return {"dist": replica.run.dist, "factors": factors, "streams": streams}
 
 
 class _Probe:
@@ -165,11 +194,7 @@ class _Probe:
 
     def __init__(self, replica: Replica, block: Sequence[int]) -> None:
         self.tensors = [replica.tensors[t] for t in block]
-        self.place: dict[str, Any] = {
-            "dist": replica.run.dist,
-            "factors": [replica.run.factors[t] for t in block],
-            "streams": [replica.streams[t] for t in block],
-        }
+        self.place = _place(replica, block)
         self.kept = None if replica.lattice is not None else [np.copy(t) for t in self.tensors]
         self.standing: list[tuple[int, float]] = []  # seed and step: one at most
 

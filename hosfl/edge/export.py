@@ -147,24 +147,37 @@ def _graph(half: nn.Module, sample: Inputs, named: Mapping[str, Tensor], any_len
     """The exporter's model, in onnxscript's representation."""
     inputs = _resized(named, ROWS, shorter=any_length)
     sizes = tuple({0: "batch", **({1: "tokens"} if any_length and _is_text(x) else {})} for x in inputs.values())
-    if isinstance(half, ClientHalf) and half.pools is not None:
-        own: Any = copied(half)
-        own.pools = None  # a check of tokens' values, of which a graph has none
-        half = own
-    client = _Named(half, list(inputs) if isinstance(sample, Mapping) else None)
+    client = _Named(_unchecked(half), list(inputs) if isinstance(sample, Mapping) else None)
+    with _exporting(half), _quiet():
+        program = torch.onnx.export(
+            client,
+            tuple(inputs.values()),
+            dynamo=True,
+            optimize=False,  # which would rename weights, and fold what depends on them
+            verbose=False,
+            input_names=list(inputs),
+            output_names=["cut"],
+            dynamic_shapes=(sizes,),
+        )
+    assert program is not None
+    return program.model
+
+
+def _unchecked(half: nn.Module) -> nn.Module:
+    """The half without its check of tokens' values, of which a graph has none."""
+    if not isinstance(half, ClientHalf) or half.pools is None:
+        return half
+    own: Any = copied(half)
+    own.pools = None
+    return own
+
+
+@contextmanager
+def _exporting(half: nn.Module) -> Iterator[None]:
+    """What torch cannot export is an ExportError: the exporter's own errors, and whatever a model raises under it."""
     try:
-        with _quiet():
-            program = torch.onnx.export(
-                client,
-                tuple(inputs.values()),
-                dynamo=True,
-                optimize=False,  # which would rename weights, and fold what depends on them
-                verbose=False,
-                input_names=list(inputs),
-                output_names=["cut"],
-                dynamic_shapes=(sizes,),
-            )
-    except Exception as error:  # the exporter's own errors, and whatever a model raises under it
+        yield
+    except Exception as error:
         cause = next(e for e in _causes(error) if e.__cause__ is None)
         said = " ".join(str(cause).split())[:500]
         way = "cut the model elsewhere, or replace the module that it names"
@@ -173,8 +186,6 @@ def _graph(half: nn.Module, sample: Inputs, named: Mapping[str, Tensor], any_len
         raise ExportError(
             f"torch cannot export the {type(half).__name__}: {type(cause).__name__}: {said}; {way}"
         ) from error
-    assert program is not None
-    return program.model
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from hosfl.edge.client import EdgeClient
 from hosfl.edge.data import Batches, Samples, read_samples
+from hosfl.edge.gradient import GRADIENT, Gradient
 from hosfl.edge.half import BASE, GRAPH, Half, HalfError
 from hosfl.engines.engine import JoinError, Line
 from hosfl.engines.joining import check_labels, fetched, read_offer, take_part
@@ -26,7 +27,7 @@ from hosfl.settings import Settings
 from hosfl.tasks.reading import DataError
 
 HEADER = "header"  # of the run's log: the bytes of a log without records
-ESTIMATORS = ("one-sided", "two-sided")
+ESTIMATORS = ("one-sided", "two-sided", "backward")
 log = logging.getLogger("hosfl.join")
 
 
@@ -69,6 +70,12 @@ def client_of(
     _check_base(folder / BASE, header, run["edge"]["digest"])
     half = Half(folder, [p.name for p in header.parameters], threads)
     _try(half, samples[:2], run["cut"], data)
+    gradient = None
+    if settings.estimator == "backward":
+        if run["edge"]["gradient"] is None:
+            raise JoinError("the run's clients backpropagate, and the server offers no gradient's graph")
+        fetch(GRADIENT, run["edge"]["gradient"], folder / GRADIENT)
+        gradient = Gradient(folder, [p.name for p in header.parameters], half.tensors, threads)
     per_token = run["labels"]["ignore_index"] is not None
     client = EdgeClient(
         number,
@@ -78,6 +85,8 @@ def client_of(
         Batches(samples, settings.batch, settings.seed, number, per_token),
         lambda: _weights(folder / BASE, run["edge"]["digest"], header, half),
         settings.wire,
+        gradient,
+        settings.microbatch,
     )
     return Endpoint(client, run=run["id"])
 
@@ -101,7 +110,7 @@ def unable(settings: Settings) -> str:
     if settings.method != "ho":
         return f"clients without torch take part in method ho, and the run's is {settings.method!r}"
     if settings.estimator not in ESTIMATORS:
-        return f"clients without torch measure {' or '.join(ESTIMATORS)} differences, not {settings.estimator}"
+        return f"clients without torch take the estimator {', '.join(ESTIMATORS)}, not {settings.estimator}"
     if settings.calibrate:
         return "clients without torch cannot estimate running statistics, as calibrate wants"
     return ""

@@ -123,8 +123,13 @@ def offered(federation: Federation, edge: bool = False) -> dict[str, bytes]:
 
 def _told(files: dict[str, bytes], half: nn.Module) -> dict[str, Any]:
     """What the run says of the files for clients without torch."""
-    graph, header = (hashlib.sha256(data).hexdigest() for data in files.values())
-    return {"graph": graph, "header": header, "digest": list(digested(half))}
+    graph, header, *gradient = (hashlib.sha256(data).hexdigest() for data in files.values())
+    return {
+        "graph": graph,
+        "header": header,
+        "gradient": gradient[0] if gradient else None,
+        "digest": list(digested(half)),
+    }
 
 
 def _for_edge(federation: Federation, half: nn.Module) -> dict[str, bytes]:
@@ -138,7 +143,11 @@ def _for_edge(federation: Federation, half: nn.Module) -> dict[str, bytes]:
     sample, _ = federation.make(0).batch(0)
     if federation.config.device != "cpu":
         half, sample = copy.deepcopy(half).cpu(), tree_map_only(Tensor, Tensor.cpu, sample)
-    return {edge.GRAPH: exported(half, sample), edge.HEADER: encode_header(header)}
+    files = {edge.GRAPH: exported(half, sample), edge.HEADER: encode_header(header)}
+    if federation.config.estimator == "backward":
+        backward = needed("hosfl.edge.backward", "a server of clients without torch", "export")
+        files[backward.GRADIENT] = backward.exported_gradient(half, sample)
+    return files
 
 
 class Events:

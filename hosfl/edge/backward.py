@@ -1,0 +1,214 @@
+"""A client half's gradient as an ONNX graph: an inference runtime that runs it backpropagates. See `gradient.py`.
+
+torch writes the half and its backward pass as one graph of plain operators. That way of torch's is not public yet.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.export.graph_signature import OutputKind
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_structure
+
+from hosfl.edge.export import (
+    CLOSE,
+    ROWS,
+    ExportError,
+    _check,
+    _exporting,
+    _given,
+    _is_text,
+    _Named,
+    _named,
+    _quiet,
+    _resized,
+    _takes,
+    _unchecked,
+    _without_weights,
+)
+from hosfl.edge.gradient import GRADIENT, MULTIPLIER, OF, Gradient
+from hosfl.edge.half import BASE, HalfError
+from hosfl.halves.inputs import Inputs, call, evaluating, unchanged
+from hosfl.protocol.weights import as_file
+
+NOTHING = 1e-3  # of the largest gradient: smaller ones may be rounding alone, such as that of a key's bias
+aten = torch.ops.aten
+
+
+def exported_gradient(half: nn.Module, sample: Inputs) -> bytes:
+    """d <multiplier, cut> / d weights of a client half as an ONNX model without weights: see `exported`.
+
+    Its inputs are the multiplier and the half's own, its outputs the gradients by the names of the weights that move.
+    Those that the cut does not depend on have none. The gradients are compared with torch's.
+
+    Raises ExportError as `exported`, and where torch has no such graph.
+    """
+    _check(half)
+    named = _named(sample)
+    with evaluating(half), unchanged(half.modules()):
+        any_length = _takes(half, _given(sample, _resized(named, ROWS, shorter=True)))
+        model = _graph(half, sample, named, any_length)
+        base = as_file(half.state_dict())
+        graph = _without_weights(model, half, base)
+        _compare(half, sample, named, any_length, graph, base)
+    return graph
+
+
+class _Product(_Named):
+    """<multiplier, cut>, whose gradient it is; the multiplier is the first argument."""
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        multiplier, *inputs = tensors
+        return (super().forward(*inputs) * multiplier).sum()
+
+
+def _graph(half: nn.Module, sample: Inputs, named: Mapping[str, Tensor], any_length: bool) -> Any:
+    """The exporter's model of both passes, in onnxscript's representation."""
+    from torch.export.experimental import _export_forward_backward
+
+    inputs = _resized(named, ROWS, shorter=any_length)
+    cut = call(half, _given(sample, inputs))
+    auto = torch.export.Dim.AUTO
+    sizes = tuple({0: auto, **({1: auto} if any_length and _is_text(x) else {})} for x in inputs.values())
+    of_cut = {0: auto, **({1: auto} if any_length and any(map(_is_text, inputs.values())) else {})}
+    product = _Product(_unchecked(half), list(inputs) if isinstance(sample, Mapping) else None)
+    # Attention as products and a softmax, whose derivatives are such too.
+    with _exporting(half), _quiet(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        given = (torch.ones_like(cut), *inputs.values())
+        both = _export_forward_backward(torch.export.export(product, given, dynamic_shapes=((of_cut, *sizes),)))
+        outputs = both.graph_signature.output_specs
+        names = [output.target for output in outputs]
+        for output in outputs:
+            output.kind = OutputKind.USER_OUTPUT  # of others the exporter leaves no trace
+        both.module_call_graph[0].signature.out_spec = tree_structure(tuple(range(len(outputs))))
+        both = both.run_decompositions({**torch.export.default_decompositions(), **PLAIN})
+        program = torch.onnx.export(
+            both,
+            dynamo=True,
+            optimize=False,
+            verbose=False,
+            input_names=[MULTIPLIER, *inputs],
+            output_names=["product", *(OF + name for name in names[1:])],
+        )
+    assert program is not None
+    graph = program.model.graph
+    del graph.outputs[0]  # the product itself
+    return program.model
+
+
+def _of_convolution(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Any,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    wanted: Sequence[bool],
+) -> Any:
+    """The backward pass of a convolution as convolutions, which ONNX has: by input, weight and bias.
+
+    By the weight it is the convolution of the inputs, samples in the place of channels, with the gradient.
+    """
+    if transposed:
+        return NotImplemented
+    dims = range(2, x.dim())
+    by_input = by_weight = by_bias = None
+    if wanted[0]:
+        reached = [(gradient.shape[d] - 1) * stride[d - 2] + dilation[d - 2] * (weight.shape[d] - 1) + 1 for d in dims]
+        missed = [x.shape[d] + 2 * padding[d - 2] - size for d, size in zip(dims, reached, strict=True)]
+        by_input = aten.convolution(gradient, weight, None, stride, padding, dilation, True, missed, groups)
+    if wanted[1]:
+        samples, channels, rest = x.shape[0], x.shape[1] // groups, x.shape[2:]
+        turned = x.reshape(samples, groups, channels, *rest).transpose(0, 2).reshape(channels, groups * samples, *rest)
+        kernel, none = gradient.transpose(0, 1), [0] * len(rest)
+        by_weight = aten.convolution(turned, kernel, None, dilation, padding, stride, False, none, groups)
+        for d in dims:
+            by_weight = by_weight.narrow(d, 0, weight.shape[d])
+        by_weight = by_weight.transpose(0, 1)
+    if wanted[2]:
+        by_bias = gradient.sum([0, *dims])
+    return by_input, by_weight, by_bias
+
+
+def _of_rows(table: Tensor, indices: Sequence[Tensor | None], rows: Tensor, accumulate: bool = False) -> Any:
+    """Rows added to a table's, as in the backward pass of an embedding. Where several meet in one, ONNX adds them only
+    if it scatters them."""
+    (index, *others) = indices
+    if not accumulate or others or index is None or table.dim() != 2:
+        return NotImplemented
+    rows = rows.reshape(-1, table.shape[1])
+    return table.scatter_add(0, index.reshape(-1, 1).expand(-1, table.shape[1]), rows)
+
+
+def _of_average(
+    gradient: Tensor,
+    x: Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor: int | None,
+) -> Any:
+    """The backward pass of averages over windows: the transpose of a convolution with equal weights."""
+    if ceil_mode or (any(padding) and not count_include_pad):
+        return NotImplemented
+    channels, stride = x.shape[1], stride or size
+    weight = torch.full((channels, 1, *size), 1 / (divisor or math.prod(size)))
+    wanted = [True, False, False]
+    return _of_convolution(
+        gradient, x, weight, None, stride, padding, [1] * len(size), False, [0] * len(size), channels, wanted
+    )[0]
+
+
+# What ONNX, or the exporter, has no operator for.
+PLAIN: dict[Any, Any] = {
+    aten.convolution_backward.default: _of_convolution,
+    aten.avg_pool2d_backward.default: _of_average,
+    aten.index_put.default: _of_rows,
+    aten.empty_permuted.default: lambda size, order, **how: torch.zeros(size),
+}
+
+
+def _compare(
+    half: nn.Module, sample: Inputs, named: Mapping[str, Tensor], any_length: bool, graph: bytes, base: bytes
+) -> None:
+    """Raises ExportError where onnxruntime makes other gradients than torch."""
+    moving = {name: p for name, p in half.named_parameters() if p.requires_grad}
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / GRADIENT).write_bytes(graph)
+        (folder / BASE).write_bytes(base)
+        try:
+            run = Gradient(folder, list(moving), [p.detach().numpy() for p in moving.values()])
+            given = len(next(iter(named.values())))
+            for rows, shorter in ((given, False), (ROWS + 1, any_length), (1, any_length)):
+                inputs = _resized(named, rows, shorter)
+                with torch.enable_grad():
+                    cut = call(half, _given(sample, inputs))
+                    multiplier = torch.randn(cut.shape, generator=torch.Generator().manual_seed(rows))
+                    wanted = torch.autograd.grad(cut, list(moving.values()), multiplier, allow_unused=True)
+                found = run({name: x.numpy() for name, x in inputs.items()}, multiplier.numpy())
+                theirs = [np.zeros_like(f) if w is None else w.numpy() for f, w in zip(found, wanted, strict=True)]
+                least = NOTHING * max(np.abs(gradient).max(initial=0) for gradient in theirs)
+                for name, one, other in zip(moving, found, theirs, strict=True):
+                    apart, largest = np.abs(one - other).max(initial=0), np.abs(other).max(initial=0)
+                    if not apart <= CLOSE * max(largest, least):
+                        raise ExportError(
+                            f"the graph's gradient of {name} is not torch's: of {rows} samples numbers differ by"
+                            f" {apart:.3g}, and the largest is {largest:.3g}"
+                        )
+        except HalfError as error:
+            raise ExportError(f"the gradient's graph of the {type(half).__name__} does not run: {error}") from error
