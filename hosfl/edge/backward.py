@@ -6,7 +6,8 @@ torch writes the half and its backward pass as one graph of plain operators. Tha
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -52,6 +53,7 @@ def exported_gradient(half: nn.Module, sample: Inputs) -> bytes:
     Raises ExportError as `exported`, and where torch has no such graph.
     """
     _check(half)
+    _refuse_tied(half)
     named = _named(sample)
     with evaluating(half), unchanged(half.modules()):
         any_length = _takes(half, _given(sample, _resized(named, ROWS, shorter=True)))
@@ -60,6 +62,16 @@ def exported_gradient(half: nn.Module, sample: Inputs) -> bytes:
         graph = _without_weights(model, half, base)
         _compare(half, sample, named, any_length, graph, base)
     return graph
+
+
+def _refuse_tied(half: nn.Module) -> None:
+    """Of a weight with two names torch makes no such graph."""
+    first: dict[int, str] = {}
+    for name, p in half.named_parameters(remove_duplicate=False):
+        if p.requires_grad and first.setdefault(id(p), name) != name:
+            raise ExportError(
+                f"{first[id(p)]} and {name} are one weight, and torch makes no graph of its gradient: let it not move"
+            )
 
 
 class _Product(_Named):
@@ -81,7 +93,7 @@ def _graph(half: nn.Module, sample: Inputs, named: Mapping[str, Tensor], any_len
     of_cut = {0: auto, **({1: auto} if any_length and any(map(_is_text, inputs.values())) else {})}
     product = _Product(_unchecked(half), list(inputs) if isinstance(sample, Mapping) else None)
     # Attention as products and a softmax, whose derivatives are such too.
-    with _exporting(half), _quiet(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    with _exporting(half), _quiet(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _read_alone(half, sample):
         given = (torch.ones_like(cut), *inputs.values())
         both = _export_forward_backward(torch.export.export(product, given, dynamic_shapes=((of_cut, *sizes),)))
         outputs = both.graph_signature.output_specs
@@ -102,6 +114,22 @@ def _graph(half: nn.Module, sample: Inputs, named: Mapping[str, Tensor], any_len
     graph = program.model.graph
     del graph.outputs[0]  # the product itself
     return program.model
+
+
+@contextmanager
+def _read_alone(half: nn.Module, sample: Inputs) -> Iterator[None]:
+    """Without the weights that the cut does not depend on, of which torch makes no graph."""
+    weights = [p for p in half.parameters() if p.requires_grad]
+    cut = call(half, sample)
+    found = torch.autograd.grad(cut, weights, torch.ones_like(cut), allow_unused=True)
+    unread = [p for p, gradient in zip(weights, found, strict=True) if gradient is None]
+    try:
+        for p in unread:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in unread:
+            p.requires_grad_(True)
 
 
 def _of_convolution(
