@@ -264,17 +264,17 @@ def test_files_are_fetched_once_and_the_state_is_kept(tmp_path, caplog):
     news = encode(federation.server.welcome(Hello(client=1, round=0)))
     line = Direct(files, ask(files, news, round=4), ask(files, kind=Audit, round=4))
     join(line, 1, tmp_path / "state", data=data)
-    assert line.fetched == ["run", "base", "half.onnx", "header"]
+    assert line.fetched == ["run", "base", "header", "half-0.onnx"]
     assert [type(said) for said in line.heard] == [Cut, Hello]
     again = Direct(files, ask(files, kind=Invitation, round=4))
     join(again, 1, tmp_path / "state", data=data)
     assert again.fetched == ["run"]
     assert [(type(said), said.round) for said in again.heard] == [(Hello, 4)]  # not from the beginning
     (tmp_path / "state" / "state.safetensors").write_bytes(b"damaged")
-    (tmp_path / "state" / "half.onnx").write_bytes(b"damaged")
+    (tmp_path / "state" / "half-0.onnx").write_bytes(b"damaged")
     once_more = Direct(files, ask(files, kind=Invitation, round=4))
     join(once_more, 1, tmp_path / "state", data=data)
-    assert once_more.fetched == ["run", "half.onnx"]
+    assert once_more.fetched == ["run", "half-0.onnx"]
     assert once_more.heard[0].round == 0
     assert "is passed over" in caplog.text
 
@@ -293,14 +293,15 @@ def sealed(files, **others):
     run = json.loads(files["run"])
     for name, data in others.items():
         sha256 = hashlib.sha256(data).hexdigest()
-        run = run | {"base": sha256} if name == "base" else run | {"edge": run["edge"] | {name: sha256}}
-    names = {"graph": "half.onnx"}
+        said = [sha256] if name == "graphs" else sha256
+        run = run | {"base": sha256} if name == "base" else run | {"edge": run["edge"] | {name: said}}
+    names = {"graphs": "half-0.onnx"}
     return files | {names.get(n, n): data for n, data in others.items()} | {"run": json.dumps(run).encode()}
 
 
 REFUSED = {
     "no edge": (lambda files: changed(files, edge=None), "has to be started with --edge"),
-    "no digest": (lambda files: changed(files, edge={"graph": "", "header": ""}), "is no run"),
+    "no digest": (lambda files: changed(files, edge={"graphs": [""], "header": ""}), "is no run"),
     "another method": (lambda files: other_settings(files, method="first-order"), "take part in method ho"),
     "forward mode": (lambda files: other_settings(files, estimator="forward"), "one-sided or two-sided differences"),
     "statistics": (lambda files: other_settings(files, calibrate=2), "cannot estimate running statistics"),
@@ -311,7 +312,7 @@ REFUSED = {
     "a header and more": (lambda files: sealed(files, header=files["header"] + b"\0"), "another than that of its log"),
     "no base": (lambda files: sealed(files, base=b"rubbish"), "no safetensors file"),
     "another base": (lambda files: sealed(files, base=files["base"][:-1] + b"\1"), "other weights than its log"),
-    "no graph": (lambda files: sealed(files, graph=b"rubbish"), "onnxruntime cannot open"),
+    "no graph": (lambda files: sealed(files, graphs=b"rubbish"), "onnxruntime cannot open"),
     "a digest of more": (
         lambda files: changed(files, edge=json.loads(files["run"])["edge"] | {"digest": ["other"]}),
         "has no other",

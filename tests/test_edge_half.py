@@ -18,7 +18,7 @@ from torch import nn
 import hosfl
 from hosfl.edge import export
 from hosfl.edge.export import ExportError, exported
-from hosfl.edge.half import BASE, GRAPH, STEP, Half, HalfError
+from hosfl.edge.half import BASE, STEP, Half, HalfError, graph_name
 from hosfl.halves.families import packaged_minilm, pretrained_model
 from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.narrow import narrowed
@@ -28,7 +28,7 @@ from hosfl.runs.checkpoint import save_module
 from hosfl.tasks.vision import CifarResNet
 from hosfl_kernels import replay_
 
-ROOT = Path(__file__).parent.parent
+ROOT, GRAPH = Path(__file__).parent.parent, graph_name(0)
 SEEDS, MOVES = [3, 2**63 + 1], [1 / 64, -1 / 32]
 
 
@@ -141,11 +141,12 @@ HALVES = {
 
 @cache
 def made(name):
-    """A half of HALVES, and its graph."""
+    """A half of HALVES, and its graph, in one piece."""
     torch.manual_seed(0)
     make, inputs = HALVES[name]
     half = make().eval()
-    return half, exported(half, inputs())
+    (graph,) = exported(half, inputs())
+    return half, graph
 
 
 def moving_of(half):
@@ -158,8 +159,9 @@ def moved_by_torch(half):
     return [p.detach() for p in parameters], streams
 
 
-def written(folder, half, graph):
-    (folder / GRAPH).write_bytes(graph)
+def written(folder, half, *pieces):
+    for number, piece in enumerate(pieces):
+        (folder / graph_name(number)).write_bytes(piece)
     save_module(half, folder / BASE)
     return folder
 
@@ -353,7 +355,7 @@ def test_a_runtime_that_makes_other_numbers_once_is_found_out(off, folder, monke
 def test_weights_that_inputs_do_not_reach_are_no_fault(tmp_path):
     half = nn.Sequential(nn.Embedding(6, 4), nn.ReLU(), nn.Linear(4, 2))
     nn.init.constant_(half[0].weight, -1.0)  # and so nothing goes on
-    run = Half(written(tmp_path, half, exported(half, torch.arange(6).reshape(2, 3))), ["0.weight", "2.bias"])
+    run = Half(written(tmp_path, half, *exported(half, torch.arange(6).reshape(2, 3))), ["0.weight", "2.bias"])
     run.check(np.zeros((1, 2), np.int64))
     assert STEP < 1
 
@@ -385,10 +387,10 @@ def damaged(file, change):
 
 
 WRONG = {
-    "no graph": (lambda path: (path / GRAPH).unlink(), "there is no .*half.onnx"),
-    "no ONNX": (lambda path: (path / GRAPH).write_text("half"), "cannot open .*half.onnx"),
-    "an empty graph": (damaged(GRAPH, lambda data: b""), "half.onnx"),
-    "half a graph": (damaged(GRAPH, lambda data: data[: len(data) // 2]), "cannot open .*half.onnx"),
+    "no graph": (lambda path: (path / GRAPH).unlink(), "there is no .*half-0.onnx"),
+    "no ONNX": (lambda path: (path / GRAPH).write_text("half"), "cannot open .*half-0.onnx"),
+    "an empty graph": (damaged(GRAPH, lambda data: b""), "half-0.onnx"),
+    "half a graph": (damaged(GRAPH, lambda data: data[: len(data) // 2]), "cannot open .*half-0.onnx"),
     "another half's graph": (graph_of("one layer"), "of two halves|cannot open"),
     "a larger half's graph": (graph_of("convolutions"), "of two halves|cannot open"),
     "no base": (lambda path: (path / BASE).unlink(), "base.safetensors cannot be read"),
@@ -417,7 +419,7 @@ def test_wrong_files_are_refused(what, folder):
     [
         (["9.weight"], "base.safetensors has no '9.weight'"),
         (["0.bias", "0.bias"], "named twice"),
-        (["1.running_mean"], "'1.running_mean' does not move in .*, where these do: 0.weight, "),
+        (["1.running_mean"], "'1.running_mean' does not move in the half, where these do: 0.bias, "),
         (["1.num_batches_tracked"], "'1.num_batches_tracked' moves and is I64"),
     ],
 )

@@ -42,7 +42,8 @@ PART = 1 << 16  # elements of the cut that are in float64 at a time
 class EdgeClient:
     """A client of a run of method ho, with one-sided or two-sided differences. `Endpoint` says what its methods do.
 
-    half: its weights move. streams: of the noise of its moving tensors, as the log's header has them. batches: gives a
+    half: its weights move, and its last pieces are the run's blocks, of which the first may begin behind another piece.
+    streams: of the noise of its moving tensors, as the log's header has them. batches: gives a
     round's samples. weights: gives all arrays that the half's digest is of, in their order.
     """
 
@@ -117,8 +118,9 @@ class EdgeClient:
         """Probe the round's directions. The weights hold the same bits afterwards."""
         multiplier = self._multiplier(message)
         seeds, scalars = self.run.seeds(self._round), np.zeros(self.run.directions, np.float32)
-        for block, positions in self.run.parts():
-            scalars[positions] = self._probe(block.tensors, multiplier, seeds[positions])
+        parts = list(self.run.parts())
+        for piece, (block, positions) in enumerate(parts, self.half.pieces - len(parts)):
+            scalars[positions] = self._probe(piece, block.tensors, multiplier, seeds[positions])
         return Scalars(client=self.number, round=self._round, epoch=self.epoch, scalars=scalars)
 
     def _multiplier(self, message: Message) -> NDArray[np.float32]:
@@ -136,16 +138,19 @@ class EdgeClient:
             raise MessageError("a multiplier with infinite or NaN elements")
         return multiplier
 
-    def _probe(self, block: Sequence[int], multiplier: NDArray[np.float32], seeds: Sequence[int]) -> list[float]:
-        """The derivatives along directions that move these of the tensors."""
+    def _probe(
+        self, piece: int, block: Sequence[int], multiplier: NDArray[np.float32], seeds: Sequence[int]
+    ) -> list[float]:
+        """The derivatives along directions that move these of the tensors, which no piece before this one reads."""
+        forward = self.half.at(piece, self._inputs)
         probe, mu, scalars = _Probe(self.replica, block), self.replica.mu, []
         try:
             for seed in seeds:
                 probe.move(seed, mu)
-                ahead, behind, distance = self.half(self._inputs), self._cut, mu
+                ahead, behind, distance = forward(), self._cut, mu
                 if self.run.estimator == "two-sided":
                     probe.move(seed, -mu)
-                    behind, distance = self.half(self._inputs), 2 * mu
+                    behind, distance = forward(), 2 * mu
                 scalars.append(inner(multiplier, ahead, behind) / distance)
         finally:
             probe.home()

@@ -25,6 +25,7 @@ from hosfl.extras import needed
 from hosfl.files import finite, write_json
 from hosfl.methods import calibration
 from hosfl.methods.client import digested
+from hosfl.methods.ho import ZerothOrderClient
 from hosfl.methods.ledger import SeedReplay
 from hosfl.protocol.log import encode_header
 from hosfl.protocol.provenance import header_digest
@@ -123,22 +124,25 @@ def offered(federation: Federation, edge: bool = False) -> dict[str, bytes]:
 
 def _told(files: dict[str, bytes], half: nn.Module) -> dict[str, Any]:
     """What the run says of the files for clients without torch."""
-    graph, header = (hashlib.sha256(data).hexdigest() for data in files.values())
-    return {"graph": graph, "header": header, "digest": list(digested(half))}
+    *graphs, header = (hashlib.sha256(data).hexdigest() for data in files.values())
+    return {"graphs": graphs, "header": header, "digest": list(digested(half))}
 
 
 def _for_edge(federation: Federation, half: nn.Module) -> dict[str, bytes]:
-    """The half as a graph, and the header of the run's log: what clients without torch need."""
+    """The half as graphs, and the header of the run's log: what clients without torch need."""
     edge = needed("hosfl.edge.join", "a server of clients without torch", "export")
     exported = needed("hosfl.edge.export", "a server of clients without torch", "export").exported
     if why := edge.unable(federation.config):
         raise ValueError(why)
     assert isinstance(federation.server.ledger, SeedReplay)
     header = header_of(federation.server.ledger.run, half, federation.config.decisive())
-    sample, _ = federation.make(0).batch(0)
+    client = federation.make(0)
+    assert isinstance(client, ZerothOrderClient)
+    sample, entries = client.batch(0)[0], [begin.entry for begin in client.begins]
     if federation.config.device != "cpu":
         half, sample = copy.deepcopy(half).cpu(), tree_map_only(Tensor, Tensor.cpu, sample)
-    return {edge.GRAPH: exported(half, sample), edge.HEADER: encode_header(header)}
+    pieces = {edge.graph_name(number): data for number, data in enumerate(exported(half, sample, entries))}
+    return pieces | {edge.HEADER: encode_header(header)}
 
 
 class Events:
