@@ -178,7 +178,7 @@ def _graph(
                 optimize=False,  # which would rename weights, and fold what depends on them
                 verbose=False,
                 input_names=list(inputs),
-                output_names=["cut", *entries],
+                output_names=["cut"],
                 dynamic_shapes=(sizes,),
             )
     except Exception as error:  # the exporter's own errors, and whatever a model raises under it
@@ -271,6 +271,8 @@ def _pieces(model: Any, moving: Mapping[str, Any]) -> list[bytes]:
 
     graph, found = model.graph, []
     given, (cut, *entries) = list(graph.inputs), graph.outputs
+    if entries and entries[0].is_graph_input():
+        del entries[0]  # nothing is done in front of it
     for begin, end in pairwise((None, *entries, cut)):
         piece = ir.convenience.extract(graph, given if begin is None else [begin, *given], [end])
         for value in piece.inputs[1:]:

@@ -162,6 +162,8 @@ class Half:
         options.intra_op_num_threads = self._threads
         # Blocks that are kept for later passes and plans of them cost more memory than they save time.
         options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+        # Every piece has threads of its own, which would go on spinning while the next one's work.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         for name, value in zip(self._moving, self._values, strict=True):
             options.add_initializer(PREFIX + name, value)
         sessions, may = [], dict[str, None]()
