@@ -270,7 +270,6 @@ PIECES = {
     "llama, lora": ("layers.0", "layers.1"),
     "mixtral": ("", "layers.0", "layers.1"),
     "vit, act": ("", "layers.0"),
-    "minilm, lora": ("encoder.layer.1", "encoder.layer.2"),
 }
 
 
@@ -364,6 +363,28 @@ def test_what_the_first_piece_makes_is_all_that_is_kept(tmp_path):
         run.at(piece, inputs)
         held = [value for value in vars(run).values() if isinstance(value, np.ndarray)]
         assert sum(value.nbytes for value in held) <= cut.nbytes
+
+
+def test_a_pass_may_begin_at_a_piece_before_there_was_one(tmp_path):
+    half, pieces = cut_up("resnet")
+    run = Half(written(tmp_path, half, *pieces), moving_of(half), len(pieces), threads=1)
+    cut = run.at(2, arrays(pictures()))()
+    assert np.array_equal(run(arrays(pictures())), cut)
+
+
+@pytest.mark.parametrize("piece", [0, 1])
+def test_a_piece_that_is_wrong_is_refused(piece, tmp_path):
+    half, pieces = cut_up("linear")
+    spoilt = written(tmp_path, half, *pieces) / graph_name(piece)
+    spoilt.write_bytes(cut_up("resnet")[1][piece])
+    with pytest.raises(HalfError, match=f"half-{piece}.onnx"):
+        Half(tmp_path, LINEAR, 2)
+    spoilt.write_bytes(pieces[1 - piece])  # half of what moves is in neither
+    with pytest.raises(HalfError, match="does not move in the half, where these do: "):
+        Half(tmp_path, LINEAR, 2)
+    spoilt.unlink()
+    with pytest.raises(HalfError, match=f"there is no .*half-{piece}.onnx"):
+        Half(tmp_path, LINEAR, 2)
 
 
 def test_a_first_piece_that_would_do_nothing_is_left_out(tmp_path):
