@@ -17,7 +17,7 @@ from hosfl import Config, Task
 from hosfl.cli import main
 from hosfl.edge import travel
 from hosfl.edge.data import Batches, Samples, read_samples, samples_of
-from hosfl.edge.half import HalfError
+from hosfl.edge.half import Half, HalfError
 from hosfl.edge.join import client_of, join
 from hosfl.engines.engine import JoinError
 from hosfl.engines.in_process import InProcess
@@ -59,9 +59,13 @@ WAYS = {
     "texts": {},
     "texts, xs": {**FRESH, "trains": "xs:2", "blocks": 2},
     "texts, lora": {**FRESH, "trains": "lora:1"},
+    "texts, last layer": {**FRESH, "trains": "lora:1:*layer.1.*"},
+    "texts, one of two": {**FRESH, "trains": "lora:1:*layer.[12].*", "blocks": 2, "estimator": "two-sided"},
     "pictures": {**FRESH},
     "texts, backward": {**FRESH, "trains": "lora:1", "estimator": "backward", "microbatch": 3, "blocks": 2},
+    "texts, last layer, backward": {**FRESH, "trains": "lora:1:*layer.1.*", "estimator": "backward"},
     "pictures, backward": {**FRESH, "estimator": "backward"},
+    "pictures, blocks": {**FRESH, "blocks": 2},
 }
 
 
@@ -71,7 +75,7 @@ def texts():
     mask = (torch.arange(12) < torch.randint(3, 13, (120, 1), generator=chance)).long()
     labels = (ids[:, 0] > 47).long()
     config = transformers.BertConfig(
-        vocab_size=90, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=24
+        vocab_size=90, hidden_size=16, num_hidden_layers=4, num_attention_heads=2, intermediate_size=24
     )
 
     def model():
@@ -79,7 +83,7 @@ def texts():
 
     tokens = {"input_ids": ids * mask, "attention_mask": mask}
     train, test = ({k: v[:100] for k, v in tokens.items()}, labels[:100]), (tokens, labels)
-    return Task(model, train, test, nn.functional.cross_entropy, at=2)
+    return Task(model, train, test, nn.functional.cross_entropy, at=3)
 
 
 def pictures():
@@ -171,6 +175,46 @@ def test_beside_clients_with_torch(way, tmp_path):
     assert (found.equal, found.clients, found.odd) == (True, 4, {})
     assert edges[1].client.applied == 6
     assert edges[1].client.digest() == found.digest
+
+
+@pytest.mark.parametrize(
+    ("way", "pieces", "blocks"),
+    [
+        ("pool", 1, 1),
+        ("texts, lora", 1, 1),
+        ("texts, last layer", 2, 1),
+        ("texts, xs", 3, 2),
+        ("texts, one of two", 3, 2),
+        ("pictures, blocks", 2, 2),
+    ],
+)
+def test_a_probe_runs_from_its_block_on(way, pieces, blocks, tmp_path, monkeypatch):
+    """So what lies in front runs once a round, and what lies between two blocks once more at most."""
+    federation, task, files = made(way)
+    edge = endpoint(files, 1, tmp_path / "1", saved(partition(task, federation.config)[1], tmp_path / "own.npz"))
+    half, run = edge.client.half, federation.make(0).run
+    assert (half.pieces, len(federation.make(0).begins)) == (pieces, blocks)
+    ran, one = [0] * pieces, Half._run
+
+    def counted(self, session, *given):
+        ran[self._sessions.index(session)] += 1
+        return one(self, session, *given)
+
+    monkeypatch.setattr(Half, "_run", counted)
+    news = encode(federation.server.welcome(Hello(client=1, round=0)))
+    cut = decode(edge.answer(ask(files, news)))
+    assert ran == [1] * pieces
+    multiplier = pack([encode(Multiplier(client=1, round=0, multiplier=np.ones_like(cut.cut)))])
+    first = edge.answer(multiplier)
+    assert type(decode(first)) is Scalars
+    passes, front = [1] * pieces, pieces - blocks
+    for number, (block, _) in enumerate(run.parts()):
+        for piece in range(front + number, pieces):
+            passes[piece] += block.directions * (2 if run.estimator == "two-sided" else 1)
+    for piece in range(1, pieces - 1):  # from there to the next block, whose input is kept then
+        passes[piece] += 1
+    assert ran == passes
+    assert edge.answer(multiplier) == first  # whoever asks again hears the same
 
 
 def test_a_client_that_was_away_and_one_that_is_wrong(tmp_path):
@@ -266,17 +310,17 @@ def test_files_are_fetched_once_and_the_state_is_kept(tmp_path, caplog):
     news = encode(federation.server.welcome(Hello(client=1, round=0)))
     line = Direct(files, ask(files, news, round=4), ask(files, kind=Audit, round=4))
     join(line, 1, tmp_path / "state", data=data)
-    assert line.fetched == ["run", "base", "half.onnx", "header"]
+    assert line.fetched == ["run", "base", "header", "half-0.onnx"]
     assert [type(said) for said in line.heard] == [Cut, Hello]
     again = Direct(files, ask(files, kind=Invitation, round=4))
     join(again, 1, tmp_path / "state", data=data)
     assert again.fetched == ["run"]
     assert [(type(said), said.round) for said in again.heard] == [(Hello, 4)]  # not from the beginning
     (tmp_path / "state" / "state.safetensors").write_bytes(b"damaged")
-    (tmp_path / "state" / "half.onnx").write_bytes(b"damaged")
+    (tmp_path / "state" / "half-0.onnx").write_bytes(b"damaged")
     once_more = Direct(files, ask(files, kind=Invitation, round=4))
     join(once_more, 1, tmp_path / "state", data=data)
-    assert once_more.fetched == ["run", "half.onnx"]
+    assert once_more.fetched == ["run", "half-0.onnx"]
     assert once_more.heard[0].round == 0
     assert "is passed over" in caplog.text
 
@@ -290,19 +334,24 @@ def other_settings(files, **settings):
     return {**files, "run": json.dumps(run | {"settings": run["settings"] | settings}).encode()}
 
 
+def other_edge(files, **told):
+    return changed(files, edge=json.loads(files["run"])["edge"] | told)
+
+
 def sealed(files, **others):
     """Files in place of those that are offered, with their right SHA-256."""
     run = json.loads(files["run"])
     for name, data in others.items():
         sha256 = hashlib.sha256(data).hexdigest()
-        run = run | {"base": sha256} if name == "base" else run | {"edge": run["edge"] | {name: sha256}}
-    names = {"graph": "half.onnx"}
+        said = [sha256] if name == "graphs" else sha256
+        run = run | {"base": sha256} if name == "base" else run | {"edge": run["edge"] | {name: said}}
+    names = {"graphs": "half-0.onnx"}
     return files | {names.get(n, n): data for n, data in others.items()} | {"run": json.dumps(run).encode()}
 
 
 REFUSED = {
     "no edge": (lambda files: changed(files, edge=None), "has to be started with --edge"),
-    "no digest": (lambda files: changed(files, edge={"graph": "", "header": ""}), "is no run"),
+    "no digest": (lambda files: changed(files, edge={"graphs": [""], "header": ""}), "is no run"),
     "another method": (lambda files: other_settings(files, method="first-order"), "take part in method ho"),
     "forward mode": (lambda files: other_settings(files, estimator="forward"), "not forward"),
     "statistics": (lambda files: other_settings(files, calibrate=2), "cannot estimate running statistics"),
@@ -313,11 +362,14 @@ REFUSED = {
     "a header and more": (lambda files: sealed(files, header=files["header"] + b"\0"), "another than that of its log"),
     "no base": (lambda files: sealed(files, base=b"rubbish"), "no safetensors file"),
     "another base": (lambda files: sealed(files, base=files["base"][:-1] + b"\1"), "other weights than its log"),
-    "no graph": (lambda files: sealed(files, graph=b"rubbish"), "onnxruntime cannot open"),
-    "a digest of more": (
-        lambda files: changed(files, edge=json.loads(files["run"])["edge"] | {"digest": ["other"]}),
-        "has no other",
-    ),
+    "graphs of another kind": (lambda files: other_edge(files, graphs=7), "is no run"),
+    "no pieces": (lambda files: other_edge(files, graphs=[]), "in 0 pieces, and the run has 1 blocks"),
+    "more pieces": (lambda files: other_edge(files, graphs=["0" * 64] * 3), "in 3 pieces"),
+    "pieces without end": (lambda files: other_edge(files, graphs=["0" * 64] * 100_000), "in 100000 pieces"),
+    "letters for pieces": (lambda files: other_edge(files, graphs="half"), "in 4 pieces"),
+    "another graph": (lambda files: other_edge(files, graphs=["0" * 64]), "half-0.onnx has another SHA-256"),
+    "no graph": (lambda files: sealed(files, graphs=b"rubbish"), "onnxruntime cannot open"),
+    "a digest of more": (lambda files: other_edge(files, digest=["other"]), "has no other"),
 }
 
 
@@ -326,7 +378,7 @@ def test_runs_that_are_refused(what, run, tmp_path):
     files, _, data, _ = run
     change, why = REFUSED[what]
     with pytest.raises((JoinError, HalfError), match=why):
-        endpoint(change(files), 1, tmp_path / "1", data)
+        join(Direct(change(files)), 1, tmp_path / "1", data=data)
 
 
 def test_runs_that_a_server_does_not_offer():

@@ -143,7 +143,7 @@ def test_what_is_no_gradient(tmp_path):
     half, sample = HALVES["layer norm"]()
     graph, names = exported_gradient(half, sample), list(moving(half))
     save_module(half, tmp_path / "base.safetensors")
-    with pytest.raises(HalfError, match="cannot open"):
+    with pytest.raises(HalfError, match="there is no"):
         Gradient(tmp_path, names, arrays(half))
     (tmp_path / GRADIENT).write_bytes(graph)
     gradient = Gradient(tmp_path, names, arrays(half))

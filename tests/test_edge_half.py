@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torch import nn
 import hosfl
 from hosfl.edge import export
 from hosfl.edge.export import ExportError, exported
-from hosfl.edge.half import BASE, GRAPH, STEP, Half, HalfError
+from hosfl.edge.half import BASE, PREFIX, STEP, Half, HalfError, graph_name
 from hosfl.halves.families import packaged_minilm, pretrained_model
 from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.narrow import narrowed
@@ -28,7 +29,7 @@ from hosfl.runs.checkpoint import save_module
 from hosfl.tasks.vision import CifarResNet
 from hosfl_kernels import replay_
 
-ROOT = Path(__file__).parent.parent
+ROOT, GRAPH = Path(__file__).parent.parent, graph_name(0)
 SEEDS, MOVES = [3, 2**63 + 1], [1 / 64, -1 / 32]
 
 
@@ -141,11 +142,12 @@ HALVES = {
 
 @cache
 def made(name):
-    """A half of HALVES, and its graph."""
+    """A half of HALVES, and its graph, in one piece."""
     torch.manual_seed(0)
     make, inputs = HALVES[name]
     half = make().eval()
-    return half, exported(half, inputs())
+    (graph,) = exported(half, inputs())
+    return half, graph
 
 
 def moving_of(half):
@@ -158,8 +160,9 @@ def moved_by_torch(half):
     return [p.detach() for p in parameters], streams
 
 
-def written(folder, half, graph):
-    (folder / GRAPH).write_bytes(graph)
+def written(folder, half, *pieces):
+    for number, piece in enumerate(pieces):
+        (folder / graph_name(number)).write_bytes(piece)
     save_module(half, folder / BASE)
     return folder
 
@@ -254,6 +257,153 @@ def test_a_graph_is_small_and_says_nothing_of_whoever_made_it(name):
         assert told.encode() not in graph
 
 
+PIECES = {
+    "linear": ("", "2"),
+    "tied": ("", "input"),  # whose weight is in both
+    "convolutions, filters": ("", "3"),
+    "resnet": ("", "bn1", "layer1.0", "layer2.0"),
+    "resnet, act": ("layer1.0", "layer2.0"),
+    "bert": ("", "encoder.layer.0", "encoder.layer.1"),
+    "bert, lora": ("encoder.layer.0", "encoder.layer.1"),
+    "gpt2, xs": ("h.0", "h.1"),
+    "opt, norms": ("layers.1",),
+    "llama, lora": ("layers.0", "layers.1"),
+    "mixtral": ("", "layers.0", "layers.1"),
+    "vit, act": ("", "layers.0"),
+}
+
+
+@cache
+def cut_up(name):
+    """A half of HALVES, and its graphs from one of PIECES' entries to the next."""
+    half, _ = made(name)
+    return half, exported(half, HALVES[name][1](), PIECES[name])
+
+
+@pytest.mark.parametrize("name", PIECES)
+def test_pieces_are_the_half_wherever_its_weights_are(name, tmp_path):
+    half, pieces = cut_up(name)
+    assert len(pieces) == len(PIECES[name]) + (PIECES[name][0] != "")
+    (tmp_path / "whole").mkdir()
+    whole = Half(written(tmp_path / "whole", *made(name)), moving_of(half), threads=1)
+    run = Half(written(tmp_path, half, *pieces), moving_of(half), len(pieces), threads=1)
+    half, inputs = copy.deepcopy(half), HALVES[name][1]
+    parameters, streams = moved_by_torch(half)
+    for moves in ([], list(zip(SEEDS, MOVES, strict=True))):
+        for seed, move in moves:
+            for tensors in (run.tensors, whole.tensors, parameters):
+                replay_(tensors, [seed], [move], streams=streams)
+        for sample in (inputs(), inputs(5, 11) if inputs is texts else inputs(5)):
+            cut = run(arrays(sample))
+            assert close(cut, whole(arrays(sample)), sample)
+            assert close(cut, by_torch(half, sample), sample)
+            for piece in range(len(pieces)):
+                forward = run.at(piece, arrays(sample))
+                assert np.array_equal(forward(), cut)
+                assert np.array_equal(forward(), cut)
+            assert np.array_equal(run.at(1, arrays(sample))(), cut)  # asked for anew
+        run.check(arrays(sample))
+
+
+@pytest.mark.parametrize("name", ["tied", "resnet", "bert, lora", "mixtral"])
+def test_a_weight_that_moves_is_seen_from_its_piece_on(name, tmp_path):
+    """And those in front of it do not read it, so that what they made stays right."""
+    half, pieces = cut_up(name)
+    run, half = Half(written(tmp_path, half, *pieces), moving_of(half), len(pieces), threads=1), copy.deepcopy(half)
+    inputs = HALVES[name][1]()
+    parameters, streams = moved_by_torch(half)
+    replay_(run.tensors, SEEDS, MOVES, streams=streams)
+    replay_(parameters, SEEDS, MOVES, streams=streams)
+    reads = [weights_of(piece) for piece in pieces]
+    for weight, tensor, parameter in zip(moving_of(half), run.tensors, parameters, strict=True):
+        first = next(number for number, names in enumerate(reads) if PREFIX + weight in names)
+        kept = tensor.copy()
+        run(arrays(inputs))
+        forward = run.at(first, arrays(inputs))
+        replay_([tensor], [5], [0.25])
+        replay_([parameter], [5], [0.25])
+        assert close(forward(), by_torch(half, inputs), inputs)
+        tensor[...] = kept
+        parameter.copy_(torch.from_numpy(kept))
+
+
+def weights_of(graph):
+    """Names of a graph's weights, and how many bytes of the base file each is."""
+    found = onnx.load_from_string(graph).graph.initializer
+    return {w.name: int({e.key: e.value for e in w.external_data}["length"]) for w in found if w.external_data}
+
+
+@pytest.mark.parametrize("name", [name for name in PIECES if name != "tied"])
+def test_no_weight_is_in_two_pieces(name):
+    """So those that are frozen are in memory once."""
+    half, pieces = cut_up(name)
+    found = [weights_of(piece) for piece in pieces]
+    assert sum(map(len, found)) == len({name for names in found for name in names})
+    assert {PREFIX + name for name in moving_of(half)} <= {name for names in found for name in names}
+    read = weights_of(made(name)[1])
+    assert sum(sum(names.values()) for names in found) == sum(read.values())
+
+
+def test_only_what_is_cheap_is_computed_twice():
+    """Such as an attention's mask; no matrix product, and no normalisation."""
+    costly = {"MatMul", "Gemm", "Conv", "LayerNormalization", "BatchNormalization", "Softmax"}
+
+    def counted(graph):
+        return sum(node.op_type in costly for node in onnx.load_from_string(graph).graph.node)
+
+    for name in PIECES:
+        assert sum(map(counted, cut_up(name)[1])) == counted(made(name)[1])
+
+
+def test_what_the_first_piece_makes_is_all_that_is_kept(tmp_path):
+    half, pieces = cut_up("bert")
+    run, inputs = Half(written(tmp_path, half, *pieces), moving_of(half), len(pieces), threads=1), arrays(texts())
+    cut = run(inputs)
+    for piece in range(len(pieces)):
+        run.at(piece, inputs)
+        held = [value for value in vars(run).values() if isinstance(value, np.ndarray)]
+        assert sum(value.nbytes for value in held) <= cut.nbytes
+
+
+def test_a_pass_may_begin_at_a_piece_before_there_was_one(tmp_path):
+    half, pieces = cut_up("resnet")
+    run = Half(written(tmp_path, half, *pieces), moving_of(half), len(pieces), threads=1)
+    cut = run.at(2, arrays(pictures()))()
+    assert np.array_equal(run(arrays(pictures())), cut)
+
+
+@pytest.mark.parametrize("piece", [0, 1])
+def test_a_piece_that_is_wrong_is_refused(piece, tmp_path):
+    half, pieces = cut_up("linear")
+    spoilt = written(tmp_path, half, *pieces) / graph_name(piece)
+    spoilt.write_bytes(cut_up("resnet")[1][piece])
+    with pytest.raises(HalfError, match=f"half-{piece}.onnx"):
+        Half(tmp_path, LINEAR, 2)
+    spoilt.write_bytes(pieces[1 - piece])  # half of what moves is in neither
+    with pytest.raises(HalfError, match="does not move in the half, where these do: "):
+        Half(tmp_path, LINEAR, 2)
+    spoilt.unlink()
+    with pytest.raises(HalfError, match=f"there is no .*half-{piece}.onnx"):
+        Half(tmp_path, LINEAR, 2)
+
+
+def test_a_first_piece_that_would_do_nothing_is_left_out(tmp_path):
+    half = nn.Sequential(nn.Flatten(), nn.Linear(6, 5), nn.ReLU(inplace=True), nn.Linear(5, 4))
+    pieces = exported(half, numbers(), ("1", "2"))
+    assert len(pieces) == 2
+    run = Half(written(tmp_path, half, *pieces), moving_of(half), 2)
+    assert close(run(arrays(numbers())), by_torch(half, numbers()), None)
+
+
+@pytest.mark.parametrize("entry", ["9", "1.other"])
+def test_entries_that_are_none(entry):
+    """There is no such module, or the forward pass does not come to it."""
+    half = nn.Sequential(nn.Linear(6, 5), Of(lambda self, y: y))
+    half[1].layer, half[1].other = nn.Linear(5, 4), nn.Linear(5, 4)
+    with pytest.raises(ExportError, match=r"has no attribute|does not come to 1\.other"):
+        exported(half, numbers(), ("", entry))
+
+
 def test_a_half_is_left_as_it_was():
     half = convolutions().train()
     half.append(Counts())
@@ -268,6 +418,8 @@ def test_a_half_is_left_as_it_was():
     assert half[-1].passes == 0
     for rows in (1, 7):
         assert exported(half, pictures(rows)) == first
+    assert exported(half, pictures(), ("1", "3")) == exported(half, pictures(), ("1", "3"))
+    assert not any(m._forward_pre_hooks for m in half.modules())
     with pytest.raises(ExportError):
         exported(noisy, numbers())
     assert torch.equal(generator, torch.get_rng_state())
@@ -314,11 +466,11 @@ def test_a_half_needs_no_torch(name, tmp_path):
     assert close(np.load(tmp_path / "cut.npy"), by_torch(half, texts()), texts())
 
 
-@pytest.mark.parametrize("name", ["linear", "convolutions", "bert, lora"])
+@pytest.mark.parametrize("name", ["linear", "convolutions", "bert, lora", "pieces"])
 def test_a_runtime_that_misses_moves_is_found_out(name, tmp_path, monkeypatch):
     """Each weight in turn is held by a copy of its own: what the runtime has then is what it had at the start."""
-    half, graph = made(name)
-    written(tmp_path, half, graph)
+    half, pieces = cut_up(name := "resnet") if name == "pieces" else (made(name)[0], made(name)[1:])
+    written(tmp_path, half, *pieces)
     inputs, value = arrays(HALVES[name][1]()), onnxruntime.OrtValue
     for stale in moving_of(half):
 
@@ -329,7 +481,7 @@ def test_a_runtime_that_misses_moves_is_found_out(name, tmp_path, monkeypatch):
                 self._copies = [*getattr(self, "_copies", []), self._values[at]]
                 return super()._opened()
 
-        run = Copies(tmp_path, moving_of(half), threads=1)
+        run = Copies(tmp_path, moving_of(half), len(pieces), threads=1)
         before = [t.copy() for t in run.tensors]
         with pytest.raises(HalfError, match=rf"goes on with old values of {stale}: install"):
             run.check(inputs)
@@ -353,7 +505,7 @@ def test_a_runtime_that_makes_other_numbers_once_is_found_out(off, folder, monke
 def test_weights_that_inputs_do_not_reach_are_no_fault(tmp_path):
     half = nn.Sequential(nn.Embedding(6, 4), nn.ReLU(), nn.Linear(4, 2))
     nn.init.constant_(half[0].weight, -1.0)  # and so nothing goes on
-    run = Half(written(tmp_path, half, exported(half, torch.arange(6).reshape(2, 3))), ["0.weight", "2.bias"])
+    run = Half(written(tmp_path, half, *exported(half, torch.arange(6).reshape(2, 3))), ["0.weight", "2.bias"])
     run.check(np.zeros((1, 2), np.int64))
     assert STEP < 1
 
@@ -385,10 +537,10 @@ def damaged(file, change):
 
 
 WRONG = {
-    "no graph": (lambda path: (path / GRAPH).unlink(), "there is no .*half.onnx"),
-    "no ONNX": (lambda path: (path / GRAPH).write_text("half"), "cannot open .*half.onnx"),
-    "an empty graph": (damaged(GRAPH, lambda data: b""), "half.onnx"),
-    "half a graph": (damaged(GRAPH, lambda data: data[: len(data) // 2]), "cannot open .*half.onnx"),
+    "no graph": (lambda path: (path / GRAPH).unlink(), "there is no .*half-0.onnx"),
+    "no ONNX": (lambda path: (path / GRAPH).write_text("half"), "cannot open .*half-0.onnx"),
+    "an empty graph": (damaged(GRAPH, lambda data: b""), "half-0.onnx"),
+    "half a graph": (damaged(GRAPH, lambda data: data[: len(data) // 2]), "cannot open .*half-0.onnx"),
     "another half's graph": (graph_of("one layer"), "of two halves|cannot open"),
     "a larger half's graph": (graph_of("convolutions"), "of two halves|cannot open"),
     "no base": (lambda path: (path / BASE).unlink(), "base.safetensors cannot be read"),
@@ -417,7 +569,7 @@ def test_wrong_files_are_refused(what, folder):
     [
         (["9.weight"], "base.safetensors has no '9.weight'"),
         (["0.bias", "0.bias"], "named twice"),
-        (["1.running_mean"], "'1.running_mean' does not move in .*, where these do: 0.weight, "),
+        (["1.running_mean"], "'1.running_mean' does not move in the half, where these do: 0.bias, "),
         (["1.num_batches_tracked"], "'1.num_batches_tracked' moves and is I64"),
     ],
 )

@@ -23,20 +23,24 @@ from hosfl.edge.export import (
     CLOSE,
     ROWS,
     ExportError,
-    _check,
-    _exporting,
-    _given,
-    _is_text,
-    _Named,
-    _named,
-    _quiet,
-    _resized,
-    _takes,
-    _unchecked,
-    _without_weights,
+    Positional,
+    check_half,
+    exporting,
+    given_as,
+    is_text,
+    leave_out_unread,
+    named_inputs,
+    quiet,
+    register_unread,
+    resized,
+    serialized,
+    takes,
+    unchecked,
+    without_weights,
 )
-from hosfl.edge.gradient import GRADIENT, MULTIPLIER, OF, Gradient
+from hosfl.edge.gradient import BETWEEN, GRADIENT, MULTIPLIER, OF, Gradient
 from hosfl.edge.half import BASE, HalfError
+from hosfl.halves.blocks import at_entry
 from hosfl.halves.inputs import Inputs, call, evaluating, unchanged
 from hosfl.protocol.weights import as_file
 
@@ -44,23 +48,24 @@ NOTHING = 1e-3  # of the largest gradient: smaller ones may be rounding alone, s
 aten = torch.ops.aten
 
 
-def exported_gradient(half: nn.Module, sample: Inputs) -> bytes:
+def exported_gradient(half: nn.Module, sample: Inputs, entry: str = "") -> bytes:
     """d <multiplier, cut> / d weights of a client half as an ONNX model without weights: see `exported`.
 
-    Its inputs are the multiplier and the half's own, its outputs the gradients by the names of the weights that move.
-    Those that the cut does not depend on have none. The gradients are compared with torch's.
+    entry: of the half's first block, with whose input the graph begins; "": with the half's own. Its inputs are the
+    multiplier and these, its outputs the gradients by the names of the weights that move. Those that the cut does not
+    depend on have none. The gradients are compared with torch's.
 
     Raises ExportError as `exported`, and where torch has no such graph.
     """
-    _check(half)
+    check_half(half)
     _refuse_tied(half)
-    named = _named(sample)
+    named = named_inputs(sample)
     with evaluating(half), unchanged(half.modules()):
-        any_length = _takes(half, _given(sample, _resized(named, ROWS, shorter=True)))
-        model = _graph(half, sample, named, any_length)
+        any_length = takes(half, given_as(sample, resized(named, ROWS, shorter=True)))
+        model = _graph(half, sample, named, any_length, [entry] if entry else [])
         base = as_file(half.state_dict())
-        graph = _without_weights(model, half, base)
-        _compare(half, sample, named, any_length, graph, base)
+        graph = _gradients(model, without_weights(model, half, base), bool(entry))
+        _compare(half, sample, named, any_length, entry, graph, base)
     return graph
 
 
@@ -74,26 +79,29 @@ def _refuse_tied(half: nn.Module) -> None:
             )
 
 
-class _Product(_Named):
-    """<multiplier, cut>, whose gradient it is; the multiplier is the first argument."""
+class _Product(Positional):
+    """<multiplier, cut>, whose gradient it is, and what comes to the entries; the multiplier is the first argument."""
 
-    def forward(self, *tensors: Tensor) -> Tensor:
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         multiplier, *inputs = tensors
-        return (super().forward(*inputs) * multiplier).sum()
+        cut, *reached = super().forward(*inputs)
+        return (cut * multiplier).sum(), *reached
 
 
-def _graph(half: nn.Module, sample: Inputs, named: Mapping[str, Tensor], any_length: bool) -> Any:
-    """The exporter's model of both passes, in onnxscript's representation."""
+def _graph(
+    half: nn.Module, sample: Inputs, named: Mapping[str, Tensor], any_length: bool, entries: Sequence[str]
+) -> Any:
+    """The exporter's model of both passes, in onnxscript's representation: `_Product`'s outputs, then the gradients."""
     from torch.export.experimental import _export_forward_backward
 
-    inputs = _resized(named, ROWS, shorter=any_length)
-    cut = call(half, _given(sample, inputs))
+    inputs = resized(named, ROWS, shorter=any_length)
+    cut = call(half, given_as(sample, inputs))
     auto = torch.export.Dim.AUTO
-    sizes = tuple({0: auto, **({1: auto} if any_length and _is_text(x) else {})} for x in inputs.values())
-    of_cut = {0: auto, **({1: auto} if any_length and any(map(_is_text, inputs.values())) else {})}
-    product = _Product(_unchecked(half), list(inputs) if isinstance(sample, Mapping) else None)
+    sizes = tuple({0: auto, **({1: auto} if any_length and is_text(x) else {})} for x in inputs.values())
+    of_cut = {0: auto, **({1: auto} if any_length and any(map(is_text, inputs.values())) else {})}
+    product = _Product(unchecked(half), list(inputs) if isinstance(sample, Mapping) else None, entries)
     # Attention as products and a softmax, whose derivatives are such too.
-    with _exporting(half), _quiet(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _read_alone(half, sample):
+    with exporting(half), quiet(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _read_alone(half, sample):
         given = (torch.ones_like(cut), *inputs.values())
         both = _export_forward_backward(torch.export.export(product, given, dynamic_shapes=((of_cut, *sizes),)))
         outputs = both.graph_signature.output_specs
@@ -108,12 +116,28 @@ def _graph(half: nn.Module, sample: Inputs, named: Mapping[str, Tensor], any_len
             optimize=False,
             verbose=False,
             input_names=[MULTIPLIER, *inputs],
-            output_names=["product", *(OF + name for name in names[1:])],
+            output_names=[f"output {n}" if name is None else OF + name for n, name in enumerate(names)],
         )
     assert program is not None
-    graph = program.model.graph
-    del graph.outputs[0]  # the product itself
     return program.model
+
+
+def _gradients(model: Any, moving: Mapping[str, Any], begins: bool) -> bytes:
+    """The model from its inputs, or from the block's where it begins with one, to the gradients."""
+    from onnxscript import ir
+
+    graph, begin = model.graph, []
+    given, (_, *outputs) = list(graph.inputs), graph.outputs
+    if begins:
+        begin = [outputs.pop(0)]
+    piece = ir.convenience.extract(graph, [*begin, *given], outputs)
+    if begins:
+        piece.inputs[0].name = BETWEEN
+        leave_out_unread(piece)
+    for name, value in moving.items():
+        if name not in piece.initializers:
+            register_unread(piece, value)
+    return serialized(model, piece, moving)
 
 
 @contextmanager
@@ -211,7 +235,13 @@ PLAIN: dict[Any, Any] = {
 
 
 def _compare(
-    half: nn.Module, sample: Inputs, named: Mapping[str, Tensor], any_length: bool, graph: bytes, base: bytes
+    half: nn.Module,
+    sample: Inputs,
+    named: Mapping[str, Tensor],
+    any_length: bool,
+    entry: str,
+    graph: bytes,
+    base: bytes,
 ) -> None:
     """Raises ExportError where onnxruntime makes other gradients than torch."""
     moving = {name: p for name, p in half.named_parameters() if p.requires_grad}
@@ -221,14 +251,17 @@ def _compare(
         (folder / BASE).write_bytes(base)
         try:
             run = Gradient(folder, list(moving), [p.detach().numpy() for p in moving.values()])
-            given = len(next(iter(named.values())))
-            for rows, shorter in ((given, False), (ROWS + 1, any_length), (1, any_length)):
-                inputs = _resized(named, rows, shorter)
-                with torch.enable_grad():
-                    cut = call(half, _given(sample, inputs))
+            samples = len(next(iter(named.values())))
+            for rows, shorter in ((samples, False), (ROWS + 1, any_length), (1, any_length)):
+                inputs = resized(named, rows, shorter)
+                reached: list[Tensor] = []
+                with torch.enable_grad(), at_entry(half, entry, reached.append):
+                    cut = call(half, given_as(sample, inputs))
                     multiplier = torch.randn(cut.shape, generator=torch.Generator().manual_seed(rows))
                     wanted = torch.autograd.grad(cut, list(moving.values()), multiplier, allow_unused=True)
-                found = run({name: x.numpy() for name, x in inputs.items()}, multiplier.numpy())
+                given = {name: x.numpy() for name, x in inputs.items()}, multiplier.numpy()
+                between = reached[0].numpy() if reached else None
+                found = run(*given, between)
                 theirs = [np.zeros_like(f) if w is None else w.numpy() for f, w in zip(found, wanted, strict=True)]
                 least = NOTHING * max(np.abs(gradient).max(initial=0) for gradient in theirs)
                 for name, one, other in zip(moving, found, theirs, strict=True):
@@ -238,5 +271,6 @@ def _compare(
                             f"the graph's gradient of {name} is not torch's: of {rows} samples numbers differ by"
                             f" {apart:.3g}, and the largest is {largest:.3g}"
                         )
+            run.check(*given, between)
         except HalfError as error:
             raise ExportError(f"the gradient's graph of the {type(half).__name__} does not run: {error}") from error

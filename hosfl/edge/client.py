@@ -45,9 +45,10 @@ class EdgeClient:
 
     `hosfl.protocol.endpoint.Answers` says what its methods do.
 
-    half: its weights move. streams: of the noise of its moving tensors, as the log's header has them. batches: gives a
-    round's samples. weights: gives all arrays that the half's digest is of, in their order. gradient: of
-    the half's tensors, for the estimator backward. microbatch: samples that it takes together; 0: all.
+    half: its weights move, and its last pieces are the run's blocks, of which the first may begin behind another piece.
+    streams: of the noise of its moving tensors, as the log's header has them. batches: gives a round's samples.
+    weights: gives all arrays that the half's digest is of, in their order. gradient: of the half's tensors, for the
+    estimator backward. microbatch: samples that it takes together; 0: all.
     """
 
     calibrated = True  # runs that estimate running statistics have no such clients
@@ -124,12 +125,13 @@ class EdgeClient:
         """Measure along the round's directions. The weights hold the same bits afterwards."""
         multiplier = self._multiplier(message)
         seeds, scalars = self.run.seeds(self._round), np.zeros(self.run.directions, np.float32)
+        parts = list(self.run.parts())
         if self.gradient is None:
-            for block, positions in self.run.parts():
-                scalars[positions] = self._probe(block.tensors, multiplier, seeds[positions])
+            for piece, (block, positions) in enumerate(parts, self.half.pieces - len(parts)):
+                scalars[positions] = self._probe(piece, block.tensors, multiplier, seeds[positions])
         else:
-            gradients = self._gradients(self.gradient, multiplier)
-            for block, positions in self.run.parts():
+            gradients = self._gradients(self.gradient, self.half.pieces - len(parts), multiplier)
+            for block, positions in parts:
                 some, place = [gradients[t] for t in block.tensors], _place(self.replica, block.tensors)
                 scalars[positions] = project(some, seeds[positions], **place)
         return Scalars(client=self.number, round=self._round, epoch=self.epoch, scalars=scalars)
@@ -149,26 +151,30 @@ class EdgeClient:
             raise MessageError("a multiplier with infinite or NaN elements")
         return multiplier
 
-    def _gradients(self, gradient: Gradient, multiplier: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-        """<multiplier, cut> by each of the tensors, some samples at a time."""
-        at_once = self.microbatch or len(multiplier)
+    def _gradients(self, gradient: Gradient, piece: int, multiplier: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        """<multiplier, cut> by each of the tensors, some samples at a time, from the piece that is the first block."""
+        at_once, between = self.microbatch or len(multiplier), self.half.input_of(piece, self._batch.inputs)
         found = [np.zeros_like(tensor) for tensor in self.replica.tensors]
         for at in range(0, len(multiplier), at_once):
             some = slice(at, at + at_once)
-            for total, part in zip(found, gradient(self._batch[some].inputs, multiplier[some]), strict=True):
+            parts = gradient(self._batch[some].inputs, multiplier[some], None if between is None else between[some])
+            for total, part in zip(found, parts, strict=True):
                 total += part
         return found
 
-    def _probe(self, block: Sequence[int], multiplier: NDArray[np.float32], seeds: Sequence[int]) -> list[float]:
-        """The derivatives along directions that move these of the tensors."""
+    def _probe(
+        self, piece: int, block: Sequence[int], multiplier: NDArray[np.float32], seeds: Sequence[int]
+    ) -> list[float]:
+        """The derivatives along directions that move these of the tensors, which no piece before this one reads."""
+        forward = self.half.at(piece, self._batch.inputs)
         probe, mu, scalars = _Probe(self.replica, block), self.replica.mu, []
         try:
             for seed in seeds:
                 probe.move(seed, mu)
-                ahead, behind, distance = self.half(self._batch.inputs), self._cut, mu
+                ahead, behind, distance = forward(), self._cut, mu
                 if self.run.estimator == "two-sided":
                     probe.move(seed, -mu)
-                    behind, distance = self.half(self._batch.inputs), 2 * mu
+                    behind, distance = forward(), 2 * mu
                 scalars.append(inner(multiplier, ahead, behind) / distance)
         finally:
             probe.home()

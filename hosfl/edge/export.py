@@ -1,4 +1,4 @@
-"""A client half as an ONNX graph without weights, for clients that have no torch: see `hosfl.edge.half`."""
+"""A client half as ONNX graphs without weights, for clients that have no torch: see `hosfl.edge.half`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,8 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hosfl.edge.half import BASE, GRAPH, LAYOUT, PREFIX, Half, HalfError
+from hosfl.edge.half import BASE, LAYOUT, PREFIX, Half, HalfError, graph_name
 from hosfl.extras import needed
+from hosfl.halves.blocks import at_entry
+from hosfl.halves.chain import CutError
 from hosfl.halves.families import ClientHalf, copied
 from hosfl.halves.inputs import Inputs, call, evaluating, mask_of, unchanged
 from hosfl.protocol.weights import as_file
@@ -32,11 +36,15 @@ class ExportError(ValueError):
     """A client half that cannot be run without torch."""
 
 
-def exported(half: nn.Module, sample: Inputs) -> bytes:
-    """A client half as an ONNX model without weights: it has them from the half's base file.
+def exported(half: nn.Module, sample: Inputs, entries: Sequence[str] = ("",)) -> list[bytes]:
+    """A client half as ONNX models without weights: they have them from the half's base file.
 
     sample: inputs as the half takes them, a tensor or tensors by name; their values do not matter, but for the checks.
     Batches may have any size, and texts, which are integers [batch, tokens], any length that the half takes.
+
+    entries: of the half's blocks, see `hosfl.halves.blocks.Begin`. There is one model for each, which makes of its
+    input the next one's and at last the cut, and one more for what lies in front of them. What is cheap and of the
+    half's own inputs, such as an attention's mask, each may compute for itself.
 
     Every tensor of the half's state dict is an initializer whose bytes lie in base.safetensors, which is the file that
     `hosfl.runs.checkpoint.save_module` writes; those that require grad are graph inputs as well, so that the holder of
@@ -47,19 +55,19 @@ def exported(half: nn.Module, sample: Inputs) -> bytes:
     """
     for module in ("onnx", "onnxscript"):
         needed(module, "the export of a client half", "export")
-    _check(half)
-    named = _named(sample)
+    check_half(half)
+    named = named_inputs(sample)
     with evaluating(half), unchanged(half.modules()):
         _check_cut(half, sample)
-        takes_lengths = _takes(half, _given(sample, _resized(named, ROWS, shorter=True)))
-        model = _graph(half, sample, named, takes_lengths)
+        takes_lengths = takes(half, given_as(sample, resized(named, ROWS, shorter=True)))
+        model = _graph(half, sample, named, takes_lengths, [entry for entry in entries if entry])
         base = as_file(half.state_dict())
-        graph = _without_weights(model, half, base)
-        _compare(half, sample, named, takes_lengths, graph, base)
-    return graph
+        pieces = _pieces(model, without_weights(model, half, base))
+        _compare(half, sample, named, takes_lengths, pieces, base)
+    return pieces
 
 
-def _check(half: nn.Module) -> None:
+def check_half(half: nn.Module) -> None:
     for path, module in half.named_modules():
         if "narrow" in vars(module):
             raise ExportError(
@@ -86,7 +94,7 @@ def _check_cut(half: nn.Module, sample: Inputs) -> None:
         raise ExportError("the cut of the sample must be finite and float32, and it is not")
 
 
-def _named(sample: Inputs) -> dict[str, Tensor]:
+def named_inputs(sample: Inputs) -> dict[str, Tensor]:
     """The inputs by the names that they have in the graph."""
     named: dict[str, Any] = dict(sample) if isinstance(sample, Mapping) else {"input": sample}
     for name, x in named.items():
@@ -101,27 +109,27 @@ def _named(sample: Inputs) -> dict[str, Tensor]:
     return named
 
 
-def _resized(named: Mapping[str, Tensor], rows: int, shorter: bool) -> dict[str, Tensor]:
+def resized(named: Mapping[str, Tensor], rows: int, shorter: bool) -> dict[str, Tensor]:
     """So many samples, the given ones over and over; shorter: texts of fewer tokens, or of two for one."""
     found = {}
     for name, x in named.items():
         x = x[torch.arange(rows) % len(x)]
-        if shorter and _is_text(x):
+        if shorter and is_text(x):
             x = x[:, torch.arange(max(2, x.shape[1] - 1 - x.shape[1] // 4)) % x.shape[1]]
         found[name] = x
     return found
 
 
-def _is_text(x: Tensor) -> bool:
+def is_text(x: Tensor) -> bool:
     return x.dim() == 2 and not x.is_floating_point()
 
 
-def _given(sample: Inputs, named: Mapping[str, Tensor]) -> Inputs:
+def given_as(sample: Inputs, named: Mapping[str, Tensor]) -> Inputs:
     """Named inputs as the half takes them."""
     return named if isinstance(sample, Mapping) else named["input"]
 
 
-def _takes(half: nn.Module, inputs: Inputs) -> bool:
+def takes(half: nn.Module, inputs: Inputs) -> bool:
     try:
         call(half, inputs)
     except Exception:  # whatever a model raises
@@ -129,26 +137,35 @@ def _takes(half: nn.Module, inputs: Inputs) -> bool:
     return True
 
 
-class _Named(nn.Module):
-    """The half as a module of positional arguments, which the exporter counts and names."""
+class Positional(nn.Module):
+    """The half as a module of positional arguments, which the exporter counts and names.
 
-    def __init__(self, client: nn.Module, names: Sequence[str] | None) -> None:
+    Its outputs are the cut, and what comes to each of the entries.
+    """
+
+    def __init__(self, client: nn.Module, names: Sequence[str] | None, entries: Sequence[str]) -> None:
         super().__init__()
-        self.client, self.names = client, names
+        self.client, self.names, self.entries = client, names, entries
 
-    def forward(self, *tensors: Tensor) -> Tensor:
-        cut: Tensor = call(
-            self.client, tensors[0] if self.names is None else dict(zip(self.names, tensors, strict=True))
-        )
-        return cut
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        reached: dict[str, Tensor] = {}
+        with ExitStack() as hooks:
+            for entry in self.entries:
+                hooks.enter_context(at_entry(self.client, entry, partial(reached.setdefault, entry)))
+            cut = call(self.client, tensors[0] if self.names is None else dict(zip(self.names, tensors, strict=True)))
+        if missed := [entry for entry in self.entries if entry not in reached]:
+            raise CutError(f"the forward pass does not come to {missed[0]}")
+        return cut, *(reached[entry] for entry in self.entries)
 
 
-def _graph(half: nn.Module, sample: Inputs, named: Mapping[str, Tensor], any_length: bool) -> Any:
-    """The exporter's model, in onnxscript's representation."""
-    inputs = _resized(named, ROWS, shorter=any_length)
-    sizes = tuple({0: "batch", **({1: "tokens"} if any_length and _is_text(x) else {})} for x in inputs.values())
-    client = _Named(_unchecked(half), list(inputs) if isinstance(sample, Mapping) else None)
-    with _exporting(half), _quiet():
+def _graph(
+    half: nn.Module, sample: Inputs, named: Mapping[str, Tensor], any_length: bool, entries: Sequence[str]
+) -> Any:
+    """The exporter's model, in onnxscript's representation; its outputs are those of `Positional`."""
+    inputs = resized(named, ROWS, shorter=any_length)
+    sizes = tuple({0: "batch", **({1: "tokens"} if any_length and is_text(x) else {})} for x in inputs.values())
+    client = Positional(unchecked(half), list(inputs) if isinstance(sample, Mapping) else None, entries)
+    with exporting(half), quiet():
         program = torch.onnx.export(
             client,
             tuple(inputs.values()),
@@ -163,7 +180,7 @@ def _graph(half: nn.Module, sample: Inputs, named: Mapping[str, Tensor], any_len
     return program.model
 
 
-def _unchecked(half: nn.Module) -> nn.Module:
+def unchecked(half: nn.Module) -> nn.Module:
     """The half without its check of tokens' values, of which a graph has none."""
     if not isinstance(half, ClientHalf) or half.pools is None:
         return half
@@ -173,7 +190,7 @@ def _unchecked(half: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _exporting(half: nn.Module) -> Iterator[None]:
+def exporting(half: nn.Module) -> Iterator[None]:
     """What torch cannot export is an ExportError: the exporter's own errors, and whatever a model raises under it."""
     try:
         yield
@@ -196,7 +213,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the exporter's remarks on what of torchvision is missing and what of torch will change."""
     log = logging.getLogger("torch.onnx")
     level = log.level
@@ -209,8 +226,8 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def _without_weights(model: Any, half: nn.Module, base: bytes) -> bytes:
-    """The model with weights that lie in a base file, and those that require grad among its inputs."""
+def without_weights(model: Any, half: nn.Module, base: bytes) -> dict[str, Any]:
+    """Lets the model's weights lie in a base file. Returns those that require grad, by their names in the graph."""
     from onnxscript import ir
 
     end = 8 + int.from_bytes(base[:8], "little")
@@ -219,7 +236,7 @@ def _without_weights(model: Any, half: nn.Module, base: bytes) -> bytes:
     state = half.state_dict(keep_vars=True)
     for name, tensor in state.items():
         names.setdefault(id(tensor), []).append(name)
-    weights = []
+    weights, moving = [], dict[str, Any]()
     for first, *others in names.values():  # of a tied weight's names a log has the first as well
         tensor = state[first]
         found = [graph.initializers.pop(PREFIX + name, None) for name in (first, *others)]
@@ -237,7 +254,7 @@ def _without_weights(model: Any, half: nn.Module, base: bytes) -> bytes:
         )
         weights.append(value)
         if tensor.requires_grad:
-            graph.inputs.append(value)
+            moving[value.name] = value
     constants = {value.name: value.const_value.nbytes for value in graph.initializers.values()}
     if (size := sum(constants.values())) > CONSTANTS:
         largest = max(constants, key=lambda name: constants[name])
@@ -253,26 +270,77 @@ def _without_weights(model: Any, half: nn.Module, base: bytes) -> bytes:
         for output in node.outputs:
             output.metadata_props.clear()
     model.metadata_props[LAYOUT] = hashlib.sha256(base[:end]).hexdigest()
-    serialized: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
-    return serialized
+    return moving
+
+
+def _pieces(model: Any, moving: Mapping[str, Any]) -> list[bytes]:
+    """The model from its inputs to the first entry, from there to the next, and so on to the cut.
+
+    Each has its weights, of which those that move are inputs as well; the first has those that nothing reads, too.
+    """
+    from onnxscript import ir
+
+    graph, found = model.graph, []
+    given, (cut, *entries) = list(graph.inputs), graph.outputs
+    if entries and entries[0].is_graph_input():
+        del entries[0]  # nothing is done in front of it
+    for begin, end in pairwise((None, *entries, cut)):
+        piece = ir.convenience.extract(graph, given if begin is None else [begin, *given], [end])
+        if begin is not None:
+            leave_out_unread(piece)
+        found.append(piece)
+    for name, value in moving.items():
+        if not any(name in piece.initializers for piece in found):
+            register_unread(found[0], value)
+    return [serialized(model, piece, moving) for piece in found]
+
+
+def leave_out_unread(piece: Any) -> None:
+    """Of a graph's inputs but the first those that nothing reads."""
+    for value in piece.inputs[1:]:
+        if not value.uses():
+            piece.inputs.remove(value)
+
+
+def register_unread(piece: Any, weight: Any) -> None:
+    """Let a graph have a weight that nothing reads: whoever opens it gives one memory."""
+    from onnxscript import ir
+
+    copy = ir.Value(name=weight.name, type=weight.type, shape=weight.shape, const_value=weight.const_value)
+    piece.register_initializer(copy)
+
+
+def serialized(model: Any, piece: Any, moving: Mapping[str, Any]) -> bytes:
+    """A part of the model's graph as a model; its weights that move are inputs as well."""
+    from onnxscript import ir
+
+    weights = sorted(piece.initializers.values(), key=lambda value: str(value.name))
+    piece.initializers.clear()  # they were in any order
+    for value in weights:
+        piece.register_initializer(value)
+    piece.inputs.extend(value for value in weights if value.name in moving)
+    model.graph = piece
+    data: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
+    return data
 
 
 def _compare(
-    half: nn.Module, sample: Inputs, named: Mapping[str, Tensor], any_length: bool, graph: bytes, base: bytes
+    half: nn.Module, sample: Inputs, named: Mapping[str, Tensor], any_length: bool, pieces: Sequence[bytes], base: bytes
 ) -> None:
-    """Raises ExportError where onnxruntime makes something else of the graph than torch of the half."""
+    """Raises ExportError where onnxruntime makes something else of the pieces than torch of the half."""
     moving = [name for name, p in half.named_parameters() if p.requires_grad]
     with TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / GRAPH).write_bytes(graph)
+        for number, piece in enumerate(pieces):
+            (folder / graph_name(number)).write_bytes(piece)
         (folder / BASE).write_bytes(base)
         try:
-            run = Half(folder, moving)
+            run = Half(folder, moving, len(pieces))
             given = len(next(iter(named.values())))
             for rows, shorter in ((given, False), (ROWS + 1, any_length), (1, any_length)):
-                inputs = _resized(named, rows, shorter)
+                inputs = resized(named, rows, shorter)
                 arrays = {name: x.numpy() for name, x in inputs.items()}
-                if wrong := _difference(run(arrays), call(half, _given(sample, inputs)).numpy(), mask_of(inputs)):
+                if wrong := _difference(run(arrays), call(half, given_as(sample, inputs)).numpy(), mask_of(inputs)):
                     raise ExportError(
                         f"the graph of the {type(half).__name__} is not the half: of {rows} samples {wrong}"
                     )

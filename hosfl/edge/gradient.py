@@ -14,9 +14,9 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from hosfl.edge.half import BASE, LAYOUT, PREFIX, Arrays, HalfError, layout
+from hosfl.edge.half import BASE, PREFIX, Arrays, HalfError, check_moves, session_of
 
-GRADIENT, MULTIPLIER, OF = "gradient.onnx", "multiplier", "gradient of "
+GRADIENT, MULTIPLIER, BETWEEN, OF = "gradient.onnx", "multiplier", "between", "gradient of "
 
 
 class Gradient:
@@ -30,27 +30,36 @@ class Gradient:
         self, folder: Path, moving: Sequence[str], tensors: Sequence[NDArray[np.float32]], threads: int = 0
     ) -> None:
         self.moving, self.tensors = list(moving), list(tensors)
+        self._folder, self._threads = folder, threads
         self._values = [onnxruntime.OrtValue.ortvalue_from_numpy(tensor) for tensor in self.tensors]
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = threads
-        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
-        for name, value in zip(self.moving, self._values, strict=True):
-            options.add_initializer(PREFIX + name, value)
-        try:
-            self._session: Any = onnxruntime.InferenceSession(folder / GRADIENT, options, ["CPUExecutionProvider"])
-        except Exception as error:
-            raise HalfError(f"onnxruntime cannot open {folder / GRADIENT}: {error}") from error
-        if self._session.get_modelmeta().custom_metadata_map.get(LAYOUT) != layout(folder / BASE):
-            raise HalfError(f"{folder / GRADIENT} was not made for {folder / BASE}")
-        self._outputs = [output.name.removeprefix(OF + PREFIX) for output in self._session.get_outputs()]
+        self._open()
 
-    def __call__(self, inputs: Arrays, multiplier: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-        """A gradient for each of the tensors; zeros for those that the cut does not depend on. Raises HalfError."""
+    def _open(self) -> None:
+        self._session: Any = None  # never two at once
+        self._session = session_of(
+            self._folder / GRADIENT, self._folder / BASE, self.moving, self._values, self._threads
+        )
+
+    def __call__(
+        self, inputs: Arrays, multiplier: NDArray[np.float32], between: NDArray[np.float32] | None = None
+    ) -> list[NDArray[np.float32]]:
+        """A gradient for each of the tensors; zeros for those that the cut does not depend on.
+
+        between: what the half's first block begins with, see `Half.input_of`; None: with the inputs. Raises HalfError.
+        """
         named = dict(inputs) if isinstance(inputs, Mapping) else {"input": inputs}
+        named |= {MULTIPLIER: multiplier} | ({} if between is None else {BETWEEN: between})
+        takes = [entry.name for entry in self._session.get_inputs()]
+        if between is not None:  # a block takes those of the half's own inputs that it needs
+            named = {name: value for name, value in named.items() if name in takes}
         try:
-            made = self._session.run(None, {**named, MULTIPLIER: multiplier})
-        except Exception as error:
+            made = self._session.run(None, named)
+        except Exception as error:  # onnxruntime's errors have no class in common
             raise HalfError(f"the half's gradient does not take these inputs: {error}") from error
-        found = dict(zip(self._outputs, made, strict=True))
+        outputs = [output.name.removeprefix(OF + PREFIX) for output in self._session.get_outputs()]
+        found = dict(zip(outputs, made, strict=True))
         return [found[n] if n in found else np.zeros_like(t) for n, t in zip(self.moving, self.tensors, strict=True)]
+
+    def check(self, inputs: Arrays, multiplier: NDArray[np.float32], between: NDArray[np.float32] | None) -> None:
+        """As `Half.check`."""
+        check_moves(self.moving, self.tensors, lambda: self(inputs, multiplier, between), self._open)

@@ -1,13 +1,13 @@
 """The client half under onnxruntime: numpy's arrays are its moving weights, and no torch is needed.
 
-half.onnx           the half without weights, as `hosfl.edge.export` makes it
+half-0.onnx ...     the half without weights in one piece or several, as `hosfl.edge.export` makes them
 base.safetensors    its weights of round 0, the file that every client of a run has
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,15 @@ import onnxruntime
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-GRAPH, BASE = "half.onnx", "base.safetensors"
+BASE = "base.safetensors"
 PREFIX = "client."  # of the weights' names in a graph, where inputs and values have names as well
 LAYOUT = "layout"  # what a graph's metadata call the digest of its base file's header
+LEAST = 1, 24  # of onnxruntime's versions: older ones read any file that a graph names
+ANOTHER = "graph and base are of two halves: fetch both of one run"
 STEP = 1 / 64  # how far a check moves every weight: more than rounding hides, and little enough for any network
 
 Arrays = NDArray[Any] | Mapping[str, NDArray[Any]]
+Run = Callable[[], list[NDArray[np.float32]]]
 
 
 class HalfError(ValueError):
@@ -31,8 +34,9 @@ class HalfError(ValueError):
 class Half:
     """The client half under onnxruntime: what moves is numpy arrays, changed in place and seen by the next pass.
 
-    folder: holds half.onnx and base.safetensors. moving: names of weights as in the half's state dict. threads: of
-    onnxruntime; 0: one for each core. tensors: the moving weights, in the order of `moving`.
+    folder: holds half-0.onnx and so on, and base.safetensors. moving: names of weights as in the half's state dict.
+    pieces: how many graphs there are. Each goes on from what the one before makes, so that a pass may begin at any:
+    see `at`. threads: of onnxruntime; 0: one for each core. tensors: the moving weights, in the order of `moving`.
 
     The moving ones are inputs of the graph with a value of their own, which onnxruntime reads anew in every pass; it
     would prepack or fold constants once, and go on with the old ones. Frozen ones are constants in the file.
@@ -42,14 +46,20 @@ class Half:
 
     tensors: list[NDArray[np.float32]]
 
-    def __init__(self, folder: Path, moving: Sequence[str], threads: int = 0) -> None:
-        self._graph, self._file, self._moving, self._threads = folder / GRAPH, folder / BASE, list(moving), threads
+    def __init__(self, folder: Path, moving: Sequence[str], pieces: int = 1, threads: int = 0) -> None:
+        self._graphs, self._file = [folder / graph_name(number) for number in range(pieces)], folder / BASE
+        self._moving, self._threads = list(moving), threads
         if len(set(moving)) < len(self._moving):
             raise HalfError(f"a weight is named twice: {', '.join(moving)}")
         self.tensors = self.base()
         # A session does not own what it reads: without these, and without the arrays, it would read freed memory.
         self._values = [onnxruntime.OrtValue.ortvalue_from_numpy(tensor) for tensor in self.tensors]
-        self._session = self._opened()
+        self._sessions = self._opened()
+        self._reached, self._between = pieces, np.empty(0, np.float32)  # a piece, and its input
+
+    @property
+    def pieces(self) -> int:
+        return len(self._graphs)
 
     def base(self) -> list[NDArray[np.float32]]:
         """The moving weights of round 0, read from the file. Raises HalfError."""
@@ -59,7 +69,7 @@ class Half:
                 held = set(file.keys())
                 for name in self._moving:
                     if name not in held:
-                        raise HalfError(f"{self._file} has no {name!r}, which moves; {self._another}")
+                        raise HalfError(f"{self._file} has no {name!r}, which moves; {ANOTHER}")
                     if (dtype := file.get_slice(name).get_dtype()) != "F32":
                         raise HalfError(f"{name!r} moves and is {dtype}: a client without torch has float32 alone")
                     found.append(np.array(file.get_tensor(name), np.float32, order="C"))
@@ -68,19 +78,54 @@ class Half:
         return found
 
     def __call__(self, inputs: Arrays) -> NDArray[np.float32]:
-        """The cut. inputs: an array, or arrays by name, as the half was exported for. Raises HalfError."""
-        return self._run(self._session, inputs)
+        """The cut. inputs: an array, or arrays by name, as the half was exported for. Raises HalfError.
 
-    def _run(self, session: Any, inputs: Arrays) -> NDArray[np.float32]:
+        What the first piece makes stays here, for `at`.
+        """
+        self._between = np.empty(0, np.float32)  # never the last pass's beside this one's
+        self._reached, self._between = 1, self._run(self._sessions[0], inputs)
+        return self._through(self._sessions[1:], inputs, self._between)
+
+    def at(self, piece: int, inputs: Arrays) -> Callable[[], NDArray[np.float32]]:
+        """What makes the cut from a piece on, of the weights as they are when it is called. inputs: see `input_of`."""
+        between = self.input_of(piece, inputs)
+        return lambda: self._through(self._sessions[piece:], inputs, between)
+
+    def input_of(self, piece: int, inputs: Arrays) -> NDArray[np.float32] | None:
+        """What a piece begins with; None: with the half's own inputs.
+
+        inputs: of the last pass of the whole half. Pieces are asked for in order, with the weights as in that pass:
+        what lies between runs. For an earlier one again the whole half does.
+        """
+        if not piece:
+            return None
+        if piece < self._reached:
+            self(inputs)
+        between = self._through(self._sessions[self._reached : piece], inputs, self._between)
+        self._reached, self._between = piece, between
+        return between
+
+    def _through(
+        self, sessions: Sequence[Any], inputs: Arrays, between: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        """What these pieces make one after the other. between: the first one's input; None for the half's own."""
+        for session in sessions:
+            between = self._run(session, inputs, between)
+        assert between is not None
+        return between
+
+    def _run(self, session: Any, inputs: Arrays, between: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
         named = dict(inputs) if isinstance(inputs, Mapping) else {"input": inputs}
         takes = [entry.name for entry in session.get_inputs()]
+        if between is not None:  # it comes first; of the half's own inputs a later piece takes those that it needs
+            named = {name: named[name] for name in takes[1:] if name in named} | dict.fromkeys(takes[:1], between)
         if set(named) != set(takes):
             raise HalfError(f"the half takes {', '.join(takes)}, and was given {', '.join(named) or 'nothing'}")
         try:
-            cut: NDArray[np.float32] = session.run(None, named)[0]
+            output: NDArray[np.float32] = session.run(None, named)[0]
         except Exception as error:  # onnxruntime's errors have no class in common
             raise HalfError(f"the half does not take these inputs: {error}") from error
-        return cut
+        return output
 
     def check(self, inputs: Arrays) -> None:
         """Does this machine's onnxruntime see every move of a weight? Raises HalfError that names those it misses.
@@ -90,59 +135,94 @@ class Half:
         token goes to, need no excuse: they change nothing in either. Costs four passes, and for the time of the check
         the memory of the moving weights.
         """
-        before, kept = self(inputs), [np.copy(tensor) for tensor in self.tensors]
-        missed = []
-        try:
-            for tensor in self.tensors:
-                _move(tensor)
-            seen = self(inputs)
-            del self._session  # never two at once, each with its copy of the frozen weights
-            self._session = self._opened()
-            if not (same := _same(seen, self(inputs))):
-                missed = self._missed(inputs)
-        finally:
-            for tensor, values in zip(self.tensors, kept, strict=True):
-                tensor[...] = values
-        if not (same and _same(self(inputs), before)):
-            what = f"goes on with old values of {', '.join(missed)}" if missed else "comes back to other numbers"
-            raise HalfError(f"onnxruntime {onnxruntime.__version__} {what}: install another version")
+        check_moves(self._moving, self.tensors, lambda: [self(inputs)], self._reopen)
 
-    def _missed(self, inputs: Arrays) -> list[str]:
-        """The weights of which the session misses a move that one opened afterwards knows."""
-        names = []
-        for name, tensor in zip(self._moving, self.tensors, strict=True):
-            kept = np.copy(tensor)
-            _move(tensor)
-            if not _same(self(inputs), self._run(self._opened(), inputs)):
-                names.append(name)
-            tensor[...] = kept
-        return names
+    def _reopen(self) -> None:
+        del self._sessions  # never two at once, each with its copy of the frozen weights
+        self._sessions = self._opened()
 
-    def _opened(self) -> Any:
-        """A session over `tensors`, which it reads wherever they are then."""
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # or it warns of every weight that is an input too
-        options.intra_op_num_threads = self._threads
-        # Blocks that are kept for later passes and plans of them cost more memory than they save time.
-        options.enable_cpu_mem_arena = options.enable_mem_pattern = False
-        for name, value in zip(self._moving, self._values, strict=True):
-            options.add_initializer(PREFIX + name, value)
-        if not self._graph.is_file():
-            raise HalfError(f"there is no {self._graph}")
-        try:
-            session = onnxruntime.InferenceSession(self._graph, options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # as above
-            raise HalfError(f"onnxruntime cannot open {self._graph} with {self._file}: {error}") from error
-        if session.get_modelmeta().custom_metadata_map.get(LAYOUT) != layout(self._file):
-            raise HalfError(f"{self._graph} was not made for {self._file}; {self._another}")
-        may = [entry.name.removeprefix(PREFIX) for entry in session.get_overridable_initializers()]
+    def _opened(self) -> list[Any]:
+        """Sessions over `tensors`, one for each piece, which read them wherever they are then."""
+        sessions, may = [], dict[str, None]()
+        for graph in self._graphs:
+            sessions.append(session := session_of(graph, self._file, self._moving, self._values, self._threads))
+            may |= dict.fromkeys(entry.name.removeprefix(PREFIX) for entry in session.get_overridable_initializers())
         if still := sorted({*self._moving} - {*may}):
-            raise HalfError(f"{still[0]!r} does not move in {self._graph}, where these do: {', '.join(may)[:500]}")
-        return session
+            raise HalfError(f"{still[0]!r} does not move in the half, where these do: {', '.join(may)[:500]}")
+        return sessions
 
-    @property
-    def _another(self) -> str:
-        return "graph and base are of two halves: fetch both of one run"
+
+def session_of(graph: Path, base: Path, moving: Sequence[str], values: Sequence[Any], threads: int) -> Any:
+    """A session of a graph whose weights are those of a base file, but for those that move: OrtValues, which it reads
+    wherever they are then. Raises HalfError."""
+    if (version := onnxruntime.__version__) and tuple(map(int, version.split(".")[:2])) < LEAST:
+        raise HalfError(f"onnxruntime {version} reads any file that a graph names: 1.24 or later is needed")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # or it warns of every weight that is an input too
+    options.intra_op_num_threads = threads
+    # Blocks that are kept for later passes and plans of them cost more memory than they save time.
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = False
+    # Every piece has threads of its own, which would go on spinning while the next one's work.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    for name, value in zip(moving, values, strict=True):
+        options.add_initializer(PREFIX + name, value)
+    if not graph.is_file():
+        raise HalfError(f"there is no {graph}")
+    try:
+        session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's errors have no class in common
+        raise HalfError(f"onnxruntime cannot open {graph} with {base}: {error}") from error
+    if session.get_modelmeta().custom_metadata_map.get(LAYOUT) != layout(base):
+        raise HalfError(f"{graph} was not made for {base}; {ANOTHER}")
+    return session
+
+
+def check_moves(
+    names: Sequence[str],
+    tensors: Sequence[NDArray[np.float32]],
+    run: Run,
+    reopen: Callable[[], None],
+) -> None:
+    """Raises HalfError, with the names, where sessions that are open miss moves that newly opened ones know.
+
+    run: a pass of all sessions. reopen: opens them anew. See `Half.check`.
+    """
+    before, kept = run(), [np.copy(tensor) for tensor in tensors]
+    missed: list[str] = []
+    try:
+        for tensor in tensors:
+            _move(tensor)
+        seen = run()
+        reopen()
+        same = _same(seen, run())
+        for tensor, values in zip(tensors, kept, strict=True):
+            tensor[...] = values
+        if not same:
+            missed = [n for n, tensor in zip(names, tensors, strict=True) if _misses(tensor, run, reopen)]
+    finally:
+        for tensor, values in zip(tensors, kept, strict=True):
+            tensor[...] = values
+    if not (same and _same(run(), before)):
+        what = f"goes on with old values of {', '.join(missed)}" if missed else "comes back to other numbers"
+        raise HalfError(f"onnxruntime {onnxruntime.__version__} {what}: install another version")
+
+
+def _misses(tensor: NDArray[np.float32], run: Run, reopen: Callable[[], None]) -> bool:
+    """Whether sessions that are open miss a move of this tensor alone."""
+    reopen()
+    run()
+    kept = np.copy(tensor)
+    _move(tensor)
+    seen = run()
+    reopen()
+    misses = not _same(seen, run())
+    tensor[...] = kept
+    return misses
+
+
+def graph_name(piece: int) -> str:
+    """The file of one of a half's pieces, which are counted from 0."""
+    return f"half-{piece}.onnx"
 
 
 def layout(file: Path) -> str:
@@ -159,5 +239,5 @@ def _move(tensor: NDArray[np.float32]) -> None:
     flat[1::2] -= np.float32(STEP)
 
 
-def _same(a: NDArray[np.float32], b: NDArray[np.float32]) -> bool:
-    return np.array_equal(a, b, equal_nan=True)
+def _same(ones: Sequence[NDArray[np.float32]], others: Sequence[NDArray[np.float32]]) -> bool:
+    return all(np.array_equal(a, b, equal_nan=True) for a, b in zip(ones, others, strict=True))

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from hosfl.edge.client import EdgeClient
 from hosfl.edge.data import Batches, Samples, read_samples
 from hosfl.edge.gradient import GRADIENT, Gradient
-from hosfl.edge.half import BASE, GRAPH, Half, HalfError
+from hosfl.edge.half import BASE, Half, HalfError, graph_name
 from hosfl.engines.engine import JoinError, Line
 from hosfl.engines.joining import check_labels, fetched, read_offer, take_part
 from hosfl.protocol.arrays import Array
@@ -65,10 +65,14 @@ def client_of(
     samples = read_samples(data)
     check_labels(samples.labels, samples.tokens, run, data)
     fetch("base", run["base"], folder / BASE)
-    fetch(GRAPH, run["edge"]["graph"], folder / GRAPH)
     terms, header = _terms(fetch(HEADER, run["edge"]["header"], folder / HEADER), run["log"], settings)
     _check_base(folder / BASE, header, run["edge"]["digest"])
-    half = Half(folder, [p.name for p in header.parameters], threads)
+    graphs, blocks = run["edge"]["graphs"], len(list(terms.parts()))
+    if len(graphs) not in (blocks, blocks + 1):  # what lies in front of the first block is a piece, too
+        raise JoinError(f"the server offers its half in {len(graphs)} pieces, and the run has {blocks} blocks")
+    for piece, sha256 in enumerate(graphs):
+        fetch(graph_name(piece), sha256, folder / graph_name(piece))
+    half = Half(folder, [p.name for p in header.parameters], len(graphs), threads)
     _try(half, samples[:2], run["cut"], data)
     gradient = None
     if settings.estimator == "backward":
@@ -76,6 +80,8 @@ def client_of(
             raise JoinError("the run's clients backpropagate, and the server offers no gradient's graph")
         fetch(GRADIENT, run["edge"]["gradient"], folder / GRADIENT)
         gradient = Gradient(folder, [p.name for p in header.parameters], half.tensors, threads)
+        inputs = samples[:2].inputs
+        gradient.check(inputs, np.ones_like(half(inputs)), half.input_of(half.pieces - blocks, inputs))
     per_token = run["labels"]["ignore_index"] is not None
     client = EdgeClient(
         number,

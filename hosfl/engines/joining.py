@@ -40,7 +40,7 @@ def read_offer(offered: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings of the run that a server offers, and what else it says of it, of the right types. Raises JoinError.
 
     What it says: base, log: digests; cut: the shape of one sample's; labels: see `check_labels`; measures; id; hosfl,
-    the server's version; edge, for clients without torch: SHA-256 of graph, header and gradient, and the names of what
+    the server's version; edge, for clients without torch: SHA-256 of graphs, header and gradient, and the names of what
     the half's digest is of; None where there is nothing for them.
     """
     try:
@@ -57,9 +57,9 @@ def read_offer(offered: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
         measures = None if run["measures"] is None else Measures(**run["measures"])
         edge: dict[str, Any] | None = None
         if run["edge"] is not None:
-            edge = {name: str(run["edge"][name]) for name in ("graph", "header")}
+            edge = {name: [str(one) for one in run["edge"][name]] for name in ("graphs", "digest")}
+            edge["header"] = str(run["edge"]["header"])
             edge["gradient"] = None if run["edge"]["gradient"] is None else str(run["edge"]["gradient"])
-            edge["digest"] = [str(name) for name in run["edge"]["digest"]]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise (
             error if isinstance(error, JoinError) else JoinError(f"what the server offers is no run: {error!r}")

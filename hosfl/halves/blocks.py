@@ -180,7 +180,7 @@ class BlockRun:
             if self._input is None:
                 self._input = value
 
-        with self._at_entry(0, keep):
+        with at_entry(self.half, self.entries[0], keep):
             yield
 
     def at(self, block: int, inputs: Inputs) -> tuple[nn.Module, Inputs]:
@@ -198,7 +198,7 @@ class BlockRun:
             if not self.entries[last + 1]:  # that one begins with the half, too
                 self._block = last + 1
                 continue
-            with self._at_entry(last + 1, stop):
+            with at_entry(self.half, self.entries[last + 1], stop):
                 try:
                     call(self.rests[last], self._inputs(last, inputs))
                 except _Reached:
@@ -215,21 +215,22 @@ class BlockRun:
         mask = mask_of(inputs)
         return self._input if mask is None else {"cut": self._input, "attention_mask": mask}
 
-    @contextmanager
-    def _at_entry(self, block: int, take: Callable[[Tensor], None]) -> Iterator[None]:
-        """The input of a block's first module goes to `take`."""
-        if not self.entries[block]:
-            yield
-            return
 
-        def hook(module: nn.Module, args: Sequence[Any], named: dict[str, Any]) -> None:
-            take(next(value for value in (*args, *named.values()) if isinstance(value, Tensor)))
+@contextmanager
+def at_entry(half: nn.Module, entry: str, take: Callable[[Tensor], object]) -> Iterator[None]:
+    """The input of a block's first module goes to `take`; where that is the half's own beginning, nothing does."""
+    if not entry:
+        yield
+        return
 
-        handle = _inner(self.half).get_submodule(self.entries[block]).register_forward_pre_hook(hook, with_kwargs=True)
-        try:
-            yield
-        finally:
-            handle.remove()
+    def hook(module: nn.Module, args: Sequence[Any], named: dict[str, Any]) -> None:
+        take(next(value for value in (*args, *named.values()) if isinstance(value, Tensor)))
+
+    handle = _inner(half).get_submodule(entry).register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _inner(half: nn.Module) -> nn.Module:

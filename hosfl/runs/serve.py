@@ -25,6 +25,7 @@ from hosfl.extras import needed
 from hosfl.files import finite, write_json
 from hosfl.methods import calibration
 from hosfl.methods.client import digested
+from hosfl.methods.ho import ZerothOrderClient
 from hosfl.methods.ledger import SeedReplay
 from hosfl.protocol.log import encode_header
 from hosfl.protocol.provenance import header_digest
@@ -94,7 +95,7 @@ def offered(federation: Federation, edge: bool = False) -> dict[str, bytes]:
     """
     half = calibration.first(federation.base, federation.server.statistics)
     base = module_bytes(half)
-    for_edge = _for_edge(federation, half) if edge else {}
+    for_edge, told = _for_edge(federation, half) if edge else ({}, None)
     config, server, ledger = federation.config, federation.server, federation.server.ledger
     log, measures = "", None
     if isinstance(ledger, SeedReplay):
@@ -106,10 +107,10 @@ def offered(federation: Federation, edge: bool = False) -> dict[str, bytes]:
         "id": federation.id.hex(),
         "hosfl": version("hosfl"),
         "settings": settings,
-        "base": hashlib.sha256(base).hexdigest(),
+        "base": _sha256(base),
         "log": log,
         "measures": measures,
-        "edge": _told(for_edge, half) if edge else None,
+        "edge": told,
         "cut": list(server.cut_shape),
         "labels": {
             "shape": list(server.label_shape),
@@ -121,33 +122,31 @@ def offered(federation: Federation, edge: bool = False) -> dict[str, bytes]:
     return {"run": json.dumps(run).encode(), "base": base} | for_edge
 
 
-def _told(files: dict[str, bytes], half: nn.Module) -> dict[str, Any]:
-    """What the run says of the files for clients without torch."""
-    graph, header, *gradient = (hashlib.sha256(data).hexdigest() for data in files.values())
-    return {
-        "graph": graph,
-        "header": header,
-        "gradient": gradient[0] if gradient else None,
-        "digest": list(digested(half)),
-    }
-
-
-def _for_edge(federation: Federation, half: nn.Module) -> dict[str, bytes]:
-    """The half as a graph, and the header of the run's log: what clients without torch need."""
+def _for_edge(federation: Federation, half: nn.Module) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """What clients without torch need, and what the run says of it: the half's graphs, a log's header, the gradient."""
     edge = needed("hosfl.edge.join", "a server of clients without torch", "export")
     exported = needed("hosfl.edge.export", "a server of clients without torch", "export").exported
     if why := edge.unable(federation.config):
         raise ValueError(why)
+    client, gradient = federation.make(0), None
     assert isinstance(federation.server.ledger, SeedReplay)
-    header = header_of(federation.server.ledger.run, half, federation.config.decisive())
-    sample, _ = federation.make(0).batch(0)
+    assert isinstance(client, ZerothOrderClient)
+    header = encode_header(header_of(federation.server.ledger.run, half, federation.config.decisive()))
+    sample, entries = client.batch(0)[0], [begin.entry for begin in client.begins]
     if federation.config.device != "cpu":
         half, sample = copy.deepcopy(half).cpu(), tree_map_only(Tensor, Tensor.cpu, sample)
-    files = {edge.GRAPH: exported(half, sample), edge.HEADER: encode_header(header)}
+    files = {edge.graph_name(number): data for number, data in enumerate(exported(half, sample, entries))}
+    told: dict[str, Any] = {"graphs": [_sha256(data) for data in files.values()], "header": _sha256(header)}
+    files[edge.HEADER] = header
     if federation.config.estimator == "backward":
         backward = needed("hosfl.edge.backward", "a server of clients without torch", "export")
-        files[backward.GRADIENT] = backward.exported_gradient(half, sample)
-    return files
+        files[edge.GRADIENT] = gradient = backward.exported_gradient(half, sample, entries[0])
+    told |= {"gradient": None if gradient is None else _sha256(gradient), "digest": list(digested(half))}
+    return files, told
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 class Events:
