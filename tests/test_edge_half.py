@@ -379,6 +379,11 @@ def test_a_piece_that_is_wrong_is_refused(piece, tmp_path):
     spoilt.write_bytes(cut_up("resnet")[1][piece])
     with pytest.raises(HalfError, match=f"half-{piece}.onnx"):
         Half(tmp_path, LINEAR, 2)
+    told = onnx.load_from_string(pieces[piece])
+    told.metadata_props[0].value = "0" * 64
+    spoilt.write_bytes(told.SerializeToString())
+    with pytest.raises(HalfError, match=f"half-{piece}.onnx was not made for"):
+        Half(tmp_path, LINEAR, 2)
     spoilt.write_bytes(pieces[1 - piece])  # half of what moves is in neither
     with pytest.raises(HalfError, match="does not move in the half, where these do: "):
         Half(tmp_path, LINEAR, 2)
