@@ -3,8 +3,8 @@
     python -m benchmarks.edge [--out FILE] [--threads 1]
 
 The half is MiniLM's in shape, embeddings and three of its six layers, with random weights; rounds are of 16 texts of 64
-tokens. All of it moves, or some numbers per layer, by probes or a backward pass. Memory is the whole process's: its peak
-from start to end, and what it holds between rounds. The same asks, as bytes, go to every client.
+tokens. All of it moves, or some numbers per layer, by probes or a backward pass. Memory is the whole process's: its
+peak from start to end, and what it holds between rounds. The same asks, as bytes, go to every client.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 from collections import defaultdict
 from pathlib import Path
@@ -17,6 +18,8 @@ import torch
 
 from hosfl_kernels import _cpp
 
+if sys.version_info < (3, 11):  # for which there is no onnxruntime that keeps to its folder
+    collect_ignore = ["test_edge.py", "test_edge_half.py", "test_edge_backward.py"]
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # Inductor keeps what it compiled for one instruction set and loads it for another: wrong results, or a crash.

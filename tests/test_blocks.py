@@ -350,6 +350,9 @@ def test_every_estimator_measures_the_block_s_derivative(estimator, tolerance, d
     multiplier = torch.randn(call(half, inputs).shape, generator=torch.Generator().manual_seed(1))
     found, expected = answer(client, multiplier), exact(client, inputs, multiplier)
     assert float((found - expected).abs().max() / expected.abs().max()) < tolerance
+    assert torch.equal(
+        client.answer(Multiplier(client=0, round=0, multiplier=multiplier)).scalars, found
+    )  # asked twice
     assert all(torch.equal(p, was) for p, was in zip(client.half.parameters(), before, strict=True))
     assert not any(m._forward_pre_hooks for m in client.half.modules())
 
@@ -409,7 +412,7 @@ def test_the_kept_input_is_the_first_block_s_and_goes_on_with_the_blocks(bert):
         with run.kept():
             cut = call(half, inputs)
         assert calls == [0, 1, 2, 3]
-        for block, expected in ((0, []), (0, []), (1, [1]), (2, [2])):
+        for block, expected in ((0, []), (0, []), (1, [1]), (2, [2]), (0, [0, 1, 2, 3]), (2, [1, 2])):
             calls.clear()
             module, given = run.at(block, inputs)
             assert calls == expected

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import onnx
 import pytest
 import torch
 import transformers
@@ -349,6 +350,16 @@ def sealed(files, **others):
     return files | {names.get(n, n): data for n, data in others.items()} | {"run": json.dumps(run).encode()}
 
 
+def reading(place, files):
+    """The graph, of which a weight lies in another file."""
+    model = onnx.load_model_from_string(files["half-0.onnx"])
+    for weight in model.graph.initializer:
+        for entry in weight.external_data:
+            if entry.key == "location":
+                entry.value = place
+    return model.SerializeToString()
+
+
 REFUSED = {
     "no edge": (lambda files: changed(files, edge=None), "has to be started with --edge"),
     "no digest": (lambda files: changed(files, edge={"graphs": [""], "header": ""}), "is no run"),
@@ -368,6 +379,8 @@ REFUSED = {
     "pieces without end": (lambda files: other_edge(files, graphs=["0" * 64] * 100_000), "in 100000 pieces"),
     "letters for pieces": (lambda files: other_edge(files, graphs="half"), "in 4 pieces"),
     "another graph": (lambda files: other_edge(files, graphs=["0" * 64]), "half-0.onnx has another SHA-256"),
+    "a graph that reads other files": (lambda files: sealed(files, graphs=reading("../own.npz", files)), "cannot open"),
+    "a graph that reads any file": (lambda files: sealed(files, graphs=reading("/etc/passwd", files)), "cannot open"),
     "no graph": (lambda files: sealed(files, graphs=b"rubbish"), "onnxruntime cannot open"),
     "a digest of more": (lambda files: other_edge(files, digest=["other"]), "has no other"),
 }

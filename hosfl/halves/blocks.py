@@ -186,14 +186,17 @@ class BlockRun:
     def at(self, block: int, inputs: Inputs) -> tuple[nn.Module, Inputs]:
         """What to call for the pass from a block to the cut: a module, and its inputs.
 
-        inputs: the half's own, as in the pass under `kept`. Blocks are asked for in order: what lies between runs.
-        Call it in eval mode and without a graph, with the half's weights as they were under `kept`.
+        inputs: the half's own, as in the pass under `kept`. Blocks are asked for in order: what lies between runs. For
+        an earlier one again, as where a multiplier comes twice, the whole half does. Call it in eval mode and without a
+        graph, with the half's weights as they were under `kept`.
         """
 
         def stop(value: Tensor) -> None:
             self._input = value
             raise _Reached
 
+        if block < self._block:
+            self.output(inputs)
         for last in range(self._block, block):
             if not self.entries[last + 1]:  # that one begins with the half, too
                 self._block = last + 1
