@@ -109,7 +109,7 @@ def _graph(
         for output in outputs:
             output.kind = OutputKind.USER_OUTPUT  # of others the exporter leaves no trace
         both.module_call_graph[0].signature.out_spec = tree_structure(tuple(range(len(outputs))))
-        both = both.run_decompositions({**torch.export.default_decompositions(), **PLAIN})
+        both = both.run_decompositions(PLAIN)
         program = torch.onnx.export(
             both,
             dynamo=True,
