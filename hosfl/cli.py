@@ -260,7 +260,7 @@ def _join(options: argparse.Namespace) -> int:
             if getattr(options, name) != default:
                 raise ValueError(f"--{name} is for clients with torch: leave it out, or leave out --runtime onnx")
     else:
-        join = needed("hosfl.runs.join", "hosfl join", "torch").join
+        join = needed("hosfl.runs.join", "hosfl join without --runtime onnx", "torch").join
         told |= {name: getattr(options, name) for name in WITH_TORCH}
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     name = f"client {member.client} of run {member.run}"
