@@ -5,6 +5,7 @@ import json
 import random
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import onnx
@@ -17,6 +18,7 @@ from torch import nn
 from hosfl import Config, Task
 from hosfl.cli import main
 from hosfl.edge import travel
+from hosfl.edge.client import EdgeClient
 from hosfl.edge.data import Batches, Samples, read_samples, samples_of
 from hosfl.edge.half import Half, HalfError
 from hosfl.edge.join import client_of, join
@@ -326,6 +328,29 @@ def test_files_are_fetched_once_and_the_state_is_kept(tmp_path, caplog):
     assert "is passed over" in caplog.text
 
 
+def test_a_client_that_leaves_its_run_is_gone_before_the_next_is_made(run, tmp_path, monkeypatch):
+    """There may not be room for two."""
+    files, _, data, _ = run
+    made, held = weakref.WeakSet(), []
+
+    class Watched(EdgeClient):
+        def __init__(self, *args):
+            held.append(len(made))
+            super().__init__(*args)
+            made.add(self)
+
+    class TwoRuns(Direct):
+        def serve(self, answer):
+            for self.files in (files, changed(files, id="7" * 16)):
+                self.heard.append(decode(answer(ask(self.files))))
+
+    monkeypatch.setattr("hosfl.edge.join.EdgeClient", Watched)
+    line = TwoRuns(files)
+    join(line, 1, tmp_path / "1", data=data)
+    assert [type(said) for said in line.heard] == [Hello, Hello]
+    assert held == [0, 0]
+
+
 def changed(files, **told):
     return {**files, "run": json.dumps(json.loads(files["run"]) | told).encode()}
 
@@ -377,6 +402,8 @@ REFUSED = {
     "no pieces": (lambda files: other_edge(files, graphs=[]), "in 0 pieces, and the run has 1 blocks"),
     "more pieces": (lambda files: other_edge(files, graphs=["0" * 64] * 3), "in 3 pieces"),
     "pieces without end": (lambda files: other_edge(files, graphs=["0" * 64] * 100_000), "in 100000 pieces"),
+    "no number": (lambda files: changed(files, cut=[float("inf")]), "is no run"),
+    "settings in pairs": (lambda files: changed(files, settings=[[1, 2]]), "update hosfl"),
     "letters for pieces": (lambda files: other_edge(files, graphs="half"), "in 4 pieces"),
     "another graph": (lambda files: other_edge(files, graphs=["0" * 64]), "half-0.onnx has another SHA-256"),
     "a graph that reads other files": (lambda files: sealed(files, graphs=reading("../own.npz", files)), "cannot open"),
