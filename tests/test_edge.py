@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import signal
 import subprocess
 import sys
 import weakref
@@ -18,7 +19,7 @@ from torch import nn
 from hosfl import Config, Task
 from hosfl.cli import main
 from hosfl.edge import travel
-from hosfl.edge.client import EdgeClient
+from hosfl.edge.client import EdgeClient, _Probe
 from hosfl.edge.data import Batches, Samples, read_samples, samples_of
 from hosfl.edge.half import Half, HalfError
 from hosfl.edge.join import client_of, join
@@ -349,6 +350,43 @@ def test_a_client_that_leaves_its_run_is_gone_before_the_next_is_made(run, tmp_p
     join(line, 1, tmp_path / "1", data=data)
     assert [type(said) for said in line.heard] == [Hello, Hello]
     assert held == [0, 0]
+
+
+def test_no_pass_runs_beside_the_output_of_the_last(run, tmp_path, monkeypatch):
+    files, _, data, news = run
+    edge, held, through = endpoint(files, 1, tmp_path / "1", data), [], Half._through
+    cut = decode(edge.answer(ask(files, news))).cut
+
+    def watched(*args):
+        assert [one for one in held if one() is not None] == []
+        held.append(weakref.ref(output := through(*args)))
+        return output
+
+    monkeypatch.setattr(Half, "_through", watched)
+    edge.answer(pack([encode(Multiplier(client=1, round=0, multiplier=np.ones_like(cut)))]))
+    assert len(held) == SETTINGS["directions"]
+
+
+def test_an_interrupt_on_the_way_home_waits(tmp_path):
+    """Off the lattice th is in copies, and whoever is interrupted between two tensors would keep half a step."""
+    federation, task, files = made("gaussian")
+    data = saved(partition(task, federation.config)[1], tmp_path / "own.npz")
+    replica = endpoint(files, 1, tmp_path / "1", data).client.replica
+    before, probe = replica.digest(), _Probe(replica, range(len(replica.tensors)))
+    probe.move(3, 0.5)
+    assert replica.digest() != before
+
+    class Interrupted(list):
+        def __iter__(self):
+            for tensor in list.__iter__(self):
+                yield tensor
+                signal.raise_signal(signal.SIGINT)
+
+    probe.kept = Interrupted(probe.kept)
+    assert len(probe.kept) > 1
+    with pytest.raises(KeyboardInterrupt):
+        probe.home()
+    assert replica.digest() == before
 
 
 def changed(files, **told):
