@@ -16,6 +16,8 @@ import onnxruntime
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from hosfl_kernels import threads as threads_of_kernels
+
 BASE = "base.safetensors"
 PREFIX = "client."  # of the weights' names in a graph, where inputs and values have names as well
 LAYOUT = "layout"  # what a graph's metadata call the digest of its base file's header
@@ -36,7 +38,8 @@ class Half:
 
     folder: holds half-0.onnx and so on, and base.safetensors. moving: names of weights as in the half's state dict.
     pieces: how many graphs there are. Each goes on from what the one before makes, so that a pass may begin at any:
-    see `at`. threads: of onnxruntime; 0: one for each core. tensors: the moving weights, in the order of `moving`.
+    see `at`. threads: of onnxruntime; 0: as many as the kernels use. tensors: the moving weights, in the order of
+    `moving`.
 
     The moving ones are inputs of the graph with a value of their own, which onnxruntime reads anew in every pass; it
     would prepack or fold constants once, and go on with the old ones. Frozen ones are constants in the file.
@@ -159,7 +162,8 @@ def session_of(graph: Path, base: Path, moving: Sequence[str], values: Sequence[
         raise HalfError(f"onnxruntime {version} reads any file that a graph names: 1.24 or later is needed")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # or it warns of every weight that is an input too
-    options.intra_op_num_threads = threads
+    # Of itself it takes all cores and binds to them, whatever OMP_NUM_THREADS says and the system lets it use.
+    options.intra_op_num_threads = threads or threads_of_kernels()
     # Blocks that are kept for later passes and plans of them cost more memory than they save time.
     options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     # Every piece has threads of its own, which would go on spinning while the next one's work.

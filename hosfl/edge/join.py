@@ -35,7 +35,8 @@ def join(line: Line, number: int, folder: Path, *, data: str, threads: int = 0) 
     """Take part in a run until the line is closed, as `hosfl.runs.join.join` does, with onnxruntime in torch's place.
 
     The server has to offer the client half as a graph: `hosfl serve --edge`. data: see `hosfl.edge.data.read_samples`.
-    threads: of onnxruntime; 0: one for each core. Raises JoinError, DataError, HalfError, ValueError and OSError.
+    threads: of onnxruntime; 0: as many as the kernels use. Raises JoinError, DataError, HalfError, ValueError and
+    OSError.
     """
     if not data:
         raise ValueError("a client without torch knows no task that has data for it: name its own with --data")
