@@ -21,6 +21,7 @@ from hosfl.cli import main
 from hosfl.edge import travel
 from hosfl.edge.client import EdgeClient, _Probe
 from hosfl.edge.data import Batches, Samples, read_samples, samples_of
+from hosfl.edge.export import ExportError
 from hosfl.edge.half import Half, HalfError
 from hosfl.edge.join import client_of, join
 from hosfl.engines.engine import JoinError
@@ -378,8 +379,8 @@ def test_an_interrupt_on_the_way_home_waits(tmp_path):
 
     class Interrupted(list):
         def __iter__(self):
-            for tensor in list.__iter__(self):
-                yield tensor
+            for kept in list.__iter__(self):
+                yield kept
                 signal.raise_signal(signal.SIGINT)
 
     probe.kept = Interrupted(probe.kept)
@@ -470,6 +471,33 @@ def test_runs_that_a_server_does_not_offer():
             Over(InProcess(lambda number, data: b"", 3), edge=True).reach(federation)
 
 
+@pytest.mark.parametrize("estimator", ["one-sided", "backward"])
+def test_a_graph_is_tried_on_the_longest_texts_that_clients_send(estimator):
+    """Those of the sample that it is made of may all be short."""
+
+    class Long(nn.Module):
+        def forward(self, y):
+            return 2 * y if y.shape[1] > 9 else y
+
+    def model():
+        bert = transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL))
+        bert.bert.encoder.layer[0].output.dropout = Long()
+        return bert
+
+    ids = torch.randint(5, 50, (120, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[:100, 7:] = 0
+    tokens, labels = {"input_ids": ids * mask, "attention_mask": mask}, torch.arange(120) % 2
+    train = {name: x[:101] for name, x in tokens.items()}, labels[:101]
+    task = Task(model, train, (tokens, labels), nn.functional.cross_entropy, at=1)
+    config = {**SETTINGS, **FRESH, "task": "", "server_rate": 0.05, "client_rate": 0.1, "partition": "iid"}
+    federation, _ = assemble(Config(**config | {"estimator": estimator, "seed": 6}), task=task)
+    assert federation.make(0).batch(0)[0]["input_ids"].shape[1] == 7
+    with pytest.raises(ExportError, match="of 4 samples of 12 tokens numbers differ"):
+        offered(federation, edge=True)
+
+
+SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 WRONG = {
     "other inputs": ({"inputs": np.zeros((9, 3)), "labels": np.arange(9)}, "does not take these"),
     "inputs by name": ({"pixels": np.zeros((9, 1, 8, 8)), "labels": np.arange(9)}, "was given pixels"),
