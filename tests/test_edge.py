@@ -16,6 +16,7 @@ import transformers
 from test_fuzz import mutated
 from torch import nn
 
+import hosfl
 from hosfl import Config, Task
 from hosfl.cli import main
 from hosfl.edge import travel
@@ -71,6 +72,8 @@ WAYS = {
     "texts, last layer, backward": {**FRESH, "trains": "lora:1:*layer.1.*", "estimator": "backward"},
     "pictures, backward": {**FRESH, "estimator": "backward"},
     "pictures, blocks": {**FRESH, "blocks": 2},
+    "bytes": {**FRESH},
+    "bytes, backward": {**FRESH, "estimator": "backward"},
 }
 
 
@@ -105,11 +108,35 @@ def pictures():
 def made(way, **more):
     """A federation, its task, and what it offers to clients without torch."""
     kind, settings = way.partition(",")[0], {**SETTINGS, **WAYS[way], **more}
-    task = {"texts": texts, "pictures": pictures}.get(kind, lambda: None)()
+    task = {"texts": texts, "pictures": pictures, "bytes": bytewise}.get(kind, lambda: None)()
     if task is not None:
         settings |= {"task": "", "server_rate": 0.05, "client_rate": 0.1, "partition": "iid"}
     federation, task = assemble(Config(**settings), task=task)
     return federation, task, offered(federation, edge=True)
+
+
+def bytewise():
+    """Pictures as they are stored, and a truth value for each pixel."""
+    chance = torch.Generator().manual_seed(2)
+    x = {
+        "pixels": torch.randint(0, 256, (100, 1, 6, 6), generator=chance, dtype=torch.uint8),
+        "seen": torch.rand(100, 1, 6, 6, generator=chance) > 0.1,
+        "kind": torch.randint(0, 3, (100,), generator=chance, dtype=torch.int32),
+    }
+
+    class Client(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.kinds = nn.Conv2d(1, 2, 3), nn.Embedding(3, 32)
+
+        def forward(self, pixels, seen, kind):
+            return self.layer(torch.where(seen, pixels.float() / 255, 0.0)).flatten(1) + self.kinds(kind)
+
+    def halves():
+        return hosfl.SplitModel(Client(), nn.Linear(32, 2))
+
+    y = (x["pixels"].float().mean((1, 2, 3)) > 127).long()
+    return Task(halves, (x, y), ({k: v[:9] for k, v in x.items()}, torch.arange(9) % 2), nn.functional.cross_entropy)
 
 
 def saved(share, path):

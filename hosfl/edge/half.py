@@ -25,6 +25,9 @@ LEAST = 1, 24  # of onnxruntime's versions: older ones read any file that a grap
 ANOTHER = "graph and base are of two halves: fetch both of one run"
 STEP = 1 / 64  # how far a check moves every weight: more than rounding hides, and little enough for any network
 
+# As onnxruntime calls them.
+INTEGERS = {f"tensor({n})": np.dtype(n) for n in ("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "int64")}
+
 Arrays = NDArray[Any] | Mapping[str, NDArray[Any]]
 Run = Callable[[], list[NDArray[np.float32]]]
 
@@ -63,6 +66,12 @@ class Half:
     @property
     def pieces(self) -> int:
         return len(self._graphs)
+
+    @property
+    def integers(self) -> dict[str, np.dtype[Any]]:
+        """Of those of its inputs that are integers or truth values the dtype, by name."""
+        types = {entry.name: entry.type for entry in self._sessions[0].get_inputs()}
+        return {name: INTEGERS[type] for name, type in types.items() if type in INTEGERS}
 
     def base(self) -> list[NDArray[np.float32]]:
         """The moving weights of round 0, read from the file. Raises HalfError."""

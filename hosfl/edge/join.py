@@ -74,6 +74,7 @@ def client_of(
     for piece, sha256 in enumerate(graphs):
         fetch(graph_name(piece), sha256, folder / graph_name(piece))
     half = Half(folder, [p.name for p in header.parameters], len(graphs), threads)
+    samples = samples.as_taken(half.integers)
     _try(half, samples[:2], run["cut"], data)
     gradient = None
     if settings.estimator == "backward":
