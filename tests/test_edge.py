@@ -1,5 +1,6 @@
 """The client without torch: the bits that everybody holds, derivatives like a torch client's, and what it refuses."""
 
+import errno
 import hashlib
 import json
 import random
@@ -13,6 +14,7 @@ import onnx
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from test_fuzz import mutated
 from torch import nn
 
@@ -357,6 +359,24 @@ def test_files_are_fetched_once_and_the_state_is_kept(tmp_path, caplog):
     assert "is passed over" in caplog.text
 
 
+def test_files_that_cannot_be_written_are_not_those_of_another_run(run, tmp_path, monkeypatch):
+    """onnxruntime reads graphs from the disk. That of another run may fit the base and compute something else."""
+    files, _, data, _ = run
+    (tmp_path / "1").mkdir()
+    model = onnx.load_model_from_string(files["half-0.onnx"])
+    model.doc_string = "another"
+    (tmp_path / "1" / "half-0.onnx").write_bytes(model.SerializeToString())
+
+    def full(path, content):
+        if path.name.endswith(".onnx"):
+            raise OSError(errno.ENOSPC, "no space left on device", str(path))
+        path.write_bytes(content)
+
+    monkeypatch.setattr("hosfl.engines.joining.write_atomically", full)
+    with pytest.raises(OSError, match=r"no space left.*half-0\.onnx"):
+        join(Direct(files), 1, tmp_path / "1", data=data)
+
+
 def test_a_client_that_leaves_its_run_is_gone_before_the_next_is_made(run, tmp_path, monkeypatch):
     """There may not be room for two."""
     files, _, data, _ = run
@@ -561,6 +581,14 @@ def test_no_data_and_no_arrays(run, tmp_path, monkeypatch):
     (tmp_path / "own2.py").write_text("def make(x):\n    return x\n")
     with pytest.raises(DataError, match="without arguments"):
         read_samples(f"{tmp_path / 'own2.py'}:make")
+
+
+def test_numbers_in_bfloat16_are_numbers(tmp_path):
+    x, y = torch.randn(5, 3).bfloat16(), torch.randn(5).bfloat16()
+    save_file({"inputs": x, "labels": y}, tmp_path / "own.safetensors")
+    found = read_samples(str(tmp_path / "own.safetensors"))
+    assert np.array_equal(found.inputs, x.float().numpy())
+    assert np.array_equal(found.labels, y.float().numpy())
 
 
 def test_batches_are_those_of_a_client_with_torch():

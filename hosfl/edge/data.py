@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hosfl.named import named
+from hosfl.protocol.arrays import widened
 from hosfl.protocol.seeds import Purpose, drawn
 from hosfl.protocol.weights import read_weights
 from hosfl.tasks.reading import DataError, arrays_in
@@ -100,7 +101,7 @@ def read_samples(data: str) -> Samples:
     The function returns what `samples_of` takes. Raises DataError, ValueError, OSError.
     """
     if data.endswith((".npz", ".safetensors")):
-        found = arrays_in(data, read_weights)
+        found = arrays_in(data, lambda path: {name: widened(array) for name, array in read_weights(path).items()})
         return samples_of((found["inputs"], found["labels"]) if set(found) == {"inputs", "labels"} else found, data)
     if ".py:" not in data:
         raise ValueError(f"a client without torch reads .npz, .safetensors or FILE.py:FUNCTION, got {data!r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def join(line: Line, number: int, folder: Path, *, data: str, threads: int = 0) 
         raise ValueError("a client without torch knows no task that has data for it: name its own with --data")
 
     def made(offered: bytes) -> Endpoint[EdgeClient]:
-        return client_of(offered, lambda name, sha, path: fetched(line, name, sha, path), number, folder, data, threads)
+        return client_of(offered, partial(fetched, line, needed=True), number, folder, data, threads)
 
     take_part(line, number, folder, made)
 

@@ -96,8 +96,11 @@ def check_labels(labels: NDArray[Any], tokens: int | None, run: dict[str, Any], 
         raise DataError(f"{what}: its labels are from {least} to {most}, and the server takes 0 to {classes - 1}")
 
 
-def fetched(line: Line, name: str, sha256: str, path: Path) -> bytes:
-    """A file that the server offers: the one that was kept, or fetched, once. Raises JoinError for a damaged one."""
+def fetched(line: Line, name: str, sha256: str, path: Path, needed: bool = False) -> bytes:
+    """A file that the server offers: the one that was kept, or fetched, once. Raises JoinError for a damaged one.
+
+    needed: somebody reads it from there, so that OSError is raised where it cannot be written.
+    """
     if path.exists() and hashlib.sha256(data := path.read_bytes()).hexdigest() == sha256:
         return data
     data = line.fetch(name)
@@ -106,6 +109,8 @@ def fetched(line: Line, name: str, sha256: str, path: Path) -> bytes:
     try:
         write_atomically(path, data)
     except OSError as error:
+        if needed:
+            raise
         log.warning("%s cannot be written: %s; a restart fetches it again", path, error)
     return data
 
