@@ -20,6 +20,7 @@ import hosfl
 from hosfl.edge import export
 from hosfl.edge.backward import exported_gradient
 from hosfl.edge.export import ExportError, exported
+from hosfl.edge.gradient import GRADIENT, Gradient
 from hosfl.edge.half import BASE, PREFIX, STEP, Half, HalfError, graph_name
 from hosfl.halves.families import packaged_minilm, pretrained_model
 from hosfl.halves.inputs import call, evaluating
@@ -687,6 +688,30 @@ class Looks(nn.Module):
     def forward(self, x):
         y = self.embedding(x)
         return self.layer(2 * y if self.otherwise(*y.shape[:2]) else y)
+
+
+class Calls(nn.Module):
+    """It has one argument, of any name."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.other = nn.Linear(6, 4), nn.Linear(6, 4)
+
+    def forward(self, **named):
+        (x,) = named.values()
+        return self.layer(x) + torch.tanh(self.other(x))
+
+
+@pytest.mark.parametrize("name", ["linear", "cut", "val_0", "multiplier", "between", "add"])
+def test_an_argument_may_be_called_as_something_in_the_graph(name, tmp_path):
+    half, sample = Calls(), {name: numbers()}
+    run = Half(written(tmp_path, half, *exported(half, sample)), moving_of(half))
+    assert close(run(arrays(sample)), by_torch(half, sample), sample)
+    (tmp_path / GRADIENT).write_bytes(exported_gradient(half, sample))
+    gradient, multiplier = Gradient(tmp_path, moving_of(half), run.tensors), torch.ones(3, 4)
+    wanted = torch.autograd.grad(call(half, sample), list(half.parameters()), multiplier)
+    for one, other in zip(gradient(arrays(sample), multiplier.numpy()), wanted, strict=True):
+        assert np.allclose(one, other.numpy(), rtol=0, atol=1e-5)
 
 
 SIZES = {

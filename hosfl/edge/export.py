@@ -297,6 +297,10 @@ def without_weights(model: Any, half: nn.Module, base: bytes) -> dict[str, Any]:
         )
     for value in weights:
         graph.register_initializer(value)
+    taken = {value.name for value in graph.inputs}
+    for output in (output for node in graph.all_nodes() for output in node.outputs):
+        if output.name in taken:  # as of a half with an argument "linear"
+            output.name = f"made {output.name}"
     graph.metadata_props.clear()  # where which line of whose code lies
     for node in graph.all_nodes():
         node.metadata_props.clear()
