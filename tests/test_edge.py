@@ -471,7 +471,25 @@ def reading(place, files):
     return model.SerializeToString()
 
 
+def making(files, what, type, **more):
+    """The graph, of whose output one more operator makes something else."""
+    model = onnx.load_model_from_string(files["half-0.onnx"])
+    model.graph.node.append(onnx.helper.make_node(what, [model.graph.output[0].name], ["other"], **more))
+    model.graph.output[0].CopyFrom(onnx.helper.make_value_info("other", type))
+    return model.SerializeToString()
+
+
+TENSOR = onnx.helper.make_tensor_type_proto
+SEQUENCE = onnx.helper.make_sequence_type_proto(TENSOR(onnx.TensorProto.FLOAT, None))
 REFUSED = {
+    "a graph that makes integers": (
+        lambda files: sealed(files, graphs=making(files, "Cast", TENSOR(onnx.TensorProto.INT8, None), to=3)),
+        r"makes tensor\(int8\)",
+    ),
+    "a graph that makes a list": (
+        lambda files: sealed(files, graphs=making(files, "SequenceConstruct", SEQUENCE)),
+        r"makes seq\(tensor\(float\)\)",
+    ),
     "no edge": (lambda files: changed(files, edge=None), "has to be started with --edge"),
     "no digest": (lambda files: changed(files, edge={"graphs": [""], "header": ""}), "is no run"),
     "another method": (lambda files: other_settings(files, method="first-order"), "take part in method ho"),

@@ -187,6 +187,8 @@ def session_of(graph: Path, base: Path, moving: Sequence[str], values: Sequence[
         raise HalfError(f"onnxruntime cannot open {graph} with {base}: {error}") from error
     if session.get_modelmeta().custom_metadata_map.get(LAYOUT) != layout(base):
         raise HalfError(f"{graph} was not made for {base}; {ANOTHER}")
+    if others := {output.type for output in session.get_outputs()} - {"tensor(float)"}:
+        raise HalfError(f"{graph} makes {', '.join(sorted(others))}, and no half does: fetch it anew")
     return session
 
 
