@@ -25,8 +25,9 @@ LEAST = 1, 24  # of onnxruntime's versions: older ones read any file that a grap
 ANOTHER = "graph and base are of two halves: fetch both of one run"
 STEP = 1 / 64  # how far a check moves every weight: more than rounding hides, and little enough for any network
 
-# As onnxruntime calls them.
-INTEGERS = {f"tensor({n})": np.dtype(n) for n in ("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "int64")}
+# By onnxruntime's names of them.
+WHOLE = ("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "int64")
+INTEGERS = {f"tensor({name})": np.dtype(name) for name in WHOLE}
 
 Arrays = NDArray[Any] | Mapping[str, NDArray[Any]]
 Run = Callable[[], list[NDArray[np.float32]]]
