@@ -64,7 +64,8 @@ def philox_words(key: int, counter: tuple[int, int, int, int]) -> tuple[int, int
 
 
 def threads() -> int:
-    """torch's number where torch is, else OMP_NUM_THREADS, else the processors that this process may use."""
+    """How many threads the CPU's ops use: torch's number where torch is, else OMP_NUM_THREADS, else the processors that
+    this process may use."""
     if (torch := sys.modules.get("torch")) is not None:
         return int(torch.get_num_threads())
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # "4,2": of nested loops, the outer

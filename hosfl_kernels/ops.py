@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from hosfl_kernels import arrays, checks, cpu, reference, spec
 from hosfl_kernels.arrays import Layouts, are_row_major, dtype_name, is_numpy, tensors_module, to_numpy
-from hosfl_kernels.cpu import ieee_arithmetic
+from hosfl_kernels.cpu import ieee_arithmetic, threads
 from hosfl_kernels.place import Place
 from hosfl_kernels.rules import SGD, AdamW, Rule
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from hosfl_kernels.arrays import Array
     from hosfl_kernels.checks import Coefficients, Numbers, Seeds, SeedTable, Table
 
-__all__ = ["backends", "derive", "noise", "perturb_", "project", "replay_", "snap_", "update_"]
+__all__ = ["backends", "derive", "noise", "perturb_", "project", "replay_", "snap_", "threads", "update_"]
 
 NAMES = ("numpy", "cpp", "triton", "cuda")
 BACKENDS: dict[str, ModuleType] = {"numpy": reference, "cpp": cpu}  # tensors.py adds those that take tensors only

@@ -1,23 +1,30 @@
 """The client without torch: the bits that everybody holds, derivatives like a torch client's, and what it refuses."""
 
+import errno
 import hashlib
 import json
 import random
+import signal
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import onnx
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from test_fuzz import mutated
 from torch import nn
 
+import hosfl
 from hosfl import Config, Task
 from hosfl.cli import main
 from hosfl.edge import travel
+from hosfl.edge.client import EdgeClient, _Probe
 from hosfl.edge.data import Batches, Samples, read_samples, samples_of
+from hosfl.edge.export import ExportError
 from hosfl.edge.half import Half, HalfError
 from hosfl.edge.join import client_of, join
 from hosfl.engines.engine import JoinError
@@ -67,6 +74,8 @@ WAYS = {
     "texts, last layer, backward": {**FRESH, "trains": "lora:1:*layer.1.*", "estimator": "backward"},
     "pictures, backward": {**FRESH, "estimator": "backward"},
     "pictures, blocks": {**FRESH, "blocks": 2},
+    "bytes": {**FRESH},
+    "bytes, backward": {**FRESH, "estimator": "backward"},
 }
 
 
@@ -101,11 +110,35 @@ def pictures():
 def made(way, **more):
     """A federation, its task, and what it offers to clients without torch."""
     kind, settings = way.partition(",")[0], {**SETTINGS, **WAYS[way], **more}
-    task = {"texts": texts, "pictures": pictures}.get(kind, lambda: None)()
+    task = {"texts": texts, "pictures": pictures, "bytes": bytewise}.get(kind, lambda: None)()
     if task is not None:
         settings |= {"task": "", "server_rate": 0.05, "client_rate": 0.1, "partition": "iid"}
     federation, task = assemble(Config(**settings), task=task)
     return federation, task, offered(federation, edge=True)
+
+
+def bytewise():
+    """Pictures as they are stored, and a truth value for each pixel."""
+    chance = torch.Generator().manual_seed(2)
+    x = {
+        "pixels": torch.randint(0, 256, (100, 1, 6, 6), generator=chance, dtype=torch.uint8),
+        "seen": torch.rand(100, 1, 6, 6, generator=chance) > 0.1,
+        "kind": torch.randint(0, 3, (100,), generator=chance, dtype=torch.int32),
+    }
+
+    class Client(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.kinds = nn.Conv2d(1, 2, 3), nn.Embedding(3, 32)
+
+        def forward(self, pixels, seen, kind):
+            return self.layer(torch.where(seen, pixels.float() / 255, 0.0)).flatten(1) + self.kinds(kind)
+
+    def halves():
+        return hosfl.SplitModel(Client(), nn.Linear(32, 2))
+
+    y = (x["pixels"].float().mean((1, 2, 3)) > 127).long()
+    return Task(halves, (x, y), ({k: v[:9] for k, v in x.items()}, torch.arange(9) % 2), nn.functional.cross_entropy)
 
 
 def saved(share, path):
@@ -326,6 +359,84 @@ def test_files_are_fetched_once_and_the_state_is_kept(tmp_path, caplog):
     assert "is passed over" in caplog.text
 
 
+def test_files_that_cannot_be_written_are_not_those_of_another_run(run, tmp_path, monkeypatch):
+    """onnxruntime reads graphs from the disk. That of another run may fit the base and compute something else."""
+    files, _, data, _ = run
+    (tmp_path / "1").mkdir()
+    model = onnx.load_model_from_string(files["half-0.onnx"])
+    model.doc_string = "another"
+    (tmp_path / "1" / "half-0.onnx").write_bytes(model.SerializeToString())
+
+    def full(path, content):
+        if path.name.endswith(".onnx"):
+            raise OSError(errno.ENOSPC, "no space left on device", str(path))
+        path.write_bytes(content)
+
+    monkeypatch.setattr("hosfl.engines.joining.write_atomically", full)
+    with pytest.raises(OSError, match=r"no space left.*half-0\.onnx"):
+        join(Direct(files), 1, tmp_path / "1", data=data)
+
+
+def test_a_client_that_leaves_its_run_is_gone_before_the_next_is_made(run, tmp_path, monkeypatch):
+    """There may not be room for two."""
+    files, _, data, _ = run
+    made, held = weakref.WeakSet(), []
+
+    class Watched(EdgeClient):
+        def __init__(self, *args):
+            held.append(len(made))
+            super().__init__(*args)
+            made.add(self)
+
+    class TwoRuns(Direct):
+        def serve(self, answer):
+            for self.files in (files, changed(files, id="7" * 16)):
+                self.heard.append(decode(answer(ask(self.files))))
+
+    monkeypatch.setattr("hosfl.edge.join.EdgeClient", Watched)
+    line = TwoRuns(files)
+    join(line, 1, tmp_path / "1", data=data)
+    assert [type(said) for said in line.heard] == [Hello, Hello]
+    assert held == [0, 0]
+
+
+def test_no_pass_runs_beside_the_output_of_the_last(run, tmp_path, monkeypatch):
+    files, _, data, news = run
+    edge, held, through = endpoint(files, 1, tmp_path / "1", data), [], Half._through
+    cut = decode(edge.answer(ask(files, news))).cut
+
+    def watched(*args):
+        assert [one for one in held if one() is not None] == []
+        held.append(weakref.ref(output := through(*args)))
+        return output
+
+    monkeypatch.setattr(Half, "_through", watched)
+    edge.answer(pack([encode(Multiplier(client=1, round=0, multiplier=np.ones_like(cut)))]))
+    assert len(held) == SETTINGS["directions"]
+
+
+def test_an_interrupt_on_the_way_home_waits(tmp_path):
+    """Off the lattice th is in copies, and whoever is interrupted between two tensors would keep half a step."""
+    federation, task, files = made("gaussian")
+    data = saved(partition(task, federation.config)[1], tmp_path / "own.npz")
+    replica = endpoint(files, 1, tmp_path / "1", data).client.replica
+    before, probe = replica.digest(), _Probe(replica, range(len(replica.tensors)))
+    probe.move(3, 0.5)
+    assert replica.digest() != before
+
+    class Interrupted(list):
+        def __iter__(self):
+            for kept in list.__iter__(self):
+                yield kept
+                signal.raise_signal(signal.SIGINT)
+
+    probe.kept = Interrupted(probe.kept)
+    assert len(probe.kept) > 1
+    with pytest.raises(KeyboardInterrupt):
+        probe.home()
+    assert replica.digest() == before
+
+
 def changed(files, **told):
     return {**files, "run": json.dumps(json.loads(files["run"]) | told).encode()}
 
@@ -360,7 +471,25 @@ def reading(place, files):
     return model.SerializeToString()
 
 
+def making(files, what, type, **more):
+    """The graph, of whose output one more operator makes something else."""
+    model = onnx.load_model_from_string(files["half-0.onnx"])
+    model.graph.node.append(onnx.helper.make_node(what, [model.graph.output[0].name], ["other"], **more))
+    model.graph.output[0].CopyFrom(onnx.helper.make_value_info("other", type))
+    return model.SerializeToString()
+
+
+TENSOR = onnx.helper.make_tensor_type_proto
+SEQUENCE = onnx.helper.make_sequence_type_proto(TENSOR(onnx.TensorProto.FLOAT, None))
 REFUSED = {
+    "a graph that makes integers": (
+        lambda files: sealed(files, graphs=making(files, "Cast", TENSOR(onnx.TensorProto.INT8, None), to=3)),
+        r"makes tensor\(int8\)",
+    ),
+    "a graph that makes a list": (
+        lambda files: sealed(files, graphs=making(files, "SequenceConstruct", SEQUENCE)),
+        r"makes seq\(tensor\(float\)\)",
+    ),
     "no edge": (lambda files: changed(files, edge=None), "has to be started with --edge"),
     "no digest": (lambda files: changed(files, edge={"graphs": [""], "header": ""}), "is no run"),
     "another method": (lambda files: other_settings(files, method="first-order"), "take part in method ho"),
@@ -377,6 +506,8 @@ REFUSED = {
     "no pieces": (lambda files: other_edge(files, graphs=[]), "in 0 pieces, and the run has 1 blocks"),
     "more pieces": (lambda files: other_edge(files, graphs=["0" * 64] * 3), "in 3 pieces"),
     "pieces without end": (lambda files: other_edge(files, graphs=["0" * 64] * 100_000), "in 100000 pieces"),
+    "no number": (lambda files: changed(files, cut=[float("inf")]), "is no run"),
+    "settings in pairs": (lambda files: changed(files, settings=[[1, 2]]), "update hosfl"),
     "letters for pieces": (lambda files: other_edge(files, graphs="half"), "in 4 pieces"),
     "another graph": (lambda files: other_edge(files, graphs=["0" * 64]), "half-0.onnx has another SHA-256"),
     "a graph that reads other files": (lambda files: sealed(files, graphs=reading("../own.npz", files)), "cannot open"),
@@ -405,6 +536,33 @@ def test_runs_that_a_server_does_not_offer():
             Over(InProcess(lambda number, data: b"", 3), edge=True).reach(federation)
 
 
+@pytest.mark.parametrize("estimator", ["one-sided", "backward"])
+def test_a_graph_is_tried_on_the_longest_texts_that_clients_send(estimator):
+    """Those of the sample that it is made of may all be short."""
+
+    class Long(nn.Module):
+        def forward(self, y):
+            return 2 * y if y.shape[1] > 9 else y
+
+    def model():
+        bert = transformers.BertForSequenceClassification(transformers.BertConfig(**SMALL))
+        bert.bert.encoder.layer[0].output.dropout = Long()
+        return bert
+
+    ids = torch.randint(5, 50, (120, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[:100, 7:] = 0
+    tokens, labels = {"input_ids": ids * mask, "attention_mask": mask}, torch.arange(120) % 2
+    train = {name: x[:101] for name, x in tokens.items()}, labels[:101]
+    task = Task(model, train, (tokens, labels), nn.functional.cross_entropy, at=1)
+    config = {**SETTINGS, **FRESH, "task": "", "server_rate": 0.05, "client_rate": 0.1, "partition": "iid"}
+    federation, _ = assemble(Config(**config | {"estimator": estimator, "seed": 6}), task=task)
+    assert federation.make(0).batch(0)[0]["input_ids"].shape[1] == 7
+    with pytest.raises(ExportError, match="of 4 samples of 12 tokens numbers differ"):
+        offered(federation, edge=True)
+
+
+SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 WRONG = {
     "other inputs": ({"inputs": np.zeros((9, 3)), "labels": np.arange(9)}, "does not take these"),
     "inputs by name": ({"pixels": np.zeros((9, 1, 8, 8)), "labels": np.arange(9)}, "was given pixels"),
@@ -441,6 +599,14 @@ def test_no_data_and_no_arrays(run, tmp_path, monkeypatch):
     (tmp_path / "own2.py").write_text("def make(x):\n    return x\n")
     with pytest.raises(DataError, match="without arguments"):
         read_samples(f"{tmp_path / 'own2.py'}:make")
+
+
+def test_numbers_in_bfloat16_are_numbers(tmp_path):
+    x, y = torch.randn(5, 3).bfloat16(), torch.randn(5).bfloat16()
+    save_file({"inputs": x, "labels": y}, tmp_path / "own.safetensors")
+    found = read_samples(str(tmp_path / "own.safetensors"))
+    assert np.array_equal(found.inputs, x.float().numpy())
+    assert np.array_equal(found.labels, y.float().numpy())
 
 
 def test_batches_are_those_of_a_client_with_torch():

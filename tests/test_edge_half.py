@@ -18,7 +18,9 @@ from torch import nn
 
 import hosfl
 from hosfl.edge import export
+from hosfl.edge.backward import exported_gradient
 from hosfl.edge.export import ExportError, exported
+from hosfl.edge.gradient import GRADIENT, Gradient
 from hosfl.edge.half import BASE, PREFIX, STEP, Half, HalfError, graph_name
 from hosfl.halves.families import packaged_minilm, pretrained_model
 from hosfl.halves.inputs import call, evaluating
@@ -471,6 +473,28 @@ def test_a_half_needs_no_torch(name, tmp_path):
     assert close(np.load(tmp_path / "cut.npy"), by_torch(half, texts()), texts())
 
 
+COUNTED = """
+import os, sys
+sys.modules.update(torch=None)
+from pathlib import Path
+from hosfl.edge.half import Half
+
+before = len(os.listdir("/proc/self/task"))
+half = Half(Path(sys.argv[1]), [])
+print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="this system does not say")
+@pytest.mark.parametrize("asked", ["1", "3"])
+def test_as_many_threads_as_the_kernels_use(asked, folder):
+    """Of itself onnxruntime looks at no OMP_NUM_THREADS."""
+    environment = {**os.environ, "OMP_NUM_THREADS": asked}
+    command = [sys.executable, "-c", COUNTED, str(folder)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == [str(int(asked) - 1)], done.stderr  # and the one that calls it
+
+
 @pytest.mark.parametrize("name", ["linear", "convolutions", "bert, lora", "pieces"])
 def test_a_runtime_that_misses_moves_is_found_out(name, tmp_path, monkeypatch):
     """Each weight in turn is held by a copy of its own: what the runtime has then is what it had at the start."""
@@ -652,6 +676,68 @@ def test_what_cannot_be_exported_is_refused(what):
     make, sample, said = REFUSED[what]
     with pytest.raises(ExportError, match=said):
         exported(make(), sample)
+
+
+class Looks(nn.Module):
+    """It does otherwise for some sizes of batches."""
+
+    def __init__(self, otherwise):
+        super().__init__()
+        self.embedding, self.layer, self.otherwise = nn.Embedding(50, 6), nn.Linear(6, 4), otherwise
+
+    def forward(self, x):
+        y = self.embedding(x)
+        return self.layer(2 * y if self.otherwise(*y.shape[:2]) else y)
+
+
+class Calls(nn.Module):
+    """It has one argument, of any name."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.other = nn.Linear(6, 4), nn.Linear(6, 4)
+
+    def forward(self, **named):
+        (x,) = named.values()
+        return self.layer(x) + torch.tanh(self.other(x))
+
+
+@pytest.mark.parametrize("name", ["linear", "cut", "val_0", "multiplier", "between", "add"])
+def test_an_argument_may_be_called_as_something_in_the_graph(name, tmp_path):
+    half, sample = Calls(), {name: numbers()}
+    run = Half(written(tmp_path, half, *exported(half, sample)), moving_of(half))
+    assert close(run(arrays(sample)), by_torch(half, sample), sample)
+    (tmp_path / GRADIENT).write_bytes(exported_gradient(half, sample))
+    gradient, multiplier = Gradient(tmp_path, moving_of(half), run.tensors), torch.ones(3, 4)
+    wanted = torch.autograd.grad(call(half, sample), list(half.parameters()), multiplier)
+    for one, other in zip(gradient(arrays(sample), multiplier.numpy()), wanted, strict=True):
+        assert np.allclose(one, other.numpy(), rtol=0, atol=1e-5)
+
+
+SIZES = {
+    "one token": (lambda rows, tokens: tokens == 1, (0, 0), "of 4 samples of 1 tokens numbers differ"),
+    "few tokens": (lambda rows, tokens: tokens < 4, (0, 0), "of 4 samples of 1 tokens numbers differ"),
+    "many tokens": (lambda rows, tokens: tokens > 20, (8, 30), "of 4 samples of 30 tokens numbers differ"),
+    "one sample": (lambda rows, tokens: rows == 1, (0, 0), "of 1 samples of 8 tokens numbers differ"),
+    "many samples": (lambda rows, tokens: rows > 20, (2**32 - 1, 12), "of 256 samples of 8 tokens numbers differ"),
+}
+
+
+@pytest.mark.parametrize("what", SIZES)
+def test_a_half_that_looks_at_sizes_is_refused(what):
+    """Its graph has one of its ways, and clients send batches of any size."""
+    otherwise, most, said = SIZES[what]
+    half, sample = Looks(otherwise), torch.randint(0, 50, (8, 12), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ExportError, match=f"the graph of the Looks is not the half: {said}"):
+        exported(half, sample, most=most)
+    with pytest.raises(ExportError, match=said):
+        exported_gradient(half, sample, most=most)
+
+
+def test_sizes_that_no_client_sends_do_not_matter():
+    half, sample = Looks(lambda rows, tokens: rows > 20 or tokens > 20), torch.arange(96).reshape(8, 12) % 50
+    assert exported(half, sample, most=(20, 20))
+    assert exported_gradient(half, sample, most=(20, 20))
 
 
 def test_a_length_that_is_part_of_the_half_stays():

@@ -34,7 +34,9 @@ from hosfl.edge.export import (
     register_unread,
     resized,
     serialized,
+    size_of,
     takes,
+    tried,
     unchecked,
     without_weights,
 )
@@ -48,12 +50,13 @@ NOTHING = 1e-3  # of the largest gradient: smaller ones may be rounding alone, s
 aten = torch.ops.aten
 
 
-def exported_gradient(half: nn.Module, sample: Inputs, entry: str = "") -> bytes:
+def exported_gradient(half: nn.Module, sample: Inputs, entry: str = "", most: tuple[int, int] = (0, 0)) -> bytes:
     """d <multiplier, cut> / d weights of a client half as an ONNX model without weights: see `exported`.
 
-    entry: of the half's first block, with whose input the graph begins; "": with the half's own. Its inputs are the
-    multiplier and these, its outputs the gradients by the names of the weights that move. Those that the cut does not
-    depend on have none. The gradients are compared with torch's.
+    entry: of the half's first block, with whose input the graph begins; "": with the half's own. most: as there.
+
+    Its inputs are the multiplier and these, its outputs the gradients by the names of the weights that move. Those that
+    the cut does not depend on have none. The gradients are compared with torch's.
 
     Raises ExportError as `exported`, and where torch has no such graph.
     """
@@ -65,7 +68,7 @@ def exported_gradient(half: nn.Module, sample: Inputs, entry: str = "") -> bytes
         model = _graph(half, sample, named, any_length, [entry] if entry else [])
         base = as_file(half.state_dict())
         graph = _gradients(model, without_weights(model, half, base), bool(entry))
-        _compare(half, sample, named, any_length, entry, graph, base)
+        _compare(half, sample, tried(half, sample, named, any_length, most), entry, graph, base)
     return graph
 
 
@@ -237,8 +240,7 @@ PLAIN: dict[Any, Any] = {
 def _compare(
     half: nn.Module,
     sample: Inputs,
-    named: Mapping[str, Tensor],
-    any_length: bool,
+    batches: Sequence[Mapping[str, Tensor]],
     entry: str,
     graph: bytes,
     base: bytes,
@@ -251,13 +253,11 @@ def _compare(
         (folder / BASE).write_bytes(base)
         try:
             run = Gradient(folder, list(moving), [p.detach().numpy() for p in moving.values()])
-            samples = len(next(iter(named.values())))
-            for rows, shorter in ((samples, False), (ROWS + 1, any_length), (1, any_length)):
-                inputs = resized(named, rows, shorter)
+            for inputs in batches:
                 reached: list[Tensor] = []
                 with torch.enable_grad(), at_entry(half, entry, reached.append):
                     cut = call(half, given_as(sample, inputs))
-                    multiplier = torch.randn(cut.shape, generator=torch.Generator().manual_seed(rows))
+                    multiplier = torch.randn(cut.shape, generator=torch.Generator().manual_seed(len(cut)))
                     wanted = torch.autograd.grad(cut, list(moving.values()), multiplier, allow_unused=True)
                 given = {name: x.numpy() for name, x in inputs.items()}, multiplier.numpy()
                 between = reached[0].numpy() if reached else None
@@ -268,7 +268,7 @@ def _compare(
                     apart, largest = np.abs(one - other).max(initial=0), np.abs(other).max(initial=0)
                     if not apart <= CLOSE * max(largest, least):
                         raise ExportError(
-                            f"the graph's gradient of {name} is not torch's: of {rows} samples numbers differ by"
+                            f"the graph's gradient of {name} is not torch's: of {size_of(inputs)} numbers differ by"
                             f" {apart:.3g}, and the largest is {largest:.3g}"
                         )
             run.check(*given, between)

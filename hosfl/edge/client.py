@@ -176,6 +176,7 @@ class EdgeClient:
                     probe.move(seed, -mu)
                     behind, distance = forward(), 2 * mu
                 scalars.append(inner(multiplier, ahead, behind) / distance)
+                del ahead, behind  # not there while the next pass runs
         finally:
             probe.home()
         return scalars
@@ -215,8 +216,9 @@ class _Probe:
         if self.kept is None:
             self._replay([])
             return
-        for tensor, kept in zip(self.tensors, self.kept, strict=True):
-            tensor[...] = kept
+        with uninterrupted():
+            for tensor, kept in zip(self.tensors, self.kept, strict=True):
+                tensor[...] = kept
 
     def _replay(self, to: list[tuple[int, float]]) -> None:
         seeds = [seed for seed, _ in self.standing + to]

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hosfl.named import named
+from hosfl.protocol.arrays import widened
 from hosfl.protocol.seeds import Purpose, drawn
 from hosfl.protocol.weights import read_weights
 from hosfl.tasks.reading import DataError, arrays_in
@@ -22,6 +23,7 @@ LABELS, MASK = ("labels", "label"), "attention_mask"
 @dataclass(frozen=True)
 class Samples:
     """inputs: int64 or float32 [n, ...], or several by name, such as tokens and their mask. labels: likewise [n, ...].
+    Where a half takes integers of another dtype, inputs are of that: see `as_taken`.
 
     Raises DataError for what does not go together.
     """
@@ -45,6 +47,13 @@ class Samples:
     def __getitem__(self, chosen: NDArray[np.int64] | slice) -> Samples:
         """Some of the samples."""
         return Samples(self._each(lambda x: x[chosen]), self.labels[chosen])
+
+    def as_taken(self, integers: Mapping[str, np.dtype[Any]]) -> Samples:
+        """With inputs that are integers in the dtypes that a half takes, by name, where these hold the same numbers."""
+        inputs = self.inputs
+        if not isinstance(inputs, dict):
+            return Samples(_fitted(inputs, integers.get("input")), self.labels)
+        return Samples({name: _fitted(value, integers.get(name)) for name, value in inputs.items()}, self.labels)
 
     def named(self) -> dict[str, NDArray[Any]]:
         """The inputs by name."""
@@ -92,7 +101,7 @@ def read_samples(data: str) -> Samples:
     The function returns what `samples_of` takes. Raises DataError, ValueError, OSError.
     """
     if data.endswith((".npz", ".safetensors")):
-        found = arrays_in(data, read_weights)
+        found = arrays_in(data, lambda path: {name: widened(array) for name, array in read_weights(path).items()})
         return samples_of((found["inputs"], found["labels"]) if set(found) == {"inputs", "labels"} else found, data)
     if ".py:" not in data:
         raise ValueError(f"a client without torch reads .npz, .safetensors or FILE.py:FUNCTION, got {data!r}")
@@ -112,6 +121,13 @@ def _numbers(value: Any, what: str) -> NDArray[Any]:
     if array.dtype.kind not in "biuf":
         raise DataError(f"{what} are {array.dtype}: numbers are needed")
     return array.astype(np.float32 if array.dtype.kind == "f" else np.int64, copy=False)
+
+
+def _fitted(value: NDArray[Any], dtype: np.dtype[Any] | None) -> NDArray[Any]:
+    if dtype is None or value.dtype.kind == "f":
+        return value
+    found = value.astype(dtype)
+    return found if np.array_equal(found, value) else value  # which the half will not take
 
 
 def _labels(labels: NDArray[Any]) -> NDArray[Any]:

@@ -28,6 +28,7 @@ from hosfl.halves.inputs import Inputs, call, evaluating, mask_of, unchanged
 from hosfl.protocol.weights import as_file
 
 ROWS = 3  # samples that a graph is made of: a batch of one would be taken for a size that never changes
+MANY = 256  # samples of a batch on which it is tried, at most
 CONSTANTS = 1 << 20  # bytes of a graph that are no weights, at most: every client of a run fetches it
 CLOSE = 1e-4  # of the output's largest number
 
@@ -36,11 +37,15 @@ class ExportError(ValueError):
     """A client half that cannot be run without torch."""
 
 
-def exported(half: nn.Module, sample: Inputs, entries: Sequence[str] = ("",)) -> list[bytes]:
+def exported(
+    half: nn.Module, sample: Inputs, entries: Sequence[str] = ("",), most: tuple[int, int] = (0, 0)
+) -> list[bytes]:
     """A client half as ONNX models without weights: they have them from the half's base file.
 
     sample: inputs as the half takes them, a tensor or tensors by name; their values do not matter, but for the checks.
     Batches may have any size, and texts, which are integers [batch, tokens], any length that the half takes.
+
+    most: samples of a batch and tokens of a text, as many as there will ever be: the graph is compared there as well.
 
     entries: of the half's blocks, see `hosfl.halves.blocks.Begin`. There is one model for each, which makes of its
     input the next one's and at last the cut, and one more for what lies in front of them. What is cheap and of the
@@ -63,7 +68,7 @@ def exported(half: nn.Module, sample: Inputs, entries: Sequence[str] = ("",)) ->
         model = _graph(half, sample, named, takes_lengths, [entry for entry in entries if entry])
         base = as_file(half.state_dict())
         pieces = _pieces(model, without_weights(model, half, base))
-        _compare(half, sample, named, takes_lengths, pieces, base)
+        _compare(half, sample, tried(half, sample, named, takes_lengths, most), pieces, base)
     return pieces
 
 
@@ -109,15 +114,43 @@ def named_inputs(sample: Inputs) -> dict[str, Tensor]:
     return named
 
 
-def resized(named: Mapping[str, Tensor], rows: int, shorter: bool) -> dict[str, Tensor]:
-    """So many samples, the given ones over and over; shorter: texts of fewer tokens, or of two for one."""
+def resized(named: Mapping[str, Tensor], rows: int, shorter: bool = False, tokens: int = 0) -> dict[str, Tensor]:
+    """So many samples, the given ones over and over; shorter: texts of fewer tokens, or of two for one; tokens: of so
+    many, theirs over and over."""
     found = {}
     for name, x in named.items():
         x = x[torch.arange(rows) % len(x)]
-        if shorter and is_text(x):
-            x = x[:, torch.arange(max(2, x.shape[1] - 1 - x.shape[1] // 4)) % x.shape[1]]
+        if (shorter or tokens) and is_text(x):
+            x = x[:, torch.arange(tokens or max(2, x.shape[1] - 1 - x.shape[1] // 4)) % x.shape[1]]
         found[name] = x
+    mask = mask_of(found)
+    if mask is not None and is_text(mask):
+        mask[~mask.bool().any(1)] = 1  # of a text that lies where no token is left
     return found
+
+
+def tried(
+    half: nn.Module, sample: Inputs, named: Mapping[str, Tensor], any_length: bool, most: tuple[int, int]
+) -> list[dict[str, Tensor]]:
+    """Batches on which graph and half are compared: at the ends of what clients send. The last one is the smallest.
+
+    Where a model's code looks at sizes, an export takes the way of the sizes that it sees, and says nothing of others.
+    """
+    given, (rows, tokens) = len(next(iter(named.values()))), most
+    batches = [resized(named, given), resized(named, ROWS + 1, any_length)]
+    if rows > given:
+        batches.append(resized(named, min(rows, MANY), any_length))
+    if any_length:
+        longest = max(tokens, *(x.shape[1] for x in named.values() if is_text(x)), 2)
+        others = [resized(named, ROWS + 1, tokens=length) for length in (longest, 1)]
+        batches += [inputs for inputs in others if takes(half, given_as(sample, inputs))]
+    return [*batches, resized(named, 1, any_length)]
+
+
+def size_of(inputs: Mapping[str, Tensor]) -> str:
+    """Of a batch, for errors."""
+    first = next(iter(inputs.values()))
+    return f"{len(first)} samples" + (f" of {first.shape[1]} tokens" if is_text(first) else "")
 
 
 def is_text(x: Tensor) -> bool:
@@ -264,6 +297,10 @@ def without_weights(model: Any, half: nn.Module, base: bytes) -> dict[str, Any]:
         )
     for value in weights:
         graph.register_initializer(value)
+    taken = {value.name for value in graph.inputs}
+    for output in (output for node in graph.all_nodes() for output in node.outputs):
+        if output.name in taken:  # as of a half with an argument "linear"
+            output.name = f"made {output.name}"
     graph.metadata_props.clear()  # where which line of whose code lies
     for node in graph.all_nodes():
         node.metadata_props.clear()
@@ -325,7 +362,7 @@ def serialized(model: Any, piece: Any, moving: Mapping[str, Any]) -> bytes:
 
 
 def _compare(
-    half: nn.Module, sample: Inputs, named: Mapping[str, Tensor], any_length: bool, pieces: Sequence[bytes], base: bytes
+    half: nn.Module, sample: Inputs, batches: Sequence[Mapping[str, Tensor]], pieces: Sequence[bytes], base: bytes
 ) -> None:
     """Raises ExportError where onnxruntime makes something else of the pieces than torch of the half."""
     moving = [name for name, p in half.named_parameters() if p.requires_grad]
@@ -336,13 +373,11 @@ def _compare(
         (folder / BASE).write_bytes(base)
         try:
             run = Half(folder, moving, len(pieces))
-            given = len(next(iter(named.values())))
-            for rows, shorter in ((given, False), (ROWS + 1, any_length), (1, any_length)):
-                inputs = resized(named, rows, shorter)
+            for inputs in batches:
                 arrays = {name: x.numpy() for name, x in inputs.items()}
                 if wrong := _difference(run(arrays), call(half, given_as(sample, inputs)).numpy(), mask_of(inputs)):
                     raise ExportError(
-                        f"the graph of the {type(half).__name__} is not the half: of {rows} samples {wrong}"
+                        f"the graph of the {type(half).__name__} is not the half: of {size_of(inputs)} {wrong}"
                     )
             run.check(arrays)
         except HalfError as error:

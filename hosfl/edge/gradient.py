@@ -16,7 +16,9 @@ from numpy.typing import NDArray
 
 from hosfl.edge.half import BASE, PREFIX, Arrays, HalfError, check_moves, session_of
 
-GRADIENT, MULTIPLIER, BETWEEN, OF = "gradient.onnx", "multiplier", "between", "gradient of "
+GRADIENT = "gradient.onnx"
+# Names in the graph, which no argument of a half has.
+MULTIPLIER, BETWEEN, OF = "the multiplier", "what lies between", "gradient of "
 
 
 class Gradient:

@@ -16,12 +16,18 @@ import onnxruntime
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from hosfl_kernels import threads as threads_of_kernels
+
 BASE = "base.safetensors"
 PREFIX = "client."  # of the weights' names in a graph, where inputs and values have names as well
 LAYOUT = "layout"  # what a graph's metadata call the digest of its base file's header
 LEAST = 1, 24  # of onnxruntime's versions: older ones read any file that a graph names
 ANOTHER = "graph and base are of two halves: fetch both of one run"
 STEP = 1 / 64  # how far a check moves every weight: more than rounding hides, and little enough for any network
+
+# By onnxruntime's names of them.
+WHOLE = ("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "int64")
+INTEGERS = {f"tensor({name})": np.dtype(name) for name in WHOLE}
 
 Arrays = NDArray[Any] | Mapping[str, NDArray[Any]]
 Run = Callable[[], list[NDArray[np.float32]]]
@@ -36,7 +42,8 @@ class Half:
 
     folder: holds half-0.onnx and so on, and base.safetensors. moving: names of weights as in the half's state dict.
     pieces: how many graphs there are. Each goes on from what the one before makes, so that a pass may begin at any:
-    see `at`. threads: of onnxruntime; 0: one for each core. tensors: the moving weights, in the order of `moving`.
+    see `at`. threads: of onnxruntime; 0: as many as the kernels use. tensors: the moving weights, in the order of
+    `moving`.
 
     The moving ones are inputs of the graph with a value of their own, which onnxruntime reads anew in every pass; it
     would prepack or fold constants once, and go on with the old ones. Frozen ones are constants in the file.
@@ -60,6 +67,12 @@ class Half:
     @property
     def pieces(self) -> int:
         return len(self._graphs)
+
+    @property
+    def integers(self) -> dict[str, np.dtype[Any]]:
+        """Of those of its inputs that are integers or truth values the dtype, by name."""
+        types = {entry.name: entry.type for entry in self._sessions[0].get_inputs()}
+        return {name: INTEGERS[type] for name, type in types.items() if type in INTEGERS}
 
     def base(self) -> list[NDArray[np.float32]]:
         """The moving weights of round 0, read from the file. Raises HalfError."""
@@ -159,7 +172,8 @@ def session_of(graph: Path, base: Path, moving: Sequence[str], values: Sequence[
         raise HalfError(f"onnxruntime {version} reads any file that a graph names: 1.24 or later is needed")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # or it warns of every weight that is an input too
-    options.intra_op_num_threads = threads
+    # Of itself it takes all cores and binds to them, whatever OMP_NUM_THREADS says and the system lets it use.
+    options.intra_op_num_threads = threads or threads_of_kernels()
     # Blocks that are kept for later passes and plans of them cost more memory than they save time.
     options.enable_cpu_mem_arena = options.enable_mem_pattern = False
     # Every piece has threads of its own, which would go on spinning while the next one's work.
@@ -174,6 +188,8 @@ def session_of(graph: Path, base: Path, moving: Sequence[str], values: Sequence[
         raise HalfError(f"onnxruntime cannot open {graph} with {base}: {error}") from error
     if session.get_modelmeta().custom_metadata_map.get(LAYOUT) != layout(base):
         raise HalfError(f"{graph} was not made for {base}; {ANOTHER}")
+    if others := {output.type for output in session.get_outputs()} - {"tensor(float)"}:
+        raise HalfError(f"{graph} makes {', '.join(sorted(others))}, and no half does: fetch it anew")
     return session
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,14 @@ def join(line: Line, number: int, folder: Path, *, data: str, threads: int = 0) 
     """Take part in a run until the line is closed, as `hosfl.runs.join.join` does, with onnxruntime in torch's place.
 
     The server has to offer the client half as a graph: `hosfl serve --edge`. data: see `hosfl.edge.data.read_samples`.
-    threads: of onnxruntime; 0: one for each core. Raises JoinError, DataError, HalfError, ValueError and OSError.
+    threads: of onnxruntime; 0: as many as the kernels use. Raises JoinError, DataError, HalfError, ValueError and
+    OSError.
     """
     if not data:
         raise ValueError("a client without torch knows no task that has data for it: name its own with --data")
 
     def made(offered: bytes) -> Endpoint[EdgeClient]:
-        return client_of(offered, lambda name, sha, path: fetched(line, name, sha, path), number, folder, data, threads)
+        return client_of(offered, partial(fetched, line, needed=True), number, folder, data, threads)
 
     take_part(line, number, folder, made)
 
@@ -73,6 +75,7 @@ def client_of(
     for piece, sha256 in enumerate(graphs):
         fetch(graph_name(piece), sha256, folder / graph_name(piece))
     half = Half(folder, [p.name for p in header.parameters], len(graphs), threads)
+    samples = samples.as_taken(half.integers)
     _try(half, samples[:2], run["cut"], data)
     gradient = None
     if settings.estimator == "backward":

@@ -45,7 +45,7 @@ def read_offer(offered: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     try:
         run = json.loads(offered)
-        settings = dict(run["settings"])
+        settings = {str(name): value for name, value in dict(run["settings"]).items()}
         if run["format"] != FORMAT:
             raise JoinError(f"the server offers a run of format {run['format']!r}, this is {FORMAT}: update hosfl")
         base, header, cut = str(run["base"]), str(run["log"]), [int(size) for size in run["cut"]]
@@ -60,7 +60,7 @@ def read_offer(offered: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
             edge = {name: [str(one) for one in run["edge"][name]] for name in ("graphs", "digest")}
             edge["header"] = str(run["edge"]["header"])
             edge["gradient"] = None if run["edge"]["gradient"] is None else str(run["edge"]["gradient"])
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise (
             error if isinstance(error, JoinError) else JoinError(f"what the server offers is no run: {error!r}")
         ) from None
@@ -96,8 +96,11 @@ def check_labels(labels: NDArray[Any], tokens: int | None, run: dict[str, Any], 
         raise DataError(f"{what}: its labels are from {least} to {most}, and the server takes 0 to {classes - 1}")
 
 
-def fetched(line: Line, name: str, sha256: str, path: Path) -> bytes:
-    """A file that the server offers: the one that was kept, or fetched, once. Raises JoinError for a damaged one."""
+def fetched(line: Line, name: str, sha256: str, path: Path, needed: bool = False) -> bytes:
+    """A file that the server offers: the one that was kept, or fetched, once. Raises JoinError for a damaged one.
+
+    needed: somebody reads it from there, so that OSError is raised where it cannot be written.
+    """
     if path.exists() and hashlib.sha256(data := path.read_bytes()).hexdigest() == sha256:
         return data
     data = line.fetch(name)
@@ -106,6 +109,8 @@ def fetched(line: Line, name: str, sha256: str, path: Path) -> bytes:
     try:
         write_atomically(path, data)
     except OSError as error:
+        if needed:
+            raise
         log.warning("%s cannot be written: %s; a restart fetches it again", path, error)
     return data
 
@@ -229,7 +234,9 @@ def take_part(line: Line, number: int, folder: Path, made: Callable[[bytes], End
                 said = taken[0][0].answer(ask)
             except AnotherRun:
                 log.info("client %d leaves its run: the server has begun another", number)
-                taken.clear()  # first: there may not be room for two
+                taken.clear()
+            # There may not be room for two clients, and the handler's error would hold the one that leaves.
+            if not taken:
                 try:
                     taken.append(joined())
                 except Exception as error:
