@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -29,21 +28,22 @@ from hosfl.tasks.reading import DataError
 
 HEADER = "header"  # of the run's log: the bytes of a log without records
 ESTIMATORS = ("one-sided", "two-sided", "backward")
-log = logging.getLogger("hosfl.join")
 
 
 def join(line: Line, number: int, folder: Path, *, data: str, threads: int = 0) -> None:
     """Take part in a run until the line is closed, as `hosfl.runs.join.join` does, with onnxruntime in torch's place.
 
     The server has to offer the client half as a graph: `hosfl serve --edge`. data: see `hosfl.edge.data.read_samples`.
-    threads: of onnxruntime; 0: as many as the kernels use. Raises JoinError, DataError, HalfError, ValueError and
-    OSError.
+    threads: of onnxruntime; 0: as many as the kernels use. Raises JoinError, DataError, ValueError and OSError.
     """
     if not data:
         raise ValueError("a client without torch knows no task that has data for it: name its own with --data")
 
     def made(offered: bytes) -> Endpoint[EdgeClient]:
-        return client_of(offered, partial(fetched, line, needed=True), number, folder, data, threads)
+        try:
+            return client_of(offered, partial(fetched, line, needed=True), number, folder, data, threads)
+        except HalfError as error:
+            raise JoinError(str(error)) from error
 
     take_part(line, number, folder, made)
 
@@ -58,7 +58,7 @@ def client_of(
 ) -> Endpoint[EdgeClient]:
     """A client that has applied nothing, of the run that a server offers. fetch: (name, SHA-256, path) of its files.
 
-    Raises as `join`.
+    Raises as `join`, and HalfError.
     """
     told, run = read_offer(offered)
     if run["edge"] is None:
