@@ -19,10 +19,10 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_growth_is_the_peak_above_what_was_there():
     cpu = torch.device("cpu")
     held = [torch.ones(4_000_000)]
-    assert growth(lambda: held.append(torch.ones(8_000_000)), cpu) == pytest.approx(32e6, rel=0.05)
+    assert growth(lambda: held.append(torch.ones(8_000_000)), cpu) == pytest.approx(32e6, rel=0.1)
     # Twice the same, freed in between: the second is not hidden by the first.
     sizes = [growth(lambda: float(torch.ones(8_000_000).sum()), cpu) for _ in range(2)]
-    assert sizes == pytest.approx([32e6, 32e6], rel=0.05)
+    assert sizes == pytest.approx([32e6, 32e6], rel=0.1)
     assert growth(lambda: None, cpu) < 1e6
 
     def small_blocks():  # the last one keeps the allocator from shrinking its heap by itself
@@ -31,7 +31,7 @@ def test_growth_is_the_peak_above_what_was_there():
         del blocks
 
     sizes = [growth(small_blocks, cpu) for _ in range(2)]
-    assert sizes == pytest.approx([40e6, 40e6], rel=0.05)
+    assert sizes == pytest.approx([40e6, 40e6], rel=0.1)
 
 
 @linux
