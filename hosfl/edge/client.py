@@ -26,12 +26,12 @@ from hosfl.protocol.messages import (
     Hello,
     Message,
     MessageError,
-    Multiplier,
     PoolMoves,
     Records,
     Scalars,
     Statistics,
     decode,
+    multiplier_of,
 )
 from hosfl.protocol.replica import Replica, digest
 from hosfl.protocol.terms import Run
@@ -137,13 +137,7 @@ class EdgeClient:
         return Scalars(client=self.number, round=self._round, epoch=self.epoch, scalars=scalars)
 
     def _multiplier(self, message: Message) -> NDArray[np.float32]:
-        if not isinstance(message, Multiplier):
-            raise MessageError(f"client {self.number} expects a multiplier, got {type(message).__name__}")
-        if (message.round, message.epoch, message.client) != (self._round, self.epoch, self.number):
-            raise MessageError(
-                f"client {self.number} is in round {self._round} of epoch {self.epoch}; this multiplier is for client"
-                f" {message.client} in round {message.round} of epoch {message.epoch}"
-            )
+        message = multiplier_of(message, self.number, self._round, self.epoch)
         multiplier = unpacked(message.multiplier, message.scales, self.wire)
         if multiplier.shape != self._cut.shape:
             raise MessageError(f"the cut is {self._cut.shape}, the multiplier {multiplier.shape}")

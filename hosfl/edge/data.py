@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from inspect import signature
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hosfl.named import named
 from hosfl.protocol.arrays import widened
 from hosfl.protocol.seeds import Purpose, drawn
 from hosfl.protocol.weights import read_weights
-from hosfl.tasks.reading import DataError, arrays_in
+from hosfl.tasks.reading import DataError, arrays_in, returned_by
 
 Arrays = NDArray[Any] | dict[str, NDArray[Any]]
 LABELS, MASK = ("labels", "label"), "attention_mask"
@@ -105,14 +103,7 @@ def read_samples(data: str) -> Samples:
         return samples_of((found["inputs"], found["labels"]) if set(found) == {"inputs", "labels"} else found, data)
     if ".py:" not in data:
         raise ValueError(f"a client without torch reads .npz, .safetensors or FILE.py:FUNCTION, got {data!r}")
-    made = named(data, "data", {})
-    try:
-        signature(made).bind()
-    except TypeError as error:
-        raise DataError(
-            f"{data} is no function without arguments ({error}): one that returns samples is needed"
-        ) from None
-    return samples_of(made(), data)
+    return samples_of(returned_by(data), data)
 
 
 def _numbers(value: Any, what: str) -> NDArray[Any]:

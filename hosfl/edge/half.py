@@ -168,8 +168,10 @@ class Half:
 def session_of(graph: Path, base: Path, moving: Sequence[str], values: Sequence[Any], threads: int) -> Any:
     """A session of a graph whose weights are those of a base file, but for those that move: OrtValues, which it reads
     wherever they are then. Raises HalfError."""
-    if (version := onnxruntime.__version__) and tuple(map(int, version.split(".")[:2])) < LEAST:
-        raise HalfError(f"onnxruntime {version} reads any file that a graph names: 1.24 or later is needed")
+    if tuple(map(int, onnxruntime.__version__.split(".")[:2])) < LEAST:
+        raise HalfError(
+            f"onnxruntime {onnxruntime.__version__} reads any file that a graph names: 1.24 or later is needed"
+        )
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # or it warns of every weight that is an input too
     # Of itself it takes all cores and binds to them, whatever OMP_NUM_THREADS says and the system lets it use.

@@ -16,7 +16,7 @@ from hosfl.edge.data import Batches, Samples, read_samples
 from hosfl.edge.gradient import GRADIENT, Gradient
 from hosfl.edge.half import BASE, Half, HalfError, graph_name
 from hosfl.engines.engine import JoinError, Line
-from hosfl.engines.joining import check_labels, fetched, read_offer, take_part
+from hosfl.engines.joining import check_cut, check_labels, fetched, read_offer, take_part
 from hosfl.protocol.arrays import Array
 from hosfl.protocol.endpoint import Endpoint
 from hosfl.protocol.log import Header, LogError, decode_header
@@ -181,9 +181,5 @@ def _try(half: Half, samples: Samples, cut: list[int], what: str) -> None:
         found = half(samples.inputs)
     except HalfError as error:
         raise DataError(f"{what}: {error}") from None
-    made, short = list(found.shape[1:]), samples.tokens is not None and found.shape[1:2] < tuple(cut[:1])
-    if made != cut and not (short and made[1:] == cut[1:]):
-        raise DataError(f"{what}: of these data the client half makes cuts of shape {made}, and the server takes {cut}")
-    if not np.isfinite(found).all():
-        raise DataError(f"{what}: of its first samples the client half makes infinite or NaN numbers")
+    check_cut(list(found.shape[1:]), bool(np.isfinite(found).all()), samples.tokens is not None, cut, what)
     half.check(samples.inputs)

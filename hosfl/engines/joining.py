@@ -96,6 +96,20 @@ def check_labels(labels: NDArray[Any], tokens: int | None, run: dict[str, Any], 
         raise DataError(f"{what}: its labels are from {least} to {most}, and the server takes 0 to {classes - 1}")
 
 
+def check_cut(made: list[int], finite: bool, texts: bool, cut: list[int], what: str) -> None:
+    """Raises DataError for cuts that the server would refuse in every round.
+
+    made: a sample's shape; cut: the one that the server takes, of texts the longest's. finite: whether its numbers are.
+    """
+    if made != cut and not (texts and made[:1] < cut[:1] and made[1:] == cut[1:]):
+        raise DataError(f"{what}: of these data the client half makes cuts of shape {made}, and the server takes {cut}")
+    if not finite:
+        raise DataError(
+            f"{what}: of its first samples the client half makes infinite or NaN numbers, and the server takes finite"
+            " ones: look for such numbers among the inputs"
+        )
+
+
 def fetched(line: Line, name: str, sha256: str, path: Path, needed: bool = False) -> bytes:
     """A file that the server offers: the one that was kept, or fetched, once. Raises JoinError for a damaged one.
 

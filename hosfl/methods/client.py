@@ -21,8 +21,8 @@ from hosfl.protocol.messages import (
     Hello,
     Message,
     MessageError,
-    Multiplier,
     Statistics,
+    multiplier_of,
 )
 from hosfl.protocol.replica import digest
 
@@ -166,13 +166,7 @@ class Client:
         raise NotImplementedError("a frozen client is sent no multipliers")
 
     def _multiplier(self, message: Message) -> Tensor:
-        if not isinstance(message, Multiplier):
-            raise MessageError(f"client {self.number} expects a multiplier, got {type(message).__name__}")
-        if (message.round, message.epoch, message.client) != (self._round, self.epoch, self.number):
-            raise MessageError(
-                f"client {self.number} is in round {self._round} of epoch {self.epoch}; this multiplier is for client"
-                f" {message.client} in round {message.round} of epoch {message.epoch}"
-            )
+        message = multiplier_of(message, self.number, self._round, self.epoch)
         cut, multiplier = self._cut, unpacked(message.multiplier, message.scales, self.wire)
         if self.wire != "float32":
             multiplier = multiplier.to(cut.dtype)

@@ -320,6 +320,18 @@ MESSAGES: dict[int, type[Message]] = {
 }
 
 
+def multiplier_of(message: Message, client: int, round: int, epoch: int) -> Multiplier:
+    """The message, if it is a client's multiplier for its cut of this round. Raises MessageError."""
+    if not isinstance(message, Multiplier):
+        raise MessageError(f"client {client} expects a multiplier, got {type(message).__name__}")
+    if (message.round, message.epoch, message.client) != (round, epoch, client):
+        raise MessageError(
+            f"client {client} is in round {round} of epoch {epoch}; this multiplier is for client"
+            f" {message.client} in round {message.round} of epoch {message.epoch}"
+        )
+    return message
+
+
 def text_array(text: str) -> Array:
     """A reason as it travels: uint8 [n], the first LONGEST_TEXT bytes of its UTF-8."""
     return np.frombuffer(text.encode()[:LONGEST_TEXT], np.uint8)

@@ -13,7 +13,6 @@ import socket
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from hosfl.engines.engine import JoinError, Line
-from hosfl.engines.joining import check_labels, fetched, read_offer, take_part
+from hosfl.engines.joining import check_cut, check_labels, fetched, read_offer, take_part
 from hosfl.halves.inputs import Inputs, call, evaluating, mask_of
 from hosfl.halves.split import dtype_of
 from hosfl.methods import METHODS, calibration, method_of
@@ -42,7 +41,7 @@ from hosfl.runs.serve import LOCAL
 from hosfl.tasks import READERS, TASKS, make_task
 from hosfl.tasks.data import Dataset
 from hosfl.tasks.items import Items, labels_beside, read, samples_of
-from hosfl.tasks.reading import DataError, arrays_in
+from hosfl.tasks.reading import DataError, arrays_in, returned_by
 
 OWN = {"task": (TASKS, "FUNCTION"), "method": (METHODS, "CLASS")}  # what of a run may be in a file: FILE.py:NAME
 
@@ -92,14 +91,7 @@ def own_data(data: str, config: Config, longest: int) -> Dataset | Items | None:
     if data.endswith((".npz", ".safetensors")):
         return _of_arrays(arrays_in(data, lambda file: load(file.read_bytes())), data)
     if ".py:" in data:
-        made = named(data, "data", {})
-        try:
-            signature(made).bind()
-        except TypeError as error:
-            raise DataError(
-                f"{data} is no function without arguments ({error}): one that returns samples is needed"
-            ) from None
-        return samples_of(made(), data)
+        return samples_of(returned_by(data), data)
     if config.task in READERS:
         found: Dataset = named(READERS[config.task], "data", {})(config, Path(data), longest)
         return found
@@ -201,14 +193,7 @@ def _try(half: nn.Module, sample: Inputs, cut: list[int], what: str) -> None:
             made, finite = list(found.shape[1:]), bool(found.isfinite().all())
     except Exception as error:  # of whatever kind: the data may be anything
         raise DataError(f"{what}: the client half does not take these data: {error}") from None
-    texts = isinstance(sample, Mapping) and "attention_mask" in sample
-    if made != cut and not (texts and made[:1] < cut[:1] and made[1:] == cut[1:]):
-        raise DataError(f"{what}: of these data the client half makes cuts of shape {made}, and the server takes {cut}")
-    if not finite:
-        raise DataError(
-            f"{what}: of its first samples the client half makes infinite or NaN numbers, and the server takes finite"
-            " ones: look for such numbers among the inputs"
-        )
+    check_cut(made, finite, mask_of(sample) is not None, cut, what)
 
 
 def _check_labels(data: Dataset | Items, run: dict[str, Any], what: str) -> None:

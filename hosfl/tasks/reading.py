@@ -17,6 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, TypeVar
 from zipfile import ZipFile
@@ -25,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hosfl.extras import needed
+from hosfl.named import named
 
 T = TypeVar("T")
 Row = dict[str, Any]  # the fields of a sample by name
@@ -509,3 +511,15 @@ def arrays_in(path: str, load: Callable[[Path], dict[str, Any]]) -> dict[str, An
         if isinstance(error, OSError) and error.filename:  # it is not there, or may not be read
             raise
         raise DataError(f"{path} is damaged, or holds no arrays of numbers ({error}): save it again") from None
+
+
+def returned_by(data: str) -> Any:
+    """What the function of FILE.py:FUNCTION returns. Raises DataError for one that needs arguments, and ValueError."""
+    made = named(data, "data", {})
+    try:
+        signature(made).bind()
+    except TypeError as error:
+        raise DataError(
+            f"{data} is no function without arguments ({error}): one that returns samples is needed"
+        ) from None
+    return made()
