@@ -142,11 +142,7 @@ void replay(const Memory& tensors, const std::vector<uint64_t>& seeds,
   const bool stochastic = !rounding_seeds.empty();
   py::gil_scoped_release unlocked;
   in_parallel(segments, int64_t(records.size()), threads, [&](const Segment& segment) {
-    if (records.size() == 1) {
-      chosen->perturb(segment, records[0], stochastic);
-    } else {
-      chosen->replay(segment, records.data(), int64_t(records.size()), stochastic);
-    }
+    chosen->replay(segment, records.data(), int64_t(records.size()), stochastic);
   });
 }
 

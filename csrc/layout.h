@@ -12,7 +12,8 @@ namespace {
 
 // The four words of some columns of one block.
 struct BlockWords {
-  alignas(64) uint32_t word[4][COLS];
+  // The rows of words do not lie 4 KB apart, where those of some records would push each other out of the cache.
+  alignas(64) uint32_t word[4][COLS + 16];
 
   void fill(uint64_t seed, uint64_t block, uint32_t stream, uint32_t tag, int64_t col, int64_t count) {
     philox_columns(seed, block, stream, tag, col, count, word[0], word[1], word[2], word[3]);
@@ -55,11 +56,12 @@ void each_row(const Run& run, Body body) {
   }
 }
 
-// The 16 rounding bits of one row of a segment at a time; words are made when a row enters a new block of 8.
+// The 16 rounding bits of one row of a segment at a time; words are made when a row enters a new block of 8,
+// or when the seed is another.
 struct RoundingBits {
   BlockWords words;
-  uint64_t block = ~uint64_t(0);
-  int64_t col, count;  // the columns that the segment touches
+  uint64_t block = ~uint64_t(0), of = 0;  // the seed
+  int64_t col, count;                     // the columns that the segment touches
 
   explicit RoundingBits(const Segment& segment) : col(int64_t(segment.start % COLS)), count(segment.n) {
     if (col + count > COLS) col = 0, count = COLS;
@@ -73,9 +75,9 @@ struct RoundingBits {
   // `i` is an element of the row that is wanted.
   Row row(uint64_t i, uint64_t seed, uint32_t stream) {
     const uint64_t wanted = i / (ROUNDING_ROWS * COLS) * COLS;
-    if (wanted != block) {
+    if (wanted != block || seed != of) {
       words.fill(seed, wanted, stream, TAG_ROUNDING, col, count);
-      block = wanted;
+      block = wanted, of = seed;
     }
     const int r = int(i / COLS % ROUNDING_ROWS);
     return {words.word[r / 2], 16 * (r % 2)};

@@ -3,7 +3,8 @@
 // rows of a tile are 4 KB apart, where they would push each other out of the cache.
 #pragma once
 
-#include "perturb.h"
+#include "layout.h"
+#include "rounding.h"
 
 namespace hosfl {
 namespace HOSFL_ISA {
@@ -92,40 +93,6 @@ struct TileRows {
     });
   }
 };
-
-// y[i] += s[r] * z_r[i] for the rows `row` and `row` + 1, one record after another, or the same from y[i] = 0 on;
-// `word` holds the records' words of that pair. Written with vectors so that the sums stay in registers: plain loops
-// store every sum (0.056 instead of 0.040 ns per element and record).
-HOSFL_INLINE void add_signs_to_pair(bool from_zero, float (*y)[TILE], const float* s, const uint32_t (*word)[TILE],
-                                    int64_t count, int64_t row) {
-  const int shift = int(30 - row % 32);  // brings the second row's bit to the top; the first row's is one further
-  for (int64_t col = 0; col < TILE; col += GROUP) {
-    F32 first[SIDE_BY_SIDE], second[SIDE_BY_SIDE];
-#pragma GCC unroll 4
-    for (int j = 0; j < SIDE_BY_SIDE; ++j) {
-      first[j] = second[j] = F32{};
-      if (from_zero) continue;
-      memcpy(&first[j], y[0] + col + j * LANES, sizeof(F32));
-      memcpy(&second[j], y[1] + col + j * LANES, sizeof(F32));
-    }
-    for (int64_t r = 0; r < count; ++r) {
-      const F32 plus = s[r] - F32{}, minus = -plus;
-#pragma GCC unroll 4
-      for (int j = 0; j < SIDE_BY_SIDE; ++j) {
-        U32 bits;
-        memcpy(&bits, word[r] + col + j * LANES, sizeof bits);
-        bits <<= shift;
-        first[j] += (I32)(bits + bits) < 0 ? minus : plus;
-        second[j] += (I32)bits < 0 ? minus : plus;
-      }
-    }
-#pragma GCC unroll 4
-    for (int j = 0; j < SIDE_BY_SIDE; ++j) {
-      memcpy(y[0] + col + j * LANES, &first[j], sizeof(F32));
-      memcpy(y[1] + col + j * LANES, &second[j], sizeof(F32));
-    }
-  }
-}
 
 // The normal numbers of one record for a tile of four rows.
 struct TileNormals {

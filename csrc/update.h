@@ -8,6 +8,40 @@ namespace hosfl {
 namespace HOSFL_ISA {
 namespace {
 
+// y[i] += s[r] * z_r[i] for the rows `row` and `row` + 1, one record after another, or the same from y[i] = 0 on;
+// `word` holds the records' words of that pair. Written with vectors so that the sums stay in registers: plain loops
+// store every sum (0.056 instead of 0.040 ns per element and record).
+HOSFL_INLINE void add_signs_to_pair(bool from_zero, float (*y)[TILE], const float* s, const uint32_t (*word)[TILE],
+                                    int64_t count, int64_t row) {
+  const int shift = int(30 - row % 32);  // brings the second row's bit to the top; the first row's is one further
+  for (int64_t col = 0; col < TILE; col += GROUP) {
+    F32 first[SIDE_BY_SIDE], second[SIDE_BY_SIDE];
+#pragma GCC unroll 4
+    for (int j = 0; j < SIDE_BY_SIDE; ++j) {
+      first[j] = second[j] = F32{};
+      if (from_zero) continue;
+      memcpy(&first[j], y[0] + col + j * LANES, sizeof(F32));
+      memcpy(&second[j], y[1] + col + j * LANES, sizeof(F32));
+    }
+    for (int64_t r = 0; r < count; ++r) {
+      const F32 plus = s[r] - F32{}, minus = -plus;
+#pragma GCC unroll 4
+      for (int j = 0; j < SIDE_BY_SIDE; ++j) {
+        U32 bits;
+        memcpy(&bits, word[r] + col + j * LANES, sizeof bits);
+        bits <<= shift;
+        first[j] += (I32)(bits + bits) < 0 ? minus : plus;
+        second[j] += (I32)bits < 0 ? minus : plus;
+      }
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < SIDE_BY_SIDE; ++j) {
+      memcpy(y[0] + col + j * LANES, &first[j], sizeof(F32));
+      memcpy(y[1] + col + j * LANES, &second[j], sizeof(F32));
+    }
+  }
+}
+
 // One round's step of one row, given the sum g over its directions. Products and sums in the order of spec.py.
 template <typename Storage, Rounding R, Rule RULE>
 HOSFL_INLINE void step_row(float* __restrict x, float* __restrict m, float* __restrict v, const float* __restrict g,
