@@ -12,6 +12,7 @@ from hosfl.edge.export import ExportError
 from hosfl.edge.gradient import GRADIENT, Gradient
 from hosfl.edge.half import HalfError
 from hosfl.halves.inputs import call
+from hosfl.halves.narrow import narrowed
 from hosfl.halves.trains import moving_only
 from hosfl.runs.checkpoint import save_module
 from hosfl_kernels import replay_
@@ -65,6 +66,9 @@ HALVES = {
     "bert": bert,
     "bert, lora": lambda: bert("lora:1"),
     "llama": llama,
+    "bert, lora, int8": lambda: (narrowed(bert("lora:1")[0], "int8"), TEXT),
+    "bert, lora, int4": lambda: (narrowed(bert("lora:1")[0], "int4"), TEXT),
+    "bert, lora, bfloat16": lambda: (narrowed(bert("lora:1")[0], "bfloat16"), TEXT),
 }
 
 

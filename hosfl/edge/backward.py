@@ -44,6 +44,7 @@ from hosfl.edge.gradient import BETWEEN, GRADIENT, MULTIPLIER, OF, Gradient
 from hosfl.edge.half import BASE, HalfError
 from hosfl.halves.blocks import at_entry
 from hosfl.halves.inputs import Inputs, call, evaluating, unchanged
+from hosfl.halves.narrow import in_their_dtype
 from hosfl.protocol.weights import as_file
 
 NOTHING = 1e-3  # of the largest gradient: smaller ones may be rounding alone, such as that of a key's bias
@@ -67,7 +68,7 @@ def exported_gradient(half: nn.Module, sample: Inputs, entry: str = "", most: tu
         any_length = takes(half, given_as(sample, resized(named, ROWS, shorter=True)))
         model = _graph(half, sample, named, any_length, [entry] if entry else [])
         base = as_file(half.state_dict())
-        graph = _gradients(model, without_weights(model, half, base), bool(entry))
+        graph = _gradients(model, *without_weights(model, half, base), bool(entry))
         _compare(half, sample, tried(half, sample, named, any_length, most), entry, graph, base)
     return graph
 
@@ -104,7 +105,7 @@ def _graph(
     of_cut = {0: auto, **({1: auto} if any_length and any(map(is_text, inputs.values())) else {})}
     product = _Product(unchecked(half), list(inputs) if isinstance(sample, Mapping) else None, entries)
     # Attention as products and a softmax, whose derivatives are such too.
-    with exporting(half), quiet(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _read_alone(half, sample):
+    with exporting(half), quiet(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _read_alone(half, sample), in_their_dtype(half):
         given = (torch.ones_like(cut), *inputs.values())
         both = _export_forward_backward(torch.export.export(product, given, dynamic_shapes=((of_cut, *sizes),)))
         outputs = both.graph_signature.output_specs
@@ -125,7 +126,7 @@ def _graph(
     return program.model
 
 
-def _gradients(model: Any, moving: Mapping[str, Any], begins: bool) -> bytes:
+def _gradients(model: Any, moving: Mapping[str, Any], narrow: Mapping[str, Any], begins: bool) -> bytes:
     """The model from its inputs, or from the block's where it begins with one, to the gradients."""
     from onnxscript import ir
 
@@ -140,7 +141,7 @@ def _gradients(model: Any, moving: Mapping[str, Any], begins: bool) -> bytes:
     for name, value in moving.items():
         if name not in piece.initializers:
             register_unread(piece, value)
-    return serialized(model, piece, moving)
+    return serialized(model, piece, {*moving, *narrow})
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import pairwise
@@ -25,6 +25,7 @@ from hosfl.halves.blocks import at_entry
 from hosfl.halves.chain import CutError
 from hosfl.halves.families import ClientHalf, copied
 from hosfl.halves.inputs import Inputs, call, evaluating, mask_of, unchanged
+from hosfl.halves.narrow import in_their_dtype, narrow_names
 from hosfl.protocol.weights import as_file
 
 ROWS = 3  # samples that a graph is made of: a batch of one would be taken for a size that never changes
@@ -67,18 +68,12 @@ def exported(
         takes_lengths = takes(half, given_as(sample, resized(named, ROWS, shorter=True)))
         model = _graph(half, sample, named, takes_lengths, [entry for entry in entries if entry])
         base = as_file(half.state_dict())
-        pieces = _pieces(model, without_weights(model, half, base))
+        pieces = _pieces(model, *without_weights(model, half, base))
         _compare(half, sample, tried(half, sample, named, takes_lengths, most), pieces, base)
     return pieces
 
 
 def check_half(half: nn.Module) -> None:
-    for path, module in half.named_modules():
-        if "narrow" in vars(module):
-            raise ExportError(
-                f"{path or 'the client half'} stores its weights narrow, and only torch unpacks them: export a half of "
-                "frozen='float32'"
-            )
     for name, tensor in (*half.named_parameters(), *half.named_buffers()):
         if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype != torch.float32):
             raise ExportError(
@@ -198,7 +193,7 @@ def _graph(
     inputs = resized(named, ROWS, shorter=any_length)
     sizes = tuple({0: "batch", **({1: "tokens"} if any_length and is_text(x) else {})} for x in inputs.values())
     client = Positional(unchecked(half), list(inputs) if isinstance(sample, Mapping) else None, entries)
-    with exporting(half), quiet():
+    with exporting(half), quiet(), in_their_dtype(half):
         program = torch.onnx.export(
             client,
             tuple(inputs.values()),
@@ -259,8 +254,9 @@ def quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def without_weights(model: Any, half: nn.Module, base: bytes) -> dict[str, Any]:
-    """Lets the model's weights lie in a base file. Returns those that require grad, by their names in the graph."""
+def without_weights(model: Any, half: nn.Module, base: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Lets the model's weights lie in a base file. Returns those that require grad and those that are stored narrow, by
+    their names in the graph."""
     from onnxscript import ir
 
     end = 8 + int.from_bytes(base[:8], "little")
@@ -269,7 +265,7 @@ def without_weights(model: Any, half: nn.Module, base: bytes) -> dict[str, Any]:
     state = half.state_dict(keep_vars=True)
     for name, tensor in state.items():
         names.setdefault(id(tensor), []).append(name)
-    weights, moving = [], dict[str, Any]()
+    weights, moving, narrow, stored = [], dict[str, Any](), dict[str, Any](), set(narrow_names(half))
     for first, *others in names.values():  # of a tied weight's names a log has the first as well
         tensor = state[first]
         found = [graph.initializers.pop(PREFIX + name, None) for name in (first, *others)]
@@ -288,6 +284,8 @@ def without_weights(model: Any, half: nn.Module, base: bytes) -> dict[str, Any]:
         weights.append(value)
         if tensor.requires_grad:
             moving[value.name] = value
+        elif first in stored:
+            narrow[value.name] = value
     constants = {value.name: value.const_value.nbytes for value in graph.initializers.values()}
     if (size := sum(constants.values())) > CONSTANTS:
         largest = max(constants, key=lambda name: constants[name])
@@ -307,10 +305,10 @@ def without_weights(model: Any, half: nn.Module, base: bytes) -> dict[str, Any]:
         for output in node.outputs:
             output.metadata_props.clear()
     model.metadata_props[LAYOUT] = hashlib.sha256(base[:end]).hexdigest()
-    return moving
+    return moving, narrow
 
 
-def _pieces(model: Any, moving: Mapping[str, Any]) -> list[bytes]:
+def _pieces(model: Any, moving: Mapping[str, Any], narrow: Mapping[str, Any]) -> list[bytes]:
     """The model from its inputs to the first entry, from there to the next, and so on to the cut.
 
     Each has its weights, of which those that move are inputs as well; the first has those that nothing reads, too.
@@ -329,7 +327,7 @@ def _pieces(model: Any, moving: Mapping[str, Any]) -> list[bytes]:
     for name, value in moving.items():
         if not any(name in piece.initializers for piece in found):
             register_unread(found[0], value)
-    return [serialized(model, piece, moving) for piece in found]
+    return [serialized(model, piece, {*moving, *narrow}) for piece in found]
 
 
 def leave_out_unread(piece: Any) -> None:
@@ -347,15 +345,19 @@ def register_unread(piece: Any, weight: Any) -> None:
     piece.register_initializer(copy)
 
 
-def serialized(model: Any, piece: Any, moving: Mapping[str, Any]) -> bytes:
-    """A part of the model's graph as a model; its weights that move are inputs as well."""
+def serialized(model: Any, piece: Any, open_: Collection[str]) -> bytes:
+    """A part of the model's graph as a model; its weights of these names are inputs as well.
+
+    They are those that move, and those that are stored narrow: of constants a runtime makes wide ones once, and keeps
+    them.
+    """
     from onnxscript import ir
 
     weights = sorted(piece.initializers.values(), key=lambda value: str(value.name))
     piece.initializers.clear()  # they were in any order
     for value in weights:
         piece.register_initializer(value)
-    piece.inputs.extend(value for value in weights if value.name in moving)
+    piece.inputs.extend(value for value in weights if value.name in open_)
     model.graph = piece
     data: bytes = ir.to_proto(model).SerializeToString(deterministic=True)
     return data

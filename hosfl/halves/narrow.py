@@ -63,6 +63,33 @@ def narrowed(half: nn.Module, frozen: str) -> nn.Module:
     return half
 
 
+def narrow_names(half: nn.Module) -> list[str]:
+    """The weights of a half that are stored narrow, by their names in its state dict; of tied ones all names."""
+    modules = half.named_modules(remove_duplicate=False)
+    return [f"{path}.{name}" if path else name for path, m in modules for name in vars(m).get("narrow", ())]
+
+
+@contextmanager
+def in_their_dtype(half: nn.Module) -> Iterator[None]:
+    """Narrow weights that are bfloat16 have that dtype in the block, and not their bits in integers: an exporter of
+    graphs knows no operator that takes the one for the other."""
+    held = [
+        (module._parameters, name, module._parameters[name])
+        for module in half.modules()
+        for name, (_, bits) in vars(module).get("narrow", {}).items()
+        if bits == 16
+    ]
+    seen: dict[int, nn.Parameter] = {}
+    try:
+        for parameters, name, stored in held:
+            floats = seen.setdefault(id(stored), nn.Parameter(stored.view(torch.bfloat16), requires_grad=False))
+            parameters[name] = floats
+        yield
+    finally:
+        for parameters, name, stored in held:
+            parameters[name] = stored
+
+
 def _narrows(module: nn.Module, parameter: nn.Parameter) -> bool:
     kept = isinstance(module, (nn.RNNBase, torch.jit.ScriptModule)) or "norm" in type(module).__name__.lower()
     writes = getattr(module, "max_norm", None) is not None
@@ -93,11 +120,25 @@ def _store(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 def _wide(stored: Tensor, scale: Tensor, bits: int) -> Tensor:
     """[..., groups, bytes or numbers], [..., groups, 1] -> scale * q, [..., groups * numbers of a group]."""
     if bits == 16:
-        return stored.view(torch.bfloat16).to(scale.dtype).flatten(-2)
+        floats = stored if stored.is_floating_point() else stored.view(torch.bfloat16)
+        return floats.to(scale.dtype).flatten(-2)
     if bits == 8:
         return stored.to(scale.dtype).mul_(scale).flatten(-2)
-    parts = [(stored >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
+    if torch.compiler.is_exporting():
+        parts = _parts_by_floats(stored.to(scale.dtype), bits)
+    else:
+        parts = [(stored >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
     return torch.stack(parts, -1).flatten(-2).to(scale.dtype).sub_(2 ** (bits - 1)).mul_(scale).flatten(-2)
+
+
+def _parts_by_floats(bytes_: Tensor, bits: int) -> list[Tensor]:
+    """The numbers of each byte without a shift, which torch's exporter to ONNX writes with types that do not fit."""
+    parts = []
+    for _ in range(0, 8, bits):
+        rest = (bytes_ / 2**bits).floor()
+        parts.append(bytes_ - rest * 2**bits)
+        bytes_ = rest
+    return parts
 
 
 def _read(name: str, module: Any) -> Tensor:
