@@ -31,7 +31,14 @@ BACKWARD = {"estimator": "backward", "microbatch": 2, "directions": 128}
 WAYS: dict[str, dict[str, Any]] = {
     "all of the half, five probes": {"trains": "all", "directions": 5},
     "16 numbers a layer, five probes": {"trains": "xs:4", "directions": 5},
+    "16 numbers a layer, five probes, the rest int8": {"trains": "xs:4", "directions": 5, "frozen": "int8"},
+    "16 numbers a layer, five probes, the rest int4": {"trains": "xs:4", "directions": 5, "frozen": "int4"},
     "16 numbers a layer, backward, two samples at a time": {"trains": "xs:4", **BACKWARD},
+    "16 numbers a layer, backward, two samples at a time, the rest int8": {
+        "trains": "xs:4",
+        **BACKWARD,
+        "frozen": "int8",
+    },
 }
 ROUNDS = 9  # of which the first warms up
 RUNTIMES = {"torch": "torch,nats", "onnx": "edge"}  # and the extras that their clients install
