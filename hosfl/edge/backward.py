@@ -105,7 +105,14 @@ def _graph(
     of_cut = {0: auto, **({1: auto} if any_length and any(map(is_text, inputs.values())) else {})}
     product = _Product(unchecked(half), list(inputs) if isinstance(sample, Mapping) else None, entries)
     # Attention as products and a softmax, whose derivatives are such too.
-    with exporting(half), quiet(), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _read_alone(half, sample), in_their_dtype(half):
+    with (
+        exporting(half),
+        quiet(),
+        torch.enable_grad(),
+        sdpa_kernel(SDPBackend.MATH),
+        _read_alone(half, sample),
+        in_their_dtype(half),
+    ):
         given = (torch.ones_like(cut), *inputs.values())
         both = _export_forward_backward(torch.export.export(product, given, dynamic_shapes=((of_cut, *sizes),)))
         outputs = both.graph_signature.output_specs

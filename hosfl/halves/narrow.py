@@ -73,17 +73,15 @@ def narrow_names(half: nn.Module) -> list[str]:
 def in_their_dtype(half: nn.Module) -> Iterator[None]:
     """Narrow weights that are bfloat16 have that dtype in the block, and not their bits in integers: an exporter of
     graphs knows no operator that takes the one for the other."""
-    held = [
-        (module._parameters, name, module._parameters[name])
-        for module in half.modules()
-        for name, (_, bits) in vars(module).get("narrow", {}).items()
-        if bits == 16
-    ]
-    seen: dict[int, nn.Parameter] = {}
+    held: list[tuple[dict[str, Any], str, nn.Parameter]] = []
+    for module in half.modules():
+        parameters: dict[str, Any] = module._parameters
+        narrow = vars(module).get("narrow", {})
+        held += [(parameters, name, parameters[name]) for name, (_, bits) in narrow.items() if bits == 16]
+    floats = {id(p): nn.Parameter(p.view(torch.bfloat16), requires_grad=False) for *_, p in held}  # tied ones stay tied
     try:
         for parameters, name, stored in held:
-            floats = seen.setdefault(id(stored), nn.Parameter(stored.view(torch.bfloat16), requires_grad=False))
-            parameters[name] = floats
+            parameters[name] = floats[id(stored)]
         yield
     finally:
         for parameters, name, stored in held:
