@@ -500,6 +500,7 @@ REFUSED = {
     "statistics": (lambda files: other_settings(files, calibrate=2), "cannot estimate running statistics"),
     "a setting of tomorrow": (lambda files: other_settings(files, tomorrow=1), "update hosfl"),
     "a setting of another type": (lambda files: other_settings(files, batch="many"), "do not work here"),
+    "settings that are not its header's": (lambda files: other_settings(files, batch=4), "batch was 8, is 4"),
     "another log": (lambda files: changed(files, log="0" * 64), "another than that of its log"),
     "no header": (lambda files: sealed(files, header=b"HSFL"), "header is none"),
     "a header and more": (lambda files: sealed(files, header=files["header"] + b"\0"), "another than that of its log"),
