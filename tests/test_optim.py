@@ -37,7 +37,8 @@ from hosfl.protocol.log import LogError
 from hosfl.protocol.seeds import Purpose, direction_seeds, round_seed
 from hosfl_kernels import derive, spec
 
-EXAMPLES = sorted(p for p in (Path(__file__).parent.parent / "examples").glob("*.py") if p.stem != "signs")  # a method
+OTHERS = ("signs", "texts")  # a method, and a client's data
+EXAMPLES = sorted(p for p in (Path(__file__).parent.parent / "examples").glob("*.py") if p.stem not in OTHERS)
 
 # name -> (class, learning rate, settings, dtype, whether the optimizer is given the model)
 CASES = {
