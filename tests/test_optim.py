@@ -228,7 +228,7 @@ def test_no_memory_for_the_moments_of_a_later_group_leaves_no_trace(monkeypatch)
         return optim_log.zeros(parameter)
 
     with monkeypatch.context() as patch:
-        patch.setattr(optim, "zeros", allocate)
+        patch.setattr(optim.update, "zeros", allocate)
         with pytest.raises(torch.OutOfMemoryError):
             run.go(1)
     assert same(run.weights, list(run.base.parameters()))
@@ -921,7 +921,7 @@ def test_weights_written_between_steps_are_put_on_the_lattice_again(tmp_path):
 
 
 def test_ctrl_c_in_the_middle_of_a_move(monkeypatch):
-    replay = optim.replay_
+    replay = optim.moved.replay_
     for fatal in range(3):
         run, undisturbed = Run().go(2), Run().go(3)
         before, moves = run.weights, 0
@@ -934,7 +934,7 @@ def test_ctrl_c_in_the_middle_of_a_move(monkeypatch):
             moves += 1
 
         with monkeypatch.context() as patch:
-            patch.setattr(optim, "replay_", interrupted)
+            patch.setattr(optim.moved, "replay_", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 run.go(1, first=2)
         # The last move is the step itself: it is taken or not, never half.
@@ -1261,6 +1261,23 @@ def test_a_copy_goes_on_to_the_same_bits(case, copied, tmp_path):
     before = other.weights
     run.go(1, first=6)
     assert same(other.weights, before)
+
+
+def test_pickles_name_classes_where_earlier_versions_look_for_them():
+    run = Run("normalized").go(1)
+    run.optimizer.measure(run.loss)
+    names = set()
+
+    class Names(pickle.Unpickler):
+        def find_class(self, module, name):
+            names.add((module, name))
+            return super().find_class(module, name)
+
+    Names(io.BytesIO(pickle.dumps(run.optimizer))).load()
+    of_log = {("hosfl.optim.log", name) for name in ("RunLog", "Terms", "_Chapter")}
+    here = {("hosfl.optim", name) for name in ("ZONormalizedSGD", "_Measurement")}
+    assert {pair for pair in names if pair[0].startswith("hosfl")} == of_log | here
+    assert ZOSGD.__module__ == "hosfl.optim"
 
 
 def test_a_copy_of_the_optimizer_alone_holds_copies_of_what_it_moves():
