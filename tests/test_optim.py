@@ -920,6 +920,27 @@ def test_weights_written_between_steps_are_put_on_the_lattice_again(tmp_path):
         rebuild(run.base, tmp_path / "log")
 
 
+@pytest.mark.parametrize("how", ["fails", "is only measured"])
+def test_weights_that_a_step_put_on_a_lattice_before_it_was_not_taken_are_rebuilt(how, tmp_path):
+    run = Run()
+    run.model[2].requires_grad_(False)
+    run.go(2)
+    run.model[2].requires_grad_(True)
+    before = run.weights
+    if how == "fails":
+        with pytest.raises(FloatingPointError, match="NaN"):
+            run.optimizer.step(lambda: float("nan"))
+    else:
+        run.optimizer.measure(run.loss)
+    assert not same(run.weights, before)
+    for steps in (0, 2):  # and the run goes on as it would have without saving
+        run.go(steps, first=2)
+        run.optimizer.log.save(tmp_path / "log")
+        rebuilt = copy.deepcopy(run.base)
+        rebuild(rebuilt, tmp_path / "log")
+        assert same(list(rebuilt.parameters()), run.weights)
+
+
 def test_ctrl_c_in_the_middle_of_a_move(monkeypatch):
     replay = optim.moved.replay_
     for fatal in range(3):
