@@ -764,6 +764,18 @@ def _rest(model):
     return [{"params": model[2].parameters()}]
 
 
+@pytest.mark.parametrize("kind", [np.int64, np.uint64])
+def test_a_seed_may_be_an_integer_of_numpy_s(kind, tmp_path):
+    run, other = Run(seed=kind(7)).go(2), Run(seed=7).go(2)
+    assert same(run.weights, other.weights)
+    assert repr(run.optimizer) == repr(other.optimizer)
+    run.optimizer.log.save(tmp_path / "log")
+    rebuild(run.base, tmp_path / "log")
+    assert same(list(run.base.parameters()), run.weights)
+    torch.save(run.optimizer.state_dict(), tmp_path / "state")
+    assert torch.load(tmp_path / "state", weights_only=True)["param_groups"][0]["run"]["seed"] == 7
+
+
 def test_a_seed_that_is_not_given_is_drawn_from_torch_s_generator(tmp_path):
     def made(seed):
         torch.manual_seed(seed)

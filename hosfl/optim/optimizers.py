@@ -108,8 +108,9 @@ class ZOSGD(torch.optim.Optimizer):
         if dist not in ("rademacher", "gaussian"):
             raise ValueError(f"dist must be rademacher or gaussian, got {dist!r}")
         self._drawn, self._agreed = seed is None, False  # and whether all processes have the same
-        self.seed: int = int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if seed is None else seed
-        derive(self.seed, 0, 0)
+        seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if seed is None else seed
+        derive(seed, 0, 0)  # raises what is wrong with it
+        self.seed = int(seed)  # numpy's integers are no JSON, which logs are of
         self.directions, self.pool = directions, pool
         self.two_sided, self.dist = bool(two_sided), dist
         self.model, self.process_group = model, process_group
