@@ -12,8 +12,6 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 import from_code  # noqa: E402
 
-from hosfl import optim  # noqa: E402
-
 project, author = "hosfl", "the hosfl authors"
 copyright = "the hosfl authors"
 version = release = version_of("hosfl")
@@ -88,12 +86,6 @@ def no_faults(app):
         raise ExtensionError("; ".join(found))
 
 
-def source_of_optimizers(app):
-    """They say `hosfl.optim`, as pickles name them; Sphinx takes the order of members from where they are written."""
-    for optimizer in (optim.ZOSGD, optim.ZONormalizedSGD):
-        optimizer.__module__ = optimizer.__init__.__module__
-
-
 def nothing_from_elsewhere(app, error):
     """A page must read the same without a network: links lead out, but nothing is loaded."""
     load = re.compile(
@@ -108,7 +100,6 @@ def nothing_from_elsewhere(app, error):
 
 def setup(app):
     app.connect("builder-inited", no_faults)
-    app.connect("builder-inited", source_of_optimizers)
     app.connect("source-read", elsewhere)
     app.connect("autodoc-process-docstring", docstring)
     app.connect("missing-reference", public_name)

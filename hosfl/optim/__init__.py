@@ -54,7 +54,6 @@ such log.
 """
 
 from hosfl.optim.log import RunLog, rebuild
-from hosfl.optim.measurement import Measurement as _Measurement  # noqa: F401 (pickles name it here)
 from hosfl.optim.optimizers import ZOSGD, ZONormalizedSGD
 
 __all__ = ["ZOSGD", "RunLog", "ZONormalizedSGD", "rebuild"]

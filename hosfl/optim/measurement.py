@@ -28,9 +28,6 @@ WATCHED_STEPS = 10  # whose losses are looked at for differences that are all 0
 class Measurement:
     """What a step needs to know, from when it was measured: v_p, by the numbers of the parameters that moved alike."""
 
-    # Pickles of an optimizer that was measured and has not stepped have it by this name.
-    __module__, __qualname__ = "hosfl.optim", "_Measurement"
-
     loss: Tensor
     derivatives: dict[tuple[int, ...], list[float]]
 

@@ -78,8 +78,6 @@ class ZOSGD(torch.optim.Optimizer):
     Raises: ValueError, TypeError.
     """
 
-    __module__ = "hosfl.optim"  # where it is imported from, and looked for by pickles
-
     # What a parameter group may set, and what a state keeps beside torch's groups.
     settable: ClassVar[tuple[str, ...]] = ("lr", "mu", "momentum", "weight_decay")
     kept: ClassVar[tuple[str, ...]] = ("seed", "steps", "directions", "pool", "two_sided", "dist")
@@ -427,8 +425,6 @@ class ZONormalizedSGD(ZOSGD):
             step alone.
         Everything else as in `ZOSGD`.
     """
-
-    __module__ = "hosfl.optim"
 
     settable = (*ZOSGD.settable, "decay")
 
