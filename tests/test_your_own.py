@@ -216,10 +216,10 @@ def test_a_server_that_goes_on_knows_whether_it_has_learnt(tmp_path):
 
 @pytest.mark.learning
 def test_a_stranger_s_client_half_learns(file, seed, below):
-    """Better than the control that never learns, on the same data."""
-    shared = {"task": f"{file}:make", "rounds": 60, "clients": 4, "seed": seed, "schedule": "constant"}
-    losses = {m: train(Config(method=m, **shared)).loss for m in ("ho", "frozen")}
-    below(losses["ho"] / losses["frozen"], 1)
+    """Better than the control that never learns, on the same data: two random features are not enough for them."""
+    shared = {"task": f"{file}:make", "options": {"hidden": 2}, "rounds": 60, "clients": 4, "schedule": "constant"}
+    learnt = train(Config(method="ho", client_rate=0.03, seed=seed, **shared)).loss
+    below(learnt / train(Config(method="frozen", seed=seed, **shared)).loss, 0.5)
 
 
 def test_options_differ_and_are_in_the_provenance(file, tmp_path):

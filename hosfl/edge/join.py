@@ -23,7 +23,7 @@ from hosfl.protocol.log import Header, LogError, decode_header
 from hosfl.protocol.provenance import header_digest
 from hosfl.protocol.rebuild import base_digest
 from hosfl.protocol.terms import Run, run_of
-from hosfl.settings import Settings
+from hosfl.settings import Settings, decisive, differences
 from hosfl.tasks.reading import DataError
 
 HEADER = "header"  # of the run's log: the bytes of a log without records
@@ -68,6 +68,9 @@ def client_of(
     check_labels(samples.labels, samples.tokens, run, data)
     fetch("base", run["base"], folder / BASE)
     terms, header = _terms(fetch(HEADER, run["edge"]["header"], folder / HEADER), run["log"], settings)
+    theirs = {name: value for name, value in header.settings.items() if name in told}  # not where the server computes
+    if apart := differences(theirs, decisive(told)):
+        raise JoinError(f"the server's header is of other settings than it tells: {'; '.join(apart)}")
     _check_base(folder / BASE, header, run["edge"]["digest"])
     graphs, blocks = run["edge"]["graphs"], len(list(terms.parts()))
     if len(graphs) not in (blocks, blocks + 1):  # what lies in front of the first block is a piece, too
