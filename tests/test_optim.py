@@ -229,7 +229,7 @@ def test_no_memory_for_the_moments_of_a_later_group_leaves_no_trace(monkeypatch)
         return optim_log.zeros(parameter)
 
     with monkeypatch.context() as patch:
-        patch.setattr(optim, "zeros", allocate)
+        patch.setattr(optim.update, "zeros", allocate)
         with pytest.raises(torch.OutOfMemoryError):
             run.go(1)
     assert same(run.weights, list(run.base.parameters()))
@@ -765,6 +765,18 @@ def _rest(model):
     return [{"params": model[2].parameters()}]
 
 
+@pytest.mark.parametrize("kind", [np.int64, np.uint64])
+def test_a_seed_may_be_an_integer_of_numpy_s(kind, tmp_path):
+    run, other = Run(seed=kind(7)).go(2), Run(seed=7).go(2)
+    assert same(run.weights, other.weights)
+    assert repr(run.optimizer) == repr(other.optimizer)
+    run.optimizer.log.save(tmp_path / "log")
+    rebuild(run.base, tmp_path / "log")
+    assert same(list(run.base.parameters()), run.weights)
+    torch.save(run.optimizer.state_dict(), tmp_path / "state")
+    assert torch.load(tmp_path / "state", weights_only=True)["param_groups"][0]["run"]["seed"] == 7
+
+
 def test_a_seed_that_is_not_given_is_drawn_from_torch_s_generator(tmp_path):
     def made(seed):
         torch.manual_seed(seed)
@@ -921,8 +933,29 @@ def test_weights_written_between_steps_are_put_on_the_lattice_again(tmp_path):
         rebuild(run.base, tmp_path / "log")
 
 
+@pytest.mark.parametrize("how", ["fails", "is only measured"])
+def test_weights_that_a_step_put_on_a_lattice_before_it_was_not_taken_are_rebuilt(how, tmp_path):
+    run = Run()
+    run.model[2].requires_grad_(False)
+    run.go(2)
+    run.model[2].requires_grad_(True)
+    before = run.weights
+    if how == "fails":
+        with pytest.raises(FloatingPointError, match="NaN"):
+            run.optimizer.step(lambda: float("nan"))
+    else:
+        run.optimizer.measure(run.loss)
+    assert not same(run.weights, before)
+    for steps in (0, 2):  # and the run goes on as it would have without saving
+        run.go(steps, first=2)
+        run.optimizer.log.save(tmp_path / "log")
+        rebuilt = copy.deepcopy(run.base)
+        rebuild(rebuilt, tmp_path / "log")
+        assert same(list(rebuilt.parameters()), run.weights)
+
+
 def test_ctrl_c_in_the_middle_of_a_move(monkeypatch):
-    replay = optim.replay_
+    replay = optim.moved.replay_
     for fatal in range(3):
         run, undisturbed = Run().go(2), Run().go(3)
         before, moves = run.weights, 0
@@ -935,7 +968,7 @@ def test_ctrl_c_in_the_middle_of_a_move(monkeypatch):
             moves += 1
 
         with monkeypatch.context() as patch:
-            patch.setattr(optim, "replay_", interrupted)
+            patch.setattr(optim.moved, "replay_", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 run.go(1, first=2)
         # The last move is the step itself: it is taken or not, never half.
@@ -1262,6 +1295,12 @@ def test_a_copy_goes_on_to_the_same_bits(case, copied, tmp_path):
     before = other.weights
     run.go(1, first=6)
     assert same(other.weights, before)
+
+
+def test_its_source_is_found_by_its_public_name():
+    """By `help` and editors; and by pickles of before the package had modules."""
+    assert "def step" in inspect.getsource(ZOSGD)
+    assert pickle.loads(b"chosfl.optim\nZOSGD\n.") is ZOSGD
 
 
 def test_a_copy_of_the_optimizer_alone_holds_copies_of_what_it_moves():

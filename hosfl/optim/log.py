@@ -183,8 +183,11 @@ class RunLog:
         """
         if self.refusal or not self.chapters:
             raise LogError(self.refusal or "no step was made: there is nothing to save")
+        chapters = self.chapters
+        if self._puts:  # by a step that was not taken: here it is one that moves nothing
+            chapters = [*chapters, _Chapter(self._puts, [], [], True, steps=1)]
         tables = {}
-        for k, chapter in enumerate(self.chapters):
+        for k, chapter in enumerate(chapters):
             shape = chapter.steps, len(chapter.groups), self.terms.directions + 2
             tables[f"{k:06}"] = torch.from_numpy(np.array(chapter.rows).reshape(shape))
         header = {
@@ -193,7 +196,7 @@ class RunLog:
             "first": self.first,
             "parameters": [[name, str(p.dtype), list(p.shape)] for name, p in self.parameters],
             "bases": self.bases,
-            "chapters": [c.told(before) for c, before in zip(self.chapters, [None, *self.chapters], strict=False)],
+            "chapters": [c.told(before) for c, before in zip(chapters, [None, *chapters], strict=False)],
             "trained": digest(whole(p for _, p in self.parameters)).hex(),
         }
         text = json.dumps(header)

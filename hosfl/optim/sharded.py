@@ -1,4 +1,4 @@
-"""Parameters that are spread over processes: what of them lies here, where it belongs, and the whole.
+"""Processes that share a model: what of its parameters lies here, where it belongs; what they tell each other.
 
 Noise is a function of an element's index in the whole parameter. A shard over the first dimension is a run of
 neighbouring elements, so its first one's index is all that the kernels need to know.
@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -102,3 +102,46 @@ def let_go(model: nn.Module | None) -> Iterator[None]:
 def _fsdp(model: nn.Module | None) -> list[Any]:
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return [] if fsdp is None or model is None else [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
+
+
+# --- what processes tell each other ------------------------------------------------------------------------------
+
+
+def together() -> bool:
+    """Whether there may be other processes."""
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def largest(values: list[float], parameters: list[Tensor], processes: distributed.ProcessGroup | None) -> list[float]:
+    """The largest values over all processes that share these sharded parameters; where there are none, these values."""
+    if not parameters:
+        return values
+    tensor = torch.tensor(values, dtype=torch.float32, device=parameters[0].device)
+    distributed.all_reduce(tensor, distributed.ReduceOp.MAX, processes)
+    found: list[float] = tensor.tolist()
+    return found
+
+
+def averaged(losses: Tensor, device: torch.device, processes: distributed.ProcessGroup | None) -> Tensor:
+    """Their mean over all processes."""
+    losses = losses.to(device)
+    distributed.all_reduce(losses, group=processes)
+    losses /= distributed.get_world_size(processes)
+    return losses
+
+
+def common_seed(seed: int, drawn: bool, device: torch.device, processes: distributed.ProcessGroup | None) -> int | None:
+    """What all are to take where each has drawn its own; None where all have the same.
+
+    Raises ValueError where one of different seeds was given, not drawn.
+    """
+    halves = [seed >> 32, seed & 0xFFFFFFFF]
+    numbers = [*halves, *(-half for half in halves), int(not drawn)]
+    tensor = torch.tensor(numbers, device=device)
+    distributed.all_reduce(tensor, distributed.ReduceOp.MAX, processes)
+    high, low, *smallest, given = tensor.tolist()
+    if [high, low] == [-half for half in smallest]:
+        return None
+    if given:
+        raise ValueError(f"processes have different seeds, this one {seed}: give all of them the same")
+    return high << 32 | low

@@ -1,0 +1,220 @@
+"""Who moves in a step: parameters by number, groups of those that move alike, and what is refused before any moves.
+
+An optimizer numbers its parameters through all of its groups, frozen ones too. Noise, lattices and logs know them by
+that number, people by their name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hosfl.optim.log import plain
+from hosfl.optim.sharded import is_sharded, reshard, shard
+from hosfl.probing.displaced import refuse_writers
+from hosfl_kernels import replay_
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """All that an optimizer was given, in its parameter groups, and the module that owns them, if that was given."""
+
+    groups: list[dict[str, Any]]
+    model: nn.Module | None
+
+    def named(self) -> list[tuple[str | None, Tensor]]:
+        """All of them by number, with their names where these are known."""
+        known = self._known()
+        named: list[tuple[str | None, Tensor]] = []
+        for group in self.groups:
+            names = group.get("param_names") or [known.get(p) for p in group["params"]]
+            named += [(name and plain(name), p) for name, p in zip(names, group["params"], strict=True)]
+        return named
+
+    def name(self, number: int) -> str:
+        """How an error speaks of one."""
+        places = [(group, at, g) for g, group in enumerate(self.groups) for at in range(len(group["params"]))]
+        return self.describe(*places[number])
+
+    def describe(self, group: dict[str, Any], at: int, index: int) -> str:
+        """The same for the parameter of that place in a parameter group: by its name, if it has one."""
+        parameter = group["params"][at]
+        names = group.get("param_names")
+        name = names[at] if names else self._known().get(parameter)
+        if name:
+            return f"parameter {plain(name)!r}"
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        return f"parameter {at} of group {index}, {dtype} {list(parameter.shape)}"
+
+    def _known(self) -> dict[Tensor, str]:
+        return {p: name for name, p in self.model.named_parameters()} if self.model is not None else {}
+
+    def device(self) -> torch.device:
+        """Of those that may move, and of what processes tell each other. Raises ValueError without any."""
+        for group in self.groups:
+            for parameter in group["params"]:
+                if parameter.requires_grad:
+                    return parameter.device
+        raise ValueError("no parameter requires grad: there is nothing to move")
+
+    def place(self, number: int, parameter: Tensor) -> tuple[Tensor, int]:
+        """What of a parameter lies here, and its first element's index."""
+        try:
+            if parameter.layout != torch.strided:
+                raise TypeError(f"{parameter.layout}, where only dense tensors move: freeze it")
+            if parameter.is_inference():
+                raise RuntimeError("made in inference mode, where nobody sees who writes it: make the model outside")
+            return shard(parameter)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise type(error)(f"{self.name(number)}: {error}") from None
+
+
+@dataclass(frozen=True)
+class Group:
+    """What moves alike: of one parameter group those that require grad, on the lattice those that share one.
+
+    index: the parameter group's. numbers: the parameters', which name their noise. tensors, starts: what of each lies
+    here, all of it but for sharded ones; and its first element's index. rate, mu: as they are for the whole step.
+    name: how an error speaks of a parameter of that number.
+    """
+
+    index: int
+    settings: dict[str, Any]
+    numbers: list[int]
+    parameters: list[Tensor]
+    tensors: list[Tensor]
+    starts: list[int]
+    rate: float
+    mu: float
+    name: Callable[[int], str]
+
+    @classmethod
+    def of(cls, given: Parameters, index: int, first: int) -> Group:
+        """What may move of a parameter group, whose first parameter is of that number."""
+        settings = given.groups[index]
+        moving = [(n, p) for n, p in enumerate(settings["params"], first) if p.requires_grad]
+        places = [given.place(n, p) for n, p in moving]
+        return cls(
+            index,
+            settings,
+            [n for n, _ in moving],
+            [p for _, p in moving],
+            [tensor for tensor, _ in places],
+            [start for _, start in places],
+            float(settings["lr"]),
+            float(settings["mu"]),
+            given.name,
+        )
+
+    def versions(self) -> dict[int, tuple[int, int]]:
+        """Writing a sharded parameter raises its own version, writing what lies here that tensor's."""
+        pairs = zip(self.parameters, self.tensors, strict=True)
+        return {n: (p._version, t._version) for n, (p, t) in zip(self.numbers, pairs, strict=True)}
+
+    def named_tensors(self) -> list[tuple[int, Tensor]]:
+        return list(zip(self.numbers, self.tensors, strict=True))
+
+    def part(self, which: Sequence[int]) -> Group:
+        """Some of its parameters, by their position here."""
+        lists = (self.numbers, self.parameters, self.tensors, self.starts)
+        mine: list[list[Any]] = [[values[i] for i in which] for values in lists]
+        return replace(self, numbers=mine[0], parameters=mine[1], tensors=mine[2], starts=mine[3])
+
+
+def versions(groups: Sequence[Group]) -> dict[int, tuple[int, int]]:
+    """Of all parameters, by number: another one where somebody has written them."""
+    return {n: version for group in groups for n, version in group.versions().items()}
+
+
+def sharded(groups: Sequence[Group]) -> list[Tensor]:
+    return [p for group in groups for p, t in zip(group.parameters, group.tensors, strict=True) if p is not t]
+
+
+def is_exact(groups: Sequence[Group], dist: str) -> bool:
+    """Whether moves of these can be exact."""
+    by_lr_alone = all(group.settings[name] == 0 for group in groups for name in ("momentum", "weight_decay"))
+    return (
+        by_lr_alone
+        and dist == "rademacher"
+        and all(t.dtype == torch.float32 for group in groups for t in group.tensors)
+    )
+
+
+# --- what is refused ---------------------------------------------------------------------------------------------
+
+
+def check_model(given: Parameters) -> None:
+    """Raises TypeError and ValueError where weights cannot be read from the module, or are not its own."""
+    if given.model is None:
+        return
+    refuse_writers(given.model)
+    reshard(given.model)
+    owned = set(given.model.parameters())
+    for number, (_, parameter) in enumerate(given.named()):
+        if parameter not in owned:
+            raise ValueError(
+                f"`model` does not own {given.name(number)} (a sharded module has others while it holds them "
+                "gathered: make its optimizer before its first forward pass)"
+            )
+
+
+def check_owned(groups: Sequence[Group], model: nn.Module | None) -> None:
+    """Raises RuntimeError where the module has other parameters by now than those that move."""
+    if model is None:
+        return
+    reshard(model)
+    owned = set(model.parameters())
+    for group in groups:
+        for number, parameter in zip(group.numbers, group.parameters, strict=True):
+            if parameter not in owned:
+                if is_sharded(parameter):
+                    raise RuntimeError(
+                        "a forward pass of the sharded module was cut short: evaluate it once, then go on"
+                    )
+                raise RuntimeError(
+                    f"`model` no longer owns {group.name(number)}, and its loss does not depend on it: something "
+                    "put another parameter in its place. Make the optimizer after that"
+                )
+
+
+def check_sharded(groups: Sequence[Group], model: nn.Module | None, exact: bool) -> None:
+    """Raises ValueError for sharded parameters that cannot move."""
+    if not sharded(groups):
+        return
+    if model is None:
+        raise ValueError("sharded parameters: give the optimizer `model`, which must gather them at every move")
+    if not exact:
+        raise ValueError(
+            "sharded parameters move only where moves are exact: float32 (FSDP may still compute in bfloat16), "
+            'dist="rademacher", no momentum and no weight_decay'
+        )
+
+
+def check_tensors(groups: Sequence[Group], state: Mapping[Tensor, dict[str, Any]]) -> None:
+    """dtypes, devices, strides, shared memory: what the kernels refuse is refused before anything moves."""
+    named = [(group.name, *pair) for group in groups for pair in group.named_tensors()]
+    for name, number, tensor in named:
+        if tensor.device != named[0][2].device and tensor.device.type != "meta":
+            raise RuntimeError(
+                f"{name(named[0][1])} is on {named[0][2].device}, {name(number)} on {tensor.device}: "
+                "weights that move must be on one device. Load the model without a device_map that spreads it, or "
+                "freeze what is elsewhere"
+            )
+    try:
+        replay_([t for _, _, t in named], [], [])
+    except (RuntimeError, TypeError, ValueError) as error:
+        # They know tensors by their position in a list, people by their name.
+        text = re.sub(r"tensors\[(\d+)\]", lambda at: named[int(at[1])][0](named[int(at[1])][1]), str(error))
+        raise type(error)(text) from None
+    for name, number, tensor in named:
+        moment = state.get(tensor, {}).get("moment", tensor)
+        if (moment.shape, moment.device) != (tensor.shape, tensor.device):
+            raise RuntimeError(
+                f"{name(number)} is {list(tensor.shape)} on {tensor.device}, its momentum "
+                f"{list(moment.shape)} on {moment.device}: make the optimizer after the parameter was changed"
+            )

@@ -1,0 +1,102 @@
+"""Weights out and back: at th + sign * mu * u while a closure is evaluated, moved in place or only read.
+
+Both kinds have `groups`, what moves; `at(seed, sign)`, within which the closure sees moved weights, u being of that
+seed; `home()`, after which they are at th; and `written`, whether a closure wrote them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from hosfl.interrupts import uninterrupted
+from hosfl.optim.groups import Group
+from hosfl.probing.displaced import Displacement, displaced
+from hosfl_kernels import perturb_, replay_
+
+
+@dataclass
+class InPlace:
+    """Weights that stand at th + sign * mu * u(seed), or at th: from there to anywhere else in one pass."""
+
+    groups: list[Group]
+    dist: str
+    seed: int = 0
+    sign: int = 0
+    written: bool = False
+
+    def move(self, seed: int, sign: int, moves: Sequence[tuple[Sequence[int], Sequence[float]]] | None = None) -> None:
+        """Go to th + sign * mu * u(seed); `moves`: per group, seeds and coefficients to add to th on the way."""
+        with uninterrupted():
+            for g, group in enumerate(self.groups):
+                records = [(self.seed, -self.sign * group.mu), (seed, sign * group.mu)]
+                records += zip(*moves[g], strict=True) if moves else []
+                # One record per seed: exact on the lattice, and a record alone costs less than half of two.
+                sums: dict[int, float] = {}
+                for key, coefficient in records:
+                    if coefficient:
+                        sums[key] = sums.get(key, 0.0) + coefficient
+                replay_(
+                    group.tensors,
+                    list(sums),
+                    list(sums.values()),
+                    dist=self.dist,
+                    streams=group.numbers,
+                    starts=group.starts,
+                )
+            self.seed, self.sign = seed, sign
+
+    @contextmanager
+    def at(self, seed: int, sign: int) -> Iterator[None]:
+        """The weights stand there, and stay: the next move takes them on."""
+        if sign != self.sign or (sign and seed != self.seed):
+            self.move(seed, sign)
+        yield
+
+    def home(self) -> None:
+        if self.sign:
+            self.move(0, 0)
+
+
+class _GroupDisplacement(Displacement):
+    """A displacement whose scale is sign * mu, mu being of the parameter's group."""
+
+    def __init__(self, groups: list[Group], seed: int, sign: int, dist: str) -> None:
+        tensors = [t for group in groups for t in group.tensors]
+        super().__init__(tensors, [n for group in groups for n in group.numbers], seed, sign, dist)
+        self.mu = {id(t): group.mu for group in groups for t in group.tensors}
+
+    def _move(self, pieces: Sequence[Tensor], parameter: Tensor, starts: Sequence[int]) -> None:
+        stream, scale = self.place[id(parameter)][0], self.scale * self.mu[id(parameter)]
+        perturb_(pieces, self.seed, scale, dist=self.dist, streams=[stream] * len(pieces), starts=starts)
+
+
+@dataclass
+class ReadOnly:
+    """The same for weights that are never written."""
+
+    groups: list[Group]
+    dist: str
+    model: nn.Module
+    written: bool = False
+
+    @contextmanager
+    def at(self, seed: int, sign: int) -> Iterator[None]:
+        if not sign:
+            yield
+            return
+        displacement = _GroupDisplacement(self.groups, seed, sign, self.dist)
+        with displaced(self.model, displacement):
+            yield
+        if not displacement.read and any(t.numel() for group in self.groups for t in group.tensors):
+            raise RuntimeError(
+                "the loss did not depend on the weights that move: the closure read none of them from `model`. It must "
+                "evaluate that very module, each time anew, and take parameters from it within the closure (a list of "
+                "them made before, another module and outputs that were kept have the weights as they were)"
+            )
+
+    def home(self) -> None:
+        pass

@@ -1,0 +1,452 @@
+"""The optimizers: what they are given, a step from the closure to the log, and their states. Read `ZOSGD.step` first.
+
+A step goes through four methods, and each has its modules:
+
+    _weights    what moves, on its lattices, and at home again in the end    groups, lattices, moved
+    _measured   the closure's losses become v_p                              measurement
+    _estimates  v_p become coefficients e_p, by each optimizer's own rule
+    _update     th = th - lr * sum_p e_p u_p, and a row of the log           update, log
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.optim.optimizer import ParamsT
+
+from hosfl.interrupts import uninterrupted
+from hosfl.optim.groups import Group, Parameters, check_model, check_owned, check_sharded, check_tensors, is_exact
+from hosfl.optim.lattices import Lattices
+from hosfl.optim.log import RunLog, Terms
+from hosfl.optim.measurement import (
+    Closure,
+    Flatness,
+    Measurement,
+    loss_and_differences,
+    losses_at,
+    places_of,
+    warn_of_accumulation,
+)
+from hosfl.optim.moved import InPlace, ReadOnly
+from hosfl.optim.sharded import averaged, common_seed, together
+from hosfl.optim.state import read_state, told_run
+from hosfl.optim.update import LARGEST_FLOAT32, check_reach, lattice_step, make_moments, rule_steps
+from hosfl.probing.conditions import Conditions
+from hosfl.protocol.aggregate import RunningLength
+from hosfl.protocol.lattice import Lattice
+from hosfl_kernels import SGD, derive
+
+
+class ZOSGD(torch.optim.Optimizer):
+    """Stochastic gradient descent on a gradient estimated from forward passes; see `hosfl.optim` for the formula.
+
+    Args:
+        params: as for any torch optimizer: tensors, (name, tensor) pairs, or groups with their own lr, mu, momentum and
+            weight_decay. float32, bfloat16 or float16, contiguous or in channels_last, on one device. Pass frozen ones
+            too if they may be unfrozen later. Only those that require grad move, where lr is above 0.
+        lr: learning rate, 0 or more. A step moves every weight by lr * |v| / sqrt(P) or so, and |v| is about as large
+            as the gradient is long: what fits depends on the loss. `ZONormalizedSGD` takes that out.
+        mu: how far weights move to be measured, above 0.
+        directions: P, 1 or more: 2 P evaluations per step, P + 1 if one-sided.
+        momentum: at least 0, below 1. Costs a float32 tensor per parameter, and the lattice.
+        weight_decay: 0 or more, decoupled: x = (1 - lr * weight_decay) x - .... Costs the lattice.
+        pool: 0 for new directions in every step. D, at least P: the run has D directions, measured in turn, and stays
+            in their span.
+        two_sided: measure at th + mu u and th - mu u, or at th + mu u and once at th.
+        dist: "rademacher" (+1 or -1) or "gaussian". Gaussian directions cost the lattice.
+        seed: of all noise, 0 <= seed < 2^64. Runs of the same seed, weights and losses are the same run. None: drawn
+            from torch's generator, so that `torch.manual_seed` decides; `optimizer.seed` tells it, and the log.
+        model: the module that the closure evaluates and that owns `params` (the compiled one, where it is compiled):
+            off the lattice its weights are then read only. Also gives the log the parameters' names.
+        process_group: where torch.distributed is initialised, losses are averaged over this group (default: all
+            ranks), each rank's for the same, and ranks that began with the same weights keep the same bits. Every rank
+            must take every step; where a closure raises on one, the others wait. Pass a group of one to run
+            alone. Of sharded parameters it must hold all shards.
+
+    Learning rate schedulers (OneCycleLR and CyclicLR set momentum too, unless told `cycle_momentum=False`),
+    `state_dict` (a few numbers, and moments), `add_param_group`, copies and pickles (of model and optimizer together;
+    not with a process_group), torch.compile of the model, autocast and closures that loop over micro-batches work as
+    with any optimizer. Where a whole training step is compiled, the optimizer runs as Python within it, and so does its
+    closure but for a model that is compiled itself.
+
+    Raises: ValueError, TypeError.
+    """
+
+    # What a parameter group may set, and what a state keeps beside torch's groups.
+    settable: ClassVar[tuple[str, ...]] = ("lr", "mu", "momentum", "weight_decay")
+    kept: ClassVar[tuple[str, ...]] = ("seed", "steps", "directions", "pool", "two_sided", "dist")
+    _more_defaults: Mapping[str, Any] = MappingProxyType({})  # of a subclass
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float,
+        mu: float = 1e-3,
+        *,
+        directions: int = 1,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        pool: int = 0,
+        two_sided: bool = True,
+        dist: str = "rademacher",
+        seed: int | None = None,
+        model: nn.Module | None = None,
+        process_group: distributed.ProcessGroup | None = None,
+    ) -> None:
+        if isinstance(directions, bool) or not isinstance(directions, int) or directions < 1:
+            raise ValueError(f"directions must be an integer, 1 or more, got {directions!r}")
+        if isinstance(pool, bool) or not isinstance(pool, int) or 0 != pool < directions:
+            raise ValueError(f"pool must be 0, or at least the {directions} directions of a step, got {pool!r}")
+        if dist not in ("rademacher", "gaussian"):
+            raise ValueError(f"dist must be rademacher or gaussian, got {dist!r}")
+        self._drawn, self._agreed = seed is None, False  # and whether all processes have the same
+        seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if seed is None else seed
+        derive(seed, 0, 0)  # raises what is wrong with it
+        self.seed = int(seed)  # numpy's integers are no JSON, which logs are of
+        self.directions, self.pool = directions, pool
+        self.two_sided, self.dist = bool(two_sided), dist
+        self.model, self.process_group = model, process_group
+        self.steps = 0
+        self._lattices = Lattices({}, exact=False)
+        self._flatness = Flatness()
+        self._told = ""  # why the log cannot be saved, if that was said
+        self._measurement: Measurement | None = None  # of the step that is to be taken next
+        self._forget()
+        defaults = {"lr": lr, "mu": mu, "momentum": momentum, "weight_decay": weight_decay}
+        super().__init__(params, {**defaults, **self._more_defaults})
+        check_model(self._given())
+        self.log = self._new_log()
+
+    def _forget(self) -> None:
+        """What is known of the weights from the last step: the next one looks for itself."""
+        self._settled: object = None  # what moved, and where it lay
+        self._conditions = Conditions()
+        self._lattices.forget()
+
+    def _given(self) -> Parameters:
+        return Parameters(self.param_groups, self.model)
+
+    @property
+    def lattice(self) -> Lattice | None:
+        """The finest of the lattices that the weights are on; 2^-24 before any has one; None where moves round."""
+        return self._lattices.finest
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; they are numbered on from the last. Raises ValueError, TypeError."""
+        self._check_settings({**self.defaults, **param_group})
+        unknown = [key for key in param_group if key not in (*self.settable, "params", "param_names", "initial_lr")]
+        if unknown:
+            raise ValueError(
+                f"a parameter group cannot have {', '.join(map(repr, unknown))} of its own: it may set "
+                f"{', '.join(self.settable)}. What else there is, is an argument of the optimizer, and for all"
+            )
+        before = {p for group in self.param_groups for p in group["params"]}
+        try:
+            super().add_param_group(param_group)
+        except ValueError as error:
+            given = param_group.get("params")  # torch has made a list of it
+            again = [n for n, p in enumerate(given) if p in before] if isinstance(given, list) else []
+            if not again:
+                raise
+            name = self._given().describe(param_group, again[0], len(self.param_groups))
+            raise ValueError(f"{name} is in another group too: pass tied parameters once") from error
+        params = self.param_groups[-1]["params"]
+        last = {p: n for n, p in enumerate(params)}
+        twice = [last[p] for n, p in enumerate(params) if last[p] > n]
+        if twice:
+            group = self.param_groups.pop()
+            name = self._given().describe(group, twice[0], len(self.param_groups))
+            raise ValueError(f"{name} is twice in one group: pass tied parameters once")
+
+    def _check_settings(self, settings: dict[str, Any]) -> None:
+        for name in ("lr", "mu", "weight_decay"):
+            value = float(settings[name])
+            if not 0 <= value < LARGEST_FLOAT32 or (name == "mu" and value == 0):
+                raise ValueError(f"{name} must be finite and {'above 0' if name == 'mu' else '0 or more'}, got {value}")
+        SGD(momentum=float(settings["momentum"]))  # raises ValueError
+
+    # --- a step ---
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None) -> Tensor | None:
+        """One step. Returns the loss, float64 on the CPU: the mean over all moved weights, one-sided the loss at th.
+
+        Args:
+            closure: evaluates the model and returns the loss: a number, or a tensor of one element. No backward. It is
+                called 2 P times (one-sided P + 1, once where all rates are 0), each time with the random numbers of
+                the first (`probing.conditions`), so that the model may be in train mode: dropout takes the same units
+                away, and running statistics take in the first evaluation alone. On all else but the weights it must
+                not depend: the same batch every time. It need not be differentiable. Left out where the step was
+                measured before. Left out otherwise, where all rates are 0, no step is made and None returned, but
+                moments are there then: this is how torch.distributed.checkpoint prepares optimizers.
+
+        Waits for the device for the losses, and before them to see whether somebody wrote the weights; never in
+        between. If the closure raises or is interrupted the weights are what they were before the step (bit for bit,
+        unless they drift; but for what a new lattice rounds), and the optimizer and torch's generators too.
+
+        Raises: TypeError without a closure or for what is no number; FloatingPointError for losses that are infinite
+        or NaN, or a step that is too long; ValueError where no parameter requires grad, or one cannot move by mu;
+        RuntimeError where the closure writes the weights, or reads none of those that move.
+        """
+        measurement, self._measurement = self._measurement, None
+        if closure is None and measurement is None and not any(float(group["lr"]) for group in self.param_groups):
+            make_moments(self.param_groups, self.state)
+            return None
+        if closure is not None and not self.steps:
+            warn_of_accumulation()
+        with self._weights() as weights:
+            if closure is not None or measurement is None:
+                measurement = self._measured(closure, weights)
+            estimates, kept = self._estimates(weights.groups, measurement)
+            with uninterrupted():
+                self._update(weights, estimates)
+                for settings, state in kept:
+                    settings.update(state)
+                self.steps += 1
+        if self.log.refusal != self._told:
+            self._told = self.log.refusal
+            warnings.warn(f"the log of this run cannot be saved: {self._told}", stacklevel=2)
+        return measurement.loss
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def measure(self, closure: Closure) -> Tensor:
+        """The first half of a step, for frameworks that call `step()` themselves, without a closure, a little later.
+
+        Returns what `step(closure)` would. The weights are as before (unless they drift), and the next `step()` goes
+        where `step(closure)` would have gone, at the learning rate it finds, for one more pass over the weights. Raises
+        as `step` does. What is measured is no part of `state_dict`.
+        """
+        self._measurement = None
+        with self._weights() as weights:
+            self._measurement = self._measured(closure, weights)
+        return self._measurement.loss
+
+    @contextmanager
+    def _weights(self) -> Iterator[InPlace | ReadOnly]:
+        """All that moves in this step, at home again in the end."""
+        self._agree()
+        groups = self._settle()
+        weights: InPlace | ReadOnly = InPlace(groups, self.dist)
+        if not self._lattices.exact and self.model is not None:
+            weights = ReadOnly(groups, self.dist, self.model)
+        try:
+            yield weights
+        finally:
+            weights.home()
+            self._lattices.saw(groups)
+            if weights.written:
+                self._settled = None
+            torch.clear_autocast_cache()
+
+    def _agree(self) -> None:
+        """One seed on all processes, before the first step: where each has drawn its own, one that all can tell."""
+        device = self._given().device()
+        if self._agreed or not together():
+            return
+        seed = common_seed(self.seed, self._drawn, device, self.process_group)
+        if seed is not None:
+            self.seed = seed
+            self.log = self._new_log()
+        self._agreed = True
+
+    def _settle(self) -> list[Group]:
+        """What moves in this step, on lattices where there can be any."""
+        groups = [group for group in self._requiring_grad() if group.rate and group.numbers]
+        exact = is_exact(groups, self.dist)
+        check_owned(groups, self.model)
+        check_sharded(groups, self.model, exact)
+        # Of a tensor that was converted, moved or bound to other memory, nothing is known.
+        settled = exact, [[(n, t.dtype, t.device, t.data_ptr()) for n, t in g.named_tensors()] for g in groups]
+        if settled != self._settled:
+            check_tensors(groups, self.state)
+            self.log.admit(self._given().named())
+            self._forget()
+            self._settled = settled
+        if exact:
+            return self._lattices.settle(groups, self.log, self.process_group)
+        self._lattices.drop()
+        if groups and self.model is None:
+            self.log.refusal = "weights that are moved in place off the lattice drift: give the optimizer `model`"
+        return groups
+
+    def _requiring_grad(self) -> list[Group]:
+        given, groups, number = self._given(), [], 0
+        for index, settings in enumerate(self.param_groups):
+            self._check_settings(settings)  # schedulers and users write them
+            groups.append(Group.of(given, index, number))
+            number += len(settings["params"])
+        return groups
+
+    def _measured(self, closure: Closure | None, weights: InPlace | ReadOnly) -> Measurement:
+        places = places_of(self._terms().seeds(self.steps), self.two_sided, moving=bool(weights.groups))
+        kinds = {p.device.type for group in self.param_groups for p in group["params"]} - {"meta"}
+        losses, half_precision = losses_at(places, weights, closure, self._conditions, kinds, self.model)
+        if together():
+            losses = averaged(losses, self._given().device(), self.process_group)
+        loss, differences = loss_and_differences(losses, self.two_sided, first=self.steps == 0)
+        if differences:
+            self._flatness.see(differences, half_precision)
+        derivatives = {tuple(group.numbers): [d / group.mu for d in differences] for group in weights.groups}
+        return Measurement(loss, derivatives)
+
+    def _estimate(self, group: Group, derivatives: list[float]) -> tuple[list[float], dict[str, float]]:
+        """The gradient's coefficients on the directions, and what the parameter group keeps if the step is taken."""
+        return [v / self.directions for v in derivatives], {}
+
+    def _estimates(
+        self, groups: list[Group], measurement: Measurement
+    ) -> tuple[list[list[float]], list[tuple[dict[str, Any], dict[str, float]]]]:
+        """The coefficients of each part, and what each parameter group keeps."""
+        estimates, kept = [], []
+        first: dict[int, tuple[float, list[float]]] = {}
+        for group in groups:
+            derivatives = measurement.derivatives.get(tuple(group.numbers))
+            if derivatives is None:
+                raise RuntimeError(
+                    "other parameters move than when the step was measured: do not change requires_grad, rates that "
+                    "are 0, or weights between `measure` and `step`"
+                )
+            if group.index not in first:  # on its finest lattice, where mu is nearest to what was asked for
+                estimate, state = self._estimate(group, derivatives)
+                first[group.index] = group.mu, estimate
+                kept.append((group.settings, state))
+            # The others moved by another mu: d / mu is their derivative, whatever became of it above.
+            mu, estimate = first[group.index]
+            estimates.append([c * (mu / group.mu) for c in estimate])
+        return estimates, kept
+
+    def _update(self, weights: InPlace | ReadOnly, estimates: list[list[float]]) -> None:
+        """Takes the weights home and makes the step; all or nothing."""
+        check_reach(weights.groups, estimates)
+        terms, exact = self._terms(), self._lattices.exact
+        if exact:
+            assert isinstance(weights, InPlace)
+            rows = lattice_step(weights, estimates, self._lattices, terms, self.steps, self.log, self.process_group)
+        else:
+            rows = rule_steps(weights, estimates, self.state, terms, self.steps)
+        momenta = [float(group.settings["momentum"]) for group in weights.groups]
+        self.log.append([group.numbers for group in weights.groups], momenta, exact, rows)
+
+    def _terms(self) -> Terms:
+        return Terms(self.seed, self.directions, self.pool, self.dist)
+
+    def _new_log(self) -> RunLog:
+        return RunLog(self._terms(), self.steps)
+
+    # --- what is kept ---
+
+    def __repr__(self) -> str:
+        """As torch's, and above the groups what is the same for all of them."""
+        own = [f"    {name}: {getattr(self, name)}" for name in self.kept if name != "steps"]
+        name, groups = super().__repr__().split("\n", 1)
+        return "\n".join([name, *own, groups])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles."""
+        if self.process_group is not None:
+            raise TypeError(
+                "an optimizer with a process_group cannot be copied or pickled: make another with a group of its own, "
+                "and give it the state_dict of this one"
+            )
+        return {
+            **super().__getstate__(),
+            **{name: getattr(self, name) for name in self.kept},
+            "model": self.model,
+            "process_group": self.process_group,
+            "log": self.log,
+            "_quanta": self._lattices.quanta,
+            "_on_lattice": self._lattices.exact,
+            "_measurement": self._measurement,
+            "_drawn": self._drawn,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        own = dict(state)
+        if "_quanta" in own:  # not in those of load_state_dict, which come here too
+            self._lattices = Lattices(own.pop("_quanta"), own.pop("_on_lattice"))
+        super().__setstate__(own)
+        self._flatness, self._told, self._agreed = Flatness(), "", False
+        self._forget()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, and under "run" in its first group the seed, the number of steps, the settings that shape a step.
+
+        run["optimizer"]: the class. run["shapes"], run["quanta"]: of each parameter, by its number, the shape, and the
+        quantum of its lattice; None where it is on none.
+
+        In a group, because torch.distributed.checkpoint keeps nothing beside groups and moments; in lists, because it
+        loads those keys of a mapping that are there before.
+        """
+        told: dict[str, Any] = super().state_dict()
+        kept = {name: getattr(self, name) for name in self.kept}
+        parameters = [p for _, p in self._given().named()]
+        told["param_groups"][0]["run"] = told_run(type(self).__name__, kept, parameters, self._lattices.quanta)
+        return told
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a saved state; the weights are the model's to load, before or after. The log starts anew.
+
+        Raises: ValueError where it is the state of another optimizer, or of other parameters. Nothing is changed then.
+        """
+        saved = read_state(
+            state_dict, type(self).__name__, self.kept, self.settable, self._check_settings, self._given()
+        )
+        super().load_state_dict({**state_dict, "param_groups": saved.groups})
+        for name in self.kept:
+            setattr(self, name, saved.run[name])
+        self._drawn = False
+        self._lattices.quanta, self._measurement = saved.run["quanta"], None
+        for parameter, moment in saved.moments.items():
+            self.state[parameter]["moment"] = moment
+        self.log = self._new_log()
+        if saved.moments:
+            self.log.refusal = (
+                "a resumed run with momentum cannot be rebuilt: its log starts from moments, not from zeros"
+            )
+
+
+class ZONormalizedSGD(ZOSGD):
+    """ZOSGD whose rate is divided by the running length of the gradient, which the scalars tell for nothing.
+
+    th = th - lr / sqrt(E) * (1 / P) sum_p v_p u_p, E the bias-corrected running mean of the steps' (1 / P) sum_p v_p^2:
+    for Rademacher and Gaussian directions E v_p^2 = |g|^2. A step then moves every weight by lr / sqrt(P) or so, on
+    whatever scale the loss is, and no more as the gradient shrinks. One number per group is all it keeps.
+
+    Args:
+        decay: of the running mean, at least 0 and below 1; groups may have their own. 0 takes the length from each
+            step alone.
+        Everything else as in `ZOSGD`.
+    """
+
+    settable = (*ZOSGD.settable, "decay")
+
+    def __init__(self, params: ParamsT, lr: float, mu: float = 1e-3, *, decay: float = 0.9, **settings: Any) -> None:
+        self._more_defaults = {"decay": decay}
+        super().__init__(params, lr, mu, **settings)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As that of `ZOSGD`. Groups have their running means from the start: see there what loads them."""
+        told = super().state_dict()
+        for group in told["param_groups"]:
+            group |= {"square": 0.0, "square_weight": 0.0, **group}
+        return told
+
+    def _check_settings(self, settings: dict[str, Any]) -> None:
+        super()._check_settings(settings)
+        if not 0 <= settings["decay"] < 1:
+            raise ValueError(f"decay must be at least 0 and below 1, got {settings['decay']}")
+
+    def _estimate(self, group: Group, derivatives: list[float]) -> tuple[list[float], dict[str, float]]:
+        before = group.settings.get("square", 0.0), group.settings.get("square_weight", 0.0)
+        running = RunningLength(float(group.settings["decay"]), *before)
+        length = running.update(sum(v * v for v in derivatives) / len(derivatives))
+        estimate = [v / length / self.directions for v in derivatives]
+        return estimate, {"square": running.mean, "square_weight": running.weight}

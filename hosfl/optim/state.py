@@ -1,0 +1,95 @@
+"""What a state_dict tells of a run beside what torch's tells, and what is refused of one before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from hosfl.optim.groups import Parameters
+from hosfl.optim.log import LARGEST_STEP, check_terms, zeros
+from hosfl.protocol.log import check_choice, check_integer, check_keys, check_quantum
+
+
+def told_run(
+    optimizer: str, kept: Mapping[str, Any], parameters: Sequence[Tensor], quanta: Mapping[int, float]
+) -> dict[str, Any]:
+    """The optimizer's class, what it keeps, and of each parameter by number the shape, and the quantum or None."""
+    return {
+        "optimizer": optimizer,
+        **kept,
+        "shapes": [list(p.shape) for p in parameters],
+        "quanta": [quanta.get(n) for n in range(len(parameters))],
+    }
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A state that was checked. run: as `told_run`, but quanta by number. groups: torch's part, without the run."""
+
+    run: dict[str, Any]
+    groups: list[dict[str, Any]]
+    moments: dict[Tensor, Tensor]
+
+
+def read_state(
+    state_dict: Mapping[str, Any],
+    optimizer: str,
+    kept: Sequence[str],
+    settable: Sequence[str],
+    check_settings: Callable[[dict[str, Any]], None],
+    given: Parameters,
+) -> Saved:
+    """Raises ValueError where it is the state of another optimizer than that class's, or of other parameters."""
+    groups = [dict(group) for group in state_dict["param_groups"]]
+    run = groups[0].pop("run", None) if groups else None
+    named = given.named()
+    try:
+        run = _checked_run(state_dict.get("run") if run is None else run, optimizer, kept, len(named))
+        for group in groups:
+            absent = [name for name in settable if name not in group]
+            if absent:
+                raise ValueError(f"its groups have no {', '.join(absent)}")
+            check_settings(group)
+    except ValueError as error:
+        raise ValueError(f"this is no state of a {optimizer}: {error}") from None
+    saved = [state_dict["state"].get(i, {}) for group in groups for i in group["params"]]
+    _check_shapes(given, run["shapes"], saved)
+    # torch's copies have the parameters' dtypes; moments are float32.
+    pairs = zip(named, saved, strict=False)  # torch counts them
+    return Saved(run, groups, {p: zeros(p).copy_(state["moment"]) for (_, p), state in pairs if state})
+
+
+def _checked_run(run: Any, optimizer: str, kept: Sequence[str], parameters: int) -> dict[str, Any]:
+    """Quanta by number, of parameters that are on a lattice. Raises ValueError."""
+    if not isinstance(run, dict):
+        raise ValueError("its first group has no `run` (nor has it with flatten_optimizer_state_dict)")
+    # Earlier versions had it beside the groups, without class and shapes, and with such quanta.
+    run = {"optimizer": optimizer, "shapes": None, **run}
+    check_keys(run, ("optimizer", *kept, "shapes", "quanta"), "its run")
+    check_choice(run["optimizer"], "the class", (optimizer,))
+    if not isinstance(run["two_sided"], bool):
+        raise ValueError(f"two_sided must be true or false, not {run['two_sided']!r}")
+    run |= {**asdict(check_terms(run)), "steps": check_integer(run["steps"], "steps", 0, LARGEST_STEP)}
+    quanta, last = run["quanta"], parameters - 1
+    run["quanta"] = {}
+    for number, quantum in quanta.items() if isinstance(quanta, dict) else enumerate(quanta):
+        if quantum is not None:
+            n = check_integer(number, "the number of a parameter", 0, last)
+            run["quanta"][n] = check_quantum(quantum, f"the quantum of parameter {n}")
+    return run
+
+
+def _check_shapes(given: Parameters, shapes: list[list[int]] | None, saved: list[dict[str, Any]]) -> None:
+    """Of parameters, None where they are not known, and of their moments. Raises ValueError."""
+    own = [list(p.shape) for _, p in given.named()]
+    for number, (shape, found, state) in enumerate(zip(own, shapes or own, saved, strict=False)):
+        what = ""
+        if found != shape:
+            what = f"{given.name(number)} is {found}"
+        elif state and list(state["moment"].shape) != shape:
+            what = f"the momentum of {given.name(number)} is {list(state['moment'].shape)}"
+        if what:
+            raise ValueError(f"this is no state of these parameters: {what} in it")

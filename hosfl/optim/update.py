@@ -1,0 +1,118 @@
+"""A step's update: weights go on from where they were measured, on their lattices or by a rule.
+
+    th = th - lr * sum_p e_p u_p    e_p: the gradient's coefficients on the directions
+
+A row tells the log of what moved a group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from hosfl.optim.groups import Group
+from hosfl.optim.lattices import Lattices
+from hosfl.optim.log import Row, RunLog, Terms, apply_rule, zeros
+from hosfl.optim.moved import InPlace, ReadOnly
+from hosfl.protocol.seeds import Purpose, round_seed
+from hosfl_kernels import SGD, derive
+
+LARGEST_FLOAT32 = torch.finfo(torch.float32).max
+
+State = MutableMapping[Tensor, dict[str, Any]]  # torch's: what is kept of each parameter, here its moment
+
+
+def check_reach(groups: Sequence[Group], estimates: Sequence[Sequence[float]]) -> None:
+    """Raises FloatingPointError for a step whose numbers float32 does not hold."""
+    pairs = zip(groups, estimates, strict=True)
+    reach = max((max(group.rate, 1.0) * sum(map(abs, e)) for group, e in pairs), default=0.0)
+    if not reach < LARGEST_FLOAT32 / 4:
+        raise FloatingPointError(f"a step of {reach:g}: lower lr, or raise mu")
+    for group in groups:
+        shrinking = group.rate * float(group.settings["weight_decay"])
+        if not shrinking < LARGEST_FLOAT32:
+            raise FloatingPointError(f"lr * weight_decay is {shrinking:g}: lower one of them")
+
+
+def lattice_step(
+    weights: InPlace,
+    estimates: Sequence[Sequence[float]],
+    lattices: Lattices,
+    terms: Terms,
+    step: int,
+    log: RunLog,
+    processes: distributed.ProcessGroup | None,
+) -> list[Row]:
+    """Home and on in one pass, the coefficients on the lattice, right on average.
+
+    Where lattices become too small on the way, `weights.groups` are other parts after it: the rows are theirs.
+    """
+    distances = [g.rate * sum(map(abs, e)) + g.mu for g, e in zip(weights.groups, estimates, strict=True)]
+    if lattices.outgrown(weights.groups, distances):
+        weights.home()
+        try:
+            lattices.make_room(weights.groups, distances, log, processes)
+        except ValueError as error:
+            raise FloatingPointError(f"a step of {max(distances):g} is too long: lower lr. After it {error}") from None
+        parts = [lattices.parts(group) for group in weights.groups]
+        estimates = [e for e, mine in zip(estimates, parts, strict=True) for _ in mine]
+        weights.groups = [part for mine in parts for part in mine]
+    key = round_seed(terms.seed, Purpose.COEFFICIENTS, step)
+    rows = []
+    for group, estimate in zip(weights.groups, estimates, strict=True):
+        # The same for all parts of a parameter group.
+        uniforms = [derive(key, p, group.index) / 2.0**64 for p in range(terms.directions)]
+        moves = lattices.rounded(group, [-group.rate * c for c in estimate], uniforms)
+        rows.append(Row(moves, group.rate, 1.0))
+    weights.move(0, 0, [(terms.seeds(step), row.coefficients) for row in rows])
+    for group, row in zip(weights.groups, rows, strict=True):
+        lattices.moved(group, row.coefficients)
+    return rows
+
+
+def rule_steps(
+    weights: InPlace | ReadOnly,
+    estimates: Sequence[list[float]],
+    state: State,
+    terms: Terms,
+    step: int,
+) -> list[Row]:
+    """Home, then on by SGD with momentum and weight decay, every move rounded."""
+    # The moments of all groups before the first group moves: there may be no memory for them.
+    moments = [_moments(group, state) for group in weights.groups]
+    weights.home()
+    triples = zip(weights.groups, estimates, moments, strict=True)
+    return [_rule_step(*triple, state, terms, step) for triple in triples]
+
+
+def _rule_step(
+    group: Group, estimate: list[float], moments: list[Tensor], state: State, terms: Terms, step: int
+) -> Row:
+    rule = SGD(float(group.settings["momentum"]), float(group.settings["weight_decay"]))
+    row = Row(estimate, *rule.steps([step], [group.rate])[0, :2].tolist())
+    coefficients = torch.tensor([row.coefficients], dtype=torch.float32, device="cpu")
+    steps = torch.tensor([[row.rate, row.keep]], dtype=torch.float32, device="cpu")
+    place = group.tensors, group.numbers, group.starts
+    apply_rule(terms, rule.momentum, *place, moments, step, coefficients, steps)
+    for tensor, moment in zip(group.tensors, moments, strict=False):
+        state[tensor]["moment"] = moment
+    return row
+
+
+def _moments(group: Group, state: Mapping[Tensor, dict[str, Any]]) -> list[Tensor]:
+    """One for each tensor, zeros where there was none; without momentum none at all."""
+    if not group.settings["momentum"]:
+        return []
+    kept = [state.get(t, {}).get("moment") for t in group.tensors]
+    return [zeros(t) if moment is None else moment for t, moment in zip(group.tensors, kept, strict=True)]
+
+
+def make_moments(groups: Sequence[dict[str, Any]], state: State) -> None:
+    """Zeros that others are copied into, or that are as good as those which the next step would make."""
+    for group in groups:
+        for parameter in group["params"] if group["momentum"] else []:
+            if parameter.requires_grad and not state.get(parameter):
+                state[parameter]["moment"] = zeros(parameter)
