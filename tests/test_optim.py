@@ -1297,6 +1297,27 @@ def test_a_copy_goes_on_to_the_same_bits(case, copied, tmp_path):
     assert same(other.weights, before)
 
 
+def test_much_smaller_weights_that_somebody_writes_are_not_rounded_away():
+    run = Run().go(2)
+    written = [w * 1e-6 for w in run.weights]
+    for p, w in zip(run.model.parameters(), written, strict=True):
+        p.detach().copy_(w)
+    run.optimizer.param_groups[0].update(mu=1e-9, lr=1e-12)
+    run.go(1)
+    for weight, was in zip(run.weights, written, strict=True):
+        assert (weight - was).abs().max() <= 2.0**-15 * was.abs().max()
+
+
+def test_small_weights_that_lie_on_their_lattice_stay_there():
+    """As those of a run that is resumed: it goes on to the same bits."""
+    run = Run().go(2)
+    quanta = dict(run.optimizer._lattices.quanta)
+    for n, p in enumerate(run.model.parameters()):
+        p.detach().copy_(quanta[n] * torch.arange(p.numel()).reshape(p.shape))
+    run.go(1)
+    assert run.optimizer._lattices.quanta == quanta
+
+
 def test_its_source_is_found_by_its_public_name():
     """By `help` and editors; and by pickles of before the package had modules."""
     assert "def step" in inspect.getsource(ZOSGD)

@@ -1,7 +1,8 @@
 """The lattices that weights are on where moves are exact: who is on which, and when that must change.
 
 A lattice is chosen when its parameters are first to move, and a coarser one where they outgrow it. Weights that
-somebody else wrote are put on theirs again. The log is told of everything that is put on a lattice.
+somebody else wrote are put on theirs again, or on finer ones, where they are much smaller than those were. The log is
+told of everything that is put on a lattice.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ class Lattices:
         self.exact = True
         if self._written(groups, processes):
             sizes = _sizes(groups, processes)
-            unknown = {n: size for n, size in sizes.items() if n not in self.quanta}
-            self.quanta |= self._chosen(groups, unknown)
+            lost = self._lost(groups, sizes, processes)
+            self.quanta |= self._chosen(groups, {n: s for n, s in sizes.items() if n not in self.quanta or n in lost})
             self._bounds = sizes
             self._put(groups, sizes, log)
         self.make_room(groups, [group.mu for group in groups], log, processes)
@@ -123,6 +124,22 @@ class Lattices:
             steps = torch.cat([_sample(t) for group in groups for t in group.tensors]) / self._sampled
             written = not bool(((steps == steps.round()) & (steps.abs() <= STEPS / 2)).all())
         return largest([float(written)], sharded(groups), processes) != [0.0]
+
+    def _lost(
+        self, groups: list[Group], sizes: dict[int, float], processes: distributed.ProcessGroup | None
+    ) -> set[int]:
+        """The parameters that somebody has written so small that their lattices would round away more of them than one
+        that is chosen for them may. A run that is resumed has its weights on its lattices, however small they became.
+        """
+        coarse = [
+            (n, t)
+            for group in groups
+            for n, t in group.named_tensors()
+            if sizes[n] > 0 and self.quanta.get(n, 0.0) > max(sizes[n], group.mu) * 2.0**-15
+        ]
+        off = [float(bool((t.detach() / self.quanta[n]).frac_().any())) for n, t in coarse]
+        found = largest(off, sharded(groups), processes) if coarse else []
+        return {n for (n, _), is_off in zip(coarse, found, strict=True) if is_off}
 
     def _chosen(self, groups: list[Group], sizes: dict[int, float]) -> dict[int, float]:
         """Quanta for parameters whose weights reach these sizes, or mu: few of them in each parameter group.
