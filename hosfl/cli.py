@@ -17,9 +17,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hosfl.extras import needed
+from hosfl.interrupts import uninterrupted
 from hosfl.methods import METHODS
 from hosfl.runs.faults import Faults
 from hosfl.settings import CONCERNS, PRESETS
@@ -36,6 +37,13 @@ def _pair(text: str) -> tuple[str, str]:
     if not equals or not name:
         raise argparse.ArgumentTypeError(f"NAME=VALUE is needed, got {text!r}")
     return name, value
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line: `--help` lists the options."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 class _Add(argparse.Action):
@@ -94,9 +102,7 @@ def _count(text: str) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line's parser."""
-    top = argparse.ArgumentParser(
-        prog="hosfl", description="Fine-tune split models without backpropagation on clients."
-    )
+    top = _Parser(prog="hosfl", description="Fine-tune split models without backpropagation on clients.")
     top.add_argument("--version", action=_Version, nargs=0, help="show the version")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -262,6 +268,10 @@ def _join(options: argparse.Namespace) -> int:
     else:
         join = needed("hosfl.runs.join", "hosfl join without --runtime onnx", "torch").join
         told |= {name: getattr(options, name) for name in WITH_TORCH}
+    place, found, _ = options.data.rpartition(".py:")
+    file = place + ".py" if found else options.data
+    if file and not options.task and not Path(file).exists():  # a task of one's own may take anything
+        raise ValueError(f"--data: there is no {file}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     name = f"client {member.client} of run {member.run}"
     line = Ending(nats.NatsLine(f"tls://{member.address}", member.run, member.client, member.context()), name)
@@ -270,6 +280,8 @@ def _join(options: argparse.Namespace) -> int:
     except (KeyboardInterrupt, EngineError):
         if line.signal is None:
             raise
+    finally:
+        line.close()
     return 130 if line.signal == signal.SIGINT else 0
 
 
@@ -323,7 +335,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *where, **more: print(f"hosfl: {message}", file=sys.stderr)
-            done = _command(options.command)(options)
+            with uninterrupted():  # an import that is broken off leaves half a module behind
+                command = _command(options.command)
+            done = command(options)
             sys.stdout.flush()
             return done
     except BrokenPipeError:  # such as `| head`: whoever read has enough
@@ -336,7 +350,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         status = _told(error)
         if status is None:
-            top.error(str(error))
+            top.exit(2, f"hosfl: {_words(error)}\n")
         return status
 
 
@@ -364,7 +378,7 @@ def _told(error: Exception) -> int | None:
         case LogError() | EngineError() | JoinError() | NothingLearnt():
             status = 1
         case LatticeError() | Diverged():
-            print(f"hosfl: the run diverged: {error}", file=sys.stderr)
+            print(f"hosfl: the run diverged: {_words(error)}", file=sys.stderr)
             return 1
         case ValueError() | FileExistsError() | ImportError():
             return None
@@ -372,8 +386,17 @@ def _told(error: Exception) -> int | None:
             status = 2
         case _:
             raise error
-    print(f"hosfl: {error}", file=sys.stderr)
+    print(f"hosfl: {_words(error)}", file=sys.stderr)
     return status
+
+
+def _words(error: Exception) -> str:
+    """What an error says, in one line. Of the system's own: which file, and what is wrong with it."""
+    if isinstance(error, OSError) and error.filename is not None:
+        if isinstance(error, FileExistsError):
+            return f"{error.filename} is a file, and a folder is needed: name another"
+        return f"{error.filename}: {error.strerror}"
+    return re.sub(r"\s*\n\s*", " ", str(error).strip())
 
 
 if __name__ == "__main__":

@@ -141,6 +141,8 @@ def test_a_run_whose_cuts_are_larger_than_an_engine_takes_of_itself(tmp_path):
         (["serve", "FED/server", "--out", "RUN", "--broker", "OTHER"], 2, "names no certificate"),
         (["join", "FED/server"], 2, "the server's folder"),
         (["join", "RUN"], 2, "RUN has no"),
+        (["join", "FED/clients/0", "--data", "RUN.npz"], 2, "--data: there is no RUN.npz"),
+        (["join", "FED/clients/0", "--data", "RUN.py:mine"], 2, "--data: there is no RUN.py"),
         (["status", "RUN"], 2, "no run with clients elsewhere"),
     ],
 )
