@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from hosfl.protocol.arrays import Array, bits, copied, dtype_name
 from hosfl.protocol.log import Header, Log, LogError
 from hosfl.protocol.replica import Replica, to_records
@@ -39,7 +41,10 @@ def rebuild(
     upto = len(records) if upto is None else upto
     if not 0 <= upto <= len(records):
         raise LogError(f"{log} holds {len(records)} rounds; cannot rebuild round {upto}")
-    tensors = load(base)
+    try:
+        tensors = load(base)
+    except SafetensorError as error:
+        raise LogError(f"{base} holds no weights: {error}") from error
     trained = _trained(tensors, header, base)
     tied = {other: p.name for p in header.parameters for other in p.tied}
     if run.lattice is not None:
