@@ -382,6 +382,8 @@ def _told(error: Exception) -> int | None:
             return 1
         case ValueError() | FileExistsError() | ImportError():
             return None
+        case TypeError() if type(error) is not TypeError:  # CutError and TaskError, which need torch to be named
+            return None
         case OSError() | SafetensorError():
             status = 2
         case _:
