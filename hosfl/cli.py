@@ -28,6 +28,7 @@ from hosfl.tasks import TASKS
 
 TYPES: dict[str, Callable[[str], Any]] = {"str": str, "int": int, "float": float, "float | None": float}
 WITH_TORCH = {"task": "", "method": "", "model": "", "device": "cpu"}  # options of hosfl join
+WRITING = ("train", "compare", "simulate", "serve", "study")  # commands whose results come bit by bit
 KNOWN = {"tasks": ", ".join(TASKS), "methods": ", ".join(METHODS)}
 
 
@@ -345,7 +346,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + 13
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # one is enough: the process ends
-        print("hosfl: interrupted; what came after the last snapshot or result is lost", file=sys.stderr)
+        lost = "; what came after the last snapshot or result is lost" * (options.command in WRITING)
+        print(f"hosfl: interrupted{lost}", file=sys.stderr)
         return 130
     except Exception as error:
         status = _told(error)

@@ -183,8 +183,9 @@ def _run(options: argparse.Namespace, config: Config, out: Path | None, over: Ov
         if not summary.replicas.equal:
             print("the clients differ in their bits: this is a bug", file=sys.stderr)
             return 1
-        if over is not None and not summary.replicas.odd:
-            print(f"all clients hold the same bits, digest {summary.replicas.digest}")
+        here = summary.replicas.clients - 1  # and a newcomer
+        if over is not None and here and not summary.replicas.odd:
+            print(f"clients here at the end: {here}; all hold the server's bits, digest {summary.replicas.digest}")
     if not summary.interrupted:
         return 0
     if out is None:

@@ -216,7 +216,7 @@ def test_ctrl_c_ends_after_the_round_and_saves(tmp_path):
     assert b"Traceback" not in errors
 
 
-def test_ctrl_c_while_torch_is_imported(monkeypatch, capsys):
+def test_ctrl_c_while_torch_is_imported(tmp_path, monkeypatch, capsys):
     """What is imported is imported whole, and nothing begins."""
     imported = []
 
@@ -232,7 +232,12 @@ def test_ctrl_c_while_torch_is_imported(monkeypatch, capsys):
     finally:
         signal.signal(signal.SIGINT, before)
     assert imported == ["train"]
-    assert capsys.readouterr().err.startswith("hosfl: interrupted; ")
+    assert capsys.readouterr().err == "hosfl: interrupted; what came after the last snapshot or result is lost\n"
+    try:
+        assert main(["status", str(tmp_path), "--watch"]) == 130  # where nothing is lost
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == "hosfl: interrupted\n"
 
 
 @pytest.mark.parametrize(("place", "done"), [("assemble", 0), ("evaluate", 0), ("check_learnt", 1)])
