@@ -262,12 +262,14 @@ def _join(options: argparse.Namespace) -> int:
         raise ValueError(f"{options.client} is the server's folder: name a client's, such as clients/0")
     told = {"data": options.data}
     if options.runtime == "onnx":
-        join = needed("hosfl.edge.join", "hosfl join --runtime onnx", "edge").join
+        with uninterrupted():
+            join = needed("hosfl.edge.join", "hosfl join --runtime onnx", "edge").join
         for name, default in WITH_TORCH.items():
             if getattr(options, name) != default:
                 raise ValueError(f"--{name} is for clients with torch: leave it out, or leave out --runtime onnx")
     else:
-        join = needed("hosfl.runs.join", "hosfl join without --runtime onnx", "torch").join
+        with uninterrupted():
+            join = needed("hosfl.runs.join", "hosfl join without --runtime onnx", "torch").join
         told |= {name: getattr(options, name) for name in WITH_TORCH}
     place, found, _ = options.data.rpartition(".py:")
     file = place + ".py" if found else options.data
