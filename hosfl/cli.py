@@ -283,8 +283,9 @@ def _join(options: argparse.Namespace) -> int:
     except (KeyboardInterrupt, EngineError):
         if line.signal is None:
             raise
-    finally:
-        line.close()
+    except Exception:
+        line.close()  # it would try on beside the error, and say so
+        raise
     return 130 if line.signal == signal.SIGINT else 0
 
 
