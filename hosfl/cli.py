@@ -17,9 +17,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hosfl.extras import needed
+from hosfl.interrupts import uninterrupted
 from hosfl.methods import METHODS
 from hosfl.runs.faults import Faults
 from hosfl.settings import CONCERNS, PRESETS
@@ -27,6 +28,7 @@ from hosfl.tasks import TASKS
 
 TYPES: dict[str, Callable[[str], Any]] = {"str": str, "int": int, "float": float, "float | None": float}
 WITH_TORCH = {"task": "", "method": "", "model": "", "device": "cpu"}  # options of hosfl join
+WRITING = ("train", "compare", "simulate", "serve", "study")  # commands whose results come bit by bit
 KNOWN = {"tasks": ", ".join(TASKS), "methods": ", ".join(METHODS)}
 
 
@@ -36,6 +38,13 @@ def _pair(text: str) -> tuple[str, str]:
     if not equals or not name:
         raise argparse.ArgumentTypeError(f"NAME=VALUE is needed, got {text!r}")
     return name, value
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line: `--help` lists the options."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 class _Add(argparse.Action):
@@ -94,9 +103,7 @@ def _count(text: str) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line's parser."""
-    top = argparse.ArgumentParser(
-        prog="hosfl", description="Fine-tune split models without backpropagation on clients."
-    )
+    top = _Parser(prog="hosfl", description="Fine-tune split models without backpropagation on clients.")
     top.add_argument("--version", action=_Version, nargs=0, help="show the version")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -255,13 +262,19 @@ def _join(options: argparse.Namespace) -> int:
         raise ValueError(f"{options.client} is the server's folder: name a client's, such as clients/0")
     told = {"data": options.data}
     if options.runtime == "onnx":
-        join = needed("hosfl.edge.join", "hosfl join --runtime onnx", "edge").join
+        with uninterrupted():
+            join = needed("hosfl.edge.join", "hosfl join --runtime onnx", "edge").join
         for name, default in WITH_TORCH.items():
             if getattr(options, name) != default:
                 raise ValueError(f"--{name} is for clients with torch: leave it out, or leave out --runtime onnx")
     else:
-        join = needed("hosfl.runs.join", "hosfl join without --runtime onnx", "torch").join
+        with uninterrupted():
+            join = needed("hosfl.runs.join", "hosfl join without --runtime onnx", "torch").join
         told |= {name: getattr(options, name) for name in WITH_TORCH}
+    place, found, _ = options.data.rpartition(".py:")
+    file = place + ".py" if found else options.data
+    if file and not options.task and not Path(file).exists():  # a task of one's own may take anything
+        raise ValueError(f"--data: there is no {file}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     name = f"client {member.client} of run {member.run}"
     line = Ending(nats.NatsLine(f"tls://{member.address}", member.run, member.client, member.context()), name)
@@ -270,6 +283,9 @@ def _join(options: argparse.Namespace) -> int:
     except (KeyboardInterrupt, EngineError):
         if line.signal is None:
             raise
+    except Exception:
+        line.close()  # it would try on beside the error, and say so
+        raise
     return 130 if line.signal == signal.SIGINT else 0
 
 
@@ -323,7 +339,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *where, **more: print(f"hosfl: {message}", file=sys.stderr)
-            done = _command(options.command)(options)
+            with uninterrupted():  # an import that is broken off leaves half a module behind
+                command = _command(options.command)
+            done = command(options)
             sys.stdout.flush()
             return done
     except BrokenPipeError:  # such as `| head`: whoever read has enough
@@ -331,12 +349,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + 13
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # one is enough: the process ends
-        print("hosfl: interrupted; what came after the last snapshot or result is lost", file=sys.stderr)
+        lost = "; what came after the last snapshot or result is lost" * (options.command in WRITING)
+        print(f"hosfl: interrupted{lost}", file=sys.stderr)
         return 130
     except Exception as error:
         status = _told(error)
         if status is None:
-            top.error(str(error))
+            top.exit(2, f"hosfl: {_words(error)}\n")
         return status
 
 
@@ -364,16 +383,27 @@ def _told(error: Exception) -> int | None:
         case LogError() | EngineError() | JoinError() | NothingLearnt():
             status = 1
         case LatticeError() | Diverged():
-            print(f"hosfl: the run diverged: {error}", file=sys.stderr)
+            print(f"hosfl: the run diverged: {_words(error)}", file=sys.stderr)
             return 1
         case ValueError() | FileExistsError() | ImportError():
+            return None
+        case TypeError() if type(error) is not TypeError:  # CutError and TaskError, which need torch to be named
             return None
         case OSError() | SafetensorError():
             status = 2
         case _:
             raise error
-    print(f"hosfl: {error}", file=sys.stderr)
+    print(f"hosfl: {_words(error)}", file=sys.stderr)
     return status
+
+
+def _words(error: Exception) -> str:
+    """What an error says, in one line. Of the system's own: which file, and what is wrong with it."""
+    if isinstance(error, OSError) and error.filename is not None:
+        if isinstance(error, FileExistsError):
+            return f"{error.filename} is a file, and a folder is needed: name another"
+        return f"{error.filename}: {error.strerror}"
+    return re.sub(r"\s*\n\s*", " ", str(error).strip())
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from hosfl.halves.split import cut_points
 from hosfl.named import label
 from hosfl.runs.attendance import attendance
 from hosfl.runs.checkpoint import load_config
-from hosfl.runs.config import Config, all_with_shared, with_shared
+from hosfl.runs.config import Config, all_with_shared, check_device, with_shared
 from hosfl.runs.faults import Faults
 from hosfl.runs.join import Everybody
 from hosfl.runs.memory import HALVES, client_memory, over_bound
@@ -183,7 +183,18 @@ def _run(options: argparse.Namespace, config: Config, out: Path | None, over: Ov
         if not summary.replicas.equal:
             print("the clients differ in their bits: this is a bug", file=sys.stderr)
             return 1
-    return 130 if summary.interrupted else 0
+        here = summary.replicas.clients - 1  # and a newcomer
+        if over is not None and here and not summary.replicas.odd:
+            print(f"clients here at the end: {here}; all hold the server's bits, digest {summary.replicas.digest}")
+    if not summary.interrupted:
+        return 0
+    if out is None:
+        print("interrupted; nothing was kept, as there is no --out", file=sys.stderr)
+    else:
+        server = [str(options.server)] if options.command == "serve" else []
+        again = shlex.join(["hosfl", options.command, *server, "--resume", str(out)])
+        print(f"interrupted; to go on: {again}", file=sys.stderr)
+    return 130
 
 
 def _simulate(options: argparse.Namespace) -> int:
@@ -195,13 +206,18 @@ def _simulate(options: argparse.Namespace) -> int:
     shown = Table(title=f"{outcome.rounds} rounds of {config.task}", show_header=False)
     for name in SHOWN:
         value = getattr(outcome, name)
+        if name == "peak_memory":
+            value = ", ".join(f"{where} {size / 1e6:.0f} MB" for where, size in value.items())
         title = metric(outcome.evaluations[-1].scores) if name == "accuracy" else name.replace("_", " ")
         shown.add_row(title, f"{value:.4f}" if isinstance(value, float) else str(value))
     shown.add_row("all clients hold the same bits", "yes" if outcome.equal else "NO")
     Console(width=None if sys.stdout.isatty() else 110).print(shown)
     if not outcome.equal:
         return 1
-    return 130 if outcome.interrupted else 0
+    if not outcome.interrupted:
+        return 0
+    print(f"interrupted after {outcome.rounds} of {config.rounds} rounds; a simulation does not go on", file=sys.stderr)
+    return 130
 
 
 def _split(options: argparse.Namespace) -> int:
@@ -241,8 +257,14 @@ def _compare(options: argparse.Namespace) -> int:
     runs = [{"method": m, "seed": s} for m in options.methods for s in options.seeds]
     configs = [Config(**with_shared(settings, preset)) for settings in all_with_shared(runs, shared)]
     table = compare(configs, options.out, lambda c: _bar(f"{label(c.method)} {c.seed}", c.rounds))
-    print_table(table)
-    return 130 if table["interrupted"] else 0
+    if table["methods"]:
+        print_table(table)
+    if not table["interrupted"]:
+        return 0
+    done = sum(len(line["seeds"]) for line in table["methods"].values())
+    again = f"a comparison does not go on: delete {options.out}, or give another --out"
+    print(f"interrupted after {done} of {len(configs)} runs; {again}", file=sys.stderr)
+    return 130
 
 
 class _TimeLeft(ProgressColumn):
@@ -295,6 +317,7 @@ def _memory(options: argparse.Namespace) -> int:
     for half in options.halves:
         if half not in HALVES:
             raise ValueError(f"--halves: one of {', '.join(HALVES)} is needed, got {half!r}")
+    check_device(options.device)
     with Console(stderr=True).status("memory") as status:
         result = client_memory(
             options.halves or list(HALVES), options.device, lambda what: status.update(f"memory of {what}")

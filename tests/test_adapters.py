@@ -419,7 +419,7 @@ def test_a_task_of_one_s_own_brings_its_samples():
     public = np.random.default_rng(0).standard_normal((50, 6))
     assert train(own(public=public.astype(np.float32)), trains="act:3", **SMALL).replicas.equal
     assert train(own(public=public), trains="act:3", **SMALL).replicas.equal  # of the half's dtype
-    with pytest.raises(ValueError, match=r"Task\(public=...\), or take xs:3, which needs none"):
+    with pytest.raises(ValueError, match=r"by --public 200, .* Task\(public=...\), or take xs:3, which needs none"):
         train(own(), trains="act:3", **SMALL)
     with pytest.raises(ValueError, match="the client half does not take the public samples"):
         train(own(public=torch.randn(9, 5)), trains="act:3", **SMALL)

@@ -524,6 +524,9 @@ def test_what_cannot_be_rebuilt_is_refused_with_the_reason(tmp_path):
     more = copy.deepcopy(made.half)
     more.register_buffer("more", torch.ones(1))
     wrong(more, "is not the base model")
+    (tmp_path / "other.txt").write_text("no weights")
+    with pytest.raises(ValueError, match=r"other\.txt holds no weights: "):
+        rebuild(log, tmp_path / "other.txt")
     data = log.read_bytes()
     for at in (20, len(data) // 2):
         log.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])

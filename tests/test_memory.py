@@ -79,6 +79,9 @@ def test_command_line(tmp_path, capsys, monkeypatch, peak):
     captured = capsys.readouterr()
     assert "first-order" in captured.out
     assert ("times inference plus three cut tensors" in captured.err) == (peak > 1300 * BOUND)
+    with pytest.raises(SystemExit, match="2"):
+        main(["memory", "--device", "no-such"])
+    assert "hosfl: cannot compute on device 'no-such'" in capsys.readouterr().err
 
 
 def test_the_results_keep_the_bound():

@@ -66,7 +66,9 @@ def test_a_run_by_its_commands(federation, tmp_path):
     try:
         for out in ("run", "next"):  # for which the clients need no restart
             served = [*hosfl, "serve", folder / "server", *settings, "--out", tmp_path / out]
-            assert subprocess.run(served, env=environment, timeout=120).returncode == 0
+            ended = subprocess.run(served, env=environment, timeout=120, stdout=subprocess.PIPE, text=True)
+            assert ended.returncode == 0
+            said = ended.stdout.splitlines()[-1]
         for process in joined:
             process.send_signal(signal.SIGTERM)
             assert process.wait(20) == 0
@@ -78,6 +80,8 @@ def test_a_run_by_its_commands(federation, tmp_path):
     assert summary["replicas"]["equal"]
     following = json.loads((tmp_path / "next" / "summary.json").read_text())
     assert (following["replicas"], following["refused"]) == (summary["replicas"], [])
+    digest = summary["replicas"]["digest"]
+    assert said == f"clients here at the end: 2; all hold the server's bits, digest {digest}"
     here = Over(Two(3, task=own[1], method=own[3]))
     again = train(load_config(tmp_path / "run"), tmp_path / "here", over=here)
     assert again.replicas.digest == summary["replicas"]["digest"]
@@ -141,6 +145,8 @@ def test_a_run_whose_cuts_are_larger_than_an_engine_takes_of_itself(tmp_path):
         (["serve", "FED/server", "--out", "RUN", "--broker", "OTHER"], 2, "names no certificate"),
         (["join", "FED/server"], 2, "the server's folder"),
         (["join", "RUN"], 2, "RUN has no"),
+        (["join", "FED/clients/0", "--data", "RUN.npz"], 2, "--data: there is no RUN.npz"),
+        (["join", "FED/clients/0", "--data", "RUN.py:mine"], 2, "--data: there is no RUN.py"),
         (["status", "RUN"], 2, "no run with clients elsewhere"),
     ],
 )

@@ -785,7 +785,12 @@ def test_file_errors_name_the_file(tmp_path, capsys):
     (tmp_path / "bad.yaml").write_text("rounds: [")
     with pytest.raises(SystemExit, match="2"):
         main(["study", str(tmp_path / "bad.yaml"), "--out", str(tmp_path / "out")])
-    assert "bad.yaml" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith("but found '<stream end>' in line 1, column 10\n")
+    (tmp_path / "bad.yaml").write_text(FILE.replace("[2, 3]", "[1, 2, 3]"))  # whose rates were chosen on seeds 0 and 1
+    with pytest.raises(
+        ValueError, match=r"bad\.yaml: seeds: 1 is tuned on too, in tuning_seeds: results need seeds of"
+    ):
+        load_study(tmp_path / "bad.yaml")
     assert not (tmp_path / "out").exists()
     assert main(["report", str(tmp_path)]) == 2
     assert "holds no study" in capsys.readouterr().err

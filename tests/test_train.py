@@ -19,6 +19,7 @@ from hosfl import Config, LatticeError, Log, rebuild, train
 from hosfl.cli import main
 from hosfl.methods import METHODS
 from hosfl.protocol.log import EpochRecord
+from hosfl.runs import trainer
 from hosfl.runs.assemble import assemble
 from hosfl.runs.checkpoint import load_id, next_epoch
 from hosfl.runs.config import with_shared
@@ -181,6 +182,7 @@ def test_compare(tmp_path, capsys):
         "bytes, scalars up",
         "samples, server backward",
         "client answer, ms",
+        "per client and round",
         "first-order (2 seeds)",
     ):
         assert words in out
@@ -210,7 +212,79 @@ def test_ctrl_c_ends_after_the_round_and_saves(tmp_path):
     assert json.loads(metrics.read_text().splitlines()[-1])["round"] == saved["rounds"]
     assert saved["replicas"]["equal"] is True
     assert f"after {saved['rounds']} rounds".encode() in output
+    assert errors.decode().splitlines()[-1] == f"interrupted; to go on: hosfl train --resume {out}"
     assert b"Traceback" not in errors
+
+
+def test_ctrl_c_while_torch_is_imported(tmp_path, monkeypatch, capsys):
+    """What is imported is imported whole, and nothing begins."""
+    imported = []
+
+    def command(name):
+        signal.raise_signal(signal.SIGINT)
+        imported.append(name)
+        return pytest.fail
+
+    monkeypatch.setattr("hosfl.cli._command", command)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert main(["train"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert imported == ["train"]
+    assert capsys.readouterr().err == "hosfl: interrupted; what came after the last snapshot or result is lost\n"
+    try:
+        assert main(["status", str(tmp_path), "--watch"]) == 130  # where nothing is lost
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == "hosfl: interrupted\n"
+
+
+@pytest.mark.parametrize(("place", "done"), [("assemble", 0), ("evaluate", 0), ("check_learnt", 1)])
+def test_ctrl_c_ends_a_comparison(tmp_path, capsys, monkeypatch, place, done):
+    """Before its first run's first round; and after its last one, when that run counts and no other begins."""
+    original = getattr(trainer, place)
+
+    def interrupting(*args, **more):
+        monkeypatch.setattr(trainer, place, original)
+        signal.raise_signal(signal.SIGINT)
+        return original(*args, **more)
+
+    monkeypatch.setattr(trainer, place, interrupting)
+    out = tmp_path / "c"
+    assert main(["compare", "--rounds", "2", "--batch", "8", "--seeds", "0", "--out", str(out)]) == 130
+    shown = capsys.readouterr()
+    assert shown.err.splitlines()[-1].startswith(f"interrupted after {done} of 3 runs; ")
+    assert ("test accuracy" in shown.out) == bool(done)
+    assert json.loads((out / "table.json").read_text())["interrupted"]
+    with pytest.raises(SystemExit, match="2"):
+        main(["compare", "--rounds", "2", "--seeds", "0", "--out", str(out)])
+    assert f"{out} holds a comparison already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["train", "--rounds", "0"], "hosfl: rounds must be at least 1, got 0"),
+        (["train", "--out", "file", "--rounds", "1"], "hosfl: file is a file, and a folder is needed: name another"),
+        (
+            ["train", "--rounds", "many"],
+            "hosfl train: argument --rounds: invalid int value: 'many'; see hosfl train --help",
+        ),
+        (["train", "--no-such"], "hosfl: unrecognized arguments: --no-such; see hosfl --help"),
+        (["log", "show", "nowhere"], "hosfl: nowhere: No such file or directory"),
+        (["study", "nowhere.yaml", "--out", "x"], "hosfl: nowhere.yaml: No such file or directory"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(tmp_path, monkeypatch, capsys, words, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    try:
+        status = main(words)
+    except SystemExit as ended:
+        status = ended.code
+    assert (status, capsys.readouterr().err) == (2, says + "\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 class Killed(BaseException):

@@ -248,6 +248,44 @@ methods: {{ho: {{grid: {{options: [{{hidden: 4}}, {{hidden: 8}}]}}}}}}
         read_study(text.replace("{hidden: 8}", "{hiden: 4}"))
 
 
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("return 3", "returns a int: a hosfl.Task is needed"),
+        (
+            "return hosfl.Task(net, data, data, lambda o, y: o, at=1)",
+            "a tensor of one element, the mean over the batch",
+        ),
+        ("return hosfl.Task(Ways(), data, data, loss, at='head')", "cannot cut a Ways: "),
+    ],
+)
+def test_a_task_that_is_none_is_told_in_one_line(body, says, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(
+        f"""
+import torch
+from torch import nn
+import hosfl
+loss, net = nn.functional.cross_entropy, nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+data = torch.zeros(80, 4), torch.arange(80) % 2
+class Ways(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = net
+    def forward(self, x):
+        return self.head(self.body(x) if x.sum() > 0 else x)
+def make():
+    {body}
+"""
+    )
+    quick = ["--clients", "2", "--sampled", "2", "--batch", "8", "--server-rate", "0.1", "--client-rate", "0.1"]
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "--task", f"{tmp_path}/mine.py:make", *quick, "--out", str(tmp_path / "run")])
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_a_stranger_s_study_in_processes_of_its_own(file, tmp_path):
     (tmp_path / "study.yaml").write_text(

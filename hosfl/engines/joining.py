@@ -233,6 +233,7 @@ def take_part(line: Line, number: int, folder: Path, made: Callable[[bytes], End
 
         def joined() -> tuple[Endpoint[Any], Kept]:
             """This client in the run that is offered now."""
+            log.info("client %d asks for the server's run, and waits until there is one", number)
             endpoint = made(line.fetch("run"))
             endpoint.refused = _Refusals(number)
             kept = Kept(folder / "state.safetensors", endpoint.run, endpoint.client)

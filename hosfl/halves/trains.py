@@ -115,7 +115,8 @@ def _add_xs(half: nn.Module, trains: str, public: Inputs | None) -> None:
     chosen = _chosen(trains, layers, patterns, "linear layer or convolution")
     if kind == "act" and public is None:
         raise ValueError(
-            "the layers' inputs are those of public samples, and there are none: give the task some, Task(public=...),"
-            f" or take {trains.replace('act', 'xs', 1)}, which needs none"
+            "the layers' inputs are those of public samples, and there are none: set training samples aside, as by"
+            " --public 200, give the task some, Task(public=...), or take"
+            f" {trains.replace('act', 'xs', 1)}, which needs none"
         )
     add_adapters(half, {name: layers[name] for name in chosen}, rank, public if kind == "act" else None)

@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from hosfl.protocol.arrays import Array, bits, copied, dtype_name
 from hosfl.protocol.log import Header, Log, LogError
 from hosfl.protocol.replica import Replica, to_records
@@ -32,14 +34,17 @@ def rebuild(
     load: reads the base file, as numpy's arrays or torch's tensors. Returns its tensors, the trained ones brought up to
     date, and the replica that did it. Raises LogError for a damaged log or one that no run can have written, for a base
     that is not the one the log was made from, and for a wrong `upto`; and for weights whose
-    digest is not what the log says.
+    digest is not what the log says. Raises ValueError for a base that holds no weights.
     """
     opened = Log.read(log)
     run, header, records = run_of(opened.header), opened.header, opened.rounds
     upto = len(records) if upto is None else upto
     if not 0 <= upto <= len(records):
         raise LogError(f"{log} holds {len(records)} rounds; cannot rebuild round {upto}")
-    tensors = load(base)
+    try:
+        tensors = load(base)
+    except SafetensorError as error:
+        raise ValueError(f"{base} holds no weights: {error}") from error
     trained = _trained(tensors, header, base)
     tied = {other: p.name for p in header.parameters for other in p.tied}
     if run.lattice is not None:

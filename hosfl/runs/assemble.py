@@ -33,7 +33,7 @@ from hosfl.settings import DEFAULTS, Rates, Settings
 from hosfl.tasks import make_task
 from hosfl.tasks.data import Dataset, at_once, digest, dirichlet_split, iid_split, shards
 from hosfl.tasks.items import Batches, Items, check_alike, read
-from hosfl.tasks.task import Scores, Task
+from hosfl.tasks.task import Scores, Task, TaskError
 
 
 def assemble(
@@ -82,7 +82,7 @@ def assemble(
 
     optimizer = task.optimizer(half, rates.decay)
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"the task's optimizer is a {type(optimizer).__name__}: a torch.optim.Optimizer is needed")
+        raise TaskError(f"the task's optimizer is a {type(optimizer).__name__}: a torch.optim.Optimizer is needed")
     trained = {parameter for parameter in half.parameters() if parameter.requires_grad}
     if not any(parameter in trained for group in optimizer.param_groups for parameter in group["params"]):
         raise ValueError(
@@ -192,7 +192,7 @@ def for_clients(config: Settings, task: Task) -> Settings:
 def _tried(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tuple[int, ...], Dataset]:
     """The shape of one sample's cut, and samples.
 
-    Raises TypeError for outputs and a loss that are none, ValueError for a client half that is no function of its
+    Raises TaskError for outputs and a loss that are none, ValueError for a client half that is no function of its
     inputs and weights.
     """
     sample = read(data[torch.arange(min(2, len(data)))])  # a copy; two, so that a loss per sample shows
@@ -202,7 +202,7 @@ def _tried(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tuple[
         again, output = call(model.client, given), model(cloned(sample.inputs))
         for of, found in (("the cut", cut), ("the output", output)):
             if not isinstance(found, Tensor) or found.shape[:1] != (len(sample),):
-                raise TypeError(
+                raise TaskError(
                     f"{of} of {len(sample)} samples is {_told(found)}: a tensor is needed, whose first dimension is the"
                     " samples"
                 )
@@ -218,7 +218,7 @@ def _tried(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tuple[
             " learn: let it draw random numbers in train mode only, and keep nothing from one pass to the next"
         )
     if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise TypeError(
+        raise TaskError(
             f"the loss of a batch is {_told(loss)}: a tensor of one element, the mean over the batch, is needed"
         )
     return tuple(cut.shape[1:]), sample

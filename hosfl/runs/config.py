@@ -26,10 +26,11 @@ class Config(Settings):
         for name, why in ignored(vars(self)).items():
             if getattr(self, name) != DEFAULTS[name]:
                 raise ValueError(f"{name} = {getattr(self, name)!r} would do nothing {why}: leave it out")
-        _check_device(self.device)
+        check_device(self.device)
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
+    """Raises ValueError for a device that does not compute here."""
     import torch  # here: a command line that only shows its help has no use for it
 
     try:

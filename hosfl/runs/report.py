@@ -369,7 +369,7 @@ def plot_curves(runs: dict[str, list[Sequence[Evaluation]]], path: Path, title: 
             lines[method] = line
             if len(seeds) > 1:
                 axis.fill_between(rounds, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, lw=0)
-        axis.set_xlabel("round")
+        axis.set_xlabel("rounds")
         axis.set_ylabel(metric(next(iter(runs.values()))[0][0].scores) if quantity == "accuracy" else quantity)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)

@@ -338,12 +338,21 @@ class _Course:
         save_snapshot(self.federation, folder, self.done)
 
 
+_ASKED: list[threading.Event] = []  # of the block that is open
+
+
 @contextmanager
 def interruptible() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; the second interrupts as usual. Signals reach the main thread only."""
+    """An event that the first Ctrl-C sets; the second interrupts as usual. Signals reach the main thread only.
+
+    A block within another has the event of the outer one.
+    """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
+        return
+    if _ASKED:
+        yield _ASKED[0]
         return
     before = signal.getsignal(signal.SIGINT)
 
@@ -351,8 +360,10 @@ def interruptible() -> Iterator[threading.Event]:
         event.set()
         signal.signal(signal.SIGINT, before)
 
+    _ASKED.append(event)
     signal.signal(signal.SIGINT, on_interrupt)
     try:
         yield event
     finally:
         signal.signal(signal.SIGINT, before)
+        _ASKED.clear()

@@ -19,7 +19,7 @@ from hosfl.named import label
 from hosfl.protocol.provenance import ProvenanceError
 from hosfl.runs.config import Config
 from hosfl.runs.report import Evaluation, Summary, gap_recovered, machine, metric, plot_curves
-from hosfl.runs.trainer import Progress, train
+from hosfl.runs.trainer import Progress, interruptible, train
 from hosfl.settings import DEFAULTS
 
 CATEGORIES = (
@@ -42,29 +42,32 @@ def compare(
             raise ValueError(f"method {method} with seed {seed} is there twice: name each method and each seed once")
     out.mkdir(parents=True, exist_ok=True)
     if (out / "table.json").exists():
-        raise FileExistsError(f"{out} holds another comparison: choose another folder or delete it")
+        raise FileExistsError(f"{out} holds a comparison already: choose another folder or delete it")
     runs: dict[str, list[Summary]] = {}
     curves: dict[str, list[Sequence[Evaluation]]] = {}
-    interrupted = False
-    for config in configs:
-        name = label(config.method)
-        folder = out / f"{name}-{config.seed}"
-        with bar(config) as progress:
-            summary = train(config, folder, progress)
-        if summary.interrupted:
-            interrupted = True
-            break
-        runs.setdefault(name, []).append(summary)
-        data = {s.provenance["data"] for summaries in runs.values() for s in summaries}
-        if len(data) > 1:
-            raise ProvenanceError(f"the data changed while the runs went on: {folder} saw others than the runs before")
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
-        curves.setdefault(name, []).append([Evaluation.read(line)[0] for line in lines])
+    with interruptible() as interrupted:
+        for config in configs:
+            if interrupted.is_set():
+                break
+            name = label(config.method)
+            folder = out / f"{name}-{config.seed}"
+            with bar(config) as progress:
+                summary = train(config, folder, progress)
+            if summary.interrupted:
+                break
+            runs.setdefault(name, []).append(summary)
+            data = {s.provenance["data"] for summaries in runs.values() for s in summaries}
+            if len(data) > 1:
+                raise ProvenanceError(
+                    f"the data changed while the runs went on: {folder} saw others than the runs before"
+                )
+            lines = (folder / "metrics.jsonl").read_text().splitlines()
+            curves.setdefault(name, []).append([Evaluation.read(line)[0] for line in lines])
     shared = {k: v for k, v in DEFAULTS.items() if k not in ("method", "seed")}
     for config in configs:  # that of a method which does not read a setting has its default
         shared |= {k: v for k, v in asdict(config).items() if k in shared and v != DEFAULTS[k]}
     table: dict[str, Any] = {
-        "interrupted": interrupted,
+        "interrupted": sum(map(len, runs.values())) < len(configs),
         "config": shared,
         "machine": machine(),
         "methods": {method: row(summaries) for method, summaries in runs.items()},
@@ -73,7 +76,8 @@ def compare(
     write_json(out / "table.json", table)
     if curves:
         seeds = max(len(s) for s in runs.values())
-        plot_curves(curves, out / "curves.png", f"{configs[0].task}: mean of {seeds} seeds, band from worst to best")
+        what = f"mean of {seeds} seeds, band from worst to best" if seeds > 1 else f"seed {configs[0].seed}"
+        plot_curves(curves, out / "curves.png", f"{configs[0].task}: {what}")
     return table
 
 
@@ -125,7 +129,8 @@ def _passes(kind: str, line: dict[str, Any]) -> str:
 def print_table(table: dict[str, Any]) -> None:
     """The comparison as text."""
     methods = table["methods"]
-    shown = Table(title=f"{table['config']['task']}, {table['config']['rounds']} rounds")
+    title = f"{table['config']['task']}, {table['config']['rounds']} rounds"
+    shown = Table(title=title, caption="bytes and samples: per client and round")
     shown.add_column("")
     for method, line in methods.items():
         shown.add_column(f"{method} ({len(line['seeds'])} seeds)", justify="right")

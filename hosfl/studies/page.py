@@ -287,4 +287,5 @@ def _machine(m: dict[str, Any]) -> str:
     sets = ", ".join(f"{name} {isa}" for name, isa in m.get("instruction_sets", {}).items())
     where += f", instruction sets {sets}" if sets else ""  # older runs don't say
     packages = ", ".join(f"{p} {m[p]}" for p in ("hosfl", "torch", "triton", "numpy") if m.get(p))
-    return f"{where}, {m['threads']} threads; {m['system']}, Python {m['python']}, {packages}."
+    threads = f"{m['threads']} thread" + "s" * (m["threads"] > 1)
+    return f"{where}, {threads}; {m['system']}, Python {m['python']}, {packages}."

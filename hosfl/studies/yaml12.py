@@ -88,7 +88,15 @@ def parse_yaml(text: str) -> Any:
     except RecursionError:
         raise ValueError("nested too deeply, or an alias stands for what it is in itself") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"not YAML: {error}") from None
+        raise ValueError(f"not YAML: {_what(error)}") from None
+
+
+def _what(error: yaml.YAMLError) -> str:
+    """What is wrong and where, in one line."""
+    mark = getattr(error, "problem_mark", None)
+    where = "" if mark is None else f" in line {mark.line + 1}, column {mark.column + 1}"
+    told = [getattr(error, name, None) for name in ("context", "problem")]
+    return f"{', '.join(filter(None, told)) or error}{where}"
 
 
 def _at(node: yaml.Node) -> str:

@@ -54,10 +54,10 @@ def make_task(settings: Settings, own: Dataset | Items | None = None) -> Task:
 
     The function is called with the same random numbers in force, whatever the run's seed: what it draws is the same in
     every run. own: the samples of the one client that it is made for; a task of `READERS` then reads nothing itself.
-    Raises ValueError; TypeError where the function returns something else.
+    Raises ValueError; TaskError where the function returns something else.
     """
     from hosfl.tasks.items import seeded
-    from hosfl.tasks.task import Task
+    from hosfl.tasks.task import Task, TaskError
 
     if not settings.task:
         raise ValueError("the run's task was an object, not a name: pass it to hosfl.train again")
@@ -68,7 +68,7 @@ def make_task(settings: Settings, own: Dataset | Items | None = None) -> Task:
             arguments["own"] = own
         made = maker(settings, **arguments) if settings.task in TASKS else maker(**arguments)
     if not isinstance(made, Task):
-        raise TypeError(f"task {settings.task!r} returns a {type(made).__name__}: a hosfl.Task is needed")
+        raise TaskError(f"task {settings.task!r} returns a {type(made).__name__}: a hosfl.Task is needed")
     return made if own is not None else made.with_public(settings.public)
 
 

@@ -27,6 +27,10 @@ def adamw(half: nn.Module, decay: float) -> torch.optim.Optimizer:
     return torch.optim.AdamW(half.parameters(), betas=(0.9, 0.99), weight_decay=decay)
 
 
+class TaskError(TypeError):
+    """A task, or what its functions give, is not of the kind that it must be; says what is needed."""
+
+
 @dataclass(frozen=True)
 class Task:
     """What is learnt. Any user makes one; `hosfl.train(task, ...)` runs it.
@@ -57,7 +61,7 @@ class Task:
     scores: in place of metrics, (outputs, data set) -> scores by name, where a score needs more than labels.
     generated: further scores, (the halves in eval mode, data set) -> scores by name, of what a model writes.
 
-    Raises DataError, a ValueError, for data that are none, and TypeError or ValueError for the rest; each says what.
+    Raises DataError, a ValueError, for data that are none, and TaskError or ValueError for the rest; each says what.
     """
 
     model: Model
@@ -88,10 +92,10 @@ class Task:
         if self.public is not None:
             put("public", inputs_of(self.public, "public"))
         if not callable(self.model) and not isinstance(self.model, tuple):
-            raise TypeError(f"model is a {type(self.model).__name__}: a module, two halves or a function is needed")
+            raise TaskError(f"model is a {type(self.model).__name__}: a module, two halves or a function is needed")
         for name, of in (("loss", "outputs and labels"), ("optimizer", "a half and its weight decay")):
             if not callable(found := getattr(self, name)):
-                raise TypeError(f"{name} is a {type(found).__name__}: a function of {of} is needed")
+                raise TaskError(f"{name} is a {type(found).__name__}: a function of {of} is needed")
         _check_metrics(self)
         for key, tuned in _mapping(self.rates, "rates", "rates by a method's name").items():
             _check_rates(key, tuned)
@@ -159,7 +163,7 @@ class Task:
     def halves(self, seed: int, at: str = "") -> SplitModel:
         """The model in two halves, new ones. seed: of what is random in making it. at: where, if not where it says.
 
-        Raises what `hosfl.split` raises, ValueError where nobody says where to cut, and TypeError for what is no model.
+        Raises what `hosfl.split` raises, ValueError where nobody says where to cut, and TaskError for what is no model.
         """
         with seeded(seed):
             # A module is callable as well.
@@ -172,7 +176,7 @@ class Task:
                     raise ValueError(f"the task's model is cut already: leave out at = {at!r}")
                 return _untied(made)
             if not isinstance(made, nn.Module):
-                raise TypeError(f"the task's model is a {type(made).__name__}: a module or two halves are needed")
+                raise TaskError(f"the task's model is a {type(made).__name__}: a module or two halves are needed")
             place = (int(at) if at.isdecimal() else at) if at else self.at
             if place is None:
                 raise ValueError("where is the model to be cut? Give the task at=, such as a layer's name or number")
@@ -218,7 +222,7 @@ class Task:
         if self.scores is not None:
             found = self.scores(outputs, data)
             if not isinstance(found, Mapping) or not found:
-                raise TypeError(f"the task's scores are {found!r}: numbers by name are needed")
+                raise TaskError(f"the task's scores are {found!r}: numbers by name are needed")
             return {name: _number(value, name) for name, value in found.items()}
         metrics = self._metrics(data.labels)
         if not metrics and self.generated is None:
@@ -278,7 +282,7 @@ def _untied(halves: SplitModel) -> SplitModel:
 
 def _mapping(value: Any, name: str, of: str) -> Mapping[Any, Any]:
     if not isinstance(value, Mapping):
-        raise TypeError(f"{name} is a {type(value).__name__}: a mapping is needed, {of}")
+        raise TaskError(f"{name} is a {type(value).__name__}: a mapping is needed, {of}")
     return value
 
 
@@ -286,7 +290,7 @@ def _check_metrics(task: Task) -> None:
     for name, of in (("scores", "outputs and a data set"), ("generated", "halves and a data set")):
         found = getattr(task, name)
         if found is not None and not callable(found):
-            raise TypeError(f"{name} is a {type(found).__name__}: a function of {of} is needed")
+            raise TaskError(f"{name} is a {type(found).__name__}: a function of {of} is needed")
     if task.metrics is None:
         return
     if task.scores is not None:
@@ -295,7 +299,7 @@ def _check_metrics(task: Task) -> None:
         raise ValueError("metrics is empty: name one, or leave it out")
     for name, metric in task.metrics.items():
         if not isinstance(name, str) or not (callable(metric) or _runs(metric)):
-            raise TypeError(f"the metric {name!r} is a {type(metric).__name__}: a function, by a name, is needed")
+            raise TaskError(f"the metric {name!r} is a {type(metric).__name__}: a function, by a name, is needed")
 
 
 def _check_rates(key: Any, tuned: Any) -> None:
@@ -340,5 +344,5 @@ def _number(value: Any, name: str) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"the metric {name} gives a {type(value).__name__} that is no number: {error}") from None
+        raise TaskError(f"the metric {name} gives a {type(value).__name__} that is no number: {error}") from None
     return number if math.isfinite(number) else math.nan
