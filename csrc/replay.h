@@ -31,8 +31,8 @@ void add_scaled(typename Storage::Cell* __restrict x, int64_t n, float s, const 
   }
 }
 
-// Cells of float16 to float32 and back, by the processor where it can. For one sum these two are
-// most of the work (Rademacher on AVX2: 0.75 in place of 1.78 ns per element).
+// Cells of float16 to float32 and back, by the processor where it can. For one sum these two are most of the work
+// (Rademacher on AVX2: 0.75 in place of 1.78 ns per element).
 void widen(const uint16_t* __restrict x, int64_t n, float* __restrict y) {
   int64_t i = 0;
 #if HOSFL_LANES == 16

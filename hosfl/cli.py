@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 from hosfl.extras import needed
 from hosfl.interrupts import uninterrupted
 from hosfl.methods import METHODS
+from hosfl.named import file_of
 from hosfl.runs.faults import Faults
 from hosfl.settings import CONCERNS, PRESETS
 from hosfl.tasks import TASKS
@@ -271,8 +272,7 @@ def _join(options: argparse.Namespace) -> int:
         with uninterrupted():
             join = needed("hosfl.runs.join", "hosfl join without --runtime onnx", "torch").join
         told |= {name: getattr(options, name) for name in WITH_TORCH}
-    place, found, _ = options.data.rpartition(".py:")
-    file = place + ".py" if found else options.data
+    file = file_of(options.data)
     if file and not options.task and not Path(file).exists():  # a task of one's own may take anything
         raise ValueError(f"--data: there is no {file}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")

@@ -20,8 +20,7 @@ def needed(module: str, what: str, extra: str = "studies") -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] in ("hosfl", "hosfl_kernels"):
             raise  # a fault of ours
-        least = FROM_PYTHON.get(error.name, (3, 10))
-        if sys.version_info < least:
+        if (least := FROM_PYTHON.get(error.name)) is not None and sys.version_info < least:
             version = ".".join(map(str, least))
             raise ImportError(f"{what} needs {error.name}, and with it Python {version} or later") from error
         raise ImportError(f"{what} needs {error.name}, which is missing: pip install 'hosfl[{extra}]'") from error

@@ -39,6 +39,12 @@ def absolute(name: str) -> str:
     return f"{Path(place).absolute()}{colon}{inner}" if place.endswith(".py") else name
 
 
+def file_of(name: str) -> str:
+    """The file of "FILE.py:name"; anything else is taken for a file's name itself."""
+    place, _, _ = name.rpartition(":")
+    return place if place.endswith(".py") else name
+
+
 def label(name: str) -> str:
     """What a name is called in tables and folders: of a reference, what stands behind its colon."""
     return name.rpartition(":")[2]

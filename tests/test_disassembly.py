@@ -70,6 +70,10 @@ def test_loops_work_on_whole_vectors(code, isa, loop):
         # Scalars: a segment's factor, and of `replay_` what a row has beyond whole vectors. Elsewhere rows are tiles.
         if not loop.startswith("replay"):
             assert counts["scalar"] < counts[WIDEST[isa]], name
+        elif loop == "replay_signs":  # a sum for each record
+            assert counts[WIDEST[isa]] >= int(re.search(r", (\d)>\(", name)[1]), name
+        else:  # a product and a sum
+            assert counts[WIDEST[isa]] >= 2, name
 
 
 def test_a_scalar_loop_is_seen():

@@ -25,18 +25,6 @@ class Others(PathFinder):
         return None if name.partition(".")[0] in MISSING else super().find_spec(name, path, target)
 sys.meta_path[sys.meta_path.index(PathFinder)] = Others
 """
-
-
-def test_a_package_that_needs_a_later_python(monkeypatch):
-    """pip would install the extra without it, and say nothing."""
-    assert extras.FROM_PYTHON == {"onnxruntime": (3, 11)}
-    monkeypatch.setattr(extras, "FROM_PYTHON", {"no_such_package": (99, 1)})
-    with pytest.raises(ImportError, match=r"^the client needs no_such_package, and with it Python 99\.1 or later$"):
-        extras.needed("no_such_package", "the client", "edge")
-    with pytest.raises(ImportError, match=r"is missing: pip install 'hosfl\[edge\]'$"):
-        extras.needed("another_such_package", "the client", "edge")
-
-
 WORKS = {
     "help": "from hosfl.cli import main; main(['--help'])",
     "version": "from hosfl.cli import main; main(['--version'])",
@@ -120,3 +108,13 @@ def missing(module, monkeypatch):
     for importer in ("hosfl.studies.yaml12", "torch.utils.tensorboard"):
         monkeypatch.delitem(sys.modules, importer, raising=False)
     monkeypatch.setitem(sys.modules, module, None)
+
+
+def test_a_package_that_needs_a_later_python(monkeypatch):
+    """pip would install the extra without it, and say nothing."""
+    assert extras.FROM_PYTHON == {"onnxruntime": (3, 11)}
+    monkeypatch.setattr(extras, "FROM_PYTHON", {"no_such_package": (99, 1)})
+    with pytest.raises(ImportError, match=r"^the client needs no_such_package, and with it Python 99\.1 or later$"):
+        extras.needed("no_such_package", "the client", "edge")
+    with pytest.raises(ImportError, match=r"is missing: pip install 'hosfl\[edge\]'$"):
+        extras.needed("another_such_package", "the client", "edge")
