@@ -80,18 +80,31 @@ RoundingBits::Row random_row(RoundingBits& rounding, const Segment& segment, con
 // Records whose signs go by while a cell is in a register: of four records a cell then comes and goes once.
 constexpr int AT_ONCE = 4;
 
+// Cells that come from memory meanwhile, this many ahead: a processor's own prefetching stops at the end of a page.
+constexpr int64_t AHEAD = 2 * COLS;
+
+template <typename Cell>
+void fetch(const Cell* x, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof *x)) __builtin_prefetch(x + i, 1);
+}
+
+// first: whether these are the first records that go through the block, whose cells are in memory then.
 template <typename Storage, Rounding R, int N>
-HOSFL_LOOP void replay_signs(const Segment& segment, const Run& run, const Record* records) {
+HOSFL_LOOP void replay_signs(const Segment& segment, const Run& run, const Record* records, bool first) {
   auto* const x = static_cast<typename Storage::Cell*>(segment.data);
   RoundingBits rounding(segment);  // of one record: N is 1 where anything is rounded by them
   BlockWords signs[N];
   uint32_t s_bits[N];
+  const int64_t end = first ? run.at + run.count : 0;
+  if (first) fetch(x + run.at, run.count < AHEAD ? run.count : AHEAD);
   for (int r = 0; r < N; ++r) {
     s_bits[r] = bits_of(records[r].coefficient * segment.factor);
     signs[r].fill(records[r].seed, run.block, segment.stream, TAG_RADEMACHER, run.first_col(), run.cols());
   }
   each_row(run, [&](int64_t row, int64_t col, int64_t count, int64_t at) {
     const auto random = random_row<R>(rounding, segment, records[0], at);
+    const int64_t left = end - (at + AHEAD);
+    fetch(x + at + AHEAD, left < count ? left : count);
     const uint32_t* word[N];
     for (int r = 0; r < N; ++r) word[r] = signs[r].word[row / 32] + col;
     with_row<Storage>(x + at, count, [&](auto storage, auto* cells) {
@@ -107,11 +120,11 @@ void replay_segment(Rademacher, const Segment& segment, const Record* records, i
   each_block<RADEMACHER_ROWS>(segment.start, segment.n, [&](const Run& run) {
     int64_t r = 0;
     if constexpr (std::is_same<Storage, Float32>::value) {
-      for (; total - r >= AT_ONCE; r += AT_ONCE) replay_signs<Storage, R, AT_ONCE>(segment, run, records + r);
-      if (total - r == 3) return replay_signs<Storage, R, 3>(segment, run, records + r);
-      if (total - r == 2) return replay_signs<Storage, R, 2>(segment, run, records + r);
+      for (; total - r >= AT_ONCE; r += AT_ONCE) replay_signs<Storage, R, AT_ONCE>(segment, run, records + r, r == 0);
+      if (total - r == 3) return replay_signs<Storage, R, 3>(segment, run, records + r, r == 0);
+      if (total - r == 2) return replay_signs<Storage, R, 2>(segment, run, records + r, r == 0);
     }
-    for (; r < total; ++r) replay_signs<Storage, R, 1>(segment, run, records + r);
+    for (; r < total; ++r) replay_signs<Storage, R, 1>(segment, run, records + r, r == 0);
   });
 }
 
@@ -122,7 +135,7 @@ HOSFL_LOOP void replay_segment(Gaussian, const Segment& segment, const Record* r
   alignas(64) float z[GAUSSIAN_ROWS][COLS];
   each_block<GAUSSIAN_ROWS>(segment.start, segment.n, [&](const Run& run) {
     // The cells come from memory while the first numbers are made.
-    for (int64_t i = 0; i < run.count; i += 64 / int64_t(sizeof *x)) __builtin_prefetch(x + run.at + i, 1);
+    fetch(x + run.at, run.count);
     for (const Record* record = records; record < records + total; ++record) {
       const float s = record->coefficient * segment.factor;
       normal_columns(record->seed, run.block, segment.stream, run.first_col(), run.cols(), z);
