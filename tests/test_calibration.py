@@ -498,8 +498,9 @@ def test_the_order_in_which_statistics_come_is_nothing(task, monkeypatch):
 
     federation, _ = assemble(Config(task="", **settings()), task=task)
     federation.engine = Backwards(federation.engine.answer, 4)
-    came, commit = [], federation.server.calibrate
-    monkeypatch.setattr(federation.server, "calibrate", lambda answers: came.extend(answers) or commit(answers))
+    statistics = federation.server.statistics
+    came, commit = [], statistics.commit
+    monkeypatch.setattr(statistics, "commit", lambda answers, how: came.extend(answers) or commit(answers, how))
     left = []
     monkeypatch.setattr(federation, "put_back", left.append)
     federation.calibrate()
@@ -626,6 +627,19 @@ def test_a_client_that_comes_back_is_told_once_more(tmp_path):
     summary = alike(train(config), train(config, tmp_path, forgets, over=Over(engine)))
     assert summary.refused == []
     assert all(endpoint.client.calibrated for endpoint in engine.endpoints.values())
+
+
+def test_calibration_waits_for_statistics_that_count(task, monkeypatch):
+    wrong = {0: encode(statistics(samples=0)), 1: b"junk"}
+    federation, _ = assemble(Config(task="", **settings(sampled=4)), task=task)
+    answer = federation.engine.answer
+    federation.engine = InProcess(lambda number, data: wrong.get(number) or answer(number, data), 4)
+    federation.enough = 2
+    running, came = federation.server.statistics, []
+    commit = running.commit
+    monkeypatch.setattr(running, "commit", lambda given, how: came.extend(given) or commit(given, how))
+    federation.calibrate()
+    assert [message.client for message in came] == [2, 3]
 
 
 def test_calibration_waits_for_enough_clients(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -417,8 +418,33 @@ def test_a_client_that_differs_says_so_and_rebuilds(kind):
     assert state(client.replica) == (made.ledger.mirror.digest(), 10, 0)
     assert server.refused == []
     made.play(11)
-    assert server.welcome(client.hello()).digest.size == 0  # not due
+    assert server.welcome(client.hello(), said=False).digest.size == 0  # not due
+    assert server.welcome(client.hello()).digest.size == 8
     assert client.catch_up(made.since(client)) is None
+
+
+@pytest.mark.parametrize("kind", ["moves", "adamw", "pool"])
+def test_a_client_of_another_copy_of_the_run_s_folder_finds_out(kind, tmp_path):
+    """Two copies that are resumed count the same epochs, and a client of one may say what one of the other would."""
+    made, copy = small(kind), small(kind)
+    made.ledger.log = Log.create(tmp_path / "log", header_of(made.run, made.half, {}))
+    made.play(6)
+    made.ledger.log.close()
+    shutil.copy(tmp_path / "log", tmp_path / "copy")
+    made.ledger.restart(Log.open(tmp_path / "log"), 6)
+    made.play(8, seed=1)
+    client = made.client()
+    client.catch_up(made.since(client))
+    copy.ledger.restart(Log.open(tmp_path / "copy"), 6)
+    for rounds in (8, 12):  # as many, and more
+        copy.play(rounds, seed=2)
+        server, other = copy.server(), made.client()
+        other.catch_up(made.since(other))
+        assert (other.applied, other.epoch) == (8, copy.ledger.epoch)
+        said = other.catch_up(server.welcome(other.hello()))
+        assert isinstance(said, Differs)
+        assert other.catch_up(server.welcome(said)) is None
+        assert other.replica.digest() == copy.ledger.mirror.digest()
 
 
 def test_sums_over_the_pool_are_checked_as_well():

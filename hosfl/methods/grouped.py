@@ -68,6 +68,10 @@ class GroupedServer(Server):
                 self._learn_group()
             self._group.append(cut)
 
+    def learnt_from(self) -> list[int]:
+        self._learn_group()
+        return super().learnt_from()
+
     def end(self) -> tuple[dict[int, Message], float]:
         self._learn_group()
         return super().end()

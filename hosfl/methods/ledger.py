@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hosfl.probing.probe import trainable
-from hosfl.protocol.aggregate import Aggregation, RunningLength, clip_to_norm, weighted_mean
+from hosfl.protocol.aggregate import Aggregation, RunningLength, clip_to_norm, not_beyond, weighted_mean
 from hosfl.protocol.lattice import Lattice, spread
 from hosfl.protocol.log import DigestRecord, EpochRecord, Log, LogError, Packed, RoundRecord
 from hosfl.protocol.messages import (
@@ -60,8 +60,8 @@ class Ledger(Protocol):
     def largest_answer(self) -> int:
         """How many numbers a client's answer holds."""
 
-    def since(self, hello: Hello | Differs) -> Message:
-        """What a client has missed. Raises MessageError."""
+    def since(self, hello: Hello | Differs, said: bool = True) -> Message:
+        """What a client has missed. said: see `Server.welcome`. Raises MessageError."""
 
     def check(self, message: Any) -> None:
         """Raises MessageError for an answer that cannot be aggregated."""
@@ -118,27 +118,42 @@ class SeedReplay:
 
     def __post_init__(self) -> None:
         self.records = Packed(self.run.directions)
+        self._digest: tuple[tuple[int, int], bytes] | None = None  # (epoch, rounds) and the digest of then
 
     @property
     def epoch(self) -> int:
         return self.epochs[-1][0] if self.epochs else 0
 
-    def since(self, hello: Hello | Differs) -> Records | PoolMoves:
+    def since(self, hello: Hello | Differs, said: bool = True) -> Records | PoolMoves:
         """Every record after the client's last; from round 0 on if its half is wrong or holds void rounds.
 
         So too if it has more rounds than there are, or has seen a later epoch, as where a copy of the run's folder has
-        been resumed: of what the client holds, nobody knows here.
+        been resumed: of what the client holds, nobody knows here. Two copies that are resumed count the same epochs,
+        so that what a client says tells nothing of which its rounds are from: the digest that it is sent does.
         """
         if isinstance(hello, Differs) and len(hello.digest) != 8:
             raise MessageError(f"a digest of {len(hello.digest)} words, not 8")
         ahead = hello.epoch > self.epoch or hello.round > len(self.records)
         start = 0 if isinstance(hello, Differs) or ahead or voided(self.epochs, hello) else hello.round
-        return self._records(hello.client, start, checked=isinstance(hello, Hello))
+        # Of one that has found out that its half is wrong what follows is from the base.
+        checked = isinstance(hello, Hello) and ((said and start > 0) or self._due(start))
+        return self._records(hello.client, start, checked)
+
+    def _due(self, start: int) -> bool:
+        """Whether a round after `start` was one whose digest is to be checked."""
+        every = self.digest_every
+        return every > 0 and start // every != len(self.records) // every
+
+    def digest(self) -> bytes:
+        """Of the weights after all rounds so far, computed once in each."""
+        at = self.epoch, len(self.records)
+        if self._digest is None or self._digest[0] != at:
+            self._digest = at, self.mirror.digest()
+        return self._digest[1]
 
     def _records(self, client: int, start: int, checked: bool = False) -> Records | PoolMoves:
         rows = self.records[start:]
-        due = checked and self.digest_every and start // self.digest_every != len(self.records) // self.digest_every
-        digest = digest_array(self.mirror.digest()) if due else NO_DIGEST
+        digest = digest_array(self.digest()) if checked else NO_DIGEST
         sums = self._pool_sums(start) if rows else None
         if sums is not None:
             return PoolMoves(
@@ -200,7 +215,8 @@ class SeedReplay:
             values = [a.scalars for a in answers]
             if self.clip is not None:
                 values = clip_to_norm(values, self.clip, self.weights)
-            coefficients, rate = self.step(round, self.aggregation(values, weights), lattice_for)
+            step = not_beyond(self.aggregation(values, weights), values, self.weights)
+            coefficients, rate = self.step(round, step, lattice_for)
         quantum = None if lattice is None or lattice == here else lattice.quantum
         participants = tuple(a.client for a in answers)
         self._append(RoundRecord(self.epoch, round, rate, np.array(coefficients, np.float32), participants, quantum))
@@ -232,9 +248,8 @@ class SeedReplay:
                 self.mirror.reset()
                 self.mirror.apply(self._records(0, 0))
             raise
-        due = self.digest_every and len(self.records) % self.digest_every == 0
-        if due and self.log is not None:
-            self.log.append(DigestRecord(self.epoch, len(self.records), self.mirror.digest()))
+        if self._due(record.round) and self.log is not None:
+            self.log.append(DigestRecord(self.epoch, len(self.records), self.digest()))
 
     def restart(self, log: Log, round: int) -> None:
         """Take up a log's records before `round`; those from there on are void, and a new epoch starts.
@@ -289,7 +304,7 @@ class WholeWeights:
         """How many numbers a client's answer holds."""
         return len(self.weights)
 
-    def since(self, hello: Hello | Differs) -> Weights:
+    def since(self, hello: Hello | Differs, said: bool = True) -> Weights:
         """The weights, unless the client has them."""
         current = hello.round == self.rounds and hello.epoch == self.epoch
         weights = torch.empty(0) if current else self.weights.detach()

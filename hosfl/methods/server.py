@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,9 @@ from hosfl.protocol.messages import (
 )
 from hosfl.protocol.seeds import Purpose, generator, round_seed
 
-KEPT = 1000  # reasons; the rest are only counted
+AnyMessage = TypeVar("AnyMessage", bound=Message)
+
+KEPT = 1000  # reasons
 # The machine's faults and no message's: the next one would meet them too, or has no device left to be computed on.
 MACHINE = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
 
@@ -76,9 +78,9 @@ class Server:
     from those of the round's begin, and the new ones are aggregated like the gradients. With a mean each client moves
     them in turn, and neither clip nor mean guards them: one liar's cut can spoil them all.
 
-    Whatever comes from a client goes through `receive`, `step` or `commit`, which refuse what is not exactly right; a
-    refused message changes nothing. refused: the reasons, the first thousand of them; refusals: how many there were;
-    unsaid: the last reason of each client that has not been told of it.
+    Whatever comes from a client goes through `receive`, `learn`, `answered` or `estimated`, which refuse what is not
+    exactly right; a refused message changes nothing. refused: the reasons, the last thousand of them; refusals: how
+    many there were; unsaid: the last reason of each client that has not been told of it.
     differed: clients that found their half wrong, and when, the first thousand; differences: how many. learnt: cuts
     that were learnt from. passes: samples that went forward and backward through either half so far; clients count
     theirs in the same place.
@@ -126,6 +128,8 @@ class Server:
         self._answers: dict[int, Message] = {}
         self._found: list[Tensor] = []  # losses
         self._random: list[Tensor] = []  # the generators' states after the last cut
+        self._given: dict[int, Message] = {}  # for `commit`
+        self._estimates: dict[int, Statistics] = {}  # for `calibrate`
         numbers = self.batch * sum(torch.Size(shape).numel() for shape in (self.cut_shape, self.label_shape))
         if self.masked:
             numbers += self.batch * self.cut_shape[0]
@@ -161,8 +165,8 @@ class Server:
     def _refuse(self, what: str, client: int | None, error: MessageError) -> None:
         """Say of a message why it is refused. client: whose it is, where that is known."""
         self.refusals += 1
-        if len(self.refused) < KEPT:
-            self.refused.append(f"{what}: {error}")
+        self.refused.append(f"{what}: {error}")
+        del self.refused[:-KEPT]
         if client is not None and client < self.clients:
             self.unsaid[client] = str(error)
 
@@ -173,24 +177,29 @@ class Server:
         why = text_array(self.unsaid.pop(client))
         return Refusal(client=client, round=round, epoch=self.epoch, text=why)
 
-    def calibrate(self, answers: Sequence[Message]) -> int:
-        """Commit the clients' running statistics, before the first round; returns of how many clients these are.
+    def estimated(self, message: Message) -> bool:
+        """Keep a client's running statistics for `calibrate`; False where they are refused."""
+        try:
+            statistics, committed = self._check_statistics(message)
+            if message.client in self._estimates:
+                raise MessageError("statistics for the second time")
+            committed.samples(statistics)
+        except MessageError as error:
+            self._refuse(f"calibration, client {message.client}", message.client, error)
+            return False
+        self._estimates[message.client] = statistics
+        return True
 
-        With nothing acceptable they stay.
+    def calibrate(self, messages: Iterable[Message] = ()) -> int:
+        """Commit the clients' running statistics, before the first round: those that were `estimated`, and these.
+
+        Returns of how many clients they are; of nobody's the half's own stay.
         """
-        accepted: dict[int, Statistics] = {}
-        for message in answers:
-            try:
-                statistics, committed = self._check_statistics(message)
-                if message.client in accepted:
-                    raise MessageError("statistics for the second time")
-                committed.samples(statistics)
-            except MessageError as error:
-                self._refuse(f"calibration, client {message.client}", message.client, error)
-                continue
-            accepted[message.client] = statistics
+        for message in messages:
+            self.estimated(message)
+        accepted, self._estimates = _by_client(self._estimates), {}
         if self.statistics is not None:
-            self.statistics.commit(list(accepted.values()), self.aggregation)
+            self.statistics.commit(accepted, self.aggregation)
         return len(accepted)
 
     def calibration(self, asked: Message) -> Calibration | None:
@@ -212,15 +221,18 @@ class Server:
             raise MessageError("Statistics in a run that does not estimate them")
         return message, self.statistics
 
-    def welcome(self, hello: Message) -> Message | None:
-        """What the client must apply before it takes part; None where it is refused or there is nothing to send."""
+    def welcome(self, hello: Message, said: bool = True) -> Message | None:
+        """What the client must apply before it takes part; None where it is refused or there is nothing to send.
+
+        said: by the client itself, whose history may be another than it seems. False: by who has led it there.
+        """
         try:
             if not isinstance(hello, (Hello, Differs)):
                 raise MessageError(f"{type(hello).__name__} where Hello was expected")
             self._check_client(hello)
             if self.ledger is None:
                 return None
-            answer = self.ledger.since(hello)
+            answer = self.ledger.since(hello, said)
         except MessageError as error:
             self._refuse(f"client {hello.client}", hello.client, error)
             return None
@@ -252,12 +264,16 @@ class Server:
         self.half.train()
         self.optimizer.zero_grad()
         self._number, self._gathered = round, gathered(self.aggregation)
-        self._samples, self._answers, self._found, self._random = {}, {}, [], []
+        self._samples, self._answers, self._found, self._random, self._given = {}, {}, [], [], {}
 
     def learn(self, message: Message) -> None:
         """Learn from one cut, or refuse it. The order of the cuts is that of a sum and of dropout: let it be theirs."""
         with self._refusing(message):
             self._take(self._check_cut(self._number, message))
+
+    def learnt_from(self) -> list[int]:
+        """The clients whose cuts the step has learnt from so far."""
+        return sorted(self._samples)
 
     @contextmanager
     def _refusing(self, message: Message) -> Iterator[None]:
@@ -421,25 +437,34 @@ class Server:
             raise MessageError(f"a mask of shape {tuple(message.mask.shape)}, not {expected}, or not of zeros and ones")
         return message
 
-    def commit(self, round: int, answers: Sequence[Message]) -> None:
-        """Commit the round with those who answered, weighted by their numbers of samples."""
+    def answered(self, round: int, message: Message) -> bool:
+        """Keep a client's answer to what it was sent for `commit`; False where it is refused."""
+        assert self.ledger is not None
+        try:
+            right = isinstance(message, self.ledger.expects) and message.round == round
+            if not right or message.epoch != self.epoch:
+                raise MessageError(f"{type(message).__name__} of round {message.round}, epoch {message.epoch}")
+            if message.client not in self._samples or message.client in self._given:
+                raise MessageError("an answer from a client that has no multiplier, or a second one")
+            self.ledger.check(message)
+        except MessageError as error:
+            self._refuse(f"round {round}, client {message.client}", message.client, error)
+            return False
+        self._given[message.client] = message
+        return True
+
+    def commit(self, round: int, messages: Iterable[Message] = ()) -> list[int]:
+        """Commit the round with what clients `answered`, and these, weighted by their numbers of samples.
+
+        Returns whose answers they are.
+        """
         if self.ledger is None:
-            return
-        accepted: dict[int, Message] = {}
-        for message in answers:
-            try:
-                right = isinstance(message, self.ledger.expects) and message.round == round
-                if not right or message.epoch != self.epoch:
-                    raise MessageError(f"{type(message).__name__} of round {message.round}, epoch {message.epoch}")
-                if message.client not in self._samples or message.client in accepted:
-                    raise MessageError("an answer from a client that has no multiplier, or a second one")
-                self.ledger.check(message)
-            except MessageError as error:
-                self._refuse(f"round {round}, client {message.client}", message.client, error)
-                continue
-            accepted[message.client] = message
-        weights = [self._samples[client] for client in accepted]
-        self.ledger.commit(round, list(accepted.values()), weights)
+            return []
+        for message in messages:
+            self.answered(round, message)
+        accepted, self._given = _by_client(self._given), {}
+        self.ledger.commit(round, accepted, [self._samples[answer.client] for answer in accepted])
+        return [answer.client for answer in accepted]
 
     def state(self) -> State:
         """All that a restarted server needs beside the log: its half, its optimizer, the ledger's own state."""
@@ -459,6 +484,10 @@ class Server:
         self.learnt = info.get("learnt", 1)  # a snapshot of before it was counted does not say that it was none
         if self.ledger is not None:
             self.ledger.load(part("ledger", tensors), info["ledger"])
+
+
+def _by_client(messages: Mapping[int, AnyMessage]) -> list[AnyMessage]:
+    return [messages[client] for client in sorted(messages)]
 
 
 def handed(cut: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,7 @@ Per client and round: the cut and P displaced cuts ((1 + P) z) and labels go up;
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -128,9 +128,9 @@ class ZerothOrderServer(LossServer):
             parameter.grad = gradient
         self.optimizer.step()
 
-    def commit(self, round: int, answers: Sequence[Message]) -> None:
+    def commit(self, round: int, messages: Iterable[Message] = ()) -> list[int]:
         """Commit the round with the scalars measured in it; the clients have nothing to answer."""
-        super().commit(round, self._measured)
+        return super().commit(round, self._measured)
 
 
 class ZOBoth(HO):

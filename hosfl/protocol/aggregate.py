@@ -67,6 +67,24 @@ def clip_to_norm(values: Sequence[Array], largest: float, weights: NDArray[np.fl
     return clipped
 
 
+BEYOND = 30.0
+
+
+def not_beyond(aggregate: Array, values: Sequence[Array], weights: NDArray[np.float64]) -> Array:
+    """The clients' aggregate, scaled down to `BEYOND` times the length that is the middle one of theirs.
+
+    A mean is hardly ever so long unless one client's scalars are absurd. Such an answer would otherwise do more than
+    spoil its round: lead off the lattice, or into the running length and the moments that all later rounds divide by.
+    Lengths as in `clip_to_norm`. Of those that are zero none is looked at: a loss with a margin leaves many such.
+    """
+    squares = sorted(square for value in values if (square := _squared(value, weights)) > 0)
+    if not squares:
+        return aggregate
+    longest = BEYOND * math.sqrt(squares[(len(squares) - 1) // 2])
+    length = math.sqrt(_squared(aggregate, weights))
+    return aggregate * (longest / length) if length > longest else aggregate
+
+
 AGGREGATIONS: dict[str, Aggregation] = {
     "weighted": weighted_mean,
     "uniform": uniform_mean,

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -64,12 +65,12 @@ class Federation:
     run is made of. describe: gives both, once the base is complete: see `settle`. exchanges: cuts that a client sends
     per round; its answer to all but the last is the next one, and the server numbers them on and on. engine: None: the
     clients live here, and are made by `make`. deadline: seconds for each exchange; None: as long as it takes. enough:
-    cuts, and then answers, with which a round goes on without the rest, or statistics without theirs; None: all that
-    were invited. least: clients that have to be here before a round begins. patient: a round in which no cut could be
-    learnt from is not committed, and can be tried again.
+    cuts that were learnt from, and then answers that count, with which a round goes on without the rest, or statistics
+    without theirs; None: all that were invited. least: clients that have to be here before a round begins. patient: a
+    round in which no cut could be learnt from is not committed, and can be tried again.
 
     clients: those made here so far. where: (rounds, epoch) that a client has applied, as far as the server knows.
-    complained: what clients refused, the first thousand times; complaints: how many there were. visits: how many times
+    complained: what clients refused, the last thousand times; complaints: how many there were. visits: how many times
     a client took part. missing: how many times a client that was asked did not answer; why: of the round's, by client.
     seconds: of the last round, by phase: "cuts" and "answers" are spent on the engine and the clients, "server" here;
     it learns from a cut while those of other clients are still on their way. asked: clients that were invited to the
@@ -109,6 +110,7 @@ class Federation:
     def __post_init__(self) -> None:
         self._here: dict[int, Endpoint[Client]] = {}
         self._in_vain: set[int] = set()  # whom the next round was tried with
+        self._before = (0, 0)  # refusals and complaints of earlier rounds
         if self.engine is None:
             self.engine = InProcess(lambda number, data: self.endpoint(number).answer(data), self.config.clients)
 
@@ -117,11 +119,18 @@ class Federation:
         """The reasons of either side for what it refused: the server's, then the clients'."""
         return self.server.refused + self.complained
 
+    @property
+    def newest_refused(self) -> list[str]:
+        """The reasons of either side for what it refused last in this round."""
+        refusals, complaints = self._before
+        of_server = self.server.refused[-1:] if self.server.refusals > refusals else []
+        return of_server + (self.complained[-1:] if self.complaints > complaints else [])
+
     def say_refused(self) -> None:
         """Warn of what either side has refused, if anything."""
         if self.refused:
             count = self.server.refusals + self.complaints
-            log.warning("messages that were refused: %d, the first: %s", count, self.refused[0])
+            log.warning("messages that were refused: %d, such as: %s", count, self.refused[0])
 
     def ready(self) -> bool:
         """Whether enough clients are here for a round."""
@@ -135,6 +144,7 @@ class Federation:
         """
         learnt = self.server.learnt
         self.seconds, self.why = dict.fromkeys(("cuts", "server", "answers"), 0.0), {}
+        self._before = self.server.refusals, self.complaints
         try:
             self.asked, first = self.invited(round), round * self.exchanges
             self.server.begin(first)
@@ -142,10 +152,11 @@ class Federation:
             for message in self.late():
                 self._learn(message)
             with self._timed("cuts"):
-                sent = self._reached(Invitation, round, self.asked, learning)
-            self.visits += len(sent)
+                self._reached(Invitation, round, self.asked, learning)
             with self._timed("server"):
                 multipliers, loss = self.server.end()
+            sent = self.server.learnt_from()
+            self.visits += len(sent)
             if self.patient and self.server.learnt == learnt:
                 self.tried += 1
                 self._in_vain.update(self.asked)
@@ -154,15 +165,21 @@ class Federation:
             self._in_vain.clear()
             losses = [loss]
             for exchange in range(first + 1, first + self.exchanges):
-                cuts = self._answers(multipliers)
+                self.server.begin(exchange)
+                learning = _InOrder(multipliers, self._learn)
+                with self._timed("answers"):
+                    self._heard_out(_each(multipliers), learning.came, partial(self._suffice, learning))
+                learning.end()
                 with self._timed("server"):
-                    multipliers, loss = self.server.step(exchange, cuts)
+                    multipliers, loss = self.server.end()
+                sent = self.server.learnt_from()
                 losses.append(loss)
-            answers = self._answers(multipliers)
+            answers = _each(multipliers) if self.server.ledger is not None else {}
+            with self._timed("answers"):
+                self._counted(answers, partial(self.server.answered, round))
             with self._timed("server"):
-                self.server.commit(round, answers)
-            answered = multipliers and self.server.ledger is not None
-            self.took_part = [m.client for m in answers] if answered else sorted(sent)
+                committed = self.server.commit(round)
+            self.took_part = committed if answers else sent
             self.seen.update(self.took_part)
         finally:
             self._leave()
@@ -210,7 +227,6 @@ class Federation:
     ) -> dict[int, list[Message]]:
         """Adds what came to `found`; returns what to send those who said that they are elsewhere."""
         again: dict[int, list[Message]] = {}
-        enough = self.enough if what is Invitation else None
         whole: dict[int, list[Message]] = {}
         for n, missed in asks.items():
             refusal = self.server.refusal(n, round) if what is Invitation else None
@@ -231,25 +247,41 @@ class Federation:
             found[client] = message
             for applied in asks[client]:
                 self.where[client] = _after(applied)
-            if enough is not None and len(found) >= enough:
+            if order is not None and self._suffice(order):
                 return {}
         return again
 
-    def _answers(self, multipliers: Mapping[int, Message]) -> list[Message]:
-        """What clients answer to their multipliers."""
-        asks = {n: [m] for n, m in multipliers.items() if self.server.ledger is not None}
-        with self._timed("answers"):
-            return self._all(asks)
+    def _suffice(self, order: _InOrder) -> bool:
+        """Whether enough of the cuts that came were learnt from to go on without the rest."""
+        if self.enough is None or order.messages < self.enough:
+            return False
+        order.take_those_here()  # only then is it known
+        with self._timed("server"):
+            return len(self.server.learnt_from()) >= self.enough
 
-    def _all(self, asks: Mapping[int, Sequence[Message]]) -> list[Message]:
-        """What clients answer, in their order, and none of them is asked twice."""
-        found: dict[int, Message] = {}
-        for client, message in self._replies(asks, self._ends()):
+    def _counted(self, asks: Mapping[int, Sequence[Message]], counts: Callable[[Message], bool]) -> None:
+        """Hand on what clients answer until enough of it counts."""
+        count = 0
+
+        def came(client: int, message: Message | None) -> None:
+            nonlocal count
             if message is not None:
-                found[client] = message
-            if self.enough is not None and len(found) >= self.enough:
+                with self._timed("server"):
+                    count += counts(message)
+
+        self._heard_out(asks, came, lambda: self.enough is not None and count >= self.enough)
+
+    def _heard_out(
+        self,
+        asks: Mapping[int, Sequence[Message]],
+        came: Callable[[int, Message | None], None],
+        suffice: Callable[[], bool],
+    ) -> None:
+        """Hand on what clients answer until it suffices; none of them is asked twice."""
+        for client, message in self._replies(asks, self._ends()):
+            came(client, message)
+            if suffice():
                 break
-        return [found[n] for n in sorted(found)]
 
     def _replies(
         self, asks: Mapping[int, Sequence[Message]], ends: float | None
@@ -294,7 +326,7 @@ class Federation:
         if client not in self.where:
             return []
         round, epoch = self.where[client]
-        news = self.server.welcome(Hello(client=client, round=round, epoch=epoch))
+        news = self.server.welcome(Hello(client=client, round=round, epoch=epoch), said=False)
         return [] if news is None else [news]
 
     def _ends(self) -> float | None:
@@ -302,8 +334,8 @@ class Federation:
 
     def _complain(self, client: int, what: str) -> None:
         self.complaints += 1
-        if len(self.complained) < KEPT:
-            self.complained.append(f"client {client}: {what}")
+        self.complained.append(f"client {client}: {what}")
+        del self.complained[:-KEPT]
 
     def invited(self, round: int) -> list[int]:
         """Who takes part in a round: a sample of those who are here, and of whom it was not yet tried with in vain."""
@@ -354,11 +386,12 @@ class Federation:
         none = np.empty(0, np.float32)
         ask = Calibration(client=0, round=0, epoch=self.server.epoch, run=self._run, statistics=none)
         asks = {n: [replace(ask, client=n)] for n in self.invited(0)}
+        self.seconds = {"server": 0.0}
         try:
-            found = self._all(asks)
+            self._counted(asks, self.server.estimated)
         finally:
             self._leave()
-        if not self.server.calibrate(found):
+        if not self.server.calibrate():
             log.warning("no client gave running statistics that can be used: those of the model stay")
         self.settle()
 
@@ -439,12 +472,21 @@ class _InOrder:
     def __init__(self, clients: Iterable[int], take: Callable[[Message], None]) -> None:
         self.take, self._waiting = take, deque(sorted(clients))
         self._there: dict[int, Message | None] = {}
+        self.messages = 0  # that came
 
     def came(self, client: int, message: Message | None) -> None:
         """Its message is here; None: there will be none."""
         self._there[client] = message
+        self.messages += message is not None
         while self._waiting and self._waiting[0] in self._there:
             self._next()
+
+    def take_those_here(self) -> None:
+        """Hand on those that have come, before others that may still come."""
+        here = [client for client in self._waiting if client in self._there]
+        self._waiting = deque(client for client in self._waiting if client not in self._there)
+        for client in here:
+            self._hand_on(client)
 
     def end(self) -> None:
         """Whoever has not come will not."""
@@ -452,9 +494,17 @@ class _InOrder:
             self._next()
 
     def _next(self) -> None:
-        message = self._there.pop(self._waiting.popleft(), None)
+        self._hand_on(self._waiting.popleft())
+
+    def _hand_on(self, client: int) -> None:
+        message = self._there.pop(client, None)
         if message is not None:
             self.take(message)
+
+
+def _each(messages: Mapping[int, Message]) -> dict[int, list[Message]]:
+    """An ask for each client, of its one message."""
+    return {client: [message] for client, message in messages.items()}
 
 
 def _after(news: Message) -> tuple[int, int]:

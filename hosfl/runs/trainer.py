@@ -308,7 +308,7 @@ class _Course:
         loss = federation.round(self.done)
         if federation.tried:
             if federation.tried == 1:
-                reasons = "; ".join(["", *federation.refused[-1:]])
+                reasons = "; ".join(["", *federation.newest_refused])
                 log.warning("round %d: no cut could be learnt from, and it is tried again%s", self.done + 1, reasons)
             self.again = time.monotonic() + min(LONGEST, FIRST * 2.0 ** min(federation.tried - 1, 20))
             return

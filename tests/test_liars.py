@@ -1,0 +1,159 @@
+"""What a client that lies can cost the others: its own place in a round, and no more of the run."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from hosfl.engines.engine import Reply
+from hosfl.engines.in_process import InProcess
+from hosfl.protocol.aggregate import BEYOND, not_beyond, weighted_mean
+from hosfl.protocol.messages import Audited, Cut, Scalars, decode, encode
+from hosfl.runs.assemble import assemble
+from hosfl.runs.config import Config
+
+CLIENTS = 6
+
+
+class LiarsFirst(InProcess):
+    """An engine in which liars are faster than all others. lie: what a message is replaced by."""
+
+    def __init__(self, federation, liars, lie):
+        super().__init__(lambda number, data: federation.endpoint(number).answer(data), CLIENTS)
+        self.liars, self.lie = liars, lie
+
+    def ask(self, messages, deadline=None, enough=None):
+        for number in sorted(messages, key=lambda number: (number not in self.liars, number)):
+            said = decode(self.answer(number, messages[number]))
+            yield Reply(number, encode(self.lie(said) if number in self.liars else said))
+
+
+def made(liars, lie, enough=None, **settings):
+    told = {"clients": CLIENTS, "sampled": CLIENTS, "batch": 8, "rounds": 5, "server_rate": 0.1, "client_rate": 0.05}
+    federation, _ = assemble(Config(**told | settings))
+    federation.engine = LiarsFirst(federation, liars, lie)
+    federation.enough, federation.patient = enough, True
+    return federation
+
+
+def junk(message):
+    """Well formed, and no cut."""
+    return Audited(client=message.client, round=0, epoch=0, digest=np.zeros(8, np.int32))
+
+
+def absurd(message):
+    """A cut that is finite, and whose loss is not."""
+    return replace(message, cut=np.full_like(message.cut, 3e38)) if isinstance(message, Cut) else message
+
+
+def too_few(message):
+    """A right cut, and scalars that are not as many as the directions."""
+    if not isinstance(message, Scalars):
+        return message
+    return Scalars(client=message.client, round=message.round, epoch=0, scalars=np.zeros(1, np.float32))
+
+
+@pytest.mark.parametrize("server_batch", [1, 64])
+@pytest.mark.parametrize("lie", [junk, absurd])
+def test_what_is_refused_is_not_waited_for_less(lie, server_batch):
+    """Three liars, faster than all: a round goes on without the rest only when three honest clients have taken part."""
+    federation = made({0, 1, 2}, lie, enough=3, server_batch=server_batch)
+    for round in range(3):
+        federation.round(round)
+        assert federation.tried == 0
+        assert federation.took_part == [3, 4, 5]
+        assert federation.server.ledger.records[round].participants == (3, 4, 5)
+    assert federation.seen == {3, 4, 5}
+    assert federation.server.refusals >= 9
+
+
+def test_with_enough_honest_cuts_nobody_waits_for_more():
+    federation = made({0, 1}, junk, enough=2)
+    federation.round(0)
+    assert federation.took_part == [2, 3]
+    assert federation.visits == 2
+
+
+def test_of_several_exchanges_each_waits_for_cuts_that_count():
+    def wrong(message):
+        return replace(message, cut=message.cut[:, :1]) if isinstance(message, Cut) and message.round % 2 else message
+
+    for liars, enough, took_part in (({0}, None, [1, 2, 3, 4, 5]), ({0}, 3, [1, 2]), ({0, 1, 2}, 3, [])):
+        federation = made(liars, wrong, enough, method="splitfed", local_steps=2)
+        federation.round(0)
+        assert federation.took_part == took_part
+
+
+def test_whose_answer_is_refused_did_not_take_part():
+    for liars, enough, took_part in (({0}, None, [1, 2, 3, 4, 5]), ({0}, 3, [1, 2]), ({0, 1, 2}, 3, [])):
+        federation = made(liars, too_few, enough)
+        federation.round(0)
+        assert federation.took_part == took_part == [*federation.server.ledger.records[0].participants]
+        assert federation.seen == {*took_part}
+
+
+def large(message, size=3e38):
+    return replace(message, scalars=np.full_like(message.scalars, size)) if isinstance(message, Scalars) else message
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"rule": "sgd"},
+        {"rule": "momentum"},
+        {"directions_from": "fresh"},
+        {"directions_from": "fresh", "rule": "adamw"},
+        {"dist": "gaussian", "rule": "sgd", "client_rate": 5.0},
+    ],
+    ids=str,
+)
+def test_one_absurd_answer_costs_a_round_and_not_the_run(settings):
+    """It neither leads off the lattice nor freezes what rounds after it are divided by."""
+    federation = made({2}, lambda message: message, rounds=60, **settings)
+
+    def moved(round):
+        federation.round(round)
+        record = federation.server.ledger.records[-1]
+        return float(np.abs(record.coefficients).max()) * (record.rate if federation.server.ledger.run.rule else 1.0)
+
+    before = [moved(round) for round in range(10)]
+    federation.engine.lie = large
+    moved(10)
+    federation.engine.lie = lambda message: message
+    after = [moved(round) for round in range(11, 50)]
+    assert all(p.isfinite().all() for p in federation.model().client.parameters())
+    assert np.mean(after[-10:]) > np.mean(before) / 20
+    assert federation.server.refused == federation.complained == []
+
+
+def test_a_mean_is_held_to_the_middle_length():
+    weights, ones = np.ones(2), torch.ones(2)
+    honest = [ones, 2 * ones, 3 * ones]
+    mean = weighted_mean(honest, [1.0] * 3)
+    assert not_beyond(mean, honest, weights) is mean
+    lied = [*honest, 1e30 * ones]
+    held = not_beyond(weighted_mean(lied, [1.0] * 4), lied, weights)
+    torch.testing.assert_close(held, (BEYOND * 2 * ones).double())  # the lower of the middle two
+    only = [1e30 * ones]
+    torch.testing.assert_close(not_beyond(only[0], only, weights), only[0])  # nothing to compare it with
+    nothing = [0 * ones, 0 * ones, ones]
+    torch.testing.assert_close(not_beyond(ones / 3, nothing, weights), ones / 3)  # those have nothing to say
+    assert not not_beyond(0 * ones, [0 * ones], weights).any()
+
+
+def test_the_reason_that_is_told_is_the_newest():
+    federation = made({0}, junk)
+    federation._complain(1, "of a round long ago")
+    federation.round(0)
+    assert "Audited" in federation.newest_refused[-1]
+    assert len(federation.newest_refused) == 1
+    for _ in range(1200):
+        federation.server.receive(b"junk", 0)
+    assert len(federation.server.refused) == 1000
+    federation.round(1)
+    assert "round 1, client 0" in federation.newest_refused[-1]
+    federation.engine.lie = lambda message: message
+    federation.round(2)
+    assert federation.newest_refused == []
