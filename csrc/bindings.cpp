@@ -194,6 +194,7 @@ PYBIND11_MODULE(_cpp, m) {
   m.def("update", &hosfl::update);
   m.def("project", &hosfl::project);
   m.def("join_openmp", [] { return hosfl::Pool::here().join_openmp(); }, "Work with the threads of torch's ops.");
+  m.def("forked", &hosfl::forked, "For tests: see pool.h.");
   m.def("exchange_arithmetic", &hosfl::exchange_arithmetic);
   m.attr("IEEE_ARITHMETIC") = hosfl::IEEE_ARITHMETIC;
   m.def("use_isa", &hosfl::use_isa, "Use another instruction set of this processor; for tests and benchmarks.");

@@ -436,6 +436,15 @@ assert os.waitpid(child, 0)[1] == 0
     run_alone(THREADS + program)
 
 
+@pytest.mark.parametrize(
+    ("flags", "forked"), [(0x400000, False), (0x400040, True), (0x40, True), (0x400100, False), (0, True), ("", True)]
+)
+def test_whether_a_process_was_forked(flags, forked):
+    """Without a flag, as in gVisor's sandboxes, nothing tells: waiting for dead threads would be the worse mistake."""
+    assert _cpp.forked(f"7 (a) 4 (b) S 1 7 7 0 -1 {flags}{' 99 0 0' if flags != '' else ''}") == forked
+    assert _cpp.forked("")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
 def test_a_thread_that_cannot_start_changes_no_bit():
     program = """
