@@ -114,7 +114,7 @@ std::vector<Segment> blocks_of(const std::vector<Segment>& segments) {
   for (const Segment& segment : segments) {
     for (int64_t at = 0, next; at < segment.n; at = next) {
       next = std::min(at + BLOCK - int64_t((segment.start + uint64_t(at)) % BLOCK), segment.n);
-      for (const Segment& block : part_of({segment}, at, next)) blocks.push_back(block);
+      blocks.push_back(piece_of(segment, at, next));
     }
   }
   return blocks;
