@@ -4,9 +4,12 @@ import importlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -64,11 +67,12 @@ def test_the_parts_are_there(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_session.shutil, "which", lambda name: None)
     monkeypatch.setattr(gpu_session, "capability", lambda: None)
     found = {part.name: part for part in gpu_session.parts(tmp_path, True, True)}
-    assert list(found) == ["install", "bits", "rows", "tests", "sanitizer", "sweep"]
+    assert list(found) == ["install", "nvcc", "bits", "rows", "tests", "sanitizer", "sweep"]
+    assert found["nvcc"].missing == "there is no GPU"
     assert found["sanitizer"].missing
     assert not found["sweep"].ends
     assert found["sweep"].environment["TRITON_INTERPRET"] == "1"
-    assert not found["install"].environment
+    assert "HOSFL_CUDA" not in found["install"].environment  # an nvcc that fails costs the C++ kernels nothing
     for part in found.values():
         for word in part.command:
             if word.startswith("tests/"):
@@ -76,11 +80,77 @@ def test_the_parts_are_there(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_session.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(gpu_session, "capability", lambda: "86")
     found = {part.name: part for part in gpu_session.parts(tmp_path, True, True)}
-    assert found["install"].environment == {"HOSFL_CUDA": "1", "HOSFL_CUDA_ARCHITECTURES": "86"}
+    assert "HOSFL_CUDA" not in found["install"].environment
+    assert found["nvcc"].environment == {"HOSFL_CUDA": "1", "HOSFL_CUDA_ARCHITECTURES": "86"}
+    assert not found["nvcc"].missing
     assert found["sanitizer"].command[0] == "/usr/bin/compute-sanitizer"
     assert not found["sanitizer"].missing
     assert found["sweep"].ends
     assert not found["sweep"].environment
+
+
+CHILD = """
+import subprocess, sys
+process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+print(process.pid, flush=True)
+process.wait()
+"""
+
+
+def gone(pid):
+    """Whether a process has ended, within ten seconds."""
+    for _ in range(100):
+        try:
+            # One whose parent was killed stays a zombie where nobody waits for orphans.
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_part_that_takes_too_long_leaves_no_child(tmp_path):
+    part = gpu_session.Part("hangs", [sys.executable, "-c", CHILD])
+    assert gpu_session.run(part, tmp_path, 2.0)["result"] == "too long"
+    assert gone(int((tmp_path / "hangs.log").read_text()))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_ends_a_session_leaves_no_child(tmp_path, number):
+    program = f"""
+import sys
+from benchmarks import gpu_session
+
+gpu_session.parts = lambda *options: [gpu_session.Part("hangs", [sys.executable, "-c", {CHILD!r}])]
+gpu_session.end_in_order()
+gpu_session.main(["--out", {str(tmp_path)!r}])
+"""
+    session = subprocess.Popen([sys.executable, "-c", program], cwd=gpu_session.ROOT)
+    log = tmp_path / "hangs.log"
+    for _ in range(100):
+        if log.exists() and log.read_text().endswith("\n"):
+            break
+        time.sleep(0.1)
+    session.send_signal(number)
+    assert session.wait(30) != 0
+    assert gone(int(log.read_text()))
+
+
+def test_the_build_reads_no_pyproject_toml(tmp_path):
+    """A setuptools of before 77 refuses ours. Of a package as small as can be."""
+    project = (gpu_session.ROOT / "pyproject.toml").read_text()
+    (tmp_path / "pyproject.toml").write_text(project.replace('license = "Apache-2.0"', "license = 1"))
+    for name in ("setup.py", "README.md"):
+        (tmp_path / name).write_text((gpu_session.ROOT / name).read_text())
+    (tmp_path / "csrc").mkdir()
+    (tmp_path / "csrc" / "one.cpp").write_text('extern "C" void* PyInit__cpp() { return nullptr; }\n')
+    (tmp_path / "hosfl_kernels").mkdir()
+    subprocess.run([sys.executable, "-c", gpu_session.BUILD], cwd=tmp_path, check=True)
+    assert list((tmp_path / "hosfl_kernels").glob("_cpp.*"))
 
 
 def test_whether_there_is_a_gpu():
