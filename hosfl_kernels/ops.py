@@ -38,7 +38,7 @@ NAMES = ("numpy", "cpp", "triton", "cuda")
 BACKENDS: dict[str, ModuleType] = {"numpy": reference, "cpp": cpu}  # tensors.py adds those that take tensors only
 
 # Seeds travel as two 32-bit halves: a schema's int is signed, and a SymInt is not recompiled for every new value.
-# Records travel as CPU tensors for the same reason.
+# Records travel as tensors for the same reason.
 PLACE = "str dist, float[] factors, SymInt[] streams, SymInt[] starts"  # a Place, field by field
 SCHEMAS = {
     "noise_": "(Tensor(a!) out, SymInt[] seed, SymInt stream, SymInt start, str dist) -> ()",
@@ -132,7 +132,7 @@ def perturb_(
     dtype. Bit for bit the same on every backend, device, thread count and sharding. Adding and taking away again
     returns the same bits only on the lattice of `snap_` with Rademacher; elsewhere every call rounds.
 
-    No temporary of the tensors' size is made; on a GPU it is one launch per dtype. Not promised: the payload of NaN.
+    No temporary of the tensors' size is made, but for those in channels_last. Not promised: the payload of NaN.
 
     Raises: ValueError, TypeError or RuntimeError, before any tensor is changed.
     """
