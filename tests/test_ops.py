@@ -726,6 +726,68 @@ def test_channels_last_changes_no_bit(rule, dtype, device, strided_moments):
         assert all(torch.equal(a, b) for a, b in zip(plain, last, strict=True))
 
 
+MOVES = {
+    "perturb_": lambda xs, kept: hk.perturb_(xs, 1, 0.5),
+    "replay_": lambda xs, kept: hk.replay_(xs, [1, 2], [0.5, 1.0]),
+    "update_": lambda xs, kept: hk.update_(xs, [kept], hk.SGD(momentum=0.5), [[1]], [[0.5]], [[0.1, 1.0, 1.0]]),
+}
+
+
+def one_in_channels_last():
+    """A contiguous tensor, two in channels_last, and their moments."""
+    xs = [torch.ones(5), *(torch.ones(1, 2, n, n).to(memory_format=torch.channels_last) for n in (2, 3))]
+    return xs, [torch.zeros_like(x) for x in xs]
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+def test_without_memory_for_a_copy_nothing_is_changed(move, monkeypatch):
+    xs, kept = one_in_channels_last()
+    versions = [x._version for x in (*xs, *kept)]
+
+    def none_left(*arguments, **options):
+        raise torch.OutOfMemoryError
+
+    for name in ("empty", "empty_like", "clone"):
+        monkeypatch.setattr(torch, name, none_left)
+    monkeypatch.setattr(torch.Tensor, "contiguous", none_left)
+    with pytest.raises(torch.OutOfMemoryError):
+        move(xs, kept)
+    assert all(x.min() == x.max() == 1 for x in xs)
+    assert [x._version for x in (*xs, *kept)] == versions
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+def test_what_failed_half_way_has_changed(move, monkeypatch):
+    """For autograd: a graph that was made before must not be run."""
+    xs, kept = one_in_channels_last()
+    changed, originals = [x._version for x in xs], {op: getattr(cpu, op) for op in ("replay_", "update_")}
+    calls = []
+
+    def second_fails(op, *arguments):
+        calls.append(op)
+        if len(calls) == 2:
+            raise RuntimeError("out of luck")
+        originals[op](*arguments)
+
+    for op in originals:
+        monkeypatch.setattr(cpu, op, functools.partial(second_fails, op))
+    with pytest.raises(RuntimeError, match="out of luck"):
+        move(xs, kept)
+    assert xs[0].min() != 1
+    assert all(x._version > before for x, before in zip(xs, changed, strict=True))
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+def test_a_cuda_graph_captures_no_channels_last(move, monkeypatch):
+    """The copy lies elsewhere in every call, so that no call before helps."""
+    xs, kept = one_in_channels_last()
+    monkeypatch.setattr("hosfl_kernels.tensors.capturing", lambda x: True)
+    with pytest.raises(RuntimeError, match="channels_last, which are copied at every call: make them"):
+        move(xs, kept)
+    assert all(x.min() == x.max() == 1 for x in xs)
+    move(*([x.contiguous() for x in those] for those in (xs, kept)))
+
+
 @pytest.mark.skipif(not CUDA, reason="needs two kinds of device")
 def test_device_mix():
     with pytest.raises(RuntimeError, match="use one device"):
