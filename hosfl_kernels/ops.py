@@ -527,7 +527,9 @@ def _whole(place: Place, tensors: list[Array], stochastic: bool) -> tuple[Place,
     return known
 
 
-LISTS = 64  # of a client's blocks and an optimizer's groups, with room
+# A model whose parameters are moved one by one has hundreds. A list takes 1 KB, and 0.3 KB more for every tensor beyond
+# the first.
+LISTS = 1024
 _found_right: dict[tuple[Any, ...], tuple[Place, Layouts]] = {}
 
 
