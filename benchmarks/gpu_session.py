@@ -2,9 +2,11 @@
 
     python benchmarks/gpu_session.py [--out FOLDER] [--minutes N] [--quick] [--no-install]
 
-which needs nothing but Python, torch, Triton and a C++ compiler: no index, no make. Its parts, one after another:
+which needs Python, numpy, torch, Triton, a C++ compiler and, to build with it, setuptools of any age and pybind11; its
+tests need pytest. It needs no index and no make. Its parts, one after another:
 
-    install    hosfl from this checkout, with nvcc's kernels where there is nvcc; no dependency is fetched
+    install    the C++ kernels, built in place in this checkout, from which all parts import; nothing is fetched
+    nvcc       nvcc's kernels beside them, where there are nvcc and a GPU
     bits       the self-check of every backend against the vectors
     rows       python -m benchmarks.gpu: what every op costs, lists, steps, a step in a CUDA graph
     tests      the tests whose kernels run on a GPU
@@ -22,6 +24,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -29,10 +32,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = [f"tests/test_{name}.py" for name in ("gpu_interpreter", "ops", "update", "register", "check")]
 CHECK = [sys.executable, "-m", "hosfl_kernels.check", "--vectors", "tests/noise_vectors.json"]
+# `setup.py build_ext --inplace`, but for pyproject.toml, which a setuptools of before 77 refuses for its license.
+BUILD = """
+import setuptools
+from distutils.core import run_setup
+
+package = run_setup("setup.py", stop_after="init")
+package.get_command_obj("build_ext").inplace = True
+package.run_command("build_ext")
+"""
 
 
 @dataclass(frozen=True)
@@ -61,17 +74,19 @@ def capability() -> str | None:
 def parts(out: Path, quick: bool, install: bool) -> Iterator[Part]:
     nvcc, sanitizer = shutil.which("nvcc"), shutil.which("compute-sanitizer")
     gpu = capability()
-    # For this GPU alone: nvcc takes its time for each kind.
-    environment = {"HOSFL_CUDA": "1", "HOSFL_CUDA_ARCHITECTURES": gpu} if nvcc and gpu else {}
-    pip = [sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "-e", "."]
     if install:
-        # hosfl's kernels with Triton serve the rows; HOSFL_CUDA=1 is for the build alone.
-        yield Part("install", pip, 0.3, environment=environment)
+        build = [sys.executable, "-c", BUILD]
+        yield Part("install", build, 0.3)
+        # Apart, since an nvcc may be too old, or refuse the compiler: all else can do without. HOSFL_CUDA=1 is for the
+        # build alone, Triton's kernels serve the rows; for this GPU alone, since nvcc takes its time for each kind.
+        missing = "" if nvcc and gpu else "there is no nvcc on the path" if gpu else "there is no GPU"
+        environment = {"HOSFL_CUDA": "1", **({"HOSFL_CUDA_ARCHITECTURES": gpu} if gpu else {})}
+        yield Part("nvcc", build, 0.3, missing, environment)
     yield Part("bits", CHECK, 0.2)
     rows = [sys.executable, "-m", "benchmarks.gpu", "--out", str(out / "gpu.json"), *["--quick"] * quick]
     yield Part("rows", rows, 0.6)
     pytest = "" if find_spec("pytest") else "pytest is not installed"
-    tests = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-q", "-x", *TESTS]
+    tests = [sys.executable, "-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-q", *TESTS]
     yield Part("tests", tests, 0.8, pytest)
     missing = "" if sanitizer else "there is no compute-sanitizer on the path"
     yield Part("sanitizer", [sanitizer or "", "--error-exitcode", "9", *CHECK], 0.7, missing)
@@ -84,22 +99,25 @@ def parts(out: Path, quick: bool, install: bool) -> Iterator[Part]:
 
 
 def run(part: Part, out: Path, seconds: float) -> dict[str, object]:
-    """What became of a part: "passed", "failed", "too long" or why it was left out."""
+    """What became of a part: "passed", "failed", "too long" or why it was left out.
+
+    What takes too long is killed with all that it started: a child that is left would hold the GPU beside the next.
+    """
     if part.missing:
         return {"part": part.name, "result": f"left out: {part.missing}"}
     begin, log = time.monotonic(), out / f"{part.name}.log"
     in_order = ["--seconds", str(0.9 * seconds)] if part.ends else []
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path, **part.environment}
+    kept: dict[str, Any] = {"cwd": ROOT, "env": environment, "stderr": subprocess.STDOUT, "start_new_session": True}
     try:
-        with log.open("w") as file:
-            done = subprocess.run(
-                [*part.command, *in_order],
-                cwd=ROOT,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                timeout=seconds,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **part.environment},
-            )
-        result = "failed" if done.returncode else "passed"
+        with log.open("w") as file, subprocess.Popen([*part.command, *in_order], stdout=file, **kept) as process:
+            try:
+                status = process.wait(seconds)
+            except BaseException:  # Ctrl-C reaches this process alone
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
+        result = "failed" if status else "passed"
     except subprocess.TimeoutExpired:
         result = "too long"
     except OSError as error:
@@ -129,5 +147,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
+def end_in_order() -> None:
+    """SIGTERM and a closed terminal end the session as Ctrl-C does: through `run`, which ends the part."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # not under nohup
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+
+
 if __name__ == "__main__":
+    end_in_order()
     sys.exit(main())

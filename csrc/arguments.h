@@ -49,7 +49,7 @@ struct IeeeArithmetic {
 // Of tensors: addresses, numbers of elements, dtypes. Lists of each, because pybind11 is slow to read a tuple for each.
 using Memory = std::tuple<std::vector<uint64_t>, std::vector<int64_t>, std::vector<int>>;
 
-// Where tensors lie in the noise: dist, factors, streams, starts, as the named tuple Place of arrays.py.
+// Where tensors lie in the noise: dist, factors, streams, starts, as the named tuple Place of place.py.
 using Place = std::tuple<std::string, std::vector<float>, std::vector<uint32_t>, std::vector<uint64_t>>;
 
 inline Dist dist_of(const std::string& name) {

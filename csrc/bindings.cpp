@@ -114,7 +114,7 @@ std::vector<Segment> blocks_of(const std::vector<Segment>& segments) {
   for (const Segment& segment : segments) {
     for (int64_t at = 0, next; at < segment.n; at = next) {
       next = std::min(at + BLOCK - int64_t((segment.start + uint64_t(at)) % BLOCK), segment.n);
-      for (const Segment& block : part_of({segment}, at, next)) blocks.push_back(block);
+      blocks.push_back(piece_of(segment, at, next));
     }
   }
   return blocks;
@@ -194,6 +194,7 @@ PYBIND11_MODULE(_cpp, m) {
   m.def("update", &hosfl::update);
   m.def("project", &hosfl::project);
   m.def("join_openmp", [] { return hosfl::Pool::here().join_openmp(); }, "Work with the threads of torch's ops.");
+  m.def("forked", &hosfl::forked, "For tests: see pool.h.");
   m.def("exchange_arithmetic", &hosfl::exchange_arithmetic);
   m.attr("IEEE_ARITHMETIC") = hosfl::IEEE_ARITHMETIC;
   m.def("use_isa", &hosfl::use_isa, "Use another instruction set of this processor; for tests and benchmarks.");

@@ -1,6 +1,6 @@
 // The ops for CUDA: one launch for up to 48 tensors of one dtype, one thread for one tile. HOSFL_CUDA=1 builds this
-// with nvcc. What a thread does is a function of (block, thread): compiled by another compiler, a launch runs the threads
-// one after another.
+// with nvcc. What a thread does is a function of (block, thread): compiled by another compiler, a launch runs the
+// threads one after another.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -18,7 +18,7 @@
 
 namespace hosfl {
 
-constexpr uint32_t TAG_RADEMACHER = 1, TAG_GAUSSIAN = 2, TAG_ROUNDING = 3, TAG_DERIVE = 4;
+constexpr uint32_t TAG_RADEMACHER = 1, TAG_GAUSSIAN = 2, TAG_ROUNDING = 3;
 constexpr int64_t COLS = 1024, RADEMACHER_ROWS = 128, GAUSSIAN_ROWS = 4, ROUNDING_ROWS = 8;
 
 HOSFL_INLINE uint32_t bits_of(float x) {

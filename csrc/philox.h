@@ -87,7 +87,8 @@ void philox_columns(uint64_t seed, uint64_t block, uint32_t stream, uint32_t tag
 
 // The four normal numbers of the same columns, a row of z each. The words never reach memory.
 template <int64_t WIDTH>
-HOSFL_LOOP void normal_columns(uint64_t seed, uint64_t block, uint32_t stream, int64_t first, int64_t count, float (*z)[WIDTH]) {
+HOSFL_LOOP void normal_columns(uint64_t seed, uint64_t block, uint32_t stream, int64_t first, int64_t count,
+                              float (*z)[WIDTH]) {
   for (int64_t col = first / GROUP * GROUP; col < first + count; col += GROUP) {
     Words word[4];
     philox_group(seed, block, stream, TAG_GAUSSIAN, col, word);

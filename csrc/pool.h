@@ -18,7 +18,20 @@
 
 namespace hosfl {
 
-// Never destroyed: its threads wait until the process ends. A forked child has none of them, and begins with a new pool.
+// Of a process by its line of /proc/<pid>/stat: whether it was forked and runs on without a program of its own. Also
+// where nothing tells: no such line, or no flag at all, as always in a gVisor sandbox, and elsewhere where addresses
+// are not random. What was not forked then has threads of our own, slower right after an op of torch, whose threads
+// still spin. The other mistake is a child that waits for ever.
+inline bool forked(const std::string& stat) {
+  constexpr unsigned FORKED = 0x40;  // PF_FORKNOEXEC of Linux, a flag of the ninth field
+  const size_t name = stat.rfind(')');  // the second field is in brackets, and may hold more of them
+  unsigned flags = 0;
+  if (name != std::string::npos) sscanf(stat.c_str() + name + 1, " %*c %*d %*d %*d %*d %*d %u", &flags);
+  return flags == 0 || flags & FORKED;
+}
+
+// Never destroyed: its threads wait until the process ends. A forked child has none of them, and begins with a new
+// pool.
 class Pool {
  public:
   static Pool& here() {
@@ -27,18 +40,19 @@ class Pool {
     return *current();
   }
 
-  // From now on `run` takes OpenMP's threads, if the process has loaded an OpenMP for all to see, as torch does on Linux.
-  // After each op those wait for the next one by spinning, and threads of our own would share the processors with them.
-  // Not in a forked child: OpenMP's are gone there, it does not know, and waits for them for ever.
+  // From now on `run` takes OpenMP's threads, if the process has loaded an OpenMP for all to see, as torch does on
+  // Linux (LLVM's has the same function). After each op those wait for the next one by spinning, and threads of our own
+  // would share the processors with them. Not in a forked child: OpenMP's are gone there, it does not know, and waits
+  // for them for ever.
   bool join_openmp() {
-    if (!forked()) openmp_ = reinterpret_cast<Region>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));  // LLVM's has one, too
+    if (!forked_here()) openmp_ = reinterpret_cast<Region>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
     return openmp_ != nullptr;
   }
 
-  // Calls `job` on this thread, and meanwhile on up to `others` of the pool's. Returns when nobody is at it any more: who
-  // has not begun by the time that this thread's call ends never does. While another thread uses the pool, and where the
-  // system starts no more threads, those that are there do all the work. OpenMP's come all, however many `others` are: it
-  // would end those that one call leaves out, and start them again for the next.
+  // Calls `job` on this thread, and meanwhile on up to `others` of the pool's. Returns when nobody is at it any more:
+  // who has not begun by the time that this thread's call ends never does. While another thread uses the pool, and
+  // where the system starts no more threads, those that are there do all the work. OpenMP's come all, however many
+  // `others` are: it would end those that one call leaves out, and start them again for the next.
   void run(int others, const std::function<void()>& job) {
     if (others < 1) return job();
     if (const Region region = openmp_) {
@@ -64,16 +78,11 @@ class Pool {
   // How a compiler calls OpenMP: the work, its data, the number of threads (0: as many as are set), flags.
   using Region = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
-  // Whether this process was forked and runs on without a program of its own; also where nothing tells.
-  static bool forked() {
-    constexpr unsigned FORKED = 0x40;  // PF_FORKNOEXEC of Linux, a flag of the ninth field of its stat
+  static bool forked_here() {
     std::ifstream file("/proc/self/stat");
     std::string line;
     std::getline(file, line);
-    const size_t name = line.rfind(')');  // the second field is in brackets, and may hold more of them
-    unsigned flags = FORKED;
-    if (name != std::string::npos) sscanf(line.c_str() + name + 1, " %*c %*d %*d %*d %*d %*d %u", &flags);
-    return flags & FORKED;
+    return forked(line);
   }
 
   static Pool*& current() {

@@ -72,8 +72,8 @@ void each_rows(const Run& run, Body body) {
   }
 }
 
-// The rows that share their words stay in the closest cache while the records of a chunk go by. A tile of normal numbers
-// has the rows of 32 of their blocks, so that the sums are cut where those of signs are.
+// The rows that share their words stay in the closest cache while the records of a chunk go by. A tile of normal
+// numbers has the rows of 32 of their blocks, so that the sums are cut where those of signs are.
 template <typename Storage, Dist D>
 HOSFL_LOOP void project_block(const Segment& block, const uint64_t* seeds, int64_t total, double* scalars) {
   constexpr bool SIGNS = D == Dist::rademacher;

@@ -114,7 +114,8 @@ HOSFL_LOOP void replay_signs(const Segment& segment, const Run& run, const Recor
   });
 }
 
-// A block's weights are in cache after the first records; of other dtypes than float32 a sum's rounding is most of the work.
+// A block's weights are in cache after the first records; of other dtypes than float32 a sum's rounding is most of the
+// work.
 template <typename Storage, Rounding R>
 void replay_segment(Rademacher, const Segment& segment, const Record* records, int64_t total) {
   each_block<RADEMACHER_ROWS>(segment.start, segment.n, [&](const Run& run) {

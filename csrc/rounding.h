@@ -41,9 +41,10 @@ struct BFloat16 {
   }
 };
 
-// By integers and float32 sums, because baseline x86-64 has no conversions; `store` makes the bits of the hardware's for
-// every float, NaN among them. Every choice is between two values that are there, after a comparison of signed integers: compilers make branches of
-// nested choices, which then are not vectorised, and SSE2 and AVX2 compare no unsigned integers.
+// By integers and float32 sums, because baseline x86-64 has no conversions; `store` makes the bits of the hardware's
+// for every float, NaN among them. Every choice is between two values that are there, after a comparison of signed
+// integers: compilers make branches of nested choices, which then are not vectorised, and SSE2 and AVX2 compare no
+// unsigned integers.
 struct Float16 {
   using Cell = uint16_t;
   HOSFL_INLINE float load(Cell h) {

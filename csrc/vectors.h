@@ -26,8 +26,8 @@ typedef uint64_t U64 __attribute__((vector_size(4 * LANES)));
 typedef int32_t I32 __attribute__((vector_size(4 * LANES)));
 typedef float F32 __attribute__((vector_size(4 * LANES)));
 
-// Vectors side by side. Philox and box_muller are long chains of operations that wait for one another: every operation is
-// made on all vectors of a pack before the next, which gives the processor four chains to work at (measured: normal
+// Vectors side by side. Philox and box_muller are long chains of operations that wait for one another: every operation
+// is made on all vectors of a pack before the next, which gives the processor four chains to work at (measured: normal
 // numbers take 0.8 of the time with AVX2 and AVX-512, though not all of them fit AVX2's registers).
 constexpr int SIDE_BY_SIDE = 4;
 constexpr int GROUP = LANES * SIDE_BY_SIDE;  // lanes of a pack: columns are made in groups of this many

@@ -125,7 +125,7 @@ def check_rounding(rounding: str, seeded: bool, name: str) -> None:
         raise ValueError(f"rounding='stochastic' and {name} go together: give both or neither")
 
 
-ONE, TWO = ", one-dimensional and", ", two-dimensional and"  # dimensions
+ONE, TWO = ", one-dimensional", ", two-dimensional"  # dimensions
 
 
 def _numbers(values: Any, name: str, dtype: str, dimensions: str, numpy: bool) -> Numbers | None:
@@ -138,9 +138,11 @@ def _numbers(values: Any, name: str, dtype: str, dimensions: str, numpy: bool) -
     kind = "an array" if is_numpy(values) else "a tensor"
     numbers: Any = _as_op_takes(values.copy(), numpy) if is_numpy(values) else values
     right = str(numbers.dtype).removeprefix("torch.") == dtype and numbers.ndim == (1 if dimensions == ONE else 2)
-    if not right or not (is_numpy(numbers) or numbers.is_cpu or numbers.is_cuda):
+    elsewhere = not (is_numpy(numbers) or numbers.is_cpu or numbers.is_cuda)
+    if not right or elsewhere:
         taken = "int64 or uint64" if dtype == "int64" and is_numpy(values) else dtype
-        raise TypeError(f"{name} as {kind} must be {taken}{dimensions} on the CPU")
+        where = f", and not on {numbers.device}" if elsewhere else ""
+        raise TypeError(f"{name} as {kind} must be {taken}{dimensions}{where}")
     return numbers
 
 
@@ -174,7 +176,7 @@ def _as_op_takes(values: NDArray[Any], numpy: bool) -> Numbers:
 
 
 def seed_bits(seeds: Seeds, name: str, numpy: bool) -> Numbers:
-    """int64 [R] on the CPU: the bits of uint64 seeds."""
+    """int64 [R]: the bits of uint64 seeds."""
     if (numbers := _numbers(seeds, name, "int64", ONE, numpy)) is not None:
         return numbers
     for r, seed in enumerate(seeds):
@@ -183,8 +185,8 @@ def seed_bits(seeds: Seeds, name: str, numpy: bool) -> Numbers:
 
 
 def seed_table(seeds: SeedTable, numpy: bool) -> Numbers:
-    """int64 [R, P] on the CPU: the bits of uint64 seeds."""
-    if (numbers := _numbers(seeds, "seeds", "int64", " [rounds, directions],", numpy)) is not None:
+    """int64 [R, P]: the bits of uint64 seeds."""
+    if (numbers := _numbers(seeds, "seeds", "int64", " [rounds, directions]", numpy)) is not None:
         return numbers
     for r, row in enumerate(seeds):
         if not isinstance(row, Sequence):
@@ -198,7 +200,7 @@ def seed_table(seeds: SeedTable, numpy: bool) -> Numbers:
 
 
 def reals(values: Any, name: str, dimensions: str, numpy: bool) -> Numbers:
-    """float32 or float64 on the CPU: backends round numbers to float32, in IEEE arithmetic."""
+    """float32 as they came, or float64 of a list: backends round those to float32, in IEEE arithmetic."""
     if (numbers := _numbers(values, name, "float32", dimensions, numpy)) is not None:
         return numbers
     for r, row in enumerate(values):
@@ -246,7 +248,7 @@ def check_tensors(tensors: Sequence[Array], starts: Sequence[int] | None = None)
             _check_channels_last(tensor, f"tensors[{t}]")
     if starts:
         for t, (start, size) in enumerate(zip(starts, sizes(tensors), strict=True)):
-            if start + size > 2**63:
+            if int(start) + size > 2**63:  # an int64 of numpy would overflow
                 raise ValueError(f"starts[{t}] + numel is beyond 2^63")
     _check_memory({"tensors": found})
     return found

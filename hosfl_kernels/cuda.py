@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hosfl_kernels.arrays import addresses
 from hosfl_kernels.cpu import RULES, memory
 from hosfl_kernels.place import Place
 
@@ -46,8 +47,7 @@ def _queue(extension: Any, device: torch.device) -> tuple[int, int]:
         return 0, 0
     if extension.EMULATED or device.type != "cuda":
         raise RuntimeError(f"the CUDA kernels take {'CPU' if extension.EMULATED else 'CUDA'} tensors, not {device}")
-    index = torch.cuda.current_device() if device.index is None else device.index
-    return index, torch.cuda.current_stream(index).cuda_stream
+    return device.index, torch.cuda.current_stream(device).cuda_stream
 
 
 def _on_device(table: bytes, op: str, device: torch.device) -> Tensor:
@@ -130,7 +130,7 @@ def update_(
         records = _on_device(extension.records(seeds, coefficients, []), "update_", device)
         rounds = _on_device(extension.steps(steps, rounding_seeds or []), "update_", device)
         tables = (records.data_ptr(), len(seeds), rounds.data_ptr(), len(steps))
-        kept = [[t.data_ptr() for t in moment] for moment in moments]
+        kept = [addresses(moment) for moment in moments]
         stochastic = rounding_seeds is not None
         extension.update(memory(tensors), kept, RULES[rule], constants, *tables, place, stochastic, queue)
 

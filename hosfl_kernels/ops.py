@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -38,7 +38,7 @@ NAMES = ("numpy", "cpp", "triton", "cuda")
 BACKENDS: dict[str, ModuleType] = {"numpy": reference, "cpp": cpu}  # tensors.py adds those that take tensors only
 
 # Seeds travel as two 32-bit halves: a schema's int is signed, and a SymInt is not recompiled for every new value.
-# Records travel as CPU tensors for the same reason.
+# Records travel as tensors for the same reason.
 PLACE = "str dist, float[] factors, SymInt[] streams, SymInt[] starts"  # a Place, field by field
 SCHEMAS = {
     "noise_": "(Tensor(a!) out, SymInt[] seed, SymInt stream, SymInt start, str dist) -> ()",
@@ -115,9 +115,9 @@ def perturb_(
 
     Args:
         tensors: float32, bfloat16 or float16, no two sharing memory. Either torch tensors, all on one device,
-            contiguous or, for the price of a copy of one at a time, in channels_last; or numpy arrays, contiguous in C
-            order, bfloat16 as ml_dtypes.bfloat16 or as its bits in uint16. Any shapes. Noise goes by index, whatever
-            the strides are.
+            contiguous or, for the price of a copy of one at a time and in no CUDA graph, in channels_last; or numpy
+            arrays, contiguous in C order, bfloat16 as ml_dtypes.bfloat16 or as its bits in uint16. Any shapes. Noise
+            goes by index, whatever the strides are.
         seed: 0 <= seed < 2^64.
         scale: finite in float32. Inside torch.compile a Python float is a constant: a new value is a new graph.
         dist: "rademacher" or "gaussian".
@@ -132,7 +132,7 @@ def perturb_(
     dtype. Bit for bit the same on every backend, device, thread count and sharding. Adding and taking away again
     returns the same bits only on the lattice of `snap_` with Rademacher; elsewhere every call rounds.
 
-    No temporary of the tensors' size is made; on a GPU it is one launch per dtype. Not promised: the payload of NaN.
+    No temporary of the tensors' size is made, but for those in channels_last. Not promised: the payload of NaN.
 
     Raises: ValueError, TypeError or RuntimeError, before any tensor is changed.
     """
@@ -174,7 +174,8 @@ def replay_(
 
     Records may also be tensors on the tensors' GPU, all of them. They are read when the kernel runs: a CUDA graph that
     captures the call reads what is there at every replay, and the call waits for nothing. What they hold is then not
-    checked: a coefficient that is infinite or NaN reaches the weights. Not with the kernels of HOSFL_CUDA=1.
+    checked: a coefficient that is infinite or NaN reaches the weights. Not with the kernels of HOSFL_CUDA=1. Weights in
+    channels_last can't be captured: they are copied at every call.
 
     Raises: ValueError, TypeError or RuntimeError, before any tensor is changed.
     """
@@ -232,7 +233,7 @@ def update_(
 
     Records may also be tensors on the tensors' GPU, all of them, `steps` too: see `replay_`. A CUDA graph that captures
     the call then reads rate, decay and bias corrections anew at every replay. Betas, eps and momentum are those of the
-    call that it captured.
+    call that it captured. Neither weights nor moments may be in channels_last there.
 
     Many rounds in one call leave the bits of one call per round, on every backend, device, thread count and sharding;
     weights and moments cross the memory bus once. Not promised: the payload of NaN.
@@ -435,11 +436,8 @@ def _perturb(
 ) -> None:
     place, _ = _whole(place, tensors, bool(rounding_seed))
     checks.check_moves([scale], place.factors, "scale")
-    for part, (rows,) in _row_major(place, tensors):
-        backend.perturb_(
-            rows, checks.joined(seed), scale, part, checks.joined(rounding_seed) if rounding_seed else None
-        )
-    _mark_changed(tensors)
+    rounding = checks.joined(rounding_seed) if rounding_seed else None
+    _move(lambda part, rows: backend.perturb_(rows, checks.joined(seed), scale, part, rounding), place, tensors)
 
 
 @ieee_arithmetic
@@ -453,18 +451,14 @@ def _replay(
 ) -> None:
     place, _ = _whole(place, tensors, rounding_seeds is not None)
     records = {"seeds": seeds, "coefficients": coefficients, "rounding_seeds": rounding_seeds}
-    if checks.are_there(records, tensors):
-        for part, (rows,) in _row_major(place, tensors):
-            backend.replay_(rows, seeds, coefficients, part, rounding_seeds)
-        _mark_changed(tensors)
-        return
-    values: list[float] = coefficients.tolist()
-    checks.check_moves(values, place.factors, "coefficients[{r}]")
-    if values:
+    record: tuple[Any, ...] = (seeds, coefficients)
+    rounding: Any = rounding_seeds
+    if not checks.are_there(records, tensors):
+        record = (checks.unsigned(seeds), coefficients.tolist())
         rounding = None if rounding_seeds is None else checks.unsigned(rounding_seeds)
-        for part, (rows,) in _row_major(place, tensors):
-            backend.replay_(rows, checks.unsigned(seeds), values, part, rounding)
-        _mark_changed(tensors)
+        checks.check_moves(record[1], place.factors, "coefficients[{r}]")
+    if len(seeds):
+        _move(lambda part, rows: backend.replay_(rows, *record, part, rounding), place, tensors)
 
 
 @ieee_arithmetic
@@ -491,10 +485,9 @@ def _update(
         checks.check_finite(to_numpy(steps), "steps")
         record = (checks.unsigned(seeds), coefficients.flatten().tolist(), steps.tolist())
         rounding = None if rounding_seeds is None else checks.unsigned(rounding_seeds)
+    fixed = (rule, list(constants), *record)
     if len(steps):
-        for part, (rows, *mine) in _row_major(place, tensors, *kept):
-            backend.update_(rows, mine, rule, list(constants), *record, part, rounding)
-        _mark_changed([*tensors, *moments])
+        _move(lambda part, rows, *mine: backend.update_(rows, mine, *fixed, part, rounding), place, tensors, *kept)
 
 
 @ieee_arithmetic
@@ -534,7 +527,9 @@ def _whole(place: Place, tensors: list[Array], stochastic: bool) -> tuple[Place,
     return known
 
 
-LISTS = 64  # of a client's blocks and an optimizer's groups, with room
+# A model whose parameters are moved one by one has hundreds. A list takes 1 KB, and 0.3 KB more for every tensor beyond
+# the first.
+LISTS = 1024
 _found_right: dict[tuple[Any, ...], tuple[Place, Layouts]] = {}
 
 
@@ -547,25 +542,31 @@ def _checked(place: Place, tensors: list[Array], stochastic: bool) -> tuple[Plac
     return Place(dist, checks.factors_of(factors, n), list(streams or range(n)), list(starts or [0] * n)), found
 
 
-def _row_major(place: Place, *lists: list[Array]) -> Iterator[tuple[Place, Sequence[list[Array]]]]:
-    """Parts of the lists as kernels take them, those in channels_last as copies, and the place of each.
+def _move(call: Callable[..., None], place: Place, *lists: list[Array]) -> None:
+    """Makes the call, with a place and lists as kernels take them, and tells autograd what it changed.
 
-    The copies are written back when the next ones are asked for, so that there is one at a time.
+    For tensors in channels_last one by one, with a copy, in memory that has room for the largest of them: where there
+    is none, nothing is changed yet. What may still be missing then is some KB for the tables of a launch on a GPU.
     """
-    if all(all(are_row_major(xs)) for xs in lists):
-        yield place, lists
-        return
-    strided = [t for t, row_major in enumerate(zip(*map(are_row_major, lists), strict=True)) if not all(row_major)]
-    columns: list[tuple[Any, ...]] = list(zip(*lists, strict=True))
-    plain = [t for t in range(len(columns)) if t not in strided]
-    if plain:
-        yield place.of(plain), [[values[t] for t in plain] for values in lists]
-    for t in strided:
-        rows = [x.contiguous() for x in columns[t]]
-        yield place.of([t]), [[row] for row in rows]
-        for x, row in zip(columns[t], rows, strict=True):
-            if row is not x:
-                x.copy_(row)
+    whole = all(all(are_row_major(xs)) for xs in lists)
+    rows = [] if whole else list(zip(*map(are_row_major, lists), strict=True))
+    strided = [t for t, row_major in enumerate(rows) if not all(row_major)]
+    rooms = [tensors_module().room_for_a_copy(xs) for xs in lists] if strided else []
+    try:
+        if not strided:
+            return call(place, *lists)
+        plain = [t for t, row_major in enumerate(rows) if all(row_major)]
+        if plain:
+            call(place.of(plain), *([xs[t] for t in plain] for xs in lists))
+        for t in strided:
+            mine: list[Any] = [xs[t] for xs in lists]
+            copies = [tensors_module().contiguous(x, room) for x, room in zip(mine, rooms, strict=True)]
+            call(place.of([t]), *([copy] for copy in copies))
+            for x, copy in zip(mine, copies, strict=True):
+                if copy is not x:
+                    x.copy_(copy)
+    finally:  # what failed half-way has changed some
+        _mark_changed([x for xs in lists for x in xs])
 
 
 def _mark_changed(tensors: list[Array]) -> None:

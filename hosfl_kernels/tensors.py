@@ -77,6 +77,28 @@ def empty(n: int, device: torch.device | str) -> Tensor:
     return torch.empty(n, dtype=torch.float32, device=device)
 
 
+def room_for_a_copy(tensors: Sequence[Tensor]) -> Tensor:
+    """Bytes for the largest of those that are not contiguous."""
+    sizes = [x.nbytes for x in tensors if not x.is_contiguous()]
+    if sizes and capturing(tensors[0]):
+        raise RuntimeError(
+            "a CUDA graph can't capture a move of tensors in channels_last, which are copied at every call:"
+            " make them and their moments contiguous before (memory_format=torch.contiguous_format)"
+        )
+    return torch.empty(max(sizes, default=0), dtype=torch.uint8, device=tensors[0].device)
+
+
+def contiguous(x: Tensor, room: Tensor) -> Tensor:
+    """The tensor itself, or its copy in that room."""
+    return x if x.is_contiguous() else room[: x.nbytes].view(x.dtype).view(x.shape).copy_(x)
+
+
+def capturing(x: Tensor) -> bool:
+    """Whether a CUDA graph captures what is done with a tensor."""
+    with torch.cuda.device_of(x):  # of no device for a tensor on the CPU
+        return x.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def mark_changed(tensors: Sequence[Tensor]) -> None:
     """Tells autograd. torch.library doesn't; without it backward would run silently on changed tensors."""
     torch.autograd.graph.increment_version(list(filterfalse(Tensor.is_inference, tensors)))

@@ -340,6 +340,27 @@ def test_a_repeated_call_copies_nothing() -> None:
     assert (after.hits, after.misses) == (before.hits + 1, before.misses)
 
 
+def test_hundreds_of_lists_are_remembered_while_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model whose parameters are moved one by one; and lists that lie elsewhere in every call fill no memory."""
+    launch = importlib.import_module("hosfl_kernels.gpu.launch")
+    kernel = importlib.import_module("hosfl_kernels.gpu.perturb").BY_VALUE
+    lists = [[weights(10)] for _ in range(300)]
+
+    def misses() -> int:
+        before = launch.remembered.cache_info().misses
+        for tensors in lists:
+            launch.plan(kernel, tensors, Place.of_one())
+        return launch.remembered.cache_info().misses - before
+
+    launch.remembered.cache_clear()
+    assert (misses(), misses()) == (300, 0)
+    launch.remembered.cache_clear()
+    tables = launch.plan(kernel, lists[0], Place.of_one())[0]
+    monkeypatch.setattr(launch, "room", lambda device: 10 * (tables.rows.nbytes + tables.row_of_program.nbytes))
+    misses()
+    assert launch.remembered.cache_info().currsize == 10
+
+
 def test_nothing_is_changed_before_all_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     launch = importlib.import_module("hosfl_kernels.gpu.launch")
     compiled = []
@@ -371,13 +392,13 @@ def test_what_a_graph_captures(monkeypatch: pytest.MonkeyPatch) -> None:
     x = weights(10)
     with monkeypatch.context() as capturing:
         capturing.setattr(launch, "capturing", lambda device: True)
-        with pytest.raises(RuntimeError, match="make it once before"):
+        with pytest.raises(RuntimeError, match="make it once right before"):
             perturb_(x)
         with pytest.raises(RuntimeError, match="can't capture replay_ of records on the host"):
             gpu.replay_([x], [1], [1.0], Place.of_one(), None)
         with pytest.raises(RuntimeError, match="can't capture update_ of records on the host"):
             gpu.update_([x], [], "sgd", [], [1], [1.0], [(1.0, 1.0, 1.0)], Place.of_one(), None)
-        with pytest.raises(RuntimeError, match="make it once before"):
+        with pytest.raises(RuntimeError, match="make it once right before"):
             gpu.update_([x], [], "sgd", [], *tables([[1]], [[1.0]], [(1.0, 1.0, 1.0)]), Place.of_one(), None)
     perturb_(x)
     gpu.replay_([x], there([1]), there([1.0]), Place.of_one(), None)

@@ -92,6 +92,12 @@ def test_the_cpp_never_includes_torch():
         assert not [i for i in includes if "torch" in i or "ATen" in i or "c10" in i], path
 
 
+def test_the_cpp_s_lines_are_as_long_as_python_s():
+    for path in ROOT.glob("csrc/*"):
+        long = [n for n, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 120]
+        assert not long, f"{path}: {long}"
+
+
 def test_the_extension_is_not_linked_to_torch():
     from hosfl_kernels import _cpp
 

@@ -436,6 +436,15 @@ assert os.waitpid(child, 0)[1] == 0
     run_alone(THREADS + program)
 
 
+@pytest.mark.parametrize(
+    ("flags", "forked"), [(0x400000, False), (0x400040, True), (0x40, True), (0x400100, False), (0, True), ("", True)]
+)
+def test_whether_a_process_was_forked(flags, forked):
+    """Without a flag, as in gVisor's sandboxes, nothing tells: waiting for dead threads would be the worse mistake."""
+    assert _cpp.forked(f"7 (a) 4 (b) S 1 7 7 0 -1 {flags}{' 99 0 0' if flags != '' else ''}") == forked
+    assert _cpp.forked("")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
 def test_a_thread_that_cannot_start_changes_no_bit():
     program = """
@@ -566,7 +575,8 @@ def test_parameters_change_in_place():
         (lambda x: hk.replay_(x, [1, 2**64], [1.0, 1.0]), ValueError, "seeds\\[1\\]"),
         (lambda x: hk.replay_(x, [1, 2], [1.0, float("nan")]), ValueError, "coefficients\\[1\\]"),
         (lambda x: hk.replay_(x, torch.tensor([1.0]), [1.0]), TypeError, "int64"),
-        (lambda x: hk.replay_(x, [1], torch.tensor([1])), TypeError, "float32"),
+        (lambda x: hk.replay_(x, [1], torch.tensor([1])), TypeError, "must be float32, one-dimensional$"),
+        (lambda x: hk.replay_(x, torch.tensor([1]).to("meta"), [1.0]), TypeError, "int64.*, and not on meta$"),
         (lambda x: hk.project(x, [1, 2**64]), ValueError, "seeds\\[1\\]"),
         (lambda x: hk.project(x, [1.0]), TypeError, "seeds\\[0\\] must be an integer"),
         (lambda x: hk.project(x, torch.tensor([1.0])), TypeError, "int64"),
@@ -714,6 +724,68 @@ def test_channels_last_changes_no_bit(rule, dtype, device, strided_moments):
     if dtype == torch.float32:
         assert hk.snap_(plain) == hk.snap_(last)
         assert all(torch.equal(a, b) for a, b in zip(plain, last, strict=True))
+
+
+MOVES = {
+    "perturb_": lambda xs, kept: hk.perturb_(xs, 1, 0.5),
+    "replay_": lambda xs, kept: hk.replay_(xs, [1, 2], [0.5, 1.0]),
+    "update_": lambda xs, kept: hk.update_(xs, [kept], hk.SGD(momentum=0.5), [[1]], [[0.5]], [[0.1, 1.0, 1.0]]),
+}
+
+
+def one_in_channels_last():
+    """A contiguous tensor, two in channels_last, and their moments."""
+    xs = [torch.ones(5), *(torch.ones(1, 2, n, n).to(memory_format=torch.channels_last) for n in (2, 3))]
+    return xs, [torch.zeros_like(x) for x in xs]
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+def test_without_memory_for_a_copy_nothing_is_changed(move, monkeypatch):
+    xs, kept = one_in_channels_last()
+    versions = [x._version for x in (*xs, *kept)]
+
+    def none_left(*arguments, **options):
+        raise torch.OutOfMemoryError
+
+    for name in ("empty", "empty_like", "clone"):
+        monkeypatch.setattr(torch, name, none_left)
+    monkeypatch.setattr(torch.Tensor, "contiguous", none_left)
+    with pytest.raises(torch.OutOfMemoryError):
+        move(xs, kept)
+    assert all(x.min() == x.max() == 1 for x in xs)
+    assert [x._version for x in (*xs, *kept)] == versions
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+def test_what_failed_half_way_has_changed(move, monkeypatch):
+    """For autograd: a graph that was made before must not be run."""
+    xs, kept = one_in_channels_last()
+    changed, originals = [x._version for x in xs], {op: getattr(cpu, op) for op in ("replay_", "update_")}
+    calls = []
+
+    def second_fails(op, *arguments):
+        calls.append(op)
+        if len(calls) == 2:
+            raise RuntimeError("out of luck")
+        originals[op](*arguments)
+
+    for op in originals:
+        monkeypatch.setattr(cpu, op, functools.partial(second_fails, op))
+    with pytest.raises(RuntimeError, match="out of luck"):
+        move(xs, kept)
+    assert xs[0].min() != 1
+    assert all(x._version > before for x, before in zip(xs, changed, strict=True))
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+def test_a_cuda_graph_captures_no_channels_last(move, monkeypatch):
+    """The copy lies elsewhere in every call, so that no call before helps."""
+    xs, kept = one_in_channels_last()
+    monkeypatch.setattr("hosfl_kernels.tensors.capturing", lambda x: True)
+    with pytest.raises(RuntimeError, match="channels_last, which are copied at every call: make them"):
+        move(xs, kept)
+    assert all(x.min() == x.max() == 1 for x in xs)
+    move(*([x.contiguous() for x in those] for those in (xs, kept)))
 
 
 @pytest.mark.skipif(not CUDA, reason="needs two kinds of device")

@@ -109,6 +109,7 @@ BAD = {
     "stream": lambda new, x, m, v: hk.perturb_(x, 1, 1.0, streams=[0, 2**32]),
     "start": lambda new, x, m, v: hk.perturb_(x, 1, 1.0, starts=[-1, 0]),
     "end": lambda new, x, m, v: hk.perturb_(x, 1, 1.0, starts=[0, 2**63 - 1]),
+    "end of numpy's int64": lambda new, x, m, v: hk.perturb_(x, 1, 1.0, starts=[0, np.int64(2**63 - 1)]),
     "seed": lambda new, x, m, v: hk.perturb_(x, 2**64, 1.0),
     "seed of bool": lambda new, x, m, v: hk.perturb_(x, True, 1.0),
     "scale": lambda new, x, m, v: hk.perturb_(x, 1, float("nan")),

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from hosfl_kernels import spec
+from hosfl_kernels.ops import LISTS
 from hosfl_kernels.place import DISTRIBUTIONS, Place
 
 from . import choices
@@ -244,7 +245,8 @@ def plan(
 
 def _latest(key: tuple[Any, ...]) -> Launches:
     if key not in latest:
-        raise RuntimeError("a CUDA graph can't capture the first call with these tensors: make it once before")
+        # One that was forgotten is like the first: see `remembered`.
+        raise RuntimeError("a CUDA graph can't capture the first call with these tensors: make it once right before")
     return latest[key]
 
 
@@ -252,7 +254,16 @@ def _latest(key: tuple[Any, ...]) -> Launches:
 latest: weakref.WeakValueDictionary[tuple[Any, ...], Launches] = weakref.WeakValueDictionary()
 
 
-@functools.lru_cache(maxsize=32)
+_held = 0  # bytes of the tables that were made since nothing was remembered
+
+
+def room(device: torch.device) -> int:
+    """The most that tables may take, in bytes. A list's are a thousandth of its tensors, or 1 KB: of lists that lie
+    elsewhere in every call they would come to as much as the tensors themselves."""
+    return torch.cuda.get_device_properties(device).total_memory // 64 if device.type == "cuda" else 2**26
+
+
+@functools.lru_cache(maxsize=LISTS)
 def remembered(
     stream: int,
     kernel: Kernel,
@@ -264,7 +275,11 @@ def remembered(
     sizes: tuple[int, ...],
     moments: tuple[tuple[int, ...], ...],
 ) -> Launches:
-    """`plan` by what it is made of. Addresses are part of the key: `.data` may be rebound at any time."""
+    """`plan` by what it is made of. Addresses are part of the key: `.data` may be rebound at any time.
+
+    All is forgotten where there is no room for more.
+    """
+    global _held
     launches = Launches()
     for dtype in CELLS:
         mine = [i for i, n in enumerate(sizes) if n and dtypes[i] == dtype]
@@ -282,6 +297,11 @@ def remembered(
             rows[:, 6 + k] = [kept[i] for i in mine]
         row_of_program = np.repeat(np.arange(len(mine), dtype=np.int32), programs)
         launches.append(Launch(variant, _copied(rows, device), _copied(row_of_program, device)))
+    nbytes = sum(launch.rows.nbytes + launch.row_of_program.nbytes for launch in launches)
+    _held = nbytes + (_held if remembered.cache_info().currsize else 0)
+    if _held > room(device):
+        remembered.cache_clear()
+        _held = nbytes
     latest[kernel, place, stochastic, device, dtypes, addresses, sizes, moments] = launches
     return launches
 
