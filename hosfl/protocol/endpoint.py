@@ -114,7 +114,6 @@ class Endpoint(Generic[AnyClient]):
         try:
             return encode(self._answer([client.decoded(one) for one in unpack(data)]))
         except (MessageError, LatticeError) as error:
-            # Moves that fit the server's replica and not the client's are a LatticeError: its weights are damaged.
             said = text_array(str(error))
             return encode(Complaint(client=client.number, round=client.applied, epoch=client.epoch, text=said))
 

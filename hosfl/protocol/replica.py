@@ -136,15 +136,22 @@ class Replica:
 
     def follow(self, message: Records | PoolMoves, client: int) -> Differs | None:
         """`apply`, for client number `client`. What it has to say if its half turns out to be wrong: it is back at its
-        base then, and the server's answer to that brings it up to date. Raises MessageError and LatticeError."""
+        base then, and the server's answer to that brings it up to date.
+
+        So too where a move leaves the lattice: the server's own replica has made it, so that these weights are damaged.
+        Raises MessageError, and LatticeError for moves that leave it from the base on, which no right server sends.
+        """
         if message.client != client:
             raise MessageError(f"a message for client {message.client}, this is client {client}")
+        before = self.applied
         try:
             self.apply(message)
-        except DigestMismatch:
+        except (DigestMismatch, LatticeError) as error:
             wrong = digest_array(self.digest())
             said = Differs(client=client, round=self.applied, epoch=self.epoch, digest=wrong)
             self.reset()
+            if isinstance(error, LatticeError) and before == 0:
+                raise  # to begin with the base once more would end here again
             return said
         return None
 
