@@ -349,7 +349,11 @@ def test_a_client_keeps_its_base_and_its_state(run, tmp_path, caplog):
     tensors, plain = load_file(tmp_path / "state.safetensors"), client_of(told, config, run.files["base"], 0)
     base = plain.client.digest()
     whole = (tmp_path / "state.safetensors").read_bytes()
-    for data in (whole[:-9], whole[:-1] + b"\x7f", b"", whole.replace(b'"client":"0"', b'"client":"1"')):
+    told_otherwise = [whole.replace(b'"client":"0"', b'"client":"1"'), whole.replace(b'"format":"3"', b'"format":"2"')]
+    for name, was, other in [("applied", "4", "5"), ("applied", "4", "-"), ("epoch", "0", "1")]:
+        told_otherwise.append(whole.replace(f'"{name}":"{was}"'.encode(), f'"{name}":"{other}"'.encode()))
+    assert whole not in told_otherwise
+    for data in (whole[:-9], whole[:-1] + b"\x7f", b"", *told_otherwise):
         (tmp_path / "state.safetensors").write_bytes(data)
         Kept(tmp_path / "state.safetensors", told["id"], plain.client).restore()
         assert (plain.client.applied, plain.client.digest()) == (0, base)
@@ -359,6 +363,11 @@ def test_a_client_keeps_its_base_and_its_state(run, tmp_path, caplog):
     Kept(tmp_path / "state.safetensors", bytes(8), plain.client).restore()  # a run of the same settings
     assert (plain.client.applied, plain.client.digest()) == (0, base)
     assert "it is of another run" in caplog.text
+    done.replica.applied = -2
+    kept.save()
+    done.replica.applied = 4
+    Kept(tmp_path / "state.safetensors", told["id"], plain.client).restore()
+    assert (plain.client.applied, "it is of round -2" in caplog.text) == (0, True)
     save_file(tensors, tmp_path / "state.safetensors")
     Kept(tmp_path / "state.safetensors", told["id"], plain.client).restore()
     assert plain.client.applied == 0

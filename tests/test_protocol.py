@@ -14,18 +14,24 @@ from hosfl.halves.split import SplitModel, split
 from hosfl.methods.first_order import FirstOrderClient, GradientAverage
 from hosfl.methods.ho import ZerothOrderClient, make_run
 from hosfl.probing.probe import probe_in_place, probe_untouched, trainable
+from hosfl.protocol.endpoint import Endpoint
 from hosfl.protocol.lattice import Lattice, LatticeError
 from hosfl.protocol.messages import (
+    Complaint,
     Cut,
     Differs,
     Gradient,
     Hello,
+    Invitation,
     MessageError,
     Multiplier,
     Records,
     Scalars,
     Weights,
     Wire,
+    decode,
+    encode,
+    pack,
 )
 from hosfl.protocol.seeds import direction_seeds
 from hosfl.protocol.terms import Run
@@ -464,6 +470,15 @@ def test_a_client_that_refuses_costs_nobody_else_the_round(kind):
     assert "client 1" in federation.complained[0]
     assert federation.server.ledger.records[1].participants == (0, 2)
     assert federation.server.refused == []
+
+
+def test_a_client_in_rounds_that_are_none_begins_anew():
+    client = small().play(3).client()
+    client.replica.applied = client.applied = -2
+    endpoint = Endpoint(client, run=b"a run...")
+    invitation = Invitation(client=0, round=3, run=np.frombuffer(endpoint.run, np.uint8))
+    said = [decode(endpoint.answer(pack([encode(invitation)]))) for _ in range(2)]
+    assert [(type(each), each.round) for each in said] == [(Complaint, 0), (Hello, 0)]
 
 
 @pytest.mark.parametrize("known", [True, False])

@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -32,7 +32,7 @@ from hosfl.tasks.reading import DataError
 
 FORMAT = 4  # of what is offered
 SAVED_EVERY = 60.0  # seconds: what was applied since is replayed
-KEPT_FORMAT = "2"
+KEPT_FORMAT = "3"  # a file of another one is passed over: a client that begins anew loses time alone
 log = logging.getLogger("hosfl.join")
 
 
@@ -165,21 +165,25 @@ class Kept:
         try:
             with safe_open(self.path, "pt" if all(map(is_tensor, replica.tensors)) else "np") as file:
                 told = file.metadata()
-                if told["format"] != KEPT_FORMAT or told["run"] != self.of or told["client"] != str(client.number):
+                if told["format"] != KEPT_FORMAT:
+                    raise ValueError("another version wrote it")
+                if told["run"] != self.of or told["client"] != str(client.number):
                     raise ValueError("it is of another run")
                 groups = [
                     [file.get_tensor(f"{group}.{n}") for n in range(len(replica.tensors))]
                     for group in range(1 + len(replica.moments))
                 ]
             quantum = float(told["quantum"]) if told["quantum"] else None
-            digest = told["digest"]
+            applied, epoch = int(told["applied"]), int(told["epoch"])
+            if applied < 0 or epoch < 0:
+                raise ValueError(f"it is of round {applied}, epoch {epoch}")
             mine = [[*replica.tensors], *replica.moments]
             for kept, tensors in zip(groups, mine, strict=True):
                 if any(k.shape != t.shape or k.dtype != t.dtype for k, t in zip(kept, tensors, strict=True)):
                     raise ValueError("it is of another half")
             lattice = None if quantum is None else Lattice(quantum)
-            client.take_up(groups[0], groups[1:], int(told["applied"]), int(told["epoch"]), lattice)
-            if replica.digest().hex() != digest:
+            client.take_up(groups[0], groups[1:], applied, epoch, lattice)
+            if told["digest"] != _digest(told, replica):
                 raise ValueError("its digest is another")
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             log.warning("%s is passed over: %s", self.path, error)
@@ -200,13 +204,19 @@ class Kept:
             "applied": str(replica.applied),
             "epoch": str(replica.epoch),
             "quantum": "" if replica.lattice is None else repr(replica.lattice.quantum),
-            "digest": replica.digest().hex(),
         }
+        told["digest"] = _digest(told, replica)
         try:
             write_atomically(self.path, as_file(tensors, told))
         except OSError as error:
             log.warning("%s cannot be written: %s; a restart would replay more", self.path, error)
         self._saved = time.monotonic()
+
+
+def _digest(told: Mapping[str, str], replica: Replica) -> str:
+    """Of a state: SHA-256 of all that its file tells but this, as JSON, then the digest of weights and moments."""
+    text = json.dumps({name: value for name, value in told.items() if name != "digest"}, sort_keys=True)
+    return hashlib.sha256(text.encode() + replica.digest()).hexdigest()
 
 
 class _Refusals:
