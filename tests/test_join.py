@@ -368,6 +368,8 @@ def test_a_client_keeps_its_base_and_its_state(run, tmp_path, caplog):
     done.replica.applied = 4
     Kept(tmp_path / "state.safetensors", told["id"], plain.client).restore()
     assert (plain.client.applied, "it is of round -2" in caplog.text) == (0, True)
+    Kept(tmp_path / "nothing.safetensors", told["id"], plain.client).save()
+    assert not (tmp_path / "nothing.safetensors").exists()
     save_file(tensors, tmp_path / "state.safetensors")
     Kept(tmp_path / "state.safetensors", told["id"], plain.client).restore()
     assert plain.client.applied == 0

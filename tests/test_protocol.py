@@ -14,6 +14,7 @@ from hosfl.halves.split import SplitModel, split
 from hosfl.methods.first_order import FirstOrderClient, GradientAverage
 from hosfl.methods.ho import ZerothOrderClient, make_run
 from hosfl.probing.probe import probe_in_place, probe_untouched, trainable
+from hosfl.protocol import replica
 from hosfl.protocol.endpoint import Endpoint
 from hosfl.protocol.lattice import Lattice, LatticeError
 from hosfl.protocol.messages import (
@@ -479,6 +480,40 @@ def test_a_client_in_rounds_that_are_none_begins_anew():
     invitation = Invitation(client=0, round=3, run=np.frombuffer(endpoint.run, np.uint8))
     said = [decode(endpoint.answer(pack([encode(invitation)]))) for _ in range(2)]
     assert [(type(each), each.round) for each in said] == [(Complaint, 0), (Hello, 0)]
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("base", ["there", "out of reach"])
+@pytest.mark.parametrize("kind", ["blocks", "blocks adamw"])
+def test_an_error_between_two_blocks_leaves_no_half_moved_replica(kind, base, error, monkeypatch):
+    made = small(kind, digest_every=0).play(5)
+    client, calls = made.client(), []
+    client.catch_up(made.since(client))
+    made.play(9)
+
+    def failing(op):
+        def fails(*values, **options):
+            calls.append(op)
+            if len(calls) == 2:
+                raise error("no memory")
+            op(*values, **options)
+
+        return fails
+
+    def unreadable():
+        raise OSError("no such disk")
+
+    with monkeypatch.context() as patch:
+        for name in ("replay_", "update_"):
+            patch.setattr(replica, name, failing(getattr(replica, name)))
+        if base == "out of reach":
+            patch.setattr(client.replica, "base", unreadable)
+        with pytest.raises(OSError if base == "out of reach" else error):
+            client.catch_up(made.since(client))
+    assert len(calls) == 2
+    assert (client.applied, client.replica.applied) == (0, 0)
+    client.catch_up(made.since(client))
+    assert (client.applied, client.replica.digest()) == (9, made.ledger.mirror.digest())
 
 
 @pytest.mark.parametrize("known", [True, False])

@@ -190,11 +190,13 @@ class Kept:
             client.anew()
 
     def save(self, due: bool = True) -> None:
-        """Write it, unless that was done a moment ago and is not due. A full disk is a warning."""
+        """Write it, unless that was done a moment ago and is not due, or it is the base. A full disk is a warning."""
         client = self.client
         if not isinstance(client, Replays) or (not due and time.monotonic() - self._saved < SAVED_EVERY):
             return
         replica = client.replica
+        if not replica.applied:
+            return  # it is the base, or on the way there
         groups: Sequence[Sequence[Array]] = [replica.tensors, *replica.moments]
         tensors = {f"{group}.{n}": tensor for group, of in enumerate(groups) for n, tensor in enumerate(of)}
         told = {
