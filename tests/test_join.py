@@ -25,8 +25,9 @@ from hosfl.methods.ho import make_run
 from hosfl.named import named
 from hosfl.protocol.messages import Hello, Invitation, Refusal, decode, encode, pack, text_array, unpack
 from hosfl.protocol.terms import NothingLearnt
-from hosfl.runs import trainer
+from hosfl.runs import serve, trainer
 from hosfl.runs.assemble import assemble
+from hosfl.runs.attendance import read_events
 from hosfl.runs.config import Config, with_shared
 from hosfl.runs.join import Clients, Everybody, join, own_data, settings_of
 from hosfl.runs.serve import Events, Over
@@ -570,6 +571,25 @@ class Rubbish(Elsewhere):
             for number in self.signals:
                 signal.raise_signal(number)
         return b"rubbish"
+
+
+def test_what_is_written_of_rounds_survives_a_kill_and_a_clock_that_is_set_back(tmp_path, monkeypatch):
+    federation, _ = assemble(Config(**SMALL))
+    federation.seconds = {}
+    now = [1e9, 100.0]
+    monkeypatch.setattr(serve, "time", Namespace(time=lambda: now[0], monotonic=lambda: now[1]))
+    events = Events(tmp_path)
+    events.round(federation, 1, 1.0)
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"time": 1.0, "round": 2, "lo')
+    events = Events(tmp_path)
+    events.round(federation, 2, 1.0)
+    now[:] = 1e9 - 3600, 101.0
+    events.round(federation, 3, 1.0)
+    found, damaged = read_events(tmp_path / "events.jsonl", 4, 3)
+    assert ([event.round for event in found], damaged) == ([1, 2, 3], 1)
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["round"], status["time"]) == (3, 1e9 - 3600)
 
 
 @pytest.mark.parametrize("sampled", [1, 3])
