@@ -788,6 +788,10 @@ def test_what_is_no_log(tmp_path):
         Log.read(tmp_path / "log")
     with pytest.raises(LogError, match="no regular file"):
         Log.read("/dev/zero")
+    os.mkfifo(tmp_path / "pipe")
+    for opened in (Log.read, Log.open):  # which do not wait for somebody who writes
+        with pytest.raises(LogError, match="no regular file"):
+            opened(tmp_path / "pipe")
     with pytest.raises(FileNotFoundError):
         Log.open(tmp_path / "none")
     data = head(header_text())

@@ -16,6 +16,7 @@ from test_ledger import logged
 
 from hosfl.protocol import log as log_module
 from hosfl.protocol.log import DigestRecord, EpochRecord, Log, LogError
+from hosfl.protocol.replica import Replica
 from hosfl.runs.checkpoint import rebuild
 
 
@@ -165,6 +166,14 @@ def test_mutated_logs_are_refused_or_right(kind, tmp_path):
 @pytest.mark.parametrize("kind", RULES)
 def test_ten_thousand_mutated_logs_are_refused_or_right(kind, tmp_path):
     fuzz(kind, 1500, 1, tmp_path)
+
+
+def test_a_known_digest_costs_one_pass_over_the_half(tmp_path, monkeypatch):
+    logged("moves", tmp_path, rounds=23)
+    digest, taken = Replica.digest, []
+    monkeypatch.setattr(Replica, "digest", lambda replica: taken.append(replica.applied) or digest(replica))
+    rebuild(tmp_path / "hosfl.log", tmp_path / "base.safetensors")
+    assert taken == [10, 20]
 
 
 def test_many_restarts_take_no_time(tmp_path):

@@ -651,6 +651,11 @@ def _torn(tail: bytes) -> bool:
     return written[:2] == MARKER[: len(written)] and len(written) <= FRAME.size + length
 
 
+def _at_once(path: str, flags: int) -> int:
+    """Opens also a pipe that nobody writes to, which else is waited for before it can be refused."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
 def _read(file: io.FileIO) -> bytes:
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         raise LogError("this is no regular file")
@@ -745,7 +750,7 @@ class Log:
         Raises LogError for a log that is damaged.
         """
         path = Path(path)
-        with io.FileIO(path, "r") as file:
+        with io.FileIO(path, "r", opener=_at_once) as file:
             content = _content(path, file)
         return cls(path, content, None, "never")
 
