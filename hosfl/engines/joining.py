@@ -149,6 +149,9 @@ class Replays(Answers, Protocol):
 class Kept:
     """A client's state on disk, so that a restart need not replay the whole log. Losing it loses time alone.
 
+    A safetensors file: the tensors that move, 0.0, 0.1, ..., then each of their moments, 1.0, 1.1, ...; its metadata
+    are what `save` tells, as text, and their digest.
+
     run: the id of the run that it is of.
     """
 
