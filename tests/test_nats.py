@@ -225,6 +225,33 @@ def test_a_new_server_waits_for_its_clients(engine, lines):
     assert asking.join() == [Reply(0, b"ba"), Reply(1, None, "gone")]
 
 
+def told_of_two(caplog):
+    """Who has said in the log that two servers are at work."""
+    texts = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+    assert all("two servers are at work on run r," in text for text in texts)
+    return {"client" if text.startswith("client") else "server" for text in texts}
+
+
+def test_two_servers_of_one_run_are_told_of_each_other(broker, engine, lines, caplog):
+    lines.join(0)
+    until(lambda: engine.present() == {0})
+    other = nats.NatsEngine(broker.url, "r", 4)
+    until(lambda: told_of_two(caplog) == {"client", "server"})
+    until(lambda: engine._notes._kept.keys() & other._notes._kept.keys() >= {"servers"})
+    other.close()
+
+
+def test_a_server_that_is_started_anew_is_no_second_one(broker, lines, caplog):
+    lines.join(0)
+    for _ in range(4):
+        engine = nats.NatsEngine(broker.url, "r", 4)
+        until(lambda engine=engine: engine.present() == {0})
+        assert list(engine.ask({0: b"ab"})) == [Reply(0, b"ba")]
+        time.sleep(1.5)  # it pings
+        engine.close()
+    assert told_of_two(caplog) == set()
+
+
 def test_a_file_goes_on_where_it_was(broker, engine, monkeypatch):
     """The broker restarts, the server restarts; not a byte is fetched twice but those on their way."""
     data = os.urandom(40 * MB)

@@ -61,6 +61,7 @@ STALLED = 20.0  # seconds without a byte, after which a transfer begins again wh
 ANEW = 1.0  # seconds without an answer, after which a file is asked for again
 RATE, BURST = 200.0, 1000.0  # frames of a client that nobody asked for: a second, and at once
 QUIET = 10.0  # seconds between two lines of the log about the same thing
+TWO = "two servers are at work on run %s, and each ends what the other asks: end one of them"
 
 
 def _checked(run: str, client: int) -> None:
@@ -71,18 +72,18 @@ def _checked(run: str, client: int) -> None:
 
 
 class _Notes:
-    """Warnings, of each kind one in ten seconds: a stranger must not fill the log."""
+    """Lines of the log, of each kind one in ten seconds: a stranger must not fill it."""
 
     def __init__(self) -> None:
         self._kept: dict[object, tuple[float, int]] = {}
 
-    def warn(self, kind: object, text: str, *values: object) -> None:
+    def warn(self, kind: object, text: str, *values: object, level: int = logging.WARNING) -> None:
         said, more = self._kept.get(kind, (-QUIET, 0))
         if time.monotonic() - said < QUIET:
             self._kept[kind] = said, more + 1
             return
         self._kept[kind] = time.monotonic(), 0
-        log.warning(text + (f" (and {more} more of the kind)" if more else ""), *values)
+        log.log(level, text + (f" (and {more} more of the kind)" if more else ""), *values)
 
 
 @dataclass
@@ -365,7 +366,9 @@ class NatsEngine:
             if frame.line == peer.line:
                 self._gone(client, "it said goodbye")
         elif isinstance(frame, Ended):
-            if peer.file is not None and peer.file[0] == frame.id:
+            if frame.id == self._id:  # it hears another server, which we cannot; believed for a line of the log
+                self._notes.warn("servers", f"{TWO}; client %d says so", self.run, client, level=logging.ERROR)
+            elif peer.file is not None and peer.file[0] == frame.id:
                 peer.file = None
         else:
             self._drop(client, "a frame that only servers send is dropped")
@@ -523,10 +526,11 @@ class NatsLine:
         largest: int = MOST,
     ) -> None:
         _checked(run, client)
-        self.client, self.largest = client, largest
+        self.run, self.client, self.largest = run, client, largest
         self._up = f"hosfl.{run}.up.{client}.m"
         self._id, self._connections = secrets.randbits(64), 0
         self._server: Ping | None = None
+        self._before: tuple[int, ...] = ()  # servers that another took the place of
         self._heard = 0.0  # when the server's last ping was
         self._serving = self._closed = False
         self._out = ""  # why the server has no place for it
@@ -706,6 +710,12 @@ class NatsLine:
         before, self._server, self._heard = self._server, ping, time.monotonic()
         if before != ping:  # a new connection of the server's, or another server, which will say what it does not know
             self._want_again()
+        if before is not None and before.engine != ping.engine:
+            if ping.engine in self._before:  # it has not ended, as one does that is started anew
+                self._notes.warn("servers", f"client %d: {TWO}", self.client, self.run, level=logging.ERROR)
+                for engine in (before.engine, ping.engine):
+                    self._post(encode(Ended(engine, Why.REPLACED)))
+            self._before = (*self._before[-7:], before.engine)
         self._beat()
 
     def _forget(self, id: int) -> None:
