@@ -307,7 +307,8 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _log(options: argparse.Namespace) -> int:
-    from hosfl.protocol.log import EpochRecord, Log, RoundRecord
+    from hosfl.protocol.log import Log
+    from hosfl.protocol.records import EpochRecord, RoundRecord
 
     log = Log.read(options.log)
     if options.action == "show":
@@ -374,8 +375,8 @@ def _told(error: Exception) -> int | None:
     from safetensors import SafetensorError
 
     from hosfl.engines.engine import EngineError, JoinError
+    from hosfl.protocol.header import LogError
     from hosfl.protocol.lattice import LatticeError
-    from hosfl.protocol.log import LogError
     from hosfl.protocol.terms import Diverged, NothingLearnt
 
     status: int | None

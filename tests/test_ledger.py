@@ -16,9 +16,11 @@ from hosfl.methods.ledger import SeedReplay, voided
 from hosfl.methods.steps import FreshStep, PoolStep
 from hosfl.probing.probe import probe_in_place, probe_untouched, trainable
 from hosfl.protocol.aggregate import AGGREGATIONS, RunningLength, clip_to_norm, to_lattice, trimmed_mean, weighted_mean
+from hosfl.protocol.header import LogError
 from hosfl.protocol.lattice import Lattice, LatticeError
-from hosfl.protocol.log import DigestRecord, EpochRecord, Log, LogError
+from hosfl.protocol.log import Log
 from hosfl.protocol.messages import Differs, Hello, MessageError, Multiplier, PoolMoves, Records, Scalars
+from hosfl.protocol.records import DigestRecord, EpochRecord
 from hosfl.protocol.replica import DigestMismatch, Replica, digest_array, to_records
 from hosfl.protocol.terms import Pool
 from hosfl.runs.checkpoint import header_of, rebuild, save_module

@@ -21,7 +21,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hosfl.protocol.log import DigestRecord, EpochRecord, Header, Log, LogError, Packed, Parameter, RoundRecord
+from hosfl.protocol.header import Header, LogError, Parameter
+from hosfl.protocol.log import Log
+from hosfl.protocol.records import DigestRecord, EpochRecord, Packed, RoundRecord
 
 SOURCE = Path(__file__).parent.parent / "hosfl" / "protocol" / "log.py"
 

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from hosfl.probing.probe import trainable
 from hosfl.protocol.aggregate import Aggregation, RunningLength, clip_to_norm, weighted_mean
+from hosfl.protocol.header import LogError
 from hosfl.protocol.lattice import Lattice, spread
-from hosfl.protocol.log import DigestRecord, EpochRecord, Log, LogError, Packed, RoundRecord
+from hosfl.protocol.log import Log
 from hosfl.protocol.messages import (
     Differs,
     Hello,
@@ -29,6 +30,7 @@ from hosfl.protocol.messages import (
     Scalars,
     Weights,
 )
+from hosfl.protocol.records import DigestRecord, EpochRecord, Packed, RoundRecord
 from hosfl.protocol.replica import NO_DIGEST, Replica, digest_array, to_records
 from hosfl.protocol.terms import Run
 from hosfl_kernels import AdamW

@@ -9,7 +9,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from hosfl.protocol.arrays import Array, bits, copied, dtype_name
-from hosfl.protocol.log import Header, Log, LogError
+from hosfl.protocol.header import Header, LogError
+from hosfl.protocol.log import Log
 from hosfl.protocol.replica import Replica, to_records
 from hosfl.protocol.terms import run_of
 from hosfl.protocol.weights import read_weights

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hosfl.protocol.arrays import Array, assign, bits, count, dtype_name, host, largest, plain, zeros
+from hosfl.protocol.header import EXPONENTS
 from hosfl.protocol.lattice import Lattice, LatticeError, spread
-from hosfl.protocol.log import EXPONENTS, RoundRecord
 from hosfl.protocol.messages import Differs, MessageError, PoolMoves, Records
+from hosfl.protocol.records import RoundRecord
 from hosfl.protocol.seeds import Purpose, pool_seeds, round_seed
 from hosfl.protocol.terms import Run
 from hosfl_kernels import replay_, update_

@@ -29,7 +29,7 @@ from hosfl.methods import calibration
 from hosfl.methods.client import digested
 from hosfl.methods.ho import ZerothOrderClient
 from hosfl.methods.ledger import SeedReplay
-from hosfl.protocol.log import encode_header
+from hosfl.protocol.header import encode_header
 from hosfl.protocol.provenance import header_digest
 from hosfl.runs.checkpoint import header_of, module_bytes
 
