@@ -254,7 +254,7 @@ def _federation(options: argparse.Namespace) -> int:
 
 def _join(options: argparse.Namespace) -> int:
     extra = "edge" if options.runtime == "onnx" else "nats"
-    nats, federation = (needed(name, "hosfl join", extra) for name in ("hosfl.engines.nats", "hosfl.federation"))
+    nats, federation = (needed(name, "hosfl join", extra) for name in ("hosfl.engines.nats_line", "hosfl.federation"))
     from hosfl.engines.engine import EngineError
     from hosfl.engines.joining import Ending
 
