@@ -34,7 +34,7 @@ SIZES = {"1 KB": 1 << 10, "3 MB": 3 << 20, "16 MB": 16 << 20}
 @contextlib.contextmanager
 def over_nats() -> Iterator[Engine]:
     """Four clients, and the broker between them and us."""
-    from hosfl.engines.nats import NatsEngine
+    from hosfl.engines.nats_server import NatsEngine
 
     program = shutil.which("nats-server")
     if program is None:
@@ -44,7 +44,7 @@ def over_nats() -> Iterator[Engine]:
         url = f"nats://127.0.0.1:{free.getsockname()[1]}"
         free.close()
         log = Path(ends.enter_context(tempfile.TemporaryDirectory()), "log")
-        serve = f"from hosfl.engines.nats import NatsLine; NatsLine({url!r}, 'bench', %d).serve(bytes)"
+        serve = f"from hosfl.engines.nats_line import NatsLine; NatsLine({url!r}, 'bench', %d).serve(bytes)"
         commands = [[program, "-a", "127.0.0.1", "-p", url.rpartition(":")[2], "-l", str(log)]]
         commands += [[sys.executable, "-c", serve % number] for number in range(CLIENTS)]
         for command in commands:

@@ -113,7 +113,7 @@ class TimedEverybody:
 
 def client(member: Path, times: Path, data: str) -> None:
     """A client over NATS, in a process of its own. data: where texts are; "echo": answers without computing."""
-    from hosfl.engines.nats import NatsLine
+    from hosfl.engines.nats_line import NatsLine
     from hosfl.federation import Member
 
     me = Member.read(member)
@@ -140,7 +140,7 @@ def in_process(folder: Path, data: str) -> Iterator[Made | None]:
 
 @contextlib.contextmanager
 def over_nats(folder: Path, data: str) -> Iterator[Made]:
-    from hosfl.engines.nats import NatsEngine
+    from hosfl.engines.nats_server import NatsEngine
     from hosfl.federation import Member
 
     program = shutil.which("nats-server")

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from hosfl.methods.method import Method
     from hosfl.methods.server import Server
     from hosfl.methods.steps import FreshStep, PoolStep
+    from hosfl.protocol.header import LogError
     from hosfl.protocol.lattice import Lattice, LatticeError
-    from hosfl.protocol.log import Log, LogError
+    from hosfl.protocol.log import Log
     from hosfl.protocol.messages import MessageError, Wire, decode, encode
     from hosfl.protocol.replica import Replica
     from hosfl.protocol.terms import Pool, Run
@@ -42,7 +43,8 @@ _WHERE = {
     "hosfl.methods.server": ("Server",),
     "hosfl.methods.steps": ("FreshStep", "PoolStep"),
     "hosfl.protocol.lattice": ("Lattice", "LatticeError"),
-    "hosfl.protocol.log": ("Log", "LogError"),
+    "hosfl.protocol.header": ("LogError",),
+    "hosfl.protocol.log": ("Log",),
     "hosfl.protocol.messages": ("MessageError", "Wire", "decode", "encode"),
     "hosfl.protocol.replica": ("Replica",),
     "hosfl.protocol.terms": ("Pool", "Run"),

@@ -254,7 +254,7 @@ def _federation(options: argparse.Namespace) -> int:
 
 def _join(options: argparse.Namespace) -> int:
     extra = "edge" if options.runtime == "onnx" else "nats"
-    nats, federation = (needed(name, "hosfl join", extra) for name in ("hosfl.engines.nats", "hosfl.federation"))
+    nats, federation = (needed(name, "hosfl join", extra) for name in ("hosfl.engines.nats_line", "hosfl.federation"))
     from hosfl.engines.engine import EngineError
     from hosfl.engines.joining import Ending
 
@@ -307,7 +307,8 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _log(options: argparse.Namespace) -> int:
-    from hosfl.protocol.log import EpochRecord, Log, RoundRecord
+    from hosfl.protocol.log import Log
+    from hosfl.protocol.records import EpochRecord, RoundRecord
 
     log = Log.read(options.log)
     if options.action == "show":
@@ -374,8 +375,8 @@ def _told(error: Exception) -> int | None:
     from safetensors import SafetensorError
 
     from hosfl.engines.engine import EngineError, JoinError
+    from hosfl.protocol.header import LogError
     from hosfl.protocol.lattice import LatticeError
-    from hosfl.protocol.log import LogError
     from hosfl.protocol.terms import Diverged, NothingLearnt
 
     status: int | None

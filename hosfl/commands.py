@@ -125,7 +125,8 @@ def _absolute(path: str) -> str:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    nats, federation = (needed(name, "hosfl serve", "nats") for name in ("hosfl.engines.nats", "hosfl.federation"))
+    nats = needed("hosfl.engines.nats_server", "hosfl serve", "nats")
+    federation = needed("hosfl.federation", "hosfl serve", "nats")
     member = federation.Member.read(options.server)
     if member.client is not None:
         raise ValueError(f"{options.server} is the folder of {member.who}: name the federation's folder server")

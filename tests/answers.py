@@ -32,6 +32,6 @@ def text(data):
 if __name__ == "__main__":
     _, engine, where, run, number, answer = sys.argv
     if engine == "nats":
-        from hosfl.engines.nats import NatsLine
+        from hosfl.engines.nats_line import NatsLine
 
         NatsLine(where, run, int(number)).serve(globals()[answer])

@@ -71,7 +71,7 @@ def wait_for(what, seconds=60.0):
 
 def _server(url, folder, told):
     from hosfl import train
-    from hosfl.engines.nats import NatsEngine
+    from hosfl.engines.nats_server import NatsEngine
     from hosfl.runs.config import Config
     from hosfl.runs.serve import Over
 
@@ -85,7 +85,7 @@ def _server(url, folder, told):
 def _client(url, folder, number, told):
     import resource
 
-    from hosfl.engines.nats import NatsLine
+    from hosfl.engines.nats_line import NatsLine
     from hosfl.runs.join import join
 
     told = json.loads(told)

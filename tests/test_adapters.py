@@ -25,7 +25,7 @@ from hosfl.halves.trains import moving_only
 from hosfl.probing.displaced import Displacement, evaluate_displaced
 from hosfl.probing.forward_mode import Tangents, derivative
 from hosfl.probing.probe import trainable
-from hosfl.protocol.log import LogError
+from hosfl.protocol.header import LogError
 from hosfl.protocol.provenance import ProvenanceError
 from hosfl.protocol.rebuild import base_digest
 from hosfl.runs.assemble import assemble

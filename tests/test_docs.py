@@ -15,7 +15,7 @@ import yaml
 import hosfl
 import hosfl_kernels
 from hosfl import cli
-from hosfl.protocol import log, messages
+from hosfl.protocol import header, log, messages, records
 from hosfl.runs.config import Config
 from hosfl.studies.study import load_study
 
@@ -256,12 +256,14 @@ def test_the_page_of_formats_has_the_formats_of_the_code():
     page = TEXTS[DOCS / "formats.md"]
     for magic, formats in [
         (messages.MAGIC, (messages.HEADER, messages.ARRAY)),
-        (log.MAGIC, (log.HEADER, log.FRAME, log.FIELDS)),
+        (header.MAGIC, (header.HEADER, log.FRAME, records.FIELDS)),
     ]:
         assert f"`{magic.decode()}`" in page
         for each in formats:
             assert f"| `{each.format}` |" in page
-    assert f"format version {log.VERSION}." in page
+    assert re.findall(r"[Ff]ormat version (\d) is", page) == [str(header.VERSION), str(header.WITH_BLOCKS)]
+    for path in re.findall(r"`(hosfl/[\w/]+\.py)`", page):
+        assert (ROOT / path).is_file()
     rows = re.findall(r"^\| (\d+) \| `(\w+)` \| (up|down) \|(.*)\|$", page, re.M)
     said = {int(kind): (name, way, tuple(re.findall(r"`(\w+)`", arrays))) for kind, name, way, arrays in rows}
     are = {k: (cls.__name__, cls.direction, tuple(cls.arrays())) for k, cls in messages.MESSAGES.items()}

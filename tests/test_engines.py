@@ -94,19 +94,20 @@ class OverNats:
 
     def __init__(self, request):
         pytest.importorskip("nats")
-        from hosfl.engines import nats
+        from hosfl.engines.nats_line import NatsLine
+        from hosfl.engines.nats_server import NatsEngine
 
         folder = request.getfixturevalue("tmp_path")
-        self.nats, self.run, self.clients = nats, f"run-{next(_runs)}", []
+        self.made, self.run, self.clients = (NatsEngine, NatsLine), f"run-{next(_runs)}", []
         self.broker = Plain(folder)
         self.broker.start()
         self.engine = self._engine()
 
     def _engine(self):
-        return self.nats.NatsEngine(self.broker.url, self.run, CLIENTS)
+        return self.made[0](self.broker.url, self.run, CLIENTS)
 
     def line(self, number):
-        return self.nats.NatsLine(self.broker.url, self.run, number)
+        return self.made[1](self.broker.url, self.run, number)
 
     def join(self, number, answer="reverse", process=False):
         """A client that serves: in a thread, or in a process of its own, which can be killed."""

@@ -20,8 +20,8 @@ from hosfl.halves.split import dtype_of, split
 from hosfl.halves.trains import moving_only
 from hosfl.probing.forward_mode import derivative
 from hosfl.probing.probe import probe_backward, probe_forward, probe_in_place, probe_untouched, trainable
+from hosfl.protocol.header import LogError
 from hosfl.protocol.lattice import Lattice
-from hosfl.protocol.log import LogError
 from hosfl.runs.assemble import assemble
 from hosfl_kernels import noise
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hosfl.optim import ZOSGD, ZONormalizedSGD, rebuild
-from hosfl.protocol.log import LogError
+from hosfl.protocol.header import LogError
 
 
 def same(a, b):

@@ -25,8 +25,9 @@ from hosfl.methods.ho import make_run
 from hosfl.named import named
 from hosfl.protocol.messages import Hello, Invitation, Refusal, decode, encode, pack, text_array, unpack
 from hosfl.protocol.terms import NothingLearnt
-from hosfl.runs import trainer
+from hosfl.runs import serve, trainer
 from hosfl.runs.assemble import assemble
+from hosfl.runs.attendance import read_events
 from hosfl.runs.config import Config, with_shared
 from hosfl.runs.join import Clients, Everybody, join, own_data, settings_of
 from hosfl.runs.serve import Events, Over
@@ -214,6 +215,9 @@ def changed(files, **settings):
         ({"method": "os:system"}, "name yours with --method"),
         ({"method": {}}, "name yours with --method"),
         ({"trains": "peft:/etc/x.json"}, "reads no file by its name"),
+        ({"trains": "peft:/etc/x.JSON"}, "reads no file by its name"),
+        ({"trains": "peft:x.Json"}, "reads no file by its name"),
+        ({"trains": "peft:/etc/x"}, "reads no file by its name"),
         ({"data": "/etc"}, "settings that this version has not: data"),
         ({"model": "/etc"}, "settings that this version has not: model"),
         ({"device": "cuda"}, "settings that this version has not: device"),
@@ -346,7 +350,11 @@ def test_a_client_keeps_its_base_and_its_state(run, tmp_path, caplog):
     tensors, plain = load_file(tmp_path / "state.safetensors"), client_of(told, config, run.files["base"], 0)
     base = plain.client.digest()
     whole = (tmp_path / "state.safetensors").read_bytes()
-    for data in (whole[:-9], whole[:-1] + b"\x7f", b"", whole.replace(b'"client":"0"', b'"client":"1"')):
+    told_otherwise = [whole.replace(b'"client":"0"', b'"client":"1"'), whole.replace(b'"format":"3"', b'"format":"2"')]
+    for name, was, other in [("applied", "4", "5"), ("applied", "4", "-"), ("epoch", "0", "1")]:
+        told_otherwise.append(whole.replace(f'"{name}":"{was}"'.encode(), f'"{name}":"{other}"'.encode()))
+    assert whole not in told_otherwise
+    for data in (whole[:-9], whole[:-1] + b"\x7f", b"", *told_otherwise):
         (tmp_path / "state.safetensors").write_bytes(data)
         Kept(tmp_path / "state.safetensors", told["id"], plain.client).restore()
         assert (plain.client.applied, plain.client.digest()) == (0, base)
@@ -356,6 +364,13 @@ def test_a_client_keeps_its_base_and_its_state(run, tmp_path, caplog):
     Kept(tmp_path / "state.safetensors", bytes(8), plain.client).restore()  # a run of the same settings
     assert (plain.client.applied, plain.client.digest()) == (0, base)
     assert "it is of another run" in caplog.text
+    done.replica.applied = -2
+    kept.save()
+    done.replica.applied = 4
+    Kept(tmp_path / "state.safetensors", told["id"], plain.client).restore()
+    assert (plain.client.applied, "it is of round -2" in caplog.text) == (0, True)
+    Kept(tmp_path / "nothing.safetensors", told["id"], plain.client).save()
+    assert not (tmp_path / "nothing.safetensors").exists()
     save_file(tensors, tmp_path / "state.safetensors")
     Kept(tmp_path / "state.safetensors", told["id"], plain.client).restore()
     assert plain.client.applied == 0
@@ -556,6 +571,25 @@ class Rubbish(Elsewhere):
             for number in self.signals:
                 signal.raise_signal(number)
         return b"rubbish"
+
+
+def test_what_is_written_of_rounds_survives_a_kill_and_a_clock_that_is_set_back(tmp_path, monkeypatch):
+    federation, _ = assemble(Config(**SMALL))
+    federation.seconds = {}
+    now = [1e9, 100.0]
+    monkeypatch.setattr(serve, "time", Namespace(time=lambda: now[0], monotonic=lambda: now[1]))
+    events = Events(tmp_path)
+    events.round(federation, 1, 1.0)
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"time": 1.0, "round": 2, "lo')
+    events = Events(tmp_path)
+    events.round(federation, 2, 1.0)
+    now[:] = 1e9 - 3600, 101.0
+    events.round(federation, 3, 1.0)
+    found, damaged = read_events(tmp_path / "events.jsonl", 4, 3)
+    assert ([event.round for event in found], damaged) == ([1, 2, 3], 1)
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["round"], status["time"]) == (3, 1e9 - 3600)
 
 
 @pytest.mark.parametrize("sampled", [1, 3])

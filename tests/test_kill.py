@@ -34,7 +34,8 @@ import torch
 from safetensors.torch import load_file
 
 from hosfl import cli, commands
-from hosfl.protocol.log import EpochRecord, Log, RoundRecord
+from hosfl.protocol.log import Log
+from hosfl.protocol.records import EpochRecord, RoundRecord
 from hosfl.runs import snapshot
 from hosfl.runs.checkpoint import load_config, rebuild
 from hosfl.runs.report import Evaluation

@@ -16,10 +16,13 @@ from hosfl.methods.ho import power_of_two_scales
 from hosfl.methods.ledger import SeedReplay, voided
 from hosfl.methods.steps import FreshStep, PoolStep
 from hosfl.probing.probe import probe_in_place, probe_untouched, trainable
+from hosfl.protocol import replica
 from hosfl.protocol.aggregate import AGGREGATIONS, RunningLength, clip_to_norm, to_lattice, trimmed_mean, weighted_mean
+from hosfl.protocol.header import LogError
 from hosfl.protocol.lattice import Lattice, LatticeError
-from hosfl.protocol.log import DigestRecord, EpochRecord, Log, LogError
+from hosfl.protocol.log import Log
 from hosfl.protocol.messages import Differs, Hello, MessageError, Multiplier, PoolMoves, Records, Scalars
+from hosfl.protocol.records import DigestRecord, EpochRecord
 from hosfl.protocol.replica import DigestMismatch, Replica, digest_array, to_records
 from hosfl.protocol.terms import Pool
 from hosfl.runs.checkpoint import header_of, rebuild, save_module
@@ -445,6 +448,25 @@ def test_a_client_of_another_copy_of_the_run_s_folder_finds_out(kind, tmp_path):
         assert isinstance(said, Differs)
         assert other.catch_up(server.welcome(said)) is None
         assert other.replica.digest() == copy.ledger.mirror.digest()
+
+
+@pytest.mark.parametrize("kind", ["blocks", "blocks adamw"])
+def test_a_commit_that_fails_between_two_blocks_takes_the_round_back(kind, monkeypatch):
+    made, right, calls = small(kind).play(3), small(kind).play(5), []
+    for name in ("replay_", "update_"):
+        op = getattr(replica, name)
+
+        def fails(*values, op=op, **options):
+            calls.append(op)
+            if len(calls) == 2:
+                raise MemoryError
+            op(*values, **options)
+
+        monkeypatch.setattr(replica, name, fails)
+    with pytest.raises(MemoryError):
+        made.play(4)
+    assert (len(made.ledger.records), made.ledger.mirror.applied) == (3, 3)
+    assert state(made.play(5).ledger.mirror) == state(right.ledger.mirror)
 
 
 def test_sums_over_the_pool_are_checked_as_well():

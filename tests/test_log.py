@@ -21,7 +21,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hosfl.protocol.log import DigestRecord, EpochRecord, Header, Log, LogError, Packed, Parameter, RoundRecord
+from hosfl.protocol.header import Header, LogError, Parameter
+from hosfl.protocol.log import Log
+from hosfl.protocol.records import DigestRecord, EpochRecord, Packed, RoundRecord
 
 SOURCE = Path(__file__).parent.parent / "hosfl" / "protocol" / "log.py"
 
@@ -788,6 +790,10 @@ def test_what_is_no_log(tmp_path):
         Log.read(tmp_path / "log")
     with pytest.raises(LogError, match="no regular file"):
         Log.read("/dev/zero")
+    os.mkfifo(tmp_path / "pipe")
+    for opened in (Log.read, Log.open):  # which do not wait for somebody who writes
+        with pytest.raises(LogError, match="no regular file"):
+            opened(tmp_path / "pipe")
     with pytest.raises(FileNotFoundError):
         Log.open(tmp_path / "none")
     data = head(header_text())

@@ -13,10 +13,12 @@ from broker import Plain, Stranger, certificates, context
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hosfl.engines import frames, nats
+from hosfl.engines import frames, nats_server
 from hosfl.engines.broker import Link
 from hosfl.engines.engine import EngineError, Reply
 from hosfl.engines.frames import Beat, Bye, Ended, Fetch, FrameError, Outgoing, Piece, Ping, Want, Why, decode, encode
+from hosfl.engines.nats_line import NatsLine
+from hosfl.engines.nats_server import NatsEngine
 
 MB = 1 << 20
 UP, DOWN = b"hosfl.r.up.%d.m", b"hosfl.r.down.%d.m"
@@ -36,7 +38,7 @@ class Lines:
         self.url, self.open = url, []
 
     def join(self, number, answer=answers.reverse, **options):
-        line = nats.NatsLine(self.url, "r", number, **options)
+        line = NatsLine(self.url, "r", number, **options)
 
         def serve():
             try:
@@ -66,7 +68,7 @@ def broker(tmp_path):
 
 @pytest.fixture
 def engine(broker):
-    engine = nats.NatsEngine(broker.url, "r", 4)
+    engine = NatsEngine(broker.url, "r", 4)
     yield engine
     engine.close()
 
@@ -176,7 +178,7 @@ def test_one_connection_that_breaks_during_an_ask(broker, lines, monkeypatch, wh
     monkeypatch.setattr(Link, "_connect", noted)
     piece = Outgoing.piece
     monkeypatch.setattr(Outgoing, "piece", lambda *values: time.sleep(0.01) or piece(*values))
-    engine = nats.NatsEngine(broker.url, "r", 1)
+    engine = NatsEngine(broker.url, "r", 1)
     line = lines.join(0)
     until(lambda: engine.present() == {0})
     data = os.urandom(24 * MB)
@@ -208,7 +210,7 @@ def test_an_ask_waits_for_a_broker_that_is_away(broker, engine, lines):
 
 def test_a_server_and_a_client_that_are_there_before_the_broker(broker, lines):
     broker.stop()
-    engine = nats.NatsEngine(broker.url, "r", 1)
+    engine = NatsEngine(broker.url, "r", 1)
     lines.join(0)
     asking = start(engine, {0: b"ab"}, deadline=30)
     time.sleep(1)
@@ -225,11 +227,38 @@ def test_a_new_server_waits_for_its_clients(engine, lines):
     assert asking.join() == [Reply(0, b"ba"), Reply(1, None, "gone")]
 
 
+def told_of_two(caplog):
+    """Who has said in the log that two servers are at work."""
+    texts = [r.getMessage() for r in caplog.records if r.levelname == "ERROR"]
+    assert all("two servers are at work on run r," in text for text in texts)
+    return {"client" if text.startswith("client") else "server" for text in texts}
+
+
+def test_two_servers_of_one_run_are_told_of_each_other(broker, engine, lines, caplog):
+    lines.join(0)
+    until(lambda: engine.present() == {0})
+    other = NatsEngine(broker.url, "r", 4)
+    until(lambda: told_of_two(caplog) == {"client", "server"})
+    until(lambda: engine._notes._kept.keys() & other._notes._kept.keys() >= {"servers"})
+    other.close()
+
+
+def test_a_server_that_is_started_anew_is_no_second_one(broker, lines, caplog):
+    lines.join(0)
+    for _ in range(4):
+        engine = NatsEngine(broker.url, "r", 4)
+        until(lambda engine=engine: engine.present() == {0})
+        assert list(engine.ask({0: b"ab"})) == [Reply(0, b"ba")]
+        time.sleep(1.5)  # it pings
+        engine.close()
+    assert told_of_two(caplog) == set()
+
+
 def test_a_file_goes_on_where_it_was(broker, engine, monkeypatch):
     """The broker restarts, the server restarts; not a byte is fetched twice but those on their way."""
     data = os.urandom(40 * MB)
     engine.offer({"base": data})
-    line = nats.NatsLine(broker.url, "r", 0)
+    line = NatsLine(broker.url, "r", 0)
     sent = []
     piece = Outgoing.piece
 
@@ -247,7 +276,7 @@ def test_a_file_goes_on_where_it_was(broker, engine, monkeypatch):
     broker.start()
     until(lambda: sum(sent) > 24 * MB)
     engine.close()
-    engine = nats.NatsEngine(broker.url, "r", 1)
+    engine = NatsEngine(broker.url, "r", 1)
     engine.offer({"base": data})
     fetching.join()
     line.close()
@@ -260,7 +289,7 @@ def test_a_file_goes_on_where_it_was(broker, engine, monkeypatch):
 def test_what_a_broker_carries_at_once(tmp_path, caplog, payload):
     broker = Plain(tmp_path, f"max_payload: {payload}")
     broker.start()
-    engine, lines = nats.NatsEngine(broker.url, "r", 3), Lines(broker.url)
+    engine, lines = NatsEngine(broker.url, "r", 3), Lines(broker.url)
     data = os.urandom(9 * MB + 7)
     if payload < frames.SMALL:
         until(lambda: "its max_payload is 1000 bytes; let it be 1 MB" in caplog.text)
@@ -308,8 +337,8 @@ def test_no_message_stops_the_connection(broker, engine, lines, stranger, how, c
 
 def test_mutated_frames(broker, engine, lines, stranger, monkeypatch):
     """Client 1 sends thousands of damaged frames, also such as fit the ask that it has. Client 0 notices nothing."""
-    monkeypatch.setattr(nats, "RATE", 1e9)
-    monkeypatch.setattr(nats, "BURST", 1e9)
+    monkeypatch.setattr(nats_server, "RATE", 1e9)
+    monkeypatch.setattr(nats_server, "BURST", 1e9)
     for peer in engine._peers:
         peer.allowance = 1e9
     lines.join(0)
@@ -332,7 +361,7 @@ def test_mutated_frames(broker, engine, lines, stranger, monkeypatch):
         Ping(1, 1),
     ]
     log = []
-    monkeypatch.setattr(nats.log, "exception", lambda *values: log.append(values))
+    monkeypatch.setattr(nats_server.log, "exception", lambda *values: log.append(values))
     for number in range(4000):
         data = bytearray(encode(random_.choice(samples)))
         for _ in range(random_.choice((0, 1, 1, 2, 5))):
@@ -445,8 +474,8 @@ def test_a_flood_is_not_listened_to(broker, engine, lines, stranger, caplog):
 
 def test_an_answer_within_the_rate_of_what_was_asked_for(engine, lines, monkeypatch):
     """A large answer has more pieces than a client may send of its own accord."""
-    monkeypatch.setattr(nats, "BURST", 5.0)
-    monkeypatch.setattr(nats, "RATE", 2.0)
+    monkeypatch.setattr(nats_server, "BURST", 5.0)
+    monkeypatch.setattr(nats_server, "RATE", 2.0)
     for peer in engine._peers:
         peer.allowance = 5.0
     lines.join(0, lambda data: bytes(20 * MB))
@@ -458,7 +487,7 @@ def test_an_answer_within_the_rate_of_what_was_asked_for(engine, lines, monkeypa
 
 
 def test_a_reply_that_is_too_large_is_refused_before_it_is_sent(broker, lines, caplog):
-    engine = nats.NatsEngine(broker.url, "r", 1, largest=MB)
+    engine = NatsEngine(broker.url, "r", 1, largest=MB)
     lines.join(0, lambda data: bytes(MB + 1) if data == b"more" else bytes(MB))
     until(lambda: engine.present() == {0})
     text = "a reply of 1048577 bytes; the largest is one of 1048576"
@@ -475,7 +504,7 @@ def test_an_ask_that_is_too_large_fails_that_client_alone(engine, lines, monkeyp
     for number in (0, 1):
         lines.join(number)
     until(lambda: engine.present() == {0, 1})
-    monkeypatch.setattr(nats, "MOST", MB, raising=False)
+    monkeypatch.setattr(nats_server, "MOST", MB, raising=False)
     engine.limit(MB)
     text = "an ask of 1048577 bytes; the largest is one of 1048576"
     replies = engine.ask({0: bytes(MB + 1), 1: bytes(MB)}, deadline=20)
@@ -495,7 +524,7 @@ def test_an_ask_and_a_file_may_be_larger_than_a_reply(engine, lines):
 
 def test_a_file_that_is_too_large_is_not_kept(broker, engine):
     engine.offer({"base": bytes(11), "run": bytes(10)})
-    line = nats.NatsLine(broker.url, "r", 0, largest=10)
+    line = NatsLine(broker.url, "r", 0, largest=10)
     with pytest.raises(EngineError, match="'base' has 11 bytes; the largest file is one of 10"):
         line.fetch("base", deadline=10)
     assert line.fetch("run", deadline=10) == bytes(10)
@@ -612,8 +641,8 @@ def test_nobody_answers_for_another(engine, lines, broker):
 
 def test_a_machine_without_power_is_gone_after_a_while(broker, monkeypatch):
     """Its connection stands, and nothing comes: only silence tells."""
-    monkeypatch.setattr(nats, "GRACE", 0.5)
-    engine = nats.NatsEngine(broker.url, "r", 4, patience=1.5)
+    monkeypatch.setattr(nats_server, "GRACE", 0.5)
+    engine = NatsEngine(broker.url, "r", 4, patience=1.5)
     hand = ByHand(broker, 1)
     until(lambda: engine.present() == {1})
     begin = time.monotonic()
@@ -651,9 +680,9 @@ def test_a_client_that_the_run_has_not_is_told(broker, lines, begins):
     Nor one that serves since before the server was there, which does not know that there is somebody to ping.
     """
     text = "this run has clients 0 to 3, and no client 4: a new run takes it in"
-    line = lines.join(4) if begins == "serves" else nats.NatsLine(broker.url, "r", 4)
+    line = lines.join(4) if begins == "serves" else NatsLine(broker.url, "r", 4)
     until(lambda: line._link.up)
-    engine = nats.NatsEngine(broker.url, "r", 4)
+    engine = NatsEngine(broker.url, "r", 4)
     if begins == "serves":
         until(lambda: getattr(line, "ended", None))
         assert str(line.ended) == text
@@ -701,7 +730,7 @@ def secured(tmp_path):
 
 
 def test_certificates(secured, caplog):
-    engine = nats.NatsEngine(secured.url, "r", 2, secured.tls("server"))
+    engine = NatsEngine(secured.url, "r", 2, secured.tls("server"))
     lines = Lines(secured.url)
     lines.join(0, tls=secured.tls("c0"))
     until(lambda: engine.present() == {0})
@@ -732,7 +761,7 @@ def test_who_is_refused_comes_less_and_less_often(secured, tmp_path, monkeypatch
     monkeypatch.setattr(Link, "_nap", nap)
     for url, least, most in ((secured.url, 15, 30), ("tls://localhost:1", 1, 2)):
         waited.clear()
-        line = nats.NatsLine(url, "r", 0, context(tmp_path, "unknown"))
+        line = NatsLine(url, "r", 0, context(tmp_path, "unknown"))
         until(lambda: len(waited) > 12)
         line.close()
         assert max(waited[:3]) < 1
@@ -743,7 +772,7 @@ def test_who_is_refused_comes_less_and_less_often(secured, tmp_path, monkeypatch
 def test_a_broker_without_certificates_is_not_spoken_to(broker, caplog, tmp_path):
     """nats-py does without TLS where a broker, or somebody in between, says that there is none."""
     certificates(tmp_path, ["server"])
-    engine = nats.NatsEngine(broker.url.replace("nats:", "tls:"), "r", 1, context(tmp_path, "server"))
+    engine = NatsEngine(broker.url.replace("nats:", "tls:"), "r", 1, context(tmp_path, "server"))
     until(lambda: "secure connection not available" in caplog.text)
     assert not engine._link.up
     engine.close()
@@ -758,6 +787,6 @@ def test_what_cannot_be_connected_is_said_at_once():
         (here, "*", "named by letters"),
     ]:
         with pytest.raises(EngineError, match=why):
-            nats.NatsEngine(urls, run, 1)
+            NatsEngine(urls, run, 1)
     with pytest.raises(EngineError, match="numbered from 0"):
-        nats.NatsLine("nats://localhost:1", "r", -1)
+        NatsLine("nats://localhost:1", "r", -1)

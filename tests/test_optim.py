@@ -33,7 +33,7 @@ from hosfl import optim
 from hosfl.files import write_atomically
 from hosfl.optim import ZOSGD, ZONormalizedSGD, rebuild
 from hosfl.optim import log as optim_log
-from hosfl.protocol.log import LogError
+from hosfl.protocol.header import LogError
 from hosfl.protocol.seeds import Purpose, direction_seeds, round_seed
 from hosfl_kernels import derive, spec
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from hosfl.optim import ZOSGD, rebuild
 from hosfl.optim import log as optim_log
-from hosfl.protocol.log import LogError
+from hosfl.protocol.header import LogError
 from hosfl.protocol.replica import digest
 
 # As they were written, in base64: "momenta" in format 2, the others in format 1. What a reader of today makes of them

@@ -14,18 +14,25 @@ from hosfl.halves.split import SplitModel, split
 from hosfl.methods.first_order import FirstOrderClient, GradientAverage
 from hosfl.methods.ho import ZerothOrderClient, make_run
 from hosfl.probing.probe import probe_in_place, probe_untouched, trainable
+from hosfl.protocol import replica
+from hosfl.protocol.endpoint import Endpoint
 from hosfl.protocol.lattice import Lattice, LatticeError
 from hosfl.protocol.messages import (
+    Complaint,
     Cut,
     Differs,
     Gradient,
     Hello,
+    Invitation,
     MessageError,
     Multiplier,
     Records,
     Scalars,
     Weights,
     Wire,
+    decode,
+    encode,
+    pack,
 )
 from hosfl.protocol.seeds import direction_seeds
 from hosfl.protocol.terms import Run
@@ -228,14 +235,26 @@ def test_leaving_the_lattice_is_an_error_for_every_client_at_the_same_round():
     made = small(headroom=2.0)
     lattice = made.run.lattice
     rows = torch.full((12, 4), lattice.nearest(lattice.limit / 12))  # up to a third of the limit per round
-    regular, late = made.client(), made.client()
+    regular, late = made.replica(), made.replica()
     with pytest.raises(LatticeError, match="beyond"):
         for round in range(12):
-            regular.catch_up(records(rows[round : round + 1], round))
+            regular.apply(records(rows[round : round + 1], round))
     with pytest.raises(LatticeError, match=f"round {regular.applied} "):
-        late.catch_up(records(rows))
+        late.apply(records(rows))
     assert 0 < regular.applied == late.applied < 12
     assert regular.digest() == late.digest()
+
+
+def test_a_server_that_leads_off_the_lattice_is_told_so():
+    """A client begins anew once, for its weights may be damaged, and then complains: each ask costs one start."""
+    made = small(headroom=2.0)
+    rows = torch.full((12, 4), made.run.lattice.nearest(made.run.lattice.limit / 12))
+    client = made.client()
+    client.catch_up(records(rows[:1]))
+    assert isinstance(client.catch_up(records(rows[1:], 1)), Differs)
+    with pytest.raises(LatticeError, match="beyond"):
+        client.catch_up(records(rows))
+    assert (client.applied, client.digest()) == (0, made.client().digest())
 
 
 def test_a_step_beyond_the_lattice_commits_nothing():
@@ -454,14 +473,66 @@ def test_a_client_that_refuses_costs_nobody_else_the_round(kind):
     assert federation.server.refused == []
 
 
-def test_a_client_with_damaged_weights_does_not_end_the_run():
+def test_a_client_in_rounds_that_are_none_begins_anew():
+    client = small().play(3).client()
+    client.replica.applied = client.applied = -2
+    endpoint = Endpoint(client, run=b"a run...")
+    invitation = Invitation(client=0, round=3, run=np.frombuffer(endpoint.run, np.uint8))
+    said = [decode(endpoint.answer(pack([encode(invitation)]))) for _ in range(2)]
+    assert [(type(each), each.round) for each in said] == [(Complaint, 0), (Hello, 0)]
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt])
+@pytest.mark.parametrize("base", ["there", "out of reach"])
+@pytest.mark.parametrize("kind", ["blocks", "blocks adamw"])
+def test_an_error_between_two_blocks_leaves_no_half_moved_replica(kind, base, error, monkeypatch):
+    made = small(kind, digest_every=0).play(5)
+    client, calls = made.client(), []
+    client.catch_up(made.since(client))
+    made.play(9)
+
+    def failing(op):
+        def fails(*values, **options):
+            calls.append(op)
+            if len(calls) == 2:
+                raise error("no memory")
+            op(*values, **options)
+
+        return fails
+
+    def unreadable():
+        raise OSError("no such disk")
+
+    with monkeypatch.context() as patch:
+        for name in ("replay_", "update_"):
+            patch.setattr(replica, name, failing(getattr(replica, name)))
+        if base == "out of reach":
+            patch.setattr(client.replica, "base", unreadable)
+        with pytest.raises(OSError if base == "out of reach" else error):
+            client.catch_up(made.since(client))
+    assert len(calls) == 2
+    assert (client.applied, client.replica.applied) == (0, 0)
+    client.catch_up(made.since(client))
+    assert (client.applied, client.replica.digest()) == (9, made.ledger.mirror.digest())
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_client_whose_damaged_weight_is_off_the_lattice_rebuilds(known):
+    """Its moves fit the server's replica, and not its own. known: whether the server knows where it is."""
     federation, _ = assemble(Config(rounds=5, batch=4, directions=2, clients=3, sampled=3))
     federation.round(0)
-    with torch.no_grad():
-        federation.clients[1].moved.tensors[0].view(-1)[0] = 1e30
     federation.round(1)
-    assert "beyond" in federation.complained[0]
-    assert federation.server.ledger.records[1].participants == (0, 2)
+    damaged = federation.clients[1].replica
+    with torch.no_grad():
+        damaged.tensors[0].view(-1)[0] = 1e30
+    damaged.take_up(damaged.tensors, damaged.moments, 1, 0, damaged.lattice)  # as after a restart
+    if not known:
+        federation.where.clear()
+    federation.round(2)
+    assert federation.complained == federation.server.refused == []
+    assert federation.server.differences == 1
+    assert federation.server.ledger.records[2].participants == (0, 1, 2)
+    assert federation.replicas().equal
 
 
 def test_every_client_owns_its_weights():

@@ -17,8 +17,10 @@ from safetensors.torch import load_file
 
 from hosfl.cli import main
 from hosfl.files import FolderLock, RunFolderError
-from hosfl.protocol.log import CHAIN, FRAME, Log, LogError, RoundRecord, _payload
+from hosfl.protocol.header import LogError
+from hosfl.protocol.log import CHAIN, FRAME, Log
 from hosfl.protocol.provenance import ProvenanceError
+from hosfl.protocol.records import RoundRecord, encode_record
 from hosfl.protocol.terms import Diverged
 from hosfl.runs.checkpoint import load_config
 from hosfl.runs.config import Config, with_shared
@@ -146,7 +148,7 @@ def test_a_log_that_lost_its_end_falls_back_to_a_snapshot_that_it_covers(runs, k
 
 def len_of(log, rounds):
     """Bytes of its first so many rounds, and some of the next one."""
-    sizes = [FRAME.size + CHAIN + len(_payload(record)) for record in log.records]
+    sizes = [FRAME.size + CHAIN + len(encode_record(record)) for record in log.records]
     end = log.nbytes - sum(sizes)
     for size, record in zip(sizes, log.records, strict=True):
         if isinstance(record, RoundRecord) and record.round == rounds:

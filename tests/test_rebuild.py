@@ -14,21 +14,25 @@ from small import RULES
 from test_fuzz import extend, flip, remove, truncate
 from test_ledger import logged
 
+from hosfl.protocol import header as header_module
 from hosfl.protocol import log as log_module
-from hosfl.protocol.log import DigestRecord, EpochRecord, Log, LogError
+from hosfl.protocol.header import LogError
+from hosfl.protocol.log import Log
+from hosfl.protocol.records import DigestRecord, EpochRecord, History, encode_record
+from hosfl.protocol.replica import Replica
 from hosfl.runs.checkpoint import rebuild
 
 
 def sealed(log, header):
     """The bytes of a log of the same records behind another header, its fields as JSON."""
     header = {name: value for name, value in header.items() if value or name != "blocks"}
-    version = log_module.WITH_BLOCKS if "blocks" in header else log_module.VERSION
+    version = header_module.WITH_BLOCKS if "blocks" in header else header_module.VERSION
     text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-    head = log_module.HEADER.pack(log_module.MAGIC, version, 0, len(text), 0)[:-4]
+    head = header_module.HEADER.pack(header_module.MAGIC, version, 0, len(text), 0)[:-4]
     data = head + struct.pack("<I", zlib.crc32(text, zlib.crc32(head))) + text
     running = hashlib.blake2b(data, digest_size=32).digest()
     for record in log.records:
-        payload = log_module._payload(record)
+        payload = encode_record(record)
         running = hashlib.blake2b(running + payload, digest_size=32).digest()
         data += log_module._frame(payload + running[: log_module.CHAIN])
     return data
@@ -167,10 +171,18 @@ def test_ten_thousand_mutated_logs_are_refused_or_right(kind, tmp_path):
     fuzz(kind, 1500, 1, tmp_path)
 
 
+def test_a_known_digest_costs_one_pass_over_the_half(tmp_path, monkeypatch):
+    logged("moves", tmp_path, rounds=23)
+    digest, taken = Replica.digest, []
+    monkeypatch.setattr(Replica, "digest", lambda replica: taken.append(replica.applied) or digest(replica))
+    rebuild(tmp_path / "hosfl.log", tmp_path / "base.safetensors")
+    assert taken == [10, 20]
+
+
 def test_many_restarts_take_no_time(tmp_path):
     """A restart once looked at every digest before it."""
     made, _ = logged("moves", tmp_path, rounds=1)
-    history = log_module._History(Log.read(tmp_path / "hosfl.log").header)
+    history = History(Log.read(tmp_path / "hosfl.log").header)
     first = made.ledger.records[0]
     for round in range(2000):
         history.add(replace(first, round=round))

@@ -21,7 +21,8 @@ from test_join import SIGNS, Elsewhere
 
 from hosfl import Config, train
 from hosfl.cli import main
-from hosfl.engines.nats import NatsEngine, NatsLine
+from hosfl.engines.nats_line import NatsLine
+from hosfl.engines.nats_server import NatsEngine
 from hosfl.runs.assemble import assemble
 from hosfl.runs.checkpoint import load_config
 from hosfl.runs.join import join
@@ -170,7 +171,7 @@ def test_what_cannot_be(federation, tmp_path, capsys, words, status, says):
 
 def offering(federation):
     """A server that offers a run and begins none, and who it is."""
-    from hosfl.engines.nats import NatsEngine
+    from hosfl.engines.nats_server import NatsEngine
     from hosfl.federation import Member
 
     made, _ = assemble(Config(rounds=2, clients=3))

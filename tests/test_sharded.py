@@ -11,7 +11,7 @@ from test_optim_log import Parts
 from torch import distributed, nn
 
 from hosfl.optim import ZOSGD, ZONormalizedSGD, rebuild, sharded
-from hosfl.protocol.log import LogError
+from hosfl.protocol.header import LogError
 
 STEPS = 5
 

@@ -22,8 +22,9 @@ from hosfl.cli import main
 from hosfl.engines.in_process import InProcess
 from hosfl.methods.ho import ZerothOrderClient
 from hosfl.protocol.lattice import LatticeError
-from hosfl.protocol.log import EpochRecord, Log, RoundRecord
+from hosfl.protocol.log import Log
 from hosfl.protocol.messages import Cut, Scalars, encode
+from hosfl.protocol.records import EpochRecord, RoundRecord
 from hosfl.protocol.replica import Replica, digest, to_records
 from hosfl.protocol.terms import run_of
 from hosfl.runs.assemble import assemble, evaluate

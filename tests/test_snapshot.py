@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from hosfl.methods.state import SnapshotError, pack_optimizer, unpack_optimizer
+from hosfl.runs import snapshot as snapshots
 from hosfl.runs.snapshot import latest, load, save
 
 KILLS = 2
@@ -225,6 +226,19 @@ def test_damaged_snapshots_are_passed_over(tmp_path):
     snapshot, reasons = latest_and_reasons(tmp_path)
     assert snapshot is None
     assert len(reasons) == 3
+
+
+def test_info_that_is_none_with_a_right_digest(tmp_path):
+    save(tmp_path, 1, TENSORS, INFO)
+    dense = {name: tensor.contiguous().clone() for name, tensor in TENSORS.items()}
+    path = tmp_path / "snapshot-00000002.safetensors"
+    for text, reason in [("", "no JSON"), ("[" * 100_000, "no JSON"), ("[]", "an object"), ("3", "an object")]:
+        metadata = {"format": snapshots.FORMAT, "round": "2", "info": text}
+        save_file(dense, path, metadata={**metadata, "digest": snapshots._digest(2, text, dense)})
+        with pytest.raises(SnapshotError, match=reason):
+            load(path)
+        snapshot, reasons = latest_and_reasons(tmp_path)
+        assert (snapshot.round, len(reasons)) == (1, 1)
 
 
 def test_files_that_are_no_snapshots(tmp_path):

@@ -9,7 +9,8 @@ import pytest
 from broker import Plain
 from processes import client, server, status, wait_for
 
-from hosfl.protocol.log import Log, RoundRecord
+from hosfl.protocol.log import Log
+from hosfl.protocol.records import RoundRecord
 
 pytest.importorskip("nats")
 pytestmark = pytest.mark.timeout(1500)

@@ -18,7 +18,7 @@ from small import REPLAYED
 from hosfl import Config, LatticeError, Log, rebuild, train
 from hosfl.cli import main
 from hosfl.methods import METHODS
-from hosfl.protocol.log import EpochRecord
+from hosfl.protocol.records import EpochRecord
 from hosfl.runs import trainer
 from hosfl.runs.assemble import assemble
 from hosfl.runs.checkpoint import load_id, next_epoch

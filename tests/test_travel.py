@@ -44,6 +44,7 @@ def test_zeros_and_what_is_not_finite():
 
 
 def test_another_packing_is_refused():
+    """But float32 says as much as "as computed", which may be in 16 bits: docs/threats.md."""
     for wire in WIRES:
         for other in WIRES:
             sent, scales = packed(torch.randn(130), other)

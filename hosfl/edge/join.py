@@ -19,7 +19,7 @@ from hosfl.engines.engine import JoinError, Line
 from hosfl.engines.joining import check_cut, check_labels, fetched, read_offer, take_part
 from hosfl.protocol.arrays import Array
 from hosfl.protocol.endpoint import Endpoint
-from hosfl.protocol.log import Header, LogError, decode_header
+from hosfl.protocol.header import Header, LogError, decode_header
 from hosfl.protocol.provenance import header_digest
 from hosfl.protocol.rebuild import base_digest
 from hosfl.protocol.terms import Run, run_of

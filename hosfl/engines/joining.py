@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -32,7 +32,7 @@ from hosfl.tasks.reading import DataError
 
 FORMAT = 4  # of what is offered
 SAVED_EVERY = 60.0  # seconds: what was applied since is replayed
-KEPT_FORMAT = "2"
+KEPT_FORMAT = "3"  # a file of another one is passed over: a client that begins anew loses time alone
 log = logging.getLogger("hosfl.join")
 
 
@@ -149,6 +149,9 @@ class Replays(Answers, Protocol):
 class Kept:
     """A client's state on disk, so that a restart need not replay the whole log. Losing it loses time alone.
 
+    A safetensors file: the tensors that move, 0.0, 0.1, ..., then each of their moments, 1.0, 1.1, ...; its metadata
+    are what `save` tells, as text, and their digest.
+
     run: the id of the run that it is of.
     """
 
@@ -165,32 +168,38 @@ class Kept:
         try:
             with safe_open(self.path, "pt" if all(map(is_tensor, replica.tensors)) else "np") as file:
                 told = file.metadata()
-                if told["format"] != KEPT_FORMAT or told["run"] != self.of or told["client"] != str(client.number):
+                if told["format"] != KEPT_FORMAT:
+                    raise ValueError("another version wrote it")
+                if told["run"] != self.of or told["client"] != str(client.number):
                     raise ValueError("it is of another run")
                 groups = [
                     [file.get_tensor(f"{group}.{n}") for n in range(len(replica.tensors))]
                     for group in range(1 + len(replica.moments))
                 ]
             quantum = float(told["quantum"]) if told["quantum"] else None
-            digest = told["digest"]
+            applied, epoch = int(told["applied"]), int(told["epoch"])
+            if applied < 0 or epoch < 0:
+                raise ValueError(f"it is of round {applied}, epoch {epoch}")
             mine = [[*replica.tensors], *replica.moments]
             for kept, tensors in zip(groups, mine, strict=True):
                 if any(k.shape != t.shape or k.dtype != t.dtype for k, t in zip(kept, tensors, strict=True)):
                     raise ValueError("it is of another half")
             lattice = None if quantum is None else Lattice(quantum)
-            client.take_up(groups[0], groups[1:], int(told["applied"]), int(told["epoch"]), lattice)
-            if replica.digest().hex() != digest:
+            client.take_up(groups[0], groups[1:], applied, epoch, lattice)
+            if told["digest"] != _digest(told, replica):
                 raise ValueError("its digest is another")
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             log.warning("%s is passed over: %s", self.path, error)
             client.anew()
 
     def save(self, due: bool = True) -> None:
-        """Write it, unless that was done a moment ago and is not due. A full disk is a warning."""
+        """Write it, unless that was done a moment ago and is not due, or it is the base. A full disk is a warning."""
         client = self.client
         if not isinstance(client, Replays) or (not due and time.monotonic() - self._saved < SAVED_EVERY):
             return
         replica = client.replica
+        if not replica.applied:
+            return  # it is the base, or on the way there
         groups: Sequence[Sequence[Array]] = [replica.tensors, *replica.moments]
         tensors = {f"{group}.{n}": tensor for group, of in enumerate(groups) for n, tensor in enumerate(of)}
         told = {
@@ -200,13 +209,19 @@ class Kept:
             "applied": str(replica.applied),
             "epoch": str(replica.epoch),
             "quantum": "" if replica.lattice is None else repr(replica.lattice.quantum),
-            "digest": replica.digest().hex(),
         }
+        told["digest"] = _digest(told, replica)
         try:
             write_atomically(self.path, as_file(tensors, told))
         except OSError as error:
             log.warning("%s cannot be written: %s; a restart would replay more", self.path, error)
         self._saved = time.monotonic()
+
+
+def _digest(told: Mapping[str, str], replica: Replica) -> str:
+    """Of a state: SHA-256 of all that its file tells but this, as JSON, then the digest of weights and moments."""
+    text = json.dumps({name: value for name, value in told.items() if name != "digest"}, sort_keys=True)
+    return hashlib.sha256(text.encode() + replica.digest()).hexdigest()
 
 
 class _Refusals:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from hosfl.probing.probe import trainable
 from hosfl.protocol.aggregate import Aggregation, RunningLength, clip_to_norm, not_beyond, weighted_mean
+from hosfl.protocol.header import LogError
 from hosfl.protocol.lattice import Lattice, spread
-from hosfl.protocol.log import DigestRecord, EpochRecord, Log, LogError, Packed, RoundRecord
+from hosfl.protocol.log import Log
 from hosfl.protocol.messages import (
     Differs,
     Hello,
@@ -29,6 +30,7 @@ from hosfl.protocol.messages import (
     Scalars,
     Weights,
 )
+from hosfl.protocol.records import DigestRecord, EpochRecord, Packed, RoundRecord
 from hosfl.protocol.replica import NO_DIGEST, Replica, digest_array, to_records
 from hosfl.protocol.terms import Run
 from hosfl_kernels import AdamW
@@ -244,7 +246,7 @@ class SeedReplay:
                 self.log.append(record)
         except BaseException:
             self.records.truncate(len(self.records) - 1)
-            if self.mirror.applied > len(self.records):  # the log failed, of whatever: the mirror goes back as well
+            if self.mirror.applied != len(self.records):  # the log failed, or the move between two blocks
                 self.mirror.reset()
                 self.mirror.apply(self._records(0, 0))
             raise

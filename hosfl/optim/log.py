@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from hosfl.files import write_atomically
 from hosfl.interrupts import uninterrupted
 from hosfl.optim.sharded import reshard, shards, whole
-from hosfl.protocol.lattice import STEPS, Lattice
-from hosfl.protocol.log import (
+from hosfl.protocol.header import (
     DISTRIBUTIONS,
     LogError,
     check_choice,
@@ -34,6 +33,7 @@ from hosfl.protocol.log import (
     check_quantum,
     check_sha256,
 )
+from hosfl.protocol.lattice import STEPS, Lattice
 from hosfl.protocol.replica import digest
 from hosfl.protocol.seeds import Purpose, direction_seeds, pool_seed, round_seed
 from hosfl_kernels import SGD, replay_, update_

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hosfl.optim.groups import Parameters
 from hosfl.optim.log import LARGEST_STEP, check_terms, zeros
-from hosfl.protocol.log import check_choice, check_integer, check_keys, check_quantum
+from hosfl.protocol.header import check_choice, check_integer, check_keys, check_quantum
 
 
 def told_run(

@@ -7,7 +7,7 @@ The answer is one message. A client that cannot follow says where it is, and is 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -114,9 +114,14 @@ class Endpoint(Generic[AnyClient]):
         try:
             return encode(self._answer([client.decoded(one) for one in unpack(data)]))
         except (MessageError, LatticeError) as error:
-            # Moves that fit the server's replica and not the client's are a LatticeError: its weights are damaged.
-            said = text_array(str(error))
-            return encode(Complaint(client=client.number, round=client.applied, epoch=client.epoch, text=said))
+            said = Complaint(
+                client=client.number, round=client.applied, epoch=client.epoch, text=text_array(str(error))
+            )
+            try:
+                return encode(said)
+            except MessageError:  # rounds that are none: whatever state this was, it is not the run's
+                client.anew()
+                return encode(replace(said, round=0, epoch=0))
 
     def _answer(self, messages: list[Message]) -> Message:
         if not messages:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from hosfl.files import sync_folder
-from hosfl.protocol.log import Header, Log, LogError
+from hosfl.protocol.header import Header, LogError
+from hosfl.protocol.log import Log
 from hosfl.settings import decisive, differences
 
 

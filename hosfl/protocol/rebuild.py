@@ -9,7 +9,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from hosfl.protocol.arrays import Array, bits, copied, dtype_name
-from hosfl.protocol.log import Header, Log, LogError
+from hosfl.protocol.header import Header, LogError
+from hosfl.protocol.log import Log
 from hosfl.protocol.replica import Replica, to_records
 from hosfl.protocol.terms import run_of
 from hosfl.protocol.weights import read_weights
@@ -61,7 +62,7 @@ def rebuild(
             replica.apply(to_records(records[replica.applied : stop], run, replica.applied))
         except (ArithmeticError, ValueError) as error:
             raise LogError(f"{log} holds rounds that no run has made: {error}") from error
-        if opened.digests.get(stop, replica.digest()) != replica.digest():
+        if stop in opened.digests and opened.digests[stop] != replica.digest():
             raise LogError(f"after round {stop} the weights are not those of the run: the digests differ")
     return tensors | {other: copied(tensors[name]) for other, name in tied.items()}, replica
 

@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hosfl.protocol.arrays import Array, assign, bits, count, dtype_name, host, largest, plain, zeros
+from hosfl.protocol.header import EXPONENTS
 from hosfl.protocol.lattice import Lattice, LatticeError, spread
-from hosfl.protocol.log import EXPONENTS, RoundRecord
 from hosfl.protocol.messages import Differs, MessageError, PoolMoves, Records
+from hosfl.protocol.records import RoundRecord
 from hosfl.protocol.seeds import Purpose, pool_seeds, round_seed
 from hosfl.protocol.terms import Run
 from hosfl_kernels import replay_, update_
@@ -57,20 +58,22 @@ class Replica:
         self.lattice = run.lattice
         self.moments = [[zeros(t) for t in tensors] for _ in range(self._moments())]
         self._largest = float("inf")  # an upper bound of |weight| / factor, made exact when it matters
+        self._whole = True  # no error came between two of its tensors
 
     def _moments(self) -> int:
         return self.run.rule.moments if self.run.rule is not None else 0
 
     def reset(self) -> None:
-        """Back to round 0."""
+        """Back to round 0. Where the base cannot be read, `apply` tries again before all else."""
+        self.applied, self.epoch, self._whole = 0, 0, False
+        self.lattice = self.run.lattice
+        self._largest = float("inf")
         for tensor, value in zip(self.tensors, self.base(), strict=True):
             assign(tensor, value)
         for moment in self.moments:
             for kept in moment:
-                assign(kept, zeros(kept))
-        self.applied = self.epoch = 0
-        self.lattice = self.run.lattice
-        self._largest = float("inf")
+                kept[...] = 0
+        self._whole = True
 
     @property
     def mu(self) -> float:
@@ -101,9 +104,12 @@ class Replica:
 
         Raises MessageError for records that do not follow on or are malformed, LatticeError for ones that would carry
         a weight off the lattice (rounds before the one at fault are applied, it and later ones are not), and
-        DigestMismatch for a digest that is not the replica's own.
+        DigestMismatch for a digest that is not the replica's own. After an error of any other kind, such as a
+        MemoryError, some tensors may have moved and others not: the replica is back at round 0 then.
         """
         message = message.on_host()
+        if not self._whole:
+            self.reset()
         if message.epoch < self.epoch:
             raise MessageError(f"records of epoch {message.epoch}, this client has seen epoch {self.epoch}")
         # A server that was restarted asks for a new start: some of our rounds are void.
@@ -121,30 +127,43 @@ class Replica:
         else:
             end = self._check_rows(message)
             parts = self._parts(message, applied, lattice)
-        if anew:
+        try:
+            if anew:
+                self.reset()
+            if isinstance(message, PoolMoves):
+                self._apply_pool(message)
+            else:
+                for part, rows, rates in parts:
+                    if part is not None and part != self.lattice:
+                        self._coarsen(part, rows[:1])
+                    self._apply_rows(rows, rates)
+        except LatticeError:
+            raise  # which comes before a round's first move
+        except BaseException:
             self.reset()
-        if isinstance(message, PoolMoves):
-            self._apply_pool(message)
-        else:
-            for part, rows, rates in parts:
-                if part is not None and part != self.lattice:
-                    self._coarsen(part, rows[:1])
-                self._apply_rows(rows, rates)
+            raise
         self.epoch = message.epoch
         if len(message.digest) and end == self.applied and message.digest.tobytes() != self.digest():
             raise DigestMismatch(f"after {self.applied} rounds this client's half is not the server's")
 
     def follow(self, message: Records | PoolMoves, client: int) -> Differs | None:
         """`apply`, for client number `client`. What it has to say if its half turns out to be wrong: it is back at its
-        base then, and the server's answer to that brings it up to date. Raises MessageError and LatticeError."""
+        base then, and the server's answer to that brings it up to date.
+
+        So too where a move leaves the lattice: the server's own replica has made it, so that these weights are damaged.
+        Raises MessageError, and LatticeError for moves that leave it from the base on, which no right server sends.
+        """
         if message.client != client:
             raise MessageError(f"a message for client {message.client}, this is client {client}")
+        before = self.applied
         try:
             self.apply(message)
-        except DigestMismatch:
+        except (DigestMismatch, LatticeError) as error:
             wrong = digest_array(self.digest())
             said = Differs(client=client, round=self.applied, epoch=self.epoch, digest=wrong)
             self.reset()
+            if isinstance(error, LatticeError) and before == 0:
+                raise  # to begin with the base once more would end here again
             return said
         return None
 

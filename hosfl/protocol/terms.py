@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hosfl.protocol.header import Header, LogError, check_number, check_power_of_two, check_quantum
 from hosfl.protocol.lattice import Lattice, spread
-from hosfl.protocol.log import Header, LogError, check_number, check_power_of_two, check_quantum
 from hosfl.protocol.seeds import direction_seeds, pool_seed
 from hosfl_kernels import SGD, AdamW
 

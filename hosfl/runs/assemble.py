@@ -23,7 +23,7 @@ from hosfl.methods.ledger import SeedReplay
 from hosfl.methods.method import Method, Setup
 from hosfl.methods.state import prefixed
 from hosfl.protocol.aggregate import AGGREGATIONS
-from hosfl.protocol.log import Header
+from hosfl.protocol.header import Header
 from hosfl.protocol.provenance import Provenance, ProvenanceError, header_digest
 from hosfl.protocol.rebuild import base_digest
 from hosfl.protocol.seeds import Purpose, round_seed

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from hosfl.files import sync_folder, write_atomically, write_json
 from hosfl.probing.probe import trainable
-from hosfl.protocol.log import LAST_EPOCH, Header, Parameter
+from hosfl.protocol.header import Header, Parameter
 from hosfl.protocol.provenance import new_id, read_id
 from hosfl.protocol.rebuild import base_digest
 from hosfl.protocol.rebuild import rebuild as rebuilt
+from hosfl.protocol.records import LAST_EPOCH
 from hosfl.protocol.replica import Replica
 from hosfl.protocol.terms import Run, described
 from hosfl.runs.config import Config

@@ -29,7 +29,7 @@ from hosfl.methods.client import Client
 from hosfl.methods.ledger import SeedReplay
 from hosfl.methods.server import KEPT, Server
 from hosfl.protocol.endpoint import Endpoint
-from hosfl.protocol.log import Header
+from hosfl.protocol.header import Header
 from hosfl.protocol.messages import (
     Audit,
     Audited,

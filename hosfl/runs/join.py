@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 import socket
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -66,8 +67,12 @@ def settings_of(offered: bytes, task: str = "", method: str = "", **local: Any) 
             raise JoinError(f"the run's {name} is {theirs!r}, the library's: leave out --{name}")
         if own:
             local[name] = own
-    if str(settings.get("trains")).startswith("peft:") and str(settings["trains"]).endswith(".json"):
-        raise JoinError("the run's adapters are those of a file of the server's: this client reads no file by its name")
+    kind, _, of_peft = str(settings.get("trains")).partition(":")
+    if kind == "peft" and not re.fullmatch(r"[A-Za-z0-9_]+", of_peft):  # else it might be a file's, of this machine
+        raise JoinError(
+            f"the run's adapters are {settings['trains']!r}, those of a file of the server's: this client reads no file"
+            " by its name, and knows peft's own names, such as peft:vera"
+        )
     strange = sorted(set(settings) - set(Config.names()) | set(settings) & set(LOCAL))
     if strange:
         raise JoinError(f"the run has settings that this version has not: {', '.join(strange)}: update hosfl")

@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -27,7 +29,7 @@ from hosfl.methods import calibration
 from hosfl.methods.client import digested
 from hosfl.methods.ho import ZerothOrderClient
 from hosfl.methods.ledger import SeedReplay
-from hosfl.protocol.log import encode_header
+from hosfl.protocol.header import encode_header
 from hosfl.protocol.provenance import header_digest
 from hosfl.runs.checkpoint import header_of, module_bytes
 
@@ -154,7 +156,7 @@ class Events:
     """What is written of a run's rounds, for `hosfl status` and whoever reads JSON lines."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self._begin, self._told = folder, time.time(), 0.0
+        self.folder, self._begin, self._told = folder, time.time(), -math.inf
 
     def round(self, federation: Federation, done: int, loss: float) -> None:
         """A round is over."""
@@ -170,8 +172,7 @@ class Events:
             "refused": federation.server.refusals,
             "complaints": federation.complaints,
         }
-        with (self.folder / "events.jsonl").open("a") as file:
-            file.write(json.dumps(finite(event)) + "\n")
+        _add_line(self.folder / "events.jsonl", json.dumps(finite(event)).encode())
         self._status(federation, done, event, due=done == federation.config.rounds)
 
     def waiting(self, federation: Federation, done: int) -> None:
@@ -183,9 +184,10 @@ class Events:
         self._status(federation, done, event)
 
     def _status(self, federation: Federation, done: int, event: dict[str, Any], due: bool = False) -> None:
-        if not due and time.time() - self._told < 0.5:
+        now = time.monotonic()  # the clock on the wall may be set back
+        if not due and now - self._told < 0.5:
             return
-        self._told = time.time()
+        self._told = now
         status = {
             "round": done,
             "rounds": federation.config.rounds,
@@ -197,6 +199,16 @@ class Events:
             "complaints": federation.complained[-10:],
             "bytes": dict(federation.wire.bytes),
             "since": self._begin,
-            "time": self._told,
+            "time": time.time(),
         }
         write_json(self.folder / "status.json", status)
+
+
+def _add_line(path: Path, line: bytes) -> None:
+    """To a file of lines, of which a kill may have cut the last one."""
+    with path.open("a+b") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                line = b"\n" + line
+        file.write(line + b"\n")

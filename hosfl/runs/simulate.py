@@ -25,8 +25,8 @@ from hosfl.methods.client import Client
 from hosfl.methods.ho import ZerothOrderClient
 from hosfl.methods.ledger import SeedReplay
 from hosfl.protocol.lattice import Lattice, LatticeError
-from hosfl.protocol.log import RoundRecord
 from hosfl.protocol.messages import Cut, Message, Multiplier, Scalars, Wire
+from hosfl.protocol.records import RoundRecord
 from hosfl.protocol.seeds import Purpose, generator
 from hosfl.protocol.terms import Diverged
 from hosfl.runs.assemble import assemble, evaluate

@@ -90,7 +90,13 @@ def load(path: str | os.PathLike[str]) -> Snapshot:
     named = NAME.fullmatch(path.name)
     if named and int(named[1]) != int(number):
         raise SnapshotError(f"{path} holds round {number}: it was renamed")
-    return Snapshot(int(number), tensors, json.loads(text))
+    try:
+        info = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SnapshotError(f"{path}: its info is no JSON: {error}") from None
+    if not isinstance(info, dict):
+        raise SnapshotError(f"{path}: its info must be an object, not {text[:80]}")
+    return Snapshot(int(number), tensors, info)
 
 
 def latest(folder: str | os.PathLike[str], objection: Callable[[Snapshot], str] = lambda saved: "") -> Snapshot | None:

@@ -15,9 +15,11 @@ from types import FrameType
 from typing import Any, cast
 
 from hosfl.methods.ledger import SeedReplay, WholeWeights
+from hosfl.protocol.header import LogError
 from hosfl.protocol.lattice import LatticeError
-from hosfl.protocol.log import EpochRecord, Log, LogError
+from hosfl.protocol.log import Log
 from hosfl.protocol.provenance import Provenance
+from hosfl.protocol.records import EpochRecord
 from hosfl.protocol.terms import Diverged, NothingLearnt
 from hosfl.runs import snapshot
 from hosfl.runs.assemble import assemble, evaluate, for_clients
