@@ -16,8 +16,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hosfl import Task, rebuild, train
+from hosfl.edge.export import exported
 from hosfl.halves import adapters
-from hosfl.halves.adapters import LoraXS, factors, rows_of, second_moments
+from hosfl.halves.adapters import LoraXS, factors, refuse_idle, rows_of, second_moments
 from hosfl.halves.inputs import call
 from hosfl.halves.narrow import narrowed
 from hosfl.halves.split import split
@@ -508,6 +509,95 @@ def test_eva_needs_as_many_tokens_as_directions(tmp_path):
     file.write_text('{"peft_type": "LORA", "r": 8, "init_lora_weights": "eva"}')
     few = {name: value[:1] for name, value in tokens().items()}
     untouched(split(bert(), 1).client, f"peft:{file}", "EVA with this rank needs 16 public tokens", few)
+
+
+# --- layers whose weight is read ------------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """Texts of which two tokens are padding go through nested tensors, where torch may take its fused operation."""
+
+    def __init__(self, masked):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0, activation="gelu")
+        self.inner, self.masked = nn.TransformerEncoder(layer, 2) if masked else nn.Sequential(layer), masked
+
+    def forward(self, x):
+        if not self.masked:
+            return self.inner(x)
+        padding = torch.arange(5).expand(len(x), 5) > 2
+        return self.inner(x, src_key_padding_mask=padding)[:, :3]
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("told", ["lora:2:*.linear?", "peft"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_torch_s_encoder_layers_call_layers_with_adapters(masked, told, tmp_path):
+    torch.manual_seed(0)
+    if told == "peft":
+        (tmp_path / "a.json").write_text('{"peft_type": "LORA", "target_modules": ["linear1", "linear2"]}')
+        told = f"peft:{tmp_path / 'a.json'}"
+    half, x = Encoder(masked), torch.randn(4, 5, 16)
+    base = copy.deepcopy(half)
+    moving_only(half, told, 0)
+    for p in trainable(half)[0]:
+        nn.init.normal_(p, std=0.4)
+    refuse_idle(half, x)
+    half = copy.deepcopy(half)
+    with torch.no_grad():
+        wanted = half.train()(x)
+        assert torch.allclose(half.eval()(x), wanted, atol=1e-5)
+        assert not torch.allclose(base.eval()(x), wanted, atol=0.1)
+        parameters, streams = trainable(half)
+        there, back = (evaluate_displaced(half, x, Displacement(parameters, streams, 7, mu)) for mu in (1e-3, -1e-3))
+        exact = derivative(half, x, Tangents(parameters, streams, 7))
+    assert float(exact.abs().max()) > 0.1
+    assert torch.allclose((there - back) / 2e-3, exact, atol=0.02 * float(exact.abs().max()))
+    if not masked:
+        exported(half, x)  # which compares
+
+
+@pytest.mark.parametrize("frozen", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("told", ["lora:2", "peft:ia3", "lora:2:*.out_proj"])
+def test_an_adapter_whose_layer_is_never_called_is_refused(told, frozen):
+    half, x = Encoder(False), torch.randn(4, 5, 16)
+    narrowed(moving_only(half, told, 0), frozen)
+    before = {name: t.clone() for name, t in half.state_dict().items()}
+    grads = [p.requires_grad for p in half.parameters()]
+    with pytest.raises(ValueError, match=r"out_proj.*would do nothing: the client half reads the weight of"):
+        refuse_idle(half, x)
+    assert grads == [p.requires_grad for p in half.parameters()]
+    assert all(torch.equal(t, before[name]) for name, t in half.state_dict().items())
+    model = nn.Sequential(Encoder(False), nn.Flatten(), nn.Linear(80, 2))
+    data = (torch.randn(20, 5, 16), torch.arange(20) % 2)
+    task = Task(model, data, data, nn.functional.cross_entropy, at=1)
+    with pytest.raises(ValueError, match="would do nothing"):
+        train(task, trains=told, frozen=frozen, partition="iid", server_rate=0.1, client_rate=0.1)
+
+
+def test_adapters_that_samples_do_not_reach_are_taken():
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+
+        def forward(self, x):
+            return self.experts[0](x) if x.sum() > 0 else self.experts[1](x)
+
+    half = moving_only(Routed(), "lora:2", 0)
+    refuse_idle(half, torch.ones(2, 4))
+
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.q.weight)
+
+    refuse_idle(moving_only(Reads(), "xs:2", 0), torch.ones(2, 4))
+    with pytest.raises(ValueError, match=r"q\.lora_A"):
+        refuse_idle(moving_only(Reads(), "lora:2", 0), torch.ones(2, 4))
 
 
 # --- public samples of the training part ----------------------------------------------------------------------------

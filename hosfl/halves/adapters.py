@@ -8,13 +8,14 @@ LoRA of the same rank has r (in + out).
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hosfl.halves.inputs import Inputs, call, evaluating, mask_of, parts_of
+from hosfl.halves.inputs import Inputs, call, cloned, evaluating, mask_of, parts_of
+from hosfl.halves.narrow import in_their_dtype
 
 AT_ONCE = 32  # public samples in one forward pass
 
@@ -153,6 +154,57 @@ def factors(half: nn.Module) -> dict[str, Tensor]:
         and any(name.startswith(owner) for owner in owners)
         and not any(name.startswith(f"{owner}base_layer.") for owner in owners)
     }
+
+
+def refuse_idle(half: nn.Module, inputs: Inputs) -> None:
+    """Raises ValueError for an adapter that does nothing: its layer's weight is read, and the layer is never called.
+
+    inputs: of a few samples. A layer whose weight has no part in their output either, such as an expert that none of
+    them goes to, says nothing. Nothing is changed.
+    """
+    layers = {path: m for path, m in half.named_modules() if "base_layer" in m._modules}
+    moving = {
+        path: [p for name, p in m.named_parameters() if p.requires_grad and not name.startswith("base_layer.")]
+        for path, m in layers.items()
+    }
+    reached = _reached(half, inputs, [p for ps in moving.values() for p in ps])
+    idle = {path for path, ps in moving.items() if ps and not any(id(p) in reached for p in ps)}
+    if not idle:
+        return
+    with in_their_dtype(half):
+        own = {path: _floats(layers[path].get_submodule("base_layer")) for path in idle}
+        still = [t for ts in own.values() for t in ts if not t.requires_grad]
+        try:
+            for t in still:
+                t.requires_grad_(True)
+            reached = _reached(half, inputs, [t for ts in own.values() for t in ts])
+        finally:
+            for t in still:
+                t.requires_grad_(False)
+    for path, tensors in own.items():
+        if any(id(t) in reached for t in tensors):
+            name = next(name for name, p in half.named_parameters() if p is moving[path][0])
+            raise ValueError(
+                f"{name} would do nothing: the client half reads the weight of {path} and never calls that layer."
+                " Leave it out, by naming the layers that are to have adapters, or take xs, whose adapters are a part"
+                " of the weight"
+            )
+
+
+def _floats(module: nn.Module) -> list[Tensor]:
+    return [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
+
+
+def _reached(half: nn.Module, inputs: Inputs, tensors: Sequence[Tensor]) -> set[int]:
+    """The ids of those that the half's output has a gradient by."""
+    if not tensors:
+        return set()
+    with evaluating(half), torch.enable_grad():
+        output: Tensor = call(half, cloned(inputs))
+        if not output.requires_grad:
+            return set()
+        gradients = torch.autograd.grad(output.sum(), tensors, allow_unused=True)
+    return {id(t) for t, gradient in zip(tensors, gradients, strict=True) if gradient is not None}
 
 
 # --- A and B ------------------------------------------------------------------------------------------------------

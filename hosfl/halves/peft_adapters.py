@@ -122,7 +122,23 @@ def _inject(half: nn.Module, config: Any, seed: int, public: Inputs | None) -> N
             _load_eva(tuner, found)
     if not any(p.requires_grad and p.numel() for p in half.parameters()):
         raise ValueError("nothing of these adapters moves")
+    call_layers(half)
     _keep(half, own)
+
+
+def call_layers(half: nn.Module) -> None:
+    """Let torch's encoder layers with adapters inside call their layers, in eval mode too.
+
+    There one fused operation reads the layers' weights, and adapters beside them would do nothing. These two attributes
+    are what torch looks at; nested tensors go through the fused operation alone.
+    """
+    for module in half.modules():
+        if not any("base_layer" in inner._modules for inner in module.modules()):
+            continue
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, nn.TransformerEncoder):
+            module.use_nested_tensor = False
 
 
 def _keep(half: nn.Module, own: set[int]) -> None:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from hosfl.halves.adapters import adaptable, add_adapters
 from hosfl.halves.inputs import Inputs
-from hosfl.halves.peft_adapters import add_peft, peft_config, with_peft
+from hosfl.halves.peft_adapters import add_peft, call_layers, peft_config, with_peft
 from hosfl.halves.split import dtype_of
 from hosfl.protocol.seeds import Purpose, round_seed
 
@@ -106,6 +106,7 @@ def _add_lora(half: nn.Module, trains: str, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(round_seed(seed, Purpose.MODEL, 1) % 2**63)
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=paths), half)
+    call_layers(half)
 
 
 def _add_xs(half: nn.Module, trains: str, public: Inputs | None) -> None:

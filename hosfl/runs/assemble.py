@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from hosfl.halves.adapters import factors
+from hosfl.halves.adapters import factors, refuse_idle
 from hosfl.halves.inputs import Inputs, alike, call, cloned, evaluating
 from hosfl.halves.narrow import narrowed
 from hosfl.halves.split import SplitModel, dtype_of
@@ -193,7 +193,7 @@ def _tried(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tuple[
     """The shape of one sample's cut, and samples.
 
     Raises TaskError for outputs and a loss that are none, ValueError for a client half that is no function of its
-    inputs and weights.
+    inputs and weights, and for adapters that do nothing.
     """
     sample = read(data[torch.arange(min(2, len(data)))])  # a copy; two, so that a loss per sample shows
     given = cloned(sample.inputs)
@@ -221,6 +221,7 @@ def _tried(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tuple[
         raise TaskError(
             f"the loss of a batch is {_told(loss)}: a tensor of one element, the mean over the batch, is needed"
         )
+    refuse_idle(model.client, sample.inputs)
     return tuple(cut.shape[1:]), sample
 
 
