@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hosfl.cli import main
+from hosfl.halves.chain import CutError
 from hosfl.halves.families import FAMILIES
 from hosfl.halves.inputs import evaluating
 from hosfl.halves.split import CutPoint, cut_points, split
@@ -373,6 +374,47 @@ def test_sequential_cuts_by_name_and_number():
     )
     x = torch.randn(4, 2)
     assert torch.equal(split(model, "2")(x), split(model, 2)(x))
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8).bfloat16()
+
+    def forward(self, x):
+        return x + self.linear(x.bfloat16()).float()
+
+
+class Applied(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+CROSSING = {
+    "complex numbers": [Applied(torch.fft.fft), Applied(torch.abs), nn.Linear(8, 3)],
+    "integers": [Applied(lambda x: x.argmax(-1)), nn.Embedding(8, 3)],
+    "a wider dtype": [nn.Linear(8, 8), Mixed(), nn.Linear(8, 3)],
+}
+
+
+@pytest.mark.parametrize("kind", CROSSING)
+def test_what_crosses_a_cut_crosses_as_it_is(kind):
+    model, x = nn.Sequential(*CROSSING[kind]), torch.randn(4, 8)
+    assert torch.equal(split(model, 1)(x), model(x))
+    assert torch.equal(split(model, 1, example=x)(x), model(x))
+
+
+def test_a_sequence_that_is_called_otherwise_is_no_plain_one():
+    class Tripled(nn.Sequential):
+        def __call__(self, x):
+            return 3 * super().__call__(x)
+
+    with pytest.raises((CutError, ValueError)):
+        split(Tripled(nn.Linear(8, 8), nn.Linear(8, 8)), 1)
 
 
 def test_cuts_that_are_none_name_those_that_are():

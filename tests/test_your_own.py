@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import IterableDataset, Subset
 
-from hosfl import Config, SplitModel, Task, split, train
+from hosfl import Config, SplitModel, Task, rebuild, split, train
 from hosfl.cli import main
 from hosfl.protocol.provenance import ProvenanceError
 from hosfl.protocol.terms import Diverged
@@ -318,6 +318,80 @@ def test_an_object_trains_resumes_and_is_refused_for_another(tmp_path):
         train(task(model=net()), tmp_path / "whole", resume=True, **QUICK, **RATES)
     with pytest.raises(SystemExit):
         main(["train", "--resume", str(tmp_path / "whole")])
+
+
+class Turned(nn.Module):
+    """Pairs of numbers turned as complex ones: the buffer of rotary positions, as published models hold it."""
+
+    def __init__(self, persistent=True):
+        super().__init__()
+        self.linear = nn.Linear(4, 6)
+        self.register_buffer("turn", torch.polar(torch.ones(3), torch.arange(3.0)), persistent=persistent)
+
+    def forward(self, x):
+        return torch.view_as_real(torch.view_as_complex(self.linear(x).unflatten(1, (3, 2))) * self.turn).flatten(1)
+
+
+class Spectral(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 6, dtype=torch.complex64))
+
+    def forward(self, x):
+        return (x.to(torch.complex64) @ self.weight).abs()
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_what_is_complex_stays_so(persistent, tmp_path):
+    model = nn.Sequential(Turned(persistent), nn.Tanh(), nn.Linear(6, 2))
+    x, _ = data()
+    federation, _ = assemble(Config(**QUICK, **RATES), task=task(model=model))
+    assert federation.base[0].turn.dtype == torch.complex64
+    with torch.no_grad():
+        # On the lattice weights are rounded.
+        assert torch.allclose(federation.model()(x), model(x), atol=1e-4)
+    assert train(task(model=model), tmp_path / "run", **QUICK, **RATES).replicas.equal
+    tensors, _ = rebuild(tmp_path / "run" / "hosfl.log", tmp_path / "run" / "base.safetensors")
+    assert ("0.turn" in tensors) == persistent
+
+
+def test_complex_weights_that_move_are_refused():
+    model = nn.Sequential(Spectral(), nn.Tanh(), nn.Linear(6, 2))
+    with pytest.raises(ValueError, match=r"0\.weight of the client half is complex and moves"):
+        train(task(model=model), **QUICK, **RATES)
+
+
+class Residual(nn.Module):
+    """What mixed precision leaves: a sum in float32 beside a product in bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 6).bfloat16()
+
+    def forward(self, x):
+        return x + self.linear(x.bfloat16()).float()
+
+
+def test_a_server_half_that_takes_another_dtype_than_its_weights():
+    mixed = nn.Sequential(nn.Linear(4, 6), Residual(), nn.Linear(6, 2))
+    with pytest.raises(ValueError, match=r"the cut is torch\.float32, and the first weights of the server half are"):
+        train(task(model=mixed, at=1), **QUICK, **RATES)
+    narrow = net().bfloat16()
+    narrow[2].float()
+    assert train(task(model=(narrow[:2], narrow[2:]), at=None), **QUICK, **RATES).replicas.equal
+    assert train(task(model=net), **QUICK, **RATES, dtype="bfloat16").replicas.equal
+    both = net().bfloat16()
+    assert train(task(model=(both[:2], both[2:]), at=None), **QUICK, **RATES).refused == []
+
+
+def test_a_cut_without_a_gradient_is_refused():
+    class Nearest(nn.Module):
+        def forward(self, x):
+            return x.argmax(-1)
+
+    model = nn.Sequential(nn.Linear(4, 6), Nearest(), nn.Embedding(6, 2))
+    with pytest.raises(ValueError, match=r"the cut is torch\.int64, and both halves learn from a gradient"):
+        train(task(model=model), **QUICK, **RATES)
 
 
 def test_the_given_model_stays_as_it_was():

@@ -60,13 +60,29 @@ class SplitModel(nn.Module):
             raise CutError(f"the cut must be one tensor, and the client half makes a {type(cut).__name__}")
         mask = mask_of(inputs)
         masks = {} if mask is None else {"attention_mask": mask}
-        output: Tensor = self.server(cut.to(dtype_of(self.server)), **masks)
+        output: Tensor = self.server(self.handed(cut), **masks)
         return output
+
+    def handed(self, cut: Tensor) -> Tensor:
+        """The cut as the server half takes it: as it is."""
+        return cut
+
+
+class Joined(SplitModel):
+    """Halves of a run, which says what the client half computes in: the server half takes the cut in its own dtype."""
+
+    def handed(self, cut: Tensor) -> Tensor:
+        return cut.to(dtype_of(self.server))
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
     """What a module computes in: the dtype of its first parameter that is no integer."""
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+
+
+def as_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The module, cast in place as by its `to`, which would cut off the imaginary part of what is complex as well."""
+    return module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
 
 
 @dataclass(frozen=True)
@@ -223,7 +239,9 @@ def _transformer_places(model: nn.Module) -> dict[str, int]:
 
 
 def _plain_sequence(model: nn.Module) -> bool:
-    return isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward
+    kind = type(model)
+    own = (kind.forward, kind.__call__) == (nn.Sequential.forward, nn.Module.__call__)
+    return isinstance(model, nn.Sequential) and own
 
 
 def _cut_sequence(model: nn.Module, at: int) -> tuple[nn.Module, nn.Module]:

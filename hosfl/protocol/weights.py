@@ -17,8 +17,8 @@ from hosfl.protocol.arrays import Array, bits, dtype_name
 
 # A file's name of a dtype, and numpy's of what holds it here.
 STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "uint16", "BOOL": "bool"}
-STORED |= {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
-ORDER = ("BOOL", "U8", "I8", "I16", "F16", "BF16", "I32", "F32", "F64", "I64")  # the format's own
+STORED |= {"C64": "complex64", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
+ORDER = ("BOOL", "U8", "I8", "I16", "F16", "BF16", "I32", "F32", "C64", "F64", "I64")  # the format's own
 
 
 def read_weights(path: Path) -> dict[str, Array]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hosfl.halves.adapters import factors, refuse_idle
 from hosfl.halves.inputs import Inputs, alike, call, cloned, evaluating
 from hosfl.halves.narrow import narrowed
-from hosfl.halves.split import SplitModel, dtype_of
+from hosfl.halves.split import Joined, SplitModel, as_dtype, dtype_of
 from hosfl.halves.trains import moving_only
 from hosfl.methods import calibration, method_of
 from hosfl.methods.client import Client
@@ -72,7 +72,7 @@ def assemble(
     half = model.server.to(device)
     if not any(parameter.requires_grad for parameter in half.parameters()):
         raise ValueError("the server half has no parameters that train: cut the model further in front")
-    cut_shape, sample = _tried(task, SplitModel(base, half), shares[0])
+    cut_shape, sample = _tried(task, Joined(base, half), shares[0])
     setup = Setup(config, base, rates, AGGREGATIONS[config.aggregation], sample.inputs)
     method = kind(setup)
     statistics = calibration.RunningStatistics.of(base, config.batch * config.calibrate) if config.calibrate else None
@@ -149,8 +149,14 @@ def halves_of(config: Settings, task: Task) -> SplitModel:
 
 def base_of(config: Settings, model: SplitModel, public: Inputs | None) -> nn.Module:
     """The client half of round 0, with what moves. Raises ValueError; see `moving_only`."""
-    base = moving_only(model.client, config.trains, config.seed, public).to(getattr(torch, config.dtype))
-    return narrowed(base, config.frozen)
+    base, dtype = moving_only(model.client, config.trains, config.seed, public), getattr(torch, config.dtype)
+    for name, parameter in base.named_parameters():
+        if parameter.requires_grad and parameter.is_complex():
+            raise ValueError(
+                f"{name} of the client half is complex and moves, and noise is of real numbers: leave it out by trains,"
+                " or hold it as two real parameters, of which the forward pass makes it"
+            )
+    return narrowed(as_dtype(base, dtype), config.frozen)
 
 
 def _take_up(fixed: dict[str, Tensor], path: Path) -> None:
@@ -193,12 +199,18 @@ def _tried(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tuple[
     """The shape of one sample's cut, and samples.
 
     Raises TaskError for outputs and a loss that are none, ValueError for a client half that is no function of its
-    inputs and weights, and for adapters that do nothing.
+    inputs and weights, for a cut that has no gradient, or that the server half takes in another dtype than its own, and
+    for adapters that do nothing.
     """
     sample = read(data[torch.arange(min(2, len(data)))])  # a copy; two, so that a loss per sample shows
     given = cloned(sample.inputs)
     with evaluating(model):
         cut = cloned(call(model.client, given))  # it may be what the next pass writes
+        if isinstance(cut, Tensor) and not cut.is_floating_point():
+            raise ValueError(
+                f"the cut is {cut.dtype}, and both halves learn from a gradient there, which only real numbers have:"
+                " cut elsewhere"
+            )
         again, output = call(model.client, given), model(cloned(sample.inputs))
         for of, found in (("the cut", cut), ("the output", output)):
             if not isinstance(found, Tensor) or found.shape[:1] != (len(sample),):
@@ -221,8 +233,27 @@ def _tried(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tuple[
         raise TaskError(
             f"the loss of a batch is {_told(loss)}: a tensor of one element, the mean over the batch, is needed"
         )
+    _check_dtype(model, sample.inputs, cut, output)
     refuse_idle(model.client, sample.inputs)
     return tuple(cut.shape[1:]), sample
+
+
+def _check_dtype(model: SplitModel, inputs: Inputs, cut: Tensor, output: Tensor) -> None:
+    """Raises ValueError for a cut of which the server half makes another output when it is rounded to the dtype of that
+    half's weights, as in a run it is."""
+    dtype = dtype_of(model.server)
+    if torch.finfo(cut.dtype).bits <= torch.finfo(dtype).bits:
+        return
+    with evaluating(model):
+        try:
+            as_it_is = SplitModel(model.client, model.server)(cloned(inputs))
+        except (RuntimeError, TypeError, ValueError):  # as of a product of two dtypes
+            return
+    if not alike(as_it_is, output):
+        raise ValueError(
+            f"the cut is {cut.dtype}, and the first weights of the server half are {dtype}, to which a run would round"
+            f" it: that makes another output. Cut elsewhere, or make the server half {cut.dtype}"
+        )
 
 
 def _told(value: Any) -> str:
