@@ -14,6 +14,7 @@ from hosfl.edge.half import HalfError
 from hosfl.halves.inputs import call
 from hosfl.halves.narrow import narrowed
 from hosfl.halves.trains import moving_only
+from hosfl.probing.probe import Lookups
 from hosfl.runs.checkpoint import save_module
 from hosfl_kernels import replay_
 
@@ -93,7 +94,8 @@ def arrays(half):
 
 def of_torch(half, sample, multiplier):
     weights = list(moving(half).values())
-    found = torch.autograd.grad(call(half, sample), weights, multiplier, allow_unused=True)
+    with Lookups():
+        found = torch.autograd.grad(call(half, sample), weights, multiplier, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for p, g in zip(weights, found, strict=True)]
 
 

@@ -10,7 +10,7 @@ from test_split import IMAGES, TEXT, ResNet, differentiable, image_model, text, 
 from torch import nn
 
 from benchmarks.readme import RESULTS
-from hosfl import Config, train
+from hosfl import Config, Task, train
 from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.split import split
 from hosfl.methods.first_order import FirstOrderClient
@@ -306,7 +306,7 @@ def test_backward_through_layers_with_traps():
     module = Everything().eval()
     before = digest(list(module.parameters()))
     assert relative(*both_ways(module, torch.tensor([[1, 2, 3, 49, 1], [5, 5, 48, 2, 1]]), 1)) < 1e-5
-    assert digest(list(module.parameters())) == before  # id 0 is padding, whose row backpropagation leaves out
+    assert digest(list(module.parameters())) == before
     with pytest.raises(ValueError, match="max_norm"):
         probe_backward(nn.Embedding(5, 2, max_norm=1.0), torch.tensor([1]), torch.ones(1, 2), [1], "rademacher")
 
@@ -317,13 +317,54 @@ def test_backward_of_a_table_makes_the_rows_that_were_looked_up():
     tokens = torch.tensor([[1, 2, 49_999], [0, 0, 0], [77, 2, 1]])
     for microbatch in (0, 1):
         assert relative(*both_ways(module, tokens, microbatch, factors=[0.5, 2.0, 1.0])) < 1e-5
-    assert not module[0].sparse
     multiplier = torch.randn(3, 4)
     with evaluating(module):
         assert peak_bytes(lambda: probe_backward(module, tokens, multiplier, [1, 2], "rademacher")) < 200_000
-    by_frequency = nn.Embedding(9, 4, scale_grad_by_freq=True)  # torch has no sparse gradient of it
-    found = probe_backward(by_frequency, torch.tensor([1, 1, 2]), torch.ones(3, 4), [1], "rademacher")
-    assert torch.isfinite(found).all()
+
+
+class Scaled(nn.Embedding):
+    """As some of transformers', with a forward pass of its own."""
+
+    def forward(self, tokens):
+        return 2 * super().forward(tokens)
+
+
+class Direct(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(9, 4))
+
+    def forward(self, tokens):
+        again = nn.functional.embedding(tokens, self.table.tanh(), 1, None, 2.0, True)
+        return nn.functional.embedding(tokens, self.table, 1) + again
+
+
+LOOKUPS = {
+    "padding": lambda: nn.Embedding(9, 4, padding_idx=1),
+    "by frequency": lambda: nn.Embedding(9, 4, scale_grad_by_freq=True),
+    "sparse": lambda: nn.Embedding(9, 4, padding_idx=1, sparse=True),
+    "a forward pass of its own": lambda: Scaled(9, 4, padding_idx=-8),
+    "a function": Direct,
+    "parametrized": lambda: nn.utils.parametrizations.spectral_norm(nn.Embedding(9, 4, padding_idx=1)),
+}
+
+
+@pytest.mark.parametrize("microbatch", [0, 1])
+@pytest.mark.parametrize("kind", LOOKUPS)
+def test_a_lookup_has_the_gradient_of_what_it_computes(kind, microbatch):
+    torch.manual_seed(0)
+    tokens = torch.tensor([[1, 1, 2], [2, 8, 1]])
+    module = nn.Sequential(LOOKUPS[kind](), nn.Flatten(), nn.Tanh()).eval()
+    assert relative(*both_ways(module, tokens, microbatch)) < 1e-5
+
+
+def test_bags_by_frequency():
+    torch.manual_seed(0)
+    module, multiplier, seeds = nn.EmbeddingBag(9, 4, scale_grad_by_freq=True), torch.randn(2, 4), list(range(6))
+    tokens = torch.tensor([[1, 1, 2], [2, 8, 1]])
+    with evaluating(module):
+        sides = probe_untouched(module, tokens, multiplier, module(tokens), seeds, 1e-2, "rademacher", two_sided=True)
+    assert relative(probe_backward(module, tokens, multiplier, seeds, "rademacher"), sides) < 1e-4
 
 
 def test_backward_leaves_no_trace():
@@ -389,6 +430,41 @@ def test_gradients_that_share_memory(microbatch):
     found = client.answer(Multiplier(client=0, round=0, multiplier=multiplier)).gradient
     assert torch.allclose(found, before.sum(0).repeat(2), atol=1e-6)
     assert torch.equal(multiplier, before)
+
+
+class Compared(nn.Module):
+    """A normalisation by the batch it is in, also in eval mode."""
+
+    def __init__(self, kind=nn.BatchNorm1d):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 6), kind(6, affine=True, track_running_stats=False)
+
+    def forward(self, x):
+        return self.norm(self.linear(x).unsqueeze(-1).expand(-1, -1, 3) * torch.arange(1.0, 4.0)).tanh().flatten(1)
+
+
+@pytest.mark.parametrize("settings", [{"estimator": "backward"}, {"method": "first-order"}, {"method": "splitfed"}])
+def test_statistics_of_a_batch_do_not_go_with_a_part_of_it(settings):
+    torch.manual_seed(0)
+    x = torch.randn(20, 4)
+    assert relative(*both_ways(Compared().eval(), x)) < 1e-4
+    with pytest.raises(ValueError, match=r"norm is a BatchNorm1d without running statistics.*leave out microbatch"):
+        both_ways(Compared().eval(), x, 2)
+    assert relative(*both_ways(Compared(nn.InstanceNorm1d).eval(), x, 1)) < 1e-4  # of each sample's own
+    data = x, torch.arange(20) % 2
+    task = Task((Compared(), nn.Linear(18, 2)), data, data, nn.functional.cross_entropy)
+    quick = {
+        "rounds": 1,
+        "clients": 2,
+        "sampled": 2,
+        "batch": 4,
+        "server_rate": 0.1,
+        "client_rate": 0.1,
+        "partition": "iid",
+    }
+    assert not train(task, **quick, **settings).refused
+    with pytest.raises(ValueError, match=r"norm is a BatchNorm1d"):
+        train(task, **quick, **settings, microbatch=2)
 
 
 @pytest.mark.parametrize("microbatch", [1, 3, 4])

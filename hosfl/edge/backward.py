@@ -45,6 +45,7 @@ from hosfl.edge.half import BASE, HalfError
 from hosfl.halves.blocks import at_entry
 from hosfl.halves.inputs import Inputs, call, evaluating, unchanged
 from hosfl.halves.narrow import in_their_dtype
+from hosfl.probing.probe import Lookups
 from hosfl.protocol.weights import as_file
 
 NOTHING = 1e-3  # of the largest gradient: smaller ones may be rounding alone, such as that of a key's bias
@@ -57,14 +58,14 @@ def exported_gradient(half: nn.Module, sample: Inputs, entry: str = "", most: tu
     entry: of the half's first block, with whose input the graph begins; "": with the half's own. most: as there.
 
     Its inputs are the multiplier and these, its outputs the gradients by the names of the weights that move. Those that
-    the cut does not depend on have none. The gradients are compared with torch's.
+    the cut does not depend on have none. The gradients are compared with torch's. Embeddings have that of `Lookups`.
 
     Raises ExportError as `exported`, and where torch has no such graph.
     """
     check_half(half)
     _refuse_tied(half)
     named = named_inputs(sample)
-    with evaluating(half), unchanged(half.modules()):
+    with evaluating(half), unchanged(half.modules()), Lookups():
         any_length = takes(half, given_as(sample, resized(named, ROWS, shorter=True)))
         model = _graph(half, sample, named, any_length, [entry] if entry else [])
         base = as_file(half.state_dict())

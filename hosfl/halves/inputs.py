@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 Inputs = Tensor | tuple[Any, ...] | Mapping[str, Any]  # one argument, positional arguments, keyword arguments
@@ -91,6 +92,17 @@ def parts_of(inputs: Inputs, samples: int) -> Iterator[Inputs]:
     count = next(len(x) for x in tree_leaves(inputs) if isinstance(x, Tensor))
     for at in range(0, count, samples):
         yield tree_map_only(Tensor, itemgetter(slice(at, at + samples)), inputs)
+
+
+def check_apart(half: nn.Module) -> None:
+    """Raises ValueError for a half that makes other outputs of a batch in eval mode when it is taken in parts."""
+    for name, module in half.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise ValueError(
+                f"{name or 'the half'} is a {type(module).__name__} without running statistics, so that samples of a"
+                " batch affect each other in eval mode too: leave out microbatch, or make it with"
+                " track_running_stats=True"
+            )
 
 
 Batch = tuple[Inputs, Tensor]  # inputs, labels

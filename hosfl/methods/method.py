@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from hosfl.halves.inputs import Batch, Inputs
+from hosfl.halves.inputs import Batch, Inputs, check_apart
 from hosfl.methods.client import Client, Passes, no_passes
 from hosfl.methods.grouped import GroupedServer
 from hosfl.methods.ledger import Ledger, Rate
@@ -89,6 +89,8 @@ class Method:
 
     def __init__(self, setup: Setup) -> None:
         self.setup, self.settings = setup, setup.settings
+        if self.read("microbatch"):
+            check_apart(setup.base)
         self.ledger = self.make_ledger()
 
     @classmethod

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from inspect import signature
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from hosfl.halves.inputs import Inputs, call, parts_of
+from hosfl.halves.inputs import Inputs, call, check_apart, parts_of
 from hosfl.halves.narrow import made_again
 from hosfl.interrupts import uninterrupted
 from hosfl.probing.displaced import (
@@ -228,9 +230,11 @@ def probe_backward(
     an embedding's gradient only the rows that were looked up exist. Weights are only read, and `grad` is what it was.
     moved: as in `probe_untouched`. measured: of each of its tensors, which of the directions move it; None: all.
 
-    Raises: ValueError as `evaluate_displaced`.
+    Raises: ValueError as `evaluate_displaced`, and with a microbatch as `check_apart`.
     """
     refuse_writers(module)
+    if microbatch:
+        check_apart(module)
     moved = moved or Moved.of(module, factors)
     parameters, streams, factors = moved.tensors, moved.streams, moved.factors
     of = [slice(None)] * len(parameters) if measured is None else measured
@@ -273,7 +277,7 @@ def probe_backward(
             parameter.grad = None
             hooks.append(parameter.register_post_accumulate_grad_hook(partial(take, position=position)))
         multipliers = multiplier.split(microbatch or len(multiplier))
-        with torch.enable_grad(), made_again(), _sparse_embeddings(module):
+        with torch.enable_grad(), made_again(), Lookups(sparse=True):
             for part, m in zip(parts_of(inputs, microbatch), multipliers, strict=True):
                 output = call(module, part)
                 if output.requires_grad:  # or nothing that moves has a part in it
@@ -287,19 +291,31 @@ def probe_backward(
     return scalars.float()
 
 
-@contextmanager
-def _sparse_embeddings(module: nn.Module) -> Iterator[None]:
-    """The gradient of an nn.Embedding that moves has the rows that were looked up, and not its whole table's size."""
-    tables = []
-    for m in module.modules():
-        if isinstance(m, nn.Embedding) and not (m.sparse or m.scale_grad_by_freq):
-            weight = m._parameters["weight"]
-            if weight is not None and weight.requires_grad:
-                tables.append(m)
-    try:
-        for table in tables:
-            table.sparse = True
-        yield
-    finally:
-        for table in tables:
-            table.sparse = False
+class Lookups(TorchFunctionMode):
+    """Embeddings have the gradient of what they compute: torch leaves out that of `padding_idx`, and scales by
+    frequency where it is told to, while every other estimator moves such rows like all others.
+
+    sparse: of a table that moves it has the rows that were looked up, and not the whole table's size.
+    """
+
+    def __init__(self, sparse: bool = False) -> None:
+        super().__init__()
+        self.sparse = sparse
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        told = dict(kwargs or {})
+        if function is nn.functional.embedding:
+            told = dict(zip(_LOOKUP, args, strict=False)) | told
+            weight, args = told["weight"], ()
+            told |= {"padding_idx": None, "scale_grad_by_freq": False}
+            told["sparse"] = told.get("sparse", False) or (self.sparse and weight.is_leaf and weight.requires_grad)
+        elif function is nn.functional.embedding_bag:
+            told = dict(zip(_LOOKUPS, args, strict=False)) | told | {"scale_grad_by_freq": False}
+            args = ()
+        return function(*args, **told)
+
+
+_LOOKUP = [*signature(nn.functional.embedding).parameters]
+_LOOKUPS = [*signature(nn.functional.embedding_bag).parameters]
