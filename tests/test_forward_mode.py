@@ -15,6 +15,7 @@ from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.split import split
 from hosfl.methods.first_order import FirstOrderClient
 from hosfl.probing import probe
+from hosfl.probing.batched import probe_forward_batched
 from hosfl.probing.forward_mode import Tangents, derivative
 from hosfl.probing.probe import probe_backward, probe_forward, probe_in_place, probe_untouched, trainable
 from hosfl.protocol.lattice import Lattice
@@ -168,10 +169,18 @@ def test_what_cannot_be_differentiated_is_refused():
 
     module = Extension(2, 2)
     before = digest(list(module.parameters()))
-    with evaluating(module), pytest.raises((NotImplementedError, RuntimeError), match=r"jvp|forward"):
+    with evaluating(module), pytest.raises(ValueError, match=r"another estimator than forward.*jvp"):
         derivative(module, torch.ones(1, 2), tangents(module))
     assert digest(list(module.parameters())) == before
     assert type(module.weight) is nn.Parameter
+    for module, x in (
+        (nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), torch.ones(1, 2)),
+        (nn.EmbeddingBag(5, 2), torch.ones(1, 2, dtype=torch.int64)),
+    ):
+        with evaluating(module), pytest.raises(ValueError, match="another estimator than forward"):
+            derivative(module, x, tangents(module))
+        with evaluating(module), pytest.raises(ValueError, match="another estimator than forward"):
+            probe_forward_batched(module, x, torch.ones(1, 2), [1, 2], "rademacher", at_once=2)
     limited = nn.Embedding(5, 2, max_norm=1.0)
     with pytest.raises(ValueError, match="max_norm"):
         derivative(limited, torch.tensor([1]), tangents(limited))

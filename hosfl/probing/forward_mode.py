@@ -85,12 +85,20 @@ def _whole(value: Any) -> Any:
 
 @contextmanager
 def differentiable() -> Iterator[None]:
-    """Fused attention has no forward-mode derivative; torch's own parts that it is made of have."""
+    """Fused attention has no forward-mode derivative; torch's own parts that it is made of have.
+
+    Raises ValueError where an operation in the block has none.
+    """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with sdpa_kernel(SDPBackend.MATH):
             yield
+    except NotImplementedError as error:
+        raise ValueError(
+            "an operation of the client half has no forward-mode derivative: choose another estimator than forward."
+            f" torch says: {str(error).partition(chr(10))[0]}"
+        ) from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
 
@@ -102,9 +110,9 @@ def derivative(module: nn.Module, inputs: Inputs, tangents: Tangents) -> Tensor:
 
     inputs: a tensor, a tuple of positional arguments or a mapping of keyword arguments.
 
-    Raises: TypeError and ValueError as `evaluate_displaced`; NotImplementedError for an operation without a
-    forward-mode derivative, such as one of an extension, or torch's grouped matrix product of experts: use differences
-    there, or tell transformers' model `set_experts_implementation("eager")`.
+    Raises: TypeError and ValueError as `evaluate_displaced`; ValueError for an operation without a forward-mode
+    derivative, such as one of an extension, or torch's grouped matrix product of experts: use differences there, or
+    tell transformers' model `set_experts_implementation("eager")`.
     """
     refuse_writers(module)
     with forward_ad.dual_level(), differentiable(), displaced(module, tangents):
