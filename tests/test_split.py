@@ -376,6 +376,25 @@ def test_sequential_cuts_by_name_and_number():
     assert torch.equal(split(model, "2")(x), split(model, 2)(x))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.parametrize("layer", [torch.jit.script, lambda layer: torch.compile(layer, backend="eager")])
+def test_layers_that_are_scripted_or_compiled_are_named(layer):
+    class Three(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(8, 8), layer(nn.Linear(8, 8)), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.c(self.b(self.a(x)))
+
+    x, said = torch.randn(2, 8), r"cannot cut a model with a (scripted|compiled) module, {}: put the module"
+    for model, name, at in ((Three(), "b", "c"), (nn.Sequential(*Three().children()), "1", 2)):
+        with pytest.raises(CutError, match=said.format(name)):
+            split(model, at, example=x)
+        with pytest.raises(CutError, match=said.format(name)):
+            cut_points(model, x)
+
+
 class Mixed(nn.Module):
     def __init__(self):
         super().__init__()

@@ -56,8 +56,13 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unchanged(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Whatever passes change is afterwards as it was: attributes, modes, numbers in buffers, random generators."""
+    """Whatever passes change is afterwards as it was: attributes, modes, numbers in buffers, random generators.
+
+    Raises TypeError for scripted modules, whose attributes are not Python's.
+    """
     modules = list(modules)
+    if any(isinstance(m, torch.jit.ScriptModule) for m in modules):
+        raise TypeError("a scripted module cannot be put back as it was: put the module as it was before in its place")
     held = [(own, dict(own)) for m in modules for own in (vars(m), m._parameters, m._buffers)]
     buffers = [b for m in modules for b in m._buffers.values() if b is not None]
     kept = [(b, b._version, b.clone()) for b in buffers if not (b.is_meta or b.is_inference())]

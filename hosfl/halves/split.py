@@ -279,6 +279,13 @@ def _inside(model: nn.Module) -> nn.Module:
                 raise CutError(f"adapters that begin at certain tokens do not cross a cut: {adapter!r} has such")
         model = base()
     for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise CutError(f"cannot cut a model with a scripted module, {path}: put the module as it was in its place")
+        if path and type(module).__name__ == "OptimizedModule":
+            raise CutError(
+                f"cannot cut a model with a compiled module, {path}: put the module inside in its place, its"
+                f" {WRAPPERS['OptimizedModule']}"
+            )
         own = module.__dict__.get("forward")
         if own is not None and not (isinstance(own, MethodType) and own.__self__ is module and path):
             raise CutError(
