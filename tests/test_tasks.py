@@ -299,6 +299,13 @@ def test_patterns_choose_what_moves(trains, expected):
     assert [name for name, p in half.named_parameters() if p.requires_grad] == expected
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell])
+def test_biases_of_recurrent_layers_are_biases(kind):
+    more = {} if kind is nn.LSTMCell else {"bidirectional": True, "num_layers": 2}
+    half = moving_only(nn.Sequential(kind(3, 4, **more)), "biases", 0)
+    assert all(p.requires_grad == ("bias_" in name) for name, p in half.named_parameters())
+
+
 def test_adapters_start_as_nothing_and_follow_the_seed():
     x = torch.randn(5, 3)
     plain = a_half()

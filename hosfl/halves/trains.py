@@ -17,6 +17,7 @@ from hosfl.halves.split import dtype_of
 from hosfl.protocol.seeds import Purpose, round_seed
 
 RANK = 8
+BIASES = ["*bias", "*bias_ih*", "*bias_hh*"]  # the last two of nn.LSTM, GRU, RNN and their cells
 
 
 def moving_only(half: nn.Module, trains: str, seed: int, public: Inputs | None = None) -> nn.Module:
@@ -59,7 +60,7 @@ def moving_only(half: nn.Module, trains: str, seed: int, public: Inputs | None =
         norms = [path for path, module in half.named_modules() if "norm" in type(module).__name__.lower()]
         patterns = [f"{path}.*" if path else "*" for path in norms]
     else:
-        patterns = ["*bias"] if trains == "biases" else trains.split(",")
+        patterns = BIASES if trains == "biases" else trains.split(",")
     names = {name for name, p in half.named_parameters() if p.requires_grad and _matches(name, patterns)}
     if not names:
         some = ", ".join(name for name, _ in half.named_parameters())
