@@ -394,6 +394,35 @@ def test_a_cut_without_a_gradient_is_refused():
         train(task(model=model), **QUICK, **RATES)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_quantised_layers_are_refused_by_name():
+    layers = torch.ao.quantization.quantize_dynamic(net()[:2], {nn.Linear})
+    with pytest.raises(ValueError, match=r"0\._packed_params\.\S+ of the client half is a .* no tensor, as quantised"):
+        train(task(model=(layers, net()[2:]), at=None), **QUICK, **RATES)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_model_that_cannot_be_copied_is_refused_by_name():
+    model = net()
+    nn.utils.weight_norm(model[0])
+    for mine, at in ((model, 2), ((model[:2], model[2:]), None)):
+        with pytest.raises(ValueError, match=r"the task's model cannot be copied: its 0\.weight is a tensor that was"):
+            train(task(model=mine, at=at), **QUICK, **RATES)
+    assert train(task(model=lambda: nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 6)), *net()[1:])), **QUICK, **RATES)
+
+
+@pytest.mark.parametrize("method", ["ho", "first-order"])
+def test_a_client_half_of_which_nothing_moves(method):
+    model = nn.Sequential(nn.Flatten(), *net())
+    settings = {"rounds": 1, "clients": 2, "sampled": 2, "method": method, **RATES}
+    with pytest.raises(ValueError, match=f"nothing moves in the client half, and in {method} clients learn"):
+        train(task(model=model, at=1), **settings)
+    with pytest.raises(ValueError, match="nothing moves"):
+        train(task(model=net().requires_grad_(False).append(nn.Linear(2, 2)), at=3), **settings)
+    settings = {"rounds": 1, "clients": 2, "sampled": 2, "method": "frozen", "server_rate": 0.1}
+    assert train(task(model=model, at=1), **settings).failure is None
+
+
 def test_the_given_model_stays_as_it_was():
     mine = task(model=net())
     before = copy.deepcopy(mine.model.state_dict())

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hosfl.halves.inputs import Inputs, call, cloned, evaluating, mask_of, parts_of
+from hosfl.halves.inputs import Inputs, call, cloned, evaluating, mask_of, parts_of, unchanged
 from hosfl.halves.narrow import in_their_dtype
 
 AT_ONCE = 32  # public samples in one forward pass
@@ -199,7 +199,7 @@ def _reached(half: nn.Module, inputs: Inputs, tensors: Sequence[Tensor]) -> set[
     """The ids of those that the half's output has a gradient by."""
     if not tensors:
         return set()
-    with evaluating(half), torch.enable_grad():
+    with unchanged(half.modules()), evaluating(half), torch.enable_grad():
         output: Tensor = call(half, cloned(inputs))
         if not output.requires_grad:
             return set()

@@ -89,6 +89,11 @@ class Method:
 
     def __init__(self, setup: Setup) -> None:
         self.setup, self.settings = setup, setup.settings
+        if "client_rate" in self.reads and not setup.parameters:
+            raise ValueError(
+                f"nothing moves in the client half, and in {self.settings.method} clients learn: cut the model further"
+                " behind, or take frozen"
+            )
         if self.read("microbatch"):
             check_apart(setup.base)
         self.ledger = self.make_ledger()

@@ -56,6 +56,13 @@ def assemble(
     kind, rates = method_of(config.method), rates_of(task, config)
     device = torch.device(config.device)
     model = halves_of(config, task)
+    for side, half in (("client", model.client), ("server", model.server)):
+        for name, value in half.state_dict().items():
+            if not isinstance(value, Tensor):
+                raise ValueError(
+                    f"{name} of the {side} half is a {type(value).__name__} and no tensor, as quantised layers hold it,"
+                    " and cannot be stored: give the model as it was before; frozen=int8 stores what does not move so"
+                )
     first = prefixed("client", model.client.state_dict()) | prefixed("server", model.server.state_dict())
     halves = base_digest(first)
     base = base_of(config, model, task.public)
@@ -143,8 +150,30 @@ def client_of(method: Method, number: int, half: nn.Module, data: Dataset | Item
 
 
 def halves_of(config: Settings, task: Task) -> SplitModel:
-    """Both halves as the task makes them, in a run of these settings."""
-    return task.halves(round_seed(config.seed, Purpose.MODEL, 0), "" if config.task else config.at)
+    """Both halves as the task makes them, in a run of these settings.
+
+    Raises what `Task.halves` does, and ValueError for a model that cannot be copied.
+    """
+    try:
+        return task.halves(round_seed(config.seed, Purpose.MODEL, 0), "" if config.task else config.at)
+    except RuntimeError as error:
+        if name := _computed(task.model):
+            raise ValueError(
+                f"the task's model cannot be copied: its {name} is a tensor that was computed with a graph, as"
+                " torch.nn.utils.weight_norm leaves it. Take torch.nn.utils.parametrizations.weight_norm, or give a"
+                " function that makes the model"
+            ) from error
+        raise
+
+
+def _computed(model: Any) -> str:
+    """The name of a tensor in a model, or in two halves, that is no parameter and has a graph; "" if there is none."""
+    for half in model if isinstance(model, tuple) else (model,):
+        for path, module in half.named_modules() if isinstance(half, nn.Module) else ():
+            for name, value in vars(module).items():
+                if isinstance(value, Tensor) and not value.is_leaf:
+                    return f"{path}.{name}".removeprefix(".")
+    return ""
 
 
 def base_of(config: Settings, model: SplitModel, public: Inputs | None) -> nn.Module:
