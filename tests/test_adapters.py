@@ -575,6 +575,17 @@ def test_an_adapter_whose_layer_is_never_called_is_refused(told, frozen):
         train(task, trains=told, frozen=frozen, partition="iid", server_rate=0.1, client_rate=0.1)
 
 
+@pytest.mark.parametrize("all_move", [False, True])
+def test_adapters_that_a_fused_operation_passes_by_are_found_out(all_move):
+    """As of a model that came with its adapters."""
+    half, x = moving_only(Encoder(False), "lora:2:*.linear?", 0), torch.randn(4, 5, 16)
+    half.inner[0].activation_relu_or_gelu = 2
+    if all_move:
+        half.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"linear1\.lora_A\.\S+ would do nothing"):
+        refuse_idle(half, x)
+
+
 def test_adapters_that_samples_do_not_reach_are_taken():
     class Routed(nn.Module):
         def __init__(self):

@@ -167,20 +167,15 @@ def refuse_idle(half: nn.Module, inputs: Inputs) -> None:
         path: [p for name, p in m.named_parameters() if p.requires_grad and not name.startswith("base_layer.")]
         for path, m in layers.items()
     }
+    if not any(moving.values()):
+        return
     reached = _reached(half, inputs, [p for ps in moving.values() for p in ps])
-    idle = {path for path, ps in moving.items() if ps and not any(id(p) in reached for p in ps)}
+    idle = [path for path, ps in moving.items() if ps and not any(id(p) in reached for p in ps)]
     if not idle:
         return
     with in_their_dtype(half):
         own = {path: _floats(layers[path].get_submodule("base_layer")) for path in idle}
-        still = [t for ts in own.values() for t in ts if not t.requires_grad]
-        try:
-            for t in still:
-                t.requires_grad_(True)
-            reached = _reached(half, inputs, [t for ts in own.values() for t in ts])
-        finally:
-            for t in still:
-                t.requires_grad_(False)
+        reached = _reached(half, inputs, [t for ts in own.values() for t in ts])
     for path, tensors in own.items():
         if any(id(t) in reached for t in tensors):
             name = next(name for name, p in half.named_parameters() if p is moving[path][0])
@@ -196,14 +191,21 @@ def _floats(module: nn.Module) -> list[Tensor]:
 
 
 def _reached(half: nn.Module, inputs: Inputs, tensors: Sequence[Tensor]) -> set[int]:
-    """The ids of those that the half's output has a gradient by."""
-    if not tensors:
-        return set()
-    with unchanged(half.modules()), evaluating(half), torch.enable_grad():
-        output: Tensor = call(half, cloned(inputs))
-        if not output.requires_grad:
-            return set()
-        gradients = torch.autograd.grad(output.sum(), tensors, allow_unused=True)
+    """The ids of those that the half's output has a gradient by. Meanwhile no others require one: torch takes a fused
+    operation or not by that, and the passes of clients record no graph at all."""
+    wanted = {id(t) for t in tensors}
+    before = [(t, t.requires_grad) for t in {id(t): t for t in (*half.parameters(), *tensors)}.values()]
+    try:
+        for t, _ in before:
+            t.requires_grad_(id(t) in wanted)
+        with unchanged(half.modules()), evaluating(half), torch.enable_grad():
+            output: Tensor = call(half, cloned(inputs))
+            if not output.requires_grad:
+                return set()
+            gradients = torch.autograd.grad(output.sum(), tensors, allow_unused=True)
+    finally:
+        for t, required in before:
+            t.requires_grad_(required)
     return {id(t) for t, gradient in zip(tensors, gradients, strict=True) if gradient is not None}
 
 
