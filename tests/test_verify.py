@@ -295,6 +295,10 @@ def compiled_in_place():
     return model
 
 
+def mixed_adapters():
+    return peft.get_peft_model(text_model("llama", "words"), peft.LoraConfig(target_modules=["q_proj"]), mixed=True)
+
+
 class OfTwo(nn.Module):
     """A user's own head over a known trunk."""
 
@@ -318,6 +322,7 @@ REFUSED = {
     "compiled": (lambda: torch.compile(text_model("llama"), backend="eager"), "through OptimizedModule: cut the model"),
     "compiled in place": (compiled_in_place, "LlamaModel, which is compiled"),
     "data parallel": (lambda: nn.DataParallel(text_model("llama")), "through DataParallel: .* its module"),
+    "mixed adapters": (mixed_adapters, "PeftMixedModel: cut the model inside, its base_model.model"),
     "two outputs": (lambda: hf.BertForPreTraining(TEXT["bert"]), "prediction_logits, seq_relationship_logits"),
     "encoder and decoder": (lambda: hf.T5Model(TEXT["t5"]), "has a decoder"),
     "unknown family": (
@@ -334,6 +339,14 @@ def test_what_cannot_be_cut_is_refused(what):
     model = make()
     with pytest.raises(CutError, match=match):
         split(model, 1)
+
+
+def test_the_model_inside_mixed_adapters_is_cut_with_them():
+    model, inputs = mixed_adapters().eval(), text("left")
+    halves = split(model.base_model.model, 1)
+    assert any("lora_A" in name for name, _ in halves.client.named_parameters())
+    with torch.no_grad():
+        assert torch.equal(halves(inputs), model(**inputs).logits)
 
 
 def test_a_forward_bound_to_its_own_layer_is_no_trouble():

@@ -566,7 +566,10 @@ def has(module: nn.Module, path: str) -> bool:
 def _first(module: nn.Module, paths: Sequence[str]) -> str:
     for path in filter(partial(has, module), paths):
         return path
-    raise TypeError(f"{type(module).__name__} has none of {', '.join(paths)}: a version of transformers not known here")
+    name = type(module).__name__
+    if name == "PeftMixedModel":  # says it has what the model inside has
+        raise CutError(f"cannot cut through {name}: cut the model inside, its base_model.model, adapters and all")
+    raise CutError(f"{name} has none of {', '.join(paths)}: a version of transformers not known here")
 
 
 def present(module: nn.Module, names: Sequence[str]) -> list[str]:
@@ -576,7 +579,12 @@ def present(module: nn.Module, names: Sequence[str]) -> list[str]:
 
 def copied(module: nn.Module) -> nn.Module:
     """A module of its own over the same weights and children."""
-    own = copy.copy(module)
+    if hasattr(type(module), "__copy__"):  # followed graphs and scripts know how
+        own: nn.Module = copy.copy(module)
+    else:  # copy.copy asks __getstate__, which parametrized modules refuse
+        own = type(module).__new__(type(module))
+        own.__dict__.update(module.__dict__)
+        own.__dict__.pop("_compiled_call_impl", None)  # would run the module's own forward pass
     own._modules = dict(module._modules)
     return own
 
@@ -594,6 +602,8 @@ def _config(model: nn.Module, first: int, end: int) -> Any:
     config.num_hidden_layers = end - first
     config.use_cache = False
     config.return_dict = True
+    if hasattr(config, "output_router_logits"):  # for a loss that no half computes, and of no layer there is none
+        config.output_router_logits = False
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[first:end]
     return config
