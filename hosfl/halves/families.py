@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hosfl.halves.chain import CutError
+from hosfl.halves.chain import CutError, refuse_own_ways
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,8 @@ def behind_layers(model: nn.Module) -> str | None:
 
 def cut_transformer(model: nn.Module, at: int) -> tuple[nn.Module, nn.Module]:
     """The client half with the first `at` layers, and the server half, which may have no layer. Both share weights."""
+    for module in ancestors(model):
+        refuse_own_ways(module)
     family = FAMILIES[model.config.model_type]  # type: ignore[union-attr, index]
     path = _trunk_path(model, family)
     trunk = model.get_submodule(path)
@@ -590,7 +592,13 @@ def copied(module: nn.Module) -> nn.Module:
 
 
 def replaced(module: nn.Module, path: str, new: nn.Module | None) -> nn.Module:
-    """A copy of the module with another submodule at the path, or none; everything else is shared."""
+    """A copy of the module with another submodule at the path, or none; everything else is shared.
+
+    At the path "" is the module itself.
+    """
+    if not path:
+        assert new is not None
+        return new
     own, (name, _, rest) = copied(module), path.partition(".")
     own._modules[name] = replaced(own._modules[name], rest, new) if rest else new  # type: ignore[arg-type]
     return own
