@@ -12,12 +12,12 @@ are the halves' own constants. Whatever else it leaves behind for the next pass 
 from __future__ import annotations
 
 import copy
-import re
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partialmethod
 from inspect import Parameter, signature
-from operator import attrgetter
 from typing import Any
 
 import torch
@@ -110,7 +110,7 @@ class Chain:
 
     def _part(self, name: str) -> Any:
         if name not in self.constants:
-            return attrgetter(name)(self.model)
+            return operator.attrgetter(name)(self.model)
         value = self.constants[name]
         return Constant(value.value, value.kind) if isinstance(value, Constant) else value
 
@@ -148,6 +148,10 @@ class Constant(nn.Module):
         if self.kind != "buffer" and self.value.dtype != before.dtype:
             self.value = before.to(self.value.device)
         return self
+
+
+# Python's operators that write; torch's have names that end in "_".
+IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"}
 
 
 class _Half:
@@ -188,16 +192,16 @@ def _written(nodes: Iterable[fx.Node]) -> set[str]:
     for node in nodes:
         first = source.get(node.args[0], set()) if node.args and isinstance(node.args[0], fx.Node) else set()
         source[node] = {_name(node)} if _anywhere(node) else first
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        if name in IN_PLACE or (name.endswith("_") and not name.endswith("__") and node.op != "call_module"):
+        if _writes(node):
             written |= first
     return written
 
 
-# Of Python's operators; torch's own have names that end in "_".
-IN_PLACE = {f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")} | {
-    "setitem"
-}
+def _writes(node: fx.Node) -> bool:
+    """Whether a step writes into its first argument."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__") and node.op in ("call_function", "call_method")
+    return in_place or name in IN_PLACE or name.strip("_") == "setitem"
 
 
 def chain(model: nn.Module, at: str | None = None) -> Chain:
@@ -242,15 +246,15 @@ class _Buffers(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         found = super().getattr(attr, attr_val, parameter_proxy_cache)
-        if isinstance(found, fx.Proxy) and not isinstance(attr_val, nn.Parameter):
+        if isinstance(found, fx.Proxy) and isinstance(attr_val, Tensor) and not isinstance(attr_val, nn.Parameter):
             return _Buffer(found.node, self, attr_val.shape)
         return found
 
 
 class _Buffer(fx.Proxy):
-    """Knows its shape, which stays."""
+    """Knows its shape, which stays, and is written by Python's operators in place, of which a proxy makes others."""
 
-    def __init__(self, node: fx.Node, tracer: fx.Tracer, shape: torch.Size) -> None:
+    def __init__(self, node: fx.Node, tracer: fx.proxy.TracerBase, shape: torch.Size) -> None:
         super().__init__(node, tracer)
         self.shape, self.ndim = shape, len(shape)
 
@@ -265,6 +269,17 @@ class _Buffer(fx.Proxy):
 
     def __len__(self) -> int:
         return self.shape[0]
+
+    def __setitem__(self, at: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, at, value), {})
+
+    def written(self, by: Callable[..., Any], other: Any) -> _Buffer:
+        node = self.tracer.create_proxy("call_function", by, (self, other), {}).node
+        return _Buffer(node, self.tracer, self.shape)
+
+
+for _kind in IN_PLACE:
+    setattr(_Buffer, f"__{_kind}__", partialmethod(_Buffer.written, vars(operator)[_kind]))
 
 
 class _Tracer(_Buffers):
@@ -328,20 +343,30 @@ def _passed(model: nn.Module, opened: list[nn.Module], mode: bool) -> _Pass:
     for module in opened:
         module.training = mode
     there = set(vars(model))
-    held = [(m, kind, dict(getattr(m, kind))) for m in model.modules() for kind in ("_parameters", "_buffers")]
+    modules = list(model.named_modules())
+    held = [(path, own, dict(own)) for path, m in modules for own in (m._parameters, m._buffers)]
     with _Untouched(model):
         graph = _Tracer(opened).trace(model)
-    for module, kind, before in held:
-        for name, value in getattr(module, kind).items():
-            if value is not before.get(name):
+    for path, own, before in held:
+        for name, value in own.items():
+            if value is not before.get(name) and not _is_written(value, f"{path}.{name}".lstrip(".")):
                 raise CutError(_assigned(name))
+        own.update(before)
     nodes = list(graph.nodes)
-    read = {node: attrgetter(node.target)(model) for node in nodes if node.op == "get_attr"}
+    read = {node: operator.attrgetter(node.target)(model) for node in nodes if node.op == "get_attr"}
     made = {node.target for node in read} - there
     made = {name for name in made if name in vars(model)}
     for name in made:
         delattr(model, name)
     return _Pass(graph, nodes, read, made)
+
+
+def _is_written(value: Any, name: str) -> bool:
+    """Whether it is the tensor of that name after steps in place, which `+=` assigns."""
+    node: Any = value.node if isinstance(value, fx.Proxy) else None
+    while isinstance(node, fx.Node) and _writes(node):
+        node = node.args[0]
+    return isinstance(node, fx.Node) and (node.op, node.target) == ("get_attr", name)
 
 
 def _assigned(name: str) -> str:
@@ -367,8 +392,6 @@ def _followed(model: nn.Module, opened: list[nn.Module]) -> Chain:
             again = merged or _merged(evaluating, _passed(model, opened, False), None)
         except Exception as error:  # whatever a forward pass does with a value that is none yet
             message = str(error).strip().split("\n")[0]
-            buffer = re.search(r"cannot assign .*Proxy.* (?:buffer|parameter) '(\w+)'", message)
-            message = _assigned(buffer[1]) if buffer else message
             raise CutError(f"cannot follow {whose}: {message}") from error
     if merged is None and again is not None:
         raise CutError(
