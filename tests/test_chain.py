@@ -281,6 +281,27 @@ def test_the_model_s_own_weights_on_both_sides_become_two_unless_a_pass_writes_t
         assert [p.name for p in cut_points(Tied(written))] == ["third"]
 
 
+class Statistics(nn.Module):
+    """Of one normalisation, used twice or read again."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.norm, self.use = nn.BatchNorm1d(4), use
+
+    def forward(self, x):
+        x = self.second(self.norm(self.first(x)))
+        return self.third(self.norm(x) if self.use == "call" else x + self.norm.running_mean)
+
+
+@pytest.mark.parametrize("use", ["call", "read"])
+def test_running_statistics_are_not_cut_in_two(use):
+    model, x = Statistics(use), torch.randn(3, 4)
+    assert [p.name for p in cut_points(model)] == ["norm", "third"]
+    with pytest.raises(CutError, match=r"before second: norm\.\S+ is written into on one side and read on the other"):
+        split(model, "second", example=x)
+
+
 class Leaves(nn.Module):
     """Something behind for the next pass, as the test says."""
 

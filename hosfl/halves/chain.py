@@ -51,9 +51,9 @@ class Chain:
         for node in self.graph.nodes:
             if node.op == "call_module" and not _anywhere(node):
                 calls.setdefault(node.target, node)
-        written = _written(self.graph.nodes)
+        state = self._state()
         names = [name for name, node in calls.items() if len(self._crossing(node)) == 1]
-        names = [*names[:1], *(name for name in names[1:] if not self._torn(calls[name], written))]
+        names = [*names[:1], *(name for name in names[1:] if not self._torn(calls[name], state))]
         return {name: number for number, name in enumerate(names) if number}
 
     def _crossing(self, first: fx.Node) -> list[fx.Node]:
@@ -63,14 +63,26 @@ class Chain:
         used = {value for node in nodes[at:] for value in node.all_input_nodes}
         return [node for node in nodes[:at] if node in used and not _anywhere(node)]
 
-    def _torn(self, first: fx.Node, written: set[str]) -> list[str]:
-        """Of things that are written those that both sides would read, each its own."""
-        if not written:
-            return []
-        nodes = list(self.graph.nodes)
+    def _state(self) -> dict[fx.Node, set[str]]:
+        """Of every step those things it reads that some step writes. Of layers that is known of running statistics;
+        what others write is seen where halves are compared."""
+        written = _written(self.graph.nodes)
+        read: dict[fx.Node, set[str]] = {}
+        for node in self.graph.nodes:
+            read[node] = {_name(n) for n in node.all_input_nodes if _anywhere(n)}
+            if node.op == "call_module" and not _anywhere(node):
+                for path, module in self.model.get_submodule(node.target).named_modules(prefix=node.target):
+                    names = {f"{path}.{name}" for name, _ in module.named_buffers(recurse=False)}
+                    written |= names if isinstance(module, nn.modules.batchnorm._NormBase) else set()
+                    read[node] |= names
+        return {node: names & written for node, names in read.items()}
+
+    def _torn(self, first: fx.Node, state: Mapping[fx.Node, set[str]]) -> list[str]:
+        """Of these the ones that both sides of a cut would have, each its own."""
+        nodes = list(state)
         at = nodes.index(first)
-        mine, theirs = ({_name(n) for m in part for n in m.all_input_nodes} for part in (nodes[:at], nodes[at:]))
-        return sorted(mine & theirs & written)
+        mine, theirs = (set[str]().union(*(state[node] for node in part)) for part in (nodes[:at], nodes[at:]))
+        return sorted(mine & theirs)
 
     def cut(self, name: str) -> tuple[nn.Module, nn.Module]:
         """The halves on either side of a module's first call. Raises CutError where more than one value crosses."""
@@ -83,7 +95,7 @@ class Chain:
             what = ", ".join(str(node) for node in crossing)
             raise CutError(f"cannot cut before {name}: one tensor must cross, and here it is {what}")
         at = nodes.index(first)
-        for what in self._torn(first, _written(nodes)):
+        for what in self._torn(first, self._state()):
             what = "a tensor that it makes" if what in self.constants else what
             raise CutError(f"cannot cut before {name}: {what} is written into on one side and read on the other")
         client, server = _Half(), _Half()
