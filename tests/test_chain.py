@@ -180,23 +180,30 @@ SHIFT = torch.tensor([1.0, 2.0, 3.0, 4.0])
 
 
 class Remembers(nn.Module):
-    """Its forward pass changes itself and draws a random number, without its input."""
+    """Its forward pass changes itself and makes a tensor, without its input."""
 
     def __init__(self, refused=False):
         super().__init__()
         self.first, self.second, self.third = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
-        self.norm, self.calls, self.refused = nn.BatchNorm1d(4), 0, refused
-        for name in ("center", "behind", "replaced"):
-            self.register_buffer(name, torch.ones(4))
+        self.norm, self.cache, self.refused = nn.BatchNorm1d(4), None, refused
+        for name in ("center", "behind"):
+            self.register_buffer(name, torch.zeros(4))
+        self.register_buffer("passes", torch.zeros((), dtype=torch.int64))
 
     def forward(self, x):
-        self.calls += 1
+        if self.cache is None:
+            self.cache = torch.arange(4.0)
+        self.passes += 1
         self.center.mul_(0.9)
-        self.behind.data.mul_(0.9)
-        self.replaced = self.replaced * 0.9
-        self.drawn, self.seen = torch.rand(1), self.first(x)
+        with torch.no_grad():
+            self.center.add_(0.1 * x.mean(0))
+        self.behind.data.mul_(0.9).add_(1)
+        behind = self.behind
+        behind[1] = 2.0
+        behind -= 0.1
+        self.seen = self.first(x) + self.cache - self.center
         assert not self.refused
-        return self.third(self.second(self.norm(self.seen + SHIFT)))
+        return self.third(self.second(self.norm(self.seen + SHIFT) * self.behind))
 
 
 def test_a_cut_leaves_the_model_as_it_was():
@@ -209,16 +216,318 @@ def test_a_cut_leaves_the_model_as_it_was():
         if way == "cut":
             whole, halves = model, split(model, "second", verify=False)
         elif way == "measured":
-            assert [p.cut for p in cut_points(model, torch.randn(3, 4, generator=torch.Generator()))] == [48] * 3
+            assert [p.cut for p in cut_points(model, torch.randn(3, 4, generator=torch.Generator()))] == [48] * 2
         else:
             with pytest.raises(CutError, match="cannot follow the forward pass of Remembers"):
                 cut_points(model)
         assert torch.equal(torch.get_rng_state(), random)
-        assert (list(vars(model)), [m.training for m in model.modules()], model.calls) == (names, modes, 0)
+        assert (list(vars(model)), [m.training for m in model.modules()], model.cache) == (names, modes, None)
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         pickle.dumps(model)
     x = torch.randn(3, 4)
-    assert torch.equal(halves.eval()(x), whole.eval()(x))  # the constant is the half's own
+    again = copy.deepcopy(halves)  # the constant is the half's own
+    assert torch.equal(again.eval()(x), whole.eval()(x))
+
+
+def test_buffers_that_a_forward_pass_writes_in_place_go_on_in_the_halves():
+    torch.manual_seed(0)
+    model = Remembers()
+    halves = split(copy.deepcopy(model), "second", example=torch.randn(3, 4))
+    for again in (copy.deepcopy(halves), pickle.loads(pickle.dumps(halves)), halves):
+        whole = copy.deepcopy(model)
+        for _ in range(3):
+            x = torch.randn(3, 4)
+            assert torch.equal(again(x), whole(x))
+        buffers = dict(again.client.named_buffers()) | dict(again.server.named_buffers())
+        assert int(buffers["passes"]) == 3
+        assert [name for name, value in whole.named_buffers() if not torch.equal(buffers[name], value)] == []
+
+
+class Tied(nn.Module):
+    """The model's own weight and buffer on both sides."""
+
+    def __init__(self, written):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.shift = nn.Parameter(torch.randn(4))
+        self.register_buffer("scale", torch.ones(4))
+        self.written = written
+
+    def forward(self, x):
+        if self.written == "a buffer":
+            self.scale[None].mul_(0.9)
+        made = torch.ones(4)
+        if self.written == "a constant":
+            made[0] = x.mean()
+        return self.third(self.second(self.first(x) * self.scale + self.shift) * self.scale + self.shift + made)
+
+
+def test_the_model_s_own_weights_on_both_sides_become_two_unless_a_pass_writes_them():
+    model, x = Tied(""), torch.randn(3, 4)
+    halves = split(model, "second", example=x)
+    assert halves.client.shift is model.shift
+    assert halves.server.shift is not model.shift
+    assert halves.server.scale is not model.scale
+    assert [name for name, _ in halves.server.named_parameters()] == [
+        "shift",
+        "second.weight",
+        "second.bias",
+        "third.weight",
+        "third.bias",
+    ]
+    for written, what in (("a buffer", "scale"), ("a constant", "a tensor that it makes")):
+        with pytest.raises(CutError, match=f"before second: {what} is written into on one side and read on the other"):
+            split(Tied(written), "second", verify=False)
+        assert [p.name for p in cut_points(Tied(written))] == ["third"]
+
+
+class Statistics(nn.Module):
+    """Of one normalisation, used twice or read again."""
+
+    def __init__(self, use):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.norm, self.use = nn.BatchNorm1d(4), use
+
+    def forward(self, x):
+        x = self.second(self.norm(self.first(x)))
+        return self.third(self.norm(x) if self.use == "call" else x + self.norm.running_mean)
+
+
+@pytest.mark.parametrize("use", ["call", "read"])
+def test_running_statistics_are_not_cut_in_two(use):
+    model, x = Statistics(use), torch.randn(3, 4)
+    assert [p.name for p in cut_points(model)] == ["norm", "third"]
+    with pytest.raises(CutError, match=r"before second: norm\.\S+ is written into on one side and read on the other"):
+        split(model, "second", example=x)
+
+
+class Leaves(nn.Module):
+    """Something behind for the next pass, as the test says."""
+
+    def __init__(self, leave):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.leave, self.calls, self.last, self.log, self.total = leave, 0, 0.0, [], torch.zeros(4)
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x):
+        x = self.first(x)
+        more = self.leave(self, x)
+        return self.third(self.second(x if more is None else x + more))
+
+
+def counts(net, x):
+    net.calls += 1
+
+
+def appends(net, x):
+    net.log.append(x)
+
+
+def counts_and_uses(net, x):
+    net.calls += 1
+    return net.calls
+
+
+def goes_on(net, x):
+    net.last = x + net.last
+    return net.last
+
+
+def goes_on_beside(net, x):
+    net.total.mul_(0.9)
+    return net.total
+
+
+def assigns(net, x):
+    net.mean = 0.9 * net.mean + x.mean(0)
+
+
+def assigns_anew(net, x):
+    net.mean = torch.ones(4)
+    return net.mean
+
+
+@pytest.mark.parametrize(
+    ("leave", "match"),
+    [
+        (counts, "changes calls, which is in no half: keep it in a buffer"),
+        (appends, "changes log, which is in no half"),
+        (counts_and_uses, "is another one in every pass: .* or uses what the pass before left"),
+        (goes_on, "is another one in every pass: .* or uses what the pass before left"),
+        (goes_on_beside, "it writes into total, which is no buffer"),
+        (assigns, r"it assigns mean, where a half would keep the old one: write into it, mean.copy_"),
+        (assigns_anew, r"it assigns mean, where a half would keep the old one: write into it, mean.copy_"),
+        (lambda net, x: net._buffers["mean"] * 2, "it computes with mean without reading it as an attribute"),
+        (
+            lambda net, x: net._parameters.get("none") or net.second._parameters["bias"] * 2,
+            "it computes with second.bias",
+        ),
+        (lambda net, x: torch.rand(4), "is another one in every pass: it draws random numbers apart"),
+        (lambda net, x: torch.ones(4) * net.training, "another one in train mode than in eval mode"),
+    ],
+)
+def test_what_a_forward_pass_leaves_behind_otherwise_is_refused(leave, match):
+    model = Leaves(leave)
+    with pytest.raises(CutError, match=match):
+        split(model, "second", example=torch.randn(3, 4))
+    assert not model.total.any()
+    assert (model.calls, model.last, model.log) == (0, 0.0, [])
+
+
+def shows(net, x):
+    """What it does with its input, for whoever looks."""
+    net.last, net.log = x, [x]
+
+
+def written_and_read(net, x):
+    made = torch.zeros(4)
+    made += x.mean(0).detach()
+    sums = torch.ones(4)
+    sums.add_(x.mean(0))
+    return made + sums
+
+
+CONSTANTS = {
+    "for whoever looks": shows,
+    "a default": lambda net, x: net.third.weight.new_zeros(4) if net.total is None else net.total,
+    "a range": lambda net, x: torch.arange(net.mean.shape[0] + len(net.mean) - net.mean.size(0)),
+    "NaN": lambda net, x: x.masked_fill(x < 0, float("nan")).nan_to_num(1.0),
+    "of NaN": lambda net, x: (torch.tensor([float("nan"), 1, 1, 1]) + x.detach()).nan_to_num(),
+    "a buffer's view": lambda net, x: net.mean[None] + torch.ones(4),
+    "written into": lambda net, x: torch.zeros(4).add_(x.mean(0)),
+    "written into, and read": written_and_read,
+    "not saved": lambda net, x: net.table * x,
+}
+
+
+@pytest.mark.parametrize("make", CONSTANTS)
+def test_constants_that_a_forward_pass_makes(make):
+    """Anew in every pass: what is written into one is gone in the next."""
+    model, x = Leaves(CONSTANTS[make]).eval(), torch.randn(3, 4)
+    model.register_buffer("table", torch.rand(4), persistent=False)
+    model.total = torch.rand(4)
+    halves = split(model, "second", example=x)
+    assert torch.equal(halves(x), model(x))
+    assert torch.equal(halves(x), model(x))
+    for again in (copy.deepcopy(halves), pickle.loads(pickle.dumps(halves))):
+        assert torch.equal(again(x), model(x))
+    for half in (*halves, *copy.deepcopy(halves)):
+        assert {*half.state_dict()} <= {*model.state_dict()}
+        assert "table" not in half.state_dict()
+    if make != "not saved":
+        halves.double()  # shares what it has with the model
+        model.double()
+        assert torch.equal(halves(x.double()), model(x.double()))
+    assert all(t.device.type == "meta" for half in copy.deepcopy(halves).to("meta") for t in half.buffers())
+
+
+class Masked(nn.Module):
+    """A buffer that is not saved, and that others read."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("mask", torch.rand(4), persistent=False)
+
+    def forward(self, x):
+        return self.layer(x) * self.mask
+
+
+def test_a_layer_s_buffer_that_is_not_saved_stays_so():
+    model, x = Leaves(lambda net, x: net.first.mask + x), torch.randn(3, 4)
+    model.first = Masked()
+    names = {*model.state_dict()}
+    halves = split(model, "second", example=x)
+    assert {*model.state_dict()} == names == {*halves.client.state_dict(), *halves.server.state_dict()}
+    assert torch.equal(halves(x), model(x))
+
+
+class Positions(nn.Module):
+    """A constant on the client, another in the server half; cut again there."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.positions, self.head = nn.Linear(4, 4), nn.Embedding(5, 4), nn.Linear(4, 2)
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3))
+
+    def forward(self, x):
+        x = self.first(x) + self.positions(torch.arange(5))
+        for layer in self.layers:
+            x = layer(x) + torch.linspace(0, 1, 4)
+        return self.head(x.mean(1))
+
+
+def test_halves_with_constants_are_cut_again():
+    torch.manual_seed(0)
+    model, x = Positions().eval(), torch.randn(2, 5, 4)
+    names = [p.name for p in cut_points(model)]
+    assert names == ["positions", *(f"layers.{n}.{m}" for n in range(3) for m in range(2)), "head"]
+    halves = pickle.loads(pickle.dumps(split(model, "layers.2.0", example=x)))
+    assert [p.name for p in cut_points(halves.client)] == names[:5]
+    again = split(halves.client, "layers.1.0", example=x)
+    assert torch.equal(halves.server(again(x)), model(x))
+
+
+class Frozen(nn.Module):
+    """Its normalisation stays in eval mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.second, self.third = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Tanh()
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    def forward(self, x):
+        return self.third(self.second(self.norm(self.first(x))))
+
+
+class Tripled(Frozen):
+    train = nn.Module.train
+
+    def __call__(self, x):
+        return super().__call__(x) * 3
+
+
+class Inside(nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.body, self.head = body, nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.body(x)))
+
+
+def test_a_train_of_a_module_s_own_is_kept_in_layers_and_refused_of_what_is_followed():
+    x = torch.randn(3, 4)
+    for kind, name in ((Frozen, "train"), (Tripled, "__call__")):
+        with pytest.raises(CutError, match=f"cannot cut through {kind.__name__}, whose class has its own {name}"):
+            split(kind(), "second", example=x)
+    model = nn.Sequential(nn.Linear(4, 4), Frozen(), nn.Linear(4, 3))
+    for outer, at in ((model, 2), (Inside(model), "body.2")):
+        halves = split(outer, at, example=x)
+        outer.train()
+        halves.train()
+        modes = {m: m.training for m in outer.modules()}
+        assert all(m.training == modes[m] for m in halves.modules() if m in modes)
+        assert not model[1].norm.training
+        assert torch.equal(halves(x), outer(x))
+
+
+def test_modes_that_differ_are_refused_where_a_forward_pass_reads_them():
+    model, x = Inside(Net()).train(), torch.randn(5, 6)
+    model.body.eval()
+    with pytest.raises(CutError, match="some modules of Inside are in train mode and others are not: call its train"):
+        split(model, "body.second", example=x)
+    split(model.eval(), "body.second", example=x)
+    plain = Inside(nn.Sequential(nn.Linear(6, 6), nn.Dropout(), nn.Linear(6, 3))).train()
+    plain.body.eval()
+    halves = split(plain, "body.2", example=x)
+    assert torch.equal(halves(x), plain(x))
 
 
 class Decides(Net):

@@ -315,6 +315,33 @@ def test_tied_embeddings_become_two():
     assert not halves(text("left")).any()
 
 
+@pytest.mark.parametrize("norm", ["spectral_norm", "weight_norm"])
+def test_parametrized_modules_on_both_sides_become_two(norm):
+    inner = getattr(nn.utils.parametrizations, norm)(nn.Linear(4, 4))
+    model, x = nn.Sequential(inner, nn.Tanh(), inner, nn.Linear(4, 2)).eval(), torch.randn(3, 4)
+    halves = split(model, 2)
+    assert torch.equal(halves(x), model(x))
+    assert {*halves.client.parameters(), *halves.client.buffers()} == {*inner.parameters(), *inner.buffers()}
+    assert not {*halves.client.parameters()} & {*halves.server.parameters()}
+    before = halves.server[0].weight.clone()
+    with torch.no_grad():
+        for parameter in halves.client.parameters():
+            parameter.add_(1)
+    assert torch.equal(halves.server[0].weight, before)
+    assert not torch.equal(halves.client[0].weight, before)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_a_model_that_tells_of_its_experts(family):
+    """For a loss of its own, also where the server half has no layer."""
+    model, inputs = text_model(family, "words"), text("left")
+    model.config.output_router_logits = True
+    for at in (1, LAYERS):
+        with torch.no_grad():
+            assert torch.equal(split(model, at)(inputs), model(**inputs).logits)
+    assert model.config.output_router_logits
+
+
 @pytest.mark.parametrize("at", [2, LAYERS])
 @pytest.mark.parametrize("family", TEXT)
 def test_the_multiplier_is_the_whole_model_s_gradient(family, at):

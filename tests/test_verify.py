@@ -245,6 +245,52 @@ def test_what_a_pass_changes_is_put_back_before_the_next(old):
     assert model[0].last is None
 
 
+class Centers(nn.Module):
+    """Keeps a mean that begins at zero, of its own outputs; and counts."""
+
+    def __init__(self, keeps=True, counts=True, fades=True, scale=1.0):
+        super().__init__()
+        self.layer, self.keeps, self.counts, self.fades, self.scale = nn.Linear(4, 4), keeps, counts, fades, scale
+        for name in ("center", "faded"):
+            self.register_buffer(name, torch.zeros(4))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x):
+        x = self.layer(x) - self.scale * self.center
+        if self.keeps:
+            self.center.mul_(0.9)
+            self.center.data.add_(x.detach().mean(0))
+        if self.counts:
+            self.count.add_(1)
+        if self.fades:
+            self.faded.mul_(0.9)
+        return x
+
+
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        ({"keeps": False}, "a pass leaves something else in the buffer 0.center"),
+        ({"counts": False}, "a pass leaves something else in the buffer 0.count"),
+        ({"fades": False}, "a pass leaves something else in the buffer 0.faded"),
+        ({"scale": 0.5}, "in a second pass, with the buffers that the first one left, outputs differ"),
+        ({}, None),
+    ],
+)
+def test_what_a_pass_writes_into_buffers_is_compared(other, what):
+    """Also where outputs of one pass are the model's, from buffers of zeros on."""
+    model = nn.Sequential(Centers(), nn.Linear(4, 4), nn.Linear(4, 2))
+    client = Centers(**other)
+    client._parameters, client._modules, client._buffers = {}, dict(model[0]._modules), dict(model[0]._buffers)
+    halves, x = SplitModel(nn.Sequential(client, model[1]), nn.Sequential(model[2])), torch.randn(3, 4)
+    if what is None:
+        verify_halves(model, halves, x)
+    else:
+        with pytest.raises(CutError, match=f"the halves are not Sequential: .*{what}"):
+            verify_halves(model, halves, x)
+    assert not any(b.any() for b in model.buffers())
+
+
 class InPlace(nn.Linear):
     def forward(self, x):
         x -= 0.5
@@ -295,6 +341,17 @@ def compiled_in_place():
     return model
 
 
+class KeepsEval(hf.BertForSequenceClassification):
+    def train(self, mode=True):
+        super().train(mode)
+        self.bert.embeddings.eval()
+        return self
+
+
+def mixed_adapters():
+    return peft.get_peft_model(text_model("llama", "words"), peft.LoraConfig(target_modules=["q_proj"]), mixed=True)
+
+
 class OfTwo(nn.Module):
     """A user's own head over a known trunk."""
 
@@ -318,6 +375,8 @@ REFUSED = {
     "compiled": (lambda: torch.compile(text_model("llama"), backend="eager"), "through OptimizedModule: cut the model"),
     "compiled in place": (compiled_in_place, "LlamaModel, which is compiled"),
     "data parallel": (lambda: nn.DataParallel(text_model("llama")), "through DataParallel: .* its module"),
+    "mixed adapters": (mixed_adapters, "PeftMixedModel: cut the model inside, its base_model.model"),
+    "its own train": (lambda: KeepsEval(TEXT["bert"]), "through KeepsEval, whose class has its own train"),
     "two outputs": (lambda: hf.BertForPreTraining(TEXT["bert"]), "prediction_logits, seq_relationship_logits"),
     "encoder and decoder": (lambda: hf.T5Model(TEXT["t5"]), "has a decoder"),
     "unknown family": (
@@ -334,6 +393,14 @@ def test_what_cannot_be_cut_is_refused(what):
     model = make()
     with pytest.raises(CutError, match=match):
         split(model, 1)
+
+
+def test_the_model_inside_mixed_adapters_is_cut_with_them():
+    model, inputs = mixed_adapters().eval(), text("left")
+    halves = split(model.base_model.model, 1)
+    assert any("lora_A" in name for name, _ in halves.client.named_parameters())
+    with torch.no_grad():
+        assert torch.equal(halves(inputs), model(**inputs).logits)
 
 
 def test_a_forward_bound_to_its_own_layer_is_no_trouble():

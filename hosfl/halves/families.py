@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hosfl.halves.chain import CutError
+from hosfl.halves.chain import CutError, refuse_own_ways
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,8 @@ def behind_layers(model: nn.Module) -> str | None:
 
 def cut_transformer(model: nn.Module, at: int) -> tuple[nn.Module, nn.Module]:
     """The client half with the first `at` layers, and the server half, which may have no layer. Both share weights."""
+    for module in ancestors(model):
+        refuse_own_ways(module)
     family = FAMILIES[model.config.model_type]  # type: ignore[union-attr, index]
     path = _trunk_path(model, family)
     trunk = model.get_submodule(path)
@@ -566,7 +568,10 @@ def has(module: nn.Module, path: str) -> bool:
 def _first(module: nn.Module, paths: Sequence[str]) -> str:
     for path in filter(partial(has, module), paths):
         return path
-    raise TypeError(f"{type(module).__name__} has none of {', '.join(paths)}: a version of transformers not known here")
+    name = type(module).__name__
+    if name == "PeftMixedModel":  # says it has what the model inside has
+        raise CutError(f"cannot cut through {name}: cut the model inside, its base_model.model, adapters and all")
+    raise CutError(f"{name} has none of {', '.join(paths)}: a version of transformers not known here")
 
 
 def present(module: nn.Module, names: Sequence[str]) -> list[str]:
@@ -576,13 +581,24 @@ def present(module: nn.Module, names: Sequence[str]) -> list[str]:
 
 def copied(module: nn.Module) -> nn.Module:
     """A module of its own over the same weights and children."""
-    own = copy.copy(module)
+    if hasattr(type(module), "__copy__"):  # followed graphs and scripts know how
+        own: nn.Module = copy.copy(module)
+    else:  # copy.copy asks __getstate__, which parametrized modules refuse
+        own = type(module).__new__(type(module))
+        own.__dict__.update(module.__dict__)
+        own.__dict__.pop("_compiled_call_impl", None)  # would run the module's own forward pass
     own._modules = dict(module._modules)
     return own
 
 
 def replaced(module: nn.Module, path: str, new: nn.Module | None) -> nn.Module:
-    """A copy of the module with another submodule at the path, or none; everything else is shared."""
+    """A copy of the module with another submodule at the path, or none; everything else is shared.
+
+    At the path "" is the module itself.
+    """
+    if not path:
+        assert new is not None
+        return new
     own, (name, _, rest) = copied(module), path.partition(".")
     own._modules[name] = replaced(own._modules[name], rest, new) if rest else new  # type: ignore[arg-type]
     return own
@@ -594,6 +610,8 @@ def _config(model: nn.Module, first: int, end: int) -> Any:
     config.num_hidden_layers = end - first
     config.use_cache = False
     config.return_dict = True
+    if hasattr(config, "output_router_logits"):  # for a loss that no half computes, and of no layer there is none
+        config.output_router_logits = False
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[first:end]
     return config

@@ -2,13 +2,14 @@
 
 Both run in train mode, so that dropout and its kind are seen, and every random number is drawn from the same seed
 wherever it is drawn: then the halves' outputs are the model's to the bit. Normalisations by batch statistics stay in
-eval mode. Whatever a pass changes, attributes, buffers, gradients, modes and random generators, is put back before the
-next one, which has inputs of its own.
+eval mode. What a pass leaves in buffers must be the same, and where it writes any, a second pass goes on from there,
+forward only. Whatever a pass changes, attributes, buffers, gradients, modes and random generators, is put back before
+that of the others, which has inputs of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +41,8 @@ def verify_halves(model: nn.Module, halves: Any, inputs: Inputs) -> None:
     halves: `client` and `server`, whose parameters are the model's or equal to the model's. inputs: a few samples.
     On the CPU outputs must be equal to the bit, elsewhere within a few units in the last place; gradients within the
     square root of a unit. Costs two forward and two backward passes; a gradient is gone once it has been looked at.
+    Where the model writes into buffers, these must have the same numbers afterwards, and two more forward passes begin
+    with them.
 
     Raises CutError, which names where the difference begins, and for a cut or an output that is not one tensor;
     ExampleError for an example that the model does not take.
@@ -49,7 +52,7 @@ def verify_halves(model: nn.Module, halves: Any, inputs: Inputs) -> None:
     undisturbed = partial(_undisturbed, modules, inputs)
     try:
         with undisturbed() as own:
-            whole = _Pass.of(lambda: tensor_of(_call_whole(model, own)), model.parameters())
+            whole = _Pass.of(lambda: tensor_of(_call_whole(model, own)), model.parameters(), modules)
     except CutError:
         raise
     except Exception as error:
@@ -58,7 +61,7 @@ def verify_halves(model: nn.Module, halves: Any, inputs: Inputs) -> None:
         raise ExampleError(f"{_name(model)} makes infinite or NaN outputs of the example")
     try:
         with undisturbed() as own:
-            parts = _Pass.of(lambda: halves(own), owned)
+            parts = _Pass.of(lambda: halves(own), owned, modules)
     except (CutError, ValueError):
         raise
     except Exception as error:
@@ -66,6 +69,7 @@ def verify_halves(model: nn.Module, halves: Any, inputs: Inputs) -> None:
     if not alike(whole.output, parts.output):
         where = _first_difference(model, halves, undisturbed, set(owned.values()))
         raise CutError(f"the halves are not {_name(model)}: {_distance(whole.output, parts.output)}; {where}")
+    _compare_written(model, whole, parts)
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     summed: dict[Tensor, float] = {}
     for parameter, (sketch, _) in parts.gradients.items():
@@ -127,14 +131,20 @@ def _alike(name: str, other: str) -> int:
 
 @dataclass
 class _Pass:
-    """An output, and of every parameter's gradient a linear sketch and the length."""
+    """An output, and of every parameter's gradient a linear sketch and the length.
+
+    written: what was left in the buffers that were written. again: the output of a second pass, where there are any.
+    """
 
     output: Tensor
     gradients: dict[Tensor, tuple[float, float]]
+    written: dict[Tensor, Tensor]
+    again: Tensor
 
     @classmethod
-    def of(cls, forward: Callable[[], Tensor], parameters: Any) -> _Pass:
-        found = cls(torch.empty(0), {})
+    def of(cls, forward: Callable[[], Tensor], parameters: Any, modules: set[nn.Module]) -> _Pass:
+        written = _Written(modules)
+        found = cls(torch.empty(0), {}, {}, torch.empty(0))
         moving = [p for p in parameters if p.requires_grad]
         kept = [p.grad for p in moving]
 
@@ -155,7 +165,53 @@ class _Pass:
             if output.requires_grad:
                 weights = torch.arange(output.numel(), device=output.device, dtype=torch.float32).cos()
                 (output.float().flatten() * weights).sum().backward()
+        found.written = written.now()
+        if found.written:
+            with torch.no_grad():
+                found.again = forward().clone()
         return found
+
+
+class _Written:
+    """Which buffers of modules are written from here on, and what is in them then. By the tensors that were there."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        held = [(m._buffers, name, b) for m in modules for name, b in m._buffers.items() if b is not None]
+        self.held = [(own, name, b, None if b.is_inference() else b._version, b.clone()) for own, name, b in held]
+
+    def now(self) -> dict[Tensor, Tensor]:
+        found = {}
+        for own, name, buffer, version, before in self.held:
+            value = own.get(name)
+            if value is not buffer or (version != buffer._version if version is not None else False):
+                found[buffer] = torch.empty(0) if value is None else value.clone()
+            elif not _same_numbers(buffer, before):  # what is written through .data counts no version
+                found[buffer] = buffer.clone()
+        return found
+
+
+def _same_numbers(a: Tensor, b: Tensor) -> bool:
+    if a.layout != torch.strided or not a.is_floating_point():
+        return a.layout != torch.strided or (a.dtype == b.dtype and torch.equal(a, b))
+    return alike(a, b)
+
+
+def _compare_written(model: nn.Module, whole: _Pass, parts: _Pass) -> None:
+    names: dict[Tensor, str] = {b: name for name, b in model.named_buffers()}
+    for buffer in {**whole.written, **parts.written}:
+        if buffer not in names:
+            raise CutError(f"the halves are not {_name(model)}: each writes into a buffer of its own that is one there")
+        left = [side.written.get(buffer) for side in (whole, parts)]
+        if left[0] is None or left[1] is None or not _same_numbers(left[0], left[1]):
+            raise CutError(
+                f"the halves are not {_name(model)}: their outputs are, but a pass leaves something else in the buffer "
+                f"{names[buffer]}"
+            )
+    if not alike(whole.again, parts.again):
+        raise CutError(
+            f"the halves are not {_name(model)}: in a second pass, with the buffers that the first one left, "
+            f"{_distance(whole.again, parts.again)}"
+        )
 
 
 def _sketch(gradient: Tensor) -> tuple[float, float]:
