@@ -490,8 +490,8 @@ def test_studies_choose_the_lower_perplexity(monkeypatch):
         for n, value in enumerate((3.0, 2.0, 9.0, math.inf))
     ]
     monkeypatch.setattr(studies, "trials", lambda study, folder: rows)
-    for name, expected in (("perplexity", 1), ("accuracy", 3)):
-        monkeypatch.setattr(studies, "_metric", lambda study, folder, name=name: name)
+    for name, lower, expected in (("perplexity", True, 1), ("accuracy", False, 3)):
+        monkeypatch.setattr(studies, "_metric", lambda study, folder, found=(name, lower): found)
         assert studies.best(None, None) == {"ho": expected}
 
 

@@ -822,6 +822,69 @@ def test_files_hold_null_for_what_is_not_finite(tmp_path):
     assert table(study, tmp_path / "study")["methods"]["first-order"]["trial"] == 1
 
 
+MINE = """
+import torch
+from torch import nn
+
+from hosfl import Task
+
+
+class Error:
+    higher_is_better = False
+
+    def __call__(self, outputs, labels):
+        return (outputs.squeeze(-1) - labels).abs().mean()
+
+
+def make(says: str = "task"):
+    x = torch.randn(160, 6)
+    data = {"train": (x[:80], x[:80].sum(1)), "validation": (x[80:120], x[80:120].sum(1))}
+    error = Error()
+    return Task(
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)), at=1, **data,
+        test=(x[120:], x[120:].sum(1)), loss=lambda outputs, y: nn.functional.mse_loss(outputs.squeeze(-1), y),
+        metrics={"mean error": error if says == "metric" else lambda outputs, y: error(outputs, y)},
+        lower_is_better=("mean error",) if says == "task" else (),
+    )
+"""
+ERRORS = """
+base: {task: TASK, options: {says: task}, clients: 2, sampled: 2, partition: iid, method: first-order, client_rate: 0.1}
+rounds: 20
+tuning_seeds: [0]
+seeds: [1]
+methods:
+  mine: {grid: {server_rate: [1e-6, 0.05]}}
+"""
+
+
+@pytest.mark.parametrize(("says", "chosen"), [("task", 1), ("metric", 1), ("nobody", 0)])
+def test_the_least_error_is_chosen_where_the_task_or_its_metric_says_so(says, chosen, tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    text = ERRORS.replace("TASK", f"{tmp_path / 'mine.py'}:make").replace("says: task", f"says: {says}")
+    assert run_study(read_study(text), tmp_path / "study")
+    found = json.loads((tmp_path / "study/table.json").read_text())
+    errors = [trial["accuracy"] for trial in found["trials"]]
+    assert errors[0] > errors[1]
+    assert found["methods"]["mine"]["trial"] == chosen
+    assert (found["metric"], found["lower_is_better"]) == ("mean error", bool(chosen))
+    assert ("The lower the mean error, the better." in report(tmp_path / "study").read_text()) == bool(chosen)
+
+
+def test_results_from_before_tasks_said_what_is_better(whole, tmp_path):
+    """Of them the perplexity is better when lower, and nothing else."""
+    for name in ("perplexity", "accuracy"):
+        folder = tmp_path / name
+        shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("runs"))
+        for path in folder.glob("*/*/*.json"):
+            run = json.loads(path.read_text())
+            assert run.pop("lower_is_better") == []
+            path.write_text(json.dumps(run | {"scores": {name: run["accuracy"]}}))
+        study = load_study(folder / "study.yaml")
+        assert table(study, folder)["lower_is_better"] == (name == "perplexity")
+        means = [t["accuracy"] for t in table(study, folder)["trials"] if t["method"] == "frozen"]
+        assert best(study, folder)["frozen"] == means.index((min if name == "perplexity" else max)(means))
+
+
 def test_every_trial_of_a_method_diverges(tmp_path):
     study = read_study(FILE.replace("[1e-1, 0.2]", "[1e6, 1e7]"))
     assert run_study(study, tmp_path)

@@ -283,4 +283,6 @@ def evaluate(model: SplitModel, data: Dataset | Items, task: Task) -> tuple[Scor
     mean = loss / counted if counted else math.nan
     seen = data if isinstance(data, Dataset) else Dataset({}, torch.cat(labels))
     all_outputs = torch.cat(outputs)[order.argsort()] if kept else torch.empty(0)
-    return task.score(all_outputs, seen, mean) | generated, mean
+    scores = task.score(all_outputs, seen, mean) | generated
+    task.lower(scores)  # which refuses a name that is no score's: before the first round, and not after the last
+    return scores, mean

@@ -294,6 +294,7 @@ class _Course:
                 provenance=provenance_of(federation),
                 seconds=time.perf_counter() - self.begin,
                 failure=str(self.failure) if self.failure else None,
+                lower_is_better=self.task.lower(self.last.scores),
             )
             if folder is not None:
                 model = federation.model()

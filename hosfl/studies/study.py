@@ -567,6 +567,8 @@ def held(job: Job, folder: Path) -> Result | None:
         _check(path, result, _GOOD)
     if "provenance" in result:  # results from before have none
         _check(path, result, {"provenance": _PROVENANCE})
+    if "lower_is_better" in result:
+        _check(path, result, {"lower_is_better": [str]})
     if "jobs" in result:  # nor these
         _check(path, result, {"jobs": int})
     was = decisive(result["config"])
@@ -630,7 +632,7 @@ def trials(study: Study, folder: Path) -> list[dict[str, Any]]:
     (of a score that is better when lower: infinite) and an infinite loss, here None."""
     rows = []
     jobs = study.tuning()
-    worst = math.inf if _metric(study, folder) in LOWER_IS_BETTER else 0.0
+    worst = math.inf if _metric(study, folder)[1] else 0.0
     for (method, n), group in itertools.groupby(jobs, lambda job: (job.method, job.trial)):
         found = [held(job, folder) for job in group]
         runs = [run for run in found if run is not None]
@@ -647,10 +649,11 @@ def trials(study: Study, folder: Path) -> list[dict[str, Any]]:
 
 
 def best(study: Study, folder: Path) -> dict[str, int | None]:
-    """The trial of each method: the best mean validation accuracy, at equal accuracy the lower loss, then the first
-    one. None where in every trial every run failed."""
+    """The trial of each method: the best mean validation accuracy, or whatever the task's first score is, the least
+    where less is better; at equal accuracy the lower loss, then the first one. None where in every trial every run
+    failed."""
     chosen: dict[str, int | None] = {}
-    sign = -1 if _metric(study, folder) in LOWER_IS_BETTER else 1
+    sign = -1 if _metric(study, folder)[1] else 1
 
     def merit(row: dict[str, Any]) -> tuple[float, float]:
         return sign * row["accuracy"], -math.inf if row["loss"] is None else -row["loss"]
@@ -685,14 +688,17 @@ def table(study: Study, folder: Path) -> dict[str, Any]:
     _add_gap(rows)
     for row in rows.values():
         del row["curves"]
-    what = {"rounds": study.rounds, "unequal": study.unequal, "metric": _metric(study, folder), "machine": machine()}
-    return {**what, "methods": rows, "trials": tried}
+    name, lower = _metric(study, folder)
+    what = {"rounds": study.rounds, "unequal": study.unequal, "metric": name, "lower_is_better": lower}
+    return {**what, "machine": machine(), "methods": rows, "trials": tried}
 
 
-def _metric(study: Study, folder: Path) -> str:
-    """What the study's task calls the accuracy, as far as a run has said so."""
+def _metric(study: Study, folder: Path) -> tuple[str, bool]:
+    """What the study's task calls the accuracy, and whether less of it is better, as far as a run has said so."""
     runs = (held(job, folder) for job in study.tuning())
-    return next((metric(run["scores"]) for run in runs if run and not run["failure"]), "accuracy")
+    run: Result = next((run for run in runs if run and not run["failure"]), {"scores": {}})
+    name = metric(run["scores"])
+    return name, name in (*run.get("lower_is_better", ()), *LOWER_IS_BETTER)
 
 
 def _row(study: Study, method: str, trial: int | None, runs: Sequence[Result]) -> dict[str, Any]:

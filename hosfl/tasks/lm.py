@@ -313,8 +313,9 @@ def lm_task(
     if longest + generate > decoder.longest:
         also = f" and {generate} that are generated" if generate else ""
         raise ValueError(f"{config.model} reads {decoder.longest} tokens: {longest}{also} are too many; lower longest")
+    scored = {"metrics": {"perplexity": Perplexity()}, "lower_is_better": ("perplexity",)}
     if own is not None:
-        return completion_task(config, decoder, [own, own, own], metrics={"perplexity": Perplexity()})
+        return completion_task(config, decoder, [own, own, own], **scored)
     found = parts(Path(config.data))
     texts = [[as_text(row, where, decoder.tokenizer) for where, row in part] for part in found]
     scores = (lambda halves, data: generation_scores(halves, data, decoder, generate)) if generate else None
@@ -327,7 +328,7 @@ def lm_task(
         config,
         decoder,
         [encoded(part, decoder, longest) for part in texts],
-        metrics={"perplexity": Perplexity()},
+        **scored,
         generated=scores,
         groups=groups,
     )
