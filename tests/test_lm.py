@@ -486,8 +486,8 @@ def test_metrics_that_see_a_batch_at_a_time():
 
 def test_studies_choose_the_lower_perplexity(monkeypatch):
     rows = [
-        {"method": "ho", "trial": n, "accuracy": value, "loss": 1.0, "losses": [1.0], "failures": []}
-        for n, value in enumerate((3.0, 2.0, 9.0, math.inf))
+        {"method": "ho", "trial": n, "accuracies": [value], "losses": [1.0], "failures": []}
+        for n, value in enumerate((3.0, 2.0, 9.0, 11.0))
     ]
     monkeypatch.setattr(studies, "trials", lambda study, folder: rows)
     for name, lower, expected in (("perplexity", True, 1), ("accuracy", False, 3)):
