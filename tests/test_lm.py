@@ -617,6 +617,7 @@ def test_methods_train_it(folder, tmp_path, method, settings):
     assert found.replicas.equal
     assert found.refused == []
     assert list(found.scores) == ["perplexity", "exact match", "F1"]
+    assert found.lower_is_better == ["perplexity"]
     assert found.accuracy == found.scores["perplexity"] == pytest.approx(math.exp(found.loss), rel=1e-6)
     assert found.bytes["labels up"] == found.bytes["mask up"] * 4
 

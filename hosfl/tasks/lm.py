@@ -232,6 +232,8 @@ def completion_loss(outputs: Tensor, labels: Tensor) -> Tensor:
 class Perplexity:
     """exp of the mean cross-entropy over all tokens that count, whatever the batches. Lower is better."""
 
+    higher_is_better = False  # as torchmetrics say it
+
     def __init__(self) -> None:
         self.reset()
 
@@ -313,9 +315,8 @@ def lm_task(
     if longest + generate > decoder.longest:
         also = f" and {generate} that are generated" if generate else ""
         raise ValueError(f"{config.model} reads {decoder.longest} tokens: {longest}{also} are too many; lower longest")
-    scored = {"metrics": {"perplexity": Perplexity()}, "lower_is_better": ("perplexity",)}
     if own is not None:
-        return completion_task(config, decoder, [own, own, own], **scored)
+        return completion_task(config, decoder, [own, own, own], metrics={"perplexity": Perplexity()})
     found = parts(Path(config.data))
     texts = [[as_text(row, where, decoder.tokenizer) for where, row in part] for part in found]
     scores = (lambda halves, data: generation_scores(halves, data, decoder, generate)) if generate else None
@@ -328,7 +329,7 @@ def lm_task(
         config,
         decoder,
         [encoded(part, decoder, longest) for part in texts],
-        **scored,
+        metrics={"perplexity": Perplexity()},
         generated=scores,
         groups=groups,
     )
