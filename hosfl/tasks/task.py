@@ -175,6 +175,8 @@ class Task:
             made: Any = copy.deepcopy(self.model) if given else self._made()
             if isinstance(made, tuple) and len(made) == 2 and all(isinstance(half, nn.Module) for half in made):
                 made = SplitModel(*made)
+            if isinstance(made, nn.Module):
+                _check_there(made)
             if isinstance(made, SplitModel):
                 if at:
                     raise ValueError(f"the task's model is cut already: leave out at = {at!r}")
@@ -241,6 +243,15 @@ class Task:
             return self.metrics
         return {} if labels.is_floating_point() or labels.dim() > 1 else {"accuracy": accuracy}
 
+    def check_scored(self, outputs: Tensor, labels: Tensor) -> None:
+        """Raises TaskError where these would be scored by an accuracy that nobody asked for, and are no classes'."""
+        default = self.metrics is None and self.scores is None and "accuracy" in self._metrics(labels)
+        if default and not (outputs.dim() == 2 and outputs.shape[1] > 1):
+            raise TaskError(
+                f"labels that are integers are scored by the accuracy, for which {len(labels)} samples need outputs"
+                f" ({len(labels)}, classes), and not {tuple(outputs.shape)}: give metrics=, or real labels"
+            )
+
     def lower(self, scores: Iterable[str]) -> list[str]:
         """Those of these scores of which less is better. Raises TaskError where `lower_is_better` has one that is not
         there."""
@@ -279,6 +290,15 @@ class Task:
             client=settings.client_rate or tuned.client,
             decay=tuned.decay if settings.server_decay is None else settings.server_decay,
         )
+
+
+def _check_there(model: nn.Module) -> None:
+    """Raises TaskError for weights of the device "meta", which are shapes without numbers."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise TaskError(
+                f"the task's model has no numbers for {name}, which is on the device meta: load its weights"
+            )
 
 
 def _untied(halves: SplitModel) -> SplitModel:
