@@ -139,7 +139,7 @@ def test_a_data_set_of_named_inputs():
 
 def test_tasks_say_what_they_need(folder, capsys):
     with pytest.raises(ValueError, match="needs data"):
-        train(Config(task="sentences"))
+        train(Config(task="sentences", server_rate=0.1, client_rate=0.1))
     with pytest.raises(ValueError, match="its own data"):
         train(Config(data=str(folder)))
     with pytest.raises(ValueError, match="no rates are tuned"):

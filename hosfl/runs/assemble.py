@@ -30,11 +30,11 @@ from hosfl.protocol.seeds import Purpose, round_seed
 from hosfl.runs.checkpoint import header_of
 from hosfl.runs.federation import Federation
 from hosfl.settings import DEFAULTS, Rates, Settings
-from hosfl.tasks import make_task
+from hosfl.tasks import TASKS, TUNED, make_task
 from hosfl.tasks.data import Dataset, at_once, digest, dirichlet_split, iid_split, shards
 from hosfl.tasks.items import Batches, Items, check_alike, read
 from hosfl.tasks.reading import DataError
-from hosfl.tasks.task import Scores, Task, TaskError
+from hosfl.tasks.task import Scores, Task, TaskError, rates_among
 
 TAKES_NOT = (RuntimeError, IndexError, ValueError)  # what torch says of shapes and classes that do not fit
 
@@ -53,7 +53,7 @@ def assemble(
 
     Raises ValueError, DataError, ProvenanceError for a base file that is not this run's, and what `Task.halves` raises.
     """
-    task = make_task(config) if task is None else task
+    task = task_of(config) if task is None else task
     config = for_clients(config, task)
     check_alike(task.sets())
     kind, rates = method_of(config.method), rates_of(task, config)
@@ -314,6 +314,14 @@ def _check_place(sample: Dataset, cut: Tensor) -> None:
 
 def _told(value: Any) -> str:
     return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def task_of(config: Settings) -> Task:
+    """The task of a run. Raises what `make_task` raises; and what `rates_of` does for rates that are missing, before
+    the library's own tasks fetch data from the hub, which may take long."""
+    if config.task in TASKS and config.task not in TUNED and not config.data:
+        rates_among({}, method_of(config.method).tuned(config), config)
+    return make_task(config)
 
 
 def rates_of(task: Task, config: Settings) -> Rates:

@@ -42,13 +42,12 @@ import torch
 from hosfl.files import FolderLock, write_atomically, write_json
 from hosfl.protocol.lattice import LatticeError
 from hosfl.protocol.terms import Diverged, NothingLearnt
-from hosfl.runs.assemble import rates_of
+from hosfl.runs.assemble import rates_of, task_of
 from hosfl.runs.config import Config, all_with_shared, with_shared
 from hosfl.runs.memory import HALVES, client_memory
 from hosfl.runs.report import LOWER_IS_BETTER, Evaluation, gap_recovered, machine, metric
 from hosfl.runs.trainer import train
 from hosfl.settings import FIELDS, NEUTRAL, decisive, differences, typed
-from hosfl.tasks import make_task
 from hosfl.tasks.task import Task
 
 OWN = ("seed", "rounds", "evaluate_on")  # settings that the study itself makes
@@ -400,7 +399,7 @@ def check_tasks(study: Study) -> dict[Data, str]:
     for job in study.tuning():
         key = _data(job.config)
         if key not in tasks:
-            tasks[key] = make_task(job.config)
+            tasks[key] = task_of(job.config)
         rates_of(tasks[key], job.config)
     return {key: task.digest() for key, task in tasks.items()}
 

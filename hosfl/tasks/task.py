@@ -276,20 +276,25 @@ class Task:
         key: `Method.tuned`, by which, or by its first part alone, `rates` has them; a method without a client rate has
         the key ("frozen",).
         """
-        found, frozen = self.rates.get(key, self.rates.get(key[0])), key == ("frozen",)
-        if found is None:
-            client_rate = 1.0 if frozen else settings.client_rate
-            if not settings.server_rate or not client_rate:
-                what = "server_rate" if frozen else "server_rate and client_rate"
-                there = f", only for {', '.join(map(str, self.rates))}" if self.rates else ""
-                raise ValueError(f"no rates are tuned for {' '.join(key)}{there}: give {what}")
-            found = (settings.server_rate, client_rate, 0.0)
-        tuned = Rates(*found, *(0.0,) * (3 - len(found)))
-        return Rates(
-            server=settings.server_rate or tuned.server,
-            client=settings.client_rate or tuned.client,
-            decay=tuned.decay if settings.server_decay is None else settings.server_decay,
-        )
+        return rates_among(self.rates, key, settings)
+
+
+def rates_among(rates: Mapping[Any, tuple[float, ...]], key: tuple[str, ...], settings: Settings) -> Rates:
+    """`Task.rates_of`, where the task's rates are these."""
+    found, frozen = rates.get(key, rates.get(key[0])), key == ("frozen",)
+    if found is None:
+        client_rate = 1.0 if frozen else settings.client_rate
+        if not settings.server_rate or not client_rate:
+            what = "server_rate" if frozen else "server_rate and client_rate"
+            there = f", only for {', '.join(map(str, rates))}" if rates else ""
+            raise ValueError(f"no rates are tuned for {' '.join(key)}{there}: give {what}")
+        found = (settings.server_rate, client_rate, 0.0)
+    tuned = Rates(*found, *(0.0,) * (3 - len(found)))
+    return Rates(
+        server=settings.server_rate or tuned.server,
+        client=settings.client_rate or tuned.client,
+        decay=tuned.decay if settings.server_decay is None else settings.server_decay,
+    )
 
 
 def _check_there(model: nn.Module) -> None:
