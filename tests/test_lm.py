@@ -486,12 +486,12 @@ def test_metrics_that_see_a_batch_at_a_time():
 
 def test_studies_choose_the_lower_perplexity(monkeypatch):
     rows = [
-        {"method": "ho", "trial": n, "accuracy": value, "loss": 1.0, "losses": [1.0], "failures": []}
-        for n, value in enumerate((3.0, 2.0, 9.0, math.inf))
+        {"method": "ho", "trial": n, "accuracies": [value], "losses": [1.0], "failures": []}
+        for n, value in enumerate((3.0, 2.0, 9.0, 11.0))
     ]
     monkeypatch.setattr(studies, "trials", lambda study, folder: rows)
-    for name, expected in (("perplexity", 1), ("accuracy", 3)):
-        monkeypatch.setattr(studies, "_metric", lambda study, folder, name=name: name)
+    for name, lower, expected in (("perplexity", True, 1), ("accuracy", False, 3)):
+        monkeypatch.setattr(studies, "_metric", lambda study, folder, found=(name, lower): found)
         assert studies.best(None, None) == {"ho": expected}
 
 
@@ -617,6 +617,7 @@ def test_methods_train_it(folder, tmp_path, method, settings):
     assert found.replicas.equal
     assert found.refused == []
     assert list(found.scores) == ["perplexity", "exact match", "F1"]
+    assert found.lower_is_better == ["perplexity"]
     assert found.accuracy == found.scores["perplexity"] == pytest.approx(math.exp(found.loss), rel=1e-6)
     assert found.bytes["labels up"] == found.bytes["mask up"] * 4
 

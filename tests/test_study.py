@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from hosfl import Config
 from hosfl.cli import main
 from hosfl.files import locked
+from hosfl.protocol.terms import Diverged
 from hosfl.studies import page as study_report
 from hosfl.studies import study as studies
 from hosfl.studies.page import at_ends, number, report
@@ -803,7 +804,7 @@ def test_a_diverged_trial_loses_and_is_kept(tmp_path):
     found = table(study, tmp_path)
     lost = found["trials"][0]
     assert lost["choice"] == {"client_rate": 1e6}
-    assert (lost["accuracy"], lost["loss"], len(lost["failures"])) == (0, None, 2)
+    assert (lost["accuracy"], lost["loss"], len(lost["failures"])) == (None, None, 2)
     assert found["methods"]["ho, fresh"]["trial"] == 1
     page = report(tmp_path).read_text()
     assert "failed 2 of 2" in page
@@ -820,6 +821,108 @@ def test_files_hold_null_for_what_is_not_finite(tmp_path):
     texts = [path.read_text() for path in (tmp_path / "study").glob("**/*.json")]
     assert not re.search(r"^[^\"]*(\"[^\"]*\": *)?-?(NaN|Infinity)", "".join(texts), re.M)
     assert table(study, tmp_path / "study")["methods"]["first-order"]["trial"] == 1
+
+
+MINE = """
+import torch
+from torch import nn
+
+from hosfl import Task
+
+
+class Error:
+    higher_is_better = False
+
+    def __call__(self, outputs, labels):
+        return (outputs.squeeze(-1) - labels).abs().mean()
+
+
+def make(says: str = "task"):
+    x = torch.randn(160, 6)
+    data = {"train": (x[:80], x[:80].sum(1)), "validation": (x[80:120], x[80:120].sum(1))}
+    error = Error()
+    scored = {"metrics": {"mean error": error if says == "metric" else lambda outputs, y: error(outputs, y)}}
+    return Task(
+        lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 1)), at=1, **data,
+        test=(x[120:], x[120:].sum(1)), loss=lambda outputs, y: nn.functional.mse_loss(outputs.squeeze(-1), y),
+        **({} if says == "score" else scored),
+        lower_is_better=("mean error",) if says == "task" else (),
+    )
+"""
+ERRORS = """
+base: {task: TASK, options: {says: task}, clients: 2, sampled: 2, partition: iid, method: first-order, client_rate: 0.1}
+rounds: 20
+tuning_seeds: [0]
+seeds: [1]
+methods:
+  mine: {grid: {server_rate: [1e-6, 0.05]}}
+"""
+
+
+@pytest.mark.parametrize(("says", "chosen"), [("task", 1), ("metric", 1), ("nobody", 0)])
+def test_the_least_error_is_chosen_where_the_task_or_its_metric_says_so(says, chosen, tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    text = ERRORS.replace("TASK", f"{tmp_path / 'mine.py'}:make").replace("says: task", f"says: {says}")
+    assert run_study(read_study(text), tmp_path / "study")
+    found = json.loads((tmp_path / "study/table.json").read_text())
+    errors = [trial["accuracy"] for trial in found["trials"]]
+    assert errors[0] > errors[1]
+    assert found["methods"]["mine"]["trial"] == chosen
+    assert (found["metric"], found["lower_is_better"]) == ("mean error", bool(chosen))
+    assert ("The lower the mean error, the better." in report(tmp_path / "study").read_text()) == bool(chosen)
+
+
+def test_results_from_before_tasks_said_what_is_better(whole, tmp_path):
+    """Of them the perplexity is better when lower, and nothing else."""
+    for name in ("perplexity", "accuracy"):
+        folder = tmp_path / name
+        shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("runs"))
+        for path in folder.glob("*/*/*.json"):
+            run = json.loads(path.read_text())
+            assert run.pop("lower_is_better") == []
+            path.write_text(json.dumps(run | {"scores": {name: run["accuracy"]}}))
+        study = load_study(folder / "study.yaml")
+        assert table(study, folder)["lower_is_better"] == (name == "perplexity")
+        means = [t["accuracy"] for t in table(study, folder)["trials"] if t["method"] == "frozen"]
+        assert best(study, folder)["frozen"] == means.index((min if name == "perplexity" else max)(means))
+
+
+@pytest.mark.parametrize("better", ["score", "mean error"])
+def test_a_failed_run_loses_whatever_the_score(better, tmp_path, monkeypatch):
+    """Also where scores are below 0, as the negative loss is: there 0 would be the best."""
+    (tmp_path / "mine.py").write_text(MINE)
+    text = ERRORS.replace("TASK", f"{tmp_path / 'mine.py'}:make").replace("tuning_seeds: [0]", "tuning_seeds: [0, 2]")
+    text = text.replace("1e-6, 0.05", "0.05, 1e-6, 1e-7")
+    if better == "score":  # the task has no metrics, then
+        text = text.replace("says: task", "says: score")
+    study, real = read_study(text), studies.train
+
+    def train(config, *more):
+        if (config.server_rate, config.seed) in ((0.05, 2), (1e-6, 0)) and config.evaluate_on == "validation":
+            raise Diverged("gone")
+        return real(config, *more)
+
+    monkeypatch.setattr(studies, "train", train)
+    assert run_study(study, tmp_path / "study")
+    found = json.loads((tmp_path / "study/table.json").read_text())
+    assert found["metric"] == better
+    assert [trial["accuracies"].count(None) for trial in found["trials"]] == [1, 1, 0]
+    assert [trial["accuracy"] is None for trial in found["trials"]] == [True, True, False]
+    assert found["methods"]["mine"]["trial"] == 2
+    del study.trials["mine"][2]  # where each has a failure, the one that worked better does
+    assert best(study, tmp_path / "study")["mine"] == 0
+
+
+def test_a_metric_that_is_not_finite_is_a_failure(tmp_path):
+    """It was null in the run's file, which no study took up again."""
+    (tmp_path / "mine.py").write_text(MINE.replace(".abs().mean()", ".abs().mean() / 0 * 0"))
+    study = read_study(ERRORS.replace("TASK", f"{tmp_path / 'mine.py'}:make"))
+    for _ in range(2):
+        assert run_study(study, tmp_path / "study")
+    found = table(study, tmp_path / "study")
+    assert found["methods"]["mine"]["trial"] is None
+    assert [trial["failures"] for trial in found["trials"]] == [["the mean error after round 20 is not finite"]] * 2
+    assert "failed 1 of 1: the mean error" in report(tmp_path / "study").read_text()
 
 
 def test_every_trial_of_a_method_diverges(tmp_path):

@@ -77,7 +77,7 @@ def test_of_pictures_scales_and_shifts():
 def test_budgets_that_nothing_fits_are_refused():
     with pytest.raises(ValueError, match=r"0\.01 passes a round are too few"):
         suggest(Config(task=""), 300, 0.01, texts())
-    for rounds, passes in ((0, 5.0), (10, 0.0), (10, float("nan"))):
+    for rounds, passes in ((0, 5.0), (10, 0.0), (10, float("nan")), (10, float("inf"))):
         with pytest.raises(ValueError, match="must be positive"):
             suggest(Config(task=""), rounds, passes, texts())
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from hosfl import Config, rebuild, train
 from hosfl.cli import main
+from hosfl.edge.data import Samples
 from hosfl.halves.inputs import call
 from hosfl.halves.trains import moving_only
 from hosfl.probing.probe import trainable
@@ -138,7 +139,7 @@ def test_a_data_set_of_named_inputs():
 
 def test_tasks_say_what_they_need(folder, capsys):
     with pytest.raises(ValueError, match="needs data"):
-        train(Config(task="sentences"))
+        train(Config(task="sentences", server_rate=0.1, client_rate=0.1))
     with pytest.raises(ValueError, match="its own data"):
         train(Config(data=str(folder)))
     with pytest.raises(ValueError, match="no rates are tuned"):
@@ -235,6 +236,27 @@ def test_inverted_digits_are_a_pretrained_network_s_undoing():
 
 
 # --- masks on the wire --------------------------------------------------------------------------------------------
+
+
+def test_only_tokens_are_cut():
+    """Of inputs by other names nobody knows whether they are of tokens: as wide as the texts, they stay whole."""
+    mask = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0]])
+    tokens = {"input_ids": 5 * mask, "attention_mask": mask, "inputs_embeds": torch.randn(2, 4, 3)}
+    others = {
+        "features": torch.randn(2, 4),
+        "categories": torch.arange(8).reshape(2, 4),
+        "boxes": torch.zeros(2, 4, 4).long(),
+    }
+    labels = torch.zeros(2, 4).long()
+    few = Dataset(tokens | {"picture": torch.randn(2, 3, 4)}, labels).trimmed(per_token=True)
+    shapes = {name: tuple(x.shape) for name, x in few.inputs.items()}
+    assert shapes == {"input_ids": (2, 2), "attention_mask": (2, 2), "inputs_embeds": (2, 2, 3), "picture": (2, 3, 4)}
+    assert few.labels.shape == (2, 2)
+    for name, value in others.items():
+        whole = Dataset(tokens | {name: value}, labels)
+        assert whole.trimmed(per_token=True) is whole
+        arrays = {k: v.numpy() for k, v in whole.inputs.items()}
+        assert {x.shape[1] for x in Samples(arrays, labels.numpy()).trimmed(True).named().values()} == {4}
 
 
 def test_hostile_masks_are_refused(folder):

@@ -19,7 +19,8 @@ from hosfl.halves.split import split
 from hosfl.runs.assemble import assemble
 from hosfl.runs.config import with_shared
 from hosfl.studies.compare import print_table, row
-from hosfl.tasks import make_task
+from hosfl.studies.study import read_study, run_study
+from hosfl.tasks import TUNED, make_task
 from hosfl.tasks.data import as_tokens, dirichlet_split, iid_split
 from hosfl.tasks.text import TEXTS, Row, parts
 from hosfl.tasks.verbalizer import Rows, first_tokens, verbalized, with_words
@@ -214,6 +215,20 @@ def test_what_the_hub_refuses_is_told(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     with pytest.raises(OSError, match=r"cannot load aps/super_glue rte from .* hub: Dataset scripts"):
         parts(TEXTS["rte"], "")
+
+
+def test_missing_rates_are_told_before_the_hub_is_asked(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *name: asked.append(name))
+    for task in TEXTS:
+        with pytest.raises(ValueError, match="no rates are tuned for ho pool normalized: give server_rate and client"):
+            train(Config(task=task))
+    study = "{base: {task: sst2}, rounds: 2, tuning_seeds: [0], seeds: [1], methods: {ho: {}}}"
+    with pytest.raises(ValueError, match="no rates are tuned for ho pool normalized"):
+        run_study(read_study(study), tmp_path)
+    assert not asked
+    for name in TUNED:
+        assert make_task(Config(task=name)).rates
 
 
 # --- tokens -------------------------------------------------------------------------------------------------------

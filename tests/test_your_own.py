@@ -204,7 +204,7 @@ def test_a_run_says_what_was_refused(monkeypatch, caplog):
     summary = train(task(loss=loss), **QUICK, **RATES)
     assert (len(summary.refused), summary.failure) == (1, None)
     (said,) = [record.message for record in caplog.records if record.name == "hosfl.federation"]
-    assert re.match(r"messages that were refused: 1, the first: round 0, client \d: .* AssertionError: not today", said)
+    assert re.match(r"messages that were refused: 1, such as: round 0, client \d: .* AssertionError: not today", said)
 
 
 def test_a_server_that_goes_on_knows_whether_it_has_learnt(tmp_path):
@@ -800,6 +800,13 @@ REFUSED = {
     "a metric that is none": ({"metrics": {"m": 1}}, TypeError, "the metric 'm' is a int: a function"),
     "scores that are none": ({"scores": 1}, TypeError, "scores is a int"),
     "metrics and scores": ({"scores": max, "metrics": {"m": max}}, ValueError, "metrics and scores: give one"),
+    "less of no metric": ({"lower_is_better": ("m",)}, TypeError, "has 'm', and the task's metrics are left out"),
+    "less of another metric": (
+        {"metrics": {"m": max}, "lower_is_better": ["n"]},
+        TypeError,
+        "lower_is_better has 'n', and the task's metrics are m",
+    ),
+    "less of a word": ({"lower_is_better": "m"}, TypeError, "lower_is_better is 'm': a tuple of names"),
     "no optimizer": ({"optimizer": None}, TypeError, "optimizer is a NoneType: a function of a half"),
     "rates without names": ({"rates": (0.1, 0.1)}, TypeError, "rates is a tuple: a mapping is needed"),
     "one rate": ({"rates": {"ho": 0.1}}, ValueError, "rates of 'ho' are 0.1: a server rate and a client rate"),
@@ -823,6 +830,12 @@ REFUSED = {
         DataError,
         "test: attention_mask has 2, and it is of 0 and 1",
     ),
+    "a mask of pairs": (
+        {"train": ({"x": X, "attention_mask": torch.ones(40, 4, 4)}, Y)},
+        DataError,
+        r"train: attention_mask of shape \(40, 4, 4\), and \[samples, tokens\] is needed",
+    ),
+    "sparse inputs": ({"train": (X.to_sparse(), Y)}, DataError, "train, inputs: laid out as torch.sparse_coo: make it"),
     "empty": ({"test": (X[:0], Y[:0])}, DataError, "test has no samples"),
     "an empty list": ({"train": []}, DataError, "train is an empty list: one data set for each client"),
     "a bad set of a client": ({"train": [(X, Y), X]}, DataError, "train of client 1 is a Tensor"),
@@ -897,7 +910,80 @@ UNLIKE = {
     "kinds of labels": ([(X, Y), (X, Y.float())], "a sample's labels are floating-point numbers"),
     "names": ([(X, Y), ({"x": X}, Y)], "train of client 1 has x, labels, and train of client 0 has inputs, labels"),
 }
+IDS = torch.randint(1, 9, (40, 6), generator=torch.Generator().manual_seed(0))
+SEEN = (torch.arange(6) < torch.tensor([6, 6, 3, 2] * 10)[:, None]).long()
+
+
+class Texts(nn.Module):
+    """The client half of padded texts. pools: into one place for each."""
+
+    def __init__(self, pools):
+        super().__init__()
+        self.up, self.pools = nn.Embedding(9, 4), pools
+
+    def forward(self, input_ids, attention_mask):
+        hidden = self.up(input_ids) * attention_mask[..., None]
+        return hidden.sum(1) if self.pools else hidden
+
+
+class Tags(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Linear(4, 2)
+
+    def forward(self, cut, attention_mask=None):
+        return self.down(cut)
+
+
+def padded(labels, pools=False, **more):
+    texts = {"input_ids": IDS, "attention_mask": SEEN}, labels
+    return {"model": (Texts(pools), Tags()), "at": None, "train": texts, "test": texts, "loss": crossed, **more}
+
+
+def one_output(out):
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1), *out)
+    binary = nn.functional.binary_cross_entropy_with_logits
+    return {"model": net, "loss": lambda outputs, y: binary(outputs.flatten(), y.float())}
+
+
 LATER = {
+    "labels of tokens that nobody told": (
+        padded(IDS % 2, groups=[0, 1] * 20),
+        DataError,
+        r"train: the loss does not take labels \(2, 6\) .*one for each token\? Then give the task ignore_index",
+    ),
+    "a client half that pools": (
+        padded(IDS[:, 0] % 2, pools=True),
+        TypeError,
+        r"the cut of 2 samples is a tensor \(2, 4\), and their attention_mask a tensor \(2, 6\)",
+    ),
+    "one output for each class of two": (one_output([]), TypeError, r"and not \(2, 1\): give metrics="),
+    "one output without a dimension": (one_output([nn.Flatten(0)]), TypeError, r"and not \(2,\): give metrics="),
+    "a test label without an output": (
+        {"test": (X, torch.cat([Y[:-1], torch.tensor([2])]))},
+        DataError,
+        r"test: the loss does not take labels .*from 0 to 2 with outputs \(2, 2\) \(IndexError: Target 2 is out of",
+    ),
+    "a client's label below 0": (
+        {"train": [(X, Y), (X, torch.cat([Y[:-1], torch.tensor([-1])]))]},
+        DataError,
+        "train of client 1: the loss does not take labels .*from -1 to 1",
+    ),
+    "items with a label without an output": (
+        {"validation": list(zip(X, [0, 3] * 20, strict=True))},
+        DataError,
+        "validation: the loss does not take labels .*from 0 to 3",
+    ),
+    "test samples of another width": (
+        {"test": (X[:, :3], Y)},
+        DataError,
+        r"test: the model does not take samples of inputs \(3,\) \(RuntimeError",
+    ),
+    "a model without numbers": (
+        {"model": nn.Sequential(nn.Linear(4, 6, device="meta"), nn.Tanh(), nn.Linear(6, 2))},
+        TypeError,
+        "the task's model has no numbers for 0.weight, which is on the device meta",
+    ),
     **{
         f"clients with other {what}": ({"train": sets, "loss": crossed}, DataError, reason)
         for what, (sets, reason) in UNLIKE.items()
@@ -945,6 +1031,11 @@ LATER = {
         "the task's optimizer has none of the server half's parameters",
     ),
     "scores of nothing": ({"scores": lambda outputs, data: None}, TypeError, "the task's scores are None: numbers by"),
+    "less of no score": (
+        {"scores": lambda outputs, data: {"s": 1.0}, "lower_is_better": ("t",)},
+        TypeError,
+        "lower_is_better has 't', and the task's metrics are s",
+    ),
     "nowhere to cut": ({"at": None}, ValueError, "where is the model to be cut"),
     "no such place": ({"at": 7}, ValueError, "cannot cut at 7; the cut points are"),
     "a function of nothing": ({"model": lambda: None}, TypeError, "the task's model is a NoneType"),
@@ -972,6 +1063,18 @@ def test_a_task_that_cannot_run(what, tmp_path):
     with pytest.raises(error, match=reason):
         train(task(**more), tmp_path / "run", **{**QUICK, "clients": clients}, **RATES)
     assert not any(tmp_path.glob("run/*"))
+
+
+def test_what_is_tried_before_the_first_round_is_what_runs():
+    """Labels that a loss leaves out, integers of which no accuracy is asked, and a text without tokens: all run."""
+    gone = torch.cat([torch.full((8,), -100), Y[8:]])  # which torch's cross_entropy does not count
+    assert train(task(train=(X, gone)), **QUICK, **RATES).rounds == 3
+    counts = task(**one_output([]), metrics={"m": lambda outputs, labels: 1.0})
+    assert train(counts, **QUICK, **RATES).refused == []
+    labels = torch.where(SEEN == 0, -100, IDS % 2)
+    tagged = padded(labels, ignore_index=-100)
+    tagged["train"][0]["attention_mask"] = torch.cat([SEEN[:-1], 0 * SEEN[:1]])
+    assert train(task(**tagged), partition="iid", **QUICK, **RATES).refused == []
 
 
 @pytest.mark.parametrize("settings", [{}, {"estimator": "backward"}])

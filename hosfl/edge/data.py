@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from hosfl.protocol.arrays import widened
 from hosfl.protocol.seeds import Purpose, drawn
 from hosfl.protocol.weights import read_weights
-from hosfl.tasks.reading import DataError, arrays_in, returned_by
+from hosfl.tasks.reading import TOKENS, DataError, arrays_in, returned_by
 
 Arrays = NDArray[Any] | dict[str, NDArray[Any]]
 LABELS, MASK = ("labels", "label"), "attention_mask"
@@ -63,11 +63,15 @@ class Samples:
         return self.named()[MASK].shape[1] if MASK in self.named() else None
 
     def trimmed(self, per_token: bool) -> Samples:
-        """Without the tokens at the end that count in no sample. per_token: labels end with the tokens."""
+        """Without the tokens at the end that count in no sample, where a client with torch leaves them out, too.
+        per_token: labels end with the tokens."""
         if self.tokens is None:
             return self
         longest = int(self.named()[MASK].any(0).nonzero()[0][-1]) + 1
-        inputs = self._each(lambda x: x[:, :longest] if x.shape[1:2] == (self.tokens,) else x)
+        wide = [name for name, x in self.named().items() if x.shape[1:2] == (self.tokens,)]
+        if not set(wide) <= set(TOKENS):
+            return self
+        inputs = {name: x[:, :longest] if name in wide else x for name, x in self.named().items()}
         return Samples(inputs, self.labels[:, :longest] if per_token else self.labels)
 
     def _each(self, change: Callable[[NDArray[Any]], NDArray[Any]]) -> Arrays:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from hosfl.halves.adapters import factors, refuse_idle
-from hosfl.halves.inputs import Inputs, alike, call, cloned, evaluating
+from hosfl.halves.inputs import Inputs, alike, call, cloned, evaluating, mask_of
 from hosfl.halves.narrow import narrowed
 from hosfl.halves.split import Joined, SplitModel, as_dtype, dtype_of
 from hosfl.halves.trains import moving_only
@@ -30,10 +30,13 @@ from hosfl.protocol.seeds import Purpose, round_seed
 from hosfl.runs.checkpoint import header_of
 from hosfl.runs.federation import Federation
 from hosfl.settings import DEFAULTS, Rates, Settings
-from hosfl.tasks import make_task
+from hosfl.tasks import TASKS, TUNED, make_task
 from hosfl.tasks.data import Dataset, at_once, digest, dirichlet_split, iid_split, shards
 from hosfl.tasks.items import Batches, Items, check_alike, read
-from hosfl.tasks.task import Scores, Task, TaskError
+from hosfl.tasks.reading import DataError
+from hosfl.tasks.task import Scores, Task, TaskError, rates_among
+
+TAKES_NOT = (RuntimeError, IndexError, ValueError)  # what torch says of shapes and classes that do not fit
 
 
 def assemble(
@@ -50,7 +53,7 @@ def assemble(
 
     Raises ValueError, DataError, ProvenanceError for a base file that is not this run's, and what `Task.halves` raises.
     """
-    task = make_task(config) if task is None else task
+    task = task_of(config) if task is None else task
     config = for_clients(config, task)
     check_alike(task.sets())
     kind, rates = method_of(config.method), rates_of(task, config)
@@ -229,7 +232,7 @@ def _tried(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tuple[
 
     Raises TaskError for outputs and a loss that are none, ValueError for a client half that is no function of its
     inputs and weights, for a cut that has no gradient, or that the server half takes in another dtype than its own, and
-    for adapters that do nothing.
+    for adapters that do nothing; DataError for a data set that model and loss do not take.
     """
     sample = read(data[torch.arange(min(2, len(data)))])  # a copy; two, so that a loss per sample shows
     given = cloned(sample.inputs)
@@ -247,7 +250,7 @@ def _tried(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tuple[
                     f"{of} of {len(sample)} samples is {_told(found)}: a tensor is needed, whose first dimension is the"
                     " samples"
                 )
-        loss = task.loss(output, sample.labels)
+        loss = _lost(task, "train", output, sample.labels)
     if not alike(cut, again):
         if digest(given) != digest(sample.inputs):
             raise ValueError(
@@ -264,7 +267,92 @@ def _tried(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tuple[
         )
     _check_dtype(model, sample.inputs, cut, output)
     refuse_idle(model.client, sample.inputs)
-    return tuple(cut.shape[1:]), sample
+    task.check_scored(output, sample.labels)
+    shape = tuple(cut.shape[1:])
+    _check_place(sample, cut)
+    if (short := _shortest(task, data, sample)).length < sample.length:  # as batches are that have only such
+        try:
+            cut = _passed(task, model, "train", short)
+        except DataError as error:
+            if short.labels.shape[1:2] != (sample.length,):
+                raise
+            raise DataError(f"{error}; are labels one for each token? Then give the task ignore_index") from error
+        _check_place(short, cut)
+    _check_sets(task, model, sample.labels.device)
+    return shape, sample
+
+
+def _check_sets(task: Task, model: SplitModel, device: torch.device) -> None:
+    """Raises DataError for a data set of which model and loss do not take the samples with the least and greatest
+    label, or, where not all labels are known, the first two; such as for a class without an output.
+
+    Clients' samples are alike, so that those of one are tried, and of another whose labels go further.
+    """
+    least, most = math.inf, -math.inf
+    for what, data in task.sets():
+        low, high, chosen = least, most, torch.arange(min(2, len(data)))
+        if isinstance(data, Dataset) and data.labels.numel():
+            rows = data.labels.reshape(len(data), -1)
+            # What does not count is often below 0, and no class.
+            lows = rows if task.ignore_index is None else rows.masked_fill(rows == task.ignore_index, int(rows.max()))
+            (low, first), (high, last) = (map(float, end) for end in (lows.amin(1).min(0), rows.amax(1).max(0)))
+            chosen = torch.tensor([int(first), int(last)])
+        if what in ("test", "validation") or low < least or high > most:
+            least, most = min(least, low), max(most, high)
+            _passed(task, model, what, read(data[chosen].to(device, dtype_of(model.client))))
+
+
+def _passed(task: Task, model: SplitModel, what: str, sample: Dataset) -> Tensor:
+    """The cut of samples that go through model and loss. Raises DataError where they do not."""
+    with evaluating(model):
+        try:
+            cut: Tensor = call(model.client, cloned(sample.inputs))
+            output = model(cloned(sample.inputs))
+        except TAKES_NOT as error:
+            inputs = sample.inputs if isinstance(sample.inputs, dict) else {"inputs": sample.inputs}
+            shapes = ", ".join(f"{name} {tuple(x.shape[1:])}" for name, x in inputs.items())
+            raise DataError(f"{what}: the model does not take samples of {shapes} ({_first_line(error)})") from error
+        _lost(task, what, output, sample.labels)
+    return cut
+
+
+def _lost(task: Task, what: str, output: Tensor, labels: Tensor) -> Any:
+    """The task's loss. Raises DataError where it does not take the labels."""
+    try:
+        loss = task.loss(output, labels)
+        if isinstance(loss, Tensor):
+            loss.tolist()  # a GPU tells of a class without an output when it is waited for
+    except TAKES_NOT as error:
+        ends = f" from {labels.min():g} to {labels.max():g}" if labels.numel() else ""
+        raise DataError(
+            f"{what}: the loss does not take labels {tuple(labels.shape)}{ends} with outputs {tuple(output.shape)}"
+            f" ({_first_line(error)})"
+        ) from error
+    return loss
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+def _shortest(task: Task, data: Dataset | Items, sample: Dataset) -> Dataset:
+    """Two of the shortest texts without their padding; of items, of which nobody knows them, of the sample."""
+    if isinstance(data, Dataset):
+        order = data.lengths.argsort(stable=True)
+        order = order[data.lengths[order] > 0][:2]
+        sample = data[order] if len(order) else sample
+    return sample.trimmed(task.per_token)
+
+
+def _check_place(sample: Dataset, cut: Tensor) -> None:
+    """Raises TaskError where the attention mask does not say of every place of the cut whether it counts."""
+    mask = mask_of(sample.inputs)
+    if mask is not None and mask.shape != cut.shape[:2]:
+        raise TaskError(
+            f"the cut of {len(sample)} samples is {_told(cut)}, and their attention_mask {_told(mask)}: the server half"
+            " gets it beside the cut, of which it says what counts: cut further in front, or, where the client half"
+            " pools its tokens, call the mask something else"
+        )
 
 
 def _check_dtype(model: SplitModel, inputs: Inputs, cut: Tensor, output: Tensor) -> None:
@@ -287,6 +375,14 @@ def _check_dtype(model: SplitModel, inputs: Inputs, cut: Tensor, output: Tensor)
 
 def _told(value: Any) -> str:
     return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def task_of(config: Settings) -> Task:
+    """The task of a run. Raises what `make_task` raises; and what `rates_of` does for rates that are missing, before
+    the library's own tasks fetch data from the hub, which may take long."""
+    if config.task in TASKS and config.task not in TUNED and not config.data:
+        rates_among({}, method_of(config.method).tuned(config), config)
+    return make_task(config)
 
 
 def rates_of(task: Task, config: Settings) -> Rates:
@@ -344,4 +440,6 @@ def evaluate(model: SplitModel, data: Dataset | Items, task: Task) -> tuple[Scor
     mean = loss / counted if counted else math.nan
     seen = data if isinstance(data, Dataset) else Dataset({}, torch.cat(labels))
     all_outputs = torch.cat(outputs)[order.argsort()] if kept else torch.empty(0)
-    return task.score(all_outputs, seen, mean) | generated, mean
+    scores = task.score(all_outputs, seen, mean) | generated
+    task.lower(scores)  # which refuses a name that is no score's: before the first round, and not after the last
+    return scores, mean

@@ -79,7 +79,7 @@ class Summary:
     backward through the halves, whole run, "client forward" and so on, evaluation left out; a pass with dual numbers is
     one; passes_per_client_round as for bytes. forward_seconds, answer_seconds: mean per client and cut of the plain
     forward pass, and of probing (P passes) or backpropagation. peak_memory: bytes, of the process, and on CUDA of its
-    allocator.
+    allocator. lower_is_better: of which scores less is better.
     """
 
     config: dict[str, Any]
@@ -101,6 +101,7 @@ class Summary:
     answer_seconds: float
     peak_memory: dict[str, int]
     machine: dict[str, Any]
+    lower_is_better: list[str] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -117,6 +118,7 @@ class Summary:
         provenance: Provenance,
         seconds: float,
         failure: str | None,
+        lower_is_better: list[str],
     ) -> Summary:
         timed = max(1, sum(c.seconds.rounds for c in clients))
         return cls(
@@ -139,6 +141,7 @@ class Summary:
             answer_seconds=sum(c.seconds.answer for c in clients) / timed,
             peak_memory=peak_memory(),
             machine=machine(),
+            lower_is_better=lower_is_better,
         )
 
 
@@ -342,7 +345,7 @@ class Writer:
                 file.close()
 
 
-LOWER_IS_BETTER = ("perplexity",)  # of all scores
+LOWER_IS_BETTER = ("perplexity",)  # whether or not its task says so: results from before do not
 
 
 def metric(scores: Mapping[str, float]) -> str:

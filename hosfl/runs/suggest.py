@@ -7,6 +7,7 @@ made few enough for the budget, where probes are cheap: in the layers next to th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -58,8 +59,8 @@ def suggest(config: Settings, rounds: int = 300, passes: float = 5.0, task: Task
     Raises ValueError for a budget that no block fits, and for a half with nothing that could move; CutError for a half
     that cannot be taken apart.
     """
-    if rounds < 1 or not passes > 0:
-        raise ValueError(f"rounds and passes must be positive, got {rounds} and {passes}")
+    if rounds < 1 or not 0 < passes < math.inf:
+        raise ValueError(f"rounds and passes must be positive and finite, got {rounds} and {passes}")
     task = make_task(config) if task is None else task.with_public(config.public)
 
     def half() -> nn.Module:

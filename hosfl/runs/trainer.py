@@ -22,14 +22,13 @@ from hosfl.protocol.provenance import Provenance
 from hosfl.protocol.records import EpochRecord
 from hosfl.protocol.terms import Diverged, NothingLearnt
 from hosfl.runs import snapshot
-from hosfl.runs.assemble import assemble, evaluate, for_clients
+from hosfl.runs.assemble import assemble, evaluate, for_clients, task_of
 from hosfl.runs.checkpoint import check_free, load_config, load_id, next_epoch, save_id, save_module
 from hosfl.runs.config import Config
 from hosfl.runs.federation import Federation
 from hosfl.runs.report import Evaluation, Summary, Writer
 from hosfl.runs.serve import Events, Over
 from hosfl.settings import differences
-from hosfl.tasks import make_task
 from hosfl.tasks.task import Task
 
 FIRST, LONGEST = 0.1, 10.0  # seconds between two tries of a round
@@ -206,7 +205,7 @@ def _told(what: Task | Config, settings: dict[str, Any]) -> tuple[Config, Task]:
     if isinstance(what, Config):
         if settings:
             raise TypeError(f"{', '.join(settings)} beside a Config: say them there")
-        task = make_task(what)
+        task = task_of(what)
         return cast(Config, for_clients(what, task)), task
     if not isinstance(what, Task):
         raise TypeError(f"train needs a Task or a Config, not a {type(what).__name__}")
@@ -294,6 +293,7 @@ class _Course:
                 provenance=provenance_of(federation),
                 seconds=time.perf_counter() - self.begin,
                 failure=str(self.failure) if self.failure else None,
+                lower_is_better=self.task.lower(self.last.scores),
             )
             if folder is not None:
                 model = federation.model()

@@ -188,6 +188,8 @@ def _notes(study: Study, found: dict[str, Any]) -> str:
             " Gap recovered: the share of the way from the frozen client to the first-order one; in equal seconds: by"
             " what is reached when first-order's run ends."
         )
+    if found["lower_is_better"]:
+        text += f" The lower the {found['metric']}, the better."
     text += f" {at_ends(found)}".rstrip()
     both = set(study.seeds) & set(study.tuning_seeds)
     return text + (f" Seeds {_list(sorted(both))} were also tuned on." if both else "")

@@ -42,13 +42,12 @@ import torch
 from hosfl.files import FolderLock, write_atomically, write_json
 from hosfl.protocol.lattice import LatticeError
 from hosfl.protocol.terms import Diverged, NothingLearnt
-from hosfl.runs.assemble import rates_of
+from hosfl.runs.assemble import rates_of, task_of
 from hosfl.runs.config import Config, all_with_shared, with_shared
 from hosfl.runs.memory import HALVES, client_memory
 from hosfl.runs.report import LOWER_IS_BETTER, Evaluation, gap_recovered, machine, metric
 from hosfl.runs.trainer import train
 from hosfl.settings import FIELDS, NEUTRAL, decisive, differences, typed
-from hosfl.tasks import make_task
 from hosfl.tasks.task import Task
 
 OWN = ("seed", "rounds", "evaluate_on")  # settings that the study itself makes
@@ -250,7 +249,8 @@ _warm: list[str] = []  # not empty once this process has trained
 
 
 def run_job(job: Job) -> Result | None:
-    """One run: settings, outcome and evaluations. One that diverges, or learns nothing, says so; None: interrupted."""
+    """One run: settings, outcome and evaluations. One that diverges, learns nothing, or ends with a first score that is
+    not finite, says so; None: interrupted."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     evaluations: list[Evaluation] = []
@@ -272,6 +272,8 @@ def run_job(job: Job) -> Result | None:
         summary = train(job.config, None, progress)
         if summary.interrupted:
             return None
+        if not math.isfinite(summary.accuracy):  # by which no trial can be chosen, and which no file holds
+            raise Diverged(f"the {metric(summary.scores)} after round {summary.rounds} is not finite")
         # Of this process that may have made other runs: its peak is not this run's.
         outcome |= {k: v for k, v in asdict(summary).items() if k not in ("config", "peak_memory", "interrupted")}
     except (LatticeError, Diverged, NothingLearnt) as error:
@@ -397,7 +399,7 @@ def check_tasks(study: Study) -> dict[Data, str]:
     for job in study.tuning():
         key = _data(job.config)
         if key not in tasks:
-            tasks[key] = make_task(job.config)
+            tasks[key] = task_of(job.config)
         rates_of(tasks[key], job.config)
     return {key: task.digest() for key, task in tasks.items()}
 
@@ -567,6 +569,8 @@ def held(job: Job, folder: Path) -> Result | None:
         _check(path, result, _GOOD)
     if "provenance" in result:  # results from before have none
         _check(path, result, {"provenance": _PROVENANCE})
+    if "lower_is_better" in result:
+        _check(path, result, {"lower_is_better": [str]})
     if "jobs" in result:  # nor these
         _check(path, result, {"jobs": int})
     was = decisive(result["config"])
@@ -626,11 +630,10 @@ def _flat(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def trials(study: Study, folder: Path) -> list[dict[str, Any]]:
-    """Every trial that has all its runs: validation figures by seed and their means. A failed run counts as accuracy 0
-    (of a score that is better when lower: infinite) and an infinite loss, here None."""
+    """Every trial that has all its runs: validation figures by seed and their means. Of a failed run, and of a trial
+    that has one, they are None."""
     rows = []
     jobs = study.tuning()
-    worst = math.inf if _metric(study, folder) in LOWER_IS_BETTER else 0.0
     for (method, n), group in itertools.groupby(jobs, lambda job: (job.method, job.trial)):
         found = [held(job, folder) for job in group]
         runs = [run for run in found if run is not None]
@@ -638,22 +641,23 @@ def trials(study: Study, folder: Path) -> list[dict[str, Any]]:
             continue
         failures = [run["failure"] for run in runs if run["failure"]]
         row = {"method": method, "trial": n, "choice": _choices(study.grids[method])[n], "failures": failures}
-        row["accuracies"] = [worst if run["failure"] else run["accuracy"] for run in runs]
-        row["losses"] = [None if run["failure"] else run["loss"] for run in runs]
-        row["accuracy"] = mean(row["accuracies"])
-        row["loss"] = None if failures else mean(row["losses"])
+        for name, each in zip(QUANTITIES, ("accuracies", "losses"), strict=True):
+            row[each] = [None if run["failure"] else run[name] for run in runs]
+            row[name] = None if failures else mean(row[each])
         rows.append(row)
     return rows
 
 
 def best(study: Study, folder: Path) -> dict[str, int | None]:
-    """The trial of each method: the best mean validation accuracy, at equal accuracy the lower loss, then the first
-    one. None where in every trial every run failed."""
+    """The trial of each method: the best mean validation accuracy, or whatever the task's first score is, the least
+    where less is better; at equal accuracy the lower loss, then the first one. A run that failed is worse than any that
+    did not: first of all counts how many of a trial did. None where in every trial every run failed."""
     chosen: dict[str, int | None] = {}
-    sign = -1 if _metric(study, folder) in LOWER_IS_BETTER else 1
+    sign = -1 if _metric(study, folder)[1] else 1
 
-    def merit(row: dict[str, Any]) -> tuple[float, float]:
-        return sign * row["accuracy"], -math.inf if row["loss"] is None else -row["loss"]
+    def merit(row: dict[str, Any]) -> tuple[float, ...]:
+        accuracy, loss = (mean(v for v in row[each] if v is not None) for each in ("accuracies", "losses"))
+        return -len(row["failures"]), sign * accuracy, -loss
 
     for method, group in itertools.groupby(trials(study, folder), lambda row: row["method"]):
         rows = [row for row in group if len(row["failures"]) < len(row["losses"])]
@@ -685,14 +689,17 @@ def table(study: Study, folder: Path) -> dict[str, Any]:
     _add_gap(rows)
     for row in rows.values():
         del row["curves"]
-    what = {"rounds": study.rounds, "unequal": study.unequal, "metric": _metric(study, folder), "machine": machine()}
-    return {**what, "methods": rows, "trials": tried}
+    name, lower = _metric(study, folder)
+    what = {"rounds": study.rounds, "unequal": study.unequal, "metric": name, "lower_is_better": lower}
+    return {**what, "machine": machine(), "methods": rows, "trials": tried}
 
 
-def _metric(study: Study, folder: Path) -> str:
-    """What the study's task calls the accuracy, as far as a run has said so."""
+def _metric(study: Study, folder: Path) -> tuple[str, bool]:
+    """What the study's task calls the accuracy, and whether less of it is better, as far as a run has said so."""
     runs = (held(job, folder) for job in study.tuning())
-    return next((metric(run["scores"]) for run in runs if run and not run["failure"]), "accuracy")
+    run: Result = next((run for run in runs if run and not run["failure"]), {"scores": {}})
+    name = metric(run["scores"])
+    return name, name in (*run.get("lower_is_better", ()), *LOWER_IS_BETTER)
 
 
 def _row(study: Study, method: str, trial: int | None, runs: Sequence[Result]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ TASKS = {
     "lm": "hosfl.tasks.lm:lm_task",
     **dict.fromkeys(_PICTURES, "hosfl.tasks.vision:pictures_task"),
 }
+TUNED = ("digits", "digits-inverted")  # tasks with rates of their own; the others' have to be given
 # How a task reads the files of one client's own samples: (settings, path, tokens that the half reads) -> Dataset.
 READERS = {
     "sentences": "hosfl.tasks.sentences:own_sentences",

@@ -18,7 +18,7 @@ from torch import Tensor
 from hosfl.extras import needed
 from hosfl.halves.families import text_limits, tokenized
 from hosfl.protocol.seeds import Purpose, generator
-from hosfl.tasks.reading import DataError, Found, Row, classes
+from hosfl.tasks.reading import TOKENS, DataError, Found, Row, classes
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,16 @@ class Dataset:
     def trimmed(self, per_token: bool = False) -> Dataset:
         """Without the tokens at the end that count in no sample: nothing is computed or sent for them.
 
-        per_token: labels are one for each token, [n, length, ...], and end with the tokens.
+        per_token: labels are one for each token, [n, length, ...], and end with the tokens. Whole where an input of a
+        name of its own has as many numbers in a row as there are tokens: nobody knows whether they are of tokens.
         """
-        longest = int(self.lengths.max())
-        if longest == self.length:
+        longest, inputs = int(self.lengths.max()), self.inputs
+        if longest == self.length or isinstance(inputs, Tensor):
             return self
-        inputs = self._each(lambda x: x[:, :longest] if x.shape[1:2] == (self.length,) else x)
+        wide = [name for name, x in inputs.items() if x.shape[1:2] == (self.length,)]
+        if not set(wide) <= set(TOKENS):
+            return self
+        inputs = {name: x[:, :longest] if name in wide else x for name, x in inputs.items()}
         return replace(self, inputs=inputs, labels=self.labels[:, :longest] if per_token else self.labels)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Dataset:

@@ -109,7 +109,9 @@ class Items:
 
     def _stack(self, values: list[Any], name: str) -> Tensor:
         try:
-            tensors = [torch.as_tensor(value) for value in values]
+            tensors = [_dense(torch.as_tensor(value), f"{self.what}, {name}") for value in values]
+        except DataError:
+            raise
         except (TypeError, ValueError, RuntimeError) as error:
             raise DataError(f"{self.what}: {name} that are no numbers ({error}): make tensors of them") from None
         shapes = {tuple(tensor.shape) for tensor in tensors}
@@ -189,8 +191,14 @@ def inputs_of(given: Any, what: str) -> Tensor | dict[str, Tensor]:
 
 
 def _check_mask(inputs: Inputs, what: str) -> None:
-    """Raises DataError for an attention mask of other numbers than 0 and 1, which no message carries."""
+    """Raises DataError for an attention mask that no message carries: one of other numbers than 0 and 1, or one that
+    is not [samples, tokens]."""
     mask = mask_of(inputs)
+    if mask is not None and mask.dim() != 2:
+        raise DataError(
+            f"{what}: attention_mask of shape {tuple(mask.shape)}, and [samples, tokens] is needed: call masks of other"
+            " shapes something else"
+        )
     if mask is not None and len(strange := mask[(mask != 0) & (mask != 1)]):
         raise DataError(
             f"{what}: attention_mask has {strange[0].item():g}, and it is of 0 and 1, which say what counts: call"
@@ -235,7 +243,13 @@ def _tensor(array: Any, what: str) -> Tensor:
         raise DataError(f"{what}: no array of numbers ({error})") from None
     if found.dim() == 0:
         raise DataError(f"{what}: one number, where there is one for each sample")
-    return found
+    return _dense(found, what)
+
+
+def _dense(array: Tensor, what: str) -> Tensor:
+    if array.layout != torch.strided:
+        raise DataError(f"{what}: laid out as {array.layout}: make it dense, as to_dense() does")
+    return array
 
 
 def _numbered(given: Any) -> bool:

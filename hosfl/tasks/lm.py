@@ -232,6 +232,8 @@ def completion_loss(outputs: Tensor, labels: Tensor) -> Tensor:
 class Perplexity:
     """exp of the mean cross-entropy over all tokens that count, whatever the batches. Lower is better."""
 
+    higher_is_better = False  # as torchmetrics say it
+
     def __init__(self) -> None:
         self.reset()
 

@@ -1,4 +1,4 @@
-"""What tasks with pretrained models share: where they are cut, and their optimizer."""
+"""What tasks with pretrained models share: their heads, where they are cut, and their loss."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def pretrained_task(
     config: Settings,
     **more: Any,
 ) -> Task:
-    """What tasks with pretrained models share: the place of the cut, the third layer by default, and the optimizer.
+    """What tasks with pretrained models share: the place of the cut, the third layer by default, and cross-entropy.
 
     data: see `Task.of`. model: from the place of the cut; what is random in it comes from the run's seed. more: of
     `Task`.

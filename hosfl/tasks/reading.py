@@ -33,6 +33,8 @@ Row = dict[str, Any]  # the fields of a sample by name
 Found = tuple[str, Row]  # where a sample stands, such as "train.tsv, line 7", and its fields
 
 HIDDEN = -1  # the label of samples whose labels are not public, as on the Hugging Face hub
+# Inputs that have a place for every token, where there is an attention mask, by the names that transformers give them.
+TOKENS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 LISTED = 20  # names in a message
 LINE_END = re.compile(rb"\r\n?|\n")
 SURROGATE = re.compile("[\ud800-\udfff]")

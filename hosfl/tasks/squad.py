@@ -37,7 +37,8 @@ VERSION_2 = "is SQuAD 2.0, with questions that have no answer; this task reads 1
 
 
 class Question(NamedTuple):
-    """One question. answers: all that were given. start: where the first one begins in the context, in characters."""
+    """One question. article: its title, or its place in the file. answers: all that were given. start: where the first
+    one begins in the context, in characters."""
 
     article: str
     context: str
@@ -115,6 +116,8 @@ def read(path: Path) -> list[Question]:
     found = []
     for number, article in enumerate(field(document, "data", list, str(path))):
         place = f"data[{number}]"
+        named = article.get("title") if isinstance(article, dict) else None  # it may come again, later in the file
+        title = named if named and isinstance(named, str) else place
         for p, paragraph in enumerate(_objects(article, "paragraphs", f"{path}, {place}")):
             inner = f"{place}.paragraphs[{p}]"
             for q, asked in enumerate(_objects(paragraph, "qas", f"{path}, {inner}")):
@@ -124,7 +127,7 @@ def read(path: Path) -> list[Question]:
                 if isinstance(asked.get("id"), str):
                     where = f"{path}, question {asked['id']}"
                 context = field(paragraph, "context", str, f"{path}, {inner}")
-                found.append(_question(str(number), context, asked, _objects(asked, "answers", where), where))
+                found.append(_question(title, context, asked, _objects(asked, "answers", where), where))
     if not found:
         raise DataError(f"{path} has no questions")
     return _checked(found)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -49,6 +49,8 @@ class Task:
     accuracy for labels that are classes, and the negative loss, as "score", for all others. A metric may also be an
     object with reset(), update(outputs, labels) for every batch, and compute(), such as torchmetrics'; if all are, the
     outputs of the whole set are never in memory together.
+    lower_is_better: names of scores of which less is better, such as errors: studies choose rates by it. Of a metric
+    whose `higher_is_better` is False, as torchmetrics have it, nobody has to say it.
     optimizer: (server half, weight decay) -> its optimizer; default: AdamW with betas 0.9 and 0.99. The run says its
     rate; of several groups with rates of their own, that of the largest, and the ratios between them stay.
     classes: labels are below it, which the server checks; None: it cannot.
@@ -71,6 +73,7 @@ class Task:
     at: int | str | None = None
     validation: Any = None
     metrics: Mapping[str, Any] | None = None
+    lower_is_better: Sequence[str] = ()
     optimizer: Callable[[nn.Module, float], torch.optim.Optimizer] = adamw
     classes: int | None = None
     ignore_index: int | None = None
@@ -97,6 +100,7 @@ class Task:
             if not callable(found := getattr(self, name)):
                 raise TaskError(f"{name} is a {type(found).__name__}: a function of {of} is needed")
         _check_metrics(self)
+        _check_lower(self)
         for key, tuned in _mapping(self.rates, "rates", "rates by a method's name").items():
             _check_rates(key, tuned)
         if self.classes is not None:
@@ -171,6 +175,8 @@ class Task:
             made: Any = copy.deepcopy(self.model) if given else self._made()
             if isinstance(made, tuple) and len(made) == 2 and all(isinstance(half, nn.Module) for half in made):
                 made = SplitModel(*made)
+            if isinstance(made, nn.Module):
+                _check_there(made)
             if isinstance(made, SplitModel):
                 if at:
                     raise ValueError(f"the task's model is cut already: leave out at = {at!r}")
@@ -237,6 +243,25 @@ class Task:
             return self.metrics
         return {} if labels.is_floating_point() or labels.dim() > 1 else {"accuracy": accuracy}
 
+    def check_scored(self, outputs: Tensor, labels: Tensor) -> None:
+        """Raises TaskError where these would be scored by an accuracy that nobody asked for, and are no classes'."""
+        default = self.metrics is None and self.scores is None and "accuracy" in self._metrics(labels)
+        if default and not (outputs.dim() == 2 and outputs.shape[1] > 1):
+            raise TaskError(
+                f"labels that are integers are scored by the accuracy, for which {len(labels)} samples need outputs"
+                f" ({len(labels)}, classes), and not {tuple(outputs.shape)}: give metrics=, or real labels"
+            )
+
+    def lower(self, scores: Iterable[str]) -> list[str]:
+        """Those of these scores of which less is better. Raises TaskError where `lower_is_better` has one that is not
+        there."""
+        scores = list(scores)
+        _known(self.lower_is_better, scores)
+        said = [
+            name for name, metric in (self.metrics or {}).items() if getattr(metric, "higher_is_better", None) is False
+        ]
+        return [name for name in scores if name in self.lower_is_better or name in said]
+
     def digest(self) -> str:
         """SHA-256, in hexadecimal, of the data and of what clients' data differ by; nothing of where they lay.
 
@@ -251,20 +276,34 @@ class Task:
         key: `Method.tuned`, by which, or by its first part alone, `rates` has them; a method without a client rate has
         the key ("frozen",).
         """
-        found, frozen = self.rates.get(key, self.rates.get(key[0])), key == ("frozen",)
-        if found is None:
-            client_rate = 1.0 if frozen else settings.client_rate
-            if not settings.server_rate or not client_rate:
-                what = "server_rate" if frozen else "server_rate and client_rate"
-                there = f", only for {', '.join(map(str, self.rates))}" if self.rates else ""
-                raise ValueError(f"no rates are tuned for {' '.join(key)}{there}: give {what}")
-            found = (settings.server_rate, client_rate, 0.0)
-        tuned = Rates(*found, *(0.0,) * (3 - len(found)))
-        return Rates(
-            server=settings.server_rate or tuned.server,
-            client=settings.client_rate or tuned.client,
-            decay=tuned.decay if settings.server_decay is None else settings.server_decay,
-        )
+        return rates_among(self.rates, key, settings)
+
+
+def rates_among(rates: Mapping[Any, tuple[float, ...]], key: tuple[str, ...], settings: Settings) -> Rates:
+    """`Task.rates_of`, where the task's rates are these."""
+    found, frozen = rates.get(key, rates.get(key[0])), key == ("frozen",)
+    if found is None:
+        client_rate = 1.0 if frozen else settings.client_rate
+        if not settings.server_rate or not client_rate:
+            what = "server_rate" if frozen else "server_rate and client_rate"
+            there = f", only for {', '.join(map(str, rates))}" if rates else ""
+            raise ValueError(f"no rates are tuned for {' '.join(key)}{there}: give {what}")
+        found = (settings.server_rate, client_rate, 0.0)
+    tuned = Rates(*found, *(0.0,) * (3 - len(found)))
+    return Rates(
+        server=settings.server_rate or tuned.server,
+        client=settings.client_rate or tuned.client,
+        decay=tuned.decay if settings.server_decay is None else settings.server_decay,
+    )
+
+
+def _check_there(model: nn.Module) -> None:
+    """Raises TaskError for weights of the device "meta", which are shapes without numbers."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise TaskError(
+                f"the task's model has no numbers for {name}, which is on the device meta: load its weights"
+            )
 
 
 def _untied(halves: SplitModel) -> SplitModel:
@@ -300,6 +339,23 @@ def _check_metrics(task: Task) -> None:
     for name, metric in task.metrics.items():
         if not isinstance(name, str) or not (callable(metric) or _runs(metric)):
             raise TaskError(f"the metric {name!r} is a {type(metric).__name__}: a function, by a name, is needed")
+
+
+def _check_lower(task: Task) -> None:
+    names = task.lower_is_better
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise TaskError(f"lower_is_better is {names!r}: a tuple of names of metrics is needed")
+    if task.scores is None and task.generated is None:  # of which nobody knows the names before there are some
+        _known(names, task.metrics or ())
+
+
+def _known(names: Sequence[str], scores: Iterable[str]) -> None:
+    there = list(scores)
+    for name in names:
+        if name not in there:
+            raise TaskError(
+                f"lower_is_better has {name!r}, and the task's metrics are {', '.join(there) or 'left out'}"
+            )
 
 
 def _check_rates(key: Any, tuned: Any) -> None:
