@@ -423,6 +423,28 @@ def test_constants_that_a_forward_pass_makes(make):
     assert all(t.device.type == "meta" for half in copy.deepcopy(halves).to("meta") for t in half.buffers())
 
 
+class Masked(nn.Module):
+    """A buffer that is not saved, and that others read."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.register_buffer("mask", torch.rand(4), persistent=False)
+
+    def forward(self, x):
+        return self.layer(x) * self.mask
+
+
+def test_a_layer_s_buffer_that_is_not_saved_stays_so():
+    model, x = Leaves(lambda net, x: net.first.mask + x), torch.randn(3, 4)
+    model.first = Masked()
+    names = {*model.state_dict()}
+    halves = split(model, "second", example=x)
+    assert {*model.state_dict()} == names
+    assert {*halves.client.state_dict(), *halves.server.state_dict()} == names - {"mean"}  # which nobody reads
+    assert torch.equal(halves(x), model(x))
+
+
 class Positions(nn.Module):
     """A constant on the client, another in the server half; cut again there."""
 
