@@ -515,3 +515,14 @@ def test_the_command_lists_cut_points(tmp_path, capsys):
         with pytest.raises(SystemExit, match="2"):
             main(["split", "--model", str(tmp_path / "llama"), *wrong])
         assert f"argument {wrong[0][:7].rstrip('=')}" in capsys.readouterr().err
+
+
+def test_a_sequence_with_a_train_of_its_own_is_refused():
+    class Frozen(nn.Sequential):
+        def train(self, mode=True):
+            super().train(mode)
+            self[0].eval()
+            return self
+
+    with pytest.raises(TypeError, match="its own train"):
+        split(Frozen(nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Linear(4, 2)), 1)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hosfl.halves.chain import CutError, chain
+from hosfl.halves.chain import CutError, chain, refuse_own_ways
 from hosfl.halves.families import (
     FAMILIES,
     ancestors,
@@ -114,7 +114,7 @@ def split(model: nn.Module, at: int | str, *, example: Inputs | None = None, ver
     that shares it, become two: a client moves its own, the server trains its own.
 
     example: a few samples as the model takes them: a tensor, a tuple of arguments, or a mapping of names. With them the
-    halves are compared with the model, outputs and gradients, at the cost of two forward and two backward passes. Left
+    halves are compared with the model, outputs, gradients and what is left in buffers, at the cost of a few passes. Left
     out, the library makes some: of text and pictures for transformers, of pictures for all else; for an `nn.Sequential`
     it compares nothing, since the composition of its parts is what it is. On the meta device nothing is computed.
     verify: False compares nothing.
@@ -210,6 +210,7 @@ def way_of(model: nn.Module) -> Way:
         return Way(_transformer_places(model), partial(cut_transformer, model), finer=False)
     if _plain_sequence(model):
         _refuse_hooks(model, [model])
+        refuse_own_ways(model)
         names = list(model._modules)
         return Way({name: number for number, name in enumerate(names) if number}, partial(_cut_sequence, model))
     config = getattr(model, "config", None)
