@@ -114,7 +114,7 @@ def split(model: nn.Module, at: int | str, *, example: Inputs | None = None, ver
     that shares it, become two: a client moves its own, the server trains its own.
 
     example: a few samples as the model takes them: a tensor, a tuple of arguments, or a mapping of names. With them the
-    halves are compared with the model, outputs, gradients and what is left in buffers, at the cost of a few passes. Left
+    halves are compared with the model: outputs, gradients and buffers, at the cost of a few passes. Left
     out, the library makes some: of text and pictures for transformers, of pictures for all else; for an `nn.Sequential`
     it compares nothing, since the composition of its parts is what it is. On the meta device nothing is computed.
     verify: False compares nothing.
