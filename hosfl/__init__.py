@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from hosfl.extras import needed
 
 if TYPE_CHECKING:
-    from hosfl.halves.chain import CutError
+    from hosfl.halves.follow import CutError
     from hosfl.halves.split import SplitModel, cut_points, split
     from hosfl.methods.client import Client
     from hosfl.methods.first_order import FirstOrderClient, GradientAverage
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from hosfl.tasks.task import Task
 
 _WHERE = {
-    "hosfl.halves.chain": ("CutError",),
+    "hosfl.halves.follow": ("CutError",),
     "hosfl.halves.split": ("SplitModel", "cut_points", "split"),
     "hosfl.methods.client": ("Client",),
     "hosfl.methods.first_order": ("FirstOrderClient", "GradientAverage"),

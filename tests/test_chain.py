@@ -10,7 +10,8 @@ from pictures import packages
 from test_split import ResNet, randomised
 from torch import nn
 
-from hosfl.halves.chain import CutError, chain
+from hosfl.halves.chain import chain
+from hosfl.halves.follow import CutError
 from hosfl.halves.split import SplitModel, cut_points, split
 from hosfl.halves.verify import verify_halves
 

@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hosfl.cli import main
-from hosfl.halves.chain import CutError
 from hosfl.halves.families import FAMILIES
+from hosfl.halves.follow import CutError
 from hosfl.halves.inputs import evaluating
 from hosfl.halves.split import CutPoint, cut_points, split
 from hosfl.halves.verify import owners

@@ -13,8 +13,8 @@ from test_split import IMAGES, TEXT, ResNet, image_model, output, text, text_mod
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hosfl.halves.chain import CutError
 from hosfl.halves.families import FAMILIES, example_inputs, tensor_of
+from hosfl.halves.follow import CutError
 from hosfl.halves.split import SplitModel, cut_points, split
 from hosfl.halves.verify import verify_halves
 

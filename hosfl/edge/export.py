@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from hosfl.edge.half import BASE, LAYOUT, PREFIX, Half, HalfError, graph_name
 from hosfl.extras import needed
 from hosfl.halves.blocks import at_entry
-from hosfl.halves.chain import CutError
 from hosfl.halves.families import ClientHalf, copied
+from hosfl.halves.follow import CutError
 from hosfl.halves.inputs import Inputs, call, evaluating, mask_of, unchanged
 from hosfl.halves.narrow import in_their_dtype, narrow_names
 from hosfl.protocol.weights import as_file

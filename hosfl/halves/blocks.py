@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hosfl.halves.chain import CutError
 from hosfl.halves.families import ClientHalf
+from hosfl.halves.follow import CutError
 from hosfl.halves.inputs import Inputs, call, evaluating, mask_of
 from hosfl.halves.split import way_of
 

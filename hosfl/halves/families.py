@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hosfl.halves.chain import CutError, refuse_own_ways
+from hosfl.halves.follow import CutError, refuse_own_ways
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hosfl.halves.chain import CutError, chain, refuse_own_ways
+from hosfl.halves.chain import chain
 from hosfl.halves.families import (
     FAMILIES,
     ancestors,
@@ -36,6 +36,7 @@ from hosfl.halves.families import (
     transformer_layers,
     waves,
 )
+from hosfl.halves.follow import CutError, refuse_own_ways
 from hosfl.halves.inputs import Inputs, call, mask_of, unchanged
 from hosfl.halves.verify import ExampleError, on_meta, verify_halves
 

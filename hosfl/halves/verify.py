@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hosfl.halves.chain import CutError
 from hosfl.halves.families import tensor_of
+from hosfl.halves.follow import CutError
 from hosfl.halves.inputs import Inputs, accelerators, alike, call, cloned, unchanged
 
 
