@@ -19,17 +19,23 @@ MISSING = ("nms", "qnms", "roi_align", "ps_roi_align", "roi_pool", "ps_roi_pool"
 
 @lru_cache(maxsize=1)
 def packages() -> tuple[ModuleType, ModuleType]:
-    """torchvision.models, and timm."""
-    if FOLDER.is_dir() and str(FOLDER) not in sys.path:
-        sys.path.append(str(FOLDER))
+    """torchvision.models, and timm. The folder is left out of the path again, which processes that tests start have
+    from this one: there transformers would find a torchvision that it cannot load."""
+    sys.path.append(str(FOLDER))
     try:
-        return import_module("torchvision.models"), import_module("timm")
+        return _imported()
     except RuntimeError:  # operator torchvision::nms does not exist
         for name in [n for n in sys.modules if n.partition(".")[0] in ("torchvision", "timm")]:
             del sys.modules[name]
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in MISSING:
-        for operator in (name, f"_{name}_backward"):
-            library.define(f"{operator}(Tensor x) -> Tensor")
-    packages.library = library  # type: ignore[attr-defined]  # which goes with the object
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in MISSING:
+            for operator in (name, f"_{name}_backward"):
+                library.define(f"{operator}(Tensor x) -> Tensor")
+        packages.library = library  # type: ignore[attr-defined]  # which goes with the object
+        return _imported()
+    finally:
+        sys.path.remove(str(FOLDER))
+
+
+def _imported() -> tuple[ModuleType, ModuleType]:
     return import_module("torchvision.models"), import_module("timm")
