@@ -1,0 +1,433 @@
+"""A forward pass as steps: `torch.fx` follows it, through chosen modules, in eval and in train mode as one.
+
+What a followed forward pass writes into a buffer in place is a step as well. Tensors that it makes without its input
+are constants. Whatever else it leaves behind for the next pass is in no step, and refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partialmethod
+from inspect import Parameter, signature
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hosfl.halves.inputs import unchanged
+
+
+class CutError(TypeError):
+    """A model that cannot be cut, or halves that are not the model."""
+
+
+MODE = "train_mode"  # the name of this module in a half
+
+
+class Mode(nn.Module):
+    """Says whether it is in train mode: a step, and no constant to whatever traces or pickles the half."""
+
+    def forward(self) -> bool:
+        return self.training
+
+
+class Constant(nn.Module):
+    """A tensor that a half reads, and that is in no state dict. It goes to other devices with the half.
+
+    kind: "made" in the forward pass, anew in every one; a plain "attribute" of a module; or a "buffer" of one, the only
+    one to take another dtype with the half, as it does with the model.
+    """
+
+    def __init__(self, value: Tensor, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.register_buffer("value", value, persistent=False)
+
+    value: Tensor
+
+    def forward(self) -> Tensor:
+        return self.value.clone() if self.kind == "made" else self.value
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Constant:
+        before = self.value
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.kind != "buffer" and self.value.dtype != before.dtype:
+            self.value = before.to(self.value.device)
+        return self
+
+
+# Python's operators that write; torch's have names that end in "_".
+IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"}
+
+
+def anywhere(node: fx.Node) -> bool:
+    """Whether a step reads what either half can read by itself."""
+    return bool(node.op == "get_attr" or node.meta.get(ANYWHERE))
+
+
+ANYWHERE = "hosfl.anywhere"
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether a step writes into its first argument."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__") and node.op in ("call_function", "call_method")
+    return in_place or name in IN_PLACE or name.strip("_") == "setitem"
+
+
+class Buffers(fx.Tracer):
+    """Follows what is done to buffers, in place too. A half that is unpickled is followed by it again."""
+
+    proxy_buffer_attributes = True
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        found = super().getattr(attr, attr_val, parameter_proxy_cache)
+        if isinstance(found, fx.Proxy) and isinstance(attr_val, Tensor) and not isinstance(attr_val, nn.Parameter):
+            return _Buffer(found.node, self, attr_val.shape)
+        return found
+
+
+class _Buffer(fx.Proxy):
+    """Knows its shape, which stays, and is written by Python's operators in place, of which a proxy makes others."""
+
+    def __init__(self, node: fx.Node, tracer: fx.proxy.TracerBase, shape: torch.Size) -> None:
+        super().__init__(node, tracer)
+        self.shape, self.ndim = shape, len(shape)
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def dim(self) -> int:
+        return self.ndim
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __setitem__(self, at: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, at, value), {})
+
+    def written(self, by: Callable[..., Any], other: Any) -> _Buffer:
+        node = self.tracer.create_proxy("call_function", by, (self, other), {}).node
+        return _Buffer(node, self.tracer, self.shape)
+
+
+for _kind in IN_PLACE:
+    setattr(_Buffer, f"__{_kind}__", partialmethod(_Buffer.written, vars(operator)[_kind]))
+
+
+class _Tracer(Buffers):
+    """Follows the forward passes of `opened`. The first argument keeps its name, those behind it their defaults."""
+
+    def __init__(self, opened: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.opened = set(opened)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return m not in self.opened
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        behind_self = [*signature(root_fn).parameters.values()][1:]
+        kinds = {p.name: p.kind for p in behind_self if p.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)}
+        name = next(iter(kinds), "x")
+        value = self.create_proxy("placeholder", name, (), {})
+        if kinds.get(name) is Parameter.KEYWORD_ONLY:
+            return lambda: root_fn(self.root, **{name: value}), []
+        return root_fn, [self.root, value]
+
+
+class _Untouched(TorchDispatchMode):
+    """While a pass is followed: nothing is computed of weights and buffers, and nothing written into tensors beside
+    them. It would be done once, and be in no step."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.beside = {_memory(t): n for n, t in _attributes(model) if isinstance(t, Tensor)}
+        self.held = {_memory(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tree_leaves((args, kwargs)):
+            memory = _memory(tensor) if isinstance(tensor, Tensor) else 0
+            what = None
+            if memory in self.held:
+                what = f"it computes with {self.held[memory]} without reading it as an attribute of its module"
+            elif memory in self.beside and func._schema.is_mutable:
+                what = f"it writes into {self.beside[memory]}, which is no buffer: register it as one"
+            if memory and what:
+                raise RuntimeError(what)  # no TypeError, which operators take for an answer
+        return func(*args, **(kwargs or {}))
+
+
+def _memory(tensor: Tensor) -> int:
+    """Where it lies; 0 where it has no numbers, or none in one piece."""
+    return 0 if tensor.is_meta or tensor.layout != torch.strided else tensor.untyped_storage().data_ptr()
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A forward pass that was followed: its steps, what those read that have a name, and which of that it made."""
+
+    graph: fx.Graph
+    nodes: list[fx.Node]
+    read: dict[fx.Node, Any]
+    made: set[str]
+
+
+def _passed(model: nn.Module, opened: list[nn.Module], mode: bool) -> _Pass:
+    for module in opened:
+        module.training = mode
+    there = set(vars(model))
+    modules = list(model.named_modules())
+    held = [(path, own, dict(own)) for path, m in modules for own in (m._parameters, m._buffers)]
+    with _Untouched(model):
+        graph = _Tracer(opened).trace(model)
+    for path, own, before in held:
+        for name, value in own.items():
+            if value is not before.get(name) and not _is_written(value, f"{path}.{name}".lstrip(".")):
+                raise CutError(_assigned(name))
+        own.update(before)
+    nodes = list(graph.nodes)
+    read = {node: operator.attrgetter(node.target)(model) for node in nodes if node.op == "get_attr"}
+    made = {node.target for node in read} - there
+    made = {name for name in made if name in vars(model)}
+    for name in made:
+        delattr(model, name)
+    return _Pass(graph, nodes, read, made)
+
+
+def _is_written(value: Any, name: str) -> bool:
+    """Whether it is the tensor of that name after steps in place, which `+=` assigns."""
+    node: Any = value.node if isinstance(value, fx.Proxy) else None
+    while isinstance(node, fx.Node) and writes(node):
+        node = node.args[0]
+    return isinstance(node, fx.Node) and (node.op, node.target) == ("get_attr", name)
+
+
+def _assigned(name: str) -> str:
+    return f"it assigns {name}, where a half would keep the old one: write into it, {name}.copy_(...)"
+
+
+def followed(model: nn.Module, opened: list[nn.Module]) -> tuple[fx.Graph, dict[str, Any]]:
+    """The forward pass of a model, through the modules `opened`, as one graph for both modes: where a function is told
+    the mode, the half's own mode is read. And what its steps read that is in no state dict, by name.
+
+    Raises CutError where fx cannot follow it, where it is another one in train mode, and where it leaves behind what no
+    half would.
+    """
+    for module in opened:
+        refuse_own_ways(module)
+    whose = f"the forward pass of {type(model).__name__}"
+    modes = {module.training for module in opened}
+    # What a forward pass does without its input is really done: to attributes, random generators.
+    with unchanged(model.modules()), _emptied_again(model):
+        try:
+            evaluating = _passed(model, opened, False)
+            left = _left(model)
+            training = _passed(model, opened, True)
+            changed = _changed(left, _left(model))
+            with evaluating.graph.inserting_before(evaluating.nodes[0]):
+                flag = evaluating.graph.create_node("call_module", MODE)
+            merged = _merged(evaluating, training, flag)
+            again = merged or _merged(evaluating, _passed(model, opened, False), None)
+        except Exception as error:  # whatever a forward pass does with a value that is none yet
+            message = str(error).strip().split("\n")[0]
+            raise CutError(f"cannot follow {whose}: {message}") from error
+    if merged is None and again is not None:
+        raise CutError(
+            f"{whose} is another one in train mode than in eval mode: build it without what runs in one of them only, "
+            "such as auxiliary classifiers"
+        )
+    if merged is None:
+        raise CutError(
+            f"{whose} is another one in every pass: it draws random numbers apart from its input, or uses what the "
+            "pass before left in an attribute"
+        )
+    if changed:
+        raise CutError(
+            f"{whose} changes {changed}, which is in no half: keep it in a buffer, and write into that in place"
+        )
+    for node, (args, kwargs) in zip(evaluating.nodes, merged, strict=True):
+        node.args, node.kwargs = args, kwargs
+    flag.meta[ANYWHERE] = True
+    if not flag.users:
+        evaluating.graph.erase_node(flag)
+    elif len(modes) > 1:
+        raise CutError(
+            f"some modules of {type(model).__name__} are in train mode and others are not: call its train() or "
+            "eval(), cut, and set the modes of the halves' own modules"
+        )
+    return evaluating.graph, _with_constants(model, evaluating)
+
+
+def refuse_own_ways(module: nn.Module) -> None:
+    """Raises CutError for a module whose forward pass is taken apart, and with it what is beside it in its class."""
+    kind = type(module)
+    base = next(k for k in kind.__mro__ if k is nn.Module or k.__module__ == "transformers.modeling_utils")
+    own = [name for name in ("train", "eval") if getattr(kind, name) is not getattr(base, name) or name in vars(module)]
+    if kind.__call__ is not nn.Module.__call__ and not isinstance(module, fx.GraphModule):
+        own.append("__call__")
+    if own:
+        raise CutError(
+            f"cannot cut through {kind.__name__}, whose class has its own {own[0]}, which no half would have: take "
+            "that off, or put it into a layer"
+        )
+
+
+def _merged(a: _Pass, b: _Pass, flag: fx.Node | None) -> list[tuple[Any, Any]] | None:
+    """Every step's arguments, where b is told True and a is told False the flag's; None for passes that differ."""
+    same = dict(zip(b.nodes, a.nodes, strict=False))
+    try:
+        if len(a.nodes) != len(b.nodes) or not all(_same_step(a, m, b, n) for n, m in same.items()):
+            return None
+        return [
+            (_argument(m.args, n.args, same, flag), _argument(m.kwargs, n.kwargs, same, flag)) for n, m in same.items()
+        ]
+    except _Different:
+        return None
+
+
+class _Different(Exception):
+    pass
+
+
+def _same_step(a: _Pass, m: fx.Node, b: _Pass, n: fx.Node) -> bool:
+    if m.op != n.op or m.op != "get_attr":
+        return (m.op, m.target) == (n.op, n.target)
+    if m.target in a.made or n.target in b.made:
+        return _equal(a.read[m], b.read[n])
+    return bool(m.target == n.target and a.read[m] is b.read[n])
+
+
+def _argument(a: Any, b: Any, same: Mapping[fx.Node, fx.Node], flag: fx.Node | None) -> Any:
+    if isinstance(a, fx.Node):
+        if same.get(b) is not a:
+            raise _Different
+        return a
+    if flag is not None and a is False and b is True:
+        return flag
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
+        return type(a)(_argument(x, y, same, flag) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return {key: _argument(a[key], b[key], same, flag) for key in a}
+    if isinstance(a, slice) and isinstance(b, slice):
+        return slice(*(_argument(x, y, same, flag) for x, y in zip(_ends(a), _ends(b), strict=True)))
+    if not _equal(a, b):
+        raise _Different
+    return a
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Of one kind and equal, NaN to NaN; tensors in dtype, shape and every number. On the meta device there is none."""
+    if a is b:
+        return True
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Tensor):
+        if (a.dtype, a.shape, a.device, a.layout) != (b.dtype, b.shape, b.device, b.layout):
+            return False
+        return a.is_meta or torch.equal(a, b) or (a.is_floating_point() and torch.allclose(a, b, 0, 0, equal_nan=True))
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    return bool(a == b or (isinstance(a, float) and a != a and b != b))
+
+
+def _ends(value: slice) -> tuple[Any, Any, Any]:
+    return value.start, value.stop, value.step
+
+
+OF_MODULES = {*vars(nn.Module())}  # what every module has
+
+
+def _attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """All that is no weight, buffer, module or mode, by its name."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name not in OF_MODULES:
+                yield f"{path}.{name}" if path else name, value
+
+
+@contextmanager
+def _emptied_again(model: nn.Module) -> Iterator[None]:
+    """Lists and dicts of modules hold afterwards what they held before."""
+    kept = [(value, copy.copy(value)) for _, value in _attributes(model) if type(value) in (list, dict)]
+    try:
+        yield
+    finally:
+        for value, before in kept:
+            value.clear()
+            value.extend(before) if isinstance(value, list) else value.update(before)
+
+
+def _left(model: nn.Module) -> dict[str, Any]:
+    return {name: _kept(value) for name, value in _attributes(model)}
+
+
+def _kept(value: Any, depth: int = 3) -> Any:
+    """A value as it is now: it may be written into. What a pass makes of its input is alike whatever it is."""
+    if isinstance(value, (fx.Proxy, fx.Node)):
+        return fx.Proxy
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    if depth and type(value) in (list, tuple):
+        return type(value)(_kept(v, depth - 1) for v in value)
+    if depth and isinstance(value, dict):
+        return {key: _kept(v, depth - 1) for key, v in value.items()}
+    return set(value) if type(value) is set else value
+
+
+def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
+    return next((name for name, value in after.items() if name not in before or not _equal(before[name], value)), None)
+
+
+def _with_constants(model: nn.Module, one: _Pass) -> dict[str, Any]:
+    """Names and modules of those things that are read and that no state dict has, whose steps become calls of these."""
+    calls = {str(node.target): node for node in one.nodes if node.op == "call_module"}
+    for node in one.nodes:
+        if node.op == "call_module" and isinstance(model.get_submodule(str(node.target)), (Mode, Constant)):
+            node.meta[ANYWHERE] = True  # of a half that is cut again
+    # A module that is a step has its buffers itself.
+    in_none = {name for name in unsaved(model) if not any(name.startswith(f"{call}.") for call in calls)}
+    saved = {id(t) for t in (*model.parameters(), *model.buffers())}
+    found: dict[str, Any] = {}
+    steps: dict[str, fx.Node] = {}
+    for node, value in one.read.items():
+        name = str(node.target)
+        if not isinstance(value, Tensor):
+            if name in one.made:
+                found[name] = value
+            continue
+        if name not in in_none and id(value) in saved:
+            continue
+        if name not in steps:  # one step, so that what is written into a tensor is in it afterwards
+            kind = "buffer" if name in in_none else "made" if name in one.made else "attribute"
+            new = _free(model, found)
+            found[new] = Constant(value, kind)
+            with one.graph.inserting_before(node):
+                steps[name] = one.graph.create_node("call_module", new)
+            steps[name].meta[ANYWHERE] = True
+        node.replace_all_uses_with(steps[name])
+        one.graph.erase_node(node)
+    return found
+
+
+def unsaved(model: nn.Module) -> set[str]:
+    """The names of the buffers that are in no state dict."""
+    modules = model.named_modules(remove_duplicate=False)
+    return {f"{path}.{name}".lstrip(".") for path, m in modules for name in m._non_persistent_buffers_set}
+
+
+def _free(model: nn.Module, taken: Mapping[str, Any]) -> str:
+    number = 0
+    while hasattr(model, f"constant_{number}") or f"constant_{number}" in taken:
+        number += 1
+    return f"constant_{number}"
