@@ -115,7 +115,7 @@ def test_one_digest(rule: str, dtype: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"directions_from": "fresh", "client_rate": 1.0}, {"pool_size": 16, "client_rate": 2.0}]
+    "settings", [{"directions_from": "fresh", "client_rate": 2.0}, {"pool_size": 16, "client_rate": 4.0}]
 )
 def test_one_digest_when_the_lattice_is_outgrown(settings: dict[str, Any], tmp_path: Path) -> None:
     """Clients come, go and start anew on either side of the round in which the lattice becomes coarser."""
