@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from hosfl.protocol.arrays import widened
 from hosfl.protocol.seeds import Purpose, drawn
 from hosfl.protocol.weights import read_weights
-from hosfl.tasks.reading import TOKENS, DataError, arrays_in, returned_by
+from hosfl.tasks.reading import DataError, arrays_in, returned_by, without_padding
 
 Arrays = NDArray[Any] | dict[str, NDArray[Any]]
 LABELS, MASK = ("labels", "label"), "attention_mask"
@@ -68,11 +68,9 @@ class Samples:
         if self.tokens is None:
             return self
         longest = int(self.named()[MASK].any(0).nonzero()[0][-1]) + 1
-        wide = [name for name, x in self.named().items() if x.shape[1:2] == (self.tokens,)]
-        if not set(wide) <= set(TOKENS):
+        if (shorter := without_padding(self.named(), self.tokens, longest)) is None:
             return self
-        inputs = {name: x[:, :longest] if name in wide else x for name, x in self.named().items()}
-        return Samples(inputs, self.labels[:, :longest] if per_token else self.labels)
+        return Samples(shorter, self.labels[:, :longest] if per_token else self.labels)
 
     def _each(self, change: Callable[[NDArray[Any]], NDArray[Any]]) -> Arrays:
         if isinstance(self.inputs, dict):

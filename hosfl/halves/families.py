@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hosfl.halves.follow import CutError, refuse_own_ways
+from hosfl.halves.follow import CutError
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,6 @@ def behind_layers(model: nn.Module) -> str | None:
 
 def cut_transformer(model: nn.Module, at: int) -> tuple[nn.Module, nn.Module]:
     """The client half with the first `at` layers, and the server half, which may have no layer. Both share weights."""
-    for module in ancestors(model):
-        refuse_own_ways(module)
     family = FAMILIES[model.config.model_type]  # type: ignore[union-attr, index]
     path = _trunk_path(model, family)
     trunk = model.get_submodule(path)

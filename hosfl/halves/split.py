@@ -211,7 +211,6 @@ def way_of(model: nn.Module) -> Way:
         return Way(_transformer_places(model), partial(cut_transformer, model), finer=False)
     if _plain_sequence(model):
         _refuse_hooks(model, [model])
-        refuse_own_ways(model)
         names = list(model._modules)
         return Way({name: number for number, name in enumerate(names) if number}, partial(_cut_sequence, model))
     config = getattr(model, "config", None)
@@ -299,9 +298,11 @@ def _inside(model: nn.Module) -> nn.Module:
 
 
 def _refuse_hooks(model: nn.Module, followed: Iterable[nn.Module]) -> None:
-    """Raises CutError for hooks of the modules whose forward passes are taken apart: whose would they be?"""
+    """Raises CutError for hooks of the modules whose forward passes are taken apart, and for their own ways of other
+    things: whose would they be?"""
     names = {module: name for name, module in model.named_modules()}
     for module in followed:
+        refuse_own_ways(module)
         kinds = [kind for kind in HOOKS if getattr(module, kind, None)]
         where = names[module] or type(module).__name__
         if kinds or module.__dict__.get("forward") is not None:

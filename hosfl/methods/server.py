@@ -179,16 +179,14 @@ class Server:
 
     def estimated(self, message: Message) -> bool:
         """Keep a client's running statistics for `calibrate`; False where they are refused."""
-        try:
+        with self._refusing(message, "calibration"):
             statistics, committed = self._check_statistics(message)
             if message.client in self._estimates:
                 raise MessageError("statistics for the second time")
             committed.samples(statistics)
-        except MessageError as error:
-            self._refuse(f"calibration, client {message.client}", message.client, error)
-            return False
-        self._estimates[message.client] = statistics
-        return True
+            self._estimates[message.client] = statistics
+            return True
+        return False
 
     def calibrate(self, messages: Iterable[Message] = ()) -> int:
         """Commit the clients' running statistics, before the first round: those that were `estimated`, and these.
@@ -276,12 +274,12 @@ class Server:
         return sorted(self._samples)
 
     @contextmanager
-    def _refusing(self, message: Message) -> Iterator[None]:
-        """What the block finds wrong with a message of the step is a refusal."""
+    def _refusing(self, message: Message, when: str = "") -> Iterator[None]:
+        """What the block finds wrong with a message is a refusal. when: by default the step's number."""
         try:
             yield
         except MessageError as error:
-            self._refuse(f"round {self._number}, client {message.client}", message.client, error)
+            self._refuse(f"{when or f'round {self._number}'}, client {message.client}", message.client, error)
 
     def _take(self, cut: Cut) -> None:
         """Learn from a cut that was checked. Raises MessageError; then all is as before."""
@@ -440,18 +438,16 @@ class Server:
     def answered(self, round: int, message: Message) -> bool:
         """Keep a client's answer to what it was sent for `commit`; False where it is refused."""
         assert self.ledger is not None
-        try:
+        with self._refusing(message, f"round {round}"):
             right = isinstance(message, self.ledger.expects) and message.round == round
             if not right or message.epoch != self.epoch:
                 raise MessageError(f"{type(message).__name__} of round {message.round}, epoch {message.epoch}")
             if message.client not in self._samples or message.client in self._given:
                 raise MessageError("an answer from a client that has no multiplier, or a second one")
             self.ledger.check(message)
-        except MessageError as error:
-            self._refuse(f"round {round}, client {message.client}", message.client, error)
-            return False
-        self._given[message.client] = message
-        return True
+            self._given[message.client] = message
+            return True
+        return False
 
     def commit(self, round: int, messages: Iterable[Message] = ()) -> list[int]:
         """Commit the round with what clients `answered`, and these, weighted by their numbers of samples.

@@ -479,7 +479,7 @@ class _InOrder:
         self._there[client] = message
         self.messages += message is not None
         while self._waiting and self._waiting[0] in self._there:
-            self._next()
+            self._hand_on(self._waiting.popleft())
 
     def take_those_here(self) -> None:
         """Hand on those that have come, before others that may still come."""
@@ -491,10 +491,7 @@ class _InOrder:
     def end(self) -> None:
         """Whoever has not come will not."""
         while self._waiting:
-            self._next()
-
-    def _next(self) -> None:
-        self._hand_on(self._waiting.popleft())
+            self._hand_on(self._waiting.popleft())
 
     def _hand_on(self, client: int) -> None:
         message = self._there.pop(client, None)

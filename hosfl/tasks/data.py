@@ -18,7 +18,7 @@ from torch import Tensor
 from hosfl.extras import needed
 from hosfl.halves.families import text_limits, tokenized
 from hosfl.protocol.seeds import Purpose, generator
-from hosfl.tasks.reading import TOKENS, DataError, Found, Row, classes
+from hosfl.tasks.reading import DataError, Found, Row, classes, without_padding
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,9 @@ class Dataset:
         longest, inputs = int(self.lengths.max()), self.inputs
         if longest == self.length or isinstance(inputs, Tensor):
             return self
-        wide = [name for name, x in inputs.items() if x.shape[1:2] == (self.length,)]
-        if not set(wide) <= set(TOKENS):
+        if (shorter := without_padding(inputs, self.length, longest)) is None:
             return self
-        inputs = {name: x[:, :longest] if name in wide else x for name, x in inputs.items()}
-        return replace(self, inputs=inputs, labels=self.labels[:, :longest] if per_token else self.labels)
+        return replace(self, inputs=shorter, labels=self.labels[:, :longest] if per_token else self.labels)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Dataset:
         """On a device, inputs of floating point as `dtype`."""

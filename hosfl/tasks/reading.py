@@ -66,6 +66,17 @@ class DataError(ValueError):
 # --- text ---------------------------------------------------------------------------------------------------------
 
 
+def without_padding(inputs: Mapping[str, Any], tokens: int, longest: int) -> dict[str, Any] | None:
+    """The inputs of texts of `tokens` places, without those from `longest` on: tensors, or numpy's arrays.
+
+    None where an input of a name of its own has as many numbers in a row: nobody knows whether they are of tokens.
+    """
+    wide = [name for name, x in inputs.items() if x.shape[1:2] == (tokens,)]
+    if not set(wide) <= set(TOKENS):
+        return None
+    return {name: x[:, :longest] if name in wide else x for name, x in inputs.items()}
+
+
 def content(path: Path) -> bytes:
     """A file's bytes. Raises OSError; DataError for a path that no file can have, such as one with a NUL."""
     try:
