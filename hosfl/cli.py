@@ -276,9 +276,9 @@ def _join(options: argparse.Namespace) -> int:
     if file and not options.task and not Path(file).exists():  # a task of one's own may take anything
         raise ValueError(f"--data: there is no {file}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    name = f"client {member.client} of run {member.run}"
-    line = Ending(nats.NatsLine(f"tls://{member.address}", member.run, member.client, member.context()), name)
+    line = Ending(f"client {member.client} of run {member.run}")
     try:
+        line.line = nats.NatsLine(f"tls://{member.address}", member.run, member.client, member.context())
         join(line, member.client, options.client / "state", **told)
     except (KeyboardInterrupt, EngineError):
         if line.signal is None:

@@ -293,25 +293,32 @@ class Ending:
 
     A client that serves answers what it is at, and keeps its state. Before that nothing is at stake: the wait for the
     server, or the reading of data, ends at once, by KeyboardInterrupt. signal: which it was.
+
+    line: is given afterwards, since it may wait for a broker from its first moment on.
     """
 
-    def __init__(self, line: Line, name: str) -> None:
-        self.line, self.name = line, name
+    line: Line | None = None
+
+    def __init__(self, name: str) -> None:
+        self.name = name
         self.signal: int | None = None
         self._serves = False
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._end)
 
     def fetch(self, name: str, deadline: float | None = None) -> bytes:
+        assert self.line is not None
         return self.line.fetch(name, deadline)
 
     def serve(self, answer: Callable[[bytes], bytes]) -> None:
+        assert self.line is not None
         self._serves = True
         if self.signal is None:  # else code that reads data has kept the interrupt to itself
             self.line.serve(answer)
 
     def close(self) -> None:
-        self.line.close()
+        if self.line is not None:
+            self.line.close()
 
     def _end(self, number: int, frame: object) -> None:
         for one in (signal.SIGINT, signal.SIGTERM):
