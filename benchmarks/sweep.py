@@ -35,11 +35,12 @@ from hosfl.files import write_atomically
 from hosfl_kernels.check import TOLERANCE
 from hosfl_kernels.gpu import choices
 from hosfl_kernels.gpu.choices import Shape
-from hosfl_kernels.gpu.launch import Kernel, Kind, Variant, capability, float_bits, instead, on_device, plan, seed_bits
+from hosfl_kernels.gpu.launch import Kernel, Kind, Variant, capability, float_bits, instead, plan, seed_bits
 from hosfl_kernels.gpu.replay import table_of as records_of
 from hosfl_kernels.gpu.update import constant_bits
 from hosfl_kernels.gpu.update import table_of as rounds_of
 from hosfl_kernels.place import Place
+from hosfl_kernels.transfer import on_device
 
 FASTER = 0.97  # of the default's time
 RECORDS, ROUNDS, DIRECTIONS = 16, 4, 4

@@ -9,12 +9,14 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hosfl_kernels.arrays import addresses
 from hosfl_kernels.cpu import RULES, memory
 from hosfl_kernels.place import Place
+from hosfl_kernels.transfer import on_device
 
 
 def _extension() -> Any:
@@ -51,11 +53,7 @@ def _queue(extension: Any, device: torch.device) -> tuple[int, int]:
 
 
 def _on_device(table: bytes, op: str, device: torch.device) -> Tensor:
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(f"a CUDA graph can't capture {op}: its records are copied to the device at the call")
-    tensor = torch.frombuffer(bytearray(table or b"\0"), dtype=torch.uint8)
-    # From pinned memory the host doesn't wait for the device to catch up.
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    return on_device(np.frombuffer(bytearray(table or b"\0"), np.uint8), op, device)
 
 
 def _refuse_records_there(seeds: Sequence[int] | Tensor) -> None:

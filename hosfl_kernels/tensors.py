@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hosfl_kernels import _cpp, arrays, cpu, cuda, gpu, ops
+from hosfl_kernels import _cpp, arrays, cpu, cuda, gpu, ops, transfer
 from hosfl_kernels.place import Place
 
 BACKENDS: dict[str, ModuleType] = {**ops.BACKENDS, "triton": gpu, "cuda": cuda}
@@ -80,23 +80,20 @@ def empty(n: int, device: torch.device | str) -> Tensor:
 def room_for_a_copy(tensors: Sequence[Tensor]) -> Tensor:
     """Bytes for the largest of those that are not contiguous."""
     sizes = [x.nbytes for x in tensors if not x.is_contiguous()]
-    if sizes and capturing(tensors[0]):
-        raise RuntimeError(
-            "a CUDA graph can't capture a move of tensors in channels_last, which are copied at every call:"
-            " make them and their moments contiguous before (memory_format=torch.contiguous_format)"
-        )
+    if sizes:
+        with torch.cuda.device_of(tensors[0]):  # of no device for a tensor on the CPU
+            captured = transfer.capturing(tensors[0].device)
+        if captured:
+            raise RuntimeError(
+                "a CUDA graph can't capture a move of tensors in channels_last, which are copied at every call:"
+                " make them and their moments contiguous before (memory_format=torch.contiguous_format)"
+            )
     return torch.empty(max(sizes, default=0), dtype=torch.uint8, device=tensors[0].device)
 
 
 def contiguous(x: Tensor, room: Tensor) -> Tensor:
     """The tensor itself, or its copy in that room."""
     return x if x.is_contiguous() else room[: x.nbytes].view(x.dtype).view(x.shape).copy_(x)
-
-
-def capturing(x: Tensor) -> bool:
-    """Whether a CUDA graph captures what is done with a tensor."""
-    with torch.cuda.device_of(x):  # of no device for a tensor on the CPU
-        return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def mark_changed(tensors: Sequence[Tensor]) -> None:

@@ -17,8 +17,9 @@ from hosfl.methods.ledger import load_vector
 from hosfl.probing.probe import trainable
 from hosfl.protocol.messages import Cut, Hello, Losses, MessageError, Trained, Wire, encode
 from hosfl.protocol.seeds import Purpose, direction_seeds
-from hosfl.runs.assemble import assemble, evaluate
+from hosfl.runs.assemble import assemble
 from hosfl.runs.config import with_shared
+from hosfl.runs.evaluate import evaluate
 from hosfl_kernels import derive, perturb_
 
 NEW = ("checkpointed", "splitfed", "zo-both", "hosl", "mu-splitfed")

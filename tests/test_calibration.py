@@ -35,8 +35,9 @@ from hosfl.protocol.messages import (
 )
 from hosfl.protocol.provenance import ProvenanceError
 from hosfl.protocol.seeds import Purpose
-from hosfl.runs.assemble import assemble, evaluate
+from hosfl.runs.assemble import assemble
 from hosfl.runs.config import with_shared
+from hosfl.runs.evaluate import evaluate
 from hosfl.runs.faults import Faults
 from hosfl.runs.federation import Federation
 from hosfl.runs.join import Everybody

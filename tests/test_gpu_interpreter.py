@@ -391,7 +391,7 @@ def test_what_a_graph_captures(monkeypatch: pytest.MonkeyPatch) -> None:
     launch.remembered.cache_clear()
     x = weights(10)
     with monkeypatch.context() as capturing:
-        capturing.setattr(launch, "capturing", lambda device: True)
+        capturing.setattr("hosfl_kernels.transfer.capturing", lambda device: True)
         with pytest.raises(RuntimeError, match="make it once right before"):
             perturb_(x)
         with pytest.raises(RuntimeError, match="can't capture replay_ of records on the host"):
@@ -403,7 +403,7 @@ def test_what_a_graph_captures(monkeypatch: pytest.MonkeyPatch) -> None:
     perturb_(x)
     gpu.replay_([x], there([1]), there([1.0]), Place.of_one(), None)
     with monkeypatch.context() as capturing:
-        capturing.setattr(launch, "capturing", lambda device: True)
+        capturing.setattr("hosfl_kernels.transfer.capturing", lambda device: True)
         for _ in range(2):
             perturb_(x)
             gpu.replay_([x], there([2]), there([1.0]), Place.of_one(), None)
@@ -472,7 +472,7 @@ def graph(monkeypatch: pytest.MonkeyPatch) -> Any:
         return torch.cuda.CUDAGraph()
     launch = importlib.import_module("hosfl_kernels.gpu.launch")
     graph, original = Graph(), launch.Variant.launch
-    monkeypatch.setattr(launch, "capturing", lambda device: graph.open)
+    monkeypatch.setattr("hosfl_kernels.transfer.capturing", lambda device: graph.open)
     monkeypatch.setattr(launch, "captured", {})
     monkeypatch.setattr(launch.Variant, "launch", lambda *arguments: graph.launch(partial(original, *arguments)))
     return graph

@@ -22,8 +22,9 @@ from hosfl.cli import main
 from hosfl.halves.families import FAMILIES, stop_tokens
 from hosfl.halves.split import split
 from hosfl.protocol.messages import Cut, encode
-from hosfl.runs.assemble import assemble, evaluate
+from hosfl.runs.assemble import assemble
 from hosfl.runs.config import with_shared
+from hosfl.runs.evaluate import evaluate
 from hosfl.runs.faults import Faults
 from hosfl.runs.simulate import simulate
 from hosfl.studies import study as studies

@@ -781,7 +781,7 @@ def test_what_failed_half_way_has_changed(move, monkeypatch):
 def test_a_cuda_graph_captures_no_channels_last(move, monkeypatch):
     """The copy lies elsewhere in every call, so that no call before helps."""
     xs, kept = one_in_channels_last()
-    monkeypatch.setattr("hosfl_kernels.tensors.capturing", lambda x: True)
+    monkeypatch.setattr("hosfl_kernels.transfer.capturing", lambda x: True)
     with pytest.raises(RuntimeError, match="channels_last, which are copied at every call: make them"):
         move(xs, kept)
     assert all(x.min() == x.max() == 1 for x in xs)

@@ -27,9 +27,10 @@ from hosfl.protocol.messages import Cut, Scalars, encode
 from hosfl.protocol.records import EpochRecord, RoundRecord
 from hosfl.protocol.replica import Replica, digest, to_records
 from hosfl.protocol.terms import run_of
-from hosfl.runs.assemble import assemble, evaluate
+from hosfl.runs.assemble import assemble
 from hosfl.runs.checkpoint import rebuild
 from hosfl.runs.config import Config, with_shared
+from hosfl.runs.evaluate import evaluate
 from hosfl.runs.faults import LIES, Faults
 from hosfl.runs.join import Everybody
 from hosfl.runs.serve import Over

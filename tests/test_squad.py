@@ -15,8 +15,9 @@ from hosfl import Config, train
 from hosfl.halves.families import pretrained_model
 from hosfl.halves.split import split
 from hosfl.protocol.messages import Cut
-from hosfl.runs.assemble import assemble, evaluate
+from hosfl.runs.assemble import assemble
 from hosfl.runs.config import with_shared
+from hosfl.runs.evaluate import evaluate
 from hosfl.tasks import lm, make_task, squad
 from hosfl.tasks.answers import exact_match, f1
 from hosfl.tasks.data import dirichlet_split

@@ -15,8 +15,9 @@ from hosfl.halves.inputs import call
 from hosfl.halves.trains import moving_only
 from hosfl.probing.probe import trainable
 from hosfl.protocol.messages import Cut, encode
-from hosfl.runs.assemble import assemble, evaluate
+from hosfl.runs.assemble import assemble
 from hosfl.runs.config import with_shared
+from hosfl.runs.evaluate import evaluate
 from hosfl.tasks import make_task
 from hosfl.tasks.data import Dataset
 from hosfl.tasks.sentences import sentences

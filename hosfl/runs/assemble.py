@@ -1,8 +1,7 @@
-"""From settings to a federation that is ready for its first round, and what its model is worth."""
+"""From settings to a federation that is ready for its first round."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from hosfl.halves.adapters import factors, refuse_idle
-from hosfl.halves.inputs import Inputs, alike, call, cloned, evaluating, mask_of
+from hosfl.halves.adapters import factors
+from hosfl.halves.inputs import Inputs
 from hosfl.halves.narrow import narrowed
 from hosfl.halves.split import Joined, SplitModel, as_dtype, dtype_of
 from hosfl.halves.trains import moving_only
@@ -29,14 +28,12 @@ from hosfl.protocol.rebuild import base_digest
 from hosfl.protocol.seeds import Purpose, round_seed
 from hosfl.runs.checkpoint import header_of
 from hosfl.runs.federation import Federation
+from hosfl.runs.trial import tried
 from hosfl.settings import DEFAULTS, Rates, Settings
 from hosfl.tasks import TASKS, TUNED, make_task
-from hosfl.tasks.data import Dataset, at_once, digest, dirichlet_split, iid_split, shards
-from hosfl.tasks.items import Batches, Items, check_alike, read
-from hosfl.tasks.reading import DataError
-from hosfl.tasks.task import Scores, Task, TaskError, rates_among
-
-TAKES_NOT = (RuntimeError, IndexError, ValueError)  # what torch says of shapes and classes that do not fit
+from hosfl.tasks.data import Dataset, dirichlet_split, iid_split, shards
+from hosfl.tasks.items import Batches, Items, check_alike
+from hosfl.tasks.task import Task, TaskError, rates_among
 
 
 def assemble(
@@ -82,7 +79,7 @@ def assemble(
     half = model.server.to(device)
     if not any(parameter.requires_grad for parameter in half.parameters()):
         raise ValueError("the server half has no parameters that train: cut the model further in front")
-    cut_shape, sample = _tried(task, Joined(base, half), shares[0])
+    cut_shape, sample = tried(task, Joined(base, half), shares[0])
     setup = Setup(config, base, rates, AGGREGATIONS[config.aggregation], sample.inputs)
     method = kind(setup)
     statistics = calibration.RunningStatistics.of(base, config.batch * config.calibrate) if config.calibrate else None
@@ -227,156 +224,6 @@ def for_clients(config: Settings, task: Task) -> Settings:
     return replace(config, clients=clients, sampled=sampled)
 
 
-def _tried(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tuple[int, ...], Dataset]:
-    """The shape of one sample's cut, and samples.
-
-    Raises TaskError for outputs and a loss that are none, ValueError for a client half that is no function of its
-    inputs and weights, for a cut that has no gradient, or that the server half takes in another dtype than its own, and
-    for adapters that do nothing; DataError for a data set that model and loss do not take.
-    """
-    sample = read(data[torch.arange(min(2, len(data)))])  # a copy; two, so that a loss per sample shows
-    given = cloned(sample.inputs)
-    with evaluating(model):
-        cut = cloned(call(model.client, given))  # it may be what the next pass writes
-        if isinstance(cut, Tensor) and not cut.is_floating_point():
-            raise ValueError(
-                f"the cut is {cut.dtype}, and both halves learn from a gradient there, which only real numbers have:"
-                " cut elsewhere"
-            )
-        again, output = call(model.client, given), model(cloned(sample.inputs))
-        for of, found in (("the cut", cut), ("the output", output)):
-            if not isinstance(found, Tensor) or found.shape[:1] != (len(sample),):
-                raise TaskError(
-                    f"{of} of {len(sample)} samples is {_told(found)}: a tensor is needed, whose first dimension is the"
-                    " samples"
-                )
-        loss = _lost(task, "train", output, sample.labels)
-    if not alike(cut, again):
-        if digest(given) != digest(sample.inputs):
-            raise ValueError(
-                "the client half writes into its inputs, so that the next pass of a batch sees another: let it compute"
-                " on a copy, such as x = x - 1 in place of x -= 1"
-            )
-        raise ValueError(
-            "the client half in eval mode makes two outputs of the same inputs, and it is by such passes that clients"
-            " learn: let it draw random numbers in train mode only, and keep nothing from one pass to the next"
-        )
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        raise TaskError(
-            f"the loss of a batch is {_told(loss)}: a tensor of one element, the mean over the batch, is needed"
-        )
-    _check_dtype(model, sample.inputs, cut, output)
-    refuse_idle(model.client, sample.inputs)
-    task.check_scored(output, sample.labels)
-    shape = tuple(cut.shape[1:])
-    _check_place(sample, cut)
-    if (short := _shortest(task, data, sample)).length < sample.length:  # as batches are that have only such
-        try:
-            cut = _passed(task, model, "train", short)
-        except DataError as error:
-            if short.labels.shape[1:2] != (sample.length,):
-                raise
-            raise DataError(f"{error}; are labels one for each token? Then give the task ignore_index") from error
-        _check_place(short, cut)
-    _check_sets(task, model, sample.labels.device)
-    return shape, sample
-
-
-def _check_sets(task: Task, model: SplitModel, device: torch.device) -> None:
-    """Raises DataError for a data set of which model and loss do not take the samples with the least and greatest
-    label, or, where not all labels are known, the first two; such as for a class without an output.
-
-    Clients' samples are alike, so that those of one are tried, and of another whose labels go further.
-    """
-    least, most = math.inf, -math.inf
-    for what, data in task.sets():
-        low, high, chosen = least, most, torch.arange(min(2, len(data)))
-        if isinstance(data, Dataset) and data.labels.numel():
-            rows = data.labels.reshape(len(data), -1)
-            # What does not count is often below 0, and no class.
-            lows = rows if task.ignore_index is None else rows.masked_fill(rows == task.ignore_index, int(rows.max()))
-            (low, first), (high, last) = (map(float, end) for end in (lows.amin(1).min(0), rows.amax(1).max(0)))
-            chosen = torch.tensor([int(first), int(last)])
-        if what in ("test", "validation") or low < least or high > most:
-            least, most = min(least, low), max(most, high)
-            _passed(task, model, what, read(data[chosen].to(device, dtype_of(model.client))))
-
-
-def _passed(task: Task, model: SplitModel, what: str, sample: Dataset) -> Tensor:
-    """The cut of samples that go through model and loss. Raises DataError where they do not."""
-    with evaluating(model):
-        try:
-            cut: Tensor = call(model.client, cloned(sample.inputs))
-            output = model(cloned(sample.inputs))
-        except TAKES_NOT as error:
-            inputs = sample.inputs if isinstance(sample.inputs, dict) else {"inputs": sample.inputs}
-            shapes = ", ".join(f"{name} {tuple(x.shape[1:])}" for name, x in inputs.items())
-            raise DataError(f"{what}: the model does not take samples of {shapes} ({_first_line(error)})") from error
-        _lost(task, what, output, sample.labels)
-    return cut
-
-
-def _lost(task: Task, what: str, output: Tensor, labels: Tensor) -> Any:
-    """The task's loss. Raises DataError where it does not take the labels."""
-    try:
-        loss = task.loss(output, labels)
-        if isinstance(loss, Tensor):
-            loss.tolist()  # a GPU tells of a class without an output when it is waited for
-    except TAKES_NOT as error:
-        ends = f" from {labels.min():g} to {labels.max():g}" if labels.numel() else ""
-        raise DataError(
-            f"{what}: the loss does not take labels {tuple(labels.shape)}{ends} with outputs {tuple(output.shape)}"
-            f" ({_first_line(error)})"
-        ) from error
-    return loss
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".partition("\n")[0]
-
-
-def _shortest(task: Task, data: Dataset | Items, sample: Dataset) -> Dataset:
-    """Two of the shortest texts without their padding; of items, of which nobody knows them, of the sample."""
-    if isinstance(data, Dataset):
-        order = data.lengths.argsort(stable=True)
-        order = order[data.lengths[order] > 0][:2]
-        sample = data[order] if len(order) else sample
-    return sample.trimmed(task.per_token)
-
-
-def _check_place(sample: Dataset, cut: Tensor) -> None:
-    """Raises TaskError where the attention mask does not say of every place of the cut whether it counts."""
-    mask = mask_of(sample.inputs)
-    if mask is not None and mask.shape != cut.shape[:2]:
-        raise TaskError(
-            f"the cut of {len(sample)} samples is {_told(cut)}, and their attention_mask {_told(mask)}: the server half"
-            " gets it beside the cut, of which it says what counts: cut further in front, or, where the client half"
-            " pools its tokens, call the mask something else"
-        )
-
-
-def _check_dtype(model: SplitModel, inputs: Inputs, cut: Tensor, output: Tensor) -> None:
-    """Raises ValueError for a cut of which the server half makes another output when it is rounded to the dtype of that
-    half's weights, as in a run it is."""
-    dtype = dtype_of(model.server)
-    if torch.finfo(cut.dtype).bits <= torch.finfo(dtype).bits:
-        return
-    with evaluating(model):
-        try:
-            as_it_is = SplitModel(model.client, model.server)(cloned(inputs))
-        except (RuntimeError, TypeError, ValueError):  # as of a product of two dtypes
-            return
-    if not alike(as_it_is, output):
-        raise ValueError(
-            f"the cut is {cut.dtype}, and the first weights of the server half are {dtype}, to which a run would round"
-            f" it: that makes another output. Cut elsewhere, or make the server half {cut.dtype}"
-        )
-
-
-def _told(value: Any) -> str:
-    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-
-
 def task_of(config: Settings) -> Task:
     """The task of a run. Raises what `make_task` raises; and what `rates_of` does for rates that are missing, before
     the library's own tasks fetch data from the hub, which may take long."""
@@ -404,42 +251,3 @@ def partition(task: Task, config: Settings, smallest_shard: int | None = None) -
             raise ValueError("labels that are no classes cannot divide the data: use partition iid, or give groups")
         owned = dirichlet_split(groups, parts, config.alpha, config.seed)
     return [train[chosen] for chosen in owned]
-
-
-def evaluate(model: SplitModel, data: Dataset | Items, task: Task) -> tuple[Scores, float]:
-    """(the task's scores, mean loss) of a model on a data set, both halves in eval mode."""
-    modes = model.client.training, model.server.training
-    model.eval()
-    device, dtype = next(model.server.parameters()).device, dtype_of(model.client)
-    first = data[:1] if isinstance(data, Dataset) else read(data[:1])
-    metrics, kept = task.running(first.labels), task.keeps_outputs(first.labels)
-    # Short texts with short ones, but where outputs per token are kept together, which takes one length.
-    by_length = isinstance(data, Dataset) and (not kept if task.per_token else data.labels.dim() == 1)
-    order = data.lengths.argsort(stable=True) if by_length else torch.arange(len(data))
-    together = at_once(first.length, task.classes or 1 if task.per_token else 1)
-    if isinstance(data, Items):
-        together = min(together, 64)
-    outputs, labels, loss, counted = [], [], 0.0, 0
-    with torch.no_grad():
-        for chosen in order.split(together):
-            part = read(data[chosen].to(device, dtype))
-            if by_length:
-                part = part.trimmed(task.per_token)
-            output, count = model(part.inputs), task.counted(part.labels)
-            if count:
-                loss += float(task.loss(output, part.labels)) * count
-                counted += count
-            for metric in metrics:
-                metric.update(output, part.labels)
-            if kept:
-                outputs.append(output)
-            if isinstance(data, Items):
-                labels.append(part.labels)
-        generated = {} if task.generated is None else task.generated(model, data)
-    model.client.train(modes[0]), model.server.train(modes[1])
-    mean = loss / counted if counted else math.nan
-    seen = data if isinstance(data, Dataset) else Dataset({}, torch.cat(labels))
-    all_outputs = torch.cat(outputs)[order.argsort()] if kept else torch.empty(0)
-    scores = task.score(all_outputs, seen, mean) | generated
-    task.lower(scores)  # which refuses a name that is no score's: before the first round, and not after the last
-    return scores, mean

@@ -29,9 +29,10 @@ from hosfl.protocol.messages import Cut, Message, Multiplier, Scalars, Wire
 from hosfl.protocol.records import RoundRecord
 from hosfl.protocol.seeds import Purpose, generator
 from hosfl.protocol.terms import Diverged
-from hosfl.runs.assemble import assemble, evaluate
+from hosfl.runs.assemble import assemble
 from hosfl.runs.checkpoint import check_free, save_module
 from hosfl.runs.config import Config
+from hosfl.runs.evaluate import evaluate
 from hosfl.runs.faults import Faults
 from hosfl.runs.federation import Federation
 from hosfl.runs.report import Evaluation, machine, peak_memory

@@ -22,9 +22,10 @@ from hosfl.protocol.provenance import Provenance
 from hosfl.protocol.records import EpochRecord
 from hosfl.protocol.terms import Diverged, NothingLearnt
 from hosfl.runs import snapshot
-from hosfl.runs.assemble import assemble, evaluate, for_clients, task_of
+from hosfl.runs.assemble import assemble, for_clients, task_of
 from hosfl.runs.checkpoint import check_free, load_config, load_id, next_epoch, save_id, save_module
 from hosfl.runs.config import Config
+from hosfl.runs.evaluate import evaluate
 from hosfl.runs.federation import Federation
 from hosfl.runs.report import Evaluation, Summary, Writer
 from hosfl.runs.serve import Events, Over

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hosfl_kernels import spec
+from hosfl_kernels import spec, transfer
 from hosfl_kernels.ops import LISTS
 from hosfl_kernels.place import DISTRIBUTIONS, Place
 
@@ -235,7 +235,7 @@ def plan(
         tuple([x.numel() for x in tensors]),
         tuple([tuple([x.data_ptr() for x in kept]) for kept in moments]),
     )
-    if capturing(device):
+    if transfer.capturing(device):
         if key not in captured:
             captured[key] = _latest(key)
         return captured[key]
@@ -296,7 +296,7 @@ def remembered(
         for k, kept in enumerate(moments):
             rows[:, 6 + k] = [kept[i] for i in mine]
         row_of_program = np.repeat(np.arange(len(mine), dtype=np.int32), programs)
-        launches.append(Launch(variant, _copied(rows, device), _copied(row_of_program, device)))
+        launches.append(Launch(variant, transfer.copied(rows, device), transfer.copied(row_of_program, device)))
     nbytes = sum(launch.rows.nbytes + launch.row_of_program.nbytes for launch in launches)
     _held = nbytes + (_held if remembered.cache_info().currsize else 0)
     if _held > room(device):
@@ -311,19 +311,6 @@ def seed_bits(seeds: Sequence[int]) -> np.ndarray:
     return np.array(seeds, np.uint64).view(np.int64)
 
 
-def on_device(table: np.ndarray, op: str, device: torch.device) -> torch.Tensor:
-    """A table for one call of an op."""
-    if capturing(device):
-        raise RuntimeError(f"a CUDA graph can't capture {op}: its records are copied to the device at the call")
-    return _copied(table, device)
-
-
-def _copied(table: np.ndarray, device: torch.device) -> torch.Tensor:
-    tensor = torch.from_numpy(table)
-    # From pinned memory the host doesn't wait for the device to catch up.
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
 def reach(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """The context to launch in, for tensors of `device`; refuses tensors that the kernels can't reach."""
     if INTERPRETED:
@@ -333,10 +320,6 @@ def reach(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     if device.type != "cuda":
         raise RuntimeError(f"the Triton backend takes CUDA tensors (or CPU tensors, TRITON_INTERPRET=1), not {device}")
     return torch.cuda.device(device)
-
-
-def capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 # A captured graph reads its tables at every replay, also after `remembered` has forgotten them. Of each list once.

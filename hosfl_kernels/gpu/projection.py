@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 
 from hosfl_kernels.place import Place
+from hosfl_kernels.transfer import on_device
 
 from .choices import Shape
-from .launch import CELLS, KINDS, Kernel, Kind, Variant, on_device, plan, reach, seed_bits, tile_constants
+from .launch import CELLS, KINDS, Kernel, Kind, Variant, plan, reach, seed_bits, tile_constants
 from .noise import normals, sign_words, signed
 from .rounding import to_float32
 from .tile import exist, is_empty, locate, pointers, rows_and_columns, segment

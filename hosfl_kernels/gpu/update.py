@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from hosfl_kernels.place import Place
+from hosfl_kernels.transfer import on_device
 
 from .choices import Shape
 from .launch import (
@@ -25,7 +26,6 @@ from .launch import (
     Variant,
     bits_there,
     float_bits,
-    on_device,
     plan,
     reach,
     run,

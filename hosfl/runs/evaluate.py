@@ -1,0 +1,51 @@
+"""What a model is worth: its scores and its loss on a data set."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from hosfl.halves.split import SplitModel, dtype_of
+from hosfl.tasks.data import Dataset, at_once
+from hosfl.tasks.items import Items, read
+from hosfl.tasks.task import Scores, Task
+
+
+def evaluate(model: SplitModel, data: Dataset | Items, task: Task) -> tuple[Scores, float]:
+    """(the task's scores, mean loss) of a model on a data set, both halves in eval mode."""
+    modes = model.client.training, model.server.training
+    model.eval()
+    device, dtype = next(model.server.parameters()).device, dtype_of(model.client)
+    first = data[:1] if isinstance(data, Dataset) else read(data[:1])
+    metrics, kept = task.running(first.labels), task.keeps_outputs(first.labels)
+    # Short texts with short ones, but where outputs per token are kept together, which takes one length.
+    by_length = isinstance(data, Dataset) and (not kept if task.per_token else data.labels.dim() == 1)
+    order = data.lengths.argsort(stable=True) if by_length else torch.arange(len(data))
+    together = at_once(first.length, task.classes or 1 if task.per_token else 1)
+    if isinstance(data, Items):
+        together = min(together, 64)
+    outputs, labels, loss, counted = [], [], 0.0, 0
+    with torch.no_grad():
+        for chosen in order.split(together):
+            part = read(data[chosen].to(device, dtype))
+            if by_length:
+                part = part.trimmed(task.per_token)
+            output, count = model(part.inputs), task.counted(part.labels)
+            if count:
+                loss += float(task.loss(output, part.labels)) * count
+                counted += count
+            for metric in metrics:
+                metric.update(output, part.labels)
+            if kept:
+                outputs.append(output)
+            if isinstance(data, Items):
+                labels.append(part.labels)
+        generated = {} if task.generated is None else task.generated(model, data)
+    model.client.train(modes[0]), model.server.train(modes[1])
+    mean = loss / counted if counted else math.nan
+    seen = data if isinstance(data, Dataset) else Dataset({}, torch.cat(labels))
+    all_outputs = torch.cat(outputs)[order.argsort()] if kept else torch.empty(0)
+    scores = task.score(all_outputs, seen, mean) | generated
+    task.lower(scores)  # which refuses a name that is no score's: before the first round, and not after the last
+    return scores, mean

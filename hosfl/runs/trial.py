@@ -1,0 +1,169 @@
+"""Whether a task, its data and a model cut in two go together: before the first round, on a few samples."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hosfl.halves.adapters import refuse_idle
+from hosfl.halves.inputs import Inputs, alike, call, cloned, evaluating, mask_of
+from hosfl.halves.split import SplitModel, dtype_of
+from hosfl.tasks.data import Dataset, digest
+from hosfl.tasks.items import Items, read
+from hosfl.tasks.reading import DataError
+from hosfl.tasks.task import Task, TaskError
+
+TAKES_NOT = (RuntimeError, IndexError, ValueError)  # what torch says of shapes and classes that do not fit
+
+
+def tried(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tuple[int, ...], Dataset]:
+    """The shape of one sample's cut, and samples.
+
+    Raises TaskError for outputs and a loss that are none, ValueError for a client half that is no function of its
+    inputs and weights, for a cut that has no gradient, or that the server half takes in another dtype than its own, and
+    for adapters that do nothing; DataError for a data set that model and loss do not take.
+    """
+    sample = read(data[torch.arange(min(2, len(data)))])  # a copy; two, so that a loss per sample shows
+    given = cloned(sample.inputs)
+    with evaluating(model):
+        cut = cloned(call(model.client, given))  # it may be what the next pass writes
+        if isinstance(cut, Tensor) and not cut.is_floating_point():
+            raise ValueError(
+                f"the cut is {cut.dtype}, and both halves learn from a gradient there, which only real numbers have:"
+                " cut elsewhere"
+            )
+        again, output = call(model.client, given), model(cloned(sample.inputs))
+        for of, found in (("the cut", cut), ("the output", output)):
+            if not isinstance(found, Tensor) or found.shape[:1] != (len(sample),):
+                raise TaskError(
+                    f"{of} of {len(sample)} samples is {_told(found)}: a tensor is needed, whose first dimension is the"
+                    " samples"
+                )
+        loss = _lost(task, "train", output, sample.labels)
+    if not alike(cut, again):
+        if digest(given) != digest(sample.inputs):
+            raise ValueError(
+                "the client half writes into its inputs, so that the next pass of a batch sees another: let it compute"
+                " on a copy, such as x = x - 1 in place of x -= 1"
+            )
+        raise ValueError(
+            "the client half in eval mode makes two outputs of the same inputs, and it is by such passes that clients"
+            " learn: let it draw random numbers in train mode only, and keep nothing from one pass to the next"
+        )
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise TaskError(
+            f"the loss of a batch is {_told(loss)}: a tensor of one element, the mean over the batch, is needed"
+        )
+    _check_dtype(model, sample.inputs, cut, output)
+    refuse_idle(model.client, sample.inputs)
+    task.check_scored(output, sample.labels)
+    shape = tuple(cut.shape[1:])
+    _check_place(sample, cut)
+    if (short := _shortest(task, data, sample)).length < sample.length:  # as batches are that have only such
+        try:
+            cut = _passed(task, model, "train", short)
+        except DataError as error:
+            if short.labels.shape[1:2] != (sample.length,):
+                raise
+            raise DataError(f"{error}; are labels one for each token? Then give the task ignore_index") from error
+        _check_place(short, cut)
+    _check_sets(task, model, sample.labels.device)
+    return shape, sample
+
+
+def _check_sets(task: Task, model: SplitModel, device: torch.device) -> None:
+    """Raises DataError for a data set of which model and loss do not take the samples with the least and greatest
+    label, or, where not all labels are known, the first two; such as for a class without an output.
+
+    Clients' samples are alike, so that those of one are tried, and of another whose labels go further.
+    """
+    least, most = math.inf, -math.inf
+    for what, data in task.sets():
+        low, high, chosen = least, most, torch.arange(min(2, len(data)))
+        if isinstance(data, Dataset) and data.labels.numel():
+            rows = data.labels.reshape(len(data), -1)
+            # What does not count is often below 0, and no class.
+            lows = rows if task.ignore_index is None else rows.masked_fill(rows == task.ignore_index, int(rows.max()))
+            (low, first), (high, last) = (map(float, end) for end in (lows.amin(1).min(0), rows.amax(1).max(0)))
+            chosen = torch.tensor([int(first), int(last)])
+        if what in ("test", "validation") or low < least or high > most:
+            least, most = min(least, low), max(most, high)
+            _passed(task, model, what, read(data[chosen].to(device, dtype_of(model.client))))
+
+
+def _passed(task: Task, model: SplitModel, what: str, sample: Dataset) -> Tensor:
+    """The cut of samples that go through model and loss. Raises DataError where they do not."""
+    with evaluating(model):
+        try:
+            cut: Tensor = call(model.client, cloned(sample.inputs))
+            output = model(cloned(sample.inputs))
+        except TAKES_NOT as error:
+            inputs = sample.inputs if isinstance(sample.inputs, dict) else {"inputs": sample.inputs}
+            shapes = ", ".join(f"{name} {tuple(x.shape[1:])}" for name, x in inputs.items())
+            raise DataError(f"{what}: the model does not take samples of {shapes} ({_first_line(error)})") from error
+        _lost(task, what, output, sample.labels)
+    return cut
+
+
+def _lost(task: Task, what: str, output: Tensor, labels: Tensor) -> Any:
+    """The task's loss. Raises DataError where it does not take the labels."""
+    try:
+        loss = task.loss(output, labels)
+        if isinstance(loss, Tensor):
+            loss.tolist()  # a GPU tells of a class without an output when it is waited for
+    except TAKES_NOT as error:
+        ends = f" from {labels.min():g} to {labels.max():g}" if labels.numel() else ""
+        raise DataError(
+            f"{what}: the loss does not take labels {tuple(labels.shape)}{ends} with outputs {tuple(output.shape)}"
+            f" ({_first_line(error)})"
+        ) from error
+    return loss
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0]
+
+
+def _shortest(task: Task, data: Dataset | Items, sample: Dataset) -> Dataset:
+    """Two of the shortest texts without their padding; of items, of which nobody knows them, of the sample."""
+    if isinstance(data, Dataset):
+        order = data.lengths.argsort(stable=True)
+        order = order[data.lengths[order] > 0][:2]
+        sample = data[order] if len(order) else sample
+    return sample.trimmed(task.per_token)
+
+
+def _check_place(sample: Dataset, cut: Tensor) -> None:
+    """Raises TaskError where the attention mask does not say of every place of the cut whether it counts."""
+    mask = mask_of(sample.inputs)
+    if mask is not None and mask.shape != cut.shape[:2]:
+        raise TaskError(
+            f"the cut of {len(sample)} samples is {_told(cut)}, and their attention_mask {_told(mask)}: the server half"
+            " gets it beside the cut, of which it says what counts: cut further in front, or, where the client half"
+            " pools its tokens, call the mask something else"
+        )
+
+
+def _check_dtype(model: SplitModel, inputs: Inputs, cut: Tensor, output: Tensor) -> None:
+    """Raises ValueError for a cut of which the server half makes another output when it is rounded to the dtype of that
+    half's weights, as in a run it is."""
+    dtype = dtype_of(model.server)
+    if torch.finfo(cut.dtype).bits <= torch.finfo(dtype).bits:
+        return
+    with evaluating(model):
+        try:
+            as_it_is = SplitModel(model.client, model.server)(cloned(inputs))
+        except (RuntimeError, TypeError, ValueError):  # as of a product of two dtypes
+            return
+    if not alike(as_it_is, output):
+        raise ValueError(
+            f"the cut is {cut.dtype}, and the first weights of the server half are {dtype}, to which a run would round"
+            f" it: that makes another output. Cut elsewhere, or make the server half {cut.dtype}"
+        )
+
+
+def _told(value: Any) -> str:
+    return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
