@@ -47,7 +47,8 @@ from hosfl.runs.trainer import train
 from hosfl.settings import DEFAULTS, FIELDS, NEUTRAL, PRESETS
 from hosfl.studies.compare import compare, print_table
 from hosfl.studies.page import report
-from hosfl.studies.study import State, load_study, run_study
+from hosfl.studies.run import State, run_study
+from hosfl.studies.study import load_study
 
 SHOWN = (
     *("accuracy", "loss", "clients", "visits", "states", "empty", "lost", "late", "damaged", "refusals", "complaints"),

@@ -27,7 +27,7 @@ from hosfl.runs.config import with_shared
 from hosfl.runs.evaluate import evaluate
 from hosfl.runs.faults import Faults
 from hosfl.runs.simulate import simulate
-from hosfl.studies import study as studies
+from hosfl.studies import table as tables
 from hosfl.tasks import data as tasks_data
 from hosfl.tasks import make_task
 from hosfl.tasks.data import Dataset
@@ -490,10 +490,10 @@ def test_studies_choose_the_lower_perplexity(monkeypatch):
         {"method": "ho", "trial": n, "accuracies": [value], "losses": [1.0], "failures": []}
         for n, value in enumerate((3.0, 2.0, 9.0, 11.0))
     ]
-    monkeypatch.setattr(studies, "trials", lambda study, folder: rows)
+    monkeypatch.setattr(tables, "trials", lambda study, folder: rows)
     for name, lower, expected in (("perplexity", True, 1), ("accuracy", False, 3)):
-        monkeypatch.setattr(studies, "_metric", lambda study, folder, found=(name, lower): found)
-        assert studies.best(None, None) == {"ho": expected}
+        monkeypatch.setattr(tables, "_metric", lambda study, folder, found=(name, lower): found)
+        assert tables.best(None, None) == {"ho": expected}
 
 
 # --- labels on the wire -----------------------------------------------------------------------------------------------

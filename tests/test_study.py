@@ -21,12 +21,16 @@ from hypothesis import strategies as st
 
 from hosfl import Config
 from hosfl.cli import main
-from hosfl.files import locked
+from hosfl.files import locked, write_json
 from hosfl.protocol.terms import Diverged
+from hosfl.runs.trainer import train as train_once
 from hosfl.studies import page as study_report
-from hosfl.studies import study as studies
+from hosfl.studies.folder import take_up
+from hosfl.studies.jobs import run_job
 from hosfl.studies.page import at_ends, number, report
-from hosfl.studies.study import Study, best, load_study, read_study, run_job, run_study, slug, table, take_up
+from hosfl.studies.run import Contents, run_study
+from hosfl.studies.study import Job, Study, choices, load_study, read_study, slug
+from hosfl.studies.table import best, table
 from hosfl.studies.yaml12 import parse_yaml
 from hosfl.tasks.task import Task
 
@@ -138,7 +142,7 @@ def test_equal_seconds_are_those_of_first_order(tmp_path, whole, first, share):
             evaluation["seconds"] = seconds[path.parent.name] * (n + 1)
             evaluation["loss"] = losses.get(path.parent.name, 8 / 2**n)
         path.write_text(json.dumps({**run, "loss": run["evaluations"][-1]["loss"]}))
-    rows = studies.table(load_study(tmp_path / "study" / "study.yaml"), tmp_path / "study")["methods"]
+    rows = table(load_study(tmp_path / "study" / "study.yaml"), tmp_path / "study")["methods"]
     assert rows["ho, fresh"]["loss_gap_in_equal_seconds"] == (share and pytest.approx(share))
     assert rows["ho, fresh"]["loss_gap_recovered"] == pytest.approx(0.8)
     assert [rows[m]["loss_gap_in_equal_seconds"] for m in ("frozen", "first-order")] == [0, 1]
@@ -163,7 +167,7 @@ def test_stopped_anywhere_and_resumed_it_leaves_the_same_files(tmp_path, whole, 
         return run_job(job)
 
     study = read_study(FILE)
-    monkeypatch.setattr(studies, "run_job", some)
+    monkeypatch.setattr("hosfl.studies.jobs.run_job", some)
     assert not run_study(study, tmp_path / "study")
     assert len(contents(tmp_path / "study")) == after
     assert not (tmp_path / "study" / "table.json").exists()
@@ -181,7 +185,7 @@ def test_stopped_anywhere_and_resumed_it_leaves_the_same_files(tmp_path, whole, 
 
 def test_a_study_that_is_done_has_nothing_left_to_do(tmp_path, whole, monkeypatch):
     shutil.copytree(whole, tmp_path / "study")
-    monkeypatch.setattr(studies, "run_job", None)
+    monkeypatch.setattr("hosfl.studies.jobs.run_job", None)
     assert run_study(read_study(FILE + FROZEN + "# a remark"), tmp_path / "study")
 
 
@@ -332,7 +336,7 @@ def test_only_the_jobs_files_are_read(tmp_path, whole, monkeypatch):
     (folder / "runs/old/2.json").write_text("{}")
     (folder / "runs/frozen/3.json").unlink()
     ran = []
-    monkeypatch.setattr(studies, "run_job", lambda job: ran.append(job.file) or run_job(job))
+    monkeypatch.setattr("hosfl.studies.jobs.run_job", lambda job: ran.append(job.file) or run_job(job))
     assert "17 of 18 runs are done" in report(folder).read_text()
     assert run_study(read_study(FILE + FROZEN), folder)
     assert ran == ["runs/frozen/3.json"]
@@ -342,7 +346,7 @@ def test_only_the_jobs_files_are_read(tmp_path, whole, monkeypatch):
 
 def test_a_folder_that_a_file_manager_has_seen_is_empty(tmp_path, monkeypatch):
     (tmp_path / ".DS_Store").write_bytes(b"\0")
-    monkeypatch.setattr(studies, "run_job", lambda job: None)
+    monkeypatch.setattr("hosfl.studies.jobs.run_job", lambda job: None)
     assert not run_study(read_study(FILE), tmp_path)  # interrupted, and not refused
 
 
@@ -385,7 +389,7 @@ def test_a_damaged_file_is_named(tmp_path, whole, monkeypatch, place, damage):
     good = path.read_bytes()
     path.write_bytes(DAMAGES[damage](good))
     assert path.read_bytes() != good
-    monkeypatch.setattr(studies, "run_job", None)
+    monkeypatch.setattr("hosfl.studies.jobs.run_job", None)
     for take in (lambda: run_study(study, tmp_path / "study"), lambda: report(tmp_path / "study")):
         with pytest.raises(ValueError, match=rf"{re.escape(str(path))} is .*\): delete it, and it is made again"):
             take()
@@ -464,7 +468,7 @@ def made_of(folder, **digests):
 def test_other_data_between_two_sessions_are_refused(tmp_path, whole, monkeypatch):
     shutil.copytree(whole, tmp_path / "study")
     path, study = made_of(tmp_path / "study", data="a" * 64)[0], read_study(FILE + FROZEN)
-    monkeypatch.setattr(studies, "run_job", None)
+    monkeypatch.setattr("hosfl.studies.jobs.run_job", None)
     monkeypatch.setattr(Task, "digest", lambda task: "a" * 64)
     assert run_study(study, tmp_path / "study")
     change(path, lambda run: run["provenance"].update(data="b" * 64))
@@ -475,7 +479,7 @@ def test_other_data_between_two_sessions_are_refused(tmp_path, whole, monkeypatc
     path.unlink()
     with monkeypatch.context() as patch:
         changed = {"provenance": {"settings": {}, "data": "c" * 64, "model": "", "log": ""}}
-        patch.setattr(studies, "run_job", lambda job: run_job(job) | changed)
+        patch.setattr("hosfl.studies.jobs.run_job", lambda job: run_job(job) | changed)
         with pytest.raises(ValueError, match="made of other data than the study's now"):  # they change as it goes
             run_study(study, tmp_path / "study")
     assert not path.exists()
@@ -485,7 +489,7 @@ def test_runs_that_begin_alike_have_one_model(tmp_path, whole, monkeypatch):
     shutil.copytree(whole, tmp_path / "study")
     made_of(tmp_path / "study", data="", model="a" * 64)
     study = read_study(FILE + FROZEN)
-    monkeypatch.setattr(studies, "run_job", None)
+    monkeypatch.setattr("hosfl.studies.jobs.run_job", None)
     for seed, digest in ((2, "a"), (3, "b")):  # each seed its own
         for path in (tmp_path / "study").glob(f"runs/*/{seed}.json"):
             change(path, lambda run, digest=digest: run["provenance"].update(model=digest * 64))
@@ -496,18 +500,18 @@ def test_runs_that_begin_alike_have_one_model(tmp_path, whole, monkeypatch):
 
 
 def test_a_process_s_first_run_may_have_rounds_in_which_the_server_learns_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(studies, "_warm", [])  # so that a run of one round goes first
+    monkeypatch.setattr("hosfl.studies.jobs._warm", [])  # so that a run of one round goes first
     study = read_study(FILE.replace("directions_from: fresh", "directions_from: fresh, server_first: 2") + FROZEN)
     assert run_study(study, tmp_path / "study")
 
 
 def test_calibrated_runs_begin_with_statistics_of_their_own(tmp_path):
     """Running statistics are part of what a run begins with, and clients that are not calibrated keep the base's."""
-    contents = studies.Contents(defaultdict(str))
+    contents = Contents(defaultdict(str))
 
     def check(model, name, **settings):
         result = {"provenance": {"data": "", "model": model * 64}}
-        contents.check(studies.Job("runs", name, 0, Config(**settings)), result, tmp_path)
+        contents.check(Job("runs", name, 0, Config(**settings)), result, tmp_path)
 
     check("a", "plain")
     check("b", "calibrated", calibrate=8)
@@ -522,7 +526,7 @@ def test_results_that_do_not_say_what_they_were_made_of_are_taken(tmp_path, whol
     shutil.copytree(whole, tmp_path / "study")
     for path in (tmp_path / "study").glob("*/*/*.json"):
         change(path, lambda run: run.pop("provenance"))
-    monkeypatch.setattr(studies, "run_job", None)
+    monkeypatch.setattr("hosfl.studies.jobs.run_job", None)
     with pytest.warns(UserWarning, match="does not say of what data") as warned:
         assert run_study(read_study(FILE + FROZEN), tmp_path / "study")
     assert len(warned) == 1
@@ -811,7 +815,8 @@ def test_a_diverged_trial_loses_and_is_kept(tmp_path):
 
 
 def test_files_hold_null_for_what_is_not_finite(tmp_path):
-    studies._write(tmp_path / "a" / "b.json", {"loss": float("nan"), "each": [1.5, -float("inf")], "of": ({"x": 2},)})
+    (tmp_path / "a").mkdir()
+    write_json(tmp_path / "a" / "b.json", {"loss": float("nan"), "each": [1.5, -float("inf")], "of": ({"x": 2},)})
     assert json.loads((tmp_path / "a" / "b.json").read_text()) == {"loss": None, "each": [1.5, None], "of": [{"x": 2}]}
     study = read_study(FILE.replace("client_rate: [1, 2.0]", "server_rate: [1e30, 2.0]"))
     assert run_study(study, tmp_path / "study")
@@ -895,14 +900,14 @@ def test_a_failed_run_loses_whatever_the_score(better, tmp_path, monkeypatch):
     text = text.replace("1e-6, 0.05", "0.05, 1e-6, 1e-7")
     if better == "score":  # the task has no metrics, then
         text = text.replace("says: task", "says: score")
-    study, real = read_study(text), studies.train
+    study, real = read_study(text), train_once
 
     def train(config, *more):
         if (config.server_rate, config.seed) in ((0.05, 2), (1e-6, 0)) and config.evaluate_on == "validation":
             raise Diverged("gone")
         return real(config, *more)
 
-    monkeypatch.setattr(studies, "train", train)
+    monkeypatch.setattr("hosfl.studies.jobs.train", train)
     assert run_study(study, tmp_path / "study")
     found = json.loads((tmp_path / "study/table.json").read_text())
     assert found["metric"] == better
@@ -1019,6 +1024,6 @@ def test_the_studies_of_the_repository_are_fair(path):
         found = json.loads(results.read_text())
         assert list(found["methods"]) == list(study.trials)
         assert [(t["method"], t["choice"]) for t in found["trials"]] == [
-            (method, choice) for method, grid in study.grids.items() for choice in studies._choices(grid)
+            (method, choice) for method, grid in study.grids.items() for choice in choices(grid)
         ]
         assert found["rounds"] == study.rounds

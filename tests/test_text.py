@@ -19,7 +19,8 @@ from hosfl.halves.split import split
 from hosfl.runs.assemble import assemble
 from hosfl.runs.config import with_shared
 from hosfl.studies.compare import print_table, row
-from hosfl.studies.study import read_study, run_study
+from hosfl.studies.run import run_study
+from hosfl.studies.study import read_study
 from hosfl.tasks import TUNED, make_task
 from hosfl.tasks.data import as_tokens, dirichlet_split, iid_split
 from hosfl.tasks.text import TEXTS, Row, parts

@@ -16,7 +16,9 @@ from hosfl.runs.config import Config
 from hosfl.runs.memory import BOUNDED, reference
 from hosfl.runs.pages import document, html_image, html_table
 from hosfl.runs.report import name_lines, save_figure
-from hosfl.studies.study import Result, Study, finals, held, load_study, measured, table
+from hosfl.studies.folder import held, measured
+from hosfl.studies.study import Result, Study, load_study
+from hosfl.studies.table import finals, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

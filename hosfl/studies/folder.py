@@ -1,0 +1,147 @@
+"""A study's folder: results that are read with mistrust, and the study whose it is."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hosfl.files import write_atomically
+from hosfl.settings import decisive, differences
+from hosfl.studies.study import QUANTITIES, Job, Result, Study, load_study
+
+AGAIN = "delete it, and it is made again"
+
+# What a file must hold, as far as it is read: a type; a mapping's keys, `str` for any; a list's items.
+_NUMBER = (int, float)
+_MACHINE = dict.fromkeys(("processor", "cores", "gpu", "threads", "system", "python"), object)
+_EVALUATION = {
+    **dict.fromkeys(("round", "bytes", "seconds"), _NUMBER),
+    **dict.fromkeys(QUANTITIES, (*_NUMBER, type(None))),
+}
+_RUN: dict[Any, Any] = {
+    **dict.fromkeys(("phase", "method"), str),
+    "trial": int,
+    "config": dict,
+    "failure": (str, type(None)),
+    "seconds": _NUMBER,
+    "machine": _MACHINE,
+    "evaluations": [_EVALUATION],
+}
+_GOOD: dict[Any, Any] = {
+    **dict.fromkeys((*QUANTITIES, "forward_seconds", "answer_seconds"), _NUMBER),
+    "scores": dict,
+    "bytes_per_client_round": {str: _NUMBER},
+    "replicas": {"equal": bool},
+}
+_PROVENANCE = {"data": str, "model": str}
+_WAY = dict.fromkeys(("peak_extra", "cut", "of_bound"), _NUMBER)
+_HALF = {"what": str, "batch": int, "ways": {"inference": _WAY, str: _WAY}}
+_MEMORY = {"machine": _MACHINE, "device": str, "bound": _NUMBER, "halves": {str: _HALF}}
+
+
+def _misfits(value: Any, shape: Any, where: str = "it") -> Iterator[str]:
+    """What keeps a value from having a shape."""
+    if isinstance(shape, dict) and isinstance(value, dict):
+        for key, inside in shape.items():
+            if key is not str and key not in value:
+                yield f"{where} has no {key}"
+            for name in value if key is str else {key} & value.keys():
+                yield from _misfits(value[name], inside, f"its {name}" if where == "it" else f"{where}'s {name}")
+    elif isinstance(shape, list) and isinstance(value, list):
+        for item in value:
+            yield from _misfits(item, shape[0], f"one of {where}")
+    elif not isinstance(value, type(shape) if isinstance(shape, (dict, list)) else shape):
+        yield f"{where} cannot be {str(value)[:40]!r}"
+
+
+def _read(path: Path, shape: Any) -> Any:
+    """What a JSON file holds; None if it is not there. Raises ValueError if it is damaged or has another shape."""
+
+    def constant(name: str) -> None:
+        raise ValueError(f"{name} is no JSON")
+
+    try:
+        value = json.loads(path.read_bytes().decode(), parse_constant=constant)
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): {AGAIN}") from None
+    _check(path, value, shape)
+    return value
+
+
+def _check(path: Path, value: Any, shape: Any) -> None:
+    if (misfit := next(_misfits(value, shape), None)) is not None:
+        raise ValueError(f"{path} is not what belongs there ({misfit}): {AGAIN}")
+
+
+def held(job: Job, folder: Path) -> Result | None:
+    """A job's result, if the folder has it. Raises ValueError if the file is damaged or another's, and says why."""
+    path = folder / job.file
+    result: Result | None = _read(path, _RUN)
+    if result is None:
+        return None
+    if not result["failure"]:
+        _check(path, result, _GOOD)
+    if "provenance" in result:  # results from before have none
+        _check(path, result, {"provenance": _PROVENANCE})
+    if "lower_is_better" in result:
+        _check(path, result, {"lower_is_better": [str]})
+    if "jobs" in result:  # nor these
+        _check(path, result, {"jobs": int})
+    was = decisive(result["config"])
+    now = {"phase": job.phase, "method": job.method, "trial": job.trial}
+    changed = differences({**{key: result[key] for key in now}, **was}, {**now, **job.config.decisive()})
+    if changed:
+        raise ValueError(f"{path} is of another run ({'; '.join(changed)}): {AGAIN}, or take another folder")
+    return result
+
+
+def measured(folder: Path) -> dict[str, Any] | None:
+    """A study's client-memory.json, if the folder has it. Raises ValueError if it is damaged."""
+    found: dict[str, Any] | None = _read(folder / "client-memory.json", _MEMORY)
+    return found
+
+
+def take_up(study: Study, folder: Path) -> None:
+    """Make the folder this study's. Raises ValueError if it is another's, naming the keys that differ.
+
+    Methods may be added: what the others did stays what it is. So does it where settings change that no bit depends on.
+    """
+    from hosfl.studies.yaml12 import parse_yaml
+
+    path = folder / "study.yaml"
+    if not path.exists():
+        write_atomically(path, study.text.encode())
+        return
+    try:
+        held = parse_yaml(load_study(path).text)
+    except ValueError as error:
+        raise ValueError(f"{error}. It is the folder's copy of the study's file: copy that over it") from None
+    says = parse_yaml(study.text)
+    added = [method for method in says["methods"] if method not in held["methods"]]
+    known = {**says, "methods": {name: method for name, method in says["methods"].items() if name not in added}}
+    changed = differences(*(dict(_flat(_decisive(of))) for of in (held, known)))
+    if changed:
+        raise ValueError(
+            f"{folder} holds another study; what differs: {'; '.join(changed)}. Choose another folder, or put it back"
+        )
+    if says != held:
+        write_atomically(path, study.text.encode())
+
+
+def _decisive(says: dict[str, Any]) -> dict[str, Any]:
+    """A study's file without the settings that no bit depends on."""
+    methods = {name: m or {} for name, m in says["methods"].items()}
+    methods = {name: {**m, "settings": decisive(m.get("settings") or {})} for name, m in methods.items()}
+    return {**says, "base": decisive(says.get("base") or {}), "methods": methods}
+
+
+def _flat(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, inside in value.items():
+            yield from _flat(inside, f"{where}.{key}" if where else str(key))
+    else:
+        yield where, value

@@ -1,0 +1,153 @@
+"""What a study found: its trials, the best of each method, and the rows of its table."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from hosfl.runs.report import LOWER_IS_BETTER, gap_recovered, machine, metric
+from hosfl.studies.folder import held
+from hosfl.studies.study import QUANTITIES, Job, Result, Study, choices
+
+
+def trials(study: Study, folder: Path) -> list[dict[str, Any]]:
+    """Every trial that has all its runs: validation figures by seed and their means. Of a failed run, and of a trial
+    that has one, they are None."""
+    rows = []
+    jobs = study.tuning()
+    for (method, n), group in itertools.groupby(jobs, lambda job: (job.method, job.trial)):
+        found = [held(job, folder) for job in group]
+        runs = [run for run in found if run is not None]
+        if len(runs) < len(found):
+            continue
+        failures = [run["failure"] for run in runs if run["failure"]]
+        row = {"method": method, "trial": n, "choice": choices(study.grids[method])[n], "failures": failures}
+        for name, each in zip(QUANTITIES, ("accuracies", "losses"), strict=True):
+            row[each] = [None if run["failure"] else run[name] for run in runs]
+            row[name] = None if failures else mean(row[each])
+        rows.append(row)
+    return rows
+
+
+def best(study: Study, folder: Path) -> dict[str, int | None]:
+    """The trial of each method: the best mean validation accuracy, or whatever the task's first score is, the least
+    where less is better; at equal accuracy the lower loss, then the first one. A run that failed is worse than any that
+    did not: first of all counts how many of a trial did. None where in every trial every run failed."""
+    chosen: dict[str, int | None] = {}
+    sign = -1 if _metric(study, folder)[1] else 1
+
+    def merit(row: dict[str, Any]) -> tuple[float, ...]:
+        accuracy, loss = (mean(v for v in row[each] if v is not None) for each in ("accuracies", "losses"))
+        return -len(row["failures"]), sign * accuracy, -loss
+
+    for method, group in itertools.groupby(trials(study, folder), lambda row: row["method"]):
+        rows = [row for row in group if len(row["failures"]) < len(row["losses"])]
+        top = max(rows, key=merit, default=None)
+        chosen[method] = None if top is None else top["trial"]
+    return chosen
+
+
+def finals(study: Study, folder: Path) -> list[Job]:
+    """The final runs of each method whose trials have all their runs, as far as one of them worked."""
+    ended = Counter(row["method"] for row in trials(study, folder))
+    chosen = best(study, folder).items()
+    whole = [(method, n) for method, n in chosen if n is not None and ended[method] == len(study.trials[method])]
+    return [job for method, n in whole for job in study.final(method, n)]
+
+
+def table(study: Study, folder: Path) -> dict[str, Any]:
+    """What the study found so far: a row per method of its final runs, and every trial.
+
+    Means are over the runs that did not fail; error: the standard error of a mean over seeds, None for one seed. jobs:
+    of how many runs at a time the method's were; none where they were made before results said it.
+    """
+    tried = trials(study, folder)
+    complete = len(tried) == sum(map(len, study.trials.values()))
+    rows: dict[str, Any] = {}
+    for method, trial in best(study, folder).items() if complete else ():
+        runs = [] if trial is None else [held(job, folder) for job in study.final(method, trial)]
+        rows[method] = _row(study, method, trial, [run for run in runs if run is not None])
+    _add_gap(rows)
+    for row in rows.values():
+        del row["curves"]
+    name, lower = _metric(study, folder)
+    what = {"rounds": study.rounds, "unequal": study.unequal, "metric": name, "lower_is_better": lower}
+    return {**what, "machine": machine(), "methods": rows, "trials": tried}
+
+
+def _metric(study: Study, folder: Path) -> tuple[str, bool]:
+    """What the study's task calls the accuracy, and whether less of it is better, as far as a run has said so."""
+    runs = (held(job, folder) for job in study.tuning())
+    run: Result = next((run for run in runs if run and not run["failure"]), {"scores": {}})
+    name = metric(run["scores"])
+    return name, name in (*run.get("lower_is_better", ()), *LOWER_IS_BETTER)
+
+
+def _row(study: Study, method: str, trial: int | None, runs: Sequence[Result]) -> dict[str, Any]:
+    good = [run for run in runs if not run["failure"]]
+    row: dict[str, Any] = {
+        "trial": trial,
+        "settings": None if trial is None else study.trials[method][trial],
+        "seeds": [run["config"]["seed"] for run in good],
+        "failures": {run["config"]["seed"]: run["failure"] for run in runs if run["failure"]},
+    }
+    for quantity in QUANTITIES:
+        values = [run[quantity] for run in good]
+        row[f"each_{quantity}"] = values
+        row[quantity] = mean(values) if values else None
+        row[f"{quantity}_error"] = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    categories = sorted({c for run in good for c in run["bytes_per_client_round"]})
+    row["bytes_per_client_round"] = {
+        c: mean(run["bytes_per_client_round"].get(c, 0.0) for run in good) for c in categories
+    }
+    for name in ("seconds", "forward_seconds", "answer_seconds"):
+        row[name] = mean(run[name] for run in good) if good else None
+    row["jobs"] = sorted({run["jobs"] for run in good if "jobs" in run})  # at a time, which says what seconds are worth
+    row["curves"] = [run["evaluations"] for run in good]
+    row["replicas_equal"] = all(run["replicas"]["equal"] for run in good) if good else None
+    return row
+
+
+def _add_gap(rows: dict[str, Any]) -> None:
+    """The share of the way from the frozen client to the first-order one, where the study has one of each.
+
+    Of several of a kind the control is the one that is called "frozen" or "first-order".
+    At equal rounds, and in equal seconds: what a method has reached when the last of first-order's runs ends, between
+    two evaluations by linear interpolation. A run that has ended by then keeps its result.
+    """
+
+    def control(kind: str) -> list[dict[str, Any]]:
+        of = {m: r for m, r in rows.items() if r["settings"] and r["settings"].get("method", "ho") == kind}
+        chosen = [of[kind]] if kind in of else list(of.values())
+        return [r for r in chosen if r["accuracy"] is not None]
+
+    low, high = control("frozen"), control("first-order")
+    end = max((curve[-1]["seconds"] for row in high for curve in row["curves"]), default=0.0)
+    for row, q in itertools.product(rows.values(), QUANTITIES):
+        row[f"{q}_gap_recovered"] = row[f"{q}_gap_in_equal_seconds"] = None
+        if len(low) == len(high) == 1 and row["curves"]:
+            controls = low[0][q], high[0][q]
+            row[f"{q}_gap_recovered"] = gap_recovered(row[q], *controls)
+            by_then = [_reached(curve, end, q) for curve in row["curves"]]
+            known = [value for value in by_then if value is not None]
+            if len(known) == len(by_then):
+                row[f"{q}_gap_in_equal_seconds"] = gap_recovered(mean(known), *controls)
+
+
+def _reached(curve: Sequence[Mapping[str, Any]], seconds: float, quantity: str) -> float | None:
+    """What a run had reached after so many seconds; None before its first evaluation, when nobody knows."""
+    curve = [e for e in curve if e[quantity] is not None]
+    after = next((n for n, e in enumerate(curve) if e["seconds"] >= seconds), len(curve))
+    if after == len(curve):
+        return float(curve[-1][quantity])
+    a, b = curve[max(0, after - 1)], curve[after]
+    if b["seconds"] == seconds:
+        return float(b[quantity])
+    if after == 0:
+        return None
+    part = (seconds - a["seconds"]) / (b["seconds"] - a["seconds"])
+    return float(a[quantity] + part * (b[quantity] - a[quantity]))
