@@ -569,3 +569,25 @@ def test_what_is_no_chain_is_refused():
     wrong = SplitModel(*chain(Net()).cut("second"))
     with pytest.raises(CutError, match="it has no parameter like the client half's shift"):
         verify_halves(Net(), wrong, torch.randn(2, 6))
+
+
+class Turned(nn.Module):
+    """A complex weight that turns what it gets. stopped: its imaginary part has no gradient."""
+
+    def __init__(self, stopped=False):
+        super().__init__()
+        self.stopped, self.weight = stopped, nn.Parameter(torch.ones(4, dtype=torch.complex64))
+
+    def forward(self, x):
+        parts = torch.view_as_real(self.weight)
+        imaginary = parts[..., 1].detach() if self.stopped else parts[..., 1]
+        return x * parts[..., 0] + imaginary
+
+
+def test_a_gradient_is_compared_with_its_imaginary_part():
+    model = nn.Sequential(nn.Linear(4, 4), Turned(), nn.Linear(4, 2))
+    same, stopped = (nn.Sequential(model[0], turned) for turned in (model[1], Turned(stopped=True)))
+    stopped[1].weight = model[1].weight
+    verify_halves(model, SplitModel(same, model[2]), torch.randn(3, 4))
+    with pytest.raises(CutError, match=r"the gradient of 1\.weight is another one"):
+        verify_halves(model, SplitModel(stopped, model[2]), torch.randn(3, 4))

@@ -8,6 +8,7 @@ from torch import nn
 
 from hosfl import Config, Task, train
 from hosfl.cli import main
+from hosfl.protocol.header import LARGEST_DIRECTIONS
 from hosfl.runs.suggest import suggest
 
 BERT = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
@@ -80,6 +81,10 @@ def test_budgets_that_nothing_fits_are_refused():
     for rounds, passes in ((0, 5.0), (10, 0.0), (10, float("nan")), (10, float("inf"))):
         with pytest.raises(ValueError, match="must be positive"):
             suggest(Config(task=""), rounds, passes, texts())
+
+
+def test_a_budget_without_end_is_no_work_without_end():
+    assert suggest(Config(task=""), 300, 1e9, texts()).directions == LARGEST_DIRECTIONS
 
 
 def test_the_command_prints_a_command_that_runs(capsys, tmp_path):

@@ -216,6 +216,7 @@ def _compare_written(model: nn.Module, whole: _Pass, parts: _Pass) -> None:
 
 def _sketch(gradient: Tensor) -> tuple[float, float]:
     values = gradient.coalesce().values() if gradient.is_sparse else gradient
+    values = torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
     rows = values.reshape(len(values) if values.dim() else 1, -1).sum(1, dtype=torch.float64)
     angles = torch.arange(len(rows), device=rows.device, dtype=torch.float64)
     return float((rows * angles.cos()).sum()), float(torch.linalg.vector_norm(values.float()))

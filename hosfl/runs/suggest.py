@@ -8,6 +8,7 @@ made few enough for the budget, where probes are cheap: in the layers next to th
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -18,6 +19,7 @@ from hosfl.halves.adapters import adaptable, largest_rank
 from hosfl.halves.blocks import allotted, blocks_of, entries_of, layers_of, work
 from hosfl.halves.inputs import Inputs
 from hosfl.halves.trains import moving_only
+from hosfl.protocol.header import LARGEST_DIRECTIONS
 from hosfl.protocol.seeds import Purpose, round_seed
 from hosfl.settings import Settings
 from hosfl.tasks import make_task
@@ -151,10 +153,13 @@ def _most(moving: nn.Module, count: int, inputs: Inputs, passes: float) -> _Prob
     begins = blocks_of(moving, count, inputs)
     sizes = [float(sum(parameters[t].numel() for t in begin.tensors)) for begin in begins]
     shares = [begin.share for begin in begins]
-    fitting, directions = None, count
-    while (cost := work(allotted(directions, sizes, shares), shares)) <= 1.01 * passes:  # shares are no round numbers
-        fitting, directions = _Probes(directions, shares, cost), directions + 1
-    return fitting
+
+    def cost(directions: int) -> float:
+        return work(allotted(directions, sizes, shares), shares)
+
+    counts = range(count, LARGEST_DIRECTIONS + 1)
+    fitting = bisect_right(counts, 1.01 * passes, key=cost)  # shares are no round numbers
+    return _Probes(counts[fitting - 1], shares, cost(counts[fitting - 1])) if fitting else None
 
 
 def _patterns(half: nn.Module, chosen: Mapping[str, int], named: Mapping[str, nn.Module]) -> str:
