@@ -134,6 +134,9 @@ def test_a_mean_is_held_to_the_middle_length():
     lied = [*honest, 1e30 * ones]
     held = not_beyond(weighted_mean(lied, [1.0] * 4), lied, weights)
     torch.testing.assert_close(held, (BEYOND * 2 * ones).double())  # the lower of the middle two
+    small = [1e-6 * value for value in lied]  # whatever the unit
+    held = not_beyond(weighted_mean(small, [1.0] * 4), small, weights)
+    torch.testing.assert_close(held, (BEYOND * 2e-6 * ones).double())
     only = [1e30 * ones]
     torch.testing.assert_close(not_beyond(only[0], only, weights), only[0])  # nothing to compare it with
     nothing = [0 * ones, 0 * ones, ones]
