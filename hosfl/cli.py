@@ -113,6 +113,7 @@ def parser() -> argparse.ArgumentParser:
         return made
 
     one = command("train", "run one method once")
+    one.usage = "%(prog)s [--out DIR] [OPTION ...]"
     _add_settings(one)
     one.add_argument("--out", type=_path, metavar="DIR", help="write log, snapshots, metrics, curves and weights there")
     one.add_argument(
@@ -122,6 +123,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--tensorboard", action="store_true", help=board)
     _add_engine(one)
     hosts = command("serve", "run the server of a federation, whose clients are on other machines")
+    hosts.usage = "%(prog)s DIR (--out DIR | --resume DIR) [OPTION ...]"
     hosts.add_argument("server", type=_path, metavar="DIR", help="the folder server of hosfl federation create")
     _add_settings(hosts, leave_out=("clients",))
     hosts.add_argument("--out", type=_path, metavar="DIR", help="write log, snapshots, metrics and status there")
@@ -153,6 +155,7 @@ def parser() -> argparse.ArgumentParser:
     state.add_argument("folder", type=_path, metavar="DIR", help="the run's folder")
     state.add_argument("--watch", action="store_true", help="go on showing it until interrupted")
     many = command("compare", "run methods and seeds into one table")
+    many.usage = "%(prog)s --out DIR [OPTION ...]"
     _add_settings(many, leave_out=("method", "seed"))
     three = list(METHODS)[:3]
     methods = f"{', '.join(METHODS)}, or FILE.py:CLASS (default: {' '.join(three)})"
@@ -160,12 +163,15 @@ def parser() -> argparse.ArgumentParser:
     many.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
     many.add_argument("--out", type=_path, metavar="DIR", required=True, help="a folder per run, table and curves")
     crowd = command("simulate", "run HO-SFL with a crowd of clients under faults")
+    crowd.usage = "%(prog)s [--out DIR] [OPTION ...]"
     _add_settings(crowd, leave_out=("method",))
     _add_fields(crowd.add_argument_group("faults"), fields(Faults))
     _add_engine(crowd)
     crowd.add_argument("--out", type=_path, metavar="DIR", help="write hosfl.log and simulation.json there")
     for sub in (one, hosts, many, crowd):
         sub.add_argument("--preset", choices=PRESETS, help="defaults of other options: the paper's setting")
+    for sub in (one, hosts):
+        sub.set_defaults(default=sub.get_default)  # for the command that goes on with an interrupted run
     cuts = command("split", "list the places where a model can be cut, and what lies on either side")
     cuts.add_argument("--model", required=True, metavar="NAME", help="on the Hugging Face hub, or a folder; no weights")
     cuts.add_argument("--list", action="store_true", help="list the cut points: what this command does anyway")
@@ -173,6 +179,7 @@ def parser() -> argparse.ArgumentParser:
     limit = "tokens per sample, the model's limit at most (default: %(default)s)"
     cuts.add_argument("--length", type=_count, default=128, help=limit)
     budget = command("suggest", "suggest what of the client half to move, for a number of rounds and passes")
+    budget.usage = "%(prog)s [OPTION ...]"
     _add_settings(budget, leave_out=("trains",), concerns=CONCERNS[:2])
     budget.add_argument("--rounds", type=int, default=300, help="of the run to come (default: %(default)s)")
     work = "what a client may spend on probes in a round, in forward passes of its half (default: %(default)s)"
@@ -335,13 +342,14 @@ def _log(options: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    top = parser()
-    options = top.parse_args(arguments)
+    lost = ""
     try:
+        options = _read(arguments)
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *where, **more: print(f"hosfl: {message}", file=sys.stderr)
             with uninterrupted():  # an import that is broken off leaves half a module behind
                 command = _command(options.command)
+            lost = "; what came after the last snapshot or result is lost" * (options.command in WRITING)
             done = command(options)
             sys.stdout.flush()
             return done
@@ -350,14 +358,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + 13
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # one is enough: the process ends
-        lost = "; what came after the last snapshot or result is lost" * (options.command in WRITING)
         print(f"hosfl: interrupted{lost}", file=sys.stderr)
         return 130
     except Exception as error:
         status = _told(error)
         if status is None:
-            top.exit(2, f"hosfl: {_words(error)}\n")
+            print(f"hosfl: {_words(error)}", file=sys.stderr)
+            sys.exit(2)
         return status
+
+
+def _read(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options. What a command does not know is that command's error, whose help lists what it knows."""
+    top = parser()
+    try:
+        options, unknown = top.parse_known_args(arguments)
+    except SystemExit:
+        sys.stdout.flush()  # of --help: a pipe that is closed is noticed here
+        raise
+    if unknown:
+        top.prog = " ".join(filter(None, (top.prog, options.command, getattr(options, "action", ""))))
+        top.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return options
 
 
 def _command(name: str) -> Callable[[argparse.Namespace], int]:

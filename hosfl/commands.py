@@ -192,10 +192,19 @@ def _run(options: argparse.Namespace, config: Config, out: Path | None, over: Ov
     if out is None:
         print("interrupted; nothing was kept, as there is no --out", file=sys.stderr)
     else:
-        server = [str(options.server)] if options.command == "serve" else []
-        again = shlex.join(["hosfl", options.command, *server, "--resume", str(out)])
-        print(f"interrupted; to go on: {again}", file=sys.stderr)
+        print(f"interrupted; to go on: {going_on(options, out)}", file=sys.stderr)
     return 130
+
+
+def going_on(options: argparse.Namespace, out: Path) -> str:
+    """The command that resumes the run: its settings are in the folder, the other options only here."""
+    words = ["hosfl", options.command, *([str(options.server)] if options.command == "serve" else [])]
+    words += ["--resume", str(out)]
+    kept = (*FIELDS, "command", "server", "out", "resume", "preset", "default")
+    for name, value in vars(options).items():
+        if name not in kept and value != options.default(name):
+            words += ["--" + name.replace("_", "-"), *([] if value is True else [str(value)])]
+    return shlex.join(words)
 
 
 def _simulate(options: argparse.Namespace) -> int:
