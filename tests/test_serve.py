@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from hosfl.engines.nats_server import NatsEngine
 from hosfl.runs.assemble import assemble
 from hosfl.runs.checkpoint import load_config
 from hosfl.runs.join import join
-from hosfl.runs.serve import Over, offered
+from hosfl.runs.serve import Events, Over, offered
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +110,18 @@ def test_a_run_goes_on_with_its_own_clients(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["serve", str(tmp_path / "fed/server"), "--resume", str(tmp_path / "run"), "--least", "2"])
     assert "least must be at most 1, the clients that may be here, got 2" in capsys.readouterr().err
+
+
+def test_a_server_says_whom_it_waits_for(tmp_path, caplog):
+    """Once for a round; a round that is tried in vain is another matter, which `hosfl status` shows."""
+    engine = SimpleNamespace(present=lambda: [3])
+    server = SimpleNamespace(refused=[])
+    federation = SimpleNamespace(engine=engine, server=server, config=Config(rounds=4), least=2, tried=0, missing=0)
+    federation.complained, federation.wire = [], SimpleNamespace(bytes={})
+    events = Events(tmp_path)
+    for done in (0, 0, 1):
+        events.waiting(federation, done)
+    assert caplog.messages == [f"round {round} waits for clients: 1 of at least 2 are here" for round in (1, 2)]
 
 
 def test_a_run_whose_cuts_are_larger_than_an_engine_takes_of_itself(tmp_path):
