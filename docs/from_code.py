@@ -138,4 +138,5 @@ def _commands(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.A
 
 
 def _table(actions: Iterable[argparse.Action]) -> str:
-    return "| option | what |\n|---|---|\n" + "\n".join(map(_option, actions)) + "\n"
+    shown = (action for action in actions if action.help != argparse.SUPPRESS)
+    return "| option | what |\n|---|---|\n" + "\n".join(map(_option, shown)) + "\n"
