@@ -218,7 +218,7 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         "--engine",
         choices=("in-process", "ray"),
         default="in-process",
-        help="where clients run: in this process, or on a Ray cluster; on other machines: hosfl serve (default: %(default)s)",
+        help="where clients run: in this process, or on a Ray cluster; elsewhere: hosfl serve (default: %(default)s)",
     )
     engine.add_argument("--address", help="a running Ray cluster, HOST:PORT or auto; default: one is started here")
     engine.add_argument(

@@ -141,9 +141,13 @@ def split(model: nn.Module, at: int | str, *, example: Inputs | None = None, ver
 
 
 def cut_points(model: nn.Module, inputs: Inputs | None = None) -> list[CutPoint]:
-    """Every place where `split` can cut a model. inputs: an example; model and example may be on the meta device.
+    """Every place where `split` can cut a model, in order. inputs: an example; both may be on the meta device.
 
-    Raises TypeError for a model that cannot be cut.
+    Each has `name`, the first module of the server half; `at`, how many layers the client half gets; and
+    `client_parameters` and `server_parameters`, numbers of elements. With an example also, in bytes for it, `cut`, the
+    tensor that is sent, and `client_activations` and `server_activations`, the outputs of all innermost modules.
+
+    Raises: CutError, a TypeError, for a model that cannot be cut.
     """
     way = way_of(_inside(model))
     points = []
