@@ -138,5 +138,4 @@ def _commands(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.A
 
 
 def _table(actions: Iterable[argparse.Action]) -> str:
-    shown = (action for action in actions if action.help != argparse.SUPPRESS)
-    return "| option | what |\n|---|---|\n" + "\n".join(map(_option, shown)) + "\n"
+    return "| option | what |\n|---|---|\n" + "\n".join(map(_option, actions)) + "\n"

@@ -178,7 +178,7 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(default=sub.get_default)  # for the command that goes on with an interrupted run
     cuts = command("split", "list the places where a model can be cut, and what lies on either side")
     cuts.add_argument("--model", required=True, metavar="NAME", help="on the Hugging Face hub, or a folder; no weights")
-    cuts.add_argument("--list", action="store_true", help=argparse.SUPPRESS)  # what it does anyway
+    cuts.add_argument("--list", action="store_true", help="list the cut points, as without this option")
     cuts.add_argument("--batch", type=_count, default=1, help="samples of the example (default: %(default)s)")
     limit = "tokens per sample, the model's limit at most (default: %(default)s)"
     cuts.add_argument("--length", type=_count, default=128, help=limit)
