@@ -226,7 +226,7 @@ def _simulate(options: argparse.Namespace) -> int:
         return 1
     if not outcome.interrupted:
         return 0
-    print(f"interrupted after {outcome.rounds} of {config.rounds} rounds; a simulation does not go on", file=sys.stderr)
+    print(f"interrupted after {outcome.rounds} of {config.rounds} rounds; a simulation cannot be resumed", file=sys.stderr)
     return 130
 
 
@@ -272,7 +272,7 @@ def _compare(options: argparse.Namespace) -> int:
     if not table["interrupted"]:
         return 0
     done = sum(len(line["seeds"]) for line in table["methods"].values())
-    again = f"a comparison does not go on: delete {options.out}, or give another --out"
+    again = f"a comparison cannot be resumed: delete {options.out}, or give another --out"
     print(f"interrupted after {done} of {len(configs)} runs; {again}", file=sys.stderr)
     return 130
 
@@ -307,7 +307,7 @@ def _study(options: argparse.Namespace) -> int:
 
         finished = run_study(study, options.out, options.jobs, on_progress)
     if not finished:
-        print(f"interrupted: the same command goes on where {options.out} is", file=sys.stderr)
+        print(f"interrupted; to go on: run the same command again, {options.out} has what is done", file=sys.stderr)
         return 130
     print(f"{options.out / 'table.json'}, {report(options.out)}")
     return 0

@@ -73,7 +73,7 @@ class Data(_Checked):
     "FILE.py:function"; "" where `hosfl.train` is given a task. options: of the task, by name. data: where a task does
     not have its own, a folder with the data; where it is left out, the Hugging Face hub's. clients, sampled: N clients,
     K of them per round; a task that has the data of each client says N. batch: samples per client and round.
-    partition: of the training data over the clients: "dirichlet" with parameter alpha, by class or, in squad, by
+    partition: how training data are divided over clients: "dirichlet" with parameter alpha, by class or, in squad, by
     article: the smaller, the more clients differ; or "iid", at random in equal parts, which has no use for alpha.
     public: training samples that are set aside, the same in every run: no client has them, nobody reads their labels,
     and they are the task's public samples, which adapters are made from: see `trains`.
@@ -165,38 +165,40 @@ class Learning(_Checked):
 
     method: the name of one of `hosfl.methods`, or "FILE.py:CLASS". local_steps: of a SplitFed client between averages,
     of MU-SplitFed's server per round.
-    directions: P, perturbed forward passes per client and round; without such a pass where estimator is "backward".
+    directions: P, directions measured per client and round; each costs a perturbed forward pass, or two with
+    "two-sided" differences, and none where estimator is "backward".
     directions_from: "fresh" ones every round, or a "pool" of pool_size that is replaced every pool_rounds rounds (0:
     never). direction_scale: "unit", or "rms": scaled on every tensor by the power of two nearest its relative root mean
     square. dist: "rademacher" or "gaussian".
     blocks: groups of the client half's layers, with about as many layers in each that move; a direction moves one
     group, so that its pass runs from there to the cut only, and groups close to the cut get more of the P directions.
     With one group passes run from the first layer that moves, where that saves a tenth of a pass or more.
-    mu: the size of a probe's step, rounded to the client's lattice where there is one. estimator: "one-sided"
+    mu: the size of a probe's perturbation, rounded to the lattice where there is one. estimator: "one-sided"
     differences, the paper's; "two-sided" ones; "forward" mode, which has no step; or "backward", one backward pass.
     microbatch: samples that a client which backpropagates takes together, 0 for all; fewer need less memory.
-    probes_at_once: probes that go through the client half in one pass: each has a copy of the weights that move, and
-    activations of its own. Faster where these weights and the batch are small. A scalar differs by rounding only.
+    probes_at_once: probes, that is perturbed forward passes, that share one pass: each has a copy of the weights that
+    move, and activations of its own. Faster where these weights and the batch are small; differs by rounding only.
     compile: a backend of torch.compile, such as "inductor", under which the client half runs forward, where its weights
-    move in place and one probe runs at a time; "": none. A scalar differs by rounding only.
+    move in place and one probe runs at a time; "": none. Differs by rounding only.
     server_batch: the most samples that go through the server half in one pass, of the cuts of several clients; 0: each
     client's cut goes through by itself. Faster where cuts are small; what every client is sent differs by rounding, and
     dropout draws other random numbers.
-    multiplier: "exact"; or "centered", as if the outputs of the samples in a pass through the server half had no common
-    shift. The half's own bias learns that shift, and in a small batch it is mostly noise. One more backward pass of
-    the half, without its weights. With server_batch a pass has several clients' samples; where clients are unlike it
-    should. For tasks with one label per sample.
-    server_first: rounds at the beginning in which the server half learns alone; its clients send cuts and are asked
-    nothing more. Multipliers of a head with random weights say little (Kumar et al., arXiv 2202.10054, train it first).
+    multiplier: the gradient at the cut that a client is sent: "exact"; or "centered", of the loss's gradient with
+    respect to the outputs less its mean over the samples of a pass through the server half. That mean shifts all
+    outputs alike, which the half's own bias learns, and in a small batch it is mostly noise. Costs one more backward
+    pass through the half, without its weights. With non-IID clients set server_batch, so that a pass has several
+    clients' samples. For tasks with one label per sample.
+    server_first: so many first rounds in which only the server half learns; clients send their cuts and nothing more.
+    Gradients from a head with random weights say little (Kumar et al., arXiv 2202.10054, train it first).
     server_rate, client_rate, server_decay: learning rates, and weight decay of the server half; None: the task's tuned.
     client_rate is of the mean over the P directions, fresh or of a pool: one direction moves by client_rate / P times
     its scalar.
     rule: of the client half: "sgd"; "normalized", SGD with the rate over a running mean of the gradient's norm;
     "momentum" (0.9); "adamw" (0.9, 0.999). With a pool the server applies it to the pool's coefficients. With fresh
     directions momentum and AdamW keep moments on every client, and the half leaves the lattice.
-    aggregation: of the clients' answers and of their gradients of the server half: "weighted" by samples; "uniform";
-    "median" or "trimmed", which stand a few clients that lie, cost accuracy where clients are unlike, and keep a
-    gradient of the server half per client.
+    aggregation: of the clients' answers and of their gradients of the server half: mean "weighted" by samples;
+    "uniform" mean; "median" or "trimmed" mean, which withstand a few clients that lie, but cost accuracy with non-IID
+    clients, and keep a gradient of the server half per client.
     clip, server_clip: the largest norm of one client's gradient of the client half, as estimated, and of the server
     half, in the L2 norm; None for none.
     """
