@@ -226,7 +226,9 @@ def _simulate(options: argparse.Namespace) -> int:
         return 1
     if not outcome.interrupted:
         return 0
-    print(f"interrupted after {outcome.rounds} of {config.rounds} rounds; a simulation cannot be resumed", file=sys.stderr)
+    print(
+        f"interrupted after {outcome.rounds} of {config.rounds} rounds; a simulation cannot be resumed", file=sys.stderr
+    )
     return 130
 
 
