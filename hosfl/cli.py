@@ -112,20 +112,24 @@ def parser() -> argparse.ArgumentParser:
         made: argparse.ArgumentParser = to.add_parser(name, help=does, description=does[0].upper() + does[1:] + ".")
         return made
 
-    one = command("train", "run one method once")
+    one = command("train", "train a split model by one method, with one seed")
+    one.usage = "%(prog)s [--out DIR] [OPTION ...]"
     _add_settings(one)
     one.add_argument("--out", type=_path, metavar="DIR", help="write log, snapshots, metrics, curves and weights there")
     one.add_argument(
-        "--resume", type=_path, metavar="DIR", help="go on with the run in DIR; --data may say where its data lie now"
+        "--resume", type=_path, metavar="DIR", help="resume the run in DIR; --data may say where its data are now"
     )
     board = "write the run's scalars for TensorBoard into its folder tensorboard"
     one.add_argument("--tensorboard", action="store_true", help=board)
     _add_engine(one)
-    hosts = command("serve", "run the server of a federation, whose clients are on other machines")
-    hosts.add_argument("server", type=_path, metavar="DIR", help="the folder server of hosfl federation create")
+    hosts = command("serve", "train with clients on other machines: the server of a federation")
+    hosts.usage = "%(prog)s DIR (--out DIR | --resume DIR) [OPTION ...]"
+    hosts.add_argument(
+        "server", type=_path, metavar="DIR", help="the folder `server` that hosfl federation create made"
+    )
     _add_settings(hosts, leave_out=("clients",))
     hosts.add_argument("--out", type=_path, metavar="DIR", help="write log, snapshots, metrics and status there")
-    hosts.add_argument("--resume", type=_path, metavar="DIR", help="go on with the run in DIR")
+    hosts.add_argument("--resume", type=_path, metavar="DIR", help="resume the run in DIR")
     hosts.add_argument("--tensorboard", action="store_true", help=board)
     edge = "offer the client half to clients without torch too, which join by hosfl join --runtime onnx"
     hosts.add_argument("--edge", action="store_true", help=edge)
@@ -133,10 +137,12 @@ def parser() -> argparse.ArgumentParser:
     hosts.add_argument("--broker", type=Path, metavar="FILE", help=where)
     waits = hosts.add_argument_group("waiting")
     waits.add_argument("--deadline", type=float, default=60.0, help="seconds for each of a round's two exchanges (60)")
-    waits.add_argument("--enough", type=int, help="answers with which a round goes on without the rest; default: all")
-    waits.add_argument("--least", type=int, default=1, help="clients to be here before a round begins (1)")
+    waits.add_argument("--enough", type=int, help="answers after which a round goes on without the rest; default: all")
+    waits.add_argument("--least", type=int, default=1, help="clients to be connected before a round begins (1)")
     client = command("join", "take part in a federation as one of its clients, until interrupted")
-    client.add_argument("client", type=_path, metavar="DIR", help="the client's folder, from the federation's operator")
+    client.add_argument(
+        "client", type=_path, metavar="DIR", help="the client's folder, which the federation's operator hands out"
+    )
     own = "this client's data: arrays (.npz, .safetensors), FILE.py:FUNCTION, or a file or folder as the task reads it;"
     client.add_argument("--data", default="", help=f"{own} default: its share of the task's own")
     client.add_argument(
@@ -149,54 +155,59 @@ def parser() -> argparse.ArgumentParser:
     client.add_argument("--device", default="cpu", help="where to compute (default: %(default)s)")
     kinds = "what runs the client half: torch, or onnx, onnxruntime without torch (default: %(default)s)"
     client.add_argument("--runtime", choices=("torch", "onnx"), default="torch", help=kinds)
-    state = command("status", "show how a federation's run stands: who is here, round, loss, bytes, what was refused")
+    state = command("status", "show the state of a federation's run: clients connected, round, loss, bytes, refusals")
     state.add_argument("folder", type=_path, metavar="DIR", help="the run's folder")
     state.add_argument("--watch", action="store_true", help="go on showing it until interrupted")
-    many = command("compare", "run methods and seeds into one table")
+    many = command("compare", "train by several methods and seeds, into one table")
+    many.usage = "%(prog)s --out DIR [OPTION ...]"
     _add_settings(many, leave_out=("method", "seed"))
     three = list(METHODS)[:3]
     methods = f"{', '.join(METHODS)}, or FILE.py:CLASS (default: {' '.join(three)})"
     many.add_argument("--methods", nargs="+", default=three, metavar="METHOD", help=methods)
     many.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
     many.add_argument("--out", type=_path, metavar="DIR", required=True, help="a folder per run, table and curves")
-    crowd = command("simulate", "run HO-SFL with a crowd of clients under faults")
+    crowd = command("simulate", "simulate HO-SFL with many clients that drop out, stay away or lie")
+    crowd.usage = "%(prog)s [--out DIR] [OPTION ...]"
     _add_settings(crowd, leave_out=("method",))
     _add_fields(crowd.add_argument_group("faults"), fields(Faults))
     _add_engine(crowd)
     crowd.add_argument("--out", type=_path, metavar="DIR", help="write hosfl.log and simulation.json there")
     for sub in (one, hosts, many, crowd):
-        sub.add_argument("--preset", choices=PRESETS, help="defaults of other options: the paper's setting")
+        sub.add_argument("--preset", choices=PRESETS, help="other defaults for the options: the paper's setting")
+    for sub in (one, hosts):
+        sub.set_defaults(default=sub.get_default)  # for the command that goes on with an interrupted run
     cuts = command("split", "list the places where a model can be cut, and what lies on either side")
     cuts.add_argument("--model", required=True, metavar="NAME", help="on the Hugging Face hub, or a folder; no weights")
-    cuts.add_argument("--list", action="store_true", help="list the cut points: what this command does anyway")
+    cuts.add_argument("--list", action="store_true", help="list the cut points, as without this option")
     cuts.add_argument("--batch", type=_count, default=1, help="samples of the example (default: %(default)s)")
     limit = "tokens per sample, the model's limit at most (default: %(default)s)"
     cuts.add_argument("--length", type=_count, default=128, help=limit)
-    budget = command("suggest", "suggest what of the client half to move, for a number of rounds and passes")
+    budget = command("suggest", "suggest what to train of the client half, for a number of rounds and forward passes")
+    budget.usage = "%(prog)s [OPTION ...]"
     _add_settings(budget, leave_out=("trains",), concerns=CONCERNS[:2])
     budget.add_argument("--rounds", type=int, default=300, help="of the run to come (default: %(default)s)")
     work = "what a client may spend on probes in a round, in forward passes of its half (default: %(default)s)"
     budget.add_argument("--passes", type=float, default=5.0, help=work)
-    made = command("rebuild", "make the client half of a log")
+    made = command("rebuild", "rebuild the client half from its log and initial weights")
     made.add_argument("log", type=Path, metavar="LOG", help="a run's hosfl.log")
     made.add_argument("--base", type=Path, required=True, metavar="FILE", help="safetensors with the base weights")
     made.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors to write")
     made.add_argument("--upto", type=int, metavar="ROUND", help="rounds to apply (default: all)")
-    studied = command("study", "run the methods and seeds of a file at equal tuning; goes on where it was")
+    studied = command("study", "compare the methods of a file, each tuned equally; run again, it resumes")
     studied.add_argument("file", type=Path, metavar="FILE", help="YAML: what to study, see docs/studies.md")
     studied.add_argument("--out", type=_path, metavar="DIR", required=True, help="a file per run, table and report")
     cores = os.cpu_count() or 1
     studied.add_argument("--jobs", type=int, default=cores, help="runs at a time (default: %(default)s)")
-    page = command("report", "write a study, or who took part when in a run, as one HTML page and its figures as PNG")
+    page = command("report", "write a study, or which clients took part in a run, as one HTML page with figures as PNG")
     page.add_argument("folder", type=_path, metavar="DIR", help="of a study, or of a run with clients elsewhere")
     peak = command("memory", "measure the peak memory of one client alone, beside inference of its half")
     peak.add_argument("--halves", nargs="+", default=[], metavar="HALF", help="digits, minilm, resnet18 (default: all)")
     peak.add_argument("--device", default="cpu", help="where to compute (default: %(default)s)")
     peak.add_argument("--out", type=Path, metavar="FILE", help="write the figures there, as JSON")
-    logs = command("log", "look into a log").add_subparsers(dest="action", required=True, metavar="ACTION")
+    logs = command("log", "print or check a log").add_subparsers(dest="action", required=True, metavar="ACTION")
     for name, does in (("show", "print what a log holds"), ("verify", "check every byte of a log")):
         command(name, does, logs).add_argument("log", type=Path, metavar="LOG")
-    _add_federation(command, command("federation", "say who may take part in a run across machines, and as whom"))
+    _add_federation(command, command("federation", "make and manage the certificates of a run across machines"))
     return top
 
 
@@ -207,13 +218,13 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
         "--engine",
         choices=("in-process", "ray"),
         default="in-process",
-        help="who carries the messages to the clients; over a network: hosfl serve (default: %(default)s)",
+        help="where clients run: in this process, or on a Ray cluster; elsewhere: hosfl serve (default: %(default)s)",
     )
-    engine.add_argument("--address", help="of a Ray cluster, HOST:PORT or auto; default: one is started here")
+    engine.add_argument("--address", help="a running Ray cluster, HOST:PORT or auto; default: one is started here")
     engine.add_argument(
         "--actors", type=int, help="Ray processes that the clients share; default: as many as have room"
     )
-    share = "of a GPU for each actor, such as 0.25; its clients then compute on --device, else on CPUs (default: 0)"
+    share = "share of a GPU for each actor, such as 0.25; clients then compute on --device, else on CPUs (default: 0)"
     engine.add_argument("--actor-gpus", type=float, default=0.0, metavar="SHARE", help=share)
 
 
@@ -335,13 +346,14 @@ def _log(options: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    top = parser()
-    options = top.parse_args(arguments)
+    lost = ""
     try:
+        options = _read(arguments)
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *where, **more: print(f"hosfl: {message}", file=sys.stderr)
             with uninterrupted():  # an import that is broken off leaves half a module behind
                 command = _command(options.command)
+            lost = "; what came after the last snapshot or result is lost" * (options.command in WRITING)
             done = command(options)
             sys.stdout.flush()
             return done
@@ -350,14 +362,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 128 + 13
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # one is enough: the process ends
-        lost = "; what came after the last snapshot or result is lost" * (options.command in WRITING)
         print(f"hosfl: interrupted{lost}", file=sys.stderr)
         return 130
     except Exception as error:
         status = _told(error)
         if status is None:
-            top.exit(2, f"hosfl: {_words(error)}\n")
+            print(f"hosfl: {_words(error)}", file=sys.stderr)
+            sys.exit(2)
         return status
+
+
+def _read(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options. What a command does not know is that command's error, whose help lists what it knows."""
+    top = parser()
+    try:
+        options, unknown = top.parse_known_args(arguments)
+    except SystemExit:
+        sys.stdout.flush()  # of --help: a pipe that is closed is noticed here
+        raise
+    if unknown:
+        top.prog = " ".join(filter(None, (top.prog, options.command, getattr(options, "action", ""))))
+        top.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return options
 
 
 def _command(name: str) -> Callable[[argparse.Namespace], int]:

@@ -193,10 +193,19 @@ def _run(options: argparse.Namespace, config: Config, out: Path | None, over: Ov
     if out is None:
         print("interrupted; nothing was kept, as there is no --out", file=sys.stderr)
     else:
-        server = [str(options.server)] if options.command == "serve" else []
-        again = shlex.join(["hosfl", options.command, *server, "--resume", str(out)])
-        print(f"interrupted; to go on: {again}", file=sys.stderr)
+        print(f"interrupted; to go on: {going_on(options, out)}", file=sys.stderr)
     return 130
+
+
+def going_on(options: argparse.Namespace, out: Path) -> str:
+    """The command that resumes the run: its settings are in the folder, the other options only here."""
+    words = ["hosfl", options.command, *([str(options.server)] if options.command == "serve" else [])]
+    words += ["--resume", str(out)]
+    kept = (*FIELDS, "command", "server", "out", "resume", "preset", "default")
+    for name, value in vars(options).items():
+        if name not in kept and value != options.default(name):
+            words += ["--" + name.replace("_", "-"), *([] if value is True else [str(value)])]
+    return shlex.join(words)
 
 
 def _simulate(options: argparse.Namespace) -> int:
@@ -218,7 +227,9 @@ def _simulate(options: argparse.Namespace) -> int:
         return 1
     if not outcome.interrupted:
         return 0
-    print(f"interrupted after {outcome.rounds} of {config.rounds} rounds; a simulation does not go on", file=sys.stderr)
+    print(
+        f"interrupted after {outcome.rounds} of {config.rounds} rounds; a simulation cannot be resumed", file=sys.stderr
+    )
     return 130
 
 
@@ -264,7 +275,7 @@ def _compare(options: argparse.Namespace) -> int:
     if not table["interrupted"]:
         return 0
     done = sum(len(line["seeds"]) for line in table["methods"].values())
-    again = f"a comparison does not go on: delete {options.out}, or give another --out"
+    again = f"a comparison cannot be resumed: delete {options.out}, or give another --out"
     print(f"interrupted after {done} of {len(configs)} runs; {again}", file=sys.stderr)
     return 130
 
@@ -299,7 +310,7 @@ def _study(options: argparse.Namespace) -> int:
 
         finished = run_study(study, options.out, options.jobs, on_progress)
     if not finished:
-        print(f"interrupted: the same command goes on where {options.out} is", file=sys.stderr)
+        print(f"interrupted; to go on: run the same command again, {options.out} has what is done", file=sys.stderr)
         return 130
     print(f"{options.out / 'table.json'}, {report(options.out)}")
     return 0

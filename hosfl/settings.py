@@ -73,8 +73,8 @@ class Data(_Checked):
     "FILE.py:function"; "" where `hosfl.train` is given a task. options: of the task, by name. data: where a task does
     not have its own, a folder with the data; where it is left out, the Hugging Face hub's. clients, sampled: N clients,
     K of them per round; a task that has the data of each client says N. batch: samples per client and round.
-    partition: of the training data over the clients: "dirichlet" with parameter alpha, by class or, in squad, by
-    article: small means unlike; or "iid", at random in equal parts, which has no use for alpha.
+    partition: how training data are divided over clients: "dirichlet" with parameter alpha, by class or, in squad, by
+    article: the smaller, the more clients differ; or "iid", at random in equal parts, which has no use for alpha.
     public: training samples that are set aside, the same in every run: no client has them, nobody reads their labels,
     and they are the task's public samples, which adapters are made from: see `trains`.
     """
@@ -83,8 +83,8 @@ class Data(_Checked):
     options: dict[str, Any] = setting({}, "an option of the task, NAME=VALUE; may be given several times")
     data: str = setting(
         "",
-        "a folder with the task's data as published, of squad also one file; default: embedded, or by name from the"
-        " Hugging Face hub",
+        "a folder with the task's data as published, for squad also one file; default: the package's own, or the"
+        " Hugging Face hub's",
         neutral=True,
     )
     clients: int = setting(10, "clients, each with its own data", least=1)
@@ -92,20 +92,20 @@ class Data(_Checked):
     batch: int = setting(128, "samples per client and round, or all it has if fewer", least=1)
     partition: str = setting(
         "dirichlet",
-        "of the data over the clients: for each class, in squad for each article, by shares from a Dirichlet"
+        "how data are divided over clients: each class, in squad each article, by shares from a Dirichlet"
         " distribution; or at random in equal parts",
         choices=("dirichlet", "iid"),
     )
     alpha: float = setting(
         0.5,
-        "Dirichlet parameter of the clients' data: small is unlike",
+        "Dirichlet parameter of the partition: the smaller, the more the clients' data differ",
         positive=True,
         read_with=("partition", ("dirichlet",)),
     )
     public: int = setting(
         0,
-        "training samples set aside, without their labels, as the public ones that adapters are made from; 0: none,"
-        " public samples are the task's own",
+        "training samples set aside, without their labels, as public ones, from which act adapters are made; 0: the"
+        " task's own public samples",
         least=0,
     )
 
@@ -130,18 +130,18 @@ class Halves(_Checked):
 
     model: str = setting(
         "",
-        "a pretrained model, on the hub or a folder, where the task does not say; default: the task's own",
+        "a pretrained model, a name on the hub or a folder; default: the task's own",
         neutral=True,
     )
     at: str = setting("", "the layer to cut the model before, by number or name; default: the task's own")
     trains: str = setting(
         "all",
-        "what of the client half moves: all, lora, or xs, act or lora with :RANK or :RANK:LAYERS, peft:NAME or"
+        "what of the client half is trained: all, lora, or xs, act or lora with :RANK or :RANK:LAYERS, peft:NAME or"
         " peft:FILE.json, biases, norms, or name patterns",
     )
     frozen: str = setting(
         "float32",
-        "how weights of the client half that do not move are stored; float32: as they are",
+        "how the client half's frozen weights are stored; float32: as they are",
         choices=("float32", "bfloat16", "int8", "int4", "int2"),
     )
     calibrate: int = setting(
@@ -150,10 +150,10 @@ class Halves(_Checked):
         " the first round; 0: none",
         least=0,
     )
-    dtype: str = setting("float32", "of the client half", choices=("float32", "bfloat16"))
+    dtype: str = setting("float32", "dtype of the client half", choices=("float32", "bfloat16"))
     wire: str = setting(
         "float32",
-        "how cut and multiplier travel; float32: as they are computed",
+        "dtype in which the cut and the gradient at the cut are sent; float32: as they are computed",
         choices=("float32", "bfloat16", "float16", "int8"),
     )
     device: str = setting("cpu", "where to compute, such as cpu or cuda")
@@ -165,40 +165,42 @@ class Learning(_Checked):
 
     method: the name of one of `hosfl.methods`, or "FILE.py:CLASS". local_steps: of a SplitFed client between averages,
     of MU-SplitFed's server per round.
-    directions: P, perturbed forward passes per client and round; without such a pass where estimator is "backward".
+    directions: P, directions measured per client and round; each costs a perturbed forward pass, or two with
+    "two-sided" differences, and none where estimator is "backward".
     directions_from: "fresh" ones every round, or a "pool" of pool_size that is replaced every pool_rounds rounds (0:
     never). direction_scale: "unit", or "rms": scaled on every tensor by the power of two nearest its relative root mean
     square. dist: "rademacher" or "gaussian".
     blocks: groups of the client half's layers, with about as many layers in each that move; a direction moves one
     group, so that its pass runs from there to the cut only, and groups close to the cut get more of the P directions.
     With one group passes run from the first layer that moves, where that saves a tenth of a pass or more.
-    mu: the size of a probe's step, rounded to the client's lattice where there is one. estimator: "one-sided"
+    mu: the size of a probe's perturbation, rounded to the lattice where there is one. estimator: "one-sided"
     differences, the paper's; "two-sided" ones; "forward" mode, which has no step; or "backward", one backward pass.
     microbatch: samples that a client which backpropagates takes together, 0 for all; fewer need less memory.
-    probes_at_once: probes that go through the client half in one pass: each has a copy of the weights that move, and
-    activations of its own. Faster where these weights and the batch are small. A scalar differs by rounding only.
+    probes_at_once: probes, that is perturbed forward passes, that share one pass: each has a copy of the weights that
+    move, and activations of its own. Faster where these weights and the batch are small; differs by rounding only.
     compile: a backend of torch.compile, such as "inductor", under which the client half runs forward, where its weights
-    move in place and one probe runs at a time; "": none. A scalar differs by rounding only.
+    move in place and one probe runs at a time; "": none. Differs by rounding only.
     server_batch: the most samples that go through the server half in one pass, of the cuts of several clients; 0: each
     client's cut goes through by itself. Faster where cuts are small; what every client is sent differs by rounding, and
     dropout draws other random numbers.
-    multiplier: "exact"; or "centered", as if the outputs of the samples in a pass through the server half had no common
-    shift. The half's own bias learns that shift, and in a small batch it is mostly noise. One more backward pass of
-    the half, without its weights. With server_batch a pass has several clients' samples; where clients are unlike it
-    should. For tasks with one label per sample.
-    server_first: rounds at the beginning in which the server half learns alone; its clients send cuts and are asked
-    nothing more. Multipliers of a head with random weights say little (Kumar et al., arXiv 2202.10054, train it first).
+    multiplier: the gradient at the cut that a client is sent: "exact"; or "centered", of the loss's gradient with
+    respect to the outputs less its mean over the samples of a pass through the server half. That mean shifts all
+    outputs alike, which the half's own bias learns, and in a small batch it is mostly noise. Costs one more backward
+    pass through the half, without its weights. With non-IID clients set server_batch, so that a pass has several
+    clients' samples. For tasks with one label per sample.
+    server_first: so many first rounds in which only the server half learns; clients send their cuts and nothing more.
+    Gradients from a head with random weights say little (Kumar et al., arXiv 2202.10054, train it first).
     server_rate, client_rate, server_decay: learning rates, and weight decay of the server half; None: the task's tuned.
     client_rate is of the mean over the P directions, fresh or of a pool: one direction moves by client_rate / P times
     its scalar.
-    rule: of the client half: "sgd"; "normalized", SGD with the rate over the running length of the gradient;
+    rule: of the client half: "sgd"; "normalized", SGD with the rate over a running mean of the gradient's norm;
     "momentum" (0.9); "adamw" (0.9, 0.999). With a pool the server applies it to the pool's coefficients. With fresh
     directions momentum and AdamW keep moments on every client, and the half leaves the lattice.
-    aggregation: of the clients' answers and of their gradients of the server half: "weighted" by samples; "uniform";
-    "median" or "trimmed", which stand a few clients that lie, cost accuracy where clients are unlike, and keep a
-    gradient of the server half per client.
-    clip, server_clip: the largest length of one client's gradient of the client half, as estimated, and of the server
-    half; None for none.
+    aggregation: of the clients' answers and of their gradients of the server half: mean "weighted" by samples;
+    "uniform" mean; "median" or "trimmed" mean, which withstand a few clients that lie, but cost accuracy with non-IID
+    clients, and keep a gradient of the server half per client.
+    clip, server_clip: the largest norm of one client's gradient of the client half, as estimated, and of the server
+    half, in the L2 norm; None for none.
     """
 
     method: str = setting("ho", "how both halves learn: {methods}, or FILE.py:CLASS, a method of your own")
@@ -210,27 +212,29 @@ class Learning(_Checked):
     )
     blocks: int = setting(
         1,
-        "groups of the client half's layers of which a direction moves one; 1: a direction moves all",
+        "groups of the client half's layers; each direction moves one group; 1: all of the half",
         least=1,
         read_with=("directions_from", ("fresh",)),
     )
     directions_from: str = setting(
-        "pool", "new directions every round, or a pool measured in turn", choices=("fresh", "pool")
+        "pool", "new directions every round, or a fixed pool of which P are measured in turn", choices=("fresh", "pool")
     )
     pool_size: int = setting(512, "D, directions in the pool", least=1, read_with=("directions_from", ("pool",)))
     pool_rounds: int = setting(
         0, "rounds until the pool is replaced; 0: never", least=0, read_with=("directions_from", ("pool",))
     )
     direction_scale: str = setting(
-        "unit", "of directions on a tensor: one, or its relative size", choices=("unit", "rms")
+        "unit",
+        "scale of directions on a tensor: 1, or in proportion to the tensor's root mean square",
+        choices=("unit", "rms"),
     )
-    dist: str = setting("rademacher", "of the directions", choices=("rademacher", "gaussian"))
+    dist: str = setting("rademacher", "distribution of the directions", choices=("rademacher", "gaussian"))
     mu: float = setting(
-        1e-3, "size of a probe's step", positive=True, read_with=("estimator", ("one-sided", "two-sided"))
+        1e-3, "size of a probe's perturbation", positive=True, read_with=("estimator", ("one-sided", "two-sided"))
     )
     estimator: str = setting(
         "one-sided",
-        "of directional derivatives: differences, forward mode, or one backward pass",
+        "how directional derivatives are found: differences, forward mode, or one backward pass",
         choices=("one-sided", "two-sided", "forward", "backward"),
     )
     microbatch: int = setting(
@@ -238,32 +242,32 @@ class Learning(_Checked):
     )
     probes_at_once: int = setting(
         1,
-        "probes that go through the client half in one pass, on copies of the weights that move: faster where these and"
-        " the batch are small, and as many times the activations",
+        "probes that share one pass, each on a copy of the weights that move: faster where these and the batch are"
+        " small, for as many times the activations",
         least=1,
         read_with=("estimator", ("one-sided", "two-sided", "forward")),
     )
     compile: str = setting(
         "",
-        "a backend of torch.compile, such as inductor, for the client half's forward passes and probes in place;"
-        " default: none",
+        "a backend of torch.compile, such as inductor, for the client half's forward passes; default: none",
         read_with=("estimator", ("one-sided", "two-sided")),
     )
     server_batch: int = setting(
         0,
-        "samples that go through the server half in one pass, of several clients' cuts: faster where cuts are small,"
-        " and as many times the activations; 0: each cut by itself",
+        "samples of several clients' cuts that share one pass of the server half: faster where cuts are small, for as"
+        " many times the activations; 0: each cut by itself",
         least=0,
         read_with=("aggregation", ("weighted", "uniform")),
     )
     multiplier: str = setting(
         "exact",
-        "what a client is sent; centered: without what shifts the outputs of all samples alike, which is mostly noise",
+        "the gradient at the cut that a client is sent; centered: without the part that shifts the outputs of all"
+        " samples alike, which is mostly noise",
         choices=("exact", "centered"),
     )
     server_first: int = setting(
         0,
-        "rounds at the beginning in which the server half learns alone: for one that begins with random weights",
+        "first rounds in which only the server half learns: for one that begins with random weights",
         least=0,
     )
     server_rate: float | None = setting(
@@ -275,22 +279,22 @@ class Learning(_Checked):
     server_decay: float | None = setting(None, "weight decay of the server half; default: tuned for task and method")
     rule: str = setting(
         "normalized",
-        "the client half's: SGD, with the rate over the gradient's running length, with momentum, or AdamW; with a pool"
-        " it acts on the pool's coefficients",
+        "update rule of the client half: SGD with the rate divided by a running mean of the gradient's norm, SGD, with"
+        " momentum, or AdamW; with a pool it acts on the pool's coefficients",
         choices=("normalized", "sgd", "momentum", "adamw"),
     )
     aggregation: str = setting(
         "weighted",
-        "of the clients' answers, and of their gradients of the server half",
+        "how clients' answers, and their gradients of the server half, are aggregated",
         choices=("weighted", "uniform", "median", "trimmed"),
     )
     clip: float | None = setting(
         None,
-        "the largest length of one client's gradient of the client half, as estimated; default: none",
+        "the largest norm of one client's estimated gradient of the client half; default: none",
         positive=True,
     )
     server_clip: float | None = setting(
-        None, "the largest length of one client's gradient of the server half; default: none", positive=True
+        None, "the largest norm of one client's gradient of the server half; default: none", positive=True
     )
 
 
@@ -305,12 +309,16 @@ class Schedule(_Checked):
 
     rounds: int = setting(400, "rounds", least=1)
     schedule: str = setting(
-        "linear", "of both rates; linear falls to zero at the last round", choices=("linear", "constant")
+        "linear",
+        "schedule of both learning rates; linear falls to zero at the last round",
+        choices=("linear", "constant"),
     )
-    seed: int = setting(0, "of everything")
+    seed: int = setting(0, "seed of all that is random")
     evaluate_every: int = setting(20, "rounds between evaluations", least=1, neutral=True)
-    evaluate_on: str = setting("test", "validation is for choosing rates", choices=("test", "validation"))
-    digest_every: int = setting(100, "rounds between digests, by which clients find out that they differ", least=1)
+    evaluate_on: str = setting(
+        "test", "data to evaluate on; validation is for choosing rates", choices=("test", "validation")
+    )
+    digest_every: int = setting(100, "rounds between digests, by which clients check their weights", least=1)
     snapshot_every: int = setting(
         50, "rounds between snapshots of the server, from which a killed run resumes", least=1, neutral=True
     )

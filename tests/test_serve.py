@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,7 +27,8 @@ from hosfl.engines.nats_server import NatsEngine
 from hosfl.runs.assemble import assemble
 from hosfl.runs.checkpoint import load_config
 from hosfl.runs.join import join
-from hosfl.runs.serve import Over, offered
+from hosfl.runs.serve import Events, Over, offered
+from hosfl.runs.status import show
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +111,33 @@ def test_a_run_goes_on_with_its_own_clients(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["serve", str(tmp_path / "fed/server"), "--resume", str(tmp_path / "run"), "--least", "2"])
     assert "least must be at most 1, the clients that may be here, got 2" in capsys.readouterr().err
+
+
+SAID = [f"round {round} waits for clients: 1 of at least 2 are here" for round in (1, 2)]
+
+
+def test_a_server_says_whom_it_waits_for(tmp_path, caplog):
+    """Once for a round; a round that is tried in vain is another matter, which `hosfl status` shows."""
+    engine = SimpleNamespace(present=lambda: [3])
+    server = SimpleNamespace(refused=[])
+    federation = SimpleNamespace(engine=engine, server=server, config=Config(rounds=4), least=2, tried=0, missing=0)
+    federation.complained, federation.wire = [], SimpleNamespace(bytes={})
+    events = Events(tmp_path)
+    for done in (0, 0, 1):
+        events.waiting(federation, done)
+    assert caplog.messages == SAID
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_status_that_is_watched_clears_a_terminal_and_nothing_else(tmp_path, monkeypatch, capsys, terminal):
+    test_a_server_says_whom_it_waits_for(tmp_path, SimpleNamespace(messages=SAID))
+    monkeypatch.setattr("hosfl.runs.status.time.sleep", lambda seconds: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr("hosfl.runs.status.sys.stdout.isatty", lambda: terminal, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        show(tmp_path, watch=True)
+    shown = capsys.readouterr().out
+    assert shown.endswith("waiting until at least 2 are here\n0.0 MB; no answer 0 times\n")
+    assert ("\x1b" in shown) is terminal
 
 
 def test_a_run_whose_cuts_are_larger_than_an_engine_takes_of_itself(tmp_path):

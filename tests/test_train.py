@@ -3,12 +3,14 @@
 import json
 import math
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +18,8 @@ from safetensors.torch import load_file
 from small import REPLAYED
 
 from hosfl import Config, LatticeError, Log, rebuild, train
-from hosfl.cli import main
+from hosfl.cli import main, parser
+from hosfl.commands import going_on
 from hosfl.methods import METHODS
 from hosfl.protocol.records import EpochRecord
 from hosfl.runs import trainer
@@ -216,8 +219,44 @@ def test_ctrl_c_ends_after_the_round_and_saves(tmp_path):
     assert b"Traceback" not in errors
 
 
-def test_ctrl_c_while_torch_is_imported(tmp_path, monkeypatch, capsys):
-    """What is imported is imported whole, and nothing begins."""
+def test_ctrl_c_while_the_command_line_is_imported(tmp_path):
+    """At every module that it imports, from the first on: one line, and no traceback."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, signal, sys\n"
+        "class Interrupting:\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        "        if name == os.environ['AT']:\n"
+        "            sys.meta_path.remove(Interrupting)\n"
+        "            signal.raise_signal(signal.SIGINT)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "sys.meta_path.insert(0, Interrupting)\n"
+    )
+    for module in ("hosfl.interrupts", "hosfl.cli", "argparse", "hosfl.settings"):
+        done = subprocess.run(
+            [sys.executable, "-m", "hosfl", "train", "--rounds", "1"],
+            env={**os.environ, "AT": module, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[1]}"},
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (130, "", "hosfl: interrupted\n"), module
+
+
+@pytest.fixture
+def handler():
+    """A command that Ctrl-C ends lets no second one through; here more commands follow."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_while_options_are_read(handler, monkeypatch, capsys):
+    monkeypatch.setattr("hosfl.cli.parser", interrupt)
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err == "hosfl: interrupted\n"
+
+
+def test_ctrl_c_while_torch_is_imported(handler, monkeypatch, capsys):
+    """What is imported is imported whole, and nothing begins: nothing is lost."""
     imported = []
 
     def command(name):
@@ -226,18 +265,18 @@ def test_ctrl_c_while_torch_is_imported(tmp_path, monkeypatch, capsys):
         return pytest.fail
 
     monkeypatch.setattr("hosfl.cli._command", command)
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        assert main(["train"]) == 130
-    finally:
-        signal.signal(signal.SIGINT, before)
+    assert main(["train"]) == 130
     assert imported == ["train"]
-    assert capsys.readouterr().err == "hosfl: interrupted; what came after the last snapshot or result is lost\n"
-    try:
-        assert main(["status", str(tmp_path), "--watch"]) == 130  # where nothing is lost
-    finally:
-        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "hosfl: interrupted\n"
+
+
+@pytest.mark.parametrize(("words", "lost"), [(["train"], True), (["status", "DIR", "--watch"], False)])
+def test_ctrl_c_in_a_command(handler, monkeypatch, capsys, words, lost):
+    """One that does not answer it with what it has."""
+    monkeypatch.setattr("hosfl.cli._command", lambda name: interrupt)
+    assert main(words) == 130
+    more = "; what came after the last snapshot or result is lost" if lost else ""
+    assert capsys.readouterr().err == f"hosfl: interrupted{more}\n"
 
 
 @pytest.mark.parametrize(("place", "done"), [("assemble", 0), ("evaluate", 0), ("check_learnt", 1)])
@@ -271,7 +310,8 @@ def test_ctrl_c_ends_a_comparison(tmp_path, capsys, monkeypatch, place, done):
             ["train", "--rounds", "many"],
             "hosfl train: argument --rounds: invalid int value: 'many'; see hosfl train --help",
         ),
-        (["train", "--no-such"], "hosfl: unrecognized arguments: --no-such; see hosfl --help"),
+        (["train", "--no-such"], "hosfl train: unrecognized arguments: --no-such; see hosfl train --help"),
+        (["log", "show", "a", "b"], "hosfl log show: unrecognized arguments: b; see hosfl log show --help"),
         (["log", "show", "nowhere"], "hosfl: nowhere: No such file or directory"),
         (["study", "nowhere.yaml", "--out", "x"], "hosfl: nowhere.yaml: No such file or directory"),
     ],
@@ -299,7 +339,7 @@ def stop(at, how):
     return progress
 
 
-def interrupt():
+def interrupt(*_):
     os.kill(os.getpid(), signal.SIGINT)
 
 
@@ -468,6 +508,31 @@ def test_resume_on_the_command_line(tmp_path, capsys):
     assert "config.json is not a run's settings" in fails(capsys, 2, "train", "--resume", run)
     (run / "config.json").write_text('{"knobs": 3}')
     assert "knobs" in fails(capsys, 2, "train", "--resume", run)
+
+
+@pytest.mark.parametrize(
+    ("words", "again"),
+    [
+        (["train", "--rounds", "9", "--preset", "paper", "--out", "r"], ["train", "--resume", "r"]),
+        (["train", "--resume", "r", "--keep", "5"], ["train", "--resume", "r"]),  # which config.json keeps
+        (
+            ["train", "--out", "r", "--engine", "ray", "--actors", "2", "--actor-gpus", "0.5", "--tensorboard"],
+            ["train", "--resume", "r", "--tensorboard", "--engine", "ray", "--actors", "2", "--actor-gpus", "0.5"],
+        ),
+        (
+            ["serve", "my fed/server", "--out", "r", "--deadline", "60", "--enough", "2", "--least", "3", "--edge"],
+            ["serve", "my fed/server", "--resume", "r", "--edge", "--enough", "2", "--least", "3"],
+        ),
+        (
+            ["serve", "s", "--resume", "r", "--broker", "nats.conf", "--deadline", "5"],
+            ["serve", "s", "--resume", "r", "--broker", "nats.conf", "--deadline", "5.0"],
+        ),
+    ],
+)
+def test_the_command_that_goes_on_has_what_no_file_of_the_run_keeps(words, again):
+    options = parser().parse_args(words)
+    assert going_on(options, Path("r")) == shlex.join(["hosfl", *again])
+    assert going_on(parser().parse_args(again), Path("r")) == shlex.join(["hosfl", *again])  # stopped once more
 
 
 def test_rebuild_and_log_on_the_command_line(tmp_path, capsys):

@@ -32,10 +32,10 @@ def _create(options: argparse.Namespace) -> int:
     if roster.broker_folder:
         print(f"Copy {_path(where, 'broker')} to {shlex.quote(roster.broker_folder)} on the broker's machine.")
     print(f"Start the broker:        nats-server -c {shlex.quote(_broker(where, roster) + '/nats.conf')}")
-    print(f"Start the server:        hosfl serve {_path(where, 'server')} ...")
+    print(f"Start the server:        hosfl serve {_path(where, 'server')} --out DIR")
     folders = _path(where, "clients/0") + (f" to {_path(where, f'clients/{last}')}" if last else "")
     print(f"Hand out, each to its owner and nobody else: {folders}")
-    print(f"Its owner starts client 0: hosfl join {_path(where, 'clients/0')} ...")
+    print(f"Its owner starts client 0: hosfl join {_path(where, 'clients/0')}")
     return 0
 
 

@@ -111,14 +111,14 @@ def split(model: nn.Module, at: int | str, *, example: Inputs | None = None, ver
     all layers at the client, the server half is the model's head. A name may also be one that is not listed, inside a
     layer, if one tensor crosses there.
 
-    The halves share the model's weights. Only weights tied across the cut, such as an embedding and the output layer
-    that shares it, become two: a client moves its own, the server trains its own.
+    The halves hold the model's own weights. Only weights tied across the cut, such as an embedding and the output layer
+    that shares it, become two copies, which client and server train separately.
 
     example: a few samples as the model takes them: a tensor, a tuple of arguments, or a mapping of names. With them the
-    halves are compared with the model: outputs, gradients and buffers, at the cost of a few passes. Left
-    out, the library makes some: of text and pictures for transformers, of pictures for all else; for an `nn.Sequential`
-    it compares nothing, since the composition of its parts is what it is. On the meta device nothing is computed.
-    verify: False compares nothing.
+    halves are compared with the model: outputs, gradients and buffers, at the cost of a few passes. Default: the
+    library makes some, texts or pictures for transformers, pictures for all else. An `nn.Sequential` is compared only
+    with an example. On the meta device nothing is computed.
+    verify: False: compare nothing.
 
     Raises: CutError, a TypeError, for a model that cannot be cut and for halves that are not the model; ValueError for
     a cut that is none of its cut points, which it names, and where an example is needed.
@@ -141,9 +141,13 @@ def split(model: nn.Module, at: int | str, *, example: Inputs | None = None, ver
 
 
 def cut_points(model: nn.Module, inputs: Inputs | None = None) -> list[CutPoint]:
-    """Every place where `split` can cut a model. inputs: an example; model and example may be on the meta device.
+    """Every place where `split` can cut a model, in order. inputs: an example; both may be on the meta device.
 
-    Raises TypeError for a model that cannot be cut.
+    Each has `name`, the first module of the server half; `at`, how many layers the client half gets; and
+    `client_parameters` and `server_parameters`, numbers of elements. With an example also, in bytes for it, `cut`, the
+    tensor that is sent, and `client_activations` and `server_activations`, the outputs of all innermost modules.
+
+    Raises: CutError, a TypeError, for a model that cannot be cut.
     """
     way = way_of(_inside(model))
     points = []

@@ -102,7 +102,7 @@ class SeedReplay:
     """HO-SFL: the client half is its base weights and a list of records, P numbers each.
 
     step: makes records. mirror: the server's own replica, for digests and evaluation. log: where records are kept.
-    aggregation, clip: of the clients' scalars, and the largest length of one client's gradient estimate.
+    aggregation, clip: of the clients' scalars, and the largest norm of one client's gradient estimate.
     digest_every: rounds; 0 for never. epochs: (epoch, its first round) of every restart; rounds of earlier epochs from
     there on are void.
     """

@@ -68,7 +68,7 @@ class Server:
     with their text. None: every label counts. batch: the most samples that one client sends. masked: whether the half
     takes an attention mask beside the cut; its texts may then be shorter. label_shape: of one sample's labels.
     aggregation: of the clients' gradients of the half, the ledger's own, so that both halves descend one loss. "median"
-    and "trimmed" keep all K gradients, K times the half's size, until the round's step. clip: the largest length of one
+    and "trimmed" keep all K gradients, K times the half's size, until the round's step. clip: the largest norm of one
     client's gradient; None for none. statistics: the running ones of the client half, where the run estimates them
     anew. alone: rounds at the beginning in which nobody is sent a multiplier: this half learns, and no client's.
     centered: multipliers leave out what shifts the outputs of all samples alike; see `centered`. wire: how cuts and

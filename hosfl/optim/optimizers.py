@@ -414,14 +414,14 @@ class ZOSGD(torch.optim.Optimizer):
 
 
 class ZONormalizedSGD(ZOSGD):
-    """ZOSGD whose rate is divided by the running length of the gradient, which the scalars tell for nothing.
+    """ZOSGD whose rate is divided by a running mean of the gradient's norm, which the scalars estimate at no cost.
 
     th = th - lr / sqrt(E) * (1 / P) sum_p v_p u_p, E the bias-corrected running mean of the steps' (1 / P) sum_p v_p^2:
     for Rademacher and Gaussian directions E v_p^2 = |g|^2. A step then moves every weight by lr / sqrt(P) or so, on
-    whatever scale the loss is, and no more as the gradient shrinks. One number per group is all it keeps.
+    whatever scale the loss is, and does not shrink with the gradient. One number per group is all it keeps.
 
     Args:
-        decay: of the running mean, at least 0 and below 1; groups may have their own. 0 takes the length from each
+        decay: of the running mean, at least 0 and below 1; groups may have their own. 0 takes the norm from each
             step alone.
         Everything else as in `ZOSGD`.
     """

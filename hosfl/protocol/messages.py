@@ -444,7 +444,7 @@ def _check(cls: str, name: str, meta: Any, dtype: str, dims: int) -> None:
 
 
 class Wire:
-    """Counts every byte between server and clients. One that loses, delays or damages some is made of it for tests."""
+    """Counts every byte between server and clients, by category, in `bytes`. A subclass may lose or damage some."""
 
     def __init__(self) -> None:
         self.bytes: dict[str, int] = {}

@@ -141,7 +141,9 @@ def header_of(run: Run, base: nn.Module, settings: dict[str, Any]) -> Header:
 def rebuild(log: Path, base: Path, upto: int | None = None) -> tuple[dict[str, Tensor], Replica]:
     """The client half of a log: base weights, and every committed round before `upto` (default: all) in one pass.
 
-    Returns the base file's tensors, the trained ones brought up to date, and the replica that did it: see
-    `hosfl.protocol.rebuild`, which does it without torch. Raises LogError.
+    log, base: a run's hosfl.log and base.safetensors. Returns all tensors of the base file by name, the trained ones
+    brought up to date, and the `Replica` that did it. `hosfl.protocol.rebuild` is the same without torch.
+
+    Raises: LogError for a log that is damaged, or of other base weights; OSError for a file that cannot be read.
     """
     return rebuilt(log, base, upto, load_file)

@@ -39,10 +39,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The model after `round` rounds.
+    """The model after `round` rounds, on the data that `evaluate_on` names.
 
-    accuracy: the first of the task's scores, and the only one but for tasks that say otherwise: squad's is F1. scores:
-    all of them, by name. bytes: so far, all clients; moved: the same by category. seconds: since start.
+    accuracy: the first of the task's scores, whatever it is: F1 for squad. scores: all of them, by name. loss: the
+    task's, mean over these data. training_loss: of the last round, mean of its clients. bytes: sent so far, between the
+    server and all clients; moved: the same by category, such as "cut up". seconds: of the run so far.
     """
 
     round: int
@@ -74,12 +75,18 @@ class Evaluation:
 class Summary:
     """A run's outcome.
 
-    accuracy, scores, loss: at the end, on the data named by config.evaluate_on; see `Evaluation`. bytes: by category,
-    whole run; bytes_per_client_round: the same over rounds x sampled clients. passes: samples that went forward and
-    backward through the halves, whole run, "client forward" and so on, evaluation left out; a pass with dual numbers is
-    one; passes_per_client_round as for bytes. forward_seconds, answer_seconds: mean per client and cut of the plain
-    forward pass, and of probing (P passes) or backpropagation. peak_memory: bytes, of the process, and on CUDA of its
-    allocator. lower_is_better: of which scores less is better.
+    config: the settings. accuracy, scores, loss: of the last `Evaluation`. rounds: how many were done. interrupted:
+    whether Ctrl-C ended it before its last round. failure: why it ended early by itself, as where it diverged; None
+    where it did not. refused: the reasons for which messages of clients were refused, at most 100. replicas: what
+    comparing the clients' weights found at the end: `equal`, whether all hold the server's bits, `digest`, their
+    SHA-256, `clients`, how many were compared, with a newcomer, and `odd`, who gave another digest; None where nothing
+    was compared. provenance: see `hosfl.protocol.provenance`.
+    bytes: sent in the whole run, by category; bytes_per_client_round: the same divided by how often clients took part.
+    passes: samples that went forward and backward through the halves in the whole run, without evaluations: "client
+    forward" and so on; a pass in forward mode counts as one. passes_per_client_round: as for bytes.
+    seconds: of the run. forward_seconds, answer_seconds: mean over clients and rounds, of the forward pass that makes
+    the cut, and of probing (P passes) or backpropagation. peak_memory: in bytes, of the process, and on CUDA of its
+    allocator. machine: processor and versions. lower_is_better: the scores that are better when smaller.
     """
 
     config: dict[str, Any]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 import math
 import os
 import time
@@ -157,6 +158,7 @@ class Events:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._begin, self._told = folder, time.time(), -math.inf
+        self._waits = -1  # the round whose waiting was said
 
     def round(self, federation: Federation, done: int, loss: float) -> None:
         """A round is over."""
@@ -181,6 +183,9 @@ class Events:
         if federation.tried:
             why = {str(client): federation.why.get(client, "left out") for client in federation.asked}
             event |= {"tried": federation.tried, "missing": why}
+        elif self._waits != done:
+            self._waits, here = done, len(federation.engine.present())
+            logging.warning("round %d waits for clients: %d of at least %d are here", done + 1, here, federation.least)
         self._status(federation, done, event)
 
     def _status(self, federation: Federation, done: int, event: dict[str, Any], due: bool = False) -> None:

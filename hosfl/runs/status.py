@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def lines(status: dict[str, Any], now: float) -> list[str]:
         )
         told += [f"  client {client}: {why}" for client, why in last["missing"].items()]
     elif "waiting for" in last:
-        told.append(f"waiting until {last['waiting for']} are here")
+        told.append(f"waiting until at least {last['waiting for']} are here")
     else:
         loss = "none" if last["loss"] is None else f"{last['loss']:.4f}"
         spent = ", ".join(f"{phase} {seconds:.3f} s" for phase, seconds in last["seconds"].items())
@@ -60,5 +61,6 @@ def show(folder: Path, watch: bool) -> int:
         if not watch:
             print(told)
             return 0
-        print(f"\x1b[2J\x1b[H{folder}\n{told}", flush=True)
+        clear = "\x1b[2J\x1b[H" if sys.stdout.isatty() else ""
+        print(f"{clear}{folder}\n{told}", flush=True)
         time.sleep(1.0)

@@ -106,13 +106,14 @@ def suggest(config: Settings, rounds: int = 300, passes: float = 5.0, task: Task
             weights=len(chosen) * rank**2,
             work=probes.work,
             reasons=(
-                f"the last {count} of {len(layers)} layers: a probe of the last is {probes.shares[-1]:.2f} of a pass",
-                f"each direction moves one layer: {probes.directions} of them cost the work of {passes:g} passes",
-                f"rank {rank}: {len(chosen)} linear layers make {len(chosen) * rank**2} weights, and {rounds} rounds"
-                f" measure {probes.directions * rounds / (len(chosen) * rank**2):.0f} numbers for each",
-                "A and B from the inputs of public samples"
+                f"train adapters in the last layers, {count} of {len(layers)}: a probe of the last one costs"
+                f" {probes.shares[-1]:.2f} of a forward pass",
+                f"each direction moves one layer: {probes.directions} directions cost {passes:g} passes a round",
+                f"rank {rank}: {len(chosen) * rank**2} weights move, in linear layers: {len(chosen)}; {rounds} rounds"
+                f" measure {probes.directions * rounds / (len(chosen) * rank**2):.0f} numbers for each weight",
+                "the adapters' fixed matrices are made from public samples"
                 if kind == "act"
-                else "A and B from the weights: the task has no public samples, from which they are better",
+                else "the adapters' fixed matrices are made from the weights; public samples would make better ones",
             ),
         )
     raise ValueError(f"{passes:g} passes a round are too few for one direction: raise passes")
@@ -129,10 +130,10 @@ def _norms(half: nn.Module, inputs: Inputs, rounds: int, passes: float) -> Sugge
             directions, numbers = probes.directions, probes.directions * rounds / weights
             enough = "" if numbers >= PER_WEIGHT else f": raise rounds, {PER_WEIGHT} or more are wanted"
             reasons = (
-                f"scales and shifts of the BatchNorms, {weights} weights: adapters suit convolutions less",
-                f"{count} blocks: {directions} directions for the work of {passes:g} passes",
+                f"train scales and shifts of the BatchNorms, {weights} weights: adapters suit convolutions less",
+                f"blocks: {count}; {directions} directions cost {passes:g} passes a round",
                 f"{rounds} rounds measure {numbers:.1f} numbers for each weight{enough}",
-                "calibrate=8 besides, where pictures have changed",
+                "add calibrate=8 where the pictures' distribution has changed",
             )
             return Suggestion("norms", count, directions, weights, probes.work, reasons)
     raise ValueError(f"{passes:g} passes a round are too few for one direction: raise passes")

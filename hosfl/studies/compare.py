@@ -133,7 +133,8 @@ def print_table(table: dict[str, Any]) -> None:
     shown = Table(title=title, caption="bytes and samples: per client and round")
     shown.add_column("")
     for method, line in methods.items():
-        shown.add_column(f"{method} ({len(line['seeds'])} seeds)", justify="right")
+        seeds = "1 seed" if len(line["seeds"]) == 1 else f"{len(line['seeds'])} seeds"
+        shown.add_column(f"{method} ({seeds})", justify="right")
 
     def add(label: str, cell: Callable[[dict[str, Any]], str]) -> None:
         shown.add_row(label, *(cell(line) for line in methods.values()))

@@ -33,33 +33,33 @@ class TaskError(TypeError):
 
 @dataclass(frozen=True)
 class Task:
-    """What is learnt. Any user makes one; `hosfl.train(task, ...)` runs it.
+    """What is learnt: a model and where to cut it, data, a loss and metrics; `hosfl.train(task, ...)` runs it.
 
     model: a module, which is copied and cut at `at` by `hosfl.split`; the two halves, as `hosfl.split` returns them or
-    as a pair, where weights that both have become two; or a function without arguments that makes any of these, a new
-    one each time, called with the run's seed in force, so that runs of other seeds begin with other weights.
-    train: a pair of arrays (inputs, labels), a mapping of arrays with "labels" among its names, a torch `Dataset`, a
-    Hugging Face data set; or a list of such, one for each client, where nothing is left to divide. Of a set whose items
-    are read by number no more is read than a batch needs, and all labels where it is divided by class. Labels are
-    integers within int32, or floating-point numbers, of any shape; samples are of one shape.
-    test, validation: likewise, one each, of any size; validation is for choosing rates, and may be left out.
+    as a pair, where shared weights become two copies; or a function without arguments that returns any of these, a new
+    one each time. It is called under the run's seed, so that runs with other seeds start from other weights.
+    train: a pair of arrays or tensors (inputs, labels), a mapping of them with "labels" among its names, a torch
+    `Dataset`, or a Hugging Face data set; or a list of these, one for each client. Data sets with numbered items are
+    read batch by batch, and once for all labels where they are divided by class. Labels are integers within int32, or
+    floating-point numbers, [samples, ...]; all samples have one shape.
+    test, validation: likewise, one each. validation is for choosing rates, and may be left out.
     loss: (outputs, labels) -> the mean loss over the batch, a tensor of one element.
     at: where to cut a whole model: see `hosfl.split`.
-    metrics: name -> (outputs, labels) of the whole set -> a number; the first is the one that tables show. Left out:
-    accuracy for labels that are classes, and the negative loss, as "score", for all others. A metric may also be an
-    object with reset(), update(outputs, labels) for every batch, and compute(), such as torchmetrics'; if all are, the
-    outputs of the whole set are never in memory together.
-    lower_is_better: names of scores of which less is better, such as errors: studies choose rates by it. Of a metric
-    whose `higher_is_better` is False, as torchmetrics have it, nobody has to say it.
-    optimizer: (server half, weight decay) -> its optimizer; default: AdamW with betas 0.9 and 0.99. The run says its
-    rate; of several groups with rates of their own, that of the largest, and the ratios between them stay.
-    classes: labels are below it, which the server checks; None: it cannot.
-    ignore_index: the label that the loss does not count, as torch's cross_entropy calls it. Labels are then one for
-    each token, [n, length], and end with their text; the loss is the mean over those that count. None: all count.
-    groups: int [training samples], what clients' data differ by where `partition` is "dirichlet"; None: the labels.
-    public: unlabelled samples that everybody may see and that are no client's, about a hundred: an array or arrays by
-    name, as the inputs of `train`. Where `trains` is "act:..." adapters are made from them; None: it is refused.
-    rates: by a method's name, or by `Method.tuned`, (server rate, client rate, weight decay); None: a run gives them.
+    metrics: name -> (outputs, labels) of the whole set -> a number; tables show the first. Default: accuracy where
+    labels are classes, else the negative loss, as "score". A metric may also be an object with reset(), update(outputs,
+    labels) for every batch, and compute(), such as torchmetrics'; if all are, the outputs of the whole set are never in
+    memory together.
+    lower_is_better: names of scores that studies minimise, such as errors. Metrics whose `higher_is_better` is False,
+    as in torchmetrics, need no mention.
+    optimizer: (server half, weight decay) -> its optimizer; default: AdamW with betas 0.9 and 0.99. The run sets its
+    rate; of several groups the largest gets the run's, and the ratios between them stay.
+    classes: all labels are below it, which the server checks; None: no check.
+    ignore_index: a label that the loss ignores, as in torch's cross_entropy. Labels are then one for each token,
+    [samples, length], and end with their text; the loss is the mean over those that count. None: all count.
+    groups: int [training samples], by which `partition` "dirichlet" divides data; None: by labels.
+    public: about a hundred unlabelled samples that are no client's and no secret, as inputs like those of `train`; the
+    adapters of `trains` "act:..." are made from them. None: there are none, and "act" is refused.
+    rates: (server rate, client rate, weight decay), the last one optional, by a method's name or by `Method.tuned`.
     scores: in place of metrics, (outputs, data set) -> scores by name, where a score needs more than labels.
     generated: further scores, (the halves in eval mode, data set) -> scores by name, of what a model writes.
 
