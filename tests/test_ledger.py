@@ -786,6 +786,9 @@ def test_rounding_to_the_lattice_is_right_on_average():
     assert set(rows[:, 0]) == {0.0, 1.0}
     assert abs(rows[:, 0].mean() - 0.3) < 0.05
     assert (rows[:, 1] == -(2**20)).all()
+    # A run that is repeated has the same log: which way each is rounded is a function of seed, round and position.
+    halves = np.array(to_lattice([0.5 * lattice.quantum] * 12, lattice, 1, 2)) / lattice.quantum
+    assert halves.tolist() == [0, 0, 1, 1, 0, 1, 1, 0, 1, 0, 0, 1]
 
 
 # --- scales, factors ----------------------------------------------------------------------------------------------
