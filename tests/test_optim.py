@@ -9,6 +9,7 @@ import random
 import runpy
 import signal
 import stat
+import sys
 import warnings
 import weakref
 from contextlib import ExitStack
@@ -212,6 +213,84 @@ def test_a_closure_that_fails_leaves_no_trace(case, error):
     if case != "drifting":
         run.go(1, first=2)
         assert same(run.weights, undisturbed.weights)
+
+
+class Careful:
+    """A model whose forward passes draw random numbers and write buffers, and all that a step may leave of them."""
+
+    def __init__(self, **settings):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, 1))
+        self.optimizer = ZOSGD(self.model.named_parameters(), 0.01, seed=3, model=self.model, **settings)
+        self.x = torch.randn(8, 3)
+
+    def loss(self):
+        return self.model(self.x).square().mean()
+
+    @property
+    def state(self):
+        return [value.clone() for value in self.model.state_dict().values()] + [torch.get_rng_state()]
+
+    def close(self, before):
+        """Nothing is elsewhere, but for what a first lattice rounds."""
+        return all(torch.allclose(a.float(), b.float(), atol=1e-6) for a, b in zip(self.state, before, strict=True))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_a_step_that_fails_after_its_evaluations_leaves_no_trace(steps, momentum):
+    """Losses that are NaN, and steps that are too long: running statistics would hold the NaN of one batch for ever."""
+    run = Careful(momentum=momentum)
+    for _ in range(steps):
+        run.optimizer.step(run.loss)
+    before = run.state
+    run.x[0] = float("nan")
+    for attempt in (run.optimizer.step, run.optimizer.measure):
+        with pytest.raises(FloatingPointError, match="infinite or NaN"):
+            attempt(run.loss)
+        assert run.close(before)
+    run.x[0] = 0.0
+    run.optimizer.param_groups[0]["lr"] = 1e38
+    with pytest.raises(FloatingPointError, match="lower lr"):
+        run.optimizer.step(run.loss)
+    assert run.close(before)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize("first", range(0, 40, 8))
+def test_ctrl_c_anywhere_in_a_step_leaves_it_taken_or_not(first, momentum):
+    """At lines of the library's code, one in forty."""
+    reference = Careful(momentum=momentum)
+    states = [reference.state]
+    for _ in range(3):
+        reference.optimizer.step(reference.loss)
+        states.append(reference.state)
+
+    def trace(frame, event, _):
+        nonlocal line
+        if "hosfl" in frame.f_code.co_filename or "contextlib" in frame.f_code.co_filename:
+            line += event == "line"
+            if line == at and event == "line":
+                signal.raise_signal(signal.SIGINT)
+            return trace
+        return None
+
+    at, line = first, first
+    while line >= at:  # until a step has fewer lines
+        run, at, line = Careful(momentum=momentum), at + 40, 0
+        run.optimizer.step(run.loss)
+        before = sys.gettrace()
+        try:
+            sys.settrace(trace)
+            run.optimizer.step(run.loss)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        assert same(run.state, states[run.optimizer.steps])
+        while run.optimizer.steps < 3:
+            run.optimizer.step(run.loss)
+        assert same(run.state, states[3])
 
 
 def by_layer(model, **settings_of_the_second):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from hosfl.optim.groups import versions
 from hosfl.optim.moved import InPlace, ReadOnly
 from hosfl.optim.sharded import let_go
-from hosfl.probing.conditions import Conditions
+from hosfl.probing.conditions import Closure
 from hosfl.probing.displaced import casts_forgotten
 
-Closure = Callable[[], Any]
 WATCHED_STEPS = 10  # whose losses are looked at for differences that are all 0
 
 
@@ -45,27 +44,25 @@ def losses_at(
     places: Sequence[tuple[int, int]],
     weights: InPlace | ReadOnly,
     closure: Closure | None,
-    conditions: Conditions,
-    kinds: Collection[str],
+    evaluate: Callable[[Closure], Any],
     model: nn.Module | None,
 ) -> tuple[Tensor, bool]:
     """The losses at these places, float64, and whether the closure gave them in half precision.
 
-    kinds: of the parameters' devices, whose generators draw the same numbers every time.
+    evaluate: calls the closure, under the same conditions every time.
     """
     if not callable(closure):
         raise TypeError("step needs a closure that evaluates the model and returns the loss: step(lambda: loss(...))")
     losses, half_precision = [], False
-    with conditions.repeated(kinds) as evaluate:
-        for seed, sign in places:
-            with weights.at(seed, sign), let_go(model), casts_forgotten():
-                before = versions(weights.groups)
-                answer = _without_graph(partial(evaluate, closure))
-                losses.append(_scalar(answer))
-                half_precision = getattr(answer, "dtype", None) in (torch.bfloat16, torch.float16)
-                if versions(weights.groups) != before:
-                    weights.written = True
-                    raise RuntimeError("the closure writes the weights: it is only to evaluate them")
+    for seed, sign in places:
+        with weights.at(seed, sign), let_go(model), casts_forgotten():
+            before = versions(weights.groups)
+            answer = _without_graph(partial(evaluate, closure))
+            losses.append(_scalar(answer))
+            half_precision = getattr(answer, "dtype", None) in (torch.bfloat16, torch.float16)
+            if versions(weights.groups) != before:
+                weights.written = True
+                raise RuntimeError("the closure writes the weights: it is only to evaluate them")
     return torch.stack(losses), half_precision
 
 

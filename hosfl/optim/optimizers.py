@@ -25,7 +25,6 @@ from hosfl.optim.groups import Group, Parameters, check_model, check_owned, chec
 from hosfl.optim.lattices import Lattices
 from hosfl.optim.log import RunLog, Terms
 from hosfl.optim.measurement import (
-    Closure,
     Flatness,
     Measurement,
     loss_and_differences,
@@ -37,7 +36,7 @@ from hosfl.optim.moved import InPlace, ReadOnly
 from hosfl.optim.sharded import averaged, common_seed, together
 from hosfl.optim.state import read_state, told_run
 from hosfl.optim.update import LARGEST_FLOAT32, check_reach, lattice_step, make_moments, rule_steps
-from hosfl.probing.conditions import Conditions
+from hosfl.probing.conditions import Closure, Conditions, Evaluations
 from hosfl.protocol.aggregate import RunningLength
 from hosfl.protocol.lattice import Lattice
 from hosfl_kernels import SGD, derive
@@ -188,8 +187,8 @@ class ZOSGD(torch.optim.Optimizer):
                 moments are there then: this is how torch.distributed.checkpoint prepares optimizers.
 
         Waits for the device for the losses, and before them to see whether somebody wrote the weights; never in
-        between. If the closure raises or is interrupted the weights are what they were before the step (bit for bit,
-        unless they drift; but for what a new lattice rounds), and the optimizer and torch's generators too.
+        between. If the step fails or is interrupted the weights are what they were before it (bit for bit, unless they
+        drift; but for what a new lattice rounds), and the optimizer, running statistics and torch's generators too.
 
         Raises: TypeError without a closure or for what is no number; FloatingPointError for losses that are infinite
         or NaN, or a step that is too long; ValueError where no parameter requires grad, or one cannot move by mu;
@@ -201,15 +200,16 @@ class ZOSGD(torch.optim.Optimizer):
             return None
         if closure is not None and not self.steps:
             warn_of_accumulation()
-        with self._weights() as weights:
+        with self._weights() as weights, self._conditions.repeated(self._kinds()) as evaluations:
             if closure is not None or measurement is None:
-                measurement = self._measured(closure, weights)
+                measurement = self._measured(closure, weights, evaluations)
             estimates, kept = self._estimates(weights.groups, measurement)
             with uninterrupted():
                 self._update(weights, estimates)
                 for settings, state in kept:
                     settings.update(state)
                 self.steps += 1
+                evaluations.keep()
         if self.log.refusal != self._told:
             self._told = self.log.refusal
             warnings.warn(f"the log of this run cannot be saved: {self._told}", stacklevel=2)
@@ -225,9 +225,16 @@ class ZOSGD(torch.optim.Optimizer):
         as `step` does. What is measured is no part of `state_dict`.
         """
         self._measurement = None
-        with self._weights() as weights:
-            self._measurement = self._measured(closure, weights)
-        return self._measurement.loss
+        with self._weights() as weights, self._conditions.repeated(self._kinds()) as evaluations:
+            measurement = self._measured(closure, weights, evaluations)
+            with uninterrupted():
+                self._measurement = measurement
+                evaluations.keep()
+        return measurement.loss
+
+    def _kinds(self) -> set[str]:
+        """Of the parameters' devices, whose generators draw the same numbers in all evaluations of a step."""
+        return {p.device.type for group in self.param_groups for p in group["params"]} - {"meta"}
 
     @contextmanager
     def _weights(self) -> Iterator[InPlace | ReadOnly]:
@@ -238,9 +245,12 @@ class ZOSGD(torch.optim.Optimizer):
         if not self._lattices.exact and self.model is not None:
             weights = ReadOnly(groups, self.dist, self.model)
         try:
-            yield weights
+            try:
+                yield weights
+            finally:
+                weights.home()
         finally:
-            weights.home()
+            weights.home()  # again: Ctrl-C may have come as the first call began
             self._lattices.saw(groups)
             if weights.written:
                 self._settled = None
@@ -285,10 +295,9 @@ class ZOSGD(torch.optim.Optimizer):
             number += len(settings["params"])
         return groups
 
-    def _measured(self, closure: Closure | None, weights: InPlace | ReadOnly) -> Measurement:
+    def _measured(self, closure: Closure | None, weights: InPlace | ReadOnly, evaluations: Evaluations) -> Measurement:
         places = places_of(self._terms().seeds(self.steps), self.two_sided, moving=bool(weights.groups))
-        kinds = {p.device.type for group in self.param_groups for p in group["params"]} - {"meta"}
-        losses, half_precision = losses_at(places, weights, closure, self._conditions, kinds, self.model)
+        losses, half_precision = losses_at(places, weights, closure, evaluations, self.model)
         if together():
             losses = averaged(losses, self._given().device(), self.process_group)
         loss, differences = loss_and_differences(losses, self.two_sided, first=self.steps == 0)
