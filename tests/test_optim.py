@@ -257,9 +257,9 @@ def test_a_step_that_fails_after_its_evaluations_leaves_no_trace(steps, momentum
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
-@pytest.mark.parametrize("first", range(0, 40, 8))
-def test_ctrl_c_anywhere_in_a_step_leaves_it_taken_or_not(first, momentum):
-    """At lines of the library's code, one in forty."""
+@pytest.mark.parametrize(("taken", "first"), [(0, 0), (0, 29), (0, 58), *((1, first) for first in range(0, 40, 8))])
+def test_ctrl_c_anywhere_in_a_step_leaves_it_taken_or_not(taken, first, momentum, tmp_path):
+    """At lines of the library's code, one in forty, of the first step one in ninety."""
     reference = Careful(momentum=momentum)
     states = [reference.state]
     for _ in range(3):
@@ -275,10 +275,12 @@ def test_ctrl_c_anywhere_in_a_step_leaves_it_taken_or_not(first, momentum):
             return trace
         return None
 
-    at, line = first, first
+    at, line, call = first, first, nn.Module.__call__
     while line >= at:  # until a step has fewer lines
-        run, at, line = Careful(momentum=momentum), at + 40, 0
-        run.optimizer.step(run.loss)
+        run, at, line = Careful(momentum=momentum), at + (40 if taken else 90), 0
+        base = copy.deepcopy(run.model)
+        for _ in range(taken):
+            run.optimizer.step(run.loss)
         before = sys.gettrace()
         try:
             sys.settrace(trace)
@@ -287,10 +289,14 @@ def test_ctrl_c_anywhere_in_a_step_leaves_it_taken_or_not(first, momentum):
             pass
         finally:
             sys.settrace(before)
-        assert same(run.state, states[run.optimizer.steps])
+        assert nn.Module.__call__ is call
+        assert run.close(states[0]) if run.optimizer.steps == 0 else same(run.state, states[run.optimizer.steps])
         while run.optimizer.steps < 3:
             run.optimizer.step(run.loss)
         assert same(run.state, states[3])
+        run.optimizer.log.save(tmp_path / "log")
+        rebuild(base, tmp_path / "log")
+        assert same(list(base.parameters()), list(run.model.parameters()))
 
 
 def by_layer(model, **settings_of_the_second):
@@ -1412,6 +1418,67 @@ def test_a_copy_of_the_optimizer_alone_holds_copies_of_what_it_moves():
     assert not same([p for group in alone.param_groups for p in group["params"]], before)
 
 
+def replace(run):
+    run.model[0].weight = run.optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.ones(4, 3))
+
+
+@pytest.mark.parametrize("case", ["plain", "gaussian"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda run: setattr(run.optimizer, "seed", 8), "seed, steps, directions, pool or dist were changed"),
+        (lambda run: setattr(run.optimizer, "directions", 4), "seed, steps, directions, pool or dist were changed"),
+        (lambda run: setattr(run.optimizer, "steps", 0), "seed, steps, directions, pool or dist were changed"),
+        (lambda run: copy.copy(run.optimizer).step(run.loss), "seed, steps, directions, pool or dist were changed"),
+        (lambda run: run.optimizer.param_groups.pop(), "parameters were taken from the optimizer"),
+        (
+            lambda run: run.optimizer.param_groups.reverse(),
+            r"'0\.weight', torch\.float32 \[4, 3\], became torch\.float32 \[1, 4\]",
+        ),
+        (replace, r"parameter '0\.weight', torch\.float32 \[4, 3\], became another"),
+        (lambda run: run.model.bfloat16(), r"'0\.weight', torch\.float32 \[4, 3\], became torch\.bfloat16 \[4, 3\]"),
+        (
+            lambda run: run.model[2].requires_grad_(False).bfloat16(),
+            r"'2\.weight', \S+ \[1, 4\], became torch\.bfloat16",
+        ),
+    ],
+)
+def test_a_run_that_no_log_tells_is_refused_when_it_is_saved(case, change, message, tmp_path):
+    """Not when it is rebuilt, once the run is over. And its log no longer grows."""
+
+    def groups(model):
+        names = dict(model.named_parameters())
+        return [{"params": [(n, p) for n, p in names.items() if n[0] == layer]} for layer in "02"]
+
+    run = Run(case, params=groups).go(2)
+    change(run)
+    if not message.startswith("'2"):  # frozen, and so not looked at in a step
+        with pytest.warns(UserWarning, match=f"the log of this run cannot be saved: .*{message}"):
+            run.optimizer.step(lambda: sum(p.float().sum() for p in run.model.parameters()))
+    with pytest.raises(LogError, match=message):
+        run.optimizer.log.save(tmp_path / "log")
+    run.optimizer.step(lambda: sum(p.float().sum() for p in run.model.parameters()))
+    assert not (tmp_path / "log").exists()
+    assert not run.optimizer.log.chapters
+    assert not run.optimizer.log.parameters
+
+
+def test_two_parameters_of_one_name_are_told_at_the_first_step(tmp_path):
+    models = [nn.Linear(2, 2), nn.Linear(2, 2)]
+    optimizer = ZOSGD([{"params": [*model.named_parameters()]} for model in models], 0.01)
+    with pytest.warns(UserWarning, match="cannot be saved: two parameters are named 'weight'"):
+        optimizer.step(lambda: sum(p.sum() for model in models for p in model.parameters()))
+    with pytest.raises(LogError, match="two parameters are named 'weight'"):
+        optimizer.log.save(tmp_path / "log")
+    both = nn.ModuleList(models)
+    optimizer = ZOSGD(both.named_parameters(), 0.01)
+    base = copy.deepcopy(both)
+    optimizer.step(lambda: sum(p.sum() for p in both.parameters()))
+    optimizer.log.save(tmp_path / "log")
+    rebuild(base, tmp_path / "log")
+    assert same(list(base.parameters()), list(both.parameters()))
+
+
 def test_a_process_group_is_not_copied():
     run = Run()
     run.optimizer.process_group = object()
@@ -1706,12 +1773,82 @@ def test_a_log_may_be_saved_through_a_link(logged):
         ({"model": nn.Linear(1, 1)}, "does not own"),
         ({"params": lambda m: [m[0].weight, m[0].weight]}, "tied parameters once"),
         ({"params": lambda m: []}, "empty"),
+        ({"directions": 1.0}, "directions must be an integer"),
+        ({"directions": True}, "directions must be an integer"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
 def test_wrong_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Run(**settings)
+
+
+@pytest.mark.parametrize("name", ["lr", "mu", "momentum", "weight_decay", "decay"])
+@pytest.mark.parametrize("value", [None, "1e-3", 1j, torch.ones(2)], ids=repr)
+def test_what_is_no_number_is_refused_by_name(name, value):
+    """Also the text that some YAML makes of 1e-3: schedulers could not multiply it, and "0" is not 0."""
+    with pytest.raises(TypeError, match=f"{name} must be a number, got "):
+        Run("normalized", **{name: value})
+    run = Run("normalized").go(1)
+    run.optimizer.param_groups[0][name] = value
+    before = run.weights
+    with pytest.raises(TypeError, match=f"{name} must be a number, got "):
+        run.go(1)
+    assert same(run.weights, before)
+
+
+def test_numbers_of_numpy_s_and_tensors_are_numbers():
+    settings = {"mu": np.float32(2.0**-10), "directions": np.int64(2), "pool": np.int32(4), "momentum": torch.zeros(())}
+    run, other = Run(lr=torch.tensor(0.02), **settings).go(2), Run(mu=2.0**-10, directions=2, pool=4)
+    other.optimizer.param_groups[0]["lr"] = float(torch.tensor(0.02))
+    assert same(run.weights, other.go(2).weights)
+    assert type(run.optimizer.state_dict()["param_groups"][0]["run"]["directions"]) is int
+
+
+def test_derivatives_beyond_float64_do_not_stop_all_later_steps():
+    run = Run("normalized", directions=1).go(1)
+    before, state = run.weights, str(run.optimizer.state_dict())
+    with pytest.raises(
+        FloatingPointError, match="whose squares float64 does not hold: scale the loss down, or raise mu"
+    ):
+        run.optimizer.step(iter([1e200, -1e200]).__next__)
+    assert same(run.weights, before)
+    assert str(run.optimizer.state_dict()) == state
+
+
+def test_a_closure_that_changes_settings_changes_the_next_step(tmp_path):
+    run, other = Run().go(1), Run().go(2)
+
+    def closure():
+        run.optimizer.param_groups[0].update(lr=0.5, mu=0.5, momentum=0.5, weight_decay=0.5)
+        return run.loss(1)
+
+    run.optimizer.step(closure)
+    assert same(run.weights, other.weights)
+    run.optimizer.log.save(tmp_path / "log")
+    rebuild(run.base, tmp_path / "log")
+    assert same(list(run.base.parameters()), other.weights)
+
+
+def test_parameters_without_a_shape_yet_are_named():
+    model, x = nn.LazyLinear(2), torch.ones(3, 4)
+    for named, name in (
+        (model.parameters(), "parameter 0 of group 0, float32"),
+        (model.named_parameters(), "'weight'"),
+    ):
+        optimizer = ZOSGD(named, 0.1)
+        with pytest.raises(RuntimeError, match=f"{name}: it has no shape yet: evaluate the model once"):
+            optimizer.step(lambda: model(x).sum())
+    model(x)
+    optimizer.step(lambda: model(x).sum())
+
+
+def test_a_group_that_the_model_does_not_own_is_not_added():
+    run = Run("gaussian")
+    with pytest.raises(ValueError, match="`model` does not own parameter 'more'"):
+        run.optimizer.add_param_group({"params": [("more", nn.Parameter(torch.ones(2)))]})
+    assert len(run.optimizer.param_groups) == 1
+    run.go(1)
 
 
 def test_wrong_steps_are_refused_and_change_nothing():
@@ -1925,6 +2062,35 @@ def test_a_state_that_cannot_be_one_is_refused_and_changes_nothing(change, messa
     assert str(other.optimizer.state_dict()) == before
     assert len(other.optimizer.log.chapters) == 1
     other.go(1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.clear(), "no `state` and `param_groups`"),
+        (lambda state: state.pop("state"), "no `state` and `param_groups`"),
+        (lambda state: state.update(param_groups=3), "param_groups must be a list of groups, not 3"),
+        (lambda state: state.update(param_groups=[3]), r"param_groups must be a list of groups, not \[3\]"),
+        (lambda state: state.update(state=3), "state must be a mapping"),
+        (lambda state: state["param_groups"][0].pop("params"), "have lists of params"),
+        (lambda state: state["state"].update({0: {"step": 1}}), "must keep a moment alone"),
+        (lambda state: state["state"].update({0: {"moment": [1]}}), "must keep a moment alone"),
+        (lambda state: state["state"][0]["moment"].fill_(float("nan")), "a moment that is infinite or NaN"),
+        (lambda state: state["param_groups"][0].update(square=-1.0), "square, of the running mean, must be finite"),
+        (lambda state: state["param_groups"][0].update(square_weight=float("inf")), "square_weight, of the running"),
+        (lambda state: state["param_groups"][0].update(lr="1"), "lr must be a number"),
+        (lambda state: told(state).update(shapes=3), "shapes must be a list"),
+        (lambda state: told(state).update(quanta=None), "quanta must be a list"),
+    ],
+)
+def test_a_state_that_is_made_otherwise_is_refused_and_changes_nothing(change, message):
+    saved = copy.deepcopy(Run("normalized", momentum=0.5).go(1).optimizer.state_dict())
+    change(saved)
+    other = Run("normalized", momentum=0.5, seed=9).go(1)
+    before = str(other.optimizer.state_dict())
+    with pytest.raises(ValueError, match=f"no state of a ZONormalizedSGD: .*{message}"):
+        other.optimizer.load_state_dict(saved)
+    assert str(other.optimizer.state_dict()) == before
 
 
 def test_another_optimizer_s_state_is_refused_and_changes_nothing():

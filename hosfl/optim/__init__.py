@@ -49,8 +49,9 @@ one process with the mean loss. Sharded parameters need `model`, and must be in 
 call `log.save` and `rebuild`.
 
 `optimizer.log.save(path)` writes the run: 4 (P + 2) bytes per step, parameter group and lattice in it.
-`rebuild(model, path)` makes the trained weights again from the base model, in one pass. Where weights drift there is no
-such log.
+`rebuild(model, path)` makes the trained weights again from the base model, in one pass. There is no such log where
+weights drift, where two parameters have one name, or where during the run parameters were taken away, replaced or
+converted, or seed, directions, pool or dist changed: a step warns of it, `log.save` raises `LogError`.
 """
 
 from hosfl.optim.log import RunLog, rebuild

@@ -10,18 +10,29 @@ A step goes through four methods, and each has its modules:
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 from torch.optim.optimizer import ParamsT
 
 from hosfl.interrupts import uninterrupted
-from hosfl.optim.groups import Group, Parameters, check_model, check_owned, check_sharded, check_tensors, is_exact
+from hosfl.optim.groups import (
+    Group,
+    Parameters,
+    check_model,
+    check_owned,
+    check_sharded,
+    check_tensors,
+    is_exact,
+    number,
+)
 from hosfl.optim.lattices import Lattices
 from hosfl.optim.log import RunLog, Terms
 from hosfl.optim.measurement import (
@@ -98,6 +109,7 @@ class ZOSGD(torch.optim.Optimizer):
         model: nn.Module | None = None,
         process_group: distributed.ProcessGroup | None = None,
     ) -> None:
+        directions, pool = (int(n) if isinstance(n, np.integer) else n for n in (directions, pool))
         if isinstance(directions, bool) or not isinstance(directions, int) or directions < 1:
             raise ValueError(f"directions must be an integer, 1 or more, got {directions!r}")
         if isinstance(pool, bool) or not isinstance(pool, int) or 0 != pool < directions:
@@ -119,7 +131,6 @@ class ZOSGD(torch.optim.Optimizer):
         self._forget()
         defaults = {"lr": lr, "mu": mu, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, **self._more_defaults})
-        check_model(self._given())
         self.log = self._new_log()
 
     def _forget(self) -> None:
@@ -137,7 +148,7 @@ class ZOSGD(torch.optim.Optimizer):
         return self._lattices.finest
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters; they are numbered on from the last. Raises ValueError, TypeError."""
+        """Add parameters; they are numbered on from the last. Raises ValueError, TypeError; nothing is added then."""
         self._check_settings({**self.defaults, **param_group})
         unknown = [key for key in param_group if key not in (*self.settable, "params", "param_names", "initial_lr")]
         if unknown:
@@ -155,20 +166,27 @@ class ZOSGD(torch.optim.Optimizer):
                 raise
             name = self._given().describe(param_group, again[0], len(self.param_groups))
             raise ValueError(f"{name} is in another group too: pass tied parameters once") from error
-        params = self.param_groups[-1]["params"]
-        last = {p: n for n, p in enumerate(params)}
-        twice = [last[p] for n, p in enumerate(params) if last[p] > n]
+        try:
+            self._check_last_group()
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def _check_last_group(self) -> None:
+        group = self.param_groups[-1]
+        last = {p: n for n, p in enumerate(group["params"])}
+        twice = [last[p] for n, p in enumerate(group["params"]) if last[p] > n]
         if twice:
-            group = self.param_groups.pop()
-            name = self._given().describe(group, twice[0], len(self.param_groups))
+            name = self._given().describe(group, twice[0], len(self.param_groups) - 1)
             raise ValueError(f"{name} is twice in one group: pass tied parameters once")
+        check_model(self._given())
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         for name in ("lr", "mu", "weight_decay"):
-            value = float(settings[name])
+            value = number(settings[name], name)
             if not 0 <= value < LARGEST_FLOAT32 or (name == "mu" and value == 0):
                 raise ValueError(f"{name} must be finite and {'above 0' if name == 'mu' else '0 or more'}, got {value}")
-        SGD(momentum=float(settings["momentum"]))  # raises ValueError
+        SGD(momentum=number(settings["momentum"], "momentum"))  # raises ValueError
 
     # --- a step ---
 
@@ -274,7 +292,16 @@ class ZOSGD(torch.optim.Optimizer):
         check_owned(groups, self.model)
         check_sharded(groups, self.model, exact)
         # Of a tensor that was converted, moved or bound to other memory, nothing is known.
-        settled = exact, [[(n, t.dtype, t.device, t.data_ptr()) for n, t in g.named_tensors()] for g in groups]
+        settled = (
+            exact,
+            [
+                [
+                    (n, id(p), t.dtype, t.device, t.data_ptr())
+                    for (n, t), p in zip(g.named_tensors(), g.parameters, strict=True)
+                ]
+                for g in groups
+            ],
+        )
         if settled != self._settled:
             check_tensors(groups, self.state)
             self.log.admit(self._given().named())
@@ -284,7 +311,7 @@ class ZOSGD(torch.optim.Optimizer):
             return self._lattices.settle(groups, self.log, self.process_group)
         self._lattices.drop()
         if groups and self.model is None:
-            self.log.refusal = "weights that are moved in place off the lattice drift: give the optimizer `model`"
+            self.log.refuse("weights that are moved in place off the lattice drift: give the optimizer `model`")
         return groups
 
     def _requiring_grad(self) -> list[Group]:
@@ -341,8 +368,8 @@ class ZOSGD(torch.optim.Optimizer):
             rows = lattice_step(weights, estimates, self._lattices, terms, self.steps, self.log, self.process_group)
         else:
             rows = rule_steps(weights, estimates, self.state, terms, self.steps)
-        momenta = [float(group.settings["momentum"]) for group in weights.groups]
-        self.log.append([group.numbers for group in weights.groups], momenta, exact, rows)
+        momenta = [group.momentum for group in weights.groups]
+        self.log.append(terms, self.steps, [group.numbers for group in weights.groups], momenta, exact, rows)
 
     def _terms(self) -> Terms:
         return Terms(self.seed, self.directions, self.pool, self.dist)
@@ -403,7 +430,8 @@ class ZOSGD(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved state; the weights are the model's to load, before or after. The log starts anew.
 
-        Raises: ValueError where it is the state of another optimizer, or of other parameters. Nothing is changed then.
+        Raises: ValueError for what is no state, or that of another optimizer or of other parameters. Nothing is
+        changed then.
         """
         saved = read_state(
             state_dict, type(self).__name__, self.kept, self.settable, self._check_settings, self._given()
@@ -417,7 +445,7 @@ class ZOSGD(torch.optim.Optimizer):
             self.state[parameter]["moment"] = moment
         self.log = self._new_log()
         if saved.moments:
-            self.log.refusal = (
+            self.log.refuse(
                 "a resumed run with momentum cannot be rebuilt: its log starts from moments, not from zeros"
             )
 
@@ -450,12 +478,21 @@ class ZONormalizedSGD(ZOSGD):
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         super()._check_settings(settings)
-        if not 0 <= settings["decay"] < 1:
+        if not 0 <= number(settings["decay"], "decay") < 1:
             raise ValueError(f"decay must be at least 0 and below 1, got {settings['decay']}")
+        for name in ("square", "square_weight"):  # what a group keeps
+            if not 0 <= number(settings.get(name, 0.0), name) < math.inf:
+                raise ValueError(f"{name}, of the running mean, must be finite and 0 or more, got {settings[name]}")
 
     def _estimate(self, group: Group, derivatives: list[float]) -> tuple[list[float], dict[str, float]]:
         before = group.settings.get("square", 0.0), group.settings.get("square_weight", 0.0)
         running = RunningLength(float(group.settings["decay"]), *before)
-        length = running.update(sum(v * v for v in derivatives) / len(derivatives))
+        square = sum(v * v for v in derivatives) / len(derivatives)
+        if not math.isfinite(square):  # all later steps would be divided by it
+            raise FloatingPointError(
+                f"derivatives of up to {max(map(abs, derivatives)):g}, whose squares float64 does not hold: scale the "
+                "loss down, or raise mu"
+            )
+        length = running.update(square)
         estimate = [v / length / self.directions for v in derivatives]
         return estimate, {"square": running.mean, "square_weight": running.weight}

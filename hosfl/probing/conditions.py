@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from hosfl.interrupts import uninterrupted
+
 Closure = Callable[[], Any]
 
 
@@ -179,33 +181,38 @@ def _of_torch(kinds: Collection[str]) -> list[_Generator]:
 # By thread, who is told of what it calls. Of a thread that is inside a module there is no entry.
 _watching: dict[int, Callable[[nn.Module], None]] = {}
 _changing = threading.Lock()
-_outside = 0  # threads that watch, and are inside no module
 _original = nn.Module.__call__
 
 
-def _count_outside(change: int) -> None:
-    """While there are any `nn.Module.__call__` is another function. Inside a module torch.compile may look at it."""
-    global _outside, _original
-    with _changing:
-        if not _outside:
+def _watch(met: Callable[[nn.Module], None] | None) -> None:
+    """From now on this thread's calls are told to `met`, or to nobody.
+
+    While any are told `nn.Module.__call__` is another function. Inside a module torch.compile may look at it.
+    """
+    global _original
+    with uninterrupted(), _changing:
+        before = bool(_watching)
+        if met is None:
+            _watching.pop(threading.get_ident(), None)
+        else:
+            _watching[threading.get_ident()] = met
+        if _watching and not before:
             _original = nn.Module.__call__
             nn.Module.__call__ = _call_watched  # type: ignore[method-assign]
-        _outside += change
-        if not _outside:
+        elif before and not _watching:
             nn.Module.__call__ = _original  # type: ignore[method-assign]
 
 
 def _call_watched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    met = _watching.pop(threading.get_ident(), None)
+    met = _watching.get(threading.get_ident())
     if met is None:
         return _original(module, *args, **kwargs)
     met(module)
-    _count_outside(-1)
     try:
+        _watch(None)
         return _original(module, *args, **kwargs)
     finally:
-        _count_outside(+1)
-        _watching[threading.get_ident()] = met
+        _watch(met)
 
 
 @contextmanager
@@ -214,14 +221,12 @@ def _calls(met: Callable[[nn.Module], None]) -> Iterator[None]:
 
     Not by torch's global hooks: torch.compile guards on them, and would compile every model a second time.
     """
-    thread = threading.get_ident()
-    before = _watching.get(thread)
-    _count_outside(+1)
-    _watching[thread] = met
+    before = _watching.get(threading.get_ident())
     try:
-        yield
+        try:
+            _watch(met)
+            yield
+        finally:
+            _watch(before)
     finally:
-        _watching.pop(thread, None)
-        _count_outside(-1)
-        if before is not None:
-            _watching[thread] = before
+        _watch(before)  # again: Ctrl-C may have come as the first call began
