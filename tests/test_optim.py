@@ -2093,6 +2093,24 @@ def test_a_state_that_is_made_otherwise_is_refused_and_changes_nothing(change, m
     assert str(other.optimizer.state_dict()) == before
 
 
+@every
+def test_hooks_see_states_whole(case):
+    """As those of torch's optimizers: what is loaded is what a hook made of it, and later hooks find it loaded."""
+    run, other, seen = Run(case).go(1), Run(case, seed=9), []
+    run.optimizer.register_state_dict_post_hook(lambda _, told: {"mine": told})
+    wrapped = run.optimizer.state_dict()
+    assert told(wrapped["mine"])["steps"] == 1
+    other.optimizer.register_load_state_dict_pre_hook(lambda _, given: given["mine"])
+    other.optimizer.register_load_state_dict_post_hook(lambda optimizer: seen.append((optimizer.seed, optimizer.steps)))
+    other.optimizer.load_state_dict(wrapped)
+    assert seen == [(3, 1)]
+    assert other.optimizer.log.first == 1
+    with pytest.raises(ValueError, match="no state of a ZO"):
+        other.optimizer.load_state_dict({"mine": {}})
+    assert [len(getattr(other.optimizer, f"_optimizer_load_state_dict_{w}_hooks")) for w in ("pre", "post")] == [1, 1]
+    assert len(run.optimizer._optimizer_state_dict_post_hooks) == 1
+
+
 def test_another_optimizer_s_state_is_refused_and_changes_nothing():
     plain, normalized, small = Run().go(1), Run("normalized").go(1), Run("decay").go(1)
     more = {**small.optimizer.state_dict(), "param_groups": 2 * small.optimizer.state_dict()["param_groups"]}

@@ -45,7 +45,7 @@ from hosfl.optim.measurement import (
 )
 from hosfl.optim.moved import InPlace, ReadOnly
 from hosfl.optim.sharded import averaged, common_seed, together
-from hosfl.optim.state import read_state, told_run
+from hosfl.optim.state import Saved, read_state, told_run
 from hosfl.optim.update import LARGEST_FLOAT32, check_reach, lattice_step, make_moments, rule_steps
 from hosfl.probing.conditions import Closure, Conditions, Evaluations
 from hosfl.protocol.aggregate import RunningLength
@@ -421,11 +421,19 @@ class ZOSGD(torch.optim.Optimizer):
         In a group, because torch.distributed.checkpoint keeps nothing beside groups and moments; in lists, because it
         loads those keys of a mapping that are there before.
         """
-        told: dict[str, Any] = super().state_dict()
+        # As the first of the hooks: a user's see all of it.
+        first = self.register_state_dict_post_hook(lambda _, told: self._tell(told), prepend=True)
+        try:
+            told: dict[str, Any] = super().state_dict()
+        finally:
+            first.remove()
+        return told
+
+    def _tell(self, told: dict[str, Any]) -> None:
+        """What torch does not know of a state."""
         kept = {name: getattr(self, name) for name in self.kept}
         parameters = [p for _, p in self._given().named()]
         told["param_groups"][0]["run"] = told_run(type(self).__name__, kept, parameters, self._lattices.quanta)
-        return told
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved state; the weights are the model's to load, before or after. The log starts anew.
@@ -433,10 +441,26 @@ class ZOSGD(torch.optim.Optimizer):
         Raises: ValueError for what is no state, or that of another optimizer or of other parameters. Nothing is
         changed then.
         """
-        saved = read_state(
-            state_dict, type(self).__name__, self.kept, self.settable, self._check_settings, self._given()
-        )
-        super().load_state_dict({**state_dict, "param_groups": saved.groups})
+        found: list[Saved] = []
+
+        def check(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            name, terms = type(self).__name__, (self.kept, self.settable, self._check_settings)
+            found.append(read_state(given, name, *terms, self._given()))
+            return {**given, "param_groups": found[0].groups}
+
+        # Between a user's hooks: what is checked is what those before it made, and those after it find it loaded.
+        hooks = [
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(lambda _: self._load(found[0]), prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _load(self, saved: Saved) -> None:
+        """What torch has not loaded of a state."""
         for name in self.kept:
             setattr(self, name, saved.run[name])
         self._drawn = False
@@ -469,12 +493,10 @@ class ZONormalizedSGD(ZOSGD):
         self._more_defaults = {"decay": decay}
         super().__init__(params, lr, mu, **settings)
 
-    def state_dict(self) -> dict[str, Any]:
-        """As that of `ZOSGD`. Groups have their running means from the start: see there what loads them."""
-        told = super().state_dict()
-        for group in told["param_groups"]:
+    def _tell(self, told: dict[str, Any]) -> None:
+        super()._tell(told)
+        for group in told["param_groups"]:  # from the start: see `state_dict` what loads them
             group |= {"square": 0.0, "square_weight": 0.0, **group}
-        return told
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         super()._check_settings(settings)
