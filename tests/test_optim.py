@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 from hosfl import optim
 from hosfl.files import write_atomically
-from hosfl.optim import ZOSGD, ZONormalizedSGD, rebuild
+from hosfl.optim import ZOSGD, ZONormalizedSGD, lattices, rebuild
 from hosfl.optim import log as optim_log
 from hosfl.protocol.header import LogError
 from hosfl.protocol.seeds import Purpose, direction_seeds, round_seed
@@ -678,7 +678,7 @@ def test_read_only_weights_are_never_written():
     assert not any(torch.equal(s, before[0]) for s in seen)
 
 
-def test_no_tensor_of_the_parameters_size_is_made():
+def test_no_tensor_of_the_parameters_size_is_made(monkeypatch):
     weight = nn.Parameter(torch.randn(50_000, generator=torch.Generator().manual_seed(0)))
     optimizer = ZONormalizedSGD([weight], 1e-4, directions=2)
 
@@ -695,6 +695,13 @@ def test_no_tensor_of_the_parameters_size_is_made():
     with Watch() as watch:
         for _ in range(3):
             optimizer.step(lambda: weight[:100].square().sum())
+    assert 0 < watch.largest <= 100
+    monkeypatch.setattr(lattices, "PIECE", 100)
+    with torch.no_grad():
+        weight.copy_(torch.arange(50_000) % 7 * optimizer.lattice.quantum)  # much smaller, and on the lattice still
+    optimizer.param_groups[0].update(mu=optimizer.lattice.quantum, lr=1e-9)
+    with Watch() as watch:
+        optimizer.step(lambda: weight[:100].square().sum())
     assert 0 < watch.largest <= 100
 
 
@@ -910,6 +917,22 @@ def test_weights_in_channels_last_move_like_others(case, tmp_path):
     for copied in (copy.deepcopy(base), base.to(memory_format=torch.channels_last)):
         rebuild(copied, tmp_path / "log")
         assert same(list(copied.parameters()), list(model.parameters()))
+
+
+def test_warnings_show_the_line_that_asked_for_the_step():
+    run = Run("drifting")
+    scheduler = torch.optim.lr_scheduler.ConstantLR(run.optimizer)  # wraps `step`
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(12):
+            run.optimizer.step(lambda: 1.0)
+            scheduler.step()
+    lines, start = inspect.getsourcelines(test_warnings_show_the_line_that_asked_for_the_step)
+    at = next(start + n for n, line in enumerate(lines) if "optimizer.step" in line)
+    told = [
+        (w.filename, w.lineno) for w in found if "cannot be saved" in str(w.message) or "exactly 0" in str(w.message)
+    ]
+    assert told == [(__file__, at)] * 2
 
 
 def test_a_log_that_cannot_be_saved_is_told_at_the_first_step():

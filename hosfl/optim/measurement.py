@@ -123,6 +123,14 @@ def _unfinite(losses: list[float], two_sided: bool, first: bool) -> str:
     return text
 
 
+def warn(text: str) -> None:
+    """A warning that shows the line which asked for the step: those between are torch's and ours."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "hosfl"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)
+
+
 def warn_of_accumulation() -> None:
     """Of accelerate's, which passes on the closure of the last micro-batch alone."""
     module = sys.modules.get("accelerate.state")
@@ -130,10 +138,9 @@ def warn_of_accumulation() -> None:
         return
     count = module.GradientState().num_steps
     if count > 1:
-        warnings.warn(
+        warn(
             f"accelerate accumulates {count} micro-batches, and calls step(closure) for the last of them only: its "
-            "closure must evaluate all of them, and return their mean loss",
-            stacklevel=3,
+            "closure must evaluate all of them, and return their mean loss"
         )
 
 
@@ -161,6 +168,4 @@ class Flatness:
                 "output that was kept, or on a parameter that was put in the place of one (module.weight = "
                 "nn.Parameter(...))? If it does, it is flat by nature, or computed in half precision"
             )
-        warnings.warn(
-            f"{found}: {cause}. Compute it in float32, as by loss_of(model(x).float(), y), or raise mu", stacklevel=2
-        )
+        warn(f"{found}: {cause}. Compute it in float32, as by loss_of(model(x).float(), y), or raise mu")

@@ -11,7 +11,6 @@ A step goes through four methods, and each has its modules:
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -41,6 +40,7 @@ from hosfl.optim.measurement import (
     loss_and_differences,
     losses_at,
     places_of,
+    warn,
     warn_of_accumulation,
 )
 from hosfl.optim.moved import InPlace, ReadOnly
@@ -230,7 +230,7 @@ class ZOSGD(torch.optim.Optimizer):
                 evaluations.keep()
         if self.log.refusal != self._told:
             self._told = self.log.refusal
-            warnings.warn(f"the log of this run cannot be saved: {self._told}", stacklevel=2)
+            warn(f"the log of this run cannot be saved: {self._told}")
         return measurement.loss
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
