@@ -322,6 +322,33 @@ def test_no_memory_for_the_moments_of_a_later_group_leaves_no_trace(monkeypatch)
     assert same(run.go(1).weights, undisturbed.weights)
 
 
+@pytest.mark.parametrize("case", [*EXACT, "drifting"])
+def test_no_memory_for_a_move_of_a_later_group_leaves_no_trace(case, monkeypatch):
+    """Weights in channels_last move through copies, for which there may be no memory."""
+    run, undisturbed = Run(case, by_layer).go(1), Run(case, by_layer).go(2)
+    before, state, move = run.weights, str(run.optimizer.state_dict()), optim.moved.replay_
+    for fatal in range(20):
+        calls = iter(range(1000))
+
+        def moves(*args, fatal=fatal, calls=calls, **settings):
+            if next(calls) == fatal:
+                raise torch.OutOfMemoryError("no memory")
+            move(*args, **settings)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(optim.moved, "replay_", moves)
+            try:
+                run.go(1, first=1)
+            except torch.OutOfMemoryError:
+                assert str(run.optimizer.state_dict()) == state
+                assert all(map(torch.allclose, run.weights, before))
+                assert case == "drifting" or same(run.weights, before)
+                continue
+        break
+    assert 4 <= fatal < 20  # every move of every group
+    assert case == "drifting" or same(run.weights, undisturbed.weights)
+
+
 def test_a_weight_decay_of_a_later_group_that_float32_does_not_hold_leaves_no_trace():
     run = Run("decay", lambda model: by_layer(model, lr=1e20, weight_decay=1e20))
     with pytest.raises(FloatingPointError, match=r"lr \* weight_decay is 1e\+40"):

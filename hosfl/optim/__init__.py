@@ -19,8 +19,8 @@ Where weights are moved, and what that costs:
   place and taken back to the very bits; mu is the nearest multiple of the lattice's quantum and a step's coefficients
   are rounded to multiples stochastically. Parameters of one group share a lattice where their largest weights (or mu,
   if that is larger) are within a factor of 16, so that a weight changes by at most 2^-16 of the largest of its tensor,
-  or of mu; a tensor of zeros lies where most of its group does. A parameter that outgrows its lattice gets a coarser one. One
-  whose quantum would be above mu, because float32 has no room for both, is an error that names it.
+  or of mu; a tensor of zeros lies where most of its group does. A parameter that outgrows its lattice gets a coarser
+  one. One whose quantum would be above mu, because float32 has no room for both, is an error that names it.
 * Read only: all else, if the module is given as `model`. Moved weights exist one layer at a time
   (`hosfl.probing.displaced`), the weights themselves change by the update alone; bfloat16 rounds it stochastically.
 * Drifting: all else without `model`. Moved in place and back, every move rounded: after one step 29 % of float32 and
