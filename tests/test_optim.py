@@ -2028,6 +2028,31 @@ def test_with_a_frozen_parameter_on_the_meta_device_there_is_no_log(tmp_path):
         run.optimizer.log.save(tmp_path / "log")
 
 
+@pytest.mark.parametrize("make", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_with_a_frozen_sparse_parameter_steps_go_on_and_there_is_no_log(make, tmp_path):
+    """Freezing it is what is advised where it cannot move."""
+
+    def params(model):
+        model[2].register_parameter("sparse", nn.Parameter(make(torch.eye(3)), requires_grad=False))
+        return model.named_parameters()
+
+    run = Run(params=params)
+    with pytest.warns(UserWarning, match=r"cannot be saved: parameter '2\.sparse' is torch\.sparse_\w+, so that"):
+        run.go(1)
+    run.go(1, first=1)
+    assert same(run.weights[:4], Run().go(2).weights)
+    with pytest.raises(LogError, match=r"parameter '2\.sparse' is torch\.sparse"):
+        run.optimizer.log.save(tmp_path / "log")
+
+
+@pytest.mark.parametrize("kind", [float, np.float32, np.asarray, torch.Tensor.half, lambda loss: loss.reshape(1, 1)])
+def test_a_loss_is_one_number_of_any_kind(kind):
+    run = Run()
+    loss = run.optimizer.step(lambda: kind(run.loss().detach()))
+    assert abs(loss - Run().optimizer.step(run.loss)) < 0.01
+
+
 @pytest.mark.parametrize(
     ("two_sided", "steps", "losses", "message"),
     [

@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from hosfl.files import write_atomically
 from hosfl.interrupts import uninterrupted
@@ -134,6 +135,15 @@ class _Chapter:
         return {"puts": self.puts, "groups": groups, "momenta": self.momenta, "exact": self.exact}
 
 
+def _without_bits(parameter: Tensor) -> str:
+    """Why a parameter, frozen then, has no bits that a digest could be of; or nothing."""
+    if is_lazy(parameter):
+        return "has no shape yet"
+    if parameter.is_meta:  # loaded when it is read, as by accelerate's offloading
+        return "is on the meta device"
+    return "" if parameter.layout == torch.strided else f"is {parameter.layout}"
+
+
 def _kind(parameter: Tensor) -> tuple[str, list[int]]:
     """Its dtype and shape, as a log tells them."""
     return str(parameter.dtype), list(parameter.shape)
@@ -166,11 +176,10 @@ class RunLog:
         self._compare(parameters)
         first = len(self.parameters)
         new = parameters[first:]
-        # Frozen ones that are loaded when they are read, as by accelerate's offloading.
-        absent = [repr(name) if name else str(n) for n, (name, p) in enumerate(new, first) if p.is_meta]
+        unknown = [(name or n, why) for n, (name, p) in enumerate(new, first) if (why := _without_bits(p))]
         twice = [name for name, count in Counter(name for name, _ in parameters if name).items() if count > 1]
-        if absent:
-            self.refuse(f"parameter {absent[0]} is on the meta device, so that its bits are not known")
+        if unknown:
+            self.refuse(f"parameter {unknown[0][0]!r} {unknown[0][1]}, so that its bits are not known")
         elif twice:
             self.refuse(f"two parameters are named {twice[0]!r}: give the optimizer names of one module that has both")
         elif new and not self.refusal:

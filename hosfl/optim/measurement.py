@@ -87,6 +87,8 @@ def _scalar(loss: Any) -> Tensor:
             )
         # Always a copy: a graph's static output would be overwritten by the next evaluation.
         return loss.detach().reshape(()).to(torch.float64, copy=True)
+    if isinstance(loss, np.ndarray) and not loss.ndim:
+        loss = loss[()]
     if isinstance(loss, bool) or not isinstance(loss, (int, float, np.integer, np.floating)):
         raise TypeError(f"the closure must return the loss, one number, got {type(loss).__name__}")
     return torch.tensor(float(loss), dtype=torch.float64, device="cpu")

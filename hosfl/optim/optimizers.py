@@ -210,7 +210,8 @@ class ZOSGD(torch.optim.Optimizer):
 
         Raises: TypeError without a closure or for what is no number; FloatingPointError for losses that are infinite
         or NaN, or a step that is too long; ValueError where no parameter requires grad, or one cannot move by mu;
-        RuntimeError where the closure writes the weights, or reads none of those that move.
+        RuntimeError where the closure writes the weights (moved ones that are only read are copies: what it writes
+        there is forgotten), or reads none of those that move.
         """
         measurement, self._measurement = self._measurement, None
         if closure is None and measurement is None and not any(float(group["lr"]) for group in self.param_groups):
