@@ -322,6 +322,31 @@ def test_no_memory_for_the_moments_of_a_later_group_leaves_no_trace(monkeypatch)
     assert same(run.go(1).weights, undisturbed.weights)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_no_memory_for_the_copies_of_a_later_group_leaves_no_trace(momentum, monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 2, 3), nn.Conv2d(2, 9, 3)).to(memory_format=torch.channels_last)
+    groups = [{"params": [(f"{n}.weight", layer.weight)]} for n, layer in enumerate(model)]
+    settings = {"momentum": momentum, "weight_decay": 0.1, "model": model, "seed": 0}
+    optimizer, empty = ZOSGD(groups, 0.01, **settings), torch.empty
+    x = torch.ones(1, 2, 5, 5)
+    optimizer.step(lambda: model(x).square().mean())
+    optimizer.measure(lambda: model(x).square().mean())
+    before, state = [p.detach().clone() for p in model.parameters()], str(optimizer.state_dict())
+
+    def short(*size, **settings):
+        if settings.get("dtype") == torch.uint8 and size[0] > model[0].weight.nbytes:
+            raise torch.OutOfMemoryError("no memory")
+        return empty(*size, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", short)
+        with pytest.raises(torch.OutOfMemoryError):
+            optimizer.step()
+    assert same([p.detach() for p in model.parameters()], before)
+    assert str(optimizer.state_dict()) == state
+
+
 @pytest.mark.parametrize("case", [*EXACT, "drifting"])
 def test_no_memory_for_a_move_of_a_later_group_leaves_no_trace(case, monkeypatch):
     """Weights in channels_last move through copies, for which there may be no memory."""

@@ -81,8 +81,12 @@ def rule_steps(
     step: int,
 ) -> list[Row]:
     """Home, then on by SGD with momentum and weight decay, every move rounded."""
-    # The moments of all groups before the first group moves: there may be no memory for them.
+    # There may be no memory, which must be known before the first group moves: for the moments of all groups, and for
+    # the largest copy that weights in channels_last move through. It is let go of, and each group takes what it needs.
     moments = [_moments(group, state) for group in weights.groups]
+    strided = [t for group in weights.groups for t in group.tensors if not t.is_contiguous()]
+    if strided:
+        torch.empty(max(t.nbytes for t in strided), dtype=torch.uint8, device=strided[0].device)
     weights.home()
     triples = zip(weights.groups, estimates, moments, strict=True)
     return [_rule_step(*triple, state, terms, step) for triple in triples]
