@@ -2193,6 +2193,18 @@ def test_a_state_that_is_made_otherwise_is_refused_and_changes_nothing(change, m
     assert str(other.optimizer.state_dict()) == before
 
 
+def test_a_resumed_run_s_log_has_the_names_of_its_own_parameters(tmp_path):
+    run = Run().go(1)
+    whole = nn.ModuleDict({"body": copy.deepcopy(run.model)})
+    resumed = ZOSGD(whole.named_parameters(), 0.1)
+    resumed.load_state_dict(run.optimizer.state_dict())
+    base = copy.deepcopy(whole)
+    resumed.step(lambda: whole["body"](torch.ones(2, 3)).sum())
+    resumed.log.save(tmp_path / "log")
+    rebuild(base, tmp_path / "log")
+    assert same(list(base.parameters()), list(whole.parameters()))
+
+
 @every
 def test_hooks_see_states_whole(case):
     """As those of torch's optimizers: what is loaded is what a hook made of it, and later hooks find it loaded."""

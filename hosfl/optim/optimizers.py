@@ -447,6 +447,9 @@ class ZOSGD(torch.optim.Optimizer):
         def check(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             name, terms = type(self).__name__, (self.kept, self.settable, self._check_settings)
             found.append(read_state(given, name, *terms, self._given()))
+            for group, mine in zip(found[0].groups, self.param_groups, strict=False):  # torch counts them
+                if "param_names" in mine:  # the log tells the names of these parameters, not of those that were saved
+                    group["param_names"] = mine["param_names"]
             return {**given, "param_groups": found[0].groups}
 
         # Between a user's hooks: what is checked is what those before it made, and those after it find it loaded.
