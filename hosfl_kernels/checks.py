@@ -51,6 +51,8 @@ def array_list(
 ) -> list[Array]:
     """The arrays or tensors given, of one kind, which is that of `like`."""
     one = not isinstance(given, (list, tuple)) and (is_numpy(given) or may_be_tensor(given))
+    if not one and not isinstance(given, Iterable):
+        raise TypeError(f"{name} must be tensors or numpy arrays, one or a list of them, got {type(given).__name__}")
     listed: list[Any] = [given] if one else list(given)
     if not listed:
         return listed
@@ -67,6 +69,7 @@ def array_list(
 
 def moment_lists(moments: Sequence[Array | Iterable[Array]], rule: Rule, tensors: list[Array]) -> list[Array]:
     """The moments end to end: all of the first kind, then all of the second."""
+    check_list(moments, "moments", "lists of tensors")
     if len(moments) != rule.moments:
         raise ValueError(f"{rule} keeps {rule.moments} moments per tensor, got {len(moments)} lists of them")
     kept = []
@@ -83,6 +86,12 @@ def check_integer(value: int, end: int, name: str) -> None:
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
     if not 0 <= value < end:
         raise ValueError(f"{name} must be at least 0 and below 2^{end.bit_length() - 1}, got {value}")
+
+
+def check_list(values: object, name: str, of: str) -> None:
+    """What comes as a list, or like one: with a length, and in an order."""
+    if not (hasattr(values, "__len__") and hasattr(values, "__getitem__")):
+        raise TypeError(f"{name} must be a list of {of}, got {type(values).__name__}")
 
 
 def check_number(value: object, name: str) -> None:
@@ -108,7 +117,10 @@ def place_of(
     if dist not in DISTRIBUTIONS:
         raise ValueError(f"dist must be one of {', '.join(DISTRIBUTIONS)}, got {dist!r}")
     for name, values in (("factors", factors), ("streams", streams), ("starts", starts)):
-        if values is not None and len(values) != n:
+        if values is None:
+            continue
+        check_list(values, name, "numbers, one per tensor")
+        if len(values) != n:
             raise ValueError(f"{n} tensors but {len(values)} {name}")
     place = Place(dist, *map(_listed, (factors, streams, starts)))
     for t, stream in enumerate(place.streams):
@@ -179,6 +191,7 @@ def seed_bits(seeds: Seeds, name: str, numpy: bool) -> Numbers:
     """int64 [R]: the bits of uint64 seeds."""
     if (numbers := _numbers(seeds, name, "int64", ONE, numpy)) is not None:
         return numbers
+    check_list(seeds, name, "integers")
     for r, seed in enumerate(seeds):
         check_integer(seed, 2**64, f"{name}[{r}]")
     return _as_op_takes(np.array(seeds, dtype=np.uint64).view(np.int64), numpy)
@@ -188,6 +201,7 @@ def seed_table(seeds: SeedTable, numpy: bool) -> Numbers:
     """int64 [R, P]: the bits of uint64 seeds."""
     if (numbers := _numbers(seeds, "seeds", "int64", " [rounds, directions]", numpy)) is not None:
         return numbers
+    check_list(seeds, "seeds", "rounds")
     for r, row in enumerate(seeds):
         if not isinstance(row, Sequence):
             raise TypeError(f"seeds[{r}] must be a list of integers, one per direction, got {type(row).__name__}")
@@ -203,6 +217,7 @@ def reals(values: Any, name: str, dimensions: str, numpy: bool) -> Numbers:
     """float32 as they came, or float64 of a list: backends round those to float32, in IEEE arithmetic."""
     if (numbers := _numbers(values, name, "float32", dimensions, numpy)) is not None:
         return numbers
+    check_list(values, name, "numbers" if dimensions == ONE else "rounds")
     for r, row in enumerate(values):
         if dimensions == ONE:
             check_number(row, f"{name}[{r}]")
@@ -217,7 +232,8 @@ def reals(values: Any, name: str, dimensions: str, numpy: bool) -> Numbers:
 
 
 def table_of(values: Table, name: str, shape: tuple[int, int], numpy: bool) -> Numbers:
-    table = reals(values if len(values) else np.empty((0, shape[1]), np.float32), name, TWO, numpy)
+    empty = hasattr(values, "__len__") and not len(values)
+    table = reals(np.empty((0, shape[1]), np.float32) if empty else values, name, TWO, numpy)
     if table.shape != shape:
         raise ValueError(
             f"{name} must be [{shape[0]}, {shape[1]}], one row per round of the seeds, got {[*table.shape]}"

@@ -87,9 +87,9 @@ def noise(
     Raises: ValueError for a value out of range, TypeError for a wrong type, ModuleNotFoundError where a tensor is
     asked for and torch is missing.
     """
-    if n < 0:
-        raise ValueError(f"n must be 0 or more, got {n}")
-    checks.place_of(1, dist, None, [stream], [start])
+    for value, end, name in ((n, 2**63, "n"), (stream, 2**32, "stream"), (start, 2**63, "start")):
+        checks.check_integer(value, end, name)
+    checks.place_of(1, dist, None, None, None)
     halves = checks.halves_of(seed, "seed")
     out = np.empty(n, np.float32) if device == "numpy" else _empty_tensor(n, device)
     if is_numpy(out):

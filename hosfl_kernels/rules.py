@@ -87,11 +87,12 @@ class AdamW:
     weight_decay: float = 0.01
 
     def __post_init__(self) -> None:
-        if len(self.betas) != 2:
-            raise ValueError(f"betas must be two numbers, got {len(self.betas)}")
+        if not hasattr(self.betas, "__len__") or len(self.betas) != 2:
+            raise ValueError(f"betas must be two numbers, got {self.betas!r}")
         object.__setattr__(self, "betas", tuple(self.betas))
         for k, beta in enumerate(self.betas):
             _check_share(beta, f"betas[{k}]")
+        _check_number(self.eps, "eps")
         if not (self.eps > 2.0**-150 and math.isfinite(self.eps)):  # 2^-150 and less is 0 in float32
             raise ValueError(f"eps must be finite and above 0 in float32, got {self.eps}")
         _check_weight_decay(self.weight_decay)
@@ -153,17 +154,27 @@ def _step_table(rows: list[tuple[float, float, float]]) -> NDArray[np.float32]:
     return np.array(rows, np.float64).reshape(len(rows), 3).astype(np.float32)
 
 
+def _check_number(value: float, name: str) -> None:
+    if isinstance(value, str) or not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
 def _check_share(value: float, name: str) -> None:
+    _check_number(value, name)
     if not 0 <= value < 1 - 2.0**-25:  # from here on 1 in float32
         raise ValueError(f"{name} must be at least 0 and below 1 in float32, got {value}")
 
 
 def _check_weight_decay(value: float) -> None:
+    _check_number(value, "weight_decay")
     if not (value >= 0 and math.isfinite(value)):
         raise ValueError(f"weight_decay must be finite and 0 or more, got {value}")
 
 
 def _check_rounds(rounds: Sequence[int], rates: Sequence[float]) -> None:
+    for name, values in (("rounds", rounds), ("rates", rates)):
+        if not hasattr(values, "__len__"):
+            raise TypeError(f"{name} must be a list, one of each round, got {type(values).__name__}")
     if len(rounds) != len(rates):
         raise ValueError(f"{len(rounds)} rounds but {len(rates)} rates")
     for r, number in enumerate(rounds):
@@ -172,5 +183,6 @@ def _check_rounds(rounds: Sequence[int], rates: Sequence[float]) -> None:
         if number < 0:
             raise ValueError(f"rounds[{r}] must be 0 or more, got {number}")
     for r, rate in enumerate(rates):
+        _check_number(rate, f"rates[{r}]")
         if not (rate >= 0 and math.isfinite(rate)):
             raise ValueError(f"rates[{r}] must be finite and 0 or more, got {rate}")

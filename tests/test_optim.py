@@ -9,6 +9,7 @@ import random
 import runpy
 import signal
 import stat
+import sys
 import warnings
 import weakref
 from contextlib import ExitStack
@@ -31,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 from hosfl import optim
 from hosfl.files import write_atomically
-from hosfl.optim import ZOSGD, ZONormalizedSGD, rebuild
+from hosfl.optim import ZOSGD, ZONormalizedSGD, lattices, rebuild
 from hosfl.optim import log as optim_log
 from hosfl.protocol.header import LogError
 from hosfl.protocol.seeds import Purpose, direction_seeds, round_seed
@@ -214,6 +215,90 @@ def test_a_closure_that_fails_leaves_no_trace(case, error):
         assert same(run.weights, undisturbed.weights)
 
 
+class Careful:
+    """A model whose forward passes draw random numbers and write buffers, and all that a step may leave of them."""
+
+    def __init__(self, **settings):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, 1))
+        self.optimizer = ZOSGD(self.model.named_parameters(), 0.01, seed=3, model=self.model, **settings)
+        self.x = torch.randn(8, 3)
+
+    def loss(self):
+        return self.model(self.x).square().mean()
+
+    @property
+    def state(self):
+        return [value.clone() for value in self.model.state_dict().values()] + [torch.get_rng_state()]
+
+    def close(self, before):
+        """Nothing is elsewhere, but for what a first lattice rounds."""
+        return all(torch.allclose(a.float(), b.float(), atol=1e-6) for a, b in zip(self.state, before, strict=True))
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize("steps", [0, 1, 3])
+def test_a_step_that_fails_after_its_evaluations_leaves_no_trace(steps, momentum):
+    """Losses that are NaN, and steps that are too long: running statistics would hold the NaN of one batch for ever."""
+    run = Careful(momentum=momentum)
+    for _ in range(steps):
+        run.optimizer.step(run.loss)
+    before = run.state
+    run.x[0] = float("nan")
+    for attempt in (run.optimizer.step, run.optimizer.measure):
+        with pytest.raises(FloatingPointError, match="infinite or NaN"):
+            attempt(run.loss)
+        assert run.close(before)
+    run.x[0] = 0.0
+    run.optimizer.param_groups[0]["lr"] = 1e38
+    with pytest.raises(FloatingPointError, match="lower lr"):
+        run.optimizer.step(run.loss)
+    assert run.close(before)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+@pytest.mark.parametrize(("taken", "first"), [(0, 0), (0, 29), (0, 58), *((1, first) for first in range(0, 40, 8))])
+def test_ctrl_c_anywhere_in_a_step_leaves_it_taken_or_not(taken, first, momentum, tmp_path):
+    """At lines of the library's code, one in forty, of the first step one in ninety."""
+    reference = Careful(momentum=momentum)
+    states = [reference.state]
+    for _ in range(3):
+        reference.optimizer.step(reference.loss)
+        states.append(reference.state)
+
+    def trace(frame, event, _):
+        nonlocal line
+        if "hosfl" in frame.f_code.co_filename or "contextlib" in frame.f_code.co_filename:
+            line += event == "line"
+            if line == at and event == "line":
+                signal.raise_signal(signal.SIGINT)
+            return trace
+        return None
+
+    at, line, call = first, first, nn.Module.__call__
+    while line >= at:  # until a step has fewer lines
+        run, at, line = Careful(momentum=momentum), at + (40 if taken else 90), 0
+        base = copy.deepcopy(run.model)
+        for _ in range(taken):
+            run.optimizer.step(run.loss)
+        before = sys.gettrace()
+        try:
+            sys.settrace(trace)
+            run.optimizer.step(run.loss)
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(before)
+        assert nn.Module.__call__ is call
+        assert run.close(states[0]) if run.optimizer.steps == 0 else same(run.state, states[run.optimizer.steps])
+        while run.optimizer.steps < 3:
+            run.optimizer.step(run.loss)
+        assert same(run.state, states[3])
+        run.optimizer.log.save(tmp_path / "log")
+        rebuild(base, tmp_path / "log")
+        assert same(list(base.parameters()), list(run.model.parameters()))
+
+
 def by_layer(model, **settings_of_the_second):
     first, second = ({"params": [*layer.named_parameters()]} for layer in (model[0], model[2]))
     return [first, {**second, **settings_of_the_second}]
@@ -235,6 +320,58 @@ def test_no_memory_for_the_moments_of_a_later_group_leaves_no_trace(monkeypatch)
     assert same(run.weights, list(run.base.parameters()))
     assert str(run.optimizer.state_dict()) == state
     assert same(run.go(1).weights, undisturbed.weights)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_no_memory_for_the_copies_of_a_later_group_leaves_no_trace(momentum, monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 2, 3), nn.Conv2d(2, 9, 3)).to(memory_format=torch.channels_last)
+    groups = [{"params": [(f"{n}.weight", layer.weight)]} for n, layer in enumerate(model)]
+    settings = {"momentum": momentum, "weight_decay": 0.1, "model": model, "seed": 0}
+    optimizer, empty = ZOSGD(groups, 0.01, **settings), torch.empty
+    x = torch.ones(1, 2, 5, 5)
+    optimizer.step(lambda: model(x).square().mean())
+    optimizer.measure(lambda: model(x).square().mean())
+    before, state = [p.detach().clone() for p in model.parameters()], str(optimizer.state_dict())
+
+    def short(*size, **settings):
+        if settings.get("dtype") == torch.uint8 and size[0] > model[0].weight.nbytes:
+            raise torch.OutOfMemoryError("no memory")
+        return empty(*size, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", short)
+        with pytest.raises(torch.OutOfMemoryError):
+            optimizer.step()
+    assert same([p.detach() for p in model.parameters()], before)
+    assert str(optimizer.state_dict()) == state
+
+
+@pytest.mark.parametrize("case", [*EXACT, "drifting"])
+def test_no_memory_for_a_move_of_a_later_group_leaves_no_trace(case, monkeypatch):
+    """Weights in channels_last move through copies, for which there may be no memory."""
+    run, undisturbed = Run(case, by_layer).go(1), Run(case, by_layer).go(2)
+    before, state, move = run.weights, str(run.optimizer.state_dict()), optim.moved.replay_
+    for fatal in range(20):
+        calls = iter(range(1000))
+
+        def moves(*args, fatal=fatal, calls=calls, **settings):
+            if next(calls) == fatal:
+                raise torch.OutOfMemoryError("no memory")
+            move(*args, **settings)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(optim.moved, "replay_", moves)
+            try:
+                run.go(1, first=1)
+            except torch.OutOfMemoryError:
+                assert str(run.optimizer.state_dict()) == state
+                assert all(map(torch.allclose, run.weights, before))
+                assert case == "drifting" or same(run.weights, before)
+                continue
+        break
+    assert 4 <= fatal < 20  # every move of every group
+    assert case == "drifting" or same(run.weights, undisturbed.weights)
 
 
 def test_a_weight_decay_of_a_later_group_that_float32_does_not_hold_leaves_no_trace():
@@ -593,7 +730,7 @@ def test_read_only_weights_are_never_written():
     assert not any(torch.equal(s, before[0]) for s in seen)
 
 
-def test_no_tensor_of_the_parameters_size_is_made():
+def test_no_tensor_of_the_parameters_size_is_made(monkeypatch):
     weight = nn.Parameter(torch.randn(50_000, generator=torch.Generator().manual_seed(0)))
     optimizer = ZONormalizedSGD([weight], 1e-4, directions=2)
 
@@ -610,6 +747,13 @@ def test_no_tensor_of_the_parameters_size_is_made():
     with Watch() as watch:
         for _ in range(3):
             optimizer.step(lambda: weight[:100].square().sum())
+    assert 0 < watch.largest <= 100
+    monkeypatch.setattr(lattices, "PIECE", 100)
+    with torch.no_grad():
+        weight.copy_(torch.arange(50_000) % 7 * optimizer.lattice.quantum)  # much smaller, and on the lattice still
+    optimizer.param_groups[0].update(mu=optimizer.lattice.quantum, lr=1e-9)
+    with Watch() as watch:
+        optimizer.step(lambda: weight[:100].square().sum())
     assert 0 < watch.largest <= 100
 
 
@@ -825,6 +969,22 @@ def test_weights_in_channels_last_move_like_others(case, tmp_path):
     for copied in (copy.deepcopy(base), base.to(memory_format=torch.channels_last)):
         rebuild(copied, tmp_path / "log")
         assert same(list(copied.parameters()), list(model.parameters()))
+
+
+def test_warnings_show_the_line_that_asked_for_the_step():
+    run = Run("drifting")
+    scheduler = torch.optim.lr_scheduler.ConstantLR(run.optimizer)  # wraps `step`
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(12):
+            run.optimizer.step(lambda: 1.0)
+            scheduler.step()
+    lines, start = inspect.getsourcelines(test_warnings_show_the_line_that_asked_for_the_step)
+    at = next(start + n for n, line in enumerate(lines) if "optimizer.step" in line)
+    told = [
+        (w.filename, w.lineno) for w in found if "cannot be saved" in str(w.message) or "exactly 0" in str(w.message)
+    ]
+    assert told == [(__file__, at)] * 2
 
 
 def test_a_log_that_cannot_be_saved_is_told_at_the_first_step():
@@ -1333,6 +1493,67 @@ def test_a_copy_of_the_optimizer_alone_holds_copies_of_what_it_moves():
     assert not same([p for group in alone.param_groups for p in group["params"]], before)
 
 
+def replace(run):
+    run.model[0].weight = run.optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.ones(4, 3))
+
+
+@pytest.mark.parametrize("case", ["plain", "gaussian"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda run: setattr(run.optimizer, "seed", 8), "seed, steps, directions, pool or dist were changed"),
+        (lambda run: setattr(run.optimizer, "directions", 4), "seed, steps, directions, pool or dist were changed"),
+        (lambda run: setattr(run.optimizer, "steps", 0), "seed, steps, directions, pool or dist were changed"),
+        (lambda run: copy.copy(run.optimizer).step(run.loss), "seed, steps, directions, pool or dist were changed"),
+        (lambda run: run.optimizer.param_groups.pop(), "parameters were taken from the optimizer"),
+        (
+            lambda run: run.optimizer.param_groups.reverse(),
+            r"'0\.weight', torch\.float32 \[4, 3\], became torch\.float32 \[1, 4\]",
+        ),
+        (replace, r"parameter '0\.weight', torch\.float32 \[4, 3\], became another"),
+        (lambda run: run.model.bfloat16(), r"'0\.weight', torch\.float32 \[4, 3\], became torch\.bfloat16 \[4, 3\]"),
+        (
+            lambda run: run.model[2].requires_grad_(False).bfloat16(),
+            r"'2\.weight', \S+ \[1, 4\], became torch\.bfloat16",
+        ),
+    ],
+)
+def test_a_run_that_no_log_tells_is_refused_when_it_is_saved(case, change, message, tmp_path):
+    """Not when it is rebuilt, once the run is over. And its log no longer grows."""
+
+    def groups(model):
+        names = dict(model.named_parameters())
+        return [{"params": [(n, p) for n, p in names.items() if n[0] == layer]} for layer in "02"]
+
+    run = Run(case, params=groups).go(2)
+    change(run)
+    if not message.startswith("'2"):  # frozen, and so not looked at in a step
+        with pytest.warns(UserWarning, match=f"the log of this run cannot be saved: .*{message}"):
+            run.optimizer.step(lambda: sum(p.float().sum() for p in run.model.parameters()))
+    with pytest.raises(LogError, match=message):
+        run.optimizer.log.save(tmp_path / "log")
+    run.optimizer.step(lambda: sum(p.float().sum() for p in run.model.parameters()))
+    assert not (tmp_path / "log").exists()
+    assert not run.optimizer.log.chapters
+    assert not run.optimizer.log.parameters
+
+
+def test_two_parameters_of_one_name_are_told_at_the_first_step(tmp_path):
+    models = [nn.Linear(2, 2), nn.Linear(2, 2)]
+    optimizer = ZOSGD([{"params": [*model.named_parameters()]} for model in models], 0.01)
+    with pytest.warns(UserWarning, match="cannot be saved: two parameters are named 'weight'"):
+        optimizer.step(lambda: sum(p.sum() for model in models for p in model.parameters()))
+    with pytest.raises(LogError, match="two parameters are named 'weight'"):
+        optimizer.log.save(tmp_path / "log")
+    both = nn.ModuleList(models)
+    optimizer = ZOSGD(both.named_parameters(), 0.01)
+    base = copy.deepcopy(both)
+    optimizer.step(lambda: sum(p.sum() for p in both.parameters()))
+    optimizer.log.save(tmp_path / "log")
+    rebuild(base, tmp_path / "log")
+    assert same(list(base.parameters()), list(both.parameters()))
+
+
 def test_a_process_group_is_not_copied():
     run = Run()
     run.optimizer.process_group = object()
@@ -1627,12 +1848,82 @@ def test_a_log_may_be_saved_through_a_link(logged):
         ({"model": nn.Linear(1, 1)}, "does not own"),
         ({"params": lambda m: [m[0].weight, m[0].weight]}, "tied parameters once"),
         ({"params": lambda m: []}, "empty"),
+        ({"directions": 1.0}, "directions must be an integer"),
+        ({"directions": True}, "directions must be an integer"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate")
 def test_wrong_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Run(**settings)
+
+
+@pytest.mark.parametrize("name", ["lr", "mu", "momentum", "weight_decay", "decay"])
+@pytest.mark.parametrize("value", [None, "1e-3", 1j, torch.ones(2)], ids=repr)
+def test_what_is_no_number_is_refused_by_name(name, value):
+    """Also the text that some YAML makes of 1e-3: schedulers could not multiply it, and "0" is not 0."""
+    with pytest.raises(TypeError, match=f"{name} must be a number, got "):
+        Run("normalized", **{name: value})
+    run = Run("normalized").go(1)
+    run.optimizer.param_groups[0][name] = value
+    before = run.weights
+    with pytest.raises(TypeError, match=f"{name} must be a number, got "):
+        run.go(1)
+    assert same(run.weights, before)
+
+
+def test_numbers_of_numpy_s_and_tensors_are_numbers():
+    settings = {"mu": np.float32(2.0**-10), "directions": np.int64(2), "pool": np.int32(4), "momentum": torch.zeros(())}
+    run, other = Run(lr=torch.tensor(0.02), **settings).go(2), Run(mu=2.0**-10, directions=2, pool=4)
+    other.optimizer.param_groups[0]["lr"] = float(torch.tensor(0.02))
+    assert same(run.weights, other.go(2).weights)
+    assert type(run.optimizer.state_dict()["param_groups"][0]["run"]["directions"]) is int
+
+
+def test_derivatives_beyond_float64_do_not_stop_all_later_steps():
+    run = Run("normalized", directions=1).go(1)
+    before, state = run.weights, str(run.optimizer.state_dict())
+    with pytest.raises(
+        FloatingPointError, match="whose squares float64 does not hold: scale the loss down, or raise mu"
+    ):
+        run.optimizer.step(iter([1e200, -1e200]).__next__)
+    assert same(run.weights, before)
+    assert str(run.optimizer.state_dict()) == state
+
+
+def test_a_closure_that_changes_settings_changes_the_next_step(tmp_path):
+    run, other = Run().go(1), Run().go(2)
+
+    def closure():
+        run.optimizer.param_groups[0].update(lr=0.5, mu=0.5, momentum=0.5, weight_decay=0.5)
+        return run.loss(1)
+
+    run.optimizer.step(closure)
+    assert same(run.weights, other.weights)
+    run.optimizer.log.save(tmp_path / "log")
+    rebuild(run.base, tmp_path / "log")
+    assert same(list(run.base.parameters()), other.weights)
+
+
+def test_parameters_without_a_shape_yet_are_named():
+    model, x = nn.LazyLinear(2), torch.ones(3, 4)
+    for named, name in (
+        (model.parameters(), "parameter 0 of group 0, float32"),
+        (model.named_parameters(), "'weight'"),
+    ):
+        optimizer = ZOSGD(named, 0.1)
+        with pytest.raises(RuntimeError, match=f"{name}: it has no shape yet: evaluate the model once"):
+            optimizer.step(lambda: model(x).sum())
+    model(x)
+    optimizer.step(lambda: model(x).sum())
+
+
+def test_a_group_that_the_model_does_not_own_is_not_added():
+    run = Run("gaussian")
+    with pytest.raises(ValueError, match="`model` does not own parameter 'more'"):
+        run.optimizer.add_param_group({"params": [("more", nn.Parameter(torch.ones(2)))]})
+    assert len(run.optimizer.param_groups) == 1
+    run.go(1)
 
 
 def test_wrong_steps_are_refused_and_change_nothing():
@@ -1762,6 +2053,31 @@ def test_with_a_frozen_parameter_on_the_meta_device_there_is_no_log(tmp_path):
         run.optimizer.log.save(tmp_path / "log")
 
 
+@pytest.mark.parametrize("make", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_with_a_frozen_sparse_parameter_steps_go_on_and_there_is_no_log(make, tmp_path):
+    """Freezing it is what is advised where it cannot move."""
+
+    def params(model):
+        model[2].register_parameter("sparse", nn.Parameter(make(torch.eye(3)), requires_grad=False))
+        return model.named_parameters()
+
+    run = Run(params=params)
+    with pytest.warns(UserWarning, match=r"cannot be saved: parameter '2\.sparse' is torch\.sparse_\w+, so that"):
+        run.go(1)
+    run.go(1, first=1)
+    assert same(run.weights[:4], Run().go(2).weights)
+    with pytest.raises(LogError, match=r"parameter '2\.sparse' is torch\.sparse"):
+        run.optimizer.log.save(tmp_path / "log")
+
+
+@pytest.mark.parametrize("kind", [float, np.float32, np.asarray, torch.Tensor.half, lambda loss: loss.reshape(1, 1)])
+def test_a_loss_is_one_number_of_any_kind(kind):
+    run = Run()
+    loss = run.optimizer.step(lambda: kind(run.loss().detach()))
+    assert abs(loss - Run().optimizer.step(run.loss)) < 0.01
+
+
 @pytest.mark.parametrize(
     ("two_sided", "steps", "losses", "message"),
     [
@@ -1846,6 +2162,65 @@ def test_a_state_that_cannot_be_one_is_refused_and_changes_nothing(change, messa
     assert str(other.optimizer.state_dict()) == before
     assert len(other.optimizer.log.chapters) == 1
     other.go(1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state.clear(), "no `state` and `param_groups`"),
+        (lambda state: state.pop("state"), "no `state` and `param_groups`"),
+        (lambda state: state.update(param_groups=3), "param_groups must be a list of groups, not 3"),
+        (lambda state: state.update(param_groups=[3]), r"param_groups must be a list of groups, not \[3\]"),
+        (lambda state: state.update(state=3), "state must be a mapping"),
+        (lambda state: state["param_groups"][0].pop("params"), "have lists of params"),
+        (lambda state: state["state"].update({0: {"step": 1}}), "must keep a moment alone"),
+        (lambda state: state["state"].update({0: {"moment": [1]}}), "must keep a moment alone"),
+        (lambda state: state["state"][0]["moment"].fill_(float("nan")), "a moment that is infinite or NaN"),
+        (lambda state: state["param_groups"][0].update(square=-1.0), "square, of the running mean, must be finite"),
+        (lambda state: state["param_groups"][0].update(square_weight=float("inf")), "square_weight, of the running"),
+        (lambda state: state["param_groups"][0].update(lr="1"), "lr must be a number"),
+        (lambda state: told(state).update(shapes=3), "shapes must be a list"),
+        (lambda state: told(state).update(quanta=None), "quanta must be a list"),
+    ],
+)
+def test_a_state_that_is_made_otherwise_is_refused_and_changes_nothing(change, message):
+    saved = copy.deepcopy(Run("normalized", momentum=0.5).go(1).optimizer.state_dict())
+    change(saved)
+    other = Run("normalized", momentum=0.5, seed=9).go(1)
+    before = str(other.optimizer.state_dict())
+    with pytest.raises(ValueError, match=f"no state of a ZONormalizedSGD: .*{message}"):
+        other.optimizer.load_state_dict(saved)
+    assert str(other.optimizer.state_dict()) == before
+
+
+def test_a_resumed_run_s_log_has_the_names_of_its_own_parameters(tmp_path):
+    run = Run().go(1)
+    whole = nn.ModuleDict({"body": copy.deepcopy(run.model)})
+    resumed = ZOSGD(whole.named_parameters(), 0.1)
+    resumed.load_state_dict(run.optimizer.state_dict())
+    base = copy.deepcopy(whole)
+    resumed.step(lambda: whole["body"](torch.ones(2, 3)).sum())
+    resumed.log.save(tmp_path / "log")
+    rebuild(base, tmp_path / "log")
+    assert same(list(base.parameters()), list(whole.parameters()))
+
+
+@every
+def test_hooks_see_states_whole(case):
+    """As those of torch's optimizers: what is loaded is what a hook made of it, and later hooks find it loaded."""
+    run, other, seen = Run(case).go(1), Run(case, seed=9), []
+    run.optimizer.register_state_dict_post_hook(lambda _, told: {"mine": told})
+    wrapped = run.optimizer.state_dict()
+    assert told(wrapped["mine"])["steps"] == 1
+    other.optimizer.register_load_state_dict_pre_hook(lambda _, given: given["mine"])
+    other.optimizer.register_load_state_dict_post_hook(lambda optimizer: seen.append((optimizer.seed, optimizer.steps)))
+    other.optimizer.load_state_dict(wrapped)
+    assert seen == [(3, 1)]
+    assert other.optimizer.log.first == 1
+    with pytest.raises(ValueError, match="no state of a ZO"):
+        other.optimizer.load_state_dict({"mine": {}})
+    assert [len(getattr(other.optimizer, f"_optimizer_load_state_dict_{w}_hooks")) for w in ("pre", "post")] == [1, 1]
+    assert len(run.optimizer._optimizer_state_dict_post_hooks) == 1
 
 
 def test_another_optimizer_s_state_is_refused_and_changes_nothing():

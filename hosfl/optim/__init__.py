@@ -18,9 +18,9 @@ Where weights are moved, and what that costs:
   move the weights are put on lattices (as by `hosfl_kernels.snap_`) on which moves round nothing. They are moved in
   place and taken back to the very bits; mu is the nearest multiple of the lattice's quantum and a step's coefficients
   are rounded to multiples stochastically. Parameters of one group share a lattice where their largest weights (or mu,
-  if that is larger) are within a factor of 16, so that a weight changes by at most 2^-16 of the largest of its tensor;
-  a tensor of zeros lies where most of its group does. A parameter that outgrows its lattice gets a coarser one. One
-  whose quantum would be above mu, because float32 has no room for both, is an error that names it.
+  if that is larger) are within a factor of 16, so that a weight changes by at most 2^-16 of the largest of its tensor,
+  or of mu; a tensor of zeros lies where most of its group does. A parameter that outgrows its lattice gets a coarser
+  one. One whose quantum would be above mu, because float32 has no room for both, is an error that names it.
 * Read only: all else, if the module is given as `model`. Moved weights exist one layer at a time
   (`hosfl.probing.displaced`), the weights themselves change by the update alone; bfloat16 rounds it stochastically.
 * Drifting: all else without `model`. Moved in place and back, every move rounded: after one step 29 % of float32 and
@@ -49,8 +49,9 @@ one process with the mean loss. Sharded parameters need `model`, and must be in 
 call `log.save` and `rebuild`.
 
 `optimizer.log.save(path)` writes the run: 4 (P + 2) bytes per step, parameter group and lattice in it.
-`rebuild(model, path)` makes the trained weights again from the base model, in one pass. Where weights drift there is no
-such log.
+`rebuild(model, path)` makes the trained weights again from the base model, in one pass. There is no such log where
+weights drift, where two parameters have one name, or where during the run parameters were taken away, replaced or
+converted, or seed, directions, pool or dist changed: a step warns of it, `log.save` raises `LogError`.
 """
 
 from hosfl.optim.log import RunLog, rebuild

@@ -13,11 +13,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from hosfl.optim.log import plain
 from hosfl.optim.sharded import is_sharded, reshard, shard
 from hosfl.probing.displaced import refuse_writers
 from hosfl_kernels import replay_
+
+
+def number(value: Any, name: str) -> float:
+    """A group's setting. A string is none, though float() takes it: schedulers could not go on from it."""
+    try:
+        if isinstance(value, str):
+            raise TypeError
+        return float(value)
+    except (RuntimeError, TypeError, ValueError):
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
 
 
 @dataclass(frozen=True)
@@ -49,7 +60,9 @@ class Parameters:
         if name:
             return f"parameter {plain(name)!r}"
         dtype = str(parameter.dtype).removeprefix("torch.")
-        return f"parameter {at} of group {index}, {dtype} {list(parameter.shape)}"
+        return (
+            f"parameter {at} of group {index}, {dtype} {'' if is_lazy(parameter) else list(parameter.shape)}".rstrip()
+        )
 
     def _known(self) -> dict[Tensor, str]:
         return {p: name for name, p in self.model.named_parameters()} if self.model is not None else {}
@@ -65,6 +78,8 @@ class Parameters:
     def place(self, number: int, parameter: Tensor) -> tuple[Tensor, int]:
         """What of a parameter lies here, and its first element's index."""
         try:
+            if is_lazy(parameter):
+                raise RuntimeError("it has no shape yet: evaluate the model once before the first step")
             if parameter.layout != torch.strided:
                 raise TypeError(f"{parameter.layout}, where only dense tensors move: freeze it")
             if parameter.is_inference():
@@ -79,8 +94,8 @@ class Group:
     """What moves alike: of one parameter group those that require grad, on the lattice those that share one.
 
     index: the parameter group's. numbers: the parameters', which name their noise. tensors, starts: what of each lies
-    here, all of it but for sharded ones; and its first element's index. rate, mu: as they are for the whole step.
-    name: how an error speaks of a parameter of that number.
+    here, all of it but for sharded ones; and its first element's index. rate, mu, momentum, weight_decay: as they are
+    for the whole step, whatever its closure does to the settings. name: how an error speaks of one of that number.
     """
 
     index: int
@@ -91,6 +106,8 @@ class Group:
     starts: list[int]
     rate: float
     mu: float
+    momentum: float
+    weight_decay: float
     name: Callable[[int], str]
 
     @classmethod
@@ -108,6 +125,8 @@ class Group:
             [start for _, start in places],
             float(settings["lr"]),
             float(settings["mu"]),
+            float(settings["momentum"]),
+            float(settings["weight_decay"]),
             given.name,
         )
 
@@ -137,7 +156,7 @@ def sharded(groups: Sequence[Group]) -> list[Tensor]:
 
 def is_exact(groups: Sequence[Group], dist: str) -> bool:
     """Whether moves of these can be exact."""
-    by_lr_alone = all(group.settings[name] == 0 for group in groups for name in ("momentum", "weight_decay"))
+    by_lr_alone = all(group.momentum == 0 == group.weight_decay for group in groups)
     return (
         by_lr_alone
         and dist == "rademacher"

@@ -22,6 +22,7 @@ from hosfl.optim.sharded import largest
 from hosfl.protocol.lattice import COARSER, STEPS, Lattice
 
 SAMPLE = 16  # elements per tensor that are looked at for writes which torch does not count
+PIECE = 1 << 20  # elements whose quotients are there at once
 
 
 class Lattices:
@@ -137,7 +138,7 @@ class Lattices:
             for n, t in group.named_tensors()
             if sizes[n] > 0 and self.quanta.get(n, 0.0) > max(sizes[n], group.mu) * 2.0**-15
         ]
-        off = [float(bool((t.detach() / self.quanta[n]).frac_().any())) for n, t in coarse]
+        off = [float(_is_off(t.detach(), self.quanta[n])) for n, t in coarse]
         found = largest(off, sharded(groups), processes) if coarse else []
         return {n for (n, _), is_off in zip(coarse, found, strict=True) if is_off}
 
@@ -195,6 +196,11 @@ def _sizes(groups: list[Group], processes: distributed.ProcessGroup | None) -> d
         if math.isinf(size):
             raise ValueError(f"{name(number)} has infinite or NaN weights")
     return {number: size for (_, number, _), size in zip(named, sizes, strict=True)}
+
+
+def _is_off(tensor: Tensor, quantum: float) -> bool:
+    """Whether an element is no multiple of it. In pieces: a quotient of all would be as large as the tensor."""
+    return any(bool((piece / quantum).frac_().any()) for piece in tensor.reshape(-1).split(PIECE))
 
 
 def _sample(tensor: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import math
 import os
 import reprlib
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -19,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from hosfl.files import write_atomically
 from hosfl.interrupts import uninterrupted
@@ -133,6 +135,20 @@ class _Chapter:
         return {"puts": self.puts, "groups": groups, "momenta": self.momenta, "exact": self.exact}
 
 
+def _without_bits(parameter: Tensor) -> str:
+    """Why a parameter, frozen then, has no bits that a digest could be of; or nothing."""
+    if is_lazy(parameter):
+        return "has no shape yet"
+    if parameter.is_meta:  # loaded when it is read, as by accelerate's offloading
+        return "is on the meta device"
+    return "" if parameter.layout == torch.strided else f"is {parameter.layout}"
+
+
+def _kind(parameter: Tensor) -> tuple[str, list[int]]:
+    """Its dtype and shape, as a log tells them."""
+    return str(parameter.dtype), list(parameter.shape)
+
+
 class RunLog:
     """What moved the weights since the optimizer was made, or its state loaded. `save` writes it.
 
@@ -143,26 +159,58 @@ class RunLog:
     def __init__(self, terms: Terms, first: int) -> None:
         self.terms, self.first, self.refusal = terms, first, ""
         self.parameters: list[tuple[str | None, Tensor]] = []
+        self.kinds: list[tuple[str, list[int]]] = []  # of each parameter, dtype and shape
         self.bases: list[tuple[int, str]] = []  # how many were there, and the digest of those that came
         self.chapters: list[_Chapter] = []
+        self.next = first  # the step that is to come
         self._puts: list[tuple[float, list[int]]] = []
+
+    def refuse(self, why: str) -> None:
+        """The run cannot be rebuilt: the first reason stays, and nothing is kept any more."""
+        if not self.refusal:
+            self.refusal = why
+            self.parameters, self.kinds, self.bases, self.chapters, self._puts = [], [], [], [], []
 
     def admit(self, parameters: list[tuple[str | None, Tensor]]) -> None:
         """Take in those of all parameters that are new: their values now are their base."""
+        self._compare(parameters)
         first = len(self.parameters)
         new = parameters[first:]
-        # Frozen ones that are loaded when they are read, as by accelerate's offloading.
-        absent = [repr(name) if name else str(n) for n, (name, p) in enumerate(new, first) if p.is_meta]
-        if absent:
-            self.refusal = f"parameter {absent[0]} is on the meta device, so that its bits are not known"
-        elif new:
-            self.bases.append((len(parameters), digest(whole(p for _, p in new)).hex()))
-        self.parameters += new
+        unknown = [(name or n, why) for n, (name, p) in enumerate(new, first) if (why := _without_bits(p))]
+        twice = [name for name, count in Counter(name for name, _ in parameters if name).items() if count > 1]
+        if unknown:
+            self.refuse(f"parameter {unknown[0][0]!r} {unknown[0][1]}, so that its bits are not known")
+        elif twice:
+            self.refuse(f"two parameters are named {twice[0]!r}: give the optimizer names of one module that has both")
+        elif new and not self.refusal:
+            base = len(parameters), digest(whole(p for _, p in new)).hex()
+            with uninterrupted():
+                self.bases.append(base)
+                self.parameters += new
+                self.kinds += [_kind(p) for _, p in new]
+
+    def _compare(self, parameters: list[tuple[str | None, Tensor]]) -> None:
+        """What was taken in must be what it was: of another parameter in its place the log knows no base."""
+        if len(parameters) < len(self.parameters):
+            self.refuse("parameters were taken from the optimizer during the run")
+        for n, ((name, was), kind, (_, p)) in enumerate(zip(self.parameters, self.kinds, parameters, strict=False)):
+            if p is not was or _kind(p) != kind:
+                became = "another" if _kind(p) == kind else f"{_kind(p)[0]} {_kind(p)[1]}"
+                what = f"parameter {repr(name) if name else n}, {kind[0]} {kind[1]},"
+                return self.refuse(f"{what} became {became} during the run")
 
     def put(self, quantum: float, numbers: list[int]) -> None:
-        self._puts.append((quantum, numbers))
+        if not self.refusal:
+            self._puts.append((quantum, numbers))
 
-    def append(self, groups: list[list[int]], momenta: list[float], exact: bool, rows: list[Row]) -> None:
+    def append(
+        self, terms: Terms, step: int, groups: list[list[int]], momenta: list[float], exact: bool, rows: list[Row]
+    ) -> None:
+        if (terms, step) != (self.terms, self.next):
+            self.refuse("the optimizer's seed, steps, directions, pool or dist were changed during the run")
+        self.next += 1
+        if self.refusal:
+            return
         last = self.chapters[-1] if self.chapters else None
         if last is not None and last.groups == groups:
             groups = last.groups  # one list, however many chapters: a schedule of the momentum begins one every step
@@ -181,6 +229,7 @@ class RunLog:
 
         Raises: LogError where the run cannot be rebuilt, or has made no step; OSError.
         """
+        self._compare(self.parameters)
         if self.refusal or not self.chapters:
             raise LogError(self.refusal or "no step was made: there is nothing to save")
         chapters = self.chapters
@@ -194,7 +243,7 @@ class RunLog:
             "format": FORMAT,
             **asdict(self.terms),
             "first": self.first,
-            "parameters": [[name, str(p.dtype), list(p.shape)] for name, p in self.parameters],
+            "parameters": [[name, *kind] for (name, _), kind in zip(self.parameters, self.kinds, strict=True)],
             "bases": self.bases,
             "chapters": [c.told(before) for c, before in zip(chapters, [None, *chapters], strict=False)],
             "trained": digest(whole(p for _, p in self.parameters)).hex(),
@@ -511,7 +560,7 @@ def _matched(model: nn.Module, header: Header) -> list[Tensor]:
             what, found = f"number {number}, {positions[number][0]!r},", positions[number][1]
         if found is None:
             raise LogError(f"the model has no parameter {what}, which the log has")
-        if (str(found.dtype), list(found.shape)) != (parameter.dtype, parameter.shape):
+        if _kind(found) != (parameter.dtype, parameter.shape):
             raise LogError(
                 f"{what} is {found.dtype} {list(found.shape)} in the model, {parameter.dtype} {parameter.shape} in the "
                 "log"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from hosfl.optim.groups import versions
 from hosfl.optim.moved import InPlace, ReadOnly
 from hosfl.optim.sharded import let_go
-from hosfl.probing.conditions import Conditions
+from hosfl.probing.conditions import Closure
 from hosfl.probing.displaced import casts_forgotten
 
-Closure = Callable[[], Any]
 WATCHED_STEPS = 10  # whose losses are looked at for differences that are all 0
 
 
@@ -45,27 +44,25 @@ def losses_at(
     places: Sequence[tuple[int, int]],
     weights: InPlace | ReadOnly,
     closure: Closure | None,
-    conditions: Conditions,
-    kinds: Collection[str],
+    evaluate: Callable[[Closure], Any],
     model: nn.Module | None,
 ) -> tuple[Tensor, bool]:
     """The losses at these places, float64, and whether the closure gave them in half precision.
 
-    kinds: of the parameters' devices, whose generators draw the same numbers every time.
+    evaluate: calls the closure, under the same conditions every time.
     """
     if not callable(closure):
         raise TypeError("step needs a closure that evaluates the model and returns the loss: step(lambda: loss(...))")
     losses, half_precision = [], False
-    with conditions.repeated(kinds) as evaluate:
-        for seed, sign in places:
-            with weights.at(seed, sign), let_go(model), casts_forgotten():
-                before = versions(weights.groups)
-                answer = _without_graph(partial(evaluate, closure))
-                losses.append(_scalar(answer))
-                half_precision = getattr(answer, "dtype", None) in (torch.bfloat16, torch.float16)
-                if versions(weights.groups) != before:
-                    weights.written = True
-                    raise RuntimeError("the closure writes the weights: it is only to evaluate them")
+    for seed, sign in places:
+        with weights.at(seed, sign), let_go(model), casts_forgotten():
+            before = versions(weights.groups)
+            answer = _without_graph(partial(evaluate, closure))
+            losses.append(_scalar(answer))
+            half_precision = getattr(answer, "dtype", None) in (torch.bfloat16, torch.float16)
+            if versions(weights.groups) != before:
+                weights.written = True
+                raise RuntimeError("the closure writes the weights: it is only to evaluate them")
     return torch.stack(losses), half_precision
 
 
@@ -90,6 +87,8 @@ def _scalar(loss: Any) -> Tensor:
             )
         # Always a copy: a graph's static output would be overwritten by the next evaluation.
         return loss.detach().reshape(()).to(torch.float64, copy=True)
+    if isinstance(loss, np.ndarray) and not loss.ndim:
+        loss = loss[()]
     if isinstance(loss, bool) or not isinstance(loss, (int, float, np.integer, np.floating)):
         raise TypeError(f"the closure must return the loss, one number, got {type(loss).__name__}")
     return torch.tensor(float(loss), dtype=torch.float64, device="cpu")
@@ -126,6 +125,14 @@ def _unfinite(losses: list[float], two_sided: bool, first: bool) -> str:
     return text
 
 
+def warn(text: str) -> None:
+    """A warning that shows the line which asked for the step: those between are torch's and ours."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "hosfl"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)
+
+
 def warn_of_accumulation() -> None:
     """Of accelerate's, which passes on the closure of the last micro-batch alone."""
     module = sys.modules.get("accelerate.state")
@@ -133,10 +140,9 @@ def warn_of_accumulation() -> None:
         return
     count = module.GradientState().num_steps
     if count > 1:
-        warnings.warn(
+        warn(
             f"accelerate accumulates {count} micro-batches, and calls step(closure) for the last of them only: its "
-            "closure must evaluate all of them, and return their mean loss",
-            stacklevel=3,
+            "closure must evaluate all of them, and return their mean loss"
         )
 
 
@@ -164,6 +170,4 @@ class Flatness:
                 "output that was kept, or on a parameter that was put in the place of one (module.weight = "
                 "nn.Parameter(...))? If it does, it is flat by nature, or computed in half precision"
             )
-        warnings.warn(
-            f"{found}: {cause}. Compute it in float32, as by loss_of(model(x).float(), y), or raise mu", stacklevel=2
-        )
+        warn(f"{found}: {cause}. Compute it in float32, as by loss_of(model(x).float(), y), or raise mu")

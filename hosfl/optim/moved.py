@@ -29,25 +29,39 @@ class InPlace:
     written: bool = False
 
     def move(self, seed: int, sign: int, moves: Sequence[tuple[Sequence[int], Sequence[float]]] | None = None) -> None:
-        """Go to th + sign * mu * u(seed); `moves`: per group, seeds and coefficients to add to th on the way."""
+        """Go to th + sign * mu * u(seed); `moves`: per group, seeds and coefficients to add to th on the way.
+
+        All groups go, or none: there may be no memory for a later one's copies, see `hosfl_kernels.perturb_`.
+        """
+        gone: list[tuple[Group, dict[int, float]]] = []
         with uninterrupted():
-            for g, group in enumerate(self.groups):
-                records = [(self.seed, -self.sign * group.mu), (seed, sign * group.mu)]
-                records += zip(*moves[g], strict=True) if moves else []
-                # One record per seed: exact on the lattice, and a record alone costs less than half of two.
-                sums: dict[int, float] = {}
-                for key, coefficient in records:
-                    if coefficient:
-                        sums[key] = sums.get(key, 0.0) + coefficient
-                replay_(
-                    group.tensors,
-                    list(sums),
-                    list(sums.values()),
-                    dist=self.dist,
-                    streams=group.numbers,
-                    starts=group.starts,
-                )
+            try:
+                for g, group in enumerate(self.groups):
+                    records = [(self.seed, -self.sign * group.mu), (seed, sign * group.mu)]
+                    records += zip(*moves[g], strict=True) if moves else []
+                    # One record per seed: exact on the lattice, and a record alone costs less than half of two.
+                    sums: dict[int, float] = {}
+                    for key, coefficient in records:
+                        if coefficient:
+                            sums[key] = sums.get(key, 0.0) + coefficient
+                    self._add(group, sums)
+                    gone.append((group, sums))
+            except BaseException:
+                for group, sums in gone:
+                    self._add(group, {key: -coefficient for key, coefficient in sums.items()})
+                raise
             self.seed, self.sign = seed, sign
+
+    def _add(self, group: Group, records: dict[int, float]) -> None:
+        """coefficient * u(seed) for each."""
+        replay_(
+            group.tensors,
+            list(records),
+            list(records.values()),
+            dist=self.dist,
+            streams=group.numbers,
+            starts=group.starts,
+        )
 
     @contextmanager
     def at(self, seed: int, sign: int) -> Iterator[None]:

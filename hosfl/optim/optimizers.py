@@ -10,34 +10,44 @@ A step goes through four methods, and each has its modules:
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 from torch.optim.optimizer import ParamsT
 
 from hosfl.interrupts import uninterrupted
-from hosfl.optim.groups import Group, Parameters, check_model, check_owned, check_sharded, check_tensors, is_exact
+from hosfl.optim.groups import (
+    Group,
+    Parameters,
+    check_model,
+    check_owned,
+    check_sharded,
+    check_tensors,
+    is_exact,
+    number,
+)
 from hosfl.optim.lattices import Lattices
 from hosfl.optim.log import RunLog, Terms
 from hosfl.optim.measurement import (
-    Closure,
     Flatness,
     Measurement,
     loss_and_differences,
     losses_at,
     places_of,
+    warn,
     warn_of_accumulation,
 )
 from hosfl.optim.moved import InPlace, ReadOnly
 from hosfl.optim.sharded import averaged, common_seed, together
-from hosfl.optim.state import read_state, told_run
+from hosfl.optim.state import Saved, read_state, told_run
 from hosfl.optim.update import LARGEST_FLOAT32, check_reach, lattice_step, make_moments, rule_steps
-from hosfl.probing.conditions import Conditions
+from hosfl.probing.conditions import Closure, Conditions, Evaluations
 from hosfl.protocol.aggregate import RunningLength
 from hosfl.protocol.lattice import Lattice
 from hosfl_kernels import SGD, derive
@@ -99,6 +109,7 @@ class ZOSGD(torch.optim.Optimizer):
         model: nn.Module | None = None,
         process_group: distributed.ProcessGroup | None = None,
     ) -> None:
+        directions, pool = (int(n) if isinstance(n, np.integer) else n for n in (directions, pool))
         if isinstance(directions, bool) or not isinstance(directions, int) or directions < 1:
             raise ValueError(f"directions must be an integer, 1 or more, got {directions!r}")
         if isinstance(pool, bool) or not isinstance(pool, int) or 0 != pool < directions:
@@ -120,7 +131,6 @@ class ZOSGD(torch.optim.Optimizer):
         self._forget()
         defaults = {"lr": lr, "mu": mu, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, **self._more_defaults})
-        check_model(self._given())
         self.log = self._new_log()
 
     def _forget(self) -> None:
@@ -138,7 +148,7 @@ class ZOSGD(torch.optim.Optimizer):
         return self._lattices.finest
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters; they are numbered on from the last. Raises ValueError, TypeError."""
+        """Add parameters; they are numbered on from the last. Raises ValueError, TypeError; nothing is added then."""
         self._check_settings({**self.defaults, **param_group})
         unknown = [key for key in param_group if key not in (*self.settable, "params", "param_names", "initial_lr")]
         if unknown:
@@ -156,20 +166,27 @@ class ZOSGD(torch.optim.Optimizer):
                 raise
             name = self._given().describe(param_group, again[0], len(self.param_groups))
             raise ValueError(f"{name} is in another group too: pass tied parameters once") from error
-        params = self.param_groups[-1]["params"]
-        last = {p: n for n, p in enumerate(params)}
-        twice = [last[p] for n, p in enumerate(params) if last[p] > n]
+        try:
+            self._check_last_group()
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    def _check_last_group(self) -> None:
+        group = self.param_groups[-1]
+        last = {p: n for n, p in enumerate(group["params"])}
+        twice = [last[p] for n, p in enumerate(group["params"]) if last[p] > n]
         if twice:
-            group = self.param_groups.pop()
-            name = self._given().describe(group, twice[0], len(self.param_groups))
+            name = self._given().describe(group, twice[0], len(self.param_groups) - 1)
             raise ValueError(f"{name} is twice in one group: pass tied parameters once")
+        check_model(self._given())
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         for name in ("lr", "mu", "weight_decay"):
-            value = float(settings[name])
+            value = number(settings[name], name)
             if not 0 <= value < LARGEST_FLOAT32 or (name == "mu" and value == 0):
                 raise ValueError(f"{name} must be finite and {'above 0' if name == 'mu' else '0 or more'}, got {value}")
-        SGD(momentum=float(settings["momentum"]))  # raises ValueError
+        SGD(momentum=number(settings["momentum"], "momentum"))  # raises ValueError
 
     # --- a step ---
 
@@ -188,12 +205,13 @@ class ZOSGD(torch.optim.Optimizer):
                 moments are there then: this is how torch.distributed.checkpoint prepares optimizers.
 
         Waits for the device for the losses, and before them to see whether somebody wrote the weights; never in
-        between. If the closure raises or is interrupted the weights are what they were before the step (bit for bit,
-        unless they drift; but for what a new lattice rounds), and the optimizer and torch's generators too.
+        between. If the step fails or is interrupted the weights are what they were before it (bit for bit, unless they
+        drift; but for what a new lattice rounds), and the optimizer, running statistics and torch's generators too.
 
         Raises: TypeError without a closure or for what is no number; FloatingPointError for losses that are infinite
         or NaN, or a step that is too long; ValueError where no parameter requires grad, or one cannot move by mu;
-        RuntimeError where the closure writes the weights, or reads none of those that move.
+        RuntimeError where the closure writes the weights (moved ones that are only read are copies: what it writes
+        there is forgotten), or reads none of those that move.
         """
         measurement, self._measurement = self._measurement, None
         if closure is None and measurement is None and not any(float(group["lr"]) for group in self.param_groups):
@@ -201,18 +219,19 @@ class ZOSGD(torch.optim.Optimizer):
             return None
         if closure is not None and not self.steps:
             warn_of_accumulation()
-        with self._weights() as weights:
+        with self._weights() as weights, self._conditions.repeated(self._kinds()) as evaluations:
             if closure is not None or measurement is None:
-                measurement = self._measured(closure, weights)
+                measurement = self._measured(closure, weights, evaluations)
             estimates, kept = self._estimates(weights.groups, measurement)
             with uninterrupted():
                 self._update(weights, estimates)
                 for settings, state in kept:
                     settings.update(state)
                 self.steps += 1
+                evaluations.keep()
         if self.log.refusal != self._told:
             self._told = self.log.refusal
-            warnings.warn(f"the log of this run cannot be saved: {self._told}", stacklevel=2)
+            warn(f"the log of this run cannot be saved: {self._told}")
         return measurement.loss
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -225,9 +244,16 @@ class ZOSGD(torch.optim.Optimizer):
         as `step` does. What is measured is no part of `state_dict`.
         """
         self._measurement = None
-        with self._weights() as weights:
-            self._measurement = self._measured(closure, weights)
-        return self._measurement.loss
+        with self._weights() as weights, self._conditions.repeated(self._kinds()) as evaluations:
+            measurement = self._measured(closure, weights, evaluations)
+            with uninterrupted():
+                self._measurement = measurement
+                evaluations.keep()
+        return measurement.loss
+
+    def _kinds(self) -> set[str]:
+        """Of the parameters' devices, whose generators draw the same numbers in all evaluations of a step."""
+        return {p.device.type for group in self.param_groups for p in group["params"]} - {"meta"}
 
     @contextmanager
     def _weights(self) -> Iterator[InPlace | ReadOnly]:
@@ -238,9 +264,12 @@ class ZOSGD(torch.optim.Optimizer):
         if not self._lattices.exact and self.model is not None:
             weights = ReadOnly(groups, self.dist, self.model)
         try:
-            yield weights
+            try:
+                yield weights
+            finally:
+                weights.home()
         finally:
-            weights.home()
+            weights.home()  # again: Ctrl-C may have come as the first call began
             self._lattices.saw(groups)
             if weights.written:
                 self._settled = None
@@ -264,7 +293,16 @@ class ZOSGD(torch.optim.Optimizer):
         check_owned(groups, self.model)
         check_sharded(groups, self.model, exact)
         # Of a tensor that was converted, moved or bound to other memory, nothing is known.
-        settled = exact, [[(n, t.dtype, t.device, t.data_ptr()) for n, t in g.named_tensors()] for g in groups]
+        settled = (
+            exact,
+            [
+                [
+                    (n, id(p), t.dtype, t.device, t.data_ptr())
+                    for (n, t), p in zip(g.named_tensors(), g.parameters, strict=True)
+                ]
+                for g in groups
+            ],
+        )
         if settled != self._settled:
             check_tensors(groups, self.state)
             self.log.admit(self._given().named())
@@ -274,7 +312,7 @@ class ZOSGD(torch.optim.Optimizer):
             return self._lattices.settle(groups, self.log, self.process_group)
         self._lattices.drop()
         if groups and self.model is None:
-            self.log.refusal = "weights that are moved in place off the lattice drift: give the optimizer `model`"
+            self.log.refuse("weights that are moved in place off the lattice drift: give the optimizer `model`")
         return groups
 
     def _requiring_grad(self) -> list[Group]:
@@ -285,10 +323,9 @@ class ZOSGD(torch.optim.Optimizer):
             number += len(settings["params"])
         return groups
 
-    def _measured(self, closure: Closure | None, weights: InPlace | ReadOnly) -> Measurement:
+    def _measured(self, closure: Closure | None, weights: InPlace | ReadOnly, evaluations: Evaluations) -> Measurement:
         places = places_of(self._terms().seeds(self.steps), self.two_sided, moving=bool(weights.groups))
-        kinds = {p.device.type for group in self.param_groups for p in group["params"]} - {"meta"}
-        losses, half_precision = losses_at(places, weights, closure, self._conditions, kinds, self.model)
+        losses, half_precision = losses_at(places, weights, closure, evaluations, self.model)
         if together():
             losses = averaged(losses, self._given().device(), self.process_group)
         loss, differences = loss_and_differences(losses, self.two_sided, first=self.steps == 0)
@@ -332,8 +369,8 @@ class ZOSGD(torch.optim.Optimizer):
             rows = lattice_step(weights, estimates, self._lattices, terms, self.steps, self.log, self.process_group)
         else:
             rows = rule_steps(weights, estimates, self.state, terms, self.steps)
-        momenta = [float(group.settings["momentum"]) for group in weights.groups]
-        self.log.append([group.numbers for group in weights.groups], momenta, exact, rows)
+        momenta = [group.momentum for group in weights.groups]
+        self.log.append(terms, self.steps, [group.numbers for group in weights.groups], momenta, exact, rows)
 
     def _terms(self) -> Terms:
         return Terms(self.seed, self.directions, self.pool, self.dist)
@@ -385,21 +422,49 @@ class ZOSGD(torch.optim.Optimizer):
         In a group, because torch.distributed.checkpoint keeps nothing beside groups and moments; in lists, because it
         loads those keys of a mapping that are there before.
         """
-        told: dict[str, Any] = super().state_dict()
+        # As the first of the hooks: a user's see all of it.
+        first = self.register_state_dict_post_hook(lambda _, told: self._tell(told), prepend=True)
+        try:
+            told: dict[str, Any] = super().state_dict()
+        finally:
+            first.remove()
+        return told
+
+    def _tell(self, told: dict[str, Any]) -> None:
+        """What torch does not know of a state."""
         kept = {name: getattr(self, name) for name in self.kept}
         parameters = [p for _, p in self._given().named()]
         told["param_groups"][0]["run"] = told_run(type(self).__name__, kept, parameters, self._lattices.quanta)
-        return told
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved state; the weights are the model's to load, before or after. The log starts anew.
 
-        Raises: ValueError where it is the state of another optimizer, or of other parameters. Nothing is changed then.
+        Raises: ValueError for what is no state, or that of another optimizer or of other parameters. Nothing is
+        changed then.
         """
-        saved = read_state(
-            state_dict, type(self).__name__, self.kept, self.settable, self._check_settings, self._given()
-        )
-        super().load_state_dict({**state_dict, "param_groups": saved.groups})
+        found: list[Saved] = []
+
+        def check(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            name, terms = type(self).__name__, (self.kept, self.settable, self._check_settings)
+            found.append(read_state(given, name, *terms, self._given()))
+            for group, mine in zip(found[0].groups, self.param_groups, strict=False):  # torch counts them
+                if "param_names" in mine:  # the log tells the names of these parameters, not of those that were saved
+                    group["param_names"] = mine["param_names"]
+            return {**given, "param_groups": found[0].groups}
+
+        # Between a user's hooks: what is checked is what those before it made, and those after it find it loaded.
+        hooks = [
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(lambda _: self._load(found[0]), prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _load(self, saved: Saved) -> None:
+        """What torch has not loaded of a state."""
         for name in self.kept:
             setattr(self, name, saved.run[name])
         self._drawn = False
@@ -408,7 +473,7 @@ class ZOSGD(torch.optim.Optimizer):
             self.state[parameter]["moment"] = moment
         self.log = self._new_log()
         if saved.moments:
-            self.log.refusal = (
+            self.log.refuse(
                 "a resumed run with momentum cannot be rebuilt: its log starts from moments, not from zeros"
             )
 
@@ -432,21 +497,28 @@ class ZONormalizedSGD(ZOSGD):
         self._more_defaults = {"decay": decay}
         super().__init__(params, lr, mu, **settings)
 
-    def state_dict(self) -> dict[str, Any]:
-        """As that of `ZOSGD`. Groups have their running means from the start: see there what loads them."""
-        told = super().state_dict()
-        for group in told["param_groups"]:
+    def _tell(self, told: dict[str, Any]) -> None:
+        super()._tell(told)
+        for group in told["param_groups"]:  # from the start: see `state_dict` what loads them
             group |= {"square": 0.0, "square_weight": 0.0, **group}
-        return told
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         super()._check_settings(settings)
-        if not 0 <= settings["decay"] < 1:
+        if not 0 <= number(settings["decay"], "decay") < 1:
             raise ValueError(f"decay must be at least 0 and below 1, got {settings['decay']}")
+        for name in ("square", "square_weight"):  # what a group keeps
+            if not 0 <= number(settings.get(name, 0.0), name) < math.inf:
+                raise ValueError(f"{name}, of the running mean, must be finite and 0 or more, got {settings[name]}")
 
     def _estimate(self, group: Group, derivatives: list[float]) -> tuple[list[float], dict[str, float]]:
         before = group.settings.get("square", 0.0), group.settings.get("square_weight", 0.0)
         running = RunningLength(float(group.settings["decay"]), *before)
-        length = running.update(sum(v * v for v in derivatives) / len(derivatives))
+        square = sum(v * v for v in derivatives) / len(derivatives)
+        if not math.isfinite(square):  # all later steps would be divided by it
+            raise FloatingPointError(
+                f"derivatives of up to {max(map(abs, derivatives)):g}, whose squares float64 does not hold: scale the "
+                "loss down, or raise mu"
+            )
+        length = running.update(square)
         estimate = [v / length / self.directions for v in derivatives]
         return estimate, {"square": running.mean, "square_weight": running.weight}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hosfl.optim.groups import Parameters
@@ -43,23 +45,45 @@ def read_state(
     given: Parameters,
 ) -> Saved:
     """Raises ValueError where it is the state of another optimizer than that class's, or of other parameters."""
-    groups = [dict(group) for group in state_dict["param_groups"]]
-    run = groups[0].pop("run", None) if groups else None
     named = given.named()
     try:
+        groups = _checked_groups(state_dict)
+        run = groups[0].pop("run", None) if groups else None
         run = _checked_run(state_dict.get("run") if run is None else run, optimizer, kept, len(named))
         for group in groups:
             absent = [name for name in settable if name not in group]
             if absent:
                 raise ValueError(f"its groups have no {', '.join(absent)}")
             check_settings(group)
-    except ValueError as error:
+        saved = [_checked_moment(state_dict["state"], i) for group in groups for i in group["params"]]
+    except (TypeError, ValueError) as error:
         raise ValueError(f"this is no state of a {optimizer}: {error}") from None
-    saved = [state_dict["state"].get(i, {}) for group in groups for i in group["params"]]
     _check_shapes(given, run["shapes"], saved)
     # torch's copies have the parameters' dtypes; moments are float32.
     pairs = zip(named, saved, strict=False)  # torch counts them
     return Saved(run, groups, {p: zeros(p).copy_(state["moment"]) for (_, p), state in pairs if state})
+
+
+def _checked_groups(state_dict: Any) -> list[dict[str, Any]]:
+    """Copies of its groups. Raises ValueError where it is not made like a state of torch's."""
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+        raise ValueError("it has no `state` and `param_groups`")
+    groups = state_dict["param_groups"]
+    if not isinstance(groups, Sequence) or not all(isinstance(group, Mapping) for group in groups):
+        raise ValueError(f"its param_groups must be a list of groups, not {reprlib.repr(groups)}")
+    if not isinstance(state_dict["state"], Mapping) or not all(isinstance(g.get("params"), list) for g in groups):
+        raise ValueError("its state must be a mapping, and its groups have lists of params")
+    return [dict(group) for group in groups]
+
+
+def _checked_moment(states: Mapping[Any, Any], parameter: Any) -> dict[str, Any]:
+    """What it keeps of a parameter: a moment, or nothing."""
+    state = states.get(parameter) or {}
+    if state and not (isinstance(state, Mapping) and [*state] == ["moment"] and isinstance(state["moment"], Tensor)):
+        raise ValueError(f"of a parameter it must keep a moment alone, not {reprlib.repr(state)}")
+    if state and not torch.isfinite(state["moment"]).all():
+        raise ValueError("it has a moment that is infinite or NaN")
+    return dict(state)
 
 
 def _checked_run(run: Any, optimizer: str, kept: Sequence[str], parameters: int) -> dict[str, Any]:
@@ -74,6 +98,9 @@ def _checked_run(run: Any, optimizer: str, kept: Sequence[str], parameters: int)
         raise ValueError(f"two_sided must be true or false, not {run['two_sided']!r}")
     run |= {**asdict(check_terms(run)), "steps": check_integer(run["steps"], "steps", 0, LARGEST_STEP)}
     quanta, last = run["quanta"], parameters - 1
+    for name, kinds in (("shapes", (list, type(None))), ("quanta", (list, dict))):
+        if not isinstance(run[name], kinds):
+            raise ValueError(f"{name} must be a list, not {reprlib.repr(run[name])}")
     run["quanta"] = {}
     for number, quantum in quanta.items() if isinstance(quanta, dict) else enumerate(quanta):
         if quantum is not None:

@@ -32,7 +32,7 @@ def check_reach(groups: Sequence[Group], estimates: Sequence[Sequence[float]]) -
     if not reach < LARGEST_FLOAT32 / 4:
         raise FloatingPointError(f"a step of {reach:g}: lower lr, or raise mu")
     for group in groups:
-        shrinking = group.rate * float(group.settings["weight_decay"])
+        shrinking = group.rate * group.weight_decay
         if not shrinking < LARGEST_FLOAT32:
             raise FloatingPointError(f"lr * weight_decay is {shrinking:g}: lower one of them")
 
@@ -81,8 +81,12 @@ def rule_steps(
     step: int,
 ) -> list[Row]:
     """Home, then on by SGD with momentum and weight decay, every move rounded."""
-    # The moments of all groups before the first group moves: there may be no memory for them.
+    # There may be no memory, which must be known before the first group moves: for the moments of all groups, and for
+    # the largest copy that weights in channels_last move through. It is let go of, and each group takes what it needs.
     moments = [_moments(group, state) for group in weights.groups]
+    strided = [t for group in weights.groups for t in group.tensors if not t.is_contiguous()]
+    if strided:
+        torch.empty(max(t.nbytes for t in strided), dtype=torch.uint8, device=strided[0].device)
     weights.home()
     triples = zip(weights.groups, estimates, moments, strict=True)
     return [_rule_step(*triple, state, terms, step) for triple in triples]
@@ -91,7 +95,7 @@ def rule_steps(
 def _rule_step(
     group: Group, estimate: list[float], moments: list[Tensor], state: State, terms: Terms, step: int
 ) -> Row:
-    rule = SGD(float(group.settings["momentum"]), float(group.settings["weight_decay"]))
+    rule = SGD(group.momentum, group.weight_decay)
     row = Row(estimate, *rule.steps([step], [group.rate])[0, :2].tolist())
     coefficients = torch.tensor([row.coefficients], dtype=torch.float32, device="cpu")
     steps = torch.tensor([[row.rate, row.keep]], dtype=torch.float32, device="cpu")
@@ -104,7 +108,7 @@ def _rule_step(
 
 def _moments(group: Group, state: Mapping[Tensor, dict[str, Any]]) -> list[Tensor]:
     """One for each tensor, zeros where there was none; without momentum none at all."""
-    if not group.settings["momentum"]:
+    if not group.momentum:
         return []
     kept = [state.get(t, {}).get("moment") for t in group.tensors]
     return [zeros(t) if moment is None else moment for t, moment in zip(group.tensors, kept, strict=True)]

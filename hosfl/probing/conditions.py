@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+
+from hosfl.interrupts import uninterrupted
 
 Closure = Callable[[], Any]
 
@@ -37,6 +39,11 @@ class _State(NamedTuple):
     generators: list[Any]
     buffers: list[tuple[Place, Tensor]]
     copies: list[Tensor]
+
+    def add(self, places: Iterable[Place]) -> None:
+        kept = [((m, name), b) for m, name in places if (b := m._buffers.get(name)) is not None]
+        self.buffers.extend(kept)
+        self.copies.extend(b.clone() for _, b in kept)
 
 
 # Getting their states takes longer than evaluating a small model.
@@ -62,56 +69,89 @@ class Conditions:
         self._seen: dict[Place, None] = {}  # where an evaluation changed a buffer
 
     @contextmanager
-    def repeated(self, kinds: Collection[str]) -> Iterator[Callable[[Closure], Any]]:
-        """For a step: what evaluates its closure, each time under the conditions of the first. kinds: of devices.
+    def repeated(self, kinds: Collection[str]) -> Iterator[Evaluations]:
+        """For a step, all of it: what evaluates its closure. kinds: of devices.
 
-        After an exception generators and known buffers are as before the step.
+        After an exception generators and known buffers are as before the step, unless it was kept by then.
         """
-        generators = [*_of_torch(kinds), *self._slow]
-        before = self._state(generators)
-        after: _State | None = None
-
-        def evaluate(closure: Closure) -> Any:
-            nonlocal after
-            if after is not None:
-                _put(generators, before)
-                return closure()
-            answer = self._watched(closure)
-            after = self._state(generators)
-            return answer
-
+        evaluations = Evaluations(self, [*_of_torch(kinds), *self._slow])
         try:
-            yield evaluate
+            yield evaluations
         except BaseException:
-            _put(generators, before)
+            evaluations.undo()
             raise
-        if after is not None:
-            _put(generators, after)
-            if self._slow is SLOW:
-                states = zip(generators, before.generators, after.generators, strict=True)
-                self._slow = [g for g, a, b in states if g in self._slow and not g.equal(a, b)]
+        evaluations.keep()
 
-    def _watched(self, closure: Closure) -> Any:
-        """A step's first evaluation: which modules it calls, or which of their buffers it changes."""
+    def watched(self, closure: Closure, before: _State) -> Any:
+        """A step's first evaluation: which modules it calls, or which of their buffers it changes.
+
+        before: the state as it was then; of modules that nobody knew it is completed.
+        """
         if self._modules is None:
-            with _calls() as called:
+            modules: dict[nn.Module, None] = {}
+
+            def met(top: nn.Module) -> None:
+                new = [m for m in top.modules() if m not in modules]
+                modules.update(dict.fromkeys(new))
+                before.add(_of_normalisations(new))
+
+            with _calls(met):
                 answer = closure()
-            self._modules = list({module: None for top in called for module in top.modules()})
+            self._modules = list(modules)
             return answer
-        before = [(place, b, b._version) for m in self._modules for place, b in _buffers(m)]
+        found = [(place, b, b._version) for m in self._modules for place, b in _buffers(m)]
         answer = closure()
-        for (m, name), buffer, version in before:
+        for (m, name), buffer, version in found:
             if m._buffers.get(name) is not buffer or buffer._version != version:
                 self._seen[m, name] = None
         return answer
 
-    def _state(self, generators: Collection[_Generator]) -> _State:
-        places = dict(self._seen)
-        for m in self._modules or ():
-            if isinstance(m, _NormBase) and m.training:
-                places |= dict.fromkeys(place for place, _ in _buffers(m))
-        kept = [((m, name), b) for m, name in places if (b := m._buffers.get(name)) is not None]
-        return _State([g.get() for g in generators], kept, [b.clone() for _, b in kept])
+    def state(self, generators: Collection[_Generator]) -> _State:
+        state = _State([g.get() for g in generators], [], [])
+        state.add({**self._seen, **_of_normalisations(self._modules or ())})
+        return state
+
+    def saw(self, generators: Collection[_Generator], before: _State, after: _State) -> None:
+        """Of Python's and numpy's generators only those that the first step drew from are looked at again."""
+        if self._slow is SLOW:
+            states = zip(generators, before.generators, after.generators, strict=True)
+            self._slow = [g for g, a, b in states if g in self._slow and not g.equal(a, b)]
+
+
+class Evaluations:
+    """A step's, each under the conditions of the first: call it with the closure."""
+
+    def __init__(self, conditions: Conditions, generators: Collection[_Generator]) -> None:
+        self._conditions, self._generators = conditions, generators
+        self._before = conditions.state(generators)
+        self._after: _State | None = None
+        self._kept = False
+
+    def __call__(self, closure: Closure) -> Any:
+        if self._after is not None:
+            _put(self._generators, self._before)
+            return closure()
+        answer = self._conditions.watched(closure, self._before)
+        self._after = self._conditions.state(self._generators)
+        return answer
+
+    def keep(self) -> None:
+        """The step is taken: what its first evaluation left stays, whatever comes."""
+        if self._after is not None and not self._kept:
+            _put(self._generators, self._after)
+            self._conditions.saw(self._generators, self._before, self._after)
+        self._kept = True
+
+    def undo(self) -> None:
+        """The step is not taken, unless it was kept."""
+        if not self._kept:
+            _put(self._generators, self._before)
+
+
+def _of_normalisations(modules: Iterable[nn.Module]) -> dict[Place, None]:
+    """The places of what evaluations in train mode write."""
+    norms = (m for m in modules if isinstance(m, _NormBase) and m.training)
+    return {place: None for m in norms for place, _ in _buffers(m)}
 
 
 def _buffers(module: nn.Module) -> list[tuple[Place, Tensor]]:
@@ -138,52 +178,55 @@ def _of_torch(kinds: Collection[str]) -> list[_Generator]:
     return found
 
 
-# By thread, what it has called since it began to watch. Of a thread that is inside a module there is no entry.
-_watching: dict[int, list[nn.Module]] = {}
+# By thread, who is told of what it calls. Of a thread that is inside a module there is no entry.
+_watching: dict[int, Callable[[nn.Module], None]] = {}
 _changing = threading.Lock()
-_outside = 0  # threads that watch, and are inside no module
 _original = nn.Module.__call__
 
 
-def _count_outside(change: int) -> None:
-    """While there are any `nn.Module.__call__` is another function. Inside a module torch.compile may look at it."""
-    global _outside, _original
-    with _changing:
-        if not _outside:
+def _watch(met: Callable[[nn.Module], None] | None) -> None:
+    """From now on this thread's calls are told to `met`, or to nobody.
+
+    While any are told `nn.Module.__call__` is another function. Inside a module torch.compile may look at it.
+    """
+    global _original
+    with uninterrupted(), _changing:
+        before = bool(_watching)
+        if met is None:
+            _watching.pop(threading.get_ident(), None)
+        else:
+            _watching[threading.get_ident()] = met
+        if _watching and not before:
             _original = nn.Module.__call__
             nn.Module.__call__ = _call_watched  # type: ignore[method-assign]
-        _outside += change
-        if not _outside:
+        elif before and not _watching:
             nn.Module.__call__ = _original  # type: ignore[method-assign]
 
 
 def _call_watched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    called = _watching.pop(threading.get_ident(), None)
-    if called is None:
+    met = _watching.get(threading.get_ident())
+    if met is None:
         return _original(module, *args, **kwargs)
-    called.append(module)
-    _count_outside(-1)
+    met(module)
     try:
+        _watch(None)
         return _original(module, *args, **kwargs)
     finally:
-        _count_outside(+1)
-        _watching[threading.get_ident()] = called
+        _watch(met)
 
 
 @contextmanager
-def _calls() -> Iterator[list[nn.Module]]:
-    """The modules that this thread calls in the block, but for those called within others.
+def _calls(met: Callable[[nn.Module], None]) -> Iterator[None]:
+    """`met` is told of the modules that this thread calls in the block before it does, but not of those within others.
 
     Not by torch's global hooks: torch.compile guards on them, and would compile every model a second time.
     """
-    thread, called = threading.get_ident(), list[nn.Module]()
-    before = _watching.get(thread)
-    _count_outside(+1)
-    _watching[thread] = called
+    before = _watching.get(threading.get_ident())
     try:
-        yield called
+        try:
+            _watch(met)
+            yield
+        finally:
+            _watch(before)
     finally:
-        _watching.pop(thread, None)
-        _count_outside(-1)
-        if before is not None:
-            _watching[thread] = before
+        _watch(before)  # again: Ctrl-C may have come as the first call began

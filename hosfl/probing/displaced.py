@@ -217,15 +217,22 @@ def displaced(module: nn.Module, displacement: Displaces) -> Iterator[None]:
     compiled = {inner for m in module.modules() if _compiled(m) for inner in m.modules()}
     owners = [m for m in module.modules() if any(map(displacement.moves, m._parameters.values()))]
     before = [{name: m.__dict__[name] for name in HELD if name in m.__dict__} for m in owners]
-    try:
-        for m in owners:
-            reads = Reads(m, displacement)
-            m.__dict__["_parameters"] = reads.whole() if m in compiled else reads
-        yield
-    finally:
+
+    def put_back() -> None:
         with uninterrupted():
             for m, held in zip(owners, before, strict=True):
                 m.__dict__.update(held)
+
+    try:
+        try:
+            for m in owners:
+                reads = Reads(m, displacement)
+                m.__dict__["_parameters"] = reads.whole() if m in compiled else reads
+            yield
+        finally:
+            put_back()
+    finally:
+        put_back()  # again: Ctrl-C may have come as the first call began
 
 
 @contextmanager
