@@ -675,6 +675,35 @@ def test_inputs_that_a_half_does_not_take(name, inputs, said, tmp_path):
         run(inputs)
 
 
+@pytest.mark.parametrize("stored", ["float32", "int8", "int4", "bfloat16"])
+def test_a_negative_token_is_an_error_as_to_torch(stored, tmp_path):
+    """An operator of ONNX would count it from the table's end."""
+    half = nn.Sequential(nn.Embedding(20, 6), nn.Linear(6, 4))
+    half[0].requires_grad_(False)
+    half = narrowed(half, stored)
+    tokens = torch.arange(12).reshape(3, 4)
+    run = Half(written(tmp_path, half, *exported(half, tokens)), moving_of(half))
+    (tmp_path / GRADIENT).write_bytes(exported_gradient(half, tokens))
+    gradient = Gradient(tmp_path, moving_of(half), run.tensors)
+    tokens[1, 2] = -3
+    with pytest.raises(IndexError):
+        half(tokens)
+    with pytest.raises(HalfError, match="input has numbers below zero"):
+        run(tokens.numpy())
+    with pytest.raises(HalfError, match="input has numbers below zero"):
+        gradient(tokens.numpy(), np.ones((3, 4, 4), np.float32))
+
+
+@pytest.mark.parametrize("padding", [None, 3, -17])
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_rows_of_a_text_together(mode, padding, tmp_path):
+    """The exporter's own graph of them ends the process in onnxruntime."""
+    half = nn.Sequential(nn.EmbeddingBag(20, 6, mode=mode, padding_idx=padding), nn.Linear(6, 4))
+    tokens = torch.tensor([[3, 3, 3, 3], [3, 1, 2, 3], [4, 5, 6, 4]])
+    run = Half(written(tmp_path, half, *exported(half, tokens)), moving_of(half))
+    assert np.allclose(run(tokens.numpy()), by_torch(half, tokens), rtol=0, atol=1e-6)
+
+
 class Of(nn.Module):
     def __init__(self, forward, **buffers):
         super().__init__()
@@ -687,7 +716,13 @@ class Of(nn.Module):
 
 
 LARGE = torch.ones(600, 600)
+OFFSETS = torch.zeros(1, dtype=torch.long)
 REFUSED = {
+    "branches in a loop": (
+        lambda: Of(lambda self, y: nn.functional.embedding_bag(y.long().abs().flatten(), y.abs(), OFFSETS)),
+        numbers(),
+        "loops or branches in one another",
+    ),
     "bfloat16": (lambda: nn.Linear(6, 4).bfloat16(), numbers(), "weight is bfloat16: make the half float32"),
     "float64": (lambda: nn.Linear(6, 4).double(), numbers(), "weight is float64: make the half float32"),
     "a tuple": (lambda: nn.Linear(6, 4), (numbers(),), "input is a tuple"),

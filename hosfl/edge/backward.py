@@ -24,6 +24,7 @@ from hosfl.edge.export import (
     ROWS,
     ExportError,
     Positional,
+    Tables,
     check_half,
     exporting,
     given_as,
@@ -113,6 +114,7 @@ def _graph(
         sdpa_kernel(SDPBackend.MATH),
         _read_alone(half, sample),
         in_their_dtype(half),
+        Tables(),
     ):
         given = (torch.ones_like(cut), *inputs.values())
         both = _export_forward_backward(torch.export.export(product, given, dynamic_shapes=((of_cut, *sizes),)))

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from hosfl.edge.half import BASE, LAYOUT, PREFIX, Half, HalfError, graph_name
 from hosfl.extras import needed
@@ -193,7 +195,7 @@ def _graph(
     inputs = resized(named, ROWS, shorter=any_length)
     sizes = tuple({0: "batch", **({1: "tokens"} if any_length and is_text(x) else {})} for x in inputs.values())
     client = Positional(unchecked(half), list(inputs) if isinstance(sample, Mapping) else None, entries)
-    with exporting(half), quiet(), in_their_dtype(half):
+    with exporting(half), quiet(), in_their_dtype(half), Tables():
         program = torch.onnx.export(
             client,
             tuple(inputs.values()),
@@ -215,6 +217,53 @@ def unchecked(half: nn.Module) -> nn.Module:
     own: Any = copied(half)
     own.pools = None
     return own
+
+
+class Tables(TorchFunctionMode):
+    """Lookups in a graph are those of torch. To torch a negative number is an error, and ONNX counts it from the
+    table's end: it is made one that lies beyond any table. Sums and means of a text's rows, which the exporter writes
+    as loops, are those of their rows.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        told = dict(kwargs or {})
+        if function is nn.functional.embedding:
+            told = _LOOKUP.bind(*args, **told).arguments
+            told["input"] = torch.where(told["input"] < 0, torch.iinfo(torch.int32).max, told["input"])
+            return function(**told)
+        if function is nn.functional.embedding_bag:
+            told = _LOOKUPS.bind(*args, **told).arguments
+            if told.get("offsets") is None and told["input"].dim() == 2:
+                return _of_bags(**told)
+        return function(*args, **(kwargs or {}))
+
+
+_LOOKUP, _LOOKUPS = signature(nn.functional.embedding), signature(nn.functional.embedding_bag)
+
+
+def _of_bags(
+    input: Tensor,
+    weight: Tensor,
+    mode: str = "mean",
+    per_sample_weights: Tensor | None = None,
+    padding_idx: int | None = None,
+    **others: Any,
+) -> Tensor:
+    """embedding_bag of texts of one length: the sum, mean or largest of each one's rows."""
+    rows = nn.functional.embedding(input, weight)
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights.unsqueeze(-1)
+    counts = torch.ones_like(input, dtype=torch.bool)
+    if padding_idx is not None:
+        counts = input != (padding_idx if padding_idx >= 0 else padding_idx + len(weight))
+    any_counts = counts.any(1, keepdim=True)
+    if mode == "max":
+        largest = rows.masked_fill(~counts.unsqueeze(-1), -torch.inf).amax(1)
+        return torch.where(any_counts, largest, 0.0)
+    total = torch.where(counts.unsqueeze(-1), rows, 0.0).sum(1)
+    return total / counts.sum(1, keepdim=True).clamp(min=1) if mode == "mean" else total
 
 
 @contextmanager
@@ -293,6 +342,11 @@ def without_weights(model: Any, half: nn.Module, base: bytes) -> tuple[dict[str,
             f"the graph has {size:,} bytes of constants that are no weights, most of them in "
             f"{largest.removeprefix(PREFIX)}: register it as a persistent buffer, so that the base file has it"
         )
+    if branches := {node.op_type for node in _inner_nodes(graph) if _graphs_of(node)}:
+        raise ExportError(
+            f"the graph has loops or branches in one another ({', '.join(sorted(branches))}), over which onnxruntime"
+            " may end the process: write that layer's forward pass without them, or cut the model elsewhere"
+        )
     for value in weights:
         graph.register_initializer(value)
     taken = {value.name for value in graph.inputs}
@@ -306,6 +360,16 @@ def without_weights(model: Any, half: nn.Module, base: bytes) -> tuple[dict[str,
             output.metadata_props.clear()
     model.metadata_props[LAYOUT] = hashlib.sha256(base[:end]).hexdigest()
     return moving, narrow
+
+
+def _graphs_of(node: Any) -> list[Any]:
+    """The graphs that a node holds, such as a loop's body."""
+    return [a.value for a in node.attributes.values() if a.type.name == "GRAPH"]
+
+
+def _inner_nodes(graph: Any) -> list[Any]:
+    """The nodes of the graphs that a graph's own nodes hold, and not of those within them."""
+    return [inner for node in graph for body in _graphs_of(node) for inner in body]
 
 
 def _pieces(model: Any, moving: Mapping[str, Any], narrow: Mapping[str, Any]) -> list[bytes]:

@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from hosfl.edge.half import BASE, PREFIX, Arrays, HalfError, check_moves, session_of
+from hosfl.edge.half import BASE, PREFIX, Arrays, HalfError, below_zero, check_moves, session_of
 
 GRADIENT = "gradient.onnx"
 # Names in the graph, which no argument of a half has.
@@ -57,7 +57,7 @@ class Gradient:
         try:
             made = self._session.run(None, named)
         except Exception as error:  # onnxruntime's errors have no class in common
-            raise HalfError(f"the half's gradient does not take these inputs: {error}") from error
+            raise HalfError(f"the half's gradient does not take these inputs: {error}{below_zero(named)}") from error
         outputs = [output.name.removeprefix(OF + PREFIX) for output in self._session.get_outputs()]
         found = dict(zip(outputs, made, strict=True))
         return [found[n] if n in found else np.zeros_like(t) for n, t in zip(self.moving, self.tensors, strict=True)]

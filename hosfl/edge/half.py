@@ -137,7 +137,7 @@ class Half:
         try:
             output: NDArray[np.float32] = session.run(None, named)[0]
         except Exception as error:  # onnxruntime's errors have no class in common
-            raise HalfError(f"the half does not take these inputs: {error}") from error
+            raise HalfError(f"the half does not take these inputs: {error}{below_zero(named)}") from error
         return output
 
     def check(self, inputs: Arrays) -> None:
@@ -173,7 +173,7 @@ def session_of(graph: Path, base: Path, moving: Sequence[str], values: Sequence[
             f"onnxruntime {onnxruntime.__version__} reads any file that a graph names: 1.24 or later is needed"
         )
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # or it warns of every weight that is an input too
+    options.log_severity_level = 4  # or it warns of every weight that is an input too, and says errors twice
     # Of itself it takes all cores and binds to them, whatever OMP_NUM_THREADS says and the system lets it use.
     options.intra_op_num_threads = threads or threads_of_kernels()
     # Blocks that are kept for later passes and plans of them cost more memory than they save time.
@@ -193,6 +193,12 @@ def session_of(graph: Path, base: Path, moving: Sequence[str], values: Sequence[
     if others := {output.type for output in session.get_outputs()} - {"tensor(float)"}:
         raise HalfError(f"{graph} makes {', '.join(sorted(others))}, and no half does: fetch it anew")
     return session
+
+
+def below_zero(named: Mapping[str, NDArray[Any]]) -> str:
+    """What to add to an error of a pass: a graph has a large number in the place of a token below zero."""
+    wrong = [name for name, x in named.items() if x.dtype.kind == "i" and x.size and x.min() < 0]
+    return f"; {', '.join(wrong)} has numbers below zero" if wrong else ""
 
 
 def check_moves(
