@@ -577,6 +577,7 @@ WRONG = {
     "infinite inputs": ({"inputs": np.full((9, 1, 8, 8), np.inf), "labels": np.arange(9)}, "infinite or NaN"),
     "more labels": ({"inputs": np.zeros((8, 1, 8, 8)), "labels": np.arange(9)}, "9 labels, and inputs of shape"),
     "no labels": ({"inputs": np.zeros((8, 1, 8, 8))}, "one must be called labels"),
+    "labels beyond int32": ({"inputs": np.zeros((9, 1, 8, 8)), "labels": np.full(9, 2**64 - 1, np.uint64)}, "travel as int32"),
     "words": ({"inputs": np.zeros((2, 1, 8, 8)), "labels": np.array(["a", "b"])}, "numbers are needed"),
 }
 
@@ -631,6 +632,36 @@ def test_batches_are_those_of_a_client_with_torch():
             assert all(np.array_equal(batch.named()[name], x[name].numpy()) for name in x)
             lengths.add(batch.tokens)
         assert len(lengths) > 2
+
+
+def test_files_are_as_large_in_memory_as_they_are_stored(tmp_path):
+    x = {"bytes": np.zeros((9, 4), np.uint8), "halves": np.zeros((9, 4), np.float16), "wide": np.zeros((9, 4))}
+    np.savez(tmp_path / "own.npz", labels=np.arange(9, dtype=np.uint8), **x)
+    found = read_samples(str(tmp_path / "own.npz"))
+    assert {name: value.dtype for name, value in found.named().items()} == {
+        "bytes": np.uint8,
+        "halves": np.float16,
+        "wide": np.float32,
+    }
+    batch = Batches(found, 3, 7, 2, False, {"bytes": np.dtype(np.int32)})(0)
+    dtypes = {name: value.dtype for name, value in batch.named().items()}
+    assert dtypes == {"bytes": np.int32, "halves": np.float32, "wide": np.float32}
+    assert Batches(found, 3, 7, 2, False)(0).named()["bytes"].dtype == np.int64
+
+
+def test_integers_that_are_too_large(tmp_path):
+    """A cast would make others of them."""
+    x, labels = np.full((3, 2), 2**63 + 5, np.uint64), np.zeros(3, np.int64)
+    for dtype, numbers, said in [
+        (np.int64, x, "numbers from 0 to 9223372036854775813, and the half takes -9223372036854775808 to"),
+        (np.int8, np.full((3, 2), -129), "numbers from -129 to 0, and the half takes -128 to 127"),
+        (np.bool_, np.full((3, 2), 2), "numbers from 0 to 2, and the half takes 0 to 1"),
+    ]:
+        with pytest.raises(DataError, match=said):
+            samples_of((numbers, labels), "data").check_taken({"input": np.dtype(dtype)})
+        samples_of((numbers, labels), "data").check_taken({"other": np.dtype(dtype)})
+    with pytest.raises(DataError, match="labels from 0 to 18446744073709551615: they travel as int32"):
+        samples_of((labels, np.full(3, 2**64 - 1, np.uint64)), "data")
 
 
 def test_masks_that_are_none():

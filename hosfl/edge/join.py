@@ -78,15 +78,20 @@ def client_of(
     for piece, sha256 in enumerate(graphs):
         fetch(graph_name(piece), sha256, folder / graph_name(piece))
     half = Half(folder, [p.name for p in header.parameters], len(graphs), threads)
-    samples = samples.as_taken(half.integers)
-    _try(half, samples[:2], run["cut"], data)
+    integers = half.integers
+    try:
+        samples.check_taken(integers)
+    except DataError as error:
+        raise DataError(f"{data}: {error}") from None
+    first = samples[:2].as_taken(integers)
+    _try(half, first, run["cut"], data)
     gradient = None
     if settings.estimator == "backward":
         if run["edge"]["gradient"] is None:
             raise JoinError("the run's clients backpropagate, and the server offers no gradient's graph")
         fetch(GRADIENT, run["edge"]["gradient"], folder / GRADIENT)
         gradient = Gradient(folder, [p.name for p in header.parameters], half.tensors, threads)
-        inputs = samples[:2].inputs
+        inputs = first.inputs
         gradient.check(inputs, np.ones_like(half(inputs)), half.input_of(half.pieces - blocks, inputs))
     per_token = run["labels"]["ignore_index"] is not None
     client = EdgeClient(
@@ -94,7 +99,7 @@ def client_of(
         half,
         terms,
         [p.stream for p in header.parameters],
-        Batches(samples, settings.batch, settings.seed, number, per_token),
+        Batches(samples, settings.batch, settings.seed, number, per_token, integers),
         lambda: _weights(folder / BASE, run["edge"]["digest"], header, half),
         settings.wire,
         gradient,
