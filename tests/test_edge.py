@@ -79,6 +79,7 @@ WAYS = {
     "texts, last layer, backward": {**FRESH, "trains": "lora:1:*layer.1.*", "estimator": "backward"},
     "pictures, backward": {**FRESH, "estimator": "backward"},
     "pictures, blocks": {**FRESH, "blocks": 2},
+    "tied, backward": {**FRESH, "estimator": "backward", "microbatch": 3},
     "bytes": {**FRESH},
     "bytes, backward": {**FRESH, "estimator": "backward"},
 }
@@ -112,10 +113,21 @@ def pictures():
     return Task(model, (x, (x.sum((1, 2, 3)) > 0).long()), (x[:9], torch.arange(9) % 2), nn.functional.cross_entropy, 3)
 
 
+def tied():
+    """One layer in two places."""
+    x = torch.randn(100, 6, generator=torch.Generator().manual_seed(1))
+
+    def model():
+        layer = nn.Linear(6, 6)
+        return nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(6, 2))
+
+    return Task(model, (x, (x.sum(1) > 0).long()), (x[:9], torch.arange(9) % 2), nn.functional.cross_entropy, 4)
+
+
 def made(way, **more):
     """A federation, its task, and what it offers to clients without torch."""
     kind, settings = way.partition(",")[0], {**SETTINGS, **WAYS[way], **more}
-    task = {"texts": texts, "pictures": pictures, "bytes": bytewise}.get(kind, lambda: None)()
+    task = {"texts": texts, "pictures": pictures, "bytes": bytewise, "tied": tied}.get(kind, lambda: None)()
     if task is not None:
         settings |= {"task": "", "server_rate": 0.05, "client_rate": 0.1, "partition": "iid"}
     federation, task = assemble(Config(**settings), task=task)

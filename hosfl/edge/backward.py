@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.export.graph_signature import OutputKind
+from torch.export.graph_signature import InputKind, OutputKind
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_structure
 
@@ -64,7 +64,6 @@ def exported_gradient(half: nn.Module, sample: Inputs, entry: str = "", most: tu
     Raises ExportError as `exported`, and where torch has no such graph.
     """
     check_half(half)
-    _refuse_tied(half)
     named = named_inputs(sample)
     with evaluating(half), unchanged(half.modules()), Lookups():
         any_length = takes(half, given_as(sample, resized(named, ROWS, shorter=True)))
@@ -73,16 +72,6 @@ def exported_gradient(half: nn.Module, sample: Inputs, entry: str = "", most: tu
         graph = _gradients(model, *without_weights(model, half, base), bool(entry))
         _compare(half, sample, tried(half, sample, named, any_length, most), entry, graph, base)
     return graph
-
-
-def _refuse_tied(half: nn.Module) -> None:
-    """Of a weight with two names torch makes no such graph."""
-    first: dict[int, str] = {}
-    for name, p in half.named_parameters(remove_duplicate=False):
-        if p.requires_grad and first.setdefault(id(p), name) != name:
-            raise ExportError(
-                f"{first[id(p)]} and {name} are one weight, and torch makes no graph of its gradient: let it not move"
-            )
 
 
 class _Product(Positional):
@@ -117,9 +106,11 @@ def _graph(
         Tables(),
     ):
         given = (torch.ones_like(cut), *inputs.values())
-        both = _export_forward_backward(torch.export.export(product, given, dynamic_shapes=((of_cut, *sizes),)))
-        outputs = both.graph_signature.output_specs
-        names = [output.target for output in outputs]
+        forward = torch.export.export(product, given, dynamic_shapes=((of_cut, *sizes),))
+        _leave_out_other_names(forward)
+        both = _export_forward_backward(forward)
+        outputs, first = both.graph_signature.output_specs, _first_names(product)
+        names = [first.get(str(output.target)) for output in outputs]
         for output in outputs:
             output.kind = OutputKind.USER_OUTPUT  # of others the exporter leaves no trace
         both.module_call_graph[0].signature.out_spec = tree_structure(tuple(range(len(outputs))))
@@ -134,6 +125,23 @@ def _graph(
         )
     assert program is not None
     return program.model
+
+
+def _leave_out_other_names(forward: torch.export.ExportedProgram) -> None:
+    """Of a weight that has several names a program uses one, and torch makes no gradient of the others."""
+    specs = forward.graph_signature.input_specs
+    inputs = [node for node in forward.graph.nodes if node.op == "placeholder"]
+    for spec, node in zip(list(specs), inputs, strict=True):
+        if spec.kind is InputKind.PARAMETER and not node.users:
+            forward.graph.erase_node(node)
+            specs.remove(spec)
+            del forward.state_dict[str(spec.target)]
+
+
+def _first_names(module: nn.Module) -> dict[str, str]:
+    """Of each parameter's name the first of all that it has, by which a log knows it."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(p), name) for name, p in module.named_parameters(remove_duplicate=False)}
 
 
 def _gradients(model: Any, moving: Mapping[str, Any], narrow: Mapping[str, Any], begins: bool) -> bytes:
