@@ -268,6 +268,18 @@ def test_a_probe_runs_from_its_block_on(way, pieces, blocks, tmp_path, monkeypat
     assert edge.answer(multiplier) == first  # whoever asks again hears the same
 
 
+@pytest.mark.parametrize(("way", "open_"), [("texts, backward", True), ("texts, lora", False)])
+def test_frozen_weights_are_constants_where_one_graph_has_them(way, open_):
+    """Of constants each session has a copy, and computes a little faster."""
+    _, _, files = made(way)
+    for graph in (onnx.load_model_from_string(data) for name, data in files.items() if name.endswith(".onnx")):
+        given = {value.name for value in graph.graph.input}
+        frozen = [w.name for w in graph.graph.initializer if w.external_data and "lora" not in w.name]
+        large = [w.name for w in graph.graph.initializer if w.name in frozen and len(w.dims) > 1]
+        assert set(given) & set(frozen) == (set(large) if open_ else set())
+        assert large
+
+
 def test_a_client_that_was_away_and_one_that_is_wrong(tmp_path):
     federation, task, files = made("pool")
     data = saved(partition(task, federation.config)[1], tmp_path / "own.npz")

@@ -394,6 +394,37 @@ print(held() - before)
     assert int(run.stdout) < size * size * 4 * 0.8  # the wide one; narrow, it is half of that at most
 
 
+def test_frozen_weights_are_in_memory_once_beside_the_gradient(tmp_path):
+    """As pages of the file: a runtime makes a copy of constants for each of the two graphs."""
+    torch.manual_seed(0)
+    size, process = 3000, Path("/proc/self/status")
+    if not process.exists() or "RssAnon" not in process.read_text():
+        pytest.skip("reads /proc")
+    layers = nn.Linear(4, size), nn.Linear(size, size).requires_grad_(False)
+    half, sample = nn.Sequential(*layers, nn.Linear(size, 4)).eval(), torch.randn(2, 4)
+    folder = written(tmp_path, half, *exported(half, sample, beside_gradient=True))
+    (folder / GRADIENT).write_bytes(exported_gradient(half, sample))
+    told = f"""
+import re, sys
+from pathlib import Path
+import numpy as np
+from hosfl.edge.gradient import Gradient
+from hosfl.edge.half import Half
+
+def held():
+    return 1024 * int(re.findall(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[0])
+
+before, folder, moving = held(), Path({str(folder)!r}), {moving_of(half)!r}
+half, x = Half(folder, moving, threads=1), np.ones((2, 4), np.float32)
+gradient = Gradient(folder, moving, half.tensors, threads=1)
+half(x), gradient(x, x)
+print(held() - before)
+"""
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    run = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True, env=environment)
+    assert int(run.stdout) < size * size * 4 * 0.5
+
+
 def test_only_what_is_cheap_is_computed_twice():
     """Such as an attention's mask; no matrix product, and no normalisation."""
     costly = {"MatMul", "Gemm", "Conv", "LayerNormalization", "BatchNormalization", "Softmax"}

@@ -69,7 +69,7 @@ def exported_gradient(half: nn.Module, sample: Inputs, entry: str = "", most: tu
         any_length = takes(half, given_as(sample, resized(named, ROWS, shorter=True)))
         model = _graph(half, sample, named, any_length, [entry] if entry else [])
         base = as_file(half.state_dict())
-        graph = _gradients(model, *without_weights(model, half, base), bool(entry))
+        graph = _gradients(model, *without_weights(model, half, base, True), bool(entry))
         _compare(half, sample, tried(half, sample, named, any_length, most), entry, graph, base)
     return graph
 
@@ -144,7 +144,7 @@ def _first_names(module: nn.Module) -> dict[str, str]:
     return {name: first.setdefault(id(p), name) for name, p in module.named_parameters(remove_duplicate=False)}
 
 
-def _gradients(model: Any, moving: Mapping[str, Any], narrow: Mapping[str, Any], begins: bool) -> bytes:
+def _gradients(model: Any, moving: Mapping[str, Any], fixed: Mapping[str, Any], begins: bool) -> bytes:
     """The model from its inputs, or from the block's where it begins with one, to the gradients."""
     from onnxscript import ir
 
@@ -159,7 +159,7 @@ def _gradients(model: Any, moving: Mapping[str, Any], narrow: Mapping[str, Any],
     for name, value in moving.items():
         if name not in piece.initializers:
             register_unread(piece, value)
-    return serialized(model, piece, {*moving, *narrow})
+    return serialized(model, piece, {*moving, *fixed})
 
 
 @contextmanager

@@ -41,7 +41,11 @@ class ExportError(ValueError):
 
 
 def exported(
-    half: nn.Module, sample: Inputs, entries: Sequence[str] = ("",), most: tuple[int, int] = (0, 0)
+    half: nn.Module,
+    sample: Inputs,
+    entries: Sequence[str] = ("",),
+    most: tuple[int, int] = (0, 0),
+    beside_gradient: bool = False,
 ) -> list[bytes]:
     """A client half as ONNX models without weights: they have them from the half's base file.
 
@@ -53,6 +57,9 @@ def exported(
     entries: of the half's blocks, see `hosfl.halves.blocks.Begin`. There is one model for each, which makes of its
     input the next one's and at last the cut, and one more for what lies in front of them. What is cheap and of the
     half's own inputs, such as an attention's mask, each may compute for itself.
+
+    beside_gradient: a client has the gradient's graph as well, so that frozen weights are not to be constants: of
+    these each session would make a copy of its own, while others are pages of the base file, which all share.
 
     Every tensor of the half's state dict is an initializer whose bytes lie in base.safetensors, which is the file that
     `hosfl.runs.checkpoint.save_module` writes; those that require grad are graph inputs as well, so that the holder of
@@ -70,7 +77,7 @@ def exported(
         takes_lengths = takes(half, given_as(sample, resized(named, ROWS, shorter=True)))
         model = _graph(half, sample, named, takes_lengths, [entry for entry in entries if entry])
         base = as_file(half.state_dict())
-        pieces = _pieces(model, *without_weights(model, half, base))
+        pieces = _pieces(model, *without_weights(model, half, base, beside_gradient))
         _compare(half, sample, tried(half, sample, named, takes_lengths, most), pieces, base)
     return pieces
 
@@ -303,9 +310,11 @@ def quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def without_weights(model: Any, half: nn.Module, base: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Lets the model's weights lie in a base file. Returns those that require grad and those that are stored narrow, by
-    their names in the graph."""
+def without_weights(
+    model: Any, half: nn.Module, base: bytes, all_matrices: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Lets the model's weights lie in a base file. Returns those that require grad, and of the frozen ones those that
+    are to be no constants, by their names in the graph: those that are stored narrow, or all but the small ones."""
     from onnxscript import ir
 
     end = 8 + int.from_bytes(base[:8], "little")
@@ -314,7 +323,7 @@ def without_weights(model: Any, half: nn.Module, base: bytes) -> tuple[dict[str,
     state = half.state_dict(keep_vars=True)
     for name, tensor in state.items():
         names.setdefault(id(tensor), []).append(name)
-    weights, moving, narrow, stored = [], dict[str, Any](), dict[str, Any](), set(narrow_names(half))
+    weights, moving, fixed, stored = [], dict[str, Any](), dict[str, Any](), set(narrow_names(half))
     for first, *others in names.values():  # of a tied weight's names a log has the first as well
         tensor = state[first]
         found = [graph.initializers.pop(PREFIX + name, None) for name in (first, *others)]
@@ -333,8 +342,8 @@ def without_weights(model: Any, half: nn.Module, base: bytes) -> tuple[dict[str,
         weights.append(value)
         if tensor.requires_grad:
             moving[value.name] = value
-        elif first in stored:
-            narrow[value.name] = value
+        elif first in stored or (all_matrices and tensor.dim() > 1):
+            fixed[value.name] = value
     constants = {value.name: value.const_value.nbytes for value in graph.initializers.values()}
     if (size := sum(constants.values())) > CONSTANTS:
         largest = max(constants, key=lambda name: constants[name])
@@ -359,7 +368,7 @@ def without_weights(model: Any, half: nn.Module, base: bytes) -> tuple[dict[str,
         for output in node.outputs:
             output.metadata_props.clear()
     model.metadata_props[LAYOUT] = hashlib.sha256(base[:end]).hexdigest()
-    return moving, narrow
+    return moving, fixed
 
 
 def _graphs_of(node: Any) -> list[Any]:
@@ -372,7 +381,7 @@ def _inner_nodes(graph: Any) -> list[Any]:
     return [inner for node in graph for body in _graphs_of(node) for inner in body]
 
 
-def _pieces(model: Any, moving: Mapping[str, Any], narrow: Mapping[str, Any]) -> list[bytes]:
+def _pieces(model: Any, moving: Mapping[str, Any], fixed: Mapping[str, Any]) -> list[bytes]:
     """The model from its inputs to the first entry, from there to the next, and so on to the cut.
 
     Each has its weights, of which those that move are inputs as well; the first has those that nothing reads, too.
@@ -391,7 +400,7 @@ def _pieces(model: Any, moving: Mapping[str, Any], narrow: Mapping[str, Any]) ->
     for name, value in moving.items():
         if not any(name in piece.initializers for piece in found):
             register_unread(found[0], value)
-    return [serialized(model, piece, {*moving, *narrow}) for piece in found]
+    return [serialized(model, piece, {*moving, *fixed}) for piece in found]
 
 
 def leave_out_unread(piece: Any) -> None:
@@ -412,8 +421,8 @@ def register_unread(piece: Any, weight: Any) -> None:
 def serialized(model: Any, piece: Any, open_: Collection[str]) -> bytes:
     """A part of the model's graph as a model; its weights of these names are inputs as well.
 
-    They are those that move, and those that are stored narrow: of constants a runtime makes wide ones once, and keeps
-    them.
+    They are those that move, and frozen ones of which a runtime would keep copies if they were constants: wide ones of
+    those that are stored narrow, and one for each graph of those that several have.
     """
     from onnxscript import ir
 
