@@ -35,6 +35,7 @@ from hosfl.methods.tensors import tensor
 from hosfl.protocol.endpoint import AnotherRun
 from hosfl.protocol.messages import (
     Audit,
+    Calibration,
     Complaint,
     Cut,
     Differs,
@@ -43,6 +44,7 @@ from hosfl.protocol.messages import (
     MessageError,
     Multiplier,
     Scalars,
+    Statistics,
     decode,
     encode,
     pack,
@@ -266,6 +268,90 @@ def test_a_probe_runs_from_its_block_on(way, pieces, blocks, tmp_path, monkeypat
         passes[piece] += 1
     assert ran == passes
     assert edge.answer(multiplier) == first  # whoever asks again hears the same
+
+
+@pytest.mark.parametrize("way", ["pictures", "pictures, backward", "pictures, blocks"])
+def test_running_statistics(way, tmp_path):
+    """Client 0 has torch, 1 and 2 have not; 2 comes after they were estimated, and is told."""
+    federation, task, files = made(way, calibrate=3)
+    shares = partition(task, federation.config)
+    edges = {n: endpoint(files, n, tmp_path / str(n), saved(shares[n], tmp_path / f"{n}.npz")) for n in (1, 2)}
+    heard, models = {}, [a.copy() for a in edges[1].client.half.statistics]
+
+    def answer(number, data):
+        theirs = federation.endpoint(number).answer(data)
+        said = edges[number].answer(data) if number in edges else theirs
+        heard.setdefault(number, []).append((decode(theirs), decode(said)))
+        return said
+
+    federation.engine = InProcess(answer, 3)
+    federation.engine.present = lambda: {0, 1}
+    federation.calibrate()
+    federation.engine = InProcess(answer, 3)
+    assert list(heard) == [0, 1]
+    ((theirs, mine),) = heard[1]
+    assert type(theirs) is type(mine) is Statistics
+    assert np.array_equal(mine.samples, theirs.samples)
+    assert np.abs(mine.statistics - theirs.statistics).max() < 1e-5 * np.abs(theirs.statistics).max()
+    assert all(np.array_equal(a, b) for a, b in zip(edges[1].client.half.statistics, models, strict=True))
+    losses = [federation.round(round) for round in range(4)]
+    assert np.isfinite(losses).all()
+    assert (federation.refused, federation.complained) == ([], [])
+    for number in edges:
+        for theirs, mine in heard[number]:
+            assert type(theirs) is type(mine)
+            if type(mine) is Cut and mine.round == 0:
+                assert np.allclose(mine.cut, theirs.cut, rtol=0, atol=1e-5 * np.abs(theirs.cut).max())
+    found = federation.replicas()
+    assert (found.equal, found.clients) == (True, 4)
+    assert edges[2].client.digest() == found.digest
+    assert not any(np.array_equal(a, b) for a, b in zip(edges[2].client.half.statistics, models, strict=True))
+
+
+def test_statistics_that_are_none(tmp_path):
+    federation, task, files = made("pictures", calibrate=2)
+    edge = endpoint(files, 1, tmp_path / "1", saved(partition(task, federation.config)[1], tmp_path / "own.npz"))
+    client, size = edge.client, sum(a.size for a in edge.client.half.statistics)
+    before = client.digest()
+    right = np.ones(size, np.float32)
+    wrong = {
+        "7 statistics where normalisations have 8": right[1:],
+        "infinite or NaN statistics": right * np.float32(np.inf),
+        "negative variances": -right,
+        "a message for client 2": None,
+    }
+    for said, values in wrong.items():
+        whom = 2 if values is None else 1
+        told = Calibration(client=whom, round=0, statistics=right if values is None else values)
+        with pytest.raises(MessageError, match=said):
+            client.calibrate(told)
+    assert (client.digest(), client.calibrated) == (before, False)
+    client.calibrate(Calibration(client=1, round=0, statistics=right))
+    assert client.calibrated
+    assert client.digest() != before
+    with pytest.raises(MessageError, match="has its statistics already"):
+        client.calibrate(Calibration(client=1, round=0, statistics=right))
+    with pytest.raises(MessageError, match="in an ask for some"):
+        client.statistics(Calibration(client=1, round=0, statistics=right))
+    empty = Calibration(client=1, round=0, statistics=right[:0])
+    assert client.statistics(empty).statistics.shape == (size,)
+    assert not client.calibrated  # those of the run are yet to come
+    client.running.of_batch = lambda: lambda inputs: right * np.float32(np.nan)
+    with pytest.raises(MessageError, match="a channel needs more than one value"):
+        client.statistics(empty)
+    client.running.of_batch = lambda: lambda inputs: right[1:]
+    with pytest.raises(HalfError, match=r"makes \(7,\), and the half has \(8,\)"):
+        client.statistics(empty)
+    for told, why in [
+        ({"statistics": None}, "offers no graph of them"),
+        ({"running": []}, "offers no graph of them"),
+        ({"running": ["1.running_mean", "1.running_mean"]}, "named twice"),
+        ({"running": ["0.weight", "1.running_var"]}, "named twice"),
+        ({"running": ["1.running_mean", "none"]}, "has no 'none'"),
+        ({"running": ["1.running_mean", "1.num_batches_tracked"]}, "is I64"),
+    ]:
+        with pytest.raises((JoinError, HalfError), match=why):
+            endpoint(other_edge(files, **told), 1, tmp_path / "1", str(tmp_path / "own.npz"))
 
 
 @pytest.mark.parametrize(("way", "open_"), [("texts, backward", True), ("texts, lora", False)])
@@ -523,7 +609,7 @@ REFUSED = {
     "no digest": (lambda files: changed(files, edge={"graphs": [""], "header": ""}), "is no run"),
     "another method": (lambda files: other_settings(files, method="first-order"), "take part in method ho"),
     "forward mode": (lambda files: other_settings(files, estimator="forward"), "not forward"),
-    "statistics": (lambda files: other_settings(files, calibrate=2), "cannot estimate running statistics"),
+    "statistics": (lambda files: other_settings(files, calibrate=2), "calibrate was 0, is 2"),
     "a setting of tomorrow": (lambda files: other_settings(files, tomorrow=1), "update hosfl"),
     "a setting of another type": (lambda files: other_settings(files, batch="many"), "do not work here"),
     "settings that are not its header's": (lambda files: other_settings(files, batch=4), "batch was 8, is 4"),
@@ -601,7 +687,10 @@ WRONG = {
     "infinite inputs": ({"inputs": np.full((9, 1, 8, 8), np.inf), "labels": np.arange(9)}, "infinite or NaN"),
     "more labels": ({"inputs": np.zeros((8, 1, 8, 8)), "labels": np.arange(9)}, "9 labels, and inputs of shape"),
     "no labels": ({"inputs": np.zeros((8, 1, 8, 8))}, "one must be called labels"),
-    "labels beyond int32": ({"inputs": np.zeros((9, 1, 8, 8)), "labels": np.full(9, 2**64 - 1, np.uint64)}, "travel as int32"),
+    "labels beyond int32": (
+        {"inputs": np.zeros((9, 1, 8, 8)), "labels": np.full(9, 2**64 - 1, np.uint64)},
+        "travel as int32",
+    ),
     "words": ({"inputs": np.zeros((2, 1, 8, 8)), "labels": np.array(["a", "b"])}, "numbers are needed"),
 }
 

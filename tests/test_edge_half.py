@@ -19,13 +19,16 @@ from torch import nn
 import hosfl
 from hosfl.edge import export
 from hosfl.edge.backward import exported_gradient
+from hosfl.edge.by_batch import exported_statistics
 from hosfl.edge.export import ExportError, exported
 from hosfl.edge.gradient import GRADIENT, Gradient
 from hosfl.edge.half import BASE, PREFIX, STEP, Half, HalfError, graph_name
+from hosfl.edge.running import STATISTICS, Running
 from hosfl.halves.families import packaged_minilm, pretrained_model
 from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.narrow import narrowed
 from hosfl.halves.trains import moving_only
+from hosfl.methods import calibration
 from hosfl.probing.probe import trainable
 from hosfl.runs.checkpoint import save_module
 from hosfl.tasks.vision import CifarResNet
@@ -423,6 +426,67 @@ print(held() - before)
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     run = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True, env=environment)
     assert int(run.stdout) < size * size * 4 * 0.5
+
+
+class Normalised(nn.Module):
+    """Normalisations that two inputs go through, and none; one without running statistics, and one of instances."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.twice, self.unused = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(5)
+        self.plain, self.instances = nn.BatchNorm2d(4, track_running_stats=False), nn.InstanceNorm2d(4)
+        self.tracked = nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
+
+    def forward(self, x):
+        y = self.twice(torch.relu(self.twice(self.layer(x))))
+        return self.tracked(self.instances(self.plain(y)) + y)
+
+
+NORMALISED = {
+    "convolutions": (convolutions, pictures),
+    "resnet": (resnet, pictures),
+    "rows": (lambda: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5, affine=False)), numbers),
+    "in all ways": (Normalised, pictures),
+}
+
+
+@pytest.mark.parametrize("name", NORMALISED)
+def test_statistics_are_those_of_train_mode_wherever_weights_are(name, tmp_path):
+    torch.manual_seed(0)
+    make, inputs = NORMALISED[name]
+    half = make().eval()
+    running = list(calibration.running(half))
+    written(tmp_path, half, *exported(half, inputs(), running=running))
+    (tmp_path / STATISTICS).write_bytes(exported_statistics(half, inputs(), (8, 0)))
+    whole = Half(tmp_path, moving_of(half), running=running)
+    run = Half(tmp_path, moving_of(half), running=running, graphs=[STATISTICS])
+    half = copy.deepcopy(half)
+    parameters, streams = moved_by_torch(half)
+    for tensors in (whole.tensors, run.tensors, parameters):
+        replay_(tensors, SEEDS, MOVES, streams=streams)
+    for rows in (3, 7):
+        wanted, _ = calibration.estimated(half, [(inputs(rows), torch.zeros(rows))])
+        found = run(arrays(inputs(rows)))
+        assert np.abs(found - wanted.numpy()).max() <= 1e-4 * wanted.abs().max()
+    calibration.load(half, wanted)
+    own = Running(whole.statistics, lambda: run, list)
+    own.load(wanted.numpy())
+    assert close(whole(arrays(inputs())), by_torch(half, inputs()), None)
+    whole.check(arrays(inputs()))
+
+
+def test_statistics_that_are_others_are_found_out():
+    """As of a layer that normalises by a function of its own, which an export would not see."""
+    half, sample = randomised(convolutions()), pictures()
+
+    def own(self, x):
+        if self.training:
+            self.running_mean.copy_(x.mean((0, 2, 3)))
+        return x
+
+    half[1].forward = own.__get__(half[1])
+    with pytest.raises(ExportError, match="statistics are not the half's: of 3 samples numbers differ"):
+        exported_statistics(half.eval(), sample)
 
 
 def test_only_what_is_cheap_is_computed_twice():

@@ -6,7 +6,7 @@ torch writes the half and its backward pass as one graph of plain operators. Tha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -53,10 +53,17 @@ NOTHING = 1e-3  # of the largest gradient: smaller ones may be rounding alone, s
 aten = torch.ops.aten
 
 
-def exported_gradient(half: nn.Module, sample: Inputs, entry: str = "", most: tuple[int, int] = (0, 0)) -> bytes:
+def exported_gradient(
+    half: nn.Module,
+    sample: Inputs,
+    entry: str = "",
+    most: tuple[int, int] = (0, 0),
+    running: Collection[str] = (),
+) -> bytes:
     """d <multiplier, cut> / d weights of a client half as an ONNX model without weights: see `exported`.
 
-    entry: of the half's first block, with whose input the graph begins; "": with the half's own. most: as there.
+    entry: of the half's first block, with whose input the graph begins; "": with the half's own.
+    most, running: as there.
 
     Its inputs are the multiplier and these, its outputs the gradients by the names of the weights that move. Those that
     the cut does not depend on have none. The gradients are compared with torch's. Embeddings have that of `Lookups`.
@@ -69,8 +76,8 @@ def exported_gradient(half: nn.Module, sample: Inputs, entry: str = "", most: tu
         any_length = takes(half, given_as(sample, resized(named, ROWS, shorter=True)))
         model = _graph(half, sample, named, any_length, [entry] if entry else [])
         base = as_file(half.state_dict())
-        graph = _gradients(model, *without_weights(model, half, base, True), bool(entry))
-        _compare(half, sample, tried(half, sample, named, any_length, most), entry, graph, base)
+        graph = _gradients(model, *without_weights(model, half, base, True, running), bool(entry))
+        _compare(half, sample, tried(half, sample, named, any_length, most), entry, graph, base, running)
     return graph
 
 
@@ -263,15 +270,18 @@ def _compare(
     entry: str,
     graph: bytes,
     base: bytes,
+    running: Collection[str],
 ) -> None:
     """Raises ExportError where onnxruntime makes other gradients than torch."""
     moving = {name: p for name, p in half.named_parameters() if p.requires_grad}
+    statistics = {name: half.get_buffer(name) for name in running}
     with TemporaryDirectory() as name:
         folder = Path(name)
         (folder / GRADIENT).write_bytes(graph)
         (folder / BASE).write_bytes(base)
         try:
-            run = Gradient(folder, list(moving), [p.detach().numpy() for p in moving.values()])
+            arrays = [[p.detach().numpy() for p in own.values()] for own in (moving, statistics)]
+            run = Gradient(folder, list(moving), arrays[0], running=list(statistics), statistics=arrays[1])
             for inputs in batches:
                 reached: list[Tensor] = []
                 with torch.enable_grad(), at_entry(half, entry, reached.append):

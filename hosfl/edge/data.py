@@ -61,7 +61,7 @@ class Samples:
             if dtype is None or value.dtype.kind == "f":
                 continue
             least, most = int(value.min(initial=0)), int(value.max(initial=0))
-            ends = (0, 1) if dtype == bool else (int(np.iinfo(dtype).min), int(np.iinfo(dtype).max))
+            ends = (0, 1) if dtype.kind == "b" else (int(np.iinfo(dtype).min), int(np.iinfo(dtype).max))
             if not ends[0] <= least <= most <= ends[1]:
                 raise DataError(f"{name} has numbers from {least} to {most}, and the half takes {ends[0]} to {ends[1]}")
 
@@ -152,7 +152,7 @@ def _labels(labels: NDArray[Any]) -> NDArray[Any]:
 @dataclass(frozen=True)
 class Batches:
     """`size` samples of a round, or all if there are fewer. per_token: see `Samples.trimmed`. integers: see
-    `Samples.as_taken`."""
+    `Samples.as_taken`. purpose: what they are for; other samples for each."""
 
     samples: Samples
     size: int
@@ -160,7 +160,8 @@ class Batches:
     client: int
     per_token: bool
     integers: Mapping[str, np.dtype[Any]] = field(default_factory=dict)
+    purpose: Purpose = Purpose.BATCHES
 
     def __call__(self, round: int) -> Samples:
-        chosen = drawn(self.seed, Purpose.BATCHES, round, self.client, len(self.samples), self.size)
+        chosen = drawn(self.seed, self.purpose, round, self.client, len(self.samples), self.size)
         return self.samples[chosen].trimmed(self.per_token).as_taken(self.integers)

@@ -46,6 +46,7 @@ def exported(
     entries: Sequence[str] = ("",),
     most: tuple[int, int] = (0, 0),
     beside_gradient: bool = False,
+    running: Collection[str] = (),
 ) -> list[bytes]:
     """A client half as ONNX models without weights: they have them from the half's base file.
 
@@ -61,10 +62,12 @@ def exported(
     beside_gradient: a client has the gradient's graph as well, so that frozen weights are not to be constants: of
     these each session would make a copy of its own, while others are pages of the base file, which all share.
 
+    running: buffers that change as weights do that move, such as running statistics.
+
     Every tensor of the half's state dict is an initializer whose bytes lie in base.safetensors, which is the file that
-    `hosfl.runs.checkpoint.save_module` writes; those that require grad are graph inputs as well, so that the holder of
-    a session may give it memory of its own for them. onnxruntime then makes the half's output of the sample and of
-    other batches, and is seen to follow every weight that moves.
+    `hosfl.runs.checkpoint.save_module` writes; those that require grad, or are running, are graph inputs as well, so
+    that the holder of a session may give it memory of its own for them. onnxruntime then makes the half's output of the
+    sample and of other batches, and is seen to follow every weight that moves.
 
     Raises ExportError, which says what stands in the way; ImportError without onnx or onnxscript.
     """
@@ -75,10 +78,10 @@ def exported(
     with evaluating(half), unchanged(half.modules()):
         _check_cut(half, sample)
         takes_lengths = takes(half, given_as(sample, resized(named, ROWS, shorter=True)))
-        model = _graph(half, sample, named, takes_lengths, [entry for entry in entries if entry])
+        model = graph_of(half, sample, named, takes_lengths, [entry for entry in entries if entry])
         base = as_file(half.state_dict())
-        pieces = _pieces(model, *without_weights(model, half, base, beside_gradient))
-        _compare(half, sample, tried(half, sample, named, takes_lengths, most), pieces, base)
+        pieces = _pieces(model, *without_weights(model, half, base, beside_gradient, running))
+        _compare(half, sample, tried(half, sample, named, takes_lengths, most), pieces, base, running)
     return pieces
 
 
@@ -195,13 +198,18 @@ class Positional(nn.Module):
         return cut, *(reached[entry] for entry in self.entries)
 
 
-def _graph(
-    half: nn.Module, sample: Inputs, named: Mapping[str, Tensor], any_length: bool, entries: Sequence[str]
+def graph_of(
+    half: nn.Module,
+    sample: Inputs,
+    named: Mapping[str, Tensor],
+    any_length: bool,
+    entries: Sequence[str],
+    kind: type[Positional] = Positional,
 ) -> Any:
-    """The exporter's model, in onnxscript's representation; its outputs are those of `Positional`."""
+    """The exporter's model, in onnxscript's representation; its outputs are those of `Positional`, or another kind."""
     inputs = resized(named, ROWS, shorter=any_length)
     sizes = tuple({0: "batch", **({1: "tokens"} if any_length and is_text(x) else {})} for x in inputs.values())
-    client = Positional(unchecked(half), list(inputs) if isinstance(sample, Mapping) else None, entries)
+    client = kind(unchecked(half), list(inputs) if isinstance(sample, Mapping) else None, entries)
     with exporting(half), quiet(), in_their_dtype(half), Tables():
         program = torch.onnx.export(
             client,
@@ -311,9 +319,9 @@ def quiet() -> Iterator[None]:
 
 
 def without_weights(
-    model: Any, half: nn.Module, base: bytes, all_matrices: bool
+    model: Any, half: nn.Module, base: bytes, all_matrices: bool, running: Collection[str] = ()
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Lets the model's weights lie in a base file. Returns those that require grad, and of the frozen ones those that
+    """Lets the model's weights lie in a base file. Returns those that move or are running, and of the others those that
     are to be no constants, by their names in the graph: those that are stored narrow, or all but the small ones."""
     from onnxscript import ir
 
@@ -328,7 +336,8 @@ def without_weights(
         tensor = state[first]
         found = [graph.initializers.pop(PREFIX + name, None) for name in (first, *others)]
         value, *same = [value for value in found if value is not None] or [None]
-        if value is None and tensor.requires_grad:  # it moves, and nothing reads it
+        moves = tensor.requires_grad or first in running
+        if value is None and moves:  # it moves, and nothing reads it
             value = ir.Value(type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(tensor.shape))
         if value is None:
             continue
@@ -340,7 +349,7 @@ def without_weights(
             BASE, end + begin, stop - begin, value.dtype, shape=value.shape, name=value.name
         )
         weights.append(value)
-        if tensor.requires_grad:
+        if moves:
             moving[value.name] = value
         elif first in stored or (all_matrices and tensor.dim() > 1):
             fixed[value.name] = value
@@ -437,7 +446,12 @@ def serialized(model: Any, piece: Any, open_: Collection[str]) -> bytes:
 
 
 def _compare(
-    half: nn.Module, sample: Inputs, batches: Sequence[Mapping[str, Tensor]], pieces: Sequence[bytes], base: bytes
+    half: nn.Module,
+    sample: Inputs,
+    batches: Sequence[Mapping[str, Tensor]],
+    pieces: Sequence[bytes],
+    base: bytes,
+    running: Collection[str],
 ) -> None:
     """Raises ExportError where onnxruntime makes something else of the pieces than torch of the half."""
     moving = [name for name, p in half.named_parameters() if p.requires_grad]
@@ -447,7 +461,7 @@ def _compare(
             (folder / graph_name(number)).write_bytes(piece)
         (folder / BASE).write_bytes(base)
         try:
-            run = Half(folder, moving, len(pieces))
+            run = Half(folder, moving, len(pieces), running=list(running))
             for inputs in batches:
                 arrays = {name: x.numpy() for name, x in inputs.items()}
                 if wrong := _difference(run(arrays), call(half, given_as(sample, inputs)).numpy(), mask_of(inputs)):

@@ -25,21 +25,28 @@ class Gradient:
     """d <multiplier, cut> / d weights, of the weights that move: of arrays that others hold, and move in place.
 
     folder: holds gradient.onnx and base.safetensors. moving: the weights' names; tensors: their arrays, float32.
-    threads: see `Half`. Raises HalfError.
+    threads: see `Half`. running, statistics: names and arrays of running statistics, likewise. Raises HalfError.
     """
 
     def __init__(
-        self, folder: Path, moving: Sequence[str], tensors: Sequence[NDArray[np.float32]], threads: int = 0
+        self,
+        folder: Path,
+        moving: Sequence[str],
+        tensors: Sequence[NDArray[np.float32]],
+        threads: int = 0,
+        running: Sequence[str] = (),
+        statistics: Sequence[NDArray[np.float32]] = (),
     ) -> None:
         self.moving, self.tensors = list(moving), list(tensors)
         self._folder, self._threads = folder, threads
-        self._values = [onnxruntime.OrtValue.ortvalue_from_numpy(tensor) for tensor in self.tensors]
+        self._names, self._changing = [*moving, *running], [*tensors, *statistics]
+        self._values = [onnxruntime.OrtValue.ortvalue_from_numpy(tensor) for tensor in self._changing]
         self._open()
 
     def _open(self) -> None:
         self._session: Any = None  # never two at once
         self._session = session_of(
-            self._folder / GRADIENT, self._folder / BASE, self.moving, self._values, self._threads
+            self._folder / GRADIENT, self._folder / BASE, self._names, self._values, self._threads
         )
 
     def __call__(
@@ -64,4 +71,5 @@ class Gradient:
 
     def check(self, inputs: Arrays, multiplier: NDArray[np.float32], between: NDArray[np.float32] | None) -> None:
         """As `Half.check`."""
-        check_moves(self.moving, self.tensors, lambda: self(inputs, multiplier, between), self._open)
+        running = len(self._names) - len(self.moving)
+        check_moves(self._names, self._changing, lambda: self(inputs, multiplier, between), self._open, running)

@@ -42,8 +42,9 @@ class Half:
 
     folder: holds half-0.onnx and so on, and base.safetensors. moving: names of weights as in the half's state dict.
     pieces: how many graphs there are. Each goes on from what the one before makes, so that a pass may begin at any:
-    see `at`. threads: of onnxruntime; 0: as many as the kernels use. tensors: the moving weights, in the order of
-    `moving`.
+    see `at`. threads: of onnxruntime; 0: as many as the kernels use. running: names of running statistics, which may
+    change as well. graphs: names of other files than half-0.onnx and so on. tensors: the moving weights, in the order
+    of `moving`; statistics: those of `running`.
 
     The moving ones are inputs of the graph with a value of their own, which onnxruntime reads anew in every pass; it
     would prepack or fold constants once, and go on with the old ones. Frozen ones are constants in the file.
@@ -53,16 +54,26 @@ class Half:
 
     tensors: list[NDArray[np.float32]]
 
-    def __init__(self, folder: Path, moving: Sequence[str], pieces: int = 1, threads: int = 0) -> None:
-        self._graphs, self._file = [folder / graph_name(number) for number in range(pieces)], folder / BASE
-        self._moving, self._threads = list(moving), threads
-        if len(set(moving)) < len(self._moving):
-            raise HalfError(f"a weight is named twice: {', '.join(moving)}")
-        self.tensors = self.base()
+    def __init__(
+        self,
+        folder: Path,
+        moving: Sequence[str],
+        pieces: int = 1,
+        threads: int = 0,
+        running: Sequence[str] = (),
+        graphs: Sequence[str] = (),
+    ) -> None:
+        names = graphs or [graph_name(number) for number in range(pieces)]
+        self._graphs, self._file = [folder / name for name in names], folder / BASE
+        self._moving, self._running, self._threads = list(moving), list(running), threads
+        if len({*moving, *running}) < len(self._moving) + len(self._running):
+            raise HalfError(f"a weight is named twice: {', '.join([*moving, *running])}")
+        self.tensors, self.statistics = self.base(), self._stored(self._running)
         # A session does not own what it reads: without these, and without the arrays, it would read freed memory.
-        self._values = [onnxruntime.OrtValue.ortvalue_from_numpy(tensor) for tensor in self.tensors]
+        changing = [*self.tensors, *self.statistics]
+        self._values = [onnxruntime.OrtValue.ortvalue_from_numpy(tensor) for tensor in changing]
         self._sessions = self._opened()
-        self._reached, self._between = pieces, np.empty(0, np.float32)  # a piece, and its input
+        self._reached, self._between = len(self._graphs), np.empty(0, np.float32)  # a piece, and its input
 
     @property
     def pieces(self) -> int:
@@ -76,11 +87,14 @@ class Half:
 
     def base(self) -> list[NDArray[np.float32]]:
         """The moving weights of round 0, read from the file. Raises HalfError."""
+        return self._stored(self._moving)
+
+    def _stored(self, names: Sequence[str]) -> list[NDArray[np.float32]]:
         found = []
         try:
             with safe_open(self._file, framework="numpy") as file:
                 held = set(file.keys())
-                for name in self._moving:
+                for name in names:
                     if name not in held:
                         raise HalfError(f"{self._file} has no {name!r}, which moves; {ANOTHER}")
                     if (dtype := file.get_slice(name).get_dtype()) != "F32":
@@ -148,7 +162,13 @@ class Half:
         token goes to, need no excuse: they change nothing in either. Costs four passes, and for the time of the check
         the memory of the moving weights.
         """
-        check_moves(self._moving, self.tensors, lambda: [self(inputs)], self._reopen)
+        check_moves(
+            [*self._moving, *self._running],
+            [*self.tensors, *self.statistics],
+            lambda: [self(inputs)],
+            self._reopen,
+            len(self._running),
+        )
 
     def _reopen(self) -> None:
         del self._sessions  # never two at once, each with its copy of the frozen weights
@@ -156,11 +176,11 @@ class Half:
 
     def _opened(self) -> list[Any]:
         """Sessions over `tensors`, one for each piece, which read them wherever they are then."""
-        sessions, may = [], dict[str, None]()
+        sessions, may, moving = [], dict[str, None](), [*self._moving, *self._running]
         for graph in self._graphs:
-            sessions.append(session := session_of(graph, self._file, self._moving, self._values, self._threads))
+            sessions.append(session := session_of(graph, self._file, moving, self._values, self._threads))
             may |= dict.fromkeys(entry.name.removeprefix(PREFIX) for entry in session.get_overridable_initializers())
-        if still := sorted({*self._moving} - {*may}):
+        if still := sorted({*moving} - {*may}):
             raise HalfError(f"{still[0]!r} does not move in the half, where these do: {', '.join(may)[:500]}")
         return sessions
 
@@ -206,20 +226,24 @@ def check_moves(
     tensors: Sequence[NDArray[np.float32]],
     run: Run,
     reopen: Callable[[], None],
+    upwards: int = 0,
 ) -> None:
     """Raises HalfError, with the names, where sessions that are open miss moves that newly opened ones know.
 
-    run: a pass of all sessions. reopen: opens them anew. See `Half.check`.
+    run: a pass of all sessions. reopen: opens them anew. upwards: how many, the last ones, move upwards alone: of a
+    variance below zero all is NaN, behind which nothing is seen. See `Half.check`.
     """
+    ways = [False] * (len(tensors) - upwards) + [True] * upwards
     before, kept = run(), [np.copy(tensor) for tensor in tensors]
     missed: list[str] = []
     try:
-        for tensor in tensors:
-            _move(tensor)
+        for tensor, way in zip(tensors, ways, strict=True):
+            _move(tensor, way)
         seen = run()
         reopen()
         if not (same := _same(seen, run())):  # with all of them moved: a factor of zeros would hide the other's move
-            missed = [n for n, tensor in zip(names, tensors, strict=True) if _misses(tensor, run, reopen)]
+            each = zip(names, tensors, ways, strict=True)
+            missed = [name for name, tensor, way in each if _misses(tensor, way, run, reopen)]
     finally:
         for tensor, values in zip(tensors, kept, strict=True):
             tensor[...] = values
@@ -228,12 +252,12 @@ def check_moves(
         raise HalfError(f"onnxruntime {onnxruntime.__version__} {what}: install another version")
 
 
-def _misses(tensor: NDArray[np.float32], run: Run, reopen: Callable[[], None]) -> bool:
+def _misses(tensor: NDArray[np.float32], upwards: bool, run: Run, reopen: Callable[[], None]) -> bool:
     """Whether sessions that are open miss a move of this tensor alone."""
     reopen()
     run()
     kept = np.copy(tensor)
-    _move(tensor)
+    _move(tensor, upwards)
     seen = run()
     reopen()
     misses = not _same(seen, run())
@@ -253,11 +277,12 @@ def layout(file: Path) -> str:
         return hashlib.sha256(size + stream.read(int.from_bytes(size, "little"))).hexdigest()
 
 
-def _move(tensor: NDArray[np.float32]) -> None:
-    """By turns up and down: a normalisation behind it takes a common shift away."""
+def _move(tensor: NDArray[np.float32], upwards: bool) -> None:
+    """By turns up and down: a normalisation behind it takes a common shift away. upwards: by turns, and never down."""
     flat = tensor.reshape(-1)
     flat[::2] += np.float32(STEP)
-    flat[1::2] -= np.float32(STEP)
+    if not upwards:
+        flat[1::2] -= np.float32(STEP)
 
 
 def _same(ones: Sequence[NDArray[np.float32]], others: Sequence[NDArray[np.float32]]) -> bool:

@@ -15,6 +15,7 @@ from hosfl.edge.client import EdgeClient
 from hosfl.edge.data import Batches, Samples, read_samples
 from hosfl.edge.gradient import GRADIENT, Gradient
 from hosfl.edge.half import BASE, Half, HalfError, graph_name
+from hosfl.edge.running import STATISTICS, Running
 from hosfl.engines.engine import JoinError, Line
 from hosfl.engines.joining import check_cut, check_labels, fetched, read_offer, take_part
 from hosfl.protocol.arrays import Array
@@ -22,6 +23,7 @@ from hosfl.protocol.endpoint import Endpoint
 from hosfl.protocol.header import Header, LogError, decode_header
 from hosfl.protocol.provenance import header_digest
 from hosfl.protocol.rebuild import base_digest
+from hosfl.protocol.seeds import Purpose
 from hosfl.protocol.terms import Run, run_of
 from hosfl.settings import Settings, decisive, differences
 from hosfl.tasks.reading import DataError
@@ -77,7 +79,8 @@ def client_of(
         raise JoinError(f"the server offers its half in {len(graphs)} pieces, and the run has {blocks} blocks")
     for piece, sha256 in enumerate(graphs):
         fetch(graph_name(piece), sha256, folder / graph_name(piece))
-    half = Half(folder, [p.name for p in header.parameters], len(graphs), threads)
+    moving, running = [p.name for p in header.parameters], run["edge"]["running"]
+    half = Half(folder, moving, len(graphs), threads, running)
     integers = half.integers
     try:
         samples.check_taken(integers)
@@ -90,22 +93,36 @@ def client_of(
         if run["edge"]["gradient"] is None:
             raise JoinError("the run's clients backpropagate, and the server offers no gradient's graph")
         fetch(GRADIENT, run["edge"]["gradient"], folder / GRADIENT)
-        gradient = Gradient(folder, [p.name for p in header.parameters], half.tensors, threads)
+        gradient = Gradient(folder, moving, half.tensors, threads, running, half.statistics)
         inputs = first.inputs
         gradient.check(inputs, np.ones_like(half(inputs)), half.input_of(half.pieces - blocks, inputs))
-    per_token = run["labels"]["ignore_index"] is not None
+    batches = Batches(
+        samples, settings.batch, settings.seed, number, run["labels"]["ignore_index"] is not None, integers
+    )
+    statistics = None
+    if settings.calibrate:
+        if run["edge"]["statistics"] is None or not running:
+            raise JoinError("the run's clients estimate running statistics, and the server offers no graph of them")
+        fetch(STATISTICS, run["edge"]["statistics"], folder / STATISTICS)
+        others = replace(batches, purpose=Purpose.CALIBRATION)
+        statistics = Running(
+            half.statistics,
+            lambda: Half(folder, moving, threads=threads, running=running, graphs=[STATISTICS]),
+            lambda: map(others, range(settings.calibrate)),
+        )
     client = EdgeClient(
         number,
         half,
         terms,
         [p.stream for p in header.parameters],
-        Batches(samples, settings.batch, settings.seed, number, per_token, integers),
-        lambda: _weights(folder / BASE, run["edge"]["digest"], header, half),
+        batches,
+        lambda: _weights(folder / BASE, run["edge"]["digest"], header, half, running),
         settings.wire,
         gradient,
         settings.microbatch,
+        statistics,
     )
-    return Endpoint(client, run=run["id"])
+    return Endpoint(client, calibrates=settings.calibrate > 0, run=run["id"])
 
 
 def _settings(told: dict[str, Any]) -> Settings:
@@ -128,8 +145,6 @@ def unable(settings: Settings) -> str:
         return f"clients without torch take part in method ho, and the run's is {settings.method!r}"
     if settings.estimator not in ESTIMATORS:
         return f"clients without torch take the estimator {', '.join(ESTIMATORS)}, not {settings.estimator}"
-    if settings.calibrate:
-        return "clients without torch cannot estimate running statistics, as calibrate wants"
     return ""
 
 
@@ -174,9 +189,10 @@ def _check_base(path: Path, header: Header, digested: Sequence[str]) -> None:
         raise JoinError(f"the server's base has no {missing[0]}, which the digest of its half is of")
 
 
-def _weights(path: Path, names: Sequence[str], header: Header, half: Half) -> Iterator[Array]:
+def _weights(path: Path, names: Sequence[str], header: Header, half: Half, running: Sequence[str]) -> Iterator[Array]:
     """All that the half's digest is of, each read when it is its turn."""
     moved = {p.name: tensor for p, tensor in zip(header.parameters, half.tensors, strict=True)}
+    moved |= zip(running, half.statistics, strict=True)
     with safe_open(path, "np") as file:
         for name in names:
             yield moved[name] if name in moved else file.get_tensor(name)

@@ -40,8 +40,8 @@ def read_offer(offered: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings of the run that a server offers, and what else it says of it, of the right types. Raises JoinError.
 
     What it says: base, log: digests; cut: the shape of one sample's; labels: see `check_labels`; measures; id; hosfl,
-    the server's version; edge, for clients without torch: SHA-256 of graphs, header and gradient, and the names of what
-    the half's digest is of; None where there is nothing for them.
+    the server's version; edge, for clients without torch: SHA-256 of graphs, header, gradient and statistics, and the
+    names of what the half's digest is of and of its running statistics; None where there is nothing for them.
     """
     try:
         run = json.loads(offered)
@@ -59,7 +59,9 @@ def read_offer(offered: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
         if run["edge"] is not None:
             edge = {name: [str(one) for one in run["edge"][name]] for name in ("graphs", "digest")}
             edge["header"] = str(run["edge"]["header"])
-            edge["gradient"] = None if run["edge"]["gradient"] is None else str(run["edge"]["gradient"])
+            edge["running"] = [str(one) for one in run["edge"].get("running", [])]
+            for name in ("gradient", "statistics"):  # an older server has no statistics
+                edge[name] = None if run["edge"].get(name) is None else str(run["edge"][name])
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise (
             error if isinstance(error, JoinError) else JoinError(f"what the server offers is no run: {error!r}")
