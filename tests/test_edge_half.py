@@ -818,7 +818,6 @@ REFUSED = {
         numbers(),
         "loops or branches in one another",
     ),
-    "bfloat16": (lambda: nn.Linear(6, 4).bfloat16(), numbers(), "weight is bfloat16: make the half float32"),
     "float64": (lambda: nn.Linear(6, 4).double(), numbers(), "weight is float64: make the half float32"),
     "a tuple": (lambda: nn.Linear(6, 4), (numbers(),), "input is a tuple"),
     "no tensor": (lambda: nn.Linear(6, 4), {"input": numbers(), "flag": True}, "flag is a bool"),

@@ -39,6 +39,8 @@ from hosfl.edge.export import (
     takes,
     tried,
     unchecked,
+    wide,
+    wide_inputs,
     without_weights,
 )
 from hosfl.edge.gradient import BETWEEN, GRADIENT, MULTIPLIER, OF, Gradient
@@ -47,7 +49,7 @@ from hosfl.halves.blocks import at_entry
 from hosfl.halves.inputs import Inputs, call, evaluating, unchanged
 from hosfl.halves.narrow import in_their_dtype
 from hosfl.probing.probe import Lookups
-from hosfl.protocol.weights import as_file
+from hosfl.protocol.weights import Weights, as_file
 
 NOTHING = 1e-3  # of the largest gradient: smaller ones may be rounding alone, such as that of a key's bias
 aten = torch.ops.aten
@@ -71,11 +73,11 @@ def exported_gradient(
     Raises ExportError as `exported`, and where torch has no such graph.
     """
     check_half(half)
+    base, half, sample = as_file(half.state_dict()), wide(half), wide_inputs(sample)
     named = named_inputs(sample)
     with evaluating(half), unchanged(half.modules()), Lookups():
         any_length = takes(half, given_as(sample, resized(named, ROWS, shorter=True)))
         model = _graph(half, sample, named, any_length, [entry] if entry else [])
-        base = as_file(half.state_dict())
         graph = _gradients(model, *without_weights(model, half, base, True, running), bool(entry))
         _compare(half, sample, tried(half, sample, named, any_length, most), entry, graph, base, running)
     return graph
@@ -274,14 +276,14 @@ def _compare(
 ) -> None:
     """Raises ExportError where onnxruntime makes other gradients than torch."""
     moving = {name: p for name, p in half.named_parameters() if p.requires_grad}
-    statistics = {name: half.get_buffer(name) for name in running}
     with TemporaryDirectory() as name:
         folder = Path(name)
         (folder / GRADIENT).write_bytes(graph)
         (folder / BASE).write_bytes(base)
         try:
-            arrays = [[p.detach().numpy() for p in own.values()] for own in (moving, statistics)]
-            run = Gradient(folder, list(moving), arrays[0], running=list(statistics), statistics=arrays[1])
+            stored = Weights(folder / BASE)
+            arrays = [[stored[name] for name in own] for own in (moving, running)]
+            run = Gradient(folder, list(moving), arrays[0], running=list(running), statistics=arrays[1])
             for inputs in batches:
                 reached: list[Tensor] = []
                 with torch.enable_grad(), at_entry(half, entry, reached.append):

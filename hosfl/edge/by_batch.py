@@ -27,6 +27,8 @@ from hosfl.edge.export import (
     size_of,
     takes,
     tried,
+    wide,
+    wide_inputs,
     without_weights,
 )
 from hosfl.edge.half import BASE, Half, HalfError
@@ -43,11 +45,11 @@ def exported_statistics(half: nn.Module, sample: Inputs, most: tuple[int, int] =
     Raises ExportError, also where onnxruntime makes others of it.
     """
     check_half(half)
+    base, half, sample = as_file(half.state_dict()), wide(half), wide_inputs(sample)
     named, running = named_inputs(sample), calibration.running(half)
     with evaluating(half), unchanged(half.modules()):
         any_length = takes(half, given_as(sample, resized(named, ROWS, shorter=True)))
         model = graph_of(half, sample, named, any_length, (), _Statistics)
-        base = as_file(half.state_dict())
         moving, fixed = without_weights(model, half, base, False, running)
         graph = _whole(model, moving, fixed)
         _compare(half, sample, tried(half, sample, named, any_length, most), graph, base)

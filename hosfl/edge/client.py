@@ -176,7 +176,7 @@ class EdgeClient:
     def _gradients(self, gradient: Gradient, piece: int, multiplier: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         """<multiplier, cut> by each of the tensors, some samples at a time, from the piece that is the first block."""
         at_once, between = self.microbatch or len(multiplier), self.half.input_of(piece, self._batch.inputs)
-        found = [np.zeros_like(tensor) for tensor in self.replica.tensors]
+        found = [np.zeros(tensor.shape, np.float32) for tensor in self.replica.tensors]
         for at in range(0, len(multiplier), at_once):
             some = slice(at, at + at_once)
             parts = gradient(self._batch[some].inputs, multiplier[some], None if between is None else between[some])

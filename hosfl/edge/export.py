@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -20,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from hosfl.edge.half import BASE, LAYOUT, PREFIX, Half, HalfError, graph_name
 from hosfl.extras import needed
@@ -28,6 +30,7 @@ from hosfl.halves.families import ClientHalf, copied
 from hosfl.halves.follow import CutError
 from hosfl.halves.inputs import Inputs, call, evaluating, mask_of, unchanged
 from hosfl.halves.narrow import in_their_dtype, narrow_names
+from hosfl.halves.split import as_dtype
 from hosfl.protocol.weights import as_file
 
 ROWS = 3  # samples that a graph is made of: a batch of one would be taken for a size that never changes
@@ -69,17 +72,19 @@ def exported(
     that the holder of a session may give it memory of its own for them. onnxruntime then makes the half's output of the
     sample and of other batches, and is seen to follow every weight that moves.
 
+    A half in bfloat16 has a graph that computes in float32, of weights in bfloat16.
+
     Raises ExportError, which says what stands in the way; ImportError without onnx or onnxscript.
     """
     for module in ("onnx", "onnxscript"):
         needed(module, "the export of a client half", "export")
     check_half(half)
+    base, half, sample = as_file(half.state_dict()), wide(half), wide_inputs(sample)
     named = named_inputs(sample)
     with evaluating(half), unchanged(half.modules()):
         _check_cut(half, sample)
         takes_lengths = takes(half, given_as(sample, resized(named, ROWS, shorter=True)))
         model = graph_of(half, sample, named, takes_lengths, [entry for entry in entries if entry])
-        base = as_file(half.state_dict())
         pieces = _pieces(model, *without_weights(model, half, base, beside_gradient, running))
         _compare(half, sample, tried(half, sample, named, takes_lengths, most), pieces, base, running)
     return pieces
@@ -87,12 +92,23 @@ def exported(
 
 def check_half(half: nn.Module) -> None:
     for name, tensor in (*half.named_parameters(), *half.named_buffers()):
-        if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype != torch.float32):
+        if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.bfloat16)):
             raise ExportError(
                 f"{name} is {str(tensor.dtype).removeprefix('torch.')}: make the half float32, half.float()"
             )
         if tensor.device.type != "cpu":
             raise ExportError(f"{name} is on {tensor.device}: move the half to the CPU, half.cpu()")
+
+
+def wide(half: nn.Module) -> nn.Module:
+    """The half in float32; its own copy, where it is bfloat16. A graph computes in float32, of weights as they are
+    stored: runtimes for processors have few operators in bfloat16."""
+    floats = [t for t in (*half.parameters(), *half.buffers()) if t.is_floating_point()]
+    return half if all(t.dtype == torch.float32 for t in floats) else as_dtype(copy.deepcopy(half), torch.float32)
+
+
+def wide_inputs(sample: Inputs) -> Inputs:
+    return tree_map_only(Tensor, lambda x: x.float() if x.dtype == torch.bfloat16 else x, sample)
 
 
 def _check_cut(half: nn.Module, sample: Inputs) -> None:
@@ -344,6 +360,8 @@ def without_weights(
         for other in same:
             ir.convenience.replace_all_uses_with(other, value)
         begin, stop = places[first]["data_offsets"]
+        if in_16_bits := places[first]["dtype"] == "BF16":
+            value = made_wide(graph, value)
         value.name = PREFIX + first
         value.const_value = ir.ExternalTensor(
             BASE, end + begin, stop - begin, value.dtype, shape=value.shape, name=value.name
@@ -351,7 +369,7 @@ def without_weights(
         weights.append(value)
         if moves:
             moving[value.name] = value
-        elif first in stored or (all_matrices and tensor.dim() > 1):
+        elif first in stored or ((all_matrices or in_16_bits) and tensor.dim() > 1):
             fixed[value.name] = value
     constants = {value.name: value.const_value.nbytes for value in graph.initializers.values()}
     if (size := sum(constants.values())) > CONSTANTS:
@@ -378,6 +396,18 @@ def without_weights(
             output.metadata_props.clear()
     model.metadata_props[LAYOUT] = hashlib.sha256(base[:end]).hexdigest()
     return moving, fixed
+
+
+def made_wide(graph: Any, value: Any) -> Any:
+    """A weight in bfloat16, of which an operator makes the value in float32."""
+    from onnxscript import ir
+
+    stored = ir.Value(type=ir.TensorType(ir.DataType.BFLOAT16), shape=value.shape)
+    cast = ir.node("Cast", [stored], attributes={"to": ir.DataType.FLOAT})
+    cast.outputs[0].name, cast.outputs[0].type, cast.outputs[0].shape = f"wide {value.name}", value.type, value.shape
+    ir.convenience.replace_all_uses_with(value, cast.outputs[0])
+    graph.insert_before(graph[0], cast)
+    return stored
 
 
 def _graphs_of(node: Any) -> list[Any]:

@@ -14,8 +14,11 @@ from typing import Any
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
+from hosfl.edge.travel import assign_rounded
+from hosfl.protocol.arrays import widened
+from hosfl.protocol.weights import Weights
 from hosfl_kernels import threads as threads_of_kernels
 
 BASE = "base.safetensors"
@@ -23,6 +26,7 @@ PREFIX = "client."  # of the weights' names in a graph, where inputs and values 
 LAYOUT = "layout"  # what a graph's metadata call the digest of its base file's header
 LEAST = 1, 24  # of onnxruntime's versions: older ones read any file that a graph names
 ANOTHER = "graph and base are of two halves: fetch both of one run"
+BFLOAT16 = 16  # by ONNX's number of it
 STEP = 1 / 64  # how far a check moves every weight: more than rounding hides, and little enough for any network
 
 # By onnxruntime's names of them.
@@ -44,7 +48,8 @@ class Half:
     pieces: how many graphs there are. Each goes on from what the one before makes, so that a pass may begin at any:
     see `at`. threads: of onnxruntime; 0: as many as the kernels use. running: names of running statistics, which may
     change as well. graphs: names of other files than half-0.onnx and so on. tensors: the moving weights, in the order
-    of `moving`; statistics: those of `running`.
+    of `moving`; statistics: those of `running`. Either are float32, or bfloat16 as its bits, uint16: the graph makes
+    them wide.
 
     The moving ones are inputs of the graph with a value of their own, which onnxruntime reads anew in every pass; it
     would prepack or fold constants once, and go on with the old ones. Frozen ones are constants in the file.
@@ -52,7 +57,7 @@ class Half:
     Raises HalfError.
     """
 
-    tensors: list[NDArray[np.float32]]
+    tensors: list[NDArray[Any]]
 
     def __init__(
         self,
@@ -71,7 +76,7 @@ class Half:
         self.tensors, self.statistics = self.base(), self._stored(self._running)
         # A session does not own what it reads: without these, and without the arrays, it would read freed memory.
         changing = [*self.tensors, *self.statistics]
-        self._values = [onnxruntime.OrtValue.ortvalue_from_numpy(tensor) for tensor in changing]
+        self._values = [value_over(tensor) for tensor in changing]
         self._sessions = self._opened()
         self._reached, self._between = len(self._graphs), np.empty(0, np.float32)  # a piece, and its input
 
@@ -85,21 +90,20 @@ class Half:
         types = {entry.name: entry.type for entry in self._sessions[0].get_inputs()}
         return {name: INTEGERS[type] for name, type in types.items() if type in INTEGERS}
 
-    def base(self) -> list[NDArray[np.float32]]:
+    def base(self) -> list[NDArray[Any]]:
         """The moving weights of round 0, read from the file. Raises HalfError."""
         return self._stored(self._moving)
 
-    def _stored(self, names: Sequence[str]) -> list[NDArray[np.float32]]:
+    def _stored(self, names: Sequence[str]) -> list[NDArray[Any]]:
         found = []
         try:
-            with safe_open(self._file, framework="numpy") as file:
-                held = set(file.keys())
-                for name in names:
-                    if name not in held:
-                        raise HalfError(f"{self._file} has no {name!r}, which moves; {ANOTHER}")
-                    if (dtype := file.get_slice(name).get_dtype()) != "F32":
-                        raise HalfError(f"{name!r} moves and is {dtype}: a client without torch has float32 alone")
-                    found.append(np.array(file.get_tensor(name), np.float32, order="C"))
+            stored = Weights(self._file)
+            for name in names:
+                if name not in stored:
+                    raise HalfError(f"{self._file} has no {name!r}, which moves; {ANOTHER}")
+                if (dtype := stored.dtype(name)) not in ("F32", "BF16"):
+                    raise HalfError(f"{name!r} moves and is {dtype}: float32 or bfloat16 is needed")
+                found.append(stored[name])
         except (OSError, SafetensorError) as error:
             raise HalfError(f"{self._file} cannot be read: {error}; fetch it anew") from error
         return found
@@ -185,6 +189,13 @@ class Half:
         return sessions
 
 
+def value_over(array: NDArray[Any]) -> Any:
+    """An OrtValue in the memory of an array, which has to outlive it. uint16 is the bits of bfloat16."""
+    if array.dtype == np.uint16:
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, BFLOAT16)
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+
+
 def session_of(graph: Path, base: Path, moving: Sequence[str], values: Sequence[Any], threads: int) -> Any:
     """A session of a graph whose weights are those of a base file, but for those that move: OrtValues, which it reads
     wherever they are then. Raises HalfError."""
@@ -223,7 +234,7 @@ def below_zero(named: Mapping[str, NDArray[Any]]) -> str:
 
 def check_moves(
     names: Sequence[str],
-    tensors: Sequence[NDArray[np.float32]],
+    tensors: Sequence[NDArray[Any]],
     run: Run,
     reopen: Callable[[], None],
     upwards: int = 0,
@@ -252,7 +263,7 @@ def check_moves(
         raise HalfError(f"onnxruntime {onnxruntime.__version__} {what}: install another version")
 
 
-def _misses(tensor: NDArray[np.float32], upwards: bool, run: Run, reopen: Callable[[], None]) -> bool:
+def _misses(tensor: NDArray[Any], upwards: bool, run: Run, reopen: Callable[[], None]) -> bool:
     """Whether sessions that are open miss a move of this tensor alone."""
     reopen()
     run()
@@ -277,12 +288,13 @@ def layout(file: Path) -> str:
         return hashlib.sha256(size + stream.read(int.from_bytes(size, "little"))).hexdigest()
 
 
-def _move(tensor: NDArray[np.float32], upwards: bool) -> None:
+def _move(tensor: NDArray[Any], upwards: bool) -> None:
     """By turns up and down: a normalisation behind it takes a common shift away. upwards: by turns, and never down."""
-    flat = tensor.reshape(-1)
-    flat[::2] += np.float32(STEP)
+    values = widened(tensor).reshape(-1)
+    values[::2] += np.float32(STEP)
     if not upwards:
-        flat[1::2] -= np.float32(STEP)
+        values[1::2] -= np.float32(STEP)
+    assign_rounded(tensor, values)
 
 
 def _same(ones: Sequence[NDArray[np.float32]], others: Sequence[NDArray[np.float32]]) -> bool:

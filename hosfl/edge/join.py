@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from hosfl.edge.client import EdgeClient
 from hosfl.edge.data import Batches, Samples, read_samples
@@ -25,6 +25,7 @@ from hosfl.protocol.provenance import header_digest
 from hosfl.protocol.rebuild import base_digest
 from hosfl.protocol.seeds import Purpose
 from hosfl.protocol.terms import Run, run_of
+from hosfl.protocol.weights import Weights
 from hosfl.settings import Settings, decisive, differences
 from hosfl.tasks.reading import DataError
 
@@ -117,7 +118,7 @@ def client_of(
         [p.stream for p in header.parameters],
         batches,
         lambda: _weights(folder / BASE, run["edge"]["digest"], header, half, running),
-        settings.wire,
+        settings.dtype if settings.wire == "float32" else settings.wire,
         gradient,
         settings.microbatch,
         statistics,
@@ -159,33 +160,18 @@ def _terms(data: bytes, sha256: str, settings: Settings) -> tuple[Run, Header]:
         raise JoinError(f"the server's header is none: {error}") from None
 
 
-class _Stored(Mapping[str, Array]):
-    """The weights of an open file, each read when it is asked for: all of them are as much as the session has."""
-
-    def __init__(self, file: Any) -> None:
-        self._file, self._names = file, list(file.keys())
-
-    def __getitem__(self, name: str) -> Array:
-        return self._file.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
 def _check_base(path: Path, header: Header, digested: Sequence[str]) -> None:
     """Raises JoinError where weights are not those that the header names, or the digest is of more than there are."""
     try:
-        with safe_open(path, "np") as file:
-            weights = _Stored(file)
-            if base_digest(weights) != header.base:
-                raise JoinError("the server's base holds other weights than its log's header says")
-            missing = [name for name in digested if name not in [*weights]]
+        weights = Weights(path)  # each is read when it is its turn: all of them are as much as the session has
     except SafetensorError as error:
         raise JoinError(f"the base half is no safetensors file: {error}") from None
-    if missing:
+    try:
+        if base_digest(weights) != header.base:
+            raise JoinError("the server's base holds other weights than its log's header says")
+    except ValueError as error:  # a dtype
+        raise error if isinstance(error, JoinError) else JoinError(str(error)) from None
+    if missing := [name for name in digested if name not in weights]:
         raise JoinError(f"the server's base has no {missing[0]}, which the digest of its half is of")
 
 
@@ -193,9 +179,9 @@ def _weights(path: Path, names: Sequence[str], header: Header, half: Half, runni
     """All that the half's digest is of, each read when it is its turn."""
     moved = {p.name: tensor for p, tensor in zip(header.parameters, half.tensors, strict=True)}
     moved |= zip(running, half.statistics, strict=True)
-    with safe_open(path, "np") as file:
-        for name in names:
-            yield moved[name] if name in moved else file.get_tensor(name)
+    stored = Weights(path)
+    for name in names:
+        yield moved[name] if name in moved else stored[name]
 
 
 def _try(half: Half, samples: Samples, cut: list[int], what: str) -> None:

@@ -7,12 +7,15 @@ base.safetensors    the weights of round 0
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hosfl.edge.data import Arrays, Samples
 from hosfl.edge.half import HalfError
+from hosfl.edge.travel import assign_rounded, rounded
+from hosfl.protocol.arrays import widened
 from hosfl.protocol.messages import MessageError
 
 STATISTICS = "statistics.onnx"
@@ -29,7 +32,7 @@ class Running:
 
     def __init__(
         self,
-        arrays: Sequence[Floats],
+        arrays: Sequence[NDArray[Any]],
         of_batch: Callable[[], Callable[[Arrays], Floats]],
         batches: Callable[[], Iterable[Samples]],
     ) -> None:
@@ -60,10 +63,11 @@ class Running:
         sizes = [a.size for a in self.arrays]
         if values.dtype != np.float32 or len(values) != sum(sizes):
             raise MessageError(f"{len(values)} statistics where normalisations have {sum(sizes)}")
-        if not np.isfinite(values).all():
+        narrow = any(array.dtype == np.uint16 for array in self.arrays)
+        if not np.isfinite(widened(rounded(values)) if narrow else values).all():
             raise MessageError("infinite or NaN statistics")
         parts = np.split(values, np.cumsum(sizes)[:-1])
         if any((variances < 0).any() for variances in parts[1::2]):
             raise MessageError("negative variances")
         for array, part in zip(self.arrays, parts, strict=True):
-            array[...] = part.reshape(array.shape)
+            assign_rounded(array, part)

@@ -27,7 +27,7 @@ from hosfl.protocol.lattice import Lattice
 from hosfl.protocol.provenance import read_id
 from hosfl.protocol.replica import Replica
 from hosfl.protocol.terms import Measures
-from hosfl.protocol.weights import as_file
+from hosfl.protocol.weights import Weights, as_file
 from hosfl.tasks.reading import DataError
 
 FORMAT = 4  # of what is offered
@@ -168,14 +168,15 @@ class Kept:
             return
         replica = client.replica
         try:
-            with safe_open(self.path, "pt" if all(map(is_tensor, replica.tensors)) else "np") as file:
-                told = file.metadata()
+            torch = all(map(is_tensor, replica.tensors))
+            with safe_open(self.path, "pt" if torch else "np") as file:
+                told, read = file.metadata(), file.get_tensor if torch else Weights(self.path).__getitem__
                 if told["format"] != KEPT_FORMAT:
                     raise ValueError("another version wrote it")
                 if told["run"] != self.of or told["client"] != str(client.number):
                     raise ValueError("it is of another run")
                 groups = [
-                    [file.get_tensor(f"{group}.{n}") for n in range(len(replica.tensors))]
+                    [read(f"{group}.{n}") for n in range(len(replica.tensors))]
                     for group in range(1 + len(replica.moments))
                 ]
             quantum = float(told["quantum"]) if told["quantum"] else None
