@@ -833,6 +833,7 @@ def test_integers_that_are_too_large(tmp_path):
         (np.int64, x, "numbers from 0 to 9223372036854775813, and the half takes -9223372036854775808 to"),
         (np.int8, np.full((3, 2), -129), "numbers from -129 to 0, and the half takes -128 to 127"),
         (np.bool_, np.full((3, 2), 2), "numbers from 0 to 2, and the half takes 0 to 1"),
+        (np.int64, np.ones((3, 2)), "has float32 numbers, and the half takes int64: save them as integers"),
     ]:
         with pytest.raises(DataError, match=said):
             samples_of((numbers, labels), "data").check_taken({"input": np.dtype(dtype)})

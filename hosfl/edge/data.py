@@ -55,11 +55,13 @@ class Samples:
         return Samples({name: _fitted(value, integers.get(name)) for name, value in inputs.items()}, self.labels)
 
     def check_taken(self, integers: Mapping[str, np.dtype[Any]]) -> None:
-        """Raises DataError for integers that those that a half takes cannot be."""
+        """Raises DataError for what cannot be the integers that a half takes."""
         for name, value in self.named().items():
             dtype = integers.get(name if isinstance(self.inputs, dict) else "input")
-            if dtype is None or value.dtype.kind == "f":
+            if dtype is None:
                 continue
+            if value.dtype.kind == "f":
+                raise DataError(f"{name} has {value.dtype} numbers, and the half takes {dtype}: save them as integers")
             least, most = int(value.min(initial=0)), int(value.max(initial=0))
             ends = (0, 1) if dtype.kind == "b" else (int(np.iinfo(dtype).min), int(np.iinfo(dtype).max))
             if not ends[0] <= least <= most <= ends[1]:
