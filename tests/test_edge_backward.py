@@ -16,6 +16,7 @@ from hosfl.halves.narrow import narrowed
 from hosfl.halves.trains import moving_only
 from hosfl.probing.probe import Lookups
 from hosfl.runs.checkpoint import save_module
+from hosfl.tasks.vision import CifarResNet
 from hosfl_kernels import replay_
 
 TEXT = {"input_ids": torch.tensor([[5, 6, 7, 5, 9], [8, 5, 0, 0, 0], [7, 7, 7, 7, 0]])}
@@ -67,7 +68,14 @@ def twice():
     return nn.Sequential(layer, norm, nn.Tanh(), layer, norm, nn.Linear(6, 3)), torch.randn(3, 6)
 
 
+def resnet():
+    half = hosfl.split(CifarResNet(10, n=2), "layer3", verify=False).client  # over a shortcut that pads channels
+    return half, torch.randn(3, 3, 8, 8)
+
+
 HALVES = {
+    "resnet": resnet,
+    "padding": lambda: pictures(nn.ZeroPad2d((1, 0, 2, 1)), nn.Conv2d(4, 3, 2), nn.ConstantPad2d(1, 0.5), nn.Tanh()),
     "tied": lambda: (Tied(), torch.tensor([[5, 6, 5], [7, 8, 0], [1, 1, 1]])),
     "a module in two places": twice,
     "batch norm, strides, padding": lambda: pictures(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_structure
 
 from hosfl.edge.export import (
@@ -113,6 +115,7 @@ def _graph(
         _read_alone(half, sample),
         in_their_dtype(half),
         Tables(),
+        _Paddings(),
     ):
         given = (torch.ones_like(cut), *inputs.values())
         forward = torch.export.export(product, given, dynamic_shapes=((of_cut, *sizes),))
@@ -134,6 +137,32 @@ def _graph(
         )
     assert program is not None
     return program.model
+
+
+class _Paddings(TorchFunctionMode):
+    """Padding with a number as a concatenation: torch cannot write the backward pass of its own where the number of
+    samples is open, as in a ResNet's shortcuts."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        told = kwargs or {}
+        if function is nn.functional.pad:
+            found = _PAD.bind(*args, **told).arguments
+            if found.get("mode", "constant") == "constant" and min(found["pad"]) >= 0:
+                return _padded(found["input"], found["pad"], found.get("value") or 0.0)
+        return function(*args, **told)
+
+
+_PAD = signature(nn.functional.pad)
+
+
+def _padded(x: Tensor, pad: Sequence[int], value: float) -> Tensor:
+    for n, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True), 1):
+        beside = [[*x.shape[: x.dim() - n], size, *x.shape[x.dim() - n + 1 :]] for size in (before, after)]
+        if before or after:
+            x = torch.cat([x.new_full(beside[0], value), x, x.new_full(beside[1], value)], -n)
+    return x
 
 
 def _leave_out_other_names(forward: torch.export.ExportedProgram) -> None:
