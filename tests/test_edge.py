@@ -30,11 +30,13 @@ from hosfl.edge.half import Half, HalfError
 from hosfl.edge.join import client_of, join
 from hosfl.engines.engine import JoinError
 from hosfl.engines.in_process import InProcess
+from hosfl.engines.joining import Kept
 from hosfl.methods import travel as with_torch
 from hosfl.methods.tensors import tensor
 from hosfl.protocol.endpoint import AnotherRun
 from hosfl.protocol.messages import (
     Audit,
+    Calibration,
     Complaint,
     Cut,
     Differs,
@@ -43,6 +45,7 @@ from hosfl.protocol.messages import (
     MessageError,
     Multiplier,
     Scalars,
+    Statistics,
     decode,
     encode,
     pack,
@@ -79,6 +82,7 @@ WAYS = {
     "texts, last layer, backward": {**FRESH, "trains": "lora:1:*layer.1.*", "estimator": "backward"},
     "pictures, backward": {**FRESH, "estimator": "backward"},
     "pictures, blocks": {**FRESH, "blocks": 2},
+    "tied, backward": {**FRESH, "estimator": "backward", "microbatch": 3},
     "bytes": {**FRESH},
     "bytes, backward": {**FRESH, "estimator": "backward"},
 }
@@ -112,10 +116,21 @@ def pictures():
     return Task(model, (x, (x.sum((1, 2, 3)) > 0).long()), (x[:9], torch.arange(9) % 2), nn.functional.cross_entropy, 3)
 
 
+def tied():
+    """One layer in two places."""
+    x = torch.randn(100, 6, generator=torch.Generator().manual_seed(1))
+
+    def model():
+        layer = nn.Linear(6, 6)
+        return nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(6, 2))
+
+    return Task(model, (x, (x.sum(1) > 0).long()), (x[:9], torch.arange(9) % 2), nn.functional.cross_entropy, 4)
+
+
 def made(way, **more):
     """A federation, its task, and what it offers to clients without torch."""
     kind, settings = way.partition(",")[0], {**SETTINGS, **WAYS[way], **more}
-    task = {"texts": texts, "pictures": pictures, "bytes": bytewise}.get(kind, lambda: None)()
+    task = {"texts": texts, "pictures": pictures, "bytes": bytewise, "tied": tied}.get(kind, lambda: None)()
     if task is not None:
         settings |= {"task": "", "server_rate": 0.05, "client_rate": 0.1, "partition": "iid"}
     federation, task = assemble(Config(**settings), task=task)
@@ -254,6 +269,166 @@ def test_a_probe_runs_from_its_block_on(way, pieces, blocks, tmp_path, monkeypat
         passes[piece] += 1
     assert ran == passes
     assert edge.answer(multiplier) == first  # whoever asks again hears the same
+
+
+@pytest.mark.parametrize(
+    ("way", "dtype", "apart"),
+    [
+        ("pictures", "float32", 1e-5),
+        ("pictures, backward", "float32", 1e-5),
+        ("pictures, blocks", "float32", 1e-5),
+        ("pictures, backward", "bfloat16", 0.02),
+    ],
+)
+def test_running_statistics(way, dtype, apart, tmp_path):
+    """Client 0 has torch, 1 and 2 have not; 2 comes after they were estimated, and is told."""
+    federation, task, files = made(way, calibrate=3, dtype=dtype)
+    shares = [floats(share) for share in partition(task, federation.config)]
+    edges = {n: endpoint(files, n, tmp_path / str(n), saved(shares[n], tmp_path / f"{n}.npz")) for n in (1, 2)}
+    heard, models = {}, [a.copy() for a in edges[1].client.half.statistics]
+
+    def answer(number, data):
+        theirs = federation.endpoint(number).answer(data)
+        said = edges[number].answer(data) if number in edges else theirs
+        heard.setdefault(number, []).append((decode(theirs), decode(said)))
+        return said
+
+    federation.engine = InProcess(answer, 3)
+    federation.engine.present = lambda: {0, 1}
+    federation.calibrate()
+    federation.engine = InProcess(answer, 3)
+    assert list(heard) == [0, 1]
+    ((theirs, mine),) = heard[1]
+    assert type(theirs) is type(mine) is Statistics
+    assert np.array_equal(mine.samples, theirs.samples)
+    assert np.abs(mine.statistics - theirs.statistics).max() < apart * np.abs(theirs.statistics).max()
+    assert all(np.array_equal(a, b) for a, b in zip(edges[1].client.half.statistics, models, strict=True))
+    losses = [federation.round(round) for round in range(4)]
+    assert np.isfinite(losses).all()
+    assert (federation.refused, federation.complained) == ([], [])
+    for number in edges:
+        for theirs, mine in heard[number]:
+            assert type(theirs) is type(mine)
+            if type(mine) is Cut and mine.round == 0:
+                one, other = (travel.unpacked(cut.cut, cut.scales, dtype) for cut in (mine, theirs))
+                assert np.allclose(one, other, rtol=0, atol=apart * np.abs(other).max())
+    found = federation.replicas()
+    assert (found.equal, found.clients) == (True, 4)
+    assert edges[2].client.digest() == found.digest
+    assert not any(np.array_equal(a, b) for a, b in zip(edges[2].client.half.statistics, models, strict=True))
+
+
+def test_statistics_that_are_none(tmp_path):
+    federation, task, files = made("pictures", calibrate=2)
+    edge = endpoint(files, 1, tmp_path / "1", saved(partition(task, federation.config)[1], tmp_path / "own.npz"))
+    client, size = edge.client, sum(a.size for a in edge.client.half.statistics)
+    before = client.digest()
+    right = np.ones(size, np.float32)
+    wrong = {
+        "7 statistics where normalisations have 8": right[1:],
+        "infinite or NaN statistics": right * np.float32(np.inf),
+        "negative variances": -right,
+        "a message for client 2": None,
+    }
+    for said, values in wrong.items():
+        whom = 2 if values is None else 1
+        told = Calibration(client=whom, round=0, statistics=right if values is None else values)
+        with pytest.raises(MessageError, match=said):
+            client.calibrate(told)
+    assert (client.digest(), client.calibrated) == (before, False)
+    client.calibrate(Calibration(client=1, round=0, statistics=right))
+    assert client.calibrated
+    assert client.digest() != before
+    with pytest.raises(MessageError, match="has its statistics already"):
+        client.calibrate(Calibration(client=1, round=0, statistics=right))
+    with pytest.raises(MessageError, match="in an ask for some"):
+        client.statistics(Calibration(client=1, round=0, statistics=right))
+    empty = Calibration(client=1, round=0, statistics=right[:0])
+    assert client.statistics(empty).statistics.shape == (size,)
+    assert not client.calibrated  # those of the run are yet to come
+    client.running.of_batch = lambda: lambda inputs: right * np.float32(np.nan)
+    with pytest.raises(MessageError, match="a channel needs more than one value"):
+        client.statistics(empty)
+    client.running.of_batch = lambda: lambda inputs: right[1:]
+    with pytest.raises(HalfError, match=r"makes \(7,\), and the half has \(8,\)"):
+        client.statistics(empty)
+    for told, why in [
+        ({"statistics": None}, "offers no graph of them"),
+        ({"running": []}, "offers no graph of them"),
+        ({"running": ["1.running_mean", "1.running_mean"]}, "named twice"),
+        ({"running": ["0.weight", "1.running_var"]}, "named twice"),
+        ({"running": ["1.running_mean", "none"]}, "has no 'none'"),
+        ({"running": ["1.running_mean", "1.num_batches_tracked"]}, "is I64"),
+    ]:
+        with pytest.raises((JoinError, HalfError), match=why):
+            endpoint(other_edge(files, **told), 1, tmp_path / "1", str(tmp_path / "own.npz"))
+
+
+@pytest.mark.parametrize(("way", "open_"), [("texts, backward", True), ("texts, lora", False)])
+def test_frozen_weights_are_constants_where_one_graph_has_them(way, open_):
+    """Of constants each session has a copy, and computes a little faster."""
+    _, _, files = made(way)
+    for graph in (onnx.load_model_from_string(data) for name, data in files.items() if name.endswith(".onnx")):
+        given = {value.name for value in graph.graph.input}
+        frozen = [w.name for w in graph.graph.initializer if w.external_data and "lora" not in w.name]
+        large = [w.name for w in graph.graph.initializer if w.name in frozen and len(w.dims) > 1]
+        assert set(given) & set(frozen) == (set(large) if open_ else set())
+        assert large
+
+
+BFLOAT16 = {
+    "pictures": {},
+    "pictures, backward": {},
+    "texts, lora": {"wire": "int8"},
+    "texts, xs": {"rule": "adamw", "estimator": "two-sided"},
+    "texts, int8, backward": {},
+    "tied, backward": {"dist": "gaussian"},
+}
+
+
+@pytest.mark.parametrize("way", BFLOAT16)
+def test_a_half_in_bfloat16(way, tmp_path):
+    """The same bits in everybody's weights. What such a client measures has less rounding in it than torch's."""
+    federation, task, files = made(way, dtype="bfloat16", **BFLOAT16[way])
+    shares, cuts = partition(task, federation.config), []
+    edges = {n: endpoint(files, n, tmp_path / str(n), saved(floats(shares[n]), tmp_path / f"{n}.npz")) for n in (1, 2)}
+    assert {t.dtype for t in edges[1].client.half.tensors} == {np.dtype(np.uint16)}
+
+    def answer(number, data):
+        theirs = federation.endpoint(number).answer(data)
+        said = edges[number].answer(data) if number in edges else theirs
+        if number == 1 and type(decode(said)) in (Cut, Scalars):
+            cuts.append((decode(theirs), decode(said)))
+        return said
+
+    federation.engine = InProcess(answer, 3)
+    losses = [federation.round(round) for round in range(4)]
+    assert np.isfinite(losses).all()
+    assert (federation.refused, federation.complained) == ([], [])
+    (theirs, mine), (_, measured) = cuts[:2]
+    assert mine.cut.dtype == theirs.cut.dtype
+    wire = WIRES[str(mine.cut.dtype)]
+    one, other = (travel.unpacked(cut.cut, cut.scales, wire) for cut in (mine, theirs))
+    assert np.abs(one - other).max() < 0.03 * np.abs(other).max()
+    assert np.isfinite(measured.scalars).all()
+    if "backward" in way:
+        scalars = cuts[1][0].scalars
+        assert np.abs(measured.scalars - scalars).max() < 0.05 * np.abs(scalars).max()
+    found = federation.replicas()
+    assert (found.equal, found.clients) == (True, 4)
+    assert edges[1].client.digest() == found.digest
+    kept = Kept(tmp_path / "state.safetensors", b"run", edges[1].client)
+    kept.save()
+    before = edges[1].client.replica.digest()
+    edges[1].client.anew()
+    assert edges[1].client.replica.digest() != before
+    kept.restore()
+    assert (edges[1].client.applied, edges[1].client.replica.digest()) == (4, before)
+
+
+def floats(share):
+    """A client's own, in float32: numpy has no bfloat16."""
+    return share.to("cpu", torch.float32)
 
 
 def test_a_client_that_was_away_and_one_that_is_wrong(tmp_path):
@@ -499,7 +674,7 @@ REFUSED = {
     "no digest": (lambda files: changed(files, edge={"graphs": [""], "header": ""}), "is no run"),
     "another method": (lambda files: other_settings(files, method="first-order"), "take part in method ho"),
     "forward mode": (lambda files: other_settings(files, estimator="forward"), "not forward"),
-    "statistics": (lambda files: other_settings(files, calibrate=2), "cannot estimate running statistics"),
+    "statistics": (lambda files: other_settings(files, calibrate=2), "calibrate was 0, is 2"),
     "a setting of tomorrow": (lambda files: other_settings(files, tomorrow=1), "update hosfl"),
     "a setting of another type": (lambda files: other_settings(files, batch="many"), "do not work here"),
     "settings that are not its header's": (lambda files: other_settings(files, batch=4), "batch was 8, is 4"),
@@ -535,7 +710,6 @@ def test_runs_that_a_server_does_not_offer():
     for settings, why in [
         ({"method": "first-order"}, "method ho"),
         ({"estimator": "forward"}, "not forward"),
-        ({"dtype": "bfloat16"}, "float32"),
     ]:
         federation, _ = assemble(Config(**{"clients": 3, "sampled": 3} | settings))
         with pytest.raises(ValueError, match=why):
@@ -577,6 +751,10 @@ WRONG = {
     "infinite inputs": ({"inputs": np.full((9, 1, 8, 8), np.inf), "labels": np.arange(9)}, "infinite or NaN"),
     "more labels": ({"inputs": np.zeros((8, 1, 8, 8)), "labels": np.arange(9)}, "9 labels, and inputs of shape"),
     "no labels": ({"inputs": np.zeros((8, 1, 8, 8))}, "one must be called labels"),
+    "labels beyond int32": (
+        {"inputs": np.zeros((9, 1, 8, 8)), "labels": np.full(9, 2**64 - 1, np.uint64)},
+        "travel as int32",
+    ),
     "words": ({"inputs": np.zeros((2, 1, 8, 8)), "labels": np.array(["a", "b"])}, "numbers are needed"),
 }
 
@@ -631,6 +809,37 @@ def test_batches_are_those_of_a_client_with_torch():
             assert all(np.array_equal(batch.named()[name], x[name].numpy()) for name in x)
             lengths.add(batch.tokens)
         assert len(lengths) > 2
+
+
+def test_files_are_as_large_in_memory_as_they_are_stored(tmp_path):
+    x = {"bytes": np.zeros((9, 4), np.uint8), "halves": np.zeros((9, 4), np.float16), "wide": np.zeros((9, 4))}
+    np.savez(tmp_path / "own.npz", labels=np.arange(9, dtype=np.uint8), **x)
+    found = read_samples(str(tmp_path / "own.npz"))
+    assert {name: value.dtype for name, value in found.named().items()} == {
+        "bytes": np.uint8,
+        "halves": np.float16,
+        "wide": np.float32,
+    }
+    batch = Batches(found, 3, 7, 2, False, {"bytes": np.dtype(np.int32)})(0)
+    dtypes = {name: value.dtype for name, value in batch.named().items()}
+    assert dtypes == {"bytes": np.int32, "halves": np.float32, "wide": np.float32}
+    assert Batches(found, 3, 7, 2, False)(0).named()["bytes"].dtype == np.int64
+
+
+def test_integers_that_are_too_large(tmp_path):
+    """A cast would make others of them."""
+    x, labels = np.full((3, 2), 2**63 + 5, np.uint64), np.zeros(3, np.int64)
+    for dtype, numbers, said in [
+        (np.int64, x, "numbers from 0 to 9223372036854775813, and the half takes -9223372036854775808 to"),
+        (np.int8, np.full((3, 2), -129), "numbers from -129 to 0, and the half takes -128 to 127"),
+        (np.bool_, np.full((3, 2), 2), "numbers from 0 to 2, and the half takes 0 to 1"),
+        (np.int64, np.ones((3, 2)), "has float32 numbers, and the half takes int64: save them as integers"),
+    ]:
+        with pytest.raises(DataError, match=said):
+            samples_of((numbers, labels), "data").check_taken({"input": np.dtype(dtype)})
+        samples_of((numbers, labels), "data").check_taken({"other": np.dtype(dtype)})
+    with pytest.raises(DataError, match="labels from 0 to 18446744073709551615: they travel as int32"):
+        samples_of((labels, np.full(3, 2**64 - 1, np.uint64)), "data")
 
 
 def test_masks_that_are_none():

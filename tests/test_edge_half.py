@@ -19,13 +19,16 @@ from torch import nn
 import hosfl
 from hosfl.edge import export
 from hosfl.edge.backward import exported_gradient
+from hosfl.edge.by_batch import exported_statistics
 from hosfl.edge.export import ExportError, exported
 from hosfl.edge.gradient import GRADIENT, Gradient
 from hosfl.edge.half import BASE, PREFIX, STEP, Half, HalfError, graph_name
+from hosfl.edge.running import STATISTICS, Running
 from hosfl.halves.families import packaged_minilm, pretrained_model
 from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.narrow import narrowed
 from hosfl.halves.trains import moving_only
+from hosfl.methods import calibration
 from hosfl.probing.probe import trainable
 from hosfl.runs.checkpoint import save_module
 from hosfl.tasks.vision import CifarResNet
@@ -394,6 +397,98 @@ print(held() - before)
     assert int(run.stdout) < size * size * 4 * 0.8  # the wide one; narrow, it is half of that at most
 
 
+def test_frozen_weights_are_in_memory_once_beside_the_gradient(tmp_path):
+    """As pages of the file: a runtime makes a copy of constants for each of the two graphs."""
+    torch.manual_seed(0)
+    size, process = 3000, Path("/proc/self/status")
+    if not process.exists() or "RssAnon" not in process.read_text():
+        pytest.skip("reads /proc")
+    layers = nn.Linear(4, size), nn.Linear(size, size).requires_grad_(False)
+    half, sample = nn.Sequential(*layers, nn.Linear(size, 4)).eval(), torch.randn(2, 4)
+    folder = written(tmp_path, half, *exported(half, sample, beside_gradient=True))
+    (folder / GRADIENT).write_bytes(exported_gradient(half, sample))
+    told = f"""
+import re, sys
+from pathlib import Path
+import numpy as np
+from hosfl.edge.gradient import Gradient
+from hosfl.edge.half import Half
+
+def held():
+    return 1024 * int(re.findall(r"RssAnon:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[0])
+
+before, folder, moving = held(), Path({str(folder)!r}), {moving_of(half)!r}
+half, x = Half(folder, moving, threads=1), np.ones((2, 4), np.float32)
+gradient = Gradient(folder, moving, half.tensors, threads=1)
+half(x), gradient(x, x)
+print(held() - before)
+"""
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    run = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True, env=environment)
+    assert int(run.stdout) < size * size * 4 * 0.5
+
+
+class Normalised(nn.Module):
+    """Normalisations that two inputs go through, and none; one without running statistics, and one of instances."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.twice, self.unused = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(5)
+        self.plain, self.instances = nn.BatchNorm2d(4, track_running_stats=False), nn.InstanceNorm2d(4)
+        self.tracked = nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
+
+    def forward(self, x):
+        y = self.twice(torch.relu(self.twice(self.layer(x))))
+        return self.tracked(self.instances(self.plain(y)) + y)
+
+
+NORMALISED = {
+    "convolutions": (convolutions, pictures),
+    "resnet": (resnet, pictures),
+    "rows": (lambda: nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5, affine=False)), numbers),
+    "in all ways": (Normalised, pictures),
+}
+
+
+@pytest.mark.parametrize("name", NORMALISED)
+def test_statistics_are_those_of_train_mode_wherever_weights_are(name, tmp_path):
+    torch.manual_seed(0)
+    make, inputs = NORMALISED[name]
+    half = make().eval()
+    running = list(calibration.running(half))
+    written(tmp_path, half, *exported(half, inputs(), running=running))
+    (tmp_path / STATISTICS).write_bytes(exported_statistics(half, inputs(), (8, 0)))
+    whole = Half(tmp_path, moving_of(half), running=running)
+    run = Half(tmp_path, moving_of(half), running=running, graphs=[STATISTICS])
+    half = copy.deepcopy(half)
+    parameters, streams = moved_by_torch(half)
+    for tensors in (whole.tensors, run.tensors, parameters):
+        replay_(tensors, SEEDS, MOVES, streams=streams)
+    for rows in (3, 7):
+        wanted, _ = calibration.estimated(half, [(inputs(rows), torch.zeros(rows))])
+        found = run(arrays(inputs(rows)))
+        assert np.abs(found - wanted.numpy()).max() <= 1e-4 * wanted.abs().max()
+    calibration.load(half, wanted)
+    own = Running(whole.statistics, lambda: run, list)
+    own.load(wanted.numpy())
+    assert close(whole(arrays(inputs())), by_torch(half, inputs()), None)
+    whole.check(arrays(inputs()))
+
+
+def test_statistics_that_are_others_are_found_out():
+    """As of a layer that normalises by a function of its own, which an export would not see."""
+    half, sample = randomised(convolutions()), pictures()
+
+    def own(self, x):
+        if self.training:
+            self.running_mean.copy_(x.mean((0, 2, 3)))
+        return x
+
+    half[1].forward = own.__get__(half[1])
+    with pytest.raises(ExportError, match="statistics are not the half's: of 3 samples numbers differ"):
+        exported_statistics(half.eval(), sample)
+
+
 def test_only_what_is_cheap_is_computed_twice():
     """Such as an attention's mask; no matrix product, and no normalisation."""
     costly = {"MatMul", "Gemm", "Conv", "LayerNormalization", "BatchNormalization", "Softmax"}
@@ -675,6 +770,35 @@ def test_inputs_that_a_half_does_not_take(name, inputs, said, tmp_path):
         run(inputs)
 
 
+@pytest.mark.parametrize("stored", ["float32", "int8", "int4", "bfloat16"])
+def test_a_negative_token_is_an_error_as_to_torch(stored, tmp_path):
+    """An operator of ONNX would count it from the table's end."""
+    half = nn.Sequential(nn.Embedding(20, 6), nn.Linear(6, 4))
+    half[0].requires_grad_(False)
+    half = narrowed(half, stored)
+    tokens = torch.arange(12).reshape(3, 4)
+    run = Half(written(tmp_path, half, *exported(half, tokens)), moving_of(half))
+    (tmp_path / GRADIENT).write_bytes(exported_gradient(half, tokens))
+    gradient = Gradient(tmp_path, moving_of(half), run.tensors)
+    tokens[1, 2] = -3
+    with pytest.raises(IndexError):
+        half(tokens)
+    with pytest.raises(HalfError, match="input has numbers below zero"):
+        run(tokens.numpy())
+    with pytest.raises(HalfError, match="input has numbers below zero"):
+        gradient(tokens.numpy(), np.ones((3, 4, 4), np.float32))
+
+
+@pytest.mark.parametrize("padding", [None, 3, -17])
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_rows_of_a_text_together(mode, padding, tmp_path):
+    """The exporter's own graph of them ends the process in onnxruntime."""
+    half = nn.Sequential(nn.EmbeddingBag(20, 6, mode=mode, padding_idx=padding), nn.Linear(6, 4))
+    tokens = torch.tensor([[3, 3, 3, 3], [3, 1, 2, 3], [4, 5, 6, 4]])
+    run = Half(written(tmp_path, half, *exported(half, tokens)), moving_of(half))
+    assert np.allclose(run(tokens.numpy()), by_torch(half, tokens), rtol=0, atol=1e-6)
+
+
 class Of(nn.Module):
     def __init__(self, forward, **buffers):
         super().__init__()
@@ -687,8 +811,13 @@ class Of(nn.Module):
 
 
 LARGE = torch.ones(600, 600)
+OFFSETS = torch.zeros(1, dtype=torch.long)
 REFUSED = {
-    "bfloat16": (lambda: nn.Linear(6, 4).bfloat16(), numbers(), "weight is bfloat16: make the half float32"),
+    "branches in a loop": (
+        lambda: Of(lambda self, y: nn.functional.embedding_bag(y.long().abs().flatten(), y.abs(), OFFSETS)),
+        numbers(),
+        "loops or branches in one another",
+    ),
     "float64": (lambda: nn.Linear(6, 4).double(), numbers(), "weight is float64: make the half float32"),
     "a tuple": (lambda: nn.Linear(6, 4), (numbers(),), "input is a tuple"),
     "no tensor": (lambda: nn.Linear(6, 4), {"input": numbers(), "flag": True}, "flag is a bool"),

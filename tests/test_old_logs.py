@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save
 
 from hosfl import Log, rebuild
 from hosfl.protocol.arrays import bits
 from hosfl.protocol.rebuild import rebuild as rebuild_without_torch
-from hosfl.protocol.weights import as_file, read_weights
+from hosfl.protocol.weights import Weights, as_file, read_weights
 
 LOGS = Path(__file__).parent / "logs"
 DIGESTS = json.loads((LOGS / "digests.json").read_text())
@@ -85,6 +86,15 @@ def test_files_without_torch_are_torch_s_files(tmp_path):
     assert as_file(arrays) == data
     assert arrays["float32"].tolist() == tensors["float32"].tolist()
     assert arrays["bfloat16"].dtype == np.uint16
+    one_by_one = Weights(tmp_path / "file")
+    assert as_file(one_by_one) == data
+    assert (len(one_by_one), one_by_one.dtype("bfloat16")) == (len(tensors), "BF16")
+    (tmp_path / "strange").write_bytes(save({"x": torch.zeros(3).to(torch.float8_e5m2)}))
+    with pytest.raises(ValueError, match="'x' is F8_E5M2; numpy can hold"):
+        Weights(tmp_path / "strange")["x"]
+    (tmp_path / "damaged").write_bytes(data[:-1])
+    with pytest.raises(SafetensorError):
+        Weights(tmp_path / "damaged")
     with pytest.raises(ValueError, match="'x' is complex128, which cannot be written"):
         as_file({"x": torch.zeros(1, dtype=torch.complex128)})
     with pytest.raises(IsADirectoryError):

@@ -6,8 +6,9 @@ torch writes the half and its backward pass as one graph of plain operators. Tha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,8 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.export.graph_signature import OutputKind
+from torch.export.graph_signature import InputKind, OutputKind
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_structure
 
 from hosfl.edge.export import (
@@ -24,6 +26,7 @@ from hosfl.edge.export import (
     ROWS,
     ExportError,
     Positional,
+    Tables,
     check_half,
     exporting,
     given_as,
@@ -38,6 +41,8 @@ from hosfl.edge.export import (
     takes,
     tried,
     unchecked,
+    wide,
+    wide_inputs,
     without_weights,
 )
 from hosfl.edge.gradient import BETWEEN, GRADIENT, MULTIPLIER, OF, Gradient
@@ -46,16 +51,23 @@ from hosfl.halves.blocks import at_entry
 from hosfl.halves.inputs import Inputs, call, evaluating, unchanged
 from hosfl.halves.narrow import in_their_dtype
 from hosfl.probing.probe import Lookups
-from hosfl.protocol.weights import as_file
+from hosfl.protocol.weights import Weights, as_file
 
 NOTHING = 1e-3  # of the largest gradient: smaller ones may be rounding alone, such as that of a key's bias
 aten = torch.ops.aten
 
 
-def exported_gradient(half: nn.Module, sample: Inputs, entry: str = "", most: tuple[int, int] = (0, 0)) -> bytes:
+def exported_gradient(
+    half: nn.Module,
+    sample: Inputs,
+    entry: str = "",
+    most: tuple[int, int] = (0, 0),
+    running: Collection[str] = (),
+) -> bytes:
     """d <multiplier, cut> / d weights of a client half as an ONNX model without weights: see `exported`.
 
-    entry: of the half's first block, with whose input the graph begins; "": with the half's own. most: as there.
+    entry: of the half's first block, with whose input the graph begins; "": with the half's own.
+    most, running: as there.
 
     Its inputs are the multiplier and these, its outputs the gradients by the names of the weights that move. Those that
     the cut does not depend on have none. The gradients are compared with torch's. Embeddings have that of `Lookups`.
@@ -63,25 +75,14 @@ def exported_gradient(half: nn.Module, sample: Inputs, entry: str = "", most: tu
     Raises ExportError as `exported`, and where torch has no such graph.
     """
     check_half(half)
-    _refuse_tied(half)
+    base, half, sample = as_file(half.state_dict()), wide(half), wide_inputs(sample)
     named = named_inputs(sample)
     with evaluating(half), unchanged(half.modules()), Lookups():
         any_length = takes(half, given_as(sample, resized(named, ROWS, shorter=True)))
         model = _graph(half, sample, named, any_length, [entry] if entry else [])
-        base = as_file(half.state_dict())
-        graph = _gradients(model, *without_weights(model, half, base), bool(entry))
-        _compare(half, sample, tried(half, sample, named, any_length, most), entry, graph, base)
+        graph = _gradients(model, *without_weights(model, half, base, True, running), bool(entry))
+        _compare(half, sample, tried(half, sample, named, any_length, most), entry, graph, base, running)
     return graph
-
-
-def _refuse_tied(half: nn.Module) -> None:
-    """Of a weight with two names torch makes no such graph."""
-    first: dict[int, str] = {}
-    for name, p in half.named_parameters(remove_duplicate=False):
-        if p.requires_grad and first.setdefault(id(p), name) != name:
-            raise ExportError(
-                f"{first[id(p)]} and {name} are one weight, and torch makes no graph of its gradient: let it not move"
-            )
 
 
 class _Product(Positional):
@@ -113,11 +114,15 @@ def _graph(
         sdpa_kernel(SDPBackend.MATH),
         _read_alone(half, sample),
         in_their_dtype(half),
+        Tables(),
+        _Paddings(),
     ):
         given = (torch.ones_like(cut), *inputs.values())
-        both = _export_forward_backward(torch.export.export(product, given, dynamic_shapes=((of_cut, *sizes),)))
-        outputs = both.graph_signature.output_specs
-        names = [output.target for output in outputs]
+        forward = torch.export.export(product, given, dynamic_shapes=((of_cut, *sizes),))
+        _leave_out_other_names(forward)
+        both = _export_forward_backward(forward)
+        outputs, first = both.graph_signature.output_specs, _first_names(product)
+        names = [first.get(str(output.target)) for output in outputs]
         for output in outputs:
             output.kind = OutputKind.USER_OUTPUT  # of others the exporter leaves no trace
         both.module_call_graph[0].signature.out_spec = tree_structure(tuple(range(len(outputs))))
@@ -134,7 +139,50 @@ def _graph(
     return program.model
 
 
-def _gradients(model: Any, moving: Mapping[str, Any], narrow: Mapping[str, Any], begins: bool) -> bytes:
+class _Paddings(TorchFunctionMode):
+    """Padding with a number as a concatenation: torch cannot write the backward pass of its own where the number of
+    samples is open, as in a ResNet's shortcuts."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        told = kwargs or {}
+        if function is nn.functional.pad:
+            found = _PAD.bind(*args, **told).arguments
+            if found.get("mode", "constant") == "constant" and min(found["pad"]) >= 0:
+                return _padded(found["input"], found["pad"], found.get("value") or 0.0)
+        return function(*args, **told)
+
+
+_PAD = signature(nn.functional.pad)
+
+
+def _padded(x: Tensor, pad: Sequence[int], value: float) -> Tensor:
+    for n, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True), 1):
+        beside = [[*x.shape[: x.dim() - n], size, *x.shape[x.dim() - n + 1 :]] for size in (before, after)]
+        if before or after:
+            x = torch.cat([x.new_full(beside[0], value), x, x.new_full(beside[1], value)], -n)
+    return x
+
+
+def _leave_out_other_names(forward: torch.export.ExportedProgram) -> None:
+    """Of a weight that has several names a program uses one, and torch makes no gradient of the others."""
+    specs = forward.graph_signature.input_specs
+    inputs = [node for node in forward.graph.nodes if node.op == "placeholder"]
+    for spec, node in zip(list(specs), inputs, strict=True):
+        if spec.kind is InputKind.PARAMETER and not node.users:
+            forward.graph.erase_node(node)
+            specs.remove(spec)
+            del forward.state_dict[str(spec.target)]
+
+
+def _first_names(module: nn.Module) -> dict[str, str]:
+    """Of each parameter's name the first of all that it has, by which a log knows it."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(p), name) for name, p in module.named_parameters(remove_duplicate=False)}
+
+
+def _gradients(model: Any, moving: Mapping[str, Any], fixed: Mapping[str, Any], begins: bool) -> bytes:
     """The model from its inputs, or from the block's where it begins with one, to the gradients."""
     from onnxscript import ir
 
@@ -149,7 +197,7 @@ def _gradients(model: Any, moving: Mapping[str, Any], narrow: Mapping[str, Any],
     for name, value in moving.items():
         if name not in piece.initializers:
             register_unread(piece, value)
-    return serialized(model, piece, {*moving, *narrow})
+    return serialized(model, piece, {*moving, *fixed})
 
 
 @contextmanager
@@ -253,6 +301,7 @@ def _compare(
     entry: str,
     graph: bytes,
     base: bytes,
+    running: Collection[str],
 ) -> None:
     """Raises ExportError where onnxruntime makes other gradients than torch."""
     moving = {name: p for name, p in half.named_parameters() if p.requires_grad}
@@ -261,7 +310,9 @@ def _compare(
         (folder / GRADIENT).write_bytes(graph)
         (folder / BASE).write_bytes(base)
         try:
-            run = Gradient(folder, list(moving), [p.detach().numpy() for p in moving.values()])
+            stored = Weights(folder / BASE)
+            arrays = [[stored[name] for name in own] for own in (moving, running)]
+            run = Gradient(folder, list(moving), arrays[0], running=list(running), statistics=arrays[1])
             for inputs in batches:
                 reached: list[Tensor] = []
                 with torch.enable_grad(), at_entry(half, entry, reached.append):

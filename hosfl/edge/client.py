@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from hosfl.edge.data import MASK, Samples
 from hosfl.edge.gradient import Gradient
 from hosfl.edge.half import Half
+from hosfl.edge.running import Running
 from hosfl.edge.travel import packed, unpacked
 from hosfl.interrupts import uninterrupted
 from hosfl.protocol.arrays import Array
@@ -48,10 +49,9 @@ class EdgeClient:
     half: its weights move, and its last pieces are the run's blocks, of which the first may begin behind another piece.
     streams: of the noise of its moving tensors, as the log's header has them. batches: gives a round's samples.
     weights: gives all arrays that the half's digest is of, in their order. gradient: of the half's tensors, for the
-    estimator backward. microbatch: samples that it takes together; 0: all.
+    estimator backward. microbatch: samples that it takes together; 0: all. running: the half's running statistics, in a
+    run that estimates them.
     """
-
-    calibrated = True  # runs that estimate running statistics have no such clients
 
     def __init__(
         self,
@@ -64,9 +64,11 @@ class EdgeClient:
         wire: str = "float32",
         gradient: Gradient | None = None,
         microbatch: int = 0,
+        running: Running | None = None,
     ) -> None:
         self.number, self.half, self.run, self.batches, self.wire = number, half, run, batches, wire
         self.weights, self.gradient, self.microbatch = weights, gradient, microbatch
+        self.running, self.calibrated = running, running is None
         self.replica = Replica(half.tensors, streams, run, half.base)
         self._round = -1  # of the last cut: there is none yet
 
@@ -82,13 +84,39 @@ class EdgeClient:
         return decode(data)
 
     def asks(self) -> Statistics:
-        raise MessageError("a client without torch has no running statistics to estimate")
+        """Ask for the run's running statistics."""
+        return self._told(np.empty(0, np.float32), np.empty(0, np.int32))
 
     def statistics(self, message: Calibration) -> Statistics:
-        return self.asks()
+        """Its own, which an empty message asks for: see `hosfl.methods.client.Client.statistics`."""
+        running = self._check_calibration(message)
+        if len(message.statistics):
+            raise MessageError(f"{len(message.statistics)} statistics in an ask for some")
+        if self.applied:
+            raise MessageError(f"asked for statistics of round 0 after {self.applied} rounds, of this run or another")
+        self.calibrated = False
+        values, samples = running.estimated()
+        return self._told(values, np.array([samples], np.int32))
 
     def calibrate(self, message: Message) -> None:
-        self.asks()
+        """Take up the run's. Raises MessageError for a message that holds none, or comes twice."""
+        if not isinstance(message, Calibration):
+            raise MessageError(f"client {self.number} expects statistics, got {type(message).__name__}")
+        running = self._check_calibration(message)
+        if self.calibrated:
+            raise MessageError(f"client {self.number} has its statistics already")
+        running.load(message.statistics)
+        self.calibrated = True
+
+    def _check_calibration(self, message: Calibration) -> Running:
+        if self.running is None:
+            raise MessageError("running statistics in a run that estimates none")
+        if message.client != self.number:
+            raise MessageError(f"a message for client {message.client}, this is client {self.number}")
+        return self.running
+
+    def _told(self, values: NDArray[np.float32], samples: NDArray[np.int32]) -> Statistics:
+        return Statistics(client=self.number, round=0, epoch=self.epoch, statistics=values, samples=samples)
 
     def hello(self) -> Hello:
         return Hello(client=self.number, round=self.applied, epoch=self.epoch)
@@ -148,7 +176,7 @@ class EdgeClient:
     def _gradients(self, gradient: Gradient, piece: int, multiplier: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         """<multiplier, cut> by each of the tensors, some samples at a time, from the piece that is the first block."""
         at_once, between = self.microbatch or len(multiplier), self.half.input_of(piece, self._batch.inputs)
-        found = [np.zeros_like(tensor) for tensor in self.replica.tensors]
+        found = [np.zeros(tensor.shape, np.float32) for tensor in self.replica.tensors]
         for at in range(0, len(multiplier), at_once):
             some = slice(at, at + at_once)
             parts = gradient(self._batch[some].inputs, multiplier[some], None if between is None else between[some])

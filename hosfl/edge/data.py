@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,9 @@ LABELS, MASK = ("labels", "label"), "attention_mask"
 
 @dataclass(frozen=True)
 class Samples:
-    """inputs: int64 or float32 [n, ...], or several by name, such as tokens and their mask. labels: likewise [n, ...].
-    Where a half takes integers of another dtype, inputs are of that: see `as_taken`.
+    """inputs: numbers [n, ...] as they are stored, or several by name, such as tokens and their mask. labels: integers
+    or float32, [n, ...]. A batch has inputs as a half takes them, see `as_taken`: whole files would be several times
+    as large so, as pictures in bytes are in int64.
 
     Raises DataError for what does not go together.
     """
@@ -47,11 +48,24 @@ class Samples:
         return Samples(self._each(lambda x: x[chosen]), self.labels[chosen])
 
     def as_taken(self, integers: Mapping[str, np.dtype[Any]]) -> Samples:
-        """With inputs that are integers in the dtypes that a half takes, by name, where these hold the same numbers."""
+        """With inputs in float32, or in the dtypes of integers that a half takes, by name: else in int64."""
         inputs = self.inputs
         if not isinstance(inputs, dict):
             return Samples(_fitted(inputs, integers.get("input")), self.labels)
         return Samples({name: _fitted(value, integers.get(name)) for name, value in inputs.items()}, self.labels)
+
+    def check_taken(self, integers: Mapping[str, np.dtype[Any]]) -> None:
+        """Raises DataError for what cannot be the integers that a half takes."""
+        for name, value in self.named().items():
+            dtype = integers.get(name if isinstance(self.inputs, dict) else "input")
+            if dtype is None:
+                continue
+            if value.dtype.kind == "f":
+                raise DataError(f"{name} has {value.dtype} numbers, and the half takes {dtype}: save them as integers")
+            least, most = int(value.min(initial=0)), int(value.max(initial=0))
+            ends = (0, 1) if dtype.kind == "b" else (int(np.iinfo(dtype).min), int(np.iinfo(dtype).max))
+            if not ends[0] <= least <= most <= ends[1]:
+                raise DataError(f"{name} has numbers from {least} to {most}, and the half takes {ends[0]} to {ends[1]}")
 
     def named(self) -> dict[str, NDArray[Any]]:
         """The inputs by name."""
@@ -109,40 +123,47 @@ def read_samples(data: str) -> Samples:
 
 
 def _numbers(value: Any, what: str) -> NDArray[Any]:
-    """An array as it is computed with. Raises DataError for one that holds no numbers."""
+    """An array as it is kept: nothing wider than float32. Raises DataError for one that holds no numbers."""
     array = np.asarray(value)
     if array.dtype.kind not in "biuf":
         raise DataError(f"{what} are {array.dtype}: numbers are needed")
-    return array.astype(np.float32 if array.dtype.kind == "f" else np.int64, copy=False)
+    if array.dtype.kind != "f" or array.dtype.itemsize < 4:
+        return array
+    with np.errstate(over="ignore"):  # infinite: whoever looks at it refuses it
+        return array.astype(np.float32, copy=False)
 
 
 def _fitted(value: NDArray[Any], dtype: np.dtype[Any] | None) -> NDArray[Any]:
-    if dtype is None or value.dtype.kind == "f":
-        return value
-    found = value.astype(dtype)
-    return found if np.array_equal(found, value) else value  # which the half will not take
+    if value.dtype.kind == "f":
+        return value.astype(np.float32, copy=False)
+    return value.astype(np.int64 if dtype is None else dtype, copy=False)
 
 
 def _labels(labels: NDArray[Any]) -> NDArray[Any]:
-    """As they are. Raises DataError for those that no message can carry."""
-    most = np.iinfo(np.int32)
-    if labels.dtype == np.float32 and not np.isfinite(labels).all():
-        raise DataError("labels that are infinite or NaN")
-    if labels.dtype == np.int64 and labels.size and not most.min <= labels.min() <= labels.max() <= most.max:
-        raise DataError(f"labels from {labels.min()} to {labels.max()}: they travel as int32")
+    """Integers as they are, others in float32. Raises DataError for those that no message can carry."""
+    if labels.dtype.kind == "f":
+        if not np.isfinite(labels).all():
+            raise DataError("labels that are infinite or NaN")
+        return labels.astype(np.float32, copy=False)
+    most, ends = np.iinfo(np.int32), (int(labels.min(initial=0)), int(labels.max(initial=0)))
+    if not most.min <= ends[0] <= ends[1] <= most.max:
+        raise DataError(f"labels from {ends[0]} to {ends[1]}: they travel as int32")
     return labels
 
 
 @dataclass(frozen=True)
 class Batches:
-    """`size` samples of a round, or all if there are fewer. per_token: see `Samples.trimmed`."""
+    """`size` samples of a round, or all if there are fewer. per_token: see `Samples.trimmed`. integers: see
+    `Samples.as_taken`. purpose: what they are for; other samples for each."""
 
     samples: Samples
     size: int
     seed: int
     client: int
     per_token: bool
+    integers: Mapping[str, np.dtype[Any]] = field(default_factory=dict)
+    purpose: Purpose = Purpose.BATCHES
 
     def __call__(self, round: int) -> Samples:
-        chosen = drawn(self.seed, Purpose.BATCHES, round, self.client, len(self.samples), self.size)
-        return self.samples[chosen].trimmed(self.per_token)
+        chosen = drawn(self.seed, self.purpose, round, self.client, len(self.samples), self.size)
+        return self.samples[chosen].trimmed(self.per_token).as_taken(self.integers)

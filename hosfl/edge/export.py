@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -9,6 +10,7 @@ import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +20,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from hosfl.edge.half import BASE, LAYOUT, PREFIX, Half, HalfError, graph_name
 from hosfl.extras import needed
@@ -26,6 +30,7 @@ from hosfl.halves.families import ClientHalf, copied
 from hosfl.halves.follow import CutError
 from hosfl.halves.inputs import Inputs, call, evaluating, mask_of, unchanged
 from hosfl.halves.narrow import in_their_dtype, narrow_names
+from hosfl.halves.split import as_dtype
 from hosfl.protocol.weights import as_file
 
 ROWS = 3  # samples that a graph is made of: a batch of one would be taken for a size that never changes
@@ -39,7 +44,12 @@ class ExportError(ValueError):
 
 
 def exported(
-    half: nn.Module, sample: Inputs, entries: Sequence[str] = ("",), most: tuple[int, int] = (0, 0)
+    half: nn.Module,
+    sample: Inputs,
+    entries: Sequence[str] = ("",),
+    most: tuple[int, int] = (0, 0),
+    beside_gradient: bool = False,
+    running: Collection[str] = (),
 ) -> list[bytes]:
     """A client half as ONNX models without weights: they have them from the half's base file.
 
@@ -52,35 +62,53 @@ def exported(
     input the next one's and at last the cut, and one more for what lies in front of them. What is cheap and of the
     half's own inputs, such as an attention's mask, each may compute for itself.
 
+    beside_gradient: a client has the gradient's graph as well, so that frozen weights are not to be constants: of
+    these each session would make a copy of its own, while others are pages of the base file, which all share.
+
+    running: buffers that change as weights do that move, such as running statistics.
+
     Every tensor of the half's state dict is an initializer whose bytes lie in base.safetensors, which is the file that
-    `hosfl.runs.checkpoint.save_module` writes; those that require grad are graph inputs as well, so that the holder of
-    a session may give it memory of its own for them. onnxruntime then makes the half's output of the sample and of
-    other batches, and is seen to follow every weight that moves.
+    `hosfl.runs.checkpoint.save_module` writes; those that require grad, or are running, are graph inputs as well, so
+    that the holder of a session may give it memory of its own for them. onnxruntime then makes the half's output of the
+    sample and of other batches, and is seen to follow every weight that moves.
+
+    A half in bfloat16 has a graph that computes in float32, of weights in bfloat16.
 
     Raises ExportError, which says what stands in the way; ImportError without onnx or onnxscript.
     """
     for module in ("onnx", "onnxscript"):
         needed(module, "the export of a client half", "export")
     check_half(half)
+    base, half, sample = as_file(half.state_dict()), wide(half), wide_inputs(sample)
     named = named_inputs(sample)
     with evaluating(half), unchanged(half.modules()):
         _check_cut(half, sample)
         takes_lengths = takes(half, given_as(sample, resized(named, ROWS, shorter=True)))
-        model = _graph(half, sample, named, takes_lengths, [entry for entry in entries if entry])
-        base = as_file(half.state_dict())
-        pieces = _pieces(model, *without_weights(model, half, base))
-        _compare(half, sample, tried(half, sample, named, takes_lengths, most), pieces, base)
+        model = graph_of(half, sample, named, takes_lengths, [entry for entry in entries if entry])
+        pieces = _pieces(model, *without_weights(model, half, base, beside_gradient, running))
+        _compare(half, sample, tried(half, sample, named, takes_lengths, most), pieces, base, running)
     return pieces
 
 
 def check_half(half: nn.Module) -> None:
     for name, tensor in (*half.named_parameters(), *half.named_buffers()):
-        if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype != torch.float32):
+        if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.bfloat16)):
             raise ExportError(
                 f"{name} is {str(tensor.dtype).removeprefix('torch.')}: make the half float32, half.float()"
             )
         if tensor.device.type != "cpu":
             raise ExportError(f"{name} is on {tensor.device}: move the half to the CPU, half.cpu()")
+
+
+def wide(half: nn.Module) -> nn.Module:
+    """The half in float32; its own copy, where it is bfloat16. A graph computes in float32, of weights as they are
+    stored: runtimes for processors have few operators in bfloat16."""
+    floats = [t for t in (*half.parameters(), *half.buffers()) if t.is_floating_point()]
+    return half if all(t.dtype == torch.float32 for t in floats) else as_dtype(copy.deepcopy(half), torch.float32)
+
+
+def wide_inputs(sample: Inputs) -> Inputs:
+    return tree_map_only(Tensor, lambda x: x.float() if x.dtype == torch.bfloat16 else x, sample)
 
 
 def _check_cut(half: nn.Module, sample: Inputs) -> None:
@@ -186,14 +214,19 @@ class Positional(nn.Module):
         return cut, *(reached[entry] for entry in self.entries)
 
 
-def _graph(
-    half: nn.Module, sample: Inputs, named: Mapping[str, Tensor], any_length: bool, entries: Sequence[str]
+def graph_of(
+    half: nn.Module,
+    sample: Inputs,
+    named: Mapping[str, Tensor],
+    any_length: bool,
+    entries: Sequence[str],
+    kind: type[Positional] = Positional,
 ) -> Any:
-    """The exporter's model, in onnxscript's representation; its outputs are those of `Positional`."""
+    """The exporter's model, in onnxscript's representation; its outputs are those of `Positional`, or another kind."""
     inputs = resized(named, ROWS, shorter=any_length)
     sizes = tuple({0: "batch", **({1: "tokens"} if any_length and is_text(x) else {})} for x in inputs.values())
-    client = Positional(unchecked(half), list(inputs) if isinstance(sample, Mapping) else None, entries)
-    with exporting(half), quiet(), in_their_dtype(half):
+    client = kind(unchecked(half), list(inputs) if isinstance(sample, Mapping) else None, entries)
+    with exporting(half), quiet(), in_their_dtype(half), Tables():
         program = torch.onnx.export(
             client,
             tuple(inputs.values()),
@@ -215,6 +248,53 @@ def unchecked(half: nn.Module) -> nn.Module:
     own: Any = copied(half)
     own.pools = None
     return own
+
+
+class Tables(TorchFunctionMode):
+    """Lookups in a graph are those of torch. To torch a negative number is an error, and ONNX counts it from the
+    table's end: it is made one that lies beyond any table. Sums and means of a text's rows, which the exporter writes
+    as loops, are those of their rows.
+    """
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        told = dict(kwargs or {})
+        if function is nn.functional.embedding:
+            told = _LOOKUP.bind(*args, **told).arguments
+            told["input"] = torch.where(told["input"] < 0, torch.iinfo(torch.int32).max, told["input"])
+            return function(**told)
+        if function is nn.functional.embedding_bag:
+            told = _LOOKUPS.bind(*args, **told).arguments
+            if told.get("offsets") is None and told["input"].dim() == 2:
+                return _of_bags(**told)
+        return function(*args, **(kwargs or {}))
+
+
+_LOOKUP, _LOOKUPS = signature(nn.functional.embedding), signature(nn.functional.embedding_bag)
+
+
+def _of_bags(
+    input: Tensor,
+    weight: Tensor,
+    mode: str = "mean",
+    per_sample_weights: Tensor | None = None,
+    padding_idx: int | None = None,
+    **others: Any,
+) -> Tensor:
+    """embedding_bag of texts of one length: the sum, mean or largest of each one's rows."""
+    rows = nn.functional.embedding(input, weight)
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights.unsqueeze(-1)
+    counts = torch.ones_like(input, dtype=torch.bool)
+    if padding_idx is not None:
+        counts = input != (padding_idx if padding_idx >= 0 else padding_idx + len(weight))
+    any_counts = counts.any(1, keepdim=True)
+    if mode == "max":
+        largest = rows.masked_fill(~counts.unsqueeze(-1), -torch.inf).amax(1)
+        return torch.where(any_counts, largest, 0.0)
+    total = torch.where(counts.unsqueeze(-1), rows, 0.0).sum(1)
+    return total / counts.sum(1, keepdim=True).clamp(min=1) if mode == "mean" else total
 
 
 @contextmanager
@@ -254,9 +334,11 @@ def quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def without_weights(model: Any, half: nn.Module, base: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Lets the model's weights lie in a base file. Returns those that require grad and those that are stored narrow, by
-    their names in the graph."""
+def without_weights(
+    model: Any, half: nn.Module, base: bytes, all_matrices: bool, running: Collection[str] = ()
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Lets the model's weights lie in a base file. Returns those that move or are running, and of the others those that
+    are to be no constants, by their names in the graph: those that are stored narrow, or all but the small ones."""
     from onnxscript import ir
 
     end = 8 + int.from_bytes(base[:8], "little")
@@ -265,33 +347,41 @@ def without_weights(model: Any, half: nn.Module, base: bytes) -> tuple[dict[str,
     state = half.state_dict(keep_vars=True)
     for name, tensor in state.items():
         names.setdefault(id(tensor), []).append(name)
-    weights, moving, narrow, stored = [], dict[str, Any](), dict[str, Any](), set(narrow_names(half))
+    weights, moving, fixed, stored = [], dict[str, Any](), dict[str, Any](), set(narrow_names(half))
     for first, *others in names.values():  # of a tied weight's names a log has the first as well
         tensor = state[first]
         found = [graph.initializers.pop(PREFIX + name, None) for name in (first, *others)]
         value, *same = [value for value in found if value is not None] or [None]
-        if value is None and tensor.requires_grad:  # it moves, and nothing reads it
+        moves = tensor.requires_grad or first in running
+        if value is None and moves:  # it moves, and nothing reads it
             value = ir.Value(type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(tensor.shape))
         if value is None:
             continue
         for other in same:
             ir.convenience.replace_all_uses_with(other, value)
         begin, stop = places[first]["data_offsets"]
+        if in_16_bits := places[first]["dtype"] == "BF16":
+            value = made_wide(graph, value)
         value.name = PREFIX + first
         value.const_value = ir.ExternalTensor(
             BASE, end + begin, stop - begin, value.dtype, shape=value.shape, name=value.name
         )
         weights.append(value)
-        if tensor.requires_grad:
+        if moves:
             moving[value.name] = value
-        elif first in stored:
-            narrow[value.name] = value
+        elif first in stored or ((all_matrices or in_16_bits) and tensor.dim() > 1):
+            fixed[value.name] = value
     constants = {value.name: value.const_value.nbytes for value in graph.initializers.values()}
     if (size := sum(constants.values())) > CONSTANTS:
         largest = max(constants, key=lambda name: constants[name])
         raise ExportError(
             f"the graph has {size:,} bytes of constants that are no weights, most of them in "
             f"{largest.removeprefix(PREFIX)}: register it as a persistent buffer, so that the base file has it"
+        )
+    if branches := {node.op_type for node in _inner_nodes(graph) if _graphs_of(node)}:
+        raise ExportError(
+            f"the graph has loops or branches in one another ({', '.join(sorted(branches))}), over which onnxruntime"
+            " may end the process: write that layer's forward pass without them, or cut the model elsewhere"
         )
     for value in weights:
         graph.register_initializer(value)
@@ -305,10 +395,32 @@ def without_weights(model: Any, half: nn.Module, base: bytes) -> tuple[dict[str,
         for output in node.outputs:
             output.metadata_props.clear()
     model.metadata_props[LAYOUT] = hashlib.sha256(base[:end]).hexdigest()
-    return moving, narrow
+    return moving, fixed
 
 
-def _pieces(model: Any, moving: Mapping[str, Any], narrow: Mapping[str, Any]) -> list[bytes]:
+def made_wide(graph: Any, value: Any) -> Any:
+    """A weight in bfloat16, of which an operator makes the value in float32."""
+    from onnxscript import ir
+
+    stored = ir.Value(type=ir.TensorType(ir.DataType.BFLOAT16), shape=value.shape)
+    cast = ir.node("Cast", [stored], attributes={"to": ir.DataType.FLOAT})
+    cast.outputs[0].name, cast.outputs[0].type, cast.outputs[0].shape = f"wide {value.name}", value.type, value.shape
+    ir.convenience.replace_all_uses_with(value, cast.outputs[0])
+    graph.insert_before(graph[0], cast)
+    return stored
+
+
+def _graphs_of(node: Any) -> list[Any]:
+    """The graphs that a node holds, such as a loop's body."""
+    return [a.value for a in node.attributes.values() if a.type.name == "GRAPH"]
+
+
+def _inner_nodes(graph: Any) -> list[Any]:
+    """The nodes of the graphs that a graph's own nodes hold, and not of those within them."""
+    return [inner for node in graph for body in _graphs_of(node) for inner in body]
+
+
+def _pieces(model: Any, moving: Mapping[str, Any], fixed: Mapping[str, Any]) -> list[bytes]:
     """The model from its inputs to the first entry, from there to the next, and so on to the cut.
 
     Each has its weights, of which those that move are inputs as well; the first has those that nothing reads, too.
@@ -327,7 +439,7 @@ def _pieces(model: Any, moving: Mapping[str, Any], narrow: Mapping[str, Any]) ->
     for name, value in moving.items():
         if not any(name in piece.initializers for piece in found):
             register_unread(found[0], value)
-    return [serialized(model, piece, {*moving, *narrow}) for piece in found]
+    return [serialized(model, piece, {*moving, *fixed}) for piece in found]
 
 
 def leave_out_unread(piece: Any) -> None:
@@ -348,8 +460,8 @@ def register_unread(piece: Any, weight: Any) -> None:
 def serialized(model: Any, piece: Any, open_: Collection[str]) -> bytes:
     """A part of the model's graph as a model; its weights of these names are inputs as well.
 
-    They are those that move, and those that are stored narrow: of constants a runtime makes wide ones once, and keeps
-    them.
+    They are those that move, and frozen ones of which a runtime would keep copies if they were constants: wide ones of
+    those that are stored narrow, and one for each graph of those that several have.
     """
     from onnxscript import ir
 
@@ -364,7 +476,12 @@ def serialized(model: Any, piece: Any, open_: Collection[str]) -> bytes:
 
 
 def _compare(
-    half: nn.Module, sample: Inputs, batches: Sequence[Mapping[str, Tensor]], pieces: Sequence[bytes], base: bytes
+    half: nn.Module,
+    sample: Inputs,
+    batches: Sequence[Mapping[str, Tensor]],
+    pieces: Sequence[bytes],
+    base: bytes,
+    running: Collection[str],
 ) -> None:
     """Raises ExportError where onnxruntime makes something else of the pieces than torch of the half."""
     moving = [name for name, p in half.named_parameters() if p.requires_grad]
@@ -374,7 +491,7 @@ def _compare(
             (folder / graph_name(number)).write_bytes(piece)
         (folder / BASE).write_bytes(base)
         try:
-            run = Half(folder, moving, len(pieces))
+            run = Half(folder, moving, len(pieces), running=list(running))
             for inputs in batches:
                 arrays = {name: x.numpy() for name, x in inputs.items()}
                 if wrong := _difference(run(arrays), call(half, given_as(sample, inputs)).numpy(), mask_of(inputs)):

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
-from hosfl.edge.half import BASE, PREFIX, Arrays, HalfError, check_moves, session_of
+from hosfl.edge.half import BASE, PREFIX, Arrays, HalfError, below_zero, check_moves, session_of, value_over
 
 GRADIENT = "gradient.onnx"
 # Names in the graph, which no argument of a half has.
@@ -24,22 +23,29 @@ MULTIPLIER, BETWEEN, OF = "the multiplier", "what lies between", "gradient of "
 class Gradient:
     """d <multiplier, cut> / d weights, of the weights that move: of arrays that others hold, and move in place.
 
-    folder: holds gradient.onnx and base.safetensors. moving: the weights' names; tensors: their arrays, float32.
-    threads: see `Half`. Raises HalfError.
+    folder: holds gradient.onnx and base.safetensors. moving: the weights' names; tensors: their arrays.
+    threads: see `Half`. running, statistics: names and arrays of running statistics, likewise. Raises HalfError.
     """
 
     def __init__(
-        self, folder: Path, moving: Sequence[str], tensors: Sequence[NDArray[np.float32]], threads: int = 0
+        self,
+        folder: Path,
+        moving: Sequence[str],
+        tensors: Sequence[NDArray[Any]],
+        threads: int = 0,
+        running: Sequence[str] = (),
+        statistics: Sequence[NDArray[Any]] = (),
     ) -> None:
         self.moving, self.tensors = list(moving), list(tensors)
         self._folder, self._threads = folder, threads
-        self._values = [onnxruntime.OrtValue.ortvalue_from_numpy(tensor) for tensor in self.tensors]
+        self._names, self._changing = [*moving, *running], [*tensors, *statistics]
+        self._values = [value_over(tensor) for tensor in self._changing]
         self._open()
 
     def _open(self) -> None:
         self._session: Any = None  # never two at once
         self._session = session_of(
-            self._folder / GRADIENT, self._folder / BASE, self.moving, self._values, self._threads
+            self._folder / GRADIENT, self._folder / BASE, self._names, self._values, self._threads
         )
 
     def __call__(
@@ -57,11 +63,13 @@ class Gradient:
         try:
             made = self._session.run(None, named)
         except Exception as error:  # onnxruntime's errors have no class in common
-            raise HalfError(f"the half's gradient does not take these inputs: {error}") from error
+            raise HalfError(f"the half's gradient does not take these inputs: {error}{below_zero(named)}") from error
         outputs = [output.name.removeprefix(OF + PREFIX) for output in self._session.get_outputs()]
         found = dict(zip(outputs, made, strict=True))
-        return [found[n] if n in found else np.zeros_like(t) for n, t in zip(self.moving, self.tensors, strict=True)]
+        each = zip(self.moving, self.tensors, strict=True)
+        return [found[n] if n in found else np.zeros(t.shape, np.float32) for n, t in each]
 
     def check(self, inputs: Arrays, multiplier: NDArray[np.float32], between: NDArray[np.float32] | None) -> None:
         """As `Half.check`."""
-        check_moves(self.moving, self.tensors, lambda: self(inputs, multiplier, between), self._open)
+        running = len(self._names) - len(self.moving)
+        check_moves(self._names, self._changing, lambda: self(inputs, multiplier, between), self._open, running)

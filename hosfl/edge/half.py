@@ -14,8 +14,11 @@ from typing import Any
 import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
+from hosfl.edge.travel import assign_rounded
+from hosfl.protocol.arrays import widened
+from hosfl.protocol.weights import Weights
 from hosfl_kernels import threads as threads_of_kernels
 
 BASE = "base.safetensors"
@@ -23,6 +26,7 @@ PREFIX = "client."  # of the weights' names in a graph, where inputs and values 
 LAYOUT = "layout"  # what a graph's metadata call the digest of its base file's header
 LEAST = 1, 24  # of onnxruntime's versions: older ones read any file that a graph names
 ANOTHER = "graph and base are of two halves: fetch both of one run"
+BFLOAT16 = 16  # by ONNX's number of it
 STEP = 1 / 64  # how far a check moves every weight: more than rounding hides, and little enough for any network
 
 # By onnxruntime's names of them.
@@ -42,8 +46,10 @@ class Half:
 
     folder: holds half-0.onnx and so on, and base.safetensors. moving: names of weights as in the half's state dict.
     pieces: how many graphs there are. Each goes on from what the one before makes, so that a pass may begin at any:
-    see `at`. threads: of onnxruntime; 0: as many as the kernels use. tensors: the moving weights, in the order of
-    `moving`.
+    see `at`. threads: of onnxruntime; 0: as many as the kernels use. running: names of running statistics, which may
+    change as well. graphs: names of other files than half-0.onnx and so on. tensors: the moving weights, in the order
+    of `moving`; statistics: those of `running`. Either are float32, or bfloat16 as its bits, uint16: the graph makes
+    them wide.
 
     The moving ones are inputs of the graph with a value of their own, which onnxruntime reads anew in every pass; it
     would prepack or fold constants once, and go on with the old ones. Frozen ones are constants in the file.
@@ -51,18 +57,28 @@ class Half:
     Raises HalfError.
     """
 
-    tensors: list[NDArray[np.float32]]
+    tensors: list[NDArray[Any]]
 
-    def __init__(self, folder: Path, moving: Sequence[str], pieces: int = 1, threads: int = 0) -> None:
-        self._graphs, self._file = [folder / graph_name(number) for number in range(pieces)], folder / BASE
-        self._moving, self._threads = list(moving), threads
-        if len(set(moving)) < len(self._moving):
-            raise HalfError(f"a weight is named twice: {', '.join(moving)}")
-        self.tensors = self.base()
+    def __init__(
+        self,
+        folder: Path,
+        moving: Sequence[str],
+        pieces: int = 1,
+        threads: int = 0,
+        running: Sequence[str] = (),
+        graphs: Sequence[str] = (),
+    ) -> None:
+        names = graphs or [graph_name(number) for number in range(pieces)]
+        self._graphs, self._file = [folder / name for name in names], folder / BASE
+        self._moving, self._running, self._threads = list(moving), list(running), threads
+        if len({*moving, *running}) < len(self._moving) + len(self._running):
+            raise HalfError(f"a weight is named twice: {', '.join([*moving, *running])}")
+        self.tensors, self.statistics = self.base(), self._stored(self._running)
         # A session does not own what it reads: without these, and without the arrays, it would read freed memory.
-        self._values = [onnxruntime.OrtValue.ortvalue_from_numpy(tensor) for tensor in self.tensors]
+        changing = [*self.tensors, *self.statistics]
+        self._values = [value_over(tensor) for tensor in changing]
         self._sessions = self._opened()
-        self._reached, self._between = pieces, np.empty(0, np.float32)  # a piece, and its input
+        self._reached, self._between = len(self._graphs), np.empty(0, np.float32)  # a piece, and its input
 
     @property
     def pieces(self) -> int:
@@ -74,18 +90,20 @@ class Half:
         types = {entry.name: entry.type for entry in self._sessions[0].get_inputs()}
         return {name: INTEGERS[type] for name, type in types.items() if type in INTEGERS}
 
-    def base(self) -> list[NDArray[np.float32]]:
+    def base(self) -> list[NDArray[Any]]:
         """The moving weights of round 0, read from the file. Raises HalfError."""
+        return self._stored(self._moving)
+
+    def _stored(self, names: Sequence[str]) -> list[NDArray[Any]]:
         found = []
         try:
-            with safe_open(self._file, framework="numpy") as file:
-                held = set(file.keys())
-                for name in self._moving:
-                    if name not in held:
-                        raise HalfError(f"{self._file} has no {name!r}, which moves; {ANOTHER}")
-                    if (dtype := file.get_slice(name).get_dtype()) != "F32":
-                        raise HalfError(f"{name!r} moves and is {dtype}: a client without torch has float32 alone")
-                    found.append(np.array(file.get_tensor(name), np.float32, order="C"))
+            stored = Weights(self._file)
+            for name in names:
+                if name not in stored:
+                    raise HalfError(f"{self._file} has no {name!r}, which moves; {ANOTHER}")
+                if (dtype := stored.dtype(name)) not in ("F32", "BF16"):
+                    raise HalfError(f"{name!r} moves and is {dtype}: float32 or bfloat16 is needed")
+                found.append(stored[name])
         except (OSError, SafetensorError) as error:
             raise HalfError(f"{self._file} cannot be read: {error}; fetch it anew") from error
         return found
@@ -137,7 +155,7 @@ class Half:
         try:
             output: NDArray[np.float32] = session.run(None, named)[0]
         except Exception as error:  # onnxruntime's errors have no class in common
-            raise HalfError(f"the half does not take these inputs: {error}") from error
+            raise HalfError(f"the half does not take these inputs: {error}{below_zero(named)}") from error
         return output
 
     def check(self, inputs: Arrays) -> None:
@@ -148,7 +166,13 @@ class Half:
         token goes to, need no excuse: they change nothing in either. Costs four passes, and for the time of the check
         the memory of the moving weights.
         """
-        check_moves(self._moving, self.tensors, lambda: [self(inputs)], self._reopen)
+        check_moves(
+            [*self._moving, *self._running],
+            [*self.tensors, *self.statistics],
+            lambda: [self(inputs)],
+            self._reopen,
+            len(self._running),
+        )
 
     def _reopen(self) -> None:
         del self._sessions  # never two at once, each with its copy of the frozen weights
@@ -156,13 +180,20 @@ class Half:
 
     def _opened(self) -> list[Any]:
         """Sessions over `tensors`, one for each piece, which read them wherever they are then."""
-        sessions, may = [], dict[str, None]()
+        sessions, may, moving = [], dict[str, None](), [*self._moving, *self._running]
         for graph in self._graphs:
-            sessions.append(session := session_of(graph, self._file, self._moving, self._values, self._threads))
+            sessions.append(session := session_of(graph, self._file, moving, self._values, self._threads))
             may |= dict.fromkeys(entry.name.removeprefix(PREFIX) for entry in session.get_overridable_initializers())
-        if still := sorted({*self._moving} - {*may}):
+        if still := sorted({*moving} - {*may}):
             raise HalfError(f"{still[0]!r} does not move in the half, where these do: {', '.join(may)[:500]}")
         return sessions
+
+
+def value_over(array: NDArray[Any]) -> Any:
+    """An OrtValue in the memory of an array, which has to outlive it. uint16 is the bits of bfloat16."""
+    if array.dtype == np.uint16:
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, BFLOAT16)
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
 
 
 def session_of(graph: Path, base: Path, moving: Sequence[str], values: Sequence[Any], threads: int) -> Any:
@@ -173,7 +204,7 @@ def session_of(graph: Path, base: Path, moving: Sequence[str], values: Sequence[
             f"onnxruntime {onnxruntime.__version__} reads any file that a graph names: 1.24 or later is needed"
         )
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # or it warns of every weight that is an input too
+    options.log_severity_level = 4  # or it warns of every weight that is an input too, and says errors twice
     # Of itself it takes all cores and binds to them, whatever OMP_NUM_THREADS says and the system lets it use.
     options.intra_op_num_threads = threads or threads_of_kernels()
     # Blocks that are kept for later passes and plans of them cost more memory than they save time.
@@ -195,25 +226,35 @@ def session_of(graph: Path, base: Path, moving: Sequence[str], values: Sequence[
     return session
 
 
+def below_zero(named: Mapping[str, NDArray[Any]]) -> str:
+    """What to add to an error of a pass: a graph has a large number in the place of a token below zero."""
+    wrong = [name for name, x in named.items() if x.dtype.kind == "i" and x.size and x.min() < 0]
+    return f"; {', '.join(wrong)} has numbers below zero" if wrong else ""
+
+
 def check_moves(
     names: Sequence[str],
-    tensors: Sequence[NDArray[np.float32]],
+    tensors: Sequence[NDArray[Any]],
     run: Run,
     reopen: Callable[[], None],
+    upwards: int = 0,
 ) -> None:
     """Raises HalfError, with the names, where sessions that are open miss moves that newly opened ones know.
 
-    run: a pass of all sessions. reopen: opens them anew. See `Half.check`.
+    run: a pass of all sessions. reopen: opens them anew. upwards: how many, the last ones, move upwards alone: of a
+    variance below zero all is NaN, behind which nothing is seen. See `Half.check`.
     """
+    ways = [False] * (len(tensors) - upwards) + [True] * upwards
     before, kept = run(), [np.copy(tensor) for tensor in tensors]
     missed: list[str] = []
     try:
-        for tensor in tensors:
-            _move(tensor)
+        for tensor, way in zip(tensors, ways, strict=True):
+            _move(tensor, way)
         seen = run()
         reopen()
         if not (same := _same(seen, run())):  # with all of them moved: a factor of zeros would hide the other's move
-            missed = [n for n, tensor in zip(names, tensors, strict=True) if _misses(tensor, run, reopen)]
+            each = zip(names, tensors, ways, strict=True)
+            missed = [name for name, tensor, way in each if _misses(tensor, way, run, reopen)]
     finally:
         for tensor, values in zip(tensors, kept, strict=True):
             tensor[...] = values
@@ -222,12 +263,12 @@ def check_moves(
         raise HalfError(f"onnxruntime {onnxruntime.__version__} {what}: install another version")
 
 
-def _misses(tensor: NDArray[np.float32], run: Run, reopen: Callable[[], None]) -> bool:
+def _misses(tensor: NDArray[Any], upwards: bool, run: Run, reopen: Callable[[], None]) -> bool:
     """Whether sessions that are open miss a move of this tensor alone."""
     reopen()
     run()
     kept = np.copy(tensor)
-    _move(tensor)
+    _move(tensor, upwards)
     seen = run()
     reopen()
     misses = not _same(seen, run())
@@ -247,11 +288,13 @@ def layout(file: Path) -> str:
         return hashlib.sha256(size + stream.read(int.from_bytes(size, "little"))).hexdigest()
 
 
-def _move(tensor: NDArray[np.float32]) -> None:
-    """By turns up and down: a normalisation behind it takes a common shift away."""
-    flat = tensor.reshape(-1)
-    flat[::2] += np.float32(STEP)
-    flat[1::2] -= np.float32(STEP)
+def _move(tensor: NDArray[Any], upwards: bool) -> None:
+    """By turns up and down: a normalisation behind it takes a common shift away. upwards: by turns, and never down."""
+    values = widened(tensor).reshape(-1)
+    values[::2] += np.float32(STEP)
+    if not upwards:
+        values[1::2] -= np.float32(STEP)
+    assign_rounded(tensor, values)
 
 
 def _same(ones: Sequence[NDArray[np.float32]], others: Sequence[NDArray[np.float32]]) -> bool:

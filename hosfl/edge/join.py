@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from hosfl.edge.client import EdgeClient
 from hosfl.edge.data import Batches, Samples, read_samples
 from hosfl.edge.gradient import GRADIENT, Gradient
 from hosfl.edge.half import BASE, Half, HalfError, graph_name
+from hosfl.edge.running import STATISTICS, Running
 from hosfl.engines.engine import JoinError, Line
 from hosfl.engines.joining import check_cut, check_labels, fetched, read_offer, take_part
 from hosfl.protocol.arrays import Array
@@ -22,7 +23,9 @@ from hosfl.protocol.endpoint import Endpoint
 from hosfl.protocol.header import Header, LogError, decode_header
 from hosfl.protocol.provenance import header_digest
 from hosfl.protocol.rebuild import base_digest
+from hosfl.protocol.seeds import Purpose
 from hosfl.protocol.terms import Run, run_of
+from hosfl.protocol.weights import Weights
 from hosfl.settings import Settings, decisive, differences
 from hosfl.tasks.reading import DataError
 
@@ -77,30 +80,50 @@ def client_of(
         raise JoinError(f"the server offers its half in {len(graphs)} pieces, and the run has {blocks} blocks")
     for piece, sha256 in enumerate(graphs):
         fetch(graph_name(piece), sha256, folder / graph_name(piece))
-    half = Half(folder, [p.name for p in header.parameters], len(graphs), threads)
-    samples = samples.as_taken(half.integers)
-    _try(half, samples[:2], run["cut"], data)
+    moving, running = [p.name for p in header.parameters], run["edge"]["running"]
+    half = Half(folder, moving, len(graphs), threads, running)
+    integers = half.integers
+    try:
+        samples.check_taken(integers)
+    except DataError as error:
+        raise DataError(f"{data}: {error}") from None
+    first = samples[:2].as_taken(integers)
+    _try(half, first, run["cut"], data)
     gradient = None
     if settings.estimator == "backward":
         if run["edge"]["gradient"] is None:
             raise JoinError("the run's clients backpropagate, and the server offers no gradient's graph")
         fetch(GRADIENT, run["edge"]["gradient"], folder / GRADIENT)
-        gradient = Gradient(folder, [p.name for p in header.parameters], half.tensors, threads)
-        inputs = samples[:2].inputs
+        gradient = Gradient(folder, moving, half.tensors, threads, running, half.statistics)
+        inputs = first.inputs
         gradient.check(inputs, np.ones_like(half(inputs)), half.input_of(half.pieces - blocks, inputs))
-    per_token = run["labels"]["ignore_index"] is not None
+    batches = Batches(
+        samples, settings.batch, settings.seed, number, run["labels"]["ignore_index"] is not None, integers
+    )
+    statistics = None
+    if settings.calibrate:
+        if run["edge"]["statistics"] is None or not running:
+            raise JoinError("the run's clients estimate running statistics, and the server offers no graph of them")
+        fetch(STATISTICS, run["edge"]["statistics"], folder / STATISTICS)
+        others = replace(batches, purpose=Purpose.CALIBRATION)
+        statistics = Running(
+            half.statistics,
+            lambda: Half(folder, moving, threads=threads, running=running, graphs=[STATISTICS]),
+            lambda: map(others, range(settings.calibrate)),
+        )
     client = EdgeClient(
         number,
         half,
         terms,
         [p.stream for p in header.parameters],
-        Batches(samples, settings.batch, settings.seed, number, per_token),
-        lambda: _weights(folder / BASE, run["edge"]["digest"], header, half),
-        settings.wire,
+        batches,
+        lambda: _weights(folder / BASE, run["edge"]["digest"], header, half, running),
+        settings.dtype if settings.wire == "float32" else settings.wire,
         gradient,
         settings.microbatch,
+        statistics,
     )
-    return Endpoint(client, run=run["id"])
+    return Endpoint(client, calibrates=settings.calibrate > 0, run=run["id"])
 
 
 def _settings(told: dict[str, Any]) -> Settings:
@@ -123,8 +146,6 @@ def unable(settings: Settings) -> str:
         return f"clients without torch take part in method ho, and the run's is {settings.method!r}"
     if settings.estimator not in ESTIMATORS:
         return f"clients without torch take the estimator {', '.join(ESTIMATORS)}, not {settings.estimator}"
-    if settings.calibrate:
-        return "clients without torch cannot estimate running statistics, as calibrate wants"
     return ""
 
 
@@ -139,42 +160,28 @@ def _terms(data: bytes, sha256: str, settings: Settings) -> tuple[Run, Header]:
         raise JoinError(f"the server's header is none: {error}") from None
 
 
-class _Stored(Mapping[str, Array]):
-    """The weights of an open file, each read when it is asked for: all of them are as much as the session has."""
-
-    def __init__(self, file: Any) -> None:
-        self._file, self._names = file, list(file.keys())
-
-    def __getitem__(self, name: str) -> Array:
-        return self._file.get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
 def _check_base(path: Path, header: Header, digested: Sequence[str]) -> None:
     """Raises JoinError where weights are not those that the header names, or the digest is of more than there are."""
     try:
-        with safe_open(path, "np") as file:
-            weights = _Stored(file)
-            if base_digest(weights) != header.base:
-                raise JoinError("the server's base holds other weights than its log's header says")
-            missing = [name for name in digested if name not in [*weights]]
+        weights = Weights(path)  # each is read when it is its turn: all of them are as much as the session has
     except SafetensorError as error:
         raise JoinError(f"the base half is no safetensors file: {error}") from None
-    if missing:
+    try:
+        if base_digest(weights) != header.base:
+            raise JoinError("the server's base holds other weights than its log's header says")
+    except ValueError as error:  # a dtype
+        raise error if isinstance(error, JoinError) else JoinError(str(error)) from None
+    if missing := [name for name in digested if name not in weights]:
         raise JoinError(f"the server's base has no {missing[0]}, which the digest of its half is of")
 
 
-def _weights(path: Path, names: Sequence[str], header: Header, half: Half) -> Iterator[Array]:
+def _weights(path: Path, names: Sequence[str], header: Header, half: Half, running: Sequence[str]) -> Iterator[Array]:
     """All that the half's digest is of, each read when it is its turn."""
     moved = {p.name: tensor for p, tensor in zip(header.parameters, half.tensors, strict=True)}
-    with safe_open(path, "np") as file:
-        for name in names:
-            yield moved[name] if name in moved else file.get_tensor(name)
+    moved |= zip(running, half.statistics, strict=True)
+    stored = Weights(path)
+    for name in names:
+        yield moved[name] if name in moved else stored[name]
 
 
 def _try(half: Half, samples: Samples, cut: list[int], what: str) -> None:

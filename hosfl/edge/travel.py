@@ -24,13 +24,23 @@ def packed(values: Floats, wire: str) -> tuple[NDArray[Any], Floats]:
         with np.errstate(over="ignore"):  # infinite: whoever receives it refuses it
             return values.astype(np.float16), NONE
     if wire == "bfloat16":
-        bits = values.view(np.uint32)
-        rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16  # to nearest, ties to even
-        return np.where(np.isnan(values), 0x7FC0, rounded).astype(np.uint16), NONE
+        return rounded(values), NONE
     blocks = _blocks(values)
     scales = np.abs(blocks).max(1) / np.float32(127)
     numbers = np.rint(blocks / np.where(scales > 0, scales, np.float32(1))[:, None]).clip(-127, 127)
     return numbers.astype(np.int8).reshape(-1)[: values.size].reshape(values.shape), scales
+
+
+def rounded(values: Floats) -> NDArray[np.uint16]:
+    """To the nearest number of bfloat16, ties to even: its bits."""
+    bits = values.view(np.uint32)
+    return np.where(np.isnan(values), 0x7FC0, (bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def assign_rounded(array: NDArray[Any], values: Floats) -> None:
+    """Give an array in float32, or of bfloat16's bits, these values in place."""
+    flat = array.reshape(-1)
+    flat[...] = rounded(values) if array.dtype == np.uint16 else values
 
 
 def unpacked(values: NDArray[Any], scales: Floats, wire: str) -> Floats:

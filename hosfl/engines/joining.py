@@ -27,7 +27,7 @@ from hosfl.protocol.lattice import Lattice
 from hosfl.protocol.provenance import read_id
 from hosfl.protocol.replica import Replica
 from hosfl.protocol.terms import Measures
-from hosfl.protocol.weights import as_file
+from hosfl.protocol.weights import Weights, as_file
 from hosfl.tasks.reading import DataError
 
 FORMAT = 4  # of what is offered
@@ -40,8 +40,8 @@ def read_offer(offered: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     """The settings of the run that a server offers, and what else it says of it, of the right types. Raises JoinError.
 
     What it says: base, log: digests; cut: the shape of one sample's; labels: see `check_labels`; measures; id; hosfl,
-    the server's version; edge, for clients without torch: SHA-256 of graphs, header and gradient, and the names of what
-    the half's digest is of; None where there is nothing for them.
+    the server's version; edge, for clients without torch: SHA-256 of graphs, header, gradient and statistics, and the
+    names of what the half's digest is of and of its running statistics; None where there is nothing for them.
     """
     try:
         run = json.loads(offered)
@@ -59,7 +59,9 @@ def read_offer(offered: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
         if run["edge"] is not None:
             edge = {name: [str(one) for one in run["edge"][name]] for name in ("graphs", "digest")}
             edge["header"] = str(run["edge"]["header"])
-            edge["gradient"] = None if run["edge"]["gradient"] is None else str(run["edge"]["gradient"])
+            edge["running"] = [str(one) for one in run["edge"].get("running", [])]
+            for name in ("gradient", "statistics"):  # an older server has no statistics
+                edge[name] = None if run["edge"].get(name) is None else str(run["edge"][name])
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise (
             error if isinstance(error, JoinError) else JoinError(f"what the server offers is no run: {error!r}")
@@ -166,14 +168,15 @@ class Kept:
             return
         replica = client.replica
         try:
-            with safe_open(self.path, "pt" if all(map(is_tensor, replica.tensors)) else "np") as file:
-                told = file.metadata()
+            torch = all(map(is_tensor, replica.tensors))
+            with safe_open(self.path, "pt" if torch else "np") as file:
+                told, read = file.metadata(), file.get_tensor if torch else Weights(self.path).__getitem__
                 if told["format"] != KEPT_FORMAT:
                     raise ValueError("another version wrote it")
                 if told["run"] != self.of or told["client"] != str(client.number):
                     raise ValueError("it is of another run")
                 groups = [
-                    [file.get_tensor(f"{group}.{n}") for n in range(len(replica.tensors))]
+                    [read(f"{group}.{n}") for n in range(len(replica.tensors))]
                     for group in range(1 + len(replica.moments))
                 ]
             quantum = float(told["quantum"]) if told["quantum"] else None

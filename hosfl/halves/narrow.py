@@ -181,7 +181,12 @@ class Lookup(nn.Embedding):
         stored, scale = self._parameters["weight"], self._buffers["weight_scale"]
         assert stored is not None
         assert scale is not None
-        return _wide(stored[input], scale if bits == 16 else scale[input], bits)[..., :width]
+        return _wide(_rows(stored, input), scale if bits == 16 else _rows(scale, input), bits)[..., :width]
+
+
+def _rows(table: Tensor, tokens: Tensor) -> Tensor:
+    """Of a table [n, ...]. A negative token is the error that it is in a wide one: an index counts it from the end."""
+    return nn.functional.embedding(tokens, table.flatten(1)).unflatten(-1, table.shape[1:])
 
 
 @cache

@@ -6,12 +6,12 @@ import errno
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import deserialize
+from safetensors import deserialize, safe_open
 
 from hosfl.protocol.arrays import Array, bits, dtype_name
 
@@ -32,6 +32,42 @@ def read_weights(path: Path) -> dict[str, Array]:
         dtype = np.dtype(STORED[stored["dtype"]]).newbyteorder("<")
         found[name] = np.frombuffer(stored["data"], dtype).reshape(stored["shape"]).copy()
     return found
+
+
+class Weights(Mapping[str, Array]):
+    """A file's tensors, each read when it is asked for: bfloat16 as well, which safetensors gives to nobody in numpy.
+
+    Raises OSError, SafetensorError, and where it is asked for one ValueError for a dtype that numpy cannot hold.
+    """
+
+    def __init__(self, path: Path) -> None:
+        with safe_open(path, "np"):  # which looks at every place in the file
+            pass
+        self._path = path
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            self._told: dict[str, Any] = json.loads(file.read(size))
+        self._told.pop("__metadata__", None)
+        self._start = 8 + size
+
+    def dtype(self, name: str) -> str:
+        """The file's name of a tensor's dtype."""
+        return str(self._told[name]["dtype"])
+
+    def __getitem__(self, name: str) -> Array:
+        told = self._told[name]
+        if told["dtype"] not in STORED:
+            raise ValueError(f"{self._path}: {name!r} is {told['dtype']}; numpy can hold {', '.join(STORED)}")
+        dtype = np.dtype(STORED[told["dtype"]]).newbyteorder("<")
+        begin, end = told["data_offsets"]
+        count, start = (end - begin) // dtype.itemsize, self._start + begin
+        return np.fromfile(self._path, dtype, count, offset=start).reshape(told["shape"])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._told)
+
+    def __len__(self) -> int:
+        return len(self._told)
 
 
 def as_file(arrays: Mapping[str, Array], told: Mapping[str, str] | None = None) -> bytes:

@@ -139,13 +139,21 @@ def _for_edge(federation: Federation, half: nn.Module) -> tuple[dict[str, bytes]
     if federation.config.device != "cpu":
         half, sample = copy.deepcopy(half).cpu(), tree_map_only(Tensor, Tensor.cpu, sample)
     most = federation.config.batch, federation.server.cut_shape[0] if federation.server.masked else 0
-    files = {edge.graph_name(number): data for number, data in enumerate(exported(half, sample, entries, most))}
+    backward = federation.config.estimator == "backward"
+    running = list(calibration.running(half)) if federation.config.calibrate else []
+    pieces = exported(half, sample, entries, most, backward, running)
+    files = {edge.graph_name(number): data for number, data in enumerate(pieces)}
     told: dict[str, Any] = {"graphs": [_sha256(data) for data in files.values()], "header": _sha256(header)}
     files[edge.HEADER] = header
-    if federation.config.estimator == "backward":
-        backward = needed("hosfl.edge.backward", "a server of clients without torch", "export")
-        files[edge.GRADIENT] = gradient = backward.exported_gradient(half, sample, entries[0], most)
+    if backward:
+        exporter = needed("hosfl.edge.backward", "a server of clients without torch", "export")
+        files[edge.GRADIENT] = gradient = exporter.exported_gradient(half, sample, entries[0], most, running)
     told |= {"gradient": None if gradient is None else _sha256(gradient), "digest": list(digested(half))}
+    told |= {"running": running, "statistics": None}
+    if running:
+        by_batch = needed("hosfl.edge.by_batch", "a server of clients without torch", "export")
+        files[edge.STATISTICS] = statistics = by_batch.exported_statistics(half, sample, most)
+        told["statistics"] = _sha256(statistics)
     return files, told
 
 

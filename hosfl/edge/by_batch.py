@@ -1,0 +1,189 @@
+"""The running statistics of a batch as an ONNX graph, for clients that have no torch: see `running.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from hosfl.edge.export import (
+    CLOSE,
+    ROWS,
+    ExportError,
+    Positional,
+    check_half,
+    given_as,
+    graph_of,
+    named_inputs,
+    register_unread,
+    resized,
+    serialized,
+    size_of,
+    takes,
+    tried,
+    wide,
+    wide_inputs,
+    without_weights,
+)
+from hosfl.edge.half import BASE, Half, HalfError
+from hosfl.edge.running import STATISTICS
+from hosfl.halves.inputs import Inputs, evaluating, unchanged
+from hosfl.methods import calibration
+from hosfl.protocol.weights import as_file
+
+
+def exported_statistics(half: nn.Module, sample: Inputs, most: tuple[int, int] = (0, 0)) -> bytes:
+    """The statistics that a half has on a batch, as `calibration.estimated` finds them, as an ONNX model without
+    weights: see `exported`. Its output is what `calibration.flat` gives.
+
+    Raises ExportError, also where onnxruntime makes others of it.
+    """
+    check_half(half)
+    base, half, sample = as_file(half.state_dict()), wide(half), wide_inputs(sample)
+    named, running = named_inputs(sample), calibration.running(half)
+    with evaluating(half), unchanged(half.modules()):
+        any_length = takes(half, given_as(sample, resized(named, ROWS, shorter=True)))
+        model = graph_of(half, sample, named, any_length, (), _Statistics)
+        moving, fixed = without_weights(model, half, base, False, running)
+        graph = _whole(model, moving, fixed)
+        _compare(half, sample, tried(half, sample, named, any_length, most), graph, base)
+    return graph
+
+
+class _ByBatch(TorchFunctionMode):
+    """Normalisations with running statistics normalise by the batch, as in train mode.
+
+    found: by the running mean's id the means and the variances of every pass, as train mode would take them in.
+    """
+
+    def __init__(self, running: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.own, self.found = {id(t) for t in running}, dict[int, list[tuple[Tensor, Tensor]]]()
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        told = kwargs or {}
+        if function in (nn.functional.batch_norm, nn.functional.instance_norm):
+            read = _of_batch if function is nn.functional.batch_norm else _of_instance
+            mean = args[1] if len(args) > 1 else told.get("running_mean")
+            if id(mean) in self.own:
+                return read(self.found.setdefault(id(mean), []), *args, **told)
+        return function(*args, **told)
+
+
+def _of_batch(
+    found: list[tuple[Tensor, Tensor]],
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    mean, variance, unbiased = _moments(x, [d for d in range(x.dim()) if d != 1])
+    found.append((mean.flatten(), unbiased.flatten()))
+    return _scaled((x - mean) * torch.rsqrt(variance + eps), weight, bias)
+
+
+def _of_instance(
+    found: list[tuple[Tensor, Tensor]],
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    mean, variance, unbiased = _moments(x, list(range(2, x.dim())))
+    found.append((mean.mean(0).flatten(), unbiased.mean(0).flatten()))
+    return _scaled((x - mean) * torch.rsqrt(variance + eps), weight, bias)
+
+
+def _moments(x: Tensor, over: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, variance, and unbiased variance."""
+    mean = x.mean(over, keepdim=True)
+    squares = (x - mean).square().sum(over, keepdim=True)
+    count = torch.ones_like(x).sum(over, keepdim=True)
+    return mean, squares / count, squares / (count - 1)
+
+
+def _scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    shape = [1, -1, *[1] * (x.dim() - 2)]
+    x = x if weight is None else x * weight.reshape(shape)
+    return x if bias is None else x + bias.reshape(shape)
+
+
+class _Statistics(Positional):
+    """Its one output is the statistics of the batch; of a normalisation that nothing goes through those that it has."""
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        running = list(calibration.running(self.client).values())
+        with _ByBatch(running) as mode:
+            super().forward(*tensors)
+        parts = []
+        for mean, variance in zip(running[::2], running[1::2], strict=True):
+            passes = mode.found.get(id(mean), [(mean, variance)])
+            parts += [torch.stack([one[n] for one in passes]).mean(0) for n in (0, 1)]
+        return (torch.cat(parts),)
+
+
+def _whole(model: Any, moving: Mapping[str, Any], fixed: Mapping[str, Any]) -> bytes:
+    """The model as one piece; weights that move and that it does not read are its inputs all the same."""
+    from onnxscript import ir
+
+    graph = model.graph
+    piece = ir.convenience.extract(graph, list(graph.inputs), list(graph.outputs))
+    for name, value in moving.items():
+        if name not in piece.initializers:
+            register_unread(piece, value)
+    return serialized(model, piece, {*moving, *fixed})
+
+
+def _compare(
+    half: nn.Module, sample: Inputs, batches: Sequence[Mapping[str, Tensor]], graph: bytes, base: bytes
+) -> None:
+    """Raises ExportError where onnxruntime makes other statistics than torch."""
+    moving, running = [name for name, p in half.named_parameters() if p.requires_grad], calibration.running(half)
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / STATISTICS).write_bytes(graph)
+        (folder / BASE).write_bytes(base)
+        try:
+            run = Half(folder, moving, running=list(running), graphs=[STATISTICS])
+            for inputs in batches:
+                labels = torch.empty(len(next(iter(inputs.values()))))
+                try:
+                    wanted, _ = calibration.estimated(half, [(given_as(sample, inputs), labels)])
+                except ValueError:  # such a batch has none
+                    continue
+                found = run({name: x.numpy() for name, x in inputs.items()})
+                _check(found, wanted.numpy(), [len(t) for t in running.values()], size_of(inputs))
+        except HalfError as error:
+            raise ExportError(f"the graph of the {type(half).__name__}'s statistics does not run: {error}") from error
+
+
+def _check(found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any], sizes: Sequence[int], batch: str) -> None:
+    if found.shape != wanted.shape:
+        raise ExportError(f"the graph's statistics are {found.shape}, and the half's {wanted.shape}")
+    ends = np.cumsum(sizes)[:-1]
+    ones, others = np.split(found, ends), np.split(wanted, ends)
+    for n in range(0, len(others), 2):
+        spread = np.sqrt(others[n + 1].max(initial=0))
+        largest = max(np.abs(others[n]).max(initial=0), spread), spread**2
+        for one, other, size in zip(ones[n : n + 2], others[n : n + 2], largest, strict=True):
+            if not (apart := np.abs(one - other).max(initial=0)) <= CLOSE * size:
+                raise ExportError(
+                    f"the graph's statistics are not the half's: of {batch} numbers differ by {apart:.3g}, and the"
+                    f" largest is {size:.3g}"
+                )
