@@ -134,7 +134,12 @@ def certificates(folder, names):
         made = made.public_key(key.public_key()).serial_number(x509.random_serial_number())
         made = made.not_valid_before(now - timedelta(hours=1)).not_valid_after(now + timedelta(hours=1))
         made = made.add_extension(x509.BasicConstraints(name == "ca", None), critical=True)
-        if name != "ca":
+        made = made.add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+        if name == "ca":
+            made = made.add_extension(x509.KeyUsage(*[False] * 5, True, True, False, False), critical=True)
+        else:
+            signer = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.public_key())
+            made = made.add_extension(signer, critical=False)
             mail = x509.RFC822Name(f"{name}@hosfl")  # what the broker knows its users by
             alternatives = [mail, x509.DNSName("localhost")]
             made = made.add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
@@ -147,5 +152,6 @@ def certificates(folder, names):
 def context(folder, name):
     """For a connection with one of these certificates."""
     made = ssl.create_default_context(cafile=folder / "ca.pem")
+    made.verify_flags |= ssl.VERIFY_X509_STRICT  # as Python 3.13 has it by default
     made.load_cert_chain(folder / f"{name}.pem", folder / f"{name}.key")
     return made
