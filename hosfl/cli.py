@@ -287,16 +287,16 @@ def _join(options: argparse.Namespace) -> int:
     if file and not options.task and not Path(file).exists():  # a task of one's own may take anything
         raise ValueError(f"--data: there is no {file}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    line = Ending(f"client {member.client} of run {member.run}")
-    try:
-        line.line = nats.NatsLine(f"tls://{member.address}", member.run, member.client, member.context())
-        join(line, member.client, options.client / "state", **told)
-    except (KeyboardInterrupt, EngineError):
-        if line.signal is None:
+    with Ending(f"client {member.client} of run {member.run}") as line:
+        try:
+            line.line = nats.NatsLine(f"tls://{member.address}", member.run, member.client, member.context())
+            join(line, member.client, options.client / "state", **told)
+        except (KeyboardInterrupt, EngineError):
+            if line.signal is None:
+                raise
+        except Exception:
+            line.close()  # it would try on beside the error, and say so
             raise
-    except Exception:
-        line.close()  # it would try on beside the error, and say so
-        raise
     return 130 if line.signal == signal.SIGINT else 0
 
 

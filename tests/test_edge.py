@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 
@@ -615,6 +616,45 @@ def test_an_interrupt_on_the_way_home_waits(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         probe.home()
     assert replica.digest() == before
+
+
+ENDLESS = """
+import signal, sys
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper
+from hosfl.engines.joining import Ending
+
+flag, x = helper.make_tensor_value_info("flag", TensorProto.BOOL, []), helper.make_tensor_value_info("x", 1, [1])
+times, kept = helper.make_tensor_value_info("times", TensorProto.INT64, []), helper.make_tensor_value_info("y", 1, [1])
+same = [helper.make_node("Identity", ["flag"], ["still"]), helper.make_node("Add", ["x", "x"], ["y"])]
+still = helper.make_tensor_value_info("still", TensorProto.BOOL, [])
+body = helper.make_graph(same, "body", [times, flag, x], [still, kept])
+loop = helper.make_node("Loop", ["", "go", "x"], ["y"], body=body)
+go = helper.make_tensor("go", TensorProto.BOOL, [], [True])
+model = helper.make_model(helper.make_graph([loop], "g", [x], [kept], [go]), ir_version=10)
+model.opset_import[0].version = 18
+session = onnxruntime.InferenceSession(model.SerializeToString())
+with Ending("client 0 of run run"):
+    print("ready", flush=True)
+    session.run(None, {"x": [0.0]})
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+def test_a_graph_without_end_is_ended_by_the_second_signal():
+    """Python never hears of the first."""
+    with subprocess.Popen([sys.executable, "-c", ENDLESS], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "ready\n"
+            time.sleep(0.5)
+            for _ in range(2):
+                assert process.poll() is None
+                process.send_signal(signal.SIGINT)
+                time.sleep(0.2)
+            assert process.wait(60) == 130
+        finally:
+            process.kill()
 
 
 def changed(files, **told):

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -291,6 +292,9 @@ def take_part(line: Line, number: int, folder: Path, made: Callable[[bytes], End
         lock.close()
 
 
+ENDS = (signal.SIGINT, signal.SIGTERM)
+
+
 class Ending:
     """A client's line that Ctrl-C or SIGTERM ends; the second one has its default action, and ends the process.
 
@@ -298,6 +302,9 @@ class Ending:
     server, or the reading of data, ends at once, by KeyboardInterrupt. signal: which it was.
 
     line: is given afterwards, since it may wait for a broker from its first moment on.
+
+    Python hears of a signal only when an operation has returned to it, and a graph that a server offers may be one
+    without end. So a thread watches what the system has noted, while the block of `with` lasts.
     """
 
     line: Line | None = None
@@ -306,8 +313,30 @@ class Ending:
         self.name = name
         self.signal: int | None = None
         self._serves = False
-        for number in (signal.SIGINT, signal.SIGTERM):
+
+    def __enter__(self) -> Ending:
+        self._noted, self._notes = socket.socketpair()
+        self._notes.setblocking(False)
+        signal.set_wakeup_fd(self._notes.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, daemon=True).start()
+        for number in ENDS:
             signal.signal(number, self._end)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.set_wakeup_fd(-1)
+        self._notes.close()
+
+    def _watch(self) -> None:
+        """End the process where a second signal comes before Python has heard of the first."""
+        count = 0
+        with self._noted:
+            while note := self._noted.recv(1):
+                count += note[0] in ENDS
+                if count > 1:
+                    time.sleep(1)  # the second may be the first one, put off: see `hosfl.interrupts`
+                    if self.signal is None:
+                        os._exit(128 + note[0])
 
     def fetch(self, name: str, deadline: float | None = None) -> bytes:
         assert self.line is not None
@@ -324,7 +353,7 @@ class Ending:
             self.line.close()
 
     def _end(self, number: int, frame: object) -> None:
-        for one in (signal.SIGINT, signal.SIGTERM):
+        for one in ENDS:
             signal.signal(one, signal.SIG_DFL)
         if self.signal is not None:  # the second: a pass that Ctrl-C waits for has put this back
             signal.raise_signal(number)
