@@ -115,7 +115,7 @@ def test_clients_on_machines_of_their_own(machines, tmp_path):
     hosfl = [sys.executable, "-W", "ignore", "-m", "hosfl.cli"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     broker, running = Elsewhere(host, fed), []
-    train = digits().train
+    train, edge = digits().train, importlib.util.find_spec("onnxruntime")  # Python 3.10 has none that is safe
     try:
         broker.start()
         for number, machine in enumerate(others):
@@ -124,11 +124,11 @@ def test_clients_on_machines_of_their_own(machines, tmp_path):
             own = train[train.labels % 3 == number] if number < 2 else train[:40]  # not every class
             np.savez(mine / "samples.npz", inputs=own.inputs.numpy(), labels=own.labels.numpy())
             words = [*hosfl, "join", "handed-out", "--data", "samples.npz"]
-            if number == 2 and importlib.util.find_spec("onnxruntime"):  # Python 3.10 has none that is safe
+            if number == 2 and edge:
                 words = [sys.executable, "-c", WITHOUT_TORCH, *words[words.index("join") :], "--runtime", "onnx"]
             running.append(machine.start(*words, log=mine / "log", cwd=mine, env=environment))
         settings = ["--task", "digits", "--rounds", "500", "--sampled", "3", "--least", "2"]
-        settings += ["--deadline", "2", "--enough", "2", "--digest-every", "20", "--edge", "--out", run]
+        settings += ["--deadline", "2", "--enough", "2", "--digest-every", "20", *["--edge"] * bool(edge), "--out", run]
         server = host.start(
             *hosfl, "serve", fed / "server", *settings, log=tmp_path / "server.log", cwd=tmp_path, env=environment
         )

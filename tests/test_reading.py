@@ -136,7 +136,11 @@ DAMAGES = {
     "a field twice": (JSON, lambda raw: raw.replace(b'": "', b'": "x", "id": 1, "id": "', 1), "field 'id' twice"),
     "NaN": (JSON, lambda raw: raw.replace(b'{"', b'{"odd": [0, NaN], "', 1), r"odd\[1\]: nan is no number"),
     "1e999": (JSON, lambda raw: raw.replace(b'{"', b'{"odd": -1e999, "', 1), "odd: -inf is no number"),
-    "a huge number": (JSON, lambda raw: raw.replace(b'{"', b'{"odd": ' + b"9" * 5000 + b', "', 1), "4300 digits"),
+    "a huge number": (
+        JSON,
+        lambda raw: raw.replace(b'{"', b'{"odd": ' + b"9" * 5000 + b', "', 1),
+        "5000 digits|4300 digits",
+    ),
     "deep": (JSON, lambda raw: raw.replace(b'{"', b'{"odd": ' + b"[" * 99999 + b"]" * 99999 + b', "', 1), "recursion"),
     "half a pair": (JSON, inserted(rb"\ud83d"), "half a surrogate pair"),
     "half a pair in a name": (JSON, lambda raw: raw.replace(b'{"', rb'{"\udc00": 1, "', 1), "half a surrogate pair"),

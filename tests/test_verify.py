@@ -1,6 +1,7 @@
 """Halves that are not the model are found out, and what cannot be cut is refused."""
 
 import copy
+import pickle
 from importlib import import_module
 
 import peft
@@ -401,6 +402,15 @@ def test_the_model_inside_mixed_adapters_is_cut_with_them():
     assert any("lora_A" in name for name, _ in halves.client.named_parameters())
     with torch.no_grad():
         assert torch.equal(halves(inputs), model(**inputs).logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
+def test_halves_that_were_pickled_are_the_halves(family):
+    halves, inputs = split(text_model(family, "classifier"), 1), text("left")
+    again = pickle.loads(pickle.dumps(halves))
+    with torch.no_grad():
+        assert torch.equal(again(inputs), halves(inputs))
+    assert [type(m).__name__ for m in again.modules()] == [type(m).__name__ for m in halves.modules()]
 
 
 def test_a_forward_bound_to_its_own_layer_is_no_trouble():

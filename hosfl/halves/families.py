@@ -11,11 +11,10 @@ import copy
 import importlib
 import importlib.util
 import sys
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -478,21 +477,40 @@ class Door:
     def into(self, module: nn.Module, name: str, instead_of: str | None = None) -> nn.Module:
         """A copy of the module whose first argument is the cut, or that gets the cut by name and no first argument."""
         own = copied(module)
-        own._forward_pre_hooks = OrderedDict(module._forward_pre_hooks)
-        own._forward_pre_hooks_with_kwargs = OrderedDict(module._forward_pre_hooks_with_kwargs)
-        own.register_forward_pre_hook(Entrance(self, name, instead_of), with_kwargs=True)
+        own.__class__ = _entered(type(module))  # type: ignore[arg-type]
+        own._entrance = Entrance(self, name, instead_of)  # type: ignore[assignment]
         return own
+
+
+@cache
+def _entered(kind: type[nn.Module]) -> type[nn.Module]:
+    """A class of modules that take the cut: called, not hooked, since transformers before 5.22 have hooks within what
+    they checkpoint, and run them once more in the backward pass, when the cut is gone."""
+
+    def call(self: Any, *args: Any, **inputs: Any) -> Any:
+        args, inputs = self._entrance.instead(args, inputs)
+        return kind.__call__(self, *args, **inputs)
+
+    def reduce(self: Any, protocol: Any) -> Any:  # a pickle names no class that is made here
+        return _new, (kind,), self.__dict__
+
+    return type(kind.__name__, (kind,), {"__call__": call, "__reduce_ex__": reduce, "__module__": kind.__module__})
+
+
+def _new(kind: type[nn.Module]) -> nn.Module:
+    of = _entered(kind)  # type: ignore[arg-type]
+    return of.__new__(of)
 
 
 @dataclass
 class Entrance:
-    """The hook that does so. An object, so that copies of the server half have doors of their own."""
+    """What such a module is given. An object, so that copies of the server half have doors of their own."""
 
     door: Door
     name: str
     instead_of: str | None
 
-    def __call__(self, module: nn.Module, args: Sequence[Any], inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def instead(self, args: Sequence[Any], inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         cut = self.door.cut
         if self.instead_of is not None:
             named = {k: v for k, v in inputs.items() if k != self.instead_of}

@@ -239,8 +239,8 @@ def displaced(module: nn.Module, displacement: Displaces) -> Iterator[None]:
 def casts_forgotten() -> Iterator[None]:
     """Autocast keeps no casts: it would take a weight moved in place for what it was, and hold on to displaced ones."""
     kept = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
     try:
+        torch.set_autocast_cache_enabled(False)
         yield
     finally:
         torch.set_autocast_cache_enabled(kept)
