@@ -1,5 +1,6 @@
 """`hosfl study` and `hosfl report`: equal tuning, the same files however it was stopped, numbers that are the runs'."""
 
+import io
 import json
 import multiprocessing
 import os
@@ -18,11 +19,13 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
 from hosfl import Config
 from hosfl.cli import main
 from hosfl.files import locked, write_json
 from hosfl.protocol.terms import Diverged
+from hosfl.runs.report import logarithmic
 from hosfl.runs.trainer import train as train_once
 from hosfl.studies import page as study_report
 from hosfl.studies.folder import take_up
@@ -812,6 +815,20 @@ def test_a_diverged_trial_loses_and_is_kept(tmp_path):
     assert found["methods"]["ho, fresh"]["trial"] == 1
     page = report(tmp_path).read_text()
     assert "failed 2 of 2" in page
+
+
+@pytest.mark.parametrize("ends", [(0.07, 0.9), (3.7, 4.2), (1e-3, 1e3)])
+def test_a_logarithmic_axis_has_plain_numbers(ends):
+    figure = Figure()
+    axis = figure.subplots()
+    axis.plot([0, 1], ends)
+    logarithmic(axis)
+    figure.savefig(io.BytesIO())
+    low, high = axis.get_ylim()
+    ticks = [*axis.yaxis.get_major_ticks(), *axis.yaxis.get_minor_ticks()]
+    shown = [t.label1.get_text() for t in ticks if low <= t.get_loc() <= high and t.label1.get_text()]
+    assert 2 <= len(shown) <= 12
+    assert all(re.fullmatch(r"[\d.]+", text) for text in shown), shown
 
 
 def test_files_hold_null_for_what_is_not_finite(tmp_path):

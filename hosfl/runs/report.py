@@ -30,6 +30,7 @@ from hosfl.settings import Settings
 from hosfl_kernels import backends
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.legend import Legend
 
@@ -383,10 +384,23 @@ def plot_curves(runs: dict[str, list[Sequence[Evaluation]]], path: Path, title: 
         axis.set_ylabel(metric(next(iter(runs.values()))[0][0].scores) if quantity == "accuracy" else quantity)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_yscale("log")
+    logarithmic(axes[0])
     name_lines(lines, axes[1].legend(lines.values(), [""] * len(lines), loc="lower right", frameon=False))
     figure.suptitle(title, parse_math=False)
     save_figure(figure, path, 120)
+
+
+def logarithmic(axis: Axes) -> None:
+    """A logarithmic y axis, on which 0.6 is "0.6" rather than a power of ten."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""  # which says where there is room for a label
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(Plain())
+    axis.yaxis.set_minor_formatter(Plain(labelOnlyBase=False, minor_thresholds=(2, 0.4)))
 
 
 def name_lines(names: Iterable[str], legend: Legend) -> None:

@@ -15,7 +15,7 @@ from hosfl.files import write_atomically
 from hosfl.runs.config import Config
 from hosfl.runs.memory import BOUNDED, reference
 from hosfl.runs.pages import document, html_image, html_table
-from hosfl.runs.report import name_lines, save_figure
+from hosfl.runs.report import logarithmic, name_lines, save_figure
 from hosfl.studies.folder import held, measured
 from hosfl.studies.study import Result, Study, load_study
 from hosfl.studies.table import finals, table
@@ -91,7 +91,7 @@ def plot_curves(runs: dict[str, list[Result]], path: Path, metric: str) -> None:
             grid[row, column].grid(alpha=0.3)
             grid[row, column].spines[["top", "right"]].set_visible(False)
             grid[1, column].set_xlabel(name)
-    grid[1, 0].set_yscale("log")
+    logarithmic(grid[1, 0])
     columns = max(1, min(len(lines), 5, 100 // min(40, max(map(len, lines)))))
     places: list[Any] = list(lines.values())
     legend = figure.legend(places, [""] * len(lines), loc="outside upper center", ncols=columns, frameon=False)
