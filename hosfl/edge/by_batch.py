@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -69,45 +70,33 @@ class _ByBatch(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        told = kwargs or {}
-        if function in (nn.functional.batch_norm, nn.functional.instance_norm):
-            read = _of_batch if function is nn.functional.batch_norm else _of_instance
-            mean = args[1] if len(args) > 1 else told.get("running_mean")
-            if id(mean) in self.own:
-                return read(self.found.setdefault(id(mean), []), *args, **told)
-        return function(*args, **told)
+        if function in _NORMALISE:
+            told = _NORMALISE[function].bind(*args, **(kwargs or {})).arguments
+            if id(told.get("running_mean")) in self.own:
+                return self._normalised(by_sample=function is nn.functional.instance_norm, **told)
+        return function(*args, **(kwargs or {}))
+
+    def _normalised(
+        self,
+        by_sample: bool,
+        input: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+        **others: Any,
+    ) -> Tensor:
+        """by_sample: each sample by itself, whose moments' means are the statistics."""
+        mean, variance, unbiased = _moments(
+            input, [d for d in range(input.dim()) if d > 1 or (d == 0 and not by_sample)]
+        )
+        means, variances = ((x.mean(0) if by_sample else x).flatten() for x in (mean, unbiased))
+        self.found.setdefault(id(running_mean), []).append((means, variances))
+        return _scaled((input - mean) * torch.rsqrt(variance + eps), weight, bias)
 
 
-def _of_batch(
-    found: list[tuple[Tensor, Tensor]],
-    x: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    mean, variance, unbiased = _moments(x, [d for d in range(x.dim()) if d != 1])
-    found.append((mean.flatten(), unbiased.flatten()))
-    return _scaled((x - mean) * torch.rsqrt(variance + eps), weight, bias)
-
-
-def _of_instance(
-    found: list[tuple[Tensor, Tensor]],
-    x: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    use_input_stats: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor:
-    mean, variance, unbiased = _moments(x, list(range(2, x.dim())))
-    found.append((mean.mean(0).flatten(), unbiased.mean(0).flatten()))
-    return _scaled((x - mean) * torch.rsqrt(variance + eps), weight, bias)
+_NORMALISE = {function: signature(function) for function in (nn.functional.batch_norm, nn.functional.instance_norm)}
 
 
 def _moments(x: Tensor, over: list[int]) -> tuple[Tensor, Tensor, Tensor]:

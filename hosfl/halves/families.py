@@ -484,7 +484,7 @@ class Door:
 
 @cache
 def _entered(kind: type[nn.Module]) -> type[nn.Module]:
-    """A class of modules that take the cut: called, not hooked, since transformers before 5.22 have hooks within what
+    """A class of modules that take the cut: called, not hooked, since older transformers (5.20) have hooks within what
     they checkpoint, and run them once more in the backward pass, when the cut is gone."""
 
     def call(self: Any, *args: Any, **inputs: Any) -> Any:

@@ -240,10 +240,13 @@ def casts_forgotten() -> Iterator[None]:
     """Autocast keeps no casts: it would take a weight moved in place for what it was, and hold on to displaced ones."""
     kept = torch.is_autocast_cache_enabled()
     try:
-        torch.set_autocast_cache_enabled(False)
-        yield
+        try:
+            torch.set_autocast_cache_enabled(False)
+            yield
+        finally:
+            torch.set_autocast_cache_enabled(kept)
     finally:
-        torch.set_autocast_cache_enabled(kept)
+        torch.set_autocast_cache_enabled(kept)  # again: Ctrl-C may have come as the first call began
 
 
 def large_tables(module: nn.Module, moving: Sequence[Tensor]) -> nn.ModuleList:

@@ -27,11 +27,17 @@ def read_weights(path: Path) -> dict[str, Array]:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     found = {}
     for name, stored in deserialize(path.read_bytes()):  # type: ignore[no-untyped-call]
-        if stored["dtype"] not in STORED:
-            raise ValueError(f"{path}: {name!r} is {stored['dtype']}; numpy can hold {', '.join(STORED)}")
-        dtype = np.dtype(STORED[stored["dtype"]]).newbyteorder("<")
-        found[name] = np.frombuffer(stored["data"], dtype).reshape(stored["shape"]).copy()
+        found[name] = (
+            np.frombuffer(stored["data"], _in_numpy(stored["dtype"], name, path)).reshape(stored["shape"]).copy()
+        )
     return found
+
+
+def _in_numpy(stored: str, name: str, path: Path) -> np.dtype[Any]:
+    """How numpy reads a tensor of a file's dtype. Raises ValueError where it cannot."""
+    if stored not in STORED:
+        raise ValueError(f"{path}: {name!r} is {stored}; numpy can hold {', '.join(STORED)}")
+    return np.dtype(STORED[stored]).newbyteorder("<")
 
 
 class Weights(Mapping[str, Array]):
@@ -56,9 +62,7 @@ class Weights(Mapping[str, Array]):
 
     def __getitem__(self, name: str) -> Array:
         told = self._told[name]
-        if told["dtype"] not in STORED:
-            raise ValueError(f"{self._path}: {name!r} is {told['dtype']}; numpy can hold {', '.join(STORED)}")
-        dtype = np.dtype(STORED[told["dtype"]]).newbyteorder("<")
+        dtype = _in_numpy(told["dtype"], name, self._path)
         begin, end = told["data_offsets"]
         count, start = (end - begin) // dtype.itemsize, self._start + begin
         return np.fromfile(self._path, dtype, count, offset=start).reshape(told["shape"])
