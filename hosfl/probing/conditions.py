@@ -42,8 +42,10 @@ class _State(NamedTuple):
 
     def add(self, places: Iterable[Place]) -> None:
         kept = [((m, name), b) for m, name in places if (b := m._buffers.get(name)) is not None]
-        self.buffers.extend(kept)
-        self.copies.extend(b.clone() for _, b in kept)
+        copies = [b.clone() for _, b in kept]
+        with uninterrupted():  # both or neither
+            self.buffers.extend(kept)
+            self.copies.extend(copies)
 
 
 # Getting their states takes longer than evaluating a small model.
