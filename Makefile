@@ -4,7 +4,7 @@ VENV ?= .venv
 OUT ?= runs/digits
 BIN := $(VENV)/bin
 
-.PHONY: train test test-slow test-learning pair bench gpu tune studies results lint docs wheel gcc11 clean
+.PHONY: train test test-slow test-learning pair bench gpu tune studies results lint docs wheel gcc11 arm64 clean
 
 # The main job: HO-SFL, first-order split learning and a frozen client on real digits, three seeds, one table.
 # The models are tiny: one thread is fastest.
@@ -114,6 +114,10 @@ wheel:
 # The extension by the oldest compiler that it is kept for; installs g++-11 where it is missing.
 gcc11: $(VENV)/ready
 	PYTHON=$(abspath $(BIN)/python) .ci/gcc11
+
+# The extension and a client without torch on an emulated arm64 processor.
+arm64: $(VENV)/ready
+	PYTHON=$(abspath $(BIN)/python) .ci/arm64
 
 $(VENV)/ready: pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
