@@ -240,7 +240,7 @@ def _add_federation(command: Callable[..., argparse.ArgumentParser], parser: arg
     made = action("create", "make certificates, the broker's configuration, and a folder for each client's owner")
     made.add_argument("--clients", type=int, required=True, help="how many, numbered from 0")
     made.add_argument("--address", required=True, metavar="HOST[:PORT]", help="where clients reach the broker")
-    made.add_argument("--name", default="run", metavar="RUN", help="of the run (default: %(default)s)")
+    made.add_argument("--name", metavar="RUN", help="of the run (default: the folder's)")
     made.add_argument("--days", type=int, default=365, help="how long certificates last (default: %(default)s)")
     where = "where the folder broker will lie on the broker's machine (default: DIR/broker)"
     made.add_argument("--broker-folder", default="", metavar="PATH", help=where)

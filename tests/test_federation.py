@@ -495,6 +495,13 @@ def test_a_client_s_folder_holds_its_own_alone(template):
     assert Member.read(template / "server").who == "the server"
 
 
+@pytest.mark.parametrize(("folder", "run"), [("wards-2", "wards-2"), ("with a space", "run")])
+def test_a_run_is_named_after_the_folder(folder, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["federation", "create", folder, "--clients", "1", "--address", "localhost"]) == 0
+    assert Member.read(Path(folder, "clients/0")).run == run
+
+
 def test_certificates_are_what_strict_verifiers_take(template):
     """cryptography's own verifier, which is as strict as browsers: chain, names, uses of keys."""
 

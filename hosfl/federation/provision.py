@@ -17,19 +17,23 @@ from pathlib import Path
 
 from hosfl.federation.broker import configuration
 from hosfl.federation.certificates import MOST_DAYS, Authority, FederationError, Issued, make_authority
-from hosfl.federation.roster import MOST_CLIENTS, Address, Retired, Roster, Standing, check_run
+from hosfl.federation.roster import MOST_CLIENTS, NAME, Address, Retired, Roster, Standing, check_run
 from hosfl.files import FolderLock, sync_folder, write_atomically, write_json
 
 
 def create(
-    folder: Path, clients: int, address: str, run: str = "run", days: int = 365, broker_folder: str = ""
+    folder: Path, clients: int, address: str, run: str | None = None, days: int = 365, broker_folder: str = ""
 ) -> Roster:
     """Make a federation's folder, whole or not at all: `ca`, `broker`, `server`, and `clients/0` to `clients/N-1`.
 
-    address: where clients reach the broker, HOST or HOST:PORT. days: how long certificates last. broker_folder: where
-    the folder `broker` will lie on the broker's machine, an absolute path; "": where it is made. Raises FileExistsError
-    for a folder that is there, ValueError for what cannot be.
+    address: where clients reach the broker, HOST or HOST:PORT. run: the run's name; None: the folder's, or "run" where
+    that cannot be one. days: how long certificates last. broker_folder: where the folder `broker` will lie on the
+    broker's machine, an absolute path; "": where it is made. Raises FileExistsError for a folder that is there,
+    ValueError for what cannot be.
     """
+    final = folder.resolve()
+    if run is None:
+        run = final.name if NAME.fullmatch(final.name) else "run"
     check_run(run)
     _check_days(days)
     _check_count(clients)
@@ -38,8 +42,7 @@ def create(
         raise ValueError(f"the broker's folder must be an absolute path, got {broker_folder!r}")
     if os.path.lexists(folder):
         raise FileExistsError(f"{folder} is there already: name a folder that is not")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    final = folder.resolve()
+    final.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))  # mode 0700
     try:
         first = make_authority(f"hosfl {run}")
