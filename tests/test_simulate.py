@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from safetensors.torch import load_file
 from hosfl.cli import main
 from hosfl.engines.in_process import InProcess
 from hosfl.methods.ho import ZerothOrderClient
+from hosfl.methods.travel import unpacked
 from hosfl.protocol.lattice import LatticeError
 from hosfl.protocol.log import Log
 from hosfl.protocol.messages import Cut, Scalars, encode
@@ -34,7 +36,7 @@ from hosfl.runs.evaluate import evaluate
 from hosfl.runs.faults import LIES, Faults
 from hosfl.runs.join import Everybody
 from hosfl.runs.serve import Over
-from hosfl.runs.simulate import SMALLEST_SHARD, TOLD, Crowd, Outcome, State, UnreliableWire, simulate
+from hosfl.runs.simulate import SMALLEST_SHARD, TOLD, ByzantineClient, Crowd, Outcome, State, UnreliableWire, simulate
 from hosfl.runs.trainer import train
 from hosfl_kernels import cpu
 from hosfl_kernels.tensors import BACKENDS
@@ -433,11 +435,38 @@ def test_every_lie_can_be_told() -> None:
     assert tuple(TOLD) == LIES
 
 
+@pytest.mark.parametrize("wire", ["float32", "int8"])
 @pytest.mark.parametrize("lies", [lies for lies in LIES if lies != "scalars"])
-def test_all_but_vast_lies_are_taken_for_the_truth(lies: str, tmp_path: Path) -> None:
-    outcome = simulate(small(rounds=5), Faults(byzantine=0.3, lies=lies, magnitude=10.0), tmp_path)
+def test_all_but_vast_lies_are_taken_for_the_truth(lies: str, wire: str, tmp_path: Path) -> None:
+    outcome = simulate(small(rounds=5, wire=wire), Faults(byzantine=0.3, lies=lies, magnitude=10.0), tmp_path)
     assert outcome.refusals == 0
     assert outcome.equal
+
+
+@pytest.mark.parametrize("wire", ["float32", "bfloat16", "float16", "int8"])
+def test_cuts_that_are_lied_about_travel_as_others_do(wire: str, tmp_path: Path) -> None:
+    def values(lies: str) -> torch.Tensor:
+        cut, _ = told(lies, tmp_path / lies, wire=wire)
+        return unpacked(cut.cut, cut.scales, wire)
+
+    true = values("labels")
+    assert torch.equal(values("flipped-cuts"), -true)
+    assert torch.allclose(values("scaled-cuts"), 64 * true, rtol=1e-6)
+
+
+def test_a_liar_has_all_settings_of_the_honest_client_in_its_place(tmp_path: Path) -> None:
+    crowd = make_crowd(
+        small(directions_from="fresh", estimator="backward", microbatch=3), Faults(byzantine=1), tmp_path
+    )
+    honest = crowd.make(0)
+    crowd.make = lambda number: honest
+    liar = crowd.take(0)
+    assert isinstance(liar, ByzantineClient)
+    assert liar.microbatch == 3
+    for field in fields(honest):
+        if field.init:
+            assert getattr(liar, field.name) is getattr(honest, field.name), field.name
+    crowd.close()
 
 
 def test_a_simulation_says_what_it_was_made_of(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from hosfl.methods import calibration
 from hosfl.methods.client import Client
 from hosfl.methods.ho import ZerothOrderClient
 from hosfl.methods.ledger import SeedReplay
+from hosfl.methods.travel import packed, unpacked
 from hosfl.protocol.lattice import Lattice, LatticeError
 from hosfl.protocol.messages import Cut, Message, Multiplier, Scalars, Wire
 from hosfl.protocol.records import RoundRecord
@@ -125,8 +126,20 @@ class ByzantineClient(ZerothOrderClient):
     ignore_index: int | None = field(kw_only=True)
     random: np.random.Generator = field(kw_only=True)
 
+    @staticmethod
+    def of(honest: ZerothOrderClient, **lies: Any) -> ByzantineClient:
+        """The liar that takes an honest client's place, with all its settings."""
+        same = {f.name: getattr(honest, f.name) for f in fields(ZerothOrderClient) if f.init}
+        return ByzantineClient(**same, **lies)
+
     def output(self, round: int) -> Cut:
-        return self._lie(super().output(round))
+        honest = super().output(round)
+        computed = replace(honest, cut=unpacked(honest.cut, honest.scales, self.wire))
+        said = self._lie(computed)
+        if said.cut is computed.cut:
+            return replace(said, cut=honest.cut)
+        cut, scales = packed(said.cut, self.wire)
+        return replace(said, cut=cut, scales=scales)
 
     def answer(self, message: Message) -> Scalars:
         return self._lie(super().answer(message))
@@ -255,12 +268,8 @@ class Crowd(Federation):
     def take(self, number: int) -> Client:
         client = self.make(number)
         if number in self.liars and isinstance(client, ZerothOrderClient):
-            client = ByzantineClient(
-                client.number,
-                client.half,
-                client.batch,
-                run=client.run,
-                base=client.base,
+            client = ByzantineClient.of(
+                client,
                 faults=self.faults,
                 classes=self.server.classes or 0,
                 ignore_index=self.server.ignore_index,
