@@ -245,6 +245,38 @@ def test_every_public_name_has_a_docstring_and_a_place(monkeypatch):
     assert from_code.faults() == ["hosfl.nameless has no docstring", "hosfl.nameless is on none of docs/api-*.md"]
 
 
+SAID = """What it is.
+
+Args:
+    directions: P.
+    seed: of the run,
+        below 2^64.
+    Everything else as before.
+
+Attributes:
+    applied, epoch: (1) how many rounds.
+
+Raises:
+    ValueError, TypeError: a number out of range.
+"""
+
+
+def test_sections_of_docstrings_are_lists_of_definitions(monkeypatch):
+    """In reStructuredText "P." and "(1)" alone would begin a list of their own, and be gone from the page."""
+    monkeypatch.syspath_prepend(DOCS)
+    found = "\n".join(importlib.import_module("from_code").as_rst(SAID)).split("\n\n")
+    assert found == [
+        "What it is.",
+        "``directions``\n    \\P.",
+        "``seed``\n    of the run, below 2^64.",
+        "Everything else as before.",
+        "Attributes:",
+        "``applied``, ``epoch``\n    \\(1) how many rounds.",
+        "Raises:",
+        "``ValueError``, ``TypeError``\n    a number out of range.\n",
+    ]
+
+
 def test_every_command_and_option_is_on_the_page_of_commands(monkeypatch):
     monkeypatch.syspath_prepend(DOCS)
     text = importlib.import_module("from_code").command_line()
