@@ -56,6 +56,7 @@ class SplitModel(nn.Module):
         yield self.server
 
     def forward(self, inputs: Inputs) -> Tensor:
+        """The whole model's output. inputs: a tensor, a tuple of arguments or a mapping of names."""
         cut = call(self.client, inputs)
         if not isinstance(cut, Tensor):
             raise CutError(f"the cut must be one tensor, and the client half makes a {type(cut).__name__}")
