@@ -59,8 +59,10 @@ class _Checked:
             value, may = getattr(self, f.name), f.metadata
             if may["choices"] and value not in may["choices"]:
                 raise ValueError(f"{f.name} must be one of {', '.join(may['choices'])}, got {value!r}")
-            if may["least"] is not None and not may["least"] <= value <= LARGEST_COUNT:
+            if may["least"] is not None and value < may["least"]:
                 raise ValueError(f"{f.name} must be at least {may['least']}, got {value}")
+            if may["least"] is not None and value > LARGEST_COUNT:
+                raise ValueError(f"{f.name} must be at most {LARGEST_COUNT}, got {value}")
             if may["positive"] and value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{f.name} must be positive and finite, got {value}")
 
@@ -381,7 +383,10 @@ class Settings(Schedule, Learning, Halves, Data):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rounds * self.local_steps > LARGEST_COUNT:
-            raise ValueError(f"{self.rounds} rounds of {self.local_steps} local steps are more than can be numbered")
+            raise ValueError(
+                f"{self.rounds} rounds of {self.local_steps} local steps are more than can be numbered,"
+                f" {LARGEST_COUNT}: lower one"
+            )
         if self.server_decay is not None and not (self.server_decay >= 0 and math.isfinite(self.server_decay)):
             raise ValueError(f"server_decay must be finite and not negative, got {self.server_decay}")
         if self.server_first and self.server_first >= self.rounds:

@@ -296,9 +296,15 @@ def _inside(model: nn.Module) -> nn.Module:
         adapters: Any = model.peft_config
         for adapter, settings in adapters.items():
             if getattr(settings, "is_prompt_learning", False):
-                raise CutError(f"virtual tokens do not cross a cut: {adapter!r} is {settings.peft_type.value}")
+                raise CutError(
+                    f"virtual tokens do not cross a cut: {adapter!r} is {settings.peft_type.value}; take adapters that"
+                    " go into layers, such as LORA"
+                )
             if getattr(settings, "alora_invocation_tokens", None):
-                raise CutError(f"adapters that begin at certain tokens do not cross a cut: {adapter!r} has such")
+                raise CutError(
+                    f"adapters that begin at certain tokens do not cross a cut: {adapter!r} has such; leave out its"
+                    " alora_invocation_tokens"
+                )
         model = base()
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -328,7 +334,8 @@ def _refuse_hooks(model: nn.Module, followed: Iterable[nn.Module]) -> None:
         where = names[module] or type(module).__name__
         if kinds or module.__dict__.get("forward") is not None:
             raise CutError(
-                f"cannot cut through {where}, which has {kinds[0].strip('_') if kinds else 'its own forward'}"
+                f"cannot cut through {where}, which has {kinds[0].strip('_') if kinds else 'its own forward'}: take"
+                " that off, cut, and put it on modules of the halves"
             )
         if getattr(module, "_compiled_call_impl", None) is not None:
             raise CutError(f"cannot cut through {where}, which is compiled: cut first, and compile the halves")

@@ -355,12 +355,23 @@ class HO(Method):
         if not settings.compile:
             return
         check_backend(settings.compile)
-        one_by_one = settings.estimator.endswith("sided") and (settings.blocks, settings.probes_at_once) == (1, 1)
-        if client_rule(settings) is not None or not one_by_one:
+        in_place: dict[str, tuple[object, ...]] = {
+            "dist": ("rademacher",),
+            "dtype": ("float32",),
+            "rule": ("normalized", "sgd") if settings.directions_from == "fresh" else (settings.rule,),
+            "estimator": ("one-sided", "two-sided"),
+            "blocks": (1,),
+            "probes_at_once": (1,),
+        }
+        wrong = [
+            f"{name} {getattr(settings, name)} (it may be {' or '.join(map(str, may))})"
+            for name, may in in_place.items()
+            if getattr(settings, name) not in may
+        ]
+        if wrong:
             raise ValueError(
-                "compile is for probes in place, one by one: fresh directions or a pool of dist rademacher, rule sgd or"
-                " normalized with fresh ones, dtype float32, estimator one-sided or two-sided, blocks 1 and"
-                " probes_at_once 1"
+                f"compile is for probes in place, one by one, and not with {', '.join(wrong)}: change that, or leave"
+                " out compile"
             )
 
     @classmethod

@@ -116,16 +116,26 @@ class Run:
         if self.blocks:
             shared = sorted(t for block in self.blocks for t in block.tensors)
             if shared != list(range(len(self.factors))) or not all(b.directions > 0 for b in self.blocks):
-                raise ValueError("every trainable tensor is in one block, and every block has a direction or more")
+                raise ValueError(
+                    f"blocks = {self.blocks} of {len(self.factors)} tensors: every tensor must be in one block, and"
+                    " every block have a direction or more"
+                )
             counts = [block.directions for block in self.blocks]
             if sum(counts) != self.directions:
-                raise ValueError(f"blocks of {counts} directions in a run of {self.directions}")
+                raise ValueError(
+                    f"blocks of {counts} directions in a run of {self.directions}: they must add up to these"
+                )
             if self.pool is not None:
-                raise ValueError("directions of a pool move all tensors: blocks go with fresh directions")
+                raise ValueError("directions of a pool move all tensors: leave out blocks, or pool")
         if (self.lattice is None) == (self.rule is None):
-            raise ValueError("a run has a lattice, where records are moves, or an update rule: one of them")
+            raise ValueError(
+                f"a run has a lattice, where records are moves, or an update rule: give one of them, got lattice ="
+                f" {self.lattice} and rule = {self.rule}"
+            )
         if self.pool is not None and self.pool.size < self.directions:
-            raise ValueError(f"cannot measure {self.directions} different directions of a pool of {self.pool.size}")
+            raise ValueError(
+                f"cannot measure {self.directions} different directions of a pool of {self.pool.size}: lower directions"
+            )
 
     @property
     def measures(self) -> Measures:

@@ -226,7 +226,7 @@ def _told(what: Task | Config, settings: dict[str, Any]) -> tuple[Config, Task]:
     """The run's settings and its task. Raises TypeError, ValueError."""
     if isinstance(what, Config):
         if settings:
-            raise TypeError(f"{', '.join(settings)} beside a Config: say them there")
+            raise TypeError(f"{', '.join(settings)} beside a Config: give them to Config, which has all settings")
         task = task_of(what)
         return cast(Config, for_clients(what, task)), task
     if not isinstance(what, Task):

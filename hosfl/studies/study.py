@@ -119,7 +119,7 @@ def read_study(text: str) -> Study:
         )
     methods = _of(dict, _needed(says, "methods"), "methods")
     if not methods:
-        raise ValueError("methods: names none")
+        raise ValueError("methods: there is none: name one or more")
     trials: dict[str, list[dict[str, Any]]] = {}
     grids: dict[str, dict[str, list[Any]]] = {}
     slugs: dict[str, str] = {}
@@ -165,7 +165,7 @@ def read_study(text: str) -> Study:
 
 def _needed(says: dict[str, Any], key: str) -> Any:
     if says.get(key) is None:
-        raise ValueError(f"{key} is missing")
+        raise ValueError(f"{key} is missing: the study's file must say it")
     return says[key]
 
 
