@@ -63,10 +63,10 @@ def read_offer(offered: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
             edge["running"] = [str(one) for one in run["edge"].get("running", [])]
             for name in ("gradient", "statistics"):  # an older server has no statistics
                 edge[name] = None if run["edge"].get(name) is None else str(run["edge"][name])
+    except JoinError:
+        raise
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-        raise (
-            error if isinstance(error, JoinError) else JoinError(f"what the server offers is no run: {error!r}")
-        ) from None
+        raise JoinError(f"what the server offers is no run: {error!r}") from None
     told: dict[str, Any] = {"base": base, "log": header, "cut": cut, "labels": labels, "hosfl": str(run.get("hosfl"))}
     return settings, told | {"measures": measures, "id": id, "edge": edge}
 
