@@ -30,8 +30,10 @@ SAVES = 0.1  # of a pass, at least: what has to be in front of a single block fo
 class Begin:
     """Where a block begins.
 
-    entry: its first module's name in the half; "" for the half's own beginning. tensors: what it moves, by position
-    among the half's trainable parameters. share: the work from there to the cut, as a share of the whole half's.
+    Attributes:
+        entry: its first module's name in the half; "" for the half's own beginning.
+        tensors: what it moves, by position among the half's trainable parameters.
+        share: the work from there to the cut, as a share of the whole half's.
     """
 
     entry: str

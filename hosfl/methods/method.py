@@ -36,10 +36,15 @@ Way = tuple[dict[str, Any], tuple[float, ...]]
 class Setup:
     """What a run gives to its method.
 
-    base: the client half of round 0; the method may still put its weights on a lattice, before anything else is made of
-    it. rates: of both halves. aggregation: of what the clients send. sample: inputs of a few samples. passes: where
-    samples that go through either half are counted. measures: those of the run
-    whose base it is; None: the run is made here.
+    Args:
+        settings: of the run.
+        base: the client half of round 0. The method may still put its weights on a lattice, before anything else is
+            made of it.
+        rates: of both halves.
+        aggregation: of what the clients send.
+        sample: inputs of a few samples.
+        passes: where samples that go through either half are counted.
+        measures: those of the run whose base it is; None: the run is made here.
     """
 
     settings: Settings

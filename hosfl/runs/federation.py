@@ -57,25 +57,40 @@ log = logging.getLogger("hosfl.federation")
 class Federation:
     """A server, its clients, and the engine between them.
 
-    id: random; no other run has it, and this one keeps it when it is resumed. Clients know by it whose weights theirs
-    are.
+    Args:
+        config: the settings of the run.
+        server: as it is before the first round.
+        make: number -> a client that has applied nothing.
+        base: the client half of round 0.
+        observed: the client half of the moment, for evaluation.
+        exchanges: cuts that a client sends per round; its answer to all but the last is the next one, and the server
+            numbers them on and on.
+        engine: None: the clients live here, and are made by `make`.
+        deadline: seconds for each exchange; None: as long as it takes.
+        enough: cuts that were learnt from, then answers that count, with which a round goes on without the rest;
+            likewise of statistics. None: all that were invited.
+        least: clients that have to be here before a round begins.
+        patient: a round in which no cut could be learnt from is not committed, and can be tried again.
+        wire: counts the bytes; a simulation's loses some.
+        describe: gives header and provenance, once the base is complete: see `settle`.
+        id: random; no other run has it, and this one keeps it when it is resumed. Clients know by it whose weights
+            theirs are.
 
-    make: a client that has applied nothing, by its number. base: the client half of round 0. observed: the client half
-    of the moment, for evaluation. header: of the log, for methods that have one; see `open_log`. provenance: what the
-    run is made of. describe: gives both, once the base is complete: see `settle`. exchanges: cuts that a client sends
-    per round; its answer to all but the last is the next one, and the server numbers them on and on. engine: None: the
-    clients live here, and are made by `make`. deadline: seconds for each exchange; None: as long as it takes. enough:
-    cuts that were learnt from, and then answers that count, with which a round goes on without the rest, or statistics
-    without theirs; None: all that were invited. least: clients that have to be here before a round begins. patient: a
-    round in which no cut could be learnt from is not committed, and can be tried again.
-
-    clients: those made here so far. where: (rounds, epoch) that a client has applied, as far as the server knows.
-    complained: what clients refused, the last thousand times; complaints: how many there were. visits: how many times
-    a client took part. missing: how many times a client that was asked did not answer; why: of the round's, by client.
-    seconds: of the last round, by phase: "cuts" and "answers" are spent on the engine and the clients, "server" here;
-    it learns from a cut while those of other clients are still on their way. asked: clients that were invited to the
-    last round. took_part: clients whose answers were its answers; whose cuts, where a method needs no answers. seen:
-    those that took part in any. tried: how often the next round was tried in vain, where the run is patient.
+    Attributes:
+        header: of the log, for methods that have one; see `open_log`.
+        provenance: what the run is made of.
+        clients: those made here so far, by number.
+        where: (rounds, epoch) that a client has applied, as far as the server knows, by number.
+        complained, complaints: what clients refused, the last thousand times, and how many there were.
+        visits: how many times a client took part.
+        missing: how many times a client that was asked did not answer.
+        why: of the round's, why, by client.
+        seconds: of the last round, by phase: "cuts" and "answers" are spent on the engine and the clients, "server"
+            here. It learns from a cut while those of other clients are still on their way.
+        asked: clients that were invited to the last round.
+        took_part: clients whose answers were its answers; whose cuts, where a method needs no answers.
+        seen: clients that took part in any round.
+        tried: how often the next round was tried in vain, where the run is patient.
     """
 
     config: Settings

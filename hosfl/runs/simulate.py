@@ -299,13 +299,28 @@ class Crowd(Federation):
 class Outcome:
     """What a simulation came to.
 
-    accuracy, loss: at the end, on the data named by config.evaluate_on; evaluations: on the way, of rounds that stayed.
-    failure: why it ended early, if it diverged. equal: whether all clients and a newcomer held the same bits after
-    catching up at the end. states: the most distinct ones at once. visits: how many times a client took part. empty:
-    committed rounds that nobody answered. lost, late, damaged: messages; a lost one may be of a client that vanished.
-    refusals: messages that the server refused; complaints: that clients did; reasons: of the first of them. differed:
-    clients that found their half wrong. deaths: of the server. void: rounds that were run again because of them.
-    provenance: what the run was made of, see `hosfl.protocol.provenance`; `faults` are beside it.
+    Attributes:
+        rounds: how many were done.
+        accuracy, loss: at the end, on the data named by config.evaluate_on.
+        evaluations: on the way, of rounds that stayed.
+        interrupted: whether Ctrl-C ended it.
+        failure: why it ended early, if it diverged.
+        clients: their number.
+        equal: whether all clients and a newcomer held the same bits after catching up at the end.
+        digest, log_digest: SHA-256 of the client half; the log's running digest.
+        states: the most distinct ones at once.
+        visits: how many times a client took part.
+        empty: committed rounds that nobody answered.
+        lost, late, damaged: numbers of messages; a lost one may be of a client that vanished.
+        refusals, complaints: messages that the server refused, and that clients did.
+        reasons: of the first of them.
+        differed: clients that found their half wrong.
+        deaths: of the server.
+        void: rounds that were run again because of deaths.
+        bytes: by category.
+        seconds: of the simulation.
+        peak_memory: bytes.
+        config, provenance, faults, machine: what it was made of, and where.
     """
 
     rounds: int
