@@ -501,7 +501,7 @@ class Server:
         tensors, info = state
         self.half.load_state_dict(part("half", tensors))
         unpack_optimizer(self.optimizer, part("optimizer", tensors), info["optimizer"])
-        self.learnt = info.get("learnt", 1)  # a snapshot of before it was counted does not say that it was none
+        self.learnt = info["learnt"]
         if self.ledger is not None:
             self.ledger.load(part("ledger", tensors), info["ledger"])
 
