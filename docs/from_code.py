@@ -43,7 +43,7 @@ def faults() -> list[str]:
 
 # --- docstrings ---
 
-SECTIONS = ("Args:", "Attributes:", "Raises:")
+_SECTION = re.compile(r"(Args|Attributes|Raises.*):")
 _CODE = re.compile(r"(`[^`]+`)")
 _NAMES = r"\*{0,2}[A-Za-z]\w*(?:, [a-z]\w*)*"
 _ITEM = re.compile(rf"(?:^|(?<=[.;] ))({_NAMES}): (?=\S)")
@@ -98,7 +98,7 @@ def as_rst(docstring: str, of: object = None) -> list[str]:
             made.append("::\n\n" + block)
         elif lines[0].lstrip().startswith("* "):
             made.append("\n".join(f"{b[0]}{_escaped(b[1])}" for line in lines for b in [_bullet(line)]))
-        elif lines[0] in SECTIONS:
+        elif _SECTION.fullmatch(lines[0]):
             made += _section(lines[0], lines[1:])
         elif any(line.startswith("    ") for line in lines[1:]):
             made.append("\n".join(f"| {_escaped(line)}" for line in lines))  # lines that are to stay lines

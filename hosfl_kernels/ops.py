@@ -139,11 +139,10 @@ def perturb_(
     Source: `hosfl_kernels/spec.py`; the noise is Philox4x32-10 (Salmon et al., SC 2011).
 
     Raises, before any tensor is changed:
-
-        ValueError      a number out of range, or lists of different lengths
-        TypeError       an argument of a wrong type, or a dtype that is not taken
-        RuntimeError    tensors on several devices, that share memory, that are laid out otherwise, or
-                        that require grad outside of torch.no_grad()
+        ValueError: a number is out of range, or lists have different lengths.
+        TypeError: an argument is of a wrong type, or a tensor of a dtype that is not taken.
+        RuntimeError: tensors are on several devices, share memory, are laid out otherwise, or require grad outside of
+            torch.no_grad().
     """
     tensors = checks.array_list(tensors)
     place = checks.place_of(len(tensors), dist, factors, streams, starts)
@@ -228,7 +227,8 @@ def update_(
         rule = hosfl_kernels.AdamW()
         moments = [[torch.zeros_like(w) for w in weights] for _ in range(rule.moments)]
         steps = rule.steps(rounds=[0, 1], rates=[1e-3, 1e-3])  # two rounds
-        hosfl_kernels.update_(weights, moments, rule, [[1, 2], [3, 4]], [[0.5, -0.5], [0.25, 0.5]], steps)
+        seeds, coefficients = [[1, 2], [3, 4]], [[0.5, -0.5], [0.25, 0.5]]  # of two directions each
+        hosfl_kernels.update_(weights, moments, rule, seeds, coefficients, steps)
 
     Args:
         tensors: as in `perturb_`.
@@ -247,8 +247,9 @@ def update_(
 
         g = 0, then for every direction p: g = g + (float32(coefficient) * factor) * z(seed)
         SGD     d = g; with momentum m = momentum * m + g, d = m
-        AdamW   m = b1 * m + (1 - b1) * g; v = b2 * v + (1 - b2) * (g * g); d = m / (sqrt(v) * root + eps)
-        x = x * keep - rate * d, rounded to x's dtype as in `perturb_`; the next round starts from there
+        AdamW   m = b1 * m + (1 - b1) * g; v = b2 * v + (1 - b2) * (g * g)
+                d = m / (sqrt(v) * root + eps)
+        x = x * keep - rate * d, rounded to x's dtype as in `perturb_`
 
     Records may also be tensors on the tensors' GPU, all of them, `steps` too: see `replay_`. A CUDA graph that captures
     the call then reads rate, decay and bias corrections anew at every replay. Betas, eps and momentum are those of the
@@ -364,11 +365,10 @@ def snap_(tensors: Array | Iterable[Array], *, factors: Sequence[float] | None =
     a multiple of the largest anyway, and so a bias that starts at zero has as much room as the largest weight.
 
     Raises, before any tensor is changed:
-
-        ValueError      infinite or NaN weights; weights so large or small that quantum * factor is not from
-                        2^-126 to 2^103; a number out of range
-        TypeError       other dtypes than float32
-        RuntimeError    as in `perturb_`
+        ValueError: weights are infinite or NaN, or so large or small that quantum * factor is not from 2^-126 to 2^103;
+            or a number is out of range.
+        TypeError: a dtype is another than float32.
+        RuntimeError: as in `perturb_`.
     """
     tensors = checks.array_list(tensors)
     checks.place_of(len(tensors), "rademacher", factors, None, None)

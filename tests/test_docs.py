@@ -256,7 +256,7 @@ Args:
 Attributes:
     applied, epoch: (1) how many rounds.
 
-Raises:
+Raises, with nothing changed:
     ValueError, TypeError: a number out of range.
 """
 
@@ -272,7 +272,7 @@ def test_sections_of_docstrings_are_lists_of_definitions(monkeypatch):
         "Everything else as before.",
         "Attributes:",
         "``applied``, ``epoch``\n    \\(1) how many rounds.",
-        "Raises:",
+        "Raises, with nothing changed:",
         "``ValueError``, ``TypeError``\n    a number out of range.\n",
     ]
 

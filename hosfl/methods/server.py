@@ -63,8 +63,8 @@ class Server:
     A round is `begin(round)`, `learn(cut)` for every cut and `end()`, or `step` for all three; then `answered(round,
     answer)` for every answer and `commit(round)`. For each client m with cut z_m it computes
 
-        multiplier_m = d loss(half(z_m), labels_m) / d z_m      [batch, ...], of the client's own mean loss
-        gradient_m   = d loss(half(z_m), labels_m) / d half     aggregated over the clients into one optimizer step
+        multiplier_m = d loss(half(z_m), labels_m) / d z_m    what the client is sent, [batch, ...]
+        gradient_m   = d loss(half(z_m), labels_m) / d half   aggregated into one optimizer step
 
     Whatever comes from a client goes through `receive`, `learn`, `answered` or `estimated`. They refuse what is not
     exactly right, and a refused message changes nothing.

@@ -19,8 +19,8 @@ from hosfl.protocol.terms import Pool, Run
 class FreshStep:
     """From a round's aggregated scalars vbar_p to its record, where directions are new in every round.
 
-        on a lattice     the move itself, -rate / P * vbar_p, rounded stochastically to a multiple of the quantum
-        elsewhere        the gradient estimate's vbar_p / P, to which every replica applies the run's rule
+        on a lattice   the move itself, -rate / P * vbar_p, rounded stochastically to its quantum
+        elsewhere      the gradient estimate's vbar_p / P, to which replicas apply the run's rule
 
     Where directions move blocks, P is the number of directions of the block.
 

@@ -1,25 +1,24 @@
 """Drop-in optimizers that need forward passes only: no backward, no server, no split, no memory of the model's size.
 
     optimizer = ZOSGD(model.parameters(), lr=1e-3)
-    loss = optimizer.step(lambda: loss_of(model(x), y))  # evaluated twice, at weights moved to either side
+    loss = optimizer.step(lambda: loss_of(model(x), y))  # evaluated twice, at moved weights
 
 A step t draws P directions u_1 .. u_P from the run's seed, moves the weights along each, and sees how the loss changes:
 
-    d_p = (loss(th + mu u_p) - loss(th - mu u_p)) / 2    or one-sided: loss(th + mu u_p) - loss(th)
+    d_p = (loss(th + mu u_p) - loss(th - mu u_p)) / 2    one-sided: loss(th + mu u_p) - loss(th)
     v_p = d_p / mu                                       the derivative of the loss along u_p
     th  = th - lr * (1 / P) sum_p v_p u_p
 
 Two-sided, that is SPSA (Spall, IEEE Transactions on Automatic Control, 1992), which MeZO (Malladi et al., arXiv
 2305.17333) takes with one direction. How weights are moved depends on what they are:
 
-    exact       float32 weights, Rademacher directions, no momentum and no weight decay: moved in
-                place, and taken back to the very bits
-    read only   all else, if `model` is given: moved weights exist one layer at a time, the weights
-                themselves change by the update alone, which bfloat16 rounds stochastically
-    drifting    all else without `model`: moved in place and back, every move rounded; after one step
-                29 % of float32 and 45 % of bfloat16 weights hold other bits than the update alone
-                would give. That is noise far below the update's for float32; for bfloat16 and
-                float16 give `model`
+* Exact: float32 weights, Rademacher directions, no momentum and no weight decay. They are moved in place, and taken
+  back to the very bits.
+* Read only: all else, if `model` is given. Moved weights exist one layer at a time; the weights themselves change by
+  the update alone, which bfloat16 rounds stochastically.
+* Drifting: all else without `model`. They are moved in place and back, every move rounded: after one step 29 % of
+  float32 and 45 % of bfloat16 weights hold other bits than the update alone would give. For float32 that is noise far
+  below the update's; for bfloat16 and float16 give `model`.
 
 What else there is to know:
 
@@ -28,9 +27,9 @@ What else there is to know:
 * Lattices. Before the first exact move weights are put on lattices, as by `hosfl_kernels.snap_`, on which moves round
   nothing. A weight changes by at most 2^-16 of the largest of its tensor, or of mu. mu is the nearest multiple of the
   lattice's quantum, and a step's coefficients are rounded to multiples stochastically. Parameters of one group share a
-  lattice where their largest weights (or mu, if that is larger) are within a factor of 16; a tensor of zeros lies where
-  most of its group does. A parameter that outgrows its lattice gets a coarser one. One whose quantum would be above mu,
-  because float32 has no room for both, is an error that names it.
+  lattice where their largest weights (or mu, if that is larger) are within a factor of 16; a tensor of zeros lies
+  where most of its group does. A parameter that outgrows its lattice gets a coarser one. One whose quantum would be
+  above mu, because float32 has no room for both, is an error that names it.
 * Rates of 0. A group whose learning rate is 0 is not moved at all, not even onto a lattice. Where all rates are 0 the
   closure is evaluated once, at the weights as they are.
 * Weights that somebody else writes between steps, as where a checkpoint is loaded, are put on their lattice again by
@@ -46,9 +45,9 @@ What else there is to know:
   hold the bits of one process with the mean loss. Sharded parameters need `model`, and must be exact; every process
   must call `log.save` and `rebuild`.
 * The log. `optimizer.log.save(path)` writes the run: 4 (P + 2) bytes per step, parameter group and lattice in it.
-  `rebuild(model, path)` makes the trained weights again from the base model, in one pass. There is no log where weights
-  drift, where two parameters have one name, or where during the run parameters were taken away, replaced or converted,
-  or seed, directions, pool or dist changed: a step warns of it, and `log.save` raises `LogError`.
+  `rebuild(model, path)` makes the trained weights again from the base model, in one pass. There is no log where
+  weights drift, where two parameters have one name, or where during the run parameters were taken away, replaced or
+  converted, or seed, directions, pool or dist changed: a step warns of it, and `log.save` raises `LogError`.
 """
 
 from hosfl.optim.log import RunLog, rebuild

@@ -272,10 +272,9 @@ def rebuild(model: nn.Module, path: str | os.PathLike[str]) -> None:
     the weights that move, from which they are put back, and with momentum a float32 tensor for each.
 
     Raises, with the model as it was, to the bit, as after an interrupt:
-
-        LogError    the log is damaged, or no run can have written it; the parameters' names, shapes, dtypes
-                    or bits are not those of the base; somebody else wrote the weights during the run
-        OSError     the file cannot be read
+        LogError: the log is damaged, or no run can have written it; the parameters' names, shapes, dtypes or bits are
+            not those of the base; or somebody else wrote the weights during the run.
+        OSError: the file cannot be read.
     """
     path = Path(path)
     try:

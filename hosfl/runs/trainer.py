@@ -135,7 +135,7 @@ def train(
         summary = hosfl.train(task, rounds=100, server_rate=0.01, client_rate=0.1, out="runs/own")
         print(summary.accuracy, summary.loss, summary.replicas.equal)
 
-        hosfl.train(hosfl.Config(task="digits", method="first-order"))  # a task of the library's, by its name
+        hosfl.train(hosfl.Config(task="digits", method="first-order"))  # a task of the library's
 
     Args:
         what: a `Task`; or a `Config`, whose task has a name.
