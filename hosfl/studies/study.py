@@ -126,18 +126,10 @@ def read_study(text: str) -> Study:
     owns: list[dict[str, Any]] = []  # every trial's settings, without the base's
     for name, method in methods.items():
         where = f"methods.{name}"
-        if not isinstance(name, str) or not slug(name):
-            raise ValueError(f"{where}: a method's name needs letters or digits")
-        if (size := len(slug(name).encode())) > LONGEST_NAME:
-            raise ValueError(f"{where}: its folder's name would have {size} bytes, {LONGEST_NAME} at most: shorten it")
+        _check_name(name, where)
         if slugs.setdefault(slug(name), name) != name:
             raise ValueError(f"{where}: its folder would be that of {slugs[slug(name)]!r}: choose another name")
-        method = _of(dict, method or {}, where)
-        _known(method, ("settings", "grid"), where)
-        settings = _settings(method.get("settings") or {}, f"{where}.settings")
-        grids[name] = _grid(method.get("grid") or {}, f"{where}.grid")
-        if (many := math.prod(map(len, grids[name].values()))) > MOST_TRIALS:
-            raise ValueError(f"{where}.grid: {many} trials, {MOST_TRIALS} at most")
+        settings, grids[name] = _method(method, where)
         own = [settings | choice for choice in choices(grids[name])]
         owns += own
         trials[name] = [with_shared(settings, base) for settings in own]
@@ -161,6 +153,25 @@ def read_study(text: str) -> Study:
         if half not in list(HALVES):
             raise ValueError(f"memory: {half!r} is none of {', '.join(HALVES)}")
     return Study(text, rounds, seeds, tuning_seeds, trials, grids, tuple(memory), unequal)
+
+
+def _check_name(name: Any, where: str) -> None:
+    """Raises ValueError for a method's name that can be no folder's."""
+    if not isinstance(name, str) or not slug(name):
+        raise ValueError(f"{where}: a method's name needs letters or digits")
+    if (size := len(slug(name).encode())) > LONGEST_NAME:
+        raise ValueError(f"{where}: its folder's name would have {size} bytes, {LONGEST_NAME} at most: shorten it")
+
+
+def _method(says: Any, where: str) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """A method's settings and grid."""
+    method = _of(dict, says or {}, where)
+    _known(method, ("settings", "grid"), where)
+    settings = _settings(method.get("settings") or {}, f"{where}.settings")
+    grid = _grid(method.get("grid") or {}, f"{where}.grid")
+    if (many := math.prod(map(len, grid.values()))) > MOST_TRIALS:
+        raise ValueError(f"{where}.grid: {many} trials, {MOST_TRIALS} at most: leave some out")
+    return settings, grid
 
 
 def _needed(says: dict[str, Any], key: str) -> Any:
