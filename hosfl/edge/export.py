@@ -54,28 +54,29 @@ def exported(
 ) -> list[bytes]:
     """A client half as ONNX models without weights: they have them from the half's base file.
 
-    sample: inputs as the half takes them, a tensor or tensors by name; their values do not matter, but for the checks.
-    Batches may have any size, and texts, which are integers [batch, tokens], any length that the half takes.
-
-    most: samples of a batch and tokens of a text, as many as there will ever be: the graph is compared there as well.
-
-    entries: of the half's blocks, see `hosfl.halves.blocks.Begin`. There is one model for each, which makes of its
-    input the next one's and at last the cut, and one more for what lies in front of them. What is cheap and of the
-    half's own inputs, such as an attention's mask, each may compute for itself.
-
-    beside_gradient: a client has the gradient's graph as well, so that frozen weights are not to be constants: of
-    these each session would make a copy of its own, while others are pages of the base file, which all share.
-
-    running: buffers that change as weights do that move, such as running statistics.
+    Args:
+        half: float32 or bfloat16, on the CPU. One in bfloat16 has a graph that computes in float32, of weights in
+            bfloat16.
+        sample: inputs as the half takes them, a tensor or tensors by name; their values do not matter, but for the
+            checks. Batches may have any size, and texts, which are integers [batch, tokens], any length that the half
+            takes.
+        entries: of the half's blocks, see `hosfl.halves.blocks.Begin`. There is one model for each, which makes of its
+            input the next one's and at last the cut, and one more for what lies in front of them. What is cheap and of
+            the half's own inputs, such as an attention's mask, each may compute for itself.
+        most: samples of a batch and tokens of a text, as many as there will ever be: the graph is compared there as
+            well.
+        beside_gradient: a client has the gradient's graph as well, so that frozen weights are not to be constants: of
+            these each session would make a copy of its own, while others are pages of the base file, which all share.
+        running: buffers that change as weights do that move, such as running statistics.
 
     Every tensor of the half's state dict is an initializer whose bytes lie in base.safetensors, which is the file that
     `hosfl.runs.checkpoint.save_module` writes; those that require grad, or are running, are graph inputs as well, so
     that the holder of a session may give it memory of its own for them. onnxruntime then makes the half's output of the
     sample and of other batches, and is seen to follow every weight that moves.
 
-    A half in bfloat16 has a graph that computes in float32, of weights in bfloat16.
-
-    Raises ExportError, which says what stands in the way; ImportError without onnx or onnxscript.
+    Raises:
+        ExportError: what stands in the way.
+        ImportError: onnx or onnxscript is missing.
     """
     with original(half, sample) as of:
         model = graph_of(of, [entry for entry in entries if entry])
