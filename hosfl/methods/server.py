@@ -132,12 +132,12 @@ class Server:
     alone: int = 0
     centered: bool = False
     wire: str = "float32"
-    refused: list[str] = field(default_factory=list)
-    refusals: int = 0
-    unsaid: dict[int, str] = field(default_factory=dict)
-    differed: list[str] = field(default_factory=list)
-    differences: int = 0
-    learnt: int = 0
+    refused: list[str] = field(default_factory=list, init=False)
+    refusals: int = field(default=0, init=False)
+    unsaid: dict[int, str] = field(default_factory=dict, init=False)
+    differed: list[str] = field(default_factory=list, init=False)
+    differences: int = field(default=0, init=False)
+    learnt: int = field(default=0, init=False)
     passes: Passes = field(default_factory=no_passes)
 
     def __post_init__(self) -> None:
