@@ -202,12 +202,14 @@ class Crowd(Federation):
     """A federation of thousands: a client exists while it takes part, and is a reference to its state otherwise."""
 
     faults: Faults = field(default_factory=Faults)
-    states: dict[Key, State] = field(default_factory=dict)
-    calibrated: set[int] = field(default_factory=set)
-    held: dict[int, tuple[Key, int, int]] = field(default_factory=dict)  # client: state, rounds applied, epoch
-    away: dict[int, int] = field(default_factory=dict)  # client: the round in which it comes back
-    deaths: int = 0
-    most_states: int = 0
+    states: dict[Key, State] = field(default_factory=dict, init=False)
+    calibrated: set[int] = field(default_factory=set, init=False)
+    held: dict[int, tuple[Key, int, int]] = field(
+        default_factory=dict, init=False
+    )  # client: state, rounds applied, epoch
+    away: dict[int, int] = field(default_factory=dict, init=False)  # client: the round in which it comes back
+    deaths: int = field(default=0, init=False)
+    most_states: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
