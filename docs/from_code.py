@@ -29,19 +29,32 @@ def public() -> Iterator[tuple[str, object]]:
 
 
 def faults() -> list[str]:
-    """Public names without a docstring of their own, and those that no page of the reference shows."""
+    """Public names without a docstring of their own, or with code that is too wide, and those that no page shows."""
     shown = "".join(page.read_text() for page in HERE.glob("api-*.md"))
     found = []
     for name, what in public():
         text = what.__dict__.get("__doc__") if inspect.isclass(what) else inspect.getdoc(what)
         if not text or text.startswith(f"{name.rpartition('.')[2]}("):  # what a dataclass writes by itself
             found.append(f"{name} has no docstring")
+        found += [
+            f"{name} shows code of {len(line)} columns: {line.strip()}" for line in _code(inspect.getdoc(what) or "")
+        ]
         if not re.search(rf"^\.\. auto(class|function|exception):: {re.escape(name)}$", shown, re.M):
             found.append(f"{name} is on none of docs/api-*.md")
     return found
 
 
 # --- docstrings ---
+
+WIDEST = 96  # columns of code: more do not fit on a page
+
+
+def _code(docstring: str) -> Iterator[str]:
+    """Its lines of code that are too wide."""
+    for block in re.split(r"\n\s*\n", docstring):
+        if all(line.startswith("    ") for line in block.splitlines()):
+            yield from (line for line in block.splitlines() if len(line) > WIDEST)
+
 
 _SECTION = re.compile(r"(Args|Attributes|Raises.*):")
 _CODE = re.compile(r"(`[^`]+`)")

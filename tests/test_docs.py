@@ -241,8 +241,10 @@ def test_every_public_name_has_a_docstring_and_a_place(monkeypatch):
     from_code = importlib.import_module("from_code")
     assert from_code.faults() == []
     monkeypatch.setattr(hosfl, "__all__", [*hosfl.__all__, "nameless"])
-    monkeypatch.setattr(hosfl, "nameless", lambda: None, raising=False)
+    monkeypatch.setattr(hosfl, "nameless", nameless := lambda: None, raising=False)
     assert from_code.faults() == ["hosfl.nameless has no docstring", "hosfl.nameless is on none of docs/api-*.md"]
+    nameless.__doc__ = f"Wide.\n\n    {'x' * 93}\n\nArgs:\n    x: {'x' * 93}"
+    assert from_code.faults()[0] == f"hosfl.nameless shows code of 97 columns: {'x' * 93}"
 
 
 SAID = """What it is.
