@@ -108,7 +108,10 @@ def as_rst(docstring: str, of: object = None) -> list[str]:
     for block in re.split(r"\n\s*\n", docstring.strip("\n")):
         lines = block.splitlines()
         if all(line.startswith("    ") for line in lines):
-            made.append("::\n\n" + block)
+            if made and made[-1].startswith("::"):
+                made[-1] += "\n\n" + block  # it goes on behind an empty line
+            else:
+                made.append("::\n\n" + block)
         elif lines[0].lstrip().startswith("* "):
             made.append("\n".join(f"{b[0]}{_escaped(b[1])}" for line in lines for b in [_bullet(line)]))
         elif _SECTION.fullmatch(lines[0]):

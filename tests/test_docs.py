@@ -249,6 +249,10 @@ def test_every_public_name_has_a_docstring_and_a_place(monkeypatch):
 
 SAID = """What it is.
 
+    class A:
+
+        x = 1
+
 Args:
     directions: P.
     seed: of the run,
@@ -269,6 +273,9 @@ def test_sections_of_docstrings_are_lists_of_definitions(monkeypatch):
     found = "\n".join(importlib.import_module("from_code").as_rst(SAID)).split("\n\n")
     assert found == [
         "What it is.",
+        "::",
+        "    class A:",
+        "        x = 1",
         "``directions``\n    \\P.",
         "``seed``\n    of the run, below 2^64.",
         "Everything else as before.",
