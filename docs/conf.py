@@ -1,5 +1,6 @@
 """How Sphinx makes the site: `make docs`. Pages are MyST Markdown; tutorials are notebooks, which the build runs."""
 
+import inspect
 import re
 import sys
 from importlib.metadata import version as version_of
@@ -63,6 +64,18 @@ def docstring(app, what, name, of, options, lines):
     lines[:] = from_code.as_rst("\n".join(lines), of)
 
 
+def defaults(app, what, name, of, options, signature, returns):
+    """Defaults that Python writes as <...> are no Python, and a signature with one would be set in a single line."""
+    plain = re.sub(r"<(?:function |class ')([\w.]+)'?>", r"\1", signature or "").replace("<factory>", "...")
+    return plain or signature, returns
+
+
+def no_default(app, what, name, member, skip, options):
+    """A field whose default is a function or a class is no method of its own class, and no class within it."""
+    elsewhere = inspect.isclass(member) or (inspect.isfunction(member) and "." not in member.__qualname__)
+    return True if what == "class" and elsewhere else None
+
+
 def public_name(app, env, node, contnode):
     """A signature names a class by the module where it lies: it is documented under its public name."""
     python = env.get_domain("py")
@@ -102,6 +115,8 @@ def setup(app):
     app.connect("builder-inited", no_faults)
     app.connect("source-read", elsewhere)
     app.connect("autodoc-process-docstring", docstring)
+    app.connect("autodoc-process-signature", defaults)
+    app.connect("autodoc-skip-member", no_default)
     app.connect("missing-reference", public_name)
     app.connect("build-finished", nothing_from_elsewhere)
     app.add_directive("command-line", CommandLine)

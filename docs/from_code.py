@@ -29,13 +29,16 @@ def public() -> Iterator[tuple[str, object]]:
 
 
 def faults() -> list[str]:
-    """Public names without a docstring of their own, and those that no page of the reference shows."""
+    """Public names without a docstring of their own, or with code that is too wide, and those that no page shows."""
     shown = "".join(page.read_text() for page in HERE.glob("api-*.md"))
     found = []
     for name, what in public():
         text = what.__dict__.get("__doc__") if inspect.isclass(what) else inspect.getdoc(what)
         if not text or text.startswith(f"{name.rpartition('.')[2]}("):  # what a dataclass writes by itself
             found.append(f"{name} has no docstring")
+        found += [
+            f"{name} shows code of {len(line)} columns: {line.strip()}" for line in _code(inspect.getdoc(what) or "")
+        ]
         if not re.search(rf"^\.\. auto(class|function|exception):: {re.escape(name)}$", shown, re.M):
             found.append(f"{name} is on none of docs/api-*.md")
     return found
@@ -43,15 +46,27 @@ def faults() -> list[str]:
 
 # --- docstrings ---
 
+WIDEST = 96  # columns of code: more do not fit on a page
+
+
+def _code(docstring: str) -> Iterator[str]:
+    """Its lines of code that are too wide."""
+    for block in re.split(r"\n\s*\n", docstring):
+        if all(line.startswith("    ") for line in block.splitlines()):
+            yield from (line for line in block.splitlines() if len(line) > WIDEST)
+
+
+_SECTION = re.compile(r"(Args|Attributes|Raises.*):")
 _CODE = re.compile(r"(`[^`]+`)")
 _NAMES = r"\*{0,2}[A-Za-z]\w*(?:, [a-z]\w*)*"
 _ITEM = re.compile(rf"(?:^|(?<=[.;] ))({_NAMES}): (?=\S)")
 
 
 def _escaped(text: str) -> str:
-    """`code` becomes ``code``; what reStructuredText would take for markup is escaped."""
+    """`code` becomes ``code``; what reStructuredText would take for markup is escaped, "P." for the item of a list."""
     parts = _CODE.split(text)
-    return "".join(f"`{p}`" if _CODE.fullmatch(p) else re.sub(r"([\\*_|])", r"\\\1", p) for p in parts)
+    plain = "".join(f"`{p}`" if _CODE.fullmatch(p) else re.sub(r"([\\*_|])", r"\\\1", p) for p in parts)
+    return re.sub(r"^(?=\(?\w+[.)](\s|$))", r"\\", plain)
 
 
 def _items(text: str, arguments: set[str]) -> Iterator[str]:
@@ -60,9 +75,21 @@ def _items(text: str, arguments: set[str]) -> Iterator[str]:
     if before := text[: found[0].start() if found else None].strip():
         yield _escaped(before)
     for item, after in itertools.zip_longest(found, found[1:]):
-        names = ", ".join(f"``{name.strip()}``" for name in item[1].split(","))
-        about = text[item.end() : after.start() if after else None].strip()
-        yield f"{names}\n    {_escaped(about)}"
+        yield _definition(item[1], text[item.end() : after.start() if after else None].strip())
+
+
+def _section(title: str, lines: list[str]) -> Iterator[str]:
+    """A block such as "Raises:", whose lines are "name: text", as a list of definitions; other lines are paragraphs."""
+    if title != "Args:":
+        yield title
+    for line in re.sub(r"\n +", " ", textwrap.dedent("\n".join(lines))).splitlines():
+        item = re.fullmatch(r"(\*{0,2}\w+(?:, \w+)*): (.*)", line)
+        yield _definition(item[1], item[2]) if item else _escaped(line)
+
+
+def _definition(names: str, about: str) -> str:
+    """A definition of names that are set apart by commas."""
+    return f"{', '.join(f'``{name.strip()}``' for name in names.split(','))}\n    {_escaped(about)}"
 
 
 def _arguments(of: object) -> set[str]:
@@ -75,21 +102,24 @@ def _arguments(of: object) -> set[str]:
 
 
 def as_rst(docstring: str, of: object = None) -> list[str]:
-    """A docstring in reStructuredText: an indented block is code, a paragraph or a block "Args:" is about arguments."""
+    """A docstring in reStructuredText: an indented block is code, a paragraph or a section may be about arguments."""
     arguments = _arguments(of)
     made: list[str] = []
     for block in re.split(r"\n\s*\n", docstring.strip("\n")):
         lines = block.splitlines()
         if all(line.startswith("    ") for line in lines):
-            made.append("::\n\n" + block)
+            if made and made[-1].startswith("::"):
+                made[-1] += "\n\n" + block  # it goes on behind an empty line
+            else:
+                made.append("::\n\n" + block)
         elif lines[0].lstrip().startswith("* "):
             made.append("\n".join(f"{b[0]}{_escaped(b[1])}" for line in lines for b in [_bullet(line)]))
-        elif any(line.startswith("    ") for line in lines[1:]) and not lines[0].endswith("Args:"):
+        elif _SECTION.fullmatch(lines[0]):
+            made += _section(lines[0], lines[1:])
+        elif any(line.startswith("    ") for line in lines[1:]):
             made.append("\n".join(f"| {_escaped(line)}" for line in lines))  # lines that are to stay lines
         else:
-            rest = textwrap.dedent("\n".join(lines[1:])) if lines[0] == "Args:" else block
-            for text in re.sub(r"\n +", " ", rest).splitlines() if lines[0] == "Args:" else [" ".join(lines)]:
-                made += _items(text, arguments)
+            made += _items(" ".join(lines), arguments)
     return [*"\n\n".join(made).splitlines(), ""]
 
 

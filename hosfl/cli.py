@@ -112,98 +112,104 @@ def parser() -> argparse.ArgumentParser:
         made: argparse.ArgumentParser = to.add_parser(name, help=does, description=does[0].upper() + does[1:] + ".")
         return made
 
-    one = command("train", "train a split model by one method, with one seed")
-    one.usage = "%(prog)s [--out DIR] [OPTION ...]"
-    _add_settings(one)
-    one.add_argument("--out", type=_path, metavar="DIR", help="write log, snapshots, metrics, curves and weights there")
-    one.add_argument(
+    train = command("train", "train a split model by one method, with one seed")
+    train.usage = "%(prog)s [--out DIR] [OPTION ...]"
+    _add_settings(train)
+    train.add_argument(
+        "--out", type=_path, metavar="DIR", help="write log, snapshots, metrics, curves and weights there"
+    )
+    train.add_argument(
         "--resume", type=_path, metavar="DIR", help="resume the run in DIR; --data may say where its data are now"
     )
     board = "write the run's scalars for TensorBoard into its folder tensorboard"
-    one.add_argument("--tensorboard", action="store_true", help=board)
-    _add_engine(one)
-    hosts = command("serve", "train with clients on other machines: the server of a federation")
-    hosts.usage = "%(prog)s DIR (--out DIR | --resume DIR) [OPTION ...]"
-    hosts.add_argument(
+    train.add_argument("--tensorboard", action="store_true", help=board)
+    _add_engine(train)
+    serve = command("serve", "train with clients on other machines: the server of a federation")
+    serve.usage = "%(prog)s DIR (--out DIR | --resume DIR) [OPTION ...]"
+    serve.add_argument(
         "server", type=_path, metavar="DIR", help="the folder `server` that hosfl federation create made"
     )
-    _add_settings(hosts, leave_out=("clients",))
-    hosts.add_argument("--out", type=_path, metavar="DIR", help="write log, snapshots, metrics and status there")
-    hosts.add_argument("--resume", type=_path, metavar="DIR", help="resume the run in DIR")
-    hosts.add_argument("--tensorboard", action="store_true", help=board)
+    _add_settings(serve, leave_out=("clients",))
+    serve.add_argument("--out", type=_path, metavar="DIR", help="write log, snapshots, metrics and status there")
+    serve.add_argument("--resume", type=_path, metavar="DIR", help="resume the run in DIR")
+    serve.add_argument("--tensorboard", action="store_true", help=board)
     edge = "offer the client half to clients without torch too, which join by hosfl join --runtime onnx"
-    hosts.add_argument("--edge", action="store_true", help=edge)
+    serve.add_argument("--edge", action="store_true", help=edge)
     where = "a copy of the broker's nats.conf, to be checked; default: the one beside DIR, if it is there"
-    hosts.add_argument("--broker", type=Path, metavar="FILE", help=where)
-    waits = hosts.add_argument_group("waiting")
+    serve.add_argument("--broker", type=Path, metavar="FILE", help=where)
+    waits = serve.add_argument_group("waiting")
     waits.add_argument("--deadline", type=float, default=60.0, help="seconds for each of a round's two exchanges (60)")
     waits.add_argument("--enough", type=int, help="answers after which a round goes on without the rest; default: all")
     waits.add_argument("--least", type=int, default=1, help="clients to be connected before a round begins (1)")
-    client = command("join", "take part in a federation as one of its clients, until interrupted")
-    client.add_argument(
+    join = command("join", "take part in a federation as one of its clients, until interrupted")
+    join.add_argument(
         "client", type=_path, metavar="DIR", help="the client's folder, which the federation's operator hands out"
     )
     own = "this client's data: arrays (.npz, .safetensors), FILE.py:FUNCTION, or a file or folder as the task reads it;"
-    client.add_argument("--data", default="", help=f"{own} default: its share of the task's own")
-    client.add_argument(
-        "--task", default="", help="FILE.py:FUNCTION of yours, where the run's task is not the library's"
-    )
-    client.add_argument(
+    join.add_argument("--data", default="", help=f"{own} default: its share of the task's own")
+    join.add_argument("--task", default="", help="FILE.py:FUNCTION of yours, where the run's task is not the library's")
+    join.add_argument(
         "--method", default="", help="FILE.py:CLASS of yours, where the run's method is not the library's"
     )
-    client.add_argument("--model", default="", help="a folder or name, where the run has a model of its own")
-    client.add_argument("--device", default="cpu", help="where to compute (default: %(default)s)")
+    join.add_argument("--model", default="", help="a folder or name, where the run has a model of its own")
+    join.add_argument("--device", default="cpu", help="where to compute (default: %(default)s)")
     kinds = "what runs the client half: torch, or onnx, onnxruntime without torch (default: %(default)s)"
-    client.add_argument("--runtime", choices=("torch", "onnx"), default="torch", help=kinds)
-    state = command("status", "show the state of a federation's run: clients connected, round, loss, bytes, refusals")
-    state.add_argument("folder", type=_path, metavar="DIR", help="the run's folder")
-    state.add_argument("--watch", action="store_true", help="go on showing it until interrupted")
-    many = command("compare", "train by several methods and seeds, into one table")
-    many.usage = "%(prog)s --out DIR [OPTION ...]"
-    _add_settings(many, leave_out=("method", "seed"))
+    join.add_argument("--runtime", choices=("torch", "onnx"), default="torch", help=kinds)
+    status = command("status", "show the state of a federation's run: clients connected, round, loss, bytes, refusals")
+    status.add_argument("folder", type=_path, metavar="DIR", help="the run's folder")
+    status.add_argument("--watch", action="store_true", help="go on showing it until interrupted")
+    compare = command("compare", "train by several methods and seeds, into one table")
+    compare.usage = "%(prog)s --out DIR [OPTION ...]"
+    _add_settings(compare, leave_out=("method", "seed"))
     three = list(METHODS)[:3]
     methods = f"{', '.join(METHODS)}, or FILE.py:CLASS (default: {' '.join(three)})"
-    many.add_argument("--methods", nargs="+", default=three, metavar="METHOD", help=methods)
-    many.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
-    many.add_argument("--out", type=_path, metavar="DIR", required=True, help="a folder per run, table and curves")
-    crowd = command("simulate", "simulate HO-SFL with many clients that drop out, stay away or lie")
-    crowd.usage = "%(prog)s [--out DIR] [OPTION ...]"
-    _add_settings(crowd, leave_out=("method",))
-    _add_fields(crowd.add_argument_group("faults"), fields(Faults))
-    _add_engine(crowd)
-    crowd.add_argument("--out", type=_path, metavar="DIR", help="write hosfl.log and simulation.json there")
-    for sub in (one, hosts, many, crowd):
+    compare.add_argument("--methods", nargs="+", default=three, metavar="METHOD", help=methods)
+    compare.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
+    compare.add_argument("--out", type=_path, metavar="DIR", required=True, help="a folder per run, table and curves")
+    simulate = command("simulate", "simulate HO-SFL with many clients that drop out, stay away or lie")
+    simulate.usage = "%(prog)s [--out DIR] [OPTION ...]"
+    _add_settings(simulate, leave_out=("method",))
+    _add_fields(simulate.add_argument_group("faults"), fields(Faults))
+    _add_engine(simulate)
+    simulate.add_argument("--out", type=_path, metavar="DIR", help="write hosfl.log and simulation.json there")
+    for sub in (train, serve, compare, simulate):
         sub.add_argument("--preset", choices=PRESETS, help="other defaults for the options: the paper's setting")
-    for sub in (one, hosts):
+    for sub in (train, serve):
         sub.set_defaults(default=sub.get_default)  # for the command that goes on with an interrupted run
-    cuts = command("split", "list the places where a model can be cut, and what lies on either side")
-    cuts.add_argument("--model", required=True, metavar="NAME", help="on the Hugging Face hub, or a folder; no weights")
-    cuts.add_argument("--list", action="store_true", help="list the cut points, as without this option")
-    cuts.add_argument("--batch", type=_count, default=1, help="samples of the example (default: %(default)s)")
+    split = command("split", "list the places where a model can be cut, and what lies on either side")
+    split.add_argument(
+        "--model", required=True, metavar="NAME", help="on the Hugging Face hub, or a folder; no weights"
+    )
+    split.add_argument("--list", action="store_true", help="list the cut points, as without this option")
+    split.add_argument("--batch", type=_count, default=1, help="samples of the example (default: %(default)s)")
     limit = "tokens per sample, the model's limit at most (default: %(default)s)"
-    cuts.add_argument("--length", type=_count, default=128, help=limit)
-    budget = command("suggest", "suggest what to train of the client half, for a number of rounds and forward passes")
-    budget.usage = "%(prog)s [OPTION ...]"
-    _add_settings(budget, leave_out=("trains",), concerns=CONCERNS[:2])
-    budget.add_argument("--rounds", type=int, default=300, help="of the run to come (default: %(default)s)")
+    split.add_argument("--length", type=_count, default=128, help=limit)
+    suggest = command("suggest", "suggest what to train of the client half, for a number of rounds and forward passes")
+    suggest.usage = "%(prog)s [OPTION ...]"
+    _add_settings(suggest, leave_out=("trains",), concerns=CONCERNS[:2])
+    suggest.add_argument("--rounds", type=int, default=300, help="of the run to come (default: %(default)s)")
     work = "what a client may spend on probes in a round, in forward passes of its half (default: %(default)s)"
-    budget.add_argument("--passes", type=float, default=5.0, help=work)
-    made = command("rebuild", "rebuild the client half from its log and initial weights")
-    made.add_argument("log", type=Path, metavar="LOG", help="a run's hosfl.log")
-    made.add_argument("--base", type=Path, required=True, metavar="FILE", help="safetensors with the base weights")
-    made.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors to write")
-    made.add_argument("--upto", type=int, metavar="ROUND", help="rounds to apply (default: all)")
-    studied = command("study", "compare the methods of a file, each tuned equally; run again, it resumes")
-    studied.add_argument("file", type=Path, metavar="FILE", help="YAML: what to study, see docs/studies.md")
-    studied.add_argument("--out", type=_path, metavar="DIR", required=True, help="a file per run, table and report")
+    suggest.add_argument("--passes", type=float, default=5.0, help=work)
+    rebuild = command("rebuild", "rebuild the client half from its log and initial weights")
+    rebuild.add_argument("log", type=Path, metavar="LOG", help="a run's hosfl.log")
+    rebuild.add_argument("--base", type=Path, required=True, metavar="FILE", help="safetensors with the base weights")
+    rebuild.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors to write")
+    rebuild.add_argument("--upto", type=int, metavar="ROUND", help="rounds to apply (default: all)")
+    study = command("study", "compare the methods of a file, each tuned equally; run again, it resumes")
+    study.add_argument("file", type=Path, metavar="FILE", help="YAML: what to study, see docs/studies.md")
+    study.add_argument("--out", type=_path, metavar="DIR", required=True, help="a file per run, table and report")
     cores = os.cpu_count() or 1
-    studied.add_argument("--jobs", type=int, default=cores, help="runs at a time (default: %(default)s)")
-    page = command("report", "write a study, or which clients took part in a run, as one HTML page with figures as PNG")
-    page.add_argument("folder", type=_path, metavar="DIR", help="of a study, or of a run with clients elsewhere")
-    peak = command("memory", "measure the peak memory of one client alone, beside inference of its half")
-    peak.add_argument("--halves", nargs="+", default=[], metavar="HALF", help="digits, minilm, resnet18 (default: all)")
-    peak.add_argument("--device", default="cpu", help="where to compute (default: %(default)s)")
-    peak.add_argument("--out", type=Path, metavar="FILE", help="write the figures there, as JSON")
+    study.add_argument("--jobs", type=int, default=cores, help="runs at a time (default: %(default)s)")
+    report = command(
+        "report", "write a study, or which clients took part in a run, as one HTML page with figures as PNG"
+    )
+    report.add_argument("folder", type=_path, metavar="DIR", help="of a study, or of a run with clients elsewhere")
+    memory = command("memory", "measure the peak memory of one client alone, beside inference of its half")
+    memory.add_argument(
+        "--halves", nargs="+", default=[], metavar="HALF", help="digits, minilm, resnet18 (default: all)"
+    )
+    memory.add_argument("--device", default="cpu", help="where to compute (default: %(default)s)")
+    memory.add_argument("--out", type=Path, metavar="FILE", help="write the figures there, as JSON")
     logs = command("log", "print or check a log").add_subparsers(dest="action", required=True, metavar="ACTION")
     for name, does in (("show", "print what a log holds"), ("verify", "check every byte of a log")):
         command(name, does, logs).add_argument("log", type=Path, metavar="LOG")

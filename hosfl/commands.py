@@ -104,8 +104,9 @@ def _train(options: argparse.Namespace) -> int:
 def _engine(options: argparse.Namespace, config: Config, smallest_shard: int | None = None) -> Over | None:
     """Who carries the messages to the clients; None: they are in this process."""
     if options.engine != "ray":
-        if options.address or options.actors or options.actor_gpus:
-            raise ValueError("--address, --actors and --actor-gpus are of --engine ray")
+        for name in ("address", "actors", "actor_gpus"):
+            if value := getattr(options, name):
+                raise ValueError(f"--{name.replace('_', '-')} {value} is for --engine ray: add that, or leave it out")
         return None
     made = needed("hosfl.engines.ray", "--engine ray", "ray").RayEngine
     # An actor has no GPU but what is set apart for it.
@@ -140,7 +141,10 @@ def _serve(options: argparse.Namespace) -> int:
     if out is None:
         raise ValueError("a server keeps its run in a folder: give --out DIR, or --resume DIR")
     if config.clients > len(roster.clients):  # fewer: who was added since has no part in this run
-        raise ValueError(f"the run in {out} has {config.clients} clients, the federation only {len(roster.clients)}")
+        raise ValueError(
+            f"the run in {out} has {config.clients} clients, the federation only {len(roster.clients)}: add the others"
+            " by hosfl federation add"
+        )
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     conf = options.broker or options.server.parent / "broker" / "nats.conf"
     if options.broker is not None or conf.exists():

@@ -59,8 +59,10 @@ class _Checked:
             value, may = getattr(self, f.name), f.metadata
             if may["choices"] and value not in may["choices"]:
                 raise ValueError(f"{f.name} must be one of {', '.join(may['choices'])}, got {value!r}")
-            if may["least"] is not None and not may["least"] <= value <= LARGEST_COUNT:
+            if may["least"] is not None and value < may["least"]:
                 raise ValueError(f"{f.name} must be at least {may['least']}, got {value}")
+            if may["least"] is not None and value > LARGEST_COUNT:
+                raise ValueError(f"{f.name} must be at most {LARGEST_COUNT}, got {value}")
             if may["positive"] and value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{f.name} must be positive and finite, got {value}")
 
@@ -69,14 +71,22 @@ class _Checked:
 class Data(_Checked):
     """What is learnt, and whose data it is.
 
-    task: the name of one of `hosfl.tasks`, or a function that makes a `Task`: "package.module:function" or
-    "FILE.py:function"; "" where `hosfl.train` is given a task. options: of the task, by name. data: where a task does
-    not have its own, a folder with the data; where it is left out, the Hugging Face hub's. clients, sampled: N clients,
-    K of them per round; a task that has the data of each client says N. batch: samples per client and round.
-    partition: how training data are divided over clients: "dirichlet" with parameter alpha, by class or, in squad, by
-    article: the smaller, the more clients differ; or "iid", at random in equal parts, which has no use for alpha.
-    public: training samples that are set aside, the same in every run: no client has them, nobody reads their labels,
-    and they are the task's public samples, which adapters are made from: see `trains`.
+    Args:
+        task: the name of one of `hosfl.tasks`; or a function that makes a `Task`, "FILE.py:FUNCTION" or
+            "package.module:FUNCTION"; "" where `hosfl.train` is given a task.
+        options: of the task, by name.
+        data: a folder with the task's data, where it does not have its own; "": the Hugging Face hub's.
+        clients: N; a task that has the data of each client says N itself.
+        sampled: K, clients that take part in a round.
+        batch: samples per client and round.
+        partition: how training data are divided over clients: "dirichlet", by class or, in squad, by article; or "iid",
+            at random in equal parts.
+        alpha: parameter of "dirichlet", above 0: the smaller, the more clients differ.
+        public: training samples that are set aside, the same in every run. No client has them, and nobody reads their
+            labels. They are the task's public samples, which adapters may be made from: see `trains`.
+
+    Raises:
+        ValueError: a value that cannot work.
     """
 
     task: str = setting("digits", "what is learnt: {tasks}, or FILE.py:FUNCTION, which makes a task")
@@ -114,18 +124,35 @@ class Data(_Checked):
 class Halves(_Checked):
     """Which model, where it is cut, and how the client holds its half.
 
-    model, at: where a task does not have its own: a pretrained model by name, folder or file, and the layer to cut it
-    before. trains: which of the client half's parameters move: "all"; "lora", adapters of rank 8 beside all linear
-    layers, which peft makes, "lora:2" of rank 2, "lora:2:*.query,*.value" beside some; "xs:2", 2 x 2 numbers beside all
-    linear layers and convolutions, between fixed matrices from their weights, "act:2" from their inputs on public
-    samples, "xs:2:LAYERS" beside some; "peft:NAME" or "peft:FILE.json", any adapters of peft; "biases"; "norms"; or
-    patterns of parameters' names, such as "*.query.*,*.value.*". frozen: how the client half's weights that do not move
-    are stored: "float32", which is as they are; "bfloat16"; or "int8", "int4", "int2", with a scale for every 64
-    weights or fewer. It computes in its dtype all the same. calibrate: batches on which each client of the first round
-    estimates the running statistics of its half's normalisations, such as BatchNorm's, before that round; all clients
-    take up the aggregate. dtype: of the client half. wire: how cut and multiplier travel:
-    "float32", which is as they are computed; "bfloat16" or "float16", half the bytes; or "int8" with a scale for each
-    64 numbers, a quarter and a little. device: such as "cpu" or "cuda".
+    Args:
+        model: a pretrained model by name, folder or file, where a task does not have its own.
+        at: the layer to cut it before, by number or name.
+        trains: which of the client half's parameters move; see below.
+        frozen: how the weights that do not move are stored: "float32", as they are; "bfloat16"; or "int8", "int4" or
+            "int2" with a scale for every 64 weights or fewer. The half computes in its dtype all the same.
+        calibrate: batches on which each client of the first round estimates the running statistics of its half's
+            normalisations, such as BatchNorm's, before that round; all clients take up the aggregate. 0: none.
+        dtype: of the client half: "float32" or "bfloat16".
+        wire: how cuts and multipliers travel: "float32", as they are computed; "bfloat16" or "float16", half the bytes;
+            or "int8" with a scale for each 64 numbers, a quarter and a little.
+        device: where to compute, such as "cpu" or "cuda".
+
+    What `trains` may be:
+
+        all                     every parameter that requires grad
+        biases, norms           all biases; all parameters of normalisations
+        *.query.*,*.value.*     parameters whose names match one of these patterns
+        lora                    adapters of rank 8, by peft, beside all linear layers
+        lora:2                  of rank 2
+        lora:2:*.query,*.value  of rank 2, beside layers whose names match
+        xs:2, xs:2:LAYERS       2 x 2 numbers beside linear layers and convolutions, all or some,
+                                between fixed matrices made from their weights
+        act:2, act:2:LAYERS     the same, matrices made from their inputs for public samples
+        peft:NAME               adapters of peft with its defaults, such as peft:vera
+        peft:FILE.json          adapters of peft as its adapter_config.json says
+
+    Raises:
+        ValueError: a value that cannot work.
     """
 
     model: str = setting(
@@ -163,44 +190,55 @@ class Halves(_Checked):
 class Learning(_Checked):
     """How both halves learn. A method reads some of these: `Method.reads`.
 
-    method: the name of one of `hosfl.methods`, or "FILE.py:CLASS". local_steps: of a SplitFed client between averages,
-    of MU-SplitFed's server per round.
-    directions: P, directions measured per client and round; each costs a perturbed forward pass, or two with
-    "two-sided" differences, and none where estimator is "backward".
-    directions_from: "fresh" ones every round, or a "pool" of pool_size that is replaced every pool_rounds rounds (0:
-    never). direction_scale: "unit", or "rms": scaled on every tensor by the power of two nearest its relative root mean
-    square. dist: "rademacher" or "gaussian".
-    blocks: groups of the client half's layers, with about as many layers in each that move; a direction moves one
-    group, so that its pass runs from there to the cut only, and groups close to the cut get more of the P directions.
-    With one group passes run from the first layer that moves, where that saves a tenth of a pass or more.
-    mu: the size of a probe's perturbation, rounded to the lattice where there is one. estimator: "one-sided"
-    differences, the paper's; "two-sided" ones; "forward" mode, which has no step; or "backward", one backward pass.
-    microbatch: samples that a client which backpropagates takes together, 0 for all; fewer need less memory.
-    probes_at_once: probes, that is perturbed forward passes, that share one pass: each has a copy of the weights that
-    move, and activations of its own. Faster where these weights and the batch are small; differs by rounding only.
-    compile: a backend of torch.compile, such as "inductor", under which the client half runs forward, where its weights
-    move in place and one probe runs at a time; "": none. Differs by rounding only.
-    server_batch: the most samples that go through the server half in one pass, of the cuts of several clients; 0: each
-    client's cut goes through by itself. Faster where cuts are small; what every client is sent differs by rounding, and
-    dropout draws other random numbers.
-    multiplier: the gradient at the cut that a client is sent: "exact"; or "centered", of the loss's gradient with
-    respect to the outputs less its mean over the samples of a pass through the server half. That mean shifts all
-    outputs alike, which the half's own bias learns, and in a small batch it is mostly noise. Costs one more backward
-    pass through the half, without its weights. With non-IID clients set server_batch, so that a pass has several
-    clients' samples. For tasks with one label per sample.
-    server_first: so many first rounds in which only the server half learns; clients send their cuts and nothing more.
-    Gradients from a head with random weights say little (Kumar et al., arXiv 2202.10054, train it first).
-    server_rate, client_rate, server_decay: learning rates, and weight decay of the server half; None: the task's tuned.
-    client_rate is of the mean over the P directions, fresh or of a pool: one direction moves by client_rate / P times
-    its scalar.
-    rule: of the client half: "sgd"; "normalized", SGD with the rate over a running mean of the gradient's norm;
-    "momentum" (0.9); "adamw" (0.9, 0.999). With a pool the server applies it to the pool's coefficients. With fresh
-    directions momentum and AdamW keep moments on every client, and the half leaves the lattice.
-    aggregation: of the clients' answers and of their gradients of the server half: mean "weighted" by samples;
-    "uniform" mean; "median" or "trimmed" mean, which withstand a few clients that lie, but cost accuracy with non-IID
-    clients, and keep a gradient of the server half per client.
-    clip, server_clip: the largest norm of one client's gradient of the client half, as estimated, and of the server
-    half, in the L2 norm; None for none.
+    Args:
+        method: the name of one of `hosfl.methods`, or "FILE.py:CLASS".
+        local_steps: of a SplitFed client between averages, of MU-SplitFed's server per round.
+        directions: P, directions that a client measures in a round. Each costs a perturbed forward pass, two with
+            "two-sided" differences, and none with the estimator "backward".
+        blocks: groups of the client half's layers, with about as many layers in each that move. A direction moves one
+            group, so that its pass runs from there to the cut only, and groups close to the cut get more of the P
+            directions. With one group passes run from the first layer that moves, where that saves a tenth of a pass or
+            more.
+        directions_from: "fresh" directions in every round, or a "pool" that is measured in turn.
+        pool_size: D, directions in the pool.
+        pool_rounds: rounds until the pool is replaced; 0: never.
+        direction_scale: "unit"; or "rms", by which directions on a tensor are scaled with its relative root mean
+            square, rounded to a power of two.
+        dist: of the directions: "rademacher" or "gaussian".
+        mu: the size of a probe's perturbation, above 0; rounded to the lattice where there is one.
+        estimator: of directional derivatives: "one-sided" differences, the paper's; "two-sided" ones; "forward" mode,
+            which has no step; or "backward", one backward pass.
+        microbatch: samples that a client which backpropagates takes together; fewer need less memory. 0: all.
+        probes_at_once: perturbed forward passes that share one pass, each with a copy of the weights that move and
+            activations of its own. Faster where these weights and the batch are small; differs by rounding only.
+        compile: a backend of torch.compile for the client half's forward passes, such as "inductor", where weights move
+            in place and one probe runs at a time. Differs by rounding only. "": none.
+        server_batch: the most samples that go through the server half in one pass, of the cuts of several clients;
+            faster where cuts are small. Multipliers differ by rounding, and dropout draws other numbers. 0: each
+            client's cut by itself.
+        multiplier: the gradient at the cut that a client is sent: "exact"; or "centered", without the part that shifts
+            all samples' outputs alike, which the half's own bias learns and which is mostly noise in a small batch.
+            "centered" costs one more backward pass without the half's weights, and is for tasks with one label per
+            sample. With non-IID clients set server_batch, so that a pass has several clients' samples.
+        server_first: the number of first rounds in which only the server half learns; clients send their cuts and
+            nothing more. Gradients from a head with random weights say little (Kumar et al., arXiv 2202.10054, train it
+            first).
+        server_rate: learning rate of the server half; None: the task's tuned one.
+        client_rate: learning rate of the client half, of the mean over the P directions: one direction moves by
+            client_rate / P times its scalar. None: the task's tuned one.
+        server_decay: weight decay of the server half; None: the task's tuned one.
+        rule: update rule of the client half: "sgd"; "normalized", SGD with the rate over a running mean of the
+            gradient's norm; "momentum" (0.9); or "adamw" (0.9, 0.999). With a pool the server applies it to the pool's
+            coefficients. With fresh directions momentum and AdamW keep moments on every client, and the half leaves the
+            lattice.
+        aggregation: of the clients' answers, and of their gradients of the server half: mean "weighted" by samples;
+            "uniform" mean; "median" or "trimmed" mean, which withstand a few clients that lie, cost accuracy with
+            non-IID clients, and keep a gradient of the server half per client.
+        clip: the largest L2 norm of one client's gradient of the client half, as it is estimated; None: any.
+        server_clip: the largest L2 norm of one client's gradient of the server half; None: any.
+
+    Raises:
+        ValueError: a value that cannot work.
     """
 
     method: str = setting("ho", "how both halves learn: {methods}, or FILE.py:CLASS, a method of your own")
@@ -300,11 +338,20 @@ class Learning(_Checked):
 
 @dataclass(frozen=True)
 class Schedule(_Checked):
-    """How long, from which seed, and what is looked at and kept on the way.
+    """How long a run is, from which seed, and what is looked at and kept on the way.
 
-    schedule: of both rates; "linear" falls to zero at the last round. seed: of everything, below 2^64.
-    evaluate_every, digest_every, snapshot_every: rounds; a snapshot is what a killed run resumes from. keep: snapshots.
-    evaluate_on: "test", or "validation" for choosing rates.
+    Args:
+        rounds: of the run.
+        schedule: of both learning rates: "linear", which falls to zero at the last round, or "constant".
+        seed: of everything that is random, 0 <= seed < 2^64.
+        evaluate_every: rounds between evaluations.
+        evaluate_on: "test", or "validation" for choosing rates.
+        digest_every: rounds between digests, by which clients check their weights.
+        snapshot_every: rounds between snapshots of the server, from which a killed run resumes.
+        keep: how many snapshots are kept.
+
+    Raises:
+        ValueError: a value that cannot work.
     """
 
     rounds: int = setting(400, "rounds", least=1)
@@ -336,7 +383,10 @@ class Settings(Schedule, Learning, Halves, Data):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.rounds * self.local_steps > LARGEST_COUNT:
-            raise ValueError(f"{self.rounds} rounds of {self.local_steps} local steps are more than can be numbered")
+            raise ValueError(
+                f"{self.rounds} rounds of {self.local_steps} local steps are more than can be numbered,"
+                f" {LARGEST_COUNT}: lower one"
+            )
         if self.server_decay is not None and not (self.server_decay >= 0 and math.isfinite(self.server_decay)):
             raise ValueError(f"server_decay must be finite and not negative, got {self.server_decay}")
         if self.server_first and self.server_first >= self.rounds:

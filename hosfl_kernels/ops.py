@@ -113,19 +113,21 @@ def perturb_(
 ) -> None:
     """Move tensors along a seeded direction, in place: tensors[t] += scale * factors[t] * z(seed, streams[t]).
 
+        hosfl_kernels.perturb_([weight, bias], seed=7, scale=1e-3)
+
     Args:
-        tensors: float32, bfloat16 or float16, no two sharing memory. Either torch tensors, all on one device,
-            contiguous or, for the price of a copy of one at a time and in no CUDA graph, in channels_last; or numpy
-            arrays, contiguous in C order, bfloat16 as ml_dtypes.bfloat16 or as its bits in uint16. Any shapes. Noise
-            goes by index, whatever the strides are.
+        tensors: one or a list, float32, bfloat16 or float16, of any shapes, no two sharing memory. Either torch
+            tensors, all on one device, contiguous or, for the price of a copy of one at a time and in no CUDA graph, in
+            channels_last; or numpy arrays, contiguous in C order, bfloat16 as ml_dtypes.bfloat16 or as its bits in
+            uint16. Noise goes by index, whatever the strides are.
         seed: 0 <= seed < 2^64.
         scale: finite in float32. Inside torch.compile a Python float is a constant: a new value is a new graph.
-        dist: "rademacher" or "gaussian".
-        factors: a power of two per tensor; default 1.
-        streams: a number per tensor that names its noise, 0 <= stream < 2^32; default its position in the list.
-        starts: per tensor, the index of its first element in the unsharded tensor; default 0.
-        rounding: "nearest" (ties to even), or "stochastic", which rounds bfloat16 tensors up or down with the odds
-            of the cut-off bits. float32 has nothing to round; float16 is refused.
+        dist: "rademacher" (+1 or -1) or "gaussian" (standard normal, |z| <= 6.77).
+        factors: a power of two per tensor, from 2^-100 to 2^100; None: 1.
+        streams: a number per tensor that names its noise, 0 <= stream < 2^32; None: its position in the list.
+        starts: per tensor, the index of its first element in the unsharded tensor; None: 0.
+        rounding: "nearest" (ties to even), or "stochastic", which rounds bfloat16 tensors up or down with the odds of
+            the cut-off bits. float32 has nothing to round; float16 is refused.
         rounding_seed: the seed of stochastic rounding; 0 <= rounding_seed < 2^64.
 
     Formula: y = float32(x) + s * z with s = float32(scale) * factor, the product rounded, then the sum, then y to x's
@@ -134,7 +136,13 @@ def perturb_(
 
     No temporary of the tensors' size is made, but for those in channels_last. Not promised: the payload of NaN.
 
-    Raises: ValueError, TypeError or RuntimeError, before any tensor is changed.
+    Source: `hosfl_kernels/spec.py`; the noise is Philox4x32-10 (Salmon et al., SC 2011).
+
+    Raises, before any tensor is changed:
+        ValueError: a number is out of range, or lists have different lengths.
+        TypeError: an argument is of a wrong type, or a tensor of a dtype that is not taken.
+        RuntimeError: tensors are on several devices, share memory, are laid out otherwise, or require grad outside of
+            torch.no_grad().
     """
     tensors = checks.array_list(tensors)
     place = checks.place_of(len(tensors), dist, factors, streams, starts)
@@ -162,12 +170,15 @@ def replay_(
 ) -> None:
     """Apply many records in one pass: tensors[t] += sum_r coefficients[r] * factors[t] * z(seeds[r], streams[t]).
 
+        hosfl_kernels.replay_([weight, bias], seeds=[1, 2, 3], coefficients=[0.5, -0.25, 0.125])
+
     The bits are those of `perturb_(tensors, seeds[r], coefficients[r], ...)` for r = 0, 1, ... in this order, every
     rounding included; the weights cross the memory bus once, whatever the number of records.
 
     Args:
-        seeds: R integers, 0 <= seed < 2^64; or a numpy array [R] of uint64, or of int64 that has their bits; or such
-            an int64 CPU tensor, which torch.compile prefers.
+        tensors: as in `perturb_`.
+        seeds: R integers, 0 <= seed < 2^64; or a numpy array [R] of uint64, or of int64 that has their bits; or such an
+            int64 CPU tensor, which torch.compile prefers.
         coefficients: R finite numbers, or a float32 array or CPU tensor [R].
         rounding_seeds: for rounding="stochastic": R more seeds, one per record.
         Everything else as in `perturb_`.
@@ -177,7 +188,8 @@ def replay_(
     checked: a coefficient that is infinite or NaN reaches the weights. Not with the kernels of HOSFL_CUDA=1. Weights in
     channels_last can't be captured: they are copied at every call.
 
-    Raises: ValueError, TypeError or RuntimeError, before any tensor is changed.
+    Raises what `perturb_` raises, before any tensor is changed; RuntimeError also for records of which some are on a
+    GPU and some not.
     """
     tensors = checks.array_list(tensors)
     place = checks.place_of(len(tensors), dist, factors, streams, starts)
@@ -212,10 +224,17 @@ def update_(
 ) -> None:
     """Apply many rounds of an update rule in one pass over weights and moments, in place.
 
+        rule = hosfl_kernels.AdamW()
+        moments = [[torch.zeros_like(w) for w in weights] for _ in range(rule.moments)]
+        steps = rule.steps(rounds=[0, 1], rates=[1e-3, 1e-3])  # two rounds
+        seeds, coefficients = [[1, 2], [3, 4]], [[0.5, -0.5], [0.25, 0.5]]  # of two directions each
+        hosfl_kernels.update_(weights, moments, rule, seeds, coefficients, steps)
+
     Args:
+        tensors: as in `perturb_`.
         moments: `rule.moments` lists of float32 tensors, or arrays where the weights are, each with one per weight
-            tensor: its shape and device, strides as for weights, sharing no memory with anything else. Zeros before
-            the first round. AdamW: [m, v], v >= 0.
+            tensor: its shape and device, strides as for weights, sharing no memory with anything else. Zeros before the
+            first round. AdamW: [m, v], v >= 0.
         rule: `SGD(...)` or `AdamW(...)`.
         seeds: R rounds of P directions, 0 <= seed < 2^64; or [R, P] of their bits, as in `replay_`.
         coefficients: float32 array or CPU tensor [R, P], or nested lists; finite. What is summed is the gradient's
@@ -228,8 +247,9 @@ def update_(
 
         g = 0, then for every direction p: g = g + (float32(coefficient) * factor) * z(seed)
         SGD     d = g; with momentum m = momentum * m + g, d = m
-        AdamW   m = b1 * m + (1 - b1) * g; v = b2 * v + (1 - b2) * (g * g); d = m / (sqrt(v) * root + eps)
-        x = x * keep - rate * d, rounded to x's dtype as in `perturb_`; the next round starts from there
+        AdamW   m = b1 * m + (1 - b1) * g; v = b2 * v + (1 - b2) * (g * g)
+                d = m / (sqrt(v) * root + eps)
+        x = x * keep - rate * d, rounded to x's dtype as in `perturb_`
 
     Records may also be tensors on the tensors' GPU, all of them, `steps` too: see `replay_`. A CUDA graph that captures
     the call then reads rate, decay and bias corrections anew at every replay. Betas, eps and momentum are those of the
@@ -238,7 +258,7 @@ def update_(
     Many rounds in one call leave the bits of one call per round, on every backend, device, thread count and sharding;
     weights and moments cross the memory bus once. Not promised: the payload of NaN.
 
-    Raises: ValueError, TypeError or RuntimeError, before any tensor is changed.
+    Raises what `replay_` raises, before any tensor is changed.
     """
     if not isinstance(rule, (SGD, AdamW)):
         raise TypeError(f"rule must be SGD or AdamW, got {type(rule).__name__}")
@@ -289,22 +309,27 @@ def project(
     streams: Sequence[int] | None = None,
     starts: Sequence[int] | None = None,
 ) -> NDArray[np.float64] | Tensor:
-    """Inner products with seeded directions: scalars[r] = sum_t factors[t] * <tensors[t], z(seeds[r], streams[t])>.
+    """Inner products: scalars[r] = sum_t factors[t] * <tensors[t], z(seeds[r], streams[t])>.
 
-    The transpose of `replay_`, in one pass over the tensors for all seeds. The tensors are only read: they may require
-    grad, and the result does not; arrays may be read-only. Returns float64 [R]: of tensors a tensor on the CPU, of
-    arrays an array. R = 0 is fine, and so is an empty list, which counts as tensors where torch has been imported.
+        scalars = hosfl_kernels.project(gradients, seeds=[1, 2, 3])  # float64 [3]
+
+    The transpose of `replay_`, in one pass over the tensors for all seeds.
 
     Args:
-        seeds: R of them, as in `replay_`.
-        Everything else as in `perturb_`; those in channels_last are copied, all at once.
+        tensors: as in `perturb_`. They are only read: they may require grad, and arrays may be read-only. Those in
+            channels_last are copied, all at once.
+        seeds: R of them, as in `replay_`, on the CPU.
+        Everything else as in `perturb_`.
+
+    Returns float64 [R], without a gradient: of tensors a tensor on the CPU, of arrays an array. R = 0 is fine, and so
+    is an empty list, which counts as tensors where torch has been imported.
 
     Products and the sums of up to 128 of them down a column are float32, all further sums float64. On the CPU the order
     of every sum is that of `spec.project`: the same bits for every thread count and instruction set. A GPU has an order
     of its own and agrees to 1e-6 * sum_t factors[t] * sum |tensors[t] * z|; so do the sums over shards with the whole.
     Infinity, NaN, and a float32 sum that overflows reach the result.
 
-    Raises: ValueError, TypeError or RuntimeError.
+    Raises what `perturb_` raises.
     """
     tensors = checks.array_list(tensors, changed=False)
     place = checks.place_of(len(tensors), dist, factors, streams, starts)
@@ -319,19 +344,31 @@ def project(
 def snap_(tensors: Array | Iterable[Array], *, factors: Sequence[float] | None = None, headroom: float = 2.0) -> float:
     """Round float32 tensors to a lattice on which Rademacher moves are exact, in place; returns the quantum.
 
-    quantum = 2^(e - 24), e the smallest with 2^e > headroom * max_t(max|tensors[t]| / factors[t]); tensor t is rounded
-    to multiples of quantum * factors[t] (ties to even, -0 to +0): an error of at most half of it, with a headroom of 2
-    6e-8 for weights below 1. headroom: how far the largest weight may grow, at least 1; each doubling costs one bit.
+        quantum = hosfl_kernels.snap_(weights)
+        hosfl_kernels.perturb_(weights, seed=7, scale=1000 * quantum)
+        hosfl_kernels.perturb_(weights, seed=7, scale=-1000 * quantum)  # the very bits from before
+
+    Args:
+        tensors: float32, else as in `perturb_`.
+        factors: as in `perturb_`.
+        headroom: how far the largest weight may grow, from 1 to 2^16 times its size; each doubling costs one bit.
+
+    Formula: quantum = 2^(e - 24), e the smallest with 2^e > headroom * max_t(max|tensors[t]| / factors[t]). Tensor t is
+    rounded to multiples of quantum * factors[t], ties to even and -0 to +0: an error of at most half of it, with a
+    headroom of 2 at most 6e-8 for weights below 1.
 
     From then on, as long as every scale and coefficient is a multiple of the quantum and every |x| stays at or below
     2^24 * quantum * factor (at first `headroom` times the largest weight or more), `perturb_` and `replay_` with
     Rademacher noise round nothing: a perturbation taken back returns the very bits, and records commute.
 
-    Tensors of zeros only have quantum 2^-24: room up to 1. The quantum is one number, not one per tensor: every move
-    is a multiple of the largest anyway, and so a bias that starts at zero has as much room as the largest weight.
+    Tensors of zeros only have quantum 2^-24: room up to 1. The quantum is one number, not one per tensor: every move is
+    a multiple of the largest anyway, and so a bias that starts at zero has as much room as the largest weight.
 
-    Raises: TypeError for other dtypes, ValueError for infinite or NaN weights and for those so large or small that
-    quantum * factor is not from 2^-126 to 2^103, RuntimeError as in `perturb_`; before any tensor is changed.
+    Raises, before any tensor is changed:
+        ValueError: weights are infinite or NaN, or so large or small that quantum * factor is not from 2^-126 to 2^103;
+            or a number is out of range.
+        TypeError: a dtype is another than float32.
+        RuntimeError: as in `perturb_`.
     """
     tensors = checks.array_list(tensors)
     checks.place_of(len(tensors), "rademacher", factors, None, None)
@@ -359,11 +396,21 @@ def snap_(tensors: Array | Iterable[Array], *, factors: Sequence[float] | None =
 
 
 def derive(seed: int, a: int, b: int) -> int:
-    """The seed number (a, b) below `seed`: a hash, 0 <= a < 2^64, 0 <= b < 2^32. Make every seed this way.
+    """The seed number (a, b) below `seed`, a hash. Make every seed this way.
 
-    Two words of Philox with key = seed; see spec.py. Arithmetic on seeds collides; this does not, in practice: 64 bits.
+        seeds = [hosfl_kernels.derive(seed, round, p) for p in range(directions)]
 
-    Raises: ValueError for a number out of range, TypeError for no integer.
+    Args:
+        seed: 0 <= seed < 2^64.
+        a: 0 <= a < 2^64.
+        b: 0 <= b < 2^32.
+
+    Returns an integer from 0 to 2^64 - 1: two words of Philox with key = seed, see spec.py. Arithmetic on seeds
+    collides; this does not, in practice.
+
+    Raises:
+        ValueError: a number out of range.
+        TypeError: no integer.
     """
     checks.halves_of(seed, "seed")
     checks.halves_of(a, "a")

@@ -1,5 +1,7 @@
 """Compiled forward passes: the same numbers up to rounding; nothing is compiled anew for a probe, round or client."""
 
+import re
+
 import pytest
 import torch
 from test_blocks import BERT, answer, client_of
@@ -107,18 +109,20 @@ def test_a_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "wrong"),
     [
-        {"directions_from": "fresh", "rule": "adamw"},
-        {"dist": "gaussian"},
-        {"dtype": "bfloat16"},
-        {"probes_at_once": 2},
-        {"directions_from": "fresh", "blocks": 2},
+        ({"directions_from": "fresh", "rule": "adamw"}, "rule adamw (it may be normalized or sgd)"),
+        ({"dist": "gaussian"}, "dist gaussian (it may be rademacher)"),
+        ({"dtype": "bfloat16"}, "dtype bfloat16 (it may be float32)"),
+        ({"probes_at_once": 2}, "probes_at_once 2 (it may be 1)"),
+        ({"directions_from": "fresh", "blocks": 2}, "blocks 2 (it may be 1)"),
     ],
     ids=str,
 )
-def test_it_is_for_probes_in_place_one_by_one(settings):
-    with pytest.raises(ValueError, match="compile is for probes in place, one by one"):
+def test_it_is_for_probes_in_place_one_by_one(settings, wrong):
+    with pytest.raises(
+        ValueError, match=f"compile is for probes in place, one by one, and not with {re.escape(wrong)}"
+    ):
         Config(compile="eager", **settings)
 
 

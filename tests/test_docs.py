@@ -241,8 +241,49 @@ def test_every_public_name_has_a_docstring_and_a_place(monkeypatch):
     from_code = importlib.import_module("from_code")
     assert from_code.faults() == []
     monkeypatch.setattr(hosfl, "__all__", [*hosfl.__all__, "nameless"])
-    monkeypatch.setattr(hosfl, "nameless", lambda: None, raising=False)
+    monkeypatch.setattr(hosfl, "nameless", nameless := lambda: None, raising=False)
     assert from_code.faults() == ["hosfl.nameless has no docstring", "hosfl.nameless is on none of docs/api-*.md"]
+    nameless.__doc__ = f"Wide.\n\n    {'x' * 93}\n\nArgs:\n    x: {'x' * 93}"
+    assert from_code.faults()[0] == f"hosfl.nameless shows code of 97 columns: {'x' * 93}"
+
+
+SAID = """What it is.
+
+    class A:
+
+        x = 1
+
+Args:
+    directions: P.
+    seed: of the run,
+        below 2^64.
+    Everything else as before.
+
+Attributes:
+    applied, epoch: (1) how many rounds.
+
+Raises, with nothing changed:
+    ValueError, TypeError: a number out of range.
+"""
+
+
+def test_sections_of_docstrings_are_lists_of_definitions(monkeypatch):
+    """In reStructuredText "P." and "(1)" alone would begin a list of their own, and be gone from the page."""
+    monkeypatch.syspath_prepend(DOCS)
+    found = "\n".join(importlib.import_module("from_code").as_rst(SAID)).split("\n\n")
+    assert found == [
+        "What it is.",
+        "::",
+        "    class A:",
+        "        x = 1",
+        "``directions``\n    \\P.",
+        "``seed``\n    of the run, below 2^64.",
+        "Everything else as before.",
+        "Attributes:",
+        "``applied``, ``epoch``\n    \\(1) how many rounds.",
+        "Raises, with nothing changed:",
+        "``ValueError``, ``TypeError``\n    a number out of range.\n",
+    ]
 
 
 def test_every_command_and_option_is_on_the_page_of_commands(monkeypatch):

@@ -83,7 +83,7 @@ def test_it_resumes_and_refuses_settings_that_it_does_not_read(tmp_path):
         ("no/such.py:Signs", "method: there is no file .*no/such.py"),
         ("no.such.module:Signs", "method: there is no module no"),
         (SIGNS.replace(":Signs", ":Sings"), "there is no Sings in .*signs.py"),
-        ("hosfl.settings:PRESETS", "is no hosfl.methods.method.Method"),
+        ("hosfl.settings:PRESETS", "'hosfl.settings:PRESETS' is a dict: a subclass of hosfl.Method is needed"),
     ],
 )
 def test_names_that_are_none(name, reason):

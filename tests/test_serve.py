@@ -140,6 +140,18 @@ def test_a_status_that_is_watched_clears_a_terminal_and_nothing_else(tmp_path, m
     assert ("\x1b" in shown) is terminal
 
 
+@pytest.mark.parametrize(
+    "text", ["damaged", "[1]", '{"rounds": 3}', '{"last": 1, "here": [], "clients": 2, "time": 0}']
+)
+def test_a_status_that_is_none_is_named(tmp_path, capsys, text):
+    (tmp_path / "status.json").write_text(text)
+    with pytest.raises(SystemExit):
+        main(["status", str(tmp_path)])
+    said = capsys.readouterr().err
+    assert said.startswith(f"hosfl: {tmp_path / 'status.json'} is not a run's status (")
+    assert said.count("\n") == 1
+
+
 def test_a_run_whose_cuts_are_larger_than_an_engine_takes_of_itself(tmp_path):
     broker = Plain(tmp_path)
     broker.start()

@@ -143,6 +143,7 @@ def test_a_diverging_run_says_so_and_keeps_what_was_done(tmp_path):
     ("setting", "message"),
     [
         ({"rounds": 0}, "rounds must be at least 1"),
+        ({"rounds": 2**32}, "rounds must be at most 4294967295, got 4294967296"),
         ({"sampled": 11}, "cannot sample 11 of 10"),
         ({"mu": 0.0}, "mu must be positive"),
         ({"mu": math.inf}, "mu must be positive and finite"),

@@ -1127,7 +1127,7 @@ def test_settings_beside_a_task():
         train(task(), round=3)
     with pytest.raises(TypeError, match="a Task has its own data and model"):
         train(task(), data="/tmp")
-    with pytest.raises(TypeError, match="method beside a Config: say them there"):
+    with pytest.raises(TypeError, match="method beside a Config: give them to Config"):
         train(Config(), method="ho")
     with pytest.raises(TypeError, match="train needs a Task or a Config, not a str"):
         train("digits")

@@ -9,8 +9,6 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -23,35 +21,26 @@ from torch.utils._pytree import tree_structure
 
 from hosfl.edge.export import (
     CLOSE,
-    ROWS,
     ExportError,
+    Original,
     Positional,
     Tables,
-    check_half,
     exporting,
-    given_as,
     is_text,
     leave_out_unread,
-    named_inputs,
+    original,
     quiet,
-    register_unread,
-    resized,
-    serialized,
     size_of,
-    takes,
-    tried,
-    unchecked,
-    wide,
-    wide_inputs,
+    whole,
     without_weights,
 )
 from hosfl.edge.gradient import BETWEEN, GRADIENT, MULTIPLIER, OF, Gradient
-from hosfl.edge.half import BASE, HalfError
+from hosfl.edge.half import BASE
 from hosfl.halves.blocks import at_entry
-from hosfl.halves.inputs import Inputs, call, evaluating, unchanged
+from hosfl.halves.inputs import Inputs, call
 from hosfl.halves.narrow import in_their_dtype
 from hosfl.probing.probe import Lookups
-from hosfl.protocol.weights import Weights, as_file
+from hosfl.protocol.weights import Weights
 
 NOTHING = 1e-3  # of the largest gradient: smaller ones may be rounding alone, such as that of a key's bias
 aten = torch.ops.aten
@@ -74,14 +63,10 @@ def exported_gradient(
 
     Raises ExportError as `exported`, and where torch has no such graph.
     """
-    check_half(half)
-    base, half, sample = as_file(half.state_dict()), wide(half), wide_inputs(sample)
-    named = named_inputs(sample)
-    with evaluating(half), unchanged(half.modules()), Lookups():
-        any_length = takes(half, given_as(sample, resized(named, ROWS, shorter=True)))
-        model = _graph(half, sample, named, any_length, [entry] if entry else [])
-        graph = _gradients(model, *without_weights(model, half, base, True, running), bool(entry))
-        _compare(half, sample, tried(half, sample, named, any_length, most), entry, graph, base, running)
+    with original(half, sample) as of, Lookups():
+        model = _graph(of, [entry] if entry else [])
+        graph = _gradients(model, *without_weights(model, of, True, running), bool(entry))
+        _compare(of, of.batches(most), entry, graph, running)
     return graph
 
 
@@ -94,26 +79,24 @@ class _Product(Positional):
         return (cut * multiplier).sum(), *reached
 
 
-def _graph(
-    half: nn.Module, sample: Inputs, named: Mapping[str, Tensor], any_length: bool, entries: Sequence[str]
-) -> Any:
+def _graph(of: Original, entries: Sequence[str]) -> Any:
     """The exporter's model of both passes, in onnxscript's representation: `_Product`'s outputs, then the gradients."""
     from torch.export.experimental import _export_forward_backward
 
-    inputs = resized(named, ROWS, shorter=any_length)
-    cut = call(half, given_as(sample, inputs))
+    inputs = of.traced()
+    cut = of.cut(inputs)
     auto = torch.export.Dim.AUTO
-    sizes = tuple({0: auto, **({1: auto} if any_length and is_text(x) else {})} for x in inputs.values())
-    of_cut = {0: auto, **({1: auto} if any_length and any(map(is_text, inputs.values())) else {})}
-    product = _Product(unchecked(half), list(inputs) if isinstance(sample, Mapping) else None, entries)
+    sizes = tuple({0: auto, **({1: auto} if of.any_length and is_text(x) else {})} for x in inputs.values())
+    of_cut = {0: auto, **({1: auto} if of.any_length and any(map(is_text, inputs.values())) else {})}
+    product = _Product(of, entries)
     # Attention as products and a softmax, whose derivatives are such too.
     with (
-        exporting(half),
+        exporting(of.half),
         quiet(),
         torch.enable_grad(),
         sdpa_kernel(SDPBackend.MATH),
-        _read_alone(half, sample),
-        in_their_dtype(half),
+        _read_alone(of.half, of.sample),
+        in_their_dtype(of.half),
         Tables(),
         _Paddings(),
     ):
@@ -194,10 +177,7 @@ def _gradients(model: Any, moving: Mapping[str, Any], fixed: Mapping[str, Any], 
     if begins:
         piece.inputs[0].name = BETWEEN
         leave_out_unread(piece)
-    for name, value in moving.items():
-        if name not in piece.initializers:
-            register_unread(piece, value)
-    return serialized(model, piece, {*moving, *fixed})
+    return whole(model, piece, moving, fixed)
 
 
 @contextmanager
@@ -295,42 +275,29 @@ PLAIN: dict[Any, Any] = {
 
 
 def _compare(
-    half: nn.Module,
-    sample: Inputs,
-    batches: Sequence[Mapping[str, Tensor]],
-    entry: str,
-    graph: bytes,
-    base: bytes,
-    running: Collection[str],
+    of: Original, batches: Sequence[Mapping[str, Tensor]], entry: str, graph: bytes, running: Collection[str]
 ) -> None:
     """Raises ExportError where onnxruntime makes other gradients than torch."""
-    moving = {name: p for name, p in half.named_parameters() if p.requires_grad}
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / GRADIENT).write_bytes(graph)
-        (folder / BASE).write_bytes(base)
-        try:
-            stored = Weights(folder / BASE)
-            arrays = [[stored[name] for name in own] for own in (moving, running)]
-            run = Gradient(folder, list(moving), arrays[0], running=list(running), statistics=arrays[1])
-            for inputs in batches:
-                reached: list[Tensor] = []
-                with torch.enable_grad(), at_entry(half, entry, reached.append):
-                    cut = call(half, given_as(sample, inputs))
-                    multiplier = torch.randn(cut.shape, generator=torch.Generator().manual_seed(len(cut)))
-                    wanted = torch.autograd.grad(cut, list(moving.values()), multiplier, allow_unused=True)
-                given = {name: x.numpy() for name, x in inputs.items()}, multiplier.numpy()
-                between = reached[0].numpy() if reached else None
-                found = run(*given, between)
-                theirs = [np.zeros_like(f) if w is None else w.numpy() for f, w in zip(found, wanted, strict=True)]
-                least = NOTHING * max(np.abs(gradient).max(initial=0) for gradient in theirs)
-                for name, one, other in zip(moving, found, theirs, strict=True):
-                    apart, largest = np.abs(one - other).max(initial=0), np.abs(other).max(initial=0)
-                    if not apart <= CLOSE * max(largest, least):
-                        raise ExportError(
-                            f"the graph's gradient of {name} is not torch's: of {size_of(inputs)} numbers differ by"
-                            f" {apart:.3g}, and the largest is {largest:.3g}"
-                        )
-            run.check(*given, between)
-        except HalfError as error:
-            raise ExportError(f"the gradient's graph of the {type(half).__name__} does not run: {error}") from error
+    with of.beside(f"the gradient's graph of the {of.kind}", {GRADIENT: graph}) as folder:
+        stored, moving = Weights(folder / BASE), of.moving
+        arrays = [[stored[name] for name in own] for own in (moving, running)]
+        run = Gradient(folder, list(moving), arrays[0], running=list(running), statistics=arrays[1])
+        for inputs in batches:
+            reached: list[Tensor] = []
+            with torch.enable_grad(), at_entry(of.half, entry, reached.append):
+                cut = of.cut(inputs)
+                multiplier = torch.randn(cut.shape, generator=torch.Generator().manual_seed(len(cut)))
+                wanted = torch.autograd.grad(cut, list(moving.values()), multiplier, allow_unused=True)
+            given = {name: x.numpy() for name, x in inputs.items()}, multiplier.numpy()
+            between = reached[0].numpy() if reached else None
+            found = run(*given, between)
+            theirs = [np.zeros_like(f) if w is None else w.numpy() for f, w in zip(found, wanted, strict=True)]
+            least = NOTHING * max(np.abs(gradient).max(initial=0) for gradient in theirs)
+            for name, one, other in zip(moving, found, theirs, strict=True):
+                apart, largest = np.abs(one - other).max(initial=0), np.abs(other).max(initial=0)
+                if not apart <= CLOSE * max(largest, least):
+                    raise ExportError(
+                        f"the graph's gradient of {name} is not torch's: of {size_of(inputs)} numbers differ by"
+                        f" {apart:.3g}, and the largest is {largest:.3g}"
+                    )
+        run.check(*given, between)

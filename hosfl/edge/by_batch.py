@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from inspect import signature
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -15,28 +13,20 @@ from torch.overrides import TorchFunctionMode
 
 from hosfl.edge.export import (
     CLOSE,
-    ROWS,
     ExportError,
+    Original,
     Positional,
-    check_half,
     given_as,
     graph_of,
-    named_inputs,
-    register_unread,
-    resized,
-    serialized,
+    original,
     size_of,
-    takes,
-    tried,
-    wide,
-    wide_inputs,
+    whole,
     without_weights,
 )
-from hosfl.edge.half import BASE, Half, HalfError
+from hosfl.edge.half import Half
 from hosfl.edge.running import STATISTICS
-from hosfl.halves.inputs import Inputs, evaluating, unchanged
+from hosfl.halves.inputs import Inputs
 from hosfl.methods import calibration
-from hosfl.protocol.weights import as_file
 
 
 def exported_statistics(half: nn.Module, sample: Inputs, most: tuple[int, int] = (0, 0)) -> bytes:
@@ -45,15 +35,14 @@ def exported_statistics(half: nn.Module, sample: Inputs, most: tuple[int, int] =
 
     Raises ExportError, also where onnxruntime makes others of it.
     """
-    check_half(half)
-    base, half, sample = as_file(half.state_dict()), wide(half), wide_inputs(sample)
-    named, running = named_inputs(sample), calibration.running(half)
-    with evaluating(half), unchanged(half.modules()):
-        any_length = takes(half, given_as(sample, resized(named, ROWS, shorter=True)))
-        model = graph_of(half, sample, named, any_length, (), _Statistics)
-        moving, fixed = without_weights(model, half, base, False, running)
-        graph = _whole(model, moving, fixed)
-        _compare(half, sample, tried(half, sample, named, any_length, most), graph, base)
+    with original(half, sample) as of:
+        from onnxscript import ir
+
+        model = graph_of(of, (), _Statistics)
+        moving, fixed = without_weights(model, of, False, calibration.running(of.half))
+        piece = ir.convenience.extract(model.graph, list(model.graph.inputs), list(model.graph.outputs))
+        graph = whole(model, piece, moving, fixed)
+        _compare(of, of.batches(most), graph)
     return graph
 
 
@@ -127,39 +116,19 @@ class _Statistics(Positional):
         return (torch.cat(parts),)
 
 
-def _whole(model: Any, moving: Mapping[str, Any], fixed: Mapping[str, Any]) -> bytes:
-    """The model as one piece; weights that move and that it does not read are its inputs all the same."""
-    from onnxscript import ir
-
-    graph = model.graph
-    piece = ir.convenience.extract(graph, list(graph.inputs), list(graph.outputs))
-    for name, value in moving.items():
-        if name not in piece.initializers:
-            register_unread(piece, value)
-    return serialized(model, piece, {*moving, *fixed})
-
-
-def _compare(
-    half: nn.Module, sample: Inputs, batches: Sequence[Mapping[str, Tensor]], graph: bytes, base: bytes
-) -> None:
+def _compare(of: Original, batches: Sequence[Mapping[str, Tensor]], graph: bytes) -> None:
     """Raises ExportError where onnxruntime makes other statistics than torch."""
-    moving, running = [name for name, p in half.named_parameters() if p.requires_grad], calibration.running(half)
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / STATISTICS).write_bytes(graph)
-        (folder / BASE).write_bytes(base)
-        try:
-            run = Half(folder, moving, running=list(running), graphs=[STATISTICS])
-            for inputs in batches:
-                labels = torch.empty(len(next(iter(inputs.values()))))
-                try:
-                    wanted, _ = calibration.estimated(half, [(given_as(sample, inputs), labels)])
-                except ValueError:  # such a batch has none
-                    continue
-                found = run({name: x.numpy() for name, x in inputs.items()})
-                _check(found, wanted.numpy(), [len(t) for t in running.values()], size_of(inputs))
-        except HalfError as error:
-            raise ExportError(f"the graph of the {type(half).__name__}'s statistics does not run: {error}") from error
+    running = calibration.running(of.half)
+    with of.beside(f"the graph of the {of.kind}'s statistics", {STATISTICS: graph}) as folder:
+        run = Half(folder, list(of.moving), running=list(running), graphs=[STATISTICS])
+        for inputs in batches:
+            labels = torch.empty(len(next(iter(inputs.values()))))
+            try:
+                wanted, _ = calibration.estimated(of.half, [(given_as(of.sample, inputs), labels)])
+            except ValueError:  # such a batch has none
+                continue
+            found = run({name: x.numpy() for name, x in inputs.items()})
+            _check(found, wanted.numpy(), [len(t) for t in running.values()], size_of(inputs))
 
 
 def _check(found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any], sizes: Sequence[int], batch: str) -> None:

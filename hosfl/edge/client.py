@@ -46,11 +46,18 @@ class EdgeClient:
 
     `hosfl.protocol.endpoint.Answers` says what its methods do.
 
-    half: its weights move, and its last pieces are the run's blocks, of which the first may begin behind another piece.
-    streams: of the noise of its moving tensors, as the log's header has them. batches: gives a round's samples.
-    weights: gives all arrays that the half's digest is of, in their order. gradient: of the half's tensors, for the
-    estimator backward. microbatch: samples that it takes together; 0: all. running: the half's running statistics, in a
-    run that estimates them.
+    Args:
+        number: of the client.
+        half: its weights move, and its last pieces are the run's blocks, of which the first may begin behind another
+            piece.
+        run: what all agree on.
+        streams: of the noise of its moving tensors, as the log's header has them.
+        batches: round -> samples.
+        weights: gives all arrays that the half's digest is of, in their order.
+        wire: how cuts and multipliers travel.
+        gradient: of the half's tensors, for the estimator backward.
+        microbatch: samples that it takes together; 0: all.
+        running: the half's running statistics, in a run that estimates them.
     """
 
     def __init__(

@@ -9,6 +9,7 @@ import logging
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from itertools import pairwise
@@ -53,44 +54,114 @@ def exported(
 ) -> list[bytes]:
     """A client half as ONNX models without weights: they have them from the half's base file.
 
-    sample: inputs as the half takes them, a tensor or tensors by name; their values do not matter, but for the checks.
-    Batches may have any size, and texts, which are integers [batch, tokens], any length that the half takes.
-
-    most: samples of a batch and tokens of a text, as many as there will ever be: the graph is compared there as well.
-
-    entries: of the half's blocks, see `hosfl.halves.blocks.Begin`. There is one model for each, which makes of its
-    input the next one's and at last the cut, and one more for what lies in front of them. What is cheap and of the
-    half's own inputs, such as an attention's mask, each may compute for itself.
-
-    beside_gradient: a client has the gradient's graph as well, so that frozen weights are not to be constants: of
-    these each session would make a copy of its own, while others are pages of the base file, which all share.
-
-    running: buffers that change as weights do that move, such as running statistics.
+    Args:
+        half: float32 or bfloat16, on the CPU. One in bfloat16 has a graph that computes in float32, of weights in
+            bfloat16.
+        sample: inputs as the half takes them, a tensor or tensors by name; their values do not matter, but for the
+            checks. Batches may have any size, and texts, which are integers [batch, tokens], any length that the half
+            takes.
+        entries: of the half's blocks, see `hosfl.halves.blocks.Begin`. There is one model for each, which makes of its
+            input the next one's and at last the cut, and one more for what lies in front of them. What is cheap and of
+            the half's own inputs, such as an attention's mask, each may compute for itself.
+        most: samples of a batch and tokens of a text, as many as there will ever be: the graph is compared there as
+            well.
+        beside_gradient: a client has the gradient's graph as well, so that frozen weights are not to be constants: of
+            these each session would make a copy of its own, while others are pages of the base file, which all share.
+        running: buffers that change as weights do that move, such as running statistics.
 
     Every tensor of the half's state dict is an initializer whose bytes lie in base.safetensors, which is the file that
     `hosfl.runs.checkpoint.save_module` writes; those that require grad, or are running, are graph inputs as well, so
     that the holder of a session may give it memory of its own for them. onnxruntime then makes the half's output of the
     sample and of other batches, and is seen to follow every weight that moves.
 
-    A half in bfloat16 has a graph that computes in float32, of weights in bfloat16.
-
-    Raises ExportError, which says what stands in the way; ImportError without onnx or onnxscript.
+    Raises:
+        ExportError: what stands in the way.
+        ImportError: onnx or onnxscript is missing.
     """
-    for module in ("onnx", "onnxscript"):
-        needed(module, "the export of a client half", "export")
-    check_half(half)
-    base, half, sample = as_file(half.state_dict()), wide(half), wide_inputs(sample)
-    named = named_inputs(sample)
-    with evaluating(half), unchanged(half.modules()):
-        _check_cut(half, sample)
-        takes_lengths = takes(half, given_as(sample, resized(named, ROWS, shorter=True)))
-        model = graph_of(half, sample, named, takes_lengths, [entry for entry in entries if entry])
-        pieces = _pieces(model, *without_weights(model, half, base, beside_gradient, running))
-        _compare(half, sample, tried(half, sample, named, takes_lengths, most), pieces, base, running)
+    with original(half, sample) as of:
+        model = graph_of(of, [entry for entry in entries if entry])
+        pieces = _pieces(model, *without_weights(model, of, beside_gradient, running))
+        _compare(of, of.batches(most), pieces, running)
     return pieces
 
 
-def check_half(half: nn.Module) -> None:
+@dataclass(frozen=True)
+class Original:
+    """A half that graphs are made of and compared with, and a sample of what it takes, both in float32.
+
+    base: the bytes of its base file, in the dtypes that it is stored in. named: the sample by its names in a graph.
+    any_length: whether it takes texts of other lengths.
+    """
+
+    half: nn.Module
+    sample: Inputs
+    base: bytes
+    named: dict[str, Tensor]
+    any_length: bool
+
+    @property
+    def kind(self) -> str:
+        """The half's class, for errors."""
+        return type(self.half).__name__
+
+    @property
+    def moving(self) -> dict[str, nn.Parameter]:
+        """The weights that move, by name."""
+        return {name: p for name, p in self.half.named_parameters() if p.requires_grad}
+
+    def cut(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The half's output for named inputs."""
+        output: Tensor = call(self.half, given_as(self.sample, inputs))
+        return output
+
+    def traced(self) -> dict[str, Tensor]:
+        """The inputs that a graph is made of."""
+        return resized(self.named, ROWS, shorter=self.any_length)
+
+    def batches(self, most: tuple[int, int]) -> list[dict[str, Tensor]]:
+        """Batches on which graph and half are compared: at the ends of what clients send. The last is the smallest.
+
+        Where a model's code looks at sizes, an export takes the way of the sizes that it sees, and says nothing of
+        others. most: see `exported`.
+        """
+        given, (rows, tokens) = len(next(iter(self.named.values()))), most
+        batches = [resized(self.named, given), resized(self.named, ROWS + 1, self.any_length)]
+        if rows > given:
+            batches.append(resized(self.named, min(rows, MANY), self.any_length))
+        if self.any_length:
+            longest = max(tokens, *(x.shape[1] for x in self.named.values() if is_text(x)), 2)
+            others = [resized(self.named, ROWS + 1, tokens=length) for length in (longest, 1)]
+            batches += [inputs for inputs in others if _takes(self.half, given_as(self.sample, inputs))]
+        return [*batches, resized(self.named, 1, self.any_length)]
+
+    @contextmanager
+    def beside(self, what: str, graphs: Mapping[str, bytes]) -> Iterator[Path]:
+        """A folder with these graphs and the base file. what: how an ExportError calls a graph that does not run."""
+        with TemporaryDirectory() as name:
+            folder = Path(name)
+            for file, data in {**graphs, BASE: self.base}.items():
+                (folder / file).write_bytes(data)
+            try:
+                yield folder
+            except HalfError as error:
+                raise ExportError(f"{what} does not run: {error}") from error
+
+
+@contextmanager
+def original(half: nn.Module, sample: Inputs) -> Iterator[Original]:
+    """The half as `Original`, in eval mode and without a graph. Raises what `exported` raises of half and sample."""
+    for module in ("onnx", "onnxscript"):
+        needed(module, "the export of a client half", "export")
+    _check_half(half)
+    base, half, sample = as_file(half.state_dict()), _wide(half), _wide_inputs(sample)
+    named = _named_inputs(sample)
+    with evaluating(half), unchanged(half.modules()):
+        _check_cut(half, sample)
+        any_length = _takes(half, given_as(sample, resized(named, ROWS, shorter=True)))
+        yield Original(half, sample, base, named, any_length)
+
+
+def _check_half(half: nn.Module) -> None:
     for name, tensor in (*half.named_parameters(), *half.named_buffers()):
         if tensor.is_complex() or (tensor.is_floating_point() and tensor.dtype not in (torch.float32, torch.bfloat16)):
             raise ExportError(
@@ -100,14 +171,14 @@ def check_half(half: nn.Module) -> None:
             raise ExportError(f"{name} is on {tensor.device}: move the half to the CPU, half.cpu()")
 
 
-def wide(half: nn.Module) -> nn.Module:
+def _wide(half: nn.Module) -> nn.Module:
     """The half in float32; its own copy, where it is bfloat16. A graph computes in float32, of weights as they are
     stored: runtimes for processors have few operators in bfloat16."""
     floats = [t for t in (*half.parameters(), *half.buffers()) if t.is_floating_point()]
     return half if all(t.dtype == torch.float32 for t in floats) else as_dtype(copy.deepcopy(half), torch.float32)
 
 
-def wide_inputs(sample: Inputs) -> Inputs:
+def _wide_inputs(sample: Inputs) -> Inputs:
     return tree_map_only(Tensor, lambda x: x.float() if x.dtype == torch.bfloat16 else x, sample)
 
 
@@ -119,10 +190,11 @@ def _check_cut(half: nn.Module, sample: Inputs) -> None:
     if not isinstance(cut, Tensor):
         raise ExportError(f"the cut must be one tensor, and the half makes a {type(cut).__name__}")
     if cut.dtype != torch.float32 or not cut.isfinite().all():
-        raise ExportError("the cut of the sample must be finite and float32, and it is not")
+        found = f"{cut.dtype}, and {'all' if cut.isfinite().all() else 'not all'} of it is finite"
+        raise ExportError(f"the cut of the sample must be finite and float32: it is {found}; cut the model elsewhere")
 
 
-def named_inputs(sample: Inputs) -> dict[str, Tensor]:
+def _named_inputs(sample: Inputs) -> dict[str, Tensor]:
     """The inputs by the names that they have in the graph."""
     named: dict[str, Any] = dict(sample) if isinstance(sample, Mapping) else {"input": sample}
     for name, x in named.items():
@@ -152,24 +224,6 @@ def resized(named: Mapping[str, Tensor], rows: int, shorter: bool = False, token
     return found
 
 
-def tried(
-    half: nn.Module, sample: Inputs, named: Mapping[str, Tensor], any_length: bool, most: tuple[int, int]
-) -> list[dict[str, Tensor]]:
-    """Batches on which graph and half are compared: at the ends of what clients send. The last one is the smallest.
-
-    Where a model's code looks at sizes, an export takes the way of the sizes that it sees, and says nothing of others.
-    """
-    given, (rows, tokens) = len(next(iter(named.values()))), most
-    batches = [resized(named, given), resized(named, ROWS + 1, any_length)]
-    if rows > given:
-        batches.append(resized(named, min(rows, MANY), any_length))
-    if any_length:
-        longest = max(tokens, *(x.shape[1] for x in named.values() if is_text(x)), 2)
-        others = [resized(named, ROWS + 1, tokens=length) for length in (longest, 1)]
-        batches += [inputs for inputs in others if takes(half, given_as(sample, inputs))]
-    return [*batches, resized(named, 1, any_length)]
-
-
 def size_of(inputs: Mapping[str, Tensor]) -> str:
     """Of a batch, for errors."""
     first = next(iter(inputs.values()))
@@ -185,7 +239,7 @@ def given_as(sample: Inputs, named: Mapping[str, Tensor]) -> Inputs:
     return named if isinstance(sample, Mapping) else named["input"]
 
 
-def takes(half: nn.Module, inputs: Inputs) -> bool:
+def _takes(half: nn.Module, inputs: Inputs) -> bool:
     try:
         call(half, inputs)
     except Exception:  # whatever a model raises
@@ -199,9 +253,10 @@ class Positional(nn.Module):
     Its outputs are the cut, and what comes to each of the entries.
     """
 
-    def __init__(self, client: nn.Module, names: Sequence[str] | None, entries: Sequence[str]) -> None:
+    def __init__(self, of: Original, entries: Sequence[str]) -> None:
         super().__init__()
-        self.client, self.names, self.entries = client, names, entries
+        self.client, self.entries = _unchecked(of.half), entries
+        self.names = list(of.named) if isinstance(of.sample, Mapping) else None
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         reached: dict[str, Tensor] = {}
@@ -214,19 +269,12 @@ class Positional(nn.Module):
         return cut, *(reached[entry] for entry in self.entries)
 
 
-def graph_of(
-    half: nn.Module,
-    sample: Inputs,
-    named: Mapping[str, Tensor],
-    any_length: bool,
-    entries: Sequence[str],
-    kind: type[Positional] = Positional,
-) -> Any:
+def graph_of(of: Original, entries: Sequence[str], kind: type[Positional] = Positional) -> Any:
     """The exporter's model, in onnxscript's representation; its outputs are those of `Positional`, or another kind."""
-    inputs = resized(named, ROWS, shorter=any_length)
-    sizes = tuple({0: "batch", **({1: "tokens"} if any_length and is_text(x) else {})} for x in inputs.values())
-    client = kind(unchecked(half), list(inputs) if isinstance(sample, Mapping) else None, entries)
-    with exporting(half), quiet(), in_their_dtype(half), Tables():
+    inputs = of.traced()
+    sizes = tuple({0: "batch", **({1: "tokens"} if of.any_length and is_text(x) else {})} for x in inputs.values())
+    client = kind(of, entries)
+    with exporting(of.half), quiet(), in_their_dtype(of.half), Tables():
         program = torch.onnx.export(
             client,
             tuple(inputs.values()),
@@ -241,7 +289,7 @@ def graph_of(
     return program.model
 
 
-def unchecked(half: nn.Module) -> nn.Module:
+def _unchecked(half: nn.Module) -> nn.Module:
     """The half without its check of tokens' values, of which a graph has none."""
     if not isinstance(half, ClientHalf) or half.pools is None:
         return half
@@ -335,12 +383,13 @@ def quiet() -> Iterator[None]:
 
 
 def without_weights(
-    model: Any, half: nn.Module, base: bytes, all_matrices: bool, running: Collection[str] = ()
+    model: Any, of: Original, all_matrices: bool, running: Collection[str] = ()
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Lets the model's weights lie in a base file. Returns those that move or are running, and of the others those that
     are to be no constants, by their names in the graph: those that are stored narrow, or all but the small ones."""
     from onnxscript import ir
 
+    half, base = of.half, of.base
     end = 8 + int.from_bytes(base[:8], "little")
     places: dict[str, Any] = json.loads(base[8:end])
     graph, names = model.graph, dict[int, list[str]]()
@@ -436,10 +485,16 @@ def _pieces(model: Any, moving: Mapping[str, Any], fixed: Mapping[str, Any]) -> 
         if begin is not None:
             leave_out_unread(piece)
         found.append(piece)
-    for name, value in moving.items():
-        if not any(name in piece.initializers for piece in found):
-            register_unread(found[0], value)
-    return [serialized(model, piece, {*moving, *fixed}) for piece in found]
+    _register_unread(
+        found[0], {name: v for name, v in moving.items() if not any(name in p.initializers for p in found)}
+    )
+    return [_serialized(model, piece, {*moving, *fixed}) for piece in found]
+
+
+def whole(model: Any, piece: Any, moving: Mapping[str, Any], fixed: Mapping[str, Any]) -> bytes:
+    """A part of the model's graph as a model by itself, which has all weights that move."""
+    _register_unread(piece, {name: value for name, value in moving.items() if name not in piece.initializers})
+    return _serialized(model, piece, {*moving, *fixed})
 
 
 def leave_out_unread(piece: Any) -> None:
@@ -449,15 +504,16 @@ def leave_out_unread(piece: Any) -> None:
             piece.inputs.remove(value)
 
 
-def register_unread(piece: Any, weight: Any) -> None:
-    """Let a graph have a weight that nothing reads: whoever opens it gives one memory."""
+def _register_unread(piece: Any, weights: Mapping[str, Any]) -> None:
+    """Let a graph have weights that nothing reads: whoever opens it gives each of them memory."""
     from onnxscript import ir
 
-    copy = ir.Value(name=weight.name, type=weight.type, shape=weight.shape, const_value=weight.const_value)
-    piece.register_initializer(copy)
+    for weight in weights.values():
+        copy = ir.Value(name=weight.name, type=weight.type, shape=weight.shape, const_value=weight.const_value)
+        piece.register_initializer(copy)
 
 
-def serialized(model: Any, piece: Any, open_: Collection[str]) -> bytes:
+def _serialized(model: Any, piece: Any, open_: Collection[str]) -> bytes:
     """A part of the model's graph as a model; its weights of these names are inputs as well.
 
     They are those that move, and frozen ones of which a runtime would keep copies if they were constants: wide ones of
@@ -476,31 +532,17 @@ def serialized(model: Any, piece: Any, open_: Collection[str]) -> bytes:
 
 
 def _compare(
-    half: nn.Module,
-    sample: Inputs,
-    batches: Sequence[Mapping[str, Tensor]],
-    pieces: Sequence[bytes],
-    base: bytes,
-    running: Collection[str],
+    of: Original, batches: Sequence[Mapping[str, Tensor]], pieces: Sequence[bytes], running: Collection[str]
 ) -> None:
     """Raises ExportError where onnxruntime makes something else of the pieces than torch of the half."""
-    moving = [name for name, p in half.named_parameters() if p.requires_grad]
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        for number, piece in enumerate(pieces):
-            (folder / graph_name(number)).write_bytes(piece)
-        (folder / BASE).write_bytes(base)
-        try:
-            run = Half(folder, moving, len(pieces), running=list(running))
-            for inputs in batches:
-                arrays = {name: x.numpy() for name, x in inputs.items()}
-                if wrong := _difference(run(arrays), call(half, given_as(sample, inputs)).numpy(), mask_of(inputs)):
-                    raise ExportError(
-                        f"the graph of the {type(half).__name__} is not the half: of {size_of(inputs)} {wrong}"
-                    )
-            run.check(arrays)
-        except HalfError as error:
-            raise ExportError(f"the graph of the {type(half).__name__} does not run: {error}") from error
+    graphs = {graph_name(number): piece for number, piece in enumerate(pieces)}
+    with of.beside(f"the graph of the {of.kind}", graphs) as folder:
+        run = Half(folder, list(of.moving), len(pieces), running=list(running))
+        for inputs in batches:
+            arrays = {name: x.numpy() for name, x in inputs.items()}
+            if wrong := _difference(run(arrays), of.cut(inputs).numpy(), mask_of(inputs)):
+                raise ExportError(f"the graph of the {of.kind} is not the half: of {size_of(inputs)} {wrong}")
+        run.check(arrays)
 
 
 def _difference(cut: NDArray[Any], wanted: NDArray[Any], mask: Tensor | None) -> str:

@@ -44,17 +44,25 @@ class HalfError(ValueError):
 class Half:
     """The client half under onnxruntime: what moves is numpy arrays, changed in place and seen by the next pass.
 
-    folder: holds half-0.onnx and so on, and base.safetensors. moving: names of weights as in the half's state dict.
-    pieces: how many graphs there are. Each goes on from what the one before makes, so that a pass may begin at any:
-    see `at`. threads: of onnxruntime; 0: as many as the kernels use. running: names of running statistics, which may
-    change as well. graphs: names of other files than half-0.onnx and so on. tensors: the moving weights, in the order
-    of `moving`; statistics: those of `running`. Either are float32, or bfloat16 as its bits, uint16: the graph makes
-    them wide.
+    Args:
+        folder: holds half-0.onnx and so on, and base.safetensors.
+        moving: names of weights as in the half's state dict.
+        pieces: how many graphs there are. Each goes on from what the one before makes, so that a pass may begin at any:
+            see `at`.
+        threads: of onnxruntime; 0: as many as the kernels use.
+        running: names of running statistics, which may change as well.
+        graphs: names of other files than half-0.onnx and so on.
+
+    Attributes:
+        tensors: the moving weights, in the order of `moving`: float32, or bfloat16 as its bits, uint16, which the graph
+            makes wide.
+        statistics: those of `running`, likewise.
 
     The moving ones are inputs of the graph with a value of their own, which onnxruntime reads anew in every pass; it
     would prepack or fold constants once, and go on with the old ones. Frozen ones are constants in the file.
 
-    Raises HalfError.
+    Raises:
+        HalfError: a graph or file that is not the half's.
     """
 
     tensors: list[NDArray[Any]]

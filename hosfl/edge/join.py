@@ -167,10 +167,11 @@ def _check_base(path: Path, header: Header, digested: Sequence[str]) -> None:
     except SafetensorError as error:
         raise JoinError(f"the base half is no safetensors file: {error}") from None
     try:
-        if base_digest(weights) != header.base:
-            raise JoinError("the server's base holds other weights than its log's header says")
+        digest = base_digest(weights)
     except ValueError as error:  # a dtype
-        raise error if isinstance(error, JoinError) else JoinError(str(error)) from None
+        raise JoinError(str(error)) from None
+    if digest != header.base:
+        raise JoinError("the server's base holds other weights than its log's header says")
     if missing := [name for name in digested if name not in weights]:
         raise JoinError(f"the server's base has no {missing[0]}, which the digest of its half is of")
 

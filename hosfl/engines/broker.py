@@ -121,9 +121,9 @@ class Link:
     ) -> None:
         self.urls = [urls] if isinstance(urls, str) else list(urls)
         if not self.urls:
-            raise EngineError("no broker is named")
+            raise EngineError("no broker is named: give one or more, such as tls://host:4222")
         if tls is None and any(url.startswith(("tls:", "wss:")) for url in self.urls):
-            raise EngineError(f"{', '.join(self.urls)} takes certificates, and none are given: see tls")
+            raise EngineError(f"{', '.join(self.urls)} takes certificates: give tls, as Member.context() makes it")
         self.tls = tls
         self.name, self.subjects = name, list(subjects)
         self._receive, self._connected, self._tick = receive, connected, tick

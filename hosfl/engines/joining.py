@@ -58,15 +58,14 @@ def read_offer(offered: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
         measures = None if run["measures"] is None else Measures(**run["measures"])
         edge: dict[str, Any] | None = None
         if run["edge"] is not None:
-            edge = {name: [str(one) for one in run["edge"][name]] for name in ("graphs", "digest")}
+            edge = {name: [str(one) for one in run["edge"][name]] for name in ("graphs", "digest", "running")}
             edge["header"] = str(run["edge"]["header"])
-            edge["running"] = [str(one) for one in run["edge"].get("running", [])]
-            for name in ("gradient", "statistics"):  # an older server has no statistics
-                edge[name] = None if run["edge"].get(name) is None else str(run["edge"][name])
+            for name in ("gradient", "statistics"):
+                edge[name] = None if run["edge"][name] is None else str(run["edge"][name])
+    except JoinError:
+        raise
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-        raise (
-            error if isinstance(error, JoinError) else JoinError(f"what the server offers is no run: {error!r}")
-        ) from None
+        raise JoinError(f"what the server offers is no run: {error!r}") from None
     told: dict[str, Any] = {"base": base, "log": header, "cut": cut, "labels": labels, "hosfl": str(run.get("hosfl"))}
     return settings, told | {"measures": measures, "id": id, "edge": edge}
 

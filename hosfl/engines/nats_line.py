@@ -100,7 +100,7 @@ class NatsLine:
     def fetch(self, name: str, deadline: float | None = None) -> bytes:
         """See `Line.fetch`. One after another, from any thread."""
         if not name or len(name.encode()) > 500:
-            raise EngineError("a file's name has 1 to 500 bytes")
+            raise EngineError(f"a file's name has 1 to 500 bytes, not {len(name.encode())}")
         with self._one:
             fetching = _Fetching(secrets.randbits(64), name, SimpleQueue())
             self._link.call(self._fetch, fetching)

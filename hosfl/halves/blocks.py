@@ -30,8 +30,10 @@ SAVES = 0.1  # of a pass, at least: what has to be in front of a single block fo
 class Begin:
     """Where a block begins.
 
-    entry: its first module's name in the half; "" for the half's own beginning. tensors: what it moves, by position
-    among the half's trainable parameters. share: the work from there to the cut, as a share of the whole half's.
+    Attributes:
+        entry: its first module's name in the half; "" for the half's own beginning.
+        tensors: what it moves, by position among the half's trainable parameters.
+        share: the work from there to the cut, as a share of the whole half's.
     """
 
     entry: str
@@ -83,7 +85,9 @@ def _begins(half: nn.Module, count: int, inputs: Inputs, layer: Sequence[int]) -
             work, again = _counted(*run.at(number, inputs))
             entry = run.entries[number]
             if not torch.equal(cut, again):
-                raise CutError(f"the client half from {entry or 'its beginning'} on does not give its own output")
+                raise CutError(
+                    f"the client half from {entry or 'its beginning'} on does not give its own output: leave out blocks"
+                )
             tensors = tuple(t for t, of in enumerate(layer) if of in group)
             begins.append(Begin(entry, tensors, max(work / whole, LEAST) if whole else 1.0))
     return begins, kept, cut.nbytes
@@ -129,6 +133,10 @@ def allotted(directions: int, sizes: Sequence[float], shares: Sequence[float]) -
 def work(counts: Sequence[int], shares: Sequence[float]) -> float:
     """Of a round's probes, P_b of each block, and of going on from block to block, in passes of the whole half."""
     return sum(n * share for n, share in zip(counts, shares, strict=True)) + shares[0] - shares[-1]
+
+
+def _missed(entry: str) -> CutError:
+    return CutError(f"the client half's forward pass does not come to {entry}, where a block begins: leave out blocks")
 
 
 class _Reached(Exception):
@@ -207,14 +215,14 @@ class BlockRun:
                 except _Reached:
                     self._block = last + 1
                     continue
-            raise CutError(f"the forward pass does not come to {self.entries[last + 1]}")
+            raise _missed(self.entries[last + 1])
         return self.rests[block], self._inputs(block, inputs)
 
     def _inputs(self, block: int, inputs: Inputs) -> Inputs:
         if not self.entries[block]:
             return inputs
         if self._input is None:
-            raise CutError(f"the forward pass does not come to {self.entries[block]}")
+            raise _missed(self.entries[block])
         mask = mask_of(inputs)
         return self._input if mask is None else {"cut": self._input, "attention_mask": mask}
 

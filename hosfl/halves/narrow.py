@@ -43,10 +43,13 @@ def narrowed(half: nn.Module, frozen: str) -> nn.Module:
     if frozen == "float32":
         return half
     done: dict[int, tuple[nn.Parameter, Tensor]] = {}  # by the wide parameter: tied ones stay tied
-    for module in half.modules():
+    for path, module in half.named_modules():
         wide = {name: p for name, p in module._parameters.items() if p is not None and _narrows(module, p)}
         for name, p in wide.items():
             if id(p) not in done:
+                if not torch.isfinite(p).all():
+                    where = f"{path}.{name}".lstrip(".")
+                    raise ValueError(f"{where} has infinite or NaN weights, which cannot be stored as {frozen}")
                 stored, scale = _store(p.detach(), BITS[frozen])
                 done[id(p)] = nn.Parameter(stored, requires_grad=False), scale
             module._parameters[name], scale = done[id(p)]
@@ -97,8 +100,6 @@ def _narrows(module: nn.Module, parameter: nn.Parameter) -> bool:
 
 def _store(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """[n, ...] -> integers [n, groups, bytes or numbers of a group], and scales [n, groups, 1] in its dtype."""
-    if not torch.isfinite(weight).all():
-        raise ValueError("weights that are infinite or NaN cannot be stored narrow")
     rows = weight.reshape(len(weight), -1)
     if bits == 16:
         return rows.bfloat16().view(torch.int16).unsqueeze(1), torch.ones(1, 1, 1, dtype=weight.dtype)

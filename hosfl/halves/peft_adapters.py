@@ -121,7 +121,7 @@ def _inject(half: nn.Module, config: Any, seed: int, public: Inputs | None) -> N
         if found is not None:
             _load_eva(tuner, found)
     if not any(p.requires_grad and p.numel() for p in half.parameters()):
-        raise ValueError("nothing of these adapters moves")
+        raise ValueError("nothing of these adapters moves: choose others")
     call_layers(half)
     _keep(half, own)
 

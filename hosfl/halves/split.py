@@ -56,6 +56,7 @@ class SplitModel(nn.Module):
         yield self.server
 
     def forward(self, inputs: Inputs) -> Tensor:
+        """The whole model's output. inputs: a tensor, a tuple of arguments or a mapping of names."""
         cut = call(self.client, inputs)
         if not isinstance(cut, Tensor):
             raise CutError(f"the cut must be one tensor, and the client half makes a {type(cut).__name__}")
@@ -88,11 +89,15 @@ def as_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 @dataclass(frozen=True)
 class CutPoint:
-    """A place to cut: `name` is the first module of the server half, `at` how many layers the client half has.
+    """A place to cut a model.
 
-    client_parameters, server_parameters: numbers of elements on either side. With example inputs also, in bytes, for
-    these inputs: cut: what travels. client_activations, server_activations: the outputs of all modules that have no
-    modules inside, which is about what backpropagation through that side would keep.
+    Attributes:
+        at: how many layers the client half has.
+        name: the first module of the server half.
+        client_parameters, server_parameters: numbers of elements on either side.
+        cut: bytes of the cut tensor; None without example inputs.
+        client_activations, server_activations: bytes of the outputs of all modules that have no modules inside, which
+            is about what backpropagation through that side would keep; None without example inputs.
     """
 
     at: int
@@ -105,23 +110,30 @@ class CutPoint:
 
 
 def split(model: nn.Module, at: int | str, *, example: Inputs | None = None, verify: bool = True) -> SplitModel:
-    """Cut a model before a layer. In eval mode the halves' composition gives the model's output, to the bit.
+    """Cut a model in two before a layer; the halves share its weights. In eval mode they make its output, to the bit.
 
-    at: the layer's number, which is how many layers the client half gets, or its name; `cut_points` lists both. With
-    all layers at the client, the server half is the model's head. A name may also be one that is not listed, inside a
-    layer, if one tensor crosses there.
+        halves = hosfl.split(model, at=4)  # the first four layers go to the client
+        cut = halves.client(x)  # the cut: [batch, ...]
+        output = halves.server(cut)  # what model(x) is
 
-    The halves hold the model's own weights. Only weights tied across the cut, such as an embedding and the output layer
-    that shares it, become two copies, which client and server train separately.
+    Args:
+        model: an nn.Sequential, a transformer of a known family, or another model of one input tensor.
+        at: how many layers the client half gets, or the name of the first module behind the cut; `cut_points` lists
+            both. All layers: the server half is the model's head. A name inside a layer will do where one tensor
+            crosses there.
+        example: a few samples as the model takes them: a tensor, a tuple of arguments, or a mapping of names. The
+            halves are compared with the model on them: outputs, gradients and buffers, in a few passes. None: an
+            nn.Sequential is not compared; for other models the library makes some, texts or pictures for transformers,
+            pictures for all else. On the meta device nothing is compared.
+        verify: False: compare nothing.
 
-    example: a few samples as the model takes them: a tensor, a tuple of arguments, or a mapping of names. With them the
-    halves are compared with the model: outputs, gradients and buffers, at the cost of a few passes. Default: the
-    library makes some, texts or pictures for transformers, pictures for all else. An `nn.Sequential` is compared only
-    with an example. On the meta device nothing is computed.
-    verify: False: compare nothing.
+    Returns a `SplitModel`. Only weights that are tied across the cut, such as an embedding and the output layer that
+    shares it, become two copies, which client and server train separately.
 
-    Raises: CutError, a TypeError, for a model that cannot be cut and for halves that are not the model; ValueError for
-    a cut that is none of its cut points, which it names, and where an example is needed.
+    Raises:
+        CutError: the model cannot be cut, or the halves are not the model; it is a TypeError.
+        ValueError: there is no such cut point, and it names those that there are; or an example is needed, or the model
+            does not take it.
     """
     inner = _inside(model)
     way = way_of(inner)
@@ -141,13 +153,18 @@ def split(model: nn.Module, at: int | str, *, example: Inputs | None = None, ver
 
 
 def cut_points(model: nn.Module, inputs: Inputs | None = None) -> list[CutPoint]:
-    """Every place where `split` can cut a model, in order. inputs: an example; both may be on the meta device.
+    """Every place where `split` can cut a model, in order: a `CutPoint` each, with the sizes of both sides.
 
-    Each has `name`, the first module of the server half; `at`, how many layers the client half gets; and
-    `client_parameters` and `server_parameters`, numbers of elements. With an example also, in bytes for it, `cut`, the
-    tensor that is sent, and `client_activations` and `server_activations`, the outputs of all innermost modules.
+        for point in hosfl.cut_points(model, example):
+            print(point.at, point.name, point.client_parameters, point.cut)
 
-    Raises: CutError, a TypeError, for a model that cannot be cut.
+    Args:
+        model: as for `split`; it may be on the meta device, where it has no weights.
+        inputs: an example, as the model takes it. With one, points also have sizes in bytes for it: `cut`, of what is
+            sent, and `client_activations` and `server_activations`, of the outputs of all innermost modules.
+
+    Raises:
+        CutError: the model cannot be cut; it is a TypeError.
     """
     way = way_of(_inside(model))
     points = []
@@ -279,9 +296,15 @@ def _inside(model: nn.Module) -> nn.Module:
         adapters: Any = model.peft_config
         for adapter, settings in adapters.items():
             if getattr(settings, "is_prompt_learning", False):
-                raise CutError(f"virtual tokens do not cross a cut: {adapter!r} is {settings.peft_type.value}")
+                raise CutError(
+                    f"virtual tokens do not cross a cut: {adapter!r} is {settings.peft_type.value}; take adapters that"
+                    " go into layers, such as LORA"
+                )
             if getattr(settings, "alora_invocation_tokens", None):
-                raise CutError(f"adapters that begin at certain tokens do not cross a cut: {adapter!r} has such")
+                raise CutError(
+                    f"adapters that begin at certain tokens do not cross a cut: {adapter!r} has such; leave out its"
+                    " alora_invocation_tokens"
+                )
         model = base()
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -311,7 +334,8 @@ def _refuse_hooks(model: nn.Module, followed: Iterable[nn.Module]) -> None:
         where = names[module] or type(module).__name__
         if kinds or module.__dict__.get("forward") is not None:
             raise CutError(
-                f"cannot cut through {where}, which has {kinds[0].strip('_') if kinds else 'its own forward'}"
+                f"cannot cut through {where}, which has {kinds[0].strip('_') if kinds else 'its own forward'}: take"
+                " that off, cut, and put it on modules of the halves"
             )
         if getattr(module, "_compiled_call_impl", None) is not None:
             raise CutError(f"cannot cut through {where}, which is compiled: cut first, and compile the halves")

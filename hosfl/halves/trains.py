@@ -23,20 +23,18 @@ BIASES = ["*bias", "*bias_ih*", "*bias_hh*"]  # the last two of nn.LSTM, GRU, RN
 def moving_only(half: nn.Module, trains: str, seed: int, public: Inputs | None = None) -> nn.Module:
     """Leave `requires_grad` to those parameters that `trains` names; returns the half, changed in place.
 
-    trains: "all" leaves everything as it is. "lora": nothing but adapters of rank 8 that peft puts beside every linear
-    layer; "lora:2" of rank 2; "lora:2:*.query,*.value" beside linear layers whose names match one of these patterns.
-    They start as zero, their random part drawn from the run's seed. "xs:2", "xs:2:LAYERS": a 2 x 2 matrix beside every
-    linear layer and convolution, between two fixed matrices that come from the layer's weight; "act:2", "act:2:LAYERS":
-    that come from its inputs as well, for which `public` is needed: see `hosfl.halves.adapters`. Convolutions in groups
-    have none. "peft:NAME", such as "peft:vera": what peft calls so, with its defaults; "peft:FILE.json": an
-    adapter_config.json. "biases". "norms": all parameters of modules whose class is named ...Norm.... Or patterns of
-    parameters' names as for files, separated by commas. What does not require grad already, stays.
+    What does not require grad already, stays so. Adapters start as zero; what is random in them is drawn from the run's
+    seed.
 
-    public: unlabelled samples as the half takes them, which are no secret; for "act" and peft's EVA.
+    Args:
+        half: a client half.
+        trains: as `hosfl.settings.Halves` says; of adapters "xs" and "act" see `hosfl.halves.adapters`.
+        seed: of the run.
+        public: unlabelled samples as the half takes them, which are no secret; for "act" and peft's EVA.
 
-    Raises ValueError where nothing is left that moves, for a rank that is no positive number or larger than a layer,
-    for a configuration that peft does not take, and for public samples that are missing or of no use, before anything
-    is changed; ImportError for "lora" and "peft" without peft.
+    Raises, before anything is changed: ValueError: nothing is left that moves; a rank is no positive number, or larger
+    than a layer; peft does not take a configuration; public samples are missing or of no use. ImportError: "lora" and
+    "peft" without peft.
     """
     if trains == "all":
         return half

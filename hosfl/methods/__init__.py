@@ -25,5 +25,5 @@ def method_of(name: str) -> type[Method]:
     """A method by its name in `METHODS`, or by "FILE.py:CLASS" or "package.module:CLASS". Raises ValueError."""
     method: type[Method] = named(name, "method", METHODS)
     if not hasattr(method, "reads") or not hasattr(method, "make_ledger"):
-        raise ValueError(f"method {name!r} is no hosfl.methods.method.Method")
+        raise ValueError(f"method {name!r} is a {type(method).__name__}: a subclass of hosfl.Method is needed")
     return method

@@ -51,13 +51,23 @@ class Seconds:
 
 @dataclass
 class Client:
-    """A client whose half stays as it is: the control that every other kind must beat.
+    """A client whose half never learns: the control that every other kind must beat, and what they are all made of.
 
-    `batch(round)` draws this client's batch. `applied` counts the rounds that its weights contain, `epoch` is the
-    server's when they came. passes: where samples that go forward and backward through the half are counted; the
-    run's, if it is given. calibrated: whether it has taken up the run's running statistics. microbatch: samples that a
-    client which backpropagates takes together; 0: all. wire: how cut and multiplier travel, see `hosfl.methods.travel`.
-    for_statistics: draws the batches of its running statistics, the same ones every time.
+    In each round the server asks it for `output(round)`, the cut of its half for a batch of its data. Other kinds are
+    then sent a multiplier, `answer` it, and take what the server committed by `catch_up`.
+
+    Args:
+        number: of the client, from 0.
+        half: its own copy of the client half, on the device that it computes on.
+        batch: round -> (inputs, labels) of this client, `[batch, ...]` each.
+        applied: how many rounds its weights contain.
+        epoch: in which of the server's starts these rounds came.
+        seconds: where the time that it spends is counted.
+        passes: where samples that go through the half are counted; the run's, to count all clients together.
+        microbatch: samples that a client which backpropagates takes together; 0: all.
+        wire: how cuts and multipliers travel: "float32", "bfloat16", "float16" or "int8".
+        calibrated: whether it has the run's running statistics.
+        for_statistics: gives the batches on which it estimates running statistics, the same ones every time.
     """
 
     number: int

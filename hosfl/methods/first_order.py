@@ -35,9 +35,17 @@ from hosfl.settings import Settings
 
 @dataclass
 class FirstOrderClient(Client):
-    """First-order split learning: backpropagates the multiplier through its half and sends the whole gradient.
+    """First-order split learning's client: backpropagates the multiplier through its half and sends the whole gradient.
 
-    The upper bound: exact gradients, at the price of a client that can backpropagate and of weights that travel.
+        gradient = d <multiplier, f(x; theta)> / d theta      float32 [d]
+
+    The upper bound of what a client can tell, for the price of backpropagation and of weights that travel: d numbers up
+    and d down in every round.
+
+    Source: Gupta and Raskar, "Distributed learning of deep neural network over multiple agents", 2018.
+
+    Args:
+        Everything as in `Client`.
     """
 
     learns = True
@@ -88,9 +96,17 @@ class FirstOrderClient(Client):
 
 @dataclass
 class GradientAverage(WholeWeights):
-    """First-order split learning: clients send gradients, and the weights take a step with their average.
+    """The ledger of first-order split learning: the weights take one optimizer step with the clients' average gradient.
 
-    optimizer: of the weights. length: as in FreshStep; aggregation, clip: as in SeedReplay.
+    Args:
+        weights: of the client half that move, end to end: float32 [d].
+        optimizer: of these weights.
+        rate: round -> learning rate.
+        length: as in `FreshStep`.
+        aggregation: of the clients' gradients.
+        clip: the largest L2 norm of one client's gradient; None: any.
+        rounds: how many are in the weights.
+        epoch: of the server: how often it was restarted.
     """
 
     optimizer: torch.optim.Optimizer

@@ -49,14 +49,27 @@ from hosfl_kernels import SGD
 
 @dataclass
 class ZerothOrderClient(Client):
-    """HO-SFL's client: P perturbed forward passes per multiplier, P scalars up, committed records replayed.
+    """HO-SFL's client: forward passes only. P scalars go up for each multiplier, and committed records are replayed.
 
-    With the estimator "backward" the P scalars come from one backward pass instead.
-    probes_at_once: perturbed copies that go through the half in one pass; with "backward" there are none. compile: the
-    backend of torch.compile that forward passes run under, for probes in place one by one; "": none.
-    base: gives the trainable tensors of round 0 again, for a client that must start anew; default: it keeps a copy. A
-    device short of memory reads its base model's file. begins: where the run's blocks begin. by_row: of a block whether
-    probes may move large tables by row, once that is known; clients with copies of one half may share it.
+    For the round's directions u_p and the multiplier m, with one-sided differences,
+
+        v_p = <m, f(x; theta + mu u_p) - f(x; theta)> / mu      float32 [P]
+
+    With the estimator "backward" the P scalars come from one backward pass instead. After `answer` the weights hold the
+    bits that they held before.
+
+    Source: Chen et al., ICML 2026, arXiv 2603.14773.
+
+    Args:
+        run: what all clients and the server agree on.
+        base: gives the trainable tensors of round 0 again, for a client that must start anew. None: it keeps a copy; a
+            device short of memory reads its base model's file.
+        begins: where the run's blocks begin.
+        probes_at_once: perturbed copies of the weights that go through the half in one pass.
+        compile: the backend of torch.compile for forward passes; "": none.
+        by_row: by block, whether probes may move large tables by row; found out when it is first needed. Clients with
+            copies of one half may share it.
+        Everything else as in `Client`.
     """
 
     run: Run = field(kw_only=True)
@@ -342,12 +355,23 @@ class HO(Method):
         if not settings.compile:
             return
         check_backend(settings.compile)
-        one_by_one = settings.estimator.endswith("sided") and (settings.blocks, settings.probes_at_once) == (1, 1)
-        if client_rule(settings) is not None or not one_by_one:
+        in_place: dict[str, tuple[object, ...]] = {
+            "dist": ("rademacher",),
+            "dtype": ("float32",),
+            "rule": ("normalized", "sgd") if settings.directions_from == "fresh" else (settings.rule,),
+            "estimator": ("one-sided", "two-sided"),
+            "blocks": (1,),
+            "probes_at_once": (1,),
+        }
+        wrong = [
+            f"{name} {getattr(settings, name)} (it may be {' or '.join(map(str, may))})"
+            for name, may in in_place.items()
+            if getattr(settings, name) not in may
+        ]
+        if wrong:
             raise ValueError(
-                "compile is for probes in place, one by one: fresh directions or a pool of dist rademacher, rule sgd or"
-                " normalized with fresh ones, dtype float32, estimator one-sided or two-sided, blocks 1 and"
-                " probes_at_once 1"
+                f"compile is for probes in place, one by one, and not with {', '.join(wrong)}: change that, or leave"
+                " out compile"
             )
 
     @classmethod

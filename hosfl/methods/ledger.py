@@ -99,12 +99,17 @@ def voided(epochs: Sequence[tuple[int, int]], hello: Hello | Differs) -> bool:
 
 @dataclass
 class SeedReplay:
-    """HO-SFL: the client half is its base weights and a list of records, P numbers each.
+    """The ledger of HO-SFL: the client half is its base weights and a list of records of P numbers, one for each round.
 
-    step: makes records. mirror: the server's own replica, for digests and evaluation. log: where records are kept.
-    aggregation, clip: of the clients' scalars, and the largest norm of one client's gradient estimate.
-    digest_every: rounds; 0 for never. epochs: (epoch, its first round) of every restart; rounds of earlier epochs from
-    there on are void.
+    Args:
+        run: what all agree on.
+        step: makes a record of a round's aggregated scalars: `FreshStep` or `PoolStep`.
+        mirror: the server's own replica, for digests and evaluation.
+        log: where records are kept; None: in memory alone.
+        aggregation: of the clients' scalars, float32 [P] each.
+        clip: the largest L2 norm of one client's gradient estimate, as its scalars tell it; None: any.
+        digest_every: rounds between two digests by which clients check their weights; 0: none.
+        epochs: (epoch, its first round) of every restart; rounds of earlier epochs from there on are void.
     """
 
     run: Run

@@ -36,10 +36,15 @@ Way = tuple[dict[str, Any], tuple[float, ...]]
 class Setup:
     """What a run gives to its method.
 
-    base: the client half of round 0; the method may still put its weights on a lattice, before anything else is made of
-    it. rates: of both halves. aggregation: of what the clients send. sample: inputs of a few samples. passes: where
-    samples that go through either half are counted. measures: those of the run
-    whose base it is; None: the run is made here.
+    Args:
+        settings: of the run.
+        base: the client half of round 0. The method may still put its weights on a lattice, before anything else is
+            made of it.
+        rates: of both halves.
+        aggregation: of what the clients send.
+        sample: inputs of a few samples.
+        passes: where samples that go through either half are counted.
+        measures: those of the run whose base it is; None: the run is made here.
     """
 
     settings: Settings
@@ -70,16 +75,32 @@ class Setup:
 
 
 class Method:
-    """A way to train a split model, and what one run of it is made of. This one's client half never learns.
+    """A way to train a split model: which client, server and ledger it is made of. In this one no client learns.
 
-    What a subclass says of itself:
+        class Own(hosfl.Method):
+            reads = ("client_rate", "rule")
 
-    reads: which settings it reads of those that not all methods read; others are refused.
-    estimators: which of those it can use.
-    server_rates, ways: what benchmarks/tune.py tries: rates of the server half, and by name the settings of a way to
-    use the method with its client rates. As many trials for every way.
+            def make_ledger(self): ...  # what is committed of the client half
 
-    setup: the run. ledger: what is known of the client half.
+            def client(self, number, half, batch): ...  # a `Client`
+
+        hosfl.train(task, method="own.py:Own", server_rate=0.01, client_rate=0.1)
+
+    Args:
+        setup: what a run gives to its method: settings, the client half of round 0, rates, aggregation.
+
+    Attributes:
+        reads: the settings that it reads of those that not all methods read; others are refused.
+        estimators: those estimators that it can use.
+        server_rates: rates of the server half that benchmarks/tune.py tries.
+        ways: by name, the settings of a way to use the method and the client rates that benchmarks/tune.py tries with
+            it.
+        setup, settings: of the run.
+        ledger: what is committed of the client half; None: nothing ever is.
+
+    Raises:
+        ValueError: nothing moves in the client half of a method whose clients learn; a microbatch for a half whose
+            samples affect each other.
     """
 
     reads: ClassVar[tuple[str, ...]] = MULTIPLIERS

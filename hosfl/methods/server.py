@@ -58,32 +58,56 @@ def computing() -> Iterator[None]:
 
 @dataclass
 class Server:
-    """The first-order half of HO-SFL.
+    """The server of a run: trains its half by backpropagation, and sends each client the gradient at the cut.
 
-    loss: (output, labels) -> mean loss over the batch. rate: of a step. Where the optimizer was made with several
-    rates, one per group, it is that of the group with the largest, and the others keep their ratios to it. ledger: what
-    is known of the client half; None where it is frozen. clients: their number. cut_shape: of one sample; of texts, of
-    the longest. classes: labels are below it; None: any will do. real: labels are no integers. ignore_index: a label
-    that the loss does not count, such as -100 of torch's cross_entropy; labels are then one for each token, and end
-    with their text. None: every label counts. batch: the most samples that one client sends. masked: whether the half
-    takes an attention mask beside the cut; its texts may then be shorter. label_shape: of one sample's labels.
-    aggregation: of the clients' gradients of the half, the ledger's own, so that both halves descend one loss. "median"
-    and "trimmed" keep all K gradients, K times the half's size, until the round's step. clip: the largest norm of one
-    client's gradient; None for none. statistics: the running ones of the client half, where the run estimates them
-    anew. alone: rounds at the beginning in which nobody is sent a multiplier: this half learns, and no client's.
-    centered: multipliers leave out what shifts the outputs of all samples alike; see `centered`. wire: how cuts and
-    multipliers travel.
+    A round is `begin(round)`, `learn(cut)` for every cut and `end()`, or `step` for all three; then `answered(round,
+    answer)` for every answer and `commit(round)`. For each client m with cut z_m it computes
 
-    A half with running statistics, such as BatchNorm's: with "median" or "trimmed" every client's forward pass starts
-    from those of the round's begin, and the new ones are aggregated like the gradients. With a mean each client moves
-    them in turn, and neither clip nor mean guards them: one liar's cut can spoil them all.
+        multiplier_m = d loss(half(z_m), labels_m) / d z_m    what the client is sent, [batch, ...]
+        gradient_m   = d loss(half(z_m), labels_m) / d half   aggregated into one optimizer step
 
-    Whatever comes from a client goes through `receive`, `learn`, `answered` or `estimated`, which refuse what is not
-    exactly right; a refused message changes nothing. refused: the reasons, the last thousand of them; refusals: how
-    many there were; unsaid: the last reason of each client that has not been told of it.
-    differed: clients that found their half wrong, and when, the first thousand; differences: how many. learnt: cuts
-    that were learnt from. passes: samples that went forward and backward through either half so far; clients count
-    theirs in the same place.
+    Whatever comes from a client goes through `receive`, `learn`, `answered` or `estimated`. They refuse what is not
+    exactly right, and a refused message changes nothing.
+
+    Source: Chen et al., ICML 2026, arXiv 2603.14773.
+
+    Args:
+        half: the server half: cut [batch, ...] -> output [batch, ...].
+        loss: (output, labels) -> the mean loss over the batch, a tensor of one element.
+        optimizer: of the half. With several rates, one per group, the largest becomes `rate`, and their ratios stay.
+        rate: step -> learning rate.
+        ledger: what is committed of the client half, such as `SeedReplay`; None: nothing ever is.
+        seed: of the run, 0 <= seed < 2^64; dropout and the sampling of clients follow from it.
+        clients: their number.
+        cut_shape: of one sample's cut, without the batch; of texts, of the longest.
+        classes: labels are integers below it; None: any will do.
+        batch: the most samples that one client sends.
+        masked: whether the half takes an attention mask beside the cut. Texts may then be shorter than the longest.
+        label_shape: of one sample's labels, without the batch.
+        real: whether labels are floating-point numbers.
+        ignore_index: a label that the loss does not count, such as -100 of torch's cross_entropy; labels are then one
+            for each token. None: every label counts.
+        aggregation: of the clients' gradients of the half; the ledger's own, so that both halves descend one loss.
+            Median and trimmed mean keep all K gradients, K times the half's size, until the round's step.
+        clip: the largest L2 norm of one client's gradient; None: any.
+        statistics: the client half's running statistics, where the run estimates them anew.
+        alone: the number of first rounds in which only this half learns.
+        centered: leave out of multipliers what shifts the outputs of all samples alike.
+        wire: how cuts and multipliers travel: "float32", "bfloat16", "float16" or "int8".
+
+    Attributes:
+        refused, refusals: the reasons of the last thousand refusals, and how many there were.
+        unsaid: the last reason of each client that has not been told of it.
+        differed, differences: the first thousand clients that found their half wrong and when, and how many there were.
+        learnt: the number of cuts that were learnt from.
+        passes: samples that went forward and backward through either half; clients count theirs in the same place.
+
+    Running statistics in the half, such as BatchNorm's: with median or trimmed mean each client's pass starts from
+    those at the round's beginning, and the new ones are aggregated like gradients. With a mean each client moves them
+    in turn, and nothing guards them: one liar's cut can spoil them all.
+
+    Raises:
+        ValueError: `centered` with several labels per sample.
     """
 
     hears: ClassVar[type[Cut]] = Cut
@@ -108,12 +132,12 @@ class Server:
     alone: int = 0
     centered: bool = False
     wire: str = "float32"
-    refused: list[str] = field(default_factory=list)
-    refusals: int = 0
-    unsaid: dict[int, str] = field(default_factory=dict)
-    differed: list[str] = field(default_factory=list)
-    differences: int = 0
-    learnt: int = 0
+    refused: list[str] = field(default_factory=list, init=False)
+    refusals: int = field(default=0, init=False)
+    unsaid: dict[int, str] = field(default_factory=dict, init=False)
+    differed: list[str] = field(default_factory=list, init=False)
+    differences: int = field(default=0, init=False)
+    learnt: int = field(default=0, init=False)
     passes: Passes = field(default_factory=no_passes)
 
     def __post_init__(self) -> None:
@@ -477,7 +501,7 @@ class Server:
         tensors, info = state
         self.half.load_state_dict(part("half", tensors))
         unpack_optimizer(self.optimizer, part("optimizer", tensors), info["optimizer"])
-        self.learnt = info.get("learnt", 1)  # a snapshot of before it was counted does not say that it was none
+        self.learnt = info["learnt"]
         if self.ledger is not None:
             self.ledger.load(part("ledger", tensors), info["ledger"])
 

@@ -17,10 +17,17 @@ from hosfl.protocol.terms import Pool, Run
 
 @dataclass
 class FreshStep:
-    """Fresh directions every round. length: divides the rate, for normalised steps.
+    """From a round's aggregated scalars vbar_p to its record, where directions are new in every round.
 
-    On a lattice the record is the move itself, -rate / P * vbar; elsewhere the gradient estimate's vbar / P, to which
-    every replica applies the run's rule. Where directions move blocks, P is the number of the block's own.
+        on a lattice   the move itself, -rate / P * vbar_p, rounded stochastically to its quantum
+        elsewhere      the gradient estimate's vbar_p / P, to which replicas apply the run's rule
+
+    Where directions move blocks, P is the number of directions of the block.
+
+    Args:
+        run: what all agree on.
+        rate: round -> learning rate.
+        length: the running length of gradients, by which the rate is divided; None: it is not.
     """
 
     run: Run
@@ -43,12 +50,19 @@ class FreshStep:
 
 
 class PoolStep:
-    """A pool: the client half is base + sum_j a_j u_j, and the server trains a with any torch.optim optimizer.
+    """From a round's aggregated scalars to its record, where a pool of D directions is measured in turn.
 
-    d loss / d a_j = <g, u_j>, which is what the clients measure. The optimizer's rate is rate / P, so that a plain step
-    is that of fresh directions, -rate / P sum_p vbar_p u_p. Only the coefficients measured in a round move, each
-    with its own count of steps. A new generation starts from zeros with a new optimizer. The committed moves are
-    multiples of the lattice's quantum, and what rounding leaves over is carried forward.
+    The client half is base + sum_j a_j u_j, and the server trains the coefficients a, float64 [D], with any torch.optim
+    optimizer: d loss / d a_j = <g, u_j>, which is what the clients measure. Its rate is rate / P, so that a plain step
+    is that of fresh directions, -rate / P sum_p vbar_p u_p. Only the coefficients that were measured move, each with
+    its own count of steps. When the pool is replaced the coefficients start from zeros, with a new optimizer. On a
+    lattice moves are multiples of the quantum, and what rounding leaves over is carried forward.
+
+    Args:
+        run: what all agree on; it has a pool.
+        rate: round -> learning rate.
+        optimizer: coefficients -> the optimizer that trains them.
+        length: the running length of gradients, by which the rate is divided; None: it is not.
     """
 
     def __init__(self, run: Run, rate: Rate, optimizer: OptimizerFactory, length: RunningLength | None = None) -> None:

@@ -14,7 +14,8 @@ from hosfl.optim import ZOSGD
 class ZOTrainer(Trainer):  # type: ignore[misc]
     """transformers.Trainer for the optimizers of `hosfl.optim`; everything else is the Trainer's.
 
-        ZOTrainer(model, arguments, train_dataset=data, optimizers=(ZOSGD(model.named_parameters(), lr=1e-3), None))
+        optimizer = ZOSGD(model.named_parameters(), lr=1e-3)
+        ZOTrainer(model, arguments, train_dataset=data, optimizers=(optimizer, None)).train()
 
     The step is measured at the last of `gradient_accumulation_steps` micro-batches, all of them at the same moved
     weights, and taken when the Trainer asks the optimizer to. Their losses are added or averaged by the Trainer's rule:

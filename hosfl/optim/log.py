@@ -257,19 +257,24 @@ class RunLog:
 def rebuild(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Train a base model again from a log, in place: the weights that the run had at `log.save`, to the bit.
 
+        model = make_model()  # the base, with the weights that the run began with
+        hosfl.optim.rebuild(model, "run.safetensors")
+
+    Args:
+        model: as it was before the run's first step, on any device, or sharded by FSDP2, where every process must call
+            this. Parameters are found by name, where the optimizer was given names or the model; otherwise by position,
+            and then the optimizer must have been given `model.parameters()`.
+        path: of the log's file.
+
     One pass over the weights for as long as the same parameters moved on the same lattice, and their moves together
-    cannot leave it. model: as it was before the run's first step, on any device, or sharded by FSDP2, where every
-    process must call this. Parameters are found by name, where the optimizer was given names or the model; otherwise by
-    position, and then the optimizer must have been given `model.parameters()`.
+    cannot leave it. Nothing in the file is trusted: all of it is checked before the first write. Time is at most in
+    proportion to the file's size times the weights that move. Memory: some copies of the file, a copy on the host of
+    the weights that move, from which they are put back, and with momentum a float32 tensor for each.
 
-    Nothing in the file is trusted: all of it is checked before the first write. What it costs: time at most in
-    proportion to the file's size times the weights that move; memory for some copies of the file, a copy of the weights
-    that move, on the host, from which they are put back, and with momentum a float32 tensor for each.
-
-    Raises: LogError for a log that is damaged or that no run can have written; for a model whose parameters' names,
-    shapes, dtypes or bits are not those of the base; and where somebody else wrote the weights during the run, so that
-    they are not what the log makes. OSError for a file that cannot be read. After any error or interrupt the model is
-    as it was, to the bit.
+    Raises, with the model as it was, to the bit, as after an interrupt:
+        LogError: the log is damaged, or no run can have written it; the parameters' names, shapes, dtypes or bits are
+            not those of the base; or somebody else wrote the weights during the run.
+        OSError: the file cannot be read.
     """
     path = Path(path)
     try:

@@ -196,22 +196,24 @@ class ZOSGD(torch.optim.Optimizer):
         """One step. Returns the loss, float64 on the CPU: the mean over all moved weights, one-sided the loss at th.
 
         Args:
-            closure: evaluates the model and returns the loss: a number, or a tensor of one element. No backward. It is
-                called 2 P times (one-sided P + 1, once where all rates are 0), each time with the random numbers of
-                the first (`probing.conditions`), so that the model may be in train mode: dropout takes the same units
-                away, and running statistics take in the first evaluation alone. On all else but the weights it must
-                not depend: the same batch every time. It need not be differentiable. Left out where the step was
-                measured before. Left out otherwise, where all rates are 0, no step is made and None returned, but
-                moments are there then: this is how torch.distributed.checkpoint prepares optimizers.
+            closure: evaluates the model and returns the loss, a number or a tensor of one element; no backward. It is
+                called 2 P times (one-sided P + 1, once where all rates are 0), each time with the random numbers of the
+                first, so that the model may be in train mode: dropout takes the same units away, and running statistics
+                take in the first evaluation alone. On all else but the weights it must not depend: the same batch every
+                time. It need not be differentiable. None: the step that was measured before is taken; where none was
+                and all rates are 0, no step is made and None returned, but moments are there then: this is how
+                torch.distributed.checkpoint prepares optimizers.
 
         Waits for the device for the losses, and before them to see whether somebody wrote the weights; never in
         between. If the step fails or is interrupted the weights are what they were before it (bit for bit, unless they
         drift; but for what a new lattice rounds), and the optimizer, running statistics and torch's generators too.
 
-        Raises: TypeError without a closure or for what is no number; FloatingPointError for losses that are infinite
-        or NaN, or a step that is too long; ValueError where no parameter requires grad, or one cannot move by mu;
-        RuntimeError where the closure writes the weights (moved ones that are only read are copies: what it writes
-        there is forgotten), or reads none of those that move.
+        Raises:
+            TypeError: there is no closure, or what it returns is no number.
+            FloatingPointError: losses are infinite or NaN, or the step is too long for float32.
+            ValueError: no parameter requires grad, or one cannot move by mu.
+            RuntimeError: the closure writes the weights, or reads none of those that move. Moved weights that are only
+                read are copies: what it writes there is forgotten.
         """
         measurement, self._measurement = self._measurement, None
         if closure is None and measurement is None and not any(float(group["lr"]) for group in self.param_groups):

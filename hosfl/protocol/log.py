@@ -171,10 +171,20 @@ def _interval(sync: Sync) -> int:
 
 
 class Log:
-    """A log: what is in it, and `append`. Made by `create`, `open` or `read`; the rules are the module's.
+    """A log of the client half's moves, hosfl.log: what is in it, and `append`. Make one by `create`, `open` or `read`.
 
-    path. header. cut: bytes of a torn tail that `open` cut off. torn: bytes of one that `read` passed over.
-    Holds all records in memory, as many bytes as the file has. Not for use from several threads at once.
+        log = hosfl.Log.read("runs/own/hosfl.log")
+        for record in log.rounds:
+            print(record.round, record.rate, record.coefficients)
+
+    All records are in memory, as many bytes as the file has. Not for use from several threads at once. When an append
+    is durable, and what is found out about damage: see `hosfl.protocol.log`.
+
+    Attributes:
+        path: of the file.
+        header: what its records mean.
+        cut: bytes of a torn tail that `open` cut off.
+        torn: bytes of a torn tail that `read` passed over.
     """
 
     def __init__(self, path: Path, content: _Content, file: io.FileIO | None, sync: Sync) -> None:

@@ -42,12 +42,21 @@ class DigestMismatch(Exception):
 
 
 class Replica:
-    """Trainable tensors, their moments, and which rounds are in them.
+    """The client half as everybody holds it: trainable tensors, their moments, and which rounds are in them.
 
-    tensors, streams: in the order of the log's header; the tensors are changed in place. base: gives the tensors'
-    values of round 0 again, for a replica that must start anew.
-    applied: number of rounds in the weights. epoch: in which the last of them came. lattice: where they are now; it
-    starts as the run's and becomes coarser in rounds whose records say so.
+    Replicas that have applied the same rounds hold the same bits. Arrays may be numpy's or torch's.
+
+    Args:
+        tensors: those that move, in the order of the log's header; they are changed in place.
+        streams: of each, the number of its noise.
+        run: what all agree on.
+        base: gives the tensors' values of round 0 again, for a replica that must start anew.
+
+    Attributes:
+        applied: how many rounds are in the weights.
+        epoch: in which the last of them came.
+        lattice: the one that the weights are on: first the run's, and a coarser one where records say so; None: none.
+        moments: what the run's rule keeps, float32: a list for each moment, of one array per tensor.
     """
 
     def __init__(

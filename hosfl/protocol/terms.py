@@ -31,9 +31,14 @@ class Block:
 
 @dataclass(frozen=True)
 class Pool:
-    """`size` directions, D, of which every round measures the next P in turn; all are replaced every `rounds` rounds.
+    """Directions that are measured again and again: every round measures the next P of them, in turn.
 
-    rounds: G; 0 keeps one pool for the whole run. Raises ValueError.
+    Args:
+        size: D, their number.
+        rounds: G, rounds until all are replaced; 0: never.
+
+    Raises:
+        ValueError: a size below 1, or rounds below 0.
     """
 
     size: int
@@ -76,15 +81,24 @@ class Measures:
 
 @dataclass(frozen=True)
 class Run:
-    """What client and server agree on before round 0, beside the weights. It never travels again.
+    """What client and server agree on before round 0, beside the weights; it never travels again.
 
-    seed: the run's seed. directions: P. dist: of the directions. mu: the size of a probe's step.
-    estimator: how a directional derivative is measured: a key of `hosfl.probing.probe.ESTIMATORS`.
-    factors: a power of two per trainable tensor, by which directions are scaled on it.
-    lattice: where the client half lives, or None where it lives on none; then `rule` is the step that each round makes.
-    pool: None for fresh directions every round.
-    blocks: which tensors a direction moves; left out, every direction moves all. The estimate is then made of one for
-    each block, ghat_b = (1/P_b) sum_p vbar_p u_p over the P_b directions that move it.
+    Args:
+        seed: of the run, 0 <= seed < 2^64; every direction follows from it.
+        directions: P, directions that are measured in a round.
+        dist: of the directions: "rademacher" or "gaussian".
+        mu: the size of a probe's step.
+        factors: a power of two for each trainable tensor, by which directions are scaled on it.
+        lattice: where the client half lives; None: on none, and `rule` is what a round's step is made by.
+        rule: `hosfl_kernels.SGD` or `AdamW`, which every replica applies; None on a lattice, where records are moves.
+        pool: the directions that are measured in turn; None: new ones in every round.
+        estimator: how a directional derivative is measured: "one-sided", "two-sided", "forward" or "backward".
+        blocks: which tensors a direction moves; (): every direction moves all. The estimate is then made of one for
+            each block, ghat_b = (1 / P_b) sum_p vbar_p u_p over the P_b directions that move it.
+
+    Raises:
+        ValueError: a lattice and a rule, or neither; blocks that do not share out all tensors and directions, or that
+            are beside a pool; a pool smaller than P.
     """
 
     seed: int
@@ -102,16 +116,26 @@ class Run:
         if self.blocks:
             shared = sorted(t for block in self.blocks for t in block.tensors)
             if shared != list(range(len(self.factors))) or not all(b.directions > 0 for b in self.blocks):
-                raise ValueError("every trainable tensor is in one block, and every block has a direction or more")
+                raise ValueError(
+                    f"blocks = {self.blocks} of {len(self.factors)} tensors: every tensor must be in one block, and"
+                    " every block have a direction or more"
+                )
             counts = [block.directions for block in self.blocks]
             if sum(counts) != self.directions:
-                raise ValueError(f"blocks of {counts} directions in a run of {self.directions}")
+                raise ValueError(
+                    f"blocks of {counts} directions in a run of {self.directions}: they must add up to these"
+                )
             if self.pool is not None:
-                raise ValueError("directions of a pool move all tensors: blocks go with fresh directions")
+                raise ValueError("directions of a pool move all tensors: leave out blocks, or pool")
         if (self.lattice is None) == (self.rule is None):
-            raise ValueError("a run has a lattice, where records are moves, or an update rule: one of them")
+            raise ValueError(
+                f"a run has a lattice, where records are moves, or an update rule: give one of them, got lattice ="
+                f" {self.lattice} and rule = {self.rule}"
+            )
         if self.pool is not None and self.pool.size < self.directions:
-            raise ValueError(f"cannot measure {self.directions} different directions of a pool of {self.pool.size}")
+            raise ValueError(
+                f"cannot measure {self.directions} different directions of a pool of {self.pool.size}: lower directions"
+            )
 
     @property
     def measures(self) -> Measures:

@@ -56,13 +56,7 @@ def assemble(
     kind, rates = method_of(config.method), rates_of(task, config)
     device = torch.device(config.device)
     model = halves_of(config, task)
-    for side, half in (("client", model.client), ("server", model.server)):
-        for name, value in half.state_dict().items():
-            if not isinstance(value, Tensor):
-                raise ValueError(
-                    f"{name} of the {side} half is a {type(value).__name__} and no tensor, as quantised layers hold it,"
-                    " and cannot be stored: give the model as it was before; frozen=int8 stores what does not move so"
-                )
+    _check_stored(model)
     first = prefixed("client", model.client.state_dict()) | prefixed("server", model.server.state_dict())
     halves = base_digest(first)
     base = base_of(config, model, task.public)
@@ -87,19 +81,10 @@ def assemble(
     def make(number: int) -> Client:
         return client_of(method, number, calibration.first(base, statistics), shares[number % len(shares)], task)
 
-    optimizer = task.optimizer(half, rates.decay)
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TaskError(f"the task's optimizer is a {type(optimizer).__name__}: a torch.optim.Optimizer is needed")
-    trained = {parameter for parameter in half.parameters() if parameter.requires_grad}
-    if not any(parameter in trained for group in optimizer.param_groups for parameter in group["params"]):
-        raise ValueError(
-            "the task's optimizer has none of the server half's parameters that train: make it of the half that is"
-            " given to the function"
-        )
     server = method.server(
         half=half,
         loss=task.loss,
-        optimizer=optimizer,
+        optimizer=_optimizer(task, half, rates.decay),
         rate=method.rate(rates.server),
         ledger=method.ledger,
         seed=config.seed,
@@ -137,6 +122,31 @@ def assemble(
     if statistics is None or file is not None:
         federation.settle()
     return federation, task
+
+
+def _check_stored(model: SplitModel) -> None:
+    """Raises ValueError for a half that has in its state dict what no file of tensors holds."""
+    for side, half in (("client", model.client), ("server", model.server)):
+        for name, value in half.state_dict().items():
+            if not isinstance(value, Tensor):
+                raise ValueError(
+                    f"{name} of the {side} half is a {type(value).__name__} and no tensor, as quantised layers hold it,"
+                    " and cannot be stored: give the model as it was before; frozen=int8 stores what does not move so"
+                )
+
+
+def _optimizer(task: Task, half: nn.Module, decay: float) -> torch.optim.Optimizer:
+    """The task's, of the server half. Raises TaskError for what is none, ValueError for one of another half."""
+    optimizer = task.optimizer(half, decay)
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TaskError(f"the task's optimizer is a {type(optimizer).__name__}: a torch.optim.Optimizer is needed")
+    trained = {parameter for parameter in half.parameters() if parameter.requires_grad}
+    if not any(parameter in trained for group in optimizer.param_groups for parameter in group["params"]):
+        raise ValueError(
+            "the task's optimizer has none of the server half's parameters that train: make it of the half that is"
+            " given to the function"
+        )
+    return optimizer
 
 
 def client_of(method: Method, number: int, half: nn.Module, data: Dataset | Items, task: Task) -> Client:

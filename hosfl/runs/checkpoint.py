@@ -139,11 +139,22 @@ def header_of(run: Run, base: nn.Module, settings: dict[str, Any]) -> Header:
 
 
 def rebuild(log: Path, base: Path, upto: int | None = None) -> tuple[dict[str, Tensor], Replica]:
-    """The client half of a log: base weights, and every committed round before `upto` (default: all) in one pass.
+    """The client half of any round, from a run's log and the weights that it began with, in one pass over the weights.
 
-    log, base: a run's hosfl.log and base.safetensors. Returns all tensors of the base file by name, the trained ones
-    brought up to date, and the `Replica` that did it. `hosfl.protocol.rebuild` is the same without torch.
+        run = Path("runs/own")
+        tensors, replica = hosfl.rebuild(run / "hosfl.log", run / "base.safetensors", upto=50)
 
-    Raises: LogError for a log that is damaged, or of other base weights; OSError for a file that cannot be read.
+    Args:
+        log: a run's hosfl.log.
+        base: its base.safetensors.
+        upto: how many rounds to apply; None: all that are committed.
+
+    Returns all tensors of the base file by name, the trained ones brought up to date, and the `Replica` that did it.
+    `hosfl.protocol.rebuild` is the same without torch.
+
+    Raises:
+        LogError: the log is damaged, or of other base weights, or has fewer rounds.
+        ValueError: the base file holds no weights.
+        OSError: a file cannot be read.
     """
     return rebuilt(log, base, upto, load_file)

@@ -13,10 +13,16 @@ from hosfl.tasks import options_of
 
 @dataclass(frozen=True)
 class Config(Settings):
-    """Settings of one run: those of `hosfl.settings`, by concern `Data`, `Halves`, `Learning` and `Schedule`.
+    """All settings of one run, checked and frozen: those of `Data`, `Halves`, `Learning` and `Schedule`.
 
-    Raises ValueError for a value that cannot work, and says which; also for one that the run would not look at
-    (`ignored`), unless it is the default.
+        config = hosfl.Config(task="digits", method="first-order", rounds=200, seed=3)
+        hosfl.train(config)
+
+    `hosfl train --help` lists them with their defaults, and `help(hosfl.settings.Learning)`, say, explains those of one
+    concern. numpy's numbers and whole numbers for floats are taken; nothing else is converted.
+
+    Raises:
+        ValueError: a value that cannot work; or one that the run would not look at and that is not the default.
     """
 
     def __post_init__(self) -> None:

@@ -15,17 +15,25 @@ LIES = (
 
 @dataclass(frozen=True)
 class Faults:
-    """What goes wrong. Raises ValueError for a value that cannot be.
+    """What goes wrong in a simulation.
 
-    dropout: the share of clients that vanish in the middle of a round, at any of its messages. absence: the share of
-    invited clients that turn out to be away, for up to longest_absence rounds. delay: mean seconds that a message
-    travels (exponential); deadline: seconds for each of a round's two exchanges; what the server gets after it arrives
-    in its next round and is refused.
-    byzantine: the share of clients that lie. lies: what about, of `LIES`, with commas between: "labels" (of C classes
-    they say C - 1 - c for c), "random-labels" (any class but the right one), "flipped-cuts" (times -1), "scaled-cuts"
-    (times `magnitude`), "noisy-cuts" (noise of the same size), "flipped-scalars", and "scalars" (times `magnitude`, of
-    either sign). damage: the share of messages in which a bit flips. crash_every: mean rounds between two deaths of the
-    server, at any message or right after a commit; 0: never.
+    Args:
+        dropout: the share of clients that vanish in the middle of a round, at any of its messages.
+        absence: the share of invited clients that turn out to be away.
+        longest_absence: rounds that a client stays away at most.
+        delay: mean seconds that a message travels (exponential).
+        deadline: seconds for each of a round's two exchanges. What the server gets later arrives in its next round and
+            is refused.
+        byzantine: the share of clients that lie.
+        lies: what about, of `LIES`, with commas between: "labels" (of C classes they say C - 1 - c for c),
+            "random-labels" (any class but the right one), "flipped-cuts" (times -1), "scaled-cuts" (times `magnitude`),
+            "noisy-cuts" (noise of the same size), "flipped-scalars", and "scalars" (times `magnitude`, of either sign).
+        magnitude: how many times too large scaled cuts and scalars are.
+        damage: the share of messages in which a bit flips.
+        crash_every: mean rounds between two deaths of the server, at any message or right after a commit; 0: never.
+
+    Raises:
+        ValueError: a value that cannot be.
     """
 
     dropout: float = setting(0.0, "share of clients that vanish in the middle of a round")

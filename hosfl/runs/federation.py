@@ -57,25 +57,41 @@ log = logging.getLogger("hosfl.federation")
 class Federation:
     """A server, its clients, and the engine between them.
 
-    id: random; no other run has it, and this one keeps it when it is resumed. Clients know by it whose weights theirs
-    are.
+    Args:
+        config: the settings of the run.
+        server: as it is before the first round.
+        make: number -> a client that has applied nothing.
+        base: the client half of round 0.
+        observed: the client half of the moment, for evaluation.
+        exchanges: cuts that a client sends per round; its answer to all but the last is the next one, and the server
+            numbers them on and on.
+        header: of the log, for methods that have one; see `open_log`.
+        provenance: what the run is made of.
+        describe: gives both, once the base is complete: see `settle`.
+        complained, complaints: what clients refused, the last thousand times, and how many there were.
 
-    make: a client that has applied nothing, by its number. base: the client half of round 0. observed: the client half
-    of the moment, for evaluation. header: of the log, for methods that have one; see `open_log`. provenance: what the
-    run is made of. describe: gives both, once the base is complete: see `settle`. exchanges: cuts that a client sends
-    per round; its answer to all but the last is the next one, and the server numbers them on and on. engine: None: the
-    clients live here, and are made by `make`. deadline: seconds for each exchange; None: as long as it takes. enough:
-    cuts that were learnt from, and then answers that count, with which a round goes on without the rest, or statistics
-    without theirs; None: all that were invited. least: clients that have to be here before a round begins. patient: a
-    round in which no cut could be learnt from is not committed, and can be tried again.
-
-    clients: those made here so far. where: (rounds, epoch) that a client has applied, as far as the server knows.
-    complained: what clients refused, the last thousand times; complaints: how many there were. visits: how many times
-    a client took part. missing: how many times a client that was asked did not answer; why: of the round's, by client.
-    seconds: of the last round, by phase: "cuts" and "answers" are spent on the engine and the clients, "server" here;
-    it learns from a cut while those of other clients are still on their way. asked: clients that were invited to the
-    last round. took_part: clients whose answers were its answers; whose cuts, where a method needs no answers. seen:
-    those that took part in any. tried: how often the next round was tried in vain, where the run is patient.
+    Attributes:
+        engine: carries the messages. At first all clients live here, and are made by `make`; `Over.reach` sets another,
+            and the next three.
+        deadline: seconds for each exchange; None: as long as it takes.
+        enough: cuts that were learnt from, then answers that count, with which a round goes on without the rest;
+            likewise of statistics. None: all that were invited.
+        least: clients that have to be here before a round begins.
+        patient: whether a round in which no cut could be learnt from is not committed, and can be tried again.
+        wire: counts the bytes; a simulation's loses some.
+        id: random; no other run has it, and this one keeps it when it is resumed. Clients know by it whose weights
+            theirs are.
+        clients: those made here so far, by number.
+        where: (rounds, epoch) that a client has applied, as far as the server knows, by number.
+        visits: how many times a client took part.
+        missing: how many times a client that was asked did not answer.
+        why: of the round's, why, by client.
+        seconds: of the last round, by phase: "cuts" and "answers" are spent on the engine and the clients, "server"
+            here. It learns from a cut while those of other clients are still on their way.
+        asked: clients that were invited to the last round.
+        took_part: clients whose answers were its answers; whose cuts, where a method needs no answers.
+        seen: clients that took part in any round.
+        tried: how often the next round was tried in vain, where the run is patient.
     """
 
     config: Settings
@@ -84,35 +100,34 @@ class Federation:
     base: nn.Module
     observed: nn.Module
     exchanges: int = 1
-    engine: Engine = None  # type: ignore[assignment]  # until __post_init__
-    deadline: float | None = None
-    enough: int | None = None
-    least: int = 1
-    patient: bool = False
-    wire: Wire = field(default_factory=Wire)
-    clients: dict[int, Client] = field(default_factory=dict)
-    where: dict[int, tuple[int, int]] = field(default_factory=dict)
-    complained: list[str] = field(default_factory=list)
-    complaints: int = 0
-    visits: int = 0
-    missing: int = 0
-    why: dict[int, str] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    asked: list[int] = field(default_factory=list)
-    took_part: list[int] = field(default_factory=list)
-    seen: set[int] = field(default_factory=set)
-    tried: int = 0
     header: Header | None = None
     provenance: Provenance | None = None
     describe: Callable[[], tuple[Header | None, Provenance]] | None = None
-    id: bytes = field(default_factory=new_id)
+    complained: list[str] = field(default_factory=list)
+    complaints: int = 0
+    engine: Engine = field(init=False)
+    deadline: float | None = field(default=None, init=False)
+    enough: int | None = field(default=None, init=False)
+    least: int = field(default=1, init=False)
+    patient: bool = field(default=False, init=False)
+    wire: Wire = field(default_factory=Wire, init=False)
+    clients: dict[int, Client] = field(default_factory=dict, init=False)
+    where: dict[int, tuple[int, int]] = field(default_factory=dict, init=False)
+    visits: int = field(default=0, init=False)
+    missing: int = field(default=0, init=False)
+    why: dict[int, str] = field(default_factory=dict, init=False)
+    seconds: dict[str, float] = field(default_factory=dict, init=False)
+    asked: list[int] = field(default_factory=list, init=False)
+    took_part: list[int] = field(default_factory=list, init=False)
+    seen: set[int] = field(default_factory=set, init=False)
+    tried: int = field(default=0, init=False)
+    id: bytes = field(default_factory=new_id, init=False)
 
     def __post_init__(self) -> None:
         self._here: dict[int, Endpoint[Client]] = {}
         self._in_vain: set[int] = set()  # whom the next round was tried with
         self._before = (0, 0)  # refusals and complaints of earlier rounds
-        if self.engine is None:
-            self.engine = InProcess(lambda number, data: self.endpoint(number).answer(data), self.config.clients)
+        self.engine = InProcess(lambda number, data: self.endpoint(number).answer(data), self.config.clients)
 
     @property
     def refused(self) -> list[str]:

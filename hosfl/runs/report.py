@@ -40,11 +40,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The model after `round` rounds, on the data that `evaluate_on` names.
+    """The model after so many rounds, on the data that `evaluate_on` names.
 
-    accuracy: the first of the task's scores, whatever it is: F1 for squad. scores: all of them, by name. loss: the
-    task's, mean over these data. training_loss: of the last round, mean of its clients. bytes: sent so far, between the
-    server and all clients; moved: the same by category, such as "cut up". seconds: of the run so far.
+    Attributes:
+        round: how many rounds were done.
+        accuracy: the first of the task's scores, whatever it is: F1 for squad.
+        scores: all of them, by name.
+        loss: the task's, mean over these data.
+        training_loss: of the last round, mean of its clients; NaN before the first.
+        bytes: sent so far, between the server and all clients.
+        moved: the same by category, such as "cut up".
+        seconds: of the run so far.
     """
 
     round: int
@@ -76,18 +82,27 @@ class Evaluation:
 class Summary:
     """A run's outcome.
 
-    config: the settings. accuracy, scores, loss: of the last `Evaluation`. rounds: how many were done. interrupted:
-    whether Ctrl-C ended it before its last round. failure: why it ended early by itself, as where it diverged; None
-    where it did not. refused: the reasons for which messages of clients were refused, at most 100. replicas: what
-    comparing the clients' weights found at the end: `equal`, whether all hold the server's bits, `digest`, their
-    SHA-256, `clients`, how many were compared, with a newcomer, and `odd`, who gave another digest; None where nothing
-    was compared. provenance: see `hosfl.protocol.provenance`.
-    bytes: sent in the whole run, by category; bytes_per_client_round: the same divided by how often clients took part.
-    passes: samples that went forward and backward through the halves in the whole run, without evaluations: "client
-    forward" and so on; a pass in forward mode counts as one. passes_per_client_round: as for bytes.
-    seconds: of the run. forward_seconds, answer_seconds: mean over clients and rounds, of the forward pass that makes
-    the cut, and of probing (P passes) or backpropagation. peak_memory: in bytes, of the process, and on CUDA of its
-    allocator. machine: processor and versions. lower_is_better: the scores that are better when smaller.
+    Attributes:
+        config: the settings.
+        accuracy, scores, loss: of the last `Evaluation`.
+        rounds: how many were done.
+        interrupted: whether Ctrl-C ended the run before its last round.
+        failure: why it ended early by itself, as where it diverged; None: it did not.
+        refused: the reasons for which clients' messages were refused, at most 100.
+        replicas: whether all clients hold the same bits at the end: `equal`; `digest`, the server's SHA-256; `clients`,
+            how many were compared, with a newcomer; `odd`, who gave another digest. None: nothing was compared.
+        provenance: what the run was made of: settings, and digests of data, model and log.
+        bytes: sent in the whole run, by category.
+        bytes_per_client_round: the same divided by how often clients took part.
+        passes: samples that went forward and backward through the halves in the whole run, without evaluations, such as
+            "client forward"; a pass in forward mode counts as one.
+        passes_per_client_round: the same divided by how often clients took part.
+        seconds: of the run.
+        forward_seconds, answer_seconds: mean over clients and rounds: of the forward pass that makes the cut, and of
+            probing (P passes) or backpropagation.
+        peak_memory: bytes, of the process ("resident"), and on CUDA of its allocator ("cuda").
+        machine: processor and versions.
+        lower_is_better: the scores that are better when smaller.
     """
 
     config: dict[str, Any]

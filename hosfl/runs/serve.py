@@ -45,11 +45,18 @@ LOCAL = ("data", "model", "device", "evaluate_every", "snapshot_every", "keep") 
 class Over:
     """How a run reaches its clients.
 
-    engine: who carries the messages; or what makes it of what clients are offered, by name, and of their number.
-    deadline: seconds for each of a round's two exchanges, and for running statistics before the first. enough: cuts,
-    and answers, with which a round goes on without the rest; None: all. least: clients that have to be here before a
-    round begins. patient: a round in which no cut could be learnt from does not count, and is tried again after a
-    pause: others may come. Else it counts, as in one process. edge: clients without torch may take part too.
+    Args:
+        engine: who carries the messages; or what makes it of what clients are offered, by name, and of their number.
+        deadline: seconds for each of a round's two exchanges, and for running statistics before the first; None: no
+            end.
+        enough: cuts, and answers, with which a round goes on without the rest; None: all.
+        least: clients that have to be here before a round begins.
+        patient: a round in which no cut could be learnt from does not count, and is tried again after a pause: others
+            may come. False: it counts, as in one process.
+        edge: clients without torch may take part too.
+
+    Raises:
+        ValueError: a number out of range.
     """
 
     engine: Engine | Callable[[dict[str, bytes], int], Engine]

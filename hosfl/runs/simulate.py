@@ -215,12 +215,14 @@ class Crowd(Federation):
     """A federation of thousands: a client exists while it takes part, and is a reference to its state otherwise."""
 
     faults: Faults = field(default_factory=Faults)
-    states: dict[Key, State] = field(default_factory=dict)
-    calibrated: set[int] = field(default_factory=set)
-    held: dict[int, tuple[Key, int, int]] = field(default_factory=dict)  # client: state, rounds applied, epoch
-    away: dict[int, int] = field(default_factory=dict)  # client: the round in which it comes back
-    deaths: int = 0
-    most_states: int = 0
+    states: dict[Key, State] = field(default_factory=dict, init=False)
+    calibrated: set[int] = field(default_factory=set, init=False)
+    held: dict[int, tuple[Key, int, int]] = field(
+        default_factory=dict, init=False
+    )  # client: state, rounds applied, epoch
+    away: dict[int, int] = field(default_factory=dict, init=False)  # client: the round in which it comes back
+    deaths: int = field(default=0, init=False)
+    most_states: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -308,13 +310,28 @@ class Crowd(Federation):
 class Outcome:
     """What a simulation came to.
 
-    accuracy, loss: at the end, on the data named by config.evaluate_on; evaluations: on the way, of rounds that stayed.
-    failure: why it ended early, if it diverged. equal: whether all clients and a newcomer held the same bits after
-    catching up at the end. states: the most distinct ones at once. visits: how many times a client took part. empty:
-    committed rounds that nobody answered. lost, late, damaged: messages; a lost one may be of a client that vanished.
-    refusals: messages that the server refused; complaints: that clients did; reasons: of the first of them. differed:
-    clients that found their half wrong. deaths: of the server. void: rounds that were run again because of them.
-    provenance: what the run was made of, see `hosfl.protocol.provenance`; `faults` are beside it.
+    Attributes:
+        rounds: how many were done.
+        accuracy, loss: at the end, on the data named by config.evaluate_on.
+        evaluations: on the way, of rounds that stayed.
+        interrupted: whether Ctrl-C ended it.
+        failure: why it ended early, if it diverged.
+        clients: their number.
+        equal: whether all clients and a newcomer held the same bits after catching up at the end.
+        digest, log_digest: SHA-256 of the client half; the log's running digest.
+        states: the most distinct ones at once.
+        visits: how many times a client took part.
+        empty: committed rounds that nobody answered.
+        lost, late, damaged: numbers of messages; a lost one may be of a client that vanished.
+        refusals, complaints: messages that the server refused, and that clients did.
+        reasons: of the first of them.
+        differed: clients that found their half wrong.
+        deaths: of the server.
+        void: rounds that were run again because of deaths.
+        bytes: by category.
+        seconds: of the simulation.
+        peak_memory: bytes.
+        config, provenance, faults, machine: what it was made of, and where.
     """
 
     rounds: int

@@ -179,6 +179,3 @@ def _digest(round: int, text: str, tensors: dict[str, Tensor]) -> str:
         sha.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode() + b"\n")
         sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
-
-
-# --- optimizers ---------------------------------------------------------------------------------------------------

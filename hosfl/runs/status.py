@@ -11,15 +11,15 @@ from typing import Any
 STALE = 15.0  # seconds without a word, after which the server may not be running
 
 
-def read_status(folder: Path) -> dict[str, Any]:
-    """What `hosfl.runs.serve.Events` wrote last. Raises FileNotFoundError, ValueError."""
+def read_status(folder: Path, now: float) -> list[str]:
+    """What `hosfl.runs.serve.Events` wrote last, as lines. Raises FileNotFoundError, and ValueError naming the file."""
     path = folder / "status.json"
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no run with clients elsewhere: there is no {path.name}")
-    found = json.loads(path.read_bytes())
-    if not isinstance(found, dict) or "rounds" not in found:
-        raise ValueError(f"{path} is not a run's status")
-    return found
+    try:
+        return lines(json.loads(path.read_bytes()), now)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is not a run's status ({error!r}): the server's next round writes it anew") from None
 
 
 def lines(status: dict[str, Any], now: float) -> list[str]:
@@ -57,7 +57,7 @@ def _numbers(clients: list[int]) -> str:
 def show(folder: Path, watch: bool) -> int:
     """Print the status, once or until interrupted."""
     while True:
-        told = "\n".join(lines(read_status(folder), time.time()))
+        told = "\n".join(read_status(folder, time.time()))
         if not watch:
             print(told)
             return 0

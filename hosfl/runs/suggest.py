@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
@@ -69,58 +69,62 @@ def suggest(config: Settings, rounds: int = 300, passes: float = 5.0, task: Task
         return task.halves(round_seed(config.seed, Purpose.MODEL, 0), "" if config.task else config.at).client.eval()
 
     train = task.train[0] if isinstance(task.train, list) else task.train
-    inputs = read(train[:2]).inputs
+    inputs, first = read(train[:2]).inputs, half()
+    if any(isinstance(m, nn.modules.batchnorm._NormBase) and m.affine for m in first.modules()):
+        found = _norms(first, inputs, rounds, passes)
+    else:
+        found = _adapters(half, inputs, config.seed, task.public is not None, rounds, passes)
+    if found is None:
+        raise ValueError(f"{passes:g} passes a round are too few for one direction: raise passes")
+    return found
+
+
+def _adapters(
+    half: Callable[[], nn.Module], inputs: Inputs, seed: int, public: bool, rounds: int, passes: float
+) -> Suggestion | None:
+    """Adapters in the last layers, each a block; None where the budget is too small for one. half: makes a new one."""
     first = half()
-    norms = [m for m in first.modules() if isinstance(m, nn.modules.batchnorm._NormBase)]
     named = {path: m for path, m in first.named_modules() if path and adaptable(m)}
-    if norms and any(m.affine for m in norms):
-        return _norms(first, inputs, rounds, passes)
     if not named:
         raise ValueError(
             "the client half has no linear layer, convolution or BatchNorm that could move: cut it further"
         )
-    weights = [m.weight for m in named.values()]
-    numbers = layers_of(first, weights)
+    numbers = layers_of(first, [m.weight for m in named.values()])
     layers = sorted(set(numbers))
+
+    def probes_of(rank: int, chosen: Mapping[str, int], count: int) -> _Probes | None:
+        return _most(moving_only(half(), f"xs:{rank}:{','.join(chosen)}", seed), count, inputs, passes)
+
     for count in range((len(layers) + 1) // 2, 0, -1):  # the last half of them, or fewer where the budget is small
         chosen = {path: n for path, n in zip(named, numbers, strict=True) if n in layers[-count:]}
-        smallest = min(largest_rank(named[path]) for path in chosen)
-
-        def at_rank(rank: int, chosen: Mapping[str, int] = chosen, count: int = count) -> _Probes | None:
-            moving = moving_only(half(), f"xs:{rank}:{','.join(chosen)}", config.seed)
-            return _most(moving, count, inputs, passes)
-
-        probes = at_rank(1)
-        if probes is None:
+        if (probes := probes_of(1, chosen, count)) is None:
             continue
         rank = round((probes.directions * rounds / PER_WEIGHT / len(chosen)) ** 0.5)
-        rank = max(1, min(rank, LARGEST_RANK, smallest))
-        probes = at_rank(rank)
-        if probes is None:
+        rank = max(1, min(rank, LARGEST_RANK, *(largest_rank(named[path]) for path in chosen)))
+        if (probes := probes_of(rank, chosen, count)) is None:
             continue
-        kind = "xs" if task.public is None else "act"
+        weights = len(chosen) * rank**2
+        made_of = "the weights; public samples would make better ones"
         return Suggestion(
-            trains=f"{kind}:{rank}:{_patterns(first, chosen, named)}",
+            trains=f"{'act' if public else 'xs'}:{rank}:{_patterns(first, chosen, named)}",
             blocks=count,
             directions=probes.directions,
-            weights=len(chosen) * rank**2,
+            weights=weights,
             work=probes.work,
             reasons=(
                 f"train adapters in the last layers, {count} of {len(layers)}: a probe of the last one costs"
                 f" {probes.shares[-1]:.2f} of a forward pass",
                 f"each direction moves one layer: {probes.directions} directions cost {passes:g} passes a round",
-                f"rank {rank}: {len(chosen) * rank**2} weights move, in linear layers: {len(chosen)}; {rounds} rounds"
-                f" measure {probes.directions * rounds / (len(chosen) * rank**2):.0f} numbers for each weight",
-                "the adapters' fixed matrices are made from public samples"
-                if kind == "act"
-                else "the adapters' fixed matrices are made from the weights; public samples would make better ones",
+                f"rank {rank}: {weights} weights move, in linear layers: {len(chosen)}; {rounds} rounds"
+                f" measure {probes.directions * rounds / weights:.0f} numbers for each weight",
+                f"the adapters' fixed matrices are made from {'public samples' if public else made_of}",
             ),
         )
-    raise ValueError(f"{passes:g} passes a round are too few for one direction: raise passes")
+    return None
 
 
-def _norms(half: nn.Module, inputs: Inputs, rounds: int, passes: float) -> Suggestion:
-    """Of a half with BatchNorms: their scales and shifts, which is where shifted pictures are learnt."""
+def _norms(half: nn.Module, inputs: Inputs, rounds: int, passes: float) -> Suggestion | None:
+    """Scales and shifts of BatchNorms, where shifted pictures are learnt; None where the budget is too small."""
     moving = moving_only(half, "norms", 0)
     weights = sum(p.numel() for p in moving.parameters() if p.requires_grad)
     layers = len(set(layers_of(moving, [p for p in moving.parameters() if p.requires_grad])))
@@ -136,7 +140,7 @@ def _norms(half: nn.Module, inputs: Inputs, rounds: int, passes: float) -> Sugge
                 "add calibrate=8 where the pictures' distribution has changed",
             )
             return Suggestion("norms", count, directions, weights, probes.work, reasons)
-    raise ValueError(f"{passes:g} passes a round are too few for one direction: raise passes")
+    return None
 
 
 @dataclass(frozen=True)

@@ -130,27 +130,48 @@ def train(
     tensorboard: bool = False,
     **settings: Any,
 ) -> Summary:
-    """Run HO-SFL or one of its baselines; returns the summary.
+    """Train a split model by HO-SFL or another method; returns the `Summary` of the run.
 
-    what: a `Task`, and by name those settings of the run that are not to have their defaults (see `Config`), such as
-    method="first-order"; or a `Config`, whose task has a name.
+        summary = hosfl.train(task, rounds=100, server_rate=0.01, client_rate=0.1, out="runs/own")
+        print(summary.accuracy, summary.loss, summary.replicas.equal)
 
-    With `out`, writes there as it goes: config.json, base.safetensors, hosfl.log, snapshots, metrics.jsonl (one line
-    per evaluation), and at the end summary.json, curves.png, client.safetensors and server.safetensors. The first
-    Ctrl-C ends the run after the current round, with all of this written; the summary says how many rounds were done.
-    resume: take up the run in `out`, however it ended, at its last snapshot; settings and task must be that run's.
-    over: the engine that reaches the clients, where they are not in this process; it needs `out`.
-    tensorboard: write event files for TensorBoard into `out`/tensorboard, a point per round; see
-    `hosfl.runs.tensorboard.Board`. The run's bits are the same without.
+        hosfl.train(hosfl.Config(task="digits", method="first-order"))  # a task of the library's
 
-    Settings that the bits do not depend on (`config.NEUTRAL`) may change when a run is resumed; so data may lie
-    elsewhere, with the same content.
+    Args:
+        what: a `Task`; or a `Config`, whose task has a name.
+        out: the folder for the run's files, made if it is not there. None: nothing is written.
+        progress: called after every round with the number of rounds done, the mean training loss of the round's
+            clients, the `Evaluation` if one was due (else None), and the bytes sent so far.
+        resume: go on with the run in `out` from its last snapshot, however it ended. Task and settings must be those of
+            that run; but data and model may lie elsewhere, with the same content, and evaluate_every, snapshot_every
+            and keep may change.
+        over: the engine that reaches clients outside of this process; needs `out`.
+        tensorboard: also write event files for TensorBoard, into `out`/tensorboard. The run's bits are the same
+            without.
+        settings: beside a `Task`, those settings of `Config` that are not to have their defaults, by name.
 
-    Raises: ValueError for settings that do not fit the task or the run to resume, ProvenanceError for data, a model or
-    a file of another run, LatticeError when the run diverges off the lattice, Diverged when its loss is no longer
-    finite and NothingLearnt when all cuts of all rounds were refused or lost (what was done until then is written),
-    FileExistsError if `out` holds another run, RunFolderError if another process is at work there, ImportError for a
-    package that is missing. A start that fails before its first round leaves the folder free.
+    In `out` are, while the run goes on,
+
+        config.json         the settings
+        provenance.json     what the run was made of: settings, and digests of data and model
+        base.safetensors    the client half of round 0
+        hosfl.log           what moved it since, where the method has a log
+        snapshot-*          the server, every `snapshot_every` rounds
+        metrics.jsonl       a line for each evaluation
+
+    and at the end client.safetensors, server.safetensors, curves.png and summary.json. The first Ctrl-C ends the run
+    after the round at hand, with all of this written; `Summary.rounds` says how many were done. A start that fails
+    before the first round leaves the folder free.
+
+    Raises:
+        ValueError: settings that do not fit the task, or the run to resume.
+        TypeError: `what` is neither of the two, or a setting does not exist.
+        ProvenanceError: data, a model or a file of another run.
+        FileExistsError: `out` holds another run.
+        RunFolderError: another process is at work in `out`.
+        LatticeError, Diverged: the run diverged; what was done until then is written.
+        NothingLearnt: all cuts of all rounds were refused or lost; what was done until then is written.
+        ImportError: a package is missing.
     """
     if out is not None and not str(out):
         raise ValueError("out is empty: name a folder")
@@ -205,7 +226,7 @@ def _told(what: Task | Config, settings: dict[str, Any]) -> tuple[Config, Task]:
     """The run's settings and its task. Raises TypeError, ValueError."""
     if isinstance(what, Config):
         if settings:
-            raise TypeError(f"{', '.join(settings)} beside a Config: say them there")
+            raise TypeError(f"{', '.join(settings)} beside a Config: give them to Config, which has all settings")
         task = task_of(what)
         return cast(Config, for_clients(what, task)), task
     if not isinstance(what, Task):

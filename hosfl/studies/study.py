@@ -119,25 +119,17 @@ def read_study(text: str) -> Study:
         )
     methods = _of(dict, _needed(says, "methods"), "methods")
     if not methods:
-        raise ValueError("methods: names none")
+        raise ValueError("methods: there is none: name one or more")
     trials: dict[str, list[dict[str, Any]]] = {}
     grids: dict[str, dict[str, list[Any]]] = {}
     slugs: dict[str, str] = {}
     owns: list[dict[str, Any]] = []  # every trial's settings, without the base's
     for name, method in methods.items():
         where = f"methods.{name}"
-        if not isinstance(name, str) or not slug(name):
-            raise ValueError(f"{where}: a method's name needs letters or digits")
-        if (size := len(slug(name).encode())) > LONGEST_NAME:
-            raise ValueError(f"{where}: its folder's name would have {size} bytes, {LONGEST_NAME} at most: shorten it")
+        _check_name(name, where)
         if slugs.setdefault(slug(name), name) != name:
             raise ValueError(f"{where}: its folder would be that of {slugs[slug(name)]!r}: choose another name")
-        method = _of(dict, method or {}, where)
-        _known(method, ("settings", "grid"), where)
-        settings = _settings(method.get("settings") or {}, f"{where}.settings")
-        grids[name] = _grid(method.get("grid") or {}, f"{where}.grid")
-        if (many := math.prod(map(len, grids[name].values()))) > MOST_TRIALS:
-            raise ValueError(f"{where}.grid: {many} trials, {MOST_TRIALS} at most")
+        settings, grids[name] = _method(method, where)
         own = [settings | choice for choice in choices(grids[name])]
         owns += own
         trials[name] = [with_shared(settings, base) for settings in own]
@@ -163,9 +155,28 @@ def read_study(text: str) -> Study:
     return Study(text, rounds, seeds, tuning_seeds, trials, grids, tuple(memory), unequal)
 
 
+def _check_name(name: Any, where: str) -> None:
+    """Raises ValueError for a method's name that can be no folder's."""
+    if not isinstance(name, str) or not slug(name):
+        raise ValueError(f"{where}: a method's name needs letters or digits")
+    if (size := len(slug(name).encode())) > LONGEST_NAME:
+        raise ValueError(f"{where}: its folder's name would have {size} bytes, {LONGEST_NAME} at most: shorten it")
+
+
+def _method(says: Any, where: str) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """A method's settings and grid."""
+    method = _of(dict, says or {}, where)
+    _known(method, ("settings", "grid"), where)
+    settings = _settings(method.get("settings") or {}, f"{where}.settings")
+    grid = _grid(method.get("grid") or {}, f"{where}.grid")
+    if (many := math.prod(map(len, grid.values()))) > MOST_TRIALS:
+        raise ValueError(f"{where}.grid: {many} trials, {MOST_TRIALS} at most: leave some out")
+    return settings, grid
+
+
 def _needed(says: dict[str, Any], key: str) -> Any:
     if says.get(key) is None:
-        raise ValueError(f"{key} is missing")
+        raise ValueError(f"{key} is missing: the study's file must say it")
     return says[key]
 
 

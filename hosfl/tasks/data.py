@@ -90,9 +90,12 @@ def at_once(length: int, outputs: int = 1) -> int:
 class Splits:
     """Training data, validation data for choosing rates, test data for reporting and nothing else.
 
-    Raises DataError for a part without samples, for labels that are no integers from 0 on, and, where labels are
-    classes, int [n], for a training part of one class and for classes that the training part has not. A validation or
-    test part of one class is a warning, and so are labels int [n, ...] that are all the same.
+    Labels are classes, int [n], or anything else that counts from 0, int [n, ...]. Where a validation or test part has
+    one class only, or all labels int [n, ...] are the same, a warning says so.
+
+    Raises:
+        DataError: a part has no samples, or labels that are no integers from 0 on; the training part has one class
+            only, or another part a class that the training part has not.
     """
 
     train: Dataset

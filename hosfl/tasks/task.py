@@ -33,37 +33,51 @@ class TaskError(TypeError):
 
 @dataclass(frozen=True)
 class Task:
-    """What is learnt: a model and where to cut it, data, a loss and metrics; `hosfl.train(task, ...)` runs it.
+    """What is learnt: a model and where to cut it, data, a loss and metrics. `hosfl.train(task, ...)` runs it.
 
-    model: a module, which is copied and cut at `at` by `hosfl.split`; the two halves, as `hosfl.split` returns them or
-    as a pair, where shared weights become two copies; or a function without arguments that returns any of these, a new
-    one each time. It is called under the run's seed, so that runs with other seeds start from other weights.
-    train: a pair of arrays or tensors (inputs, labels), a mapping of them with "labels" among its names, a torch
-    `Dataset`, or a Hugging Face data set; or a list of these, one for each client. Data sets with numbered items are
-    read batch by batch, and once for all labels where they are divided by class. Labels are integers within int32, or
-    floating-point numbers, [samples, ...]; all samples have one shape.
-    test, validation: likewise, one each. validation is for choosing rates, and may be left out.
-    loss: (outputs, labels) -> the mean loss over the batch, a tensor of one element.
-    at: where to cut a whole model: see `hosfl.split`.
-    metrics: name -> (outputs, labels) of the whole set -> a number; tables show the first. Default: accuracy where
-    labels are classes, else the negative loss, as "score". A metric may also be an object with reset(), update(outputs,
-    labels) for every batch, and compute(), such as torchmetrics'; if all are, the outputs of the whole set are never in
-    memory together.
-    lower_is_better: names of scores that studies minimise, such as errors. Metrics whose `higher_is_better` is False,
-    as in torchmetrics, need no mention.
-    optimizer: (server half, weight decay) -> its optimizer; default: AdamW with betas 0.9 and 0.99. The run sets its
-    rate; of several groups the largest gets the run's, and the ratios between them stay.
-    classes: all labels are below it, which the server checks; None: no check.
-    ignore_index: a label that the loss ignores, as in torch's cross_entropy. Labels are then one for each token,
-    [samples, length], and end with their text; the loss is the mean over those that count. None: all count.
-    groups: int [training samples], by which `partition` "dirichlet" divides data; None: by labels.
-    public: about a hundred unlabelled samples that are no client's and no secret, as inputs like those of `train`; the
-    adapters of `trains` "act:..." are made from them. None: there are none, and "act" is refused.
-    rates: (server rate, client rate, weight decay), the last one optional, by a method's name or by `Method.tuned`.
-    scores: in place of metrics, (outputs, data set) -> scores by name, where a score needs more than labels.
-    generated: further scores, (the halves in eval mode, data set) -> scores by name, of what a model writes.
+        task = hosfl.Task(
+            model=lambda: nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 2)),
+            at=2,
+            train=(x[:500], y[:500]),  # float32 [500, 16], int64 [500]
+            test=(x[500:], y[500:]),
+            loss=nn.functional.cross_entropy,
+        )
 
-    Raises DataError, a ValueError, for data that are none, and TaskError or ValueError for the rest; each says what.
+    Args:
+        model: a module, which is copied and cut at `at`; two halves, as `hosfl.split` returns them or as a pair, where
+            shared weights become two copies; or a function without arguments that returns a new one of these each time.
+            It is called under the run's seed, so that runs with other seeds start from other weights.
+        train: a pair of arrays or tensors (inputs, labels), a mapping of them with "labels" among its names, a torch
+            `Dataset`, or a Hugging Face data set; or a list of these, one for each client. Labels are integers within
+            int32 or floating-point numbers, [samples, ...]; all samples have one shape. Data sets with numbered items
+            are read batch by batch, and once for all labels where they are divided by class.
+        test: likewise, one.
+        loss: (outputs, labels) -> the mean loss over the batch, a tensor of one element.
+        at: where to cut a whole model: see `hosfl.split`.
+        validation: likewise, for choosing rates; may be left out.
+        metrics: name -> (outputs, labels) of the whole set -> a number; tables show the first. None: accuracy where
+            labels are classes, else the negative loss, as "score". A metric may also be an object with reset(),
+            update(outputs, labels) for every batch, and compute(), such as torchmetrics'; if all are, the outputs of
+            the whole set are never in memory together.
+        lower_is_better: names of scores that studies minimise, such as errors. Metrics whose `higher_is_better` is
+            False, as in torchmetrics, need no mention.
+        optimizer: (server half, weight decay) -> its optimizer; default: AdamW with betas 0.9 and 0.99. The run sets
+            its rate; of several groups the largest gets the run's, and the ratios between them stay.
+        classes: all labels are below it, which the server checks; None: no check.
+        ignore_index: a label that the loss ignores, as in torch's cross_entropy. Labels are then one for each token,
+            [samples, length], and end with their text; the loss is the mean over those that count. None: all count.
+        groups: int [training samples], by which `partition` "dirichlet" divides data; None: by labels.
+        public: about a hundred unlabelled samples that are no client's and no secret, as inputs like those of `train`;
+            adapters "act:..." are made from them. None: there are none, and "act" is refused.
+        rates: (server rate, client rate) or (server rate, client rate, weight decay), by a method's name or by
+            `Method.tuned`.
+        scores: in place of metrics, (outputs, data set) -> scores by name, where a score needs more than labels.
+        generated: further scores, (the halves in eval mode, data set) -> scores by name, of what a model writes.
+
+    Raises:
+        DataError: data that are none; it is a ValueError.
+        TaskError: an argument of another kind than is needed; it is a TypeError.
+        ValueError: arguments that do not go together.
     """
 
     model: Model
