@@ -20,6 +20,7 @@ from hosfl.protocol.messages import (
     Invitation,
     Refusal,
     Scalars,
+    Statistics,
     encode,
     text_of,
     unpack,
@@ -114,13 +115,19 @@ def of_another_kind(ask, honest):
     return encode(Audited(client=LIAR, round=round, digest=torch.zeros(8, dtype=torch.int32)))
 
 
+def statistics(ask, honest):
+    """Of a run that estimates none."""
+    none = torch.zeros(0, dtype=torch.int32)
+    return encode(Statistics(client=LIAR, round=0, statistics=torch.zeros(0), samples=none))
+
+
 def too_large(ask, honest):
     return encode(Cut(client=LIAR, round=0, cut=torch.zeros(1_000_000), labels=torch.zeros(1, dtype=torch.int32)))
 
 
 LIES = [
     *(as_another, in_another_round, in_another_epoch, Late(), endless_hellos, ahead, complaints, of_another_kind),
-    too_large,
+    *(too_large, statistics),
     lambda ask, honest: b"",
     lambda ask, honest: ask,
     lambda ask, honest: pickle.dumps(print),

@@ -1,6 +1,7 @@
 """The round: its arithmetic against a few lines of numpy, replay, probing without trace, refusals."""
 
 import copy
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import nn
 
 from hosfl.engines.engine import Reply
 from hosfl.halves.split import SplitModel, split
+from hosfl.methods.client import Client
 from hosfl.methods.first_order import FirstOrderClient, GradientAverage
 from hosfl.methods.ho import ZerothOrderClient, make_run
 from hosfl.probing.probe import probe_in_place, probe_untouched, trainable
@@ -34,6 +36,7 @@ from hosfl.protocol.messages import (
     encode,
     pack,
 )
+from hosfl.protocol.replica import digest
 from hosfl.protocol.seeds import direction_seeds
 from hosfl.protocol.terms import Run
 from hosfl.runs.assemble import assemble
@@ -355,6 +358,12 @@ def test_the_server_refuses_wrong_greetings():
     assert "the largest message" in server.refused[-1]
 
 
+def test_the_server_of_a_frozen_half_has_nothing_to_tell():
+    server = crowd("frozen").server
+    assert server.welcome(Hello(client=0, round=0)) is None
+    assert server.refused == []
+
+
 class Absurd(nn.Module):
     """A half whose loss is finite where its gradient is not, with statistics that every batch moves."""
 
@@ -544,6 +553,16 @@ def test_every_client_owns_its_weights():
     assert not {p.data_ptr() for p in federation.base.parameters()} & set(pointers)
 
 
+def test_a_client_s_digest_is_of_what_its_half_s_file_holds():
+    half = nn.BatchNorm1d(2)
+    half.register_buffer("cache", torch.zeros(1), persistent=False)
+    client, before = Client(0, half, batch), digest([*half.state_dict().values()]).hex()
+    half.cache += 1
+    assert client.digest() == before
+    half.running_var += 1
+    assert client.digest() != before
+
+
 def test_split_is_the_whole_model():
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     x = torch.randn(5, 3)
@@ -631,6 +650,68 @@ def test_nobody_waits_for_a_client_that_is_gone():
     federation.engine = Shuffled(federation, [0, 1, 2, 3], gone=[0])
     federation.round(0)
     assert federation.engine.learnt == [(0, []), (1, []), (2, [1]), (3, [1, 2])]
+
+
+def test_of_a_client_that_is_gone_nobody_knows_where_it_is():
+    federation = crowd("ho")
+    federation.round(0)
+    federation.round(1)
+    assert federation.where == dict.fromkeys(range(4), (1, 0))
+    assert federation.missing == 0
+    federation.engine = Shuffled(federation, [0, 1, 2, 3], gone=[1])
+    federation.round(2)
+    assert federation.where == dict.fromkeys((0, 2, 3), (2, 0))
+    assert (federation.missing, federation.why) == (1, {1: "gone"})
+    assert federation.join(federation.make(0))  # a newcomer under a number that another client has
+    assert federation.where == dict.fromkeys((0, 2, 3), (2, 0))
+
+
+def test_all_asks_of_an_exchange_share_its_deadline(monkeypatch):
+    """The clients of round 0 say first that they have nothing yet: who is asked again has the rest of the time."""
+    federation, clock, given = crowd("ho"), [0.0], []
+
+    class Slow(Shuffled):
+        lasts = 4
+
+        def ask(self, messages, deadline=None, enough=None):
+            given.append(deadline)
+            clock[0] += self.lasts
+            yield from super().ask(messages)
+
+    federation.engine, federation.deadline = Slow(federation, [0, 1, 2, 3]), 10.0
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    federation.round(0)
+    assert given == [10, 6, 10]  # for greetings, cuts and answers
+    federation.where.clear()
+    federation.engine.lasts = 11
+    federation.round(1)
+    assert given[3:] == [10, 0, 10]  # none is left, and no less
+    federation.deadline = None
+    federation.round(2)
+    assert given[6:] == [None, None]
+
+
+def test_with_enough_cuts_nobody_waits_for_those_before_them():
+    federation = crowd("ho")
+    federation.enough = 2
+    federation.engine = Shuffled(federation, [3, 1, 0, 2])
+    federation.round(0)
+    assert federation.took_part == [1, 3]
+    assert [client for client, _ in federation.engine.learnt] == [3, 1, 0, 2, 3, 1, 3, 1]  # greetings, cuts, answers
+
+
+def test_the_loss_of_a_round_is_the_mean_of_its_exchanges(monkeypatch):
+    federation, losses = crowd("splitfed", local_steps=3), []
+    end = federation.server.end
+
+    def noted():
+        multipliers, loss = end()
+        losses.append(loss)
+        return multipliers, loss
+
+    monkeypatch.setattr(federation.server, "end", noted)
+    assert federation.round(0) == pytest.approx(np.mean(losses))
+    assert len(set(losses)) == 3
 
 
 def test_dropout_goes_on_from_cut_to_cut_and_is_the_round_s():
