@@ -290,7 +290,7 @@ def test_a_multiplier_must_be_for_the_last_cut():
 
 def test_the_server_refuses_and_goes_on():
     made = small(rate=0.5)
-    server, ledger = made.server(), made.ledger
+    server, ledger = made.server(nn.Sequential(nn.ReLU(), nn.Linear(2, 2))), made.ledger
     good = Cut(client=0, round=0, cut=torch.randn(6, 2), labels=torch.zeros(6).int())
     wrong = [
         good,  # a second one
@@ -305,7 +305,9 @@ def test_the_server_refuses_and_goes_on():
         replace(good, client=3, cut=torch.randn(7, 2), labels=torch.zeros(7).int()),
         replace(good, client=4, labels=torch.full((6,), 2).int()),
         replace(good, client=5, labels=torch.full((6,), -1).int()),
+        replace(good, client=5, labels=torch.tensor([-100, 0, 0, 0, 0, 0]).int()),  # which cross_entropy passes over
         replace(good, client=6, cut=torch.full((6, 2), torch.nan)),
+        replace(good, client=6, cut=torch.full((6, 2), -torch.inf)),  # of which this half makes zeros
         Hello(client=7, round=0),
     ]
     multipliers, loss = server.step(0, [good, *wrong])
