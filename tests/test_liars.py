@@ -179,8 +179,10 @@ def test_the_reason_that_is_told_is_the_newest():
         federation.server.receive(b"junk", 0)
     assert len(federation.server.refused) == 1000
     for _ in range(1200):
+        federation._complain(0, "of anything")
         federation.server.welcome(Differs(client=0, round=0, digest=np.zeros(8, np.int32)))
     assert (len(federation.server.differed), federation.server.differences) == (1000, 1200)
+    assert (len(federation.complained), federation.complaints) == (1000, 1201)
     federation.round(1)
     assert "round 1, client 0" in federation.newest_refused[-1]
     federation.engine.lie = lambda message: message

@@ -3,6 +3,7 @@
 import copy
 import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -323,20 +324,51 @@ def test_the_server_refuses_and_goes_on():
             Scalars(client=0, round=0, scalars=torch.full((4,), torch.inf)),
             Scalars(client=0, round=0, scalars=torch.ones(3)),
             Scalars(client=0, round=0, epoch=1, scalars=torch.ones(4)),
+            Scalars(client=0, round=1, scalars=torch.ones(4)),
             Scalars(client=1, round=0, scalars=torch.ones(4)),
             Gradient(client=0, round=0, gradient=torch.ones(8)),
         ],
     )
-    assert server.refusals == before + 5
+    assert server.refusals == before + 6
     assert ledger.records[0].coefficients.tolist() == [0.0] * 4  # nobody answered: an empty record, no step
     assert ledger.records[0].participants == ()
     server.step(1, [replace(good, round=1)])
-    server.commit(1, [Scalars(client=0, round=1, scalars=torch.ones(4))] * 2)
-    assert server.refusals == before + 6
+    answer = Scalars(client=0, round=1, scalars=torch.ones(4))
+    assert [server.answered(1, replace(answer, round=0)), server.answered(1, answer)] == [False, True]
+    server.commit(1, [answer])  # for the second time
+    assert server.refusals == before + 8
     assert ledger.records[1].coefficients.tolist() == pytest.approx([-0.5 / 4] * 4, abs=made.run.lattice.quantum)
     assert ledger.records[1].participants == (0,)
     with pytest.raises(ValueError, match="cannot be committed"):
         server.commit(1, [])
+
+
+def test_a_cut_whose_labels_all_do_not_count_is_refused():
+    server = small().server()
+    server.ignore_index, server.loss = -1, partial(nn.functional.cross_entropy, ignore_index=-1)
+    labels = torch.tensor([-1, -1, 0, 1, 1, -1]).int()
+    cut = Cut(client=0, round=0, cut=torch.randn(6, 2), labels=labels)
+    answers, _ = server.step(0, [cut, replace(cut, client=1, labels=torch.full_like(labels, -1))])
+    assert list(answers) == [0]
+    assert "client 1: a cut whose labels are all -1" in server.refused[0]
+
+
+class Texts(nn.Linear):
+    def forward(self, cut, attention_mask):
+        return super().forward(cut).sum((1, 2))
+
+
+@pytest.mark.parametrize(("labels", "why"), [([4], ""), ([[0, 2]], ""), ([[0, 3]], "labels from 0 to 3 for 3 classes")])
+def test_labels_that_are_places_end_with_their_text(labels, why):
+    """A text of three tokens where the longest has five; a single label is a class, of which there are five, too."""
+    labels = torch.tensor(labels).int()
+    server = small().server(Texts(2, 2))
+    server.masked, server.cut_shape, server.classes, server.label_shape = True, (5, 2), 5, tuple(labels.shape[1:])
+    server.loss = lambda outputs, labels: outputs.mean()
+    mask = torch.ones(1, 3, dtype=torch.uint8)
+    answers, _ = server.step(0, [Cut(client=0, round=0, cut=torch.randn(1, 3, 2), labels=labels, mask=mask)])
+    assert list(answers) == ([] if why else [0])
+    assert server.refused == [f"round 0, client 0: {why}"] * bool(why)
 
 
 def test_the_server_refuses_wrong_greetings():
