@@ -731,7 +731,9 @@ def test_with_enough_cuts_nobody_waits_for_those_before_them():
     federation.engine = Shuffled(federation, [3, 1, 0, 2])
     federation.round(0)
     assert federation.took_part == [1, 3]
-    assert [client for client, _ in federation.engine.learnt] == [3, 1, 0, 2, 3, 1, 3, 1]  # greetings, cuts, answers
+    greetings = [(client, []) for client in (3, 1, 0, 2)]
+    cuts = [(3, []), (1, [])]  # of those that are enough the order is theirs
+    assert federation.engine.learnt == [*greetings, *cuts, (3, [1, 3]), (1, [1, 3])]
 
 
 def test_the_loss_of_a_round_is_the_mean_of_its_exchanges(monkeypatch):
