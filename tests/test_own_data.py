@@ -202,7 +202,7 @@ def test_pictures_of_another_size(tmp_path):
     ],
 )
 def test_cuts_of_texts_alone_may_be_shorter(made, texts, right):
-    with contextlib.nullcontext() if right else pytest.raises(DataError, match="mine: .* cuts of shape"):
+    with contextlib.nullcontext() if right else pytest.raises(DataError, match=r"mine: .* cuts of shape"):
         check_cut(made, True, texts, [5, 8], "mine")
 
 
