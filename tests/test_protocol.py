@@ -700,6 +700,21 @@ def test_of_a_client_that_is_gone_nobody_knows_where_it_is():
     assert federation.where == dict.fromkeys((0, 2, 3), (2, 0))
 
 
+def test_known_clients_are_sent_what_they_miss_at_once_and_no_more():
+    """After a restart as well: the records of one round, in the ask for a cut, and no digest that nobody asked for."""
+    federation = crowd("ho")
+    federation.server.ledger.epochs = [(1, 0)]
+    federation.engine = Shuffled(federation, [0, 1, 2, 3])
+    asks, sent = [0], [0]
+    for round in range(4):
+        federation.round(round)
+        asks.append(len(federation.engine.learnt))
+        sent.append(federation.wire.bytes.get("scalars down", 0))
+    assert np.diff(asks).tolist() == [12, 8, 8, 8]  # only at first they have to say where they are
+    assert np.diff(sent).tolist() == [0, *[4 * 4 * federation.config.directions] * 3]
+    assert "digest down" not in federation.wire.bytes
+
+
 def test_all_asks_of_an_exchange_share_its_deadline(monkeypatch):
     """The clients of round 0 say first that they have nothing yet: who is asked again has the rest of the time."""
     federation, clock, given = crowd("ho"), [0.0], []
