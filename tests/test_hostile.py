@@ -152,6 +152,11 @@ def test_a_lie_costs_the_liar_its_rounds_and_nobody_else_anything(lie, without):
     assert all(what.isprintable() for what in said)
 
 
+def test_what_is_refused_in_place_of_a_cut_is_not_taken_for_one():
+    server = outcome(4, statistics)[0].server
+    assert server.refused == [f"client {LIAR}: Statistics in a run that does not estimate them"] * 4
+
+
 def cross_entropy(outputs, labels):
     return nn.functional.cross_entropy(outputs, labels)  # IndexError for a class that is none
 
