@@ -684,6 +684,26 @@ def test_nobody_waits_for_a_client_that_is_gone():
     federation.engine = Shuffled(federation, [0, 1, 2, 3], gone=[0])
     federation.round(0)
     assert federation.engine.learnt == [(0, []), (1, []), (2, [1]), (3, [1, 2])]
+    assert federation.took_part == [1, 2, 3]
+
+
+def test_a_multiplier_that_is_lost_costs_its_client_alone():
+    class Lossy(Wire):
+        def carry(self, client, messages):
+            lost = client == 0 and isinstance(messages[-1], Multiplier)
+            return None if lost else super().carry(client, messages)
+
+    federation = crowd("splitfed", local_steps=2)
+    federation.wire = Lossy()
+    assert np.isfinite(federation.round(0))
+    assert (federation.visits, federation.took_part) == (4, [1, 2, 3])
+
+
+def test_a_round_of_nobody_s_is_committed_where_it_is_not_tried_again():
+    federation = crowd("ho")
+    federation.engine = Shuffled(federation, [0, 1, 2, 3], gone=[0, 1, 2, 3])
+    assert np.isnan(federation.round(0))
+    assert [record.participants for record in federation.server.ledger.records] == [()]
 
 
 def test_of_a_client_that_is_gone_nobody_knows_where_it_is():
