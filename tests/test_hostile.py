@@ -20,6 +20,7 @@ from hosfl.protocol.messages import (
     Invitation,
     Refusal,
     Scalars,
+    Statistics,
     encode,
     text_of,
     unpack,
@@ -27,12 +28,12 @@ from hosfl.protocol.messages import (
 from hosfl.runs.assemble import assemble
 from hosfl.runs.config import Config
 
-LIAR = 2
+LIAR, LAST = 1, 2  # the last client's message is not taken before the liar's
 SMALL = {"clients": 3, "sampled": 3, "batch": 4, "directions": 2, "directions_from": "fresh", "partition": "iid"}
 
 
 class WithLiar(InProcess):
-    """Two clients as they should be; what the third says, `lie` makes of what it was asked and what it ought to say.
+    """Two clients as they should be; what another says, `lie` makes of what it was asked and what it ought to say.
 
     lie: None: it is not there.
     """
@@ -69,7 +70,7 @@ def same(one, other):
 
 
 def as_another(ask, honest):
-    return encode(replace(decoded(honest), client=1))
+    return encode(replace(decoded(honest), client=LAST))
 
 
 def in_another_round(ask, honest):
@@ -114,13 +115,19 @@ def of_another_kind(ask, honest):
     return encode(Audited(client=LIAR, round=round, digest=torch.zeros(8, dtype=torch.int32)))
 
 
+def statistics(ask, honest):
+    """Of a run that estimates none."""
+    none = torch.zeros(0, dtype=torch.int32)
+    return encode(Statistics(client=LIAR, round=0, statistics=torch.zeros(0), samples=none))
+
+
 def too_large(ask, honest):
     return encode(Cut(client=LIAR, round=0, cut=torch.zeros(1_000_000), labels=torch.zeros(1, dtype=torch.int32)))
 
 
 LIES = [
     *(as_another, in_another_round, in_another_epoch, Late(), endless_hellos, ahead, complaints, of_another_kind),
-    too_large,
+    *(too_large, statistics),
     lambda ask, honest: b"",
     lambda ask, honest: ask,
     lambda ask, honest: pickle.dumps(print),
@@ -141,8 +148,13 @@ def test_a_lie_costs_the_liar_its_rounds_and_nobody_else_anything(lie, without):
     federation = found[0]
     said = federation.server.refused + federation.complained
     assert said or lie in (endless_hellos, ahead)
-    assert all("client 2" in what or f"client {LIAR}" in what for what in said), said
+    assert all(f"client {LIAR}" in what for what in said), said
     assert all(what.isprintable() for what in said)
+
+
+def test_what_is_refused_in_place_of_a_cut_is_not_taken_for_one():
+    server = outcome(4, statistics)[0].server
+    assert server.refused == [f"client {LIAR}: Statistics in a run that does not estimate them"] * 4
 
 
 def cross_entropy(outputs, labels):
@@ -218,7 +230,7 @@ def test_who_is_refused_is_told_why_in_the_next_round(what):
         assert len(told[LIAR]) == (round > 0)
     assert federation.server.refusals >= 1
     assert [(m.client, m.round, text_of(m)) for m in told[LIAR]] == [(LIAR, 1, why)]
-    assert told[0] == told[1] == ()
+    assert told[0] == told[LAST] == ()
     assert federation.took_part == [0, 1, 2]
 
 

@@ -238,12 +238,15 @@ def test_one_s_own_where_the_run_s_is_the_library_s(run):
             settings_of(run.files["run"], **own)
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"\xff", b"[]", b"{}", b"null", b'{"format": 3, "settings": {}}', b"[" * 100_000]
-)
+@pytest.mark.parametrize("data", [b"", b"\xff", b"[]", b"{}", b"null", b'{"settings": {}}', b"[" * 100_000])
 def test_what_is_no_run(data):
-    with pytest.raises(JoinError):
+    with pytest.raises(JoinError, match="is no run"):
         settings_of(data)
+
+
+def test_a_run_of_another_format(run):
+    with pytest.raises(JoinError, match="of format 3, this is 4: update hosfl"):
+        settings_of(json.dumps(json.loads(run.files["run"]) | {"format": 3}).encode())
 
 
 def test_a_base_that_is_not_the_run_s(run):

@@ -9,7 +9,7 @@ import torch
 from hosfl.engines.engine import Reply
 from hosfl.engines.in_process import InProcess
 from hosfl.protocol.aggregate import BEYOND, not_beyond, weighted_mean
-from hosfl.protocol.messages import Audited, Cut, Scalars, decode, encode
+from hosfl.protocol.messages import Audited, Cut, Differs, Scalars, decode, encode
 from hosfl.runs.assemble import assemble
 from hosfl.runs.config import Config
 
@@ -73,6 +73,31 @@ def test_with_enough_honest_cuts_nobody_waits_for_more():
     federation.round(0)
     assert federation.took_part == [2, 3]
     assert federation.visits == 2
+
+
+def test_nobody_speaks_for_another():
+    """Not even before the other has spoken."""
+    federation = made({0}, lambda message: replace(message, client=5))
+    federation.round(0)
+    assert federation.took_part == [1, 2, 3, 4, 5]
+    assert federation.server.refused == ["bytes of client 0: it says that it is client 5's"]
+
+
+def test_a_round_that_was_tried_in_vain_is_tried_with_others():
+    federation = made(set(range(6)), junk, sampled=4)
+    assert np.isnan(federation.round(0))
+    first = federation.asked
+    assert (federation.tried, len(first)) == (1, 4)
+    assert np.isnan(federation.round(0))
+    assert (federation.tried, sorted(first + federation.asked)) == (2, list(range(6)))
+    assert np.isnan(federation.round(0))
+    assert (federation.tried, federation.asked) == (3, first)  # all have been tried: a new turn begins
+    federation.engine.liars = set()
+    assert np.isfinite(federation.round(0))
+    assert (federation.tried, federation.took_part) == (0, federation.asked)
+    assert len(federation.server.ledger.records) == 1
+    federation.round(1)
+    assert len(federation.asked) == 4
 
 
 def test_of_several_exchanges_each_waits_for_cuts_that_count():
@@ -153,6 +178,11 @@ def test_the_reason_that_is_told_is_the_newest():
     for _ in range(1200):
         federation.server.receive(b"junk", 0)
     assert len(federation.server.refused) == 1000
+    for _ in range(1200):
+        federation._complain(0, "of anything")
+        federation.server.welcome(Differs(client=0, round=0, digest=np.zeros(8, np.int32)))
+    assert (len(federation.server.differed), federation.server.differences) == (1000, 1200)
+    assert (len(federation.complained), federation.complaints) == (1000, 1201)
     federation.round(1)
     assert "round 1, client 0" in federation.newest_refused[-1]
     federation.engine.lie = lambda message: message

@@ -872,7 +872,7 @@ def test_a_file_changed_by_others_is_not_written_to(tmp_path):
         assert log.rounds == []
 
 
-@pytest.mark.parametrize(("sync", "expected"), [("always", 7), (3, 2), (7, 1), (8, 0), ("never", 0)])
+@pytest.mark.parametrize(("sync", "expected"), [("always", 7), (1, 7), (3, 2), (7, 1), (8, 0), ("never", 0)])
 def test_how_often_the_file_is_synced(tmp_path, monkeypatch, sync, expected):
     calls = []
     fsync = os.fsync

@@ -8,12 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from hosfl import Config, Method
 from hosfl.cli import main
 from hosfl.methods import METHODS, method_of
 from hosfl.named import label, named
+from hosfl.runs.assemble import assemble
 from hosfl.settings import CONCERNS, DEFAULTS, FIELDS
+from hosfl_kernels import SGD, AdamW
 
 SIGNS = str(Path(__file__).parent.parent / "examples/signs.py") + ":Signs"
 QUICK = ["--rounds", "3", "--batch", "8", "--clients", "4"]
@@ -48,6 +51,30 @@ def test_every_setting_is_of_one_concern():
         assert concern() == concern(**{f.name: DEFAULTS[f.name] for f in dataclasses.fields(concern)})
         for f in dataclasses.fields(concern):
             assert f"{f.name}" in concern.__doc__, f.name
+
+
+@pytest.mark.parametrize("rule", ["sgd", "normalized", "momentum", "adamw"])
+def test_a_rule_is_one_optimizer_in_every_method(rule):
+    """But that a pool's Adam, whose coefficients are measured a few times only, forgets sooner."""
+    told = {"rule": rule, "client_rate": 0.1, "server_rate": 0.1, "clients": 2, "sampled": 2}
+    methods = ({"method": "first-order"}, {"method": "splitfed"}, {"directions_from": "pool"})
+    first_order, splitfed, pool = (assemble(Config(**told, **method))[0] for method in methods)
+    own = splitfed.take(0).optimizer([torch.zeros(1, requires_grad=True)])
+    for made, betas in (
+        (first_order.server.ledger.optimizer, (0.9, 0.999)),
+        (own, (0.9, 0.999)),
+        (pool.server.ledger.step.optimizer, (0.5, 0.9)),
+    ):
+        found = {name: made.defaults.get(name) for name in ("momentum", "betas", "weight_decay")}
+        if rule == "adamw":
+            assert (type(made), made.defaults["eps"]) == (torch.optim.AdamW, 1e-8)
+            assert found == {"momentum": None, "betas": betas, "weight_decay": 0}
+        else:
+            assert type(made) is torch.optim.SGD
+            assert found == {"momentum": 0.9 if rule == "momentum" else 0, "betas": None, "weight_decay": 0}
+    fresh = assemble(Config(**told, directions_from="fresh", dist="gaussian"))[0].server.ledger.run.rule
+    rules = {"momentum": SGD(momentum=0.9), "adamw": AdamW(betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)}
+    assert fresh == rules.get(rule, SGD())
 
 
 def test_a_method_of_one_s_own_by_name(tmp_path, capsys):

@@ -790,3 +790,16 @@ def test_what_cannot_be_connected_is_said_at_once():
             NatsEngine(urls, run, 1)
     with pytest.raises(EngineError, match="numbered from 0"):
         NatsLine("nats://localhost:1", "r", -1)
+
+
+def test_what_is_called_in_the_thread_raises_where_it_was_called():
+    link = Link("nats://localhost:1", None, "a line", [], print, print, print)
+    link.start()
+    try:
+        assert link.call(max, 1, 2) == 2
+        with pytest.raises(ZeroDivisionError):
+            link.call(divmod, 1, 0)
+    finally:
+        link.close()
+    with pytest.raises(EngineError, match="a line is closed"):
+        link.call(max, 1, 2)

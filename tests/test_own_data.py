@@ -1,5 +1,6 @@
 """A client's own samples, in files that the server never sees: of every task that reads files, and as arrays."""
 
+import contextlib
 import json
 from dataclasses import replace
 
@@ -19,6 +20,7 @@ from test_vision import weights  # noqa: F401
 
 from hosfl import Config, train
 from hosfl.engines.engine import JoinError
+from hosfl.engines.joining import check_cut
 from hosfl.runs.assemble import assemble
 from hosfl.runs.join import Clients, join, own_data, settings_of
 from hosfl.runs.serve import Over, offered
@@ -185,6 +187,23 @@ def test_pictures_of_another_size(tmp_path):
     Clients(run, config, files["base"], own_data(str(tmp_path / "right.npz"), config, 1))
     with pytest.raises(DataError, match=r"the client half makes cuts of shape \[7, 9, 9\], and the server takes \["):
         Clients(run, config, files["base"], own_data(str(tmp_path / "mine.npz"), config, 1))
+
+
+@pytest.mark.parametrize(
+    ("made", "texts", "right"),
+    [
+        ([5, 8], False, True),
+        ([4, 8], False, False),
+        ([4, 8], True, True),
+        ([6, 8], True, False),
+        ([4, 7], True, False),
+        ([5], True, False),
+        ([], False, False),
+    ],
+)
+def test_cuts_of_texts_alone_may_be_shorter(made, texts, right):
+    with contextlib.nullcontext() if right else pytest.raises(DataError, match=r"mine: .* cuts of shape"):
+        check_cut(made, True, texts, [5, 8], "mine")
 
 
 @pytest.fixture(scope="module")

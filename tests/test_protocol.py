@@ -1,7 +1,9 @@
 """The round: its arithmetic against a few lines of numpy, replay, probing without trace, refusals."""
 
 import copy
+import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from torch import nn
 
 from hosfl.engines.engine import Reply
 from hosfl.halves.split import SplitModel, split
+from hosfl.methods.client import Client
 from hosfl.methods.first_order import FirstOrderClient, GradientAverage
 from hosfl.methods.ho import ZerothOrderClient, make_run
 from hosfl.probing.probe import probe_in_place, probe_untouched, trainable
@@ -34,6 +37,7 @@ from hosfl.protocol.messages import (
     encode,
     pack,
 )
+from hosfl.protocol.replica import digest
 from hosfl.protocol.seeds import direction_seeds
 from hosfl.protocol.terms import Run
 from hosfl.runs.assemble import assemble
@@ -287,7 +291,7 @@ def test_a_multiplier_must_be_for_the_last_cut():
 
 def test_the_server_refuses_and_goes_on():
     made = small(rate=0.5)
-    server, ledger = made.server(), made.ledger
+    server, ledger = made.server(nn.Sequential(nn.ReLU(), nn.Linear(2, 2))), made.ledger
     good = Cut(client=0, round=0, cut=torch.randn(6, 2), labels=torch.zeros(6).int())
     wrong = [
         good,  # a second one
@@ -302,7 +306,9 @@ def test_the_server_refuses_and_goes_on():
         replace(good, client=3, cut=torch.randn(7, 2), labels=torch.zeros(7).int()),
         replace(good, client=4, labels=torch.full((6,), 2).int()),
         replace(good, client=5, labels=torch.full((6,), -1).int()),
+        replace(good, client=5, labels=torch.tensor([-100, 0, 0, 0, 0, 0]).int()),  # which cross_entropy passes over
         replace(good, client=6, cut=torch.full((6, 2), torch.nan)),
+        replace(good, client=6, cut=torch.full((6, 2), -torch.inf)),  # of which this half makes zeros
         Hello(client=7, round=0),
     ]
     multipliers, loss = server.step(0, [good, *wrong])
@@ -318,20 +324,51 @@ def test_the_server_refuses_and_goes_on():
             Scalars(client=0, round=0, scalars=torch.full((4,), torch.inf)),
             Scalars(client=0, round=0, scalars=torch.ones(3)),
             Scalars(client=0, round=0, epoch=1, scalars=torch.ones(4)),
+            Scalars(client=0, round=1, scalars=torch.ones(4)),
             Scalars(client=1, round=0, scalars=torch.ones(4)),
             Gradient(client=0, round=0, gradient=torch.ones(8)),
         ],
     )
-    assert server.refusals == before + 5
+    assert server.refusals == before + 6
     assert ledger.records[0].coefficients.tolist() == [0.0] * 4  # nobody answered: an empty record, no step
     assert ledger.records[0].participants == ()
     server.step(1, [replace(good, round=1)])
-    server.commit(1, [Scalars(client=0, round=1, scalars=torch.ones(4))] * 2)
-    assert server.refusals == before + 6
+    answer = Scalars(client=0, round=1, scalars=torch.ones(4))
+    assert [server.answered(1, replace(answer, round=0)), server.answered(1, answer)] == [False, True]
+    server.commit(1, [answer])  # for the second time
+    assert server.refusals == before + 8
     assert ledger.records[1].coefficients.tolist() == pytest.approx([-0.5 / 4] * 4, abs=made.run.lattice.quantum)
     assert ledger.records[1].participants == (0,)
     with pytest.raises(ValueError, match="cannot be committed"):
         server.commit(1, [])
+
+
+def test_a_cut_whose_labels_all_do_not_count_is_refused():
+    server = small().server()
+    server.ignore_index, server.loss = -1, partial(nn.functional.cross_entropy, ignore_index=-1)
+    labels = torch.tensor([-1, -1, 0, 1, 1, -1]).int()
+    cut = Cut(client=0, round=0, cut=torch.randn(6, 2), labels=labels)
+    answers, _ = server.step(0, [cut, replace(cut, client=1, labels=torch.full_like(labels, -1))])
+    assert list(answers) == [0]
+    assert "client 1: a cut whose labels are all -1" in server.refused[0]
+
+
+class Texts(nn.Linear):
+    def forward(self, cut, attention_mask):
+        return super().forward(cut).sum((1, 2))
+
+
+@pytest.mark.parametrize(("labels", "why"), [([4], ""), ([[0, 2]], ""), ([[0, 3]], "labels from 0 to 3 for 3 classes")])
+def test_labels_that_are_places_end_with_their_text(labels, why):
+    """A text of three tokens where the longest has five; a single label is a class, of which there are five, too."""
+    labels = torch.tensor(labels).int()
+    server = small().server(Texts(2, 2))
+    server.masked, server.cut_shape, server.classes, server.label_shape = True, (5, 2), 5, tuple(labels.shape[1:])
+    server.loss = lambda outputs, labels: outputs.mean()
+    mask = torch.ones(1, 3, dtype=torch.uint8)
+    answers, _ = server.step(0, [Cut(client=0, round=0, cut=torch.randn(1, 3, 2), labels=labels, mask=mask)])
+    assert list(answers) == ([] if why else [0])
+    assert server.refused == [f"round 0, client 0: {why}"] * bool(why)
 
 
 def test_the_server_refuses_wrong_greetings():
@@ -353,6 +390,12 @@ def test_the_server_refuses_wrong_greetings():
     assert server.receive(b"no message") is None
     assert server.receive(bytes(server.largest_message + 1)) is None
     assert "the largest message" in server.refused[-1]
+
+
+def test_the_server_of_a_frozen_half_has_nothing_to_tell():
+    server = crowd("frozen").server
+    assert server.welcome(Hello(client=0, round=0)) is None
+    assert server.refused == []
 
 
 class Absurd(nn.Module):
@@ -544,6 +587,16 @@ def test_every_client_owns_its_weights():
     assert not {p.data_ptr() for p in federation.base.parameters()} & set(pointers)
 
 
+def test_a_client_s_digest_is_of_what_its_half_s_file_holds():
+    half = nn.BatchNorm1d(2)
+    half.register_buffer("cache", torch.zeros(1), persistent=False)
+    client, before = Client(0, half, batch), digest([*half.state_dict().values()]).hex()
+    half.cache += 1
+    assert client.digest() == before
+    half.running_var += 1
+    assert client.digest() != before
+
+
 def test_split_is_the_whole_model():
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     x = torch.randn(5, 3)
@@ -631,6 +684,105 @@ def test_nobody_waits_for_a_client_that_is_gone():
     federation.engine = Shuffled(federation, [0, 1, 2, 3], gone=[0])
     federation.round(0)
     assert federation.engine.learnt == [(0, []), (1, []), (2, [1]), (3, [1, 2])]
+    assert federation.took_part == [1, 2, 3]
+
+
+def test_a_multiplier_that_is_lost_costs_its_client_alone():
+    class Lossy(Wire):
+        def carry(self, client, messages):
+            lost = client == 0 and isinstance(messages[-1], Multiplier)
+            return None if lost else super().carry(client, messages)
+
+    federation = crowd("splitfed", local_steps=2)
+    federation.wire = Lossy()
+    assert np.isfinite(federation.round(0))
+    assert (federation.visits, federation.took_part) == (4, [1, 2, 3])
+
+
+def test_a_round_of_nobody_s_is_committed_where_it_is_not_tried_again():
+    federation = crowd("ho")
+    federation.engine = Shuffled(federation, [0, 1, 2, 3], gone=[0, 1, 2, 3])
+    assert np.isnan(federation.round(0))
+    assert [record.participants for record in federation.server.ledger.records] == [()]
+
+
+def test_of_a_client_that_is_gone_nobody_knows_where_it_is():
+    federation = crowd("ho")
+    federation.round(0)
+    federation.round(1)
+    assert federation.where == dict.fromkeys(range(4), (1, 0))
+    assert federation.missing == 0
+    federation.engine = Shuffled(federation, [0, 1, 2, 3], gone=[1])
+    federation.round(2)
+    assert federation.where == dict.fromkeys((0, 2, 3), (2, 0))
+    assert (federation.missing, federation.why) == (1, {1: "gone"})
+    assert federation.join(federation.make(0))  # a newcomer under a number that another client has
+    assert federation.where == dict.fromkeys((0, 2, 3), (2, 0))
+
+
+def test_known_clients_are_sent_what_they_miss_at_once_and_no_more():
+    """After a restart as well: the records of one round, in the ask for a cut, and no digest that nobody asked for."""
+    federation = crowd("ho")
+    federation.server.ledger.epochs = [(1, 0)]
+    federation.engine = Shuffled(federation, [0, 1, 2, 3])
+    asks, sent = [0], [0]
+    for round in range(4):
+        federation.round(round)
+        asks.append(len(federation.engine.learnt))
+        sent.append(federation.wire.bytes.get("scalars down", 0))
+    assert np.diff(asks).tolist() == [12, 8, 8, 8]  # only at first they have to say where they are
+    assert np.diff(sent).tolist() == [0, *[4 * 4 * federation.config.directions] * 3]
+    assert "digest down" not in federation.wire.bytes
+
+
+def test_all_asks_of_an_exchange_share_its_deadline(monkeypatch):
+    """The clients of round 0 say first that they have nothing yet: who is asked again has the rest of the time."""
+    federation, clock, given = crowd("ho"), [0.0], []
+
+    class Slow(Shuffled):
+        lasts = 4
+
+        def ask(self, messages, deadline=None, enough=None):
+            given.append(deadline)
+            clock[0] += self.lasts
+            yield from super().ask(messages)
+
+    federation.engine, federation.deadline = Slow(federation, [0, 1, 2, 3]), 10.0
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    federation.round(0)
+    assert given == [10, 6, 10]  # for greetings, cuts and answers
+    federation.where.clear()
+    federation.engine.lasts = 11
+    federation.round(1)
+    assert given[3:] == [10, 0, 10]  # none is left, and no less
+    federation.deadline = None
+    federation.round(2)
+    assert given[6:] == [None, None]
+
+
+def test_with_enough_cuts_nobody_waits_for_those_before_them():
+    federation = crowd("ho")
+    federation.enough = 2
+    federation.engine = Shuffled(federation, [3, 1, 0, 2])
+    federation.round(0)
+    assert federation.took_part == [1, 3]
+    greetings = [(client, []) for client in (3, 1, 0, 2)]
+    cuts = [(3, []), (1, [])]  # of those that are enough the order is theirs
+    assert federation.engine.learnt == [*greetings, *cuts, (3, [1, 3]), (1, [1, 3])]
+
+
+def test_the_loss_of_a_round_is_the_mean_of_its_exchanges(monkeypatch):
+    federation, losses = crowd("splitfed", local_steps=3), []
+    end = federation.server.end
+
+    def noted():
+        multipliers, loss = end()
+        losses.append(loss)
+        return multipliers, loss
+
+    monkeypatch.setattr(federation.server, "end", noted)
+    assert federation.round(0) == pytest.approx(np.mean(losses))
+    assert len(set(losses)) == 3
 
 
 def test_dropout_goes_on_from_cut_to_cut_and_is_the_round_s():
