@@ -2,8 +2,10 @@
 
 import copy
 import pickle
+import random
 from importlib import import_module
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -246,6 +248,23 @@ def test_what_a_pass_changes_is_put_back_before_the_next(old):
     assert model[0].last is None
 
 
+class Skips(nn.Module):
+    """Stochastic depth, as a layer draws it from Python's and numpy's generators."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return random.random() * self.layer(x) + float(np.random.rand())
+
+
+def test_generators_of_python_and_numpy_are_put_back_as_well():
+    states = random.getstate(), np.random.get_state()[1].tolist()
+    split(nn.Sequential(Skips(), nn.Linear(4, 2)), 1, example=torch.ones(3, 4))
+    assert states == (random.getstate(), np.random.get_state()[1].tolist())
+
+
 class Centers(nn.Module):
     """Keeps a mean that begins at zero, of its own outputs; and counts."""
 
@@ -364,6 +383,12 @@ class OfTwo(nn.Module):
         return self.head(self.bert(input_ids, attention_mask).pooler_output)
 
 
+def skips_layers():
+    model = hf.OPTForCausalLM(TEXT["opt"])
+    model.model.decoder.layerdrop = 0.1
+    return model
+
+
 REFUSED = {
     "device map": (dispatched, "LlamaModel was replaced on the object.*remove_hook_from_module"),
     "mixed precision": (in_mixed_precision, "was replaced on the object"),
@@ -378,6 +403,7 @@ REFUSED = {
     "data parallel": (lambda: nn.DataParallel(text_model("llama")), "through DataParallel: .* its module"),
     "mixed adapters": (mixed_adapters, "PeftMixedModel: cut the model inside, its base_model.model"),
     "its own train": (lambda: KeepsEval(TEXT["bert"]), "through KeepsEval, whose class has its own train"),
+    "layers left out": (skips_layers, "leaves out layers at random .* set its model.decoder.layerdrop to 0"),
     "two outputs": (lambda: hf.BertForPreTraining(TEXT["bert"]), "prediction_logits, seq_relationship_logits"),
     "encoder and decoder": (lambda: hf.T5Model(TEXT["t5"]), "has a decoder"),
     "unknown family": (
