@@ -558,6 +558,10 @@ def test_rebuild_and_log_on_the_command_line(tmp_path, capsys):
     assert "hosfl: " in fails(capsys, 2, "rebuild", tmp_path / "no.log", "--base", base, "--out", out)
     assert "hosfl: " in fails(capsys, 2, *arguments[:-1], tmp_path / "no" / "out.safetensors")
     assert out.read_bytes() == written
+    for read in (log, base):
+        held = read.read_bytes()
+        assert f"{read} is what the client half is rebuilt from" in fails(capsys, 2, *arguments[:-1], read)
+        assert read.read_bytes() == held
 
     assert main(["log", "verify", str(log)]) == 0
     last = capsys.readouterr().out
