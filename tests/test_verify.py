@@ -311,6 +311,27 @@ def test_what_a_pass_writes_into_buffers_is_compared(other, what):
     assert not any(b.any() for b in model.buffers())
 
 
+class First(nn.Linear):
+    """Remembers the mean of what it got first."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+        self.register_buffer("first", torch.zeros(4))
+
+    def forward(self, x):
+        if not self.first.any():
+            self.first.copy_(x.detach().mean(0))
+        return super().forward(x)
+
+
+def test_each_of_the_two_that_a_buffer_became_is_compared_with_it():
+    """The server half remembers what it got first, and the model what the client half got."""
+    twice = First()
+    model = nn.Sequential(twice, nn.Tanh(), twice, nn.Linear(4, 2))
+    with pytest.raises(CutError, match=r"a pass leaves something else in the buffer 0\.first"):
+        split(model, 2, example=torch.randn(3, 4))
+
+
 class InPlace(nn.Linear):
     def forward(self, x):
         x -= 0.5
