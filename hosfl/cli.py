@@ -311,9 +311,13 @@ def _rebuild(options: argparse.Namespace) -> int:
     from hosfl.protocol.rebuild import rebuild
     from hosfl.protocol.weights import as_file
 
+    for read in (options.log, options.base):
+        if options.out.exists() and options.out.samefile(read):
+            raise ValueError(f"{options.out} is what the client half is rebuilt from: write it to another file")
     tensors, replica = rebuild(options.log, options.base, options.upto)
     write_atomically(options.out, as_file(tensors))
-    print(f"{options.out}: the client half after {replica.applied} rounds, digest {replica.digest().hex()}")
+    done, of_trained = replica.applied, replica.digest().hex()
+    print(f"{options.out}: the client half after {done} rounds; digest of its trained weights {of_trained}")
     return 0
 
 

@@ -168,9 +168,12 @@ def _begun(options: argparse.Namespace, settings: dict[str, Any], preset: dict[s
     """The settings and the folder of a run, new or resumed."""
     if options.resume is None:
         return Config(**with_shared(settings, preset)), options.out
-    if options.out is not None or {*settings, *preset} - {*NEUTRAL}:
-        others = ", ".join("--" + name.replace("_", "-") for name in NEUTRAL)
-        raise ValueError(f"a run goes on with its own settings: beside --resume there may be {others}")
+    given = [*(["out"] if options.out is not None else []), *(["preset"] if preset else []), *settings]
+    if wrong := [name for name in given if name not in NEUTRAL]:
+        left_out, others = (", ".join("--" + name.replace("_", "-") for name in names) for names in (wrong, NEUTRAL))
+        raise ValueError(
+            f"a run goes on with its own settings: leave out {left_out}; beside --resume there may be {others}"
+        )
     return replace(load_config(options.resume), **settings), options.resume
 
 

@@ -2,7 +2,9 @@
 
 import copy
 import pickle
+import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -341,6 +343,11 @@ def goes_on_beside(net, x):
     return net.total
 
 
+def in_full_precision(net, x):
+    with torch.autocast("cpu", enabled=False):
+        return net.second(x.float())
+
+
 def assigns(net, x):
     net.mean = 0.9 * net.mean + x.mean(0)
 
@@ -355,8 +362,8 @@ def assigns_anew(net, x):
     [
         (counts, "changes calls, which is in no half: keep it in a buffer"),
         (appends, "changes log, which is in no half"),
-        (counts_and_uses, "is another one in every pass: .* or uses what the pass before left"),
-        (goes_on, "is another one in every pass: .* or uses what the pass before left"),
+        (counts_and_uses, "is another one in every pass: it uses what the pass before left"),
+        (goes_on, "is another one in every pass: it uses what the pass before left"),
         (goes_on_beside, "it writes into total, which is no buffer"),
         (assigns, r"it assigns mean, where a half would keep the old one: write into it, mean.copy_"),
         (assigns_anew, r"it assigns mean, where a half would keep the old one: write into it, mean.copy_"),
@@ -366,6 +373,11 @@ def assigns_anew(net, x):
             "it computes with second.bias",
         ),
         (lambda net, x: torch.rand(4), "is another one in every pass: it draws random numbers apart"),
+        (lambda net, x: x if torch.rand(()) < 2 else None, "it draws random numbers apart"),
+        (lambda net, x: x if random.random() < 2 else None, "it draws random numbers apart"),
+        (lambda net, x: x if np.random.rand() < 2 else None, "it draws random numbers apart"),
+        (lambda net, x: x if net.training and random.random() < 2 else None, "it draws random numbers apart"),
+        (in_full_precision, "it enters autocast, which is in no step: do that in the forward pass of a layer"),
         (lambda net, x: torch.ones(4) * net.training, "another one in train mode than in eval mode"),
     ],
 )

@@ -768,6 +768,11 @@ def put(folder, name, text):
     (folder / name).write_text(text)
 
 
+def swap(other, folder):
+    for name in ("client.pem", "client.key"):
+        shutil.copy(other / name, folder / name)
+
+
 DAMAGED = {
     "no client.json": (lambda f: (f / "client.json").unlink(), "has no client.json"),
     "no key": (lambda f: (f / "client.key").unlink(), r"has no client\.key"),
@@ -777,6 +782,7 @@ DAMAGED = {
     "a client's name": (lambda f: put(f, "client.json", '{"address": "a", "run": "r", "client": "1"}'), "an integer"),
     "no certificate": (lambda f: put(f, "client.pem", "none"), r"client\.pem: this is no certificate"),
     "no key in it": (lambda f: put(f, "client.key", "none"), "damaged, or not of one pair"),
+    "another's certificate": (lambda f: swap(f.parent / "0", f), r"client\.pem is client-0's, not client 1's"),
     "another's key": (lambda f: shutil.copy(f.parent / "0/client.key", f / "client.key"), "not of one pair"),
 }
 

@@ -742,6 +742,7 @@ def test_certificates(secured, caplog):
     until(lambda: "the broker does not let it" in caplog.text)
     until(lambda: "client 1 of run r has no broker" in caplog.text)
     time.sleep(1)
+    assert caplog.text.count("the broker does not let it") == 1  # of many messages
     assert engine.present() == {0}
     assert list(engine.ask({0: b"ab", 1: b"ab"}, deadline=8)) == [Reply(0, b"ba"), Reply(1, None, "gone")]
     lines.join(1, tls=secured.tls("c1"))

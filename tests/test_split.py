@@ -331,6 +331,28 @@ def test_parametrized_modules_on_both_sides_become_two(norm):
     assert not torch.equal(halves.client[0].weight, before)
 
 
+def test_running_statistics_of_a_sequence_do_not_become_two():
+    norm = nn.BatchNorm1d(4)
+    model = nn.Sequential(nn.Linear(4, 4), norm, nn.Linear(4, 4), norm, nn.Linear(4, 2))
+    assert [p.at for p in cut_points(model)] == [1, 4]
+    for at in (2, "3"):
+        with pytest.raises(CutError, match="3 runs on both sides, and its running statistics would become two"):
+            split(model, at)
+
+
+@torch.no_grad()
+def test_frequencies_that_follow_from_the_length_may_become_two():
+    """Both halves write those of rotary embeddings in every pass."""
+    scaling = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16}
+    factors = {"short_factor": [1.0, 1.0], "long_factor": [2.0, 3.0]}
+    model = hf.Phi3ForCausalLM(hf.Phi3Config(**DECODER, rope_parameters={**scaling, **factors})).eval()
+    for at in (1, LAYERS):
+        halves = split(model, at)
+        for length in (5, 20, 6):
+            inputs = {"input_ids": torch.arange(2 * length).view(2, -1) + 1}
+            assert torch.equal(halves(inputs), model(**inputs).logits)
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_a_model_that_tells_of_its_experts(family):
     """For a loss of its own, also where the server half has no layer."""

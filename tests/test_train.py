@@ -500,7 +500,8 @@ def test_resume_on_the_command_line(tmp_path, capsys):
     assert json.loads((run / "summary.json").read_text())["rounds"] == 7
     others = (["--rounds", "12"], ["--rounds", "400"], ["--server-batch", "0"])  # of which two are defaults
     for more in (["--seed", "1"], ["--out", tmp_path / "other"], ["--preset", "paper"], *others):
-        assert "with its own settings" in fails(capsys, 2, "train", "--resume", run, *more)
+        said = fails(capsys, 2, "train", "--resume", run, *more, "--keep", "9")
+        assert f"its own settings: leave out {more[0]};" in said
     for keep in (10, 3):  # the rest, then a finished run; 3 is the default, and counts
         assert main(["train", "--resume", str(run), "--keep", str(keep)]) == 0
         assert "after 12 rounds" in capsys.readouterr().out
@@ -559,6 +560,10 @@ def test_rebuild_and_log_on_the_command_line(tmp_path, capsys):
     assert "hosfl: " in fails(capsys, 2, "rebuild", tmp_path / "no.log", "--base", base, "--out", out)
     assert "hosfl: " in fails(capsys, 2, *arguments[:-1], tmp_path / "no" / "out.safetensors")
     assert out.read_bytes() == written
+    for read in (log, base):
+        held = read.read_bytes()
+        assert f"{read} is what the client half is rebuilt from" in fails(capsys, 2, *arguments[:-1], read)
+        assert read.read_bytes() == held
 
     assert main(["log", "verify", str(log)]) == 0
     last = capsys.readouterr().out

@@ -2,8 +2,10 @@
 
 import copy
 import pickle
+import random
 from importlib import import_module
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -246,6 +248,23 @@ def test_what_a_pass_changes_is_put_back_before_the_next(old):
     assert model[0].last is None
 
 
+class Skips(nn.Module):
+    """Stochastic depth, as a layer draws it from Python's and numpy's generators."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return random.random() * self.layer(x) + float(np.random.rand())
+
+
+def test_generators_of_python_and_numpy_are_put_back_as_well():
+    states = random.getstate(), np.random.get_state()[1].tolist()
+    split(nn.Sequential(Skips(), nn.Linear(4, 2)), 1, example=torch.ones(3, 4))
+    assert states == (random.getstate(), np.random.get_state()[1].tolist())
+
+
 class Centers(nn.Module):
     """Keeps a mean that begins at zero, of its own outputs; and counts."""
 
@@ -290,6 +309,27 @@ def test_what_a_pass_writes_into_buffers_is_compared(other, what):
         with pytest.raises(CutError, match=f"the halves are not Sequential: .*{what}"):
             verify_halves(model, halves, x)
     assert not any(b.any() for b in model.buffers())
+
+
+class First(nn.Linear):
+    """Remembers the mean of what it got first."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+        self.register_buffer("first", torch.zeros(4))
+
+    def forward(self, x):
+        if not self.first.any():
+            self.first.copy_(x.detach().mean(0))
+        return super().forward(x)
+
+
+def test_each_of_the_two_that_a_buffer_became_is_compared_with_it():
+    """The server half remembers what it got first, and the model what the client half got."""
+    twice = First()
+    model = nn.Sequential(twice, nn.Tanh(), twice, nn.Linear(4, 2))
+    with pytest.raises(CutError, match=r"a pass leaves something else in the buffer 0\.first"):
+        split(model, 2, example=torch.randn(3, 4))
 
 
 class InPlace(nn.Linear):
@@ -364,6 +404,12 @@ class OfTwo(nn.Module):
         return self.head(self.bert(input_ids, attention_mask).pooler_output)
 
 
+def skips_layers():
+    model = hf.OPTForCausalLM(TEXT["opt"])
+    model.model.decoder.layerdrop = 0.1
+    return model
+
+
 REFUSED = {
     "device map": (dispatched, "LlamaModel was replaced on the object.*remove_hook_from_module"),
     "mixed precision": (in_mixed_precision, "was replaced on the object"),
@@ -378,6 +424,7 @@ REFUSED = {
     "data parallel": (lambda: nn.DataParallel(text_model("llama")), "through DataParallel: .* its module"),
     "mixed adapters": (mixed_adapters, "PeftMixedModel: cut the model inside, its base_model.model"),
     "its own train": (lambda: KeepsEval(TEXT["bert"]), "through KeepsEval, whose class has its own train"),
+    "layers left out": (skips_layers, "leaves out layers at random .* set its model.decoder.layerdrop to 0"),
     "two outputs": (lambda: hf.BertForPreTraining(TEXT["bert"]), "prediction_logits, seq_relationship_logits"),
     "encoder and decoder": (lambda: hf.T5Model(TEXT["t5"]), "has a decoder"),
     "unknown family": (

@@ -618,10 +618,16 @@ def huggingface():
     return datasets.Dataset.from_dict({"x": x.tolist(), "label": y.tolist()})
 
 
+def frame():
+    pandas = pytest.importorskip("pandas")
+    return pandas.DataFrame(X.numpy()).sample(frac=1, random_state=0), pandas.Series(Y.numpy()).astype("Int64")
+
+
 X, Y = data(40)
 DATA = {
     "tensors": lambda: ((X, Y), False),
     "arrays": lambda: ((X.double().numpy(), Y.numpy().astype(np.int32)), False),
+    "pandas' frame and column": lambda: (frame(), False),
     "lists": lambda: ((X.tolist(), Y.tolist()), False),
     "a pair with names": lambda: (({"x": X}, Y), True),
     "a mapping": lambda: ({"x": X.numpy(), "labels": Y.numpy()}, True),
@@ -842,6 +848,7 @@ REFUSED = {
     "no labels by name": ({"train": {"x": X}}, DataError, "train has x; one must be called labels"),
     "lengths that differ": ({"train": (X[:5], Y)}, DataError, "train has 40 labels, and inputs of shape"),
     "words": ({"train": (["a", "b"], [0, 1])}, DataError, "train, inputs: no array of numbers"),
+    "text": ({"train": (X, np.array(["a", "b"] * 20))}, DataError, "train, labels: text or objects: make numbers"),
     "no model": ({"model": 3}, TypeError, "model is a int: a module, two halves or a function"),
     "no loss": ({"loss": "mse"}, TypeError, "loss is a str: a function of outputs and labels"),
     "groups of another length": ({"groups": [1, 2]}, DataError, r"groups of shape \(2,\)"),
@@ -1097,7 +1104,7 @@ def test_a_half_may_draw_in_train_mode_and_make_what_is_no_number():
     """Dropout is no noise, as clients run in eval mode; NaN, which is not equal to itself, is none either."""
     drops = nn.Sequential(nn.Linear(4, 6), nn.Dropout(0.5), nn.Linear(6, 2))
     assert train(task(model=drops), **QUICK, **RATES).refused == []
-    with pytest.raises(Diverged):  # the loss before the first round
+    with pytest.raises(Diverged, match="before the first round is not finite: look for NaN in the data"):
         train(task(**made(client=lambda x: x / 0 * 0)), **QUICK, **RATES)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import random
 import ssl
 import threading
@@ -132,7 +133,7 @@ class Link:
         self._streams: dict[tuple[str, int], _Stream] = {}
         self._loop = asyncio.new_event_loop()
         self._wake, self._closing = asyncio.Event(), asyncio.Event()
-        self._complained = 0.0
+        self._complained: dict[str, float] = {}  # of each text, when
         self._thread = threading.Thread(target=self._work, name=f"hosfl {name}", daemon=True)
 
     def start(self) -> None:
@@ -238,7 +239,7 @@ class Link:
     async def _connect(self, broker: _Broker, lost: asyncio.Event) -> None:
         async def error(error: Exception) -> None:
             if "permissions" in str(error):
-                log.error("%s: the broker does not let it: %s", self.name, error)
+                self._complain(error, "%s: the broker does not let it (%s), and it tries on: %s")
             elif not self.up:
                 self._complain(error)
 
@@ -322,12 +323,12 @@ class Link:
         except Exception:
             log.exception("%s: a fault of hosfl's", self.name)
 
-    def _complain(self, error: Exception) -> None:
-        """At most once in a minute."""
+    def _complain(self, error: Exception, text: str = "%s has no broker at %s, and tries on: %s") -> None:
+        """In the same words at most once in a minute."""
         now = time.monotonic()
-        if self._complained == 0 or now - self._complained > 60:
-            self._complained = now
-            log.warning("%s has no broker at %s, and tries on: %s", self.name, ", ".join(self.urls), _said(error))
+        if now - self._complained.get(text, -math.inf) > 60:
+            self._complained[text] = now
+            log.warning(text, self.name, ", ".join(self.urls), _said(error))
 
 
 def _said(error: Exception) -> str:

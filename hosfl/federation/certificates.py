@@ -108,12 +108,15 @@ def identity(who: str, serial: str) -> str:
     return f"{who}.{serial}@hosfl"
 
 
-def expiry(certificate: bytes) -> datetime:
-    """When a PEM certificate ends (UTC). Raises FederationError for what is none."""
+def read_certificate(pem: bytes) -> tuple[str, datetime]:
+    """Of whom a PEM certificate is, such as "client-3", and when it ends (UTC). Raises FederationError for what is
+    none."""
     try:
-        return x509.load_pem_x509_certificate(certificate).not_valid_after_utc
+        certificate = x509.load_pem_x509_certificate(pem)
     except ValueError as error:
         raise FederationError(f"this is no certificate ({error})") from None
+    names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+    return str(names[0].value) if names else "nobody", certificate.not_valid_after_utc
 
 
 def _signed(

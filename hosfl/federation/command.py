@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hosfl.federation import provision
 from hosfl.federation.broker import check_permissions
-from hosfl.federation.certificates import FederationError, expiry
+from hosfl.federation.certificates import FederationError, read_certificate
 from hosfl.federation.member import SOON
 from hosfl.federation.roster import Roster
 
@@ -76,7 +76,7 @@ def _show(options: argparse.Namespace) -> int:
     print(f"{folder}: run {roster.run}, broker at {roster.address}, {_count(roster)}")
     faults = 0
     try:
-        ends = expiry((folder / "ca/ca.pem").read_bytes())
+        _, ends = read_certificate((folder / "ca/ca.pem").read_bytes())
         print(f"authority: until {ends:%Y-%m-%d}{_warning(ends, now, 'make a new federation')}")
         faults += ends <= now
     except (OSError, FederationError) as error:

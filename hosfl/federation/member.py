@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
-from hosfl.federation.certificates import FederationError, expiry
+from hosfl.federation.certificates import FederationError, read_certificate
 from hosfl.federation.roster import Address, Roster, check_run, read_object
 
 SOON = timedelta(days=30)
@@ -58,10 +58,12 @@ class Member:
         else:
             address, run, client = _client(folder / "client.json")
         try:
-            expires = expiry((folder / f"{kind}.pem").read_bytes())
+            owner, expires = read_certificate((folder / f"{kind}.pem").read_bytes())
         except FederationError as error:
             raise FederationError(f"{folder / f'{kind}.pem'}: {error}") from None
         member = cls(folder, address, run, client, expires)
+        if owner != ("server" if client is None else f"client-{client}"):
+            raise FederationError(f"{folder / f'{kind}.pem'} is {owner}'s, not {member.who}'s: take it from a copy")
         left = expires - (now or datetime.now(timezone.utc))
         renewed = f"`hosfl federation renew DIR {'server' if client is None else client}` makes a new one"
         if left <= timedelta(0):

@@ -117,7 +117,14 @@ def transformer_layers(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
         raise CutError(
             f"cannot cut a {type(model).__name__}, which has a decoder: cut the encoder alone, T5EncoderModel"
         )
-    path = _join(_trunk_path(model, family), _first(model.get_submodule(_trunk_path(model, family)), family.layers))
+    where = _trunk_path(model, family)
+    trunk: Any = model.get_submodule(where)
+    if getattr(trunk, "layerdrop", 0):  # the cut goes in at the server half's first layer
+        raise CutError(
+            f"cannot cut a {type(model).__name__} that leaves out layers at random in train mode: set its "
+            f"{_join(where, 'layerdrop')} to 0"
+        )
+    path = _join(where, _first(trunk, family.layers))
     layers = model.get_submodule(path)
     assert isinstance(layers, nn.ModuleList)
     return path, layers

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hosfl.halves.inputs import unchanged
+from hosfl.halves.inputs import generators, unchanged
 
 
 class CutError(TypeError):
@@ -72,6 +72,7 @@ def anywhere(node: fx.Node) -> bool:
 
 
 ANYWHERE = "hosfl.anywhere"
+DRAWS = "it is another one in every pass: it draws random numbers apart from its input"
 
 
 def writes(node: fx.Node) -> bool:
@@ -129,7 +130,12 @@ class _Tracer(Buffers):
 
     def __init__(self, opened: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.opened = set(opened)
+        self.opened, self.autocasts = set(opened), _autocasts()
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _autocasts() != self.autocasts:  # where a half is verified it may change nothing, and elsewhere much
+            raise RuntimeError("it enters autocast, which is in no step: do that in the forward pass of a layer")
+        return super().create_node(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m not in self.opened
@@ -144,9 +150,15 @@ class _Tracer(Buffers):
         return root_fn, [self.root, value]
 
 
+def _autocasts() -> int:
+    """How many blocks of autocast are entered here. Torch tells only when one is left."""
+    torch.autocast_increment_nesting()
+    return int(torch.autocast_decrement_nesting())
+
+
 class _Untouched(TorchDispatchMode):
-    """While a pass is followed: nothing is computed of weights and buffers, and nothing written into tensors beside
-    them. It would be done once, and be in no step."""
+    """While a pass is followed: nothing is computed of weights and buffers, nothing written into tensors beside them,
+    and no random number drawn. It would be done once, and be in no step."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -163,6 +175,8 @@ class _Untouched(TorchDispatchMode):
                 what = f"it writes into {self.beside[memory]}, which is no buffer: register it as one"
             if memory and what:
                 raise RuntimeError(what)  # no TypeError, which operators take for an answer
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise RuntimeError(DRAWS)
         return func(*args, **(kwargs or {}))
 
 
@@ -184,11 +198,13 @@ class _Pass:
 def _passed(model: nn.Module, opened: list[nn.Module], mode: bool) -> _Pass:
     for module in opened:
         module.training = mode
-    there = set(vars(model))
+    there, state = set(vars(model)), generators()
     modules = list(model.named_modules())
     held = [(path, own, dict(own)) for path, m in modules for own in (m._parameters, m._buffers)]
     with _Untouched(model):
         graph = _Tracer(opened).trace(model)
+    if generators() != state:
+        raise RuntimeError(DRAWS)
     for path, own, before in held:
         for name, value in own.items():
             if value is not before.get(name) and not _is_written(value, f"{path}.{name}".lstrip(".")):
@@ -247,8 +263,7 @@ def followed(model: nn.Module, opened: list[nn.Module]) -> tuple[fx.Graph, dict[
         )
     if merged is None:
         raise CutError(
-            f"{whose} is another one in every pass: it draws random numbers apart from its input, or uses what the "
-            "pass before left in an attribute"
+            f"{whose} is another one in every pass: it uses what the pass before left in an attribute or elsewhere"
         )
     if changed:
         raise CutError(

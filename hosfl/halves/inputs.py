@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from operator import itemgetter
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -56,7 +58,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def unchanged(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Whatever passes change is afterwards as it was: attributes, modes, numbers in buffers, random generators.
+    """Whatever passes change is afterwards as it was: attributes, modes, numbers in buffers, and the random generators
+    of torch, numpy and Python.
 
     Raises TypeError for scripted modules, whose attributes are not Python's.
     """
@@ -67,10 +70,13 @@ def unchanged(modules: Iterable[nn.Module]) -> Iterator[None]:
     buffers = [b for m in modules for b in m._buffers.values() if b is not None]
     kept = [(b, b._version, b.clone()) for b in buffers if not (b.is_meta or b.is_inference())]
     kind, numbers = accelerators(modules)
+    state = generators()
     try:
         with torch.random.fork_rng(numbers, device_type=kind):
             yield
     finally:
+        random.setstate(state[0])
+        np.random.set_state(state[1])
         for own, names in held:
             own.clear()
             own.update(names)
@@ -79,6 +85,12 @@ def unchanged(modules: Iterable[nn.Module]) -> Iterator[None]:
                 # What is written through .data counts no version, and what is sparse cannot be compared.
                 if buffer._version != version or (buffer.layout == torch.strided and not torch.equal(buffer, before)):
                     buffer.copy_(before)
+
+
+def generators() -> tuple[Any, Any]:
+    """The states of Python's and numpy's global random generators, which are equal as long as nobody draws."""
+    kind, words, *rest = np.random.get_state(legacy=True)
+    return random.getstate(), (kind, [*words], *rest)
 
 
 def accelerators(modules: Iterable[nn.Module]) -> tuple[str, list[int]]:

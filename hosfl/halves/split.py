@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from hosfl.halves.chain import chain
 from hosfl.halves.families import (
@@ -169,7 +170,10 @@ def cut_points(model: nn.Module, inputs: Inputs | None = None) -> list[CutPoint]
     way = way_of(_inside(model))
     points = []
     for name, number in way.places.items():
-        halves = _halves(*way.cut(number))
+        parts = way.cut(number)
+        if _torn(*parts) is not None:
+            continue
+        halves = _halves(*parts)
         client, server = (sum(p.numel() for p in half.parameters()) for half in (halves.client, halves.server))
         points.append(CutPoint(number, name, client, server, *(() if inputs is None else _activations(halves, inputs))))
     return points
@@ -272,8 +276,18 @@ def _cut_sequence(model: nn.Module, at: int) -> tuple[nn.Module, nn.Module]:
 
 
 def _halves(client: nn.Module, server: nn.Module) -> SplitModel:
+    torn = _torn(client, server)
+    if torn is not None:
+        raise CutError(f"cannot cut here: {torn} runs on both sides, and its running statistics would become two")
     server = _untied(client, server)
     return SplitModel(client, server)
+
+
+def _torn(client: nn.Module, server: nn.Module) -> str | None:
+    """A normalisation whose running statistics both halves write; None where there is none."""
+    mine = {id(b) for m in client.modules() if isinstance(m, _NormBase) for b in m.buffers(recurse=False)}
+    theirs = ((path, m) for path, m in server.named_modules() if isinstance(m, _NormBase))
+    return next((path for path, m in theirs if any(id(b) in mine for b in m.buffers(recurse=False))), None)
 
 
 def _hint(model: nn.Module) -> str:

@@ -69,7 +69,7 @@ def verify_halves(model: nn.Module, halves: Any, inputs: Inputs) -> None:
     if not alike(whole.output, parts.output):
         where = _first_difference(model, halves, undisturbed, set(owned.values()))
         raise CutError(f"the halves are not {_name(model)}: {_distance(whole.output, parts.output)}; {where}")
-    _compare_written(model, whole, parts)
+    _compare_written(model, halves, whole, parts)
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     summed: dict[Tensor, float] = {}
     for parameter, (sketch, _) in parts.gradients.items():
@@ -114,13 +114,18 @@ def owners(model: nn.Module, halves: Any) -> dict[Tensor, Tensor]:
             if parameter in mine:
                 found[parameter] = parameter
                 continue
-            like = [p for p in mine if p.shape == parameter.shape and p.dtype == parameter.dtype]
-            copies = [p for p in like if torch.equal(p, parameter)]
-            if not copies:
+            original = _original(parameter, name, mine)
+            if original is None:
                 raise CutError(f"the halves are not {_name(model)}: it has no parameter like the {side} half's {name}")
-            # Of several that are equal, such as new normalisations, the one whose name ends alike.
-            found[parameter] = max(copies, key=lambda p: _alike(mine[p], name))
+            found[parameter] = original
     return found
+
+
+def _original(copy: Tensor, name: str, mine: dict[Tensor, str]) -> Tensor | None:
+    """Of these that which a half's copy, by its name there, is equal to; None where there is none. Of several, such as
+    new normalisations, the one whose name ends alike."""
+    like = [t for t in mine if t.shape == copy.shape and t.dtype == copy.dtype and torch.equal(t, copy)]
+    return max(like, key=lambda t: _alike(mine[t], name), default=None)
 
 
 def _alike(name: str, other: str) -> int:
@@ -196,16 +201,19 @@ def _same_numbers(a: Tensor, b: Tensor) -> bool:
     return alike(a, b)
 
 
-def _compare_written(model: nn.Module, whole: _Pass, parts: _Pass) -> None:
+def _compare_written(model: nn.Module, halves: Any, whole: _Pass, parts: _Pass) -> None:
+    """A buffer that both halves write may be two: those of rotary embeddings, which follow from the length, are."""
     names: dict[Tensor, str] = {b: name for name, b in model.named_buffers()}
+    copies = {b: name for half in (halves.client, halves.server) for name, b in half.named_buffers() if b not in names}
     for buffer in {**whole.written, **parts.written}:
-        if buffer not in names:
+        own = buffer if buffer in names else _original(buffer, copies.get(buffer, ""), names)
+        if own is None:
             raise CutError(f"the halves are not {_name(model)}: each writes into a buffer of its own that is one there")
-        left = [side.written.get(buffer) for side in (whole, parts)]
+        left = [whole.written.get(own), parts.written.get(buffer)]
         if left[0] is None or left[1] is None or not _same_numbers(left[0], left[1]):
             raise CutError(
                 f"the halves are not {_name(model)}: their outputs are, but a pass leaves something else in the buffer "
-                f"{names[buffer]}"
+                f"{names[own]}"
             )
     if not alike(whole.again, parts.again):
         raise CutError(

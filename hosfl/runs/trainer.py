@@ -108,6 +108,8 @@ def restore(federation: Federation, out: Path) -> int:
 def check_loss(loss: float, done: int) -> None:
     """Raises Diverged for the loss of an evaluation that is infinite or NaN."""
     if not math.isfinite(loss):
+        if not done:
+            raise Diverged("the loss before the first round is not finite: look for NaN in the data")
         raise Diverged(f"the loss after round {done} is not finite: lower the learning rates")
 
 

@@ -237,6 +237,10 @@ def labels_beside(source: Any) -> Any:
 
 
 def _tensor(array: Any, what: str) -> Tensor:
+    if hasattr(array, "__array__") and not isinstance(array, Tensor):
+        array = np.asarray(array)  # such as pandas' frames and columns
+        if array.dtype.kind in "OUS":
+            raise DataError(f"{what}: text or objects: make numbers of them, and of classes those from 0 on")
     try:
         found = torch.as_tensor(array)
     except (TypeError, ValueError, RuntimeError) as error:
