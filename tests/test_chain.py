@@ -379,6 +379,9 @@ def assigns_anew(net, x):
         (lambda net, x: x if net.training and random.random() < 2 else None, "it draws random numbers apart"),
         (in_full_precision, "it enters autocast, which is in no step: do that in the forward pass of a layer"),
         (lambda net, x: torch.ones(4) * net.training, "another one in train mode than in eval mode"),
+        (lambda net, x: x * 2 if torch.is_grad_enabled() else None, "another one where gradients are off"),
+        (lambda net, x: None if torch.is_autocast_enabled() else x * 2, "or under autocast: ask for these in"),
+        (lambda net, x: x * 2 if torch.is_autocast_enabled("cpu") else None, "or under autocast: ask for these in"),
     ],
 )
 def test_what_a_forward_pass_leaves_behind_otherwise_is_refused(leave, match):

@@ -219,6 +219,20 @@ def _passed(model: nn.Module, opened: list[nn.Module], mode: bool) -> _Pass:
     return _Pass(graph, nodes, read, made)
 
 
+@contextmanager
+def _elsewhere() -> Iterator[None]:
+    """Gradients and autocast are each off if they were on, and on if they were off."""
+    autocast = {kind: torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")}  # without a kind: of cuda
+    with torch.set_grad_enabled(not torch.is_grad_enabled()):
+        try:
+            for kind, on in autocast.items():
+                torch.set_autocast_enabled(kind, not on)
+            yield
+        finally:
+            for kind, on in autocast.items():
+                torch.set_autocast_enabled(kind, on)
+
+
 def _is_written(value: Any, name: str) -> bool:
     """Whether it is the tensor of that name after steps in place, which `+=` assigns."""
     node: Any = value.node if isinstance(value, fx.Proxy) else None
@@ -253,6 +267,8 @@ def followed(model: nn.Module, opened: list[nn.Module]) -> tuple[fx.Graph, dict[
                 flag = evaluating.graph.create_node("call_module", MODE)
             merged = _merged(evaluating, training, flag)
             again = merged or _merged(evaluating, _passed(model, opened, False), None)
+            with _elsewhere():
+                elsewhere = _merged(evaluating, _passed(model, opened, False), None)
         except Exception as error:  # whatever a forward pass does with a value that is none yet
             message = str(error).strip().split("\n")[0]
             raise CutError(f"cannot follow {whose}: {message}") from error
@@ -264,6 +280,11 @@ def followed(model: nn.Module, opened: list[nn.Module]) -> tuple[fx.Graph, dict[
     if merged is None:
         raise CutError(
             f"{whose} is another one in every pass: it uses what the pass before left in an attribute or elsewhere"
+        )
+    if elsewhere is None:
+        raise CutError(
+            f"{whose} is another one where gradients are off, or under autocast: ask for these in the forward pass of "
+            "a layer"
         )
     if changed:
         raise CutError(
