@@ -473,7 +473,7 @@ def test_an_example_of_the_user_s():
     """Where the library has none, where its own does not fit, and one that does not fit."""
     model = ResNet(False)
     split(model, "layer2.0", example=torch.randn(2, 3, 32, 32))
-    with pytest.raises(ValueError, match=r"ResNet does not take the example: .*channels"):
+    with pytest.raises(ValueError, match=r"ResNet does not take the example, float32 \[2, 1, 32, 32\]: .*channels"):
         split(model, "layer2.0", example=torch.randn(2, 1, 32, 32))
     with pytest.raises(ValueError, match=r"a few samples are needed .*example="):
         split(hf.BertForMultipleChoice(TEXT["bert"]), 1)

@@ -984,7 +984,7 @@ LATER = {
     "test samples of another width": (
         {"test": (X[:, :3], Y)},
         DataError,
-        r"test: the model does not take samples of inputs \(3,\) \(RuntimeError",
+        r"test: the model does not take samples of float32 \[2, 3\] \(RuntimeError",
     ),
     "a model without numbers": (
         {"model": nn.Sequential(nn.Linear(4, 6, device="meta"), nn.Tanh(), nn.Linear(6, 2))},

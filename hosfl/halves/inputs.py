@@ -24,6 +24,13 @@ def call(module: nn.Module, inputs: Inputs) -> Any:
     return module(*inputs) if isinstance(inputs, tuple) else module(inputs)
 
 
+def described(inputs: Inputs) -> str:
+    """Dtypes and shapes, for errors: "uint8 [2, 3, 32, 32]", with names where there are any."""
+    named = inputs.items() if isinstance(inputs, Mapping) else [("", x) for x in tree_leaves(inputs)]
+    tensors = [(f"{name} ".lstrip(), x) for name, x in named if isinstance(x, Tensor)]
+    return ", ".join(f"{name}{str(x.dtype).removeprefix('torch.')} {[*x.shape]}" for name, x in tensors)
+
+
 def cloned(given: Any) -> Any:
     """The same, of copies of all tensors in it."""
     return tree_map_only(Tensor, torch.clone, given)

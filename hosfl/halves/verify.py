@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from hosfl.halves.families import tensor_of
 from hosfl.halves.follow import CutError
-from hosfl.halves.inputs import Inputs, accelerators, alike, call, cloned, unchanged
+from hosfl.halves.inputs import Inputs, accelerators, alike, call, cloned, described, unchanged
 
 
 class ExampleError(ValueError):
@@ -56,7 +56,7 @@ def verify_halves(model: nn.Module, halves: Any, inputs: Inputs) -> None:
     except CutError:
         raise
     except Exception as error:
-        raise ExampleError(f"{_name(model)} does not take the example: {error}") from error
+        raise ExampleError(f"{_name(model)} does not take the example, {described(inputs)}: {error}") from error
     if not torch.isfinite(whole.output).all():
         raise ExampleError(f"{_name(model)} makes infinite or NaN outputs of the example")
     try:

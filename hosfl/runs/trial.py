@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hosfl.halves.adapters import refuse_idle
-from hosfl.halves.inputs import Inputs, alike, call, cloned, evaluating, mask_of
+from hosfl.halves.inputs import Inputs, alike, call, cloned, described, evaluating, mask_of
 from hosfl.halves.split import SplitModel, dtype_of
 from hosfl.tasks.data import Dataset, digest
 from hosfl.tasks.items import Items, read
@@ -101,9 +101,8 @@ def _passed(task: Task, model: SplitModel, what: str, sample: Dataset) -> Tensor
             cut: Tensor = call(model.client, cloned(sample.inputs))
             output = model(cloned(sample.inputs))
         except TAKES_NOT as error:
-            inputs = sample.inputs if isinstance(sample.inputs, dict) else {"inputs": sample.inputs}
-            shapes = ", ".join(f"{name} {tuple(x.shape[1:])}" for name, x in inputs.items())
-            raise DataError(f"{what}: the model does not take samples of {shapes} ({_first_line(error)})") from error
+            given = described(sample.inputs)
+            raise DataError(f"{what}: the model does not take samples of {given} ({_first_line(error)})") from error
         _lost(task, what, output, sample.labels)
     return cut
 
