@@ -2,6 +2,8 @@
 #include <type_traits>
 #if defined(__SSE2__)
 #include <emmintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #define HOSFL_ISA baseline

@@ -22,8 +22,13 @@ HOSFL_INLINE U64 multiply_even(U64 x, U64 m) {
 #endif
 }
 
-// Shuffles where there are two sources of lanes to choose from: the ports that multiply also shift.
+// The products' high halves. Shuffles where there are two sources of lanes to choose from: the ports that multiply also
+// shift. Arm multiplies neighbours, and no lanes of 64 bits: for those compilers leave the vectors.
 HOSFL_INLINE U32 multiply_high(U32 x, uint32_t m) {
+#if defined(__aarch64__)
+  const uint64x2_t first = vmull_n_u32(vget_low_u32((uint32x4_t)x), m), last = vmull_high_n_u32((uint32x4_t)x, m);
+  return (U32)vuzp2q_u32(vreinterpretq_u32_u64(first), vreinterpretq_u32_u64(last));
+#else
   const U64 factor = U64{} + m;
 #if HOSFL_LANES == 16
   constexpr auto ODD = _MM_PERM_ENUM(0xF5);  // every lane becomes the odd one of its pair
@@ -37,6 +42,7 @@ HOSFL_INLINE U32 multiply_high(U32 x, uint32_t m) {
 #else
   const U64 even = multiply_even((U64)x, factor), odd = multiply_even((U64)x >> 32, factor);
   return (U32)((even >> 32) | (odd & 0xFFFFFFFF00000000u));
+#endif
 #endif
 }
 

@@ -86,7 +86,7 @@ HOSFL_INLINE Floats signed_to_float(const Words& a) {
   return each_vector<F32>([&](int j) { return __builtin_convertvector((I32)a.v[j], F32); });
 }
 HOSFL_INLINE Floats to_float(const Words& a) {
-#if HOSFL_LANES == 16  // the one set that converts unsigned integers
+#if HOSFL_LANES == 16 || defined(__aarch64__)  // which convert unsigned integers
   return each_vector<F32>([&](int j) { return __builtin_convertvector(a.v[j], F32); });
 #else
   return signed_to_float(a >> 16) * 65536.0f + signed_to_float(a & 0xFFFFu);
