@@ -3,7 +3,9 @@
 import copy
 import json
 import random
+import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import shifted
@@ -652,7 +654,8 @@ def test_calibration_waits_for_enough_clients(tmp_path, monkeypatch):
         told.append(json.loads((tmp_path / "run" / "status.json").read_text()))
         engine.here |= {len(told) - 1}
 
-    monkeypatch.setattr("hosfl.runs.trainer.time.sleep", come)
+    own = vars(time)  # of the module that waits: other threads of this process sleep too
+    monkeypatch.setattr("hosfl.runs.trainer.time", SimpleNamespace(**own | {"sleep": come}))
     config = Config(**settings(task=OWN))
     summary = train(config, tmp_path / "run", over=Over(engine, least=3))
     assert engine.asked == [0, 1, 2]
@@ -664,7 +667,7 @@ def test_calibration_waits_for_enough_clients(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     engine.here = frozenset({2})
-    monkeypatch.setattr("hosfl.runs.trainer.time.sleep", interrupted)
+    monkeypatch.setattr("hosfl.runs.trainer.time", SimpleNamespace(**own | {"sleep": interrupted}))
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path / "other", over=Over(engine, least=3))
     assert not (tmp_path / "other").exists()

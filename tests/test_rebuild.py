@@ -81,7 +81,7 @@ HOSTILE_HEADERS = [
     ("blocks", at("blocks")([{"directions": 1}]), "a block must have exactly"),
     ("blocks", at("blocks")(7), "blocks must be a list"),
     ("blocks", at("blocks")([0]), "must be a dict"),
-    ("blocks", at("pool")({"size": 8, "rounds": 0}), "blocks go with fresh directions"),
+    ("blocks", at("pool")({"size": 8, "rounds": 0}), "directions of a pool move all tensors: leave out blocks"),
 ]
 
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from importlib.util import find_spec
 from types import SimpleNamespace
 
@@ -131,7 +132,12 @@ def test_a_server_says_whom_it_waits_for(tmp_path, caplog):
 @pytest.mark.parametrize("terminal", [True, False])
 def test_a_status_that_is_watched_clears_a_terminal_and_nothing_else(tmp_path, monkeypatch, capsys, terminal):
     test_a_server_says_whom_it_waits_for(tmp_path, SimpleNamespace(messages=SAID))
-    monkeypatch.setattr("hosfl.runs.status.time.sleep", lambda seconds: signal.raise_signal(signal.SIGINT))
+
+    def interrupted(seconds):
+        raise KeyboardInterrupt
+
+    # Not the module's own `sleep`, which other threads of this process call too.
+    monkeypatch.setattr("hosfl.runs.status.time", SimpleNamespace(**vars(time) | {"sleep": interrupted}))
     monkeypatch.setattr("hosfl.runs.status.sys.stdout.isatty", lambda: terminal, raising=False)
     with pytest.raises(KeyboardInterrupt):
         show(tmp_path, watch=True)
