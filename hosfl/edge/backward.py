@@ -87,8 +87,9 @@ def _graph(of: Original, entries: Sequence[str]) -> Any:
     inputs = of.traced()
     cut = of.cut(inputs)
     auto = torch.export.Dim.AUTO
-    sizes = tuple({0: auto, **({1: auto} if of.any_length and is_text(x) else {})} for x in inputs.values())
-    of_cut = {0: auto, **({1: auto} if of.any_length and any(map(is_text, inputs.values())) else {})}
+    texts = {name for name, x in inputs.items() if of.any_length and is_text(name, x)}
+    sizes = tuple({0: auto, **({1: auto} if name in texts else {})} for name in inputs)
+    of_cut = {0: auto, **({1: auto} if texts else {})}
     product = _Product(of, entries)
     # Attention as products and a softmax, whose derivatives are such too.
     with (
@@ -217,6 +218,9 @@ def _of_convolution(
     if transposed:
         return NotImplemented
     dims = range(2, x.dim())
+    stride, padding, dilation = (  # one number is that of every dimension
+        [*sizes] * (len(dims) // len(sizes)) for sizes in (stride, padding, dilation)
+    )
     by_input = by_weight = by_bias = None
     if wanted[0]:
         reached = [(gradient.shape[d] - 1) * stride[d - 2] + dilation[d - 2] * (weight.shape[d] - 1) + 1 for d in dims]

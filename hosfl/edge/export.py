@@ -34,6 +34,7 @@ from hosfl.halves.narrow import in_their_dtype, narrow_names
 from hosfl.halves.split import as_dtype
 from hosfl.protocol.arrays import widened
 from hosfl.protocol.weights import as_file
+from hosfl.tasks.reading import TOKENS
 from hosfl_kernels import perturb_
 
 ROWS = 3  # samples that a graph is made of: a batch of one would be taken for a size that never changes
@@ -132,7 +133,7 @@ class Original:
         if rows > given:
             batches.append(resized(self.named, min(rows, MANY), self.any_length))
         if self.any_length:
-            longest = max(tokens, *(x.shape[1] for x in self.named.values() if is_text(x)), 2)
+            longest = max(tokens, *(x.shape[1] for name, x in self.named.items() if is_text(name, x)), 2)
             others = [resized(self.named, ROWS + 1, tokens=length) for length in (longest, 1)]
             batches += [inputs for inputs in others if _takes(self.half, given_as(self.sample, inputs))]
         return [*batches, resized(self.named, 1, self.any_length)]
@@ -237,23 +238,24 @@ def resized(named: Mapping[str, Tensor], rows: int, shorter: bool = False, token
     found = {}
     for name, x in named.items():
         x = x[torch.arange(rows) % len(x)]
-        if (shorter or tokens) and is_text(x):
+        if (shorter or tokens) and is_text(name, x):
             x = x[:, torch.arange(tokens or max(2, x.shape[1] - 1 - x.shape[1] // 4)) % x.shape[1]]
         found[name] = x
     mask = mask_of(found)
-    if mask is not None and is_text(mask):
+    if mask is not None and mask.dim() == 2:
         mask[~mask.bool().any(1)] = 1  # of a text that lies where no token is left
     return found
 
 
 def size_of(inputs: Mapping[str, Tensor]) -> str:
     """Of a batch, for errors."""
-    first = next(iter(inputs.values()))
-    return f"{len(first)} samples" + (f" of {first.shape[1]} tokens" if is_text(first) else "")
+    name, first = next(iter(inputs.items()))
+    return f"{len(first)} samples" + (f" of {first.shape[1]} tokens" if is_text(name, first) else "")
 
 
-def is_text(x: Tensor) -> bool:
-    return x.dim() == 2 and not x.is_floating_point()
+def is_text(name: str, x: Tensor) -> bool:
+    """Whether an input is of tokens in its second dimension."""
+    return x.dim() > 1 if name in TOKENS else x.dim() == 2 and not x.is_floating_point()
 
 
 def given_as(sample: Inputs, named: Mapping[str, Tensor]) -> Inputs:
@@ -294,7 +296,8 @@ class Positional(nn.Module):
 def graph_of(of: Original, entries: Sequence[str], kind: type[Positional] = Positional) -> Any:
     """The exporter's model, in onnxscript's representation; its outputs are those of `Positional`, or another kind."""
     inputs = of.traced()
-    sizes = tuple({0: "batch", **({1: "tokens"} if of.any_length and is_text(x) else {})} for x in inputs.values())
+    texts = {name for name, x in inputs.items() if of.any_length and is_text(name, x)}
+    sizes = tuple({0: "batch", **({1: "tokens"} if name in texts else {})} for name in inputs)
     client = kind(of, entries)
     with exporting(of.half), quiet(), in_their_dtype(of.half), Tables():
         program = torch.onnx.export(
