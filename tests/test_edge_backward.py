@@ -213,7 +213,7 @@ class Straight(nn.Module):
 
 
 def test_what_cannot_be_exported():
-    with pytest.raises(ExportError, match="torch cannot export"):
+    with pytest.raises(ExportError, match=r"torch cannot export .*, or take an estimator without a gradient"):
         exported_gradient(*pictures(nn.ConvTranspose2d(4, 2, 3)))
     with pytest.raises(ExportError, match="float16"):
         exported_gradient(nn.Linear(3, 3).half(), torch.randn(3, 3))

@@ -1104,7 +1104,7 @@ WRITERS = {
 @pytest.mark.parametrize("what", WRITERS)
 def test_a_half_that_writes_its_weights_is_refused(what):
     """Each client would have others, also where nothing of the sample is beyond the limit yet."""
-    with pytest.raises(ValueError, match="the client half writes its weights in every forward pass"):
+    with pytest.raises(ValueError, match="the client half writes its weights in a forward pass"):
         train(task(**WRITERS[what]), **QUICK, **RATES)
 
 

@@ -93,7 +93,7 @@ def _graph(of: Original, entries: Sequence[str]) -> Any:
     product = _Product(of, entries)
     # Attention as products and a softmax, whose derivatives are such too.
     with (
-        exporting(of.half),
+        exporting(of.half, ", or take an estimator without a gradient, such as one-sided"),
         quiet(),
         torch.enable_grad(),
         sdpa_kernel(SDPBackend.MATH),

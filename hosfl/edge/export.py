@@ -371,8 +371,11 @@ def _of_bags(
 
 
 @contextmanager
-def exporting(half: nn.Module) -> Iterator[None]:
-    """What torch cannot export is an ExportError: the exporter's own errors, and whatever a model raises under it."""
+def exporting(half: nn.Module, otherwise: str = "") -> Iterator[None]:
+    """What torch cannot export is an ExportError: the exporter's own errors, and whatever a model raises under it.
+
+    otherwise: what else can be done.
+    """
     try:
         yield
     except Exception as error:
@@ -382,7 +385,7 @@ def exporting(half: nn.Module) -> Iterator[None]:
         if "grouped_mm" in said:
             way = 'tell transformers\' model `set_experts_implementation("batched_mm")`'
         raise ExportError(
-            f"torch cannot export the {type(half).__name__}: {type(cause).__name__}: {said}; {way}"
+            f"torch cannot export the {type(half).__name__}: {type(cause).__name__}: {said}; {way}{otherwise}"
         ) from error
 
 

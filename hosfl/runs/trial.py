@@ -33,7 +33,7 @@ def tried(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tuple[i
         cut = cloned(call(model.client, given))  # it may be what the next pass writes
         if _weights(model.client) != before:
             raise ValueError(
-                "the client half writes its weights in every forward pass, which are then no longer everybody's: leave"
+                "the client half writes its weights in a forward pass, and they are then no longer everybody's: leave"
                 " out max_norm of an embedding, and let a layer compute with a copy, such as self.weight.clamp(0)"
             )
         if isinstance(cut, Tensor) and not cut.is_floating_point():
