@@ -954,7 +954,26 @@ def test_what_a_factor_of_zero_hides_is_compared(export):
     assert all(torch.equal(before[name], t) for name, t in half.state_dict().items())
 
 
-def test_weights_that_may_not_move_far_are_no_fault(tmp_path):
+class Looked(nn.Module):
+    """Attention to what a mask of another name shows."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(20, 6)
+
+    def forward(self, tokens, seen):
+        x = self.table(tokens)
+        return (x @ x.mT).masked_fill(seen.unsqueeze(1) == 0, -torch.inf).softmax(-1) @ x
+
+
+@pytest.mark.parametrize("export", [exported, exported_gradient])
+def test_a_shorter_text_in_which_nothing_is_left_is_no_fault(export):
+    """A half makes NaN of it, as a softmax of nothing, and no client has it: here texts end at the right."""
+    seen = (torch.arange(8) >= torch.tensor([[0], [7], [6]])).long()
+    assert export(Looked(), {"tokens": torch.arange(24).reshape(3, 8) % 20, "seen": seen})
+
+
+def test_weights_that_may_not_move_far_are_no_fault():
     """Where they have moved the half's numbers are NaN, and say nothing of the graph."""
     half = Of(lambda self, y: y + self.layer.bias.sqrt())
     nn.init.zeros_(half.layer.bias)
