@@ -85,6 +85,8 @@ WAYS = {
     "pictures, backward": {**FRESH, "estimator": "backward"},
     "pictures, blocks": {**FRESH, "blocks": 2},
     "tied, backward": {**FRESH, "estimator": "backward", "microbatch": 3},
+    "vectors": {**FRESH},
+    "vectors, backward": {**FRESH, "estimator": "backward"},
     "bytes": {**FRESH},
     "bytes, backward": {**FRESH, "estimator": "backward"},
 }
@@ -118,6 +120,31 @@ def pictures():
     return Task(model, (x, (x.sum((1, 2, 3)) > 0).long()), (x[:9], torch.arange(9) % 2), nn.functional.cross_entropy, 3)
 
 
+def vectors():
+    """Texts as vectors, one for each token."""
+    chance = torch.Generator().manual_seed(0)
+    mask = (torch.arange(12) < torch.randint(3, 10, (100, 1), generator=chance)).long()
+    x = {"inputs_embeds": torch.randn(100, 12, 5, generator=chance), "attention_mask": mask}
+    labels = (x["inputs_embeds"].sum((1, 2)) > 0).long()
+
+    class Client(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(5, 6)
+
+        def forward(self, inputs_embeds, attention_mask):
+            return torch.tanh(self.layer(inputs_embeds)) * attention_mask.unsqueeze(-1)
+
+    class Server(nn.Linear):
+        def forward(self, cut, attention_mask):
+            return super().forward(cut.sum(1))
+
+    def halves():
+        return hosfl.SplitModel(Client(), Server(6, 2))
+
+    return Task(halves, (x, labels), ({k: v[:9] for k, v in x.items()}, labels[:9]), nn.functional.cross_entropy)
+
+
 def tied():
     """One layer in two places."""
     x = torch.randn(100, 6, generator=torch.Generator().manual_seed(1))
@@ -132,7 +159,8 @@ def tied():
 def made(way, **more):
     """A federation, its task, and what it offers to clients without torch."""
     kind, settings = way.partition(",")[0], {**SETTINGS, **WAYS[way], **more}
-    task = {"texts": texts, "pictures": pictures, "bytes": bytewise, "tied": tied}.get(kind, lambda: None)()
+    tasks = {"texts": texts, "pictures": pictures, "bytes": bytewise, "tied": tied, "vectors": vectors}
+    task = tasks.get(kind, lambda: None)()
     if task is not None:
         settings |= {"task": "", "server_rate": 0.05, "client_rate": 0.1, "partition": "iid"}
     federation, task = assemble(Config(**settings), task=task)

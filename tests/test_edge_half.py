@@ -933,6 +933,55 @@ def test_an_export_that_computes_something_else_is_found_out(monkeypatch):
         exported(half, numbers())
 
 
+class Opens(nn.Module):
+    """A factor of zero lies over what a graph makes otherwise, as over the branches of many networks at their start."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm, self.gate = nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Parameter(torch.zeros(4))
+
+    def forward(self, x):
+        y = self.layer(x)
+        return self.norm(y + 64 * self.gate.square() * (1 + torch.compiler.is_exporting()))
+
+
+@pytest.mark.parametrize("export", [exported, exported_gradient, exported_statistics])
+def test_what_a_factor_of_zero_hides_is_compared(export):
+    half = Opens().eval()
+    before = copy.deepcopy(half.state_dict())
+    with pytest.raises(ExportError, match="where its weights have moved: of 3 samples numbers differ"):
+        export(half, numbers())
+    assert all(torch.equal(before[name], t) for name, t in half.state_dict().items())
+
+
+class Looked(nn.Module):
+    """Attention to what a mask of another name shows."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(20, 6)
+
+    def forward(self, tokens, seen):
+        x = self.table(tokens)
+        return (x @ x.mT).masked_fill(seen.unsqueeze(1) == 0, -torch.inf).softmax(-1) @ x
+
+
+@pytest.mark.parametrize("export", [exported, exported_gradient])
+def test_a_shorter_text_in_which_nothing_is_left_is_no_fault(export):
+    """A half makes NaN of it, as a softmax of nothing, and no client has it: here texts end at the right."""
+    seen = (torch.arange(8) >= torch.tensor([[0], [7], [6]])).long()
+    assert export(Looked(), {"tokens": torch.arange(24).reshape(3, 8) % 20, "seen": seen})
+
+
+def test_weights_that_may_not_move_far_are_no_fault():
+    """Where they have moved the half's numbers are NaN, and say nothing of the graph."""
+    half = Of(lambda self, y: y + self.layer.bias.sqrt())
+    nn.init.zeros_(half.layer.bias)
+    assert exported(half, numbers())
+    nn.init.constant_(half.layer.bias, 1 / 128)
+    assert exported_gradient(half, numbers())
+
+
 @pytest.mark.parametrize("module", ["onnx", "onnxscript"])
 def test_an_export_names_what_to_install(module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)

@@ -1072,6 +1072,42 @@ def test_a_task_that_cannot_run(what, tmp_path):
     assert not any(tmp_path.glob("run/*"))
 
 
+class Limited(nn.Linear):
+    """It limits its weights before each pass."""
+
+    def __init__(self, limit):
+        super().__init__(4, 6)
+        self.limit = limit
+
+    def forward(self, x):
+        self.limit(self.weight)
+        return super().forward(x)
+
+
+def limited(limit):
+    return {"model": (Limited(limit), nn.Linear(6, 2)), "at": None}
+
+
+class Rows(nn.Embedding):
+    def forward(self, x):
+        return super().forward(x.abs().long().clamp(max=8)).flatten(1)
+
+
+WRITERS = {
+    "an embedding": {"model": (Rows(9, 4, max_norm=100.0), nn.Linear(16, 2)), "at": None},
+    "in place": limited(lambda weight: weight.data.clamp_(0)),
+    "in place, in torch's sight": limited(torch.no_grad()(lambda weight: weight.clamp_(-9, 9))),
+    "in another place": limited(lambda weight: setattr(weight, "data", torch.renorm(weight.data, 2, 0, 100.0))),
+}
+
+
+@pytest.mark.parametrize("what", WRITERS)
+def test_a_half_that_writes_its_weights_is_refused(what):
+    """Each client would have others, also where nothing of the sample is beyond the limit yet."""
+    with pytest.raises(ValueError, match="the client half writes its weights in a forward pass"):
+        train(task(**WRITERS[what]), **QUICK, **RATES)
+
+
 def test_what_is_tried_before_the_first_round_is_what_runs():
     """Labels that a loss leaves out, integers of which no accuracy is asked, and a text without tokens: all run."""
     gone = torch.cat([torch.full((8,), -100), Y[8:]])  # which torch's cross_entropy does not count

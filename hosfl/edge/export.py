@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from hosfl.edge.half import BASE, LAYOUT, PREFIX, Half, HalfError, graph_name
+from hosfl.edge.half import BASE, LAYOUT, PREFIX, STEP, Half, HalfError, graph_name
 from hosfl.extras import needed
 from hosfl.halves.blocks import at_entry
 from hosfl.halves.families import ClientHalf, copied
@@ -32,12 +32,16 @@ from hosfl.halves.follow import CutError
 from hosfl.halves.inputs import Inputs, call, evaluating, mask_of, unchanged
 from hosfl.halves.narrow import in_their_dtype, narrow_names
 from hosfl.halves.split import as_dtype
+from hosfl.protocol.arrays import widened
 from hosfl.protocol.weights import as_file
+from hosfl.tasks.reading import TOKENS
+from hosfl_kernels import perturb_
 
 ROWS = 3  # samples that a graph is made of: a batch of one would be taken for a size that never changes
 MANY = 256  # samples of a batch on which it is tried, at most
 CONSTANTS = 1 << 20  # bytes of a graph that are no weights, at most: every client of a run fetches it
 CLOSE = 1e-4  # of the output's largest number
+MOVED = " where its weights have moved"  # for errors
 
 
 class ExportError(ValueError):
@@ -129,10 +133,23 @@ class Original:
         if rows > given:
             batches.append(resized(self.named, min(rows, MANY), self.any_length))
         if self.any_length:
-            longest = max(tokens, *(x.shape[1] for x in self.named.values() if is_text(x)), 2)
+            longest = max(tokens, *(x.shape[1] for name, x in self.named.items() if is_text(name, x)), 2)
             others = [resized(self.named, ROWS + 1, tokens=length) for length in (longest, 1)]
             batches += [inputs for inputs in others if _takes(self.half, given_as(self.sample, inputs))]
         return [*batches, resized(self.named, 1, self.any_length)]
+
+    @contextmanager
+    def elsewhere(self, tensors: Sequence[NDArray[Any]]) -> Iterator[None]:
+        """The half's weights that move, and a session's, which these are, have moved together: what lies behind a
+        factor that begins with zero, such as that of a block's branch, is seen only from there."""
+        weights = list(self.moving.values())
+        kept = [p.detach().clone() for p in weights]
+        perturb_(tensors, 0, STEP)
+        try:
+            _assign(weights, [torch.from_numpy(widened(tensor)) for tensor in tensors])
+            yield
+        finally:
+            _assign(weights, kept)
 
     @contextmanager
     def beside(self, what: str, graphs: Mapping[str, bytes]) -> Iterator[Path]:
@@ -145,6 +162,12 @@ class Original:
                 yield folder
             except HalfError as error:
                 raise ExportError(f"{what} does not run: {error}") from error
+
+
+@torch.no_grad()
+def _assign(weights: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
+    for weight, value in zip(weights, values, strict=True):
+        weight.copy_(value)
 
 
 @contextmanager
@@ -215,23 +238,24 @@ def resized(named: Mapping[str, Tensor], rows: int, shorter: bool = False, token
     found = {}
     for name, x in named.items():
         x = x[torch.arange(rows) % len(x)]
-        if (shorter or tokens) and is_text(x):
+        if (shorter or tokens) and is_text(name, x):
             x = x[:, torch.arange(tokens or max(2, x.shape[1] - 1 - x.shape[1] // 4)) % x.shape[1]]
         found[name] = x
     mask = mask_of(found)
-    if mask is not None and is_text(mask):
+    if mask is not None and mask.dim() == 2:
         mask[~mask.bool().any(1)] = 1  # of a text that lies where no token is left
     return found
 
 
 def size_of(inputs: Mapping[str, Tensor]) -> str:
     """Of a batch, for errors."""
-    first = next(iter(inputs.values()))
-    return f"{len(first)} samples" + (f" of {first.shape[1]} tokens" if is_text(first) else "")
+    name, first = next(iter(inputs.items()))
+    return f"{len(first)} samples" + (f" of {first.shape[1]} tokens" if is_text(name, first) else "")
 
 
-def is_text(x: Tensor) -> bool:
-    return x.dim() == 2 and not x.is_floating_point()
+def is_text(name: str, x: Tensor) -> bool:
+    """Whether an input is of tokens in its second dimension."""
+    return x.dim() > 1 if name in TOKENS else x.dim() == 2 and not x.is_floating_point()
 
 
 def given_as(sample: Inputs, named: Mapping[str, Tensor]) -> Inputs:
@@ -272,7 +296,8 @@ class Positional(nn.Module):
 def graph_of(of: Original, entries: Sequence[str], kind: type[Positional] = Positional) -> Any:
     """The exporter's model, in onnxscript's representation; its outputs are those of `Positional`, or another kind."""
     inputs = of.traced()
-    sizes = tuple({0: "batch", **({1: "tokens"} if of.any_length and is_text(x) else {})} for x in inputs.values())
+    texts = {name for name, x in inputs.items() if of.any_length and is_text(name, x)}
+    sizes = tuple({0: "batch", **({1: "tokens"} if name in texts else {})} for name in inputs)
     client = kind(of, entries)
     with exporting(of.half), quiet(), in_their_dtype(of.half), Tables():
         program = torch.onnx.export(
@@ -346,8 +371,11 @@ def _of_bags(
 
 
 @contextmanager
-def exporting(half: nn.Module) -> Iterator[None]:
-    """What torch cannot export is an ExportError: the exporter's own errors, and whatever a model raises under it."""
+def exporting(half: nn.Module, otherwise: str = "") -> Iterator[None]:
+    """What torch cannot export is an ExportError: the exporter's own errors, and whatever a model raises under it.
+
+    otherwise: what else can be done.
+    """
     try:
         yield
     except Exception as error:
@@ -357,7 +385,7 @@ def exporting(half: nn.Module) -> Iterator[None]:
         if "grouped_mm" in said:
             way = 'tell transformers\' model `set_experts_implementation("batched_mm")`'
         raise ExportError(
-            f"torch cannot export the {type(half).__name__}: {type(cause).__name__}: {said}; {way}"
+            f"torch cannot export the {type(half).__name__}: {type(cause).__name__}: {said}; {way}{otherwise}"
         ) from error
 
 
@@ -538,21 +566,30 @@ def _compare(
     graphs = {graph_name(number): piece for number, piece in enumerate(pieces)}
     with of.beside(f"the graph of the {of.kind}", graphs) as folder:
         run = Half(folder, list(of.moving), len(pieces), running=list(running))
+
+        def compare(inputs: Mapping[str, Tensor], where: str = "") -> None:
+            found = run({name: x.numpy() for name, x in inputs.items()})
+            if wrong := _difference(found, of.cut(inputs).numpy(), mask_of(inputs)):
+                raise ExportError(f"the graph of the {of.kind} is not the half{where}: of {size_of(inputs)} {wrong}")
+
         for inputs in batches:
-            arrays = {name: x.numpy() for name, x in inputs.items()}
-            if wrong := _difference(run(arrays), of.cut(inputs).numpy(), mask_of(inputs)):
-                raise ExportError(f"the graph of the {of.kind} is not the half: of {size_of(inputs)} {wrong}")
-        run.check(arrays)
+            compare(inputs)
+        run.check({name: x.numpy() for name, x in batches[-1].items()})
+        with of.elsewhere(run.tensors):
+            compare(batches[0], MOVED)
 
 
 def _difference(cut: NDArray[Any], wanted: NDArray[Any], mask: Tensor | None) -> str:
     """What is wrong with a graph's output, or nothing. Of padding it must be finite: what it is, nobody looks at, and
-    runtimes have their own answers to an attention that looks nowhere."""
+    runtimes have their own answers to an attention that looks nowhere. The half's own may be NaN where it looks nowhere
+    in a shorter text, or where a root's weight has moved: that says nothing of the graph."""
     if cut.shape != wanted.shape:
         return f"it makes {[*cut.shape]}, and the half {[*wanted.shape]}"
-    if not np.isfinite(cut).all():
+    known = np.isfinite(wanted)
+    if not np.isfinite(cut[known]).all():
         return "it makes infinite or NaN numbers"
     if mask is not None and cut.shape[:2] == mask.shape:
-        cut, wanted = cut[mask.numpy() != 0], wanted[mask.numpy() != 0]
+        known[mask.numpy() == 0] = False
+    cut, wanted = cut[known], wanted[known]
     apart, largest = np.abs(cut - wanted).max(initial=0), np.abs(wanted).max(initial=0)
     return "" if apart <= CLOSE * largest else f"numbers differ by {apart:.3g}, and the largest is {largest:.3g}"

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hosfl.halves.adapters import refuse_idle
 from hosfl.halves.inputs import Inputs, alike, call, cloned, described, evaluating, mask_of
@@ -28,8 +28,14 @@ def tried(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tuple[i
     """
     sample = read(data[torch.arange(min(2, len(data)))])  # a copy; two, so that a loss per sample shows
     given = cloned(sample.inputs)
+    before = _weights(model.client)
     with evaluating(model):
         cut = cloned(call(model.client, given))  # it may be what the next pass writes
+        if _weights(model.client) != before:
+            raise ValueError(
+                "the client half writes its weights in a forward pass, and they are then no longer everybody's: leave"
+                " out max_norm of an embedding, and let a layer compute with a copy, such as self.weight.clamp(0)"
+            )
         if isinstance(cut, Tensor) and not cut.is_floating_point():
             raise ValueError(
                 f"the cut is {cut.dtype}, and both halves learn from a gradient there, which only real numbers have:"
@@ -72,6 +78,12 @@ def tried(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tuple[i
         _check_place(short, cut)
     _check_sets(task, model, sample.labels.device)
     return shape, sample
+
+
+def _weights(half: nn.Module) -> list[Any]:
+    """What another list shows to have been written: by number of writes, place, and bits, as some write past torch."""
+    weights = list(half.parameters())
+    return [digest(weights), *((p._version, p.data_ptr()) for p in weights)]
 
 
 def _check_sets(task: Task, model: SplitModel, device: torch.device) -> None:
