@@ -140,6 +140,14 @@ def test_a_status_that_is_watched_clears_a_terminal_and_nothing_else(tmp_path, m
     assert ("\x1b" in shown) is terminal
 
 
+def test_a_status_does_nothing_to_a_terminal(tmp_path, capsys):
+    test_a_server_says_whom_it_waits_for(tmp_path, SimpleNamespace(messages=SAID))
+    status = json.loads((tmp_path / "status.json").read_text()) | {"refused": ["\x1b[2Jof a file\nof any"]}
+    (tmp_path / "status.json").write_text(json.dumps(status))
+    assert main(["status", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.endswith("\nrefused: ?[2Jof a file?of any\n")
+
+
 @pytest.mark.parametrize(
     "text", ["damaged", "[1]", '{"rounds": 3}', '{"last": 1, "here": [], "clients": 2, "time": 0}']
 )

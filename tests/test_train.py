@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -326,6 +327,25 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, monkeypatch, capsys, words,
         status = ended.code
     assert (status, capsys.readouterr().err) == (2, says + "\n")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("told", ["\x1b[2J\x1b]0;mine\x07\r\u202eof\tit", "x" * 100_000], ids=["escapes", "long"])
+def test_what_an_error_quotes_does_nothing_to_a_terminal(monkeypatch, capsys, told):
+    """It may be what a server or a file says."""
+
+    def command(options):
+        warnings.warn(told, stacklevel=1)
+        raise ValueError(told)
+
+    monkeypatch.setattr("hosfl.cli._command", lambda name: command)
+    with pytest.raises(SystemExit):
+        main(["status", "run"])
+    warned, said, rest = capsys.readouterr().err.split("\n")
+    assert warned == said
+    assert said.startswith("hosfl: ")
+    assert said.isprintable()
+    assert len(said) < 3000
+    assert not rest
 
 
 class Killed(BaseException):
