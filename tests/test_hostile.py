@@ -2,6 +2,8 @@
 
 import pickle
 import random
+import time
+import types
 from dataclasses import replace
 
 import pytest
@@ -322,6 +324,38 @@ def test_mutated_messages():
 @pytest.mark.slow
 def test_ten_thousand_mutated_messages():
     mutated(10_000)
+
+
+class WithMute(WithLiar):
+    """One that takes what it is asked, and says nothing until the deadline. clock: in place of the real one."""
+
+    now = 0.0
+
+    def ask(self, messages, deadline=None, enough=None):
+        replies = [Reply(reply.client, reply.data) for reply in super().ask(messages) if reply.client != LIAR]
+        if deadline <= 0:
+            replies = [Reply(reply.client, None, "late") for reply in replies]
+        yield from replies
+        if LIAR in messages:
+            self.now += deadline
+            yield Reply(LIAR, None, "late")
+
+
+def test_a_client_that_says_nothing_costs_nobody_else_a_round(monkeypatch):
+    """Nor those that come in the same round, and have to say first where they are."""
+    federation, _ = assemble(Config(**SMALL, rounds=3))
+    federation.engine = engine = WithMute(federation, None)
+    federation.deadline = 60.0
+    clock = types.SimpleNamespace(monotonic=lambda: engine.now, perf_counter=time.perf_counter)
+    monkeypatch.setattr("hosfl.runs.federation.time", clock)
+    for round in range(3):
+        before = engine.now
+        federation.round(round)
+        assert federation.took_part == [0, LAST]
+        assert federation.why == {LIAR: "late"}
+        assert engine.now - before <= 60.0
+    federation.where.clear()
+    assert federation.replicas().clients == 2 + 1  # and a newcomer
 
 
 def test_a_client_that_differs_for_ever_is_asked_a_few_times():
