@@ -1,5 +1,6 @@
 """`hosfl train` and `hosfl compare` as a user runs them."""
 
+import errno
 import json
 import math
 import os
@@ -327,6 +328,27 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, monkeypatch, capsys, words,
         status = ended.code
     assert (status, capsys.readouterr().err) == (2, says + "\n")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("name", ["base.safetensors", "config.json", "hosfl.log", "metrics.jsonl"])
+def test_a_disk_that_fails_is_said_with_the_file(name, tmp_path, monkeypatch, capsys):
+    """The system's error of a sync names none. And all that a resumed run reads is synced."""
+    sync, path = os.fsync, tmp_path / "run" / name
+
+    def fails(descriptor):
+        if any(p.exists() and os.path.samestat(p.stat(), os.fstat(descriptor)) for p in (path, Path(f"{path}.tmp"))):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fails)
+    small = ["--rounds", "1", "--clients", "1", "--sampled", "1", "--batch", "4", "--directions", "1"]
+    with pytest.raises(SystemExit) as ended:
+        sys.exit(main(["train", *small, "--out", str(path.parent)]))
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"hosfl: {path}")
+    assert said.endswith(": No space left on device\n")
+    assert said.count("\n") == 1
 
 
 @pytest.mark.parametrize("told", ["\x1b[2J\x1b]0;mine\x07\r\u202eof\tit", "x" * 100_000], ids=["escapes", "long"])
