@@ -19,7 +19,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hosfl.engines.frames import printable
+from hosfl.engines.frames import log_to_terminal, printable
 from hosfl.extras import needed
 from hosfl.interrupts import uninterrupted
 from hosfl.methods import METHODS
@@ -294,7 +294,7 @@ def _join(options: argparse.Namespace) -> int:
     file = file_of(options.data)
     if file and not options.task and not Path(file).exists():  # a task of one's own may take anything
         raise ValueError(f"--data: there is no {file}")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    log_to_terminal(logging.INFO)
     with Ending(f"client {member.client} of run {member.run}") as line:
         try:
             line.line = nats.NatsLine(f"tls://{member.address}", member.run, member.client, member.context())
