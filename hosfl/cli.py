@@ -19,6 +19,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from hosfl.engines.frames import log_to_terminal, printable
 from hosfl.extras import needed
 from hosfl.interrupts import uninterrupted
 from hosfl.methods import METHODS
@@ -30,6 +31,7 @@ from hosfl.tasks import TASKS
 TYPES: dict[str, Callable[[str], Any]] = {"str": str, "int": int, "float": float, "float | None": float}
 WITH_TORCH = {"task": "", "method": "", "model": "", "device": "cpu"}  # options of hosfl join
 WRITING = ("train", "compare", "simulate", "serve", "study")  # commands whose results come bit by bit
+LONGEST_LINE = 2000  # characters of an error
 KNOWN = {"tasks": ", ".join(TASKS), "methods": ", ".join(METHODS)}
 
 
@@ -292,7 +294,7 @@ def _join(options: argparse.Namespace) -> int:
     file = file_of(options.data)
     if file and not options.task and not Path(file).exists():  # a task of one's own may take anything
         raise ValueError(f"--data: there is no {file}")
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    log_to_terminal(logging.INFO)
     with Ending(f"client {member.client} of run {member.run}") as line:
         try:
             line.line = nats.NatsLine(f"tls://{member.address}", member.run, member.client, member.context())
@@ -360,7 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _read(arguments)
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *where, **more: print(f"hosfl: {message}", file=sys.stderr)
+            warnings.showwarning = lambda message, *where, **more: _say(str(message))
             with uninterrupted():  # an import that is broken off leaves half a module behind
                 command = _command(options.command)
             lost = "; what came after the last snapshot or result is lost" * (options.command in WRITING)
@@ -377,7 +379,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         status = _told(error)
         if status is None:
-            print(f"hosfl: {_words(error)}", file=sys.stderr)
+            _say(_words(error))
             sys.exit(2)
         return status
 
@@ -420,7 +422,7 @@ def _told(error: Exception) -> int | None:
         case LogError() | EngineError() | JoinError() | NothingLearnt():
             status = 1
         case LatticeError() | Diverged():
-            print(f"hosfl: the run diverged: {_words(error)}", file=sys.stderr)
+            _say(f"the run diverged: {_words(error)}")
             return 1
         case ValueError() | FileExistsError() | ImportError():
             return None
@@ -430,17 +432,23 @@ def _told(error: Exception) -> int | None:
             status = 2
         case _:
             raise error
-    print(f"hosfl: {_words(error)}", file=sys.stderr)
+    _say(_words(error))
     return status
 
 
 def _words(error: Exception) -> str:
-    """What an error says, in one line. Of the system's own: which file, and what is wrong with it."""
+    """What an error says. Of the system's own: which file, and what is wrong with it."""
     if isinstance(error, OSError) and error.filename is not None:
         if isinstance(error, FileExistsError):
             return f"{error.filename} is a file, and a folder is needed: name another"
         return f"{error.filename}: {error.strerror}"
-    return re.sub(r"\s*\n\s*", " ", str(error).strip())
+    return str(error)
+
+
+def _say(text: str) -> None:
+    """One line on the terminal. What an error quotes may be somebody else's: a file's, or a server's."""
+    line = printable(re.sub(r"\s*[\n\r\t]\s*", " ", text.strip()))
+    print(f"hosfl: {line[:LONGEST_LINE]}{' ...' * (len(line) > LONGEST_LINE)}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hosfl.engines.engine import Engine
+from hosfl.engines.frames import log_to_terminal
 from hosfl.extras import needed
 from hosfl.files import write_json
 from hosfl.halves.families import skeleton
@@ -145,7 +146,7 @@ def _serve(options: argparse.Namespace) -> int:
             f"the run in {out} has {config.clients} clients, the federation only {len(roster.clients)}: add the others"
             " by hosfl federation add"
         )
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    log_to_terminal(logging.WARNING)
     conf = options.broker or options.server.parent / "broker" / "nats.conf"
     if options.broker is not None or conf.exists():
         federation.check_permissions(conf, roster)

@@ -7,6 +7,8 @@ import json
 import math
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import IO, Any
@@ -15,6 +17,17 @@ try:
     import fcntl
 except ImportError:  # Windows: no lock
     fcntl = None  # type: ignore[assignment]
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """An OSError of the block names this file, if it names none: those of writing and syncing do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 def write_atomically(path: Path, data: bytes, private: bool = False) -> None:
@@ -32,7 +45,7 @@ def write_atomically(path: Path, data: bytes, private: bool = False) -> None:
     if mode is not None and stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, "this is a folder: name a file in it", str(path))
     if mode is not None and not stat.S_ISREG(mode):
-        with path.open("wb") as file:
+        with naming(path), path.open("wb") as file:
             file.write(data)
         return
     path = Path(os.path.realpath(path))
@@ -41,7 +54,7 @@ def write_atomically(path: Path, data: bytes, private: bool = False) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.unlink(missing_ok=True)  # of a writer that was killed
     try:
-        with open(temporary, "xb", opener=partial(os.open, mode=0o600 if private else 0o666)) as file:
+        with naming(path), open(temporary, "xb", opener=partial(os.open, mode=0o600 if private else 0o666)) as file:
             if mode is not None and not private:
                 temporary.chmod(stat.S_IMODE(mode))
             file.write(data)

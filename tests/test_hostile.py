@@ -2,6 +2,8 @@
 
 import pickle
 import random
+import time
+import types
 from dataclasses import replace
 
 import pytest
@@ -11,13 +13,17 @@ from torch import nn
 from hosfl import Task
 from hosfl.engines.engine import Reply
 from hosfl.engines.in_process import InProcess
+from hosfl.methods.state import pack_optimizer
 from hosfl.methods.tensors import decoded
 from hosfl.protocol.messages import (
+    LONGEST_TEXT,
     Audited,
     Complaint,
     Cut,
+    Gradient,
     Hello,
     Invitation,
+    ProbedCut,
     Refusal,
     Scalars,
     Statistics,
@@ -201,6 +207,52 @@ def test_labels_of_which_no_loss_can_be_made_are_refused(loss, way):
     assert all(what.isprintable() and f"client {LIAR}: nothing can be learnt" in what for what in server.refused)
 
 
+def far_out(ask, honest):
+    """Finite, and so are the gradients; their squares are not."""
+    said = decoded(honest)
+    if isinstance(said, ProbedCut):
+        far = torch.arange(1.0, 1 + len(said.displaced)).view(-1, *[1] * said.cut.dim())
+        said = replace(said, displaced=said.displaced.sign() * 1e30 * far)
+    if isinstance(said, Gradient):
+        said = replace(said, gradient=torch.full_like(said.gradient, 1e25))
+    if isinstance(said, Cut):  # all samples alike, half of which are far from their labels then
+        said = replace(said, cut=torch.full_like(said.cut, 1e30), labels=torch.arange(len(said.labels)).int() % 2)
+    return encode(said)
+
+
+@pytest.mark.parametrize("way", [*WAYS, "first-order"])
+def test_what_would_stop_an_optimizer_for_good_is_refused(way):
+    """AdamW divides by the root of a mean of squares, which stays infinite once it is: the weight never moves again."""
+    unread = {name: getattr(Config(), name) for name in ("directions", "directions_from")}
+    settings = WAYS.get(way, {"method": way, **unread})
+    x = torch.randn(60, 4, generator=torch.Generator().manual_seed(0))
+    y = (x.sum(1) > 0).long()
+    net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
+    task = Task(net, (x, y), (x, y), cross_entropy, at=2)
+    found = outcome(3, far_out, task, **settings)
+    if way == "grouped":  # the others of a pass are taken again, and differ by rounding
+        assert found[0].server.refusals == 3
+    else:
+        assert same(found, outcome(3, None, task, **settings))
+    moments, _ = pack_optimizer(found[0].server.optimizer)
+    assert moments
+    assert all(torch.isfinite(moment).all() for moment in moments.values())
+
+
+def test_a_complaint_is_cut_to_what_the_other_side_lets_it_be():
+    """The last thousand are kept, and ten go into the status."""
+
+    def lie(ask, honest):
+        text = torch.full((federation.server.largest_message - 100,), ord("x"), dtype=torch.uint8)
+        return encode(Complaint(client=LIAR, round=0, text=text))
+
+    federation, _ = assemble(Config(**SMALL, rounds=1))
+    federation.engine = WithLiar(federation, lie)
+    assert federation.server.largest_message > 2 * LONGEST_TEXT
+    federation.round(0)
+    assert federation.complained == [f"client {LIAR}: {LONGEST_TEXT * 'x'}"]
+
+
 def scalars_that_are_none(ask, honest):
     said = decoded(honest)
     return encode(replace(said, scalars=said.scalars * float("nan"))) if isinstance(said, Scalars) else honest
@@ -272,6 +324,38 @@ def test_mutated_messages():
 @pytest.mark.slow
 def test_ten_thousand_mutated_messages():
     mutated(10_000)
+
+
+class WithMute(WithLiar):
+    """One that takes what it is asked, and says nothing until the deadline. clock: in place of the real one."""
+
+    now = 0.0
+
+    def ask(self, messages, deadline=None, enough=None):
+        replies = [Reply(reply.client, reply.data) for reply in super().ask(messages) if reply.client != LIAR]
+        if deadline <= 0:
+            replies = [Reply(reply.client, None, "late") for reply in replies]
+        yield from replies
+        if LIAR in messages:
+            self.now += deadline
+            yield Reply(LIAR, None, "late")
+
+
+def test_a_client_that_says_nothing_costs_nobody_else_a_round(monkeypatch):
+    """Nor those that come in the same round, and have to say first where they are."""
+    federation, _ = assemble(Config(**SMALL, rounds=3))
+    federation.engine = engine = WithMute(federation, None)
+    federation.deadline = 60.0
+    clock = types.SimpleNamespace(monotonic=lambda: engine.now, perf_counter=time.perf_counter)
+    monkeypatch.setattr("hosfl.runs.federation.time", clock)
+    for round in range(3):
+        before = engine.now
+        federation.round(round)
+        assert federation.took_part == [0, LAST]
+        assert federation.why == {LIAR: "late"}
+        assert engine.now - before <= 60.0
+    federation.where.clear()
+    assert federation.replicas().clients == 2 + 1  # and a newcomer
 
 
 def test_a_client_that_differs_for_ever_is_asked_a_few_times():

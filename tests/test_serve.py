@@ -1,6 +1,7 @@
 """`hosfl serve` and `hosfl join`, as an operator and device owners type them."""
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -23,6 +24,7 @@ from test_join import SIGNS, Elsewhere
 
 from hosfl import Config, train
 from hosfl.cli import main
+from hosfl.engines.frames import log_to_terminal
 from hosfl.engines.nats_line import NatsLine
 from hosfl.engines.nats_server import NatsEngine
 from hosfl.runs.assemble import assemble
@@ -144,6 +146,27 @@ def test_a_status_that_is_watched_clears_a_terminal_and_nothing_else(tmp_path, m
     shown = capsys.readouterr().out
     assert shown.endswith("waiting until at least 2 are here\n0.0 MB; no answer 0 times\n")
     assert ("\x1b" in shown) is terminal
+
+
+def test_a_log_does_nothing_to_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(logging, "root", logging.RootLogger(logging.WARNING))
+    log_to_terminal(logging.WARNING)
+    try:
+        raise ValueError("a graph's node \x1b[2J")
+    except ValueError:
+        logging.root.exception("it failed\r")
+    said = capsys.readouterr().err
+    assert said.splitlines()[0].endswith(" it failed?")
+    assert said.endswith("\nValueError: a graph's node ?[2J\n")
+    assert "Traceback" in said
+
+
+def test_a_status_does_nothing_to_a_terminal(tmp_path, capsys):
+    test_a_server_says_whom_it_waits_for(tmp_path, SimpleNamespace(messages=SAID))
+    status = json.loads((tmp_path / "status.json").read_text()) | {"refused": ["\x1b[2Jof a file\nof any"]}
+    (tmp_path / "status.json").write_text(json.dumps(status))
+    assert main(["status", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.endswith("\nrefused: ?[2Jof a file?of any\n")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """`hosfl train` and `hosfl compare` as a user runs them."""
 
+import errno
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -326,6 +328,46 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, monkeypatch, capsys, words,
         status = ended.code
     assert (status, capsys.readouterr().err) == (2, says + "\n")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("name", ["base.safetensors", "config.json", "hosfl.log", "metrics.jsonl"])
+def test_a_disk_that_fails_is_said_with_the_file(name, tmp_path, monkeypatch, capsys):
+    """The system's error of a sync names none. And all that a resumed run reads is synced."""
+    sync, path = os.fsync, tmp_path / "run" / name
+
+    def fails(descriptor):
+        if any(p.exists() and os.path.samestat(p.stat(), os.fstat(descriptor)) for p in (path, Path(f"{path}.tmp"))):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fails)
+    small = ["--rounds", "1", "--clients", "1", "--sampled", "1", "--batch", "4", "--directions", "1"]
+    with pytest.raises(SystemExit) as ended:
+        sys.exit(main(["train", *small, "--out", str(path.parent)]))
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"hosfl: {path}")
+    assert said.endswith(": No space left on device\n")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("told", ["\x1b[2J\x1b]0;mine\x07\r\u202eof\tit", "x" * 100_000], ids=["escapes", "long"])
+def test_what_an_error_quotes_does_nothing_to_a_terminal(monkeypatch, capsys, told):
+    """It may be what a server or a file says."""
+
+    def command(options):
+        warnings.warn(told, stacklevel=1)
+        raise ValueError(told)
+
+    monkeypatch.setattr("hosfl.cli._command", lambda name: command)
+    with pytest.raises(SystemExit):
+        main(["status", "run"])
+    warned, said, rest = capsys.readouterr().err.split("\n")
+    assert warned == said
+    assert said.startswith("hosfl: ")
+    assert said.isprintable()
+    assert len(said) < 3000
+    assert not rest
 
 
 class Killed(BaseException):

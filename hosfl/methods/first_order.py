@@ -22,6 +22,7 @@ from hosfl.methods.gathered import shrinking
 from hosfl.methods.ledger import Ledger, Rate, State, WholeWeights, descend, load_vector, make_optimizer, step_size
 from hosfl.methods.method import LEARNS, MULTIPLIERS, Method, Way
 from hosfl.methods.state import pack_optimizer, part, prefixed, unpack_optimizer
+from hosfl.methods.tensors import LONGEST, usable
 from hosfl.probing.probe import trainable
 from hosfl.protocol.aggregate import Aggregation, RunningLength, weighted_mean
 from hosfl.protocol.messages import (
@@ -120,8 +121,8 @@ class GradientAverage(WholeWeights):
         """Raises MessageError for a gradient that cannot be averaged."""
         if message.gradient.shape != self.weights.shape:
             raise MessageError(f"{len(message.gradient)} gradient elements for {len(self.weights)} weights")
-        if not torch.isfinite(message.gradient).all():
-            raise MessageError("infinite or NaN gradient")
+        if not usable([message.gradient]):
+            raise MessageError(f"a gradient that is infinite or NaN, or longer than {LONGEST:g}")
 
     def commit(self, round: int, answers: Sequence[Gradient], weights: Sequence[float]) -> None:
         """One step of the optimizer with the averaged gradient."""

@@ -19,7 +19,7 @@ from hosfl.halves.inputs import evaluating
 from hosfl.halves.split import dtype_of
 from hosfl.methods.gathered import SHARES, Summed
 from hosfl.methods.server import Server, computing, handed
-from hosfl.methods.tensors import all_true
+from hosfl.methods.tensors import all_true, usable
 from hosfl.protocol.messages import Cut, Message, MessageError
 
 TRIED = 4  # samples that a half is tried with
@@ -123,8 +123,8 @@ class GroupedServer(Server):
         weights = torch.tensor([share / size for share, size in zip(shares, sizes, strict=True)])
         found, *gradients = self._gradients(total, output, cut, weights.repeat_interleave(torch.tensor(sizes)))
         multipliers = [m / share for m, share in zip(found.split(sizes), shares, strict=True)]
-        if not all_true(torch.isfinite(t).all() for t in (losses, *multipliers, *gradients) if t is not None):
-            raise MessageError("cuts of which a loss or a gradient is infinite or NaN")
+        if not (all_true(torch.isfinite(t).all() for t in (losses, *multipliers)) and usable(gradients)):
+            raise MessageError("cuts of which a loss or a gradient is infinite or NaN, or too long")
         self._gathered.add_sum(gradients, sum(shares))
         if self._pads:
             multipliers = [m[:, : c.cut.shape[1]] for m, c in zip(multipliers, cuts, strict=True)]

@@ -16,7 +16,7 @@ from hosfl.methods.client import Passes, no_passes
 from hosfl.methods.gathered import Kept, Pieces, gathered, shrinking
 from hosfl.methods.ledger import Ledger, Rate, State
 from hosfl.methods.state import pack_optimizer, part, prefixed, unpack_optimizer
-from hosfl.methods.tensors import all_true, decoded
+from hosfl.methods.tensors import LONGEST, all_true, decoded, usable
 from hosfl.methods.travel import packed, unpacked
 from hosfl.protocol.aggregate import Aggregation, weighted_mean
 from hosfl.protocol.messages import (
@@ -387,8 +387,11 @@ class Server:
                 self.passes["server forward"] += len(cut)
                 self.passes["server backward"] += len(cut)
                 multiplier, *gradients = self._gradients(loss, output, cut, torch.ones(len(cut)))
-            if not all_true(torch.isfinite(t).all() for t in (loss, multiplier, *gradients) if t is not None):
-                raise MessageError(f"a cut whose loss is {loss.item():g}, or whose gradients are infinite or NaN")
+            if not (all_true(torch.isfinite(t).all() for t in (loss, multiplier)) and usable(gradients)):
+                raise MessageError(
+                    f"a cut whose loss is {loss.item():g}, or whose gradients are infinite or NaN, or longer than"
+                    f" {LONGEST:g}"
+                )
             if not all_true((b.isfinite() == was.isfinite()).all() for b, was in zip(buffers, before, strict=True)):
                 raise MessageError("a cut that makes the half's running statistics infinite or NaN")
         except MessageError:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from hosfl.protocol.messages import LARGEST_MESSAGE, AnyMessage, Message, decode
 
+LONGEST = 1e18  # of a gradient; float32 holds the square of 18 times as much
+
 
 def tensor(array: Any) -> Tensor:
     """numpy's array as a tensor that shares its memory; uint16 is bfloat16's bits."""
@@ -34,6 +36,12 @@ def with_tensors(message: AnyMessage) -> AnyMessage:
 def decoded(data: bytes, largest: int = LARGEST_MESSAGE) -> Message:
     """The message of bytes from the wire, its arrays as tensors. Raises MessageError."""
     return with_tensors(decode(data, largest))
+
+
+def usable(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether gradients, on one device, are finite, and their squares too: an optimizer that keeps an infinite mean of
+    squares never moves a weight again."""
+    return all_true(torch.linalg.vector_norm(t.float()) < LONGEST for t in tensors if t is not None)
 
 
 def all_true(flags: Iterable[Tensor]) -> bool:

@@ -19,6 +19,7 @@ from hosfl.methods.ledger import SeedReplay
 from hosfl.methods.losses import LossServer, moved_outputs, slopes
 from hosfl.methods.method import PROBES, Way
 from hosfl.methods.server import Server
+from hosfl.methods.tensors import usable
 from hosfl.probing.displaced import Displacement
 from hosfl.probing.probe import trainable
 from hosfl.protocol.aggregate import clip_to_norm
@@ -91,8 +92,10 @@ class ZerothOrderServer(LossServer):
         assert isinstance(self.ledger, SeedReplay)
         base, *rest = self._losses(message, [message.cut, *message.displaced])
         scalars = slopes(torch.stack(rest), base, self.ledger.mirror.mu, self.two_sided).float()
+        if not torch.isfinite(scalars).all():
+            raise MessageError("displaced cuts whose losses differ by infinite or NaN slopes")
         if not self._estimate(message):
-            raise MessageError("a cut whose losses at moved weights are infinite or NaN")
+            raise MessageError("a cut whose losses at moved weights are infinite or NaN, or too far apart")
         self._heard.append(message)
         self._measured.append(Scalars(client=message.client, round=round, epoch=self.epoch, scalars=scalars))
         return None, float(base)
@@ -111,6 +114,8 @@ class ZerothOrderServer(LossServer):
         except MessageError:
             return False
         found = [slopes(torch.stack(rest), base, self.mu, self.two_sided)]
+        if not usable(found):
+            return False
         if self.clip is not None:
             size = sum(p.numel() for p in parameters)
             found = clip_to_norm(found, self.clip, np.full(self.directions, size / self.directions**2))

@@ -38,7 +38,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from hosfl.files import locked, sync_folder
+from hosfl.files import locked, naming, sync_folder
 from hosfl.protocol.header import Header, LogError, check_integer, decode_header, encode_header
 from hosfl.protocol.records import FIELDS, History, Record, RoundRecord, decode_record, encode_record
 
@@ -211,8 +211,9 @@ class Log:
         file = io.FileIO(path, "x+")
         try:
             _lock(file)
-            _write(file, data, 0)
-            os.fsync(file.fileno())
+            with naming(path):
+                _write(file, data, 0)
+                os.fsync(file.fileno())
             sync_folder(path.parent)
             return cls(path, _parse(data), file, sync)
         except BaseException:
@@ -264,7 +265,8 @@ class Log:
         running = _advance(self._running, payload)
         frame = _frame(payload + running[:CHAIN])
         try:
-            _write(file, frame, self._nbytes)
+            with naming(self.path):
+                _write(file, frame, self._nbytes)
             self._unsynced += 1
             if self._interval and self._unsynced >= self._interval:
                 self.flush()
@@ -311,7 +313,8 @@ class Log:
         if self._file is None:
             return
         try:
-            os.fsync(self._file.fileno())
+            with naming(self.path):
+                os.fsync(self._file.fileno())
         except OSError as error:
             self._refusal = f"could not be synced ({error}): open it again"
             raise

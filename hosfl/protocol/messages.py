@@ -338,8 +338,8 @@ def text_array(text: str) -> Array:
 
 
 def text_of(message: Complaint | Refusal) -> str:
-    """The reason in a message, of whatever bytes. Nobody has made it fit for a log."""
-    return bytes(bits(message.text)).decode(errors="replace")
+    """The reason in a message, of whatever bytes, cut as in `text_array`. Nobody has made it fit for a log."""
+    return bytes(bits(message.text[:LONGEST_TEXT])).decode(errors="replace")
 
 
 def encode(message: Message) -> bytes:

@@ -49,6 +49,7 @@ from hosfl.protocol.provenance import Provenance, new_id, open_log
 from hosfl.settings import Settings
 
 TRIES = 3  # asks for one cut: a client that is elsewhere, and one that then finds its half wrong, are asked again
+TO_SAY_WHERE = 0.25  # of the deadline: for those of whom the server does not know where they are
 AT_ONCE = 16  # clients whose halves are audited together
 log = logging.getLogger("hosfl.federation")
 
@@ -222,9 +223,10 @@ class Federation:
         ends, found = self._ends(), dict[int, Message]()
         asks = {n: self._news(n) for n in clients}
         if self.server.ledger is not None:
-            # Where a client is, it says at once: nobody who computes is waited for meanwhile.
+            # Where a client is, it says at once: nobody who computes is waited for meanwhile. One that says nothing
+            # leaves the others most of their time.
             unknown = {n: asks.pop(n) for n in clients if n not in self.where}
-            asks |= self._ask(what, round, unknown, ends, found, order)
+            asks |= self._ask(what, round, unknown, self._ends(TO_SAY_WHERE), found, order)
         for _ in range(TRIES):
             asks = self._ask(what, round, asks, ends, found, order)
         if order is not None:
@@ -344,8 +346,8 @@ class Federation:
         news = self.server.welcome(Hello(client=client, round=round, epoch=epoch), said=False)
         return [] if news is None else [news]
 
-    def _ends(self) -> float | None:
-        return None if self.deadline is None else time.monotonic() + self.deadline
+    def _ends(self, share: float = 1.0) -> float | None:
+        return None if self.deadline is None else time.monotonic() + share * self.deadline
 
     def _complain(self, client: int, what: str) -> None:
         self.complaints += 1

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from hosfl.extras import needed
-from hosfl.files import FolderLock, finite, write_atomically, write_json
+from hosfl.files import FolderLock, finite, naming, write_atomically, write_json
 from hosfl.protocol.provenance import Provenance, ProvenanceError
 from hosfl.runs.checkpoint import RUN_FILES, check_free, save_config
 from hosfl.runs.federation import Replicas
@@ -330,8 +330,10 @@ class Writer:
 
     def add(self, evaluation: Evaluation) -> Evaluation:
         if self.metrics is not None:
-            self.metrics.write(self._line(evaluation))
-            self.metrics.flush()
+            with naming(self.metrics.name):
+                self.metrics.write(self._line(evaluation))
+                self.metrics.flush()
+                os.fsync(self.metrics.fileno())  # a snapshot that survives a power cut has its evaluations beside it
         if self.board is not None:
             self.board.evaluation(evaluation)
         return evaluation

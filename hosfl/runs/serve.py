@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map_only
 from hosfl.engines.engine import Engine
 from hosfl.engines.joining import FORMAT
 from hosfl.extras import needed
-from hosfl.files import finite, write_json
+from hosfl.files import finite, naming, write_json
 from hosfl.methods import calibration
 from hosfl.methods.client import digested
 from hosfl.methods.ho import ZerothOrderClient
@@ -226,7 +226,7 @@ class Events:
 
 def _add_line(path: Path, line: bytes) -> None:
     """To a file of lines, of which a kill may have cut the last one."""
-    with path.open("a+b") as file:
+    with naming(path), path.open("a+b") as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)
             if file.read() != b"\n":

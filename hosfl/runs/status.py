@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from hosfl.engines.frames import printable
+
 STALE = 15.0  # seconds without a word, after which the server may not be running
 
 
@@ -47,7 +49,7 @@ def lines(status: dict[str, Any], now: float) -> list[str]:
     told.append(f"{sum(status['bytes'].values()) / 1e6:.1f} MB; no answer {status['missing']} times")
     told += [f"refused: {reason}" for reason in status["refused"]]
     told += [f"complaint: {reason}" for reason in status["complaints"]]
-    return told
+    return [printable(line) for line in told]  # of whatever a file holds
 
 
 def _numbers(clients: list[int]) -> str:
