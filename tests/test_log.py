@@ -390,6 +390,7 @@ BAD_PARAMETERS = [
     ({"stream": 2**32}, "parameter '0.weight': stream must"),
     ({"shape": 3}, "shape must"),
     ({"shape": [3, -1]}, "a size in shape must"),
+    ({"shape": [2**62] * 300}, "no tensor has as many elements as one of shape"),
     ({"dtype": "float64"}, "dtype must"),
     ({"factor": 0.3}, "factor must be a power of two"),
     ({"factor": -1.0}, "factor must be a power of two"),

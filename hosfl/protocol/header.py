@@ -133,6 +133,8 @@ class Parameter:
         if not isinstance(self.tied, (tuple, list)):
             raise LogError(f"{what}: tied must be a tuple of names, not {reprlib.repr(self.tied)}")
         shape = tuple(check_integer(size, f"{what}: a size in shape", 0, 2**63 - 1) for size in self.shape)
+        if math.prod(shape) >= 2**63:
+            raise LogError(f"{what}: no tensor has as many elements as one of shape {reprlib.repr(shape)}")
         set_fields(
             self,
             stream=check_integer(self.stream, f"{what}: stream", 0, 2**32 - 1),
