@@ -90,7 +90,7 @@ HALVES = {
         nn.MaxPool2d(2),
     ),
     "padding by name": lambda: pictures(
-        nn.Conv2d(4, 3, (3, 2), padding="same"), nn.Tanh(), nn.Conv2d(3, 2, 2, padding="valid")
+        nn.Conv2d(4, 3, (3, 1), padding="same"), nn.Tanh(), nn.Conv2d(3, 2, 2, padding="valid")
     ),
     "of one dimension": lambda: (nn.Sequential(nn.Conv1d(4, 3, 3, stride=2), nn.GELU()), torch.randn(3, 4, 9)),
     "layer norm": lambda: (nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Softmax(-1)), torch.randn(3, 6)),
