@@ -19,7 +19,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hosfl.engines.frames import log_to_terminal, printable
 from hosfl.extras import needed
 from hosfl.interrupts import uninterrupted
 from hosfl.methods import METHODS
@@ -27,6 +26,7 @@ from hosfl.named import file_of
 from hosfl.runs.faults import Faults
 from hosfl.settings import CONCERNS, PRESETS
 from hosfl.tasks import TASKS
+from hosfl.terminal import log_to_terminal, printable
 
 TYPES: dict[str, Callable[[str], Any]] = {"str": str, "int": int, "float": float, "float | None": float}
 WITH_TORCH = {"task": "", "method": "", "model": "", "device": "cpu"}  # options of hosfl join

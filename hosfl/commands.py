@@ -27,7 +27,6 @@ from rich.table import Table
 from rich.text import Text
 
 from hosfl.engines.engine import Engine
-from hosfl.engines.frames import log_to_terminal
 from hosfl.extras import needed
 from hosfl.files import write_json
 from hosfl.halves.families import skeleton
@@ -50,6 +49,7 @@ from hosfl.studies.compare import compare, print_table
 from hosfl.studies.page import report
 from hosfl.studies.run import State, run_study
 from hosfl.studies.study import load_study
+from hosfl.terminal import log_to_terminal
 
 SHOWN = (
     *("accuracy", "loss", "clients", "visits", "states", "empty", "lost", "late", "damaged", "refusals", "complaints"),

@@ -24,7 +24,6 @@ from test_join import SIGNS, Elsewhere
 
 from hosfl import Config, train
 from hosfl.cli import main
-from hosfl.engines.frames import log_to_terminal
 from hosfl.engines.nats_line import NatsLine
 from hosfl.engines.nats_server import NatsEngine
 from hosfl.runs.assemble import assemble
@@ -32,6 +31,7 @@ from hosfl.runs.checkpoint import load_config
 from hosfl.runs.join import join
 from hosfl.runs.serve import Events, Over, offered
 from hosfl.runs.status import show
+from hosfl.terminal import log_to_terminal
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ broken connection the receiver wants what it lacks.
 
 from __future__ import annotations
 
-import logging
 import struct
 import zlib
 from collections.abc import Callable
@@ -192,25 +191,6 @@ def _text(tail: memoryview) -> str:
         return bytes(tail).decode()
     except UnicodeDecodeError:
         raise FrameError("a text that is not UTF-8") from None
-
-
-def printable(text: str) -> str:
-    """A text of somebody else's, fit for a log: on one line."""
-    return "".join(c if c.isprintable() else "?" for c in text)
-
-
-class _Lines(logging.Formatter):
-    """Tracebacks as well, whose errors may quote what a server or a client made."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return "\n".join(map(printable, super().format(record).split("\n")))
-
-
-def log_to_terminal(level: int) -> None:
-    """Lines with their time on stderr, of which none does anything to a terminal."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(_Lines("%(asctime)s %(message)s"))
-    logging.basicConfig(level=level, handlers=[handler])
 
 
 @dataclass

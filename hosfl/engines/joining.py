@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from hosfl.engines.engine import JoinError, Line
-from hosfl.engines.frames import printable
 from hosfl.files import FolderLock, write_atomically
 from hosfl.protocol.arrays import Array, is_tensor
 from hosfl.protocol.endpoint import AnotherRun, Answers, Endpoint
@@ -30,6 +29,7 @@ from hosfl.protocol.replica import Replica
 from hosfl.protocol.terms import Measures
 from hosfl.protocol.weights import Weights, as_file
 from hosfl.tasks.reading import DataError
+from hosfl.terminal import printable
 
 FORMAT = 4  # of what is offered
 SAVED_EVERY = 60.0  # seconds: what was applied since is replayed

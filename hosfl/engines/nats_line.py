@@ -31,9 +31,9 @@ from hosfl.engines.frames import (
     begin,
     decode,
     encode,
-    printable,
 )
 from hosfl.engines.nats import MOST, STALLED, TWO, Notes, check_line, log
+from hosfl.terminal import printable
 
 SILENT = 3.0  # seconds without a ping, after which a client says that it is here: a server pings those of its run alone
 ANEW = 1.0  # seconds without an answer, after which a file is asked for again

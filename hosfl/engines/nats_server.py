@@ -32,9 +32,9 @@ from hosfl.engines.frames import (
     begin,
     decode,
     encode,
-    printable,
 )
 from hosfl.engines.nats import MOST, STALLED, TWO, Notes, check_line, log
+from hosfl.terminal import printable
 
 LARGEST = 64 * 1024 * 1024 + 64 * 1024  # bytes of a reply, where nobody says what the run's are: 64 MB, and a frame
 ALL_WINDOWS = 4 * WINDOW  # bytes on their way to the server; a broker cuts who lets 64 MB lie

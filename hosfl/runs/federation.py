@@ -21,7 +21,6 @@ from numpy.typing import NDArray
 from torch import nn
 
 from hosfl.engines.engine import Engine, Reply
-from hosfl.engines.frames import printable
 from hosfl.engines.in_process import InProcess
 from hosfl.halves.split import Joined, SplitModel
 from hosfl.methods import calibration
@@ -47,6 +46,7 @@ from hosfl.protocol.messages import (
 )
 from hosfl.protocol.provenance import Provenance, new_id, open_log
 from hosfl.settings import Settings
+from hosfl.terminal import printable
 
 TRIES = 3  # asks for one cut: a client that is elsewhere, and one that then finds its half wrong, are asked again
 TO_SAY_WHERE = 0.25  # of the deadline: for those of whom the server does not know where they are

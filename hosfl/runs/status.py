@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from hosfl.engines.frames import printable
+from hosfl.terminal import printable
 
 STALE = 15.0  # seconds without a word, after which the server may not be running
 
