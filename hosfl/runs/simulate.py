@@ -217,9 +217,8 @@ class Crowd(Federation):
     faults: Faults = field(default_factory=Faults)
     states: dict[Key, State] = field(default_factory=dict, init=False)
     calibrated: set[int] = field(default_factory=set, init=False)
-    held: dict[int, tuple[Key, int, int]] = field(
-        default_factory=dict, init=False
-    )  # client: state, rounds applied, epoch
+    # client: state, rounds applied, epoch
+    held: dict[int, tuple[Key, int, int]] = field(default_factory=dict, init=False)
     away: dict[int, int] = field(default_factory=dict, init=False)  # client: the round in which it comes back
     deaths: int = field(default=0, init=False)
     most_states: int = field(default=0, init=False)
