@@ -620,7 +620,7 @@ def test_the_pool_is_adam_on_its_coefficients(kind):
         before = [float(c.detach()) for c in step.coefficients]
         row, rate = step(round, weighted_mean([round_scalars(round)], [1.0]), on(lattice))
         assert step.generation == round // POOL.rounds
-        assert made.run.pool.measured(round, DIRECTIONS) == measured
+        assert made.run.pool.measured(round, DIRECTIONS).tolist() == measured
         now = [float(c.detach()) for c in step.coefficients]
         assert now == pytest.approx(expected, rel=1e-9, abs=1e-12)
         if round % POOL.rounds:
@@ -708,7 +708,7 @@ def test_pools_that_cannot_be():
     with pytest.raises(ValueError, match="pool of 3"):
         replace(small("pool").run, pool=Pool(3))
     assert Pool(8, 0).generation(10**9) == 0
-    assert [Pool(5, 3).measured(r, 2) for r in range(4)] == [[0, 1], [2, 3], [4, 0], [0, 1]]
+    assert [Pool(5, 3).measured(r, 2).tolist() for r in range(4)] == [[0, 1], [2, 3], [4, 0], [0, 1]]
 
 
 def test_a_run_has_a_lattice_or_a_rule():

@@ -210,8 +210,8 @@ def test_what_a_list_holds_is_the_reader_s_own(tmp_path):
     assert header.settings == {"rates": [1, 2]}
     write(tmp_path / "log")
     log = Log.read(tmp_path / "log")
-    log.rounds.clear()
-    log.records.clear()
+    log.rounds.truncate(0)
+    log.records.truncate(0)
     log.digests.clear()
     assert log.records == RECORDS
     assert len(log.rounds) == 3
@@ -231,6 +231,10 @@ def test_packed_records_are_a_list_that_takes_their_bytes():
     assert (list(packed), len(packed)) == (rounds[:2], 2)
     packed.append(rounds[2])
     assert list(packed) == rounds[:3]
+    assert (packed == rounds[:3], packed == rounds[:2], packed == 3) == (True, False, False)
+    copy = packed[:]
+    copy.append(rounds[3])
+    assert (len(copy), len(packed)) == (4, 3)  # a slice is a copy
     tracemalloc.start()
     many = Packed(P)
     for _ in range(10_000):
@@ -238,6 +242,20 @@ def test_packed_records_are_a_list_that_takes_their_bytes():
     used = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert used < 10_000 * 1.3 * (len(many.payload(0)) + 8)  # as objects they take nine times that
+
+
+def test_columns_are_what_the_records_hold():
+    packed = Packed(P)
+    for n in range(6):
+        packed.append(a_round(n, participants=tuple(range(n)), quantum=2.0 ** (n - 9) if n % 3 == 1 else None))
+    for part in (packed, packed[2:], packed[:0]):
+        coefficients, rates, lattices = part.columns()
+        assert (coefficients.dtype, rates.dtype, lattices.dtype) == (np.float32, np.float32, np.int32)
+        assert coefficients.tolist() == [record.coefficients.tolist() for record in part]
+        assert coefficients.shape == (len(part), P)
+        assert rates.tolist() == [record.rate for record in part]
+        assert lattices.tolist() == [[r.round, round(math.log2(r.quantum))] for r in part if r.quantum is not None]
+        assert lattices.shape[1:] == (2,)
 
 
 def test_the_running_digest_is_known_at_every_record(tmp_path):

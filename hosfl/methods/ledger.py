@@ -159,35 +159,30 @@ class SeedReplay:
         return self._digest[1]
 
     def _records(self, client: int, start: int, checked: bool = False) -> Records | PoolMoves:
-        rows = self.records[start:]
         digest = digest_array(self.digest()) if checked else NO_DIGEST
-        sums = self._pool_sums(start) if rows else None
-        if sums is not None:
-            return PoolMoves(
-                client=client,
-                round=start,
-                epoch=self.epoch,
-                coefficients=sums,
-                until=np.array([len(self.records)], np.int32),
-                digest=digest,
-            )
-        return to_records(rows, self.run, start, client=client, epoch=self.epoch, digest=digest)
+        rounds = self.records[start:]
+        records = to_records(rounds, self.run, start, client=client, epoch=self.epoch, digest=digest)
+        sums = self._pool_sums(records) if rounds else None
+        if sums is None:
+            return records
+        until = np.array([len(self.records)], np.int32)
+        return PoolMoves(client=client, round=start, epoch=self.epoch, coefficients=sums, until=until, digest=digest)
 
-    def _pool_sums(self, start: int) -> NDArray[np.float32] | None:
-        """The moves since `start` by direction of the pool, where that is less to send; None where it is not."""
-        pool, end = self.run.pool, len(self.records)
+    def _pool_sums(self, records: Records) -> NDArray[np.float32] | None:
+        """The rounds' moves by direction of the pool, where that is less to send; None where it is not."""
+        pool, end = self.run.pool, records.round + len(records.coefficients)
         if pool is None or self.run.lattice is None:
             return None
-        first = pool.generation(start)
+        first = pool.generation(records.round)
         generations = pool.generation(end - 1) - first + 1
-        if generations * pool.size >= (end - start) * self.run.directions:
+        if generations * pool.size >= records.coefficients.size:
             return None
-        if any(record.quantum is not None for record in self.records[start:]):
+        if len(records.lattices):
             return None  # putting weights on another lattice rounds them: moves before and after it do not commute
         sums = np.zeros((generations, pool.size))
-        for record in self.records[start:]:
-            measured = pool.measured(record.round, self.run.directions)
-            sums[pool.generation(record.round) - first, measured] += record.coefficients
+        rounds = np.arange(records.round, end)
+        places = pool.generation(rounds)[:, None] - first, pool.measured(rounds, self.run.directions)
+        np.add.at(sums, places, records.coefficients)
         result = sums.astype(np.float32)
         # In this order weights pass other values than in the rounds' own, and must stay on the lattice there too.
         return result if self.mirror.fits(2 * spread(result)) else None
@@ -270,9 +265,7 @@ class SeedReplay:
             raise LogError(f"the log ends after {len(rounds)} rounds, before the server's round {round}")
         log.append(EpochRecord(log.epoch + 1, round))
         self.log, self.epochs = log, log.epochs
-        self.records.truncate(0)
-        for record in rounds[:round]:
-            self.records.append(record)
+        self.records = rounds[:round]
         self.mirror.reset()
         self.mirror.apply(self._records(0, 0))
 

@@ -81,7 +81,7 @@ class PoolStep:
         if self.pool.generation(round) != self.generation:
             self._start(self.pool.generation(round))
         rate = step_size(self.rate, self.length, round, float(scalars.square().mean()))
-        measured = self.pool.measured(round, self.run.directions)
+        measured = self.pool.measured(round, self.run.directions).tolist()
         for group in self.optimizer.param_groups:
             group["lr"] = rate / self.run.directions
         for j, scalar in zip(measured, scalars.tolist(), strict=True):

@@ -40,7 +40,7 @@ from typing import Literal
 
 from hosfl.files import locked, naming, sync_folder
 from hosfl.protocol.header import Header, LogError, check_integer, decode_header, encode_header
-from hosfl.protocol.records import FIELDS, History, Record, RoundRecord, decode_record, encode_record
+from hosfl.protocol.records import FIELDS, History, Packed, Record, RoundRecord, decode_record, encode_record
 
 MARKER = b"\xabR"  # its first byte is not zero: what never reached the disk reads as zeros
 FRAME = struct.Struct("<2sII")
@@ -341,9 +341,9 @@ class Log:
         self.close()
 
     @property
-    def records(self) -> list[Record]:
+    def records(self) -> Packed[Record]:
         """All records in the file's order, void ones too."""
-        return list(self._history.records)
+        return self._history.records[:]
 
     @property
     def position(self) -> tuple[int, str]:
@@ -365,9 +365,9 @@ class Log:
         return list(self._history.epochs)
 
     @property
-    def rounds(self) -> list[RoundRecord]:
+    def rounds(self) -> Packed[RoundRecord]:
         """The rounds that are committed now: rounds[t].round == t."""
-        return [self._history.records[number] for number in self._history.rounds]  # type: ignore[misc]
+        return self._history.records.picked(self._history.rounds)
 
     @property
     def epoch(self) -> int:

@@ -26,7 +26,7 @@ import math
 import reprlib
 import struct
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, overload
 
@@ -182,7 +182,8 @@ def decode_record(payload: bytes, directions: int) -> Record:
 class Packed(Sequence[AnyRecord]):
     """Records as the log has them, without frames: a ninth of what they take as objects, of which a run makes many.
 
-    directions: P, of the rounds. An item is made anew whenever it is asked for.
+    directions: P, of the rounds. An item is made anew whenever it is asked for; a slice is a copy. Equal to any
+    sequence of the same records.
     """
 
     def __init__(self, directions: int) -> None:
@@ -202,18 +203,48 @@ class Packed(Sequence[AnyRecord]):
         """A record's body without the chain."""
         return bytes(self._data[self._ends[number] : self._ends[number + 1]])
 
+    def picked(self, numbers: Iterable[int]) -> Packed[Any]:
+        """A copy of the records of these numbers."""
+        copy: Packed[Any] = Packed(self.directions)
+        for number in numbers:
+            copy._data += self.payload(number)
+            copy._ends.append(len(copy._data))
+        return copy
+
+    def columns(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int32]]:
+        """Of rounds: coefficients [n, P], rates [n], and (round, exponent) of every coarser lattice [k, 2].
+
+        From the bytes, a seventh of the time that it takes to make the records: whoever joins late asks for all.
+        """
+        coefficients, rates = np.empty((len(self), self.directions), np.float32), np.empty(len(self), np.float32)
+        coarser: list[tuple[int, int]] = []
+        for row, begin in enumerate(self._ends[:-1]):
+            (kind, _, round), at = FIELDS.unpack_from(self._data, begin), begin + FIELDS.size
+            if kind == COARSER_ROUND:
+                coarser.append((round, EXPONENT.unpack_from(self._data, at)[0]))
+                at += EXPONENT.size
+            rates[row] = RATE.unpack_from(self._data, at)[0]
+            coefficients[row] = np.frombuffer(self._data, "<f4", self.directions, at + RATE.size)
+        return coefficients, rates, np.array(coarser, np.int32).reshape(-1, 2)
+
     def __len__(self) -> int:
         return len(self._ends) - 1
 
     @overload
     def __getitem__(self, number: int) -> AnyRecord: ...
     @overload
-    def __getitem__(self, number: slice) -> list[AnyRecord]: ...
-    def __getitem__(self, number: int | slice) -> AnyRecord | list[AnyRecord]:
+    def __getitem__(self, number: slice) -> Packed[AnyRecord]: ...
+    def __getitem__(self, number: int | slice) -> AnyRecord | Packed[AnyRecord]:
         if isinstance(number, slice):
-            return [self[n] for n in range(*number.indices(len(self)))]
+            return self.picked(range(len(self))[number])
         record: AnyRecord = decode_record(self.payload(range(len(self))[number]), self.directions)  # type: ignore[assignment]
         return record
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} records of {self.directions} directions>"
 
 
 class History:

@@ -16,7 +16,7 @@ from hosfl.protocol.arrays import Array, assign, bits, count, dtype_name, host, 
 from hosfl.protocol.header import EXPONENTS
 from hosfl.protocol.lattice import Lattice, LatticeError, spread
 from hosfl.protocol.messages import Differs, MessageError, PoolMoves, Records
-from hosfl.protocol.records import RoundRecord
+from hosfl.protocol.records import Packed, RoundRecord
 from hosfl.protocol.seeds import Purpose, pool_seeds, round_seed
 from hosfl.protocol.terms import Run
 from hosfl_kernels import replay_, update_
@@ -348,7 +348,7 @@ NO_DIGEST = np.empty(0, np.int32)
 
 
 def to_records(
-    rows: Sequence[RoundRecord],
+    rows: Packed[RoundRecord],
     run: Run,
     first: int = 0,
     *,
@@ -357,15 +357,13 @@ def to_records(
     digest: NDArray[np.int32] = NO_DIGEST,
 ) -> Records:
     """The log's records of rounds `first`, `first` + 1, ... as the message that a replica applies."""
-    coefficients = np.array([r.coefficients for r in rows], np.float32).reshape(-1, run.directions)
-    rates = np.array([r.rate for r in rows] if run.rule is not None else [], np.float32)
-    lattices = [(r.round, Lattice(r.quantum).exponent) for r in rows if r.quantum is not None]
+    coefficients, rates, lattices = rows.columns()
     return Records(
         client=client,
         round=first,
         epoch=epoch,
         coefficients=coefficients,
-        rates=rates,
+        rates=rates if run.rule is not None else rates[:0],
         digest=digest,
-        lattices=np.array(lattices, np.int32).reshape(-1, 2),
+        lattices=lattices,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from hosfl.protocol.seeds import direction_seeds, pool_seed
 from hosfl_kernels import SGD, AdamW
 
 Rule = SGD | AdamW
+Rounds = TypeVar("Rounds", int, NDArray[np.int64])
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,14 @@ class Pool:
         if self.size < 1 or self.rounds < 0:
             raise ValueError(f"a pool has 1 direction or more and 0 rounds or more, got {self.size} and {self.rounds}")
 
-    def generation(self, round: int) -> int:
-        """Which pool a round measures."""
-        return round // self.rounds if self.rounds else 0
+    def generation(self, rounds: Rounds) -> Rounds:
+        """Which pool a round measures, or each of several."""
+        return rounds // self.rounds if self.rounds else 0 * rounds
 
-    def measured(self, round: int, directions: int) -> list[int]:
-        """Which of the pool's directions a round measures: P in turn."""
-        first = (round % self.rounds if self.rounds else round) * directions
-        return [(first + p) % self.size for p in range(directions)]
+    def measured(self, rounds: Rounds, directions: int) -> NDArray[np.int64]:
+        """Which of the pool's directions these rounds measure, P in turn: [..., P], where `rounds` is [...]."""
+        first = np.asarray(rounds % self.rounds if self.rounds else rounds) * directions
+        return (first[..., None] + np.arange(directions)) % self.size
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class Run:
         if self.pool is None:
             return direction_seeds(self.seed, round, self.directions)
         generation = self.pool.generation(round)
-        return [pool_seed(self.seed, generation, j) for j in self.pool.measured(round, self.directions)]
+        return [pool_seed(self.seed, generation, j) for j in self.pool.measured(round, self.directions).tolist()]
 
     def parts(self) -> Iterator[tuple[Block, slice]]:
         """The blocks, and which of the P directions move each."""
