@@ -156,6 +156,9 @@ def tied():
     return Task(model, (x, (x.sum(1) > 0).long()), (x[:9], torch.arange(9) % 2), nn.functional.cross_entropy, 4)
 
 
+OFFERED = {}  # by settings: the id of a run and its files, which take long to make
+
+
 def made(way, **more):
     """A federation, its task, and what it offers to clients without torch."""
     kind, settings = way.partition(",")[0], {**SETTINGS, **WAYS[way], **more}
@@ -164,7 +167,11 @@ def made(way, **more):
     if task is not None:
         settings |= {"task": "", "server_rate": 0.05, "client_rate": 0.1, "partition": "iid"}
     federation, task = assemble(Config(**settings), task=task)
-    return federation, task, offered(federation, edge=True)
+    key = repr((way, more))
+    if key not in OFFERED:
+        OFFERED[key] = federation.id, offered(federation, edge=True)
+    federation.id, files = OFFERED[key]
+    return federation, task, dict(files)
 
 
 def bytewise():
@@ -221,9 +228,15 @@ def close(one, other, cut, sent, mu):
 
 
 WIRES = {"float32": "float32", "float16": "float16", "uint16": "bfloat16", "int8": "int8"}
+# Exports of half a minute, of what others have in other combinations.
+LONG = ("texts, int8, backward", "texts, last layer, backward", "texts, bfloat16")
 
 
-@pytest.mark.parametrize("way", WAYS)
+def without_long(ways):
+    return [pytest.param(way, marks=[pytest.mark.slow] * (way in LONG)) for way in ways]
+
+
+@pytest.mark.parametrize("way", without_long(WAYS))
 def test_beside_clients_with_torch(way, tmp_path):
     """Client 0 has torch, 1 and 2 have not. Of the first round, whose weights are the same, all numbers are alike."""
     federation, task, files = made(way)
@@ -416,7 +429,7 @@ BFLOAT16 = {
 }
 
 
-@pytest.mark.parametrize("way", BFLOAT16)
+@pytest.mark.parametrize("way", without_long(BFLOAT16))
 def test_a_half_in_bfloat16(way, tmp_path):
     """The same bits in everybody's weights. What such a client measures has less rounding in it than torch's."""
     federation, task, files = made(way, dtype="bfloat16", **BFLOAT16[way])

@@ -104,7 +104,12 @@ HALVES = {
 }
 
 
-@pytest.fixture(scope="module", params=HALVES)
+LONG = ("bert, lora", "bert, lora, int4", "bert, lora, bfloat16")  # exports of half a minute, alike to others
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(half, marks=[pytest.mark.slow] * (half in LONG)) for half in HALVES]
+)
 def made(request, tmp_path_factory):
     torch.manual_seed(1)
     half, sample = HALVES[request.param]()

@@ -16,7 +16,7 @@ from hosfl import Config, train
 from hosfl.halves.split import split
 from hosfl.methods.grouped import GroupedServer
 from hosfl.methods.server import Server
-from hosfl.protocol.aggregate import AGGREGATIONS
+from hosfl.protocol.aggregate import AGGREGATIONS, RunningLength
 from hosfl.protocol.messages import Cut
 from hosfl.runs.assemble import assemble
 from hosfl.runs.config import with_shared
@@ -28,11 +28,13 @@ WIDTH, LENGTH = 16, 9
 
 
 def served(half, shape, most, loss=nn.functional.cross_entropy, classes=2, **settings):
-    """A server over a copy of the half, whose weights stay. most: of a group; 0: one cut after another."""
+    """A server after its first step, over a copy of the half, whose weights stay. most: of a group; 0: of one cut."""
     half = copy.deepcopy(half)
     optimizer = torch.optim.SGD(half.parameters(), lr=0.0)
     shared = (half, loss, optimizer, lambda round: 0.0, None, 5, 20, shape, classes, MOST)
-    return GroupedServer(*shared, **settings, most=most) if most else Server(*shared, **settings)
+    server = GroupedServer(*shared, **settings, most=most) if most else Server(*shared, **settings)
+    server._length.update(1.0)
+    return server
 
 
 def cut(client, samples, *shape, **fields):
@@ -81,6 +83,7 @@ def same_rounds(config):
         federation, _ = assemble(replace(config, server_batch=most))
         steady(federation.server.half).register_forward_pre_hook(lambda half, given: lengths.add(given[0].shape[1]))
         passes = passes_of(federation.server)
+        federation.server._length.update(1.0)  # as if there had been steps
         found.append([federation.round(round) for round in range(config.rounds)])
         assert federation.server.refused == []
         assert len(passes) == config.rounds * (1 if most else config.sampled)
@@ -261,6 +264,16 @@ def test_nothing_of_a_step_is_left_for_the_next():
     assert found == []
 
 
+def test_the_first_step_is_of_one_cut_after_another():
+    """It is held to the middle one of its clients' gradients, which one pass would not tell."""
+    server = served(nn.Linear(3, 2), (3,), 48)
+    server._length = RunningLength()
+    found, cuts = passes_of(server), [cut(n, 4, 3) for n in range(3)]
+    server.step(0, cuts)
+    server.step(0, cuts)
+    assert found == [4, 4, 4, 12]
+
+
 def test_a_larger_cut_goes_by_itself():
     cuts = [cut(m, samples, 3) for m, samples in enumerate((2, 2, 12, 2, 1))]
     assert alike(*pair(most=4), cuts) == [4, 12, 3]
@@ -409,7 +422,7 @@ def test_groups_are_the_same_whoever_comes_first():
         found.append((losses, passes, [p.detach() for p in federation.server.half.parameters()]))
     (losses, passes, weights), (others, other_passes, other_weights) = found
     assert (losses, passes) == (others, other_passes)
-    assert passes == [32, 16] * 3
+    assert passes == [16, 16, 16, *[32, 16] * 2]  # the first step is of one cut after another
     assert all(torch.equal(a, b) for a, b in zip(weights, other_weights, strict=True))
 
 

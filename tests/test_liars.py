@@ -5,13 +5,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from hosfl.engines.engine import Reply
 from hosfl.engines.in_process import InProcess
 from hosfl.protocol.aggregate import BEYOND, not_beyond, weighted_mean
-from hosfl.protocol.messages import Audited, Cut, Differs, Scalars, decode, encode
+from hosfl.protocol.messages import Audited, Cut, Differs, ProbedCut, Scalars, decode, encode
 from hosfl.runs.assemble import assemble
 from hosfl.runs.config import Config
+from hosfl.settings import Settings
+from hosfl.tasks.task import Task
 
 CLIENTS = 6
 
@@ -167,6 +170,74 @@ def test_a_mean_is_held_to_the_middle_length():
     nothing = [0 * ones, 0 * ones, ones]
     torch.testing.assert_close(not_beyond(ones / 3, nothing, weights), ones / 3)  # those have nothing to say
     assert not not_beyond(0 * ones, [0 * ones], weights).any()
+
+
+def no_norm(liars, **settings):
+    """A federation whose server half has nothing that takes a cut's size back."""
+    chance = torch.Generator().manual_seed(3)
+    x = torch.randn(300, 16, generator=chance)
+    y = (x[:, 0] * x[:, 1] > 0).long()
+
+    def model():
+        return nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+
+    task = Task(model, (x, y), (x[:9], y[:9]), nn.functional.cross_entropy, at=2)
+    told = {
+        "clients": CLIENTS,
+        "sampled": CLIENTS,
+        "batch": 16,
+        "rounds": 100,
+        "server_rate": 0.01,
+        "client_rate": 0.05,
+    }
+    federation, _ = assemble(Settings(**told | settings), task=task)
+    federation.engine, federation.patient = LiarsFirst(federation, liars, None), True
+    return federation
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"server_batch": 64}, {"method": "zo-both", "mu": 0.01}, {"method": "mu-splitfed"}],
+    ids=str,
+)
+def test_one_absurd_cut_costs_a_round_and_not_the_server_half(settings):
+    """It does not stay in what AdamW divides by."""
+
+    def moved(when):
+        """How far the half moves in a round, 45 rounds after such a cut, when nothing is left of it in a momentum."""
+        federation, moves = no_norm({2}, **settings), []
+        weights = [p.detach() for p in federation.model().server.parameters() if p.dim() > 1]  # a bias meets no cut
+        for round in range(57):
+            before = [p.clone() for p in weights]
+            federation.engine.lie = longer if round == when else lambda message: message
+            federation.round(round)
+            moves.append(float(torch.cat([(p - b).flatten() for p, b in zip(weights, before, strict=True)]).norm()))
+        assert federation.server.refused == []
+        return np.mean(moves[-6:])
+
+    honest = moved(None)
+    assert moved(12) > 0.6 * honest
+    assert moved(0) > 0.1 * honest  # of a first round nobody knows what is usual
+
+
+def longer(message, times=10_000):
+    if not isinstance(message, Cut):
+        return message
+    displaced = {"displaced": message.displaced * times} if isinstance(message, ProbedCut) else {}
+    return replace(message, cut=message.cut * times, **displaced)
+
+
+def test_how_long_gradients_were_is_known_after_a_restart():
+    server, other = no_norm(set()), no_norm(set())
+    for round in range(3):
+        server.round(round)
+    other.server.load(server.server.state())
+    gradient = [1e6 * torch.ones(4), None]
+    held, none = other.server._held(gradient)
+    assert none is None
+    assert 0 < float(held.norm()) < 10
+    torch.testing.assert_close(held, server.server._held(gradient)[0])
+    assert server.server._held([torch.zeros(4)])[0].tolist() == [0.0] * 4  # which tells nothing
 
 
 def test_the_reason_that_is_told_is_the_newest():

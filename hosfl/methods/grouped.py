@@ -29,8 +29,8 @@ TRIED = 4  # samples that a half is tried with
 class GroupedServer(Server):
     """`Server`, but for how cuts go through the half: several clients' together, up to `most` samples in a pass.
 
-    A larger cut goes by itself, and so do texts of unequal length where padding would count. Activations are kept for
-    all samples of a pass.
+    A larger cut goes by itself, and so do texts of unequal length where padding would count, and all in a run's first
+    step. Activations are kept for all samples of a pass.
 
     Multipliers, losses and the step are those of one cut after another within float32, and other numbers where the half
     has dropout. Where anything in a pass is infinite or NaN its cuts are learnt from one after another, so that those
@@ -84,7 +84,7 @@ class GroupedServer(Server):
     def _learn_group(self) -> None:
         """Learn from the cuts that wait."""
         group, self._group = self._group, []
-        if len(group) > 1:
+        if len(group) > 1 and self._length.weight:  # the first step is held to the lengths of each client's gradient
             try:
                 with self._dropout(), computing():
                     multipliers, losses = self._backward_together(group)

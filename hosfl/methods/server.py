@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from hosfl.halves.split import dtype_of
 from hosfl.methods.calibration import RunningStatistics
 from hosfl.methods.client import Passes, no_passes
-from hosfl.methods.gathered import Kept, Pieces, gathered, shrinking
+from hosfl.methods.gathered import Kept, Pieces, gathered, length_of, shrinking
 from hosfl.methods.ledger import Ledger, Rate, State
 from hosfl.methods.state import pack_optimizer, part, prefixed, unpack_optimizer
 from hosfl.methods.tensors import LONGEST, all_true, decoded, usable
 from hosfl.methods.travel import packed, unpacked
-from hosfl.protocol.aggregate import Aggregation, weighted_mean
+from hosfl.protocol.aggregate import Aggregation, RunningLength, middle, weighted_mean
 from hosfl.protocol.messages import (
     Calibration,
     Cut,
@@ -36,6 +36,7 @@ from hosfl.protocol.seeds import Purpose, generator, round_seed
 AnyMessage = TypeVar("AnyMessage", bound=Message)
 
 KEPT = 1000  # reasons
+LEAP = 10.0  # how much longer than those before it a step's gradient may be: honest ones were at most twice as long
 # The machine's faults and no message's: the next one would meet them too, or has no device left to be computed on.
 MACHINE = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
 
@@ -154,6 +155,8 @@ class Server:
         self._random: list[Tensor] = []  # the generators' states after the last cut
         self._given: dict[int, Message] = {}  # for `commit`
         self._estimates: dict[int, Statistics] = {}  # for `calibrate`
+        self._lengths: list[float] = []  # of the clients' gradients, in the first step
+        self._length = RunningLength()  # of the steps' gradients
         numbers = self.batch * sum(torch.Size(shape).numel() for shape in (self.cut_shape, self.label_shape))
         if self.masked:
             numbers += self.batch * self.cut_shape[0]
@@ -287,6 +290,7 @@ class Server:
         self.optimizer.zero_grad()
         self._number, self._gathered = round, gathered(self.aggregation)
         self._samples, self._answers, self._found, self._random, self._given = {}, {}, [], [], {}
+        self._lengths = []
 
     def learn(self, message: Message) -> None:
         """Learn from one cut, or refuse it. The order of the cuts is that of a sum and of dropout: let it be theirs."""
@@ -345,12 +349,33 @@ class Server:
         """One step from what is gathered."""
         found, self._gathered = self._gathered.result(), gathered(self.aggregation)
         parameters = self._trained()
-        gradients, buffers = found[: len(parameters)], found[len(parameters) :]
+        gradients, buffers = self._held(found[: len(parameters)]), found[len(parameters) :]
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         if buffers:
             _load([*self.half.buffers()], buffers)
         self.optimizer.step()
+
+    def _add(self, gradient: Pieces, samples: int, buffers: Pieces = ()) -> None:
+        """Gather one client's gradient of the half, and the buffers that its pass left."""
+        if not self._length.weight:
+            self._lengths.append(length_of(gradient))
+        # A share not above 1, by which nothing finite becomes infinite.
+        self._gathered.add([*gradient, *buffers], samples / self.batch)
+
+    def _held(self, gradient: Pieces) -> Pieces:
+        """The aggregated gradient; one of more than `LEAP` times the running length of those before it has that length.
+
+        In the first step that of its clients' which is the middle one. One absurd cut would otherwise do more than
+        spoil its round: stay in the moments that all later steps are divided by. Lengths of zero, of which a loss with
+        a margin has many, tell nothing.
+        """
+        length = length_of(gradient)
+        if length == 0:
+            return gradient
+        known = self._length.value if self._length.weight else middle(filter(None, self._lengths))
+        self._length.update(min(length, 2 * known) ** 2)  # may grow by a seventh in a step, whatever comes
+        return gradient if length <= LEAP * known else [g if g is None else g * (known / length) for g in gradient]
 
     def _trained(self) -> list[nn.Parameter]:
         return [p for p in self.half.parameters() if p.requires_grad]
@@ -397,14 +422,14 @@ class Server:
         except MessageError:
             _load(buffers, before)
             raise
-        pieces: Pieces = gradients
         if self.clip is not None:
             factor = shrinking(gradients, self.clip)
-            pieces = [g if g is None else g * factor for g in gradients]
+            gradients = [g if g is None else g * factor for g in gradients]
+        left: list[Tensor] = []
         if isinstance(self._gathered, Kept):
-            pieces = [*pieces, *(b.detach().clone() for b in buffers)]
+            left = [b.detach().clone() for b in buffers]
             _load(buffers, before)
-        self._gathered.add(pieces, len(cut) / self.batch)  # not above 1, by which nothing finite becomes infinite
+        self._add(gradients, len(cut), left)
         return multiplier, float(loss.detach())
 
     def _gradients(self, loss: Tensor, output: Tensor, cut: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
@@ -493,7 +518,7 @@ class Server:
         """All that a restarted server needs beside the log: its half, its optimizer, the ledger's own state."""
         moments, optimizer = pack_optimizer(self.optimizer)
         tensors = prefixed("half", self.half.state_dict()) | prefixed("optimizer", moments)
-        info = {"optimizer": optimizer, "learnt": self.learnt}
+        info = {"optimizer": optimizer, "learnt": self.learnt, "length": self._length.state()}
         if self.ledger is not None:
             ledger, info["ledger"] = self.ledger.state()
             tensors |= prefixed("ledger", ledger)
@@ -505,6 +530,7 @@ class Server:
         self.half.load_state_dict(part("half", tensors))
         unpack_optimizer(self.optimizer, part("optimizer", tensors), info["optimizer"])
         self.learnt = info["learnt"]
+        self._length.load(info["length"])
         if self.ledger is not None:
             self.ledger.load(part("ledger", tensors), info["ledger"])
 

@@ -119,12 +119,12 @@ class ZerothOrderServer(LossServer):
         if self.clip is not None:
             size = sum(p.numel() for p in parameters)
             found = clip_to_norm(found, self.clip, np.full(self.directions, size / self.directions**2))
-        self._gathered.add(found, len(message.cut) / self.batch)
+        self._add(found, len(message.cut))
         return True
 
     def _take_step(self) -> None:
         """One step along the directions by the slopes that are gathered."""
-        (found,), self._gathered = self._gathered.result(), gathered(self.aggregation)
+        (found,), self._gathered = self._held(self._gathered.result()), gathered(self.aggregation)
         assert found is not None
         parameters, streams = trainable(self.half)
         gradients = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in parameters]

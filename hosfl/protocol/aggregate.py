@@ -8,7 +8,7 @@ the aggregate of its gradients, one of each client.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,6 +67,12 @@ def clip_to_norm(values: Sequence[Array], largest: float, weights: NDArray[np.fl
     return clipped
 
 
+def middle(lengths: Iterable[float]) -> float:
+    """The middle one of some lengths, of an even number the lower: no liar's, as long as fewer than half are."""
+    ordered = sorted(lengths)
+    return ordered[(len(ordered) - 1) // 2]
+
+
 BEYOND = 30.0
 
 
@@ -77,10 +83,10 @@ def not_beyond(aggregate: Array, values: Sequence[Array], weights: NDArray[np.fl
     spoil its round: lead off the lattice, or into the running length and the moments that all later rounds divide by.
     Lengths as in `clip_to_norm`. Of those that are zero none is looked at: a loss with a margin leaves many such.
     """
-    squares = sorted(square for value in values if (square := _squared(value, weights)) > 0)
+    squares = [square for value in values if (square := _squared(value, weights)) > 0]
     if not squares:
         return aggregate
-    longest = BEYOND * math.sqrt(squares[(len(squares) - 1) // 2])
+    longest = BEYOND * math.sqrt(middle(squares))
     length = math.sqrt(_squared(aggregate, weights))
     return aggregate * (longest / length) if length > longest else aggregate
 
@@ -132,6 +138,11 @@ class RunningLength:
         """Take in one squared length; returns the running length, never zero."""
         self.mean = self.decay * self.mean + (1 - self.decay) * square
         self.weight = self.decay * self.weight + (1 - self.decay)
+        return self.value
+
+    @property
+    def value(self) -> float:
+        """The running length, once there is any."""
         return math.sqrt(self.mean / self.weight) + 1e-8
 
     def state(self) -> list[float]:
