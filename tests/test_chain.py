@@ -312,6 +312,7 @@ class Leaves(nn.Module):
         super().__init__()
         self.first, self.second, self.third = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
         self.leave, self.calls, self.last, self.log, self.total = leave, 0, 0.0, [], torch.zeros(4)
+        self.one, self.two, self.three = random.Random(), np.random.default_rng(), np.random.RandomState()
         self.register_buffer("mean", torch.zeros(4))
 
     def forward(self, x):
@@ -377,6 +378,9 @@ def assigns_anew(net, x):
         (lambda net, x: x if random.random() < 2 else None, "it draws random numbers apart"),
         (lambda net, x: x if np.random.rand() < 2 else None, "it draws random numbers apart"),
         (lambda net, x: x if net.training and random.random() < 2 else None, "it draws random numbers apart"),
+        (lambda net, x: x if net.training and net.one.random() < 2 else None, "it draws random numbers apart"),
+        (lambda net, x: x if net.two.random() < 2 else None, "it draws random numbers apart"),
+        (lambda net, x: x if net.three.random() < 2 else None, "it draws random numbers apart"),
         (in_full_precision, "it enters autocast, which is in no step: do that in the forward pass of a layer"),
         (lambda net, x: torch.ones(4) * net.training, "another one in train mode than in eval mode"),
         (lambda net, x: x * 2 if torch.is_grad_enabled() else None, "another one where gradients are off"),

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import operator
+import pickle
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from functools import partialmethod
 from inspect import Parameter, signature
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -198,12 +201,12 @@ class _Pass:
 def _passed(model: nn.Module, opened: list[nn.Module], mode: bool) -> _Pass:
     for module in opened:
         module.training = mode
-    there, state = set(vars(model)), generators()
+    there, state = set(vars(model)), _drawn(model)
     modules = list(model.named_modules())
     held = [(path, own, dict(own)) for path, m in modules for own in (m._parameters, m._buffers)]
     with _Untouched(model):
         graph = _Tracer(opened).trace(model)
-    if generators() != state:
+    if _drawn(model) != state:
         raise RuntimeError(DRAWS)
     for path, own, before in held:
         for name, value in own.items():
@@ -217,6 +220,12 @@ def _passed(model: nn.Module, opened: list[nn.Module], mode: bool) -> _Pass:
     for name in made:
         delattr(model, name)
     return _Pass(graph, nodes, read, made)
+
+
+def _drawn(model: nn.Module) -> tuple[Any, ...]:
+    """The states of random generators, the global ones and those that modules have."""
+    own = random.Random, np.random.Generator, np.random.RandomState
+    return generators(), [pickle.dumps(value) for _, value in _attributes(model) if isinstance(value, own)]
 
 
 @contextmanager
