@@ -452,7 +452,8 @@ def typed(of: Field[Any] | str, value: Any) -> Any:
             return becomes(value)
         except OverflowError:  # of a whole number beyond all floats
             pass
-    raise ValueError(f"{of.name}: {called} is needed, got {value!r}")
+    got = " ".join(repr(value).split())  # of a task, all its data
+    raise ValueError(f"{of.name}: {called} is needed, got {got if len(got) < 200 else got[:197] + '...'}")
 
 
 def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:

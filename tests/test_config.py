@@ -30,6 +30,12 @@ def test_a_value_of_another_type_is_refused_by_name(field):
             Config(**{field.name: wrong})
 
 
+def test_a_large_value_is_refused_in_a_few_words():
+    with pytest.raises(ValueError, match=r"^task: text is needed, got \[0, 1, 2, .*\.\.\.$") as caught:
+        Config(task=list(range(10_000)))
+    assert len(str(caught.value)) < 250
+
+
 def test_numbers_become_pythons():
     config = Config(
         rounds=np.int64(3), seed=np.uint64(2**63), mu=np.float32(0.5), server_rate=1, task=np.str_("digits")
