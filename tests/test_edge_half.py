@@ -838,6 +838,11 @@ REFUSED = {
         numbers(),
         "1,440,000 bytes of constants .* in table: register it as a persistent buffer",
     ),
+    "a product in bfloat16": (
+        lambda: Of(lambda self, y: (y.bfloat16() * y.bfloat16()).float()),
+        numbers(),
+        "not find an implementation for Mul.*; let the layer compute in float32 there",
+    ),
     "infinite": (lambda: Of(lambda self, y: y / 0), numbers(), "must be finite"),
     "integers": (lambda: Of(lambda self, y: y.long()), numbers(), "must be finite and float32"),
 }

@@ -161,7 +161,8 @@ class Original:
             try:
                 yield folder
             except HalfError as error:
-                raise ExportError(f"{what} does not run: {error}") from error
+                way = "; let the layer compute in float32 there" * ("NOT_IMPLEMENTED" in str(error))  # as of bfloat16
+                raise ExportError(f"{what} does not run: {error}{way}") from error
 
 
 @torch.no_grad()
