@@ -67,6 +67,9 @@ class Server:
         multiplier_m = d loss(half(z_m), labels_m) / d z_m    what the client is sent, [batch, ...]
         gradient_m   = d loss(half(z_m), labels_m) / d half   aggregated into one optimizer step
 
+    An aggregate that is more than `LEAP` times as long as those of the steps before is scaled down to their length, so
+    that one absurd cut does not stay in the optimizer's moments.
+
     Whatever comes from a client goes through `receive`, `learn`, `answered` or `estimated`. They refuse what is not
     exactly right, and a refused message changes nothing.
 
