@@ -81,7 +81,7 @@ class Samples:
         per_token: labels end with the tokens."""
         if self.tokens is None:
             return self
-        longest = int(self.named()[MASK].any(0).nonzero()[0][-1]) + 1
+        longest = int(np.flatnonzero(self.named()[MASK].any(0))[-1]) + 1
         if (shorter := without_padding(self.named(), self.tokens, longest)) is None:
             return self
         return Samples(shorter, self.labels[:, :longest] if per_token else self.labels)

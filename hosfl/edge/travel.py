@@ -26,9 +26,10 @@ def packed(values: Floats, wire: str) -> tuple[NDArray[Any], Floats]:
     if wire == "bfloat16":
         return rounded(values), NONE
     blocks = _blocks(values)
-    scales = np.abs(blocks).max(1) / np.float32(127)
+    scales: Floats = (np.abs(blocks).max(1) / np.float32(127)).astype(np.float32, copy=False)
     numbers = np.rint(blocks / np.where(scales > 0, scales, np.float32(1))[:, None]).clip(-127, 127)
-    return numbers.astype(np.int8).reshape(-1)[: values.size].reshape(values.shape), scales
+    flat: NDArray[np.int8] = numbers.astype(np.int8).reshape(-1)
+    return flat[: values.size].reshape(values.shape), scales
 
 
 def rounded(values: Floats) -> NDArray[np.uint16]:
