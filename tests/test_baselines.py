@@ -13,7 +13,7 @@ from hosfl import Config, train
 from hosfl.cli import main
 from hosfl.methods import METHODS
 from hosfl.methods.checkpointed import recomputing
-from hosfl.methods.ledger import load_vector
+from hosfl.methods.ledger import load_vector, make_optimizer
 from hosfl.probing.probe import trainable
 from hosfl.protocol.messages import Cut, Hello, Losses, MessageError, Trained, Wire, encode
 from hosfl.protocol.seeds import Purpose, direction_seeds
@@ -279,6 +279,17 @@ def test_a_splitfed_client_that_is_lost_on_the_way_costs_nobody_else_the_round(a
     federation.round(2)
     assert federation.server.refused == federation.complained == []
     assert federation.replicas().equal
+
+
+@pytest.mark.parametrize(("rule", "moves"), [("sgd", (1.0, 1.0)), ("momentum", (1.0, 1.9)), ("adamw", (1.0, 1.0))])
+def test_the_server_s_optimizer_is_that_of_its_name(rule, moves):
+    weights = torch.zeros(2)
+    optimizer = make_optimizer(rule, [weights])
+    for move in moves:
+        before, weights.grad = weights.clone(), torch.tensor([1.0, -1.0])
+        optimizer.param_groups[0]["lr"] = 1.0
+        optimizer.step()
+        assert (before - weights).tolist() == pytest.approx([move, -move], rel=1e-5)
 
 
 def test_coarse_halves_learn_by_small_steps():

@@ -387,6 +387,11 @@ def test_statistics_that_are_none(tmp_path):
     with pytest.raises(MessageError, match="in an ask for some"):
         client.statistics(Calibration(client=1, round=0, statistics=right))
     empty = Calibration(client=1, round=0, statistics=right[:0])
+    client.replica.applied = 2
+    with pytest.raises(MessageError, match="asked for statistics of round 0 after 2 rounds"):
+        client.statistics(empty)
+    client.replica.applied = 0
+    assert client.calibrated
     assert client.statistics(empty).statistics.shape == (size,)
     assert not client.calibrated  # those of the run are yet to come
     client.running.of_batch = lambda: lambda inputs: right * np.float32(np.nan)

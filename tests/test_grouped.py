@@ -180,10 +180,13 @@ def test_texts_go_with_those_of_their_length_where_padding_would_count(kind):
     assert alike(one, many, cuts) == [4, 4, 2]
 
 
-def test_cuts_of_several_kinds_of_numbers_get_their_own():
-    cuts = [replace(c, cut=c.cut.to(dtype)) for c, dtype in zip(tiny(), KINDS, strict=True)]
-    _, many = pair()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cuts_of_several_kinds_of_numbers_get_their_own(dtype):
+    cuts = [replace(c, cut=c.cut.to(kind)) for c, kind in zip(tiny(), KINDS, strict=True)]
+    many = served(Roots().to(dtype), (3,), 24)
+    found = passes_of(many)
     answers, _ = many.step(0, cuts)
+    assert found == [24]
     assert [answers[m].multiplier.dtype for m in range(4)] == KINDS
 
 
@@ -313,6 +316,11 @@ class Centred(nn.Linear):
         return super().forward(x - x.mean(0))
 
 
+class Beside(nn.Linear):
+    def forward(self, x):
+        return super().forward(x + x.roll(-1, 0))
+
+
 class Counts(nn.Linear):
     def __init__(self, *shape):
         super().__init__(*shape)
@@ -328,6 +336,7 @@ NOT_APART = {
     "BatchNorm": lambda: nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2)),
     "without statistics": lambda: nn.Sequential(nn.BatchNorm1d(3, track_running_stats=False), nn.Linear(3, 2)),
     "one's own": lambda: Centred(3, 2),
+    "the next sample": lambda: Beside(3, 2),
     "a buffer that moves": lambda: Counts(3, 2),
 }
 

@@ -13,6 +13,7 @@ import pytest
 import shifted
 import torch
 from safetensors.torch import load_file, save_file
+from small import small
 from torch import nn
 
 from hosfl import commands, train
@@ -377,6 +378,20 @@ def test_a_client_keeps_its_base_and_its_state(run, tmp_path, caplog):
     save_file(tensors, tmp_path / "state.safetensors")
     Kept(tmp_path / "state.safetensors", told["id"], plain.client).restore()
     assert plain.client.applied == 0
+
+
+def test_a_kept_state_is_on_the_lattice_that_its_run_had_come_to(tmp_path):
+    made = small("moves", rate=8.0, growth=1.25, headroom=2.0).play(30)
+    done, again = made.client(), made.client()
+    done.catch_up(made.since(done))
+    assert done.replica.lattice != made.run.lattice  # a coarser one
+    Kept(tmp_path / "state.safetensors", bytes(8), done).save()
+    Kept(tmp_path / "state.safetensors", bytes(8), again).restore()
+    for round in (30, 31):  # what follows ends in the same bits
+        assert (again.applied, again.digest(), again.replica.lattice) == (round, done.digest(), done.replica.lattice)
+        made.play(round + 1)
+        for client in (done, again):
+            client.catch_up(made.since(client))
 
 
 def asks(files, number):

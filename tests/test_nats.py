@@ -531,6 +531,15 @@ def test_a_file_that_is_too_large_is_not_kept(broker, engine):
     line.close()
 
 
+def test_a_file_that_is_not_what_was_announced_is_damaged(broker, engine, monkeypatch):
+    monkeypatch.setattr(Outgoing, "__post_init__", lambda outgoing: setattr(outgoing, "crc", 1))
+    engine.offer({"base": b"abcd"})
+    line = NatsLine(broker.url, "r", 0)
+    with pytest.raises(EngineError, match="'base' is damaged"):
+        line.fetch("base", deadline=10)
+    line.close()
+
+
 def test_an_ask_that_is_too_large_for_a_client(engine, lines):
     lines.join(0, largest=10)
     until(lambda: engine.present() == {0})

@@ -161,7 +161,9 @@ def test_a_liar_moves_the_server_half_no_further_than_the_honest_would(aggregati
     assert ((low <= found) & (found <= high)).all()
     everyone = torch.stack([*each, gradient_of([lie()])])
     assert torch.allclose(found, AGGREGATIONS[aggregation]([*everyone], [1.0] * 5).float(), rtol=1e-4)
-    assert (gradient_of(cuts) / each.abs().max()).abs().max() > 1e4
+    mean = gradient_of(cuts)  # which is the liar's, but for its length
+    assert not ((low <= mean) & (mean <= high)).all()
+    assert float(mean.norm()) == pytest.approx(float(everyone.norm(dim=1).median()), rel=1e-5)
 
 
 def test_a_client_is_clipped_to_a_length_and_the_others_are_not():
