@@ -811,6 +811,42 @@ def test_a_damaged_roster_is_named(field, fed):
             federation.read(fed)
 
 
+def pipe(path):
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def endless(path):
+    path.unlink(missing_ok=True)
+    path.symlink_to("/dev/zero")
+
+
+def vast(path):
+    path.touch()
+    os.truncate(path, 1 << 40)
+
+
+READS = {
+    "ca/federation.json": federation.read,
+    "ca/ca.pem": federation.add,
+    "ca/lock": federation.add,
+    "broker/nats.conf": lambda folder: check_permissions(folder / "broker/nats.conf", federation.read(folder)),
+    "server/federation.json": lambda folder: Member.read(folder / "server"),
+}
+
+
+@pytest.mark.timeout(30)  # they would be waited for, or read without end
+@pytest.mark.parametrize("damage", [pipe, endless, vast])
+@pytest.mark.parametrize("name", READS)
+def test_a_file_without_end_is_named(name, damage, fed):
+    damage(fed / name)
+    if name.endswith("lock") and damage is not pipe:  # nobody reads it
+        READS[name](fed)
+        return
+    with pytest.raises(OSError, match=f"{name}'$"):
+        READS[name](fed)
+
+
 def test_another_authority_s_key_is_refused(fed, tmp_path):
     federation.create(tmp_path / "other", 1, "localhost")
     shutil.copy(tmp_path / "other/ca/ca.key", fed / "ca/ca.key")

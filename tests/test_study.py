@@ -400,6 +400,17 @@ def test_a_damaged_file_is_named(tmp_path, whole, monkeypatch, place, damage):
     assert run_study(study, tmp_path / "study")
 
 
+@pytest.mark.timeout(30)  # it would be waited for
+@pytest.mark.parametrize("place", ["tuning/frozen/1-0.json", "study.yaml", "lock"])
+def test_a_pipe_in_a_studys_folder_is_named(tmp_path, whole, monkeypatch, place):
+    shutil.copytree(whole, tmp_path / "study")
+    (tmp_path / "study" / place).unlink()
+    os.mkfifo(tmp_path / "study" / place)
+    monkeypatch.setattr("hosfl.studies.jobs.run_job", None)
+    with pytest.raises(OSError, match=f"{place}'$"):
+        run_study(read_study(FILE + FROZEN), tmp_path / "study")
+
+
 @pytest.mark.parametrize("other", OTHERS)
 def test_another_runs_file_is_named(tmp_path, whole, other):
     shutil.copytree(whole, tmp_path / "study")

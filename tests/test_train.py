@@ -598,6 +598,8 @@ def test_rebuild_and_log_on_the_command_line(tmp_path, capsys):
     assert "holds 12 rounds" in fails(capsys, 1, *arguments, "--upto", -1)
     assert "not the base" in fails(capsys, 1, "rebuild", log, "--base", tmp_path / "client.safetensors", "--out", out)
     assert "hosfl: " in fails(capsys, 2, "rebuild", log, "--base", log, "--out", out)
+    os.mkfifo(tmp_path / "pipe")  # it would be waited for
+    assert "no regular file" in fails(capsys, 2, "rebuild", log, "--base", tmp_path / "pipe", "--out", out)
     assert "hosfl: " in fails(capsys, 2, "rebuild", log, "--base", tmp_path / "no.safetensors", "--out", out)
     assert "hosfl: " in fails(capsys, 2, "rebuild", tmp_path / "no.log", "--base", base, "--out", out)
     assert "hosfl: " in fails(capsys, 2, *arguments[:-1], tmp_path / "no" / "out.safetensors")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from hosfl.federation.certificates import FederationError, read_certificate
 from hosfl.federation.roster import Address, Roster, check_run, read_object
+from hosfl.files import read_small
 
 SOON = timedelta(days=30)
 
@@ -58,7 +59,7 @@ class Member:
         else:
             address, run, client = _client(folder / "client.json")
         try:
-            owner, expires = read_certificate((folder / f"{kind}.pem").read_bytes())
+            owner, expires = read_certificate(read_small(folder / f"{kind}.pem"))
         except FederationError as error:
             raise FederationError(f"{folder / f'{kind}.pem'}: {error}") from None
         member = cls(folder, address, run, client, expires)

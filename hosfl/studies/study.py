@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hosfl.files import read_small
 from hosfl.runs.config import Config, all_with_shared, with_shared
 from hosfl.runs.memory import HALVES
 from hosfl.settings import FIELDS, NEUTRAL, typed
@@ -96,7 +97,7 @@ def load_study(path: Path) -> Study:
     """The study that a file describes, in UTF-8. Raises OSError, and ValueError naming the file and the key that is
     wrong."""
     try:
-        return read_study(path.read_bytes().decode("utf-8-sig"))
+        return read_study(read_small(path).decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}: line {line} is not UTF-8, at byte {error.start}: save the file as UTF-8") from None
