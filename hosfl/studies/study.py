@@ -111,7 +111,7 @@ def read_study(text: str) -> Study:
 
     says = _of(dict, parse_yaml(text), "a study")
     _known(says, ("base", "rounds", "seeds", "tuning_seeds", "methods", "memory", "unequal"), "")
-    base = _settings(says.get("base") or {}, "base")
+    base = _settings(_optional(dict, says, "base"), "base")
     rounds = _of(int, _needed(says, "rounds"), "rounds")
     seeds, tuning_seeds = _seeds(says, "seeds"), _seeds(says, "tuning_seeds")
     if both := sorted({*seeds} & {*tuning_seeds}):
@@ -144,12 +144,12 @@ def read_study(text: str) -> Study:
         all_with_shared(owns, base)
     except ValueError as error:
         raise ValueError(f"base: {error}") from None
-    unequal = _of(str, says.get("unequal") or "", "unequal")
+    unequal = _optional(str, says, "unequal")
     counts = {name: len(found) for name, found in trials.items()}
     if len(set(counts.values())) > 1 and not unequal:
         listed = ", ".join(f"{name} {count}" for name, count in counts.items())
         raise ValueError(f"methods: not equally many trials ({listed}): make the grids equal, or give unequal: why")
-    memory = _of(list, says.get("memory") or [], "memory")
+    memory = _optional(list, says, "memory")
     for half in memory:
         if half not in list(HALVES):
             raise ValueError(f"memory: {half!r} is none of {', '.join(HALVES)}")
@@ -166,10 +166,10 @@ def _check_name(name: Any, where: str) -> None:
 
 def _method(says: Any, where: str) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     """A method's settings and grid."""
-    method = _of(dict, says or {}, where)
+    method = _of(dict, {} if says is None else says, where)
     _known(method, ("settings", "grid"), where)
-    settings = _settings(method.get("settings") or {}, f"{where}.settings")
-    grid = _grid(method.get("grid") or {}, f"{where}.grid")
+    settings = _settings(_optional(dict, method, "settings", where), f"{where}.settings")
+    grid = _grid(_optional(dict, method, "grid", where), f"{where}.grid")
     if (many := math.prod(map(len, grid.values()))) > MOST_TRIALS:
         raise ValueError(f"{where}.grid: {many} trials, {MOST_TRIALS} at most: leave some out")
     return settings, grid
@@ -179,6 +179,12 @@ def _needed(says: dict[str, Any], key: str) -> Any:
     if says.get(key) is None:
         raise ValueError(f"{key} is missing: the study's file must say it")
     return says[key]
+
+
+def _optional(kind: type, says: dict[str, Any], key: str, where: str = "") -> Any:
+    """What may be left out: then it is empty."""
+    value = says.get(key)
+    return kind() if value is None else _of(kind, value, f"{where}.{key}".lstrip("."))
 
 
 def _of(kind: type, value: Any, where: str) -> Any:
