@@ -21,6 +21,7 @@ import nats
 import pytest
 from broker import Broker, free_port
 from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 from cryptography.x509.verification import PolicyBuilder, Store
 from hypothesis import given
 from hypothesis import strategies as st
@@ -715,6 +716,8 @@ def test_a_certificate_that_ends_is_told(template, recwarn):
         Member.read(folder, ends)
     with pytest.raises(FederationError, match="`hosfl federation renew DIR server`"):
         Member.read(template / "server", ends + timedelta(days=1))
+    with pytest.raises(FederationError, match=r"begins on .* clock is at 1970-01-01: set the clock"):
+        Member.read(folder, datetime.fromtimestamp(0, timezone.utc))  # a device without a battery
 
 
 def test_a_key_that_others_can_read_is_told(fed, recwarn):
@@ -768,6 +771,12 @@ def put(folder, name, text):
     (folder / name).write_text(text)
 
 
+def lock_key(path):
+    key = serialization.load_pem_private_key(path.read_bytes(), None)
+    pem, under = serialization.Encoding.PEM, serialization.BestAvailableEncryption(b"secret")
+    path.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, under))
+
+
 def swap(other, folder):
     for name in ("client.pem", "client.key"):
         shutil.copy(other / name, folder / name)
@@ -783,6 +792,7 @@ DAMAGED = {
     "no certificate": (lambda f: put(f, "client.pem", "none"), r"client\.pem: this is no certificate"),
     "no key in it": (lambda f: put(f, "client.key", "none"), "damaged, or not of one pair"),
     "another's certificate": (lambda f: swap(f.parent / "0", f), r"client\.pem is client-0's, not client 1's"),
+    "a key under a passphrase": (lambda f: lock_key(f / "client.key"), "damaged, or not of one pair"),
     "another's key": (lambda f: shutil.copy(f.parent / "0/client.key", f / "client.key"), "not of one pair"),
 }
 

@@ -108,15 +108,16 @@ def identity(who: str, serial: str) -> str:
     return f"{who}.{serial}@hosfl"
 
 
-def read_certificate(pem: bytes) -> tuple[str, datetime]:
-    """Of whom a PEM certificate is, such as "client-3", and when it ends (UTC). Raises FederationError for what is
-    none."""
+def read_certificate(pem: bytes) -> tuple[str, datetime, datetime]:
+    """Of whom a PEM certificate is, such as "client-3", and when it begins and ends (UTC). Raises FederationError for
+    what is none."""
     try:
         certificate = x509.load_pem_x509_certificate(pem)
     except ValueError as error:
         raise FederationError(f"this is no certificate ({error})") from None
     names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-    return str(names[0].value) if names else "nobody", certificate.not_valid_after_utc
+    who = str(names[0].value) if names else "nobody"
+    return who, certificate.not_valid_before_utc, certificate.not_valid_after_utc
 
 
 def _signed(

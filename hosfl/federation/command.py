@@ -77,7 +77,7 @@ def _show(options: argparse.Namespace) -> int:
     print(f"{folder}: run {roster.run}, broker at {roster.address}, {_count(roster)}")
     faults = 0
     try:
-        _, ends = read_certificate(read_small(folder / "ca/ca.pem"))
+        _, _, ends = read_certificate(read_small(folder / "ca/ca.pem"))
         print(f"authority: until {ends:%Y-%m-%d}{_warning(ends, now, 'make a new federation')}")
         faults += ends <= now
     except (OSError, FederationError) as error:

@@ -42,8 +42,8 @@ class Member:
         """Of a folder `server` or `clients/N` that `hosfl federation` made.
 
         Warns of a certificate that ends within 30 days, and of a key that others can read. Raises FederationError for a
-        folder that is not whole, and for a certificate that has ended: at the start of a run it says so before the
-        broker refuses. now: with its time zone; default: the clock's.
+        folder that is not whole, and for a certificate that has ended or not begun: at the start of a run it says so
+        before the broker refuses. now: with its time zone; default: the clock's.
         """
         kind = "server" if (folder / "federation.json").exists() else "client"
         missing = [name for name in ("ca.pem", f"{kind}.pem", f"{kind}.key") if not (folder / name).is_file()]
@@ -59,13 +59,19 @@ class Member:
         else:
             address, run, client = _client(folder / "client.json")
         try:
-            owner, expires = read_certificate(read_small(folder / f"{kind}.pem"))
+            owner, begins, expires = read_certificate(read_small(folder / f"{kind}.pem"))
         except FederationError as error:
             raise FederationError(f"{folder / f'{kind}.pem'}: {error}") from None
         member = cls(folder, address, run, client, expires)
         if owner != ("server" if client is None else f"client-{client}"):
             raise FederationError(f"{folder / f'{kind}.pem'} is {owner}'s, not {member.who}'s: take it from a copy")
-        left = expires - (now or datetime.now(timezone.utc))
+        now = now or datetime.now(timezone.utc)
+        if now < begins:
+            raise FederationError(
+                f"the certificate in {folder} begins on {begins:%Y-%m-%d}, and this machine's clock is at"
+                f" {now:%Y-%m-%d}: set the clock"
+            )
+        left = expires - now
         renewed = f"`hosfl federation renew DIR {'server' if client is None else client}` makes a new one"
         if left <= timedelta(0):
             raise FederationError(f"the certificate in {folder} ended on {expires:%Y-%m-%d}: {renewed}")
@@ -86,7 +92,7 @@ class Member:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         try:
             context.load_verify_locations(authority)
-            context.load_cert_chain(certificate, key)
+            context.load_cert_chain(certificate, key, password="")  # else one is asked for at the terminal
         except ssl.SSLError as error:
             raise FederationError(
                 f"the certificates or the key in {self.folder} are damaged, or not of one pair: take the folder from a"
