@@ -30,7 +30,7 @@ from hosfl import federation
 from hosfl.cli import main
 from hosfl.federation import FederationError, Member, Roster, check_broker, check_permissions, provision
 from hosfl.federation.broker import configuration
-from hosfl.federation.certificates import Authority, identity
+from hosfl.federation.certificates import Authority, identity, make_authority
 from hosfl.federation.roster import Address, Standing
 from hosfl.files import FolderLock, RunFolderError, write_json
 
@@ -777,6 +777,10 @@ def lock_key(path):
     path.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, under))
 
 
+def another_authority(folder):
+    (folder / "ca.pem").write_bytes(make_authority("another").certificate)
+
+
 def swap(other, folder):
     for name in ("client.pem", "client.key"):
         shutil.copy(other / name, folder / name)
@@ -792,6 +796,8 @@ DAMAGED = {
     "no certificate": (lambda f: put(f, "client.pem", "none"), r"client\.pem: this is no certificate"),
     "no key in it": (lambda f: put(f, "client.key", "none"), "damaged, or not of one pair"),
     "another's certificate": (lambda f: swap(f.parent / "0", f), r"client\.pem is client-0's, not client 1's"),
+    "no authority": (lambda f: put(f, "ca.pem", ""), r"client\.pem is not of the authority in .*/ca\.pem"),
+    "another authority": (another_authority, r"client\.pem is not of the authority in .*/ca\.pem"),
     "a key under a passphrase": (lambda f: lock_key(f / "client.key"), "damaged, or not of one pair"),
     "another's key": (lambda f: shutil.copy(f.parent / "0/client.key", f / "client.key"), "not of one pair"),
 }

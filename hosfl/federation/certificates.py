@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -118,6 +119,16 @@ def read_certificate(pem: bytes) -> tuple[str, datetime, datetime]:
     names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     who = str(names[0].value) if names else "nobody"
     return who, certificate.not_valid_before_utc, certificate.not_valid_after_utc
+
+
+def signed_by(authority: bytes, pem: bytes) -> bool:
+    """Whether one PEM certificate has the other's signature; False where either is none."""
+    try:
+        issuer = x509.load_pem_x509_certificate(authority)
+        x509.load_pem_x509_certificate(pem).verify_directly_issued_by(issuer)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
 
 
 def _signed(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
-from hosfl.federation.certificates import FederationError, read_certificate
+from hosfl.federation.certificates import FederationError, read_certificate, signed_by
 from hosfl.federation.roster import Address, Roster, check_run, read_object
 from hosfl.files import read_small
 
@@ -65,6 +65,10 @@ class Member:
         member = cls(folder, address, run, client, expires)
         if owner != ("server" if client is None else f"client-{client}"):
             raise FederationError(f"{folder / f'{kind}.pem'} is {owner}'s, not {member.who}'s: take it from a copy")
+        if not signed_by(*map(read_small, member.pem[:2])):
+            raise FederationError(
+                f"{folder / f'{kind}.pem'} is not of the authority in {folder / 'ca.pem'}: take the folder from a copy"
+            )
         now = now or datetime.now(timezone.utc)
         if now < begins:
             raise FederationError(
