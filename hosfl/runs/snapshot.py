@@ -136,7 +136,6 @@ def _snapshots(folder: Path) -> list[tuple[int, Path]]:
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.unlink(missing_ok=True)  # of a writer that was killed
     try:
         save_file(tensors, temporary, metadata=metadata)
         with temporary.open("rb+") as file:
