@@ -330,6 +330,15 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, monkeypatch, capsys, words,
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_too_little_memory_is_said_in_one_line(monkeypatch, capsys):
+    def read(path):
+        raise MemoryError
+
+    monkeypatch.setattr(Log, "read", read)
+    assert main(["log", "verify", "some.log"]) == 1
+    assert capsys.readouterr().err.startswith("hosfl: there is not enough memory: ")
+
+
 @pytest.mark.parametrize("name", ["base.safetensors", "config.json", "hosfl.log", "metrics.jsonl"])
 def test_a_disk_that_fails_is_said_with_the_file(name, tmp_path, monkeypatch, capsys):
     """The system's error of a sync names none. And all that a resumed run reads is synced."""
