@@ -430,6 +430,9 @@ def _told(error: Exception) -> int | None:
             return None
         case OSError() | SafetensorError():
             status = 2
+        case MemoryError():
+            _say(f"there is not enough memory: {_words(error) or 'less of it is needed, or more has to be free'}")
+            return 1
         case _:
             raise error
     _say(_words(error))

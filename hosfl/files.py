@@ -19,6 +19,39 @@ except ImportError:  # Windows: no lock
     fcntl = None  # type: ignore[assignment]
 
 
+SMALL = 1 << 28  # bytes: more than any file of settings, results or certificates has
+
+
+def regular(path: str | os.PathLike[str]) -> Path:
+    """The path of a file that has an end. A pipe may never get a writer, and a device such as /dev/zero has none.
+
+    Raises OSError that names it, also where it is not there.
+    """
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "this is no regular file: it may have no end", str(path))
+    return Path(path)
+
+
+def read_small(path: Path) -> bytes:
+    """What a file of settings, results or certificates holds. Raises OSError that names it, also for a vast one."""
+    if regular(path).stat().st_size > SMALL:
+        raise OSError(errno.EFBIG, f"this has more than {SMALL >> 20} MB: it is none of hosfl's files", str(path))
+    return path.read_bytes()
+
+
+def at_once(path: str, flags: int) -> int:
+    """Opens also a pipe, where nobody is waited for at its other end. Raises OSError for one that nobody reads."""
+    try:
+        return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise OSError(errno.ENXIO, "this is a pipe that nobody reads", str(path)) from None
+        raise
+
+
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     """An OSError of the block names this file, if it names none: those of writing and syncing do not."""
@@ -34,7 +67,8 @@ def write_atomically(path: Path, data: bytes, private: bool = False) -> None:
     """All of it or nothing, whatever happens in between; a file that was there keeps its mode.
 
     private: for its owner alone, mode 0600, from its first byte on and whatever mode a file had that was there.
-    A link stays, and what it points at is written. What is no regular file, as /dev/null or a pipe, is written into.
+    A link stays, and what it points at is written. What is no regular file, as /dev/null or a pipe, is written into,
+    but for a pipe that nobody reads.
 
     Raises OSError: IsADirectoryError for a folder, FileNotFoundError where there is no folder to write in, ....
     """
@@ -45,7 +79,8 @@ def write_atomically(path: Path, data: bytes, private: bool = False) -> None:
     if mode is not None and stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, "this is a folder: name a file in it", str(path))
     if mode is not None and not stat.S_ISREG(mode):
-        with naming(path), path.open("wb") as file:
+        with naming(path), open(path, "wb", opener=at_once) as file:
+            os.set_blocking(file.fileno(), True)
             file.write(data)
         return
     path = Path(os.path.realpath(path))
@@ -88,7 +123,7 @@ class FolderLock:
 
     def __init__(self, folder: Path, of: str = "run") -> None:
         self.path = folder / "lock"
-        self.file = self.path.open("a")
+        self.file = open(self.path, "a", opener=at_once)  # noqa: SIM115
         if not locked(self.file):
             self.file.close()
             raise RunFolderError(f"another process is at work on the {of} in {folder}: wait for it, or stop it")

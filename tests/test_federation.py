@@ -21,6 +21,7 @@ import nats
 import pytest
 from broker import Broker, free_port
 from cryptography import x509
+from cryptography.hazmat.primitives import serialization
 from cryptography.x509.verification import PolicyBuilder, Store
 from hypothesis import given
 from hypothesis import strategies as st
@@ -29,7 +30,7 @@ from hosfl import federation
 from hosfl.cli import main
 from hosfl.federation import FederationError, Member, Roster, check_broker, check_permissions, provision
 from hosfl.federation.broker import configuration
-from hosfl.federation.certificates import Authority, identity
+from hosfl.federation.certificates import Authority, identity, make_authority
 from hosfl.federation.roster import Address, Standing
 from hosfl.files import FolderLock, RunFolderError, write_json
 
@@ -715,6 +716,8 @@ def test_a_certificate_that_ends_is_told(template, recwarn):
         Member.read(folder, ends)
     with pytest.raises(FederationError, match="`hosfl federation renew DIR server`"):
         Member.read(template / "server", ends + timedelta(days=1))
+    with pytest.raises(FederationError, match=r"begins on .* clock is at 1970-01-01: set the clock"):
+        Member.read(folder, datetime.fromtimestamp(0, timezone.utc))  # a device without a battery
 
 
 def test_a_key_that_others_can_read_is_told(fed, recwarn):
@@ -768,6 +771,16 @@ def put(folder, name, text):
     (folder / name).write_text(text)
 
 
+def lock_key(path):
+    key = serialization.load_pem_private_key(path.read_bytes(), None)
+    pem, under = serialization.Encoding.PEM, serialization.BestAvailableEncryption(b"secret")
+    path.write_bytes(key.private_bytes(pem, serialization.PrivateFormat.PKCS8, under))
+
+
+def another_authority(folder):
+    (folder / "ca.pem").write_bytes(make_authority("another").certificate)
+
+
 def swap(other, folder):
     for name in ("client.pem", "client.key"):
         shutil.copy(other / name, folder / name)
@@ -783,6 +796,9 @@ DAMAGED = {
     "no certificate": (lambda f: put(f, "client.pem", "none"), r"client\.pem: this is no certificate"),
     "no key in it": (lambda f: put(f, "client.key", "none"), "damaged, or not of one pair"),
     "another's certificate": (lambda f: swap(f.parent / "0", f), r"client\.pem is client-0's, not client 1's"),
+    "no authority": (lambda f: put(f, "ca.pem", ""), r"client\.pem is not of the authority in .*/ca\.pem"),
+    "another authority": (another_authority, r"client\.pem is not of the authority in .*/ca\.pem"),
+    "a key under a passphrase": (lambda f: lock_key(f / "client.key"), "damaged, or not of one pair"),
     "another's key": (lambda f: shutil.copy(f.parent / "0/client.key", f / "client.key"), "not of one pair"),
 }
 
@@ -809,6 +825,42 @@ def test_a_damaged_roster_is_named(field, fed):
             continue
         with pytest.raises(FederationError, match=r"federation\.json is damaged"):
             federation.read(fed)
+
+
+def pipe(path):
+    path.unlink(missing_ok=True)
+    os.mkfifo(path)
+
+
+def endless(path):
+    path.unlink(missing_ok=True)
+    path.symlink_to("/dev/zero")
+
+
+def vast(path):
+    path.touch()
+    os.truncate(path, 1 << 40)
+
+
+READS = {
+    "ca/federation.json": federation.read,
+    "ca/ca.pem": federation.add,
+    "ca/lock": federation.add,
+    "broker/nats.conf": lambda folder: check_permissions(folder / "broker/nats.conf", federation.read(folder)),
+    "server/federation.json": lambda folder: Member.read(folder / "server"),
+}
+
+
+@pytest.mark.timeout(30)  # they would be waited for, or read without end
+@pytest.mark.parametrize("damage", [pipe, endless, vast])
+@pytest.mark.parametrize("name", READS)
+def test_a_file_without_end_is_named(name, damage, fed):
+    damage(fed / name)
+    if name.endswith("lock") and damage is not pipe:  # nobody reads it
+        READS[name](fed)
+        return
+    with pytest.raises(OSError, match=f"{name}'$"):
+        READS[name](fed)
 
 
 def test_another_authority_s_key_is_refused(fed, tmp_path):

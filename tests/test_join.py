@@ -2,10 +2,12 @@
 
 import json
 import math
+import os
 import pickle
 import shutil
 import signal
 from argparse import Namespace
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,7 @@ from torch import nn
 from hosfl import commands, train
 from hosfl.engines.engine import EngineError, JoinError, Reply
 from hosfl.engines.in_process import InProcess
-from hosfl.engines.joining import Kept
+from hosfl.engines.joining import Kept, fetched
 from hosfl.files import RunFolderError
 from hosfl.methods import METHODS
 from hosfl.methods.ho import make_run
@@ -368,6 +370,12 @@ def test_a_client_keeps_its_base_and_its_state(run, tmp_path, caplog):
     Kept(tmp_path / "state.safetensors", bytes(8), plain.client).restore()  # a run of the same settings
     assert (plain.client.applied, plain.client.digest()) == (0, base)
     assert "it is of another run" in caplog.text
+    (tmp_path / "state.safetensors").unlink()
+    os.mkfifo(tmp_path / "state.safetensors")  # it would be waited for
+    Kept(tmp_path / "state.safetensors", told["id"], plain.client).restore()
+    assert "no regular file" in caplog.text
+    assert fetched(Direct({"base": b"1"}, []), "base", sha256(b"1").hexdigest(), tmp_path / "state.safetensors") == b"1"
+    (tmp_path / "state.safetensors").unlink()
     done.replica.applied = -2
     kept.save()
     done.replica.applied = 4

@@ -1800,6 +1800,8 @@ def test_a_write_keeps_links_devices_and_modes(tmp_path):
     write_atomically(pipe, b"5")
     assert os.read(reader, 9) == b"5"
     os.close(reader)
+    with pytest.raises(OSError, match="a pipe that nobody reads"):  # it would be waited for
+        write_atomically(pipe, b"6")
     assert stat.S_ISFIFO(pipe.stat().st_mode)
     (tmp_path / "target.tmp").symlink_to(tmp_path / "folder" / "new")  # whatever a killed writer left
     write_atomically(target, b"6")

@@ -123,6 +123,29 @@ def test_a_log_of_another_run_is_refused_by_what_differs(runs, killed):
         train(load_config(run), run, resume=True)
 
 
+@pytest.mark.timeout(60)  # it would be waited for
+@pytest.mark.parametrize(
+    "name", ["config.json", "provenance.json", "id.json", "lock", "metrics.jsonl", "base.safetensors"]
+)
+def test_a_pipe_in_place_of_a_file_is_named(killed, name):
+    run = killed("pool")
+    settings = load_config(run)
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    with pytest.raises(OSError, match=f"{name}'$"):
+        train(settings, run, resume=True)
+
+
+@pytest.mark.timeout(60)
+def test_a_snapshot_that_is_a_pipe_is_passed_over(runs, killed):
+    run = killed("pool")
+    (run / "snapshot-00000006.safetensors").unlink()
+    os.mkfifo(run / "snapshot-00000006.safetensors")
+    with pytest.warns(UserWarning, match=r"snapshot-00000006.*no regular file"):
+        train(load_config(run), run, resume=True)
+    same_bits(run, runs / "pool" / "whole")
+
+
 def test_a_log_that_is_gone_is_asked_for(killed):
     run = killed("pool")
     (run / "hosfl.log").unlink()

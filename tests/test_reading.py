@@ -189,6 +189,9 @@ def test_paths_that_are_none(name, tmp_path):
         read(tmp_path / "a folder")
     with pytest.raises(DataError, match="is no path"):
         read(tmp_path / "a\0b")
+    os.mkfifo(tmp_path / f"pipe.{kind}")  # it would be waited for
+    with pytest.raises((OSError, DataError), match="pipe"):
+        read(tmp_path / f"pipe.{kind}")
     path = tmp_path / f"mine.{kind}"
     path.write_bytes(valid)
     path.chmod(0)

@@ -152,6 +152,21 @@ def test_equal_seconds_are_those_of_first_order(tmp_path, whole, first, share):
     assert rows["frozen"]["accuracy_gap_in_equal_seconds"] is not None
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_a_study_whose_first_run_cannot_start_leaves_nothing(tmp_path, whole, there):
+    if there:
+        (tmp_path / "study").mkdir()
+    wrong = FILE.replace("base: {", "base: {trains: nothing, ")
+    with pytest.raises(ValueError, match="leaves nothing that moves"):
+        run_study(read_study(wrong), tmp_path / "study")
+    assert not list(tmp_path.iterdir())
+    shutil.copytree(whole, tmp_path / "study")  # what was there stays
+    shutil.rmtree(tmp_path / "study/tuning")
+    with pytest.raises(ValueError, match="another study"):
+        run_study(read_study(wrong), tmp_path / "study")
+    assert (tmp_path / "study/study.yaml").exists()
+
+
 def test_what_cannot_work_is_found_before_any_run(tmp_path):
     untuned = "  splitfed: {settings: {method: splitfed, rule: momentum}, grid: {client_rate: [1, 2]}}\n"
     with pytest.raises(ValueError, match="no rates are tuned for splitfed momentum"):
@@ -400,6 +415,17 @@ def test_a_damaged_file_is_named(tmp_path, whole, monkeypatch, place, damage):
     assert run_study(study, tmp_path / "study")
 
 
+@pytest.mark.timeout(30)  # it would be waited for
+@pytest.mark.parametrize("place", ["tuning/frozen/1-0.json", "study.yaml", "lock"])
+def test_a_pipe_in_a_studys_folder_is_named(tmp_path, whole, monkeypatch, place):
+    shutil.copytree(whole, tmp_path / "study")
+    (tmp_path / "study" / place).unlink()
+    os.mkfifo(tmp_path / "study" / place)
+    monkeypatch.setattr("hosfl.studies.jobs.run_job", None)
+    with pytest.raises(OSError, match=f"{place}'$"):
+        run_study(read_study(FILE + FROZEN), tmp_path / "study")
+
+
 @pytest.mark.parametrize("other", OTHERS)
 def test_another_runs_file_is_named(tmp_path, whole, other):
     shutil.copytree(whole, tmp_path / "study")
@@ -615,6 +641,11 @@ def test_a_worker_that_the_system_kills(tmp_path, whole, file, monkeypatch, caps
         ("  first-order:", "  ho fresh:", "^methods.ho fresh: its folder would be that of 'ho, fresh'"),
         ("seeds: [2, 3]", "seeds: [2, 2]", "^seeds: one seed or more is needed, each once"),
         ("rounds: 3", "rounds: 3\nmemory: [gpt]", "^memory: 'gpt' is none of digits, minilm"),
+        ("rounds: 3", "rounds: 3\nmemory: {}", "^memory: a list is needed, got {}"),
+        ("rounds: 3", "rounds: 3\nunequal: false", "^unequal: text is needed, got False"),
+        ("{method: first-order}", "[]", r"^methods.first-order.settings: a mapping is needed, got \[\]"),
+        ("{client_rate: [1, 2.0]}", "0", "^methods.first-order.grid: a mapping is needed, got 0"),
+        ("{settings: {method: first-order}, grid: {client_rate: [1, 2.0]}}", "''", "^methods.first-order: a mapping"),
     ],
 )
 def test_files_that_cannot_work(old, new, message):
@@ -676,6 +707,7 @@ def test_merge_keys(text, value):
         ("a: *b", "not YAML: found undefined alias"),
         ("a: \0", "not YAML: unacceptable character"),
         ("a\n---\nb", "not YAML: expected a single document"),
+        ("#" * (2**20 + 1), "more than 1048576 characters: too large"),
     ],
 )
 def test_yaml_that_cannot_be(text, message):

@@ -330,6 +330,15 @@ def test_what_is_wrong_is_said_in_one_line(tmp_path, monkeypatch, capsys, words,
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_too_little_memory_is_said_in_one_line(monkeypatch, capsys):
+    def read(path):
+        raise MemoryError
+
+    monkeypatch.setattr(Log, "read", read)
+    assert main(["log", "verify", "some.log"]) == 1
+    assert capsys.readouterr().err.startswith("hosfl: there is not enough memory: ")
+
+
 @pytest.mark.parametrize("name", ["base.safetensors", "config.json", "hosfl.log", "metrics.jsonl"])
 def test_a_disk_that_fails_is_said_with_the_file(name, tmp_path, monkeypatch, capsys):
     """The system's error of a sync names none. And all that a resumed run reads is synced."""
@@ -598,6 +607,8 @@ def test_rebuild_and_log_on_the_command_line(tmp_path, capsys):
     assert "holds 12 rounds" in fails(capsys, 1, *arguments, "--upto", -1)
     assert "not the base" in fails(capsys, 1, "rebuild", log, "--base", tmp_path / "client.safetensors", "--out", out)
     assert "hosfl: " in fails(capsys, 2, "rebuild", log, "--base", log, "--out", out)
+    os.mkfifo(tmp_path / "pipe")  # it would be waited for
+    assert "no regular file" in fails(capsys, 2, "rebuild", log, "--base", tmp_path / "pipe", "--out", out)
     assert "hosfl: " in fails(capsys, 2, "rebuild", log, "--base", tmp_path / "no.safetensors", "--out", out)
     assert "hosfl: " in fails(capsys, 2, "rebuild", tmp_path / "no.log", "--base", base, "--out", out)
     assert "hosfl: " in fails(capsys, 2, *arguments[:-1], tmp_path / "no" / "out.safetensors")

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from hosfl.engines.engine import JoinError, Line
-from hosfl.files import FolderLock, write_atomically
+from hosfl.files import FolderLock, regular, write_atomically
 from hosfl.protocol.arrays import Array, is_tensor
 from hosfl.protocol.endpoint import AnotherRun, Answers, Endpoint
 from hosfl.protocol.lattice import Lattice
@@ -117,7 +117,7 @@ def fetched(line: Line, name: str, sha256: str, path: Path, needed: bool = False
 
     needed: somebody reads it from there, so that OSError is raised where it cannot be written.
     """
-    if path.exists() and hashlib.sha256(data := path.read_bytes()).hexdigest() == sha256:
+    if path.is_file() and hashlib.sha256(data := path.read_bytes()).hexdigest() == sha256:
         return data
     data = line.fetch(name)
     if hashlib.sha256(data).hexdigest() != sha256:
@@ -169,7 +169,7 @@ class Kept:
         replica = client.replica
         try:
             torch = all(map(is_tensor, replica.tensors))
-            with safe_open(self.path, "pt" if torch else "np") as file:
+            with safe_open(regular(self.path), "pt" if torch else "np") as file:
                 told, read = file.metadata(), file.get_tensor if torch else Weights(self.path).__getitem__
                 if told["format"] != KEPT_FORMAT:
                     raise ValueError("another version wrote it")

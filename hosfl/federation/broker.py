@@ -15,6 +15,7 @@ from pathlib import Path
 from hosfl.federation.certificates import FederationError
 from hosfl.federation.member import Member
 from hosfl.federation.roster import Roster
+from hosfl.files import read_small
 
 MAX_PAYLOAD = 1 << 20  # bytes of one message; larger ones travel in pieces
 MAX_PENDING = 64 << 20  # bytes that wait for one connection before the broker drops it
@@ -105,7 +106,7 @@ def check_permissions(conf: Path | str, roster: Roster) -> None:
     conf: the file, or its text. The broker's folder may have moved. Raises FederationError that names the first line
     that differs; OSError for a file that cannot be read.
     """
-    text = conf.read_bytes().decode("utf-8", "replace") if isinstance(conf, Path) else conf
+    text = read_small(conf).decode("utf-8", "replace") if isinstance(conf, Path) else conf
     where = conf if isinstance(conf, Path) else "the broker's configuration"
     made_again = "make it again with `hosfl federation renew DIR broker`, and let the broker reload it"
     found = re.search(r'^  cert_file: ("/.*/broker\.pem")$', text, re.M)

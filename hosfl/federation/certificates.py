@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 
 from cryptography import x509
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -108,15 +109,26 @@ def identity(who: str, serial: str) -> str:
     return f"{who}.{serial}@hosfl"
 
 
-def read_certificate(pem: bytes) -> tuple[str, datetime]:
-    """Of whom a PEM certificate is, such as "client-3", and when it ends (UTC). Raises FederationError for what is
-    none."""
+def read_certificate(pem: bytes) -> tuple[str, datetime, datetime]:
+    """Of whom a PEM certificate is, such as "client-3", and when it begins and ends (UTC). Raises FederationError for
+    what is none."""
     try:
         certificate = x509.load_pem_x509_certificate(pem)
     except ValueError as error:
         raise FederationError(f"this is no certificate ({error})") from None
     names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-    return str(names[0].value) if names else "nobody", certificate.not_valid_after_utc
+    who = str(names[0].value) if names else "nobody"
+    return who, certificate.not_valid_before_utc, certificate.not_valid_after_utc
+
+
+def signed_by(authority: bytes, pem: bytes) -> bool:
+    """Whether one PEM certificate has the other's signature; False where either is none."""
+    try:
+        issuer = x509.load_pem_x509_certificate(authority)
+        x509.load_pem_x509_certificate(pem).verify_directly_issued_by(issuer)
+    except (ValueError, TypeError, InvalidSignature):
+        return False
+    return True
 
 
 def _signed(

@@ -12,6 +12,7 @@ from hosfl.federation.broker import check_permissions
 from hosfl.federation.certificates import FederationError, read_certificate
 from hosfl.federation.member import SOON
 from hosfl.federation.roster import Roster
+from hosfl.files import read_small
 
 
 def run(options: argparse.Namespace) -> int:
@@ -76,7 +77,7 @@ def _show(options: argparse.Namespace) -> int:
     print(f"{folder}: run {roster.run}, broker at {roster.address}, {_count(roster)}")
     faults = 0
     try:
-        _, ends = read_certificate((folder / "ca/ca.pem").read_bytes())
+        _, _, ends = read_certificate(read_small(folder / "ca/ca.pem"))
         print(f"authority: until {ends:%Y-%m-%d}{_warning(ends, now, 'make a new federation')}")
         faults += ends <= now
     except (OSError, FederationError) as error:

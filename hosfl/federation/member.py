@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
-from hosfl.federation.certificates import FederationError, read_certificate
+from hosfl.federation.certificates import FederationError, read_certificate, signed_by
 from hosfl.federation.roster import Address, Roster, check_run, read_object
+from hosfl.files import read_small
 
 SOON = timedelta(days=30)
 
@@ -41,8 +42,8 @@ class Member:
         """Of a folder `server` or `clients/N` that `hosfl federation` made.
 
         Warns of a certificate that ends within 30 days, and of a key that others can read. Raises FederationError for a
-        folder that is not whole, and for a certificate that has ended: at the start of a run it says so before the
-        broker refuses. now: with its time zone; default: the clock's.
+        folder that is not whole, and for a certificate that has ended or not begun: at the start of a run it says so
+        before the broker refuses. now: with its time zone; default: the clock's.
         """
         kind = "server" if (folder / "federation.json").exists() else "client"
         missing = [name for name in ("ca.pem", f"{kind}.pem", f"{kind}.key") if not (folder / name).is_file()]
@@ -58,13 +59,23 @@ class Member:
         else:
             address, run, client = _client(folder / "client.json")
         try:
-            owner, expires = read_certificate((folder / f"{kind}.pem").read_bytes())
+            owner, begins, expires = read_certificate(read_small(folder / f"{kind}.pem"))
         except FederationError as error:
             raise FederationError(f"{folder / f'{kind}.pem'}: {error}") from None
         member = cls(folder, address, run, client, expires)
         if owner != ("server" if client is None else f"client-{client}"):
             raise FederationError(f"{folder / f'{kind}.pem'} is {owner}'s, not {member.who}'s: take it from a copy")
-        left = expires - (now or datetime.now(timezone.utc))
+        if not signed_by(*map(read_small, member.pem[:2])):
+            raise FederationError(
+                f"{folder / f'{kind}.pem'} is not of the authority in {folder / 'ca.pem'}: take the folder from a copy"
+            )
+        now = now or datetime.now(timezone.utc)
+        if now < begins:
+            raise FederationError(
+                f"the certificate in {folder} begins on {begins:%Y-%m-%d}, and this machine's clock is at"
+                f" {now:%Y-%m-%d}: set the clock"
+            )
+        left = expires - now
         renewed = f"`hosfl federation renew DIR {'server' if client is None else client}` makes a new one"
         if left <= timedelta(0):
             raise FederationError(f"the certificate in {folder} ended on {expires:%Y-%m-%d}: {renewed}")
@@ -85,7 +96,7 @@ class Member:
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         try:
             context.load_verify_locations(authority)
-            context.load_cert_chain(certificate, key)
+            context.load_cert_chain(certificate, key, password="")  # else one is asked for at the terminal
         except ssl.SSLError as error:
             raise FederationError(
                 f"the certificates or the key in {self.folder} are damaged, or not of one pair: take the folder from a"

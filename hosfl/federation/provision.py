@@ -18,7 +18,7 @@ from pathlib import Path
 from hosfl.federation.broker import configuration
 from hosfl.federation.certificates import MOST_DAYS, Authority, FederationError, Issued, make_authority
 from hosfl.federation.roster import MOST_CLIENTS, NAME, Address, Retired, Roster, Standing, check_run
-from hosfl.files import FolderLock, sync_folder, write_atomically, write_json
+from hosfl.files import FolderLock, read_small, sync_folder, write_atomically, write_json
 
 
 def create(
@@ -156,7 +156,7 @@ def _authority(folder: Path) -> Authority:
         raise FederationError(
             f"{key} is not there: bring the authority's key back for as long as this command needs it"
         )
-    return Authority((folder / "ca/ca.pem").read_bytes(), key.read_bytes())
+    return Authority(read_small(folder / "ca/ca.pem"), read_small(key))
 
 
 def _folder(path: Path) -> None:
@@ -170,7 +170,7 @@ def _hand_out(folder: Path, who: str, issued: Issued, name: str = "") -> Path:
     own, name = folder / who, name or who
     for each in (own.parent, own):
         _folder(each)
-    write_atomically(own / "ca.pem", (folder / "ca/ca.pem").read_bytes())
+    write_atomically(own / "ca.pem", read_small(folder / "ca/ca.pem"))
     write_atomically(own / f"{name}.key", issued.key, private=True)
     write_atomically(own / f"{name}.pem", issued.certificate)
     return own

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hosfl.federation.certificates import FederationError, Issued, identity
-from hosfl.files import write_json
+from hosfl.files import read_small, write_json
 
 MOST_CLIENTS = 10_000
 PORT = 4222
@@ -165,7 +165,7 @@ class Roster:
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON file that holds one object. Raises FederationError for any other, FileNotFoundError."""
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(read_small(path))
     except (ValueError, RecursionError) as error:
         raise FederationError(f"{path} is damaged: take it from a copy ({error})") from None
     if not isinstance(value, dict):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from hosfl.files import read_small
 from hosfl.halves.adapters import rows_of
 from hosfl.halves.inputs import Inputs, call, mask_of
 
@@ -37,7 +38,7 @@ def peft_config(told: str) -> Any:
     given: Mapping[str, Any] = {}
     if told.lower().endswith(".json"):
         try:
-            given = json.loads(Path(told).read_bytes())
+            given = json.loads(read_small(Path(told)))
         except OSError as error:
             raise ValueError(f"{told} cannot be read: {error.strerror or error}") from None
         except (ValueError, RecursionError) as error:

@@ -38,7 +38,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from hosfl.files import locked, naming, sync_folder
+from hosfl.files import at_once, locked, naming, sync_folder
 from hosfl.protocol.header import Header, LogError, check_integer, decode_header, encode_header
 from hosfl.protocol.records import FIELDS, History, Packed, Record, RoundRecord, decode_record, encode_record
 
@@ -136,11 +136,6 @@ def _torn(tail: bytes) -> bool:
         return True
     length = FRAME.unpack(written[: FRAME.size].ljust(FRAME.size, b"\0"))[1]
     return written[:2] == MARKER[: len(written)] and len(written) <= FRAME.size + length
-
-
-def _at_once(path: str, flags: int) -> int:
-    """Opens also a pipe that nobody writes to, which else is waited for before it can be refused."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _read(file: io.FileIO) -> bytes:
@@ -248,7 +243,7 @@ class Log:
         Raises LogError for a log that is damaged.
         """
         path = Path(path)
-        with io.FileIO(path, "r", opener=_at_once) as file:
+        with io.FileIO(path, "r", opener=at_once) as file:
             content = _content(path, file)
         return cls(path, content, None, "never")
 

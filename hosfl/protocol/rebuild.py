@@ -8,6 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from hosfl.files import regular
 from hosfl.protocol.arrays import Array, bits, copied, dtype_name
 from hosfl.protocol.header import Header, LogError
 from hosfl.protocol.log import Log
@@ -43,7 +44,7 @@ def rebuild(
     if not 0 <= upto <= len(records):
         raise LogError(f"{log} holds {len(records)} rounds; cannot rebuild round {upto}")
     try:
-        tensors = load(base)
+        tensors = load(regular(base))
     except SafetensorError as error:
         raise ValueError(f"{base} holds no weights: {error}") from error
     trained = _trained(tensors, header, base)

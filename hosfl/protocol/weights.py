@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 import numpy as np
 from safetensors import deserialize, safe_open
 
+from hosfl.files import regular
 from hosfl.protocol.arrays import Array, bits, dtype_name
 
 # A file's name of a dtype, and numpy's of what holds it here.
@@ -23,10 +22,8 @@ ORDER = ("BOOL", "U8", "I8", "I16", "F16", "BF16", "I32", "F32", "C64", "F64", "
 
 def read_weights(path: Path) -> dict[str, Array]:
     """A file's tensors, by name. Raises OSError, SafetensorError, and ValueError for a dtype that numpy cannot hold."""
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     found = {}
-    for name, stored in deserialize(path.read_bytes()):  # type: ignore[no-untyped-call]
+    for name, stored in deserialize(regular(path).read_bytes()):  # type: ignore[no-untyped-call]
         found[name] = (
             np.frombuffer(stored["data"], _in_numpy(stored["dtype"], name, path)).reshape(stored["shape"]).copy()
         )
@@ -47,7 +44,7 @@ class Weights(Mapping[str, Array]):
     """
 
     def __init__(self, path: Path) -> None:
-        with safe_open(path, "np"):  # which looks at every place in the file
+        with safe_open(regular(path), "np"):  # which looks at every place in the file
             pass
         self._path = path
         with path.open("rb") as file:

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from hosfl.files import regular
 from hosfl.halves.adapters import factors
 from hosfl.halves.inputs import Inputs
 from hosfl.halves.narrow import narrowed
@@ -205,7 +206,7 @@ def _take_up(fixed: dict[str, Tensor], path: Path) -> None:
     later.
     """
     try:
-        with safe_open(path, "pt") as file:  # of the whole half these alone are read
+        with safe_open(regular(path), "pt") as file:  # of the whole half these alone are read
             there = set(file.keys())
             held = {name: file.get_tensor(name) for name in fixed if name in there}
     except (SafetensorError, OSError) as error:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hosfl.extras import needed
-from hosfl.files import write_atomically
+from hosfl.files import read_small, regular, write_atomically
 from hosfl.named import label
 from hosfl.runs.pages import document, html_image, html_table
 from hosfl.runs.report import save_figure
@@ -79,6 +80,7 @@ class Event:
         )
 
 
+LONGEST = 1 << 24  # bytes of a line
 DAMAGED = (ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError, RecursionError)
 
 
@@ -90,8 +92,8 @@ def read_events(path: Path, rounds: int, clients: int) -> tuple[list[Event], int
     """
     kept: list[Event] = []
     damaged = 0
-    with path.open("rb") as file:
-        for line in file:
+    with regular(path).open("rb") as file:
+        for line in iter(partial(file.readline, LONGEST), b""):
             try:
                 event = Event.read(line, rounds, clients)
             except DAMAGED:
@@ -125,7 +127,7 @@ def attendance(folder: Path) -> Path:
 def _run(path: Path) -> tuple[str, int, int]:
     """What a run is called, its rounds and its clients, from its settings. They need not be settings that run here."""
     try:
-        settings = json.loads(path.read_bytes())
+        settings = json.loads(read_small(path))
         on = f" on {label(settings['task'])}" if settings["task"] else ""  # a task that is an object has no name
         title = f"Run: {label(settings['method'])}{on}, seed {settings['seed']}"
         return title, int(settings["rounds"]), int(settings["clients"])

@@ -20,7 +20,7 @@ from typing import Any
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from hosfl.files import sync_folder, write_atomically, write_json
+from hosfl.files import read_small, sync_folder, write_atomically, write_json
 from hosfl.probing.probe import trainable
 from hosfl.protocol.header import Header, Parameter
 from hosfl.protocol.provenance import new_id, read_id
@@ -65,7 +65,7 @@ def load_config(folder: Path) -> Config:
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no run: there is no {path.name}")
     try:
-        return Config(**json.loads(path.read_bytes()))
+        return Config(**json.loads(read_small(path)))
     except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a run's settings: {error}") from None
 
@@ -85,7 +85,7 @@ def load_id(folder: Path) -> bytes:
     if not path.exists():
         save_id(new_id(), folder)
     try:
-        return read_id(json.loads(path.read_bytes()))
+        return read_id(json.loads(read_small(path)))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a run's id: {error}") from None
 
@@ -97,7 +97,7 @@ def next_epoch(folder: Path) -> int:
     """
     path = folder / "epoch.json"
     try:
-        last = json.loads(path.read_bytes()) if path.exists() else 0
+        last = json.loads(read_small(path)) if path.exists() else 0
         if type(last) is not int or not 0 <= last < LAST_EPOCH:
             raise ValueError(f"a whole number below {LAST_EPOCH} is needed")
     except (ValueError, RecursionError) as error:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from hosfl.engines.engine import JoinError, Line
 from hosfl.engines.joining import check_cut, check_labels, fetched, read_offer, take_part
+from hosfl.files import regular
 from hosfl.halves.inputs import Inputs, call, evaluating, mask_of
 from hosfl.halves.split import dtype_of
 from hosfl.methods import METHODS, calibration, method_of
@@ -94,7 +95,7 @@ def own_data(data: str, config: Config, longest: int) -> Dataset | Items | None:
     if not data:
         return None
     if data.endswith((".npz", ".safetensors")):
-        return _of_arrays(arrays_in(data, lambda file: load(file.read_bytes())), data)
+        return _of_arrays(arrays_in(data, lambda file: load(regular(file).read_bytes())), data)
     if ".py:" in data:
         return samples_of(returned_by(data), data)
     if config.task in READERS:

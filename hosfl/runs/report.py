@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from hosfl.extras import needed
-from hosfl.files import FolderLock, finite, naming, write_atomically, write_json
+from hosfl.files import FolderLock, finite, naming, read_small, write_atomically, write_json
 from hosfl.protocol.provenance import Provenance, ProvenanceError
 from hosfl.runs.checkpoint import RUN_FILES, check_free, save_config
 from hosfl.runs.federation import Replicas
@@ -281,7 +281,7 @@ class Writer:
         self.lock = FolderLock(self.folder)
         path = self.folder / "provenance.json"
         try:
-            found = json.loads(path.read_bytes())
+            found = json.loads(read_small(path))
         except FileNotFoundError:
             raise ProvenanceError(f"{path} is not there, which says what the run was made of: start it anew") from None
         except (ValueError, RecursionError) as error:
@@ -312,7 +312,7 @@ class Writer:
         """Those of the folder's metrics.jsonl up to `round`."""
         assert self.folder is not None
         path, kept = self.folder / "metrics.jsonl", []
-        lines = path.read_bytes().decode(errors="replace").split("\n") if path.exists() else []
+        lines = read_small(path).decode(errors="replace").split("\n") if path.exists() else []
         for line in lines:
             try:
                 evaluation, run = Evaluation.read(line)

@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hosfl.files import sync_folder
+from hosfl.files import regular, sync_folder
 from hosfl.methods.state import SnapshotError, check_tensor
 
 FORMAT = "hosfl snapshot 1"
@@ -76,7 +76,7 @@ def load(path: str | os.PathLike[str]) -> Snapshot:
     """The snapshot in a file, every bit checked. Raises SnapshotError with the path and the reason."""
     path = Path(path)
     try:
-        with safe_open(path, framework="pt", device="cpu") as file:
+        with safe_open(regular(path), framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
             # copies: what safetensors returns is the file, mapped, and would change with it
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from hosfl.files import read_small
 from hosfl.terminal import printable
 
 STALE = 15.0  # seconds without a word, after which the server may not be running
@@ -19,7 +20,7 @@ def read_status(folder: Path, now: float) -> list[str]:
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no run with clients elsewhere: there is no {path.name}")
     try:
-        return lines(json.loads(path.read_bytes()), now)
+        return lines(json.loads(read_small(path)), now)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not a run's status ({error!r}): the server's next round writes it anew") from None
 

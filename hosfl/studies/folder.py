@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hosfl.files import write_atomically
+from hosfl.files import read_small, write_atomically
 from hosfl.settings import decisive, differences
 from hosfl.studies.study import QUANTITIES, Job, Result, Study, load_study
 
@@ -63,7 +63,7 @@ def _read(path: Path, shape: Any) -> Any:
         raise ValueError(f"{name} is no JSON")
 
     try:
-        value = json.loads(path.read_bytes().decode(), parse_constant=constant)
+        value = json.loads(read_small(path).decode(), parse_constant=constant)
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError) as error:

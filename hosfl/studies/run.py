@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import warnings
 from collections.abc import Callable, Sequence
@@ -42,6 +43,7 @@ def run_study(
     Writes table.json when all is there. Raises ValueError if the folder holds another study, naming what differs, or a
     file that is damaged or was made of other data; and if another process is at work in it. Before any run it raises
     what tasks raise whose data, model or rates are not there. Raises ChildProcessError as `results` does.
+    A study whose first run cannot start leaves nothing.
     """
     try:
         contents = Contents(check_tasks(study))
@@ -50,11 +52,22 @@ def run_study(
         if not (folder / "study.yaml").exists() and any(others):
             raise ValueError(f"{folder} holds no study, and is not empty: choose another folder")
         with closing(FolderLock(folder, "study")):
-            take_up(study, folder)
-            for job in (*study.tuning(), *finals(study, folder)):
-                if (result := held(job, folder)) is not None:
-                    contents.check(job, result, folder)
-            return _all(study, folder, workers, progress, contents)
+            mine = not (folder / "study.yaml").exists()
+            try:
+                take_up(study, folder)
+                for job in (*study.tuning(), *finals(study, folder)):
+                    if (result := held(job, folder)) is not None:
+                        contents.check(job, result, folder)
+                return _all(study, folder, workers, progress, contents)
+            except Exception:
+                if (
+                    mine and not (folder / TUNING).exists()
+                ):  # it came to nothing: the file may be mended, and given again
+                    for name in ("study.yaml", "lock"):
+                        (folder / name).unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):  # it holds something else, which is not ours
+                        folder.rmdir()
+                raise
     except KeyboardInterrupt:
         return False
 

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hosfl.files import read_small
 from hosfl.runs.config import Config, all_with_shared, with_shared
 from hosfl.runs.memory import HALVES
 from hosfl.settings import FIELDS, NEUTRAL, typed
@@ -96,7 +97,7 @@ def load_study(path: Path) -> Study:
     """The study that a file describes, in UTF-8. Raises OSError, and ValueError naming the file and the key that is
     wrong."""
     try:
-        return read_study(path.read_bytes().decode("utf-8-sig"))
+        return read_study(read_small(path).decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise ValueError(f"{path}: line {line} is not UTF-8, at byte {error.start}: save the file as UTF-8") from None
@@ -110,7 +111,7 @@ def read_study(text: str) -> Study:
 
     says = _of(dict, parse_yaml(text), "a study")
     _known(says, ("base", "rounds", "seeds", "tuning_seeds", "methods", "memory", "unequal"), "")
-    base = _settings(says.get("base") or {}, "base")
+    base = _settings(_optional(dict, says, "base"), "base")
     rounds = _of(int, _needed(says, "rounds"), "rounds")
     seeds, tuning_seeds = _seeds(says, "seeds"), _seeds(says, "tuning_seeds")
     if both := sorted({*seeds} & {*tuning_seeds}):
@@ -143,12 +144,12 @@ def read_study(text: str) -> Study:
         all_with_shared(owns, base)
     except ValueError as error:
         raise ValueError(f"base: {error}") from None
-    unequal = _of(str, says.get("unequal") or "", "unequal")
+    unequal = _optional(str, says, "unequal")
     counts = {name: len(found) for name, found in trials.items()}
     if len(set(counts.values())) > 1 and not unequal:
         listed = ", ".join(f"{name} {count}" for name, count in counts.items())
         raise ValueError(f"methods: not equally many trials ({listed}): make the grids equal, or give unequal: why")
-    memory = _of(list, says.get("memory") or [], "memory")
+    memory = _optional(list, says, "memory")
     for half in memory:
         if half not in list(HALVES):
             raise ValueError(f"memory: {half!r} is none of {', '.join(HALVES)}")
@@ -165,10 +166,10 @@ def _check_name(name: Any, where: str) -> None:
 
 def _method(says: Any, where: str) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     """A method's settings and grid."""
-    method = _of(dict, says or {}, where)
+    method = _of(dict, {} if says is None else says, where)
     _known(method, ("settings", "grid"), where)
-    settings = _settings(method.get("settings") or {}, f"{where}.settings")
-    grid = _grid(method.get("grid") or {}, f"{where}.grid")
+    settings = _settings(_optional(dict, method, "settings", where), f"{where}.settings")
+    grid = _grid(_optional(dict, method, "grid", where), f"{where}.grid")
     if (many := math.prod(map(len, grid.values()))) > MOST_TRIALS:
         raise ValueError(f"{where}.grid: {many} trials, {MOST_TRIALS} at most: leave some out")
     return settings, grid
@@ -178,6 +179,12 @@ def _needed(says: dict[str, Any], key: str) -> Any:
     if says.get(key) is None:
         raise ValueError(f"{key} is missing: the study's file must say it")
     return says[key]
+
+
+def _optional(kind: type, says: dict[str, Any], key: str, where: str = "") -> Any:
+    """What may be left out: then it is empty."""
+    value = says.get(key)
+    return kind() if value is None else _of(kind, value, f"{where}.{key}".lstrip("."))
 
 
 def _of(kind: type, value: Any, where: str) -> Any:

@@ -14,6 +14,7 @@ else:
     yaml = needed("yaml", "a study's file")
 
 MOST_VALUES = 100_000  # of a file
+MOST_CHARACTERS = 1 << 20
 
 # Of a plain scalar's tag: how it is written, and what it is.
 _SCALARS: dict[str, tuple[str, Callable[[str], Any]]] = {
@@ -43,6 +44,8 @@ def parse_yaml(text: str) -> Any:
     A key that is there twice is refused; one that is merged gives way.
     """
     made = 0
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"more than {MOST_CHARACTERS} characters: too large")
 
     def value(node: yaml.Node) -> Any:
         nonlocal made

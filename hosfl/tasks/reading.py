@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hosfl.extras import needed
+from hosfl.files import regular
 from hosfl.named import named
 
 T = TypeVar("T")
@@ -78,7 +79,10 @@ def without_padding(inputs: Mapping[str, Any], tokens: int, longest: int) -> dic
 
 
 def content(path: Path) -> bytes:
-    """A file's bytes. Raises OSError; DataError for a path that no file can have, such as one with a NUL."""
+    """A file's bytes. Raises OSError; DataError for a path that no file can have, such as one with a NUL, and for a
+    pipe or a device."""
+    if path.exists() and not path.is_file():
+        raise DataError(f"{path} is no file")  # but a pipe, which would be waited for, or a device without end
     try:
         return path.read_bytes()
     except ValueError as error:
@@ -396,8 +400,6 @@ def picture_file(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
     for whatever Pillow raises; ImportError without Pillow.
     """
     image = needed("PIL.Image", "a picture")
-    if path.exists() and not path.is_file():
-        raise DataError(f"{path} is no file")  # but a pipe, which would be waited for, or a device without end
     raw = content(path)
     with _pillow_s_errors(str(path), raw), image.open(io.BytesIO(raw), formats=FORMATS) as opened:
         return _rgb(opened, str(path), size)
@@ -518,7 +520,8 @@ def arrays_in(path: str, load: Callable[[Path], dict[str, Any]]) -> dict[str, An
     try:
         if path.endswith(".safetensors"):
             return load(Path(path))
-        with ZipFile(path), np.load(path, allow_pickle=False) as arrays:  # numpy takes what is no zip for a pickle
+        file = regular(path)
+        with ZipFile(file), np.load(file, allow_pickle=False) as arrays:  # numpy takes what is no zip for a pickle
             return {name: arrays[name] for name in arrays.files}
     except Exception as error:  # of zip, zlib, numpy or safetensors, of whatever kind: the file may hold anything
         if isinstance(error, OSError) and error.filename:  # it is not there, or may not be read
