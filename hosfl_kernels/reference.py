@@ -68,7 +68,7 @@ def update_(
 
 
 def project(tensors: Sequence[Array], seeds: Sequence[int], place: Place) -> NDArray[np.float64]:
-    scalars = np.zeros(len(seeds))
+    scalars: NDArray[np.float64] = np.zeros(len(seeds))
     for tensor, where in zip(tensors, place.each(), strict=True):
         scalars = spec.project(storage(tensor), list(seeds), scalars, **where)
     return scalars

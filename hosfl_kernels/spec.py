@@ -151,7 +151,7 @@ def to_float32(x: Storage) -> F32:
     return x.astype(np.float32)
 
 
-def from_float32(y: F32, dtype: np.dtype, random: U32 | None = None) -> Storage:
+def from_float32(y: F32, dtype: np.dtype[Any], random: U32 | None = None) -> Storage:
     """float32 values rounded to storage: to nearest even, or for bfloat16 (uint16) up with the odds of `random`."""
     if dtype != np.uint16:
         with np.errstate(over="ignore"):
@@ -303,7 +303,7 @@ def project(
                 column = np.zeros(COLS, np.float32)
                 for row in block[::-1]:
                     column = column + row
-                part = column.astype(np.float64).reshape(-1, SUM_COLS)
+                part: F64 = column.astype(np.float64).reshape(-1, SUM_COLS)
                 while part.shape[1] > 1:
                     left, right = np.split(part, 2, axis=1)
                     part = left + right

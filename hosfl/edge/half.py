@@ -86,7 +86,8 @@ class Half:
         changing = [*self.tensors, *self.statistics]
         self._values = [value_over(tensor) for tensor in changing]
         self._sessions = self._opened()
-        self._reached, self._between = len(self._graphs), np.empty(0, np.float32)  # a piece, and its input
+        self._reached = len(self._graphs)  # a piece
+        self._between: NDArray[np.float32] = np.empty(0, np.float32)  # and its input
 
     @property
     def pieces(self) -> int:

@@ -44,7 +44,8 @@ class Running:
 
         Raises MessageError for batches that have none, such as of single samples, and HalfError.
         """
-        total, samples, count = np.zeros(sum(a.size for a in self.arrays)), 0, 0
+        samples = count = 0
+        total: NDArray[np.float64] = np.zeros(sum(a.size for a in self.arrays))
         run = self.of_batch()
         for batch in self.batches():
             found = run(batch.inputs)

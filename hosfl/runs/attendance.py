@@ -190,7 +190,7 @@ def _draw_seconds(axis: Axes, events: Sequence[Event], of: NDArray[np.int64], ed
     """Mean seconds per round of every column, the phases one upon another."""
     names = list(dict.fromkeys(phase for event in events for phase in event.seconds))
     colors = needed("matplotlib", "clients.png").colormaps["viridis"](np.linspace(0.2, 0.9, len(names)))
-    below = np.zeros(len(edges) - 1)
+    below: NDArray[np.float64] = np.zeros(len(edges) - 1)
     for name, color in zip(names, colors, strict=True):
         above = below + np.nan_to_num(_means(of, [event.seconds.get(name, 0.0) for event in events], len(below)))
         axis.stairs(above, edges, baseline=below, fill=True, color=color, label=name)

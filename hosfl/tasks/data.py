@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from hosfl.extras import needed
@@ -187,7 +188,7 @@ def with_classes(found: Sequence[Found], numbers: Sequence[int]) -> list[Row]:
     return [{**row, "label": number} for (_, row), number in zip(found, numbers, strict=False)]
 
 
-def held_out(classes: np.ndarray, most: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def held_out(classes: NDArray[Any], most: int | None = None) -> tuple[NDArray[Any], NDArray[Any]]:
     """Which samples are kept, and which held out for validation: a tenth, or `most`, the same in every run.
 
     classes: int [n]; both parts have the same shares of them. Raises DataError for too few samples.
@@ -262,7 +263,7 @@ def dirichlet_split(labels: Tensor, clients: int, alpha: float, seed: int, small
     random = generator(seed, Purpose.PARTITION)
     classes = [np.flatnonzero(labels.numpy() == c) for c in labels.unique().tolist()]
     for _ in range(100):
-        owned: list[list[np.ndarray]] = [[] for _ in range(clients)]
+        owned: list[list[NDArray[Any]]] = [[] for _ in range(clients)]
         for members in classes:
             shares = random.dirichlet(np.full(clients, alpha))
             cuts = (np.cumsum(shares)[:-1] * len(members)).astype(int)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hosfl.halves.split import SplitModel, split
@@ -197,7 +198,7 @@ def _parts(train: Dataset, test: Dataset) -> Splits:
     return Splits(train[kept], train[held], test)
 
 
-def _standardised(pixels: list[np.ndarray], labels: list[int]) -> Dataset:
+def _standardised(pixels: list[NDArray[Any]], labels: list[int]) -> Dataset:
     mean, deviation = (np.asarray(v, dtype=np.float32) for v in (MEAN, DEVIATION))
     inputs = (np.stack(pixels).astype(np.float32) / 255 - mean) / deviation
     return Dataset(torch.from_numpy(inputs).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels, dtype=torch.int64))
