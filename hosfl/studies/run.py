@@ -60,9 +60,7 @@ def run_study(
                         contents.check(job, result, folder)
                 return _all(study, folder, workers, progress, contents)
             except Exception:
-                if (
-                    mine and not (folder / TUNING).exists()
-                ):  # it came to nothing: the file may be mended, and given again
+                if mine and not (folder / TUNING).exists():  # it came to nothing: mended, it may be given again
                     for name in ("study.yaml", "lock"):
                         (folder / name).unlink(missing_ok=True)
                     with contextlib.suppress(OSError):  # it holds something else, which is not ours
