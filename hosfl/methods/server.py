@@ -36,7 +36,7 @@ from hosfl.protocol.seeds import Purpose, generator, round_seed
 AnyMessage = TypeVar("AnyMessage", bound=Message)
 
 KEPT = 1000  # reasons
-LEAP = 10.0  # how much longer than those before it a step's gradient may be: honest ones were at most twice as long
+LEAP = 10.0  # times as long as those before it a step's gradient may be
 # The machine's faults and no message's: the next one would meet them too, or has no device left to be computed on.
 MACHINE = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
 

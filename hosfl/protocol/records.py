@@ -214,7 +214,7 @@ class Packed(Sequence[AnyRecord]):
     def columns(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int32]]:
         """Of rounds: coefficients [n, P], rates [n], and (round, exponent) of every coarser lattice [k, 2].
 
-        From the bytes, a seventh of the time that it takes to make the records: whoever joins late asks for all.
+        From the bytes, without making the records, which takes several times as long: whoever joins late asks for all.
         """
         coefficients, rates = np.empty((len(self), self.directions), np.float32), np.empty(len(self), np.float32)
         coarser: list[tuple[int, int]] = []
