@@ -27,6 +27,10 @@ from setuptools.command.build_ext import build_ext
 IEEE = ["-ffp-contract=off", "-fno-fast-math", "-fno-math-errno", "-fno-trapping-math"]
 NVCC_IEEE = ["--fmad=false", "-prec-div=true", "-prec-sqrt=true", "-ftz=false"]
 
+# GCC would make a sum next to where it is used, and so put chains of operations that csrc/noise.h sets side by side one
+# after another, which costs AVX2 a tenth of the time of normal numbers.
+IN_ORDER = ["-fno-tree-ter"]
+
 # Machine code for these, which newer processors of each generation run too, and PTX for generations to come.
 ARCHITECTURES = os.environ.get("HOSFL_CUDA_ARCHITECTURES", "80 90 100").split()
 GENCODE = [f"-gencode=arch=compute_{n},code=sm_{n}" for n in ARCHITECTURES]
@@ -75,7 +79,7 @@ cpp = Pybind11Extension(
     sorted(glob("csrc/*.cpp")),
     depends=sorted(glob("csrc/*.h")),
     cxx_std=17,
-    extra_compile_args=["-O3", *IEEE],
+    extra_compile_args=["-O3", *IEEE, *IN_ORDER],
     libraries=["dl"] if sys.platform == "linux" else [],  # dlsym, which newer C libraries have themselves
     extra_link_args=["-pthread"],
 )

@@ -49,39 +49,39 @@ HOSFL_INLINE float signed_by(uint32_t s_bits, uint32_t word, int shift) {
   return from_bits(s_bits ^ ((word << shift) & 0x80000000u));
 }
 
-// Two words to two normal numbers; of packs, lane by lane. One chain after another: with their steps side by side nvcc
-// spills registers of one kernel for sm_80, and packs have chains enough.
+// Two words to two normal numbers; of packs, lane by lane. The same bits as spec.py's box_muller in fewer operations:
+// scaling by a power of two changes no rounding, so that `u` is 2^32 times spec.py's and `l` is -2 times its polynomial,
+// and masks take the place of shifts there and back. The polynomials alternate because neither waits for the other.
 template <typename F, typename U>
 HOSFL_INLINE void box_muller(const U a, const U b, F& z0, F& z1) {
-  const F u = to_float(a) * 0x1p-32f + 0x1p-33f;
-  const U bits = bits_of(u);
-  const U k = shift_signed(bits - 0x3f3504f3u, 23);
-  const F f = from_bits(bits - (k << 23)) - 1.0f;
-  F l = f * 0x1.6626eap-4f + -0x1.26729ep-3f;
-  l = l * f + 0x1.322850p-3f;
-  l = l * f + -0x1.5329bep-3f;
-  l = l * f + 0x1.98b80ap-3f;
-  l = l * f + -0x1.0005a6p-2f;
-  l = l * f + 0x1.555790p-2f;
-  l = l * f + -0x1.fffff8p-2f;
-  l = l * f + 0x1p+0f;
-  const F r = root((f * l + signed_to_float(k) * from_bits(0x3f317218u)) * -2.0f);
-
-  const U q = (b + 0x20000000u) >> 30;
-  const F t = signed_to_float(b - (q << 30)) * 0x1p-32f;
+  const F u = to_float(a) + 0.5f;
+  const U bits = bits_of(u) - (0x3f3504f3u + (32u << 23));
+  const F f = from_bits((bits & 0x007fffffu) + 0x3f3504f3u) - 1.0f;
+  const U turned = b + 0x20000000u;  // its bits 31 and 30 count quarter turns: spec.py's q
+  const F t = signed_to_float(b - (turned & 0xc0000000u)) * 0x1p-32f;
   const F t2 = t * t;
-  F s = t2 * -0x1.2d9b7cp+6f + 0x1.465ec4p+6f;
-  s = s * t2 + -0x1.4abbbap+5f;
-  s = s * t2 + 0x1.921fb6p+2f;
-  s = t * s;
+  F l = f * -0x1.6626eap-3f + 0x1.26729ep-2f;
   F c = t2 * 0x1.d9c326p+5f + -0x1.55c57ap+6f;
+  l = l * f + -0x1.322850p-2f;
   c = c * t2 + 0x1.03c1dcp+6f;
+  l = l * f + 0x1.5329bep-2f;
   c = c * t2 + -0x1.3bd3ccp+4f;
+  l = l * f + -0x1.98b80ap-2f;
   c = c * t2 + 0x1p+0f;
+  l = l * f + 0x1.0005a6p-1f;
+  F s = t2 * -0x1.2d9b7cp+6f + 0x1.465ec4p+6f;
+  l = l * f + -0x1.555790p-1f;
+  s = s * t2 + -0x1.4abbbap+5f;
+  l = l * f + 0x1.fffff8p-1f;
+  s = s * t2 + 0x1.921fb6p+2f;
+  l = l * f + -0x1p+1f;
+  s = t * s;
+  const F r = root(f * l + signed_to_float(shift_signed(bits, 23)) * -0x1.62e430p+0f);
+
   // Swap and sign by integer masks: cheaper than selects, and the same bits.
-  const U swap = (bits_of(s) ^ bits_of(c)) & (U{} - (q & 1u));
-  z0 = r * from_bits((bits_of(c) ^ swap) ^ (((q + 1u) & 2u) << 30));
-  z1 = r * from_bits((bits_of(s) ^ swap) ^ ((q & 2u) << 30));
+  const U swap = (bits_of(s) ^ bits_of(c)) & shift_signed(turned << 1, 31);
+  z0 = r * from_bits((bits_of(c) ^ swap) ^ ((turned ^ (turned << 1)) & 0x80000000u));
+  z1 = r * from_bits((bits_of(s) ^ swap) ^ (turned & 0x80000000u));
 }
 
 }  // namespace hosfl

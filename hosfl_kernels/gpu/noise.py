@@ -18,10 +18,11 @@ RADEMACHER_ROWS = tl.constexpr(spec.RADEMACHER_ROWS)
 GAUSSIAN_ROWS = tl.constexpr(spec.GAUSSIAN_ROWS)
 TAG_RADEMACHER = tl.constexpr(spec.TAG_RADEMACHER)
 TAG_GAUSSIAN = tl.constexpr(spec.TAG_GAUSSIAN)
-LOG = tl.constexpr(tuple(float(c) for c in spec.LOG))
+# log(u) times -2, which changes no rounding and leaves out a product.
+LOG = tl.constexpr(tuple(-2 * float(c) for c in spec.LOG))
+LN2 = tl.constexpr(-2 * float(spec.LN2))
 SIN = tl.constexpr(tuple(float(c) for c in spec.SIN))
 COS = tl.constexpr(tuple(float(c) for c in spec.COS))
-LN2 = tl.constexpr(float(spec.LN2))
 
 
 @triton.jit
@@ -34,13 +35,12 @@ def horner(COEFFICIENTS: tl.constexpr, COUNT: tl.constexpr, z):
 
 @triton.jit
 def box_muller(a, b):
-    """Two words to two standard normal numbers, operation by operation as in spec.py."""
-    u = a.to(tl.float32) * 2.0**-32 + 2.0**-33
-    bits = u.to(tl.int32, bitcast=True)
-    k = (bits - 0x3F3504F3) >> 23
-    f = (bits - (k << 23)).to(tl.float32, bitcast=True) - 1.0
-    log_u = f * horner(LOG, 9, f) + k.to(tl.float32) * LN2
-    r = tl.sqrt_rn(-2.0 * log_u)
+    """Two words to two standard normal numbers, operation by operation as in spec.py, but that u is 2^32 times as large
+    and its logarithm times -2: powers of two change no rounding."""
+    u = a.to(tl.float32) + 0.5
+    bits = u.to(tl.int32, bitcast=True) - 0x4F3504F3
+    f = ((bits & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
+    r = tl.sqrt_rn(f * horner(LOG, 9, f) + (bits >> 23).to(tl.float32) * LN2)
 
     q = (b + 0x20000000) >> 30
     t = (b - (q << 30)).to(tl.int32, bitcast=True).to(tl.float32) * 2.0**-32
