@@ -401,6 +401,43 @@ def shows(net, x):
     net.last, net.log = x, [x]
 
 
+TAKEN = {
+    "if": lambda x: x if x.shape[0] > 3 else -x,
+    "int": lambda x: x[: int(x.shape[0] * 0.5)],
+    "float": lambda x: x * float(x.sum()),
+    "len": lambda x: x[: len(x)],
+    "range": lambda x: torch.stack([x[n] for n in range(x.shape[0])]),
+    "for": lambda x: torch.stack([2 * row for row in x]),
+    "star": lambda x: x.reshape(*x.shape),
+}
+
+
+@pytest.mark.parametrize("what", TAKEN)
+def test_where_a_forward_pass_cannot_be_followed_is_said(what):
+    take = TAKEN[what]
+    where = rf"test_chain\.py, line {take.__code__.co_firstlineno}: \"{what}\": lambda"
+    with pytest.raises(CutError, match=rf"Leaves: it takes its input's numbers or shape for Python's, .* \({where}"):
+        split(Leaves(lambda net, x: take(x)), "second")
+    with pytest.raises(CutError, match=r"Leaves: 'a' \(test_chain\.py, line \d+: .*; build a SplitModel"):
+        split(Leaves(lambda net, x: {}["a"]), 1)
+
+
+@pytest.mark.parametrize("name", ["zeros", "ones", "empty", "rand", "randn"])
+def test_tensors_of_as_many_samples_as_there_are(name):
+    """Their sizes are several arguments, of which some are known when the forward pass is followed."""
+    made = getattr(torch, name)
+    model = Leaves(lambda net, x: getattr(torch, name)(x.shape[0], 4).fill_(2) + getattr(torch, name)(x.size(1)).sign())
+    halves = split(model, "second", verify=False)
+    assert halves(torch.randn(5, 4)).shape == (5, 2)
+    assert getattr(torch, name) is made
+    x = torch.randn(3, 4)
+    if name != "empty":
+        torch.manual_seed(0)
+        whole = model(x)
+        torch.manual_seed(0)
+        assert torch.equal(halves(x), whole)
+
+
 def written_and_read(net, x):
     made = torch.zeros(4)
     made += x.mean(0).detach()
@@ -575,7 +612,10 @@ class Skips(Net):
 
 def test_what_is_no_chain_is_refused():
     for model, match in (
-        (Decides(), "cannot follow the forward pass of Decides: symbolically traced"),
+        (
+            Decides(),
+            r"forward pass of Decides: it takes its input's numbers or shape .*\(test_chain\.py, line \d+: return",
+        ),
         (Auxiliary(), "Auxiliary is another one in train mode"),
         (Skips(), "nowhere in its forward pass one tensor alone"),
         (nn.ModuleList([nn.Linear(2, 2)]), "cannot follow the forward pass of ModuleList"),

@@ -10,11 +10,13 @@ import copy
 import operator
 import pickle
 import random
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partialmethod
+from functools import partial, partialmethod
 from inspect import Parameter, signature
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -204,7 +206,7 @@ def _passed(model: nn.Module, opened: list[nn.Module], mode: bool) -> _Pass:
     there, state = set(vars(model)), _drawn(model)
     modules = list(model.named_modules())
     held = [(path, own, dict(own)) for path, m in modules for own in (m._parameters, m._buffers)]
-    with _Untouched(model):
+    with _Untouched(model), _sizes_in_one():
         graph = _Tracer(opened).trace(model)
     if _drawn(model) != state:
         raise RuntimeError(DRAWS)
@@ -220,6 +222,24 @@ def _passed(model: nn.Module, opened: list[nn.Module], mode: bool) -> _Pass:
     for name in made:
         delattr(model, name)
     return _Pass(graph, nodes, read, made)
+
+
+@contextmanager
+def _sizes_in_one() -> Iterator[None]:
+    """Functions that make a tensor of these sizes get them as one tuple. Torch refuses several where one is a value of
+    the input's shape: those it looks for in tuples only."""
+
+    def in_one(make: Callable[..., Tensor], *sizes: Any, **named: Any) -> Tensor:
+        return make(sizes, **named) if len(sizes) > 1 else make(*sizes, **named)
+
+    own = {name: getattr(torch, name) for name in ("empty", "ones", "rand", "randn", "zeros")}
+    try:
+        for name, make in own.items():
+            setattr(torch, name, partial(in_one, make))
+        yield
+    finally:
+        for name, make in own.items():
+            setattr(torch, name, make)
 
 
 def _drawn(model: nn.Module) -> tuple[Any, ...]:
@@ -240,6 +260,20 @@ def _elsewhere() -> Iterator[None]:
         finally:
             for kind, on in autocast.items():
                 torch.set_autocast_enabled(kind, on)
+
+
+def _reason(error: Exception) -> str:
+    message = str(error).strip().split("\n")[0] or type(error).__name__
+    if isinstance(error, fx.proxy.TraceError) or "Proxy" in message or "symbolic tracing" in message:
+        return "it takes its input's numbers or shape for Python's, as in if, int, len or range, which only a layer may"
+    return message
+
+
+def _place(error: Exception) -> str:
+    """The last line of a model's own that ran: neither torch's nor one of these."""
+    not_theirs = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    theirs = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(not_theirs)]
+    return f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno}: {theirs[-1].line})" if theirs else ""
 
 
 def _is_written(value: Any, name: str) -> bool:
@@ -279,8 +313,7 @@ def followed(model: nn.Module, opened: list[nn.Module]) -> tuple[fx.Graph, dict[
             with _elsewhere():
                 elsewhere = _merged(evaluating, _passed(model, opened, False), None)
         except Exception as error:  # whatever a forward pass does with a value that is none yet
-            message = str(error).strip().split("\n")[0]
-            raise CutError(f"cannot follow {whose}: {message}") from error
+            raise CutError(f"cannot follow {whose}: {_reason(error)}{_place(error)}") from error
     if merged is None and again is not None:
         raise CutError(
             f"{whose} is another one in train mode than in eval mode: build it without what runs in one of them only, "
