@@ -349,6 +349,11 @@ def in_full_precision(net, x):
         return net.second(x.float())
 
 
+def in_eval_mode_without(net, x):
+    with torch.set_grad_enabled(net.training):
+        return torch.sin(x)
+
+
 def assigns(net, x):
     net.mean = 0.9 * net.mean + x.mean(0)
 
@@ -383,6 +388,7 @@ def assigns_anew(net, x):
         (lambda net, x: x if net.three.random() < 2 else None, "it draws random numbers apart"),
         (in_full_precision, "it enters autocast, which is in no step: do that in the forward pass of a layer"),
         (lambda net, x: torch.ones(4) * net.training, "another one in train mode than in eval mode"),
+        (in_eval_mode_without, "another one in train mode than in eval mode"),
         (lambda net, x: x * 2 if torch.is_grad_enabled() else None, "another one where gradients are off"),
         (lambda net, x: None if torch.is_autocast_enabled() else x * 2, "or under autocast: ask for these in"),
         (lambda net, x: x * 2 if torch.is_autocast_enabled("cpu") else None, "or under autocast: ask for these in"),
@@ -420,6 +426,65 @@ def test_where_a_forward_pass_cannot_be_followed_is_said(what):
         split(Leaves(lambda net, x: take(x)), "second")
     with pytest.raises(CutError, match=r"Leaves: 'a' \(test_chain\.py, line \d+: .*; build a SplitModel"):
         split(Leaves(lambda net, x: {}["a"]), 1)
+
+
+def without(net, x):
+    with torch.no_grad():
+        y = net.mean.lerp_(x.mean(0), 0.5) * x
+        z = (y + net.first(x)).chunk(2, 1)
+    return (y + torch.cat(z, 1)) * x
+
+
+def keeps_a_mean(net, x):
+    """It is read before, so that only a second pass would see what is behind it."""
+    y = x - net.mean
+    with torch.no_grad():
+        net.mean *= 0.9
+        net.mean.add_(0.1 * x.mean(0))
+    return y
+
+
+def writes_past_it(net, x):
+    with torch.no_grad():
+        x = x.clone().mul_(2)
+    y = torch.sin(x + net.second.bias)
+    with torch.no_grad():
+        net.mean.copy_(y[0])
+    return y + net.mean
+
+
+@torch.no_grad()
+def decorated(net, x):
+    return x * torch.sigmoid(net.second(x)).shape[1]
+
+
+def written_without(net, x):
+    with torch.no_grad():
+        x = x.mul_(0.5)  # has its gradient still
+    return x
+
+
+WITHOUT = [without, keeps_a_mean, writes_past_it, decorated, written_without]
+
+
+@pytest.mark.parametrize("step", WITHOUT)
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_gradients_are_off_where_a_forward_pass_turns_them_off(step, context):
+    """In whatever context it is cut. Several passes: what a buffer would keep of one is a fault in the next only."""
+    torch.manual_seed(0)
+    model, x = Leaves(step), torch.randn(3, 4)
+    with context():
+        halves = split(model, "third", example=x)
+    for again in (copy.deepcopy(halves), pickle.loads(pickle.dumps(halves))):
+        whole = copy.deepcopy(model)
+        names = {name: p for half in (again.client, again.server) for name, p in half.named_parameters()}
+        for _ in range(3):
+            outputs = [forward(x) for forward in (whole, again)]
+            assert torch.equal(*outputs)
+            for output in outputs:
+                output.square().sum().backward()
+            for name, parameter in whole.named_parameters():
+                assert name not in names or torch.allclose(parameter.grad, names[name].grad), name
 
 
 @pytest.mark.parametrize("name", ["zeros", "ones", "empty", "rand", "randn"])

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hosfl.halves.inputs import generators, unchanged
 
@@ -77,6 +77,7 @@ def anywhere(node: fx.Node) -> bool:
 
 
 ANYWHERE = "hosfl.anywhere"
+NO_GRADIENTS = "hosfl.no_gradients"  # of a step that runs where gradients are off
 DRAWS = "it is another one in every pass: it draws random numbers apart from its input"
 
 
@@ -130,6 +131,14 @@ for _kind in IN_PLACE:
     setattr(_Buffer, f"__{_kind}__", partialmethod(_Buffer.written, vars(operator)[_kind]))
 
 
+def detached(value: Any) -> Any:
+    """The tensors in a value without what is behind them; it is a step itself."""
+    if isinstance(value, fx.Proxy):
+        made = value.tracer.create_proxy("call_function", detached, (value,), {})
+        return _Buffer(made.node, value.tracer, value.shape) if isinstance(value, _Buffer) else made
+    return tree_map_only(Tensor, Tensor.detach, value)
+
+
 class _Tracer(Buffers):
     """Follows the forward passes of `opened`. The first argument keeps its name, those behind it their defaults."""
 
@@ -140,7 +149,9 @@ class _Tracer(Buffers):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _autocasts() != self.autocasts:  # where a half is verified it may change nothing, and elsewhere much
             raise RuntimeError("it enters autocast, which is in no step: do that in the forward pass of a layer")
-        return super().create_node(*args, **kwargs)
+        node = super().create_node(*args, **kwargs)
+        node.meta[NO_GRADIENTS] = not torch.is_grad_enabled()
+        return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m not in self.opened
@@ -300,7 +311,7 @@ def followed(model: nn.Module, opened: list[nn.Module]) -> tuple[fx.Graph, dict[
     whose = f"the forward pass of {type(model).__name__}"
     modes = {module.training for module in opened}
     # What a forward pass does without its input is really done: to attributes, random generators.
-    with unchanged(model.modules()), _emptied_again(model):
+    with unchanged(model.modules()), _emptied_again(model), torch.inference_mode(False), torch.enable_grad():
         try:
             evaluating = _passed(model, opened, False)
             left = _left(model)
@@ -308,7 +319,7 @@ def followed(model: nn.Module, opened: list[nn.Module]) -> tuple[fx.Graph, dict[
             changed = _changed(left, _left(model))
             with evaluating.graph.inserting_before(evaluating.nodes[0]):
                 flag = evaluating.graph.create_node("call_module", MODE)
-            merged = _merged(evaluating, training, flag)
+            merged = _merged(evaluating, training, flag) if _gradients(evaluating) == _gradients(training) else None
             again = merged or _merged(evaluating, _passed(model, opened, False), None)
             with _elsewhere():
                 elsewhere = _merged(evaluating, _passed(model, opened, False), None)
@@ -334,6 +345,7 @@ def followed(model: nn.Module, opened: list[nn.Module]) -> tuple[fx.Graph, dict[
         )
     for node, (args, kwargs) in zip(evaluating.nodes, merged, strict=True):
         node.args, node.kwargs = args, kwargs
+    _detach(evaluating)
     flag.meta[ANYWHERE] = True
     if not flag.users:
         evaluating.graph.erase_node(flag)
@@ -370,6 +382,28 @@ def _merged(a: _Pass, b: _Pass, flag: fx.Node | None) -> list[tuple[Any, Any]] |
         ]
     except _Different:
         return None
+
+
+def _gradients(one: _Pass) -> list[bool]:
+    return [node.meta[NO_GRADIENTS] for node in one.nodes]
+
+
+def _detach(one: _Pass) -> None:
+    """What steps take and make where gradients are off is detached: no half enters `no_grad` in between."""
+    for node in one.nodes:
+        if not node.meta[NO_GRADIENTS] or node.op == "get_attr":
+            continue
+        first: Any = node.args[0] if writes(node) else None
+        if first is not None:  # what is behind it stays
+            node.replace_all_uses_with(first)
+        else:
+            with one.graph.inserting_after(node):
+                made = one.graph.call_function(detached, (node,))
+            node.replace_all_uses_with(made, delete_user_cb=partial(operator.is_not, made))
+        with one.graph.inserting_before(node):
+            for value in node.all_input_nodes:
+                if value.target is not detached:
+                    node.replace_input_with(value, one.graph.call_function(detached, (value,)))
 
 
 class _Different(Exception):
