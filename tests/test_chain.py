@@ -653,6 +653,45 @@ def test_modes_that_differ_are_refused_where_a_forward_pass_reads_them():
     assert torch.equal(halves(x), plain(x))
 
 
+class OfOthers(nn.Module):
+    """Asks a layer that it does not call for its mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x):
+        x = F.dropout(self.second(self.first(x)), self.dropout.p, training=self.dropout.training)
+        return self.third(F.dropout(x, 0.1, self.training))
+
+
+def test_the_mode_of_a_layer_is_the_half_s_as_well():
+    torch.manual_seed(0)
+    model, x = OfOthers(), torch.randn(3, 4)
+    for mode in (True, False):
+        halves = split(model.train(mode), "second", example=x)
+        for later in (True, False):
+            for module in (model, halves):
+                module.train(later)
+            torch.manual_seed(0)
+            whole = model(x)
+            torch.manual_seed(0)
+            assert torch.equal(halves(x), whole)
+    model.train().dropout.eval()
+    with pytest.raises(CutError, match="some modules of OfOthers are in train mode and others are not"):
+        split(model, "second", example=x)
+
+
+def test_modules_made_in_a_forward_pass_are_followed():
+    torch.manual_seed(0)
+    model, x = Leaves(lambda net, x: nn.Sequential(nn.ReLU(), nn.Softmax(1))(x)), torch.randn(3, 4)
+    halves = split(model, "second", example=x)
+    assert torch.equal(halves(x), model(x))
+    with pytest.raises(CutError, match=r"cannot follow .*parameter is not a member of this module \(test_chain"):
+        split(Leaves(lambda net, x: nn.LayerNorm(4)(x)), "second", example=x)
+
+
 class Decides(Net):
     """By a tensor's values, which nobody knows beforehand."""
 

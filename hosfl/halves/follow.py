@@ -156,6 +156,11 @@ class _Tracer(Buffers):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m not in self.opened
 
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if m not in (self.submodule_paths or {}):  # made in the forward pass
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         behind_self = [*signature(root_fn).parameters.values()][1:]
         kinds = {p.name: p.kind for p in behind_self if p.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)}
@@ -211,7 +216,10 @@ class _Pass:
     made: set[str]
 
 
-def _passed(model: nn.Module, opened: list[nn.Module], mode: bool) -> _Pass:
+def _passed(model: nn.Module, opened: list[nn.Module], mode: bool, alone: bool = False) -> _Pass:
+    """alone: only what is opened is in that mode, all else in the other."""
+    for module in model.modules():
+        module.training = mode is not alone
     for module in opened:
         module.training = mode
     there, state = set(vars(model)), _drawn(model)
@@ -309,7 +317,7 @@ def followed(model: nn.Module, opened: list[nn.Module]) -> tuple[fx.Graph, dict[
     for module in opened:
         refuse_own_ways(module)
     whose = f"the forward pass of {type(model).__name__}"
-    modes = {module.training for module in opened}
+    modes, all_modes = ({m.training for m in modules} for modules in (opened, model.modules()))
     # What a forward pass does without its input is really done: to attributes, random generators.
     with unchanged(model.modules()), _emptied_again(model), torch.inference_mode(False), torch.enable_grad():
         try:
@@ -321,6 +329,8 @@ def followed(model: nn.Module, opened: list[nn.Module]) -> tuple[fx.Graph, dict[
                 flag = evaluating.graph.create_node("call_module", MODE)
             merged = _merged(evaluating, training, flag) if _gradients(evaluating) == _gradients(training) else None
             again = merged or _merged(evaluating, _passed(model, opened, False), None)
+            if len(all_modes) > 1 and _merged(evaluating, _passed(model, opened, False, alone=True), None) is None:
+                modes = all_modes  # it reads those of others as well
             with _elsewhere():
                 elsewhere = _merged(evaluating, _passed(model, opened, False), None)
         except Exception as error:  # whatever a forward pass does with a value that is none yet
