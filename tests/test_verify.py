@@ -63,6 +63,13 @@ def test_every_image_family_is_verified_at_every_cut(family):
             assert torch.equal(halves(x), model(x).logits)
 
 
+def test_an_output_of_one_tensor_may_have_any_name():
+    model, x = hf.ViTForMaskedImageModeling(IMAGES["vit"]).eval(), torch.randn(2, 3, 16, 16)
+    halves = split(model, 2)
+    with torch.no_grad():
+        assert torch.equal(halves(x), model(x).reconstruction)
+
+
 # --- faults ------------------------------------------------------------------------------------------------------
 
 
@@ -410,6 +417,12 @@ def skips_layers():
     return model
 
 
+def reads_embeddings_behind():
+    config = copy.deepcopy(TEXT["deberta-v2"])
+    config.legacy = False
+    return hf.DebertaV2ForMaskedLM(config)
+
+
 REFUSED = {
     "device map": (dispatched, "LlamaModel was replaced on the object.*remove_hook_from_module"),
     "mixed precision": (in_mixed_precision, "was replaced on the object"),
@@ -425,6 +438,10 @@ REFUSED = {
     "mixed adapters": (mixed_adapters, "PeftMixedModel: cut the model inside, its base_model.model"),
     "its own train": (lambda: KeepsEval(TEXT["bert"]), "through KeepsEval, whose class has its own train"),
     "layers left out": (skips_layers, "leaves out layers at random .* set its model.decoder.layerdrop to 0"),
+    "weights of the other's": (
+        reads_embeddings_behind,
+        "server half reads word_embeddings of embeddings, which only the client half has",
+    ),
     "two outputs": (lambda: hf.BertForPreTraining(TEXT["bert"]), "prediction_logits, seq_relationship_logits"),
     "encoder and decoder": (lambda: hf.T5Model(TEXT["t5"]), "has a decoder"),
     "unknown family": (
