@@ -486,6 +486,13 @@ def test_a_forward_bound_to_its_own_layer_is_no_trouble():
     assert torch.equal(copy.deepcopy(halves.client)(**text("left")), halves.client(**text("left")))
 
 
+class OfFive(nn.Module):
+    def forward(self, x):
+        if x.shape[1] != 5:
+            raise AssertionError
+        return x
+
+
 def test_an_example_of_the_user_s():
     """Where the library has none, where its own does not fit, and one that does not fit."""
     model = ResNet(False)
@@ -496,6 +503,8 @@ def test_an_example_of_the_user_s():
         split(hf.BertForMultipleChoice(TEXT["bert"]), 1)
     with pytest.raises(ValueError, match=r"must be \[batch, length\], got \[2, 1, 7\]"):
         split(hf.BertForMultipleChoice(TEXT["bert"]), 1, example={"input_ids": torch.ones(2, 1, 7, dtype=torch.int64)})
+    with pytest.raises(ValueError, match=r"take the example, float32 \[3, 4\]: AssertionError"):
+        split(nn.Sequential(OfFive(), nn.Linear(4, 4)), 1, example=torch.randn(3, 4))
     lstm = nn.Sequential(nn.LSTM(4, 8), nn.Identity())
     with pytest.raises(CutError, match="the client half makes a tuple"):
         split(lstm, 1)(torch.randn(2, 3, 4))
