@@ -349,6 +349,11 @@ def in_full_precision(net, x):
         return net.second(x.float())
 
 
+def in_eval_mode_without(net, x):
+    with torch.set_grad_enabled(net.training):
+        return torch.sin(x)
+
+
 def assigns(net, x):
     net.mean = 0.9 * net.mean + x.mean(0)
 
@@ -383,6 +388,7 @@ def assigns_anew(net, x):
         (lambda net, x: x if net.three.random() < 2 else None, "it draws random numbers apart"),
         (in_full_precision, "it enters autocast, which is in no step: do that in the forward pass of a layer"),
         (lambda net, x: torch.ones(4) * net.training, "another one in train mode than in eval mode"),
+        (in_eval_mode_without, "another one in train mode than in eval mode"),
         (lambda net, x: x * 2 if torch.is_grad_enabled() else None, "another one where gradients are off"),
         (lambda net, x: None if torch.is_autocast_enabled() else x * 2, "or under autocast: ask for these in"),
         (lambda net, x: x * 2 if torch.is_autocast_enabled("cpu") else None, "or under autocast: ask for these in"),
@@ -399,6 +405,102 @@ def test_what_a_forward_pass_leaves_behind_otherwise_is_refused(leave, match):
 def shows(net, x):
     """What it does with its input, for whoever looks."""
     net.last, net.log = x, [x]
+
+
+TAKEN = {
+    "if": lambda x: x if x.shape[0] > 3 else -x,
+    "int": lambda x: x[: int(x.shape[0] * 0.5)],
+    "float": lambda x: x * float(x.sum()),
+    "len": lambda x: x[: len(x)],
+    "range": lambda x: torch.stack([x[n] for n in range(x.shape[0])]),
+    "for": lambda x: torch.stack([2 * row for row in x]),
+    "star": lambda x: x.reshape(*x.shape),
+}
+
+
+@pytest.mark.parametrize("what", TAKEN)
+def test_where_a_forward_pass_cannot_be_followed_is_said(what):
+    take = TAKEN[what]
+    where = rf"test_chain\.py, line {take.__code__.co_firstlineno}: \"{what}\": lambda"
+    with pytest.raises(CutError, match=rf"Leaves: it takes its input's numbers or shape for Python's, .* \({where}"):
+        split(Leaves(lambda net, x: take(x)), "second")
+    with pytest.raises(CutError, match=r"Leaves: 'a' \(test_chain\.py, line \d+: .*; build a SplitModel"):
+        split(Leaves(lambda net, x: {}["a"]), 1)
+
+
+def without(net, x):
+    with torch.no_grad():
+        y = net.mean.lerp_(x.mean(0), 0.5) * x
+        z = (y + net.first(x)).chunk(2, 1)
+    return (y + torch.cat(z, 1)) * x
+
+
+def keeps_a_mean(net, x):
+    """It is read before, so that only a second pass would see what is behind it."""
+    y = x - net.mean
+    with torch.no_grad():
+        net.mean *= 0.9
+        net.mean.add_(0.1 * x.mean(0))
+    return y
+
+
+def writes_past_it(net, x):
+    with torch.no_grad():
+        x = x.clone().mul_(2)
+    y = torch.sin(x + net.second.bias)
+    with torch.no_grad():
+        net.mean.copy_(y[0])
+    return y + net.mean
+
+
+@torch.no_grad()
+def decorated(net, x):
+    return x * torch.sigmoid(net.second(x)).shape[1]
+
+
+def written_without(net, x):
+    with torch.no_grad():
+        x = x.mul_(0.5)  # has its gradient still
+    return x
+
+
+WITHOUT = [without, keeps_a_mean, writes_past_it, decorated, written_without]
+
+
+@pytest.mark.parametrize("step", WITHOUT)
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_gradients_are_off_where_a_forward_pass_turns_them_off(step, context):
+    """In whatever context it is cut. Several passes: what a buffer would keep of one is a fault in the next only."""
+    torch.manual_seed(0)
+    model, x = Leaves(step), torch.randn(3, 4)
+    with context():
+        halves = split(model, "third", example=x)
+    for again in (copy.deepcopy(halves), pickle.loads(pickle.dumps(halves))):
+        whole = copy.deepcopy(model)
+        names = {name: p for half in (again.client, again.server) for name, p in half.named_parameters()}
+        for _ in range(3):
+            outputs = [forward(x) for forward in (whole, again)]
+            assert torch.equal(*outputs)
+            for output in outputs:
+                output.square().sum().backward()
+            for name, parameter in whole.named_parameters():
+                assert name not in names or torch.allclose(parameter.grad, names[name].grad), name
+
+
+@pytest.mark.parametrize("name", ["zeros", "ones", "empty", "rand", "randn"])
+def test_tensors_of_as_many_samples_as_there_are(name):
+    """Their sizes are several arguments, of which some are known when the forward pass is followed."""
+    made = getattr(torch, name)
+    model = Leaves(lambda net, x: getattr(torch, name)(x.shape[0], 4).fill_(2) + getattr(torch, name)(x.size(1)).sign())
+    halves = split(model, "second", verify=False)
+    assert halves(torch.randn(5, 4)).shape == (5, 2)
+    assert getattr(torch, name) is made
+    x = torch.randn(3, 4)
+    if name != "empty":
+        torch.manual_seed(0)
+        whole = model(x)
+        torch.manual_seed(0)
+        assert torch.equal(halves(x), whole)
 
 
 def written_and_read(net, x):
@@ -551,6 +653,45 @@ def test_modes_that_differ_are_refused_where_a_forward_pass_reads_them():
     assert torch.equal(halves(x), plain(x))
 
 
+class OfOthers(nn.Module):
+    """Asks a layer that it does not call for its mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, x):
+        x = F.dropout(self.second(self.first(x)), self.dropout.p, training=self.dropout.training)
+        return self.third(F.dropout(x, 0.1, self.training))
+
+
+def test_the_mode_of_a_layer_is_the_half_s_as_well():
+    torch.manual_seed(0)
+    model, x = OfOthers(), torch.randn(3, 4)
+    for mode in (True, False):
+        halves = split(model.train(mode), "second", example=x)
+        for later in (True, False):
+            for module in (model, halves):
+                module.train(later)
+            torch.manual_seed(0)
+            whole = model(x)
+            torch.manual_seed(0)
+            assert torch.equal(halves(x), whole)
+    model.train().dropout.eval()
+    with pytest.raises(CutError, match="some modules of OfOthers are in train mode and others are not"):
+        split(model, "second", example=x)
+
+
+def test_modules_made_in_a_forward_pass_are_followed():
+    torch.manual_seed(0)
+    model, x = Leaves(lambda net, x: nn.Sequential(nn.ReLU(), nn.Softmax(1))(x)), torch.randn(3, 4)
+    halves = split(model, "second", example=x)
+    assert torch.equal(halves(x), model(x))
+    with pytest.raises(CutError, match=r"cannot follow .*parameter is not a member of this module \(test_chain"):
+        split(Leaves(lambda net, x: nn.LayerNorm(4)(x)), "second", example=x)
+
+
 class Decides(Net):
     """By a tensor's values, which nobody knows beforehand."""
 
@@ -575,7 +716,10 @@ class Skips(Net):
 
 def test_what_is_no_chain_is_refused():
     for model, match in (
-        (Decides(), "cannot follow the forward pass of Decides: symbolically traced"),
+        (
+            Decides(),
+            r"forward pass of Decides: it takes its input's numbers or shape .*\(test_chain\.py, line \d+: return",
+        ),
         (Auxiliary(), "Auxiliary is another one in train mode"),
         (Skips(), "nowhere in its forward pass one tensor alone"),
         (nn.ModuleList([nn.Linear(2, 2)]), "cannot follow the forward pass of ModuleList"),

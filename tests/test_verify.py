@@ -63,6 +63,13 @@ def test_every_image_family_is_verified_at_every_cut(family):
             assert torch.equal(halves(x), model(x).logits)
 
 
+def test_an_output_of_one_tensor_may_have_any_name():
+    model, x = hf.ViTForMaskedImageModeling(IMAGES["vit"]).eval(), torch.randn(2, 3, 16, 16)
+    halves = split(model, 2)
+    with torch.no_grad():
+        assert torch.equal(halves(x), model(x).reconstruction)
+
+
 # --- faults ------------------------------------------------------------------------------------------------------
 
 
@@ -410,6 +417,12 @@ def skips_layers():
     return model
 
 
+def reads_embeddings_behind():
+    config = copy.deepcopy(TEXT["deberta-v2"])
+    config.legacy = False
+    return hf.DebertaV2ForMaskedLM(config)
+
+
 REFUSED = {
     "device map": (dispatched, "LlamaModel was replaced on the object.*remove_hook_from_module"),
     "mixed precision": (in_mixed_precision, "was replaced on the object"),
@@ -425,6 +438,10 @@ REFUSED = {
     "mixed adapters": (mixed_adapters, "PeftMixedModel: cut the model inside, its base_model.model"),
     "its own train": (lambda: KeepsEval(TEXT["bert"]), "through KeepsEval, whose class has its own train"),
     "layers left out": (skips_layers, "leaves out layers at random .* set its model.decoder.layerdrop to 0"),
+    "weights of the other's": (
+        reads_embeddings_behind,
+        "server half reads word_embeddings of embeddings, which only the client half has",
+    ),
     "two outputs": (lambda: hf.BertForPreTraining(TEXT["bert"]), "prediction_logits, seq_relationship_logits"),
     "encoder and decoder": (lambda: hf.T5Model(TEXT["t5"]), "has a decoder"),
     "unknown family": (
@@ -469,6 +486,13 @@ def test_a_forward_bound_to_its_own_layer_is_no_trouble():
     assert torch.equal(copy.deepcopy(halves.client)(**text("left")), halves.client(**text("left")))
 
 
+class OfFive(nn.Module):
+    def forward(self, x):
+        if x.shape[1] != 5:
+            raise AssertionError
+        return x
+
+
 def test_an_example_of_the_user_s():
     """Where the library has none, where its own does not fit, and one that does not fit."""
     model = ResNet(False)
@@ -479,6 +503,8 @@ def test_an_example_of_the_user_s():
         split(hf.BertForMultipleChoice(TEXT["bert"]), 1)
     with pytest.raises(ValueError, match=r"must be \[batch, length\], got \[2, 1, 7\]"):
         split(hf.BertForMultipleChoice(TEXT["bert"]), 1, example={"input_ids": torch.ones(2, 1, 7, dtype=torch.int64)})
+    with pytest.raises(ValueError, match=r"take the example, float32 \[3, 4\]: AssertionError"):
+        split(nn.Sequential(OfFive(), nn.Linear(4, 4)), 1, example=torch.randn(3, 4))
     lstm = nn.Sequential(nn.LSTM(4, 8), nn.Identity())
     with pytest.raises(CutError, match="the client half makes a tuple"):
         split(lstm, 1)(torch.randn(2, 3, 4))

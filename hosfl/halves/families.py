@@ -170,7 +170,7 @@ def cut_transformer(model: nn.Module, at: int) -> tuple[nn.Module, nn.Module]:
     for first in [f"{where}.0"] if layers[at:] or stand_in else present(theirs, family.after)[:1]:
         theirs = replaced(theirs, first, door.into(theirs.get_submodule(first), "hidden_states"))
     for name in present(theirs, family.before):
-        theirs = replaced(theirs, name, Absent(door))
+        theirs = replaced(theirs, name, Absent(door, name))
     if family.first and at:
         theirs = replaced(theirs, family.first, None)
     if family.inputs == "input_ids":
@@ -178,7 +178,7 @@ def cut_transformer(model: nn.Module, at: int) -> tuple[nn.Module, nn.Module]:
     rest = replaced(model, path, theirs) if path else theirs
     owner = path.rpartition(".")[0]
     for name in present(model.get_submodule(owner), family.beside):
-        rest = replaced(rest, _join(owner, name), Absent(door))
+        rest = replaced(rest, _join(owner, name), Absent(door, name))
     for module in _along(rest, path):
         module.config = _config(module, at, count)
     pools = _pools_by_tokens(model, family)
@@ -442,6 +442,8 @@ def tensor_of(output: Any) -> Tensor:
         if name in named:
             result: Tensor = named[name]
             return result
+    if len(named) == 1 and isinstance(only := next(iter(named.values())), Tensor):  # such as pictures made anew
+        return only
     what = ", ".join(named) or f"a {type(output).__name__}"
     raise CutError(f"the model makes {what}, and a server half makes one tensor: take a model of one head")
 
@@ -534,12 +536,19 @@ class Absent(nn.Module):
     in the trunk, it is what the trunk returns.
     """
 
-    def __init__(self, door: Door) -> None:
+    def __init__(self, door: Door, name: str) -> None:
         super().__init__()
-        self.door = door
+        self.door, self.name = door, name
 
     def forward(self, *args: Any, **inputs: Any) -> Tensor | None:
         return self.door.cut
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            message = f"the server half reads {name} of {self.name}, which only the client half has"
+            raise AttributeError(message) from None
 
     @property
     def patch_embeddings(self) -> Absent:

@@ -10,18 +10,20 @@ import copy
 import operator
 import pickle
 import random
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partialmethod
+from functools import partial, partialmethod
 from inspect import Parameter, signature
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from hosfl.halves.inputs import generators, unchanged
 
@@ -75,6 +77,7 @@ def anywhere(node: fx.Node) -> bool:
 
 
 ANYWHERE = "hosfl.anywhere"
+NO_GRADIENTS = "hosfl.no_gradients"  # of a step that runs where gradients are off
 DRAWS = "it is another one in every pass: it draws random numbers apart from its input"
 
 
@@ -128,6 +131,14 @@ for _kind in IN_PLACE:
     setattr(_Buffer, f"__{_kind}__", partialmethod(_Buffer.written, vars(operator)[_kind]))
 
 
+def detached(value: Any) -> Any:
+    """The tensors in a value without what is behind them; it is a step itself."""
+    if isinstance(value, fx.Proxy):
+        made = value.tracer.create_proxy("call_function", detached, (value,), {})
+        return _Buffer(made.node, value.tracer, value.shape) if isinstance(value, _Buffer) else made
+    return tree_map_only(Tensor, Tensor.detach, value)
+
+
 class _Tracer(Buffers):
     """Follows the forward passes of `opened`. The first argument keeps its name, those behind it their defaults."""
 
@@ -138,10 +149,17 @@ class _Tracer(Buffers):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _autocasts() != self.autocasts:  # where a half is verified it may change nothing, and elsewhere much
             raise RuntimeError("it enters autocast, which is in no step: do that in the forward pass of a layer")
-        return super().create_node(*args, **kwargs)
+        node = super().create_node(*args, **kwargs)
+        node.meta[NO_GRADIENTS] = not torch.is_grad_enabled()
+        return node
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m not in self.opened
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if m not in (self.submodule_paths or {}):  # made in the forward pass
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         behind_self = [*signature(root_fn).parameters.values()][1:]
@@ -198,13 +216,16 @@ class _Pass:
     made: set[str]
 
 
-def _passed(model: nn.Module, opened: list[nn.Module], mode: bool) -> _Pass:
+def _passed(model: nn.Module, opened: list[nn.Module], mode: bool, alone: bool = False) -> _Pass:
+    """alone: only what is opened is in that mode, all else in the other."""
+    for module in model.modules():
+        module.training = mode is not alone
     for module in opened:
         module.training = mode
     there, state = set(vars(model)), _drawn(model)
     modules = list(model.named_modules())
     held = [(path, own, dict(own)) for path, m in modules for own in (m._parameters, m._buffers)]
-    with _Untouched(model):
+    with _Untouched(model), _sizes_in_one():
         graph = _Tracer(opened).trace(model)
     if _drawn(model) != state:
         raise RuntimeError(DRAWS)
@@ -220,6 +241,24 @@ def _passed(model: nn.Module, opened: list[nn.Module], mode: bool) -> _Pass:
     for name in made:
         delattr(model, name)
     return _Pass(graph, nodes, read, made)
+
+
+@contextmanager
+def _sizes_in_one() -> Iterator[None]:
+    """Functions that make a tensor of these sizes get them as one tuple. Torch refuses several where one is a value of
+    the input's shape: those it looks for in tuples only."""
+
+    def in_one(make: Callable[..., Tensor], *sizes: Any, **named: Any) -> Tensor:
+        return make(sizes, **named) if len(sizes) > 1 else make(*sizes, **named)
+
+    own = {name: getattr(torch, name) for name in ("empty", "ones", "rand", "randn", "zeros")}
+    try:
+        for name, make in own.items():
+            setattr(torch, name, partial(in_one, make))
+        yield
+    finally:
+        for name, make in own.items():
+            setattr(torch, name, make)
 
 
 def _drawn(model: nn.Module) -> tuple[Any, ...]:
@@ -240,6 +279,20 @@ def _elsewhere() -> Iterator[None]:
         finally:
             for kind, on in autocast.items():
                 torch.set_autocast_enabled(kind, on)
+
+
+def _reason(error: Exception) -> str:
+    message = str(error).strip().split("\n")[0] or type(error).__name__
+    if isinstance(error, fx.proxy.TraceError) or "Proxy" in message or "symbolic tracing" in message:
+        return "it takes its input's numbers or shape for Python's, as in if, int, len or range, which only a layer may"
+    return message
+
+
+def _place(error: Exception) -> str:
+    """The last line of a model's own that ran: neither torch's nor one of these."""
+    not_theirs = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    theirs = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(not_theirs)]
+    return f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno}: {theirs[-1].line})" if theirs else ""
 
 
 def _is_written(value: Any, name: str) -> bool:
@@ -264,9 +317,9 @@ def followed(model: nn.Module, opened: list[nn.Module]) -> tuple[fx.Graph, dict[
     for module in opened:
         refuse_own_ways(module)
     whose = f"the forward pass of {type(model).__name__}"
-    modes = {module.training for module in opened}
+    modes, all_modes = ({m.training for m in modules} for modules in (opened, model.modules()))
     # What a forward pass does without its input is really done: to attributes, random generators.
-    with unchanged(model.modules()), _emptied_again(model):
+    with unchanged(model.modules()), _emptied_again(model), torch.inference_mode(False), torch.enable_grad():
         try:
             evaluating = _passed(model, opened, False)
             left = _left(model)
@@ -274,13 +327,14 @@ def followed(model: nn.Module, opened: list[nn.Module]) -> tuple[fx.Graph, dict[
             changed = _changed(left, _left(model))
             with evaluating.graph.inserting_before(evaluating.nodes[0]):
                 flag = evaluating.graph.create_node("call_module", MODE)
-            merged = _merged(evaluating, training, flag)
+            merged = _merged(evaluating, training, flag) if _gradients(evaluating) == _gradients(training) else None
             again = merged or _merged(evaluating, _passed(model, opened, False), None)
+            if len(all_modes) > 1 and _merged(evaluating, _passed(model, opened, False, alone=True), None) is None:
+                modes = all_modes  # it reads those of others as well
             with _elsewhere():
                 elsewhere = _merged(evaluating, _passed(model, opened, False), None)
         except Exception as error:  # whatever a forward pass does with a value that is none yet
-            message = str(error).strip().split("\n")[0]
-            raise CutError(f"cannot follow {whose}: {message}") from error
+            raise CutError(f"cannot follow {whose}: {_reason(error)}{_place(error)}") from error
     if merged is None and again is not None:
         raise CutError(
             f"{whose} is another one in train mode than in eval mode: build it without what runs in one of them only, "
@@ -301,6 +355,7 @@ def followed(model: nn.Module, opened: list[nn.Module]) -> tuple[fx.Graph, dict[
         )
     for node, (args, kwargs) in zip(evaluating.nodes, merged, strict=True):
         node.args, node.kwargs = args, kwargs
+    _detach(evaluating)
     flag.meta[ANYWHERE] = True
     if not flag.users:
         evaluating.graph.erase_node(flag)
@@ -337,6 +392,28 @@ def _merged(a: _Pass, b: _Pass, flag: fx.Node | None) -> list[tuple[Any, Any]] |
         ]
     except _Different:
         return None
+
+
+def _gradients(one: _Pass) -> list[bool]:
+    return [node.meta[NO_GRADIENTS] for node in one.nodes]
+
+
+def _detach(one: _Pass) -> None:
+    """What steps take and make where gradients are off is detached: no half enters `no_grad` in between."""
+    for node in one.nodes:
+        if not node.meta[NO_GRADIENTS] or node.op == "get_attr":
+            continue
+        first: Any = node.args[0] if writes(node) else None
+        if first is not None:  # what is behind it stays
+            node.replace_all_uses_with(first)
+        else:
+            with one.graph.inserting_after(node):
+                made = one.graph.call_function(detached, (node,))
+            node.replace_all_uses_with(made, delete_user_cb=partial(operator.is_not, made))
+        with one.graph.inserting_before(node):
+            for value in node.all_input_nodes:
+                if value.target is not detached:
+                    node.replace_input_with(value, one.graph.call_function(detached, (value,)))
 
 
 class _Different(Exception):

@@ -56,7 +56,8 @@ def verify_halves(model: nn.Module, halves: Any, inputs: Inputs) -> None:
     except CutError:
         raise
     except Exception as error:
-        raise ExampleError(f"{_name(model)} does not take the example, {described(inputs)}: {error}") from error
+        why = str(error) or type(error).__name__  # an assert often says nothing
+        raise ExampleError(f"{_name(model)} does not take the example, {described(inputs)}: {why}") from error
     if not torch.isfinite(whole.output).all():
         raise ExampleError(f"{_name(model)} makes infinite or NaN outputs of the example")
     try:
