@@ -346,7 +346,8 @@ def test_the_server_refuses_and_goes_on():
 
 def test_a_cut_whose_labels_all_do_not_count_is_refused():
     server = small().server()
-    server.ignore_index, server.loss = -1, partial(nn.functional.cross_entropy, ignore_index=-1)
+    server.cuts = replace(server.cuts, ignore_index=-1)
+    server.loss = partial(nn.functional.cross_entropy, ignore_index=-1)
     labels = torch.tensor([-1, -1, 0, 1, 1, -1]).int()
     cut = Cut(client=0, round=0, cut=torch.randn(6, 2), labels=labels)
     answers, _ = server.step(0, [cut, replace(cut, client=1, labels=torch.full_like(labels, -1))])
@@ -364,7 +365,8 @@ def test_labels_that_are_places_end_with_their_text(labels, why):
     """A text of three tokens where the longest has five; a single label is a class, of which there are five, too."""
     labels = torch.tensor(labels).int()
     server = small().server(Texts(2, 2))
-    server.masked, server.cut_shape, server.classes, server.label_shape = True, (5, 2), 5, tuple(labels.shape[1:])
+    label_shape = tuple(labels.shape[1:])
+    server.cuts = replace(server.cuts, shape=(5, 2), classes=5, masked=True, label_shape=label_shape)
     server.loss = lambda outputs, labels: outputs.mean()
     mask = torch.ones(1, 3, dtype=torch.uint8)
     answers, _ = server.step(0, [Cut(client=0, round=0, cut=torch.randn(1, 3, 2), labels=labels, mask=mask)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
 
 import torch
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from hosfl.halves.split import dtype_of
 from hosfl.methods.calibration import RunningStatistics
 from hosfl.methods.client import Passes, no_passes
-from hosfl.methods.gathered import Kept, Pieces, gathered, length_of, shrinking
+from hosfl.methods.cuts import CutSpec
+from hosfl.methods.gathered import Kept, OutlierClipping, Pieces, gathered, shrinking
 from hosfl.methods.ledger import Ledger, Rate, State
 from hosfl.methods.state import pack_optimizer, part, prefixed, unpack_optimizer
 from hosfl.methods.tensors import LONGEST, all_true, decoded, usable
-from hosfl.methods.travel import packed, unpacked
-from hosfl.protocol.aggregate import Aggregation, RunningLength, middle, weighted_mean
+from hosfl.methods.travel import packed
+from hosfl.protocol.aggregate import Aggregation, weighted_mean
 from hosfl.protocol.messages import (
     Calibration,
     Cut,
@@ -35,8 +36,7 @@ from hosfl.protocol.seeds import Purpose, generator, round_seed
 
 AnyMessage = TypeVar("AnyMessage", bound=Message)
 
-KEPT = 1000  # reasons
-LEAP = 10.0  # times as long as those before it a step's gradient may be
+REASONS_KEPT = 1000
 # The machine's faults and no message's: the next one would meet them too, or has no device left to be computed on.
 MACHINE = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
 
@@ -67,8 +67,8 @@ class Server:
         multiplier_m = d loss(half(z_m), labels_m) / d z_m    what the client is sent, [batch, ...]
         gradient_m   = d loss(half(z_m), labels_m) / d half   aggregated into one optimizer step
 
-    An aggregate that is more than `LEAP` times as long as those of the steps before is scaled down to their length, so
-    that one absurd cut does not stay in the optimizer's moments.
+    An aggregate much longer than those of the steps before is scaled down to their length, so that one absurd cut does
+    not stay in the optimizer's moments: see `OutlierClipping`.
 
     Whatever comes from a client goes through `receive`, `learn`, `answered` or `estimated`. They refuse what is not
     exactly right, and a refused message changes nothing.
@@ -83,21 +83,13 @@ class Server:
         ledger: what is committed of the client half, such as `SeedReplay`; None: nothing ever is.
         seed: of the run, 0 <= seed < 2^64; dropout and the sampling of clients follow from it.
         clients: their number.
-        cut_shape: of one sample's cut, without the batch; of texts, of the longest.
-        classes: labels are integers below it; None: any will do.
-        batch: the most samples that one client sends.
-        masked: whether the half takes an attention mask beside the cut. Texts may then be shorter than the longest.
-        label_shape: of one sample's labels, without the batch.
-        real: whether labels are floating-point numbers.
-        ignore_index: a label that the loss does not count, such as -100 of torch's cross_entropy; labels are then one
-            for each token. None: every label counts.
+        cuts: what clients' cuts and labels look like, and how they travel.
         aggregation: of the clients' gradients of the half; the ledger's own, so that both halves descend one loss.
             Median and trimmed mean keep all K gradients, K times the half's size, until the round's step.
         clip: the largest L2 norm of one client's gradient; None: any.
         statistics: the client half's running statistics, where the run estimates them anew.
         alone: the number of first rounds in which only this half learns.
         centered: leave out of multipliers what shifts the outputs of all samples alike.
-        wire: how cuts and multipliers travel: "float32", "bfloat16", "float16" or "int8".
 
     Attributes:
         refused, refusals: the reasons of the last thousand refusals, and how many there were.
@@ -123,19 +115,12 @@ class Server:
     ledger: Ledger | None
     seed: int
     clients: int
-    cut_shape: tuple[int, ...]
-    classes: int | None
-    batch: int
-    masked: bool = False
-    label_shape: tuple[int, ...] = ()
-    real: bool = False
-    ignore_index: int | None = None
+    cuts: CutSpec
     aggregation: Aggregation = weighted_mean
     clip: float | None = None
     statistics: RunningStatistics | None = None
     alone: int = 0
     centered: bool = False
-    wire: str = "float32"
     refused: list[str] = field(default_factory=list, init=False)
     refusals: int = field(default=0, init=False)
     unsaid: dict[int, str] = field(default_factory=dict, init=False)
@@ -145,7 +130,7 @@ class Server:
     passes: Passes = field(default_factory=no_passes)
 
     def __post_init__(self) -> None:
-        if self.centered and self.label_shape:
+        if self.centered and self.cuts.label_shape:
             raise ValueError("multiplier = centered is for tasks with one label per sample: leave it out")
         given = [float(group.get("lr", 1.0)) for group in self.optimizer.param_groups]
         self._shares = [rate / max(given) if max(given) > 0 else 1.0 for rate in given]
@@ -158,16 +143,11 @@ class Server:
         self._random: list[Tensor] = []  # the generators' states after the last cut
         self._given: dict[int, Message] = {}  # for `commit`
         self._estimates: dict[int, Statistics] = {}  # for `calibrate`
-        self._lengths: list[float] = []  # of the clients' gradients, in the first step
-        self._length = RunningLength()  # of the steps' gradients
-        numbers = self.batch * sum(torch.Size(shape).numel() for shape in (self.cut_shape, self.label_shape))
-        if self.masked:
-            numbers += self.batch * self.cut_shape[0]
-        if self.ledger is not None:
-            numbers += self.ledger.largest_answer
-        if self.statistics is not None:
-            numbers += len(self.statistics.values)
-        self.largest_message = 4 * numbers + 2048  # a complaint is at most half of that
+        self._outliers = OutlierClipping()
+        # Beside the cut an answer, or statistics; a complaint is at most half of what is added.
+        others = 0 if self.ledger is None else self.ledger.largest_answer
+        others += 0 if self.statistics is None else len(self.statistics.values)
+        self.largest_message = self.cuts.largest + 4 * others + 2048
 
     @property
     def epoch(self) -> int:
@@ -196,7 +176,7 @@ class Server:
         """Say of a message why it is refused. client: whose it is, where that is known."""
         self.refusals += 1
         self.refused.append(f"{what}: {error}")
-        del self.refused[:-KEPT]
+        del self.refused[:-REASONS_KEPT]
         if client is not None and client < self.clients:
             self.unsaid[client] = str(error)
 
@@ -266,7 +246,7 @@ class Server:
             return None
         if isinstance(hello, Differs):
             self.differences += 1
-            if len(self.differed) < KEPT:
+            if len(self.differed) < REASONS_KEPT:
                 self.differed.append(f"client {hello.client} after round {hello.round}")
         return answer
 
@@ -293,7 +273,7 @@ class Server:
         self.optimizer.zero_grad()
         self._number, self._gathered = round, gathered(self.aggregation)
         self._samples, self._answers, self._found, self._random, self._given = {}, {}, [], [], {}
-        self._lengths = []
+        self._outliers.begin()
 
     def learn(self, message: Message) -> None:
         """Learn from one cut, or refuse it. The order of the cuts is that of a sum and of dropout: let it be theirs."""
@@ -345,14 +325,14 @@ class Server:
 
     def _multiplier(self, round: int, client: int, found: Tensor) -> Multiplier:
         """A multiplier as it travels."""
-        multiplier, scales = packed(found, self.wire)
+        multiplier, scales = packed(found, self.cuts.wire)
         return Multiplier(client=client, round=round, epoch=self.epoch, multiplier=multiplier, scales=scales)
 
     def _take_step(self) -> None:
         """One step from what is gathered."""
         found, self._gathered = self._gathered.result(), gathered(self.aggregation)
         parameters = self._trained()
-        gradients, buffers = self._held(found[: len(parameters)]), found[len(parameters) :]
+        gradients, buffers = self._outliers.clipped(found[: len(parameters)]), found[len(parameters) :]
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         if buffers:
@@ -361,24 +341,9 @@ class Server:
 
     def _add(self, gradient: Pieces, samples: int, buffers: Pieces = ()) -> None:
         """Gather one client's gradient of the half, and the buffers that its pass left."""
-        if not self._length.weight:
-            self._lengths.append(length_of(gradient))
+        self._outliers.saw(gradient)
         # A share not above 1, by which nothing finite becomes infinite.
-        self._gathered.add([*gradient, *buffers], samples / self.batch)
-
-    def _held(self, gradient: Pieces) -> Pieces:
-        """The aggregated gradient; one of more than `LEAP` times the running length of those before it has that length.
-
-        In the first step that of its clients' which is the middle one. One absurd cut would otherwise do more than
-        spoil its round: stay in the moments that all later steps are divided by. Lengths of zero, of which a loss with
-        a margin has many, tell nothing.
-        """
-        length = length_of(gradient)
-        if length == 0:
-            return gradient
-        known = self._length.value if self._length.weight else middle(filter(None, self._lengths))
-        self._length.update(min(length, 2 * known) ** 2)  # may grow by a seventh in a step, whatever comes
-        return gradient if length <= LEAP * known else [g if g is None else g * (known / length) for g in gradient]
+        self._gathered.add([*gradient, *buffers], samples / self.cuts.batch)
 
     def _trained(self) -> list[nn.Parameter]:
         return [p for p in self.half.parameters() if p.requires_grad]
@@ -451,7 +416,7 @@ class Server:
 
     def _masks(self, mask: Tensor) -> dict[str, Tensor]:
         """What the half takes beside the cut."""
-        return {"attention_mask": mask.to(next(self.half.parameters()).device, torch.int64)} if self.masked else {}
+        return {"attention_mask": mask.to(next(self.half.parameters()).device, torch.int64)} if self.cuts.masked else {}
 
     def _check_cut(self, round: int, message: Message) -> Cut:
         """The message, its cut unpacked, if it is one that can be learnt from; MessageError."""
@@ -461,34 +426,7 @@ class Server:
         self._check_client(message)
         if message.client in self._samples:
             raise MessageError("a second cut in one round")
-        shape, labels = tuple(message.cut.shape), message.labels
-        sample, label, classes = shape[1:], self.label_shape, self.classes
-        if self.masked and sample[:1] and 0 < sample[0] < self.cut_shape[0]:  # its texts are shorter than the longest
-            sample = self.cut_shape[:1] + sample[1:]
-            if self.ignore_index is not None:  # one for each token
-                label = shape[1:2] + label[1:]
-            elif label and classes == self.cut_shape[0]:  # labels are places in a text
-                classes = shape[1]
-        right = sample == self.cut_shape and tuple(labels.shape) == shape[:1] + label
-        if not shape or not right or not len(labels):
-            raise MessageError(f"a cut of shape {shape}, labels {tuple(labels.shape)}; samples are {self.cut_shape}")
-        if len(labels) > self.batch:
-            raise MessageError(f"{len(labels)} samples; the most is {self.batch}")
-        if labels.is_floating_point() != self.real or not torch.isfinite(labels).all():
-            raise MessageError(f"labels that are {labels.dtype}, or not finite; this task's are real: {self.real}")
-        if self.ignore_index is not None:
-            labels = labels[labels != self.ignore_index]
-            if not len(labels):
-                raise MessageError(f"a cut whose labels are all {self.ignore_index}: there is nothing to learn from it")
-        if classes is not None and (int(labels.min()) < 0 or int(labels.max()) >= classes):
-            raise MessageError(f"labels from {int(labels.min())} to {int(labels.max())} for {classes} classes")
-        message = replace(message, cut=unpacked(message.cut, message.scales, self.wire))
-        if not torch.isfinite(message.cut).all():
-            raise MessageError("infinite or NaN elements in the cut")
-        expected = shape[:2] if self.masked else (0, 0)
-        if tuple(message.mask.shape) != expected or int(message.mask.sum()) != int((message.mask == 1).sum()):
-            raise MessageError(f"a mask of shape {tuple(message.mask.shape)}, not {expected}, or not of zeros and ones")
-        return message
+        return self.cuts.check(message)
 
     def answered(self, round: int, message: Message) -> bool:
         """Keep a client's answer to what it was sent for `commit`; False where it is refused."""
@@ -521,7 +459,7 @@ class Server:
         """All that a restarted server needs beside the log: its half, its optimizer, the ledger's own state."""
         moments, optimizer = pack_optimizer(self.optimizer)
         tensors = prefixed("half", self.half.state_dict()) | prefixed("optimizer", moments)
-        info = {"optimizer": optimizer, "learnt": self.learnt, "length": self._length.state()}
+        info = {"optimizer": optimizer, "learnt": self.learnt, "length": self._outliers.length.state()}
         if self.ledger is not None:
             ledger, info["ledger"] = self.ledger.state()
             tensors |= prefixed("ledger", ledger)
@@ -533,7 +471,7 @@ class Server:
         self.half.load_state_dict(part("half", tensors))
         unpack_optimizer(self.optimizer, part("optimizer", tensors), info["optimizer"])
         self.learnt = info["learnt"]
-        self._length.load(info["length"])
+        self._outliers.length.load(info["length"])
         if self.ledger is not None:
             self.ledger.load(part("ledger", tensors), info["ledger"])
 

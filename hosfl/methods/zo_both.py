@@ -124,7 +124,7 @@ class ZerothOrderServer(LossServer):
 
     def _take_step(self) -> None:
         """One step along the directions by the slopes that are gathered."""
-        (found,), self._gathered = self._held(self._gathered.result()), gathered(self.aggregation)
+        (found,), self._gathered = self._outliers.clipped(self._gathered.result()), gathered(self.aggregation)
         assert found is not None
         parameters, streams = trainable(self.half)
         gradients = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in parameters]

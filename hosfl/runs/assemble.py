@@ -19,6 +19,7 @@ from hosfl.halves.split import Joined, SplitModel, as_dtype, dtype_of
 from hosfl.halves.trains import moving_only
 from hosfl.methods import calibration, method_of
 from hosfl.methods.client import Client
+from hosfl.methods.cuts import CutSpec
 from hosfl.methods.ledger import SeedReplay
 from hosfl.methods.method import Method, Setup
 from hosfl.methods.state import prefixed
@@ -82,6 +83,16 @@ def assemble(
     def make(number: int) -> Client:
         return client_of(method, number, calibration.first(base, statistics), shares[number % len(shares)], task)
 
+    cuts = CutSpec(
+        cut_shape,
+        task.classes,
+        config.batch,
+        masked=isinstance(sample.inputs, dict) and "attention_mask" in sample.inputs,
+        label_shape=tuple(sample.labels.shape[1:]),
+        real=sample.labels.is_floating_point(),
+        ignore_index=task.ignore_index,
+        wire=method.read("wire"),
+    )
     server = method.server(
         half=half,
         loss=task.loss,
@@ -90,20 +101,13 @@ def assemble(
         ledger=method.ledger,
         seed=config.seed,
         clients=config.clients,
-        cut_shape=cut_shape,
-        classes=task.classes,
-        batch=config.batch,
-        masked=isinstance(sample.inputs, dict) and "attention_mask" in sample.inputs,
-        label_shape=tuple(sample.labels.shape[1:]),
-        real=sample.labels.is_floating_point(),
-        ignore_index=task.ignore_index,
+        cuts=cuts,
         aggregation=setup.aggregation,
         clip=config.server_clip,
         passes=setup.passes,
         statistics=statistics,
         alone=method.read("server_first"),
         centered=method.read("multiplier") == "centered",
-        wire=method.read("wire"),
     )
     running = {} if statistics is None else calibration.running(base)
 

@@ -26,7 +26,7 @@ from hosfl.halves.split import Joined, SplitModel
 from hosfl.methods import calibration
 from hosfl.methods.client import Client
 from hosfl.methods.ledger import SeedReplay
-from hosfl.methods.server import KEPT, Server
+from hosfl.methods.server import REASONS_KEPT, Server
 from hosfl.protocol.endpoint import Endpoint
 from hosfl.protocol.header import Header
 from hosfl.protocol.messages import (
@@ -352,7 +352,7 @@ class Federation:
     def _complain(self, client: int, what: str) -> None:
         self.complaints += 1
         self.complained.append(f"client {client}: {what}")
-        del self.complained[:-KEPT]
+        del self.complained[:-REASONS_KEPT]
 
     def invited(self, round: int) -> list[int]:
         """Who takes part in a round: a sample of those who are here, and of whom it was not yet tried with in vain."""

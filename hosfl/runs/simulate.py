@@ -119,7 +119,7 @@ class UnreliableWire(Wire):
 
 @dataclass
 class ByzantineClient(ZerothOrderClient):
-    """Does what it should and lies about it. faults: what it lies about. classes: C. ignore_index: see `Server`."""
+    """Does what it should and lies about it. faults: what it lies about. classes: C. ignore_index: see `CutSpec`."""
 
     faults: Faults = field(kw_only=True)
     classes: int = field(kw_only=True)
@@ -272,8 +272,8 @@ class Crowd(Federation):
             client = ByzantineClient.of(
                 client,
                 faults=self.faults,
-                classes=self.server.classes or 0,
-                ignore_index=self.server.ignore_index,
+                classes=self.server.cuts.classes or 0,
+                ignore_index=self.server.cuts.ignore_index,
                 random=self.random,
             )
         if number in self.calibrated and self.server.statistics is not None:
