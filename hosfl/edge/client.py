@@ -19,7 +19,6 @@ from hosfl.edge.running import Running
 from hosfl.edge.travel import packed, unpacked
 from hosfl.interrupts import uninterrupted
 from hosfl.protocol.arrays import Array
-from hosfl.protocol.lattice import Lattice
 from hosfl.protocol.messages import (
     Calibration,
     Cut,
@@ -34,7 +33,7 @@ from hosfl.protocol.messages import (
     decode,
     multiplier_of,
 )
-from hosfl.protocol.replica import Replica, digest
+from hosfl.protocol.replica import Replica, ReplicaState, digest
 from hosfl.protocol.terms import Run
 from hosfl_kernels import perturb_, project, replay_
 
@@ -131,15 +130,8 @@ class EdgeClient:
     def anew(self) -> None:
         self.replica.reset()
 
-    def take_up(
-        self,
-        tensors: Sequence[Array],
-        moments: Sequence[Sequence[Array]],
-        applied: int,
-        epoch: int,
-        lattice: Lattice | None,
-    ) -> None:
-        self.replica.take_up(tensors, moments, applied, epoch, lattice)
+    def load(self, state: ReplicaState) -> None:
+        self.replica.load(state)
 
     def catch_up(self, message: Message) -> Differs | None:
         if not isinstance(message, (Records, PoolMoves)):

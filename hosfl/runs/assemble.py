@@ -69,7 +69,7 @@ def assemble(
         )
     fixed, file = factors(base), None if begun is None else begun / "base.safetensors"
     if fixed and file is not None and file.exists():
-        _take_up(fixed, file)
+        _load_from_base(fixed, file)
     base = base.to(device)
     shares = [share.to(device, dtype_of(base)) for share in partition(task, config, smallest_shard)]
     half = model.server.to(device)
@@ -122,7 +122,7 @@ def assemble(
 
     federation = Federation(config, server, make, base, setup.observed, kind.exchanges(config), describe=describe)
     if statistics is not None and file is not None:
-        _take_up(running, file)
+        _load_from_base(running, file)
         statistics.values = calibration.flat(base)
     if statistics is None or file is not None:
         federation.settle()
@@ -203,7 +203,7 @@ def base_of(config: Settings, model: SplitModel, public: Inputs | None) -> nn.Mo
     return narrowed(as_dtype(base, dtype), config.frozen)
 
 
-def _take_up(fixed: dict[str, Tensor], path: Path) -> None:
+def _load_from_base(fixed: dict[str, Tensor], path: Path) -> None:
     """Give tensors of a half what its base file holds of them.
 
     Raises ProvenanceError for another run's file, or none; whether the numbers are this run's, its provenance says

@@ -28,6 +28,7 @@ from hosfl.methods.travel import packed, unpacked
 from hosfl.protocol.lattice import Lattice, LatticeError
 from hosfl.protocol.messages import Cut, Message, Multiplier, Scalars, Wire
 from hosfl.protocol.records import RoundRecord
+from hosfl.protocol.replica import ReplicaState
 from hosfl.protocol.seeds import Purpose, generator
 from hosfl.protocol.terms import Diverged
 from hosfl.runs.assemble import assemble
@@ -281,7 +282,8 @@ class Crowd(Federation):
             client.calibrated = True
         if number in self.held and isinstance(client, ZerothOrderClient):
             key, applied, epoch = self.held[number]
-            client.take_up(self.states[key].tensors, self.states[key].moments, applied, epoch, key[1])
+            shared = self.states[key]
+            client.load(ReplicaState(shared.tensors, shared.moments, applied, epoch, key[1]))
         return client
 
     def put_back(self, client: Client) -> None:
