@@ -186,13 +186,11 @@ class ZerothOrderClient(Client):
         def probe(multiplier: Tensor, seeds: Sequence[int], by_row: bool) -> Tensor:
             return probe_in_place(
                 lambda: self.blocks.call(module, inputs),
-                moved.tensors,
-                moved.streams,
+                moved,
                 multiplier,
                 self._cut,
                 seeds,
                 self.replica.mu,
-                moved.factors,
                 two_sided,
                 module=module if by_row else None,
             )

@@ -79,19 +79,17 @@ def inner(multiplier: Tensor, output: Tensor, other: Tensor, distance: float) ->
 
 def probe_in_place(
     forward: Callable[[], Tensor],
-    parameters: Sequence[Tensor],
-    streams: Sequence[int],
+    moved: Moved,
     multiplier: Tensor,
     cut: Tensor,
     seeds: Sequence[int],
     mu: float,
-    factors: Sequence[float] | None = None,
     two_sided: bool = False,
     module: nn.Module | None = None,
 ) -> Tensor:
     """Directional derivatives along Rademacher directions, float32 [P], for weights on the lattice.
 
-    v_p = <multiplier, forward() at th + mu * u_p - cut> / mu with u_p,t = factors[t] * z(seeds[p], streams[t]);
+    v_p = <multiplier, forward() at th + mu * u_p - cut> / mu, of `moved` u_p,t = factors[t] * z(seeds[p], streams[t]);
     two_sided: <multiplier, forward() at th + mu * u_p - forward() at th - mu * u_p> / (2 mu).
     Call it under `evaluating`: the weights must not be recorded by autograd.
 
@@ -104,11 +102,11 @@ def probe_in_place(
     table of which the model also reads other rows is copied whole meanwhile. It must be read as its module's `weight`:
     who keeps a reference of its own, in a list say, sees it unmoved.
     """
-    moved = Moved(parameters, streams, [1.0] * len(parameters) if factors is None else factors)
-    tables = nn.ModuleList() if module is None else large_tables(module, parameters)
+    tensors = moved.tensors
+    tables = nn.ModuleList() if module is None else large_tables(module, tensors)
     by_row = {id(p) for p in tables.parameters()}
-    looked_up = moved.some([t for t, p in enumerate(parameters) if id(p) in by_row])
-    moved = moved.some([t for t, p in enumerate(parameters) if id(p) not in by_row])
+    looked_up = moved.some([t for t, p in enumerate(tensors) if id(p) in by_row])
+    moved = moved.some([t for t, p in enumerate(tensors) if id(p) not in by_row])
     standing: list[tuple[int, float]] = []  # seed and distance of where the weights stand: one at most
 
     def rows(seed: int, step: float) -> AbstractContextManager[None]:
@@ -143,20 +141,19 @@ def probe_untouched(
     seeds: Sequence[int],
     mu: float,
     dist: str,
-    factors: Sequence[float] | None = None,
-    two_sided: bool = False,
     moved: Moved | None = None,
+    two_sided: bool = False,
 ) -> Tensor:
     """Directional derivatives for weights on no lattice, float32 [P]: reads th in any dtype, never writes it.
 
     v_p as in `probe_in_place`; each weight of th + mu * u_p is rounded to its dtype. inputs: a tensor, a tuple of
     positional arguments or a mapping of keyword arguments. dist: "rademacher" or "gaussian". moved: what directions
-    move, where that is not all that is trainable in the module, with the factors.
+    move; None: all that is trainable in the module.
 
     Off the lattice adding and taking away rounds twice, and a client that probes would drift from one that does not.
     Costs the memory of one layer's weights while that layer runs. Raises as `evaluate_displaced`.
     """
-    moved = moved or Moved.of(module, factors)
+    moved = moved or Moved.of(module)
 
     def output(seed: int, step: float) -> Tensor:
         displacement = Displacement(moved.tensors, moved.streams, seed, step, dist, moved.factors)
@@ -190,7 +187,6 @@ def probe_forward(
     multiplier: Tensor,
     seeds: Sequence[int],
     dist: str,
-    factors: Sequence[float] | None = None,
     moved: Moved | None = None,
 ) -> Tensor:
     """Directional derivatives by forward-mode differentiation, float32 [P]: v_p = <multiplier, J u_p>.
@@ -199,7 +195,7 @@ def probe_forward(
     passes, the memory of one layer's weights, and twice the activations or more: torch's derivative of BatchNorm makes
     more such tensors on the way. Raises as `hosfl.probing.forward_mode.derivative`.
     """
-    moved = moved or Moved.of(module, factors)
+    moved = moved or Moved.of(module)
     scalars = []
     for seed in seeds:
         tangents = Tangents(moved.tensors, moved.streams, seed, dist, moved.factors)
@@ -215,9 +211,8 @@ def probe_backward(
     multiplier: Tensor,
     seeds: Sequence[int],
     dist: str,
-    factors: Sequence[float] | None = None,
-    microbatch: int = 0,
     moved: Moved | None = None,
+    microbatch: int = 0,
     measured: Sequence[slice] | None = None,
 ) -> Tensor:
     """Directional derivatives from the gradient, float32 [P]: v_p = <g, u_p>, g = J^T multiplier by backpropagation.
@@ -235,7 +230,7 @@ def probe_backward(
     refuse_writers(module)
     if microbatch:
         check_apart(module)
-    moved = moved or Moved.of(module, factors)
+    moved = moved or Moved.of(module)
     parameters, streams, factors = moved.tensors, moved.streams, moved.factors
     of = [slice(None)] * len(parameters) if measured is None else measured
     scalars = torch.zeros(len(seeds), dtype=torch.float64)
