@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.mezo import MeZO
 from benchmarks.ways import waiting
-from hosfl.halves.families import packaged_minilm, pretrained_model
+from hosfl.halves.hub import packaged_minilm, pretrained_model
 from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.split import split
 from hosfl.methods.grouped import GroupedServer

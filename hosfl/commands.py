@@ -29,7 +29,7 @@ from rich.text import Text
 from hosfl.engines.engine import Engine
 from hosfl.extras import needed
 from hosfl.files import write_json
-from hosfl.halves.families import skeleton
+from hosfl.halves.hub import skeleton
 from hosfl.halves.split import cut_points
 from hosfl.named import label
 from hosfl.runs.attendance import attendance

@@ -12,7 +12,7 @@ from torch import nn
 from torch._C import _functorch as functorch
 
 from hosfl import Config, train
-from hosfl.halves.families import packaged_minilm, pretrained_model
+from hosfl.halves.hub import packaged_minilm, pretrained_model
 from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.narrow import narrowed
 from hosfl.halves.split import split

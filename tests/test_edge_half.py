@@ -24,7 +24,7 @@ from hosfl.edge.export import ExportError, exported
 from hosfl.edge.gradient import GRADIENT, Gradient
 from hosfl.edge.half import BASE, PREFIX, STEP, Half, HalfError, graph_name
 from hosfl.edge.running import STATISTICS, Running
-from hosfl.halves.families import packaged_minilm, pretrained_model
+from hosfl.halves.hub import packaged_minilm, pretrained_model
 from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.narrow import narrowed
 from hosfl.halves.trains import moving_only

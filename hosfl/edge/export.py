@@ -27,11 +27,12 @@ from torch.utils._pytree import tree_map_only
 from hosfl.edge.half import BASE, LAYOUT, PREFIX, STEP, Half, HalfError, graph_name
 from hosfl.extras import needed
 from hosfl.halves.blocks import at_entry
-from hosfl.halves.families import ClientHalf, copied
 from hosfl.halves.follow import CutError
 from hosfl.halves.inputs import Inputs, call, evaluating, mask_of, unchanged
+from hosfl.halves.modules import copied
 from hosfl.halves.narrow import in_their_dtype, narrow_names
 from hosfl.halves.split import as_dtype
+from hosfl.halves.transformer_halves import ClientHalf
 from hosfl.protocol.arrays import widened
 from hosfl.protocol.weights import as_file
 from hosfl.tasks.reading import TOKENS
