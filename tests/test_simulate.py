@@ -30,14 +30,16 @@ from hosfl.protocol.records import EpochRecord, RoundRecord
 from hosfl.protocol.replica import Replica, digest, to_records
 from hosfl.protocol.terms import run_of
 from hosfl.runs.assemble import assemble
+from hosfl.runs.byzantine import TOLD, ByzantineClient
 from hosfl.runs.checkpoint import rebuild
 from hosfl.runs.config import Config, with_shared
 from hosfl.runs.evaluate import evaluate
 from hosfl.runs.faults import LIES, Faults
 from hosfl.runs.join import Everybody
 from hosfl.runs.serve import Over
-from hosfl.runs.simulate import SMALLEST_SHARD, TOLD, ByzantineClient, Crowd, Outcome, State, UnreliableWire, simulate
+from hosfl.runs.simulate import SMALLEST_SHARD, Crowd, Outcome, State, simulate
 from hosfl.runs.trainer import train
+from hosfl.runs.unreliable import UnreliableWire
 from hosfl_kernels import cpu
 from hosfl_kernels.tensors import BACKENDS
 

@@ -1,8 +1,9 @@
 """How to cut the transformers of Hugging Face: which of a model's modules come before its layers, and which after.
 
 The server half is the model itself without the client's layers. It runs its own forward pass, which makes masks and
-position embeddings from the shape of the cut; whatever it computes in place of the client's part is thrown away at the
-door of its first layer, where the cut goes in. The client half is the model's trunk without the server's layers.
+position embeddings from the shape of the cut; whatever it computes in place of the client's part is thrown away at its
+first layer, where the cut goes in: `transformer_halves`. The client half is the model's trunk without the server's
+layers.
 """
 
 from __future__ import annotations
