@@ -92,11 +92,11 @@ class GroupedServer(Server):
                 pass  # and nothing was changed: one after another shows whose cut it is
             else:
                 for cut, multiplier, loss in zip(group, multipliers, losses, strict=True):
-                    self._learnt(cut, self._multiplier(self._number, cut.client, multiplier), loss)
+                    self._keep(cut, self._multiplier(self._number, cut.client, multiplier), loss)
                 return
         for cut in group:
             with self._refusing(cut):
-                self._take(cut)
+                self._learn_checked(cut)
 
     def _backward_together(self, cuts: Sequence[Cut]) -> tuple[list[Tensor], list[float]]:
         """Each cut's multiplier and loss; adds the half's gradients to what is gathered.

@@ -34,7 +34,7 @@ class LossServer(Server):
     """A server that measures the losses of displaced cuts. probes: how many of them come with a cut."""
 
     probes: int = field(kw_only=True)
-    hears = ProbedCut
+    cut_type = ProbedCut
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -88,12 +88,12 @@ class Server:
             Median and trimmed mean keep all K gradients, K times the half's size, until the round's step.
         clip: the largest L2 norm of one client's gradient; None: any.
         statistics: the client half's running statistics, where the run estimates them anew.
-        alone: the number of first rounds in which only this half learns.
+        server_first: the number of first rounds in which only this half learns.
         centered: leave out of multipliers what shifts the outputs of all samples alike.
 
     Attributes:
         refused, refusals: the reasons of the last thousand refusals, and how many there were.
-        unsaid: the last reason of each client that has not been told of it.
+        unsaid: by client, the reason of its last refusal, until the client is told.
         differed, differences: the first thousand clients that found their half wrong and when, and how many there were.
         learnt: the number of cuts that were learnt from.
         passes: samples that went forward and backward through either half; clients count theirs in the same place.
@@ -106,7 +106,7 @@ class Server:
         ValueError: `centered` with several labels per sample.
     """
 
-    hears: ClassVar[type[Cut]] = Cut
+    cut_type: ClassVar[type[Cut]] = Cut
 
     half: nn.Module
     loss: Callable[[Tensor, Tensor], Tensor]
@@ -119,7 +119,7 @@ class Server:
     aggregation: Aggregation = weighted_mean
     clip: float | None = None
     statistics: RunningStatistics | None = None
-    alone: int = 0
+    server_first: int = 0
     centered: bool = False
     refused: list[str] = field(default_factory=list, init=False)
     refusals: int = field(default=0, init=False)
@@ -139,9 +139,9 @@ class Server:
         self._gathered = gathered(self.aggregation)
         self._samples: dict[int, int] = {}
         self._answers: dict[int, Message] = {}
-        self._found: list[Tensor] = []  # losses
-        self._random: list[Tensor] = []  # the generators' states after the last cut
-        self._given: dict[int, Message] = {}  # for `commit`
+        self._client_losses: list[Tensor] = []
+        self._generators: list[Tensor] = []  # the generators' states after the last cut
+        self._accepted: dict[int, Message] = {}  # for `commit`
         self._estimates: dict[int, Statistics] = {}  # for `calibrate`
         self._outliers = OutlierClipping()
         # Beside the cut an answer, or statistics; a complaint is at most half of what is added.
@@ -272,13 +272,13 @@ class Server:
         self.half.train()
         self.optimizer.zero_grad()
         self._number, self._gathered = round, gathered(self.aggregation)
-        self._samples, self._answers, self._found, self._random, self._given = {}, {}, [], [], {}
+        self._samples, self._answers, self._client_losses, self._generators, self._accepted = {}, {}, [], [], {}
         self._outliers.begin()
 
     def learn(self, message: Message) -> None:
         """Learn from one cut, or refuse it. The order of the cuts is that of a sum and of dropout: let it be theirs."""
         with self._refusing(message):
-            self._take(self._check_cut(self._number, message))
+            self._learn_checked(self._check_cut(self._number, message))
 
     def learnt_from(self) -> list[int]:
         """The clients whose cuts the step has learnt from so far."""
@@ -292,29 +292,29 @@ class Server:
         except MessageError as error:
             self._refuse(f"{when or f'round {self._number}'}, client {message.client}", message.client, error)
 
-    def _take(self, cut: Cut) -> None:
+    def _learn_checked(self, cut: Cut) -> None:
         """Learn from a cut that was checked. Raises MessageError; then all is as before."""
         with self._dropout():
-            answer, loss = self._learn(self._number, cut)
-        self._learnt(cut, answer, loss)
+            answer, loss = self._answer_and_loss(self._number, cut)
+        self._keep(cut, answer, loss)
 
-    def _learnt(self, cut: Cut, answer: Message | None, loss: float) -> None:
+    def _keep(self, cut: Cut, answer: Message | None, loss: float) -> None:
         """What is kept of a cut until the step ends."""
         if answer is not None:
             self._answers[cut.client] = answer
         self._samples[cut.client] = len(cut.labels)
-        self._found.append(torch.tensor([loss], dtype=torch.float64))
+        self._client_losses.append(torch.tensor([loss], dtype=torch.float64))
         self.learnt += 1
 
     def end(self) -> tuple[dict[int, Message], float]:
         """The step is taken. Returns what `step` does."""
-        if not self._found:
+        if not self._client_losses:
             return {}, float("nan")
         self._take_step()
-        answers = {} if self._number < self.alone else self._answers
-        return answers, float(self.aggregation(self._found, [*self._samples.values()]))
+        answers = {} if self._number < self.server_first else self._answers
+        return answers, float(self.aggregation(self._client_losses, [*self._samples.values()]))
 
-    def _learn(self, round: int, message: Cut) -> tuple[Message | None, float]:
+    def _answer_and_loss(self, round: int, message: Cut) -> tuple[Message | None, float]:
         """Adds to what is gathered; what the client is sent, and its loss: here by forward and backward.
 
         The multiplier is the gradient of that client's own mean loss, with no 1/K inside. Raises MessageError where
@@ -354,14 +354,14 @@ class Server:
         device = next(self.half.parameters()).device
         own = [] if device.type == "cpu" else [device]
         with torch.random.fork_rng(devices=own, device_type=device.type):
-            if self._random:  # as the cut before left them
-                torch.set_rng_state(self._random[0])
-                for place, state in zip(own, self._random[1:], strict=True):
+            if self._generators:  # as the cut before left them
+                torch.set_rng_state(self._generators[0])
+                for place, state in zip(own, self._generators[1:], strict=True):
                     torch.get_device_module(place).set_rng_state(state, place)
             else:
                 torch.manual_seed(round_seed(self.seed, Purpose.DROPOUT, self._number) % 2**63)
             yield
-            self._random = [torch.get_rng_state(), *(torch.get_device_module(d).get_rng_state(d) for d in own)]
+            self._generators = [torch.get_rng_state(), *(torch.get_device_module(d).get_rng_state(d) for d in own)]
 
     def _backward(self, cut: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, float]:
         """The multiplier and the loss; adds the half's gradient to what is gathered.
@@ -420,7 +420,7 @@ class Server:
 
     def _check_cut(self, round: int, message: Message) -> Cut:
         """The message, its cut unpacked, if it is one that can be learnt from; MessageError."""
-        right = message.round == round and message.epoch == self.epoch and type(message) is self.hears
+        right = message.round == round and message.epoch == self.epoch and type(message) is self.cut_type
         if not right or not isinstance(message, Cut):
             raise MessageError(f"{type(message).__name__} of round {message.round}, epoch {message.epoch}")
         self._check_client(message)
@@ -435,10 +435,10 @@ class Server:
             right = isinstance(message, self.ledger.expects) and message.round == round
             if not right or message.epoch != self.epoch:
                 raise MessageError(f"{type(message).__name__} of round {message.round}, epoch {message.epoch}")
-            if message.client not in self._samples or message.client in self._given:
+            if message.client not in self._samples or message.client in self._accepted:
                 raise MessageError("an answer from a client that has no multiplier, or a second one")
             self.ledger.check(message)
-            self._given[message.client] = message
+            self._accepted[message.client] = message
             return True
         return False
 
@@ -451,7 +451,7 @@ class Server:
             return []
         for message in messages:
             self.answered(round, message)
-        accepted, self._given = _by_client(self._given), {}
+        accepted, self._accepted = _by_client(self._accepted), {}
         self.ledger.commit(round, accepted, [self._samples[answer.client] for answer in accepted])
         return [answer.client for answer in accepted]
 

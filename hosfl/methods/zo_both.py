@@ -87,7 +87,7 @@ class ZerothOrderServer(LossServer):
                 self._take_step()
         return answers, loss
 
-    def _learn(self, round: int, message: Cut) -> tuple[Message | None, float]:
+    def _answer_and_loss(self, round: int, message: Cut) -> tuple[Message | None, float]:
         assert isinstance(message, ProbedCut)
         assert isinstance(self.ledger, SeedReplay)
         base, *rest = self._losses(message, [message.cut, *message.displaced])

@@ -106,7 +106,7 @@ def assemble(
         clip=config.server_clip,
         passes=setup.passes,
         statistics=statistics,
-        alone=method.read("server_first"),
+        server_first=method.read("server_first"),
         centered=method.read("multiplier") == "centered",
     )
     running = {} if statistics is None else calibration.running(base)
