@@ -259,7 +259,7 @@ def scalars_that_are_none(ask, honest):
 
 
 WHY = {
-    "of a cut": (in_another_round, "Cut of round 1, epoch 0"),
+    "of a cut": (in_another_round, "Cut of round 1, epoch 0, where Cut of round 0, epoch 0 is due"),
     "of scalars": (scalars_that_are_none, "infinite or NaN scalars"),
     "of bytes": (lambda ask, honest: b"rubbish", "7 bytes are too few for a header of 20"),
 }

@@ -638,7 +638,7 @@ def test_nobody_uses_up_the_rounds_of_the_others(sampled, tmp_path, monkeypatch,
     done, waiting = told[0]
     assert (done, waiting["last"]) == (0, {"waiting for": 1, "tried": 1, "missing": {"1": "left out"}})
     assert "of round 1 no cut could be learnt from, tried 1 times so far" in "\n".join(lines(waiting, 0.0))
-    assert "round 1: no cut could be learnt from, and it is tried again; bytes of client 1: 7 bytes" in caplog.text
+    assert "round 1 is tried again: the server could learn from no cut; bytes of client 1: 7 bytes" in caplog.text
     assert max(status["last"]["tried"] for _, status in told) >= 5
     # In the end client 1 says nothing of a run in which it never took part.
     replicas = json.loads((tmp_path / "summary.json").read_text())["replicas"]

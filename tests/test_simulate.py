@@ -351,8 +351,8 @@ def test_late_messages_are_refused_with_the_reason(tmp_path: Path) -> None:
     assert participants(tmp_path / "hosfl.log")[1] == ()
     crowd.round(2)
     assert sorted(crowd.server.refused) == [
-        "round 2, client 0: Scalars of round 1, epoch 0",
-        "round 2, client 2: Cut of round 1, epoch 0",
+        "round 2, client 0: Scalars of round 1, epoch 0, where Cut of round 2, epoch 0 is due",
+        "round 2, client 2: Cut of round 1, epoch 0, where Cut of round 2, epoch 0 is due",
     ]
     assert participants(tmp_path / "hosfl.log")[2] == (0, 1, 2)
     assert crowd.replicas().equal
@@ -582,7 +582,8 @@ def test_a_cut_of_a_round_that_died_arrives_when_its_sender_is_gone(tmp_path: Pa
     assert crowd.restart(tmp_path) == 0
     crowd.away = dict.fromkeys(range(3), 5)
     crowd.round(0)
-    assert crowd.server.refused == [f"round 0, client {invited[0]}: Cut of round 0, epoch 0"]
+    why = "Cut of round 0, epoch 0, where Cut of round 0, epoch 1 is due"
+    assert crowd.server.refused == [f"round 0, client {invited[0]}: {why}"]
     assert crowd.server.ledger.records[0].participants == ()  # type: ignore[union-attr]
     crowd.close()
 

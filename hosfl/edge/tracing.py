@@ -41,7 +41,7 @@ class Positional(nn.Module):
                 hooks.enter_context(at_entry(self.client, entry, partial(reached.setdefault, entry)))
             cut = call(self.client, tensors[0] if self.names is None else dict(zip(self.names, tensors, strict=True)))
         if missed := [entry for entry in self.entries if entry not in reached]:
-            raise CutError(f"the forward pass does not come to {missed[0]}")
+            raise CutError(f"the forward pass never reaches {missed[0]}")
         return cut, *(reached[entry] for entry in self.entries)
 
 

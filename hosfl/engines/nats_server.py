@@ -300,7 +300,7 @@ class NatsEngine:
             frame = decode(data)
         except FrameError as error:
             if peer.within_rate(now):
-                self._drop(client, "a message that is none is dropped: %s", error)
+                self._drop(client, "bytes that are no message are dropped: %s", error)
             else:
                 self._drop(client, "it sends too much, and is not listened to")
             return

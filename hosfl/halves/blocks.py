@@ -136,7 +136,7 @@ def work(counts: Sequence[int], shares: Sequence[float]) -> float:
 
 
 def _missed(entry: str) -> CutError:
-    return CutError(f"the client half's forward pass does not come to {entry}, where a block begins: leave out blocks")
+    return CutError(f"the client half's forward pass never reaches {entry}, where a block begins: leave out blocks")
 
 
 class _Reached(Exception):

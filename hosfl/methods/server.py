@@ -250,6 +250,14 @@ class Server:
                 self.differed.append(f"client {hello.client} after round {hello.round}")
         return answer
 
+    def _check_due(self, message: Message, kind: type[Message], round: int) -> None:
+        """Raises MessageError for a message of another kind, round or epoch than what is due."""
+        if type(message) is not kind or (message.round, message.epoch) != (round, self.epoch):
+            raise MessageError(
+                f"{type(message).__name__} of round {message.round}, epoch {message.epoch}, where {kind.__name__} of"
+                f" round {round}, epoch {self.epoch} is due"
+            )
+
     def _check_client(self, message: Message) -> None:
         if message.client >= self.clients:
             raise MessageError(f"there is no client {message.client} among {self.clients}")
@@ -420,9 +428,8 @@ class Server:
 
     def _check_cut(self, round: int, message: Message) -> Cut:
         """The message, its cut unpacked, if it is one that can be learnt from; MessageError."""
-        right = message.round == round and message.epoch == self.epoch and type(message) is self.cut_type
-        if not right or not isinstance(message, Cut):
-            raise MessageError(f"{type(message).__name__} of round {message.round}, epoch {message.epoch}")
+        self._check_due(message, self.cut_type, round)
+        assert isinstance(message, Cut)
         self._check_client(message)
         if message.client in self._samples:
             raise MessageError("a second cut in one round")
@@ -432,11 +439,11 @@ class Server:
         """Keep a client's answer to what it was sent for `commit`; False where it is refused."""
         assert self.ledger is not None
         with self._refusing(message, f"round {round}"):
-            right = isinstance(message, self.ledger.expects) and message.round == round
-            if not right or message.epoch != self.epoch:
-                raise MessageError(f"{type(message).__name__} of round {message.round}, epoch {message.epoch}")
-            if message.client not in self._samples or message.client in self._accepted:
-                raise MessageError("an answer from a client that has no multiplier, or a second one")
+            self._check_due(message, self.ledger.expects, round)
+            if message.client not in self._samples:
+                raise MessageError("an answer from a client that was sent nothing in this round")
+            if message.client in self._accepted:
+                raise MessageError("a second answer in one round")
             self.ledger.check(message)
             self._accepted[message.client] = message
             return True

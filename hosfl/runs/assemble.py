@@ -74,7 +74,7 @@ def assemble(
     shares = [share.to(device, dtype_of(base)) for share in partition(task, config, smallest_shard)]
     half = model.server.to(device)
     if not any(parameter.requires_grad for parameter in half.parameters()):
-        raise ValueError("the server half has no parameters that train: cut the model further in front")
+        raise ValueError("the server half has no parameters that train: cut the model earlier")
     cut_shape, sample = tried(task, Joined(base, half), shares[0])
     setup = Setup(config, base, rates, AGGREGATIONS[config.aggregation], sample.inputs)
     method = kind(setup)

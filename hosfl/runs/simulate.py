@@ -233,8 +233,8 @@ def simulate(
         raise ValueError(f"a simulation is of HO-SFL, method ho, not {config.method}")
     if 0 < 5 * faults.crash_every < config.snapshot_every:
         raise ValueError(
-            f"a server that dies every {faults.crash_every} rounds hardly ever lives for"
-            f" {config.snapshot_every}, to its next snapshot: lower snapshot_every"
+            f"a server that dies every {faults.crash_every} rounds hardly ever reaches its next snapshot, after"
+            f" {config.snapshot_every}: lower snapshot_every"
         )
     if over is not None and faults.byzantine:
         raise ValueError(f"byzantine = {faults.byzantine} needs clients of this process: leave it out, or the engine")

@@ -335,7 +335,7 @@ class _Course:
         if federation.tried:
             if federation.tried == 1:
                 reasons = "; ".join(["", *federation.newest_refused])
-                log.warning("round %d: no cut could be learnt from, and it is tried again%s", self.done + 1, reasons)
+                log.warning("round %d is tried again: the server could learn from no cut%s", self.done + 1, reasons)
             self.again = time.monotonic() + min(LONGEST, FIRST * 2.0 ** min(federation.tried - 1, 20))
             return
         self.loss = loss

@@ -153,8 +153,8 @@ def _check_place(sample: Dataset, cut: Tensor) -> None:
     if mask is not None and mask.shape != cut.shape[:2]:
         raise TaskError(
             f"the cut of {len(sample)} samples is {_told(cut)}, and their attention_mask {_told(mask)}: the server half"
-            " gets it beside the cut, of which it says what counts: cut further in front, or, where the client half"
-            " pools its tokens, call the mask something else"
+            " gets the mask beside the cut, so that their first two dimensions must be the same. Cut the model earlier;"
+            " or, where the client half pools its tokens, give the mask another name"
         )
 
 
