@@ -400,7 +400,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _read(arguments)
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *where, **more: _say(str(message))
+            warnings.showwarning = lambda message, *where, **more: _print_line(str(message))
             with uninterrupted():  # an import that is broken off leaves half a module behind
                 command = _command(options.command)
             lost = "; what came after the last snapshot or result is lost" * (options.command in WRITING)
@@ -415,9 +415,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"hosfl: interrupted{lost}", file=sys.stderr)
         return 130
     except Exception as error:
-        status = _told(error)
+        status = _report(error)
         if status is None:
-            _say(_words(error))
+            _print_line(_message_of(error))
             sys.exit(2)
         return status
 
@@ -443,7 +443,7 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
     return command
 
 
-def _told(error: Exception) -> int | None:
+def _report(error: Exception) -> int | None:
     """Say what ended the command, and the exit status; None for what the options are to blame for.
 
     Raises what is none of these: it is a bug.
@@ -460,7 +460,7 @@ def _told(error: Exception) -> int | None:
         case LogError() | EngineError() | JoinError() | NothingLearnt():
             status = 1
         case LatticeError() | Diverged():
-            _say(f"the run diverged: {_words(error)}")
+            _print_line(f"the run diverged: {_message_of(error)}")
             return 1
         case ValueError() | FileExistsError() | ImportError():
             return None
@@ -469,15 +469,16 @@ def _told(error: Exception) -> int | None:
         case OSError() | SafetensorError():
             status = 2
         case MemoryError():
-            _say(f"there is not enough memory: {_words(error) or 'less of it is needed, or more has to be free'}")
+            reason = _message_of(error) or "less of it is needed, or more has to be free"
+            _print_line(f"there is not enough memory: {reason}")
             return 1
         case _:
             raise error
-    _say(_words(error))
+    _print_line(_message_of(error))
     return status
 
 
-def _words(error: Exception) -> str:
+def _message_of(error: Exception) -> str:
     """What an error says. Of the system's own: which file, and what is wrong with it."""
     if isinstance(error, OSError) and error.filename is not None:
         if isinstance(error, FileExistsError):
@@ -486,7 +487,7 @@ def _words(error: Exception) -> str:
     return str(error)
 
 
-def _say(text: str) -> None:
+def _print_line(text: str) -> None:
     """One line on the terminal. What an error quotes may be somebody else's: a file's, or a server's."""
     line = printable(re.sub(r"\s*[\n\r\t]\s*", " ", text.strip()))
     print(f"hosfl: {line[:LONGEST_LINE]}{' ...' * (len(line) > LONGEST_LINE)}", file=sys.stderr)

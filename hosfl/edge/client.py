@@ -91,7 +91,7 @@ class EdgeClient:
 
     def asks(self) -> Statistics:
         """Ask for the run's running statistics."""
-        return self._told(np.empty(0, np.float32), np.empty(0, np.int32))
+        return self._statistics(np.empty(0, np.float32), np.empty(0, np.int32))
 
     def statistics(self, message: Calibration) -> Statistics:
         """Its own, which an empty message asks for: see `hosfl.methods.client.Client.statistics`."""
@@ -102,7 +102,7 @@ class EdgeClient:
             raise MessageError(f"asked for statistics of round 0 after {self.applied} rounds, of this run or another")
         self.calibrated = False
         values, samples = running.estimated()
-        return self._told(values, np.array([samples], np.int32))
+        return self._statistics(values, np.array([samples], np.int32))
 
     def calibrate(self, message: Message) -> None:
         """Take up the run's. Raises MessageError for a message that holds none, or comes twice."""
@@ -121,7 +121,7 @@ class EdgeClient:
             raise MessageError(f"a message for client {message.client}, this is client {self.number}")
         return self.running
 
-    def _told(self, values: NDArray[np.float32], samples: NDArray[np.int32]) -> Statistics:
+    def _statistics(self, values: NDArray[np.float32], samples: NDArray[np.int32]) -> Statistics:
         return Statistics(client=self.number, round=0, epoch=self.epoch, statistics=values, samples=samples)
 
     def hello(self) -> Hello:

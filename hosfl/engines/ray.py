@@ -104,8 +104,8 @@ class RayEngine:
             if not done:
                 raise EngineError(
                     f"{len(missing)} of {count} actors had not started after {patience:g} s. Each needs {cpus:g} CPUs"
-                    f" and {gpus:g} GPUs, and the cluster has {_told(ray.cluster_resources())},"
-                    f" {_told(ray.available_resources())} of them free. Ask for fewer actors, or for smaller ones"
+                    f" and {gpus:g} GPUs, and the cluster has {_resources(ray.cluster_resources())},"
+                    f" {_resources(ray.available_resources())} of them free. Ask for fewer actors, or for smaller ones"
                 )
             missing -= set(done)
             try:
@@ -291,5 +291,5 @@ def _reason(error: BaseException) -> str:
     return lines[-1].strip() if lines else type(error).__name__
 
 
-def _told(resources: Mapping[str, float]) -> str:
+def _resources(resources: Mapping[str, float]) -> str:
     return f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs"

@@ -30,7 +30,7 @@ from hosfl.protocol.rebuild import base_digest
 from hosfl.protocol.seeds import Purpose, round_seed
 from hosfl.runs.checkpoint import header_of
 from hosfl.runs.federation import Federation
-from hosfl.runs.trial import tried
+from hosfl.runs.trial import try_halves
 from hosfl.settings import DEFAULTS, Rates, Settings
 from hosfl.tasks import TASKS, TUNED, make_task
 from hosfl.tasks.data import Dataset, dirichlet_split, iid_split, shards
@@ -75,7 +75,7 @@ def assemble(
     half = model.server.to(device)
     if not any(parameter.requires_grad for parameter in half.parameters()):
         raise ValueError("the server half has no parameters that train: cut the model earlier")
-    cut_shape, sample = tried(task, Joined(base, half), shares[0])
+    cut_shape, sample = try_halves(task, Joined(base, half), shares[0])
     setup = Setup(config, base, rates, AGGREGATIONS[config.aggregation], sample.inputs)
     method = kind(setup)
     statistics = calibration.RunningStatistics.of(base, config.batch * config.calibrate) if config.calibrate else None

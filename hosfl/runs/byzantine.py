@@ -44,7 +44,7 @@ class ByzantineClient(ZerothOrderClient):
         return self._lie(super().answer(message))
 
     def _lie(self, honest: AnyMessage) -> AnyMessage:
-        for lie in self.faults.told:
+        for lie in self.faults.lies_told:
             about, told = TOLD[lie]
             if hasattr(honest, about):
                 lied: dict[str, Any] = {about: told(honest, self)}

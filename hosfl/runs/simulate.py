@@ -251,7 +251,7 @@ def _simulate(config: Config, faults: Faults, folder: Path, progress: Progress |
     plain, task = assemble(config, SMALLEST_SHARD)
     if config.calibrate:
         plain.calibrate()
-    if task.classes is None and faults.byzantine and any(TOLD[lie][0] == "labels" for lie in faults.told):
+    if task.classes is None and faults.byzantine and any(TOLD[lie][0] == "labels" for lie in faults.lies_told):
         raise ValueError("labels that are no classes cannot be lied about: choose other lies")
     crowd = Crowd(
         plain.config,
