@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,16 +84,6 @@ def assemble(
     def make(number: int) -> Client:
         return client_of(method, number, calibration.first(base, statistics), shares[number % len(shares)], task)
 
-    cuts = CutSpec(
-        cut_shape,
-        task.classes,
-        config.batch,
-        masked=isinstance(sample.inputs, dict) and "attention_mask" in sample.inputs,
-        label_shape=tuple(sample.labels.shape[1:]),
-        real=sample.labels.is_floating_point(),
-        ignore_index=task.ignore_index,
-        wire=method.read("wire"),
-    )
     server = method.server(
         half=half,
         loss=task.loss,
@@ -101,7 +92,7 @@ def assemble(
         ledger=method.ledger,
         seed=config.seed,
         clients=config.clients,
-        cuts=cuts,
+        cuts=_cut_spec(task, config, cut_shape, sample, method.read("wire")),
         aggregation=setup.aggregation,
         clip=config.server_clip,
         passes=setup.passes,
@@ -111,15 +102,7 @@ def assemble(
     )
     running = {} if statistics is None else calibration.running(base)
 
-    def describe() -> tuple[Header | None, Provenance]:
-        model, header = halves, None
-        if fixed or running:
-            model = base_digest({"halves": np.frombuffer(bytes.fromhex(halves), np.uint8), **fixed, **running})
-        if isinstance(method.ledger, SeedReplay):
-            header = header_of(method.ledger.run, base, config.decisive())
-        log = "" if header is None else header_digest(header)
-        return header, Provenance(config.decisive(), task.digest(), model, log)
-
+    describe = partial(_describe, config, task, method, base, halves, {**fixed, **running})
     federation = Federation(config, server, make, base, setup.observed, kind.exchanges(config), describe=describe)
     if statistics is not None and file is not None:
         _load_from_base(running, file)
@@ -127,6 +110,36 @@ def assemble(
     if statistics is None or file is not None:
         federation.settle()
     return federation, task
+
+
+def _cut_spec(task: Task, config: Settings, shape: tuple[int, ...], sample: Dataset, wire: str) -> CutSpec:
+    """shape: of one sample's cut."""
+    return CutSpec(
+        shape,
+        task.classes,
+        config.batch,
+        masked=isinstance(sample.inputs, dict) and "attention_mask" in sample.inputs,
+        label_shape=tuple(sample.labels.shape[1:]),
+        real=sample.labels.is_floating_point(),
+        ignore_index=task.ignore_index,
+        wire=wire,
+    )
+
+
+def _describe(
+    config: Settings, task: Task, method: Method, base: nn.Module, halves: str, fixed: dict[str, Tensor]
+) -> tuple[Header | None, Provenance]:
+    """The log's header, of a method that has one, and what the run is made of.
+
+    halves: the digest of the model's. fixed: what the client half has beside: factors of adapters, running statistics.
+    """
+    model, header = halves, None
+    if fixed:
+        model = base_digest({"halves": np.frombuffer(bytes.fromhex(halves), np.uint8), **fixed})
+    if isinstance(method.ledger, SeedReplay):
+        header = header_of(method.ledger.run, base, config.decisive())
+    log = "" if header is None else header_digest(header)
+    return header, Provenance(config.decisive(), task.digest(), model, log)
 
 
 def _check_stored(model: SplitModel) -> None:
