@@ -48,8 +48,8 @@ class WithLiar(InProcess):
         super().__init__(lambda number, data: federation.endpoint(number).answer(data), 3)
         self.lie = lie
 
-    def ask(self, messages, deadline=None, enough=None):
-        for reply in super().ask(messages, deadline, enough):
+    def ask(self, messages, deadline=None):
+        for reply in super().ask(messages, deadline):
             if reply.client != LIAR:
                 yield reply
             elif self.lie is None:
@@ -331,7 +331,7 @@ class WithMute(WithLiar):
 
     now = 0.0
 
-    def ask(self, messages, deadline=None, enough=None):
+    def ask(self, messages, deadline=None):
         replies = [Reply(reply.client, reply.data) for reply in super().ask(messages) if reply.client != LIAR]
         if deadline <= 0:
             replies = [Reply(reply.client, None, "late") for reply in replies]

@@ -26,7 +26,7 @@ class LiarsFirst(InProcess):
         super().__init__(lambda number, data: federation.endpoint(number).answer(data), CLIENTS)
         self.liars, self.lie = liars, lie
 
-    def ask(self, messages, deadline=None, enough=None):
+    def ask(self, messages, deadline=None):
         for number in sorted(messages, key=lambda number: (number not in self.liars, number)):
             said = decode(self.answer(number, messages[number]))
             yield Reply(number, encode(self.lie(said) if number in self.liars else said))

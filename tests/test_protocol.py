@@ -643,7 +643,7 @@ class Shuffled:
     def __getattr__(self, name):
         return getattr(self.engine, name)
 
-    def ask(self, messages, deadline=None, enough=None):
+    def ask(self, messages, deadline=None):
         replies = {reply.client: reply for reply in self.engine.ask(messages)}
         for client in sorted(replies, key=self.order.index):
             self.learnt.append((client, [*self.server._samples]))
@@ -744,7 +744,7 @@ def test_all_asks_of_an_exchange_share_its_deadline(monkeypatch):
     class Slow(Shuffled):
         lasts = 4
 
-        def ask(self, messages, deadline=None, enough=None):
+        def ask(self, messages, deadline=None):
             given.append(deadline)
             clock[0] += self.lasts
             yield from super().ask(messages)
