@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hosfl.halves.follow import CutError
 from hosfl.halves.modules import copied, has, present, replaced
-from hosfl.halves.transformer_halves import Absent, ClientHalf, Door, ServerHalf, Through
+from hosfl.halves.transformer_halves import ClientHalf, ClientOnly, CutHolder, PassThrough, ServerHalf
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def cut_transformer(model: nn.Module, at: int) -> tuple[nn.Module, nn.Module]:
     where = _first(trunk, family.layers)
     layers = list(trunk.get_submodule(where))  # type: ignore[call-overload]
     count = len(layers)
-    stand_in = [Through()] if family.through else []
+    stand_in = [PassThrough()] if family.through else []
 
     mine = replaced(trunk, where, nn.ModuleList(layers[:at] or stand_in))
     for name in present(mine, family.after):
@@ -161,26 +161,26 @@ def cut_transformer(model: nn.Module, at: int) -> tuple[nn.Module, nn.Module]:
         mine = replaced(mine, family.first, None)
     mine.config = _config(trunk, 0, at)
 
-    door = Door()
+    holder = CutHolder()
     if family.shared and 0 < at < count:
         layers[at] = _with_shared(layers[at], layers[0], family.shared)
     theirs = replaced(trunk, where, nn.ModuleList(layers[at:] or stand_in))
     for first in [f"{where}.0"] if layers[at:] or stand_in else present(theirs, family.after)[:1]:
-        theirs = replaced(theirs, first, door.into(theirs.get_submodule(first), "hidden_states"))
+        theirs = replaced(theirs, first, holder.feed(theirs.get_submodule(first), "hidden_states"))
     for name in present(theirs, family.before):
-        theirs = replaced(theirs, name, Absent(door))
+        theirs = replaced(theirs, name, ClientOnly(holder))
     if family.first and at:
         theirs = replaced(theirs, family.first, None)
     if family.inputs == "input_ids":
-        theirs = door.into(theirs, "inputs_embeds", instead_of="input_ids")
+        theirs = holder.feed(theirs, "inputs_embeds", instead_of="input_ids")
     rest = replaced(model, path, theirs) if path else theirs
     owner = path.rpartition(".")[0]
     for name in present(model.get_submodule(owner), family.beside):
-        rest = replaced(rest, _join(owner, name), Absent(door))
+        rest = replaced(rest, _join(owner, name), ClientOnly(holder))
     for module in _along(rest, path):
         module.config = _config(module, at, count)
     pools = _pools_by_tokens(model, family)
-    return ClientHalf(mine, family.inputs, pools), ServerHalf(rest, door, family.inputs)
+    return ClientHalf(mine, family.inputs, pools), ServerHalf(rest, holder, family.inputs)
 
 
 def ancestors(model: nn.Module) -> list[nn.Module]:

@@ -64,20 +64,20 @@ class ServerHalf(nn.Module):
     Under a head for questions: of start and end, [batch, length, 2].
     """
 
-    def __init__(self, model: nn.Module, door: Door, inputs: str) -> None:
+    def __init__(self, model: nn.Module, holder: CutHolder, inputs: str) -> None:
         super().__init__()
-        self.model, self.door, self.inputs = model, door, inputs
+        self.model, self.holder, self.inputs = model, holder, inputs
 
     def forward(self, cut: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         named: dict[str, Any] = {} if attention_mask is None else {"attention_mask": attention_mask}
         if attention_mask is not None:
             _check_mask(attention_mask)
         named[self.inputs] = self._tokens(cut, attention_mask) if self.inputs == "input_ids" else cut
-        self.door.cut = cut
+        self.holder.cut = cut
         try:
             output = self.model(**named, return_dict=True)
         finally:
-            self.door.cut = None
+            self.holder.cut = None
         return tensor_of(output)
 
     def _tokens(self, cut: Tensor, mask: Tensor | None) -> Tensor:
@@ -107,27 +107,27 @@ def tensor_of(output: Any) -> Tensor:
     raise CutError(f"the model makes {what}, and a server half makes one tensor: take a model of one head")
 
 
-class Door:
+class CutHolder:
     """Where the cut enters the server half: modules told to take it instead of what they are given."""
 
     def __init__(self) -> None:
         self.cut: Tensor | None = None
 
-    def into(self, module: nn.Module, name: str, instead_of: str | None = None) -> nn.Module:
+    def feed(self, module: nn.Module, name: str, instead_of: str | None = None) -> nn.Module:
         """A copy of the module whose first argument is the cut, or that gets the cut by name and no first argument."""
         own = copied(module)
-        own.__class__ = _entered(type(module))  # type: ignore[arg-type]
-        own._entrance = Entrance(self, name, instead_of)  # type: ignore[assignment]
+        own.__class__ = _taking_the_cut(type(module))  # type: ignore[arg-type]
+        own._cut_input = CutInput(self, name, instead_of)  # type: ignore[assignment]
         return own
 
 
 @cache
-def _entered(kind: type[nn.Module]) -> type[nn.Module]:
+def _taking_the_cut(kind: type[nn.Module]) -> type[nn.Module]:
     """A class of modules that take the cut: called, not hooked, since older transformers (5.20) have hooks within what
     they checkpoint, and run them once more in the backward pass, when the cut is gone."""
 
     def call(self: Any, *args: Any, **inputs: Any) -> Any:
-        args, inputs = self._entrance.instead(args, inputs)
+        args, inputs = self._cut_input.instead(args, inputs)
         return kind.__call__(self, *args, **inputs)
 
     def reduce(self: Any, protocol: Any) -> Any:  # a pickle names no class that is made here
@@ -137,20 +137,20 @@ def _entered(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _new(kind: type[nn.Module]) -> nn.Module:
-    of = _entered(kind)  # type: ignore[arg-type]
+    of = _taking_the_cut(kind)  # type: ignore[arg-type]
     return of.__new__(of)
 
 
 @dataclass
-class Entrance:
-    """What such a module is given. An object, so that copies of the server half have doors of their own."""
+class CutInput:
+    """What such a module is given. An object, so that copies of the server half have holders of their own."""
 
-    door: Door
+    holder: CutHolder
     name: str
     instead_of: str | None
 
     def instead(self, args: Sequence[Any], inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        cut = self.door.cut
+        cut = self.holder.cut
         if self.instead_of is not None:
             named = {k: v for k, v in inputs.items() if k != self.instead_of}
             return (None, *args[1:]) if args else (), {**named, self.name: cut}
@@ -159,22 +159,22 @@ class Entrance:
         return (), {**inputs, self.name: cut}
 
 
-class Absent(nn.Module):
+class ClientOnly(nn.Module):
     """In the place of a module that only the client has.
 
     What it returns, the cut, goes no further than the first layer; where there is none, and nothing follows the layers
     in the trunk, it is what the trunk returns.
     """
 
-    def __init__(self, door: Door) -> None:
+    def __init__(self, holder: CutHolder) -> None:
         super().__init__()
-        self.door = door
+        self.holder = holder
 
     def forward(self, *args: Any, **inputs: Any) -> Tensor | None:
-        return self.door.cut
+        return self.holder.cut
 
     @property
-    def patch_embeddings(self) -> Absent:
+    def patch_embeddings(self) -> ClientOnly:
         """A vision transformer asks for patch_embeddings.projection.weight.dtype."""
         return self
 
@@ -182,10 +182,10 @@ class Absent(nn.Module):
 
     @property
     def weight(self) -> Tensor | None:
-        return self.door.cut
+        return self.holder.cut
 
 
-class Through(nn.Module):
+class PassThrough(nn.Module):
     """A layer that changes nothing."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
