@@ -231,59 +231,77 @@ def probe_backward(
     if microbatch:
         check_apart(module)
     moved = moved or Moved.of(module)
-    parameters, streams, factors = moved.tensors, moved.streams, moved.factors
-    of = [slice(None)] * len(parameters) if measured is None else measured
-    scalars = torch.zeros(len(seeds), dtype=torch.float64)
-    waiting: dict[int, Tensor] = {}  # gradients by the parameter's position
-
-    def take(parameter: Tensor, position: int) -> None:
-        gradient, parameter.grad = parameter.grad, None
-        assert gradient is not None
-        if gradient.is_sparse:
-            measure_rows(gradient.coalesce(), position)
-            return
-        gradient = gradient.float().contiguous()
-        if gradient.nbytes > WAITING:
-            measure({position: gradient})
-            return
-        # A sum of its own: gradients may share memory with each other and with the multiplier.
-        waiting[position] = waiting.get(position, 0.0) + gradient
-        if sum(g.nbytes for g in waiting.values()) > WAITING:
-            measure(waiting)
-            waiting.clear()
-
-    def measure(gradients: dict[int, Tensor]) -> None:
-        for _, some in groupby(gradients, lambda t: (of[t].start, of[t].stop)):  # tensors moved together lie together
-            ts = list(some)
-            scales, names = [factors[t] for t in ts], [streams[t] for t in ts]
-            found = project([gradients[t] for t in ts], seeds[of[ts[0]]], dist=dist, factors=scales, streams=names)
-            scalars[of[ts[0]]] += found
-
-    def measure_rows(table: Tensor, position: int) -> None:
-        rows, numbers = table.values().float(), table.indices()[0].tolist()
-        place: Any = {"factors": [factors[position]] * len(rows), "streams": [streams[position]] * len(rows)}
-        starts = [number * rows.shape[1] for number in numbers]
-        scalars[of[position]] += project(rows.unbind(), seeds[of[position]], dist=dist, starts=starts, **place)
-
+    parameters = moved.tensors
+    projected = _Projected(moved, seeds, dist, measured)
     held = [p.grad for p in parameters]  # the user's own
     hooks = []
     try:
         for position, parameter in enumerate(parameters):
             parameter.grad = None
-            hooks.append(parameter.register_post_accumulate_grad_hook(partial(take, position=position)))
+            hooks.append(parameter.register_post_accumulate_grad_hook(partial(projected.take, position=position)))
         multipliers = multiplier.split(microbatch or len(multiplier))
         with torch.enable_grad(), made_again(), Lookups(sparse=True):
             for part, m in zip(parts_of(inputs, microbatch), multipliers, strict=True):
                 output = call(module, part)
                 if output.requires_grad:  # or nothing that moves has a part in it
                     torch.autograd.backward(output, m, inputs=parameters)
-        measure(waiting)
+        return projected.scalars()
     finally:
         for hook in hooks:
             hook.remove()
         for parameter, gradient in zip(parameters, held, strict=True):
             parameter.grad = gradient
-    return scalars.float()
+
+
+class _Projected:
+    """<g, u_p> for every direction p, from gradients g that come tensor by tensor and are freed soon."""
+
+    def __init__(self, moved: Moved, seeds: Sequence[int], dist: str, measured: Sequence[slice] | None) -> None:
+        self.moved, self.seeds, self.dist = moved, seeds, dist
+        self.measured = [slice(None)] * len(moved.tensors) if measured is None else measured
+        self._sums = torch.zeros(len(seeds), dtype=torch.float64)
+        self._waiting: dict[int, Tensor] = {}  # gradients by the parameter's position
+
+    def take(self, parameter: Tensor, position: int) -> None:
+        """Take a parameter's gradient from it."""
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        if gradient.is_sparse:
+            self._project_rows(gradient.coalesce(), position)
+            return
+        gradient = gradient.float().contiguous()
+        if gradient.nbytes > WAITING:
+            self._project({position: gradient})
+            return
+        # A sum of its own: gradients may share memory with each other and with the multiplier.
+        self._waiting[position] = self._waiting.get(position, 0.0) + gradient
+        if sum(g.nbytes for g in self._waiting.values()) > WAITING:
+            self._project(self._waiting)
+            self._waiting.clear()
+
+    def scalars(self) -> Tensor:
+        """float32 [P], when all gradients were taken."""
+        self._project(self._waiting)
+        return self._sums.float()
+
+    def _project(self, gradients: dict[int, Tensor]) -> None:
+        of = self.measured
+        for _, some in groupby(gradients, lambda t: (of[t].start, of[t].stop)):  # tensors moved together lie together
+            ts = list(some)
+            self._add(of[ts[0]], [gradients[t] for t in ts], self.moved.some(ts))
+
+    def _project_rows(self, table: Tensor, position: int) -> None:
+        rows, numbers = table.values().float(), table.indices()[0].tolist()
+        starts = [number * rows.shape[1] for number in numbers]
+        self._add(self.measured[position], rows.unbind(), self.moved.some([position] * len(rows)), starts)
+
+    def _add(
+        self, which: slice, gradients: Sequence[Tensor], moved: Moved, starts: Sequence[int] | None = None
+    ) -> None:
+        factors, streams = moved.factors, moved.streams
+        self._sums[which] += project(
+            gradients, self.seeds[which], dist=self.dist, factors=factors, streams=streams, starts=starts
+        )
 
 
 class Lookups(TorchFunctionMode):
