@@ -35,11 +35,8 @@ class Row:
 
 
 @dataclass
-class _Chapter:
-    """Steps that move the same parameters alike: groups of them by their numbers, and the momentum of each.
-
-    puts: (quantum, numbers) of what was put on a lattice before the first.
-    """
+class _RecordedChapter:
+    """A chapter of the log while it is recorded: see `hosfl.optim.log_file.Chapter`. rows: of the steps, end to end."""
 
     puts: list[tuple[float, list[int]]]
     groups: list[list[int]]
@@ -48,8 +45,8 @@ class _Chapter:
     steps: int = 0
     rows: array[float] = field(default_factory=lambda: array("f"))
 
-    def told(self, before: _Chapter | None) -> dict[str, Any]:
-        """As the file has it: off the lattice None for the groups of the chapter before."""
+    def as_json(self, before: _RecordedChapter | None) -> dict[str, Any]:
+        """As the header has it: off the lattice None for the groups of the chapter before."""
         again = before is not None and not (self.exact or before.exact) and self.groups is before.groups
         groups = None if again else self.groups
         return {"puts": self.puts, "groups": groups, "momenta": self.momenta, "exact": self.exact}
@@ -76,7 +73,7 @@ class RunLog:
         self.parameters: list[tuple[str | None, Tensor]] = []
         self.kinds: list[tuple[str, list[int]]] = []  # of each parameter, dtype and shape
         self.bases: list[tuple[int, str]] = []  # how many were there, and the digest of those that came
-        self.chapters: list[_Chapter] = []
+        self.chapters: list[_RecordedChapter] = []
         self.next = first  # the step that is to come
         self._puts: list[tuple[float, list[int]]] = []
 
@@ -130,7 +127,7 @@ class RunLog:
         if last is not None and last.groups == groups:
             groups = last.groups  # one list, however many chapters: a schedule of the momentum begins one every step
         if last is None or self._puts or (last.groups, last.momenta, last.exact) != (groups, momenta, exact):
-            last = _Chapter(self._puts, groups, momenta, exact)
+            last = _RecordedChapter(self._puts, groups, momenta, exact)
             self.chapters.append(last)
             self._puts = []
         last.steps += 1
@@ -149,7 +146,7 @@ class RunLog:
             raise LogError(self.refusal or "no step was made: there is nothing to save")
         chapters = self.chapters
         if self._puts:  # by a step that was not taken: here it is one that moves nothing
-            chapters = [*chapters, _Chapter(self._puts, [], [], True, steps=1)]
+            chapters = [*chapters, _RecordedChapter(self._puts, [], [], True, steps=1)]
         tables = {}
         for k, chapter in enumerate(chapters):
             shape = chapter.steps, len(chapter.groups), self.terms.directions + 2
@@ -160,7 +157,7 @@ class RunLog:
             "first": self.first,
             "parameters": [[name, *kind] for (name, _), kind in zip(self.parameters, self.kinds, strict=True)],
             "bases": self.bases,
-            "chapters": [c.told(before) for c, before in zip(chapters, [None, *chapters], strict=False)],
+            "chapters": [c.as_json(before) for c, before in zip(chapters, [None, *chapters], strict=False)],
             "trained": digest(whole(p for _, p in self.parameters)).hex(),
         }
         text = json.dumps(header)

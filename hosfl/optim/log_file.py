@@ -44,7 +44,11 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Chapter:
-    """As `_Chapter`, read from a file. quanta: of the lattice of each group; none off the lattice."""
+    """Steps that move the same parameters alike: groups of them by their numbers, and the momentum of each.
+
+    puts: (quantum, numbers) of what was put on a lattice before the first. exact: whether they are on lattices. quanta:
+    of the lattice of each group; none off the lattice.
+    """
 
     puts: list[tuple[float, list[int]]]
     groups: list[list[int]]
