@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from hosfl.halves.blocks import Begin, blocks_of, work
-from hosfl.halves.families import packaged_minilm, pretrained_model
+from hosfl.halves.hub import packaged_minilm, pretrained_model
 from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.split import split
 from hosfl.halves.trains import moving_only

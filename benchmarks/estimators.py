@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks.readme import RESULTS
 from benchmarks.sentences import PACKAGES, sentences
-from hosfl.halves.families import packaged_minilm, pretrained_model, tokenized
+from hosfl.halves.hub import packaged_minilm, pretrained_model, tokenized
 from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.split import SplitModel, split
 from hosfl.probing.probe import probe_forward, probe_untouched, trainable

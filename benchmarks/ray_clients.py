@@ -42,11 +42,9 @@ class DropsOut:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
 
-    def ask(
-        self, messages: Mapping[int, bytes], deadline: float | None = None, enough: int | None = None
-    ) -> Iterator[Reply]:
+    def ask(self, messages: Mapping[int, bytes], deadline: float | None = None) -> Iterator[Reply]:
         vanish = 1 - (1 - self.share) ** 0.5  # of two exchanges
-        for reply in self.engine.ask(messages, deadline, enough):
+        for reply in self.engine.ask(messages, deadline):
             if self.random.random() < vanish:
                 self.lost += 1
                 yield Reply(reply.client, None, "gone")

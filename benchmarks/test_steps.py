@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from benchmarks.mezo import MeZO
 from benchmarks.ways import waiting
-from hosfl.halves.families import packaged_minilm, pretrained_model
+from hosfl.halves.hub import packaged_minilm, pretrained_model
 from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.split import split
 from hosfl.methods.grouped import GroupedServer
 from hosfl.methods.server import Server
 from hosfl.optim import ZOSGD
 from hosfl.probing.compiled import call_compiled
-from hosfl.probing.probe import probe_in_place, probe_untouched, trainable
+from hosfl.probing.probe import Moved, probe_in_place, probe_untouched, trainable
 from hosfl.protocol.messages import Cut
 from hosfl.runs.memory import growth
 from hosfl_kernels import snap_
@@ -85,7 +85,7 @@ def timed(
 def test_client(benchmark: Any, which: str, way: str, device: str) -> None:
     """The cut and P one-sided probes of all weights, beside P + 1 forward passes in inference mode."""
     half, inputs = halves(which, device)
-    parameters, streams = trainable(half)
+    parameters = trainable(half)[0]
     with evaluating(half):
         mu = 2**10 * snap_(parameters)
         multiplier, seeds = torch.randn_like(call(half, inputs)), range(PROBES)
@@ -97,7 +97,7 @@ def test_client(benchmark: Any, which: str, way: str, device: str) -> None:
 
         def in_place(how: Callable[[nn.Module, Any], Tensor] = call, read: nn.Module | None = half) -> Tensor:
             forward = partial(how, half, inputs)
-            return probe_in_place(forward, parameters, streams, multiplier, forward(), seeds, mu, module=read)
+            return probe_in_place(forward, Moved.of(half), multiplier, forward(), seeds, mu, module=read)
 
         def only_read() -> Tensor:
             return probe_untouched(half, inputs, multiplier, call(half, inputs), seeds, mu, "rademacher")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.ways import BFLOAT16, FLOAT16, OLDER, RANDN_PRODUCTS, RANDN_RECORDS, WAYS, waiting
-from hosfl.halves.families import packaged_minilm, pretrained_model
+from hosfl.halves.hub import packaged_minilm, pretrained_model
 from hosfl.halves.inputs import evaluating
 from hosfl.halves.split import split
 from hosfl.halves.trains import moving_only

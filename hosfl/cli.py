@@ -32,6 +32,7 @@ TYPES: dict[str, Callable[[str], Any]] = {"str": str, "int": int, "float": float
 WITH_TORCH = {"task": "", "method": "", "model": "", "device": "cpu"}  # options of hosfl join
 WRITING = ("train", "compare", "simulate", "serve", "study")  # commands whose results come bit by bit
 LONGEST_LINE = 2000  # characters of an error
+BOARD = "write the run's scalars for TensorBoard into its folder tensorboard"
 KNOWN = {"tasks": ", ".join(TASKS), "methods": ", ".join(METHODS)}
 
 
@@ -114,7 +115,33 @@ def parser() -> argparse.ArgumentParser:
         made: argparse.ArgumentParser = to.add_parser(name, help=does, description=does[0].upper() + does[1:] + ".")
         return made
 
-    train = command("train", "train a split model by one method, with one seed")
+    _add_train(command("train", "train a split model by one method, with one seed"))
+    _add_serve(command("serve", "train with clients on other machines: the server of a federation"))
+    _add_join(command("join", "take part in a federation as one of its clients, until interrupted"))
+    status = command("status", "show the state of a federation's run: clients connected, round, loss, bytes, refusals")
+    status.add_argument("folder", type=_path, metavar="DIR", help="the run's folder")
+    status.add_argument("--watch", action="store_true", help="go on showing it until interrupted")
+    _add_compare(command("compare", "train by several methods and seeds, into one table"))
+    _add_simulate(command("simulate", "simulate HO-SFL with many clients that drop out, stay away or lie"))
+    _add_split(command("split", "list the places where a model can be cut, and what lies on either side"))
+    _add_suggest(
+        command("suggest", "suggest what to train of the client half, for a number of rounds and forward passes")
+    )
+    _add_rebuild(command("rebuild", "rebuild the client half from its log and initial weights"))
+    _add_study(command("study", "compare the methods of a file, each tuned equally; run again, it resumes"))
+    report = command(
+        "report", "write a study, or which clients took part in a run, as one HTML page with figures as PNG"
+    )
+    report.add_argument("folder", type=_path, metavar="DIR", help="of a study, or of a run with clients elsewhere")
+    _add_memory(command("memory", "measure the peak memory of one client alone, beside inference of its half"))
+    logs = command("log", "print or check a log").add_subparsers(dest="action", required=True, metavar="ACTION")
+    for name, does in (("show", "print what a log holds"), ("verify", "check every byte of a log")):
+        command(name, does, logs).add_argument("log", type=Path, metavar="LOG")
+    _add_federation(command, command("federation", "make and manage the certificates of a run across machines"))
+    return top
+
+
+def _add_train(train: argparse.ArgumentParser) -> None:
     train.usage = "%(prog)s [--out DIR] [OPTION ...]"
     _add_settings(train)
     train.add_argument(
@@ -123,10 +150,13 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--resume", type=_path, metavar="DIR", help="resume the run in DIR; --data may say where its data are now"
     )
-    board = "write the run's scalars for TensorBoard into its folder tensorboard"
-    train.add_argument("--tensorboard", action="store_true", help=board)
+    train.add_argument("--tensorboard", action="store_true", help=BOARD)
     _add_engine(train)
-    serve = command("serve", "train with clients on other machines: the server of a federation")
+    _add_preset(train)
+    train.set_defaults(default=train.get_default)  # for the command that goes on with an interrupted run
+
+
+def _add_serve(serve: argparse.ArgumentParser) -> None:
     serve.usage = "%(prog)s DIR (--out DIR | --resume DIR) [OPTION ...]"
     serve.add_argument(
         "server", type=_path, metavar="DIR", help="the folder `server` that hosfl federation create made"
@@ -134,7 +164,7 @@ def parser() -> argparse.ArgumentParser:
     _add_settings(serve, leave_out=("clients",))
     serve.add_argument("--out", type=_path, metavar="DIR", help="write log, snapshots, metrics and status there")
     serve.add_argument("--resume", type=_path, metavar="DIR", help="resume the run in DIR")
-    serve.add_argument("--tensorboard", action="store_true", help=board)
+    serve.add_argument("--tensorboard", action="store_true", help=BOARD)
     edge = "offer the client half to clients without torch too, which join by hosfl join --runtime onnx"
     serve.add_argument("--edge", action="store_true", help=edge)
     where = "a copy of the broker's nats.conf, to be checked; default: the one beside DIR, if it is there"
@@ -143,7 +173,11 @@ def parser() -> argparse.ArgumentParser:
     waits.add_argument("--deadline", type=float, default=60.0, help="seconds for each of a round's two exchanges (60)")
     waits.add_argument("--enough", type=int, help="answers after which a round goes on without the rest; default: all")
     waits.add_argument("--least", type=int, default=1, help="clients to be connected before a round begins (1)")
-    join = command("join", "take part in a federation as one of its clients, until interrupted")
+    _add_preset(serve)
+    serve.set_defaults(default=serve.get_default)  # for the command that goes on with an interrupted run
+
+
+def _add_join(join: argparse.ArgumentParser) -> None:
     join.add_argument(
         "client", type=_path, metavar="DIR", help="the client's folder, which the federation's operator hands out"
     )
@@ -157,10 +191,9 @@ def parser() -> argparse.ArgumentParser:
     join.add_argument("--device", default="cpu", help="where to compute (default: %(default)s)")
     kinds = "what runs the client half: torch, or onnx, onnxruntime without torch (default: %(default)s)"
     join.add_argument("--runtime", choices=("torch", "onnx"), default="torch", help=kinds)
-    status = command("status", "show the state of a federation's run: clients connected, round, loss, bytes, refusals")
-    status.add_argument("folder", type=_path, metavar="DIR", help="the run's folder")
-    status.add_argument("--watch", action="store_true", help="go on showing it until interrupted")
-    compare = command("compare", "train by several methods and seeds, into one table")
+
+
+def _add_compare(compare: argparse.ArgumentParser) -> None:
     compare.usage = "%(prog)s --out DIR [OPTION ...]"
     _add_settings(compare, leave_out=("method", "seed"))
     three = list(METHODS)[:3]
@@ -168,17 +201,19 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--methods", nargs="+", default=three, metavar="METHOD", help=methods)
     compare.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
     compare.add_argument("--out", type=_path, metavar="DIR", required=True, help="a folder per run, table and curves")
-    simulate = command("simulate", "simulate HO-SFL with many clients that drop out, stay away or lie")
+    _add_preset(compare)
+
+
+def _add_simulate(simulate: argparse.ArgumentParser) -> None:
     simulate.usage = "%(prog)s [--out DIR] [OPTION ...]"
     _add_settings(simulate, leave_out=("method",))
     _add_fields(simulate.add_argument_group("faults"), fields(Faults))
     _add_engine(simulate)
     simulate.add_argument("--out", type=_path, metavar="DIR", help="write hosfl.log and simulation.json there")
-    for sub in (train, serve, compare, simulate):
-        sub.add_argument("--preset", choices=PRESETS, help="other defaults for the options: the paper's setting")
-    for sub in (train, serve):
-        sub.set_defaults(default=sub.get_default)  # for the command that goes on with an interrupted run
-    split = command("split", "list the places where a model can be cut, and what lies on either side")
+    _add_preset(simulate)
+
+
+def _add_split(split: argparse.ArgumentParser) -> None:
     split.add_argument(
         "--model", required=True, metavar="NAME", help="on the Hugging Face hub, or a folder; no weights"
     )
@@ -186,37 +221,40 @@ def parser() -> argparse.ArgumentParser:
     split.add_argument("--batch", type=_count, default=1, help="samples of the example (default: %(default)s)")
     limit = "tokens per sample, the model's limit at most (default: %(default)s)"
     split.add_argument("--length", type=_count, default=128, help=limit)
-    suggest = command("suggest", "suggest what to train of the client half, for a number of rounds and forward passes")
+
+
+def _add_suggest(suggest: argparse.ArgumentParser) -> None:
     suggest.usage = "%(prog)s [OPTION ...]"
     _add_settings(suggest, leave_out=("trains",), concerns=CONCERNS[:2])
     suggest.add_argument("--rounds", type=int, default=300, help="of the run to come (default: %(default)s)")
     work = "what a client may spend on probes in a round, in forward passes of its half (default: %(default)s)"
     suggest.add_argument("--passes", type=float, default=5.0, help=work)
-    rebuild = command("rebuild", "rebuild the client half from its log and initial weights")
+
+
+def _add_rebuild(rebuild: argparse.ArgumentParser) -> None:
     rebuild.add_argument("log", type=Path, metavar="LOG", help="a run's hosfl.log")
     rebuild.add_argument("--base", type=Path, required=True, metavar="FILE", help="safetensors with the base weights")
     rebuild.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors to write")
     rebuild.add_argument("--upto", type=int, metavar="ROUND", help="rounds to apply (default: all)")
-    study = command("study", "compare the methods of a file, each tuned equally; run again, it resumes")
+
+
+def _add_study(study: argparse.ArgumentParser) -> None:
     study.add_argument("file", type=Path, metavar="FILE", help="YAML: what to study, see docs/studies.md")
     study.add_argument("--out", type=_path, metavar="DIR", required=True, help="a file per run, table and report")
     cores = os.cpu_count() or 1
     study.add_argument("--jobs", type=int, default=cores, help="runs at a time (default: %(default)s)")
-    report = command(
-        "report", "write a study, or which clients took part in a run, as one HTML page with figures as PNG"
-    )
-    report.add_argument("folder", type=_path, metavar="DIR", help="of a study, or of a run with clients elsewhere")
-    memory = command("memory", "measure the peak memory of one client alone, beside inference of its half")
+
+
+def _add_memory(memory: argparse.ArgumentParser) -> None:
     memory.add_argument(
         "--halves", nargs="+", default=[], metavar="HALF", help="digits, minilm, resnet18 (default: all)"
     )
     memory.add_argument("--device", default="cpu", help="where to compute (default: %(default)s)")
     memory.add_argument("--out", type=Path, metavar="FILE", help="write the figures there, as JSON")
-    logs = command("log", "print or check a log").add_subparsers(dest="action", required=True, metavar="ACTION")
-    for name, does in (("show", "print what a log holds"), ("verify", "check every byte of a log")):
-        command(name, does, logs).add_argument("log", type=Path, metavar="LOG")
-    _add_federation(command, command("federation", "make and manage the certificates of a run across machines"))
-    return top
+
+
+def _add_preset(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--preset", choices=PRESETS, help="other defaults for the options: the paper's setting")
 
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
@@ -362,7 +400,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _read(arguments)
         with warnings.catch_warnings():
-            warnings.showwarning = lambda message, *where, **more: _say(str(message))
+            warnings.showwarning = lambda message, *where, **more: _print_line(str(message))
             with uninterrupted():  # an import that is broken off leaves half a module behind
                 command = _command(options.command)
             lost = "; what came after the last snapshot or result is lost" * (options.command in WRITING)
@@ -377,9 +415,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"hosfl: interrupted{lost}", file=sys.stderr)
         return 130
     except Exception as error:
-        status = _told(error)
+        status = _report(error)
         if status is None:
-            _say(_words(error))
+            _print_line(_message_of(error))
             sys.exit(2)
         return status
 
@@ -405,7 +443,7 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
     return command
 
 
-def _told(error: Exception) -> int | None:
+def _report(error: Exception) -> int | None:
     """Say what ended the command, and the exit status; None for what the options are to blame for.
 
     Raises what is none of these: it is a bug.
@@ -422,7 +460,7 @@ def _told(error: Exception) -> int | None:
         case LogError() | EngineError() | JoinError() | NothingLearnt():
             status = 1
         case LatticeError() | Diverged():
-            _say(f"the run diverged: {_words(error)}")
+            _print_line(f"the run diverged: {_message_of(error)}")
             return 1
         case ValueError() | FileExistsError() | ImportError():
             return None
@@ -431,15 +469,16 @@ def _told(error: Exception) -> int | None:
         case OSError() | SafetensorError():
             status = 2
         case MemoryError():
-            _say(f"there is not enough memory: {_words(error) or 'less of it is needed, or more has to be free'}")
+            reason = _message_of(error) or "less of it is needed, or more has to be free"
+            _print_line(f"there is not enough memory: {reason}")
             return 1
         case _:
             raise error
-    _say(_words(error))
+    _print_line(_message_of(error))
     return status
 
 
-def _words(error: Exception) -> str:
+def _message_of(error: Exception) -> str:
     """What an error says. Of the system's own: which file, and what is wrong with it."""
     if isinstance(error, OSError) and error.filename is not None:
         if isinstance(error, FileExistsError):
@@ -448,7 +487,7 @@ def _words(error: Exception) -> str:
     return str(error)
 
 
-def _say(text: str) -> None:
+def _print_line(text: str) -> None:
     """One line on the terminal. What an error quotes may be somebody else's: a file's, or a server's."""
     line = printable(re.sub(r"\s*[\n\r\t]\s*", " ", text.strip()))
     print(f"hosfl: {line[:LONGEST_LINE]}{' ...' * (len(line) > LONGEST_LINE)}", file=sys.stderr)

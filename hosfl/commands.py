@@ -29,7 +29,7 @@ from rich.text import Text
 from hosfl.engines.engine import Engine
 from hosfl.extras import needed
 from hosfl.files import write_json
-from hosfl.halves.families import skeleton
+from hosfl.halves.hub import skeleton
 from hosfl.halves.split import cut_points
 from hosfl.named import label
 from hosfl.runs.attendance import attendance
@@ -173,7 +173,7 @@ def _begun(options: argparse.Namespace, settings: dict[str, Any], preset: dict[s
     if wrong := [name for name in given if name not in NEUTRAL]:
         left_out, others = (", ".join("--" + name.replace("_", "-") for name in names) for names in (wrong, NEUTRAL))
         raise ValueError(
-            f"a run goes on with its own settings: leave out {left_out}; beside --resume there may be {others}"
+            f"a run that is resumed keeps its own settings: leave out {left_out}; beside --resume there may be {others}"
         )
     return replace(load_config(options.resume), **settings), options.resume
 
@@ -201,11 +201,11 @@ def _run(options: argparse.Namespace, config: Config, out: Path | None, over: Ov
     if out is None:
         print("interrupted; nothing was kept, as there is no --out", file=sys.stderr)
     else:
-        print(f"interrupted; to go on: {going_on(options, out)}", file=sys.stderr)
+        print(f"interrupted; to resume: {resume_command(options, out)}", file=sys.stderr)
     return 130
 
 
-def going_on(options: argparse.Namespace, out: Path) -> str:
+def resume_command(options: argparse.Namespace, out: Path) -> str:
     """The command that resumes the run: its settings are in the folder, the other options only here."""
     words = ["hosfl", options.command, *([str(options.server)] if options.command == "serve" else [])]
     words += ["--resume", str(out)]
@@ -318,7 +318,7 @@ def _study(options: argparse.Namespace) -> int:
 
         finished = run_study(study, options.out, options.jobs, on_progress)
     if not finished:
-        print(f"interrupted; to go on: run the same command again, {options.out} has what is done", file=sys.stderr)
+        print(f"interrupted; to resume, run the same command again: {options.out} has what is done", file=sys.stderr)
         return 130
     print(f"{options.out / 'table.json'}, {report(options.out)}")
     return 0

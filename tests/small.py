@@ -8,6 +8,7 @@ from torch import nn
 
 from hosfl.halves.blocks import Begin
 from hosfl.methods import METHODS, method_of
+from hosfl.methods.cuts import CutSpec
 from hosfl.methods.ho import HO, ZerothOrderClient
 from hosfl.methods.ledger import SeedReplay
 from hosfl.methods.server import Server
@@ -89,7 +90,7 @@ class Small:
         half = nn.Linear(2, 2) if half is None else half
         optimizer = torch.optim.SGD(half.parameters(), lr=0.1, momentum=0.9)
         loss = nn.functional.cross_entropy
-        return Server(half, loss, optimizer, lambda round: 0.1, self.ledger, 5, 10, (2,), 2, batch)
+        return Server(half, loss, optimizer, lambda round: 0.1, self.ledger, 5, 10, CutSpec((2,), 2, batch))
 
 
 def small(kind="moves", rate=0.05, growth=1.0, headroom=16.0, dist=None, **settings):

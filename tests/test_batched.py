@@ -12,7 +12,7 @@ from torch import nn
 from torch._C import _functorch as functorch
 
 from hosfl import Config, train
-from hosfl.halves.families import packaged_minilm, pretrained_model
+from hosfl.halves.hub import packaged_minilm, pretrained_model
 from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.narrow import narrowed
 from hosfl.halves.split import split
@@ -101,12 +101,12 @@ def distance(found, expected):
 @pytest.mark.parametrize("half", HALVES, indirect=True)
 def test_as_one_by_one(half, dist):
     module, inputs, _, _ = half
-    factors = [2.0 ** (t % 3 - 1) for t in range(len(trainable(module)[0]))]
+    moved = Moved.of(module, [2.0 ** (t % 3 - 1) for t in range(len(trainable(module)[0]))])
     before = digest(module), identity(module)
     for two_sided in (False, True):
-        expected = probe_untouched(*half, SEEDS, MU, dist, factors, two_sided)
+        expected = probe_untouched(*half, SEEDS, MU, dist, moved, two_sided)
         for at_once in (1, 2, P, P + 3):
-            found = probe_batched(*half, SEEDS, MU, dist, factors, two_sided, at_once=at_once)
+            found = probe_batched(*half, SEEDS, MU, dist, moved, two_sided, at_once=at_once)
             assert (found.dtype, found.shape) == (torch.float32, (P,))
             assert distance(found, expected) < 1e-5
     assert (digest(module), identity(module)) == before
@@ -115,11 +115,11 @@ def test_as_one_by_one(half, dist):
 @pytest.mark.parametrize("half", [h for h in HALVES if h not in ("channels last", "tables")], indirect=True)
 def test_forward_mode_as_one_by_one(half):
     module, inputs, multiplier, _ = half
-    factors = [2.0 ** (t % 3 - 1) for t in range(len(trainable(module)[0]))]
+    moved = Moved.of(module, [2.0 ** (t % 3 - 1) for t in range(len(trainable(module)[0]))])
     before = digest(module), identity(module)
-    expected = probe_forward(module, inputs, multiplier, SEEDS, "gaussian", factors)
+    expected = probe_forward(module, inputs, multiplier, SEEDS, "gaussian", moved)
     for at_once in (1, 2, P, P + 3):
-        found = probe_forward_batched(module, inputs, multiplier, SEEDS, "gaussian", factors, at_once=at_once)
+        found = probe_forward_batched(module, inputs, multiplier, SEEDS, "gaussian", moved, at_once=at_once)
         assert distance(found, expected) < 1e-6
     assert (digest(module), identity(module)) == before
 
@@ -164,7 +164,7 @@ def test_the_bits_of_a_copy(dist):
     half.weight = nn.Parameter(half.weight.detach().t().contiguous().t())  # of other strides
     with evaluating(half):
         cut = torch.ones(2, 4)
-        rest = (half, x, cut, cut, SEEDS, MU, dist, [0.5])
+        rest = (half, x, cut, cut, SEEDS, MU, dist, Moved.of(half, [0.5]))
         probe_untouched(*rest)
         expected = torch.stack(seen)
         seen.clear()
@@ -174,11 +174,11 @@ def test_the_bits_of_a_copy(dist):
 
 def test_on_a_lattice_as_well_as_in_place():
     half, x, multiplier = nn.Linear(3, 2), torch.randn(1, 3), torch.ones(1, 2)
-    parameters, streams = trainable(half)
+    parameters = trainable(half)[0]
     mu = Lattice.snap(parameters, [1.0, 1.0]).nearest(1e-2)
     with evaluating(half):
         cut = half(x)
-        expected = probe_in_place(lambda: half(x), parameters, streams, multiplier, cut, SEEDS, mu)
+        expected = probe_in_place(lambda: half(x), Moved.of(half), multiplier, cut, SEEDS, mu)
         found = probe_batched(half, x, multiplier, cut, SEEDS, mu, "rademacher", at_once=P)
     assert distance(found, expected) < 1e-4
 

@@ -11,8 +11,9 @@ from torch import nn
 
 from hosfl import Config, Task, split, train
 from hosfl.halves.blocks import Begin, BlockRun, allotted, blocks_of
-from hosfl.halves.families import FAMILIES, example_inputs, untrained
+from hosfl.halves.families import FAMILIES, example_inputs
 from hosfl.halves.follow import CutError
+from hosfl.halves.hub import untrained
 from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.trains import moving_only
 from hosfl.methods.ho import ZerothOrderClient, make_run

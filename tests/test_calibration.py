@@ -470,7 +470,7 @@ class Apart(Elsewhere):
     def present(self):
         return self.here
 
-    def ask(self, messages, deadline=None, enough=None):
+    def ask(self, messages, deadline=None):
         for number, data in messages.items():
             (*_, wanted) = unpack(data)
             asks = isinstance(decode(wanted), Calibration)
@@ -497,8 +497,8 @@ def test_the_order_in_which_statistics_come_is_nothing(task, monkeypatch):
     """A sum rounds otherwise in another order; and clients of this process leave as they do after a round."""
 
     class Backwards(InProcess):
-        def ask(self, messages, deadline=None, enough=None):
-            yield from reversed(list(super().ask(messages, deadline, enough)))
+        def ask(self, messages, deadline=None):
+            yield from reversed(list(super().ask(messages, deadline)))
 
     federation, _ = assemble(Config(task="", **settings()), task=task)
     federation.engine = Backwards(federation.engine.answer, 4)

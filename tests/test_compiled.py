@@ -10,7 +10,8 @@ from torch import nn
 from hosfl import Config, train
 from hosfl.cli import main
 from hosfl.halves.blocks import blocks_of
-from hosfl.halves.families import example_inputs, untrained
+from hosfl.halves.families import example_inputs
+from hosfl.halves.hub import untrained
 from hosfl.halves.inputs import call
 from hosfl.halves.split import split
 from hosfl.halves.trains import moving_only

@@ -311,7 +311,7 @@ def test_the_page_of_formats_has_the_formats_of_the_code():
     said = {int(kind): (name, way, tuple(re.findall(r"`(\w+)`", arrays))) for kind, name, way, arrays in rows}
     are = {k: (cls.__name__, cls.direction, tuple(cls.arrays())) for k, cls in messages.MESSAGES.items()}
     assert said == are
-    assert f"format version {importlib.import_module('hosfl.optim.log').FORMAT}." in page
+    assert f"format version {importlib.import_module('hosfl.optim.log_file').FORMAT}." in page
 
 
 def exceptions():

@@ -32,7 +32,7 @@ from hosfl.edge.half import Half, HalfError
 from hosfl.edge.join import client_of, join
 from hosfl.engines.engine import JoinError
 from hosfl.engines.in_process import InProcess
-from hosfl.engines.joining import Kept
+from hosfl.engines.joining import SavedState
 from hosfl.methods import travel as with_torch
 from hosfl.methods.tensors import tensor
 from hosfl.protocol.endpoint import AnotherRun
@@ -465,7 +465,7 @@ def test_a_half_in_bfloat16(way, tmp_path):
     found = federation.replicas()
     assert (found.equal, found.clients) == (True, 4)
     assert edges[1].client.digest() == found.digest
-    kept = Kept(tmp_path / "state.safetensors", b"run", edges[1].client)
+    kept = SavedState(tmp_path / "state.safetensors", b"run", edges[1].client)
     kept.save()
     before = edges[1].client.replica.digest()
     edges[1].client.anew()

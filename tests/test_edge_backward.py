@@ -8,9 +8,9 @@ from torch import nn
 
 import hosfl
 from hosfl.edge.backward import exported_gradient
-from hosfl.edge.export import ExportError
 from hosfl.edge.gradient import GRADIENT, Gradient
 from hosfl.edge.half import HalfError
+from hosfl.edge.original import ExportError
 from hosfl.halves.inputs import call
 from hosfl.halves.narrow import narrowed
 from hosfl.halves.trains import moving_only

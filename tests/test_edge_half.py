@@ -17,14 +17,15 @@ from test_split import image_model, randomised, text_model
 from torch import nn
 
 import hosfl
-from hosfl.edge import export
+from hosfl.edge import graph
 from hosfl.edge.backward import exported_gradient
 from hosfl.edge.by_batch import exported_statistics
-from hosfl.edge.export import ExportError, exported
+from hosfl.edge.export import exported
 from hosfl.edge.gradient import GRADIENT, Gradient
 from hosfl.edge.half import BASE, PREFIX, STEP, Half, HalfError, graph_name
+from hosfl.edge.original import ExportError
 from hosfl.edge.running import STATISTICS, Running
-from hosfl.halves.families import packaged_minilm, pretrained_model
+from hosfl.halves.hub import packaged_minilm, pretrained_model
 from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.narrow import narrowed
 from hosfl.halves.trains import moving_only
@@ -550,7 +551,7 @@ def test_entries_that_are_none(entry):
     """There is no such module, or the forward pass does not come to it."""
     half = nn.Sequential(nn.Linear(6, 5), Of(lambda self, y: y))
     half[1].layer, half[1].other = nn.Linear(5, 4), nn.Linear(5, 4)
-    with pytest.raises(ExportError, match=r"has no attribute|does not come to 1\.other"):
+    with pytest.raises(ExportError, match=r"has no attribute|never reaches 1\.other"):
         exported(half, numbers(), ("", entry))
 
 
@@ -925,14 +926,14 @@ def test_a_length_that_is_part_of_the_half_stays():
 
 def test_an_export_that_computes_something_else_is_found_out(monkeypatch):
     """As an error of the exporter would: here the graph has another weight's place."""
-    places = export.json.loads
+    places = graph.json.loads
 
     def exchanged(text):
         found = places(text)
         found["0.weight"], found["1.weight"] = found["1.weight"], found["0.weight"]
         return found
 
-    monkeypatch.setattr(export.json, "loads", exchanged)
+    monkeypatch.setattr(graph.json, "loads", exchanged)
     half = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).requires_grad_(False)
     with pytest.raises(ExportError, match="is not the half: of 3 samples numbers differ by"):
         exported(half, numbers())

@@ -17,7 +17,7 @@ from hosfl.methods.first_order import FirstOrderClient
 from hosfl.probing import probe
 from hosfl.probing.batched import probe_forward_batched
 from hosfl.probing.forward_mode import Tangents, derivative
-from hosfl.probing.probe import probe_backward, probe_forward, probe_in_place, probe_untouched, trainable
+from hosfl.probing.probe import Moved, probe_backward, probe_forward, probe_in_place, probe_untouched, trainable
 from hosfl.protocol.lattice import Lattice
 from hosfl.protocol.messages import Multiplier
 from hosfl.protocol.replica import digest
@@ -224,7 +224,7 @@ def exact(half, x, multiplier, seeds):
 
 def test_the_estimators_measure_the_same_number():
     half, x, multiplier = small_half()
-    parameters, streams = trainable(half)
+    parameters = trainable(half)[0]
     mu = Lattice.snap(parameters, [1.0] * 4).nearest(2.0**-7)
     seeds = [1, 2, 3, 4]
     expected = exact(half, x, multiplier, seeds)
@@ -233,9 +233,7 @@ def test_the_estimators_measure_the_same_number():
     with evaluating(half):
         cut = half(x)
         for two_sided in (False, True):
-            place = probe_in_place(
-                lambda: half(x), parameters, streams, multiplier, cut, seeds, mu, two_sided=two_sided
-            )
+            place = probe_in_place(lambda: half(x), Moved.of(half), multiplier, cut, seeds, mu, two_sided=two_sided)
             assert digest(parameters) == before
             untouched = probe_untouched(half, x, multiplier, cut, seeds, mu, "rademacher", two_sided=two_sided)
             assert torch.equal(place, untouched)
@@ -251,7 +249,7 @@ def test_the_estimators_measure_the_same_number():
 @pytest.mark.parametrize("passes", [0, 1, 2])
 def test_an_exception_at_either_side_leaves_no_trace(two_sided, passes):
     half, x, multiplier = small_half()
-    parameters, streams = trainable(half)
+    parameters = trainable(half)[0]
     mu = Lattice.snap(parameters, [1.0] * 4).nearest(1e-3)
     before, done = digest(parameters), []
 
@@ -265,7 +263,7 @@ def test_an_exception_at_either_side_leaves_no_trace(two_sided, passes):
     with evaluating(half):
         cut = half(x)
         with pytest.raises(KeyboardInterrupt):
-            probe_in_place(forward, parameters, streams, multiplier, cut, [1, 2, 3], mu, two_sided=two_sided)
+            probe_in_place(forward, Moved.of(half), multiplier, cut, [1, 2, 3], mu, two_sided=two_sided)
     assert digest(parameters) == before
     assert len(set(done)) == passes
 
@@ -281,8 +279,9 @@ def both_ways(half, inputs, microbatch=0, dist="rademacher", factors=None):
         multiplier *= inputs["attention_mask"].unsqueeze(-1)  # nobody asks what is made of padding
     seeds = list(range(6))
     with evaluating(half):
-        expected = probe_forward(half, inputs, multiplier, seeds, dist, factors)
-        return probe_backward(half, inputs, multiplier, seeds, dist, factors, microbatch), expected
+        moved = Moved.of(half, factors)
+        expected = probe_forward(half, inputs, multiplier, seeds, dist, moved)
+        return probe_backward(half, inputs, multiplier, seeds, dist, moved, microbatch), expected
 
 
 @pytest.mark.families

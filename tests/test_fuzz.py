@@ -16,6 +16,7 @@ import torch
 from small import SAMPLES, batch, small
 from torch import nn
 
+from hosfl.methods.cuts import CutSpec
 from hosfl.methods.first_order import FirstOrderClient, GradientAverage
 from hosfl.methods.server import Server
 from hosfl.methods.tensors import decoded as decode
@@ -224,7 +225,7 @@ class Stage:
         self.ledger = GradientAverage(weights, optimizer, lambda r: 0.01, rounds=ROUND, epoch=EPOCH)
         server = server_half()
         adam, loss = torch.optim.Adam(server.parameters()), nn.functional.cross_entropy
-        self.server = Server(server, loss, adam, lambda r: 0.1, self.ledger, 5, 10, (2,), 2, SAMPLES)
+        self.server = Server(server, loss, adam, lambda r: 0.1, self.ledger, 5, 10, CutSpec((2,), 2, SAMPLES))
         self.client = FirstOrderClient(0, half, batch, applied=ROUND, epoch=EPOCH)
 
     def examples(self):

@@ -14,9 +14,11 @@ from torch import nn
 
 from hosfl import Config, train
 from hosfl.halves.split import split
+from hosfl.methods.cuts import CutSpec
+from hosfl.methods.gathered import OutlierClipping
 from hosfl.methods.grouped import GroupedServer
 from hosfl.methods.server import Server
-from hosfl.protocol.aggregate import AGGREGATIONS, RunningLength
+from hosfl.protocol.aggregate import AGGREGATIONS
 from hosfl.protocol.messages import Cut
 from hosfl.runs.assemble import assemble
 from hosfl.runs.config import with_shared
@@ -27,13 +29,17 @@ MOST = 12  # samples of a cut
 WIDTH, LENGTH = 16, 9
 
 
-def served(half, shape, most, loss=nn.functional.cross_entropy, classes=2, **settings):
-    """A server after its first step, over a copy of the half, whose weights stay. most: of a group; 0: of one cut."""
+def served(half, shape, most, loss=nn.functional.cross_entropy, classes=2, spec=None, **settings):
+    """A server after its first step, over a copy of the half, whose weights stay. most: of a group; 0: of one cut.
+
+    spec: more of the `CutSpec`. settings: of the server.
+    """
     half = copy.deepcopy(half)
     optimizer = torch.optim.SGD(half.parameters(), lr=0.0)
-    shared = (half, loss, optimizer, lambda round: 0.0, None, 5, 20, shape, classes, MOST)
+    cuts = CutSpec(shape, classes, MOST, **spec or {})
+    shared = (half, loss, optimizer, lambda round: 0.0, None, 5, 20, cuts)
     server = GroupedServer(*shared, **settings, most=most) if most else Server(*shared, **settings)
-    server._length.update(1.0)
+    server._outliers.length.update(1.0)
     return server
 
 
@@ -83,7 +89,7 @@ def same_rounds(config):
         federation, _ = assemble(replace(config, server_batch=most))
         steady(federation.server.half).register_forward_pre_hook(lambda half, given: lengths.add(given[0].shape[1]))
         passes = passes_of(federation.server)
-        federation.server._length.update(1.0)  # as if there had been steps
+        federation.server._outliers.length.update(1.0)  # as if there had been steps
         found.append([federation.round(round) for round in range(config.rounds)])
         assert federation.server.refused == []
         assert len(passes) == config.rounds * (1 if most else config.sampled)
@@ -127,7 +133,7 @@ def test_texts_of_unequal_length(family):
     head = "classifier" if family in ("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert") else ""
     half = steady(split(text_model(family, head or "words"), 1).server)
     cuts = [text(m, 3, length) for m, length in enumerate((9, 4, 9, 6, 5, 2))]
-    one, many = (served(half if head else LastToken(half), (LENGTH, WIDTH), n, masked=True) for n in (0, 9))
+    one, many = (served(half if head else LastToken(half), (LENGTH, WIDTH), n, spec={"masked": True}) for n in (0, 9))
     assert alike(one, many, cuts) == [9, 9]
 
 
@@ -144,7 +150,8 @@ def test_labels_of_every_token(family):
         return found.masked_fill(found == 0, -100)
 
     cuts = [text(m, 3, length, labels=labels(3, length)) for m, length in enumerate((9, 4, 6))]
-    shared = {"loss": loss, "classes": 97, "masked": True, "label_shape": (LENGTH,), "ignore_index": -100}
+    spec = {"masked": True, "label_shape": (LENGTH,), "ignore_index": -100}
+    shared = {"loss": loss, "classes": 97, "spec": spec}
     one, many = (served(half, (LENGTH, WIDTH), n, **shared) for n in (0, 9))
     assert alike(one, many, cuts) == [9]
 
@@ -175,7 +182,7 @@ class Mean(nn.Module):
 def test_texts_go_with_those_of_their_length_where_padding_would_count(kind):
     torch.manual_seed(0)
     cuts = [text(m, 2, length) for m, length in enumerate((9, 9, 4, 4, 9))]
-    one, many = (served(kind(), (LENGTH, WIDTH), n, masked=True) for n in (0, 9))
+    one, many = (served(kind(), (LENGTH, WIDTH), n, spec={"masked": True}) for n in (0, 9))
     many.half.load_state_dict(one.half.state_dict())
     assert alike(one, many, cuts) == [4, 4, 2]
 
@@ -270,7 +277,7 @@ def test_nothing_of_a_step_is_left_for_the_next():
 def test_the_first_step_is_of_one_cut_after_another():
     """It is held to the middle one of its clients' gradients, which one pass would not tell."""
     server = served(nn.Linear(3, 2), (3,), 48)
-    server._length = RunningLength()
+    server._outliers = OutlierClipping()
     found, cuts = passes_of(server), [cut(n, 4, 3) for n in range(3)]
     server.step(0, cuts)
     server.step(0, cuts)

@@ -48,8 +48,8 @@ class WithLiar(InProcess):
         super().__init__(lambda number, data: federation.endpoint(number).answer(data), 3)
         self.lie = lie
 
-    def ask(self, messages, deadline=None, enough=None):
-        for reply in super().ask(messages, deadline, enough):
+    def ask(self, messages, deadline=None):
+        for reply in super().ask(messages, deadline):
             if reply.client != LIAR:
                 yield reply
             elif self.lie is None:
@@ -259,7 +259,7 @@ def scalars_that_are_none(ask, honest):
 
 
 WHY = {
-    "of a cut": (in_another_round, "Cut of round 1, epoch 0"),
+    "of a cut": (in_another_round, "Cut of round 1, epoch 0, where Cut of round 0, epoch 0 is due"),
     "of scalars": (scalars_that_are_none, "infinite or NaN scalars"),
     "of bytes": (lambda ask, honest: b"rubbish", "7 bytes are too few for a header of 20"),
 }
@@ -331,7 +331,7 @@ class WithMute(WithLiar):
 
     now = 0.0
 
-    def ask(self, messages, deadline=None, enough=None):
+    def ask(self, messages, deadline=None):
         replies = [Reply(reply.client, reply.data) for reply in super().ask(messages) if reply.client != LIAR]
         if deadline <= 0:
             replies = [Reply(reply.client, None, "late") for reply in replies]

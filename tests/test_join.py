@@ -21,7 +21,7 @@ from torch import nn
 from hosfl import commands, train
 from hosfl.engines.engine import EngineError, JoinError, Reply
 from hosfl.engines.in_process import InProcess
-from hosfl.engines.joining import Kept, fetched
+from hosfl.engines.joining import SavedState, fetched
 from hosfl.files import RunFolderError
 from hosfl.methods import METHODS
 from hosfl.methods.ho import make_run
@@ -176,19 +176,11 @@ def test_the_engine_of_one_process():
     for stranger in (3, -1):
         with pytest.raises(EngineError, match="clients 0 to 2"):
             engine.ask({0: b"x", stranger: b"x"})
-    with pytest.raises(EngineError, match="from 1 on"):
-        engine.ask({0: b"x"}, enough=0)
     asked.clear()
-    assert list(engine.ask({1: b"ab", 2: b"cd", 0: b"ef"}, enough=1)) == [
-        Reply(1, b"ba"),
-        Reply(2, None, "late"),
-        Reply(0, None, "late"),
-    ]
-    assert asked == [1]
     replies = engine.ask({0: b"a", 1: b"b"})
     next(replies)
     replies.close()
-    assert asked == [1, 0]
+    assert asked == [0]
 
 
 def offered(tmp_path, **settings):
@@ -344,11 +336,11 @@ def test_a_client_keeps_its_base_and_its_state(run, tmp_path, caplog):
     told, config = settings_of(run.files["run"])
     done = run.endpoints[0].client
     assert done.applied == 4
-    kept = Kept(tmp_path / "state.safetensors", told["id"], done)
+    kept = SavedState(tmp_path / "state.safetensors", told["id"], done)
     kept.save()
     again = client_of(told, config, run.files["base"], 0)
     assert again.client.digest() != done.digest()
-    Kept(tmp_path / "state.safetensors", told["id"], again.client).restore()
+    SavedState(tmp_path / "state.safetensors", told["id"], again.client).restore()
     assert (again.client.applied, again.client.digest()) == (4, done.digest())
     for moment, other in zip(again.client.replica.moments, done.replica.moments, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(moment, other, strict=True))
@@ -362,29 +354,29 @@ def test_a_client_keeps_its_base_and_its_state(run, tmp_path, caplog):
     assert whole not in told_otherwise
     for data in (whole[:-9], whole[:-1] + b"\x7f", b"", *told_otherwise):
         (tmp_path / "state.safetensors").write_bytes(data)
-        Kept(tmp_path / "state.safetensors", told["id"], plain.client).restore()
+        SavedState(tmp_path / "state.safetensors", told["id"], plain.client).restore()
         assert (plain.client.applied, plain.client.digest()) == (0, base)
         assert "passed over" in caplog.text
         caplog.clear()
     (tmp_path / "state.safetensors").write_bytes(whole)
-    Kept(tmp_path / "state.safetensors", bytes(8), plain.client).restore()  # a run of the same settings
+    SavedState(tmp_path / "state.safetensors", bytes(8), plain.client).restore()  # a run of the same settings
     assert (plain.client.applied, plain.client.digest()) == (0, base)
     assert "it is of another run" in caplog.text
     (tmp_path / "state.safetensors").unlink()
     os.mkfifo(tmp_path / "state.safetensors")  # it would be waited for
-    Kept(tmp_path / "state.safetensors", told["id"], plain.client).restore()
+    SavedState(tmp_path / "state.safetensors", told["id"], plain.client).restore()
     assert "no regular file" in caplog.text
     assert fetched(Direct({"base": b"1"}, []), "base", sha256(b"1").hexdigest(), tmp_path / "state.safetensors") == b"1"
     (tmp_path / "state.safetensors").unlink()
     done.replica.applied = -2
     kept.save()
     done.replica.applied = 4
-    Kept(tmp_path / "state.safetensors", told["id"], plain.client).restore()
+    SavedState(tmp_path / "state.safetensors", told["id"], plain.client).restore()
     assert (plain.client.applied, "it is of round -2" in caplog.text) == (0, True)
-    Kept(tmp_path / "nothing.safetensors", told["id"], plain.client).save()
+    SavedState(tmp_path / "nothing.safetensors", told["id"], plain.client).save()
     assert not (tmp_path / "nothing.safetensors").exists()
     save_file(tensors, tmp_path / "state.safetensors")
-    Kept(tmp_path / "state.safetensors", told["id"], plain.client).restore()
+    SavedState(tmp_path / "state.safetensors", told["id"], plain.client).restore()
     assert plain.client.applied == 0
 
 
@@ -393,8 +385,8 @@ def test_a_kept_state_is_on_the_lattice_that_its_run_had_come_to(tmp_path):
     done, again = made.client(), made.client()
     done.catch_up(made.since(done))
     assert done.replica.lattice != made.run.lattice  # a coarser one
-    Kept(tmp_path / "state.safetensors", bytes(8), done).save()
-    Kept(tmp_path / "state.safetensors", bytes(8), again).restore()
+    SavedState(tmp_path / "state.safetensors", bytes(8), done).save()
+    SavedState(tmp_path / "state.safetensors", bytes(8), again).restore()
     for round in (30, 31):  # what follows ends in the same bits
         assert (again.applied, again.digest(), again.replica.lattice) == (round, done.digest(), done.replica.lattice)
         made.play(round + 1)
@@ -638,7 +630,7 @@ def test_nobody_uses_up_the_rounds_of_the_others(sampled, tmp_path, monkeypatch,
     done, waiting = told[0]
     assert (done, waiting["last"]) == (0, {"waiting for": 1, "tried": 1, "missing": {"1": "left out"}})
     assert "of round 1 no cut could be learnt from, tried 1 times so far" in "\n".join(lines(waiting, 0.0))
-    assert "round 1: no cut could be learnt from, and it is tried again; bytes of client 1: 7 bytes" in caplog.text
+    assert "round 1 is tried again: the server could learn from no cut; bytes of client 1: 7 bytes" in caplog.text
     assert max(status["last"]["tried"] for _, status in told) >= 5
     # In the end client 1 says nothing of a run in which it never took part.
     replicas = json.loads((tmp_path / "summary.json").read_text())["replicas"]

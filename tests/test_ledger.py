@@ -15,7 +15,7 @@ from torch import nn
 from hosfl.methods.ho import power_of_two_scales
 from hosfl.methods.ledger import SeedReplay, voided
 from hosfl.methods.steps import FreshStep, PoolStep
-from hosfl.probing.probe import probe_in_place, probe_untouched, trainable
+from hosfl.probing.probe import Moved, probe_in_place, probe_untouched, trainable
 from hosfl.protocol import replica
 from hosfl.protocol.aggregate import AGGREGATIONS, RunningLength, clip_to_norm, to_lattice, trimmed_mean, weighted_mean
 from hosfl.protocol.header import LogError
@@ -829,13 +829,13 @@ def test_putting_on_a_lattice_is_what_snapping_did():
 def test_probing_with_factors_is_the_formula(in_place):
     made = small()
     half, run = copy.deepcopy(made.half), made.run
-    parameters, streams = trainable(half)
+    moved = Moved.of(half, run.factors)
     x, lam = torch.randn(6, 3), torch.randn(6, 2)
     with torch.no_grad():
         if in_place:
-            found = probe_in_place(lambda: half(x), parameters, streams, lam, half(x), [1, 2], run.mu, run.factors)
+            found = probe_in_place(lambda: half(x), moved, lam, half(x), [1, 2], run.mu)
         else:
-            found = probe_untouched(half, x, lam, half(x), [1, 2], run.mu, run.dist, run.factors)
+            found = probe_untouched(half, x, lam, half(x), [1, 2], run.mu, run.dist, moved)
     for seed, scalar in zip([1, 2], found.tolist(), strict=True):
         u, c = (f * spec.noise(n, seed, stream=t).astype(float) for t, (n, f) in enumerate(((6, 0.5), (2, 1.0))))
         expected = (lam.double().numpy() * (x.double().numpy() @ u.reshape(2, 3).T + c)).sum()

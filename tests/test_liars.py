@@ -26,7 +26,7 @@ class LiarsFirst(InProcess):
         super().__init__(lambda number, data: federation.endpoint(number).answer(data), CLIENTS)
         self.liars, self.lie = liars, lie
 
-    def ask(self, messages, deadline=None, enough=None):
+    def ask(self, messages, deadline=None):
         for number in sorted(messages, key=lambda number: (number not in self.liars, number)):
             said = decode(self.answer(number, messages[number]))
             yield Reply(number, encode(self.lie(said) if number in self.liars else said))
@@ -233,11 +233,11 @@ def test_how_long_gradients_were_is_known_after_a_restart():
         server.round(round)
     other.server.load(server.server.state())
     gradient = [1e6 * torch.ones(4), None]
-    held, none = other.server._held(gradient)
+    held, none = other.server._outliers.clipped(gradient)
     assert none is None
     assert 0 < float(held.norm()) < 10
-    torch.testing.assert_close(held, server.server._held(gradient)[0])
-    assert server.server._held([torch.zeros(4)])[0].tolist() == [0.0] * 4  # which tells nothing
+    torch.testing.assert_close(held, server.server._outliers.clipped(gradient)[0])
+    assert server.server._outliers.clipped([torch.zeros(4)])[0].tolist() == [0.0] * 4  # which tells nothing
 
 
 def test_the_reason_that_is_told_is_the_newest():

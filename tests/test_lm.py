@@ -19,7 +19,8 @@ from torch import nn
 
 from hosfl import Config, Task, train
 from hosfl.cli import main
-from hosfl.halves.families import FAMILIES, stop_tokens
+from hosfl.halves.families import FAMILIES
+from hosfl.halves.hub import stop_tokens
 from hosfl.halves.split import split
 from hosfl.protocol.messages import Cut, encode
 from hosfl.runs.assemble import assemble

@@ -98,7 +98,7 @@ def test_centered_slopes_add_up_to_nothing():
 
 def test_labels_for_every_token_are_refused():
     with pytest.raises(ValueError, match=r"^multiplier = centered is for tasks with one label per sample"):
-        served(head(), (9, 6), 0, centered=True, label_shape=(9,))
+        served(head(), (9, 6), 0, centered=True, spec={"label_shape": (9,)})
 
 
 # --- the server half learns alone at first --------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from test_baselines import directions, flat_gradient
 from torch import nn
 
 from hosfl import Config
+from hosfl.methods.cuts import CutSpec
 from hosfl.methods.first_order import GradientAverage
 from hosfl.methods.gathered import Kept, Summed, gathered
 from hosfl.methods.server import Server
@@ -122,7 +123,7 @@ def made(aggregation="weighted", clip=None, half=None, ledger=None):
     optimizer = torch.optim.SGD(half.parameters(), lr=0.0)
     settings = {"aggregation": AGGREGATIONS[aggregation], "clip": clip}
     loss = nn.functional.cross_entropy
-    return Server(half, loss, optimizer, lambda round: 0.0, ledger, 5, 10, (3,), 2, 8, **settings)
+    return Server(half, loss, optimizer, lambda round: 0.0, ledger, 5, 10, CutSpec((3,), 2, 8), **settings)
 
 
 def honest(count=4, size=1.0):

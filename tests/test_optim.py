@@ -35,8 +35,7 @@ import hosfl
 import hosfl_kernels
 from hosfl import optim
 from hosfl.files import write_atomically
-from hosfl.optim import ZOSGD, ZONormalizedSGD, lattices, rebuild
-from hosfl.optim import log as optim_log
+from hosfl.optim import ZOSGD, ZONormalizedSGD, lattices, log_file, rebuild, terms
 from hosfl.protocol.header import LogError
 from hosfl.protocol.seeds import Purpose, direction_seeds, round_seed
 from hosfl_kernels import derive, spec
@@ -318,7 +317,7 @@ def test_no_memory_for_the_moments_of_a_later_group_leaves_no_trace(monkeypatch)
     def allocate(parameter):
         if next(left, None) is None:
             raise torch.OutOfMemoryError
-        return optim_log.zeros(parameter)
+        return terms.zeros(parameter)
 
     with monkeypatch.context() as patch:
         patch.setattr(optim.update, "zeros", allocate)
@@ -1772,7 +1771,7 @@ def test_logs_that_would_not_rebuild_are_refused(tmp_path):
     with pytest.raises(LogError, match="momentum"):
         run.go(1).optimizer.log.save(tmp_path / "log")
     assert not list(tmp_path.iterdir())
-    assert optim_log.FORMAT == 2
+    assert log_file.FORMAT == 2
 
 
 # --- files that are no files --------------------------------------------------------------------------------------

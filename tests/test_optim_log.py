@@ -15,8 +15,7 @@ from safetensors.torch import save, save_file
 from test_fuzz import NUMBERS, extend, flip, grown, remove, truncate
 from torch import nn
 
-from hosfl.optim import ZOSGD, rebuild
-from hosfl.optim import log as optim_log
+from hosfl.optim import ZOSGD, log_file, rebuild, replay, terms
 from hosfl.protocol.header import LogError
 from hosfl.protocol.replica import digest
 
@@ -52,7 +51,7 @@ class Parts:
 
     def write(self, path, text=None):
         text = json.dumps(self.header) if text is None else text
-        sha256 = optim_log._checksum(text, self.tables)
+        sha256 = log_file.checksum(text, self.tables)
         path.write_bytes(save(self.tables, {"hosfl.optim": text, "sha256": sha256}))
 
 
@@ -298,7 +297,7 @@ TEXTS = [
     ('{"format": ' + DEEP + "}", "no JSON"),
     ('{"format": ' + "9" * 5000 + "}", "no JSON"),
     ('{"format": 1, "format": 1}', "there twice"),
-    (" " * (optim_log.LARGEST_HEADER + 1), "is the most"),
+    (" " * (log_file.LARGEST_HEADER + 1), "is the most"),
 ]
 
 
@@ -365,8 +364,8 @@ def test_weights_that_no_lattice_holds(value, parts, tmp_path):
 @pytest.mark.parametrize("call", [2, 3])
 def test_an_interrupt_leaves_the_model(case, call, tmp_path, monkeypatch):
     (tmp_path / "log").write_bytes(WRITTEN[case])
-    name, calls = {"lattice": "replay_", "momentum": "update_"}[case], []
-    kernel = getattr(optim_log, name)
+    (module, name), calls = {"lattice": (replay, "replay_"), "momentum": (terms, "update_")}[case], []
+    kernel = getattr(module, name)
 
     def interrupted(tensors, *args, **kwargs):
         calls.append(len(tensors))
@@ -374,7 +373,7 @@ def test_an_interrupt_leaves_the_model(case, call, tmp_path, monkeypatch):
         if len(calls) == call:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(optim_log, name, interrupted)
+    monkeypatch.setattr(module, name, interrupted)
     model = base(case)
     before = bits(model)
     with pytest.raises(KeyboardInterrupt):
@@ -392,13 +391,13 @@ def test_moves_that_together_leave_the_lattice_take_more_passes(parts, tmp_path,
     found.tables = {"000000": torch.stack([moves, torch.ones(8), torch.ones(8)], 1)[:, None].contiguous()}
     header["trained"] = digest(base("lattice").parameters()).hex()  # eighths: on the lattice already
     found.write(tmp_path / "log")
-    lengths, kernel = [], optim_log.replay_
+    lengths, kernel = [], replay.replay_
 
     def counted(tensors, seeds, *args, **kwargs):
         lengths.append(len(seeds))
         kernel(tensors, seeds, *args, **kwargs)
 
-    monkeypatch.setattr(optim_log, "replay_", counted)
+    monkeypatch.setattr(replay, "replay_", counted)
     model = base("lattice")
     rebuild(model, tmp_path / "log")
     assert bits(model) == bits(base("lattice"))

@@ -20,7 +20,7 @@ from torch.profiler import profile
 from hosfl.halves.inputs import evaluating
 from hosfl.probing import displaced
 from hosfl.probing.displaced import Displacement, evaluate_displaced, refuse_references
-from hosfl.probing.probe import probe_in_place, probe_untouched, trainable
+from hosfl.probing.probe import Moved, probe_in_place, probe_untouched, trainable
 from hosfl_kernels import perturb_, snap_
 
 MU = 2.0**-8
@@ -297,6 +297,7 @@ def test_scalars_of_both_ways(name, dtype):
     module = First(module)
     parameters, streams = trainable(module)
     factors = [2.0 ** (t % 3) for t in range(len(parameters))]
+    moved = Moved(parameters, streams, factors)
     if dtype is torch.float32:
         snap_([p.detach() for p in parameters], headroom=64.0)
     args, kwargs = arguments(inputs)
@@ -307,12 +308,10 @@ def test_scalars_of_both_ways(name, dtype):
             float(((whole_copy(module, inputs, s, MU, "rademacher", factors) - cut).double() * lam.double()).sum()) / MU
             for s in (1, 2, 3)
         ]
-        got = probe_untouched(module, inputs, lam, cut, [1, 2, 3], MU, "rademacher", factors=factors)
+        got = probe_untouched(module, inputs, lam, cut, [1, 2, 3], MU, "rademacher", moved)
         assert got.tolist() == torch.tensor(expected).tolist()
         if dtype is torch.float32:
-            in_place = probe_in_place(
-                lambda: module(*args, **kwargs), parameters, streams, lam, cut, [1, 2, 3], MU, factors=factors
-            )
+            in_place = probe_in_place(lambda: module(*args, **kwargs), moved, lam, cut, [1, 2, 3], MU)
             assert torch.equal(in_place, got)
     assert got.abs().min() > 0
 
@@ -325,11 +324,12 @@ def test_rows_of_large_tables(name, monkeypatch):
     parameters, streams = trainable(module)
     snap_([p.detach() for p in parameters], headroom=64.0)
     factors = [2.0 ** (t % 3) for t in range(len(parameters))]
+    moved = Moved(parameters, streams, factors)
     args, kwargs = arguments(inputs)
     with evaluating(module):
         cut = module(*args, **kwargs)
-        probe = partial(probe_in_place, lambda: module(*args, **kwargs), parameters, streams)
-        rest = (torch.randn_like(cut), cut, [1, 2, 3], MU, factors)
+        probe = partial(probe_in_place, lambda: module(*args, **kwargs), moved)
+        rest = (torch.randn_like(cut), cut, [1, 2, 3], MU)
         want = probe(*rest)
         assert torch.equal(probe(*rest, two_sided=True, module=module), probe(*rest, two_sided=True))
 
@@ -366,7 +366,7 @@ def test_no_directions():
     half, x, lam = nn.Linear(3, 2), torch.randn(1, 3), torch.ones(1, 2)
     assert probe_untouched(half, x, lam, lam, [], MU, "gaussian").shape == (0,)
     with evaluating(half):
-        assert probe_in_place(lambda: half(x), *trainable(half), lam, lam, [], MU).shape == (0,)
+        assert probe_in_place(lambda: half(x), Moved.of(half), lam, lam, [], MU).shape == (0,)
 
 
 def test_no_graph_is_recorded():
@@ -411,12 +411,12 @@ def test_gathered_rows_are_rows_of_the_whole_table(vocabulary):
 def test_forward_inside_autocast():
     # autocast keeps its casts of weights: without care a probe in place would measure zeros.
     half = nn.Linear(16, 4)
-    parameters, streams = trainable(half)
+    parameters = trainable(half)[0]
     snap_([p.detach() for p in parameters], headroom=16.0)
     x, lam = torch.randn(3, 16), torch.ones(3, 4)
     with evaluating(half), torch.autocast("cpu", torch.bfloat16):
         cut = half(x)
-        in_place = probe_in_place(lambda: half(x), parameters, streams, lam, cut, [1, 2], 0.25)
+        in_place = probe_in_place(lambda: half(x), Moved.of(half), lam, cut, [1, 2], 0.25)
         assert torch.equal(in_place, probe_untouched(half, x, lam, cut, [1, 2], 0.25, "rademacher"))
         assert in_place.abs().min() > 0
         assert torch.equal(half(x), cut)
@@ -511,7 +511,7 @@ def test_an_exception_in_the_model(error, after, way, dtype, monkeypatch):
     if way == "in place, by row":
         monkeypatch.setattr(displaced, "LARGE", 1)
         module.head.weight = nn.Parameter(torch.randn(9, 4))
-    parameters, streams = trainable(module)
+    parameters = trainable(module)[0]
     if dtype is torch.float32:
         snap_([p.detach() for p in parameters], headroom=16.0)
     before, same, table = digest(module), identity(module), identity(module.table)
@@ -519,7 +519,7 @@ def test_an_exception_in_the_model(error, after, way, dtype, monkeypatch):
     with evaluating(module), pytest.raises(error, match="out of luck"):
         if way in dict(IN_PLACE):
             by_row = module if way == "in place, by row" else None
-            probe_in_place(lambda: module(ids), parameters, streams, lam, lam, [1, 2, 3, 4], MU, module=by_row)
+            probe_in_place(lambda: module(ids), Moved.of(module), lam, lam, [1, 2, 3, 4], MU, module=by_row)
         else:
             probe_untouched(module, ids, lam, lam, [1, 2, 3, 4], MU, "gaussian")
     assert digest(module) == before
@@ -534,7 +534,7 @@ def test_interrupts_at_any_moment(way):
     # Real signals, most of them while a kernel runs: then the interrupt comes up between the move and its note.
     torch.manual_seed(0)
     module, x = nn.Linear(1500, 1500), torch.randn(1, 1500)
-    parameters, streams = trainable(module)
+    parameters = trainable(module)[0]
     snap_([p.detach() for p in parameters], headroom=16.0)
     lam, seeds = torch.ones(1, 1500), list(range(3000))
     before, same, handler = digest(module), identity(module), signal.getsignal(signal.SIGINT)
@@ -544,7 +544,7 @@ def test_interrupts_at_any_moment(way):
         with evaluating(module), pytest.raises(KeyboardInterrupt):
             timer.start()
             if way == "in place":
-                probe_in_place(lambda: module(x), parameters, streams, lam, lam, seeds, MU)
+                probe_in_place(lambda: module(x), Moved.of(module), lam, lam, seeds, MU)
             else:
                 probe_untouched(module, x, lam, lam, seeds, MU, "rademacher")
         timer.join()
@@ -556,12 +556,11 @@ def test_interrupts_at_any_moment(way):
 
 def test_probing_in_another_thread():
     module, x, results = nn.Linear(3, 2), torch.randn(1, 3), []
-    parameters, streams = trainable(module)
     lam = torch.ones(1, 2)
 
     def work():
         with evaluating(module):
-            results.append(probe_in_place(lambda: module(x), parameters, streams, lam, lam, [1], MU))
+            results.append(probe_in_place(lambda: module(x), Moved.of(module), lam, lam, [1], MU))
 
     thread = threading.Thread(target=work)
     thread.start()

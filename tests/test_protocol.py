@@ -17,7 +17,7 @@ from hosfl.halves.split import SplitModel, split
 from hosfl.methods.client import Client
 from hosfl.methods.first_order import FirstOrderClient, GradientAverage
 from hosfl.methods.ho import ZerothOrderClient, make_run
-from hosfl.probing.probe import probe_in_place, probe_untouched, trainable
+from hosfl.probing.probe import Moved, probe_in_place, probe_untouched, trainable
 from hosfl.protocol import replica
 from hosfl.protocol.endpoint import Endpoint
 from hosfl.protocol.lattice import Lattice, LatticeError
@@ -91,10 +91,9 @@ def test_the_estimate_is_the_gradient_on_average():
     made = small()
     half, run = copy.deepcopy(made.half), replace(made.run, factors=(1.0, 1.0))
     inputs, lam = batch(0)[0], torch.randn(6, 2, generator=torch.Generator().manual_seed(3))
-    parameters, streams = trainable(half)
     seeds = list(range(4000))
     with torch.no_grad():
-        scalars = probe_in_place(lambda: half(inputs), parameters, streams, lam, half(inputs), seeds, run.mu)
+        scalars = probe_in_place(lambda: half(inputs), Moved.of(half), lam, half(inputs), seeds, run.mu)
     true = (lam.T @ inputs).double().numpy()
     estimates = np.stack([float(v) * spec.noise(6, s).reshape(2, 3) for v, s in zip(scalars, seeds, strict=True)])
     error = np.abs(estimates.mean(0) - true)
@@ -182,11 +181,10 @@ def test_probing_off_the_lattice_would_leave_traces_in_place():
     # Why probe_untouched exists: the plain in-place walk changes weights for good.
     torch.manual_seed(0)
     half = nn.Linear(300, 20)
-    parameters, streams = trainable(half)
     before = copy.deepcopy(half.state_dict())
     x = torch.randn(2, 300)
     with torch.no_grad():
-        probe_in_place(lambda: half(x), parameters, streams, torch.ones(2, 20), half(x), [1, 2, 3], 1e-3)
+        probe_in_place(lambda: half(x), Moved.of(half), torch.ones(2, 20), half(x), [1, 2, 3], 1e-3)
         assert (half.weight != before["weight"]).float().mean() > 0.02
         half.load_state_dict(before)
         probe_untouched(half, x, torch.ones(2, 20), half(x), [1, 2, 3], 1e-3, "rademacher")
@@ -213,7 +211,7 @@ def test_tied_and_frozen_parameters():
     x, lam = torch.randn(4, 3), torch.randn(4, 3)
     with torch.no_grad():
         cut = module(x)
-        in_place = probe_in_place(lambda: module(x), parameters, streams, lam, cut, [1, 2], 2.0**-10)
+        in_place = probe_in_place(lambda: module(x), Moved.of(module), lam, cut, [1, 2], 2.0**-10)
         untouched = probe_untouched(module, x, lam, cut, [1, 2], 2.0**-10, "rademacher")
     assert torch.equal(in_place, untouched)
 
@@ -346,7 +344,8 @@ def test_the_server_refuses_and_goes_on():
 
 def test_a_cut_whose_labels_all_do_not_count_is_refused():
     server = small().server()
-    server.ignore_index, server.loss = -1, partial(nn.functional.cross_entropy, ignore_index=-1)
+    server.cuts = replace(server.cuts, ignore_index=-1)
+    server.loss = partial(nn.functional.cross_entropy, ignore_index=-1)
     labels = torch.tensor([-1, -1, 0, 1, 1, -1]).int()
     cut = Cut(client=0, round=0, cut=torch.randn(6, 2), labels=labels)
     answers, _ = server.step(0, [cut, replace(cut, client=1, labels=torch.full_like(labels, -1))])
@@ -364,7 +363,8 @@ def test_labels_that_are_places_end_with_their_text(labels, why):
     """A text of three tokens where the longest has five; a single label is a class, of which there are five, too."""
     labels = torch.tensor(labels).int()
     server = small().server(Texts(2, 2))
-    server.masked, server.cut_shape, server.classes, server.label_shape = True, (5, 2), 5, tuple(labels.shape[1:])
+    label_shape = tuple(labels.shape[1:])
+    server.cuts = replace(server.cuts, shape=(5, 2), classes=5, masked=True, label_shape=label_shape)
     server.loss = lambda outputs, labels: outputs.mean()
     mask = torch.ones(1, 3, dtype=torch.uint8)
     answers, _ = server.step(0, [Cut(client=0, round=0, cut=torch.randn(1, 3, 2), labels=labels, mask=mask)])
@@ -569,7 +569,7 @@ def test_a_client_whose_damaged_weight_is_off_the_lattice_rebuilds(known):
     damaged = federation.clients[1].replica
     with torch.no_grad():
         damaged.tensors[0].view(-1)[0] = 1e30
-    damaged.take_up(damaged.tensors, damaged.moments, 1, 0, damaged.lattice)  # as after a restart
+    damaged.load(damaged.state()._replace(applied=1))  # as after a restart
     if not known:
         federation.where.clear()
     federation.round(2)
@@ -643,7 +643,7 @@ class Shuffled:
     def __getattr__(self, name):
         return getattr(self.engine, name)
 
-    def ask(self, messages, deadline=None, enough=None):
+    def ask(self, messages, deadline=None):
         replies = {reply.client: reply for reply in self.engine.ask(messages)}
         for client in sorted(replies, key=self.order.index):
             self.learnt.append((client, [*self.server._samples]))
@@ -744,7 +744,7 @@ def test_all_asks_of_an_exchange_share_its_deadline(monkeypatch):
     class Slow(Shuffled):
         lasts = 4
 
-        def ask(self, messages, deadline=None, enough=None):
+        def ask(self, messages, deadline=None):
             given.append(deadline)
             clock[0] += self.lasts
             yield from super().ask(messages)

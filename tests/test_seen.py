@@ -31,7 +31,7 @@ FAULTS = {(2, 1): "gone", (3, 1): "late", (4, 2): "failed: <b>OSError</b>", (4, 
 class Faulty(InProcess):
     """Clients of this process, some of whose answers to invitations are lost or replaced."""
 
-    def _asked(self, messages, enough):
+    def ask(self, messages, deadline=None):
         for client, data in messages.items():
             last = decode(unpack(data)[-1])
             fault = FAULTS.get((last.round, client)) if isinstance(last, Invitation) else None

@@ -30,14 +30,16 @@ from hosfl.protocol.records import EpochRecord, RoundRecord
 from hosfl.protocol.replica import Replica, digest, to_records
 from hosfl.protocol.terms import run_of
 from hosfl.runs.assemble import assemble
+from hosfl.runs.byzantine import TOLD, ByzantineClient
 from hosfl.runs.checkpoint import rebuild
 from hosfl.runs.config import Config, with_shared
 from hosfl.runs.evaluate import evaluate
 from hosfl.runs.faults import LIES, Faults
 from hosfl.runs.join import Everybody
 from hosfl.runs.serve import Over
-from hosfl.runs.simulate import SMALLEST_SHARD, TOLD, ByzantineClient, Crowd, Outcome, State, UnreliableWire, simulate
+from hosfl.runs.simulate import SMALLEST_SHARD, Crowd, Outcome, State, simulate
 from hosfl.runs.trainer import train
+from hosfl.runs.unreliable import UnreliableWire
 from hosfl_kernels import cpu
 from hosfl_kernels.tensors import BACKENDS
 
@@ -349,8 +351,8 @@ def test_late_messages_are_refused_with_the_reason(tmp_path: Path) -> None:
     assert participants(tmp_path / "hosfl.log")[1] == ()
     crowd.round(2)
     assert sorted(crowd.server.refused) == [
-        "round 2, client 0: Scalars of round 1, epoch 0",
-        "round 2, client 2: Cut of round 1, epoch 0",
+        "round 2, client 0: Scalars of round 1, epoch 0, where Cut of round 2, epoch 0 is due",
+        "round 2, client 2: Cut of round 1, epoch 0, where Cut of round 2, epoch 0 is due",
     ]
     assert participants(tmp_path / "hosfl.log")[2] == (0, 1, 2)
     assert crowd.replicas().equal
@@ -480,7 +482,7 @@ def test_a_simulation_says_what_it_was_made_of(tmp_path: Path) -> None:
 
 
 def test_complaints_are_kept_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hosfl.runs.federation.KEPT", 3)
+    monkeypatch.setattr("hosfl.runs.federation.REASONS_KEPT", 3)
     outcome = simulate(small(rounds=10), Faults(damage=0.5))
     assert outcome.complaints > 3
     assert len([reason for reason in outcome.reasons if "client" in reason[:6]]) <= 3
@@ -580,7 +582,8 @@ def test_a_cut_of_a_round_that_died_arrives_when_its_sender_is_gone(tmp_path: Pa
     assert crowd.restart(tmp_path) == 0
     crowd.away = dict.fromkeys(range(3), 5)
     crowd.round(0)
-    assert crowd.server.refused == [f"round 0, client {invited[0]}: Cut of round 0, epoch 0"]
+    why = "Cut of round 0, epoch 0, where Cut of round 0, epoch 1 is due"
+    assert crowd.server.refused == [f"round 0, client {invited[0]}: {why}"]
     assert crowd.server.ledger.records[0].participants == ()  # type: ignore[union-attr]
     crowd.close()
 

@@ -373,11 +373,11 @@ def test_the_multiplier_is_the_whole_model_s_gradient(family, at):
     expected = {p: p.grad for p in model.parameters() if p.grad is not None}
     model.zero_grad()
     halves = split(model, at)
-    server = copy.deepcopy(halves.server)  # has a door of its own
+    server = copy.deepcopy(halves.server)  # has a holder of its own
     cut = halves.client(**inputs)
     leaf = cut.detach().requires_grad_()
     server(leaf, attention_mask=inputs["attention_mask"]).square().mean().backward()
-    assert halves.server.door.cut is None
+    assert halves.server.holder.cut is None
     cut.backward(leaf.grad)
     owner, copies = owners(model, halves), zip(halves.server.parameters(), server.parameters(), strict=True)
     found = {p: p.grad for p in halves.client.parameters() if p.grad is not None}

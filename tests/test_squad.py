@@ -12,7 +12,7 @@ import transformers as hf
 from torch import nn
 
 from hosfl import Config, train
-from hosfl.halves.families import pretrained_model
+from hosfl.halves.hub import pretrained_model
 from hosfl.halves.split import split
 from hosfl.protocol.messages import Cut
 from hosfl.runs.assemble import assemble

@@ -14,7 +14,8 @@ from test_split import TEXT, output, text, text_model
 
 from hosfl import Config, train
 from hosfl.cli import main
-from hosfl.halves.families import FAMILIES, is_decoder, pretrained_model
+from hosfl.halves.families import FAMILIES
+from hosfl.halves.hub import is_decoder, pretrained_model
 from hosfl.halves.split import split
 from hosfl.runs.assemble import assemble
 from hosfl.runs.config import with_shared

@@ -21,7 +21,7 @@ from small import REPLAYED
 
 from hosfl import Config, LatticeError, Log, rebuild, train
 from hosfl.cli import main, parser
-from hosfl.commands import going_on
+from hosfl.commands import resume_command
 from hosfl.methods import METHODS
 from hosfl.protocol.records import EpochRecord
 from hosfl.runs import trainer
@@ -218,7 +218,7 @@ def test_ctrl_c_ends_after_the_round_and_saves(tmp_path):
     assert json.loads(metrics.read_text().splitlines()[-1])["round"] == saved["rounds"]
     assert saved["replicas"]["equal"] is True
     assert f"after {saved['rounds']} rounds".encode() in output
-    assert errors.decode().splitlines()[-1] == f"interrupted; to go on: hosfl train --resume {out}"
+    assert errors.decode().splitlines()[-1] == f"interrupted; to resume: hosfl train --resume {out}"
     assert b"Traceback" not in errors
 
 
@@ -584,8 +584,8 @@ def test_resume_on_the_command_line(tmp_path, capsys):
 )
 def test_the_command_that_goes_on_has_what_no_file_of_the_run_keeps(words, again):
     options = parser().parse_args(words)
-    assert going_on(options, Path("r")) == shlex.join(["hosfl", *again])
-    assert going_on(parser().parse_args(again), Path("r")) == shlex.join(["hosfl", *again])  # stopped once more
+    assert resume_command(options, Path("r")) == shlex.join(["hosfl", *again])
+    assert resume_command(parser().parse_args(again), Path("r")) == shlex.join(["hosfl", *again])  # stopped once more
 
 
 def test_rebuild_and_log_on_the_command_line(tmp_path, capsys):

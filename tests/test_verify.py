@@ -16,9 +16,10 @@ from test_split import IMAGES, TEXT, ResNet, image_model, output, text, text_mod
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hosfl.halves.families import FAMILIES, example_inputs, tensor_of
+from hosfl.halves.families import FAMILIES, example_inputs
 from hosfl.halves.follow import CutError
 from hosfl.halves.split import SplitModel, cut_points, split
+from hosfl.halves.transformer_halves import tensor_of
 from hosfl.halves.verify import verify_halves
 
 SPLIT = import_module("hosfl.halves.split")  # `hosfl.split` is the function

@@ -19,24 +19,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_structure
 
-from hosfl.edge.export import (
-    CLOSE,
-    MOVED,
-    ExportError,
-    Original,
-    Positional,
-    Tables,
-    exporting,
-    is_text,
-    leave_out_unread,
-    original,
-    quiet,
-    size_of,
-    whole,
-    without_weights,
-)
 from hosfl.edge.gradient import BETWEEN, GRADIENT, MULTIPLIER, OF, Gradient
+from hosfl.edge.graph import leave_out_unread, whole, without_weights
 from hosfl.edge.half import BASE
+from hosfl.edge.original import CLOSE, MOVED, ExportError, Original, is_text, original, size_of
+from hosfl.edge.tracing import Positional, Tables, exporting, quiet
 from hosfl.halves.blocks import at_entry
 from hosfl.halves.inputs import Inputs, call
 from hosfl.halves.narrow import in_their_dtype

@@ -11,21 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hosfl.edge.export import (
-    CLOSE,
-    MOVED,
-    ExportError,
-    Original,
-    Positional,
-    given_as,
-    graph_of,
-    original,
-    size_of,
-    whole,
-    without_weights,
-)
+from hosfl.edge.graph import whole, without_weights
 from hosfl.edge.half import Half
+from hosfl.edge.original import CLOSE, MOVED, ExportError, Original, given_as, original, size_of
 from hosfl.edge.running import STATISTICS
+from hosfl.edge.tracing import Positional, graph_of
 from hosfl.halves.inputs import Inputs
 from hosfl.methods import calibration
 

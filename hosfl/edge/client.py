@@ -19,7 +19,6 @@ from hosfl.edge.running import Running
 from hosfl.edge.travel import packed, unpacked
 from hosfl.interrupts import uninterrupted
 from hosfl.protocol.arrays import Array
-from hosfl.protocol.lattice import Lattice
 from hosfl.protocol.messages import (
     Calibration,
     Cut,
@@ -34,7 +33,7 @@ from hosfl.protocol.messages import (
     decode,
     multiplier_of,
 )
-from hosfl.protocol.replica import Replica, digest
+from hosfl.protocol.replica import Replica, ReplicaState, digest
 from hosfl.protocol.terms import Run
 from hosfl_kernels import perturb_, project, replay_
 
@@ -92,7 +91,7 @@ class EdgeClient:
 
     def asks(self) -> Statistics:
         """Ask for the run's running statistics."""
-        return self._told(np.empty(0, np.float32), np.empty(0, np.int32))
+        return self._statistics(np.empty(0, np.float32), np.empty(0, np.int32))
 
     def statistics(self, message: Calibration) -> Statistics:
         """Its own, which an empty message asks for: see `hosfl.methods.client.Client.statistics`."""
@@ -103,7 +102,7 @@ class EdgeClient:
             raise MessageError(f"asked for statistics of round 0 after {self.applied} rounds, of this run or another")
         self.calibrated = False
         values, samples = running.estimated()
-        return self._told(values, np.array([samples], np.int32))
+        return self._statistics(values, np.array([samples], np.int32))
 
     def calibrate(self, message: Message) -> None:
         """Take up the run's. Raises MessageError for a message that holds none, or comes twice."""
@@ -122,7 +121,7 @@ class EdgeClient:
             raise MessageError(f"a message for client {message.client}, this is client {self.number}")
         return self.running
 
-    def _told(self, values: NDArray[np.float32], samples: NDArray[np.int32]) -> Statistics:
+    def _statistics(self, values: NDArray[np.float32], samples: NDArray[np.int32]) -> Statistics:
         return Statistics(client=self.number, round=0, epoch=self.epoch, statistics=values, samples=samples)
 
     def hello(self) -> Hello:
@@ -131,15 +130,8 @@ class EdgeClient:
     def anew(self) -> None:
         self.replica.reset()
 
-    def take_up(
-        self,
-        tensors: Sequence[Array],
-        moments: Sequence[Sequence[Array]],
-        applied: int,
-        epoch: int,
-        lattice: Lattice | None,
-    ) -> None:
-        self.replica.take_up(tensors, moments, applied, epoch, lattice)
+    def load(self, state: ReplicaState) -> None:
+        self.replica.load(state)
 
     def catch_up(self, message: Message) -> Differs | None:
         if not isinstance(message, (Records, PoolMoves)):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ def client_of(
 
     Raises as `join`, and HalfError.
     """
-    told, run = read_offer(offered)
+    told, run = read_offer(offered)  # settings, and what else there is
     if run["edge"] is None:
         raise JoinError("the server offers nothing to clients without torch: it has to be started with --edge")
     settings = _settings(told)
@@ -75,13 +75,9 @@ def client_of(
     if apart := differences(theirs, decisive(told)):
         raise JoinError(f"the server's header is of other settings than it tells: {'; '.join(apart)}")
     _check_base(folder / BASE, header, run["edge"]["digest"])
-    graphs, blocks = run["edge"]["graphs"], len(list(terms.parts()))
-    if len(graphs) not in (blocks, blocks + 1):  # what lies in front of the first block is a piece, too
-        raise JoinError(f"the server offers its half in {len(graphs)} pieces, and the run has {blocks} blocks")
-    for piece, sha256 in enumerate(graphs):
-        fetch(graph_name(piece), sha256, folder / graph_name(piece))
-    moving, running = [p.name for p in header.parameters], run["edge"]["running"]
-    half = Half(folder, moving, len(graphs), threads, running)
+    blocks = len(list(terms.parts()))
+    graphs = _Graphs(run["edge"], fetch, [p.name for p in header.parameters], folder, threads)
+    half = graphs.half(blocks)
     integers = half.integers
     try:
         samples.check_taken(integers)
@@ -91,10 +87,7 @@ def client_of(
     _try(half, first, run["cut"], data)
     gradient = None
     if settings.estimator == "backward":
-        if run["edge"]["gradient"] is None:
-            raise JoinError("the run's clients backpropagate, and the server offers no gradient's graph")
-        fetch(GRADIENT, run["edge"]["gradient"], folder / GRADIENT)
-        gradient = Gradient(folder, moving, half.tensors, threads, running, half.statistics)
+        gradient = graphs.gradient(half)
         inputs = first.inputs
         gradient.check(inputs, np.ones_like(half(inputs)), half.input_of(half.pieces - blocks, inputs))
     batches = Batches(
@@ -102,28 +95,62 @@ def client_of(
     )
     statistics = None
     if settings.calibrate:
-        if run["edge"]["statistics"] is None or not running:
-            raise JoinError("the run's clients estimate running statistics, and the server offers no graph of them")
-        fetch(STATISTICS, run["edge"]["statistics"], folder / STATISTICS)
         others = replace(batches, purpose=Purpose.CALIBRATION)
-        statistics = Running(
-            half.statistics,
-            lambda: Half(folder, moving, threads=threads, running=running, graphs=[STATISTICS]),
-            lambda: map(others, range(settings.calibrate)),
-        )
+        own = partial(map, others, range(settings.calibrate))
+        statistics = graphs.statistics(half, own)
     client = EdgeClient(
         number,
         half,
         terms,
         [p.stream for p in header.parameters],
         batches,
-        lambda: _weights(folder / BASE, run["edge"]["digest"], header, half, running),
+        lambda: _weights(folder / BASE, run["edge"]["digest"], header, half, run["edge"]["running"]),
         settings.dtype if settings.wire == "float32" else settings.wire,
         gradient,
         settings.microbatch,
         statistics,
     )
     return Endpoint(client, calibrates=settings.calibrate > 0, run=run["id"])
+
+
+@dataclass(frozen=True)
+class _Graphs:
+    """The graphs of a run that a server offers, fetched when they are asked for.
+
+    offered: what the run says of them. fetch: (name, SHA-256, path) of a file. moving: weights that move, by name.
+    """
+
+    offered: dict[str, Any]
+    fetch: Callable[[str, str, Path], bytes]
+    moving: list[str]
+    folder: Path
+    threads: int
+
+    def half(self, blocks: int) -> Half:
+        """Raises JoinError for another number of pieces than of blocks."""
+        graphs = self.offered["graphs"]
+        if len(graphs) not in (blocks, blocks + 1):  # what lies in front of the first block is a piece, too
+            raise JoinError(f"the server offers its half in {len(graphs)} pieces, and the run has {blocks} blocks")
+        for piece, sha256 in enumerate(graphs):
+            self.fetch(graph_name(piece), sha256, self.folder / graph_name(piece))
+        return Half(self.folder, self.moving, len(graphs), self.threads, self.offered["running"])
+
+    def gradient(self, half: Half) -> Gradient:
+        """Raises JoinError where the server offers none."""
+        if self.offered["gradient"] is None:
+            raise JoinError("the run's clients backpropagate, and the server offers no gradient's graph")
+        self.fetch(GRADIENT, self.offered["gradient"], self.folder / GRADIENT)
+        running = self.offered["running"]
+        return Gradient(self.folder, self.moving, half.tensors, self.threads, running, half.statistics)
+
+    def statistics(self, half: Half, batches: Callable[[], Iterable[Samples]]) -> Running:
+        """Raises JoinError where the server offers none."""
+        running = self.offered["running"]
+        if self.offered["statistics"] is None or not running:
+            raise JoinError("the run's clients estimate running statistics, and the server offers no graph of them")
+        self.fetch(STATISTICS, self.offered["statistics"], self.folder / STATISTICS)
+        normalised = partial(Half, self.folder, self.moving, threads=self.threads, running=running, graphs=[STATISTICS])
+        return Running(half.statistics, normalised, batches)
 
 
 def _settings(told: dict[str, Any]) -> Settings:

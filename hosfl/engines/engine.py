@@ -30,15 +30,13 @@ class Engine(Protocol):
     def present(self) -> frozenset[int]:
         """The clients that could be asked now, by number."""
 
-    def ask(
-        self, messages: Mapping[int, bytes], deadline: float | None = None, enough: int | None = None
-    ) -> Iterator[Reply]:
+    def ask(self, messages: Mapping[int, bytes], deadline: float | None = None) -> Iterator[Reply]:
         """Send each client its bytes, and give what comes back as it comes: one `Reply` for each client.
 
-        They leave when the first reply is asked for. Ends when every client's reply is there; when `enough` of them
-        have brought bytes; after `deadline` seconds. Clients that have brought none by then are told of as "late";
-        whoever is not here, or vanishes meanwhile, at once as "gone". A reply counts for its own ask alone: what comes
-        later, or twice, is dropped. Closing the iterator early ends the ask. deadline None: no end. enough None: all.
+        They leave when the first reply is asked for. Ends when every client's reply is there, or after `deadline`
+        seconds (None: no end). Clients that have brought none by then are told of as "late"; whoever is not here, or
+        vanishes meanwhile, at once as "gone". A reply counts for its own ask alone: what comes later, or twice, is
+        dropped. Closing the iterator early ends the ask.
         """
 
     def offer(self, files: Mapping[str, bytes]) -> None:
@@ -54,13 +52,11 @@ class Engine(Protocol):
         """Let go of everything. Clients stay as they are, and look for the next server."""
 
 
-def check_ask(clients: Collection[int], there: int, enough: int | None) -> None:
-    """What every engine refuses: clients that are not among the run's `there`, and enough below 1. EngineError."""
+def check_ask(clients: Collection[int], there: int) -> None:
+    """Raises EngineError for clients that are not among the run's, of which there are so many."""
     for client in clients:
         if not 0 <= client < there:
             raise EngineError(f"the run has clients 0 to {there - 1}, and no {client}")
-    if enough is not None and enough < 1:
-        raise EngineError(f"enough is a number of clients from 1 on, not {enough}")
 
 
 class Line(Protocol):

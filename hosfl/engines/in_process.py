@@ -19,19 +19,13 @@ class InProcess:
     def present(self) -> frozenset[int]:
         return frozenset(range(self.clients))
 
-    def ask(
-        self, messages: Mapping[int, bytes], deadline: float | None = None, enough: int | None = None
-    ) -> Iterator[Reply]:
-        """One client after another, in the order of the asks; those behind `enough` are not asked. No deadline here.
+    def ask(self, messages: Mapping[int, bytes], deadline: float | None = None) -> Iterator[Reply]:
+        """One client after another, in the order of the asks. No deadline here.
 
-        Raises EngineError for clients that there are not, and for enough below 1.
+        Raises EngineError for clients that there are not.
         """
-        check_ask(messages, self.clients, enough)
-        return self._asked(messages, len(messages) if enough is None else enough)
-
-    def _asked(self, messages: Mapping[int, bytes], enough: int) -> Iterator[Reply]:
-        for number, (client, data) in enumerate(messages.items()):
-            yield Reply(client, self.answer(client, data)) if number < enough else Reply(client, None, "late")
+        check_ask(messages, self.clients)
+        return (Reply(client, self.answer(client, data)) for client, data in messages.items())
 
     def offer(self, files: Mapping[str, bytes]) -> None:
         """Nobody fetches here what is in the process already."""

@@ -25,7 +25,7 @@ from hosfl.protocol.arrays import Array, is_tensor
 from hosfl.protocol.endpoint import AnotherRun, Answers, Endpoint
 from hosfl.protocol.lattice import Lattice
 from hosfl.protocol.provenance import read_id
-from hosfl.protocol.replica import Replica
+from hosfl.protocol.replica import Replica, ReplicaState
 from hosfl.protocol.terms import Measures
 from hosfl.protocol.weights import Weights, as_file
 from hosfl.tasks.reading import DataError
@@ -33,7 +33,7 @@ from hosfl.terminal import printable
 
 FORMAT = 4  # of what is offered
 SAVED_EVERY = 60.0  # seconds: what was applied since is replayed
-KEPT_FORMAT = "3"  # a file of another one is passed over: a client that begins anew loses time alone
+STATE_FORMAT = "3"  # a file of another one is passed over: a client that begins anew loses time alone
 log = logging.getLogger("hosfl.join")
 
 
@@ -137,18 +137,11 @@ class Replays(Answers, Protocol):
 
     replica: Replica
 
-    def take_up(
-        self,
-        tensors: Sequence[Array],
-        moments: Sequence[Sequence[Array]],
-        applied: int,
-        epoch: int,
-        lattice: Lattice | None,
-    ) -> None:
-        """Become the copy of a replica's state."""
+    def load(self, state: ReplicaState) -> None:
+        """Become a copy of another replica of the run."""
 
 
-class Kept:
+class SavedState:
     """A client's state on disk, so that a restart need not replay the whole log. Losing it loses time alone.
 
     A safetensors file: the tensors that move, 0.0, 0.1, ..., then each of their moments, 1.0, 1.1, ...; its metadata
@@ -162,7 +155,7 @@ class Kept:
         self._saved = time.monotonic()
 
     def restore(self) -> None:
-        """Take up what is there; a file that is damaged, or another run's, is passed over."""
+        """Load what is there; a file that is damaged, or another run's, is passed over."""
         client = self.client
         if not isinstance(client, Replays) or not self.path.exists():
             return
@@ -171,7 +164,7 @@ class Kept:
             torch = all(map(is_tensor, replica.tensors))
             with safe_open(regular(self.path), "pt" if torch else "np") as file:
                 told, read = file.metadata(), file.get_tensor if torch else Weights(self.path).__getitem__
-                if told["format"] != KEPT_FORMAT:
+                if told["format"] != STATE_FORMAT:
                     raise ValueError("another version wrote it")
                 if told["run"] != self.of or told["client"] != str(client.number):
                     raise ValueError("it is of another run")
@@ -188,7 +181,7 @@ class Kept:
                 if any(k.shape != t.shape or k.dtype != t.dtype for k, t in zip(kept, tensors, strict=True)):
                     raise ValueError("it is of another half")
             lattice = None if quantum is None else Lattice(quantum)
-            client.take_up(groups[0], groups[1:], applied, epoch, lattice)
+            client.load(ReplicaState(groups[0], groups[1:], applied, epoch, lattice))
             if told["digest"] != _digest(told, replica):
                 raise ValueError("its digest is another")
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
@@ -206,7 +199,7 @@ class Kept:
         groups: Sequence[Sequence[Array]] = [replica.tensors, *replica.moments]
         tensors = {f"{group}.{n}": tensor for group, of in enumerate(groups) for n, tensor in enumerate(of)}
         told = {
-            "format": KEPT_FORMAT,
+            "format": STATE_FORMAT,
             "run": self.of,
             "client": str(client.number),
             "applied": str(replica.applied),
@@ -249,17 +242,17 @@ def take_part(line: Line, number: int, folder: Path, made: Callable[[bytes], End
     lock = FolderLock(folder, "client")
     try:
 
-        def joined() -> tuple[Endpoint[Any], Kept]:
+        def joined() -> tuple[Endpoint[Any], SavedState]:
             """This client in the run that is offered now."""
             log.info("client %d asks for the server's run, and waits until there is one", number)
             endpoint = made(line.fetch("run"))
             endpoint.refused = _Refusals(number)
-            kept = Kept(folder / "state.safetensors", endpoint.run, endpoint.client)
+            kept = SavedState(folder / "state.safetensors", endpoint.run, endpoint.client)
             kept.restore()
             log.info("client %d joins at round %d", number, endpoint.client.applied)
             return endpoint, kept
 
-        taken: list[tuple[Endpoint[Any], Kept]] = [joined()]  # none, while another run is fetched
+        taken: list[tuple[Endpoint[Any], SavedState]] = [joined()]  # none, while another run is fetched
         failed: list[Exception] = []
 
         def answer(ask: bytes) -> bytes:

@@ -239,7 +239,7 @@ class NatsLine:
         try:
             frame = decode(data)
         except FrameError as error:
-            self._notes.warn("malformed", "client %d: a message that is none is dropped: %s", self.client, error)
+            self._notes.warn("malformed", "client %d: bytes that are no message are dropped: %s", self.client, error)
             return
         if isinstance(frame, Ping):
             self._pinged(frame)

@@ -130,18 +130,16 @@ class NatsEngine:
         """The clients that could be asked now, by number: none while there is no broker."""
         return self._link.call(self._present)
 
-    def ask(
-        self, messages: Mapping[int, bytes], deadline: float | None = None, enough: int | None = None
-    ) -> Iterator[Reply]:
+    def ask(self, messages: Mapping[int, bytes], deadline: float | None = None) -> Iterator[Reply]:
         """See `Engine.ask`. The asks leave when the first reply is asked for.
 
         Without a broker, and for some seconds after it is back, clients that are not here are waited for. A message
         that is too large fails the ask of its client alone.
         """
-        check_ask(messages, len(self._peers), enough)
-        return self._replies(messages, deadline, enough)
+        check_ask(messages, len(self._peers))
+        return self._replies(messages, deadline)
 
-    def _replies(self, messages: Mapping[int, bytes], deadline: float | None, enough: int | None) -> Iterator[Reply]:
+    def _replies(self, messages: Mapping[int, bytes], deadline: float | None) -> Iterator[Reply]:
         over = None if deadline is None else time.monotonic() + deadline
         replies: SimpleQueue[Reply | None] = SimpleQueue()
         outgoing = {client: Outgoing(bytes(data)) for client, data in messages.items() if len(data) <= MOST}
@@ -151,9 +149,8 @@ class NatsEngine:
             replies.put(Reply(client, None, f"failed: {text}"))
         asked = self._link.call(self._begin, outgoing, replies)
         open = dict.fromkeys(messages)
-        brought = 0
         try:
-            while open and (enough is None or brought < enough):
+            while open:
                 try:
                     reply = replies.get(timeout=None if over is None else max(0.0, over - time.monotonic()))
                 except Empty:
@@ -161,7 +158,6 @@ class NatsEngine:
                 if reply is None:
                     raise EngineError(f"{self._link.name} was closed during an ask")
                 del open[reply.client]
-                brought += reply.data is not None
                 yield reply
         finally:
             with contextlib.suppress(EngineError):  # closed: nobody is asked any more
@@ -304,7 +300,7 @@ class NatsEngine:
             frame = decode(data)
         except FrameError as error:
             if peer.within_rate(now):
-                self._drop(client, "a message that is none is dropped: %s", error)
+                self._drop(client, "bytes that are no message are dropped: %s", error)
             else:
                 self._drop(client, "it sends too much, and is not listened to")
             return

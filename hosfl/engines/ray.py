@@ -104,8 +104,8 @@ class RayEngine:
             if not done:
                 raise EngineError(
                     f"{len(missing)} of {count} actors had not started after {patience:g} s. Each needs {cpus:g} CPUs"
-                    f" and {gpus:g} GPUs, and the cluster has {_told(ray.cluster_resources())},"
-                    f" {_told(ray.available_resources())} of them free. Ask for fewer actors, or for smaller ones"
+                    f" and {gpus:g} GPUs, and the cluster has {_resources(ray.cluster_resources())},"
+                    f" {_resources(ray.available_resources())} of them free. Ask for fewer actors, or for smaller ones"
                 )
             missing -= set(done)
             try:
@@ -118,9 +118,7 @@ class RayEngine:
         self._look()
         return frozenset(range(self.clients)) if len(self._away) < len(self._actors) else frozenset()
 
-    def ask(
-        self, messages: Mapping[int, bytes], deadline: float | None = None, enough: int | None = None
-    ) -> Iterator[Reply]:
+    def ask(self, messages: Mapping[int, bytes], deadline: float | None = None) -> Iterator[Reply]:
         """As `Engine.ask`. One at a time: another ask drops what the one before still lacks.
 
         An actor is sent one client's bytes at a time, and what still waits when an ask ends is never sent. An actor
@@ -128,13 +126,13 @@ class RayEngine:
         it that it was answering for; those that wait for it go to others. What a client raised is in Ray's log of its
         actor.
 
-        Raises EngineError for clients that there are not, enough below 1, where no actor will ever be back, and when
-        the engine is closed.
+        Raises EngineError for clients that there are not, where no actor will ever be back, and when the engine is
+        closed.
         """
-        check_ask(messages, self.clients, enough)
-        return self._asked(messages, deadline, len(messages) if enough is None else enough)
+        check_ask(messages, self.clients)
+        return self._asked(messages, deadline)
 
-    def _asked(self, messages: Mapping[int, bytes], deadline: float | None, lacking: int) -> Iterator[Reply]:
+    def _asked(self, messages: Mapping[int, bytes], deadline: float | None) -> Iterator[Reply]:
         ends = math.inf if deadline is None else time.monotonic() + deadline
         self._look()
         ask = object()
@@ -142,7 +140,7 @@ class RayEngine:
         queues: defaultdict[int, deque[int]] = defaultdict(deque)  # clients by their actors
         for client in messages:
             queues[self._actor_of(client)].append(client)
-        while lacking > 0 and untold:
+        while untold:
             for client in queues.pop(NOBODY, ()):
                 del untold[client]
                 yield Reply(client, None, "gone")
@@ -164,7 +162,6 @@ class RayEngine:
                     queues[self._actor_of(client)].append(client)
             if call.ask is ask:
                 del untold[call.client], done  # Ray keeps what an actor answered while its reference is held
-                lacking -= reply.data is not None
                 yield reply
         for client in untold:
             yield Reply(client, None, "late")
@@ -294,5 +291,5 @@ def _reason(error: BaseException) -> str:
     return lines[-1].strip() if lines else type(error).__name__
 
 
-def _told(resources: Mapping[str, float]) -> str:
+def _resources(resources: Mapping[str, float]) -> str:
     return f"{resources.get('CPU', 0):g} CPUs and {resources.get('GPU', 0):g} GPUs"

@@ -17,10 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hosfl.halves.families import ClientHalf
 from hosfl.halves.follow import CutError
 from hosfl.halves.inputs import Inputs, call, evaluating, mask_of
 from hosfl.halves.split import way_of
+from hosfl.halves.transformer_halves import ClientHalf
 
 LEAST = 0.01  # of a pass: what has no matrix product takes time all the same
 SAVES = 0.1  # of a pass, at least: what has to be in front of a single block for its input to be kept
@@ -136,7 +136,7 @@ def work(counts: Sequence[int], shares: Sequence[float]) -> float:
 
 
 def _missed(entry: str) -> CutError:
-    return CutError(f"the client half's forward pass does not come to {entry}, where a block begins: leave out blocks")
+    return CutError(f"the client half's forward pass never reaches {entry}, where a block begins: leave out blocks")
 
 
 class _Reached(Exception):

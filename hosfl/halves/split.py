@@ -29,16 +29,14 @@ from hosfl.halves.families import (
     FAMILIES,
     ancestors,
     behind_layers,
-    copied,
     cut_transformer,
     example_inputs,
-    has,
-    replaced,
     transformer_layers,
     waves,
 )
 from hosfl.halves.follow import CutError, refuse_own_ways
 from hosfl.halves.inputs import Inputs, call, mask_of, unchanged
+from hosfl.halves.modules import copied, has, replaced
 from hosfl.halves.verify import ExampleError, on_meta, verify_halves
 
 

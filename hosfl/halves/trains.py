@@ -72,7 +72,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch(name, pattern.strip()) for pattern in patterns)
 
 
-def _told(trains: str, default: int | None = None) -> tuple[int, list[str]]:
+def _rank_and_layers(trains: str, default: int | None = None) -> tuple[int, list[str]]:
     """The rank and the patterns of KIND:RANK:LAYERS; of KIND alone the default rank, if there is one. ValueError."""
     kind, colon, rest = trains.partition(":")
     rank, _, patterns = rest.partition(":")
@@ -94,7 +94,7 @@ def _chosen(trains: str, names: Iterable[str], patterns: list[str], kind: str) -
 
 
 def _add_lora(half: nn.Module, trains: str, seed: int) -> None:
-    rank, patterns = _told(trains, RANK)
+    rank, patterns = _rank_and_layers(trains, RANK)
     linear = {name for name, module in half.named_modules() if isinstance(module, nn.Linear)}
     with_peft()
     from peft import LoraConfig, inject_adapter_in_model
@@ -110,7 +110,7 @@ def _add_lora(half: nn.Module, trains: str, seed: int) -> None:
 
 def _add_xs(half: nn.Module, trains: str, public: Inputs | None) -> None:
     kind = trains.partition(":")[0]
-    rank, patterns = _told(trains)
+    rank, patterns = _rank_and_layers(trains)
     layers = {name: module for name, module in half.named_modules() if adaptable(module)}
     chosen = _chosen(trains, layers, patterns, "linear layer or convolution")
     if kind == "act" and public is None:

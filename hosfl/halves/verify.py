@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hosfl.halves.families import tensor_of
 from hosfl.halves.follow import CutError
 from hosfl.halves.inputs import Inputs, accelerators, alike, call, cloned, described, unchanged
+from hosfl.halves.transformer_halves import tensor_of
 
 
 class ExampleError(ValueError):

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from hosfl.protocol.aggregate import Aggregation, uniform_mean, weighted_mean
+from hosfl.protocol.aggregate import Aggregation, RunningLength, middle, uniform_mean, weighted_mean
 
 Pieces = Sequence[Tensor | None]  # one client's vector in pieces; None where it has none, which is as good as zeros
+OUTLIER = 10.0  # times as long as the steps' gradients before it
 # A client's share of those that are means, from its weight.
 SHARES: dict[Aggregation, Callable[[float], float]] = {weighted_mean: float, uniform_mean: lambda weight: 1.0}
 
@@ -84,3 +85,42 @@ def shrinking(pieces: Pieces, largest: float) -> float:
     """The factor that takes one client's gradient, in pieces, to the length `largest` where it is longer; else 1."""
     length = length_of(pieces)
     return largest / length if length > largest else 1.0
+
+
+class OutlierClipping:
+    """Scales an aggregated gradient down that is more than `OUTLIER` times as long as those of the steps before.
+
+    It then has their running length; in the first step, that of the client whose gradient is the middle one. One absurd
+    cut would otherwise do more than spoil its round: stay in the optimizer's moments, which divide all later steps.
+    Lengths of zero, of which a loss with a margin has many, tell nothing.
+
+    Attributes:
+        length: the running length.
+    """
+
+    def __init__(self) -> None:
+        self.length = RunningLength()
+        self._clients: list[float] = []  # lengths of the clients' gradients, in the first step
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._clients = []
+
+    @property
+    def ready(self) -> bool:
+        """Whether there was a step before, so that the clients' own lengths are not needed."""
+        return bool(self.length.weight)
+
+    def saw(self, gradient: Pieces) -> None:
+        """One client's gradient."""
+        if not self.ready:
+            self._clients.append(length_of(gradient))
+
+    def clipped(self, gradient: Pieces) -> Pieces:
+        """The aggregated gradient of the step, scaled down where it is an outlier."""
+        length = length_of(gradient)
+        if length == 0:
+            return gradient
+        known = self.length.value if self.ready else middle(filter(None, self._clients))
+        self.length.update(min(length, 2 * known) ** 2)  # may grow by a seventh in a step, whatever comes
+        return gradient if length <= OUTLIER * known else [g if g is None else g * (known / length) for g in gradient]

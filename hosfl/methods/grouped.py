@@ -52,7 +52,7 @@ class GroupedServer(Server):
             )
         self._group: list[Cut] = []
         self._check_apart()
-        self._pads = self.masked and self._padding_is_nothing()
+        self._pads = self.cuts.masked and self._padding_is_nothing()
 
     def begin(self, round: int) -> None:
         super().begin(round)
@@ -84,7 +84,7 @@ class GroupedServer(Server):
     def _learn_group(self) -> None:
         """Learn from the cuts that wait."""
         group, self._group = self._group, []
-        if len(group) > 1 and self._length.weight:  # the first step is held to the lengths of each client's gradient
+        if len(group) > 1 and self._outliers.ready:  # the first step is held to the lengths of each client's gradient
             try:
                 with self._dropout(), computing():
                     multipliers, losses = self._backward_together(group)
@@ -92,11 +92,11 @@ class GroupedServer(Server):
                 pass  # and nothing was changed: one after another shows whose cut it is
             else:
                 for cut, multiplier, loss in zip(group, multipliers, losses, strict=True):
-                    self._learnt(cut, self._multiplier(self._number, cut.client, multiplier), loss)
+                    self._keep(cut, self._multiplier(self._number, cut.client, multiplier), loss)
                 return
         for cut in group:
             with self._refusing(cut):
-                self._take(cut)
+                self._learn_checked(cut)
 
     def _backward_together(self, cuts: Sequence[Cut]) -> tuple[list[Tensor], list[float]]:
         """Each cut's multiplier and loss; adds the half's gradients to what is gathered.
@@ -107,13 +107,13 @@ class GroupedServer(Server):
         assert isinstance(self._gathered, Summed)
         device, dtype = next(self.half.parameters()).device, dtype_of(self.half)
         sizes, labels = [len(c.labels) for c in cuts], [c.labels for c in cuts]
-        shares = [self._gathered.share(size / self.batch) for size in sizes]
-        if self._pads and self.ignore_index is not None:  # labels are one for each token
-            labels = _padded(labels, self.ignore_index)
+        shares = [self._gathered.share(size / self.cuts.batch) for size in sizes]
+        if self._pads and self.cuts.ignore_index is not None:  # labels are one for each token
+            labels = _padded(labels, self.cuts.ignore_index)
         pad = _padded if self._pads else list
         # One copy to the device for all, and one leaf of the graph.
         cut = torch.cat(pad([c.cut for c in cuts])).to(device).requires_grad_()
-        masks = self._masks(torch.cat(pad([c.mask for c in cuts]))) if self.masked else {}
+        masks = self._masks(torch.cat(pad([c.mask for c in cuts]))) if self.cuts.masked else {}
         output = self.half(handed(cut, dtype), **masks)
         own = [self.loss(o, self._labels(x)) for o, x in zip(output.split(sizes), labels, strict=True)]
         losses = torch.stack([loss.reshape(()) for loss in own])
@@ -158,23 +158,23 @@ class GroupedServer(Server):
 
         Not so where an output that is no label's, such as the logits of where an answer begins, grows with the text.
         """
-        longest = self.cut_shape[0]
+        longest = self.cuts.shape[0]
         cuts, masks = self._made_up(TRIED)
         some = max(1, longest // 2)
         masks[:, some:] = 0
         with evaluating(self.half):
             whole = self.half(handed(cuts, cuts.dtype), **self._masks(masks))
             alone = self.half(handed(cuts[:, :some], cuts.dtype), **self._masks(masks[:, :some]))
-        if self.ignore_index is not None:  # the loss counts no output there
+        if self.cuts.ignore_index is not None:  # the loss counts no output there
             whole = whole[:, :some]
         return whole.shape == alone.shape and bool((whole - alone).abs().max() <= 0.01 * alone.abs().max())
 
     def _made_up(self, samples: int) -> tuple[Tensor, Tensor]:
         """Cuts of the longest texts, with all of their tokens: numbers from 0 to 1, the same in every run of a seed."""
         random = torch.Generator().manual_seed(self.seed % 2**63)
-        cuts = torch.rand(samples, *self.cut_shape, generator=random)
+        cuts = torch.rand(samples, *self.cuts.shape, generator=random)
         parameter = next(self.half.parameters())
-        return cuts.to(parameter.device, dtype_of(self.half)), torch.ones(samples, *self.cut_shape[:1])
+        return cuts.to(parameter.device, dtype_of(self.half)), torch.ones(samples, *self.cuts.shape[:1])
 
 
 def _padded(texts: Sequence[Tensor], value: float = 0) -> list[Tensor]:

@@ -41,7 +41,7 @@ from hosfl.protocol.messages import (
     Records,
     Scalars,
 )
-from hosfl.protocol.replica import Replica
+from hosfl.protocol.replica import Replica, ReplicaState
 from hosfl.protocol.terms import Block, Measures, Pool, Rule, Run
 from hosfl.settings import PRESETS, Settings
 from hosfl_kernels import SGD
@@ -88,17 +88,10 @@ class ZerothOrderClient(Client):
             self.base = lambda: copies
         self.replica = Replica(self.moved.tensors, self.moved.streams, self.run, self.base)
 
-    def take_up(
-        self,
-        tensors: Sequence[Tensor],
-        moments: Sequence[Sequence[Tensor]],
-        applied: int,
-        epoch: int,
-        lattice: Lattice | None,
-    ) -> None:
-        """Become the copy of a replica's state."""
-        self.replica.take_up(tensors, moments, applied, epoch, lattice)
-        self.applied, self.epoch = applied, epoch
+    def load(self, state: ReplicaState) -> None:
+        """Become a copy of another replica of the run."""
+        self.replica.load(state)
+        self.applied, self.epoch = state.applied, state.epoch
 
     def anew(self) -> None:
         self.replica.reset()
@@ -193,13 +186,11 @@ class ZerothOrderClient(Client):
         def probe(multiplier: Tensor, seeds: Sequence[int], by_row: bool) -> Tensor:
             return probe_in_place(
                 lambda: self.blocks.call(module, inputs),
-                moved.tensors,
-                moved.streams,
+                moved,
                 multiplier,
                 self._cut,
                 seeds,
                 self.replica.mu,
-                moved.factors,
                 two_sided,
                 module=module if by_row else None,
             )

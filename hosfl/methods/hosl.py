@@ -79,7 +79,7 @@ class HOSLClient(SplitFedClient):
 class HOSLServer(LossServer):
     """Sends the losses of the displaced cuts, and learns by backpropagation from the cut itself."""
 
-    def _learn(self, round: int, message: Cut) -> tuple[Message | None, float]:
+    def _answer_and_loss(self, round: int, message: Cut) -> tuple[Message | None, float]:
         assert isinstance(message, ProbedCut)
         losses = self._losses(message, [*message.displaced]).float()
         _, loss = self._backward(message.cut, message.labels, message.mask)

@@ -34,11 +34,11 @@ class LossServer(Server):
     """A server that measures the losses of displaced cuts. probes: how many of them come with a cut."""
 
     probes: int = field(kw_only=True)
-    hears = ProbedCut
+    cut_type = ProbedCut
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.largest_message += 4 * self.probes * self.batch * int(torch.Size(self.cut_shape).numel())
+        self.largest_message += 4 * self.probes * self.cuts.elements
 
     def _check_cut(self, round: int, message: Message) -> ProbedCut:
         checked = super()._check_cut(round, message)
@@ -67,7 +67,7 @@ class LossServer(Server):
                 for move in moves:
                     with nullcontext() if move is None else displaced(self.half, move):
                         output = self.half(handed(inputs, parameter.dtype), **masks)
-                    losses.append(self.loss(output.double(), labels.double() if self.real else labels).double())
+                    losses.append(self.loss(output.double(), labels.double() if self.cuts.real else labels).double())
                     self.passes["server forward"] += len(cut)
         found = torch.stack(losses).cpu()
         if not torch.isfinite(found.float()).all():

@@ -99,7 +99,7 @@ class Method:
         ledger: what is committed of the client half; None: nothing ever is.
 
     Raises:
-        ValueError: nothing moves in the client half of a method whose clients learn; a microbatch for a half whose
+        ValueError: the client half has no weights that train, and clients learn; a microbatch for a half whose
             samples affect each other.
     """
 
@@ -112,8 +112,8 @@ class Method:
         self.setup, self.settings = setup, setup.settings
         if "client_rate" in self.reads and not setup.parameters:
             raise ValueError(
-                f"nothing moves in the client half, and in {self.settings.method} clients learn: cut the model further"
-                " behind, or take frozen"
+                f"the client half has no weights that train, and with the method {self.settings.method} clients learn:"
+                " cut the model later, or choose the method frozen"
             )
         if self.read("microbatch"):
             check_apart(setup.base)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar, TypeVar
 
 import torch
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from hosfl.halves.split import dtype_of
 from hosfl.methods.calibration import RunningStatistics
 from hosfl.methods.client import Passes, no_passes
-from hosfl.methods.gathered import Kept, Pieces, gathered, length_of, shrinking
+from hosfl.methods.cuts import CutSpec
+from hosfl.methods.gathered import Kept, OutlierClipping, Pieces, gathered, shrinking
 from hosfl.methods.ledger import Ledger, Rate, State
 from hosfl.methods.state import pack_optimizer, part, prefixed, unpack_optimizer
 from hosfl.methods.tensors import LONGEST, all_true, decoded, usable
-from hosfl.methods.travel import packed, unpacked
-from hosfl.protocol.aggregate import Aggregation, RunningLength, middle, weighted_mean
+from hosfl.methods.travel import packed
+from hosfl.protocol.aggregate import Aggregation, weighted_mean
 from hosfl.protocol.messages import (
     Calibration,
     Cut,
@@ -35,8 +36,7 @@ from hosfl.protocol.seeds import Purpose, generator, round_seed
 
 AnyMessage = TypeVar("AnyMessage", bound=Message)
 
-KEPT = 1000  # reasons
-LEAP = 10.0  # times as long as those before it a step's gradient may be
+REASONS_KEPT = 1000
 # The machine's faults and no message's: the next one would meet them too, or has no device left to be computed on.
 MACHINE = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
 
@@ -67,8 +67,8 @@ class Server:
         multiplier_m = d loss(half(z_m), labels_m) / d z_m    what the client is sent, [batch, ...]
         gradient_m   = d loss(half(z_m), labels_m) / d half   aggregated into one optimizer step
 
-    An aggregate that is more than `LEAP` times as long as those of the steps before is scaled down to their length, so
-    that one absurd cut does not stay in the optimizer's moments.
+    An aggregate much longer than those of the steps before is scaled down to their length, so that one absurd cut does
+    not stay in the optimizer's moments: see `OutlierClipping`.
 
     Whatever comes from a client goes through `receive`, `learn`, `answered` or `estimated`. They refuse what is not
     exactly right, and a refused message changes nothing.
@@ -83,25 +83,17 @@ class Server:
         ledger: what is committed of the client half, such as `SeedReplay`; None: nothing ever is.
         seed: of the run, 0 <= seed < 2^64; dropout and the sampling of clients follow from it.
         clients: their number.
-        cut_shape: of one sample's cut, without the batch; of texts, of the longest.
-        classes: labels are integers below it; None: any will do.
-        batch: the most samples that one client sends.
-        masked: whether the half takes an attention mask beside the cut. Texts may then be shorter than the longest.
-        label_shape: of one sample's labels, without the batch.
-        real: whether labels are floating-point numbers.
-        ignore_index: a label that the loss does not count, such as -100 of torch's cross_entropy; labels are then one
-            for each token. None: every label counts.
+        cuts: what clients' cuts and labels look like, and how they travel.
         aggregation: of the clients' gradients of the half; the ledger's own, so that both halves descend one loss.
             Median and trimmed mean keep all K gradients, K times the half's size, until the round's step.
         clip: the largest L2 norm of one client's gradient; None: any.
         statistics: the client half's running statistics, where the run estimates them anew.
-        alone: the number of first rounds in which only this half learns.
+        server_first: the number of first rounds in which only this half learns.
         centered: leave out of multipliers what shifts the outputs of all samples alike.
-        wire: how cuts and multipliers travel: "float32", "bfloat16", "float16" or "int8".
 
     Attributes:
         refused, refusals: the reasons of the last thousand refusals, and how many there were.
-        unsaid: the last reason of each client that has not been told of it.
+        unsaid: by client, the reason of its last refusal, until the client is told.
         differed, differences: the first thousand clients that found their half wrong and when, and how many there were.
         learnt: the number of cuts that were learnt from.
         passes: samples that went forward and backward through either half; clients count theirs in the same place.
@@ -114,7 +106,7 @@ class Server:
         ValueError: `centered` with several labels per sample.
     """
 
-    hears: ClassVar[type[Cut]] = Cut
+    cut_type: ClassVar[type[Cut]] = Cut
 
     half: nn.Module
     loss: Callable[[Tensor, Tensor], Tensor]
@@ -123,19 +115,12 @@ class Server:
     ledger: Ledger | None
     seed: int
     clients: int
-    cut_shape: tuple[int, ...]
-    classes: int | None
-    batch: int
-    masked: bool = False
-    label_shape: tuple[int, ...] = ()
-    real: bool = False
-    ignore_index: int | None = None
+    cuts: CutSpec
     aggregation: Aggregation = weighted_mean
     clip: float | None = None
     statistics: RunningStatistics | None = None
-    alone: int = 0
+    server_first: int = 0
     centered: bool = False
-    wire: str = "float32"
     refused: list[str] = field(default_factory=list, init=False)
     refusals: int = field(default=0, init=False)
     unsaid: dict[int, str] = field(default_factory=dict, init=False)
@@ -145,7 +130,7 @@ class Server:
     passes: Passes = field(default_factory=no_passes)
 
     def __post_init__(self) -> None:
-        if self.centered and self.label_shape:
+        if self.centered and self.cuts.label_shape:
             raise ValueError("multiplier = centered is for tasks with one label per sample: leave it out")
         given = [float(group.get("lr", 1.0)) for group in self.optimizer.param_groups]
         self._shares = [rate / max(given) if max(given) > 0 else 1.0 for rate in given]
@@ -154,20 +139,15 @@ class Server:
         self._gathered = gathered(self.aggregation)
         self._samples: dict[int, int] = {}
         self._answers: dict[int, Message] = {}
-        self._found: list[Tensor] = []  # losses
-        self._random: list[Tensor] = []  # the generators' states after the last cut
-        self._given: dict[int, Message] = {}  # for `commit`
+        self._client_losses: list[Tensor] = []
+        self._generators: list[Tensor] = []  # the generators' states after the last cut
+        self._accepted: dict[int, Message] = {}  # for `commit`
         self._estimates: dict[int, Statistics] = {}  # for `calibrate`
-        self._lengths: list[float] = []  # of the clients' gradients, in the first step
-        self._length = RunningLength()  # of the steps' gradients
-        numbers = self.batch * sum(torch.Size(shape).numel() for shape in (self.cut_shape, self.label_shape))
-        if self.masked:
-            numbers += self.batch * self.cut_shape[0]
-        if self.ledger is not None:
-            numbers += self.ledger.largest_answer
-        if self.statistics is not None:
-            numbers += len(self.statistics.values)
-        self.largest_message = 4 * numbers + 2048  # a complaint is at most half of that
+        self._outliers = OutlierClipping()
+        # Beside the cut an answer, or statistics; a complaint is at most half of what is added.
+        others = 0 if self.ledger is None else self.ledger.largest_answer
+        others += 0 if self.statistics is None else len(self.statistics.values)
+        self.largest_message = self.cuts.largest + 4 * others + 2048
 
     @property
     def epoch(self) -> int:
@@ -196,7 +176,7 @@ class Server:
         """Say of a message why it is refused. client: whose it is, where that is known."""
         self.refusals += 1
         self.refused.append(f"{what}: {error}")
-        del self.refused[:-KEPT]
+        del self.refused[:-REASONS_KEPT]
         if client is not None and client < self.clients:
             self.unsaid[client] = str(error)
 
@@ -266,9 +246,17 @@ class Server:
             return None
         if isinstance(hello, Differs):
             self.differences += 1
-            if len(self.differed) < KEPT:
+            if len(self.differed) < REASONS_KEPT:
                 self.differed.append(f"client {hello.client} after round {hello.round}")
         return answer
+
+    def _check_due(self, message: Message, kind: type[Message], round: int) -> None:
+        """Raises MessageError for a message of another kind, round or epoch than what is due."""
+        if type(message) is not kind or (message.round, message.epoch) != (round, self.epoch):
+            raise MessageError(
+                f"{type(message).__name__} of round {message.round}, epoch {message.epoch}, where {kind.__name__} of"
+                f" round {round}, epoch {self.epoch} is due"
+            )
 
     def _check_client(self, message: Message) -> None:
         if message.client >= self.clients:
@@ -292,13 +280,13 @@ class Server:
         self.half.train()
         self.optimizer.zero_grad()
         self._number, self._gathered = round, gathered(self.aggregation)
-        self._samples, self._answers, self._found, self._random, self._given = {}, {}, [], [], {}
-        self._lengths = []
+        self._samples, self._answers, self._client_losses, self._generators, self._accepted = {}, {}, [], [], {}
+        self._outliers.begin()
 
     def learn(self, message: Message) -> None:
         """Learn from one cut, or refuse it. The order of the cuts is that of a sum and of dropout: let it be theirs."""
         with self._refusing(message):
-            self._take(self._check_cut(self._number, message))
+            self._learn_checked(self._check_cut(self._number, message))
 
     def learnt_from(self) -> list[int]:
         """The clients whose cuts the step has learnt from so far."""
@@ -312,29 +300,29 @@ class Server:
         except MessageError as error:
             self._refuse(f"{when or f'round {self._number}'}, client {message.client}", message.client, error)
 
-    def _take(self, cut: Cut) -> None:
+    def _learn_checked(self, cut: Cut) -> None:
         """Learn from a cut that was checked. Raises MessageError; then all is as before."""
         with self._dropout():
-            answer, loss = self._learn(self._number, cut)
-        self._learnt(cut, answer, loss)
+            answer, loss = self._answer_and_loss(self._number, cut)
+        self._keep(cut, answer, loss)
 
-    def _learnt(self, cut: Cut, answer: Message | None, loss: float) -> None:
+    def _keep(self, cut: Cut, answer: Message | None, loss: float) -> None:
         """What is kept of a cut until the step ends."""
         if answer is not None:
             self._answers[cut.client] = answer
         self._samples[cut.client] = len(cut.labels)
-        self._found.append(torch.tensor([loss], dtype=torch.float64))
+        self._client_losses.append(torch.tensor([loss], dtype=torch.float64))
         self.learnt += 1
 
     def end(self) -> tuple[dict[int, Message], float]:
         """The step is taken. Returns what `step` does."""
-        if not self._found:
+        if not self._client_losses:
             return {}, float("nan")
         self._take_step()
-        answers = {} if self._number < self.alone else self._answers
-        return answers, float(self.aggregation(self._found, [*self._samples.values()]))
+        answers = {} if self._number < self.server_first else self._answers
+        return answers, float(self.aggregation(self._client_losses, [*self._samples.values()]))
 
-    def _learn(self, round: int, message: Cut) -> tuple[Message | None, float]:
+    def _answer_and_loss(self, round: int, message: Cut) -> tuple[Message | None, float]:
         """Adds to what is gathered; what the client is sent, and its loss: here by forward and backward.
 
         The multiplier is the gradient of that client's own mean loss, with no 1/K inside. Raises MessageError where
@@ -345,14 +333,14 @@ class Server:
 
     def _multiplier(self, round: int, client: int, found: Tensor) -> Multiplier:
         """A multiplier as it travels."""
-        multiplier, scales = packed(found, self.wire)
+        multiplier, scales = packed(found, self.cuts.wire)
         return Multiplier(client=client, round=round, epoch=self.epoch, multiplier=multiplier, scales=scales)
 
     def _take_step(self) -> None:
         """One step from what is gathered."""
         found, self._gathered = self._gathered.result(), gathered(self.aggregation)
         parameters = self._trained()
-        gradients, buffers = self._held(found[: len(parameters)]), found[len(parameters) :]
+        gradients, buffers = self._outliers.clipped(found[: len(parameters)]), found[len(parameters) :]
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         if buffers:
@@ -361,24 +349,9 @@ class Server:
 
     def _add(self, gradient: Pieces, samples: int, buffers: Pieces = ()) -> None:
         """Gather one client's gradient of the half, and the buffers that its pass left."""
-        if not self._length.weight:
-            self._lengths.append(length_of(gradient))
+        self._outliers.saw(gradient)
         # A share not above 1, by which nothing finite becomes infinite.
-        self._gathered.add([*gradient, *buffers], samples / self.batch)
-
-    def _held(self, gradient: Pieces) -> Pieces:
-        """The aggregated gradient; one of more than `LEAP` times the running length of those before it has that length.
-
-        In the first step that of its clients' which is the middle one. One absurd cut would otherwise do more than
-        spoil its round: stay in the moments that all later steps are divided by. Lengths of zero, of which a loss with
-        a margin has many, tell nothing.
-        """
-        length = length_of(gradient)
-        if length == 0:
-            return gradient
-        known = self._length.value if self._length.weight else middle(filter(None, self._lengths))
-        self._length.update(min(length, 2 * known) ** 2)  # may grow by a seventh in a step, whatever comes
-        return gradient if length <= LEAP * known else [g if g is None else g * (known / length) for g in gradient]
+        self._gathered.add([*gradient, *buffers], samples / self.cuts.batch)
 
     def _trained(self) -> list[nn.Parameter]:
         return [p for p in self.half.parameters() if p.requires_grad]
@@ -389,14 +362,14 @@ class Server:
         device = next(self.half.parameters()).device
         own = [] if device.type == "cpu" else [device]
         with torch.random.fork_rng(devices=own, device_type=device.type):
-            if self._random:  # as the cut before left them
-                torch.set_rng_state(self._random[0])
-                for place, state in zip(own, self._random[1:], strict=True):
+            if self._generators:  # as the cut before left them
+                torch.set_rng_state(self._generators[0])
+                for place, state in zip(own, self._generators[1:], strict=True):
                     torch.get_device_module(place).set_rng_state(state, place)
             else:
                 torch.manual_seed(round_seed(self.seed, Purpose.DROPOUT, self._number) % 2**63)
             yield
-            self._random = [torch.get_rng_state(), *(torch.get_device_module(d).get_rng_state(d) for d in own)]
+            self._generators = [torch.get_rng_state(), *(torch.get_device_module(d).get_rng_state(d) for d in own)]
 
     def _backward(self, cut: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, float]:
         """The multiplier and the loss; adds the half's gradient to what is gathered.
@@ -451,56 +424,28 @@ class Server:
 
     def _masks(self, mask: Tensor) -> dict[str, Tensor]:
         """What the half takes beside the cut."""
-        return {"attention_mask": mask.to(next(self.half.parameters()).device, torch.int64)} if self.masked else {}
+        return {"attention_mask": mask.to(next(self.half.parameters()).device, torch.int64)} if self.cuts.masked else {}
 
     def _check_cut(self, round: int, message: Message) -> Cut:
         """The message, its cut unpacked, if it is one that can be learnt from; MessageError."""
-        right = message.round == round and message.epoch == self.epoch and type(message) is self.hears
-        if not right or not isinstance(message, Cut):
-            raise MessageError(f"{type(message).__name__} of round {message.round}, epoch {message.epoch}")
+        self._check_due(message, self.cut_type, round)
+        assert isinstance(message, Cut)
         self._check_client(message)
         if message.client in self._samples:
             raise MessageError("a second cut in one round")
-        shape, labels = tuple(message.cut.shape), message.labels
-        sample, label, classes = shape[1:], self.label_shape, self.classes
-        if self.masked and sample[:1] and 0 < sample[0] < self.cut_shape[0]:  # its texts are shorter than the longest
-            sample = self.cut_shape[:1] + sample[1:]
-            if self.ignore_index is not None:  # one for each token
-                label = shape[1:2] + label[1:]
-            elif label and classes == self.cut_shape[0]:  # labels are places in a text
-                classes = shape[1]
-        right = sample == self.cut_shape and tuple(labels.shape) == shape[:1] + label
-        if not shape or not right or not len(labels):
-            raise MessageError(f"a cut of shape {shape}, labels {tuple(labels.shape)}; samples are {self.cut_shape}")
-        if len(labels) > self.batch:
-            raise MessageError(f"{len(labels)} samples; the most is {self.batch}")
-        if labels.is_floating_point() != self.real or not torch.isfinite(labels).all():
-            raise MessageError(f"labels that are {labels.dtype}, or not finite; this task's are real: {self.real}")
-        if self.ignore_index is not None:
-            labels = labels[labels != self.ignore_index]
-            if not len(labels):
-                raise MessageError(f"a cut whose labels are all {self.ignore_index}: there is nothing to learn from it")
-        if classes is not None and (int(labels.min()) < 0 or int(labels.max()) >= classes):
-            raise MessageError(f"labels from {int(labels.min())} to {int(labels.max())} for {classes} classes")
-        message = replace(message, cut=unpacked(message.cut, message.scales, self.wire))
-        if not torch.isfinite(message.cut).all():
-            raise MessageError("infinite or NaN elements in the cut")
-        expected = shape[:2] if self.masked else (0, 0)
-        if tuple(message.mask.shape) != expected or int(message.mask.sum()) != int((message.mask == 1).sum()):
-            raise MessageError(f"a mask of shape {tuple(message.mask.shape)}, not {expected}, or not of zeros and ones")
-        return message
+        return self.cuts.check(message)
 
     def answered(self, round: int, message: Message) -> bool:
         """Keep a client's answer to what it was sent for `commit`; False where it is refused."""
         assert self.ledger is not None
         with self._refusing(message, f"round {round}"):
-            right = isinstance(message, self.ledger.expects) and message.round == round
-            if not right or message.epoch != self.epoch:
-                raise MessageError(f"{type(message).__name__} of round {message.round}, epoch {message.epoch}")
-            if message.client not in self._samples or message.client in self._given:
-                raise MessageError("an answer from a client that has no multiplier, or a second one")
+            self._check_due(message, self.ledger.expects, round)
+            if message.client not in self._samples:
+                raise MessageError("an answer from a client that was sent nothing in this round")
+            if message.client in self._accepted:
+                raise MessageError("a second answer in one round")
             self.ledger.check(message)
-            self._given[message.client] = message
+            self._accepted[message.client] = message
             return True
         return False
 
@@ -513,7 +458,7 @@ class Server:
             return []
         for message in messages:
             self.answered(round, message)
-        accepted, self._given = _by_client(self._given), {}
+        accepted, self._accepted = _by_client(self._accepted), {}
         self.ledger.commit(round, accepted, [self._samples[answer.client] for answer in accepted])
         return [answer.client for answer in accepted]
 
@@ -521,7 +466,7 @@ class Server:
         """All that a restarted server needs beside the log: its half, its optimizer, the ledger's own state."""
         moments, optimizer = pack_optimizer(self.optimizer)
         tensors = prefixed("half", self.half.state_dict()) | prefixed("optimizer", moments)
-        info = {"optimizer": optimizer, "learnt": self.learnt, "length": self._length.state()}
+        info = {"optimizer": optimizer, "learnt": self.learnt, "length": self._outliers.length.state()}
         if self.ledger is not None:
             ledger, info["ledger"] = self.ledger.state()
             tensors |= prefixed("ledger", ledger)
@@ -533,7 +478,7 @@ class Server:
         self.half.load_state_dict(part("half", tensors))
         unpack_optimizer(self.optimizer, part("optimizer", tensors), info["optimizer"])
         self.learnt = info["learnt"]
-        self._length.load(info["length"])
+        self._outliers.length.load(info["length"])
         if self.ledger is not None:
             self.ledger.load(part("ledger", tensors), info["ledger"])
 

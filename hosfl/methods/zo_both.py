@@ -87,7 +87,7 @@ class ZerothOrderServer(LossServer):
                 self._take_step()
         return answers, loss
 
-    def _learn(self, round: int, message: Cut) -> tuple[Message | None, float]:
+    def _answer_and_loss(self, round: int, message: Cut) -> tuple[Message | None, float]:
         assert isinstance(message, ProbedCut)
         assert isinstance(self.ledger, SeedReplay)
         base, *rest = self._losses(message, [message.cut, *message.displaced])
@@ -124,7 +124,7 @@ class ZerothOrderServer(LossServer):
 
     def _take_step(self) -> None:
         """One step along the directions by the slopes that are gathered."""
-        (found,), self._gathered = self._held(self._gathered.result()), gathered(self.aggregation)
+        (found,), self._gathered = self._outliers.clipped(self._gathered.result()), gathered(self.aggregation)
         assert found is not None
         parameters, streams = trainable(self.half)
         gradients = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in parameters]

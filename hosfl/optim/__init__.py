@@ -50,7 +50,8 @@ What else there is to know:
   converted, or seed, directions, pool or dist changed: a step warns of it, and `log.save` raises `LogError`.
 """
 
-from hosfl.optim.log import RunLog, rebuild
+from hosfl.optim.log import RunLog
 from hosfl.optim.optimizers import ZOSGD, ZONormalizedSGD
+from hosfl.optim.replay import rebuild
 
 __all__ = ["ZOSGD", "RunLog", "ZONormalizedSGD", "rebuild"]

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from hosfl.optim.log import plain
 from hosfl.optim.sharded import is_sharded, reshard, shard
 from hosfl.probing.displaced import refuse_writers
 from hosfl_kernels import replay_
@@ -237,3 +236,8 @@ def check_tensors(groups: Sequence[Group], state: Mapping[Tensor, dict[str, Any]
                 f"{name(number)} is {list(tensor.shape)} on {tensor.device}, its momentum "
                 f"{list(moment.shape)} on {moment.device}: make the optimizer after the parameter was changed"
             )
+
+
+def plain(name: str) -> str:
+    """A parameter's name without what torch.compile puts before it."""
+    return name.replace("_orig_mod.", "")

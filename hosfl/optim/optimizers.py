@@ -33,7 +33,7 @@ from hosfl.optim.groups import (
     number,
 )
 from hosfl.optim.lattices import Lattices
-from hosfl.optim.log import RunLog, Terms
+from hosfl.optim.log import RunLog
 from hosfl.optim.measurement import (
     Flatness,
     Measurement,
@@ -46,6 +46,7 @@ from hosfl.optim.measurement import (
 from hosfl.optim.moved import InPlace, ReadOnly
 from hosfl.optim.sharded import averaged, common_seed, together
 from hosfl.optim.state import Saved, read_state, told_run
+from hosfl.optim.terms import Terms
 from hosfl.optim.update import LARGEST_FLOAT32, check_reach, lattice_step, make_moments, rule_steps
 from hosfl.probing.conditions import Closure, Conditions, Evaluations
 from hosfl.protocol.aggregate import RunningLength

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hosfl.optim.groups import Parameters
-from hosfl.optim.log import LARGEST_STEP, check_terms, zeros
+from hosfl.optim.terms import LARGEST_STEP, check_terms, zeros
 from hosfl.protocol.header import check_choice, check_integer, check_keys, check_quantum
 
 

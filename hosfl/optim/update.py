@@ -15,8 +15,9 @@ from torch import Tensor, distributed
 
 from hosfl.optim.groups import Group
 from hosfl.optim.lattices import Lattices
-from hosfl.optim.log import Row, RunLog, Terms, apply_rule, zeros
+from hosfl.optim.log import Row, RunLog
 from hosfl.optim.moved import InPlace, ReadOnly
+from hosfl.optim.terms import Terms, apply_rule, zeros
 from hosfl.protocol.seeds import Purpose, round_seed
 from hosfl_kernels import SGD, derive
 

@@ -37,9 +37,8 @@ def probe_batched(
     seeds: Sequence[int],
     mu: float,
     dist: str,
-    factors: Sequence[float] | None = None,
-    two_sided: bool = False,
     moved: Moved | None = None,
+    two_sided: bool = False,
     *,
     at_once: int,
 ) -> Tensor:
@@ -56,7 +55,7 @@ def probe_batched(
     it: nn.LSTM, GRU and RNN, layers of experts, and whatever reads single numbers of a tensor, or whose shapes depend
     on them; torch.OutOfMemoryError; else as `evaluate_displaced`.
     """
-    moving = moved or Moved.of(module, factors)
+    moving = moved or Moved.of(module)
 
     def outputs(some: Sequence[int], step: float) -> Tensor:
         weights = _copies(moving.tensors, moving, some, step, dist)
@@ -76,7 +75,6 @@ def probe_forward_batched(
     multiplier: Tensor,
     seeds: Sequence[int],
     dist: str,
-    factors: Sequence[float] | None = None,
     moved: Moved | None = None,
     *,
     at_once: int,
@@ -85,7 +83,7 @@ def probe_forward_batched(
 
     One pass at th, and for each direction what its tangent takes beside that. All else as in `probe_batched`.
     """
-    moving = moved or Moved.of(module, factors)
+    moving = moved or Moved.of(module)
     at = tuple(p.detach() for p in moving.tensors)
 
     def output(*duals: Tensor) -> Tensor:

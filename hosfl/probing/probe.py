@@ -79,19 +79,17 @@ def inner(multiplier: Tensor, output: Tensor, other: Tensor, distance: float) ->
 
 def probe_in_place(
     forward: Callable[[], Tensor],
-    parameters: Sequence[Tensor],
-    streams: Sequence[int],
+    moved: Moved,
     multiplier: Tensor,
     cut: Tensor,
     seeds: Sequence[int],
     mu: float,
-    factors: Sequence[float] | None = None,
     two_sided: bool = False,
     module: nn.Module | None = None,
 ) -> Tensor:
     """Directional derivatives along Rademacher directions, float32 [P], for weights on the lattice.
 
-    v_p = <multiplier, forward() at th + mu * u_p - cut> / mu with u_p,t = factors[t] * z(seeds[p], streams[t]);
+    v_p = <multiplier, forward() at th + mu * u_p - cut> / mu, of `moved` u_p,t = factors[t] * z(seeds[p], streams[t]);
     two_sided: <multiplier, forward() at th + mu * u_p - forward() at th - mu * u_p> / (2 mu).
     Call it under `evaluating`: the weights must not be recorded by autograd.
 
@@ -104,11 +102,11 @@ def probe_in_place(
     table of which the model also reads other rows is copied whole meanwhile. It must be read as its module's `weight`:
     who keeps a reference of its own, in a list say, sees it unmoved.
     """
-    moved = Moved(parameters, streams, [1.0] * len(parameters) if factors is None else factors)
-    tables = nn.ModuleList() if module is None else large_tables(module, parameters)
+    tensors = moved.tensors
+    tables = nn.ModuleList() if module is None else large_tables(module, tensors)
     by_row = {id(p) for p in tables.parameters()}
-    looked_up = moved.some([t for t, p in enumerate(parameters) if id(p) in by_row])
-    moved = moved.some([t for t, p in enumerate(parameters) if id(p) not in by_row])
+    looked_up = moved.some([t for t, p in enumerate(tensors) if id(p) in by_row])
+    moved = moved.some([t for t, p in enumerate(tensors) if id(p) not in by_row])
     standing: list[tuple[int, float]] = []  # seed and distance of where the weights stand: one at most
 
     def rows(seed: int, step: float) -> AbstractContextManager[None]:
@@ -143,20 +141,19 @@ def probe_untouched(
     seeds: Sequence[int],
     mu: float,
     dist: str,
-    factors: Sequence[float] | None = None,
-    two_sided: bool = False,
     moved: Moved | None = None,
+    two_sided: bool = False,
 ) -> Tensor:
     """Directional derivatives for weights on no lattice, float32 [P]: reads th in any dtype, never writes it.
 
     v_p as in `probe_in_place`; each weight of th + mu * u_p is rounded to its dtype. inputs: a tensor, a tuple of
     positional arguments or a mapping of keyword arguments. dist: "rademacher" or "gaussian". moved: what directions
-    move, where that is not all that is trainable in the module, with the factors.
+    move; None: all that is trainable in the module.
 
     Off the lattice adding and taking away rounds twice, and a client that probes would drift from one that does not.
     Costs the memory of one layer's weights while that layer runs. Raises as `evaluate_displaced`.
     """
-    moved = moved or Moved.of(module, factors)
+    moved = moved or Moved.of(module)
 
     def output(seed: int, step: float) -> Tensor:
         displacement = Displacement(moved.tensors, moved.streams, seed, step, dist, moved.factors)
@@ -190,7 +187,6 @@ def probe_forward(
     multiplier: Tensor,
     seeds: Sequence[int],
     dist: str,
-    factors: Sequence[float] | None = None,
     moved: Moved | None = None,
 ) -> Tensor:
     """Directional derivatives by forward-mode differentiation, float32 [P]: v_p = <multiplier, J u_p>.
@@ -199,7 +195,7 @@ def probe_forward(
     passes, the memory of one layer's weights, and twice the activations or more: torch's derivative of BatchNorm makes
     more such tensors on the way. Raises as `hosfl.probing.forward_mode.derivative`.
     """
-    moved = moved or Moved.of(module, factors)
+    moved = moved or Moved.of(module)
     scalars = []
     for seed in seeds:
         tangents = Tangents(moved.tensors, moved.streams, seed, dist, moved.factors)
@@ -215,9 +211,8 @@ def probe_backward(
     multiplier: Tensor,
     seeds: Sequence[int],
     dist: str,
-    factors: Sequence[float] | None = None,
-    microbatch: int = 0,
     moved: Moved | None = None,
+    microbatch: int = 0,
     measured: Sequence[slice] | None = None,
 ) -> Tensor:
     """Directional derivatives from the gradient, float32 [P]: v_p = <g, u_p>, g = J^T multiplier by backpropagation.
@@ -235,60 +230,78 @@ def probe_backward(
     refuse_writers(module)
     if microbatch:
         check_apart(module)
-    moved = moved or Moved.of(module, factors)
-    parameters, streams, factors = moved.tensors, moved.streams, moved.factors
-    of = [slice(None)] * len(parameters) if measured is None else measured
-    scalars = torch.zeros(len(seeds), dtype=torch.float64)
-    waiting: dict[int, Tensor] = {}  # gradients by the parameter's position
-
-    def take(parameter: Tensor, position: int) -> None:
-        gradient, parameter.grad = parameter.grad, None
-        assert gradient is not None
-        if gradient.is_sparse:
-            measure_rows(gradient.coalesce(), position)
-            return
-        gradient = gradient.float().contiguous()
-        if gradient.nbytes > WAITING:
-            measure({position: gradient})
-            return
-        # A sum of its own: gradients may share memory with each other and with the multiplier.
-        waiting[position] = waiting.get(position, 0.0) + gradient
-        if sum(g.nbytes for g in waiting.values()) > WAITING:
-            measure(waiting)
-            waiting.clear()
-
-    def measure(gradients: dict[int, Tensor]) -> None:
-        for _, some in groupby(gradients, lambda t: (of[t].start, of[t].stop)):  # tensors moved together lie together
-            ts = list(some)
-            scales, names = [factors[t] for t in ts], [streams[t] for t in ts]
-            found = project([gradients[t] for t in ts], seeds[of[ts[0]]], dist=dist, factors=scales, streams=names)
-            scalars[of[ts[0]]] += found
-
-    def measure_rows(table: Tensor, position: int) -> None:
-        rows, numbers = table.values().float(), table.indices()[0].tolist()
-        place: Any = {"factors": [factors[position]] * len(rows), "streams": [streams[position]] * len(rows)}
-        starts = [number * rows.shape[1] for number in numbers]
-        scalars[of[position]] += project(rows.unbind(), seeds[of[position]], dist=dist, starts=starts, **place)
-
+    moved = moved or Moved.of(module)
+    parameters = moved.tensors
+    projected = _Projected(moved, seeds, dist, measured)
     held = [p.grad for p in parameters]  # the user's own
     hooks = []
     try:
         for position, parameter in enumerate(parameters):
             parameter.grad = None
-            hooks.append(parameter.register_post_accumulate_grad_hook(partial(take, position=position)))
+            hooks.append(parameter.register_post_accumulate_grad_hook(partial(projected.take, position=position)))
         multipliers = multiplier.split(microbatch or len(multiplier))
         with torch.enable_grad(), made_again(), Lookups(sparse=True):
             for part, m in zip(parts_of(inputs, microbatch), multipliers, strict=True):
                 output = call(module, part)
                 if output.requires_grad:  # or nothing that moves has a part in it
                     torch.autograd.backward(output, m, inputs=parameters)
-        measure(waiting)
+        return projected.scalars()
     finally:
         for hook in hooks:
             hook.remove()
         for parameter, gradient in zip(parameters, held, strict=True):
             parameter.grad = gradient
-    return scalars.float()
+
+
+class _Projected:
+    """<g, u_p> for every direction p, from gradients g that come tensor by tensor and are freed soon."""
+
+    def __init__(self, moved: Moved, seeds: Sequence[int], dist: str, measured: Sequence[slice] | None) -> None:
+        self.moved, self.seeds, self.dist = moved, seeds, dist
+        self.measured = [slice(None)] * len(moved.tensors) if measured is None else measured
+        self._sums = torch.zeros(len(seeds), dtype=torch.float64)
+        self._waiting: dict[int, Tensor] = {}  # gradients by the parameter's position
+
+    def take(self, parameter: Tensor, position: int) -> None:
+        """Take a parameter's gradient from it."""
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        if gradient.is_sparse:
+            self._project_rows(gradient.coalesce(), position)
+            return
+        gradient = gradient.float().contiguous()
+        if gradient.nbytes > WAITING:
+            self._project({position: gradient})
+            return
+        # A sum of its own: gradients may share memory with each other and with the multiplier.
+        self._waiting[position] = self._waiting.get(position, 0.0) + gradient
+        if sum(g.nbytes for g in self._waiting.values()) > WAITING:
+            self._project(self._waiting)
+            self._waiting.clear()
+
+    def scalars(self) -> Tensor:
+        """float32 [P], when all gradients were taken."""
+        self._project(self._waiting)
+        return self._sums.float()
+
+    def _project(self, gradients: dict[int, Tensor]) -> None:
+        of = self.measured
+        for _, some in groupby(gradients, lambda t: (of[t].start, of[t].stop)):  # tensors moved together lie together
+            ts = list(some)
+            self._add(of[ts[0]], [gradients[t] for t in ts], self.moved.some(ts))
+
+    def _project_rows(self, table: Tensor, position: int) -> None:
+        rows, numbers = table.values().float(), table.indices()[0].tolist()
+        starts = [number * rows.shape[1] for number in numbers]
+        self._add(self.measured[position], rows.unbind(), self.moved.some([position] * len(rows)), starts)
+
+    def _add(
+        self, which: slice, gradients: Sequence[Tensor], moved: Moved, starts: Sequence[int] | None = None
+    ) -> None:
+        factors, streams = moved.factors, moved.streams
+        self._sums[which] += project(
+            gradients, self.seeds[which], dist=self.dist, factors=factors, streams=streams, starts=starts
+        )
 
 
 class Lookups(TorchFunctionMode):

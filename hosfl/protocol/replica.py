@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +40,16 @@ def digest_array(sha256: bytes) -> NDArray[np.int32]:
 
 class DigestMismatch(Exception):
     """The replica has other bits than the server's after the same rounds: it must start again from its base."""
+
+
+class ReplicaState(NamedTuple):
+    """What a replica holds: see its attributes."""
+
+    tensors: Sequence[Array]
+    moments: Sequence[Sequence[Array]]
+    applied: int
+    epoch: int
+    lattice: Lattice | None
 
 
 class Replica:
@@ -89,19 +100,16 @@ class Replica:
         """The size of a probe's step: the run's, on the lattice of the moment."""
         return self.run.mu if self.lattice is None else self.lattice.nearest(self.run.mu, at_least_one=True)
 
-    def take_up(
-        self,
-        tensors: Sequence[Array],
-        moments: Sequence[Sequence[Array]],
-        applied: int,
-        epoch: int,
-        lattice: Lattice | None,
-    ) -> None:
-        """Copy another replica's state of `applied` rounds."""
-        for mine, others in zip((self.tensors, *self.moments), (tensors, *moments), strict=True):
+    def state(self) -> ReplicaState:
+        """All that `load` takes. Its arrays are the replica's own, not copies."""
+        return ReplicaState(self.tensors, self.moments, self.applied, self.epoch, self.lattice)
+
+    def load(self, state: ReplicaState) -> None:
+        """Become a copy of another replica of the run."""
+        for mine, others in zip((self.tensors, *self.moments), (state.tensors, *state.moments), strict=True):
             for kept, other in zip(mine, others, strict=True):
                 assign(kept, other)
-        self.applied, self.epoch, self.lattice = applied, epoch, lattice
+        self.applied, self.epoch, self.lattice = state.applied, state.epoch, state.lattice
         self._largest = float("inf")
 
     def digest(self) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hosfl.halves.split import Joined, SplitModel, as_dtype, dtype_of
 from hosfl.halves.trains import moving_only
 from hosfl.methods import calibration, method_of
 from hosfl.methods.client import Client
+from hosfl.methods.cuts import CutSpec
 from hosfl.methods.ledger import SeedReplay
 from hosfl.methods.method import Method, Setup
 from hosfl.methods.state import prefixed
@@ -29,7 +31,7 @@ from hosfl.protocol.rebuild import base_digest
 from hosfl.protocol.seeds import Purpose, round_seed
 from hosfl.runs.checkpoint import header_of
 from hosfl.runs.federation import Federation
-from hosfl.runs.trial import tried
+from hosfl.runs.trial import try_halves
 from hosfl.settings import DEFAULTS, Rates, Settings
 from hosfl.tasks import TASKS, TUNED, make_task
 from hosfl.tasks.data import Dataset, dirichlet_split, iid_split, shards
@@ -68,13 +70,13 @@ def assemble(
         )
     fixed, file = factors(base), None if begun is None else begun / "base.safetensors"
     if fixed and file is not None and file.exists():
-        _take_up(fixed, file)
+        _load_from_base(fixed, file)
     base = base.to(device)
     shares = [share.to(device, dtype_of(base)) for share in partition(task, config, smallest_shard)]
     half = model.server.to(device)
     if not any(parameter.requires_grad for parameter in half.parameters()):
-        raise ValueError("the server half has no parameters that train: cut the model further in front")
-    cut_shape, sample = tried(task, Joined(base, half), shares[0])
+        raise ValueError("the server half has no parameters that train: cut the model earlier")
+    cut_shape, sample = try_halves(task, Joined(base, half), shares[0])
     setup = Setup(config, base, rates, AGGREGATIONS[config.aggregation], sample.inputs)
     method = kind(setup)
     statistics = calibration.RunningStatistics.of(base, config.batch * config.calibrate) if config.calibrate else None
@@ -90,39 +92,54 @@ def assemble(
         ledger=method.ledger,
         seed=config.seed,
         clients=config.clients,
-        cut_shape=cut_shape,
-        classes=task.classes,
-        batch=config.batch,
-        masked=isinstance(sample.inputs, dict) and "attention_mask" in sample.inputs,
-        label_shape=tuple(sample.labels.shape[1:]),
-        real=sample.labels.is_floating_point(),
-        ignore_index=task.ignore_index,
+        cuts=_cut_spec(task, config, cut_shape, sample, method.read("wire")),
         aggregation=setup.aggregation,
         clip=config.server_clip,
         passes=setup.passes,
         statistics=statistics,
-        alone=method.read("server_first"),
+        server_first=method.read("server_first"),
         centered=method.read("multiplier") == "centered",
-        wire=method.read("wire"),
     )
     running = {} if statistics is None else calibration.running(base)
 
-    def describe() -> tuple[Header | None, Provenance]:
-        model, header = halves, None
-        if fixed or running:
-            model = base_digest({"halves": np.frombuffer(bytes.fromhex(halves), np.uint8), **fixed, **running})
-        if isinstance(method.ledger, SeedReplay):
-            header = header_of(method.ledger.run, base, config.decisive())
-        log = "" if header is None else header_digest(header)
-        return header, Provenance(config.decisive(), task.digest(), model, log)
-
+    describe = partial(_describe, config, task, method, base, halves, {**fixed, **running})
     federation = Federation(config, server, make, base, setup.observed, kind.exchanges(config), describe=describe)
     if statistics is not None and file is not None:
-        _take_up(running, file)
+        _load_from_base(running, file)
         statistics.values = calibration.flat(base)
     if statistics is None or file is not None:
         federation.settle()
     return federation, task
+
+
+def _cut_spec(task: Task, config: Settings, shape: tuple[int, ...], sample: Dataset, wire: str) -> CutSpec:
+    """shape: of one sample's cut."""
+    return CutSpec(
+        shape,
+        task.classes,
+        config.batch,
+        masked=isinstance(sample.inputs, dict) and "attention_mask" in sample.inputs,
+        label_shape=tuple(sample.labels.shape[1:]),
+        real=sample.labels.is_floating_point(),
+        ignore_index=task.ignore_index,
+        wire=wire,
+    )
+
+
+def _describe(
+    config: Settings, task: Task, method: Method, base: nn.Module, halves: str, fixed: dict[str, Tensor]
+) -> tuple[Header | None, Provenance]:
+    """The log's header, of a method that has one, and what the run is made of.
+
+    halves: the digest of the model's. fixed: what the client half has beside: factors of adapters, running statistics.
+    """
+    model, header = halves, None
+    if fixed:
+        model = base_digest({"halves": np.frombuffer(bytes.fromhex(halves), np.uint8), **fixed})
+    if isinstance(method.ledger, SeedReplay):
+        header = header_of(method.ledger.run, base, config.decisive())
+    log = "" if header is None else header_digest(header)
+    return header, Provenance(config.decisive(), task.digest(), model, log)
 
 
 def _check_stored(model: SplitModel) -> None:
@@ -199,7 +216,7 @@ def base_of(config: Settings, model: SplitModel, public: Inputs | None) -> nn.Mo
     return narrowed(as_dtype(base, dtype), config.frozen)
 
 
-def _take_up(fixed: dict[str, Tensor], path: Path) -> None:
+def _load_from_base(fixed: dict[str, Tensor], path: Path) -> None:
     """Give tensors of a half what its base file holds of them.
 
     Raises ProvenanceError for another run's file, or none; whether the numbers are this run's, its provenance says

@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -26,7 +25,7 @@ from hosfl.halves.split import Joined, SplitModel
 from hosfl.methods import calibration
 from hosfl.methods.client import Client
 from hosfl.methods.ledger import SeedReplay
-from hosfl.methods.server import KEPT, Server
+from hosfl.methods.server import REASONS_KEPT, Server
 from hosfl.protocol.endpoint import Endpoint
 from hosfl.protocol.header import Header
 from hosfl.protocol.messages import (
@@ -45,6 +44,7 @@ from hosfl.protocol.messages import (
     text_of,
 )
 from hosfl.protocol.provenance import Provenance, new_id, open_log
+from hosfl.runs.in_order import InOrder
 from hosfl.settings import Settings
 from hosfl.terminal import printable
 
@@ -83,16 +83,16 @@ class Federation:
         id: random; no other run has it, and this one keeps it when it is resumed. Clients know by it whose weights
             theirs are.
         clients: those made here so far, by number.
-        where: (rounds, epoch) that a client has applied, as far as the server knows, by number.
+        where: by client, (rounds, epoch) that it has applied, as far as the server knows.
         visits: how many times a client took part.
         missing: how many times a client that was asked did not answer.
-        why: of the round's, why, by client.
+        why: by client, why it did not answer in this round: "gone", "late", "lost" or "failed: ...".
         seconds: of the last round, by phase: "cuts" and "answers" are spent on the engine and the clients, "server"
             here. It learns from a cut while those of other clients are still on their way.
         asked: clients that were invited to the last round.
         took_part: clients whose answers were its answers; whose cuts, where a method needs no answers.
         seen: clients that took part in any round.
-        tried: how often the next round was tried in vain, where the run is patient.
+        tried: how often the next round was tried and nothing could be learnt, where the run is patient.
     """
 
     config: Settings
@@ -164,11 +164,11 @@ class Federation:
         try:
             self.asked, first = self.invited(round), round * self.exchanges
             self.server.begin(first)
-            learning = _InOrder(self.asked, self._learn)
+            learning = InOrder(self.asked, self._learn)
             for message in self.late():
                 self._learn(message)
             with self._timed("cuts"):
-                self._reached(Invitation, round, self.asked, learning)
+                self._collect(Invitation, round, self.asked, learning)
             with self._timed("server"):
                 multipliers, loss = self.server.end()
             sent = self.server.learnt_from()
@@ -182,9 +182,9 @@ class Federation:
             losses = [loss]
             for exchange in range(first + 1, first + self.exchanges):
                 self.server.begin(exchange)
-                learning = _InOrder(multipliers, self._learn)
+                learning = InOrder(multipliers, self._learn)
                 with self._timed("answers"):
-                    self._heard_out(_each(multipliers), learning.came, partial(self._suffice, learning))
+                    self._deliver(_each(multipliers), learning.came, partial(self._enough_learnt, learning))
                 learning.end()
                 with self._timed("server"):
                     multipliers, loss = self.server.end()
@@ -192,7 +192,7 @@ class Federation:
                 losses.append(loss)
             answers = _each(multipliers) if self.server.ledger is not None else {}
             with self._timed("answers"):
-                self._counted(answers, partial(self.server.answered, round))
+                self._collect_answers(answers, partial(self.server.answered, round))
             with self._timed("server"):
                 committed = self.server.commit(round)
             self.took_part = committed if answers else sent
@@ -213,34 +213,34 @@ class Federation:
             with self._timed("server"):
                 self.server.learn(message)
 
-    def _reached(
-        self, what: type[Invitation | Audit], round: int, clients: Sequence[int], order: _InOrder | None = None
+    def _collect(
+        self, what: type[Invitation | Audit], round: int, clients: Sequence[int], order: InOrder | None = None
     ) -> dict[int, Message]:
         """The cuts or digests of clients, by number: everybody takes first what it has missed.
 
         order: is told of them as they come, and of who sends none.
         """
-        ends, found = self._ends(), dict[int, Message]()
-        asks = {n: self._news(n) for n in clients}
+        ends, found = self._ends_at(), dict[int, Message]()
+        asks = {n: self._records_for(n) for n in clients}
         if self.server.ledger is not None:
             # Where a client is, it says at once: nobody who computes is waited for meanwhile. One that says nothing
             # leaves the others most of their time.
             unknown = {n: asks.pop(n) for n in clients if n not in self.where}
-            asks |= self._ask(what, round, unknown, self._ends(TO_SAY_WHERE), found, order)
+            asks |= self._ask_once(what, round, unknown, self._ends_at(TO_SAY_WHERE), found, order)
         for _ in range(TRIES):
-            asks = self._ask(what, round, asks, ends, found, order)
+            asks = self._ask_once(what, round, asks, ends, found, order)
         if order is not None:
             order.end()
         return found
 
-    def _ask(
+    def _ask_once(
         self,
         what: type[Invitation | Audit],
         round: int,
         asks: Mapping[int, Sequence[Message]],
         ends: float | None,
         found: dict[int, Message],
-        order: _InOrder | None,
+        order: InOrder | None,
     ) -> dict[int, list[Message]]:
         """Adds what came to `found`; returns what to send those who said that they are elsewhere."""
         again: dict[int, list[Message]] = {}
@@ -264,11 +264,11 @@ class Federation:
             found[client] = message
             for applied in asks[client]:
                 self.where[client] = _after(applied)
-            if order is not None and self._suffice(order):
+            if order is not None and self._enough_learnt(order):
                 return {}
         return again
 
-    def _suffice(self, order: _InOrder) -> bool:
+    def _enough_learnt(self, order: InOrder) -> bool:
         """Whether enough of the cuts that came were learnt from to go on without the rest."""
         if self.enough is None or order.messages < self.enough:
             return False
@@ -276,7 +276,7 @@ class Federation:
         with self._timed("server"):
             return len(self.server.learnt_from()) >= self.enough
 
-    def _counted(self, asks: Mapping[int, Sequence[Message]], counts: Callable[[Message], bool]) -> None:
+    def _collect_answers(self, asks: Mapping[int, Sequence[Message]], counts: Callable[[Message], bool]) -> None:
         """Hand on what clients answer until enough of it counts."""
         count = 0
 
@@ -286,16 +286,16 @@ class Federation:
                 with self._timed("server"):
                     count += counts(message)
 
-        self._heard_out(asks, came, lambda: self.enough is not None and count >= self.enough)
+        self._deliver(asks, came, lambda: self.enough is not None and count >= self.enough)
 
-    def _heard_out(
+    def _deliver(
         self,
         asks: Mapping[int, Sequence[Message]],
         came: Callable[[int, Message | None], None],
         suffice: Callable[[], bool],
     ) -> None:
         """Hand on what clients answer until it suffices; none of them is asked twice."""
-        for client, message in self._replies(asks, self._ends()):
+        for client, message in self._replies(asks, self._ends_at()):
             came(client, message)
             if suffice():
                 break
@@ -308,19 +308,19 @@ class Federation:
         for client, messages in asks.items():
             carried = self.wire.carry(client, messages)
             if carried is None:
-                self._missed(client)
+                self._did_not_answer(client)
             else:
                 data[client] = carried
         if not data:
             return
         for reply in self.engine.ask(data, None if ends is None else max(0.0, ends - time.monotonic())):
-            yield reply.client, self._heard(reply)
+            yield reply.client, self._receive(reply)
 
-    def _heard(self, reply: Reply) -> Message | None:
+    def _receive(self, reply: Reply) -> Message | None:
         """The message of a reply, if it brings one that can be read."""
         data = None if reply.data is None else self.wire.bring(reply.client, reply.data)
         if data is None:
-            self._missed(reply.client)
+            self._did_not_answer(reply.client)
             self.why[reply.client] = reply.reason or "lost"
             return None
         message = self.server.receive(data, reply.client)
@@ -334,11 +334,11 @@ class Federation:
             return None
         return message
 
-    def _missed(self, client: int) -> None:
+    def _did_not_answer(self, client: int) -> None:
         self.missing += 1
         self.where.pop(client, None)  # whether it has taken what it was sent, it will say
 
-    def _news(self, client: int) -> list[Message]:
+    def _records_for(self, client: int) -> list[Message]:
         """What a client has missed, as far as the server knows where it is."""
         if client not in self.where:
             return []
@@ -346,13 +346,13 @@ class Federation:
         news = self.server.welcome(Hello(client=client, round=round, epoch=epoch), said=False)
         return [] if news is None else [news]
 
-    def _ends(self, share: float = 1.0) -> float | None:
+    def _ends_at(self, share: float = 1.0) -> float | None:
         return None if self.deadline is None else time.monotonic() + share * self.deadline
 
     def _complain(self, client: int, what: str) -> None:
         self.complaints += 1
         self.complained.append(f"client {client}: {what}")
-        del self.complained[:-KEPT]
+        del self.complained[:-REASONS_KEPT]
 
     def invited(self, round: int) -> list[int]:
         """Who takes part in a round: a sample of those who are here, and of whom it was not yet tried with in vain."""
@@ -405,7 +405,7 @@ class Federation:
         asks = {n: [replace(ask, client=n)] for n in self.invited(0)}
         self.seconds = {"server": 0.0}
         try:
-            self._counted(asks, self.server.estimated)
+            self._collect_answers(asks, self.server.estimated)
         finally:
             self._leave()
         if not self.server.calibrate():
@@ -456,7 +456,7 @@ class Federation:
     def audited(self, clients: Sequence[int]) -> dict[int, str]:
         """The digests of clients' halves after they have taken all that was committed; of those who answer."""
         try:
-            found = self._reached(Audit, 0, clients)
+            found = self._collect(Audit, 0, clients)
         finally:
             self._leave()
         return {n: m.digest.numpy().tobytes().hex() for n, m in found.items() if isinstance(m, Audited)}
@@ -481,39 +481,6 @@ class Federation:
         """Close the log, and let go of the engine."""
         self.close_log()
         self.engine.close()
-
-
-class _InOrder:
-    """Hands on what comes of several clients in their order, each once those before it have come, or never will."""
-
-    def __init__(self, clients: Iterable[int], take: Callable[[Message], None]) -> None:
-        self.take, self._waiting = take, deque(sorted(clients))
-        self._there: dict[int, Message | None] = {}
-        self.messages = 0  # that came
-
-    def came(self, client: int, message: Message | None) -> None:
-        """Its message is here; None: there will be none."""
-        self._there[client] = message
-        self.messages += message is not None
-        while self._waiting and self._waiting[0] in self._there:
-            self._hand_on(self._waiting.popleft())
-
-    def take_those_here(self) -> None:
-        """Hand on those that have come, before others that may still come."""
-        here = [client for client in self._waiting if client in self._there]
-        self._waiting = deque(client for client in self._waiting if client not in self._there)
-        for client in here:
-            self._hand_on(client)
-
-    def end(self) -> None:
-        """Whoever has not come will not."""
-        while self._waiting:
-            self._hand_on(self._waiting.popleft())
-
-    def _hand_on(self, client: int) -> None:
-        message = self._there.pop(client, None)
-        if message is not None:
-            self.take(message)
 
 
 def _each(messages: Mapping[int, Message]) -> dict[int, list[Message]]:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from hosfl.halves.blocks import blocks_of
-from hosfl.halves.families import untrained
+from hosfl.halves.hub import untrained
 from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.narrow import FROZEN, made_again, narrowed
 from hosfl.halves.split import as_dtype, dtype_of, split

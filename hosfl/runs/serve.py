@@ -121,12 +121,12 @@ def offered(federation: Federation, edge: bool = False) -> dict[str, bytes]:
         "log": log,
         "measures": measures,
         "edge": told,
-        "cut": list(server.cut_shape),
+        "cut": list(server.cuts.shape),
         "labels": {
-            "shape": list(server.label_shape),
-            "real": server.real,
-            "classes": server.classes,
-            "ignore_index": server.ignore_index,
+            "shape": list(server.cuts.label_shape),
+            "real": server.cuts.real,
+            "classes": server.cuts.classes,
+            "ignore_index": server.cuts.ignore_index,
         },
     }
     return {"run": json.dumps(run).encode(), "base": base} | for_edge
@@ -145,7 +145,7 @@ def _for_edge(federation: Federation, half: nn.Module) -> tuple[dict[str, bytes]
     sample, entries = client.batch(0)[0], [begin.entry for begin in client.begins]
     if federation.config.device != "cpu":
         half, sample = copy.deepcopy(half).cpu(), tree_map_only(Tensor, Tensor.cpu, sample)
-    most = federation.config.batch, federation.server.cut_shape[0] if federation.server.masked else 0
+    most = federation.config.batch, federation.server.cuts.shape[0] if federation.server.cuts.masked else 0
     backward = federation.config.estimator == "backward"
     running = list(calibration.running(half)) if federation.config.calibrate else []
     pieces = exported(half, sample, entries, most, backward, running)

@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from hosfl.files import FolderLock, write_json
@@ -24,13 +21,14 @@ from hosfl.methods import calibration
 from hosfl.methods.client import Client
 from hosfl.methods.ho import ZerothOrderClient
 from hosfl.methods.ledger import SeedReplay
-from hosfl.methods.travel import packed, unpacked
 from hosfl.protocol.lattice import Lattice, LatticeError
-from hosfl.protocol.messages import Cut, Message, Multiplier, Scalars, Wire
+from hosfl.protocol.messages import Message
 from hosfl.protocol.records import RoundRecord
+from hosfl.protocol.replica import ReplicaState
 from hosfl.protocol.seeds import Purpose, generator
 from hosfl.protocol.terms import Diverged
 from hosfl.runs.assemble import assemble
+from hosfl.runs.byzantine import TOLD, ByzantineClient
 from hosfl.runs.checkpoint import check_free, save_module
 from hosfl.runs.config import Config
 from hosfl.runs.evaluate import evaluate
@@ -39,163 +37,10 @@ from hosfl.runs.federation import Federation
 from hosfl.runs.report import Evaluation, machine, peak_memory
 from hosfl.runs.serve import Over
 from hosfl.runs.trainer import Progress, check_loss, interruptible, restore, save_snapshot
+from hosfl.runs.unreliable import ServerDied, UnreliableWire
 from hosfl.tasks.task import Task
 
 SMALLEST_SHARD = 32  # samples; a crowd larger than the data shares it
-
-
-class ServerDied(Exception):
-    """The server is gone in the middle of a round."""
-
-
-class UnreliableWire(Wire):
-    """Loses, delays and damages messages, and kills the server, as `faults` say."""
-
-    def __init__(self, faults: Faults, random: np.random.Generator) -> None:
-        super().__init__()
-        self.faults, self.random = faults, random
-        self.left: dict[int, int] = {}  # messages until a client vanishes
-        self.clock: dict[int, float] = {}  # seconds into the exchange, by client
-        self.late: list[bytes] = []
-        self.death: int | None = None  # messages, and commits, until the server dies
-        self.lost = self.overdue = self.damaged = 0
-
-    def begin(self, clients: Mapping[int, int]) -> list[bytes]:
-        """A round begins. clients: how many messages each has, in both directions. Returns what arrives only now."""
-        vanish = self.random.random(len(clients)) < self.faults.dropout
-        self.left = {c: int(self.random.integers(clients[c])) for c, v in zip(clients, vanish, strict=True) if v}
-        self.clock = {}
-        if self.faults.crash_every and self.random.random() < 1 / self.faults.crash_every:
-            self.death = int(self.random.integers(2 + sum(clients.values())))
-        late, self.late = self.late, []
-        return late
-
-    def carry(self, client: int, messages: Sequence[Message]) -> bytes | None:
-        data = super().carry(client, messages)
-        assert data is not None
-        if isinstance(messages[-1], Multiplier):
-            self.clock[client] = 0.0  # the second exchange
-        arrives, travelled = self._travels(client, data)
-        if travelled is not None and not arrives:
-            self.overdue += 1
-        return travelled if arrives else None
-
-    def bring(self, client: int, data: bytes) -> bytes | None:
-        arrives, travelled = self._travels(client, data)
-        if travelled is not None and not arrives:
-            self.overdue += 1
-            self.late.append(travelled)
-        return travelled if arrives else None
-
-    def _travels(self, client: int, data: bytes) -> tuple[bool, bytes | None]:
-        """(whether it arrives in time, what arrives): None where its client has vanished."""
-        self.maybe_die()
-        if client in self.left:
-            if self.left[client] == 0:
-                self.lost += 1
-                return False, None
-            self.left[client] -= 1
-        if self.faults.damage and self.random.random() < self.faults.damage:
-            self.damaged += 1
-            bit = int(self.random.integers(8 * len(data)))
-            data = data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :]
-        return self._in_time(client), data
-
-    def maybe_die(self) -> None:
-        """One step nearer to the server's death."""
-        if self.death is None:
-            return
-        if self.death == 0:
-            self.death = None
-            raise ServerDied
-        self.death -= 1
-
-    def _in_time(self, client: int) -> bool:
-        if self.faults.delay:
-            travelled = float(self.random.exponential(self.faults.delay))
-            self.clock[client] = self.clock.get(client, 0.0) + travelled
-        return self.clock.get(client, 0.0) <= self.faults.deadline
-
-
-@dataclass
-class ByzantineClient(ZerothOrderClient):
-    """Does what it should and lies about it. faults: what it lies about. classes: C. ignore_index: see `Server`."""
-
-    faults: Faults = field(kw_only=True)
-    classes: int = field(kw_only=True)
-    ignore_index: int | None = field(kw_only=True)
-    random: np.random.Generator = field(kw_only=True)
-
-    @staticmethod
-    def of(honest: ZerothOrderClient, **lies: Any) -> ByzantineClient:
-        """The liar that takes an honest client's place, with all its settings."""
-        same = {f.name: getattr(honest, f.name) for f in fields(ZerothOrderClient) if f.init}
-        return ByzantineClient(**same, **lies)
-
-    def output(self, round: int) -> Cut:
-        honest = super().output(round)
-        computed = replace(honest, cut=unpacked(honest.cut, honest.scales, self.wire))
-        said = self._lie(computed)
-        if said.cut is computed.cut:
-            return replace(said, cut=honest.cut)
-        cut, scales = packed(said.cut, self.wire)
-        return replace(said, cut=cut, scales=scales)
-
-    def answer(self, message: Message) -> Scalars:
-        return self._lie(super().answer(message))
-
-    def _lie(self, honest: AnyMessage) -> AnyMessage:
-        for lie in self.faults.told:
-            about, told = TOLD[lie]
-            if hasattr(honest, about):
-                lied: dict[str, Any] = {about: told(honest, self)}
-                honest = replace(honest, **lied)
-        return honest
-
-
-AnyMessage = TypeVar("AnyMessage", Cut, Scalars)
-
-
-def _classes(cut: Cut, liar: ByzantineClient) -> int:
-    """Labels are below it. Two for each sample are places in a text, of which one may be shorter than the longest."""
-    places = cut.labels.dim() > 1 and liar.ignore_index is None
-    return cut.cut.shape[1] if places else liar.classes
-
-
-def _other_labels(cut: Cut, liar: ByzantineClient) -> Tensor:
-    return _where_they_count(cut, _classes(cut, liar) - 1 - cut.labels, liar)
-
-
-def _random_labels(cut: Cut, liar: ByzantineClient) -> Tensor:
-    classes = _classes(cut, liar)
-    others = torch.from_numpy(liar.random.integers(1, max(2, classes), cut.labels.shape).astype(np.int32))
-    return _where_they_count(cut, (cut.labels + others.to(cut.labels.device)) % classes, liar)
-
-
-def _where_they_count(cut: Cut, lie: Tensor, liar: ByzantineClient) -> Tensor:
-    return lie if liar.ignore_index is None else torch.where(cut.labels == liar.ignore_index, cut.labels, lie)
-
-
-def _noise(cut: Cut, liar: ByzantineClient) -> Tensor:
-    noise = torch.from_numpy(liar.random.standard_normal(cut.cut.shape, np.float32)).to(cut.cut.device)
-    return (noise * cut.cut.float().square().mean().sqrt()).to(cut.cut.dtype)
-
-
-def _signed(honest: Scalars, liar: ByzantineClient) -> Tensor:
-    signs = torch.from_numpy(liar.random.choice([-1.0, 1.0], len(honest.scalars)).astype(np.float32))
-    return honest.scalars * signs * liar.faults.magnitude
-
-
-# What a message says, and what a liar says in its place.
-TOLD: dict[str, tuple[str, Callable[[Any, ByzantineClient], Tensor]]] = {
-    "labels": ("labels", _other_labels),
-    "random-labels": ("labels", _random_labels),
-    "flipped-cuts": ("cut", lambda cut, liar: -cut.cut),
-    "scaled-cuts": ("cut", lambda cut, liar: cut.cut * liar.faults.magnitude),
-    "noisy-cuts": ("cut", _noise),
-    "flipped-scalars": ("scalars", lambda honest, liar: -honest.scalars),
-    "scalars": ("scalars", _signed),
-}
 
 
 Key = tuple[bytes, Lattice | None]  # SHA-256, and where the weights live: what makes two states the same
@@ -272,8 +117,8 @@ class Crowd(Federation):
             client = ByzantineClient.of(
                 client,
                 faults=self.faults,
-                classes=self.server.classes or 0,
-                ignore_index=self.server.ignore_index,
+                classes=self.server.cuts.classes or 0,
+                ignore_index=self.server.cuts.ignore_index,
                 random=self.random,
             )
         if number in self.calibrated and self.server.statistics is not None:
@@ -281,7 +126,8 @@ class Crowd(Federation):
             client.calibrated = True
         if number in self.held and isinstance(client, ZerothOrderClient):
             key, applied, epoch = self.held[number]
-            client.take_up(self.states[key].tensors, self.states[key].moments, applied, epoch, key[1])
+            shared = self.states[key]
+            client.load(ReplicaState(shared.tensors, shared.moments, applied, epoch, key[1]))
         return client
 
     def put_back(self, client: Client) -> None:
@@ -387,8 +233,8 @@ def simulate(
         raise ValueError(f"a simulation is of HO-SFL, method ho, not {config.method}")
     if 0 < 5 * faults.crash_every < config.snapshot_every:
         raise ValueError(
-            f"a server that dies every {faults.crash_every} rounds hardly ever lives for"
-            f" {config.snapshot_every}, to its next snapshot: lower snapshot_every"
+            f"a server that dies every {faults.crash_every} rounds hardly ever reaches its next snapshot, after"
+            f" {config.snapshot_every}: lower snapshot_every"
         )
     if over is not None and faults.byzantine:
         raise ValueError(f"byzantine = {faults.byzantine} needs clients of this process: leave it out, or the engine")
@@ -405,7 +251,7 @@ def _simulate(config: Config, faults: Faults, folder: Path, progress: Progress |
     plain, task = assemble(config, SMALLEST_SHARD)
     if config.calibrate:
         plain.calibrate()
-    if task.classes is None and faults.byzantine and any(TOLD[lie][0] == "labels" for lie in faults.told):
+    if task.classes is None and faults.byzantine and any(TOLD[lie][0] == "labels" for lie in faults.lies_told):
         raise ValueError("labels that are no classes cannot be lied about: choose other lies")
     crowd = Crowd(
         plain.config,

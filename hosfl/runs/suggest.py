@@ -87,7 +87,7 @@ def _adapters(
     named = {path: m for path, m in first.named_modules() if path and adaptable(m)}
     if not named:
         raise ValueError(
-            "the client half has no linear layer, convolution or BatchNorm that could move: cut it further"
+            "the client half has no linear layer, convolution or BatchNorm that could train: cut the model later"
         )
     numbers = layers_of(first, [m.weight for m in named.values()])
     layers = sorted(set(numbers))

@@ -184,39 +184,39 @@ def train(
         raise ValueError(f"a run {which} needs its folder: out, or --out DIR")
     if folder is not None and not resume:
         check_free(folder)
-    config, task = _told(what, settings)
+    config, task = _config_and_task(what, settings)
     if resume and folder is not None:
         differ = differences(load_config(folder).decisive(), config.decisive())
         if differ:
             raise ValueError(f"these are not the settings of the run in {folder}: {'; '.join(differ)}")
     federation, _ = assemble(config, task=task, begun=folder if resume else None)
     writer = Writer(folder, tensorboard)
-    course = _Course(federation, task, writer, begin, progress)
+    loop = _RunLoop(federation, task, writer, begin, progress)
     try:
         if resume and folder is not None:
             writer.resume(federation.config, provenance_of(federation))
             federation.id = load_id(folder)
             federation.open_log(folder)
-            course.done = restore(federation, folder)
+            loop.done = restore(federation, folder)
             save_module(federation.base, folder / "base.safetensors")
-            course.reach(over)
+            loop.reach(over)
         else:
             writer.take()
-            course.reach(over)
+            loop.reach(over)
             if config.calibrate:
-                course.calibrate()
-            first = course.evaluated()
+                loop.calibrate()
+            first = loop.evaluated()
             if folder is not None:
                 save_module(federation.base, folder / "base.safetensors")
                 save_id(federation.id, folder)
             writer.start(federation.config, provenance_of(federation))
-            course.last = writer.add(first)
+            loop.last = writer.add(first)
             if folder is not None:
                 federation.open_log(folder)
-        return course.run()
+        return loop.run()
     except BaseException:
         federation.close()
-        if not resume and not course.done and course.failure is None:
+        if not resume and not loop.done and loop.failure is None:
             writer.clear()
         raise
     finally:
@@ -224,7 +224,7 @@ def train(
         writer.close()
 
 
-def _told(what: Task | Config, settings: dict[str, Any]) -> tuple[Config, Task]:
+def _config_and_task(what: Task | Config, settings: dict[str, Any]) -> tuple[Config, Task]:
     """The run's settings and its task. Raises TypeError, ValueError."""
     if isinstance(what, Config):
         if settings:
@@ -244,7 +244,7 @@ def _told(what: Task | Config, settings: dict[str, Any]) -> tuple[Config, Task]:
 
 
 @dataclass
-class _Course:
+class _RunLoop:
     """A run's way from its start or last snapshot to its end. last: the newest evaluation. again: when a round that
     was in vain is tried again."""
 
@@ -335,7 +335,7 @@ class _Course:
         if federation.tried:
             if federation.tried == 1:
                 reasons = "; ".join(["", *federation.newest_refused])
-                log.warning("round %d: no cut could be learnt from, and it is tried again%s", self.done + 1, reasons)
+                log.warning("round %d is tried again: the server could learn from no cut%s", self.done + 1, reasons)
             self.again = time.monotonic() + min(LONGEST, FIRST * 2.0 ** min(federation.tried - 1, 20))
             return
         self.loss = loss

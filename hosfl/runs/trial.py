@@ -19,7 +19,7 @@ from hosfl.tasks.task import Task, TaskError
 TAKES_NOT = (RuntimeError, IndexError, ValueError)  # what torch says of shapes and classes that do not fit
 
 
-def tried(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tuple[int, ...], Dataset]:
+def try_halves(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tuple[int, ...], Dataset]:
     """The shape of one sample's cut, and samples.
 
     Raises TaskError for outputs and a loss that are none, ValueError for a client half that is no function of its
@@ -45,10 +45,10 @@ def tried(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tuple[i
         for of, found in (("the cut", cut), ("the output", output)):
             if not isinstance(found, Tensor) or found.shape[:1] != (len(sample),):
                 raise TaskError(
-                    f"{of} of {len(sample)} samples is {_told(found)}: a tensor is needed, whose first dimension is the"
-                    " samples"
+                    f"{of} of {len(sample)} samples is {_kind_of(found)}: a tensor is needed, whose first dimension is"
+                    " the samples"
                 )
-        loss = _lost(task, "train", output, sample.labels)
+        loss = _loss_of(task, "train", output, sample.labels)
     if not alike(cut, again):
         if digest(given) != digest(sample.inputs):
             raise ValueError(
@@ -61,21 +61,21 @@ def tried(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tuple[i
         )
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise TaskError(
-            f"the loss of a batch is {_told(loss)}: a tensor of one element, the mean over the batch, is needed"
+            f"the loss of a batch is {_kind_of(loss)}: a tensor of one element, the mean over the batch, is needed"
         )
     _check_dtype(model, sample.inputs, cut, output)
     refuse_idle(model.client, sample.inputs)
     task.check_scored(output, sample.labels)
     shape = tuple(cut.shape[1:])
-    _check_place(sample, cut)
+    _check_mask(sample, cut)
     if (short := _shortest(task, data, sample)).length < sample.length:  # as batches are that have only such
         try:
-            cut = _passed(task, model, "train", short)
+            cut = _cut_of(task, model, "train", short)
         except DataError as error:
             if short.labels.shape[1:2] != (sample.length,):
                 raise
             raise DataError(f"{error}; are labels one for each token? Then give the task ignore_index") from error
-        _check_place(short, cut)
+        _check_mask(short, cut)
     _check_sets(task, model, sample.labels.device)
     return shape, sample
 
@@ -103,10 +103,10 @@ def _check_sets(task: Task, model: SplitModel, device: torch.device) -> None:
             chosen = torch.tensor([int(first), int(last)])
         if what in ("test", "validation") or low < least or high > most:
             least, most = min(least, low), max(most, high)
-            _passed(task, model, what, read(data[chosen].to(device, dtype_of(model.client))))
+            _cut_of(task, model, what, read(data[chosen].to(device, dtype_of(model.client))))
 
 
-def _passed(task: Task, model: SplitModel, what: str, sample: Dataset) -> Tensor:
+def _cut_of(task: Task, model: SplitModel, what: str, sample: Dataset) -> Tensor:
     """The cut of samples that go through model and loss. Raises DataError where they do not."""
     with evaluating(model):
         try:
@@ -115,11 +115,11 @@ def _passed(task: Task, model: SplitModel, what: str, sample: Dataset) -> Tensor
         except TAKES_NOT as error:
             given = described(sample.inputs)
             raise DataError(f"{what}: the model does not take samples of {given} ({_first_line(error)})") from error
-        _lost(task, what, output, sample.labels)
+        _loss_of(task, what, output, sample.labels)
     return cut
 
 
-def _lost(task: Task, what: str, output: Tensor, labels: Tensor) -> Any:
+def _loss_of(task: Task, what: str, output: Tensor, labels: Tensor) -> Any:
     """The task's loss. Raises DataError where it does not take the labels."""
     try:
         loss = task.loss(output, labels)
@@ -147,14 +147,14 @@ def _shortest(task: Task, data: Dataset | Items, sample: Dataset) -> Dataset:
     return sample.trimmed(task.per_token)
 
 
-def _check_place(sample: Dataset, cut: Tensor) -> None:
+def _check_mask(sample: Dataset, cut: Tensor) -> None:
     """Raises TaskError where the attention mask does not say of every place of the cut whether it counts."""
     mask = mask_of(sample.inputs)
     if mask is not None and mask.shape != cut.shape[:2]:
         raise TaskError(
-            f"the cut of {len(sample)} samples is {_told(cut)}, and their attention_mask {_told(mask)}: the server half"
-            " gets it beside the cut, of which it says what counts: cut further in front, or, where the client half"
-            " pools its tokens, call the mask something else"
+            f"the cut of {len(sample)} samples is {_kind_of(cut)}, and their attention_mask {_kind_of(mask)}: the"
+            " server half gets the mask beside the cut, so that their first two dimensions must be the same. Cut the"
+            " model earlier; or, where the client half pools its tokens, give the mask another name"
         )
 
 
@@ -176,5 +176,5 @@ def _check_dtype(model: SplitModel, inputs: Inputs, cut: Tensor, output: Tensor)
         )
 
 
-def _told(value: Any) -> str:
+def _kind_of(value: Any) -> str:
     return f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

@@ -77,7 +77,7 @@ def _check(path: Path, value: Any, shape: Any) -> None:
         raise ValueError(f"{path} is not what belongs there ({misfit}): {AGAIN}")
 
 
-def held(job: Job, folder: Path) -> Result | None:
+def saved_result(job: Job, folder: Path) -> Result | None:
     """A job's result, if the folder has it. Raises ValueError if the file is damaged or another's, and says why."""
     path = folder / job.file
     result: Result | None = _read(path, _RUN)
@@ -99,13 +99,13 @@ def held(job: Job, folder: Path) -> Result | None:
     return result
 
 
-def measured(folder: Path) -> dict[str, Any] | None:
+def saved_memory(folder: Path) -> dict[str, Any] | None:
     """A study's client-memory.json, if the folder has it. Raises ValueError if it is damaged."""
     found: dict[str, Any] | None = _read(folder / "client-memory.json", _MEMORY)
     return found
 
 
-def take_up(study: Study, folder: Path) -> None:
+def claim(study: Study, folder: Path) -> None:
     """Make the folder this study's. Raises ValueError if it is another's, naming the keys that differ.
 
     Methods may be added: what the others did stays what it is. So does it where settings change that no bit depends on.

@@ -16,7 +16,7 @@ from hosfl.runs.config import Config
 from hosfl.runs.memory import BOUNDED, reference
 from hosfl.runs.pages import document, html_image, html_table
 from hosfl.runs.report import logarithmic, name_lines, save_figure
-from hosfl.studies.folder import held, measured
+from hosfl.studies.folder import saved_memory, saved_result
 from hosfl.studies.study import Result, Study, load_study
 from hosfl.studies.table import finals, table
 
@@ -42,11 +42,11 @@ def report(folder: Path) -> Path:
     study = load_study(folder / "study.yaml")
     found = table(study, folder)
     runs = {
-        method: [r for job in study.final(method, row["trial"]) if (r := held(job, folder)) is not None]
+        method: [r for job in study.final(method, row["trial"]) if (r := saved_result(job, folder)) is not None]
         for method, row in found["methods"].items()
         if row["trial"] is not None
     }
-    memory = measured(folder)
+    memory = saved_memory(folder)
     good = {m: [r for r in rs if not r["failure"]] for m, rs in runs.items()}
     if any(good.values()):
         plot_curves(good, folder / "curves.png", found["metric"])
@@ -129,7 +129,7 @@ def page(
     study: Study, found: dict[str, Any], runs: dict[str, list[Result]], memory: dict[str, Any] | None, folder: Path
 ) -> str:
     """The page: HTML that holds its images."""
-    made = sum(held(job, folder) is not None for job in (*study.tuning(), *finals(study, folder)))
+    made = sum(saved_result(job, folder) is not None for job in (*study.tuning(), *finals(study, folder)))
     wanted = len(study.tuning()) + len(study.trials) * len(study.seeds)
     started = [r for results in runs.values() for r in results]
     parts = [f"<p>{escape(_what(study))}</p>"]

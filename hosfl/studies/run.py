@@ -17,7 +17,7 @@ from hosfl.runs.assemble import rates_of, task_of
 from hosfl.runs.config import Config
 from hosfl.runs.memory import client_memory
 from hosfl.runs.report import metric
-from hosfl.studies.folder import held, measured, take_up
+from hosfl.studies.folder import claim, saved_memory, saved_result
 from hosfl.studies.jobs import results
 from hosfl.studies.study import FINAL, TUNING, Job, Result, Study
 from hosfl.studies.table import finals, table
@@ -54,9 +54,9 @@ def run_study(
         with closing(FolderLock(folder, "study")):
             mine = not (folder / "study.yaml").exists()
             try:
-                take_up(study, folder)
+                claim(study, folder)
                 for job in (*study.tuning(), *finals(study, folder)):
-                    if (result := held(job, folder)) is not None:
+                    if (result := saved_result(job, folder)) is not None:
                         contents.check(job, result, folder)
                 return _all(study, folder, workers, progress, contents)
             except Exception:
@@ -76,7 +76,7 @@ def _all(study: Study, folder: Path, workers: int, progress: Callable[[State], N
         return False
     if not _run(study, finals(study, folder), folder, workers, progress, contents):
         return False
-    if study.memory and measured(folder) is None:
+    if study.memory and saved_memory(folder) is None:
         _write(folder / "client-memory.json", client_memory(study.memory))
     _write(folder / "table.json", table(study, folder))
     return True
@@ -151,7 +151,7 @@ def _run(
     contents: Contents,
 ) -> bool:
     """The jobs that have no result yet. False: interrupted."""
-    todo = [job for job in jobs if held(job, folder) is None]
+    todo = [job for job in jobs if saved_result(job, folder) is None]
     took = _seconds(study, folder)
     left = {job.file: job for job in todo}
     total = len(study.tuning()) + len(study.trials) * len(study.seeds)
@@ -190,6 +190,6 @@ def _seconds(study: Study, folder: Path) -> dict[str, list[float]]:
     """What each method's runs took so far."""
     took: dict[str, list[float]] = {}
     for job in (*study.tuning(), *finals(study, folder)):
-        if (result := held(job, folder)) is not None:
+        if (result := saved_result(job, folder)) is not None:
             took.setdefault(job.method, []).append(result["seconds"])
     return took

@@ -10,7 +10,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from hosfl.runs.report import LOWER_IS_BETTER, gap_recovered, machine, metric
-from hosfl.studies.folder import held
+from hosfl.studies.folder import saved_result
 from hosfl.studies.study import QUANTITIES, Job, Result, Study, choices
 
 
@@ -20,7 +20,7 @@ def trials(study: Study, folder: Path) -> list[dict[str, Any]]:
     rows = []
     jobs = study.tuning()
     for (method, n), group in itertools.groupby(jobs, lambda job: (job.method, job.trial)):
-        found = [held(job, folder) for job in group]
+        found = [saved_result(job, folder) for job in group]
         runs = [run for run in found if run is not None]
         if len(runs) < len(found):
             continue
@@ -69,7 +69,7 @@ def table(study: Study, folder: Path) -> dict[str, Any]:
     complete = len(tried) == sum(map(len, study.trials.values()))
     rows: dict[str, Any] = {}
     for method, trial in best(study, folder).items() if complete else ():
-        runs = [] if trial is None else [held(job, folder) for job in study.final(method, trial)]
+        runs = [] if trial is None else [saved_result(job, folder) for job in study.final(method, trial)]
         rows[method] = _row(study, method, trial, [run for run in runs if run is not None])
     _add_gap(rows)
     for row in rows.values():
@@ -81,7 +81,7 @@ def table(study: Study, folder: Path) -> dict[str, Any]:
 
 def _metric(study: Study, folder: Path) -> tuple[str, bool]:
     """What the study's task calls the accuracy, and whether less of it is better, as far as a run has said so."""
-    runs = (held(job, folder) for job in study.tuning())
+    runs = (saved_result(job, folder) for job in study.tuning())
     run: Result = next((run for run in runs if run and not run["failure"]), {"scores": {}})
     name = metric(run["scores"])
     return name, name in (*run.get("lower_is_better", ()), *LOWER_IS_BETTER)

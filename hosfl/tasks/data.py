@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hosfl.extras import needed
-from hosfl.halves.families import text_limits, tokenized
+from hosfl.halves.hub import text_limits, tokenized
 from hosfl.protocol.seeds import Purpose, generator
 from hosfl.tasks.reading import DataError, Found, Row, classes, without_padding
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hosfl.halves.families import is_decoder, pretrained_model, stop_tokens, text_limits, tokenizer_of
+from hosfl.halves.hub import is_decoder, pretrained_model, stop_tokens, text_limits, tokenizer_of
 from hosfl.halves.split import SplitModel, split
 from hosfl.settings import Settings
 from hosfl.tasks.answers import answer_scores

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from hosfl.halves.families import pretrained_model
+from hosfl.halves.hub import pretrained_model
 from hosfl.halves.split import SplitModel, split
 from hosfl.settings import Settings
 from hosfl.tasks.data import Dataset, Splits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hosfl.halves.families import packaged_minilm
+from hosfl.halves.hub import packaged_minilm
 from hosfl.settings import Settings
 from hosfl.tasks.data import Dataset, Splits, as_tokens, classified, public_tokens, tokens, with_classes
 from hosfl.tasks.pretrained import headed, pretrained_task

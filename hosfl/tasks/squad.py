@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hosfl.halves.families import is_decoder, packaged_minilm, tokenizer_of
+from hosfl.halves.hub import is_decoder, packaged_minilm, tokenizer_of
 from hosfl.halves.split import SplitModel
 from hosfl.settings import Settings
 from hosfl.tasks.answers import answer_scores

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from hosfl.halves.families import is_decoder, packaged_minilm, pretrained_model
+from hosfl.halves.hub import is_decoder, packaged_minilm, pretrained_model
 from hosfl.halves.split import SplitModel
 from hosfl.settings import Settings
 from hosfl.tasks.data import Dataset, as_tokens, classified, public_tokens, tokens, with_classes

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hosfl.halves.families import replaced, tokenizer_of
+from hosfl.halves.hub import tokenizer_of
+from hosfl.halves.modules import replaced
 from hosfl.halves.split import SplitModel, split
 
 

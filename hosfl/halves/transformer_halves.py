@@ -1,0 +1,201 @@
+"""The halves of a transformer of Hugging Face. The server's runs the model's own forward pass, into which the cut goes
+at its first layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hosfl.halves.follow import CutError
+from hosfl.halves.modules import copied
+
+
+class ClientHalf(nn.Module):
+    """The trunk up to the cut: what the whole model takes, named -> the cut, [batch, length, width].
+
+    Raises ValueError for inputs of which the server half would have to know more than the attention mask.
+    """
+
+    ACROSS = ("attention_mask", "token_type_ids", "interpolate_pos_encoding", "bool_masked_pos")
+
+    def __init__(self, trunk: nn.Module, inputs: str, pools: int | None = None) -> None:
+        super().__init__()
+        self.trunk, self.inputs, self.pools = trunk, inputs, pools
+
+    def forward(self, *args: Any, **inputs: Any) -> Tensor:
+        if len(args) + (self.inputs in inputs) != 1:
+            raise ValueError(f"the client half takes {self.inputs}, and all else by name")
+        unknown = [n for n, value in inputs.items() if n not in (self.inputs, *self.ACROSS) and value is not None]
+        if unknown:
+            raise ValueError(f"{', '.join(sorted(unknown))}: only inputs and an attention mask cross the cut")
+        if self.inputs == "input_ids":
+            self._check_text(args[0] if args else inputs[self.inputs], inputs.get("attention_mask"))
+        cut: Tensor = self.trunk(*args, **inputs).last_hidden_state
+        return cut
+
+    def _check_text(self, tokens: Tensor, mask: Tensor | None) -> None:
+        if tokens.dim() != 2:
+            raise ValueError(f"input_ids must be [batch, length], got {[*tokens.shape]}")
+        if mask is not None:
+            _check_mask(mask)
+        if self.pools is None or tokens.device.type == "meta":
+            return
+        # The whole model takes the output at the last token that is not padding; the server half sees only the mask.
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        wanted = (places * (tokens != self.pools)).argmax(1)
+        seen = wanted.new_full(wanted.shape, tokens.shape[1] - 1) if mask is None else (places * (mask != 0)).argmax(1)
+        for sample in (wanted != seen).nonzero().flatten().tolist()[:1]:
+            raise ValueError(
+                f"sample {sample} ends at token {int(wanted[sample])} by its padding tokens ({self.pools}), and at "
+                f"{int(seen[sample])} by its attention mask{' (there is none)' if mask is None else ''}: give a mask "
+                "that is 0 where padding is, since the server half sees nothing else"
+            )
+
+
+class ServerHalf(nn.Module):
+    """The model from the cut on: the cut, and the inputs' attention mask -> logits; a trunk's last hidden state.
+
+    Under a head for questions: of start and end, [batch, length, 2].
+    """
+
+    def __init__(self, model: nn.Module, holder: CutHolder, inputs: str) -> None:
+        super().__init__()
+        self.model, self.holder, self.inputs = model, holder, inputs
+
+    def forward(self, cut: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        named: dict[str, Any] = {} if attention_mask is None else {"attention_mask": attention_mask}
+        if attention_mask is not None:
+            _check_mask(attention_mask)
+        named[self.inputs] = self._tokens(cut, attention_mask) if self.inputs == "input_ids" else cut
+        self.holder.cut = cut
+        try:
+            output = self.model(**named, return_dict=True)
+        finally:
+            self.holder.cut = None
+        return tensor_of(output)
+
+    def _tokens(self, cut: Tensor, mask: Tensor | None) -> Tensor:
+        """Stand-ins for tokens that never cross the cut: classifiers look for padding, and for nothing else."""
+        pad = getattr(self.model.config, "pad_token_id", None)
+        tokens = torch.full(cut.shape[:2], 1 if pad == 0 else 0, device=cut.device)
+        return tokens if pad is None or mask is None else tokens.masked_fill(mask == 0, pad)
+
+
+def _check_mask(mask: Tensor) -> None:
+    if mask.dim() != 2:
+        raise ValueError(f"an attention mask that crosses the cut must be [batch, length], got {[*mask.shape]}")
+
+
+def tensor_of(output: Any) -> Tensor:
+    """The one tensor of a transformer's output: of start and end logits, [batch, length, 2]. Raises CutError."""
+    if isinstance(output, Tensor):
+        return output
+    named = output if isinstance(output, Mapping) else {}
+    if "start_logits" in named:
+        return torch.stack([named["start_logits"], named["end_logits"]], -1)
+    for name in ("logits", "last_hidden_state"):
+        if name in named:
+            result: Tensor = named[name]
+            return result
+    if len(named) == 1 and isinstance(only := next(iter(named.values())), Tensor):  # such as pictures made anew
+        return only
+    what = ", ".join(named) or f"a {type(output).__name__}"
+    raise CutError(f"the model makes {what}, and a server half makes one tensor: take a model of one head")
+
+
+class CutHolder:
+    """Where the cut enters the server half: modules told to take it instead of what they are given."""
+
+    def __init__(self) -> None:
+        self.cut: Tensor | None = None
+
+    def feed(self, module: nn.Module, name: str, instead_of: str | None = None) -> nn.Module:
+        """A copy of the module whose first argument is the cut, or that gets the cut by name and no first argument."""
+        own = copied(module)
+        own.__class__ = _taking_the_cut(type(module))  # type: ignore[arg-type]
+        own._cut_input = CutInput(self, name, instead_of)  # type: ignore[assignment]
+        return own
+
+
+@cache
+def _taking_the_cut(kind: type[nn.Module]) -> type[nn.Module]:
+    """A class of modules that take the cut: called, not hooked, since older transformers (5.20) have hooks within what
+    they checkpoint, and run them once more in the backward pass, when the cut is gone."""
+
+    def call(self: Any, *args: Any, **inputs: Any) -> Any:
+        args, inputs = self._cut_input.instead(args, inputs)
+        return kind.__call__(self, *args, **inputs)
+
+    def reduce(self: Any, protocol: Any) -> Any:  # a pickle names no class that is made here
+        return _new, (kind,), self.__dict__
+
+    return type(kind.__name__, (kind,), {"__call__": call, "__reduce_ex__": reduce, "__module__": kind.__module__})
+
+
+def _new(kind: type[nn.Module]) -> nn.Module:
+    of = _taking_the_cut(kind)  # type: ignore[arg-type]
+    return of.__new__(of)
+
+
+@dataclass
+class CutInput:
+    """What such a module is given. An object, so that copies of the server half have holders of their own."""
+
+    holder: CutHolder
+    name: str
+    instead_of: str | None
+
+    def instead(self, args: Sequence[Any], inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        cut = self.holder.cut
+        if self.instead_of is not None:
+            named = {k: v for k, v in inputs.items() if k != self.instead_of}
+            return (None, *args[1:]) if args else (), {**named, self.name: cut}
+        if args:
+            return (cut, *args[1:]), inputs
+        return (), {**inputs, self.name: cut}
+
+
+class ClientOnly(nn.Module):
+    """In the place of a module that only the client has.
+
+    What it returns, the cut, goes no further than the first layer; where there is none, and nothing follows the layers
+    in the trunk, it is what the trunk returns.
+    """
+
+    def __init__(self, holder: CutHolder, name: str) -> None:
+        super().__init__()
+        self.holder, self.name = holder, name
+
+    def forward(self, *args: Any, **inputs: Any) -> Tensor | None:
+        return self.holder.cut
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            message = f"the server half reads {name} of {self.name}, which only the client half has"
+            raise AttributeError(message) from None
+
+    @property
+    def patch_embeddings(self) -> ClientOnly:
+        """A vision transformer asks for patch_embeddings.projection.weight.dtype."""
+        return self
+
+    projection = patch_embeddings
+
+    @property
+    def weight(self) -> Tensor | None:
+        return self.holder.cut
+
+
+class PassThrough(nn.Module):
+    """A layer that changes nothing."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        return hidden_states, None

@@ -1,0 +1,83 @@
+"""A simulated wire, which loses, delays and damages messages, and a server that dies between two of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from hosfl.protocol.messages import Message, Multiplier, Wire
+from hosfl.runs.faults import Faults
+
+
+class ServerDied(Exception):
+    """The server is gone in the middle of a round."""
+
+
+class UnreliableWire(Wire):
+    """Loses, delays and damages messages, and kills the server, as `faults` say."""
+
+    def __init__(self, faults: Faults, random: np.random.Generator) -> None:
+        super().__init__()
+        self.faults, self.random = faults, random
+        self.left: dict[int, int] = {}  # messages until a client vanishes
+        self.clock: dict[int, float] = {}  # seconds into the exchange, by client
+        self.late: list[bytes] = []
+        self.death: int | None = None  # messages, and commits, until the server dies
+        self.lost = self.overdue = self.damaged = 0
+
+    def begin(self, clients: Mapping[int, int]) -> list[bytes]:
+        """A round begins. clients: how many messages each has, in both directions. Returns what arrives only now."""
+        vanish = self.random.random(len(clients)) < self.faults.dropout
+        self.left = {c: int(self.random.integers(clients[c])) for c, v in zip(clients, vanish, strict=True) if v}
+        self.clock = {}
+        if self.faults.crash_every and self.random.random() < 1 / self.faults.crash_every:
+            self.death = int(self.random.integers(2 + sum(clients.values())))
+        late, self.late = self.late, []
+        return late
+
+    def carry(self, client: int, messages: Sequence[Message]) -> bytes | None:
+        data = super().carry(client, messages)
+        assert data is not None
+        if isinstance(messages[-1], Multiplier):
+            self.clock[client] = 0.0  # the second exchange
+        arrives, travelled = self._travels(client, data)
+        if travelled is not None and not arrives:
+            self.overdue += 1
+        return travelled if arrives else None
+
+    def bring(self, client: int, data: bytes) -> bytes | None:
+        arrives, travelled = self._travels(client, data)
+        if travelled is not None and not arrives:
+            self.overdue += 1
+            self.late.append(travelled)
+        return travelled if arrives else None
+
+    def _travels(self, client: int, data: bytes) -> tuple[bool, bytes | None]:
+        """(whether it arrives in time, what arrives): None where its client has vanished."""
+        self.maybe_die()
+        if client in self.left:
+            if self.left[client] == 0:
+                self.lost += 1
+                return False, None
+            self.left[client] -= 1
+        if self.faults.damage and self.random.random() < self.faults.damage:
+            self.damaged += 1
+            bit = int(self.random.integers(8 * len(data)))
+            data = data[: bit // 8] + bytes([data[bit // 8] ^ 1 << bit % 8]) + data[bit // 8 + 1 :]
+        return self._in_time(client), data
+
+    def maybe_die(self) -> None:
+        """One step nearer to the server's death."""
+        if self.death is None:
+            return
+        if self.death == 0:
+            self.death = None
+            raise ServerDied
+        self.death -= 1
+
+    def _in_time(self, client: int) -> bool:
+        if self.faults.delay:
+            travelled = float(self.random.exponential(self.faults.delay))
+            self.clock[client] = self.clock.get(client, 0.0) + travelled
+        return self.clock.get(client, 0.0) <= self.faults.deadline
