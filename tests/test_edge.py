@@ -32,7 +32,7 @@ from hosfl.edge.half import Half, HalfError
 from hosfl.edge.join import client_of, join
 from hosfl.engines.engine import JoinError
 from hosfl.engines.in_process import InProcess
-from hosfl.engines.joining import SavedState
+from hosfl.engines.joining import Ending, SavedState
 from hosfl.methods import travel as with_torch
 from hosfl.methods.tensors import tensor
 from hosfl.protocol.endpoint import AnotherRun
@@ -702,6 +702,14 @@ def test_a_graph_without_end_is_ended_by_the_second_signal():
             assert process.wait(60) == 130
         finally:
             process.kill()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
+def test_the_line_of_a_client_puts_the_handlers_of_signals_back():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with Ending("client 0 of run run"):
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] != before
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 def changed(files, **told):

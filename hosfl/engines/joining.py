@@ -311,11 +311,13 @@ class Ending:
         self._notes.setblocking(False)
         signal.set_wakeup_fd(self._notes.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, daemon=True).start()
-        for number in ENDS:
-            signal.signal(number, self._end)
+        self._before = {number: signal.signal(number, self._end) for number in ENDS}
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self.signal is None:  # else the process ends, and a second signal ends it at once
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
         self._notes.close()
 
