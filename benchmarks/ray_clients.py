@@ -25,9 +25,9 @@ from hosfl.files import write_json
 from hosfl.runs.assemble import assemble
 from hosfl.runs.checkpoint import save_module
 from hosfl.runs.config import Config
-from hosfl.runs.join import Everybody
+from hosfl.runs.join import AllClients
 from hosfl.runs.report import machine
-from hosfl.runs.serve import Over
+from hosfl.runs.serve import Transport
 
 MB = 1e6
 
@@ -80,10 +80,10 @@ def measure(clients: int, sampled: int, rounds: int, actors: int, share: float) 
         made: list[DropsOut] = []
 
         def engine(files: dict[str, bytes], count: int) -> Engine:
-            made.append(DropsOut(RayEngine(Everybody(files), count, actors), share))
+            made.append(DropsOut(RayEngine(AllClients(files), count, actors), share))
             return made[0]
 
-        Over(engine).reach(federation)
+        Transport(engine).connect(federation)
         seconds, losses = [], []
         try:
             for round in range(rounds):

@@ -31,9 +31,9 @@ from hosfl.files import write_json
 from hosfl.runs.assemble import assemble, partition
 from hosfl.runs.config import Config
 from hosfl.runs.federation import Federation
-from hosfl.runs.join import Clients, Everybody, settings_of
+from hosfl.runs.join import AllClients, Clients, settings_of
 from hosfl.runs.report import machine
-from hosfl.runs.serve import Over
+from hosfl.runs.serve import Transport
 
 RESULTS = Path(__file__).parent / "results"
 WARM, ROUNDS = 4, 24
@@ -101,10 +101,10 @@ class Timed:
         return said
 
 
-class TimedEverybody:
-    """`Everybody`, timed: what an actor calls. folder: for the times."""
+class TimedAllClients:
+    """`AllClients`, timed: what an actor calls. folder: for the times."""
 
-    def __init__(self, everybody: Everybody, folder: Path) -> None:
+    def __init__(self, everybody: AllClients, folder: Path) -> None:
         self.everybody, self.folder = everybody, folder
 
     def __call__(self) -> Timed:
@@ -185,7 +185,7 @@ def over_ray(folder: Path, data: str) -> Iterator[Made]:
             if files is None:
                 engine = RayEngine(lambda: lambda client, data: echo(data), CLIENTS, CLIENTS)
             else:
-                engine = RayEngine(TimedEverybody(Everybody(files, data=data), folder), CLIENTS, CLIENTS)
+                engine = RayEngine(TimedAllClients(AllClients(files, data=data), folder), CLIENTS, CLIENTS)
             ends.callback(engine.close)
             return engine
 
@@ -230,7 +230,7 @@ def measure(settings: dict[str, Any], name: str, folder: Path) -> dict[str, Any]
             assert isinstance(federation.engine, InProcess)
             federation.engine.answer = Timed(federation.engine.answer, folder)
         else:
-            Over(lambda files, clients: make(files)).reach(federation)
+            Transport(lambda files, clients: make(files)).connect(federation)
             here(federation.engine)
         weighed = Weighed(federation.engine)
         federation.engine = weighed

@@ -50,8 +50,8 @@ HOSFL_INLINE float signed_by(uint32_t s_bits, uint32_t word, int shift) {
 }
 
 // Two words to two normal numbers; of packs, lane by lane. The same bits as spec.py's box_muller in fewer operations:
-// scaling by a power of two changes no rounding, so that `u` is 2^32 times spec.py's and `l` is -2 times its polynomial,
-// and masks take the place of shifts there and back. The polynomials alternate because neither waits for the other.
+// scaling by a power of two changes no rounding, so `u` is 2^32 times spec.py's and `l` is -2 times its polynomial, and
+// masks take the place of shifts there and back. The polynomials alternate because neither waits for the other.
 template <typename F, typename U>
 HOSFL_INLINE void box_muller(const U a, const U b, F& z0, F& z1) {
   const F u = to_float(a) + 0.5f;

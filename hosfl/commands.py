@@ -36,10 +36,10 @@ from hosfl.runs.attendance import attendance
 from hosfl.runs.checkpoint import load_config
 from hosfl.runs.config import Config, all_with_shared, check_device, with_shared
 from hosfl.runs.faults import Faults
-from hosfl.runs.join import Everybody
+from hosfl.runs.join import AllClients
 from hosfl.runs.memory import HALVES, client_memory, over_bound
 from hosfl.runs.report import Evaluation, metric
-from hosfl.runs.serve import Over
+from hosfl.runs.serve import Transport
 from hosfl.runs.simulate import SMALLEST_SHARD, simulate
 from hosfl.runs.suggest import suggest
 from hosfl.runs.trainer import Progress as OnProgress
@@ -102,7 +102,7 @@ def _train(options: argparse.Namespace) -> int:
     return _run(options, config, out, _engine(options, config))
 
 
-def _engine(options: argparse.Namespace, config: Config, smallest_shard: int | None = None) -> Over | None:
+def _engine(options: argparse.Namespace, config: Config, smallest_shard: int | None = None) -> Transport | None:
     """Who carries the messages to the clients; None: they are in this process."""
     if options.engine != "ray":
         for name in ("address", "actors", "actor_gpus"):
@@ -115,11 +115,11 @@ def _engine(options: argparse.Namespace, config: Config, smallest_shard: int | N
     local |= {name: _absolute(getattr(config, name)) for name in ("data", "model")}
 
     def engine(files: dict[str, bytes], clients: int) -> Engine:
-        everybody = Everybody(files, smallest_shard, **local)
+        everybody = AllClients(files, smallest_shard, **local)
         ray: Engine = made(everybody, clients, options.actors, options.address, gpus=options.actor_gpus)
         return ray
 
-    return Over(engine, patient=False)  # one owner's: nobody else will come
+    return Transport(engine, patient=False)  # one owner's: nobody else will come
 
 
 def _absolute(path: str) -> str:
@@ -158,9 +158,9 @@ def _serve(options: argparse.Namespace) -> int:
         logging.warning("no broker answers at %s (%s): it is waited for", member.address, error)
     engine = nats.NatsEngine(f"tls://{member.address}", member.run, config.clients, member.context())
     try:
-        over = Over(engine, options.deadline, options.enough, options.least, edge=options.edge)
-        over.check(sum(not client.revoked for client in roster.clients[: config.clients]))
-        return _run(options, config, out, over)
+        transport = Transport(engine, options.deadline, options.enough, options.least, edge=options.edge)
+        transport.check(sum(not client.revoked for client in roster.clients[: config.clients]))
+        return _run(options, config, out, transport)
     finally:
         engine.close()
 
@@ -178,10 +178,10 @@ def _begun(options: argparse.Namespace, settings: dict[str, Any], preset: dict[s
     return replace(load_config(options.resume), **settings), options.resume
 
 
-def _run(options: argparse.Namespace, config: Config, out: Path | None, over: Over | None) -> int:
+def _run(options: argparse.Namespace, config: Config, out: Path | None, transport: Transport | None) -> int:
     resume = options.resume is not None
     with _bar(label(config.method), config.rounds) as on_progress:
-        summary = train(config, out, on_progress, resume=resume, over=over, tensorboard=options.tensorboard)
+        summary = train(config, out, on_progress, resume=resume, transport=transport, tensorboard=options.tensorboard)
     scores = ", ".join(f"{name} {value:.4f}" for name, value in summary.scores.items())
     print(
         f"{label(config.method)}: {config.evaluate_on} {scores}, loss {summary.loss:.4f}"
@@ -194,7 +194,7 @@ def _run(options: argparse.Namespace, config: Config, out: Path | None, over: Ov
             print("the clients differ in their bits: this is a bug", file=sys.stderr)
             return 1
         here = summary.replicas.clients - 1  # and a newcomer
-        if over is not None and here and not summary.replicas.odd:
+        if transport is not None and here and not summary.replicas.odd:
             print(f"clients here at the end: {here}; all hold the server's bits, digest {summary.replicas.digest}")
     if not summary.interrupted:
         return 0

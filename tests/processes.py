@@ -1,6 +1,6 @@
 """Real processes of a federation, for tests: a server and clients, and what kills them.
 
-python tests/processes.py server URL FOLDER JSON       settings and `Over`'s numbers; goes on if the folder has a run
+python tests/processes.py server URL FOLDER JSON       settings, `Transport`'s numbers; goes on in a folder with a run
 python tests/processes.py client URL FOLDER NUMBER JSON    how slow it is, the largest file it may write
 """
 
@@ -73,13 +73,13 @@ def _server(url, folder, told):
     from hosfl import train
     from hosfl.engines.nats_server import NatsEngine
     from hosfl.runs.config import Config
-    from hosfl.runs.serve import Over
+    from hosfl.runs.serve import Transport
 
     folder, told = Path(folder) / "run", json.loads(told)
     over = told.pop("over")
     config = Config(**told)
     engine = NatsEngine(url, RUN, config.clients)
-    train(config, folder, over=Over(engine, **over), resume=(folder / "config.json").exists())
+    train(config, folder, transport=Transport(engine, **over), resume=(folder / "config.json").exists())
 
 
 def _client(url, folder, number, told):

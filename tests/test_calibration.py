@@ -42,8 +42,8 @@ from hosfl.runs.config import with_shared
 from hosfl.runs.evaluate import evaluate
 from hosfl.runs.faults import Faults
 from hosfl.runs.federation import Federation
-from hosfl.runs.join import Everybody
-from hosfl.runs.serve import Over
+from hosfl.runs.join import AllClients
+from hosfl.runs.serve import Transport
 from hosfl.runs.simulate import simulate
 from hosfl.tasks.items import Batches
 
@@ -483,7 +483,7 @@ class Apart(Elsewhere):
 
 
 def everybody(files, clients):
-    return InProcess(Everybody(files)(), clients)
+    return InProcess(AllClients(files)(), clients)
 
 
 def alike(here, there):
@@ -517,7 +517,7 @@ def test_the_order_in_which_statistics_come_is_nothing(task, monkeypatch):
 def test_the_same_bits_with_clients_elsewhere(own, tmp_path):
     config = Config(**settings(task=OWN, **own))
     here = train(config, tmp_path / "here")
-    there = alike(here, train(config, tmp_path / "there", over=Over(Apart())))
+    there = alike(here, train(config, tmp_path / "there", transport=Transport(Apart())))
     assert there.bytes == here.bytes
     for name in ("base", "client", "server"):
         one, other = (tmp_path / way / f"{name}.safetensors" for way in ("here", "there"))
@@ -526,7 +526,7 @@ def test_the_same_bits_with_clients_elsewhere(own, tmp_path):
 
 def test_one_process_for_everybody(tmp_path):
     config = Config(**settings(task=OWN, clients=9, rounds=6))
-    summary = alike(train(config), train(config, tmp_path, over=Over(everybody)))
+    summary = alike(train(config), train(config, tmp_path, transport=Transport(everybody)))
     assert summary.bytes["statistics down"] == 3 * 4 * NUMBERS  # newcomers begin with what another was told
 
 
@@ -534,14 +534,14 @@ def test_who_dies_or_lies_costs_nobody_else_anything(tmp_path):
     config = Config(**settings(task=OWN, sampled=4, aggregation="uniform"))
     lie = encode(statistics(2, values=torch.full((NUMBERS,), float("nan"))))
     engine = Apart({0: None, 1: b"no message", 2: lie, 3: encode(statistics(1))})
-    summary = train(config, tmp_path / "none", over=Over(engine))
+    summary = train(config, tmp_path / "none", transport=Transport(engine))
     base = load_file(tmp_path / "none" / "base.safetensors")
     assert float(base["1.running_mean"].abs().max()) == 0  # the model's own
     assert [reason for reason in summary.refused if "infinite or NaN" in reason]
     assert [reason for reason in summary.refused if "says that it is client 1's" in reason]
     assert summary.replicas.equal
     one = Apart({n: answer for n, answer in engine.wrong.items() if n != 3})
-    summary = train(config, tmp_path / "one", over=Over(one))
+    summary = train(config, tmp_path / "one", transport=Transport(one))
     assert one.asked == engine.asked == [0, 1, 2, 3]
     assert summary.replicas.equal
     base = load_file(tmp_path / "one" / "base.safetensors")
@@ -568,7 +568,7 @@ def own_statistics(endpoint):
 @pytest.fixture(scope="module")
 def offered(tmp_path_factory):
     engine = Apart()
-    train(Config(**settings(task=OWN)), tmp_path_factory.mktemp("run"), over=Over(engine))
+    train(Config(**settings(task=OWN)), tmp_path_factory.mktemp("run"), transport=Transport(engine))
     return engine
 
 
@@ -614,9 +614,9 @@ def test_a_run_over_an_engine_goes_on_with_its_statistics(tmp_path):
     expected = train(config, tmp_path / "here")
     first, again = Apart(), Apart()
     with pytest.raises(Killed):
-        train(config, tmp_path / "run", dying(2), over=Over(first))
+        train(config, tmp_path / "run", dying(2), transport=Transport(first))
     files = dict(first.files)
-    alike(expected, train(config, tmp_path / "run", resume=True, over=Over(again)))
+    alike(expected, train(config, tmp_path / "run", resume=True, transport=Transport(again)))
     assert (first.asked != [], again.asked) == (True, [])
     assert again.files == files  # so that clients who kept their base need not fetch it
 
@@ -628,7 +628,7 @@ def test_a_client_that_comes_back_is_told_once_more(tmp_path):
         if done == 3:
             engine.endpoints.clear()
 
-    summary = alike(train(config), train(config, tmp_path, forgets, over=Over(engine)))
+    summary = alike(train(config), train(config, tmp_path, forgets, transport=Transport(engine)))
     assert summary.refused == []
     assert all(endpoint.client.calibrated for endpoint in engine.endpoints.values())
 
@@ -657,7 +657,7 @@ def test_calibration_waits_for_enough_clients(tmp_path, monkeypatch):
     own = vars(time)  # of the module that waits: other threads of this process sleep too
     monkeypatch.setattr("hosfl.runs.trainer.time", SimpleNamespace(**own | {"sleep": come}))
     config = Config(**settings(task=OWN))
-    summary = train(config, tmp_path / "run", over=Over(engine, least=3))
+    summary = train(config, tmp_path / "run", transport=Transport(engine, least=3))
     assert engine.asked == [0, 1, 2]
     assert [status["here"] for status in told][:1] == [[2]]
     assert told[0]["last"] == {"waiting for": 3}
@@ -669,5 +669,5 @@ def test_calibration_waits_for_enough_clients(tmp_path, monkeypatch):
     engine.here = frozenset({2})
     monkeypatch.setattr("hosfl.runs.trainer.time", SimpleNamespace(**own | {"sleep": interrupted}))
     with pytest.raises(KeyboardInterrupt):
-        train(config, tmp_path / "other", over=Over(engine, least=3))
+        train(config, tmp_path / "other", transport=Transport(engine, least=3))
     assert not (tmp_path / "other").exists()

@@ -54,7 +54,7 @@ from hosfl.protocol.messages import (
     unpack,
 )
 from hosfl.runs.assemble import assemble, partition
-from hosfl.runs.serve import Over, offered
+from hosfl.runs.serve import Transport, offered
 from hosfl.tasks import items
 from hosfl.tasks.data import Dataset
 from hosfl.tasks.reading import DataError
@@ -468,7 +468,7 @@ def test_a_half_in_bfloat16(way, tmp_path):
     kept = SavedState(tmp_path / "state.safetensors", b"run", edges[1].client)
     kept.save()
     before = edges[1].client.replica.digest()
-    edges[1].client.anew()
+    edges[1].client.reset()
     assert edges[1].client.replica.digest() != before
     kept.restore()
     assert (edges[1].client.applied, edges[1].client.replica.digest()) == (4, before)
@@ -808,7 +808,7 @@ def test_runs_that_a_server_does_not_offer():
     ]:
         federation, _ = assemble(Config(**{"clients": 3, "sampled": 3} | settings))
         with pytest.raises(ValueError, match=why):
-            Over(InProcess(lambda number, data: b"", 3), edge=True).reach(federation)
+            Transport(InProcess(lambda number, data: b"", 3), edge=True).connect(federation)
 
 
 @pytest.mark.parametrize("estimator", ["one-sided", "backward"])

@@ -22,8 +22,8 @@ def imported(path):
             yield from (f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names)
 
 
-# From the ground up: a wing imports of those before it, and of itself. What lies beside the wings is a leaf.
-WINGS = (
+# From the ground up: a layer imports from those before it, and from itself. What lies beside the layers is a leaf.
+LAYERS = (
     *("protocol", "halves", "probing", "methods", "tasks", "federation", "engines", "edge", "runs", "studies"),
     "commands",  # and hosfl/cli.py, which imports it when a command runs, and hosfl/__main__.py, which imports that
 )
@@ -31,30 +31,30 @@ ABOVE = [ROOT / "hosfl" / name for name in ("__init__.py", "__main__.py", "cli.p
 LEAVES = ("extras", "files", "interrupts", "named", "settings", "terminal")
 
 
-def wing(module):
-    """Of a module's dotted name: its wing, its leaf, "optim", or "" for the package itself."""
+def layer(module):
+    """Of a module's dotted name: its layer, its leaf, "optim", or "" for the package itself."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else ""
 
 
-def test_wings_import_what_lies_below_them():
+def test_layers_import_what_lies_below_them():
     """hosfl.optim stands on protocol and probing, beside the rest."""
     for path in SOURCES:
         if not path.is_relative_to(ROOT / "hosfl") or path in ABOVE:
             continue
-        here = wing(str(path.relative_to(ROOT).with_suffix("")).replace("/", "."))
+        here = layer(str(path.relative_to(ROOT).with_suffix("")).replace("/", "."))
         for name in imported(path):
             if not name.startswith("hosfl."):
                 continue
-            there = wing(name)
+            there = layer(name)
             if there == here or there in LEAVES:
                 continue
             assert here not in LEAVES, f"{path}: a leaf imports {name}"
             if here == "optim":
                 assert there in ("protocol", "halves", "probing"), f"{path}: {name}"
             else:
-                assert there in WINGS, f"{path}: {name} is of no wing"
-                assert WINGS.index(there) < WINGS.index(here), f"{path}: {name} lies above {here}"
+                assert there in LAYERS, f"{path}: {name} is of no layer"
+                assert LAYERS.index(there) < LAYERS.index(here), f"{path}: {name} lies above {here}"
 
 
 def test_methods_and_tasks_know_nothing_of_each_other():

@@ -32,8 +32,8 @@ from hosfl.runs import serve, trainer
 from hosfl.runs.assemble import assemble
 from hosfl.runs.attendance import read_events
 from hosfl.runs.config import Config, with_shared
-from hosfl.runs.join import Clients, Everybody, join, own_data, settings_of
-from hosfl.runs.serve import Events, Over
+from hosfl.runs.join import AllClients, Clients, join, own_data, settings_of
+from hosfl.runs.serve import Events, Transport
 from hosfl.runs.serve import offered as offered_by
 from hosfl.runs.status import lines
 
@@ -80,7 +80,7 @@ class Elsewhere(InProcess):
 def test_the_same_bits_as_in_one_process(way, tmp_path):
     settings = Config(**with_shared(WAYS[way], SMALL))
     here = train(settings)
-    there = train(settings, tmp_path, over=Over(Elsewhere(3)))
+    there = train(settings, tmp_path, transport=Transport(Elsewhere(3)))
     assert there.replicas.equal
     assert there.replicas.digest == here.replicas.digest
     assert (there.loss, there.accuracy) == (here.loss, here.accuracy)
@@ -97,13 +97,13 @@ def test_the_same_bits_as_in_one_process(way, tmp_path):
 def test_one_process_for_everybody(way, tmp_path):
     settings = Config(**with_shared(WAYS[way], SMALL | {"clients": 9, "rounds": 8}))
     here = train(settings)
-    there = train(settings, tmp_path, over=Over(everybody))
+    there = train(settings, tmp_path, transport=Transport(everybody))
     assert there.replicas.equal
     assert (there.replicas.digest, there.loss) == (here.replicas.digest, here.loss)
 
 
 def everybody(files, clients):
-    return InProcess(pickle.loads(pickle.dumps(Everybody(files)))(), clients)
+    return InProcess(pickle.loads(pickle.dumps(AllClients(files)))(), clients)
 
 
 @pytest.mark.parametrize("way", ["each alone", "everybody"])
@@ -115,7 +115,9 @@ def test_a_task_and_a_method_of_one_s_own(way, tmp_path, monkeypatch):
     monkeypatch.chdir(Path(shifted.__file__).parent)
     settings = Config(**SMALL | {"task": "shifted.py:make", "method": "../examples/signs.py:Signs"} | RATES)
     here = train(settings)
-    there = train(settings, tmp_path / "run", over=Over(everybody if way == "everybody" else Elsewhere(3, **theirs)))
+    there = train(
+        settings, tmp_path / "run", transport=Transport(everybody if way == "everybody" else Elsewhere(3, **theirs))
+    )
     assert there.replicas.equal
     assert (there.replicas.digest, there.loss) == (here.replicas.digest, here.loss)
     plain = {name: value for name, value in OWN.items() if name != "method"}
@@ -132,7 +134,7 @@ def test_a_machine_that_lacks_a_file(name, tmp_path, monkeypatch):
     inner = OWN[name].rpartition(":")[2]
     config = Config(**SMALL | OWN | RATES | {name: f"mine.py:{inner}"})
     federation, _ = assemble(config)
-    made = Everybody(offered_by(federation))
+    made = AllClients(offered_by(federation))
     file.unlink()
     with pytest.raises(JoinError, match=f"has no {file}, where the run's {name} is: every machine has to have"):
         made()
@@ -141,7 +143,7 @@ def test_a_machine_that_lacks_a_file(name, tmp_path, monkeypatch):
 
 def test_a_task_that_is_an_object(tmp_path):
     with pytest.raises(JoinError, match=r"put it into a file, FILE\.py:FUNCTION"):
-        train(shifted.make(), tmp_path / "run", over=Over(everybody), **SMALL | RATES)
+        train(shifted.make(), tmp_path / "run", transport=Transport(everybody), **SMALL | RATES)
     assert not (tmp_path / "run").exists()
 
 
@@ -155,7 +157,7 @@ def test_a_half_that_went_wrong_begins_anew_from_the_base_file(way, tmp_path):
             with torch.no_grad():
                 engine.endpoints[1].client.replica.tensors[0].view(-1)[0] += 0.5
 
-    found = train(Config(**settings), tmp_path, damage, over=Over(engine))
+    found = train(Config(**settings), tmp_path, damage, transport=Transport(engine))
     assert found.replicas.equal
     assert found.replicas.digest == train(Config(**settings)).replicas.digest
     assert engine.endpoints[1].client.applied == 6
@@ -185,7 +187,7 @@ def test_the_engine_of_one_process():
 
 def offered(tmp_path, **settings):
     engine = Elsewhere(3)
-    train(Config(**SMALL | settings), tmp_path / "run", over=Over(engine))
+    train(Config(**SMALL | settings), tmp_path / "run", transport=Transport(engine))
     return engine
 
 
@@ -289,7 +291,7 @@ def test_a_base_that_would_be_snapped_otherwise_once_more(name, tmp_path):
     first = make_run(settings, [nn.Parameter(p.clone()) for p in named(task, "task", {})().model()[:2].parameters()])
     again = make_run(settings, parameters)
     assert again.measures != first.measures
-    there = train(settings, tmp_path / "run", over=Over(Elsewhere(3, task=task)))
+    there = train(settings, tmp_path / "run", transport=Transport(Elsewhere(3, task=task)))
     assert there.replicas.equal
     assert there.replicas.digest == train(settings).replicas.digest
 
@@ -434,7 +436,7 @@ ALONE = SMALL | {"clients": 1, "sampled": 1, "rounds": 8}  # and no digest until
 
 
 class LivesOn:
-    """A line of the only client, which stays while one server after another comes: starts, functions of `Over`."""
+    """A line of the only client, which stays while one server after another comes: starts, functions of `Transport`."""
 
     def __init__(self, *starts):
         self.starts, self.fetched, self.found, self.closed = starts, [], [], False
@@ -451,7 +453,7 @@ class LivesOn:
         for start in self.starts:
             engine = InProcess(lambda number, data: answer(data), 1)
             engine.offer = self.offer
-            self.found.append(start(Over(engine)))
+            self.found.append(start(Transport(engine)))
 
     def close(self):
         self.closed = True
@@ -470,7 +472,7 @@ def test_a_client_that_lives_on_takes_part_in_the_next_run(way, tmp_path):
     """Twice the same settings: everything of the two runs is the same but for their ids."""
     settings = Config(**with_shared(WAYS[way], ALONE))
     folders = [tmp_path / "one", tmp_path / "other"]
-    line = LivesOn(*(lambda over, folder=folder: train(settings, folder, over=over) for folder in folders))
+    line = LivesOn(*(lambda over, folder=folder: train(settings, folder, transport=over) for folder in folders))
     join(line, 0, tmp_path / "client")
     here = train(settings)
     for folder, found in zip(folders, line.found, strict=True):
@@ -497,7 +499,7 @@ def test_a_copy_of_a_run_s_folder_is_resumed(way, tmp_path):
                 raise Killed
 
         try:
-            return train(settings, folder, progress, over=over, **more)
+            return train(settings, folder, progress, transport=over, **more)
         except Killed:
             return None
 
@@ -623,7 +625,7 @@ def test_nobody_uses_up_the_rounds_of_the_others(sampled, tmp_path, monkeypatch,
     monkeypatch.setattr(Events, "waiting", waits)
     monkeypatch.setattr(trainer, "FIRST", 0.01, raising=False)
     options, config = Namespace(resume=None, tensorboard=False), Config(**SMALL | {"sampled": sampled})
-    assert commands._run(options, config, tmp_path, Over(Rubbish())) == 0
+    assert commands._run(options, config, tmp_path, Transport(Rubbish())) == 0
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [event["round"] for event in events] == [1, 2, 3, 4]
     assert all(event["took part"] and 1 not in event["took part"] for event in events)
@@ -639,7 +641,7 @@ def test_nobody_uses_up_the_rounds_of_the_others(sampled, tmp_path, monkeypatch,
 
 
 def test_a_run_that_waits_for_better_cuts_may_be_interrupted(tmp_path):
-    summary = train(Config(**SMALL), tmp_path, over=Over(Rubbish(signal.SIGINT)))
+    summary = train(Config(**SMALL), tmp_path, transport=Transport(Rubbish(signal.SIGINT)))
     assert summary.interrupted
     assert summary.rounds == 0
 
@@ -647,7 +649,7 @@ def test_a_run_that_waits_for_better_cuts_may_be_interrupted(tmp_path):
 def test_one_owner_s_run_does_not_wait_for_others(tmp_path):
     """As in one process: that nothing was learnt is told after its rounds."""
     with pytest.raises(NothingLearnt, match="no cut in 4 rounds: bytes of client 1"):
-        train(Config(**SMALL), tmp_path, over=Over(Rubbish(), patient=False))
+        train(Config(**SMALL), tmp_path, transport=Transport(Rubbish(), patient=False))
 
 
 def test_an_engine_takes_the_run_s_largest_message(tmp_path):
@@ -656,7 +658,7 @@ def test_an_engine_takes_the_run_s_largest_message(tmp_path):
             self.largest = largest
 
     engine = Limited(3)
-    train(Config(**SMALL), tmp_path, over=Over(engine))
+    train(Config(**SMALL), tmp_path, transport=Transport(engine))
     federation, _ = assemble(Config(**SMALL))
     assert engine.largest == federation.server.largest_message
 
@@ -666,16 +668,16 @@ def test_an_engine_takes_the_run_s_largest_message(tmp_path):
 )
 def test_wrong_numbers(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        Over(Elsewhere(3), **wrong)
+        Transport(Elsewhere(3), **wrong)
 
 
 @pytest.mark.parametrize("name", ["enough", "least"])
 def test_nobody_is_waited_for_who_cannot_come(name, tmp_path):
     with pytest.raises(ValueError, match=f"{name} must be at most 3"):
-        train(Config(**SMALL), tmp_path / "run", over=Over(Elsewhere(3), **{name: 4}))
+        train(Config(**SMALL), tmp_path / "run", transport=Transport(Elsewhere(3), **{name: 4}))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_run_elsewhere_needs_a_folder(tmp_path):
     with pytest.raises(ValueError, match="folder"):
-        train(Config(**SMALL), over=Over(Elsewhere(3)))
+        train(Config(**SMALL), transport=Transport(Elsewhere(3)))

@@ -11,7 +11,7 @@ from torch import nn
 from hosfl import Config
 from hosfl.methods.cuts import CutSpec
 from hosfl.methods.first_order import GradientAverage
-from hosfl.methods.gathered import Kept, Summed, gathered
+from hosfl.methods.gathered import KeptVectors, RunningMean, gathered
 from hosfl.methods.server import Server
 from hosfl.probing.probe import trainable
 from hosfl.protocol.aggregate import AGGREGATIONS
@@ -226,7 +226,12 @@ def test_parts_of_the_server_half_that_get_no_gradient_stay_without(aggregation)
 
 def test_what_is_kept():
     """A mean keeps the sum alone; a median all, until the step."""
-    for name, kind in [("weighted", Summed), ("uniform", Summed), ("median", Kept), ("trimmed", Kept)]:
+    for name, kind in [
+        ("weighted", RunningMean),
+        ("uniform", RunningMean),
+        ("median", KeptVectors),
+        ("trimmed", KeptVectors),
+    ]:
         assert isinstance(gathered(AGGREGATIONS[name]), kind)
     server = made("median")
     server.step(0, honest())

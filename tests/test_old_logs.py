@@ -1,4 +1,4 @@
-"""Logs replay for ever: those in tests/logs were written before the code was put into wings."""
+"""Logs replay for ever: those in tests/logs were written before the code was put into packages."""
 
 import json
 import subprocess

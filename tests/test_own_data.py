@@ -23,7 +23,7 @@ from hosfl.engines.engine import JoinError
 from hosfl.engines.joining import check_cut
 from hosfl.runs.assemble import assemble
 from hosfl.runs.join import Clients, join, own_data, settings_of
-from hosfl.runs.serve import Over, offered
+from hosfl.runs.serve import Transport, offered
 from hosfl.tasks import READERS, make_task
 from hosfl.tasks.reading import DataError
 from hosfl.tasks.vision import DEVIATION
@@ -107,7 +107,7 @@ class WithData(Elsewhere):
 def test_clients_with_files_of_their_own(given, tmp_path):
     config, files = given
     engine = WithData(files, config.model)
-    found = train(config, tmp_path / "run", over=Over(engine))
+    found = train(config, tmp_path / "run", transport=Transport(engine))
     assert found.refused == []
     assert found.replicas.equal
     assert found.replicas.digest != train(config).replicas.digest
@@ -151,7 +151,7 @@ def test_arrays_of_tokens(given, tmp_path):
         f"import numpy as np\ndef samples():\n    return dict(np.load({str(tmp_path / 'mine.npz')!r}))\n"
     )
     engine = WithData([tmp_path / "mine.npz", f"{tmp_path}/mine.py:samples"], config.model)
-    found = train(config, tmp_path / "run", over=Over(engine))
+    found = train(config, tmp_path / "run", transport=Transport(engine))
     assert found.refused == []
     assert found.replicas.equal
 

@@ -16,8 +16,8 @@ ray = pytest.importorskip("ray")
 
 from hosfl import Config, train  # noqa: E402
 from hosfl.engines.ray import RayEngine  # noqa: E402
-from hosfl.runs.join import Everybody  # noqa: E402
-from hosfl.runs.serve import Over  # noqa: E402
+from hosfl.runs.join import AllClients  # noqa: E402
+from hosfl.runs.serve import Transport  # noqa: E402
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import this file
 
@@ -272,8 +272,8 @@ def test_without_ray_the_extra_is_named(monkeypatch):
         RayEngine(obedient, 1)
 
 
-def over_ray(make=lambda files: Everybody(files)):
-    return Over(lambda files, clients: RayEngine(make(files), clients, actors=2, cpus=0))
+def over_ray(make=lambda files: AllClients(files)):
+    return Transport(lambda files, clients: RayEngine(make(files), clients, actors=2, cpus=0))
 
 
 def test_a_run_over_ray_is_the_run_in_one_process(tmp_path, monkeypatch):
@@ -281,7 +281,7 @@ def test_a_run_over_ray_is_the_run_in_one_process(tmp_path, monkeypatch):
     monkeypatch.chdir(Path(__file__).parent)
     own = {"task": "shifted.py:make", "method": "../examples/signs.py:Signs", "calibrate": 2}
     config = Config(rounds=3, clients=5, sampled=4, batch=8, server_rate=0.05, client_rate=0.01, **own)
-    here, there = train(config, tmp_path / "here"), train(config, tmp_path / "there", over=over_ray())
+    here, there = train(config, tmp_path / "here"), train(config, tmp_path / "there", transport=over_ray())
     assert here.replicas.digest == there.replicas.digest
     assert there.replicas.equal
     assert here.scores == there.scores
@@ -291,7 +291,7 @@ def test_a_run_over_ray_is_the_run_in_one_process(tmp_path, monkeypatch):
 def test_a_run_outlives_an_actor(tmp_path):
     def mortal(files):
         def make():
-            answer, asked = Everybody(files)(), []
+            answer, asked = AllClients(files)(), []
 
             def until_the_fifth(client, data):
                 asked.append(client)
@@ -304,7 +304,7 @@ def test_a_run_outlives_an_actor(tmp_path):
 
         return make
 
-    summary = train(Config(rounds=4, clients=5, sampled=5), tmp_path / "run", over=over_ray(mortal))
+    summary = train(Config(rounds=4, clients=5, sampled=5), tmp_path / "run", transport=over_ray(mortal))
     assert (tmp_path / "died").exists()
     assert summary.rounds == 4
     assert summary.replicas.equal

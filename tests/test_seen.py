@@ -17,8 +17,8 @@ from hosfl.engines.in_process import InProcess
 from hosfl.protocol.messages import Invitation, decode, unpack
 from hosfl.runs import attendance as page
 from hosfl.runs.attendance import STATES, attendance, read_events
-from hosfl.runs.join import Everybody
-from hosfl.runs.serve import Over
+from hosfl.runs.join import AllClients
+from hosfl.runs.serve import Transport
 
 QUICK = {"rounds": 9, "clients": 4, "sampled": 4, "batch": 8, "directions": 1, "evaluate_every": 4, "snapshot_every": 3}
 EVALUATED = {"evaluation/loss", "evaluation/accuracy"}
@@ -42,14 +42,14 @@ class Faulty(InProcess):
 
 
 def over():
-    return Over(lambda files, clients: Faulty(Everybody(files)(), clients))
+    return Transport(lambda files, clients: Faulty(AllClients(files)(), clients))
 
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory):
     """A run whose clients have faults, with both."""
     folder = tmp_path_factory.mktemp("elsewhere") / "run"
-    train(Config(**QUICK), folder, over=over(), tensorboard=True)
+    train(Config(**QUICK), folder, transport=over(), tensorboard=True)
     return folder
 
 
@@ -145,9 +145,9 @@ def test_a_start_that_fails_leaves_no_board(tmp_path, monkeypatch):
 
     for others in (1, 0):
         with monkeypatch.context() as patch:
-            patch.setattr(Over, "reach", fails)
+            patch.setattr(Transport, "connect", fails)
             with pytest.raises(OSError, match="no broker"):
-                train(Config(**QUICK), tmp_path / "run", over=over(), tensorboard=True)
+                train(Config(**QUICK), tmp_path / "run", transport=over(), tensorboard=True)
         assert len(list(tmp_path.rglob("*"))) == 3 * others  # run, tensorboard and the file of another
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
 

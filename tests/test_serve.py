@@ -29,7 +29,7 @@ from hosfl.engines.nats_server import NatsEngine
 from hosfl.runs.assemble import assemble
 from hosfl.runs.checkpoint import load_config
 from hosfl.runs.join import join
-from hosfl.runs.serve import Events, Over, offered
+from hosfl.runs.serve import Events, Transport, offered
 from hosfl.runs.status import show
 from hosfl.terminal import log_to_terminal
 
@@ -88,8 +88,8 @@ def test_a_run_by_its_commands(federation, tmp_path):
     assert (following["replicas"], following["refused"]) == (summary["replicas"], [])
     digest = summary["replicas"]["digest"]
     assert said == f"clients here at the end: 2; all hold the server's bits, digest {digest}"
-    here = Over(Two(3, task=own[1], method=own[3]))
-    again = train(load_config(tmp_path / "run"), tmp_path / "here", over=here)
+    here = Transport(Two(3, task=own[1], method=own[3]))
+    again = train(load_config(tmp_path / "run"), tmp_path / "here", transport=here)
     assert again.replicas.digest == summary["replicas"]["digest"]
     assert (folder / "clients" / "0" / "state" / "state.safetensors").exists()
     status = subprocess.run([*hosfl, "status", tmp_path / "run"], capture_output=True, text=True, env=environment)
@@ -105,7 +105,7 @@ def test_a_run_goes_on_with_its_own_clients(tmp_path, capsys):
     address = f"127.0.0.1:{free_port()}"
     assert main(["federation", "create", str(tmp_path / "fed"), "--clients", "2", "--address", address]) == 0
     settings = {"rounds": 2, "clients": 2, "sampled": 2, "batch": 8, "directions": 1}
-    train(Config(**settings), tmp_path / "run", over=Over(Elsewhere(2)))
+    train(Config(**settings), tmp_path / "run", transport=Transport(Elsewhere(2)))
     assert main(["federation", "add", str(tmp_path / "fed")]) == 0
     assert main(["serve", str(tmp_path / "fed/server"), "--resume", str(tmp_path / "run")]) == 0
     assert load_config(tmp_path / "run").clients == 2
@@ -190,7 +190,7 @@ def test_a_run_whose_cuts_are_larger_than_an_engine_takes_of_itself(tmp_path):
         thread.start()
     config = Config(rounds=2, clients=2, sampled=2, batch=16, directions=1)
     try:
-        summary = train(config, tmp_path / "run", over=Over(engine, least=2, patient=False))
+        summary = train(config, tmp_path / "run", transport=Transport(engine, least=2, patient=False))
     finally:
         for line, thread in zip(lines, threads, strict=True):
             line.close()

@@ -35,8 +35,8 @@ from hosfl.runs.checkpoint import rebuild
 from hosfl.runs.config import Config, with_shared
 from hosfl.runs.evaluate import evaluate
 from hosfl.runs.faults import LIES, Faults
-from hosfl.runs.join import Everybody
-from hosfl.runs.serve import Over
+from hosfl.runs.join import AllClients
+from hosfl.runs.serve import Transport
 from hosfl.runs.simulate import SMALLEST_SHARD, Crowd, Outcome, State, simulate
 from hosfl.runs.trainer import train
 from hosfl.runs.unreliable import UnreliableWire
@@ -136,14 +136,14 @@ def test_a_crowd_elsewhere_meets_the_same_faults() -> None:
     faults = Faults(dropout=0.2, absence=0.1, longest_absence=30, delay=1, deadline=6, damage=0.02, crash_every=12)
 
     def everybody(files: dict[str, bytes], clients: int) -> InProcess:
-        return InProcess(Everybody(files, SMALLEST_SHARD)(), clients)
+        return InProcess(AllClients(files, SMALLEST_SHARD)(), clients)
 
-    here, there = simulate(config, faults), simulate(config, faults, over=Over(everybody))
+    here, there = simulate(config, faults), simulate(config, faults, transport=Transport(everybody))
     assert there.equal
     assert min(there.lost, there.late, there.damaged, there.deaths) > 0
     assert (there.digest, there.loss) == (here.digest, here.loss)
     with pytest.raises(ValueError, match=r"byzantine = 0.1 needs clients of this process"):
-        simulate(config, Faults(byzantine=0.1), over=Over(everybody))
+        simulate(config, Faults(byzantine=0.1), transport=Transport(everybody))
 
 
 @pytest.mark.slow

@@ -127,7 +127,7 @@ class EdgeClient:
     def hello(self) -> Hello:
         return Hello(client=self.number, round=self.applied, epoch=self.epoch)
 
-    def anew(self) -> None:
+    def reset(self) -> None:
         self.replica.reset()
 
     def load(self, state: ReplicaState) -> None:

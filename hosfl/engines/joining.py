@@ -186,7 +186,7 @@ class SavedState:
                 raise ValueError("its digest is another")
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             log.warning("%s is passed over: %s", self.path, error)
-            client.anew()
+            client.reset()
 
     def save(self, due: bool = True) -> None:
         """Write it, unless that was done a moment ago and is not due, or it is the base. A full disk is a warning."""

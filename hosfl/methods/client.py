@@ -129,7 +129,7 @@ class Client:
         """Ask for everything after the last round applied."""
         return Hello(client=self.number, round=self.applied, epoch=self.epoch)
 
-    def anew(self) -> None:
+    def reset(self) -> None:
         """Take what is committed from round 0 on, as if nothing had been applied yet."""
         self.applied = self.epoch = 0
 

@@ -15,7 +15,7 @@ OUTLIER = 10.0  # times as long as the steps' gradients before it
 SHARES: dict[Aggregation, Callable[[float], float]] = {weighted_mean: float, uniform_mean: lambda weight: 1.0}
 
 
-class Summed:
+class RunningMean:
     """A mean of the clients' vectors, in the memory of one of them. share: a client's, from its weight."""
 
     def __init__(self, share: Callable[[float], float]) -> None:
@@ -46,7 +46,7 @@ def _plus(total: Tensor | None, piece: Tensor | None, times: float) -> Tensor | 
     return piece * times if total is None else total.add_(piece, alpha=times)
 
 
-class Kept:
+class KeptVectors:
     """Any aggregation of the clients' vectors. Keeps all K of them until the end, then goes over them by pieces."""
 
     def __init__(self, aggregation: Aggregation) -> None:
@@ -69,10 +69,10 @@ class Kept:
         return self.aggregation(flat, self.weights).view_as(like).to(like.dtype)
 
 
-def gathered(aggregation: Aggregation) -> Summed | Kept:
+def gathered(aggregation: Aggregation) -> RunningMean | KeptVectors:
     """Nothing as yet of what is to be aggregated so."""
     share = SHARES.get(aggregation)
-    return Kept(aggregation) if share is None else Summed(share)
+    return KeptVectors(aggregation) if share is None else RunningMean(share)
 
 
 def length_of(pieces: Pieces) -> float:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from hosfl.halves.inputs import evaluating
 from hosfl.halves.split import dtype_of
-from hosfl.methods.gathered import SHARES, Summed
+from hosfl.methods.gathered import SHARES, RunningMean
 from hosfl.methods.server import Server, computing, handed
 from hosfl.methods.tensors import all_true, usable
 from hosfl.protocol.messages import Cut, Message, MessageError
@@ -104,7 +104,7 @@ class GroupedServer(Server):
         Raises where the half or the loss cannot take them, and MessageError where anything is infinite or NaN; then all
         is as before.
         """
-        assert isinstance(self._gathered, Summed)
+        assert isinstance(self._gathered, RunningMean)
         device, dtype = next(self.half.parameters()).device, dtype_of(self.half)
         sizes, labels = [len(c.labels) for c in cuts], [c.labels for c in cuts]
         shares = [self._gathered.share(size / self.cuts.batch) for size in sizes]

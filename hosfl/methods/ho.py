@@ -93,9 +93,9 @@ class ZerothOrderClient(Client):
         self.replica.load(state)
         self.applied, self.epoch = state.applied, state.epoch
 
-    def anew(self) -> None:
+    def reset(self) -> None:
         self.replica.reset()
-        super().anew()
+        super().reset()
 
     def catch_up(self, message: Message) -> Differs | None:
         """Replay what was committed since: see `Replica.follow`."""

@@ -14,7 +14,7 @@ from hosfl.halves.split import dtype_of
 from hosfl.methods.calibration import RunningStatistics
 from hosfl.methods.client import Passes, no_passes
 from hosfl.methods.cuts import CutSpec
-from hosfl.methods.gathered import Kept, OutlierClipping, Pieces, gathered, shrinking
+from hosfl.methods.gathered import KeptVectors, OutlierClipping, Pieces, gathered, shrinking
 from hosfl.methods.ledger import Ledger, Rate, State
 from hosfl.methods.state import pack_optimizer, part, prefixed, unpack_optimizer
 from hosfl.methods.tensors import LONGEST, all_true, decoded, usable
@@ -402,7 +402,7 @@ class Server:
             factor = shrinking(gradients, self.clip)
             gradients = [g if g is None else g * factor for g in gradients]
         left: list[Tensor] = []
-        if isinstance(self._gathered, Kept):
+        if isinstance(self._gathered, KeptVectors):
             left = [b.detach().clone() for b in buffers]
             _load(buffers, before)
         self._add(gradients, len(cut), left)

@@ -70,7 +70,7 @@ class Answers(Protocol):
     def hello(self) -> Hello:
         """Say where it is."""
 
-    def anew(self) -> None:
+    def reset(self) -> None:
         """Begin with the base."""
 
     def catch_up(self, message: Message) -> Differs | None:
@@ -120,7 +120,7 @@ class Endpoint(Generic[AnyClient]):
             try:
                 return encode(said)
             except MessageError:  # rounds that are none: whatever state this was, it is not the run's
-                client.anew()
+                client.reset()
                 return encode(replace(said, round=0, epoch=0))
 
     def _answer(self, messages: list[Message]) -> Message:
@@ -147,7 +147,7 @@ class Endpoint(Generic[AnyClient]):
                 return client.hello()
         for message in news:
             if said_where and (message.epoch < client.epoch or message.round < client.applied):
-                client.anew()  # the server does not know of all these rounds: it may have lost some
+                client.reset()  # the server does not know of all these rounds: it may have lost some
             try:
                 differs = client.catch_up(message)
             except MessageError:

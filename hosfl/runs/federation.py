@@ -72,8 +72,8 @@ class Federation:
         complained, complaints: what clients refused, the last thousand times, and how many there were.
 
     Attributes:
-        engine: carries the messages. At first all clients live here, and are made by `make`; `Over.reach` sets another,
-            and the next three.
+        engine: carries the messages. At first all clients live here, and are made by `make`; `Transport.connect` sets
+            another, and the next three.
         deadline: seconds for each exchange; None: as long as it takes.
         enough: cuts that were learnt from, then answers that count, with which a round goes on without the rest;
             likewise of statistics. None: all that were invited.

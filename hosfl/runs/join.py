@@ -215,7 +215,7 @@ def _check_labels(data: Dataset | Items, run: dict[str, Any], what: str) -> None
     check_labels(labels.cpu().numpy(), None if mask_of(first.inputs) is None else first.length, run, what)
 
 
-class Everybody:
+class AllClients:
     """All clients of a run in one process of several, such as an actor: each is made when it is first asked.
 
     It pickles: files are what the server offers, local this machine's own settings. A task or a method of a file of

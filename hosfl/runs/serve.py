@@ -42,7 +42,7 @@ LOCAL = ("data", "model", "device", "evaluate_every", "snapshot_every", "keep") 
 
 
 @dataclass(frozen=True)
-class Over:
+class Transport:
     """How a run reaches its clients.
 
     Args:
@@ -79,7 +79,7 @@ class Over:
             if (value := getattr(self, name)) is not None and value > clients:
                 raise ValueError(f"{name} must be at most {clients}, the clients that may be here, got {value}")
 
-    def reach(self, federation: Federation) -> None:
+    def connect(self, federation: Federation) -> None:
         """Let the federation's messages go through the engine, and offer clients what they begin with.
 
         Raises ValueError as `check` does, and for a run that clients without torch cannot take part in.

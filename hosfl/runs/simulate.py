@@ -35,7 +35,7 @@ from hosfl.runs.evaluate import evaluate
 from hosfl.runs.faults import Faults
 from hosfl.runs.federation import Federation
 from hosfl.runs.report import Evaluation, machine, peak_memory
-from hosfl.runs.serve import Over
+from hosfl.runs.serve import Transport
 from hosfl.runs.trainer import Progress, check_loss, interruptible, restore, save_snapshot
 from hosfl.runs.unreliable import ServerDied, UnreliableWire
 from hosfl.tasks.task import Task
@@ -215,11 +215,11 @@ def simulate(
     faults: Faults,
     out: Path | str | None = None,
     progress: Progress | None = None,
-    over: Over | None = None,
+    transport: Transport | None = None,
 ) -> Outcome:
     """Run HO-SFL under faults; returns the outcome. Running statistics are estimated before these begin.
 
-    over: the engine that reaches the clients, where they are not in this process: what goes wrong does so on the way to
+    transport: how the clients are reached, where they are not in this process: what goes wrong does so on the way to
     them. Then nobody lies, and nobody knows how many distinct states there are.
 
     With `out`, writes hosfl.log and base.safetensors there, of which `hosfl rebuild` makes the weights; snapshots, if
@@ -236,17 +236,19 @@ def simulate(
             f"a server that dies every {faults.crash_every} rounds hardly ever reaches its next snapshot, after"
             f" {config.snapshot_every}: lower snapshot_every"
         )
-    if over is not None and faults.byzantine:
+    if transport is not None and faults.byzantine:
         raise ValueError(f"byzantine = {faults.byzantine} needs clients of this process: leave it out, or the engine")
     if out is None:
         with tempfile.TemporaryDirectory() as temporary:
-            return _simulate(config, faults, Path(temporary), progress, over)
+            return _simulate(config, faults, Path(temporary), progress, transport)
     folder = Path(out)
     check_free(folder)
-    return _simulate(config, faults, folder, progress, over)
+    return _simulate(config, faults, folder, progress, transport)
 
 
-def _simulate(config: Config, faults: Faults, folder: Path, progress: Progress | None, over: Over | None) -> Outcome:
+def _simulate(
+    config: Config, faults: Faults, folder: Path, progress: Progress | None, transport: Transport | None
+) -> Outcome:
     begin = time.perf_counter()
     plain, task = assemble(config, SMALLEST_SHARD)
     if config.calibrate:
@@ -269,8 +271,8 @@ def _simulate(config: Config, faults: Faults, folder: Path, progress: Progress |
     folder.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(folder)
     try:
-        if over is not None:
-            over.reach(crowd)
+        if transport is not None:
+            transport.connect(crowd)
         crowd.open_log(folder)
         save_module(crowd.base, folder / "base.safetensors")
         done, evaluations, failure = _run(crowd, task, folder, begin, progress)

@@ -28,7 +28,7 @@ from hosfl.runs.config import Config
 from hosfl.runs.evaluate import evaluate
 from hosfl.runs.federation import Federation
 from hosfl.runs.report import Evaluation, Summary, Writer
-from hosfl.runs.serve import Events, Over
+from hosfl.runs.serve import Events, Transport
 from hosfl.settings import differences
 from hosfl.tasks.task import Task
 
@@ -128,7 +128,7 @@ def train(
     progress: Progress | None = None,
     *,
     resume: bool = False,
-    over: Over | None = None,
+    transport: Transport | None = None,
     tensorboard: bool = False,
     **settings: Any,
 ) -> Summary:
@@ -147,7 +147,7 @@ def train(
         resume: go on with the run in `out` from its last snapshot, however it ended. Task and settings must be those of
             that run; but data and model may lie elsewhere, with the same content, and evaluate_every, snapshot_every
             and keep may change.
-        over: the engine that reaches clients outside of this process; needs `out`.
+        transport: how clients are reached outside of this process; needs `out`.
         tensorboard: also write event files for TensorBoard, into `out`/tensorboard. The run's bits are the same
             without.
         settings: beside a `Task`, those settings of `Config` that are not to have their defaults, by name.
@@ -179,8 +179,8 @@ def train(
         raise ValueError("out is empty: name a folder")
     folder = Path(out) if out is not None else None
     begin = time.perf_counter()
-    if (resume or over or tensorboard) and folder is None:
-        which = "to resume" if resume else "with clients elsewhere" if over else "for TensorBoard"
+    if (resume or transport or tensorboard) and folder is None:
+        which = "to resume" if resume else "with clients elsewhere" if transport else "for TensorBoard"
         raise ValueError(f"a run {which} needs its folder: out, or --out DIR")
     if folder is not None and not resume:
         check_free(folder)
@@ -199,10 +199,10 @@ def train(
             federation.open_log(folder)
             loop.done = restore(federation, folder)
             save_module(federation.base, folder / "base.safetensors")
-            loop.reach(over)
+            loop.connect(transport)
         else:
             writer.take()
-            loop.reach(over)
+            loop.connect(transport)
             if config.calibrate:
                 loop.calibrate()
             first = loop.evaluated()
@@ -260,11 +260,11 @@ class _RunLoop:
     events: Events | None = None  # where clients are elsewhere
     again: float = 0.0
 
-    def reach(self, over: Over | None) -> None:
+    def connect(self, transport: Transport | None) -> None:
         """Let clients be elsewhere, where they are."""
-        if over is not None and self.writer.folder is not None:
-            over.reach(self.federation)
-            self.federation.patient = over.patient
+        if transport is not None and self.writer.folder is not None:
+            transport.connect(self.federation)
+            self.federation.patient = transport.patient
             self.events = Events(self.writer.folder)
 
     def calibrate(self) -> None:
