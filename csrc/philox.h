@@ -92,10 +92,16 @@ void philox_columns(uint64_t seed, uint64_t block, uint32_t stream, uint32_t tag
 }
 
 // The four normal numbers of the same columns, a row of z each. The words never reach memory.
+// cells: of a whole block, `size` bytes each; none: of size 0. Those of a group of columns come from memory while its
+// numbers are made: all asked for at once would keep the first numbers waiting.
 template <int64_t WIDTH>
 HOSFL_LOOP void normal_columns(uint64_t seed, uint64_t block, uint32_t stream, int64_t first, int64_t count,
-                              float (*z)[WIDTH]) {
+                              float (*z)[WIDTH], const char* cells = nullptr, int64_t size = 0) {
   for (int64_t col = first / GROUP * GROUP; col < first + count; col += GROUP) {
+    asm("" : "+r"(size));  // or GCC makes a second copy of the loop, for size 0
+    for (int64_t i = 0; i < GROUP * size; i += 64) {
+      for (int64_t row = 0; row < GAUSSIAN_ROWS; ++row) __builtin_prefetch(cells + (row * COLS + col) * size + i, 1);
+    }
     Words word[4];
     philox_group(seed, block, stream, TAG_GAUSSIAN, col, word);
 #pragma GCC unroll 2

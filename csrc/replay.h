@@ -135,11 +135,13 @@ HOSFL_LOOP void replay_segment(Gaussian, const Segment& segment, const Record* r
   RoundingBits rounding(segment);
   alignas(64) float z[GAUSSIAN_ROWS][COLS];
   each_block<GAUSSIAN_ROWS>(segment.start, segment.n, [&](const Run& run) {
-    // The cells come from memory while the first numbers are made.
-    fetch(x + run.at, run.count);
+    const bool whole = run.count == GAUSSIAN_ROWS * COLS;
+    if (!whole) fetch(x + run.at, run.count);
     for (const Record* record = records; record < records + total; ++record) {
       const float s = record->coefficient * segment.factor;
-      normal_columns(record->seed, run.block, segment.stream, run.first_col(), run.cols(), z);
+      const int64_t size = whole && record == records ? sizeof *x : 0;
+      normal_columns(record->seed, run.block, segment.stream, run.first_col(), run.cols(), z,
+                     reinterpret_cast<const char*>(x + run.at), size);
       each_row(run, [&](int64_t row, int64_t col, int64_t count, int64_t at) {
         const auto random = random_row<R>(rounding, segment, *record, at);
         with_row<Storage>(x + at, count, [&](auto storage, auto* cells) {
