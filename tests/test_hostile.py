@@ -61,7 +61,7 @@ class WithLiar(InProcess):
 def outcome(rounds, lie, task=None, **settings):
     settings |= {} if task is None else {"task": "", "server_rate": 0.05, "client_rate": 0.1}
     federation, _ = assemble(Config(**SMALL | settings, rounds=rounds), task=task)
-    federation.engine = WithLiar(federation, lie)
+    federation.messenger.engine = WithLiar(federation, lie)
     losses = [federation.round(round) for round in range(rounds)]
     state = [t.clone() for t in federation.server.half.state_dict().values()]
     newcomer = federation.make(0)
@@ -152,7 +152,7 @@ def test_a_lie_costs_the_liar_its_rounds_and_nobody_else_anything(lie, without):
     found = outcome(4, lie)
     assert same(found, without)
     federation = found[0]
-    said = federation.server.refused + federation.complained
+    said = federation.server.refused + federation.messenger.complained
     assert said or lie in (endless_hellos, ahead)
     assert all(f"client {LIAR}" in what for what in said), said
     assert all(what.isprintable() for what in said)
@@ -247,10 +247,10 @@ def test_a_complaint_is_cut_to_what_the_other_side_lets_it_be():
         return encode(Complaint(client=LIAR, round=0, text=text))
 
     federation, _ = assemble(Config(**SMALL, rounds=1))
-    federation.engine = WithLiar(federation, lie)
+    federation.messenger.engine = WithLiar(federation, lie)
     assert federation.server.largest_message > 2 * LONGEST_TEXT
     federation.round(0)
-    assert federation.complained == [f"client {LIAR}: {LONGEST_TEXT * 'x'}"]
+    assert federation.messenger.complained == [f"client {LIAR}: {LONGEST_TEXT * 'x'}"]
 
 
 def scalars_that_are_none(ask, honest):
@@ -276,7 +276,7 @@ def test_who_is_refused_is_told_why_in_the_next_round(what):
         honest = federation.endpoint(number).answer(data)
         return lie(data, honest) if number == LIAR and round == 0 else honest
 
-    federation.engine = InProcess(answer, 3)
+    federation.messenger.engine = InProcess(answer, 3)
     for round in range(3):
         federation.round(round)
         assert len(told[LIAR]) == (round > 0)
@@ -344,17 +344,17 @@ class WithMute(WithLiar):
 def test_a_client_that_says_nothing_costs_nobody_else_a_round(monkeypatch):
     """Nor those that come in the same round, and have to say first where they are."""
     federation, _ = assemble(Config(**SMALL, rounds=3))
-    federation.engine = engine = WithMute(federation, None)
-    federation.deadline = 60.0
+    federation.messenger.engine = engine = WithMute(federation, None)
+    federation.messenger.deadline = 60.0
     clock = types.SimpleNamespace(monotonic=lambda: engine.now, perf_counter=time.perf_counter)
-    monkeypatch.setattr("hosfl.runs.federation.time", clock)
+    monkeypatch.setattr("hosfl.runs.messenger.time", clock)
     for round in range(3):
         before = engine.now
         federation.round(round)
         assert federation.took_part == [0, LAST]
-        assert federation.why == {LIAR: "late"}
+        assert federation.messenger.why == {LIAR: "late"}
         assert engine.now - before <= 60.0
-    federation.where.clear()
+    federation.messenger.where.clear()
     assert federation.replicas().clients == 2 + 1  # and a newcomer
 
 

@@ -589,7 +589,7 @@ def test_both_halves_descend_the_clients_mean_per_token(folder, aggregation):
     seen = []
     federation.server.optimizer.step = lambda: seen.extend(p.grad.clone() for p in federation.server._trained())
     loss = federation.round(0)
-    assert federation.server.refused == federation.complained == []
+    assert federation.server.refused == federation.messenger.complained == []
     assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
     for found, right in zip(seen, of_server, strict=True):
         assert torch.allclose(found, right, rtol=1e-3, atol=1e-6)

@@ -45,9 +45,9 @@ class Board:
         self.refusals = federation.server.refusals
         counts = {
             "training/loss": loss,
-            "bytes": sum(federation.wire.bytes.values()),
+            "bytes": sum(federation.messenger.wire.bytes.values()),
             "clients/took_part": len(federation.took_part),
-            "clients/did_not_answer": len(federation.why),
+            "clients/did_not_answer": len(federation.messenger.why),
             "messages/refused": refused,
         }
         self._write(counts | {f"seconds/{phase}": spent for phase, spent in federation.seconds.items()}, done)
