@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hosfl.halves.hub import is_decoder, pretrained_model, stop_tokens, text_limits, tokenizer_of
+from hosfl.halves.hub import fast_tokenizer_of, is_decoder, pretrained_model, stop_tokens, text_limits
 from hosfl.halves.split import SplitModel, split
 from hosfl.settings import Settings
 from hosfl.tasks.answers import answer_scores
-from hosfl.tasks.data import Dataset, held_out, public_tokens
+from hosfl.tasks.data import Dataset, held_out, numbered, public_tokens
 from hosfl.tasks.generation import generate
 from hosfl.tasks.pretrained import place
 from hosfl.tasks.reading import DataError, Found, Row, field, json_lines, text_field, typed
@@ -134,9 +134,7 @@ class Decoder(NamedTuple):
         """Raises ImportError, OSError; ValueError for another kind of model, or a tokenizer that cannot serve."""
         if not is_decoder(name):
             raise ValueError(f"a decoder is needed, such as Llama, OPT or Qwen, and {name} is an encoder")
-        tokenizer = tokenizer_of(name)
-        if not tokenizer.is_fast:
-            raise ValueError(f"{name} has a tokenizer in Python, which does not say where its tokens are in the text")
+        tokenizer = fast_tokenizer_of(name)
         vocabulary, longest = text_limits(name)
         return cls(name, tokenizer, stop_tokens(name), vocabulary, min(longest, tokenizer.model_max_length))
 
@@ -175,7 +173,7 @@ def encoded(texts: Sequence[Text], decoder: Decoder, longest: int) -> Dataset:
                     ids, learnt = [*ids, tokenizer.eos_token_id], [*learnt, True]
                 if learnt[0]:
                     ids, learnt = [first, *ids], [False, *learnt]
-                samples[i] = _cut(ids, learnt, longest, tokenizer.all_special_ids, texts[i].where)
+                samples[i] = _shortened(ids, learnt, longest, tokenizer.all_special_ids, texts[i].where)
     length = max(len(ids) for ids, _ in samples) - 1
     inputs = torch.full((len(samples), length), tokenizer.pad_token_id)
     mask, labels = torch.zeros_like(inputs), torch.full_like(inputs, IGNORED)
@@ -199,7 +197,7 @@ def _completing(offsets: Sequence[tuple[int, int]], completions: Sequence[tuple[
     ]
 
 
-def _cut(
+def _shortened(
     ids: list[int], learnt: list[bool], longest: int, special: Sequence[int], where: str
 ) -> tuple[list[int], list[bool]]:
     """Without so much of the prompt's beginning as is too long."""
@@ -322,9 +320,7 @@ def lm_task(
     scores = (lambda halves, data: generation_scores(halves, data, decoder, generate)) if generate else None
     groups = None
     if by:
-        values = [text_field(row, by, where) for where, row in found[0]]
-        numbers = {value: n for n, value in enumerate(dict.fromkeys(values))}
-        groups = torch.tensor([numbers[value] for value in values])
+        groups = numbered([text_field(row, by, where) for where, row in found[0]])
     return completion_task(
         config,
         decoder,
