@@ -19,7 +19,8 @@ from torch import Tensor
 from hosfl.extras import needed
 from hosfl.halves.hub import text_limits, tokenized
 from hosfl.protocol.seeds import Purpose, generator
-from hosfl.tasks.reading import DataError, Found, Row, classes, without_padding
+from hosfl.tasks.padding import without_padding
+from hosfl.tasks.reading import DataError, Found, Row, classes
 
 
 @dataclass(frozen=True)
