@@ -230,7 +230,7 @@ def test_hostile_statistics_are_refused(task, name):
     before = server.statistics.values.clone()
     server.calibrate([message])
     assert torch.equal(server.statistics.values, before)
-    assert server.refusals == 1
+    assert server.refused.total == 1
     assert reason in server.refused[0]
     server.calibrate([message, statistics(client=1, values=torch.full((NUMBERS,), 3.0))])
     assert server.statistics.values.tolist() == [3.0] * NUMBERS  # the others count
@@ -261,7 +261,7 @@ def test_too_large_for_a_narrow_dtype(task):
     narrow, wide = (made(task, dtype=dtype, rule="sgd").server for dtype in ("bfloat16", "float32"))
     for server, refused in ((narrow, 1), (wide, 0)):
         server.calibrate([statistics(values=largest)])
-        assert server.refusals == refused
+        assert server.refused.total == refused
 
 
 @pytest.mark.parametrize("name", [n for n, (m, _) in HOSTILE.items() if "samples" not in n and "round" not in n])
@@ -349,7 +349,7 @@ def test_with_nobody_acceptable_nothing_changes(task, monkeypatch, caplog):
     monkeypatch.setattr(calibration, "estimated", fails)
     federation = made(task)
     assert torch.equal(of(federation.base), of(task.model[:6]))
-    assert federation.messenger.complaints == 3
+    assert federation.messenger.complained.total == 3
     assert "1 value per channel" in federation.messenger.complained[0]
     assert "those of the model stay" in caplog.text
     assert federation.join(federation.make(0))

@@ -68,7 +68,7 @@ def test_what_is_refused_is_not_waited_for_less(lie, server_batch):
         assert federation.took_part == [3, 4, 5]
         assert federation.server.ledger.records[round].participants == (3, 4, 5)
     assert federation.seen == {3, 4, 5}
-    assert federation.server.refusals >= 9
+    assert federation.server.refused.total >= 9
 
 
 def test_with_enough_honest_cuts_nobody_waits_for_more():
@@ -242,7 +242,7 @@ def test_how_long_gradients_were_is_known_after_a_restart():
 
 def test_the_reason_that_is_told_is_the_newest():
     federation = made({0}, junk)
-    federation.messenger._complain(1, "of a round long ago")
+    federation.messenger.complained.add("client 1: of a round long ago")
     federation.round(0)
     assert "Audited" in federation.newest_refused[-1]
     assert len(federation.newest_refused) == 1
@@ -250,10 +250,10 @@ def test_the_reason_that_is_told_is_the_newest():
         federation.server.receive(b"junk", 0)
     assert len(federation.server.refused) == 1000
     for _ in range(1200):
-        federation.messenger._complain(0, "of anything")
+        federation.messenger.complained.add("client 0: of anything")
         federation.server.welcome(Differs(client=0, round=0, digest=np.zeros(8, np.int32)))
-    assert (len(federation.server.differed), federation.server.differences) == (1000, 1200)
-    assert (len(federation.messenger.complained), federation.messenger.complaints) == (1000, 1201)
+    assert (len(federation.server.differed), federation.server.differed.total) == (1000, 1200)
+    assert (len(federation.messenger.complained), federation.messenger.complained.total) == (1000, 1201)
     federation.round(1)
     assert "round 1, client 0" in federation.newest_refused[-1]
     federation.messenger.engine.lie = lambda message: message

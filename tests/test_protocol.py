@@ -312,11 +312,11 @@ def test_the_server_refuses_and_goes_on():
     ]
     multipliers, loss = server.step(0, [good, *wrong])
     assert list(multipliers) == [0]
-    assert len(server.refused) == server.refusals == len(wrong)
+    assert len(server.refused) == server.refused.total == len(wrong)
     twin = small().server()
     assert twin.step(0, [])[0] == {}
     assert twin.refused == []
-    before = server.refusals
+    before = server.refused.total
     server.commit(
         0,
         [
@@ -328,14 +328,14 @@ def test_the_server_refuses_and_goes_on():
             Gradient(client=0, round=0, gradient=torch.ones(8)),
         ],
     )
-    assert server.refusals == before + 6
+    assert server.refused.total == before + 6
     assert ledger.records[0].coefficients.tolist() == [0.0] * 4  # nobody answered: an empty record, no step
     assert ledger.records[0].participants == ()
     server.step(1, [replace(good, round=1)])
     answer = Scalars(client=0, round=1, scalars=torch.ones(4))
     assert [server.answered(1, replace(answer, round=0)), server.answered(1, answer)] == [False, True]
     server.commit(1, [answer])  # for the second time
-    assert server.refusals == before + 8
+    assert server.refused.total == before + 8
     assert ledger.records[1].coefficients.tolist() == pytest.approx([-0.5 / 4] * 4, abs=made.run.lattice.quantum)
     assert ledger.records[1].participants == (0,)
     with pytest.raises(ValueError, match="cannot be committed"):
@@ -383,11 +383,11 @@ def test_the_server_refuses_wrong_greetings():
         assert server.welcome(wrong) is None
         assert message in server.refused[-1]
     assert server.differed == []
-    refusals = server.refusals
+    refusals = server.refused.total
     for ahead in (Hello(client=0, round=4), Hello(client=0, round=2, epoch=1)):  # with rounds that nobody here knows
         news = server.welcome(ahead)
         assert (news.round, len(news.coefficients), news.epoch) == (0, 3, 0)
-    assert server.refusals == refusals
+    assert server.refused.total == refusals
     assert server.receive(b"no message") is None
     assert server.receive(bytes(server.largest_message + 1)) is None
     assert "the largest message" in server.refused[-1]
@@ -421,7 +421,7 @@ def test_a_refused_cut_leaves_no_trace_in_the_half():
         Cut(client=7, round=0, cut=torch.randn(1, 2), labels=labels[:1]),  # BatchNorm takes no single sample
     ]
     multipliers, loss = server.step(0, [wrong[0], good[0], *wrong[1:], good[1]])
-    assert (list(multipliers), server.refusals) == ([0, 1], 3)
+    assert (list(multipliers), server.refused.total) == ([0, 1], 3)
     expected, twin_loss = twin.step(0, good)
     assert loss == twin_loss
     assert all(torch.equal(multipliers[m].multiplier, expected[m].multiplier) for m in range(2))
@@ -574,7 +574,7 @@ def test_a_client_whose_damaged_weight_is_off_the_lattice_rebuilds(known):
         federation.messenger.where.clear()
     federation.round(2)
     assert federation.messenger.complained == federation.server.refused == []
-    assert federation.server.differences == 1
+    assert federation.server.differed.total == 1
     assert federation.server.ledger.records[2].participants == (0, 1, 2)
     assert federation.replicas().equal
 

@@ -110,13 +110,13 @@ class Federation:
     def newest_refused(self) -> list[str]:
         """The reasons of either side for what it refused last in this round."""
         refusals, complaints = self._before
-        of_server = self.server.refused[-1:] if self.server.refusals > refusals else []
-        return of_server + (self.messenger.complained[-1:] if self.messenger.complaints > complaints else [])
+        of_server = self.server.refused[-1:] if self.server.refused.total > refusals else []
+        return of_server + (self.messenger.complained[-1:] if self.messenger.complained.total > complaints else [])
 
     def say_refused(self) -> None:
         """Warn of what either side has refused, if anything."""
         if self.refused:
-            count = self.server.refusals + self.messenger.complaints
+            count = self.server.refused.total + self.messenger.complained.total
             log.warning("messages that were refused: %d, such as: %s", count, self.refused[0])
 
     def ready(self) -> bool:
@@ -132,7 +132,7 @@ class Federation:
         learnt = self.server.learnt
         self.seconds = dict.fromkeys(("cuts", "server", "answers"), 0.0)
         self.messenger.why.clear()
-        self._before = self.server.refusals, self.messenger.complaints
+        self._before = self.server.refused.total, self.messenger.complained.total
         try:
             self.asked, first = self.invited(round), round * self.exchanges
             self.server.begin(first)

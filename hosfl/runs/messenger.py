@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hosfl.engines.engine import Engine, Reply
-from hosfl.methods.server import REASONS_KEPT, Server
+from hosfl.methods.reasons import Reasons
+from hosfl.methods.server import Server
 from hosfl.protocol.messages import Complaint, Differs, Hello, Message, PoolMoves, Records, Statistics, Wire, text_of
 from hosfl.terminal import printable
 
@@ -35,7 +36,7 @@ class Messenger:
         where: by client, (rounds, epoch) that it has applied, as far as the server knows.
         missing: how many times a client that was asked did not answer.
         why: by client, why it did not answer in this round: "gone", "late", "lost" or "failed: ...".
-        complained, complaints: what clients refused, the last thousand times, and how many there were.
+        complained: why clients refused what they were sent.
     """
 
     server: Server
@@ -45,8 +46,7 @@ class Messenger:
     where: dict[int, tuple[int, int]] = field(default_factory=dict)
     missing: int = 0
     why: dict[int, str] = field(default_factory=dict)
-    complained: list[str] = field(default_factory=list)
-    complaints: int = 0
+    complained: Reasons = field(default_factory=Reasons)
 
     def collect(
         self,
@@ -139,18 +139,13 @@ class Messenger:
         self.wire.count(message)
         if isinstance(message, Complaint):
             self.where.pop(reply.client, None)
-            self._complain(reply.client, printable(text_of(message)))
+            self.complained.add(f"client {reply.client}: {printable(text_of(message))}")
             return None
         return message
 
     def _did_not_answer(self, client: int) -> None:
         self.missing += 1
         self.where.pop(client, None)  # whether it has taken what it was sent, it will say
-
-    def _complain(self, client: int, what: str) -> None:
-        self.complaints += 1
-        self.complained.append(f"client {client}: {what}")
-        del self.complained[:-REASONS_KEPT]
 
     def _missed(self, client: int) -> list[Message]:
         """What a client has missed, as far as the server knows where it is."""

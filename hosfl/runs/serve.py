@@ -186,8 +186,8 @@ class Events:
             "missing": {str(client): why for client, why in sorted(federation.messenger.why.items())},
             "seconds": {phase: round(spent, 4) for phase, spent in federation.seconds.items()},
             "bytes": sum(federation.messenger.wire.bytes.values()),
-            "refused": federation.server.refusals,
-            "complaints": federation.messenger.complaints,
+            "refused": federation.server.refused.total,
+            "complaints": federation.messenger.complained.total,
         }
         _add_line(self.folder / "events.jsonl", json.dumps(finite(event)).encode())
         self._status(federation, done, event, due=done == federation.config.rounds)

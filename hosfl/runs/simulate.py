@@ -109,8 +109,7 @@ class Crowd(Federation):
         before, self.server, self.observed = self.server, again.server, again.observed
         self.messenger.server, self.messenger.where = again.server, {}
         # Not what a server knows, but what we count.
-        self.server.refused, self.server.refusals = before.refused, before.refusals
-        self.server.differed, self.server.differences = before.differed, before.differences
+        self.server.refused, self.server.differed = before.refused, before.differed
         return done
 
     def take(self, number: int) -> Client:
@@ -269,7 +268,7 @@ def _simulate(
     )
     # Of calibration, which is over before anything goes wrong.
     crowd.messenger.wire.bytes.update(plain.messenger.wire.bytes)
-    crowd.messenger.complained, crowd.messenger.complaints = plain.messenger.complained, plain.messenger.complaints
+    crowd.messenger.complained = plain.messenger.complained
     folder.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(folder)
     try:
@@ -352,10 +351,10 @@ def _outcome(
         lost=crowd.unreliable.lost,
         late=crowd.unreliable.overdue,
         damaged=crowd.unreliable.damaged,
-        refusals=server.refusals,
-        complaints=crowd.messenger.complaints,
+        refusals=server.refused.total,
+        complaints=crowd.messenger.complained.total,
         reasons=[*server.refused[:50], *crowd.messenger.complained[:50]],
-        differed=server.differences,
+        differed=server.differed.total,
         deaths=crowd.deaths,
         void=sum(isinstance(record, RoundRecord) for record in ledger.log.records) - done,
         bytes=dict(crowd.messenger.wire.bytes),

@@ -41,8 +41,8 @@ class Board:
 
     def round(self, federation: Federation, done: int, loss: float) -> None:
         """A round is over."""
-        refused = federation.server.refusals - self.refusals
-        self.refusals = federation.server.refusals
+        refused = federation.server.refused.total - self.refusals
+        self.refusals = federation.server.refused.total
         counts = {
             "training/loss": loss,
             "bytes": sum(federation.messenger.wire.bytes.values()),
