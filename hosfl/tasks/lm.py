@@ -150,7 +150,6 @@ def encoded(texts: Sequence[Text], decoder: Decoder, longest: int) -> Dataset:
     ValueError for tokens that the model does not know.
     """
     tokenizer = decoder.tokenizer
-    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     samples: list[tuple[list[int], list[bool]]] = [([], [])] * len(texts)
     for special in (True, False):
         chosen = [i for i, text in enumerate(texts) if text.special is special]
@@ -164,16 +163,7 @@ def encoded(texts: Sequence[Text], decoder: Decoder, longest: int) -> Dataset:
                 verbose=False,
             )
             for i, ids, offsets in zip(some, found["input_ids"], found["offset_mapping"], strict=True):
-                learnt = _completing(offsets, texts[i].completions)
-                end = len(learnt) - learnt[::-1].index(True) if True in learnt else 0
-                ids, learnt = ids[:end], learnt[:end]
-                if not end:
-                    raise DataError(f"{texts[i].where}: the tokenizer makes no token of the completion")
-                if ids[-1] not in decoder.stops:
-                    ids, learnt = [*ids, tokenizer.eos_token_id], [*learnt, True]
-                if learnt[0]:
-                    ids, learnt = [first, *ids], [False, *learnt]
-                samples[i] = _shortened(ids, learnt, longest, tokenizer.all_special_ids, texts[i].where)
+                samples[i] = _sample(texts[i], ids, offsets, decoder, longest)
     length = max(len(ids) for ids, _ in samples) - 1
     inputs = torch.full((len(samples), length), tokenizer.pad_token_id)
     mask, labels = torch.zeros_like(inputs), torch.full_like(inputs, IGNORED)
@@ -187,6 +177,23 @@ def encoded(texts: Sequence[Text], decoder: Decoder, longest: int) -> Dataset:
         inputs[row, : len(ids) - 1], mask[row, : len(ids) - 1] = tokens[:-1], 1
         labels[row, : len(ids) - 1] = torch.where(torch.tensor(learnt[1:]), tokens[1:], IGNORED)
     return Dataset({"input_ids": inputs, "attention_mask": mask}, labels)
+
+
+def _sample(
+    text: Text, ids: list[int], offsets: Sequence[tuple[int, int]], decoder: Decoder, longest: int
+) -> tuple[list[int], list[bool]]:
+    """A text's tokens as `encoded` has them, and which of them are learnt."""
+    tokenizer, learnt = decoder.tokenizer, _completing(offsets, text.completions)
+    end = len(learnt) - learnt[::-1].index(True) if True in learnt else 0
+    ids, learnt = ids[:end], learnt[:end]
+    if not end:
+        raise DataError(f"{text.where}: the tokenizer makes no token of the completion")
+    if ids[-1] not in decoder.stops:
+        ids, learnt = [*ids, tokenizer.eos_token_id], [*learnt, True]
+    if learnt[0]:
+        first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        ids, learnt = [first, *ids], [False, *learnt]
+    return _shortened(ids, learnt, longest, tokenizer.all_special_ids, text.where)
 
 
 def _completing(offsets: Sequence[tuple[int, int]], completions: Sequence[tuple[int, int]]) -> list[bool]:
