@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -30,7 +30,7 @@ from hosfl.protocol.header import Header
 from hosfl.protocol.messages import Audit, Audited, Calibration, Invitation, Message, Wire
 from hosfl.protocol.provenance import Provenance, new_id, open_log
 from hosfl.runs.in_order import InOrder
-from hosfl.runs.messenger import Messenger
+from hosfl.runs.messenger import Came, Messenger
 from hosfl.settings import Settings
 
 AT_ONCE = 16  # clients whose halves are audited together
@@ -135,16 +135,7 @@ class Federation:
         self._before = self.server.refused.total, self.messenger.complained.total
         try:
             self.asked, first = self.invited(round), round * self.exchanges
-            self.server.begin(first)
-            learning = InOrder(self.asked, self._learn)
-            for message in self.late():
-                self._learn(message)
-            with self._timed("cuts"):
-                ask, enough = partial(self._invitation, round), partial(self._enough_learnt, learning)
-                self.messenger.collect(self.asked, ask, learning.came, enough)
-                learning.end()
-            with self._timed("server"):
-                multipliers, loss = self.server.end()
+            multipliers, loss = self._exchange("cuts", first, self.asked, partial(self._invite, round))
             sent = self.server.learnt_from()
             self.visits += len(sent)
             if self.patient and self.server.learnt == learnt:
@@ -155,13 +146,8 @@ class Federation:
             self._in_vain.clear()
             losses = [loss]
             for exchange in range(first + 1, first + self.exchanges):
-                self.server.begin(exchange)
-                learning = InOrder(multipliers, self._learn)
-                with self._timed("answers"):
-                    self.messenger.deliver(multipliers, learning.came, partial(self._enough_learnt, learning))
-                learning.end()
-                with self._timed("server"):
-                    multipliers, loss = self.server.end()
+                deliver = partial(self.messenger.deliver, multipliers)
+                multipliers, loss = self._exchange("answers", exchange, multipliers, deliver)
                 sent = self.server.learnt_from()
                 losses.append(loss)
             answers = multipliers if self.server.ledger is not None else {}
@@ -181,6 +167,26 @@ class Federation:
         begin, before = time.perf_counter(), sum(self.seconds.values())
         yield
         self.seconds[phase] += time.perf_counter() - begin - (sum(self.seconds.values()) - before)
+
+    def _exchange(
+        self, phase: str, number: int, clients: Iterable[int], ask: Callable[[Came, Callable[[], bool]], None]
+    ) -> tuple[Mapping[int, Message], float]:
+        """The server learns from the cuts of an exchange, in the order of their clients; see `Server.end`.
+
+        ask: hands on the cuts; its arguments are those of `Messenger`'s methods.
+        """
+        self.server.begin(number)
+        order = InOrder(clients, self._learn)
+        with self._timed(phase):
+            ask(order.came, partial(self._enough_learnt, order))
+            order.end()
+        with self._timed("server"):
+            return self.server.end()
+
+    def _invite(self, round: int, came: Came, suffices: Callable[[], bool]) -> None:
+        for message in self.late():
+            self._learn(message)
+        self.messenger.collect(self.asked, partial(self._invitation, round), came, suffices)
 
     def _learn(self, message: Message | None) -> None:
         if message is not None:
@@ -302,16 +308,13 @@ class Federation:
 
     def join(self, client: Client) -> bool:
         """Bring one client up to date that is nobody's whom an engine knows. False where that fails."""
-        endpoint, number = self._endpoint(client), client.number
-        engine, there = self.messenger.engine, self.messenger.where.pop(number, None)
-        self.messenger.engine = InProcess(lambda number, data: endpoint.answer(data), number + 1)
+        endpoint, messenger = self._endpoint(client), self.messenger
+        engine = InProcess(lambda number, data: endpoint.answer(data), client.number + 1)
+        self.messenger = replace(messenger, engine=engine, where={})
         try:
-            return bool(self.audited([number]))
+            return bool(self.audited([client.number]))
         finally:
-            self.messenger.engine = engine
-            self.messenger.where.pop(number, None)
-            if there is not None:
-                self.messenger.where[number] = there
+            self.messenger = messenger
 
     def audited(self, clients: Sequence[int]) -> dict[int, str]:
         """The digests of clients' halves after they have taken all that was committed; of those who answer."""

@@ -16,6 +16,7 @@ from hosfl.methods.server import Server
 from hosfl.protocol.messages import Complaint, Differs, Hello, Message, PoolMoves, Records, Statistics, Wire, text_of
 from hosfl.terminal import printable
 
+Came = Callable[[int, Message | None], None]  # of a client and its answer; None: it brought nothing of use
 TRIES = 3  # asks for one answer: a client that is elsewhere, and one that then finds its half wrong, are asked again
 TO_SAY_WHERE = 0.25  # of the deadline: for those of whom the server does not know where they are
 
@@ -24,9 +25,8 @@ TO_SAY_WHERE = 0.25  # of the deadline: for those of whom the server does not kn
 class Messenger:
     """Asks clients, and hands on what they answer.
 
-    Two arguments of its methods are callables. came: is called with a client and its answer as answers come, with None
-    for one that has brought nothing which can be used. suffices: says after an answer whether to go on without the
-    rest.
+    Two arguments of its methods are callables. came: see `Came`. suffices: says after an answer whether to go on
+    without the rest.
 
     Attributes:
         server: reads what comes, and knows what a client has missed.
@@ -52,7 +52,7 @@ class Messenger:
         self,
         clients: Sequence[int],
         ask: Callable[[int], Sequence[Message]],
-        came: Callable[[int, Message | None], None],
+        came: Came,
         suffices: Callable[[], bool] = lambda: False,
     ) -> None:
         """Hand on what clients answer when they have taken all that they have missed.
@@ -73,7 +73,7 @@ class Messenger:
     def deliver(
         self,
         messages: Mapping[int, Message],
-        came: Callable[[int, Message | None], None],
+        came: Came,
         suffices: Callable[[], bool] = lambda: False,
     ) -> None:
         """Send each client its message, and hand on what they answer; none of them is asked twice."""
@@ -86,7 +86,7 @@ class Messenger:
         self,
         missed: Mapping[int, Sequence[Message]],
         ask: Callable[[int], Sequence[Message]],
-        came: Callable[[int, Message | None], None],
+        came: Came,
         suffices: Callable[[], bool],
         ends: float | None,
     ) -> dict[int, list[Message]]:
