@@ -293,8 +293,8 @@ def main() -> None:
                 (folder / "echo").mkdir()
                 settings = HALVES[half] | ({"data": str(texts(folder))} if half == "minilm" else {})
                 rows[engine] = row = measure(settings, engine, folder)
-            told = ", ".join(f"{phase} {1e3 * seconds:.1f}" for phase, seconds in row["seconds"].items())
-            print(f"{half}, {engine}: {told} ms; {row['ratio']:.2f} of its parts; {row['digest'][:16]}", flush=True)
+            phases = ", ".join(f"{phase} {1e3 * seconds:.1f}" for phase, seconds in row["seconds"].items())
+            print(f"{half}, {engine}: {phases} ms; {row['ratio']:.2f} of its parts; {row['digest'][:16]}", flush=True)
         if len({row["digest"] for row in rows.values()}) > 1:
             sys.exit(f"{half}: the engines end with different bits")
     write_json(options.out, found)

@@ -155,14 +155,14 @@ def encoded(texts: Sequence[Text], decoder: Decoder, longest: int) -> Dataset:
         chosen = [i for i, text in enumerate(texts) if text.special is special]
         for begin in range(0, len(chosen), AT_ONCE):
             some = chosen[begin : begin + AT_ONCE]
-            found = tokenizer(
+            encodings = tokenizer(
                 [texts[i].text for i in some],
                 add_special_tokens=special,
                 return_offsets_mapping=True,
                 truncation=False,
                 verbose=False,
             )
-            for i, ids, offsets in zip(some, found["input_ids"], found["offset_mapping"], strict=True):
+            for i, ids, offsets in zip(some, encodings["input_ids"], encodings["offset_mapping"], strict=True):
                 samples[i] = _sample(texts[i], ids, offsets, decoder, longest)
     length = max(len(ids) for ids, _ in samples) - 1
     inputs = torch.full((len(samples), length), tokenizer.pad_token_id)

@@ -208,7 +208,7 @@ def _windows(tokenizer: Any, questions: Sequence[Question], longest: int = LONGE
     pieces: dict[str, list[Tensor]] = {}
     for begin in range(0, len(questions), AT_ONCE):
         some = questions[begin : begin + AT_ONCE]
-        found = tokenizer(
+        encodings = tokenizer(
             _first_tokens(tokenizer, [q.question.strip() for q in some], longest // 6),
             [q.context for q in some],
             truncation="only_second",
@@ -218,13 +218,13 @@ def _windows(tokenizer: Any, questions: Sequence[Question], longest: int = LONGE
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
         )
-        arrays = {name: torch.from_numpy(np.array(value)) for name, value in found.items()}  # much faster than "pt"
+        arrays = {name: torch.from_numpy(np.array(value)) for name, value in encodings.items()}  # much faster than "pt"
         own, spans = arrays.pop("overflow_to_sample_mapping"), arrays.pop("offset_mapping").int()
         for i in range(len(own)):
-            spans[i, [sequence != 1 for sequence in found.sequence_ids(i)]] = -1
+            spans[i, [sequence != 1 for sequence in encodings.sequence_ids(i)]] = -1
         pieces.setdefault("spans", []).append(spans)
         pieces.setdefault("question", []).append(own + begin)
-        places = [_answer_tokens(found, i, some[q]) for i, q in enumerate(own.tolist())]
+        places = [_answer_tokens(encodings, i, some[q]) for i, q in enumerate(own.tolist())]
         pieces.setdefault("labels", []).append(torch.tensor(places, dtype=torch.int64))
         for name, value in arrays.items():
             pieces.setdefault(name, []).append(value)
@@ -235,15 +235,15 @@ def _windows(tokenizer: Any, questions: Sequence[Question], longest: int = LONGE
 
 def _first_tokens(tokenizer: Any, questions: list[str], tokens: int) -> list[str]:
     """The questions' first tokens, so many at most."""
-    found = tokenizer(questions, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    return [q if len(own) <= tokens else q[: own[tokens - 1][1]] for q, own in zip(questions, found, strict=True)]
+    offsets = tokenizer(questions, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return [q if len(own) <= tokens else q[: own[tokens - 1][1]] for q, own in zip(questions, offsets, strict=True)]
 
 
-def _answer_tokens(found: Any, window: int, asked: Question) -> tuple[int, int]:
+def _answer_tokens(encodings: Any, window: int, asked: Question) -> tuple[int, int]:
     """The first and the last token of the answer in a window; (0, 0) where the window does not hold all of it."""
     text = asked.answers[0]
     begin = asked.start + len(text) - len(text.lstrip())
-    ends = (found.char_to_token(window, char, 1) for char in (begin, begin + len(text.strip()) - 1))
+    ends = (encodings.char_to_token(window, char, 1) for char in (begin, begin + len(text.strip()) - 1))
     first, last = ends
     return (0, 0) if first is None or last is None else (first, last)
 
