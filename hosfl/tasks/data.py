@@ -1,4 +1,4 @@
-"""Data: samples and labels, real handwritten digits, texts as tokens, and the split over clients."""
+"""Data: samples and labels, texts as tokens, and the split over clients."""
 
 from __future__ import annotations
 
