@@ -523,8 +523,8 @@ def overview(results: dict[str, dict[str, Any]]) -> str:
     """Every study in one row: accuracies between the two controls, and the shares of the gap."""
 
     def cell(row: dict[str, Any], share: bool = True) -> str:
-        told = f" ({row['loss_gap_recovered'] + 0.0:.2f})" if share else ""
-        return f"{row['accuracy']:.3f}{told}"
+        recovered = f" ({row['loss_gap_recovered'] + 0.0:.2f})" if share else ""
+        return f"{row['accuracy']:.3f}{recovered}"
 
     rows = []
     for name, result in results.items():
@@ -566,12 +566,12 @@ def uses(results: dict[str, dict[str, Any]]) -> str:
 
     names = dict.fromkeys(name for result in results.values() for name in result["methods"])
     rows = [[name, *(cell(result, name) for result in results.values())] for name in names if name != "frozen"]
-    told = []
+    notes = []
     for study, result in results.items():
         seeds = max((len(r["seeds"]) for r in result["methods"].values()), default=0)
         tried = len(result["trials"]) // len(result["methods"])
-        told.append(f"{study}: {result['rounds']} rounds, {seeds} seeds, {tried} trials for every row")
-    return f"{'; '.join(told)}. {_machine(next(iter(results.values())))}\n\n" + _table(["", *results], rows)
+        notes.append(f"{study}: {result['rounds']} rounds, {seeds} seeds, {tried} trials for every row")
+    return f"{'; '.join(notes)}. {_machine(next(iter(results.values())))}\n\n" + _table(["", *results], rows)
 
 
 # The row of Adam, and that of normalized steps, in studies that have both.

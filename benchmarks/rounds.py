@@ -227,13 +227,13 @@ def measure(settings: dict[str, Any], name: str, folder: Path) -> dict[str, Any]
     federation.open_log(folder)
     with ENGINES[name](folder, config.data) as make:
         if make is None:
-            assert isinstance(federation.engine, InProcess)
-            federation.engine.answer = Timed(federation.engine.answer, folder)
+            assert isinstance(federation.messenger.engine, InProcess)
+            federation.messenger.engine.answer = Timed(federation.messenger.engine.answer, folder)
         else:
             Transport(lambda files, clients: make(files)).connect(federation)
-            here(federation.engine)
-        weighed = Weighed(federation.engine)
-        federation.engine = weighed
+            here(federation.messenger.engine)
+        weighed = Weighed(federation.messenger.engine)
+        federation.messenger.engine = weighed
         rounds = [_round(federation, number) for number in range(config.rounds)]
         asks = weighed.asks[-2:]
         lines = [(folder / f"{n}.seconds").read_text().split()[-2 * ROUNDS :] for n in range(CLIENTS)]
@@ -293,8 +293,8 @@ def main() -> None:
                 (folder / "echo").mkdir()
                 settings = HALVES[half] | ({"data": str(texts(folder))} if half == "minilm" else {})
                 rows[engine] = row = measure(settings, engine, folder)
-            told = ", ".join(f"{phase} {1e3 * seconds:.1f}" for phase, seconds in row["seconds"].items())
-            print(f"{half}, {engine}: {told} ms; {row['ratio']:.2f} of its parts; {row['digest'][:16]}", flush=True)
+            phases = ", ".join(f"{phase} {1e3 * seconds:.1f}" for phase, seconds in row["seconds"].items())
+            print(f"{half}, {engine}: {phases} ms; {row['ratio']:.2f} of its parts; {row['digest'][:16]}", flush=True)
         if len({row["digest"] for row in rows.values()}) > 1:
             sys.exit(f"{half}: the engines end with different bits")
     write_json(options.out, found)

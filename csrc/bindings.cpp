@@ -15,6 +15,7 @@
 #endif
 
 #include "arguments.h"
+#include "noise.h"
 #include "ops.h"
 #include "pool.h"
 
@@ -78,7 +79,7 @@ void each_item(int64_t items, int threads, Work work) {
   });
 }
 
-constexpr int64_t BLOCK = 131072, ROW = 1024;
+constexpr int64_t BLOCK = RADEMACHER_ROWS * COLS;
 
 // The part [first, last) of the segments laid end to end.
 std::vector<Segment> part_of(const std::vector<Segment>& segments, int64_t first, int64_t last) {
@@ -100,7 +101,7 @@ void in_parallel(const std::vector<Segment>& segments, int64_t updates_per_cell,
   const int count = useful_threads(total * std::max<int64_t>(updates_per_cell, 1), threads);
   // Whole blocks where there are enough of them: a block cut in two makes its words twice.
   constexpr int64_t CHUNKS_PER_THREAD = 16;
-  const int64_t even = count == 1 ? total : total / (count * CHUNKS_PER_THREAD), unit = even >= BLOCK ? BLOCK : ROW;
+  const int64_t even = count == 1 ? total : total / (count * CHUNKS_PER_THREAD), unit = even >= BLOCK ? BLOCK : COLS;
   const int64_t chunk = (even / unit + 1) * unit;
   each_item((total + chunk - 1) / chunk, count, [&](int64_t k) {
     const int64_t at = k * chunk;

@@ -68,7 +68,7 @@ def test_each_half_learns_while_the_other_stands_still(method, half, seed, below
     for round in range(20):
         federation.round(round)
     below(loss() / before, 0.95)
-    assert federation.server.refused == federation.complained == []
+    assert federation.server.refused == federation.messenger.complained == []
     assert federation.replicas().equal
 
 
@@ -272,12 +272,12 @@ def test_a_splitfed_client_that_is_lost_on_the_way_costs_nobody_else_the_round(a
     federation, _ = assemble(config("splitfed"))
     federation.round(0)
     before = federation.server.ledger.weights.clone()
-    federation.wire = Lossy(1, after)
+    federation.messenger.wire = Lossy(1, after)
     federation.round(1)
-    federation.wire = Wire()
+    federation.messenger.wire = Wire()
     assert not torch.equal(federation.server.ledger.weights, before)
     federation.round(2)
-    assert federation.server.refused == federation.complained == []
+    assert federation.server.refused == federation.messenger.complained == []
     assert federation.replicas().equal
 
 

@@ -230,7 +230,7 @@ def test_hostile_statistics_are_refused(task, name):
     before = server.statistics.values.clone()
     server.calibrate([message])
     assert torch.equal(server.statistics.values, before)
-    assert server.refusals == 1
+    assert server.refused.total == 1
     assert reason in server.refused[0]
     server.calibrate([message, statistics(client=1, values=torch.full((NUMBERS,), 3.0))])
     assert server.statistics.values.tolist() == [3.0] * NUMBERS  # the others count
@@ -261,7 +261,7 @@ def test_too_large_for_a_narrow_dtype(task):
     narrow, wide = (made(task, dtype=dtype, rule="sgd").server for dtype in ("bfloat16", "float32"))
     for server, refused in ((narrow, 1), (wide, 0)):
         server.calibrate([statistics(values=largest)])
-        assert server.refusals == refused
+        assert server.refused.total == refused
 
 
 @pytest.mark.parametrize("name", [n for n, (m, _) in HOSTILE.items() if "samples" not in n and "round" not in n])
@@ -333,11 +333,11 @@ def test_a_client_knows_what_it_is_told(task):
         def carry(self, client, messages):
             return None if isinstance(messages[0], Calibration) else super().carry(client, messages)
 
-    federation.wire = Lossy()
+    federation.messenger.wire = Lossy()
     away = federation.make(1)
     assert not federation.join(away)
     assert not away.calibrated
-    federation.wire = Wire()
+    federation.messenger.wire = Wire()
     assert federation.join(away)
     assert federation.replicas().equal
 
@@ -349,8 +349,8 @@ def test_with_nobody_acceptable_nothing_changes(task, monkeypatch, caplog):
     monkeypatch.setattr(calibration, "estimated", fails)
     federation = made(task)
     assert torch.equal(of(federation.base), of(task.model[:6]))
-    assert federation.complaints == 3
-    assert "1 value per channel" in federation.complained[0]
+    assert federation.messenger.complained.total == 3
+    assert "1 value per channel" in federation.messenger.complained[0]
     assert "those of the model stay" in caplog.text
     assert federation.join(federation.make(0))
 
@@ -501,7 +501,7 @@ def test_the_order_in_which_statistics_come_is_nothing(task, monkeypatch):
             yield from reversed(list(super().ask(messages, deadline)))
 
     federation, _ = assemble(Config(task="", **settings()), task=task)
-    federation.engine = Backwards(federation.engine.answer, 4)
+    federation.messenger.engine = Backwards(federation.messenger.engine.answer, 4)
     statistics = federation.server.statistics
     came, commit = [], statistics.commit
     monkeypatch.setattr(statistics, "commit", lambda answers, how: came.extend(answers) or commit(answers, how))
@@ -636,8 +636,8 @@ def test_a_client_that_comes_back_is_told_once_more(tmp_path):
 def test_calibration_waits_for_statistics_that_count(task, monkeypatch):
     wrong = {0: encode(statistics(samples=0)), 1: b"junk"}
     federation, _ = assemble(Config(task="", **settings(sampled=4)), task=task)
-    answer = federation.engine.answer
-    federation.engine = InProcess(lambda number, data: wrong.get(number) or answer(number, data), 4)
+    answer = federation.messenger.engine.answer
+    federation.messenger.engine = InProcess(lambda number, data: wrong.get(number) or answer(number, data), 4)
     federation.enough = 1
     running, came = federation.server.statistics, []
     commit = running.commit

@@ -150,7 +150,7 @@ def outcome(settings):
     losses = [federation.round(round) for round in range(federation.config.rounds)]
     model = federation.model()
     weights = digest([*model.client.parameters(), *model.server.parameters()])
-    return losses, federation.wire.bytes, federation.server.passes, weights
+    return losses, federation.messenger.wire.bytes, federation.server.passes, weights
 
 
 @pytest.mark.parametrize("way", WAYS)

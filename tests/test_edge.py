@@ -30,9 +30,10 @@ from hosfl.edge.data import Batches, Samples, read_samples, samples_of
 from hosfl.edge.export import ExportError
 from hosfl.edge.half import Half, HalfError
 from hosfl.edge.join import client_of, join
+from hosfl.engines.ending import Ending
 from hosfl.engines.engine import JoinError
 from hosfl.engines.in_process import InProcess
-from hosfl.engines.joining import Ending, SavedState
+from hosfl.engines.saved_state import SavedState
 from hosfl.methods import travel as with_torch
 from hosfl.methods.tensors import tensor
 from hosfl.protocol.endpoint import AnotherRun
@@ -250,7 +251,7 @@ def test_beside_clients_with_torch(way, tmp_path):
         heard.setdefault(number, []).append((decode(theirs), decode(said), decode(unpack(data)[-1])))
         return said
 
-    federation.engine = InProcess(answer, 3)
+    federation.messenger.engine = InProcess(answer, 3)
     before = edges[1].client.replica.digest()
     losses = [federation.round(0)]
     assert edges[1].client.replica.digest() == before  # probing leaves no trace
@@ -336,10 +337,10 @@ def test_running_statistics(way, dtype, apart, tmp_path):
         heard.setdefault(number, []).append((decode(theirs), decode(said)))
         return said
 
-    federation.engine = InProcess(answer, 3)
-    federation.engine.present = lambda: {0, 1}
+    federation.messenger.engine = InProcess(answer, 3)
+    federation.messenger.engine.present = lambda: {0, 1}
     federation.calibrate()
-    federation.engine = InProcess(answer, 3)
+    federation.messenger.engine = InProcess(answer, 3)
     assert list(heard) == [0, 1]
     ((theirs, mine),) = heard[1]
     assert type(theirs) is type(mine) is Statistics
@@ -348,7 +349,7 @@ def test_running_statistics(way, dtype, apart, tmp_path):
     assert all(np.array_equal(a, b) for a, b in zip(edges[1].client.half.statistics, models, strict=True))
     losses = [federation.round(round) for round in range(4)]
     assert np.isfinite(losses).all()
-    assert (federation.refused, federation.complained) == ([], [])
+    assert (federation.refused, federation.messenger.complained) == ([], [])
     for number in edges:
         for theirs, mine in heard[number]:
             assert type(theirs) is type(mine)
@@ -449,10 +450,10 @@ def test_a_half_in_bfloat16(way, tmp_path):
             cuts.append((decode(theirs), decode(said)))
         return said
 
-    federation.engine = InProcess(answer, 3)
+    federation.messenger.engine = InProcess(answer, 3)
     losses = [federation.round(round) for round in range(4)]
     assert np.isfinite(losses).all()
-    assert (federation.refused, federation.complained) == ([], [])
+    assert (federation.refused, federation.messenger.complained) == ([], [])
     (theirs, mine), (_, measured) = cuts[:2]
     assert mine.cut.dtype == theirs.cut.dtype
     wire = WIRES[str(mine.cut.dtype)]
@@ -491,7 +492,7 @@ def test_a_client_that_was_away_and_one_that_is_wrong(tmp_path):
         said.append(decode(edge.answer(data)) if number == 1 else decode(federation.endpoint(number).answer(data)))
         return encode(said[-1])
 
-    federation.engine = InProcess(answer, 3)
+    federation.messenger.engine = InProcess(answer, 3)
     edge.client.replica.tensors[0][...] += 0.25
     federation.round(3)
     assert [type(m) for m in said if m.client == 1] == [Hello, Differs, Cut, Scalars]
@@ -670,7 +671,7 @@ import signal, sys
 import onnx
 import onnxruntime
 from onnx import TensorProto, helper
-from hosfl.engines.joining import Ending
+from hosfl.engines.ending import Ending
 
 flag, x = helper.make_tensor_value_info("flag", TensorProto.BOOL, []), helper.make_tensor_value_info("x", 1, [1])
 times, kept = helper.make_tensor_value_info("times", TensorProto.INT64, []), helper.make_tensor_value_info("y", 1, [1])

@@ -12,7 +12,7 @@ from hosfl import extras
 from hosfl.cli import main
 from hosfl.runs.report import plot_curves
 from hosfl.tasks.data import held_out
-from hosfl.tasks.reading import picture_file
+from hosfl.tasks.picture_files import picture_file
 
 # A process where none of these can be imported, of the extras or of what they bring.
 WITHOUT = """

@@ -207,7 +207,7 @@ class Stage:
         self.cut = self.client.output(ROUND)
         self.multipliers, _ = self.server.step(ROUND, [self.cut])
         self.multiplier = self.multipliers[0]
-        self.refusals = self.server.refusals
+        self.refusals = self.server.refused.total
 
     def _zeroth_order(self):
         self.made = small(self.kind).play(ROUND - 3)
@@ -291,9 +291,9 @@ def to_commit(stage, message):
     """Refused, the round is committed with nobody: no step. That is taken back."""
     stage.server.commit(ROUND, [message])
     if stage.made is None:
-        if stage.server.refusals > stage.refusals:
+        if stage.server.refused.total > stage.refusals:
             stage.ledger.rounds -= 1
-        return stage.server.refusals == stage.refusals
+        return stage.server.refused.total == stage.refusals
     record = stage.ledger.records[-1]
     if record.participants:
         return True
@@ -330,7 +330,7 @@ def fuzz(kind, count, seed):
             decode(data)
         except MessageError:
             assert message is None
-        stage.refusals = stage.server.refusals
+        stage.refusals = stage.server.refused.total
         if message is None:
             assert number % 100 or stage.bits() == before
             continue
@@ -351,7 +351,7 @@ def fuzz(kind, count, seed):
                 stage = Stage(kind)
                 assert stage.bits() == before
             accepted += changed
-            stage.refusals = stage.server.refusals
+            stage.refusals = stage.server.refused.total
     assert refusing <= {to_catch_up, to_answer}  # the server never raises
     return reached, accepted
 

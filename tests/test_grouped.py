@@ -240,7 +240,7 @@ def test_one_bad_cut_is_refused_alone(wrong, place):
     one, many = pair()
     assert [*one.step(0, cuts)[0]] == [m for m in range(4) if m != place]
     assert many.step(0, cuts)[0].keys() == one._answers.keys()
-    assert (many.refused, many.refusals) == (one.refused, 1)
+    assert (many.refused, many.refused.total) == (one.refused, 1)
     assert torch.allclose(flat_gradient(one.half), flat_gradient(many.half), rtol=1e-5)
     assert alike(*pair(), [c for c in cuts if c is not cuts[place]]) == [18]
 
@@ -384,7 +384,7 @@ SMALL = {"rounds": 3, "clients": 6, "sampled": 5, "batch": 16, "server_rate": 0.
 def halves_after(**settings):
     federation, _ = assemble(Config(**with_shared(settings, SMALL)))
     losses = [federation.round(round) for round in range(SMALL["rounds"])]
-    assert federation.server.refused == federation.complained == []
+    assert federation.server.refused == federation.messenger.complained == []
     return federation.server, losses, [p.detach() for p in federation.model().parameters()]
 
 
@@ -432,7 +432,7 @@ def test_groups_are_the_same_whoever_comes_first():
         settings = {"task": "", "clients": 4, "sampled": 4, "rounds": 3, "batch": 16, "server_batch": 32}
         config = Config(**settings, server_rate=0.03, client_rate=0.05)
         federation, _ = assemble(config, task=shifted.make())
-        federation.engine = Shuffled(federation, order, gone=[1])
+        federation.messenger.engine = Shuffled(federation, order, gone=[1])
         passes = passes_of(federation.server)
         losses = [federation.round(round) for round in range(3)]
         found.append((losses, passes, [p.detach() for p in federation.server.half.parameters()]))

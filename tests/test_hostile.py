@@ -61,7 +61,7 @@ class WithLiar(InProcess):
 def outcome(rounds, lie, task=None, **settings):
     settings |= {} if task is None else {"task": "", "server_rate": 0.05, "client_rate": 0.1}
     federation, _ = assemble(Config(**SMALL | settings, rounds=rounds), task=task)
-    federation.engine = WithLiar(federation, lie)
+    federation.messenger.engine = WithLiar(federation, lie)
     losses = [federation.round(round) for round in range(rounds)]
     state = [t.clone() for t in federation.server.half.state_dict().values()]
     newcomer = federation.make(0)
@@ -152,7 +152,7 @@ def test_a_lie_costs_the_liar_its_rounds_and_nobody_else_anything(lie, without):
     found = outcome(4, lie)
     assert same(found, without)
     federation = found[0]
-    said = federation.server.refused + federation.complained
+    said = federation.server.refused + federation.messenger.complained
     assert said or lie in (endless_hellos, ahead)
     assert all(f"client {LIAR}" in what for what in said), said
     assert all(what.isprintable() for what in said)
@@ -203,7 +203,7 @@ def test_labels_of_which_no_loss_can_be_made_are_refused(loss, way):
     else:
         assert same(found, outcome(3, None, task, **WAYS[way]))
     server = found[0].server
-    assert server.refusals == 3
+    assert server.refused.total == 3
     assert all(what.isprintable() and f"client {LIAR}: nothing can be learnt" in what for what in server.refused)
 
 
@@ -231,7 +231,7 @@ def test_what_would_stop_an_optimizer_for_good_is_refused(way):
     task = Task(net, (x, y), (x, y), cross_entropy, at=2)
     found = outcome(3, far_out, task, **settings)
     if way == "grouped":  # the others of a pass are taken again, and differ by rounding
-        assert found[0].server.refusals == 3
+        assert found[0].server.refused.total == 3
     else:
         assert same(found, outcome(3, None, task, **settings))
     moments, _ = pack_optimizer(found[0].server.optimizer)
@@ -247,10 +247,10 @@ def test_a_complaint_is_cut_to_what_the_other_side_lets_it_be():
         return encode(Complaint(client=LIAR, round=0, text=text))
 
     federation, _ = assemble(Config(**SMALL, rounds=1))
-    federation.engine = WithLiar(federation, lie)
+    federation.messenger.engine = WithLiar(federation, lie)
     assert federation.server.largest_message > 2 * LONGEST_TEXT
     federation.round(0)
-    assert federation.complained == [f"client {LIAR}: {LONGEST_TEXT * 'x'}"]
+    assert federation.messenger.complained == [f"client {LIAR}: {LONGEST_TEXT * 'x'}"]
 
 
 def scalars_that_are_none(ask, honest):
@@ -276,11 +276,11 @@ def test_who_is_refused_is_told_why_in_the_next_round(what):
         honest = federation.endpoint(number).answer(data)
         return lie(data, honest) if number == LIAR and round == 0 else honest
 
-    federation.engine = InProcess(answer, 3)
+    federation.messenger.engine = InProcess(answer, 3)
     for round in range(3):
         federation.round(round)
         assert len(told[LIAR]) == (round > 0)
-    assert federation.server.refusals >= 1
+    assert federation.server.refused.total >= 1
     assert [(m.client, m.round, text_of(m)) for m in told[LIAR]] == [(LIAR, 1, why)]
     assert told[0] == told[LAST] == ()
     assert federation.took_part == [0, 1, 2]
@@ -314,7 +314,7 @@ def mutations(seed):
 def mutated(rounds):
     found = outcome(rounds, mutations(0), batch=1)
     assert same(found, outcome(rounds, None, batch=1))
-    assert found[0].server.refusals >= rounds
+    assert found[0].server.refused.total >= rounds
 
 
 def test_mutated_messages():
@@ -344,17 +344,17 @@ class WithMute(WithLiar):
 def test_a_client_that_says_nothing_costs_nobody_else_a_round(monkeypatch):
     """Nor those that come in the same round, and have to say first where they are."""
     federation, _ = assemble(Config(**SMALL, rounds=3))
-    federation.engine = engine = WithMute(federation, None)
-    federation.deadline = 60.0
+    federation.messenger.engine = engine = WithMute(federation, None)
+    federation.messenger.deadline = 60.0
     clock = types.SimpleNamespace(monotonic=lambda: engine.now, perf_counter=time.perf_counter)
-    monkeypatch.setattr("hosfl.runs.federation.time", clock)
+    monkeypatch.setattr("hosfl.runs.messenger.time", clock)
     for round in range(3):
         before = engine.now
         federation.round(round)
         assert federation.took_part == [0, LAST]
-        assert federation.why == {LIAR: "late"}
+        assert federation.messenger.why == {LIAR: "late"}
         assert engine.now - before <= 60.0
-    federation.where.clear()
+    federation.messenger.where.clear()
     assert federation.replicas().clients == 2 + 1  # and a newcomer
 
 

@@ -68,8 +68,8 @@ def test_the_protocol_and_what_lies_below_it_import_no_torch():
     paths = [*(ROOT / "hosfl/protocol").glob("*.py"), *(ROOT / f"hosfl/{leaf}.py" for leaf in LEAVES)]
     exports = "export.py", "original.py", "tracing.py", "backward.py", "by_batch.py"
     paths += [path for path in (ROOT / "hosfl/edge").glob("*.py") if path.name not in exports]
-    paths += [*(ROOT / "hosfl/engines").glob("nats*.py"), ROOT / "hosfl/engines/joining.py"]
-    paths += [ROOT / "hosfl/tasks/reading.py"]
+    paths += (ROOT / "hosfl/engines").glob("*.py")
+    paths += [ROOT / f"hosfl/tasks/{name}.py" for name in ("reading", "picture_files", "padding")]
     for path in paths:
         assert not [name for name in imported(path) if re.match(r"torch(\.|$)", name)], path
 

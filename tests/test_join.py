@@ -21,7 +21,8 @@ from torch import nn
 from hosfl import commands, train
 from hosfl.engines.engine import EngineError, JoinError, Reply
 from hosfl.engines.in_process import InProcess
-from hosfl.engines.joining import SavedState, fetched
+from hosfl.engines.joining import fetched
+from hosfl.engines.saved_state import SavedState
 from hosfl.files import RunFolderError
 from hosfl.methods import METHODS
 from hosfl.methods.ho import make_run

@@ -35,7 +35,7 @@ class LiarsFirst(InProcess):
 def made(liars, lie, enough=None, **settings):
     told = {"clients": CLIENTS, "sampled": CLIENTS, "batch": 8, "rounds": 5, "server_rate": 0.1, "client_rate": 0.05}
     federation, _ = assemble(Config(**told | settings))
-    federation.engine = LiarsFirst(federation, liars, lie)
+    federation.messenger.engine = LiarsFirst(federation, liars, lie)
     federation.enough, federation.patient = enough, True
     return federation
 
@@ -68,7 +68,7 @@ def test_what_is_refused_is_not_waited_for_less(lie, server_batch):
         assert federation.took_part == [3, 4, 5]
         assert federation.server.ledger.records[round].participants == (3, 4, 5)
     assert federation.seen == {3, 4, 5}
-    assert federation.server.refusals >= 9
+    assert federation.server.refused.total >= 9
 
 
 def test_with_enough_honest_cuts_nobody_waits_for_more():
@@ -95,7 +95,7 @@ def test_a_round_that_was_tried_in_vain_is_tried_with_others():
     assert (federation.tried, sorted(first + federation.asked)) == (2, list(range(6)))
     assert np.isnan(federation.round(0))
     assert (federation.tried, federation.asked) == (3, first)  # all have been tried: a new turn begins
-    federation.engine.liars = set()
+    federation.messenger.engine.liars = set()
     assert np.isfinite(federation.round(0))
     assert (federation.tried, federation.took_part) == (0, federation.asked)
     assert len(federation.server.ledger.records) == 1
@@ -143,13 +143,13 @@ def test_one_absurd_answer_costs_a_round_and_not_the_run(settings):
     for lie in (large, None):
         federation, moves = made({2}, lambda message: message, rounds=60, **settings), []
         for round in range(35):
-            federation.engine.lie = lie if lie and round == 10 else lambda message: message
+            federation.messenger.engine.lie = lie if lie and round == 10 else lambda message: message
             federation.round(round)
             record = federation.server.ledger.records[-1]
             rate = record.rate if federation.server.ledger.run.rule else 1.0
             moves.append(float(np.abs(record.coefficients).max()) * rate)
         assert all(p.isfinite().all() for p in federation.model().client.parameters())
-        assert federation.server.refused == federation.complained == []
+        assert federation.server.refused == federation.messenger.complained == []
         moved[lie] = np.mean(moves[-10:])
     assert moved[large] > moved[None] / 10
 
@@ -191,7 +191,7 @@ def no_norm(liars, **settings):
         "client_rate": 0.05,
     }
     federation, _ = assemble(Settings(**told | settings), task=task)
-    federation.engine, federation.patient = LiarsFirst(federation, liars, None), True
+    federation.messenger.engine, federation.patient = LiarsFirst(federation, liars, None), True
     return federation
 
 
@@ -209,7 +209,7 @@ def test_one_absurd_cut_costs_a_round_and_not_the_server_half(settings):
         weights = [p.detach() for p in federation.model().server.parameters() if p.dim() > 1]  # a bias meets no cut
         for round in range(57):
             before = [p.clone() for p in weights]
-            federation.engine.lie = longer if round == when else lambda message: message
+            federation.messenger.engine.lie = longer if round == when else lambda message: message
             federation.round(round)
             moves.append(float(torch.cat([(p - b).flatten() for p, b in zip(weights, before, strict=True)]).norm()))
         assert federation.server.refused == []
@@ -242,7 +242,7 @@ def test_how_long_gradients_were_is_known_after_a_restart():
 
 def test_the_reason_that_is_told_is_the_newest():
     federation = made({0}, junk)
-    federation._complain(1, "of a round long ago")
+    federation.messenger.complained.add("client 1: of a round long ago")
     federation.round(0)
     assert "Audited" in federation.newest_refused[-1]
     assert len(federation.newest_refused) == 1
@@ -250,12 +250,12 @@ def test_the_reason_that_is_told_is_the_newest():
         federation.server.receive(b"junk", 0)
     assert len(federation.server.refused) == 1000
     for _ in range(1200):
-        federation._complain(0, "of anything")
+        federation.messenger.complained.add("client 0: of anything")
         federation.server.welcome(Differs(client=0, round=0, digest=np.zeros(8, np.int32)))
-    assert (len(federation.server.differed), federation.server.differences) == (1000, 1200)
-    assert (len(federation.complained), federation.complaints) == (1000, 1201)
+    assert (len(federation.server.differed), federation.server.differed.total) == (1000, 1200)
+    assert (len(federation.messenger.complained), federation.messenger.complained.total) == (1000, 1201)
     federation.round(1)
     assert "round 1, client 0" in federation.newest_refused[-1]
-    federation.engine.lie = lambda message: message
+    federation.messenger.engine.lie = lambda message: message
     federation.round(2)
     assert federation.newest_refused == []

@@ -118,7 +118,7 @@ def test_nobody_is_asked_anything_while_the_server_half_learns_alone(settings):
         return not all(map(torch.equal, run.observed.parameters(), base))
 
     losses = [(run.round(round), control.round(round)) for round in range(4)]
-    assert "multiplier down" not in run.wire.bytes
+    assert "multiplier down" not in run.messenger.wire.bytes
     assert run.took_part == control.took_part
     assert not moved()
     if settings:  # without a lattice, on which a half's first weights are put
@@ -126,7 +126,7 @@ def test_nobody_is_asked_anything_while_the_server_half_learns_alone(settings):
         assert all(map(torch.equal, run.server.half.parameters(), control.server.half.parameters()))
     run.round(4)
     assert moved()
-    assert run.wire.bytes["multiplier down"] > 0
+    assert run.messenger.wire.bytes["multiplier down"] > 0
 
 
 @pytest.mark.parametrize("settings", WAYS)

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hosfl.engines import frames, nats_server
-from hosfl.engines.broker import Link
 from hosfl.engines.engine import EngineError, Reply
 from hosfl.engines.frames import Beat, Bye, Ended, Fetch, FrameError, Outgoing, Piece, Ping, Want, Why, decode, encode
 from hosfl.engines.nats_line import NatsLine
+from hosfl.engines.nats_link import Link
 from hosfl.engines.nats_server import NatsEngine
 
 MB = 1 << 20

@@ -58,7 +58,7 @@ def one_round(config):
         step = server.ledger.step
         server.ledger.step = lambda r, v, lattice: (scalars.append(v), step(r, v, lattice))[1]
     loss = federation.round(0)
-    assert federation.server.refused == federation.complained == []
+    assert federation.server.refused == federation.messenger.complained == []
     return federation, loss, seen, scalars
 
 

@@ -25,7 +25,6 @@ WRITTEN = {
     name: base64.b64decode(text)
     for name, text in json.loads((Path(__file__).parent / "optim_logs.json").read_text()).items()
 }
-LATTICE = ("lattice", "pool", "coarser")
 LIMIT = 1.0  # seconds of the process that reads
 
 

@@ -312,11 +312,11 @@ def test_the_server_refuses_and_goes_on():
     ]
     multipliers, loss = server.step(0, [good, *wrong])
     assert list(multipliers) == [0]
-    assert len(server.refused) == server.refusals == len(wrong)
+    assert len(server.refused) == server.refused.total == len(wrong)
     twin = small().server()
     assert twin.step(0, [])[0] == {}
     assert twin.refused == []
-    before = server.refusals
+    before = server.refused.total
     server.commit(
         0,
         [
@@ -328,14 +328,14 @@ def test_the_server_refuses_and_goes_on():
             Gradient(client=0, round=0, gradient=torch.ones(8)),
         ],
     )
-    assert server.refusals == before + 6
+    assert server.refused.total == before + 6
     assert ledger.records[0].coefficients.tolist() == [0.0] * 4  # nobody answered: an empty record, no step
     assert ledger.records[0].participants == ()
     server.step(1, [replace(good, round=1)])
     answer = Scalars(client=0, round=1, scalars=torch.ones(4))
     assert [server.answered(1, replace(answer, round=0)), server.answered(1, answer)] == [False, True]
     server.commit(1, [answer])  # for the second time
-    assert server.refusals == before + 8
+    assert server.refused.total == before + 8
     assert ledger.records[1].coefficients.tolist() == pytest.approx([-0.5 / 4] * 4, abs=made.run.lattice.quantum)
     assert ledger.records[1].participants == (0,)
     with pytest.raises(ValueError, match="cannot be committed"):
@@ -383,11 +383,11 @@ def test_the_server_refuses_wrong_greetings():
         assert server.welcome(wrong) is None
         assert message in server.refused[-1]
     assert server.differed == []
-    refusals = server.refusals
+    refusals = server.refused.total
     for ahead in (Hello(client=0, round=4), Hello(client=0, round=2, epoch=1)):  # with rounds that nobody here knows
         news = server.welcome(ahead)
         assert (news.round, len(news.coefficients), news.epoch) == (0, 3, 0)
-    assert server.refusals == refusals
+    assert server.refused.total == refusals
     assert server.receive(b"no message") is None
     assert server.receive(bytes(server.largest_message + 1)) is None
     assert "the largest message" in server.refused[-1]
@@ -421,7 +421,7 @@ def test_a_refused_cut_leaves_no_trace_in_the_half():
         Cut(client=7, round=0, cut=torch.randn(1, 2), labels=labels[:1]),  # BatchNorm takes no single sample
     ]
     multipliers, loss = server.step(0, [wrong[0], good[0], *wrong[1:], good[1]])
-    assert (list(multipliers), server.refusals) == ([0, 1], 3)
+    assert (list(multipliers), server.refused.total) == ([0, 1], 3)
     expected, twin_loss = twin.step(0, good)
     assert loss == twin_loss
     assert all(torch.equal(multipliers[m].multiplier, expected[m].multiplier) for m in range(2))
@@ -485,7 +485,7 @@ def test_random_participation_and_replay_over_200_rounds():
     assert outcome.equal
     assert outcome.clients == 11
     assert outcome.digest != base
-    assert federation.server.refused == federation.complained == []
+    assert federation.server.refused == federation.messenger.complained == []
 
 
 class Troubled(Wire):
@@ -509,10 +509,10 @@ def test_a_client_that_refuses_costs_nobody_else_the_round(kind):
 
     federation, _ = assemble(Config(rounds=2, batch=4, directions=2, clients=3, sampled=3))
     federation.round(0)
-    federation.wire = Troubled(spoil)
+    federation.messenger.wire = Troubled(spoil)
     federation.round(1)
-    assert len(federation.complained) == 1
-    assert "client 1" in federation.complained[0]
+    assert len(federation.messenger.complained) == 1
+    assert "client 1" in federation.messenger.complained[0]
     assert federation.server.ledger.records[1].participants == (0, 2)
     assert federation.server.refused == []
 
@@ -571,10 +571,10 @@ def test_a_client_whose_damaged_weight_is_off_the_lattice_rebuilds(known):
         damaged.tensors[0].view(-1)[0] = 1e30
     damaged.load(damaged.state()._replace(applied=1))  # as after a restart
     if not known:
-        federation.where.clear()
+        federation.messenger.where.clear()
     federation.round(2)
-    assert federation.complained == federation.server.refused == []
-    assert federation.server.differences == 1
+    assert federation.messenger.complained == federation.server.refused == []
+    assert federation.server.differed.total == 1
     assert federation.server.ledger.records[2].participants == (0, 1, 2)
     assert federation.replicas().equal
 
@@ -637,7 +637,7 @@ class Shuffled:
     when a reply left, of every first ask of a round."""
 
     def __init__(self, federation, order, gone=()):
-        self.engine, self.server, self.order, self.gone = federation.engine, federation.server, order, gone
+        self.engine, self.server, self.order, self.gone = federation.messenger.engine, federation.server, order, gone
         self.learnt = []
 
     def __getattr__(self, name):
@@ -662,10 +662,10 @@ def test_the_order_in_which_cuts_come_changes_no_bit(method):
     told = {"rule": "adamw"} if method == "ho" else {}
     plain, other = crowd(method, **told), crowd(method, **told)
     if method == "ho":  # with another engine a gone client's half is behind for a round
-        plain.engine = Shuffled(plain, [0, 1, 2, 3], gone=[1])
-        other.engine = Shuffled(other, [3, 0, 2, 1], gone=[1])
+        plain.messenger.engine = Shuffled(plain, [0, 1, 2, 3], gone=[1])
+        other.messenger.engine = Shuffled(other, [3, 0, 2, 1], gone=[1])
     else:
-        other.engine = Shuffled(other, [3, 0, 2, 1])
+        other.messenger.engine = Shuffled(other, [3, 0, 2, 1])
     assert [plain.round(r) for r in range(3)] == [other.round(r) for r in range(3)]
     for a, b in zip(plain.model().parameters(), other.model().parameters(), strict=True):
         assert torch.equal(a, b)
@@ -673,18 +673,18 @@ def test_the_order_in_which_cuts_come_changes_no_bit(method):
 
 def test_the_server_learns_while_other_cuts_are_on_their_way():
     federation = crowd("frozen")
-    federation.engine = Shuffled(federation, [1, 0, 3, 2])
+    federation.messenger.engine = Shuffled(federation, [1, 0, 3, 2])
     federation.round(0)
-    assert federation.engine.learnt == [(1, []), (0, []), (3, [0, 1]), (2, [0, 1])]
+    assert federation.messenger.engine.learnt == [(1, []), (0, []), (3, [0, 1]), (2, [0, 1])]
     assert [*federation.server._samples] == [0, 1, 2, 3]
     assert federation.seconds["server"] > 0
 
 
 def test_nobody_waits_for_a_client_that_is_gone():
     federation = crowd("frozen")
-    federation.engine = Shuffled(federation, [0, 1, 2, 3], gone=[0])
+    federation.messenger.engine = Shuffled(federation, [0, 1, 2, 3], gone=[0])
     federation.round(0)
-    assert federation.engine.learnt == [(0, []), (1, []), (2, [1]), (3, [1, 2])]
+    assert federation.messenger.engine.learnt == [(0, []), (1, []), (2, [1]), (3, [1, 2])]
     assert federation.took_part == [1, 2, 3]
 
 
@@ -695,14 +695,14 @@ def test_a_multiplier_that_is_lost_costs_its_client_alone():
             return None if lost else super().carry(client, messages)
 
     federation = crowd("splitfed", local_steps=2)
-    federation.wire = Lossy()
+    federation.messenger.wire = Lossy()
     assert np.isfinite(federation.round(0))
     assert (federation.visits, federation.took_part) == (4, [1, 2, 3])
 
 
 def test_a_round_of_nobody_s_is_committed_where_it_is_not_tried_again():
     federation = crowd("ho")
-    federation.engine = Shuffled(federation, [0, 1, 2, 3], gone=[0, 1, 2, 3])
+    federation.messenger.engine = Shuffled(federation, [0, 1, 2, 3], gone=[0, 1, 2, 3])
     assert np.isnan(federation.round(0))
     assert [record.participants for record in federation.server.ledger.records] == [()]
 
@@ -711,29 +711,29 @@ def test_of_a_client_that_is_gone_nobody_knows_where_it_is():
     federation = crowd("ho")
     federation.round(0)
     federation.round(1)
-    assert federation.where == dict.fromkeys(range(4), (1, 0))
-    assert federation.missing == 0
-    federation.engine = Shuffled(federation, [0, 1, 2, 3], gone=[1])
+    assert federation.messenger.where == dict.fromkeys(range(4), (1, 0))
+    assert federation.messenger.missing == 0
+    federation.messenger.engine = Shuffled(federation, [0, 1, 2, 3], gone=[1])
     federation.round(2)
-    assert federation.where == dict.fromkeys((0, 2, 3), (2, 0))
-    assert (federation.missing, federation.why) == (1, {1: "gone"})
+    assert federation.messenger.where == dict.fromkeys((0, 2, 3), (2, 0))
+    assert (federation.messenger.missing, federation.messenger.why) == (1, {1: "gone"})
     assert federation.join(federation.make(0))  # a newcomer under a number that another client has
-    assert federation.where == dict.fromkeys((0, 2, 3), (2, 0))
+    assert federation.messenger.where == dict.fromkeys((0, 2, 3), (2, 0))
 
 
 def test_known_clients_are_sent_what_they_miss_at_once_and_no_more():
     """After a restart as well: the records of one round, in the ask for a cut, and no digest that nobody asked for."""
     federation = crowd("ho")
     federation.server.ledger.epochs = [(1, 0)]
-    federation.engine = Shuffled(federation, [0, 1, 2, 3])
+    federation.messenger.engine = Shuffled(federation, [0, 1, 2, 3])
     asks, sent = [0], [0]
     for round in range(4):
         federation.round(round)
-        asks.append(len(federation.engine.learnt))
-        sent.append(federation.wire.bytes.get("scalars down", 0))
+        asks.append(len(federation.messenger.engine.learnt))
+        sent.append(federation.messenger.wire.bytes.get("scalars down", 0))
     assert np.diff(asks).tolist() == [12, 8, 8, 8]  # only at first they have to say where they are
     assert np.diff(sent).tolist() == [0, *[4 * 4 * federation.config.directions] * 3]
-    assert "digest down" not in federation.wire.bytes
+    assert "digest down" not in federation.messenger.wire.bytes
 
 
 def test_all_asks_of_an_exchange_share_its_deadline(monkeypatch):
@@ -749,16 +749,16 @@ def test_all_asks_of_an_exchange_share_its_deadline(monkeypatch):
             clock[0] += self.lasts
             yield from super().ask(messages)
 
-    federation.engine, federation.deadline = Slow(federation, [0, 1, 2, 3]), 10.0
+    federation.messenger.engine, federation.messenger.deadline = Slow(federation, [0, 1, 2, 3]), 10.0
     here = vars(time) | {"monotonic": lambda: clock[0]}  # not for every thread of this process
-    monkeypatch.setattr("hosfl.runs.federation.time", SimpleNamespace(**here))
+    monkeypatch.setattr("hosfl.runs.messenger.time", SimpleNamespace(**here))
     federation.round(0)
     assert given == [2.5, 6, 10]  # for greetings, cuts and answers
-    federation.where.clear()
-    federation.engine.lasts = 11
+    federation.messenger.where.clear()
+    federation.messenger.engine.lasts = 11
     federation.round(1)
     assert given[3:] == [2.5, 0, 10]  # none is left, and no less
-    federation.deadline = None
+    federation.messenger.deadline = None
     federation.round(2)
     assert given[6:] == [None, None]
 
@@ -766,12 +766,12 @@ def test_all_asks_of_an_exchange_share_its_deadline(monkeypatch):
 def test_with_enough_cuts_nobody_waits_for_those_before_them():
     federation = crowd("ho")
     federation.enough = 2
-    federation.engine = Shuffled(federation, [3, 1, 0, 2])
+    federation.messenger.engine = Shuffled(federation, [3, 1, 0, 2])
     federation.round(0)
     assert federation.took_part == [1, 3]
     greetings = [(client, []) for client in (3, 1, 0, 2)]
     cuts = [(3, []), (1, [])]  # of those that are enough the order is theirs
-    assert federation.engine.learnt == [*greetings, *cuts, (3, [1, 3]), (1, [1, 3])]
+    assert federation.messenger.engine.learnt == [*greetings, *cuts, (3, [1, 3]), (1, [1, 3])]
 
 
 def test_the_loss_of_a_round_is_the_mean_of_its_exchanges(monkeypatch):
@@ -814,6 +814,6 @@ def test_a_client_that_leaves_during_the_audit_is_no_other_bits(reason, equal):
             for reply in super().ask(messages):
                 yield Reply(2, None, reason) if reply.client == 2 else reply
 
-    federation.engine = Leaves(federation, [0, 1, 2, 3])
+    federation.messenger.engine = Leaves(federation, [0, 1, 2, 3])
     found = federation.replicas()
     assert (found.clients, found.equal) == (4 if equal else 5, equal)

@@ -18,14 +18,13 @@ from PIL import Image
 from hosfl import Config
 from hosfl.tasks import make_task, squad, text
 from hosfl.tasks.data import Dataset, Splits, classified, dirichlet_split, held_out, iid_split, shards
+from hosfl.tasks.picture_files import class_folders, picture_file
 from hosfl.tasks.reading import (
     Answer,
     DataError,
-    class_folders,
     classes,
     hub,
     json_lines,
-    picture_file,
     standing,
     table,
 )

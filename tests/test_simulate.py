@@ -482,7 +482,7 @@ def test_a_simulation_says_what_it_was_made_of(tmp_path: Path) -> None:
 
 
 def test_complaints_are_kept_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hosfl.runs.federation.REASONS_KEPT", 3)
+    monkeypatch.setattr("hosfl.methods.reasons.KEPT", 3)
     outcome = simulate(small(rounds=10), Faults(damage=0.5))
     assert outcome.complaints > 3
     assert len([reason for reason in outcome.reasons if "client" in reason[:6]]) <= 3

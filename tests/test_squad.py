@@ -437,7 +437,7 @@ def test_the_server_refuses_other_labels(folder):
     far[0, 1] = task.train.length
     wrong = [replace(good, labels=good.labels[:, 0].contiguous()), replace(good, labels=far)]
     assert federation.server.step(0, wrong)[0] == {}
-    assert federation.server.refusals == 2
+    assert federation.server.refused.total == 2
     assert "for 24 classes" in federation.server.refused[1]
     end = int(good.labels.max())  # a text that ends before its answer, one of no length, and a longer one
     for length, reason in ((end, f"for {end} classes"), (0, "a cut of shape"), (25, "a cut of shape")):

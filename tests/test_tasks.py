@@ -277,7 +277,7 @@ def test_hostile_masks_are_refused(folder):
     ]
     before = {name: value.clone() for name, value in server.half.state_dict().items()}
     assert server.step(0, wrong)[0] == {}
-    assert server.refusals == 4
+    assert server.refused.total == 4
     assert all("mask" in reason for reason in server.refused)
     assert all(torch.equal(value, before[name]) for name, value in server.half.state_dict().items())
     nothing = replace(good, mask=torch.zeros_like(good.mask))  # strange, and harmless

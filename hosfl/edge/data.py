@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from hosfl.protocol.arrays import widened
 from hosfl.protocol.seeds import Purpose, drawn
 from hosfl.protocol.weights import read_weights
-from hosfl.tasks.reading import DataError, arrays_in, returned_by, without_padding
+from hosfl.tasks.padding import without_padding
+from hosfl.tasks.reading import DataError, arrays_in, returned_by
 
 Arrays = NDArray[Any] | dict[str, NDArray[Any]]
 LABELS, MASK = ("labels", "label"), "attention_mask"

@@ -21,7 +21,7 @@ from hosfl.halves.inputs import Inputs, call, evaluating, mask_of, unchanged
 from hosfl.halves.split import as_dtype
 from hosfl.protocol.arrays import widened
 from hosfl.protocol.weights import as_file
-from hosfl.tasks.reading import TOKENS
+from hosfl.tasks.padding import TOKENS
 from hosfl_kernels import perturb_
 
 ROWS = 3  # samples that a graph is made of: a batch of one would be taken for a size that never changes

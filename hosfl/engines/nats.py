@@ -3,7 +3,7 @@
 
 Two subjects for each client of a run: it publishes `hosfl.RUN.up.CLIENT.m` and hears `hosfl.RUN.down.CLIENT.m`. Who a
 message is of is its subject, which the broker holds against the sender's certificate; what a message says of itself is
-believed by nobody. See `frames.py` for what is sent, `broker.py` for the connection.
+believed by nobody. See `frames.py` for what is sent, `nats_link.py` for the connection.
 
 A client is here from its first beat on. It is gone when the broker has nobody at its subject any more, which a ping
 tells within two seconds, also of a process that was killed; when it says goodbye; when another process of the same

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 
-from hosfl.engines.broker import Link
 from hosfl.engines.engine import EngineError
 from hosfl.engines.frames import (
     LISTED,
@@ -33,6 +32,7 @@ from hosfl.engines.frames import (
     encode,
 )
 from hosfl.engines.nats import MOST, STALLED, TWO, Notes, check_line, log
+from hosfl.engines.nats_link import Link
 from hosfl.terminal import printable
 
 SILENT = 3.0  # seconds without a ping, after which a client says that it is here: a server pings those of its run alone
@@ -83,25 +83,25 @@ class NatsLine:
         self._up = f"hosfl.{run}.up.{client}.m"
         self._id, self._connections = secrets.randbits(64), 0
         self._server: Ping | None = None
-        self._before: tuple[int, ...] = ()  # servers that another took the place of
+        self._earlier_servers: tuple[int, ...] = ()  # servers that another took the place of
         self._heard = 0.0  # when the server's last ping was
         self._serving = self._closed = False
-        self._out = ""  # why the server has no place for it
+        self._refusal = ""  # why the server has no place for it
         self._tasks: dict[int, _Task] = {}
         self._queue: SimpleQueue[int | None] = SimpleQueue()
-        self._one = threading.Lock()
+        self._fetch_lock = threading.Lock()
         self._fetching: _Fetching | None = None
         self._notes = Notes()
-        heard = [f"hosfl.{run}.down.{client}.m"]
+        subjects = [f"hosfl.{run}.down.{client}.m"]
         name = f"client {client} of run {run}"
-        self._link = Link(urls, tls, name, heard, self._receive, self._connected, self._tick)
+        self._link = Link(urls, tls, name, subjects, self._receive, self._connected, self._tick)
         self._link.start()
 
     def fetch(self, name: str, deadline: float | None = None) -> bytes:
         """See `Line.fetch`. One after another, from any thread."""
         if not name or len(name.encode()) > 500:
             raise EngineError(f"a file's name has 1 to 500 bytes, not {len(name.encode())}")
-        with self._one:
+        with self._fetch_lock:
             fetching = _Fetching(secrets.randbits(64), name, SimpleQueue())
             self._link.call(self._fetch, fetching)
             try:
@@ -128,8 +128,8 @@ class NatsLine:
                 raise
         finally:
             self._present(False)
-        if self._out:
-            raise EngineError(self._out)
+        if self._refusal:
+            raise EngineError(self._refusal)
 
     def _answered(self, answer: Callable[[bytes], bytes], message: bytes) -> Outgoing:
         """The kind of an error is told, its text is not: that may be of the client's data."""
@@ -209,20 +209,20 @@ class NatsLine:
     def _connected(self) -> None:
         self._connections += 1
         self._beat()
-        self._want_again()
+        self._request_again()
 
-    def _want_again(self, stalled: float = 0.0) -> None:
+    def _request_again(self, stalled: float = 0.0) -> None:
         """What was on its way, after a new connection at either end; or what has not moved for so many seconds."""
         now = time.monotonic()
         for id, task in self._tasks.items():
             if not task.incoming.whole and not task.queued and now - task.incoming.moved >= stalled:
-                self._want(id, task.incoming, again=True)
+                self._request_more(id, task.incoming, again=True)
         if self._fetching is not None:
             incoming = self._fetching.incoming
             if now - max(self._fetching.asked, incoming.moved if incoming else 0.0) >= stalled:
                 self._ask_file(self._fetching)
 
-    def _want(self, id: int, incoming: Incoming, again: bool = False) -> None:
+    def _request_more(self, id: int, incoming: Incoming, again: bool = False) -> None:
         want = incoming.wanted(id, WINDOW, again)
         if want is not None:
             self._post(want)
@@ -230,7 +230,7 @@ class NatsLine:
     def _tick(self, since: float) -> None:
         if time.monotonic() - self._heard > SILENT:
             self._beat()
-        self._want_again(STALLED)
+        self._request_again(STALLED)
         fetching = self._fetching
         if fetching is not None and not fetching.announced and time.monotonic() - fetching.asked > ANEW:
             self._ask_file(fetching)
@@ -242,12 +242,12 @@ class NatsLine:
             self._notes.warn("malformed", "client %d: bytes that are no message are dropped: %s", self.client, error)
             return
         if isinstance(frame, Ping):
-            self._pinged(frame)
+            self._on_ping(frame)
         elif isinstance(frame, Piece):
             if self._fetching is not None and frame.id == self._fetching.id:
-                self._file(self._fetching, frame)
+                self._on_file_piece(self._fetching, frame)
             else:
-                self._piece(frame)
+                self._on_piece(frame)
         elif isinstance(frame, Want):
             task = self._tasks.get(frame.id)
             if task is not None and task.reply is not None:
@@ -257,25 +257,25 @@ class NatsLine:
                     end = min(len(task.reply.data), frame.offset + min(frame.length, WINDOW))
                     self._link.stream(self._up, frame.id, task.reply, frame.offset, end)
         elif isinstance(frame, Ended):
-            self._ended(frame)
+            self._on_ended(frame)
 
-    def _pinged(self, ping: Ping) -> None:
+    def _on_ping(self, ping: Ping) -> None:
         before, self._server, self._heard = self._server, ping, time.monotonic()
         if before != ping:  # a new connection of the server's, or another server, which will say what it does not know
-            self._want_again()
+            self._request_again()
         if before is not None and before.engine != ping.engine:
-            if ping.engine in self._before:  # it has not ended, as one does that is started anew
+            if ping.engine in self._earlier_servers:  # it has not ended, as one does that is started anew
                 self._notes.warn("servers", f"client %d: {TWO}", self.client, self.run, level=logging.ERROR)
                 for engine in (before.engine, ping.engine):
                     self._post(encode(Ended(engine, Why.REPLACED)))
-            self._before = (*self._before[-7:], before.engine)
+            self._earlier_servers = (*self._earlier_servers[-7:], before.engine)
         self._beat()
 
     def _forget(self, id: int) -> None:
         del self._tasks[id]
         self._link.stop(self._up, id)
 
-    def _piece(self, piece: Piece) -> None:
+    def _on_piece(self, piece: Piece) -> None:
         task = self._tasks.get(piece.id)
         if task is None:
             if len(self._tasks) >= LISTED:
@@ -293,9 +293,9 @@ class NatsLine:
             task.queued = True
             self._queue.put(piece.id)
         else:
-            self._want(piece.id, task.incoming)
+            self._request_more(piece.id, task.incoming)
 
-    def _file(self, fetching: _Fetching, piece: Piece) -> None:
+    def _on_file_piece(self, fetching: _Fetching, piece: Piece) -> None:
         fetching.announced = True
         if piece.total > self.largest:
             fetching.done.put(f"{fetching.name!r} has {piece.total} bytes; the largest file is one of {self.largest}")
@@ -306,20 +306,20 @@ class NatsLine:
         elif incoming.fits(piece):
             incoming.take(piece)
         elif not piece.data:
-            self._want(fetching.id, incoming, again=True)  # announced again
+            self._request_more(fetching.id, incoming, again=True)  # announced again
             return
         if incoming.whole:
             data = incoming.message()
             fetching.done.put(f"{fetching.name!r} is damaged" if data is None else data)
         else:
-            self._want(fetching.id, incoming)
+            self._request_more(fetching.id, incoming)
 
-    def _ended(self, ended: Ended) -> None:
+    def _on_ended(self, ended: Ended) -> None:
         if ended.id == self._id:  # the line itself
-            self._out = f"another process is client {self.client} now"
+            self._refusal = f"another process is client {self.client} now"
             if ended.why is not Why.REPLACED:
-                self._out = printable(ended.text)
-            log.error("client %d ends: %s", self.client, self._out)
+                self._refusal = printable(ended.text)
+            log.error("client %d ends: %s", self.client, self._refusal)
             self._serving = False
             self._queue.put(None)
         elif self._fetching is not None and ended.id == self._fetching.id:

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
-from hosfl.engines.broker import Link
 from hosfl.engines.engine import EngineError, Reply, check_ask
 from hosfl.engines.frames import (
     SMALL,
@@ -34,6 +33,7 @@ from hosfl.engines.frames import (
     encode,
 )
 from hosfl.engines.nats import MOST, STALLED, TWO, Notes, check_line, log
+from hosfl.engines.nats_link import Link
 from hosfl.terminal import printable
 
 LARGEST = 64 * 1024 * 1024 + 64 * 1024  # bytes of a reply, where nobody says what the run's are: 64 MB, and a frame
@@ -45,7 +45,7 @@ RATE, BURST = 200.0, 1000.0  # frames of a client that nobody asked for: a secon
 
 
 @dataclass
-class _Asked:
+class _Ask:
     """What one client is asked. id: the transfer of the question and of its answer. line: which has it."""
 
     client: int
@@ -65,7 +65,7 @@ class _Peer:
     heard: float = 0.0
     absent: float | None = None
     replaced: tuple[int, ...] = ()
-    asked: dict[int, _Asked] = field(default_factory=dict)
+    asked: dict[int, _Ask] = field(default_factory=dict)
     file: tuple[int, Outgoing] | None = None
     allowance: float = BURST
     counted: float = 0.0
@@ -122,8 +122,8 @@ class NatsEngine:
         self._moving: set[int] = set()  # asks whose answer is on its way
         self._notes = Notes()
         self._subject = re.compile(rf"hosfl\.{run}\.up\.(0|[1-9][0-9]{{0,8}})\.(m|gone)".encode())
-        heard = [f"hosfl.{run}.up.*.m", f"hosfl.{run}.up.*.gone"]
-        self._link = Link(urls, tls, f"the server of run {run}", heard, self._receive, self._connected, self._tick)
+        subjects = [f"hosfl.{run}.up.*.m", f"hosfl.{run}.up.*.gone"]
+        self._link = Link(urls, tls, f"the server of run {run}", subjects, self._receive, self._connected, self._tick)
         self._link.start()
 
     def present(self) -> frozenset[int]:
@@ -140,33 +140,33 @@ class NatsEngine:
         return self._replies(messages, deadline)
 
     def _replies(self, messages: Mapping[int, bytes], deadline: float | None) -> Iterator[Reply]:
-        over = None if deadline is None else time.monotonic() + deadline
+        ends = None if deadline is None else time.monotonic() + deadline
         replies: SimpleQueue[Reply | None] = SimpleQueue()
         outgoing = {client: Outgoing(bytes(data)) for client, data in messages.items() if len(data) <= MOST}
         for client in messages.keys() - outgoing.keys():
             text = f"an ask of {len(messages[client])} bytes; the largest is one of {MOST}"
             log.warning("client %d: %s", client, text)
             replies.put(Reply(client, None, f"failed: {text}"))
-        asked = self._link.call(self._begin, outgoing, replies)
-        open = dict.fromkeys(messages)
+        asks = self._link.call(self._begin, outgoing, replies)
+        unanswered = dict.fromkeys(messages)
         try:
-            while open:
+            while unanswered:
                 try:
-                    reply = replies.get(timeout=None if over is None else max(0.0, over - time.monotonic()))
+                    reply = replies.get(timeout=None if ends is None else max(0.0, ends - time.monotonic()))
                 except Empty:
                     break
                 if reply is None:
                     raise EngineError(f"{self._link.name} was closed during an ask")
-                del open[reply.client]
+                del unanswered[reply.client]
                 yield reply
         finally:
             with contextlib.suppress(EngineError):  # closed: nobody is asked any more
-                self._link.call(self._end, asked)
+                self._link.call(self._end, asks)
         while not replies.empty():  # what came while the ask was ended
             if reply := replies.get():
-                del open[reply.client]
+                del unanswered[reply.client]
                 yield reply
-        for client in open:
+        for client in unanswered:
             yield Reply(client, None, "late")
 
     def offer(self, files: Mapping[str, bytes]) -> None:
@@ -197,9 +197,9 @@ class NatsEngine:
             for asked in peer.asked.values():
                 asked.replies.put(None)
 
-    def _begin(self, outgoing: Mapping[int, Outgoing], replies: SimpleQueue[Reply | None]) -> list[_Asked]:
-        made = [_Asked(client, secrets.randbits(64), data, replies) for client, data in outgoing.items()]
-        for asked in made:
+    def _begin(self, outgoing: Mapping[int, Outgoing], replies: SimpleQueue[Reply | None]) -> list[_Ask]:
+        asks = [_Ask(client, secrets.randbits(64), data, replies) for client, data in outgoing.items()]
+        for asked in asks:
             peer = self._peers[asked.client]
             peer.asked[asked.id] = asked
             if peer.line is not None:
@@ -207,20 +207,20 @@ class NatsEngine:
                 self._post(asked.client, asked.outgoing.announcement(asked.id))
             elif self._settled(time.monotonic()):
                 self._finish(asked, Reply(asked.client, None, "gone"))
-        return made
+        return asks
 
-    def _end(self, made: list[_Asked]) -> None:
-        for asked in made:
+    def _end(self, asks: list[_Ask]) -> None:
+        for asked in asks:
             if self._forget(asked):
                 log.info("client %d had not answered ask %016x when it ended", asked.client, asked.id)
                 self._post(asked.client, encode(Ended(asked.id, Why.LATE)))
 
-    def _forget(self, asked: _Asked) -> bool:
+    def _forget(self, asked: _Ask) -> bool:
         self._link.stop(self._down(asked.client), asked.id)
         self._moving.discard(asked.id)
         return self._peers[asked.client].asked.pop(asked.id, None) is not None
 
-    def _finish(self, asked: _Asked, reply: Reply, why: Why = Why.DONE, text: str = "") -> None:
+    def _finish(self, asked: _Ask, reply: Reply, why: Why = Why.DONE, text: str = "") -> None:
         self._forget(asked)
         self._post(asked.client, encode(Ended(asked.id, why, text)))
         asked.replies.put(reply)
@@ -245,7 +245,7 @@ class NatsEngine:
             peer.heard, peer.absent = self._since, None
             self._ping(client)
             for asked in peer.asked.values():
-                self._want(asked, again=True)
+                self._request_more(asked, again=True)
 
     def _tick(self, since: float) -> None:
         now = time.monotonic()
@@ -260,7 +260,7 @@ class NatsEngine:
                 self._gone(client, f"nothing was heard of it for {self.patience:g} seconds")
             for asked in peer.asked.values():
                 if asked.incoming is not None and now - asked.incoming.moved > STALLED:
-                    self._want(asked, again=True)
+                    self._request_more(asked, again=True)
         if now - self._pinged > PING:
             self._pinged = now
             for client in range(len(self._peers)):
@@ -305,17 +305,17 @@ class NatsEngine:
                 self._drop(client, "it sends too much, and is not listened to")
             return
         if isinstance(frame, Piece) and peer.expects(frame):
-            self._piece(client, frame)
+            self._on_piece(client, frame)
         elif not peer.within_rate(now):
             self._drop(client, "it sends too much, and is not listened to")
         elif isinstance(frame, Piece):
-            self._piece(client, frame)
+            self._on_piece(client, frame)
         elif isinstance(frame, Beat):
-            self._here(client, frame)
+            self._on_beat(client, frame)
         elif isinstance(frame, Want):
-            self._wants(client, frame)
+            self._on_want(client, frame)
         elif isinstance(frame, Fetch):
-            self._fetches(client, frame)
+            self._on_fetch(client, frame)
         elif isinstance(frame, Bye):
             if frame.line == peer.line:
                 self._gone(client, "it said goodbye")
@@ -337,7 +337,7 @@ class NatsEngine:
                 id = frame.line if isinstance(frame, Beat) else frame.id
                 self._post(client, encode(Ended(id, Why.REFUSED, text)))
 
-    def _here(self, client: int, beat: Beat) -> None:
+    def _on_beat(self, client: int, beat: Beat) -> None:
         peer = self._peers[client]
         if beat.line in peer.replaced:
             self._post(client, encode(Ended(beat.line, Why.REPLACED)))
@@ -359,21 +359,21 @@ class NatsEngine:
                     self._post(client, asked.outgoing.announcement(asked.id))
             elif asked.incoming is not None:
                 if again:
-                    self._want(asked, again=True)
+                    self._request_more(asked, again=True)
             elif listed[asked.id] and not peer.receiving():
                 self._post(client, encode(Want(asked.id, 0, 0)))
         for id in listed:
             if id not in peer.asked:
                 self._post(client, encode(Ended(id, Why.UNKNOWN)))
 
-    def _want(self, asked: _Asked, again: bool = False) -> None:
+    def _request_more(self, asked: _Ask, again: bool = False) -> None:
         if asked.incoming is not None:
             window = max(SMALL, min(WINDOW, ALL_WINDOWS // len(self._moving)))
             want = asked.incoming.wanted(asked.id, window, again)
             if want is not None:
                 self._post(asked.client, want)
 
-    def _piece(self, client: int, piece: Piece) -> None:
+    def _on_piece(self, client: int, piece: Piece) -> None:
         peer = self._peers[client]
         asked = peer.asked.get(piece.id)
         if asked is None:
@@ -400,7 +400,7 @@ class NatsEngine:
             return
         incoming = asked.incoming
         if not incoming.whole:
-            self._want(asked)
+            self._request_more(asked)
             return
         data = incoming.message()
         if data is None:
@@ -412,7 +412,7 @@ class NatsEngine:
         else:
             self._finish(asked, Reply(client, data))
 
-    def _wants(self, client: int, want: Want) -> None:
+    def _on_want(self, client: int, want: Want) -> None:
         peer = self._peers[client]
         asked = peer.asked.get(want.id)
         outgoing = asked.outgoing if asked else None
@@ -426,7 +426,7 @@ class NatsEngine:
             end = min(len(outgoing.data), want.offset + min(want.length, WINDOW))
             self._link.stream(self._down(client), want.id, outgoing, want.offset, end)
 
-    def _fetches(self, client: int, fetch: Fetch) -> None:
+    def _on_fetch(self, client: int, fetch: Fetch) -> None:
         if self._offered is None:
             return
         peer = self._peers[client]

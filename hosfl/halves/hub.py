@@ -117,6 +117,14 @@ def tokenizer_of(name: str, **settings: Any) -> Any:
     return tokenizer
 
 
+def fast_tokenizer_of(name: str) -> Any:
+    """`tokenizer_of`, for who asks where its tokens are in the text. Raises ValueError for one that does not say."""
+    tokenizer = tokenizer_of(name)
+    if not tokenizer.is_fast:
+        raise ValueError(f"{name} has a tokenizer in Python, which does not say where its tokens are in the text")
+    return tokenizer
+
+
 def tokenized(name: str, texts: Sequence[Sequence[str]], longest: int, cut: str = "right") -> dict[str, Tensor]:
     """Tokens and mask, int64 [n, length]: as long as the longest, `longest` or the model's own limit at most.
 

@@ -16,6 +16,7 @@ from hosfl.methods.client import Passes, no_passes
 from hosfl.methods.cuts import CutSpec
 from hosfl.methods.gathered import KeptVectors, OutlierClipping, Pieces, gathered, shrinking
 from hosfl.methods.ledger import Ledger, Rate, State
+from hosfl.methods.reasons import Reasons
 from hosfl.methods.state import pack_optimizer, part, prefixed, unpack_optimizer
 from hosfl.methods.tensors import LONGEST, all_true, decoded, usable
 from hosfl.methods.travel import packed
@@ -36,7 +37,6 @@ from hosfl.protocol.seeds import Purpose, generator, round_seed
 
 AnyMessage = TypeVar("AnyMessage", bound=Message)
 
-REASONS_KEPT = 1000
 # The machine's faults and no message's: the next one would meet them too, or has no device left to be computed on.
 MACHINE = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
 
@@ -92,9 +92,9 @@ class Server:
         centered: leave out of multipliers what shifts the outputs of all samples alike.
 
     Attributes:
-        refused, refusals: the reasons of the last thousand refusals, and how many there were.
+        refused: why messages were refused.
         unsaid: by client, the reason of its last refusal, until the client is told.
-        differed, differences: the first thousand clients that found their half wrong and when, and how many there were.
+        differed: the clients that found their half wrong, and when.
         learnt: the number of cuts that were learnt from.
         passes: samples that went forward and backward through either half; clients count theirs in the same place.
 
@@ -121,11 +121,9 @@ class Server:
     statistics: RunningStatistics | None = None
     server_first: int = 0
     centered: bool = False
-    refused: list[str] = field(default_factory=list, init=False)
-    refusals: int = field(default=0, init=False)
+    refused: Reasons = field(default_factory=Reasons, init=False)
     unsaid: dict[int, str] = field(default_factory=dict, init=False)
-    differed: list[str] = field(default_factory=list, init=False)
-    differences: int = field(default=0, init=False)
+    differed: Reasons = field(default_factory=Reasons, init=False)
     learnt: int = field(default=0, init=False)
     passes: Passes = field(default_factory=no_passes)
 
@@ -174,9 +172,7 @@ class Server:
 
     def _refuse(self, what: str, client: int | None, error: MessageError) -> None:
         """Say of a message why it is refused. client: whose it is, where that is known."""
-        self.refusals += 1
-        self.refused.append(f"{what}: {error}")
-        del self.refused[:-REASONS_KEPT]
+        self.refused.add(f"{what}: {error}")
         if client is not None and client < self.clients:
             self.unsaid[client] = str(error)
 
@@ -245,9 +241,7 @@ class Server:
             self._refuse(f"client {hello.client}", hello.client, error)
             return None
         if isinstance(hello, Differs):
-            self.differences += 1
-            if len(self.differed) < REASONS_KEPT:
-                self.differed.append(f"client {hello.client} after round {hello.round}")
+            self.differed.add(f"client {hello.client} after round {hello.round}")
         return answer
 
     def _check_due(self, message: Message, kind: type[Message], round: int) -> None:

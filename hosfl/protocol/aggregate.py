@@ -43,14 +43,14 @@ def median(values: Sequence[Array], weights: Sequence[float]) -> Array:
     return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
 
 
-def trimmed_mean(values: Sequence[Array], weights: Sequence[float], trim: float = 0.2) -> Array:
-    """The mean of every element without its largest and smallest: a share `trim` of the clients at either end.
+def trimmed_mean(values: Sequence[Array], weights: Sequence[float]) -> Array:
+    """The mean of every element without its largest and smallest: a fifth of the clients at either end.
 
     At least one at either end where there are three clients or more. Holds as long as no more than that many lie.
     """
     ordered = _sorted(_stack(values))
     n = len(ordered)
-    cut = min(max(int(trim * n), 1), (n - 1) // 2)
+    cut = min(max(n // 5, 1), (n - 1) // 2)
     return ordered[cut : n - cut].mean(0)
 
 

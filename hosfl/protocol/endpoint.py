@@ -128,10 +128,10 @@ class Endpoint(Generic[AnyClient]):
             raise MessageError("an ask without a message")
         client, said_where = self.client, self._said_where
         *news, wanted = messages
-        while news and isinstance(told := news[-1], Refusal):
+        while news and isinstance(refusal := news[-1], Refusal):
             news.pop()
             if self.refused is not None:
-                self.refused(text_of(told))
+                self.refused(text_of(refusal))
         if isinstance(wanted, Ask) and bytes(bits(wanted.run)) != self.run:
             raise AnotherRun(f"client {client.number} is of run {self.run.hex()}, asked by another")
         self._said_where = False

@@ -32,6 +32,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 NUMPY = {name: np.dtype("uint16" if name == "bfloat16" else name).newbyteorder("<") for name in DTYPES.values()}
 LARGEST_MESSAGE = 1 << 32
 LONGEST_TEXT = 1000  # bytes of a reason
+TOGETHER = 4  # messages at most: what a client has missed, a refusal and an invitation are three
 
 
 AnyMessage = TypeVar("AnyMessage", bound="Message")
@@ -391,8 +392,8 @@ def pack(messages: Sequence[bytes]) -> bytes:
     return b"".join(part for data in messages for part in (LENGTH.pack(len(data)), data))
 
 
-def unpack(data: bytes, most: int = 4) -> list[bytes]:
-    """The encoded messages of `pack`. Raises MessageError where bytes are missing or too many, and above `most`."""
+def unpack(data: bytes) -> list[bytes]:
+    """The encoded messages of `pack`. Raises MessageError for bytes that are cut off, and for more than `TOGETHER`."""
     found, at = list[bytes](), 0
     while at < len(data):
         if len(data) < at + LENGTH.size:
@@ -401,8 +402,8 @@ def unpack(data: bytes, most: int = 4) -> list[bytes]:
         at += LENGTH.size
         if len(data) < at + size:
             raise MessageError(f"a message of {size} bytes is cut off after {len(data) - at}")
-        if len(found) == most:
-            raise MessageError(f"more than {most} messages together")
+        if len(found) == TOGETHER:
+            raise MessageError(f"more than {TOGETHER} messages together")
         found.append(data[at : at + size])
         at += size
     return found

@@ -179,8 +179,8 @@ def described(rule: Rule | None) -> dict[str, Any]:
     return {"name": "adamw", "beta1": b1, "beta2": b2, "eps": rule.eps, "weight_decay": rule.weight_decay}
 
 
-def _rule(told: Mapping[str, Any]) -> Rule | None:
-    constants = dict(told)
+def _rule(of: Mapping[str, Any]) -> Rule | None:
+    constants = dict(of)
     name = constants.pop("name")
     for constant, value in constants.items():
         check_number(value, f"the rule's {constant}")

@@ -49,32 +49,30 @@ class Weights(Mapping[str, Array]):
         self._path = path
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            self._told: dict[str, Any] = json.loads(file.read(size))
-        self._told.pop("__metadata__", None)
+            self._header: dict[str, Any] = json.loads(file.read(size))
+        self._header.pop("__metadata__", None)
         self._start = 8 + size
 
     def dtype(self, name: str) -> str:
         """The file's name of a tensor's dtype."""
-        return str(self._told[name]["dtype"])
+        return str(self._header[name]["dtype"])
 
     def __getitem__(self, name: str) -> Array:
-        told = self._told[name]
-        dtype = _in_numpy(told["dtype"], name, self._path)
-        begin, end = told["data_offsets"]
+        entry = self._header[name]
+        dtype = _in_numpy(entry["dtype"], name, self._path)
+        begin, end = entry["data_offsets"]
         count, start = (end - begin) // dtype.itemsize, self._start + begin
-        return np.fromfile(self._path, dtype, count, offset=start).reshape(told["shape"])
+        return np.fromfile(self._path, dtype, count, offset=start).reshape(entry["shape"])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._told)
+        return iter(self._header)
 
     def __len__(self) -> int:
-        return len(self._told)
+        return len(self._header)
 
 
-def as_file(arrays: Mapping[str, Array], told: Mapping[str, str] | None = None) -> bytes:
+def as_file(arrays: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> bytes:
     """The bytes of a file that holds these, numpy's or torch's: those that `safetensors.torch.save` makes of them.
-
-    told: metadata.
 
     Raises ValueError for a dtype that numpy cannot hold.
     """
@@ -84,13 +82,13 @@ def as_file(arrays: Mapping[str, Array], told: Mapping[str, str] | None = None) 
             raise ValueError(f"{name!r} is {dtype_name(array)}, which cannot be written: {', '.join(codes)} can")
     # Widest dtypes first, so that all are aligned.
     order = sorted(arrays, key=lambda name: (-ORDER.index(codes[dtype_name(arrays[name])]), name))
-    header: dict[str, Any] = {} if told is None else {"__metadata__": dict(told)}
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     data = bytearray()
     for name in order:
         begin, array = len(data), arrays[name]
         data += bits(array)
-        said = {"dtype": codes[dtype_name(array)], "shape": list(array.shape), "data_offsets": [begin, len(data)]}
-        header[name] = said
+        entry = {"dtype": codes[dtype_name(array)], "shape": list(array.shape), "data_offsets": [begin, len(data)]}
+        header[name] = entry
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text + bytes(data)

@@ -1,4 +1,4 @@
-"""The rounds of the protocol. Who carries the messages is an engine's business: see `hosfl.engines.engine`.
+"""The rounds of the protocol. `Messenger` asks the clients, and hands on what they answer.
 
 A round is two exchanges. The server asks the invited for their cuts, each with what it has missed since it was last
 here; then it sends multipliers to those whose cuts it could learn from, and commits what they answer.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,44 +19,27 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from hosfl.engines.engine import Engine, Reply
 from hosfl.engines.in_process import InProcess
 from hosfl.halves.split import Joined, SplitModel
 from hosfl.methods import calibration
 from hosfl.methods.client import Client
 from hosfl.methods.ledger import SeedReplay
-from hosfl.methods.server import REASONS_KEPT, Server
+from hosfl.methods.server import Server
 from hosfl.protocol.endpoint import Endpoint
 from hosfl.protocol.header import Header
-from hosfl.protocol.messages import (
-    Audit,
-    Audited,
-    Calibration,
-    Complaint,
-    Differs,
-    Hello,
-    Invitation,
-    Message,
-    PoolMoves,
-    Records,
-    Statistics,
-    Wire,
-    text_of,
-)
+from hosfl.protocol.messages import Audit, Audited, Calibration, Invitation, Message, Wire
 from hosfl.protocol.provenance import Provenance, new_id, open_log
 from hosfl.runs.in_order import InOrder
+from hosfl.runs.messenger import Came, Messenger
 from hosfl.settings import Settings
-from hosfl.terminal import printable
 
-TRIES = 3  # asks for one cut: a client that is elsewhere, and one that then finds its half wrong, are asked again
-TO_SAY_WHERE = 0.25  # of the deadline: for those of whom the server does not know where they are
 AT_ONCE = 16  # clients whose halves are audited together
 log = logging.getLogger("hosfl.federation")
 
 
 @dataclass
 class Federation:
-    """A server, its clients, and the engine between them.
+    """A server, its clients, and the messenger between them.
 
     Args:
         config: the settings of the run.
@@ -69,24 +52,18 @@ class Federation:
         header: of the log, for methods that have one; see `open_log`.
         provenance: what the run is made of.
         describe: gives both, once the base is complete: see `settle`.
-        complained, complaints: what clients refused, the last thousand times, and how many there were.
 
     Attributes:
-        engine: carries the messages. At first all clients live here, and are made by `make`; `Transport.connect` sets
-            another, and the next three.
-        deadline: seconds for each exchange; None: as long as it takes.
+        messenger: asks the clients. At first all live here, and are made by `make`; `Transport.connect` sets another
+            engine, its deadline, and the next two.
         enough: cuts that were learnt from, then answers that count, with which a round goes on without the rest;
             likewise of statistics. None: all that were invited.
         least: clients that have to be here before a round begins.
         patient: whether a round in which no cut could be learnt from is not committed, and can be tried again.
-        wire: counts the bytes; a simulation's loses some.
         id: random; no other run has it, and this one keeps it when it is resumed. Clients know by it whose weights
             theirs are.
         clients: those made here so far, by number.
-        where: by client, (rounds, epoch) that it has applied, as far as the server knows.
         visits: how many times a client took part.
-        missing: how many times a client that was asked did not answer.
-        why: by client, why it did not answer in this round: "gone", "late", "lost" or "failed: ...".
         seconds: of the last round, by phase: "cuts" and "answers" are spent on the engine and the clients, "server"
             here. It learns from a cut while those of other clients are still on their way.
         asked: clients that were invited to the last round.
@@ -104,19 +81,12 @@ class Federation:
     header: Header | None = None
     provenance: Provenance | None = None
     describe: Callable[[], tuple[Header | None, Provenance]] | None = None
-    complained: list[str] = field(default_factory=list)
-    complaints: int = 0
-    engine: Engine = field(init=False)
-    deadline: float | None = field(default=None, init=False)
+    messenger: Messenger = field(init=False)
     enough: int | None = field(default=None, init=False)
     least: int = field(default=1, init=False)
     patient: bool = field(default=False, init=False)
-    wire: Wire = field(default_factory=Wire, init=False)
     clients: dict[int, Client] = field(default_factory=dict, init=False)
-    where: dict[int, tuple[int, int]] = field(default_factory=dict, init=False)
     visits: int = field(default=0, init=False)
-    missing: int = field(default=0, init=False)
-    why: dict[int, str] = field(default_factory=dict, init=False)
     seconds: dict[str, float] = field(default_factory=dict, init=False)
     asked: list[int] = field(default_factory=list, init=False)
     took_part: list[int] = field(default_factory=list, init=False)
@@ -128,29 +98,30 @@ class Federation:
         self._here: dict[int, Endpoint[Client]] = {}
         self._in_vain: set[int] = set()  # whom the next round was tried with
         self._before = (0, 0)  # refusals and complaints of earlier rounds
-        self.engine = InProcess(lambda number, data: self.endpoint(number).answer(data), self.config.clients)
+        here = InProcess(lambda number, data: self.endpoint(number).answer(data), self.config.clients)
+        self.messenger = Messenger(self.server, here)
 
     @property
     def refused(self) -> list[str]:
         """The reasons of either side for what it refused: the server's, then the clients'."""
-        return self.server.refused + self.complained
+        return self.server.refused + self.messenger.complained
 
     @property
     def newest_refused(self) -> list[str]:
         """The reasons of either side for what it refused last in this round."""
         refusals, complaints = self._before
-        of_server = self.server.refused[-1:] if self.server.refusals > refusals else []
-        return of_server + (self.complained[-1:] if self.complaints > complaints else [])
+        of_server = self.server.refused[-1:] if self.server.refused.total > refusals else []
+        return of_server + (self.messenger.complained[-1:] if self.messenger.complained.total > complaints else [])
 
     def say_refused(self) -> None:
         """Warn of what either side has refused, if anything."""
         if self.refused:
-            count = self.server.refusals + self.complaints
+            count = self.server.refused.total + self.messenger.complained.total
             log.warning("messages that were refused: %d, such as: %s", count, self.refused[0])
 
     def ready(self) -> bool:
         """Whether enough clients are here for a round."""
-        return len(self.engine.present()) >= self.least
+        return len(self.messenger.engine.present()) >= self.least
 
     def round(self, round: int) -> float:
         """One round of the protocol; returns the mean training loss of its clients, NaN if nobody took part.
@@ -159,18 +130,12 @@ class Federation:
         patient, a round of nobody else's is still to come. See `tried`.
         """
         learnt = self.server.learnt
-        self.seconds, self.why = dict.fromkeys(("cuts", "server", "answers"), 0.0), {}
-        self._before = self.server.refusals, self.complaints
+        self.seconds = dict.fromkeys(("cuts", "server", "answers"), 0.0)
+        self.messenger.why.clear()
+        self._before = self.server.refused.total, self.messenger.complained.total
         try:
             self.asked, first = self.invited(round), round * self.exchanges
-            self.server.begin(first)
-            learning = InOrder(self.asked, self._learn)
-            for message in self.late():
-                self._learn(message)
-            with self._timed("cuts"):
-                self._collect(Invitation, round, self.asked, learning)
-            with self._timed("server"):
-                multipliers, loss = self.server.end()
+            multipliers, loss = self._exchange("cuts", first, self.asked, partial(self._invite, round))
             sent = self.server.learnt_from()
             self.visits += len(sent)
             if self.patient and self.server.learnt == learnt:
@@ -181,16 +146,11 @@ class Federation:
             self._in_vain.clear()
             losses = [loss]
             for exchange in range(first + 1, first + self.exchanges):
-                self.server.begin(exchange)
-                learning = InOrder(multipliers, self._learn)
-                with self._timed("answers"):
-                    self._deliver(_each(multipliers), learning.came, partial(self._enough_learnt, learning))
-                learning.end()
-                with self._timed("server"):
-                    multipliers, loss = self.server.end()
+                deliver = partial(self.messenger.deliver, multipliers)
+                multipliers, loss = self._exchange("answers", exchange, multipliers, deliver)
                 sent = self.server.learnt_from()
                 losses.append(loss)
-            answers = _each(multipliers) if self.server.ledger is not None else {}
+            answers = multipliers if self.server.ledger is not None else {}
             with self._timed("answers"):
                 self._collect_answers(answers, partial(self.server.answered, round))
             with self._timed("server"):
@@ -208,65 +168,36 @@ class Federation:
         yield
         self.seconds[phase] += time.perf_counter() - begin - (sum(self.seconds.values()) - before)
 
+    def _exchange(
+        self, phase: str, number: int, clients: Iterable[int], ask: Callable[[Came, Callable[[], bool]], None]
+    ) -> tuple[Mapping[int, Message], float]:
+        """The server learns from the cuts of an exchange, in the order of their clients; see `Server.end`.
+
+        ask: hands on the cuts; its arguments are those of `Messenger`'s methods.
+        """
+        self.server.begin(number)
+        order = InOrder(clients, self._learn)
+        with self._timed(phase):
+            ask(order.came, partial(self._enough_learnt, order))
+            order.end()
+        with self._timed("server"):
+            return self.server.end()
+
+    def _invite(self, round: int, came: Came, suffices: Callable[[], bool]) -> None:
+        for message in self.late():
+            self._learn(message)
+        self.messenger.collect(self.asked, partial(self._invitation, round), came, suffices)
+
     def _learn(self, message: Message | None) -> None:
         if message is not None:
             with self._timed("server"):
                 self.server.learn(message)
 
-    def _collect(
-        self, what: type[Invitation | Audit], round: int, clients: Sequence[int], order: InOrder | None = None
-    ) -> dict[int, Message]:
-        """The cuts or digests of clients, by number: everybody takes first what it has missed.
-
-        order: is told of them as they come, and of who sends none.
-        """
-        ends, found = self._ends_at(), dict[int, Message]()
-        asks = {n: self._records_for(n) for n in clients}
-        if self.server.ledger is not None:
-            # Where a client is, it says at once: nobody who computes is waited for meanwhile. One that says nothing
-            # leaves the others most of their time.
-            unknown = {n: asks.pop(n) for n in clients if n not in self.where}
-            asks |= self._ask_once(what, round, unknown, self._ends_at(TO_SAY_WHERE), found, order)
-        for _ in range(TRIES):
-            asks = self._ask_once(what, round, asks, ends, found, order)
-        if order is not None:
-            order.end()
-        return found
-
-    def _ask_once(
-        self,
-        what: type[Invitation | Audit],
-        round: int,
-        asks: Mapping[int, Sequence[Message]],
-        ends: float | None,
-        found: dict[int, Message],
-        order: InOrder | None,
-    ) -> dict[int, list[Message]]:
-        """Adds what came to `found`; returns what to send those who said that they are elsewhere."""
-        again: dict[int, list[Message]] = {}
-        whole: dict[int, list[Message]] = {}
-        for n, missed in asks.items():
-            refusal = self.server.refusal(n, round) if what is Invitation else None
-            wanted = what(client=n, round=round, epoch=self.server.epoch, run=self._run)
-            whole[n] = [*missed, wanted] if refusal is None else [*missed, refusal, wanted]
-        for client, message in self._replies(whole, ends):
-            if isinstance(message, (Hello, Differs, Statistics)):
-                of = self.server.calibration if isinstance(message, Statistics) else self.server.welcome
-                news = of(message)
-                if news is not None:
-                    again[client] = [news]
-                    continue
-                message = None
-            if order is not None:
-                order.came(client, message)
-            if message is None:
-                continue
-            found[client] = message
-            for applied in asks[client]:
-                self.where[client] = _after(applied)
-            if order is not None and self._enough_learnt(order):
-                return {}
-        return again
+    def _invitation(self, round: int, client: int) -> list[Message]:
+        """What a client is asked for its cut by, and told before that of its last message, if that was refused."""
+        refusal = self.server.refusal(client, round)
+        invitation = Invitation(client=client, round=round, epoch=self.server.epoch, run=self._run)
+        return [invitation] if refusal is None else [refusal, invitation]
 
     def _enough_learnt(self, order: InOrder) -> bool:
         """Whether enough of the cuts that came were learnt from to go on without the rest."""
@@ -276,7 +207,7 @@ class Federation:
         with self._timed("server"):
             return len(self.server.learnt_from()) >= self.enough
 
-    def _collect_answers(self, asks: Mapping[int, Sequence[Message]], counts: Callable[[Message], bool]) -> None:
+    def _collect_answers(self, asks: Mapping[int, Message], counts: Callable[[Message], bool]) -> None:
         """Hand on what clients answer until enough of it counts."""
         count = 0
 
@@ -286,77 +217,11 @@ class Federation:
                 with self._timed("server"):
                     count += counts(message)
 
-        self._deliver(asks, came, lambda: self.enough is not None and count >= self.enough)
-
-    def _deliver(
-        self,
-        asks: Mapping[int, Sequence[Message]],
-        came: Callable[[int, Message | None], None],
-        suffice: Callable[[], bool],
-    ) -> None:
-        """Hand on what clients answer until it suffices; none of them is asked twice."""
-        for client, message in self._replies(asks, self._ends_at()):
-            came(client, message)
-            if suffice():
-                break
-
-    def _replies(
-        self, asks: Mapping[int, Sequence[Message]], ends: float | None
-    ) -> Iterator[tuple[int, Message | None]]:
-        """What comes back, as it comes: None where it is nothing. Whoever closes this is done with the ask."""
-        data: dict[int, bytes] = {}
-        for client, messages in asks.items():
-            carried = self.wire.carry(client, messages)
-            if carried is None:
-                self._did_not_answer(client)
-            else:
-                data[client] = carried
-        if not data:
-            return
-        for reply in self.engine.ask(data, None if ends is None else max(0.0, ends - time.monotonic())):
-            yield reply.client, self._receive(reply)
-
-    def _receive(self, reply: Reply) -> Message | None:
-        """The message of a reply, if it brings one that can be read."""
-        data = None if reply.data is None else self.wire.bring(reply.client, reply.data)
-        if data is None:
-            self._did_not_answer(reply.client)
-            self.why[reply.client] = reply.reason or "lost"
-            return None
-        message = self.server.receive(data, reply.client)
-        if message is None:
-            self.where.pop(reply.client, None)
-            return None
-        self.wire.count(message)
-        if isinstance(message, Complaint):
-            self.where.pop(reply.client, None)
-            self._complain(reply.client, printable(text_of(message)))
-            return None
-        return message
-
-    def _did_not_answer(self, client: int) -> None:
-        self.missing += 1
-        self.where.pop(client, None)  # whether it has taken what it was sent, it will say
-
-    def _records_for(self, client: int) -> list[Message]:
-        """What a client has missed, as far as the server knows where it is."""
-        if client not in self.where:
-            return []
-        round, epoch = self.where[client]
-        news = self.server.welcome(Hello(client=client, round=round, epoch=epoch), said=False)
-        return [] if news is None else [news]
-
-    def _ends_at(self, share: float = 1.0) -> float | None:
-        return None if self.deadline is None else time.monotonic() + share * self.deadline
-
-    def _complain(self, client: int, what: str) -> None:
-        self.complaints += 1
-        self.complained.append(f"client {client}: {what}")
-        del self.complained[:-REASONS_KEPT]
+        self.messenger.deliver(asks, came, lambda: self.enough is not None and count >= self.enough)
 
     def invited(self, round: int) -> list[int]:
         """Who takes part in a round: a sample of those who are here, and of whom it was not yet tried with in vain."""
-        present = self.engine.present()
+        present = self.messenger.engine.present()
         if self._in_vain.issuperset(present):
             self._in_vain.clear()
         here = sorted(present - self._in_vain)
@@ -402,7 +267,7 @@ class Federation:
         """
         none = np.empty(0, np.float32)
         ask = Calibration(client=0, round=0, epoch=self.server.epoch, run=self._run, statistics=none)
-        asks = {n: [replace(ask, client=n)] for n in self.invited(0)}
+        asks = {n: replace(ask, client=n) for n in self.invited(0)}
         self.seconds = {"server": 0.0}
         try:
             self._collect_answers(asks, self.server.estimated)
@@ -426,15 +291,16 @@ class Federation:
         What moves here is not counted as the run's. Of a client that leaves meanwhile nothing is said. Where clients
         are elsewhere, one that never took part may answer what it likes: see `Replicas.odd`.
         """
-        wire, self.wire = self.wire, Wire()
-        present, digests, here = sorted(self.engine.present()), dict[int, str](), list[int]()
+        wire, self.messenger.wire = self.messenger.wire, Wire()
+        present, digests, here = sorted(self.messenger.engine.present()), dict[int, str](), list[int]()
         for start in range(0, len(present), AT_ONCE):
-            self.why, some = {}, present[start : start + AT_ONCE]
+            some = present[start : start + AT_ONCE]
+            self.messenger.why.clear()
             digests |= self.audited(some)
-            here += [n for n in some if self.why.get(n) not in ("gone", "late")]
+            here += [n for n in some if self.messenger.why.get(n) not in ("gone", "late")]
         newcomer = self.make(0)
         joined, right = self.join(newcomer), newcomer.digest()
-        self.wire = wire
+        self.messenger.wire = wire
         odd = {n: f"the digest {digests[n]}" if n in digests else "no digest" for n in here if digests.get(n) != right}
         strangers = odd.keys() - self.seen if self.patient else set()
         equal = joined and odd.keys() <= strangers
@@ -442,24 +308,30 @@ class Federation:
 
     def join(self, client: Client) -> bool:
         """Bring one client up to date that is nobody's whom an engine knows. False where that fails."""
-        endpoint, number = self._endpoint(client), client.number
-        engine, there = self.engine, self.where.pop(number, None)
-        self.engine = InProcess(lambda number, data: endpoint.answer(data), number + 1)
+        endpoint, messenger = self._endpoint(client), self.messenger
+        engine = InProcess(lambda number, data: endpoint.answer(data), client.number + 1)
+        self.messenger = replace(messenger, engine=engine, where={})
         try:
-            return bool(self.audited([number]))
+            return bool(self.audited([client.number]))
         finally:
-            self.engine = engine
-            self.where.pop(number, None)
-            if there is not None:
-                self.where[number] = there
+            self.messenger = messenger
 
     def audited(self, clients: Sequence[int]) -> dict[int, str]:
         """The digests of clients' halves after they have taken all that was committed; of those who answer."""
+        digests: dict[int, str] = {}
+
+        def ask(client: int) -> list[Message]:
+            return [Audit(client=client, round=0, epoch=self.server.epoch, run=self._run)]
+
+        def came(client: int, message: Message | None) -> None:
+            if isinstance(message, Audited):
+                digests[client] = message.digest.numpy().tobytes().hex()
+
         try:
-            found = self._collect(Audit, 0, clients)
+            self.messenger.collect(clients, ask, came)
         finally:
             self._leave()
-        return {n: m.digest.numpy().tobytes().hex() for n, m in found.items() if isinstance(m, Audited)}
+        return digests
 
     def model(self) -> SplitModel:
         """Both halves as they are now."""
@@ -480,23 +352,7 @@ class Federation:
     def close(self) -> None:
         """Close the log, and let go of the engine."""
         self.close_log()
-        self.engine.close()
-
-
-def _each(messages: Mapping[int, Message]) -> dict[int, list[Message]]:
-    """An ask for each client, of its one message."""
-    return {client: [message] for client, message in messages.items()}
-
-
-def _after(news: Message) -> tuple[int, int]:
-    """(rounds, epoch) of a client that has applied what it was sent."""
-    match news:
-        case Records():
-            return news.round + len(news.coefficients), news.epoch
-        case PoolMoves():
-            return int(news.until[0]), news.epoch
-        case _:
-            return news.round, news.epoch
+        self.messenger.engine.close()
 
 
 @dataclass(frozen=True)

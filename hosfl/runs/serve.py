@@ -89,7 +89,7 @@ class Transport:
         engine = self.engine(files, federation.config.clients) if callable(self.engine) else self.engine
         engine.limit(federation.server.largest_message)
         engine.offer(files)
-        federation.engine, federation.deadline = engine, self.deadline
+        federation.messenger.engine, federation.messenger.deadline = engine, self.deadline
         federation.enough, federation.least = self.enough, self.least
 
 
@@ -183,11 +183,11 @@ class Events:
             "loss": loss,
             "asked": federation.asked,
             "took part": federation.took_part,
-            "missing": {str(client): why for client, why in sorted(federation.why.items())},
+            "missing": {str(client): why for client, why in sorted(federation.messenger.why.items())},
             "seconds": {phase: round(spent, 4) for phase, spent in federation.seconds.items()},
-            "bytes": sum(federation.wire.bytes.values()),
-            "refused": federation.server.refusals,
-            "complaints": federation.complaints,
+            "bytes": sum(federation.messenger.wire.bytes.values()),
+            "refused": federation.server.refused.total,
+            "complaints": federation.messenger.complained.total,
         }
         _add_line(self.folder / "events.jsonl", json.dumps(finite(event)).encode())
         self._status(federation, done, event, due=done == federation.config.rounds)
@@ -196,10 +196,10 @@ class Events:
         """Too few clients are here for a round, or it was tried in vain, and is tried again in a while."""
         event: dict[str, Any] = {"waiting for": federation.least}
         if federation.tried:
-            why = {str(client): federation.why.get(client, "left out") for client in federation.asked}
+            why = {str(client): federation.messenger.why.get(client, "left out") for client in federation.asked}
             event |= {"tried": federation.tried, "missing": why}
         elif self._waits != done:
-            self._waits, here = done, len(federation.engine.present())
+            self._waits, here = done, len(federation.messenger.engine.present())
             logging.warning("round %d waits for clients: %d of at least %d are here", done + 1, here, federation.least)
         self._status(federation, done, event)
 
@@ -211,13 +211,13 @@ class Events:
         status = {
             "round": done,
             "rounds": federation.config.rounds,
-            "here": sorted(federation.engine.present()),
+            "here": sorted(federation.messenger.engine.present()),
             "clients": federation.config.clients,
             "last": event,
-            "missing": federation.missing,
+            "missing": federation.messenger.missing,
             "refused": federation.server.refused[-10:],
-            "complaints": federation.complained[-10:],
-            "bytes": dict(federation.wire.bytes),
+            "complaints": federation.messenger.complained[-10:],
+            "bytes": dict(federation.messenger.wire.bytes),
             "since": self._begin,
             "time": time.time(),
         }

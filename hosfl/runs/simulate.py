@@ -72,7 +72,7 @@ class Crowd(Federation):
         super().__post_init__()
         self.random = generator(self.config.seed, Purpose.FAULTS)
         self.unreliable = UnreliableWire(self.faults, self.random)
-        self.wire = self.unreliable
+        self.messenger.wire = self.unreliable
         liars = round(self.faults.byzantine * self.config.clients)
         self.liars = {int(c) for c in self.random.choice(self.config.clients, liars, replace=False)}
 
@@ -86,7 +86,9 @@ class Crowd(Federation):
                 self.away[client] = round + 1 + int(self.random.integers(max(1, self.faults.longest_absence)))
                 continue
             here.append(client)
-        self._late = self.unreliable.begin({c: 4 if c in self.where else 6 for c in here})  # those say where they are
+        self._late = self.unreliable.begin(
+            {c: 4 if c in self.messenger.where else 6 for c in here}
+        )  # those say where they are
         return here
 
     def late(self) -> list[Message | None]:
@@ -105,10 +107,9 @@ class Crowd(Federation):
         again.open_log(folder)
         done = restore(again, folder)
         before, self.server, self.observed = self.server, again.server, again.observed
-        self.where = {}
+        self.messenger.server, self.messenger.where = again.server, {}
         # Not what a server knows, but what we count.
-        self.server.refused, self.server.refusals = before.refused, before.refusals
-        self.server.differed, self.server.differences = before.differed, before.differences
+        self.server.refused, self.server.differed = before.refused, before.differed
         return done
 
     def take(self, number: int) -> Client:
@@ -263,11 +264,11 @@ def _simulate(
         plain.observed,
         header=plain.header,
         provenance=plain.provenance,
-        complained=plain.complained,
-        complaints=plain.complaints,
         faults=faults,
     )
-    crowd.wire.bytes.update(plain.wire.bytes)  # of calibration, which is over before anything goes wrong
+    # Of calibration, which is over before anything goes wrong.
+    crowd.messenger.wire.bytes.update(plain.messenger.wire.bytes)
+    crowd.messenger.complained = plain.messenger.complained
     folder.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(folder)
     try:
@@ -296,7 +297,7 @@ def _run(
 
     def evaluation() -> Evaluation:
         scores, found = evaluate(crowd.model(), data, task)
-        moved = dict(crowd.wire.bytes)
+        moved = dict(crowd.messenger.wire.bytes)
         evaluations.append(Evaluation.of(done, scores, found, loss, moved, time.perf_counter() - begin))
         return evaluations[-1]
 
@@ -319,7 +320,7 @@ def _run(
             if crowd.faults.crash_every and done % config.snapshot_every == 0:
                 save_snapshot(crowd, folder, done)
             if progress is not None:
-                progress(done, loss, new, sum(crowd.wire.bytes.values()))
+                progress(done, loss, new, sum(crowd.messenger.wire.bytes.values()))
         if evaluations[-1].round != done:
             evaluation()
     return done, evaluations, None
@@ -350,13 +351,13 @@ def _outcome(
         lost=crowd.unreliable.lost,
         late=crowd.unreliable.overdue,
         damaged=crowd.unreliable.damaged,
-        refusals=server.refusals,
-        complaints=crowd.complaints,
-        reasons=[*server.refused[:50], *crowd.complained[:50]],
-        differed=server.differences,
+        refusals=server.refused.total,
+        complaints=crowd.messenger.complained.total,
+        reasons=[*server.refused[:50], *crowd.messenger.complained[:50]],
+        differed=server.differed.total,
         deaths=crowd.deaths,
         void=sum(isinstance(record, RoundRecord) for record in ledger.log.records) - done,
-        bytes=dict(crowd.wire.bytes),
+        bytes=dict(crowd.messenger.wire.bytes),
         seconds=time.perf_counter() - begin,
         peak_memory=peak_memory(),
         config=asdict(config),

@@ -41,13 +41,13 @@ class Board:
 
     def round(self, federation: Federation, done: int, loss: float) -> None:
         """A round is over."""
-        refused = federation.server.refusals - self.refusals
-        self.refusals = federation.server.refusals
+        refused = federation.server.refused.total - self.refusals
+        self.refusals = federation.server.refused.total
         counts = {
             "training/loss": loss,
-            "bytes": sum(federation.wire.bytes.values()),
+            "bytes": sum(federation.messenger.wire.bytes.values()),
             "clients/took_part": len(federation.took_part),
-            "clients/did_not_answer": len(federation.why),
+            "clients/did_not_answer": len(federation.messenger.why),
             "messages/refused": refused,
         }
         self._write(counts | {f"seconds/{phase}": spent for phase, spent in federation.seconds.items()}, done)

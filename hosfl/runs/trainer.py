@@ -45,7 +45,11 @@ def save_snapshot(federation: Federation, out: Path, round: int) -> None:
     if log is not None:
         log.check_file()
     tensors, info = federation.server.state()
-    counted = {"bytes": federation.wire.bytes, "visits": federation.visits, "passes": dict(federation.server.passes)}
+    counted = {
+        "bytes": federation.messenger.wire.bytes,
+        "visits": federation.visits,
+        "passes": dict(federation.server.passes),
+    }
     position = None if log is None else list(log.position)
     info = {"server": info, "counted": counted, "provenance": asdict(provenance_of(federation)), "log": position}
     snapshot.save(out, round, tensors, info, keep=federation.config.keep)
@@ -93,7 +97,7 @@ def restore(federation: Federation, out: Path) -> int:
     round = 0 if saved is None else saved.round
     if saved is not None:
         federation.server.load((saved.tensors, saved.info["server"]))
-        federation.wire.bytes = dict(saved.info["counted"]["bytes"])
+        federation.messenger.wire.bytes = dict(saved.info["counted"]["bytes"])
         federation.visits = saved.info["counted"]["visits"]
         federation.server.passes.update(saved.info["counted"]["passes"])
     snapshot.set_aside(out, round)
@@ -277,7 +281,7 @@ class _RunLoop:
         federation, config = self.federation, self.federation.config
         data = self.task.data(config.evaluate_on).to(config.device)
         scores, loss = evaluate(federation.model(), data, self.task)
-        seconds, moved = time.perf_counter() - self.begin, dict(federation.wire.bytes)
+        seconds, moved = time.perf_counter() - self.begin, dict(federation.messenger.wire.bytes)
         return Evaluation.of(self.done, scores, loss, self.loss, moved, seconds)
 
     def run(self) -> Summary:
@@ -350,7 +354,9 @@ class _RunLoop:
         if folder is not None and (self.done % config.snapshot_every == 0 or self.done == config.rounds):
             self.snapshot(folder)
         if self.progress is not None:
-            self.progress(self.done, self.loss, self.last if due else None, sum(federation.wire.bytes.values()))
+            self.progress(
+                self.done, self.loss, self.last if due else None, sum(federation.messenger.wire.bytes.values())
+            )
 
     def wait(self) -> None:
         """A moment, until enough clients are here, or a round is tried again."""

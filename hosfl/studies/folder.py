@@ -120,23 +120,23 @@ def claim(study: Study, folder: Path) -> None:
         held = parse_yaml(load_study(path).text)
     except ValueError as error:
         raise ValueError(f"{error}. It is the folder's copy of the study's file: copy that over it") from None
-    says = parse_yaml(study.text)
-    added = [method for method in says["methods"] if method not in held["methods"]]
-    known = {**says, "methods": {name: method for name, method in says["methods"].items() if name not in added}}
+    document = parse_yaml(study.text)
+    added = [method for method in document["methods"] if method not in held["methods"]]
+    known = {**document, "methods": {name: method for name, method in document["methods"].items() if name not in added}}
     changed = differences(*(dict(_flat(_decisive(of))) for of in (held, known)))
     if changed:
         raise ValueError(
             f"{folder} holds another study; what differs: {'; '.join(changed)}. Choose another folder, or put it back"
         )
-    if says != held:
+    if document != held:
         write_atomically(path, study.text.encode())
 
 
-def _decisive(says: dict[str, Any]) -> dict[str, Any]:
+def _decisive(document: dict[str, Any]) -> dict[str, Any]:
     """A study's file without the settings that no bit depends on."""
-    methods = {name: m or {} for name, m in says["methods"].items()}
+    methods = {name: m or {} for name, m in document["methods"].items()}
     methods = {name: {**m, "settings": decisive(m.get("settings") or {})} for name, m in methods.items()}
-    return {**says, "base": decisive(says.get("base") or {}), "methods": methods}
+    return {**document, "base": decisive(document.get("base") or {}), "methods": methods}
 
 
 def _flat(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:

@@ -202,7 +202,7 @@ def at_ends(found: dict[str, Any]) -> str:
 
     found: as `table` gives it. Nothing lies beyond 0, and a grid of two values has ends alone.
     """
-    told = []
+    listed = []
     for method, row in found["methods"].items():
         tried = [trial for trial in found["trials"] if trial["method"] == method]
         chosen: dict[str, Any] = next((trial["choice"] for trial in tried if trial["trial"] == row["trial"]), {})
@@ -214,10 +214,10 @@ def at_ends(found: dict[str, Any]) -> str:
             if len(values) > 2 and value in (values[0], values[-1]) and value:
                 ends.append(f"{name.replace('_', ' ')} {value:g}")
         if ends:
-            told.append(f"{method} ({', '.join(ends)})")
-    if not told:
+            listed.append(f"{method} ({', '.join(ends)})")
+    if not listed:
         return ""
-    return f"Chosen at an end of what was tried, where a value beyond might do better: {'; '.join(told)}."
+    return f"Chosen at an end of what was tried, where a value beyond might do better: {'; '.join(listed)}."
 
 
 def number(value: float | None, error: float | None = None, places: int = 4) -> str:

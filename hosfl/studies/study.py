@@ -109,51 +109,59 @@ def read_study(text: str) -> Study:
     """The study of a file's text. Raises ValueError naming the key that is wrong, ImportError without PyYAML."""
     from hosfl.studies.yaml12 import parse_yaml
 
-    says = _of(dict, parse_yaml(text), "a study")
-    _known(says, ("base", "rounds", "seeds", "tuning_seeds", "methods", "memory", "unequal"), "")
-    base = _settings(_optional(dict, says, "base"), "base")
-    rounds = _of(int, _needed(says, "rounds"), "rounds")
-    seeds, tuning_seeds = _seeds(says, "seeds"), _seeds(says, "tuning_seeds")
+    document = _of_kind(dict, parse_yaml(text), "a study")
+    _check_keys(document, ("base", "rounds", "seeds", "tuning_seeds", "methods", "memory", "unequal"), "")
+    base = _settings(_optional(dict, document, "base"), "base")
+    rounds = _of_kind(int, _required(document, "rounds"), "rounds")
+    seeds, tuning_seeds = _seeds(document, "seeds"), _seeds(document, "tuning_seeds")
     if both := sorted({*seeds} & {*tuning_seeds}):
         raise ValueError(
             f"seeds: {', '.join(map(str, both))} is tuned on too, in tuning_seeds: results need seeds of their own"
         )
-    methods = _of(dict, _needed(says, "methods"), "methods")
+    methods = _of_kind(dict, _required(document, "methods"), "methods")
     if not methods:
         raise ValueError("methods: there is none: name one or more")
+    trials, grids = _trials_and_grids(methods, base, rounds, (*seeds, *tuning_seeds))
+    unequal = _optional(str, document, "unequal")
+    counts = {name: len(found) for name, found in trials.items()}
+    if len(set(counts.values())) > 1 and not unequal:
+        listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise ValueError(f"methods: not equally many trials ({listed}): make the grids equal, or give unequal: why")
+    memory = _optional(list, document, "memory")
+    for half in memory:
+        if half not in list(HALVES):
+            raise ValueError(f"memory: {half!r} is none of {', '.join(HALVES)}")
+    return Study(text, rounds, seeds, tuning_seeds, trials, grids, tuple(memory), unequal)
+
+
+def _trials_and_grids(
+    methods: dict[Any, Any], base: dict[str, Any], rounds: int, seeds: Sequence[int]
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, dict[str, list[Any]]]]:
+    """By method, the settings of each of its trials, all of which make a `Config`; and its grid."""
     trials: dict[str, list[dict[str, Any]]] = {}
     grids: dict[str, dict[str, list[Any]]] = {}
     slugs: dict[str, str] = {}
-    owns: list[dict[str, Any]] = []  # every trial's settings, without the base's
+    own: list[dict[str, Any]] = []  # every trial's settings, without the base's
     for name, method in methods.items():
         where = f"methods.{name}"
         _check_name(name, where)
         if slugs.setdefault(slug(name), name) != name:
             raise ValueError(f"{where}: its folder would be that of {slugs[slug(name)]!r}: choose another name")
         settings, grids[name] = _method(method, where)
-        own = [settings | choice for choice in choices(grids[name])]
-        owns += own
-        trials[name] = [with_shared(settings, base) for settings in own]
+        of_method = [settings | choice for choice in choices(grids[name])]
+        own += of_method
+        trials[name] = [with_shared(settings, base) for settings in of_method]
         for choice in trials[name]:
-            for seed in (*seeds, *tuning_seeds):
+            for seed in seeds:
                 try:
                     Config(**{**choice, "rounds": rounds, "seed": seed})
                 except ValueError as error:
                     raise ValueError(f"{where}: {error}") from None
     try:
-        all_with_shared(owns, base)
+        all_with_shared(own, base)
     except ValueError as error:
         raise ValueError(f"base: {error}") from None
-    unequal = _optional(str, says, "unequal")
-    counts = {name: len(found) for name, found in trials.items()}
-    if len(set(counts.values())) > 1 and not unequal:
-        listed = ", ".join(f"{name} {count}" for name, count in counts.items())
-        raise ValueError(f"methods: not equally many trials ({listed}): make the grids equal, or give unequal: why")
-    memory = _optional(list, says, "memory")
-    for half in memory:
-        if half not in list(HALVES):
-            raise ValueError(f"memory: {half!r} is none of {', '.join(HALVES)}")
-    return Study(text, rounds, seeds, tuning_seeds, trials, grids, tuple(memory), unequal)
+    return trials, grids
 
 
 def _check_name(name: Any, where: str) -> None:
@@ -164,10 +172,10 @@ def _check_name(name: Any, where: str) -> None:
         raise ValueError(f"{where}: its folder's name would have {size} bytes, {LONGEST_NAME} at most: shorten it")
 
 
-def _method(says: Any, where: str) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+def _method(given: Any, where: str) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     """A method's settings and grid."""
-    method = _of(dict, {} if says is None else says, where)
-    _known(method, ("settings", "grid"), where)
+    method = _of_kind(dict, {} if given is None else given, where)
+    _check_keys(method, ("settings", "grid"), where)
     settings = _settings(_optional(dict, method, "settings", where), f"{where}.settings")
     grid = _grid(_optional(dict, method, "grid", where), f"{where}.grid")
     if (many := math.prod(map(len, grid.values()))) > MOST_TRIALS:
@@ -175,46 +183,46 @@ def _method(says: Any, where: str) -> tuple[dict[str, Any], dict[str, list[Any]]
     return settings, grid
 
 
-def _needed(says: dict[str, Any], key: str) -> Any:
-    if says.get(key) is None:
+def _required(mapping: dict[str, Any], key: str) -> Any:
+    if mapping.get(key) is None:
         raise ValueError(f"{key} is missing: the study's file must say it")
-    return says[key]
+    return mapping[key]
 
 
-def _optional(kind: type, says: dict[str, Any], key: str, where: str = "") -> Any:
+def _optional(kind: type, mapping: dict[str, Any], key: str, where: str = "") -> Any:
     """What may be left out: then it is empty."""
-    value = says.get(key)
-    return kind() if value is None else _of(kind, value, f"{where}.{key}".lstrip("."))
+    value = mapping.get(key)
+    return kind() if value is None else _of_kind(kind, value, f"{where}.{key}".lstrip("."))
 
 
-def _of(kind: type, value: Any, where: str) -> Any:
+def _of_kind(kind: type, value: Any, where: str) -> Any:
     names = {dict: "a mapping", list: "a list", int: "a whole number", str: "text"}
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ValueError(f"{where}: {names[kind]} is needed, got {value!r}")
     return value
 
 
-def _known(says: dict[str, Any], keys: Sequence[str], where: str) -> None:
-    for key in says:
+def _check_keys(mapping: dict[str, Any], keys: Sequence[str], where: str) -> None:
+    for key in mapping:
         if key not in keys:
             raise ValueError(f"{where + '.' if where else ''}{key}: unknown; there are {', '.join(keys)}")
 
 
-def _seeds(says: dict[str, Any], key: str) -> tuple[int, ...]:
-    seeds = [_of(int, seed, key) for seed in _of(list, _needed(says, key), key)]
+def _seeds(mapping: dict[str, Any], key: str) -> tuple[int, ...]:
+    seeds = [_of_kind(int, seed, key) for seed in _of_kind(list, _required(mapping, key), key)]
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"{key}: one seed or more is needed, each once, got {seeds}")
     return tuple(seeds)
 
 
-def _settings(says: Any, where: str) -> dict[str, Any]:
-    return {name: _value(name, value, where) for name, value in _of(dict, says, where).items()}
+def _settings(given: Any, where: str) -> dict[str, Any]:
+    return {name: _value(name, value, where) for name, value in _of_kind(dict, given, where).items()}
 
 
-def _grid(says: Any, where: str) -> dict[str, list[Any]]:
+def _grid(given: Any, where: str) -> dict[str, list[Any]]:
     grid = {}
-    for name, values in _of(dict, says, where).items():
-        grid[name] = [_value(name, value, where) for value in _of(list, values, f"{where}.{name}")]
+    for name, values in _of_kind(dict, given, where).items():
+        grid[name] = [_value(name, value, where) for value in _of_kind(list, values, f"{where}.{name}")]
         once = {json.dumps(value, sort_keys=True) for value in grid[name]}
         if not grid[name] or len(once) < len(grid[name]):
             raise ValueError(f"{where}.{name}: one value or more is needed, each once, got {values}")

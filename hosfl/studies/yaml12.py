@@ -98,8 +98,8 @@ def _what(error: yaml.YAMLError) -> str:
     """What is wrong and where, in one line."""
     mark = getattr(error, "problem_mark", None)
     where = "" if mark is None else f" in line {mark.line + 1}, column {mark.column + 1}"
-    told = [getattr(error, name, None) for name in ("context", "problem")]
-    return f"{', '.join(filter(None, told)) or error}{where}"
+    reasons = [getattr(error, name, None) for name in ("context", "problem")]
+    return f"{', '.join(filter(None, reasons)) or error}{where}"
 
 
 def _at(node: yaml.Node) -> str:

@@ -83,7 +83,7 @@ def _maker(name: str) -> Callable[..., Any]:
 def _arguments(maker: Callable[..., Any], settings: Settings) -> dict[str, Any]:
     """The options as the function takes them. Raises ValueError for unknown and missing ones."""
     parameters = _parameters(maker)
-    told = dict(settings.options)
+    options = dict(settings.options)
     if settings.task in TASKS:
         parameters.pop(next(iter(parameters)))  # the settings
         parameters.pop("own", None)
@@ -92,17 +92,17 @@ def _arguments(maker: Callable[..., Any], settings: Settings) -> dict[str, Any]:
         strange = [name for name in given if name not in parameters]
         if strange:
             raise ValueError(f"task {settings.task!r} has its own {', '.join(strange)}: leave out {', '.join(strange)}")
-        told |= given
+        options |= given
     more = [name for name, p in parameters.items() if p.kind is p.VAR_KEYWORD]
     known = {name: p for name, p in parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
-    for name in told:
+    for name in options:
         if name not in known and not more:
             raise ValueError(f"task {settings.task!r} has no option {name}; it has {', '.join(known) or 'none'}")
-    missing = [name for name, p in known.items() if p.default is p.empty and name not in told]
+    missing = [name for name, p in known.items() if p.default is p.empty and name not in options]
     if missing:
         how = f"--{missing[0]}" if missing[0] in OWN else f"--option {missing[0]}=VALUE"
         raise ValueError(f"task {settings.task!r} needs the option {missing[0]}: {how}")
-    return {name: _value(name, value, known[name]) if name in known else value for name, value in told.items()}
+    return {name: _value(name, value, known[name]) if name in known else value for name, value in options.items()}
 
 
 def _parameters(maker: Callable[..., Any]) -> dict[str, inspect.Parameter]:

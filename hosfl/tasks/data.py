@@ -1,4 +1,4 @@
-"""Data: samples and labels, real handwritten digits, texts as tokens, and the split over clients."""
+"""Data: samples and labels, texts as tokens, and the split over clients."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from torch import Tensor
 from hosfl.extras import needed
 from hosfl.halves.hub import text_limits, tokenized
 from hosfl.protocol.seeds import Purpose, generator
-from hosfl.tasks.reading import DataError, Found, Row, classes, without_padding
+from hosfl.tasks.padding import without_padding
+from hosfl.tasks.reading import DataError, Found, Row, classes
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Dataset:
         return {name: change(value) for name, value in self.inputs.items()}
 
 
+SMALLEST = 8  # samples of a client, where data are divided by class
 NUMBERS = 1 << 26  # of outputs at once: 256 MB in float32, of which a loss makes a few copies
 
 
@@ -242,6 +244,12 @@ def public_tokens(model: str) -> dict[str, Tensor]:
     return tokenized(model, [(text,) for text in texts], min(64, text_limits(model)[1]))
 
 
+def numbered(names: Sequence[str]) -> Tensor:
+    """Names as numbers, int64 [n]: 0 for the first and those equal to it, and so on, as `Task.groups` has them."""
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return torch.tensor([numbers[name] for name in names])
+
+
 def iid_split(samples: int, clients: int, seed: int) -> list[Tensor]:
     """Who owns which sample, whatever its class: equal parts of a random order; indices int64 per client.
 
@@ -252,14 +260,14 @@ def iid_split(samples: int, clients: int, seed: int) -> list[Tensor]:
     return [torch.from_numpy(np.sort(part)) for part in np.array_split(order, clients)]
 
 
-def dirichlet_split(labels: Tensor, clients: int, alpha: float, seed: int, smallest: int = 8) -> list[Tensor]:
+def dirichlet_split(labels: Tensor, clients: int, alpha: float, seed: int) -> list[Tensor]:
     """Who owns which sample: for each class, shares drawn from a Dirichlet distribution; indices int64 per client.
 
     labels: int64 [n], the classes, or whatever else the clients' data are to differ by, such as articles. alpha: small
-    means that clients see few classes, large that they see the same mix. Drawn again until every client has `smallest`
-    samples. Raises DataError where there are too few, or if that does not happen in 100 draws.
+    means that clients see few classes, large that they see the same mix. Drawn again until every client has
+    `SMALLEST` samples. Raises DataError where there are too few, or if that does not happen in 100 draws.
     """
-    _enough(len(labels), clients, smallest)
+    _enough(len(labels), clients, SMALLEST)
     random = generator(seed, Purpose.PARTITION)
     classes = [np.flatnonzero(labels.numpy() == c) for c in labels.unique().tolist()]
     for _ in range(100):
@@ -270,10 +278,10 @@ def dirichlet_split(labels: Tensor, clients: int, alpha: float, seed: int, small
             for client, part in enumerate(np.split(random.permutation(members), cuts)):
                 owned[client].append(part)
         parts = [np.sort(np.concatenate(parts)) for parts in owned]
-        if min(len(part) for part in parts) >= smallest:
+        if min(len(part) for part in parts) >= SMALLEST:
             return [torch.from_numpy(part) for part in parts]
     raise DataError(
-        f"{len(labels)} samples, {clients} clients, alpha {alpha}: some client always has fewer than {smallest};"
+        f"{len(labels)} samples, {clients} clients, alpha {alpha}: some client always has fewer than {SMALLEST};"
         " use fewer clients or a larger alpha"
     )
 

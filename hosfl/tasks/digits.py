@@ -80,8 +80,9 @@ def inverted_task(config: Settings) -> Task:
     return replace(clean, train=changed.train, validation=changed.validation, test=changed.test, model=model)
 
 
-def pretrained(halves: SplitModel, data: Dataset, seed: int, steps: int = 300, batch: int = 128) -> SplitModel:
+def pretrained(halves: SplitModel, data: Dataset, seed: int) -> SplitModel:
     """Train both halves together with Adam, rate 0.02 falling to zero; returns them, changed in place."""
+    steps, batch = 300, 128
     parameters = [p for half in (halves.client, halves.server) for p in half.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=0.02)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
@@ -98,14 +99,15 @@ def pretrained(halves: SplitModel, data: Dataset, seed: int, steps: int = 300, b
 DIGITS_MEAN, DIGITS_DEVIATION = 0.305, 0.376  # of the training part's pixels, black 0 and white 1
 
 
-def inverted(splits: Splits, noise: float = 0.2) -> Splits:
-    """Digits with black and white exchanged and normal noise on every pixel, the same in every run."""
+def inverted(splits: Splits) -> Splits:
+    """Digits with black and white exchanged and normal noise, a fifth of the range, on every pixel, the same
+    in every run."""
     random = torch.Generator().manual_seed(0)
 
     def change(data: Dataset) -> Dataset:
         assert isinstance(data.inputs, Tensor)
         pixels = data.inputs * DIGITS_DEVIATION + DIGITS_MEAN
-        pixels = 1 - pixels + noise * torch.randn(pixels.shape, generator=random)
+        pixels = 1 - pixels + 0.2 * torch.randn(pixels.shape, generator=random)
         return Dataset((pixels - (1 - DIGITS_MEAN)) / DIGITS_DEVIATION, data.labels)
 
     return Splits(change(splits.train), change(splits.validation), change(splits.test))

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hosfl.halves.hub import is_decoder, pretrained_model, stop_tokens, text_limits, tokenizer_of
+from hosfl.halves.hub import fast_tokenizer_of, is_decoder, pretrained_model, stop_tokens, text_limits
 from hosfl.halves.split import SplitModel, split
 from hosfl.settings import Settings
 from hosfl.tasks.answers import answer_scores
-from hosfl.tasks.data import Dataset, held_out, public_tokens
+from hosfl.tasks.data import Dataset, held_out, numbered, public_tokens
 from hosfl.tasks.generation import generate
 from hosfl.tasks.pretrained import place
 from hosfl.tasks.reading import DataError, Found, Row, field, json_lines, text_field, typed
@@ -134,9 +134,7 @@ class Decoder(NamedTuple):
         """Raises ImportError, OSError; ValueError for another kind of model, or a tokenizer that cannot serve."""
         if not is_decoder(name):
             raise ValueError(f"a decoder is needed, such as Llama, OPT or Qwen, and {name} is an encoder")
-        tokenizer = tokenizer_of(name)
-        if not tokenizer.is_fast:
-            raise ValueError(f"{name} has a tokenizer in Python, which does not say where its tokens are in the text")
+        tokenizer = fast_tokenizer_of(name)
         vocabulary, longest = text_limits(name)
         return cls(name, tokenizer, stop_tokens(name), vocabulary, min(longest, tokenizer.model_max_length))
 
@@ -152,30 +150,20 @@ def encoded(texts: Sequence[Text], decoder: Decoder, longest: int) -> Dataset:
     ValueError for tokens that the model does not know.
     """
     tokenizer = decoder.tokenizer
-    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     samples: list[tuple[list[int], list[bool]]] = [([], [])] * len(texts)
     for special in (True, False):
         chosen = [i for i, text in enumerate(texts) if text.special is special]
         for begin in range(0, len(chosen), AT_ONCE):
             some = chosen[begin : begin + AT_ONCE]
-            found = tokenizer(
+            encodings = tokenizer(
                 [texts[i].text for i in some],
                 add_special_tokens=special,
                 return_offsets_mapping=True,
                 truncation=False,
                 verbose=False,
             )
-            for i, ids, offsets in zip(some, found["input_ids"], found["offset_mapping"], strict=True):
-                learnt = _completing(offsets, texts[i].completions)
-                end = len(learnt) - learnt[::-1].index(True) if True in learnt else 0
-                ids, learnt = ids[:end], learnt[:end]
-                if not end:
-                    raise DataError(f"{texts[i].where}: the tokenizer makes no token of the completion")
-                if ids[-1] not in decoder.stops:
-                    ids, learnt = [*ids, tokenizer.eos_token_id], [*learnt, True]
-                if learnt[0]:
-                    ids, learnt = [first, *ids], [False, *learnt]
-                samples[i] = _cut(ids, learnt, longest, tokenizer.all_special_ids, texts[i].where)
+            for i, ids, offsets in zip(some, encodings["input_ids"], encodings["offset_mapping"], strict=True):
+                samples[i] = _sample(texts[i], ids, offsets, decoder, longest)
     length = max(len(ids) for ids, _ in samples) - 1
     inputs = torch.full((len(samples), length), tokenizer.pad_token_id)
     mask, labels = torch.zeros_like(inputs), torch.full_like(inputs, IGNORED)
@@ -191,6 +179,23 @@ def encoded(texts: Sequence[Text], decoder: Decoder, longest: int) -> Dataset:
     return Dataset({"input_ids": inputs, "attention_mask": mask}, labels)
 
 
+def _sample(
+    text: Text, ids: list[int], offsets: Sequence[tuple[int, int]], decoder: Decoder, longest: int
+) -> tuple[list[int], list[bool]]:
+    """A text's tokens as `encoded` has them, and which of them are learnt."""
+    tokenizer, learnt = decoder.tokenizer, _completing(offsets, text.completions)
+    end = len(learnt) - learnt[::-1].index(True) if True in learnt else 0
+    ids, learnt = ids[:end], learnt[:end]
+    if not end:
+        raise DataError(f"{text.where}: the tokenizer makes no token of the completion")
+    if ids[-1] not in decoder.stops:
+        ids, learnt = [*ids, tokenizer.eos_token_id], [*learnt, True]
+    if learnt[0]:
+        first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        ids, learnt = [first, *ids], [False, *learnt]
+    return _shortened(ids, learnt, longest, tokenizer.all_special_ids, text.where)
+
+
 def _completing(offsets: Sequence[tuple[int, int]], completions: Sequence[tuple[int, int]]) -> list[bool]:
     """Which tokens are of a completion. A blank may be a token whose offsets are behind it, [a, a)."""
     return [
@@ -199,7 +204,7 @@ def _completing(offsets: Sequence[tuple[int, int]], completions: Sequence[tuple[
     ]
 
 
-def _cut(
+def _shortened(
     ids: list[int], learnt: list[bool], longest: int, special: Sequence[int], where: str
 ) -> tuple[list[int], list[bool]]:
     """Without so much of the prompt's beginning as is too long."""
@@ -322,9 +327,7 @@ def lm_task(
     scores = (lambda halves, data: generation_scores(halves, data, decoder, generate)) if generate else None
     groups = None
     if by:
-        values = [text_field(row, by, where) for where, row in found[0]]
-        numbers = {value: n for n, value in enumerate(dict.fromkeys(values))}
-        groups = torch.tensor([numbers[value] for value in values])
+        groups = numbered([text_field(row, by, where) for where, row in found[0]])
     return completion_task(
         config,
         decoder,

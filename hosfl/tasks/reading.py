@@ -7,25 +7,18 @@ it; a file that is not there, or may not be read, is an `OSError`, which names t
 from __future__ import annotations
 
 import importlib
-import io
 import json
 import math
-import os
 import re
-import unicodedata
-import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from inspect import signature
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, TypeVar
 from zipfile import ZipFile
 
 import numpy as np
-from numpy.typing import NDArray
 
-from hosfl.extras import needed
 from hosfl.files import regular
 from hosfl.named import named
 
@@ -34,8 +27,6 @@ Row = dict[str, Any]  # the fields of a sample by name
 Found = tuple[str, Row]  # where a sample stands, such as "train.tsv, line 7", and its fields
 
 HIDDEN = -1  # the label of samples whose labels are not public, as on the Hugging Face hub
-# Inputs that have a place for every token, where there is an attention mask, by the names that transformers give them.
-TOKENS = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds")
 LISTED = 20  # names in a message
 LINE_END = re.compile(rb"\r\n?|\n")
 SURROGATE = re.compile("[\ud800-\udfff]")
@@ -50,9 +41,6 @@ KINDS = {
     dict: "an object",
     type(None): "null",
 }
-PICTURES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's IMG_EXTENSIONS
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # others, such as EPS, run programs
-PICTURE_ENDS = {b"\xff\xd8\xff": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND\xaeB`\x82"}  # of JPEG and PNG
 UNITS: dict[str, Callable[[str], int]] = {  # of what stands before an answer
     "in UTF-16 units, as in JavaScript and Java": lambda before: len(before.encode("utf-16-le")) // 2,
     "in UTF-8 bytes": lambda before: len(before.encode()),
@@ -65,17 +53,6 @@ class DataError(ValueError):
 
 
 # --- text ---------------------------------------------------------------------------------------------------------
-
-
-def without_padding(inputs: Mapping[str, Any], tokens: int, longest: int) -> dict[str, Any] | None:
-    """The inputs of texts of `tokens` places, without those from `longest` on: tensors, or numpy's arrays.
-
-    None where an input of a name of its own has as many numbers in a row: nobody knows whether they are of tokens.
-    """
-    wide = [name for name, x in inputs.items() if x.shape[1:2] == (tokens,)]
-    if not set(wide) <= set(TOKENS):
-        return None
-    return {name: x[:, :longest] if name in wide else x for name, x in inputs.items()}
 
 
 def content(path: Path) -> bytes:
@@ -279,12 +256,12 @@ def _class(row: Row, names: Sequence[str], where: str, may_hide: bool) -> int:
     number = label if isinstance(label, int) and not isinstance(label, bool) else None
     if number is not None and (0 <= number < (len(names) or number + 1) or (number == HIDDEN and may_hide)):
         return number
-    known = f"the classes are {_listed(names)}" if names else "a class is a number from 0 on, in plain digits"
+    known = f"the classes are {listed(names)}" if names else "a class is a number from 0 on, in plain digits"
     raise DataError(f"{where}: label {_shown(label)}: {known}")
 
 
 def _classes(numbers: Collection[int], names: Sequence[str]) -> str:
-    return _listed([names[n] if names else str(n) for n in sorted(numbers)])
+    return listed([names[n] if names else str(n) for n in sorted(numbers)])
 
 
 class Answer(NamedTuple):
@@ -314,7 +291,7 @@ def standing(answers: Sequence[Answer]) -> None:
         else:
             message += f"outside of its text of {len(context)} characters"
         places = [i for i in range(len(context)) if context.startswith(text, i)]
-        message += f"; it begins at {_listed([str(i) for i in places])}" if places else "; the text does not have it"
+        message += f"; it begins at {listed([str(i) for i in places])}" if places else "; the text does not have it"
         units = [unit for unit in UNITS if _counted(answer, unit)]
         of_all = [unit for unit in units if all(_counted(other, unit) for other in answers)]
         if units:
@@ -327,118 +304,6 @@ def _counted(answer: Answer, unit: str) -> bool:
     _, context, text, start = answer
     places = re.finditer(f"(?={re.escape(text)})", context)
     return any(UNITS[unit](context[: found.start()]) == start for found in places)
-
-
-# --- pictures -----------------------------------------------------------------------------------------------------
-
-
-def class_folders(
-    folder: Path, training: Sequence[str] = (), all_there: bool = True
-) -> tuple[list[str], list[tuple[Path, int]]]:
-    """The classes of a part, by the names of its folders, and its picture files with the number of their class.
-
-    training: the training part's classes; none: this is the training part. Classes are in the order of their names,
-    which are compared in Unicode's composed form. What begins with a dot is passed over; so is, with one warning, what
-    has another ending than pictures. all_there: False for one client's pictures, whose classes may be empty folders.
-
-    Raises OSError; DataError for a class that the training part has not, or that has no pictures there.
-    """
-    own: dict[str, Path] = {}
-    others = []
-    for path in sorted(folder.iterdir()):
-        name = unicodedata.normalize("NFC", path.name)
-        if name.startswith("."):
-            continue
-        if not path.is_dir():
-            others.append(path)
-        elif training and name not in training:
-            raise DataError(f"{path}: no class of the training part, whose folders are {_listed(training)}")
-        elif name in own:
-            raise DataError(f"{path} and {own[name]} are one name, written in two ways: put their pictures together")
-        else:
-            own[name] = path
-    names = list(training) or sorted(own)
-    found = []
-    for label, name in enumerate(names):
-        files = _files(own[name]) if name in own else []
-        mine = [path for path in files if path.suffix.lower() in PICTURES]
-        if not mine and not training and all_there:
-            raise DataError(f"{own[name]}: a class without pictures; their names end in {', '.join(PICTURES)}")
-        others += [path for path in files if path.suffix.lower() not in PICTURES]
-        found += [(path, label) for path in mine]
-    if not found:
-        raise DataError(f"{folder}: no pictures; they belong into folders, one per class")
-    if others:
-        warnings.warn(
-            f"{folder}: {len(others)} files are passed over, for their names do not end as those of pictures do, the"
-            f" first is {others[0]}",
-            stacklevel=2,
-        )
-    return names, found
-
-
-def _files(folder: Path) -> list[Path]:
-    """All files of a folder and of those inside it, in the order of their names, without what begins with a dot."""
-
-    def fail(error: OSError) -> NoReturn:
-        raise error
-
-    found, seen = [], set()
-    for here, folders, files in os.walk(folder, onerror=fail, followlinks=True):
-        seen.add(os.path.realpath(here))
-        folders[:] = [
-            name for name in folders if name[0] != "." and os.path.realpath(os.path.join(here, name)) not in seen
-        ]
-        found += [Path(here, name) for name in files if name[0] != "."]
-    return sorted(found)
-
-
-def picture_file(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """A picture of a size (width, height) as uint8 [height, width, 3]. Grey of 16 bits is scaled to 8.
-
-    Raises OSError; DataError for another size, before the picture is decoded, for a mode whose range is not known, and
-    for whatever Pillow raises; ImportError without Pillow.
-    """
-    image = needed("PIL.Image", "a picture")
-    raw = content(path)
-    with _pillow_s_errors(str(path), raw), image.open(io.BytesIO(raw), formats=FORMATS) as opened:
-        return _rgb(opened, str(path), size)
-
-
-def _rgb(opened: Any, where: str, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """What Pillow has opened, in 8 bits."""
-    if opened.size != size:
-        raise DataError(f"{where}: a picture of {size[0]} x {size[1]} is needed, it has {opened.size}")
-    if opened.mode == "F":
-        raise DataError(f"{where}: its mode is F, numbers of no known range: save it with 8 or 16 bits")
-    if not opened.mode.startswith("I"):
-        return np.asarray(opened.convert("RGB"))
-    grey = np.asarray(opened).astype(np.int64)
-    if grey.min() < 0 or grey.max() > 65535:
-        raise DataError(
-            f"{where}: its mode is {opened.mode}, with values from {grey.min()} to {grey.max()}, which is no known"
-            " range: save it with 8 or 16 bits"
-        )
-    return np.repeat(((grey + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)  # 65535 / 257 = 255
-
-
-@contextmanager
-def _pillow_s_errors(where: str, raw: bytes | None = None) -> Iterator[None]:
-    """What Pillow raises for a damaged picture, which may be of any type, as a DataError."""
-    try:
-        yield
-    except DataError:
-        raise
-    except Exception as error:
-        message = f"{type(error).__name__}: {error}"
-        if raw is not None:
-            if type(error).__name__ == "UnidentifiedImageError":
-                message = f"its content is none of {', '.join(FORMATS)}"
-            if not raw:
-                message = "it is empty"
-            if any(raw.startswith(begin) and end not in raw[-32:] for begin, end in PICTURE_ENDS.items()):
-                message = f"it is truncated: {message}"
-        raise DataError(f"{where} cannot be read as a picture: {message}") from None
 
 
 # --- the Hugging Face hub -----------------------------------------------------------------------------------------
@@ -485,31 +350,7 @@ def hub_column(rows: Any, name: str, where: str) -> Any:
         raise DataError(f"{where}: column {name!r} cannot be read: {type(error).__name__}: {error}") from None
 
 
-def hub_picture(column: Any, number: int, where: str, size: tuple[int, int]) -> NDArray[np.uint8]:
-    """A picture of a column, as `picture_file` has it. Raises DataError."""
-    with _pillow_s_errors(where):
-        return _rgb(column[number], where, size)
-
-
-# --- messages -----------------------------------------------------------------------------------------------------
-
-
-def _listed(names: Collection[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(list(names)[:LISTED]) + more
-
-
-def _are(names: Collection[str]) -> str:
-    return f"are {_listed(names)}" if names else "is none"
-
-
-def _shown(value: Any) -> str:
-    whole = "null" if value is None else repr(value)
-    return whole if len(whole) <= 80 else whole[:77] + "..."
-
-
-def _twice(names: Sequence[str]) -> list[str]:
-    return [name for name, times in Counter(names).items() if times > 1]
+# --- arrays, and functions that return samples --------------------------------------------------------------------
 
 
 def arrays_in(path: str, load: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
@@ -539,3 +380,25 @@ def returned_by(data: str) -> Any:
             f"{data} is no function without arguments ({error}): one that returns samples is needed"
         ) from None
     return made()
+
+
+# --- messages -----------------------------------------------------------------------------------------------------
+
+
+def listed(names: Collection[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(list(names)[:LISTED]) + more
+
+
+def _are(names: Collection[str]) -> str:
+    return f"are {listed(names)}" if names else "is none"
+
+
+def _shown(value: Any) -> str:
+    whole = "null" if value is None else repr(value)
+    return whole if len(whole) <= 80 else whole[:77] + "..."
+
+
+def _twice(names: Sequence[str]) -> list[str]:
+    return [name for name, times in Counter(names).items() if times > 1]

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hosfl.halves.hub import is_decoder, packaged_minilm, tokenizer_of
+from hosfl.halves.hub import fast_tokenizer_of, is_decoder, packaged_minilm
 from hosfl.halves.split import SplitModel
 from hosfl.settings import Settings
 from hosfl.tasks.answers import answer_scores
-from hosfl.tasks.data import Dataset, Splits, public_tokens
+from hosfl.tasks.data import Dataset, Splits, numbered, public_tokens
 from hosfl.tasks.lm import Decoder, Text, completion_task, encoded, generated_answers
 from hosfl.tasks.pretrained import headed, pretrained_task
 from hosfl.tasks.reading import Answer, DataError, Row, field, hub_rows, json_file, standing, typed
@@ -191,24 +191,16 @@ def windows(found: Sequence[Sequence[Question]], model: str) -> tuple[Splits, Te
     Neighbouring windows share a third of their length. A question is cut at a sixth of it. Raises ValueError for a
     model whose tokenizer does not say where its tokens are in the text.
     """
-    tokenizer = _tokenizer(model)
+    tokenizer = fast_tokenizer_of(model)
     whole = [_windows(tokenizer, questions) for questions in found]
     longest = max(part.used for part in whole)
     train, validation, test = (part.shortened(longest) for part in whole)
     return Splits(Dataset(train.inputs, train.labels), validation, test), articles(train.questions)[train.question]
 
 
-def _tokenizer(model: str) -> Any:
-    tokenizer = tokenizer_of(model)
-    if not tokenizer.is_fast:
-        raise ValueError(f"{model} has a tokenizer in Python, which does not say where its tokens are in the text")
-    return tokenizer
-
-
 def articles(questions: Sequence[Question]) -> Tensor:
-    """The numbers of the questions' articles, int64 [n], in the order in which they come."""
-    numbers = {name: i for i, name in enumerate(dict.fromkeys(q.article for q in questions))}
-    return torch.tensor([numbers[q.article] for q in questions])
+    """The numbers of the questions' articles, int64 [n]."""
+    return numbered([q.article for q in questions])
 
 
 def _windows(tokenizer: Any, questions: Sequence[Question], longest: int = LONGEST) -> Windows:
@@ -216,8 +208,8 @@ def _windows(tokenizer: Any, questions: Sequence[Question], longest: int = LONGE
     pieces: dict[str, list[Tensor]] = {}
     for begin in range(0, len(questions), AT_ONCE):
         some = questions[begin : begin + AT_ONCE]
-        found = tokenizer(
-            _cut(tokenizer, [q.question.strip() for q in some], longest // 6),
+        encodings = tokenizer(
+            _first_tokens(tokenizer, [q.question.strip() for q in some], longest // 6),
             [q.context for q in some],
             truncation="only_second",
             max_length=longest,
@@ -226,13 +218,13 @@ def _windows(tokenizer: Any, questions: Sequence[Question], longest: int = LONGE
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
         )
-        arrays = {name: torch.from_numpy(np.array(value)) for name, value in found.items()}  # much faster than "pt"
+        arrays = {name: torch.from_numpy(np.array(value)) for name, value in encodings.items()}  # much faster than "pt"
         own, spans = arrays.pop("overflow_to_sample_mapping"), arrays.pop("offset_mapping").int()
         for i in range(len(own)):
-            spans[i, [sequence != 1 for sequence in found.sequence_ids(i)]] = -1
+            spans[i, [sequence != 1 for sequence in encodings.sequence_ids(i)]] = -1
         pieces.setdefault("spans", []).append(spans)
         pieces.setdefault("question", []).append(own + begin)
-        places = [_tokens(found, i, some[q]) for i, q in enumerate(own.tolist())]
+        places = [_answer_tokens(encodings, i, some[q]) for i, q in enumerate(own.tolist())]
         pieces.setdefault("labels", []).append(torch.tensor(places, dtype=torch.int64))
         for name, value in arrays.items():
             pieces.setdefault(name, []).append(value)
@@ -241,17 +233,17 @@ def _windows(tokenizer: Any, questions: Sequence[Question], longest: int = LONGE
     return Windows(joined, labels, spans, question, questions)
 
 
-def _cut(tokenizer: Any, questions: list[str], tokens: int) -> list[str]:
+def _first_tokens(tokenizer: Any, questions: list[str], tokens: int) -> list[str]:
     """The questions' first tokens, so many at most."""
-    found = tokenizer(questions, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    return [q if len(own) <= tokens else q[: own[tokens - 1][1]] for q, own in zip(questions, found, strict=True)]
+    offsets = tokenizer(questions, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return [q if len(own) <= tokens else q[: own[tokens - 1][1]] for q, own in zip(questions, offsets, strict=True)]
 
 
-def _tokens(found: Any, window: int, asked: Question) -> tuple[int, int]:
+def _answer_tokens(encodings: Any, window: int, asked: Question) -> tuple[int, int]:
     """The first and the last token of the answer in a window; (0, 0) where the window does not hold all of it."""
     text = asked.answers[0]
     begin = asked.start + len(text) - len(text.lstrip())
-    ends = (found.char_to_token(window, char, 1) for char in (begin, begin + len(text.strip()) - 1))
+    ends = (encodings.char_to_token(window, char, 1) for char in (begin, begin + len(text.strip()) - 1))
     first, last = ends
     return (0, 0) if first is None or last is None else (first, last)
 
@@ -301,7 +293,7 @@ def prompted(questions: Sequence[Question], decoder: Decoder, longest: int) -> A
 
     What is too long loses the paragraph's beginning. A question is cut at a sixth of the length.
     """
-    shown = _cut(decoder.tokenizer, [q.question.strip() for q in questions], longest // 6)
+    shown = _first_tokens(decoder.tokenizer, [q.question.strip() for q in questions], longest // 6)
     texts = []
     for q, question in zip(questions, shown, strict=True):
         prompt, answer = PROMPT.format(context=q.context, question=question), f" {q.answers[0].strip()}"
@@ -341,7 +333,7 @@ def own_questions(config: Settings, path: Path, longest: int) -> Dataset:
     if is_decoder(name):
         decoder = Decoder.of(name)
         return prompted(found, decoder, min(longest + 1, most_tokens(decoder)))
-    data = _windows(_tokenizer(name), found, min(longest, LONGEST))
+    data = _windows(fast_tokenizer_of(name), found, min(longest, LONGEST))
     data = data.shortened(data.used)
     return Dataset(data.inputs, data.labels)
 

@@ -120,15 +120,15 @@ def _of_task(row: Row, task: TextTask, where: str) -> Found:
     return where, texts | ({"label": row["label"]} if "label" in row else {})
 
 
-class Telling(NamedTuple):
-    """How a model is told a task's rows."""
+class TextInputs(NamedTuple):
+    """What a model sees of a task's rows."""
 
     task: TextTask
     model: str
     decoder: bool
 
     @classmethod
-    def of(cls, config: Settings) -> Telling:
+    def of(cls, config: Settings) -> TextInputs:
         name = config.model or packaged_minilm()
         return cls(TEXTS[config.task], name, is_decoder(name))
 
@@ -149,7 +149,7 @@ def text_task(config: Settings, own: Dataset | None = None) -> Task:
     An encoder gets a random classifier, as in `sentences_task`. A decoder gets a prompt; its output is what it gives
     the classes' words to come next, by the first token of each. own: a client's samples, in place of all parts.
     """
-    it, name, decoder = told = Telling.of(config)
+    it, name, decoder = inputs = TextInputs.of(config)
     answers = first_tokens(name, it.end, it.words) if decoder else []
 
     def model(at: int | str) -> SplitModel:
@@ -157,13 +157,13 @@ def text_task(config: Settings, own: Dataset | None = None) -> Task:
             return verbalized(pretrained_model(name, "CausalLM"), answers, at)
         return headed(name, "SequenceClassification", at, len(it.words))
 
-    data = as_tokens(parts(it, config.data), told.texts, name, it.longest, told.cut) if own is None else own
+    data = as_tokens(parts(it, config.data), inputs.texts, name, it.longest, inputs.cut) if own is None else own
     return pretrained_task(data, len(it.words), model, config, public=public_tokens(name))
 
 
 def own_texts(config: Settings, path: Path, longest: int) -> Dataset:
     """One client's samples: a file as the training part is published, or a folder with one."""
-    told = Telling.of(config)
-    found = read(path / told.task.files[0] if path.is_dir() else path, told.task, may_hide=False)
-    rows = with_classes(found, classes(found, told.task.labels, all_there=False))
-    return tokens(rows, told.texts, told.model, min(longest, told.task.longest), told.cut)
+    inputs = TextInputs.of(config)
+    found = read(path / inputs.task.files[0] if path.is_dir() else path, inputs.task, may_hide=False)
+    rows = with_classes(found, classes(found, inputs.task.labels, all_there=False))
+    return tokens(rows, inputs.texts, inputs.model, min(longest, inputs.task.longest), inputs.cut)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from hosfl.halves.split import SplitModel, split
 from hosfl.settings import Settings
 from hosfl.tasks.data import Dataset, Splits, held_out
+from hosfl.tasks.picture_files import class_folders, hub_picture, picture_file
 from hosfl.tasks.pretrained import pretrained_task
-from hosfl.tasks.reading import DataError, class_folders, classes, content, hub, hub_column, hub_picture, picture_file
+from hosfl.tasks.reading import DataError, classes, content, hub, hub_column
 from hosfl.tasks.task import Task
 
 HUB = {"cifar10": ("uoft-cs/cifar10", "label"), "cifar100": ("uoft-cs/cifar100", "fine_label")}

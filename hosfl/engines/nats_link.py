@@ -77,7 +77,7 @@ class _Parser(Parser):
                 self.nc.receive(subject, data)
 
 
-class _Broker(Client):
+class _Connection(Client):
     """One connection."""
 
     def __init__(self, receive: Receive, secure: bool) -> None:
@@ -205,12 +205,12 @@ class Link:
     async def _run(self) -> None:
         delay = FIRST
         while not self._closing.is_set():
-            broker, lost = _Broker(self._heard, self.tls is not None), asyncio.Event()
+            connection, lost = _Connection(self._heard, self.tls is not None), asyncio.Event()
             try:
-                await self._connect(broker, lost)
+                await self._connect(connection, lost)
             except Exception as error:  # of sockets, of TLS, of nats-py and of its parser: whatever a broker may say
                 self._complain(error)  # after what led to it, if nats-py has told
-                await self._shut(broker)
+                await self._shut(connection)
                 await self._nap(delay * random.uniform(0.5, 1))
                 delay = min(2 * delay, REFUSED if "authorization" in str(error).lower() else LONGEST)
                 continue
@@ -220,13 +220,13 @@ class Link:
             self._streams.clear()
             self.up = True
             self._safely(self._connected)
-            works = [asyncio.ensure_future(w) for w in (self._send(broker), self._beat(broker), lost.wait())]
+            works = [asyncio.ensure_future(w) for w in (self._send(connection), self._beat(connection), lost.wait())]
             closing = asyncio.ensure_future(self._closing.wait())
             await asyncio.wait([*works, closing], return_when=asyncio.FIRST_COMPLETED)
             if self._closing.is_set() and not lost.is_set():
-                await self._last_words(broker)
+                await self._last_words(connection)
             self.up = False
-            await self._shut(broker)
+            await self._shut(connection)
             for work in (*works, closing):
                 work.cancel()
             for outcome in await asyncio.gather(*works, closing, return_exceptions=True):
@@ -236,7 +236,7 @@ class Link:
                 log.warning("%s has lost its connection, and looks for another", self.name)
                 await self._nap(FIRST * random.random())
 
-    async def _connect(self, broker: _Broker, lost: asyncio.Event) -> None:
+    async def _connect(self, connection: _Connection, lost: asyncio.Event) -> None:
         async def error(error: Exception) -> None:
             if "permissions" in str(error):
                 self._complain(error, "%s: the broker does not let it (%s), and it tries on: %s")
@@ -246,7 +246,7 @@ class Link:
         async def closed() -> None:
             lost.set()
 
-        await broker.connect(
+        await connection.connect(
             self.urls,
             name=self.name,
             tls=self.tls,
@@ -260,15 +260,15 @@ class Link:
             error_cb=error,
             closed_cb=closed,
         )
-        if broker.max_payload < SMALL + AROUND:
-            raise EngineError(f"its max_payload is {broker.max_payload} bytes; let it be 1 MB, as it is by default")
+        if connection.max_payload < SMALL + AROUND:
+            raise EngineError(f"its max_payload is {connection.max_payload} bytes; let it be 1 MB, as it is by default")
         for subject in self.subjects:
-            await broker.subscribe(subject)
-        await broker.flush(int(ANSWERS))
+            await connection.subscribe(subject)
+        await connection.flush(int(ANSWERS))
 
-    async def _send(self, broker: _Broker) -> None:
+    async def _send(self, connection: _Connection) -> None:
         """All that goes out: frames first, then a piece of each stream in turn."""
-        piece = min(PIECE, (broker.max_payload - AROUND) // LEAST * LEAST)
+        piece = min(PIECE, (connection.max_payload - AROUND) // LEAST * LEAST)
         while self.up:  # nats-py keeps a cancellation to itself
             await self._wake.wait()
             self._wake.clear()
@@ -283,16 +283,16 @@ class Link:
                     frame = stream.outgoing.piece(key[1], begin, stream.offset)
                     if stream.offset < stream.end:
                         self._streams[key] = stream
-                await broker.publish(subject, frame, reply)
+                await connection.publish(subject, frame, reply)
 
-    async def _beat(self, broker: _Broker) -> None:
-        while broker.is_connected:
+    async def _beat(self, connection: _Connection) -> None:
+        while connection.is_connected:
             since = time.monotonic()
-            await broker.flush(int(ANSWERS))
+            await connection.flush(int(ANSWERS))
             self._safely(self._tick, since)
             await asyncio.sleep(TICK)
 
-    async def _last_words(self, broker: _Broker) -> None:
+    async def _last_words(self, connection: _Connection) -> None:
         """What is in the outbox, for a second at most."""
         self._streams.clear()
         for _ in range(100):
@@ -300,13 +300,13 @@ class Link:
                 break
             await asyncio.sleep(0.01)
         try:
-            await asyncio.wait_for(broker.flush(), 1)
+            await asyncio.wait_for(connection.flush(), 1)
         except Exception as error:
             log.debug("%s: %s", self.name, error)
 
-    async def _shut(self, broker: _Broker) -> None:
+    async def _shut(self, connection: _Connection) -> None:
         try:
-            await asyncio.wait_for(broker.close(), 2)
+            await asyncio.wait_for(connection.close(), 2)
         except Exception as error:
             log.debug("%s: %s", self.name, error)
 

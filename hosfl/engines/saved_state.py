@@ -1,0 +1,113 @@
+"""A client's state on disk, so that a restart need not replay the whole log."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from safetensors import SafetensorError, safe_open
+
+from hosfl.files import regular, write_atomically
+from hosfl.protocol.arrays import Array, is_tensor
+from hosfl.protocol.endpoint import Answers
+from hosfl.protocol.lattice import Lattice
+from hosfl.protocol.replica import Replica, ReplicaState
+from hosfl.protocol.weights import Weights, as_file
+
+SAVED_EVERY = 60.0  # seconds: what was applied since is replayed
+STATE_FORMAT = "3"  # a file of another one is passed over: a client that begins anew loses time alone
+log = logging.getLogger("hosfl.join")
+
+
+@runtime_checkable
+class Replays(Answers, Protocol):
+    """A client that holds a replica."""
+
+    replica: Replica
+
+    def load(self, state: ReplicaState) -> None:
+        """Become a copy of another replica of the run."""
+
+
+class SavedState:
+    """A client's state on disk, where losing it loses time alone.
+
+    A safetensors file: the tensors that move, 0.0, 0.1, ..., then each of their moments, 1.0, 1.1, ...; its metadata
+    are what `save` writes, as text, and their digest.
+
+    run: the id of the run that it is of.
+    """
+
+    def __init__(self, path: Path, run: bytes, client: Answers) -> None:
+        self.path, self.of, self.client = path, run.hex(), client
+        self._saved = time.monotonic()
+
+    def restore(self) -> None:
+        """Load what is there; a file that is damaged, or another run's, is passed over."""
+        client = self.client
+        if not isinstance(client, Replays) or not self.path.exists():
+            return
+        replica = client.replica
+        try:
+            torch = all(map(is_tensor, replica.tensors))
+            with safe_open(regular(self.path), "pt" if torch else "np") as file:
+                metadata, read = file.metadata(), file.get_tensor if torch else Weights(self.path).__getitem__
+                if metadata["format"] != STATE_FORMAT:
+                    raise ValueError("another version wrote it")
+                if metadata["run"] != self.of or metadata["client"] != str(client.number):
+                    raise ValueError("it is of another run")
+                groups = [
+                    [read(f"{group}.{n}") for n in range(len(replica.tensors))]
+                    for group in range(1 + len(replica.moments))
+                ]
+            quantum = float(metadata["quantum"]) if metadata["quantum"] else None
+            applied, epoch = int(metadata["applied"]), int(metadata["epoch"])
+            if applied < 0 or epoch < 0:
+                raise ValueError(f"it is of round {applied}, epoch {epoch}")
+            mine = [[*replica.tensors], *replica.moments]
+            for kept, tensors in zip(groups, mine, strict=True):
+                if any(k.shape != t.shape or k.dtype != t.dtype for k, t in zip(kept, tensors, strict=True)):
+                    raise ValueError("it is of another half")
+            lattice = None if quantum is None else Lattice(quantum)
+            client.load(ReplicaState(groups[0], groups[1:], applied, epoch, lattice))
+            if metadata["digest"] != _digest(metadata, replica):
+                raise ValueError("its digest is another")
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("%s is passed over: %s", self.path, error)
+            client.reset()
+
+    def save(self, due: bool = True) -> None:
+        """Write it, unless that was done a moment ago and is not due, or it is the base. A full disk is a warning."""
+        client = self.client
+        if not isinstance(client, Replays) or (not due and time.monotonic() - self._saved < SAVED_EVERY):
+            return
+        replica = client.replica
+        if not replica.applied:
+            return  # it is the base, or on the way there
+        groups: Sequence[Sequence[Array]] = [replica.tensors, *replica.moments]
+        tensors = {f"{group}.{n}": tensor for group, of in enumerate(groups) for n, tensor in enumerate(of)}
+        metadata = {
+            "format": STATE_FORMAT,
+            "run": self.of,
+            "client": str(client.number),
+            "applied": str(replica.applied),
+            "epoch": str(replica.epoch),
+            "quantum": "" if replica.lattice is None else repr(replica.lattice.quantum),
+        }
+        metadata["digest"] = _digest(metadata, replica)
+        try:
+            write_atomically(self.path, as_file(tensors, metadata))
+        except OSError as error:
+            log.warning("%s cannot be written: %s; a restart would replay more", self.path, error)
+        self._saved = time.monotonic()
+
+
+def _digest(metadata: Mapping[str, str], replica: Replica) -> str:
+    """Of a state: SHA-256 of all its file's metadata but this, as JSON, then the digest of weights and moments."""
+    text = json.dumps({name: value for name, value in metadata.items() if name != "digest"}, sort_keys=True)
+    return hashlib.sha256(text.encode() + replica.digest()).hexdigest()
