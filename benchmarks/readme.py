@@ -615,6 +615,7 @@ PAGES: dict[Path, Sections] = {
     DOCS / "results-optim.md": {"curves": ("optim-curves.json", curves), "optim": ("optim-cpu.json", optim)},
     DOCS / "results-speed.md": {
         "kernels": ("kernels-cpu.json", kernels),
+        "kernels-zen4": ("kernels-cpu-zen4.json", kernels),
         "ops": ("ops-cpu.json", ops),
         "gpu": (GPU, gpu),
         "steps": ("steps-cpu.json", steps),
