@@ -28,7 +28,7 @@ IEEE = ["-ffp-contract=off", "-fno-fast-math", "-fno-math-errno", "-fno-trapping
 NVCC_IEEE = ["--fmad=false", "-prec-div=true", "-prec-sqrt=true", "-ftz=false"]
 
 # GCC would make a sum next to where it is used, and so put chains of operations that csrc/noise.h sets side by side one
-# after another, which costs AVX2 a tenth of the time of normal numbers.
+# after another.
 IN_ORDER = ["-fno-tree-ter"]
 
 # Machine code for these, which newer processors of each generation run too, and PTX for generations to come.

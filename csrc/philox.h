@@ -99,9 +99,7 @@ HOSFL_LOOP void normal_columns(uint64_t seed, uint64_t block, uint32_t stream, i
                               float (*z)[WIDTH], const char* cells = nullptr, int64_t size = 0) {
   for (int64_t col = first / GROUP * GROUP; col < first + count; col += GROUP) {
     asm("" : "+r"(size));  // or GCC makes a second copy of the loop, for size 0
-    for (int64_t i = 0; i < GROUP * size; i += 64) {
-      for (int64_t row = 0; row < GAUSSIAN_ROWS; ++row) __builtin_prefetch(cells + row * COLS * size + i, 1);
-    }
+    for (int64_t row = 0; row < GAUSSIAN_ROWS; ++row) fetch(cells + row * COLS * size, GROUP * size);
     cells += GROUP * size;
     Words word[4];
     philox_group(seed, block, stream, TAG_GAUSSIAN, col, word);

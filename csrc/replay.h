@@ -83,11 +83,6 @@ constexpr int AT_ONCE = 4;
 // Cells that come from memory meanwhile, this many ahead: a processor's own prefetching stops at the end of a page.
 constexpr int64_t AHEAD = 2 * COLS;
 
-template <typename Cell>
-void fetch(const Cell* x, int64_t count) {
-  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof *x)) __builtin_prefetch(x + i, 1);
-}
-
 // first: whether these are the first records that go through the block, whose cells are in memory then.
 template <typename Storage, Rounding R, int N>
 HOSFL_LOOP void replay_signs(const Segment& segment, const Run& run, const Record* records, bool first) {

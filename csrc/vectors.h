@@ -109,6 +109,12 @@ HOSFL_INLINE Floats root(const Floats& x) {
   return each_vector<F32>([&](int j) { return root(x.v[j]); });
 }
 
+// Asks for cells that are to be written, so that they come from memory meanwhile.
+template <typename Cell>
+HOSFL_INLINE void fetch(const Cell* x, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / int64_t(sizeof *x)) __builtin_prefetch(x + i, 1);
+}
+
 }  // namespace
 }  // namespace HOSFL_ISA
 }  // namespace hosfl
