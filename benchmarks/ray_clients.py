@@ -92,7 +92,7 @@ def measure(clients: int, sampled: int, rounds: int, actors: int, share: float) 
                 seconds.append(time.perf_counter() - begin)
             made[0].share = 0.0
             some = range(0, clients, max(1, clients // 50))
-            digests = list(federation.audited(list(some)).values())
+            digests = list(federation.audit(list(some)).values())
             newcomer = federation.make(0)
             joined = federation.join(newcomer)
             pids = [p for p in _children(os.getpid()) if b"ray::_Actor" in Path(f"/proc/{p}/cmdline").read_bytes()]

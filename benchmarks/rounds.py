@@ -237,7 +237,7 @@ def measure(settings: dict[str, Any], name: str, folder: Path) -> dict[str, Any]
         rounds = [_round(federation, number) for number in range(config.rounds)]
         asks = weighed.asks[-2:]
         lines = [(folder / f"{n}.seconds").read_text().split()[-2 * ROUNDS :] for n in range(CLIENTS)]
-        [digest] = set(federation.audited(range(CLIENTS)).values())
+        [digest] = set(federation.audit(range(CLIENTS)).values())
     cuts, answers = ([[float(s) for s in line[part::2]] for line in lines] for part in (0, 1))
     together = sum if make is None else max  # in process they take turns
     spent = {

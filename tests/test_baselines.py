@@ -68,7 +68,7 @@ def test_each_half_learns_while_the_other_stands_still(method, half, seed, below
     for round in range(20):
         federation.round(round)
     below(loss() / before, 0.95)
-    assert federation.server.refused == federation.messenger.complained == []
+    assert federation.server.refused == federation.messenger.complaints == []
     assert federation.replicas().equal
 
 
@@ -277,7 +277,7 @@ def test_a_splitfed_client_that_is_lost_on_the_way_costs_nobody_else_the_round(a
     federation.messenger.wire = Wire()
     assert not torch.equal(federation.server.ledger.weights, before)
     federation.round(2)
-    assert federation.server.refused == federation.messenger.complained == []
+    assert federation.server.refused == federation.messenger.complaints == []
     assert federation.replicas().equal
 
 
@@ -330,7 +330,7 @@ def test_zo_both_measures_both_halves_losses(estimator):
     v = directions(*server_place, direction_seeds(0, 0, 3, Purpose.SERVER))
     found = []
     server.optimizer.step = lambda: found.append(flat_gradient(server.half))
-    answers, loss = server.step(0, [federation.take(m).output(0) for m in range(2)])
+    answers, loss = server.step(0, [federation.load_client(m).output(0) for m in range(2)])
     assert answers == {}
     assert loss == pytest.approx(sum(of(0, 0) for of in losses) / 2, rel=1e-5)
     own = torch.zeros(len(v[0]))
@@ -366,12 +366,12 @@ def test_hosl_steps_along_directions_of_its_own(dist):
     settings = config("hosl", rule="sgd", dist=dist, clients=2, sampled=2, batch=32)
     federation, task = assemble(settings)
     losses = [loss_of(federation, task, m, 0) for m in range(2)]
-    cuts = [federation.take(m).output(0) for m in range(2)]
+    cuts = [federation.load_client(m).output(0) for m in range(2)]
     answers, _ = federation.server.step(0, cuts)
     shared = direction_seeds(0, 0, 3, Purpose.OWN)
     for m, of in enumerate(losses):
         u = directions(*trainable(federation.base), [derive(seed, m, 0) for seed in shared], dist)
-        moved = flat(federation.base) - federation.take(m).answer(answers[m]).weights
+        moved = flat(federation.base) - federation.load_client(m).answer(answers[m]).weights
         expected = 0.05 * sum((of(1e-3 * u_p, 0) - of(-1e-3 * u_p, 0)) / 2e-3 * u_p for u_p in u) / 3
         assert torch.allclose(moved, expected, rtol=0.01, atol=1e-4)
         assert expected.abs().max() > 0.005
@@ -387,7 +387,7 @@ def test_hosl_steps_along_directions_of_its_own(dist):
 @pytest.mark.parametrize("method", ["zo-both", "hosl"])
 def test_servers_refuse_wrong_displaced_cuts(method):
     federation, _ = assemble(config(method))
-    server, client = federation.server, federation.take(0)
+    server, client = federation.server, federation.load_client(0)
     good = client.output(0)
     assert server.receive(encode(good)) is not None  # not too large to be read
     moved = good.displaced
@@ -419,7 +419,7 @@ def test_servers_refuse_wrong_displaced_cuts(method):
 
 @pytest.mark.parametrize("method", ["ho", "first-order", "splitfed"])
 def test_servers_that_measure_no_losses_refuse_displaced_cuts(method):
-    probed = assemble(config("hosl"))[0].take(0).output(0)
+    probed = assemble(config("hosl"))[0].load_client(0).output(0)
     server = assemble(config(method))[0].server
     assert server.step(0, [probed])[0] == {}
     assert "ProbedCut" in server.refused[0]
@@ -428,9 +428,9 @@ def test_servers_that_measure_no_losses_refuse_displaced_cuts(method):
 def test_an_average_refuses_wrong_weights_and_forgets_nobody():
     federation, _ = assemble(config("splitfed", local_steps=1))
     server, ledger = federation.server, federation.server.ledger
-    cuts = [federation.take(m).output(0) for m in range(3)]
+    cuts = [federation.load_client(m).output(0) for m in range(3)]
     answers, _ = server.step(0, cuts)
-    good = federation.take(0).answer(answers[0])
+    good = federation.load_client(0).answer(answers[0])
     wrong = [
         replace(good, client=1, weights=good.weights[1:]),
         replace(good, client=1, weights=good.weights * torch.nan),
@@ -449,7 +449,7 @@ def test_an_average_refuses_wrong_weights_and_forgets_nobody():
 
 def test_hosl_clients_refuse_wrong_losses():
     federation, _ = assemble(config("hosl"))
-    client = federation.take(0)
+    client = federation.load_client(0)
     client.output(0)
     before = client.digest()
     good = Losses(client=0, round=0, losses=torch.rand(6))

@@ -349,8 +349,8 @@ def test_with_nobody_acceptable_nothing_changes(task, monkeypatch, caplog):
     monkeypatch.setattr(calibration, "estimated", fails)
     federation = made(task)
     assert torch.equal(of(federation.base), of(task.model[:6]))
-    assert federation.messenger.complained.total == 3
-    assert "1 value per channel" in federation.messenger.complained[0]
+    assert federation.messenger.complaints.total == 3
+    assert "1 value per channel" in federation.messenger.complaints[0]
     assert "those of the model stay" in caplog.text
     assert federation.join(federation.make(0))
 
@@ -506,7 +506,7 @@ def test_the_order_in_which_statistics_come_is_nothing(task, monkeypatch):
     came, commit = [], statistics.commit
     monkeypatch.setattr(statistics, "commit", lambda answers, how: came.extend(answers) or commit(answers, how))
     left = []
-    monkeypatch.setattr(federation, "put_back", left.append)
+    monkeypatch.setattr(federation, "store_client", left.append)
     federation.calibrate()
     assert len(came) == 3
     assert [message.client for message in came] == sorted(message.client for message in came)

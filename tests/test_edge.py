@@ -349,7 +349,7 @@ def test_running_statistics(way, dtype, apart, tmp_path):
     assert all(np.array_equal(a, b) for a, b in zip(edges[1].client.half.statistics, models, strict=True))
     losses = [federation.round(round) for round in range(4)]
     assert np.isfinite(losses).all()
-    assert (federation.refused, federation.messenger.complained) == ([], [])
+    assert (federation.refused, federation.messenger.complaints) == ([], [])
     for number in edges:
         for theirs, mine in heard[number]:
             assert type(theirs) is type(mine)
@@ -453,7 +453,7 @@ def test_a_half_in_bfloat16(way, tmp_path):
     federation.messenger.engine = InProcess(answer, 3)
     losses = [federation.round(round) for round in range(4)]
     assert np.isfinite(losses).all()
-    assert (federation.refused, federation.messenger.complained) == ([], [])
+    assert (federation.refused, federation.messenger.complaints) == ([], [])
     (theirs, mine), (_, measured) = cuts[:2]
     assert mine.cut.dtype == theirs.cut.dtype
     wire = WIRES[str(mine.cut.dtype)]

@@ -384,7 +384,7 @@ SMALL = {"rounds": 3, "clients": 6, "sampled": 5, "batch": 16, "server_rate": 0.
 def halves_after(**settings):
     federation, _ = assemble(Config(**with_shared(settings, SMALL)))
     losses = [federation.round(round) for round in range(SMALL["rounds"])]
-    assert federation.server.refused == federation.messenger.complained == []
+    assert federation.server.refused == federation.messenger.complaints == []
     return federation.server, losses, [p.detach() for p in federation.model().parameters()]
 
 

@@ -152,7 +152,7 @@ def test_a_lie_costs_the_liar_its_rounds_and_nobody_else_anything(lie, without):
     found = outcome(4, lie)
     assert same(found, without)
     federation = found[0]
-    said = federation.server.refused + federation.messenger.complained
+    said = federation.server.refused + federation.messenger.complaints
     assert said or lie in (endless_hellos, ahead)
     assert all(f"client {LIAR}" in what for what in said), said
     assert all(what.isprintable() for what in said)
@@ -250,7 +250,7 @@ def test_a_complaint_is_cut_to_what_the_other_side_lets_it_be():
     federation.messenger.engine = WithLiar(federation, lie)
     assert federation.server.largest_message > 2 * LONGEST_TEXT
     federation.round(0)
-    assert federation.messenger.complained == [f"client {LIAR}: {LONGEST_TEXT * 'x'}"]
+    assert federation.messenger.complaints == [f"client {LIAR}: {LONGEST_TEXT * 'x'}"]
 
 
 def scalars_that_are_none(ask, honest):
@@ -352,9 +352,9 @@ def test_a_client_that_says_nothing_costs_nobody_else_a_round(monkeypatch):
         before = engine.now
         federation.round(round)
         assert federation.took_part == [0, LAST]
-        assert federation.messenger.why == {LIAR: "late"}
+        assert federation.messenger.failures == {LIAR: "late"}
         assert engine.now - before <= 60.0
-    federation.messenger.where.clear()
+    federation.messenger.positions.clear()
     assert federation.replicas().clients == 2 + 1  # and a newcomer
 
 

@@ -149,7 +149,7 @@ def test_one_absurd_answer_costs_a_round_and_not_the_run(settings):
             rate = record.rate if federation.server.ledger.run.rule else 1.0
             moves.append(float(np.abs(record.coefficients).max()) * rate)
         assert all(p.isfinite().all() for p in federation.model().client.parameters())
-        assert federation.server.refused == federation.messenger.complained == []
+        assert federation.server.refused == federation.messenger.complaints == []
         moved[lie] = np.mean(moves[-10:])
     assert moved[large] > moved[None] / 10
 
@@ -242,7 +242,7 @@ def test_how_long_gradients_were_is_known_after_a_restart():
 
 def test_the_reason_that_is_told_is_the_newest():
     federation = made({0}, junk)
-    federation.messenger.complained.add("client 1: of a round long ago")
+    federation.messenger.complaints.add("client 1: of a round long ago")
     federation.round(0)
     assert "Audited" in federation.newest_refused[-1]
     assert len(federation.newest_refused) == 1
@@ -250,10 +250,10 @@ def test_the_reason_that_is_told_is_the_newest():
         federation.server.receive(b"junk", 0)
     assert len(federation.server.refused) == 1000
     for _ in range(1200):
-        federation.messenger.complained.add("client 0: of anything")
+        federation.messenger.complaints.add("client 0: of anything")
         federation.server.welcome(Differs(client=0, round=0, digest=np.zeros(8, np.int32)))
     assert (len(federation.server.differed), federation.server.differed.total) == (1000, 1200)
-    assert (len(federation.messenger.complained), federation.messenger.complained.total) == (1000, 1201)
+    assert (len(federation.messenger.complaints), federation.messenger.complaints.total) == (1000, 1201)
     federation.round(1)
     assert "round 1, client 0" in federation.newest_refused[-1]
     federation.messenger.engine.lie = lambda message: message

@@ -332,7 +332,7 @@ def test_clients_can_differ_by_a_field(folder, tmp_path):
     settings = config(folder, data=str(tmp_path), partition="dirichlet", alpha=0.3, options={"by": "writer"})
     federation, task = assemble(settings)
     assert task.groups.tolist() == [0, 1, 2] * 30
-    sizes = [len(federation.take(n).batch.data) for n in range(3)]
+    sizes = [len(federation.load_client(n).batch.data) for n in range(3)]
     assert sum(sizes) == 90
     assert len(set(sizes)) > 1
 
@@ -505,7 +505,7 @@ def test_labels_end_with_their_texts(folder):
     lengths = set()
     for n in range(3):
         for round in range(4):
-            cut = federation.take(n).output(round)
+            cut = federation.load_client(n).output(round)
             assert cut.labels.shape == cut.mask.shape == cut.cut.shape[:2]
             assert (cut.labels[:, -1] != IGNORED).any()
             assert len(encode(cut)) <= federation.server.largest_message
@@ -520,7 +520,7 @@ def test_several_clients_completions_in_one_pass_of_the_server_half(folder):
 
 def test_the_server_refuses_other_labels(folder):
     federation, task = assemble(config(folder))
-    server, good = federation.server, federation.take(0).output(0)
+    server, good = federation.server, federation.load_client(0).output(0)
     assert isinstance(good, Cut)
 
     def changed(value, where=None):
@@ -549,7 +549,7 @@ def test_the_server_refuses_other_labels(folder):
 
 def test_other_tasks_still_refuse_labels_of_no_class():
     federation, _ = assemble(Config(rounds=1))
-    good = federation.take(0).output(0)
+    good = federation.load_client(0).output(0)
     labels = good.labels.clone()
     labels[0] = IGNORED
     assert federation.server.step(0, [replace(good, labels=labels)])[0] == {}
@@ -589,7 +589,7 @@ def test_both_halves_descend_the_clients_mean_per_token(folder, aggregation):
     seen = []
     federation.server.optimizer.step = lambda: seen.extend(p.grad.clone() for p in federation.server._trained())
     loss = federation.round(0)
-    assert federation.server.refused == federation.messenger.complained == []
+    assert federation.server.refused == federation.messenger.complaints == []
     assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
     for found, right in zip(seen, of_server, strict=True):
         assert torch.allclose(found, right, rtol=1e-3, atol=1e-6)

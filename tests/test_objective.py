@@ -58,7 +58,7 @@ def one_round(config):
         step = server.ledger.step
         server.ledger.step = lambda r, v, lattice: (scalars.append(v), step(r, v, lattice))[1]
     loss = federation.round(0)
-    assert federation.server.refused == federation.messenger.complained == []
+    assert federation.server.refused == federation.messenger.complaints == []
     return federation, loss, seen, scalars
 
 
@@ -262,7 +262,7 @@ def test_zeroth_order_servers_stand_a_liar(settings):
         server, seen = federation.server, []
         server.half[2] = nn.Identity()  # in place of a normalisation, which no large cut impresses
         server.optimizer.step = lambda seen=seen, s=server: seen.append(flat_gradient(s.half))
-        cuts = [federation.take(m).output(0) for m in range(4)]
+        cuts = [federation.load_client(m).output(0) for m in range(4)]
         if liars:
             cuts[2] = replace(cuts[2], cut=1e3 * cuts[2].cut, displaced=1e3 * cuts[2].displaced)
         server.step(0, cuts)

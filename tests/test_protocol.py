@@ -485,7 +485,7 @@ def test_random_participation_and_replay_over_200_rounds():
     assert outcome.equal
     assert outcome.clients == 11
     assert outcome.digest != base
-    assert federation.server.refused == federation.messenger.complained == []
+    assert federation.server.refused == federation.messenger.complaints == []
 
 
 class Troubled(Wire):
@@ -511,8 +511,8 @@ def test_a_client_that_refuses_costs_nobody_else_the_round(kind):
     federation.round(0)
     federation.messenger.wire = Troubled(spoil)
     federation.round(1)
-    assert len(federation.messenger.complained) == 1
-    assert "client 1" in federation.messenger.complained[0]
+    assert len(federation.messenger.complaints) == 1
+    assert "client 1" in federation.messenger.complaints[0]
     assert federation.server.ledger.records[1].participants == (0, 2)
     assert federation.server.refused == []
 
@@ -571,9 +571,9 @@ def test_a_client_whose_damaged_weight_is_off_the_lattice_rebuilds(known):
         damaged.tensors[0].view(-1)[0] = 1e30
     damaged.load(damaged.state()._replace(applied=1))  # as after a restart
     if not known:
-        federation.messenger.where.clear()
+        federation.messenger.positions.clear()
     federation.round(2)
-    assert federation.messenger.complained == federation.server.refused == []
+    assert federation.messenger.complaints == federation.server.refused == []
     assert federation.server.differed.total == 1
     assert federation.server.ledger.records[2].participants == (0, 1, 2)
     assert federation.replicas().equal
@@ -581,8 +581,8 @@ def test_a_client_whose_damaged_weight_is_off_the_lattice_rebuilds(known):
 
 def test_every_client_owns_its_weights():
     federation, _ = assemble(Config(rounds=1, directions=1))
-    clients = [federation.take(number) for number in range(10)]
-    assert federation.take(3) is clients[3]
+    clients = [federation.load_client(number) for number in range(10)]
+    assert federation.load_client(3) is clients[3]
     pointers = [p.data_ptr() for c in clients for p in c.half.parameters()]
     assert len(set(pointers)) == len(pointers) == 10 * 4
     assert not {p.data_ptr() for p in federation.base.parameters()} & set(pointers)
@@ -711,14 +711,14 @@ def test_of_a_client_that_is_gone_nobody_knows_where_it_is():
     federation = crowd("ho")
     federation.round(0)
     federation.round(1)
-    assert federation.messenger.where == dict.fromkeys(range(4), (1, 0))
+    assert federation.messenger.positions == dict.fromkeys(range(4), (1, 0))
     assert federation.messenger.missing == 0
     federation.messenger.engine = Shuffled(federation, [0, 1, 2, 3], gone=[1])
     federation.round(2)
-    assert federation.messenger.where == dict.fromkeys((0, 2, 3), (2, 0))
-    assert (federation.messenger.missing, federation.messenger.why) == (1, {1: "gone"})
+    assert federation.messenger.positions == dict.fromkeys((0, 2, 3), (2, 0))
+    assert (federation.messenger.missing, federation.messenger.failures) == (1, {1: "gone"})
     assert federation.join(federation.make(0))  # a newcomer under a number that another client has
-    assert federation.messenger.where == dict.fromkeys((0, 2, 3), (2, 0))
+    assert federation.messenger.positions == dict.fromkeys((0, 2, 3), (2, 0))
 
 
 def test_known_clients_are_sent_what_they_miss_at_once_and_no_more():
@@ -754,7 +754,7 @@ def test_all_asks_of_an_exchange_share_its_deadline(monkeypatch):
     monkeypatch.setattr("hosfl.runs.messenger.time", SimpleNamespace(**here))
     federation.round(0)
     assert given == [2.5, 6, 10]  # for greetings, cuts and answers
-    federation.messenger.where.clear()
+    federation.messenger.positions.clear()
     federation.messenger.engine.lasts = 11
     federation.round(1)
     assert given[3:] == [2.5, 0, 10]  # none is left, and no less
@@ -790,7 +790,7 @@ def test_the_loss_of_a_round_is_the_mean_of_its_exchanges(monkeypatch):
 
 def test_dropout_goes_on_from_cut_to_cut_and_is_the_round_s():
     federation = crowd("ho")
-    server, cut = federation.server, federation.take(0).output(0)
+    server, cut = federation.server, federation.load_client(0).output(0)
     server.half = nn.Sequential(nn.Dropout(0.5), server.half)
     server.rate = lambda round: 0.0
     cuts = [replace(cut, client=n) for n in range(3)]

@@ -372,7 +372,7 @@ def test_liars_are_as_many_and_lie_as_much_as_they_should(tmp_path: Path) -> Non
         assert len(crowd.liars) == {"honest": 0, "liars": 4, "half": 2}[name]
         answers = {}
         for number in range(4):
-            client = crowd.take(number)
+            client = crowd.load_client(number)
             cut = client.output(0)
             multipliers, _ = crowd.server.step(0, [cut])
             answers[number] = client.answer(multipliers[number]).scalars  # type: ignore[attr-defined]
@@ -388,7 +388,7 @@ def test_liars_are_as_many_and_lie_as_much_as_they_should(tmp_path: Path) -> Non
 def told(lies: str, folder: Path, **settings: Any) -> tuple[Cut, Scalars]:
     """What client 0 sends in round 0, whose multiplier is of an honest cut."""
     crowd = make_crowd(small(**settings), Faults(byzantine=1.0, lies=lies, magnitude=64.0), folder)
-    client, honest = crowd.take(0), crowd.make(0)
+    client, honest = crowd.load_client(0), crowd.make(0)
     cut = client.output(0)
     multipliers, _ = crowd.server.step(0, [honest.output(0)])
     answer = client.answer(multipliers[0])
@@ -462,7 +462,7 @@ def test_a_liar_has_all_settings_of_the_honest_client_in_its_place(tmp_path: Pat
     )
     honest = crowd.make(0)
     crowd.make = lambda number: honest
-    liar = crowd.take(0)
+    liar = crowd.load_client(0)
     assert isinstance(liar, ByzantineClient)
     assert liar.microbatch == 3
     for field in fields(honest):
@@ -577,7 +577,7 @@ def test_a_cut_of_a_round_that_died_arrives_when_its_sender_is_gone(tmp_path: Pa
     """Nothing was committed, and the epoch is another even so."""
     crowd = make_crowd(small(**DYING), Faults(crash_every=NEVER), tmp_path)
     invited = crowd.invited(0)
-    cut = crowd.take(invited[0]).output(0)
+    cut = crowd.load_client(invited[0]).output(0)
     crowd.unreliable.late = [encode(cut)]
     assert crowd.restart(tmp_path) == 0
     crowd.away = dict.fromkeys(range(3), 5)
@@ -611,14 +611,14 @@ def test_clients_share_memory_until_they_differ(tmp_path: Path) -> None:
     assert len(crowd.states) == 1  # all took part in all rounds
     (key,) = crowd.states
     assert crowd.states[key].clients == 20
-    one, other = crowd.take(3), crowd.take(4)
+    one, other = crowd.load_client(3), crowd.load_client(4)
     with torch.no_grad():
         next(one.half.parameters()).add_(1)  # a client's weights are its own while it is here
-    assert other.digest() == crowd.take(5).digest() != one.digest()
-    crowd.put_back(one)
+    assert other.digest() == crowd.load_client(5).digest() != one.digest()
+    crowd.store_client(one)
     assert sorted(state.clients for state in crowd.states.values()) == [1, 19]
-    assert crowd.take(3).digest() == one.digest()
-    crowd.put_back(other)
+    assert crowd.load_client(3).digest() == one.digest()
+    crowd.store_client(other)
     assert sorted(state.clients for state in crowd.states.values()) == [1, 19]
     crowd.close()
 

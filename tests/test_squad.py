@@ -430,7 +430,7 @@ def test_a_decoder_learns_to_answer(writer, tmp_path, seed, below):
 
 def test_the_server_refuses_other_labels(folder):
     federation, task = assemble(config(folder))
-    good = federation.take(0).output(0)
+    good = federation.load_client(0).output(0)
     assert isinstance(good, Cut)
     assert good.labels.shape == (8, 2)
     far = good.labels.clone()
@@ -454,7 +454,7 @@ def test_clients_differ_by_article(folder):
 
     def owned(**settings):
         federation, _ = assemble(config(folder, **settings))
-        return [federation.take(n).batch.data for n in range(3)]
+        return [federation.load_client(n).batch.data for n in range(3)]
 
     alike = [len(part) for part in owned(partition="iid")]
     assert sum(alike) == len(articles)

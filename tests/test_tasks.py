@@ -115,7 +115,7 @@ def test_nothing_is_computed_or_sent_for_padding(folder):
     assert short.length == 8
     assert torch.equal(short.trimmed().inputs["input_ids"], short.inputs["input_ids"][:, : short.lengths.max()])
     federation, task = assemble(config(folder, batch=2))
-    lengths = {federation.take(n).output(0).cut.shape[1] for n in range(4)}
+    lengths = {federation.load_client(n).output(0).cut.shape[1] for n in range(4)}
     assert min(lengths) < 8
     halves = federation.model()
     halves.client.eval(), halves.server.eval()
@@ -263,7 +263,7 @@ def test_only_tokens_are_cut():
 def test_hostile_masks_are_refused(folder):
     federation, _ = assemble(config(folder))
     server = federation.server
-    client = federation.take(0)
+    client = federation.load_client(0)
     good = client.output(0)
     assert good.mask.shape == good.cut.shape[:2]
     assert len(encode(good)) <= server.largest_message
@@ -292,7 +292,7 @@ def test_several_clients_sentences_in_one_pass_of_the_server_half(folder):
 
 def test_a_server_half_that_takes_no_mask_is_sent_none():
     federation, _ = assemble(Config(rounds=1))
-    good = federation.take(0).output(0)
+    good = federation.load_client(0).output(0)
     assert good.mask.shape == (0, 0)
     masked = Cut(
         client=0, round=0, cut=good.cut, labels=good.labels, mask=torch.ones(good.cut.shape[:2], dtype=torch.uint8)

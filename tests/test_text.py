@@ -382,7 +382,7 @@ def test_a_run_can_be_iid(tmp_path):
     sizes = {}
     for partition in ("iid", "dirichlet"):
         federation, _ = assemble(Config(partition=partition, rounds=1))
-        sizes[partition] = [len(federation.take(n).batch.data) for n in range(10)]
+        sizes[partition] = [len(federation.load_client(n).batch.data) for n in range(10)]
         federation.close()
     assert np.ptp(sizes["iid"]) <= 1
     assert np.ptp(sizes["dirichlet"]) > 10

@@ -78,7 +78,7 @@ def test_a_run_in_fewer_bytes(method):
 
 def test_the_server_refuses_and_nothing_changes():
     federation, _ = assemble(Config(**SMALL, wire="int8"))
-    server, client = federation.server, federation.take(0)
+    server, client = federation.server, federation.load_client(0)
     good = client.output(0)
     before = {k: v.clone() for k, v in server.half.state_dict().items()}
     for wrong in (

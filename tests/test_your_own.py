@@ -759,7 +759,7 @@ def test_real_labels_are_checked_by_the_server():
     x, y = data()
     mine = task(train=(x, y.float()), test=(x, y.float()), loss=lambda o, t: (o[:, 0] - t).square().mean())
     real, _ = assemble(Config(task="", partition="iid", **QUICK, **RATES), task=mine)
-    client = real.take(real.invited(0)[0])
+    client = real.load_client(real.invited(0)[0])
     real.join(client)
     cut = client.output(0)
     assert real.server.step(0, [replace(cut, labels=cut.labels * float("nan"))])[0] == {}

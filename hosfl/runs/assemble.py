@@ -108,7 +108,7 @@ def assemble(
         _load_from_base(running, file)
         statistics.values = calibration.flat(base)
     if statistics is None or file is not None:
-        federation.settle()
+        federation.complete()
     return federation, task
 
 

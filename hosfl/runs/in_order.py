@@ -1,4 +1,4 @@
-"""Messages of several clients in the clients' order, however they come."""
+"""Messages of several clients, passed on in the clients' order whatever order they arrive in."""
 
 from __future__ import annotations
 
@@ -9,33 +9,33 @@ from hosfl.protocol.messages import Message
 
 
 class InOrder:
-    """Hands on what comes of several clients in their order, each once those before it have come, or never will."""
+    """Passes each client's message to `deliver` once those of all clients before it have arrived or been given up."""
 
-    def __init__(self, clients: Iterable[int], take: Callable[[Message], None]) -> None:
-        self.take, self._waiting = take, deque(sorted(clients))
-        self._there: dict[int, Message | None] = {}
-        self.messages = 0  # that came
+    def __init__(self, clients: Iterable[int], deliver: Callable[[Message], None]) -> None:
+        self.deliver, self._waiting = deliver, deque(sorted(clients))
+        self._received: dict[int, Message | None] = {}
+        self.messages = 0  # how many have arrived
 
-    def came(self, client: int, message: Message | None) -> None:
-        """Its message is here; None: there will be none."""
-        self._there[client] = message
+    def add(self, client: int, message: Message | None) -> None:
+        """A client's message has arrived. None: it will not send one."""
+        self._received[client] = message
         self.messages += message is not None
-        while self._waiting and self._waiting[0] in self._there:
-            self._hand_on(self._waiting.popleft())
+        while self._waiting and self._waiting[0] in self._received:
+            self._deliver(self._waiting.popleft())
 
-    def take_those_here(self) -> None:
-        """Hand on those that have come, before others that may still come."""
-        here = [client for client in self._waiting if client in self._there]
-        self._waiting = deque(client for client in self._waiting if client not in self._there)
-        for client in here:
-            self._hand_on(client)
+    def flush(self) -> None:
+        """Deliver everything that has arrived, ahead of messages that may still arrive."""
+        arrived = [client for client in self._waiting if client in self._received]
+        self._waiting = deque(client for client in self._waiting if client not in self._received)
+        for client in arrived:
+            self._deliver(client)
 
-    def end(self) -> None:
-        """Whoever has not come will not."""
+    def close(self) -> None:
+        """Give up the clients whose messages have not arrived, and deliver the rest."""
         while self._waiting:
-            self._hand_on(self._waiting.popleft())
+            self._deliver(self._waiting.popleft())
 
-    def _hand_on(self, client: int) -> None:
-        message = self._there.pop(client, None)
+    def _deliver(self, client: int) -> None:
+        message = self._received.pop(client, None)
         if message is not None:
-            self.take(message)
+            self.deliver(message)

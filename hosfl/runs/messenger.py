@@ -1,7 +1,7 @@
-"""The server's messages to its clients, and what comes back. An engine carries the bytes: see `hosfl.engines.engine`.
+"""The server's messages to its clients, and their replies. An engine carries the bytes: see `hosfl.engines.engine`.
 
-A client that has missed rounds is sent what it has missed along with what it is asked. Where the server does not know
-how far a client is, the client says so, and is asked again.
+A request carries the rounds that its client has missed. Where the server does not know which round a client has
+reached, the client answers with its position, and is asked again.
 """
 
 from __future__ import annotations
@@ -16,81 +16,81 @@ from hosfl.methods.server import Server
 from hosfl.protocol.messages import Complaint, Differs, Hello, Message, PoolMoves, Records, Statistics, Wire, text_of
 from hosfl.terminal import printable
 
-Came = Callable[[int, Message | None], None]  # of a client and its answer; None: it brought nothing of use
-TRIES = 3  # asks for one answer: a client that is elsewhere, and one that then finds its half wrong, are asked again
-TO_SAY_WHERE = 0.25  # of the deadline: for those of whom the server does not know where they are
+OnReply = Callable[[int, Message | None], None]  # called with a client and its answer; None: no usable answer
+TRIES = 3  # requests for one answer: a client may first send its position, and then find that its half is wrong
+POSITION_SHARE = 0.25  # of the deadline, in which clients of unknown position must send theirs
 
 
 @dataclass
 class Messenger:
-    """Asks clients, and hands on what they answer.
+    """Sends requests to clients and passes their answers on.
 
-    Two arguments of its methods are callables. came: see `Came`. suffices: says after an answer whether to go on
-    without the rest.
+    Two arguments of its methods are callables. on_reply: see `OnReply`. is_enough: called after each answer; whether to
+    go on without the remaining clients.
 
     Attributes:
-        server: reads what comes, and knows what a client has missed.
+        server: decodes and checks the replies, and knows which rounds a client has missed.
         engine: carries the messages.
         deadline: seconds for each exchange; None: as long as it takes.
         wire: counts the bytes; a simulation's loses some.
-        where: by client, (rounds, epoch) that it has applied, as far as the server knows.
-        missing: how many times a client that was asked did not answer.
-        why: by client, why it did not answer in this round: "gone", "late", "lost" or "failed: ...".
-        complained: why clients refused what they were sent.
+        positions: by client, (rounds, epoch) that it has applied, where the server knows.
+        missing: how many requests were not answered.
+        failures: by client, why it did not answer in this round: "gone", "late", "lost" or "failed: ...".
+        complaints: why clients refused what they were sent.
     """
 
     server: Server
     engine: Engine
     deadline: float | None = None
     wire: Wire = field(default_factory=Wire)
-    where: dict[int, tuple[int, int]] = field(default_factory=dict)
+    positions: dict[int, tuple[int, int]] = field(default_factory=dict)
     missing: int = 0
-    why: dict[int, str] = field(default_factory=dict)
-    complained: Reasons = field(default_factory=Reasons)
+    failures: dict[int, str] = field(default_factory=dict)
+    complaints: Reasons = field(default_factory=Reasons)
 
     def collect(
         self,
         clients: Sequence[int],
         ask: Callable[[int], Sequence[Message]],
-        came: Came,
-        suffices: Callable[[], bool] = lambda: False,
+        on_reply: OnReply,
+        is_enough: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Hand on what clients answer when they have taken all that they have missed.
+        """Ask clients, each after the rounds that it has missed, and pass on what they answer.
 
-        ask: what a client is asked, by number; called for every try. Of a client that has only said where it is, at
-        every try, `came` hears nothing.
+        ask: the request to a client, by its number; called for every try. `on_reply` is not called for a client that
+        answers every try with its position.
         """
-        ends = self._ends_at()
+        ends = self._deadline_at()
         missed = {n: self._missed(n) for n in clients}
         if self.server.ledger is not None:
-            # Where a client is, it says at once: nobody who computes is waited for meanwhile. One that says nothing
-            # leaves the others most of their time.
-            unknown = {n: missed.pop(n) for n in clients if n not in self.where}
-            missed |= self._collect_once(unknown, ask, came, suffices, self._ends_at(TO_SAY_WHERE))
+            # A client sends its position at once, so nobody has to wait for one that computes. A client that stays
+            # silent costs the others only this share of their time.
+            unknown = {n: missed.pop(n) for n in clients if n not in self.positions}
+            missed |= self._collect_once(unknown, ask, on_reply, is_enough, self._deadline_at(POSITION_SHARE))
         for _ in range(TRIES):
-            missed = self._collect_once(missed, ask, came, suffices, ends)
+            missed = self._collect_once(missed, ask, on_reply, is_enough, ends)
 
     def deliver(
         self,
         messages: Mapping[int, Message],
-        came: Came,
-        suffices: Callable[[], bool] = lambda: False,
+        on_reply: OnReply,
+        is_enough: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Send each client its message, and hand on what they answer; none of them is asked twice."""
-        for client, message in self._replies({n: [message] for n, message in messages.items()}, self._ends_at()):
-            came(client, message)
-            if suffices():
+        """Send each client its message, once, and pass on what they answer."""
+        for client, message in self._replies({n: [message] for n, message in messages.items()}, self._deadline_at()):
+            on_reply(client, message)
+            if is_enough():
                 break
 
     def _collect_once(
         self,
         missed: Mapping[int, Sequence[Message]],
         ask: Callable[[int], Sequence[Message]],
-        came: Came,
-        suffices: Callable[[], bool],
+        on_reply: OnReply,
+        is_enough: Callable[[], bool],
         ends: float | None,
     ) -> dict[int, list[Message]]:
-        """Returns what those have missed who said that they are elsewhere."""
+        """One try. Returns the updates for clients whose position was not what the server believed."""
         again: dict[int, list[Message]] = {}
         for client, message in self._replies({n: [*some, *ask(n)] for n, some in missed.items()}, ends):
             if isinstance(message, (Hello, Differs, Statistics)):
@@ -100,24 +100,24 @@ class Messenger:
                     again[client] = [news]
                     continue
                 message = None
-            came(client, message)
+            on_reply(client, message)
             if message is None:
                 continue
             for applied in missed[client]:
-                self.where[client] = _after(applied)
-            if suffices():
+                self.positions[client] = _position_after(applied)
+            if is_enough():
                 return {}
         return again
 
     def _replies(
         self, asks: Mapping[int, Sequence[Message]], ends: float | None
     ) -> Iterator[tuple[int, Message | None]]:
-        """What comes back, as it comes: None where it is nothing. Whoever closes this is done with the ask."""
+        """Clients and their replies, as they arrive; None for no usable reply. Closing it cancels the request."""
         data: dict[int, bytes] = {}
         for client, messages in asks.items():
             carried = self.wire.carry(client, messages)
             if carried is None:
-                self._did_not_answer(client)
+                self._count_missing(client)
             else:
                 data[client] = carried
         if not data:
@@ -126,41 +126,41 @@ class Messenger:
             yield reply.client, self._receive(reply)
 
     def _receive(self, reply: Reply) -> Message | None:
-        """The message of a reply, if it brings one that can be read."""
+        """The message of a reply; None if there is none or it cannot be read."""
         data = None if reply.data is None else self.wire.bring(reply.client, reply.data)
         if data is None:
-            self._did_not_answer(reply.client)
-            self.why[reply.client] = reply.reason or "lost"
+            self._count_missing(reply.client)
+            self.failures[reply.client] = reply.reason or "lost"
             return None
         message = self.server.receive(data, reply.client)
         if message is None:
-            self.where.pop(reply.client, None)
+            self.positions.pop(reply.client, None)
             return None
         self.wire.count(message)
         if isinstance(message, Complaint):
-            self.where.pop(reply.client, None)
-            self.complained.add(f"client {reply.client}: {printable(text_of(message))}")
+            self.positions.pop(reply.client, None)
+            self.complaints.add(f"client {reply.client}: {printable(text_of(message))}")
             return None
         return message
 
-    def _did_not_answer(self, client: int) -> None:
+    def _count_missing(self, client: int) -> None:
         self.missing += 1
-        self.where.pop(client, None)  # whether it has taken what it was sent, it will say
+        self.positions.pop(client, None)  # unknown whether it has applied what it was sent: it will say
 
     def _missed(self, client: int) -> list[Message]:
-        """What a client has missed, as far as the server knows where it is."""
-        if client not in self.where:
+        """The update that a client has missed; nothing where its position is unknown."""
+        if client not in self.positions:
             return []
-        round, epoch = self.where[client]
+        round, epoch = self.positions[client]
         news = self.server.welcome(Hello(client=client, round=round, epoch=epoch), said=False)
         return [] if news is None else [news]
 
-    def _ends_at(self, share: float = 1.0) -> float | None:
+    def _deadline_at(self, share: float = 1.0) -> float | None:
         return None if self.deadline is None else time.monotonic() + share * self.deadline
 
 
-def _after(news: Message) -> tuple[int, int]:
-    """(rounds, epoch) of a client that has applied what it was sent."""
+def _position_after(news: Message) -> tuple[int, int]:
+    """(rounds, epoch) of a client once it has applied an update."""
     match news:
         case Records():
             return news.round + len(news.coefficients), news.epoch

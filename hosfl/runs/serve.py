@@ -183,11 +183,11 @@ class Events:
             "loss": loss,
             "asked": federation.asked,
             "took part": federation.took_part,
-            "missing": {str(client): why for client, why in sorted(federation.messenger.why.items())},
+            "missing": {str(client): why for client, why in sorted(federation.messenger.failures.items())},
             "seconds": {phase: round(spent, 4) for phase, spent in federation.seconds.items()},
             "bytes": sum(federation.messenger.wire.bytes.values()),
             "refused": federation.server.refused.total,
-            "complaints": federation.messenger.complained.total,
+            "complaints": federation.messenger.complaints.total,
         }
         _add_line(self.folder / "events.jsonl", json.dumps(finite(event)).encode())
         self._status(federation, done, event, due=done == federation.config.rounds)
@@ -196,7 +196,7 @@ class Events:
         """Too few clients are here for a round, or it was tried in vain, and is tried again in a while."""
         event: dict[str, Any] = {"waiting for": federation.least}
         if federation.tried:
-            why = {str(client): federation.messenger.why.get(client, "left out") for client in federation.asked}
+            why = {str(client): federation.messenger.failures.get(client, "left out") for client in federation.asked}
             event |= {"tried": federation.tried, "missing": why}
         elif self._waits != done:
             self._waits, here = done, len(federation.messenger.engine.present())
@@ -216,7 +216,7 @@ class Events:
             "last": event,
             "missing": federation.messenger.missing,
             "refused": federation.server.refused[-10:],
-            "complaints": federation.messenger.complained[-10:],
+            "complaints": federation.messenger.complaints[-10:],
             "bytes": dict(federation.messenger.wire.bytes),
             "since": self._begin,
             "time": time.time(),

@@ -87,11 +87,11 @@ class Crowd(Federation):
                 continue
             here.append(client)
         self._late = self.unreliable.begin(
-            {c: 4 if c in self.messenger.where else 6 for c in here}
+            {c: 4 if c in self.messenger.positions else 6 for c in here}
         )  # those say where they are
         return here
 
-    def late(self) -> list[Message | None]:
+    def late_messages(self) -> list[Message | None]:
         return [self.server.receive(data) for data in self._late]
 
     def round(self, round: int) -> float:
@@ -107,12 +107,12 @@ class Crowd(Federation):
         again.open_log(folder)
         done = restore(again, folder)
         before, self.server, self.observed = self.server, again.server, again.observed
-        self.messenger.server, self.messenger.where = again.server, {}
+        self.messenger.server, self.messenger.positions = again.server, {}
         # Not what a server knows, but what we count.
         self.server.refused, self.server.differed = before.refused, before.differed
         return done
 
-    def take(self, number: int) -> Client:
+    def load_client(self, number: int) -> Client:
         client = self.make(number)
         if number in self.liars and isinstance(client, ZerothOrderClient):
             client = ByzantineClient.of(
@@ -131,7 +131,7 @@ class Crowd(Federation):
             client.load(ReplicaState(shared.tensors, shared.moments, applied, epoch, key[1]))
         return client
 
-    def put_back(self, client: Client) -> None:
+    def store_client(self, client: Client) -> None:
         assert isinstance(client, ZerothOrderClient)
         if client.calibrated:
             self.calibrated.add(client.number)
@@ -268,7 +268,7 @@ def _simulate(
     )
     # Of calibration, which is over before anything goes wrong.
     crowd.messenger.wire.bytes.update(plain.messenger.wire.bytes)
-    crowd.messenger.complained = plain.messenger.complained
+    crowd.messenger.complaints = plain.messenger.complaints
     folder.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(folder)
     try:
@@ -352,8 +352,8 @@ def _outcome(
         late=crowd.unreliable.overdue,
         damaged=crowd.unreliable.damaged,
         refusals=server.refused.total,
-        complaints=crowd.messenger.complained.total,
-        reasons=[*server.refused[:50], *crowd.messenger.complained[:50]],
+        complaints=crowd.messenger.complaints.total,
+        reasons=[*server.refused[:50], *crowd.messenger.complaints[:50]],
         differed=server.differed.total,
         deaths=crowd.deaths,
         void=sum(isinstance(record, RoundRecord) for record in ledger.log.records) - done,

@@ -47,7 +47,7 @@ class Board:
             "training/loss": loss,
             "bytes": sum(federation.messenger.wire.bytes.values()),
             "clients/took_part": len(federation.took_part),
-            "clients/did_not_answer": len(federation.messenger.why),
+            "clients/did_not_answer": len(federation.messenger.failures),
             "messages/refused": refused,
         }
         self._write(counts | {f"seconds/{phase}": spent for phase, spent in federation.seconds.items()}, done)

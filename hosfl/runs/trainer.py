@@ -306,7 +306,7 @@ class _RunLoop:
                     check_loss(self.last.loss, self.done)
                 if self.done == config.rounds:
                     check_learnt(federation, self.done)
-                federation.say_refused()
+                federation.warn_of_refusals()
             except (LatticeError, Diverged, NothingLearnt) as error:
                 self.failure = error
             summary = Summary.of(
