@@ -30,14 +30,14 @@ from hosfl.protocol.records import EpochRecord, RoundRecord
 from hosfl.protocol.replica import Replica, digest, to_records
 from hosfl.protocol.terms import run_of
 from hosfl.runs.assemble import assemble
-from hosfl.runs.byzantine import TOLD, ByzantineClient
+from hosfl.runs.byzantine import FALSIFIERS, ByzantineClient
 from hosfl.runs.checkpoint import rebuild
 from hosfl.runs.config import Config, with_shared
 from hosfl.runs.evaluate import evaluate
 from hosfl.runs.faults import LIES, Faults
 from hosfl.runs.join import AllClients
 from hosfl.runs.serve import Transport
-from hosfl.runs.simulate import SMALLEST_SHARD, Crowd, Outcome, State, simulate
+from hosfl.runs.simulate import SMALLEST_SHARD, Outcome, SharedState, SimulatedFederation, simulate
 from hosfl.runs.trainer import train
 from hosfl.runs.unreliable import UnreliableWire
 from hosfl_kernels import cpu
@@ -81,12 +81,12 @@ def participants(log: Path) -> list[tuple[int, ...]]:
     return [record.participants for record in Log.read(log).rounds]
 
 
-def make_crowd(config: Config, faults: Faults, folder: Path) -> Crowd:
+def make_crowd(config: Config, faults: Faults, folder: Path) -> SimulatedFederation:
     folder.mkdir(exist_ok=True)
     plain, _ = assemble(config, SMALLEST_SHARD)
     plain.open_log(folder)
     found = {"header": plain.header, "provenance": plain.provenance, "faults": faults}
-    return Crowd(config, plain.server, plain.make, plain.base, plain.observed, **found)  # type: ignore[arg-type]
+    return SimulatedFederation(config, plain.server, plain.make, plain.base, plain.observed, **found)  # type: ignore[arg-type]
 
 
 # --- one digest ---------------------------------------------------------------------------------------------------
@@ -300,11 +300,11 @@ def test_absence_keeps_clients_away_for_a_while(tmp_path: Path) -> None:
     crowd = make_crowd(small(sampled=20), Faults(absence=0.1, longest_absence=12), tmp_path)
     here, longest = 0, 0
     for round in range(200):
-        back = {c for c, until in crowd.away.items() if until == round}
+        back = {c for c, until in crowd.away_until.items() if until == round}
         invited = crowd.invited(round)
-        assert all(c in invited or crowd.away[c] > round for c in back)
-        assert all(crowd.away.get(c, 0) <= round for c in invited)
-        longest = max([longest, *(until - round for until in crowd.away.values())])
+        assert all(c in invited or crowd.away_until[c] > round for c in back)
+        assert all(crowd.away_until.get(c, 0) <= round for c in invited)
+        longest = max([longest, *(until - round for until in crowd.away_until.values())])
         here += len(invited)
     assert longest == 12
     # A stay lasts 9 rounds on average (odds .1 to leave), an absence 6.5.
@@ -316,7 +316,7 @@ def test_absence_keeps_clients_away_for_a_while(tmp_path: Path) -> None:
 def test_longest_absence_counts_rounds(longest: int, rounds: int, tmp_path: Path) -> None:
     crowd = make_crowd(small(sampled=20), Faults(absence=1.0, longest_absence=longest), tmp_path)
     assert crowd.invited(0) == []
-    assert max(crowd.away.values()) == rounds
+    assert max(crowd.away_until.values()) == rounds
     crowd.close()
 
 
@@ -426,15 +426,15 @@ def test_false_labels_of_places_in_a_text_lie_in_it() -> None:
     liar: Any = type("Liar", (), {"classes": 384, "ignore_index": None, "random": np.random.default_rng(0)})
     labels = torch.tensor([[0, 6], [3, 4]], dtype=torch.int32)
     cut = Cut(client=0, round=0, epoch=0, cut=torch.zeros(2, 7, 5), labels=labels)
-    assert TOLD["labels"][1](cut, liar).tolist() == [[6, 0], [3, 2]]
+    assert FALSIFIERS["labels"][1](cut, liar).tolist() == [[6, 0], [3, 2]]
     for _ in range(20):
-        false = TOLD["random-labels"][1](cut, liar)
+        false = FALSIFIERS["random-labels"][1](cut, liar)
         assert (false != labels).all()
         assert ((false >= 0) & (false < 7)).all()
 
 
 def test_every_lie_can_be_told() -> None:
-    assert tuple(TOLD) == LIES
+    assert tuple(FALSIFIERS) == LIES
 
 
 @pytest.mark.parametrize("wire", ["float32", "int8"])
@@ -530,7 +530,7 @@ def dies_in(attempt: int, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
         late = begin(wire, clients)
         begun.append(clients)
         if len(begun) == attempt:
-            wire.death = step
+            wire.steps_left = step
         return late
 
     monkeypatch.setattr(UnreliableWire, "begin", begin_and_die)
@@ -580,7 +580,7 @@ def test_a_cut_of_a_round_that_died_arrives_when_its_sender_is_gone(tmp_path: Pa
     cut = crowd.load_client(invited[0]).output(0)
     crowd.unreliable.late = [encode(cut)]
     assert crowd.restart(tmp_path) == 0
-    crowd.away = dict.fromkeys(range(3), 5)
+    crowd.away_until = dict.fromkeys(range(3), 5)
     crowd.round(0)
     why = "Cut of round 0, epoch 0, where Cut of round 0, epoch 1 is due"
     assert crowd.server.refused == [f"round 0, client {invited[0]}: {why}"]
@@ -607,7 +607,7 @@ def test_clients_share_memory_until_they_differ(tmp_path: Path) -> None:
     crowd = make_crowd(small(sampled=20), Faults(), tmp_path)
     for round in range(3):
         crowd.round(round)
-    assert len(crowd.held) == 20
+    assert len(crowd.client_states) == 20
     assert len(crowd.states) == 1  # all took part in all rounds
     (key,) = crowd.states
     assert crowd.states[key].clients == 20
@@ -627,13 +627,13 @@ def test_clients_share_memory_until_they_differ(tmp_path: Path) -> None:
 def test_a_client_whose_bits_rot_is_found_and_rebuilt(rule: str, tmp_path: Path) -> None:
     crowd = make_crowd(small(sampled=20, digest_every=2, rule=rule), Faults(), tmp_path)
     crowd.round(0)
-    key, applied, epoch = crowd.held[7]
+    key, applied, epoch = crowd.client_states[7]
     kept = crowd.states[key]
     tensors = [t.clone() for t in kept.tensors]
     tensors[0].view(-1)[5] += 0.25
-    crowd.states[b"rotten", key[1]] = State(tensors, kept.moments, 1)
+    crowd.states[b"rotten", key[1]] = SharedState(tensors, kept.moments, 1)
     kept.clients -= 1
-    crowd.held[7] = (b"rotten", key[1]), applied, epoch
+    crowd.client_states[7] = (b"rotten", key[1]), applied, epoch
     crowd.round(1)
     crowd.round(2)
     assert crowd.server.differed == ["client 7 after round 2"]

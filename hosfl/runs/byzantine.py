@@ -1,4 +1,4 @@
-"""Clients of a simulation that lie: they do what they should, and say something else."""
+"""Byzantine clients of a simulation: they compute what they should, and send something else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from hosfl.runs.faults import Faults
 
 @dataclass
 class ByzantineClient(ZerothOrderClient):
-    """Does what it should and lies about it. faults: what it lies about. classes: C. ignore_index: see `CutSpec`."""
+    """A client that falsifies its messages.
+
+    faults: which parts of them. classes: C, of the labels. ignore_index: see `CutSpec`. random: draws the noise.
+    """
 
     faults: Faults = field(kw_only=True)
     classes: int = field(kw_only=True)
@@ -27,52 +30,53 @@ class ByzantineClient(ZerothOrderClient):
 
     @staticmethod
     def of(honest: ZerothOrderClient, **lies: Any) -> ByzantineClient:
-        """The liar that takes an honest client's place, with all its settings."""
+        """A Byzantine client with the settings and the state of an honest one."""
         same = {f.name: getattr(honest, f.name) for f in fields(ZerothOrderClient) if f.init}
         return ByzantineClient(**same, **lies)
 
     def output(self, round: int) -> Cut:
         honest = super().output(round)
         computed = replace(honest, cut=unpacked(honest.cut, honest.scales, self.wire))
-        said = self._lie(computed)
-        if said.cut is computed.cut:
-            return replace(said, cut=honest.cut)
-        cut, scales = packed(said.cut, self.wire)
-        return replace(said, cut=cut, scales=scales)
+        falsified = self._falsify(computed)
+        if falsified.cut is computed.cut:
+            return replace(falsified, cut=honest.cut)
+        cut, scales = packed(falsified.cut, self.wire)
+        return replace(falsified, cut=cut, scales=scales)
 
     def answer(self, message: Message) -> Scalars:
-        return self._lie(super().answer(message))
+        return self._falsify(super().answer(message))
 
-    def _lie(self, honest: AnyMessage) -> AnyMessage:
-        for lie in self.faults.lies_told:
-            about, told = TOLD[lie]
-            if hasattr(honest, about):
-                lied: dict[str, Any] = {about: told(honest, self)}
-                honest = replace(honest, **lied)
-        return honest
+    def _falsify(self, message: AnyMessage) -> AnyMessage:
+        for lie in self.faults.lie_names:
+            name, falsify = FALSIFIERS[lie]
+            if hasattr(message, name):
+                values: dict[str, Any] = {name: falsify(message, self)}
+                message = replace(message, **values)
+        return message
 
 
 AnyMessage = TypeVar("AnyMessage", Cut, Scalars)
 
 
 def _classes(cut: Cut, liar: ByzantineClient) -> int:
-    """Labels are below it. Two for each sample are places in a text, of which one may be shorter than the longest."""
-    places = cut.labels.dim() > 1 and liar.ignore_index is None
-    return cut.cut.shape[1] if places else liar.classes
+    """The number of values that a label may have. Pairs of labels are positions in a text, as long as the cut is."""
+    positions = cut.labels.dim() > 1 and liar.ignore_index is None
+    return cut.cut.shape[1] if positions else liar.classes
 
 
 def _other_labels(cut: Cut, liar: ByzantineClient) -> Tensor:
-    return _where_they_count(cut, _classes(cut, liar) - 1 - cut.labels, liar)
+    return _keep_ignored(cut, _classes(cut, liar) - 1 - cut.labels, liar)
 
 
 def _random_labels(cut: Cut, liar: ByzantineClient) -> Tensor:
     classes = _classes(cut, liar)
     others = torch.from_numpy(liar.random.integers(1, max(2, classes), cut.labels.shape).astype(np.int32))
-    return _where_they_count(cut, (cut.labels + others.to(cut.labels.device)) % classes, liar)
+    return _keep_ignored(cut, (cut.labels + others.to(cut.labels.device)) % classes, liar)
 
 
-def _where_they_count(cut: Cut, lie: Tensor, liar: ByzantineClient) -> Tensor:
-    return lie if liar.ignore_index is None else torch.where(cut.labels == liar.ignore_index, cut.labels, lie)
+def _keep_ignored(cut: Cut, labels: Tensor, liar: ByzantineClient) -> Tensor:
+    """False labels, but for those that the loss ignores."""
+    return labels if liar.ignore_index is None else torch.where(cut.labels == liar.ignore_index, cut.labels, labels)
 
 
 def _noise(cut: Cut, liar: ByzantineClient) -> Tensor:
@@ -85,8 +89,8 @@ def _signed(honest: Scalars, liar: ByzantineClient) -> Tensor:
     return honest.scalars * signs * liar.faults.magnitude
 
 
-# What a message says, and what a liar says in its place.
-TOLD: dict[str, tuple[str, Callable[[Any, ByzantineClient], Tensor]]] = {
+# By lie: the field of a message, and the function that makes its false value.
+FALSIFIERS: dict[str, tuple[str, Callable[[Any, ByzantineClient], Tensor]]] = {
     "labels": ("labels", _other_labels),
     "random-labels": ("labels", _random_labels),
     "flipped-cuts": ("cut", lambda cut, liar: -cut.cut),

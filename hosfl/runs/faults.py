@@ -54,7 +54,7 @@ class Faults:
         for name in ("delay", "deadline", "magnitude"):
             if not (getattr(self, name) >= 0 and math.isfinite(getattr(self, name))):
                 raise ValueError(f"{name} must be finite and not negative, got {getattr(self, name)}")
-        for lie in self.lies_told:
+        for lie in self.lie_names:
             if lie not in LIES:
                 raise ValueError(f"lies are {', '.join(LIES)}, with commas between, got {self.lies!r}")
         for name in ("longest_absence", "crash_every"):
@@ -64,5 +64,5 @@ class Faults:
             raise ValueError("a server that dies in every round never ends one: crash_every is 0, or 2 or more")
 
     @property
-    def lies_told(self) -> list[str]:
+    def lie_names(self) -> list[str]:
         return self.lies.split(",")

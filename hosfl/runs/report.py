@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics.jsonl as it goes, summary.json and curves.png at the end."""
+"""A run's results: metrics.jsonl as it goes on, summary.json and curves.png at the end."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from hosfl.files import FolderLock, finite, naming, read_small, write_atomically
 from hosfl.protocol.provenance import Provenance, ProvenanceError
 from hosfl.runs.checkpoint import RUN_FILES, check_free, save_config
 from hosfl.runs.federation import Replicas
-from hosfl.runs.tensorboard import Board, summary_writer
+from hosfl.runs.tensorboard import TensorBoardWriter, summary_writer
 from hosfl.settings import Settings
 from hosfl_kernels import backends
 
@@ -211,7 +211,7 @@ def machine() -> dict[str, Any]:
     processor: see `processor_name`. instruction_sets: what the C++ kernels use, and what torch's do. memory: bytes.
     """
 
-    def of(package: str) -> str | None:
+    def installed(package: str) -> str | None:
         try:
             return version(package)
         except PackageNotFoundError:
@@ -233,15 +233,16 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "backends": found,
-        **{name: of(name) for name in ("hosfl", "torch", "triton", "numpy")},
+        **{name: installed(name) for name in ("hosfl", "torch", "triton", "numpy")},
     }
 
 
 class Writer:
-    """Writes a run's files into a folder, which is locked for this process; without one, keeps nothing.
+    """Writes a run's results into its folder, which it locks; without a folder it writes nothing.
 
-    `take` takes up a free folder, and `start` begins a run in it; `resume` takes up the run in one. tensorboard: write
-    scalars for it too. Raises ImportError where there is nothing to draw with, or TensorBoard is missing.
+    A new run calls `claim_folder`, then `start`; a resumed one `resume`, then `reopen_metrics`.
+
+    tensorboard: write TensorBoard's event files too. Raises ImportError where matplotlib or TensorBoard is missing.
     """
 
     def __init__(self, folder: Path | None, tensorboard: bool = False) -> None:
@@ -250,23 +251,23 @@ class Writer:
         if tensorboard:
             summary_writer()
         self.folder, self.tensorboard = folder, tensorboard
-        self.board: Board | None = None
+        self.board: TensorBoardWriter | None = None
         self.metrics: TextIO | None = None
         self.lock: FolderLock | None = None
-        self.mine = False  # whether the folder is this run's to clear
-        self.run = ""  # of whom the metrics are
+        self.claimed = False  # whether this run made the folder's files, so that `clear` may remove them
+        self.run = ""  # the digest that marks this run's lines in metrics.jsonl
 
-    def take(self) -> None:
-        """Make the folder this run's. Raises FileExistsError for one that holds a run, RunFolderError."""
+    def claim_folder(self) -> None:
+        """Make and lock the folder. Raises FileExistsError for a folder with a run, RunFolderError if it is locked."""
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = FolderLock(self.folder)
         check_free(self.folder)
-        self.mine = True
+        self.claimed = True
 
     def start(self, config: Settings, provenance: Provenance) -> None:
-        """Begin a run in the folder that was taken."""
+        """Begin a run in the claimed folder."""
         if self.folder is None:
             return
         self.run = provenance.digest[:16]
@@ -276,7 +277,10 @@ class Writer:
         self._open_board(0)
 
     def resume(self, config: Settings, provenance: Provenance) -> None:
-        """Take up the folder's run. Raises ProvenanceError where it was made of something else, RunFolderError."""
+        """Lock the folder of a run that is resumed.
+
+        Raises ProvenanceError where the run was made of other data, model or settings, RunFolderError for a locked one.
+        """
         assert self.folder is not None
         self.lock = FolderLock(self.folder)
         path = self.folder / "provenance.json"
@@ -290,10 +294,10 @@ class Writer:
         save_config(config, self.folder)
         self.run = provenance.digest[:16]
 
-    def resumed(self, round: int) -> list[Evaluation]:
-        """The evaluations up to `round` that the folder holds; later ones, and a torn last line, are dropped.
+    def reopen_metrics(self, round: int) -> list[Evaluation]:
+        """Open a resumed run's metrics.jsonl for more lines; returns its evaluations up to `round`, drops later ones.
 
-        Raises ProvenanceError for those of another run.
+        Raises ProvenanceError for evaluations of another run.
         """
         if self.folder is None:
             return []
@@ -306,10 +310,10 @@ class Writer:
 
     def _open_board(self, first: int) -> None:
         if self.tensorboard and self.folder is not None:
-            self.board = Board(self.folder, first)
+            self.board = TensorBoardWriter(self.folder, first)
 
     def evaluations(self, round: int) -> list[Evaluation]:
-        """Those of the folder's metrics.jsonl up to `round`."""
+        """The evaluations in metrics.jsonl up to `round`, or up to the first line that is damaged."""
         assert self.folder is not None
         path, kept = self.folder / "metrics.jsonl", []
         lines = read_small(path).decode(errors="replace").split("\n") if path.exists() else []
@@ -329,6 +333,7 @@ class Writer:
         return json.dumps(finite({**asdict(evaluation), "run": self.run}), allow_nan=False) + "\n"
 
     def add(self, evaluation: Evaluation) -> Evaluation:
+        """Write an evaluation, and return it."""
         if self.metrics is not None:
             with naming(self.metrics.name):
                 self.metrics.write(self._line(evaluation))
@@ -339,11 +344,12 @@ class Writer:
         return evaluation
 
     def round(self, federation: Federation, done: int, loss: float) -> None:
-        """A round is over."""
+        """Write a round's scalars for TensorBoard."""
         if self.board is not None:
             self.board.round(federation, done, loss)
 
     def finish(self, summary: Summary) -> None:
+        """Write summary.json and curves.png."""
         if self.metrics is None or self.folder is None:
             return
         title = f"{summary.config['method']} on {summary.config['task']}, seed {summary.config['seed']}"
@@ -353,8 +359,8 @@ class Writer:
         write_json(self.folder / "summary.json", asdict(summary))
 
     def clear(self) -> None:
-        """Leave the folder free, as a start that came to nothing does."""
-        if self.folder is None or not self.mine:
+        """Remove what this run has written, so that the folder is free again after a start that failed."""
+        if self.folder is None or not self.claimed:
             return
         for name in (*RUN_FILES, "provenance.json", "id.json", "base.safetensors", "status.json", "lock"):
             (self.folder / name).unlink(missing_ok=True)
@@ -364,13 +370,13 @@ class Writer:
             self.folder.rmdir()
 
     def close(self) -> None:
-        """Let the folder go."""
+        """Close the files, and unlock the folder."""
         for file in (self.board, self.metrics, self.lock):
             if file is not None:
                 file.close()
 
 
-LOWER_IS_BETTER = ("perplexity",)  # whether or not its task says so: results from before do not
+LOWER_IS_BETTER = ("perplexity",)  # also in results of older versions, in which tasks did not say so
 
 
 def metric(scores: Mapping[str, float]) -> str:
@@ -379,7 +385,8 @@ def metric(scores: Mapping[str, float]) -> str:
 
 
 def gap_recovered(reached: float, frozen: float, first_order: float) -> float | None:
-    """The share of the way from the frozen client to the first-order one; None where there is no way."""
+    """(reached - frozen) / (first_order - frozen): 0 is the frozen client's, 1 the first-order one's. None where these
+    are equal."""
     return (reached - frozen) / (first_order - frozen) if first_order != frozen else None
 
 

@@ -1,6 +1,6 @@
-"""A run whose clients are elsewhere: what they are offered, and what of it is written down.
+"""A run whose clients are on other machines: the files they fetch, and the files that say how the run goes.
 
-status.json    how the run stands now: who is here, round, loss, bytes, what was refused
+status.json    the run's state now: who is connected, round, loss, bytes, what was refused
 events.jsonl   a line per round: who was asked, who took part, who did not and why, seconds by phase, bytes
 """
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from hosfl.runs.federation import Federation
 
 LONGEST = 7 * 24 * 3600  # seconds of a deadline: platforms wait for some weeks at most, and for infinity not at all
-LOCAL = ("data", "model", "device", "evaluate_every", "snapshot_every", "keep")  # settings that are a machine's own
+LOCAL = ("data", "model", "device", "evaluate_every", "snapshot_every", "keep")  # settings of one machine
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,15 @@ class Transport:
     """How a run reaches its clients.
 
     Args:
-        engine: who carries the messages; or what makes it of what clients are offered, by name, and of their number.
+        engine: carries the messages; or a function that makes it from the files that clients may fetch, by name, and
+            the number of clients.
         deadline: seconds for each of a round's two exchanges, and for running statistics before the first; None: no
-            end.
-        enough: cuts, and answers, with which a round goes on without the rest; None: all.
-        least: clients that have to be here before a round begins.
-        patient: a round in which no cut could be learnt from does not count, and is tried again after a pause: others
-            may come. False: it counts, as in one process.
-        edge: clients without torch may take part too.
+            limit.
+        enough: cuts, and answers, with which a round goes on without the remaining clients; None: all.
+        least: clients that must be connected before a round begins.
+        patient: whether a round in which no cut could be learnt from is tried again after a pause, possibly with other
+            clients. False: it counts, as in one process.
+        edge: whether clients without torch may take part too.
 
     Raises:
         ValueError: a number out of range.
@@ -74,13 +75,13 @@ class Transport:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 
     def check(self, clients: int) -> None:
-        """Raises ValueError where more clients are waited for than can ever be here."""
+        """Raises ValueError where `enough` or `least` is more than the number of clients."""
         for name in ("enough", "least"):
             if (value := getattr(self, name)) is not None and value > clients:
                 raise ValueError(f"{name} must be at most {clients}, the clients that may be here, got {value}")
 
     def connect(self, federation: Federation) -> None:
-        """Let the federation's messages go through the engine, and offer clients what they begin with.
+        """Send the federation's messages through the engine, and offer clients the files that they begin with.
 
         Raises ValueError as `check` does, and for a run that clients without torch cannot take part in.
         """
@@ -94,18 +95,18 @@ class Transport:
 
 
 def offered(federation: Federation, edge: bool = False) -> dict[str, bytes]:
-    """What a client fetches when it comes for the first time: the run, as JSON, and the base half, as safetensors.
+    """The files that a client fetches when it first joins: the run, as JSON, and the base half, as safetensors.
 
-    edge: what clients without torch need is among it. Raises ValueError for a run in which they cannot take part.
+    edge: add what clients without torch need. Raises ValueError for a run in which they cannot take part.
 
-    "cut" is the shape of one sample's cut; of texts, of the longest that the server takes. "labels" are those that
-    it takes. "measures": see `Measures`; null where the method has no log.
+    In the run, "cut" is the shape of one sample's cut; of texts, of the longest that the server accepts. "labels"
+    describes the labels that it accepts. "measures": see `Measures`; null where the method has no log.
 
-    Running statistics that clients estimate are in neither: a client is told them when it takes part.
+    Running statistics that clients estimate are in neither: a client gets them when it takes part.
     """
     half = calibration.first(federation.base, federation.server.statistics)
     base = module_bytes(half)
-    for_edge, told = _for_edge(federation, half) if edge else ({}, None)
+    edge_files, description = _edge_files(federation, half) if edge else ({}, None)
     config, server, ledger = federation.config, federation.server, federation.server.ledger
     log, measures = "", None
     if isinstance(ledger, SeedReplay):
@@ -120,7 +121,7 @@ def offered(federation: Federation, edge: bool = False) -> dict[str, bytes]:
         "base": _sha256(base),
         "log": log,
         "measures": measures,
-        "edge": told,
+        "edge": description,
         "cut": list(server.cuts.shape),
         "labels": {
             "shape": list(server.cuts.label_shape),
@@ -129,11 +130,11 @@ def offered(federation: Federation, edge: bool = False) -> dict[str, bytes]:
             "ignore_index": server.cuts.ignore_index,
         },
     }
-    return {"run": json.dumps(run).encode(), "base": base} | for_edge
+    return {"run": json.dumps(run).encode(), "base": base} | edge_files
 
 
-def _for_edge(federation: Federation, half: nn.Module) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """What clients without torch need, and what the run says of it: the half's graphs, a log's header, the gradient."""
+def _edge_files(federation: Federation, half: nn.Module) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """The files for clients without torch, by name, and what the run says of them."""
     edge = needed("hosfl.edge.join", "a server of clients without torch", "export")
     exported = needed("hosfl.edge.export", "a server of clients without torch", "export").exported
     if why := edge.unable(federation.config):
@@ -150,18 +151,18 @@ def _for_edge(federation: Federation, half: nn.Module) -> tuple[dict[str, bytes]
     running = list(calibration.running(half)) if federation.config.calibrate else []
     pieces = exported(half, sample, entries, most, backward, running)
     files = {edge.graph_name(number): data for number, data in enumerate(pieces)}
-    told: dict[str, Any] = {"graphs": [_sha256(data) for data in files.values()], "header": _sha256(header)}
+    description: dict[str, Any] = {"graphs": [_sha256(data) for data in files.values()], "header": _sha256(header)}
     files[edge.HEADER] = header
     if backward:
         exporter = needed("hosfl.edge.backward", "a server of clients without torch", "export")
         files[edge.GRADIENT] = gradient = exporter.exported_gradient(half, sample, entries[0], most, running)
-    told |= {"gradient": None if gradient is None else _sha256(gradient), "digest": list(digested(half))}
-    told |= {"running": running, "statistics": None}
+    description |= {"gradient": None if gradient is None else _sha256(gradient), "digest": list(digested(half))}
+    description |= {"running": running, "statistics": None}
     if running:
         by_batch = needed("hosfl.edge.by_batch", "a server of clients without torch", "export")
         files[edge.STATISTICS] = statistics = by_batch.exported_statistics(half, sample, most)
-        told["statistics"] = _sha256(statistics)
-    return files, told
+        description["statistics"] = _sha256(statistics)
+    return files, description
 
 
 def _sha256(data: bytes) -> str:
@@ -169,14 +170,15 @@ def _sha256(data: bytes) -> str:
 
 
 class Events:
-    """What is written of a run's rounds, for `hosfl status` and whoever reads JSON lines."""
+    """Writes a run's status.json, for `hosfl status`, and events.jsonl."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self._begin, self._told = folder, time.time(), -math.inf
-        self._waits = -1  # the round whose waiting was said
+        self.folder, self._begin = folder, time.time()
+        self._written = -math.inf  # when status.json was, by time.monotonic()
+        self._waiting = -1  # the last round for which a warning said that it waits
 
     def round(self, federation: Federation, done: int, loss: float) -> None:
-        """A round is over."""
+        """Write a round that is over."""
         event = {
             "time": round(time.time(), 3),
             "round": done,
@@ -193,21 +195,21 @@ class Events:
         self._status(federation, done, event, due=done == federation.config.rounds)
 
     def waiting(self, federation: Federation, done: int) -> None:
-        """Too few clients are here for a round, or it was tried in vain, and is tried again in a while."""
+        """Write that too few clients are connected for a round, or that it is going to be tried again."""
         event: dict[str, Any] = {"waiting for": federation.least}
         if federation.tried:
             why = {str(client): federation.messenger.failures.get(client, "left out") for client in federation.asked}
             event |= {"tried": federation.tried, "missing": why}
-        elif self._waits != done:
-            self._waits, here = done, len(federation.messenger.engine.present())
+        elif self._waiting != done:
+            self._waiting, here = done, len(federation.messenger.engine.present())
             logging.warning("round %d waits for clients: %d of at least %d are here", done + 1, here, federation.least)
         self._status(federation, done, event)
 
     def _status(self, federation: Federation, done: int, event: dict[str, Any], due: bool = False) -> None:
-        now = time.monotonic()  # the clock on the wall may be set back
-        if not due and now - self._told < 0.5:
+        now = time.monotonic()  # time.time() may be set back
+        if not due and now - self._written < 0.5:
             return
-        self._told = now
+        self._written = now
         status = {
             "round": done,
             "rounds": federation.config.rounds,
@@ -225,7 +227,7 @@ class Events:
 
 
 def _add_line(path: Path, line: bytes) -> None:
-    """To a file of lines, of which a kill may have cut the last one."""
+    """Append a line to a file whose last line may be cut off, as by a kill."""
     with naming(path), path.open("a+b") as file:
         if file.seek(0, os.SEEK_END):
             file.seek(-1, os.SEEK_END)

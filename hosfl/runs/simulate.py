@@ -1,9 +1,10 @@
-"""Abuse: thousands of clients that drop out, stay away, come late and lie, and a server that dies. `hosfl simulate`.
+"""`hosfl simulate`: thousands of clients that drop out, stay away, answer late and lie, and a server that dies.
 
-The federation is the real one, message for message; what is simulated is the wire, the clock and the crowd. Every
-client does its own arithmetic on weights of its own while it takes part. Between its rounds it keeps only a reference
-to its state: clients whose bits are equal (SHA-256) share one copy, so that a crowd costs the memory of the states that
-differ. A server that dies is made anew from its files, log and snapshot. The clock is virtual: nothing sleeps.
+The federation is the real one, message for message. Simulated are the network, the clock and the number of clients.
+A client does its own arithmetic on its own weights while it takes part. Between its rounds it keeps only a reference
+to its state: clients with equal bits (SHA-256) share one copy, so that memory grows with the distinct states and not
+with the clients. A server that dies is made anew from its log and its last snapshot. The clock is virtual: nothing
+sleeps.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from hosfl.protocol.replica import ReplicaState
 from hosfl.protocol.seeds import Purpose, generator
 from hosfl.protocol.terms import Diverged
 from hosfl.runs.assemble import assemble
-from hosfl.runs.byzantine import TOLD, ByzantineClient
+from hosfl.runs.byzantine import FALSIFIERS, ByzantineClient
 from hosfl.runs.checkpoint import check_free, save_module
 from hosfl.runs.config import Config
 from hosfl.runs.evaluate import evaluate
@@ -40,15 +41,15 @@ from hosfl.runs.trainer import Progress, check_loss, interruptible, restore, sav
 from hosfl.runs.unreliable import ServerDied, UnreliableWire
 from hosfl.tasks.task import Task
 
-SMALLEST_SHARD = 32  # samples; a crowd larger than the data shares it
+SMALLEST_SHARD = 32  # samples; where clients are too many for that, several share one part of the data
 
 
-Key = tuple[bytes, Lattice | None]  # SHA-256, and where the weights live: what makes two states the same
+Key = tuple[bytes, Lattice | None]  # the SHA-256 of a state, and the lattice of its weights
 
 
 @dataclass
-class State:
-    """The bits that clients share: weights, moments, and how many clients are in this state."""
+class SharedState:
+    """Weights and moments that clients with equal bits share. clients: how many are in this state."""
 
     tensors: list[Tensor]
     moments: list[list[Tensor]]
@@ -56,17 +57,25 @@ class State:
 
 
 @dataclass
-class Crowd(Federation):
-    """A federation of thousands: a client exists while it takes part, and is a reference to its state otherwise."""
+class SimulatedFederation(Federation):
+    """A federation whose clients exist only while they take part; between rounds their states are kept.
+
+    Attributes:
+        states: the distinct states of clients.
+        calibrated: clients that have the running statistics.
+        client_states: by client, (key in `states`, rounds applied, epoch).
+        away_until: by client that is away, the round in which it comes back.
+        deaths: how often the server has died.
+        peak_states: the most distinct states at once.
+    """
 
     faults: Faults = field(default_factory=Faults)
-    states: dict[Key, State] = field(default_factory=dict, init=False)
+    states: dict[Key, SharedState] = field(default_factory=dict, init=False)
     calibrated: set[int] = field(default_factory=set, init=False)
-    # client: state, rounds applied, epoch
-    held: dict[int, tuple[Key, int, int]] = field(default_factory=dict, init=False)
-    away: dict[int, int] = field(default_factory=dict, init=False)  # client: the round in which it comes back
+    client_states: dict[int, tuple[Key, int, int]] = field(default_factory=dict, init=False)
+    away_until: dict[int, int] = field(default_factory=dict, init=False)
     deaths: int = field(default=0, init=False)
-    most_states: int = field(default=0, init=False)
+    peak_states: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,13 +86,13 @@ class Crowd(Federation):
         self.liars = {int(c) for c in self.random.choice(self.config.clients, liars, replace=False)}
 
     def invited(self, round: int) -> list[int]:
-        """Those sampled who are not away."""
+        """The sampled clients that are not away."""
         here = []
         for client in super().invited(round):
-            if self.away.get(client, 0) > round:
+            if self.away_until.get(client, 0) > round:
                 continue
             if self.faults.absence and self.random.random() < self.faults.absence:
-                self.away[client] = round + 1 + int(self.random.integers(max(1, self.faults.longest_absence)))
+                self.away_until[client] = round + 1 + int(self.random.integers(max(1, self.faults.longest_absence)))
                 continue
             here.append(client)
         self._late = self.unreliable.begin(
@@ -100,7 +109,7 @@ class Crowd(Federation):
         return loss
 
     def restart(self, folder: Path) -> int:
-        """A new server from what the dead one left in `folder`; returns its round. The clients live on."""
+        """Make a new server from the files of the dead one in `folder`; returns its round. The clients live on."""
         self.deaths += 1
         self.close_log()
         again, _ = assemble(self.config, SMALLEST_SHARD, begun=folder)
@@ -108,7 +117,7 @@ class Crowd(Federation):
         done = restore(again, folder)
         before, self.server, self.observed = self.server, again.server, again.observed
         self.messenger.server, self.messenger.positions = again.server, {}
-        # Not what a server knows, but what we count.
+        # The simulation's counts, which do not die with a server.
         self.server.refused, self.server.differed = before.refused, before.differed
         return done
 
@@ -125,8 +134,8 @@ class Crowd(Federation):
         if number in self.calibrated and self.server.statistics is not None:
             calibration.load(client.half, self.server.statistics.values)
             client.calibrated = True
-        if number in self.held and isinstance(client, ZerothOrderClient):
-            key, applied, epoch = self.held[number]
+        if number in self.client_states and isinstance(client, ZerothOrderClient):
+            key, applied, epoch = self.client_states[number]
             shared = self.states[key]
             client.load(ReplicaState(shared.tensors, shared.moments, applied, epoch, key[1]))
         return client
@@ -135,18 +144,18 @@ class Crowd(Federation):
         assert isinstance(client, ZerothOrderClient)
         if client.calibrated:
             self.calibrated.add(client.number)
-        replica, before = client.replica, self.held.get(client.number)
+        replica, before = client.replica, self.client_states.get(client.number)
         key = replica.digest(), replica.lattice
         if before is None or before[0] != key:
             if key not in self.states:
-                self.states[key] = State([t.detach() for t in replica.tensors], replica.moments)
+                self.states[key] = SharedState([t.detach() for t in replica.tensors], replica.moments)
             self.states[key].clients += 1
             if before is not None:
-                self._left(before[0])
-        self.held[client.number] = key, replica.applied, replica.epoch
-        self.most_states = max(self.most_states, len(self.states))
+                self._release_state(before[0])
+        self.client_states[client.number] = key, replica.applied, replica.epoch
+        self.peak_states = max(self.peak_states, len(self.states))
 
-    def _left(self, key: Key) -> None:
+    def _release_state(self, key: Key) -> None:
         self.states[key].clients -= 1
         if not self.states[key].clients:
             del self.states[key]
@@ -154,30 +163,30 @@ class Crowd(Federation):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a simulation came to.
+    """A simulation's results.
 
     Attributes:
         rounds: how many were done.
         accuracy, loss: at the end, on the data named by config.evaluate_on.
-        evaluations: on the way, of rounds that stayed.
+        evaluations: of rounds that were not void later.
         interrupted: whether Ctrl-C ended it.
         failure: why it ended early, if it diverged.
         clients: their number.
         equal: whether all clients and a newcomer held the same bits after catching up at the end.
         digest, log_digest: SHA-256 of the client half; the log's running digest.
-        states: the most distinct ones at once.
+        states: the most distinct states of clients at once.
         visits: how many times a client took part.
         empty: committed rounds that nobody answered.
-        lost, late, damaged: numbers of messages; a lost one may be of a client that vanished.
-        refusals, complaints: messages that the server refused, and that clients did.
-        reasons: of the first of them.
-        differed: clients that found their half wrong.
+        lost, late, damaged: numbers of messages. Those of clients that vanished count as lost.
+        refusals, complaints: messages that the server refused, and that clients refused.
+        reasons: of the first of these refusals.
+        differed: how often a client found its half wrong.
         deaths: of the server.
         void: rounds that were run again because of deaths.
         bytes: by category.
         seconds: of the simulation.
         peak_memory: bytes.
-        config, provenance, faults, machine: what it was made of, and where.
+        config, provenance, faults, machine: what was simulated, and where.
     """
 
     rounds: int
@@ -220,15 +229,15 @@ def simulate(
 ) -> Outcome:
     """Run HO-SFL under faults; returns the outcome. Running statistics are estimated before these begin.
 
-    transport: how the clients are reached, where they are not in this process: what goes wrong does so on the way to
-    them. Then nobody lies, and nobody knows how many distinct states there are.
+    transport: how clients in other processes are reached; the faults happen on the way to them. Such clients cannot
+    lie, and their distinct states are not counted.
 
-    With `out`, writes hosfl.log and base.safetensors there, of which `hosfl rebuild` makes the weights; snapshots, if
+    With `out`, writes hosfl.log and base.safetensors there, from which `hosfl rebuild` makes the weights; snapshots, if
     the server may die; and at the end simulation.json, the outcome. The first Ctrl-C ends it after the current round.
 
-    Raises ValueError for another method than "ho", for a server that dies too often to get anywhere and for liars that
-    are elsewhere, FileExistsError if `out` holds another run, LatticeError when the run diverges (the outcome until
-    then is written).
+    Raises ValueError for another method than "ho", for a server that dies too often to get anywhere and for liars in
+    other processes, FileExistsError if `out` holds another run, LatticeError or Diverged when the run diverges (the
+    outcome until then is written).
     """
     if config.method != "ho":
         raise ValueError(f"a simulation is of HO-SFL, method ho, not {config.method}")
@@ -254,9 +263,9 @@ def _simulate(
     plain, task = assemble(config, SMALLEST_SHARD)
     if config.calibrate:
         plain.calibrate()
-    if task.classes is None and faults.byzantine and any(TOLD[lie][0] == "labels" for lie in faults.lies_told):
+    if task.classes is None and faults.byzantine and any(FALSIFIERS[lie][0] == "labels" for lie in faults.lie_names):
         raise ValueError("labels that are no classes cannot be lied about: choose other lies")
-    crowd = Crowd(
+    crowd = SimulatedFederation(
         plain.config,
         plain.server,
         plain.make,
@@ -266,7 +275,7 @@ def _simulate(
         provenance=plain.provenance,
         faults=faults,
     )
-    # Of calibration, which is over before anything goes wrong.
+    # Of the calibration, which is over before faults begin.
     crowd.messenger.wire.bytes.update(plain.messenger.wire.bytes)
     crowd.messenger.complaints = plain.messenger.complaints
     folder.mkdir(parents=True, exist_ok=True)
@@ -288,9 +297,9 @@ def _simulate(
 
 
 def _run(
-    crowd: Crowd, task: Task, folder: Path, begin: float, progress: Progress | None
+    crowd: SimulatedFederation, task: Task, folder: Path, begin: float, progress: Progress | None
 ) -> tuple[int, list[Evaluation], LatticeError | Diverged | None]:
-    """All rounds. Returns how many are done, evaluations, and what ended them early."""
+    """Run all rounds. Returns how many are done, the evaluations, and the error that ended them early."""
     config = crowd.config
     data = task.data(config.evaluate_on).to(config.device)
     done, loss, evaluations = 0, float("nan"), list[Evaluation]()
@@ -327,7 +336,11 @@ def _run(
 
 
 def _outcome(
-    crowd: Crowd, done: int, evaluations: list[Evaluation], failure: LatticeError | Diverged | None, begin: float
+    crowd: SimulatedFederation,
+    done: int,
+    evaluations: list[Evaluation],
+    failure: LatticeError | Diverged | None,
+    begin: float,
 ) -> Outcome:
     config, server, ledger = crowd.config, crowd.server, crowd.server.ledger
     assert isinstance(ledger, SeedReplay)
@@ -345,7 +358,7 @@ def _outcome(
         equal=together.equal,
         digest=together.digest,
         log_digest=ledger.log.digest,
-        states=crowd.most_states,
+        states=crowd.peak_states,
         visits=crowd.visits,
         empty=sum(not record.participants for record in ledger.records),
         lost=crowd.unreliable.lost,

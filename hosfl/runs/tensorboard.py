@@ -19,8 +19,8 @@ def summary_writer() -> Any:
     return needed("torch.utils.tensorboard", "--tensorboard", "tensorboard").SummaryWriter
 
 
-class Board:
-    """Writes a run's scalars; step: the number of rounds done.
+class TensorBoardWriter:
+    """Writes a run's scalars. Their step is the number of rounds done.
 
     evaluation/NAME  the loss and every score of the task, per evaluation
     training/loss    of a round; NaN where nobody took part
@@ -29,8 +29,8 @@ class Board:
     messages/refused in the round
     seconds/PHASE    of the round: cuts, server, answers
 
-    first: the first step that is written. What older event files say of this step and later ones is void, and
-    TensorBoard drops it: a run that goes on at its last snapshot has every round once.
+    first: the first step to write. TensorBoard drops this step and later ones from older event files, so that a resumed
+    run has every round once.
     """
 
     def __init__(self, folder: Path, first: int) -> None:
@@ -40,7 +40,7 @@ class Board:
         self.own = set(self.folder.glob("*")) - before
 
     def round(self, federation: Federation, done: int, loss: float) -> None:
-        """A round is over."""
+        """Write a round's scalars."""
         refused = federation.server.refused.total - self.refusals
         self.refusals = federation.server.refused.total
         counts = {
@@ -53,7 +53,7 @@ class Board:
         self._write(counts | {f"seconds/{phase}": spent for phase, spent in federation.seconds.items()}, done)
 
     def evaluation(self, evaluation: Evaluation) -> None:
-        """The model was evaluated."""
+        """Write an evaluation's scalars."""
         found = {"loss": evaluation.loss, **evaluation.scores}
         self._write({f"evaluation/{name}": value for name, value in found.items()}, evaluation.round)
 
@@ -63,7 +63,7 @@ class Board:
         self.writer.flush()  # at once: a snapshot may follow, and a resumed run never writes the rounds before it again
 
     def clear(self) -> None:
-        """Remove what this board has written, and the folder if it holds nothing else."""
+        """Remove the event files that this writer has made, and the folder if it holds nothing else."""
         self.close()
         for path in self.own:
             path.unlink(missing_ok=True)

@@ -32,7 +32,7 @@ from hosfl.runs.serve import Events, Transport
 from hosfl.settings import differences
 from hosfl.tasks.task import Task
 
-FIRST, LONGEST = 0.1, 10.0  # seconds between two tries of a round
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0  # seconds between two tries of a round
 log = logging.getLogger("hosfl.trainer")
 
 
@@ -56,13 +56,13 @@ def save_snapshot(federation: Federation, out: Path, round: int) -> None:
 
 
 def log_of(federation: Federation) -> Log | None:
-    """The log of its client half, where there is one."""
+    """The log of a federation's client half; None where its method has none."""
     ledger = federation.server.ledger
     return ledger.log if isinstance(ledger, SeedReplay) else None
 
 
 def provenance_of(federation: Federation) -> Provenance:
-    """What its run is made of."""
+    """Digests of what a federation's run is made of."""
     assert federation.provenance is not None, "running statistics are estimated first"
     return federation.provenance
 
@@ -70,9 +70,9 @@ def provenance_of(federation: Federation) -> Provenance:
 def restore(federation: Federation, out: Path) -> int:
     """Bring a new federation, its log open, to the newest snapshot in `out` that the log covers; returns its round.
 
-    Committed rounds after it are void: the server will never see again what it had learnt from them. They are run again
-    in a new epoch. Clients start from their base, like any that was away. Snapshots that are damaged, or that a log
-    that lost its end does not cover, are passed over with a warning and set aside.
+    Rounds committed after the snapshot are void, since the server has lost what it learnt in them. They are run again
+    in a new epoch. Clients start from the base and catch up. Snapshots that are damaged, or of rounds that the log has
+    lost, are skipped with a warning and renamed.
 
     Raises ProvenanceError for a snapshot of another run, LogError for a log of another history or one that is gone.
     """
@@ -118,7 +118,7 @@ def check_loss(loss: float, done: int) -> None:
 
 
 def check_learnt(federation: Federation, done: int) -> None:
-    """Raises NothingLearnt, with the first reason that is known, where no cut of all these rounds was learnt from."""
+    """Raises NothingLearnt, with the first refusal's reason, if the server learnt from no cut in `done` rounds."""
     if done and not federation.server.learnt:
         raise NothingLearnt(": ".join([f"the server learnt from no cut in {done} rounds", *federation.refused[:1]]))
 
@@ -205,11 +205,11 @@ def train(
             save_module(federation.base, folder / "base.safetensors")
             loop.connect(transport)
         else:
-            writer.take()
+            writer.claim_folder()
             loop.connect(transport)
             if config.calibrate:
                 loop.calibrate()
-            first = loop.evaluated()
+            first = loop.evaluate()
             if folder is not None:
                 save_module(federation.base, folder / "base.safetensors")
                 save_id(federation.id, folder)
@@ -249,8 +249,18 @@ def _config_and_task(what: Task | Config, settings: dict[str, Any]) -> tuple[Con
 
 @dataclass
 class _RunLoop:
-    """A run's way from its start or last snapshot to its end. last: the newest evaluation. again: when a round that
-    was in vain is tried again."""
+    """The rounds of a run, from its start or last snapshot on.
+
+    Attributes:
+        federation, task, writer, progress: as in `train`.
+        begin: when the run began, by time.perf_counter().
+        done: rounds that are done.
+        loss: the last round's training loss.
+        last: the last evaluation.
+        failure: what ended the run early.
+        events: writes events.jsonl, where clients are on other machines.
+        retry_at: when the next round may be tried again, by time.monotonic().
+    """
 
     federation: Federation
     task: Task
@@ -261,23 +271,24 @@ class _RunLoop:
     loss: float = math.nan
     last: Evaluation | None = None
     failure: LatticeError | Diverged | NothingLearnt | None = None
-    events: Events | None = None  # where clients are elsewhere
-    again: float = 0.0
+    events: Events | None = None
+    retry_at: float = 0.0
 
     def connect(self, transport: Transport | None) -> None:
-        """Let clients be elsewhere, where they are."""
+        """Reach the clients through a transport, if there is one."""
         if transport is not None and self.writer.folder is not None:
             transport.connect(self.federation)
             self.federation.patient = transport.patient
             self.events = Events(self.writer.folder)
 
     def calibrate(self) -> None:
-        """Have the clients estimate running statistics, when enough of them are here."""
+        """Wait for enough clients, and let them estimate running statistics."""
         while not self.federation.ready():
             self.wait()
         self.federation.calibrate()
 
-    def evaluated(self) -> Evaluation:
+    def evaluate(self) -> Evaluation:
+        """Evaluate the model as it is now."""
         federation, config = self.federation, self.federation.config
         data = self.task.data(config.evaluate_on).to(config.device)
         scores, loss = evaluate(federation.model(), data, self.task)
@@ -285,24 +296,25 @@ class _RunLoop:
         return Evaluation.of(self.done, scores, loss, self.loss, moved, seconds)
 
     def run(self) -> Summary:
+        """Run all rounds and write the results. Raises `failure` once they are written."""
         federation, writer, folder = self.federation, self.writer, self.writer.folder
         config = federation.config
         with interruptible() as interrupted:
             if self.last is None:  # of a resumed run
-                held = writer.resumed(self.done)
-                self.begin -= held[-1].seconds if held else 0.0
-                self.last = held[-1] if held else writer.add(self.evaluated())
+                earlier = writer.reopen_metrics(self.done)
+                self.begin -= earlier[-1].seconds if earlier else 0.0
+                self.last = earlier[-1] if earlier else writer.add(self.evaluate())
             try:
                 check_loss(self.last.loss, self.done)
                 while self.done < config.rounds and not interrupted.is_set():
-                    if federation.ready() and time.monotonic() >= self.again:
+                    if federation.ready() and time.monotonic() >= self.retry_at:
                         self.round()
                     else:
                         self.wait()
                 if folder is not None and interrupted.is_set():
                     self.snapshot(folder)
                 if self.last.round != self.done:  # interrupted
-                    self.last = writer.add(self.evaluated())
+                    self.last = writer.add(self.evaluate())
                     check_loss(self.last.loss, self.done)
                 if self.done == config.rounds:
                     check_learnt(federation, self.done)
@@ -333,14 +345,14 @@ class _RunLoop:
         return summary
 
     def round(self) -> None:
-        """One round, and what is due after it."""
+        """One round, then the evaluation, snapshot and progress report that are due."""
         federation, folder, config = self.federation, self.writer.folder, self.federation.config
         loss = federation.round(self.done)
         if federation.tried:
             if federation.tried == 1:
                 reasons = "; ".join(["", *federation.newest_refused])
                 log.warning("round %d is tried again: the server could learn from no cut%s", self.done + 1, reasons)
-            self.again = time.monotonic() + min(LONGEST, FIRST * 2.0 ** min(federation.tried - 1, 20))
+            self.retry_at = time.monotonic() + min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(federation.tried - 1, 20))
             return
         self.loss = loss
         self.done += 1
@@ -349,7 +361,7 @@ class _RunLoop:
         self.writer.round(federation, self.done, self.loss)
         due = self.done % config.evaluate_every == 0 or self.done == config.rounds
         if due:
-            self.last = self.writer.add(self.evaluated())
+            self.last = self.writer.add(self.evaluate())
             check_loss(self.last.loss, self.done)
         if folder is not None and (self.done % config.snapshot_every == 0 or self.done == config.rounds):
             self.snapshot(folder)
@@ -359,32 +371,33 @@ class _RunLoop:
             )
 
     def wait(self) -> None:
-        """A moment, until enough clients are here, or a round is tried again."""
+        """Sleep for a moment: too few clients are connected, or the pause before the next try is not over."""
         if self.events is not None:
             self.events.waiting(self.federation, self.done)
         time.sleep(0.1)
 
     def snapshot(self, folder: Path) -> None:
+        """Save the server's state, if the folder is still this run's."""
         if self.writer.lock is not None:
             self.writer.lock.check()
         save_snapshot(self.federation, folder, self.done)
 
 
-_ASKED: list[threading.Event] = []  # of the block that is open
+_OPEN: list[threading.Event] = []  # the event of the outermost `interruptible` block
 
 
 @contextmanager
 def interruptible() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; the second interrupts as usual. Signals reach the main thread only.
+    """Yields an event that the first Ctrl-C sets; the second raises KeyboardInterrupt as usual. Main thread only.
 
-    A block within another has the event of the outer one.
+    A nested block yields the event of the outer one.
     """
     event = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield event
         return
-    if _ASKED:
-        yield _ASKED[0]
+    if _OPEN:
+        yield _OPEN[0]
         return
     before = signal.getsignal(signal.SIGINT)
 
@@ -392,10 +405,10 @@ def interruptible() -> Iterator[threading.Event]:
         event.set()
         signal.signal(signal.SIGINT, before)
 
-    _ASKED.append(event)
+    _OPEN.append(event)
     signal.signal(signal.SIGINT, on_interrupt)
     try:
         yield event
     finally:
         signal.signal(signal.SIGINT, before)
-        _ASKED.clear()
+        _OPEN.clear()

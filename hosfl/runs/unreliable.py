@@ -1,4 +1,4 @@
-"""A simulated wire, which loses, delays and damages messages, and a server that dies between two of them."""
+"""A simulated network that loses, delays and damages messages, and a server that dies between two of them."""
 
 from __future__ import annotations
 
@@ -11,28 +11,30 @@ from hosfl.runs.faults import Faults
 
 
 class ServerDied(Exception):
-    """The server is gone in the middle of a round."""
+    """The simulated server dies in the middle of a round."""
 
 
 class UnreliableWire(Wire):
-    """Loses, delays and damages messages, and kills the server, as `faults` say."""
+    """Loses, delays and damages messages, and kills the server, by the probabilities in `faults`."""
 
     def __init__(self, faults: Faults, random: np.random.Generator) -> None:
         super().__init__()
         self.faults, self.random = faults, random
-        self.left: dict[int, int] = {}  # messages until a client vanishes
-        self.clock: dict[int, float] = {}  # seconds into the exchange, by client
-        self.late: list[bytes] = []
-        self.death: int | None = None  # messages, and commits, until the server dies
+        self.messages_left: dict[int, int] = {}  # by client that will vanish: messages until it does
+        self.clock: dict[int, float] = {}  # by client: seconds into the exchange
+        self.late: list[bytes] = []  # messages that the server gets in the next round
+        self.steps_left: int | None = None  # messages and commits until the server dies; None: it does not
         self.lost = self.overdue = self.damaged = 0
 
     def begin(self, clients: Mapping[int, int]) -> list[bytes]:
-        """A round begins. clients: how many messages each has, in both directions. Returns what arrives only now."""
+        """Begin a round. clients: client -> messages that it sends and gets. Returns late ones of the last round."""
         vanish = self.random.random(len(clients)) < self.faults.dropout
-        self.left = {c: int(self.random.integers(clients[c])) for c, v in zip(clients, vanish, strict=True) if v}
+        self.messages_left = {
+            c: int(self.random.integers(clients[c])) for c, v in zip(clients, vanish, strict=True) if v
+        }
         self.clock = {}
         if self.faults.crash_every and self.random.random() < 1 / self.faults.crash_every:
-            self.death = int(self.random.integers(2 + sum(clients.values())))
+            self.steps_left = int(self.random.integers(2 + sum(clients.values())))
         late, self.late = self.late, []
         return late
 
@@ -41,26 +43,26 @@ class UnreliableWire(Wire):
         assert data is not None
         if isinstance(messages[-1], Multiplier):
             self.clock[client] = 0.0  # the second exchange
-        arrives, travelled = self._travels(client, data)
+        arrives, travelled = self._transmit(client, data)
         if travelled is not None and not arrives:
             self.overdue += 1
         return travelled if arrives else None
 
     def bring(self, client: int, data: bytes) -> bytes | None:
-        arrives, travelled = self._travels(client, data)
+        arrives, travelled = self._transmit(client, data)
         if travelled is not None and not arrives:
             self.overdue += 1
             self.late.append(travelled)
         return travelled if arrives else None
 
-    def _travels(self, client: int, data: bytes) -> tuple[bool, bytes | None]:
-        """(whether it arrives in time, what arrives): None where its client has vanished."""
+    def _transmit(self, client: int, data: bytes) -> tuple[bool, bytes | None]:
+        """(whether it arrives in time, the bytes that arrive); None for bytes if the client has vanished."""
         self.maybe_die()
-        if client in self.left:
-            if self.left[client] == 0:
+        if client in self.messages_left:
+            if self.messages_left[client] == 0:
                 self.lost += 1
                 return False, None
-            self.left[client] -= 1
+            self.messages_left[client] -= 1
         if self.faults.damage and self.random.random() < self.faults.damage:
             self.damaged += 1
             bit = int(self.random.integers(8 * len(data)))
@@ -68,13 +70,13 @@ class UnreliableWire(Wire):
         return self._in_time(client), data
 
     def maybe_die(self) -> None:
-        """One step nearer to the server's death."""
-        if self.death is None:
+        """Count a message or a commit. Raises ServerDied if it is the server's last."""
+        if self.steps_left is None:
             return
-        if self.death == 0:
-            self.death = None
+        if self.steps_left == 0:
+            self.steps_left = None
             raise ServerDied
-        self.death -= 1
+        self.steps_left -= 1
 
     def _in_time(self, client: int) -> bool:
         if self.faults.delay:
