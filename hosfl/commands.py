@@ -1,4 +1,4 @@
-"""What the commands do that need torch; `hosfl.cli` has the others, and all options."""
+"""The commands that need torch. `hosfl.cli` has the others, and all options."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ SHOWN = (
 
 @contextmanager
 def _progress(*columns: ProgressColumn) -> Iterator[tuple[Progress, Callable[[str], None]]]:
-    """A bar with these columns at its end, and how to say a line: what a log file gets in place of the bar."""
+    """A progress bar that ends with these columns, and a function that prints a line where stderr is no terminal."""
     console = Console(stderr=True)
     plain = not console.is_terminal or console.is_dumb_terminal
 
@@ -91,19 +91,19 @@ def _bar(title: str, rounds: int) -> Iterator[OnProgress]:
 
 
 def _settings(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings that options give, and the preset's beside them, of which a method may not read all."""
+    """The settings that the options give, and the others of the preset, some of which a method may not read."""
     given = {name: getattr(options, name) for name in Config.names() if name in options}
     preset = PRESETS.get(options.preset or "", {})
     return given, {name: value for name, value in preset.items() if name not in given}
 
 
 def _train(options: argparse.Namespace) -> int:
-    config, out = _begun(options, *_settings(options))
+    config, out = _config_and_folder(options, *_settings(options))
     return _run(options, config, out, _engine(options, config))
 
 
 def _engine(options: argparse.Namespace, config: Config, smallest_shard: int | None = None) -> Transport | None:
-    """Who carries the messages to the clients; None: they are in this process."""
+    """The transport to clients in other processes; None: they are in this one."""
     if options.engine != "ray":
         for name in ("address", "actors", "actor_gpus"):
             if value := getattr(options, name):
@@ -119,11 +119,11 @@ def _engine(options: argparse.Namespace, config: Config, smallest_shard: int | N
         ray: Engine = made(everybody, clients, options.actors, options.address, gpus=options.actor_gpus)
         return ray
 
-    return Transport(engine, patient=False)  # one owner's: nobody else will come
+    return Transport(engine, patient=False)  # all clients are here from the start: no others will join
 
 
 def _absolute(path: str) -> str:
-    """Of a file or folder of this machine; what is none, such as a name on the hub, stays as it is."""
+    """The absolute path of a file or folder; anything else, such as a name on the hub, as it is."""
     return str(Path(path).absolute()) if path and Path(path).exists() else path
 
 
@@ -138,7 +138,7 @@ def _serve(options: argparse.Namespace) -> int:
     if options.resume is None:
         settings["clients"] = len(roster.clients)
         settings.setdefault("sampled", min(DEFAULTS["sampled"], len(roster.clients)))
-    config, out = _begun(options, settings, preset)
+    config, out = _config_and_folder(options, settings, preset)
     if out is None:
         raise ValueError("a server keeps its run in a folder: give --out DIR, or --resume DIR")
     if config.clients > len(roster.clients):  # fewer: who was added since has no part in this run
@@ -165,8 +165,10 @@ def _serve(options: argparse.Namespace) -> int:
         engine.close()
 
 
-def _begun(options: argparse.Namespace, settings: dict[str, Any], preset: dict[str, Any]) -> tuple[Config, Path | None]:
-    """The settings and the folder of a run, new or resumed."""
+def _config_and_folder(
+    options: argparse.Namespace, settings: dict[str, Any], preset: dict[str, Any]
+) -> tuple[Config, Path | None]:
+    """The settings and the folder of the run that the options name, new or resumed."""
     if options.resume is None:
         return Config(**with_shared(settings, preset)), options.out
     given = [*(["out"] if options.out is not None else []), *(["preset"] if preset else []), *settings]
@@ -289,7 +291,7 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 class _TimeLeft(ProgressColumn):
-    """What the study expects to need, less what has passed since it said so."""
+    """The seconds that a study still expects to need."""
 
     def render(self, task: Task) -> Text:
         expected, since = task.fields["expected"], task.fields["since"]

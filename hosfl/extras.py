@@ -1,4 +1,4 @@
-"""Packages that hosfl works without: each is of an extra, and imported where it is used."""
+"""Optional packages. Each belongs to an extra, and is imported where it is used."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import importlib
 import sys
 from typing import Any
 
-# Packages whose versions that are needed are there from a later Python on than hosfl's own first.
+# Packages that need a later Python than hosfl does.
 FROM_PYTHON = {"onnxruntime": (3, 11)}
 
 
 def needed(module: str, what: str, extra: str = "studies") -> Any:
-    """A module of an extra, or one of hosfl's own that needs one. what: who needs it.
+    """Import a module of an optional package, or a module of hosfl that imports one. what: names who needs it.
 
     Raises ImportError that says what to install.
     """

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and folders that belong to one process."""
+"""Files that are written completely or not at all, and folders that one process locks."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ SMALL = 1 << 28  # bytes: more than any file of settings, results or certificate
 
 
 def regular(path: str | os.PathLike[str]) -> Path:
-    """The path of a file that has an end. A pipe may never get a writer, and a device such as /dev/zero has none.
+    """The path of a regular file. Reading a pipe may wait for ever, and reading a device such as /dev/zero never ends.
 
-    Raises OSError that names it, also where it is not there.
+    Raises OSError naming the path for anything else, FileNotFoundError if there is nothing.
     """
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
@@ -36,14 +36,14 @@ def regular(path: str | os.PathLike[str]) -> Path:
 
 
 def read_small(path: Path) -> bytes:
-    """What a file of settings, results or certificates holds. Raises OSError that names it, also for a vast one."""
+    """The content of a file of settings, results or certificates. Raises OSError naming it, also if it is vast."""
     if regular(path).stat().st_size > SMALL:
         raise OSError(errno.EFBIG, f"this has more than {SMALL >> 20} MB: it is none of hosfl's files", str(path))
     return path.read_bytes()
 
 
-def at_once(path: str, flags: int) -> int:
-    """Opens also a pipe, where nobody is waited for at its other end. Raises OSError for one that nobody reads."""
+def open_nonblocking(path: str, flags: int) -> int:
+    """An opener for `open` that does not wait for a pipe's other end. Raises OSError for a pipe that nobody reads."""
     try:
         return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
     except OSError as error:
@@ -54,7 +54,7 @@ def at_once(path: str, flags: int) -> int:
 
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """An OSError of the block names this file, if it names none: those of writing and syncing do not."""
+    """Give an OSError of the block this file's name if it has none, as those of writing and syncing have not."""
     try:
         yield
     except OSError as error:
@@ -64,11 +64,11 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def write_atomically(path: Path, data: bytes, private: bool = False) -> None:
-    """All of it or nothing, whatever happens in between; a file that was there keeps its mode.
+    """Write a file completely or not at all, even if the process dies meanwhile. An existing file keeps its mode.
 
-    private: for its owner alone, mode 0600, from its first byte on and whatever mode a file had that was there.
-    A link stays, and what it points at is written. What is no regular file, as /dev/null or a pipe, is written into,
-    but for a pipe that nobody reads.
+    private: for its owner alone, mode 0600 from its first byte on, whatever mode an existing file had.
+    A link stays, and its target is written. What is not a regular file, such as /dev/null or a pipe, is written into,
+    except a pipe that nobody reads.
 
     Raises OSError: IsADirectoryError for a folder, FileNotFoundError where there is no folder to write in, ....
     """
@@ -79,7 +79,7 @@ def write_atomically(path: Path, data: bytes, private: bool = False) -> None:
     if mode is not None and stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, "this is a folder: name a file in it", str(path))
     if mode is not None and not stat.S_ISREG(mode):
-        with naming(path), open(path, "wb", opener=at_once) as file:
+        with naming(path), open(path, "wb", opener=open_nonblocking) as file:
             os.set_blocking(file.fileno(), True)
             file.write(data)
         return
@@ -102,7 +102,7 @@ def write_atomically(path: Path, data: bytes, private: bool = False) -> None:
 
 
 def finite(value: Any) -> Any:
-    """The same with None for numbers that JSON has not: infinite ones and NaN."""
+    """A copy of nested dicts and lists with None in place of infinite numbers and NaN, which JSON does not have."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -111,20 +111,20 @@ def finite(value: Any) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A JSON file that every reader reads, whole or not at all: null for numbers that are not finite."""
+    """Write standard JSON atomically, with null for numbers that are not finite."""
     write_atomically(path, (json.dumps(finite(value), indent=2, allow_nan=False) + "\n").encode())
 
 
 class FolderLock:
-    """The folder of a run, or of a study, for one process: no other takes it up until this one closes it or ends.
+    """A lock on the folder of a run or a study, held until it is closed or the process ends.
 
-    Raises RunFolderError where another process has it.
+    Raises RunFolderError where another process holds it.
     """
 
     def __init__(self, folder: Path, of: str = "run") -> None:
         self.path = folder / "lock"
-        self.file = open(self.path, "a", opener=at_once)  # noqa: SIM115
-        if not locked(self.file):
+        self.file = open(self.path, "a", opener=open_nonblocking)  # noqa: SIM115
+        if not try_lock(self.file):
             self.file.close()
             raise RunFolderError(f"another process is at work on the {of} in {folder}: wait for it, or stop it")
 
@@ -142,11 +142,11 @@ class FolderLock:
 
 
 class RunFolderError(ValueError):
-    """A run's folder that another process has, or that is no longer there."""
+    """A run's folder is locked by another process, or was removed or replaced while the run went on."""
 
 
-def locked(file: IO[Any]) -> bool:
-    """Lock a file until it is closed, whatever the end of the process; False if somebody else has."""
+def try_lock(file: IO[Any]) -> bool:
+    """Lock a file until it is closed or the process ends; False if another process has locked it."""
     if fcntl is None:
         return True
     try:
@@ -158,7 +158,7 @@ def locked(file: IO[Any]) -> bool:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a folder's entries durable: a new file, a rename. Windows cannot, and needs no asking."""
+    """Make new files and renames in a folder survive a power cut. Does nothing on Windows, which cannot."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)

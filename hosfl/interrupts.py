@@ -1,4 +1,4 @@
-"""Ctrl-C, kept away from what must not be half done."""
+"""Blocks that Ctrl-C does not interrupt."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until the block has ended. Only the main thread is ever interrupted, so only there it does anything.
+    """Delay Ctrl-C until the block has ended. Does nothing outside the main thread, which alone is interrupted.
 
-    Without it most interrupts would come up just after a kernel, between the move and the note that it was made.
+    Without it most interrupts would be raised right after a kernel, before the move that it made is recorded.
     """
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):

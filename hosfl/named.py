@@ -13,9 +13,9 @@ from typing import Any
 
 
 def named(name: str, what: str, known: Mapping[str, str]) -> Any:
-    """The object of a name: one of `known`, whose values are references, or a reference itself.
+    """The object of a name: a key of `known`, whose values are references, or a reference itself.
 
-    what: such as "method", for errors. Raises ValueError that names what is not there, and what there is.
+    what: the name's kind in errors, such as "method". Raises ValueError for a name that leads nowhere.
     """
     reference = known.get(name, name)
     place, colon, inner = reference.rpartition(":")
@@ -34,7 +34,7 @@ def named(name: str, what: str, known: Mapping[str, str]) -> Any:
 
 
 def absolute(name: str) -> str:
-    """A reference that means the same in every folder: the file of "FILE.py:name" by its whole path."""
+    """A reference with the absolute path of its file, so that it means the same in every folder."""
     place, colon, inner = name.rpartition(":")
     return f"{Path(place).absolute()}{colon}{inner}" if place.endswith(".py") else name
 
@@ -46,7 +46,7 @@ def file_of(name: str) -> str:
 
 
 def label(name: str) -> str:
-    """What a name is called in tables and folders: of a reference, what stands behind its colon."""
+    """The short name for tables and folders: the part of a reference after its colon."""
     return name.rpartition(":")[2]
 
 
@@ -62,7 +62,7 @@ def _module(name: str, what: str) -> ModuleType:
 
 
 def _file(path: Path, what: str) -> ModuleType:
-    """The module of a file, made once per process: what it defines is the same whoever asks."""
+    """The module of a file, which is run once per process, so that its classes are the same for every caller."""
     path = path.absolute()
     if not path.is_file():
         raise ValueError(f"{what}: there is no file {path}")

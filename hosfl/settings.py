@@ -1,6 +1,6 @@
-"""The settings of a run: a small frozen object for each concern, and all of them together. Reading them needs no torch.
+"""The settings of a run: a small frozen object for each concern, and all of them together. Needs no torch.
 
-A setting is said once: its default, the sentence that `--help` shows, and what it may be.
+A setting is defined once: its default, the sentence that `--help` shows, and the values that it may have.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
-# Of a field's type: what it takes, numpy's numbers among it, what that becomes, and how it is called.
+# By a field's type: the types it accepts, numpy's numbers among them, the conversion, and its name in errors.
 KINDS: dict[str, tuple[type, Callable[[Any], Any], str]] = {
     "str": (str, str, "text"),
     "int": (Integral, int, "a whole number"),
@@ -32,11 +32,11 @@ def setting(
     neutral: bool = False,
     read_with: tuple[str, tuple[str, ...]] | None = None,
 ) -> Any:
-    """A field. help: what `--help` says.
+    """A dataclass field that is a setting. help: the sentence that `--help` shows.
 
-    choices: all that it may be. least: a whole number of this size or more, below 2^32. positive: above 0 and finite,
-    where it is given. neutral: a run's bits do not depend on it. read_with: another setting, and of which of its values
-    alone this one is read.
+    choices: all values that it may have. least: the smallest value of a whole number, which must also be below 2^32.
+    positive: above 0 and finite, unless it is None. neutral: a run's bits do not depend on it. read_with: another
+    setting, and those of its values with which alone this one is read.
     """
     rules = {"choices": choices, "least": least, "positive": positive, "neutral": neutral, "read_with": read_with}
     metadata = {"help": help, **rules}
@@ -47,29 +47,29 @@ def setting(
 
 @dataclass(frozen=True)
 class _Checked:
-    """Raises ValueError for a value that cannot work, and says which.
+    """Settings that are checked when they are made. Raises ValueError naming the one that cannot work.
 
-    Whole numbers do for floats and become them, numpy's numbers become Python's; nothing else is converted.
+    Whole numbers given for floats become floats, and numpy's numbers Python's; nothing else is converted.
     """
 
     def __post_init__(self) -> None:
         for f in fields(self):
             object.__setattr__(self, f.name, typed(f, getattr(self, f.name)))
         for f in fields(self):
-            value, may = getattr(self, f.name), f.metadata
-            if may["choices"] and value not in may["choices"]:
-                raise ValueError(f"{f.name} must be one of {', '.join(may['choices'])}, got {value!r}")
-            if may["least"] is not None and value < may["least"]:
-                raise ValueError(f"{f.name} must be at least {may['least']}, got {value}")
-            if may["least"] is not None and value > LARGEST_COUNT:
+            value, rules = getattr(self, f.name), f.metadata
+            if rules["choices"] and value not in rules["choices"]:
+                raise ValueError(f"{f.name} must be one of {', '.join(rules['choices'])}, got {value!r}")
+            if rules["least"] is not None and value < rules["least"]:
+                raise ValueError(f"{f.name} must be at least {rules['least']}, got {value}")
+            if rules["least"] is not None and value > LARGEST_COUNT:
                 raise ValueError(f"{f.name} must be at most {LARGEST_COUNT}, got {value}")
-            if may["positive"] and value is not None and not (value > 0 and math.isfinite(value)):
+            if rules["positive"] and value is not None and not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{f.name} must be positive and finite, got {value}")
 
 
 @dataclass(frozen=True)
 class Data(_Checked):
-    """What is learnt, and whose data it is.
+    """What is learnt, and how its data are divided over clients.
 
     Args:
         task: the name of one of `hosfl.tasks`; or a function that makes a `Task`, "FILE.py:FUNCTION" or
@@ -338,7 +338,7 @@ class Learning(_Checked):
 
 @dataclass(frozen=True)
 class Schedule(_Checked):
-    """How long a run is, from which seed, and what is looked at and kept on the way.
+    """How long a run is, its seed, and how often it evaluates and saves.
 
     Args:
         rounds: of the run.
@@ -372,13 +372,13 @@ class Schedule(_Checked):
     keep: int = setting(3, "snapshots kept", least=1, neutral=True)
 
     def scheduled(self, rate: float, round: int) -> float:
-        """The learning rate of a round, in float64: a function of the global round, the same for everyone."""
+        """The learning rate of a round, float64: a function of the round's number, the same for all clients."""
         return rate * (1 - round / self.rounds) if self.schedule == "linear" else rate
 
 
 @dataclass(frozen=True)
 class Settings(Schedule, Learning, Halves, Data):
-    """All settings of a run. Raises ValueError, as its parts do, and for parts that do not go together."""
+    """All settings of a run. Raises ValueError for a value that cannot work, alone or together with others."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -400,7 +400,7 @@ class Settings(Schedule, Learning, Halves, Data):
 
     @classmethod
     def names(cls) -> list[str]:
-        """Of all settings."""
+        """The names of all settings."""
         return list(FIELDS)
 
     def decisive(self) -> dict[str, Any]:
@@ -421,9 +421,9 @@ FIELDS: dict[str, Field[Any]] = {f.name: f for concern in CONCERNS for f in fiel
 DEFAULTS: dict[str, Any] = {
     name: f.default_factory() if f.default_factory is not MISSING else f.default for name, f in FIELDS.items()
 }
-# What a run's bits do not depend on: where data and model lie (their content counts), what is kept, when one looks.
+# Settings that a run's bits do not depend on: the paths of data and model (whose content counts), files, evaluations.
 NEUTRAL = tuple(name for name, f in FIELDS.items() if f.metadata["neutral"])
-# A run with these is described as before there were any: logs of then are logs of the same runs.
+# Settings that came later. With these values a run's description leaves them out, so that it fits older logs.
 LATER = {name: DEFAULTS[name] for name in ("options", "compile", "server_batch", "multiplier", "server_first")}
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -440,24 +440,24 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def typed(of: Field[Any] | str, value: Any) -> Any:
-    """A setting's value, of its field's type. Raises ValueError naming field and value."""
+    """Convert a value to the type of a setting, a field or its name. Raises ValueError naming field and value."""
     if isinstance(of, str):
         of = FIELDS[of]
     kind = str(of.type)
     if value is None and "None" in kind:
         return None
-    takes, becomes, called = KINDS[kind]
-    if isinstance(value, takes) and not isinstance(value, bool):
+    accepted, convert, description = KINDS[kind]
+    if isinstance(value, accepted) and not isinstance(value, bool):
         try:
-            return becomes(value)
+            return convert(value)
         except OverflowError:  # of a whole number beyond all floats
             pass
-    got = " ".join(repr(value).split())  # of a task, all its data
-    raise ValueError(f"{of.name}: {called} is needed, got {got if len(got) < 200 else got[:197] + '...'}")
+    got = " ".join(repr(value).split())  # a Task's repr has all its data
+    raise ValueError(f"{of.name}: {description} is needed, got {got if len(got) < 200 else got[:197] + '...'}")
 
 
 def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of some settings that a run's bits depend on."""
+    """The settings among these that a run's bits depend on."""
     return {
         name: value
         for name, value in settings.items()
@@ -466,11 +466,11 @@ def decisive(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two mappings, a line per key: "seed was 0, is 1". A key may be in one of them only."""
+    """The differences of two mappings, a line per key: "seed was 0, is 1". A key may be missing in one of them."""
 
-    def told(of: Mapping[str, Any], key: str) -> str:
-        return repr(of[key]) if key in of else "not there"
+    def text(mapping: Mapping[str, Any], key: str) -> str:
+        return repr(mapping[key]) if key in mapping else "not there"
 
     keys = dict.fromkeys((*was, *now))
-    other = (key for key in keys if (key in was, was.get(key)) != (key in now, now.get(key)))
-    return [f"{key} was {told(was, key)}, is {told(now, key)}" for key in other]
+    changed = (key for key in keys if (key in was, was.get(key)) != (key in now, now.get(key)))
+    return [f"{key} was {text(was, key)}, is {text(now, key)}" for key in changed]

@@ -1,4 +1,4 @@
-"""What hosfl says to a terminal or a log. It quotes servers, clients and files, which may be anybody's."""
+"""Output to a terminal or a log that may quote what servers, clients or files of others contain."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import logging
 
 
 def printable(text: str) -> str:
-    """A text of somebody else's, fit for a log: on one line."""
+    """A text on one line, with "?" for characters that are not printable, such as a terminal's control codes."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-class _Lines(logging.Formatter):
-    """Tracebacks as well, whose errors may quote what a server or a client made."""
+class _PrintableFormatter(logging.Formatter):
+    """Makes messages and tracebacks printable, since errors may quote what a server or a client sent."""
 
     def format(self, record: logging.LogRecord) -> str:
         return "\n".join(map(printable, super().format(record).split("\n")))
 
 
 def log_to_terminal(level: int) -> None:
-    """Lines with their time on stderr, of which none does anything to a terminal."""
+    """Log to stderr: printable lines with their time."""
     handler = logging.StreamHandler()
-    handler.setFormatter(_Lines("%(asctime)s %(message)s"))
+    handler.setFormatter(_PrintableFormatter("%(asctime)s %(message)s"))
     logging.basicConfig(level=level, handlers=[handler])

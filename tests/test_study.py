@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 
 from hosfl import Config
 from hosfl.cli import main
-from hosfl.files import locked, write_json
+from hosfl.files import try_lock, write_json
 from hosfl.protocol.terms import Diverged
 from hosfl.runs.report import logarithmic
 from hosfl.runs.trainer import train as train_once
@@ -294,7 +294,7 @@ def test_two_processes_do_not_run_one_study(tmp_path, whole, file, capsys):
     file.write_text(FILE + FROZEN)
     before = contents(tmp_path / "study")
     with (tmp_path / "study" / "lock").open("a") as lock:
-        assert locked(lock)
+        assert try_lock(lock)
         with pytest.raises(SystemExit, match="2"):
             main(["study", str(file), "--out", str(tmp_path / "study")])
         assert "another process is at work on the study in" in capsys.readouterr().err

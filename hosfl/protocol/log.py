@@ -38,7 +38,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from hosfl.files import at_once, locked, naming, sync_folder
+from hosfl.files import naming, open_nonblocking, sync_folder, try_lock
 from hosfl.protocol.header import Header, LogError, check_integer, decode_header, encode_header
 from hosfl.protocol.records import FIELDS, History, Packed, Record, RoundRecord, decode_record, encode_record
 
@@ -152,7 +152,7 @@ def _write(file: io.FileIO, data: bytes, at: int) -> None:
 
 
 def _lock(file: io.FileIO) -> None:
-    if not locked(file):
+    if not try_lock(file):
         raise LogError("another writer has this log open; only one may append")
 
 
@@ -243,7 +243,7 @@ class Log:
         Raises LogError for a log that is damaged.
         """
         path = Path(path)
-        with io.FileIO(path, "r", opener=at_once) as file:
+        with io.FileIO(path, "r", opener=open_nonblocking) as file:
             content = _content(path, file)
         return cls(path, content, None, "never")
 

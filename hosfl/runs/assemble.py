@@ -1,4 +1,4 @@
-"""From settings to a federation that is ready for its first round."""
+"""Makes the federation of a run from its settings."""
 
 from __future__ import annotations
 
@@ -40,26 +40,31 @@ from hosfl.tasks.task import Task, TaskError, rates_among
 
 
 def assemble(
-    config: Settings, smallest_shard: int | None = None, task: Task | None = None, begun: Path | None = None
+    config: Settings, smallest_shard: int | None = None, task: Task | None = None, resumed: Path | None = None
 ) -> tuple[Federation, Task]:
-    """The federation of a run, before its first round; everything in it follows from the configuration.
+    """The federation of a run before its first round, and its task. Everything follows from the settings.
 
-    Nothing is written. Where clients have yet to estimate running statistics, it has no header and no provenance:
-    `Federation.calibrate` comes first. smallest_shard: so many samples or more in each part of the data; clients that
-    are more than the parts share them, each with its own batches. task: where it is an object rather than a name; its
-    public samples are set aside already. begun: the folder of this run, where it goes on: what is fixed in adapters,
-    and running statistics that clients have estimated, is what its base file holds, since another machine, and other
-    clients, would compute other bits.
+    Nothing is written. Where clients still have to estimate running statistics, the federation has no header and no
+    provenance until `Federation.calibrate`.
+
+    Args:
+        config: the settings.
+        smallest_shard: the fewest samples in a part of the data. Where that leaves fewer parts than clients, several
+            clients share a part, each with its own batches. None: a part for each client.
+        task: a task that is an object rather than a name; its public samples are set aside already.
+        resumed: the folder of a run that is resumed. Fixed factors of adapters, and running statistics that clients
+            have estimated, are read from its base file, since another machine or other clients would compute other
+            bits.
 
     Raises ValueError, DataError, ProvenanceError for a base file that is not this run's, and what `Task.halves` raises.
     """
     task = task_of(config) if task is None else task
-    config = for_clients(config, task)
+    config = with_task_clients(config, task)
     check_alike(task.sets())
     kind, rates = method_of(config.method), rates_of(task, config)
     device = torch.device(config.device)
     model = halves_of(config, task)
-    _check_stored(model)
+    _check_storable(model)
     first = prefixed("client", model.client.state_dict()) | prefixed("server", model.server.state_dict())
     halves = base_digest(first)
     base = base_of(config, model, task.public)
@@ -68,7 +73,7 @@ def assemble(
             f"calibrate = {config.calibrate} needs a client half with running statistics, such as BatchNorm's, and this"
             " one has none: leave it out"
         )
-    fixed, file = factors(base), None if begun is None else begun / "base.safetensors"
+    fixed, file = factors(base), None if resumed is None else resumed / "base.safetensors"
     if fixed and file is not None and file.exists():
         _load_from_base(fixed, file)
     base = base.to(device)
@@ -129,9 +134,10 @@ def _cut_spec(task: Task, config: Settings, shape: tuple[int, ...], sample: Data
 def _describe(
     config: Settings, task: Task, method: Method, base: nn.Module, halves: str, fixed: dict[str, Tensor]
 ) -> tuple[Header | None, Provenance]:
-    """The log's header, of a method that has one, and what the run is made of.
+    """The log's header, for a method that has one, and the run's provenance.
 
-    halves: the digest of the model's. fixed: what the client half has beside: factors of adapters, running statistics.
+    halves: the digest of both halves. fixed: tensors of the client half that it does not cover: factors of adapters,
+    running statistics.
     """
     model, header = halves, None
     if fixed:
@@ -142,8 +148,8 @@ def _describe(
     return header, Provenance(config.decisive(), task.digest(), model, log)
 
 
-def _check_stored(model: SplitModel) -> None:
-    """Raises ValueError for a half that has in its state dict what no file of tensors holds."""
+def _check_storable(model: SplitModel) -> None:
+    """Raises ValueError for a half whose state dict has values other than tensors, which safetensors cannot store."""
     for side, half in (("client", model.client), ("server", model.server)):
         for name, value in half.state_dict().items():
             if not isinstance(value, Tensor):
@@ -154,7 +160,7 @@ def _check_stored(model: SplitModel) -> None:
 
 
 def _optimizer(task: Task, half: nn.Module, decay: float) -> torch.optim.Optimizer:
-    """The task's, of the server half. Raises TaskError for what is none, ValueError for one of another half."""
+    """The task's optimizer of the server half. Raises TaskError for another object, ValueError for another half's."""
     optimizer = task.optimizer(half, decay)
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TaskError(f"the task's optimizer is a {type(optimizer).__name__}: a torch.optim.Optimizer is needed")
@@ -168,7 +174,7 @@ def _optimizer(task: Task, half: nn.Module, decay: float) -> torch.optim.Optimiz
 
 
 def client_of(method: Method, number: int, half: nn.Module, data: Dataset | Items, task: Task) -> Client:
-    """A client of a run, who has applied nothing. half: its own copy of the base; data: its samples."""
+    """A new client, which has applied no round. half: its own copy of the base; data: its samples."""
     config = method.settings
     batches = Batches(data, config.batch, config.seed, number, task.per_token)
     client = method.made(number, half, batches)
@@ -185,7 +191,7 @@ def halves_of(config: Settings, task: Task) -> SplitModel:
     try:
         return task.halves(round_seed(config.seed, Purpose.MODEL, 0), "" if config.task else config.at)
     except RuntimeError as error:
-        if name := _computed(task.model):
+        if name := _name_of_computed(task.model):
             raise ValueError(
                 f"the task's model cannot be copied: its {name} is a tensor that was computed with a graph, as"
                 " torch.nn.utils.weight_norm leaves it. Take torch.nn.utils.parametrizations.weight_norm, or give a"
@@ -194,8 +200,8 @@ def halves_of(config: Settings, task: Task) -> SplitModel:
         raise
 
 
-def _computed(model: Any) -> str:
-    """The name of a tensor in a model, or in two halves, that is no parameter and has a graph; "" if there is none."""
+def _name_of_computed(model: Any) -> str:
+    """The name of a tensor in a model, or in two halves, that was computed with a graph; "" if there is none."""
     for half in model if isinstance(model, tuple) else (model,):
         for path, module in half.named_modules() if isinstance(half, nn.Module) else ():
             for name, value in vars(module).items():
@@ -205,7 +211,7 @@ def _computed(model: Any) -> str:
 
 
 def base_of(config: Settings, model: SplitModel, public: Inputs | None) -> nn.Module:
-    """The client half of round 0, with what moves. Raises ValueError; see `moving_only`."""
+    """The client half of round 0, in its dtype and with its adapters. Raises ValueError; see `moving_only`."""
     base, dtype = moving_only(model.client, config.trains, config.seed, public), getattr(torch, config.dtype)
     for name, parameter in base.named_parameters():
         if parameter.requires_grad and parameter.is_complex():
@@ -217,26 +223,26 @@ def base_of(config: Settings, model: SplitModel, public: Inputs | None) -> nn.Mo
 
 
 def _load_from_base(fixed: dict[str, Tensor], path: Path) -> None:
-    """Give tensors of a half what its base file holds of them.
+    """Load tensors of a half from a run's base file. fixed: the tensors by name; nothing else is read.
 
-    Raises ProvenanceError for another run's file, or none; whether the numbers are this run's, its provenance says
-    later.
+    Raises ProvenanceError for a file that is missing or has not these tensors. The provenance is compared later, which
+    tells whether their values are this run's.
     """
     try:
-        with safe_open(regular(path), "pt") as file:  # of the whole half these alone are read
-            there = set(file.keys())
-            held = {name: file.get_tensor(name) for name in fixed if name in there}
+        with safe_open(regular(path), "pt") as file:
+            names = set(file.keys())
+            stored = {name: file.get_tensor(name) for name in fixed if name in names}
     except (SafetensorError, OSError) as error:
         raise ProvenanceError(f"{path} cannot be read: {error}. Put it back, or start anew") from error
     for name, tensor in fixed.items():
-        if name not in held or held[name].shape != tensor.shape or held[name].dtype != tensor.dtype:
+        if name not in stored or stored[name].shape != tensor.shape or stored[name].dtype != tensor.dtype:
             raise ProvenanceError(f"{path} has no {name} as this run has it: put its own back")
         with torch.no_grad():
-            tensor.copy_(held[name])
+            tensor.copy_(stored[name])
 
 
-def for_clients(config: Settings, task: Task) -> Settings:
-    """The settings, with as many clients as the task has data sets of clients, if it has such.
+def with_task_clients(config: Settings, task: Task) -> Settings:
+    """The settings with the task's number of clients, if the task has the data of each client.
 
     Raises ValueError where the settings say another number.
     """
@@ -253,8 +259,11 @@ def for_clients(config: Settings, task: Task) -> Settings:
 
 
 def task_of(config: Settings) -> Task:
-    """The task of a run. Raises what `make_task` raises; and what `rates_of` does for rates that are missing, before
-    the library's own tasks fetch data from the hub, which may take long."""
+    """The task of a run.
+
+    Raises what `make_task` raises. Missing rates raise what they would in `rates_of`, but before a built-in task
+    fetches its data from the hub, which may take long.
+    """
     if config.task in TASKS and config.task not in TUNED and not config.data:
         rates_among({}, method_of(config.method).tuned(config), config)
     return make_task(config)
@@ -266,7 +275,7 @@ def rates_of(task: Task, config: Settings) -> Rates:
 
 
 def partition(task: Task, config: Settings, smallest_shard: int | None = None) -> list[Dataset | Items]:
-    """Each client's training samples, or each part's where a crowd shares them."""
+    """The training samples of each client, or of each part where clients share them; see `assemble`."""
     train = task.train
     if isinstance(train, list):
         return train

@@ -1,4 +1,4 @@
-"""Who took part when: the rounds of a run with clients elsewhere as one page and a figure, of its events.jsonl."""
+"""A page and a figure of who took part in which round of a run with clients on other machines, from events.jsonl."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# What may become of a client that a round asks, and its colour.
+# What may happen to a client that is asked in a round, and its colour in the figure.
 STATES = {
     "took part": "#3b7dbd",
     "gone": "#4d4d4d",
@@ -41,10 +41,10 @@ ROUNDS, CLIENTS = 600, 150  # columns and rows of the figure's matrix, at most
 
 @dataclass(frozen=True)
 class Event:
-    """A round is over.
+    """A finished round.
 
-    clients: by state, see `STATES`. why: of those that failed. loss: NaN where nobody took part. moved: bytes so far of
-    all clients.
+    clients: by state, see `STATES`. why: by client that failed. loss: NaN where nobody took part. moved: bytes so far,
+    of all clients.
     """
 
     round: int
@@ -57,43 +57,43 @@ class Event:
 
     @classmethod
     def read(cls, line: bytes, rounds: int, clients: int) -> Event:
-        """The round of a line of events.jsonl. Raises one of `DAMAGED` for what is none of this run."""
-        told = json.loads(line)
-        took = set(told["took part"])
-        why = {int(client): str(why) for client, why in told["missing"].items() if int(client) not in took}
-        of: dict[str, set[int]] = {state: set() for state in STATES} | {"took part": took}
+        """The round of a line of events.jsonl. Raises one of `DAMAGED` for a line that is not of this run."""
+        values = json.loads(line)
+        took = set(values["took part"])
+        why = {int(client): str(why) for client, why in values["missing"].items() if int(client) not in took}
+        by_state: dict[str, set[int]] = {state: set() for state in STATES} | {"took part": took}
         for client, reason in why.items():
-            of[reason if reason in ("gone", "late", "lost") else "failed"].add(client)
-        of["left out"] = set(told.get("asked", ())) - took - set(why)  # older runs don't say whom they asked
-        if not all(type(c) is int and 0 <= c < clients for known in of.values() for c in known):
+            by_state[reason if reason in ("gone", "late", "lost") else "failed"].add(client)
+        by_state["left out"] = set(values.get("asked", ())) - took - set(why)  # older runs don't say whom they asked
+        if not all(type(c) is int and 0 <= c < clients for found in by_state.values() for c in found):
             raise ValueError("clients that the run has not")
-        if not 1 <= told["round"] <= rounds:
+        if not 1 <= values["round"] <= rounds:
             raise ValueError("a round that the run has not")
         return cls(
-            round=int(told["round"]),
-            time=datetime.fromtimestamp(told["time"], timezone.utc),
-            loss=math.nan if told["loss"] is None else float(told["loss"]),
-            seconds={str(phase): float(spent) for phase, spent in told["seconds"].items()},
-            moved=int(told["bytes"]),
-            clients={state: np.array(sorted(known), np.int32) for state, known in of.items()},
-            why={client: reason for client, reason in why.items() if client in of["failed"]},
+            round=int(values["round"]),
+            time=datetime.fromtimestamp(values["time"], timezone.utc),
+            loss=math.nan if values["loss"] is None else float(values["loss"]),
+            seconds={str(phase): float(spent) for phase, spent in values["seconds"].items()},
+            moved=int(values["bytes"]),
+            clients={state: np.array(sorted(found), np.int32) for state, found in by_state.items()},
+            why={client: reason for client, reason in why.items() if client in by_state["failed"]},
         )
 
 
-LONGEST = 1 << 24  # bytes of a line
+LONGEST_LINE = 1 << 24  # bytes
 DAMAGED = (ValueError, TypeError, KeyError, AttributeError, OverflowError, OSError, RecursionError)
 
 
 def read_events(path: Path, rounds: int, clients: int) -> tuple[list[Event], int]:
-    """The rounds of an events.jsonl in their order, and how many lines cannot be read.
+    """The rounds of an events.jsonl, in order, and how many of its lines cannot be read.
 
-    A round that was run again after a resume counts once, the last time; what came after it in the history that is void
-    does not count. A last line that is torn is passed over, and not counted: it may be written just now.
+    Of a round that was run again after a resume the last run counts, and rounds that followed an earlier one do not. An
+    incomplete last line is not counted as damaged: it may be being written.
     """
     kept: list[Event] = []
     damaged = 0
     with regular(path).open("rb") as file:
-        for line in iter(partial(file.readline, LONGEST), b""):
+        for line in iter(partial(file.readline, LONGEST_LINE), b""):
             try:
                 event = Event.read(line, rounds, clients)
             except DAMAGED:
@@ -106,9 +106,9 @@ def read_events(path: Path, rounds: int, clients: int) -> tuple[list[Event], int
 
 
 def attendance(folder: Path) -> Path:
-    """Write report.html and clients.png into the folder of a run with clients elsewhere; the page's path.
+    """Write report.html and clients.png into the folder of a run with clients on other machines; returns the page.
 
-    A run that goes on is shown as far as it is. Raises FileNotFoundError where the folder holds no such run, and
+    A run that goes on is shown up to its last round. Raises FileNotFoundError where the folder holds no such run, and
     ValueError naming a file of it that is damaged, or that has no round yet.
     """
     title, rounds, clients = _run(folder / "config.json")
@@ -125,7 +125,7 @@ def attendance(folder: Path) -> Path:
 
 
 def _run(path: Path) -> tuple[str, int, int]:
-    """What a run is called, its rounds and its clients, from its settings. They need not be settings that run here."""
+    """(title, rounds, clients) of a run, from its config.json, whose other settings this version need not know."""
     try:
         settings = json.loads(read_small(path))
         on = f" on {label(settings['task'])}" if settings["task"] else ""  # a task that is an object has no name
@@ -138,24 +138,25 @@ def _run(path: Path) -> tuple[str, int, int]:
 
 
 def plot(events: Sequence[Event], clients: int, path: Path, title: str) -> str:
-    """Clients against rounds, training loss, seconds by phase; returns what a cell of the first is, if it is many.
+    """Draw clients against rounds, the training loss, and seconds by phase.
 
-    Of many rounds or clients neighbours share a cell. Its colour is the mean of its clients', a client's the mean of
-    the rounds that asked it. Curves are means too.
+    Of many rounds or clients, neighbours share a cell of the matrix. Its colour is the mean of its clients' colours, a
+    client's the mean of the rounds that asked it. The curves are means too. Returns the size of a cell in words, "" if
+    it is one client and one round.
     """
     first, last = events[0].round, events[-1].round
     wide, tall = -(-(last - first + 1) // ROUNDS), -(-clients // CLIENTS)
-    of = np.array([(event.round - first) // wide for event in events])
+    columns = np.array([(event.round - first) // wide for event in events])
     edges = first - 0.5 + wide * np.arange((last - first) // wide + 2)
     height = 0.8 + 0.15 * min(clients, 40)  # inches
     figure: Figure = needed("matplotlib.figure", path.name).Figure(figsize=(11, height + 5), layout="constrained")
     axes: Sequence[Axes] = figure.subplots(3, 1, sharex=True, height_ratios=[height, 1.8, 1.8])
-    _draw_clients(axes[0], events, of, edges, clients, tall)
-    losses = _means(of, [event.loss for event in events], len(edges) - 1)
+    _draw_clients(axes[0], events, columns, edges, clients, tall)
+    losses = _means(columns, [event.loss for event in events], len(edges) - 1)
     axes[1].plot((edges[1:] + edges[:-1]) / 2, losses, color="#222222", lw=1.4, marker="." if len(edges) < 40 else None)
     axes[1].set_ylabel("training loss")
     axes[1].grid(alpha=0.3)
-    _draw_seconds(axes[2], events, of, edges)
+    _draw_seconds(axes[2], events, columns, edges)
     axes[2].set_xlabel("round")
     axes[2].set_xlim(first - 0.5, last + 0.5)
     for axis in axes:
@@ -169,10 +170,15 @@ def plot(events: Sequence[Event], clients: int, path: Path, title: str) -> str:
 
 
 def _draw_clients(
-    axis: Axes, events: Sequence[Event], of: NDArray[np.int64], edges: NDArray[np.floating], clients: int, tall: int
+    axis: Axes,
+    events: Sequence[Event],
+    columns: NDArray[np.int64],
+    edges: NDArray[np.floating],
+    clients: int,
+    tall: int,
 ) -> None:
-    """The matrix. of: the events' columns; edges: of the columns, in rounds; tall: clients per row."""
-    cells = _cells(events, of, len(edges) - 1, clients, tall)
+    """The matrix. columns: of the events; edges: of the columns, in rounds; tall: clients per row."""
+    cells = _cells(events, columns, len(edges) - 1, clients, tall)
     extent = (edges[0], edges[-1], tall * len(cells) - 0.5, -0.5)
     axis.imshow(cells, extent=extent, aspect="auto", interpolation="nearest")
     if max(cells.shape) <= 60:
@@ -181,57 +187,59 @@ def _draw_clients(
     axis.set_ylim(clients - 0.5, -0.5)
     axis.set_ylabel("client")
     patch = needed("matplotlib.patches", "clients.png").Patch
-    happened = {state: color for state, color in STATES.items() if any(event.clients[state].size for event in events)}
-    known = {**happened, "not asked": NOT_ASKED}
-    axis.legend(handles=[patch(facecolor=color, label=state) for state, color in known.items()], **_above(len(known)))
+    colors = {state: color for state, color in STATES.items() if any(event.clients[state].size for event in events)}
+    colors["not asked"] = NOT_ASKED
+    handles = [patch(facecolor=color, label=state) for state, color in colors.items()]
+    axis.legend(handles=handles, **_legend_above(len(colors)))
 
 
-def _draw_seconds(axis: Axes, events: Sequence[Event], of: NDArray[np.int64], edges: NDArray[np.floating]) -> None:
-    """Mean seconds per round of every column, the phases one upon another."""
+def _draw_seconds(axis: Axes, events: Sequence[Event], columns: NDArray[np.int64], edges: NDArray[np.floating]) -> None:
+    """Mean seconds per round of every column, as a stack of phases."""
     names = list(dict.fromkeys(phase for event in events for phase in event.seconds))
     colors = needed("matplotlib", "clients.png").colormaps["viridis"](np.linspace(0.2, 0.9, len(names)))
     below: NDArray[np.float64] = np.zeros(len(edges) - 1)
     for name, color in zip(names, colors, strict=True):
-        above = below + np.nan_to_num(_means(of, [event.seconds.get(name, 0.0) for event in events], len(below)))
+        seconds = [event.seconds.get(name, 0.0) for event in events]
+        above = below + np.nan_to_num(_means(columns, seconds, len(below)))
         axis.stairs(above, edges, baseline=below, fill=True, color=color, label=name)
         below = above
     axis.set_ylabel("seconds per round")
     if names:
-        axis.legend(**_above(len(names)))
+        axis.legend(**_legend_above(len(names)))
 
 
-def _above(columns: int) -> dict[str, Any]:
-    """A legend's place: one line above its axes, where it hides nothing."""
-    where = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2}
-    return {**where, "ncols": columns, "frameon": False}
+def _legend_above(entries: int) -> dict[str, Any]:
+    """Arguments that put a legend on one line above its axes."""
+    position = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2}
+    return {**position, "ncols": entries, "frameon": False}
 
 
 def _cells(
-    events: Sequence[Event], of: NDArray[np.int64], columns: int, clients: int, tall: int
+    events: Sequence[Event], columns: NDArray[np.int64], count: int, clients: int, tall: int
 ) -> NDArray[np.float64]:
-    """The colours of the matrix's cells, [rows, columns, 3]. of: the events' columns; tall: clients per row."""
+    """The colours of the cells, [rows, count, 3]. columns: of the events, below `count`; tall: clients per row."""
     rgba = needed("matplotlib.colors", "clients.png").to_rgba_array([*STATES.values(), NOT_ASKED])
     palette, not_asked = rgba[:-1, :3], rgba[-1, :3]
     starts = np.arange(0, clients, tall)
     sizes = np.diff(starts, append=clients)[:, None]
-    image = np.tile(not_asked, (len(starts), columns, 1))
-    for column, among in groupby(zip(of, events, strict=True), lambda pair: pair[0]):
+    image = np.tile(not_asked, (len(starts), count, 1))
+    for column, pairs in groupby(zip(columns, events, strict=True), lambda pair: pair[0]):
         counts = np.zeros((clients, len(STATES)))
-        for _, event in among:
-            for number, known in enumerate(event.clients.values()):
-                counts[known, number] += 1
+        for _, event in pairs:
+            for state, numbers in enumerate(event.clients.values()):
+                counts[numbers, state] += 1
         asked = counts.sum(1, keepdims=True)
         colors = np.where(asked > 0, counts @ palette / np.maximum(asked, 1), not_asked)
         image[:, column] = np.add.reduceat(colors, starts) / sizes
     return image
 
 
-def _means(of: NDArray[np.int64], values: Sequence[float], columns: int) -> NDArray[np.float64]:
-    """The mean of the values of each column, those left out that are not finite; NaN where there is none."""
+def _means(columns: NDArray[np.int64], values: Sequence[float], count: int) -> NDArray[np.float64]:
+    """The mean of each column's finite values; NaN where there are none. columns: of the values, below `count`."""
     found = np.array(values)
     finite = np.isfinite(found)
-    sums = np.bincount(of[finite], found[finite], columns)
-    counts = np.bincount(of[finite], minlength=columns)
+    sums = np.bincount(columns[finite], found[finite], count)
+    counts = np.bincount(columns[finite], minlength=count)
     return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
 
@@ -261,8 +269,8 @@ def _table(events: Sequence[Event], clients: int) -> str:
     seen: dict[int, Event] = {}
     why: dict[int, str] = {}
     for event in events:
-        for state, known in event.clients.items():
-            counts[state].update(known.tolist())
+        for state, numbers in event.clients.items():
+            counts[state].update(numbers.tolist())
         seen |= dict.fromkeys(event.clients["took part"].tolist(), event)
         why |= event.why
     rows = []

@@ -1,7 +1,7 @@
-"""A client on its own machine: it fetches a run once, and answers from then on.
+"""A client on its own machine: it fetches the files of a run once, and answers requests from then on.
 
-Nothing that comes from the server is evaluated: a task and a method that are not the library's, this machine names. A
-cluster of one owner's is the exception: there a run's own files are read, where they lie on its machines.
+No code comes from the server: a task or a method of the user's own is named on this machine too. The exception is a
+cluster with one owner, where a run's own files of code are read on all machines.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ from hosfl.tasks.data import Dataset
 from hosfl.tasks.items import Items, labels_beside, read, samples_of
 from hosfl.tasks.reading import DataError, arrays_in, returned_by
 
-OWN = {"task": (TASKS, "FUNCTION"), "method": (METHODS, "CLASS")}  # what of a run may be in a file: FILE.py:NAME
+OWN = {"task": (TASKS, "FUNCTION"), "method": (METHODS, "CLASS")}  # settings that may be the user's code, FILE.py:NAME
 
 
 def settings_of(offered: bytes, task: str = "", method: str = "", **local: Any) -> tuple[dict[str, Any], Config]:
-    """What the server offers, and its settings with this machine's own. Raises JoinError.
+    """(the run that the server offers, its settings with this machine's own). Raises JoinError.
 
-    task: "FILE.py:FUNCTION" of this machine, for a run of a task that is not the library's. method: "FILE.py:CLASS",
-    likewise.
+    task: "FILE.py:FUNCTION" of this machine, for a run of a task that is not built in. method: "FILE.py:CLASS",
+    likewise. local: settings of this machine.
     """
-    settings, told = read_offer(offered)
+    settings, run = read_offer(offered)
     for name, own in (("task", task), ("method", method)):
         theirs, (library, kind) = settings.get(name), OWN[name]
-        told[name] = theirs
+        run[name] = theirs
         known = isinstance(theirs, str) and theirs in library
         if not known and not own:
             raise JoinError(
@@ -81,16 +81,16 @@ def settings_of(offered: bytes, task: str = "", method: str = "", **local: Any) 
         config = Config(**{**settings, **local})
     except (TypeError, ValueError) as error:
         raise JoinError(f"the run's settings do not work here: {error}") from None
-    return told, config
+    return run, config
 
 
 def own_data(data: str, config: Config, longest: int) -> Dataset | Items | None:
-    """This client's samples, before there is a task. None: they are the task's, which reads `data` itself.
+    """This client's own samples; None where the task reads `data` itself.
 
-    data: "", for the client's share of the task's; a file of arrays, .npz or .safetensors, with "labels" among its
-    names; FILE.py:FUNCTION, which returns what `Task.train` takes; else a file or a folder of the task's own format,
-    which need not have all classes, or what a task of one's own reads. longest: tokens that the half reads, of texts.
-    Raises DataError, ValueError, OSError.
+    data: "" for the client's share of the task's data; a file of arrays, .npz or .safetensors, with "labels" among its
+    names; FILE.py:FUNCTION, which returns what `Task.train` takes; otherwise a file or a folder in the task's format,
+    which need not have all classes, or whatever a task of the user's own reads. longest: tokens of a text that the half
+    reads. Raises DataError, ValueError, OSError.
     """
     if not data:
         return None
@@ -115,17 +115,17 @@ def _of_arrays(arrays: dict[str, Any], data: str) -> Dataset | Items:
 
 
 def is_task_data(data: str, task: str) -> bool:
-    """Whether `data` is for the task to read: that is a file of one's own."""
+    """Whether a task of the user's own reads `data` itself."""
     return bool(data and task) and not data.endswith((".npz", ".safetensors")) and ".py:" not in data
 
 
 class Clients:
-    """Clients of one run, made of what the server offers. Whoever is made first costs a model, the next ones a copy.
+    """Makes clients of one run from the files that the server offers. The model is made once, and copied per client.
 
     own: the samples of one client, see `own_data`; None: all have shares of the task's. what: how errors call them.
 
     Raises JoinError where base, settings and this version's code do not make the half that the server has, and
-    DataError for samples that this half does not take, or of which the server would not take what the half makes.
+    DataError for samples that this half does not take, or whose cuts or labels the server would refuse.
     """
 
     def __init__(
@@ -138,17 +138,17 @@ class Clients:
     ) -> None:
         if hashlib.sha256(base).hexdigest() != run["base"]:
             raise JoinError("the base half has another SHA-256 than the run says: it was damaged, or is another run's")
-        if own is not None:  # before the task looks at them, which does not know where they lie
+        if own is not None:  # first, since the task's errors could not name their file
             _check_labels(own, run, what)
         self.config, self.task, self.own, self.id = config, make_task(config, own), own, run["id"]
-        # Factors of adapters come with the base: no public samples are needed, and what is made of weights stands in.
+        # Fixed factors of adapters come with the base. Until then "xs" makes others, which needs no public samples.
         trains = "xs" + config.trains[3:] if config.trains.startswith("act:") else config.trains
         half = base_of(replace(config, trains=trains), halves_of(config, self.task), None).to(config.device)
-        self.tensors, self.half = _loaded(half, base), half
+        self.tensors, self.half = _load_base(half, base), half
         train = self.task.train if own is None else own
         first = train[0] if isinstance(train, list) else train
         sample = read(first[:2].to(config.device, dtype_of(half))).inputs
-        _try(half, sample, run["cut"], what)
+        _check_samples(half, sample, run["cut"], what)
         if own is None:
             _check_labels(first, run, what)
         self.kind = method_of(config.method)
@@ -167,7 +167,7 @@ class Clients:
         self.method.ledger = None  # and the server's replica with it
 
     def samples(self, number: int) -> Dataset | Items:
-        """A client's: its own, all that its task has read for it, or its share of the task's. Raises ValueError."""
+        """The samples of a client: its own, or its share of the task's. Raises ValueError where neither is known."""
         train = self.task.train
         if self.own is not None:
             return self.own
@@ -178,21 +178,21 @@ class Clients:
         return train
 
     def endpoint(self, number: int, data: Dataset | Items, alone: bool = False) -> Endpoint[Client]:
-        """A client that has applied nothing. alone: there will be no other, so that it may have the half itself."""
+        """The endpoint of a new client. alone: no other will be made, so that it may have the half and no copy."""
         config, half = self.config, self.half if alone else copy.deepcopy(self.half)
         client = client_of(self.method, number, half, data.to(config.device, dtype_of(half)), self.task)
         if isinstance(client, ZerothOrderClient):
-            client.replica.base = self._base  # the half itself moves: its round 0 is in the file
+            client.replica.base = self._base  # the half itself moves: round 0 is only in the base file
         return Endpoint(client, self.kind.exchanges(config), self.follows, bool(config.calibrate), self.id)
 
     def _base(self) -> list[Tensor]:
-        """What moves, at round 0."""
+        """The trainable tensors at round 0."""
         names = [name for name, p in self.half.named_parameters() if p.requires_grad]
         return [self.tensors[name].to(self.config.device) for name in names]
 
 
-def _try(half: nn.Module, sample: Inputs, cut: list[int], what: str) -> None:
-    """Raises DataError where the half does not make of the samples what the server takes."""
+def _check_samples(half: nn.Module, sample: Inputs, cut: list[int], what: str) -> None:
+    """Raises DataError where the half cannot compute a cut that the server accepts from these samples."""
     try:
         with torch.no_grad(), evaluating(half):
             found = call(half, sample)
@@ -205,27 +205,30 @@ def _try(half: nn.Module, sample: Inputs, cut: list[int], what: str) -> None:
 def _check_labels(data: Dataset | Items, run: dict[str, Any], what: str) -> None:
     """Raises DataError for labels that the server would refuse in every round: see `Server`.
 
-    All are looked at that lie in memory, or beside items as these have them; else those of the first samples.
+    Checks all labels if they are in memory, or known beside items and equal to theirs; else those of the first samples.
     """
     first = read(data[:2])
     labels = first.labels
     if isinstance(data, Dataset) or labels_beside(data.source) is not None:
-        # An item's may be another than the one beside it, which a transformation makes of that.
+        # A transformation may change the label of an item, which is then not the one known beside it.
         labels = data.labels if data.labels[:2].tolist() == labels.tolist() else labels
     check_labels(labels.cpu().numpy(), None if mask_of(first.inputs) is None else first.length, run, what)
 
 
 class AllClients:
-    """All clients of a run in one process of several, such as an actor: each is made when it is first asked.
+    """A factory of a function that answers for any client of a run, for worker processes such as Ray's actors.
 
-    It pickles: files are what the server offers, local this machine's own settings. A task or a method of a file of
-    one's own goes by its name: every machine has to have the file at the same path, and the file is run there. So it is
-    for machines of one owner. No more clients are held than a round needs. One that comes for the first time, or again,
-    begins where another was last: the same rounds give every client the same bits, so that it need not replay them.
+    It can be pickled. The function makes a client when it is first asked, and keeps no more of them than a round needs.
+    A client that is made, or made again, starts from the state of another one: all clients that have applied the same
+    rounds have the same bits, so that it need not replay them.
 
-    smallest_shard: samples, where a crowd shares the data; see `partition`.
+    A task or a method in a file of the user's goes by its name: every machine must have the file at the same path, and
+    runs it. So this is for machines of one owner.
 
-    Raises JoinError for a task that was an object, and where it is called for a file that is not there.
+    files: what the server offers. smallest_shard: see `assemble`. local: this machine's settings.
+
+    Raises JoinError for a task or method that is an object of the server's process, and, when it is called, for a
+    file that is not there.
     """
 
     def __init__(self, files: Mapping[str, bytes], smallest_shard: int | None = None, **local: Any) -> None:
@@ -251,24 +254,25 @@ class AllClients:
         run, config = settings_of(self.files["run"], **self.local)
         clients = Clients(run, config, self.files["base"])
         shares = partition(clients.task, config, self.smallest_shard)
-        held: OrderedDict[int, Endpoint[Client]] = OrderedDict()
+        recent: OrderedDict[int, Endpoint[Client]] = OrderedDict()
 
         def answer(number: int, data: bytes) -> bytes:
-            if number not in held:
+            if number not in recent:
                 endpoint = clients.endpoint(number, shares[number % len(shares)])
-                if held:
-                    _follow(endpoint.client, max((e.client for e in held.values()), key=lambda c: (c.epoch, c.applied)))
-                held[number] = endpoint
-                while len(held) > config.sampled + 1:
-                    held.popitem(last=False)
-            held.move_to_end(number)
-            return held[number].answer(data)
+                if recent:
+                    newest = max((e.client for e in recent.values()), key=lambda c: (c.epoch, c.applied))
+                    _copy_state(endpoint.client, newest)
+                recent[number] = endpoint
+                while len(recent) > config.sampled + 1:
+                    recent.popitem(last=False)
+            recent.move_to_end(number)
+            return recent[number].answer(data)
 
         return answer
 
 
-def _follow(client: Client, other: Client) -> None:
-    """Begin where another client of the run is."""
+def _copy_state(client: Client, other: Client) -> None:
+    """Bring a new client to the state of another client of the run."""
     if isinstance(client, ZerothOrderClient) and isinstance(other, ZerothOrderClient):
         client.load(other.replica.state())
     if other.calibrated:
@@ -276,8 +280,8 @@ def _follow(client: Client, other: Client) -> None:
         client.calibrated = True
 
 
-def _loaded(half: nn.Module, base: bytes) -> dict[str, Tensor]:
-    """The base file's tensors, which the half has taken. Raises JoinError."""
+def _load_base(half: nn.Module, base: bytes) -> dict[str, Tensor]:
+    """Load a base file into the half; returns its tensors. Raises JoinError where they are not those of the half."""
     try:
         tensors = load(base)
     except SafetensorError as error:
@@ -303,20 +307,18 @@ def join(
     model: str = "",
     device: str = "cpu",
 ) -> None:
-    """Take part in a run until the line is closed. folder: this client's, where its base and its state are kept.
+    """Take part in a run until the line is closed. When the server starts another run, the client takes part in it.
 
-    When the server comes with another run, the client takes part in that one.
-
-    data: see `own_data`. task, method, model: where the run's are not the library's. Raises JoinError, and what data
-    raise.
+    folder: of this client, for its base file and its state. data: see `own_data`. task, method, model: where the run's
+    are not built in. Raises JoinError, and what reading the data raises.
     """
     local = {"data": data if is_task_data(data, task) else "", "model": model, "device": device}
 
-    def made(offered: bytes) -> Endpoint[Client]:
+    def make(offered: bytes) -> Endpoint[Client]:
         run, config = settings_of(offered, task, method, **local)
         own = own_data(data, config, run["cut"][0] if run["cut"] else 1)
         base = fetched(line, "base", run["base"], folder / "base.safetensors")
         clients = Clients(run, config, base, own, data or "the task's data")
         return clients.endpoint(number, clients.samples(number), alone=True)
 
-    take_part(line, number, folder, made)
+    take_part(line, number, folder, make)

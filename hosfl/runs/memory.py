@@ -1,8 +1,8 @@
-"""Peak memory of one client's round, alone in a process of its own, beside inference of the same half.
+"""Peak memory of one client's round, measured in a process of its own, beside inference of the same half.
 
-A round is what a client does in it: a forward pass whose output leaves as bytes, a multiplier that comes as bytes, the
-answer. What counts is how far the process grows above where it stood with half and batch in place: on Linux the
-kernel's high-water mark of the resident set, on CUDA the allocator's peak, elsewhere the peak of the process so far.
+A round is a forward pass whose output is encoded, a multiplier that is decoded, and the answer to it. Measured is the
+growth of the process from where half and batch are loaded: on Linux the kernel's high-water mark of the resident set,
+on CUDA the allocator's peak, elsewhere the peak of the process so far.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from hosfl.runs.report import machine, peak_memory
 from hosfl.tasks.data import Dataset
 from hosfl.tasks.digits import digits_model
 
-BOUND = 1.10  # of inference plus three cut tensors: what HO-SFL's client may need at most, its weights on the lattice
+BOUND = 1.10  # the most that HO-SFL's client may need with its weights on the lattice, over inference plus three cuts
 MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536, "num_attention_heads": 12}
 RESNET18 = {"layer_type": "basic", "depths": [2, 2, 2, 2], "hidden_sizes": [64, 128, 256, 512], "embedding_size": 64}
 
-# glibc keeps freed memory for later, and how much depends on everything that was ever freed. Blocks of 64 KiB and more
-# go back at once under this setting, so that the resident set is what is in use.
+# glibc keeps freed memory, and how much depends on all that was freed before. With this setting it returns blocks of
+# 64 KiB and more at once, so that the resident set is the memory in use.
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
-# What is measured, by the settings of the client; without a method it is only a forward pass, or one and a backward
-# pass: all that any way to answer by backpropagation needs.
+# What is measured: the client's settings. Without a method it is a forward pass alone, or a forward and a backward
+# pass, which every answer by backpropagation needs.
 INFERENCE, BACKPROPAGATION = "inference", "backpropagation alone"
 WAYS: dict[str, dict[str, Any]] = {
     INFERENCE: {},
@@ -66,11 +66,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "ho, forward mode, bfloat16": {"method": "ho", "dtype": "bfloat16", "estimator": "forward"},
 }
 IN_BLOCKS = "ho, in place, 3 blocks of adapters, the rest float32"
-# What has a bound, and how many more cut tensors it may have: a block's input, and the next one's.
+# What must keep the bound, and how many more cut tensors it may need: the inputs of a block and of the next one.
 BOUNDED = dict.fromkeys(("ho, in place", "ho, in place, two-sided", "ho, one backward pass, 2 samples at a time"), 0)
 BOUNDED[IN_BLOCKS] = 2
 
-# Of a language model also with few weights that move, and the others stored in every width.
+# For a language model also with few trainable weights, and the frozen ones stored in every width.
 FEW: dict[str, dict[str, Any]] = {
     f"{way}, {trains}, the rest {frozen}": {**WAYS[way], "trains": trains, "frozen": frozen}
     for way, trains, widths in (
@@ -92,7 +92,7 @@ FEW["ho, 5 probes in a pass, norms, the rest float32"] = {"method": "ho", "train
 class Half:
     """A client half to measure.
 
-    make: batch -> the half, its weights random, and inputs. batch: the usual one. ways: what is measured of it.
+    make: batch size -> the half, with random weights, and inputs. batch: the size that is measured. ways: see `WAYS`.
     """
 
     what: str
@@ -123,12 +123,12 @@ HALVES = {
 
 
 def reference(way: str) -> str:
-    """The inference that a way is measured against: that of the same dtype."""
+    """The inference that a way is compared with: that of the same dtype."""
     return f"{INFERENCE}, bfloat16" if {**WAYS, **FEW}[way].get("dtype") == "bfloat16" else INFERENCE
 
 
 def growth(work: Callable[[], object], device: torch.device) -> int:
-    """How many bytes this process grows above where it stands, at most, while `work` runs."""
+    """The bytes by which this process grows at most while `work` runs."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -142,7 +142,7 @@ def growth(work: Callable[[], object], device: torch.device) -> int:
         return peak_memory()["resident"] - before
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
     if trim is not None:
-        trim(0)  # what was freed must not be there for nothing when it is asked for again
+        trim(0)  # freed memory that is still resident would hide new allocations
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident("VmRSS")
     work()
@@ -156,10 +156,10 @@ def _resident(name: str) -> int:
 
 
 def measure_here(name: str, way: str, batch: int, device: torch.device) -> dict[str, int]:
-    """One way in this process. Bytes: peak_extra, how far it grows; cut, the cut tensor; weights, the half's as stored.
+    """Measure one way in this process. Bytes: peak_extra, its growth; cut, the cut tensor; weights, as stored.
 
-    A round with a batch of one goes before, so that code and threads are there. Two directions, where the way does not
-    say: any more would need no more memory, but in the same pass.
+    A round with a batch of one goes before, so that code is loaded and threads are started. It takes two directions
+    unless the way says otherwise: more of them need no more memory, unless they share a pass.
     """
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -209,7 +209,7 @@ def measure_here(name: str, way: str, batch: int, device: torch.device) -> dict[
 
 
 def measure(name: str, way: str, batch: int, device: str = "cpu") -> dict[str, int]:
-    """`measure_here` in a process of its own. Raises ChildProcessError with what it said if it fails."""
+    """`measure_here` in a process of its own. Raises ChildProcessError with its error output if it fails."""
     command = [sys.executable, "-m", "hosfl.runs.memory", name, way, str(batch), device]
     done = subprocess.run(command, env={**os.environ, **GIVE_BACK}, capture_output=True, text=True)
     if done.returncode:
@@ -223,7 +223,7 @@ def measure(name: str, way: str, batch: int, device: str = "cpu") -> dict[str, i
 def client_memory(
     names: Sequence[str], device: str = "cpu", progress: Callable[[str], None] = lambda what: None
 ) -> dict[str, Any]:
-    """Every way for each of these halves: what benchmarks/results/client-memory.json holds.
+    """Measure every way for each of these halves; the content of benchmarks/results/client-memory.json.
 
     A row's of_bound is its peak over (the peak of inference in the same dtype + three cut tensors).
     """
@@ -241,7 +241,7 @@ def client_memory(
 
 
 def over_bound(result: dict[str, Any]) -> Iterator[str]:
-    """What needs more than the bound. Of the digits half a page more or less is a percent: it is only shown."""
+    """A line for every way above the bound. The digits half is left out: there a page of memory is a percent."""
     for name, half in result["halves"].items():
         for way, cuts in BOUNDED.items():
             row = half["ways"].get(way)

@@ -37,7 +37,7 @@ from hosfl.runs.checkpoint import header_of, module_bytes
 if TYPE_CHECKING:
     from hosfl.runs.federation import Federation
 
-LONGEST = 7 * 24 * 3600  # seconds of a deadline: platforms wait for some weeks at most, and for infinity not at all
+LONGEST_DEADLINE = 7 * 24 * 3600  # seconds: platforms wait for some weeks at most, and not for infinity
 LOCAL = ("data", "model", "device", "evaluate_every", "snapshot_every", "keep")  # settings of one machine
 
 
@@ -68,8 +68,10 @@ class Transport:
     edge: bool = False
 
     def __post_init__(self) -> None:
-        if self.deadline is not None and not 0 < self.deadline <= LONGEST:
-            raise ValueError(f"deadline must be a positive number of seconds, at most {LONGEST}, got {self.deadline}")
+        if self.deadline is not None and not 0 < self.deadline <= LONGEST_DEADLINE:
+            raise ValueError(
+                f"deadline must be a positive number of seconds, at most {LONGEST_DEADLINE}, got {self.deadline}"
+            )
         for name in ("enough", "least"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")

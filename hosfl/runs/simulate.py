@@ -112,7 +112,7 @@ class SimulatedFederation(Federation):
         """Make a new server from the files of the dead one in `folder`; returns its round. The clients live on."""
         self.deaths += 1
         self.close_log()
-        again, _ = assemble(self.config, SMALLEST_SHARD, begun=folder)
+        again, _ = assemble(self.config, SMALLEST_SHARD, resumed=folder)
         again.open_log(folder)
         done = restore(again, folder)
         before, self.server, self.observed = self.server, again.server, again.observed

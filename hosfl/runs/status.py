@@ -1,4 +1,4 @@
-"""`hosfl status`: how a run whose clients are elsewhere stands, from the file that it writes. Needs no torch."""
+"""`hosfl status`: the state of a run with clients on other machines, from its status.json. Needs no torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 from hosfl.files import read_small
 from hosfl.terminal import printable
 
-STALE = 15.0  # seconds without a word, after which the server may not be running
+STALE = 15.0  # seconds since the file was written, after which the server may not be running
 
 
 def read_status(folder: Path, now: float) -> list[str]:
-    """What `hosfl.runs.serve.Events` wrote last, as lines. Raises FileNotFoundError, and ValueError naming the file."""
+    """The status that a server wrote last, as lines. Raises FileNotFoundError, and ValueError naming the file."""
     path = folder / "status.json"
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no run with clients elsewhere: there is no {path.name}")
@@ -26,31 +26,31 @@ def read_status(folder: Path, now: float) -> list[str]:
 
 
 def lines(status: dict[str, Any], now: float) -> list[str]:
-    """The status in words."""
+    """A status as lines of text."""
     last, here = status["last"], status["here"]
     absent = sorted(set(range(status["clients"])) - set(here))
     silent = now - status["time"]
-    told = [
+    text = [
         f"round {status['round']} of {status['rounds']}"
         + (f", and no word for {silent:.0f} s: is the server running?" if silent > STALE else ""),
         f"here: {_numbers(here)}; not here: {_numbers(absent)}",
     ]
     if "tried" in last:
-        told.append(
+        text.append(
             f"waiting: of round {status['round'] + 1} no cut could be learnt from, tried {last['tried']} times so far"
         )
-        told += [f"  client {client}: {why}" for client, why in last["missing"].items()]
+        text += [f"  client {client}: {why}" for client, why in last["missing"].items()]
     elif "waiting for" in last:
-        told.append(f"waiting until at least {last['waiting for']} are here")
+        text.append(f"waiting until at least {last['waiting for']} are here")
     else:
         loss = "none" if last["loss"] is None else f"{last['loss']:.4f}"
         spent = ", ".join(f"{phase} {seconds:.3f} s" for phase, seconds in last["seconds"].items())
-        told.append(f"last round: loss {loss}; took part: {_numbers(last['took part'])}; {spent}")
-        told += [f"  client {client}: {why}" for client, why in last["missing"].items()]
-    told.append(f"{sum(status['bytes'].values()) / 1e6:.1f} MB; no answer {status['missing']} times")
-    told += [f"refused: {reason}" for reason in status["refused"]]
-    told += [f"complaint: {reason}" for reason in status["complaints"]]
-    return [printable(line) for line in told]  # of whatever a file holds
+        text.append(f"last round: loss {loss}; took part: {_numbers(last['took part'])}; {spent}")
+        text += [f"  client {client}: {why}" for client, why in last["missing"].items()]
+    text.append(f"{sum(status['bytes'].values()) / 1e6:.1f} MB; no answer {status['missing']} times")
+    text += [f"refused: {reason}" for reason in status["refused"]]
+    text += [f"complaint: {reason}" for reason in status["complaints"]]
+    return [printable(line) for line in text]  # of whatever a file holds
 
 
 def _numbers(clients: list[int]) -> str:
@@ -60,10 +60,10 @@ def _numbers(clients: list[int]) -> str:
 def show(folder: Path, watch: bool) -> int:
     """Print the status, once or until interrupted."""
     while True:
-        told = "\n".join(read_status(folder, time.time()))
+        text = "\n".join(read_status(folder, time.time()))
         if not watch:
-            print(told)
+            print(text)
             return 0
         clear = "\x1b[2J\x1b[H" if sys.stdout.isatty() else ""
-        print(f"{clear}{folder}\n{told}", flush=True)
+        print(f"{clear}{folder}\n{text}", flush=True)
         time.sleep(1.0)

@@ -1,8 +1,8 @@
-"""What of a client half to move, and how, so that its clients learn from forward passes alone.
+"""Suggests what to train of a client half, so that clients learn from a budget of forward passes.
 
 A run measures P numbers a round about d weights. In the studies (docs/results-studies.md) a client learns next to
-nothing where the whole run has less than one number for every weight, and more the more there are. So the weights are
-made few enough for the budget, where probes are cheap: in the layers next to the cut.
+nothing where the whole run has less than one number for every weight, and more the more there are. So the suggestion
+has few enough weights for the budget, in the layers next to the cut, where probes are cheap.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LARGEST_RANK = 8
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Settings, and why. weights: that move. work: of a round's probes, in forward passes of the whole half."""
+    """Settings, and the reasons for them. weights: how many move. work: of a round's probes, in forward passes."""
 
     trains: str
     blocks: int
@@ -43,7 +43,7 @@ class Suggestion:
 
     @property
     def settings(self) -> dict[str, object]:
-        """As `hosfl.train` takes them. The rule stays the default, for reasons in docs/forward-passes.md."""
+        """For `hosfl.train`. The rule stays the default, for reasons in docs/forward-passes.md."""
         return {
             "trains": self.trains,
             "blocks": self.blocks,
@@ -53,10 +53,10 @@ class Suggestion:
 
 
 def suggest(config: Settings, rounds: int = 300, passes: float = 5.0, task: Task | None = None) -> Suggestion:
-    """Which layers of a task's client half to adapt, at which rank, and how many directions to measure.
+    """Suggest which layers of a task's client half to adapt, at which rank, and how many directions to measure.
 
-    rounds: of the run to come. passes: the work that a client may spend on probes in a round, in forward passes of its
-    half. Nothing is computed but two forward passes of two samples for each candidate; no data but these is looked at.
+    rounds: of the planned run. passes: the work that a client may spend on probes in a round, in forward passes of its
+    half. Computes two forward passes of two samples for each candidate, and reads no other data.
 
     Raises ValueError for a budget that no block fits, and for a half with nothing that could move; CutError for a half
     that cannot be taken apart.
@@ -82,7 +82,7 @@ def suggest(config: Settings, rounds: int = 300, passes: float = 5.0, task: Task
 def _adapters(
     half: Callable[[], nn.Module], inputs: Inputs, seed: int, public: bool, rounds: int, passes: float
 ) -> Suggestion | None:
-    """Adapters in the last layers, each a block; None where the budget is too small for one. half: makes a new one."""
+    """Adapters in the last layers, one block per layer; None if the budget is too small for one. half: makes a half."""
     first = half()
     named = {path: m for path, m in first.named_modules() if path and adaptable(m)}
     if not named:
@@ -93,9 +93,9 @@ def _adapters(
     layers = sorted(set(numbers))
 
     def probes_of(rank: int, chosen: Mapping[str, int], count: int) -> _Probes | None:
-        return _most(moving_only(half(), f"xs:{rank}:{','.join(chosen)}", seed), count, inputs, passes)
+        return _most_probes(moving_only(half(), f"xs:{rank}:{','.join(chosen)}", seed), count, inputs, passes)
 
-    for count in range((len(layers) + 1) // 2, 0, -1):  # the last half of them, or fewer where the budget is small
+    for count in range((len(layers) + 1) // 2, 0, -1):  # half of the layers, or fewer where the budget is small
         chosen = {path: n for path, n in zip(named, numbers, strict=True) if n in layers[-count:]}
         if (probes := probes_of(1, chosen, count)) is None:
             continue
@@ -124,12 +124,12 @@ def _adapters(
 
 
 def _norms(half: nn.Module, inputs: Inputs, rounds: int, passes: float) -> Suggestion | None:
-    """Scales and shifts of BatchNorms, where shifted pictures are learnt; None where the budget is too small."""
+    """Scales and shifts of the BatchNorms; None where the budget is too small."""
     moving = moving_only(half, "norms", 0)
     weights = sum(p.numel() for p in moving.parameters() if p.requires_grad)
     layers = len(set(layers_of(moving, [p for p in moving.parameters() if p.requires_grad])))
     for count in range(min(4, layers), 0, -1):
-        probes = _most(moving, count, inputs, passes)
+        probes = _most_probes(moving, count, inputs, passes)
         if probes is not None:
             directions, numbers = probes.directions, probes.directions * rounds / weights
             enough = "" if numbers >= PER_WEIGHT else f": raise rounds, {PER_WEIGHT} or more are wanted"
@@ -145,15 +145,15 @@ def _norms(half: nn.Module, inputs: Inputs, rounds: int, passes: float) -> Sugge
 
 @dataclass(frozen=True)
 class _Probes:
-    """The most directions that fit a budget. shares: of a pass, by block. work: of a round, in passes."""
+    """The most directions that fit a budget. shares: cost of a probe by block, work: of a round; in forward passes."""
 
     directions: int
     shares: list[float]
     work: float
 
 
-def _most(moving: nn.Module, count: int, inputs: Inputs, passes: float) -> _Probes | None:
-    """Of what moves in so many blocks; None where not even one direction a block fits."""
+def _most_probes(moving: nn.Module, count: int, inputs: Inputs, passes: float) -> _Probes | None:
+    """The most directions for trainable weights in `count` blocks; None where one per block is too many."""
     parameters = [p for p in moving.parameters() if p.requires_grad]
     begins = blocks_of(moving, count, inputs)
     sizes = [float(sum(parameters[t].numel() for t in begin.tensors)) for begin in begins]
@@ -168,7 +168,7 @@ def _most(moving: nn.Module, count: int, inputs: Inputs, passes: float) -> _Prob
 
 
 def _patterns(half: nn.Module, chosen: Mapping[str, int], named: Mapping[str, nn.Module]) -> str:
-    """What `trains` calls these layers: the modules that hold them and no other, or each by its name."""
+    """Name patterns of these layers for `trains`: of the modules that hold exactly them, or their own names."""
     patterns, entries = [], entries_of(half)
     for number in sorted(set(chosen.values())):
         own = [path for path, of in chosen.items() if of == number]

@@ -22,7 +22,7 @@ from hosfl.protocol.provenance import Provenance
 from hosfl.protocol.records import EpochRecord
 from hosfl.protocol.terms import Diverged, NothingLearnt
 from hosfl.runs import snapshot
-from hosfl.runs.assemble import assemble, for_clients, task_of
+from hosfl.runs.assemble import assemble, task_of, with_task_clients
 from hosfl.runs.checkpoint import check_free, load_config, load_id, next_epoch, save_id, save_module
 from hosfl.runs.config import Config
 from hosfl.runs.evaluate import evaluate
@@ -193,7 +193,7 @@ def train(
         differ = differences(load_config(folder).decisive(), config.decisive())
         if differ:
             raise ValueError(f"these are not the settings of the run in {folder}: {'; '.join(differ)}")
-    federation, _ = assemble(config, task=task, begun=folder if resume else None)
+    federation, _ = assemble(config, task=task, resumed=folder if resume else None)
     writer = Writer(folder, tensorboard)
     loop = _RunLoop(federation, task, writer, begin, progress)
     try:
@@ -234,7 +234,7 @@ def _config_and_task(what: Task | Config, settings: dict[str, Any]) -> tuple[Con
         if settings:
             raise TypeError(f"{', '.join(settings)} beside a Config: give them to Config, which has all settings")
         task = task_of(what)
-        return cast(Config, for_clients(what, task)), task
+        return cast(Config, with_task_clients(what, task)), task
     if not isinstance(what, Task):
         raise TypeError(f"train needs a Task or a Config, not a {type(what).__name__}")
     for name in settings:
@@ -244,7 +244,7 @@ def _config_and_task(what: Task | Config, settings: dict[str, Any]) -> tuple[Con
         raise TypeError("a Task has its own data and model: leave out task, options, data and model")
     config = Config(task="", **settings)
     task = what.with_public(config.public)
-    return cast(Config, for_clients(config, task)), task
+    return cast(Config, with_task_clients(config, task)), task
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Whether a task, its data and a model cut in two go together: before the first round, on a few samples."""
+"""Checks, on a few samples before the first round, that a task, its data and a split model go together."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ from hosfl.tasks.items import Items, read
 from hosfl.tasks.reading import DataError
 from hosfl.tasks.task import Task, TaskError
 
-TAKES_NOT = (RuntimeError, IndexError, ValueError)  # what torch says of shapes and classes that do not fit
+MISFIT = (RuntimeError, IndexError, ValueError)  # what torch raises for shapes and classes that do not fit
 
 
 def try_halves(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tuple[int, ...], Dataset]:
-    """The shape of one sample's cut, and samples.
+    """Run both halves on a few samples. Returns the shape of one sample's cut, and the samples.
 
-    Raises TaskError for outputs and a loss that are none, ValueError for a client half that is no function of its
-    inputs and weights, for a cut that has no gradient, or that the server half takes in another dtype than its own, and
-    for adapters that do nothing; DataError for a data set that model and loss do not take.
+    Raises:
+        TaskError: the output or the loss is not a tensor of the right shape.
+        ValueError: the client half is not a function of its inputs and weights; the cut has no gradient, or would be
+            rounded to the server half's dtype; adapters do nothing.
+        DataError: model or loss do not take a data set.
     """
     sample = read(data[torch.arange(min(2, len(data)))])  # a copy; two, so that a loss per sample shows
-    given = cloned(sample.inputs)
+    inputs = cloned(sample.inputs)
     before = _weights(model.client)
     with evaluating(model):
-        cut = cloned(call(model.client, given))  # it may be what the next pass writes
+        cut = cloned(call(model.client, inputs))  # a copy, since the next pass may write into the same tensor
         if _weights(model.client) != before:
             raise ValueError(
                 "the client half writes its weights in a forward pass, and they are then no longer everybody's: leave"
@@ -41,16 +43,16 @@ def try_halves(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tu
                 f"the cut is {cut.dtype}, and both halves learn from a gradient there, which only real numbers have:"
                 " cut elsewhere"
             )
-        again, output = call(model.client, given), model(cloned(sample.inputs))
-        for of, found in (("the cut", cut), ("the output", output)):
+        again, output = call(model.client, inputs), model(cloned(sample.inputs))
+        for name, found in (("the cut", cut), ("the output", output)):
             if not isinstance(found, Tensor) or found.shape[:1] != (len(sample),):
                 raise TaskError(
-                    f"{of} of {len(sample)} samples is {_kind_of(found)}: a tensor is needed, whose first dimension is"
-                    " the samples"
+                    f"{name} of {len(sample)} samples is {_kind_of(found)}: a tensor is needed, whose first dimension"
+                    " is the samples"
                 )
         loss = _loss_of(task, "train", output, sample.labels)
     if not alike(cut, again):
-        if digest(given) != digest(sample.inputs):
+        if digest(inputs) != digest(sample.inputs):
             raise ValueError(
                 "the client half writes into its inputs, so that the next pass of a batch sees another: let it compute"
                 " on a copy, such as x = x - 1 in place of x -= 1"
@@ -68,7 +70,7 @@ def try_halves(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tu
     task.check_scored(output, sample.labels)
     shape = tuple(cut.shape[1:])
     _check_mask(sample, cut)
-    if (short := _shortest(task, data, sample)).length < sample.length:  # as batches are that have only such
+    if (short := _shortest(task, data, sample)).length < sample.length:  # a batch may have short texts only
         try:
             cut = _cut_of(task, model, "train", short)
         except DataError as error:
@@ -81,23 +83,26 @@ def try_halves(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tu
 
 
 def _weights(half: nn.Module) -> list[Any]:
-    """What another list shows to have been written: by number of writes, place, and bits, as some write past torch."""
+    """A list that changes when weights are written or replaced: versions, addresses, and a digest of all values.
+
+    The digest is for writes that torch does not count.
+    """
     weights = list(half.parameters())
     return [digest(weights), *((p._version, p.data_ptr()) for p in weights)]
 
 
 def _check_sets(task: Task, model: SplitModel, device: torch.device) -> None:
-    """Raises DataError for a data set of which model and loss do not take the samples with the least and greatest
-    label, or, where not all labels are known, the first two; such as for a class without an output.
+    """Raises DataError for a data set with labels that model and loss do not take, such as a class without an output.
 
-    Clients' samples are alike, so that those of one are tried, and of another whose labels go further.
+    Tries the samples with the least and the greatest label or, where not all labels are known, the first two. Of the
+    clients' data sets it tries the first, and those whose labels lie outside the range so far.
     """
     least, most = math.inf, -math.inf
     for what, data in task.sets():
         low, high, chosen = least, most, torch.arange(min(2, len(data)))
         if isinstance(data, Dataset) and data.labels.numel():
             rows = data.labels.reshape(len(data), -1)
-            # What does not count is often below 0, and no class.
+            # Labels that the loss ignores are often negative, and no class.
             lows = rows if task.ignore_index is None else rows.masked_fill(rows == task.ignore_index, int(rows.max()))
             (low, first), (high, last) = (map(float, end) for end in (lows.amin(1).min(0), rows.amax(1).max(0)))
             chosen = torch.tensor([int(first), int(last)])
@@ -107,12 +112,12 @@ def _check_sets(task: Task, model: SplitModel, device: torch.device) -> None:
 
 
 def _cut_of(task: Task, model: SplitModel, what: str, sample: Dataset) -> Tensor:
-    """The cut of samples that go through model and loss. Raises DataError where they do not."""
+    """The cut of samples. Raises DataError where model or loss do not take them."""
     with evaluating(model):
         try:
             cut: Tensor = call(model.client, cloned(sample.inputs))
             output = model(cloned(sample.inputs))
-        except TAKES_NOT as error:
+        except MISFIT as error:
             given = described(sample.inputs)
             raise DataError(f"{what}: the model does not take samples of {given} ({_first_line(error)})") from error
         _loss_of(task, what, output, sample.labels)
@@ -125,7 +130,7 @@ def _loss_of(task: Task, what: str, output: Tensor, labels: Tensor) -> Any:
         loss = task.loss(output, labels)
         if isinstance(loss, Tensor):
             loss.tolist()  # a GPU tells of a class without an output when it is waited for
-    except TAKES_NOT as error:
+    except MISFIT as error:
         ends = f" from {labels.min():g} to {labels.max():g}" if labels.numel() else ""
         raise DataError(
             f"{what}: the loss does not take labels {tuple(labels.shape)}{ends} with outputs {tuple(output.shape)}"
@@ -139,7 +144,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _shortest(task: Task, data: Dataset | Items, sample: Dataset) -> Dataset:
-    """Two of the shortest texts without their padding; of items, of which nobody knows them, of the sample."""
+    """The two shortest texts of the data without padding; of items, whose lengths are unknown, the sample's."""
     if isinstance(data, Dataset):
         order = data.lengths.argsort(stable=True)
         order = order[data.lengths[order] > 0][:2]
@@ -148,7 +153,7 @@ def _shortest(task: Task, data: Dataset | Items, sample: Dataset) -> Dataset:
 
 
 def _check_mask(sample: Dataset, cut: Tensor) -> None:
-    """Raises TaskError where the attention mask does not say of every place of the cut whether it counts."""
+    """Raises TaskError for an attention mask without a value for every position of the cut."""
     mask = mask_of(sample.inputs)
     if mask is not None and mask.shape != cut.shape[:2]:
         raise TaskError(
@@ -159,8 +164,7 @@ def _check_mask(sample: Dataset, cut: Tensor) -> None:
 
 
 def _check_dtype(model: SplitModel, inputs: Inputs, cut: Tensor, output: Tensor) -> None:
-    """Raises ValueError for a cut of which the server half makes another output when it is rounded to the dtype of that
-    half's weights, as in a run it is."""
+    """Raises ValueError where a cut in the dtype of the server half, to which a run rounds it, makes another output."""
     dtype = dtype_of(model.server)
     if torch.finfo(cut.dtype).bits <= torch.finfo(dtype).bits:
         return
