@@ -1,13 +1,13 @@
-"""A run's folder: what is written as the run goes, so that a killed run resumes and a log becomes weights again.
+"""The files of a run's folder from which a killed run resumes and a log is turned into weights again.
 
 config.json                 the settings
 base.safetensors            the client half of round 0
 hosfl.log                   the client half of every later round
-provenance.json             what the run was made of, against which everything that is put together is checked
-lock                        of the process that is at work
+provenance.json             digests of settings, data and model, which a resumed run must have too
+lock                        locked by the process that runs it
 id.json                     the run's id, in hexadecimal digits
-epoch.json                  where weights travel whole: how often the run was resumed
-snapshot-*.safetensors      the server, every so many rounds
+epoch.json                  of methods without a log: how often the run was resumed
+snapshot-*.safetensors      the server's state, every `snapshot_every` rounds
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ RUN_FILES = ("config.json", "hosfl.log", "summary.json", "metrics.jsonl")
 
 
 def check_free(folder: Path) -> None:
-    """Raises FileExistsError for a folder that holds a run, or what is left of one."""
+    """Raises FileExistsError for a folder that holds a run, or files of one."""
     for name in (*RUN_FILES, *(path.name for path in folder.glob("snapshot-*.safetensors"))):
         if (folder / name).exists():
             raise FileExistsError(
@@ -71,13 +71,13 @@ def load_config(folder: Path) -> Config:
 
 
 def save_id(id: bytes, folder: Path) -> None:
-    """Write down a new run's id."""
+    """Write a new run's id."""
     write_json(folder / "id.json", id.hex())
     sync_folder(folder)
 
 
 def load_id(folder: Path) -> bytes:
-    """The id of the run in a folder; a new one, where there is none: the run is of a version before there were any.
+    """The id of the run in a folder. A run of a version that had no ids gets a new one.
 
     Raises ValueError naming the file for one that holds no id.
     """
@@ -91,9 +91,9 @@ def load_id(folder: Path) -> bytes:
 
 
 def next_epoch(folder: Path) -> int:
-    """An epoch above every earlier one of the run in a folder: 1, 2, ...; on disk when this returns.
+    """The next epoch of the run in a folder: 1, 2, ...; it is on disk when this returns.
 
-    For runs without a log, which else would say it. Raises ValueError naming the file for one that holds no epoch.
+    For runs without a log, whose records have the epoch. Raises ValueError naming the file for one that holds no epoch.
     """
     path = folder / "epoch.json"
     try:
@@ -139,7 +139,7 @@ def header_of(run: Run, base: nn.Module, settings: dict[str, Any]) -> Header:
 
 
 def rebuild(log: Path, base: Path, upto: int | None = None) -> tuple[dict[str, Tensor], Replica]:
-    """The client half of any round, from a run's log and the weights that it began with, in one pass over the weights.
+    """Rebuild the client half of any round from a run's log and its initial weights, in one pass over the weights.
 
         run = Path("runs/own")
         tensors, replica = hosfl.rebuild(run / "hosfl.log", run / "base.safetensors", upto=50)
@@ -149,7 +149,7 @@ def rebuild(log: Path, base: Path, upto: int | None = None) -> tuple[dict[str, T
         base: its base.safetensors.
         upto: how many rounds to apply; None: all that are committed.
 
-    Returns all tensors of the base file by name, the trained ones brought up to date, and the `Replica` that did it.
+    Returns all tensors of the base file by name, the trained ones as of that round, and the `Replica` that has them.
     `hosfl.protocol.rebuild` is the same without torch.
 
     Raises:

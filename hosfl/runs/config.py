@@ -22,7 +22,7 @@ class Config(Settings):
     concern. numpy's numbers and whole numbers for floats are taken; nothing else is converted.
 
     Raises:
-        ValueError: a value that cannot work; or one that the run would not look at and that is not the default.
+        ValueError: a value that cannot work; or one other than the default that the run would not read.
     """
 
     def __post_init__(self) -> None:
@@ -36,8 +36,8 @@ class Config(Settings):
 
 
 def check_device(device: str) -> None:
-    """Raises ValueError for a device that does not compute here."""
-    import torch  # here: a command line that only shows its help has no use for it
+    """Raises ValueError for a device that cannot compute here."""
+    import torch  # not at the top: --help does not need it
 
     try:
         torch.zeros(1, device=device).item()  # on the device "meta" there is nothing to compute with
@@ -46,20 +46,20 @@ def check_device(device: str) -> None:
 
 
 def ignored(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The names of all settings that a run of these would not look at, and why: "with method 'frozen'"."""
-    of = {**DEFAULTS, **settings}
+    """The settings that a run with these would not read, and why: "with method 'frozen'"."""
+    values = {**DEFAULTS, **settings}
     read_by_some = {name for method in METHODS for name in method_of(method).reads}
-    others = read_by_some - set(method_of(of["method"]).reads)
-    found = {name: f"with method {of['method']!r}" for name in FIELDS if name in others}
+    unread = read_by_some - set(method_of(values["method"]).reads)
+    found = {name: f"with method {values['method']!r}" for name in FIELDS if name in unread}
     for name, field in FIELDS.items():
-        other, values = field.metadata["read_with"] or ("", ())
-        if other and not {name, other} & others and of[other] not in values:
-            found[name] = f"with {other} {of[other]!r}"
+        other, needed = field.metadata["read_with"] or ("", ())
+        if other and not {name, other} & unread and values[other] not in needed:
+            found[name] = f"with {other} {values[other]!r}"
     return found
 
 
 def with_shared(own: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's own settings, and those of the shared ones that it reads and does not have itself."""
+    """A run's own settings, and the shared ones that it reads and does not set itself."""
     unread = ignored({**shared, **own})
     return {**{name: value for name, value in shared.items() if name not in unread}, **own}
 

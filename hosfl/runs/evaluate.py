@@ -1,4 +1,4 @@
-"""What a model is worth: its scores and its loss on a data set."""
+"""Evaluates a model: its scores and its loss on a data set."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def evaluate(model: SplitModel, data: Dataset | Items, task: Task) -> tuple[Scor
     device, dtype = next(model.server.parameters()).device, dtype_of(model.client)
     first = data[:1] if isinstance(data, Dataset) else read(data[:1])
     metrics, kept = task.running(first.labels), task.keeps_outputs(first.labels)
-    # Short texts with short ones, but where outputs per token are kept together, which takes one length.
+    # Texts are sorted by length, unless outputs per token are kept, which must have one length to be concatenated.
     by_length = isinstance(data, Dataset) and (not kept if task.per_token else data.labels.dim() == 1)
     order = data.lengths.argsort(stable=True) if by_length else torch.arange(len(data))
-    together = at_once(first.length, task.classes or 1 if task.per_token else 1)
+    batch = at_once(first.length, task.classes or 1 if task.per_token else 1)
     if isinstance(data, Items):
-        together = min(together, 64)
+        batch = min(batch, 64)
     outputs, labels, loss, counted = [], [], 0.0, 0
     with torch.no_grad():
-        for chosen in order.split(together):
+        for chosen in order.split(batch):
             part = read(data[chosen].to(device, dtype))
             if by_length:
                 part = part.trimmed(task.per_token)
@@ -47,5 +47,5 @@ def evaluate(model: SplitModel, data: Dataset | Items, task: Task) -> tuple[Scor
     seen = data if isinstance(data, Dataset) else Dataset({}, torch.cat(labels))
     all_outputs = torch.cat(outputs)[order.argsort()] if kept else torch.empty(0)
     scores = task.score(all_outputs, seen, mean) | generated
-    task.lower(scores)  # which refuses a name that is no score's: before the first round, and not after the last
+    task.lower(scores)  # raises for an unknown score: at the first evaluation, not after the last round
     return scores, mean

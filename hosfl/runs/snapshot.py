@@ -1,15 +1,15 @@
-"""The server half's checkpoint: `snapshot-00000120.safetensors`, the state after 120 rounds. Nothing is pickled.
+"""Checkpoints of the server: `snapshot-00000120.safetensors` is its state after 120 rounds. Nothing is pickled.
 
-A snapshot holds tensors and `info`, any JSON. They travel in one safetensors file; its metadata are
+A snapshot has tensors and `info`, a JSON object, in one safetensors file. The file's metadata are
 
     format  "hosfl snapshot 1"
     round   decimal
     info    JSON; floats are Python's repr, which reads back as the same double
-    digest  SHA-256 of all of it, for safetensors has no checksum
+    digest  SHA-256 of all of it, since safetensors has no checksum
 
-Durability: a snapshot is written under another name, synced, renamed, and the folder synced. When `save` returns it
-survives a power cut; a `save` cut short leaves the snapshots before it as they were, and a temporary file that the next
-one removes. One writer per folder. Every other program that knows safetensors can read the tensors.
+Durability: a snapshot is written under another name, synced, renamed, and the folder synced. When `save` returns, it
+survives a power cut. A `save` that is cut short leaves older snapshots as they were, and a temporary file that the next
+one removes. One writer per folder. Any program that knows safetensors can read the tensors.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TEMPORARY = "snapshot-*.safetensors.tmp"
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """The server after `round` rounds: tensors on the CPU, which are the reader's own, and info."""
+    """The server's state after `round` rounds: tensors on the CPU that share no memory with the file, and info."""
 
     round: int
     tensors: dict[str, Tensor]
@@ -49,13 +49,13 @@ class Snapshot:
 def save(
     folder: str | os.PathLike[str], round: int, tensors: Mapping[str, Tensor], info: dict[str, Any], keep: int = 3
 ) -> Path:
-    """Write the snapshot of `round`, in place of one that is there; it is durable when this returns. Its path.
+    """Write the snapshot of `round`, replacing an older one of it, and return its path. It is durable on return.
 
-    tensors: dense, from any device; two may share memory and come back apart. info: what JSON gives back as it was, so
-    no tuples, no keys that are no strings, no NaN. Of the snapshots up to this round the newest `keep` stay, this one
-    among them; those of later rounds are left alone. Needs a copy of the tensors that are not contiguous on the CPU.
+    tensors: dense, on any device; tensors that share memory do not when they are loaded. info: values that JSON returns
+    unchanged: no tuples, no keys other than strings, no NaN. Of the snapshots up to this round the newest `keep` stay;
+    those of later rounds are left alone. Copies tensors that are not contiguous on the CPU.
 
-    Raises SnapshotError for what cannot be stored and for a write that fails.
+    Raises SnapshotError for values that cannot be stored and for a write that fails.
     """
     if isinstance(round, bool) or not isinstance(round, int) or round < 0 or keep < 1:
         raise SnapshotError(f"round must be at least 0 and keep at least 1, not {round!r} and {keep!r}")
@@ -73,12 +73,12 @@ def save(
 
 
 def load(path: str | os.PathLike[str]) -> Snapshot:
-    """The snapshot in a file, every bit checked. Raises SnapshotError with the path and the reason."""
+    """Read a snapshot and check its digest. Raises SnapshotError with the path and the reason."""
     path = Path(path)
     try:
         with safe_open(regular(path), framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
-            # copies: what safetensors returns is the file, mapped, and would change with it
+            # Copies, since safetensors returns the mapped file, and tensors would change with it.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, TypeError, RuntimeError, LookupError, AttributeError) as error:
         raise SnapshotError(f"{path} cannot be read: {error}") from None
@@ -100,10 +100,10 @@ def load(path: str | os.PathLike[str]) -> Snapshot:
 
 
 def latest(folder: str | os.PathLike[str], objection: Callable[[Snapshot], str] = lambda saved: "") -> Snapshot | None:
-    """The newest snapshot that loads and to which there is no objection. None where there is no such.
+    """The newest snapshot that can be loaded and has no objection; None if there is none.
 
-    Others are passed over with a warning that names file and reason. objection: why not this one, or ""; what it
-    raises, this raises.
+    Others are skipped with a warning that names file and reason. objection: returns why a snapshot cannot be used, or
+    "". Raises what it raises.
     """
     for _, path in _snapshots(Path(folder)):
         try:
@@ -120,14 +120,14 @@ def latest(folder: str | os.PathLike[str], objection: Callable[[Snapshot], str] 
 
 
 def set_aside(folder: str | os.PathLike[str], after: int) -> None:
-    """Snapshots of rounds above `after` get ".void" behind their names: a run that goes on from there is not theirs."""
+    """Rename snapshots of rounds above `after` to NAME.void: they are not of the run that goes on from there."""
     for round, path in _snapshots(Path(folder)):
         if round > after:
             path.replace(path.with_name(path.name + ".void"))
 
 
 def _snapshots(folder: Path) -> list[tuple[int, Path]]:
-    """Round and path, newest first."""
+    """(round, path) of the snapshots in a folder, newest first."""
     if not folder.is_dir():
         return []
     matches = [(NAME.fullmatch(path.name), path) for path in folder.iterdir()]
@@ -148,7 +148,7 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> 
 
 
 def _dense(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous, on the CPU, no two in the same memory."""
+    """Contiguous tensors on the CPU, of which no two share memory."""
     dense: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
