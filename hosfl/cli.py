@@ -1,7 +1,6 @@
-"""The command line: train, compare methods and seeds, run and report studies, measure a client's memory, simulate a
-crowd under faults, list where a model can be cut, rebuild weights from a log, look into a log, make a federation.
+"""The command line: options, commands that need no torch, and how errors are shown.
 
-Options are known without torch, which is imported when a command runs that needs it: `hosfl.commands`.
+Parsing options needs no torch. Commands that do are in `hosfl.commands`, which is imported when one of them runs.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ from hosfl.terminal import log_to_terminal, printable
 
 TYPES: dict[str, Callable[[str], Any]] = {"str": str, "int": int, "float": float, "float | None": float}
 WITH_TORCH = {"task": "", "method": "", "model": "", "device": "cpu"}  # options of hosfl join
-WRITING = ("train", "compare", "simulate", "serve", "study")  # commands whose results come bit by bit
+WRITING = ("train", "compare", "simulate", "serve", "study")  # commands that write results as they go on
 LONGEST_LINE = 2000  # characters of an error
-BOARD = "write the run's scalars for TensorBoard into its folder tensorboard"
-KNOWN = {"tasks": ", ".join(TASKS), "methods": ", ".join(METHODS)}
+TENSORBOARD = "write the run's scalars for TensorBoard into its folder tensorboard"
+NAMES = {"tasks": ", ".join(TASKS), "methods": ", ".join(METHODS)}
 
 
 def _pair(text: str) -> tuple[str, str]:
-    """NAME=VALUE. What the value is, the task's function says."""
+    """Parse NAME=VALUE. The value stays text: the task's function knows its type."""
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise argparse.ArgumentTypeError(f"NAME=VALUE is needed, got {text!r}")
@@ -45,7 +44,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line: `--help` lists the options."""
+    """Reports an error in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
@@ -60,7 +59,7 @@ class _Add(argparse.Action):
 
 
 class _Version(argparse.Action):
-    """Says the version, which takes a while to find out."""
+    """Prints the version, which is looked up only then."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         from hosfl import __version__
@@ -72,7 +71,7 @@ class _Version(argparse.Action):
 def _add_settings(
     parser: argparse.ArgumentParser, leave_out: Sequence[str] = (), concerns: Sequence[Any] = CONCERNS
 ) -> None:
-    """An option for every setting of a run, by concern."""
+    """Add an option for every setting of a run, in a group per concern."""
     for concern in concerns:
         group = parser.add_argument_group(concern.__name__.lower())
         own = [f for f in fields(concern) if f.name not in leave_out]
@@ -80,17 +79,17 @@ def _add_settings(
 
 
 def _add_fields(group: Any, own: Sequence[Any]) -> None:
-    """What is not given is not among the options: beside --resume, or a preset, a default is none."""
+    """Add an option for each field. One that is not given is missing in the result, so that presets can supply it."""
     for f in own:
-        flag, said = "--" + f.name.replace("_", "-"), f.metadata["help"].format(**KNOWN)
+        flag, text = "--" + f.name.replace("_", "-"), f.metadata["help"].format(**NAMES)
         shared: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS}
         if str(f.type).startswith("dict"):
             shared |= {"type": _pair, "action": _Add, "metavar": "NAME=VALUE"}
             flag = flag.removesuffix("s")
         else:
             shared |= {"type": TYPES[str(f.type)], "choices": f.metadata["choices"] or None}
-            said += "" if "default:" in said else f" (default: {f.default})"
-        group.add_argument(flag, help=said.replace("%", "%%"), **shared)
+            text += "" if "default:" in text else f" (default: {f.default})"
+        group.add_argument(flag, help=text.replace("%", "%%"), **shared)
 
 
 def _path(text: str) -> Path:
@@ -150,7 +149,7 @@ def _add_train(train: argparse.ArgumentParser) -> None:
     train.add_argument(
         "--resume", type=_path, metavar="DIR", help="resume the run in DIR; --data may say where its data are now"
     )
-    train.add_argument("--tensorboard", action="store_true", help=BOARD)
+    train.add_argument("--tensorboard", action="store_true", help=TENSORBOARD)
     _add_engine(train)
     _add_preset(train)
     train.set_defaults(default=train.get_default)  # for the command that goes on with an interrupted run
@@ -164,7 +163,7 @@ def _add_serve(serve: argparse.ArgumentParser) -> None:
     _add_settings(serve, leave_out=("clients",))
     serve.add_argument("--out", type=_path, metavar="DIR", help="write log, snapshots, metrics and status there")
     serve.add_argument("--resume", type=_path, metavar="DIR", help="resume the run in DIR")
-    serve.add_argument("--tensorboard", action="store_true", help=BOARD)
+    serve.add_argument("--tensorboard", action="store_true", help=TENSORBOARD)
     edge = "offer the client half to clients without torch too, which join by hosfl join --runtime onnx"
     serve.add_argument("--edge", action="store_true", help=edge)
     where = "a copy of the broker's nats.conf, to be checked; default: the one beside DIR, if it is there"
@@ -258,7 +257,7 @@ def _add_preset(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
-    """Who carries the messages to the clients."""
+    """Add the options that choose where clients run."""
     engine = parser.add_argument_group("engine")
     engine.add_argument(
         "--engine",
@@ -318,7 +317,7 @@ def _join(options: argparse.Namespace) -> int:
     member = federation.Member.read(options.client)
     if member.client is None:
         raise ValueError(f"{options.client} is the server's folder: name a client's, such as clients/0")
-    told = {"data": options.data}
+    settings = {"data": options.data}
     if options.runtime == "onnx":
         with uninterrupted():
             join = needed("hosfl.edge.join", "hosfl join --runtime onnx", "edge").join
@@ -328,20 +327,20 @@ def _join(options: argparse.Namespace) -> int:
     else:
         with uninterrupted():
             join = needed("hosfl.runs.join", "hosfl join without --runtime onnx", "torch").join
-        told |= {name: getattr(options, name) for name in WITH_TORCH}
+        settings |= {name: getattr(options, name) for name in WITH_TORCH}
     file = file_of(options.data)
-    if file and not options.task and not Path(file).exists():  # a task of one's own may take anything
+    if file and not options.task and not Path(file).exists():  # a task of the user's own may take anything
         raise ValueError(f"--data: there is no {file}")
     log_to_terminal(logging.INFO)
     with Ending(f"client {member.client} of run {member.run}") as line:
         try:
             line.line = nats.NatsLine(f"tls://{member.address}", member.run, member.client, member.context())
-            join(line, member.client, options.client / "state", **told)
+            join(line, member.client, options.client / "state", **settings)
         except (KeyboardInterrupt, EngineError):
             if line.signal is None:
                 raise
         except Exception:
-            line.close()  # it would try on beside the error, and say so
+            line.close()  # else it would go on reconnecting while the error is printed
             raise
     return 130 if line.signal == signal.SIGINT else 0
 
@@ -351,13 +350,13 @@ def _rebuild(options: argparse.Namespace) -> int:
     from hosfl.protocol.rebuild import rebuild
     from hosfl.protocol.weights import as_file
 
-    for read in (options.log, options.base):
-        if options.out.exists() and options.out.samefile(read):
+    for source in (options.log, options.base):
+        if options.out.exists() and options.out.samefile(source):
             raise ValueError(f"{options.out} is what the client half is rebuilt from: write it to another file")
     tensors, replica = rebuild(options.log, options.base, options.upto)
     write_atomically(options.out, as_file(tensors))
-    done, of_trained = replica.applied, replica.digest().hex()
-    print(f"{options.out}: the client half after {done} rounds; digest of its trained weights {of_trained}")
+    rounds, digest = replica.applied, replica.digest().hex()
+    print(f"{options.out}: the client half after {rounds} rounds; digest of its trained weights {digest}")
     return 0
 
 
@@ -401,17 +400,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _read(arguments)
         with warnings.catch_warnings():
             warnings.showwarning = lambda message, *where, **more: _print_line(str(message))
-            with uninterrupted():  # an import that is broken off leaves half a module behind
+            with uninterrupted():  # an interrupted import leaves a half-initialised module
                 command = _command(options.command)
             lost = "; what came after the last snapshot or result is lost" * (options.command in WRITING)
             done = command(options)
             sys.stdout.flush()
             return done
-    except BrokenPipeError:  # such as `| head`: whoever read has enough
+    except BrokenPipeError:  # the reader is gone, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one is enough: the process ends
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process ends already
         print(f"hosfl: interrupted{lost}", file=sys.stderr)
         return 130
     except Exception as error:
@@ -423,12 +422,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _read(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options. What a command does not know is that command's error, whose help lists what it knows."""
+    """Parse the arguments. An unknown option is reported as the command's error, whose --help lists its options."""
     top = parser()
     try:
         options, unknown = top.parse_known_args(arguments)
     except SystemExit:
-        sys.stdout.flush()  # of --help: a pipe that is closed is noticed here
+        sys.stdout.flush()  # after --help: raises BrokenPipeError here if the reader is gone
         raise
     if unknown:
         top.prog = " ".join(filter(None, (top.prog, options.command, getattr(options, "action", ""))))
@@ -444,9 +443,9 @@ def _command(name: str) -> Callable[[argparse.Namespace], int]:
 
 
 def _report(error: Exception) -> int | None:
-    """Say what ended the command, and the exit status; None for what the options are to blame for.
+    """Print what ended the command and return the exit status; None for an error in the options.
 
-    Raises what is none of these: it is a bug.
+    Raises any other error: it is a bug.
     """
     from safetensors import SafetensorError
 
@@ -479,7 +478,7 @@ def _report(error: Exception) -> int | None:
 
 
 def _message_of(error: Exception) -> str:
-    """What an error says. Of the system's own: which file, and what is wrong with it."""
+    """An error's message; of the system's errors the file and what is wrong with it."""
     if isinstance(error, OSError) and error.filename is not None:
         if isinstance(error, FileExistsError):
             return f"{error.filename} is a file, and a folder is needed: name another"
@@ -488,7 +487,7 @@ def _message_of(error: Exception) -> str:
 
 
 def _print_line(text: str) -> None:
-    """One line on the terminal. What an error quotes may be somebody else's: a file's, or a server's."""
+    """Print one printable line to stderr: errors may quote files and servers of others."""
     line = printable(re.sub(r"\s*[\n\r\t]\s*", " ", text.strip()))
     print(f"hosfl: {line[:LONGEST_LINE]}{' ...' * (len(line) > LONGEST_LINE)}", file=sys.stderr)
 
