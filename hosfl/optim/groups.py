@@ -1,7 +1,7 @@
-"""Who moves in a step: parameters by number, groups of those that move alike, and what is refused before any moves.
+"""The parameters that a step moves: their numbers and names, groups that move alike, and checks before any moves.
 
-An optimizer numbers its parameters through all of its groups, frozen ones too. Noise, lattices and logs know them by
-that number, people by their name.
+An optimizer numbers its parameters through all of its groups, frozen ones too. Noise, lattices and logs use the number,
+error messages the name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hosfl_kernels import replay_
 
 
 def number(value: Any, name: str) -> float:
-    """A group's setting. A string is none, though float() takes it: schedulers could not go on from it."""
+    """A setting as a float. Raises TypeError for what is no number; strings too, which schedulers cannot multiply."""
     try:
         if isinstance(value, str):
             raise TypeError
@@ -32,42 +32,42 @@ def number(value: Any, name: str) -> float:
 
 @dataclass(frozen=True)
 class Parameters:
-    """All that an optimizer was given, in its parameter groups, and the module that owns them, if that was given."""
+    """All parameters of an optimizer, in their groups, and the module that owns them, if it was given."""
 
     groups: list[dict[str, Any]]
     model: nn.Module | None
 
     def named(self) -> list[tuple[str | None, Tensor]]:
-        """All of them by number, with their names where these are known."""
-        known = self._known()
+        """(name, parameter) of all of them, by number; None for names that are not known."""
+        known = self._names_in_model()
         named: list[tuple[str | None, Tensor]] = []
         for group in self.groups:
             names = group.get("param_names") or [known.get(p) for p in group["params"]]
-            named += [(name and plain(name), p) for name, p in zip(names, group["params"], strict=True)]
+            named += [(name and without_prefix(name), p) for name, p in zip(names, group["params"], strict=True)]
         return named
 
     def name(self, number: int) -> str:
-        """How an error speaks of one."""
+        """How errors call the parameter of this number."""
         places = [(group, at, g) for g, group in enumerate(self.groups) for at in range(len(group["params"]))]
         return self.describe(*places[number])
 
     def describe(self, group: dict[str, Any], at: int, index: int) -> str:
-        """The same for the parameter of that place in a parameter group: by its name, if it has one."""
+        """How errors call parameter `at` of a group, which is number `index`: by its name, if that is known."""
         parameter = group["params"][at]
         names = group.get("param_names")
-        name = names[at] if names else self._known().get(parameter)
+        name = names[at] if names else self._names_in_model().get(parameter)
         if name:
-            return f"parameter {plain(name)!r}"
+            return f"parameter {without_prefix(name)!r}"
         dtype = str(parameter.dtype).removeprefix("torch.")
         return (
             f"parameter {at} of group {index}, {dtype} {'' if is_lazy(parameter) else list(parameter.shape)}".rstrip()
         )
 
-    def _known(self) -> dict[Tensor, str]:
+    def _names_in_model(self) -> dict[Tensor, str]:
         return {p: name for name, p in self.model.named_parameters()} if self.model is not None else {}
 
     def device(self) -> torch.device:
-        """Of those that may move, and of what processes tell each other. Raises ValueError without any."""
+        """The device of the first parameter that may move. Raises ValueError if there is none."""
         for group in self.groups:
             for parameter in group["params"]:
                 if parameter.requires_grad:
@@ -75,14 +75,14 @@ class Parameters:
         raise ValueError("no parameter requires grad: there is nothing to move")
 
     def place(self, number: int, parameter: Tensor) -> tuple[Tensor, int]:
-        """What of a parameter lies here, and its first element's index."""
+        """`shard` of a parameter. Raises RuntimeError, TypeError, ValueError naming one that cannot move."""
         try:
             if is_lazy(parameter):
                 raise RuntimeError("it has no shape yet: evaluate the model once before the first step")
             if parameter.layout != torch.strided:
                 raise TypeError(f"{parameter.layout}, where only dense tensors move: freeze it")
             if parameter.is_inference():
-                raise RuntimeError("made in inference mode, where nobody sees who writes it: make the model outside")
+                raise RuntimeError("made in inference mode, where writes are not counted: make the model outside of it")
             return shard(parameter)
         except (RuntimeError, TypeError, ValueError) as error:
             raise type(error)(f"{self.name(number)}: {error}") from None
@@ -90,11 +90,11 @@ class Parameters:
 
 @dataclass(frozen=True)
 class Group:
-    """What moves alike: of one parameter group those that require grad, on the lattice those that share one.
+    """Parameters that move alike: those of a parameter group that require grad, or those of them that share a lattice.
 
-    index: the parameter group's. numbers: the parameters', which name their noise. tensors, starts: what of each lies
-    here, all of it but for sharded ones; and its first element's index. rate, mu, momentum, weight_decay: as they are
-    for the whole step, whatever its closure does to the settings. name: how an error speaks of one of that number.
+    index: of the parameter group. numbers: of the parameters, the streams of their noise. tensors, starts: `shard` of
+    each. rate, mu, momentum, weight_decay: copies of the settings, which a closure may change during the step. name:
+    number -> how errors call that parameter.
     """
 
     index: int
@@ -111,7 +111,7 @@ class Group:
 
     @classmethod
     def of(cls, given: Parameters, index: int, first: int) -> Group:
-        """What may move of a parameter group, whose first parameter is of that number."""
+        """The parameters of group `index` that require grad. first: the number of the group's first parameter."""
         settings = given.groups[index]
         moving = [(n, p) for n, p in enumerate(settings["params"], first) if p.requires_grad]
         places = [given.place(n, p) for n, p in moving]
@@ -130,7 +130,7 @@ class Group:
         )
 
     def versions(self) -> dict[int, tuple[int, int]]:
-        """Writing a sharded parameter raises its own version, writing what lies here that tensor's."""
+        """By number, the versions of a parameter and of its local part: either may be the one that is written."""
         pairs = zip(self.parameters, self.tensors, strict=True)
         return {n: (p._version, t._version) for n, (p, t) in zip(self.numbers, pairs, strict=True)}
 
@@ -138,23 +138,24 @@ class Group:
         return list(zip(self.numbers, self.tensors, strict=True))
 
     def part(self, which: Sequence[int]) -> Group:
-        """Some of its parameters, by their position here."""
+        """A group of some of these parameters, by position."""
         lists = (self.numbers, self.parameters, self.tensors, self.starts)
         mine: list[list[Any]] = [[values[i] for i in which] for values in lists]
         return replace(self, numbers=mine[0], parameters=mine[1], tensors=mine[2], starts=mine[3])
 
 
 def versions(groups: Sequence[Group]) -> dict[int, tuple[int, int]]:
-    """Of all parameters, by number: another one where somebody has written them."""
+    """The versions of all parameters, by number. A write changes them."""
     return {n: version for group in groups for n, version in group.versions().items()}
 
 
-def sharded(groups: Sequence[Group]) -> list[Tensor]:
+def sharded_parameters(groups: Sequence[Group]) -> list[Tensor]:
+    """The parameters of these groups that are sharded over processes."""
     return [p for group in groups for p, t in zip(group.parameters, group.tensors, strict=True) if p is not t]
 
 
 def is_exact(groups: Sequence[Group], dist: str) -> bool:
-    """Whether moves of these can be exact."""
+    """Whether moves of these groups can be exact: see `hosfl.optim`."""
     by_lr_alone = all(group.momentum == 0 == group.weight_decay for group in groups)
     return (
         by_lr_alone
@@ -163,11 +164,11 @@ def is_exact(groups: Sequence[Group], dist: str) -> bool:
     )
 
 
-# --- what is refused ---------------------------------------------------------------------------------------------
+# --- checks ------------------------------------------------------------------------------------------------------
 
 
 def check_model(given: Parameters) -> None:
-    """Raises TypeError and ValueError where weights cannot be read from the module, or are not its own."""
+    """Raises TypeError and ValueError for a module that cannot read moved weights, or does not own the parameters."""
     if given.model is None:
         return
     refuse_writers(given.model)
@@ -182,7 +183,7 @@ def check_model(given: Parameters) -> None:
 
 
 def check_owned(groups: Sequence[Group], model: nn.Module | None) -> None:
-    """Raises RuntimeError where the module has other parameters by now than those that move."""
+    """Raises RuntimeError if the module no longer owns the parameters that move."""
     if model is None:
         return
     reshard(model)
@@ -202,7 +203,7 @@ def check_owned(groups: Sequence[Group], model: nn.Module | None) -> None:
 
 def check_sharded(groups: Sequence[Group], model: nn.Module | None, exact: bool) -> None:
     """Raises ValueError for sharded parameters that cannot move."""
-    if not sharded(groups):
+    if not sharded_parameters(groups):
         return
     if model is None:
         raise ValueError("sharded parameters: give the optimizer `model`, which must gather them at every move")
@@ -214,7 +215,7 @@ def check_sharded(groups: Sequence[Group], model: nn.Module | None, exact: bool)
 
 
 def check_tensors(groups: Sequence[Group], state: Mapping[Tensor, dict[str, Any]]) -> None:
-    """dtypes, devices, strides, shared memory: what the kernels refuse is refused before anything moves."""
+    """Raises what the kernels would for dtypes, devices, strides and shared memory, before anything moves."""
     named = [(group.name, *pair) for group in groups for pair in group.named_tensors()]
     for name, number, tensor in named:
         if tensor.device != named[0][2].device and tensor.device.type != "meta":
@@ -226,7 +227,7 @@ def check_tensors(groups: Sequence[Group], state: Mapping[Tensor, dict[str, Any]
     try:
         replay_([t for _, _, t in named], [], [])
     except (RuntimeError, TypeError, ValueError) as error:
-        # They know tensors by their position in a list, people by their name.
+        # Names in place of the kernels' positions in a list.
         text = re.sub(r"tensors\[(\d+)\]", lambda at: named[int(at[1])][0](named[int(at[1])][1]), str(error))
         raise type(error)(text) from None
     for name, number, tensor in named:
@@ -238,6 +239,6 @@ def check_tensors(groups: Sequence[Group], state: Mapping[Tensor, dict[str, Any]
             )
 
 
-def plain(name: str) -> str:
+def without_prefix(name: str) -> str:
     """A parameter's name without what torch.compile puts before it."""
     return name.replace("_orig_mod.", "")

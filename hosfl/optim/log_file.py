@@ -1,4 +1,4 @@
-"""What the file of a run's log says, checked: what `RunLog.save` can have written, and nothing else."""
+"""Reads and checks the file of a run's log: it accepts only what `RunLog.save` can have written."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from hosfl.protocol.lattice import STEPS
 from hosfl_kernels import SGD
 
 FORMAT = 2  # the first had one momentum for all groups
-LARGEST_HEADER = 1 << 25  # characters: where they make many small lists, these take twenty times as much memory
+LARGEST_HEADER = 1 << 25  # characters: parsed into many small lists they take twenty times as much memory
 MOVING = ("torch.float32", "torch.bfloat16", "torch.float16")
 HEADER = ("format", *Terms.__dataclass_fields__, "first", "parameters", "bases", "chapters", "trained")
 CHAPTER = ("puts", "groups", "exact")
@@ -35,7 +35,7 @@ CHAPTER = ("puts", "groups", "exact")
 
 @dataclass(frozen=True)
 class Parameter:
-    """One that the optimizer was given: its name, or None where it is found by position."""
+    """A parameter of the optimizer: its name, or None where it is found by position."""
 
     name: str | None
     dtype: str
@@ -44,10 +44,10 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Chapter:
-    """Steps that move the same parameters alike: groups of them by their numbers, and the momentum of each.
+    """Steps that move the same groups of parameters, given by their numbers, with the same momentum each.
 
-    puts: (quantum, numbers) of what was put on a lattice before the first. exact: whether they are on lattices. quanta:
-    of the lattice of each group; none off the lattice.
+    puts: (quantum, numbers) of the parameters that were put on a lattice before the first step. exact: whether all are
+    on lattices. quanta: of the lattice of each group; empty off the lattice.
     """
 
     puts: list[tuple[float, list[int]]]
@@ -59,7 +59,7 @@ class Chapter:
 
 @dataclass(frozen=True)
 class Header:
-    """All of a log but its tables, checked: what `RunLog.save` can have written, and nothing else."""
+    """A log without its tables, checked."""
 
     terms: Terms
     first: int
@@ -92,7 +92,7 @@ class Header:
 
 
 def read(path: Path) -> tuple[Header, list[Tensor]]:
-    """The file's content, in memory of our own: nobody writes it after it was checked."""
+    """A file's header and tables, checked. They are copies, so that a later write to the file does not change them."""
     if not path.is_file() and path.exists():
         raise LogError("this is no regular file")
     try:
@@ -101,7 +101,7 @@ def read(path: Path) -> tuple[Header, list[Tensor]]:
             for name in sorted(file.keys()):
                 part = file.get_slice(name)
                 shape = part.get_shape()
-                # Before it is made: numpy knows neither all of the file's dtypes nor all of its shapes.
+                # Checked before the array is made, since numpy lacks some of the format's dtypes and shapes.
                 if part.get_dtype() != "F32" or len(shape) != 3 or max(shape) >= 2**31:
                     raise LogError(f"table {name!r} is {part.get_dtype()} {shape}")
                 tables[name] = torch.from_numpy(file.get_tensor(name))
@@ -148,7 +148,7 @@ def _check_table(table: Tensor, chapter: Chapter, directions: int, what: str) ->
 
 
 def _parsed(text: str) -> Any:
-    """JSON in which no key of an object is there twice."""
+    """Parse JSON. Raises LogError also for an object that has a key twice."""
     try:
         return json.loads(text, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
@@ -197,7 +197,7 @@ def _items(value: Any, count: int, what: str) -> list[Any]:
 
 
 def _bases(values: list[Any], parameters: int) -> list[tuple[int, str]]:
-    """Every parameter is in one, so that nothing moves whose bits were not compared."""
+    """The bases. They must cover all parameters, so that none moves whose bits were not compared."""
     bases, start = [], 0
     for value in values:
         end, sha256 = _items(value, 2, "a base")
@@ -226,9 +226,10 @@ def _chapter(
     for_all: float | None,
     before: Chapter | None,
 ) -> Chapter:
-    """lattices: the quantum of each parameter on one; brought up to date. for_all: the momentum of format 1.
+    """Check a chapter.
 
-    before: the chapter before this one, where its groups may be meant.
+    lattices: by parameter number, the quantum of its lattice; updated by the chapter's puts. for_all: the momentum of
+    all groups, in format 1. before: the chapter before this one, if groups may be omitted because they are the same.
     """
     values = check_keys(value, CHAPTER if for_all is not None else (*CHAPTER, "momenta"), what)
     exact = values["exact"]
@@ -251,7 +252,7 @@ def _chapter(
         listed = _items(values["momenta"], len(groups), f"{what}: momenta")
         momenta = [_momentum(m, f"{what}: momentum") for m in listed]
     if not exact:
-        lattices.clear()  # as the optimizer does: where moves round, there is no lattice
+        lattices.clear()  # as in the optimizer: there is no lattice where moves round
         return Chapter(puts, groups, momenta, exact, [])
     if terms.dist != "rademacher" or any(momenta):
         raise LogError(f"{what}: exact moves are of rademacher directions and without momentum")
@@ -281,5 +282,5 @@ def _numbers(value: Any, what: str, parameters: list[Parameter], dtypes: tuple[s
 
 
 def dtype_and_shape(parameter: Tensor) -> tuple[str, list[int]]:
-    """Its dtype and shape, as a log tells them."""
+    """A parameter's dtype and shape, as a log has them."""
     return str(parameter.dtype), list(parameter.shape)

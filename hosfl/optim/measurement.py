@@ -1,4 +1,4 @@
-"""From a closure to derivatives: its losses at moved weights, what is said of odd ones, and their differences."""
+"""From a closure to derivatives: its losses at moved weights, their differences, and warnings about odd ones."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from torch import Tensor, nn
 
 from hosfl.optim.groups import versions
 from hosfl.optim.moved import InPlace, ReadOnly
-from hosfl.optim.sharded import let_go
+from hosfl.optim.sharded import resharded
 from hosfl.probing.conditions import Closure
 from hosfl.probing.displaced import casts_forgotten
 
-WATCHED_STEPS = 10  # whose losses are looked at for differences that are all 0
+WATCHED_STEPS = 10  # steps whose differences are checked for being all 0
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a step needs to know, from when it was measured: v_p, by the numbers of the parameters that moved alike."""
+    """What a step needs of its evaluations. derivatives: v_p, by the numbers of the parameters that moved together."""
 
     loss: Tensor
     derivatives: dict[tuple[int, ...], list[float]]
 
 
-def places_of(seeds: Sequence[int], two_sided: bool, moving: bool) -> list[tuple[int, int]]:
-    """Where the losses of a step are taken: seeds and signs, sign 0 being the weights as they are."""
+def evaluation_points(seeds: Sequence[int], two_sided: bool, moving: bool) -> list[tuple[int, int]]:
+    """(seed, sign) of the points th + sign * mu * u(seed) at which a step evaluates the loss; sign 0 is th."""
     if not moving:
         return [(0, 0)]
     if two_sided:
@@ -47,15 +47,15 @@ def losses_at(
     evaluate: Callable[[Closure], Any],
     model: nn.Module | None,
 ) -> tuple[Tensor, bool]:
-    """The losses at these places, float64, and whether the closure gave them in half precision.
+    """The losses at these points, float64, and whether the closure returned them in half precision.
 
-    evaluate: calls the closure, under the same conditions every time.
+    evaluate: calls the closure, with the same random numbers every time.
     """
     if not callable(closure):
         raise TypeError("step needs a closure that evaluates the model and returns the loss: step(lambda: loss(...))")
     losses, half_precision = [], False
     for seed, sign in places:
-        with weights.at(seed, sign), let_go(model), casts_forgotten():
+        with weights.at(seed, sign), resharded(model), casts_forgotten():
             before = versions(weights.groups)
             answer = _without_graph(partial(evaluate, closure))
             losses.append(_scalar(answer))
@@ -79,7 +79,7 @@ def _without_graph(evaluate: Closure) -> Any:
 
 
 def _scalar(loss: Any) -> Tensor:
-    """A closure's answer, float64 [], without waiting for its device."""
+    """A closure's loss as a float64 scalar, without waiting for its device."""
     if isinstance(loss, Tensor):
         if loss.numel() != 1 or loss.is_complex() or loss.dtype == torch.bool or loss.is_meta:
             raise TypeError(
@@ -95,7 +95,7 @@ def _scalar(loss: Any) -> Tensor:
 
 
 def loss_and_differences(losses: Tensor, two_sided: bool, first: bool) -> tuple[Tensor, list[float]]:
-    """The loss to return, and d_p: the wait for the device. first: whether it is the first step."""
+    """The loss that a step returns, and d_p. Waits for the device. first: whether it is the first step, for errors."""
     values = losses.cpu()
     if not torch.isfinite(values).all():
         raise FloatingPointError(_unfinite(values.tolist(), two_sided, first))
@@ -126,7 +126,7 @@ def _unfinite(losses: list[float], two_sided: bool, first: bool) -> str:
 
 
 def warn(text: str) -> None:
-    """A warning that shows the line which asked for the step: those between are torch's and ours."""
+    """Warn, showing the first line outside of torch and hosfl: the one that called the step."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "hosfl"):
         level, frame = level + 1, frame.f_back
@@ -134,7 +134,7 @@ def warn(text: str) -> None:
 
 
 def warn_of_accumulation() -> None:
-    """Of accelerate's, which passes on the closure of the last micro-batch alone."""
+    """Warn of accelerate's gradient accumulation, which passes on the closure of the last micro-batch alone."""
     module = sys.modules.get("accelerate.state")
     if module is None or not module.GradientState._shared_state:
         return
@@ -147,16 +147,16 @@ def warn_of_accumulation() -> None:
 
 
 class Flatness:
-    """Whether losses differ at all, over the last steps; warns once."""
+    """Warns, once, if losses of the last steps hardly differ."""
 
     def __init__(self) -> None:
-        self._flat: list[bool] = []  # of the last differences between losses, whether they were 0
+        self._flat: list[bool] = []  # for each of the last differences, whether it was 0
         self._warned = False
 
-    def see(self, differences: list[float], half_precision: bool) -> None:
-        """Warn once where losses hardly ever differ. That is no error: accuracy, for one, is flat nearly everywhere."""
+    def update(self, differences: list[float], half_precision: bool) -> None:
+        """Take in a step's differences. Flatness is no error: accuracy, for one, is flat nearly everywhere."""
         self._flat = [*self._flat, *(d == 0 for d in differences)][-WATCHED_STEPS * len(differences) :]
-        # A loss in half precision shows some differences and rounds others away. One in float32 shows nearly all.
+        # In half precision many differences are rounded to 0, in float32 hardly any.
         enough = len(self._flat) // 3 if half_precision else len(self._flat)
         if self._warned or len(self._flat) < WATCHED_STEPS * len(differences) or sum(self._flat) < enough:
             return

@@ -1,7 +1,8 @@
-"""Weights out and back: at th + sign * mu * u while a closure is evaluated, moved in place or only read.
+"""Weights at th + sign * mu * u while a closure is evaluated: moved in place, or read only.
 
-Both kinds have `groups`, what moves; `at(seed, sign)`, within which the closure sees moved weights, u being of that
-seed; `home()`, after which they are at th; and `written`, whether a closure wrote them.
+Both classes have `groups`, the weights that move; `at(seed, sign)`, a context in which the closure sees moved weights,
+u being the direction of that seed; `restore()`, after which they are at th; and `written`, whether a closure has
+written them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from hosfl_kernels import perturb_, replay_
 
 @dataclass
 class InPlace:
-    """Weights that stand at th + sign * mu * u(seed), or at th: from there to anywhere else in one pass."""
+    """Weights that are moved in place. They are at th + sign * mu * u(seed) now, and go anywhere else in one pass."""
 
     groups: list[Group]
     dist: str
@@ -29,11 +30,11 @@ class InPlace:
     written: bool = False
 
     def move(self, seed: int, sign: int, moves: Sequence[tuple[Sequence[int], Sequence[float]]] | None = None) -> None:
-        """Go to th + sign * mu * u(seed); `moves`: per group, seeds and coefficients to add to th on the way.
+        """Move the weights to th + sign * mu * u(seed). moves: per group, seeds and coefficients to add to th too.
 
-        All groups go, or none: there may be no memory for a later one's copies, see `hosfl_kernels.perturb_`.
+        All groups are moved or none, since memory may run out for a later one's copies: see `hosfl_kernels.perturb_`.
         """
-        gone: list[tuple[Group, dict[int, float]]] = []
+        done: list[tuple[Group, dict[int, float]]] = []
         with uninterrupted():
             try:
                 for g, group in enumerate(self.groups):
@@ -45,15 +46,15 @@ class InPlace:
                         if coefficient:
                             sums[key] = sums.get(key, 0.0) + coefficient
                     self._add(group, sums)
-                    gone.append((group, sums))
+                    done.append((group, sums))
             except BaseException:
-                for group, sums in gone:
+                for group, sums in done:
                     self._add(group, {key: -coefficient for key, coefficient in sums.items()})
                 raise
             self.seed, self.sign = seed, sign
 
     def _add(self, group: Group, records: dict[int, float]) -> None:
-        """coefficient * u(seed) for each."""
+        """Add coefficient * u(seed) for each record."""
         replay_(
             group.tensors,
             list(records),
@@ -65,12 +66,13 @@ class InPlace:
 
     @contextmanager
     def at(self, seed: int, sign: int) -> Iterator[None]:
-        """The weights stand there, and stay: the next move takes them on."""
+        """Move the weights to this point. They stay there on exit: the next move starts from it."""
         if sign != self.sign or (sign and seed != self.seed):
             self.move(seed, sign)
         yield
 
-    def home(self) -> None:
+    def restore(self) -> None:
+        """Move the weights back to th."""
         if self.sign:
             self.move(0, 0)
 
@@ -90,7 +92,7 @@ class _GroupDisplacement(Displacement):
 
 @dataclass
 class ReadOnly:
-    """The same for weights that are never written."""
+    """Weights that are never written: within `at` the module reads moved copies, made one layer at a time."""
 
     groups: list[Group]
     dist: str
@@ -99,6 +101,7 @@ class ReadOnly:
 
     @contextmanager
     def at(self, seed: int, sign: int) -> Iterator[None]:
+        """Let the module read moved weights. Raises RuntimeError on exit if it has read none."""
         if not sign:
             yield
             return
@@ -112,5 +115,5 @@ class ReadOnly:
                 "them made before, another module and outputs that were kept have the weights as they were)"
             )
 
-    def home(self) -> None:
-        pass
+    def restore(self) -> None:
+        """Nothing to do: the weights have not moved."""

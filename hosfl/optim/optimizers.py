@@ -1,11 +1,11 @@
-"""The optimizers: what they are given, a step from the closure to the log, and their states. Read `ZOSGD.step` first.
+"""The optimizers: their arguments, a step from the closure to the log, and their states. Read `ZOSGD.step` first.
 
-A step goes through four methods, and each has its modules:
+A step calls four methods. The modules that do the work are on the right:
 
-    _weights    what moves, on its lattices, and at home again in the end    groups, lattices, moved
-    _measured   the closure's losses become v_p                              measurement
-    _estimates  v_p become coefficients e_p, by each optimizer's own rule
-    _update     th = th - lr * sum_p e_p u_p, and a row of the log           update, log
+    _weights    put the weights that move on lattices; restore them in the end    groups, lattices, moved
+    _measure    from the closure's losses to v_p                                  measurement
+    _estimates  from v_p to coefficients e_p, by each optimizer's own rule
+    _update     th = th - lr * sum_p e_p u_p, and a row of the log                update, log
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from hosfl.optim.log import RunLog
 from hosfl.optim.measurement import (
     Flatness,
     Measurement,
+    evaluation_points,
     loss_and_differences,
     losses_at,
-    places_of,
     warn,
     warn_of_accumulation,
 )
 from hosfl.optim.moved import InPlace, ReadOnly
-from hosfl.optim.sharded import averaged, common_seed, together
-from hosfl.optim.state import Saved, read_state, told_run
+from hosfl.optim.sharded import averaged, common_seed, is_distributed
+from hosfl.optim.state import Saved, read_state, run_state
 from hosfl.optim.terms import Terms
 from hosfl.optim.update import LARGEST_FLOAT32, check_reach, lattice_step, make_moments, rule_steps
 from hosfl.probing.conditions import Closure, Conditions, Evaluations
@@ -89,7 +89,7 @@ class ZOSGD(torch.optim.Optimizer):
     Raises: ValueError, TypeError.
     """
 
-    # What a parameter group may set, and what a state keeps beside torch's groups.
+    # The settings of a parameter group, and what a state has beside torch's groups.
     settable: ClassVar[tuple[str, ...]] = ("lr", "mu", "momentum", "weight_decay")
     kept: ClassVar[tuple[str, ...]] = ("seed", "steps", "directions", "pool", "two_sided", "dist")
     _more_defaults: Mapping[str, Any] = MappingProxyType({})  # of a subclass
@@ -117,7 +117,7 @@ class ZOSGD(torch.optim.Optimizer):
             raise ValueError(f"pool must be 0, or at least the {directions} directions of a step, got {pool!r}")
         if dist not in ("rademacher", "gaussian"):
             raise ValueError(f"dist must be rademacher or gaussian, got {dist!r}")
-        self._drawn, self._agreed = seed is None, False  # and whether all processes have the same
+        self._drawn, self._seed_agreed = seed is None, False  # and whether all processes have the same
         seed = int(torch.empty((), dtype=torch.int64, device="cpu").random_()) if seed is None else seed
         derive(seed, 0, 0)  # raises what is wrong with it
         self.seed = int(seed)  # numpy's integers are no JSON, which logs are of
@@ -127,29 +127,29 @@ class ZOSGD(torch.optim.Optimizer):
         self.steps = 0
         self._lattices = Lattices({}, exact=False)
         self._flatness = Flatness()
-        self._told = ""  # why the log cannot be saved, if that was said
+        self._warned_refusal = ""  # why the log cannot be saved, once a warning has said so
         self._measurement: Measurement | None = None  # of the step that is to be taken next
-        self._forget()
+        self._invalidate()
         defaults = {"lr": lr, "mu": mu, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, **self._more_defaults})
         self.log = self._new_log()
 
-    def _forget(self) -> None:
-        """What is known of the weights from the last step: the next one looks for itself."""
-        self._settled: object = None  # what moved, and where it lay
+    def _invalidate(self) -> None:
+        """Drop what the last step found out about the weights, so that the next one checks them again."""
+        self._layout: object = None  # which tensors moved, and their addresses
         self._conditions = Conditions()
-        self._lattices.forget()
+        self._lattices.invalidate()
 
-    def _given(self) -> Parameters:
+    def _parameters(self) -> Parameters:
         return Parameters(self.param_groups, self.model)
 
     @property
     def lattice(self) -> Lattice | None:
-        """The finest of the lattices that the weights are on; 2^-24 before any has one; None where moves round."""
+        """The finest of the weights' lattices: 2^-24 before any has one, None where moves round."""
         return self._lattices.finest
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters; they are numbered on from the last. Raises ValueError, TypeError; nothing is added then."""
+        """Add parameters, numbered after those that are there. Raises ValueError, TypeError; then none is added."""
         self._check_settings({**self.defaults, **param_group})
         unknown = [key for key in param_group if key not in (*self.settable, "params", "param_names", "initial_lr")]
         if unknown:
@@ -165,7 +165,7 @@ class ZOSGD(torch.optim.Optimizer):
             again = [n for n, p in enumerate(given) if p in before] if isinstance(given, list) else []
             if not again:
                 raise
-            name = self._given().describe(param_group, again[0], len(self.param_groups))
+            name = self._parameters().describe(param_group, again[0], len(self.param_groups))
             raise ValueError(f"{name} is in another group too: pass tied parameters once") from error
         try:
             self._check_last_group()
@@ -178,9 +178,9 @@ class ZOSGD(torch.optim.Optimizer):
         last = {p: n for n, p in enumerate(group["params"])}
         twice = [last[p] for n, p in enumerate(group["params"]) if last[p] > n]
         if twice:
-            name = self._given().describe(group, twice[0], len(self.param_groups) - 1)
+            name = self._parameters().describe(group, twice[0], len(self.param_groups) - 1)
             raise ValueError(f"{name} is twice in one group: pass tied parameters once")
-        check_model(self._given())
+        check_model(self._parameters())
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         for name in ("lr", "mu", "weight_decay"):
@@ -222,9 +222,9 @@ class ZOSGD(torch.optim.Optimizer):
             return None
         if closure is not None and not self.steps:
             warn_of_accumulation()
-        with self._weights() as weights, self._conditions.repeated(self._kinds()) as evaluations:
+        with self._weights() as weights, self._conditions.repeated(self._device_types()) as evaluations:
             if closure is not None or measurement is None:
-                measurement = self._measured(closure, weights, evaluations)
+                measurement = self._measure(closure, weights, evaluations)
             estimates, kept = self._estimates(weights.groups, measurement)
             with uninterrupted():
                 self._update(weights, estimates)
@@ -232,9 +232,9 @@ class ZOSGD(torch.optim.Optimizer):
                     settings.update(state)
                 self.steps += 1
                 evaluations.keep()
-        if self.log.refusal != self._told:
-            self._told = self.log.refusal
-            warn(f"the log of this run cannot be saved: {self._told}")
+        if self.log.refusal != self._warned_refusal:
+            self._warned_refusal = self.log.refusal
+            warn(f"the log of this run cannot be saved: {self._warned_refusal}")
         return measurement.loss
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -247,22 +247,22 @@ class ZOSGD(torch.optim.Optimizer):
         as `step` does. What is measured is no part of `state_dict`.
         """
         self._measurement = None
-        with self._weights() as weights, self._conditions.repeated(self._kinds()) as evaluations:
-            measurement = self._measured(closure, weights, evaluations)
+        with self._weights() as weights, self._conditions.repeated(self._device_types()) as evaluations:
+            measurement = self._measure(closure, weights, evaluations)
             with uninterrupted():
                 self._measurement = measurement
                 evaluations.keep()
         return measurement.loss
 
-    def _kinds(self) -> set[str]:
-        """Of the parameters' devices, whose generators draw the same numbers in all evaluations of a step."""
+    def _device_types(self) -> set[str]:
+        """The types of the parameters' devices, whose random numbers are the same in all evaluations of a step."""
         return {p.device.type for group in self.param_groups for p in group["params"]} - {"meta"}
 
     @contextmanager
     def _weights(self) -> Iterator[InPlace | ReadOnly]:
-        """All that moves in this step, at home again in the end."""
-        self._agree()
-        groups = self._settle()
+        """The weights that this step moves; on exit they are restored if the step was not made."""
+        self._agree_on_seed()
+        groups = self._prepare()
         weights: InPlace | ReadOnly = InPlace(groups, self.dist)
         if not self._lattices.exact and self.model is not None:
             weights = ReadOnly(groups, self.dist, self.model)
@@ -270,33 +270,33 @@ class ZOSGD(torch.optim.Optimizer):
             try:
                 yield weights
             finally:
-                weights.home()
+                weights.restore()
         finally:
-            weights.home()  # again: Ctrl-C may have come as the first call began
-            self._lattices.saw(groups)
+            weights.restore()  # again, since Ctrl-C may have come as the first call began
+            self._lattices.mark_versions(groups)
             if weights.written:
-                self._settled = None
+                self._layout = None
             torch.clear_autocast_cache()
 
-    def _agree(self) -> None:
-        """One seed on all processes, before the first step: where each has drawn its own, one that all can tell."""
-        device = self._given().device()
-        if self._agreed or not together():
+    def _agree_on_seed(self) -> None:
+        """Before the first step, agree on one seed where several processes have each drawn their own."""
+        device = self._parameters().device()
+        if self._seed_agreed or not is_distributed():
             return
         seed = common_seed(self.seed, self._drawn, device, self.process_group)
         if seed is not None:
             self.seed = seed
             self.log = self._new_log()
-        self._agreed = True
+        self._seed_agreed = True
 
-    def _settle(self) -> list[Group]:
-        """What moves in this step, on lattices where there can be any."""
+    def _prepare(self) -> list[Group]:
+        """Check the parameters that this step moves, and put them on lattices if moves of them can be exact."""
         groups = [group for group in self._requiring_grad() if group.rate and group.numbers]
         exact = is_exact(groups, self.dist)
         check_owned(groups, self.model)
         check_sharded(groups, self.model, exact)
-        # Of a tensor that was converted, moved or bound to other memory, nothing is known.
-        settled = (
+        # A tensor that was converted, moved or given other memory must be checked again.
+        layout = (
             exact,
             [
                 [
@@ -306,45 +306,45 @@ class ZOSGD(torch.optim.Optimizer):
                 for g in groups
             ],
         )
-        if settled != self._settled:
+        if layout != self._layout:
             check_tensors(groups, self.state)
-            self.log.admit(self._given().named())
-            self._forget()
-            self._settled = settled
+            self.log.add_parameters(self._parameters().named())
+            self._invalidate()
+            self._layout = layout
         if exact:
-            return self._lattices.settle(groups, self.log, self.process_group)
-        self._lattices.drop()
+            return self._lattices.place(groups, self.log, self.process_group)
+        self._lattices.leave()
         if groups and self.model is None:
             self.log.refuse("weights that are moved in place off the lattice drift: give the optimizer `model`")
         return groups
 
     def _requiring_grad(self) -> list[Group]:
-        given, groups, number = self._given(), [], 0
+        given, groups, number = self._parameters(), [], 0
         for index, settings in enumerate(self.param_groups):
-            self._check_settings(settings)  # schedulers and users write them
+            self._check_settings(settings)  # schedulers and users change them between steps
             groups.append(Group.of(given, index, number))
             number += len(settings["params"])
         return groups
 
-    def _measured(self, closure: Closure | None, weights: InPlace | ReadOnly, evaluations: Evaluations) -> Measurement:
-        places = places_of(self._terms().seeds(self.steps), self.two_sided, moving=bool(weights.groups))
+    def _measure(self, closure: Closure | None, weights: InPlace | ReadOnly, evaluations: Evaluations) -> Measurement:
+        places = evaluation_points(self._terms().seeds(self.steps), self.two_sided, moving=bool(weights.groups))
         losses, half_precision = losses_at(places, weights, closure, evaluations, self.model)
-        if together():
-            losses = averaged(losses, self._given().device(), self.process_group)
+        if is_distributed():
+            losses = averaged(losses, self._parameters().device(), self.process_group)
         loss, differences = loss_and_differences(losses, self.two_sided, first=self.steps == 0)
         if differences:
-            self._flatness.see(differences, half_precision)
+            self._flatness.update(differences, half_precision)
         derivatives = {tuple(group.numbers): [d / group.mu for d in differences] for group in weights.groups}
         return Measurement(loss, derivatives)
 
     def _estimate(self, group: Group, derivatives: list[float]) -> tuple[list[float], dict[str, float]]:
-        """The gradient's coefficients on the directions, and what the parameter group keeps if the step is taken."""
+        """The gradient's coefficients on the directions, and the group's new state if the step is made."""
         return [v / self.directions for v in derivatives], {}
 
     def _estimates(
         self, groups: list[Group], measurement: Measurement
     ) -> tuple[list[list[float]], list[tuple[dict[str, Any], dict[str, float]]]]:
-        """The coefficients of each part, and what each parameter group keeps."""
+        """The coefficients of each group, and (settings, new state) of each parameter group."""
         estimates, kept = [], []
         first: dict[int, tuple[float, list[float]]] = {}
         for group in groups:
@@ -354,17 +354,17 @@ class ZOSGD(torch.optim.Optimizer):
                     "other parameters move than when the step was measured: do not change requires_grad, rates that "
                     "are 0, or weights between `measure` and `step`"
                 )
-            if group.index not in first:  # on its finest lattice, where mu is nearest to what was asked for
+            if group.index not in first:  # the part on the finest lattice, whose mu is nearest to the setting
                 estimate, state = self._estimate(group, derivatives)
                 first[group.index] = group.mu, estimate
                 kept.append((group.settings, state))
-            # The others moved by another mu: d / mu is their derivative, whatever became of it above.
+            # The other parts moved by another mu: their derivative is d / mu of that.
             mu, estimate = first[group.index]
             estimates.append([c * (mu / group.mu) for c in estimate])
         return estimates, kept
 
     def _update(self, weights: InPlace | ReadOnly, estimates: list[list[float]]) -> None:
-        """Takes the weights home and makes the step; all or nothing."""
+        """Restore the weights and make the step, of all groups or of none."""
         check_reach(weights.groups, estimates)
         terms, exact = self._terms(), self._lattices.exact
         if exact:
@@ -381,7 +381,7 @@ class ZOSGD(torch.optim.Optimizer):
     def _new_log(self) -> RunLog:
         return RunLog(self._terms(), self.steps)
 
-    # --- what is kept ---
+    # --- states ---
 
     def __repr__(self) -> str:
         """As torch's, and above the groups what is the same for all of them."""
@@ -413,8 +413,8 @@ class ZOSGD(torch.optim.Optimizer):
         if "_quanta" in own:  # not in those of load_state_dict, which come here too
             self._lattices = Lattices(own.pop("_quanta"), own.pop("_on_lattice"))
         super().__setstate__(own)
-        self._flatness, self._told, self._agreed = Flatness(), "", False
-        self._forget()
+        self._flatness, self._warned_refusal, self._seed_agreed = Flatness(), "", False
+        self._invalidate()
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's, and under "run" in its first group the seed, the number of steps, the settings that shape a step.
@@ -422,22 +422,22 @@ class ZOSGD(torch.optim.Optimizer):
         run["optimizer"]: the class. run["shapes"], run["quanta"]: of each parameter, by its number, the shape, and the
         quantum of its lattice; None where it is on none.
 
-        In a group, because torch.distributed.checkpoint keeps nothing beside groups and moments; in lists, because it
-        loads those keys of a mapping that are there before.
+        In a group, because torch.distributed.checkpoint saves only groups and moments; in lists, because of a mapping
+        it loads only the keys that the new optimizer has.
         """
-        # As the first of the hooks: a user's see all of it.
-        first = self.register_state_dict_post_hook(lambda _, told: self._tell(told), prepend=True)
+        # The first of the hooks, so that a user's see the whole state.
+        first = self.register_state_dict_post_hook(lambda _, state: self._add_run(state), prepend=True)
         try:
-            told: dict[str, Any] = super().state_dict()
+            state: dict[str, Any] = super().state_dict()
         finally:
             first.remove()
-        return told
+        return state
 
-    def _tell(self, told: dict[str, Any]) -> None:
-        """What torch does not know of a state."""
+    def _add_run(self, state: dict[str, Any]) -> None:
+        """Add to a state what torch's has not."""
         kept = {name: getattr(self, name) for name in self.kept}
-        parameters = [p for _, p in self._given().named()]
-        told["param_groups"][0]["run"] = told_run(type(self).__name__, kept, parameters, self._lattices.quanta)
+        parameters = [p for _, p in self._parameters().named()]
+        state["param_groups"][0]["run"] = run_state(type(self).__name__, kept, parameters, self._lattices.quanta)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved state; the weights are the model's to load, before or after. The log starts anew.
@@ -449,13 +449,13 @@ class ZOSGD(torch.optim.Optimizer):
 
         def check(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
             name, terms = type(self).__name__, (self.kept, self.settable, self._check_settings)
-            found.append(read_state(given, name, *terms, self._given()))
+            found.append(read_state(given, name, *terms, self._parameters()))
             for group, mine in zip(found[0].groups, self.param_groups, strict=False):  # torch counts them
-                if "param_names" in mine:  # the log tells the names of these parameters, not of those that were saved
+                if "param_names" in mine:  # the log has the names of these parameters, not of the saved ones
                     group["param_names"] = mine["param_names"]
             return {**given, "param_groups": found[0].groups}
 
-        # Between a user's hooks: what is checked is what those before it made, and those after it find it loaded.
+        # Between a user's hooks: it checks what pre-hooks return, and post-hooks find the state loaded.
         hooks = [
             self.register_load_state_dict_pre_hook(check),
             self.register_load_state_dict_post_hook(lambda _: self._load(found[0]), prepend=True),
@@ -467,7 +467,7 @@ class ZOSGD(torch.optim.Optimizer):
                 hook.remove()
 
     def _load(self, saved: Saved) -> None:
-        """What torch has not loaded of a state."""
+        """Load what torch's load_state_dict does not."""
         for name in self.kept:
             setattr(self, name, saved.run[name])
         self._drawn = False
@@ -500,16 +500,16 @@ class ZONormalizedSGD(ZOSGD):
         self._more_defaults = {"decay": decay}
         super().__init__(params, lr, mu, **settings)
 
-    def _tell(self, told: dict[str, Any]) -> None:
-        super()._tell(told)
-        for group in told["param_groups"]:  # from the start: see `state_dict` what loads them
+    def _add_run(self, state: dict[str, Any]) -> None:
+        super()._add_run(state)
+        for group in state["param_groups"]:  # from the start, since they are only loaded into keys that are there
             group |= {"square": 0.0, "square_weight": 0.0, **group}
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         super()._check_settings(settings)
         if not 0 <= number(settings["decay"], "decay") < 1:
             raise ValueError(f"decay must be at least 0 and below 1, got {settings['decay']}")
-        for name in ("square", "square_weight"):  # what a group keeps
+        for name in ("square", "square_weight"):  # the state of the running mean
             if not 0 <= number(settings.get(name, 0.0), name) < math.inf:
                 raise ValueError(f"{name}, of the running mean, must be finite and 0 or more, got {settings[name]}")
 
@@ -517,7 +517,7 @@ class ZONormalizedSGD(ZOSGD):
         before = group.settings.get("square", 0.0), group.settings.get("square_weight", 0.0)
         running = RunningLength(float(group.settings["decay"]), *before)
         square = sum(v * v for v in derivatives) / len(derivatives)
-        if not math.isfinite(square):  # all later steps would be divided by it
+        if not math.isfinite(square):  # it would spoil the running mean, which divides all later steps
             raise FloatingPointError(
                 f"derivatives of up to {max(map(abs, derivatives)):g}, whose squares float64 does not hold: scale the "
                 "loss down, or raise mu"

@@ -1,4 +1,4 @@
-"""A base model becomes the trained one again, from the log of a run."""
+"""Rebuilds the trained model from the base model and the log of a run."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from hosfl.interrupts import uninterrupted
-from hosfl.optim.groups import plain
+from hosfl.optim.groups import without_prefix
 from hosfl.optim.log_file import Chapter, Header, dtype_and_shape, read
-from hosfl.optim.sharded import reshard, shards, whole
+from hosfl.optim.sharded import full_tensors, reshard, shards
 from hosfl.optim.terms import Terms, apply_rule, zeros
 from hosfl.protocol.header import LogError
 from hosfl.protocol.lattice import STEPS, Lattice
@@ -57,13 +57,13 @@ def rebuild(model: nn.Module, path: str | os.PathLike[str]) -> None:
         for chapter, table in zip(header.chapters, tables, strict=True):
             replay.chapter(first, chapter, table)
             first += len(table)
-        if digest(whole(parameters)).hex() != header.trained:
+        if digest(full_tensors(parameters)).hex() != header.trained:
             raise LogError("these are not the weights of the run: somebody else wrote them while it went on")
 
 
 def _matched(model: nn.Module, header: Header) -> list[Tensor]:
-    """The model's parameters by number. Raises LogError where they are not the log's."""
-    named = {plain(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+    """The model's parameters that the log has, by number. Raises LogError if they are not those that it began with."""
+    named = {without_prefix(name): p for name, p in model.named_parameters(remove_duplicate=False)}
     positions = list(model.named_parameters())
     parameters: list[Tensor] = []
     for number, parameter in enumerate(header.parameters):
@@ -84,15 +84,15 @@ def _matched(model: nn.Module, header: Header) -> list[Tensor]:
         raise LogError("two of the log's parameters are one in the model")
     start = 0
     for end, base in header.bases:
-        if digest(whole(parameters[start:end])).hex() != base:
+        if digest(full_tensors(parameters[start:end])).hex() != base:
             raise LogError("this is not the model that the run began with: the digest of its weights is another")
         start = end
     return parameters
 
 
 def _movable(header: Header, parameters: list[Tensor]) -> list[Tensor]:
-    """What the log writes of the model. Raises LogError where the kernels would not."""
-    lists = {id(c.groups): c.groups for c in header.chapters}.values()  # which many chapters may share
+    """The tensors of the model that the log moves. Raises LogError for tensors that the kernels refuse."""
+    lists = {id(c.groups): c.groups for c in header.chapters}.values()  # chapters may share a list
     put = {n for c in header.chapters for _, mine in c.puts for n in mine}
     numbers = sorted(put.union(n for groups in lists for mine in groups for n in mine))
     try:
@@ -106,7 +106,7 @@ def _movable(header: Header, parameters: list[Tensor]) -> list[Tensor]:
 
 @contextmanager
 def _restored_on_failure(tensors: list[Tensor]) -> Iterator[None]:
-    """These are as they were if what is done in here fails or is interrupted."""
+    """Restore these tensors if the block fails or is interrupted."""
     before = [t.detach().to("cpu", copy=True) for t in tensors]
     try:
         yield
@@ -118,7 +118,7 @@ def _restored_on_failure(tensors: list[Tensor]) -> Iterator[None]:
 
 
 class _Replay:
-    """A model's parameters, by number, and their moments, on the way through a log."""
+    """Applies the chapters of a log to a model's parameters."""
 
     def __init__(self, terms: Terms, parameters: list[Tensor]) -> None:
         self.terms, self.parameters = terms, parameters
@@ -126,6 +126,7 @@ class _Replay:
 
     @torch.no_grad()
     def chapter(self, first: int, chapter: Chapter, table: Tensor) -> None:
+        """Apply a chapter. first: the number of its first step. table: float32 [steps, groups, P + 2]."""
         terms = self.terms
         for quantum, numbers in chapter.puts:
             Lattice(quantum).put(shards(self.parameters[n] for n in numbers)[0], [1.0] * len(numbers))
@@ -142,18 +143,18 @@ class _Replay:
                 apply_rule(terms, momentum, tensors, numbers, starts, kept, first, coefficients, steps)
 
     def _move(self, first: int, numbers: list[int], quantum: float, coefficients: Tensor) -> None:
-        """On the lattice: as many steps in one pass as together cannot leave it."""
+        """Apply steps on the lattice, as many in one pass as cannot leave it together."""
         tensors, starts = shards(self.parameters[n] for n in numbers)
         distances = coefficients.double().abs().sum(1).cumsum(0)
-        done, gone = 0, 0.0
+        done, distance = 0, 0.0
         while done < len(coefficients):
-            room = STEPS * quantum - max(map(_largest, whole(self.parameters[n] for n in numbers)))
-            end = int(torch.searchsorted(distances, gone + room, right=True))
+            room = STEPS * quantum - max(map(_largest, full_tensors(self.parameters[n] for n in numbers)))
+            end = int(torch.searchsorted(distances, distance + room, right=True))
             if end <= done:
                 raise LogError(f"step {first + done} carries weights beyond the lattice's limit {STEPS * quantum:g}")
             seeds, moves = self.terms.table(first + done, end - done), coefficients[done:end]
             replay_(tensors, seeds.reshape(-1), moves.reshape(-1), dist=self.terms.dist, streams=numbers, starts=starts)
-            done, gone = end, float(distances[end - 1])
+            done, distance = end, float(distances[end - 1])
 
 
 def _largest(tensor: Tensor) -> float:

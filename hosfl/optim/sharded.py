@@ -1,7 +1,7 @@
-"""Processes that share a model: what of its parameters lies here, where it belongs; what they tell each other.
+"""Several processes that share a model: a parameter's local part and its place in the whole, and collectives.
 
-Noise is a function of an element's index in the whole parameter. A shard over the first dimension is a run of
-neighbouring elements, so its first one's index is all that the kernels need to know.
+Noise is a function of an element's index in the whole parameter. A shard over the first dimension is a range of
+consecutive elements, so the kernels only need the index of its first one.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ from torch import Tensor, distributed, nn
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")  # who has not imported it, which takes a second, has none
+    """Whether a tensor is a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")  # if nobody has imported it, there is none
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def shard(parameter: Tensor) -> tuple[Tensor, int]:
-    """What of a parameter lies here, sharing its memory, and the index of its first element in the whole.
+    """(the local part of a parameter, sharing its memory; the index of its first element in the whole).
 
     Raises ValueError for DTensors that are sharded over another dimension than the first, or hold partial sums;
     TypeError for other tensors that are made of tensors, as quantised ones are.
     """
     if not is_sharded(parameter):
-        if _is_made_of_tensors(parameter):
+        if _is_wrapper(parameter):
             raise TypeError(f"a {type(parameter).__name__}, which cannot move: freeze it")
         return parameter, 0
     parameter = parameter.data  # a DTensor still; `to_local` of what requires grad would record a graph
@@ -39,7 +40,7 @@ def shard(parameter: Tensor) -> tuple[Tensor, int]:
 
 
 def shards(parameters: Iterable[Tensor]) -> tuple[list[Tensor], list[int]]:
-    """`shard` of each: what lies here, and where it starts."""
+    """The local parts of parameters, and the index of the first element of each: see `shard`."""
     pairs = [shard(p) for p in parameters]
     return [tensor for tensor, _ in pairs], [start for _, start in pairs]
 
@@ -49,7 +50,7 @@ def _start(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> in
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    # Not isinstance: FSDP over tensor parallelism has a kind of Shard whose pieces are in another order.
+    # Not isinstance: FSDP over tensor parallelism has a subclass of Shard whose pieces are in another order.
     cut = [p for p in placements if type(p) is not Replicate]
     if len(cut) > 1 or any(type(p) is not Shard or p.dim != 0 for p in cut):
         raise ValueError(
@@ -60,38 +61,42 @@ def _start(shape: tuple[int, ...], mesh: Any, placements: tuple[Any, ...]) -> in
     return offset[0] * math.prod(shape[1:]) if cut else 0
 
 
-def whole(parameters: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The parameters whole, one at a time, and what quantised ones are made of; every process must ask."""
+def full_tensors(parameters: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Each parameter as a plain tensor: sharded ones gathered, one at a time, of quantised ones the inner tensors.
+
+    Every process must call it.
+    """
     for parameter in parameters:
         if is_sharded(parameter):
-            yield from whole([parameter.detach().full_tensor()])  # type: ignore[attr-defined]
-        elif _is_made_of_tensors(parameter):
-            yield from whole(getattr(parameter, name) for name in parameter.__tensor_flatten__()[0])  # type: ignore
+            yield from full_tensors([parameter.detach().full_tensor()])  # type: ignore[attr-defined]
+        elif _is_wrapper(parameter):
+            inner, _ = parameter.__tensor_flatten__()  # type: ignore[attr-defined]
+            yield from full_tensors(getattr(parameter, name) for name in inner)
         else:
             yield parameter
 
 
-def _is_made_of_tensors(tensor: Tensor) -> bool:
+def _is_wrapper(tensor: Tensor) -> bool:
     return hasattr(tensor, "__tensor_flatten__")
 
 
 def reshard(model: nn.Module | None) -> None:
-    """Let go of all that forward passes have gathered. `model.parameters()` are the sharded ones again."""
+    """Free what FSDP's forward passes have gathered, so that `model.parameters()` are the sharded ones again."""
     for module in _fsdp(model):
         module.reshard()
 
 
 @contextmanager
-def let_go(model: nn.Module | None) -> Iterator[None]:
-    """What forward passes in here gather is let go of at the end: the next ones gather the weights as they are then.
+def resharded(model: nn.Module | None) -> Iterator[None]:
+    """Reshard the model on exit, so that the next forward pass gathers the weights as they are then.
 
-    FSDP keeps what it gathered until the backward pass, of the root module always, and there is no backward pass.
+    FSDP keeps what it has gathered until the backward pass, of the root module always, and there is no backward pass.
     """
     try:
         yield
     except BaseException:
         for module in _fsdp(model):
-            # A forward pass that was cut short would keep what it gathered. Modules below the root refuse.
+            # An interrupted forward pass would keep what it has gathered. Modules below the root raise.
             with suppress(RuntimeError, AttributeError):  # AttributeError: an older torch
                 module.reset_iter_state()
         raise
@@ -104,16 +109,18 @@ def _fsdp(model: nn.Module | None) -> list[Any]:
     return [] if fsdp is None or model is None else [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)]
 
 
-# --- what processes tell each other ------------------------------------------------------------------------------
+# --- collectives -------------------------------------------------------------------------------------------------
 
 
-def together() -> bool:
-    """Whether there may be other processes."""
+def is_distributed() -> bool:
+    """Whether torch.distributed is initialised, so that there may be other processes."""
     return distributed.is_available() and distributed.is_initialized()
 
 
-def largest(values: list[float], parameters: list[Tensor], processes: distributed.ProcessGroup | None) -> list[float]:
-    """The largest values over all processes that share these sharded parameters; where there are none, these values."""
+def max_over_processes(
+    values: list[float], parameters: list[Tensor], processes: distributed.ProcessGroup | None
+) -> list[float]:
+    """Elementwise maxima over all processes that share these sharded parameters; the same values if there are none."""
     if not parameters:
         return values
     tensor = torch.tensor(values, dtype=torch.float32, device=parameters[0].device)
@@ -123,7 +130,7 @@ def largest(values: list[float], parameters: list[Tensor], processes: distribute
 
 
 def averaged(losses: Tensor, device: torch.device, processes: distributed.ProcessGroup | None) -> Tensor:
-    """Their mean over all processes."""
+    """The mean of each loss over all processes."""
     losses = losses.to(device)
     distributed.all_reduce(losses, group=processes)
     losses /= distributed.get_world_size(processes)
@@ -131,9 +138,9 @@ def averaged(losses: Tensor, device: torch.device, processes: distributed.Proces
 
 
 def common_seed(seed: int, drawn: bool, device: torch.device, processes: distributed.ProcessGroup | None) -> int | None:
-    """What all are to take where each has drawn its own; None where all have the same.
+    """The seed for all processes where each has drawn its own; None where all have the same.
 
-    Raises ValueError where one of different seeds was given, not drawn.
+    Raises ValueError where seeds differ and one of them was given, not drawn.
     """
     halves = [seed >> 32, seed & 0xFFFFFFFF]
     numbers = [*halves, *(-half for half in halves), int(not drawn)]

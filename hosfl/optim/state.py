@@ -1,4 +1,4 @@
-"""What a state_dict tells of a run beside what torch's tells, and what is refused of one before anything is loaded."""
+"""What a state_dict has beside torch's, and the checks of one before anything is loaded."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from hosfl.optim.terms import LARGEST_STEP, check_terms, zeros
 from hosfl.protocol.header import check_choice, check_integer, check_keys, check_quantum
 
 
-def told_run(
+def run_state(
     optimizer: str, kept: Mapping[str, Any], parameters: Sequence[Tensor], quanta: Mapping[int, float]
 ) -> dict[str, Any]:
-    """The optimizer's class, what it keeps, and of each parameter by number the shape, and the quantum or None."""
+    """The run's part of a state: the optimizer's class and attributes; of each parameter its shape and quantum."""
     return {
         "optimizer": optimizer,
         **kept,
@@ -29,7 +29,7 @@ def told_run(
 
 @dataclass(frozen=True)
 class Saved:
-    """A state that was checked. run: as `told_run`, but quanta by number. groups: torch's part, without the run."""
+    """A state that was checked. run: as `run_state`, but quanta by number. groups: torch's part, without the run."""
 
     run: dict[str, Any]
     groups: list[dict[str, Any]]
@@ -44,7 +44,7 @@ def read_state(
     check_settings: Callable[[dict[str, Any]], None],
     given: Parameters,
 ) -> Saved:
-    """Raises ValueError where it is the state of another optimizer than that class's, or of other parameters."""
+    """Check a state_dict. Raises ValueError for one of another class of optimizer, or of other parameters."""
     named = given.named()
     try:
         groups = _checked_groups(state_dict)
@@ -65,7 +65,7 @@ def read_state(
 
 
 def _checked_groups(state_dict: Any) -> list[dict[str, Any]]:
-    """Copies of its groups. Raises ValueError where it is not made like a state of torch's."""
+    """Copies of a state's groups. Raises ValueError for what has not the form of torch's states."""
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
         raise ValueError("it has no `state` and `param_groups`")
     groups = state_dict["param_groups"]
@@ -77,7 +77,7 @@ def _checked_groups(state_dict: Any) -> list[dict[str, Any]]:
 
 
 def _checked_moment(states: Mapping[Any, Any], parameter: Any) -> dict[str, Any]:
-    """What it keeps of a parameter: a moment, or nothing."""
+    """A parameter's state: {"moment": tensor}, or empty. Raises ValueError."""
     state = states.get(parameter) or {}
     if state and not (isinstance(state, Mapping) and [*state] == ["moment"] and isinstance(state["moment"], Tensor)):
         raise ValueError(f"of a parameter it must keep a moment alone, not {reprlib.repr(state)}")
@@ -87,10 +87,10 @@ def _checked_moment(states: Mapping[Any, Any], parameter: Any) -> dict[str, Any]
 
 
 def _checked_run(run: Any, optimizer: str, kept: Sequence[str], parameters: int) -> dict[str, Any]:
-    """Quanta by number, of parameters that are on a lattice. Raises ValueError."""
+    """The run's part of a state, with quanta by parameter number. Raises ValueError."""
     if not isinstance(run, dict):
         raise ValueError("its first group has no `run` (nor has it with flatten_optimizer_state_dict)")
-    # Earlier versions had it beside the groups, without class and shapes, and with such quanta.
+    # Earlier versions had it beside the groups, without class and shapes, and with quanta as a dict.
     run = {"optimizer": optimizer, "shapes": None, **run}
     check_keys(run, ("optimizer", *kept, "shapes", "quanta"), "its run")
     check_choice(run["optimizer"], "the class", (optimizer,))
@@ -110,7 +110,7 @@ def _checked_run(run: Any, optimizer: str, kept: Sequence[str], parameters: int)
 
 
 def _check_shapes(given: Parameters, shapes: list[list[int]] | None, saved: list[dict[str, Any]]) -> None:
-    """Of parameters, None where they are not known, and of their moments. Raises ValueError."""
+    """Raises ValueError for other shapes of parameters, if known, or of their moments."""
     own = [list(p.shape) for _, p in given.named()]
     for number, (shape, found, state) in enumerate(zip(own, shapes or own, saved, strict=False)):
         what = ""

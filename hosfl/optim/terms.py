@@ -1,4 +1,4 @@
-"""What the steps of a run and their replay share: the seeds of its directions, and SGD off the lattice."""
+"""What steps and their replay share: the seeds of the directions, and the update off the lattice."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from hosfl.protocol.header import DISTRIBUTIONS, LogError, check_choice, check_i
 from hosfl.protocol.seeds import Purpose, direction_seeds, pool_seed, round_seed
 from hosfl_kernels import SGD, update_
 
-LARGEST_STEP = 2**64 - 1  # and of whatever else seeds are derived from
+LARGEST_STEP = 2**64 - 1  # the limit of every number that seeds are derived from
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What replay needs beside the numbers."""
+    """The settings that replay needs beside a log's rows."""
 
     seed: int
     directions: int
@@ -27,21 +27,21 @@ class Terms:
     dist: str
 
     def seeds(self, step: int) -> tuple[int, ...]:
-        """Of the step's directions: its own, or the next ones of the pool."""
+        """The seeds of a step's directions: its own, or the next ones of the pool."""
         if not self.pool:
             return direction_seeds(self.seed, step, self.directions)
         first = step * self.directions
         return tuple(pool_seed(self.seed, 0, i % self.pool) for i in range(first, first + self.directions))
 
     def table(self, first: int, steps: int) -> Tensor:
-        """The seeds of many steps, the bits of each as int64 [steps, P]."""
+        """The seeds of consecutive steps, int64 [steps, P] with the bits of unsigned seeds."""
         seeds = (seed for step in range(first, first + steps) for seed in self.seeds(step))
         numbers = np.fromiter(seeds, np.uint64, steps * self.directions)
         return torch.from_numpy(numbers.view(np.int64).reshape(steps, self.directions))
 
 
 def check_terms(values: dict[str, Any]) -> Terms:
-    """Raises LogError, which names the field."""
+    """Terms from a file. Raises LogError, which names the field."""
     directions = check_integer(values["directions"], "directions", 1, LARGEST_STEP)
     pool = check_integer(values["pool"], "pool", 0, LARGEST_STEP)
     if 0 < pool < directions:
@@ -61,7 +61,11 @@ def apply_rule(
     coefficients: Tensor,
     steps: Tensor,
 ) -> None:
-    """The steps from `first` on, off the lattice, in one pass. coefficients: [R, P]. steps: rate and keep, [R, 2]."""
+    """Apply R steps from number `first` on, off the lattice, in one pass.
+
+    coefficients: float32 [R, P]. steps: float32 [R, 2], rate and keep. numbers: of the tensors, the streams of their
+    noise; starts: see `shard`. moments: one per tensor, none without momentum.
+    """
     rounds = range(first, first + len(steps))
     seeds = terms.table(first, len(steps))
     steps = nn.functional.pad(steps, (0, 1), value=1.0)
@@ -83,4 +87,5 @@ def apply_rule(
 
 
 def zeros(parameter: Tensor) -> Tensor:
+    """float32 zeros of a parameter's shape: a moment."""
     return torch.zeros_like(parameter, dtype=torch.float32, requires_grad=False, memory_format=torch.contiguous_format)

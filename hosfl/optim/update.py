@@ -1,8 +1,6 @@
-"""A step's update: weights go on from where they were measured, on their lattices or by a rule.
+"""A step's update of the weights, on their lattices or by a rule; returns a row for the log for each group.
 
-    th = th - lr * sum_p e_p u_p    e_p: the gradient's coefficients on the directions
-
-A row tells the log of what moved a group.
+th = th - lr * sum_p e_p u_p    e_p: the gradient's coefficients on the directions
 """
 
 from __future__ import annotations
@@ -23,11 +21,11 @@ from hosfl_kernels import SGD, derive
 
 LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 
-State = MutableMapping[Tensor, dict[str, Any]]  # torch's: what is kept of each parameter, here its moment
+State = MutableMapping[Tensor, dict[str, Any]]  # torch's `Optimizer.state`: of each parameter its moment
 
 
 def check_reach(groups: Sequence[Group], estimates: Sequence[Sequence[float]]) -> None:
-    """Raises FloatingPointError for a step whose numbers float32 does not hold."""
+    """Raises FloatingPointError for a step whose numbers are beyond float32."""
     pairs = zip(groups, estimates, strict=True)
     reach = max((max(group.rate, 1.0) * sum(map(abs, e)) for group, e in pairs), default=0.0)
     if not reach < LARGEST_FLOAT32 / 4:
@@ -47,13 +45,13 @@ def lattice_step(
     log: RunLog,
     processes: distributed.ProcessGroup | None,
 ) -> list[Row]:
-    """Home and on in one pass, the coefficients on the lattice, right on average.
+    """Restore the weights and add the step, in one pass. Coefficients are rounded to the lattice stochastically.
 
-    Where lattices become too small on the way, `weights.groups` are other parts after it: the rows are theirs.
+    Where lattices become too small, `weights.groups` are other parts afterwards, to which the rows belong.
     """
     distances = [g.rate * sum(map(abs, e)) + g.mu for g, e in zip(weights.groups, estimates, strict=True)]
     if lattices.outgrown(weights.groups, distances):
-        weights.home()
+        weights.restore()
         try:
             lattices.make_room(weights.groups, distances, log, processes)
         except ValueError as error:
@@ -66,11 +64,11 @@ def lattice_step(
     for group, estimate in zip(weights.groups, estimates, strict=True):
         # The same for all parts of a parameter group.
         uniforms = [derive(key, p, group.index) / 2.0**64 for p in range(terms.directions)]
-        moves = lattices.rounded(group, [-group.rate * c for c in estimate], uniforms)
+        moves = lattices.round(group, [-group.rate * c for c in estimate], uniforms)
         rows.append(Row(moves, group.rate, 1.0))
     weights.move(0, 0, [(terms.seeds(step), row.coefficients) for row in rows])
     for group, row in zip(weights.groups, rows, strict=True):
-        lattices.moved(group, row.coefficients)
+        lattices.add_distance(group, row.coefficients)
     return rows
 
 
@@ -81,14 +79,14 @@ def rule_steps(
     terms: Terms,
     step: int,
 ) -> list[Row]:
-    """Home, then on by SGD with momentum and weight decay, every move rounded."""
-    # There may be no memory, which must be known before the first group moves: for the moments of all groups, and for
-    # the largest copy that weights in channels_last move through. It is let go of, and each group takes what it needs.
+    """Restore the weights, then step by SGD with momentum and weight decay. Every move is rounded."""
+    # If there is not enough memory, that must show before the first group moves: so this allocates the moments of all
+    # groups, and the largest copy through which weights in channels_last move, which is freed at once.
     moments = [_moments(group, state) for group in weights.groups]
     strided = [t for group in weights.groups for t in group.tensors if not t.is_contiguous()]
     if strided:
         torch.empty(max(t.nbytes for t in strided), dtype=torch.uint8, device=strided[0].device)
-    weights.home()
+    weights.restore()
     triples = zip(weights.groups, estimates, moments, strict=True)
     return [_rule_step(*triple, state, terms, step) for triple in triples]
 
@@ -108,7 +106,7 @@ def _rule_step(
 
 
 def _moments(group: Group, state: Mapping[Tensor, dict[str, Any]]) -> list[Tensor]:
-    """One for each tensor, zeros where there was none; without momentum none at all."""
+    """A moment for each tensor, zeros if it has none yet; an empty list without momentum."""
     if not group.momentum:
         return []
     kept = [state.get(t, {}).get("moment") for t in group.tensors]
@@ -116,7 +114,7 @@ def _moments(group: Group, state: Mapping[Tensor, dict[str, Any]]) -> list[Tenso
 
 
 def make_moments(groups: Sequence[dict[str, Any]], state: State) -> None:
-    """Zeros that others are copied into, or that are as good as those which the next step would make."""
+    """Make zero moments where there are none, for a state_dict to be loaded into."""
     for group in groups:
         for parameter in group["params"] if group["momentum"] else []:
             if parameter.requires_grad and not state.get(parameter):
