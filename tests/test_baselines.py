@@ -336,7 +336,7 @@ def test_zo_both_measures_both_halves_losses(estimator):
     own = torch.zeros(len(v[0]))
     for m, of in enumerate(losses):
         slopes = [(of(mu * u_p, 0) - of(-behind * mu * u_p, 0)) / (mu * (1 + behind)) for u_p in u]
-        assert server._measured[m].scalars.tolist() == pytest.approx(slopes, rel=0.01, abs=2e-3)
+        assert server._scalars[m].scalars.tolist() == pytest.approx(slopes, rel=0.01, abs=2e-3)
         assert max(map(abs, slopes)) > 0.1
         for v_q in v:
             own += (of(0, 1e-3 * v_q) - of(0, -behind * 1e-3 * v_q)) / (1e-3 * (1 + behind)) * v_q / 3 / 2

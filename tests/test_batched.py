@@ -186,7 +186,7 @@ def test_on_a_lattice_as_well_as_in_place():
 def test_a_part_of_what_moves_from_where_it_begins():
     """moved: what a block has, while the pass starts at that block."""
     half, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(5, 3)
-    moved = Moved.of(half).some([2, 3])
+    moved = Moved.of(half).subset([2, 3])
     with evaluating(half):
         cut, held = half(x), half[:2](x)
         rest = (torch.ones_like(cut), cut, SEEDS, MU, "gaussian")

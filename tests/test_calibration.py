@@ -287,7 +287,7 @@ def test_mutated_bytes_change_nothing(task):
     endpoint = Endpoint(client, calibrates=True)
     whole = [
         encode(statistics()),
-        encode(client.asks()),
+        encode(client.request_statistics()),
         encode(Calibration(client=0, round=0, statistics=of(client.half))),
         encode(Calibration(client=0, round=0, statistics=torch.empty(0))),
     ]

@@ -421,7 +421,7 @@ def test_a_client_that_differs_says_so_and_rebuilds(kind):
     assert state(client.replica) == (made.ledger.mirror.digest(), 10, 0)
     assert server.refused == []
     made.play(11)
-    assert server.welcome(client.hello(), said=False).digest.size == 0  # not due
+    assert server.welcome(client.hello(), reported=False).digest.size == 0  # not due
     assert server.welcome(client.hello()).digest.size == 8
     assert client.catch_up(made.since(client)) is None
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from hosfl.engines.engine import Reply
 from hosfl.engines.in_process import InProcess
-from hosfl.protocol.aggregate import BEYOND, not_beyond, weighted_mean
+from hosfl.protocol.aggregate import LENGTH_LIMIT, limit_length, weighted_mean
 from hosfl.protocol.messages import Audited, Cut, Differs, ProbedCut, Scalars, decode, encode
 from hosfl.runs.assemble import assemble
 from hosfl.runs.config import Config
@@ -158,18 +158,18 @@ def test_a_mean_is_held_to_the_middle_length():
     weights, ones = np.ones(2), torch.ones(2)
     honest = [ones, 2 * ones, 3 * ones]
     mean = weighted_mean(honest, [1.0] * 3)
-    assert not_beyond(mean, honest, weights) is mean
+    assert limit_length(mean, honest, weights) is mean
     lied = [*honest, 1e30 * ones]
-    held = not_beyond(weighted_mean(lied, [1.0] * 4), lied, weights)
-    torch.testing.assert_close(held, (BEYOND * 2 * ones).double())  # the lower of the middle two
+    held = limit_length(weighted_mean(lied, [1.0] * 4), lied, weights)
+    torch.testing.assert_close(held, (LENGTH_LIMIT * 2 * ones).double())  # the lower of the middle two
     small = [1e-6 * value for value in lied]  # whatever the unit
-    held = not_beyond(weighted_mean(small, [1.0] * 4), small, weights)
-    torch.testing.assert_close(held, (BEYOND * 2e-6 * ones).double())
+    held = limit_length(weighted_mean(small, [1.0] * 4), small, weights)
+    torch.testing.assert_close(held, (LENGTH_LIMIT * 2e-6 * ones).double())
     only = [1e30 * ones]
-    torch.testing.assert_close(not_beyond(only[0], only, weights), only[0])  # nothing to compare it with
+    torch.testing.assert_close(limit_length(only[0], only, weights), only[0])  # nothing to compare it with
     nothing = [0 * ones, 0 * ones, ones]
-    torch.testing.assert_close(not_beyond(ones / 3, nothing, weights), ones / 3)  # those have nothing to say
-    assert not not_beyond(0 * ones, [0 * ones], weights).any()
+    torch.testing.assert_close(limit_length(ones / 3, nothing, weights), ones / 3)  # those have nothing to say
+    assert not limit_length(0 * ones, [0 * ones], weights).any()
 
 
 def no_norm(liars, **settings):

@@ -187,7 +187,7 @@ def _terms(data: bytes, sha256: str, settings: Settings) -> tuple[Run, Header]:
         raise JoinError(f"the server's header is none: {error}") from None
 
 
-def _check_base(path: Path, header: Header, digested: Sequence[str]) -> None:
+def _check_base(path: Path, header: Header, digested_tensors: Sequence[str]) -> None:
     """Raises JoinError where weights are not those that the header names, or the digest is of more than there are."""
     try:
         weights = Weights(path)  # each is read when it is its turn: all of them are as much as the session has
@@ -199,7 +199,7 @@ def _check_base(path: Path, header: Header, digested: Sequence[str]) -> None:
         raise JoinError(str(error)) from None
     if digest != header.base:
         raise JoinError("the server's base holds other weights than its log's header says")
-    if missing := [name for name in digested if name not in weights]:
+    if missing := [name for name in digested_tensors if name not in weights]:
         raise JoinError(f"the server's base has no {missing[0]}, which the digest of its half is of")
 
 

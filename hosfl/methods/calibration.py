@@ -45,7 +45,7 @@ def load(half: nn.Module, values: Tensor) -> None:
             tensor.copy_(part)
 
 
-def first(base: nn.Module, statistics: RunningStatistics | None) -> nn.Module:
+def initial_half(base: nn.Module, statistics: RunningStatistics | None) -> nn.Module:
     """A copy of the base as clients begin with it: with the model's statistics, until they are told the run's."""
     half = copy.deepcopy(base)
     if statistics is not None:

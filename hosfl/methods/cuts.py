@@ -1,4 +1,4 @@
-"""What the cuts of a run look like: what a server learns from, and refuses of a client."""
+"""The specification of a run's cuts and labels, against which the server checks what clients send."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hosfl.protocol.messages import Cut, MessageError
 
 @dataclass(frozen=True)
 class CutSpec:
-    """The cuts and labels that the server of a run takes.
+    """The cuts and labels that the server of a run accepts.
 
     Args:
         shape: of one sample's cut, without the batch; of texts, of the longest.
@@ -21,9 +21,9 @@ class CutSpec:
         masked: whether the half takes an attention mask beside the cut. Texts may then be shorter than the longest.
         label_shape: of one sample's labels, without the batch.
         real: whether labels are floating-point numbers.
-        ignore_index: a label that the loss does not count, such as -100 of torch's cross_entropy; labels are then one
-            for each token. None: every label counts.
-        wire: how cuts and multipliers travel: "float32", "bfloat16", "float16" or "int8".
+        ignore_index: a label that the loss ignores, such as -100 in torch's cross_entropy; there is then one label for
+            each token. None: every label counts.
+        wire: dtype of cuts and multipliers on the wire: "float32", "bfloat16", "float16" or "int8".
     """
 
     shape: tuple[int, ...]
@@ -47,7 +47,7 @@ class CutSpec:
         return 4 * (numbers + (self.batch * self.shape[0] if self.masked else 0))
 
     def check(self, message: Cut) -> Cut:
-        """The message, its cut unpacked. Raises MessageError for one that nothing can be learnt from."""
+        """The message with its cut unpacked. Raises MessageError for one that cannot be learnt from."""
         shape, labels = tuple(message.cut.shape), message.labels
         sample, label, classes = shape[1:], self.label_shape, self.classes
         if self.masked and sample[:1] and 0 < sample[0] < self.shape[0]:  # its texts are shorter than the longest

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hosfl.halves.inputs import Batch, Inputs, call, evaluating, parts_of
 from hosfl.halves.narrow import made_again
 from hosfl.methods.client import Client
-from hosfl.methods.gathered import shrinking
+from hosfl.methods.gathered import clip_factor
 from hosfl.methods.ledger import Ledger, Rate, State, WholeWeights, descend, load_vector, make_optimizer, step_size
 from hosfl.methods.method import LEARNS, MULTIPLIERS, Method, Way
 from hosfl.methods.state import pack_optimizer, part, prefixed, unpack_optimizer
@@ -129,7 +129,7 @@ class GradientAverage(WholeWeights):
         if answers:
             values = [a.gradient for a in answers]
             if self.clip is not None:
-                values = [v * shrinking([v], self.clip) for v in values]
+                values = [v * clip_factor([v], self.clip) for v in values]
             mean = self.aggregation(values, weights)
             rate = step_size(self.rate, self.length, round, float(mean.square().sum()))
             descend(self.weights, mean, self.optimizer, rate)

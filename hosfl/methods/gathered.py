@@ -1,4 +1,4 @@
-"""The clients' gradients of the server half, gathered one after another until the round's step."""
+"""Accumulates the clients' gradients of the server half, one after another, until the round's step."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from hosfl.protocol.aggregate import Aggregation, RunningLength, middle, uniform_mean, weighted_mean
+from hosfl.protocol.aggregate import Aggregation, RunningLength, lower_median, uniform_mean, weighted_mean
 
-Pieces = Sequence[Tensor | None]  # one client's vector in pieces; None where it has none, which is as good as zeros
-OUTLIER = 10.0  # times as long as the steps' gradients before it
-# A client's share of those that are means, from its weight.
+Pieces = Sequence[Tensor | None]  # one client's vector in pieces; None stands for zeros
+OUTLIER = 10.0  # a gradient this many times as long as those of earlier steps is scaled down
+# For aggregations that are means: a client's share from its weight.
 SHARES: dict[Aggregation, Callable[[float], float]] = {weighted_mean: float, uniform_mean: lambda weight: 1.0}
 
 
 class RunningMean:
-    """A mean of the clients' vectors, in the memory of one of them. share: a client's, from its weight."""
+    """A mean of the clients' vectors, in the memory of one of them. share: weight -> the client's share."""
 
     def __init__(self, share: Callable[[float], float]) -> None:
         self.share, self.total = share, 0.0
@@ -27,7 +27,7 @@ class RunningMean:
         self._add(pieces, share, share)
 
     def add_sum(self, pieces: Pieces, shares: float) -> None:
-        """Several clients at once. pieces: of the sum of their vectors, each times its share; shares: their sum."""
+        """Add several clients at once. pieces: the sum of their vectors times their shares; shares: the shares' sum."""
         self._add(pieces, 1.0, shares)
 
     def _add(self, pieces: Pieces, times: float, share: float) -> None:
@@ -36,7 +36,7 @@ class RunningMean:
         self.sums = [_plus(s, p, times) for s, p in zip(before, pieces, strict=True)]
 
     def result(self) -> list[Tensor | None]:
-        """The mean; None where nobody had a piece. To be called once, at the end."""
+        """The mean; None for pieces that no client had. Call it once, at the end."""
         return [None if s is None else s.div_(self.total) for s in self.sums]
 
 
@@ -47,7 +47,7 @@ def _plus(total: Tensor | None, piece: Tensor | None, times: float) -> Tensor | 
 
 
 class KeptVectors:
-    """Any aggregation of the clients' vectors. Keeps all K of them until the end, then goes over them by pieces."""
+    """Any aggregation of the clients' vectors. Keeps all K of them until the end, then aggregates piece by piece."""
 
     def __init__(self, aggregation: Aggregation) -> None:
         self.aggregation = aggregation
@@ -69,30 +69,30 @@ class KeptVectors:
         return self.aggregation(flat, self.weights).view_as(like).to(like.dtype)
 
 
-def gathered(aggregation: Aggregation) -> RunningMean | KeptVectors:
-    """Nothing as yet of what is to be aggregated so."""
+def make_accumulator(aggregation: Aggregation) -> RunningMean | KeptVectors:
+    """An empty accumulator for an aggregation."""
     share = SHARES.get(aggregation)
     return KeptVectors(aggregation) if share is None else RunningMean(share)
 
 
 def length_of(pieces: Pieces) -> float:
-    """The L2 norm of a vector in pieces, on one device; 0 where there are none. A GPU is waited for once."""
+    """The L2 norm of a vector in pieces, on one device; 0 without pieces. Waits for a GPU once."""
     norms = [torch.linalg.vector_norm(p.float()) for p in pieces if p is not None]
     return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
 
 
-def shrinking(pieces: Pieces, largest: float) -> float:
-    """The factor that takes one client's gradient, in pieces, to the length `largest` where it is longer; else 1."""
+def clip_factor(pieces: Pieces, largest: float) -> float:
+    """The factor that scales a gradient, in pieces, down to the length `largest`; 1 if it is not longer."""
     length = length_of(pieces)
     return largest / length if length > largest else 1.0
 
 
 class OutlierClipping:
-    """Scales an aggregated gradient down that is more than `OUTLIER` times as long as those of the steps before.
+    """Scales down an aggregated gradient that is more than `OUTLIER` times as long as those of the steps before.
 
-    It then has their running length; in the first step, that of the client whose gradient is the middle one. One absurd
-    cut would otherwise do more than spoil its round: stay in the optimizer's moments, which divide all later steps.
-    Lengths of zero, of which a loss with a margin has many, tell nothing.
+    It then has their running length; in the first step, the median length of the clients' gradients. One absurd cut
+    would otherwise not only spoil its round but stay in the optimizer's moments, which divide all later steps.
+    Gradients of length zero, of which a loss with a margin has many, do not count.
 
     Attributes:
         length: the running length.
@@ -103,16 +103,16 @@ class OutlierClipping:
         self._clients: list[float] = []  # lengths of the clients' gradients, in the first step
 
     def begin(self) -> None:
-        """A step begins."""
+        """Begin a step."""
         self._clients = []
 
     @property
     def ready(self) -> bool:
-        """Whether there was a step before, so that the clients' own lengths are not needed."""
+        """Whether there is a running length, so that the clients' own lengths are not needed."""
         return bool(self.length.weight)
 
-    def saw(self, gradient: Pieces) -> None:
-        """One client's gradient."""
+    def add_client(self, gradient: Pieces) -> None:
+        """Take in one client's gradient."""
         if not self.ready:
             self._clients.append(length_of(gradient))
 
@@ -121,6 +121,6 @@ class OutlierClipping:
         length = length_of(gradient)
         if length == 0:
             return gradient
-        known = self.length.value if self.ready else middle(filter(None, self._clients))
-        self.length.update(min(length, 2 * known) ** 2)  # may grow by a seventh in a step, whatever comes
-        return gradient if length <= OUTLIER * known else [g if g is None else g * (known / length) for g in gradient]
+        usual = self.length.value if self.ready else lower_median(filter(None, self._clients))
+        self.length.update(min(length, 2 * usual) ** 2)  # grows by at most a seventh per step
+        return gradient if length <= OUTLIER * usual else [g if g is None else g * (usual / length) for g in gradient]

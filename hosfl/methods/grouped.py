@@ -3,8 +3,8 @@
 The sum of the clients' own losses, each times the client's share of the aggregate, is backpropagated once. Its gradient
 is the aggregate of the half; its gradient for a client's cut is that client's share times its multiplier.
 
-Groups are the step's cuts in their order, whoever came first, so that they and the dropout in them are a function of
-the run, like the sum of a step's gradients.
+Groups are formed in the order of the clients' numbers, whichever cut arrives first, so that they and the dropout in
+them are a function of the run, like the sum of a step's gradients.
 """
 
 from __future__ import annotations
@@ -18,27 +18,26 @@ from torch import Tensor, nn
 from hosfl.halves.inputs import evaluating
 from hosfl.halves.split import dtype_of
 from hosfl.methods.gathered import SHARES, RunningMean
-from hosfl.methods.server import Server, computing, handed
+from hosfl.methods.server import Server, copied_to, refusing_errors
 from hosfl.methods.tensors import all_true, usable
 from hosfl.protocol.messages import Cut, Message, MessageError
 
-TRIED = 4  # samples that a half is tried with
+TRIAL_SAMPLES = 4  # with which a half is checked
 
 
 @dataclass
 class GroupedServer(Server):
-    """`Server`, but for how cuts go through the half: several clients' together, up to `most` samples in a pass.
+    """A `Server` whose half takes cuts of several clients together, up to `most` samples in a pass.
 
-    A larger cut goes by itself, and so do texts of unequal length where padding would count, and all in a run's first
-    step. Activations are kept for all samples of a pass.
+    Taken one by one are larger cuts, texts of unequal length if padding changes the half's output, and all cuts of a
+    run's first step. Activations are kept for all samples of a pass.
 
-    Multipliers, losses and the step are those of one cut after another within float32, and other numbers where the half
-    has dropout. Where anything in a pass is infinite or NaN its cuts are learnt from one after another, so that those
-    alone are refused that would have been; the others differ by rounding, and by dropout, from what they would be
-    without these.
+    Multipliers, losses and the step equal those of `Server` up to float32 rounding, but for other random numbers in
+    dropout. If anything in a pass is infinite or NaN, its cuts are learnt from one by one, so that only the bad ones
+    are refused.
 
-    Raises ValueError for a half whose samples affect each other, such as one with BatchNorm, or whose buffers move; for
-    an aggregation that needs each client's gradient by itself; and for clipping, which needs its length.
+    Raises ValueError for a half whose samples affect each other, such as one with BatchNorm, or whose buffers change;
+    for an aggregation that needs each client's gradient by itself; and for clipping, which needs its length.
     """
 
     most: int = field(kw_only=True)
@@ -51,20 +50,20 @@ class GroupedServer(Server):
                 " need each by itself: leave out server_batch"
             )
         self._group: list[Cut] = []
-        self._check_apart()
-        self._pads = self.cuts.masked and self._padding_is_nothing()
+        self._check_independent()
+        self._pads = self.cuts.masked and self._ignores_padding()
 
     def begin(self, round: int) -> None:
         super().begin(round)
         self._group = []
 
     def learn(self, message: Message) -> None:
-        """Learn from one cut once its group is complete, or refuse it now or then."""
+        """Learn from one cut once its group is complete; refuse it now or then."""
         with self._refusing(message):
             cut = self._check_cut(self._number, message)
             if any(waiting.client == cut.client for waiting in self._group):
                 raise MessageError("a second cut in one round")
-            if not self._goes_with(cut):
+            if not self._fits_group(cut):
                 self._learn_group()
             self._group.append(cut)
 
@@ -76,20 +75,20 @@ class GroupedServer(Server):
         self._learn_group()
         return super().end()
 
-    def _goes_with(self, cut: Cut) -> bool:
-        """Whether a cut may go through the half with those that wait."""
+    def _fits_group(self, cut: Cut) -> bool:
+        """Whether a cut can go through the half together with the waiting ones."""
         alike = self._pads or all(waiting.cut.shape[1:] == cut.cut.shape[1:] for waiting in self._group)
         return alike and sum(len(waiting.labels) for waiting in self._group) + len(cut.labels) <= self.most
 
     def _learn_group(self) -> None:
-        """Learn from the cuts that wait."""
+        """Learn from the waiting cuts."""
         group, self._group = self._group, []
-        if len(group) > 1 and self._outliers.ready:  # the first step is held to the lengths of each client's gradient
+        if len(group) > 1 and self._outliers.ready:  # the first step needs the length of each client's gradient
             try:
-                with self._dropout(), computing():
+                with self._dropout(), refusing_errors():
                     multipliers, losses = self._backward_together(group)
             except MessageError:
-                pass  # and nothing was changed: one after another shows whose cut it is
+                pass  # nothing has changed: taking them one by one shows which cut is bad
             else:
                 for cut, multiplier, loss in zip(group, multipliers, losses, strict=True):
                     self._keep(cut, self._multiplier(self._number, cut.client, multiplier), loss)
@@ -99,10 +98,10 @@ class GroupedServer(Server):
                 self._learn_checked(cut)
 
     def _backward_together(self, cuts: Sequence[Cut]) -> tuple[list[Tensor], list[float]]:
-        """Each cut's multiplier and loss; adds the half's gradients to what is gathered.
+        """Forward and backward for several cuts: each one's multiplier and loss; adds the gradient to the aggregate.
 
-        Raises where the half or the loss cannot take them, and MessageError where anything is infinite or NaN; then all
-        is as before.
+        Raises where the half or the loss cannot take them, and MessageError if anything is infinite or NaN; then
+        nothing has changed.
         """
         assert isinstance(self._gathered, RunningMean)
         device, dtype = next(self.half.parameters()).device, dtype_of(self.half)
@@ -111,10 +110,10 @@ class GroupedServer(Server):
         if self._pads and self.cuts.ignore_index is not None:  # labels are one for each token
             labels = _padded(labels, self.cuts.ignore_index)
         pad = _padded if self._pads else list
-        # One copy to the device for all, and one leaf of the graph.
+        # One tensor for all cuts: one copy to the device, and one leaf of the graph.
         cut = torch.cat(pad([c.cut for c in cuts])).to(device).requires_grad_()
         masks = self._masks(torch.cat(pad([c.mask for c in cuts]))) if self.cuts.masked else {}
-        output = self.half(handed(cut, dtype), **masks)
+        output = self.half(copied_to(cut, dtype), **masks)
         own = [self.loss(o, self._labels(x)) for o, x in zip(output.split(sizes), labels, strict=True)]
         losses = torch.stack([loss.reshape(()) for loss in own])
         self.passes["server forward"] += len(cut)
@@ -130,19 +129,19 @@ class GroupedServer(Server):
             multipliers = [m[:, : c.cut.shape[1]] for m, c in zip(multipliers, cuts, strict=True)]
         return [m.to(c.cut.dtype) for m, c in zip(multipliers, cuts, strict=True)], losses.detach().tolist()
 
-    def _check_apart(self) -> None:
-        """Raises ValueError for a half in train mode that is more than a function of each sample and random numbers.
+    def _check_independent(self) -> None:
+        """Raises ValueError for a half in train mode in which samples affect each other, or buffers change.
 
-        It is tried, since a module's name does not tell: BatchNorm kept in eval mode mixes nothing.
+        It runs the half, since a module's type does not tell: BatchNorm kept in eval mode mixes nothing.
         """
-        cuts, masks = self._made_up(TRIED)
+        cuts, masks = self._random_cuts(TRIAL_SAMPLES)
         modes = [(module, module.training) for module in self.half.modules()]
         buffers = [*self.half.buffers()]
         before = [b.detach().clone() for b in buffers]
         cuts.requires_grad_()
         self.half.train()
         with self._dropout():
-            output = self.half(handed(cuts, cuts.dtype), **self._masks(masks))[0]
+            output = self.half(copied_to(cuts, cuts.dtype), **self._masks(masks))[0]
             (gradient,) = torch.autograd.grad((output * torch.rand_like(output)).sum(), cuts)
         for module, training in modes:
             module.training = training
@@ -153,24 +152,24 @@ class GroupedServer(Server):
                 " affect each other or move buffers, as with BatchNorm: leave out server_batch"
             )
 
-    def _padding_is_nothing(self) -> bool:
-        """Whether texts may be padded at their end, with a mask of zeros there: the half says the same of them.
+    def _ignores_padding(self) -> bool:
+        """Whether padding at the end of texts, masked out, leaves the half's output unchanged.
 
-        Not so where an output that is no label's, such as the logits of where an answer begins, grows with the text.
+        It does not where outputs that belong to no label grow with the text, such as logits of an answer's position.
         """
         longest = self.cuts.shape[0]
-        cuts, masks = self._made_up(TRIED)
-        some = max(1, longest // 2)
-        masks[:, some:] = 0
+        cuts, masks = self._random_cuts(TRIAL_SAMPLES)
+        length = max(1, longest // 2)
+        masks[:, length:] = 0
         with evaluating(self.half):
-            whole = self.half(handed(cuts, cuts.dtype), **self._masks(masks))
-            alone = self.half(handed(cuts[:, :some], cuts.dtype), **self._masks(masks[:, :some]))
-        if self.cuts.ignore_index is not None:  # the loss counts no output there
-            whole = whole[:, :some]
-        return whole.shape == alone.shape and bool((whole - alone).abs().max() <= 0.01 * alone.abs().max())
+            padded = self.half(copied_to(cuts, cuts.dtype), **self._masks(masks))
+            short = self.half(copied_to(cuts[:, :length], cuts.dtype), **self._masks(masks[:, :length]))
+        if self.cuts.ignore_index is not None:  # the loss ignores outputs at padding
+            padded = padded[:, :length]
+        return padded.shape == short.shape and bool((padded - short).abs().max() <= 0.01 * short.abs().max())
 
-    def _made_up(self, samples: int) -> tuple[Tensor, Tensor]:
-        """Cuts of the longest texts, with all of their tokens: numbers from 0 to 1, the same in every run of a seed."""
+    def _random_cuts(self, samples: int) -> tuple[Tensor, Tensor]:
+        """Random cuts of the largest shape and their masks, all ones; the same in every run of a seed."""
         random = torch.Generator().manual_seed(self.seed % 2**63)
         cuts = torch.rand(samples, *self.cuts.shape, generator=random)
         parameter = next(self.half.parameters())
@@ -178,6 +177,6 @@ class GroupedServer(Server):
 
 
 def _padded(texts: Sequence[Tensor], value: float = 0) -> list[Tensor]:
-    """Tensors [n, length, ...] made as long as the longest of them, with `value` at the end."""
+    """Pad tensors [n, length, ...] with `value` at the end to the length of the longest."""
     longest = max(x.shape[1] for x in texts)
     return [nn.functional.pad(x, (0, 0) * (x.dim() - 2) + (0, longest - x.shape[1]), value=value) for x in texts]

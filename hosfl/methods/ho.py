@@ -124,14 +124,14 @@ class ZerothOrderClient(Client):
             found = [self._backward(multiplier, seeds)]
         else:
             found = [
-                self._probe(number, self.moved.some(block.tensors), multiplier, seeds[positions])
+                self._probe(number, self.moved.subset(block.tensors), multiplier, seeds[positions])
                 for number, (block, positions) in enumerate(run.parts())
             ]
         self.seconds.answer += time.perf_counter() - begin
         return Scalars(client=self.number, round=self._round, epoch=self.epoch, scalars=torch.cat(found))
 
     @contextmanager
-    def _from(self, number: int) -> Iterator[tuple[nn.Module, Inputs]]:
+    def _pass_from(self, number: int) -> Iterator[tuple[nn.Module, Inputs]]:
         """What to call for a pass from a block to the cut, in eval mode and without a graph."""
         with evaluating(self.half):
             module, inputs = self.blocks.at(number, self._inputs)
@@ -141,7 +141,7 @@ class ZerothOrderClient(Client):
     def _backward(self, multiplier: Tensor, seeds: Sequence[int]) -> Tensor:
         measured = [positions for block, positions in self.run.parts() for _ in block.tensors]
         order = [t for block, _ in self.run.parts() for t in block.tensors]
-        with self._from(0) as (module, inputs):
+        with self._pass_from(0) as (module, inputs):
             found = probe_backward(
                 module,
                 inputs,
@@ -149,7 +149,7 @@ class ZerothOrderClient(Client):
                 seeds,
                 self.run.dist,
                 microbatch=self.microbatch,
-                moved=self.moved.some(order),
+                moved=self.moved.subset(order),
                 measured=measured,
             )
         self._count(forward=self.begins[0].share, backward=self.begins[0].share)
@@ -158,13 +158,13 @@ class ZerothOrderClient(Client):
     def _probe(self, number: int, moved: Moved, multiplier: Tensor, seeds: Sequence[int]) -> Tensor:
         """Forward passes from a block to the cut, along directions that move it alone."""
         run, mu, two_sided = self.run, self.replica.mu, self.run.estimator == "two-sided"
-        with self._from(number) as (module, inputs):
+        with self._pass_from(number) as (module, inputs):
             if self.probes_at_once > 1:
-                found = self._batched(module, inputs, moved, multiplier, seeds)
+                found = self._probe_batched(module, inputs, moved, multiplier, seeds)
             elif run.estimator == "forward":
                 found = probe_forward(module, inputs, multiplier, seeds, run.dist, moved=moved)
             elif run.lattice is not None:
-                found = self._in_place(number, module, inputs, moved, multiplier, seeds)
+                found = self._probe_in_place(number, module, inputs, moved, multiplier, seeds)
             else:
                 found = probe_untouched(
                     module, inputs, multiplier, self._cut, seeds, mu, run.dist, two_sided=two_sided, moved=moved
@@ -174,7 +174,7 @@ class ZerothOrderClient(Client):
         self._count(forward=between + (2 if two_sided else 1) * len(seeds) * share)
         return found
 
-    def _in_place(
+    def _probe_in_place(
         self, number: int, module: nn.Module, inputs: Inputs, moved: Moved, multiplier: Tensor, seeds: Sequence[int]
     ) -> Tensor:
         """The same, by weights that move. Large tables by row, once that has been seen to come to the same.
@@ -204,7 +204,7 @@ class ZerothOrderClient(Client):
             self.by_row[number] = able
         return probe(multiplier, seeds, self.by_row[number])
 
-    def _batched(
+    def _probe_batched(
         self, module: nn.Module, inputs: Inputs, moved: Moved, multiplier: Tensor, seeds: Sequence[int]
     ) -> Tensor:
         """The same, several probes in a pass. On a lattice, too: a copy's weights are exact there."""
@@ -306,7 +306,7 @@ SCALARS = (
     *PROBES,
     *("directions_from", "pool_size", "pool_rounds", "direction_scale", "estimator", "clip"),
 )
-ONE_S_OWN = ("microbatch", "probes_at_once", "compile")  # settings of how a client computes its numbers
+CLIENT_SETTINGS = ("microbatch", "probes_at_once", "compile")  # settings of how a client computes its numbers
 FRESH, POOL = {"directions_from": "fresh"}, {"directions_from": "pool"}
 ADAM_POOL = {**POOL, "rule": "adamw", "direction_scale": "rms", "pool_size": 128, "pool_rounds": 100}
 
@@ -391,6 +391,6 @@ class HO(Method):
 
     def client(self, number: int, half: nn.Module, batch: Callable[[int], Batch]) -> Client:
         setup = self.setup
-        shared: dict[str, Any] = {name: getattr(self.settings, name) for name in ONE_S_OWN}
+        shared: dict[str, Any] = {name: getattr(self.settings, name) for name in CLIENT_SETTINGS}
         shared |= {"run": self.run, "begins": self.begins, "passes": setup.passes, "by_row": self.by_row}
         return self.kind(number, half, batch, base=lambda: setup.parameters, **shared)

@@ -1,7 +1,7 @@
-"""What was committed about the client half. Two kinds: a log of scalars (HO-SFL), whole weights (gradients averaged, or
-the clients' own weights).
+"""Ledgers keep what was committed of the client half: a log of scalars (HO-SFL), or whole weights (the other methods).
 
-A ledger checks the clients' answers, turns a round's into one step, and tells a client what it has missed.
+A ledger checks the clients' answers, turns those of a round into one step, and makes the update that a client has
+missed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from hosfl.probing.probe import trainable
-from hosfl.protocol.aggregate import Aggregation, RunningLength, clip_to_norm, not_beyond, weighted_mean
+from hosfl.protocol.aggregate import Aggregation, RunningLength, clip_to_norm, limit_length, weighted_mean
 from hosfl.protocol.header import LogError
 from hosfl.protocol.lattice import Lattice, spread
 from hosfl.protocol.log import Log
@@ -45,12 +45,12 @@ def step_size(rate: Rate, length: RunningLength | None, round: int, square: floa
     return rate(round) / (1.0 if length is None else length.update(square))
 
 
-# The round's lattice, chosen when its moves are known, before they are rounded to it; None where the run has none.
-Choice = Callable[[Sequence[float]], Lattice | None]
+# Chooses the round's lattice from its moves, before they are rounded to it; returns None where the run has none.
+LatticeChoice = Callable[[Sequence[float]], Lattice | None]
 
 
 class Ledger(Protocol):
-    """What is committed of the client half. expects: the message that is a client's answer."""
+    """Keeps what is committed of the client half. expects: the class of a client's answer."""
 
     expects: ClassVar[type[Message]]
 
@@ -60,31 +60,31 @@ class Ledger(Protocol):
 
     @property
     def largest_answer(self) -> int:
-        """How many numbers a client's answer holds."""
+        """The number of elements of a client's answer."""
 
-    def since(self, hello: Hello | Differs, said: bool = True) -> Message:
-        """What a client has missed. said: see `Server.welcome`. Raises MessageError."""
+    def since(self, hello: Hello | Differs, reported: bool = True) -> Message:
+        """The update that a client has missed. reported: see `Server.welcome`. Raises MessageError."""
 
     def check(self, message: Any) -> None:
         """Raises MessageError for an answer that cannot be aggregated."""
 
     def commit(self, round: int, answers: Sequence[Any], weights: Sequence[float]) -> None:
-        """One step from the answers, each with its client's number of samples; with none of them there is no step."""
+        """Commit one step from the answers. weights: their clients' numbers of samples. No step without answers."""
 
     def show(self, half: nn.Module) -> None:
-        """Give a copy of the client half, made by `Setup.observed`, the weights of the moment."""
+        """Load the current weights into a copy of the client half, which is `Setup.observed`."""
 
     def state(self) -> State:
-        """What a restarted server needs beside the log."""
+        """The state that a restarted server needs beside the log."""
 
     def load(self, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
-        """Take up a saved state."""
+        """Load a saved state."""
 
 
 class Step(Protocol):
-    """From a round's aggregated scalars to its record."""
+    """Turns a round's aggregated scalars into its record."""
 
-    def __call__(self, round: int, scalars: Tensor, lattice_for: Choice) -> tuple[list[float], float]:
+    def __call__(self, round: int, scalars: Tensor, lattice_for: LatticeChoice) -> tuple[list[float], float]:
         """Scalars float64 [P] -> the record's P coefficients and its learning rate."""
 
     def state(self) -> State: ...
@@ -93,7 +93,7 @@ class Step(Protocol):
 
 
 def voided(epochs: Sequence[tuple[int, int]], hello: Hello | Differs) -> bool:
-    """Whether rounds that the client applied were voided since: a later epoch began before its round."""
+    """Whether the client has applied rounds that are void now, since a later epoch began before its round."""
     return any(epoch > hello.epoch and start < hello.round for epoch, start in epochs)
 
 
@@ -105,9 +105,9 @@ class SeedReplay:
         run: what all agree on.
         step: makes a record of a round's aggregated scalars: `FreshStep` or `PoolStep`.
         mirror: the server's own replica, for digests and evaluation.
-        log: where records are kept; None: in memory alone.
+        log: the file that records are appended to; None: in memory only.
         aggregation: of the clients' scalars, float32 [P] each.
-        clip: the largest L2 norm of one client's gradient estimate, as its scalars tell it; None: any.
+        clip: the largest L2 norm of one client's gradient, as estimated from its scalars; None: any.
         digest_every: rounds between two digests by which clients check their weights; 0: none.
         epochs: (epoch, its first round) of every restart; rounds of earlier epochs from there on are void.
     """
@@ -125,34 +125,35 @@ class SeedReplay:
 
     def __post_init__(self) -> None:
         self.records = Packed(self.run.directions)
-        self._digest: tuple[tuple[int, int], bytes] | None = None  # (epoch, rounds) and the digest of then
+        self._digest: tuple[tuple[int, int], bytes] | None = None  # cache: (epoch, rounds), and the digest there
 
     @property
     def epoch(self) -> int:
         return self.epochs[-1][0] if self.epochs else 0
 
-    def since(self, hello: Hello | Differs, said: bool = True) -> Records | PoolMoves:
-        """Every record after the client's last; from round 0 on if its half is wrong or holds void rounds.
+    def since(self, hello: Hello | Differs, reported: bool = True) -> Records | PoolMoves:
+        """Every record after the client's last; from round 0 on if its half is wrong or has void rounds.
 
-        So too if it has more rounds than there are, or has seen a later epoch, as where a copy of the run's folder has
-        been resumed: of what the client holds, nobody knows here. Two copies that are resumed count the same epochs,
-        so that what a client says tells nothing of which its rounds are from: the digest that it is sent does.
+        Also from round 0 on if it has more rounds than there are, or has seen a later epoch. That happens when a copy
+        of the run's folder was resumed: then nothing is known of what the client has. Two copies that are resumed count
+        the same epochs, so that a client's position does not tell whose rounds it has applied. The digest in the
+        update does.
         """
         if isinstance(hello, Differs) and len(hello.digest) != 8:
             raise MessageError(f"a digest of {len(hello.digest)} words, not 8")
         ahead = hello.epoch > self.epoch or hello.round > len(self.records)
         start = 0 if isinstance(hello, Differs) or ahead or voided(self.epochs, hello) else hello.round
-        # Of one that has found out that its half is wrong what follows is from the base.
-        checked = isinstance(hello, Hello) and ((said and start > 0) or self._due(start))
+        # A client whose half is wrong starts again from the base, and needs no check.
+        checked = isinstance(hello, Hello) and ((reported and start > 0) or self._due(start))
         return self._records(hello.client, start, checked)
 
     def _due(self, start: int) -> bool:
-        """Whether a round after `start` was one whose digest is to be checked."""
+        """Whether a digest is due in the rounds after `start`."""
         every = self.digest_every
         return every > 0 and start // every != len(self.records) // every
 
     def digest(self) -> bytes:
-        """Of the weights after all rounds so far, computed once in each."""
+        """The digest of the weights after all rounds so far; computed once per round."""
         at = self.epoch, len(self.records)
         if self._digest is None or self._digest[0] != at:
             self._digest = at, self.mirror.digest()
@@ -169,7 +170,7 @@ class SeedReplay:
         return PoolMoves(client=client, round=start, epoch=self.epoch, coefficients=sums, until=until, digest=digest)
 
     def _pool_sums(self, records: Records) -> NDArray[np.float32] | None:
-        """The rounds' moves by direction of the pool, where that is less to send; None where it is not."""
+        """The sum of the rounds' moves along each direction of the pool; None unless that is less to send."""
         pool, end = self.run.pool, records.round + len(records.coefficients)
         if pool is None or self.run.lattice is None:
             return None
@@ -184,7 +185,7 @@ class SeedReplay:
         places = pool.generation(rounds)[:, None] - first, pool.measured(rounds, self.run.directions)
         np.add.at(sums, places, records.coefficients)
         result = sums.astype(np.float32)
-        # In this order weights pass other values than in the rounds' own, and must stay on the lattice there too.
+        # Added up in another order, weights take other intermediate values, which must stay on the lattice too.
         return result if self.mirror.fits(2 * spread(result)) else None
 
     def check(self, message: Scalars) -> None:
@@ -195,44 +196,44 @@ class SeedReplay:
             raise MessageError("infinite or NaN scalars")
 
     def commit(self, round: int, answers: Sequence[Scalars], weights: Sequence[float]) -> None:
-        """Aggregate and commit; with no answers, an empty record: no step.
+        """Aggregate the scalars and commit a record. Without answers the record is empty: no step.
 
-        Where weights have grown to half of what their lattice holds, or this step might carry them beyond, the round
-        begins a coarser one. Raises LatticeError, with nothing committed, for a step too large even so, and ValueError
-        for a round that is not the next one.
+        If weights have grown to half of their lattice's limit, or this step might carry them beyond it, the round
+        begins a coarser lattice. Raises LatticeError, with nothing committed, for a step that is too large even then,
+        and ValueError for a round that is not the next one.
         """
         if round != len(self.records):
             raise ValueError(f"round {round} cannot be committed after {len(self.records)} rounds")
         coefficients, rate = [0.0] * self.run.directions, 0.0
-        here = lattice = self.mirror.lattice
+        current = lattice = self.mirror.lattice
 
         def lattice_for(moves: Sequence[float]) -> Lattice | None:
             nonlocal lattice
-            if here is not None:
-                rounded = sum(map(abs, moves)) + len(moves) * here.quantum  # of blocks more than any of them moves
-                lattice = here if self.mirror.fits(max(here.limit / 2, rounded)) else here.coarser()
+            if current is not None:
+                rounded = sum(map(abs, moves)) + len(moves) * current.quantum  # an upper bound if there are blocks
+                lattice = current if self.mirror.fits(max(current.limit / 2, rounded)) else current.coarser()
             return lattice
 
         if answers:
             values = [a.scalars for a in answers]
             if self.clip is not None:
                 values = clip_to_norm(values, self.clip, self.weights)
-            step = not_beyond(self.aggregation(values, weights), values, self.weights)
+            step = limit_length(self.aggregation(values, weights), values, self.weights)
             coefficients, rate = self.step(round, step, lattice_for)
-        quantum = None if lattice is None or lattice == here else lattice.quantum
+        quantum = None if lattice is None or lattice == current else lattice.quantum
         participants = tuple(a.client for a in answers)
         self._append(RoundRecord(self.epoch, round, rate, np.array(coefficients, np.float32), participants, quantum))
 
     @property
     def largest_answer(self) -> int:
-        """How many numbers a client's answer holds."""
+        """The number of elements of a client's answer."""
         return self.run.directions
 
     @property
     def weights(self) -> NDArray[np.float64]:
-        """[P], by which |ghat|^2 is told from scalars: d_b / P_b^2, d_b = E |u_p|^2 of the block that p moves.
+        """[P], by which |ghat|^2 is estimated from scalars: d_b / P_b^2 for a direction that moves block b.
 
-        d_b are the block's trainable elements, each with its squared factor.
+        d_b = E |u_p|^2 is the number of the block's trainable elements, each times its squared factor.
         """
         sizes = [t.numel() * f * f for t, f in zip(self.mirror.tensors, self.run.factors, strict=True)]
         blocks = [(sum(sizes[t] for t in b.tensors) / b.directions**2, b.directions) for b, _ in self.run.parts()]
@@ -254,9 +255,9 @@ class SeedReplay:
             self.log.append(DigestRecord(self.epoch, len(self.records), self.digest()))
 
     def restart(self, log: Log, round: int) -> None:
-        """Take up a log's records before `round`; those from there on are void, and a new epoch starts.
+        """Load a log's records before `round`; later ones become void, and a new epoch starts.
 
-        It starts also where the log has no later ones: it may have had some, as the log of which this is a copy has.
+        It starts also if the log has no later ones, since it may be a copy of a log that has some.
 
         Raises LogError for a log that has fewer.
         """
@@ -270,7 +271,7 @@ class SeedReplay:
         self.mirror.apply(self._records(0, 0))
 
     def show(self, half: nn.Module) -> None:
-        """Nothing is to do: the mirror's weights are those of `Setup.observed`."""
+        """Nothing to do: the mirror's tensors are those of `Setup.observed`."""
 
     def state(self) -> State:
         return self.step.state()
@@ -289,10 +290,10 @@ def descend(weights: Tensor, gradient: Tensor, optimizer: torch.optim.Optimizer,
 
 @dataclass
 class WholeWeights:
-    """The client half's weights live here and travel whole.
+    """A ledger that has the client half's weights, which are sent as a whole.
 
-    weights: float32 [d]. rounds: those in them. epoch: which start of the server they are of; whoever takes up a saved
-    state says it, for a state does not know of starts after it.
+    weights: float32 [d]. rounds: how many are in them. epoch: of the server; whoever loads a saved state sets it, since
+    a state does not know of later restarts.
     """
 
     weights: Tensor
@@ -301,10 +302,10 @@ class WholeWeights:
 
     @property
     def largest_answer(self) -> int:
-        """How many numbers a client's answer holds."""
+        """The number of elements of a client's answer."""
         return len(self.weights)
 
-    def since(self, hello: Hello | Differs, said: bool = True) -> Weights:
+    def since(self, hello: Hello | Differs, reported: bool = True) -> Weights:
         """The weights, unless the client has them."""
         current = hello.round == self.rounds and hello.epoch == self.epoch
         weights = torch.empty(0) if current else self.weights.detach()
@@ -324,7 +325,7 @@ class WholeWeights:
 
 
 def load_vector(vector: Tensor, parameters: Sequence[nn.Parameter]) -> None:
-    """Write a flat vector into parameters, each keeping its dtype and device."""
+    """Copy a flat vector into parameters, whose dtype and device stay."""
     with torch.no_grad():
         for parameter, part in zip(parameters, vector.split([p.numel() for p in parameters]), strict=True):
             parameter.copy_(part.view_as(parameter))
@@ -339,7 +340,7 @@ MOMENTUM = 0.9
 def make_optimizer(
     rule: str, parameters: list[Tensor], betas: tuple[float, float] = ADAM.betas
 ) -> torch.optim.Optimizer:
-    """The server's optimizer of numbers that stand for the client half: pool coefficients, or averaged weights."""
+    """The server's optimizer of what represents the client half: pool coefficients, or averaged weights."""
     if rule == "adamw":
         return torch.optim.AdamW(parameters, betas=betas, eps=ADAM.eps, weight_decay=0.0)
     return torch.optim.SGD(parameters, lr=1.0, momentum=MOMENTUM if rule == "momentum" else 0.0)

@@ -1,4 +1,4 @@
-"""Why messages were refused: what is kept of any number of reasons."""
+"""A bounded list of reasons, such as those why messages were refused."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ KEPT = 1000
 
 
 class Reasons(list[str]):
-    """The last thousand reasons: who sends wrong messages for ever must not fill the memory.
-
-    total: how many there were.
-    """
+    """The last thousand reasons, so that wrong messages cannot fill the memory. total: how many there were."""
 
     def __init__(self) -> None:
         super().__init__()
         self.total = 0
 
     def add(self, reason: str) -> None:
-        """Keep one more, in place of the oldest where there are too many."""
+        """Add a reason; the oldest is dropped if there are too many."""
         self.total += 1
         self.append(reason)
         del self[:-KEPT]

@@ -1,4 +1,4 @@
-"""The server: owns the heavy half, makes the multipliers, and commits what the clients answer."""
+"""The server: it has the heavy half, computes the multipliers, and commits the clients' answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hosfl.halves.split import dtype_of
 from hosfl.methods.calibration import RunningStatistics
 from hosfl.methods.client import Passes, no_passes
 from hosfl.methods.cuts import CutSpec
-from hosfl.methods.gathered import KeptVectors, OutlierClipping, Pieces, gathered, shrinking
+from hosfl.methods.gathered import KeptVectors, OutlierClipping, Pieces, clip_factor, make_accumulator
 from hosfl.methods.ledger import Ledger, Rate, State
 from hosfl.methods.reasons import Reasons
 from hosfl.methods.state import pack_optimizer, part, prefixed, unpack_optimizer
@@ -37,32 +37,32 @@ from hosfl.protocol.seeds import Purpose, generator, round_seed
 
 AnyMessage = TypeVar("AnyMessage", bound=Message)
 
-# The machine's faults and no message's: the next one would meet them too, or has no device left to be computed on.
-MACHINE = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
+# Errors of the machine, for which no message is refused.
+MACHINE_ERRORS = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
 
 
 @contextmanager
-def computing() -> Iterator[None]:
-    """What a half or a loss raises over a client's cut and labels, such as a label that is no class, is a MessageError.
+def refusing_errors() -> Iterator[None]:
+    """Turns errors that a half or a loss raises for a client's cut and labels into a MessageError.
 
-    So is what is the half's own fault, or the loss's. That refuses everybody, and a run in which nothing was learnt
-    ends as a failure that says why.
+    Also errors in the half or the loss themselves. They refuse every client, and a run in which nothing was learnt ends
+    as a failure that says why.
     """
     try:
         yield
-    except (MessageError, *MACHINE):
+    except (MessageError, *MACHINE_ERRORS):
         raise
     except Exception as error:
-        said = " ".join(str(error).split())  # in one line
-        raise MessageError(f"nothing can be learnt from it: {type(error).__name__}: {said}") from error
+        text = " ".join(str(error).split())  # on one line
+        raise MessageError(f"nothing can be learnt from it: {type(error).__name__}: {text}") from error
 
 
 @dataclass
 class Server:
     """The server of a run: trains its half by backpropagation, and sends each client the gradient at the cut.
 
-    A round is `begin(round)`, `learn(cut)` for every cut and `end()`, or `step` for all three; then `answered(round,
-    answer)` for every answer and `commit(round)`. For each client m with cut z_m it computes
+    A round is `begin(round)`, `learn(cut)` for every cut and `end()`, or `step` for all three; then
+    `accept_answer(round, answer)` for every answer and `commit(round)`. For each client m with cut z_m it computes
 
         multiplier_m = d loss(half(z_m), labels_m) / d z_m    what the client is sent, [batch, ...]
         gradient_m   = d loss(half(z_m), labels_m) / d half   aggregated into one optimizer step
@@ -70,8 +70,8 @@ class Server:
     An aggregate much longer than those of the steps before is scaled down to their length, so that one absurd cut does
     not stay in the optimizer's moments: see `OutlierClipping`.
 
-    Whatever comes from a client goes through `receive`, `learn`, `answered` or `estimated`. They refuse what is not
-    exactly right, and a refused message changes nothing.
+    Whatever comes from a client goes through `receive`, `learn`, `accept_answer` or `accept_statistics`. They refuse
+    what is not exactly right, and a refused message changes nothing.
 
     Source: Chen et al., ICML 2026, arXiv 2603.14773.
 
@@ -80,7 +80,7 @@ class Server:
         loss: (output, labels) -> the mean loss over the batch, a tensor of one element.
         optimizer: of the half. With several rates, one per group, the largest becomes `rate`, and their ratios stay.
         rate: step -> learning rate.
-        ledger: what is committed of the client half, such as `SeedReplay`; None: nothing ever is.
+        ledger: keeps what is committed of the client half, such as `SeedReplay`; None: nothing ever is.
         seed: of the run, 0 <= seed < 2^64; dropout and the sampling of clients follow from it.
         clients: their number.
         cuts: what clients' cuts and labels look like, and how they travel.
@@ -93,14 +93,14 @@ class Server:
 
     Attributes:
         refused: why messages were refused.
-        unsaid: by client, the reason of its last refusal, until the client is told.
+        pending_refusals: by client, why its last message was refused, until the client has been told.
         differed: the clients that found their half wrong, and when.
         learnt: the number of cuts that were learnt from.
-        passes: samples that went forward and backward through either half; clients count theirs in the same place.
+        passes: samples that went forward and backward through either half; clients count theirs in it too.
 
-    Running statistics in the half, such as BatchNorm's: with median or trimmed mean each client's pass starts from
-    those at the round's beginning, and the new ones are aggregated like gradients. With a mean each client moves them
-    in turn, and nothing guards them: one liar's cut can spoil them all.
+    Running statistics of the half, such as BatchNorm's: with median or trimmed mean each client's pass starts from
+    those at the round's beginning, and the new ones are aggregated like gradients. With a mean each client's pass
+    updates them in turn, unguarded: one liar's cut can spoil them.
 
     Raises:
         ValueError: `centered` with several labels per sample.
@@ -122,7 +122,7 @@ class Server:
     server_first: int = 0
     centered: bool = False
     refused: Reasons = field(default_factory=Reasons, init=False)
-    unsaid: dict[int, str] = field(default_factory=dict, init=False)
+    pending_refusals: dict[int, str] = field(default_factory=dict, init=False)
     differed: Reasons = field(default_factory=Reasons, init=False)
     learnt: int = field(default=0, init=False)
     passes: Passes = field(default_factory=no_passes)
@@ -132,9 +132,9 @@ class Server:
             raise ValueError("multiplier = centered is for tasks with one label per sample: leave it out")
         given = [float(group.get("lr", 1.0)) for group in self.optimizer.param_groups]
         self._shares = [rate / max(given) if max(given) > 0 else 1.0 for rate in given]
-        # Of the step that is under way: what `begin` empties.
+        # The state of the current step, which `begin` resets.
         self._number = 0
-        self._gathered = gathered(self.aggregation)
+        self._gathered = make_accumulator(self.aggregation)
         self._samples: dict[int, int] = {}
         self._answers: dict[int, Message] = {}
         self._client_losses: list[Tensor] = []
@@ -142,7 +142,7 @@ class Server:
         self._accepted: dict[int, Message] = {}  # for `commit`
         self._estimates: dict[int, Statistics] = {}  # for `calibrate`
         self._outliers = OutlierClipping()
-        # Beside the cut an answer, or statistics; a complaint is at most half of what is added.
+        # The largest cut, answer or statistics; a complaint is at most half of the constant.
         others = 0 if self.ledger is None else self.ledger.largest_answer
         others += 0 if self.statistics is None else len(self.statistics.values)
         self.largest_message = self.cuts.largest + 4 * others + 2048
@@ -157,9 +157,9 @@ class Server:
         return sorted(int(c) for c in chosen)
 
     def receive(self, data: bytes, client: int | None = None) -> Message | None:
-        """The message of bytes from the wire; None if they are refused: too many of them are not even read.
+        """Decode a message from the wire; None if it is refused, as one that is too long, which is not read.
 
-        client: who sent them, where whoever carried them knows; a message that says it is another's is refused.
+        client: the sender, if the transport knows it; a message in another client's name is refused.
         """
         try:
             message = decoded(data, self.largest_message)
@@ -171,19 +171,19 @@ class Server:
         return message
 
     def _refuse(self, what: str, client: int | None, error: MessageError) -> None:
-        """Say of a message why it is refused. client: whose it is, where that is known."""
+        """Record why a message is refused. client: its sender, if known."""
         self.refused.add(f"{what}: {error}")
         if client is not None and client < self.clients:
-            self.unsaid[client] = str(error)
+            self.pending_refusals[client] = str(error)
 
     def refusal(self, client: int, round: int) -> Refusal | None:
-        """What a client that is invited is told of its last message, if that was refused: once."""
-        if client not in self.unsaid:
+        """The message that tells an invited client, once, why its last message was refused; None if it was not."""
+        if client not in self.pending_refusals:
             return None
-        why = text_array(self.unsaid.pop(client))
+        why = text_array(self.pending_refusals.pop(client))
         return Refusal(client=client, round=round, epoch=self.epoch, text=why)
 
-    def estimated(self, message: Message) -> bool:
+    def accept_statistics(self, message: Message) -> bool:
         """Keep a client's running statistics for `calibrate`; False where they are refused."""
         with self._refusing(message, "calibration"):
             statistics, committed = self._check_statistics(message)
@@ -195,19 +195,19 @@ class Server:
         return False
 
     def calibrate(self, messages: Iterable[Message] = ()) -> int:
-        """Commit the clients' running statistics, before the first round: those that were `estimated`, and these.
+        """Before the first round, commit the clients' running statistics: those that were accepted, and these.
 
-        Returns of how many clients they are; of nobody's the half's own stay.
+        Returns the number of clients. If it is 0 the half keeps its own statistics.
         """
         for message in messages:
-            self.estimated(message)
+            self.accept_statistics(message)
         accepted, self._estimates = _by_client(self._estimates), {}
         if self.statistics is not None:
             self.statistics.commit(accepted, self.aggregation)
         return len(accepted)
 
     def calibration(self, asked: Message) -> Calibration | None:
-        """The committed running statistics, for a client that asks for them; None where it is refused."""
+        """The committed running statistics for a client that requests them; None if the request is refused."""
         try:
             message, committed = self._check_statistics(asked)
             if len(message.statistics) or len(message.samples):
@@ -225,10 +225,11 @@ class Server:
             raise MessageError("Statistics in a run that does not estimate them")
         return message, self.statistics
 
-    def welcome(self, hello: Message, said: bool = True) -> Message | None:
-        """What the client must apply before it takes part; None where it is refused or there is nothing to send.
+    def welcome(self, hello: Message, reported: bool = True) -> Message | None:
+        """The update that a client must apply before it takes part; None if it is refused or there is none.
 
-        said: by the client itself, whose history may be another than it seems. False: by who has led it there.
+        reported: whether the client itself reported this position, and may have another history than it thinks. False:
+        the server knows the position from what it has sent.
         """
         try:
             if not isinstance(hello, (Hello, Differs)):
@@ -236,7 +237,7 @@ class Server:
             self._check_client(hello)
             if self.ledger is None:
                 return None
-            answer = self.ledger.since(hello, said)
+            answer = self.ledger.since(hello, reported)
         except MessageError as error:
             self._refuse(f"client {hello.client}", hello.client, error)
             return None
@@ -257,10 +258,10 @@ class Server:
             raise MessageError(f"there is no client {message.client} among {self.clients}")
 
     def step(self, round: int, cuts: Iterable[Message]) -> tuple[dict[int, Message], float]:
-        """Learn from every cut, one optimizer step; what is sent back by client, and the clients' aggregated loss.
+        """Learn from the cuts by one optimizer step. Returns the messages to send by client, and the aggregated loss.
 
-        The half's own step takes the aggregate of the K gradients. With nothing acceptable there is no step, and the
-        loss is NaN. `begin`, `learn` and `end` are its parts, for cuts that come one by one.
+        The step takes the aggregate of the K gradients. If all cuts are refused there is no step, and the loss is NaN.
+        `begin`, `learn` and `end` are its parts, for cuts that arrive one by one.
         """
         self.begin(round)
         for message in cuts:
@@ -268,17 +269,17 @@ class Server:
         return self.end()
 
     def begin(self, round: int) -> None:
-        """A step begins, of cuts of this number."""
+        """Begin a step. round: the number that its cuts must have."""
         for group, share in zip(self.optimizer.param_groups, self._shares, strict=True):
             group["lr"] = self.rate(round) * share
         self.half.train()
         self.optimizer.zero_grad()
-        self._number, self._gathered = round, gathered(self.aggregation)
+        self._number, self._gathered = round, make_accumulator(self.aggregation)
         self._samples, self._answers, self._client_losses, self._generators, self._accepted = {}, {}, [], [], {}
         self._outliers.begin()
 
     def learn(self, message: Message) -> None:
-        """Learn from one cut, or refuse it. The order of the cuts is that of a sum and of dropout: let it be theirs."""
+        """Learn from one cut, or refuse it. Call it in the clients' order, on which sums and dropout depend."""
         with self._refusing(message):
             self._learn_checked(self._check_cut(self._number, message))
 
@@ -288,20 +289,20 @@ class Server:
 
     @contextmanager
     def _refusing(self, message: Message, when: str = "") -> Iterator[None]:
-        """What the block finds wrong with a message is a refusal. when: by default the step's number."""
+        """Turns a MessageError of the block into a refusal. when: named in its reason; by default the step."""
         try:
             yield
         except MessageError as error:
             self._refuse(f"{when or f'round {self._number}'}, client {message.client}", message.client, error)
 
     def _learn_checked(self, cut: Cut) -> None:
-        """Learn from a cut that was checked. Raises MessageError; then all is as before."""
+        """Learn from a cut that was checked. Raises MessageError; then nothing has changed."""
         with self._dropout():
             answer, loss = self._answer_and_loss(self._number, cut)
         self._keep(cut, answer, loss)
 
     def _keep(self, cut: Cut, answer: Message | None, loss: float) -> None:
-        """What is kept of a cut until the step ends."""
+        """Record a cut that was learnt from, until the step ends."""
         if answer is not None:
             self._answers[cut.client] = answer
         self._samples[cut.client] = len(cut.labels)
@@ -309,7 +310,7 @@ class Server:
         self.learnt += 1
 
     def end(self) -> tuple[dict[int, Message], float]:
-        """The step is taken. Returns what `step` does."""
+        """Make the step. Returns what `step` does."""
         if not self._client_losses:
             return {}, float("nan")
         self._take_step()
@@ -317,22 +318,22 @@ class Server:
         return answers, float(self.aggregation(self._client_losses, [*self._samples.values()]))
 
     def _answer_and_loss(self, round: int, message: Cut) -> tuple[Message | None, float]:
-        """Adds to what is gathered; what the client is sent, and its loss: here by forward and backward.
+        """Learn from a cut by backpropagation; returns the message to send, and the client's loss.
 
-        The multiplier is the gradient of that client's own mean loss, with no 1/K inside. Raises MessageError where
-        the cut is such that nothing can be learnt from it; then all is as before.
+        The multiplier is the gradient of that client's own mean loss, without a factor 1/K. Raises MessageError for a
+        cut that cannot be learnt from; then nothing has changed.
         """
         multiplier, loss = self._backward(message.cut, message.labels, message.mask)
         return self._multiplier(round, message.client, multiplier), loss
 
     def _multiplier(self, round: int, client: int, found: Tensor) -> Multiplier:
-        """A multiplier as it travels."""
+        """The message with a multiplier, in the run's wire dtype."""
         multiplier, scales = packed(found, self.cuts.wire)
         return Multiplier(client=client, round=round, epoch=self.epoch, multiplier=multiplier, scales=scales)
 
     def _take_step(self) -> None:
-        """One step from what is gathered."""
-        found, self._gathered = self._gathered.result(), gathered(self.aggregation)
+        """One optimizer step with the aggregated gradient."""
+        found, self._gathered = self._gathered.result(), make_accumulator(self.aggregation)
         parameters = self._trained()
         gradients, buffers = self._outliers.clipped(found[: len(parameters)]), found[len(parameters) :]
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -342,9 +343,9 @@ class Server:
         self.optimizer.step()
 
     def _add(self, gradient: Pieces, samples: int, buffers: Pieces = ()) -> None:
-        """Gather one client's gradient of the half, and the buffers that its pass left."""
-        self._outliers.saw(gradient)
-        # A share not above 1, by which nothing finite becomes infinite.
+        """Add one client's gradient of the half, and the buffers after its pass, to the aggregate."""
+        self._outliers.add_client(gradient)
+        # A weight of at most 1, so that no finite number becomes infinite.
         self._gathered.add([*gradient, *buffers], samples / self.cuts.batch)
 
     def _trained(self) -> list[nn.Parameter]:
@@ -352,11 +353,11 @@ class Server:
 
     @contextmanager
     def _dropout(self) -> Iterator[None]:
-        """Dropout in the half is a function of the run's seed and the round, and nobody else's random numbers move."""
+        """Makes dropout in the half a function of the run's seed and the round, and leaves torch's generators alone."""
         device = next(self.half.parameters()).device
         own = [] if device.type == "cpu" else [device]
         with torch.random.fork_rng(devices=own, device_type=device.type):
-            if self._generators:  # as the cut before left them
+            if self._generators:  # go on from the previous cut
                 torch.set_rng_state(self._generators[0])
                 for place, state in zip(own, self._generators[1:], strict=True):
                     torch.get_device_module(place).set_rng_state(state, place)
@@ -366,18 +367,18 @@ class Server:
             self._generators = [torch.get_rng_state(), *(torch.get_device_module(d).get_rng_state(d) for d in own)]
 
     def _backward(self, cut: Tensor, labels: Tensor, mask: Tensor) -> tuple[Tensor, float]:
-        """The multiplier and the loss; adds the half's gradient to what is gathered.
+        """Forward and backward for one cut: returns multiplier and loss, and adds the half's gradient to the aggregate.
 
-        Raises MessageError where the half cannot take the cut, or the loss the labels, and where numbers are finite but
-        so absurd that they would poison the half with NaN; then all is as before.
+        Raises MessageError where the half does not take the cut or the loss does not take the labels, and for finite
+        values so large that they would make the half NaN; then nothing has changed.
         """
         buffers = [*self.half.buffers()]
         before = [b.detach().clone() for b in buffers]
         device, dtype = next(self.half.parameters()).device, dtype_of(self.half)
         cut = cut.to(device).requires_grad_()
         try:
-            with computing():
-                output = self.half(handed(cut, dtype), **self._masks(mask))
+            with refusing_errors():
+                output = self.half(copied_to(cut, dtype), **self._masks(mask))
                 loss = self.loss(output, self._labels(labels))
                 self.passes["server forward"] += len(cut)
                 self.passes["server backward"] += len(cut)
@@ -393,7 +394,7 @@ class Server:
             _load(buffers, before)
             raise
         if self.clip is not None:
-            factor = shrinking(gradients, self.clip)
+            factor = clip_factor(gradients, self.clip)
             gradients = [g if g is None else g * factor for g in gradients]
         left: list[Tensor] = []
         if isinstance(self._gathered, KeptVectors):
@@ -403,7 +404,7 @@ class Server:
         return multiplier, float(loss.detach())
 
     def _gradients(self, loss: Tensor, output: Tensor, cut: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
-        """Of a loss, by the cut and by what trains. weights: of the samples in the loss, up to a factor: [n]."""
+        """The gradients of a loss for the cut and the half's parameters. weights: [n], proportional to the samples'."""
         if not self.centered:
             return torch.autograd.grad(loss, [cut, *self._trained()], allow_unused=True)
         gradients = torch.autograd.grad(loss, self._trained(), retain_graph=True, allow_unused=True)
@@ -412,16 +413,16 @@ class Server:
         return multiplier, *gradients
 
     def _labels(self, labels: Tensor) -> Tensor:
-        """As the loss takes them: int64, or float32."""
+        """Labels for the loss: int64 or float32, on the half's device."""
         device = next(self.half.parameters()).device
         return labels.to(device, None if labels.is_floating_point() else torch.int64)
 
     def _masks(self, mask: Tensor) -> dict[str, Tensor]:
-        """What the half takes beside the cut."""
+        """The half's keyword arguments beside the cut."""
         return {"attention_mask": mask.to(next(self.half.parameters()).device, torch.int64)} if self.cuts.masked else {}
 
     def _check_cut(self, round: int, message: Message) -> Cut:
-        """The message, its cut unpacked, if it is one that can be learnt from; MessageError."""
+        """The message with its cut unpacked. Raises MessageError for one that cannot be learnt from."""
         self._check_due(message, self.cut_type, round)
         assert isinstance(message, Cut)
         self._check_client(message)
@@ -429,8 +430,8 @@ class Server:
             raise MessageError("a second cut in one round")
         return self.cuts.check(message)
 
-    def answered(self, round: int, message: Message) -> bool:
-        """Keep a client's answer to what it was sent for `commit`; False where it is refused."""
+    def accept_answer(self, round: int, message: Message) -> bool:
+        """Keep a client's answer for `commit`; False if it is refused."""
         assert self.ledger is not None
         with self._refusing(message, f"round {round}"):
             self._check_due(message, self.ledger.expects, round)
@@ -444,20 +445,20 @@ class Server:
         return False
 
     def commit(self, round: int, messages: Iterable[Message] = ()) -> list[int]:
-        """Commit the round with what clients `answered`, and these, weighted by their numbers of samples.
+        """Commit the round with the accepted answers, and these, weighted by the clients' numbers of samples.
 
-        Returns whose answers they are.
+        Returns the clients whose answers were committed.
         """
         if self.ledger is None:
             return []
         for message in messages:
-            self.answered(round, message)
+            self.accept_answer(round, message)
         accepted, self._accepted = _by_client(self._accepted), {}
         self.ledger.commit(round, accepted, [self._samples[answer.client] for answer in accepted])
         return [answer.client for answer in accepted]
 
     def state(self) -> State:
-        """All that a restarted server needs beside the log: its half, its optimizer, the ledger's own state."""
+        """What a restarted server needs beside the log: the states of half, optimizer and ledger."""
         moments, optimizer = pack_optimizer(self.optimizer)
         tensors = prefixed("half", self.half.state_dict()) | prefixed("optimizer", moments)
         info = {"optimizer": optimizer, "learnt": self.learnt, "length": self._outliers.length.state()}
@@ -467,7 +468,7 @@ class Server:
         return tensors, info
 
     def load(self, state: State) -> None:
-        """Take up a saved state."""
+        """Load a saved state."""
         tensors, info = state
         self.half.load_state_dict(part("half", tensors))
         unpack_optimizer(self.optimizer, part("optimizer", tensors), info["optimizer"])
@@ -481,11 +482,10 @@ def _by_client(messages: Mapping[int, AnyMessage]) -> list[AnyMessage]:
     return [messages[client] for client in sorted(messages)]
 
 
-def handed(cut: Tensor, dtype: torch.dtype) -> Tensor:
-    """A cut as a half takes it, which may begin with an operation in place: a copy that no one else looks at.
+def copied_to(cut: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of a cut in the half's dtype, since the half may begin with an operation in place.
 
-    Nor is it a leaf of the graph, which autograd lets nobody write. Beside a pass one copy costs nothing, and where the
-    dtype is another it is made anyway.
+    The copy is not a leaf of the graph, on which autograd forbids those. Beside a pass its cost is negligible.
     """
     return cut.to(dtype, copy=True)
 
@@ -498,7 +498,7 @@ def _load(tensors: Sequence[Tensor], values: Pieces) -> None:
 
 
 def centered(gradient: Tensor, weights: Tensor) -> Tensor:
-    """A loss's gradient by the outputs of its samples, without what shifts all outputs alike: [n, ...], as given.
+    """A loss's gradient for the outputs of its samples, without the part that shifts all of them alike: [n, ...].
 
     g_i - w_i (sum_j g_j) / (sum_j w_j), for samples that have weights w_i [n] in the loss. Where the server half has
     learnt its bias, the sum's expectation is 0, and it is the noise of a small batch alone; of a single sample nothing

@@ -127,7 +127,7 @@ class SplitFed(Method):
     def make_ledger(self) -> Ledger:
         return WeightAverage(self.setup.flat(), self.setup.aggregation)
 
-    def own_steps(self) -> dict[str, Any]:
+    def step_settings(self) -> dict[str, Any]:
         """What a client is made of that takes steps of its own."""
         return {
             "passes": self.setup.passes,
@@ -139,4 +139,4 @@ class SplitFed(Method):
         }
 
     def client(self, number: int, half: nn.Module, batch: Callable[[int], Batch]) -> Client:
-        return SplitFedClient(number, half, batch, **self.own_steps())
+        return SplitFedClient(number, half, batch, **self.step_settings())

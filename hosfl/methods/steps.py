@@ -1,4 +1,4 @@
-"""From a round's aggregated scalars to its record: fresh directions, and a pool."""
+"""Turns a round's aggregated scalars into its record, for fresh directions and for a pool."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hosfl.methods.ledger import Choice, OptimizerFactory, Rate, State, step_size
+from hosfl.methods.ledger import LatticeChoice, OptimizerFactory, Rate, State, step_size
 from hosfl.methods.state import pack_optimizer, part, prefixed, unpack_optimizer
 from hosfl.protocol.aggregate import RunningLength, to_lattice
 from hosfl.protocol.terms import Pool, Run
@@ -17,7 +17,7 @@ from hosfl.protocol.terms import Pool, Run
 
 @dataclass
 class FreshStep:
-    """From a round's aggregated scalars vbar_p to its record, where directions are new in every round.
+    """Turns a round's aggregated scalars vbar_p into its record, for directions that are new in every round.
 
         on a lattice   the move itself, -rate / P * vbar_p, rounded stochastically to its quantum
         elsewhere      the gradient estimate's vbar_p / P, to which replicas apply the run's rule
@@ -34,7 +34,7 @@ class FreshStep:
     rate: Rate
     length: RunningLength | None = None
 
-    def __call__(self, round: int, scalars: Tensor, lattice_for: Choice) -> tuple[list[float], float]:
+    def __call__(self, round: int, scalars: Tensor, lattice_for: LatticeChoice) -> tuple[list[float], float]:
         rate = step_size(self.rate, self.length, round, self.run.square(scalars.tolist()))
         mean = [share * v for share, v in zip(self.run.shares(), scalars.tolist(), strict=True)]
         moves = [-rate * v for v in mean]
@@ -50,13 +50,13 @@ class FreshStep:
 
 
 class PoolStep:
-    """From a round's aggregated scalars to its record, where a pool of D directions is measured in turn.
+    """Turns a round's aggregated scalars into its record, for a pool of D directions that are measured in turn.
 
     The client half is base + sum_j a_j u_j, and the server trains the coefficients a, float64 [D], with any torch.optim
     optimizer: d loss / d a_j = <g, u_j>, which is what the clients measure. Its rate is rate / P, so that a plain step
     is that of fresh directions, -rate / P sum_p vbar_p u_p. Only the coefficients that were measured move, each with
-    its own count of steps. When the pool is replaced the coefficients start from zeros, with a new optimizer. On a
-    lattice moves are multiples of the quantum, and what rounding leaves over is carried forward.
+    its own count of steps. When the pool is replaced, the coefficients start from zeros with a new optimizer. On a
+    lattice moves are multiples of the quantum, and the rounding errors are carried forward.
 
     Args:
         run: what all agree on; it has a pool.
@@ -77,7 +77,7 @@ class PoolStep:
         self.optimizer = self.make_optimizer([*self.coefficients])
         self.committed = [0.0] * self.pool.size
 
-    def __call__(self, round: int, scalars: Tensor, lattice_for: Choice) -> tuple[list[float], float]:
+    def __call__(self, round: int, scalars: Tensor, lattice_for: LatticeChoice) -> tuple[list[float], float]:
         if self.pool.generation(round) != self.generation:
             self._start(self.pool.generation(round))
         rate = step_size(self.rate, self.length, round, float(scalars.square().mean()))
@@ -87,13 +87,13 @@ class PoolStep:
         for j, scalar in zip(measured, scalars.tolist(), strict=True):
             self.coefficients[j].grad = torch.tensor(scalar, dtype=torch.float64)
         self.optimizer.step()
-        self.optimizer.zero_grad()  # to None: the optimizer leaves alone what was not measured
+        self.optimizer.zero_grad()  # to None, so that the optimizer skips coefficients that are not measured
         wanted = {j: float(self.coefficients[j].detach()) - self.committed[j] for j in measured}
         lattice = lattice_for([*wanted.values()])
         moves = [float(np.float32(w)) if lattice is None else lattice.nearest(w) for w in wanted.values()]
         for j, move in zip(measured, moves, strict=True):
             self.committed[j] += move
-        # Off the lattice a record is a gradient estimate, and plain SGD at rate 1 makes the move of it.
+        # Off the lattice a record is a gradient estimate, which plain SGD at rate 1 turns into the move.
         return (moves, rate) if lattice is not None else ([-m for m in moves], 1.0)
 
     def state(self) -> State:
@@ -115,4 +115,4 @@ class PoolStep:
             self.length.load(info["length"])
 
 
-POOL_BETAS = (0.5, 0.9)  # a coefficient is measured a few times only before its pool is replaced
+POOL_BETAS = (0.5, 0.9)  # short, since a coefficient is measured only a few times before its pool is replaced

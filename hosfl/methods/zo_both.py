@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from hosfl.methods.gathered import gathered
+from hosfl.methods.gathered import make_accumulator
 from hosfl.methods.ho import HO, SCALARS, ZerothOrderClient
 from hosfl.methods.ledger import SeedReplay
-from hosfl.methods.losses import LossServer, moved_outputs, slopes
+from hosfl.methods.losses import LossServer, displaced_outputs, slopes
 from hosfl.methods.method import PROBES, Way
 from hosfl.methods.server import Server
 from hosfl.methods.tensors import usable
@@ -43,7 +43,7 @@ class CutProbingClient(ZerothOrderClient):
         begin = time.perf_counter()
         run, mu = self.run, self.replica.mu
         steps = (mu, -mu) if run.estimator == "two-sided" else (mu,)
-        moved = moved_outputs(self.half, self._inputs, run.seeds(round), steps, run.dist, run.factors)
+        moved = displaced_outputs(self.half, self._inputs, run.seeds(round), steps, run.dist, run.factors)
         self.seconds.answer += time.perf_counter() - begin
         self._count(forward=len(moved))
         return ProbedCut(**vars(cut), displaced=moved)
@@ -71,19 +71,19 @@ class ZerothOrderServer(LossServer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._heard: list[Cut] = []
-        self._measured: list[Message] = []
-        self._seeded = 0  # the step's number, which its directions are drawn from
+        self._cuts: list[Cut] = []
+        self._scalars: list[Message] = []
+        self._step_number = 0  # the step's number, which its directions are drawn from
 
     def begin(self, round: int) -> None:
         super().begin(round)
-        self._heard, self._measured, self._seeded = [], [], round * self.steps
+        self._cuts, self._scalars, self._step_number = [], [], round * self.steps
 
     def end(self) -> tuple[dict[int, Message], float]:
         answers, loss = super().end()
         for number in range(self._number * self.steps + 1, (self._number + 1) * self.steps):
-            self._seeded = number
-            if sum(map(self._estimate, self._heard)):
+            self._step_number = number
+            if sum(map(self._estimate, self._cuts)):
                 self._take_step()
         return answers, loss
 
@@ -96,13 +96,13 @@ class ZerothOrderServer(LossServer):
             raise MessageError("displaced cuts whose losses differ by infinite or NaN slopes")
         if not self._estimate(message):
             raise MessageError("a cut whose losses at moved weights are infinite or NaN, or too far apart")
-        self._heard.append(message)
-        self._measured.append(Scalars(client=message.client, round=round, epoch=self.epoch, scalars=scalars))
+        self._cuts.append(message)
+        self._scalars.append(Scalars(client=message.client, round=round, epoch=self.epoch, scalars=scalars))
         return None, float(base)
 
     def _seeds(self) -> tuple[int, ...]:
         """The step's directions, which are the same for all clients: so that P numbers are one's gradient."""
-        return direction_seeds(self.seed, self._seeded, self.directions, Purpose.SERVER)
+        return direction_seeds(self.seed, self._step_number, self.directions, Purpose.SERVER)
 
     def _estimate(self, message: Cut) -> bool:
         """Gather the server half's slopes, as measured with one client's cut; False, and nothing, if there are none."""
@@ -124,7 +124,7 @@ class ZerothOrderServer(LossServer):
 
     def _take_step(self) -> None:
         """One step along the directions by the slopes that are gathered."""
-        (found,), self._gathered = self._outliers.clipped(self._gathered.result()), gathered(self.aggregation)
+        (found,), self._gathered = self._outliers.clipped(self._gathered.result()), make_accumulator(self.aggregation)
         assert found is not None
         parameters, streams = trainable(self.half)
         gradients = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in parameters]
@@ -135,7 +135,7 @@ class ZerothOrderServer(LossServer):
 
     def commit(self, round: int, messages: Iterable[Message] = ()) -> list[int]:
         """Commit the round with the scalars measured in it; the clients have nothing to answer."""
-        return super().commit(round, self._measured)
+        return super().commit(round, self._scalars)
 
 
 class ZOBoth(HO):

@@ -18,7 +18,7 @@ from hosfl.optim.groups import versions
 from hosfl.optim.moved import InPlace, ReadOnly
 from hosfl.optim.sharded import resharded
 from hosfl.probing.conditions import Closure
-from hosfl.probing.displaced import casts_forgotten
+from hosfl.probing.displaced import no_autocast_cache
 
 WATCHED_STEPS = 10  # steps whose differences are checked for being all 0
 
@@ -55,7 +55,7 @@ def losses_at(
         raise TypeError("step needs a closure that evaluates the model and returns the loss: step(lambda: loss(...))")
     losses, half_precision = [], False
     for seed, sign in places:
-        with weights.at(seed, sign), resharded(model), casts_forgotten():
+        with weights.at(seed, sign), resharded(model), no_autocast_cache():
             before = versions(weights.groups)
             answer = _without_graph(partial(evaluate, closure))
             losses.append(_scalar(answer))

@@ -1,7 +1,7 @@
-"""Forward passes that torch compiles: once for all clients, probes and rounds whose half and inputs are alike.
+"""Compiled forward passes: compiled once for all clients, probes and rounds with the same half and shapes.
 
-Weights are inputs of the compiled code, so that neither a move of them nor another client's copy compiles anew. Batches
-of another size or length do once; from then on sizes are variables.
+Weights are inputs of the compiled code, so that neither moving them nor another client's copy compiles again. A batch
+of another size or length compiles once more; from then on sizes are variables.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hosfl.halves.inputs import Inputs, call
 
 
 def check_backend(name: str) -> None:
-    """Raises ValueError for what is no backend of torch.compile. Those for debugging are taken, and not told."""
+    """Raises ValueError for what is no backend of torch.compile. Debugging backends work, but are not suggested."""
     if name not in torch._dynamo.list_backends(exclude_tags=()):
         usual = ", ".join(torch._dynamo.list_backends())
         raise ValueError(f"compile must be a backend of torch.compile, such as {usual}, got {name!r}")

@@ -1,8 +1,8 @@
-"""What an evaluation finds and leaves beside the weights: the same for all evaluations of a step.
+"""Gives all evaluations of a step the same random numbers and buffers.
 
-A difference between two losses is to tell what moving the weights does. Dropout, stochastic depth and batches drawn in
-the closure would drown that if each evaluation drew other random numbers; and normalisations would take every moved
-evaluation into their running statistics as if it were a batch of its own.
+The difference of two losses should show the effect of moving the weights alone. Dropout, stochastic depth and batches
+drawn in the closure would hide it if each evaluation drew other random numbers; and normalisations would take every
+evaluation into their running statistics as if it were another batch.
 """
 
 from __future__ import annotations
@@ -34,21 +34,22 @@ Place = tuple[nn.Module, str]  # a buffer's module, and its name there
 
 
 class _State(NamedTuple):
-    """At one moment: of each generator the state; of places which tensor is there, and a copy of what it holds."""
+    """A snapshot: the state of each generator; buffers by place, and copies of their values."""
 
     generators: list[Any]
     buffers: list[tuple[Place, Tensor]]
     copies: list[Tensor]
 
     def add(self, places: Iterable[Place]) -> None:
-        kept = [((m, name), b) for m, name in places if (b := m._buffers.get(name)) is not None]
-        copies = [b.clone() for _, b in kept]
+        """Add the buffers at these places."""
+        found = [((m, name), b) for m, name in places if (b := m._buffers.get(name)) is not None]
+        copies = [b.clone() for _, b in found]
         with uninterrupted():  # both or neither
-            self.buffers.extend(kept)
+            self.buffers.extend(found)
             self.copies.extend(copies)
 
 
-# Getting their states takes longer than evaluating a small model.
+# Generators whose states take longer to get than a small model to evaluate.
 SLOW = (
     _Generator(random.getstate, random.setstate, lambda a, b: a == b),
     _Generator(np.random.get_state, np.random.set_state, lambda a, b: a[2:] == b[2:] and np.array_equal(a[1], b[1])),
@@ -56,25 +57,25 @@ SLOW = (
 
 
 class Conditions:
-    """Makes a step's evaluations alike in all but the weights, and leaves behind what the first of them leaves.
+    """Makes a step's evaluations differ in the weights alone; afterwards everything is as the first one left it.
 
-    Random numbers: of torch's generators, for the CPU and all devices of the weights' kinds; of Python's and numpy's
-    global ones if the first evaluation of all draws from them. Not of a `torch.Generator` of the closure's own.
-    Buffers of the modules that the first evaluation of all calls: of normalisations in train mode, and of others from
-    the step after the one in which they were seen to change, in place or by another tensor. A replayed CUDA graph calls
-    no module, and what is written by `.data` is not seen.
+    Repeated are the random numbers of torch's generators, for the CPU and all devices of the weights' types, and of
+    Python's and numpy's global ones if the run's first evaluation draws from them; not those of a `torch.Generator`
+    that the closure has. Restored are buffers of the modules that the run's first evaluation calls: those of
+    normalisations in train mode, and others from the step after the one in which they were seen to change, in place or
+    by another tensor. A replayed CUDA graph calls no module, and writes by `.data` are not seen.
     """
 
     def __init__(self) -> None:
         self._slow: Collection[_Generator] = SLOW
-        self._modules: list[nn.Module] | None = None  # None: no evaluation was seen
-        self._seen: dict[Place, None] = {}  # where an evaluation changed a buffer
+        self._modules: list[nn.Module] | None = None  # those that evaluations call; None before the first one
+        self._changed: dict[Place, None] = {}  # buffers that an evaluation has changed
 
     @contextmanager
     def repeated(self, kinds: Collection[str]) -> Iterator[Evaluations]:
-        """For a step, all of it: what evaluates its closure. kinds: of devices.
+        """A context for one step: yields what evaluates its closure. kinds: types of devices, such as "cuda".
 
-        After an exception generators and known buffers are as before the step, unless it was kept by then.
+        After an exception, generators and known buffers are as before the step, unless `keep` was called.
         """
         evaluations = Evaluations(self, [*_of_torch(kinds), *self._slow])
         try:
@@ -85,19 +86,19 @@ class Conditions:
         evaluations.keep()
 
     def watched(self, closure: Closure, before: _State) -> Any:
-        """A step's first evaluation: which modules it calls, or which of their buffers it changes.
+        """A step's first evaluation, which shows the modules that it calls, or which of their buffers it changes.
 
-        before: the state as it was then; of modules that nobody knew it is completed.
+        before: the snapshot of the step's start; buffers of modules that are called for the first time are added.
         """
         if self._modules is None:
             modules: dict[nn.Module, None] = {}
 
-            def met(top: nn.Module) -> None:
+            def on_call(top: nn.Module) -> None:
                 new = [m for m in top.modules() if m not in modules]
                 modules.update(dict.fromkeys(new))
                 before.add(_of_normalisations(new))
 
-            with _calls(met):
+            with _calls(on_call):
                 answer = closure()
             self._modules = list(modules)
             return answer
@@ -105,23 +106,24 @@ class Conditions:
         answer = closure()
         for (m, name), buffer, version in found:
             if m._buffers.get(name) is not buffer or buffer._version != version:
-                self._seen[m, name] = None
+                self._changed[m, name] = None
         return answer
 
     def state(self, generators: Collection[_Generator]) -> _State:
+        """A snapshot of the generators and of all known buffers."""
         state = _State([g.get() for g in generators], [], [])
-        state.add({**self._seen, **_of_normalisations(self._modules or ())})
+        state.add({**self._changed, **_of_normalisations(self._modules or ())})
         return state
 
-    def saw(self, generators: Collection[_Generator], before: _State, after: _State) -> None:
-        """Of Python's and numpy's generators only those that the first step drew from are looked at again."""
+    def update_generators(self, generators: Collection[_Generator], before: _State, after: _State) -> None:
+        """After the first step, drop those of Python's and numpy's generators that it has not drawn from."""
         if self._slow is SLOW:
             states = zip(generators, before.generators, after.generators, strict=True)
             self._slow = [g for g, a, b in states if g in self._slow and not g.equal(a, b)]
 
 
 class Evaluations:
-    """A step's, each under the conditions of the first: call it with the closure."""
+    """Evaluates a step's closure when called with it, each time under the conditions of the first evaluation."""
 
     def __init__(self, conditions: Conditions, generators: Collection[_Generator]) -> None:
         self._conditions, self._generators = conditions, generators
@@ -138,20 +140,20 @@ class Evaluations:
         return answer
 
     def keep(self) -> None:
-        """The step is taken: what its first evaluation left stays, whatever comes."""
+        """The step is made: leave generators and buffers as its first evaluation left them."""
         if self._after is not None and not self._kept:
             _put(self._generators, self._after)
-            self._conditions.saw(self._generators, self._before, self._after)
+            self._conditions.update_generators(self._generators, self._before, self._after)
         self._kept = True
 
     def undo(self) -> None:
-        """The step is not taken, unless it was kept."""
+        """The step has failed: restore generators and buffers, unless `keep` was called."""
         if not self._kept:
             _put(self._generators, self._before)
 
 
 def _of_normalisations(modules: Iterable[nn.Module]) -> dict[Place, None]:
-    """The places of what evaluations in train mode write."""
+    """The buffers of normalisations in train mode, which evaluations write."""
     norms = (m for m in modules if isinstance(m, _NormBase) and m.training)
     return {place: None for m in norms for place, _ in _buffers(m)}
 
@@ -180,24 +182,25 @@ def _of_torch(kinds: Collection[str]) -> list[_Generator]:
     return found
 
 
-# By thread, who is told of what it calls. Of a thread that is inside a module there is no entry.
+# By thread, the callback for the modules that it calls. Inside a module a thread has none.
 _watching: dict[int, Callable[[nn.Module], None]] = {}
 _changing = threading.Lock()
 _original = nn.Module.__call__
 
 
-def _watch(met: Callable[[nn.Module], None] | None) -> None:
-    """From now on this thread's calls are told to `met`, or to nobody.
+def _watch(on_call: Callable[[nn.Module], None] | None) -> None:
+    """Set or remove this thread's callback for calls of modules.
 
-    While any are told `nn.Module.__call__` is another function. Inside a module torch.compile may look at it.
+    `nn.Module.__call__` is replaced only while a thread has one, and not inside a module, where torch.compile may look
+    at it.
     """
     global _original
     with uninterrupted(), _changing:
         before = bool(_watching)
-        if met is None:
+        if on_call is None:
             _watching.pop(threading.get_ident(), None)
         else:
-            _watching[threading.get_ident()] = met
+            _watching[threading.get_ident()] = on_call
         if _watching and not before:
             _original = nn.Module.__call__
             nn.Module.__call__ = _call_watched  # type: ignore[method-assign]
@@ -206,27 +209,27 @@ def _watch(met: Callable[[nn.Module], None] | None) -> None:
 
 
 def _call_watched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    met = _watching.get(threading.get_ident())
-    if met is None:
+    on_call = _watching.get(threading.get_ident())
+    if on_call is None:
         return _original(module, *args, **kwargs)
-    met(module)
+    on_call(module)
     try:
         _watch(None)
         return _original(module, *args, **kwargs)
     finally:
-        _watch(met)
+        _watch(on_call)
 
 
 @contextmanager
-def _calls(met: Callable[[nn.Module], None]) -> Iterator[None]:
-    """`met` is told of the modules that this thread calls in the block before it does, but not of those within others.
+def _calls(on_call: Callable[[nn.Module], None]) -> Iterator[None]:
+    """Within the block, `on_call` is called before each module that this thread calls, but not for modules inside one.
 
     Not by torch's global hooks: torch.compile guards on them, and would compile every model a second time.
     """
     before = _watching.get(threading.get_ident())
     try:
         try:
-            _watch(met)
+            _watch(on_call)
             yield
         finally:
             _watch(before)

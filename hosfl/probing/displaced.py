@@ -1,4 +1,4 @@
-"""A module evaluated at th + s * u while th is only read: a displaced weight exists while something uses it."""
+"""Evaluates a module at th + s * u without writing th: a displaced weight is made when it is read, and freed soon."""
 
 from __future__ import annotations
 
@@ -17,26 +17,28 @@ from hosfl.halves.inputs import Inputs, call, evaluating
 from hosfl.interrupts import uninterrupted
 from hosfl_kernels import perturb_
 
-# Numbers in an embedding's table from which on gathering and moving the rows of a batch costs less than moving the
+# Elements of an embedding's table from which on gathering and moving the rows of a batch is cheaper than moving the
 # whole table and back.
 LARGE = 1 << 20
 
 
 class Displaces(Protocol):
-    """What a module reads in the place of the weights that move."""
+    """Supplies the tensors that a module reads in place of the weights that move."""
 
-    read: bool  # whether anybody has asked for one
+    read: bool  # whether any was read
 
-    def moves(self, parameter: Tensor | None) -> bool: ...
+    def moves(self, parameter: Tensor | None) -> bool:
+        """Whether this parameter is replaced."""
 
-    def whole(self, parameter: Tensor) -> Tensor: ...
+    def whole(self, parameter: Tensor) -> Tensor:
+        """The tensor in its place."""
 
     def table(self, parameter: Tensor) -> Tensor:
-        """As `whole`, for an nn.Embedding."""
+        """The same for the weight of an nn.Embedding."""
 
 
 class Copies:
-    """Of every weight that moves a copy, made beforehand."""
+    """Supplies copies that were made beforehand."""
 
     def __init__(self, parameters: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
         self.copies = {id(p): copy for p, copy in zip(parameters, copies, strict=True)}
@@ -53,7 +55,7 @@ class Copies:
 
 
 class Displacement:
-    """Makes th_t + scale * factor_t * z(seed, stream_t) for single tensors t, or rows of them; never writes th."""
+    """Makes th_t + scale * factor_t * z(seed, stream_t) for a tensor t when it is read, or for some of its rows."""
 
     def __init__(
         self,
@@ -75,10 +77,10 @@ class Displacement:
         return id(parameter) in self.place
 
     def whole(self, parameter: Tensor) -> Tensor:
-        """The displaced parameter: same dtype, shape and strides. Made once for as long as anybody holds it.
+        """The displaced parameter, of the same dtype, shape and strides. Not made again while a reference to it exists.
 
-        The last one is held here: layers ask for `weight.dtype` before they ask for `weight`. It requires grad as the
-        parameter does: torch picks its matrix product by that, also where no graph is recorded.
+        A reference to the last one is kept, since layers read `weight.dtype` before `weight`. It requires grad as the
+        parameter does: torch chooses its matrix product by that, even if no graph is recorded.
         """
         made = self.made.get(id(parameter))
         tensor = None if made is None else made()
@@ -111,7 +113,7 @@ class Displacement:
         return rows
 
     def _move_rows(self, rows: Tensor, table: Tensor, numbers: Tensor) -> None:
-        """Move rows that are those of the table by these ascending numbers."""
+        """Move rows in place that are the table's rows of these ascending numbers."""
         # Neighbouring rows move as one tensor: positions 0..L-1 are one run, and so is most of a small vocabulary.
         ends = (numbers.diff() != 1).nonzero().flatten() + 1
         runs = rows.tensor_split(ends.cpu())
@@ -133,7 +135,7 @@ class Displacement:
 
 
 class Table(Tensor):
-    """A displaced embedding table without memory: an embedding gathers its rows; any other op gets it whole."""
+    """A displaced embedding table that has no memory: a lookup makes its rows; any other op gets the whole table."""
 
     parameter: Tensor
     displacement: Displacement
@@ -174,10 +176,10 @@ class Table(Tensor):
 
 
 class Reads(UserDict[str, Any]):
-    """A module's `_parameters` for the time of a displaced forward pass: reading a weight that moves displaces it.
+    """Replaces a module's `_parameters` during a displaced forward pass: reading a weight gives the displaced one.
 
     `nn.Module.__getattr__` looks weights up here, and so do named_parameters, ParameterList and a parent that reads
-    its child's weights. What the model assigns goes to this copy and is forgotten with it.
+    its child's weights. What the model assigns goes to this copy and is dropped with it.
     """
 
     def __init__(self, module: nn.Module, displacement: Displaces) -> None:
@@ -192,9 +194,9 @@ class Reads(UserDict[str, Any]):
         return self.displacement.table(parameter) if self.table else self.displacement.whole(parameter)
 
     def whole(self) -> dict[str, Any]:
-        """All of them, displaced now."""
+        """All parameters, displaced now."""
         move = self.displacement
-        move.read = True  # as far as one can know: a compiled graph has its weights beforehand
+        move.read = True  # assumed: what a compiled graph reads cannot be seen
         return {name: move.whole(p) if move.moves(p) else p for name, p in self.data.items()}
 
 
@@ -203,22 +205,22 @@ def _compiled(module: nn.Module) -> bool:
     return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
 
 
-# What a module holds of its weights: nn.LSTM and its kind keep references of their own beside `_parameters`.
-HELD = ("_parameters", "_flat_weights", "_flat_weight_refs")
+# Attributes in which a module holds its weights: nn.LSTM and its kind have others beside `_parameters`.
+WEIGHT_ATTRIBUTES = ("_parameters", "_flat_weights", "_flat_weight_refs")
 
 
 @contextmanager
 def displaced(module: nn.Module, displacement: Displaces) -> Iterator[None]:
-    """While it lasts, reading a trainable weight anywhere in the module gives the displaced one, made on the spot.
+    """Within the block, reading a trainable weight anywhere in the module gives the displaced one.
 
-    Modules in the hands of torch.compile get all of theirs beforehand: a graph takes weights as inputs, and would be
-    compiled again and again if reading them were a part of it.
+    Modules compiled by torch.compile get all of theirs at the start: a graph takes weights as inputs, and would be
+    compiled again and again if making them were a part of it.
     """
     compiled = {inner for m in module.modules() if _compiled(m) for inner in m.modules()}
     owners = [m for m in module.modules() if any(map(displacement.moves, m._parameters.values()))]
-    before = [{name: m.__dict__[name] for name in HELD if name in m.__dict__} for m in owners]
+    before = [{name: m.__dict__[name] for name in WEIGHT_ATTRIBUTES if name in m.__dict__} for m in owners]
 
-    def put_back() -> None:
+    def restore() -> None:
         with uninterrupted():
             for m, held in zip(owners, before, strict=True):
                 m.__dict__.update(held)
@@ -230,29 +232,29 @@ def displaced(module: nn.Module, displacement: Displaces) -> Iterator[None]:
                 m.__dict__["_parameters"] = reads.whole() if m in compiled else reads
             yield
         finally:
-            put_back()
+            restore()
     finally:
-        put_back()  # again: Ctrl-C may have come as the first call began
+        restore()  # again, since Ctrl-C may have come as the first call began
 
 
 @contextmanager
-def casts_forgotten() -> Iterator[None]:
-    """Autocast keeps no casts: it would take a weight moved in place for what it was, and hold on to displaced ones."""
-    kept = torch.is_autocast_cache_enabled()
+def no_autocast_cache() -> Iterator[None]:
+    """Turn autocast's cache of cast weights off: it would miss moves in place, and keep displaced weights alive."""
+    before = torch.is_autocast_cache_enabled()
     try:
         try:
             torch.set_autocast_cache_enabled(False)
             yield
         finally:
-            torch.set_autocast_cache_enabled(kept)
+            torch.set_autocast_cache_enabled(before)
     finally:
-        torch.set_autocast_cache_enabled(kept)  # again: Ctrl-C may have come as the first call began
+        torch.set_autocast_cache_enabled(before)  # again, since Ctrl-C may have come as the first call began
 
 
 def large_tables(module: nn.Module, moving: Sequence[Tensor]) -> nn.ModuleList:
-    """The embeddings in a module whose tables move, are large, and are no other module's: see `LARGE`.
+    """The nn.Embedding modules whose tables move, are large, and belong to no other module: see `LARGE`.
 
-    None where torch.compile has a hand in the module: a compiled graph takes its weights beforehand.
+    Empty if any part of the module is compiled: a graph takes its weights as inputs.
     """
     modules = list(module.modules())
     if any(map(_compiled, modules)):
@@ -264,7 +266,7 @@ def large_tables(module: nn.Module, moving: Sequence[Tensor]) -> nn.ModuleList:
 
 
 def refuse_writers(module: nn.Module) -> None:
-    """Raises TypeError and ValueError for modules that cannot be evaluated with weights that are only read."""
+    """Raises TypeError and ValueError for modules whose weights cannot be replaced, or that write them."""
     modules = list(module.modules())
     if any(isinstance(m, torch.jit.ScriptModule) for m in modules):
         raise TypeError("cannot evaluate a scripted module at other weights than its own: pass the module as it was")
@@ -272,12 +274,12 @@ def refuse_writers(module: nn.Module) -> None:
         raise ValueError("an embedding with max_norm writes its weights in every forward pass: set max_norm=None")
 
 
-@casts_forgotten()
+@no_autocast_cache()
 def refuse_references(module: nn.Module, inputs: Inputs) -> None:
-    """Raises ValueError for a module that reads a weight by a reference of its own, in a list say, or by a view of it.
+    """Raises ValueError for a module that reads a weight by another reference, such as one in a list, or by a view.
 
-    Reading the weight from the module that has it is what is displaced. To see that nothing else is read, all that are
-    trainable are NaN for a pass in which their modules have copies; afterwards they hold the same bits.
+    Only reading a weight from the module that has it gives the displaced one. To see whether anything else is read, all
+    trainable weights are NaN during a pass in which their modules read copies. Afterwards they hold the same bits.
     """
     refuse_writers(module)
     weights = [p for p in module.parameters() if p.requires_grad]
@@ -301,16 +303,16 @@ def refuse_references(module: nn.Module, inputs: Inputs) -> None:
 
 
 @torch.no_grad()
-@casts_forgotten()
+@no_autocast_cache()
 def evaluate_displaced(module: nn.Module, inputs: Inputs, displacement: Displacement) -> Any:
-    """f(inputs; th + s * u), the bits of `functional_call` with a whole displaced copy.
+    """f(inputs; th + s * u), with the bits of `functional_call` on a displaced copy of the module.
 
-    Holds one weight at a time beside those that the model itself keeps; of an nn.Embedding the rows that occur. An
-    nn.LSTM, GRU or RNN keeps all its weights to the end of the pass, and so does what torch.compile has compiled.
+    In memory is one displaced weight at a time; of an nn.Embedding the rows that occur. An nn.LSTM, GRU or RNN keeps
+    all its weights to the end of the pass, and so does a compiled module. Assignments to parameters in the forward pass
+    are dropped. Not safe while another thread runs the module.
 
-    Raises: TypeError for scripted modules; ValueError for embeddings with max_norm, which write their weights, and
-    RuntimeError where the forward pass writes an embedding's table otherwise. What a forward pass assigns to
-    parameters is forgotten. Not promised: that another thread can run the module meanwhile.
+    Raises: TypeError for scripted modules; ValueError for embeddings with max_norm, which write their weights;
+    RuntimeError where the forward pass writes an embedding's table otherwise.
     """
     refuse_writers(module)
     with displaced(module, displacement):

@@ -1,8 +1,9 @@
 """Forward mode: directional derivatives of a module with respect to its weights, without a step and its error.
 
-Every weight that moves is read as a dual number th + eps * u, u made by the noise kernel when a layer asks for it and
-gone when the layer is done: the memory of one layer's weights, and every activation twice. eps^2 = 0, so that the
-coefficient of eps in the output is J u exactly, up to the rounding of one forward pass. Weights are only read.
+Every weight that moves is read as a dual number th + eps * u. u is made by the noise kernel when a layer reads the
+weight, and freed when the layer is done: that takes the memory of one layer's weights, and of every activation twice.
+eps^2 = 0, so that the coefficient of eps in the output is J u, up to the rounding of one forward pass. Weights are only
+read.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hosfl.halves.inputs import Inputs, call
-from hosfl.probing.displaced import Displacement, casts_forgotten, displaced, refuse_writers
+from hosfl.probing.displaced import Displacement, displaced, no_autocast_cache, refuse_writers
 
 
 class Tangents(Displacement):
@@ -48,13 +49,13 @@ class Tangents(Displacement):
 
 
 def _zeros(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """Where the kernels write a direction: float64 weights get that of float32 ones."""
+    """Zeros for the kernels to write a direction into, float32 for float64 weights."""
     dtype = torch.float32 if like.dtype == torch.float64 else like.dtype
     return torch.zeros(shape, dtype=dtype, device=like.device)
 
 
 class DualTable(Tensor):
-    """An embedding's weight as dual numbers, of which only the rows that a lookup needs are ever made."""
+    """An embedding's weight as dual numbers; a lookup makes only the rows that it needs."""
 
     parameter: Tensor
     tangents: Tangents
@@ -85,7 +86,7 @@ def _whole(value: Any) -> Any:
 
 @contextmanager
 def differentiable() -> Iterator[None]:
-    """Fused attention has no forward-mode derivative; torch's own parts that it is made of have.
+    """Replace fused attention, which has no forward-mode derivative, by the products and softmax that it consists of.
 
     Raises ValueError where an operation in the block has none.
     """
@@ -104,7 +105,7 @@ def differentiable() -> Iterator[None]:
 
 
 @torch.no_grad()
-@casts_forgotten()
+@no_autocast_cache()
 def derivative(module: nn.Module, inputs: Inputs, tangents: Tangents) -> Tensor:
     """J u, the derivative of the module's output along one direction: the output's shape and dtype.
 

@@ -1,4 +1,4 @@
-"""Probing: the client half's directional derivatives from forward passes. It leaves no trace in the weights."""
+"""Probing: directional derivatives of the client half from forward passes. The weights keep their bits."""
 
 from __future__ import annotations
 
@@ -19,27 +19,30 @@ from hosfl.halves.narrow import made_again
 from hosfl.interrupts import uninterrupted
 from hosfl.probing.displaced import (
     Displacement,
-    casts_forgotten,
     displaced,
     evaluate_displaced,
     large_tables,
+    no_autocast_cache,
     refuse_writers,
 )
 from hosfl.probing.forward_mode import Tangents, derivative
 from hosfl_kernels import project, replay_
 
-# How a directional derivative is measured. One-sided differences are the paper's: P + 1 passes; their error grows with
-# the step, by the curvature. Two-sided ones take 2 P + 1, forward mode has no step at all. Backward is for clients that
-# can backpropagate, if only some samples at a time: one pass measures any number of directions.
+# How a directional derivative is measured. One-sided differences are the paper's: P + 1 passes, and an error that grows
+# with the step, by the curvature. Two-sided ones take 2 P + 1 passes. Forward mode has no step. Backward is for clients
+# that can backpropagate, perhaps a few samples at a time: one pass measures any number of directions.
 ESTIMATORS = ("one-sided", "two-sided", "forward", "backward")
 
 PART = 1 << 16  # elements of the cut that are in float64 at a time
-WAITING = 1 << 20  # bytes of gradients that may wait for others: small tensors go through the noise kernel together
+WAITING = 1 << 20  # bytes of small gradients that are kept, to go through the noise kernel together
 
 
 @dataclass(frozen=True)
 class Moved:
-    """Tensors that directions move; of each its noise's stream, and the power of two that scales directions on it."""
+    """The tensors that directions move, with the stream of each one's noise and the scale of directions on it.
+
+    factors: the scales, powers of two.
+    """
 
     tensors: Sequence[Tensor]
     streams: Sequence[int]
@@ -47,20 +50,20 @@ class Moved:
 
     @classmethod
     def of(cls, module: nn.Module, factors: Sequence[float] | None = None) -> Moved:
-        """All that is trainable in a module."""
+        """The trainable parameters of a module. factors: 1 for each if None."""
         tensors, streams = trainable(module)
         return cls(tensors, streams, [1.0] * len(tensors) if factors is None else factors)
 
-    def some(self, positions: Sequence[int]) -> Moved:
-        """Those at these positions."""
+    def subset(self, positions: Sequence[int]) -> Moved:
+        """The tensors at these positions."""
         tensors, streams, factors = self.tensors, self.streams, self.factors
         return Moved([tensors[t] for t in positions], [streams[t] for t in positions], [factors[t] for t in positions])
 
 
 def trainable(module: nn.Module) -> tuple[list[nn.Parameter], list[int]]:
-    """The parameters that move, and their streams.
+    """The parameters that require grad, and their streams.
 
-    A parameter's stream is its position among *all* parameters, so that freezing one changes nobody else's noise.
+    A parameter's stream is its position among *all* parameters, so that freezing one does not change the others' noise.
     Tied parameters are listed once.
     """
     numbered = [(p, stream) for stream, p in enumerate(module.parameters()) if p.requires_grad]
@@ -68,9 +71,8 @@ def trainable(module: nn.Module) -> tuple[list[nn.Parameter], list[int]]:
 
 
 def inner(multiplier: Tensor, output: Tensor, other: Tensor, distance: float) -> float:
-    """<multiplier, output - other> / distance, summed in float64. The difference first: two products would cancel.
-
-    Some samples at a time: all of them in float64 would be six times the cut, which small halves never need.
+    """<multiplier, output - other> / distance, summed in float64. The difference comes first, since the two inner
+    products would nearly cancel. A few samples at a time: in float64 all of them would take six times the cut's memory.
     """
     at_once = max(1, PART * len(output) // max(1, output.numel()))
     parts = zip(multiplier.split(at_once), output.split(at_once), other.split(at_once), strict=True)
@@ -93,21 +95,22 @@ def probe_in_place(
     two_sided: <multiplier, forward() at th + mu * u_p - forward() at th - mu * u_p> / (2 mu).
     Call it under `evaluating`: the weights must not be recorded by autograd.
 
-    Moves the weights themselves: exact there, so that afterwards they hold the same bits, also if `forward` raises or
-    is interrupted. From one place to the next it takes one pass: back along u_p and out along u_(p+1). No memory of the
-    weights' size. Off the lattice every move rounds: use `probe_untouched`.
+    Moves the weights in place. On the lattice that is exact, so that afterwards they hold the same bits, also if
+    `forward` raises or is interrupted. It takes one pass over the weights from one point to the next: back along u_p
+    and out along u_(p+1) together. It needs no memory of the weights' size. Off the lattice every move rounds: use
+    `probe_untouched`.
 
-    module: what `forward` calls, not compiled. Of a large nn.Embedding in it only the rows that a batch looks up are
-    moved then, and in a copy of them: the same bits, for the price of the batch in place of the vocabulary's. A
-    table of which the model also reads other rows is copied whole meanwhile. It must be read as its module's `weight`:
-    who keeps a reference of its own, in a list say, sees it unmoved.
+    module: what `forward` calls, not compiled. If given, only those rows of its large nn.Embedding tables are moved
+    that the batch looks up, in a copy of them: the same bits, at the cost of a batch's rows instead of a vocabulary's.
+    A table that the model also reads otherwise is copied whole. It must be read as its module's `weight`: a reference
+    that the model keeps elsewhere, such as in a list, has the weights that did not move.
     """
     tensors = moved.tensors
     tables = nn.ModuleList() if module is None else large_tables(module, tensors)
     by_row = {id(p) for p in tables.parameters()}
-    looked_up = moved.some([t for t, p in enumerate(tensors) if id(p) in by_row])
-    moved = moved.some([t for t, p in enumerate(tensors) if id(p) not in by_row])
-    standing: list[tuple[int, float]] = []  # seed and distance of where the weights stand: one at most
+    looked_up = moved.subset([t for t, p in enumerate(tensors) if id(p) in by_row])
+    moved = moved.subset([t for t, p in enumerate(tensors) if id(p) not in by_row])
+    position: list[tuple[int, float]] = []  # (seed, step) where the weights are now; empty at th
 
     def rows(seed: int, step: float) -> AbstractContextManager[None]:
         if not looked_up.tensors:
@@ -116,15 +119,15 @@ def probe_in_place(
         return displaced(tables, moves)
 
     def move(to: list[tuple[int, float]]) -> None:
-        seeds = [seed for seed, _ in standing + to]
-        steps = [-step for _, step in standing] + [step for _, step in to]
+        seeds = [seed for seed, _ in position + to]
+        steps = [-step for _, step in position] + [step for _, step in to]
         with uninterrupted():
             replay_(moved.tensors, seeds, steps, factors=moved.factors, streams=moved.streams)
-            standing[:] = to
+            position[:] = to
 
     def output(seed: int, step: float) -> Tensor:
         move([(seed, step)])
-        with casts_forgotten(), rows(seed, step):
+        with no_autocast_cache(), rows(seed, step):
             return forward()
 
     try:
@@ -144,14 +147,14 @@ def probe_untouched(
     moved: Moved | None = None,
     two_sided: bool = False,
 ) -> Tensor:
-    """Directional derivatives for weights on no lattice, float32 [P]: reads th in any dtype, never writes it.
+    """Directional derivatives for weights off the lattice, float32 [P]: reads th in any dtype, never writes it.
 
     v_p as in `probe_in_place`; each weight of th + mu * u_p is rounded to its dtype. inputs: a tensor, a tuple of
-    positional arguments or a mapping of keyword arguments. dist: "rademacher" or "gaussian". moved: what directions
-    move; None: all that is trainable in the module.
+    positional arguments or a mapping of keyword arguments. dist: "rademacher" or "gaussian". moved: the tensors that
+    directions move; None: all trainable ones of the module.
 
-    Off the lattice adding and taking away rounds twice, and a client that probes would drift from one that does not.
-    Costs the memory of one layer's weights while that layer runs. Raises as `evaluate_displaced`.
+    Off the lattice, adding and subtracting would round twice, and a client that probes would drift from one that does
+    not. Costs the memory of one layer's weights while that layer runs. Raises as `evaluate_displaced`.
     """
     moved = moved or Moved.of(module)
 
@@ -171,13 +174,13 @@ def _differences(
     mu: float,
     two_sided: bool,
 ) -> Tensor:
-    """output: (seed, step) -> the cut at th + step * u."""
+    """<multiplier, difference> / distance for every seed. output: (seed, step) -> the cut at th + step * u."""
     scalars = []
     for seed in seeds:
         ahead = output(seed, mu)
         behind, distance = (output(seed, -mu), 2 * mu) if two_sided else (cut, mu)
         scalars.append(inner(multiplier, ahead, behind, distance))
-        del ahead, behind  # not there while the next pass runs
+        del ahead, behind  # frees them before the next pass
     return torch.tensor(scalars, dtype=torch.float32)
 
 
@@ -191,9 +194,9 @@ def probe_forward(
 ) -> Tensor:
     """Directional derivatives by forward-mode differentiation, float32 [P]: v_p = <multiplier, J u_p>.
 
-    No step, so none of its error: what bfloat16 needs. Weights are only read. A pass costs about two to three forward
-    passes, the memory of one layer's weights, and twice the activations or more: torch's derivative of BatchNorm makes
-    more such tensors on the way. Raises as `hosfl.probing.forward_mode.derivative`.
+    There is no step and no error of one, which bfloat16 needs. Weights are only read. A pass costs about two to three
+    forward passes, the memory of one layer's weights, and twice the activations or more, since torch's derivative of
+    BatchNorm makes more temporary tensors. Raises as `hosfl.probing.forward_mode.derivative`.
     """
     moved = moved or Moved.of(module)
     scalars = []
@@ -201,7 +204,7 @@ def probe_forward(
         tangents = Tangents(moved.tensors, moved.streams, seed, dist, moved.factors)
         change = derivative(module, inputs, tangents)
         scalars.append(inner(multiplier, change, torch.zeros_like(change), 1.0))
-        del change  # not there while the next pass runs
+        del change  # frees it before the next pass
     return torch.tensor(scalars, dtype=torch.float32)
 
 
@@ -217,13 +220,14 @@ def probe_backward(
 ) -> Tensor:
     """Directional derivatives from the gradient, float32 [P]: v_p = <g, u_p>, g = J^T multiplier by backpropagation.
 
-    One forward and one backward pass however many directions; what P forward passes measure one by one, without a step.
-    The gradient never exists whole: a tensor's goes through the noise kernel soon after it is there, and is freed.
-    microbatch: samples that go through together, 0 for all: what has to be kept of them for the backward pass is the
-    memory that this costs. Samples must not depend on each other, as in eval mode they do not, and be the first
-    dimension of every tensor of the inputs. Backpropagation ends at the first layer that has something to train, and of
-    an embedding's gradient only the rows that were looked up exist. Weights are only read, and `grad` is what it was.
-    moved: as in `probe_untouched`. measured: of each of its tensors, which of the directions move it; None: all.
+    One forward and one backward pass for any number of directions measure what P forward passes would, without a step.
+    The gradient is never in memory as a whole: each tensor's is projected by the noise kernel, and freed, soon after it
+    is computed. Backpropagation ends at the first layer with trainable weights, and an embedding's gradient has only
+    the rows that were looked up. Weights are only read, and `grad` is afterwards what it was.
+
+    microbatch: samples that go through together, 0: all. The memory is that of their activations. Samples must be the
+    first dimension of every tensor of the inputs, and must not depend on each other, as in eval mode they do not.
+    moved: as in `probe_untouched`. measured: for each of its tensors, which of the directions move it; None: all.
 
     Raises: ValueError as `evaluate_displaced`, and with a microbatch as `check_apart`.
     """
@@ -233,7 +237,7 @@ def probe_backward(
     moved = moved or Moved.of(module)
     parameters = moved.tensors
     projected = _Projected(moved, seeds, dist, measured)
-    held = [p.grad for p in parameters]  # the user's own
+    saved = [p.grad for p in parameters]  # the user's own
     hooks = []
     try:
         for position, parameter in enumerate(parameters):
@@ -243,18 +247,18 @@ def probe_backward(
         with torch.enable_grad(), made_again(), Lookups(sparse=True):
             for part, m in zip(parts_of(inputs, microbatch), multipliers, strict=True):
                 output = call(module, part)
-                if output.requires_grad:  # or nothing that moves has a part in it
+                if output.requires_grad:  # else it does not depend on the weights that move
                     torch.autograd.backward(output, m, inputs=parameters)
         return projected.scalars()
     finally:
         for hook in hooks:
             hook.remove()
-        for parameter, gradient in zip(parameters, held, strict=True):
+        for parameter, gradient in zip(parameters, saved, strict=True):
             parameter.grad = gradient
 
 
 class _Projected:
-    """<g, u_p> for every direction p, from gradients g that come tensor by tensor and are freed soon."""
+    """Sums up <g, u_p> for every direction p, from gradients that arrive tensor by tensor and are freed soon."""
 
     def __init__(self, moved: Moved, seeds: Sequence[int], dist: str, measured: Sequence[slice] | None) -> None:
         self.moved, self.seeds, self.dist = moved, seeds, dist
@@ -263,7 +267,7 @@ class _Projected:
         self._waiting: dict[int, Tensor] = {}  # gradients by the parameter's position
 
     def take(self, parameter: Tensor, position: int) -> None:
-        """Take a parameter's gradient from it."""
+        """Project a parameter's `grad`, or keep it for later if it is small, and set it to None."""
         gradient, parameter.grad = parameter.grad, None
         assert gradient is not None
         if gradient.is_sparse:
@@ -273,27 +277,28 @@ class _Projected:
         if gradient.nbytes > WAITING:
             self._project({position: gradient})
             return
-        # A sum of its own: gradients may share memory with each other and with the multiplier.
+        # A new tensor, since gradients may share memory with each other and with the multiplier.
         self._waiting[position] = self._waiting.get(position, 0.0) + gradient
         if sum(g.nbytes for g in self._waiting.values()) > WAITING:
             self._project(self._waiting)
             self._waiting.clear()
 
     def scalars(self) -> Tensor:
-        """float32 [P], when all gradients were taken."""
+        """<g, u_p>, float32 [P], after the last gradient."""
         self._project(self._waiting)
         return self._sums.float()
 
     def _project(self, gradients: dict[int, Tensor]) -> None:
-        of = self.measured
-        for _, some in groupby(gradients, lambda t: (of[t].start, of[t].stop)):  # tensors moved together lie together
-            ts = list(some)
-            self._add(of[ts[0]], [gradients[t] for t in ts], self.moved.some(ts))
+        measured = self.measured
+        # Tensors that the same directions move are neighbours.
+        for _, group in groupby(gradients, lambda t: (measured[t].start, measured[t].stop)):
+            ts = list(group)
+            self._add(measured[ts[0]], [gradients[t] for t in ts], self.moved.subset(ts))
 
     def _project_rows(self, table: Tensor, position: int) -> None:
         rows, numbers = table.values().float(), table.indices()[0].tolist()
         starts = [number * rows.shape[1] for number in numbers]
-        self._add(self.measured[position], rows.unbind(), self.moved.some([position] * len(rows)), starts)
+        self._add(self.measured[position], rows.unbind(), self.moved.subset([position] * len(rows)), starts)
 
     def _add(
         self, which: slice, gradients: Sequence[Tensor], moved: Moved, starts: Sequence[int] | None = None
@@ -305,10 +310,11 @@ class _Projected:
 
 
 class Lookups(TorchFunctionMode):
-    """Embeddings have the gradient of what they compute: torch leaves out that of `padding_idx`, and scales by
-    frequency where it is told to, while every other estimator moves such rows like all others.
+    """Makes the gradients of embeddings those of what they compute, as all other estimators measure it.
 
-    sparse: of a table that moves it has the rows that were looked up, and not the whole table's size.
+    torch's leave out the row `padding_idx`, and with `scale_grad_by_freq` divide by a row's frequency.
+
+    sparse: gradients of trainable tables have only the rows that were looked up.
     """
 
     def __init__(self, sparse: bool = False) -> None:
@@ -318,16 +324,17 @@ class Lookups(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        told = dict(kwargs or {})
+        arguments = dict(kwargs or {})
         if function is nn.functional.embedding:
-            told = dict(zip(_LOOKUP, args, strict=False)) | told
-            weight, args = told["weight"], ()
-            told |= {"padding_idx": None, "scale_grad_by_freq": False}
-            told["sparse"] = told.get("sparse", False) or (self.sparse and weight.is_leaf and weight.requires_grad)
+            arguments = dict(zip(_LOOKUP, args, strict=False)) | arguments
+            weight, args = arguments["weight"], ()
+            arguments |= {"padding_idx": None, "scale_grad_by_freq": False}
+            sparse = self.sparse and weight.is_leaf and weight.requires_grad
+            arguments["sparse"] = arguments.get("sparse", False) or sparse
         elif function is nn.functional.embedding_bag:
-            told = dict(zip(_LOOKUPS, args, strict=False)) | told | {"scale_grad_by_freq": False}
+            arguments = dict(zip(_LOOKUPS, args, strict=False)) | arguments | {"scale_grad_by_freq": False}
             args = ()
-        return function(*args, **told)
+        return function(*args, **arguments)
 
 
 _LOOKUP = [*signature(nn.functional.embedding).parameters]

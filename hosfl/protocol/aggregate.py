@@ -1,4 +1,4 @@
-"""From what K clients say to one step: plain functions, the same for both halves.
+"""Aggregation of K clients' vectors into one step: plain functions, the same for both halves.
 
 An aggregation takes one vector per client, float32 [n] each, and the clients' weights (numbers of samples), and gives
 float64 [n]. Client half: ghat = (1/P) sum_p vbar_p u_p, vbar being the aggregate of the clients' scalars. Server half:
@@ -30,7 +30,7 @@ def weighted_mean(values: Sequence[Array], weights: Sequence[float]) -> Array:
 
 
 def uniform_mean(values: Sequence[Array], weights: Sequence[float]) -> Array:
-    """The mean of the clients, whatever they own: the paper's."""
+    """The mean of the clients, whatever their numbers of samples: the paper's."""
     return _stack(values).mean(0)
 
 
@@ -57,8 +57,8 @@ def trimmed_mean(values: Sequence[Array], weights: Sequence[float]) -> Array:
 def clip_to_norm(values: Sequence[Array], largest: float, weights: NDArray[np.float64]) -> list[Array]:
     """Scale down the clients whose gradient estimate is longer than `largest`; the others stay.
 
-    The length is told by the scalars: E |ghat|^2 = sum_p weights_p v_p^2, weights_p = d / P^2, d the trainable
-    elements, each with its squared factor. Never a norm computed on a device, which would depend on the device.
+    The length is estimated from the scalars: E |ghat|^2 = sum_p weights_p v_p^2, weights_p = d / P^2, d the trainable
+    elements, each with its squared factor. It is never a norm computed on a device, which would depend on the device.
     """
     clipped = []
     for value in values:
@@ -67,26 +67,26 @@ def clip_to_norm(values: Sequence[Array], largest: float, weights: NDArray[np.fl
     return clipped
 
 
-def middle(lengths: Iterable[float]) -> float:
-    """The middle one of some lengths, of an even number the lower: no liar's, as long as fewer than half are."""
+def lower_median(lengths: Iterable[float]) -> float:
+    """The median of some lengths, of an even number the lower one of the middle two."""
     ordered = sorted(lengths)
     return ordered[(len(ordered) - 1) // 2]
 
 
-BEYOND = 30.0
+LENGTH_LIMIT = 30.0
 
 
-def not_beyond(aggregate: Array, values: Sequence[Array], weights: NDArray[np.float64]) -> Array:
-    """The clients' aggregate, scaled down to `BEYOND` times the length that is the middle one of theirs.
+def limit_length(aggregate: Array, values: Sequence[Array], weights: NDArray[np.float64]) -> Array:
+    """The clients' aggregate, scaled down to at most `LENGTH_LIMIT` times the median length of their estimates.
 
-    A mean is hardly ever so long unless one client's scalars are absurd. Such an answer would otherwise do more than
-    spoil its round: lead off the lattice, or into the running length and the moments that all later rounds divide by.
-    Lengths as in `clip_to_norm`. Of those that are zero none is looked at: a loss with a margin leaves many such.
+    A mean is hardly ever so long unless one client's scalars are absurd. Such an answer would otherwise not only spoil
+    its round, but leave the lattice, or stay in the running length and the moments that all later rounds divide by.
+    Lengths as in `clip_to_norm`. Zero lengths, of which a loss with a margin has many, do not count.
     """
     squares = [square for value in values if (square := _squared(value, weights)) > 0]
     if not squares:
         return aggregate
-    longest = BEYOND * math.sqrt(middle(squares))
+    longest = LENGTH_LIMIT * math.sqrt(lower_median(squares))
     length = math.sqrt(_squared(aggregate, weights))
     return aggregate * (longest / length) if length > longest else aggregate
 
@@ -127,7 +127,7 @@ def _squared(value: Array, weights: NDArray[np.float64]) -> float:
 class RunningLength:
     """The length of recent gradients: the root of a bias-corrected running mean of their squares.
 
-    The scalars tell it for nothing: for Rademacher and for normal directions E vbar_p^2 = |g|^2.
+    The scalars estimate it at no cost: for Rademacher and for normal directions E vbar_p^2 = |g|^2.
     """
 
     decay: float = 0.9
@@ -135,14 +135,14 @@ class RunningLength:
     weight: float = 0.0
 
     def update(self, square: float) -> float:
-        """Take in one squared length; returns the running length, never zero."""
+        """Take in one squared length; returns the running length, which is never zero."""
         self.mean = self.decay * self.mean + (1 - self.decay) * square
         self.weight = self.decay * self.weight + (1 - self.decay)
         return self.value
 
     @property
     def value(self) -> float:
-        """The running length, once there is any."""
+        """The running length, after the first update."""
         return math.sqrt(self.mean / self.weight) + 1e-8
 
     def state(self) -> list[float]:
@@ -153,9 +153,9 @@ class RunningLength:
 
 
 def to_lattice(coefficients: Sequence[float], lattice: Lattice, run_seed: int, round: int) -> list[float]:
-    """Each coefficient as a multiple of the quantum, stochastically.
+    """Round each coefficient to a multiple of the quantum, stochastically.
 
-    Fresh directions carry no remainder to the next round, and rounding to the nearest would swallow small steps.
+    With fresh directions no remainder can be carried to the next round, and rounding to nearest would lose small steps.
     """
     seed = round_seed(run_seed, Purpose.COEFFICIENTS, round)
     return [lattice.stochastic(c, derive(seed, p, 0) / 2.0**64) for p, c in enumerate(coefficients)]
