@@ -1,8 +1,9 @@
-"""Running statistics of the client half's normalisations, estimated anew where inputs are not what they were.
+"""Running statistics of the client half's normalisations, estimated anew for inputs with another distribution.
 
-Forward passes alone find them: Li et al., "Revisiting batch normalization for practical domain adaptation", 2016. A
-client's are the means over its batches of a batch's own mean and unbiased variance, as torch.optim.swa_utils.update_bn
-makes them; the run's are the aggregate of the clients'. How far the clients' means lie apart is in no variance.
+Forward passes are enough: Li et al., "Revisiting batch normalization for practical domain adaptation", 2016. A client's
+statistics are means over its batches of the batch's mean and unbiased variance, as torch.optim.swa_utils.update_bn
+computes them. The run's are the aggregate of the clients'; the spread of the clients' means is not part of the
+variances.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from hosfl.protocol.messages import MessageError, Statistics
 
 
 def running(half: nn.Module) -> dict[str, Tensor]:
-    """The half's running statistics by their names in its state dict: of each normalisation the mean, the variance."""
+    """The half's running statistics by their names in its state dict: each normalisation's mean, then its variance."""
     return {
         f"{path}.{name}" if path else name: getattr(norm, name)
         for path, norm in _norms(half).items()
@@ -31,12 +32,12 @@ def running(half: nn.Module) -> dict[str, Tensor]:
 
 
 def flat(half: nn.Module) -> Tensor:
-    """The same end to end, as they travel: float32 [n], a copy on the CPU, n two for every channel."""
+    """The running statistics concatenated, as messages carry them: a copy, float32 [n] on the CPU; two per channel."""
     return torch.cat([t.detach().float().cpu() for t in running(half).values()])
 
 
 def load(half: nn.Module, values: Tensor) -> None:
-    """Give a half the statistics of `flat`. Raises MessageError, with nothing changed, where they cannot be its own."""
+    """Load the statistics of `flat` into a half. Raises MessageError, with nothing changed, if they do not fit."""
     tensors = list(running(half).values())
     sizes = [len(t) for t in tensors]
     check(values, sizes, tensors[0].dtype)
@@ -46,7 +47,7 @@ def load(half: nn.Module, values: Tensor) -> None:
 
 
 def initial_half(base: nn.Module, statistics: RunningStatistics | None) -> nn.Module:
-    """A copy of the base as clients begin with it: with the model's statistics, until they are told the run's."""
+    """A copy of the base for a new client: it has the model's statistics until it gets the run's."""
     half = copy.deepcopy(base)
     if statistics is not None:
         load(half, statistics.model)
@@ -54,7 +55,7 @@ def initial_half(base: nn.Module, statistics: RunningStatistics | None) -> nn.Mo
 
 
 def check(values: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> None:
-    """Raises MessageError for values that are not, by turns, means and variances of such sizes, finite in the dtype."""
+    """Raises MessageError unless values are alternating means and variances of these sizes, finite in the dtype."""
     if len(values) != sum(sizes):
         raise MessageError(f"{len(values)} statistics where normalisations have {sum(sizes)}")
     if not torch.isfinite(values.to(dtype)).all():
@@ -64,10 +65,10 @@ def check(values: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> None:
 
 
 def estimated(half: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, int]:
-    """The statistics that a half has on some batches, as `flat` gives them, and how many samples these are.
+    """(statistics of a half on some batches, in the form of `flat`; the number of samples).
 
-    One forward pass each, without a graph: normalisations of the statistics that are estimated normalise by the batch,
-    all else is in eval mode. The half stays as it is.
+    One forward pass per batch, without a graph. Normalisations with running statistics normalise by the batch; all else
+    is in eval mode. The half stays as it is.
 
     Raises ValueError, as BatchNorm does, for a batch of one value per channel.
     """
@@ -75,15 +76,15 @@ def estimated(half: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, int]:
     sums = [torch.zeros(2, len(norm.running_mean), dtype=torch.float64) for norm in norms]  # type: ignore[arg-type]
     calls = [0] * len(norms)
 
-    def taken_in(number: int) -> Callable[..., None]:
-        def take_in(norm: _NormBase, *_: object) -> None:
+    def hook_of(number: int) -> Callable[..., None]:
+        def add(norm: _NormBase, *_: object) -> None:
             sums[number] += torch.stack([norm.running_mean, norm.running_var]).double().cpu()  # type: ignore[list-item]
             calls[number] += 1
 
-        return take_in
+        return add
 
-    with evaluating(half), _of_one_batch(norms):
-        hooks = [norm.register_forward_hook(taken_in(number)) for number, norm in enumerate(norms)]
+    with evaluating(half), _batch_statistics(norms):
+        hooks = [norm.register_forward_hook(hook_of(number)) for number, norm in enumerate(norms)]
         try:
             for inputs, labels in batches:
                 call(half, inputs)
@@ -91,14 +92,14 @@ def estimated(half: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, int]:
         finally:
             for hook in hooks:
                 hook.remove()
-    found = flat(half).split([s.numel() for s in sums])  # as they were, for a normalisation that nothing goes through
-    means = [(s / n).float().flatten() if n else old for s, n, old in zip(sums, calls, found, strict=True)]
+    before = flat(half).split([s.numel() for s in sums])  # for normalisations that were not called
+    means = [(s / n).float().flatten() if n else old for s, n, old in zip(sums, calls, before, strict=True)]
     return torch.cat(means), samples
 
 
 @contextmanager
-def _of_one_batch(norms: Sequence[_NormBase]) -> Iterator[None]:
-    """Running statistics become those of each batch alone. All is as before afterwards, but for the mode."""
+def _batch_statistics(norms: Sequence[_NormBase]) -> Iterator[None]:
+    """Within the block, running statistics are those of the last batch alone. Restores all but the modules' modes."""
     momenta = [norm.momentum for norm in norms]
     buffers = [b for norm in norms for b in norm.buffers()]
     before = [b.clone() for b in buffers]
@@ -115,7 +116,7 @@ def _of_one_batch(norms: Sequence[_NormBase]) -> Iterator[None]:
 
 
 def _norms(half: nn.Module) -> dict[str, _NormBase]:
-    """The modules with running statistics, by name, in their order."""
+    """The modules with running statistics, by name."""
     return {
         name: module
         for name, module in half.named_modules()
@@ -125,10 +126,11 @@ def _norms(half: nn.Module) -> dict[str, _NormBase]:
 
 @dataclass
 class RunningStatistics:
-    """What the server knows of the client half's: float32 [n] as committed, at first those of the model.
+    """The client half's running statistics on the server.
 
-    model: those of the model, float32 [n], with which every client begins. sizes: of the means and the variances of
-    each normalisation. dtype: of the half's own. most: samples that one client may measure them on.
+    values: the committed ones, float32 [n]; at first the model's. model: the model's, with which every client begins.
+    sizes: of the means and variances of each normalisation. dtype: of the half's statistics. most: the most samples
+    that one client's statistics may be of.
     """
 
     values: Tensor
@@ -139,12 +141,12 @@ class RunningStatistics:
 
     @classmethod
     def of(cls, half: nn.Module, most: int) -> RunningStatistics:
-        """Those of a half that has some."""
+        """The running statistics of a half that has some."""
         tensors = list(running(half).values())
         return cls(flat(half), flat(half), [len(t) for t in tensors], tensors[0].dtype, most)
 
     def samples(self, message: Statistics) -> int:
-        """How many samples a client's statistics are of. Raises MessageError for those that cannot be aggregated."""
+        """The number of samples of a client's statistics. Raises MessageError if they cannot be aggregated."""
         check(message.statistics, self.sizes, self.dtype)
         count = int(message.samples[0]) if len(message.samples) == 1 else 0
         if not 0 < count <= self.most:
@@ -152,7 +154,7 @@ class RunningStatistics:
         return count
 
     def commit(self, found: Sequence[Statistics], aggregation: Aggregation) -> None:
-        """The clients' aggregate, weighted by their samples; with no clients all stays."""
+        """Commit the clients' aggregate, weighted by their samples; nothing changes without clients."""
         if found:
             weights = [self.samples(message) for message in found]
             self.values = aggregation([message.statistics for message in found], weights).float()

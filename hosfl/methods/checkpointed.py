@@ -1,6 +1,6 @@
-"""First-order split learning for clients with less memory: activations are made twice.
+"""First-order split learning for clients with less memory: activations are computed twice.
 
-What travels, and every gradient, is that of `first_order`; what a client keeps for backpropagation is less.
+Messages and gradients are those of `first_order`; a client keeps fewer activations for backpropagation.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from hosfl.methods.method import Way
 
 @dataclass
 class CheckpointedClient(FirstOrderClient):
-    """First-order split learning whose backward pass makes the activations again: the same gradients, less memory."""
+    """First-order split learning with activation checkpointing: the same gradients in less memory."""
 
     def _gradient(self, multiplier: Tensor) -> Tensor:
-        self._count(forward=1)  # what backpropagation runs again; of a Sequential all but its last part
+        self._count(forward=1)  # the recomputation; of a Sequential all but its last part
         return super()._gradient(multiplier)
 
     def _recorded(self, inputs: Inputs) -> Tensor:
@@ -36,11 +36,11 @@ class CheckpointedClient(FirstOrderClient):
 
 @contextmanager
 def recomputing(half: nn.Module) -> Iterator[None]:
-    """Forward passes in the block keep for backpropagation the inputs of parts only; the rest is made when needed.
+    """Within the block, forward passes keep only the inputs of parts for backpropagation, which recomputes the rest.
 
-    Parts are the items of an nn.ModuleList, such as a transformer's layers, and of an nn.Sequential of n layers about
-    the square root of n runs of neighbours, the last of which is kept as usual (Chen et al., arXiv 1604.06174). A
-    module without either is left as it is. The half must have no dropout in force: random numbers are not kept.
+    Parts are the items of an nn.ModuleList, such as a transformer's layers, and about the square root of n runs of
+    consecutive layers of an nn.Sequential of n layers, the last of which is kept as usual (Chen et al., arXiv
+    1604.06174). A module without either is left as it is. Dropout must be off, since random numbers are not kept.
     """
     before: list[tuple[nn.Module, dict[str, Any]]] = []
 
@@ -65,13 +65,13 @@ def recomputing(half: nn.Module) -> Iterator[None]:
         visit(half)
         yield
     finally:
-        for module, held in before:
+        for module, saved in before:
             del module.__dict__["forward"]
-            module.__dict__.update(held)
+            module.__dict__.update(saved)
 
 
 class Checkpointed(FirstOrder):
-    """The gradients of "first-order", and its rates, in less memory and more time."""
+    """The gradients and the tuned rates of "first-order", in less memory and more time."""
 
     ways: ClassVar[dict[str, Way]] = {}
 

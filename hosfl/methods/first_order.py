@@ -40,8 +40,7 @@ class FirstOrderClient(Client):
 
         gradient = d <multiplier, f(x; theta)> / d theta      float32 [d]
 
-    The upper bound of what a client can tell, for the price of backpropagation and of weights that travel: d numbers up
-    and d down in every round.
+    The most that a client can tell the server. It costs backpropagation, and d numbers up and d down in every round.
 
     Source: Gupta and Raskar, "Distributed learning of deep neural network over multiple agents", 2018.
 
@@ -52,13 +51,13 @@ class FirstOrderClient(Client):
     learns = True
 
     def catch_up(self, message: Message) -> None:
-        """Take the averaged weights."""
+        """Load the averaged weights. Raises MessageError."""
         if not isinstance(message, Weights):
             raise MessageError(f"client {self.number} expects weights, got {type(message).__name__}")
         self._check_addressee(message)
-        at, here = (message.epoch, message.round), (self.epoch, self.applied)
-        if at < here or (at != here and not len(message.weights)):
-            raise MessageError(f"{len(message.weights)} weights of (epoch, round) {at}; this client is at {here}")
+        sent, own = (message.epoch, message.round), (self.epoch, self.applied)
+        if sent < own or (sent != own and not len(message.weights)):
+            raise MessageError(f"{len(message.weights)} weights of (epoch, round) {sent}; this client is at {own}")
         parameters, _ = trainable(self.half)
         weights = message.weights
         if len(weights) not in (0, sum(p.numel() for p in parameters)):
@@ -75,7 +74,7 @@ class FirstOrderClient(Client):
         return Gradient(client=self.number, round=self._round, epoch=self.epoch, gradient=gradient)
 
     def _gradient(self, multiplier: Tensor) -> Tensor:
-        """float32 [d], by backpropagation; eval mode as everywhere on clients."""
+        """The gradient, float32 [d], by backpropagation in eval mode, in which clients always run."""
         parameters, _ = trainable(self.half)
         multipliers = multiplier.split(self.microbatch or len(multiplier))
         begin = time.perf_counter()
@@ -83,14 +82,14 @@ class FirstOrderClient(Client):
         with evaluating(self.half), torch.enable_grad(), made_again():
             for part, m in zip(parts_of(self._inputs, self.microbatch), multipliers, strict=True):
                 gradients = [g.float() for g in torch.autograd.grad(self._recorded(part), parameters, m)]
-                # Not in place: gradients may share memory with each other and with the multiplier.
+                # Not in place, since gradients may share memory with each other and with the multiplier.
                 sums = [s + g for s, g in zip(sums, gradients, strict=True)] if sums else gradients
         self.seconds.answer += time.perf_counter() - begin
         self._count(forward=1, backward=1)
         return torch.cat([g.reshape(-1) for g in sums])
 
     def _recorded(self, inputs: Inputs) -> Tensor:
-        """The half's output, for backpropagation."""
+        """The half's output, with a graph."""
         cut: Tensor = call(self.half, inputs)
         return cut
 
@@ -149,7 +148,7 @@ class GradientAverage(WholeWeights):
 
 
 class FirstOrder(Method):
-    """Exact gradients at the price of a client that can backpropagate, and of weights that travel."""
+    """Exact gradients. Clients must backpropagate, and weights are sent in every round."""
 
     reads: ClassVar[tuple[str, ...]] = (*LEARNS, *MULTIPLIERS, "clip", "microbatch", "multiplier", "server_first")
     ways: ClassVar[dict[str, Way]] = {"first-order": ({}, (0.5, 1.0, 2.0))}

@@ -55,20 +55,20 @@ class ZerothOrderClient(Client):
 
         v_p = <m, f(x; theta + mu u_p) - f(x; theta)> / mu      float32 [P]
 
-    With the estimator "backward" the P scalars come from one backward pass instead. After `answer` the weights hold the
-    bits that they held before.
+    With the estimator "backward" the P scalars come from one backward pass instead. After `answer` the weights have the
+    same bits as before.
 
     Source: Chen et al., ICML 2026, arXiv 2603.14773.
 
     Args:
         run: what all clients and the server agree on.
-        base: gives the trainable tensors of round 0 again, for a client that must start anew. None: it keeps a copy; a
-            device short of memory reads its base model's file.
+        base: returns the trainable tensors of round 0, for a client that must start again. None: it keeps a copy; a
+            device that is short of memory reads its base model's file.
         begins: where the run's blocks begin.
         probes_at_once: perturbed copies of the weights that go through the half in one pass.
         compile: the backend of torch.compile for forward passes; "": none.
-        by_row: by block, whether probes may move large tables by row; found out when it is first needed. Clients with
-            copies of one half may share it.
+        by_row: by block, whether probes may move large tables by row; found out at the first probe. Clients with copies
+            of one half may share it.
         Everything else as in `Client`.
     """
 
@@ -98,7 +98,7 @@ class ZerothOrderClient(Client):
         super().reset()
 
     def catch_up(self, message: Message) -> Differs | None:
-        """Replay what was committed since: see `Replica.follow`."""
+        """Replay the committed records: see `Replica.follow`. Raises MessageError."""
         if not isinstance(message, (Records, PoolMoves)):
             raise MessageError(f"client {self.number} expects records, got {type(message).__name__}")
         try:
@@ -111,12 +111,12 @@ class ZerothOrderClient(Client):
 
     @cached_property
     def blocks(self) -> BlockRun:
-        """Made when it is first needed: most clients of a crowd never come."""
+        """Runs the half in blocks; made on first use, since most of many clients never take part."""
         how = partial(call_compiled, self.compile) if self.compile else call
         return BlockRun(self.half, [begin.entry for begin in self.begins], how)
 
     def answer(self, message: Message) -> Scalars:
-        """Probe the round's directions. The weights hold the same bits afterwards."""
+        """Probe the round's directions. The weights have the same bits afterwards."""
         multiplier, run = self._multiplier(message), self.run
         seeds = run.seeds(self._round)
         begin = time.perf_counter()
@@ -132,7 +132,7 @@ class ZerothOrderClient(Client):
 
     @contextmanager
     def _pass_from(self, number: int) -> Iterator[tuple[nn.Module, Inputs]]:
-        """What to call for a pass from a block to the cut, in eval mode and without a graph."""
+        """Yields the module and the inputs of a pass from a block to the cut, in eval mode and without a graph."""
         with evaluating(self.half):
             module, inputs = self.blocks.at(number, self._inputs)
             with evaluating(module):
@@ -156,7 +156,7 @@ class ZerothOrderClient(Client):
         return found
 
     def _probe(self, number: int, moved: Moved, multiplier: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Forward passes from a block to the cut, along directions that move it alone."""
+        """The scalars of one block's directions, by forward passes from the block to the cut."""
         run, mu, two_sided = self.run, self.replica.mu, self.run.estimator == "two-sided"
         with self._pass_from(number) as (module, inputs):
             if self.probes_at_once > 1:
@@ -177,9 +177,9 @@ class ZerothOrderClient(Client):
     def _probe_in_place(
         self, number: int, module: nn.Module, inputs: Inputs, moved: Moved, multiplier: Tensor, seeds: Sequence[int]
     ) -> Tensor:
-        """The same, by weights that move. Large tables by row, once that has been seen to come to the same.
+        """The same with weights that are moved in place; large tables by row, if a first probe shows the same result.
 
-        It does not where a model reads a table by a reference of its own, as some that share weights do.
+        The result differs if a model reads a table by another reference, as some do that share weights.
         """
         two_sided = self.run.estimator == "two-sided"
 
@@ -207,7 +207,7 @@ class ZerothOrderClient(Client):
     def _probe_batched(
         self, module: nn.Module, inputs: Inputs, moved: Moved, multiplier: Tensor, seeds: Sequence[int]
     ) -> Tensor:
-        """The same, several probes in a pass. On a lattice, too: a copy's weights are exact there."""
+        """The same with several probes in a pass. On a lattice the copies' weights are exact, too."""
         run, at_once = self.run, self.probes_at_once
         if run.estimator == "forward":
             return probe_forward_batched(module, inputs, multiplier, seeds, run.dist, moved=moved, at_once=at_once)
@@ -227,7 +227,7 @@ class ZerothOrderClient(Client):
 
 
 def client_rule(config: Settings) -> Rule | None:
-    """The rule that every replica applies; None on a lattice, where records are moves."""
+    """The update rule that every replica applies; None on a lattice, where records are moves."""
     if config.directions_from == "fresh":
         if config.rule == "momentum":
             return SGD(momentum=MOMENTUM)
@@ -238,10 +238,10 @@ def client_rule(config: Settings) -> Rule | None:
 
 
 def power_of_two_scales(parameters: Sequence[Tensor]) -> list[float]:
-    """Per tensor the power of two nearest its root mean square, relative to the largest of them; 1 at most.
+    """For each tensor the power of two nearest to its root mean square, relative to the largest of them; at most 1.
 
-    Directions scaled so move every tensor by the same share of its size. A tensor of zeros says nothing of its size
-    and takes the scale of the tensor before it: a bias follows its weight.
+    Directions with these scales move every tensor by the same share of its size. A tensor of zeros takes the scale of
+    the tensor before it, as a bias that of its weight.
     """
     sizes = [float(p.detach().double().square().mean().sqrt()) if p.numel() else 0.0 for p in parameters]
     largest = max((s for s in sizes if math.isfinite(s)), default=0.0)
@@ -257,11 +257,12 @@ def power_of_two_scales(parameters: Sequence[Tensor]) -> list[float]:
 def make_run(
     config: Settings, parameters: list[nn.Parameter], begins: Sequence[Begin] = (), measures: Measures | None = None
 ) -> Run:
-    """What all agree on. Puts the parameters on their lattice, if the run has one. begins: of its blocks.
+    """The terms of a run, which all agree on. Puts the parameters on their lattice, if the run has one.
 
-    measures: of the run whose base the parameters are; None: they are taken of the parameters.
+    begins: of the run's blocks. measures: of the run, if the parameters come from its server; None: they are computed
+    from the parameters.
 
-    Raises ValueError for a probe's step that leads off the lattice, and for measures of another half.
+    Raises ValueError for a mu beyond the lattice's limit, and for measures of another half.
     """
     rule = client_rule(config)
     if measures is None:
@@ -300,19 +301,19 @@ def _blocks(
     return tuple(Block(begin.tensors, n) for begin, n in zip(begins, counts, strict=True))
 
 
-# The settings that a method reads whose client half is a log of scalars.
+# The settings of methods whose client half is a log of scalars.
 SCALARS = (
     *LEARNS,
     *PROBES,
     *("directions_from", "pool_size", "pool_rounds", "direction_scale", "estimator", "clip"),
 )
-CLIENT_SETTINGS = ("microbatch", "probes_at_once", "compile")  # settings of how a client computes its numbers
+CLIENT_SETTINGS = ("microbatch", "probes_at_once", "compile")  # how a client computes its scalars
 FRESH, POOL = {"directions_from": "fresh"}, {"directions_from": "pool"}
 ADAM_POOL = {**POOL, "rule": "adamw", "direction_scale": "rms", "pool_size": 128, "pool_rounds": 100}
 
 
 class HO(Method):
-    """The client half is its base and a log of P scalars a round, which every client replays."""
+    """The client half is its base and a log with P scalars per round, which every client replays."""
 
     reads: ClassVar[tuple[str, ...]] = (
         *SCALARS,
@@ -385,7 +386,7 @@ class HO(Method):
         return SeedReplay(run, step, mirror, None, setup.aggregation, settings.clip, settings.digest_every)
 
     def displaces(self) -> bool:
-        """Whether clients evaluate their half at other weights while they only read its own."""
+        """Whether clients evaluate their half at displaced weights and only read its own."""
         one_by_one = self.settings.estimator.endswith("sided") and self.settings.probes_at_once == 1
         return self.settings.estimator != "backward" and not (one_by_one and self.run.lattice is not None)
 

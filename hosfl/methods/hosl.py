@@ -1,4 +1,4 @@
-"""HOSL: the client half by zeroth order, the server half by backpropagation, and no gradient ever comes down.
+"""HOSL: zeroth order on the client half, backpropagation on the server half, and no gradients sent to clients.
 
 Per client and round: the cut and 2 P displaced cuts ((1 + 2 P) z) and labels go up, 2 P losses come down; all d weights
 go up and down.
@@ -30,10 +30,10 @@ from hosfl_kernels import derive, replay_
 
 @dataclass
 class HOSLClient(SplitFedClient):
-    """HOSL's client: SPSA. Cuts at th +- mu u go up, the server's losses of them come down, and no gradient ever.
+    """HOSL's client: SPSA. It sends cuts at th +- mu u, and gets the server's losses of them, but no gradient.
 
-    v_p = (loss at th + mu u_p - loss at th - mu u_p) / (2 mu); ghat = (1/P) sum_p v_p u_p, with directions of the
-    client's own. Takes its step, and sends its weights to be averaged.
+    v_p = (loss at th + mu u_p - loss at th - mu u_p) / (2 mu); ghat = (1/P) sum_p v_p u_p, with the client's own
+    directions. It makes a step, and sends its weights to be averaged.
 
     Assumed, from a description of the method and not from its code: the server learns by backpropagation from the cut
     at th itself, which goes up as well; the losses are those before its step, in eval mode; clients average after
@@ -57,7 +57,7 @@ class HOSLClient(SplitFedClient):
         return ProbedCut(**vars(cut), displaced=moved)
 
     def answer(self, message: Message) -> Message:
-        """A step along the directions by the losses, and the weights. Raises MessageError for other losses."""
+        """Make a step from the losses; returns the weights. Raises MessageError for losses of another round."""
         if not isinstance(message, Losses):
             raise MessageError(f"client {self.number} expects losses, got {type(message).__name__}")
         self._check_addressee(message)
@@ -77,7 +77,7 @@ class HOSLClient(SplitFedClient):
 
 @dataclass
 class HOSLServer(LossServer):
-    """Sends the losses of the displaced cuts, and learns by backpropagation from the cut itself."""
+    """Returns the losses of the displaced cuts, and learns by backpropagation from the cut itself."""
 
     def _answer_and_loss(self, round: int, message: Cut) -> tuple[Message | None, float]:
         assert isinstance(message, ProbedCut)

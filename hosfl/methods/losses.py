@@ -1,4 +1,4 @@
-"""Servers that measure losses for clients who never see a gradient, and what these clients send."""
+"""Servers that measure losses for clients which get no gradients, and the displaced outputs that these send."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from hosfl.protocol.messages import Cut, Message, MessageError, ProbedCut
 def displaced_outputs(
     module: nn.Module, inputs: Inputs, seeds: Sequence[int], steps: Sequence[float], dist: str, factors: Sequence[float]
 ) -> Tensor:
-    """The module's outputs at th + s u_p, for every direction p and every step s in turn: [P x steps, batch, ...].
+    """The module's outputs at th + s u_p for every direction p, and for each the steps s: [P x steps, batch, ...].
 
-    The weights are only read, in eval mode; all outputs are held at once.
+    In eval mode; the weights are only read. All outputs are in memory at once.
     """
     parameters, streams = trainable(module)
     moves = [Displacement(parameters, streams, seed, step, dist, factors) for seed in seeds for step in steps]
@@ -51,11 +51,11 @@ class LossServer(Server):
         return checked
 
     def _losses(self, message: Cut, cuts: Sequence[Tensor], moves: Sequence[Displacement | None] = (None,)) -> Tensor:
-        """The loss of each of the cuts at each of the moved weights (None: where they are), float64 [cuts x moves].
+        """The loss of each of the cuts at each of the displaced weights (None: at th), float64 [cuts x moves].
 
-        In eval mode, forward only, for the message's labels; differences are to be taken, so from logits on in float64.
-        Raises MessageError where the half cannot take the cut, or the loss the labels, and for losses that are infinite
-        or NaN.
+        Forward passes in eval mode, with the message's labels. The loss is computed in float64, since its differences
+        are used. Raises MessageError where the half does not take a cut, the loss does not take the labels, or a loss
+        is infinite or NaN.
         """
         parameter = next(self.half.parameters())
         labels, masks = self._labels(message.labels), self._masks(message.mask)
@@ -76,5 +76,8 @@ class LossServer(Server):
 
 
 def slopes(losses: Tensor, base: Tensor, mu: float, two_sided: bool) -> Tensor:
-    """float64 [P]: from losses at th + mu u_p, or with `two_sided` at th + mu u_p and th - mu u_p in turn."""
+    """Slopes along P directions, float64 [P].
+
+    losses: at th + mu u_p for every p; with `two_sided` at th + mu u_p and th - mu u_p for every p. base: at th.
+    """
     return (losses[::2] - losses[1::2]) / (2 * mu) if two_sided else (losses - base) / mu

@@ -1,7 +1,7 @@
-"""What a method is made of: the clients, the server and the ledger of one way to train a split model.
+"""The base class of methods: a method makes the clients, the server and the ledger of a run.
 
-A method is a subclass in a file of its own. The file is all there is to it: settings, tables, tuning and tests find
-what they need in the class. `frozen.py` is the smallest, `first_order.py` the next one to read.
+A method is one subclass in one file: settings, tables, tuning and tests find what they need in the class. `frozen.py`
+is the smallest, `first_order.py` the next one to read.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from hosfl.settings import DEFAULTS, Rates, Settings
 
 # The settings that several methods read, to be named in `Method.reads`.
 LEARNS = ("client_rate", "rule")
-MULTIPLIERS = ("wire", "server_batch")  # of servers that send some
+MULTIPLIERS = ("wire", "server_batch")  # of methods whose server sends multipliers
 PROBES = ("directions", "dist", "mu")
-# What is tuned: the settings that make a way to use a method, and its client rates.
+# A way to use a method, for tuning: its settings, and the client rates to try.
 Way = tuple[dict[str, Any], tuple[float, ...]]
 
 
@@ -38,13 +38,12 @@ class Setup:
 
     Args:
         settings: of the run.
-        base: the client half of round 0. The method may still put its weights on a lattice, before anything else is
-            made of it.
-        rates: of both halves.
-        aggregation: of what the clients send.
+        base: the client half of round 0. The method may put its weights on a lattice; copies are made only after that.
+        rates: learning rates of both halves.
+        aggregation: of the clients' answers.
         sample: inputs of a few samples.
-        passes: where samples that go through either half are counted.
-        measures: those of the run whose base it is; None: the run is made here.
+        passes: counts samples that go through either half.
+        measures: of the run, if the base comes from its server; None: they are computed from the base.
     """
 
     settings: Settings
@@ -57,30 +56,30 @@ class Setup:
 
     @cached_property
     def observed(self) -> nn.Module:
-        """The client half as it is now, for evaluation: a copy of the base, made when it is first asked for."""
+        """A copy of the base that is brought up to date for evaluations; made on first use."""
         return copy.deepcopy(self.base)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
-        """Those of the base that move."""
+        """The trainable parameters of the base."""
         return trainable(self.base)[0]
 
     def flat(self) -> Tensor:
-        """Those of the base that move, end to end: float32 [d], a copy on the CPU."""
+        """The trainable parameters of the base concatenated: a copy, float32 [d] on the CPU."""
         return nn.utils.parameters_to_vector(self.parameters).detach().cpu().float().clone()
 
     def length(self) -> RunningLength | None:
-        """What divides the client rate where the rule is "normalized"."""
+        """A running length, by which the client rate is divided if the rule is "normalized"; else None."""
         return RunningLength() if self.settings.rule == "normalized" else None
 
 
 class Method:
-    """A way to train a split model: which client, server and ledger it is made of. In this one no client learns.
+    """A method to train a split model: it makes the clients, the server and the ledger. In this one no client learns.
 
         class Own(hosfl.Method):
             reads = ("client_rate", "rule")
 
-            def make_ledger(self): ...  # what is committed of the client half
+            def make_ledger(self): ...  # keeps what is committed of the client half
 
             def client(self, number, half, batch): ...  # a `Client`
 
@@ -90,13 +89,13 @@ class Method:
         setup: what a run gives to its method: settings, the client half of round 0, rates, aggregation.
 
     Attributes:
-        reads: the settings that it reads of those that not all methods read; others are refused.
-        estimators: those estimators that it can use.
+        reads: the settings that it reads, among those that not all methods read; others are refused.
+        estimators: the estimators that it can use.
         server_rates: rates of the server half that benchmarks/tune.py tries.
         ways: by name, the settings of a way to use the method and the client rates that benchmarks/tune.py tries with
             it.
         setup, settings: of the run.
-        ledger: what is committed of the client half; None: nothing ever is.
+        ledger: keeps what is committed of the client half; None: nothing ever is.
 
     Raises:
         ValueError: the client half has no weights that train, and clients learn; a microbatch for a half whose
@@ -121,41 +120,41 @@ class Method:
 
     @classmethod
     def check(cls, settings: Settings) -> None:
-        """Raises ValueError for settings that do not go with the method."""
+        """Raises ValueError for settings that the method cannot use."""
         if settings.estimator not in cls.estimators:
             able = " or ".join(cls.estimators)
             raise ValueError(f"{settings.method} sees losses, not derivatives: estimator must be {able}")
 
     @classmethod
     def tuned(cls, settings: Settings) -> tuple[str, ...]:
-        """Under which key a task keeps the method's rates."""
+        """The key under which a task has tuned rates for the method."""
         return ("frozen",)
 
     @classmethod
     def exchanges(cls, settings: Settings) -> int:
-        """How many cuts a client sends in a round; its answer to all but the last one's multiplier is the next."""
+        """The number of cuts that a client sends in a round; all but the first answer a multiplier."""
         return 1
 
     def make_ledger(self) -> Ledger | None:
-        """What is committed of the client half; None where nothing ever is."""
+        """Make the ledger; None if nothing is ever committed of the client half."""
         return None
 
     def client(self, number: int, half: nn.Module, batch: Callable[[int], Batch]) -> Client:
-        """Client `number`, who has applied nothing. half: its own copy of the base. batch: of an exchange, its data."""
+        """A new client. half: its own copy of the base. batch: number of the exchange -> (inputs, labels)."""
         return Client(number, half, batch, passes=self.setup.passes)
 
     def read(self, name: str) -> Any:
-        """A setting's value; its default where the method does not read it."""
+        """A setting's value; its default if the method does not read it."""
         return getattr(self.settings, name) if name in self.reads else DEFAULTS[name]
 
     def make_client(self, number: int, half: nn.Module, batch: Callable[[int], Batch]) -> Client:
-        """`client`, as all of the run's are."""
+        """`client`, with the settings that all methods share."""
         client = self.client(number, half, batch)
         client.wire = self.read("wire")
         return client
 
     def server(self, **shared: Any) -> Server:
-        """The server. shared: what every kind of server is made of.
+        """The server. shared: the arguments of every kind of server.
 
         A method with a server of its own reads `server_batch` only if that server does.
         """

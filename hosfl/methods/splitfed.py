@@ -1,4 +1,4 @@
-"""SplitFed: clients train their halves by themselves for E steps, then their weights are averaged.
+"""SplitFed: each client trains its half for E steps, then their weights are averaged.
 
 Per client and round: E cuts (E z) and labels go up, E multipliers (E z) come down, all d weights go up and down.
 Thapa et al., "SplitFed: when federated learning meets split learning", AAAI 2022.
@@ -37,14 +37,15 @@ from hosfl.settings import Settings
 
 @dataclass
 class SplitFedClient(FirstOrderClient):
-    """SplitFed's client (Thapa et al., AAAI 2022): takes steps of its own, then sends its weights to be averaged.
+    """SplitFed's client (Thapa et al., AAAI 2022): makes E steps of its own, then sends its weights to be averaged.
 
-    steps: exchanges of a round, each a step; E. What it calls a round is an exchange, of which round r has r E and the
-    following. optimizer: of its weights, rate: of an exchange; new every round, as averaging voids moments. normalized:
-    the rate over the running length of this round's gradients.
+    Its rounds are exchanges: those of the run's round r have the numbers r E, ..., r E + E - 1.
 
-    The server takes one step per exchange from all the clients' cuts, as SplitLoRA's does; the paper of SplitFed leaves
-    it to variants, of which the first averages copies of the server half instead.
+    steps: E. optimizer: makes the optimizer of its weights, anew in every round, as averaging voids moments. rate:
+    exchange -> learning rate. normalized: divide it by the running length of this round's gradients.
+
+    The server makes one step per exchange from all clients' cuts, as in SplitLoRA. The paper of SplitFed has several
+    variants, the first of which averages copies of the server half instead.
     """
 
     optimizer: OptimizerFactory = field(kw_only=True)
@@ -55,7 +56,7 @@ class SplitFedClient(FirstOrderClient):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.parameters, self.streams = trainable(self.half)
-        # In float32 also where the half is coarser, or small steps would be lost.
+        # float32 also if the half's dtype is coarser, which would lose small steps.
         self.weights = nn.utils.parameters_to_vector(self.parameters).detach().float().cpu()
 
     def catch_up(self, message: Message) -> None:
@@ -72,7 +73,7 @@ class SplitFedClient(FirstOrderClient):
         return super().output(round)
 
     def answer(self, message: Message) -> Message:
-        """A step; then the next exchange's cut, or the weights after the round's last."""
+        """Make a step. Returns the next exchange's cut, or the weights after the round's last step."""
         gradient = self._gradient(self._multiplier(message)).cpu()
         return self._step(gradient, float(gradient.double().square().sum()))
 
@@ -88,7 +89,7 @@ class SplitFedClient(FirstOrderClient):
 
 @dataclass
 class WeightAverage(WholeWeights):
-    """Federated averaging: clients train their halves by themselves and send them; the mean is everybody's next one.
+    """The ledger of federated averaging: the mean of the clients' weights becomes everyone's next half.
 
     aggregation: of the clients' weights, each weighted by its number of samples.
     """
@@ -104,7 +105,7 @@ class WeightAverage(WholeWeights):
             raise MessageError("infinite or NaN weights")
 
     def commit(self, round: int, answers: Sequence[Trained], weights: Sequence[float]) -> None:
-        """The clients' average; with no answers the weights stay."""
+        """Commit the clients' average; the weights stay if there are no answers."""
         if answers:
             self.weights = self.aggregation([a.weights for a in answers], weights).float()
         self.rounds = round + 1
@@ -128,7 +129,7 @@ class SplitFed(Method):
         return WeightAverage(self.setup.flat(), self.setup.aggregation)
 
     def step_settings(self) -> dict[str, Any]:
-        """What a client is made of that takes steps of its own."""
+        """The arguments of a client that makes its own steps."""
         return {
             "passes": self.setup.passes,
             "microbatch": self.settings.microbatch,

@@ -1,4 +1,4 @@
-"""The state of servers and optimizers as tensors and JSON: nothing is pickled."""
+"""The states of servers and optimizers as tensors and JSON, without pickle."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DTYPES = (
 
 
 class SnapshotError(ValueError):
-    """A snapshot that cannot be written, read or applied; nothing was changed."""
+    """A snapshot cannot be written, read or applied; nothing was changed."""
 
 
 def check_tensor(name: Any, tensor: Any) -> None:
@@ -30,12 +30,12 @@ def check_tensor(name: Any, tensor: Any) -> None:
 
 
 def prefixed(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under name.: for several owners in one file."""
+    """The tensors with "name." before their names, for several owners in one file."""
     return {f"{name}.{key}": value for key, value in tensors.items()}
 
 
 def part(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those that `prefixed` put under name., by their own names again."""
+    """The tensors that `prefixed` has named so, by their own names again."""
     return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
 
 
@@ -78,7 +78,7 @@ def _shapes(optimizer: torch.optim.Optimizer) -> list[list[str]]:
 
 
 def _restore_dtypes(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """`load_state_dict` casts state to its parameter's dtype, which loses bits of float32 state of bfloat16 weights."""
+    """Undo casts of `load_state_dict` to the parameter's dtype, which round float32 state of bfloat16 weights."""
     numbers = chain.from_iterable(group["params"] for group in state["param_groups"])
     parameters = chain.from_iterable(group["params"] for group in optimizer.param_groups)
     for number, parameter in zip(numbers, parameters, strict=True):

@@ -1,4 +1,4 @@
-"""Messages as those who compute with torch hold them."""
+"""Messages with torch tensors in place of numpy arrays."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LONGEST = 1e18  # of a gradient; float32 holds the square of 18 times as much
 
 
 def tensor(array: Any) -> Tensor:
-    """numpy's array as a tensor that shares its memory; uint16 is bfloat16's bits."""
+    """A numpy array as a tensor that shares its memory; uint16 holds the bits of bfloat16."""
     if isinstance(array, Tensor):
         return array
     if sys.byteorder == "big":
@@ -28,26 +28,23 @@ def tensor(array: Any) -> Tensor:
 
 
 def with_tensors(message: AnyMessage) -> AnyMessage:
-    """The same message, its arrays as tensors."""
+    """The same message with tensors for arrays."""
     arrays: dict[str, Any] = {name: tensor(getattr(message, name)) for name in message.arrays()}
     return replace(message, **arrays)
 
 
 def decoded(data: bytes, largest: int = LARGEST_MESSAGE) -> Message:
-    """The message of bytes from the wire, its arrays as tensors. Raises MessageError."""
+    """Decode a message from the wire, with tensors for arrays. Raises MessageError."""
     return with_tensors(decode(data, largest))
 
 
 def usable(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether gradients, on one device, are finite, and their squares too: an optimizer that keeps an infinite mean of
-    squares never moves a weight again."""
+    """Whether gradients, on one device, and their squares are finite: with an infinite mean of squares an optimizer
+    would never move a weight again."""
     return all_true(torch.linalg.vector_norm(t.float()) < LONGEST for t in tensors if t is not None)
 
 
 def all_true(flags: Iterable[Tensor]) -> bool:
-    """Whether all of some bool tensors of one element, on one device, are true; of none they are.
-
-    One answer for all of them: a GPU is waited for once, not once for each.
-    """
+    """Whether all of some one-element bool tensors on one device are true. Waits for a GPU once, not once for each."""
     found = list(flags)
     return not found or bool(torch.stack(found).all())

@@ -1,7 +1,7 @@
-"""How cuts and multipliers travel: as they are computed, in 16 bits, or as int8 with a scale for every 64 numbers.
+"""Packing of cuts and multipliers for the wire: as they are, in 16 bits, or as int8 with a scale for every 64 numbers.
 
-Rounded to nearest. Errors are not fed back: the next round's samples are others, to which this round's error is noise.
-The client's own cut, from which it measures differences, stays as it computed it.
+Values are rounded to nearest. There is no error feedback, since the next round has other samples. The client measures
+differences from its own cut, which is not rounded.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.in
 
 
 def packed(values: Tensor, wire: str) -> tuple[Tensor, Tensor]:
-    """(what travels, of the same shape; scales, float32 [blocks] of 64, [0] but for int8).
+    """(packed values of the same shape; scales of blocks of 64, float32 [blocks], empty but for int8).
 
-    wire: "float32", which leaves the values as they are, "bfloat16", "float16" or "int8". What is too large for 16 bits
-    becomes infinite, and is refused by whoever receives it.
+    wire: "float32", which leaves the values as they are, "bfloat16", "float16" or "int8". A value that is too large for
+    16 bits becomes infinite, and the receiver refuses it.
     """
     if wire == "float32":
         return values, torch.empty(0)
@@ -33,7 +33,7 @@ def packed(values: Tensor, wire: str) -> tuple[Tensor, Tensor]:
 
 
 def unpacked(values: Tensor, scales: Tensor, wire: str) -> Tensor:
-    """What was packed, as float32, or as it came where it travels as it is. Raises MessageError for another packing."""
+    """Unpack values to float32; with wire "float32" they stay as they are. Raises MessageError for another packing."""
     if values.dtype != DTYPES.get(wire, values.dtype) or (wire == "float32" and values.dtype == torch.int8):
         raise MessageError(f"{str(values.dtype).removeprefix('torch.')} in a run where cuts travel as {wire}")
     blocks = -(-values.numel() // BLOCK) if wire == "int8" else 0

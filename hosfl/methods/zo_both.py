@@ -30,13 +30,13 @@ from hosfl_kernels import replay_
 
 @dataclass
 class CutProbingClient(ZerothOrderClient):
-    """Zeroth order without multipliers: sends its cut at P moved weights as well, and the server measures the losses.
+    """Zeroth order without multipliers: it also sends its cut at P displaced weights, and the server measures losses.
 
-    Directions are the round's, the same for all, and records are replayed as in HO-SFL: so the P scalars come down,
-    no weights, and the log is the client half.
+    The directions are the round's, the same for all clients, and records are replayed as in HO-SFL: so P scalars come
+    down and no weights, and the log is the client half.
     """
 
-    learns = False  # from anything but records
+    learns = False  # only from records
 
     def output(self, round: int) -> Cut:
         cut = super().output(round)
@@ -51,16 +51,16 @@ class CutProbingClient(ZerothOrderClient):
 
 @dataclass
 class ZerothOrderServer(LossServer):
-    """Zeroth order on both halves: nothing is ever backpropagated.
+    """Zeroth order on both halves: there is no backpropagation.
 
-    The clients' scalars are differences of the losses of their displaced cuts at the server's weights as they are; the
-    server half's are those of the cut itself at P moved weights of the server half, with seeds of its own. Two separate
-    estimates: the second costs no bytes, and neither has the other half's noise in it, as moving both halves at once
-    would. The server's optimizer takes the estimate as its gradient. Eval mode everywhere.
+    The clients' scalars are differences of losses of their displaced cuts, at the server's weights. The server half's
+    are differences of losses of the cut itself, at P displaced weights of the server half, with its own seeds. Two
+    separate estimates, of which the second costs no bytes, have less noise than one that displaces both halves at once.
+    The server's optimizer takes its estimate as gradient. All passes are in eval mode.
 
-    steps: of the server per round, from the same cuts: 1 is ZO-SFL; more is MU-SplitFed (unbalanced updates: one of the
-    client for tau of the server). Assumed for it: there is one server half, whose steps average the clients; clients
-    take their losses before these steps, and the directions of a round are the same for all of them.
+    steps: of the server per round, from the same cuts: 1 is ZO-SFL; more is MU-SplitFed (unbalanced updates: tau steps
+    of the server for one of the clients). Assumed for it: there is one server half, whose steps average the clients;
+    the clients' losses are taken before these steps, and the directions of a round are the same for all clients.
     """
 
     directions: int = field(kw_only=True)
@@ -101,11 +101,11 @@ class ZerothOrderServer(LossServer):
         return None, float(base)
 
     def _seeds(self) -> tuple[int, ...]:
-        """The step's directions, which are the same for all clients: so that P numbers are one's gradient."""
+        """The seeds of the step's directions, the same for all clients, so that P numbers represent a gradient."""
         return direction_seeds(self.seed, self._step_number, self.directions, Purpose.SERVER)
 
     def _estimate(self, message: Cut) -> bool:
-        """Gather the server half's slopes, as measured with one client's cut; False, and nothing, if there are none."""
+        """Add the server half's slopes, measured with one client's cut, to the aggregate; False if unusable."""
         parameters, streams = trainable(self.half)
         steps = (self.mu, -self.mu) if self.two_sided else (self.mu,)
         moves = [Displacement(parameters, streams, seed, step, self.dist) for seed in self._seeds() for step in steps]
@@ -123,7 +123,7 @@ class ZerothOrderServer(LossServer):
         return True
 
     def _take_step(self) -> None:
-        """One step along the directions by the slopes that are gathered."""
+        """One step along the directions by the aggregated slopes."""
         (found,), self._gathered = self._outliers.clipped(self._gathered.result()), make_accumulator(self.aggregation)
         assert found is not None
         parameters, streams = trainable(self.half)
@@ -134,12 +134,12 @@ class ZerothOrderServer(LossServer):
         self.optimizer.step()
 
     def commit(self, round: int, messages: Iterable[Message] = ()) -> list[int]:
-        """Commit the round with the scalars measured in it; the clients have nothing to answer."""
+        """Commit the round with the scalars measured in it; clients do not answer."""
         return super().commit(round, self._scalars)
 
 
 class ZOBoth(HO):
-    """HO-SFL's log of scalars, which the server measures: v_p = (loss at theta + mu u_p - loss at theta) / mu."""
+    """HO-SFL's log of scalars, but measured by the server: v_p = (loss at theta + mu u_p - loss at theta) / mu."""
 
     reads: ClassVar[tuple[str, ...]] = (*SCALARS, "digest_every")
     estimators = ("one-sided", "two-sided")
@@ -157,5 +157,5 @@ class ZOBoth(HO):
         return ZerothOrderServer(**shared, **probing, probes=probes, two_sided=two_sided, steps=self.steps())
 
     def steps(self) -> int:
-        """Of the server per round."""
+        """The number of the server's steps per round."""
         return 1
