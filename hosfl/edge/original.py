@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 from hosfl.edge.half import BASE, STEP, HalfError
 from hosfl.extras import needed
 from hosfl.halves.inputs import Inputs, call, evaluating, mask_of, unchanged
-from hosfl.halves.split import as_dtype
+from hosfl.halves.split import cast_floats
 from hosfl.protocol.arrays import widened
 from hosfl.protocol.weights import as_file
 from hosfl.tasks.padding import TOKENS
@@ -144,7 +144,7 @@ def _wide(half: nn.Module) -> nn.Module:
     """The half in float32; its own copy, where it is bfloat16. A graph computes in float32, of weights as they are
     stored: runtimes for processors have few operators in bfloat16."""
     floats = [t for t in (*half.parameters(), *half.buffers()) if t.is_floating_point()]
-    return half if all(t.dtype == torch.float32 for t in floats) else as_dtype(copy.deepcopy(half), torch.float32)
+    return half if all(t.dtype == torch.float32 for t in floats) else cast_floats(copy.deepcopy(half), torch.float32)
 
 
 def _wide_inputs(sample: Inputs) -> Inputs:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hosfl.halves.follow import CutError
 from hosfl.halves.inputs import Inputs, call, evaluating, mask_of
-from hosfl.halves.split import way_of
+from hosfl.halves.split import find_cutter
 from hosfl.halves.transformer_halves import ClientHalf
 
 LEAST = 0.01  # of a pass: what has no matrix product takes time all the same
@@ -95,7 +95,7 @@ def _begins(half: nn.Module, count: int, inputs: Inputs, layer: Sequence[int]) -
 
 def entries_of(half: nn.Module) -> list[str]:
     """The names of a half's layers, as its own cut points have them; the first is "", for what comes before them."""
-    return ["", *way_of(_inner(half)).places]
+    return ["", *find_cutter(_inner(half)).places]
 
 
 def layers_of(half: nn.Module, parameters: Sequence[Tensor]) -> list[int]:
@@ -103,7 +103,7 @@ def layers_of(half: nn.Module, parameters: Sequence[Tensor]) -> list[int]:
 
     It is the last place at which the half could be cut with the parameter behind the cut.
     """
-    layers, way = [0] * len(parameters), way_of(_inner(half))
+    layers, way = [0] * len(parameters), find_cutter(_inner(half))
     for number, place in enumerate(way.places.values(), 1):
         before = {id(p) for p in way.cut(place)[0].parameters()}
         layers = [last if id(p) in before else number for p, last in zip(parameters, layers, strict=True)]
@@ -157,7 +157,7 @@ class BlockRun:
         self.rests, self.front = [half] * len(self.entries), half
         if any(self.entries):
             with evaluating(half):  # parts have a mode of their own, which is the half's when it is cut
-                way = way_of(_inner(half))
+                way = find_cutter(_inner(half))
                 parts = [way.cut(way.places[entry]) if entry else (half, half) for entry in self.entries]
             self.front, self.rests = parts[0][0], [rest for _, rest in parts]
         self._input: Tensor | None = None

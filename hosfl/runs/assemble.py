@@ -16,7 +16,7 @@ from hosfl.files import regular
 from hosfl.halves.adapters import factors
 from hosfl.halves.inputs import Inputs
 from hosfl.halves.narrow import narrowed
-from hosfl.halves.split import Joined, SplitModel, as_dtype, dtype_of
+from hosfl.halves.split import RunHalves, SplitModel, cast_floats, dtype_of
 from hosfl.halves.trains import moving_only
 from hosfl.methods import calibration, method_of
 from hosfl.methods.client import Client
@@ -76,7 +76,7 @@ def assemble(
     half = model.server.to(device)
     if not any(parameter.requires_grad for parameter in half.parameters()):
         raise ValueError("the server half has no parameters that train: cut the model earlier")
-    cut_shape, sample = try_halves(task, Joined(base, half), shares[0])
+    cut_shape, sample = try_halves(task, RunHalves(base, half), shares[0])
     setup = Setup(config, base, rates, AGGREGATIONS[config.aggregation], sample.inputs)
     method = kind(setup)
     statistics = calibration.RunningStatistics.of(base, config.batch * config.calibrate) if config.calibrate else None
@@ -213,7 +213,7 @@ def base_of(config: Settings, model: SplitModel, public: Inputs | None) -> nn.Mo
                 f"{name} of the client half is complex and moves, and noise is of real numbers: leave it out by trains,"
                 " or hold it as two real parameters, of which the forward pass makes it"
             )
-    return narrowed(as_dtype(base, dtype), config.frozen)
+    return narrowed(cast_floats(base, dtype), config.frozen)
 
 
 def _load_from_base(fixed: dict[str, Tensor], path: Path) -> None:

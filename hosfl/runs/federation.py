@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from hosfl.engines.in_process import InProcess
-from hosfl.halves.split import Joined, SplitModel
+from hosfl.halves.split import RunHalves, SplitModel
 from hosfl.methods import calibration
 from hosfl.methods.client import Client
 from hosfl.methods.ledger import SeedReplay
@@ -337,7 +337,7 @@ class Federation:
         """Both halves as they are now."""
         if self.server.ledger is not None:
             self.server.ledger.show(self.observed)
-        return Joined(self.observed, self.server.half)
+        return RunHalves(self.observed, self.server.half)
 
     def open_log(self, folder: Path) -> None:
         """Keep the client half's log in `folder`, where the method has one: a new one, or the one that is there."""

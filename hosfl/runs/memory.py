@@ -26,7 +26,7 @@ from hosfl.halves.blocks import blocks_of
 from hosfl.halves.hub import untrained
 from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.narrow import FROZEN, made_again, narrowed
-from hosfl.halves.split import as_dtype, dtype_of, split
+from hosfl.halves.split import cast_floats, dtype_of, split
 from hosfl.halves.trains import moving_only
 from hosfl.methods.first_order import FirstOrderClient
 from hosfl.methods.ho import ZerothOrderClient, make_run
@@ -166,7 +166,7 @@ def measure_here(name: str, way: str, batch: int, device: torch.device) -> dict[
     settings = HALVES[name].ways[way]
     config = Config(**with_shared(settings, {"directions": 2, "directions_from": "fresh", "device": str(device)}))
     half, inputs = HALVES[name].make(batch)
-    half = as_dtype(moving_only(half, config.trains, config.seed).eval(), getattr(torch, config.dtype))
+    half = cast_floats(moving_only(half, config.trains, config.seed).eval(), getattr(torch, config.dtype))
     half = narrowed(half, config.frozen).to(device)
     whole = Dataset(inputs, torch.zeros(batch, dtype=torch.int64)).to(device, dtype_of(half))
     batches = [(part.inputs, part.labels) for part in (whole[:1], whole)]  # by round
