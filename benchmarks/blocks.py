@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from hosfl.halves.blocks import Begin, blocks_of, work
+from hosfl.halves.blocks import BlockEntry, blocks_of, work
 from hosfl.halves.hub import packaged_minilm, pretrained_model
 from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.split import split
@@ -59,7 +59,7 @@ def measured() -> dict[str, Any]:
         works["a forward pass"] = lambda: call(half, inputs)
         for count in (1, 3):
             config = Config(directions_from="fresh", rule="adamw", directions=DIRECTIONS, blocks=count)
-            begins: list[Begin] = blocks_of(half, count, inputs)
+            begins: list[BlockEntry] = blocks_of(half, count, inputs)
             run = make_run(config, parameters, begins)
             client = ZerothOrderClient(0, half, lambda round: (inputs, labels), run=run, begins=begins)
             client.output(0)

@@ -10,7 +10,7 @@ from small import BLOCKS, FACTORS, small
 from torch import nn
 
 from hosfl import Config, Task, split, train
-from hosfl.halves.blocks import Begin, BlockRun, allotted, blocks_of
+from hosfl.halves.blocks import BlockEntry, BlockRun, allot_directions, blocks_of
 from hosfl.halves.families import FAMILIES, example_inputs
 from hosfl.halves.follow import CutError
 from hosfl.halves.hub import untrained
@@ -38,7 +38,7 @@ BERT = {
 
 ESTIMATORS = [("one-sided", 2e-2), ("two-sided", 2e-3), ("forward", 1e-5), ("backward", 1e-5)]
 AT_ONCE = {"directions": 6, "probes_at_once": 3}
-WHOLE = Begin("", (), 1.0)
+WHOLE = BlockEntry("", (), 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_neighbours_make_a_block_where_there_are_fewer_blocks_than_layers(bert):
     assert [b.entry for b in begins] == ["encoder.layer.1", "encoder.layer.3"]
     assert len(begins[0].tensors) == 2 * len(begins[1].tensors)
     everything = tuple(t for b in begins for t in b.tensors)
-    assert blocks_of(half, 1, inputs) == [Begin("encoder.layer.1", everything, begins[0].share)]
+    assert blocks_of(half, 1, inputs) == [BlockEntry("encoder.layer.1", everything, begins[0].share)]
 
 
 def test_what_moves_in_front_of_the_layers_is_in_the_first_block():
@@ -267,7 +267,7 @@ def test_one_block_is_the_whole_half_where_a_kept_input_does_not_pay(half, train
 def test_one_block_is_the_whole_half_where_nothing_can_be_told_about_it(bert, monkeypatch):
     moving = Odd()
     moving.a.requires_grad_(False)
-    assert blocks_of(moving, 1, torch.ones(1, 2)) == [Begin("", (0, 1), 1.0)]
+    assert blocks_of(moving, 1, torch.ones(1, 2)) == [BlockEntry("", (0, 1), 1.0)]
     half, inputs = bert
     wrong_from_a_block(monkeypatch)
     [begin] = blocks_of(half, 1, inputs)
@@ -311,14 +311,14 @@ def test_no_part_of_a_half_in_train_mode_drops_anything(count, how):
 
 
 def test_blocks_close_to_the_cut_get_more_directions():
-    assert allotted(15, [96, 96, 96], [3 / 6, 2 / 6, 1 / 6]) == [4, 5, 6]
-    assert allotted(3, [1000, 1, 1], [1, 1, 1]) == [1, 1, 1]
-    assert allotted(8, [400, 100], [1, 1]) == [5, 3]
+    assert allot_directions(15, [96, 96, 96], [3 / 6, 2 / 6, 1 / 6]) == [4, 5, 6]
+    assert allot_directions(3, [1000, 1, 1], [1, 1, 1]) == [1, 1, 1]
+    assert allot_directions(8, [400, 100], [1, 1]) == [5, 3]
     for total in range(4, 40):
-        assert sum(allotted(total, [7, 900, 1, 30], [1.0, 0.8, 0.5, 0.1])) == total
-        assert min(allotted(total, [7, 900, 1, 30], [1.0, 0.8, 0.5, 0.1])) >= 1
+        assert sum(allot_directions(total, [7, 900, 1, 30], [1.0, 0.8, 0.5, 0.1])) == total
+        assert min(allot_directions(total, [7, 900, 1, 30], [1.0, 0.8, 0.5, 0.1])) >= 1
     with pytest.raises(ValueError, match="2 directions cannot move 3 blocks"):
-        allotted(2, [1, 1, 1], [1, 1, 1])
+        allot_directions(2, [1, 1, 1], [1, 1, 1])
 
 
 def test_no_split_of_the_same_work_has_less_variance():
@@ -330,7 +330,7 @@ def test_no_split_of_the_same_work_has_less_variance():
     def work(counts):
         return sum(c * n for c, n in zip(shares, counts, strict=True))
 
-    chosen = allotted(60, sizes, shares)
+    chosen = allot_directions(60, sizes, shares)
     others = [(a, b, c) for a in range(1, 60) for b in range(1, 60) for c in range(1, 60)]
     best = min(variance(n) for n in others if work(n) <= work(chosen))
     assert variance(chosen) < 1.01 * best

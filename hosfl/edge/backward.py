@@ -24,7 +24,7 @@ from hosfl.edge.graph import leave_out_unread, whole, without_weights
 from hosfl.edge.half import BASE
 from hosfl.edge.original import CLOSE, MOVED, ExportError, Original, is_text, original, size_of
 from hosfl.edge.tracing import Positional, Tables, exporting, quiet
-from hosfl.halves.blocks import at_entry
+from hosfl.halves.blocks import capture_entry_input
 from hosfl.halves.inputs import Inputs, call
 from hosfl.halves.narrow import in_their_dtype
 from hosfl.probing.probe import Lookups
@@ -278,7 +278,7 @@ def _compare(
         def compare(inputs: Mapping[str, Tensor], where: str = "") -> tuple[Any, Any, Any]:
             """What was given to the graph."""
             reached: list[Tensor] = []
-            with torch.enable_grad(), at_entry(of.half, entry, reached.append):
+            with torch.enable_grad(), capture_entry_input(of.half, entry, reached.append):
                 cut = of.cut(inputs)
                 multiplier = torch.randn(cut.shape, generator=torch.Generator().manual_seed(len(cut)))
                 wanted = torch.autograd.grad(cut, list(moving.values()), multiplier, allow_unused=True)

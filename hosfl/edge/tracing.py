@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hosfl.edge.original import ExportError, Original, is_text
-from hosfl.halves.blocks import at_entry
+from hosfl.halves.blocks import capture_entry_input
 from hosfl.halves.follow import CutError
 from hosfl.halves.inputs import call
 from hosfl.halves.modules import copied
@@ -38,7 +38,7 @@ class Positional(nn.Module):
         reached: dict[str, Tensor] = {}
         with ExitStack() as hooks:
             for entry in self.entries:
-                hooks.enter_context(at_entry(self.client, entry, partial(reached.setdefault, entry)))
+                hooks.enter_context(capture_entry_input(self.client, entry, partial(reached.setdefault, entry)))
             cut = call(self.client, tensors[0] if self.names is None else dict(zip(self.names, tensors, strict=True)))
         if missed := [entry for entry in self.entries if entry not in reached]:
             raise CutError(f"the forward pass never reaches {missed[0]}")

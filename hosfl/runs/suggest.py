@@ -16,7 +16,7 @@ from fnmatch import fnmatch
 from torch import nn
 
 from hosfl.halves.adapters import adaptable, largest_rank
-from hosfl.halves.blocks import allotted, blocks_of, entries_of, layers_of, work
+from hosfl.halves.blocks import allot_directions, blocks_of, layer_entries, parameter_layers, work
 from hosfl.halves.inputs import Inputs
 from hosfl.halves.trains import moving_only
 from hosfl.protocol.header import LARGEST_DIRECTIONS
@@ -89,7 +89,7 @@ def _adapters(
         raise ValueError(
             "the client half has no linear layer, convolution or BatchNorm that could train: cut the model later"
         )
-    numbers = layers_of(first, [m.weight for m in named.values()])
+    numbers = parameter_layers(first, [m.weight for m in named.values()])
     layers = sorted(set(numbers))
 
     def probes_of(rank: int, chosen: Mapping[str, int], count: int) -> _Probes | None:
@@ -127,7 +127,7 @@ def _norms(half: nn.Module, inputs: Inputs, rounds: int, passes: float) -> Sugge
     """Scales and shifts of BatchNorms, where shifted pictures are learnt; None where the budget is too small."""
     moving = moving_only(half, "norms", 0)
     weights = sum(p.numel() for p in moving.parameters() if p.requires_grad)
-    layers = len(set(layers_of(moving, [p for p in moving.parameters() if p.requires_grad])))
+    layers = len(set(parameter_layers(moving, [p for p in moving.parameters() if p.requires_grad])))
     for count in range(min(4, layers), 0, -1):
         probes = _most(moving, count, inputs, passes)
         if probes is not None:
@@ -160,7 +160,7 @@ def _most(moving: nn.Module, count: int, inputs: Inputs, passes: float) -> _Prob
     shares = [begin.share for begin in begins]
 
     def cost(directions: int) -> float:
-        return work(allotted(directions, sizes, shares), shares)
+        return work(allot_directions(directions, sizes, shares), shares)
 
     counts = range(count, LARGEST_DIRECTIONS + 1)
     fitting = bisect_right(counts, 1.01 * passes, key=cost)  # shares are no round numbers
@@ -169,7 +169,7 @@ def _most(moving: nn.Module, count: int, inputs: Inputs, passes: float) -> _Prob
 
 def _patterns(half: nn.Module, chosen: Mapping[str, int], named: Mapping[str, nn.Module]) -> str:
     """What `trains` calls these layers: the modules that hold them and no other, or each by its name."""
-    patterns, entries = [], entries_of(half)
+    patterns, entries = [], layer_entries(half)
     for number in sorted(set(chosen.values())):
         own = [path for path, of in chosen.items() if of == number]
         entry = entries[number]
