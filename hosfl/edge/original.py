@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 
 from hosfl.edge.half import BASE, STEP, HalfError
 from hosfl.extras import needed
-from hosfl.halves.inputs import Inputs, call, evaluating, mask_of, unchanged
+from hosfl.halves.inputs import Inputs, call, evaluating, mask_of, restoring_state
 from hosfl.halves.split import cast_floats
 from hosfl.protocol.arrays import widened
 from hosfl.protocol.weights import as_file
@@ -124,7 +124,7 @@ def original(half: nn.Module, sample: Inputs) -> Iterator[Original]:
     _check_half(half)
     base, half, sample = as_file(half.state_dict()), _wide(half), _wide_inputs(sample)
     named = _named_inputs(sample)
-    with evaluating(half), unchanged(half.modules()):
+    with evaluating(half), restoring_state(half.modules()):
         _check_cut(half, sample)
         any_length = _takes(half, given_as(sample, resized(named, ROWS, shorter=True)))
         yield Original(half, sample, base, named, any_length)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hosfl.halves.inputs import Inputs, call, cloned, evaluating, mask_of, parts_of, unchanged
+from hosfl.halves.inputs import Inputs, call, clone_tensors, evaluating, mask_of, microbatches, restoring_state
 from hosfl.halves.narrow import in_their_dtype
 
 AT_ONCE = 32  # public samples in one forward pass
@@ -198,8 +198,8 @@ def _reached(half: nn.Module, inputs: Inputs, tensors: Sequence[Tensor]) -> set[
     try:
         for t, _ in before:
             t.requires_grad_(id(t) in wanted)
-        with unchanged(half.modules()), evaluating(half), torch.enable_grad():
-            output: Tensor = call(half, cloned(inputs))
+        with restoring_state(half.modules()), evaluating(half), torch.enable_grad():
+            output: Tensor = call(half, clone_tensors(inputs))
             if not output.requires_grad:
                 return set()
             gradients = torch.autograd.grad(output.sum(), tensors, allow_unused=True)
@@ -272,7 +272,7 @@ def second_moments(half: nn.Module, layers: Mapping[str, nn.Module], samples: In
     hooks = [layer.register_forward_pre_hook(watching(path)) for path, layer in layers.items()]
     try:
         with evaluating(half):
-            for part in parts_of(samples, AT_ONCE):
+            for part in microbatches(samples, AT_ONCE):
                 mask = mask_of(part)
                 call(half, part)
     except (RuntimeError, TypeError, ValueError, LookupError) as error:

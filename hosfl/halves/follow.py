@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from hosfl.halves.inputs import generators, unchanged
+from hosfl.halves.inputs import generator_states, restoring_state
 
 
 class CutError(TypeError):
@@ -264,7 +264,7 @@ def _sizes_in_one() -> Iterator[None]:
 def _drawn(model: nn.Module) -> tuple[Any, ...]:
     """The states of random generators, the global ones and those that modules have."""
     own = random.Random, np.random.Generator, np.random.RandomState
-    return generators(), [pickle.dumps(value) for _, value in _attributes(model) if isinstance(value, own)]
+    return generator_states(), [pickle.dumps(value) for _, value in _attributes(model) if isinstance(value, own)]
 
 
 @contextmanager
@@ -319,7 +319,7 @@ def followed(model: nn.Module, opened: list[nn.Module]) -> tuple[fx.Graph, dict[
     whose = f"the forward pass of {type(model).__name__}"
     modes, all_modes = ({m.training for m in modules} for modules in (opened, model.modules()))
     # What a forward pass does without its input is really done: to attributes, random generators.
-    with unchanged(model.modules()), _emptied_again(model), torch.inference_mode(False), torch.enable_grad():
+    with restoring_state(model.modules()), _emptied_again(model), torch.inference_mode(False), torch.enable_grad():
         try:
             evaluating = _passed(model, opened, False)
             left = _left(model)

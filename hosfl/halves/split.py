@@ -35,7 +35,7 @@ from hosfl.halves.families import (
     waves,
 )
 from hosfl.halves.follow import CutError, refuse_own_ways
-from hosfl.halves.inputs import Inputs, call, mask_of, unchanged
+from hosfl.halves.inputs import Inputs, call, mask_of, restoring_state
 from hosfl.halves.modules import copied, has, replaced
 from hosfl.halves.verify import ExampleError, on_meta, verify_halves
 
@@ -195,7 +195,7 @@ def _activation_bytes(halves: SplitModel, inputs: Inputs) -> tuple[int, int, int
     hooks = [module.register_forward_hook(add(side)) for side, module in leaves]
     hooks.append(halves.client.register_forward_hook(lambda module, given, output: cuts.append(_nbytes(output))))
     try:
-        with unchanged(halves.modules()):
+        with restoring_state(halves.modules()):
             halves(inputs)
     finally:
         for hook in hooks:

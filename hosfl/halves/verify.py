@@ -22,7 +22,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hosfl.halves.follow import CutError
-from hosfl.halves.inputs import Inputs, accelerators, alike, call, cloned, described, unchanged
+from hosfl.halves.inputs import (
+    Inputs,
+    accelerators,
+    call,
+    clone_tensors,
+    describe_inputs,
+    outputs_match,
+    restoring_state,
+)
 from hosfl.halves.transformer_halves import tensor_of
 
 
@@ -57,7 +65,7 @@ def verify_halves(model: nn.Module, halves: Any, inputs: Inputs) -> None:
         raise
     except Exception as error:
         why = str(error) or type(error).__name__  # an assert often says nothing
-        raise ExampleError(f"{_name(model)} does not take the example, {described(inputs)}: {why}") from error
+        raise ExampleError(f"{_name(model)} does not take the example, {describe_inputs(inputs)}: {why}") from error
     if not torch.isfinite(whole.output).all():
         raise ExampleError(f"{_name(model)} makes infinite or NaN outputs of the example")
     try:
@@ -67,7 +75,7 @@ def verify_halves(model: nn.Module, halves: Any, inputs: Inputs) -> None:
         raise
     except Exception as error:
         raise CutError(f"the halves of {_name(model)} do not run: {type(error).__name__}: {error}") from error
-    if not alike(whole.output, parts.output):
+    if not outputs_match(whole.output, parts.output):
         where = _first_difference(model, halves, undisturbed, set(owned.values()))
         raise CutError(f"the halves are not {_name(model)}: {_distance(whole.output, parts.output)}; {where}")
     _compare_written(model, halves, whole, parts)
@@ -199,7 +207,7 @@ class _Written:
 def _same_numbers(a: Tensor, b: Tensor) -> bool:
     if a.layout != torch.strided or not a.is_floating_point():
         return a.layout != torch.strided or (a.dtype == b.dtype and torch.equal(a, b))
-    return alike(a, b)
+    return outputs_match(a, b)
 
 
 def _compare_written(model: nn.Module, halves: Any, whole: _Pass, parts: _Pass) -> None:
@@ -216,7 +224,7 @@ def _compare_written(model: nn.Module, halves: Any, whole: _Pass, parts: _Pass) 
                 f"the halves are not {_name(model)}: their outputs are, but a pass leaves something else in the buffer "
                 f"{names[own]}"
             )
-    if not alike(whole.again, parts.again):
+    if not outputs_match(whole.again, parts.again):
         raise CutError(
             f"the halves are not {_name(model)}: in a second pass, with the buffers that the first one left, "
             f"{_distance(whole.again, parts.again)}"
@@ -248,12 +256,12 @@ class _OneSeed(TorchDispatchMode):
 @contextmanager
 def _undisturbed(modules: set[nn.Module], inputs: Inputs) -> Iterator[Inputs]:
     """For one pass: train mode, one seed, gradients on, inputs to write into; afterwards everything is as it was."""
-    with unchanged(modules):
+    with restoring_state(modules):
         for module in modules:
             module.training = not isinstance(module, nn.modules.batchnorm._NormBase)
         with torch.inference_mode(False), torch.enable_grad(), _OneSeed(accelerators(modules)[0]):
             # In here: what was made in inference mode can have no gradient behind it.
-            yield cloned(inputs)
+            yield clone_tensors(inputs)
 
 
 def _distance(a: Tensor, b: Tensor) -> str:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hosfl.halves.inputs import Batch, Inputs, call, evaluating, parts_of
+from hosfl.halves.inputs import Batch, Inputs, call, evaluating, microbatches
 from hosfl.halves.narrow import made_again
 from hosfl.methods.client import Client
 from hosfl.methods.gathered import shrinking
@@ -81,7 +81,7 @@ class FirstOrderClient(Client):
         begin = time.perf_counter()
         sums: list[Tensor] = []
         with evaluating(self.half), torch.enable_grad(), made_again():
-            for part, m in zip(parts_of(self._inputs, self.microbatch), multipliers, strict=True):
+            for part, m in zip(microbatches(self._inputs, self.microbatch), multipliers, strict=True):
                 gradients = [g.float() for g in torch.autograd.grad(self._recorded(part), parameters, m)]
                 # Not in place: gradients may share memory with each other and with the multiplier.
                 sums = [s + g for s, g in zip(sums, gradients, strict=True)] if sums else gradients

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hosfl.halves.inputs import Inputs, call, check_apart, parts_of
+from hosfl.halves.inputs import Inputs, call, check_samples_independent, microbatches
 from hosfl.halves.narrow import made_again
 from hosfl.interrupts import uninterrupted
 from hosfl.probing.displaced import (
@@ -225,11 +225,11 @@ def probe_backward(
     an embedding's gradient only the rows that were looked up exist. Weights are only read, and `grad` is what it was.
     moved: as in `probe_untouched`. measured: of each of its tensors, which of the directions move it; None: all.
 
-    Raises: ValueError as `evaluate_displaced`, and with a microbatch as `check_apart`.
+    Raises: ValueError as `evaluate_displaced`, and with a microbatch as `check_samples_independent`.
     """
     refuse_writers(module)
     if microbatch:
-        check_apart(module)
+        check_samples_independent(module)
     moved = moved or Moved.of(module)
     parameters = moved.tensors
     projected = _Projected(moved, seeds, dist, measured)
@@ -241,7 +241,7 @@ def probe_backward(
             hooks.append(parameter.register_post_accumulate_grad_hook(partial(projected.take, position=position)))
         multipliers = multiplier.split(microbatch or len(multiplier))
         with torch.enable_grad(), made_again(), Lookups(sparse=True):
-            for part, m in zip(parts_of(inputs, microbatch), multipliers, strict=True):
+            for part, m in zip(microbatches(inputs, microbatch), multipliers, strict=True):
                 output = call(module, part)
                 if output.requires_grad:  # or nothing that moves has a part in it
                     torch.autograd.backward(output, m, inputs=parameters)

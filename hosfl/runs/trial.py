@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hosfl.halves.adapters import refuse_idle
-from hosfl.halves.inputs import Inputs, alike, call, cloned, described, evaluating, mask_of
+from hosfl.halves.inputs import Inputs, call, clone_tensors, describe_inputs, evaluating, mask_of, outputs_match
 from hosfl.halves.split import SplitModel, dtype_of
 from hosfl.tasks.data import Dataset, digest
 from hosfl.tasks.items import Items, read
@@ -27,10 +27,10 @@ def try_halves(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tu
     for adapters that do nothing; DataError for a data set that model and loss do not take.
     """
     sample = read(data[torch.arange(min(2, len(data)))])  # a copy; two, so that a loss per sample shows
-    given = cloned(sample.inputs)
+    given = clone_tensors(sample.inputs)
     before = _weights(model.client)
     with evaluating(model):
-        cut = cloned(call(model.client, given))  # it may be what the next pass writes
+        cut = clone_tensors(call(model.client, given))  # it may be what the next pass writes
         if _weights(model.client) != before:
             raise ValueError(
                 "the client half writes its weights in a forward pass, and they are then no longer everybody's: leave"
@@ -41,7 +41,7 @@ def try_halves(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tu
                 f"the cut is {cut.dtype}, and both halves learn from a gradient there, which only real numbers have:"
                 " cut elsewhere"
             )
-        again, output = call(model.client, given), model(cloned(sample.inputs))
+        again, output = call(model.client, given), model(clone_tensors(sample.inputs))
         for of, found in (("the cut", cut), ("the output", output)):
             if not isinstance(found, Tensor) or found.shape[:1] != (len(sample),):
                 raise TaskError(
@@ -49,7 +49,7 @@ def try_halves(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tu
                     " the samples"
                 )
         loss = _loss_of(task, "train", output, sample.labels)
-    if not alike(cut, again):
+    if not outputs_match(cut, again):
         if digest(given) != digest(sample.inputs):
             raise ValueError(
                 "the client half writes into its inputs, so that the next pass of a batch sees another: let it compute"
@@ -110,10 +110,10 @@ def _cut_of(task: Task, model: SplitModel, what: str, sample: Dataset) -> Tensor
     """The cut of samples that go through model and loss. Raises DataError where they do not."""
     with evaluating(model):
         try:
-            cut: Tensor = call(model.client, cloned(sample.inputs))
-            output = model(cloned(sample.inputs))
+            cut: Tensor = call(model.client, clone_tensors(sample.inputs))
+            output = model(clone_tensors(sample.inputs))
         except TAKES_NOT as error:
-            given = described(sample.inputs)
+            given = describe_inputs(sample.inputs)
             raise DataError(f"{what}: the model does not take samples of {given} ({_first_line(error)})") from error
         _loss_of(task, what, output, sample.labels)
     return cut
@@ -166,10 +166,10 @@ def _check_dtype(model: SplitModel, inputs: Inputs, cut: Tensor, output: Tensor)
         return
     with evaluating(model):
         try:
-            as_it_is = SplitModel(model.client, model.server)(cloned(inputs))
+            as_it_is = SplitModel(model.client, model.server)(clone_tensors(inputs))
         except (RuntimeError, TypeError, ValueError):  # as of a product of two dtypes
             return
-    if not alike(as_it_is, output):
+    if not outputs_match(as_it_is, output):
         raise ValueError(
             f"the cut is {cut.dtype}, and the first weights of the server half are {dtype}, to which a run would round"
             f" it: that makes another output. Cut elsewhere, or make the server half {cut.dtype}"
