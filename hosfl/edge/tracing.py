@@ -18,7 +18,7 @@ from hosfl.edge.original import ExportError, Original, is_text
 from hosfl.halves.blocks import capture_entry_input
 from hosfl.halves.follow import CutError
 from hosfl.halves.inputs import call
-from hosfl.halves.modules import copied
+from hosfl.halves.modules import copy_module
 from hosfl.halves.narrow import in_their_dtype
 from hosfl.halves.transformer_halves import ClientHalf
 
@@ -70,7 +70,7 @@ def _unchecked(half: nn.Module) -> nn.Module:
     """The half without its check of tokens' values, of which a graph has none."""
     if not isinstance(half, ClientHalf) or half.pools is None:
         return half
-    own: Any = copied(half)
+    own: Any = copy_module(half)
     own.pools = None
     return own
 

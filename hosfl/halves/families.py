@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hosfl.halves.follow import CutError
-from hosfl.halves.modules import copied, has, present, replaced
+from hosfl.halves.modules import copy_module, existing_submodules, has_submodule, replace_submodule
 from hosfl.halves.transformer_halves import ClientHalf, ClientOnly, CutHolder, PassThrough, ServerHalf
 
 
@@ -132,7 +132,7 @@ def behind_layers(model: nn.Module) -> str | None:
     """The path of the first module with weights behind a known transformer's layers; None where nothing follows."""
     family = FAMILIES[model.config.model_type]  # type: ignore[union-attr, index]
     path = _trunk_path(model, family)
-    after = present(model.get_submodule(path), family.after)
+    after = existing_submodules(model.get_submodule(path), family.after)
     if after:
         return _join(path, after[0])
     inside = {path.partition(".")[0], *family.beside}
@@ -150,33 +150,33 @@ def cut_transformer(model: nn.Module, at: int) -> tuple[nn.Module, nn.Module]:
     count = len(layers)
     stand_in = [PassThrough()] if family.through else []
 
-    mine = replaced(trunk, where, nn.ModuleList(layers[:at] or stand_in))
-    for name in present(mine, family.after):
-        mine = replaced(mine, name, nn.Identity())
+    mine = replace_submodule(trunk, where, nn.ModuleList(layers[:at] or stand_in))
+    for name in existing_submodules(mine, family.after):
+        mine = replace_submodule(mine, name, nn.Identity())
     if family.dropout:
         embedding, dropout = (trunk.get_submodule(name) for name in (family.before[0], family.dropout))
-        mine = replaced(mine, family.before[0], nn.Sequential(embedding, dropout))
-        mine = replaced(mine, family.dropout, nn.Identity())
+        mine = replace_submodule(mine, family.before[0], nn.Sequential(embedding, dropout))
+        mine = replace_submodule(mine, family.dropout, nn.Identity())
     if family.first and not at:
-        mine = replaced(mine, family.first, None)
+        mine = replace_submodule(mine, family.first, None)
     mine.config = _config(trunk, 0, at)
 
     holder = CutHolder()
     if family.shared and 0 < at < count:
         layers[at] = _with_shared(layers[at], layers[0], family.shared)
-    theirs = replaced(trunk, where, nn.ModuleList(layers[at:] or stand_in))
-    for first in [f"{where}.0"] if layers[at:] or stand_in else present(theirs, family.after)[:1]:
-        theirs = replaced(theirs, first, holder.feed(theirs.get_submodule(first), "hidden_states"))
-    for name in present(theirs, family.before):
-        theirs = replaced(theirs, name, ClientOnly(holder, name))
+    theirs = replace_submodule(trunk, where, nn.ModuleList(layers[at:] or stand_in))
+    for first in [f"{where}.0"] if layers[at:] or stand_in else existing_submodules(theirs, family.after)[:1]:
+        theirs = replace_submodule(theirs, first, holder.feed(theirs.get_submodule(first), "hidden_states"))
+    for name in existing_submodules(theirs, family.before):
+        theirs = replace_submodule(theirs, name, ClientOnly(holder, name))
     if family.first and at:
-        theirs = replaced(theirs, family.first, None)
+        theirs = replace_submodule(theirs, family.first, None)
     if family.inputs == "input_ids":
         theirs = holder.feed(theirs, "inputs_embeds", instead_of="input_ids")
-    rest = replaced(model, path, theirs) if path else theirs
+    rest = replace_submodule(model, path, theirs) if path else theirs
     owner = path.rpartition(".")[0]
-    for name in present(model.get_submodule(owner), family.beside):
-        rest = replaced(rest, _join(owner, name), ClientOnly(holder, name))
+    for name in existing_submodules(model.get_submodule(owner), family.beside):
+        rest = replace_submodule(rest, _join(owner, name), ClientOnly(holder, name))
     for module in _along(rest, path):
         module.config = _config(module, at, count)
     pools = _pools_by_tokens(model, family)
@@ -230,17 +230,17 @@ def _pools_by_tokens(model: nn.Module, family: Family) -> int | None:
 def _with_shared(layer: nn.Module, first: nn.Module, path: str) -> nn.Module:
     """A layer that makes what the first one makes for all."""
     where, _, name = path.rpartition(".")
-    attention = copied(layer.get_submodule(where))
+    attention = copy_module(layer.get_submodule(where))
     attention._modules[name] = first.get_submodule(path)
     setattr(attention, f"has_{name}", True)
-    return replaced(layer, where, attention)
+    return replace_submodule(layer, where, attention)
 
 
 def _trunk_path(model: nn.Module, family: Family) -> str:
     # Gemma's language models say they have a language_model and have a model.
     names = (getattr(model, "base_model_prefix", ""), "model")
     path = _join(next((name for name in names if name in model._modules), ""), family.trunk)
-    return path if has(model, path) else ""  # or it is the trunk itself
+    return path if has_submodule(model, path) else ""  # or it is the trunk itself
 
 
 def _along(module: nn.Module, path: str) -> Iterator[nn.Module]:
@@ -256,7 +256,7 @@ def _join(*names: str) -> str:
 
 
 def _first(module: nn.Module, paths: Sequence[str]) -> str:
-    for path in filter(partial(has, module), paths):
+    for path in filter(partial(has_submodule, module), paths):
         return path
     name = type(module).__name__
     if name == "PeftMixedModel":  # says it has what the model inside has

@@ -36,7 +36,7 @@ from hosfl.halves.families import (
 )
 from hosfl.halves.follow import CutError, refuse_own_ways
 from hosfl.halves.inputs import Inputs, call, mask_of, restoring_state
-from hosfl.halves.modules import copied, has, replaced
+from hosfl.halves.modules import copy_module, has_submodule, replace_submodule
 from hosfl.halves.verify import ExampleError, on_meta, verify_halves
 
 
@@ -136,7 +136,7 @@ def split(model: nn.Module, at: int | str, *, example: Inputs | None = None, ver
     """
     inner = _unwrapped(model)
     way = find_cutter(inner)
-    if isinstance(at, str) and at not in way.places and way.finer and has(inner, at):
+    if isinstance(at, str) and at not in way.places and way.finer and has_submodule(inner, at):
         found = chain(inner, at)
         _refuse_hooks(found.model, found.opened)
         halves = _halves(*found.cut(at))
@@ -400,11 +400,11 @@ def _untie(client: nn.Module, server: nn.Module) -> nn.Module:
         shared = [(kind, name, t) for kind, ts in held.items() for name, t in ts.items() if id(t) in mine]
         if not shared:
             continue
-        own = copied(module)
+        own = copy_module(module)
         own._parameters, own._buffers = dict(module._parameters), dict(module._buffers)
         for kind, name, tensor in shared:
             if id(tensor) not in clones:
                 clones[id(tensor)] = copy.deepcopy(tensor)  # of a parameter it is a parameter
             getattr(own, kind)[name] = clones[id(tensor)]
-        server = replaced(server, path, own)
+        server = replace_submodule(server, path, own)
     return server

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hosfl.halves.follow import CutError
-from hosfl.halves.modules import copied
+from hosfl.halves.modules import copy_module
 
 
 class ClientHalf(nn.Module):
@@ -117,7 +117,7 @@ class CutHolder:
 
     def feed(self, module: nn.Module, name: str, instead_of: str | None = None) -> nn.Module:
         """A copy of the module whose first argument is the cut, or that gets the cut by name and no first argument."""
-        own = copied(module)
+        own = copy_module(module)
         own.__class__ = _taking_the_cut(type(module))  # type: ignore[arg-type]
         own._cut_input = CutInput(self, name, instead_of)  # type: ignore[assignment]
         return own
