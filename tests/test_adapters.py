@@ -19,7 +19,7 @@ from hosfl import Task, rebuild, train
 from hosfl.halves import adapters
 from hosfl.halves.adapters import LoraXS, factors, refuse_idle, rows_of, second_moments
 from hosfl.halves.inputs import call
-from hosfl.halves.narrow import narrowed
+from hosfl.halves.narrow import narrow_weights
 from hosfl.halves.split import split
 from hosfl.halves.trains import moving_only
 from hosfl.probing.displaced import Displacement, evaluate_displaced
@@ -189,7 +189,7 @@ def test_narrow_weights_probes_and_dtypes(frozen, dtype):
     """A and B are never narrow; moved weights are read as they are written; forward mode is the gradient."""
     x = tokens()
     half = split(bert(), 1).client
-    narrowed(moving_only(half, "act:2", 0, x).to(getattr(torch, dtype)), frozen)
+    narrow_weights(moving_only(half, "act:2", 0, x).to(getattr(torch, dtype)), frozen)
     assert {str(t.dtype) for t in factors(half).values()} == {f"torch.{dtype}"}
     parameters, streams = trainable(half)
     assert sum(p.numel() for p in parameters) == 4 * 6
@@ -300,7 +300,7 @@ def test_peft_s_by_file(tmp_path, kind):
     assert torch.allclose(torch.linalg.svdvals(A @ top.T), torch.ones(2), atol=1e-3)
     moving_only(other, f"peft:{file}", 1, x)
     assert base_digest(factors(other)) == base_digest(fixed)  # nothing of it is random
-    narrowed(half, "int8")
+    narrow_weights(half, "int8")
     assert base_digest(factors(half)) == base_digest(fixed)
 
 
@@ -560,7 +560,7 @@ def test_torch_s_encoder_layers_call_layers_with_adapters(masked, told, tmp_path
 @pytest.mark.parametrize("told", ["lora:2", "peft:ia3", "lora:2:*.out_proj"])
 def test_an_adapter_whose_layer_is_never_called_is_refused(told, frozen):
     half, x = Encoder(False), torch.randn(4, 5, 16)
-    narrowed(moving_only(half, told, 0), frozen)
+    narrow_weights(moving_only(half, told, 0), frozen)
     before = {name: t.clone() for name, t in half.state_dict().items()}
     grads = [p.requires_grad for p in half.parameters()]
     with pytest.raises(ValueError, match=r"out_proj.*would do nothing: the client half reads the weight of"):

@@ -14,7 +14,7 @@ from torch._C import _functorch as functorch
 from hosfl import Config, train
 from hosfl.halves.hub import packaged_minilm, pretrained_model
 from hosfl.halves.inputs import call, evaluating
-from hosfl.halves.narrow import narrowed
+from hosfl.halves.narrow import narrow_weights
 from hosfl.halves.split import split
 from hosfl.halves.trains import moving_only
 from hosfl.methods import ho
@@ -37,7 +37,7 @@ def minilm(trains):
 
 
 def family(name, trains="norms", frozen="float32"):
-    return narrowed(moving_only(split(differentiable(name), 2).client, trains, 0), frozen), text("left")
+    return narrow_weights(moving_only(split(differentiable(name), 2).client, trains, 0), frozen), text("left")
 
 
 def resnet(trains):

@@ -12,7 +12,7 @@ from hosfl.edge.gradient import GRADIENT, Gradient
 from hosfl.edge.half import HalfError
 from hosfl.edge.original import ExportError
 from hosfl.halves.inputs import call
-from hosfl.halves.narrow import narrowed
+from hosfl.halves.narrow import narrow_weights
 from hosfl.halves.trains import moving_only
 from hosfl.probing.probe import Lookups
 from hosfl.runs.checkpoint import save_module
@@ -98,9 +98,9 @@ HALVES = {
     "bert": bert,
     "bert, lora": lambda: bert("lora:1"),
     "llama": llama,
-    "bert, lora, int8": lambda: (narrowed(bert("lora:1")[0], "int8"), TEXT),
-    "bert, lora, int4": lambda: (narrowed(bert("lora:1")[0], "int4"), TEXT),
-    "bert, lora, bfloat16": lambda: (narrowed(bert("lora:1")[0], "bfloat16"), TEXT),
+    "bert, lora, int8": lambda: (narrow_weights(bert("lora:1")[0], "int8"), TEXT),
+    "bert, lora, int4": lambda: (narrow_weights(bert("lora:1")[0], "int4"), TEXT),
+    "bert, lora, bfloat16": lambda: (narrow_weights(bert("lora:1")[0], "bfloat16"), TEXT),
 }
 
 

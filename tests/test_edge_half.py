@@ -27,7 +27,7 @@ from hosfl.edge.original import ExportError
 from hosfl.edge.running import STATISTICS, Running
 from hosfl.halves.hub import packaged_minilm, pretrained_model
 from hosfl.halves.inputs import call, evaluating
-from hosfl.halves.narrow import narrowed
+from hosfl.halves.narrow import narrow_weights
 from hosfl.halves.trains import moving_only
 from hosfl.methods import calibration
 from hosfl.probing.probe import trainable
@@ -151,15 +151,15 @@ HALVES = {
     "vit, act": (vit, images),
     "minilm, lora": (lambda: minilm("lora:1"), texts),
     "minilm": (lambda: minilm("all"), texts),
-    "int8, llama": (lambda: narrowed(family("llama", "norms"), "int8"), texts),
-    "int8, resnet": (lambda: narrowed(resnet("norms"), "int8"), pictures),
-    "int8, minilm": (lambda: narrowed(minilm("xs:4"), "int8"), texts),
-    "int4, bert": (lambda: narrowed(family("bert", "lora:1"), "int4"), texts),
-    "int4, convolutions": (lambda: narrowed(convolutions("norms"), "int4"), pictures),
-    "int4, tied": (lambda: narrowed(tied_narrow(), "int4"), numbers),
-    "int2, gpt2": (lambda: narrowed(family("gpt2", "act:2"), "int2"), texts),
-    "bfloat16, bert": (lambda: narrowed(family("bert", "biases"), "bfloat16"), texts),
-    "bfloat16, vit": (lambda: narrowed(vit(), "bfloat16"), images),
+    "int8, llama": (lambda: narrow_weights(family("llama", "norms"), "int8"), texts),
+    "int8, resnet": (lambda: narrow_weights(resnet("norms"), "int8"), pictures),
+    "int8, minilm": (lambda: narrow_weights(minilm("xs:4"), "int8"), texts),
+    "int4, bert": (lambda: narrow_weights(family("bert", "lora:1"), "int4"), texts),
+    "int4, convolutions": (lambda: narrow_weights(convolutions("norms"), "int4"), pictures),
+    "int4, tied": (lambda: narrow_weights(tied_narrow(), "int4"), numbers),
+    "int2, gpt2": (lambda: narrow_weights(family("gpt2", "act:2"), "int2"), texts),
+    "bfloat16, bert": (lambda: narrow_weights(family("bert", "biases"), "bfloat16"), texts),
+    "bfloat16, vit": (lambda: narrow_weights(vit(), "bfloat16"), images),
 }
 
 
@@ -377,7 +377,7 @@ def test_a_runtime_keeps_no_wide_copies_of_narrow_weights(kind, tmp_path):
     if not process.exists():
         pytest.skip("reads /proc")
     layers = nn.Linear(4, size), nn.Linear(size, size).requires_grad_(False)
-    half = narrowed(nn.Sequential(*layers, nn.Linear(size, 4)).eval(), kind)
+    half = narrow_weights(nn.Sequential(*layers, nn.Linear(size, 4)).eval(), kind)
     folder = written(tmp_path, half, *exported(half, torch.randn(2, 4)))
     told = f"""
 import re, sys
@@ -776,7 +776,7 @@ def test_a_negative_token_is_an_error_as_to_torch(stored, tmp_path):
     """An operator of ONNX would count it from the table's end."""
     half = nn.Sequential(nn.Embedding(20, 6), nn.Linear(6, 4))
     half[0].requires_grad_(False)
-    half = narrowed(half, stored)
+    half = narrow_weights(half, stored)
     tokens = torch.arange(12).reshape(3, 4)
     run = Half(written(tmp_path, half, *exported(half, tokens)), moving_of(half))
     (tmp_path / GRADIENT).write_bytes(exported_gradient(half, tokens))

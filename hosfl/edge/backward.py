@@ -26,7 +26,7 @@ from hosfl.edge.original import CLOSE, MOVED, ExportError, Original, is_text, or
 from hosfl.edge.tracing import Positional, Tables, exporting, quiet
 from hosfl.halves.blocks import capture_entry_input
 from hosfl.halves.inputs import Inputs, call
-from hosfl.halves.narrow import in_their_dtype
+from hosfl.halves.narrow import narrow_bfloat16_as_floats
 from hosfl.probing.probe import Lookups
 from hosfl.protocol.weights import Weights
 
@@ -85,7 +85,7 @@ def _graph(of: Original, entries: Sequence[str]) -> Any:
         torch.enable_grad(),
         sdpa_kernel(SDPBackend.MATH),
         _read_alone(of.half, of.sample),
-        in_their_dtype(of.half),
+        narrow_bfloat16_as_floats(of.half),
         Tables(),
         _Paddings(),
     ):

@@ -19,7 +19,7 @@ from hosfl.halves.blocks import capture_entry_input
 from hosfl.halves.follow import CutError
 from hosfl.halves.inputs import call
 from hosfl.halves.modules import copy_module
-from hosfl.halves.narrow import in_their_dtype
+from hosfl.halves.narrow import narrow_bfloat16_as_floats
 from hosfl.halves.transformer_halves import ClientHalf
 
 
@@ -51,7 +51,7 @@ def graph_of(of: Original, entries: Sequence[str], kind: type[Positional] = Posi
     texts = {name for name, x in inputs.items() if of.any_length and is_text(name, x)}
     sizes = tuple({0: "batch", **({1: "tokens"} if name in texts else {})} for name in inputs)
     client = kind(of, entries)
-    with exporting(of.half), quiet(), in_their_dtype(of.half), Tables():
+    with exporting(of.half), quiet(), narrow_bfloat16_as_floats(of.half), Tables():
         program = torch.onnx.export(
             client,
             tuple(inputs.values()),

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hosfl.halves.inputs import Inputs, call, clone_tensors, evaluating, mask_of, microbatches, restoring_state
-from hosfl.halves.narrow import in_their_dtype
+from hosfl.halves.narrow import narrow_bfloat16_as_floats
 
 AT_ONCE = 32  # public samples in one forward pass
 
@@ -173,7 +173,7 @@ def refuse_idle(half: nn.Module, inputs: Inputs) -> None:
     idle = [path for path, ps in moving.items() if ps and not any(id(p) in reached for p in ps)]
     if not idle:
         return
-    with in_their_dtype(half):
+    with narrow_bfloat16_as_floats(half):
         own = {path: _floats(layers[path].get_submodule("base_layer")) for path in idle}
         reached = _reached(half, inputs, [t for ts in own.values() for t in ts])
     for path, tensors in own.items():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from hosfl.halves.inputs import Batch, Inputs, call, evaluating, microbatches
-from hosfl.halves.narrow import made_again
+from hosfl.halves.narrow import recompute_wide_weights
 from hosfl.methods.client import Client
 from hosfl.methods.gathered import shrinking
 from hosfl.methods.ledger import Ledger, Rate, State, WholeWeights, descend, load_vector, make_optimizer, step_size
@@ -80,7 +80,7 @@ class FirstOrderClient(Client):
         multipliers = multiplier.split(self.microbatch or len(multiplier))
         begin = time.perf_counter()
         sums: list[Tensor] = []
-        with evaluating(self.half), torch.enable_grad(), made_again():
+        with evaluating(self.half), torch.enable_grad(), recompute_wide_weights():
             for part, m in zip(microbatches(self._inputs, self.microbatch), multipliers, strict=True):
                 gradients = [g.float() for g in torch.autograd.grad(self._recorded(part), parameters, m)]
                 # Not in place: gradients may share memory with each other and with the multiplier.

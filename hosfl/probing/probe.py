@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hosfl.halves.inputs import Inputs, call, check_samples_independent, microbatches
-from hosfl.halves.narrow import made_again
+from hosfl.halves.narrow import recompute_wide_weights
 from hosfl.interrupts import uninterrupted
 from hosfl.probing.displaced import (
     Displacement,
@@ -240,7 +240,7 @@ def probe_backward(
             parameter.grad = None
             hooks.append(parameter.register_post_accumulate_grad_hook(partial(projected.take, position=position)))
         multipliers = multiplier.split(microbatch or len(multiplier))
-        with torch.enable_grad(), made_again(), Lookups(sparse=True):
+        with torch.enable_grad(), recompute_wide_weights(), Lookups(sparse=True):
             for part, m in zip(microbatches(inputs, microbatch), multipliers, strict=True):
                 output = call(module, part)
                 if output.requires_grad:  # or nothing that moves has a part in it

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hosfl.files import regular
 from hosfl.halves.adapters import factors
 from hosfl.halves.inputs import Inputs
-from hosfl.halves.narrow import narrowed
+from hosfl.halves.narrow import narrow_weights
 from hosfl.halves.split import RunHalves, SplitModel, cast_floats, dtype_of
 from hosfl.halves.trains import moving_only
 from hosfl.methods import calibration, method_of
@@ -213,7 +213,7 @@ def base_of(config: Settings, model: SplitModel, public: Inputs | None) -> nn.Mo
                 f"{name} of the client half is complex and moves, and noise is of real numbers: leave it out by trains,"
                 " or hold it as two real parameters, of which the forward pass makes it"
             )
-    return narrowed(cast_floats(base, dtype), config.frozen)
+    return narrow_weights(cast_floats(base, dtype), config.frozen)
 
 
 def _load_from_base(fixed: dict[str, Tensor], path: Path) -> None:

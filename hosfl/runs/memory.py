@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from hosfl.halves.blocks import blocks_of
 from hosfl.halves.hub import untrained
 from hosfl.halves.inputs import call, evaluating
-from hosfl.halves.narrow import FROZEN, made_again, narrowed
+from hosfl.halves.narrow import FROZEN, narrow_weights, recompute_wide_weights
 from hosfl.halves.split import cast_floats, dtype_of, split
 from hosfl.halves.trains import moving_only
 from hosfl.methods.first_order import FirstOrderClient
@@ -167,7 +167,7 @@ def measure_here(name: str, way: str, batch: int, device: torch.device) -> dict[
     config = Config(**with_shared(settings, {"directions": 2, "directions_from": "fresh", "device": str(device)}))
     half, inputs = HALVES[name].make(batch)
     half = cast_floats(moving_only(half, config.trains, config.seed).eval(), getattr(torch, config.dtype))
-    half = narrowed(half, config.frozen).to(device)
+    half = narrow_weights(half, config.frozen).to(device)
     whole = Dataset(inputs, torch.zeros(batch, dtype=torch.int64)).to(device, dtype_of(half))
     batches = [(part.inputs, part.labels) for part in (whole[:1], whole)]  # by round
     parameters, _ = trainable(half)
@@ -178,7 +178,7 @@ def measure_here(name: str, way: str, batch: int, device: torch.device) -> dict[
         return cut
 
     def backpropagate(round: int) -> Sequence[Tensor]:
-        with evaluating(half), torch.enable_grad(), made_again():
+        with evaluating(half), torch.enable_grad(), recompute_wide_weights():
             cut = call(half, batches[round][0])
             return torch.autograd.grad(cut, parameters, torch.ones_like(cut))
 
