@@ -15,7 +15,7 @@ from hosfl.halves.families import FAMILIES, example_inputs
 from hosfl.halves.follow import CutError
 from hosfl.halves.hub import untrained
 from hosfl.halves.inputs import call, evaluating
-from hosfl.halves.trains import moving_only
+from hosfl.halves.trains import select_trainable
 from hosfl.methods.ho import ZerothOrderClient, make_run
 from hosfl.probing.probe import trainable
 from hosfl.protocol.aggregate import RunningLength
@@ -47,7 +47,7 @@ def bert():
     torch.manual_seed(0)
     model = untrained("bert", **BERT).eval()
     half = split(model, 4).client
-    return moving_only(half, "*layer.[123].*bias", 0), example_inputs(model)
+    return select_trainable(half, "*layer.[123].*bias", 0), example_inputs(model)
 
 
 class Residual(nn.Module):
@@ -75,7 +75,7 @@ def plain():
 
 def pictures():
     torch.manual_seed(0)
-    return moving_only(Convolutions().eval(), "norms", 0), torch.randn(2, 3, 9, 9)
+    return select_trainable(Convolutions().eval(), "norms", 0), torch.randn(2, 3, 9, 9)
 
 
 def numbers():
@@ -140,7 +140,7 @@ def test_neighbours_make_a_block_where_there_are_fewer_blocks_than_layers(bert):
 def test_what_moves_in_front_of_the_layers_is_in_the_first_block():
     torch.manual_seed(0)
     model = untrained("bert", **BERT).eval()
-    half = moving_only(split(model, 2).client, "*LayerNorm*", 0)
+    half = select_trainable(split(model, 2).client, "*LayerNorm*", 0)
     begins = blocks_of(half, 3, example_inputs(model))
     assert [b.entry for b in begins] == ["", "encoder.layer.0", "encoder.layer.1"]
     assert begins[0].share == 1
@@ -207,7 +207,7 @@ def test_families(kind):
     model = model.eval()
     assert kind in FAMILIES
     half, inputs = split(model, 2).client, example_inputs(model)
-    half = moving_only(half, "*.0.*weight,*.1.*weight", 0)
+    half = select_trainable(half, "*.0.*weight,*.1.*weight", 0)
     begins = blocks_of(half, 2, inputs)
     assert begins[1].share == pytest.approx(begins[0].share / 2)
     behind = BlockRun(half, [begins[1].entry])
@@ -259,7 +259,7 @@ class Widening(nn.Sequential):
     ids=["little in front", "wide", "nothing in front"],
 )
 def test_one_block_is_the_whole_half_where_a_kept_input_does_not_pay(half, trains):
-    half = moving_only(half, trains, 0)
+    half = select_trainable(half, trains, 0)
     [begin] = blocks_of(half, 1, torch.randn(2, half[0].in_features))
     assert (begin.entry, begin.share) == ("", 1.0)
 
@@ -292,7 +292,7 @@ class Dropping(nn.Module):
 @pytest.mark.parametrize(("count", "how"), [(1, {}), (1, {"compile": "eager"}), (3, {"directions": 6})], ids=str)
 def test_no_part_of_a_half_in_train_mode_drops_anything(count, how):
     torch.manual_seed(0)
-    half, x = moving_only(Dropping().train(), "two.*,three.*,four.*", 0), torch.randn(3, 5)
+    half, x = select_trainable(Dropping().train(), "two.*,three.*,four.*", 0), torch.randn(3, 5)
     begins = blocks_of(half, count, x)
     assert begins[0].entry == "two"
     client = client_of(half, x, begins, **how)

@@ -14,7 +14,7 @@ from hosfl.halves.families import example_inputs
 from hosfl.halves.hub import untrained
 from hosfl.halves.inputs import call
 from hosfl.halves.split import split
-from hosfl.halves.trains import moving_only
+from hosfl.halves.trains import select_trainable
 from hosfl.probing.compiled import call_compiled
 
 SMALL = {"rounds": 3, "clients": 4, "batch": 16, "directions": 2, "server_rate": 0.03, "client_rate": 0.05}
@@ -54,7 +54,7 @@ def half(request):
     torch.manual_seed(0)
     model = untrained("bert", **BERT).eval()
     trains = "*layer.[23].*bias" if request.param == "kept" else "*bias"
-    return moving_only(split(model, 4).client, trains, 0), example_inputs(model)
+    return select_trainable(split(model, 4).client, trains, 0), example_inputs(model)
 
 
 @pytest.mark.parametrize("estimator", ["one-sided", "two-sided"])

@@ -13,7 +13,7 @@ from hosfl.edge.half import HalfError
 from hosfl.edge.original import ExportError
 from hosfl.halves.inputs import call
 from hosfl.halves.narrow import narrow_weights
-from hosfl.halves.trains import moving_only
+from hosfl.halves.trains import select_trainable
 from hosfl.probing.probe import Lookups
 from hosfl.runs.checkpoint import save_module
 from hosfl.tasks.vision import CifarResNet
@@ -30,7 +30,7 @@ def pictures(*layers):
 
 def bert(trains="all"):
     model = transformers.BertForSequenceClassification(transformers.BertConfig(num_hidden_layers=2, **SIZES))
-    return moving_only(hosfl.split(model, 1).client, trains, 0), TEXT
+    return select_trainable(hosfl.split(model, 1).client, trains, 0), TEXT
 
 
 def llama():

