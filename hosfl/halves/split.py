@@ -34,7 +34,7 @@ from hosfl.halves.families import (
     transformer_layers,
     waves,
 )
-from hosfl.halves.follow import CutError, refuse_own_ways
+from hosfl.halves.follow import CutError, refuse_overridden_methods
 from hosfl.halves.inputs import Inputs, call, mask_of, restoring_state
 from hosfl.halves.modules import copy_module, has_submodule, replace_submodule
 from hosfl.halves.verify import ExampleError, on_meta, verify_halves
@@ -343,7 +343,7 @@ def _refuse_hooks(model: nn.Module, followed: Iterable[nn.Module]) -> None:
     things: whose would they be?"""
     names = {module: name for name, module in model.named_modules()}
     for module in followed:
-        refuse_own_ways(module)
+        refuse_overridden_methods(module)
         kinds = [kind for kind in HOOKS if getattr(module, kind, None)]
         where = names[module] or type(module).__name__
         if kinds or module.__dict__.get("forward") is not None:
