@@ -62,10 +62,10 @@ class Chain:
     def _state(self) -> dict[fx.Node, set[str]]:
         """Of every step those things it reads that some step writes. Of layers that is known of running statistics;
         what others write is seen where halves are compared."""
-        written = _written(self.graph.nodes)
+        written = _written_names(self.graph.nodes)
         read: dict[fx.Node, set[str]] = {}
         for node in self.graph.nodes:
-            read[node] = {_name(n) for n in node.all_input_nodes if is_free_read(n)}
+            read[node] = {_free_read_name(n) for n in node.all_input_nodes if is_free_read(n)}
             if node.op == "call_module" and not is_free_read(node):
                 for path, module in self.model.get_submodule(node.target).named_modules(prefix=node.target):
                     names = {f"{path}.{name}" for name, _ in module.named_buffers(recurse=False)}
@@ -94,7 +94,7 @@ class Chain:
         for what in self._torn(first, self._state()):
             what = "a tensor that it makes" if what in self.constants else what
             raise CutError(f"cannot cut before {name}: {what} is written into on one side and read on the other")
-        client, server = _Half(), _Half()
+        client, server = _HalfGraph(), _HalfGraph()
         for node in nodes[:at]:
             client.take(node)
         server.receive(crossing[0])
@@ -123,7 +123,7 @@ class Chain:
         return Constant(value.value, value.kind) if isinstance(value, Constant) else value
 
 
-class _Half:
+class _HalfGraph:
     """A graph that takes over some of another's steps. Weights and flags are read where they are needed first."""
 
     def __init__(self) -> None:
@@ -142,23 +142,23 @@ class _Half:
         return self.taken[node]
 
 
-def _name(node: fx.Node) -> str:
+def _free_read_name(node: fx.Node) -> str:
     return str(node.target) if is_free_read(node) else ""
 
 
-def _written(nodes: Iterable[fx.Node]) -> set[str]:
+def _written_names(nodes: Iterable[fx.Node]) -> set[str]:
     """Those things read from anywhere that some step writes into: that, or what was made of it first, as views are."""
     source: dict[fx.Node, set[str]] = {}
     written: set[str] = set()
     for node in nodes:
         first = source.get(node.args[0], set()) if node.args and isinstance(node.args[0], fx.Node) else set()
-        source[node] = {_name(node)} if is_free_read(node) else first
+        source[node] = {_free_read_name(node)} if is_free_read(node) else first
         if writes(node):
             written |= first
     return written
 
 
-def chain(model: nn.Module, at: str | None = None) -> Chain:
+def trace_chain(model: nn.Module, at: str | None = None) -> Chain:
     """The steps of a model of one tensor; so fine that its layers are steps, or the module by the name `at` is one.
 
     Raises CutError where fx cannot follow a forward pass, where it is another one in train mode, and where it leaves
@@ -170,7 +170,7 @@ def chain(model: nn.Module, at: str | None = None) -> Chain:
         return Chain(model, opened, *trace_forward(model, opened))
     found = Chain(model, [model], *trace_forward(model, [model]))
     tried: set[nn.Module] = set()
-    while candidates := [m for m in _called(found) if m not in tried and _holds_layers(m)]:
+    while candidates := [m for m in _called_modules(found) if m not in tried and _holds_layers(m)]:
         tried.add(candidates[0])
         try:
             opened = [*found.opened, candidates[0]]
@@ -182,7 +182,7 @@ def chain(model: nn.Module, at: str | None = None) -> Chain:
     return found
 
 
-def _called(found: Chain) -> Iterator[nn.Module]:
+def _called_modules(found: Chain) -> Iterator[nn.Module]:
     calls = (n for n in found.graph.nodes if n.op == "call_module" and not is_free_read(n))
     return (found.model.get_submodule(n.target) for n in calls)
 

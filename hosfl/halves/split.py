@@ -6,7 +6,7 @@
 
 Three ways to cut, of which the model decides: an `nn.Sequential` between its modules; the families of Hugging Face's
 transformers that `families` lists, between their layers; any other model of one input tensor, such as those of
-torchvision and timm, wherever only one tensor crosses (`chain`). Then the halves are compared with the model
+torchvision and timm, wherever only one tensor crosses (`trace_chain`). Then the halves are compared with the model
 (`verify`). What cannot be cut so is refused: build a `SplitModel` of two modules of your own.
 """
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from hosfl.halves.chain import chain
+from hosfl.halves.chain import trace_chain
 from hosfl.halves.families import (
     FAMILIES,
     ancestors,
@@ -137,7 +137,7 @@ def split(model: nn.Module, at: int | str, *, example: Inputs | None = None, ver
     inner = _unwrapped(model)
     way = find_cutter(inner)
     if isinstance(at, str) and at not in way.places and way.finer and has_submodule(inner, at):
-        found = chain(inner, at)
+        found = trace_chain(inner, at)
         _refuse_hooks(found.model, found.opened)
         halves = _halves(*found.cut(at))
     else:
@@ -245,7 +245,7 @@ def find_cutter(model: nn.Module) -> Cutter:
             "else build a SplitModel of two modules"
         )
     try:
-        found = chain(model)
+        found = trace_chain(model)
         if not found.places:
             raise CutError("nowhere in its forward pass one tensor alone goes from module to module")
     except CutError as error:
