@@ -27,12 +27,12 @@ from torch.nn.modules.batchnorm import _NormBase
 from hosfl.halves.chain import trace_chain
 from hosfl.halves.families import (
     FAMILIES,
-    ancestors,
-    behind_layers,
     cut_transformer,
     example_inputs,
+    head_path,
+    layer_ancestors,
+    sine_input,
     transformer_layers,
-    waves,
 )
 from hosfl.halves.follow import CutError, refuse_overridden_methods
 from hosfl.halves.inputs import Inputs, call, mask_of, restoring_state
@@ -232,7 +232,7 @@ class Cutter:
 def find_cutter(model: nn.Module) -> Cutter:
     """Raises CutError where there is none."""
     if transformer_layers(model) is not None:
-        _refuse_hooks(model, ancestors(model))
+        _refuse_hooks(model, layer_ancestors(model))
         return Cutter(_transformer_cut_points(model), partial(cut_transformer, model), finer=False)
     if _is_plain_sequential(model):
         _refuse_hooks(model, [model])
@@ -260,7 +260,7 @@ def find_cutter(model: nn.Module) -> Cutter:
 def _transformer_cut_points(model: nn.Module) -> dict[str, int]:
     path, layers = transformer_layers(model) or ("", nn.ModuleList())
     places = {f"{path}.{number}": number for number in range(len(layers))}
-    head = behind_layers(model)
+    head = head_path(model)
     return places if head is None else {**places, head: len(layers)}
 
 
@@ -380,7 +380,7 @@ def _default_examples(model: nn.Module) -> Iterator[Inputs]:
     told: Any = getattr(model, "pretrained_cfg", None) or {}
     size = getattr(model, "image_size", None) or (told.get("fixed_input_size") and told["input_size"][-1])
     for side in [size] if size else [64, 224]:
-        yield waves((2, first.in_channels, side, side), first.weight.device).to(first.weight.dtype)
+        yield sine_input((2, first.in_channels, side, side), first.weight.device).to(first.weight.dtype)
 
 
 def _layer_number(places: Mapping[str, int], at: int | str) -> int:
