@@ -31,7 +31,7 @@ from hosfl.halves.inputs import (
     outputs_match,
     restoring_state,
 )
-from hosfl.halves.transformer_halves import tensor_of
+from hosfl.halves.transformer_halves import output_tensor
 
 
 class ExampleError(ValueError):
@@ -60,7 +60,7 @@ def verify_halves(model: nn.Module, halves: Any, inputs: Inputs) -> None:
     undisturbed = partial(_undisturbed, modules, inputs)
     try:
         with undisturbed() as own:
-            whole = _Pass.of(lambda: tensor_of(_call_whole(model, own)), model.parameters(), modules)
+            whole = _Pass.of(lambda: output_tensor(_call_whole(model, own)), model.parameters(), modules)
     except CutError:
         raise
     except Exception as error:
