@@ -37,7 +37,7 @@ from hosfl.halves.families import (
 from hosfl.halves.follow import CutError, refuse_overridden_methods
 from hosfl.halves.inputs import Inputs, call, mask_of, restoring_state
 from hosfl.halves.modules import copy_module, has_submodule, replace_submodule
-from hosfl.halves.verify import ExampleError, on_meta, verify_halves
+from hosfl.halves.verify import ExampleError, has_meta_tensors, verify_halves
 
 
 class SplitModel(nn.Module):
@@ -142,7 +142,7 @@ def split(model: nn.Module, at: int | str, *, example: Inputs | None = None, ver
         halves = _halves(*found.cut(at))
     else:
         halves = _halves(*way.cut(_layer_number(way.places, at)))
-    if not verify or on_meta(inner):
+    if not verify or has_meta_tensors(inner):
         return halves
     if example is not None:
         verify_halves(model, halves, example)
