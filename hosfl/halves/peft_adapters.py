@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from hosfl.files import read_small
-from hosfl.halves.adapters import rows_of
+from hosfl.halves.adapters import input_rows
 from hosfl.halves.inputs import Inputs, call, mask_of
 
 
@@ -87,7 +87,7 @@ def add_peft(half: nn.Module, config: Any, seed: int, public: Inputs | None) -> 
 
     Layers are named as in the transformer inside the half; where there is none, as in the half, and a configuration
     that names no layers is of all linear ones. seed: of what is random in them, as far as peft draws it from torch's
-    generator. What is fixed in them becomes buffers: see `hosfl.halves.adapters.factors`.
+    generator. What is fixed in them becomes buffers: see `hosfl.halves.adapters.fixed_factors`.
 
     public: for LoRA with EVA, from whose way through the half A is made; A then stays, and B alone moves.
 
@@ -182,7 +182,7 @@ def _eva(half: nn.Module, path: str, inside: nn.Module, config: Any, public: Inp
             peft_config=config,
             forward_fn=lambda _, inputs: call(half, inputs),
             prepare_model_inputs_fn=lambda inputs, _: mask_of(inputs),
-            prepare_layer_inputs_fn=lambda given, mask, _: rows_of(nn.Identity(), given[0], mask),
+            prepare_layer_inputs_fn=lambda given, mask, _: input_rows(nn.Identity(), given[0], mask),
             show_progress_bar=False,
         )
     except (ValueError, TypeError, RuntimeError, LookupError) as error:

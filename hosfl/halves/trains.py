@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from hosfl.halves.adapters import adaptable, add_adapters
+from hosfl.halves.adapters import add_adapters, is_adaptable
 from hosfl.halves.inputs import Inputs
 from hosfl.halves.peft_adapters import add_peft, call_layers, peft_config, with_peft
 from hosfl.halves.split import dtype_of
@@ -111,7 +111,7 @@ def _add_lora(half: nn.Module, trains: str, seed: int) -> None:
 def _add_xs(half: nn.Module, trains: str, public: Inputs | None) -> None:
     kind = trains.partition(":")[0]
     rank, patterns = _rank_and_layers(trains)
-    layers = {name: module for name, module in half.named_modules() if adaptable(module)}
+    layers = {name: module for name, module in half.named_modules() if is_adaptable(module)}
     chosen = _matching_layers(trains, layers, patterns, "linear layer or convolution")
     if kind == "act" and public is None:
         raise ValueError(

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from hosfl.files import regular
-from hosfl.halves.adapters import factors
+from hosfl.halves.adapters import fixed_factors
 from hosfl.halves.inputs import Inputs
 from hosfl.halves.narrow import narrow_weights
 from hosfl.halves.split import RunHalves, SplitModel, cast_floats, dtype_of
@@ -68,7 +68,7 @@ def assemble(
             f"calibrate = {config.calibrate} needs a client half with running statistics, such as BatchNorm's, and this"
             " one has none: leave it out"
         )
-    fixed, file = factors(base), None if begun is None else begun / "base.safetensors"
+    fixed, file = fixed_factors(base), None if begun is None else begun / "base.safetensors"
     if fixed and file is not None and file.exists():
         _load_from_base(fixed, file)
     base = base.to(device)

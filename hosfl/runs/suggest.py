@@ -15,7 +15,7 @@ from fnmatch import fnmatch
 
 from torch import nn
 
-from hosfl.halves.adapters import adaptable, largest_rank
+from hosfl.halves.adapters import is_adaptable, largest_rank
 from hosfl.halves.blocks import allot_directions, blocks_of, layer_entries, parameter_layers, work
 from hosfl.halves.inputs import Inputs
 from hosfl.halves.trains import select_trainable
@@ -84,7 +84,7 @@ def _adapters(
 ) -> Suggestion | None:
     """Adapters in the last layers, each a block; None where the budget is too small for one. half: makes a new one."""
     first = half()
-    named = {path: m for path, m in first.named_modules() if path and adaptable(m)}
+    named = {path: m for path, m in first.named_modules() if path and is_adaptable(m)}
     if not named:
         raise ValueError(
             "the client half has no linear layer, convolution or BatchNorm that could train: cut the model later"

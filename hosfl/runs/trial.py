@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hosfl.halves.adapters import refuse_idle
+from hosfl.halves.adapters import refuse_idle_adapters
 from hosfl.halves.inputs import Inputs, call, clone_tensors, describe_inputs, evaluating, mask_of, outputs_match
 from hosfl.halves.split import SplitModel, dtype_of
 from hosfl.tasks.data import Dataset, digest
@@ -64,7 +64,7 @@ def try_halves(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tu
             f"the loss of a batch is {_kind_of(loss)}: a tensor of one element, the mean over the batch, is needed"
         )
     _check_dtype(model, sample.inputs, cut, output)
-    refuse_idle(model.client, sample.inputs)
+    refuse_idle_adapters(model.client, sample.inputs)
     task.check_scored(output, sample.labels)
     shape = tuple(cut.shape[1:])
     _check_mask(sample, cut)
