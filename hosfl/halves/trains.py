@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from hosfl.halves.adapters import add_adapters, is_adaptable
 from hosfl.halves.inputs import Inputs
-from hosfl.halves.peft_adapters import add_peft, call_layers, peft_config, with_peft
+from hosfl.halves.peft_adapters import add_peft, disable_fused_encoder, import_peft, peft_config
 from hosfl.halves.split import dtype_of
 from hosfl.protocol.seeds import Purpose, round_seed
 
@@ -96,7 +96,7 @@ def _matching_layers(trains: str, names: Iterable[str], patterns: list[str], kin
 def _add_lora(half: nn.Module, trains: str, seed: int) -> None:
     rank, patterns = _rank_and_layers(trains, DEFAULT_RANK)
     linear = {name for name, module in half.named_modules() if isinstance(module, nn.Linear)}
-    with_peft()
+    import_peft()
     from peft import LoraConfig, inject_adapter_in_model
 
     chosen = _matching_layers(trains, linear, patterns, "linear layer")
@@ -105,7 +105,7 @@ def _add_lora(half: nn.Module, trains: str, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(round_seed(seed, Purpose.MODEL, 1) % 2**63)
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=paths), half)
-    call_layers(half)
+    disable_fused_encoder(half)
 
 
 def _add_xs(half: nn.Module, trains: str, public: Inputs | None) -> None:
