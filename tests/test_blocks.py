@@ -13,7 +13,7 @@ from hosfl import Config, Task, split, train
 from hosfl.halves.blocks import BlockEntry, BlockRun, allot_directions, blocks_of
 from hosfl.halves.families import FAMILIES, example_inputs
 from hosfl.halves.follow import CutError
-from hosfl.halves.hub import untrained
+from hosfl.halves.hub import random_trunk
 from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.trains import select_trainable
 from hosfl.methods.ho import ZerothOrderClient, make_run
@@ -45,7 +45,7 @@ WHOLE = BlockEntry("", (), 1.0)
 def bert():
     """A client half of four layers, of which the biases of the last three move, and inputs."""
     torch.manual_seed(0)
-    model = untrained("bert", **BERT).eval()
+    model = random_trunk("bert", **BERT).eval()
     half = split(model, 4).client
     return select_trainable(half, "*layer.[123].*bias", 0), example_inputs(model)
 
@@ -139,7 +139,7 @@ def test_neighbours_make_a_block_where_there_are_fewer_blocks_than_layers(bert):
 
 def test_what_moves_in_front_of_the_layers_is_in_the_first_block():
     torch.manual_seed(0)
-    model = untrained("bert", **BERT).eval()
+    model = random_trunk("bert", **BERT).eval()
     half = select_trainable(split(model, 2).client, "*LayerNorm*", 0)
     begins = blocks_of(half, 3, example_inputs(model))
     assert [b.entry for b in begins] == ["", "encoder.layer.0", "encoder.layer.1"]
@@ -203,7 +203,7 @@ def test_families(kind):
         transformers = pytest.importorskip("transformers")
         model = transformers.T5EncoderModel(transformers.T5Config(**settings))
     else:
-        model = untrained(kind, **settings)
+        model = random_trunk(kind, **settings)
     model = model.eval()
     assert kind in FAMILIES
     half, inputs = split(model, 2).client, example_inputs(model)

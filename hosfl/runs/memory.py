@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from hosfl.halves.blocks import blocks_of
-from hosfl.halves.hub import untrained
+from hosfl.halves.hub import random_trunk
 from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.narrow import FROZEN, narrow_weights, recompute_wide_weights
 from hosfl.halves.split import cast_floats, dtype_of, split
@@ -106,13 +106,13 @@ def _digits(batch: int) -> tuple[nn.Module, Tensor]:
 
 
 def _minilm(batch: int) -> tuple[nn.Module, dict[str, Tensor]]:
-    model = untrained("bert", **MINILM, vocab_size=30522)
+    model = random_trunk("bert", **MINILM, vocab_size=30522)
     tokens = torch.randint(0, 30522, (batch, 64))
     return split(model, at=3).client, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
 def _resnet18(batch: int) -> tuple[nn.Module, Tensor]:
-    return split(untrained("resnet", **RESNET18), at=2).client, torch.randn(batch, 3, 224, 224)
+    return split(random_trunk("resnet", **RESNET18), at=2).client, torch.randn(batch, 3, 224, 224)
 
 
 HALVES = {
