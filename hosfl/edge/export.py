@@ -32,9 +32,9 @@ def exported(
         sample: inputs as the half takes them, a tensor or tensors by name; their values do not matter, but for the
             checks. Batches may have any size, and texts, which are integers [batch, tokens], any length that the half
             takes.
-        entries: of the half's blocks, see `hosfl.halves.blocks.BlockEntry`. There is one model for each, which makes of its
-            input the next one's and at last the cut, and one more for what lies in front of them. What is cheap and of
-            the half's own inputs, such as an attention's mask, each may compute for itself.
+        entries: of the half's blocks, see `hosfl.halves.blocks.BlockEntry`. There is one model for each block, which
+            computes the next block's input, the last one the cut; and one more for the layers before the first block.
+            What is cheap and depends on the half's inputs only, such as an attention's mask, each may compute itself.
         most: samples of a batch and tokens of a text, as many as there will ever be: the graph is compared there as
             well.
         beside_gradient: a client has the gradient's graph as well, so that frozen weights are not to be constants: of

@@ -112,9 +112,9 @@ def _weight_matrix(layer: nn.Module) -> Tensor:
 def add_adapters(half: nn.Module, layers: Mapping[str, nn.Module], rank: int, public: Inputs | None = None) -> None:
     """Put an adapter of this rank beside these layers of a half, by their paths in it; nothing else moves then.
 
-    public: unlabelled samples, from whose way through the half A and B are made; None: from the weights alone. See
-    `factors_from_inputs` and `factors_from_weight`; both compute in float64, one layer at a time. For the inputs one pass over the samples
-    is made, with a matrix [in, in] in float32 in memory for every layer.
+    public: unlabelled samples; A and B are computed from the layers' inputs on them, by `factors_from_inputs`. None:
+    from the weights alone, by `factors_from_weight`. Both compute in float64, one layer at a time. The inputs take one
+    pass over the samples, with a matrix [in, in] in float32 in memory for every layer.
 
     Raises ValueError, before anything is changed, for the half itself as a layer, for a rank above a layer's smaller
     side, and for samples that the half does not take, that do not reach a layer or span fewer than `rank` directions.

@@ -31,12 +31,12 @@ def narrow_weights(half: nn.Module, frozen: str) -> nn.Module:
     than 1, of any module but normalisations, nn.LSTM, GRU and RNN, which hold theirs twice, and embeddings with
     max_norm, which write theirs. The rest is small and stays.
 
-    A narrow parameter keeps its name and its place among the parameters, and so everybody's streams: in `_parameters`
-    it is integers, which no cast touches, with the buffer `<name>_scale` beside them. Reading the attribute gives a new
-    tensor of the scale's dtype, the layer's before, or of that to which the half was cast since; of an nn.Embedding
-    only the rows that are looked up are ever made. What is written to that tensor is lost, as by merging adapters into
-    it. Backpropagation holds it until it has run, but under `recompute_wide_weights`. The module can be copied, and its state dict
-    stored, but not pickled.
+    A narrow parameter keeps its name and its place among the parameters, and so every stream of noise: in
+    `_parameters` it is integers, which no cast touches, with the buffer `<name>_scale`. Reading the attribute makes a
+    new tensor in the scale's dtype: the layer's original dtype, or the one that the half was cast to since. Of an
+    nn.Embedding only the rows that are looked up are made. Writes to that tensor are lost, such as merging adapters
+    into it. Backpropagation holds it until it has run, except under `recompute_wide_weights`. The module can be copied
+    and its state dict stored, but it cannot be pickled.
 
     Raises ValueError where there is nothing to narrow, and for weights that are infinite or NaN.
     """

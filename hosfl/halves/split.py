@@ -250,7 +250,8 @@ def find_cutter(model: nn.Module) -> Cutter:
             raise CutError("nowhere in its forward pass one tensor alone goes from module to module")
     except CutError as error:
         raise CutError(
-            f"cannot cut a {type(model).__name__}: {error}; build a SplitModel of two modules of your own{_submodule_hint(model)}"
+            f"cannot cut a {type(model).__name__}: {error}; build a SplitModel of two modules of your own"
+            f"{_submodule_hint(model)}"
         ) from error
     _refuse_hooks(model, found.opened)
     named = {number: name for name, number in found.places.items()}
