@@ -16,7 +16,7 @@ from hosfl.edge.tracing import graph_of
 from hosfl.halves.inputs import Inputs, mask_of
 
 
-def exported(
+def export_half(
     half: nn.Module,
     sample: Inputs,
     entries: Sequence[str] = ("",),
