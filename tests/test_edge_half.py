@@ -19,7 +19,7 @@ from torch import nn
 import hosfl
 from hosfl.edge import graph
 from hosfl.edge.backward import exported_gradient
-from hosfl.edge.by_batch import exported_statistics
+from hosfl.edge.by_batch import export_statistics
 from hosfl.edge.export import export_half
 from hosfl.edge.gradient import GRADIENT, Gradient
 from hosfl.edge.half import BASE, PREFIX, STEP, Half, HalfError, graph_name
@@ -458,7 +458,7 @@ def test_statistics_are_those_of_train_mode_wherever_weights_are(name, tmp_path)
     half = make().eval()
     running = list(calibration.running(half))
     written(tmp_path, half, *export_half(half, inputs(), running=running))
-    (tmp_path / STATISTICS).write_bytes(exported_statistics(half, inputs(), (8, 0)))
+    (tmp_path / STATISTICS).write_bytes(export_statistics(half, inputs(), (8, 0)))
     whole = Half(tmp_path, moving_of(half), running=running)
     run = Half(tmp_path, moving_of(half), running=running, graphs=[STATISTICS])
     half = copy.deepcopy(half)
@@ -487,7 +487,7 @@ def test_statistics_that_are_others_are_found_out():
 
     half[1].forward = own.__get__(half[1])
     with pytest.raises(ExportError, match="statistics are not the half's: of 3 samples numbers differ"):
-        exported_statistics(half.eval(), sample)
+        export_statistics(half.eval(), sample)
 
 
 def test_only_what_is_cheap_is_computed_twice():
@@ -951,7 +951,7 @@ class Opens(nn.Module):
         return self.norm(y + 64 * self.gate.square() * (1 + torch.compiler.is_exporting()))
 
 
-@pytest.mark.parametrize("export", [export_half, exported_gradient, exported_statistics])
+@pytest.mark.parametrize("export", [export_half, exported_gradient, export_statistics])
 def test_what_a_factor_of_zero_hides_is_compared(export):
     half = Opens().eval()
     before = copy.deepcopy(half.state_dict())

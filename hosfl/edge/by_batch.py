@@ -20,7 +20,7 @@ from hosfl.halves.inputs import Inputs
 from hosfl.methods import calibration
 
 
-def exported_statistics(half: nn.Module, sample: Inputs, most: tuple[int, int] = (0, 0)) -> bytes:
+def export_statistics(half: nn.Module, sample: Inputs, most: tuple[int, int] = (0, 0)) -> bytes:
     """The statistics that a half has on a batch, as `calibration.estimated` finds them, as an ONNX model without
     weights: see `exported`. Its output is what `calibration.flat` gives.
 
@@ -37,7 +37,7 @@ def exported_statistics(half: nn.Module, sample: Inputs, most: tuple[int, int] =
     return graph
 
 
-class _ByBatch(TorchFunctionMode):
+class _BatchStatisticsMode(TorchFunctionMode):
     """Normalisations with running statistics normalise by the batch, as in train mode.
 
     found: by the running mean's id the means and the variances of every pass, as train mode would take them in.
@@ -50,8 +50,8 @@ class _ByBatch(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if function in _NORMALISE:
-            told = _NORMALISE[function].bind(*args, **(kwargs or {})).arguments
+        if function in _NORM_SIGNATURES:
+            told = _NORM_SIGNATURES[function].bind(*args, **(kwargs or {})).arguments
             if id(told.get("running_mean")) in self.own:
                 return self._normalised(by_sample=function is nn.functional.instance_norm, **told)
         return function(*args, **(kwargs or {}))
@@ -73,10 +73,12 @@ class _ByBatch(TorchFunctionMode):
         )
         means, variances = ((x.mean(0) if by_sample else x).flatten() for x in (mean, unbiased))
         self.found.setdefault(id(running_mean), []).append((means, variances))
-        return _scaled((input - mean) * torch.rsqrt(variance + eps), weight, bias)
+        return _scale_and_shift((input - mean) * torch.rsqrt(variance + eps), weight, bias)
 
 
-_NORMALISE = {function: signature(function) for function in (nn.functional.batch_norm, nn.functional.instance_norm)}
+_NORM_SIGNATURES = {
+    function: signature(function) for function in (nn.functional.batch_norm, nn.functional.instance_norm)
+}
 
 
 def _moments(x: Tensor, over: list[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,7 +89,7 @@ def _moments(x: Tensor, over: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     return mean, squares / count, squares / (count - 1)
 
 
-def _scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def _scale_and_shift(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     shape = [1, -1, *[1] * (x.dim() - 2)]
     x = x if weight is None else x * weight.reshape(shape)
     return x if bias is None else x + bias.reshape(shape)
@@ -98,7 +100,7 @@ class _Statistics(Positional):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         running = list(calibration.running(self.client).values())
-        with _ByBatch(running) as mode:
+        with _BatchStatisticsMode(running) as mode:
             super().forward(*tensors)
         parts = []
         for mean, variance in zip(running[::2], running[1::2], strict=True):
