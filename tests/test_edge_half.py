@@ -18,7 +18,7 @@ from torch import nn
 
 import hosfl
 from hosfl.edge import graph
-from hosfl.edge.backward import exported_gradient
+from hosfl.edge.backward import export_gradient
 from hosfl.edge.by_batch import export_statistics
 from hosfl.edge.export import export_half
 from hosfl.edge.gradient import GRADIENT, Gradient
@@ -407,7 +407,7 @@ def test_frozen_weights_are_in_memory_once_beside_the_gradient(tmp_path):
     layers = nn.Linear(4, size), nn.Linear(size, size).requires_grad_(False)
     half, sample = nn.Sequential(*layers, nn.Linear(size, 4)).eval(), torch.randn(2, 4)
     folder = written(tmp_path, half, *export_half(half, sample, beside_gradient=True))
-    (folder / GRADIENT).write_bytes(exported_gradient(half, sample))
+    (folder / GRADIENT).write_bytes(export_gradient(half, sample))
     told = f"""
 import re, sys
 from pathlib import Path
@@ -779,7 +779,7 @@ def test_a_negative_token_is_an_error_as_to_torch(stored, tmp_path):
     half = narrow_weights(half, stored)
     tokens = torch.arange(12).reshape(3, 4)
     run = Half(written(tmp_path, half, *export_half(half, tokens)), moving_of(half))
-    (tmp_path / GRADIENT).write_bytes(exported_gradient(half, tokens))
+    (tmp_path / GRADIENT).write_bytes(export_gradient(half, tokens))
     gradient = Gradient(tmp_path, moving_of(half), run.tensors)
     tokens[1, 2] = -3
     with pytest.raises(IndexError):
@@ -885,7 +885,7 @@ def test_an_argument_may_be_called_as_something_in_the_graph(name, tmp_path):
     half, sample = Calls(), {name: numbers()}
     run = Half(written(tmp_path, half, *export_half(half, sample)), moving_of(half))
     assert close(run(arrays(sample)), by_torch(half, sample), sample)
-    (tmp_path / GRADIENT).write_bytes(exported_gradient(half, sample))
+    (tmp_path / GRADIENT).write_bytes(export_gradient(half, sample))
     gradient, multiplier = Gradient(tmp_path, moving_of(half), run.tensors), torch.ones(3, 4)
     wanted = torch.autograd.grad(call(half, sample), list(half.parameters()), multiplier)
     for one, other in zip(gradient(arrays(sample), multiplier.numpy()), wanted, strict=True):
@@ -909,13 +909,13 @@ def test_a_half_that_looks_at_sizes_is_refused(what):
     with pytest.raises(ExportError, match=f"the graph of the Looks is not the half: {said}"):
         export_half(half, sample, most=most)
     with pytest.raises(ExportError, match=said):
-        exported_gradient(half, sample, most=most)
+        export_gradient(half, sample, most=most)
 
 
 def test_sizes_that_no_client_sends_do_not_matter():
     half, sample = Looks(lambda rows, tokens: rows > 20 or tokens > 20), torch.arange(96).reshape(8, 12) % 50
     assert export_half(half, sample, most=(20, 20))
-    assert exported_gradient(half, sample, most=(20, 20))
+    assert export_gradient(half, sample, most=(20, 20))
 
 
 def test_a_length_that_is_part_of_the_half_stays():
@@ -951,7 +951,7 @@ class Opens(nn.Module):
         return self.norm(y + 64 * self.gate.square() * (1 + torch.compiler.is_exporting()))
 
 
-@pytest.mark.parametrize("export", [export_half, exported_gradient, export_statistics])
+@pytest.mark.parametrize("export", [export_half, export_gradient, export_statistics])
 def test_what_a_factor_of_zero_hides_is_compared(export):
     half = Opens().eval()
     before = copy.deepcopy(half.state_dict())
@@ -972,7 +972,7 @@ class Looked(nn.Module):
         return (x @ x.mT).masked_fill(seen.unsqueeze(1) == 0, -torch.inf).softmax(-1) @ x
 
 
-@pytest.mark.parametrize("export", [export_half, exported_gradient])
+@pytest.mark.parametrize("export", [export_half, export_gradient])
 def test_a_shorter_text_in_which_nothing_is_left_is_no_fault(export):
     """A half makes NaN of it, as a softmax of nothing, and no client has it: here texts end at the right."""
     seen = (torch.arange(8) >= torch.tensor([[0], [7], [6]])).long()
@@ -985,7 +985,7 @@ def test_weights_that_may_not_move_far_are_no_fault():
     nn.init.zeros_(half.layer.bias)
     assert export_half(half, numbers())
     nn.init.constant_(half.layer.bias, 1 / 128)
-    assert exported_gradient(half, numbers())
+    assert export_gradient(half, numbers())
 
 
 @pytest.mark.parametrize("module", ["onnx", "onnxscript"])
