@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_structure
 
-from hosfl.edge.gradient import BETWEEN, GRADIENT, MULTIPLIER, OF, Gradient
+from hosfl.edge.gradient import BLOCK_INPUT, GRADIENT, GRADIENT_PREFIX, MULTIPLIER, Gradient
 from hosfl.edge.graph import leave_out_unread, whole, without_weights
 from hosfl.edge.half import BASE
 from hosfl.edge.original import CLOSE, MOVED, ExportError, Original, is_text, original, size_of
@@ -105,7 +105,7 @@ def _traced_backward(of: Original, entries: Sequence[str]) -> Any:
             optimize=False,
             verbose=False,
             input_names=[MULTIPLIER, *inputs],
-            output_names=[f"output {n}" if name is None else OF + name for n, name in enumerate(names)],
+            output_names=[f"output {n}" if name is None else GRADIENT_PREFIX + name for n, name in enumerate(names)],
         )
     assert program is not None
     return program.model
@@ -164,7 +164,7 @@ def _gradients(model: Any, moving: Mapping[str, Any], fixed: Mapping[str, Any], 
         begin = [outputs.pop(0)]
     piece = ir.convenience.extract(graph, [*begin, *given], outputs)
     if begins:
-        piece.inputs[0].name = BETWEEN
+        piece.inputs[0].name = BLOCK_INPUT
         leave_out_unread(piece)
     return whole(model, piece, moving, fixed)
 

@@ -17,7 +17,7 @@ from hosfl.edge.half import BASE, PREFIX, Arrays, HalfError, below_zero, check_m
 
 GRADIENT = "gradient.onnx"
 # Names in the graph, which no argument of a half has.
-MULTIPLIER, BETWEEN, OF = "the multiplier", "what lies between", "gradient of "
+MULTIPLIER, BLOCK_INPUT, GRADIENT_PREFIX = "the multiplier", "what lies between", "gradient of "
 
 
 class Gradient:
@@ -56,7 +56,7 @@ class Gradient:
         between: what the half's first block begins with, see `Half.input_of`; None: with the inputs. Raises HalfError.
         """
         named = dict(inputs) if isinstance(inputs, Mapping) else {"input": inputs}
-        named |= {MULTIPLIER: multiplier} | ({} if between is None else {BETWEEN: between})
+        named |= {MULTIPLIER: multiplier} | ({} if between is None else {BLOCK_INPUT: between})
         takes = [entry.name for entry in self._session.get_inputs()]
         if between is not None:  # a block takes those of the half's own inputs that it needs
             named = {name: value for name, value in named.items() if name in takes}
@@ -64,7 +64,7 @@ class Gradient:
             made = self._session.run(None, named)
         except Exception as error:  # onnxruntime's errors have no class in common
             raise HalfError(f"the half's gradient does not take these inputs: {error}{below_zero(named)}") from error
-        outputs = [output.name.removeprefix(OF + PREFIX) for output in self._session.get_outputs()]
+        outputs = [output.name.removeprefix(GRADIENT_PREFIX + PREFIX) for output in self._session.get_outputs()]
         found = dict(zip(outputs, made, strict=True))
         each = zip(self.moving, self.tensors, strict=True)
         return [found[n] if n in found else np.zeros(t.shape, np.float32) for n, t in each]
