@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_structure
 
 from hosfl.edge.gradient import BLOCK_INPUT, GRADIENT, GRADIENT_PREFIX, MULTIPLIER, Gradient
-from hosfl.edge.graph import leave_out_unread, whole, without_weights
+from hosfl.edge.graph import externalize_weights, remove_unread_inputs, serialize_part
 from hosfl.edge.half import BASE
 from hosfl.edge.original import CLOSE, MOVED, ExportError, Original, is_text, original, size_of
 from hosfl.edge.tracing import Positional, Tables, exporting, quiet
@@ -53,7 +53,7 @@ def export_gradient(
     """
     with original(half, sample) as of, Lookups():
         model = _traced_backward(of, [entry] if entry else [])
-        graph = _gradients(model, *without_weights(model, of, True, running), bool(entry))
+        graph = _gradients(model, *externalize_weights(model, of, True, running), bool(entry))
         _compare(of, of.batches(most), entry, graph, running)
     return graph
 
@@ -165,8 +165,8 @@ def _gradients(model: Any, moving: Mapping[str, Any], fixed: Mapping[str, Any], 
     piece = ir.convenience.extract(graph, [*begin, *given], outputs)
     if begins:
         piece.inputs[0].name = BLOCK_INPUT
-        leave_out_unread(piece)
-    return whole(model, piece, moving, fixed)
+        remove_unread_inputs(piece)
+    return serialize_part(model, piece, moving, fixed)
 
 
 @contextmanager

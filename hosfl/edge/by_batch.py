@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hosfl.edge.graph import whole, without_weights
+from hosfl.edge.graph import externalize_weights, serialize_part
 from hosfl.edge.half import Half
 from hosfl.edge.original import CLOSE, MOVED, ExportError, Original, given_as, original, size_of
 from hosfl.edge.running import STATISTICS
@@ -30,9 +30,9 @@ def export_statistics(half: nn.Module, sample: Inputs, most: tuple[int, int] = (
         from onnxscript import ir
 
         model = graph_of(of, (), _Statistics)
-        moving, fixed = without_weights(model, of, False, calibration.running(of.half))
+        moving, fixed = externalize_weights(model, of, False, calibration.running(of.half))
         piece = ir.convenience.extract(model.graph, list(model.graph.inputs), list(model.graph.outputs))
-        graph = whole(model, piece, moving, fixed)
+        graph = serialize_part(model, piece, moving, fixed)
         _compare(of, of.batches(most), graph)
     return graph
 

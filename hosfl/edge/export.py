@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hosfl.edge.graph import pieces, without_weights
+from hosfl.edge.graph import externalize_weights, split_graph
 from hosfl.edge.half import Half, graph_name
 from hosfl.edge.original import CLOSE, MOVED, ExportError, Original, original, size_of
 from hosfl.edge.tracing import graph_of
@@ -52,7 +52,7 @@ def export_half(
     """
     with original(half, sample) as of:
         model = graph_of(of, [entry for entry in entries if entry])
-        found = pieces(model, *without_weights(model, of, beside_gradient, running))
+        found = split_graph(model, *externalize_weights(model, of, beside_gradient, running))
         _compare(of, of.batches(most), found, running)
     return found
 
