@@ -22,7 +22,7 @@ from hosfl.edge.backward import export_gradient
 from hosfl.edge.by_batch import export_statistics
 from hosfl.edge.export import export_half
 from hosfl.edge.gradient import GRADIENT, Gradient
-from hosfl.edge.half import BASE, PREFIX, STEP, Half, HalfError, graph_name
+from hosfl.edge.half import BASE, CHECK_STEP, PREFIX, Half, HalfError, graph_name
 from hosfl.edge.original import ExportError
 from hosfl.edge.running import STATISTICS, Running
 from hosfl.halves.hub import packaged_minilm, pretrained_model
@@ -680,7 +680,7 @@ def test_weights_that_inputs_do_not_reach_are_no_fault(tmp_path):
     nn.init.constant_(half[0].weight, -1.0)  # and so nothing goes on
     run = Half(written(tmp_path, half, *export_half(half, torch.arange(6).reshape(2, 3))), ["0.weight", "2.bias"])
     run.check(np.zeros((1, 2), np.int64))
-    assert STEP < 1
+    assert CHECK_STEP < 1
 
 
 def test_values_of_round_0_come_from_the_file(folder):

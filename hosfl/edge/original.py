@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from hosfl.edge.half import BASE, STEP, HalfError
+from hosfl.edge.half import BASE, CHECK_STEP, HalfError
 from hosfl.extras import needed
 from hosfl.halves.inputs import Inputs, call, evaluating, mask_of, restoring_state
 from hosfl.halves.split import cast_floats
@@ -89,7 +89,7 @@ class Original:
         factor that begins with zero, such as that of a block's branch, is seen only from there."""
         weights = list(self.moving.values())
         kept = [p.detach().clone() for p in weights]
-        perturb_(tensors, 0, STEP)
+        perturb_(tensors, 0, CHECK_STEP)
         try:
             _assign(weights, [torch.from_numpy(widened(tensor)) for tensor in tensors])
             yield
