@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_structure
 from hosfl.edge.gradient import BLOCK_INPUT, GRADIENT, GRADIENT_PREFIX, MULTIPLIER, Gradient
 from hosfl.edge.graph import externalize_weights, remove_unread_inputs, serialize_part
 from hosfl.edge.half import BASE
-from hosfl.edge.original import CLOSE, MOVED, ExportError, Original, is_text, original, size_of
+from hosfl.edge.original import TOLERANCE, WHERE_MOVED, ExportError, Original, describe_batch, is_text, original
 from hosfl.edge.tracing import Positional, Tables, exporting, quiet
 from hosfl.halves.blocks import capture_entry_input
 from hosfl.halves.inputs import Inputs, call
@@ -293,9 +293,9 @@ def _compare(
             least = NEGLIGIBLE * max(np.abs(gradient).max(initial=0) for gradient in theirs)
             for name, one, other in zip(moving, found, theirs, strict=True):
                 apart, largest = np.abs(one - other).max(initial=0), np.abs(other).max(initial=0)
-                if not apart <= CLOSE * max(largest, least):
+                if not apart <= TOLERANCE * max(largest, least):
                     raise ExportError(
-                        f"the graph's gradient of {name} is not torch's{where}: of {size_of(inputs)} numbers differ by"
+                        f"the graph's gradient of {name} is not torch's{where}: of {describe_batch(inputs)} numbers differ by"
                         f" {apart:.3g}, and the largest is {largest:.3g}"
                     )
             return arrays, given, between
@@ -304,4 +304,4 @@ def _compare(
             given = compare(inputs)
         run.check(*given)
         with of.elsewhere(run.tensors):
-            compare(batches[0], MOVED)
+            compare(batches[0], WHERE_MOVED)

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from hosfl.edge.graph import externalize_weights, serialize_part
 from hosfl.edge.half import Half
-from hosfl.edge.original import CLOSE, MOVED, ExportError, Original, given_as, original, size_of
+from hosfl.edge.original import TOLERANCE, WHERE_MOVED, ExportError, Original, as_half_inputs, describe_batch, original
 from hosfl.edge.running import STATISTICS
 from hosfl.edge.tracing import Positional, graph_of
 from hosfl.halves.inputs import Inputs
@@ -118,18 +118,18 @@ def _compare(of: Original, batches: Sequence[Mapping[str, Tensor]], graph: bytes
         def compare(inputs: Mapping[str, Tensor], where: str = "") -> None:
             labels = torch.empty(len(next(iter(inputs.values()))))
             try:
-                wanted, _ = calibration.estimated(of.half, [(given_as(of.sample, inputs), labels)])
+                wanted, _ = calibration.estimated(of.half, [(as_half_inputs(of.sample, inputs), labels)])
             except ValueError:  # such a batch has none
                 return
             if not wanted.isfinite().all():  # see `hosfl.edge.export._difference`
                 return
             found = run({name: x.numpy() for name, x in inputs.items()})
-            _check(found, wanted.numpy(), [len(t) for t in running.values()], f"{where}: of {size_of(inputs)}")
+            _check(found, wanted.numpy(), [len(t) for t in running.values()], f"{where}: of {describe_batch(inputs)}")
 
         for inputs in batches:
             compare(inputs)
         with of.elsewhere(run.tensors):
-            compare(batches[0], MOVED)
+            compare(batches[0], WHERE_MOVED)
 
 
 def _check(found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any], sizes: Sequence[int], batch: str) -> None:
@@ -141,7 +141,7 @@ def _check(found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any], sizes: Seq
         spread = np.sqrt(others[n + 1].max(initial=0))
         largest = max(np.abs(others[n]).max(initial=0), spread), spread**2
         for one, other, size in zip(ones[n : n + 2], others[n : n + 2], largest, strict=True):
-            if not (apart := np.abs(one - other).max(initial=0)) <= CLOSE * size:
+            if not (apart := np.abs(one - other).max(initial=0)) <= TOLERANCE * size:
                 raise ExportError(
                     f"the graph's statistics are not the half's{batch} numbers differ by {apart:.3g}, and the largest"
                     f" is {size:.3g}"

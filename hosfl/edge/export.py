@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hosfl.edge.graph import externalize_weights, split_graph
 from hosfl.edge.half import Half, graph_name
-from hosfl.edge.original import CLOSE, MOVED, ExportError, Original, original, size_of
+from hosfl.edge.original import TOLERANCE, WHERE_MOVED, ExportError, Original, describe_batch, original
 from hosfl.edge.tracing import graph_of
 from hosfl.halves.inputs import Inputs, mask_of
 
@@ -68,13 +68,15 @@ def _compare(
         def compare(inputs: Mapping[str, Tensor], where: str = "") -> None:
             found = run({name: x.numpy() for name, x in inputs.items()})
             if wrong := _difference(found, of.cut(inputs).numpy(), mask_of(inputs)):
-                raise ExportError(f"the graph of the {of.kind} is not the half{where}: of {size_of(inputs)} {wrong}")
+                raise ExportError(
+                    f"the graph of the {of.kind} is not the half{where}: of {describe_batch(inputs)} {wrong}"
+                )
 
         for inputs in batches:
             compare(inputs)
         run.check({name: x.numpy() for name, x in batches[-1].items()})
         with of.elsewhere(run.tensors):
-            compare(batches[0], MOVED)
+            compare(batches[0], WHERE_MOVED)
 
 
 def _difference(cut: NDArray[Any], wanted: NDArray[Any], mask: Tensor | None) -> str:
@@ -90,4 +92,4 @@ def _difference(cut: NDArray[Any], wanted: NDArray[Any], mask: Tensor | None) ->
         known[mask.numpy() == 0] = False
     cut, wanted = cut[known], wanted[known]
     apart, largest = np.abs(cut - wanted).max(initial=0), np.abs(wanted).max(initial=0)
-    return "" if apart <= CLOSE * largest else f"numbers differ by {apart:.3g}, and the largest is {largest:.3g}"
+    return "" if apart <= TOLERANCE * largest else f"numbers differ by {apart:.3g}, and the largest is {largest:.3g}"
