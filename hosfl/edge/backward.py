@@ -23,7 +23,7 @@ from hosfl.edge.gradient import BLOCK_INPUT, GRADIENT, GRADIENT_PREFIX, MULTIPLI
 from hosfl.edge.graph import externalize_weights, remove_unread_inputs, serialize_part
 from hosfl.edge.half import BASE
 from hosfl.edge.original import TOLERANCE, WHERE_MOVED, ExportError, Original, describe_batch, is_text, original
-from hosfl.edge.tracing import Positional, Tables, exporting, quiet
+from hosfl.edge.tracing import OnnxLookups, Positional, as_export_errors, silence_exporter
 from hosfl.halves.blocks import capture_entry_input
 from hosfl.halves.inputs import Inputs, call
 from hosfl.halves.narrow import narrow_bfloat16_as_floats
@@ -80,13 +80,13 @@ def _traced_backward(of: Original, entries: Sequence[str]) -> Any:
     product = _InnerProduct(of, entries)
     # Attention as products and a softmax, whose derivatives are such too.
     with (
-        exporting(of.half, ", or take an estimator without a gradient, such as one-sided"),
-        quiet(),
+        as_export_errors(of.half, ", or take an estimator without a gradient, such as one-sided"),
+        silence_exporter(),
         torch.enable_grad(),
         sdpa_kernel(SDPBackend.MATH),
         _without_unread_weights(of.half, of.sample),
         narrow_bfloat16_as_floats(of.half),
-        Tables(),
+        OnnxLookups(),
         _PadAsConcat(),
     ):
         given = (torch.ones_like(cut), *inputs.values())

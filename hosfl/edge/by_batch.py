@@ -15,7 +15,7 @@ from hosfl.edge.graph import externalize_weights, serialize_part
 from hosfl.edge.half import Half
 from hosfl.edge.original import TOLERANCE, WHERE_MOVED, ExportError, Original, as_half_inputs, describe_batch, original
 from hosfl.edge.running import STATISTICS
-from hosfl.edge.tracing import Positional, graph_of
+from hosfl.edge.tracing import Positional, trace_graph
 from hosfl.halves.inputs import Inputs
 from hosfl.methods import calibration
 
@@ -29,7 +29,7 @@ def export_statistics(half: nn.Module, sample: Inputs, most: tuple[int, int] = (
     with original(half, sample) as of:
         from onnxscript import ir
 
-        model = graph_of(of, (), _Statistics)
+        model = trace_graph(of, (), _Statistics)
         moving, fixed = externalize_weights(model, of, False, calibration.running(of.half))
         piece = ir.convenience.extract(model.graph, list(model.graph.inputs), list(model.graph.outputs))
         graph = serialize_part(model, piece, moving, fixed)

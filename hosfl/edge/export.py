@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hosfl.edge.graph import externalize_weights, split_graph
 from hosfl.edge.half import Half, graph_name
 from hosfl.edge.original import TOLERANCE, WHERE_MOVED, ExportError, Original, describe_batch, original
-from hosfl.edge.tracing import graph_of
+from hosfl.edge.tracing import trace_graph
 from hosfl.halves.inputs import Inputs, mask_of
 
 
@@ -51,7 +51,7 @@ def export_half(
         ImportError: onnx or onnxscript is missing.
     """
     with original(half, sample) as of:
-        model = graph_of(of, [entry for entry in entries if entry])
+        model = trace_graph(of, [entry for entry in entries if entry])
         found = split_graph(model, *externalize_weights(model, of, beside_gradient, running))
         _compare(of, of.batches(most), found, running)
     return found
