@@ -29,7 +29,7 @@ from hosfl.edge.client import EdgeClient, _Perturbation
 from hosfl.edge.data import Batches, Samples, read_samples, samples_of
 from hosfl.edge.export import ExportError
 from hosfl.edge.half import Half, HalfError
-from hosfl.edge.join import client_of, join
+from hosfl.edge.join import join, make_client
 from hosfl.engines.ending import Ending
 from hosfl.engines.engine import JoinError
 from hosfl.engines.in_process import InProcess
@@ -217,7 +217,7 @@ def fetch_from(files):
 
 def endpoint(files, number, folder, data):
     folder.mkdir(exist_ok=True)
-    return client_of(files["run"], fetch_from(files), number, folder, data)
+    return make_client(files["run"], fetch_from(files), number, folder, data)
 
 
 def close(one, other, cut, sent, mu):
