@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from hosfl.halves.blocks import Begin, blocks_of, work
+from hosfl.halves.blocks import BlockEntry, blocks_of, work
 from hosfl.halves.hub import packaged_minilm, pretrained_model
 from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.split import split
-from hosfl.halves.trains import moving_only
+from hosfl.halves.trains import select_trainable
 from hosfl.methods.ho import ZerothOrderClient, make_run
 from hosfl.probing.probe import trainable
 from hosfl.protocol.messages import Multiplier
@@ -47,7 +47,7 @@ def measured() -> dict[str, Any]:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model = pretrained_model(packaged_minilm(), "SequenceClassification")
-    half = moving_only(split(model, 6).client, "xs:4:*.layer.[345].*", 0)
+    half = select_trainable(split(model, 6).client, "xs:4:*.layer.[345].*", 0)
     inputs = {"input_ids": torch.randint(1000, 20_000, (SAMPLES, TOKENS))}
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     labels = torch.zeros(SAMPLES, dtype=torch.int64)
@@ -59,7 +59,7 @@ def measured() -> dict[str, Any]:
         works["a forward pass"] = lambda: call(half, inputs)
         for count in (1, 3):
             config = Config(directions_from="fresh", rule="adamw", directions=DIRECTIONS, blocks=count)
-            begins: list[Begin] = blocks_of(half, count, inputs)
+            begins: list[BlockEntry] = blocks_of(half, count, inputs)
             run = make_run(config, parameters, begins)
             client = ZerothOrderClient(0, half, lambda round: (inputs, labels), run=run, begins=begins)
             client.output(0)

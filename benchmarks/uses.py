@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from hosfl.halves.blocks import allotted, blocks_of
+from hosfl.halves.blocks import allot_directions, blocks_of
 from hosfl.methods.first_order import FirstOrder, GradientAverage
 from hosfl.methods.ledger import Ledger, descend, load_vector, make_optimizer, step_size
 from hosfl.probing.probe import trainable
@@ -139,9 +139,11 @@ class ByLength(Averages):
         shares = [block.share for block in self.blocks]
         budget = sum(block.directions * block.share for block in self.blocks)
         total = len(self.blocks)
-        while sum(n * s for n, s in zip(allotted(total + 1, sizes, shares), shares, strict=True)) <= 1.01 * budget:
+        while (
+            sum(n * s for n, s in zip(allot_directions(total + 1, sizes, shares), shares, strict=True)) <= 1.01 * budget
+        ):
             total += 1
-        return allotted(total, sizes, shares)
+        return allot_directions(total, sizes, shares)
 
     def estimate(self, number: int, gradients: Tensor, shares: Tensor, count: int) -> Tensor:
         u = self.directions(count, gradients.shape[1])
@@ -179,7 +181,7 @@ class Averaged(FirstOrder):
         begins = blocks_of(setup.base, settings.blocks, setup.sample)
         sizes = [p.numel() for p in setup.parameters]
         moved = [sum(sizes[t] for t in begin.tensors) for begin in begins]
-        counts = allotted(settings.directions, moved, [begin.share for begin in begins])
+        counts = allot_directions(settings.directions, moved, [begin.share for begin in begins])
         ends = [sum(moved[: n + 1]) for n in range(len(moved))]
         assert [t for begin in begins for t in begin.tensors] == list(range(len(sizes)))  # end to end
         return self.kind(

@@ -29,7 +29,7 @@ from rich.text import Text
 from hosfl.engines.engine import Engine
 from hosfl.extras import needed
 from hosfl.files import write_json
-from hosfl.halves.hub import skeleton
+from hosfl.halves.hub import meta_model
 from hosfl.halves.split import cut_points
 from hosfl.named import label
 from hosfl.runs.attendance import attendance
@@ -244,7 +244,7 @@ def _simulate(options: argparse.Namespace) -> int:
 
 
 def _split(options: argparse.Namespace) -> int:
-    model, inputs = skeleton(options.model, options.batch, options.length)
+    model, inputs = meta_model(options.model, options.batch, options.length)
     try:
         points = cut_points(model, inputs)
     except TypeError as error:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from hosfl.halves.blocks import Begin
+from hosfl.halves.blocks import BlockEntry
 from hosfl.methods import METHODS, method_of
 from hosfl.methods.cuts import CutSpec
 from hosfl.methods.ho import HO, ZerothOrderClient
@@ -62,7 +62,7 @@ class Small:
 
     def client(self, number=0):
         half = copy.deepcopy(self.half)
-        begins = [Begin("", block.tensors, 1.0) for block, _ in self.run.parts()]
+        begins = [BlockEntry("", block.tensors, 1.0) for block, _ in self.run.parts()]
 
         def cast(round):
             return batch(round)[0].to(half.weight.dtype), batch(round)[1]

@@ -17,11 +17,11 @@ from transformers.pytorch_utils import Conv1D
 
 from hosfl import Task, rebuild, train
 from hosfl.halves import adapters
-from hosfl.halves.adapters import LoraXS, factors, refuse_idle, rows_of, second_moments
+from hosfl.halves.adapters import LoraXS, fixed_factors, input_rows, refuse_idle_adapters, second_moments
 from hosfl.halves.inputs import call
-from hosfl.halves.narrow import narrowed
+from hosfl.halves.narrow import narrow_weights
 from hosfl.halves.split import split
-from hosfl.halves.trains import moving_only
+from hosfl.halves.trains import select_trainable
 from hosfl.probing.displaced import Displacement, evaluate_displaced
 from hosfl.probing.forward_mode import Tangents, derivative
 from hosfl.probing.probe import trainable
@@ -64,7 +64,7 @@ def pair(request):
 def test_an_adapter_is_nothing_at_first_and_then_b_r_a(pair, trains):
     layer, half, x = pair
     whole = nn.Sequential(layer, nn.Tanh())
-    assert moving_only(half, trains, 0, x) is half
+    assert select_trainable(half, trains, 0, x) is half
     assert torch.equal(half(x), whole(x))
     assert [(name, tuple(p.shape)) for name, p in half.named_parameters() if p.requires_grad] == [("0.R", (2, 2))]
     adapter = half[0]
@@ -90,7 +90,7 @@ def test_factors_are_the_weight_s_singular_vectors():
     torch.manual_seed(0)
     half = nn.Sequential(nn.Linear(7, 9))
     weight = half[0].weight.detach().double().numpy()
-    moving_only(half, "xs:3", 0)
+    select_trainable(half, "xs:3", 0)
     left, values, right = np.linalg.svd(weight)
     A, B = half[0].A.double().numpy(), half[0].B.double().numpy()
     assert np.allclose(np.abs(A @ right[:3].T), np.eye(3), atol=1e-5)
@@ -116,7 +116,7 @@ def test_factors_are_the_inputs_largest_directions():
         def forward(self, x, attention_mask):
             return self.inner(x)
 
-    masked = moving_only(Masked(half).train(), "act:2:*0", 0, {"x": x, "attention_mask": mask})
+    masked = select_trainable(Masked(half).train(), "act:2:*0", 0, {"x": x, "attention_mask": mask})
     assert masked.training
     rows = x[mask.bool()].double().numpy()
     moment = rows.T @ rows
@@ -129,7 +129,7 @@ def test_factors_are_the_inputs_largest_directions():
     layer = nn.Conv2d(2, 3, (3, 2), stride=(2, 1), padding=(1, 2), dilation=(1, 2))
     pictures = torch.randn(4, 2, 7, 6)
     patches = nn.functional.unfold(pictures, (3, 2), dilation=(1, 2), padding=(1, 2), stride=(2, 1))
-    assert torch.equal(rows_of(layer, pictures, None), patches.transpose(1, 2).flatten(0, 1))
+    assert torch.equal(input_rows(layer, pictures, None), patches.transpose(1, 2).flatten(0, 1))
     found = second_moments(nn.Sequential(layer), {"0": layer}, pictures.repeat(20, 1, 1, 1))["0"]
     patches = patches.transpose(1, 2).flatten(0, 1)
     assert torch.allclose(found, 20 * patches.T @ patches, rtol=1e-4)
@@ -137,7 +137,7 @@ def test_factors_are_the_inputs_largest_directions():
 
 def test_a_layer_at_two_places_has_one_adapter():
     layer = nn.Linear(4, 4)
-    half = moving_only(nn.Sequential(layer, nn.ReLU(), nn.Sequential(layer)), "xs:1", 0)
+    half = select_trainable(nn.Sequential(layer, nn.ReLU(), nn.Sequential(layer)), "xs:1", 0)
     assert half[0] is half[2][0]
     assert isinstance(half[0], LoraXS)
     assert half[0].base_layer is layer
@@ -148,7 +148,7 @@ def test_modules_that_read_weights_see_the_adapter():
     half = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)).eval()
     x = torch.randn(2, 3, 8)
     before = half(x)
-    moving_only(half, "xs:2", 0)
+    select_trainable(half, "xs:2", 0)
     adapted = {name: m for name, m in half.named_modules() if isinstance(m, LoraXS)}
     assert set(adapted) == {"0.self_attn.out_proj", "0.linear1", "0.linear2"}
     with torch.no_grad():
@@ -189,8 +189,8 @@ def test_narrow_weights_probes_and_dtypes(frozen, dtype):
     """A and B are never narrow; moved weights are read as they are written; forward mode is the gradient."""
     x = tokens()
     half = split(bert(), 1).client
-    narrowed(moving_only(half, "act:2", 0, x).to(getattr(torch, dtype)), frozen)
-    assert {str(t.dtype) for t in factors(half).values()} == {f"torch.{dtype}"}
+    narrow_weights(select_trainable(half, "act:2", 0, x).to(getattr(torch, dtype)), frozen)
+    assert {str(t.dtype) for t in fixed_factors(half).values()} == {f"torch.{dtype}"}
     parameters, streams = trainable(half)
     assert sum(p.numel() for p in parameters) == 4 * 6
     with torch.no_grad():
@@ -212,10 +212,10 @@ def test_narrow_weights_probes_and_dtypes(frozen, dtype):
 
 
 def test_a_model_with_adapters_is_cut_and_compared():
-    model = moving_only(bert(), "xs:2:*.layer.*", 0)
+    model = select_trainable(bert(), "xs:2:*.layer.*", 0)
     halves = split(model, 1)  # compares outputs and gradients with the model's
     assert len(trainable(halves.client)[0]) == 6
-    assert len(factors(halves.server)) == 12
+    assert len(fixed_factors(halves.server)) == 12
 
 
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
@@ -229,7 +229,7 @@ def test_layers_of_other_kinds(family):
     half = split(model.eval(), 1).client
     x = tokens()
     before = call(half.requires_grad_(False), x)  # torch multiplies otherwise where weights require grad
-    moving_only(half, "act:2", 0, x)
+    select_trainable(half, "act:2", 0, x)
     assert torch.equal(call(half, x), before)
     layers = [m for m in half.modules() if isinstance(m, LoraXS)]
     assert len(layers) == {"gpt2": 4, "t5": 6}[family]
@@ -256,12 +256,12 @@ def test_peft_s_by_name(told, moving, fixed):
         half = split(bert(), 1).client
         before = call(half, x)
         torch.manual_seed(len(halves))  # of the run alone
-        moving_only(half, told, seed)
+        select_trainable(half, told, seed)
         assert torch.allclose(call(half, x), before, atol=1e-2)
         halves.append(half)
     assert sum(p.numel() for p in trainable(halves[0])[0]) == moving
     assert all("base_layer" not in n for n, p in halves[0].named_parameters() if p.requires_grad)
-    assert sum(t.numel() for t in factors(halves[0]).values()) == fixed
+    assert sum(t.numel() for t in fixed_factors(halves[0]).values()) == fixed
     first, same, other = (base_digest(half.state_dict()) for half in halves)
     assert first == same
     assert (first != other) == (told in ("peft:LORA", "peft:unilora"))
@@ -279,11 +279,11 @@ def test_peft_s_by_file(tmp_path, kind):
     file.write_text(json.dumps(told))
     half = split(bert(), 1).client
     before = call(half, x)
-    moving_only(half, f"peft:{file}", 0, x)
+    select_trainable(half, f"peft:{file}", 0, x)
     assert torch.equal(call(half, x), before) or torch.allclose(call(half, x), before, atol=1e-6)
     moving = {name for name, p in half.named_parameters() if p.requires_grad}
     assert len(moving) == {"lora": 8, "eva": 4, "lora with exclude_modules": 6}[kind]
-    fixed = factors(half)
+    fixed = fixed_factors(half)
     if kind != "eva":
         assert not fixed
         return
@@ -298,10 +298,10 @@ def test_peft_s_by_file(tmp_path, kind):
     top = torch.linalg.svd(rows - rows.mean(0))[2][:2]  # peft centres them
     A = fixed["trunk.encoder.layer.0.attention.self.query.lora_A.default.weight"]
     assert torch.allclose(torch.linalg.svdvals(A @ top.T), torch.ones(2), atol=1e-3)
-    moving_only(other, f"peft:{file}", 1, x)
-    assert base_digest(factors(other)) == base_digest(fixed)  # nothing of it is random
-    narrowed(half, "int8")
-    assert base_digest(factors(half)) == base_digest(fixed)
+    select_trainable(other, f"peft:{file}", 1, x)
+    assert base_digest(fixed_factors(other)) == base_digest(fixed)  # nothing of it is random
+    narrow_weights(half, "int8")
+    assert base_digest(fixed_factors(half)) == base_digest(fixed)
 
 
 # --- runs ---------------------------------------------------------------------------------------------------------
@@ -320,7 +320,7 @@ def test_a_run_trains_resumes_and_is_rebuilt(folder, tmp_path, trains):  # noqa:
     settings = config(folder, trains=trains, rounds=4, snapshot_every=2)
     whole = train(settings, tmp_path / "whole")
     base = load_file(tmp_path / "whole" / "base.safetensors")
-    fixed = factors(assemble(settings)[0].base)
+    fixed = fixed_factors(assemble(settings)[0].base)
     assert fixed
     assert all(torch.equal(base[name], tensor) for name, tensor in fixed.items())
     with pytest.raises(KeyboardInterrupt):
@@ -338,7 +338,7 @@ def test_a_run_trains_resumes_and_is_rebuilt(folder, tmp_path, trains):  # noqa:
 
 def turned(monkeypatch):
     """Another machine: its decompositions have other bits."""
-    signed = adapters.signed
+    signed = adapters.fix_signs
     monkeypatch.setattr(adapters, "signed", lambda rows: signed(rows) * (1 + 1e-6))
 
 
@@ -439,7 +439,7 @@ def test_a_task_of_one_s_own_brings_its_samples():
 def untouched(half, trains, match, public=None):
     before = {name: (id(p), p.requires_grad) for name, p in half.named_parameters()}
     with pytest.raises(ValueError, match=match) as caught:
-        moving_only(half, trains, 0, public)
+        select_trainable(half, trains, 0, public)
     assert f"{trains!r}" in str(caught.value)
     assert {name: (id(p), p.requires_grad) for name, p in half.named_parameters()} == before
 
@@ -538,10 +538,10 @@ def test_torch_s_encoder_layers_call_layers_with_adapters(masked, told, tmp_path
         told = f"peft:{tmp_path / 'a.json'}"
     half, x = Encoder(masked), torch.randn(4, 5, 16)
     base = copy.deepcopy(half)
-    moving_only(half, told, 0)
+    select_trainable(half, told, 0)
     for p in trainable(half)[0]:
         nn.init.normal_(p, std=0.4)
-    refuse_idle(half, x)
+    refuse_idle_adapters(half, x)
     half = copy.deepcopy(half)
     with torch.no_grad():
         wanted = half.train()(x)
@@ -560,11 +560,11 @@ def test_torch_s_encoder_layers_call_layers_with_adapters(masked, told, tmp_path
 @pytest.mark.parametrize("told", ["lora:2", "peft:ia3", "lora:2:*.out_proj"])
 def test_an_adapter_whose_layer_is_never_called_is_refused(told, frozen):
     half, x = Encoder(False), torch.randn(4, 5, 16)
-    narrowed(moving_only(half, told, 0), frozen)
+    narrow_weights(select_trainable(half, told, 0), frozen)
     before = {name: t.clone() for name, t in half.state_dict().items()}
     grads = [p.requires_grad for p in half.parameters()]
     with pytest.raises(ValueError, match=r"out_proj.*would do nothing: the client half reads the weight of"):
-        refuse_idle(half, x)
+        refuse_idle_adapters(half, x)
     assert grads == [p.requires_grad for p in half.parameters()]
     assert all(torch.equal(t, before[name]) for name, t in half.state_dict().items())
     model = nn.Sequential(Encoder(False), nn.Flatten(), nn.Linear(80, 2))
@@ -577,12 +577,12 @@ def test_an_adapter_whose_layer_is_never_called_is_refused(told, frozen):
 @pytest.mark.parametrize("all_move", [False, True])
 def test_adapters_that_a_fused_operation_passes_by_are_found_out(all_move):
     """As of a model that came with its adapters."""
-    half, x = moving_only(Encoder(False), "lora:2:*.linear?", 0), torch.randn(4, 5, 16)
+    half, x = select_trainable(Encoder(False), "lora:2:*.linear?", 0), torch.randn(4, 5, 16)
     half.inner[0].activation_relu_or_gelu = 2
     if all_move:
         half.requires_grad_(True)
     with pytest.raises(ValueError, match=r"linear1\.lora_A\.\S+ would do nothing"):
-        refuse_idle(half, x)
+        refuse_idle_adapters(half, x)
 
 
 def test_adapters_that_samples_do_not_reach_are_taken():
@@ -594,8 +594,8 @@ def test_adapters_that_samples_do_not_reach_are_taken():
         def forward(self, x):
             return self.experts[0](x) if x.sum() > 0 else self.experts[1](x)
 
-    half = moving_only(Routed(), "lora:2", 0)
-    refuse_idle(half, torch.ones(2, 4))
+    half = select_trainable(Routed(), "lora:2", 0)
+    refuse_idle_adapters(half, torch.ones(2, 4))
 
     class Reads(nn.Module):
         def __init__(self):
@@ -605,9 +605,9 @@ def test_adapters_that_samples_do_not_reach_are_taken():
         def forward(self, x):
             return nn.functional.linear(x, self.q.weight)
 
-    refuse_idle(moving_only(Reads(), "xs:2", 0), torch.ones(2, 4))
+    refuse_idle_adapters(select_trainable(Reads(), "xs:2", 0), torch.ones(2, 4))
     with pytest.raises(ValueError, match=r"q\.lora_A"):
-        refuse_idle(moving_only(Reads(), "lora:2", 0), torch.ones(2, 4))
+        refuse_idle_adapters(select_trainable(Reads(), "lora:2", 0), torch.ones(2, 4))
 
 
 # --- public samples of the training part ----------------------------------------------------------------------------
@@ -628,12 +628,12 @@ def test_public_samples_are_set_aside(folder):  # noqa: F811
     federation, assembled = assemble(config(folder, public=5, trains="act:2"))
     assert len(assembled.train) == total - 5
     other, _ = assemble(config(folder, trains="act:2"))
-    assert base_digest(factors(federation.base)) != base_digest(factors(other.base))
+    assert base_digest(fixed_factors(federation.base)) != base_digest(fixed_factors(other.base))
 
 
 def test_pictures_have_adapters_from_their_inputs_so():
     half = assemble(Config(task="digits", trains="act:2", public=50))[0].base
-    assert factors(half)
+    assert fixed_factors(half)
     with pytest.raises(ValueError, match="public samples"):
         assemble(Config(task="digits", trains="act:2"))
 

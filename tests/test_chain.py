@@ -12,7 +12,7 @@ from pictures import packages
 from test_split import ResNet, randomised
 from torch import nn
 
-from hosfl.halves.chain import chain
+from hosfl.halves.chain import trace_chain
 from hosfl.halves.follow import CutError
 from hosfl.halves.split import SplitModel, cut_points, split
 from hosfl.halves.verify import verify_halves
@@ -729,7 +729,7 @@ def test_what_is_no_chain_is_refused():
     with pytest.raises(ValueError, match="a few samples are needed"):
         split(Net(), "second")
     torch.manual_seed(0)
-    wrong = SplitModel(*chain(Net()).cut("second"))
+    wrong = SplitModel(*trace_chain(Net()).cut("second"))
     with pytest.raises(CutError, match="it has no parameter like the client half's shift"):
         verify_halves(Net(), wrong, torch.randn(2, 6))
 

@@ -11,10 +11,10 @@ from hosfl import Config, train
 from hosfl.cli import main
 from hosfl.halves.blocks import blocks_of
 from hosfl.halves.families import example_inputs
-from hosfl.halves.hub import untrained
+from hosfl.halves.hub import random_trunk
 from hosfl.halves.inputs import call
 from hosfl.halves.split import split
-from hosfl.halves.trains import moving_only
+from hosfl.halves.trains import select_trainable
 from hosfl.probing.compiled import call_compiled
 
 SMALL = {"rounds": 3, "clients": 4, "batch": 16, "directions": 2, "server_rate": 0.03, "client_rate": 0.05}
@@ -52,9 +52,9 @@ def failing(graph, inputs):
 def half(request):
     """A client half of four layers, and inputs; "kept": the first two do not move, and run once a round."""
     torch.manual_seed(0)
-    model = untrained("bert", **BERT).eval()
+    model = random_trunk("bert", **BERT).eval()
     trains = "*layer.[23].*bias" if request.param == "kept" else "*bias"
-    return moving_only(split(model, 4).client, trains, 0), example_inputs(model)
+    return select_trainable(split(model, 4).client, trains, 0), example_inputs(model)
 
 
 @pytest.mark.parametrize("estimator", ["one-sided", "two-sided"])

@@ -25,11 +25,11 @@ import hosfl
 from hosfl import Config, Task
 from hosfl.cli import main
 from hosfl.edge import travel
-from hosfl.edge.client import EdgeClient, _Probe
+from hosfl.edge.client import EdgeClient, _Perturbation
 from hosfl.edge.data import Batches, Samples, read_samples, samples_of
 from hosfl.edge.export import ExportError
 from hosfl.edge.half import Half, HalfError
-from hosfl.edge.join import client_of, join
+from hosfl.edge.join import join, make_client
 from hosfl.engines.ending import Ending
 from hosfl.engines.engine import JoinError
 from hosfl.engines.in_process import InProcess
@@ -217,7 +217,7 @@ def fetch_from(files):
 
 def endpoint(files, number, folder, data):
     folder.mkdir(exist_ok=True)
-    return client_of(files["run"], fetch_from(files), number, folder, data)
+    return make_client(files["run"], fetch_from(files), number, folder, data)
 
 
 def close(one, other, cut, sent, mu):
@@ -649,7 +649,7 @@ def test_an_interrupt_on_the_way_home_waits(tmp_path):
     federation, task, files = made("gaussian")
     data = saved(partition(task, federation.config)[1], tmp_path / "own.npz")
     replica = endpoint(files, 1, tmp_path / "1", data).client.replica
-    before, probe = replica.digest(), _Probe(replica, range(len(replica.tensors)))
+    before, probe = replica.digest(), _Perturbation(replica, range(len(replica.tensors)))
     probe.move(3, 0.5)
     assert replica.digest() != before
 

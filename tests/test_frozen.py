@@ -15,9 +15,9 @@ from torch import nn
 from hosfl import Config, rebuild, train
 from hosfl.cli import main
 from hosfl.halves.inputs import call, evaluating
-from hosfl.halves.narrow import BITS, GROUP, _made, made_again, narrowed
+from hosfl.halves.narrow import BITS, GROUP, _recorded_reads, narrow_weights, recompute_wide_weights
 from hosfl.halves.split import dtype_of, split
-from hosfl.halves.trains import moving_only
+from hosfl.halves.trains import select_trainable
 from hosfl.probing.forward_mode import derivative
 from hosfl.probing.probe import Moved, probe_backward, probe_forward, probe_in_place, probe_untouched, trainable
 from hosfl.protocol.header import LogError
@@ -56,7 +56,7 @@ def test_a_weight_is_a_scale_times_the_nearest_integer(frozen, columns):
     linear = frozen_linear(columns, 3)
     linear.weight.data[1] = 0
     before = linear.weight.double()
-    read = narrowed(linear, frozen).weight
+    read = narrow_weights(linear, frozen).weight
     assert (read.dtype, read.shape) == (torch.float32, (3, columns))
     assert not read.requires_grad
     top, groups = 2 ** (BITS[frozen] - 1) - 1, -(-columns // GROUP)
@@ -78,7 +78,7 @@ def test_a_weight_is_a_scale_times_the_nearest_integer(frozen, columns):
 def test_bfloat16_is_bfloat16():
     linear = frozen_linear(97, 3)
     before = linear.weight.clone()
-    assert torch.equal(narrowed(linear, "bfloat16").weight, before.bfloat16().float())
+    assert torch.equal(narrow_weights(linear, "bfloat16").weight, before.bfloat16().float())
 
 
 @pytest.mark.parametrize(("frozen", "bits"), [("bfloat16", 16), ("int8", 8.5), ("int4", 4.5), ("int2", 2.5)])
@@ -89,7 +89,7 @@ def test_bytes(frozen, bits):
     matrices = 1000 * 384 + 384 * 1536 + 64 * 3 * 128
     vectors = 1536 + 64 + 2 * 384
     assert bytes_of(half) == 4 * (matrices + vectors)
-    state = narrowed(half, frozen).state_dict()
+    state = narrow_weights(half, frozen).state_dict()
     ones = 3 * 4 if frozen == "bfloat16" else 0
     assert bytes_of(half) == sum(t.nbytes for t in state.values()) == matrices * bits / 8 + 4 * vectors + ones
 
@@ -97,9 +97,9 @@ def test_bytes(frozen, bits):
 @pytest.mark.parametrize("frozen", NARROW)
 def test_names_places_and_copies(frozen):
     half = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6), nn.LayerNorm(6))
-    moving_only(half, "norms", 0)
+    select_trainable(half, "norms", 0)
     names, streams = [name for name, _ in half.named_parameters()], trainable(half)[1]
-    narrowed(half, frozen)
+    narrow_weights(half, frozen)
     assert [name for name, _ in half.named_parameters()] == names
     assert trainable(half)[1] == streams == [4, 5]
     assert isinstance(half[0], nn.Linear)
@@ -122,7 +122,7 @@ def test_names_places_and_copies(frozen):
 def test_an_embedding_looks_up_rows_only():
     table = nn.Embedding(50_000, 70).requires_grad_(False)
     ids = torch.tensor([[3, 49_999], [0, 3]])
-    narrowed(table, "int4")
+    narrow_weights(table, "int4")
     assert torch.equal(table(ids), table.weight[ids])
     made = []
 
@@ -144,7 +144,7 @@ def test_an_embedding_looks_up_rows_only():
 @pytest.mark.parametrize("stored", ["bfloat16", "int8", "int4", "int2"])
 def test_a_token_that_is_none_is_an_error(stored):
     """As in a wide table: an index would count a negative one from the end."""
-    table = narrowed(nn.Embedding(20, 6).requires_grad_(False), stored)
+    table = narrow_weights(nn.Embedding(20, 6).requires_grad_(False), stored)
     for token in (-1, 20):
         with pytest.raises(IndexError):
             table(torch.tensor([[3, token]]))
@@ -155,7 +155,7 @@ def test_tied_weights_stay_one():
     module.convolution.bias.requires_grad_(True)
     ids = torch.tensor([[1, 2, 3, 49, 0], [5, 5, 48, 2, 1]])
     plain = copy.deepcopy(module).eval()
-    narrowed(module, "int8").eval()
+    narrow_weights(module, "int8").eval()
     assert module.tied._parameters["weight"] is module.table._parameters["weight"]
     assert torch.equal(module.tied.weight, module.table.weight)
     assert torch.equal(copy.deepcopy(module)(ids), module(ids))
@@ -176,8 +176,8 @@ def test_every_family(family, frozen):
         plain, inputs = split(differentiable(family), 2).client, text("left")
     else:
         plain, inputs = split(image_model(family), 2).client, torch.randn(2, 3, 16, 16)
-    moving_only(plain, "norms", 0)
-    half = narrowed(copy.deepcopy(plain), frozen)
+    select_trainable(plain, "norms", 0)
+    half = narrow_weights(copy.deepcopy(plain), frozen)
     assert not [name for name, p in half.named_parameters() if p.is_floating_point() and p.squeeze().dim() > 1]
     wide = wide_copy(plain, half)
     with evaluating(half), evaluating(wide):
@@ -194,7 +194,7 @@ def test_every_family(family, frozen):
 def test_every_estimator_agrees_with_backpropagation(trains, frozen):
     torch.manual_seed(0)
     half = nn.Sequential(nn.Linear(70, 16), nn.Tanh(), nn.LayerNorm(16), nn.Linear(16, 70), nn.Linear(70, 4))
-    narrowed(moving_only(half, trains, 0), frozen)
+    narrow_weights(select_trainable(half, trains, 0), frozen)
     x, multiplier, seeds = torch.randn(8, 70), torch.randn(8, 4), [1, 2, 3, 4, 5]
     parameters, streams = trainable(half)
     with torch.no_grad():  # adapters start as zero: half of the derivatives would be
@@ -223,14 +223,14 @@ def test_backpropagation_makes_wide_weights_again(frozen):
     layers = [layer for _ in range(8) for layer in (nn.Linear(300, 300), nn.Tanh())]
     half = nn.Sequential(nn.Linear(8, 300), *layers, nn.Unflatten(1, (3, 10, 10)), nn.Conv2d(3, 4, 3))
     half[1:].requires_grad_(False)
-    narrowed(half, frozen)
+    narrow_weights(half, frozen)
     x, parameters = torch.randn(2, 8), trainable(half)[0]
 
     def gradients():
         return torch.autograd.grad(half(x).square().sum(), parameters)
 
     def again():
-        with made_again():
+        with recompute_wide_weights():
             return gradients()
 
     for found, expected in zip(again(), gradients(), strict=True):
@@ -241,9 +241,9 @@ def test_backpropagation_makes_wide_weights_again(frozen):
     multiplier, seeds = torch.randn(2, 4, 8, 8), [1, 2]
     with evaluating(half):
         assert peak_bytes(lambda: probe_backward(half, x, multiplier, seeds, "rademacher")) < 4 * wide
-    with pytest.raises(ZeroDivisionError), made_again():
+    with pytest.raises(ZeroDivisionError), recompute_wide_weights():
         1 / 0  # noqa: B018
-    assert not _made
+    assert not _recorded_reads
 
 
 def _along(gradient, seed, stream):
@@ -253,7 +253,7 @@ def _along(gradient, seed, stream):
 def test_adapters_on_top():
     """peft takes narrow layers for what they are, so that either can come first."""
     half = nn.Sequential(frozen_linear(70, 16), nn.Tanh(), frozen_linear(16, 4))
-    narrowed(half, "int4")
+    narrow_weights(half, "int4")
     x = torch.randn(3, 70)
     before = half(x)
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["0", "2"]), half)
@@ -329,9 +329,9 @@ def test_nothing_to_narrow(folder, capsys):  # noqa: F811
     with pytest.raises(ValueError, match="'int8' finds nothing to store so: every weight of the client half moves"):
         train(config(folder, frozen="int8"))
     with pytest.raises(ValueError, match="finds nothing"):
-        narrowed(nn.LSTM(3, 4).requires_grad_(False), "int8")
+        narrow_weights(nn.LSTM(3, 4).requires_grad_(False), "int8")
     with pytest.raises(ValueError, match="finds nothing"):
-        narrowed(nn.Embedding(3, 4, max_norm=1.0).requires_grad_(False), "int8")
+        narrow_weights(nn.Embedding(3, 4, max_norm=1.0).requires_grad_(False), "int8")
     with pytest.raises(SystemExit):
         main(["train", "--frozen", "int5"])
     assert "invalid choice: 'int5'" in capsys.readouterr().err
@@ -344,11 +344,11 @@ def test_weights_that_are_no_numbers(value):
     linear = frozen_linear(3, 4)
     linear.weight.data[1, 2] = value
     with pytest.raises(ValueError, match=r"^weight has infinite or NaN weights, which cannot be stored as int4"):
-        narrowed(linear, "int4")
+        narrow_weights(linear, "int4")
 
 
 def test_float32_leaves_all_as_it_is():
     linear = frozen_linear(3, 4)
     weight = linear.weight
-    assert narrowed(linear, "float32") is linear
+    assert narrow_weights(linear, "float32") is linear
     assert linear.weight is weight

@@ -13,7 +13,7 @@ from hosfl.halves.families import FAMILIES
 from hosfl.halves.follow import CutError
 from hosfl.halves.inputs import evaluating
 from hosfl.halves.split import CutPoint, cut_points, split
-from hosfl.halves.verify import owners
+from hosfl.halves.verify import original_parameters
 from hosfl.probing.probe import probe_untouched
 
 LAYERS, LENGTH, WIDTH = 3, 7, 16
@@ -293,7 +293,7 @@ def test_every_weight_is_on_its_side(family):
     for point in cut_points(model):
         halves = split(model, point.at)
         client, server = ([*half.parameters()] for half in (halves.client, halves.server))
-        owner = owners(model, halves)
+        owner = original_parameters(model, halves)
         assert all(owner[p] is p for p in client)
         assert not {*client} & {*server}
         assert {*owner.values()} == {*model.parameters()}
@@ -379,7 +379,10 @@ def test_the_multiplier_is_the_whole_model_s_gradient(family, at):
     server(leaf, attention_mask=inputs["attention_mask"]).square().mean().backward()
     assert halves.server.holder.cut is None
     cut.backward(leaf.grad)
-    owner, copies = owners(model, halves), zip(halves.server.parameters(), server.parameters(), strict=True)
+    owner, copies = (
+        original_parameters(model, halves),
+        zip(halves.server.parameters(), server.parameters(), strict=True),
+    )
     found = {p: p.grad for p in halves.client.parameters() if p.grad is not None}
     for parameter, same in copies:  # of what both halves have, the model's gradient is the sum
         if same.grad is not None:

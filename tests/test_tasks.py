@@ -12,7 +12,7 @@ from hosfl import Config, rebuild, train
 from hosfl.cli import main
 from hosfl.edge.data import Samples
 from hosfl.halves.inputs import call
-from hosfl.halves.trains import moving_only
+from hosfl.halves.trains import select_trainable
 from hosfl.probing.probe import trainable
 from hosfl.protocol.messages import Cut, encode
 from hosfl.runs.assemble import assemble
@@ -318,14 +318,14 @@ def a_half():
     ],
 )
 def test_patterns_choose_what_moves(trains, expected):
-    half = moving_only(a_half(), trains, 0)
+    half = select_trainable(a_half(), trains, 0)
     assert [name for name, p in half.named_parameters() if p.requires_grad] == expected
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell])
 def test_biases_of_recurrent_layers_are_biases(kind):
     more = {} if kind is nn.LSTMCell else {"bidirectional": True, "num_layers": 2}
-    half = moving_only(nn.Sequential(kind(3, 4, **more)), "biases", 0)
+    half = select_trainable(nn.Sequential(kind(3, 4, **more)), "biases", 0)
     assert all(p.requires_grad == ("bias_" in name) for name, p in half.named_parameters())
 
 
@@ -337,7 +337,7 @@ def test_adapters_start_as_nothing_and_follow_the_seed():
     for seed in (1, 1, 2):
         half = a_half()
         half.load_state_dict(state)
-        halves.append(moving_only(half, "lora", seed))
+        halves.append(select_trainable(half, "lora", seed))
         assert torch.equal(call(halves[-1], x), call(plain, x))
     first, same, other = ([p.detach() for p in trainable(half)[0]] for half in halves)
     assert len(first) == 4  # two matrices beside each of two layers
@@ -352,7 +352,7 @@ def test_adapters_have_their_rank(trains, rank):
     state = plain.state_dict()
     half = a_half()
     half.load_state_dict(state)
-    moving_only(half, trains, 0)
+    select_trainable(half, trains, 0)
     moving = trainable(half)[0]
     assert [tuple(p.shape) for p in moving] == [(rank, 3), (4, rank), (rank, 4), (2, rank)]
     with torch.no_grad():
@@ -363,15 +363,15 @@ def test_adapters_have_their_rank(trains, rank):
 
 
 def test_adapters_go_beside_layers_that_match():
-    half = moving_only(a_half(), "lora:2:1.*, 2", 0)
+    half = select_trainable(a_half(), "lora:2:1.*, 2", 0)
     assert [name.partition(".lora_")[0] for name, p in half.named_parameters() if p.requires_grad] == ["2", "2"]
     inside = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3)))
-    moving_only(inside, "lora:1:0", 0)
+    select_trainable(inside, "lora:1:0", 0)
     assert {name.partition(".lora_")[0] for name, p in inside.named_parameters() if p.requires_grad} == {"0"}
     half = a_half()
     moving = len(trainable(half)[0])
     with pytest.raises(ValueError, match=r"'lora:2:\*.query' matches no linear layer; the client half has 0, 2"):
-        moving_only(half, "lora:2:*.query", 0)
+        select_trainable(half, "lora:2:*.query", 0)
     assert len(trainable(half)[0]) == moving
 
 
@@ -380,14 +380,14 @@ def test_a_rank_that_is_none_is_an_error(rank):
     half = a_half()
     before = trainable(half)[0]
     with pytest.raises(ValueError, match=f"'lora:{rank}': the rank must be a whole number from 1 on"):
-        moving_only(half, f"lora:{rank}", 0)
+        select_trainable(half, f"lora:{rank}", 0)
     assert len(trainable(half)[0]) == len(before)  # nothing half-applied
 
 
 def test_nothing_that_moves_is_an_error():
     with pytest.raises(ValueError, match=r"leaves nothing that moves; the client half has 0\.weight, 0\.bias"):
-        moving_only(a_half(), "decoder.*", 0)
+        select_trainable(a_half(), "decoder.*", 0)
     with pytest.raises(ValueError, match="leaves nothing"):
-        moving_only(nn.Linear(2, 2), "norms", 0)
+        select_trainable(nn.Linear(2, 2), "norms", 0)
     with pytest.raises(ValueError, match="has none"):
-        moving_only(nn.Conv2d(1, 1, 1), "lora", 0)
+        select_trainable(nn.Conv2d(1, 1, 1), "lora", 0)

@@ -6,7 +6,7 @@ import torch
 from benchmarks import uses
 from benchmarks.uses import Measured
 from hosfl import Config, train
-from hosfl.halves.blocks import allotted
+from hosfl.halves.blocks import allot_directions
 from hosfl.protocol.messages import Gradient
 
 BLOCKS = [Measured(0, 8, 3, 1.0), Measured(8, 20, 4, 0.5)]
@@ -80,7 +80,7 @@ def test_the_same_work_in_all():
         by_length.squares = squares
         found = by_length.counts(0)
         assert sum(n * block.share for n, block in zip(found, BLOCKS, strict=True)) <= 1.01 * 5
-        assert found == allotted(sum(found), [squares[0] * 8, squares[1] * 12], [1.0, 0.5])
+        assert found == allot_directions(sum(found), [squares[0] * 8, squares[1] * 12], [1.0, 0.5])
     by_length.squares = [100.0, 1.0]
     assert by_length.counts(0)[0] > 3
 

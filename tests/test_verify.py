@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hosfl.halves.families import FAMILIES, example_inputs
 from hosfl.halves.follow import CutError
 from hosfl.halves.split import SplitModel, cut_points, split
-from hosfl.halves.transformer_halves import tensor_of
+from hosfl.halves.transformer_halves import output_tensor
 from hosfl.halves.verify import verify_halves
 
 SPLIT = import_module("hosfl.halves.split")  # `hosfl.split` is the function
@@ -568,9 +568,9 @@ def test_a_model_of_two_outputs_is_told_so():
     with pytest.raises(CutError, match="the model makes a tuple, and a server half makes one tensor"):
         split(Pair(), "second", example=torch.randn(3, 4))
     with pytest.raises(CutError, match="the model makes a NoneType"):
-        tensor_of(None)
+        output_tensor(None)
     with pytest.raises(CutError, match="the model makes a, b, and a server half"):
-        tensor_of({"a": 1, "b": 2})
+        output_tensor({"a": 1, "b": 2})
 
 
 def test_the_model_is_compared_without_a_cache():

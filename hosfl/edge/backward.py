@@ -19,22 +19,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_structure
 
-from hosfl.edge.gradient import BETWEEN, GRADIENT, MULTIPLIER, OF, Gradient
-from hosfl.edge.graph import leave_out_unread, whole, without_weights
+from hosfl.edge.gradient import BLOCK_INPUT, GRADIENT, GRADIENT_PREFIX, MULTIPLIER, Gradient
+from hosfl.edge.graph import externalize_weights, remove_unread_inputs, serialize_part
 from hosfl.edge.half import BASE
-from hosfl.edge.original import CLOSE, MOVED, ExportError, Original, is_text, original, size_of
-from hosfl.edge.tracing import Positional, Tables, exporting, quiet
-from hosfl.halves.blocks import at_entry
+from hosfl.edge.original import TOLERANCE, WHERE_MOVED, ExportError, Original, describe_batch, is_text, original
+from hosfl.edge.tracing import OnnxLookups, Positional, as_export_errors, silence_exporter
+from hosfl.halves.blocks import capture_entry_input
 from hosfl.halves.inputs import Inputs, call
-from hosfl.halves.narrow import in_their_dtype
+from hosfl.halves.narrow import narrow_bfloat16_as_floats
 from hosfl.probing.probe import Lookups
 from hosfl.protocol.weights import Weights
 
-NOTHING = 1e-3  # of the largest gradient: smaller ones may be rounding alone, such as that of a key's bias
+NEGLIGIBLE = 1e-3  # of the largest gradient: smaller ones may be rounding alone, such as that of a key's bias
 aten = torch.ops.aten
 
 
-def exported_gradient(
+def export_gradient(
     half: nn.Module,
     sample: Inputs,
     entry: str = "",
@@ -52,13 +52,13 @@ def exported_gradient(
     Raises ExportError as `exported`, and where torch has no such graph.
     """
     with original(half, sample) as of, Lookups():
-        model = _graph(of, [entry] if entry else [])
-        graph = _gradients(model, *without_weights(model, of, True, running), bool(entry))
+        model = _traced_backward(of, [entry] if entry else [])
+        graph = _gradients(model, *externalize_weights(model, of, True, running), bool(entry))
         _compare(of, of.batches(most), entry, graph, running)
     return graph
 
 
-class _Product(Positional):
+class _InnerProduct(Positional):
     """<multiplier, cut>, whose gradient it is, and what comes to the entries; the multiplier is the first argument."""
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -67,8 +67,8 @@ class _Product(Positional):
         return (cut * multiplier).sum(), *reached
 
 
-def _graph(of: Original, entries: Sequence[str]) -> Any:
-    """The exporter's model of both passes, in onnxscript's representation: `_Product`'s outputs, then the gradients."""
+def _traced_backward(of: Original, entries: Sequence[str]) -> Any:
+    """The exporter's model of both passes in onnxscript's representation: outputs of `_InnerProduct`, then gradients."""
     from torch.export.experimental import _export_forward_backward
 
     inputs = of.traced()
@@ -77,41 +77,41 @@ def _graph(of: Original, entries: Sequence[str]) -> Any:
     texts = {name for name, x in inputs.items() if of.any_length and is_text(name, x)}
     sizes = tuple({0: auto, **({1: auto} if name in texts else {})} for name in inputs)
     of_cut = {0: auto, **({1: auto} if texts else {})}
-    product = _Product(of, entries)
+    product = _InnerProduct(of, entries)
     # Attention as products and a softmax, whose derivatives are such too.
     with (
-        exporting(of.half, ", or take an estimator without a gradient, such as one-sided"),
-        quiet(),
+        as_export_errors(of.half, ", or take an estimator without a gradient, such as one-sided"),
+        silence_exporter(),
         torch.enable_grad(),
         sdpa_kernel(SDPBackend.MATH),
-        _read_alone(of.half, of.sample),
-        in_their_dtype(of.half),
-        Tables(),
-        _Paddings(),
+        _without_unread_weights(of.half, of.sample),
+        narrow_bfloat16_as_floats(of.half),
+        OnnxLookups(),
+        _PadAsConcat(),
     ):
         given = (torch.ones_like(cut), *inputs.values())
         forward = torch.export.export(product, given, dynamic_shapes=((of_cut, *sizes),))
-        _leave_out_other_names(forward)
+        _remove_tied_names(forward)
         both = _export_forward_backward(forward)
         outputs, first = both.graph_signature.output_specs, _first_names(product)
         names = [first.get(str(output.target)) for output in outputs]
         for output in outputs:
             output.kind = OutputKind.USER_OUTPUT  # of others the exporter leaves no trace
         both.module_call_graph[0].signature.out_spec = tree_structure(tuple(range(len(outputs))))
-        both = both.run_decompositions(PLAIN)
+        both = both.run_decompositions(DECOMPOSITIONS)
         program = torch.onnx.export(
             both,
             dynamo=True,
             optimize=False,
             verbose=False,
             input_names=[MULTIPLIER, *inputs],
-            output_names=[f"output {n}" if name is None else OF + name for n, name in enumerate(names)],
+            output_names=[f"output {n}" if name is None else GRADIENT_PREFIX + name for n, name in enumerate(names)],
         )
     assert program is not None
     return program.model
 
 
-class _Paddings(TorchFunctionMode):
+class _PadAsConcat(TorchFunctionMode):
     """Padding with a number as a concatenation: torch cannot write the backward pass of its own where the number of
     samples is open, as in a ResNet's shortcuts."""
 
@@ -122,14 +122,14 @@ class _Paddings(TorchFunctionMode):
         if function is nn.functional.pad:
             found = _PAD.bind(*args, **told).arguments
             if found.get("mode", "constant") == "constant" and min(found["pad"]) >= 0:
-                return _padded(found["input"], found["pad"], found.get("value") or 0.0)
+                return _pad(found["input"], found["pad"], found.get("value") or 0.0)
         return function(*args, **told)
 
 
 _PAD = signature(nn.functional.pad)
 
 
-def _padded(x: Tensor, pad: Sequence[int], value: float) -> Tensor:
+def _pad(x: Tensor, pad: Sequence[int], value: float) -> Tensor:
     for n, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True), 1):
         beside = [[*x.shape[: x.dim() - n], size, *x.shape[x.dim() - n + 1 :]] for size in (before, after)]
         if before or after:
@@ -137,7 +137,7 @@ def _padded(x: Tensor, pad: Sequence[int], value: float) -> Tensor:
     return x
 
 
-def _leave_out_other_names(forward: torch.export.ExportedProgram) -> None:
+def _remove_tied_names(forward: torch.export.ExportedProgram) -> None:
     """Of a weight that has several names a program uses one, and torch makes no gradient of the others."""
     specs = forward.graph_signature.input_specs
     inputs = [node for node in forward.graph.nodes if node.op == "placeholder"]
@@ -164,13 +164,13 @@ def _gradients(model: Any, moving: Mapping[str, Any], fixed: Mapping[str, Any], 
         begin = [outputs.pop(0)]
     piece = ir.convenience.extract(graph, [*begin, *given], outputs)
     if begins:
-        piece.inputs[0].name = BETWEEN
-        leave_out_unread(piece)
-    return whole(model, piece, moving, fixed)
+        piece.inputs[0].name = BLOCK_INPUT
+        remove_unread_inputs(piece)
+    return serialize_part(model, piece, moving, fixed)
 
 
 @contextmanager
-def _read_alone(half: nn.Module, sample: Inputs) -> Iterator[None]:
+def _without_unread_weights(half: nn.Module, sample: Inputs) -> Iterator[None]:
     """Without the weights that the cut does not depend on, of which torch makes no graph."""
     weights = [p for p in half.parameters() if p.requires_grad]
     cut = call(half, sample)
@@ -185,7 +185,7 @@ def _read_alone(half: nn.Module, sample: Inputs) -> Iterator[None]:
             p.requires_grad_(True)
 
 
-def _of_convolution(
+def _convolution_backward(
     gradient: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -226,7 +226,9 @@ def _of_convolution(
     return by_input, by_weight, by_bias
 
 
-def _of_rows(table: Tensor, indices: Sequence[Tensor | None], rows: Tensor, accumulate: bool = False) -> Any:
+def _index_put_as_scatter(
+    table: Tensor, indices: Sequence[Tensor | None], rows: Tensor, accumulate: bool = False
+) -> Any:
     """Rows added to a table's, as in the backward pass of an embedding. Where several meet in one, ONNX adds them only
     if it scatters them."""
     (index, *others) = indices
@@ -236,7 +238,7 @@ def _of_rows(table: Tensor, indices: Sequence[Tensor | None], rows: Tensor, accu
     return table.scatter_add(0, index.reshape(-1, 1).expand(-1, table.shape[1]), rows)
 
 
-def _of_average(
+def _avg_pool_backward(
     gradient: Tensor,
     x: Tensor,
     size: Sequence[int],
@@ -252,16 +254,16 @@ def _of_average(
     channels, stride = x.shape[1], stride or size
     weight = torch.full((channels, 1, *size), 1 / (divisor or math.prod(size)))
     wanted = [True, False, False]
-    return _of_convolution(
+    return _convolution_backward(
         gradient, x, weight, None, stride, padding, [1] * len(size), False, [0] * len(size), channels, wanted
     )[0]
 
 
 # What ONNX, or the exporter, has no operator for.
-PLAIN: dict[Any, Any] = {
-    aten.convolution_backward.default: _of_convolution,
-    aten.avg_pool2d_backward.default: _of_average,
-    aten.index_put.default: _of_rows,
+DECOMPOSITIONS: dict[Any, Any] = {
+    aten.convolution_backward.default: _convolution_backward,
+    aten.avg_pool2d_backward.default: _avg_pool_backward,
+    aten.index_put.default: _index_put_as_scatter,
     aten.empty_permuted.default: lambda size, order, **how: torch.zeros(size),
 }
 
@@ -278,7 +280,7 @@ def _compare(
         def compare(inputs: Mapping[str, Tensor], where: str = "") -> tuple[Any, Any, Any]:
             """What was given to the graph."""
             reached: list[Tensor] = []
-            with torch.enable_grad(), at_entry(of.half, entry, reached.append):
+            with torch.enable_grad(), capture_entry_input(of.half, entry, reached.append):
                 cut = of.cut(inputs)
                 multiplier = torch.randn(cut.shape, generator=torch.Generator().manual_seed(len(cut)))
                 wanted = torch.autograd.grad(cut, list(moving.values()), multiplier, allow_unused=True)
@@ -288,13 +290,13 @@ def _compare(
             theirs = [np.zeros_like(f) if w is None else w.numpy() for f, w in zip(found, wanted, strict=True)]
             if not all(np.isfinite(gradient).all() for gradient in theirs):  # see `hosfl.edge.export._difference`
                 return arrays, given, between
-            least = NOTHING * max(np.abs(gradient).max(initial=0) for gradient in theirs)
+            least = NEGLIGIBLE * max(np.abs(gradient).max(initial=0) for gradient in theirs)
             for name, one, other in zip(moving, found, theirs, strict=True):
                 apart, largest = np.abs(one - other).max(initial=0), np.abs(other).max(initial=0)
-                if not apart <= CLOSE * max(largest, least):
+                if not apart <= TOLERANCE * max(largest, least):
                     raise ExportError(
-                        f"the graph's gradient of {name} is not torch's{where}: of {size_of(inputs)} numbers differ by"
-                        f" {apart:.3g}, and the largest is {largest:.3g}"
+                        f"the graph's gradient of {name} is not torch's{where}: of {describe_batch(inputs)} numbers differ"
+                        f" by {apart:.3g}, and the largest is {largest:.3g}"
                     )
             return arrays, given, between
 
@@ -302,4 +304,4 @@ def _compare(
             given = compare(inputs)
         run.check(*given)
         with of.elsewhere(run.tensors):
-            compare(batches[0], MOVED)
+            compare(batches[0], WHERE_MOVED)

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hosfl.edge.graph import whole, without_weights
+from hosfl.edge.graph import externalize_weights, serialize_part
 from hosfl.edge.half import Half
-from hosfl.edge.original import CLOSE, MOVED, ExportError, Original, given_as, original, size_of
+from hosfl.edge.original import TOLERANCE, WHERE_MOVED, ExportError, Original, as_half_inputs, describe_batch, original
 from hosfl.edge.running import STATISTICS
-from hosfl.edge.tracing import Positional, graph_of
+from hosfl.edge.tracing import Positional, trace_graph
 from hosfl.halves.inputs import Inputs
 from hosfl.methods import calibration
 
 
-def exported_statistics(half: nn.Module, sample: Inputs, most: tuple[int, int] = (0, 0)) -> bytes:
+def export_statistics(half: nn.Module, sample: Inputs, most: tuple[int, int] = (0, 0)) -> bytes:
     """The statistics that a half has on a batch, as `calibration.estimated` finds them, as an ONNX model without
     weights: see `exported`. Its output is what `calibration.flat` gives.
 
@@ -29,15 +29,15 @@ def exported_statistics(half: nn.Module, sample: Inputs, most: tuple[int, int] =
     with original(half, sample) as of:
         from onnxscript import ir
 
-        model = graph_of(of, (), _Statistics)
-        moving, fixed = without_weights(model, of, False, calibration.running(of.half))
+        model = trace_graph(of, (), _Statistics)
+        moving, fixed = externalize_weights(model, of, False, calibration.running(of.half))
         piece = ir.convenience.extract(model.graph, list(model.graph.inputs), list(model.graph.outputs))
-        graph = whole(model, piece, moving, fixed)
+        graph = serialize_part(model, piece, moving, fixed)
         _compare(of, of.batches(most), graph)
     return graph
 
 
-class _ByBatch(TorchFunctionMode):
+class _BatchStatisticsMode(TorchFunctionMode):
     """Normalisations with running statistics normalise by the batch, as in train mode.
 
     found: by the running mean's id the means and the variances of every pass, as train mode would take them in.
@@ -50,8 +50,8 @@ class _ByBatch(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if function in _NORMALISE:
-            told = _NORMALISE[function].bind(*args, **(kwargs or {})).arguments
+        if function in _NORM_SIGNATURES:
+            told = _NORM_SIGNATURES[function].bind(*args, **(kwargs or {})).arguments
             if id(told.get("running_mean")) in self.own:
                 return self._normalised(by_sample=function is nn.functional.instance_norm, **told)
         return function(*args, **(kwargs or {}))
@@ -73,10 +73,12 @@ class _ByBatch(TorchFunctionMode):
         )
         means, variances = ((x.mean(0) if by_sample else x).flatten() for x in (mean, unbiased))
         self.found.setdefault(id(running_mean), []).append((means, variances))
-        return _scaled((input - mean) * torch.rsqrt(variance + eps), weight, bias)
+        return _scale_and_shift((input - mean) * torch.rsqrt(variance + eps), weight, bias)
 
 
-_NORMALISE = {function: signature(function) for function in (nn.functional.batch_norm, nn.functional.instance_norm)}
+_NORM_SIGNATURES = {
+    function: signature(function) for function in (nn.functional.batch_norm, nn.functional.instance_norm)
+}
 
 
 def _moments(x: Tensor, over: list[int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,7 +89,7 @@ def _moments(x: Tensor, over: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     return mean, squares / count, squares / (count - 1)
 
 
-def _scaled(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+def _scale_and_shift(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     shape = [1, -1, *[1] * (x.dim() - 2)]
     x = x if weight is None else x * weight.reshape(shape)
     return x if bias is None else x + bias.reshape(shape)
@@ -98,7 +100,7 @@ class _Statistics(Positional):
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         running = list(calibration.running(self.client).values())
-        with _ByBatch(running) as mode:
+        with _BatchStatisticsMode(running) as mode:
             super().forward(*tensors)
         parts = []
         for mean, variance in zip(running[::2], running[1::2], strict=True):
@@ -116,18 +118,18 @@ def _compare(of: Original, batches: Sequence[Mapping[str, Tensor]], graph: bytes
         def compare(inputs: Mapping[str, Tensor], where: str = "") -> None:
             labels = torch.empty(len(next(iter(inputs.values()))))
             try:
-                wanted, _ = calibration.estimated(of.half, [(given_as(of.sample, inputs), labels)])
+                wanted, _ = calibration.estimated(of.half, [(as_half_inputs(of.sample, inputs), labels)])
             except ValueError:  # such a batch has none
                 return
             if not wanted.isfinite().all():  # see `hosfl.edge.export._difference`
                 return
             found = run({name: x.numpy() for name, x in inputs.items()})
-            _check(found, wanted.numpy(), [len(t) for t in running.values()], f"{where}: of {size_of(inputs)}")
+            _check(found, wanted.numpy(), [len(t) for t in running.values()], f"{where}: of {describe_batch(inputs)}")
 
         for inputs in batches:
             compare(inputs)
         with of.elsewhere(run.tensors):
-            compare(batches[0], MOVED)
+            compare(batches[0], WHERE_MOVED)
 
 
 def _check(found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any], sizes: Sequence[int], batch: str) -> None:
@@ -139,7 +141,7 @@ def _check(found: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any], sizes: Seq
         spread = np.sqrt(others[n + 1].max(initial=0))
         largest = max(np.abs(others[n]).max(initial=0), spread), spread**2
         for one, other, size in zip(ones[n : n + 2], others[n : n + 2], largest, strict=True):
-            if not (apart := np.abs(one - other).max(initial=0)) <= CLOSE * size:
+            if not (apart := np.abs(one - other).max(initial=0)) <= TOLERANCE * size:
                 raise ExportError(
                     f"the graph's statistics are not the half's{batch} numbers differ by {apart:.3g}, and the largest"
                     f" is {size:.3g}"

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from hosfl.edge.data import MASK, Samples
 from hosfl.edge.gradient import Gradient
 from hosfl.edge.half import Half
-from hosfl.edge.running import Running
+from hosfl.edge.running import RunningStatistics
 from hosfl.edge.travel import packed, unpacked
 from hosfl.interrupts import uninterrupted
 from hosfl.protocol.arrays import Array
@@ -37,7 +37,7 @@ from hosfl.protocol.replica import Replica, ReplicaState, digest
 from hosfl.protocol.terms import Run
 from hosfl_kernels import perturb_, project, replay_
 
-PART = 1 << 16  # elements of the cut that are in float64 at a time
+CHUNK = 1 << 16  # elements of the cut that are in float64 at a time
 
 
 class EdgeClient:
@@ -70,7 +70,7 @@ class EdgeClient:
         wire: str = "float32",
         gradient: Gradient | None = None,
         microbatch: int = 0,
-        running: Running | None = None,
+        running: RunningStatistics | None = None,
     ) -> None:
         self.number, self.half, self.run, self.batches, self.wire = number, half, run, batches, wire
         self.weights, self.gradient, self.microbatch = weights, gradient, microbatch
@@ -114,7 +114,7 @@ class EdgeClient:
         running.load(message.statistics)
         self.calibrated = True
 
-    def _check_calibration(self, message: Calibration) -> Running:
+    def _check_calibration(self, message: Calibration) -> RunningStatistics:
         if self.running is None:
             raise MessageError("running statistics in a run that estimates none")
         if message.client != self.number:
@@ -159,7 +159,7 @@ class EdgeClient:
         else:
             gradients = self._gradients(self.gradient, self.half.pieces - len(parts), multiplier)
             for block, positions in parts:
-                some, place = [gradients[t] for t in block.tensors], _place(self.replica, block.tensors)
+                some, place = [gradients[t] for t in block.tensors], _noise_arguments(self.replica, block.tensors)
                 scalars[positions] = project(some, seeds[positions], **place)
         return Scalars(client=self.number, round=self._round, epoch=self.epoch, scalars=scalars)
 
@@ -188,7 +188,7 @@ class EdgeClient:
     ) -> list[float]:
         """The derivatives along directions that move these of the tensors, which no piece before this one reads."""
         forward = self.half.at(piece, self._batch.inputs)
-        probe, mu, scalars = _Probe(self.replica, block), self.replica.mu, []
+        probe, mu, scalars = _Perturbation(self.replica, block), self.replica.mu, []
         try:
             for seed in seeds:
                 probe.move(seed, mu)
@@ -207,13 +207,13 @@ class EdgeClient:
         return digest(self.weights()).hex()
 
 
-def _place(replica: Replica, block: Sequence[int]) -> dict[str, Any]:
+def _noise_arguments(replica: Replica, block: Sequence[int]) -> dict[str, Any]:
     """Where directions lie on these of a replica's tensors."""
     factors, streams = [replica.run.factors[t] for t in block], [replica.streams[t] for t in block]
     return {"dist": replica.run.dist, "factors": factors, "streams": streams}
 
 
-class _Probe:
+class _Perturbation:
     """Tensors of a replica that stand at th + step * u(seed), or at th.
 
     On the lattice they move there and back exactly, in one pass from one place to the next. Elsewhere every move
@@ -222,7 +222,7 @@ class _Probe:
 
     def __init__(self, replica: Replica, block: Sequence[int]) -> None:
         self.tensors = [replica.tensors[t] for t in block]
-        self.place = _place(replica, block)
+        self.place = _noise_arguments(replica, block)
         self.kept = None if replica.lattice is not None else [np.copy(t) for t in self.tensors]
         self.standing: list[tuple[int, float]] = []  # seed and step: one at most
 
@@ -251,7 +251,7 @@ class _Probe:
 
 def inner(multiplier: NDArray[np.float32], output: NDArray[np.float32], other: NDArray[np.float32]) -> float:
     """<multiplier, output - other>, summed in float64, some samples at a time. See `hosfl.probing.probe.inner`."""
-    at_once = max(1, PART * len(output) // max(1, output.size))
+    at_once = max(1, CHUNK * len(output) // max(1, output.size))
     return sum(
         float(((output[at : at + at_once] - other[at : at + at_once]).astype(np.float64) * m).sum())
         for at, m in ((at, multiplier[at : at + at_once]) for at in range(0, len(output), at_once))

@@ -52,8 +52,8 @@ class Samples:
         """With inputs in float32, or in the dtypes of integers that a half takes, by name: else in int64."""
         inputs = self.inputs
         if not isinstance(inputs, dict):
-            return Samples(_fitted(inputs, integers.get("input")), self.labels)
-        return Samples({name: _fitted(value, integers.get(name)) for name, value in inputs.items()}, self.labels)
+            return Samples(_cast(inputs, integers.get("input")), self.labels)
+        return Samples({name: _cast(value, integers.get(name)) for name, value in inputs.items()}, self.labels)
 
     def check_taken(self, integers: Mapping[str, np.dtype[Any]]) -> None:
         """Raises DataError for what cannot be the integers that a half takes."""
@@ -104,8 +104,10 @@ def samples_of(given: Any, what: str) -> Samples:
         raise DataError(f"{what} is a {type(given).__name__}: a pair (inputs, labels) or a mapping of arrays is needed")
     inputs, labels = given
     try:
-        arrays = {str(k): _numbers(v, k) for k, v in inputs.items()} if isinstance(inputs, Mapping) else None
-        return Samples(_numbers(inputs, "inputs") if arrays is None else arrays, _labels(_numbers(labels, "labels")))
+        arrays = {str(k): _as_numbers(v, k) for k, v in inputs.items()} if isinstance(inputs, Mapping) else None
+        return Samples(
+            _as_numbers(inputs, "inputs") if arrays is None else arrays, _checked_labels(_as_numbers(labels, "labels"))
+        )
     except DataError as error:
         raise DataError(f"{what}: {error}") from None
 
@@ -123,7 +125,7 @@ def read_samples(data: str) -> Samples:
     return samples_of(returned_by(data), data)
 
 
-def _numbers(value: Any, what: str) -> NDArray[Any]:
+def _as_numbers(value: Any, what: str) -> NDArray[Any]:
     """An array as it is kept: nothing wider than float32. Raises DataError for one that holds no numbers."""
     array = np.asarray(value)
     if array.dtype.kind not in "biuf":
@@ -134,13 +136,13 @@ def _numbers(value: Any, what: str) -> NDArray[Any]:
         return array.astype(np.float32, copy=False)
 
 
-def _fitted(value: NDArray[Any], dtype: np.dtype[Any] | None) -> NDArray[Any]:
+def _cast(value: NDArray[Any], dtype: np.dtype[Any] | None) -> NDArray[Any]:
     if value.dtype.kind == "f":
         return value.astype(np.float32, copy=False)
     return value.astype(np.int64 if dtype is None else dtype, copy=False)
 
 
-def _labels(labels: NDArray[Any]) -> NDArray[Any]:
+def _checked_labels(labels: NDArray[Any]) -> NDArray[Any]:
     """Integers as they are, others in float32. Raises DataError for those that no message can carry."""
     if labels.dtype.kind == "f":
         if not np.isfinite(labels).all():

@@ -9,14 +9,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hosfl.edge.graph import pieces, without_weights
+from hosfl.edge.graph import externalize_weights, split_graph
 from hosfl.edge.half import Half, graph_name
-from hosfl.edge.original import CLOSE, MOVED, ExportError, Original, original, size_of
-from hosfl.edge.tracing import graph_of
+from hosfl.edge.original import TOLERANCE, WHERE_MOVED, ExportError, Original, describe_batch, original
+from hosfl.edge.tracing import trace_graph
 from hosfl.halves.inputs import Inputs, mask_of
 
 
-def exported(
+def export_half(
     half: nn.Module,
     sample: Inputs,
     entries: Sequence[str] = ("",),
@@ -32,9 +32,9 @@ def exported(
         sample: inputs as the half takes them, a tensor or tensors by name; their values do not matter, but for the
             checks. Batches may have any size, and texts, which are integers [batch, tokens], any length that the half
             takes.
-        entries: of the half's blocks, see `hosfl.halves.blocks.Begin`. There is one model for each, which makes of its
-            input the next one's and at last the cut, and one more for what lies in front of them. What is cheap and of
-            the half's own inputs, such as an attention's mask, each may compute for itself.
+        entries: of the half's blocks, see `hosfl.halves.blocks.BlockEntry`. There is one model for each block, which
+            computes the next block's input, the last one the cut; and one more for the layers before the first block.
+            What is cheap and depends on the half's inputs only, such as an attention's mask, each may compute itself.
         most: samples of a batch and tokens of a text, as many as there will ever be: the graph is compared there as
             well.
         beside_gradient: a client has the gradient's graph as well, so that frozen weights are not to be constants: of
@@ -51,8 +51,8 @@ def exported(
         ImportError: onnx or onnxscript is missing.
     """
     with original(half, sample) as of:
-        model = graph_of(of, [entry for entry in entries if entry])
-        found = pieces(model, *without_weights(model, of, beside_gradient, running))
+        model = trace_graph(of, [entry for entry in entries if entry])
+        found = split_graph(model, *externalize_weights(model, of, beside_gradient, running))
         _compare(of, of.batches(most), found, running)
     return found
 
@@ -68,13 +68,15 @@ def _compare(
         def compare(inputs: Mapping[str, Tensor], where: str = "") -> None:
             found = run({name: x.numpy() for name, x in inputs.items()})
             if wrong := _difference(found, of.cut(inputs).numpy(), mask_of(inputs)):
-                raise ExportError(f"the graph of the {of.kind} is not the half{where}: of {size_of(inputs)} {wrong}")
+                raise ExportError(
+                    f"the graph of the {of.kind} is not the half{where}: of {describe_batch(inputs)} {wrong}"
+                )
 
         for inputs in batches:
             compare(inputs)
         run.check({name: x.numpy() for name, x in batches[-1].items()})
         with of.elsewhere(run.tensors):
-            compare(batches[0], MOVED)
+            compare(batches[0], WHERE_MOVED)
 
 
 def _difference(cut: NDArray[Any], wanted: NDArray[Any], mask: Tensor | None) -> str:
@@ -90,4 +92,4 @@ def _difference(cut: NDArray[Any], wanted: NDArray[Any], mask: Tensor | None) ->
         known[mask.numpy() == 0] = False
     cut, wanted = cut[known], wanted[known]
     apart, largest = np.abs(cut - wanted).max(initial=0), np.abs(wanted).max(initial=0)
-    return "" if apart <= CLOSE * largest else f"numbers differ by {apart:.3g}, and the largest is {largest:.3g}"
+    return "" if apart <= TOLERANCE * largest else f"numbers differ by {apart:.3g}, and the largest is {largest:.3g}"

@@ -13,11 +13,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hosfl.edge.half import BASE, PREFIX, Arrays, HalfError, below_zero, check_moves, session_of, value_over
+from hosfl.edge.half import (
+    BASE,
+    PREFIX,
+    Arrays,
+    HalfError,
+    check_updates_seen,
+    negative_input_hint,
+    open_session,
+    ort_value,
+)
 
 GRADIENT = "gradient.onnx"
 # Names in the graph, which no argument of a half has.
-MULTIPLIER, BETWEEN, OF = "the multiplier", "what lies between", "gradient of "
+MULTIPLIER, BLOCK_INPUT, GRADIENT_PREFIX = "the multiplier", "what lies between", "gradient of "
 
 
 class Gradient:
@@ -39,12 +48,12 @@ class Gradient:
         self.moving, self.tensors = list(moving), list(tensors)
         self._folder, self._threads = folder, threads
         self._names, self._changing = [*moving, *running], [*tensors, *statistics]
-        self._values = [value_over(tensor) for tensor in self._changing]
+        self._values = [ort_value(tensor) for tensor in self._changing]
         self._open()
 
     def _open(self) -> None:
         self._session: Any = None  # never two at once
-        self._session = session_of(
+        self._session = open_session(
             self._folder / GRADIENT, self._folder / BASE, self._names, self._values, self._threads
         )
 
@@ -56,15 +65,17 @@ class Gradient:
         between: what the half's first block begins with, see `Half.input_of`; None: with the inputs. Raises HalfError.
         """
         named = dict(inputs) if isinstance(inputs, Mapping) else {"input": inputs}
-        named |= {MULTIPLIER: multiplier} | ({} if between is None else {BETWEEN: between})
+        named |= {MULTIPLIER: multiplier} | ({} if between is None else {BLOCK_INPUT: between})
         takes = [entry.name for entry in self._session.get_inputs()]
         if between is not None:  # a block takes those of the half's own inputs that it needs
             named = {name: value for name, value in named.items() if name in takes}
         try:
             made = self._session.run(None, named)
         except Exception as error:  # onnxruntime's errors have no class in common
-            raise HalfError(f"the half's gradient does not take these inputs: {error}{below_zero(named)}") from error
-        outputs = [output.name.removeprefix(OF + PREFIX) for output in self._session.get_outputs()]
+            raise HalfError(
+                f"the half's gradient does not take these inputs: {error}{negative_input_hint(named)}"
+            ) from error
+        outputs = [output.name.removeprefix(GRADIENT_PREFIX + PREFIX) for output in self._session.get_outputs()]
         found = dict(zip(outputs, made, strict=True))
         each = zip(self.moving, self.tensors, strict=True)
         return [found[n] if n in found else np.zeros(t.shape, np.float32) for n, t in each]
@@ -72,4 +83,4 @@ class Gradient:
     def check(self, inputs: Arrays, multiplier: NDArray[np.float32], between: NDArray[np.float32] | None) -> None:
         """As `Half.check`."""
         running = len(self._names) - len(self.moving)
-        check_moves(self._names, self._changing, lambda: self(inputs, multiplier, between), self._open, running)
+        check_updates_seen(self._names, self._changing, lambda: self(inputs, multiplier, between), self._open, running)

@@ -15,7 +15,7 @@ from hosfl.halves.narrow import narrow_names
 CONSTANTS = 1 << 20  # bytes of a graph that are no weights, at most: every client of a run fetches it
 
 
-def without_weights(
+def externalize_weights(
     model: Any, of: Original, all_matrices: bool, running: Collection[str] = ()
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Lets the model's weights lie in a base file. Returns those that move or are running, and of the others those that
@@ -43,7 +43,7 @@ def without_weights(
             ir.convenience.replace_all_uses_with(other, value)
         begin, stop = places[first]["data_offsets"]
         if in_16_bits := places[first]["dtype"] == "BF16":
-            value = _made_wide(graph, value)
+            value = _cast_to_float32(graph, value)
         value.name = PREFIX + first
         value.const_value = ir.ExternalTensor(
             BASE, end + begin, stop - begin, value.dtype, shape=value.shape, name=value.name
@@ -60,7 +60,7 @@ def without_weights(
             f"the graph has {size:,} bytes of constants that are no weights, most of them in "
             f"{largest.removeprefix(PREFIX)}: register it as a persistent buffer, so that the base file has it"
         )
-    if branches := {node.op_type for node in _inner_nodes(graph) if _graphs_of(node)}:
+    if branches := {node.op_type for node in _inner_nodes(graph) if _subgraphs(node)}:
         raise ExportError(
             f"the graph has loops or branches in one another ({', '.join(sorted(branches))}), over which onnxruntime"
             " may end the process: write that layer's forward pass without them, or cut the model elsewhere"
@@ -80,7 +80,7 @@ def without_weights(
     return moving, fixed
 
 
-def _made_wide(graph: Any, value: Any) -> Any:
+def _cast_to_float32(graph: Any, value: Any) -> Any:
     """A weight in bfloat16, of which an operator makes the value in float32."""
     from onnxscript import ir
 
@@ -92,17 +92,17 @@ def _made_wide(graph: Any, value: Any) -> Any:
     return stored
 
 
-def _graphs_of(node: Any) -> list[Any]:
+def _subgraphs(node: Any) -> list[Any]:
     """The graphs that a node holds, such as a loop's body."""
     return [a.value for a in node.attributes.values() if a.type.name == "GRAPH"]
 
 
 def _inner_nodes(graph: Any) -> list[Any]:
     """The nodes of the graphs that a graph's own nodes hold, and not of those within them."""
-    return [inner for node in graph for body in _graphs_of(node) for inner in body]
+    return [inner for node in graph for body in _subgraphs(node) for inner in body]
 
 
-def pieces(model: Any, moving: Mapping[str, Any], fixed: Mapping[str, Any]) -> list[bytes]:
+def split_graph(model: Any, moving: Mapping[str, Any], fixed: Mapping[str, Any]) -> list[bytes]:
     """The model from its inputs to the first entry, from there to the next, and so on to the cut.
 
     Each has its weights, of which those that move are inputs as well; the first has those that nothing reads, too.
@@ -116,21 +116,21 @@ def pieces(model: Any, moving: Mapping[str, Any], fixed: Mapping[str, Any]) -> l
     for begin, end in pairwise((None, *entries, cut)):
         piece = ir.convenience.extract(graph, given if begin is None else [begin, *given], [end])
         if begin is not None:
-            leave_out_unread(piece)
+            remove_unread_inputs(piece)
         found.append(piece)
     _register_unread(
         found[0], {name: v for name, v in moving.items() if not any(name in p.initializers for p in found)}
     )
-    return [_serialized(model, piece, {*moving, *fixed}) for piece in found]
+    return [_serialize(model, piece, {*moving, *fixed}) for piece in found]
 
 
-def whole(model: Any, piece: Any, moving: Mapping[str, Any], fixed: Mapping[str, Any]) -> bytes:
+def serialize_part(model: Any, piece: Any, moving: Mapping[str, Any], fixed: Mapping[str, Any]) -> bytes:
     """A part of the model's graph as a model by itself, which has all weights that move."""
     _register_unread(piece, {name: value for name, value in moving.items() if name not in piece.initializers})
-    return _serialized(model, piece, {*moving, *fixed})
+    return _serialize(model, piece, {*moving, *fixed})
 
 
-def leave_out_unread(piece: Any) -> None:
+def remove_unread_inputs(piece: Any) -> None:
     """Of a graph's inputs but the first those that nothing reads."""
     for value in piece.inputs[1:]:
         if not value.uses():
@@ -146,7 +146,7 @@ def _register_unread(piece: Any, weights: Mapping[str, Any]) -> None:
         piece.register_initializer(copy)
 
 
-def _serialized(model: Any, piece: Any, open_: Collection[str]) -> bytes:
+def _serialize(model: Any, piece: Any, open_: Collection[str]) -> bytes:
     """A part of the model's graph as a model; its weights of these names are inputs as well.
 
     They are those that move, and frozen ones of which a runtime would keep copies if they were constants: wide ones of

@@ -24,14 +24,14 @@ from hosfl_kernels import threads as threads_of_kernels
 BASE = "base.safetensors"
 PREFIX = "client."  # of the weights' names in a graph, where inputs and values have names as well
 LAYOUT = "layout"  # what a graph's metadata call the digest of its base file's header
-LEAST = 1, 24  # of onnxruntime's versions: older ones read any file that a graph names
-ANOTHER = "graph and base are of two halves: fetch both of one run"
+MIN_ONNXRUNTIME = 1, 24  # of onnxruntime's versions: older ones read any file that a graph names
+MISMATCH = "graph and base are of two halves: fetch both of one run"
 BFLOAT16 = 16  # by ONNX's number of it
-STEP = 1 / 64  # how far a check moves every weight: more than rounding hides, and little enough for any network
+CHECK_STEP = 1 / 64  # how far a check moves every weight: more than rounding hides, and little enough for any network
 
 # By onnxruntime's names of them.
-WHOLE = ("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "int64")
-INTEGERS = {f"tensor({name})": np.dtype(name) for name in WHOLE}
+INTEGER_TYPES = ("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "int64")
+INTEGERS = {f"tensor({name})": np.dtype(name) for name in INTEGER_TYPES}
 
 Arrays = NDArray[Any] | Mapping[str, NDArray[Any]]
 Run = Callable[[], list[NDArray[np.float32]]]
@@ -84,7 +84,7 @@ class Half:
         self.tensors, self.statistics = self.base(), self._stored(self._running)
         # A session does not own what it reads: without these, and without the arrays, it would read freed memory.
         changing = [*self.tensors, *self.statistics]
-        self._values = [value_over(tensor) for tensor in changing]
+        self._values = [ort_value(tensor) for tensor in changing]
         self._sessions = self._opened()
         self._reached = len(self._graphs)  # a piece
         self._between: NDArray[np.float32] = np.empty(0, np.float32)  # and its input
@@ -109,7 +109,7 @@ class Half:
             stored = Weights(self._file)
             for name in names:
                 if name not in stored:
-                    raise HalfError(f"{self._file} has no {name!r}, which moves; {ANOTHER}")
+                    raise HalfError(f"{self._file} has no {name!r}, which moves; {MISMATCH}")
                 if (dtype := stored.dtype(name)) not in ("F32", "BF16"):
                     raise HalfError(f"{name!r} moves and is {dtype}: float32 or bfloat16 is needed")
                 found.append(stored[name])
@@ -164,7 +164,7 @@ class Half:
         try:
             output: NDArray[np.float32] = session.run(None, named)[0]
         except Exception as error:  # onnxruntime's errors have no class in common
-            raise HalfError(f"the half does not take these inputs: {error}{below_zero(named)}") from error
+            raise HalfError(f"the half does not take these inputs: {error}{negative_input_hint(named)}") from error
         return output
 
     def check(self, inputs: Arrays) -> None:
@@ -175,7 +175,7 @@ class Half:
         token goes to, need no excuse: they change nothing in either. Costs four passes, and for the time of the check
         the memory of the moving weights.
         """
-        check_moves(
+        check_updates_seen(
             [*self._moving, *self._running],
             [*self.tensors, *self.statistics],
             lambda: [self(inputs)],
@@ -191,24 +191,24 @@ class Half:
         """Sessions over `tensors`, one for each piece, which read them wherever they are then."""
         sessions, may, moving = [], dict[str, None](), [*self._moving, *self._running]
         for graph in self._graphs:
-            sessions.append(session := session_of(graph, self._file, moving, self._values, self._threads))
+            sessions.append(session := open_session(graph, self._file, moving, self._values, self._threads))
             may |= dict.fromkeys(entry.name.removeprefix(PREFIX) for entry in session.get_overridable_initializers())
         if still := sorted({*moving} - {*may}):
             raise HalfError(f"{still[0]!r} does not move in the half, where these do: {', '.join(may)[:500]}")
         return sessions
 
 
-def value_over(array: NDArray[Any]) -> Any:
+def ort_value(array: NDArray[Any]) -> Any:
     """An OrtValue in the memory of an array, which has to outlive it. uint16 is the bits of bfloat16."""
     if array.dtype == np.uint16:
         return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, BFLOAT16)
     return onnxruntime.OrtValue.ortvalue_from_numpy(array)
 
 
-def session_of(graph: Path, base: Path, moving: Sequence[str], values: Sequence[Any], threads: int) -> Any:
+def open_session(graph: Path, base: Path, moving: Sequence[str], values: Sequence[Any], threads: int) -> Any:
     """A session of a graph whose weights are those of a base file, but for those that move: OrtValues, which it reads
     wherever they are then. Raises HalfError."""
-    if tuple(map(int, onnxruntime.__version__.split(".")[:2])) < LEAST:
+    if tuple(map(int, onnxruntime.__version__.split(".")[:2])) < MIN_ONNXRUNTIME:
         raise HalfError(
             f"onnxruntime {onnxruntime.__version__} reads any file that a graph names: 1.24 or later is needed"
         )
@@ -228,20 +228,20 @@ def session_of(graph: Path, base: Path, moving: Sequence[str], values: Sequence[
         session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's errors have no class in common
         raise HalfError(f"onnxruntime cannot open {graph} with {base}: {error}") from error
-    if session.get_modelmeta().custom_metadata_map.get(LAYOUT) != layout(base):
-        raise HalfError(f"{graph} was not made for {base}; {ANOTHER}")
+    if session.get_modelmeta().custom_metadata_map.get(LAYOUT) != layout_digest(base):
+        raise HalfError(f"{graph} was not made for {base}; {MISMATCH}")
     if others := {output.type for output in session.get_outputs()} - {"tensor(float)"}:
         raise HalfError(f"{graph} makes {', '.join(sorted(others))}, and no half does: fetch it anew")
     return session
 
 
-def below_zero(named: Mapping[str, NDArray[Any]]) -> str:
+def negative_input_hint(named: Mapping[str, NDArray[Any]]) -> str:
     """What to add to an error of a pass: a graph has a large number in the place of a token below zero."""
     wrong = [name for name, x in named.items() if x.dtype.kind == "i" and x.size and x.min() < 0]
     return f"; {', '.join(wrong)} has numbers below zero" if wrong else ""
 
 
-def check_moves(
+def check_updates_seen(
     names: Sequence[str],
     tensors: Sequence[NDArray[Any]],
     run: Run,
@@ -258,12 +258,12 @@ def check_moves(
     missed: list[str] = []
     try:
         for tensor, way in zip(tensors, ways, strict=True):
-            _move(tensor, way)
+            _shift_weights(tensor, way)
         seen = run()
         reopen()
         if not (same := _same(seen, run())):  # with all of them moved: a factor of zeros would hide the other's move
             each = zip(names, tensors, ways, strict=True)
-            missed = [name for name, tensor, way in each if _misses(tensor, way, run, reopen)]
+            missed = [name for name, tensor, way in each if _is_update_missed(tensor, way, run, reopen)]
     finally:
         for tensor, values in zip(tensors, kept, strict=True):
             tensor[...] = values
@@ -272,12 +272,12 @@ def check_moves(
         raise HalfError(f"onnxruntime {onnxruntime.__version__} {what}: install another version")
 
 
-def _misses(tensor: NDArray[Any], upwards: bool, run: Run, reopen: Callable[[], None]) -> bool:
+def _is_update_missed(tensor: NDArray[Any], upwards: bool, run: Run, reopen: Callable[[], None]) -> bool:
     """Whether sessions that are open miss a move of this tensor alone."""
     reopen()
     run()
     kept = np.copy(tensor)
-    _move(tensor, upwards)
+    _shift_weights(tensor, upwards)
     seen = run()
     reopen()
     misses = not _same(seen, run())
@@ -290,19 +290,19 @@ def graph_name(piece: int) -> str:
     return f"half-{piece}.onnx"
 
 
-def layout(file: Path) -> str:
+def layout_digest(file: Path) -> str:
     """A digest of what lies where in a safetensors file: a graph knows its weights by their places alone."""
     with file.open("rb") as stream:
         size = stream.read(8)
         return hashlib.sha256(size + stream.read(int.from_bytes(size, "little"))).hexdigest()
 
 
-def _move(tensor: NDArray[Any], upwards: bool) -> None:
+def _shift_weights(tensor: NDArray[Any], upwards: bool) -> None:
     """By turns up and down: a normalisation behind it takes a common shift away. upwards: by turns, and never down."""
     values = widened(tensor).reshape(-1)
-    values[::2] += np.float32(STEP)
+    values[::2] += np.float32(CHECK_STEP)
     if not upwards:
-        values[1::2] -= np.float32(STEP)
+        values[1::2] -= np.float32(CHECK_STEP)
     assign_rounded(tensor, values)
 
 

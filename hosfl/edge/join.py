@@ -15,7 +15,7 @@ from hosfl.edge.client import EdgeClient
 from hosfl.edge.data import Batches, Samples, read_samples
 from hosfl.edge.gradient import GRADIENT, Gradient
 from hosfl.edge.half import BASE, Half, HalfError, graph_name
-from hosfl.edge.running import STATISTICS, Running
+from hosfl.edge.running import STATISTICS, RunningStatistics
 from hosfl.engines.engine import JoinError, Line
 from hosfl.engines.joining import check_cut, check_labels, fetched, read_offer, take_part
 from hosfl.protocol.arrays import Array
@@ -44,14 +44,14 @@ def join(line: Line, number: int, folder: Path, *, data: str, threads: int = 0) 
 
     def made(offered: bytes) -> Endpoint[EdgeClient]:
         try:
-            return client_of(offered, partial(fetched, line, needed=True), number, folder, data, threads)
+            return make_client(offered, partial(fetched, line, needed=True), number, folder, data, threads)
         except HalfError as error:
             raise JoinError(str(error)) from error
 
     take_part(line, number, folder, made)
 
 
-def client_of(
+def make_client(
     offered: bytes,
     fetch: Callable[[str, str, Path], bytes],
     number: int,
@@ -66,11 +66,11 @@ def client_of(
     told, run = read_offer(offered)  # settings, and what else there is
     if run["edge"] is None:
         raise JoinError("the server offers nothing to clients without torch: it has to be started with --edge")
-    settings = _settings(told)
+    settings = _read_settings(told)
     samples = read_samples(data)
     check_labels(samples.labels, samples.tokens, run, data)
     fetch("base", run["base"], folder / BASE)
-    terms, header = _terms(fetch(HEADER, run["edge"]["header"], folder / HEADER), run["log"], settings)
+    terms, header = _read_terms(fetch(HEADER, run["edge"]["header"], folder / HEADER), run["log"], settings)
     theirs = {name: value for name, value in header.settings.items() if name in told}  # not where the server computes
     if apart := differences(theirs, decisive(told)):
         raise JoinError(f"the server's header is of other settings than it tells: {'; '.join(apart)}")
@@ -84,7 +84,7 @@ def client_of(
     except DataError as error:
         raise DataError(f"{data}: {error}") from None
     first = samples[:2].as_taken(integers)
-    _try(half, first, run["cut"], data)
+    _check_half_runs(half, first, run["cut"], data)
     gradient = None
     if settings.estimator == "backward":
         gradient = graphs.gradient(half)
@@ -104,7 +104,7 @@ def client_of(
         terms,
         [p.stream for p in header.parameters],
         batches,
-        lambda: _weights(folder / BASE, run["edge"]["digest"], header, half, run["edge"]["running"]),
+        lambda: _digested_arrays(folder / BASE, run["edge"]["digest"], header, half, run["edge"]["running"]),
         settings.dtype if settings.wire == "float32" else settings.wire,
         gradient,
         settings.microbatch,
@@ -143,17 +143,17 @@ class _Graphs:
         running = self.offered["running"]
         return Gradient(self.folder, self.moving, half.tensors, self.threads, running, half.statistics)
 
-    def statistics(self, half: Half, batches: Callable[[], Iterable[Samples]]) -> Running:
+    def statistics(self, half: Half, batches: Callable[[], Iterable[Samples]]) -> RunningStatistics:
         """Raises JoinError where the server offers none."""
         running = self.offered["running"]
         if self.offered["statistics"] is None or not running:
             raise JoinError("the run's clients estimate running statistics, and the server offers no graph of them")
         self.fetch(STATISTICS, self.offered["statistics"], self.folder / STATISTICS)
         normalised = partial(Half, self.folder, self.moving, threads=self.threads, running=running, graphs=[STATISTICS])
-        return Running(half.statistics, normalised, batches)
+        return RunningStatistics(half.statistics, normalised, batches)
 
 
-def _settings(told: dict[str, Any]) -> Settings:
+def _read_settings(told: dict[str, Any]) -> Settings:
     """The run's. Raises JoinError for a run that only clients with torch can take part in."""
     strange = sorted(set(told) - set(Settings.names()))
     if strange:
@@ -162,12 +162,12 @@ def _settings(told: dict[str, Any]) -> Settings:
         settings = Settings(**told)
     except (TypeError, ValueError) as error:
         raise JoinError(f"the run's settings do not work here: {error}") from None
-    if why := unable(settings):
+    if why := unsupported_reason(settings):
         raise JoinError(f"{why}: join with torch, without --runtime onnx")
     return settings
 
 
-def unable(settings: Settings) -> str:
+def unsupported_reason(settings: Settings) -> str:
     """Why clients without torch cannot take part in a run of these settings; "" where they can."""
     if settings.method != "ho":
         return f"clients without torch take part in method ho, and the run's is {settings.method!r}"
@@ -176,7 +176,7 @@ def unable(settings: Settings) -> str:
     return ""
 
 
-def _terms(data: bytes, sha256: str, settings: Settings) -> tuple[Run, Header]:
+def _read_terms(data: bytes, sha256: str, settings: Settings) -> tuple[Run, Header]:
     """The run's terms and its log's header. Raises JoinError for one that is not the log's."""
     try:
         header, end = decode_header(data)
@@ -203,7 +203,9 @@ def _check_base(path: Path, header: Header, digested_tensors: Sequence[str]) -> 
         raise JoinError(f"the server's base has no {missing[0]}, which the digest of its half is of")
 
 
-def _weights(path: Path, names: Sequence[str], header: Header, half: Half, running: Sequence[str]) -> Iterator[Array]:
+def _digested_arrays(
+    path: Path, names: Sequence[str], header: Header, half: Half, running: Sequence[str]
+) -> Iterator[Array]:
     """All that the half's digest is of, each read when it is its turn."""
     moved = {p.name: tensor for p, tensor in zip(header.parameters, half.tensors, strict=True)}
     moved |= zip(running, half.statistics, strict=True)
@@ -212,7 +214,7 @@ def _weights(path: Path, names: Sequence[str], header: Header, half: Half, runni
         yield moved[name] if name in moved else stored[name]
 
 
-def _try(half: Half, samples: Samples, cut: list[int], what: str) -> None:
+def _check_half_runs(half: Half, samples: Samples, cut: list[int], what: str) -> None:
     """Raises DataError where the half does not make of the samples what the server takes, HalfError where onnxruntime
     does not see its weights move."""
     try:

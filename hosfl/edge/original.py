@@ -15,19 +15,19 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from hosfl.edge.half import BASE, STEP, HalfError
+from hosfl.edge.half import BASE, CHECK_STEP, HalfError
 from hosfl.extras import needed
-from hosfl.halves.inputs import Inputs, call, evaluating, mask_of, unchanged
-from hosfl.halves.split import as_dtype
+from hosfl.halves.inputs import Inputs, call, evaluating, mask_of, restoring_state
+from hosfl.halves.split import cast_floats
 from hosfl.protocol.arrays import widened
 from hosfl.protocol.weights import as_file
 from hosfl.tasks.padding import TOKENS
 from hosfl_kernels import perturb_
 
-ROWS = 3  # samples that a graph is made of: a batch of one would be taken for a size that never changes
-MANY = 256  # samples of a batch on which it is tried, at most
-CLOSE = 1e-4  # of the output's largest number
-MOVED = " where its weights have moved"  # for errors
+TRACE_SAMPLES = 3  # samples that a graph is made of: a batch of one would be taken for a size that never changes
+MAX_COMPARED_SAMPLES = 256  # samples of a batch on which it is tried, at most
+TOLERANCE = 1e-4  # of the output's largest number
+WHERE_MOVED = " where its weights have moved"  # for errors
 
 
 class ExportError(ValueError):
@@ -60,12 +60,12 @@ class Original:
 
     def cut(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """The half's output for named inputs."""
-        output: Tensor = call(self.half, given_as(self.sample, inputs))
+        output: Tensor = call(self.half, as_half_inputs(self.sample, inputs))
         return output
 
     def traced(self) -> dict[str, Tensor]:
         """The inputs that a graph is made of."""
-        return resized(self.named, ROWS, shorter=self.any_length)
+        return resize_batch(self.named, TRACE_SAMPLES, shorter=self.any_length)
 
     def batches(self, most: tuple[int, int]) -> list[dict[str, Tensor]]:
         """Batches on which graph and half are compared: at the ends of what clients send. The last is the smallest.
@@ -74,14 +74,14 @@ class Original:
         others. most: see `exported`.
         """
         given, (rows, tokens) = len(next(iter(self.named.values()))), most
-        batches = [resized(self.named, given), resized(self.named, ROWS + 1, self.any_length)]
+        batches = [resize_batch(self.named, given), resize_batch(self.named, TRACE_SAMPLES + 1, self.any_length)]
         if rows > given:
-            batches.append(resized(self.named, min(rows, MANY), self.any_length))
+            batches.append(resize_batch(self.named, min(rows, MAX_COMPARED_SAMPLES), self.any_length))
         if self.any_length:
             longest = max(tokens, *(x.shape[1] for name, x in self.named.items() if is_text(name, x)), 2)
-            others = [resized(self.named, ROWS + 1, tokens=length) for length in (longest, 1)]
-            batches += [inputs for inputs in others if _takes(self.half, given_as(self.sample, inputs))]
-        return [*batches, resized(self.named, 1, self.any_length)]
+            others = [resize_batch(self.named, TRACE_SAMPLES + 1, tokens=length) for length in (longest, 1)]
+            batches += [inputs for inputs in others if _accepts(self.half, as_half_inputs(self.sample, inputs))]
+        return [*batches, resize_batch(self.named, 1, self.any_length)]
 
     @contextmanager
     def elsewhere(self, tensors: Sequence[NDArray[Any]]) -> Iterator[None]:
@@ -89,7 +89,7 @@ class Original:
         factor that begins with zero, such as that of a block's branch, is seen only from there."""
         weights = list(self.moving.values())
         kept = [p.detach().clone() for p in weights]
-        perturb_(tensors, 0, STEP)
+        perturb_(tensors, 0, CHECK_STEP)
         try:
             _assign(weights, [torch.from_numpy(widened(tensor)) for tensor in tensors])
             yield
@@ -122,11 +122,11 @@ def original(half: nn.Module, sample: Inputs) -> Iterator[Original]:
     for module in ("onnx", "onnxscript"):
         needed(module, "the export of a client half", "export")
     _check_half(half)
-    base, half, sample = as_file(half.state_dict()), _wide(half), _wide_inputs(sample)
+    base, half, sample = as_file(half.state_dict()), _as_float32(half), _inputs_as_float32(sample)
     named = _named_inputs(sample)
-    with evaluating(half), unchanged(half.modules()):
+    with evaluating(half), restoring_state(half.modules()):
         _check_cut(half, sample)
-        any_length = _takes(half, given_as(sample, resized(named, ROWS, shorter=True)))
+        any_length = _accepts(half, as_half_inputs(sample, resize_batch(named, TRACE_SAMPLES, shorter=True)))
         yield Original(half, sample, base, named, any_length)
 
 
@@ -140,14 +140,14 @@ def _check_half(half: nn.Module) -> None:
             raise ExportError(f"{name} is on {tensor.device}: move the half to the CPU, half.cpu()")
 
 
-def _wide(half: nn.Module) -> nn.Module:
+def _as_float32(half: nn.Module) -> nn.Module:
     """The half in float32; its own copy, where it is bfloat16. A graph computes in float32, of weights as they are
     stored: runtimes for processors have few operators in bfloat16."""
     floats = [t for t in (*half.parameters(), *half.buffers()) if t.is_floating_point()]
-    return half if all(t.dtype == torch.float32 for t in floats) else as_dtype(copy.deepcopy(half), torch.float32)
+    return half if all(t.dtype == torch.float32 for t in floats) else cast_floats(copy.deepcopy(half), torch.float32)
 
 
-def _wide_inputs(sample: Inputs) -> Inputs:
+def _inputs_as_float32(sample: Inputs) -> Inputs:
     return tree_map_only(Tensor, lambda x: x.float() if x.dtype == torch.bfloat16 else x, sample)
 
 
@@ -178,7 +178,7 @@ def _named_inputs(sample: Inputs) -> dict[str, Tensor]:
     return named
 
 
-def resized(named: Mapping[str, Tensor], rows: int, shorter: bool = False, tokens: int = 0) -> dict[str, Tensor]:
+def resize_batch(named: Mapping[str, Tensor], rows: int, shorter: bool = False, tokens: int = 0) -> dict[str, Tensor]:
     """So many samples, the given ones over and over; shorter: texts of fewer tokens, or of two for one; tokens: of so
     many, theirs over and over."""
     found = {}
@@ -193,7 +193,7 @@ def resized(named: Mapping[str, Tensor], rows: int, shorter: bool = False, token
     return found
 
 
-def size_of(inputs: Mapping[str, Tensor]) -> str:
+def describe_batch(inputs: Mapping[str, Tensor]) -> str:
     """Of a batch, for errors."""
     name, first = next(iter(inputs.items()))
     return f"{len(first)} samples" + (f" of {first.shape[1]} tokens" if is_text(name, first) else "")
@@ -204,12 +204,12 @@ def is_text(name: str, x: Tensor) -> bool:
     return x.dim() > 1 if name in TOKENS else x.dim() == 2 and not x.is_floating_point()
 
 
-def given_as(sample: Inputs, named: Mapping[str, Tensor]) -> Inputs:
+def as_half_inputs(sample: Inputs, named: Mapping[str, Tensor]) -> Inputs:
     """Named inputs as the half takes them."""
     return named if isinstance(sample, Mapping) else named["input"]
 
 
-def _takes(half: nn.Module, inputs: Inputs) -> bool:
+def _accepts(half: nn.Module, inputs: Inputs) -> bool:
     try:
         call(half, inputs)
     except Exception:  # whatever a model raises

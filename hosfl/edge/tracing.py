@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from hosfl.edge.original import ExportError, Original, is_text
-from hosfl.halves.blocks import at_entry
+from hosfl.halves.blocks import capture_entry_input
 from hosfl.halves.follow import CutError
 from hosfl.halves.inputs import call
-from hosfl.halves.modules import copied
-from hosfl.halves.narrow import in_their_dtype
+from hosfl.halves.modules import copy_module
+from hosfl.halves.narrow import narrow_bfloat16_as_floats
 from hosfl.halves.transformer_halves import ClientHalf
 
 
@@ -31,27 +31,27 @@ class Positional(nn.Module):
 
     def __init__(self, of: Original, entries: Sequence[str]) -> None:
         super().__init__()
-        self.client, self.entries = _unchecked(of.half), entries
+        self.client, self.entries = _without_token_check(of.half), entries
         self.names = list(of.named) if isinstance(of.sample, Mapping) else None
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         reached: dict[str, Tensor] = {}
         with ExitStack() as hooks:
             for entry in self.entries:
-                hooks.enter_context(at_entry(self.client, entry, partial(reached.setdefault, entry)))
+                hooks.enter_context(capture_entry_input(self.client, entry, partial(reached.setdefault, entry)))
             cut = call(self.client, tensors[0] if self.names is None else dict(zip(self.names, tensors, strict=True)))
         if missed := [entry for entry in self.entries if entry not in reached]:
             raise CutError(f"the forward pass never reaches {missed[0]}")
         return cut, *(reached[entry] for entry in self.entries)
 
 
-def graph_of(of: Original, entries: Sequence[str], kind: type[Positional] = Positional) -> Any:
+def trace_graph(of: Original, entries: Sequence[str], kind: type[Positional] = Positional) -> Any:
     """The exporter's model, in onnxscript's representation; its outputs are those of `Positional`, or another kind."""
     inputs = of.traced()
     texts = {name for name, x in inputs.items() if of.any_length and is_text(name, x)}
     sizes = tuple({0: "batch", **({1: "tokens"} if name in texts else {})} for name in inputs)
     client = kind(of, entries)
-    with exporting(of.half), quiet(), in_their_dtype(of.half), Tables():
+    with as_export_errors(of.half), silence_exporter(), narrow_bfloat16_as_floats(of.half), OnnxLookups():
         program = torch.onnx.export(
             client,
             tuple(inputs.values()),
@@ -66,16 +66,16 @@ def graph_of(of: Original, entries: Sequence[str], kind: type[Positional] = Posi
     return program.model
 
 
-def _unchecked(half: nn.Module) -> nn.Module:
+def _without_token_check(half: nn.Module) -> nn.Module:
     """The half without its check of tokens' values, of which a graph has none."""
     if not isinstance(half, ClientHalf) or half.pools is None:
         return half
-    own: Any = copied(half)
+    own: Any = copy_module(half)
     own.pools = None
     return own
 
 
-class Tables(TorchFunctionMode):
+class OnnxLookups(TorchFunctionMode):
     """Lookups in a graph are those of torch. To torch a negative number is an error, and ONNX counts it from the
     table's end: it is made one that lies beyond any table. Sums and means of a text's rows, which the exporter writes
     as loops, are those of their rows.
@@ -86,20 +86,20 @@ class Tables(TorchFunctionMode):
     ) -> Any:
         told = dict(kwargs or {})
         if function is nn.functional.embedding:
-            told = _LOOKUP.bind(*args, **told).arguments
+            told = _EMBEDDING.bind(*args, **told).arguments
             told["input"] = torch.where(told["input"] < 0, torch.iinfo(torch.int32).max, told["input"])
             return function(**told)
         if function is nn.functional.embedding_bag:
-            told = _LOOKUPS.bind(*args, **told).arguments
+            told = _EMBEDDING_BAG.bind(*args, **told).arguments
             if told.get("offsets") is None and told["input"].dim() == 2:
-                return _of_bags(**told)
+                return _embedding_bag(**told)
         return function(*args, **(kwargs or {}))
 
 
-_LOOKUP, _LOOKUPS = signature(nn.functional.embedding), signature(nn.functional.embedding_bag)
+_EMBEDDING, _EMBEDDING_BAG = signature(nn.functional.embedding), signature(nn.functional.embedding_bag)
 
 
-def _of_bags(
+def _embedding_bag(
     input: Tensor,
     weight: Tensor,
     mode: str = "mean",
@@ -123,7 +123,7 @@ def _of_bags(
 
 
 @contextmanager
-def exporting(half: nn.Module, otherwise: str = "") -> Iterator[None]:
+def as_export_errors(half: nn.Module, otherwise: str = "") -> Iterator[None]:
     """What torch cannot export is an ExportError: the exporter's own errors, and whatever a model raises under it.
 
     otherwise: what else can be done.
@@ -149,7 +149,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def silence_exporter() -> Iterator[None]:
     """Without the exporter's remarks on what of torchvision is missing and what of torch will change."""
     log = logging.getLogger("torch.onnx")
     level = log.level

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hosfl.halves.inputs import Inputs, call, cloned, evaluating, mask_of, parts_of, unchanged
-from hosfl.halves.narrow import in_their_dtype
+from hosfl.halves.inputs import Inputs, call, clone_tensors, evaluating, mask_of, microbatches, restoring_state
+from hosfl.halves.narrow import narrow_bfloat16_as_floats
 
-AT_ONCE = 32  # public samples in one forward pass
+BATCH_SIZE = 32  # public samples in one forward pass
 
 
 class LoraXS(nn.Module):
@@ -51,7 +51,7 @@ class LoraXS(nn.Module):
     def weight(self) -> Tensor:
         weight: Any = self.base_layer.weight
         moved = self.B @ self.R @ self.A
-        return weight + (moved.T if _transposed(self.base_layer) else moved.view(weight.shape))
+        return weight + (moved.T if _is_transposed(self.base_layer) else moved.view(weight.shape))
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -79,7 +79,7 @@ class LoraXSConv(LoraXS):
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def adaptable(module: nn.Module) -> bool:
+def is_adaptable(module: nn.Module) -> bool:
     """Whether a module is a linear layer or a convolution that computes as torch's or transformers' own do.
 
     Not a convolution in groups: each of its groups has inputs of its own, which one A cannot span, and a filter per
@@ -88,10 +88,10 @@ def adaptable(module: nn.Module) -> bool:
     forward = type(module).forward
     if isinstance(module, CONVOLUTIONS):
         return module.groups == 1 and any(forward is kind.forward for kind in CONVOLUTIONS)
-    return forward is nn.Linear.forward or _transposed(module)
+    return forward is nn.Linear.forward or _is_transposed(module)
 
 
-def _transposed(module: nn.Module) -> bool:
+def _is_transposed(module: nn.Module) -> bool:
     """Whether it is transformers' Conv1D, a linear layer whose weight is [in, out]."""
     known = sys.modules.get("transformers.pytorch_utils")
     return known is not None and type(module).forward is known.Conv1D.forward
@@ -103,18 +103,18 @@ def largest_rank(layer: nn.Module) -> int:
     return min(len(weight), weight[0].numel())
 
 
-def _matrix(layer: nn.Module) -> Tensor:
+def _weight_matrix(layer: nn.Module) -> Tensor:
     """Its weight as [out, in], float64."""
     weight: Any = layer.weight
-    return (weight.T if _transposed(layer) else weight.flatten(1)).detach().double()
+    return (weight.T if _is_transposed(layer) else weight.flatten(1)).detach().double()
 
 
 def add_adapters(half: nn.Module, layers: Mapping[str, nn.Module], rank: int, public: Inputs | None = None) -> None:
     """Put an adapter of this rank beside these layers of a half, by their paths in it; nothing else moves then.
 
-    public: unlabelled samples, from whose way through the half A and B are made; None: from the weights alone. See
-    `of_inputs` and `of_weight`; both compute in float64, one layer at a time. For the inputs one pass over the samples
-    is made, with a matrix [in, in] in float32 in memory for every layer.
+    public: unlabelled samples; A and B are computed from the layers' inputs on them, by `factors_from_inputs`. None:
+    from the weights alone, by `factors_from_weight`. Both compute in float64, one layer at a time. The inputs take one
+    pass over the samples, with a matrix [in, in] in float32 in memory for every layer.
 
     Raises ValueError, before anything is changed, for the half itself as a layer, for a rank above a layer's smaller
     side, and for samples that the half does not take, that do not reach a layer or span fewer than `rank` directions.
@@ -128,8 +128,12 @@ def add_adapters(half: nn.Module, layers: Mapping[str, nn.Module], rank: int, pu
     made = {}
     for path, layer in layers.items():
         try:
-            matrix, weight = _matrix(layer), next(layer.parameters())
-            found = of_weight(matrix, rank) if moments is None else of_inputs(matrix, moments.pop(path), rank)
+            matrix, weight = _weight_matrix(layer), next(layer.parameters())
+            found = (
+                factors_from_weight(matrix, rank)
+                if moments is None
+                else factors_from_inputs(matrix, moments.pop(path), rank)
+            )
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         kind = LoraXSConv if isinstance(layer, CONVOLUTIONS) else LoraXS
@@ -141,7 +145,7 @@ def add_adapters(half: nn.Module, layers: Mapping[str, nn.Module], rank: int, pu
                 module._modules[name] = made[id(child)]
 
 
-def factors(half: nn.Module) -> dict[str, Tensor]:
+def fixed_factors(half: nn.Module) -> dict[str, Tensor]:
     """What is fixed in a half's adapters, by its names in the half's state dict. What is written there, is written.
 
     Of adapters of this file and of peft's alike, which both hold the layer that they adapt as `base_layer`.
@@ -156,7 +160,7 @@ def factors(half: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def refuse_idle(half: nn.Module, inputs: Inputs) -> None:
+def refuse_idle_adapters(half: nn.Module, inputs: Inputs) -> None:
     """Raises ValueError for an adapter that does nothing: its layer's weight is read, and the layer is never called.
 
     inputs: of a few samples. A layer whose weight has no part in their output either, such as an expert that none of
@@ -169,13 +173,13 @@ def refuse_idle(half: nn.Module, inputs: Inputs) -> None:
     }
     if not any(moving.values()):
         return
-    reached = _reached(half, inputs, [p for ps in moving.values() for p in ps])
+    reached = _ids_with_gradient(half, inputs, [p for ps in moving.values() for p in ps])
     idle = [path for path, ps in moving.items() if ps and not any(id(p) in reached for p in ps)]
     if not idle:
         return
-    with in_their_dtype(half):
-        own = {path: _floats(layers[path].get_submodule("base_layer")) for path in idle}
-        reached = _reached(half, inputs, [t for ts in own.values() for t in ts])
+    with narrow_bfloat16_as_floats(half):
+        own = {path: _float_tensors(layers[path].get_submodule("base_layer")) for path in idle}
+        reached = _ids_with_gradient(half, inputs, [t for ts in own.values() for t in ts])
     for path, tensors in own.items():
         if any(id(t) in reached for t in tensors):
             name = next(name for name, p in half.named_parameters() if p is moving[path][0])
@@ -186,11 +190,11 @@ def refuse_idle(half: nn.Module, inputs: Inputs) -> None:
             )
 
 
-def _floats(module: nn.Module) -> list[Tensor]:
+def _float_tensors(module: nn.Module) -> list[Tensor]:
     return [t for t in (*module.parameters(), *module.buffers()) if t.is_floating_point()]
 
 
-def _reached(half: nn.Module, inputs: Inputs, tensors: Sequence[Tensor]) -> set[int]:
+def _ids_with_gradient(half: nn.Module, inputs: Inputs, tensors: Sequence[Tensor]) -> set[int]:
     """The ids of those that the half's output has a gradient by. Meanwhile no others require one: torch takes a fused
     operation or not by that, and the passes of clients record no graph at all."""
     wanted = {id(t) for t in tensors}
@@ -198,8 +202,8 @@ def _reached(half: nn.Module, inputs: Inputs, tensors: Sequence[Tensor]) -> set[
     try:
         for t, _ in before:
             t.requires_grad_(id(t) in wanted)
-        with unchanged(half.modules()), evaluating(half), torch.enable_grad():
-            output: Tensor = call(half, cloned(inputs))
+        with restoring_state(half.modules()), evaluating(half), torch.enable_grad():
+            output: Tensor = call(half, clone_tensors(inputs))
             if not output.requires_grad:
                 return set()
             gradients = torch.autograd.grad(output.sum(), tensors, allow_unused=True)
@@ -212,17 +216,17 @@ def _reached(half: nn.Module, inputs: Inputs, tensors: Sequence[Tensor]) -> set[
 # --- A and B ------------------------------------------------------------------------------------------------------
 
 
-def of_weight(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def factors_from_weight(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """(A, B) from the singular value decomposition W = U S V^T: A = V^T[:r], B = U[:, :r] mean(S[:r]).
 
     weight: float64 [out, in]. As LoRA-XS, but for the scale: one for all numbers of R, so that a step of one size along
     any of them moves the weight as far.
     """
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
-    return signed(right[:rank]), signed(left[:, :rank].T).T * values[:rank].mean()
+    return fix_signs(right[:rank]), fix_signs(left[:, :rank].T).T * values[:rank].mean()
 
 
-def of_inputs(weight: Tensor, moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def factors_from_inputs(weight: Tensor, moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """(A, B) from a layer's inputs x as well.
 
     weight: W, float64 [out, in]; moment: C = sum x x^T, [in, in], not centred. A = the top r eigenvectors of C, the
@@ -230,21 +234,21 @@ def of_inputs(weight: Tensor, moment: Tensor, rank: int) -> tuple[Tensor, Tensor
     W C W^T, times the mean of |W a_i|. Raises ValueError where C has fewer than r directions.
     """
     moment = moment.double()
-    values, right = _largest(moment, rank)
+    values, right = _top_eigenvectors(moment, rank)
     known = int((values > values[0].clamp(min=0) * len(moment) * torch.finfo(torch.float32).eps).sum())
     if known < rank:
         raise ValueError(f"rank {rank} is too large for the public samples: its inputs have {known} directions")
-    _, left = _largest(weight @ moment @ weight.T, rank)
+    _, left = _top_eigenvectors(weight @ moment @ weight.T, rank)
     return right, left.T * (weight @ right.T).norm(dim=0).mean()
 
 
-def _largest(symmetric: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _top_eigenvectors(symmetric: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """The largest eigenvalues [r], falling, and their eigenvectors [r, n]."""
     values, vectors = torch.linalg.eigh(symmetric)
-    return values[-rank:].flip(0), signed(vectors[:, -rank:].T.flip(0))
+    return values[-rank:].flip(0), fix_signs(vectors[:, -rank:].T.flip(0))
 
 
-def signed(rows: Tensor) -> Tensor:
+def fix_signs(rows: Tensor) -> Tensor:
     """Rows with the sign that makes their largest element positive: a decomposition leaves it open."""
     return rows * rows.gather(1, rows.abs().argmax(1, keepdim=True)).sign()
 
@@ -264,7 +268,7 @@ def second_moments(half: nn.Module, layers: Mapping[str, nn.Module], samples: In
 
     def watching(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def add(layer: nn.Module, given: tuple[Any, ...]) -> None:
-            rows = rows_of(layer, given[0], mask).float()
+            rows = input_rows(layer, given[0], mask).float()
             moments[path] = moments.get(path, torch.zeros(())) + rows.T @ rows
 
         return add
@@ -272,7 +276,7 @@ def second_moments(half: nn.Module, layers: Mapping[str, nn.Module], samples: In
     hooks = [layer.register_forward_pre_hook(watching(path)) for path, layer in layers.items()]
     try:
         with evaluating(half):
-            for part in parts_of(samples, AT_ONCE):
+            for part in microbatches(samples, BATCH_SIZE):
                 mask = mask_of(part)
                 call(half, part)
     except (RuntimeError, TypeError, ValueError, LookupError) as error:
@@ -286,7 +290,7 @@ def second_moments(half: nn.Module, layers: Mapping[str, nn.Module], samples: In
     return moments
 
 
-def rows_of(layer: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
+def input_rows(layer: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
     """A layer's inputs as rows [n, in], without those that an attention mask [batch, length] leaves out."""
     if isinstance(layer, CONVOLUTIONS):
         size = layer.in_channels * torch.Size(layer.kernel_size).numel()

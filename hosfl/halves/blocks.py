@@ -19,15 +19,15 @@ from torch import Tensor, nn
 
 from hosfl.halves.follow import CutError
 from hosfl.halves.inputs import Inputs, call, evaluating, mask_of
-from hosfl.halves.split import way_of
+from hosfl.halves.split import find_cutter
 from hosfl.halves.transformer_halves import ClientHalf
 
-LEAST = 0.01  # of a pass: what has no matrix product takes time all the same
-SAVES = 0.1  # of a pass, at least: what has to be in front of a single block for its input to be kept
+MIN_SHARE = 0.01  # of a pass: what has no matrix product takes time all the same
+MIN_SAVING = 0.1  # of a pass, at least: what has to be in front of a single block for its input to be kept
 
 
 @dataclass(frozen=True)
-class Begin:
+class BlockEntry:
     """Where a block begins.
 
     Attributes:
@@ -41,7 +41,7 @@ class Begin:
     share: float
 
 
-def blocks_of(half: nn.Module, count: int, inputs: Inputs) -> list[Begin]:
+def blocks_of(half: nn.Module, count: int, inputs: Inputs) -> list[BlockEntry]:
     """`count` blocks of a half, with about as many layers that move in each; inputs: a few samples.
 
     Work is counted in floating-point operations of matrix products and convolutions, on these samples. One block is
@@ -53,20 +53,22 @@ def blocks_of(half: nn.Module, count: int, inputs: Inputs) -> list[Begin]:
     """
     moving = [p for p in half.parameters() if p.requires_grad]
     if count > 1:
-        return _begins(half, count, inputs, layers_of(half, moving))[0]
-    whole = [Begin("", tuple(range(len(moving))), 1.0)]
+        return _find_blocks(half, count, inputs, parameter_layers(half, moving))[0]
+    whole = [BlockEntry("", tuple(range(len(moving))), 1.0)]
     try:
-        layer = layers_of(half, moving)
+        layer = parameter_layers(half, moving)
         if not min(layer, default=0):
             return whole
-        begins, kept, cut = _begins(half, count, inputs, layer)
+        begins, kept, cut = _find_blocks(half, count, inputs, layer)
     except Exception:  # whatever a part of a half raises that nobody knows: it runs whole
         return whole
-    return begins if begins[0].share <= 1 - SAVES and kept <= cut else whole
+    return begins if begins[0].share <= 1 - MIN_SAVING and kept <= cut else whole
 
 
-def _begins(half: nn.Module, count: int, inputs: Inputs, layer: Sequence[int]) -> tuple[list[Begin], int, int]:
-    """The blocks, and bytes: of the first one's input, and of the cut. layer: see `layers_of`."""
+def _find_blocks(
+    half: nn.Module, count: int, inputs: Inputs, layer: Sequence[int]
+) -> tuple[list[BlockEntry], int, int]:
+    """The blocks, and bytes: of the first one's input, and of the cut. layer: see `parameter_layers`."""
     layers = sorted(set(layer))
     if count > len(layers):
         raise ValueError(
@@ -74,43 +76,43 @@ def _begins(half: nn.Module, count: int, inputs: Inputs, layer: Sequence[int]) -
             "blocks or fewer, or let more move by trains"
         )
     groups = [group.tolist() for group in np.array_split(layers, count)]
-    entries = entries_of(half)
+    entries = layer_entries(half)
     run = BlockRun(half, [entries[group[0]] for group in groups])
     begins = []
     with evaluating(half):
         with run.kept():
-            whole, cut = _counted(half, inputs)
+            whole, cut = _count_flops(half, inputs)
         kept = run.held
         for number, group in enumerate(groups):
-            work, again = _counted(*run.at(number, inputs))
+            work, again = _count_flops(*run.at(number, inputs))
             entry = run.entries[number]
             if not torch.equal(cut, again):
                 raise CutError(
                     f"the client half from {entry or 'its beginning'} on does not give its own output: leave out blocks"
                 )
             tensors = tuple(t for t, of in enumerate(layer) if of in group)
-            begins.append(Begin(entry, tensors, max(work / whole, LEAST) if whole else 1.0))
+            begins.append(BlockEntry(entry, tensors, max(work / whole, MIN_SHARE) if whole else 1.0))
     return begins, kept, cut.nbytes
 
 
-def entries_of(half: nn.Module) -> list[str]:
+def layer_entries(half: nn.Module) -> list[str]:
     """The names of a half's layers, as its own cut points have them; the first is "", for what comes before them."""
-    return ["", *way_of(_inner(half)).places]
+    return ["", *find_cutter(_cuttable_part(half)).places]
 
 
-def layers_of(half: nn.Module, parameters: Sequence[Tensor]) -> list[int]:
-    """Of each parameter of a half the layer that uses it first, by its number in `entries_of`.
+def parameter_layers(half: nn.Module, parameters: Sequence[Tensor]) -> list[int]:
+    """Of each parameter of a half the layer that uses it first, by its number in `layer_entries`.
 
     It is the last place at which the half could be cut with the parameter behind the cut.
     """
-    layers, way = [0] * len(parameters), way_of(_inner(half))
+    layers, way = [0] * len(parameters), find_cutter(_cuttable_part(half))
     for number, place in enumerate(way.places.values(), 1):
         before = {id(p) for p in way.cut(place)[0].parameters()}
         layers = [last if id(p) in before else number for p, last in zip(parameters, layers, strict=True)]
     return layers
 
 
-def allotted(directions: int, sizes: Sequence[float], shares: Sequence[float]) -> list[int]:
+def allot_directions(directions: int, sizes: Sequence[float], shares: Sequence[float]) -> list[int]:
     """How many of P directions move each block: P_b in proportion to sqrt(d_b / c_b), and one at least.
 
     Of all ways to spend the same work it makes the estimate's variance the least where blocks have gradients of equal
@@ -135,11 +137,11 @@ def work(counts: Sequence[int], shares: Sequence[float]) -> float:
     return sum(n * share for n, share in zip(counts, shares, strict=True)) + shares[0] - shares[-1]
 
 
-def _missed(entry: str) -> CutError:
+def _unreached_error(entry: str) -> CutError:
     return CutError(f"the client half's forward pass never reaches {entry}, where a block begins: leave out blocks")
 
 
-class _Reached(Exception):
+class _BlockReached(Exception):
     """The forward pass has come to the next block, and need not go on."""
 
 
@@ -157,7 +159,7 @@ class BlockRun:
         self.rests, self.front = [half] * len(self.entries), half
         if any(self.entries):
             with evaluating(half):  # parts have a mode of their own, which is the half's when it is cut
-                way = way_of(_inner(half))
+                way = find_cutter(_cuttable_part(half))
                 parts = [way.cut(way.places[entry]) if entry else (half, half) for entry in self.entries]
             self.front, self.rests = parts[0][0], [rest for _, rest in parts]
         self._input: Tensor | None = None
@@ -188,7 +190,7 @@ class BlockRun:
             if self._input is None:
                 self._input = value
 
-        with at_entry(self.half, self.entries[0], keep):
+        with capture_entry_input(self.half, self.entries[0], keep):
             yield
 
     def at(self, block: int, inputs: Inputs) -> tuple[nn.Module, Inputs]:
@@ -201,7 +203,7 @@ class BlockRun:
 
         def stop(value: Tensor) -> None:
             self._input = value
-            raise _Reached
+            raise _BlockReached
 
         if block < self._block:
             self.output(inputs)
@@ -209,26 +211,26 @@ class BlockRun:
             if not self.entries[last + 1]:  # that one begins with the half, too
                 self._block = last + 1
                 continue
-            with at_entry(self.half, self.entries[last + 1], stop):
+            with capture_entry_input(self.half, self.entries[last + 1], stop):
                 try:
                     call(self.rests[last], self._inputs(last, inputs))
-                except _Reached:
+                except _BlockReached:
                     self._block = last + 1
                     continue
-            raise _missed(self.entries[last + 1])
+            raise _unreached_error(self.entries[last + 1])
         return self.rests[block], self._inputs(block, inputs)
 
     def _inputs(self, block: int, inputs: Inputs) -> Inputs:
         if not self.entries[block]:
             return inputs
         if self._input is None:
-            raise _missed(self.entries[block])
+            raise _unreached_error(self.entries[block])
         mask = mask_of(inputs)
         return self._input if mask is None else {"cut": self._input, "attention_mask": mask}
 
 
 @contextmanager
-def at_entry(half: nn.Module, entry: str, take: Callable[[Tensor], object]) -> Iterator[None]:
+def capture_entry_input(half: nn.Module, entry: str, take: Callable[[Tensor], object]) -> Iterator[None]:
     """The input of a block's first module goes to `take`; where that is the half's own beginning, nothing does."""
     if not entry:
         yield
@@ -237,19 +239,19 @@ def at_entry(half: nn.Module, entry: str, take: Callable[[Tensor], object]) -> I
     def hook(module: nn.Module, args: Sequence[Any], named: dict[str, Any]) -> None:
         take(next(value for value in (*args, *named.values()) if isinstance(value, Tensor)))
 
-    handle = _inner(half).get_submodule(entry).register_forward_pre_hook(hook, with_kwargs=True)
+    handle = _cuttable_part(half).get_submodule(entry).register_forward_pre_hook(hook, with_kwargs=True)
     try:
         yield
     finally:
         handle.remove()
 
 
-def _inner(half: nn.Module) -> nn.Module:
+def _cuttable_part(half: nn.Module) -> nn.Module:
     """What of a half is cut again."""
     return half.trunk if isinstance(half, ClientHalf) else half
 
 
-def _counted(module: nn.Module, inputs: Inputs) -> tuple[int, Tensor]:
+def _count_flops(module: nn.Module, inputs: Inputs) -> tuple[int, Tensor]:
     """(floating-point operations, output) of a forward pass in eval mode."""
     from torch.utils.flop_counter import FlopCounterMode  # seconds to import
 

@@ -15,7 +15,17 @@ from typing import Any
 
 from torch import fx, nn
 
-from hosfl.halves.follow import MODE, Buffers, Constant, CutError, Mode, anywhere, followed, unsaved, writes
+from hosfl.halves.follow import (
+    MODE,
+    BufferTracer,
+    Constant,
+    CutError,
+    TrainMode,
+    is_free_read,
+    non_persistent_buffers,
+    trace_forward,
+    writes,
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +45,7 @@ class Chain:
         """The names of the modules before which one value crosses, and how many of them come before each."""
         calls: dict[str, fx.Node] = {}
         for node in self.graph.nodes:
-            if node.op == "call_module" and not anywhere(node):
+            if node.op == "call_module" and not is_free_read(node):
                 calls.setdefault(node.target, node)
         state = self._state()
         names = [name for name, node in calls.items() if len(self._crossing(node)) == 1]
@@ -47,16 +57,16 @@ class Chain:
         nodes = list(self.graph.nodes)
         at = nodes.index(first)
         used = {value for node in nodes[at:] for value in node.all_input_nodes}
-        return [node for node in nodes[:at] if node in used and not anywhere(node)]
+        return [node for node in nodes[:at] if node in used and not is_free_read(node)]
 
     def _state(self) -> dict[fx.Node, set[str]]:
         """Of every step those things it reads that some step writes. Of layers that is known of running statistics;
         what others write is seen where halves are compared."""
-        written = _written(self.graph.nodes)
+        written = _written_names(self.graph.nodes)
         read: dict[fx.Node, set[str]] = {}
         for node in self.graph.nodes:
-            read[node] = {_name(n) for n in node.all_input_nodes if anywhere(n)}
-            if node.op == "call_module" and not anywhere(node):
+            read[node] = {_free_read_name(n) for n in node.all_input_nodes if is_free_read(n)}
+            if node.op == "call_module" and not is_free_read(node):
                 for path, module in self.model.get_submodule(node.target).named_modules(prefix=node.target):
                     names = {f"{path}.{name}" for name, _ in module.named_buffers(recurse=False)}
                     written |= names if isinstance(module, nn.modules.batchnorm._NormBase) else set()
@@ -84,7 +94,7 @@ class Chain:
         for what in self._torn(first, self._state()):
             what = "a tensor that it makes" if what in self.constants else what
             raise CutError(f"cannot cut before {name}: {what} is written into on one side and read on the other")
-        client, server = _Half(), _Half()
+        client, server = _HalfGraph(), _HalfGraph()
         for node in nodes[:at]:
             client.take(node)
         server.receive(crossing[0])
@@ -97,12 +107,12 @@ class Chain:
         parts: dict[str, Any] = {}
         for node in graph.nodes:
             if node.op in ("call_module", "get_attr"):
-                parts[node.target] = Mode() if node.target == MODE else self._part(node.target)
-        in_none = unsaved(self.model) & {*parts}
+                parts[node.target] = TrainMode() if node.target == MODE else self._part(node.target)
+        in_none = non_persistent_buffers(self.model) & {*parts}
         half = fx.GraphModule(parts, graph, f"{type(self.model).__name__}{side}")
         for path, _, name in (target.rpartition(".") for target in in_none):
             half.get_submodule(path)._non_persistent_buffers_set.add(name)
-        for module in (half, *(m for m in parts.values() if isinstance(m, Mode))):
+        for module in (half, *(m for m in parts.values() if isinstance(m, TrainMode))):
             module.training = self.model.training
         return half
 
@@ -113,17 +123,17 @@ class Chain:
         return Constant(value.value, value.kind) if isinstance(value, Constant) else value
 
 
-class _Half:
+class _HalfGraph:
     """A graph that takes over some of another's steps. Weights and flags are read where they are needed first."""
 
     def __init__(self) -> None:
-        self.graph, self.taken = fx.Graph(tracer_cls=Buffers), dict[fx.Node, fx.Node]()
+        self.graph, self.taken = fx.Graph(tracer_cls=BufferTracer), dict[fx.Node, fx.Node]()
 
     def receive(self, value: fx.Node) -> None:
         self.taken[value] = self.graph.placeholder("cut")
 
     def take(self, node: fx.Node) -> None:
-        if not anywhere(node):
+        if not is_free_read(node):
             self._value(node)
 
     def _value(self, node: fx.Node) -> fx.Node:
@@ -132,23 +142,23 @@ class _Half:
         return self.taken[node]
 
 
-def _name(node: fx.Node) -> str:
-    return str(node.target) if anywhere(node) else ""
+def _free_read_name(node: fx.Node) -> str:
+    return str(node.target) if is_free_read(node) else ""
 
 
-def _written(nodes: Iterable[fx.Node]) -> set[str]:
+def _written_names(nodes: Iterable[fx.Node]) -> set[str]:
     """Those things read from anywhere that some step writes into: that, or what was made of it first, as views are."""
     source: dict[fx.Node, set[str]] = {}
     written: set[str] = set()
     for node in nodes:
         first = source.get(node.args[0], set()) if node.args and isinstance(node.args[0], fx.Node) else set()
-        source[node] = {_name(node)} if anywhere(node) else first
+        source[node] = {_free_read_name(node)} if is_free_read(node) else first
         if writes(node):
             written |= first
     return written
 
 
-def chain(model: nn.Module, at: str | None = None) -> Chain:
+def trace_chain(model: nn.Module, at: str | None = None) -> Chain:
     """The steps of a model of one tensor; so fine that its layers are steps, or the module by the name `at` is one.
 
     Raises CutError where fx cannot follow a forward pass, where it is another one in train mode, and where it leaves
@@ -157,14 +167,14 @@ def chain(model: nn.Module, at: str | None = None) -> Chain:
     if at is not None:
         parts = at.split(".")
         opened = [model.get_submodule(".".join(parts[:n])) for n in range(len(parts))]
-        return Chain(model, opened, *followed(model, opened))
-    found = Chain(model, [model], *followed(model, [model]))
+        return Chain(model, opened, *trace_forward(model, opened))
+    found = Chain(model, [model], *trace_forward(model, [model]))
     tried: set[nn.Module] = set()
-    while candidates := [m for m in _called(found) if m not in tried and _holds_layers(m)]:
+    while candidates := [m for m in _called_modules(found) if m not in tried and _holds_layers(m)]:
         tried.add(candidates[0])
         try:
             opened = [*found.opened, candidates[0]]
-            finer = Chain(model, opened, *followed(model, opened))
+            finer = Chain(model, opened, *trace_forward(model, opened))
         except CutError:
             continue  # as one step it can stay
         if len(finer.places) > len(found.places) - isinstance(candidates[0], nn.Sequential):
@@ -172,8 +182,8 @@ def chain(model: nn.Module, at: str | None = None) -> Chain:
     return found
 
 
-def _called(found: Chain) -> Iterator[nn.Module]:
-    calls = (n for n in found.graph.nodes if n.op == "call_module" and not anywhere(n))
+def _called_modules(found: Chain) -> Iterator[nn.Module]:
+    calls = (n for n in found.graph.nodes if n.op == "call_module" and not is_free_read(n))
     return (found.model.get_submodule(n.target) for n in calls)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hosfl.halves.follow import CutError
-from hosfl.halves.modules import copied, has, present, replaced
+from hosfl.halves.modules import copy_module, existing_submodules, has_submodule, replace_submodule
 from hosfl.halves.transformer_halves import ClientHalf, ClientOnly, CutHolder, PassThrough, ServerHalf
 
 
@@ -122,17 +122,17 @@ def transformer_layers(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
             f"cannot cut a {type(model).__name__} that leaves out layers at random in train mode: set its "
             f"{_join(where, 'layerdrop')} to 0"
         )
-    path = _join(where, _first(trunk, family.layers))
+    path = _join(where, _first_present(trunk, family.layers))
     layers = model.get_submodule(path)
     assert isinstance(layers, nn.ModuleList)
     return path, layers
 
 
-def behind_layers(model: nn.Module) -> str | None:
+def head_path(model: nn.Module) -> str | None:
     """The path of the first module with weights behind a known transformer's layers; None where nothing follows."""
     family = FAMILIES[model.config.model_type]  # type: ignore[union-attr, index]
     path = _trunk_path(model, family)
-    after = present(model.get_submodule(path), family.after)
+    after = existing_submodules(model.get_submodule(path), family.after)
     if after:
         return _join(path, after[0])
     inside = {path.partition(".")[0], *family.beside}
@@ -145,45 +145,45 @@ def cut_transformer(model: nn.Module, at: int) -> tuple[nn.Module, nn.Module]:
     family = FAMILIES[model.config.model_type]  # type: ignore[union-attr, index]
     path = _trunk_path(model, family)
     trunk = model.get_submodule(path)
-    where = _first(trunk, family.layers)
+    where = _first_present(trunk, family.layers)
     layers = list(trunk.get_submodule(where))  # type: ignore[call-overload]
     count = len(layers)
     stand_in = [PassThrough()] if family.through else []
 
-    mine = replaced(trunk, where, nn.ModuleList(layers[:at] or stand_in))
-    for name in present(mine, family.after):
-        mine = replaced(mine, name, nn.Identity())
+    mine = replace_submodule(trunk, where, nn.ModuleList(layers[:at] or stand_in))
+    for name in existing_submodules(mine, family.after):
+        mine = replace_submodule(mine, name, nn.Identity())
     if family.dropout:
         embedding, dropout = (trunk.get_submodule(name) for name in (family.before[0], family.dropout))
-        mine = replaced(mine, family.before[0], nn.Sequential(embedding, dropout))
-        mine = replaced(mine, family.dropout, nn.Identity())
+        mine = replace_submodule(mine, family.before[0], nn.Sequential(embedding, dropout))
+        mine = replace_submodule(mine, family.dropout, nn.Identity())
     if family.first and not at:
-        mine = replaced(mine, family.first, None)
-    mine.config = _config(trunk, 0, at)
+        mine = replace_submodule(mine, family.first, None)
+    mine.config = _config_of_layers(trunk, 0, at)
 
     holder = CutHolder()
     if family.shared and 0 < at < count:
-        layers[at] = _with_shared(layers[at], layers[0], family.shared)
-    theirs = replaced(trunk, where, nn.ModuleList(layers[at:] or stand_in))
-    for first in [f"{where}.0"] if layers[at:] or stand_in else present(theirs, family.after)[:1]:
-        theirs = replaced(theirs, first, holder.feed(theirs.get_submodule(first), "hidden_states"))
-    for name in present(theirs, family.before):
-        theirs = replaced(theirs, name, ClientOnly(holder, name))
+        layers[at] = _with_shared_module(layers[at], layers[0], family.shared)
+    theirs = replace_submodule(trunk, where, nn.ModuleList(layers[at:] or stand_in))
+    for first in [f"{where}.0"] if layers[at:] or stand_in else existing_submodules(theirs, family.after)[:1]:
+        theirs = replace_submodule(theirs, first, holder.feed(theirs.get_submodule(first), "hidden_states"))
+    for name in existing_submodules(theirs, family.before):
+        theirs = replace_submodule(theirs, name, ClientOnly(holder, name))
     if family.first and at:
-        theirs = replaced(theirs, family.first, None)
+        theirs = replace_submodule(theirs, family.first, None)
     if family.inputs == "input_ids":
         theirs = holder.feed(theirs, "inputs_embeds", instead_of="input_ids")
-    rest = replaced(model, path, theirs) if path else theirs
+    rest = replace_submodule(model, path, theirs) if path else theirs
     owner = path.rpartition(".")[0]
-    for name in present(model.get_submodule(owner), family.beside):
-        rest = replaced(rest, _join(owner, name), ClientOnly(holder, name))
-    for module in _along(rest, path):
-        module.config = _config(module, at, count)
+    for name in existing_submodules(model.get_submodule(owner), family.beside):
+        rest = replace_submodule(rest, _join(owner, name), ClientOnly(holder, name))
+    for module in _modules_along(rest, path):
+        module.config = _config_of_layers(module, at, count)
     pools = _pools_by_tokens(model, family)
     return ClientHalf(mine, family.inputs, pools), ServerHalf(rest, holder, family.inputs)
 
 
-def ancestors(model: nn.Module) -> list[nn.Module]:
+def layer_ancestors(model: nn.Module) -> list[nn.Module]:
     """The modules of a known transformer that hold its layers, and whose forward passes both halves run."""
     found = transformer_layers(model)
     assert found is not None
@@ -198,7 +198,7 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
     if FAMILIES[config.model_type].inputs == "pixel_values":
         size = getattr(config, "image_size", 64)
         sides = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-        return {"pixel_values": waves((2, getattr(config, "num_channels", 3), *sides), device)}
+        return {"pixel_values": sine_input((2, getattr(config, "num_channels", 3), *sides), device)}
     length = min(8, getattr(config, "max_position_embeddings", 8))
     places = torch.arange(length, device=device)
     # Without a padding token a classifier takes one text at a time.
@@ -210,7 +210,7 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
     return {"input_ids": torch.where(mask == 1, tokens, pad), "attention_mask": mask}
 
 
-def waves(shape: Sequence[int], device: torch.device) -> Tensor:
+def sine_input(shape: Sequence[int], device: torch.device) -> Tensor:
     """Numbers between -1 and 1 that look alike nowhere, the same everywhere."""
     count = torch.Size(shape).numel()
     angles = torch.arange(count, dtype=torch.float32, device=device) * 0.7
@@ -227,23 +227,23 @@ def _pools_by_tokens(model: nn.Module, family: Family) -> int | None:
     return pad if family.decoder and _classifies(model) else None
 
 
-def _with_shared(layer: nn.Module, first: nn.Module, path: str) -> nn.Module:
+def _with_shared_module(layer: nn.Module, first: nn.Module, path: str) -> nn.Module:
     """A layer that makes what the first one makes for all."""
     where, _, name = path.rpartition(".")
-    attention = copied(layer.get_submodule(where))
+    attention = copy_module(layer.get_submodule(where))
     attention._modules[name] = first.get_submodule(path)
     setattr(attention, f"has_{name}", True)
-    return replaced(layer, where, attention)
+    return replace_submodule(layer, where, attention)
 
 
 def _trunk_path(model: nn.Module, family: Family) -> str:
     # Gemma's language models say they have a language_model and have a model.
     names = (getattr(model, "base_model_prefix", ""), "model")
     path = _join(next((name for name in names if name in model._modules), ""), family.trunk)
-    return path if has(model, path) else ""  # or it is the trunk itself
+    return path if has_submodule(model, path) else ""  # or it is the trunk itself
 
 
-def _along(module: nn.Module, path: str) -> Iterator[nn.Module]:
+def _modules_along(module: nn.Module, path: str) -> Iterator[nn.Module]:
     """The module, and its submodules on the way to the path's end."""
     yield module
     for name in filter(None, path.split(".")):
@@ -255,8 +255,8 @@ def _join(*names: str) -> str:
     return ".".join(name for name in names if name)
 
 
-def _first(module: nn.Module, paths: Sequence[str]) -> str:
-    for path in filter(partial(has, module), paths):
+def _first_present(module: nn.Module, paths: Sequence[str]) -> str:
+    for path in filter(partial(has_submodule, module), paths):
         return path
     name = type(module).__name__
     if name == "PeftMixedModel":  # says it has what the model inside has
@@ -264,7 +264,7 @@ def _first(module: nn.Module, paths: Sequence[str]) -> str:
     raise CutError(f"{name} has none of {', '.join(paths)}: a version of transformers not known here")
 
 
-def _config(model: nn.Module, first: int, end: int) -> Any:
+def _config_of_layers(model: nn.Module, first: int, end: int) -> Any:
     """The model's configuration for some of its layers, whose kinds it lists by number."""
     config: Any = copy.deepcopy(model.config)
     config.num_hidden_layers = end - first

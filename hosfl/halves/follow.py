@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from hosfl.halves.inputs import generators, unchanged
+from hosfl.halves.inputs import generator_states, restoring_state
 
 
 class CutError(TypeError):
@@ -35,7 +35,7 @@ class CutError(TypeError):
 MODE = "train_mode"  # the name of this module in a half
 
 
-class Mode(nn.Module):
+class TrainMode(nn.Module):
     """Says whether it is in train mode: a step, and no constant to whatever traces or pickles the half."""
 
     def forward(self) -> bool:
@@ -71,12 +71,12 @@ class Constant(nn.Module):
 IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"}
 
 
-def anywhere(node: fx.Node) -> bool:
+def is_free_read(node: fx.Node) -> bool:
     """Whether a step reads what either half can read by itself."""
-    return bool(node.op == "get_attr" or node.meta.get(ANYWHERE))
+    return bool(node.op == "get_attr" or node.meta.get(FREE_READ))
 
 
-ANYWHERE = "hosfl.anywhere"
+FREE_READ = "hosfl.anywhere"
 NO_GRADIENTS = "hosfl.no_gradients"  # of a step that runs where gradients are off
 DRAWS = "it is another one in every pass: it draws random numbers apart from its input"
 
@@ -88,7 +88,7 @@ def writes(node: fx.Node) -> bool:
     return in_place or name in IN_PLACE or name.strip("_") == "setitem"
 
 
-class Buffers(fx.Tracer):
+class BufferTracer(fx.Tracer):
     """Follows what is done to buffers, in place too. A half that is unpickled is followed by it again."""
 
     proxy_buffer_attributes = True
@@ -96,11 +96,11 @@ class Buffers(fx.Tracer):
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         found = super().getattr(attr, attr_val, parameter_proxy_cache)
         if isinstance(found, fx.Proxy) and isinstance(attr_val, Tensor) and not isinstance(attr_val, nn.Parameter):
-            return _Buffer(found.node, self, attr_val.shape)
+            return _BufferProxy(found.node, self, attr_val.shape)
         return found
 
 
-class _Buffer(fx.Proxy):
+class _BufferProxy(fx.Proxy):
     """Knows its shape, which stays, and is written by Python's operators in place, of which a proxy makes others."""
 
     def __init__(self, node: fx.Node, tracer: fx.proxy.TracerBase, shape: torch.Size) -> None:
@@ -122,32 +122,32 @@ class _Buffer(fx.Proxy):
     def __setitem__(self, at: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, at, value), {})
 
-    def written(self, by: Callable[..., Any], other: Any) -> _Buffer:
+    def written(self, by: Callable[..., Any], other: Any) -> _BufferProxy:
         node = self.tracer.create_proxy("call_function", by, (self, other), {}).node
-        return _Buffer(node, self.tracer, self.shape)
+        return _BufferProxy(node, self.tracer, self.shape)
 
 
 for _kind in IN_PLACE:
-    setattr(_Buffer, f"__{_kind}__", partialmethod(_Buffer.written, vars(operator)[_kind]))
+    setattr(_BufferProxy, f"__{_kind}__", partialmethod(_BufferProxy.written, vars(operator)[_kind]))
 
 
 def detached(value: Any) -> Any:
     """The tensors in a value without what is behind them; it is a step itself."""
     if isinstance(value, fx.Proxy):
         made = value.tracer.create_proxy("call_function", detached, (value,), {})
-        return _Buffer(made.node, value.tracer, value.shape) if isinstance(value, _Buffer) else made
+        return _BufferProxy(made.node, value.tracer, value.shape) if isinstance(value, _BufferProxy) else made
     return tree_map_only(Tensor, Tensor.detach, value)
 
 
-class _Tracer(Buffers):
+class _Tracer(BufferTracer):
     """Follows the forward passes of `opened`. The first argument keeps its name, those behind it their defaults."""
 
     def __init__(self, opened: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.opened, self.autocasts = set(opened), _autocasts()
+        self.opened, self.autocasts = set(opened), _autocast_depth()
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if _autocasts() != self.autocasts:  # where a half is verified it may change nothing, and elsewhere much
+        if _autocast_depth() != self.autocasts:  # where a half is verified it may change nothing, and elsewhere much
             raise RuntimeError("it enters autocast, which is in no step: do that in the forward pass of a layer")
         node = super().create_node(*args, **kwargs)
         node.meta[NO_GRADIENTS] = not torch.is_grad_enabled()
@@ -171,24 +171,24 @@ class _Tracer(Buffers):
         return root_fn, [self.root, value]
 
 
-def _autocasts() -> int:
+def _autocast_depth() -> int:
     """How many blocks of autocast are entered here. Torch tells only when one is left."""
     torch.autocast_increment_nesting()
     return int(torch.autocast_decrement_nesting())
 
 
-class _Untouched(TorchDispatchMode):
+class _TraceGuard(TorchDispatchMode):
     """While a pass is followed: nothing is computed of weights and buffers, nothing written into tensors beside them,
     and no random number drawn. It would be done once, and be in no step."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.beside = {_memory(t): n for n, t in _attributes(model) if isinstance(t, Tensor)}
-        self.held = {_memory(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
+        self.beside = {_storage_address(t): n for n, t in _other_attributes(model) if isinstance(t, Tensor)}
+        self.held = {_storage_address(t): n for n, t in (*model.named_parameters(), *model.named_buffers())}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in tree_leaves((args, kwargs)):
-            memory = _memory(tensor) if isinstance(tensor, Tensor) else 0
+            memory = _storage_address(tensor) if isinstance(tensor, Tensor) else 0
             what = None
             if memory in self.held:
                 what = f"it computes with {self.held[memory]} without reading it as an attribute of its module"
@@ -201,13 +201,13 @@ class _Untouched(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _memory(tensor: Tensor) -> int:
+def _storage_address(tensor: Tensor) -> int:
     """Where it lies; 0 where it has no numbers, or none in one piece."""
     return 0 if tensor.is_meta or tensor.layout != torch.strided else tensor.untyped_storage().data_ptr()
 
 
 @dataclass(frozen=True)
-class _Pass:
+class _Trace:
     """A forward pass that was followed: its steps, what those read that have a name, and which of that it made."""
 
     graph: fx.Graph
@@ -216,23 +216,23 @@ class _Pass:
     made: set[str]
 
 
-def _passed(model: nn.Module, opened: list[nn.Module], mode: bool, alone: bool = False) -> _Pass:
+def _trace_once(model: nn.Module, opened: list[nn.Module], mode: bool, alone: bool = False) -> _Trace:
     """alone: only what is opened is in that mode, all else in the other."""
     for module in model.modules():
         module.training = mode is not alone
     for module in opened:
         module.training = mode
-    there, state = set(vars(model)), _drawn(model)
+    there, state = set(vars(model)), _all_generator_states(model)
     modules = list(model.named_modules())
     held = [(path, own, dict(own)) for path, m in modules for own in (m._parameters, m._buffers)]
-    with _Untouched(model), _sizes_in_one():
+    with _TraceGuard(model), _sizes_as_tuple():
         graph = _Tracer(opened).trace(model)
-    if _drawn(model) != state:
+    if _all_generator_states(model) != state:
         raise RuntimeError(DRAWS)
     for path, own, before in held:
         for name, value in own.items():
-            if value is not before.get(name) and not _is_written(value, f"{path}.{name}".lstrip(".")):
-                raise CutError(_assigned(name))
+            if value is not before.get(name) and not _is_in_place_result(value, f"{path}.{name}".lstrip(".")):
+                raise CutError(_assignment_message(name))
         own.update(before)
     nodes = list(graph.nodes)
     read = {node: operator.attrgetter(node.target)(model) for node in nodes if node.op == "get_attr"}
@@ -240,11 +240,11 @@ def _passed(model: nn.Module, opened: list[nn.Module], mode: bool, alone: bool =
     made = {name for name in made if name in vars(model)}
     for name in made:
         delattr(model, name)
-    return _Pass(graph, nodes, read, made)
+    return _Trace(graph, nodes, read, made)
 
 
 @contextmanager
-def _sizes_in_one() -> Iterator[None]:
+def _sizes_as_tuple() -> Iterator[None]:
     """Functions that make a tensor of these sizes get them as one tuple. Torch refuses several where one is a value of
     the input's shape: those it looks for in tuples only."""
 
@@ -261,14 +261,14 @@ def _sizes_in_one() -> Iterator[None]:
             setattr(torch, name, make)
 
 
-def _drawn(model: nn.Module) -> tuple[Any, ...]:
+def _all_generator_states(model: nn.Module) -> tuple[Any, ...]:
     """The states of random generators, the global ones and those that modules have."""
     own = random.Random, np.random.Generator, np.random.RandomState
-    return generators(), [pickle.dumps(value) for _, value in _attributes(model) if isinstance(value, own)]
+    return generator_states(), [pickle.dumps(value) for _, value in _other_attributes(model) if isinstance(value, own)]
 
 
 @contextmanager
-def _elsewhere() -> Iterator[None]:
+def _flipped_contexts() -> Iterator[None]:
     """Gradients and autocast are each off if they were on, and on if they were off."""
     autocast = {kind: torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")}  # without a kind: of cuda
     with torch.set_grad_enabled(not torch.is_grad_enabled()):
@@ -288,14 +288,14 @@ def _reason(error: Exception) -> str:
     return message
 
 
-def _place(error: Exception) -> str:
+def _source_location(error: Exception) -> str:
     """The last line of a model's own that ran: neither torch's nor one of these."""
     not_theirs = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
     theirs = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(not_theirs)]
     return f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno}: {theirs[-1].line})" if theirs else ""
 
 
-def _is_written(value: Any, name: str) -> bool:
+def _is_in_place_result(value: Any, name: str) -> bool:
     """Whether it is the tensor of that name after steps in place, which `+=` assigns."""
     node: Any = value.node if isinstance(value, fx.Proxy) else None
     while isinstance(node, fx.Node) and writes(node):
@@ -303,11 +303,11 @@ def _is_written(value: Any, name: str) -> bool:
     return isinstance(node, fx.Node) and (node.op, node.target) == ("get_attr", name)
 
 
-def _assigned(name: str) -> str:
+def _assignment_message(name: str) -> str:
     return f"it assigns {name}, where a half would keep the old one: write into it, {name}.copy_(...)"
 
 
-def followed(model: nn.Module, opened: list[nn.Module]) -> tuple[fx.Graph, dict[str, Any]]:
+def trace_forward(model: nn.Module, opened: list[nn.Module]) -> tuple[fx.Graph, dict[str, Any]]:
     """The forward pass of a model, through the modules `opened`, as one graph for both modes: where a function is told
     the mode, the half's own mode is read. And what its steps read that is in no state dict, by name.
 
@@ -315,26 +315,38 @@ def followed(model: nn.Module, opened: list[nn.Module]) -> tuple[fx.Graph, dict[
     half would.
     """
     for module in opened:
-        refuse_own_ways(module)
+        refuse_overridden_methods(module)
     whose = f"the forward pass of {type(model).__name__}"
     modes, all_modes = ({m.training for m in modules} for modules in (opened, model.modules()))
     # What a forward pass does without its input is really done: to attributes, random generators.
-    with unchanged(model.modules()), _emptied_again(model), torch.inference_mode(False), torch.enable_grad():
+    with (
+        restoring_state(model.modules()),
+        _restoring_containers(model),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
         try:
-            evaluating = _passed(model, opened, False)
-            left = _left(model)
-            training = _passed(model, opened, True)
-            changed = _changed(left, _left(model))
+            evaluating = _trace_once(model, opened, False)
+            left = _attribute_values(model)
+            training = _trace_once(model, opened, True)
+            changed = _first_change(left, _attribute_values(model))
             with evaluating.graph.inserting_before(evaluating.nodes[0]):
                 flag = evaluating.graph.create_node("call_module", MODE)
-            merged = _merged(evaluating, training, flag) if _gradients(evaluating) == _gradients(training) else None
-            again = merged or _merged(evaluating, _passed(model, opened, False), None)
-            if len(all_modes) > 1 and _merged(evaluating, _passed(model, opened, False, alone=True), None) is None:
+            merged = (
+                _merge_traces(evaluating, training, flag)
+                if _gradient_flags(evaluating) == _gradient_flags(training)
+                else None
+            )
+            again = merged or _merge_traces(evaluating, _trace_once(model, opened, False), None)
+            if (
+                len(all_modes) > 1
+                and _merge_traces(evaluating, _trace_once(model, opened, False, alone=True), None) is None
+            ):
                 modes = all_modes  # it reads those of others as well
-            with _elsewhere():
-                elsewhere = _merged(evaluating, _passed(model, opened, False), None)
+            with _flipped_contexts():
+                elsewhere = _merge_traces(evaluating, _trace_once(model, opened, False), None)
         except Exception as error:  # whatever a forward pass does with a value that is none yet
-            raise CutError(f"cannot follow {whose}: {_reason(error)}{_place(error)}") from error
+            raise CutError(f"cannot follow {whose}: {_reason(error)}{_source_location(error)}") from error
     if merged is None and again is not None:
         raise CutError(
             f"{whose} is another one in train mode than in eval mode: build it without what runs in one of them only, "
@@ -355,8 +367,8 @@ def followed(model: nn.Module, opened: list[nn.Module]) -> tuple[fx.Graph, dict[
         )
     for node, (args, kwargs) in zip(evaluating.nodes, merged, strict=True):
         node.args, node.kwargs = args, kwargs
-    _detach(evaluating)
-    flag.meta[ANYWHERE] = True
+    _detach_no_grad_steps(evaluating)
+    flag.meta[FREE_READ] = True
     if not flag.users:
         evaluating.graph.erase_node(flag)
     elif len(modes) > 1:
@@ -364,10 +376,10 @@ def followed(model: nn.Module, opened: list[nn.Module]) -> tuple[fx.Graph, dict[
             f"some modules of {type(model).__name__} are in train mode and others are not: call its train() or "
             "eval(), cut, and set the modes of the halves' own modules"
         )
-    return evaluating.graph, _with_constants(model, evaluating)
+    return evaluating.graph, _replace_constants(model, evaluating)
 
 
-def refuse_own_ways(module: nn.Module) -> None:
+def refuse_overridden_methods(module: nn.Module) -> None:
     """Raises CutError for a module whose forward pass is taken apart, and with it what is beside it in its class."""
     kind = type(module)
     base = next(k for k in kind.__mro__ if k is nn.Module or k.__module__ == "transformers.modeling_utils")
@@ -381,24 +393,25 @@ def refuse_own_ways(module: nn.Module) -> None:
         )
 
 
-def _merged(a: _Pass, b: _Pass, flag: fx.Node | None) -> list[tuple[Any, Any]] | None:
+def _merge_traces(a: _Trace, b: _Trace, flag: fx.Node | None) -> list[tuple[Any, Any]] | None:
     """Every step's arguments, where b is told True and a is told False the flag's; None for passes that differ."""
     same = dict(zip(b.nodes, a.nodes, strict=False))
     try:
         if len(a.nodes) != len(b.nodes) or not all(_same_step(a, m, b, n) for n, m in same.items()):
             return None
         return [
-            (_argument(m.args, n.args, same, flag), _argument(m.kwargs, n.kwargs, same, flag)) for n, m in same.items()
+            (_merge_argument(m.args, n.args, same, flag), _merge_argument(m.kwargs, n.kwargs, same, flag))
+            for n, m in same.items()
         ]
-    except _Different:
+    except _TracesDiffer:
         return None
 
 
-def _gradients(one: _Pass) -> list[bool]:
+def _gradient_flags(one: _Trace) -> list[bool]:
     return [node.meta[NO_GRADIENTS] for node in one.nodes]
 
 
-def _detach(one: _Pass) -> None:
+def _detach_no_grad_steps(one: _Trace) -> None:
     """What steps take and make where gradients are off is detached: no half enters `no_grad` in between."""
     for node in one.nodes:
         if not node.meta[NO_GRADIENTS] or node.op == "get_attr":
@@ -416,11 +429,11 @@ def _detach(one: _Pass) -> None:
                     node.replace_input_with(value, one.graph.call_function(detached, (value,)))
 
 
-class _Different(Exception):
+class _TracesDiffer(Exception):
     pass
 
 
-def _same_step(a: _Pass, m: fx.Node, b: _Pass, n: fx.Node) -> bool:
+def _same_step(a: _Trace, m: fx.Node, b: _Trace, n: fx.Node) -> bool:
     if m.op != n.op or m.op != "get_attr":
         return (m.op, m.target) == (n.op, n.target)
     if m.target in a.made or n.target in b.made:
@@ -428,21 +441,23 @@ def _same_step(a: _Pass, m: fx.Node, b: _Pass, n: fx.Node) -> bool:
     return bool(m.target == n.target and a.read[m] is b.read[n])
 
 
-def _argument(a: Any, b: Any, same: Mapping[fx.Node, fx.Node], flag: fx.Node | None) -> Any:
+def _merge_argument(a: Any, b: Any, same: Mapping[fx.Node, fx.Node], flag: fx.Node | None) -> Any:
     if isinstance(a, fx.Node):
         if same.get(b) is not a:
-            raise _Different
+            raise _TracesDiffer
         return a
     if flag is not None and a is False and b is True:
         return flag
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) and len(a) == len(b):
-        return type(a)(_argument(x, y, same, flag) for x, y in zip(a, b, strict=True))
+        return type(a)(_merge_argument(x, y, same, flag) for x, y in zip(a, b, strict=True))
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        return {key: _argument(a[key], b[key], same, flag) for key in a}
+        return {key: _merge_argument(a[key], b[key], same, flag) for key in a}
     if isinstance(a, slice) and isinstance(b, slice):
-        return slice(*(_argument(x, y, same, flag) for x, y in zip(_ends(a), _ends(b), strict=True)))
+        return slice(
+            *(_merge_argument(x, y, same, flag) for x, y in zip(_slice_parts(a), _slice_parts(b), strict=True))
+        )
     if not _equal(a, b):
-        raise _Different
+        raise _TracesDiffer
     return a
 
 
@@ -463,25 +478,25 @@ def _equal(a: Any, b: Any) -> bool:
     return bool(a == b or (isinstance(a, float) and a != a and b != b))
 
 
-def _ends(value: slice) -> tuple[Any, Any, Any]:
+def _slice_parts(value: slice) -> tuple[Any, Any, Any]:
     return value.start, value.stop, value.step
 
 
-OF_MODULES = {*vars(nn.Module())}  # what every module has
+MODULE_ATTRIBUTES = {*vars(nn.Module())}  # what every module has
 
 
-def _attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def _other_attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """All that is no weight, buffer, module or mode, by its name."""
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            if name not in OF_MODULES:
+            if name not in MODULE_ATTRIBUTES:
                 yield f"{path}.{name}" if path else name, value
 
 
 @contextmanager
-def _emptied_again(model: nn.Module) -> Iterator[None]:
+def _restoring_containers(model: nn.Module) -> Iterator[None]:
     """Lists and dicts of modules hold afterwards what they held before."""
-    kept = [(value, copy.copy(value)) for _, value in _attributes(model) if type(value) in (list, dict)]
+    kept = [(value, copy.copy(value)) for _, value in _other_attributes(model) if type(value) in (list, dict)]
     try:
         yield
     finally:
@@ -490,35 +505,35 @@ def _emptied_again(model: nn.Module) -> Iterator[None]:
             value.extend(before) if isinstance(value, list) else value.update(before)
 
 
-def _left(model: nn.Module) -> dict[str, Any]:
-    return {name: _kept(value) for name, value in _attributes(model)}
+def _attribute_values(model: nn.Module) -> dict[str, Any]:
+    return {name: _snapshot(value) for name, value in _other_attributes(model)}
 
 
-def _kept(value: Any, depth: int = 3) -> Any:
+def _snapshot(value: Any, depth: int = 3) -> Any:
     """A value as it is now: it may be written into. What a pass makes of its input is alike whatever it is."""
     if isinstance(value, (fx.Proxy, fx.Node)):
         return fx.Proxy
     if isinstance(value, Tensor):
         return value.detach().clone()
     if depth and type(value) in (list, tuple):
-        return type(value)(_kept(v, depth - 1) for v in value)
+        return type(value)(_snapshot(v, depth - 1) for v in value)
     if depth and isinstance(value, dict):
-        return {key: _kept(v, depth - 1) for key, v in value.items()}
+        return {key: _snapshot(v, depth - 1) for key, v in value.items()}
     return set(value) if type(value) is set else value
 
 
-def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
+def _first_change(before: Mapping[str, Any], after: Mapping[str, Any]) -> str | None:
     return next((name for name, value in after.items() if name not in before or not _equal(before[name], value)), None)
 
 
-def _with_constants(model: nn.Module, one: _Pass) -> dict[str, Any]:
+def _replace_constants(model: nn.Module, one: _Trace) -> dict[str, Any]:
     """Names and modules of those things that are read and that no state dict has, whose steps become calls of these."""
     calls = {str(node.target): node for node in one.nodes if node.op == "call_module"}
     for node in one.nodes:
-        if node.op == "call_module" and isinstance(model.get_submodule(str(node.target)), (Mode, Constant)):
-            node.meta[ANYWHERE] = True  # of a half that is cut again
+        if node.op == "call_module" and isinstance(model.get_submodule(str(node.target)), (TrainMode, Constant)):
+            node.meta[FREE_READ] = True  # of a half that is cut again
     # A module that is a step has its buffers itself.
-    in_none = {name for name in unsaved(model) if not any(name.startswith(f"{call}.") for call in calls)}
+    in_none = {name for name in non_persistent_buffers(model) if not any(name.startswith(f"{call}.") for call in calls)}
     saved = {id(t) for t in (*model.parameters(), *model.buffers())}
     found: dict[str, Any] = {}
     steps: dict[str, fx.Node] = {}
@@ -532,23 +547,23 @@ def _with_constants(model: nn.Module, one: _Pass) -> dict[str, Any]:
             continue
         if name not in steps:  # one step, so that what is written into a tensor is in it afterwards
             kind = "buffer" if name in in_none else "made" if name in one.made else "attribute"
-            new = _free(model, found)
+            new = _unused_name(model, found)
             found[new] = Constant(value, kind)
             with one.graph.inserting_before(node):
                 steps[name] = one.graph.create_node("call_module", new)
-            steps[name].meta[ANYWHERE] = True
+            steps[name].meta[FREE_READ] = True
         node.replace_all_uses_with(steps[name])
         one.graph.erase_node(node)
     return found
 
 
-def unsaved(model: nn.Module) -> set[str]:
+def non_persistent_buffers(model: nn.Module) -> set[str]:
     """The names of the buffers that are in no state dict."""
     modules = model.named_modules(remove_duplicate=False)
     return {f"{path}.{name}".lstrip(".") for path, m in modules for name in m._non_persistent_buffers_set}
 
 
-def _free(model: nn.Module, taken: Mapping[str, Any]) -> str:
+def _unused_name(model: nn.Module, taken: Mapping[str, Any]) -> str:
     number = 0
     while hasattr(model, f"constant_{number}") or f"constant_{number}" in taken:
         number += 1

@@ -28,14 +28,14 @@ def pretrained_model(name: str, head: str, **settings: Any) -> nn.Module:
     return model.float()  # many are published in 16 bits, which the server's optimizer could not train
 
 
-def untrained(kind: str, **settings: Any) -> nn.Module:
+def random_trunk(kind: str, **settings: Any) -> nn.Module:
     """A trunk with random weights, by transformers' name for its family, such as "bert". Raises ImportError."""
     transformers = _transformers()
     model: nn.Module = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(kind, **settings))
     return model
 
 
-def skeleton(name: str, batch: int, length: int) -> tuple[nn.Module, dict[str, Tensor]]:
+def meta_model(name: str, batch: int, length: int) -> tuple[nn.Module, dict[str, Tensor]]:
     """A model without weights, on the meta device, and example inputs: for `hosfl.split.cut_points`.
 
     name: of a model on the hub, or a folder with its config.json. length: tokens per sample, the model's limit at most;

@@ -24,19 +24,19 @@ def call(module: nn.Module, inputs: Inputs) -> Any:
     return module(*inputs) if isinstance(inputs, tuple) else module(inputs)
 
 
-def described(inputs: Inputs) -> str:
+def describe_inputs(inputs: Inputs) -> str:
     """Dtypes and shapes, for errors: "uint8 [2, 3, 32, 32]", with names where there are any."""
     named = inputs.items() if isinstance(inputs, Mapping) else [("", x) for x in tree_leaves(inputs)]
     tensors = [(f"{name} ".lstrip(), x) for name, x in named if isinstance(x, Tensor)]
     return ", ".join(f"{name}{str(x.dtype).removeprefix('torch.')} {[*x.shape]}" for name, x in tensors)
 
 
-def cloned(given: Any) -> Any:
+def clone_tensors(given: Any) -> Any:
     """The same, of copies of all tensors in it."""
     return tree_map_only(Tensor, torch.clone, given)
 
 
-def alike(a: Tensor, b: Tensor) -> bool:
+def outputs_match(a: Tensor, b: Tensor) -> bool:
     """Whether two passes gave the same: to the bit, NaN included; on a GPU, where a sum may take another order every
     time, within a few units in the last place."""
     if a.shape != b.shape or a.dtype != b.dtype:
@@ -64,7 +64,7 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def unchanged(modules: Iterable[nn.Module]) -> Iterator[None]:
+def restoring_state(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Whatever passes change is afterwards as it was: attributes, modes, numbers in buffers, and the random generators
     of torch, numpy and Python.
 
@@ -77,7 +77,7 @@ def unchanged(modules: Iterable[nn.Module]) -> Iterator[None]:
     buffers = [b for m in modules for b in m._buffers.values() if b is not None]
     kept = [(b, b._version, b.clone()) for b in buffers if not (b.is_meta or b.is_inference())]
     kind, numbers = accelerators(modules)
-    state = generators()
+    state = generator_states()
     try:
         with torch.random.fork_rng(numbers, device_type=kind):
             yield
@@ -94,7 +94,7 @@ def unchanged(modules: Iterable[nn.Module]) -> Iterator[None]:
                     buffer.copy_(before)
 
 
-def generators() -> tuple[Any, Any]:
+def generator_states() -> tuple[Any, Any]:
     """The states of Python's and numpy's global random generators, which are equal as long as nobody draws."""
     kind, words, *rest = np.random.get_state(legacy=True)
     return random.getstate(), (kind, [*words], *rest)
@@ -108,7 +108,7 @@ def accelerators(modules: Iterable[nn.Module]) -> tuple[str, list[int]]:
     return (found[0].type if found else "cuda"), sorted(device.index or 0 for device in found)
 
 
-def parts_of(inputs: Inputs, samples: int) -> Iterator[Inputs]:
+def microbatches(inputs: Inputs, samples: int) -> Iterator[Inputs]:
     """The inputs, so many samples at a time; 0: all together. Samples are the first dimension of every tensor."""
     if not samples:
         yield inputs
@@ -118,7 +118,7 @@ def parts_of(inputs: Inputs, samples: int) -> Iterator[Inputs]:
         yield tree_map_only(Tensor, itemgetter(slice(at, at + samples)), inputs)
 
 
-def check_apart(half: nn.Module) -> None:
+def check_samples_independent(half: nn.Module) -> None:
     """Raises ValueError for a half that makes other outputs of a batch in eval mode when it is taken in parts."""
     for name, module in half.named_modules():
         if isinstance(module, _BatchNorm) and module.running_mean is None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 
-def has(module: nn.Module, path: str) -> bool:
+def has_submodule(module: nn.Module, path: str) -> bool:
     """Whether there is a submodule at the path."""
     try:
         module.get_submodule(path)
@@ -17,12 +17,12 @@ def has(module: nn.Module, path: str) -> bool:
         return False
 
 
-def present(module: nn.Module, names: Sequence[str]) -> list[str]:
+def existing_submodules(module: nn.Module, names: Sequence[str]) -> list[str]:
     """Those of the submodules that are there: others are of other versions, or None by the model's configuration."""
     return [name for name in names if getattr(module, name, None) is not None]
 
 
-def copied(module: nn.Module) -> nn.Module:
+def copy_module(module: nn.Module) -> nn.Module:
     """A module of its own over the same weights and children."""
     if hasattr(type(module), "__copy__"):  # followed graphs and scripts know how
         own: nn.Module = copy.copy(module)
@@ -34,7 +34,7 @@ def copied(module: nn.Module) -> nn.Module:
     return own
 
 
-def replaced(module: nn.Module, path: str, new: nn.Module | None) -> nn.Module:
+def replace_submodule(module: nn.Module, path: str, new: nn.Module | None) -> nn.Module:
     """A copy of the module with another submodule at the path, or none; everything else is shared.
 
     At the path "" is the module itself.
@@ -42,6 +42,6 @@ def replaced(module: nn.Module, path: str, new: nn.Module | None) -> nn.Module:
     if not path:
         assert new is not None
         return new
-    own, (name, _, rest) = copied(module), path.partition(".")
-    own._modules[name] = replaced(own._modules[name], rest, new) if rest else new  # type: ignore[arg-type]
+    own, (name, _, rest) = copy_module(module), path.partition(".")
+    own._modules[name] = replace_submodule(own._modules[name], rest, new) if rest else new  # type: ignore[arg-type]
     return own

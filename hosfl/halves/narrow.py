@@ -24,19 +24,19 @@ FROZEN = ("float32", *BITS)
 GROUP = 64
 
 
-def narrowed(half: nn.Module, frozen: str) -> nn.Module:
+def narrow_weights(half: nn.Module, frozen: str) -> nn.Module:
     """Store every weight that does not require grad as `frozen` says; returns the half, changed in place.
 
     frozen: of FROZEN; "float32" leaves all as it is. Weights are parameters with two dimensions or more that are longer
     than 1, of any module but normalisations, nn.LSTM, GRU and RNN, which hold theirs twice, and embeddings with
     max_norm, which write theirs. The rest is small and stays.
 
-    A narrow parameter keeps its name and its place among the parameters, and so everybody's streams: in `_parameters`
-    it is integers, which no cast touches, with the buffer `<name>_scale` beside them. Reading the attribute gives a new
-    tensor of the scale's dtype, the layer's before, or of that to which the half was cast since; of an nn.Embedding
-    only the rows that are looked up are ever made. What is written to that tensor is lost, as by merging adapters into
-    it. Backpropagation holds it until it has run, but under `made_again`. The module can be copied, and its state dict
-    stored, but not pickled.
+    A narrow parameter keeps its name and its place among the parameters, and so every stream of noise: in
+    `_parameters` it is integers, which no cast touches, with the buffer `<name>_scale`. Reading the attribute makes a
+    new tensor in the scale's dtype: the layer's original dtype, or the one that the half was cast to since. Of an
+    nn.Embedding only the rows that are looked up are made. Writes to that tensor are lost, such as merging adapters
+    into it. Backpropagation holds it until it has run, except under `recompute_wide_weights`. The module can be copied
+    and its state dict stored, but it cannot be pickled.
 
     Raises ValueError where there is nothing to narrow, and for weights that are infinite or NaN.
     """
@@ -44,20 +44,20 @@ def narrowed(half: nn.Module, frozen: str) -> nn.Module:
         return half
     done: dict[int, tuple[nn.Parameter, Tensor]] = {}  # by the wide parameter: tied ones stay tied
     for path, module in half.named_modules():
-        wide = {name: p for name, p in module._parameters.items() if p is not None and _narrows(module, p)}
+        wide = {name: p for name, p in module._parameters.items() if p is not None and _is_narrowable(module, p)}
         for name, p in wide.items():
             if id(p) not in done:
                 if not torch.isfinite(p).all():
                     where = f"{path}.{name}".lstrip(".")
                     raise ValueError(f"{where} has infinite or NaN weights, which cannot be stored as {frozen}")
-                stored, scale = _store(p.detach(), BITS[frozen])
+                stored, scale = _quantize(p.detach(), BITS[frozen])
                 done[id(p)] = nn.Parameter(stored, requires_grad=False), scale
             module._parameters[name], scale = done[id(p)]
             module.register_buffer(f"{name}_scale", scale)
         if wide:
             kind: Any = type(module)
             module.__dict__["narrow"] = {name: (p.shape, BITS[frozen]) for name, p in wide.items()}
-            module.__class__ = _reading(kind, tuple(wide))
+            module.__class__ = _narrow_class(kind, tuple(wide))
     if not done:
         raise ValueError(
             f"frozen={frozen!r} finds nothing to store so: every weight of the client half moves, or is of a kind that"
@@ -73,7 +73,7 @@ def narrow_names(half: nn.Module) -> list[str]:
 
 
 @contextmanager
-def in_their_dtype(half: nn.Module) -> Iterator[None]:
+def narrow_bfloat16_as_floats(half: nn.Module) -> Iterator[None]:
     """Narrow weights that are bfloat16 have that dtype in the block, and not their bits in integers: an exporter of
     graphs knows no operator that takes the one for the other."""
     held: list[tuple[dict[str, Any], str, nn.Parameter]] = []
@@ -91,14 +91,14 @@ def in_their_dtype(half: nn.Module) -> Iterator[None]:
             parameters[name] = stored
 
 
-def _narrows(module: nn.Module, parameter: nn.Parameter) -> bool:
+def _is_narrowable(module: nn.Module, parameter: nn.Parameter) -> bool:
     kept = isinstance(module, (nn.RNNBase, torch.jit.ScriptModule)) or "norm" in type(module).__name__.lower()
     writes = getattr(module, "max_norm", None) is not None
     matrix = parameter.is_floating_point() and sum(n > 1 for n in parameter.shape) > 1
     return matrix and not (parameter.requires_grad or kept or writes)
 
 
-def _store(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def _quantize(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """[n, ...] -> integers [n, groups, bytes or numbers of a group], and scales [n, groups, 1] in its dtype."""
     rows = weight.reshape(len(weight), -1)
     if bits == 16:
@@ -116,7 +116,7 @@ def _store(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return (parts << shifts).sum(-1).to(torch.uint8), scale
 
 
-def _wide(stored: Tensor, scale: Tensor, bits: int) -> Tensor:
+def _dequantize(stored: Tensor, scale: Tensor, bits: int) -> Tensor:
     """[..., groups, bytes or numbers], [..., groups, 1] -> scale * q, [..., groups * numbers of a group]."""
     if bits == 16:
         floats = stored if stored.is_floating_point() else stored.view(torch.bfloat16)
@@ -124,13 +124,13 @@ def _wide(stored: Tensor, scale: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return stored.to(scale.dtype).mul_(scale).flatten(-2)
     if torch.compiler.is_exporting():
-        parts = _parts_by_floats(stored.to(scale.dtype), bits)
+        parts = _unpack_by_division(stored.to(scale.dtype), bits)
     else:
         parts = [(stored >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]
     return torch.stack(parts, -1).flatten(-2).to(scale.dtype).sub_(2 ** (bits - 1)).mul_(scale).flatten(-2)
 
 
-def _parts_by_floats(bytes_: Tensor, bits: int) -> list[Tensor]:
+def _unpack_by_division(bytes_: Tensor, bits: int) -> list[Tensor]:
     """The numbers of each byte without a shift, which torch's exporter to ONNX writes with types that do not fit."""
     parts = []
     for _ in range(0, 8, bits):
@@ -140,20 +140,22 @@ def _parts_by_floats(bytes_: Tensor, bits: int) -> list[Tensor]:
     return parts
 
 
-def _read(name: str, module: Any) -> Tensor:
+def _read_wide(name: str, module: Any) -> Tensor:
     shape, bits = module.narrow[name]
-    rows = _wide(module._parameters[name], module._buffers[f"{name}_scale"], bits)
+    rows = _dequantize(module._parameters[name], module._buffers[f"{name}_scale"], bits)
     wide = rows[:, : math.prod(shape[1:])].reshape(shape)
-    if _made:
-        _made[-1][wide.untyped_storage().data_ptr()] = ref(wide), name, module
+    if _recorded_reads:
+        _recorded_reads[-1][wide.untyped_storage().data_ptr()] = ref(wide), name, module
     return wide
 
 
-_made: list[dict[int, tuple[ref[Tensor], str, Any]]] = []  # wide weights by their address, of each `made_again`
+_recorded_reads: list[
+    dict[int, tuple[ref[Tensor], str, Any]]
+] = []  # wide weights by their address, of each `recompute_wide_weights`
 
 
 @contextmanager
-def made_again() -> Iterator[None]:
+def recompute_wide_weights() -> Iterator[None]:
     """Backpropagation in the block holds no wide weights: it makes a layer's again when it comes to that layer."""
     made: dict[int, tuple[ref[Tensor], str, Any]] = {}
 
@@ -162,17 +164,17 @@ def made_again() -> Iterator[None]:
         if found is None or found[0]() is None:  # an address is a weight's for as long as the weight is there
             return saved
         place = saved.shape, saved.stride(), saved.storage_offset()
-        return lambda: _read(*found[1:]).as_strided(*place)
+        return lambda: _read_wide(*found[1:]).as_strided(*place)
 
-    _made.append(made)
+    _recorded_reads.append(made)
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda held: held if isinstance(held, Tensor) else held()):
             yield
     finally:
-        _made.pop()
+        _recorded_reads.pop()
 
 
-class Lookup(nn.Embedding):
+class NarrowEmbedding(nn.Embedding):
     """What an nn.Embedding with a narrow table does: the rows of these tokens are made wide, no others."""
 
     narrow: dict[str, tuple[torch.Size, int]]
@@ -182,19 +184,21 @@ class Lookup(nn.Embedding):
         stored, scale = self._parameters["weight"], self._buffers["weight_scale"]
         assert stored is not None
         assert scale is not None
-        return _wide(_rows(stored, input), scale if bits == 16 else _rows(scale, input), bits)[..., :width]
+        return _dequantize(_table_rows(stored, input), scale if bits == 16 else _table_rows(scale, input), bits)[
+            ..., :width
+        ]
 
 
-def _rows(table: Tensor, tokens: Tensor) -> Tensor:
+def _table_rows(table: Tensor, tokens: Tensor) -> Tensor:
     """Of a table [n, ...]. A negative token is the error that it is in a wide one: an index counts it from the end."""
     return nn.functional.embedding(tokens, table.flatten(1)).unflatten(-1, table.shape[1:])
 
 
 @cache
-def _reading(kind: Any, names: tuple[str, ...]) -> type[nn.Module]:
+def _narrow_class(kind: Any, names: tuple[str, ...]) -> type[nn.Module]:
     """The same kind of module, whose parameters of these names are narrow. Its forward pass is the kind's own."""
     bases: tuple[type, ...] = (kind,)
     if issubclass(kind, nn.Embedding) and "weight" in names:
-        bases = (Lookup,) if kind is nn.Embedding else (kind, Lookup)
-    properties = {name: property(partial(_read, name)) for name in names}
+        bases = (NarrowEmbedding,) if kind is nn.Embedding else (kind, NarrowEmbedding)
+    properties = {name: property(partial(_read_wide, name)) for name in names}
     return type(kind.__name__, bases, {"__module__": kind.__module__, **properties})

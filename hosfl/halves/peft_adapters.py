@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from hosfl.files import read_small
-from hosfl.halves.adapters import rows_of
+from hosfl.halves.adapters import input_rows
 from hosfl.halves.inputs import Inputs, call, mask_of
 
 
-def with_peft() -> Any:
+def import_peft() -> Any:
     """The module peft. Raises ImportError where it is not installed."""
     try:
         import peft
@@ -32,7 +32,7 @@ def peft_config(told: str) -> Any:
     The file is what peft's save_pretrained calls adapter_config.json. Raises ValueError for names and files that are
     none, and for adapters that do not go into layers.
     """
-    with_peft()
+    import_peft()
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as KINDS
 
     given: Mapping[str, Any] = {}
@@ -56,11 +56,11 @@ def peft_config(told: str) -> Any:
         config = kinds[name.upper()](**rest)
     except Exception as error:  # whatever peft raises
         raise ValueError(f"peft refuses the configuration: {error}") from error
-    _refuse(config, name)
+    _refuse_unsupported(config, name)
     return config
 
 
-def _refuse(config: Any, name: str) -> None:
+def _refuse_unsupported(config: Any, name: str) -> None:
     """Raises ValueError for what is no adapter inside layers, with the reason."""
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import BaseTuner
@@ -87,7 +87,7 @@ def add_peft(half: nn.Module, config: Any, seed: int, public: Inputs | None) -> 
 
     Layers are named as in the transformer inside the half; where there is none, as in the half, and a configuration
     that names no layers is of all linear ones. seed: of what is random in them, as far as peft draws it from torch's
-    generator. What is fixed in them becomes buffers: see `hosfl.halves.adapters.factors`.
+    generator. What is fixed in them becomes buffers: see `hosfl.halves.adapters.fixed_factors`.
 
     public: for LoRA with EVA, from whose way through the half A is made; A then stays, and B alone moves.
 
@@ -112,7 +112,7 @@ def _inject(half: nn.Module, config: Any, seed: int, public: Inputs | None) -> N
     half.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed % 2**63)
-        found = _eva(half, path, inside, config, public)
+        found = _eva_factors(half, path, inside, config, public)
         try:
             # What inject_adapter_in_model does. That refuses adapters that share tensors, for which peft's own wrapper
             # has to be kept where they are merged or saved; their layers hold these tensors as well.
@@ -123,11 +123,11 @@ def _inject(half: nn.Module, config: Any, seed: int, public: Inputs | None) -> N
             _load_eva(tuner, found)
     if not any(p.requires_grad and p.numel() for p in half.parameters()):
         raise ValueError("nothing of these adapters moves: choose others")
-    call_layers(half)
-    _keep(half, own)
+    disable_fused_encoder(half)
+    _register_fixed_tensors(half, own)
 
 
-def call_layers(half: nn.Module) -> None:
+def disable_fused_encoder(half: nn.Module) -> None:
     """Let torch's encoder layers with adapters inside call their layers, in eval mode too.
 
     There one fused operation reads the layers' weights, and adapters beside them would do nothing. These two attributes
@@ -142,7 +142,7 @@ def call_layers(half: nn.Module) -> None:
             module.use_nested_tensor = False
 
 
-def _keep(half: nn.Module, own: set[int]) -> None:
+def _register_fixed_tensors(half: nn.Module, own: set[int]) -> None:
     """Make what is fixed in adapters, such as random projections, a part of the half's state dict, as buffers.
 
     own: ids of the half's tensors of before. Raises ValueError for numbers that a module holds as a plain attribute: no
@@ -161,7 +161,9 @@ def _keep(half: nn.Module, own: set[int]) -> None:
                 raise ValueError(f"{path}.{name} holds tensors outside of the state dict: no base file would have them")
 
 
-def _eva(half: nn.Module, path: str, inside: nn.Module, config: Any, public: Inputs | None) -> dict[str, Tensor] | None:
+def _eva_factors(
+    half: nn.Module, path: str, inside: nn.Module, config: Any, public: Inputs | None
+) -> dict[str, Tensor] | None:
     """The A of every layer by its name, as peft finds it from inputs; None where the configuration asks for none."""
     if getattr(config, "init_lora_weights", None) != "eva":
         return None
@@ -182,7 +184,7 @@ def _eva(half: nn.Module, path: str, inside: nn.Module, config: Any, public: Inp
             peft_config=config,
             forward_fn=lambda _, inputs: call(half, inputs),
             prepare_model_inputs_fn=lambda inputs, _: mask_of(inputs),
-            prepare_layer_inputs_fn=lambda given, mask, _: rows_of(nn.Identity(), given[0], mask),
+            prepare_layer_inputs_fn=lambda given, mask, _: input_rows(nn.Identity(), given[0], mask),
             show_progress_bar=False,
         )
     except (ValueError, TypeError, RuntimeError, LookupError) as error:

@@ -6,7 +6,7 @@
 
 Three ways to cut, of which the model decides: an `nn.Sequential` between its modules; the families of Hugging Face's
 transformers that `families` lists, between their layers; any other model of one input tensor, such as those of
-torchvision and timm, wherever only one tensor crosses (`chain`). Then the halves are compared with the model
+torchvision and timm, wherever only one tensor crosses (`trace_chain`). Then the halves are compared with the model
 (`verify`). What cannot be cut so is refused: build a `SplitModel` of two modules of your own.
 """
 
@@ -24,20 +24,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from hosfl.halves.chain import chain
+from hosfl.halves.chain import trace_chain
 from hosfl.halves.families import (
     FAMILIES,
-    ancestors,
-    behind_layers,
     cut_transformer,
     example_inputs,
+    head_path,
+    layer_ancestors,
+    sine_input,
     transformer_layers,
-    waves,
 )
-from hosfl.halves.follow import CutError, refuse_own_ways
-from hosfl.halves.inputs import Inputs, call, mask_of, unchanged
-from hosfl.halves.modules import copied, has, replaced
-from hosfl.halves.verify import ExampleError, on_meta, verify_halves
+from hosfl.halves.follow import CutError, refuse_overridden_methods
+from hosfl.halves.inputs import Inputs, call, mask_of, restoring_state
+from hosfl.halves.modules import copy_module, has_submodule, replace_submodule
+from hosfl.halves.verify import ExampleError, has_meta_tensors, verify_halves
 
 
 class SplitModel(nn.Module):
@@ -69,7 +69,7 @@ class SplitModel(nn.Module):
         return cut
 
 
-class Joined(SplitModel):
+class RunHalves(SplitModel):
     """Halves of a run, which says what the client half computes in: the server half takes the cut in its own dtype."""
 
     def handed(self, cut: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def dtype_of(module: nn.Module) -> torch.dtype:
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
 
-def as_dtype(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+def cast_floats(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The module, cast in place as by its `to`, which would cut off the imaginary part of what is complex as well."""
     return module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
 
@@ -134,20 +134,20 @@ def split(model: nn.Module, at: int | str, *, example: Inputs | None = None, ver
         ValueError: there is no such cut point, and it names those that there are; or an example is needed, or the model
             does not take it.
     """
-    inner = _inside(model)
-    way = way_of(inner)
-    if isinstance(at, str) and at not in way.places and way.finer and has(inner, at):
-        found = chain(inner, at)
+    inner = _unwrapped(model)
+    way = find_cutter(inner)
+    if isinstance(at, str) and at not in way.places and way.finer and has_submodule(inner, at):
+        found = trace_chain(inner, at)
         _refuse_hooks(found.model, found.opened)
         halves = _halves(*found.cut(at))
     else:
-        halves = _halves(*way.cut(_number(way.places, at)))
-    if not verify or on_meta(inner):
+        halves = _halves(*way.cut(_layer_number(way.places, at)))
+    if not verify or has_meta_tensors(inner):
         return halves
     if example is not None:
         verify_halves(model, halves, example)
-    elif not _plain_sequence(inner):
-        _verify_on_examples(model, inner, halves)
+    elif not _is_plain_sequential(inner):
+        _verify_on_default_example(model, inner, halves)
     return halves
 
 
@@ -165,20 +165,22 @@ def cut_points(model: nn.Module, inputs: Inputs | None = None) -> list[CutPoint]
     Raises:
         CutError: the model cannot be cut; it is a TypeError.
     """
-    way = way_of(_inside(model))
+    way = find_cutter(_unwrapped(model))
     points = []
     for name, number in way.places.items():
         parts = way.cut(number)
-        if _torn(*parts) is not None:
+        if _shared_normalisation(*parts) is not None:
             continue
         halves = _halves(*parts)
         client, server = (sum(p.numel() for p in half.parameters()) for half in (halves.client, halves.server))
-        points.append(CutPoint(number, name, client, server, *(() if inputs is None else _activations(halves, inputs))))
+        points.append(
+            CutPoint(number, name, client, server, *(() if inputs is None else _activation_bytes(halves, inputs)))
+        )
     return points
 
 
 @torch.no_grad()
-def _activations(halves: SplitModel, inputs: Inputs) -> tuple[int, int, int]:
+def _activation_bytes(halves: SplitModel, inputs: Inputs) -> tuple[int, int, int]:
     """Bytes of the cut, and of all that the client half and the server half make on the way."""
     sizes = {"client": 0, "server": 0}
     cuts: list[int] = []
@@ -193,7 +195,7 @@ def _activations(halves: SplitModel, inputs: Inputs) -> tuple[int, int, int]:
     hooks = [module.register_forward_hook(add(side)) for side, module in leaves]
     hooks.append(halves.client.register_forward_hook(lambda module, given, output: cuts.append(_nbytes(output))))
     try:
-        with unchanged(halves.modules()):
+        with restoring_state(halves.modules()):
             halves(inputs)
     finally:
         for hook in hooks:
@@ -216,7 +218,7 @@ WRAPPERS = {
 
 
 @dataclass(frozen=True)
-class Way:
+class Cutter:
     """How to cut a model: its cut points, and the halves from the number of one. finer: whether others have names.
 
     All weights of the halves are the model's own, tied ones too.
@@ -227,15 +229,15 @@ class Way:
     finer: bool = True
 
 
-def way_of(model: nn.Module) -> Way:
+def find_cutter(model: nn.Module) -> Cutter:
     """Raises CutError where there is none."""
     if transformer_layers(model) is not None:
-        _refuse_hooks(model, ancestors(model))
-        return Way(_transformer_places(model), partial(cut_transformer, model), finer=False)
-    if _plain_sequence(model):
+        _refuse_hooks(model, layer_ancestors(model))
+        return Cutter(_transformer_cut_points(model), partial(cut_transformer, model), finer=False)
+    if _is_plain_sequential(model):
         _refuse_hooks(model, [model])
         names = list(model._modules)
-        return Way({name: number for number, name in enumerate(names) if number}, partial(_cut_sequence, model))
+        return Cutter({name: number for number, name in enumerate(names) if number}, partial(_cut_sequence, model))
     config = getattr(model, "config", None)
     if hasattr(config, "model_type"):
         raise CutError(
@@ -243,26 +245,27 @@ def way_of(model: nn.Module) -> Way:
             "else build a SplitModel of two modules"
         )
     try:
-        found = chain(model)
+        found = trace_chain(model)
         if not found.places:
             raise CutError("nowhere in its forward pass one tensor alone goes from module to module")
     except CutError as error:
         raise CutError(
-            f"cannot cut a {type(model).__name__}: {error}; build a SplitModel of two modules of your own{_hint(model)}"
+            f"cannot cut a {type(model).__name__}: {error}; build a SplitModel of two modules of your own"
+            f"{_submodule_hint(model)}"
         ) from error
     _refuse_hooks(model, found.opened)
     named = {number: name for name, number in found.places.items()}
-    return Way(found.places, lambda number: found.cut(named[number]))
+    return Cutter(found.places, lambda number: found.cut(named[number]))
 
 
-def _transformer_places(model: nn.Module) -> dict[str, int]:
+def _transformer_cut_points(model: nn.Module) -> dict[str, int]:
     path, layers = transformer_layers(model) or ("", nn.ModuleList())
     places = {f"{path}.{number}": number for number in range(len(layers))}
-    head = behind_layers(model)
+    head = head_path(model)
     return places if head is None else {**places, head: len(layers)}
 
 
-def _plain_sequence(model: nn.Module) -> bool:
+def _is_plain_sequential(model: nn.Module) -> bool:
     kind = type(model)
     own = (kind.forward, kind.__call__) == (nn.Sequential.forward, nn.Module.__call__)
     return isinstance(model, nn.Sequential) and own
@@ -274,21 +277,21 @@ def _cut_sequence(model: nn.Module, at: int) -> tuple[nn.Module, nn.Module]:
 
 
 def _halves(client: nn.Module, server: nn.Module) -> SplitModel:
-    torn = _torn(client, server)
+    torn = _shared_normalisation(client, server)
     if torn is not None:
         raise CutError(f"cannot cut here: {torn} runs on both sides, and its running statistics would become two")
-    server = _untied(client, server)
+    server = _untie(client, server)
     return SplitModel(client, server)
 
 
-def _torn(client: nn.Module, server: nn.Module) -> str | None:
+def _shared_normalisation(client: nn.Module, server: nn.Module) -> str | None:
     """A normalisation whose running statistics both halves write; None where there is none."""
     mine = {id(b) for m in client.modules() if isinstance(m, _NormBase) for b in m.buffers(recurse=False)}
     theirs = ((path, m) for path, m in server.named_modules() if isinstance(m, _NormBase))
     return next((path for path, m in theirs if any(id(b) in mine for b in m.buffers(recurse=False))), None)
 
 
-def _hint(model: nn.Module) -> str:
+def _submodule_hint(model: nn.Module) -> str:
     """Which of its modules can be cut."""
     for name, module in model.named_modules():
         if name and getattr(getattr(module, "config", None), "model_type", "") in FAMILIES:
@@ -296,7 +299,7 @@ def _hint(model: nn.Module) -> str:
     return ""
 
 
-def _inside(model: nn.Module) -> nn.Module:
+def _unwrapped(model: nn.Module) -> nn.Module:
     """The model inside peft's wrapper, whose adapters are part of its layers. Raises CutError for what wraps more."""
     name = type(model).__name__
     if name in WRAPPERS:
@@ -341,7 +344,7 @@ def _refuse_hooks(model: nn.Module, followed: Iterable[nn.Module]) -> None:
     things: whose would they be?"""
     names = {module: name for name, module in model.named_modules()}
     for module in followed:
-        refuse_own_ways(module)
+        refuse_overridden_methods(module)
         kinds = [kind for kind in HOOKS if getattr(module, kind, None)]
         where = names[module] or type(module).__name__
         if kinds or module.__dict__.get("forward") is not None:
@@ -353,10 +356,10 @@ def _refuse_hooks(model: nn.Module, followed: Iterable[nn.Module]) -> None:
             raise CutError(f"cannot cut through {where}, which is compiled: cut first, and compile the halves")
 
 
-def _verify_on_examples(model: nn.Module, inner: nn.Module, halves: SplitModel) -> None:
+def _verify_on_default_example(model: nn.Module, inner: nn.Module, halves: SplitModel) -> None:
     """With the first example of the library's own that the model takes."""
     refused: ExampleError | None = None
-    for inputs in _examples(inner):
+    for inputs in _default_examples(inner):
         try:
             return verify_halves(model, halves, inputs)
         except ExampleError as error:
@@ -367,7 +370,7 @@ def _verify_on_examples(model: nn.Module, inner: nn.Module, halves: SplitModel) 
     )
 
 
-def _examples(model: nn.Module) -> Iterator[Inputs]:
+def _default_examples(model: nn.Module) -> Iterator[Inputs]:
     if transformer_layers(model) is not None:
         yield example_inputs(model)
         return
@@ -378,10 +381,10 @@ def _examples(model: nn.Module) -> Iterator[Inputs]:
     told: Any = getattr(model, "pretrained_cfg", None) or {}
     size = getattr(model, "image_size", None) or (told.get("fixed_input_size") and told["input_size"][-1])
     for side in [size] if size else [64, 224]:
-        yield waves((2, first.in_channels, side, side), first.weight.device).to(first.weight.dtype)
+        yield sine_input((2, first.in_channels, side, side), first.weight.device).to(first.weight.dtype)
 
 
-def _number(places: Mapping[str, int], at: int | str) -> int:
+def _layer_number(places: Mapping[str, int], at: int | str) -> int:
     number = places.get(at, -1) if isinstance(at, str) else at
     if isinstance(at, bool) or number not in places.values():
         names = ", ".join(f"{n} ({name})" for name, n in places.items())
@@ -389,7 +392,7 @@ def _number(places: Mapping[str, int], at: int | str) -> int:
     return number
 
 
-def _untied(client: nn.Module, server: nn.Module) -> nn.Module:
+def _untie(client: nn.Module, server: nn.Module) -> nn.Module:
     """The server half with its own copy of every parameter and buffer that the client half has as well."""
     mine = {id(t) for t in (*client.parameters(), *client.buffers())}
     clones: dict[int, Any] = {}
@@ -398,11 +401,11 @@ def _untied(client: nn.Module, server: nn.Module) -> nn.Module:
         shared = [(kind, name, t) for kind, ts in held.items() for name, t in ts.items() if id(t) in mine]
         if not shared:
             continue
-        own = copied(module)
+        own = copy_module(module)
         own._parameters, own._buffers = dict(module._parameters), dict(module._buffers)
         for kind, name, tensor in shared:
             if id(tensor) not in clones:
                 clones[id(tensor)] = copy.deepcopy(tensor)  # of a parameter it is a parameter
             getattr(own, kind)[name] = clones[id(tensor)]
-        server = replaced(server, path, own)
+        server = replace_submodule(server, path, own)
     return server

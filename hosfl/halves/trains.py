@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from hosfl.halves.adapters import adaptable, add_adapters
+from hosfl.halves.adapters import add_adapters, is_adaptable
 from hosfl.halves.inputs import Inputs
-from hosfl.halves.peft_adapters import add_peft, call_layers, peft_config, with_peft
+from hosfl.halves.peft_adapters import add_peft, disable_fused_encoder, import_peft, peft_config
 from hosfl.halves.split import dtype_of
 from hosfl.protocol.seeds import Purpose, round_seed
 
-RANK = 8
+DEFAULT_RANK = 8
 BIASES = ["*bias", "*bias_ih*", "*bias_hh*"]  # the last two of nn.LSTM, GRU, RNN and their cells
 
 
-def moving_only(half: nn.Module, trains: str, seed: int, public: Inputs | None = None) -> nn.Module:
+def select_trainable(half: nn.Module, trains: str, seed: int, public: Inputs | None = None) -> nn.Module:
     """Leave `requires_grad` to those parameters that `trains` names; returns the half, changed in place.
 
     What does not require grad already, stays so. Adapters start as zero; what is random in them is drawn from the run's
@@ -83,7 +83,7 @@ def _rank_and_layers(trains: str, default: int | None = None) -> tuple[int, list
     return int(rank), patterns.split(",") if patterns else []
 
 
-def _chosen(trains: str, names: Iterable[str], patterns: list[str], kind: str) -> list[str]:
+def _matching_layers(trains: str, names: Iterable[str], patterns: list[str], kind: str) -> list[str]:
     names = sorted(names)
     if not names:
         raise ValueError(f"trains={trains!r} needs a {kind}, and the client half has none")
@@ -94,25 +94,25 @@ def _chosen(trains: str, names: Iterable[str], patterns: list[str], kind: str) -
 
 
 def _add_lora(half: nn.Module, trains: str, seed: int) -> None:
-    rank, patterns = _rank_and_layers(trains, RANK)
+    rank, patterns = _rank_and_layers(trains, DEFAULT_RANK)
     linear = {name for name, module in half.named_modules() if isinstance(module, nn.Linear)}
-    with_peft()
+    import_peft()
     from peft import LoraConfig, inject_adapter_in_model
 
-    chosen = _chosen(trains, linear, patterns, "linear layer")
+    chosen = _matching_layers(trains, linear, patterns, "linear layer")
     paths = "|".join(map(re.escape, chosen))  # as a pattern: of a list's names peft takes those that end so as well
     half.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(round_seed(seed, Purpose.MODEL, 1) % 2**63)
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=paths), half)
-    call_layers(half)
+    disable_fused_encoder(half)
 
 
 def _add_xs(half: nn.Module, trains: str, public: Inputs | None) -> None:
     kind = trains.partition(":")[0]
     rank, patterns = _rank_and_layers(trains)
-    layers = {name: module for name, module in half.named_modules() if adaptable(module)}
-    chosen = _chosen(trains, layers, patterns, "linear layer or convolution")
+    layers = {name: module for name, module in half.named_modules() if is_adaptable(module)}
+    chosen = _matching_layers(trains, layers, patterns, "linear layer or convolution")
     if kind == "act" and public is None:
         raise ValueError(
             "the layers' inputs are those of public samples, and there are none: set training samples aside, as by"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hosfl.halves.follow import CutError
-from hosfl.halves.modules import copied
+from hosfl.halves.modules import copy_module
 
 
 class ClientHalf(nn.Module):
@@ -78,7 +78,7 @@ class ServerHalf(nn.Module):
             output = self.model(**named, return_dict=True)
         finally:
             self.holder.cut = None
-        return tensor_of(output)
+        return output_tensor(output)
 
     def _tokens(self, cut: Tensor, mask: Tensor | None) -> Tensor:
         """Stand-ins for tokens that never cross the cut: classifiers look for padding, and for nothing else."""
@@ -92,7 +92,7 @@ def _check_mask(mask: Tensor) -> None:
         raise ValueError(f"an attention mask that crosses the cut must be [batch, length], got {[*mask.shape]}")
 
 
-def tensor_of(output: Any) -> Tensor:
+def output_tensor(output: Any) -> Tensor:
     """The one tensor of a transformer's output: of start and end logits, [batch, length, 2]. Raises CutError."""
     if isinstance(output, Tensor):
         return output
@@ -117,14 +117,14 @@ class CutHolder:
 
     def feed(self, module: nn.Module, name: str, instead_of: str | None = None) -> nn.Module:
         """A copy of the module whose first argument is the cut, or that gets the cut by name and no first argument."""
-        own = copied(module)
-        own.__class__ = _taking_the_cut(type(module))  # type: ignore[arg-type]
+        own = copy_module(module)
+        own.__class__ = _cut_input_class(type(module))  # type: ignore[arg-type]
         own._cut_input = CutInput(self, name, instead_of)  # type: ignore[assignment]
         return own
 
 
 @cache
-def _taking_the_cut(kind: type[nn.Module]) -> type[nn.Module]:
+def _cut_input_class(kind: type[nn.Module]) -> type[nn.Module]:
     """A class of modules that take the cut: called, not hooked, since older transformers (5.20) have hooks within what
     they checkpoint, and run them once more in the backward pass, when the cut is gone."""
 
@@ -139,7 +139,7 @@ def _taking_the_cut(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def _new(kind: type[nn.Module]) -> nn.Module:
-    of = _taking_the_cut(kind)  # type: ignore[arg-type]
+    of = _cut_input_class(kind)  # type: ignore[arg-type]
     return of.__new__(of)
 
 

@@ -22,15 +22,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hosfl.halves.follow import CutError
-from hosfl.halves.inputs import Inputs, accelerators, alike, call, cloned, described, unchanged
-from hosfl.halves.transformer_halves import tensor_of
+from hosfl.halves.inputs import (
+    Inputs,
+    accelerators,
+    call,
+    clone_tensors,
+    describe_inputs,
+    outputs_match,
+    restoring_state,
+)
+from hosfl.halves.transformer_halves import output_tensor
 
 
 class ExampleError(ValueError):
     """An example that the model does not take."""
 
 
-def on_meta(model: nn.Module) -> bool:
+def has_meta_tensors(model: nn.Module) -> bool:
     """Whether some of it has no numbers, so that nothing can be computed."""
     return any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers()))
 
@@ -47,30 +55,32 @@ def verify_halves(model: nn.Module, halves: Any, inputs: Inputs) -> None:
     Raises CutError, which names where the difference begins, and for a cut or an output that is not one tensor;
     ExampleError for an example that the model does not take.
     """
-    owned = owners(model, halves)
+    owned = original_parameters(model, halves)
     modules = {*model.modules(), *halves.client.modules(), *halves.server.modules()}
-    undisturbed = partial(_undisturbed, modules, inputs)
+    undisturbed = partial(_isolated_pass, modules, inputs)
     try:
         with undisturbed() as own:
-            whole = _Pass.of(lambda: tensor_of(_call_whole(model, own)), model.parameters(), modules)
+            whole = _PassRecord.of(lambda: output_tensor(_call_whole(model, own)), model.parameters(), modules)
     except CutError:
         raise
     except Exception as error:
         why = str(error) or type(error).__name__  # an assert often says nothing
-        raise ExampleError(f"{_name(model)} does not take the example, {described(inputs)}: {why}") from error
+        raise ExampleError(f"{_name(model)} does not take the example, {describe_inputs(inputs)}: {why}") from error
     if not torch.isfinite(whole.output).all():
         raise ExampleError(f"{_name(model)} makes infinite or NaN outputs of the example")
     try:
         with undisturbed() as own:
-            parts = _Pass.of(lambda: halves(own), owned, modules)
+            parts = _PassRecord.of(lambda: halves(own), owned, modules)
     except (CutError, ValueError):
         raise
     except Exception as error:
         raise CutError(f"the halves of {_name(model)} do not run: {type(error).__name__}: {error}") from error
-    if not alike(whole.output, parts.output):
+    if not outputs_match(whole.output, parts.output):
         where = _first_difference(model, halves, undisturbed, set(owned.values()))
-        raise CutError(f"the halves are not {_name(model)}: {_distance(whole.output, parts.output)}; {where}")
-    _compare_written(model, halves, whole, parts)
+        raise CutError(
+            f"the halves are not {_name(model)}: {_describe_difference(whole.output, parts.output)}; {where}"
+        )
+    _compare_buffers(model, halves, whole, parts)
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     summed: dict[Tensor, float] = {}
     for parameter, (sketch, _) in parts.gradients.items():
@@ -106,7 +116,7 @@ def _call_whole(model: nn.Module, inputs: Inputs) -> Any:
         return call(model, inputs)
 
 
-def owners(model: nn.Module, halves: Any) -> dict[Tensor, Tensor]:
+def original_parameters(model: nn.Module, halves: Any) -> dict[Tensor, Tensor]:
     """The model's parameter of each of the halves': itself, or for weights tied across the cut the one it copies."""
     mine: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     found: dict[Tensor, Tensor] = {}
@@ -115,28 +125,28 @@ def owners(model: nn.Module, halves: Any) -> dict[Tensor, Tensor]:
             if parameter in mine:
                 found[parameter] = parameter
                 continue
-            original = _original(parameter, name, mine)
+            original = _equal_tensor(parameter, name, mine)
             if original is None:
                 raise CutError(f"the halves are not {_name(model)}: it has no parameter like the {side} half's {name}")
             found[parameter] = original
     return found
 
 
-def _original(copy: Tensor, name: str, mine: dict[Tensor, str]) -> Tensor | None:
+def _equal_tensor(copy: Tensor, name: str, mine: dict[Tensor, str]) -> Tensor | None:
     """Of these that which a half's copy, by its name there, is equal to; None where there is none. Of several, such as
     new normalisations, the one whose name ends alike."""
     like = [t for t in mine if t.shape == copy.shape and t.dtype == copy.dtype and torch.equal(t, copy)]
-    return max(like, key=lambda t: _alike(mine[t], name), default=None)
+    return max(like, key=lambda t: _common_suffix(mine[t], name), default=None)
 
 
-def _alike(name: str, other: str) -> int:
+def _common_suffix(name: str, other: str) -> int:
     """With how many of the same parts two names end."""
     pairs = zip(reversed(name.split(".")), reversed(other.split(".")), strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 @dataclass
-class _Pass:
+class _PassRecord:
     """An output, and of every parameter's gradient a linear sketch and the length.
 
     written: what was left in the buffers that were written. again: the output of a second pass, where there are any.
@@ -148,8 +158,8 @@ class _Pass:
     again: Tensor
 
     @classmethod
-    def of(cls, forward: Callable[[], Tensor], parameters: Any, modules: set[nn.Module]) -> _Pass:
-        written = _Written(modules)
+    def of(cls, forward: Callable[[], Tensor], parameters: Any, modules: set[nn.Module]) -> _PassRecord:
+        written = _BufferMonitor(modules)
         found = cls(torch.empty(0), {}, {}, torch.empty(0))
         moving = [p for p in parameters if p.requires_grad]
         kept = [p.grad for p in moving]
@@ -178,7 +188,7 @@ class _Pass:
         return found
 
 
-class _Written:
+class _BufferMonitor:
     """Which buffers of modules are written from here on, and what is in them then. By the tensors that were there."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -191,35 +201,35 @@ class _Written:
             value = own.get(name)
             if value is not buffer or (version != buffer._version if version is not None else False):
                 found[buffer] = torch.empty(0) if value is None else value.clone()
-            elif not _same_numbers(buffer, before):  # what is written through .data counts no version
+            elif not _same_values(buffer, before):  # what is written through .data counts no version
                 found[buffer] = buffer.clone()
         return found
 
 
-def _same_numbers(a: Tensor, b: Tensor) -> bool:
+def _same_values(a: Tensor, b: Tensor) -> bool:
     if a.layout != torch.strided or not a.is_floating_point():
         return a.layout != torch.strided or (a.dtype == b.dtype and torch.equal(a, b))
-    return alike(a, b)
+    return outputs_match(a, b)
 
 
-def _compare_written(model: nn.Module, halves: Any, whole: _Pass, parts: _Pass) -> None:
+def _compare_buffers(model: nn.Module, halves: Any, whole: _PassRecord, parts: _PassRecord) -> None:
     """A buffer that both halves write may be two: those of rotary embeddings, which follow from the length, are."""
     names: dict[Tensor, str] = {b: name for name, b in model.named_buffers()}
     copies = {b: name for half in (halves.client, halves.server) for name, b in half.named_buffers() if b not in names}
     for buffer in {**whole.written, **parts.written}:
-        own = buffer if buffer in names else _original(buffer, copies.get(buffer, ""), names)
+        own = buffer if buffer in names else _equal_tensor(buffer, copies.get(buffer, ""), names)
         if own is None:
             raise CutError(f"the halves are not {_name(model)}: each writes into a buffer of its own that is one there")
         left = [whole.written.get(own), parts.written.get(buffer)]
-        if left[0] is None or left[1] is None or not _same_numbers(left[0], left[1]):
+        if left[0] is None or left[1] is None or not _same_values(left[0], left[1]):
             raise CutError(
                 f"the halves are not {_name(model)}: their outputs are, but a pass leaves something else in the buffer "
                 f"{names[own]}"
             )
-    if not alike(whole.again, parts.again):
+    if not outputs_match(whole.again, parts.again):
         raise CutError(
             f"the halves are not {_name(model)}: in a second pass, with the buffers that the first one left, "
-            f"{_distance(whole.again, parts.again)}"
+            f"{_describe_difference(whole.again, parts.again)}"
         )
 
 
@@ -231,7 +241,7 @@ def _sketch(gradient: Tensor) -> tuple[float, float]:
     return float((rows * angles.cos()).sum()), float(torch.linalg.vector_norm(values.float()))
 
 
-class _OneSeed(TorchDispatchMode):
+class _FixedSeed(TorchDispatchMode):
     """Every operation that draws random numbers draws them from one seed: what was drawn before does not matter."""
 
     def __init__(self, kind: str) -> None:
@@ -246,17 +256,17 @@ class _OneSeed(TorchDispatchMode):
 
 
 @contextmanager
-def _undisturbed(modules: set[nn.Module], inputs: Inputs) -> Iterator[Inputs]:
+def _isolated_pass(modules: set[nn.Module], inputs: Inputs) -> Iterator[Inputs]:
     """For one pass: train mode, one seed, gradients on, inputs to write into; afterwards everything is as it was."""
-    with unchanged(modules):
+    with restoring_state(modules):
         for module in modules:
             module.training = not isinstance(module, nn.modules.batchnorm._NormBase)
-        with torch.inference_mode(False), torch.enable_grad(), _OneSeed(accelerators(modules)[0]):
+        with torch.inference_mode(False), torch.enable_grad(), _FixedSeed(accelerators(modules)[0]):
             # In here: what was made in inference mode can have no gradient behind it.
-            yield cloned(inputs)
+            yield clone_tensors(inputs)
 
 
-def _distance(a: Tensor, b: Tensor) -> str:
+def _describe_difference(a: Tensor, b: Tensor) -> str:
     if a.shape != b.shape or a.dtype != b.dtype:
         return f"their output is {b.dtype} {[*b.shape]}, the model's {a.dtype} {[*a.shape]}"
     return f"outputs differ by up to {float((a.float() - b.float()).abs().max()):.3g}"
@@ -272,9 +282,9 @@ def _first_difference(
     names = {module: name for name, module in model.named_modules() if name}
     shared = {m for half in (halves.client, halves.server) for m in half.modules() if m in names}
     with undisturbed() as own:
-        whole = _watched(names, lambda: _call_whole(model, own))
+        whole = _record_calls(names, lambda: _call_whole(model, own))
     with undisturbed() as own:
-        parts = _watched(shared, lambda: halves(own))
+        parts = _record_calls(shared, lambda: halves(own))
     calls: dict[tuple[nn.Module, str], list[Any]] = {}
     for module, what, seen in parts:
         calls.setdefault((module, what), []).append(seen)
@@ -292,15 +302,15 @@ def _first_difference(
     return "it begins behind the last module that both have"
 
 
-def _watched(modules: Any, forward: Callable[[], Any]) -> list[tuple[nn.Module, str, Any]]:
+def _record_calls(modules: Any, forward: Callable[[], Any]) -> list[tuple[nn.Module, str, Any]]:
     """In the order of time, what modules were given and what they made, as sums."""
     seen: list[tuple[nn.Module, str, Any]] = []
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        seen.append((module, "inputs", _sums((args, kwargs))))
+        seen.append((module, "inputs", _fingerprints((args, kwargs))))
 
     def after(module: nn.Module, args: Any, output: Any) -> None:
-        seen.append((module, "outputs", _sums(output)))
+        seen.append((module, "outputs", _fingerprints(output)))
 
     with ExitStack() as stack, torch.no_grad():
         for module in modules:
@@ -310,7 +320,7 @@ def _watched(modules: Any, forward: Callable[[], Any]) -> list[tuple[nn.Module, 
     return seen
 
 
-def _sums(values: Any) -> Sequence[Any]:
+def _fingerprints(values: Any) -> Sequence[Any]:
     tensors = [v for v in tree_leaves(values) if isinstance(v, Tensor)]
     finite = [torch.nan_to_num(t.double()) for t in tensors]
     return [(*t.shape, float(t.sum()), float(t.square().sum())) for t in finite]

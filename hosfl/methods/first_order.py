@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hosfl.halves.inputs import Batch, Inputs, call, evaluating, parts_of
-from hosfl.halves.narrow import made_again
+from hosfl.halves.inputs import Batch, Inputs, call, evaluating, microbatches
+from hosfl.halves.narrow import recompute_wide_weights
 from hosfl.methods.client import Client
 from hosfl.methods.gathered import clip_factor
 from hosfl.methods.ledger import Ledger, Rate, State, WholeWeights, descend, load_vector, make_optimizer, step_size
@@ -79,8 +79,8 @@ class FirstOrderClient(Client):
         multipliers = multiplier.split(self.microbatch or len(multiplier))
         begin = time.perf_counter()
         sums: list[Tensor] = []
-        with evaluating(self.half), torch.enable_grad(), made_again():
-            for part, m in zip(parts_of(self._inputs, self.microbatch), multipliers, strict=True):
+        with evaluating(self.half), torch.enable_grad(), recompute_wide_weights():
+            for part, m in zip(microbatches(self._inputs, self.microbatch), multipliers, strict=True):
                 gradients = [g.float() for g in torch.autograd.grad(self._recorded(part), parameters, m)]
                 # Not in place, since gradients may share memory with each other and with the multiplier.
                 sums = [s + g for s, g in zip(sums, gradients, strict=True)] if sums else gradients

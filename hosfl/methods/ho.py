@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hosfl.halves.blocks import Begin, BlockRun, allotted, blocks_of
+from hosfl.halves.blocks import BlockEntry, BlockRun, allot_directions, blocks_of
 from hosfl.halves.inputs import Batch, Inputs, call, evaluating
 from hosfl.methods.client import Client
 from hosfl.methods.ledger import ADAM, MOMENTUM, Ledger, SeedReplay, Step, make_optimizer
@@ -74,7 +74,7 @@ class ZerothOrderClient(Client):
 
     run: Run = field(kw_only=True)
     base: Callable[[], Sequence[Tensor]] | None = field(kw_only=True, default=None)
-    begins: Sequence[Begin] = field(kw_only=True, default=(Begin("", (), 1.0),))
+    begins: Sequence[BlockEntry] = field(kw_only=True, default=(BlockEntry("", (), 1.0),))
     probes_at_once: int = field(kw_only=True, default=1)
     compile: str = field(kw_only=True, default="")
     by_row: dict[int, bool] = field(kw_only=True, default_factory=dict)
@@ -255,7 +255,10 @@ def power_of_two_scales(parameters: Sequence[Tensor]) -> list[float]:
 
 
 def make_run(
-    config: Settings, parameters: list[nn.Parameter], begins: Sequence[Begin] = (), measures: Measures | None = None
+    config: Settings,
+    parameters: list[nn.Parameter],
+    begins: Sequence[BlockEntry] = (),
+    measures: Measures | None = None,
 ) -> Run:
     """The terms of a run, which all agree on. Puts the parameters on their lattice, if the run has one.
 
@@ -292,12 +295,12 @@ def make_run(
 
 
 def _blocks(
-    directions: int, begins: Sequence[Begin], parameters: Sequence[Tensor], factors: Sequence[float]
+    directions: int, begins: Sequence[BlockEntry], parameters: Sequence[Tensor], factors: Sequence[float]
 ) -> tuple[Block, ...]:
     if len(begins) < 2:
         return ()  # every direction moves all
     sizes = [sum(parameters[t].numel() * factors[t] ** 2 for t in begin.tensors) for begin in begins]
-    counts = allotted(directions, sizes, [begin.share for begin in begins])
+    counts = allot_directions(directions, sizes, [begin.share for begin in begins])
     return tuple(Block(begin.tensors, n) for begin, n in zip(begins, counts, strict=True))
 
 

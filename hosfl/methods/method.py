@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from hosfl.halves.inputs import Batch, Inputs, check_apart
+from hosfl.halves.inputs import Batch, Inputs, check_samples_independent
 from hosfl.methods.client import Client, Passes, no_passes
 from hosfl.methods.grouped import GroupedServer
 from hosfl.methods.ledger import Ledger, Rate
@@ -115,7 +115,7 @@ class Method:
                 " cut the model later, or choose the method frozen"
             )
         if self.read("microbatch"):
-            check_apart(setup.base)
+            check_samples_independent(setup.base)
         self.ledger = self.make_ledger()
 
     @classmethod

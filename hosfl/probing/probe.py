@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from hosfl.halves.inputs import Inputs, call, check_apart, parts_of
-from hosfl.halves.narrow import made_again
+from hosfl.halves.inputs import Inputs, call, check_samples_independent, microbatches
+from hosfl.halves.narrow import recompute_wide_weights
 from hosfl.interrupts import uninterrupted
 from hosfl.probing.displaced import (
     Displacement,
@@ -229,11 +229,11 @@ def probe_backward(
     first dimension of every tensor of the inputs, and must not depend on each other, as in eval mode they do not.
     moved: as in `probe_untouched`. measured: for each of its tensors, which of the directions move it; None: all.
 
-    Raises: ValueError as `evaluate_displaced`, and with a microbatch as `check_apart`.
+    Raises: ValueError as `evaluate_displaced`, and with a microbatch as `check_samples_independent`.
     """
     refuse_writers(module)
     if microbatch:
-        check_apart(module)
+        check_samples_independent(module)
     moved = moved or Moved.of(module)
     parameters = moved.tensors
     projected = _Projected(moved, seeds, dist, measured)
@@ -244,8 +244,8 @@ def probe_backward(
             parameter.grad = None
             hooks.append(parameter.register_post_accumulate_grad_hook(partial(projected.take, position=position)))
         multipliers = multiplier.split(microbatch or len(multiplier))
-        with torch.enable_grad(), made_again(), Lookups(sparse=True):
-            for part, m in zip(parts_of(inputs, microbatch), multipliers, strict=True):
+        with torch.enable_grad(), recompute_wide_weights(), Lookups(sparse=True):
+            for part, m in zip(microbatches(inputs, microbatch), multipliers, strict=True):
                 output = call(module, part)
                 if output.requires_grad:  # else it does not depend on the weights that move
                     torch.autograd.backward(output, m, inputs=parameters)

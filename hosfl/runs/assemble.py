@@ -13,11 +13,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from hosfl.files import regular
-from hosfl.halves.adapters import factors
+from hosfl.halves.adapters import fixed_factors
 from hosfl.halves.inputs import Inputs
-from hosfl.halves.narrow import narrowed
-from hosfl.halves.split import Joined, SplitModel, as_dtype, dtype_of
-from hosfl.halves.trains import moving_only
+from hosfl.halves.narrow import narrow_weights
+from hosfl.halves.split import RunHalves, SplitModel, cast_floats, dtype_of
+from hosfl.halves.trains import select_trainable
 from hosfl.methods import calibration, method_of
 from hosfl.methods.client import Client
 from hosfl.methods.cuts import CutSpec
@@ -73,7 +73,7 @@ def assemble(
             f"calibrate = {config.calibrate} needs a client half with running statistics, such as BatchNorm's, and this"
             " one has none: leave it out"
         )
-    fixed, file = factors(base), None if resumed is None else resumed / "base.safetensors"
+    fixed, file = fixed_factors(base), None if resumed is None else resumed / "base.safetensors"
     if fixed and file is not None and file.exists():
         _load_from_base(fixed, file)
     base = base.to(device)
@@ -81,7 +81,7 @@ def assemble(
     half = model.server.to(device)
     if not any(parameter.requires_grad for parameter in half.parameters()):
         raise ValueError("the server half has no parameters that train: cut the model earlier")
-    cut_shape, sample = try_halves(task, Joined(base, half), shares[0])
+    cut_shape, sample = try_halves(task, RunHalves(base, half), shares[0])
     setup = Setup(config, base, rates, AGGREGATIONS[config.aggregation], sample.inputs)
     method = kind(setup)
     statistics = calibration.RunningStatistics.of(base, config.batch * config.calibrate) if config.calibrate else None
@@ -211,15 +211,15 @@ def _name_of_computed(model: Any) -> str:
 
 
 def base_of(config: Settings, model: SplitModel, public: Inputs | None) -> nn.Module:
-    """The client half of round 0, in its dtype and with its adapters. Raises ValueError; see `moving_only`."""
-    base, dtype = moving_only(model.client, config.trains, config.seed, public), getattr(torch, config.dtype)
+    """The client half of round 0, in its dtype and with its adapters. Raises ValueError; see `select_trainable`."""
+    base, dtype = select_trainable(model.client, config.trains, config.seed, public), getattr(torch, config.dtype)
     for name, parameter in base.named_parameters():
         if parameter.requires_grad and parameter.is_complex():
             raise ValueError(
                 f"{name} of the client half is complex and moves, and noise is of real numbers: leave it out by trains,"
                 " or hold it as two real parameters, of which the forward pass makes it"
             )
-    return narrowed(as_dtype(base, dtype), config.frozen)
+    return narrow_weights(cast_floats(base, dtype), config.frozen)
 
 
 def _load_from_base(fixed: dict[str, Tensor], path: Path) -> None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from hosfl.engines.in_process import InProcess
-from hosfl.halves.split import Joined, SplitModel
+from hosfl.halves.split import RunHalves, SplitModel
 from hosfl.methods import calibration
 from hosfl.methods.client import Client
 from hosfl.methods.ledger import SeedReplay
@@ -338,7 +338,7 @@ class Federation:
         """Both halves, brought up to date."""
         if self.server.ledger is not None:
             self.server.ledger.show(self.observed)
-        return Joined(self.observed, self.server.half)
+        return RunHalves(self.observed, self.server.half)
 
     def open_log(self, folder: Path) -> None:
         """Write the client half's log to `folder`, if the method has one: a new log, or on with the one in there."""

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from hosfl.halves.blocks import blocks_of
-from hosfl.halves.hub import untrained
+from hosfl.halves.hub import random_trunk
 from hosfl.halves.inputs import call, evaluating
-from hosfl.halves.narrow import FROZEN, made_again, narrowed
-from hosfl.halves.split import as_dtype, dtype_of, split
-from hosfl.halves.trains import moving_only
+from hosfl.halves.narrow import FROZEN, narrow_weights, recompute_wide_weights
+from hosfl.halves.split import cast_floats, dtype_of, split
+from hosfl.halves.trains import select_trainable
 from hosfl.methods.first_order import FirstOrderClient
 from hosfl.methods.ho import ZerothOrderClient, make_run
 from hosfl.methods.tensors import decoded
@@ -106,13 +106,13 @@ def _digits(batch: int) -> tuple[nn.Module, Tensor]:
 
 
 def _minilm(batch: int) -> tuple[nn.Module, dict[str, Tensor]]:
-    model = untrained("bert", **MINILM, vocab_size=30522)
+    model = random_trunk("bert", **MINILM, vocab_size=30522)
     tokens = torch.randint(0, 30522, (batch, 64))
     return split(model, at=3).client, {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
 def _resnet18(batch: int) -> tuple[nn.Module, Tensor]:
-    return split(untrained("resnet", **RESNET18), at=2).client, torch.randn(batch, 3, 224, 224)
+    return split(random_trunk("resnet", **RESNET18), at=2).client, torch.randn(batch, 3, 224, 224)
 
 
 HALVES = {
@@ -166,8 +166,8 @@ def measure_here(name: str, way: str, batch: int, device: torch.device) -> dict[
     settings = HALVES[name].ways[way]
     config = Config(**with_shared(settings, {"directions": 2, "directions_from": "fresh", "device": str(device)}))
     half, inputs = HALVES[name].make(batch)
-    half = as_dtype(moving_only(half, config.trains, config.seed).eval(), getattr(torch, config.dtype))
-    half = narrowed(half, config.frozen).to(device)
+    half = cast_floats(select_trainable(half, config.trains, config.seed).eval(), getattr(torch, config.dtype))
+    half = narrow_weights(half, config.frozen).to(device)
     whole = Dataset(inputs, torch.zeros(batch, dtype=torch.int64)).to(device, dtype_of(half))
     batches = [(part.inputs, part.labels) for part in (whole[:1], whole)]  # by round
     parameters, _ = trainable(half)
@@ -178,7 +178,7 @@ def measure_here(name: str, way: str, batch: int, device: torch.device) -> dict[
         return cut
 
     def backpropagate(round: int) -> Sequence[Tensor]:
-        with evaluating(half), torch.enable_grad(), made_again():
+        with evaluating(half), torch.enable_grad(), recompute_wide_weights():
             cut = call(half, batches[round][0])
             return torch.autograd.grad(cut, parameters, torch.ones_like(cut))
 

@@ -15,10 +15,10 @@ from fnmatch import fnmatch
 
 from torch import nn
 
-from hosfl.halves.adapters import adaptable, largest_rank
-from hosfl.halves.blocks import allotted, blocks_of, entries_of, layers_of, work
+from hosfl.halves.adapters import is_adaptable, largest_rank
+from hosfl.halves.blocks import allot_directions, blocks_of, layer_entries, parameter_layers, work
 from hosfl.halves.inputs import Inputs
-from hosfl.halves.trains import moving_only
+from hosfl.halves.trains import select_trainable
 from hosfl.protocol.header import LARGEST_DIRECTIONS
 from hosfl.protocol.seeds import Purpose, round_seed
 from hosfl.settings import Settings
@@ -84,16 +84,16 @@ def _adapters(
 ) -> Suggestion | None:
     """Adapters in the last layers, one block per layer; None if the budget is too small for one. half: makes a half."""
     first = half()
-    named = {path: m for path, m in first.named_modules() if path and adaptable(m)}
+    named = {path: m for path, m in first.named_modules() if path and is_adaptable(m)}
     if not named:
         raise ValueError(
             "the client half has no linear layer, convolution or BatchNorm that could train: cut the model later"
         )
-    numbers = layers_of(first, [m.weight for m in named.values()])
+    numbers = parameter_layers(first, [m.weight for m in named.values()])
     layers = sorted(set(numbers))
 
     def probes_of(rank: int, chosen: Mapping[str, int], count: int) -> _Probes | None:
-        return _most_probes(moving_only(half(), f"xs:{rank}:{','.join(chosen)}", seed), count, inputs, passes)
+        return _most_probes(select_trainable(half(), f"xs:{rank}:{','.join(chosen)}", seed), count, inputs, passes)
 
     for count in range((len(layers) + 1) // 2, 0, -1):  # half of the layers, or fewer where the budget is small
         chosen = {path: n for path, n in zip(named, numbers, strict=True) if n in layers[-count:]}
@@ -125,9 +125,9 @@ def _adapters(
 
 def _norms(half: nn.Module, inputs: Inputs, rounds: int, passes: float) -> Suggestion | None:
     """Scales and shifts of the BatchNorms; None where the budget is too small."""
-    moving = moving_only(half, "norms", 0)
+    moving = select_trainable(half, "norms", 0)
     weights = sum(p.numel() for p in moving.parameters() if p.requires_grad)
-    layers = len(set(layers_of(moving, [p for p in moving.parameters() if p.requires_grad])))
+    layers = len(set(parameter_layers(moving, [p for p in moving.parameters() if p.requires_grad])))
     for count in range(min(4, layers), 0, -1):
         probes = _most_probes(moving, count, inputs, passes)
         if probes is not None:
@@ -160,7 +160,7 @@ def _most_probes(moving: nn.Module, count: int, inputs: Inputs, passes: float) -
     shares = [begin.share for begin in begins]
 
     def cost(directions: int) -> float:
-        return work(allotted(directions, sizes, shares), shares)
+        return work(allot_directions(directions, sizes, shares), shares)
 
     counts = range(count, LARGEST_DIRECTIONS + 1)
     fitting = bisect_right(counts, 1.01 * passes, key=cost)  # shares are no round numbers
@@ -169,7 +169,7 @@ def _most_probes(moving: nn.Module, count: int, inputs: Inputs, passes: float) -
 
 def _patterns(half: nn.Module, chosen: Mapping[str, int], named: Mapping[str, nn.Module]) -> str:
     """Name patterns of these layers for `trains`: of the modules that hold exactly them, or their own names."""
-    patterns, entries = [], entries_of(half)
+    patterns, entries = [], layer_entries(half)
     for number in sorted(set(chosen.values())):
         own = [path for path, of in chosen.items() if of == number]
         entry = entries[number]

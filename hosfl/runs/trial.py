@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hosfl.halves.adapters import refuse_idle
-from hosfl.halves.inputs import Inputs, alike, call, cloned, described, evaluating, mask_of
+from hosfl.halves.adapters import refuse_idle_adapters
+from hosfl.halves.inputs import Inputs, call, clone_tensors, describe_inputs, evaluating, mask_of, outputs_match
 from hosfl.halves.split import SplitModel, dtype_of
 from hosfl.tasks.data import Dataset, digest
 from hosfl.tasks.items import Items, read
@@ -29,10 +29,10 @@ def try_halves(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tu
         DataError: model or loss do not take a data set.
     """
     sample = read(data[torch.arange(min(2, len(data)))])  # a copy; two, so that a loss per sample shows
-    inputs = cloned(sample.inputs)
+    inputs = clone_tensors(sample.inputs)
     before = _weights(model.client)
     with evaluating(model):
-        cut = cloned(call(model.client, inputs))  # a copy, since the next pass may write into the same tensor
+        cut = clone_tensors(call(model.client, inputs))  # a copy, since the next pass may write into the same tensor
         if _weights(model.client) != before:
             raise ValueError(
                 "the client half writes its weights in a forward pass, and they are then no longer everybody's: leave"
@@ -43,7 +43,7 @@ def try_halves(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tu
                 f"the cut is {cut.dtype}, and both halves learn from a gradient there, which only real numbers have:"
                 " cut elsewhere"
             )
-        again, output = call(model.client, inputs), model(cloned(sample.inputs))
+        again, output = call(model.client, inputs), model(clone_tensors(sample.inputs))
         for name, found in (("the cut", cut), ("the output", output)):
             if not isinstance(found, Tensor) or found.shape[:1] != (len(sample),):
                 raise TaskError(
@@ -51,7 +51,7 @@ def try_halves(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tu
                     " is the samples"
                 )
         loss = _loss_of(task, "train", output, sample.labels)
-    if not alike(cut, again):
+    if not outputs_match(cut, again):
         if digest(inputs) != digest(sample.inputs):
             raise ValueError(
                 "the client half writes into its inputs, so that the next pass of a batch sees another: let it compute"
@@ -66,7 +66,7 @@ def try_halves(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tu
             f"the loss of a batch is {_kind_of(loss)}: a tensor of one element, the mean over the batch, is needed"
         )
     _check_dtype(model, sample.inputs, cut, output)
-    refuse_idle(model.client, sample.inputs)
+    refuse_idle_adapters(model.client, sample.inputs)
     task.check_scored(output, sample.labels)
     shape = tuple(cut.shape[1:])
     _check_mask(sample, cut)
@@ -115,10 +115,10 @@ def _cut_of(task: Task, model: SplitModel, what: str, sample: Dataset) -> Tensor
     """The cut of samples. Raises DataError where model or loss do not take them."""
     with evaluating(model):
         try:
-            cut: Tensor = call(model.client, cloned(sample.inputs))
-            output = model(cloned(sample.inputs))
+            cut: Tensor = call(model.client, clone_tensors(sample.inputs))
+            output = model(clone_tensors(sample.inputs))
         except MISFIT as error:
-            given = described(sample.inputs)
+            given = describe_inputs(sample.inputs)
             raise DataError(f"{what}: the model does not take samples of {given} ({_first_line(error)})") from error
         _loss_of(task, what, output, sample.labels)
     return cut
@@ -170,10 +170,10 @@ def _check_dtype(model: SplitModel, inputs: Inputs, cut: Tensor, output: Tensor)
         return
     with evaluating(model):
         try:
-            as_it_is = SplitModel(model.client, model.server)(cloned(inputs))
+            as_it_is = SplitModel(model.client, model.server)(clone_tensors(inputs))
         except (RuntimeError, TypeError, ValueError):  # as of a product of two dtypes
             return
-    if not alike(as_it_is, output):
+    if not outputs_match(as_it_is, output):
         raise ValueError(
             f"the cut is {cut.dtype}, and the first weights of the server half are {dtype}, to which a run would round"
             f" it: that makes another output. Cut elsewhere, or make the server half {cut.dtype}"

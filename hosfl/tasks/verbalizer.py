@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hosfl.halves.hub import tokenizer_of
-from hosfl.halves.modules import replaced
+from hosfl.halves.modules import replace_submodule
 from hosfl.halves.split import SplitModel, split
 
 
@@ -68,7 +68,7 @@ def with_words(model: nn.Module, tokens: Sequence[int]) -> nn.Module:
     """A causal language model whose logits are those of some tokens only; shares the model's weights."""
     layer = model.get_output_embeddings()  # type: ignore[operator]
     path = next(path for path, module in model.named_modules() if module is layer)
-    return replaced(model, path, Rows(layer, tokens))
+    return replace_submodule(model, path, Rows(layer, tokens))
 
 
 def verbalized(model: nn.Module, tokens: Sequence[int], at: int | str) -> SplitModel:
