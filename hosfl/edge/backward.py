@@ -68,7 +68,10 @@ class _InnerProduct(Positional):
 
 
 def _traced_backward(of: Original, entries: Sequence[str]) -> Any:
-    """The exporter's model of both passes, in onnxscript's representation: `_InnerProduct`'s outputs, then the gradients."""
+    """The exporter's model of both passes, in onnxscript's representation.
+
+    Its outputs are those of `_InnerProduct`, then the gradients.
+    """
     from torch.export.experimental import _export_forward_backward
 
     inputs = of.traced()
@@ -295,8 +298,8 @@ def _compare(
                 apart, largest = np.abs(one - other).max(initial=0), np.abs(other).max(initial=0)
                 if not apart <= TOLERANCE * max(largest, least):
                     raise ExportError(
-                        f"the graph's gradient of {name} is not torch's{where}: of {describe_batch(inputs)} numbers differ by"
-                        f" {apart:.3g}, and the largest is {largest:.3g}"
+                        f"the graph's gradient of {name} is not torch's{where}: of {describe_batch(inputs)} numbers"
+                        f" differ by {apart:.3g}, and the largest is {largest:.3g}"
                     )
             return arrays, given, between
 

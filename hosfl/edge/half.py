@@ -109,7 +109,7 @@ class Half:
             stored = Weights(self._file)
             for name in names:
                 if name not in stored:
-                    raise HalfError(f"{self._file} has no {name!r}, which moves; {ANOTHER}")
+                    raise HalfError(f"{self._file} has no {name!r}, which moves; {MISMATCH}")
                 if (dtype := stored.dtype(name)) not in ("F32", "BF16"):
                     raise HalfError(f"{name!r} moves and is {dtype}: float32 or bfloat16 is needed")
                 found.append(stored[name])
@@ -229,7 +229,7 @@ def open_session(graph: Path, base: Path, moving: Sequence[str], values: Sequenc
     except Exception as error:  # onnxruntime's errors have no class in common
         raise HalfError(f"onnxruntime cannot open {graph} with {base}: {error}") from error
     if session.get_modelmeta().custom_metadata_map.get(LAYOUT) != layout_digest(base):
-        raise HalfError(f"{graph} was not made for {base}; {ANOTHER}")
+        raise HalfError(f"{graph} was not made for {base}; {MISMATCH}")
     if others := {output.type for output in session.get_outputs()} - {"tensor(float)"}:
         raise HalfError(f"{graph} makes {', '.join(sorted(others))}, and no half does: fetch it anew")
     return session
