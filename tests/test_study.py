@@ -28,7 +28,7 @@ from hosfl.protocol.terms import Diverged
 from hosfl.runs.report import logarithmic
 from hosfl.runs.trainer import train as train_once
 from hosfl.studies import page as study_report
-from hosfl.studies.folder import claim
+from hosfl.studies.folder import claim_folder
 from hosfl.studies.jobs import run_job
 from hosfl.studies.page import at_ends, number, report
 from hosfl.studies.run import Contents, run_study
@@ -478,12 +478,12 @@ def test_what_no_bit_depends_on_may_change(tmp_path, whole, monkeypatch):
 
 def test_where_the_data_lie_may_change_and_nothing_else(tmp_path):
     text = FILE.replace("base: {", "base: {task: sst2, data: /a, model: /b, at: '2', ")
-    claim(read_study(text), tmp_path)
+    claim_folder(read_study(text), tmp_path)
     moved = text.replace("/a", "/c").replace("/b", "/d")
-    claim(read_study(moved), tmp_path)
+    claim_folder(read_study(moved), tmp_path)
     assert (tmp_path / "study.yaml").read_text() == moved
     with pytest.raises(ValueError, match=r"what differs: base\.at was '2', is '1'\. Choose"):
-        claim(read_study(moved.replace("at: '2'", "at: '1'")), tmp_path)
+        claim_folder(read_study(moved.replace("at: '2'", "at: '1'")), tmp_path)
 
 
 def made_of(folder, **digests):

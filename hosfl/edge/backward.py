@@ -41,7 +41,7 @@ def export_gradient(
     most: tuple[int, int] = (0, 0),
     running: Collection[str] = (),
 ) -> bytes:
-    """d <multiplier, cut> / d weights of a client half as an ONNX model without weights: see `exported`.
+    """d <multiplier, cut> / d weights of a client half as an ONNX model without weights: see `export_half`.
 
     entry: of the half's first block, with whose input the graph begins; "": with the half's own.
     most, running: as there.
@@ -49,7 +49,7 @@ def export_gradient(
     Its inputs are the multiplier and these, its outputs the gradients by the names of the weights that move. Those that
     the cut does not depend on have none. The gradients are compared with torch's. Embeddings have that of `Lookups`.
 
-    Raises ExportError as `exported`, and where torch has no such graph.
+    Raises ExportError as `export_half`, and where torch has no such graph.
     """
     with original(half, sample) as of, Lookups():
         model = _traced_backward(of, [entry] if entry else [])

@@ -17,7 +17,7 @@ from hosfl.runs.assemble import rates_of, task_of
 from hosfl.runs.config import Config
 from hosfl.runs.memory import client_memory
 from hosfl.runs.report import metric
-from hosfl.studies.folder import claim, saved_memory, saved_result
+from hosfl.studies.folder import claim_folder, saved_memory, saved_result
 from hosfl.studies.jobs import results
 from hosfl.studies.study import FINAL, TUNING, Job, Result, Study
 from hosfl.studies.table import finals, table
@@ -54,7 +54,7 @@ def run_study(
         with closing(FolderLock(folder, "study")):
             mine = not (folder / "study.yaml").exists()
             try:
-                claim(study, folder)
+                claim_folder(study, folder)
                 for job in (*study.tuning(), *finals(study, folder)):
                     if (result := saved_result(job, folder)) is not None:
                         contents.check(job, result, folder)
