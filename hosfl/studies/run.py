@@ -18,7 +18,7 @@ from hosfl.runs.config import Config
 from hosfl.runs.memory import client_memory
 from hosfl.runs.report import metric
 from hosfl.studies.folder import claim_folder, saved_memory, saved_result
-from hosfl.studies.jobs import results
+from hosfl.studies.jobs import run_jobs
 from hosfl.studies.study import FINAL, TUNING, Job, Result, Study
 from hosfl.studies.table import finals, table
 from hosfl.tasks.task import Task
@@ -42,7 +42,7 @@ def run_study(
 
     Writes table.json when all is there. Raises ValueError if the folder holds another study, naming what differs, or a
     file that is damaged or was made of other data; and if another process is at work in it. Before any run it raises
-    what tasks raise whose data, model or rates are not there. Raises ChildProcessError as `results` does.
+    what tasks raise whose data, model or rates are not there. Raises ChildProcessError as `run_jobs` does.
     A study whose first run cannot start leaves nothing.
     """
     try:
@@ -168,7 +168,7 @@ def _run(
         progress(State(phase, before + len(jobs) - len(left), total, seconds, ended))
 
     tell()
-    for job, result in results(todo, workers):
+    for job, result in run_jobs(todo, workers):
         if result is None:
             return False
         # A run that diverged has no summary that says it.
