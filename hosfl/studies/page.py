@@ -18,7 +18,7 @@ from hosfl.runs.pages import document, html_image, html_table
 from hosfl.runs.report import logarithmic, name_lines, save_figure
 from hosfl.studies.folder import saved_memory, saved_result
 from hosfl.studies.study import Result, Study, load_study
-from hosfl.studies.table import finals, table
+from hosfl.studies.table import final_jobs, study_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +40,7 @@ def report(folder: Path) -> Path:
     if not (folder / "study.yaml").exists():
         raise FileNotFoundError(f"{folder} holds no study: there is no study.yaml")
     study = load_study(folder / "study.yaml")
-    found = table(study, folder)
+    found = study_table(study, folder)
     runs = {
         method: [r for job in study.final(method, row["trial"]) if (r := saved_result(job, folder)) is not None]
         for method, row in found["methods"].items()
@@ -129,7 +129,7 @@ def page(
     study: Study, found: dict[str, Any], runs: dict[str, list[Result]], memory: dict[str, Any] | None, folder: Path
 ) -> str:
     """The page: HTML that holds its images."""
-    made = sum(saved_result(job, folder) is not None for job in (*study.tuning(), *finals(study, folder)))
+    made = sum(saved_result(job, folder) is not None for job in (*study.tuning(), *final_jobs(study, folder)))
     wanted = len(study.tuning()) + len(study.trials) * len(study.seeds)
     started = [r for results in runs.values() for r in results]
     parts = [f"<p>{escape(_what(study))}</p>"]
@@ -200,7 +200,7 @@ def _notes(study: Study, found: dict[str, Any]) -> str:
 def at_ends(found: dict[str, Any]) -> str:
     """Which chosen values lie at an end of what was tried, of three values or more; "" where none does.
 
-    found: as `table` gives it. Nothing lies beyond 0, and a grid of two values has ends alone.
+    found: as `study_table` gives it. Nothing lies beyond 0, and a grid of two values has ends alone.
     """
     listed = []
     for method, row in found["methods"].items():

@@ -20,7 +20,7 @@ from hosfl.runs.report import metric
 from hosfl.studies.folder import claim_folder, saved_memory, saved_result
 from hosfl.studies.jobs import run_jobs
 from hosfl.studies.study import FINAL, TUNING, Job, Result, Study
-from hosfl.studies.table import finals, table
+from hosfl.studies.table import final_jobs, study_table
 from hosfl.tasks.task import Task
 
 
@@ -55,7 +55,7 @@ def run_study(
             mine = not (folder / "study.yaml").exists()
             try:
                 claim_folder(study, folder)
-                for job in (*study.tuning(), *finals(study, folder)):
+                for job in (*study.tuning(), *final_jobs(study, folder)):
                     if (result := saved_result(job, folder)) is not None:
                         contents.check(job, result, folder)
                 return _all(study, folder, workers, progress, contents)
@@ -74,11 +74,11 @@ def _all(study: Study, folder: Path, workers: int, progress: Callable[[State], N
     """Both phases, what is to be measured beside them, and the table. False: interrupted."""
     if not _run(study, study.tuning(), folder, workers, progress, contents):
         return False
-    if not _run(study, finals(study, folder), folder, workers, progress, contents):
+    if not _run(study, final_jobs(study, folder), folder, workers, progress, contents):
         return False
     if study.memory and saved_memory(folder) is None:
         _write(folder / "client-memory.json", client_memory(study.memory))
-    _write(folder / "table.json", table(study, folder))
+    _write(folder / "table.json", study_table(study, folder))
     return True
 
 
@@ -189,7 +189,7 @@ def _line(job: Job, result: Result) -> str:
 def _seconds(study: Study, folder: Path) -> dict[str, list[float]]:
     """What each method's runs took so far."""
     took: dict[str, list[float]] = {}
-    for job in (*study.tuning(), *finals(study, folder)):
+    for job in (*study.tuning(), *final_jobs(study, folder)):
         if (result := saved_result(job, folder)) is not None:
             took.setdefault(job.method, []).append(result["seconds"])
     return took
