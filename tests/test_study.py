@@ -31,7 +31,7 @@ from hosfl.studies import page as study_report
 from hosfl.studies.folder import claim_folder
 from hosfl.studies.jobs import run_job
 from hosfl.studies.page import at_ends, number, report
-from hosfl.studies.run import Contents, run_study
+from hosfl.studies.run import ProvenanceCheck, run_study
 from hosfl.studies.study import Job, Study, choices, load_study, read_study, slug
 from hosfl.studies.table import best_trials, study_table
 from hosfl.studies.yaml12 import parse_yaml
@@ -536,7 +536,7 @@ def test_a_process_s_first_run_may_have_rounds_in_which_the_server_learns_alone(
 
 def test_calibrated_runs_begin_with_statistics_of_their_own(tmp_path):
     """Running statistics are part of what a run begins with, and clients that are not calibrated keep the base's."""
-    contents = Contents(defaultdict(str))
+    contents = ProvenanceCheck(defaultdict(str))
 
     def check(model, name, **settings):
         result = {"provenance": {"data": "", "model": model * 64}}
