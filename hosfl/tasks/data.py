@@ -20,7 +20,7 @@ from hosfl.extras import needed
 from hosfl.halves.hub import text_limits, tokenized
 from hosfl.protocol.seeds import Purpose, generator
 from hosfl.tasks.padding import without_padding
-from hosfl.tasks.reading import DataError, Found, Row, classes
+from hosfl.tasks.reading import DataError, Found, Row, class_numbers
 
 
 @dataclass(frozen=True)
@@ -175,10 +175,10 @@ def classified(
     the training part's shares of the classes, the same in every run. Raises DataError.
     """
 
-    own = classes(train, names)
+    own = class_numbers(train, names)
     rows = with_classes(train, own)
-    for_rates = with_classes(validation, classes(validation, names, training=set(own)))
-    for_report = with_classes(test, classes(test, names, training=set(own), may_hide=True))
+    for_rates = with_classes(validation, class_numbers(validation, names, training=set(own)))
+    for_report = with_classes(test, class_numbers(test, names, training=set(own), may_hide=True))
     if for_report:
         return rows, for_rates, for_report
     kept, held = held_out(np.array(own), len(for_rates))
