@@ -175,7 +175,8 @@ def _setup(study: Study) -> str:
     equal = f"{tried.pop()} trials each" if len(tried) == 1 else f"unequal numbers of trials: {study.unequal}"
     return (
         f"{len(study.trials)} methods, {study.rounds} rounds. Settings were chosen on validation data, seeds"
-        f" {_comma_separated(study.tuning_seeds)}, {equal}; results are of test data, seeds {_comma_separated(study.seeds)}."
+        f" {_comma_separated(study.tuning_seeds)}, {equal}; results are of test data, seeds"
+        f" {_comma_separated(study.seeds)}."
     )
 
 

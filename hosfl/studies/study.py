@@ -169,7 +169,7 @@ def _check_name(name: Any, where: str) -> None:
     if not isinstance(name, str) or not slug(name):
         raise ValueError(f"{where}: a method's name needs letters or digits")
     if (size := len(slug(name).encode())) > MAX_NAME_BYTES:
-        raise ValueError(f"{where}: its folder's name would have {size} bytes, {LONGEST_NAME} at most: shorten it")
+        raise ValueError(f"{where}: its folder's name would have {size} bytes, {MAX_NAME_BYTES} at most: shorten it")
 
 
 def _method(given: Any, where: str) -> tuple[dict[str, Any], dict[str, list[Any]]]:
@@ -179,7 +179,7 @@ def _method(given: Any, where: str) -> tuple[dict[str, Any], dict[str, list[Any]
     settings = _settings(_optional(dict, method, "settings", where), f"{where}.settings")
     grid = _grid(_optional(dict, method, "grid", where), f"{where}.grid")
     if (many := math.prod(map(len, grid.values()))) > MAX_TRIALS:
-        raise ValueError(f"{where}.grid: {many} trials, {MOST_TRIALS} at most: leave some out")
+        raise ValueError(f"{where}.grid: {many} trials, {MAX_TRIALS} at most: leave some out")
     return settings, grid
 
 

@@ -45,13 +45,13 @@ def parse_yaml(text: str) -> Any:
     """
     made = 0
     if len(text) > MAX_CHARACTERS:
-        raise ValueError(f"more than {MOST_CHARACTERS} characters: too large")
+        raise ValueError(f"more than {MAX_CHARACTERS} characters: too large")
 
     def value(node: yaml.Node) -> Any:
         nonlocal made
         made += 1  # what an alias stands for counts every time
         if made > MAX_VALUES:
-            raise ValueError(f"more than {MOST_VALUES} values: too large")
+            raise ValueError(f"more than {MAX_VALUES} values: too large")
         kind = node.tag.removeprefix("tag:yaml.org,2002:")
         if isinstance(node, yaml.MappingNode) and kind == "map":
             return mapping(node)

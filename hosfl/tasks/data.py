@@ -168,7 +168,7 @@ def digest(value: Any) -> str:
 def classified(
     train: Sequence[Found], validation: Sequence[Found], test: Sequence[Found], names: Sequence[str] = ()
 ) -> tuple[list[Row], list[Row], list[Row]]:
-    """The rows of published parts with their classes, int, as "label"; names: see `reading.classes`.
+    """The rows of published parts with their classes, int, as "label"; names: see `reading.class_numbers`.
 
     Where the test part's labels are not public, or it is empty, the published validation part is the test part, and the
     validation part, for choosing rates, is held out of the training part: as many rows, but no more than a tenth, with

@@ -77,8 +77,8 @@ def read_text(path: Path) -> str:
             raise DataError(f"{path} is in {name}: save it as UTF-8")
     if 0 in raw:
         raise DataError(
-            f"{_byte_location(path, raw, raw.index(0))} is a NUL: the file is damaged, or not UTF-8; make it again, or save it"
-            " as UTF-8"
+            f"{_byte_location(path, raw, raw.index(0))} is a NUL: the file is damaged, or not UTF-8; make it again, or"
+            " save it as UTF-8"
         )
     try:
         whole = raw.decode().removeprefix("\ufeff")
