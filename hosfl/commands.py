@@ -47,7 +47,7 @@ from hosfl.runs.trainer import train
 from hosfl.settings import DEFAULTS, FIELDS, NEUTRAL, PRESETS
 from hosfl.studies.compare import compare, print_table
 from hosfl.studies.page import report
-from hosfl.studies.run import State, run_study
+from hosfl.studies.run import StudyProgress, run_study
 from hosfl.studies.study import load_study
 from hosfl.terminal import log_to_terminal
 
@@ -312,7 +312,7 @@ def _study(options: argparse.Namespace) -> int:
     with _progress(TextColumn("runs"), _TimeLeft()) as (bar, say):
         task = bar.add_task("study", total=None, expected=None, since=time.monotonic())
 
-        def on_progress(state: State) -> None:
+        def on_progress(state: StudyProgress) -> None:
             bar.update(task, description=state.phase, completed=state.done, total=state.runs)
             bar.update(task, expected=state.seconds_left, since=time.monotonic())
             if state.ended:

@@ -339,7 +339,7 @@ def test_a_run_trains_resumes_and_is_rebuilt(folder, tmp_path, trains):  # noqa:
 def turned(monkeypatch):
     """Another machine: its decompositions have other bits."""
     signed = adapters.fix_signs
-    monkeypatch.setattr(adapters, "signed", lambda rows: signed(rows) * (1 + 1e-6))
+    monkeypatch.setattr(adapters, "fix_signs", lambda rows: signed(rows) * (1 + 1e-6))
 
 
 @pytest.mark.parametrize("method", ["ho", "first-order"])

@@ -494,7 +494,7 @@ def test_studies_choose_the_lower_perplexity(monkeypatch):
     monkeypatch.setattr(tables, "trials", lambda study, folder: rows)
     for name, lower, expected in (("perplexity", True, 1), ("accuracy", False, 3)):
         monkeypatch.setattr(tables, "_metric", lambda study, folder, found=(name, lower): found)
-        assert tables.best(None, None) == {"ho": expected}
+        assert tables.best_trials(None, None) == {"ho": expected}
 
 
 # --- labels on the wire -----------------------------------------------------------------------------------------------

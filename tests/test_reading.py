@@ -22,11 +22,11 @@ from hosfl.tasks.picture_files import class_folders, picture_file
 from hosfl.tasks.reading import (
     Answer,
     DataError,
-    classes,
-    hub,
-    json_lines,
-    standing,
-    table,
+    check_answer_offsets,
+    class_numbers,
+    load_from_hub,
+    read_json_lines,
+    read_table,
 )
 from hosfl.tasks.squad import Question, Windows
 from hosfl.tasks.text import TEXTS
@@ -81,9 +81,9 @@ NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), d
 
 # name: (kind, a valid file, what reads it)
 READERS = {
-    "tsv": ("tsv", TSV, lambda path: table(path, ("sentence", "label"))),
+    "tsv": ("tsv", TSV, lambda path: read_table(path, ("sentence", "label"))),
     "sst2": ("tsv", TSV, lambda path: text.read(path, TEXTS["sst2"], False)),
-    "jsonl": ("jsonl", RTE, lambda path: [row.get("premise") for _, row in json_lines(path)]),
+    "jsonl": ("jsonl", RTE, lambda path: [row.get("premise") for _, row in read_json_lines(path)]),
     "rte": ("jsonl", RTE, lambda path: text.read(path, TEXTS["rte"], False)),
     "wsc": ("jsonl", WSC, lambda path: text.read(path, TEXTS["wsc"], False)),
     "squad": ("json", json.dumps(SQUAD, ensure_ascii=False).encode(), squad.read),
@@ -204,7 +204,7 @@ def test_lines_and_bytes_are_counted_as_an_editor_does(tmp_path):
     for end in (b"\n", b"\r\n", b"\r"):
         path.write_bytes(b"sentence\tlabel" + end + b"a\t0" + end + b"caf\xe9\t1" + end)
         with pytest.raises(DataError, match=r"dev.tsv, line 3, byte 4 \(0xe9\) is not UTF-8"):
-            table(path, ("sentence", "label"))
+            read_table(path, ("sentence", "label"))
 
 
 # --- fields -------------------------------------------------------------------------------------------------------
@@ -278,10 +278,10 @@ def labelled(*labels):
 )
 def test_classes(labels, settings, expected):
     if isinstance(expected, list):
-        assert classes(labelled(*labels), **settings) == expected
+        assert class_numbers(labelled(*labels), **settings) == expected
     else:
         with pytest.raises(DataError, match=f"file, {expected}" if "line" in expected else expected):
-            classes(labelled(*labels), **settings)
+            class_numbers(labelled(*labels), **settings)
 
 
 def test_hidden_labels_are_the_same_from_files_and_from_the_hub(tmp_path):
@@ -308,7 +308,7 @@ def test_a_hub_s_parts(monkeypatch):
     found = {"train": [], "odd": []}
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda *name: found))
     with pytest.raises(DataError, match="some/name has no part 'test'; there are train, odd"):
-        hub("some/name", parts=("train", "test"))
+        load_from_hub("some/name", parts=("train", "test"))
 
 
 # --- answers ------------------------------------------------------------------------------------------------------
@@ -335,10 +335,10 @@ CONTEXT = "é 🎈 Ann saw Bob"  # Ann at 4; at 5 in UTF-16 units, at 8 in UTF-8
 def test_answers_stand_where_they_say(context, answer, start, reason):
     claims = [Answer("file, question 7", context, answer, start)]
     if reason is SAME:
-        standing(claims)
+        check_answer_offsets(claims)
         return
     with pytest.raises(DataError, match=f"file, question 7: .*{reason}"):
-        standing(claims)
+        check_answer_offsets(claims)
 
 
 @pytest.mark.parametrize(
@@ -354,9 +354,9 @@ def test_all_answers_together_tell_how_offsets_are_counted(unit, count):
     contexts = ["Ann saw", "🎈 Ann saw", "é Ann saw", "🎈🎈 Ann saw"]
     claims = [Answer("file", c, "Ann", count(c[: c.index("Ann")])) for c in contexts]
     with pytest.raises(DataError, match=f"offsets are counted {unit} count them in characters, from 0$"):
-        standing(claims)
+        check_answer_offsets(claims)
     with pytest.raises(DataError, match="it begins at 8: as if counted from 1;"):  # which the others are not
-        standing([Answer("file", "Ann saw Bob", "Ann", 0), Answer("file", "Ann saw Bob", "Bob", 9)])
+        check_answer_offsets([Answer("file", "Ann saw Bob", "Ann", 0), Answer("file", "Ann saw Bob", "Bob", 9)])
 
 
 def changed(document, place, value):

@@ -28,12 +28,12 @@ from hosfl.protocol.terms import Diverged
 from hosfl.runs.report import logarithmic
 from hosfl.runs.trainer import train as train_once
 from hosfl.studies import page as study_report
-from hosfl.studies.folder import claim
+from hosfl.studies.folder import claim_folder
 from hosfl.studies.jobs import run_job
 from hosfl.studies.page import at_ends, number, report
-from hosfl.studies.run import Contents, run_study
+from hosfl.studies.run import ProvenanceCheck, run_study
 from hosfl.studies.study import Job, Study, choices, load_study, read_study, slug
-from hosfl.studies.table import best, table
+from hosfl.studies.table import best_trials, study_table
 from hosfl.studies.yaml12 import parse_yaml
 from hosfl.tasks.task import Task
 
@@ -93,7 +93,7 @@ def test_tuning_sees_validation_data_only_and_the_best_trial_is_reported(whole):
         merit = {n: tuple(sum(v) / 2 for v in zip(*values, strict=True)) for n, values in trials.items()}
         chosen = max(merit, key=merit.get)
         assert {r["trial"] for r in runs.values() if r["method"] == method and r["phase"] == "runs"} == {chosen}
-        assert chosen == best(load_study(whole / "study.yaml"), whole)[method]
+        assert chosen == best_trials(load_study(whole / "study.yaml"), whole)[method]
 
 
 def test_the_table(whole):
@@ -115,7 +115,7 @@ def test_the_table_says_how_many_runs_were_made_at_a_time(tmp_path, whole):
     shutil.copytree(whole, tmp_path / "study")
 
     def jobs():
-        return {name: row["jobs"] for name, row in table(study, tmp_path / "study")["methods"].items()}
+        return {name: row["jobs"] for name, row in study_table(study, tmp_path / "study")["methods"].items()}
 
     study = read_study(FILE + FROZEN)
     assert jobs() == {"ho, fresh": [1], "first-order": [1], "frozen": [1]}
@@ -145,7 +145,7 @@ def test_equal_seconds_are_those_of_first_order(tmp_path, whole, first, share):
             evaluation["seconds"] = seconds[path.parent.name] * (n + 1)
             evaluation["loss"] = losses.get(path.parent.name, 8 / 2**n)
         path.write_text(json.dumps({**run, "loss": run["evaluations"][-1]["loss"]}))
-    rows = table(load_study(tmp_path / "study" / "study.yaml"), tmp_path / "study")["methods"]
+    rows = study_table(load_study(tmp_path / "study" / "study.yaml"), tmp_path / "study")["methods"]
     assert rows["ho, fresh"]["loss_gap_in_equal_seconds"] == (share and pytest.approx(share))
     assert rows["ho, fresh"]["loss_gap_recovered"] == pytest.approx(0.8)
     assert [rows[m]["loss_gap_in_equal_seconds"] for m in ("frozen", "first-order")] == [0, 1]
@@ -478,12 +478,12 @@ def test_what_no_bit_depends_on_may_change(tmp_path, whole, monkeypatch):
 
 def test_where_the_data_lie_may_change_and_nothing_else(tmp_path):
     text = FILE.replace("base: {", "base: {task: sst2, data: /a, model: /b, at: '2', ")
-    claim(read_study(text), tmp_path)
+    claim_folder(read_study(text), tmp_path)
     moved = text.replace("/a", "/c").replace("/b", "/d")
-    claim(read_study(moved), tmp_path)
+    claim_folder(read_study(moved), tmp_path)
     assert (tmp_path / "study.yaml").read_text() == moved
     with pytest.raises(ValueError, match=r"what differs: base\.at was '2', is '1'\. Choose"):
-        claim(read_study(moved.replace("at: '2'", "at: '1'")), tmp_path)
+        claim_folder(read_study(moved.replace("at: '2'", "at: '1'")), tmp_path)
 
 
 def made_of(folder, **digests):
@@ -536,7 +536,7 @@ def test_a_process_s_first_run_may_have_rounds_in_which_the_server_learns_alone(
 
 def test_calibrated_runs_begin_with_statistics_of_their_own(tmp_path):
     """Running statistics are part of what a run begins with, and clients that are not calibrated keep the base's."""
-    contents = Contents(defaultdict(str))
+    contents = ProvenanceCheck(defaultdict(str))
 
     def check(model, name, **settings):
         result = {"provenance": {"data": "", "model": model * 64}}
@@ -840,7 +840,7 @@ def test_a_diverged_trial_loses_and_is_kept(tmp_path):
     text = FILE.replace("[1e-1, 0.2]", "[1e6, 0.2]").replace("[1, 2.0]", "[2.0, 1.0]")
     study = read_study(text)
     assert run_study(study, tmp_path)
-    found = table(study, tmp_path)
+    found = study_table(study, tmp_path)
     lost = found["trials"][0]
     assert lost["choice"] == {"client_rate": 1e6}
     assert (lost["accuracy"], lost["loss"], len(lost["failures"])) == (None, None, 2)
@@ -874,7 +874,7 @@ def test_files_hold_null_for_what_is_not_finite(tmp_path):
     assert "finite" in run["failure"]
     texts = [path.read_text() for path in (tmp_path / "study").glob("**/*.json")]
     assert not re.search(r"^[^\"]*(\"[^\"]*\": *)?-?(NaN|Infinity)", "".join(texts), re.M)
-    assert table(study, tmp_path / "study")["methods"]["first-order"]["trial"] == 1
+    assert study_table(study, tmp_path / "study")["methods"]["first-order"]["trial"] == 1
 
 
 MINE = """
@@ -936,9 +936,9 @@ def test_results_from_before_tasks_said_what_is_better(whole, tmp_path):
             assert run.pop("lower_is_better") == []
             path.write_text(json.dumps(run | {"scores": {name: run["accuracy"]}}))
         study = load_study(folder / "study.yaml")
-        assert table(study, folder)["lower_is_better"] == (name == "perplexity")
-        means = [t["accuracy"] for t in table(study, folder)["trials"] if t["method"] == "frozen"]
-        assert best(study, folder)["frozen"] == means.index((min if name == "perplexity" else max)(means))
+        assert study_table(study, folder)["lower_is_better"] == (name == "perplexity")
+        means = [t["accuracy"] for t in study_table(study, folder)["trials"] if t["method"] == "frozen"]
+        assert best_trials(study, folder)["frozen"] == means.index((min if name == "perplexity" else max)(means))
 
 
 @pytest.mark.parametrize("better", ["score", "mean error"])
@@ -964,7 +964,7 @@ def test_a_failed_run_loses_whatever_the_score(better, tmp_path, monkeypatch):
     assert [trial["accuracy"] is None for trial in found["trials"]] == [True, True, False]
     assert found["methods"]["mine"]["trial"] == 2
     del study.trials["mine"][2]  # where each has a failure, the one that worked better does
-    assert best(study, tmp_path / "study")["mine"] == 0
+    assert best_trials(study, tmp_path / "study")["mine"] == 0
 
 
 def test_a_metric_that_is_not_finite_is_a_failure(tmp_path):
@@ -973,7 +973,7 @@ def test_a_metric_that_is_not_finite_is_a_failure(tmp_path):
     study = read_study(ERRORS.replace("TASK", f"{tmp_path / 'mine.py'}:make"))
     for _ in range(2):
         assert run_study(study, tmp_path / "study")
-    found = table(study, tmp_path / "study")
+    found = study_table(study, tmp_path / "study")
     assert found["methods"]["mine"]["trial"] is None
     assert [trial["failures"] for trial in found["trials"]] == [["the mean error after round 20 is not finite"]] * 2
     assert "failed 1 of 1: the mean error" in report(tmp_path / "study").read_text()

@@ -41,7 +41,7 @@ def export_gradient(
     most: tuple[int, int] = (0, 0),
     running: Collection[str] = (),
 ) -> bytes:
-    """d <multiplier, cut> / d weights of a client half as an ONNX model without weights: see `exported`.
+    """d <multiplier, cut> / d weights of a client half as an ONNX model without weights: see `export_half`.
 
     entry: of the half's first block, with whose input the graph begins; "": with the half's own.
     most, running: as there.
@@ -49,7 +49,7 @@ def export_gradient(
     Its inputs are the multiplier and these, its outputs the gradients by the names of the weights that move. Those that
     the cut does not depend on have none. The gradients are compared with torch's. Embeddings have that of `Lookups`.
 
-    Raises ExportError as `exported`, and where torch has no such graph.
+    Raises ExportError as `export_half`, and where torch has no such graph.
     """
     with original(half, sample) as of, Lookups():
         model = _traced_backward(of, [entry] if entry else [])
@@ -68,7 +68,10 @@ class _InnerProduct(Positional):
 
 
 def _traced_backward(of: Original, entries: Sequence[str]) -> Any:
-    """The exporter's model of both passes in onnxscript's representation: outputs of `_InnerProduct`, then gradients."""
+    """The exporter's model of both passes, in onnxscript's representation.
+
+    Its outputs are those of `_InnerProduct`, then the gradients.
+    """
     from torch.export.experimental import _export_forward_backward
 
     inputs = of.traced()
@@ -295,8 +298,8 @@ def _compare(
                 apart, largest = np.abs(one - other).max(initial=0), np.abs(other).max(initial=0)
                 if not apart <= TOLERANCE * max(largest, least):
                     raise ExportError(
-                        f"the graph's gradient of {name} is not torch's{where}: of {describe_batch(inputs)} numbers differ"
-                        f" by {apart:.3g}, and the largest is {largest:.3g}"
+                        f"the graph's gradient of {name} is not torch's{where}: of {describe_batch(inputs)} numbers"
+                        f" differ by {apart:.3g}, and the largest is {largest:.3g}"
                     )
             return arrays, given, between
 

@@ -22,7 +22,7 @@ from hosfl.methods import calibration
 
 def export_statistics(half: nn.Module, sample: Inputs, most: tuple[int, int] = (0, 0)) -> bytes:
     """The statistics that a half has on a batch, as `calibration.estimated` finds them, as an ONNX model without
-    weights: see `exported`. Its output is what `calibration.flat` gives.
+    weights: see `export_half`. Its output is what `calibration.flat` gives.
 
     Raises ExportError, also where onnxruntime makes others of it.
     """

@@ -13,7 +13,7 @@ from hosfl.protocol.arrays import widened
 from hosfl.protocol.seeds import Purpose, drawn
 from hosfl.protocol.weights import read_weights
 from hosfl.tasks.padding import without_padding
-from hosfl.tasks.reading import DataError, arrays_in, returned_by
+from hosfl.tasks.reading import DataError, call_user_function, load_arrays
 
 Arrays = NDArray[Any] | dict[str, NDArray[Any]]
 LABELS, MASK = ("labels", "label"), "attention_mask"
@@ -118,11 +118,11 @@ def read_samples(data: str) -> Samples:
     The function returns what `samples_of` takes. Raises DataError, ValueError, OSError.
     """
     if data.endswith((".npz", ".safetensors")):
-        found = arrays_in(data, lambda path: {name: widened(array) for name, array in read_weights(path).items()})
+        found = load_arrays(data, lambda path: {name: widened(array) for name, array in read_weights(path).items()})
         return samples_of((found["inputs"], found["labels"]) if set(found) == {"inputs", "labels"} else found, data)
     if ".py:" not in data:
         raise ValueError(f"a client without torch reads .npz, .safetensors or FILE.py:FUNCTION, got {data!r}")
-    return samples_of(returned_by(data), data)
+    return samples_of(call_user_function(data), data)
 
 
 def _as_numbers(value: Any, what: str) -> NDArray[Any]:

@@ -71,7 +71,7 @@ class Original:
         """Batches on which graph and half are compared: at the ends of what clients send. The last is the smallest.
 
         Where a model's code looks at sizes, an export takes the way of the sizes that it sees, and says nothing of
-        others. most: see `exported`.
+        others. most: see `export_half`.
         """
         given, (rows, tokens) = len(next(iter(self.named.values()))), most
         batches = [resize_batch(self.named, given), resize_batch(self.named, TRACE_SAMPLES + 1, self.any_length)]
@@ -118,7 +118,7 @@ def _assign(weights: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
 
 @contextmanager
 def original(half: nn.Module, sample: Inputs) -> Iterator[Original]:
-    """The half as `Original`, in eval mode and without a graph. Raises what `exported` raises of half and sample."""
+    """The half as `Original`, in eval mode and without a graph. Raises what `export_half` raises of half and sample."""
     for module in ("onnx", "onnxscript"):
         needed(module, "the export of a client half", "export")
     _check_half(half)

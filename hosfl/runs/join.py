@@ -43,7 +43,7 @@ from hosfl.runs.serve import LOCAL
 from hosfl.tasks import READERS, TASKS, make_task
 from hosfl.tasks.data import Dataset
 from hosfl.tasks.items import Items, labels_beside, read, samples_of
-from hosfl.tasks.reading import DataError, arrays_in, returned_by
+from hosfl.tasks.reading import DataError, call_user_function, load_arrays
 
 OWN = {"task": (TASKS, "FUNCTION"), "method": (METHODS, "CLASS")}  # settings that may be the user's code, FILE.py:NAME
 
@@ -95,9 +95,9 @@ def own_data(data: str, config: Config, longest: int) -> Dataset | Items | None:
     if not data:
         return None
     if data.endswith((".npz", ".safetensors")):
-        return _of_arrays(arrays_in(data, lambda file: load(regular(file).read_bytes())), data)
+        return _of_arrays(load_arrays(data, lambda file: load(regular(file).read_bytes())), data)
     if ".py:" in data:
-        return samples_of(returned_by(data), data)
+        return samples_of(call_user_function(data), data)
     if config.task in READERS:
         found: Dataset = named(READERS[config.task], "data", {})(config, Path(data), longest)
         return found

@@ -138,8 +138,8 @@ def offered(federation: Federation, edge: bool = False) -> dict[str, bytes]:
 def _edge_files(federation: Federation, half: nn.Module) -> tuple[dict[str, bytes], dict[str, Any]]:
     """The files for clients without torch, by name, and what the run says of them."""
     edge = needed("hosfl.edge.join", "a server of clients without torch", "export")
-    exported = needed("hosfl.edge.export", "a server of clients without torch", "export").exported
-    if why := edge.unable(federation.config):
+    export_half = needed("hosfl.edge.export", "a server of clients without torch", "export").export_half
+    if why := edge.unsupported_reason(federation.config):
         raise ValueError(why)
     client, gradient = federation.make(0), None
     assert isinstance(federation.server.ledger, SeedReplay)
@@ -151,18 +151,18 @@ def _edge_files(federation: Federation, half: nn.Module) -> tuple[dict[str, byte
     most = federation.config.batch, federation.server.cuts.shape[0] if federation.server.cuts.masked else 0
     backward = federation.config.estimator == "backward"
     running = list(calibration.running(half)) if federation.config.calibrate else []
-    pieces = exported(half, sample, entries, most, backward, running)
+    pieces = export_half(half, sample, entries, most, backward, running)
     files = {edge.graph_name(number): data for number, data in enumerate(pieces)}
     description: dict[str, Any] = {"graphs": [_sha256(data) for data in files.values()], "header": _sha256(header)}
     files[edge.HEADER] = header
     if backward:
         exporter = needed("hosfl.edge.backward", "a server of clients without torch", "export")
-        files[edge.GRADIENT] = gradient = exporter.exported_gradient(half, sample, entries[0], most, running)
+        files[edge.GRADIENT] = gradient = exporter.export_gradient(half, sample, entries[0], most, running)
     description |= {"gradient": None if gradient is None else _sha256(gradient), "digest": list(digested_tensors(half))}
     description |= {"running": running, "statistics": None}
     if running:
         by_batch = needed("hosfl.edge.by_batch", "a server of clients without torch", "export")
-        files[edge.STATISTICS] = statistics = by_batch.exported_statistics(half, sample, most)
+        files[edge.STATISTICS] = statistics = by_batch.export_statistics(half, sample, most)
         description["statistics"] = _sha256(statistics)
     return files, description
 

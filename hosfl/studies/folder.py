@@ -41,22 +41,22 @@ _HALF = {"what": str, "batch": int, "ways": {"inference": _WAY, str: _WAY}}
 _MEMORY = {"machine": _MACHINE, "device": str, "bound": _NUMBER, "halves": {str: _HALF}}
 
 
-def _misfits(value: Any, shape: Any, where: str = "it") -> Iterator[str]:
+def _mismatches(value: Any, shape: Any, where: str = "it") -> Iterator[str]:
     """What keeps a value from having a shape."""
     if isinstance(shape, dict) and isinstance(value, dict):
         for key, inside in shape.items():
             if key is not str and key not in value:
                 yield f"{where} has no {key}"
             for name in value if key is str else {key} & value.keys():
-                yield from _misfits(value[name], inside, f"its {name}" if where == "it" else f"{where}'s {name}")
+                yield from _mismatches(value[name], inside, f"its {name}" if where == "it" else f"{where}'s {name}")
     elif isinstance(shape, list) and isinstance(value, list):
         for item in value:
-            yield from _misfits(item, shape[0], f"one of {where}")
+            yield from _mismatches(item, shape[0], f"one of {where}")
     elif not isinstance(value, type(shape) if isinstance(shape, (dict, list)) else shape):
         yield f"{where} cannot be {str(value)[:40]!r}"
 
 
-def _read(path: Path, shape: Any) -> Any:
+def _read_json(path: Path, shape: Any) -> Any:
     """What a JSON file holds; None if it is not there. Raises ValueError if it is damaged or has another shape."""
 
     def constant(name: str) -> None:
@@ -68,29 +68,29 @@ def _read(path: Path, shape: Any) -> Any:
         return None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): {AGAIN}") from None
-    _check(path, value, shape)
+    _check_shape(path, value, shape)
     return value
 
 
-def _check(path: Path, value: Any, shape: Any) -> None:
-    if (misfit := next(_misfits(value, shape), None)) is not None:
+def _check_shape(path: Path, value: Any, shape: Any) -> None:
+    if (misfit := next(_mismatches(value, shape), None)) is not None:
         raise ValueError(f"{path} is not what belongs there ({misfit}): {AGAIN}")
 
 
 def saved_result(job: Job, folder: Path) -> Result | None:
     """A job's result, if the folder has it. Raises ValueError if the file is damaged or another's, and says why."""
     path = folder / job.file
-    result: Result | None = _read(path, _RUN)
+    result: Result | None = _read_json(path, _RUN)
     if result is None:
         return None
     if not result["failure"]:
-        _check(path, result, _GOOD)
+        _check_shape(path, result, _GOOD)
     if "provenance" in result:  # results from before have none
-        _check(path, result, {"provenance": _PROVENANCE})
+        _check_shape(path, result, {"provenance": _PROVENANCE})
     if "lower_is_better" in result:
-        _check(path, result, {"lower_is_better": [str]})
+        _check_shape(path, result, {"lower_is_better": [str]})
     if "jobs" in result:  # nor these
-        _check(path, result, {"jobs": int})
+        _check_shape(path, result, {"jobs": int})
     was = decisive(result["config"])
     now = {"phase": job.phase, "method": job.method, "trial": job.trial}
     changed = differences({**{key: result[key] for key in now}, **was}, {**now, **job.config.decisive()})
@@ -101,11 +101,11 @@ def saved_result(job: Job, folder: Path) -> Result | None:
 
 def saved_memory(folder: Path) -> dict[str, Any] | None:
     """A study's client-memory.json, if the folder has it. Raises ValueError if it is damaged."""
-    found: dict[str, Any] | None = _read(folder / "client-memory.json", _MEMORY)
+    found: dict[str, Any] | None = _read_json(folder / "client-memory.json", _MEMORY)
     return found
 
 
-def claim(study: Study, folder: Path) -> None:
+def claim_folder(study: Study, folder: Path) -> None:
     """Make the folder this study's. Raises ValueError if it is another's, naming the keys that differ.
 
     Methods may be added: what the others did stays what it is. So does it where settings change that no bit depends on.
@@ -123,7 +123,7 @@ def claim(study: Study, folder: Path) -> None:
     document = parse_yaml(study.text)
     added = [method for method in document["methods"] if method not in held["methods"]]
     known = {**document, "methods": {name: method for name, method in document["methods"].items() if name not in added}}
-    changed = differences(*(dict(_flat(_decisive(of))) for of in (held, known)))
+    changed = differences(*(dict(_flatten(_without_neutral(of))) for of in (held, known)))
     if changed:
         raise ValueError(
             f"{folder} holds another study; what differs: {'; '.join(changed)}. Choose another folder, or put it back"
@@ -132,16 +132,16 @@ def claim(study: Study, folder: Path) -> None:
         write_atomically(path, study.text.encode())
 
 
-def _decisive(document: dict[str, Any]) -> dict[str, Any]:
+def _without_neutral(document: dict[str, Any]) -> dict[str, Any]:
     """A study's file without the settings that no bit depends on."""
     methods = {name: m or {} for name, m in document["methods"].items()}
     methods = {name: {**m, "settings": decisive(m.get("settings") or {})} for name, m in methods.items()}
     return {**document, "base": decisive(document.get("base") or {}), "methods": methods}
 
 
-def _flat(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(value: Any, where: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict) and value:
         for key, inside in value.items():
-            yield from _flat(inside, f"{where}.{key}" if where else str(key))
+            yield from _flatten(inside, f"{where}.{key}" if where else str(key))
     else:
         yield where, value

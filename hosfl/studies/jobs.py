@@ -74,7 +74,7 @@ def _worker(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def results(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, Result | None]]:
+def run_jobs(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, Result | None]]:
     """Each job and its result as they are done, in so many processes; one: this one.
 
     Raises ChildProcessError, after all results that there are, if the system ends a process.

@@ -18,7 +18,7 @@ from hosfl.runs.pages import document, html_image, html_table
 from hosfl.runs.report import logarithmic, name_lines, save_figure
 from hosfl.studies.folder import saved_memory, saved_result
 from hosfl.studies.study import Result, Study, load_study
-from hosfl.studies.table import finals, table
+from hosfl.studies.table import final_jobs, study_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +40,7 @@ def report(folder: Path) -> Path:
     if not (folder / "study.yaml").exists():
         raise FileNotFoundError(f"{folder} holds no study: there is no study.yaml")
     study = load_study(folder / "study.yaml")
-    found = table(study, folder)
+    found = study_table(study, folder)
     runs = {
         method: [r for job in study.final(method, row["trial"]) if (r := saved_result(job, folder)) is not None]
         for method, row in found["methods"].items()
@@ -129,11 +129,11 @@ def page(
     study: Study, found: dict[str, Any], runs: dict[str, list[Result]], memory: dict[str, Any] | None, folder: Path
 ) -> str:
     """The page: HTML that holds its images."""
-    made = sum(saved_result(job, folder) is not None for job in (*study.tuning(), *finals(study, folder)))
+    made = sum(saved_result(job, folder) is not None for job in (*study.tuning(), *final_jobs(study, folder)))
     wanted = len(study.tuning()) + len(study.trials) * len(study.seeds)
     started = [r for results in runs.values() for r in results]
-    parts = [f"<p>{escape(_what(study))}</p>"]
-    if not started or (made < wanted and not _settled(study, found, runs)):
+    parts = [f"<p>{escape(_setup(study))}</p>"]
+    if not started or (made < wanted and not _is_settled(study, found, runs)):
         parts.append(f"<p><strong>Not finished:</strong> {made} of {wanted} runs are done.</p>")
     if found["methods"]:
         parts += [
@@ -161,7 +161,7 @@ def page(
     return document(_title(study), parts)
 
 
-def _settled(study: Study, found: dict[str, Any], runs: dict[str, list[Result]]) -> bool:
+def _is_settled(study: Study, found: dict[str, Any], runs: dict[str, list[Result]]) -> bool:
     """Every method has its runs, or none of its trials worked."""
     return all(r["trial"] is None or len(runs[m]) == len(study.seeds) for m, r in found["methods"].items())
 
@@ -170,16 +170,17 @@ def _title(study: Study) -> str:
     return "Study: " + ", ".join(sorted({trials[0].get("task", Config().task) for trials in study.trials.values()}))
 
 
-def _what(study: Study) -> str:
+def _setup(study: Study) -> str:
     tried = {len(t) for t in study.trials.values()}
     equal = f"{tried.pop()} trials each" if len(tried) == 1 else f"unequal numbers of trials: {study.unequal}"
     return (
         f"{len(study.trials)} methods, {study.rounds} rounds. Settings were chosen on validation data, seeds"
-        f" {_list(study.tuning_seeds)}, {equal}; results are of test data, seeds {_list(study.seeds)}."
+        f" {_comma_separated(study.tuning_seeds)}, {equal}; results are of test data, seeds"
+        f" {_comma_separated(study.seeds)}."
     )
 
 
-def _list(values: Sequence[object]) -> str:
+def _comma_separated(values: Sequence[object]) -> str:
     return ", ".join(map(str, values))
 
 
@@ -194,13 +195,13 @@ def _notes(study: Study, found: dict[str, Any]) -> str:
         text += f" The lower the {found['metric']}, the better."
     text += f" {at_ends(found)}".rstrip()
     both = set(study.seeds) & set(study.tuning_seeds)
-    return text + (f" Seeds {_list(sorted(both))} were also tuned on." if both else "")
+    return text + (f" Seeds {_comma_separated(sorted(both))} were also tuned on." if both else "")
 
 
 def at_ends(found: dict[str, Any]) -> str:
     """Which chosen values lie at an end of what was tried, of three values or more; "" where none does.
 
-    found: as `table` gives it. Nothing lies beyond 0, and a grid of two values has ends alone.
+    found: as `study_table` gives it. Nothing lies beyond 0, and a grid of two values has ends alone.
     """
     listed = []
     for method, row in found["methods"].items():
@@ -233,7 +234,7 @@ def _results(methods: dict[str, Any], metric: str) -> str:
     head += ["kB per client and round", "seconds", "seeds"]
     rows = []
     for method, row in methods.items():
-        seeds = _list(row["seeds"]) or "none"
+        seeds = _comma_separated(row["seeds"]) or "none"
         if row["trial"] is None:
             seeds = "failed: no trial worked"
         elif row["failures"]:

@@ -31,13 +31,13 @@ from hosfl.runs.config import Config, all_with_shared, with_shared
 from hosfl.runs.memory import HALVES
 from hosfl.settings import FIELDS, NEUTRAL, typed
 
-OWN = ("seed", "rounds", "evaluate_on")  # settings that the study itself makes
+RESERVED = ("seed", "rounds", "evaluate_on")  # settings that the study itself makes
 # What no trial can choose: where a run computes or reads, what is kept, when one looks. A model is one that is there.
-NO_CHOICE = ("device", *(name for name in NEUTRAL if name != "model"))
+NOT_TUNABLE = ("device", *(name for name in NEUTRAL if name != "model"))
 TUNING, FINAL = "tuning", "runs"  # the folders of the two phases
 QUANTITIES = ("accuracy", "loss")
-LONGEST_NAME = 255  # bytes of a file's name, on every file system in use
-MOST_TRIALS = 10_000  # of a method
+MAX_NAME_BYTES = 255  # bytes of a file's name, on every file system in use
+MAX_TRIALS = 10_000  # of a method
 
 
 Result = dict[str, Any]  # what the file of a run holds
@@ -109,16 +109,16 @@ def read_study(text: str) -> Study:
     """The study of a file's text. Raises ValueError naming the key that is wrong, ImportError without PyYAML."""
     from hosfl.studies.yaml12 import parse_yaml
 
-    document = _of_kind(dict, parse_yaml(text), "a study")
+    document = _check_type(dict, parse_yaml(text), "a study")
     _check_keys(document, ("base", "rounds", "seeds", "tuning_seeds", "methods", "memory", "unequal"), "")
     base = _settings(_optional(dict, document, "base"), "base")
-    rounds = _of_kind(int, _required(document, "rounds"), "rounds")
+    rounds = _check_type(int, _required(document, "rounds"), "rounds")
     seeds, tuning_seeds = _seeds(document, "seeds"), _seeds(document, "tuning_seeds")
     if both := sorted({*seeds} & {*tuning_seeds}):
         raise ValueError(
             f"seeds: {', '.join(map(str, both))} is tuned on too, in tuning_seeds: results need seeds of their own"
         )
-    methods = _of_kind(dict, _required(document, "methods"), "methods")
+    methods = _check_type(dict, _required(document, "methods"), "methods")
     if not methods:
         raise ValueError("methods: there is none: name one or more")
     trials, grids = _trials_and_grids(methods, base, rounds, (*seeds, *tuning_seeds))
@@ -168,18 +168,18 @@ def _check_name(name: Any, where: str) -> None:
     """Raises ValueError for a method's name that can be no folder's."""
     if not isinstance(name, str) or not slug(name):
         raise ValueError(f"{where}: a method's name needs letters or digits")
-    if (size := len(slug(name).encode())) > LONGEST_NAME:
-        raise ValueError(f"{where}: its folder's name would have {size} bytes, {LONGEST_NAME} at most: shorten it")
+    if (size := len(slug(name).encode())) > MAX_NAME_BYTES:
+        raise ValueError(f"{where}: its folder's name would have {size} bytes, {MAX_NAME_BYTES} at most: shorten it")
 
 
 def _method(given: Any, where: str) -> tuple[dict[str, Any], dict[str, list[Any]]]:
     """A method's settings and grid."""
-    method = _of_kind(dict, {} if given is None else given, where)
+    method = _check_type(dict, {} if given is None else given, where)
     _check_keys(method, ("settings", "grid"), where)
     settings = _settings(_optional(dict, method, "settings", where), f"{where}.settings")
     grid = _grid(_optional(dict, method, "grid", where), f"{where}.grid")
-    if (many := math.prod(map(len, grid.values()))) > MOST_TRIALS:
-        raise ValueError(f"{where}.grid: {many} trials, {MOST_TRIALS} at most: leave some out")
+    if (many := math.prod(map(len, grid.values()))) > MAX_TRIALS:
+        raise ValueError(f"{where}.grid: {many} trials, {MAX_TRIALS} at most: leave some out")
     return settings, grid
 
 
@@ -192,10 +192,10 @@ def _required(mapping: dict[str, Any], key: str) -> Any:
 def _optional(kind: type, mapping: dict[str, Any], key: str, where: str = "") -> Any:
     """What may be left out: then it is empty."""
     value = mapping.get(key)
-    return kind() if value is None else _of_kind(kind, value, f"{where}.{key}".lstrip("."))
+    return kind() if value is None else _check_type(kind, value, f"{where}.{key}".lstrip("."))
 
 
-def _of_kind(kind: type, value: Any, where: str) -> Any:
+def _check_type(kind: type, value: Any, where: str) -> Any:
     names = {dict: "a mapping", list: "a list", int: "a whole number", str: "text"}
     if not isinstance(value, kind) or isinstance(value, bool):
         raise ValueError(f"{where}: {names[kind]} is needed, got {value!r}")
@@ -209,24 +209,24 @@ def _check_keys(mapping: dict[str, Any], keys: Sequence[str], where: str) -> Non
 
 
 def _seeds(mapping: dict[str, Any], key: str) -> tuple[int, ...]:
-    seeds = [_of_kind(int, seed, key) for seed in _of_kind(list, _required(mapping, key), key)]
+    seeds = [_check_type(int, seed, key) for seed in _check_type(list, _required(mapping, key), key)]
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"{key}: one seed or more is needed, each once, got {seeds}")
     return tuple(seeds)
 
 
 def _settings(given: Any, where: str) -> dict[str, Any]:
-    return {name: _value(name, value, where) for name, value in _of_kind(dict, given, where).items()}
+    return {name: _value(name, value, where) for name, value in _check_type(dict, given, where).items()}
 
 
 def _grid(given: Any, where: str) -> dict[str, list[Any]]:
     grid = {}
-    for name, values in _of_kind(dict, given, where).items():
-        grid[name] = [_value(name, value, where) for value in _of_kind(list, values, f"{where}.{name}")]
+    for name, values in _check_type(dict, given, where).items():
+        grid[name] = [_value(name, value, where) for value in _check_type(list, values, f"{where}.{name}")]
         once = {json.dumps(value, sort_keys=True) for value in grid[name]}
         if not grid[name] or len(once) < len(grid[name]):
             raise ValueError(f"{where}.{name}: one value or more is needed, each once, got {values}")
-        if name in NO_CHOICE and len(grid[name]) > 1:
+        if name in NOT_TUNABLE and len(grid[name]) > 1:
             raise ValueError(f"{where}.{name}: its trials would all be the same run: put one value into settings")
     return grid
 
@@ -237,10 +237,10 @@ def choices(grid: Mapping[str, list[Any]]) -> list[dict[str, Any]]:
 
 def _value(name: Any, value: Any, where: str) -> Any:
     """A setting's value, of its type."""
-    if name in OWN:
+    if name in RESERVED:
         raise ValueError(f"{where}.{name}: the study makes that itself; it has rounds, seeds and tuning_seeds")
     if name not in Config.names():
-        known = ", ".join(n for n in Config.names() if n not in OWN)
+        known = ", ".join(n for n in Config.names() if n not in RESERVED)
         raise ValueError(f"{where}.{name}: no such setting; there are {known}")
     try:
         value = typed(name, value)

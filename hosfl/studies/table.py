@@ -14,7 +14,7 @@ from hosfl.studies.folder import saved_result
 from hosfl.studies.study import QUANTITIES, Job, Result, Study, choices
 
 
-def trials(study: Study, folder: Path) -> list[dict[str, Any]]:
+def trial_rows(study: Study, folder: Path) -> list[dict[str, Any]]:
     """Every trial that has all its runs: validation figures by seed and their means. Of a failed run, and of a trial
     that has one, they are None."""
     rows = []
@@ -33,7 +33,7 @@ def trials(study: Study, folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def best(study: Study, folder: Path) -> dict[str, int | None]:
+def best_trials(study: Study, folder: Path) -> dict[str, int | None]:
     """The trial of each method: the best mean validation accuracy, or whatever the task's first score is, the least
     where less is better; at equal accuracy the lower loss, then the first one. A run that failed is worse than any that
     did not: first of all counts how many of a trial did. None where in every trial every run failed."""
@@ -44,31 +44,31 @@ def best(study: Study, folder: Path) -> dict[str, int | None]:
         accuracy, loss = (mean(v for v in row[each] if v is not None) for each in ("accuracies", "losses"))
         return -len(row["failures"]), sign * accuracy, -loss
 
-    for method, group in itertools.groupby(trials(study, folder), lambda row: row["method"]):
+    for method, group in itertools.groupby(trial_rows(study, folder), lambda row: row["method"]):
         rows = [row for row in group if len(row["failures"]) < len(row["losses"])]
         top = max(rows, key=merit, default=None)
         chosen[method] = None if top is None else top["trial"]
     return chosen
 
 
-def finals(study: Study, folder: Path) -> list[Job]:
+def final_jobs(study: Study, folder: Path) -> list[Job]:
     """The final runs of each method whose trials have all their runs, as far as one of them worked."""
-    ended = Counter(row["method"] for row in trials(study, folder))
-    chosen = best(study, folder).items()
+    ended = Counter(row["method"] for row in trial_rows(study, folder))
+    chosen = best_trials(study, folder).items()
     whole = [(method, n) for method, n in chosen if n is not None and ended[method] == len(study.trials[method])]
     return [job for method, n in whole for job in study.final(method, n)]
 
 
-def table(study: Study, folder: Path) -> dict[str, Any]:
+def study_table(study: Study, folder: Path) -> dict[str, Any]:
     """What the study found so far: a row per method of its final runs, and every trial.
 
     Means are over the runs that did not fail; error: the standard error of a mean over seeds, None for one seed. jobs:
     of how many runs at a time the method's were; none where they were made before results said it.
     """
-    tried = trials(study, folder)
+    tried = trial_rows(study, folder)
     complete = len(tried) == sum(map(len, study.trials.values()))
     rows: dict[str, Any] = {}
-    for method, trial in best(study, folder).items() if complete else ():
+    for method, trial in best_trials(study, folder).items() if complete else ():
         runs = [] if trial is None else [saved_result(job, folder) for job in study.final(method, trial)]
         rows[method] = _row(study, method, trial, [run for run in runs if run is not None])
     _add_gap(rows)
@@ -132,13 +132,13 @@ def _add_gap(rows: dict[str, Any]) -> None:
         if len(low) == len(high) == 1 and row["curves"]:
             controls = low[0][q], high[0][q]
             row[f"{q}_gap_recovered"] = gap_recovered(row[q], *controls)
-            by_then = [_reached(curve, end, q) for curve in row["curves"]]
+            by_then = [_value_at(curve, end, q) for curve in row["curves"]]
             known = [value for value in by_then if value is not None]
             if len(known) == len(by_then):
                 row[f"{q}_gap_in_equal_seconds"] = gap_recovered(mean(known), *controls)
 
 
-def _reached(curve: Sequence[Mapping[str, Any]], seconds: float, quantity: str) -> float | None:
+def _value_at(curve: Sequence[Mapping[str, Any]], seconds: float, quantity: str) -> float | None:
     """What a run had reached after so many seconds; None before its first evaluation, when nobody knows."""
     curve = [e for e in curve if e[quantity] is not None]
     after = next((n for n, e in enumerate(curve) if e["seconds"] >= seconds), len(curve))

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 else:
     yaml = needed("yaml", "a study's file")
 
-MOST_VALUES = 100_000  # of a file
-MOST_CHARACTERS = 1 << 20
+MAX_VALUES = 100_000  # of a file
+MAX_CHARACTERS = 1 << 20
 
 # Of a plain scalar's tag: how it is written, and what it is.
 _SCALARS: dict[str, tuple[str, Callable[[str], Any]]] = {
@@ -44,24 +44,24 @@ def parse_yaml(text: str) -> Any:
     A key that is there twice is refused; one that is merged gives way.
     """
     made = 0
-    if len(text) > MOST_CHARACTERS:
-        raise ValueError(f"more than {MOST_CHARACTERS} characters: too large")
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"more than {MAX_CHARACTERS} characters: too large")
 
     def value(node: yaml.Node) -> Any:
         nonlocal made
         made += 1  # what an alias stands for counts every time
-        if made > MOST_VALUES:
-            raise ValueError(f"more than {MOST_VALUES} values: too large")
+        if made > MAX_VALUES:
+            raise ValueError(f"more than {MAX_VALUES} values: too large")
         kind = node.tag.removeprefix("tag:yaml.org,2002:")
         if isinstance(node, yaml.MappingNode) and kind == "map":
             return mapping(node)
         if isinstance(node, yaml.SequenceNode) and kind == "seq":
             return [value(item) for item in node.value]
         if not isinstance(node, yaml.ScalarNode) or kind not in _SCALARS:
-            raise ValueError(f"there is no use for the tag {node.tag!r}{_at(node)}")
+            raise ValueError(f"there is no use for the tag {node.tag!r}{_location(node)}")
         pattern, of = _SCALARS[kind]
         if not re.fullmatch(pattern, node.value):
-            raise ValueError(f"{node.value!r} is no {kind}{_at(node)}")
+            raise ValueError(f"{node.value!r} is no {kind}{_location(node)}")
         return of(node.value)
 
     def mapping(node: yaml.MappingNode) -> dict[Any, Any]:
@@ -70,18 +70,18 @@ def parse_yaml(text: str) -> Any:
         merges = 0
         for key_node, value_node in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                raise ValueError(f"a key must be one word or number{_at(key_node)}")
+                raise ValueError(f"a key must be one word or number{_location(key_node)}")
             key, of = value(key_node), value(value_node)
             merge = key_node.tag.endswith(":merge")
             if key in own or (merge and merges):
-                raise ValueError(f"{key!r} is there twice, the second time{_at(key_node)}")
+                raise ValueError(f"{key!r} is there twice, the second time{_location(key_node)}")
             if not merge:
                 own[key] = of
                 continue
             merges += 1
             for base in of if isinstance(of, list) else [of]:
                 if not isinstance(base, dict):
-                    raise ValueError(f"<< merges a mapping, or a list of them, and got {base!r}{_at(key_node)}")
+                    raise ValueError(f"<< merges a mapping, or a list of them, and got {base!r}{_location(key_node)}")
                 merged = base | merged  # of several, the first one's
         return merged | own
 
@@ -91,10 +91,10 @@ def parse_yaml(text: str) -> Any:
     except RecursionError:
         raise ValueError("nested too deeply, or an alias stands for what it is in itself") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"not YAML: {_what(error)}") from None
+        raise ValueError(f"not YAML: {_describe_error(error)}") from None
 
 
-def _what(error: yaml.YAMLError) -> str:
+def _describe_error(error: yaml.YAMLError) -> str:
     """What is wrong and where, in one line."""
     mark = getattr(error, "problem_mark", None)
     where = "" if mark is None else f" in line {mark.line + 1}, column {mark.column + 1}"
@@ -102,5 +102,5 @@ def _what(error: yaml.YAMLError) -> str:
     return f"{', '.join(filter(None, reasons)) or error}{where}"
 
 
-def _at(node: yaml.Node) -> str:
+def _location(node: yaml.Node) -> str:
     return f" in line {node.start_mark.line + 1}, column {node.start_mark.column + 1}"

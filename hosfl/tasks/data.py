@@ -20,7 +20,7 @@ from hosfl.extras import needed
 from hosfl.halves.hub import text_limits, tokenized
 from hosfl.protocol.seeds import Purpose, generator
 from hosfl.tasks.padding import without_padding
-from hosfl.tasks.reading import DataError, Found, Row, classes
+from hosfl.tasks.reading import DataError, Found, Row, class_numbers
 
 
 @dataclass(frozen=True)
@@ -168,17 +168,17 @@ def digest(value: Any) -> str:
 def classified(
     train: Sequence[Found], validation: Sequence[Found], test: Sequence[Found], names: Sequence[str] = ()
 ) -> tuple[list[Row], list[Row], list[Row]]:
-    """The rows of published parts with their classes, int, as "label"; names: see `reading.classes`.
+    """The rows of published parts with their classes, int, as "label"; names: see `reading.class_numbers`.
 
     Where the test part's labels are not public, or it is empty, the published validation part is the test part, and the
     validation part, for choosing rates, is held out of the training part: as many rows, but no more than a tenth, with
     the training part's shares of the classes, the same in every run. Raises DataError.
     """
 
-    own = classes(train, names)
+    own = class_numbers(train, names)
     rows = with_classes(train, own)
-    for_rates = with_classes(validation, classes(validation, names, training=set(own)))
-    for_report = with_classes(test, classes(test, names, training=set(own), may_hide=True))
+    for_rates = with_classes(validation, class_numbers(validation, names, training=set(own)))
+    for_report = with_classes(test, class_numbers(test, names, training=set(own), may_hide=True))
     if for_report:
         return rows, for_rates, for_report
     kept, held = held_out(np.array(own), len(for_rates))

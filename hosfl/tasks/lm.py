@@ -24,7 +24,7 @@ from hosfl.tasks.answers import answer_scores
 from hosfl.tasks.data import Dataset, held_out, numbered, public_tokens
 from hosfl.tasks.generation import generate
 from hosfl.tasks.pretrained import place
-from hosfl.tasks.reading import DataError, Found, Row, field, json_lines, text_field, typed
+from hosfl.tasks.reading import DataError, Found, Row, check_type, field, read_json_lines, text_field
 from hosfl.tasks.task import Scores, Task
 
 IGNORED = -100  # the label of tokens that are no completion's: torch's cross_entropy, and transformers, leave it out
@@ -52,11 +52,11 @@ def parts(folder: Path) -> tuple[list[Found], list[Found], list[Found]]:
     """Training, validation and test rows of a folder. Without validation.jsonl a tenth of train.jsonl is held out, the
     same in every run. Raises OSError; DataError naming file and line."""
     train, validation, test = (folder / name for name in FILES)
-    rows = json_lines(train)
+    rows = read_json_lines(train)
     if validation.exists() or validation.is_symlink():
-        return rows, json_lines(validation), json_lines(test)
+        return rows, read_json_lines(validation), read_json_lines(test)
     kept, held = held_out(np.zeros(len(rows), np.int64))
-    return [rows[i] for i in kept], [rows[i] for i in held], json_lines(test)
+    return [rows[i] for i in kept], [rows[i] for i in held], read_json_lines(test)
 
 
 def as_text(row: Row, where: str, tokenizer: Any) -> Text:
@@ -110,7 +110,7 @@ def conversation(messages: Sequence[Any], where: str, tokenizer: Any) -> Text:
 
 
 def _message(value: Any, where: str) -> Row:
-    message = typed(value, dict, where)
+    message = check_type(value, dict, where)
     role, content = text_field(message, "role", where), field(message, "content", str, where)
     if role == "assistant" and not content.strip():
         raise DataError(f"{where}: the assistant's content is empty: there is nothing to learn from it")
@@ -341,7 +341,7 @@ def lm_task(
 def own_completions(config: Settings, path: Path, longest: int) -> Dataset:
     """One client's samples: a file such as train.jsonl, or a folder with one. longest: tokens that the half reads."""
     decoder = Decoder.of(config.model)
-    rows = json_lines(path / FILES[0] if path.is_dir() else path)
+    rows = read_json_lines(path / FILES[0] if path.is_dir() else path)
     most = min(longest + 1, int(config.options.get("longest", LONGEST)))  # the last one is only predicted
     return encoded([as_text(row, where, decoder.tokenizer) for where, row in rows], decoder, most)
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hosfl.extras import needed
-from hosfl.tasks.reading import DataError, content, listed
+from hosfl.tasks.reading import DataError, join_names, read_bytes
 
 PICTURES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's IMG_EXTENSIONS
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # others, such as EPS, run programs
@@ -42,7 +42,7 @@ def class_folders(
         if not path.is_dir():
             others.append(path)
         elif training and name not in training:
-            raise DataError(f"{path}: no class of the training part, whose folders are {listed(training)}")
+            raise DataError(f"{path}: no class of the training part, whose folders are {join_names(training)}")
         elif name in own:
             raise DataError(f"{path} and {own[name]} are one name, written in two ways: put their pictures together")
         else:
@@ -90,7 +90,7 @@ def picture_file(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
     for whatever Pillow raises; ImportError without Pillow.
     """
     image = needed("PIL.Image", "a picture")
-    raw = content(path)
+    raw = read_bytes(path)
     with _pillow_s_errors(str(path), raw), image.open(io.BytesIO(raw), formats=FORMATS) as opened:
         return _rgb(opened, str(path), size)
 

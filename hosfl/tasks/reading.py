@@ -55,7 +55,7 @@ class DataError(ValueError):
 # --- text ---------------------------------------------------------------------------------------------------------
 
 
-def content(path: Path) -> bytes:
+def read_bytes(path: Path) -> bytes:
     """A file's bytes. Raises OSError; DataError for a path that no file can have, such as one with a NUL, and for a
     pipe or a device."""
     if path.exists() and not path.is_file():
@@ -66,53 +66,53 @@ def content(path: Path) -> bytes:
         raise DataError(f"{str(path)!r} is no path: {error}") from None
 
 
-def text(path: Path) -> str:
+def read_text(path: Path) -> str:
     """A file in UTF-8, with or without a mark at its beginning, its line ends as "\\n".
 
     Raises OSError; DataError naming line and byte where it is not UTF-8, or has a NUL byte.
     """
-    raw = content(path)
+    raw = read_bytes(path)
     for mark, name in UTF_MARKS.items():
         if raw.startswith(mark):
             raise DataError(f"{path} is in {name}: save it as UTF-8")
     if 0 in raw:
         raise DataError(
-            f"{_place(path, raw, raw.index(0))} is a NUL: the file is damaged, or not UTF-8; make it again, or save it"
-            " as UTF-8"
+            f"{_byte_location(path, raw, raw.index(0))} is a NUL: the file is damaged, or not UTF-8; make it again, or"
+            " save it as UTF-8"
         )
     try:
         whole = raw.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise DataError(f"{_place(path, raw, error.start)} is not UTF-8: save the file as UTF-8") from None
+        raise DataError(f"{_byte_location(path, raw, error.start)} is not UTF-8: save the file as UTF-8") from None
     return whole.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _place(path: Path, raw: bytes, at: int) -> str:
+def _byte_location(path: Path, raw: bytes, at: int) -> str:
     ends = [found.end() for found in LINE_END.finditer(raw, 0, at)]
     return f"{path}, line {len(ends) + 1}, byte {at - (ends[-1] if ends else 0) + 1} (0x{raw[at]:02x})"
 
 
-def lines(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[str]:
     """A text file's lines, without empty ones at the end. Not splitlines: texts may hold what it takes for an end."""
-    found = text(path).split("\n")
+    found = read_text(path).split("\n")
     while found and not found[-1]:
         found.pop()
     return found
 
 
-def table(path: Path, columns: Sequence[str]) -> list[Found]:
+def read_table(path: Path, columns: Sequence[str]) -> list[Found]:
     """The rows of a file whose fields are set apart by tabs and whose first line names the columns.
 
     columns: which it must have; it may have others, in any order. Raises OSError; DataError naming the line.
     """
-    first, *rest = lines(path) or [""]
+    first, *rest = read_lines(path) or [""]
     names = first.split("\t")
-    missing, twice = [name for name in columns if name not in names], _twice(names)
+    missing, twice = [name for name in columns if name not in names], _duplicates(names)
     if missing or twice:
         wrong = f"no column {missing[0]!r}" if missing else f"column {twice[0]!r} twice"
         raise DataError(
             f"{path}, line 1: {wrong}; the first line names the columns, such as {'<TAB>'.join(columns)}, and here it"
-            f" is {_shown(first)}"
+            f" is {_shortened_repr(first)}"
         )
     found = []
     for number, line in enumerate(rest, 2):
@@ -121,24 +121,24 @@ def table(path: Path, columns: Sequence[str]) -> list[Found]:
             count = f"{len(fields)} field{'s'[: len(fields) != 1]}"
             raise DataError(f"{path}, line {number}: {count}, the first line names {len(names)}: {', '.join(names)}")
         found.append((f"{path}, line {number}", dict(zip(names, fields, strict=True))))
-    return _some(path, found)
+    return _require_rows(path, found)
 
 
-def json_lines(path: Path) -> list[Found]:
+def read_json_lines(path: Path) -> list[Found]:
     """The objects of a file that has one in JSON on every line. Raises OSError; DataError naming the line."""
     found = []
-    for number, line in enumerate(lines(path), 1):
+    for number, line in enumerate(read_lines(path), 1):
         where = f"{path}, line {number}"
-        found.append((where, typed(_parsed(line, where, own_lines=False), dict, where)))
-    return _some(path, found)
+        found.append((where, check_type(_parse_json(line, where, own_lines=False), dict, where)))
+    return _require_rows(path, found)
 
 
-def json_file(path: Path) -> Row:
+def read_json(path: Path) -> Row:
     """The object that a file in JSON is. Raises OSError; DataError naming the line, or the place in the document."""
-    return typed(_parsed(text(path), str(path), own_lines=True), dict, str(path))
+    return check_type(_parse_json(read_text(path), str(path), own_lines=True), dict, str(path))
 
 
-def _some(path: Path, found: list[Found]) -> list[Found]:
+def _require_rows(path: Path, found: list[Found]) -> list[Found]:
     if not found:
         raise DataError(f"{path} has no samples")
     return found
@@ -149,10 +149,10 @@ class _Object(dict[str, Any]):
 
     def __init__(self, pairs: list[tuple[str, Any]]) -> None:
         super().__init__(pairs)
-        self.twice = _twice([name for name, _ in pairs]) if len(pairs) > len(self) else []
+        self.twice = _duplicates([name for name, _ in pairs]) if len(pairs) > len(self) else []
 
 
-def _parsed(document: str, where: str, own_lines: bool) -> Any:
+def _parse_json(document: str, where: str, own_lines: bool) -> Any:
     try:
         whole = json.loads(document, object_pairs_hook=_Object)
     except json.JSONDecodeError as error:
@@ -165,7 +165,7 @@ def _parsed(document: str, where: str, own_lines: bool) -> Any:
         place, value = left.pop()
         wrong = ""
         if isinstance(value, _Object):
-            wrong = f"field {_shown(value.twice[0])} twice" if value.twice else ""
+            wrong = f"field {_shortened_repr(value.twice[0])} twice" if value.twice else ""
             left += [(f"{place}.{name}".lstrip("."), inner) for name, inner in reversed(value.items())]
             left += [(f"{place}.{name!a}".lstrip("."), name) for name in value if not name.isascii()]
         elif isinstance(value, list):
@@ -182,20 +182,20 @@ def _parsed(document: str, where: str, own_lines: bool) -> Any:
 # --- fields -------------------------------------------------------------------------------------------------------
 
 
-def typed(value: Any, kind: type[T], where: str) -> T:
+def check_type(value: Any, kind: type[T], where: str) -> T:
     """The value, which must be of a kind of JSON: str, int (no bool), float, bool, list, dict."""
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        found = KINDS.get(dict if isinstance(value, dict) else type(value), _shown(value))
+        found = KINDS.get(dict if isinstance(value, dict) else type(value), _shortened_repr(value))
         raise DataError(f"{where}: {KINDS[kind]} is needed, not {found}")
     return value
 
 
 def field(row: Mapping[str, Any], name: str, kind: type[T], where: str) -> T:
     """A field that must be there, and of a kind. Other fields are passed over."""
-    return typed(_there(row, name, where), kind, f"{where}: field {name!r}")
+    return check_type(_require_field(row, name, where), kind, f"{where}: field {name!r}")
 
 
-def _there(row: Mapping[str, Any], name: str, where: str) -> Any:
+def _require_field(row: Mapping[str, Any], name: str, where: str) -> Any:
     if name not in row:
         raise DataError(f"{where}: no field {name!r}; there {_are(list(row))}")
     return row[name]
@@ -209,7 +209,7 @@ def text_field(row: Mapping[str, Any], name: str, where: str) -> str:
     return found
 
 
-def classes(
+def class_numbers(
     found: Sequence[Found],
     names: Sequence[str] = (),
     training: Collection[int] = (),
@@ -223,13 +223,13 @@ def classes(
     not be public, which is that they are all -1, or not there; then there are no classes, []. all_there: False for one
     client's samples, which need not have every class. Raises DataError.
     """
-    numbers = [_class(row, names, where, may_hide) for where, row in found]
+    numbers = [_class_number(row, names, where, may_hide) for where, row in found]
     if may_hide and all(number == HIDDEN for number in numbers):
         return []
     present = set(numbers)
     gap = next(number for number in range(len(present) + 1) if number not in present)  # before it there is none
     for (where, row), number in zip(found, numbers, strict=True):
-        label = f"{where}: label {_shown(row.get('label'))}"
+        label = f"{where}: label {_shortened_repr(row.get('label'))}"
         if number == HIDDEN:
             raise DataError(f"{label}, as where labels are hidden, but other samples of this part have theirs")
         if training and number not in training:
@@ -245,10 +245,10 @@ def classes(
     return numbers
 
 
-def _class(row: Row, names: Sequence[str], where: str, may_hide: bool) -> int:
+def _class_number(row: Row, names: Sequence[str], where: str, may_hide: bool) -> int:
     if may_hide and "label" not in row:
         return HIDDEN
-    label = _there(row, "label", where)
+    label = _require_field(row, "label", where)
     if isinstance(label, str | bool) and str(label) in names:
         return names.index(str(label))
     if isinstance(label, str) and (PLAIN_NUMBER.fullmatch(label) or label == str(HIDDEN)):
@@ -256,12 +256,12 @@ def _class(row: Row, names: Sequence[str], where: str, may_hide: bool) -> int:
     number = label if isinstance(label, int) and not isinstance(label, bool) else None
     if number is not None and (0 <= number < (len(names) or number + 1) or (number == HIDDEN and may_hide)):
         return number
-    known = f"the classes are {listed(names)}" if names else "a class is a number from 0 on, in plain digits"
-    raise DataError(f"{where}: label {_shown(label)}: {known}")
+    known = f"the classes are {join_names(names)}" if names else "a class is a number from 0 on, in plain digits"
+    raise DataError(f"{where}: label {_shortened_repr(label)}: {known}")
 
 
 def _classes(numbers: Collection[int], names: Sequence[str]) -> str:
-    return listed([names[n] if names else str(n) for n in sorted(numbers)])
+    return join_names([names[n] if names else str(n) for n in sorted(numbers)])
 
 
 class Answer(NamedTuple):
@@ -273,7 +273,7 @@ class Answer(NamedTuple):
     start: int
 
 
-def standing(answers: Sequence[Answer]) -> None:
+def check_answer_offsets(answers: Sequence[Answer]) -> None:
     """Every answer stands in its context where it is said to. All of a file's answers tell how it counts.
 
     Raises DataError for the first that does not, with what stands there instead, where it does stand, and how its
@@ -285,22 +285,22 @@ def standing(answers: Sequence[Answer]) -> None:
             raise DataError(f"{where}: the answer is empty")
         if start >= 0 and context.startswith(text, start):
             continue
-        message = f"{where}: the answer {_shown(text)} is said to begin at {start}, "
+        message = f"{where}: the answer {_shortened_repr(text)} is said to begin at {start}, "
         if 0 <= start < len(context):
-            message += f"where {_shown(context[start : start + len(text)])} stands"
+            message += f"where {_shortened_repr(context[start : start + len(text)])} stands"
         else:
             message += f"outside of its text of {len(context)} characters"
         places = [i for i in range(len(context)) if context.startswith(text, i)]
-        message += f"; it begins at {listed([str(i) for i in places])}" if places else "; the text does not have it"
-        units = [unit for unit in UNITS if _counted(answer, unit)]
-        of_all = [unit for unit in units if all(_counted(other, unit) for other in answers)]
+        message += f"; it begins at {join_names([str(i) for i in places])}" if places else "; the text does not have it"
+        units = [unit for unit in UNITS if _offset_matches(answer, unit)]
+        of_all = [unit for unit in units if all(_offset_matches(other, unit) for other in answers)]
         if units:
             how = "offsets are" if of_all else "as if"
             message += f": {how} counted {' or '.join(of_all or units)}; count them in characters, from 0"
         raise DataError(message)
 
 
-def _counted(answer: Answer, unit: str) -> bool:
+def _offset_matches(answer: Answer, unit: str) -> bool:
     _, context, text, start = answer
     places = re.finditer(f"(?={re.escape(text)})", context)
     return any(UNITS[unit](context[: found.start()]) == start for found in places)
@@ -309,7 +309,7 @@ def _counted(answer: Answer, unit: str) -> bool:
 # --- the Hugging Face hub -----------------------------------------------------------------------------------------
 
 
-def hub(*name: str, parts: Sequence[str]) -> list[Any]:
+def load_from_hub(*name: str, parts: Sequence[str]) -> list[Any]:
     """Parts of a data set of the Hugging Face hub.
 
     Raises ImportError without `datasets`, OSError where it cannot be loaded, DataError where it has no such part.
@@ -334,8 +334,8 @@ def hub(*name: str, parts: Sequence[str]) -> list[Any]:
 
 
 def hub_rows(*name: str, parts: Sequence[str]) -> list[list[Found]]:
-    """The rows of parts, each with its place. Raises what `hub` raises."""
-    found = hub(*name, parts=parts)
+    """The rows of parts, each with its place. Raises what `load_from_hub` raises."""
+    found = load_from_hub(*name, parts=parts)
     return [
         [(f"{' '.join(name)}, {part}, row {number}", row) for number, row in enumerate(rows)]
         for part, rows in zip(parts, found, strict=True)
@@ -353,7 +353,7 @@ def hub_column(rows: Any, name: str, where: str) -> Any:
 # --- arrays, and functions that return samples --------------------------------------------------------------------
 
 
-def arrays_in(path: str, load: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+def load_arrays(path: str, load: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
     """The arrays of a file, .npz or .safetensors, by name. load: reads the latter.
 
     Raises OSError, and DataError for a file that holds none.
@@ -370,7 +370,7 @@ def arrays_in(path: str, load: Callable[[Path], dict[str, Any]]) -> dict[str, An
         raise DataError(f"{path} is damaged, or holds no arrays of numbers ({error}): save it again") from None
 
 
-def returned_by(data: str) -> Any:
+def call_user_function(data: str) -> Any:
     """What the function of FILE.py:FUNCTION returns. Raises DataError for one that needs arguments, and ValueError."""
     made = named(data, "data", {})
     try:
@@ -385,20 +385,20 @@ def returned_by(data: str) -> Any:
 # --- messages -----------------------------------------------------------------------------------------------------
 
 
-def listed(names: Collection[str]) -> str:
+def join_names(names: Collection[str]) -> str:
     """The first names, and how many more there are."""
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(list(names)[:LISTED]) + more
 
 
 def _are(names: Collection[str]) -> str:
-    return f"are {listed(names)}" if names else "is none"
+    return f"are {join_names(names)}" if names else "is none"
 
 
-def _shown(value: Any) -> str:
+def _shortened_repr(value: Any) -> str:
     whole = "null" if value is None else repr(value)
     return whole if len(whole) <= 80 else whole[:77] + "..."
 
 
-def _twice(names: Sequence[str]) -> list[str]:
+def _duplicates(names: Sequence[str]) -> list[str]:
     return [name for name, times in Counter(names).items() if times > 1]

@@ -8,7 +8,7 @@ from hosfl.halves.hub import packaged_minilm
 from hosfl.settings import Settings
 from hosfl.tasks.data import Dataset, Splits, as_tokens, classified, public_tokens, tokens, with_classes
 from hosfl.tasks.pretrained import headed, pretrained_task
-from hosfl.tasks.reading import Found, Row, classes, table, text_field
+from hosfl.tasks.reading import Found, Row, class_numbers, read_table, text_field
 from hosfl.tasks.task import Task
 
 LONGEST = 64  # tokens of a sample: what is longer is cut
@@ -48,12 +48,12 @@ def sentences(folder: Path, model: str, longest: int = LONGEST) -> Splits:
 def own_sentences(config: Settings, path: Path, longest: int) -> Dataset:
     """One client's samples: a file such as train.tsv, of which some classes may be missing, or a folder with one."""
     found = _read(path / "train.tsv" if path.is_dir() else path)
-    rows = with_classes(found, classes(found, all_there=False))
+    rows = with_classes(found, class_numbers(found, all_there=False))
     return tokens(rows, _texts, config.model or packaged_minilm(), min(longest, LONGEST))
 
 
 def _read(path: Path) -> list[Found]:
-    rows = table(path, ("sentence", "label"))
+    rows = read_table(path, ("sentence", "label"))
     return [(where, {"sentence": text_field(row, "sentence", where), "label": row["label"]}) for where, row in rows]
 
 

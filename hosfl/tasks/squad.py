@@ -24,7 +24,7 @@ from hosfl.tasks.answers import answer_scores
 from hosfl.tasks.data import Dataset, Splits, numbered, public_tokens
 from hosfl.tasks.lm import Decoder, Text, completion_task, encoded, generated_answers
 from hosfl.tasks.pretrained import headed, pretrained_task
-from hosfl.tasks.reading import Answer, DataError, Row, field, hub_rows, json_file, standing, typed
+from hosfl.tasks.reading import Answer, DataError, Row, check_answer_offsets, check_type, field, hub_rows, read_json
 from hosfl.tasks.task import Scores, Task
 
 HUB = "rajpurkar/squad"
@@ -110,7 +110,7 @@ def read(path: Path) -> list[Question]:
     Raises OSError; DataError for another format, a question without answer, an answer that does not stand where its
     offset says, a file without questions.
     """
-    document = json_file(path)
+    document = read_json(path)
     if str(document.get("version")).lower().removeprefix("v").startswith("2"):
         raise DataError(f"{path} {VERSION_2}")
     found = []
@@ -122,7 +122,7 @@ def read(path: Path) -> list[Question]:
             inner = f"{place}.paragraphs[{p}]"
             for q, asked in enumerate(_objects(paragraph, "qas", f"{path}, {inner}")):
                 where = f"{path}, {inner}.qas[{q}]"
-                if typed(asked, dict, where).get("is_impossible"):
+                if check_type(asked, dict, where).get("is_impossible"):
                     raise DataError(f"{path} {VERSION_2}")
                 if isinstance(asked.get("id"), str):
                     where = f"{path}, question {asked['id']}"
@@ -134,7 +134,7 @@ def read(path: Path) -> list[Question]:
 
 
 def _objects(row: Any, name: str, where: str) -> list[Any]:
-    return field(typed(row, dict, where), name, list, where)
+    return field(check_type(row, dict, where), name, list, where)
 
 
 def _question(article: str, context: str, asked: Row, given: list[Any], where: str) -> tuple[str, Question, list[int]]:
@@ -144,7 +144,7 @@ def _question(article: str, context: str, asked: Row, given: list[Any], where: s
     texts, starts = [], []
     for number, answer in enumerate(given):
         place = f"{where}, answers[{number}]"
-        texts.append(field(typed(answer, dict, place), "text", str, place))
+        texts.append(field(check_type(answer, dict, place), "text", str, place))
         starts.append(field(answer, "answer_start", int, place))
     return where, Question(article, context, field(asked, "question", str, where), texts, starts[0]), starts
 
@@ -160,7 +160,7 @@ def _from_hub(row: Row, where: str) -> tuple[str, Question, list[int]]:
 
 def _checked(found: list[tuple[str, Question, list[int]]]) -> list[Question]:
     """The questions, if every answer stands where it is said to."""
-    standing(
+    check_answer_offsets(
         [
             Answer(where, asked.context, text, start)
             for where, asked, starts in found

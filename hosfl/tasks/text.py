@@ -16,7 +16,7 @@ from hosfl.halves.split import SplitModel
 from hosfl.settings import Settings
 from hosfl.tasks.data import Dataset, as_tokens, classified, public_tokens, tokens, with_classes
 from hosfl.tasks.pretrained import headed, pretrained_task
-from hosfl.tasks.reading import Found, Row, classes, field, hub_rows, json_lines, table, text_field
+from hosfl.tasks.reading import Found, Row, class_numbers, field, hub_rows, read_json_lines, read_table, text_field
 from hosfl.tasks.task import Task
 from hosfl.tasks.verbalizer import first_tokens, verbalized
 
@@ -106,9 +106,9 @@ def read(path: Path, task: TextTask, may_hide: bool) -> Sequence[Found]:
     if may_hide and not path.exists() and not path.is_symlink():
         return []
     if path.suffix == ".tsv":
-        rows = table(path, task.columns if may_hide else (*task.columns, "label"))
+        rows = read_table(path, task.columns if may_hide else (*task.columns, "label"))
     else:
-        rows = json_lines(path)
+        rows = read_json_lines(path)
     return [_of_task(row, task, where) for where, row in rows]
 
 
@@ -165,5 +165,5 @@ def own_texts(config: Settings, path: Path, longest: int) -> Dataset:
     """One client's samples: a file as the training part is published, or a folder with one."""
     inputs = TextInputs.of(config)
     found = read(path / inputs.task.files[0] if path.is_dir() else path, inputs.task, may_hide=False)
-    rows = with_classes(found, classes(found, inputs.task.labels, all_there=False))
+    rows = with_classes(found, class_numbers(found, inputs.task.labels, all_there=False))
     return tokens(rows, inputs.texts, inputs.model, min(longest, inputs.task.longest), inputs.cut)

@@ -18,7 +18,7 @@ from hosfl.settings import Settings
 from hosfl.tasks.data import Dataset, Splits, held_out
 from hosfl.tasks.picture_files import class_folders, hub_picture, picture_file
 from hosfl.tasks.pretrained import pretrained_task
-from hosfl.tasks.reading import DataError, classes, content, hub, hub_column
+from hosfl.tasks.reading import DataError, class_numbers, hub_column, load_from_hub, read_bytes
 from hosfl.tasks.task import Task
 
 HUB = {"cifar10": ("uoft-cs/cifar10", "label"), "cifar100": ("uoft-cs/cifar100", "fine_label")}
@@ -76,7 +76,7 @@ def pretrained_resnet(path: Path, classes: int) -> CifarResNet:
     github.com/akamaster/pytorch_resnet_cifar10 do. The depth is read from the names. A last layer for another number
     of classes is left out: it starts random. Raises OSError; DataError naming the file and what does not fit.
     """
-    raw = content(path)
+    raw = read_bytes(path)
     try:
         saved = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
         state = {
@@ -185,10 +185,10 @@ def _from_hub(name: str) -> Splits:
     names = ("train", "test")
     numbers = [str(number) for number in range(CLASSES[name])]
     found: list[Dataset] = []
-    for part, rows in zip(names, hub(where, parts=names), strict=True):
+    for part, rows in zip(names, load_from_hub(where, parts=names), strict=True):
         given, opened = (hub_column(rows, one, f"{where}, {part}") for one in (column, "img"))
         samples = [(f"{where}, {part}, row {number}", {"label": label}) for number, label in enumerate(given)]
-        labels = classes(samples, numbers, training=found[0].labels.unique().tolist() if found else ())
+        labels = class_numbers(samples, numbers, training=found[0].labels.unique().tolist() if found else ())
         pixels = [hub_picture(opened, number, place, SIZE) for number, (place, _) in enumerate(samples)]
         found.append(_standardised(pixels, labels))
     return _parts(*found)
