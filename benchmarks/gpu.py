@@ -266,21 +266,21 @@ def op_rows(backend: ModuleType, n: int) -> Iterator[tuple[str, Callable[[], Row
 
     def noise(dist: str) -> Row:
         out = weights(n, torch.float32)
-        return moved(lambda: backend.noise_(out, 1, Place.of_one(dist)), out.nbytes)
+        return moved(lambda: backend.noise_(out, 1, Place.single(dist)), out.nbytes)
 
     def perturb(dtype: torch.dtype, dist: str, rounding: bool) -> Row:
         x = weights(n, dtype)
         seed = 2 if rounding else None
-        return moved(lambda: backend.perturb_([x], 1, SCALE, Place.of_one(dist), seed), 2 * x.nbytes)
+        return moved(lambda: backend.perturb_([x], 1, SCALE, Place.single(dist), seed), 2 * x.nbytes)
 
     def replay(dtype: torch.dtype, dist: str, rounding: bool) -> Row:
         x = weights(few, dtype)
-        arguments = ([x], seeds, coefficients, Place.of_one(dist), seeds if rounding else None)
+        arguments = ([x], seeds, coefficients, Place.single(dist), seeds if rounding else None)
         return computed(partial(backend.replay_, *arguments), few * RECORDS)
 
     def project(dtype: torch.dtype, dist: str) -> Row:
         x = weights(few, dtype)
-        return computed(lambda: backend.project([x], seeds, Place.of_one(dist)), few * RECORDS)
+        return computed(lambda: backend.project([x], seeds, Place.single(dist)), few * RECORDS)
 
     def update(rule: hk.SGD | hk.AdamW, dtype: torch.dtype, dist: str, rounding: bool) -> Row:
         x = weights(few, dtype)
@@ -288,7 +288,7 @@ def op_rows(backend: ModuleType, n: int) -> Iterator[tuple[str, Callable[[], Row
         draws = list(range(RECORDS * DIRECTIONS))
         steps = rule.steps(seeds, coefficients).tolist()
         record = (rule.name, rule.constants, draws, [SCALE] * len(draws), steps)
-        arguments = ([x], moments, *record, Place.of_one(dist), seeds if rounding else None)
+        arguments = ([x], moments, *record, Place.single(dist), seeds if rounding else None)
         return computed(partial(backend.update_, *arguments), few * len(draws))
 
     for dist in DISTRIBUTIONS:

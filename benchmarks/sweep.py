@@ -35,12 +35,11 @@ from hosfl.files import write_atomically
 from hosfl_kernels.check import TOLERANCE
 from hosfl_kernels.gpu import choices
 from hosfl_kernels.gpu.choices import Shape
-from hosfl_kernels.gpu.launch import Kernel, Kind, Variant, capability, float_bits, instead, plan, seed_bits
-from hosfl_kernels.gpu.replay import table_of as records_of
-from hosfl_kernels.gpu.update import constant_bits
-from hosfl_kernels.gpu.update import table_of as rounds_of
+from hosfl_kernels.gpu.launch import Kernel, Kind, Variant, capability, float_bits, override_shapes, plan, seed_bits
+from hosfl_kernels.gpu.replay import record_table
+from hosfl_kernels.gpu.update import constant_bits, round_table
 from hosfl_kernels.place import Place
-from hosfl_kernels.transfer import on_device
+from hosfl_kernels.transfer import copy_records
 
 FASTER = 0.97  # of the default's time
 RECORDS, ROUNDS, DIRECTIONS = 16, 4, 4
@@ -78,13 +77,13 @@ def planned(
 
 def records(count: int, stochastic: bool) -> Tensor:
     seeds = range(1, count + 1)
-    table = records_of(seeds, [SCALE] * count, seeds if stochastic else None)
-    return on_device(table, "the sweep", torch.device(DEVICE))
+    table = record_table(seeds, [SCALE] * count, seeds if stochastic else None)
+    return copy_records(table, "the sweep", torch.device(DEVICE))
 
 
 def noise(kernel: Kernel, x: Tensor, place: Place, stochastic: bool) -> Prepared:
     n, start = x.numel(), place.starts[0]
-    variant = kernel.at(Kind(x.dtype, place.dist), n, x.device)
+    variant = kernel.variant_for(Kind(x.dtype, place.dist), n, x.device)
     return Prepared(variant, variant.programs(n, start), (x.data_ptr(), n, start, place.streams[0], 1), x, [x])
 
 
@@ -103,14 +102,14 @@ def replay(kernel: Kernel, x: Tensor, place: Place, stochastic: bool) -> Prepare
 def update(rule: hk.SGD | hk.AdamW, kernel: Kernel, x: Tensor, place: Place, stochastic: bool) -> Prepared:
     rounds, draws = range(ROUNDS), range(ROUNDS * DIRECTIONS)
     steps = rule.steps(rounds, [SCALE] * ROUNDS).tolist()
-    table = rounds_of(draws, [SCALE] * len(draws), steps, rounds if stochastic else None)
+    table = round_table(draws, [SCALE] * len(draws), steps, rounds if stochastic else None)
     moments = [torch.zeros(x.numel(), device=DEVICE) for _ in range(rule.moments)]
-    arguments = (on_device(table, "the sweep", x.device), ROUNDS, DIRECTIONS, *constant_bits(rule.constants))
+    arguments = (copy_records(table, "the sweep", x.device), ROUNDS, DIRECTIONS, *constant_bits(rule.constants))
     return planned(kernel, x, place, stochastic, *arguments, moments=moments)
 
 
 def project(kernel: Kernel, x: Tensor, place: Place, stochastic: bool) -> Prepared:
-    seeds = on_device(seed_bits(range(RECORDS)), "the sweep", x.device)
+    seeds = copy_records(seed_bits(range(RECORDS)), "the sweep", x.device)
     one = planned(kernel, x, place, False, seeds, RECORDS)
     sums = torch.zeros(RECORDS, one.programs, dtype=torch.float64, device=DEVICE)
     return one._replace(arguments=(*one.arguments, sums.data_ptr()), written=[sums])
@@ -131,8 +130,8 @@ def prepare(kernel: Kernel, kind: Kind, shape: Shape, n: int, start: int = 0) ->
     """A launch on n elements from `start` on, the whole tiles among them aligned to 16 bytes."""
     skipped = start % 8
     x = torch.linspace(-1, 1, n + skipped, device=DEVICE).to(kind.dtype)[skipped:]
-    with instead({f"{kernel.name}-{kind}": shape}):
-        return LAUNCHES[kernel.name](kernel, x, Place.of_one(kind.dist, stream=3, start=start), kind.stochastic)
+    with override_shapes({f"{kernel.name}-{kind}": shape}):
+        return LAUNCHES[kernel.name](kernel, x, Place.single(kind.dist, stream=3, start=start), kind.stochastic)
 
 
 def same(one: Prepared, other: Prepared) -> bool:

@@ -1,6 +1,6 @@
-"""numpy arrays and torch tensors, seen alike: what the checks and the C++ need to know of either.
+"""One interface to numpy arrays and torch tensors: what argument validation and the C++ read of either.
 
-Nothing here imports torch, unless for a tensor, whose owner has done so.
+Nothing here imports torch, except for a tensor, whose owner has imported it already.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ def is_numpy(x: object) -> TypeGuard[NDArray[Any]]:
 
 
 def may_be_tensor(x: object) -> bool:
-    """Whether x is a tensor, or may be one: tensors.py, which needs torch, knows.
+    """Whether x looks like a tensor. `tensors.check`, which needs torch, makes sure.
 
-    By an attribute that is no method: those torch.compile of torch 2.8 does not see.
+    Tests for an attribute that is not a method: torch.compile of torch 2.8 does not see methods.
     """
     return not is_numpy(x) and hasattr(x, "requires_grad")
 
 
 def tensors_module() -> Any:
-    """The module for tensors. Its import registers the ops with torch."""
+    """hosfl_kernels.tensors. Importing it registers the ops with torch."""
     import hosfl_kernels.tensors as tensors  # in half the time that `from hosfl_kernels import tensors` takes
 
     return tensors
@@ -43,9 +43,9 @@ def tensors_module() -> Any:
 
 @cache
 def dtype_name(dtype: Any) -> str | None:
-    """Which of DTYPES a dtype of numpy or torch is, or None. numpy's uint16 holds the bits of bfloat16.
+    """The name in DTYPES of a dtype of numpy or torch, or None.
 
-    numpy has no bfloat16 of its own; that of the package ml_dtypes has the same bits.
+    numpy has no bfloat16: uint16 stands for its bits, and the bfloat16 of the package ml_dtypes is taken too.
     """
     name = str(dtype)  # ">f4" for other machines' order of bytes
     name = "bfloat16" if name == "uint16" else name.removeprefix("torch.")
@@ -53,16 +53,17 @@ def dtype_name(dtype: Any) -> str | None:
 
 
 def addresses(xs: Sequence[Any]) -> list[int]:
+    """The address of the first element of each."""
     return [x.ctypes.data for x in xs] if xs and is_numpy(xs[0]) else [x.data_ptr() for x in xs]
 
 
 def sizes(xs: Sequence[Any]) -> list[int]:
-    """Numbers of elements."""
+    """The number of elements of each."""
     return [x.size for x in xs] if xs and is_numpy(xs[0]) else [x.numel() for x in xs]
 
 
 def are_row_major(xs: Sequence[Any]) -> list[bool]:
-    """Whether each is contiguous in C order; an array of numpy aligned as well."""
+    """Whether each is contiguous in C order, and if it is a numpy array also aligned."""
     return (
         [x.flags.c_contiguous and x.flags.aligned for x in xs]
         if xs and is_numpy(xs[0])
@@ -71,16 +72,17 @@ def are_row_major(xs: Sequence[Any]) -> list[bool]:
 
 
 def layouts(xs: Sequence[Any]) -> Layouts:
-    """Of each: its address, the one behind it, its device, and what `are_row_major` says."""
+    """(begin, end, device, row_major) of each; begin and end are addresses, row_major as in `are_row_major`."""
     if xs and is_numpy(xs[0]):
         return [(at := x.ctypes.data, at + x.nbytes, "cpu", x.flags.c_contiguous and x.flags.aligned) for x in xs]
     return [(at := x.data_ptr(), at + x.nbytes, x.device, x.is_contiguous()) for x in xs]
 
 
-def facts(xs: Sequence[Any]) -> tuple[Any, ...] | None:
-    """All that the checks read of a list of tensors, to remember it by. None where one is not in C order; for arrays.
+def cache_key(xs: Sequence[Any]) -> tuple[Any, ...] | None:
+    """All that validation reads of a list of tensors, as a hashable key: addresses, sizes, devices, dtypes.
 
-    Each fact of all tensors by one map, which calls C for each: a loop that reads them takes three times as long.
+    None for numpy arrays, and where a tensor is not contiguous. One map of a C function reads each of these of all
+    tensors: a Python loop takes three times as long.
     """
     if not xs or is_numpy(xs[0]):
         return None
@@ -92,6 +94,7 @@ def facts(xs: Sequence[Any]) -> tuple[Any, ...] | None:
 
 
 def is_channels_last(x: Any) -> bool:
+    """Whether x is a tensor in channels_last or channels_last_3d."""
     if is_numpy(x):
         return False
     import torch
@@ -100,8 +103,8 @@ def is_channels_last(x: Any) -> bool:
     return any(x.is_contiguous(memory_format=f) for f in formats)
 
 
-def wrong_kind(x: Any, name: str) -> TypeError:
-    """The error for what is no array or tensor, or not of the kind of those beside it."""
+def mixed_kinds_error(x: Any, name: str) -> TypeError:
+    """The TypeError for an element that is no array or tensor, or a tensor among arrays, or the reverse."""
     if is_numpy(x) or may_be_tensor(x):
         kind, others = ("numpy array", "torch.Tensors") if is_numpy(x) else ("torch.Tensor", "numpy arrays")
         return TypeError(f"{name} is a {kind} among {others}: pass one kind in a call")
@@ -109,12 +112,12 @@ def wrong_kind(x: Any, name: str) -> TypeError:
 
 
 def to_numpy(x: Any) -> NDArray[Any]:
-    """The same numbers, of an array or of a tensor on the CPU. A view."""
+    """An array, or a tensor on the CPU, as a numpy array that shares its memory."""
     return x if is_numpy(x) else x.detach().numpy()
 
 
 def storage(x: Any) -> NDArray[Any]:
-    """An array's memory, or that of a tensor on the CPU, as spec.py sees it: flat, bfloat16 as uint16. A view."""
+    """An array, or a tensor on the CPU, as spec.py takes it: a flat view, bfloat16 as uint16."""
     if dtype_name(x.dtype) != "bfloat16":
         return to_numpy(x).reshape(-1)
     if not is_numpy(x):
@@ -124,13 +127,13 @@ def storage(x: Any) -> NDArray[Any]:
     return to_numpy(x).reshape(-1).view(np.uint16)
 
 
-def largest(x: NDArray[np.float32]) -> float:
-    """The largest absolute value, 0 of nothing; NaN if there is one."""
+def max_abs(x: NDArray[np.float32]) -> float:
+    """The largest absolute value; 0 if x is empty, NaN if it has one."""
     return float(np.maximum(x.max(), -x.min())) if x.size else 0.0
 
 
 def snap_(x: NDArray[np.float32], step: float) -> None:
-    """spec.snap, in place."""
+    """`spec.snap`, in place."""
     np.divide(x, np.float32(step), out=x)
     np.rint(x, out=x)
     np.multiply(x, np.float32(step), out=x)

@@ -1,4 +1,4 @@
-"""Does this machine make the right bits? Every backend against spec.py and against a file of vectors.
+"""Check this machine's kernels: every backend against spec.py, and against a file of test vectors.
 
     python -m hosfl_kernels.check [--backend numpy|cpp|triton|cuda] [--vectors FILE]
 
@@ -33,7 +33,7 @@ SEED, ROUNDING_SEED = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03
 
 @dataclass(frozen=True)
 class Case:
-    """One call of an op. `records` is the number of records of a replay; 1 is a perturbation."""
+    """One call of an op: `replay_` with so many `records`, or `perturb_` if that is 1."""
 
     dtype: str = "float32"
     dist: str = "rademacher"
@@ -46,7 +46,7 @@ class Case:
 
     @property
     def place(self) -> Place:
-        return Place.of_one(self.dist, self.factor, self.stream, self.start)
+        return Place.single(self.dist, self.factor, self.stream, self.start)
 
     @property
     def op(self) -> str:
@@ -141,28 +141,30 @@ def weights(case: Case) -> spec.Storage:
     ]
     if case.n > 100:
         x[3 : 3 + len(special)] = special
-    return stored(x, case.dtype)
+    return from_float32(x, case.dtype)
 
 
-def stored(x: spec.F32, dtype: str) -> spec.Storage:
+def from_float32(x: spec.F32, dtype: str) -> spec.Storage:
+    """float32 values rounded to the dtype of that name, in the format of spec.py."""
     return spec.from_float32(x, np.dtype("uint16" if dtype == "bfloat16" else dtype))
 
 
-def put(x: spec.Storage, device: str) -> Any:
-    """A copy where a backend takes it: "numpy", or a device of torch."""
+def to_device(x: spec.Storage, device: str) -> Any:
+    """A copy as an array (device "numpy"), or as a tensor on one of torch's devices."""
     if device == "numpy":
         return x.copy()
     from hosfl_kernels import tensors
 
-    return tensors.of_storage(x).to(device)
+    return tensors.from_storage(x).to(device)
 
 
-def taken(x: Any) -> spec.Storage:
+def to_storage(x: Any) -> spec.Storage:
+    """An array or a tensor in the format of spec.py, on the host."""
     return storage(x if is_numpy(x) else x.cpu())
 
 
-def records(case: Case) -> dict[str, Any]:
-    """Seeds, coefficients and rounding seeds of a case."""
+def replay_arguments(case: Case) -> dict[str, Any]:
+    """Seeds, coefficients and rounding seeds of a case, by name."""
     seeds = [spec.derive(SEED, case.n, r) for r in range(case.records)]
     rounding = [spec.derive(ROUNDING_SEED, case.n, r) for r in range(case.records)]
     # The first puts bfloat16 weights in [1/8, 1/4) and float16 ones in [1, 2) exactly between two neighbours.
@@ -174,16 +176,16 @@ def records(case: Case) -> dict[str, Any]:
     }
 
 
-def rounds(case: UpdateCase) -> tuple[tuple[str, list[float], list[int], list[float], Any], list[int] | None]:
+def update_arguments(case: UpdateCase) -> tuple[tuple[str, list[float], list[int], list[float], Any], list[int] | None]:
     """Rule, constants, seeds, coefficients and steps of a case, as backends take them; and its rounding seeds."""
     p = case.directions
-    record = records(replace(case, records=case.records * p))
+    record = replay_arguments(replace(case, records=case.records * p))
     steps = case.rule.steps(range(case.records), [1e-2 / (1 + r) for r in range(case.records)]).tolist()
     rounding = None if record["rounding_seeds"] is None else record["rounding_seeds"][: case.records]
     return (case.rule.name, case.rule.constants, record["seeds"], record["coefficients"], steps), rounding
 
 
-def kept(case: UpdateCase) -> list[spec.F32]:
+def moments(case: UpdateCase) -> list[spec.F32]:
     """Moments of a case: m like the weights, v from nothing over subnormal numbers to infinity."""
     moments = []
     for k in range(case.rule.moments):
@@ -197,7 +199,7 @@ def kept(case: UpdateCase) -> list[spec.F32]:
 
 def difference(got: Any, want: Any) -> str | None:
     """None where the bits of two arrays or tensors are equal, else where they first differ. NaN equals NaN."""
-    a, b = taken(got), taken(want)
+    a, b = to_storage(got), to_storage(want)
     view = np.uint32 if a.itemsize == 4 else np.uint16
     same = (a.view(view) == b.view(view)) | (np.isnan(spec.to_float32(a)) & np.isnan(spec.to_float32(b)))
     if same.all():
@@ -215,8 +217,8 @@ def run_case(backend: ModuleType, case: Case, device: str) -> str | None:
     if isinstance(case, ProjectCase):
         return _run_project(backend, case, device)
     want = weights(case)
-    got = put(want, device)
-    record = records(case)
+    got = to_device(want, device)
+    record = replay_arguments(case)
     rounding = record["rounding_seeds"]
     if case.records == 1:
         one = None if rounding is None else rounding[0]
@@ -228,9 +230,9 @@ def run_case(backend: ModuleType, case: Case, device: str) -> str | None:
 
 
 def _run_update(backend: ModuleType, case: UpdateCase, device: str) -> str | None:
-    want, want_moments = weights(case), kept(case)
-    got, got_moments = put(want, device), [put(m, device) for m in want_moments]
-    record, rounding = rounds(case)
+    want, want_moments = weights(case), moments(case)
+    got, got_moments = to_device(want, device), [to_device(m, device) for m in want_moments]
+    record, rounding = update_arguments(case)
     backend.update_([got], [[m] for m in got_moments], *record, case.place, rounding)
     reference.update_([want], [[m] for m in want_moments], *record, case.place, rounding)
     for k, (a, b) in enumerate(zip(got_moments, want_moments, strict=True)):
@@ -240,9 +242,9 @@ def _run_update(backend: ModuleType, case: UpdateCase, device: str) -> str | Non
 
 
 def _run_project(backend: ModuleType, case: ProjectCase, device: str) -> str | None:
-    x = stored(np.clip(spec.to_float32(weights(case)), -1, 1), case.dtype)
-    seeds = records(case)["seeds"]
-    got, want = backend.project([put(x, device)], seeds, case.place), reference.project([x], seeds, case.place)
+    x = from_float32(np.clip(spec.to_float32(weights(case)), -1, 1), case.dtype)
+    seeds = replay_arguments(case)["seeds"]
+    got, want = backend.project([to_device(x, device)], seeds, case.place), reference.project([x], seeds, case.place)
     for r, seed in enumerate(seeds):
         z = spec.noise(case.n, seed, stream=case.stream, start=case.start, dist=case.dist)
         terms = case.factor * float(np.abs(spec.to_float32(x).astype(float)) @ np.abs(z.astype(float)))
@@ -279,8 +281,8 @@ def vector_cases(vectors: dict[str, Any], backend: ModuleType, device: str) -> I
         signs = np.array(v["rademacher"], np.float32)
         normals = _from_bits(v["gaussian_f32_bits"], "float32")
         for dist, want in (("rademacher", signs), ("gaussian", normals)):
-            out = put(np.empty(len(want), np.float32), device)
-            backend.noise_(out, seed, Place.of_one(dist, stream=stream, start=start))
+            out = to_device(np.empty(len(want), np.float32), device)
+            backend.noise_(out, seed, Place.single(dist, stream=stream, start=start))
             yield f"noise {dist} {name}", difference(out, want)
         if backend is reference:  # the others show their rounding bits only by rounding
             bits = spec.rounding_bits(len(v["rounding_bits"]), seed, stream, start).tolist()
@@ -290,8 +292,8 @@ def vector_cases(vectors: dict[str, Any], backend: ModuleType, device: str) -> I
         for dist in DISTRIBUTIONS:
             for rounding, suffix in (("nearest", "_out_bits"), ("stochastic", "_stochastic_out_bits")):
                 if dist + suffix in v:
-                    x = put(_from_bits(v["x_bits"], v["dtype"]), device)
-                    place = Place.of_one(dist, stream=int(v["stream"]), start=int(v["start"]))
+                    x = to_device(_from_bits(v["x_bits"], v["dtype"]), device)
+                    place = Place.single(dist, stream=int(v["stream"]), start=int(v["start"]))
                     backend.perturb_([x], seed, scale, place, seed if rounding == "stochastic" else None)
                     yield (
                         f"perturb_ {v['dtype']} {dist} {rounding} seed={seed} scale={scale:g}",
@@ -299,8 +301,8 @@ def vector_cases(vectors: dict[str, Any], backend: ModuleType, device: str) -> I
                     )
 
 
-def ways(name: str, backend: ModuleType) -> Iterator[str]:
-    """Sets a backend to one after another of its ways to compute, and says which: the last is the one in use."""
+def modes(name: str, backend: ModuleType) -> Iterator[str]:
+    """Switch a backend to each of its modes in turn, and yield the mode's name. The last is the one in normal use."""
     if name == "cpp":
         for isa in _cpp.supported():
             _cpp.use_isa(isa)
@@ -343,8 +345,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             failed += options.backend is not None
             continue
         device = "numpy" if name in ops.BACKENDS else "cuda" if has_gpu else "cpu"
-        for way in ways(name, backend):
-            print(f"     {name:6} {way}")
+        for mode in modes(name, backend):
+            print(f"     {name:6} {mode}")
             results = [(str(case), run_case(backend, case, device)) for case in CASES if backend is not reference]
             results += vector_cases(vectors, backend, device) if vectors else []
             for case_name, wrong in results:

@@ -25,7 +25,7 @@ DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}  # enum Dtype of csrc/segme
 
 
 class _Codes(dict[Any, int]):
-    """Of a dtype of numpy or torch its number in DTYPES, looked up once."""
+    """The code in DTYPES of a dtype of numpy or torch; filled in as dtypes are looked up."""
 
     def __missing__(self, dtype: Any) -> int:
         self[dtype] = code = DTYPES[dtype_name(dtype)]  # type: ignore[index]
@@ -37,10 +37,10 @@ RULES = {"sgd": 0, "momentum": 1, "adamw": 2}  # enum Rule of csrc/segment.h
 
 
 def ieee_arithmetic(function: Callable[P, T]) -> Callable[P, T]:
-    """The function, run with rounding to nearest and subnormal numbers kept, whatever the caller has set.
+    """Decorator: run the function with rounding to nearest and with subnormal numbers, whatever the thread's mode is.
 
-    The kernels do this themselves. Casts to float32 on the way to them need it too: after
-    torch.set_flush_denormal(True) numpy and torch make 0 of a coefficient of 1e-40.
+    The kernels set this themselves. The casts to float32 before a kernel need it too: after
+    torch.set_flush_denormal(True) numpy and torch round a coefficient of 1e-40 to 0.
     """
 
     @wraps(function)
@@ -64,19 +64,21 @@ def philox_words(key: int, counter: tuple[int, int, int, int]) -> tuple[int, int
 
 
 def threads() -> int:
-    """How many threads the CPU's ops use: torch's number where torch is, else OMP_NUM_THREADS, else the processors that
-    this process may use."""
+    """How many threads ops use on the CPU.
+
+    That of torch if it is imported, otherwise OMP_NUM_THREADS, otherwise the number of CPUs that this process may use.
+    """
     if (torch := sys.modules.get("torch")) is not None:
         return int(torch.get_num_threads())
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()  # "4,2": of nested loops, the outer
     if asked.isdecimal() and int(asked):
         return int(asked)
-    # Not on macOS.
+    # macOS has no sched_getaffinity.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory(tensors: Sequence[Array]) -> tuple[list[int], list[int], list[int]]:
-    """Addresses, numbers of elements, dtypes."""
+    """(addresses, numbers of elements, dtype codes) of the tensors, as the C++ takes them."""
     return addresses(tensors), sizes(tensors), [CODES[x.dtype] for x in tensors]
 
 

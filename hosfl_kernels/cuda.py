@@ -16,7 +16,7 @@ from torch import Tensor
 from hosfl_kernels.arrays import addresses
 from hosfl_kernels.cpu import RULES, memory
 from hosfl_kernels.place import Place
-from hosfl_kernels.transfer import on_device
+from hosfl_kernels.transfer import copy_records
 
 
 def _extension() -> Any:
@@ -43,8 +43,8 @@ def describe() -> str | None:
     return f"nvcc's kernels on sm_{major}{minor} ({torch.cuda.get_device_name()})"
 
 
-def _queue(extension: Any, device: torch.device) -> tuple[int, int]:
-    """The device's number and torch's current stream on it; refuses tensors that the kernels can't reach."""
+def _device_and_stream(extension: Any, device: torch.device) -> tuple[int, int]:
+    """The device's index and torch's current stream on it. Raises RuntimeError for other devices than the kernels'."""
     if extension.EMULATED and device.type == "cpu":
         return 0, 0
     if extension.EMULATED or device.type != "cuda":
@@ -53,10 +53,10 @@ def _queue(extension: Any, device: torch.device) -> tuple[int, int]:
 
 
 def _on_device(table: bytes, op: str, device: torch.device) -> Tensor:
-    return on_device(np.frombuffer(bytearray(table or b"\0"), np.uint8), op, device)
+    return copy_records(np.frombuffer(bytearray(table or b"\0"), np.uint8), op, device)
 
 
-def _refuse_records_there(seeds: Sequence[int] | Tensor) -> None:
+def _refuse_gpu_records(seeds: Sequence[int] | Tensor) -> None:
     if isinstance(seeds, Tensor):
         raise RuntimeError("records on the GPU need Triton's kernels: install triton, or pass them on the CPU")
 
@@ -66,7 +66,7 @@ def philox_words(key: int, counter: tuple[int, int, int, int]) -> tuple[int, ...
     extension = _extension()
     out = torch.empty(4, dtype=torch.int32, device="cpu" if extension.EMULATED else "cuda")
     with torch.cuda.device_of(out):
-        extension.philox(out.data_ptr(), key, *counter, _queue(extension, out.device))
+        extension.philox(out.data_ptr(), key, *counter, _device_and_stream(extension, out.device))
     return tuple(word & 0xFFFFFFFF for word in out.tolist())
 
 
@@ -74,18 +74,18 @@ def noise_(out: Tensor, seed: int, place: Place) -> None:
     """Fill the float32 tensor `out` with the noise of `seed`."""
     extension = _extension()
     with torch.cuda.device_of(out):
-        extension.noise(memory([out]), seed, place, _queue(extension, out.device))
+        extension.noise(memory([out]), seed, place, _device_and_stream(extension, out.device))
 
 
 def perturb_(tensors: Sequence[Tensor], seed: int, scale: float, place: Place, rounding_seed: int | None) -> None:
-    """x += scale * factor * z(seed) for every tensor, one launch per dtype and 48 tensors."""
+    """x += scale * factor * z(seed) for every tensor; one launch per dtype and 48 tensors."""
     if not tensors:
         return
     extension = _extension()
     with torch.cuda.device_of(tensors[0]):
-        queue = _queue(extension, tensors[0].device)
+        stream = _device_and_stream(extension, tensors[0].device)
         rounding_seeds = [] if rounding_seed is None else [rounding_seed]
-        extension.perturb(memory(tensors), seed, scale, place, rounding_seeds, queue)
+        extension.perturb(memory(tensors), seed, scale, place, rounding_seeds, stream)
 
 
 def replay_(
@@ -96,15 +96,15 @@ def replay_(
     rounding_seeds: Sequence[int] | Tensor | None,
 ) -> None:
     """perturb_ once for every record, in one pass over the tensors and to the same bits. Not for CUDA graphs."""
-    _refuse_records_there(seeds)
+    _refuse_gpu_records(seeds)
     if not tensors or not seeds:
         return
     extension, device = _extension(), tensors[0].device
     with torch.cuda.device_of(tensors[0]):
-        queue = _queue(extension, device)
+        stream = _device_and_stream(extension, device)
         records = _on_device(extension.records(seeds, coefficients, rounding_seeds or []), "replay_", device)
         stochastic = rounding_seeds is not None
-        extension.replay(memory(tensors), records.data_ptr(), len(seeds), place, stochastic, queue)
+        extension.replay(memory(tensors), records.data_ptr(), len(seeds), place, stochastic, stream)
 
 
 def update_(
@@ -119,18 +119,18 @@ def update_(
     rounding_seeds: Sequence[int] | Tensor | None,
 ) -> None:
     """len(steps) rounds of an update rule in one pass over weights and moments. Not for CUDA graphs."""
-    _refuse_records_there(seeds)
+    _refuse_gpu_records(seeds)
     if not tensors or not steps:
         return
     extension, device = _extension(), tensors[0].device
     with torch.cuda.device_of(tensors[0]):
-        queue = _queue(extension, device)
+        stream = _device_and_stream(extension, device)
         records = _on_device(extension.records(seeds, coefficients, []), "update_", device)
         rounds = _on_device(extension.steps(steps, rounding_seeds or []), "update_", device)
         tables = (records.data_ptr(), len(seeds), rounds.data_ptr(), len(steps))
         kept = [addresses(moment) for moment in moments]
         stochastic = rounding_seeds is not None
-        extension.update(memory(tensors), kept, RULES[rule], constants, *tables, place, stochastic, queue)
+        extension.update(memory(tensors), kept, RULES[rule], constants, *tables, place, stochastic, stream)
 
 
 PIECE = 1 << 22  # elements whose noise `project` makes at a time: 16 MB, and twice that for either factor in float64
@@ -142,11 +142,11 @@ def project(tensors: Sequence[Tensor], seeds: Sequence[int], place: Place) -> Te
     A piece is read from memory again for every seed. All sums are float64.
     """
     scalars = torch.zeros(len(seeds), dtype=torch.float64, device=tensors[0].device if tensors else "cpu")
-    for tensor, where in zip(tensors, place.each(), strict=True):
+    for tensor, where in zip(tensors, place.per_tensor(), strict=True):
         for k, piece in enumerate(tensor.detach().reshape(-1).split(PIECE)):
             x = piece.double() * where["factor"]
             z = torch.empty(piece.shape, dtype=torch.float32, device=piece.device)
-            of_piece = Place.of_one(**{**where, "start": where["start"] + k * PIECE})
+            of_piece = Place.single(**{**where, "start": where["start"] + k * PIECE})
             for r, seed in enumerate(seeds):
                 noise_(z, seed, of_piece)
                 scalars[r] += x @ z.double()

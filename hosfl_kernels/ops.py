@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from hosfl_kernels import arrays, checks, cpu, reference, spec
+from hosfl_kernels import arrays, cpu, reference, spec, validation
 from hosfl_kernels.arrays import Layouts, are_row_major, dtype_name, is_numpy, tensors_module, to_numpy
 from hosfl_kernels.cpu import ieee_arithmetic, threads
 from hosfl_kernels.place import Place
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from hosfl_kernels.arrays import Array
-    from hosfl_kernels.checks import Coefficients, Numbers, Seeds, SeedTable, Table
+    from hosfl_kernels.validation import Coefficients, Numbers, Seeds, SeedTable, Table
 
 __all__ = ["backends", "derive", "noise", "perturb_", "project", "replay_", "snap_", "threads", "update_"]
 
@@ -88,9 +88,9 @@ def noise(
     asked for and torch is missing.
     """
     for value, end, name in ((n, 2**63, "n"), (stream, 2**32, "stream"), (start, 2**63, "start")):
-        checks.check_integer(value, end, name)
-    checks.place_of(1, dist, None, None, None)
-    halves = checks.halves_of(seed, "seed")
+        validation.check_integer(value, end, name)
+    validation.make_place(1, dist, None, None, None)
+    halves = validation.seed_halves(seed, "seed")
     out = np.empty(n, np.float32) if device == "numpy" else _empty_tensor(n, device)
     if is_numpy(out):
         RUN["noise_"](cpu, out, halves, stream, start, dist)
@@ -144,16 +144,16 @@ def perturb_(
         RuntimeError: tensors are on several devices, share memory, are laid out otherwise, or require grad outside of
             torch.no_grad().
     """
-    tensors = checks.array_list(tensors)
-    place = checks.place_of(len(tensors), dist, factors, streams, starts)
-    checks.check_number(scale, "scale")
-    if not -checks.LARGEST_FLOAT32 <= scale <= checks.LARGEST_FLOAT32:
+    tensors = validation.array_list(tensors)
+    place = validation.make_place(len(tensors), dist, factors, streams, starts)
+    validation.check_number(scale, "scale")
+    if not -validation.LARGEST_FLOAT32 <= scale <= validation.LARGEST_FLOAT32:
         raise ValueError(f"scale must be finite in float32, got {scale}")
-    checks.check_rounding(rounding, rounding_seed is not None, "rounding_seed")
-    halves = checks.halves_of(seed, "seed")
-    rounding_halves = [] if rounding_seed is None else checks.halves_of(rounding_seed, "rounding_seed")
+    validation.check_rounding(rounding, rounding_seed is not None, "rounding_seed")
+    halves = validation.seed_halves(seed, "seed")
+    rounding_halves = [] if rounding_seed is None else validation.seed_halves(rounding_seed, "rounding_seed")
     if tensors:
-        _call("perturb_", _on_numpy(tensors), (tensors, halves, scale), place, (rounding_halves,))
+        _call("perturb_", _takes_numpy(tensors), (tensors, halves, scale), place, (rounding_halves,))
 
 
 def replay_(
@@ -191,16 +191,16 @@ def replay_(
     Raises what `perturb_` raises, before any tensor is changed; RuntimeError also for records of which some are on a
     GPU and some not.
     """
-    tensors = checks.array_list(tensors)
-    place = checks.place_of(len(tensors), dist, factors, streams, starts)
-    checks.check_rounding(rounding, rounding_seeds is not None, "rounding_seeds")
-    numpy = _on_numpy(tensors)
-    seeds = checks.seed_bits(seeds, "seeds", numpy)
-    coefficients = checks.reals(coefficients, "coefficients", checks.ONE, numpy)
+    tensors = validation.array_list(tensors)
+    place = validation.make_place(len(tensors), dist, factors, streams, starts)
+    validation.check_rounding(rounding, rounding_seeds is not None, "rounding_seeds")
+    numpy = _takes_numpy(tensors)
+    seeds = validation.seed_bits(seeds, "seeds", numpy)
+    coefficients = validation.real_numbers(coefficients, "coefficients", validation.ONE_DIMENSIONAL, numpy)
     if len(seeds) != len(coefficients):
         raise ValueError(f"{len(seeds)} seeds but {len(coefficients)} coefficients")
     if rounding_seeds is not None:
-        rounding_seeds = checks.seed_bits(rounding_seeds, "rounding_seeds", numpy)
+        rounding_seeds = validation.seed_bits(rounding_seeds, "rounding_seeds", numpy)
         if len(rounding_seeds) != len(seeds):
             raise ValueError(f"{len(seeds)} seeds but {len(rounding_seeds)} rounding_seeds")
     if tensors:
@@ -262,17 +262,17 @@ def update_(
     """
     if not isinstance(rule, (SGD, AdamW)):
         raise TypeError(f"rule must be SGD or AdamW, got {type(rule).__name__}")
-    tensors = checks.array_list(tensors)
-    kept = checks.moment_lists(moments, rule, tensors)
-    place = checks.place_of(len(tensors), dist, factors, streams, starts)
-    checks.check_rounding(rounding, rounding_seeds is not None, "rounding_seeds")
-    numpy = _on_numpy(tensors)
-    seeds = checks.seed_table(seeds, numpy)
+    tensors = validation.array_list(tensors)
+    kept = validation.moment_lists(moments, rule, tensors)
+    place = validation.make_place(len(tensors), dist, factors, streams, starts)
+    validation.check_rounding(rounding, rounding_seeds is not None, "rounding_seeds")
+    numpy = _takes_numpy(tensors)
+    seeds = validation.seed_table(seeds, numpy)
     rounds, directions = seeds.shape
-    coefficients = checks.table_of(coefficients, "coefficients", (rounds, directions), numpy)
-    steps = checks.table_of(steps, "steps", (rounds, 3), numpy)
+    coefficients = validation.real_table(coefficients, "coefficients", (rounds, directions), numpy)
+    steps = validation.real_table(steps, "steps", (rounds, 3), numpy)
     if rounding_seeds is not None:
-        rounding_seeds = checks.seed_bits(rounding_seeds, "rounding_seeds", numpy)
+        rounding_seeds = validation.seed_bits(rounding_seeds, "rounding_seeds", numpy)
         if len(rounding_seeds) != rounds:
             raise ValueError(f"{rounds} rounds but {len(rounding_seeds)} rounding_seeds")
     if tensors:
@@ -331,11 +331,11 @@ def project(
 
     Raises what `perturb_` raises.
     """
-    tensors = checks.array_list(tensors, changed=False)
-    place = checks.place_of(len(tensors), dist, factors, streams, starts)
-    numpy = _on_numpy(tensors)
+    tensors = validation.array_list(tensors, changed=False)
+    place = validation.make_place(len(tensors), dist, factors, streams, starts)
+    numpy = _takes_numpy(tensors)
     scalars: NDArray[np.float64] | Tensor = _call(
-        "project", numpy, (tensors, checks.seed_bits(seeds, "seeds", numpy)), place
+        "project", numpy, (tensors, validation.seed_bits(seeds, "seeds", numpy)), place
     )
     return scalars
 
@@ -370,16 +370,16 @@ def snap_(tensors: Array | Iterable[Array], *, factors: Sequence[float] | None =
         TypeError: a dtype is another than float32.
         RuntimeError: as in `perturb_`.
     """
-    tensors = checks.array_list(tensors)
-    checks.place_of(len(tensors), "rademacher", factors, None, None)
+    tensors = validation.array_list(tensors)
+    validation.make_place(len(tensors), "rademacher", factors, None, None)
     if not 1 <= headroom <= 2**16:
         raise ValueError(f"headroom must be between 1 and 2^16, got {headroom}")
-    checks.check_tensors(tensors)
-    factors = checks.factors_of(factors, len(tensors))
+    validation.check_tensors(tensors)
+    factors = validation.checked_factors(factors, len(tensors))
     if any(dtype_name(t.dtype) != "float32" for t in tensors):
         raise TypeError("snap_ takes float32 tensors only: bfloat16 and float16 have too few bits for a lattice")
     kind = arrays if not tensors or is_numpy(tensors[0]) else tensors_module()
-    maxima = [kind.largest(t) for t in tensors]
+    maxima = [kind.max_abs(t) for t in tensors]
     for t, largest in enumerate(maxima):
         if not math.isfinite(largest):
             raise ValueError(f"tensor {t} has infinite or NaN elements; there is no lattice for them")
@@ -412,9 +412,9 @@ def derive(seed: int, a: int, b: int) -> int:
         ValueError: a number out of range.
         TypeError: no integer.
     """
-    checks.halves_of(seed, "seed")
-    checks.halves_of(a, "a")
-    checks.check_integer(b, 2**32, "b")
+    validation.seed_halves(seed, "seed")
+    validation.seed_halves(a, "a")
+    validation.check_integer(b, 2**32, "b")
     return spec.derive(int(seed), int(a), int(b))
 
 
@@ -440,7 +440,7 @@ def installed() -> dict[str, ModuleType]:
 # --- one kind of array or the other --------------------------------------------------------------------------------
 
 
-def _on_numpy(tensors: Sequence[Array]) -> bool:
+def _takes_numpy(tensors: Sequence[Array]) -> bool:
     """Whether an op takes numpy's way. Of nothing it does not where torch has been imported."""
     return is_numpy(tensors[0]) if tensors else sys.modules.get("torch") is None
 
@@ -467,8 +467,8 @@ def _call(op: str, numpy: bool, arguments: Sequence[Any], place: Place, rounding
 
 @ieee_arithmetic
 def _noise(backend: ModuleType, out: Array, seed: Sequence[int], stream: int, start: int, dist: str) -> None:
-    checks.check_tensors([out], [start])
-    backend.noise_(out, checks.joined(seed), Place.of_one(dist, stream=stream, start=start))
+    validation.check_tensors([out], [start])
+    backend.noise_(out, validation.join_halves(seed), Place.single(dist, stream=stream, start=start))
     _mark_changed([out])
 
 
@@ -481,10 +481,12 @@ def _perturb(
     place: Place,
     rounding_seed: Sequence[int],
 ) -> None:
-    place, _ = _whole(place, tensors, bool(rounding_seed))
-    checks.check_moves([scale], place.factors, "scale")
-    rounding = checks.joined(rounding_seed) if rounding_seed else None
-    _move(lambda part, rows: backend.perturb_(rows, checks.joined(seed), scale, part, rounding), place, tensors)
+    place, _ = _checked_place(place, tensors, bool(rounding_seed))
+    validation.check_scales([scale], place.factors, "scale")
+    rounding = validation.join_halves(rounding_seed) if rounding_seed else None
+    _run_in_place(
+        lambda part, rows: backend.perturb_(rows, validation.join_halves(seed), scale, part, rounding), place, tensors
+    )
 
 
 @ieee_arithmetic
@@ -496,16 +498,16 @@ def _replay(
     place: Place,
     rounding_seeds: Numbers | None,
 ) -> None:
-    place, _ = _whole(place, tensors, rounding_seeds is not None)
+    place, _ = _checked_place(place, tensors, rounding_seeds is not None)
     records = {"seeds": seeds, "coefficients": coefficients, "rounding_seeds": rounding_seeds}
     record: tuple[Any, ...] = (seeds, coefficients)
     rounding: Any = rounding_seeds
-    if not checks.are_there(records, tensors):
-        record = (checks.unsigned(seeds), coefficients.tolist())
-        rounding = None if rounding_seeds is None else checks.unsigned(rounding_seeds)
-        checks.check_moves(record[1], place.factors, "coefficients[{r}]")
+    if not validation.are_on_gpu(records, tensors):
+        record = (validation.unsigned_seeds(seeds), coefficients.tolist())
+        rounding = None if rounding_seeds is None else validation.unsigned_seeds(rounding_seeds)
+        validation.check_scales(record[1], place.factors, "coefficients[{r}]")
     if len(seeds):
-        _move(lambda part, rows: backend.replay_(rows, *record, part, rounding), place, tensors)
+        _run_in_place(lambda part, rows: backend.replay_(rows, *record, part, rounding), place, tensors)
 
 
 @ieee_arithmetic
@@ -521,28 +523,30 @@ def _update(
     place: Place,
     rounding_seeds: Numbers | None,
 ) -> None:
-    place, found = _whole(place, tensors, rounding_seeds is not None)
+    place, found = _checked_place(place, tensors, rounding_seeds is not None)
     kept = [moments[k : k + len(tensors)] for k in range(0, len(moments), len(tensors))]
-    checks.check_moments(tensors, found, kept)
+    validation.check_moments(tensors, found, kept)
     record: tuple[Any, ...] = (seeds, coefficients, steps)
     rounding: Any = rounding_seeds
     named = {"seeds": seeds, "coefficients": coefficients, "steps": steps, "rounding_seeds": rounding_seeds}
-    if not checks.are_there(named, tensors):
-        checks.check_finite(to_numpy(coefficients), "coefficients", place.factors)
-        checks.check_finite(to_numpy(steps), "steps")
-        record = (checks.unsigned(seeds), coefficients.flatten().tolist(), steps.tolist())
-        rounding = None if rounding_seeds is None else checks.unsigned(rounding_seeds)
+    if not validation.are_on_gpu(named, tensors):
+        validation.check_finite(to_numpy(coefficients), "coefficients", place.factors)
+        validation.check_finite(to_numpy(steps), "steps")
+        record = (validation.unsigned_seeds(seeds), coefficients.flatten().tolist(), steps.tolist())
+        rounding = None if rounding_seeds is None else validation.unsigned_seeds(rounding_seeds)
     fixed = (rule, list(constants), *record)
     if len(steps):
-        _move(lambda part, rows, *mine: backend.update_(rows, mine, *fixed, part, rounding), place, tensors, *kept)
+        _run_in_place(
+            lambda part, rows, *mine: backend.update_(rows, mine, *fixed, part, rounding), place, tensors, *kept
+        )
 
 
 @ieee_arithmetic
 def _project(backend: ModuleType, tensors: list[Array], seeds: Numbers, place: Place) -> NDArray[np.float64] | Tensor:
-    checks.check_on_host(seeds, "project")
-    place, _ = _whole(place, tensors, False)
+    validation.check_on_host(seeds, "project")
+    place, _ = _checked_place(place, tensors, False)
     rows = [t if is_numpy(t) else t.contiguous() for t in tensors]  # type: ignore[union-attr]
-    scalars: NDArray[np.float64] | Tensor = backend.project(rows, checks.unsigned(seeds), place)
+    scalars: NDArray[np.float64] | Tensor = backend.project(rows, validation.unsigned_seeds(seeds), place)
     return scalars
 
 
@@ -555,60 +559,62 @@ RUN: dict[str, Callable[..., Any]] = {
 }
 
 
-def _whole(place: Place, tensors: list[Array], stochastic: bool) -> tuple[Place, Layouts]:
+def _checked_place(place: Place, tensors: list[Array], stochastic: bool) -> tuple[Place, Layouts]:
     """The place with its defaults filled in, and the tensors' layouts, once both are checked.
 
     A list that was found right is remembered by all that the checks read, addresses among them: `.data` may be rebound
     at any time. Of 300 tensors the checks take as long as the C++ takes to move them.
     """
-    facts = arrays.facts(tensors)
-    if facts is None:
-        return _checked(place, tensors, stochastic)
-    key = (place.dist, stochastic, tuple(place.factors), tuple(place.streams), tuple(place.starts), facts)
-    known = _found_right.get(key)
+    key_of_tensors = arrays.cache_key(tensors)
+    if key_of_tensors is None:
+        return _validate_place(place, tensors, stochastic)
+    key = (place.dist, stochastic, tuple(place.factors), tuple(place.streams), tuple(place.starts), key_of_tensors)
+    known = _checked_lists.get(key)
     if known is None:
-        known = _checked(place, tensors, stochastic)
-        if len(_found_right) >= LISTS:  # more where threads add at once
-            _found_right.clear()
-        _found_right[key] = known
+        known = _validate_place(place, tensors, stochastic)
+        if len(_checked_lists) >= MAX_CACHED_LISTS:  # more where threads add at once
+            _checked_lists.clear()
+        _checked_lists[key] = known
     return known
 
 
 # A model whose parameters are moved one by one has hundreds. A list takes 1 KB, and 0.3 KB more for every tensor beyond
 # the first.
-LISTS = 1024
-_found_right: dict[tuple[Any, ...], tuple[Place, Layouts]] = {}
+MAX_CACHED_LISTS = 1024
+_checked_lists: dict[tuple[Any, ...], tuple[Place, Layouts]] = {}
 
 
-def _checked(place: Place, tensors: list[Array], stochastic: bool) -> tuple[Place, Layouts]:
+def _validate_place(place: Place, tensors: list[Array], stochastic: bool) -> tuple[Place, Layouts]:
     dist, factors, streams, starts = place
-    found = checks.check_tensors(tensors, starts)
+    found = validation.check_tensors(tensors, starts)
     if stochastic and any(dtype_name(t.dtype) == "float16" for t in tensors):
         raise TypeError("stochastic rounding is defined for bfloat16; float16 tensors take rounding='nearest'")
     n = len(tensors)
-    return Place(dist, checks.factors_of(factors, n), list(streams or range(n)), list(starts or [0] * n)), found
+    return Place(
+        dist, validation.checked_factors(factors, n), list(streams or range(n)), list(starts or [0] * n)
+    ), found
 
 
-def _move(call: Callable[..., None], place: Place, *lists: list[Array]) -> None:
+def _run_in_place(call: Callable[..., None], place: Place, *lists: list[Array]) -> None:
     """Makes the call, with a place and lists as kernels take them, and tells autograd what it changed.
 
     For tensors in channels_last one by one, with a copy, in memory that has room for the largest of them: where there
     is none, nothing is changed yet. What may still be missing then is some KB for the tables of a launch on a GPU.
     """
-    whole = all(all(are_row_major(xs)) for xs in lists)
-    rows = [] if whole else list(zip(*map(are_row_major, lists), strict=True))
+    all_row_major = all(all(are_row_major(xs)) for xs in lists)
+    rows = [] if all_row_major else list(zip(*map(are_row_major, lists), strict=True))
     strided = [t for t, row_major in enumerate(rows) if not all(row_major)]
-    rooms = [tensors_module().room_for_a_copy(xs) for xs in lists] if strided else []
+    buffers = [tensors_module().copy_buffer(xs) for xs in lists] if strided else []
     try:
         if not strided:
             return call(place, *lists)
-        plain = [t for t, row_major in enumerate(rows) if all(row_major)]
-        if plain:
-            call(place.of(plain), *([xs[t] for t in plain] for xs in lists))
+        contiguous = [t for t, row_major in enumerate(rows) if all(row_major)]
+        if contiguous:
+            call(place.subset(contiguous), *([xs[t] for t in contiguous] for xs in lists))
         for t in strided:
             mine: list[Any] = [xs[t] for xs in lists]
-            copies = [tensors_module().contiguous(x, room) for x, room in zip(mine, rooms, strict=True)]
-            call(place.of([t]), *([copy] for copy in copies))
+            copies = [tensors_module().contiguous_copy(x, buffer) for x, buffer in zip(mine, buffers, strict=True)]
+            call(place.subset([t]), *([copy] for copy in copies))
             for x, copy in zip(mine, copies, strict=True):
                 if copy is not x:
                     x.copy_(copy)

@@ -1,4 +1,4 @@
-"""Where tensors lie in the noise."""
+"""`Place`: which noise each tensor of a list gets."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ DISTRIBUTIONS = ("rademacher", "gaussian")
 
 
 class Place(NamedTuple):
-    """What a backend needs to know of a list of tensors beside the tensors: where each of them lies in the noise.
+    """Which noise each tensor of a list gets. Backends take one beside the tensors.
 
-    dist: "rademacher" or "gaussian". Of each tensor: factors, the power of two that its noise is scaled by; streams,
-    the number that names its noise; starts, the index of its first element in the unsharded tensor.
+    dist: "rademacher" or "gaussian", for all of them. Per tensor: factors, the power of two that scales its noise;
+    streams, the number of its noise stream; starts, the index of its first element in the unsharded tensor.
     """
 
     dist: str
@@ -21,16 +21,16 @@ class Place(NamedTuple):
     starts: Sequence[int]
 
     @classmethod
-    def of_one(cls, dist: str = "rademacher", factor: float = 1.0, stream: int = 0, start: int = 0) -> Place:
+    def single(cls, dist: str = "rademacher", factor: float = 1.0, stream: int = 0, start: int = 0) -> Place:
         """The place of a list of one tensor."""
         return cls(dist, [factor], [stream], [start])
 
-    def of(self, tensors: Sequence[int]) -> Place:
-        """The place of some of the tensors, given by their positions."""
-        factors, streams = [self.factors[t] for t in tensors], [self.streams[t] for t in tensors]
-        return Place(self.dist, factors, streams, [self.starts[t] for t in tensors])
+    def subset(self, positions: Sequence[int]) -> Place:
+        """The place of the tensors at these positions of the list."""
+        factors, streams = [self.factors[t] for t in positions], [self.streams[t] for t in positions]
+        return Place(self.dist, factors, streams, [self.starts[t] for t in positions])
 
-    def each(self) -> Iterator[dict[str, Any]]:
-        """Of every tensor, as the functions of spec.py take it."""
+    def per_tensor(self) -> Iterator[dict[str, Any]]:
+        """Keyword arguments for the functions of spec.py, one mapping per tensor."""
         for factor, stream, start in zip(self.factors, self.streams, self.starts, strict=True):
             yield {"dist": self.dist, "factor": factor, "stream": stream, "start": start}

@@ -40,7 +40,7 @@ def replay_(
     place: Place,
     rounding_seeds: Sequence[int] | None,
 ) -> None:
-    for tensor, where in zip(tensors, place.each(), strict=True):
+    for tensor, where in zip(tensors, place.per_tensor(), strict=True):
         x = storage(tensor)
         where["rounding_seeds"] = rounding_seeds
         x[:] = spec.replay(x, list(seeds), list(coefficients), **where)
@@ -59,7 +59,7 @@ def update_(
 ) -> None:
     by_round = [len(steps), len(seeds) // len(steps)]
     record = (np.array(seeds, object).reshape(by_round).tolist(), np.reshape(coefficients, by_round).tolist(), steps)
-    for t, (tensor, where) in enumerate(zip(tensors, place.each(), strict=True)):
+    for t, (tensor, where) in enumerate(zip(tensors, place.per_tensor(), strict=True)):
         x, mine = storage(tensor), [storage(moment[t]) for moment in moments]
         where["rounding_seeds"] = rounding_seeds
         x[:], after = spec.update(x, mine, rule, list(constants), *record, **where)  # type: ignore[arg-type]
@@ -69,6 +69,6 @@ def update_(
 
 def project(tensors: Sequence[Array], seeds: Sequence[int], place: Place) -> NDArray[np.float64]:
     scalars: NDArray[np.float64] = np.zeros(len(seeds))
-    for tensor, where in zip(tensors, place.each(), strict=True):
+    for tensor, where in zip(tensors, place.per_tensor(), strict=True):
         scalars = spec.project(storage(tensor), list(seeds), scalars, **where)
     return scalars

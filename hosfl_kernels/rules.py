@@ -1,7 +1,7 @@
-"""Update rules: what a rule keeps per weight, and its numbers for every round. The arithmetic is `spec.update`.
+"""Update rules: how many moments a rule keeps per weight, and its step sizes. The arithmetic is `spec.update`.
 
-Everything that depends on the round alone is made here, in float64 and from the global number of the round, and
-rounded once to float32: a client that missed rounds makes the numbers of one that missed none.
+All numbers that depend on the round alone are computed here, in float64 from the global number of the round, and are
+rounded once to float32. So a client that missed rounds computes the same numbers as one that missed none.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class SGD:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_share(self.momentum, "momentum")
+        _check_fraction(self.momentum, "momentum")
         _check_weight_decay(self.weight_decay)
 
     @property
@@ -91,7 +91,7 @@ class AdamW:
             raise ValueError(f"betas must be two numbers, got {self.betas!r}")
         object.__setattr__(self, "betas", tuple(self.betas))
         for k, beta in enumerate(self.betas):
-            _check_share(beta, f"betas[{k}]")
+            _check_fraction(beta, f"betas[{k}]")
         _check_number(self.eps, "eps")
         if not (self.eps > 2.0**-150 and math.isfinite(self.eps)):  # 2^-150 and less is 0 in float32
             raise ValueError(f"eps must be finite and above 0 in float32, got {self.eps}")
@@ -159,7 +159,7 @@ def _check_number(value: float, name: str) -> None:
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
-def _check_share(value: float, name: str) -> None:
+def _check_fraction(value: float, name: str) -> None:
     _check_number(value, name)
     if not 0 <= value < 1 - 2.0**-25:  # from here on 1 in float32
         raise ValueError(f"{name} must be at least 0 and below 1 in float32, got {value}")

@@ -1,7 +1,7 @@
-"""What only torch has: the ops in torch.library, the backends of its devices, and what a tensor may refuse.
+"""The part that needs torch: the ops in torch.library, the backend of each device, and the checks of tensors.
 
-Imported where torch is and is needed: with hosfl_kernels in a program that has imported torch, else with the first
-tensor that an op is given. `import hosfl_kernels.tensors` makes torch.ops.hosfl at once.
+Imported with hosfl_kernels in a program that has imported torch, otherwise when an op is first given a tensor.
+`import hosfl_kernels.tensors` registers torch.ops.hosfl at once.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from hosfl_kernels import _cpp, arrays, cpu, cuda, gpu, ops, transfer
 from hosfl_kernels.place import Place
 
 BACKENDS: dict[str, ModuleType] = {**ops.BACKENDS, "triton": gpu, "cuda": cuda}
-READING = [op for op, schema in ops.SCHEMAS.items() if "!" not in schema]
+READ_ONLY_OPS = [op for op, schema in ops.SCHEMAS.items() if "!" not in schema]
 DTYPES: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in arrays.DTYPES)
 
 
 def cuda_backend() -> ModuleType:
-    """What serves CUDA tensors: Triton where it is installed, else nvcc's kernels; those first if HOSFL_CUDA=1."""
+    """The backend of CUDA tensors: Triton's if it is installed and HOSFL_CUDA is not 1, otherwise nvcc's."""
     if os.environ.get("HOSFL_CUDA") == "1" or importlib.util.find_spec("triton") is None:
         return cuda
     return gpu
@@ -38,11 +38,14 @@ DISPATCH = {"CPU": cpu, "CUDA": cuda_backend()}
 
 
 def check(tensors: Sequence[Any], name: str, changed: bool) -> None:
-    """Refuses what the ops can't take, also while torch.compile traces."""
+    """Check the tensors' types, autograd and devices, also while torch.compile traces. Raises TypeError, RuntimeError.
+
+    changed: whether the op writes them.
+    """
     breaks_graphs = changed and torch.is_grad_enabled()
     for t, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
-            raise arrays.wrong_kind(tensor, f"{name}[{t}]")
+            raise arrays.mixed_kinds_error(tensor, f"{name}[{t}]")
         if breaks_graphs and tensor.requires_grad:
             raise RuntimeError(
                 f"{name}[{t}] requires grad, and an in-place change would break its graph: use torch.no_grad()"
@@ -52,37 +55,41 @@ def check(tensors: Sequence[Any], name: str, changed: bool) -> None:
 
 
 def call(op: str, *arguments: Any) -> Any:
-    """The op by the tensors' device, or traced."""
+    """Call torch.ops.hosfl.OP: torch picks the backend by the tensors' device, or traces the call."""
     function = getattr(torch.ops.hosfl, op)
-    if op not in READING:
+    if op not in READ_ONLY_OPS:
         return function(*arguments)
     with torch.no_grad():  # the result has no gradient
         return function(*arguments)
 
 
-def numbers(x: NDArray[Any]) -> Tensor:
-    """A tensor of seeds or coefficients: a view; uint64 as int64."""
+def from_numpy(x: NDArray[Any]) -> Tensor:
+    """Seeds or coefficients as a tensor that shares the array's memory; uint64 is viewed as int64."""
     tensor = torch.from_numpy(x)
     return tensor.view(torch.int64) if tensor.dtype == torch.uint64 else tensor
 
 
-def of_storage(x: NDArray[Any]) -> Tensor:
-    """A tensor of an array as spec.py has it: a copy; uint16 are the bits of bfloat16."""
+def from_storage(x: NDArray[Any]) -> Tensor:
+    """A tensor with a copy of an array in the format of spec.py, where uint16 holds the bits of bfloat16."""
     if x.dtype == np.uint16:
         return torch.from_numpy(x.view(np.int16).copy()).view(torch.bfloat16)
     return torch.from_numpy(x.copy())
 
 
 def empty(n: int, device: torch.device | str) -> Tensor:
+    """An uninitialised float32 tensor [n]."""
     return torch.empty(n, dtype=torch.float32, device=device)
 
 
-def room_for_a_copy(tensors: Sequence[Tensor]) -> Tensor:
-    """Bytes for the largest of those that are not contiguous."""
+def copy_buffer(tensors: Sequence[Tensor]) -> Tensor:
+    """A uint8 buffer that holds a copy of the largest tensor which is not contiguous.
+
+    Raises RuntimeError while a CUDA graph captures, if there is such a tensor.
+    """
     sizes = [x.nbytes for x in tensors if not x.is_contiguous()]
     if sizes:
         with torch.cuda.device_of(tensors[0]):  # of no device for a tensor on the CPU
-            captured = transfer.capturing(tensors[0].device)
+            captured = transfer.is_capturing(tensors[0].device)
         if captured:
             raise RuntimeError(
                 "a CUDA graph can't capture a move of tensors in channels_last, which are copied at every call:"
@@ -91,23 +98,26 @@ def room_for_a_copy(tensors: Sequence[Tensor]) -> Tensor:
     return torch.empty(max(sizes, default=0), dtype=torch.uint8, device=tensors[0].device)
 
 
-def contiguous(x: Tensor, room: Tensor) -> Tensor:
-    """The tensor itself, or its copy in that room."""
-    return x if x.is_contiguous() else room[: x.nbytes].view(x.dtype).view(x.shape).copy_(x)
+def contiguous_copy(x: Tensor, buffer: Tensor) -> Tensor:
+    """The tensor itself if it is contiguous, otherwise a contiguous copy of it in the buffer."""
+    return x if x.is_contiguous() else buffer[: x.nbytes].view(x.dtype).view(x.shape).copy_(x)
 
 
 def mark_changed(tensors: Sequence[Tensor]) -> None:
-    """Tells autograd. torch.library doesn't; without it backward would run silently on changed tensors."""
+    """Raise the tensors' versions, so that autograd refuses to run backward through changed ones.
+
+    torch.library does not do so for mutable arguments.
+    """
     torch.autograd.graph.increment_version(list(filterfalse(Tensor.is_inference, tensors)))
 
 
-def largest(x: Tensor) -> float:
-    """The largest absolute value, 0 of nothing; NaN if there is one."""
+def max_abs(x: Tensor) -> float:
+    """The largest absolute value; 0 if x is empty, NaN if it has one."""
     return float(x.detach().abs().amax()) if x.numel() else 0.0
 
 
 def snap_(x: Tensor, step: float) -> None:
-    """spec.snap, in place."""
+    """`spec.snap`, in place."""
     with torch.no_grad():
         x.div_(step).round_().mul_(step).add_(0.0)
 
@@ -118,7 +128,7 @@ _cpp.join_openmp()
 
 
 def _implementation(op: str, backend: ModuleType) -> Callable[..., Any]:
-    """The op as torch.library calls it: the place comes field by field, where its schema has it."""
+    """The op with the signature of its schema: torch.library passes a `Place` as separate fields."""
     before, place, _ = ops.SCHEMAS[op].partition(ops.PLACE)
     if not place:
         return partial(ops.RUN[op], backend)
@@ -132,11 +142,11 @@ def _implementation(op: str, backend: ModuleType) -> Callable[..., Any]:
         made = implementation(*a)
         return torch.from_numpy(made) if isinstance(made, np.ndarray) else made
 
-    return reading if op in READING else implementation
+    return reading if op in READ_ONLY_OPS else implementation
 
 
 def _fake(op: str) -> Callable[..., Any]:
-    """What torch.compile sees: nothing, or one number per seed."""
+    """The op for fake tensors: returns None, or for `project` an empty tensor of the result's shape."""
 
     def fake(tensors: Sequence[Tensor], seeds: Tensor, *arguments: Any) -> Tensor:
         return seeds.new_empty(seeds.shape, dtype=torch.float64)

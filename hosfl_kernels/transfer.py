@@ -1,4 +1,4 @@
-"""Tables on their way to a device, and whether a CUDA graph captures what is done there."""
+"""Copies of tables to a device, and whether a CUDA graph is being captured there."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
-def capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph captures what is done on a device, which has to be the current one."""
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph captures work on this device, which must be the current one."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def on_device(table: NDArray[Any], op: str, device: torch.device) -> Tensor:
-    """A table for one call of an op, which no graph can keep."""
-    if capturing(device):
+def copy_records(table: NDArray[Any], op: str, device: torch.device) -> Tensor:
+    """A copy of an op's records on the device. Raises RuntimeError while a CUDA graph captures."""
+    if is_capturing(device):
         raise RuntimeError(f"a CUDA graph can't capture {op}: its records are copied to the device at the call")
-    return copied(table, device)
+    return copy_to_device(table, device)
 
 
-def copied(table: NDArray[Any], device: torch.device) -> Tensor:
-    """A table in the device's memory. From pinned memory the host doesn't wait for the device to catch up."""
+def copy_to_device(table: NDArray[Any], device: torch.device) -> Tensor:
+    """A copy on the device. It goes through pinned memory, so that the host does not wait for the device."""
     tensor = torch.from_numpy(table)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -100,7 +100,7 @@ def test_a_long_list_has_the_bits_of_the_cpp_backend(emulated, dist):
 def test_the_cells_after_a_tensor_stay(emulated, n, dtype):
     # The last tile lacks a part of its last 16 bytes, or nothing.
     x = torch.full((n + 8,), 3.0, dtype=dtype)
-    emulated.perturb_([x[:n]], 1, 0.5, Place.of_one(), None)
+    emulated.perturb_([x[:n]], 1, 0.5, Place.single(), None)
     assert set(x[:n].tolist()) == {2.5, 3.5}
     assert x[n:].tolist() == [3.0] * 8
 
@@ -109,7 +109,7 @@ def test_more_directions_than_fit_into_a_kernel_s_parameters(emulated):
     x, y = torch.zeros(3000), torch.zeros(3000)
     seeds, coefficients = list(range(1000)), torch.linspace(-1, 1, 1000).tolist()
     for backend, tensor in ((cpu, x), (emulated, y)):
-        backend.replay_([tensor], seeds, coefficients, Place.of_one(), None)
+        backend.replay_([tensor], seeds, coefficients, Place.single(), None)
     assert torch.equal(x, y)
 
 
@@ -151,13 +151,13 @@ def test_without_either_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "hosfl_kernels._cuda", None)
     assert hk.backends()["cuda"] is None
     with pytest.raises(RuntimeError, match=r"pip install triton.*HOSFL_CUDA=1"):
-        cuda.perturb_([torch.zeros(3)], 1, 1.0, Place.of_one(), None)
+        cuda.perturb_([torch.zeros(3)], 1, 1.0, Place.single(), None)
 
 
 def test_it_refuses_tensors_that_it_cannot_reach(emulated, monkeypatch):
     monkeypatch.setattr(emulated._extension(), "EMULATED", False)
     with pytest.raises(RuntimeError, match="take CUDA tensors, not cpu"):
-        cuda.noise_(torch.zeros(3), 1, Place.of_one())
+        cuda.noise_(torch.zeros(3), 1, Place.single())
 
 
 # --- what nvcc makes ------------------------------------------------------------------------------------------

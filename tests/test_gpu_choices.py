@@ -48,9 +48,9 @@ def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
         monkeypatch.setattr(choices, "_table", lambda: {(90, size): shapes for size, shapes in sizes.items()})
 
     monkeypatch.setattr(launch, "capability", lambda device: 90)
-    launch.remembered.cache_clear()
+    launch.cached_launches.cache_clear()
     yield put
-    launch.remembered.cache_clear()
+    launch.cached_launches.cache_clear()
 
 
 # --- the choice ---------------------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def test_the_defaults() -> None:
     """Those that the budgets of test_gpu_compile.py are of."""
     for kernel, kind in KERNELS.values():
         assert kernel.default(kind) == DEFAULTS[kernel.name, kind.dist, kind.dtype.itemsize]
-        assert kernel.impossible(kind, kernel.default(kind)) is None
+        assert kernel.why_impossible(kind, kernel.default(kind)) is None
 
 
 def test_the_total_size_of_a_dtype_decides(table: Any, launched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,11 +116,11 @@ def test_every_op_takes_the_shape_that_is_named_for_it(table: Any, launched: Any
     for i, name in enumerate(names):
         kernel, kind = KERNELS[name]
         shapes[name] = Shape(2 ** (i % 3), *((256, 2), (256, 1), (1024, 4), (1024, 2))[i % 4])
-        if kernel.impossible(kind, shapes[name]):
+        if kernel.why_impossible(kind, shapes[name]):
             shapes[name] = Shape(1, 256, 1)
         assert shapes[name] != kernel.default(kind)
     table(small=shapes)
-    x, place = torch.zeros(10, dtype=torch.bfloat16, device=DEVICE), Place.of_one()
+    x, place = torch.zeros(10, dtype=torch.bfloat16, device=DEVICE), Place.single()
     gpu.noise_(x.float(), 1, place)
     for rounding in (None, 5):
         gpu.perturb_([x], 1, 1.0, place, rounding)
@@ -139,19 +139,19 @@ def test_of_another_gpu_nothing_is_taken(table: Any, launched: Any, monkeypatch:
     table(small={"noise-rademacher-float32": Shape(1, 256, 2)})
     for capability in (80, None):
         monkeypatch.setattr(launch, "capability", lambda device, one=capability: one)
-        gpu.noise_(torch.zeros(10, device=DEVICE), 1, Place.of_one())
+        gpu.noise_(torch.zeros(10, device=DEVICE), 1, Place.single())
         assert shape_of(launched[-1]) == (2, 512, 4)
     monkeypatch.setattr(launch, "capability", lambda device: 90)
-    gpu.noise_(torch.zeros(10, device=DEVICE), 1, Place.of_one())
+    gpu.noise_(torch.zeros(10, device=DEVICE), 1, Place.single())
     assert shape_of(launched[-1]) == (1, 256, 2)
 
 
 def test_a_stand_in_for_the_table_ends_and_leaves_no_launch_behind(launched: Any) -> None:
     x, shape = torch.zeros(10, device=DEVICE), Shape(1, 256, 2)
-    gpu.perturb_([x], 1, 1.0, Place.of_one(), None)
-    with launch.instead({"perturb-rademacher-float32": shape}):
-        gpu.perturb_([x], 1, 1.0, Place.of_one(), None)
-    gpu.perturb_([x], 1, 1.0, Place.of_one(), None)
+    gpu.perturb_([x], 1, 1.0, Place.single(), None)
+    with launch.override_shapes({"perturb-rademacher-float32": shape}):
+        gpu.perturb_([x], 1, 1.0, Place.single(), None)
+    gpu.perturb_([x], 1, 1.0, Place.single(), None)
     assert [shape_of(variant) for variant in launched] == [(2, 512, 4), shape, (2, 512, 4)]
 
 
@@ -177,7 +177,7 @@ def test_the_self_check_runs_the_tiles_of_both_sizes(table: Any, launched: Any, 
     assert [shape_of(variant) for variant in launched] == [(1, 256, 2), (4, 512, 4)]
     said = capsys.readouterr().out
     assert said.index("tiles for small launches") < said.index("tiles for large launches")
-    gpu.perturb_([torch.zeros(10, device=DEVICE)], 1, 1.0, Place.of_one(), None)
+    gpu.perturb_([torch.zeros(10, device=DEVICE)], 1, 1.0, Place.single(), None)
     assert shape_of(launched[-1]) == (1, 256, 2)
 
 
@@ -253,11 +253,11 @@ def test_a_file_that_is_no_table_is_named(text: str, tmp_path: Path) -> None:
 def test_a_broken_table_is_an_error_before_anything_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choices, "PATH", written(tmp_path / "table.json", {**ENTRY, "size": "huge"}))
     choices._table.cache_clear()
-    launch.remembered.cache_clear()
+    launch.cached_launches.cache_clear()
     x = torch.zeros(10, device=DEVICE)
     try:
         with pytest.raises(ValueError, match="huge"):
-            gpu.perturb_([x], 1, 1.0, Place.of_one(), None)
+            gpu.perturb_([x], 1, 1.0, Place.single(), None)
     finally:
         choices._table.cache_clear()
     assert not x.any()
@@ -316,10 +316,10 @@ def test_the_bits_do_not_depend_on_the_shape(name: str, shape: Shape, launched: 
     count = COUNT if not kernel.wide else 2 * shape.blocks * launch.inner(kind.dist) * 1024 + 1001
     skipped = START % 8 if kernel.wide else 0
     x = torch.linspace(-1, 1, count + skipped).to(kind.dtype)[skipped:]
-    place = Place.of_one(kind.dist, factor=0.5 if kernel.name != "noise" else 1.0, stream=2**32 - 1, start=START)
+    place = Place.single(kind.dist, factor=0.5 if kernel.name != "noise" else 1.0, stream=2**32 - 1, start=START)
     want = run(reference, name, x.clone(), place)
     on_gpu = torch.cat([torch.zeros(skipped, dtype=kind.dtype), x]).to(DEVICE)[skipped:]
-    with launch.instead({name: shape}):
+    with launch.override_shapes({name: shape}):
         found = run(gpu, name, on_gpu, place)
     assert [shape_of(variant) for variant in launched] == [shape]
     for a, b in zip(found, want, strict=True):
@@ -329,10 +329,10 @@ def test_the_bits_do_not_depend_on_the_shape(name: str, shape: Shape, launched: 
 @pytest.mark.parametrize("name", [name for name in SHAPES if name.startswith("project")])
 def test_projections_differ_by_the_order_of_a_sum(name: str, launched: Any) -> None:
     kind = KERNELS[name][1]
-    x, place = torch.linspace(-1, 1, COUNT).to(kind.dtype), Place.of_one(kind.dist, start=START)
+    x, place = torch.linspace(-1, 1, COUNT).to(kind.dtype), Place.single(kind.dist, start=START)
     want = reference.project([x], SEEDS, place)
     for shape in SHAPES[name]:
-        with launch.instead({name: shape}):
+        with launch.override_shapes({name: shape}):
             found = gpu.project([x.to(DEVICE)], SEEDS, place).numpy()
         assert shape_of(launched[-1]) == shape
         assert np.abs(found - want).max() <= 1e-7 * float(x.double().abs().sum())

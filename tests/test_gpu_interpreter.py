@@ -43,7 +43,7 @@ def perturb_(
     x: torch.Tensor, scale: float = 1e-3, dist: str = "rademacher", start: int = 0, **options: int | None
 ) -> None:
     seed, rounding_seed = options.get("seed", SEED), options.get("rounding_seed")
-    gpu.perturb_([x], seed, scale, Place.of_one(dist, stream=STREAM, start=start), rounding_seed)
+    gpu.perturb_([x], seed, scale, Place.single(dist, stream=STREAM, start=start), rounding_seed)
 
 
 def test_it_says_what_it_runs_on() -> None:
@@ -58,7 +58,7 @@ SPANS = [(1, 0), (16384, 0), (16385, 1), (3000, 131072 - 1500), (9000, 2**40 + 1
 @pytest.mark.parametrize(("n", "start"), SPANS)
 def test_noise(n: int, start: int, dist: str) -> None:
     out = torch.full((n,), torch.nan, device=DEVICE)
-    gpu.noise_(out, SEED, Place.of_one(dist, stream=STREAM, start=start))
+    gpu.noise_(out, SEED, Place.single(dist, stream=STREAM, start=start))
     assert equal(out, spec.noise(n, SEED, stream=STREAM, start=start, dist=dist))
 
 
@@ -310,33 +310,33 @@ def test_nothing_to_do() -> None:
     gpu.replay_([], [1], [1.0], NOWHERE, None)
     x = weights(10)
     old = cells(x)
-    gpu.replay_([x], [], [], Place.of_one(), None)
-    gpu.replay_([x[:0]], [1], [1.0], Place.of_one(), None)
+    gpu.replay_([x], [], [], Place.single(), None)
+    gpu.replay_([x[:0]], [1], [1.0], Place.single(), None)
     assert gpu.project([], [1], NOWHERE).tolist() == [0.0]
-    assert gpu.project([x], [], Place.of_one()).tolist() == []
-    assert gpu.project([x[:0]], [1], Place.of_one()).tolist() == [0.0]
+    assert gpu.project([x], [], Place.single()).tolist() == []
+    assert gpu.project([x[:0]], [1], Place.single()).tolist() == [0.0]
     gpu.update_([], [], "sgd", [], [1], [1.0], [(1.0, 1.0, 1.0)], NOWHERE, None)
-    gpu.update_([x[:0]], [], "sgd", [], [1], [1.0], [(1.0, 1.0, 1.0)], Place.of_one(), None)
+    gpu.update_([x[:0]], [], "sgd", [], [1], [1.0], [(1.0, 1.0, 1.0)], Place.single(), None)
     records = [torch.zeros(1, *kind, device=DEVICE) for kind in ((0,), (3,))]
-    gpu.update_([x], [], "sgd", [], records[0].long()[:0], records[0][:0], records[1][:0], Place.of_one(), None)
+    gpu.update_([x], [], "sgd", [], records[0].long()[:0], records[0][:0], records[1][:0], Place.single(), None)
     assert equal(x, old)
     records[1][0, 1] = 0.5
-    gpu.update_([x], [], "sgd", [], records[0].long(), records[0], records[1], Place.of_one(), None)
+    gpu.update_([x], [], "sgd", [], records[0].long(), records[0], records[1], Place.single(), None)
     assert equal(x, old * np.float32(0.5))  # a round without directions
 
 
 def test_a_tensor_out_of_reach_is_refused() -> None:
     with pytest.raises(RuntimeError, match="CPU tensors, not meta" if DEVICE == "cpu" else "CUDA tensors"):
-        gpu.noise_(torch.empty(8, device="meta"), 0, Place.of_one())
+        gpu.noise_(torch.empty(8, device="meta"), 0, Place.single())
 
 
 def test_a_repeated_call_copies_nothing() -> None:
     launch = importlib.import_module("hosfl_kernels.gpu.launch")
     x = weights(10)
     perturb_(x)
-    before = launch.remembered.cache_info()
+    before = launch.cached_launches.cache_info()
     perturb_(x, seed=1)
-    after = launch.remembered.cache_info()
+    after = launch.cached_launches.cache_info()
     assert (after.hits, after.misses) == (before.hits + 1, before.misses)
 
 
@@ -347,18 +347,18 @@ def test_hundreds_of_lists_are_remembered_while_there_is_room(monkeypatch: pytes
     lists = [[weights(10)] for _ in range(300)]
 
     def misses() -> int:
-        before = launch.remembered.cache_info().misses
+        before = launch.cached_launches.cache_info().misses
         for tensors in lists:
-            launch.plan(kernel, tensors, Place.of_one())
-        return launch.remembered.cache_info().misses - before
+            launch.plan(kernel, tensors, Place.single())
+        return launch.cached_launches.cache_info().misses - before
 
-    launch.remembered.cache_clear()
+    launch.cached_launches.cache_clear()
     assert (misses(), misses()) == (300, 0)
-    launch.remembered.cache_clear()
-    tables = launch.plan(kernel, lists[0], Place.of_one())[0]
-    monkeypatch.setattr(launch, "room", lambda device: 10 * (tables.rows.nbytes + tables.row_of_program.nbytes))
+    launch.cached_launches.cache_clear()
+    tables = launch.plan(kernel, lists[0], Place.single())[0]
+    monkeypatch.setattr(launch, "table_budget", lambda device: 10 * (tables.rows.nbytes + tables.row_of_program.nbytes))
     misses()
-    assert launch.remembered.cache_info().currsize == 10
+    assert launch.cached_launches.cache_info().currsize == 10
 
 
 def test_nothing_is_changed_before_all_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -385,32 +385,32 @@ def test_nothing_is_changed_before_all_is_compiled(monkeypatch: pytest.MonkeyPat
 def test_what_a_graph_captures(monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes the tables of a call before, and they live as long as the process; each once."""
     launch = importlib.import_module("hosfl_kernels.gpu.launch")
-    monkeypatch.setattr(launch, "captured", {})
-    # Another test's tensor may have lain where x will: it would be remembered, and yet in no new `latest`.
-    monkeypatch.setattr(launch, "latest", type(launch.latest)())
-    launch.remembered.cache_clear()
+    monkeypatch.setattr(launch, "captured_launches", {})
+    # Another test's tensor may have lain where x will: it would be cached, and yet in no new `live_launches`.
+    monkeypatch.setattr(launch, "live_launches", type(launch.live_launches)())
+    launch.cached_launches.cache_clear()
     x = weights(10)
     with monkeypatch.context() as capturing:
-        capturing.setattr("hosfl_kernels.transfer.capturing", lambda device: True)
+        capturing.setattr("hosfl_kernels.transfer.is_capturing", lambda device: True)
         with pytest.raises(RuntimeError, match="make it once right before"):
             perturb_(x)
         with pytest.raises(RuntimeError, match="can't capture replay_ of records on the host"):
-            gpu.replay_([x], [1], [1.0], Place.of_one(), None)
+            gpu.replay_([x], [1], [1.0], Place.single(), None)
         with pytest.raises(RuntimeError, match="can't capture update_ of records on the host"):
-            gpu.update_([x], [], "sgd", [], [1], [1.0], [(1.0, 1.0, 1.0)], Place.of_one(), None)
+            gpu.update_([x], [], "sgd", [], [1], [1.0], [(1.0, 1.0, 1.0)], Place.single(), None)
         with pytest.raises(RuntimeError, match="make it once right before"):
-            gpu.update_([x], [], "sgd", [], *tables([[1]], [[1.0]], [(1.0, 1.0, 1.0)]), Place.of_one(), None)
+            gpu.update_([x], [], "sgd", [], *tables([[1]], [[1.0]], [(1.0, 1.0, 1.0)]), Place.single(), None)
     perturb_(x)
-    gpu.replay_([x], there([1]), there([1.0]), Place.of_one(), None)
+    gpu.replay_([x], there([1]), there([1.0]), Place.single(), None)
     with monkeypatch.context() as capturing:
-        capturing.setattr("hosfl_kernels.transfer.capturing", lambda device: True)
+        capturing.setattr("hosfl_kernels.transfer.is_capturing", lambda device: True)
         for _ in range(2):
             perturb_(x)
-            gpu.replay_([x], there([2]), there([1.0]), Place.of_one(), None)
-        launch.remembered.cache_clear()
+            gpu.replay_([x], there([2]), there([1.0]), Place.single(), None)
+        launch.cached_launches.cache_clear()
         perturb_(x)
-    assert len(launch.captured) == 2
-    assert len(launch.latest) == 2
+    assert len(launch.captured_launches) == 2
+    assert len(launch.live_launches) == 2
 
 
 def test_each_stream_has_tables_of_its_own() -> None:
@@ -419,9 +419,9 @@ def test_each_stream_has_tables_of_its_own() -> None:
     x = weights(10)
     key = (kernel, Place("rademacher", (1.0,), (0,), (0,)), False, x.device)
     key += ((x.dtype,), (x.data_ptr(),), (x.numel(),), ())
-    one, other = launch.remembered(1, *key), launch.remembered(2, *key)
+    one, other = launch.cached_launches(1, *key), launch.cached_launches(2, *key)
     assert one[0].rows.data_ptr() != other[0].rows.data_ptr()
-    assert one is launch.remembered(1, *key)
+    assert one is launch.cached_launches(1, *key)
 
 
 class Graph(TorchDispatchMode):
@@ -472,8 +472,8 @@ def graph(monkeypatch: pytest.MonkeyPatch) -> Any:
         return torch.cuda.CUDAGraph()
     launch = importlib.import_module("hosfl_kernels.gpu.launch")
     graph, original = Graph(), launch.Variant.launch
-    monkeypatch.setattr("hosfl_kernels.transfer.capturing", lambda device: graph.open)
-    monkeypatch.setattr(launch, "captured", {})
+    monkeypatch.setattr("hosfl_kernels.transfer.is_capturing", lambda device: graph.open)
+    monkeypatch.setattr(launch, "captured_launches", {})
     monkeypatch.setattr(launch.Variant, "launch", lambda *arguments: graph.launch(partial(original, *arguments)))
     return graph
 
@@ -548,11 +548,11 @@ if DEVICE == "cuda":  # the interpreter has no graphs
         x = weights(5000)
         expected = cells(x)
         seed, scale = there([1]), there([1e-3])
-        gpu.replay_([x], seed, scale, Place.of_one(), None)
+        gpu.replay_([x], seed, scale, Place.single(), None)
         expected = spec.perturb(expected, 1, 1e-3)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            gpu.replay_([x], seed, scale, Place.of_one(), None)
+            gpu.replay_([x], seed, scale, Place.single(), None)
         for number in (SEED, 7):
             seed.copy_(there([number]))
             scale.fill_(number % 5)

@@ -712,9 +712,9 @@ def test_a_list_is_remembered_with_its_place():
 
 
 def test_what_is_remembered_is_bounded():
-    for n in range(2 * ops.LISTS):
+    for n in range(2 * ops.MAX_CACHED_LISTS):
         hk.perturb_(torch.zeros(n + 1), 1, 0.5)
-        assert len(ops._found_right) <= ops.LISTS
+        assert len(ops._checked_lists) <= ops.MAX_CACHED_LISTS
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -808,7 +808,7 @@ def test_what_failed_half_way_has_changed(move, monkeypatch):
 def test_a_cuda_graph_captures_no_channels_last(move, monkeypatch):
     """The copy lies elsewhere in every call, so that no call before helps."""
     xs, kept = one_in_channels_last()
-    monkeypatch.setattr("hosfl_kernels.transfer.capturing", lambda x: True)
+    monkeypatch.setattr("hosfl_kernels.transfer.is_capturing", lambda x: True)
     with pytest.raises(RuntimeError, match="channels_last, which are copied at every call: make them"):
         move(xs, kept)
     assert all(x.min() == x.max() == 1 for x in xs)

@@ -12,7 +12,7 @@ import torch._dynamo.testing
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import hosfl_kernels as hk
-from hosfl_kernels import checks, cuda
+from hosfl_kernels import cuda, validation
 from hosfl_kernels.place import Place
 
 SEEDS = [1, 2, 3, 2**40, 2**63 + 5, 2**64 - 1, 0, 2**63 + 77, 7, 12345, 99]
@@ -133,20 +133,20 @@ def test_where_records_may_lie():
     here = torch.zeros(2, dtype=torch.int64)
     # All that is asked of them. torch makes not even a fake tensor of a GPU that a machine lacks.
     there, other = (SimpleNamespace(device=torch.device(d), is_cpu=False) for d in ("cuda:0", "cuda:1"))
-    assert not checks.are_there({"seeds": here, "rounding_seeds": None}, [there])
-    assert not checks.are_there({"seeds": np.zeros(2)}, [np.zeros(2)])
-    assert checks.are_there({"seeds": there, "coefficients": there, "rounding_seeds": None}, [there])
+    assert not validation.are_on_gpu({"seeds": here, "rounding_seeds": None}, [there])
+    assert not validation.are_on_gpu({"seeds": np.zeros(2)}, [np.zeros(2)])
+    assert validation.are_on_gpu({"seeds": there, "coefficients": there, "rounding_seeds": None}, [there])
     for seeds, coefficients, tensors in ((there, here, there), (there, there, here), (other, other, there)):
         with pytest.raises(RuntimeError, match="put all records on the CPU, or all there"):
-            checks.are_there({"seeds": seeds, "coefficients": coefficients}, [tensors])
+            validation.are_on_gpu({"seeds": seeds, "coefficients": coefficients}, [tensors])
     with pytest.raises(TypeError, match=r"project takes seeds on the CPU, and they are on cuda:0"):
-        checks.check_on_host(there, "project")
-    checks.check_on_host(here, "project")
-    checks.check_on_host(np.zeros(2), "project")
+        validation.check_on_host(there, "project")
+    validation.check_on_host(here, "project")
+    validation.check_on_host(np.zeros(2), "project")
     with pytest.raises(RuntimeError, match="need Triton's kernels"):
-        cuda.replay_([here], here, here.float(), Place.of_one(), None)
+        cuda.replay_([here], here, here.float(), Place.single(), None)
     with pytest.raises(RuntimeError, match="need Triton's kernels"):
-        cuda.update_([here], [], "sgd", [], here[:, None], here[:, None], here[:, None], Place.of_one(), None)
+        cuda.update_([here], [], "sgd", [], here[:, None], here[:, None], here[:, None], Place.single(), None)
 
 
 class Asked(NamedTuple):

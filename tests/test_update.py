@@ -215,7 +215,7 @@ def test_flushed_denormals_change_no_bit():
     want.moments[0][0].view(torch.int32).fill_(0x1000)
     want.moments[1][0].view(torch.int32).fill_(0x2000)
     k = hk.AdamW().constants
-    reference.update_(want.tensors, want.moments, "adamw", k, [1], [1e-30], [[1.0, 1.0, 1e20]], Place.of_one(), None)
+    reference.update_(want.tensors, want.moments, "adamw", k, [1], [1e-30], [[1.0, 1.0, 1e20]], Place.single(), None)
     assert same(state.all(), want.all())
     assert (state.moments[1][0] > 0).all()
 

@@ -32,15 +32,15 @@ def place_of(case):
 
 def made_and_wanted(case, given):
     """What a public op makes of a case's array, and what spec.py does; `given` is the array's view."""
-    x, record = check.weights(case), check.records(case)
+    x, record = check.weights(case), check.replay_arguments(case)
     place, one = place_of(case)
     rounding_seeds = record["rounding_seeds"]
     stochastic = {"rounding": case.rounding} if rounding_seeds else {}
     mine = given(x.copy())
     if isinstance(case, check.UpdateCase):
-        moments = check.kept(case)
+        moments = check.moments(case)
         kept = [[m.reshape(mine.shape).copy()] for m in moments]
-        (rule, constants, seeds, coefficients, steps), rounding_seeds = check.rounds(case)
+        (rule, constants, seeds, coefficients, steps), rounding_seeds = check.update_arguments(case)
         by_round = (case.records, case.directions)
         seeds, coefficients = np.array(seeds, np.uint64).reshape(by_round), np.reshape(coefficients, by_round)
         rounding = {**stochastic, "rounding_seeds": rounding_seeds}
@@ -51,7 +51,7 @@ def made_and_wanted(case, given):
         want, after = spec.update(x, moments, rule, constants, *record, **one, rounding_seeds=rounding_seeds)
         return [mine, *(k[0] for k in kept)], [want, *after]
     if isinstance(case, check.ProjectCase):
-        finite = check.stored(np.clip(spec.to_float32(x), -1, 1), case.dtype)
+        finite = check.from_float32(np.clip(spec.to_float32(x), -1, 1), case.dtype)
         scalars = hk.project(given(finite), record["seeds"], **place)
         return [scalars], [spec.project(finite, record["seeds"], np.zeros(case.records), **one)]
     if case.records == 1:

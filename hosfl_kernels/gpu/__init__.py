@@ -42,11 +42,11 @@ def each_size() -> Iterator[str]:
     """
     launch, choices = module("launch"), module("choices")
     capability = launch.capability(launch.torch.device("cpu" if launch.INTERPRETED else "cuda"))
-    shapes = {size: choices.of(capability, size) for size in choices.SIZES}
+    shapes = {size: choices.shapes_for(capability, size) for size in choices.SIZES}
     if all(each == shapes["small"] for each in shapes.values()):
         shapes = {"all": shapes["small"]}
     for size, each in shapes.items():
-        with launch.instead(each):
+        with launch.override_shapes(each):
             yield size
 
 

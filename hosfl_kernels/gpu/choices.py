@@ -1,4 +1,4 @@
-"""Which shape of tile a launch takes: its kernel's default, or what choices.json names for this GPU and size of launch.
+"""The tile shape of a launch: its kernel's default, or what choices.json names for this GPU and size of launch.
 
     python -m benchmarks.gpu --sweep
 
@@ -24,7 +24,7 @@ PATH = Path(__file__).with_name("choices.json")
 
 
 class Shape(NamedTuple):
-    """A program's tile: so many blocks of rows that share their words, so many columns, and the warps that share it."""
+    """A program's tile: its number of blocks of rows (each shares its random words), of columns, and of warps."""
 
     blocks: int
     width: int
@@ -44,13 +44,13 @@ def size_of(elements: int) -> str:
 
 
 def kernels() -> dict[str, tuple[Any, Any]]:
-    """Every kernel with every kind of tensor that it takes, by name: see launch.py."""
+    """(kernel, kind) by name, for every kernel and every kind of tensors that it takes: see launch.py."""
     every = (kernel for op in MODULES for kernel in module(op).KERNELS)
     return {f"{kernel.name}-{kind}": (kernel, kind) for kernel in every for kind in kernel.kinds}
 
 
-def of(capability: int | None, size: str) -> Mapping[str, Shape]:
-    """The shapes that are named for a compute capability and a size class, by kernel."""
+def shapes_for(capability: int | None, size: str) -> Mapping[str, Shape]:
+    """The shapes that choices.json has for a compute capability and a size class, by the kernel's name."""
     return _table().get((capability, size), {})
 
 
@@ -69,7 +69,7 @@ def read(path: Path) -> dict[tuple[int | None, str], dict[str, Shape]]:
         raise ValueError(f"{path} is no table of choices: {error!r}") from None
     for number, entry in enumerate(entries):
         try:
-            name, shape = _checked(entry, known)
+            name, shape = _parse_entry(entry, known)
             shapes = table.setdefault((entry["capability"], entry["size"]), {})
             if name in shapes:
                 raise ValueError("there is another for this capability, kernel and size")
@@ -80,8 +80,8 @@ def read(path: Path) -> dict[tuple[int | None, str], dict[str, Shape]]:
     return table
 
 
-def _checked(entry: Any, known: Mapping[str, tuple[Any, Any]]) -> tuple[str, Shape]:
-    """Kernel and shape of an entry."""
+def _parse_entry(entry: Any, known: Mapping[str, tuple[Any, Any]]) -> tuple[str, Shape]:
+    """The kernel's name and the shape of an entry. Raises ValueError, TypeError, KeyError."""
     capability, name, size = entry["capability"], entry["kernel"], entry["size"]
     shape = Shape(*(entry[field] for field in Shape._fields))
     if type(capability) is not int or capability < 10:
@@ -93,6 +93,6 @@ def _checked(entry: Any, known: Mapping[str, tuple[Any, Any]]) -> tuple[str, Sha
     if missing := {"gpu", "torch", "triton"} - {*entry["measured"]}:
         raise ValueError(f"what measured it lacks {', '.join(sorted(missing))}")
     kernel, kind = known[name]
-    if (why := kernel.impossible(kind, shape)) is not None:
+    if (why := kernel.why_impossible(kind, shape)) is not None:
         raise ValueError(f"{name} can't have {shape}: {why}")
     return name, shape

@@ -1,6 +1,6 @@
-"""How kernels are launched: variants with their constants and options, and the tables that say which program does what.
+"""Launching kernels: variants with their constants and options, and the tables that assign tiles to programs.
 
-Every op's own module has its kernel, its variants and what it launches.
+The kernel of an op and its variants are in the op's own module.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from hosfl_kernels import spec, transfer
-from hosfl_kernels.ops import LISTS
+from hosfl_kernels.ops import MAX_CACHED_LISTS
 from hosfl_kernels.place import DISTRIBUTIONS, Place
 
 from . import choices
@@ -56,7 +56,7 @@ class Variant(NamedTuple):
     num_warps: int
 
     def programs(self, n: int, start: int) -> int:
-        """One per tile; tiles are aligned to the blocks of the noise and fill whole rows."""
+        """How many programs n elements from `start` on take: one per tile. Tiles are aligned to the noise's blocks."""
         span = self.constants["BLOCKS"] * self.constants["INNER"] * spec.COLS
         return (start % span + n + span - 1) // span * (spec.COLS // self.constants["WIDTH"])
 
@@ -64,12 +64,12 @@ class Variant(NamedTuple):
         self.kernel[(programs,)](*arguments, **self.constants, num_warps=self.num_warps, **OPTIONS)
 
     def compile(self, *arguments: Any) -> Any:
-        """What a launch with these arguments makes first, and then finds."""
+        """Compile as a launch with these arguments would; None in the interpreter."""
         options = {**self.constants, "num_warps": self.num_warps, **OPTIONS}
         return None if INTERPRETED else self.kernel.run(*arguments, grid=(1,), warmup=True, **options)
 
     def spills(self, *arguments: Any) -> int:
-        """32-bit words of a thread that lie in memory, as the driver counts them; in the interpreter none."""
+        """How many 32-bit registers a thread spills to memory, as the driver counts them; 0 in the interpreter."""
         if (compiled := self.compile(*arguments)) is None:
             return 0
         compiled._init_handles()  # as Triton's tutorials do: the driver knows it once the kernel is loaded
@@ -77,12 +77,12 @@ class Variant(NamedTuple):
 
 
 def inner(dist: str) -> int:
-    """Rows that share their words: a program's loop takes so many at a time, all loaded before the first is used."""
+    """How many rows share their random words: a program's loop loads so many at a time."""
     return {"rademacher": spec.ROUNDING_ROWS, "gaussian": spec.GAUSSIAN_ROWS}[dist]
 
 
 class Kind(NamedTuple):
-    """What a variant is for beside its op. stochastic: the rounding, of bfloat16 alone."""
+    """What a variant is compiled for: dtype, distribution, and stochastic rounding, which is for bfloat16 only."""
 
     dtype: torch.dtype
     dist: str
@@ -102,16 +102,16 @@ KINDS = tuple(
 
 
 def tile_constants(kind: Kind, shape: Shape) -> dict[str, int]:
-    """The constants of a kernel that are its tile's."""
+    """The compile-time constants of a kernel that describe its tile."""
     return {"BLOCKS": shape.blocks, "INNER": inner(kind.dist), "WIDTH": shape.width}
 
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """A kernel of an op, in a variant for every kind of tensors and shape. `plan` remembers by its identity.
+    """A kernel of an op, with a variant for every kind of tensors and shape. `plan` caches by its identity.
 
-    variant: makes one, the same for the same arguments. default: the shape where choices.json names none. wide: a
-    thread has 16 bytes of every row of a tile, where another has one column at least.
+    variant: makes the variant, the same object for the same arguments. default: the shape where choices.json names
+    none. wide: whether a thread takes 16 bytes of every row of a tile; otherwise it takes one column or more.
     """
 
     name: str
@@ -120,12 +120,16 @@ class Kernel:
     wide: bool = False
     kinds: Sequence[Kind] = KINDS
 
-    def at(self, kind: Kind, elements: int, device: torch.device) -> Variant:
-        """The variant for a launch of so many elements in all."""
-        shapes = choices.of(capability(device), choices.size_of(elements)) if _instead is None else _instead
+    def variant_for(self, kind: Kind, elements: int, device: torch.device) -> Variant:
+        """The variant for a launch over tensors of so many elements together."""
+        shapes = (
+            choices.shapes_for(capability(device), choices.size_of(elements))
+            if _shape_override is None
+            else _shape_override
+        )
         return self.variant(kind, shapes.get(f"{self.name}-{kind}") or self.default(kind))
 
-    def impossible(self, kind: Kind, shape: Shape) -> str | None:
+    def why_impossible(self, kind: Kind, shape: Shape) -> str | None:
         """Why the kernel can't have this shape, or None."""
         if any(type(x) is not int or x < 1 or x & (x - 1) for x in shape):
             return "each number is a power of two"
@@ -139,24 +143,24 @@ class Kernel:
         return None
 
 
-_instead: Mapping[str, Shape] | None = None
+_shape_override: Mapping[str, Shape] | None = None
 
 
 @contextlib.contextmanager
-def instead(shapes: Mapping[str, Shape]) -> Iterator[None]:
-    """Within, a launch of any size takes the shape that is named here, or its default: for checks and timings."""
-    global _instead
-    before, _instead = _instead, shapes
-    remembered.cache_clear()
+def override_shapes(shapes: Mapping[str, Shape]) -> Iterator[None]:
+    """Context manager: launches of any size take these shapes, or their defaults. For checks and timings."""
+    global _shape_override
+    before, _shape_override = _shape_override, shapes
+    cached_launches.cache_clear()
     try:
         yield
     finally:
-        _instead = before
-        remembered.cache_clear()
+        _shape_override = before
+        cached_launches.cache_clear()
 
 
 def capability(device: torch.device) -> int | None:
-    """90 for sm_90; None where there is none: the interpreter, AMD."""
+    """The compute capability, 90 for sm_90. None in the interpreter and on AMD."""
     if device.type != "cuda" or torch.version.hip:
         return None
     major, minor = torch.cuda.get_device_capability(device)
@@ -164,13 +168,13 @@ def capability(device: torch.device) -> int | None:
 
 
 def float_bits(values: Any) -> np.ndarray:
-    """float32 values as int32: how they travel in tables and arguments."""
+    """The bits of float32 values as int32, as tables and arguments have them."""
     with np.errstate(over="ignore"):
         return np.asarray(values, np.float64).astype(np.float32).view(np.int32)
 
 
-def bits_there(values: torch.Tensor) -> torch.Tensor:
-    """The same of a float32 tensor where it lies, as int64."""
+def float_bits_on_device(values: torch.Tensor) -> torch.Tensor:
+    """The bits of a float32 tensor as int64, on its device."""
     return values.view(torch.int32).to(torch.int64)
 
 
@@ -190,7 +194,7 @@ class Launch(NamedTuple):
         self.variant.launch(len(self.row_of_program), self.rows, self.row_of_program, *arguments)
 
     def compile(self, *arguments: Any) -> None:
-        """Compile what a call runs, once."""
+        """Compile what a call with these arguments runs, unless that was done before."""
         if (key := (id(self.variant), self.rows.device)) not in _compiled:
             self.variant.compile(self.rows, self.row_of_program, *arguments)
             _compiled.add(key)
@@ -200,7 +204,7 @@ _compiled: set[tuple[int, torch.device]] = set()
 
 
 def run(launches: Sequence[Launch], *arguments: Any) -> None:
-    """Launch all; none before each is compiled: a failure there must not leave some of the tensors changed."""
+    """Launch all, once all are compiled: a failed compilation must not leave some of the tensors changed."""
     if len(launches) > 1:
         for launch in launches:
             launch.compile(*arguments)
@@ -209,7 +213,7 @@ def run(launches: Sequence[Launch], *arguments: Any) -> None:
 
 
 class Launches(list[Launch]):
-    """Of one list of tensors."""  # a list of Python's own cannot be referred to weakly
+    """The launches for one list of tensors. A subclass, because a plain list takes no weak references."""
 
 
 def plan(
@@ -219,10 +223,10 @@ def plan(
     stochastic: bool = False,
     moments: Sequence[Sequence[torch.Tensor]] = (),
 ) -> Launches:
-    """The launches for a list of tensors, remembered.
+    """The launches for a list of tensors, cached.
 
-    Each stream has tables of its own, which it has filled and alone reads. A CUDA graph, which is captured on yet
-    another stream, takes those of any: it is replayed after the call that made them, and keeps them.
+    Each stream has tables of its own, which it alone fills and reads. A CUDA graph is captured on yet another stream.
+    It takes the tables of any stream: it is replayed after the call that made them, and holds on to them.
     """
     device = tensors[0].device
     key = (
@@ -235,36 +239,39 @@ def plan(
         tuple([x.numel() for x in tensors]),
         tuple([tuple([x.data_ptr() for x in kept]) for kept in moments]),
     )
-    if transfer.capturing(device):
-        if key not in captured:
-            captured[key] = _latest(key)
-        return captured[key]
+    if transfer.is_capturing(device):
+        if key not in captured_launches:
+            captured_launches[key] = _live_launches_of(key)
+        return captured_launches[key]
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return remembered(stream, *key)
+    return cached_launches(stream, *key)
 
 
-def _latest(key: tuple[Any, ...]) -> Launches:
-    if key not in latest:
-        # One that was forgotten is like the first: see `remembered`.
+def _live_launches_of(key: tuple[Any, ...]) -> Launches:
+    if key not in live_launches:
+        # An evicted one counts as a first call: see `cached_launches`.
         raise RuntimeError("a CUDA graph can't capture the first call with these tensors: make it once right before")
-    return latest[key]
+    return live_launches[key]
 
 
-# The launches that are remembered, whatever the stream.
-latest: weakref.WeakValueDictionary[tuple[Any, ...], Launches] = weakref.WeakValueDictionary()
+# The cached launches by key, without the stream.
+live_launches: weakref.WeakValueDictionary[tuple[Any, ...], Launches] = weakref.WeakValueDictionary()
 
 
-_held = 0  # bytes of the tables that were made since nothing was remembered
+_table_bytes = 0  # bytes of the tables made since the cache was last empty
 
 
-def room(device: torch.device) -> int:
-    """The most that tables may take, in bytes. A list's are a thousandth of its tensors, or 1 KB: of lists that lie
-    elsewhere in every call they would come to as much as the tensors themselves."""
+def table_budget(device: torch.device) -> int:
+    """The most bytes that cached tables may take.
+
+    Those of a list take a thousandth of its tensors, or 1 KB: for lists at new addresses in every call they would grow
+    to the size of the tensors themselves.
+    """
     return torch.cuda.get_device_properties(device).total_memory // 64 if device.type == "cuda" else 2**26
 
 
-@functools.lru_cache(maxsize=LISTS)
-def remembered(
+@functools.lru_cache(maxsize=MAX_CACHED_LISTS)
+def cached_launches(
     stream: int,
     kernel: Kernel,
     place: Place,
@@ -275,18 +282,18 @@ def remembered(
     sizes: tuple[int, ...],
     moments: tuple[tuple[int, ...], ...],
 ) -> Launches:
-    """`plan` by what it is made of. Addresses are part of the key: `.data` may be rebound at any time.
+    """`plan`, cached by its key. Addresses are part of the key: `.data` may be rebound at any time.
 
-    All is forgotten where there is no room for more.
+    The cache is cleared when its tables exceed `table_budget`.
     """
-    global _held
+    global _table_bytes
     launches = Launches()
     for dtype in CELLS:
         mine = [i for i, n in enumerate(sizes) if n and dtypes[i] == dtype]
         if not mine:
             continue
         kind = Kind(dtype, place.dist, stochastic and dtype == torch.bfloat16)
-        variant = kernel.at(kind, sum(sizes[i] for i in mine), device)
+        variant = kernel.variant_for(kind, sum(sizes[i] for i in mine), device)
         rows = np.zeros((len(mine), FIELDS.value), np.int64)
         columns = (addresses, sizes, place.starts, place.streams, float_bits(place.factors))
         for field, column in enumerate(columns):
@@ -296,22 +303,24 @@ def remembered(
         for k, kept in enumerate(moments):
             rows[:, 6 + k] = [kept[i] for i in mine]
         row_of_program = np.repeat(np.arange(len(mine), dtype=np.int32), programs)
-        launches.append(Launch(variant, transfer.copied(rows, device), transfer.copied(row_of_program, device)))
+        launches.append(
+            Launch(variant, transfer.copy_to_device(rows, device), transfer.copy_to_device(row_of_program, device))
+        )
     nbytes = sum(launch.rows.nbytes + launch.row_of_program.nbytes for launch in launches)
-    _held = nbytes + (_held if remembered.cache_info().currsize else 0)
-    if _held > room(device):
-        remembered.cache_clear()
-        _held = nbytes
-    latest[kernel, place, stochastic, device, dtypes, addresses, sizes, moments] = launches
+    _table_bytes = nbytes + (_table_bytes if cached_launches.cache_info().currsize else 0)
+    if _table_bytes > table_budget(device):
+        cached_launches.cache_clear()
+        _table_bytes = nbytes
+    live_launches[kernel, place, stochastic, device, dtypes, addresses, sizes, moments] = launches
     return launches
 
 
 def seed_bits(seeds: Sequence[int]) -> np.ndarray:
-    """Seeds as int64: how they travel in tables."""
+    """The bits of seeds as int64, as tables have them."""
     return np.array(seeds, np.uint64).view(np.int64)
 
 
-def reach(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+def device_context(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """The context to launch in, for tensors of `device`; refuses tensors that the kernels can't reach."""
     if INTERPRETED:
         if device.type != "cpu":
@@ -322,13 +331,13 @@ def reach(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device)
 
 
-# A captured graph reads its tables at every replay, also after `remembered` has forgotten them. Of each list once.
-captured: dict[tuple[Any, ...], Launches] = {}
+# A captured graph reads its tables at every replay, also after the cache has evicted them. One entry per list.
+captured_launches: dict[tuple[Any, ...], Launches] = {}
 
 
 def philox_words(key: int, counter: tuple[int, int, int, int]) -> tuple[int, ...]:
     """Four words, as spec.py's `philox` makes them."""
     out = torch.empty(4, dtype=torch.int32, device="cpu" if INTERPRETED else "cuda")
-    with reach(out.device):
+    with device_context(out.device):
         words[(1,)](out, key, *counter)
     return tuple(word & 0xFFFFFFFF for word in out.tolist())

@@ -10,9 +10,9 @@ from hosfl_kernels import spec
 from hosfl_kernels.place import DISTRIBUTIONS, Place
 
 from .choices import Shape
-from .launch import Kernel, Kind, Variant, reach, tile_constants
+from .launch import Kernel, Kind, Variant, device_context, tile_constants
 from .philox import COLS, column_words
-from .tile import exist, is_empty, is_full, locate, pointers, rows_and_columns
+from .tile import existing_cells, is_empty, is_full, locate, pointers, rows_and_columns
 
 RADEMACHER_ROWS = tl.constexpr(spec.RADEMACHER_ROWS)
 GAUSSIAN_ROWS = tl.constexpr(spec.GAUSSIAN_ROWS)
@@ -105,7 +105,7 @@ def write_noise(
         else:
             z = normals(seed, stream, first_row, outer, inner, col)
         pointer = pointers(address, outer, inner, lane, tl.float32, FULL)
-        tl.store(pointer, z, None if FULL else exist(at, n, outer, inner, lane))
+        tl.store(pointer, z, None if FULL else existing_cells(at, n, outer, inner, lane))
         address += INNER * COLS * 4
         at += INNER * COLS
         first_row += INNER
@@ -170,7 +170,7 @@ KERNELS = (KERNEL,)
 
 def noise_(out: torch.Tensor, seed: int, place: Place) -> None:
     """Fill the float32 tensor `out` with the noise of `seed`."""
-    with reach(out.device):
+    with device_context(out.device):
         if n := out.numel():
-            start, chosen = place.starts[0], KERNEL.at(Kind(torch.float32, place.dist), n, out.device)
+            start, chosen = place.starts[0], KERNEL.variant_for(Kind(torch.float32, place.dist), n, out.device)
             chosen.launch(chosen.programs(n, start), out.data_ptr(), n, start, place.streams[0], seed)

@@ -25,7 +25,7 @@ def variants(capability: int | None = None) -> dict[str, Variant]:
     kernels = choices.kernels()
     found = {name: kernel.variant(kind, kernel.default(kind)) for name, (kernel, kind) in kernels.items()}
     for size in choices.SIZES:
-        for name, shape in choices.of(capability, size).items():
+        for name, shape in choices.shapes_for(capability, size).items():
             kernel, kind = kernels[name]
             found[f"{name}@{size}"] = kernel.variant(kind, shape)
     return found

@@ -14,11 +14,11 @@ import triton.language as tl
 from hosfl_kernels.place import Place
 
 from .choices import Shape
-from .launch import CELLS, Kernel, Kind, Variant, float_bits, plan, reach, run, tile_constants
+from .launch import CELLS, Kernel, Kind, Variant, device_context, float_bits, plan, run, tile_constants
 from .noise import normals, sign_words, signed
 from .philox import COLS
 from .rounding import from_float32, to_float32
-from .tile import exist, is_empty, is_full, locate, pointers, rows_and_columns, segment
+from .tile import existing_cells, is_empty, is_full, locate, pointers, rows_and_columns, segment
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def add_noise(
         a, b, c, d = sign_words(seed, stream, first_row, col)
     for _ in range(BLOCKS):
         pointer = pointers(address, outer, inner, lane, CELL, FULL)
-        mask = None if FULL else exist(at, n, outer, inner, lane)
+        mask = None if FULL else existing_cells(at, n, outer, inner, lane)
         x = to_float32(tl.load(pointer, mask))
         if DIST == "rademacher":
             y = x + signed(s, a, b, c, d, first_row, outer, inner)
@@ -157,7 +157,7 @@ def perturb_(tensors: Sequence[torch.Tensor], seed: int, scale: float, place: Pl
     """x += scale * factor * z(seed) for every tensor, one launch per dtype."""
     if not tensors:
         return
-    with reach(tensors[0].device):
+    with device_context(tensors[0].device):
         launches = plan(BY_VALUE, tensors, place, rounding_seed is not None)
         nowhere = launches[0].rows if launches else None
         run(launches, nowhere, seed, int(float_bits(scale)), rounding_seed or 0)

@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 
 from hosfl_kernels.place import Place
-from hosfl_kernels.transfer import on_device
+from hosfl_kernels.transfer import copy_records
 
 from .choices import Shape
-from .launch import CELLS, KINDS, Kernel, Kind, Variant, plan, reach, seed_bits, tile_constants
+from .launch import CELLS, KINDS, Kernel, Kind, Variant, device_context, plan, seed_bits, tile_constants
 from .noise import normals, sign_words, signed
 from .rounding import to_float32
-from .tile import exist, is_empty, locate, pointers, rows_and_columns, segment
+from .tile import existing_cells, is_empty, locate, pointers, rows_and_columns, segment
 
 
 @triton.jit(do_not_specialize=["table", "row_of_program", "seeds", "count", "sums"])
@@ -43,7 +43,7 @@ def projection(
         col = first_col + lane.to(tl.uint32)
         address += at.to(tl.uint64) * (CELL.primitive_bitwidth // 8)
         pointer = pointers(address, outer, inner, lane, CELL, False)
-        x = to_float32(tl.load(pointer, exist(at, n, outer, inner, lane), 0))
+        x = to_float32(tl.load(pointer, existing_cells(at, n, outer, inner, lane), 0))
         mine = sums.to(tl.uint64).to(tl.pointer_type(tl.float64)) + tl.program_id(0)
         for record in range(count):
             seed = tl.load(seeds + record).to(tl.uint64)
@@ -84,13 +84,13 @@ def project(tensors: Sequence[torch.Tensor], seeds: Sequence[int], place: Place)
     if not tensors or not seeds:
         return torch.zeros(len(seeds), dtype=torch.float64, device="cpu")
     device = tensors[0].device
-    with reach(device):
+    with device_context(device):
         scalars = torch.zeros(len(seeds), dtype=torch.float64, device=device)
-        table = on_device(seed_bits(seeds), "project", device)
-        for run in plan(KERNEL, tensors, place):
-            programs = len(run.row_of_program)
-            for some, mine in zip(*(t.split(max(SUMS // programs, 1)) for t in (table, scalars)), strict=True):
-                sums = torch.zeros(len(some), programs, dtype=torch.float64, device=device)
-                run(some, len(some), sums.data_ptr())
-                mine += sums.sum(1)
+        table = copy_records(seed_bits(seeds), "project", device)
+        for launch in plan(KERNEL, tensors, place):
+            programs = len(launch.row_of_program)
+            for part, totals in zip(*(t.split(max(SUMS // programs, 1)) for t in (table, scalars)), strict=True):
+                sums = torch.zeros(len(part), programs, dtype=torch.float64, device=device)
+                launch(part, len(part), sums.data_ptr())
+                totals += sums.sum(1)
         return scalars.cpu()

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from hosfl_kernels.place import Place
-from hosfl_kernels.transfer import on_device
+from hosfl_kernels.transfer import copy_records
 
 from .choices import Shape
 from .launch import (
@@ -23,10 +23,10 @@ from .launch import (
     Kernel,
     Kind,
     Variant,
-    bits_there,
+    device_context,
     float_bits,
+    float_bits_on_device,
     plan,
-    reach,
     run,
     seed_bits,
     tile_constants,
@@ -34,7 +34,7 @@ from .launch import (
 from .noise import normals, sign_words, signed
 from .perturb import ON_DEVICE
 from .rounding import from_float32, to_float32
-from .tile import exist, is_empty, locate, pointers, rows_and_columns, segment
+from .tile import existing_cells, is_empty, locate, pointers, rows_and_columns, segment
 
 
 @triton.jit(do_not_specialize=["table", "row_of_program", "records", "count"])
@@ -59,7 +59,7 @@ def replay(
         col = first_col + lane.to(tl.uint32)
         address += at.to(tl.uint64) * (CELL.primitive_bitwidth // 8)
         pointer = pointers(address, outer, inner, lane, CELL, False)
-        mask = exist(at, n, outer, inner, lane)
+        mask = existing_cells(at, n, outer, inner, lane)
         x = to_float32(tl.load(pointer, mask))
         for record in range(count):
             seed = tl.load(records + record * 3).to(tl.uint64)
@@ -90,8 +90,8 @@ KERNEL = Kernel("replay", variant, default)
 KERNELS = (KERNEL,)
 
 
-def table_of(seeds: Sequence[int], coefficients: Any, rounding_seeds: Any) -> np.ndarray:
-    """The records as the kernel reads them."""
+def record_table(seeds: Sequence[int], coefficients: Any, rounding_seeds: Any) -> np.ndarray:
+    """The records as the kernel reads them: int64 [R, 3], see `replay`."""
     rows = np.empty((len(seeds), 3), np.int64)
     rows[:, 0] = seed_bits(seeds)
     rows[:, 1] = float_bits(coefficients)
@@ -114,18 +114,20 @@ def replay_(
     if not tensors or not len(seeds):
         return
     device, stochastic = tensors[0].device, rounding_seeds is not None
-    with reach(device):
+    with device_context(device):
         if isinstance(seeds, torch.Tensor):
-            records = _there(seeds, coefficients, rounding_seeds)
+            records = _record_table_on_device(seeds, coefficients, rounding_seeds)
         else:
-            records = on_device(table_of(seeds, coefficients, rounding_seeds), "replay_ of records on the host", device)
+            records = copy_records(
+                record_table(seeds, coefficients, rounding_seeds), "replay_ of records on the host", device
+            )
         if len(seeds) == 1:
             run(plan(ON_DEVICE, tensors, place, stochastic), records, 0, 0, 0)
         else:
             run(plan(KERNEL, tensors, place, stochastic), records, len(seeds))
 
 
-def _there(seeds: torch.Tensor, coefficients: Any, rounding_seeds: Any) -> torch.Tensor:
-    """`table_of` of tensors, made where they are."""
+def _record_table_on_device(seeds: torch.Tensor, coefficients: Any, rounding_seeds: Any) -> torch.Tensor:
+    """`record_table` of tensors on the device, made there."""
     rounding = torch.zeros_like(seeds) if rounding_seeds is None else rounding_seeds
-    return torch.stack([seeds, bits_there(coefficients), rounding], 1)
+    return torch.stack([seeds, float_bits_on_device(coefficients), rounding], 1)

@@ -78,7 +78,7 @@ def pointers(address, outer, inner, lane, CELL: tl.constexpr, ALIGNED: tl.conste
 
 
 @triton.jit
-def exist(at, n, outer, inner, lane):
+def existing_cells(at, n, outer, inner, lane):
     """Which cells of the tile are cells of the tensor."""
     begin = tl.maximum(-at, 0).to(tl.int32)
     end = tl.minimum(n - at, 1 << 30).to(tl.int32)

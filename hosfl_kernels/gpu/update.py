@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from hosfl_kernels.place import Place
-from hosfl_kernels.transfer import on_device
+from hosfl_kernels.transfer import copy_records
 
 from .choices import Shape
 from .launch import (
@@ -24,17 +24,17 @@ from .launch import (
     Kernel,
     Kind,
     Variant,
-    bits_there,
+    device_context,
     float_bits,
+    float_bits_on_device,
     plan,
-    reach,
     run,
     seed_bits,
     tile_constants,
 )
 from .noise import normals, sign_words, signed
 from .rounding import from_float32, to_float32
-from .tile import exist, is_empty, locate, moment_address, pointers, rows_and_columns, segment
+from .tile import existing_cells, is_empty, locate, moment_address, pointers, rows_and_columns, segment
 
 CONSTANTS = 5  # numbers of a rule, at most
 STEP = tl.constexpr(4)  # numbers of a round before its directions
@@ -116,7 +116,7 @@ def update(
     if not is_empty(at, n, ROWS, WIDTH):
         outer, inner, lane = rows_and_columns(BLOCKS, INNER, WIDTH)
         col = first_col + lane.to(tl.uint32)
-        mask = exist(at, n, outer, inner, lane)
+        mask = existing_cells(at, n, outer, inner, lane)
         address += at.to(tl.uint64) * (CELL.primitive_bitwidth // 8)
         pointer = pointers(address, outer, inner, lane, CELL, False)
         x = to_float32(tl.load(pointer, mask))
@@ -185,7 +185,7 @@ def constant_bits(constants: Sequence[float]) -> list[int]:
     return bits
 
 
-def table_of(
+def round_table(
     seeds: Sequence[int],
     coefficients: Sequence[float],
     steps: Sequence[Sequence[float]],
@@ -219,19 +219,19 @@ def update_(
     if not tensors or not len(steps):
         return
     device = tensors[0].device
-    with reach(device):
+    with device_context(device):
         if isinstance(seeds, torch.Tensor):
-            records = _there(seeds, coefficients, steps, rounding_seeds)
+            records = _round_table_on_device(seeds, coefficients, steps, rounding_seeds)
         else:
-            table = table_of(seeds, coefficients, steps, rounding_seeds)
-            records = on_device(table, "update_ of records on the host", device)
+            table = round_table(seeds, coefficients, steps, rounding_seeds)
+            records = copy_records(table, "update_ of records on the host", device)
         launches = plan(BY_RULE[rule], tensors, place, rounding_seeds is not None, moments)
         directions = (records.shape[1] - STEP.value) // 2
         run(launches, records, len(steps), directions, *constant_bits(constants))
 
 
-def _there(seeds: torch.Tensor, coefficients: Any, steps: Any, rounding_seeds: Any) -> torch.Tensor:
-    """`table_of` of tensors, made where they are."""
+def _round_table_on_device(seeds: torch.Tensor, coefficients: Any, steps: Any, rounding_seeds: Any) -> torch.Tensor:
+    """`round_table` of tensors on the device, made there."""
     rounding = seeds.new_zeros(len(steps)) if rounding_seeds is None else rounding_seeds
-    directions = torch.stack([seeds, bits_there(coefficients)], 2).flatten(1)
-    return torch.cat([bits_there(steps), rounding[:, None], directions], 1)
+    directions = torch.stack([seeds, float_bits_on_device(coefficients)], 2).flatten(1)
+    return torch.cat([float_bits_on_device(steps), rounding[:, None], directions], 1)

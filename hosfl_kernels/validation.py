@@ -1,7 +1,7 @@
-"""The checks of arguments, one for arrays and tensors alike. Each says what was wrong, before anything is changed.
+"""Argument validation, for numpy arrays and torch tensors alike. Every check runs before any tensor is changed.
 
-The first half also runs while torch.compile traces an op: it touches numbers, lengths and kinds. The second half reads
-what a backend will really get: dtypes, devices, memory.
+The first half also runs while torch.compile traces an op, and so reads only numbers, lengths and types. The second half
+reads what a backend gets: dtypes, devices, memory.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from hosfl_kernels.arrays import (
     is_numpy,
     layouts,
     may_be_tensor,
+    mixed_kinds_error,
     sizes,
     tensors_module,
     to_numpy,
-    wrong_kind,
 )
 from hosfl_kernels.place import DISTRIBUTIONS, Place
 from hosfl_kernels.rules import Rule
@@ -49,7 +49,10 @@ LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 def array_list(
     given: Array | Iterable[Array], name: str = "tensors", changed: bool = True, like: Sequence[Array] = ()
 ) -> list[Array]:
-    """The arrays or tensors given, of one kind, which is that of `like`."""
+    """One array or tensor, or an iterable of them, as a list: all arrays or all tensors, as those of `like` are.
+
+    changed: whether the op writes them. Raises TypeError, ValueError, RuntimeError; messages call the argument `name`.
+    """
     one = not isinstance(given, (list, tuple)) and (is_numpy(given) or may_be_tensor(given))
     if not one and not isinstance(given, Iterable):
         raise TypeError(f"{name} must be tensors or numpy arrays, one or a list of them, got {type(given).__name__}")
@@ -61,14 +64,14 @@ def array_list(
         return listed
     for t, x in enumerate(listed):
         if not is_numpy(x):
-            raise wrong_kind(x, f"{name}[{t}]")
+            raise mixed_kinds_error(x, f"{name}[{t}]")
         if changed and not x.flags.writeable:
             raise ValueError(f"{name}[{t}] is read-only, and would be changed in place: pass a writeable copy")
     return listed
 
 
 def moment_lists(moments: Sequence[Array | Iterable[Array]], rule: Rule, tensors: list[Array]) -> list[Array]:
-    """The moments end to end: all of the first kind, then all of the second."""
+    """The moments as one flat list: all of the first kind, then all of the second. Raises TypeError, ValueError."""
     check_list(moments, "moments", "lists of tensors")
     if len(moments) != rule.moments:
         raise ValueError(f"{rule} keeps {rule.moments} moments per tensor, got {len(moments)} lists of them")
@@ -89,7 +92,7 @@ def check_integer(value: int, end: int, name: str) -> None:
 
 
 def check_list(values: object, name: str, of: str) -> None:
-    """What comes as a list, or like one: with a length, and in an order."""
+    """Raises TypeError for what is no sequence: it must have a length and an order."""
     if not (hasattr(values, "__len__") and hasattr(values, "__getitem__")):
         raise TypeError(f"{name} must be a list of {of}, got {type(values).__name__}")
 
@@ -99,21 +102,22 @@ def check_number(value: object, name: str) -> None:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
-def halves_of(seed: int, name: str) -> list[int]:
+def seed_halves(seed: int, name: str) -> list[int]:
+    """The low and the high 32 bits of a seed. Raises TypeError, ValueError."""
     check_integer(seed, 2**64, name)
     if isinstance(seed, np.integer):
         seed = int(seed)
     return [seed & 0xFFFFFFFF, seed >> 32]
 
 
-def _listed(values: Sequence[Any] | None) -> list[Any]:
+def _list_or_empty(values: Sequence[Any] | None) -> list[Any]:
     return [] if values is None else list(values)
 
 
-def place_of(
+def make_place(
     n: int, dist: str, factors: Sequence[float] | None, streams: Sequence[int] | None, starts: Sequence[int] | None
 ) -> Place:
-    """The place of n tensors, an empty list for what the caller left to the default: see `_whole`."""
+    """The `Place` of n tensors, checked. None becomes an empty list: `ops._checked_place` fills in the default."""
     if dist not in DISTRIBUTIONS:
         raise ValueError(f"dist must be one of {', '.join(DISTRIBUTIONS)}, got {dist!r}")
     for name, values in (("factors", factors), ("streams", streams), ("starts", starts)):
@@ -122,7 +126,7 @@ def place_of(
         check_list(values, name, "numbers, one per tensor")
         if len(values) != n:
             raise ValueError(f"{n} tensors but {len(values)} {name}")
-    place = Place(dist, *map(_listed, (factors, streams, starts)))
+    place = Place(dist, *map(_list_or_empty, (factors, streams, starts)))
     for t, stream in enumerate(place.streams):
         check_integer(stream, 2**32, f"streams[{t}]")
     for t, start in enumerate(place.starts):
@@ -137,37 +141,40 @@ def check_rounding(rounding: str, seeded: bool, name: str) -> None:
         raise ValueError(f"rounding='stochastic' and {name} go together: give both or neither")
 
 
-ONE, TWO = ", one-dimensional", ", two-dimensional"  # dimensions
+ONE_DIMENSIONAL, TWO_DIMENSIONAL = ", one-dimensional", ", two-dimensional"  # dimensions
 
 
-def _numbers(values: Any, name: str, dtype: str, dimensions: str, numpy: bool) -> Numbers | None:
-    """Numbers that come as an array or a tensor, once they are checked; None for those that come as a list.
+def _checked_numbers(values: Any, name: str, dtype: str, dimensions: str, numpy: bool) -> Numbers | None:
+    """Numbers that were passed as an array or a tensor, checked; None if they were passed as a list.
 
-    An array becomes a tensor first where the op is torch's: torch.compile knows no dtype of an array.
+    An array becomes a tensor first where the op runs through torch: torch.compile cannot read the dtype of an array.
+    Raises TypeError.
     """
     if not (is_numpy(values) or may_be_tensor(values)):
         return None
     kind = "an array" if is_numpy(values) else "a tensor"
-    numbers: Any = _as_op_takes(values.copy(), numpy) if is_numpy(values) else values
-    right = str(numbers.dtype).removeprefix("torch.") == dtype and numbers.ndim == (1 if dimensions == ONE else 2)
-    elsewhere = not (is_numpy(numbers) or numbers.is_cpu or numbers.is_cuda)
-    if not right or elsewhere:
+    numbers: Any = _as_op_input(values.copy(), numpy) if is_numpy(values) else values
+    matches = str(numbers.dtype).removeprefix("torch.") == dtype and numbers.ndim == (
+        1 if dimensions == ONE_DIMENSIONAL else 2
+    )
+    unsupported_device = not (is_numpy(numbers) or numbers.is_cpu or numbers.is_cuda)
+    if not matches or unsupported_device:
         taken = "int64 or uint64" if dtype == "int64" and is_numpy(values) else dtype
-        where = f", and not on {numbers.device}" if elsewhere else ""
+        where = f", and not on {numbers.device}" if unsupported_device else ""
         raise TypeError(f"{name} as {kind} must be {taken}{dimensions}{where}")
     return numbers
 
 
 def check_on_host(seeds: Numbers, op: str) -> None:
-    """Of an op that reads them on the host."""
+    """Raises TypeError for seeds on a GPU, for an op that reads them on the host."""
     if not (isinstance(seeds, np.ndarray) or seeds.is_cpu):
         raise TypeError(f"{op} takes seeds on the CPU, and they are on {seeds.device}")
 
 
-def are_there(records: dict[str, Numbers | None], tensors: Sequence[Array]) -> bool:
-    """Whether the records lie where the tensors are, on a GPU; otherwise they are all on the host.
+def are_on_gpu(records: dict[str, Numbers | None], tensors: Sequence[Array]) -> bool:
+    """Whether all records are on the tensors' GPU; if not, all of them are on the host.
 
-    Raises RuntimeError for some here and some there, and for another GPU's.
+    Raises RuntimeError for records on several devices, or on another GPU than the tensors.
     """
     places = {name: "cpu" if is_numpy(x) else str(x.device) for name, x in records.items() if x is not None}
     if set(places.values()) == {"cpu"}:
@@ -179,27 +186,27 @@ def are_there(records: dict[str, Numbers | None], tensors: Sequence[Array]) -> b
     return True
 
 
-def _as_op_takes(values: NDArray[Any], numpy: bool) -> Numbers:
-    """Seeds or coefficients as an array or, where the op is torch's, as a tensor; uint64 as int64."""
+def _as_op_input(values: NDArray[Any], numpy: bool) -> Numbers:
+    """Seeds or coefficients as an array or, where the op runs through torch, as a tensor; uint64 is viewed as int64."""
     if not numpy:
-        numbers: Tensor = tensors_module().numbers(values)
+        numbers: Tensor = tensors_module().from_numpy(values)
         return numbers
     return values.view(np.int64) if values.dtype == np.uint64 else values
 
 
 def seed_bits(seeds: Seeds, name: str, numpy: bool) -> Numbers:
-    """int64 [R]: the bits of uint64 seeds."""
-    if (numbers := _numbers(seeds, name, "int64", ONE, numpy)) is not None:
+    """Seeds as int64 [R], which hold the bits of uint64. Raises TypeError, ValueError."""
+    if (numbers := _checked_numbers(seeds, name, "int64", ONE_DIMENSIONAL, numpy)) is not None:
         return numbers
     check_list(seeds, name, "integers")
     for r, seed in enumerate(seeds):
         check_integer(seed, 2**64, f"{name}[{r}]")
-    return _as_op_takes(np.array(seeds, dtype=np.uint64).view(np.int64), numpy)
+    return _as_op_input(np.array(seeds, dtype=np.uint64).view(np.int64), numpy)
 
 
 def seed_table(seeds: SeedTable, numpy: bool) -> Numbers:
-    """int64 [R, P]: the bits of uint64 seeds."""
-    if (numbers := _numbers(seeds, "seeds", "int64", " [rounds, directions]", numpy)) is not None:
+    """Seeds as int64 [R, P], which hold the bits of uint64. Raises TypeError, ValueError."""
+    if (numbers := _checked_numbers(seeds, "seeds", "int64", " [rounds, directions]", numpy)) is not None:
         return numbers
     check_list(seeds, "seeds", "rounds")
     for r, row in enumerate(seeds):
@@ -210,16 +217,19 @@ def seed_table(seeds: SeedTable, numpy: bool) -> Numbers:
         for p, seed in enumerate(row):
             check_integer(seed, 2**64, f"seeds[{r}][{p}]")
     shape = (len(seeds), len(seeds[0]) if seeds else 0)
-    return _as_op_takes(np.array(seeds, dtype=np.uint64).reshape(shape).view(np.int64), numpy)
+    return _as_op_input(np.array(seeds, dtype=np.uint64).reshape(shape).view(np.int64), numpy)
 
 
-def reals(values: Any, name: str, dimensions: str, numpy: bool) -> Numbers:
-    """float32 as they came, or float64 of a list: backends round those to float32, in IEEE arithmetic."""
-    if (numbers := _numbers(values, name, "float32", dimensions, numpy)) is not None:
+def real_numbers(values: Any, name: str, dimensions: str, numpy: bool) -> Numbers:
+    """Numbers as an array or tensor: float32 if they were passed as one, float64 of a list.
+
+    Backends round float64 to float32, in IEEE arithmetic. Raises TypeError, ValueError.
+    """
+    if (numbers := _checked_numbers(values, name, "float32", dimensions, numpy)) is not None:
         return numbers
-    check_list(values, name, "numbers" if dimensions == ONE else "rounds")
+    check_list(values, name, "numbers" if dimensions == ONE_DIMENSIONAL else "rounds")
     for r, row in enumerate(values):
-        if dimensions == ONE:
+        if dimensions == ONE_DIMENSIONAL:
             check_number(row, f"{name}[{r}]")
             continue
         if not hasattr(row, "__len__"):
@@ -228,12 +238,13 @@ def reals(values: Any, name: str, dimensions: str, numpy: bool) -> Numbers:
             raise ValueError(f"{name}[0] has {len(values[0])} numbers, {name}[{r}] has {len(row)}")
         for p, value in enumerate(row):
             check_number(value, f"{name}[{r}][{p}]")
-    return _as_op_takes(np.array(values, dtype=np.float64), numpy)
+    return _as_op_input(np.array(values, dtype=np.float64), numpy)
 
 
-def table_of(values: Table, name: str, shape: tuple[int, int], numpy: bool) -> Numbers:
+def real_table(values: Table, name: str, shape: tuple[int, int], numpy: bool) -> Numbers:
+    """Numbers of this shape, as `real_numbers` returns them. Raises TypeError, ValueError."""
     empty = hasattr(values, "__len__") and not len(values)
-    table = reals(np.empty((0, shape[1]), np.float32) if empty else values, name, TWO, numpy)
+    table = real_numbers(np.empty((0, shape[1]), np.float32) if empty else values, name, TWO_DIMENSIONAL, numpy)
     if table.shape != shape:
         raise ValueError(
             f"{name} must be [{shape[0]}, {shape[1]}], one row per round of the seeds, got {[*table.shape]}"
@@ -244,8 +255,9 @@ def table_of(values: Table, name: str, shape: tuple[int, int], numpy: bool) -> N
 # --- arrays and tensors ------------------------------------------------------------------------------------------
 
 
-def factors_of(factors: Sequence[float] | None, n: int) -> list[float]:
-    factors = _listed(factors) or [1.0] * n
+def checked_factors(factors: Sequence[float] | None, n: int) -> list[float]:
+    """The factors of n tensors, 1 by default. Raises ValueError for what is no power of two."""
+    factors = _list_or_empty(factors) or [1.0] * n
     for t, factor in enumerate(factors):
         if not (2.0**-100 <= factor <= 2.0**100 and math.frexp(factor)[0] == 0.5):
             raise ValueError(f"factors[{t}] must be a power of two between 2^-100 and 2^100, got {factor}")
@@ -253,7 +265,10 @@ def factors_of(factors: Sequence[float] | None, n: int) -> list[float]:
 
 
 def check_tensors(tensors: Sequence[Array], starts: Sequence[int] | None = None) -> Layouts:
-    """Dtypes, devices, contiguity, memory that is shared, and the ends of streams. Returns the layouts."""
+    """Check dtypes, devices, contiguity, shared memory and the ends of streams. Returns the layouts.
+
+    Raises TypeError, RuntimeError, ValueError.
+    """
     found = layouts(tensors)
     for t, (tensor, (_, _, device, row_major)) in enumerate(zip(tensors, found, strict=True)):
         if dtype_name(tensor.dtype) is None:
@@ -266,7 +281,7 @@ def check_tensors(tensors: Sequence[Array], starts: Sequence[int] | None = None)
         for t, (start, size) in enumerate(zip(starts, sizes(tensors), strict=True)):
             if int(start) + size > 2**63:  # an int64 of numpy would overflow
                 raise ValueError(f"starts[{t}] + numel is beyond 2^63")
-    _check_memory({"tensors": found})
+    _check_no_shared_memory({"tensors": found})
     return found
 
 
@@ -280,7 +295,7 @@ def _check_channels_last(x: Any, name: str) -> None:
         )
 
 
-def _check_memory(lists: dict[str, Layouts]) -> None:
+def _check_no_shared_memory(lists: dict[str, Layouts]) -> None:
     spans = []
     for k, found in enumerate(lists.values()):
         spans += [(begin, end, k, t) for t, (begin, end, _, _) in enumerate(found) if begin < end]
@@ -293,6 +308,7 @@ def _check_memory(lists: dict[str, Layouts]) -> None:
 
 
 def check_moments(tensors: list[Array], found: Layouts, moments: list[list[Array]]) -> None:
+    """Check that moments are float32, and alike to their tensors. found: the layouts of the tensors."""
     lists = {"tensors": found}
     for k, moment in enumerate(moments):
         lists[f"moments[{k}]"] = layouts(moment)
@@ -307,11 +323,11 @@ def check_moments(tensors: list[Array], found: Layouts, moments: list[list[Array
                 raise RuntimeError(f"moments[{k}][{t}] is on {device}, tensors[{t}] on {theirs}: use one device")
             if not row_major:
                 _check_channels_last(kept, f"moments[{k}][{t}]")
-    _check_memory(lists)
+    _check_no_shared_memory(lists)
 
 
 def check_finite(table: NDArray[Any], name: str, factors: Sequence[float] = (1.0,)) -> None:
-    """Every number of the table, times the largest factor, is finite in float32."""
+    """Raises ValueError unless every number of the table, times the largest factor, is finite in float32."""
     largest = max(factors)
     beyond = ~(np.abs(table.astype(np.float64)) * largest <= LARGEST_FLOAT32)
     if beyond.any():
@@ -320,17 +336,20 @@ def check_finite(table: NDArray[Any], name: str, factors: Sequence[float] = (1.0
         raise ValueError(f"{name}[{r}][{p}] must be finite in float32, got {float(table[r, p])}{times}")
 
 
-def check_moves(scales: Sequence[float], factors: Sequence[float], name: str) -> None:
+def check_scales(scales: Sequence[float], factors: Sequence[float], name: str) -> None:
+    """Raises ValueError unless every scale, times the largest factor, is finite in float32."""
     largest = max(factors, default=1.0)
     for r, scale in enumerate(scales):
         if not abs(scale) * largest <= LARGEST_FLOAT32:
             raise ValueError(f"{name.format(r=r)} times its factor must be finite in float32, got {scale} * {largest}")
 
 
-def unsigned(bits: Numbers) -> list[int]:
+def unsigned_seeds(bits: Numbers) -> list[int]:
+    """Seeds, of any shape, as one flat list of Python integers. bits: int64 that hold those of uint64."""
     seeds: list[int] = to_numpy(bits).reshape(-1).view(np.uint64).tolist()
     return seeds
 
 
-def joined(halves: Sequence[int]) -> int:
+def join_halves(halves: Sequence[int]) -> int:
+    """A seed from its low and its high 32 bits."""
     return halves[0] | halves[1] << 32
