@@ -32,8 +32,8 @@ RESULTS = Path(__file__).parent / "results"
 SAMPLES, TOKENS, DIRECTIONS, REPEATS = 8, 32, 15, 7
 
 
-def least(works: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """CPU seconds of each, taken in turn: the least of several."""
+def least_seconds(works: dict[str, Callable[[], Any]]) -> dict[str, float]:
+    """CPU seconds of each, taken in turn: the minimum of REPEATS runs."""
     found = dict.fromkeys(works, float("inf"))
     for _ in range(REPEATS):
         for name, once in works.items():
@@ -43,7 +43,7 @@ def least(works: dict[str, Callable[[], Any]]) -> dict[str, float]:
     return found
 
 
-def measured() -> dict[str, Any]:
+def measure() -> dict[str, Any]:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     model = pretrained_model(packaged_minilm(), "SequenceClassification")
@@ -72,7 +72,7 @@ def measured() -> dict[str, Any]:
             works[name] = probe
             counts = [block.directions for block, _ in run.parts()]
             counted[name] = 1 + work(counts, [begin.share for begin in begins])
-        seconds = least(works)
+        seconds = least_seconds(works)
     one = seconds.pop("a forward pass")
     rows = {name: {"counted": counted[name], "timed": s / one, "seconds": s} for name, s in seconds.items()}
     return {"machine": {**machine(), "threads": 1}, "seconds of a pass": one, "rounds": rows}
@@ -82,7 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS / "blocks.json")
     options = parser.parse_args()
-    found = measured()
+    found = measure()
     for name, row in found["rounds"].items():
         print(f"{name}: {row['counted']:.2f} passes counted, {row['timed']:.2f} timed")
     options.out.write_text(json.dumps(found, indent=1) + "\n")

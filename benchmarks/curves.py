@@ -75,7 +75,7 @@ ONE_SIDED: dict[str, Any] = {"directions": 7, "two_sided": False}
 
 # name -> (parameters, rate, seed) -> optimizer
 Make = Callable[[list[Tensor], float, int], Any]
-WAYS: dict[str, Make] = {
+OPTIMIZERS: dict[str, Make] = {
     "MeZO": lambda params, lr, seed: MeZO(params, lr, directions=4, seed=seed),
     "ZOSGD": lambda params, lr, seed: ZOSGD(params, lr, seed=seed, **TWO_SIDED),
     "ZONormalizedSGD": lambda params, lr, seed: ZONormalizedSGD(params, lr, seed=seed, **TWO_SIDED),
@@ -156,7 +156,7 @@ def run(job: Job) -> dict[str, Any]:
     name, way, rate, seed, final = job
     it = task(name)
     model = it.model(seed)
-    optimizer = WAYS[way](list(model.parameters()), rate, seed)
+    optimizer = OPTIMIZERS[way](list(model.parameters()), rate, seed)
     batches = torch.Generator().manual_seed(seed)
     train, every = it.splits.train, it.steps // 20
     curve, failure, spent = [], None, 0.0
@@ -248,7 +248,7 @@ def plot(tasks: dict[str, Any], path: Path) -> None:
                 continue
             steps, values = [s for s, _ in curves[0]], torch.tensor([[v for _, v in c] for c in curves])
             style = "--" if way.startswith("first-order") else "-"
-            (line,) = axis.plot(steps, values.mean(0), style, label=way, color=f"C{[*WAYS].index(way)}", lw=1.3)
+            (line,) = axis.plot(steps, values.mean(0), style, label=way, color=f"C{[*OPTIMIZERS].index(way)}", lw=1.3)
             axis.fill_between(steps, values.amin(0), values.amax(0), color=line.get_color(), alpha=0.12, lw=0)
         axis.set_title(f"{name}: {result['weights']:,} weights, {len(curves)} seeds", fontsize=10)
         axis.set_xlabel("step")

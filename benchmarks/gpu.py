@@ -49,7 +49,7 @@ if importlib.util.find_spec("safetensors") is None:
     # and none of those is touched here.
     sys.modules["safetensors"] = sys.modules["safetensors.torch"] = MagicMock()
 
-from benchmarks import ways as ways_of
+from benchmarks import contenders
 from benchmarks.shapes import LISTS, Shapes
 from hosfl.files import write_atomically
 from hosfl.halves.inputs import evaluating
@@ -92,7 +92,7 @@ def driver() -> str | None:
 
 
 def backends() -> list[str]:
-    """Those that a row can be measured on: where there is a GPU, those that run on it."""
+    """The backends to measure: those that run on the GPU if there is one, otherwise the C++ kernels."""
     return [name for name in ("triton", "cuda") if BACKENDS[name].describe()] if CUDA else ["cpp"]
 
 
@@ -104,7 +104,7 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def clocked(call: Callable[[], object]) -> float:
+def seconds_of(call: Callable[[], object]) -> float:
     """Seconds from the call to the end of what it started."""
     synchronize()
     begin = time.perf_counter()
@@ -114,16 +114,16 @@ def clocked(call: Callable[[], object]) -> float:
 
 
 def repeats(call: Callable[[], object]) -> int:
-    """How often to time a call, which has then been made twice: its kernel is compiled, and its tables are there."""
+    """How often to time a call. Makes it twice, so that its kernel is compiled and its tables are cached."""
     call()
-    return min(max(int(SECONDS / max(clocked(call), 1e-9)), LEAST), MOST)
+    return min(max(int(SECONDS / max(seconds_of(call), 1e-9)), LEAST), MOST)
 
 
 def milliseconds(call: Callable[[], object]) -> float:
-    """Of the device alone, median. On a GPU the calls queue behind a wait, so that the host, if it can, is ahead."""
+    """The median time on the device alone. On a GPU the calls queue behind a sleep, so that the host can run ahead."""
     times = repeats(call)
     if not CUDA:
-        return 1e3 * median(clocked(call) for _ in range(times))
+        return 1e3 * median(seconds_of(call) for _ in range(times))
     events = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
     synchronize()
     torch.cuda._sleep(40_000_000)  # cycles, some 20 ms
@@ -136,12 +136,12 @@ def milliseconds(call: Callable[[], object]) -> float:
 
 
 def wall_milliseconds(call: Callable[[], object]) -> float:
-    """Of host and device together, median: what a caller waits for."""
-    return 1e3 * median(clocked(call) for _ in range(repeats(call)))
+    """The median time of host and device together: what a caller waits for."""
+    return 1e3 * median(seconds_of(call) for _ in range(repeats(call)))
 
 
 def host_microseconds(call: Callable[[], object]) -> float:
-    """What the host needs until the call returns, median; where nothing runs beside it that is all of the call."""
+    """The median time until the call returns; on the CPU that is the whole call."""
 
     def one() -> float:
         synchronize()
@@ -153,7 +153,7 @@ def host_microseconds(call: Callable[[], object]) -> float:
 
 
 def extra_bytes(call: Callable[[], object]) -> int | None:
-    """How far a call raises what CUDA's allocator holds. None on the CPU."""
+    """By how many bytes a call raises the peak of CUDA's allocator. None on the CPU."""
     if not CUDA:
         return None
     synchronize()
@@ -168,7 +168,7 @@ def extra_bytes(call: Callable[[], object]) -> int | None:
 
 
 class Rows:
-    """What was measured so far, in a file that is whole after every row."""
+    """The rows measured so far. The file is rewritten atomically after every row."""
 
     def __init__(self, path: Path, facts: dict[str, Any]) -> None:
         self.path, self.result = path, {**facts, "complete": False, "rows": []}
@@ -179,7 +179,7 @@ class Rows:
         write_atomically(self.path, (json.dumps(self.result, indent=1) + "\n").encode())
 
     def add(self, group: str, name: str, work: Callable[[], Row]) -> Row:
-        """The row that `work` returns, or the error that it ended with."""
+        """Add the row that `work` returns, or one with its exception. Prints and saves it."""
         begin = time.perf_counter()
         try:
             row = work()
@@ -199,8 +199,8 @@ class Rows:
         print(f"{group:6} {name:44}", *shown, sep="  ", flush=True)
         return row
 
-    def end(self) -> int:
-        """How many failed."""
+    def finish(self) -> int:
+        """Mark the file complete. Returns how many rows failed."""
         self.result["complete"] = True
         self.save()
         return sum("failed" in row for row in self.result["rows"])
@@ -216,15 +216,15 @@ def roof_rows(n: int) -> Iterator[tuple[str, Callable[[], Row]]]:
     def copy() -> Row:
         x = weights(n, torch.float32)
         y = torch.empty_like(x)
-        return moved(lambda: y.copy_(x), 2 * x.nbytes)
+        return bandwidth_row(lambda: y.copy_(x), 2 * x.nbytes)
 
     def add(dtype: torch.dtype) -> Row:
         x = weights(n, dtype)
-        return moved(lambda: x.add_(SCALE), 2 * x.nbytes)
+        return bandwidth_row(lambda: x.add_(SCALE), 2 * x.nbytes)
 
     yield COPY, copy
     for dtype in DTYPES:
-        yield f"add_ {plain(dtype)}", partial(add, dtype)
+        yield f"add_ {dtype_name(dtype)}", partial(add, dtype)
 
 
 def peer_rows(n: int) -> Iterator[tuple[str, Callable[[], Row]]]:
@@ -232,29 +232,29 @@ def peer_rows(n: int) -> Iterator[tuple[str, Callable[[], Row]]]:
 
     def one(call: Callable[[Tensor], object], dtype: torch.dtype) -> Row:
         x = weights(n, dtype)
-        return moved(lambda: call(x), 2 * x.nbytes)
+        return bandwidth_row(lambda: call(x), 2 * x.nbytes)
 
-    ways: dict[str, Callable[[Tensor], object]] = {"torch.randn + add_": ways_of.randn_add, "MeZO": ways_of.mezo}
+    ways: dict[str, Callable[[Tensor], object]] = {"torch.randn + add_": contenders.randn_add, "MeZO": contenders.mezo}
     if "triton" in backends():
         from benchmarks import randn  # needs triton
 
         ways |= {"tl.randn": lambda x: randn.add_(x, SCALE), "tl.randn4x": lambda x: randn.add_four_(x, SCALE)}
     for dtype, (name, call) in product((torch.float32, torch.bfloat16), ways.items()):
-        yield f"{name} {plain(dtype)}", partial(one, call, dtype)
+        yield f"{name} {dtype_name(dtype)}", partial(one, call, dtype)
 
 
-def plain(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def moved(call: Callable[[], object], nbytes: int) -> Row:
-    """A row of an op that moves so many bytes."""
+def bandwidth_row(call: Callable[[], object], nbytes: int) -> Row:
+    """Time a call that reads and writes so many bytes: a row with GB/s."""
     ms = milliseconds(call)
     return {"ms": ms, "GB/s": nbytes / ms / 1e6, "extra_bytes": extra_bytes(call)}
 
 
-def computed(call: Callable[[], object], draws: int) -> Row:
-    """A row of an op that draws so many numbers."""
+def draws_row(call: Callable[[], object], draws: int) -> Row:
+    """Time a call that draws so many random numbers: a row with picoseconds per number."""
     ms = milliseconds(call)
     return {"ms": ms, "ps_per_draw": 1e9 * ms / draws, "extra_bytes": extra_bytes(call)}
 
@@ -266,21 +266,21 @@ def op_rows(backend: ModuleType, n: int) -> Iterator[tuple[str, Callable[[], Row
 
     def noise(dist: str) -> Row:
         out = weights(n, torch.float32)
-        return moved(lambda: backend.noise_(out, 1, Place.single(dist)), out.nbytes)
+        return bandwidth_row(lambda: backend.noise_(out, 1, Place.single(dist)), out.nbytes)
 
     def perturb(dtype: torch.dtype, dist: str, rounding: bool) -> Row:
         x = weights(n, dtype)
         seed = 2 if rounding else None
-        return moved(lambda: backend.perturb_([x], 1, SCALE, Place.single(dist), seed), 2 * x.nbytes)
+        return bandwidth_row(lambda: backend.perturb_([x], 1, SCALE, Place.single(dist), seed), 2 * x.nbytes)
 
     def replay(dtype: torch.dtype, dist: str, rounding: bool) -> Row:
         x = weights(few, dtype)
         arguments = ([x], seeds, coefficients, Place.single(dist), seeds if rounding else None)
-        return computed(partial(backend.replay_, *arguments), few * RECORDS)
+        return draws_row(partial(backend.replay_, *arguments), few * RECORDS)
 
     def project(dtype: torch.dtype, dist: str) -> Row:
         x = weights(few, dtype)
-        return computed(lambda: backend.project([x], seeds, Place.single(dist)), few * RECORDS)
+        return draws_row(lambda: backend.project([x], seeds, Place.single(dist)), few * RECORDS)
 
     def update(rule: hk.SGD | hk.AdamW, dtype: torch.dtype, dist: str, rounding: bool) -> Row:
         x = weights(few, dtype)
@@ -289,14 +289,14 @@ def op_rows(backend: ModuleType, n: int) -> Iterator[tuple[str, Callable[[], Row
         steps = rule.steps(seeds, coefficients).tolist()
         record = (rule.name, rule.constants, draws, [SCALE] * len(draws), steps)
         arguments = ([x], moments, *record, Place.single(dist), seeds if rounding else None)
-        return computed(partial(backend.update_, *arguments), few * len(draws))
+        return draws_row(partial(backend.update_, *arguments), few * len(draws))
 
     for dist in DISTRIBUTIONS:
         yield f"noise {dist}", partial(noise, dist)
     kinds = [*product(DTYPES, (False,)), (torch.bfloat16, True)]
     for dist, (dtype, rounding) in product(DISTRIBUTIONS, kinds):
         how = (dtype, dist, rounding)
-        name = f"{plain(dtype)} {dist}{' stochastic' if rounding else ''}"
+        name = f"{dtype_name(dtype)} {dist}{' stochastic' if rounding else ''}"
         yield f"perturb_ {name}", partial(perturb, *how)
         yield f"replay_ {RECORDS} {name}", partial(replay, *how)
         if not rounding:
@@ -328,18 +328,18 @@ def model_rows(most: int) -> Iterator[tuple[str, Callable[[], Row]]]:
 
     def one(shapes: Shapes, call: Callable[[list[Tensor]], object]) -> Row:
         tensors = [torch.zeros(shape, dtype=torch.bfloat16, device=DEVICE) for shape in shapes]
-        row = moved(lambda: call(tensors), 2 * sum(x.nbytes for x in tensors))
+        row = bandwidth_row(lambda: call(tensors), 2 * sum(x.nbytes for x in tensors))
         return {**row, "host_us": host_microseconds(lambda: call(tensors))}
 
     for model, make in LISTS.items():
         if sum(map(math.prod, shapes := make())) <= most:
-            for name, call in ways_of.LIST_WAYS.items():
+            for name, call in contenders.LIST_CONTENDERS.items():
                 if "project" not in name:  # it moves nothing
                     yield f"{model}: {name}", partial(one, shapes, call)
 
 
-def stack(width: int, layers: int, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
-    """A transformer's layers in eval mode, and inputs for them."""
+def transformer_layers(width: int, layers: int, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+    """Transformer encoder layers in eval mode, and inputs [BATCH, TOKENS, width] for them."""
     torch.manual_seed(0)
     kind: dict[str, Any] = {"batch_first": True, "device": DEVICE, "dtype": dtype}
     heads = max(1, width // 64)
@@ -350,7 +350,7 @@ def stack(width: int, layers: int, dtype: torch.dtype) -> tuple[nn.Module, Tenso
 
 
 def beside_forward(call: Callable[[], object], forward: Callable[[], object], passes: int, weights: int) -> Row:
-    """A row of what a caller waits for, beside as many forward passes as the call makes."""
+    """Time a call beside the forward passes that it makes, `passes` of them: a row with the ratio."""
     with torch.no_grad():
         alone, alone_bytes = wall_milliseconds(forward), extra_bytes(forward)
     ms = wall_milliseconds(call)
@@ -360,7 +360,7 @@ def beside_forward(call: Callable[[], object], forward: Callable[[], object], pa
 
 def step(dist: str, width: int, layers: int) -> Row:
     """A step of ZOSGD, beside two forward passes of its model."""
-    model, inputs = stack(width, layers, torch.bfloat16)
+    model, inputs = transformer_layers(width, layers, torch.bfloat16)
     optimizer = ZOSGD(model.parameters(), 1e-6, dist=dist)
     count = sum(p.numel() for p in model.parameters())
 
@@ -370,8 +370,8 @@ def step(dist: str, width: int, layers: int) -> Row:
     return beside_forward(lambda: optimizer.step(loss), loss, 2, count)
 
 
-def captured(call: Callable[[], object]) -> Callable[[], object]:
-    """The call as a CUDA graph replays it; where there are none, the call."""
+def as_cuda_graph(call: Callable[[], object]) -> Callable[[], object]:
+    """The call captured in a CUDA graph, as the function that replays it; without a GPU the call itself."""
     if not CUDA:
         return call
     side = torch.cuda.Stream()
@@ -391,7 +391,7 @@ def captured_step(rule: hk.AdamW | None, dist: str, width: int, layers: int) -> 
     by call: of a rule, or one move along the direction. Both must leave the same bits with seeds, and with a rule's
     rates and bias corrections, that the graph was not captured with: of losses that are exact, since a matrix product
     may be another kernel in a graph."""
-    model, inputs = stack(width, layers, torch.bfloat16)
+    model, inputs = transformer_layers(width, layers, torch.bfloat16)
     moved = list(model.parameters())
     seed, mu = torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.full((1,), SCALE, device=DEVICE)
     moments = [[torch.zeros_like(w, dtype=torch.float32) for w in moved] for _ in range(rule.moments if rule else 0)]
@@ -429,16 +429,16 @@ def captured_step(rule: hk.AdamW | None, dist: str, width: int, layers: int) -> 
         return [x.clone() for x in changed]
 
     call = partial(step, exact)
-    if not all(map(torch.equal, after(call), after(captured(call)))):
+    if not all(map(torch.equal, after(call), after(as_cuda_graph(call)))):
         raise RuntimeError("a step that a CUDA graph replays leaves other bits than the same step call by call")
     call = partial(step, loss)
-    row = beside_forward(captured(call), loss, 2, sum(w.numel() for w in moved))
+    row = beside_forward(as_cuda_graph(call), loss, 2, sum(w.numel() for w in moved))
     return {**row, "call_by_call_ms": wall_milliseconds(call)}
 
 
 def probes(in_place: bool, width: int, layers: int) -> Row:
     """What a client computes in a round: the cut and DIRECTIONS one-sided probes, beside as many forward passes."""
-    half, inputs = stack(width, layers, torch.float32)
+    half, inputs = transformer_layers(width, layers, torch.float32)
     parameters = trainable(half)[0]
     seeds, multiplier = list(range(DIRECTIONS)), torch.ones_like(inputs)
     with evaluating(half):
@@ -516,7 +516,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = Rows(out, facts)
     for row in all_rows(n, width, layers):
         rows.add(*row)
-    failed = rows.end()
+    failed = rows.finish()
     print(f"{failed} of {len(rows.result['rows'])} rows failed; {out}")
     return 1 if failed else 0
 

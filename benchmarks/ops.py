@@ -15,8 +15,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from benchmarks.report import collected, options_of, ratios, write
-from benchmarks.ways import DECOMFL, LIST_ROOF, MEZO, ROOF
+from benchmarks.contenders import DECOMFL, LIST_ROOF, MEZO, ROOF
+from benchmarks.report import add_ratios, collect_rows, parse_options, write
 from hosfl.runs.report import save_figure
 
 # The ways of the figure: what they are called there, and their colors.
@@ -70,9 +70,9 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = options_of("ops", __doc__, "ops", arguments)
-    rows, passed = collected(["test_ops.py"], options.elements, options.threads, options.result)
-    ratios(rows)
+    options = parse_options("ops", __doc__, "ops", arguments)
+    rows, passed = collect_rows(["test_ops.py"], options.elements, options.threads, options.result)
+    add_ratios(rows)
     write(options.result, {"elements": options.elements, "rows": rows})
     draw([r for r in rows if r["device"] == options.device], options.result.with_suffix(".png"))
     print(f"{len(rows)} rows: {options.result}")

@@ -74,7 +74,7 @@ class Transformer(nn.Module):
 
 Optimizer = ZOSGD | MeZO
 RADEMACHER, MEZO = "hosfl Rademacher", "MeZO"
-WAYS: dict[str, Callable[[nn.Module], Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     RADEMACHER: lambda model: ZOSGD(model.parameters(), RATE),
     "hosfl Gaussian, in place": lambda model: ZOSGD(model.parameters(), RATE, dist="gaussian"),
     "hosfl Gaussian, weights read only": lambda model: ZOSGD(model.parameters(), RATE, dist="gaussian", model=model),
@@ -107,10 +107,10 @@ def constant_loss(module: nn.Module, weight: str, plus: float, minus: float) -> 
 def overhead(vocabulary: int, width: int, layers: int, rounds: int) -> list[dict[str, Any]]:
     """Per way: seconds of the first step, of later ones less their forward passes, and of ones with a constant loss."""
     ways = {}
-    for name, make in WAYS.items():
+    for name, make in OPTIMIZERS.items():
         model, forward = model_and_forward(vocabulary, width, layers)
         ways[name] = make(model), forward, constant_loss(model.layers.layers[0].norm1, "bias", 1.001, 1.0)
-    times: dict[str, list[tuple[float, ...]]] = {name: [] for name in WAYS}
+    times: dict[str, list[tuple[float, ...]]] = {name: [] for name in OPTIMIZERS}
     first = {
         name: seconds(lambda o=optimizer, c=constant: o.step(c)) for name, (optimizer, _, constant) in ways.items()
     }  # type: ignore[misc]
@@ -128,7 +128,7 @@ def overhead(vocabulary: int, width: int, layers: int, rounds: int) -> list[dict
             "first_step_seconds": first[name],
             "add_seconds": adding,
         }
-        for name in WAYS
+        for name in OPTIMIZERS
         for medians in [map(median, zip(*times[name], strict=True))]
     ]
 
@@ -136,11 +136,11 @@ def overhead(vocabulary: int, width: int, layers: int, rounds: int) -> list[dict
 def memory(vocabulary: int, width: int, layers: int, name: str) -> int:
     """Bytes that the first two steps raised the resident set by."""
     small, forward_small = model_and_forward(64, 64, 1)
-    WAYS[name](small).step(forward_small)  # code and threads are there
+    OPTIMIZERS[name](small).step(forward_small)  # code and threads are there
     model, forward = model_and_forward(vocabulary, width, layers)
     with torch.no_grad():
         forward()
-    optimizer = WAYS[name](model)
+    optimizer = OPTIMIZERS[name](model)
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     for _ in range(2):
@@ -228,7 +228,7 @@ def measure(part: str, extent: Extent, threads: Sequence[int]) -> list[dict[str,
         return child("bfloat16", extent.weights, extent.steps, threads=threads[0])
     if part == "memory":
         largest = 4 * max(p.numel() for p in Transformer(*sizes).parameters())
-        peaks = {name: child("memory", *sizes, name, threads=threads[0]) for name in WAYS}
+        peaks = {name: child("memory", *sizes, name, threads=threads[0]) for name in OPTIMIZERS}
         return [{"name": n, "peak_extra_bytes": peak, "largest_tensor_bytes": largest} for n, peak in peaks.items()]
     rows = []
     for number in threads:

@@ -10,7 +10,7 @@ from pathlib import Path
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from benchmarks.readme import ALL_STUDIES, RESULTS, numbers_of, result_of
+from benchmarks.readme import ALL_STUDIES, RESULTS, load_result, numbers_of
 from hosfl.runs.report import save_figure
 
 OUT = RESULTS / "studies" / "numbers.png"
@@ -18,7 +18,7 @@ MARKS = {"one backward pass": "s", "paper": "x"}  # of methods whose names say s
 
 
 def draw(path: Path) -> None:
-    points = numbers_of(result_of(ALL_STUDIES))
+    points = numbers_of(load_result(ALL_STUDIES))
     studies = dict.fromkeys(point.study for point in points)
     colors = dict(zip(studies, colormaps["tab20"].colors, strict=False))  # type: ignore[attr-defined]
     figure = Figure(figsize=(8, 4.5), layout="constrained")

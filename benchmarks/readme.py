@@ -632,8 +632,8 @@ PAGES: dict[Path, Sections] = {
 }
 
 
-def result_of(file: str) -> Any:
-    """A result, or for a pattern several by the names of their folders. None where no GPU was."""
+def load_result(file: str) -> Any:
+    """A result file; for a pattern, the results by the names of their folders. None if the GPU's is missing."""
     if "*" not in file:
         path = RESULTS / file
         return None if file == GPU and not path.exists() else json.loads(path.read_text())
@@ -644,7 +644,7 @@ def updated(page: Path) -> str:
     """A page's text with its tables made again."""
     text = page.read_text()
     for name, (file, write) in PAGES[page].items():
-        table = write(result_of(file))
+        table = write(load_result(file))
         pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
         text, found = re.subn(pattern, lambda m, t=table: m[1] + t + "\n" + m[2], text, flags=re.S)  # type: ignore[misc]
         if found != 1:

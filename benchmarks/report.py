@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.ways import LIST_ROOF, MEZO, RANDN, RANDN_PRODUCTS, RANDN_RECORDS, RECORDS, ROOF
+from benchmarks.contenders import LIST_ROOF, MEZO, RANDN, RANDN_PRODUCTS, RANDN_RECORDS, RECORDS, ROOF
 from hosfl.runs.report import machine
 
 RESULTS = Path(__file__).parent / "results"
@@ -29,11 +29,13 @@ RESULTS = Path(__file__).parent / "results"
 SUITES = ("test_throughput.py", "test_memory.py")
 
 
-def options_of(
+def parse_options(
     name: str, about: str | None, result: str, arguments: Sequence[str] | None, sized: bool = True
 ) -> argparse.Namespace:
-    """What a command that runs suites is asked for: elements if it is sized, threads, and the device and its result's
-    file."""
+    """Parse the options of a command that runs suites; adds `device`, and `result`, the path of the result file.
+
+    sized: whether there is an option --elements.
+    """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=(about or "").split("\n")[0])
     if sized:
         parser.add_argument("--elements", type=int, default=64 * 2**20, help="of the largest tensor (default: 64 Mi)")
@@ -45,8 +47,8 @@ def options_of(
     return options
 
 
-def measure(names: Sequence[str], elements: int, threads: int, path: Path) -> bool:
-    """Adds the rows of suites to a file of JSON lines, each as it comes; whether every benchmark passed."""
+def run_suites(names: Sequence[str], elements: int, threads: int, path: Path) -> bool:
+    """Run suites, which append their rows to a file of JSON lines. Returns whether every benchmark passed."""
     suites = [str(Path(__file__).parent / name) for name in names]
     command = [sys.executable, "-m", "pytest", *suites, "-q", "-p", "no:cacheprovider"]
     command += [f"--elements={elements}", f"--rows={path}", "--benchmark-quiet"]
@@ -54,11 +56,11 @@ def measure(names: Sequence[str], elements: int, threads: int, path: Path) -> bo
     return subprocess.run(command, env=environment, stdout=sys.stderr).returncode == 0
 
 
-def collected(names: Sequence[str], elements: int, threads: Sequence[int], result: Path) -> tuple[list[Any], bool]:
-    """(rows of suites with each number of threads, whether every benchmark passed). result: the file to come.
+def collect_rows(names: Sequence[str], elements: int, threads: Sequence[int], result: Path) -> tuple[list[Any], bool]:
+    """Run suites with each number of threads. Returns (rows, whether every benchmark passed).
 
-    What was measured lies beside it, as JSON lines, until it is written. Raises SystemExit where nothing was, and for
-    numbers below 1.
+    result: the path of the result file. Rows are kept beside it, as JSON lines, until `write` makes it. Raises
+    SystemExit if nothing was measured, and for numbers below 1.
     """
     if min(elements, *threads) < 1:
         raise SystemExit(
@@ -67,7 +69,7 @@ def collected(names: Sequence[str], elements: int, threads: Sequence[int], resul
     result.parent.mkdir(parents=True, exist_ok=True)
     saved = result.with_suffix(".jsonl")
     saved.unlink(missing_ok=True)
-    passed = [measure(names, elements, count, saved) for count in threads]
+    passed = [run_suites(names, elements, count, saved) for count in threads]
     rows = [json.loads(line) for line in saved.read_text().splitlines()] if saved.exists() else []
     if not rows:
         raise SystemExit(f"nothing was measured: {result} is left as it was")
@@ -75,16 +77,16 @@ def collected(names: Sequence[str], elements: int, threads: Sequence[int], resul
 
 
 def write(result: Path, measured: dict[str, Any]) -> None:
-    """A result, and the machine. The rows that `collected` kept beside it go."""
+    """Write a result file, with the machine, and delete the rows that `collect_rows` kept beside it."""
     result.write_text(json.dumps({"machine": machine(), **measured}, indent=1) + "\n")
     result.with_suffix(".jsonl").unlink(missing_ok=True)
 
 
-def ratios(rows: list[dict[str, Any]]) -> None:
-    """Adds to every throughput row its ratios to the roof and to the peers in the same run.
+def add_ratios(rows: list[dict[str, Any]]) -> None:
+    """Add to every throughput row its ratios to the roof and to the peers in the same run.
 
-    The roof is of as many bytes, in whatever type torch moves them fastest: adding to bfloat16 on one thread is not
-    limited by memory everywhere.
+    The roof is the fastest `add_` of as many bytes, in any dtype: on one thread adding to bfloat16 is not limited by
+    memory everywhere.
     """
 
     def seconds(row: dict[str, Any], name: str) -> float | None:
@@ -132,11 +134,11 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = options_of("report", __doc__, "kernels", arguments)
-    rows, passed = collected(SUITES, options.elements, options.threads, options.result)
+    options = parse_options("report", __doc__, "kernels", arguments)
+    rows, passed = collect_rows(SUITES, options.elements, options.threads, options.result)
     # Memory does not depend on threads: once is enough.
     rows = [r for r in rows if "bytes" in r or r["threads"] == options.threads[0]]
-    ratios(rows)
+    add_ratios(rows)
     show(rows)
     write(options.result, {"elements": options.elements, "rows": rows})
     return 0 if passed else 1

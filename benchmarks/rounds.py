@@ -87,8 +87,8 @@ def echo(data: bytes) -> bytes:
     return bytes(int.from_bytes(data[:8], "little"))
 
 
-class Timed:
-    """Answers, and a line with the seconds of each in a file of the client's own. It pickles where `answer` does."""
+class TimedAnswer:
+    """Calls `answer`, and appends the seconds of each call to a file per client. It pickles if `answer` does."""
 
     def __init__(self, answer: Callable[[int, bytes], bytes], folder: Path) -> None:
         self.answer, self.folder = answer, folder
@@ -107,8 +107,8 @@ class TimedAllClients:
     def __init__(self, everybody: AllClients, folder: Path) -> None:
         self.everybody, self.folder = everybody, folder
 
-    def __call__(self) -> Timed:
-        return Timed(self.everybody(), self.folder)
+    def __call__(self) -> TimedAnswer:
+        return TimedAnswer(self.everybody(), self.folder)
 
 
 def client(member: Path, times: Path, data: str) -> None:
@@ -124,7 +124,7 @@ def client(member: Path, times: Path, data: str) -> None:
     run, config = settings_of(line.fetch("run"), data=data)
     clients = Clients(run, config, line.fetch("base"))
     endpoint = clients.endpoint(number, partition(clients.task, config)[number])
-    answer = Timed(lambda _, asked: endpoint.answer(asked), times)
+    answer = TimedAnswer(lambda _, asked: endpoint.answer(asked), times)
     return line.serve(lambda asked: answer(number, asked))
 
 
@@ -199,8 +199,8 @@ ENGINES: dict[str, Callable[[Path, str], contextlib.AbstractContextManager[Made 
 }
 
 
-class Weighed:
-    """An engine, and how many bytes went to and fro in each of its asks: (down, up) of every client."""
+class CountedEngine:
+    """An engine that counts bytes. asks: for every call of `ask`, (down, up) of every client."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -228,14 +228,14 @@ def measure(settings: dict[str, Any], name: str, folder: Path) -> dict[str, Any]
     with ENGINES[name](folder, config.data) as make:
         if make is None:
             assert isinstance(federation.messenger.engine, InProcess)
-            federation.messenger.engine.answer = Timed(federation.messenger.engine.answer, folder)
+            federation.messenger.engine.answer = TimedAnswer(federation.messenger.engine.answer, folder)
         else:
             Transport(lambda files, clients: make(files)).connect(federation)
             here(federation.messenger.engine)
-        weighed = Weighed(federation.messenger.engine)
-        federation.messenger.engine = weighed
+        counted = CountedEngine(federation.messenger.engine)
+        federation.messenger.engine = counted
         rounds = [_round(federation, number) for number in range(config.rounds)]
-        asks = weighed.asks[-2:]
+        asks = counted.asks[-2:]
         lines = [(folder / f"{n}.seconds").read_text().split()[-2 * ROUNDS :] for n in range(CLIENTS)]
         [digest] = set(federation.audit(range(CLIENTS)).values())
     cuts, answers = ([[float(s) for s in line[part::2]] for line in lines] for part in (0, 1))

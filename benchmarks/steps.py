@@ -11,12 +11,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from benchmarks.report import collected, options_of, write
+from benchmarks.report import collect_rows, parse_options, write
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = options_of("steps", __doc__, "steps", arguments, sized=False)
-    rows, passed = collected(["test_steps.py"], 1, options.threads, options.result)
+    options = parse_options("steps", __doc__, "steps", arguments, sized=False)
+    rows, passed = collect_rows(["test_steps.py"], 1, options.threads, options.result)
     write(options.result, {"rows": rows})
     print(f"{len(rows)} rows: {options.result}")
     return 0 if passed else 1

@@ -134,8 +134,8 @@ def prepare(kernel: Kernel, kind: Kind, shape: Shape, n: int, start: int = 0) ->
         return LAUNCHES[kernel.name](kernel, x, Place.single(kind.dist, stream=3, start=start), kind.stochastic)
 
 
-def same(one: Prepared, other: Prepared) -> bool:
-    """Whether both have written the same bits; of sums, the same but for the order of additions."""
+def wrote_the_same(one: Prepared, other: Prepared) -> bool:
+    """Whether both wrote the same bits; for `project`, whose sums depend on the shape, the same within TOLERANCE."""
     if one.written[0] is not one.weights:
         a, b = (prepared.written[0].sum(1) for prepared in (one, other))
         return bool((a - b).abs().max() <= TOLERANCE * one.weights.double().abs().sum())
@@ -173,12 +173,12 @@ class Sweep:
 
         order = sorted(kernels, key=use)
         for name in order:
-            if not self.one(name, *kernels[name], ends):
+            if not self.sweep_kernel(name, *kernels[name], ends):
                 break
-            write_atomically(self.table, self.entries().encode())
+            write_atomically(self.table, self.table_text().encode())
         return [name for name in order if name not in self.chosen]
 
-    def one(self, name: str, kernel: Kernel, kind: Kind, ends: float) -> bool:
+    def sweep_kernel(self, name: str, kernel: Kernel, kind: Kind, ends: float) -> bool:
         """Time a kernel's candidates and choose among them. False where there was no time for all."""
         default, *others = candidates(kernel, kind)
         trials: list[Prepared] = []
@@ -187,43 +187,43 @@ class Sweep:
         def work(shape: Shape) -> Row:
             trials[1:] = [prepare(kernel, kind, shape, min(ODD, self.elements["large"]) | 1, START)]
             trials[-1]()
-            if not same(trials[0], trials[-1]):
+            if not wrote_the_same(trials[0], trials[-1]):
                 raise AssertionError("the bits are not those of the default")
             least, words = (trial.variant.spills(*trial.arguments) for trial in (trials[0], trials[-1]))
             if words > least:
                 return {"left_out": f"{words} words of a thread are in memory, {least} with the default"}
-            times[shape] = {f"{size}_ms": self.timed(kernel, kind, shape, size) for size in self.elements}
+            times[shape] = {f"{size}_ms": self.time(kernel, kind, shape, size) for size in self.elements}
             return times[shape]
 
         for shape in (default, *others):
             if time.monotonic() > ends:
                 return False
-            self.rows.add("sweep", f"{name} {said(shape)}", partial(work, shape))
+            self.rows.add("sweep", f"{name} {format_shape(shape)}", partial(work, shape))
             if default not in times:
                 return True  # it failed: there is nothing to compare with
         self.chosen[name] = {}
         for size in self.elements:
             best = min(times, key=lambda shape: times[shape][f"{size}_ms"])
             if faster(times[best][f"{size}_ms"], times[default][f"{size}_ms"]):
-                again = partial(self.again, kernel, kind, size, best)
-                row = self.rows.add("again", f"{name} {size} {said(best)}", again)
+                again = partial(self.time_again, kernel, kind, size, best)
+                row = self.rows.add("again", f"{name} {size} {format_shape(best)}", again)
                 if "failed" not in row and faster(row["ms"], row["default_ms"]):
                     self.chosen[name][size] = best
         return True
 
-    def timed(self, kernel: Kernel, kind: Kind, shape: Shape, size: str) -> float:
+    def time(self, kernel: Kernel, kind: Kind, shape: Shape, size: str) -> float:
         return milliseconds(prepare(kernel, kind, shape, self.elements[size]))
 
-    def again(self, kernel: Kernel, kind: Kind, size: str, shape: Shape) -> Row:
-        ms, default_ms = (self.timed(kernel, kind, one, size) for one in (shape, kernel.default(kind)))
+    def time_again(self, kernel: Kernel, kind: Kind, size: str, shape: Shape) -> Row:
+        ms, default_ms = (self.time(kernel, kind, one, size) for one in (shape, kernel.default(kind)))
         return {"ms": ms, "default_ms": default_ms}
 
     @property
     def table(self) -> Path:
         return self.rows.path.with_suffix(".choices.json")
 
-    def entries(self) -> str:
-        """The table as a file: what was chosen, and what the committed one says of all that was not swept."""
+    def table_text(self) -> str:
+        """The text of choices.json: what was chosen, and the committed entries of all that was not swept."""
         facts = self.rows.result
         here = capability(torch.device(DEVICE)) or 0  # no GPU's: a table with it is refused
         measured = {name: facts["machine"][name] for name in ("gpu", "torch", "triton")}
@@ -240,7 +240,7 @@ class Sweep:
         return f'{{\n "about": {json.dumps(about)},\n "choices": [{lines}\n ]\n}}\n'
 
 
-def said(shape: Shape) -> str:
+def format_shape(shape: Shape) -> str:
     return " ".join(f"{field}={value}" for field, value in shape._asdict().items())
 
 
@@ -253,7 +253,7 @@ def main(out: Path, facts: dict[str, Any], n: int, ends: float) -> int:
     rows = Rows(out, facts)
     sweep = Sweep(rows, {"large": n, "small": max(n // 128, 1)})
     rows.result["not_swept"] = left = sweep.run(ends)
-    failed = rows.end()
+    failed = rows.finish()
     print(f"{failed} of {len(rows.result['rows'])} rows failed; {out}")
     if left:
         print("not swept:", *left)

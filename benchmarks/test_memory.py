@@ -5,14 +5,14 @@ import sys
 
 import pytest
 
-from benchmarks.ways import RECORDS, WAYS, Way
+from benchmarks.contenders import CONTENDERS, RECORDS, Contender
 from hosfl_kernels import cuda
 from hosfl_kernels.tensors import DISPATCH
 
 SMALL = 1_000_000
 
 
-def bound(way: Way, device: str, elements: int) -> int:
+def bound(way: Contender, device: str, elements: int) -> int:
     """The bytes that a way of ours may take besides its tensor: 1 MB.
 
     On a GPU `project` has sums too, which are its result's parts. Triton: a float64 per seed and tile, at most 64 MB;
@@ -31,10 +31,10 @@ def bound(way: Way, device: str, elements: int) -> int:
 CHILD = """
 import sys, torch
 from pathlib import Path
-from benchmarks.ways import WAYS
+from benchmarks.contenders import CONTENDERS
 
 index, elements, device = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-way = WAYS[index]
+way = CONTENDERS[index]
 x = torch.randn(elements, device=device) * 0.02
 way.move(torch.randn(1 << 20, device=device))  # code, threads and caches are there
 
@@ -56,12 +56,12 @@ else:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("way", WAYS, ids=lambda w: f"{w.group}: {w.name}")
+@pytest.mark.parametrize("way", CONTENDERS, ids=lambda w: f"{w.group}: {w.name}")
 def test_memory(benchmark, way, device, elements):
     elements = min(elements, 16 * 2**20)
 
     def measure():
-        command = [sys.executable, "-c", CHILD, str(WAYS.index(way)), str(elements), device]
+        command = [sys.executable, "-c", CHILD, str(CONTENDERS.index(way)), str(elements), device]
         return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
     peak = benchmark.pedantic(measure, rounds=1)

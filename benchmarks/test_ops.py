@@ -21,8 +21,19 @@ import torch
 from torch import Tensor
 
 import hosfl_kernels as hk
+from benchmarks.contenders import (
+    DIRECTIONS,
+    LIST_CONTENDERS,
+    MEZO,
+    RANDN,
+    ROOF,
+    SCALE,
+    mezo,
+    op_name,
+    record_tensors,
+    synchronized,
+)
 from benchmarks.shapes import LISTS
-from benchmarks.ways import DIRECTIONS, LIST_WAYS, MEZO, RANDN, ROOF, SCALE, called, mezo, seeds_of, waiting
 from hosfl_kernels.place import DISTRIBUTIONS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -38,7 +49,7 @@ def timed(benchmark: Any, call: Callable[[], object], name: str, of: str, dtype:
     benchmark.extra_info.update(device=device, group=group, of=of, dtype=dtype, name=name, bytes=2 * nbytes)
     iterations = max(1, min(100, 2**22 // max(1, nbytes)))
     benchmark.pedantic(
-        waiting(call, device), rounds=5 if nbytes > 2**26 else 20, iterations=iterations, warmup_rounds=1
+        synchronized(call, device), rounds=5 if nbytes > 2**26 else 20, iterations=iterations, warmup_rounds=1
     )
 
 
@@ -96,24 +107,24 @@ def test_perturb(benchmark: Any, kind: tuple[str, str, bool], device: str, size:
     dtype, dist, stochastic = kind
     (x,) = weights([(size,)], dtype, device)
     how: dict[str, Any] = {"rounding": "stochastic", "rounding_seed": 2} if stochastic else {}
-    name = called("perturb_", dist, stochastic)
+    name = op_name("perturb_", dist, stochastic)
     timed(benchmark, lambda: hk.perturb_(x, 1, SCALE, dist=dist, **how), name, f"{size:,}", dtype, x.nbytes, device)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=label)
 def test_replay(benchmark: Any, kind: tuple[str, str, bool], device: str, size: int) -> None:
     dtype, dist, stochastic = kind
-    (x,), (seeds, coefficients) = weights([(size,)], dtype, device), seeds_of(RECORDS)
+    (x,), (seeds, coefficients) = weights([(size,)], dtype, device), record_tensors(RECORDS)
     how: dict[str, Any] = {"rounding": "stochastic", "rounding_seeds": seeds} if stochastic else {}
-    name, of = called(f"replay_ {RECORDS}", dist, stochastic), f"{size:,} by {RECORDS} records"
+    name, of = op_name(f"replay_ {RECORDS}", dist, stochastic), f"{size:,} by {RECORDS} records"
     timed(benchmark, lambda: hk.replay_(x, seeds, coefficients, dist=dist, **how), name, of, dtype, x.nbytes, device)
 
 
 @pytest.mark.parametrize("dist", DISTRIBUTIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_project(benchmark: Any, dtype: str, dist: str, device: str, size: int) -> None:
-    (x,), (seeds, _) = weights([(size,)], dtype, device), seeds_of(RECORDS)
-    name, of = called(f"project {RECORDS}", dist), f"{size:,} by {RECORDS} records"
+    (x,), (seeds, _) = weights([(size,)], dtype, device), record_tensors(RECORDS)
+    name, of = op_name(f"project {RECORDS}", dist), f"{size:,} by {RECORDS} records"
     timed(benchmark, lambda: hk.project(x, seeds, dist=dist), name, of, dtype, x.nbytes, device)
 
 
@@ -124,7 +135,7 @@ def test_update(benchmark: Any, rule: hk.SGD | hk.AdamW, dist: str, device: str,
     moments = [[torch.zeros_like(x)] for _ in range(rule.moments)]
     seeds, coefficients = torch.arange(DIRECTIONS).reshape(1, -1), torch.full((1, DIRECTIONS), SCALE)
     steps = rule.steps([0], [SCALE])
-    name, of = called(f"update_ {rule.name}", dist), f"{size:,} by a round of {DIRECTIONS}"
+    name, of = op_name(f"update_ {rule.name}", dist), f"{size:,} by a round of {DIRECTIONS}"
     timed(
         benchmark,
         lambda: hk.update_([x], moments, rule, seeds, coefficients, steps, dist=dist),
@@ -139,10 +150,10 @@ def test_update(benchmark: Any, rule: hk.SGD | hk.AdamW, dist: str, device: str,
 # --- lists of tensors, as models have them --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("way", LIST_WAYS)
+@pytest.mark.parametrize("way", LIST_CONTENDERS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_list(benchmark: Any, way: str, dtype: str, device: str, model: str) -> None:
     shapes = LISTS[model]()
-    tensors, call = weights(shapes, dtype, device), LIST_WAYS[way]
+    tensors, call = weights(shapes, dtype, device), LIST_CONTENDERS[way]
     nbytes = sum(map(math.prod, shapes)) * DTYPES[dtype].itemsize
     timed(benchmark, lambda: call(tensors), way, f"list {model}", dtype, nbytes, device)

@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.contenders import synchronized
 from benchmarks.mezo import MeZO
-from benchmarks.ways import waiting
 from hosfl.halves.hub import packaged_minilm, pretrained_model
 from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.split import split
@@ -64,7 +64,7 @@ def timed(
     benchmark: Any, once: Callable[[], object], beside: Callable[[], object], device: str, group: str, name: str
 ) -> None:
     """once: the step; beside: its passes alone."""
-    waited, reference, alone = waiting(once, device), waiting(beside, device), []
+    waited, reference, alone = synchronized(once, device), synchronized(beside, device), []
 
     def before_each_round() -> None:
         begin = time.perf_counter()

@@ -6,7 +6,15 @@
 import pytest
 import torch
 
-from benchmarks.ways import BFLOAT16, FLOAT16, OLDER, RANDN_PRODUCTS, RANDN_RECORDS, WAYS, waiting
+from benchmarks.contenders import (
+    BFLOAT16,
+    CONTENDERS,
+    FLOAT16,
+    OLDER_ISAS,
+    RANDN_PRODUCTS,
+    RANDN_RECORDS,
+    synchronized,
+)
 from hosfl.halves.hub import packaged_minilm, pretrained_model
 from hosfl.halves.inputs import evaluating
 from hosfl.halves.split import split
@@ -15,14 +23,14 @@ from hosfl.probing.batched import probe_batched, probe_forward_batched
 from hosfl.probing.probe import probe_forward, probe_untouched
 
 
-@pytest.mark.parametrize("way", [*WAYS, *OLDER, *BFLOAT16, *FLOAT16], ids=lambda w: f"{w.group}: {w.name}")
+@pytest.mark.parametrize("way", [*CONTENDERS, *OLDER_ISAS, *BFLOAT16, *FLOAT16], ids=lambda w: f"{w.group}: {w.name}")
 def test_throughput(benchmark, way, device, elements):
-    if way in OLDER and device != "cpu":
+    if way in OLDER_ISAS and device != "cpu":
         pytest.skip("an instruction set of CPUs")
     dtype = torch.bfloat16 if way in BFLOAT16 else torch.float16 if way in FLOAT16 else torch.float32
     x = (torch.randn(elements, device=device) * 0.02).to(dtype)
 
-    once = waiting(lambda: way.move(x), device)
+    once = synchronized(lambda: way.move(x), device)
     benchmark.group = f"{device} {way.group}"
     benchmark.extra_info.update(device=device, group=way.group, name=way.name, bytes=2 * x.nbytes)
     on_cpu = device == "cpu"
@@ -40,7 +48,7 @@ def test_throughput(benchmark, way, device, elements):
 def test_copy(benchmark, elements):
     x, y = torch.randn(elements, device="cuda"), torch.empty(elements, device="cuda")
 
-    once = waiting(lambda: y.copy_(x), "cuda")
+    once = synchronized(lambda: y.copy_(x), "cuda")
     benchmark.extra_info.update(device="cuda", group="perturb", name="copy (bandwidth)", bytes=2 * x.nbytes)
     once()
     benchmark.pedantic(once, rounds=15)

@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from benchmarks import gpu, gpu_session, liars, ops, per_weight, readme, report, steps, test_steps
+from benchmarks.contenders import CONTENDERS, DECOMFL, LIST_ROOF, MEZO, ROOF
 from benchmarks.shapes import LISTS
 from benchmarks.test_memory import SMALL, bound
-from benchmarks.ways import DECOMFL, LIST_ROOF, MEZO, ROOF, WAYS
 from hosfl.runs.report import machine, processor_name
 from hosfl_kernels import cpu, cuda
 from hosfl_kernels.place import DISTRIBUTIONS
@@ -282,7 +282,7 @@ def test_a_row_that_fails_costs_no_other(tiny, monkeypatch, capsys):
 
 
 def test_a_graph_of_other_bits_has_no_time(tiny, monkeypatch):
-    monkeypatch.setattr(gpu, "captured", lambda call: lambda: None)  # replays nothing
+    monkeypatch.setattr(gpu, "as_cuda_graph", lambda call: lambda: None)  # replays nothing
     status, found = tiny()
     assert status == 1
     graphs = [row for row in found["rows"] if row["group"] == "graph"]
@@ -415,7 +415,7 @@ def test_the_figure_of_numbers_per_weight(tmp_path):
     """It is drawn, of all studies, and one is committed."""
     per_weight.draw(tmp_path / "numbers.png")
     assert (tmp_path / "numbers.png").read_bytes()[:4] == b"\x89PNG"
-    studies = {point.study for point in readme.numbers_of(readme.result_of(readme.ALL_STUDIES))}
+    studies = {point.study for point in readme.numbers_of(readme.load_result(readme.ALL_STUDIES))}
     assert studies == set(readme.MOVING)
     assert per_weight.OUT.exists()
 
@@ -424,7 +424,7 @@ def test_a_suite_that_measures_nothing_leaves_the_results_alone(tmp_path, monkey
     before = [tmp_path / f"kernels-{device}.json" for device in ("cpu", "cuda")]
     for path in before:
         path.write_text("{}")
-    monkeypatch.setattr(report, "measure", lambda *arguments: False)
+    monkeypatch.setattr(report, "run_suites", lambda *arguments: False)
     with pytest.raises(SystemExit, match="nothing was measured"):
         report.main(["--out", str(tmp_path)])
     for wrong in (["--elements", "0"], ["--threads", "1", "0"]):
@@ -440,11 +440,11 @@ def test_steps_are_set_beside_their_own_passes(tmp_path, monkeypatch):
             file.write(json.dumps({"group": "client", "name": "in place", "threads": threads}) + "\n")
         return True
 
-    monkeypatch.setattr(report, "measure", measured)
+    monkeypatch.setattr(report, "run_suites", measured)
     assert steps.main(["--threads", "1", "2", "--out", str(tmp_path)]) == 0
     found = json.loads((tmp_path / "steps-cpu.json").read_text())["rows"]
     assert [r["threads"] for r in found] == [1, 2]
-    monkeypatch.setattr(report, "measure", lambda *arguments: False)
+    monkeypatch.setattr(report, "run_suites", lambda *arguments: False)
     with pytest.raises(SystemExit, match="nothing was measured"):
         steps.main(["--out", str(tmp_path)])
     assert json.loads((tmp_path / "steps-cpu.json").read_text())["rows"] == found
@@ -518,11 +518,11 @@ def test_what_no_gpu_has_measured_is_said(tmp_path, tiny):
 def test_only_projections_on_a_gpu_may_hold_more_than_a_megabyte(monkeypatch):
     """The sums of a seed and a tile: as many as the kernels make."""
     n = 16 * 2**20
-    for way in WAYS:
+    for way in CONTENDERS:
         assert bound(way, "cpu", n) == SMALL
         if not way.group.startswith("project"):
             assert bound(way, "cuda", n) == SMALL
-    way = next(w for w in WAYS if w.name == "hosfl Gaussian" and w.group.startswith("project"))
+    way = next(w for w in CONTENDERS if w.name == "hosfl Gaussian" and w.group.startswith("project"))
     pytest.importorskip("triton")
     offline = importlib.import_module("hosfl_kernels.gpu.offline").variants()
     sums = {dist: 64 * 8 * offline[f"project-{dist}-float32"].programs(n, 0) for dist in DISTRIBUTIONS}

@@ -111,7 +111,7 @@ def test_overhead_memory_and_bfloat16_run(tmp_path, monkeypatch):
     parts = json.loads((tmp_path / "optim-cpu.json").read_text())
     assert set(parts) == set(optim.PARTS)
     for part in ("overhead", "memory"):
-        assert [r["name"] for r in parts[part]["rows"]] == [*optim.WAYS]
+        assert [r["name"] for r in parts[part]["rows"]] == [*optim.OPTIMIZERS]
     for r in parts["bfloat16"]["rows"]:
         if (r["name"], r["dtype"]) == (optim.MEZO, "bfloat16"):
             assert abs(r["share"]) < 0.01
@@ -142,7 +142,7 @@ def test_what_must_hold_is_checked():
 
 
 @pytest.mark.learning
-@pytest.mark.parametrize("way", curves.WAYS)
+@pytest.mark.parametrize("way", curves.OPTIMIZERS)
 def test_every_way_learns_digits(way, monkeypatch, seed, below):
     it = curves.task("digits")
     monkeypatch.setattr(curves, "task", lambda name: dataclasses.replace(it, steps=20))

@@ -43,7 +43,7 @@ def timed(monkeypatch):
     def put(times):
         said = {shape: iter(several) for shape, several in times.items()}
         monkeypatch.setattr(sweep, "candidates", lambda kernel, kind: list(times))
-        monkeypatch.setattr(sweep.Sweep, "timed", lambda self, kernel, kind, shape, size: next(said[shape]))
+        monkeypatch.setattr(sweep.Sweep, "time", lambda self, kernel, kind, shape, size: next(said[shape]))
 
     only(monkeypatch, FIRST)
     return put

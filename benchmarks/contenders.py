@@ -1,4 +1,4 @@
-"""The ways to move weights along noise, and to measure along it: ours, the roof, and the peers' own lines."""
+"""What the benchmarks compare: our kernels, the roof (plain memory traffic), and the peers' own code."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ RECORDS, DIRECTIONS = 64, 5
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way. `move(x)` changes x in place (or rebinds x.data, where the peer does), or only measures it."""
+class Contender:
+    """One implementation to time. `move(x)` changes x in place, or rebinds x.data as MeZO does, or only reads x."""
 
     group: str
     name: str
@@ -45,7 +45,7 @@ def mezo_list(tensors: Sequence[Tensor]) -> None:
 
 
 def decomfl(tensors: Sequence[Tensor]) -> None:
-    """DeComFL's way: the whole perturbation is there before it is added.
+    """DeComFL's perturbation: all of it is generated before any of it is added.
 
     Source: Li et al., "Achieving Dimension-Free Communication in Federated Learning via Zeroth-Order Optimization",
     ICLR 2025, arXiv 2405.15861.
@@ -64,18 +64,18 @@ def randn_products(x: Tensor) -> list[Tensor]:
     return [torch.dot(x, torch.randn_like(x)) for _ in range(RECORDS)]
 
 
-def projected(dist: str) -> Callable[[Tensor], object]:
+def projecting(dist: str) -> Callable[[Tensor], object]:
     seeds = list(range(RECORDS))
     return lambda x: hk.project(x, seeds, dist=dist)
 
 
-def replayed(dist: str) -> Callable[[Tensor], None]:
+def replaying(dist: str) -> Callable[[Tensor], None]:
     seeds, coefficients = list(range(RECORDS)), [SCALE] * RECORDS
     return lambda x: hk.replay_(x, seeds, coefficients, dist=dist)
 
 
-def waiting(call: Callable[[], object], device: str) -> Callable[[], None]:
-    """The call, and the end of what it started on a GPU."""
+def synchronized(call: Callable[[], object], device: str) -> Callable[[], None]:
+    """The call, followed on a GPU by a wait for all that it started."""
 
     def waited() -> None:
         call()
@@ -85,16 +85,16 @@ def waiting(call: Callable[[], object], device: str) -> Callable[[], None]:
     return waited
 
 
-def seeds_of(records: int) -> tuple[Tensor, Tensor]:
+def record_tensors(records: int) -> tuple[Tensor, Tensor]:
     return torch.arange(records), torch.full((records,), SCALE)
 
 
-def called(op: str, dist: str, stochastic: bool = False) -> str:
+def op_name(op: str, dist: str, stochastic: bool = False) -> str:
     return f"hosfl {op} {dist}{', stochastic rounding' if stochastic else ''}"
 
 
 def with_isa(isa: str, move: Callable[[Tensor], object]) -> Callable[[Tensor], object]:
-    """The same, by the C++ kernels for another instruction set of this processor."""
+    """`move` with the C++ kernels for another instruction set of this processor."""
 
     def moved(x: Tensor) -> None:
         best = _cpp.isa()
@@ -111,53 +111,55 @@ ROOF, LIST_ROOF = "add_ a constant (the roof)", "torch._foreach_add_ (the roof)"
 MEZO, DECOMFL, RANDN = "MeZO's way", "DeComFL's way", "torch.randn"
 RANDN_RECORDS = f"{RECORDS} x (torch.randn + add_)"
 RANDN_PRODUCTS = f"{RECORDS} x (torch.randn + dot)"
-WAYS = [
-    Way("perturb", ROOF, lambda x: x.add_(SCALE)),
-    Way("perturb", "hosfl Rademacher", lambda x: hk.perturb_(x, 1, SCALE)),
-    Way("perturb", "hosfl Gaussian", lambda x: hk.perturb_(x, 1, SCALE, dist="gaussian")),
-    Way("perturb", "torch.randn + add_", randn_add),
-    Way("perturb", MEZO, mezo),
-    Way(f"replay {RECORDS}", "hosfl Rademacher", replayed("rademacher")),
-    Way(f"replay {RECORDS}", "hosfl Gaussian", replayed("gaussian")),
-    Way(f"replay {RECORDS}", RANDN_RECORDS, randn_records),
-    Way(f"project {RECORDS}", "hosfl Rademacher", projected("rademacher")),
-    Way(f"project {RECORDS}", "hosfl Gaussian", projected("gaussian")),
-    Way(f"project {RECORDS}", RANDN_PRODUCTS, randn_products),
+CONTENDERS = [
+    Contender("perturb", ROOF, lambda x: x.add_(SCALE)),
+    Contender("perturb", "hosfl Rademacher", lambda x: hk.perturb_(x, 1, SCALE)),
+    Contender("perturb", "hosfl Gaussian", lambda x: hk.perturb_(x, 1, SCALE, dist="gaussian")),
+    Contender("perturb", "torch.randn + add_", randn_add),
+    Contender("perturb", MEZO, mezo),
+    Contender(f"replay {RECORDS}", "hosfl Rademacher", replaying("rademacher")),
+    Contender(f"replay {RECORDS}", "hosfl Gaussian", replaying("gaussian")),
+    Contender(f"replay {RECORDS}", RANDN_RECORDS, randn_records),
+    Contender(f"project {RECORDS}", "hosfl Rademacher", projecting("rademacher")),
+    Contender(f"project {RECORDS}", "hosfl Gaussian", projecting("gaussian")),
+    Contender(f"project {RECORDS}", RANDN_PRODUCTS, randn_products),
 ]
 BFLOAT16 = [
-    Way("perturb bfloat16", ROOF, lambda x: x.add_(SCALE)),
-    Way("perturb bfloat16", "hosfl Rademacher", lambda x: hk.perturb_(x, 1, SCALE)),
-    Way(
+    Contender("perturb bfloat16", ROOF, lambda x: x.add_(SCALE)),
+    Contender("perturb bfloat16", "hosfl Rademacher", lambda x: hk.perturb_(x, 1, SCALE)),
+    Contender(
         "perturb bfloat16",
         "hosfl Rademacher, stochastic rounding",
         lambda x: hk.perturb_(x, 1, SCALE, rounding="stochastic", rounding_seed=2),
     ),
-    Way("perturb bfloat16", MEZO, mezo),
+    Contender("perturb bfloat16", MEZO, mezo),
 ]
 FLOAT16 = [
-    Way("perturb float16", ROOF, lambda x: x.add_(SCALE)),
-    Way("perturb float16", "hosfl Rademacher", lambda x: hk.perturb_(x, 1, SCALE)),
-    Way("perturb float16", "hosfl Gaussian", lambda x: hk.perturb_(x, 1, SCALE, dist="gaussian")),
-    Way("perturb float16", MEZO, mezo),
+    Contender("perturb float16", ROOF, lambda x: x.add_(SCALE)),
+    Contender("perturb float16", "hosfl Rademacher", lambda x: hk.perturb_(x, 1, SCALE)),
+    Contender("perturb float16", "hosfl Gaussian", lambda x: hk.perturb_(x, 1, SCALE, dist="gaussian")),
+    Contender("perturb float16", MEZO, mezo),
 ]
-# Of a processor that has better ones.
-OLDER = [
-    Way("perturb", f"hosfl {name} by {isa} alone", with_isa(isa, partial(hk.perturb_, seed=1, scale=SCALE, dist=dist)))
+# Older instruction sets of a processor that has better ones.
+OLDER_ISAS = [
+    Contender(
+        "perturb", f"hosfl {name} by {isa} alone", with_isa(isa, partial(hk.perturb_, seed=1, scale=SCALE, dist=dist))
+    )
     for isa in ("avx2",)
     if isa in _cpp.supported()[:-1]
     for name, dist in (("Rademacher", "rademacher"), ("Gaussian", "gaussian"))
 ]
 
 
-def _with_lists() -> dict[str, Callable[[list[Tensor]], object]]:
-    seeds, coefficients = seeds_of(DIRECTIONS)
+def _list_contenders() -> dict[str, Callable[[list[Tensor]], object]]:
+    seeds, coefficients = record_tensors(DIRECTIONS)
     ours: dict[str, Callable[[list[Tensor]], object]] = {}
     for dist in DISTRIBUTIONS:
-        ours[called("perturb_", dist)] = partial(hk.perturb_, seed=1, scale=SCALE, dist=dist)
+        ours[op_name("perturb_", dist)] = partial(hk.perturb_, seed=1, scale=SCALE, dist=dist)
         replay = partial(hk.replay_, seeds=seeds, coefficients=coefficients, dist=dist)
-        ours[called(f"replay_ {DIRECTIONS}", dist)] = replay
-        ours[called(f"project {DIRECTIONS}", dist)] = partial(hk.project, seeds=seeds, dist=dist)
+        ours[op_name(f"replay_ {DIRECTIONS}", dist)] = replay
+        ours[op_name(f"project {DIRECTIONS}", dist)] = partial(hk.project, seeds=seeds, dist=dist)
     return {LIST_ROOF: lambda tensors: torch._foreach_add_(tensors, SCALE), MEZO: mezo_list, DECOMFL: decomfl, **ours}
 
 
-LIST_WAYS = _with_lists()
+LIST_CONTENDERS = _list_contenders()
