@@ -441,7 +441,7 @@ def installed() -> dict[str, ModuleType]:
 
 
 def _takes_numpy(tensors: Sequence[Array]) -> bool:
-    """Whether an op takes numpy's way. Of nothing it does not where torch has been imported."""
+    """Whether an op runs on numpy arrays. An empty list counts as tensors if torch has been imported."""
     return is_numpy(tensors[0]) if tensors else sys.modules.get("torch") is None
 
 
@@ -560,10 +560,10 @@ RUN: dict[str, Callable[..., Any]] = {
 
 
 def _checked_place(place: Place, tensors: list[Array], stochastic: bool) -> tuple[Place, Layouts]:
-    """The place with its defaults filled in, and the tensors' layouts, once both are checked.
+    """Check a place and its tensors. Returns the place with its defaults filled in, and the tensors' layouts.
 
-    A list that was found right is remembered by all that the checks read, addresses among them: `.data` may be rebound
-    at any time. Of 300 tensors the checks take as long as the C++ takes to move them.
+    Results are cached by all that the checks read, addresses included: `.data` may be rebound at any time. Without the
+    cache, checking 300 tensors takes as long as the C++ takes to move them.
     """
     key_of_tensors = arrays.cache_key(tensors)
     if key_of_tensors is None:
@@ -572,19 +572,19 @@ def _checked_place(place: Place, tensors: list[Array], stochastic: bool) -> tupl
     known = _checked_lists.get(key)
     if known is None:
         known = _validate_place(place, tensors, stochastic)
-        if len(_checked_lists) >= MAX_CACHED_LISTS:  # more where threads add at once
+        if len(_checked_lists) >= MAX_CACHED_LISTS:  # may exceed it where threads add at once
             _checked_lists.clear()
         _checked_lists[key] = known
     return known
 
 
-# A model whose parameters are moved one by one has hundreds. A list takes 1 KB, and 0.3 KB more for every tensor beyond
-# the first.
+# Moving parameters one by one makes hundreds of lists. An entry takes 1 KB, and 0.3 KB for every further tensor.
 MAX_CACHED_LISTS = 1024
 _checked_lists: dict[tuple[Any, ...], tuple[Place, Layouts]] = {}
 
 
 def _validate_place(place: Place, tensors: list[Array], stochastic: bool) -> tuple[Place, Layouts]:
+    """`_checked_place` without its cache. Raises TypeError, RuntimeError, ValueError."""
     dist, factors, streams, starts = place
     found = validation.check_tensors(tensors, starts)
     if stochastic and any(dtype_name(t.dtype) == "float16" for t in tensors):
@@ -596,10 +596,11 @@ def _validate_place(place: Place, tensors: list[Array], stochastic: bool) -> tup
 
 
 def _run_in_place(call: Callable[..., None], place: Place, *lists: list[Array]) -> None:
-    """Makes the call, with a place and lists as kernels take them, and tells autograd what it changed.
+    """Call a kernel on row-major tensors, and mark all tensors of the lists as changed for autograd.
 
-    For tensors in channels_last one by one, with a copy, in memory that has room for the largest of them: where there
-    is none, nothing is changed yet. What may still be missing then is some KB for the tables of a launch on a GPU.
+    call: takes a place and the lists. Tensors in channels_last are copied, and copied back, one at a time, through a
+    buffer that holds the largest of them. It is allocated first: if memory is short, nothing is changed. A launch on a
+    GPU may still need some KB for its tables.
     """
     all_row_major = all(all(are_row_major(xs)) for xs in lists)
     rows = [] if all_row_major else list(zip(*map(are_row_major, lists), strict=True))
@@ -618,7 +619,7 @@ def _run_in_place(call: Callable[..., None], place: Place, *lists: list[Array]) 
             for x, copy in zip(mine, copies, strict=True):
                 if copy is not x:
                     x.copy_(copy)
-    finally:  # what failed half-way has changed some
+    finally:  # a failure half-way has changed some of them
         _mark_changed([x for xs in lists for x in xs])
 
 
