@@ -111,7 +111,7 @@ class OutlierClipping:
         """Whether there is a running length, so that the clients' own lengths are not needed."""
         return bool(self.length.weight)
 
-    def add_client(self, gradient: Pieces) -> None:
+    def observe(self, gradient: Pieces) -> None:
         """Take in one client's gradient."""
         if not self.ready:
             self._clients.append(length_of(gradient))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hosfl.halves.inputs import evaluating
 from hosfl.halves.split import dtype_of
 from hosfl.methods.gathered import SHARES, RunningMean
-from hosfl.methods.server import Server, copied_to, refusing_errors
+from hosfl.methods.server import Server, copy_cut, refusing_failures
 from hosfl.methods.tensors import all_true, usable
 from hosfl.protocol.messages import Cut, Message, MessageError
 
@@ -50,8 +50,8 @@ class GroupedServer(Server):
                 " need each by itself: leave out server_batch"
             )
         self._group: list[Cut] = []
-        self._check_independent()
-        self._pads = self.cuts.masked and self._ignores_padding()
+        self._check_independent_samples()
+        self._may_pad = self.cuts.masked and self._ignores_padding()
 
     def begin(self, round: int) -> None:
         super().begin(round)
@@ -60,7 +60,7 @@ class GroupedServer(Server):
     def learn(self, message: Message) -> None:
         """Learn from one cut once its group is complete; refuse it now or then."""
         with self._refusing(message):
-            cut = self._check_cut(self._number, message)
+            cut = self._check_cut(self._round, message)
             if any(waiting.client == cut.client for waiting in self._group):
                 raise MessageError("a second cut in one round")
             if not self._fits_group(cut):
@@ -77,7 +77,7 @@ class GroupedServer(Server):
 
     def _fits_group(self, cut: Cut) -> bool:
         """Whether a cut can go through the half together with the waiting ones."""
-        alike = self._pads or all(waiting.cut.shape[1:] == cut.cut.shape[1:] for waiting in self._group)
+        alike = self._may_pad or all(waiting.cut.shape[1:] == cut.cut.shape[1:] for waiting in self._group)
         return alike and sum(len(waiting.labels) for waiting in self._group) + len(cut.labels) <= self.most
 
     def _learn_group(self) -> None:
@@ -85,13 +85,13 @@ class GroupedServer(Server):
         group, self._group = self._group, []
         if len(group) > 1 and self._outliers.ready:  # the first step needs the length of each client's gradient
             try:
-                with self._dropout(), refusing_errors():
+                with self._dropout(), refusing_failures():
                     multipliers, losses = self._backward_together(group)
             except MessageError:
                 pass  # nothing has changed: taking them one by one shows which cut is bad
             else:
                 for cut, multiplier, loss in zip(group, multipliers, losses, strict=True):
-                    self._keep(cut, self._multiplier(self._number, cut.client, multiplier), loss)
+                    self._record_cut(cut, self._multiplier(self._round, cut.client, multiplier), loss)
                 return
         for cut in group:
             with self._refusing(cut):
@@ -107,13 +107,13 @@ class GroupedServer(Server):
         device, dtype = next(self.half.parameters()).device, dtype_of(self.half)
         sizes, labels = [len(c.labels) for c in cuts], [c.labels for c in cuts]
         shares = [self._gathered.share(size / self.cuts.batch) for size in sizes]
-        if self._pads and self.cuts.ignore_index is not None:  # labels are one for each token
+        if self._may_pad and self.cuts.ignore_index is not None:  # labels are one for each token
             labels = _padded(labels, self.cuts.ignore_index)
-        pad = _padded if self._pads else list
+        pad = _padded if self._may_pad else list
         # One tensor for all cuts: one copy to the device, and one leaf of the graph.
         cut = torch.cat(pad([c.cut for c in cuts])).to(device).requires_grad_()
         masks = self._masks(torch.cat(pad([c.mask for c in cuts]))) if self.cuts.masked else {}
-        output = self.half(copied_to(cut, dtype), **masks)
+        output = self.half(copy_cut(cut, dtype), **masks)
         own = [self.loss(o, self._labels(x)) for o, x in zip(output.split(sizes), labels, strict=True)]
         losses = torch.stack([loss.reshape(()) for loss in own])
         self.passes["server forward"] += len(cut)
@@ -125,11 +125,11 @@ class GroupedServer(Server):
         if not (all_true(torch.isfinite(t).all() for t in (losses, *multipliers)) and usable(gradients)):
             raise MessageError("cuts of which a loss or a gradient is infinite or NaN, or too long")
         self._gathered.add_sum(gradients, sum(shares))
-        if self._pads:
+        if self._may_pad:
             multipliers = [m[:, : c.cut.shape[1]] for m, c in zip(multipliers, cuts, strict=True)]
         return [m.to(c.cut.dtype) for m, c in zip(multipliers, cuts, strict=True)], losses.detach().tolist()
 
-    def _check_independent(self) -> None:
+    def _check_independent_samples(self) -> None:
         """Raises ValueError for a half in train mode in which samples affect each other, or buffers change.
 
         It runs the half, since a module's type does not tell: BatchNorm kept in eval mode mixes nothing.
@@ -141,7 +141,7 @@ class GroupedServer(Server):
         cuts.requires_grad_()
         self.half.train()
         with self._dropout():
-            output = self.half(copied_to(cuts, cuts.dtype), **self._masks(masks))[0]
+            output = self.half(copy_cut(cuts, cuts.dtype), **self._masks(masks))[0]
             (gradient,) = torch.autograd.grad((output * torch.rand_like(output)).sum(), cuts)
         for module, training in modes:
             module.training = training
@@ -162,8 +162,8 @@ class GroupedServer(Server):
         length = max(1, longest // 2)
         masks[:, length:] = 0
         with evaluating(self.half):
-            padded = self.half(copied_to(cuts, cuts.dtype), **self._masks(masks))
-            short = self.half(copied_to(cuts[:, :length], cuts.dtype), **self._masks(masks[:, :length]))
+            padded = self.half(copy_cut(cuts, cuts.dtype), **self._masks(masks))
+            short = self.half(copy_cut(cuts[:, :length], cuts.dtype), **self._masks(masks[:, :length]))
         if self.cuts.ignore_index is not None:  # the loss ignores outputs at padding
             padded = padded[:, :length]
         return padded.shape == short.shape and bool((padded - short).abs().max() <= 0.01 * short.abs().max())

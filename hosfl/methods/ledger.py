@@ -46,7 +46,7 @@ def step_size(rate: Rate, length: RunningLength | None, round: int, square: floa
 
 
 # Chooses the round's lattice from its moves, before they are rounded to it; returns None where the run has none.
-LatticeChoice = Callable[[Sequence[float]], Lattice | None]
+ChooseLattice = Callable[[Sequence[float]], Lattice | None]
 
 
 class Ledger(Protocol):
@@ -62,8 +62,8 @@ class Ledger(Protocol):
     def largest_answer(self) -> int:
         """The number of elements of a client's answer."""
 
-    def since(self, hello: Hello | Differs, reported: bool = True) -> Message:
-        """The update that a client has missed. reported: see `Server.welcome`. Raises MessageError."""
+    def since(self, hello: Hello | Differs, from_client: bool = True) -> Message:
+        """The update that a client has missed. from_client: see `Server.welcome`. Raises MessageError."""
 
     def check(self, message: Any) -> None:
         """Raises MessageError for an answer that cannot be aggregated."""
@@ -84,7 +84,7 @@ class Ledger(Protocol):
 class Step(Protocol):
     """Turns a round's aggregated scalars into its record."""
 
-    def __call__(self, round: int, scalars: Tensor, lattice_for: LatticeChoice) -> tuple[list[float], float]:
+    def __call__(self, round: int, scalars: Tensor, choose_lattice: ChooseLattice) -> tuple[list[float], float]:
         """Scalars float64 [P] -> the record's P coefficients and its learning rate."""
 
     def state(self) -> State: ...
@@ -92,7 +92,7 @@ class Step(Protocol):
     def load(self, tensors: dict[str, Tensor], info: dict[str, Any]) -> None: ...
 
 
-def voided(epochs: Sequence[tuple[int, int]], hello: Hello | Differs) -> bool:
+def has_void_rounds(epochs: Sequence[tuple[int, int]], hello: Hello | Differs) -> bool:
     """Whether the client has applied rounds that are void now, since a later epoch began before its round."""
     return any(epoch > hello.epoch and start < hello.round for epoch, start in epochs)
 
@@ -131,7 +131,7 @@ class SeedReplay:
     def epoch(self) -> int:
         return self.epochs[-1][0] if self.epochs else 0
 
-    def since(self, hello: Hello | Differs, reported: bool = True) -> Records | PoolMoves:
+    def since(self, hello: Hello | Differs, from_client: bool = True) -> Records | PoolMoves:
         """Every record after the client's last; from round 0 on if its half is wrong or has void rounds.
 
         Also from round 0 on if it has more rounds than there are, or has seen a later epoch. That happens when a copy
@@ -142,9 +142,9 @@ class SeedReplay:
         if isinstance(hello, Differs) and len(hello.digest) != 8:
             raise MessageError(f"a digest of {len(hello.digest)} words, not 8")
         ahead = hello.epoch > self.epoch or hello.round > len(self.records)
-        start = 0 if isinstance(hello, Differs) or ahead or voided(self.epochs, hello) else hello.round
+        start = 0 if isinstance(hello, Differs) or ahead or has_void_rounds(self.epochs, hello) else hello.round
         # A client whose half is wrong starts again from the base, and needs no check.
-        checked = isinstance(hello, Hello) and ((reported and start > 0) or self._due(start))
+        checked = isinstance(hello, Hello) and ((from_client and start > 0) or self._due(start))
         return self._records(hello.client, start, checked)
 
     def _due(self, start: int) -> bool:
@@ -207,7 +207,7 @@ class SeedReplay:
         coefficients, rate = [0.0] * self.run.directions, 0.0
         current = lattice = self.mirror.lattice
 
-        def lattice_for(moves: Sequence[float]) -> Lattice | None:
+        def choose_lattice(moves: Sequence[float]) -> Lattice | None:
             nonlocal lattice
             if current is not None:
                 rounded = sum(map(abs, moves)) + len(moves) * current.quantum  # an upper bound if there are blocks
@@ -219,7 +219,7 @@ class SeedReplay:
             if self.clip is not None:
                 values = clip_to_norm(values, self.clip, self.weights)
             step = limit_length(self.aggregation(values, weights), values, self.weights)
-            coefficients, rate = self.step(round, step, lattice_for)
+            coefficients, rate = self.step(round, step, choose_lattice)
         quantum = None if lattice is None or lattice == current else lattice.quantum
         participants = tuple(a.client for a in answers)
         self._append(RoundRecord(self.epoch, round, rate, np.array(coefficients, np.float32), participants, quantum))
@@ -305,7 +305,7 @@ class WholeWeights:
         """The number of elements of a client's answer."""
         return len(self.weights)
 
-    def since(self, hello: Hello | Differs, reported: bool = True) -> Weights:
+    def since(self, hello: Hello | Differs, from_client: bool = True) -> Weights:
         """The weights, unless the client has them."""
         current = hello.round == self.rounds and hello.epoch == self.epoch
         weights = torch.empty(0) if current else self.weights.detach()

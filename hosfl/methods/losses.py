@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hosfl.halves.inputs import Inputs, evaluating
-from hosfl.methods.server import Server, copied_to, refusing_errors
+from hosfl.methods.server import Server, copy_cut, refusing_failures
 from hosfl.probing.displaced import Displacement, displaced, evaluate_displaced, no_autocast_cache, refuse_writers
 from hosfl.probing.probe import trainable
 from hosfl.protocol.messages import Cut, Message, MessageError, ProbedCut
@@ -61,12 +61,12 @@ class LossServer(Server):
         labels, masks = self._labels(message.labels), self._masks(message.mask)
         losses = []
         refuse_writers(self.half)
-        with refusing_errors(), evaluating(self.half), no_autocast_cache():
+        with refusing_failures(), evaluating(self.half), no_autocast_cache():
             for cut in cuts:
                 inputs = cut.to(parameter.device)
                 for move in moves:
                     with nullcontext() if move is None else displaced(self.half, move):
-                        output = self.half(copied_to(inputs, parameter.dtype), **masks)
+                        output = self.half(copy_cut(inputs, parameter.dtype), **masks)
                     losses.append(self.loss(output.double(), labels.double() if self.cuts.real else labels).double())
                     self.passes["server forward"] += len(cut)
         found = torch.stack(losses).cpu()

@@ -42,7 +42,7 @@ MACHINE_ERRORS = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
 
 
 @contextmanager
-def refusing_errors() -> Iterator[None]:
+def refusing_failures() -> Iterator[None]:
     """Turns errors that a half or a loss raises for a client's cut and labels into a MessageError.
 
     Also errors in the half or the loss themselves. They refuse every client, and a run in which nothing was learnt ends
@@ -93,7 +93,7 @@ class Server:
 
     Attributes:
         refused: why messages were refused.
-        pending_refusals: by client, why its last message was refused, until the client has been told.
+        untold_refusals: by client, why its last message was refused, until the client has been told.
         differed: the clients that found their half wrong, and when.
         learnt: the number of cuts that were learnt from.
         passes: samples that went forward and backward through either half; clients count theirs in it too.
@@ -122,7 +122,7 @@ class Server:
     server_first: int = 0
     centered: bool = False
     refused: Reasons = field(default_factory=Reasons, init=False)
-    pending_refusals: dict[int, str] = field(default_factory=dict, init=False)
+    untold_refusals: dict[int, str] = field(default_factory=dict, init=False)
     differed: Reasons = field(default_factory=Reasons, init=False)
     learnt: int = field(default=0, init=False)
     passes: Passes = field(default_factory=no_passes)
@@ -131,9 +131,9 @@ class Server:
         if self.centered and self.cuts.label_shape:
             raise ValueError("multiplier = centered is for tasks with one label per sample: leave it out")
         given = [float(group.get("lr", 1.0)) for group in self.optimizer.param_groups]
-        self._shares = [rate / max(given) if max(given) > 0 else 1.0 for rate in given]
+        self._rate_ratios = [rate / max(given) if max(given) > 0 else 1.0 for rate in given]
         # The state of the current step, which `begin` resets.
-        self._number = 0
+        self._round = 0
         self._gathered = make_accumulator(self.aggregation)
         self._samples: dict[int, int] = {}
         self._answers: dict[int, Message] = {}
@@ -174,13 +174,13 @@ class Server:
         """Record why a message is refused. client: its sender, if known."""
         self.refused.add(f"{what}: {error}")
         if client is not None and client < self.clients:
-            self.pending_refusals[client] = str(error)
+            self.untold_refusals[client] = str(error)
 
     def refusal(self, client: int, round: int) -> Refusal | None:
         """The message that tells an invited client, once, why its last message was refused; None if it was not."""
-        if client not in self.pending_refusals:
+        if client not in self.untold_refusals:
             return None
-        why = text_array(self.pending_refusals.pop(client))
+        why = text_array(self.untold_refusals.pop(client))
         return Refusal(client=client, round=round, epoch=self.epoch, text=why)
 
     def accept_statistics(self, message: Message) -> bool:
@@ -225,10 +225,10 @@ class Server:
             raise MessageError("Statistics in a run that does not estimate them")
         return message, self.statistics
 
-    def welcome(self, hello: Message, reported: bool = True) -> Message | None:
+    def welcome(self, hello: Message, from_client: bool = True) -> Message | None:
         """The update that a client must apply before it takes part; None if it is refused or there is none.
 
-        reported: whether the client itself reported this position, and may have another history than it thinks. False:
+        from_client: whether the client itself from_client this position, and may have another history than it thinks. False:
         the server knows the position from what it has sent.
         """
         try:
@@ -237,7 +237,7 @@ class Server:
             self._check_client(hello)
             if self.ledger is None:
                 return None
-            answer = self.ledger.since(hello, reported)
+            answer = self.ledger.since(hello, from_client)
         except MessageError as error:
             self._refuse(f"client {hello.client}", hello.client, error)
             return None
@@ -270,18 +270,18 @@ class Server:
 
     def begin(self, round: int) -> None:
         """Begin a step. round: the number that its cuts must have."""
-        for group, share in zip(self.optimizer.param_groups, self._shares, strict=True):
+        for group, share in zip(self.optimizer.param_groups, self._rate_ratios, strict=True):
             group["lr"] = self.rate(round) * share
         self.half.train()
         self.optimizer.zero_grad()
-        self._number, self._gathered = round, make_accumulator(self.aggregation)
+        self._round, self._gathered = round, make_accumulator(self.aggregation)
         self._samples, self._answers, self._client_losses, self._generators, self._accepted = {}, {}, [], [], {}
         self._outliers.begin()
 
     def learn(self, message: Message) -> None:
         """Learn from one cut, or refuse it. Call it in the clients' order, on which sums and dropout depend."""
         with self._refusing(message):
-            self._learn_checked(self._check_cut(self._number, message))
+            self._learn_checked(self._check_cut(self._round, message))
 
     def learnt_from(self) -> list[int]:
         """The clients whose cuts the step has learnt from so far."""
@@ -293,15 +293,15 @@ class Server:
         try:
             yield
         except MessageError as error:
-            self._refuse(f"{when or f'round {self._number}'}, client {message.client}", message.client, error)
+            self._refuse(f"{when or f'round {self._round}'}, client {message.client}", message.client, error)
 
     def _learn_checked(self, cut: Cut) -> None:
         """Learn from a cut that was checked. Raises MessageError; then nothing has changed."""
         with self._dropout():
-            answer, loss = self._answer_and_loss(self._number, cut)
-        self._keep(cut, answer, loss)
+            answer, loss = self._answer_and_loss(self._round, cut)
+        self._record_cut(cut, answer, loss)
 
-    def _keep(self, cut: Cut, answer: Message | None, loss: float) -> None:
+    def _record_cut(self, cut: Cut, answer: Message | None, loss: float) -> None:
         """Record a cut that was learnt from, until the step ends."""
         if answer is not None:
             self._answers[cut.client] = answer
@@ -314,7 +314,7 @@ class Server:
         if not self._client_losses:
             return {}, float("nan")
         self._take_step()
-        answers = {} if self._number < self.server_first else self._answers
+        answers = {} if self._round < self.server_first else self._answers
         return answers, float(self.aggregation(self._client_losses, [*self._samples.values()]))
 
     def _answer_and_loss(self, round: int, message: Cut) -> tuple[Message | None, float]:
@@ -344,7 +344,7 @@ class Server:
 
     def _add(self, gradient: Pieces, samples: int, buffers: Pieces = ()) -> None:
         """Add one client's gradient of the half, and the buffers after its pass, to the aggregate."""
-        self._outliers.add_client(gradient)
+        self._outliers.observe(gradient)
         # A weight of at most 1, so that no finite number becomes infinite.
         self._gathered.add([*gradient, *buffers], samples / self.cuts.batch)
 
@@ -362,7 +362,7 @@ class Server:
                 for place, state in zip(own, self._generators[1:], strict=True):
                     torch.get_device_module(place).set_rng_state(state, place)
             else:
-                torch.manual_seed(round_seed(self.seed, Purpose.DROPOUT, self._number) % 2**63)
+                torch.manual_seed(round_seed(self.seed, Purpose.DROPOUT, self._round) % 2**63)
             yield
             self._generators = [torch.get_rng_state(), *(torch.get_device_module(d).get_rng_state(d) for d in own)]
 
@@ -377,8 +377,8 @@ class Server:
         device, dtype = next(self.half.parameters()).device, dtype_of(self.half)
         cut = cut.to(device).requires_grad_()
         try:
-            with refusing_errors():
-                output = self.half(copied_to(cut, dtype), **self._masks(mask))
+            with refusing_failures():
+                output = self.half(copy_cut(cut, dtype), **self._masks(mask))
                 loss = self.loss(output, self._labels(labels))
                 self.passes["server forward"] += len(cut)
                 self.passes["server backward"] += len(cut)
@@ -482,7 +482,7 @@ def _by_client(messages: Mapping[int, AnyMessage]) -> list[AnyMessage]:
     return [messages[client] for client in sorted(messages)]
 
 
-def copied_to(cut: Tensor, dtype: torch.dtype) -> Tensor:
+def copy_cut(cut: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy of a cut in the half's dtype, since the half may begin with an operation in place.
 
     The copy is not a leaf of the graph, on which autograd forbids those. Beside a pass its cost is negligible.

@@ -81,7 +81,7 @@ class ZerothOrderServer(LossServer):
 
     def end(self) -> tuple[dict[int, Message], float]:
         answers, loss = super().end()
-        for number in range(self._number * self.steps + 1, (self._number + 1) * self.steps):
+        for number in range(self._round * self.steps + 1, (self._round + 1) * self.steps):
             self._step_number = number
             if sum(map(self._estimate, self._cuts)):
                 self._take_step()

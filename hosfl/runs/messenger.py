@@ -152,7 +152,7 @@ class Messenger:
         if client not in self.positions:
             return []
         round, epoch = self.positions[client]
-        news = self.server.welcome(Hello(client=client, round=round, epoch=epoch), reported=False)
+        news = self.server.welcome(Hello(client=client, round=round, epoch=epoch), from_client=False)
         return [] if news is None else [news]
 
     def _deadline_at(self, share: float = 1.0) -> float | None:
