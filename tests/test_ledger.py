@@ -13,7 +13,7 @@ from small import DIRECTIONS, POOL, RULES, Small, round_scalars, small
 from torch import nn
 
 from hosfl.methods.ho import power_of_two_scales
-from hosfl.methods.ledger import SeedReplay, voided
+from hosfl.methods.ledger import SeedReplay, has_void_rounds
 from hosfl.methods.steps import FreshStep, PoolStep
 from hosfl.probing.probe import Moved, probe_in_place, probe_untouched, trainable
 from hosfl.protocol import replica
@@ -334,9 +334,9 @@ def test_malformed_messages_change_nothing(kind):
 def test_which_clients_hold_void_rounds():
     epochs = [(1, 20), (3, 30)]
     for epoch, round, void in [(0, 20, False), (0, 21, True), (1, 30, False), (1, 31, True), (3, 99, False)]:
-        assert voided(epochs, Hello(client=0, round=round, epoch=epoch)) is void
-    assert voided([(1, 20), (2, 10)], Hello(client=0, round=15, epoch=1))
-    assert not voided([], Hello(client=0, round=5))
+        assert has_void_rounds(epochs, Hello(client=0, round=round, epoch=epoch)) is void
+    assert has_void_rounds([(1, 20), (2, 10)], Hello(client=0, round=15, epoch=1))
+    assert not has_void_rounds([], Hello(client=0, round=5))
 
 
 @pytest.mark.parametrize("kind", RULES)
@@ -421,7 +421,7 @@ def test_a_client_that_differs_says_so_and_rebuilds(kind):
     assert state(client.replica) == (made.ledger.mirror.digest(), 10, 0)
     assert server.refused == []
     made.play(11)
-    assert server.welcome(client.hello(), said=False).digest.size == 0  # not due
+    assert server.welcome(client.hello(), from_client=False).digest.size == 0  # not due
     assert server.welcome(client.hello()).digest.size == 8
     assert client.catch_up(made.since(client)) is None
 

@@ -11,7 +11,7 @@ from torch import nn
 from hosfl import Config
 from hosfl.methods.cuts import CutSpec
 from hosfl.methods.first_order import GradientAverage
-from hosfl.methods.gathered import KeptVectors, RunningMean, gathered
+from hosfl.methods.gathered import KeptVectors, RunningMean, make_accumulator
 from hosfl.methods.server import Server
 from hosfl.probing.probe import trainable
 from hosfl.protocol.aggregate import AGGREGATIONS
@@ -232,7 +232,7 @@ def test_what_is_kept():
         ("median", KeptVectors),
         ("trimmed", KeptVectors),
     ]:
-        assert isinstance(gathered(AGGREGATIONS[name]), kind)
+        assert isinstance(make_accumulator(AGGREGATIONS[name]), kind)
     server = made("median")
     server.step(0, honest())
     assert server._gathered.rows == []
@@ -243,7 +243,7 @@ def test_the_gathered_aggregate_is_the_aggregation(aggregation):
     random = torch.Generator().manual_seed(0)
     rows = [torch.randn(7, generator=random) for _ in range(5)]
     weights = [1.0, 2.0, 3.0, 4.0, 5.0]
-    collected = gathered(AGGREGATIONS[aggregation])
+    collected = make_accumulator(AGGREGATIONS[aggregation])
     for row, weight in zip(rows, weights, strict=True):
         collected.add([row[:4].view(2, 2), None, row[4:] if weight > 1 else None], weight)
     a, nothing, b = collected.result()

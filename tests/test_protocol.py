@@ -333,7 +333,7 @@ def test_the_server_refuses_and_goes_on():
     assert ledger.records[0].participants == ()
     server.step(1, [replace(good, round=1)])
     answer = Scalars(client=0, round=1, scalars=torch.ones(4))
-    assert [server.answered(1, replace(answer, round=0)), server.answered(1, answer)] == [False, True]
+    assert [server.accept_answer(1, replace(answer, round=0)), server.accept_answer(1, answer)] == [False, True]
     server.commit(1, [answer])  # for the second time
     assert server.refused.total == before + 8
     assert ledger.records[1].coefficients.tolist() == pytest.approx([-0.5 / 4] * 4, abs=made.run.lattice.quantum)

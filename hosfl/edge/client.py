@@ -89,7 +89,7 @@ class EdgeClient:
     def decoded(self, data: bytes) -> Message:
         return decode(data)
 
-    def asks(self) -> Statistics:
+    def request_statistics(self) -> Statistics:
         """Ask for the run's running statistics."""
         return self._statistics(np.empty(0, np.float32), np.empty(0, np.int32))
 

@@ -45,7 +45,7 @@ def load(half: nn.Module, values: Tensor) -> None:
             tensor.copy_(part)
 
 
-def first(base: nn.Module, statistics: RunningStatistics | None) -> nn.Module:
+def initial_half(base: nn.Module, statistics: RunningStatistics | None) -> nn.Module:
     """A copy of the base as clients begin with it: with the model's statistics, until they are told the run's."""
     half = copy.deepcopy(base)
     if statistics is not None:
@@ -63,7 +63,7 @@ def check(values: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> None:
         raise MessageError("negative variances")
 
 
-def estimated(half: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, int]:
+def estimate_statistics(half: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, int]:
     """The statistics that a half has on some batches, as `flat` gives them, and how many samples these are.
 
     One forward pass each, without a graph: normalisations of the statistics that are estimated normalise by the batch,
@@ -75,15 +75,15 @@ def estimated(half: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, int]:
     sums = [torch.zeros(2, len(norm.running_mean), dtype=torch.float64) for norm in norms]  # type: ignore[arg-type]
     calls = [0] * len(norms)
 
-    def taken_in(number: int) -> Callable[..., None]:
-        def take_in(norm: _NormBase, *_: object) -> None:
+    def make_hook(number: int) -> Callable[..., None]:
+        def add_statistics(norm: _NormBase, *_: object) -> None:
             sums[number] += torch.stack([norm.running_mean, norm.running_var]).double().cpu()  # type: ignore[list-item]
             calls[number] += 1
 
-        return take_in
+        return add_statistics
 
-    with evaluating(half), _of_one_batch(norms):
-        hooks = [norm.register_forward_hook(taken_in(number)) for number, norm in enumerate(norms)]
+    with evaluating(half), _batch_statistics(norms):
+        hooks = [norm.register_forward_hook(make_hook(number)) for number, norm in enumerate(norms)]
         try:
             for inputs, labels in batches:
                 call(half, inputs)
@@ -97,7 +97,7 @@ def estimated(half: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, int]:
 
 
 @contextmanager
-def _of_one_batch(norms: Sequence[_NormBase]) -> Iterator[None]:
+def _batch_statistics(norms: Sequence[_NormBase]) -> Iterator[None]:
     """Running statistics become those of each batch alone. All is as before afterwards, but for the mode."""
     momenta = [norm.momentum for norm in norms]
     buffers = [b for norm in norms for b in norm.buffers()]

@@ -26,7 +26,7 @@ from hosfl.protocol.messages import (
 )
 from hosfl.protocol.replica import digest
 
-# Samples that went through a half, by half and direction; through some of its layers: as their share of the work.
+# Samples that went through a half, by half and direction. A pass through some layers counts as their share of the work.
 Passes = defaultdict[str, float]
 
 
@@ -34,8 +34,8 @@ def no_passes() -> Passes:
     return defaultdict(int)
 
 
-def digested(half: nn.Module) -> dict[str, Tensor]:
-    """What a half's digest is of, by name and in order: its parameters, tied ones once, and the buffers in its file."""
+def digest_tensors(half: nn.Module) -> dict[str, Tensor]:
+    """The tensors that a half's digest covers, by name, in order: parameters (tied ones once), persistent buffers."""
     stored = half.state_dict()
     return {**dict(half.named_parameters()), **{name: b for name, b in half.named_buffers() if name in stored}}
 
@@ -51,23 +51,23 @@ class Seconds:
 
 @dataclass
 class Client:
-    """A client whose half never learns: the control that every other kind must beat, and what they are all made of.
+    """A client whose half never learns: the frozen control, and the base class of all other clients.
 
-    In each round the server asks it for `output(round)`, the cut of its half for a batch of its data. Other kinds are
-    then sent a multiplier, `answer` it, and take what the server committed by `catch_up`.
+    In each round the server asks it for `output(round)`, the cut of its half for a batch of its data. Subclasses are
+    then sent a multiplier, `answer` it, and apply what the server committed by `catch_up`.
 
     Args:
         number: of the client, from 0.
         half: its own copy of the client half, on the device that it computes on.
         batch: round -> (inputs, labels) of this client, `[batch, ...]` each.
-        applied: how many rounds its weights contain.
-        epoch: in which of the server's starts these rounds came.
-        seconds: where the time that it spends is counted.
-        passes: where samples that go through the half are counted; the run's, to count all clients together.
-        microbatch: samples that a client which backpropagates takes together; 0: all.
+        applied: the number of rounds that its weights contain.
+        epoch: how often the server had been restarted when these rounds were committed.
+        seconds: its counter of time.
+        passes: the counter of samples that go through the half; one object per run counts all clients together.
+        microbatch: samples per backward pass of a client that backpropagates; 0: the whole batch.
         wire: how cuts and multipliers travel: "float32", "bfloat16", "float16" or "int8".
-        calibrated: whether it has the run's running statistics.
-        for_statistics: gives the batches on which it estimates running statistics, the same ones every time.
+        calibrated: whether it has loaded the run's running statistics.
+        calibration_batches: returns the batches on which it estimates running statistics, the same in every call.
     """
 
     number: int
@@ -81,16 +81,17 @@ class Client:
     microbatch: int = 0
     wire: str = "float32"
     calibrated: bool = False
-    for_statistics: Callable[[], Iterable[Batch]] = tuple
+    calibration_batches: Callable[[], Iterable[Batch]] = tuple
 
     def __post_init__(self) -> None:
         self._round = -1  # of the last cut: there is none yet
 
     def statistics(self, message: Calibration) -> Statistics:
-        """Running statistics of the half's normalisations on batches of its own, which an empty message asks for.
+        """Estimate running statistics of the half's normalisations on the client's own batches, for an empty `message`.
 
-        The half stays as it is, and any statistics that it was told are void: those of the run are yet to come. Raises
-        MessageError for another message, after round 0, and where batches have none, such as single samples.
+        The half is not changed. Statistics of the run that were loaded before count as missing again. Raises
+        MessageError for a message that is not empty, after round 0, and for batches that have no statistics, such as
+        single samples.
         """
         self._check_addressee(message)
         if len(message.statistics):
@@ -99,20 +100,20 @@ class Client:
             raise MessageError(f"asked for statistics of round 0 after {self.applied} rounds, of this run or another")
         self.calibrated = False
         try:
-            values, samples = calibration.estimated(self.half, self.for_statistics())
+            values, samples = calibration.estimate_statistics(self.half, self.calibration_batches())
         except ValueError as error:  # such as BatchNorm's about a single sample
             raise MessageError(str(error)) from None
         self.passes["client forward"] += samples
         count = torch.tensor([samples], dtype=torch.int32)
         return Statistics(client=self.number, round=0, epoch=self.epoch, statistics=values, samples=count)
 
-    def asks(self) -> Statistics:
-        """Ask for the run's statistics."""
+    def request_statistics(self) -> Statistics:
+        """The message that asks the server for the run's statistics."""
         none = torch.empty(0, dtype=torch.int32)
         return Statistics(client=self.number, round=0, epoch=self.epoch, statistics=torch.empty(0), samples=none)
 
     def calibrate(self, message: Message) -> None:
-        """Take up the run's statistics. Raises MessageError for a message that holds none, or comes twice."""
+        """Load the run's statistics. Raises MessageError for another kind of message, or a second one."""
         if not isinstance(message, Calibration):
             raise MessageError(f"client {self.number} expects statistics, got {type(message).__name__}")
         self._check_addressee(message)
@@ -122,23 +123,23 @@ class Client:
         self.calibrated = True
 
     def decoded(self, data: bytes) -> Message:
-        """The message of bytes from the wire, its arrays as tensors. Raises MessageError."""
+        """Decode a message from the wire, its arrays as tensors. Raises MessageError."""
         return decoded(data)
 
     def hello(self) -> Hello:
-        """Ask for everything after the last round applied."""
+        """The message that asks for everything after the last round applied."""
         return Hello(client=self.number, round=self.applied, epoch=self.epoch)
 
     def reset(self) -> None:
-        """Take what is committed from round 0 on, as if nothing had been applied yet."""
+        """Start again from round 0, as if nothing had been applied."""
         self.applied = self.epoch = 0
 
     def catch_up(self, message: Message) -> Differs | None:
-        """Take what was committed since. Returns what the client has to say if its half turns out to be wrong."""
+        """Apply what was committed since. Returns `Differs` if the digest shows that the half is wrong."""
         return None
 
     def output(self, round: int) -> Cut:
-        """Draw the round's batch and send the client half's output for it: eval mode, no graph."""
+        """Draw the round's batch and return the half's output for it as a message: eval mode, no graph."""
         self._round = round
         self._inputs, self._labels = self.batch(round)
         begin = time.perf_counter()
@@ -167,12 +168,12 @@ class Client:
         return output
 
     def _count(self, forward: float = 0, backward: float = 0) -> None:
-        """So many passes of the round's batch; parts of one where only some layers run."""
+        """Count passes of the round's batch; a fraction where only some layers run."""
         self.passes["client forward"] += forward * len(self._labels)
         self.passes["client backward"] += backward * len(self._labels)
 
     def answer(self, message: Message) -> Message:
-        """What the client sends for its multiplier. Raises MessageError for one that is not for its last cut."""
+        """The client's answer to a multiplier. Raises MessageError for one that is not for its last cut."""
         raise NotImplementedError("a frozen client is sent no multipliers")
 
     def _multiplier(self, message: Message) -> Tensor:
@@ -193,4 +194,4 @@ class Client:
 
     def digest(self) -> str:
         """SHA-256 of the client half's parameters and of the buffers that its file holds, their bits in order."""
-        return digest(digested(self.half).values()).hex()
+        return digest(digest_tensors(self.half).values()).hex()

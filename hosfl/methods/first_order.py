@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hosfl.halves.inputs import Batch, Inputs, call, evaluating, parts_of
 from hosfl.halves.narrow import made_again
 from hosfl.methods.client import Client
-from hosfl.methods.gathered import shrinking
+from hosfl.methods.gathered import clip_factor
 from hosfl.methods.ledger import Ledger, Rate, State, WholeWeights, descend, load_vector, make_optimizer, step_size
 from hosfl.methods.method import LEARNS, MULTIPLIERS, Method, Way
 from hosfl.methods.state import pack_optimizer, part, prefixed, unpack_optimizer
@@ -82,14 +82,14 @@ class FirstOrderClient(Client):
         sums: list[Tensor] = []
         with evaluating(self.half), torch.enable_grad(), made_again():
             for part, m in zip(parts_of(self._inputs, self.microbatch), multipliers, strict=True):
-                gradients = [g.float() for g in torch.autograd.grad(self._recorded(part), parameters, m)]
+                gradients = [g.float() for g in torch.autograd.grad(self._forward_with_graph(part), parameters, m)]
                 # Not in place: gradients may share memory with each other and with the multiplier.
                 sums = [s + g for s, g in zip(sums, gradients, strict=True)] if sums else gradients
         self.seconds.answer += time.perf_counter() - begin
         self._count(forward=1, backward=1)
         return torch.cat([g.reshape(-1) for g in sums])
 
-    def _recorded(self, inputs: Inputs) -> Tensor:
+    def _forward_with_graph(self, inputs: Inputs) -> Tensor:
         """The half's output, for backpropagation."""
         cut: Tensor = call(self.half, inputs)
         return cut
@@ -129,7 +129,7 @@ class GradientAverage(WholeWeights):
         if answers:
             values = [a.gradient for a in answers]
             if self.clip is not None:
-                values = [v * shrinking([v], self.clip) for v in values]
+                values = [v * clip_factor([v], self.clip) for v in values]
             mean = self.aggregation(values, weights)
             rate = step_size(self.rate, self.length, round, float(mean.square().sum()))
             descend(self.weights, mean, self.optimizer, rate)

@@ -69,7 +69,7 @@ class KeptVectors:
         return self.aggregation(flat, self.weights).view_as(like).to(like.dtype)
 
 
-def gathered(aggregation: Aggregation) -> RunningMean | KeptVectors:
+def make_accumulator(aggregation: Aggregation) -> RunningMean | KeptVectors:
     """Nothing as yet of what is to be aggregated so."""
     share = SHARES.get(aggregation)
     return KeptVectors(aggregation) if share is None else RunningMean(share)
@@ -81,7 +81,7 @@ def length_of(pieces: Pieces) -> float:
     return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
 
 
-def shrinking(pieces: Pieces, largest: float) -> float:
+def clip_factor(pieces: Pieces, largest: float) -> float:
     """The factor that takes one client's gradient, in pieces, to the length `largest` where it is longer; else 1."""
     length = length_of(pieces)
     return largest / length if length > largest else 1.0
@@ -111,7 +111,7 @@ class OutlierClipping:
         """Whether there was a step before, so that the clients' own lengths are not needed."""
         return bool(self.length.weight)
 
-    def saw(self, gradient: Pieces) -> None:
+    def observe(self, gradient: Pieces) -> None:
         """One client's gradient."""
         if not self.ready:
             self._clients.append(length_of(gradient))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hosfl.halves.inputs import evaluating
 from hosfl.halves.split import dtype_of
 from hosfl.methods.gathered import SHARES, RunningMean
-from hosfl.methods.server import Server, computing, handed
+from hosfl.methods.server import Server, copy_cut, refusing_failures
 from hosfl.methods.tensors import all_true, usable
 from hosfl.protocol.messages import Cut, Message, MessageError
 
@@ -51,8 +51,8 @@ class GroupedServer(Server):
                 " need each by itself: leave out server_batch"
             )
         self._group: list[Cut] = []
-        self._check_apart()
-        self._pads = self.cuts.masked and self._padding_is_nothing()
+        self._check_independent_samples()
+        self._may_pad = self.cuts.masked and self._ignores_padding()
 
     def begin(self, round: int) -> None:
         super().begin(round)
@@ -61,10 +61,10 @@ class GroupedServer(Server):
     def learn(self, message: Message) -> None:
         """Learn from one cut once its group is complete, or refuse it now or then."""
         with self._refusing(message):
-            cut = self._check_cut(self._number, message)
+            cut = self._check_cut(self._round, message)
             if any(waiting.client == cut.client for waiting in self._group):
                 raise MessageError("a second cut in one round")
-            if not self._goes_with(cut):
+            if not self._fits_group(cut):
                 self._learn_group()
             self._group.append(cut)
 
@@ -76,9 +76,9 @@ class GroupedServer(Server):
         self._learn_group()
         return super().end()
 
-    def _goes_with(self, cut: Cut) -> bool:
+    def _fits_group(self, cut: Cut) -> bool:
         """Whether a cut may go through the half with those that wait."""
-        alike = self._pads or all(waiting.cut.shape[1:] == cut.cut.shape[1:] for waiting in self._group)
+        alike = self._may_pad or all(waiting.cut.shape[1:] == cut.cut.shape[1:] for waiting in self._group)
         return alike and sum(len(waiting.labels) for waiting in self._group) + len(cut.labels) <= self.most
 
     def _learn_group(self) -> None:
@@ -86,13 +86,13 @@ class GroupedServer(Server):
         group, self._group = self._group, []
         if len(group) > 1 and self._outliers.ready:  # the first step is held to the lengths of each client's gradient
             try:
-                with self._dropout(), computing():
+                with self._dropout(), refusing_failures():
                     multipliers, losses = self._backward_together(group)
             except MessageError:
                 pass  # and nothing was changed: one after another shows whose cut it is
             else:
                 for cut, multiplier, loss in zip(group, multipliers, losses, strict=True):
-                    self._keep(cut, self._multiplier(self._number, cut.client, multiplier), loss)
+                    self._record_cut(cut, self._multiplier(self._round, cut.client, multiplier), loss)
                 return
         for cut in group:
             with self._refusing(cut):
@@ -108,13 +108,13 @@ class GroupedServer(Server):
         device, dtype = next(self.half.parameters()).device, dtype_of(self.half)
         sizes, labels = [len(c.labels) for c in cuts], [c.labels for c in cuts]
         shares = [self._gathered.share(size / self.cuts.batch) for size in sizes]
-        if self._pads and self.cuts.ignore_index is not None:  # labels are one for each token
+        if self._may_pad and self.cuts.ignore_index is not None:  # labels are one for each token
             labels = _padded(labels, self.cuts.ignore_index)
-        pad = _padded if self._pads else list
+        pad = _padded if self._may_pad else list
         # One copy to the device for all, and one leaf of the graph.
         cut = torch.cat(pad([c.cut for c in cuts])).to(device).requires_grad_()
         masks = self._masks(torch.cat(pad([c.mask for c in cuts]))) if self.cuts.masked else {}
-        output = self.half(handed(cut, dtype), **masks)
+        output = self.half(copy_cut(cut, dtype), **masks)
         own = [self.loss(o, self._labels(x)) for o, x in zip(output.split(sizes), labels, strict=True)]
         losses = torch.stack([loss.reshape(()) for loss in own])
         self.passes["server forward"] += len(cut)
@@ -126,23 +126,23 @@ class GroupedServer(Server):
         if not (all_true(torch.isfinite(t).all() for t in (losses, *multipliers)) and usable(gradients)):
             raise MessageError("cuts of which a loss or a gradient is infinite or NaN, or too long")
         self._gathered.add_sum(gradients, sum(shares))
-        if self._pads:
+        if self._may_pad:
             multipliers = [m[:, : c.cut.shape[1]] for m, c in zip(multipliers, cuts, strict=True)]
         return [m.to(c.cut.dtype) for m, c in zip(multipliers, cuts, strict=True)], losses.detach().tolist()
 
-    def _check_apart(self) -> None:
+    def _check_independent_samples(self) -> None:
         """Raises ValueError for a half in train mode that is more than a function of each sample and random numbers.
 
         It is tried, since a module's name does not tell: BatchNorm kept in eval mode mixes nothing.
         """
-        cuts, masks = self._made_up(TRIED)
+        cuts, masks = self._random_cuts(TRIED)
         modes = [(module, module.training) for module in self.half.modules()]
         buffers = [*self.half.buffers()]
         before = [b.detach().clone() for b in buffers]
         cuts.requires_grad_()
         self.half.train()
         with self._dropout():
-            output = self.half(handed(cuts, cuts.dtype), **self._masks(masks))[0]
+            output = self.half(copy_cut(cuts, cuts.dtype), **self._masks(masks))[0]
             (gradient,) = torch.autograd.grad((output * torch.rand_like(output)).sum(), cuts)
         for module, training in modes:
             module.training = training
@@ -153,23 +153,23 @@ class GroupedServer(Server):
                 " affect each other or move buffers, as with BatchNorm: leave out server_batch"
             )
 
-    def _padding_is_nothing(self) -> bool:
+    def _ignores_padding(self) -> bool:
         """Whether texts may be padded at their end, with a mask of zeros there: the half says the same of them.
 
         Not so where an output that is no label's, such as the logits of where an answer begins, grows with the text.
         """
         longest = self.cuts.shape[0]
-        cuts, masks = self._made_up(TRIED)
+        cuts, masks = self._random_cuts(TRIED)
         some = max(1, longest // 2)
         masks[:, some:] = 0
         with evaluating(self.half):
-            whole = self.half(handed(cuts, cuts.dtype), **self._masks(masks))
-            alone = self.half(handed(cuts[:, :some], cuts.dtype), **self._masks(masks[:, :some]))
+            whole = self.half(copy_cut(cuts, cuts.dtype), **self._masks(masks))
+            alone = self.half(copy_cut(cuts[:, :some], cuts.dtype), **self._masks(masks[:, :some]))
         if self.cuts.ignore_index is not None:  # the loss counts no output there
             whole = whole[:, :some]
         return whole.shape == alone.shape and bool((whole - alone).abs().max() <= 0.01 * alone.abs().max())
 
-    def _made_up(self, samples: int) -> tuple[Tensor, Tensor]:
+    def _random_cuts(self, samples: int) -> tuple[Tensor, Tensor]:
         """Cuts of the longest texts, with all of their tokens: numbers from 0 to 1, the same in every run of a seed."""
         random = torch.Generator().manual_seed(self.seed % 2**63)
         cuts = torch.rand(samples, *self.cuts.shape, generator=random)

@@ -306,7 +306,7 @@ SCALARS = (
     *PROBES,
     *("directions_from", "pool_size", "pool_rounds", "direction_scale", "estimator", "clip"),
 )
-ONE_S_OWN = ("microbatch", "probes_at_once", "compile")  # settings of how a client computes its numbers
+CLIENT_SETTINGS = ("microbatch", "probes_at_once", "compile")  # settings of how a client computes its numbers
 FRESH, POOL = {"directions_from": "fresh"}, {"directions_from": "pool"}
 ADAM_POOL = {**POOL, "rule": "adamw", "direction_scale": "rms", "pool_size": 128, "pool_rounds": 100}
 
@@ -391,6 +391,6 @@ class HO(Method):
 
     def client(self, number: int, half: nn.Module, batch: Callable[[int], Batch]) -> Client:
         setup = self.setup
-        shared: dict[str, Any] = {name: getattr(self.settings, name) for name in ONE_S_OWN}
+        shared: dict[str, Any] = {name: getattr(self.settings, name) for name in CLIENT_SETTINGS}
         shared |= {"run": self.run, "begins": self.begins, "passes": setup.passes, "by_row": self.by_row}
         return self.kind(number, half, batch, base=lambda: setup.parameters, **shared)

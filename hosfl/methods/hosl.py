@@ -17,7 +17,7 @@ from torch import nn
 from hosfl.halves.inputs import Batch
 from hosfl.methods.client import Client
 from hosfl.methods.ledger import Ledger
-from hosfl.methods.losses import LossServer, moved_outputs
+from hosfl.methods.losses import LossServer, displaced_outputs
 from hosfl.methods.method import LEARNS, PROBES, Way
 from hosfl.methods.server import Server
 from hosfl.methods.splitfed import SplitFed, SplitFedClient
@@ -51,7 +51,7 @@ class HOSLClient(SplitFedClient):
         shared = direction_seeds(self.seed, round, self.directions, Purpose.OWN)
         self._seeds = [derive(seed, self.number, 0) for seed in shared]
         factors = [1.0] * len(self.parameters)
-        moved = moved_outputs(self.half, self._inputs, self._seeds, (self.mu, -self.mu), self.dist, factors)
+        moved = displaced_outputs(self.half, self._inputs, self._seeds, (self.mu, -self.mu), self.dist, factors)
         self.seconds.answer += time.perf_counter() - begin
         self._count(forward=len(moved))
         return ProbedCut(**vars(cut), displaced=moved)

@@ -46,7 +46,7 @@ def step_size(rate: Rate, length: RunningLength | None, round: int, square: floa
 
 
 # The round's lattice, chosen when its moves are known, before they are rounded to it; None where the run has none.
-Choice = Callable[[Sequence[float]], Lattice | None]
+ChooseLattice = Callable[[Sequence[float]], Lattice | None]
 
 
 class Ledger(Protocol):
@@ -62,8 +62,8 @@ class Ledger(Protocol):
     def largest_answer(self) -> int:
         """How many numbers a client's answer holds."""
 
-    def since(self, hello: Hello | Differs, said: bool = True) -> Message:
-        """What a client has missed. said: see `Server.welcome`. Raises MessageError."""
+    def since(self, hello: Hello | Differs, from_client: bool = True) -> Message:
+        """What a client has missed. from_client: see `Server.welcome`. Raises MessageError."""
 
     def check(self, message: Any) -> None:
         """Raises MessageError for an answer that cannot be aggregated."""
@@ -84,7 +84,7 @@ class Ledger(Protocol):
 class Step(Protocol):
     """From a round's aggregated scalars to its record."""
 
-    def __call__(self, round: int, scalars: Tensor, lattice_for: Choice) -> tuple[list[float], float]:
+    def __call__(self, round: int, scalars: Tensor, choose_lattice: ChooseLattice) -> tuple[list[float], float]:
         """Scalars float64 [P] -> the record's P coefficients and its learning rate."""
 
     def state(self) -> State: ...
@@ -92,7 +92,7 @@ class Step(Protocol):
     def load(self, tensors: dict[str, Tensor], info: dict[str, Any]) -> None: ...
 
 
-def voided(epochs: Sequence[tuple[int, int]], hello: Hello | Differs) -> bool:
+def has_void_rounds(epochs: Sequence[tuple[int, int]], hello: Hello | Differs) -> bool:
     """Whether rounds that the client applied were voided since: a later epoch began before its round."""
     return any(epoch > hello.epoch and start < hello.round for epoch, start in epochs)
 
@@ -131,7 +131,7 @@ class SeedReplay:
     def epoch(self) -> int:
         return self.epochs[-1][0] if self.epochs else 0
 
-    def since(self, hello: Hello | Differs, said: bool = True) -> Records | PoolMoves:
+    def since(self, hello: Hello | Differs, from_client: bool = True) -> Records | PoolMoves:
         """Every record after the client's last; from round 0 on if its half is wrong or holds void rounds.
 
         So too if it has more rounds than there are, or has seen a later epoch, as where a copy of the run's folder has
@@ -141,9 +141,9 @@ class SeedReplay:
         if isinstance(hello, Differs) and len(hello.digest) != 8:
             raise MessageError(f"a digest of {len(hello.digest)} words, not 8")
         ahead = hello.epoch > self.epoch or hello.round > len(self.records)
-        start = 0 if isinstance(hello, Differs) or ahead or voided(self.epochs, hello) else hello.round
+        start = 0 if isinstance(hello, Differs) or ahead or has_void_rounds(self.epochs, hello) else hello.round
         # Of one that has found out that its half is wrong what follows is from the base.
-        checked = isinstance(hello, Hello) and ((said and start > 0) or self._due(start))
+        checked = isinstance(hello, Hello) and ((from_client and start > 0) or self._due(start))
         return self._records(hello.client, start, checked)
 
     def _due(self, start: int) -> bool:
@@ -206,7 +206,7 @@ class SeedReplay:
         coefficients, rate = [0.0] * self.run.directions, 0.0
         here = lattice = self.mirror.lattice
 
-        def lattice_for(moves: Sequence[float]) -> Lattice | None:
+        def choose_lattice(moves: Sequence[float]) -> Lattice | None:
             nonlocal lattice
             if here is not None:
                 rounded = sum(map(abs, moves)) + len(moves) * here.quantum  # of blocks more than any of them moves
@@ -218,7 +218,7 @@ class SeedReplay:
             if self.clip is not None:
                 values = clip_to_norm(values, self.clip, self.weights)
             step = not_beyond(self.aggregation(values, weights), values, self.weights)
-            coefficients, rate = self.step(round, step, lattice_for)
+            coefficients, rate = self.step(round, step, choose_lattice)
         quantum = None if lattice is None or lattice == here else lattice.quantum
         participants = tuple(a.client for a in answers)
         self._append(RoundRecord(self.epoch, round, rate, np.array(coefficients, np.float32), participants, quantum))
@@ -304,7 +304,7 @@ class WholeWeights:
         """How many numbers a client's answer holds."""
         return len(self.weights)
 
-    def since(self, hello: Hello | Differs, said: bool = True) -> Weights:
+    def since(self, hello: Hello | Differs, from_client: bool = True) -> Weights:
         """The weights, unless the client has them."""
         current = hello.round == self.rounds and hello.epoch == self.epoch
         weights = torch.empty(0) if current else self.weights.detach()

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from hosfl.halves.inputs import Inputs, evaluating
-from hosfl.methods.server import Server, computing, handed
+from hosfl.methods.server import Server, copy_cut, refusing_failures
 from hosfl.probing.displaced import Displacement, casts_forgotten, displaced, evaluate_displaced, refuse_writers
 from hosfl.probing.probe import trainable
 from hosfl.protocol.messages import Cut, Message, MessageError, ProbedCut
 
 
-def moved_outputs(
+def displaced_outputs(
     module: nn.Module, inputs: Inputs, seeds: Sequence[int], steps: Sequence[float], dist: str, factors: Sequence[float]
 ) -> Tensor:
     """The module's outputs at th + s u_p, for every direction p and every step s in turn: [P x steps, batch, ...].
@@ -61,12 +61,12 @@ class LossServer(Server):
         labels, masks = self._labels(message.labels), self._masks(message.mask)
         losses = []
         refuse_writers(self.half)
-        with computing(), evaluating(self.half), casts_forgotten():
+        with refusing_failures(), evaluating(self.half), casts_forgotten():
             for cut in cuts:
                 inputs = cut.to(parameter.device)
                 for move in moves:
                     with nullcontext() if move is None else displaced(self.half, move):
-                        output = self.half(handed(inputs, parameter.dtype), **masks)
+                        output = self.half(copy_cut(inputs, parameter.dtype), **masks)
                     losses.append(self.loss(output.double(), labels.double() if self.cuts.real else labels).double())
                     self.passes["server forward"] += len(cut)
         found = torch.stack(losses).cpu()

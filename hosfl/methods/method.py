@@ -148,7 +148,7 @@ class Method:
         """A setting's value; its default where the method does not read it."""
         return getattr(self.settings, name) if name in self.reads else DEFAULTS[name]
 
-    def made(self, number: int, half: nn.Module, batch: Callable[[int], Batch]) -> Client:
+    def make_client(self, number: int, half: nn.Module, batch: Callable[[int], Batch]) -> Client:
         """`client`, as all of the run's are."""
         client = self.client(number, half, batch)
         client.wire = self.read("wire")

@@ -14,7 +14,7 @@ from hosfl.halves.split import dtype_of
 from hosfl.methods.calibration import RunningStatistics
 from hosfl.methods.client import Passes, no_passes
 from hosfl.methods.cuts import CutSpec
-from hosfl.methods.gathered import KeptVectors, OutlierClipping, Pieces, gathered, shrinking
+from hosfl.methods.gathered import KeptVectors, OutlierClipping, Pieces, clip_factor, make_accumulator
 from hosfl.methods.ledger import Ledger, Rate, State
 from hosfl.methods.reasons import Reasons
 from hosfl.methods.state import pack_optimizer, part, prefixed, unpack_optimizer
@@ -37,16 +37,16 @@ from hosfl.protocol.seeds import Purpose, generator, round_seed
 
 AnyMessage = TypeVar("AnyMessage", bound=Message)
 
-# The machine's faults and no message's: the next one would meet them too, or has no device left to be computed on.
+# Faults of the machine, not of a message: the next message would fail too, or has no device to be computed on.
 MACHINE = (MemoryError, torch.OutOfMemoryError, torch.AcceleratorError)
 
 
 @contextmanager
-def computing() -> Iterator[None]:
-    """What a half or a loss raises over a client's cut and labels, such as a label that is no class, is a MessageError.
+def refusing_failures() -> Iterator[None]:
+    """Turn what a half or a loss raises for a client's cut and labels, such as a label out of range, into MessageError.
 
-    So is what is the half's own fault, or the loss's. That refuses everybody, and a run in which nothing was learnt
-    ends as a failure that says why.
+    Errors in the half or the loss themselves are turned too. They refuse every client, and a run in which nothing was
+    learnt ends as a failure that says why. Faults of the machine (`MACHINE`) are raised as they are.
     """
     try:
         yield
@@ -61,8 +61,8 @@ def computing() -> Iterator[None]:
 class Server:
     """The server of a run: trains its half by backpropagation, and sends each client the gradient at the cut.
 
-    A round is `begin(round)`, `learn(cut)` for every cut and `end()`, or `step` for all three; then `answered(round,
-    answer)` for every answer and `commit(round)`. For each client m with cut z_m it computes
+    A round is `begin(round)`, `learn(cut)` for every cut and `end()`, or `step` for all three; then
+    `accept_answer(round, answer)` for every answer and `commit(round)`. For each client m with cut z_m it computes
 
         multiplier_m = d loss(half(z_m), labels_m) / d z_m    what the client is sent, [batch, ...]
         gradient_m   = d loss(half(z_m), labels_m) / d half   aggregated into one optimizer step
@@ -70,8 +70,8 @@ class Server:
     An aggregate much longer than those of the steps before is scaled down to their length, so that one absurd cut does
     not stay in the optimizer's moments: see `OutlierClipping`.
 
-    Whatever comes from a client goes through `receive`, `learn`, `answered` or `estimated`. They refuse what is not
-    exactly right, and a refused message changes nothing.
+    Whatever comes from a client goes through `receive`, `learn`, `accept_answer` or `accept_statistics`. They refuse
+    what is not exactly right, and a refused message changes nothing.
 
     Source: Chen et al., ICML 2026, arXiv 2603.14773.
 
@@ -93,7 +93,7 @@ class Server:
 
     Attributes:
         refused: why messages were refused.
-        unsaid: by client, the reason of its last refusal, until the client is told.
+        untold_refusals: client -> the reason of its last refusal, removed once the client is told.
         differed: the clients that found their half wrong, and when.
         learnt: the number of cuts that were learnt from.
         passes: samples that went forward and backward through either half; clients count theirs in the same place.
@@ -122,7 +122,7 @@ class Server:
     server_first: int = 0
     centered: bool = False
     refused: Reasons = field(default_factory=Reasons, init=False)
-    unsaid: dict[int, str] = field(default_factory=dict, init=False)
+    untold_refusals: dict[int, str] = field(default_factory=dict, init=False)
     differed: Reasons = field(default_factory=Reasons, init=False)
     learnt: int = field(default=0, init=False)
     passes: Passes = field(default_factory=no_passes)
@@ -130,11 +130,11 @@ class Server:
     def __post_init__(self) -> None:
         if self.centered and self.cuts.label_shape:
             raise ValueError("multiplier = centered is for tasks with one label per sample: leave it out")
-        given = [float(group.get("lr", 1.0)) for group in self.optimizer.param_groups]
-        self._shares = [rate / max(given) if max(given) > 0 else 1.0 for rate in given]
+        rates = [float(group.get("lr", 1.0)) for group in self.optimizer.param_groups]
+        self._rate_ratios = [rate / max(rates) if max(rates) > 0 else 1.0 for rate in rates]
         # Of the step that is under way: what `begin` empties.
-        self._number = 0
-        self._gathered = gathered(self.aggregation)
+        self._round = 0
+        self._gathered = make_accumulator(self.aggregation)
         self._samples: dict[int, int] = {}
         self._answers: dict[int, Message] = {}
         self._client_losses: list[Tensor] = []
@@ -157,9 +157,9 @@ class Server:
         return sorted(int(c) for c in chosen)
 
     def receive(self, data: bytes, client: int | None = None) -> Message | None:
-        """The message of bytes from the wire; None if they are refused: too many of them are not even read.
+        """Decode a message from the wire; None if it is refused. Oversized messages are not read.
 
-        client: who sent them, where whoever carried them knows; a message that says it is another's is refused.
+        client: the sender, where the transport knows it; a message that claims another client's number is refused.
         """
         try:
             message = decoded(data, self.largest_message)
@@ -171,19 +171,19 @@ class Server:
         return message
 
     def _refuse(self, what: str, client: int | None, error: MessageError) -> None:
-        """Say of a message why it is refused. client: whose it is, where that is known."""
+        """Record why a message is refused. client: the sender, where it is known."""
         self.refused.add(f"{what}: {error}")
         if client is not None and client < self.clients:
-            self.unsaid[client] = str(error)
+            self.untold_refusals[client] = str(error)
 
     def refusal(self, client: int, round: int) -> Refusal | None:
-        """What a client that is invited is told of its last message, if that was refused: once."""
-        if client not in self.unsaid:
+        """The refusal of a client's last message, to be sent once, with its next invitation; None if there is none."""
+        if client not in self.untold_refusals:
             return None
-        why = text_array(self.unsaid.pop(client))
+        why = text_array(self.untold_refusals.pop(client))
         return Refusal(client=client, round=round, epoch=self.epoch, text=why)
 
-    def estimated(self, message: Message) -> bool:
+    def accept_statistics(self, message: Message) -> bool:
         """Keep a client's running statistics for `calibrate`; False where they are refused."""
         with self._refusing(message, "calibration"):
             statistics, committed = self._check_statistics(message)
@@ -195,12 +195,12 @@ class Server:
         return False
 
     def calibrate(self, messages: Iterable[Message] = ()) -> int:
-        """Commit the clients' running statistics, before the first round: those that were `estimated`, and these.
+        """Aggregate and commit the clients' running statistics before the first round: those accepted, and `messages`.
 
-        Returns of how many clients they are; of nobody's the half's own stay.
+        Returns the number of clients they come from. With none, the half keeps its own statistics.
         """
         for message in messages:
-            self.estimated(message)
+            self.accept_statistics(message)
         accepted, self._estimates = _by_client(self._estimates), {}
         if self.statistics is not None:
             self.statistics.commit(accepted, self.aggregation)
@@ -225,10 +225,11 @@ class Server:
             raise MessageError("Statistics in a run that does not estimate them")
         return message, self.statistics
 
-    def welcome(self, hello: Message, said: bool = True) -> Message | None:
+    def welcome(self, hello: Message, from_client: bool = True) -> Message | None:
         """What the client must apply before it takes part; None where it is refused or there is nothing to send.
 
-        said: by the client itself, whose history may be another than it seems. False: by who has led it there.
+        from_client: whether the client itself sent the hello. Its history may then be another than it claims, and a
+        digest is sent with the records. False: the server made the hello from what it knows of the client.
         """
         try:
             if not isinstance(hello, (Hello, Differs)):
@@ -236,7 +237,7 @@ class Server:
             self._check_client(hello)
             if self.ledger is None:
                 return None
-            answer = self.ledger.since(hello, said)
+            answer = self.ledger.since(hello, from_client)
         except MessageError as error:
             self._refuse(f"client {hello.client}", hello.client, error)
             return None
@@ -245,7 +246,7 @@ class Server:
         return answer
 
     def _check_due(self, message: Message, kind: type[Message], round: int) -> None:
-        """Raises MessageError for a message of another kind, round or epoch than what is due."""
+        """Raise MessageError unless the message is of the expected kind, round and epoch."""
         if type(message) is not kind or (message.round, message.epoch) != (round, self.epoch):
             raise MessageError(
                 f"{type(message).__name__} of round {message.round}, epoch {message.epoch}, where {kind.__name__} of"
@@ -257,7 +258,7 @@ class Server:
             raise MessageError(f"there is no client {message.client} among {self.clients}")
 
     def step(self, round: int, cuts: Iterable[Message]) -> tuple[dict[int, Message], float]:
-        """Learn from every cut, one optimizer step; what is sent back by client, and the clients' aggregated loss.
+        """Learn from every cut and take one optimizer step. Returns client -> answer, and the clients' aggregated loss.
 
         The half's own step takes the aggregate of the K gradients. With nothing acceptable there is no step, and the
         loss is NaN. `begin`, `learn` and `end` are its parts, for cuts that come one by one.
@@ -268,19 +269,22 @@ class Server:
         return self.end()
 
     def begin(self, round: int) -> None:
-        """A step begins, of cuts of this number."""
-        for group, share in zip(self.optimizer.param_groups, self._shares, strict=True):
+        """Begin the step of a round: set its learning rate and drop what the last step gathered."""
+        for group, share in zip(self.optimizer.param_groups, self._rate_ratios, strict=True):
             group["lr"] = self.rate(round) * share
         self.half.train()
         self.optimizer.zero_grad()
-        self._number, self._gathered = round, gathered(self.aggregation)
+        self._round, self._gathered = round, make_accumulator(self.aggregation)
         self._samples, self._answers, self._client_losses, self._generators, self._accepted = {}, {}, [], [], {}
         self._outliers.begin()
 
     def learn(self, message: Message) -> None:
-        """Learn from one cut, or refuse it. The order of the cuts is that of a sum and of dropout: let it be theirs."""
+        """Learn from one cut, or refuse it.
+
+        Gradients are summed and dropout is drawn in the order of the calls: pass cuts in the order of their clients.
+        """
         with self._refusing(message):
-            self._learn_checked(self._check_cut(self._number, message))
+            self._learn_checked(self._check_cut(self._round, message))
 
     def learnt_from(self) -> list[int]:
         """The clients whose cuts the step has learnt from so far."""
@@ -288,20 +292,20 @@ class Server:
 
     @contextmanager
     def _refusing(self, message: Message, when: str = "") -> Iterator[None]:
-        """What the block finds wrong with a message is a refusal. when: by default the step's number."""
+        """Record a MessageError of the block as a refusal of the message. when: by default the step's round."""
         try:
             yield
         except MessageError as error:
-            self._refuse(f"{when or f'round {self._number}'}, client {message.client}", message.client, error)
+            self._refuse(f"{when or f'round {self._round}'}, client {message.client}", message.client, error)
 
     def _learn_checked(self, cut: Cut) -> None:
         """Learn from a cut that was checked. Raises MessageError; then all is as before."""
         with self._dropout():
-            answer, loss = self._answer_and_loss(self._number, cut)
-        self._keep(cut, answer, loss)
+            answer, loss = self._answer_and_loss(self._round, cut)
+        self._record_cut(cut, answer, loss)
 
-    def _keep(self, cut: Cut, answer: Message | None, loss: float) -> None:
-        """What is kept of a cut until the step ends."""
+    def _record_cut(self, cut: Cut, answer: Message | None, loss: float) -> None:
+        """Keep a cut's answer, number of samples and loss until the step ends."""
         if answer is not None:
             self._answers[cut.client] = answer
         self._samples[cut.client] = len(cut.labels)
@@ -309,15 +313,15 @@ class Server:
         self.learnt += 1
 
     def end(self) -> tuple[dict[int, Message], float]:
-        """The step is taken. Returns what `step` does."""
+        """Take the step. Returns what `step` does."""
         if not self._client_losses:
             return {}, float("nan")
         self._take_step()
-        answers = {} if self._number < self.server_first else self._answers
+        answers = {} if self._round < self.server_first else self._answers
         return answers, float(self.aggregation(self._client_losses, [*self._samples.values()]))
 
     def _answer_and_loss(self, round: int, message: Cut) -> tuple[Message | None, float]:
-        """Adds to what is gathered; what the client is sent, and its loss: here by forward and backward.
+        """Gather one cut's gradient. Returns what the client is sent, and its loss; here by forward and backward.
 
         The multiplier is the gradient of that client's own mean loss, with no 1/K inside. Raises MessageError where
         the cut is such that nothing can be learnt from it; then all is as before.
@@ -326,13 +330,13 @@ class Server:
         return self._multiplier(round, message.client, multiplier), loss
 
     def _multiplier(self, round: int, client: int, found: Tensor) -> Multiplier:
-        """A multiplier as it travels."""
+        """The message of a multiplier, packed for the wire."""
         multiplier, scales = packed(found, self.cuts.wire)
         return Multiplier(client=client, round=round, epoch=self.epoch, multiplier=multiplier, scales=scales)
 
     def _take_step(self) -> None:
-        """One step from what is gathered."""
-        found, self._gathered = self._gathered.result(), gathered(self.aggregation)
+        """One optimizer step with the aggregate of the gathered gradients."""
+        found, self._gathered = self._gathered.result(), make_accumulator(self.aggregation)
         parameters = self._trained()
         gradients, buffers = self._outliers.clipped(found[: len(parameters)]), found[len(parameters) :]
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -342,8 +346,8 @@ class Server:
         self.optimizer.step()
 
     def _add(self, gradient: Pieces, samples: int, buffers: Pieces = ()) -> None:
-        """Gather one client's gradient of the half, and the buffers that its pass left."""
-        self._outliers.saw(gradient)
+        """Gather one client's gradient of the half, and the buffers after its pass."""
+        self._outliers.observe(gradient)
         # A share not above 1, by which nothing finite becomes infinite.
         self._gathered.add([*gradient, *buffers], samples / self.cuts.batch)
 
@@ -352,7 +356,10 @@ class Server:
 
     @contextmanager
     def _dropout(self) -> Iterator[None]:
-        """Dropout in the half is a function of the run's seed and the round, and nobody else's random numbers move."""
+        """Seed dropout by the run's seed and the round, and restore the global generators on exit.
+
+        Within a round each cut continues the generators from the cut before it.
+        """
         device = next(self.half.parameters()).device
         own = [] if device.type == "cpu" else [device]
         with torch.random.fork_rng(devices=own, device_type=device.type):
@@ -361,7 +368,7 @@ class Server:
                 for place, state in zip(own, self._generators[1:], strict=True):
                     torch.get_device_module(place).set_rng_state(state, place)
             else:
-                torch.manual_seed(round_seed(self.seed, Purpose.DROPOUT, self._number) % 2**63)
+                torch.manual_seed(round_seed(self.seed, Purpose.DROPOUT, self._round) % 2**63)
             yield
             self._generators = [torch.get_rng_state(), *(torch.get_device_module(d).get_rng_state(d) for d in own)]
 
@@ -376,8 +383,8 @@ class Server:
         device, dtype = next(self.half.parameters()).device, dtype_of(self.half)
         cut = cut.to(device).requires_grad_()
         try:
-            with computing():
-                output = self.half(handed(cut, dtype), **self._masks(mask))
+            with refusing_failures():
+                output = self.half(copy_cut(cut, dtype), **self._masks(mask))
                 loss = self.loss(output, self._labels(labels))
                 self.passes["server forward"] += len(cut)
                 self.passes["server backward"] += len(cut)
@@ -393,17 +400,20 @@ class Server:
             _load(buffers, before)
             raise
         if self.clip is not None:
-            factor = shrinking(gradients, self.clip)
+            factor = clip_factor(gradients, self.clip)
             gradients = [g if g is None else g * factor for g in gradients]
-        left: list[Tensor] = []
+        buffers_after: list[Tensor] = []
         if isinstance(self._gathered, KeptVectors):
-            left = [b.detach().clone() for b in buffers]
+            buffers_after = [b.detach().clone() for b in buffers]
             _load(buffers, before)
-        self._add(gradients, len(cut), left)
+        self._add(gradients, len(cut), buffers_after)
         return multiplier, float(loss.detach())
 
     def _gradients(self, loss: Tensor, output: Tensor, cut: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
-        """Of a loss, by the cut and by what trains. weights: of the samples in the loss, up to a factor: [n]."""
+        """Gradients of a loss by the cut and by the trained parameters; the first has no common shift if `centered`.
+
+        weights: of the samples in the loss, up to a factor: [n].
+        """
         if not self.centered:
             return torch.autograd.grad(loss, [cut, *self._trained()], allow_unused=True)
         gradients = torch.autograd.grad(loss, self._trained(), retain_graph=True, allow_unused=True)
@@ -412,16 +422,16 @@ class Server:
         return multiplier, *gradients
 
     def _labels(self, labels: Tensor) -> Tensor:
-        """As the loss takes them: int64, or float32."""
+        """Labels on the half's device, integers as int64."""
         device = next(self.half.parameters()).device
         return labels.to(device, None if labels.is_floating_point() else torch.int64)
 
     def _masks(self, mask: Tensor) -> dict[str, Tensor]:
-        """What the half takes beside the cut."""
+        """Keyword arguments of the half beside the cut: the attention mask, where the run has one."""
         return {"attention_mask": mask.to(next(self.half.parameters()).device, torch.int64)} if self.cuts.masked else {}
 
     def _check_cut(self, round: int, message: Message) -> Cut:
-        """The message, its cut unpacked, if it is one that can be learnt from; MessageError."""
+        """Return the message with its cut unpacked. Raises MessageError for one that cannot be learnt from."""
         self._check_due(message, self.cut_type, round)
         assert isinstance(message, Cut)
         self._check_client(message)
@@ -429,8 +439,8 @@ class Server:
             raise MessageError("a second cut in one round")
         return self.cuts.check(message)
 
-    def answered(self, round: int, message: Message) -> bool:
-        """Keep a client's answer to what it was sent for `commit`; False where it is refused."""
+    def accept_answer(self, round: int, message: Message) -> bool:
+        """Keep a client's answer for `commit`; False where it is refused."""
         assert self.ledger is not None
         with self._refusing(message, f"round {round}"):
             self._check_due(message, self.ledger.expects, round)
@@ -444,14 +454,14 @@ class Server:
         return False
 
     def commit(self, round: int, messages: Iterable[Message] = ()) -> list[int]:
-        """Commit the round with what clients `answered`, and these, weighted by their numbers of samples.
+        """Commit the round with the accepted answers, and `messages`, weighted by their numbers of samples.
 
-        Returns whose answers they are.
+        Returns the clients whose answers were committed.
         """
         if self.ledger is None:
             return []
         for message in messages:
-            self.answered(round, message)
+            self.accept_answer(round, message)
         accepted, self._accepted = _by_client(self._accepted), {}
         self.ledger.commit(round, accepted, [self._samples[answer.client] for answer in accepted])
         return [answer.client for answer in accepted]
@@ -481,11 +491,11 @@ def _by_client(messages: Mapping[int, AnyMessage]) -> list[AnyMessage]:
     return [messages[client] for client in sorted(messages)]
 
 
-def handed(cut: Tensor, dtype: torch.dtype) -> Tensor:
-    """A cut as a half takes it, which may begin with an operation in place: a copy that no one else looks at.
+def copy_cut(cut: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of a cut in the half's dtype, which the half may modify in place.
 
-    Nor is it a leaf of the graph, which autograd lets nobody write. Beside a pass one copy costs nothing, and where the
-    dtype is another it is made anyway.
+    The copy is not a leaf of the graph: autograd forbids in-place operations on leaves that require gradients. It costs
+    little beside a forward pass.
     """
     return cut.to(dtype, copy=True)
 

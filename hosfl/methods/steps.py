@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hosfl.methods.ledger import Choice, OptimizerFactory, Rate, State, step_size
+from hosfl.methods.ledger import ChooseLattice, OptimizerFactory, Rate, State, step_size
 from hosfl.methods.state import pack_optimizer, part, prefixed, unpack_optimizer
 from hosfl.protocol.aggregate import RunningLength, to_lattice
 from hosfl.protocol.terms import Pool, Run
@@ -34,11 +34,11 @@ class FreshStep:
     rate: Rate
     length: RunningLength | None = None
 
-    def __call__(self, round: int, scalars: Tensor, lattice_for: Choice) -> tuple[list[float], float]:
+    def __call__(self, round: int, scalars: Tensor, choose_lattice: ChooseLattice) -> tuple[list[float], float]:
         rate = step_size(self.rate, self.length, round, self.run.square(scalars.tolist()))
         mean = [share * v for share, v in zip(self.run.shares(), scalars.tolist(), strict=True)]
         moves = [-rate * v for v in mean]
-        lattice = lattice_for(moves)
+        lattice = choose_lattice(moves)
         return (mean if lattice is None else to_lattice(moves, lattice, self.run.seed, round)), rate
 
     def state(self) -> State:
@@ -77,7 +77,7 @@ class PoolStep:
         self.optimizer = self.make_optimizer([*self.coefficients])
         self.committed = [0.0] * self.pool.size
 
-    def __call__(self, round: int, scalars: Tensor, lattice_for: Choice) -> tuple[list[float], float]:
+    def __call__(self, round: int, scalars: Tensor, choose_lattice: ChooseLattice) -> tuple[list[float], float]:
         if self.pool.generation(round) != self.generation:
             self._start(self.pool.generation(round))
         rate = step_size(self.rate, self.length, round, float(scalars.square().mean()))
@@ -89,7 +89,7 @@ class PoolStep:
         self.optimizer.step()
         self.optimizer.zero_grad()  # to None: the optimizer leaves alone what was not measured
         wanted = {j: float(self.coefficients[j].detach()) - self.committed[j] for j in measured}
-        lattice = lattice_for([*wanted.values()])
+        lattice = choose_lattice([*wanted.values()])
         moves = [float(np.float32(w)) if lattice is None else lattice.nearest(w) for w in wanted.values()]
         for j, move in zip(measured, moves, strict=True):
             self.committed[j] += move

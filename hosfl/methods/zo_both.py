@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from hosfl.methods.gathered import gathered
+from hosfl.methods.gathered import make_accumulator
 from hosfl.methods.ho import HO, SCALARS, ZerothOrderClient
 from hosfl.methods.ledger import SeedReplay
-from hosfl.methods.losses import LossServer, moved_outputs, slopes
+from hosfl.methods.losses import LossServer, displaced_outputs, slopes
 from hosfl.methods.method import PROBES, Way
 from hosfl.methods.server import Server
 from hosfl.methods.tensors import usable
@@ -43,7 +43,7 @@ class CutProbingClient(ZerothOrderClient):
         begin = time.perf_counter()
         run, mu = self.run, self.replica.mu
         steps = (mu, -mu) if run.estimator == "two-sided" else (mu,)
-        moved = moved_outputs(self.half, self._inputs, run.seeds(round), steps, run.dist, run.factors)
+        moved = displaced_outputs(self.half, self._inputs, run.seeds(round), steps, run.dist, run.factors)
         self.seconds.answer += time.perf_counter() - begin
         self._count(forward=len(moved))
         return ProbedCut(**vars(cut), displaced=moved)
@@ -81,7 +81,7 @@ class ZerothOrderServer(LossServer):
 
     def end(self) -> tuple[dict[int, Message], float]:
         answers, loss = super().end()
-        for number in range(self._number * self.steps + 1, (self._number + 1) * self.steps):
+        for number in range(self._round * self.steps + 1, (self._round + 1) * self.steps):
             self._seeded = number
             if sum(map(self._estimate, self._heard)):
                 self._take_step()
@@ -124,7 +124,7 @@ class ZerothOrderServer(LossServer):
 
     def _take_step(self) -> None:
         """One step along the directions by the slopes that are gathered."""
-        (found,), self._gathered = self._outliers.clipped(self._gathered.result()), gathered(self.aggregation)
+        (found,), self._gathered = self._outliers.clipped(self._gathered.result()), make_accumulator(self.aggregation)
         assert found is not None
         parameters, streams = trainable(self.half)
         gradients = [torch.zeros_like(p, memory_format=torch.contiguous_format) for p in parameters]

@@ -58,7 +58,7 @@ class Answers(Protocol):
     def decoded(self, data: bytes) -> Message:
         """The message of bytes from the wire, its arrays as this client takes them."""
 
-    def asks(self) -> Statistics:
+    def request_statistics(self) -> Statistics:
         """Ask for the run's running statistics."""
 
     def statistics(self, message: Calibration) -> Statistics:
@@ -140,7 +140,7 @@ class Endpoint(Generic[AnyClient]):
         if isinstance(wanted, (Invitation, Audit)):
             if self.calibrates and not client.calibrated:
                 if not news or not isinstance(news[0], Calibration):
-                    return client.asks()
+                    return client.request_statistics()
                 client.calibrate(news.pop(0))
             if self.follows and not news:
                 self._said_where = True

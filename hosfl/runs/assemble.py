@@ -82,7 +82,7 @@ def assemble(
     statistics = calibration.RunningStatistics.of(base, config.batch * config.calibrate) if config.calibrate else None
 
     def make(number: int) -> Client:
-        return client_of(method, number, calibration.first(base, statistics), shares[number % len(shares)], task)
+        return client_of(method, number, calibration.initial_half(base, statistics), shares[number % len(shares)], task)
 
     server = method.server(
         half=half,
@@ -171,9 +171,9 @@ def client_of(method: Method, number: int, half: nn.Module, data: Dataset | Item
     """A client of a run, who has applied nothing. half: its own copy of the base; data: its samples."""
     config = method.settings
     batches = Batches(data, config.batch, config.seed, number, task.per_token)
-    client = method.made(number, half, batches)
+    client = method.make_client(number, half, batches)
     others = replace(batches, purpose=Purpose.CALIBRATION)
-    client.for_statistics = lambda: map(others, range(config.calibrate))
+    client.calibration_batches = lambda: map(others, range(config.calibrate))
     return client
 
 

@@ -152,7 +152,7 @@ class Federation:
                 losses.append(loss)
             answers = multipliers if self.server.ledger is not None else {}
             with self._timed("answers"):
-                self._collect_answers(answers, partial(self.server.answered, round))
+                self._collect_answers(answers, partial(self.server.accept_answer, round))
             with self._timed("server"):
                 committed = self.server.commit(round)
             self.took_part = committed if answers else sent
@@ -270,7 +270,7 @@ class Federation:
         asks = {n: replace(ask, client=n) for n in self.invited(0)}
         self.seconds = {"server": 0.0}
         try:
-            self._collect_answers(asks, self.server.estimated)
+            self._collect_answers(asks, self.server.accept_statistics)
         finally:
             self._leave()
         if not self.server.calibrate():

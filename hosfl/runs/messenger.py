@@ -152,7 +152,7 @@ class Messenger:
         if client not in self.where:
             return []
         round, epoch = self.where[client]
-        news = self.server.welcome(Hello(client=client, round=round, epoch=epoch), said=False)
+        news = self.server.welcome(Hello(client=client, round=round, epoch=epoch), from_client=False)
         return [] if news is None else [news]
 
     def _ends_at(self, share: float = 1.0) -> float | None:

@@ -27,7 +27,7 @@ from hosfl.engines.joining import FORMAT
 from hosfl.extras import needed
 from hosfl.files import finite, naming, write_json
 from hosfl.methods import calibration
-from hosfl.methods.client import digested
+from hosfl.methods.client import digest_tensors
 from hosfl.methods.ho import ZerothOrderClient
 from hosfl.methods.ledger import SeedReplay
 from hosfl.protocol.header import encode_header
@@ -103,7 +103,7 @@ def offered(federation: Federation, edge: bool = False) -> dict[str, bytes]:
 
     Running statistics that clients estimate are in neither: a client is told them when it takes part.
     """
-    half = calibration.first(federation.base, federation.server.statistics)
+    half = calibration.initial_half(federation.base, federation.server.statistics)
     base = module_bytes(half)
     for_edge, told = _for_edge(federation, half) if edge else ({}, None)
     config, server, ledger = federation.config, federation.server, federation.server.ledger
@@ -155,7 +155,7 @@ def _for_edge(federation: Federation, half: nn.Module) -> tuple[dict[str, bytes]
     if backward:
         exporter = needed("hosfl.edge.backward", "a server of clients without torch", "export")
         files[edge.GRADIENT] = gradient = exporter.exported_gradient(half, sample, entries[0], most, running)
-    told |= {"gradient": None if gradient is None else _sha256(gradient), "digest": list(digested(half))}
+    told |= {"gradient": None if gradient is None else _sha256(gradient), "digest": list(digest_tensors(half))}
     told |= {"running": running, "statistics": None}
     if running:
         by_batch = needed("hosfl.edge.by_batch", "a server of clients without torch", "export")
