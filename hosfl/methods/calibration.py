@@ -46,7 +46,7 @@ def load(half: nn.Module, values: Tensor) -> None:
 
 
 def initial_half(base: nn.Module, statistics: RunningStatistics | None) -> nn.Module:
-    """A copy of the base as clients begin with it: with the model's statistics, until they are told the run's."""
+    """A copy of the base as clients start from it: with the model's statistics, until they load the run's."""
     half = copy.deepcopy(base)
     if statistics is not None:
         load(half, statistics.model)
@@ -64,7 +64,7 @@ def check(values: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> None:
 
 
 def estimate_statistics(half: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, int]:
-    """The statistics that a half has on some batches, as `flat` gives them, and how many samples these are.
+    """Estimate a half's statistics on batches. Returns them as `flat` does, and the number of samples.
 
     One forward pass each, without a graph: normalisations of the statistics that are estimated normalise by the batch,
     all else is in eval mode. The half stays as it is.
@@ -98,7 +98,7 @@ def estimate_statistics(half: nn.Module, batches: Iterable[Batch]) -> tuple[Tens
 
 @contextmanager
 def _batch_statistics(norms: Sequence[_NormBase]) -> Iterator[None]:
-    """Running statistics become those of each batch alone. All is as before afterwards, but for the mode."""
+    """Make running statistics those of the last batch alone. Restores buffers and momenta, not the mode."""
     momenta = [norm.momentum for norm in norms]
     buffers = [b for norm in norms for b in norm.buffers()]
     before = [b.clone() for b in buffers]

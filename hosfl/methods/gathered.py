@@ -27,7 +27,7 @@ class RunningMean:
         self._add(pieces, share, share)
 
     def add_sum(self, pieces: Pieces, shares: float) -> None:
-        """Several clients at once. pieces: of the sum of their vectors, each times its share; shares: their sum."""
+        """Add several clients at once. pieces: of the sum of their vectors, each times its share; shares: their sum."""
         self._add(pieces, 1.0, shares)
 
     def _add(self, pieces: Pieces, times: float, share: float) -> None:
@@ -36,7 +36,7 @@ class RunningMean:
         self.sums = [_plus(s, p, times) for s, p in zip(before, pieces, strict=True)]
 
     def result(self) -> list[Tensor | None]:
-        """The mean; None where nobody had a piece. To be called once, at the end."""
+        """The mean, None for pieces that no client had. Call once, at the end: the sums are divided in place."""
         return [None if s is None else s.div_(self.total) for s in self.sums]
 
 
@@ -70,7 +70,7 @@ class KeptVectors:
 
 
 def make_accumulator(aggregation: Aggregation) -> RunningMean | KeptVectors:
-    """Nothing as yet of what is to be aggregated so."""
+    """An empty accumulator for an aggregation: a running sum for means, all K vectors for others."""
     share = SHARES.get(aggregation)
     return KeptVectors(aggregation) if share is None else RunningMean(share)
 
@@ -103,21 +103,21 @@ class OutlierClipping:
         self._clients: list[float] = []  # lengths of the clients' gradients, in the first step
 
     def begin(self) -> None:
-        """A step begins."""
+        """Begin a step: forget the lengths of the clients' gradients."""
         self._clients = []
 
     @property
     def ready(self) -> bool:
-        """Whether there was a step before, so that the clients' own lengths are not needed."""
+        """Whether there is a running length from earlier steps; the clients' own lengths are not needed then."""
         return bool(self.length.weight)
 
     def observe(self, gradient: Pieces) -> None:
-        """One client's gradient."""
+        """Note the length of one client's gradient; used in the first step only."""
         if not self.ready:
             self._clients.append(length_of(gradient))
 
     def clipped(self, gradient: Pieces) -> Pieces:
-        """The aggregated gradient of the step, scaled down where it is an outlier."""
+        """Scale the step's aggregated gradient down if it is an outlier, and update the running length."""
         length = length_of(gradient)
         if length == 0:
             return gradient

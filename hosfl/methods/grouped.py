@@ -27,10 +27,10 @@ TRIED = 4  # samples that a half is tried with
 
 @dataclass
 class GroupedServer(Server):
-    """`Server`, but for how cuts go through the half: several clients' together, up to `most` samples in a pass.
+    """A `Server` that passes the cuts of several clients through the half together, up to `most` samples in a pass.
 
-    A larger cut goes by itself, and so do texts of unequal length where padding would count, and all in a run's first
-    step. Activations are kept for all samples of a pass.
+    These go one by one: a larger cut, texts of unequal length where the half does not ignore padding, and all cuts of a
+    run's first step. Activations are kept for all samples of a pass.
 
     Multipliers, losses and the step are those of one cut after another within float32, and other numbers where the half
     has dropout. Where anything in a pass is infinite or NaN its cuts are learnt from one after another, so that those
@@ -77,12 +77,12 @@ class GroupedServer(Server):
         return super().end()
 
     def _fits_group(self, cut: Cut) -> bool:
-        """Whether a cut may go through the half with those that wait."""
+        """Whether a cut may join the group: of equal sample shape unless padded, and within `most` samples."""
         alike = self._may_pad or all(waiting.cut.shape[1:] == cut.cut.shape[1:] for waiting in self._group)
         return alike and sum(len(waiting.labels) for waiting in self._group) + len(cut.labels) <= self.most
 
     def _learn_group(self) -> None:
-        """Learn from the cuts that wait."""
+        """Learn from the group's cuts: in one pass, or one by one where that fails."""
         group, self._group = self._group, []
         if len(group) > 1 and self._outliers.ready:  # the first step is held to the lengths of each client's gradient
             try:
@@ -131,9 +131,9 @@ class GroupedServer(Server):
         return [m.to(c.cut.dtype) for m, c in zip(multipliers, cuts, strict=True)], losses.detach().tolist()
 
     def _check_independent_samples(self) -> None:
-        """Raises ValueError for a half in train mode that is more than a function of each sample and random numbers.
+        """Raise ValueError if samples affect each other in the half in train mode, or its buffers change.
 
-        It is tried, since a module's name does not tell: BatchNorm kept in eval mode mixes nothing.
+        Tested by a forward and backward pass, since types do not tell: BatchNorm kept in eval mode mixes nothing.
         """
         cuts, masks = self._random_cuts(TRIED)
         modes = [(module, module.training) for module in self.half.modules()]
@@ -154,9 +154,9 @@ class GroupedServer(Server):
             )
 
     def _ignores_padding(self) -> bool:
-        """Whether texts may be padded at their end, with a mask of zeros there: the half says the same of them.
+        """Whether the half's outputs are the same for texts padded at their end, with zeros in the mask there.
 
-        Not so where an output that is no label's, such as the logits of where an answer begins, grows with the text.
+        They are not where an output's size grows with the text, such as the logits of where an answer begins.
         """
         longest = self.cuts.shape[0]
         cuts, masks = self._random_cuts(TRIED)
@@ -170,7 +170,7 @@ class GroupedServer(Server):
         return whole.shape == alone.shape and bool((whole - alone).abs().max() <= 0.01 * alone.abs().max())
 
     def _random_cuts(self, samples: int) -> tuple[Tensor, Tensor]:
-        """Cuts of the longest texts, with all of their tokens: numbers from 0 to 1, the same in every run of a seed."""
+        """Random cuts of full length in [0, 1), and masks of ones; the same in every run of a seed."""
         random = torch.Generator().manual_seed(self.seed % 2**63)
         cuts = torch.rand(samples, *self.cuts.shape, generator=random)
         parameter = next(self.half.parameters())
@@ -178,6 +178,6 @@ class GroupedServer(Server):
 
 
 def _padded(texts: Sequence[Tensor], value: float = 0) -> list[Tensor]:
-    """Tensors [n, length, ...] made as long as the longest of them, with `value` at the end."""
+    """Pad tensors [n, length, ...] with `value` at the end to the longest length."""
     longest = max(x.shape[1] for x in texts)
     return [nn.functional.pad(x, (0, 0) * (x.dim() - 2) + (0, longest - x.shape[1]), value=value) for x in texts]

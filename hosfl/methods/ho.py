@@ -62,13 +62,13 @@ class ZerothOrderClient(Client):
 
     Args:
         run: what all clients and the server agree on.
-        base: gives the trainable tensors of round 0 again, for a client that must start anew. None: it keeps a copy; a
-            device short of memory reads its base model's file.
+        base: returns the trainable tensors of round 0, for a client that must start again. None: it keeps a copy; a
+            device short of memory reads its base model's file instead.
         begins: where the run's blocks begin.
-        probes_at_once: perturbed copies of the weights that go through the half in one pass.
+        probes_at_once: the number of perturbed copies of the weights that are evaluated in one pass.
         compile: the backend of torch.compile for forward passes; "": none.
-        by_row: by block, whether probes may move large tables by row; found out when it is first needed. Clients with
-            copies of one half may share it.
+        by_row: block -> whether probes may perturb large embedding tables by row. Determined at the block's first
+            probe; clients with copies of one half may share the dictionary.
         Everything else as in `Client`.
     """
 
@@ -111,12 +111,12 @@ class ZerothOrderClient(Client):
 
     @cached_property
     def blocks(self) -> BlockRun:
-        """Made when it is first needed: most clients of a crowd never come."""
+        """Runs the half from any block. Created lazily: most of many simulated clients are never sampled."""
         how = partial(call_compiled, self.compile) if self.compile else call
         return BlockRun(self.half, [begin.entry for begin in self.begins], how)
 
     def answer(self, message: Message) -> Scalars:
-        """Probe the round's directions. The weights hold the same bits afterwards."""
+        """Measure the derivatives along the round's directions: float32 [P]. The weights are restored bit for bit."""
         multiplier, run = self._multiplier(message), self.run
         seeds = run.seeds(self._round)
         begin = time.perf_counter()
@@ -132,7 +132,7 @@ class ZerothOrderClient(Client):
 
     @contextmanager
     def _from(self, number: int) -> Iterator[tuple[nn.Module, Inputs]]:
-        """What to call for a pass from a block to the cut, in eval mode and without a graph."""
+        """Yield the module and inputs of a pass from a block to the cut; eval mode, no graph."""
         with evaluating(self.half):
             module, inputs = self.blocks.at(number, self._inputs)
             with evaluating(module):
@@ -156,7 +156,7 @@ class ZerothOrderClient(Client):
         return found
 
     def _probe(self, number: int, moved: Moved, multiplier: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Forward passes from a block to the cut, along directions that move it alone."""
+        """Measure directions that perturb one block alone, by forward passes from that block to the cut."""
         run, mu, two_sided = self.run, self.replica.mu, self.run.estimator == "two-sided"
         with self._from(number) as (module, inputs):
             if self.probes_at_once > 1:
@@ -177,9 +177,9 @@ class ZerothOrderClient(Client):
     def _in_place(
         self, number: int, module: nn.Module, inputs: Inputs, moved: Moved, multiplier: Tensor, seeds: Sequence[int]
     ) -> Tensor:
-        """The same, by weights that move. Large tables by row, once that has been seen to come to the same.
+        """`_probe` by perturbing the weights in place; large tables by row, if a first probe gives the same both ways.
 
-        It does not where a model reads a table by a reference of its own, as some that share weights do.
+        It does not where a model reads a table through another reference, as some with shared weights do.
         """
         two_sided = self.run.estimator == "two-sided"
 
@@ -207,7 +207,7 @@ class ZerothOrderClient(Client):
     def _batched(
         self, module: nn.Module, inputs: Inputs, moved: Moved, multiplier: Tensor, seeds: Sequence[int]
     ) -> Tensor:
-        """The same, several probes in a pass. On a lattice, too: a copy's weights are exact there."""
+        """`_probe` with several probes in one pass. Exact on a lattice as well: perturbed copies are exact there."""
         run, at_once = self.run, self.probes_at_once
         if run.estimator == "forward":
             return probe_forward_batched(module, inputs, multiplier, seeds, run.dist, moved=moved, at_once=at_once)
@@ -227,7 +227,7 @@ class ZerothOrderClient(Client):
 
 
 def client_rule(config: Settings) -> Rule | None:
-    """The rule that every replica applies; None on a lattice, where records are moves."""
+    """The update rule that every replica applies; None on a lattice, where records hold the moves themselves."""
     if config.directions_from == "fresh":
         if config.rule == "momentum":
             return SGD(momentum=MOMENTUM)
@@ -240,8 +240,8 @@ def client_rule(config: Settings) -> Rule | None:
 def power_of_two_scales(parameters: Sequence[Tensor]) -> list[float]:
     """Per tensor the power of two nearest its root mean square, relative to the largest of them; 1 at most.
 
-    Directions scaled so move every tensor by the same share of its size. A tensor of zeros says nothing of its size
-    and takes the scale of the tensor before it: a bias follows its weight.
+    Directions scaled so move every tensor by the same share of its size. A tensor of zeros has no size of
+    its own and takes the scale of the tensor before it: a bias that of its weight.
     """
     sizes = [float(p.detach().double().square().mean().sqrt()) if p.numel() else 0.0 for p in parameters]
     largest = max((s for s in sizes if math.isfinite(s)), default=0.0)
@@ -257,11 +257,12 @@ def power_of_two_scales(parameters: Sequence[Tensor]) -> list[float]:
 def make_run(
     config: Settings, parameters: list[nn.Parameter], begins: Sequence[Begin] = (), measures: Measures | None = None
 ) -> Run:
-    """What all agree on. Puts the parameters on their lattice, if the run has one. begins: of its blocks.
+    """Make the terms that server and clients share. Rounds the parameters to their lattice, if the run has one.
 
-    measures: of the run whose base the parameters are; None: they are taken of the parameters.
+    begins: where its blocks begin. measures: those of an existing run whose base the parameters are; None: computed
+    from the parameters.
 
-    Raises ValueError for a probe's step that leads off the lattice, and for measures of another half.
+    Raises ValueError for a mu beyond the lattice's limit, and for measures of another half.
     """
     rule = client_rule(config)
     if measures is None:
@@ -300,7 +301,7 @@ def _blocks(
     return tuple(Block(begin.tensors, n) for begin, n in zip(begins, counts, strict=True))
 
 
-# The settings that a method reads whose client half is a log of scalars.
+# The settings read by methods whose client half is a log of scalars.
 SCALARS = (
     *LEARNS,
     *PROBES,
@@ -385,7 +386,7 @@ class HO(Method):
         return SeedReplay(run, step, mirror, None, setup.aggregation, settings.clip, settings.digest_every)
 
     def displaces(self) -> bool:
-        """Whether clients evaluate their half at other weights while they only read its own."""
+        """Whether clients evaluate their half at displaced weights without writing to its own."""
         one_by_one = self.settings.estimator.endswith("sided") and self.settings.probes_at_once == 1
         return self.settings.estimator != "backward" and not (one_by_one and self.run.lattice is not None)
 
