@@ -17,7 +17,7 @@ from hosfl.edge.gradient import GRADIENT, Gradient
 from hosfl.edge.half import BASE, Half, HalfError, graph_name
 from hosfl.edge.running import STATISTICS, Running
 from hosfl.engines.engine import JoinError, Line
-from hosfl.engines.joining import check_cut, check_labels, fetched, read_offer, take_part
+from hosfl.engines.joining import check_cut, check_labels, fetch_file, read_offer, take_part
 from hosfl.protocol.arrays import Array
 from hosfl.protocol.endpoint import Endpoint
 from hosfl.protocol.header import Header, LogError, decode_header
@@ -44,7 +44,7 @@ def join(line: Line, number: int, folder: Path, *, data: str, threads: int = 0) 
 
     def made(offered: bytes) -> Endpoint[EdgeClient]:
         try:
-            return client_of(offered, partial(fetched, line, needed=True), number, folder, data, threads)
+            return client_of(offered, partial(fetch_file, line, needed=True), number, folder, data, threads)
         except HalfError as error:
             raise JoinError(str(error)) from error
 

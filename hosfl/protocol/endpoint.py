@@ -39,7 +39,7 @@ class AnotherRun(Exception):
     """The server's ask is of another run than the client. Nothing was changed by it."""
 
 
-class Answers(Protocol):
+class ClientProtocol(Protocol):
     """A client, whatever it computes with: what an endpoint calls. Every method may raise MessageError.
 
     applied, epoch: the rounds in its half, and in which of the server's starts they came. calibrated: whether it has
@@ -86,7 +86,7 @@ class Answers(Protocol):
         """SHA-256 of its half, in hexadecimal."""
 
 
-AnyClient = TypeVar("AnyClient", bound=Answers)
+AnyClient = TypeVar("AnyClient", bound=ClientProtocol)
 
 
 @dataclass
