@@ -252,7 +252,7 @@ def test_two_servers_of_one_run_are_told_of_each_other(broker, engine, lines, ca
     until(lambda: engine.present() == {0})
     other = NatsEngine(broker.url, "r", 4)
     until(lambda: told_of_two(caplog) == {"client", "server"})
-    until(lambda: engine._notes._kept.keys() & other._notes._kept.keys() >= {"servers"})
+    until(lambda: engine._log._kept.keys() & other._log._kept.keys() >= {"servers"})
     other.close()
 
 

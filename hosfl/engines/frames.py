@@ -24,7 +24,7 @@ MAX_ASKS = 16  # asks that a line can have at once
 
 
 class FrameError(ValueError):
-    """Bytes that are no frame; says why."""
+    """Bytes that are not a valid frame."""
 
 
 class EndReason(IntEnum):
@@ -267,7 +267,7 @@ class Incoming:
 
 
 def start_incoming(piece: Piece, now: Callable[[], float]) -> Incoming:
-    """What a first piece begins: it holds the whole message, or none of it is kept yet."""
+    """The `Incoming` of a first piece: complete if that holds the whole message, else empty."""
     incoming = Incoming(piece.failed, piece.total, piece.crc, now)
     if piece.offset == 0 and len(piece.data) == piece.total <= SMALL:
         incoming.asked = piece.total

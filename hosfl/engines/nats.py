@@ -36,7 +36,7 @@ def check_line(run: str, client: int) -> None:
 
 
 class ThrottledLog:
-    """Lines of the log, of each kind one in ten seconds: a stranger must not fill it."""
+    """A log with at most one line of each kind in `QUIET` seconds, so that nobody can flood it."""
 
     def __init__(self) -> None:
         self._kept: dict[object, tuple[float, int]] = {}

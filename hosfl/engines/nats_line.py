@@ -41,7 +41,7 @@ FETCH_RETRY = 1.0  # seconds without an answer, after which a file is asked for 
 
 @dataclass
 class _Task:
-    """An ask, at the client: on its way, waiting or being answered, answered."""
+    """An ask at the client: being received, then queued, then answered."""
 
     incoming: Incoming
     queued: bool = False
@@ -132,7 +132,7 @@ class NatsLine:
             raise EngineError(self._refusal)
 
     def _answered(self, answer: Callable[[bytes], bytes], message: bytes) -> Outgoing:
-        """The kind of an error is told, its text is not: that may be of the client's data."""
+        """Run `answer`. Of an error only the type's name is sent, since its text may hold the client's data."""
         try:
             return Outgoing(bytes(memoryview(answer(message))))
         except Exception as error:
@@ -212,7 +212,7 @@ class NatsLine:
         self._request_again()
 
     def _request_again(self, stalled: float = 0.0) -> None:
-        """What was on its way, after a new connection at either end; or what has not moved for so many seconds."""
+        """Request again every transfer that has not moved for `stalled` seconds; 0: all, after a new connection."""
         now = time.monotonic()
         for id, task in self._tasks.items():
             if not task.incoming.whole and not task.queued and now - task.incoming.moved >= stalled:

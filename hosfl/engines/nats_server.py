@@ -46,7 +46,7 @@ RATE, BURST = 200.0, 1000.0  # frames of a client that nobody asked for: a secon
 
 @dataclass
 class _Ask:
-    """What one client is asked. id: the transfer of the question and of its answer. line: which has it."""
+    """One client's ask. id: of the transfer of the ask, and of its answer. line: the client's line that has it."""
 
     client: int
     id: int
@@ -58,7 +58,7 @@ class _Ask:
 
 @dataclass
 class _Peer:
-    """A client, as the server knows it. line: None while it is not here. absent: since when nobody hears it."""
+    """The server's state of a client. line: None while it is away. absent: when its connection was lost."""
 
     line: int | None = None
     connection: int = 0
@@ -71,16 +71,16 @@ class _Peer:
     counted: float = 0.0
 
     def expects(self, piece: Piece) -> bool:
-        """Whether it was asked for."""
+        """Whether the piece is the next one of an answer that was asked for."""
         asked = self.asked.get(piece.id)
         return asked is not None and asked.incoming is not None and asked.incoming.fits(piece)
 
     def receiving(self) -> bool:
-        """Whether an answer is on its way here: of each client one at a time."""
+        """Whether an answer of this client is being received: one at a time."""
         return any(asked.incoming is not None for asked in self.asked.values())
 
     def within_rate(self, now: float) -> bool:
-        """Whether one more frame is within what a client may send."""
+        """Whether one more frame is within the client's rate limit; counts it if so (a token bucket)."""
         self.allowance = min(BURST, self.allowance + (now - self.counted) * RATE)
         self.counted = now
         if self.allowance < 1:
@@ -232,7 +232,7 @@ class NatsEngine:
         self._link.post(self._down(client), frame, reply)
 
     def _ping(self, client: int) -> None:
-        """Where nobody hears it, the broker says so at once at the subject to reply to."""
+        """Ping a client. If nobody listens, the broker replies at the `gone` subject at once."""
         self._post(client, encode(Ping(self._id, self._connections)), f"hosfl.{self.run}.up.{client}.gone")
 
     def _settled(self, now: float) -> bool:
@@ -328,7 +328,7 @@ class NatsEngine:
             self._drop(client, "a frame that only servers send is dropped")
 
     def _turn_away(self, client: int, data: bytes) -> None:
-        """Tell a client that came after the run had begun, which would wait for ever, that it has no part in it."""
+        """Tell a client whose number the run does not have that it is not in it; it would wait for ever otherwise."""
         with contextlib.suppress(FrameError):
             frame = decode(data)
             if isinstance(frame, (Beat, Fetch)):

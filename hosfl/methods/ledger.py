@@ -63,7 +63,7 @@ class Ledger(Protocol):
         """How many numbers a client's answer holds."""
 
     def since(self, hello: Hello | Differs, from_client: bool = True) -> Message:
-        """What a client has missed. from_client: see `Server.welcome`. Raises MessageError."""
+        """The message of what a client has missed. from_client: see `Server.welcome`. Raises MessageError."""
 
     def check(self, message: Any) -> None:
         """Raises MessageError for an answer that cannot be aggregated."""
@@ -72,13 +72,13 @@ class Ledger(Protocol):
         """One step from the answers, each with its client's number of samples; with none of them there is no step."""
 
     def show(self, half: nn.Module) -> None:
-        """Give a copy of the client half, made by `Setup.observed`, the weights of the moment."""
+        """Write the current weights into `half`, the copy made by `Setup.observed`."""
 
     def state(self) -> State:
         """What a restarted server needs beside the log."""
 
     def load(self, tensors: dict[str, Tensor], info: dict[str, Any]) -> None:
-        """Take up a saved state."""
+        """Load a saved state."""
 
 
 class Step(Protocol):
@@ -93,7 +93,7 @@ class Step(Protocol):
 
 
 def has_void_rounds(epochs: Sequence[tuple[int, int]], hello: Hello | Differs) -> bool:
-    """Whether rounds that the client applied were voided since: a later epoch began before its round."""
+    """Whether a client holds void rounds: a later epoch began before the round that it is at."""
     return any(epoch > hello.epoch and start < hello.round for epoch, start in epochs)
 
 
@@ -147,12 +147,12 @@ class SeedReplay:
         return self._records(hello.client, start, checked)
 
     def _due(self, start: int) -> bool:
-        """Whether a round after `start` was one whose digest is to be checked."""
+        """Whether a digest fell due in the rounds from `start` on."""
         every = self.digest_every
         return every > 0 and start // every != len(self.records) // every
 
     def digest(self) -> bytes:
-        """Of the weights after all rounds so far, computed once in each."""
+        """SHA-256 of the replica after all rounds so far; computed once per round."""
         at = self.epoch, len(self.records)
         if self._digest is None or self._digest[0] != at:
             self._digest = at, self.mirror.digest()
@@ -230,7 +230,7 @@ class SeedReplay:
 
     @property
     def weights(self) -> NDArray[np.float64]:
-        """[P], by which |ghat|^2 is told from scalars: d_b / P_b^2, d_b = E |u_p|^2 of the block that p moves.
+        """[P]: weights w with |ghat|^2 = sum_p w_p v_p^2 in expectation. w_p = d_b / P_b^2, d_b = E |u_p|^2 of p's block b.
 
         d_b are the block's trainable elements, each with its squared factor.
         """
@@ -270,7 +270,7 @@ class SeedReplay:
         self.mirror.apply(self._records(0, 0))
 
     def show(self, half: nn.Module) -> None:
-        """Nothing is to do: the mirror's weights are those of `Setup.observed`."""
+        """No-op: the mirror's tensors are those of `Setup.observed`."""
 
     def state(self) -> State:
         return self.step.state()

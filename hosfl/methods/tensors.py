@@ -1,4 +1,4 @@
-"""Messages as those who compute with torch hold them."""
+"""Messages with torch tensors in place of numpy arrays."""
 
 from __future__ import annotations
 

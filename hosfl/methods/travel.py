@@ -16,7 +16,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.in
 
 
 def packed(values: Tensor, wire: str) -> tuple[Tensor, Tensor]:
-    """(what travels, of the same shape; scales, float32 [blocks] of 64, [0] but for int8).
+    """Pack values for the wire. Returns them, of the same shape, and scales: float32 [blocks of 64], [0] but for int8.
 
     wire: "float32", which leaves the values as they are, "bfloat16", "float16" or "int8". What is too large for 16 bits
     becomes infinite, and is refused by whoever receives it.
@@ -33,7 +33,7 @@ def packed(values: Tensor, wire: str) -> tuple[Tensor, Tensor]:
 
 
 def unpacked(values: Tensor, scales: Tensor, wire: str) -> Tensor:
-    """What was packed, as float32, or as it came where it travels as it is. Raises MessageError for another packing."""
+    """Undo `packed`: float32, or unchanged for "float32". Raises MessageError for values packed otherwise."""
     if values.dtype != DTYPES.get(wire, values.dtype) or (wire == "float32" and values.dtype == torch.int8):
         raise MessageError(f"{str(values.dtype).removeprefix('torch.')} in a run where cuts travel as {wire}")
     blocks = -(-values.numel() // BLOCK) if wire == "int8" else 0
