@@ -157,7 +157,7 @@ def test_odd_normalisations_and_nothing_changed():
     half.single.eval()
     before, modes = copy.deepcopy(half.state_dict()), [m.training for m in half.modules()]
     batches = [(torch.randn(5, 3, 4) + 2, torch.zeros(5)) for _ in range(2)]
-    values, samples = calibration.estimated(half, iter(batches))
+    values, samples = calibration.estimate_statistics(half, iter(batches))
     assert samples == 10
     assert list(calibration.running(half)) == [f"{m}.running_{s}" for m in ("twice", "never", "single") for s in S]
     first = torch.stack([x.mean((0, 2)) for x, _ in batches])
@@ -171,7 +171,7 @@ def test_odd_normalisations_and_nothing_changed():
     assert half.single.momentum == 0.1
     assert not any(m._forward_hooks for m in half.modules())
     with pytest.raises(ValueError, match="more than 1 value per channel"):
-        calibration.estimated(nn.Sequential(nn.BatchNorm1d(3)), [(torch.randn(1, 3), torch.zeros(1))])
+        calibration.estimate_statistics(nn.Sequential(nn.BatchNorm1d(3)), [(torch.randn(1, 3), torch.zeros(1))])
 
 
 S = ("mean", "var")
@@ -346,7 +346,7 @@ def test_with_nobody_acceptable_nothing_changes(task, monkeypatch, caplog):
     def fails(*_):
         raise ValueError("more than 1 value per channel")
 
-    monkeypatch.setattr(calibration, "estimated", fails)
+    monkeypatch.setattr(calibration, "estimate_statistics", fails)
     federation = made(task)
     assert torch.equal(of(federation.base), of(task.model[:6]))
     assert federation.messenger.complaints.total == 3

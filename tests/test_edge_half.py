@@ -466,7 +466,7 @@ def test_statistics_are_those_of_train_mode_wherever_weights_are(name, tmp_path)
     for tensors in (whole.tensors, run.tensors, parameters):
         replay_(tensors, SEEDS, MOVES, streams=streams)
     for rows in (3, 7):
-        wanted, _ = calibration.estimated(half, [(inputs(rows), torch.zeros(rows))])
+        wanted, _ = calibration.estimate_statistics(half, [(inputs(rows), torch.zeros(rows))])
         found = run(arrays(inputs(rows)))
         assert np.abs(found - wanted.numpy()).max() <= 1e-4 * wanted.abs().max()
     calibration.load(half, wanted)

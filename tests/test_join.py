@@ -21,7 +21,7 @@ from torch import nn
 from hosfl import commands, train
 from hosfl.engines.engine import EngineError, JoinError, Reply
 from hosfl.engines.in_process import InProcess
-from hosfl.engines.joining import fetched
+from hosfl.engines.joining import fetch_file
 from hosfl.engines.saved_state import SavedState
 from hosfl.files import RunFolderError
 from hosfl.methods import METHODS
@@ -369,7 +369,9 @@ def test_a_client_keeps_its_base_and_its_state(run, tmp_path, caplog):
     os.mkfifo(tmp_path / "state.safetensors")  # it would be waited for
     SavedState(tmp_path / "state.safetensors", told["id"], plain.client).restore()
     assert "no regular file" in caplog.text
-    assert fetched(Direct({"base": b"1"}, []), "base", sha256(b"1").hexdigest(), tmp_path / "state.safetensors") == b"1"
+    assert (
+        fetch_file(Direct({"base": b"1"}, []), "base", sha256(b"1").hexdigest(), tmp_path / "state.safetensors") == b"1"
+    )
     (tmp_path / "state.safetensors").unlink()
     done.replica.applied = -2
     kept.save()

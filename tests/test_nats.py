@@ -15,7 +15,20 @@ from hypothesis import strategies as st
 
 from hosfl.engines import frames, nats_server
 from hosfl.engines.engine import EngineError, Reply
-from hosfl.engines.frames import Beat, Bye, Ended, Fetch, FrameError, Outgoing, Piece, Ping, Want, Why, decode, encode
+from hosfl.engines.frames import (
+    Beat,
+    Bye,
+    Ended,
+    EndReason,
+    Fetch,
+    FrameError,
+    Outgoing,
+    Piece,
+    Ping,
+    Want,
+    decode,
+    encode,
+)
 from hosfl.engines.nats_line import NatsLine
 from hosfl.engines.nats_link import Link
 from hosfl.engines.nats_server import NatsEngine
@@ -239,7 +252,7 @@ def test_two_servers_of_one_run_are_told_of_each_other(broker, engine, lines, ca
     until(lambda: engine.present() == {0})
     other = NatsEngine(broker.url, "r", 4)
     until(lambda: told_of_two(caplog) == {"client", "server"})
-    until(lambda: engine._notes._kept.keys() & other._notes._kept.keys() >= {"servers"})
+    until(lambda: engine._log._kept.keys() & other._log._kept.keys() >= {"servers"})
     other.close()
 
 
@@ -355,7 +368,7 @@ def test_mutated_frames(broker, engine, lines, stranger, monkeypatch):
         Piece(asked, False, 0, 3 * MB, 1, b""),
         Piece(asked, True, 0, 4, 1, b"abcd"),
         Want(asked, 0, 3),
-        Ended(asked, Why.DONE),
+        Ended(asked, EndReason.DONE),
         Fetch(asked, "f"),
         Bye(3),
         Ping(1, 1),
@@ -401,7 +414,7 @@ def test_frames_come_back():
         Piece(1, False, 3, 2**40, 2**32 - 1, b"abc"),
         Piece(1, True, 0, 500, 0, b"why"),
         Want(1, 2, 3),
-        Ended(1, Why.LATE, "zu spät"),
+        Ended(1, EndReason.LATE, "zu spät"),
         Fetch(1, "ein Name"),
         Bye(4),
     ):
@@ -434,7 +447,7 @@ def test_windows_end_where_pieces_may():
         (encode(Beat(1, 1)) + bytes(9) * 17, "a list of asks of 153 bytes"),
         (encode(Beat(1, 1)) + bytes(8), "a list of asks of 8 bytes"),
         (encode(Beat(1, 1)) + bytes(8) + b"\x02", "neither answered nor not"),
-        (encode(Ended(1, Why.DONE))[:-1] + b"\x63", "reason 99"),
+        (encode(Ended(1, EndReason.DONE))[:-1] + b"\x63", "reason 99"),
         (encode(Fetch(1, "f")) + b"\xff", "not UTF-8"),
         (encode(Fetch(1, "f" * 501)), "a text of 501 bytes"),
     ],
@@ -504,7 +517,7 @@ def test_an_ask_that_is_too_large_fails_that_client_alone(engine, lines, monkeyp
     for number in (0, 1):
         lines.join(number)
     until(lambda: engine.present() == {0, 1})
-    monkeypatch.setattr(nats_server, "MOST", MB, raising=False)
+    monkeypatch.setattr(nats_server, "MAX_MESSAGE", MB, raising=False)
     engine.limit(MB)
     text = "an ask of 1048577 bytes; the largest is one of 1048576"
     replies = engine.ask({0: bytes(MB + 1), 1: bytes(MB)}, deadline=20)
@@ -584,9 +597,9 @@ def test_a_reply_counts_once_and_for_its_own_ask(engine, by_hand, caplog):
     reply = encode(Piece(one.id, False, 0, 3, Outgoing(b"ONE").crc, b"ONE"))
     by_hand.say(reply)
     assert asking.join() == [Reply(1, b"ONE")]
-    assert by_hand.hear(Ended) == Ended(one.id, Why.DONE)
+    assert by_hand.hear(Ended) == Ended(one.id, EndReason.DONE)
     by_hand.say(reply)
-    assert by_hand.hear(Ended) == Ended(one.id, Why.LATE)
+    assert by_hand.hear(Ended) == Ended(one.id, EndReason.LATE)
     asking = start(engine, {1: b"two"}, deadline=10)
     two = by_hand.hear(Piece)
     assert two.id != one.id
@@ -600,12 +613,12 @@ def test_a_reply_counts_once_and_for_its_own_ask(engine, by_hand, caplog):
 def test_an_ask_that_ends_early_is_over_at_both_ends(engine, by_hand):
     assert list(engine.ask({1: b"late"}, deadline=0.3)) == [Reply(1, None, "late")]
     late = by_hand.hear(Piece)
-    assert by_hand.hear(Ended) == Ended(late.id, Why.LATE)
+    assert by_hand.hear(Ended) == Ended(late.id, EndReason.LATE)
     asking = engine.ask({0: b"gone", 1: b"closed"})
     assert next(asking) == Reply(0, None, "gone")
     closed = by_hand.hear(Piece)
     asking.close()
-    assert by_hand.hear(Ended) == Ended(closed.id, Why.LATE)
+    assert by_hand.hear(Ended) == Ended(closed.id, EndReason.LATE)
     assert not engine._peers[1].asked
 
 
@@ -640,7 +653,7 @@ def test_nobody_answers_for_another(engine, lines, broker):
     until(lambda: engine._peers[0].asked)
     (id,) = engine._peers[0].asked
     hand.say(Piece(id, False, 0, 4, Outgoing(b"evil").crc, b"evil"))
-    assert hand.hear(Ended) == Ended(id, Why.LATE)
+    assert hand.hear(Ended) == Ended(id, EndReason.LATE)
     assert asking.join() == [Reply(0, b"0.1")]
     hand.close()
 
@@ -671,8 +684,8 @@ def test_a_new_process_of_a_client_ends_the_asks_of_the_old(broker, engine, by_h
     assert asking.join() == [Reply(1, None, "gone")]
     assert time.monotonic() - begin < 2
     by_hand.say(Beat(7, 1))  # the old one is still there
-    assert by_hand.hear(Ended) != Ended(7, Why.REPLACED)  # the ask's
-    assert by_hand.hear(Ended) == Ended(7, Why.REPLACED)
+    assert by_hand.hear(Ended) != Ended(7, EndReason.REPLACED)  # the ask's
+    assert by_hand.hear(Ended) == Ended(7, EndReason.REPLACED)
     by_hand.say(Bye(7))
     asking = start(engine, {1: b"ask"}, deadline=20)
     ask = new.hear(Piece)

@@ -43,7 +43,7 @@ CHUNK = 1 << 16  # elements of the cut that are in float64 at a time
 class EdgeClient:
     """A client of a run of method ho that measures differences or, with a graph of its gradient, backpropagates.
 
-    `hosfl.protocol.endpoint.Answers` says what its methods do.
+    `hosfl.protocol.endpoint.ClientProtocol` says what its methods do.
 
     Args:
         number: of the client.

@@ -17,7 +17,7 @@ from hosfl.edge.gradient import GRADIENT, Gradient
 from hosfl.edge.half import BASE, Half, HalfError, graph_name
 from hosfl.edge.running import STATISTICS, RunningStatistics
 from hosfl.engines.engine import JoinError, Line
-from hosfl.engines.joining import check_cut, check_labels, fetched, read_offer, take_part
+from hosfl.engines.joining import check_cut, check_labels, fetch_file, read_offer, take_part
 from hosfl.protocol.arrays import Array
 from hosfl.protocol.endpoint import Endpoint
 from hosfl.protocol.header import Header, LogError, decode_header

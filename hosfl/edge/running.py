@@ -40,7 +40,7 @@ class RunningStatistics:
 
     def estimated(self) -> tuple[Floats, int]:
         """Means over batches of what each has, float32 [n], and how many samples they are of: see
-        `hosfl.methods.calibration.estimated`.
+        `hosfl.methods.calibration.estimate_statistics`.
 
         Raises MessageError for batches that have none, such as of single samples, and HalfError.
         """

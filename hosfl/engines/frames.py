@@ -20,14 +20,14 @@ SMALL = 32 * 1024  # bytes of a message that comes whole with its announcement
 LEAST = 16 * 1024  # bytes of a piece but the last, whose multiple all are: many small ones cost more than they hold
 WINDOW = 4 * 1024 * 1024  # bytes on their way to one receiver
 TEXT = 500  # bytes of a name or a reason
-LISTED = 16  # asks that a line can have at once
+MAX_ASKS = 16  # asks that a line can have at once
 
 
 class FrameError(ValueError):
-    """Bytes that are no frame; says why."""
+    """Bytes that are not a valid frame."""
 
 
-class Why(IntEnum):
+class EndReason(IntEnum):
     """Why a transfer has ended."""
 
     DONE = 0
@@ -80,7 +80,7 @@ class Ended:
     """Transfer `id` is over, at either end."""
 
     id: int
-    why: Why
+    why: EndReason
     text: str = ""
 
 
@@ -160,7 +160,7 @@ def decode(data: bytes) -> Frame:
             raise FrameError(f"a piece of {len(tail)} bytes from {offset} on, of {total}")
         return Piece(id, failed, offset, total, crc, tail)
     if made is Ended:
-        return Ended(values[0], _why(values[1]), _text(tail))
+        return Ended(values[0], _end_reason(values[1]), _text(tail))
     if made is Fetch:
         return Fetch(values[0], _text(tail))
     if tail:
@@ -169,7 +169,7 @@ def decode(data: bytes) -> Frame:
 
 
 def _asks(tail: memoryview) -> tuple[tuple[int, bool], ...]:
-    if len(tail) % _ASK.size or len(tail) > LISTED * _ASK.size:
+    if len(tail) % _ASK.size or len(tail) > MAX_ASKS * _ASK.size:
         raise FrameError(f"a list of asks of {len(tail)} bytes")
     asks = tuple(_ASK.iter_unpack(tail))
     if any(answered > 1 for _, answered in asks):
@@ -177,9 +177,9 @@ def _asks(tail: memoryview) -> tuple[tuple[int, bool], ...]:
     return tuple((id, bool(answered)) for id, answered in asks)
 
 
-def _why(number: int) -> Why:
+def _end_reason(number: int) -> EndReason:
     try:
-        return Why(number)
+        return EndReason(number)
     except ValueError:
         raise FrameError(f"a transfer that ended for reason {number}") from None
 
@@ -266,8 +266,8 @@ class Incoming:
         return encode(Want(id, offset, self.asked - offset))
 
 
-def begin(piece: Piece, now: Callable[[], float]) -> Incoming:
-    """What a first piece begins: it holds the whole message, or none of it is kept yet."""
+def start_incoming(piece: Piece, now: Callable[[], float]) -> Incoming:
+    """The `Incoming` of a first piece: complete if that holds the whole message, else empty."""
     incoming = Incoming(piece.failed, piece.total, piece.crc, now)
     if piece.offset == 0 and len(piece.data) == piece.total <= SMALL:
         incoming.asked = piece.total

@@ -101,7 +101,7 @@ def check_cut(made: list[int], finite: bool, texts: bool, cut: list[int], what: 
         )
 
 
-def fetched(line: Line, name: str, sha256: str, path: Path, needed: bool = False) -> bytes:
+def fetch_file(line: Line, name: str, sha256: str, path: Path, needed: bool = False) -> bytes:
     """A file that the server offers: the one that was kept, or fetched, once. Raises JoinError for a damaged one.
 
     needed: somebody reads it from there, so that OSError is raised where it cannot be written.
@@ -152,7 +152,7 @@ def take_part(line: Line, number: int, folder: Path, made: Callable[[bytes], End
             log.info("client %d joins at round %d", number, endpoint.client.applied)
             return endpoint, kept
 
-        taken: list[tuple[Endpoint[Any], SavedState]] = [joined()]  # none, while another run is fetched
+        taken: list[tuple[Endpoint[Any], SavedState]] = [joined()]  # none, while another run is fetch_file
         failed: list[Exception] = []
 
         def answer(ask: bytes) -> bytes:

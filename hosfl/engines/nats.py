@@ -22,10 +22,10 @@ log = logging.getLogger("hosfl.engines.nats")
 
 # Bytes of an ask or a file: all messages that the protocol has. A replay grows with its rounds, and a base half is as
 # large as it is; a client cannot know either.
-MOST = 1 << 32
+MAX_MESSAGE = 1 << 32
 STALLED = 20.0  # seconds without a byte, after which a transfer begins again where it stopped
 QUIET = 10.0  # seconds between two lines of the log about the same thing
-TWO = "two servers are at work on run %s, and each ends what the other asks: end one of them"
+TWO_SERVERS = "two servers are at work on run %s, and each ends what the other asks: end one of them"
 
 
 def check_line(run: str, client: int) -> None:
@@ -35,8 +35,8 @@ def check_line(run: str, client: int) -> None:
         raise EngineError(f"clients are numbered from 0, not {client}")
 
 
-class Notes:
-    """Lines of the log, of each kind one in ten seconds: a stranger must not fill it."""
+class ThrottledLog:
+    """A log with at most one line of each kind in `QUIET` seconds, so that nobody can flood it."""
 
     def __init__(self) -> None:
         self._kept: dict[object, tuple[float, int]] = {}

@@ -14,11 +14,12 @@ from queue import Empty, SimpleQueue
 
 from hosfl.engines.engine import EngineError
 from hosfl.engines.frames import (
-    LISTED,
+    MAX_ASKS,
     WINDOW,
     Beat,
     Bye,
     Ended,
+    EndReason,
     Fetch,
     FrameError,
     Incoming,
@@ -26,22 +27,21 @@ from hosfl.engines.frames import (
     Piece,
     Ping,
     Want,
-    Why,
-    begin,
     decode,
     encode,
+    start_incoming,
 )
-from hosfl.engines.nats import MOST, STALLED, TWO, Notes, check_line, log
+from hosfl.engines.nats import MAX_MESSAGE, STALLED, TWO_SERVERS, ThrottledLog, check_line, log
 from hosfl.engines.nats_link import Link
 from hosfl.terminal import printable
 
 SILENT = 3.0  # seconds without a ping, after which a client says that it is here: a server pings those of its run alone
-ANEW = 1.0  # seconds without an answer, after which a file is asked for again
+FETCH_RETRY = 1.0  # seconds without an answer, after which a file is asked for again
 
 
 @dataclass
 class _Task:
-    """An ask, at the client: on its way, waiting or being answered, answered."""
+    """An ask at the client: being received, then queued, then answered."""
 
     incoming: Incoming
     queued: bool = False
@@ -76,7 +76,7 @@ class NatsLine:
         client: int,
         tls: ssl.SSLContext | None = None,
         *,
-        largest: int = MOST,
+        largest: int = MAX_MESSAGE,
     ) -> None:
         check_line(run, client)
         self.run, self.client, self.largest = run, client, largest
@@ -91,7 +91,7 @@ class NatsLine:
         self._queue: SimpleQueue[int | None] = SimpleQueue()
         self._fetch_lock = threading.Lock()
         self._fetching: _Fetching | None = None
-        self._notes = Notes()
+        self._log = ThrottledLog()
         subjects = [f"hosfl.{run}.down.{client}.m"]
         name = f"client {client} of run {run}"
         self._link = Link(urls, tls, name, subjects, self._receive, self._connected, self._tick)
@@ -132,7 +132,7 @@ class NatsLine:
             raise EngineError(self._refusal)
 
     def _answered(self, answer: Callable[[bytes], bytes], message: bytes) -> Outgoing:
-        """The kind of an error is told, its text is not: that may be of the client's data."""
+        """Run `answer`. Of an error only the type's name is sent, since its text may hold the client's data."""
         try:
             return Outgoing(bytes(memoryview(answer(message))))
         except Exception as error:
@@ -172,7 +172,7 @@ class NatsLine:
 
     def _fetch(self, fetching: _Fetching | None) -> None:
         if fetching is None and self._fetching is not None:
-            self._post(encode(Ended(self._fetching.id, Why.DONE)))
+            self._post(encode(Ended(self._fetching.id, EndReason.DONE)))
         self._fetching = fetching
         if fetching is not None:
             self._ask_file(fetching)
@@ -212,7 +212,7 @@ class NatsLine:
         self._request_again()
 
     def _request_again(self, stalled: float = 0.0) -> None:
-        """What was on its way, after a new connection at either end; or what has not moved for so many seconds."""
+        """Request again every transfer that has not moved for `stalled` seconds; 0: all, after a new connection."""
         now = time.monotonic()
         for id, task in self._tasks.items():
             if not task.incoming.whole and not task.queued and now - task.incoming.moved >= stalled:
@@ -232,14 +232,14 @@ class NatsLine:
             self._beat()
         self._request_again(STALLED)
         fetching = self._fetching
-        if fetching is not None and not fetching.announced and time.monotonic() - fetching.asked > ANEW:
+        if fetching is not None and not fetching.announced and time.monotonic() - fetching.asked > FETCH_RETRY:
             self._ask_file(fetching)
 
     def _receive(self, subject: bytes, data: bytes) -> None:
         try:
             frame = decode(data)
         except FrameError as error:
-            self._notes.warn("malformed", "client %d: bytes that are no message are dropped: %s", self.client, error)
+            self._log.warn("malformed", "client %d: bytes that are no message are dropped: %s", self.client, error)
             return
         if isinstance(frame, Ping):
             self._on_ping(frame)
@@ -265,9 +265,9 @@ class NatsLine:
             self._request_again()
         if before is not None and before.engine != ping.engine:
             if ping.engine in self._earlier_servers:  # it has not ended, as one does that is started anew
-                self._notes.warn("servers", f"client %d: {TWO}", self.client, self.run, level=logging.ERROR)
+                self._log.warn("servers", f"client %d: {TWO_SERVERS}", self.client, self.run, level=logging.ERROR)
                 for engine in (before.engine, ping.engine):
-                    self._post(encode(Ended(engine, Why.REPLACED)))
+                    self._post(encode(Ended(engine, EndReason.REPLACED)))
             self._earlier_servers = (*self._earlier_servers[-7:], before.engine)
         self._beat()
 
@@ -278,9 +278,9 @@ class NatsLine:
     def _on_piece(self, piece: Piece) -> None:
         task = self._tasks.get(piece.id)
         if task is None:
-            if len(self._tasks) >= LISTED:
+            if len(self._tasks) >= MAX_ASKS:
                 return
-            task = self._tasks[piece.id] = _Task(begin(piece, time.monotonic))
+            task = self._tasks[piece.id] = _Task(start_incoming(piece, time.monotonic))
             if piece.total > self.largest:
                 task.queued = True
                 text = f"{piece.total} bytes, more than the largest message of {self.largest}"
@@ -302,7 +302,7 @@ class NatsLine:
             return
         incoming = fetching.incoming
         if incoming is None or (incoming.total, incoming.crc) != (piece.total, piece.crc):
-            incoming = fetching.incoming = begin(piece, time.monotonic)
+            incoming = fetching.incoming = start_incoming(piece, time.monotonic)
         elif incoming.fits(piece):
             incoming.take(piece)
         elif not piece.data:
@@ -317,19 +317,19 @@ class NatsLine:
     def _on_ended(self, ended: Ended) -> None:
         if ended.id == self._id:  # the line itself
             self._refusal = f"another process is client {self.client} now"
-            if ended.why is not Why.REPLACED:
+            if ended.why is not EndReason.REPLACED:
                 self._refusal = printable(ended.text)
             log.error("client %d ends: %s", self.client, self._refusal)
             self._serving = False
             self._queue.put(None)
         elif self._fetching is not None and ended.id == self._fetching.id:
-            if ended.why is Why.REFUSED:
+            if ended.why is EndReason.REFUSED:
                 self._fetching.done.put(printable(ended.text) or f"the server does not offer {self._fetching.name!r}")
-            elif ended.why is Why.UNKNOWN:
+            elif ended.why is EndReason.UNKNOWN:
                 self._ask_file(self._fetching)
         elif ended.id in self._tasks:
             self._forget(ended.id)
-            if ended.why is not Why.DONE:
-                text = {Why.LATE: "it came late", Why.UNKNOWN: "the server does not know it any more"}
+            if ended.why is not EndReason.DONE:
+                text = {EndReason.LATE: "it came late", EndReason.UNKNOWN: "the server does not know it any more"}
                 reason = text.get(ended.why) or printable(ended.text)
                 log.warning("client %d: ask %016x has ended without its reply: %s", self.client, ended.id, reason)

@@ -20,6 +20,7 @@ from hosfl.engines.frames import (
     Beat,
     Bye,
     Ended,
+    EndReason,
     Fetch,
     FrameError,
     Incoming,
@@ -27,12 +28,11 @@ from hosfl.engines.frames import (
     Piece,
     Ping,
     Want,
-    Why,
-    begin,
     decode,
     encode,
+    start_incoming,
 )
-from hosfl.engines.nats import MOST, STALLED, TWO, Notes, check_line, log
+from hosfl.engines.nats import MAX_MESSAGE, STALLED, TWO_SERVERS, ThrottledLog, check_line, log
 from hosfl.engines.nats_link import Link
 from hosfl.terminal import printable
 
@@ -46,7 +46,7 @@ RATE, BURST = 200.0, 1000.0  # frames of a client that nobody asked for: a secon
 
 @dataclass
 class _Ask:
-    """What one client is asked. id: the transfer of the question and of its answer. line: which has it."""
+    """One client's ask. id: of the transfer of the ask, and of its answer. line: the client's line that has it."""
 
     client: int
     id: int
@@ -58,7 +58,7 @@ class _Ask:
 
 @dataclass
 class _Peer:
-    """A client, as the server knows it. line: None while it is not here. absent: since when nobody hears it."""
+    """The server's state of a client. line: None while it is away. absent: when its connection was lost."""
 
     line: int | None = None
     connection: int = 0
@@ -71,16 +71,16 @@ class _Peer:
     counted: float = 0.0
 
     def expects(self, piece: Piece) -> bool:
-        """Whether it was asked for."""
+        """Whether the piece is the next one of an answer that was asked for."""
         asked = self.asked.get(piece.id)
         return asked is not None and asked.incoming is not None and asked.incoming.fits(piece)
 
     def receiving(self) -> bool:
-        """Whether an answer is on its way here: of each client one at a time."""
+        """Whether an answer of this client is being received: one at a time."""
         return any(asked.incoming is not None for asked in self.asked.values())
 
     def within_rate(self, now: float) -> bool:
-        """Whether one more frame is within what a client may send."""
+        """Whether one more frame is within the client's rate limit; counts it if so (a token bucket)."""
         self.allowance = min(BURST, self.allowance + (now - self.counted) * RATE)
         self.counted = now
         if self.allowance < 1:
@@ -120,7 +120,7 @@ class NatsEngine:
         self._strangers = _Peer()  # all that the broker knows and the run does not
         self._offered: dict[str, Outgoing] | None = None
         self._moving: set[int] = set()  # asks whose answer is on its way
-        self._notes = Notes()
+        self._log = ThrottledLog()
         self._subject = re.compile(rf"hosfl\.{run}\.up\.(0|[1-9][0-9]{{0,8}})\.(m|gone)".encode())
         subjects = [f"hosfl.{run}.up.*.m", f"hosfl.{run}.up.*.gone"]
         self._link = Link(urls, tls, f"the server of run {run}", subjects, self._receive, self._connected, self._tick)
@@ -142,9 +142,9 @@ class NatsEngine:
     def _replies(self, messages: Mapping[int, bytes], deadline: float | None) -> Iterator[Reply]:
         ends = None if deadline is None else time.monotonic() + deadline
         replies: SimpleQueue[Reply | None] = SimpleQueue()
-        outgoing = {client: Outgoing(bytes(data)) for client, data in messages.items() if len(data) <= MOST}
+        outgoing = {client: Outgoing(bytes(data)) for client, data in messages.items() if len(data) <= MAX_MESSAGE}
         for client in messages.keys() - outgoing.keys():
-            text = f"an ask of {len(messages[client])} bytes; the largest is one of {MOST}"
+            text = f"an ask of {len(messages[client])} bytes; the largest is one of {MAX_MESSAGE}"
             log.warning("client %d: %s", client, text)
             replies.put(Reply(client, None, f"failed: {text}"))
         asks = self._link.call(self._begin, outgoing, replies)
@@ -213,14 +213,14 @@ class NatsEngine:
         for asked in asks:
             if self._forget(asked):
                 log.info("client %d had not answered ask %016x when it ended", asked.client, asked.id)
-                self._post(asked.client, encode(Ended(asked.id, Why.LATE)))
+                self._post(asked.client, encode(Ended(asked.id, EndReason.LATE)))
 
     def _forget(self, asked: _Ask) -> bool:
         self._link.stop(self._down(asked.client), asked.id)
         self._moving.discard(asked.id)
         return self._peers[asked.client].asked.pop(asked.id, None) is not None
 
-    def _finish(self, asked: _Ask, reply: Reply, why: Why = Why.DONE, text: str = "") -> None:
+    def _finish(self, asked: _Ask, reply: Reply, why: EndReason = EndReason.DONE, text: str = "") -> None:
         self._forget(asked)
         self._post(asked.client, encode(Ended(asked.id, why, text)))
         asked.replies.put(reply)
@@ -232,7 +232,7 @@ class NatsEngine:
         self._link.post(self._down(client), frame, reply)
 
     def _ping(self, client: int) -> None:
-        """Where nobody hears it, the broker says so at once at the subject to reply to."""
+        """Ping a client. If nobody listens, the broker replies at the `gone` subject at once."""
         self._post(client, encode(Ping(self._id, self._connections)), f"hosfl.{self.run}.up.{client}.gone")
 
     def _settled(self, now: float) -> bool:
@@ -279,14 +279,14 @@ class NatsEngine:
 
     def _drop(self, client: int, why: str, *values: object) -> None:
         self.dropped[client] += 1
-        self._notes.warn((client, why), f"client %d: {why}", client, *values)
+        self._log.warn((client, why), f"client %d: {why}", client, *values)
 
     def _receive(self, subject: bytes, data: bytes) -> None:
         of = self._subject.fullmatch(subject)
         client = int(of[1]) if of else -1
         now = time.monotonic()
         if of is None or client >= len(self._peers):
-            self._notes.warn("stranger", "a message at %s, of no client of the run", printable(repr(subject)))
+            self._log.warn("stranger", "a message at %s, of no client of the run", printable(repr(subject)))
             if of is not None and of[2] == b"m" and self._strangers.within_rate(now):
                 self._turn_away(client, data)
             return
@@ -321,26 +321,26 @@ class NatsEngine:
                 self._gone(client, "it said goodbye")
         elif isinstance(frame, Ended):
             if frame.id == self._id:  # it hears another server, which we cannot; believed for a line of the log
-                self._notes.warn("servers", f"{TWO}; client %d says so", self.run, client, level=logging.ERROR)
+                self._log.warn("servers", f"{TWO_SERVERS}; client %d says so", self.run, client, level=logging.ERROR)
             elif peer.file is not None and peer.file[0] == frame.id:
                 peer.file = None
         else:
             self._drop(client, "a frame that only servers send is dropped")
 
     def _turn_away(self, client: int, data: bytes) -> None:
-        """Tell a client that came after the run had begun, which would wait for ever, that it has no part in it."""
+        """Tell a client whose number the run does not have that it is not in it; it would wait for ever otherwise."""
         with contextlib.suppress(FrameError):
             frame = decode(data)
             if isinstance(frame, (Beat, Fetch)):
                 last = len(self._peers) - 1
                 text = f"this run has clients 0 to {last}, and no client {client}: a new run takes it in"
                 id = frame.line if isinstance(frame, Beat) else frame.id
-                self._post(client, encode(Ended(id, Why.REFUSED, text)))
+                self._post(client, encode(Ended(id, EndReason.REFUSED, text)))
 
     def _on_beat(self, client: int, beat: Beat) -> None:
         peer = self._peers[client]
         if beat.line in peer.replaced:
-            self._post(client, encode(Ended(beat.line, Why.REPLACED)))
+            self._post(client, encode(Ended(beat.line, EndReason.REPLACED)))
             return
         if beat.line != peer.line:
             if peer.line is not None:
@@ -364,7 +364,7 @@ class NatsEngine:
                 self._post(client, encode(Want(asked.id, 0, 0)))
         for id in listed:
             if id not in peer.asked:
-                self._post(client, encode(Ended(id, Why.UNKNOWN)))
+                self._post(client, encode(Ended(id, EndReason.UNKNOWN)))
 
     def _request_more(self, asked: _Ask, again: bool = False) -> None:
         if asked.incoming is not None:
@@ -378,15 +378,15 @@ class NatsEngine:
         asked = peer.asked.get(piece.id)
         if asked is None:
             self._drop(client, "late, to ask %016x, which is over", piece.id)
-            self._post(client, encode(Ended(piece.id, Why.LATE)))
+            self._post(client, encode(Ended(piece.id, EndReason.LATE)))
             return
         if piece.total > self.largest:
             text = f"a reply of {piece.total} bytes; the largest is one of {self.largest}"
             self._drop(client, "%s", text)
-            self._finish(asked, Reply(client, None, f"failed: {text}"), Why.REFUSED, text)
+            self._finish(asked, Reply(client, None, f"failed: {text}"), EndReason.REFUSED, text)
             return
         if asked.incoming is None:
-            incoming = begin(piece, time.monotonic)
+            incoming = start_incoming(piece, time.monotonic)
             if not incoming.whole and peer.receiving():
                 if piece.data:
                     self._drop(client, "a piece of ask %016x that was not asked for", piece.id)
@@ -405,7 +405,9 @@ class NatsEngine:
         data = incoming.message()
         if data is None:
             self._drop(client, "its reply to ask %016x is damaged", piece.id)
-            self._finish(asked, Reply(client, None, "failed: damaged on its way"), Why.REFUSED, "damaged on its way")
+            self._finish(
+                asked, Reply(client, None, "failed: damaged on its way"), EndReason.REFUSED, "damaged on its way"
+            )
         elif incoming.failed:
             reason = printable(data.decode(errors="replace"))
             self._finish(asked, Reply(client, None, f"failed: {reason}"))
@@ -419,7 +421,7 @@ class NatsEngine:
         if peer.file is not None and peer.file[0] == want.id:
             outgoing = peer.file[1]
         if outgoing is None:
-            self._post(client, encode(Ended(want.id, Why.UNKNOWN)))
+            self._post(client, encode(Ended(want.id, EndReason.UNKNOWN)))
         elif want.offset >= len(outgoing.data) or want.length == 0:
             self._drop(client, "it wants nothing of a message, or what lies behind its end")
         else:
@@ -434,7 +436,7 @@ class NatsEngine:
             self._link.stop(self._down(client), peer.file[0])
         outgoing = self._offered.get(fetch.name)
         if outgoing is None:
-            self._post(client, encode(Ended(fetch.id, Why.REFUSED)))
+            self._post(client, encode(Ended(fetch.id, EndReason.REFUSED)))
         else:
             peer.file = fetch.id, outgoing
             self._post(client, outgoing.announcement(fetch.id))

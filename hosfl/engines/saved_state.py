@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from hosfl.files import regular, write_atomically
 from hosfl.protocol.arrays import Array, is_tensor
-from hosfl.protocol.endpoint import Answers
+from hosfl.protocol.endpoint import ClientProtocol
 from hosfl.protocol.lattice import Lattice
 from hosfl.protocol.replica import Replica, ReplicaState
 from hosfl.protocol.weights import Weights, as_file
@@ -25,7 +25,7 @@ log = logging.getLogger("hosfl.join")
 
 
 @runtime_checkable
-class Replays(Answers, Protocol):
+class Replays(ClientProtocol, Protocol):
     """A client that holds a replica."""
 
     replica: Replica
@@ -43,7 +43,7 @@ class SavedState:
     run: the id of the run that it is of.
     """
 
-    def __init__(self, path: Path, run: bytes, client: Answers) -> None:
+    def __init__(self, path: Path, run: bytes, client: ClientProtocol) -> None:
         self.path, self.of, self.client = path, run.hex(), client
         self._saved = time.monotonic()
 

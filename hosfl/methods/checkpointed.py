@@ -29,9 +29,9 @@ class CheckpointedClient(FirstOrderClient):
         self._count(forward=1)  # the recomputation; of a Sequential all but its last part
         return super()._gradient(multiplier)
 
-    def _recorded(self, inputs: Inputs) -> Tensor:
+    def _forward_with_graph(self, inputs: Inputs) -> Tensor:
         with recomputing(self.half):
-            return super()._recorded(inputs)
+            return super()._forward_with_graph(inputs)
 
 
 @contextmanager

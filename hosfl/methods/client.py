@@ -123,7 +123,7 @@ class Client:
         self.calibrated = True
 
     def decoded(self, data: bytes) -> Message:
-        """The message of bytes from the wire, its arrays as tensors. Raises MessageError."""
+        """Decode a message from the wire, its arrays as tensors. Raises MessageError."""
         return decoded(data)
 
     def hello(self) -> Hello:
@@ -139,7 +139,7 @@ class Client:
         return None
 
     def output(self, round: int) -> Cut:
-        """Draw the round's batch and send the client half's output for it: eval mode, no graph."""
+        """Draw the round's batch and return the half's output for it as a message: eval mode, no graph."""
         self._round = round
         self._inputs, self._labels = self.batch(round)
         begin = time.perf_counter()

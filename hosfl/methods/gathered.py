@@ -117,7 +117,7 @@ class OutlierClipping:
             self._clients.append(length_of(gradient))
 
     def clipped(self, gradient: Pieces) -> Pieces:
-        """The aggregated gradient of the step, scaled down where it is an outlier."""
+        """Scale the step's aggregated gradient down if it is an outlier, and update the running length."""
         length = length_of(gradient)
         if length == 0:
             return gradient

@@ -65,7 +65,7 @@ class ZerothOrderClient(Client):
         base: returns the trainable tensors of round 0, for a client that must start again. None: it keeps a copy; a
             device that is short of memory reads its base model's file.
         begins: where the run's blocks begin.
-        probes_at_once: perturbed copies of the weights that go through the half in one pass.
+        probes_at_once: the number of perturbed copies of the weights that are evaluated in one pass.
         compile: the backend of torch.compile for forward passes; "": none.
         by_row: by block, whether probes may move large tables by row; found out at the first probe. Clients with copies
             of one half may share it.

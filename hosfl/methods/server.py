@@ -246,7 +246,7 @@ class Server:
         return answer
 
     def _check_due(self, message: Message, kind: type[Message], round: int) -> None:
-        """Raises MessageError for a message of another kind, round or epoch than what is due."""
+        """Raise MessageError unless the message is of the expected kind, round and epoch."""
         if type(message) is not kind or (message.round, message.epoch) != (round, self.epoch):
             raise MessageError(
                 f"{type(message).__name__} of round {message.round}, epoch {message.epoch}, where {kind.__name__} of"
@@ -396,11 +396,11 @@ class Server:
         if self.clip is not None:
             factor = clip_factor(gradients, self.clip)
             gradients = [g if g is None else g * factor for g in gradients]
-        left: list[Tensor] = []
+        buffers_after: list[Tensor] = []
         if isinstance(self._gathered, KeptVectors):
-            left = [b.detach().clone() for b in buffers]
+            buffers_after = [b.detach().clone() for b in buffers]
             _load(buffers, before)
-        self._add(gradients, len(cut), left)
+        self._add(gradients, len(cut), buffers_after)
         return multiplier, float(loss.detach())
 
     def _gradients(self, loss: Tensor, output: Tensor, cut: Tensor, weights: Tensor) -> tuple[Tensor, ...]:

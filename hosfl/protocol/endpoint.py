@@ -39,11 +39,11 @@ class AnotherRun(Exception):
     """The server's ask is of another run than the client. Nothing was changed by it."""
 
 
-class Answers(Protocol):
-    """A client, whatever it computes with: what an endpoint calls. Every method may raise MessageError.
+class ClientProtocol(Protocol):
+    """What an endpoint needs of a client, with torch or without. Every method may raise MessageError.
 
-    applied, epoch: the rounds in its half, and in which of the server's starts they came. calibrated: whether it has
-    the run's running statistics.
+    applied: the number of rounds in its half. epoch: how often the server had been restarted when they were committed.
+    calibrated: whether it has loaded the run's running statistics.
     """
 
     number: int
@@ -56,46 +56,46 @@ class Answers(Protocol):
     def epoch(self) -> int: ...
 
     def decoded(self, data: bytes) -> Message:
-        """The message of bytes from the wire, its arrays as this client takes them."""
+        """Decode a message from the wire, its arrays of the kind that this client computes with."""
 
     def request_statistics(self) -> Statistics:
         """Ask for the run's running statistics."""
 
     def statistics(self, message: Calibration) -> Statistics:
-        """Its own running statistics."""
+        """Estimate running statistics on its own batches."""
 
     def calibrate(self, message: Message) -> None:
-        """Take up the run's."""
+        """Load the run's running statistics."""
 
     def hello(self) -> Hello:
-        """Say where it is."""
+        """The message that says which rounds it has applied."""
 
     def reset(self) -> None:
-        """Begin with the base."""
+        """Start again from the base weights."""
 
     def catch_up(self, message: Message) -> Differs | None:
-        """Take what was committed since; what it has to say if its half turns out to be wrong. Raises LatticeError."""
+        """Apply what was committed since. Returns `Differs` if its half turns out to be wrong. Raises LatticeError."""
 
     def output(self, round: int) -> Cut:
         """The cut of a batch."""
 
     def answer(self, message: Message) -> Message:
-        """What it makes of its multiplier."""
+        """The answer to a multiplier."""
 
     def digest(self) -> str:
         """SHA-256 of its half, in hexadecimal."""
 
 
-AnyClient = TypeVar("AnyClient", bound=Answers)
+AnyClient = TypeVar("AnyClient", bound=ClientProtocol)
 
 
 @dataclass
 class Endpoint(Generic[AnyClient]):
-    """A client as an engine sees it: bytes in, bytes out. Asking the same twice is harmless.
+    """A client as an engine sees it: bytes in, bytes out. Repeating an ask is harmless.
 
-    exchanges: cuts per round. follows: whether anything is ever committed of the client half. calibrates: whether the
-    run estimates running statistics before its first round. run: its id, which every ask that begins something says.
-    refused: is told why the server refused what the client sent.
+    exchanges: cuts per round. follows: whether the client half is ever updated. calibrates: whether the run estimates
+    running statistics before its first round. run: its id, which every `Ask` carries. refused: called with the reason
+    when the server refuses a message of this client.
     """
 
     client: AnyClient
@@ -109,7 +109,7 @@ class Endpoint(Generic[AnyClient]):
         self._said_where = False  # whether the last answer was Hello: what comes then has to fit
 
     def answer(self, data: bytes) -> bytes:
-        """The answer to an ask, encoded; a Complaint where there is none. AnotherRun is all that is raised."""
+        """The encoded answer to an ask; a `Complaint` if it cannot be answered. Raises only AnotherRun."""
         client = self.client
         try:
             return encode(self._answer([client.decoded(one) for one in unpack(data)]))

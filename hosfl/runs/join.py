@@ -23,7 +23,7 @@ from safetensors.torch import load
 from torch import Tensor, nn
 
 from hosfl.engines.engine import JoinError, Line
-from hosfl.engines.joining import check_cut, check_labels, fetched, read_offer, take_part
+from hosfl.engines.joining import check_cut, check_labels, fetch_file, read_offer, take_part
 from hosfl.files import regular
 from hosfl.halves.inputs import Inputs, call, evaluating, mask_of
 from hosfl.halves.split import dtype_of
@@ -317,7 +317,7 @@ def join(
     def make(offered: bytes) -> Endpoint[Client]:
         run, config = settings_of(offered, task, method, **local)
         own = own_data(data, config, run["cut"][0] if run["cut"] else 1)
-        base = fetched(line, "base", run["base"], folder / "base.safetensors")
+        base = fetch_file(line, "base", run["base"], folder / "base.safetensors")
         clients = Clients(run, config, base, own, data or "the task's data")
         return clients.endpoint(number, clients.samples(number), alone=True)
 
