@@ -44,7 +44,7 @@ def join(line: Line, number: int, folder: Path, *, data: str, threads: int = 0) 
 
     def made(offered: bytes) -> Endpoint[EdgeClient]:
         try:
-            return make_client(offered, partial(fetched, line, needed=True), number, folder, data, threads)
+            return make_client(offered, partial(fetch_file, line, needed=True), number, folder, data, threads)
         except HalfError as error:
             raise JoinError(str(error)) from error
 

@@ -81,14 +81,14 @@ class FirstOrderClient(Client):
         sums: list[Tensor] = []
         with evaluating(self.half), torch.enable_grad(), recompute_wide_weights():
             for part, m in zip(microbatches(self._inputs, self.microbatch), multipliers, strict=True):
-                gradients = [g.float() for g in torch.autograd.grad(self._recorded(part), parameters, m)]
+                gradients = [g.float() for g in torch.autograd.grad(self._forward_with_graph(part), parameters, m)]
                 # Not in place, since gradients may share memory with each other and with the multiplier.
                 sums = [s + g for s, g in zip(sums, gradients, strict=True)] if sums else gradients
         self.seconds.answer += time.perf_counter() - begin
         self._count(forward=1, backward=1)
         return torch.cat([g.reshape(-1) for g in sums])
 
-    def _recorded(self, inputs: Inputs) -> Tensor:
+    def _forward_with_graph(self, inputs: Inputs) -> Tensor:
         """The half's output, with a graph."""
         cut: Tensor = call(self.half, inputs)
         return cut

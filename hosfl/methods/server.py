@@ -228,8 +228,8 @@ class Server:
     def welcome(self, hello: Message, from_client: bool = True) -> Message | None:
         """The update that a client must apply before it takes part; None if it is refused or there is none.
 
-        from_client: whether the client itself from_client this position, and may have another history than it thinks. False:
-        the server knows the position from what it has sent.
+        from_client: whether the client itself has reported this position, and may have another history than it thinks.
+        False: the server knows the position from what it has sent.
         """
         try:
             if not isinstance(hello, (Hello, Differs)):
