@@ -84,7 +84,7 @@ class Original:
         return [*batches, resize_batch(self.named, 1, self.any_length)]
 
     @contextmanager
-    def elsewhere(self, tensors: Sequence[NDArray[Any]]) -> Iterator[None]:
+    def moved_weights(self, tensors: Sequence[NDArray[Any]]) -> Iterator[None]:
         """The half's weights that move, and a session's, which these are, have moved together: what lies behind a
         factor that begins with zero, such as that of a block's branch, is seen only from there."""
         weights = list(self.moving.values())
@@ -97,7 +97,7 @@ class Original:
             _assign(weights, kept)
 
     @contextmanager
-    def beside(self, what: str, graphs: Mapping[str, bytes]) -> Iterator[Path]:
+    def graph_folder(self, what: str, graphs: Mapping[str, bytes]) -> Iterator[Path]:
         """A folder with these graphs and the base file. what: how an ExportError calls a graph that does not run."""
         with TemporaryDirectory() as name:
             folder = Path(name)
