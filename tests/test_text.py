@@ -23,7 +23,7 @@ from hosfl.studies.compare import print_table, row
 from hosfl.studies.run import run_study
 from hosfl.studies.study import read_study
 from hosfl.tasks import TUNED, make_task
-from hosfl.tasks.data import as_tokens, dirichlet_split, iid_split
+from hosfl.tasks.data import dirichlet_split, iid_split, tokenized_splits
 from hosfl.tasks.text import TEXTS, Row, parts
 from hosfl.tasks.verbalizer import Rows, first_tokens, verbalized, with_words
 
@@ -237,11 +237,13 @@ def test_missing_rates_are_told_before_the_hub_is_asked(monkeypatch, tmp_path):
 
 
 def test_two_texts_have_types(models):
-    found = as_tokens(
+    found = tokenized_splits(
         [[{"label": 0}, {"label": 1}]] * 3, lambda r: ("good film", "bad"), str(models / "encoder"), 20
     ).train
     assert found.inputs["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1]] * 2
-    found = as_tokens([[{"label": 0}, {"label": 1}]] * 3, lambda r: ("good film",), str(models / "encoder"), 20).train
+    found = tokenized_splits(
+        [[{"label": 0}, {"label": 1}]] * 3, lambda r: ("good film",), str(models / "encoder"), 20
+    ).train
     assert "token_type_ids" not in found.inputs
 
 

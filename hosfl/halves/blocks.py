@@ -135,8 +135,7 @@ def allot_directions(directions: int, sizes: Sequence[float], shares: Sequence[f
 
 
 def work(counts: Sequence[int], shares: Sequence[float]) -> float:
-    """The work of a round, in forward passes of the whole half: its probes, P_b for each block, and advancing from block
-    to block."""
+    """The work of a round in forward passes of the whole half: P_b probes of each block, and advancing between them."""
     return sum(n * share for n, share in zip(counts, shares, strict=True)) + shares[0] - shares[-1]
 
 

@@ -34,7 +34,7 @@ from hosfl.runs.federation import Federation
 from hosfl.runs.trial import try_halves
 from hosfl.settings import DEFAULTS, Rates, Settings
 from hosfl.tasks import TASKS, TUNED, make_task
-from hosfl.tasks.data import Dataset, dirichlet_split, iid_split, shards
+from hosfl.tasks.data import Dataset, dirichlet_split, iid_split, shard_count
 from hosfl.tasks.items import Batches, Items, check_alike
 from hosfl.tasks.task import Task, TaskError, rates_among
 
@@ -270,7 +270,7 @@ def partition(task: Task, config: Settings, smallest_shard: int | None = None) -
     train = task.train
     if isinstance(train, list):
         return train
-    parts = config.clients if smallest_shard is None else shards(len(train), config.clients, smallest_shard)
+    parts = config.clients if smallest_shard is None else shard_count(len(train), config.clients, smallest_shard)
     if config.partition == "iid":
         owned = iid_split(len(train), parts, config.seed)
     else:

@@ -7,7 +7,7 @@ import math
 import torch
 
 from hosfl.halves.split import SplitModel, dtype_of
-from hosfl.tasks.data import Dataset, at_once
+from hosfl.tasks.data import Dataset, evaluation_batch_size
 from hosfl.tasks.items import Items, read
 from hosfl.tasks.task import Scores, Task
 
@@ -22,7 +22,7 @@ def evaluate(model: SplitModel, data: Dataset | Items, task: Task) -> tuple[Scor
     # Short texts with short ones, but where outputs per token are kept together, which takes one length.
     by_length = isinstance(data, Dataset) and (not kept if task.per_token else data.labels.dim() == 1)
     order = data.lengths.argsort(stable=True) if by_length else torch.arange(len(data))
-    together = at_once(first.length, task.classes or 1 if task.per_token else 1)
+    together = evaluation_batch_size(first.length, task.classes or 1 if task.per_token else 1)
     if isinstance(data, Items):
         together = min(together, 64)
     outputs, labels, loss, counted = [], [], 0.0, 0

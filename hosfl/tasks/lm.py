@@ -21,7 +21,7 @@ from hosfl.halves.hub import fast_tokenizer_of, is_decoder, pretrained_model, st
 from hosfl.halves.split import SplitModel, split
 from hosfl.settings import Settings
 from hosfl.tasks.answers import answer_scores
-from hosfl.tasks.data import Dataset, held_out, numbered, public_tokens
+from hosfl.tasks.data import Dataset, group_ids, public_tokens, split_held_out
 from hosfl.tasks.generation import generate
 from hosfl.tasks.pretrained import place
 from hosfl.tasks.reading import DataError, Found, Row, check_type, field, read_json_lines, text_field
@@ -55,7 +55,7 @@ def parts(folder: Path) -> tuple[list[Found], list[Found], list[Found]]:
     rows = read_json_lines(train)
     if validation.exists() or validation.is_symlink():
         return rows, read_json_lines(validation), read_json_lines(test)
-    kept, held = held_out(np.zeros(len(rows), np.int64))
+    kept, held = split_held_out(np.zeros(len(rows), np.int64))
     return [rows[i] for i in kept], [rows[i] for i in held], read_json_lines(test)
 
 
@@ -327,7 +327,7 @@ def lm_task(
     scores = (lambda halves, data: generation_scores(halves, data, decoder, generate)) if generate else None
     groups = None
     if by:
-        groups = numbered([text_field(row, by, where) for where, row in found[0]])
+        groups = group_ids([text_field(row, by, where) for where, row in found[0]])
     return completion_task(
         config,
         decoder,

@@ -6,7 +6,15 @@ from pathlib import Path
 
 from hosfl.halves.hub import packaged_minilm
 from hosfl.settings import Settings
-from hosfl.tasks.data import Dataset, Splits, as_tokens, classified, public_tokens, tokens, with_classes
+from hosfl.tasks.data import (
+    Dataset,
+    Splits,
+    public_tokens,
+    tokenized_rows,
+    tokenized_splits,
+    with_classes,
+    with_published_parts,
+)
 from hosfl.tasks.pretrained import headed, pretrained_task
 from hosfl.tasks.reading import Found, Row, class_numbers, read_table, text_field
 from hosfl.tasks.task import Task
@@ -42,14 +50,14 @@ def sentences(folder: Path, model: str, longest: int = LONGEST) -> Splits:
     use. longest: tokens; what is longer is cut. Raises OSError, DataError naming the file and line.
     """
     train, validation, test = (_read(folder / name) for name in ("train.tsv", "dev.tsv", "test.tsv"))
-    return as_tokens(classified(train, validation, test), _texts, model, longest)
+    return tokenized_splits(with_published_parts(train, validation, test), _texts, model, longest)
 
 
 def own_sentences(config: Settings, path: Path, longest: int) -> Dataset:
     """One client's samples: a file such as train.tsv, of which some classes may be missing, or a folder with one."""
     found = _read(path / "train.tsv" if path.is_dir() else path)
     rows = with_classes(found, class_numbers(found, all_there=False))
-    return tokens(rows, _texts, config.model or packaged_minilm(), min(longest, LONGEST))
+    return tokenized_rows(rows, _texts, config.model or packaged_minilm(), min(longest, LONGEST))
 
 
 def _read(path: Path) -> list[Found]:

@@ -21,7 +21,7 @@ from hosfl.halves.hub import fast_tokenizer_of, is_decoder, packaged_minilm
 from hosfl.halves.split import SplitModel
 from hosfl.settings import Settings
 from hosfl.tasks.answers import answer_scores
-from hosfl.tasks.data import Dataset, Splits, numbered, public_tokens
+from hosfl.tasks.data import Dataset, Splits, group_ids, public_tokens
 from hosfl.tasks.lm import Decoder, Text, completion_task, encoded, generated_answers
 from hosfl.tasks.pretrained import headed, pretrained_task
 from hosfl.tasks.reading import Answer, DataError, Row, check_answer_offsets, check_type, field, hub_rows, read_json
@@ -200,7 +200,7 @@ def windows(found: Sequence[Sequence[Question]], model: str) -> tuple[Splits, Te
 
 def articles(questions: Sequence[Question]) -> Tensor:
     """The numbers of the questions' articles, int64 [n]."""
-    return numbered([q.article for q in questions])
+    return group_ids([q.article for q in questions])
 
 
 def _windows(tokenizer: Any, questions: Sequence[Question], longest: int = LONGEST) -> Windows:
