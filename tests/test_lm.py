@@ -384,7 +384,7 @@ def test_the_perplexity_is_of_all_tokens_whatever_the_batches(folder, decoder, m
     task = make_task(config(folder))
     model = whole_model(folder)
     total, count = by_hand(model, decoder, [sample(n) for n in range(102, 132)])
-    monkeypatch.setattr(tasks_data, "NUMBERS", together * task.test.length * task.classes)
+    monkeypatch.setattr(tasks_data, "MAX_OUTPUTS", together * task.test.length * task.classes)
     halves, seen = split(model, 1), []
     halves.server.register_forward_hook(lambda module, given, output: seen.append(output.shape[:2]))
     other, _ = evaluate(halves, task.validation, task)
@@ -408,7 +408,7 @@ def test_perplexity_stays_a_number():
 def test_evaluation_never_holds_all_outputs(folder, monkeypatch):
     """With metrics that see a batch at a time; one that needs all of them gets all."""
     task = make_task(config(folder))
-    monkeypatch.setattr(tasks_data, "NUMBERS", 2 * task.test.length * task.classes)
+    monkeypatch.setattr(tasks_data, "MAX_OUTPUTS", 2 * task.test.length * task.classes)
     halves, alive, most = split(whole_model(folder), 1), [], []
 
     def watch(module, given, output):

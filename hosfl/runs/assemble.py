@@ -35,7 +35,7 @@ from hosfl.runs.trial import try_halves
 from hosfl.settings import DEFAULTS, Rates, Settings
 from hosfl.tasks import TASKS, TUNED, make_task
 from hosfl.tasks.data import Dataset, dirichlet_split, iid_split, shard_count
-from hosfl.tasks.items import Batches, Items, check_alike
+from hosfl.tasks.items import Batches, Items, check_same_kinds
 from hosfl.tasks.task import Task, TaskError, rates_among
 
 
@@ -55,7 +55,7 @@ def assemble(
     """
     task = task_of(config) if task is None else task
     config = for_clients(config, task)
-    check_alike(task.sets())
+    check_same_kinds(task.sets())
     kind, rates = method_of(config.method), rates_of(task, config)
     device = torch.device(config.device)
     model = halves_of(config, task)

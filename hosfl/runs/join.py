@@ -42,7 +42,7 @@ from hosfl.runs.config import Config
 from hosfl.runs.serve import LOCAL
 from hosfl.tasks import READERS, TASKS, make_task
 from hosfl.tasks.data import Dataset
-from hosfl.tasks.items import Items, labels_beside, read, samples_of
+from hosfl.tasks.items import Items, labels_without_reading, read, samples_of
 from hosfl.tasks.reading import DataError, call_user_function, load_arrays
 
 OWN = {"task": (TASKS, "FUNCTION"), "method": (METHODS, "CLASS")}  # what of a run may be in a file: FILE.py:NAME
@@ -209,7 +209,7 @@ def _check_labels(data: Dataset | Items, run: dict[str, Any], what: str) -> None
     """
     first = read(data[:2])
     labels = first.labels
-    if isinstance(data, Dataset) or labels_beside(data.source) is not None:
+    if isinstance(data, Dataset) or labels_without_reading(data.source) is not None:
         # An item's may be another than the one beside it, which a transformation makes of that.
         labels = data.labels if data.labels[:2].tolist() == labels.tolist() else labels
     check_labels(labels.cpu().numpy(), None if mask_of(first.inputs) is None else first.length, run, what)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hosfl.halves.split import SplitModel, dtype_of, split
 from hosfl.settings import Rates, Settings
 from hosfl.tasks.data import Dataset, Splits, digest
-from hosfl.tasks.items import Items, inputs_of, read, samples_of, seeded, sets_of
+from hosfl.tasks.items import Items, datasets_of, global_seed, inputs_of, read, samples_of
 from hosfl.tasks.reading import DataError
 
 Scores = dict[str, float]
@@ -102,7 +102,7 @@ class Task:
         def put(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
-        put("train", sets_of(self.train, "train"))
+        put("train", datasets_of(self.train, "train"))
         put("test", samples_of(self.test, "test"))
         if self.validation is not None:
             put("validation", samples_of(self.validation, "validation"))
@@ -183,7 +183,7 @@ class Task:
 
         Raises what `hosfl.split` raises, ValueError where nobody says where to cut, and TaskError for what is no model.
         """
-        with seeded(seed):
+        with global_seed(seed):
             # A module is callable as well.
             given = isinstance(self.model, (nn.Module, tuple))
             made: Any = copy.deepcopy(self.model) if given else self._made()
