@@ -36,7 +36,7 @@ from hosfl.settings import DEFAULTS, Rates, Settings
 from hosfl.tasks import TASKS, TUNED, make_task
 from hosfl.tasks.data import Dataset, dirichlet_split, iid_split, shard_count
 from hosfl.tasks.items import Batches, Items, check_same_kinds
-from hosfl.tasks.task import Task, TaskError, rates_among
+from hosfl.tasks.task import Task, TaskError, lookup_rates
 
 
 def assemble(
@@ -256,7 +256,7 @@ def task_of(config: Settings) -> Task:
     """The task of a run. Raises what `make_task` raises; and what `rates_of` does for rates that are missing, before
     the library's own tasks fetch data from the hub, which may take long."""
     if config.task in TASKS and config.task not in TUNED and not config.data:
-        rates_among({}, method_of(config.method).tuned(config), config)
+        lookup_rates({}, method_of(config.method).tuned(config), config)
     return make_task(config)
 
 
