@@ -39,7 +39,7 @@ from hosfl.tasks.lm import (
     Perplexity,
     as_text,
     completion_loss,
-    encoded,
+    encode_texts,
     generation_scores,
     last_completions,
     parts,
@@ -144,7 +144,7 @@ def whole_model(folder):
 
 def told(decoder, *rows, longest=64):
     """What is shown, and what is learnt, of every row."""
-    data = encoded([as_text(row, f"row {n}", decoder.tokenizer) for n, row in enumerate(rows)], decoder, longest)
+    data = encode_texts([as_text(row, f"row {n}", decoder.tokenizer) for n, row in enumerate(rows)], decoder, longest)
     mask = data.inputs["attention_mask"].bool()
     shown = [decoder.tokenizer.decode(ids[m]) for ids, m in zip(data.inputs["input_ids"], mask, strict=True)]
     learnt = [decoder.tokenizer.decode(labels[labels != IGNORED]) for labels in data.labels]
@@ -175,7 +175,7 @@ def test_without_a_token_for_the_beginning(tmp_path, folder):
     hf.PreTrainedTokenizerFast(tokenizer_object=own, eos_token="e").save_pretrained(tmp_path)
     hf.AutoConfig.from_pretrained(folder / "model").save_pretrained(tmp_path)
     made = Decoder.of(str(tmp_path))
-    data = encoded([as_text({"prompt": p, "completion": "b a"}, "", made.tokenizer) for p in ("", "a ")], made, 9)
+    data = encode_texts([as_text({"prompt": p, "completion": "b a"}, "", made.tokenizer) for p in ("", "a ")], made, 9)
     assert data.inputs["input_ids"].tolist() == [[2, 1, 0], [0, 1, 0]]
     assert data.labels.tolist() == [[1, 0, 2], [1, 0, 2]]
 
@@ -370,7 +370,7 @@ def by_hand(model, decoder, rows):
 
 def test_the_loss_of_a_batch_by_hand(folder, decoder):
     rows = [sample(n) for n in range(7)]
-    data = encoded([as_text(row, "", decoder.tokenizer) for row in rows], decoder, 64)
+    data = encode_texts([as_text(row, "", decoder.tokenizer) for row in rows], decoder, 64)
     model = whole_model(folder)
     total, count = by_hand(model, decoder, rows)
     assert len({len(row["completion"].split()) for row in rows}) == 3  # of unequal numbers of tokens
@@ -432,7 +432,7 @@ def test_generated_answers_are_scored_by_the_last_completion(folder, decoder):
     rows = [sample(n) for n in range(5)] + [
         chat(("user", "now"), ("assistant", "a"), ("user", "b"), ("assistant", "c d"))
     ]
-    data = encoded([as_text(row, "", decoder.tokenizer) for row in rows], decoder, 64)
+    data = encode_texts([as_text(row, "", decoder.tokenizer) for row in rows], decoder, 64)
     prompts, completions = last_completions(data)
     assert (
         decoder.tokenizer.decode(prompts[5]) == "<s><|user|>now</s>\n<|assistant|>a</s>\n<|user|>b</s>\n<|assistant|>"

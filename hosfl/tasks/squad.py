@@ -22,7 +22,7 @@ from hosfl.halves.split import SplitModel
 from hosfl.settings import Settings
 from hosfl.tasks.answers import answer_scores
 from hosfl.tasks.data import Dataset, Splits, group_ids, public_tokens
-from hosfl.tasks.lm import Decoder, Text, completion_task, encoded, generated_answers
+from hosfl.tasks.lm import Decoder, Text, completion_task, encode_texts, generated_answers
 from hosfl.tasks.pretrained import headed, pretrained_task
 from hosfl.tasks.reading import Answer, DataError, Row, check_answer_offsets, check_type, field, hub_rows, read_json
 from hosfl.tasks.task import Scores, Task
@@ -299,7 +299,7 @@ def prompted(questions: Sequence[Question], decoder: Decoder, longest: int) -> A
         prompt, answer = PROMPT.format(context=q.context, question=question), f" {q.answers[0].strip()}"
         completion = (len(prompt), len(prompt) + len(answer))
         texts.append(Text(f"SQuAD, question {q.question.strip()!r}", prompt + answer, [completion]))
-    data = encoded(texts, decoder, longest)
+    data = encode_texts(texts, decoder, longest)
     return Asked(data.inputs, data.labels, questions)
 
 
