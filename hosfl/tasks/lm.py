@@ -23,7 +23,7 @@ from hosfl.settings import Settings
 from hosfl.tasks.answers import answer_scores
 from hosfl.tasks.data import Dataset, group_ids, public_tokens, split_held_out
 from hosfl.tasks.generation import generate
-from hosfl.tasks.pretrained import place
+from hosfl.tasks.pretrained import cut_place
 from hosfl.tasks.reading import DataError, Found, Row, check_type, field, read_json_lines, text_field
 from hosfl.tasks.task import Scores, Task
 
@@ -351,7 +351,7 @@ def completion_task(config: Settings, decoder: Decoder, data: Sequence[Dataset],
     train, validation, test = data
 
     def model() -> SplitModel:
-        return split(pretrained_model(decoder.name, "CausalLM"), place(config))
+        return split(pretrained_model(decoder.name, "CausalLM"), cut_place(config))
 
     return Task(
         model=model,

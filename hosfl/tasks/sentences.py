@@ -15,7 +15,7 @@ from hosfl.tasks.data import (
     with_classes,
     with_published_parts,
 )
-from hosfl.tasks.pretrained import headed, pretrained_task
+from hosfl.tasks.pretrained import pretrained_task, split_pretrained
 from hosfl.tasks.reading import Found, Row, class_numbers, read_table, text_field
 from hosfl.tasks.task import Task
 
@@ -37,7 +37,7 @@ def sentences_task(config: Settings, own: Dataset | None = None) -> Task:
     return pretrained_task(
         data,
         count,
-        lambda at: headed(name, "SequenceClassification", at, count),
+        lambda at: split_pretrained(name, "SequenceClassification", at, count),
         config,
         public=public_tokens(name),
     )

@@ -23,7 +23,7 @@ from hosfl.settings import Settings
 from hosfl.tasks.answers import answer_scores
 from hosfl.tasks.data import Dataset, Splits, group_ids, public_tokens
 from hosfl.tasks.lm import Decoder, Text, completion_task, encode_texts, generated_answers
-from hosfl.tasks.pretrained import headed, pretrained_task
+from hosfl.tasks.pretrained import pretrained_task, split_pretrained
 from hosfl.tasks.reading import Answer, DataError, Row, check_answer_offsets, check_type, field, hub_rows, read_json
 from hosfl.tasks.task import Scores, Task
 
@@ -319,12 +319,14 @@ def squad_task(config: Settings, own: Dataset | None = None) -> Task:
     if own is not None:
         if decoder is not None:
             return completion_task(config, decoder, [own, own, own])
-        return pretrained_task(own, own.length, lambda at: headed(name, "QuestionAnswering", at, 2), config)
+        return pretrained_task(own, own.length, lambda at: split_pretrained(name, "QuestionAnswering", at, 2), config)
     found = parts(config.data)
     if decoder is not None:
         return generation_task(config, decoder, found)
     splits, groups = windows(found, name)
-    task = pretrained_task(splits, splits.train.length, lambda at: headed(name, "QuestionAnswering", at, 2), config)
+    task = pretrained_task(
+        splits, splits.train.length, lambda at: split_pretrained(name, "QuestionAnswering", at, 2), config
+    )
     return replace(task, scores=span_scores, groups=groups, public=public_tokens(name))
 
 

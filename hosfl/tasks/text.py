@@ -22,7 +22,7 @@ from hosfl.tasks.data import (
     with_classes,
     with_published_parts,
 )
-from hosfl.tasks.pretrained import headed, pretrained_task
+from hosfl.tasks.pretrained import pretrained_task, split_pretrained
 from hosfl.tasks.reading import Found, Row, class_numbers, field, hub_rows, read_json_lines, read_table, text_field
 from hosfl.tasks.task import Task
 from hosfl.tasks.verbalizer import first_tokens, verbalized
@@ -162,7 +162,7 @@ def text_task(config: Settings, own: Dataset | None = None) -> Task:
     def model(at: int | str) -> SplitModel:
         if decoder:
             return verbalized(pretrained_model(name, "CausalLM"), answers, at)
-        return headed(name, "SequenceClassification", at, len(it.words))
+        return split_pretrained(name, "SequenceClassification", at, len(it.words))
 
     data = tokenized_splits(parts(it, config.data), inputs.texts, name, it.longest, inputs.cut) if own is None else own
     return pretrained_task(data, len(it.words), model, config, public=public_tokens(name))
