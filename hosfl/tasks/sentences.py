@@ -19,7 +19,7 @@ from hosfl.tasks.pretrained import pretrained_task, split_pretrained
 from hosfl.tasks.reading import Found, Row, class_numbers, read_table, text_field
 from hosfl.tasks.task import Task
 
-LONGEST = 64  # tokens of a sample: what is longer is cut
+MAX_TOKENS = 64  # tokens of a sample: what is longer is cut
 
 
 def sentences_task(config: Settings, own: Dataset | None = None) -> Task:
@@ -43,7 +43,7 @@ def sentences_task(config: Settings, own: Dataset | None = None) -> Task:
     )
 
 
-def sentences(folder: Path, model: str, longest: int = LONGEST) -> Splits:
+def sentences(folder: Path, model: str, longest: int = MAX_TOKENS) -> Splits:
     """Labelled sentences of a folder: train.tsv, dev.tsv (validation) and test.tsv.
 
     The first line is "sentence<TAB>label", every other a sentence and its class, from 0 on. model: whose tokenizer to
@@ -57,7 +57,7 @@ def own_sentences(config: Settings, path: Path, longest: int) -> Dataset:
     """One client's samples: a file such as train.tsv, of which some classes may be missing, or a folder with one."""
     found = _read(path / "train.tsv" if path.is_dir() else path)
     rows = with_classes(found, class_numbers(found, all_there=False))
-    return tokenized_rows(rows, _texts, config.model or packaged_minilm(), min(longest, LONGEST))
+    return tokenized_rows(rows, _texts, config.model or packaged_minilm(), min(longest, MAX_TOKENS))
 
 
 def _read(path: Path) -> list[Found]:
