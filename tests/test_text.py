@@ -25,7 +25,7 @@ from hosfl.studies.study import read_study
 from hosfl.tasks import TUNED, make_task
 from hosfl.tasks.data import dirichlet_split, iid_split, tokenized_splits
 from hosfl.tasks.text import TEXTS, Row, parts
-from hosfl.tasks.verbalizer import Rows, first_tokens, verbalized, with_words
+from hosfl.tasks.verbalizer import SelectedRows, first_tokens, split_with_words, with_words
 
 WORDS = [
     *("terrible", "great", "Yes", "No", "It", "was", "Does", "the", "pronoun", "here", "refer", "to", "or", "follow"),
@@ -291,7 +291,7 @@ def test_words_are_told_by_their_first_tokens(tmp_path, models):
 
 def test_rows_have_their_biases():
     layer, hidden = torch.nn.Linear(4, 9), torch.randn(2, 3, 4)
-    assert torch.allclose(Rows(layer, [7, 2])(hidden), layer(hidden)[..., [7, 2]], atol=1e-6)
+    assert torch.allclose(SelectedRows(layer, [7, 2])(hidden), layer(hidden)[..., [7, 2]], atol=1e-6)
 
 
 @pytest.mark.families
@@ -308,7 +308,7 @@ def test_the_halves_say_the_whole_model_s_words(family, padding):
     picked = output(with_words(model, tokens), inputs)[[0, 1, 2], last]
     assert torch.allclose(picked, expected, rtol=1e-5, atol=1e-6)
     for at in range(3):
-        assert torch.equal(verbalized(model, tokens, at)(inputs), picked), at
+        assert torch.equal(split_with_words(model, tokens, at)(inputs), picked), at
     assert output(model, inputs).shape[-1] == 97  # which has been left as it was
 
 

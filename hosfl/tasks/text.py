@@ -25,7 +25,7 @@ from hosfl.tasks.data import (
 from hosfl.tasks.pretrained import pretrained_task, split_pretrained
 from hosfl.tasks.reading import Found, Row, class_numbers, field, hub_rows, read_json_lines, read_table, text_field
 from hosfl.tasks.task import Task
-from hosfl.tasks.verbalizer import first_tokens, verbalized
+from hosfl.tasks.verbalizer import first_tokens, split_with_words
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def text_task(config: Settings, own: Dataset | None = None) -> Task:
 
     def model(at: int | str) -> SplitModel:
         if decoder:
-            return verbalized(pretrained_model(name, "CausalLM"), answers, at)
+            return split_with_words(pretrained_model(name, "CausalLM"), answers, at)
         return split_pretrained(name, "SequenceClassification", at, len(it.words))
 
     data = tokenized_splits(parts(it, config.data), inputs.texts, name, it.longest, inputs.cut) if own is None else own
