@@ -51,7 +51,7 @@ class Samples:
         return Samples(self._each(lambda x: x[chosen]), self.labels[chosen])
 
     def cast_for_half(self, integers: Mapping[str, np.dtype[Any]]) -> Samples:
-        """The samples as the half takes them: floating-point inputs as float32, integers as `integers` says, else int64."""
+        """The samples as the half takes them: floats as float32, integers in the dtypes of `integers`, else int64."""
         inputs = self.inputs
         if not isinstance(inputs, dict):
             return Samples(_cast(inputs, integers.get("input")), self.labels)

@@ -281,8 +281,8 @@ def dirichlet_split(labels: Tensor, clients: int, alpha: float, seed: int) -> li
         if min(len(part) for part in parts) >= MIN_CLIENT_SAMPLES:
             return [torch.from_numpy(part) for part in parts]
     raise DataError(
-        f"{len(labels)} samples, {clients} clients, alpha {alpha}: some client always has fewer than {SMALLEST};"
-        " use fewer clients or a larger alpha"
+        f"{len(labels)} samples, {clients} clients, alpha {alpha}: some client always has fewer than"
+        f" {MIN_CLIENT_SAMPLES}; use fewer clients or a larger alpha"
     )
 
 
