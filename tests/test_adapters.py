@@ -553,7 +553,7 @@ def test_torch_s_encoder_layers_call_layers_with_adapters(masked, told, tmp_path
     assert float(exact.abs().max()) > 0.1
     assert torch.allclose((there - back) / 2e-3, exact, atol=0.02 * float(exact.abs().max()))
     if not masked:
-        pytest.importorskip("hosfl.edge.export").exported(half, x)  # which compares
+        pytest.importorskip("hosfl.edge.export").export_half(half, x)  # which compares
 
 
 @pytest.mark.parametrize("frozen", ["float32", "bfloat16", "int8"])

@@ -298,9 +298,10 @@ def lm_task(
     """Completions of prompts, or an assistant's turns, with a decoder that is named by config.model.
 
     config.data: a folder with train.jsonl, test.jsonl and, if it is not to be a tenth of the training part,
-    validation.jsonl; see `as_text`. longest: tokens of a sample, see `encode_texts`. generate: the largest number of
-    new tokens, from which exact match and F1 are scored beside the perplexity; 0: no generation. by: a field of the
-    training part's rows, by whose values clients' data differ; without it config.partition must be "iid". own: a client's
+    validation.jsonl; see `as_text`. longest: tokens of a sample, see `encode_texts`. generate: the
+    largest number of new tokens, from which exact match and F1 are scored beside the perplexity; 0: no generation. by:
+    a field of the training part's rows, by whose values clients' data differ; without it they do not differ, and
+    config.partition is "iid". own: a client's
     samples, in place of the folder's.
 
     The objective: see `completion_loss`.
