@@ -85,8 +85,10 @@ class Original:
 
     @contextmanager
     def moved_weights(self, tensors: Sequence[NDArray[Any]]) -> Iterator[None]:
-        """The half's weights that move, and a session's, which these are, have moved together: what lies behind a
-        factor that begins with zero, such as that of a block's branch, is seen only from there."""
+        """Context manager: move the half's trainable weights and those of a session, `tensors`, by the same step.
+
+        Only then does a comparison see what is behind a factor that starts at zero, such as that of a residual branch.
+        """
         weights = list(self.moving.values())
         kept = [p.detach().clone() for p in weights]
         perturb_(tensors, 0, CHECK_STEP)
