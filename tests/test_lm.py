@@ -491,7 +491,7 @@ def test_studies_choose_the_lower_perplexity(monkeypatch):
         {"method": "ho", "trial": n, "accuracies": [value], "losses": [1.0], "failures": []}
         for n, value in enumerate((3.0, 2.0, 9.0, 11.0))
     ]
-    monkeypatch.setattr(tables, "trials", lambda study, folder: rows)
+    monkeypatch.setattr(tables, "trial_rows", lambda study, folder: rows)
     for name, lower, expected in (("perplexity", True, 1), ("accuracy", False, 3)):
         monkeypatch.setattr(tables, "_metric", lambda study, folder, found=(name, lower): found)
         assert tables.best_trials(None, None) == {"ho": expected}

@@ -194,7 +194,7 @@ def test_windows_cover_the_context_and_know_the_answer(folder):
 def test_many_questions_are_read_in_portions(folder, monkeypatch):
     questions = [question(n) for n in range(14)]
     whole = cut(questions, folder)
-    monkeypatch.setattr(squad, "AT_ONCE", 3)
+    monkeypatch.setattr(squad, "TOKENIZER_BATCH", 3)
     found = cut(questions, folder)
     for one, other in ((found.labels, whole.labels), (found.spans, whole.spans), (found.question, whole.question)):
         assert torch.equal(one, other)
