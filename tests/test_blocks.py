@@ -211,7 +211,7 @@ def test_families(kind):
     begins = blocks_of(half, 2, inputs)
     assert begins[1].share == pytest.approx(begins[0].share / 2)
     behind = BlockRun(half, [begins[1].entry])
-    with evaluating(half), behind.kept():
+    with evaluating(half), behind.keeping_input():
         call(half, inputs)
     with evaluating(behind.front):
         assert torch.equal(call(behind.front, inputs), behind._input)
@@ -410,7 +410,7 @@ def test_the_kept_input_is_the_first_block_s_and_goes_on_with_the_blocks(bert):
         for n, layer in enumerate(half.trunk.encoder.layer)
     ]
     with torch.no_grad(), evaluating(half):
-        with run.kept():
+        with run.keeping_input():
             cut = call(half, inputs)
         assert calls == [0, 1, 2, 3]
         for block, expected in ((0, []), (0, []), (1, [1]), (2, [2]), (0, [0, 1, 2, 3]), (2, [1, 2])):

@@ -932,8 +932,8 @@ def test_integers_that_are_too_large(tmp_path):
         (np.int64, np.ones((3, 2)), "has float32 numbers, and the half takes int64: save them as integers"),
     ]:
         with pytest.raises(DataError, match=said):
-            samples_of((numbers, labels), "data").check_taken({"input": np.dtype(dtype)})
-        samples_of((numbers, labels), "data").check_taken({"other": np.dtype(dtype)})
+            samples_of((numbers, labels), "data").check_castable({"input": np.dtype(dtype)})
+        samples_of((numbers, labels), "data").check_castable({"other": np.dtype(dtype)})
     with pytest.raises(DataError, match="labels from 0 to 18446744073709551615: they travel as int32"):
         samples_of((labels, np.full(3, 2**64 - 1, np.uint64)), "data")
 

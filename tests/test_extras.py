@@ -11,7 +11,7 @@ import pytest
 from hosfl import extras
 from hosfl.cli import main
 from hosfl.runs.report import plot_curves
-from hosfl.tasks.data import held_out
+from hosfl.tasks.data import split_held_out
 from hosfl.tasks.picture_files import picture_file
 
 # A process where none of these can be imported, of the extras or of what they bring.
@@ -93,7 +93,7 @@ def test_a_command_names_the_extra_before_it_writes(command, module, message, tm
 @pytest.mark.parametrize(
     ("module", "use"),
     [
-        ("sklearn.model_selection", lambda: held_out(np.arange(100) % 2)),
+        ("sklearn.model_selection", lambda: split_held_out(np.arange(100) % 2)),
         ("PIL.Image", lambda: picture_file(Path("a.png"), (1, 1))),
         ("matplotlib.figure", lambda: plot_curves({}, Path("curves.png"), "")),
     ],

@@ -76,7 +76,7 @@ def test_few_at_a_time_write_the_same(monkeypatch):
     assert generate(halves, PROMPTS, NEW, [NEVER], VOCABULARY) == expected
     assert {shape[0] for shape in seen} == {2}
     assert seen[0][1] == 3  # short ones with short ones
-    assert all(shape.numel() <= data.NUMBERS for shape in seen)
+    assert all(shape.numel() <= data.MAX_OUTPUTS for shape in seen)
     assert expected == whole(model, PROMPTS)
 
 

@@ -39,7 +39,7 @@ from hosfl.tasks.lm import (
     Perplexity,
     as_text,
     completion_loss,
-    encoded,
+    encode_texts,
     generation_scores,
     last_completions,
     parts,
@@ -144,7 +144,7 @@ def whole_model(folder):
 
 def told(decoder, *rows, longest=64):
     """What is shown, and what is learnt, of every row."""
-    data = encoded([as_text(row, f"row {n}", decoder.tokenizer) for n, row in enumerate(rows)], decoder, longest)
+    data = encode_texts([as_text(row, f"row {n}", decoder.tokenizer) for n, row in enumerate(rows)], decoder, longest)
     mask = data.inputs["attention_mask"].bool()
     shown = [decoder.tokenizer.decode(ids[m]) for ids, m in zip(data.inputs["input_ids"], mask, strict=True)]
     learnt = [decoder.tokenizer.decode(labels[labels != IGNORED]) for labels in data.labels]
@@ -175,7 +175,7 @@ def test_without_a_token_for_the_beginning(tmp_path, folder):
     hf.PreTrainedTokenizerFast(tokenizer_object=own, eos_token="e").save_pretrained(tmp_path)
     hf.AutoConfig.from_pretrained(folder / "model").save_pretrained(tmp_path)
     made = Decoder.of(str(tmp_path))
-    data = encoded([as_text({"prompt": p, "completion": "b a"}, "", made.tokenizer) for p in ("", "a ")], made, 9)
+    data = encode_texts([as_text({"prompt": p, "completion": "b a"}, "", made.tokenizer) for p in ("", "a ")], made, 9)
     assert data.inputs["input_ids"].tolist() == [[2, 1, 0], [0, 1, 0]]
     assert data.labels.tolist() == [[1, 0, 2], [1, 0, 2]]
 
@@ -370,7 +370,7 @@ def by_hand(model, decoder, rows):
 
 def test_the_loss_of_a_batch_by_hand(folder, decoder):
     rows = [sample(n) for n in range(7)]
-    data = encoded([as_text(row, "", decoder.tokenizer) for row in rows], decoder, 64)
+    data = encode_texts([as_text(row, "", decoder.tokenizer) for row in rows], decoder, 64)
     model = whole_model(folder)
     total, count = by_hand(model, decoder, rows)
     assert len({len(row["completion"].split()) for row in rows}) == 3  # of unequal numbers of tokens
@@ -384,7 +384,7 @@ def test_the_perplexity_is_of_all_tokens_whatever_the_batches(folder, decoder, m
     task = make_task(config(folder))
     model = whole_model(folder)
     total, count = by_hand(model, decoder, [sample(n) for n in range(102, 132)])
-    monkeypatch.setattr(tasks_data, "NUMBERS", together * task.test.length * task.classes)
+    monkeypatch.setattr(tasks_data, "MAX_OUTPUTS", together * task.test.length * task.classes)
     halves, seen = split(model, 1), []
     halves.server.register_forward_hook(lambda module, given, output: seen.append(output.shape[:2]))
     other, _ = evaluate(halves, task.validation, task)
@@ -408,7 +408,7 @@ def test_perplexity_stays_a_number():
 def test_evaluation_never_holds_all_outputs(folder, monkeypatch):
     """With metrics that see a batch at a time; one that needs all of them gets all."""
     task = make_task(config(folder))
-    monkeypatch.setattr(tasks_data, "NUMBERS", 2 * task.test.length * task.classes)
+    monkeypatch.setattr(tasks_data, "MAX_OUTPUTS", 2 * task.test.length * task.classes)
     halves, alive, most = split(whole_model(folder), 1), [], []
 
     def watch(module, given, output):
@@ -432,7 +432,7 @@ def test_generated_answers_are_scored_by_the_last_completion(folder, decoder):
     rows = [sample(n) for n in range(5)] + [
         chat(("user", "now"), ("assistant", "a"), ("user", "b"), ("assistant", "c d"))
     ]
-    data = encoded([as_text(row, "", decoder.tokenizer) for row in rows], decoder, 64)
+    data = encode_texts([as_text(row, "", decoder.tokenizer) for row in rows], decoder, 64)
     prompts, completions = last_completions(data)
     assert (
         decoder.tokenizer.decode(prompts[5]) == "<s><|user|>now</s>\n<|assistant|>a</s>\n<|user|>b</s>\n<|assistant|>"
@@ -491,7 +491,7 @@ def test_studies_choose_the_lower_perplexity(monkeypatch):
         {"method": "ho", "trial": n, "accuracies": [value], "losses": [1.0], "failures": []}
         for n, value in enumerate((3.0, 2.0, 9.0, 11.0))
     ]
-    monkeypatch.setattr(tables, "trials", lambda study, folder: rows)
+    monkeypatch.setattr(tables, "trial_rows", lambda study, folder: rows)
     for name, lower, expected in (("perplexity", True, 1), ("accuracy", False, 3)):
         monkeypatch.setattr(tables, "_metric", lambda study, folder, found=(name, lower): found)
         assert tables.best_trials(None, None) == {"ho": expected}

@@ -17,7 +17,15 @@ from PIL import Image
 
 from hosfl import Config
 from hosfl.tasks import make_task, squad, text
-from hosfl.tasks.data import Dataset, Splits, classified, dirichlet_split, held_out, iid_split, shards
+from hosfl.tasks.data import (
+    Dataset,
+    Splits,
+    dirichlet_split,
+    iid_split,
+    shard_count,
+    split_held_out,
+    with_published_parts,
+)
 from hosfl.tasks.picture_files import class_folders, picture_file
 from hosfl.tasks.reading import (
     Answer,
@@ -646,10 +654,10 @@ def test_one_class_only_to_test_on_is_a_warning():
         (lambda: iid_split(3, 0, 0), "one client at least"),
         (lambda: dirichlet_split(torch.arange(20) % 2, 3, 1.0, 0), "20 samples for 3 clients: at least 24 are needed"),
         (lambda: dirichlet_split(torch.arange(24) % 2, 3, 0.01, 0), "fewer clients or a larger alpha"),
-        (lambda: shards(20, 100, 32), "20 training samples are too few for a simulation: at least 32 are needed"),
-        (lambda: held_out(np.arange(19) % 2), "19 training samples are too few .*: at least 20 are needed"),
-        (lambda: held_out(np.array([0] * 30 + [1])), "one sample of class 1: at least 2 are needed"),
-        (lambda: held_out(np.arange(40) % 2, 1), "1 validation samples are too few .*at least 2 are needed"),
+        (lambda: shard_count(20, 100, 32), "20 training samples are too few for a simulation: at least 32 are needed"),
+        (lambda: split_held_out(np.arange(19) % 2), "19 training samples are too few .*: at least 20 are needed"),
+        (lambda: split_held_out(np.array([0] * 30 + [1])), "one sample of class 1: at least 2 are needed"),
+        (lambda: split_held_out(np.arange(40) % 2, 1), "1 validation samples are too few .*at least 2 are needed"),
     ],
 )
 def test_too_few_samples_say_how_many_are_needed(call, reason):
@@ -660,10 +668,10 @@ def test_too_few_samples_say_how_many_are_needed(call, reason):
 def test_as_many_samples_as_are_needed():
     assert len(iid_split(4, 4, 0)) == 4
     assert [len(part) for part in dirichlet_split(torch.arange(24) % 2, 1, 1.0, 0)] == [24]
-    assert [shards(64, 100, 32), shards(32, 100, 32), shards(1000, 3, 32)] == [2, 1, 3]
-    assert [len(part) for part in held_out(np.arange(20) % 2)] == [18, 2]
+    assert [shard_count(64, 100, 32), shard_count(32, 100, 32), shard_count(1000, 3, 32)] == [2, 1, 3]
+    assert [len(part) for part in split_held_out(np.arange(20) % 2)] == [18, 2]
     rows = labelled(*(n % 2 for n in range(40)))
-    train, validation, test = classified(rows, rows[:3], [])
+    train, validation, test = with_published_parts(rows, rows[:3], [])
     assert [len(train), len(validation), len(test)] == [37, 3, 3]
 
 

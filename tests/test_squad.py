@@ -23,7 +23,7 @@ from hosfl.tasks.answers import exact_match, f1
 from hosfl.tasks.data import dirichlet_split
 from hosfl.tasks.lm import IGNORED, Decoder
 from hosfl.tasks.reading import DataError
-from hosfl.tasks.squad import HUB, Question, articles_apart, parts, predictions, prompted, span_scores, windows
+from hosfl.tasks.squad import HUB, Question, encode_prompts, parts, predictions, span_scores, split_by_article, windows
 
 NAMES = ("Ann", "Bob", "Cid", "Dan", "Eve", "Flo")
 WORDS = ["?", ".", ",", "Who", "saw", "the", "cat", "dog", "in", "a", "red", "house", "then", "went", "home", *NAMES]
@@ -158,7 +158,7 @@ def test_files_that_are_none(content, reason, tmp_path):
 def test_articles_are_set_apart_whole():
     questions = [Question("abc"[n // 5], "", "", [], 0) for n in range(15)]
     for count, apart in ((0, 0), (1, 5), (5, 5), (6, 10), (15, 15)):
-        assert [len(part) for part in articles_apart(questions, count)] == [15 - apart, apart]
+        assert [len(part) for part in split_by_article(questions, count)] == [15 - apart, apart]
 
 
 # --- windows ------------------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def test_windows_cover_the_context_and_know_the_answer(folder):
 def test_many_questions_are_read_in_portions(folder, monkeypatch):
     questions = [question(n) for n in range(14)]
     whole = cut(questions, folder)
-    monkeypatch.setattr(squad, "AT_ONCE", 3)
+    monkeypatch.setattr(squad, "TOKENIZER_BATCH", 3)
     found = cut(questions, folder)
     for one, other in ((found.labels, whole.labels), (found.spans, whole.spans), (found.question, whole.question)):
         assert torch.equal(one, other)
@@ -365,7 +365,7 @@ def test_a_decoder_is_shown_the_question_and_learns_the_first_answer(writer):
     decoder = Decoder.of(writer)
     long = short(1)._replace(context="the dog went home . " * 30 + "Bob saw the cat .")
     asking = short(2)._replace(question="Who saw the cat " * 10)
-    found = prompted([short(0), long, asking], decoder, 60)
+    found = encode_prompts([short(0), long, asking], decoder, 60)
     assert found.questions == [short(0), long, asking]
     shown = [decoder.tokenizer.decode(ids[mask.bool()]) for ids, mask in zip(*found.inputs.values(), strict=True)]
     assert shown[0] == "<s> Context : Ann saw the cat . Question : Who saw the cat ? Answer : Ann"
@@ -378,7 +378,7 @@ def test_a_decoder_is_shown_the_question_and_learns_the_first_answer(writer):
     learnt = [decoder.tokenizer.decode(labels[labels != IGNORED]) for labels in found.labels]
     assert learnt == ["Ann </s>", "Bob </s>", "Cid </s>"]
     with pytest.raises(DataError, match="question 'Who saw the cat \\?': 41 tokens from its first completion on"):
-        prompted([short(0)._replace(answers=["cat " * 40])], decoder, 30)
+        encode_prompts([short(0)._replace(answers=["cat " * 40])], decoder, 30)
 
 
 def test_a_decoder_s_task(folder, writer):

@@ -23,9 +23,9 @@ from hosfl.studies.compare import print_table, row
 from hosfl.studies.run import run_study
 from hosfl.studies.study import read_study
 from hosfl.tasks import TUNED, make_task
-from hosfl.tasks.data import as_tokens, dirichlet_split, iid_split
+from hosfl.tasks.data import dirichlet_split, iid_split, tokenized_splits
 from hosfl.tasks.text import TEXTS, Row, parts
-from hosfl.tasks.verbalizer import Rows, first_tokens, verbalized, with_words
+from hosfl.tasks.verbalizer import SelectedRows, first_tokens, split_with_words, with_words
 
 WORDS = [
     *("terrible", "great", "Yes", "No", "It", "was", "Does", "the", "pronoun", "here", "refer", "to", "or", "follow"),
@@ -237,11 +237,13 @@ def test_missing_rates_are_told_before_the_hub_is_asked(monkeypatch, tmp_path):
 
 
 def test_two_texts_have_types(models):
-    found = as_tokens(
+    found = tokenized_splits(
         [[{"label": 0}, {"label": 1}]] * 3, lambda r: ("good film", "bad"), str(models / "encoder"), 20
     ).train
     assert found.inputs["token_type_ids"].tolist() == [[0, 0, 0, 0, 1, 1]] * 2
-    found = as_tokens([[{"label": 0}, {"label": 1}]] * 3, lambda r: ("good film",), str(models / "encoder"), 20).train
+    found = tokenized_splits(
+        [[{"label": 0}, {"label": 1}]] * 3, lambda r: ("good film",), str(models / "encoder"), 20
+    ).train
     assert "token_type_ids" not in found.inputs
 
 
@@ -289,7 +291,7 @@ def test_words_are_told_by_their_first_tokens(tmp_path, models):
 
 def test_rows_have_their_biases():
     layer, hidden = torch.nn.Linear(4, 9), torch.randn(2, 3, 4)
-    assert torch.allclose(Rows(layer, [7, 2])(hidden), layer(hidden)[..., [7, 2]], atol=1e-6)
+    assert torch.allclose(SelectedRows(layer, [7, 2])(hidden), layer(hidden)[..., [7, 2]], atol=1e-6)
 
 
 @pytest.mark.families
@@ -306,7 +308,7 @@ def test_the_halves_say_the_whole_model_s_words(family, padding):
     picked = output(with_words(model, tokens), inputs)[[0, 1, 2], last]
     assert torch.allclose(picked, expected, rtol=1e-5, atol=1e-6)
     for at in range(3):
-        assert torch.equal(verbalized(model, tokens, at)(inputs), picked), at
+        assert torch.equal(split_with_words(model, tokens, at)(inputs), picked), at
     assert output(model, inputs).shape[-1] == 97  # which has been left as it was
 
 

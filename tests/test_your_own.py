@@ -27,7 +27,7 @@ from hosfl.runs.faults import Faults
 from hosfl.runs.simulate import simulate
 from hosfl.studies.study import read_study
 from hosfl.tasks import make_task
-from hosfl.tasks.items import Items, read, samples_of, seeded
+from hosfl.tasks.items import Items, global_seed, read, samples_of
 from hosfl.tasks.reading import DataError
 
 FILE = '''
@@ -1216,9 +1216,9 @@ def test_reading_does_not_move_other_random_numbers(monkeypatch):
     # Of a device that is not in use yet no seed is set either: nobody could put it back.
     monkeypatch.setattr(torch.cuda, "manual_seed_all", lambda seed: pytest.fail("a device's seed is set"))
     before = torch.random.get_rng_state()
-    with seeded(3):
+    with global_seed(3):
         first = torch.rand(3), random.random(), np.random.rand()
-    with seeded(3):
+    with global_seed(3):
         assert torch.equal(torch.rand(3), first[0])
         assert (random.random(), np.random.rand()) == first[1:]
     assert torch.equal(torch.random.get_rng_state(), before)

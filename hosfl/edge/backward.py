@@ -275,7 +275,7 @@ def _compare(
     of: Original, batches: Sequence[Mapping[str, Tensor]], entry: str, graph: bytes, running: Collection[str]
 ) -> None:
     """Raises ExportError where onnxruntime makes other gradients than torch."""
-    with of.beside(f"the gradient's graph of the {of.kind}", {GRADIENT: graph}) as folder:
+    with of.graph_folder(f"the gradient's graph of the {of.kind}", {GRADIENT: graph}) as folder:
         stored, moving = Weights(folder / BASE), of.moving
         arrays = [[stored[name] for name in own] for own in (moving, running)]
         run = Gradient(folder, list(moving), arrays[0], running=list(running), statistics=arrays[1])
@@ -306,5 +306,5 @@ def _compare(
         for inputs in batches:
             given = compare(inputs)
         run.check(*given)
-        with of.elsewhere(run.tensors):
+        with of.moved_weights(run.tensors):
             compare(batches[0], WHERE_MOVED)

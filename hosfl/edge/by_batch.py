@@ -112,7 +112,7 @@ class _Statistics(Positional):
 def _compare(of: Original, batches: Sequence[Mapping[str, Tensor]], graph: bytes) -> None:
     """Raises ExportError where onnxruntime makes other statistics than torch."""
     running = calibration.running(of.half)
-    with of.beside(f"the graph of the {of.kind}'s statistics", {STATISTICS: graph}) as folder:
+    with of.graph_folder(f"the graph of the {of.kind}'s statistics", {STATISTICS: graph}) as folder:
         run = Half(folder, list(of.moving), running=list(running), graphs=[STATISTICS])
 
         def compare(inputs: Mapping[str, Tensor], where: str = "") -> None:
@@ -128,7 +128,7 @@ def _compare(of: Original, batches: Sequence[Mapping[str, Tensor]], graph: bytes
 
         for inputs in batches:
             compare(inputs)
-        with of.elsewhere(run.tensors):
+        with of.moved_weights(run.tensors):
             compare(batches[0], WHERE_MOVED)
 
 

@@ -199,7 +199,7 @@ class EdgeClient:
                 scalars.append(inner(multiplier, ahead, behind) / distance)
                 del ahead, behind  # not there while the next pass runs
         finally:
-            probe.home()
+            probe.restore()
         return scalars
 
     def digest(self) -> str:
@@ -214,7 +214,7 @@ def _noise_arguments(replica: Replica, block: Sequence[int]) -> dict[str, Any]:
 
 
 class _Perturbation:
-    """Tensors of a replica that stand at th + step * u(seed), or at th.
+    """Some of a replica's tensors, at th + step * u(seed) after `move` and at th after `restore`.
 
     On the lattice they move there and back exactly, in one pass from one place to the next. Elsewhere every move
     rounds, and copies of the tensors keep th meanwhile.
@@ -224,16 +224,16 @@ class _Perturbation:
         self.tensors = [replica.tensors[t] for t in block]
         self.place = _noise_arguments(replica, block)
         self.kept = None if replica.lattice is not None else [np.copy(t) for t in self.tensors]
-        self.standing: list[tuple[int, float]] = []  # seed and step: one at most
+        self.applied: list[tuple[int, float]] = []  # seed and step: one at most
 
     def move(self, seed: int, step: float) -> None:
         if self.kept is None:
             self._replay([(seed, step)])
         else:
-            self.home()
+            self.restore()
             perturb_(self.tensors, seed, step, **self.place)
 
-    def home(self) -> None:
+    def restore(self) -> None:
         if self.kept is None:
             self._replay([])
             return
@@ -242,11 +242,11 @@ class _Perturbation:
                 tensor[...] = kept
 
     def _replay(self, to: list[tuple[int, float]]) -> None:
-        seeds = [seed for seed, _ in self.standing + to]
-        steps = [-step for _, step in self.standing] + [step for _, step in to]
+        seeds = [seed for seed, _ in self.applied + to]
+        steps = [-step for _, step in self.applied] + [step for _, step in to]
         with uninterrupted():
             replay_(self.tensors, seeds, steps, **self.place)
-            self.standing = to
+            self.applied = to
 
 
 def inner(multiplier: NDArray[np.float32], output: NDArray[np.float32], other: NDArray[np.float32]) -> float:

@@ -21,11 +21,13 @@ LABELS, MASK = ("labels", "label"), "attention_mask"
 
 @dataclass(frozen=True)
 class Samples:
-    """inputs: numbers [n, ...] as they are stored, or several by name, such as tokens and their mask. labels: integers
-    or float32, [n, ...]. A batch has inputs as a half takes them, see `as_taken`: whole files would be several times
-    as large so, as pictures in bytes are in int64.
+    """A client's samples.
 
-    Raises DataError for what does not go together.
+    inputs: an array [n, ...] in the dtype it is stored in, or several by name, such as tokens and their mask. labels:
+    integers or float32, [n, ...]. Only batches are cast, by `cast_for_half`: a whole file would become several times as
+    large, such as pictures from uint8 to int64.
+
+    Raises DataError if shapes do not match, or for an attention mask of other numbers than 0 and 1.
     """
 
     inputs: Arrays
@@ -48,15 +50,15 @@ class Samples:
         """Some of the samples."""
         return Samples(self._each(lambda x: x[chosen]), self.labels[chosen])
 
-    def as_taken(self, integers: Mapping[str, np.dtype[Any]]) -> Samples:
-        """With inputs in float32, or in the dtypes of integers that a half takes, by name: else in int64."""
+    def cast_for_half(self, integers: Mapping[str, np.dtype[Any]]) -> Samples:
+        """The samples as the half takes them: floats as float32, integers in the dtypes of `integers`, else int64."""
         inputs = self.inputs
         if not isinstance(inputs, dict):
             return Samples(_cast(inputs, integers.get("input")), self.labels)
         return Samples({name: _cast(value, integers.get(name)) for name, value in inputs.items()}, self.labels)
 
-    def check_taken(self, integers: Mapping[str, np.dtype[Any]]) -> None:
-        """Raises DataError for what cannot be the integers that a half takes."""
+    def check_castable(self, integers: Mapping[str, np.dtype[Any]]) -> None:
+        """Raises DataError if `cast_for_half` would change a number."""
         for name, value in self.named().items():
             dtype = integers.get(name if isinstance(self.inputs, dict) else "input")
             if dtype is None:
@@ -157,7 +159,7 @@ def _checked_labels(labels: NDArray[Any]) -> NDArray[Any]:
 @dataclass(frozen=True)
 class Batches:
     """`size` samples of a round, or all if there are fewer. per_token: see `Samples.trimmed`. integers: see
-    `Samples.as_taken`. purpose: what they are for; other samples for each."""
+    `Samples.cast_for_half`. purpose: what they are for; other samples for each."""
 
     samples: Samples
     size: int
@@ -169,4 +171,4 @@ class Batches:
 
     def __call__(self, round: int) -> Samples:
         chosen = drawn(self.seed, self.purpose, round, self.client, len(self.samples), self.size)
-        return self.samples[chosen].trimmed(self.per_token).as_taken(self.integers)
+        return self.samples[chosen].trimmed(self.per_token).cast_for_half(self.integers)

@@ -62,7 +62,7 @@ def _compare(
 ) -> None:
     """Raises ExportError where onnxruntime makes something else of the pieces than torch of the half."""
     graphs = {graph_name(number): piece for number, piece in enumerate(pieces)}
-    with of.beside(f"the graph of the {of.kind}", graphs) as folder:
+    with of.graph_folder(f"the graph of the {of.kind}", graphs) as folder:
         run = Half(folder, list(of.moving), len(pieces), running=list(running))
 
         def compare(inputs: Mapping[str, Tensor], where: str = "") -> None:
@@ -75,7 +75,7 @@ def _compare(
         for inputs in batches:
             compare(inputs)
         run.check({name: x.numpy() for name, x in batches[-1].items()})
-        with of.elsewhere(run.tensors):
+        with of.moved_weights(run.tensors):
             compare(batches[0], WHERE_MOVED)
 
 

@@ -80,10 +80,10 @@ def make_client(
     half = graphs.half(blocks)
     integers = half.integers
     try:
-        samples.check_taken(integers)
+        samples.check_castable(integers)
     except DataError as error:
         raise DataError(f"{data}: {error}") from None
-    first = samples[:2].as_taken(integers)
+    first = samples[:2].cast_for_half(integers)
     _check_half_runs(half, first, run["cut"], data)
     gradient = None
     if settings.estimator == "backward":

@@ -84,9 +84,11 @@ class Original:
         return [*batches, resize_batch(self.named, 1, self.any_length)]
 
     @contextmanager
-    def elsewhere(self, tensors: Sequence[NDArray[Any]]) -> Iterator[None]:
-        """The half's weights that move, and a session's, which these are, have moved together: what lies behind a
-        factor that begins with zero, such as that of a block's branch, is seen only from there."""
+    def moved_weights(self, tensors: Sequence[NDArray[Any]]) -> Iterator[None]:
+        """Context manager: move the half's trainable weights and those of a session, `tensors`, by the same step.
+
+        Only then does a comparison see what is behind a factor that starts at zero, such as that of a residual branch.
+        """
         weights = list(self.moving.values())
         kept = [p.detach().clone() for p in weights]
         perturb_(tensors, 0, CHECK_STEP)
@@ -97,7 +99,7 @@ class Original:
             _assign(weights, kept)
 
     @contextmanager
-    def beside(self, what: str, graphs: Mapping[str, bytes]) -> Iterator[Path]:
+    def graph_folder(self, what: str, graphs: Mapping[str, bytes]) -> Iterator[Path]:
         """A folder with these graphs and the base file. what: how an ExportError calls a graph that does not run."""
         with TemporaryDirectory() as name:
             folder = Path(name)

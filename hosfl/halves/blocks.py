@@ -1,8 +1,8 @@
-"""Blocks of a client half: consecutive layers that a direction moves alone, and the half from a block's first layer on.
+"""Blocks of a client half: groups of consecutive layers, of which each direction perturbs one.
 
-A direction that moves one block needs the forward pass from that block to the cut, and no more. What comes before the
-first block runs once a round. So of six layers the last three cost 3/6 of a pass a probe if they are one block; each a
-block of its own, they cost 3/6, 2/6 and 1/6, and twice 1/6 a round to go on from one block to the next.
+A direction that perturbs one block needs only the forward pass from that block to the cut. The layers before the first
+block run once a round. Example: of six layers the last three are trained. As one block, each probe costs 3/6 of a
+forward pass. As three blocks, a probe costs 3/6, 2/6 or 1/6, and 2/6 a round to advance from one block to the next.
 """
 
 from __future__ import annotations
@@ -22,17 +22,19 @@ from hosfl.halves.inputs import Inputs, call, evaluating, mask_of
 from hosfl.halves.split import find_cutter
 from hosfl.halves.transformer_halves import ClientHalf
 
-MIN_SHARE = 0.01  # of a pass: what has no matrix product takes time all the same
-MIN_SAVING = 0.1  # of a pass, at least: what has to be in front of a single block for its input to be kept
+MIN_SHARE = 0.01  # least share of a forward pass that a block counts as: layers without matrix products take time too
+MIN_SAVING = (
+    0.1  # share of a forward pass: a single block's input is kept only if the layers before it cost at least this
+)
 
 
 @dataclass(frozen=True)
 class BlockEntry:
-    """Where a block begins.
+    """A block: where it begins, and what it moves.
 
     Attributes:
         entry: its first module's name in the half; "" for the half's own beginning.
-        tensors: what it moves, by position among the half's trainable parameters.
+        tensors: the parameters that it moves, as positions among the half's trainable parameters.
         share: the work from there to the cut, as a share of the whole half's.
     """
 
@@ -42,14 +44,14 @@ class BlockEntry:
 
 
 def blocks_of(half: nn.Module, count: int, inputs: Inputs) -> list[BlockEntry]:
-    """`count` blocks of a half, with about as many layers that move in each; inputs: a few samples.
+    """Divide a half into `count` blocks with about equally many trainable layers each. inputs: a few samples.
 
-    Work is counted in floating-point operations of matrix products and convolutions, on these samples. One block is
-    the whole half where nothing can be told about it, its first layers do little, or their output is larger than the
-    cut.
+    Work is counted on these samples, as floating-point operations of matrix products and convolutions. A single block
+    is the whole half if the half cannot be cut, if the layers before the first trainable one do little work, or if
+    their output is larger than the cut.
 
-    Raises, of more than one block: CutError for a half that nothing can be told about, and where what runs from an
-    entry on does not give the half's own bits; ValueError where fewer than `count` layers move.
+    Raises, for more than one block: CutError if the half cannot be cut, or if running it from a block's entry does not
+    give the same bits; ValueError if fewer than `count` layers are trainable.
     """
     moving = [p for p in half.parameters() if p.requires_grad]
     if count > 1:
@@ -68,7 +70,7 @@ def blocks_of(half: nn.Module, count: int, inputs: Inputs) -> list[BlockEntry]:
 def _find_blocks(
     half: nn.Module, count: int, inputs: Inputs, layer: Sequence[int]
 ) -> tuple[list[BlockEntry], int, int]:
-    """The blocks, and bytes: of the first one's input, and of the cut. layer: see `parameter_layers`."""
+    """(the blocks, bytes of the first block's input, bytes of the cut). layer: see `parameter_layers`."""
     layers = sorted(set(layer))
     if count > len(layers):
         raise ValueError(
@@ -80,9 +82,9 @@ def _find_blocks(
     run = BlockRun(half, [entries[group[0]] for group in groups])
     begins = []
     with evaluating(half):
-        with run.kept():
+        with run.keeping_input():
             whole, cut = _count_flops(half, inputs)
-        kept = run.held
+        kept = run.input_bytes
         for number, group in enumerate(groups):
             work, again = _count_flops(*run.at(number, inputs))
             entry = run.entries[number]
@@ -96,27 +98,27 @@ def _find_blocks(
 
 
 def layer_entries(half: nn.Module) -> list[str]:
-    """The names of a half's layers, as its own cut points have them; the first is "", for what comes before them."""
-    return ["", *find_cutter(_cuttable_part(half)).places]
+    """The names of the half's own cut points, after "" for the half's beginning."""
+    return ["", *find_cutter(_cuttable_part(half)).cut_points]
 
 
 def parameter_layers(half: nn.Module, parameters: Sequence[Tensor]) -> list[int]:
-    """Of each parameter of a half the layer that uses it first, by its number in `layer_entries`.
+    """For each parameter, the number in `layer_entries` of the first layer that uses it.
 
-    It is the last place at which the half could be cut with the parameter behind the cut.
+    That is the last cut point of the half that leaves the parameter behind the cut.
     """
-    layers, way = [0] * len(parameters), find_cutter(_cuttable_part(half))
-    for number, place in enumerate(way.places.values(), 1):
-        before = {id(p) for p in way.cut(place)[0].parameters()}
+    layers, cutter = [0] * len(parameters), find_cutter(_cuttable_part(half))
+    for number, place in enumerate(cutter.cut_points.values(), 1):
+        before = {id(p) for p in cutter.cut(place)[0].parameters()}
         layers = [last if id(p) in before else number for p, last in zip(parameters, layers, strict=True)]
     return layers
 
 
 def allot_directions(directions: int, sizes: Sequence[float], shares: Sequence[float]) -> list[int]:
-    """How many of P directions move each block: P_b in proportion to sqrt(d_b / c_b), and one at least.
+    """Divide P directions among blocks: P_b proportional to sqrt(d_b / c_b), at least one each.
 
-    Of all ways to spend the same work it makes the estimate's variance the least where blocks have gradients of equal
-    size: d_b / P_b summed, sum P_b c_b fixed. sizes: d_b, numbers that move. shares: c_b, the work of a probe.
+    For equal work, sum P_b c_b, this minimises the estimate's variance, sum d_b / P_b, if the blocks' gradients are of
+    equal size. sizes: d_b, the number of trainable elements. shares: c_b, the work of a probe.
 
     Raises ValueError for fewer directions than blocks.
     """
@@ -133,7 +135,7 @@ def allot_directions(directions: int, sizes: Sequence[float], shares: Sequence[f
 
 
 def work(counts: Sequence[int], shares: Sequence[float]) -> float:
-    """Of a round's probes, P_b of each block, and of going on from block to block, in passes of the whole half."""
+    """The work of a round in forward passes of the whole half: P_b probes of each block, and advancing between them."""
     return sum(n * share for n, share in zip(counts, shares, strict=True)) + shares[0] - shares[-1]
 
 
@@ -142,48 +144,48 @@ def _unreached_error(entry: str) -> CutError:
 
 
 class _BlockReached(Exception):
-    """The forward pass has come to the next block, and need not go on."""
+    """Raised by a hook to stop the forward pass at the next block."""
 
 
 class BlockRun:
-    """A client half's forward pass from one block after another.
+    """Forward passes of a client half from one block after another to the cut.
 
-    half: as it is; its weights may move between the passes. entries: of the blocks, in order. call: how modules are
-    called. Holds the input of one block, a tensor of about the cut's size, and two while it goes on to the next.
+    half: its weights may move between passes. entries: the blocks' first modules, in order. call: how modules are
+    called. Holds one block's input, a tensor of about the cut's size, and two while it advances to the next block.
     """
 
     def __init__(
         self, half: nn.Module, entries: Sequence[str], call: Callable[[nn.Module, Inputs], Any] = call
     ) -> None:
         self.half, self.entries, self.call = half, list(entries), call
-        self.rests, self.front = [half] * len(self.entries), half
+        self.tails, self.front = [half] * len(self.entries), half
         if any(self.entries):
             with evaluating(half):  # parts have a mode of their own, which is the half's when it is cut
-                way = find_cutter(_cuttable_part(half))
-                parts = [way.cut(way.places[entry]) if entry else (half, half) for entry in self.entries]
-            self.front, self.rests = parts[0][0], [rest for _, rest in parts]
+                cutter = find_cutter(_cuttable_part(half))
+                parts = [cutter.cut(cutter.cut_points[entry]) if entry else (half, half) for entry in self.entries]
+            self.front, self.tails = parts[0][0], [rest for _, rest in parts]
         self._input: Tensor | None = None
         self._block = 0
 
     def output(self, inputs: Inputs) -> Tensor:
-        """The half's output. The first block's input stays here."""
+        """The half's output; keeps the first block's input."""
         if self.call is call or not self.entries[0]:
-            with self.kept():
+            with self.keeping_input():
                 output: Tensor = self.call(self.half, inputs)
             return output
         # Compiled code does not look for hooks, so its two parts run one after the other.
         self._input, self._block = self.call(self.front, inputs), 0
-        output = self.call(self.rests[0], self._inputs(0, inputs))
+        output = self.call(self.tails[0], self._inputs(0, inputs))
         return output
 
     @property
-    def held(self) -> int:
+    def input_bytes(self) -> int:
         """Bytes of the block's input."""
         return 0 if self._input is None else self._input.nbytes
 
     @contextmanager
-    def kept(self) -> Iterator[None]:
-        """A forward pass of the half in this block leaves the first block's input here."""
+    def keeping_input(self) -> Iterator[None]:
+        """Context manager: a forward pass of the half inside it keeps the first block's input."""
         self._input, self._block = None, 0
 
         def keep(value: Tensor) -> None:
@@ -196,9 +198,9 @@ class BlockRun:
     def at(self, block: int, inputs: Inputs) -> tuple[nn.Module, Inputs]:
         """What to call for the pass from a block to the cut: a module, and its inputs.
 
-        inputs: the half's own, as in the pass under `kept`. Blocks are asked for in order: what lies between runs. For
-        an earlier one again, as where a multiplier comes twice, the whole half does. Call it in eval mode and without a
-        graph, with the half's weights as they were under `kept`.
+        inputs: the half's own, as in the pass under `keeping_input`. Ask for blocks in order: the layers in between
+        run. For an earlier block, as when a multiplier comes twice, the whole half runs again. Call the module in eval
+        mode without autograd, with the weights as they were under `keeping_input`.
         """
 
         def stop(value: Tensor) -> None:
@@ -213,12 +215,12 @@ class BlockRun:
                 continue
             with capture_entry_input(self.half, self.entries[last + 1], stop):
                 try:
-                    call(self.rests[last], self._inputs(last, inputs))
+                    call(self.tails[last], self._inputs(last, inputs))
                 except _BlockReached:
                     self._block = last + 1
                     continue
             raise _unreached_error(self.entries[last + 1])
-        return self.rests[block], self._inputs(block, inputs)
+        return self.tails[block], self._inputs(block, inputs)
 
     def _inputs(self, block: int, inputs: Inputs) -> Inputs:
         if not self.entries[block]:
@@ -231,7 +233,7 @@ class BlockRun:
 
 @contextmanager
 def capture_entry_input(half: nn.Module, entry: str, take: Callable[[Tensor], object]) -> Iterator[None]:
-    """The input of a block's first module goes to `take`; where that is the half's own beginning, nothing does."""
+    """Context manager: forward passes of the half hand the input of module `entry` to `take`; "" hands over nothing."""
     if not entry:
         yield
         return
@@ -247,7 +249,7 @@ def capture_entry_input(half: nn.Module, entry: str, take: Callable[[Tensor], ob
 
 
 def _cuttable_part(half: nn.Module) -> nn.Module:
-    """What of a half is cut again."""
+    """The module of a half that can be cut again: the trunk of a transformer's half."""
     return half.trunk if isinstance(half, ClientHalf) else half
 
 

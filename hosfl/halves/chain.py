@@ -41,7 +41,7 @@ class Chain:
     constants: dict[str, Any]
 
     @property
-    def places(self) -> dict[str, int]:
+    def cut_points(self) -> dict[str, int]:
         """The names of the modules before which one value crosses, and how many of them come before each."""
         calls: dict[str, fx.Node] = {}
         for node in self.graph.nodes:
@@ -96,11 +96,11 @@ class Chain:
             raise CutError(f"cannot cut before {name}: {what} is written into on one side and read on the other")
         client, server = _HalfGraph(), _HalfGraph()
         for node in nodes[:at]:
-            client.take(node)
-        server.receive(crossing[0])
+            client.add_step(node)
+        server.add_input(crossing[0])
         for node in nodes[at:]:
-            server.take(node)
-        client.graph.output(client.taken[crossing[0]])
+            server.add_step(node)
+        client.graph.output(client.copies[crossing[0]])
         return self._module(client.graph, "Client"), self._module(server.graph, "Server")
 
     def _module(self, graph: fx.Graph, side: str) -> nn.Module:
@@ -127,19 +127,19 @@ class _HalfGraph:
     """A graph that takes over some of another's steps. Weights and flags are read where they are needed first."""
 
     def __init__(self) -> None:
-        self.graph, self.taken = fx.Graph(tracer_cls=BufferTracer), dict[fx.Node, fx.Node]()
+        self.graph, self.copies = fx.Graph(tracer_cls=BufferTracer), dict[fx.Node, fx.Node]()
 
-    def receive(self, value: fx.Node) -> None:
-        self.taken[value] = self.graph.placeholder("cut")
+    def add_input(self, value: fx.Node) -> None:
+        self.copies[value] = self.graph.placeholder("cut")
 
-    def take(self, node: fx.Node) -> None:
+    def add_step(self, node: fx.Node) -> None:
         if not is_free_read(node):
             self._value(node)
 
     def _value(self, node: fx.Node) -> fx.Node:
-        if node not in self.taken:
-            self.taken[node] = self.graph.node_copy(node, self._value)
-        return self.taken[node]
+        if node not in self.copies:
+            self.copies[node] = self.graph.node_copy(node, self._value)
+        return self.copies[node]
 
 
 def _free_read_name(node: fx.Node) -> str:
@@ -177,7 +177,7 @@ def trace_chain(model: nn.Module, at: str | None = None) -> Chain:
             finer = Chain(model, opened, *trace_forward(model, opened))
         except CutError:
             continue  # as one step it can stay
-        if len(finer.places) > len(found.places) - isinstance(candidates[0], nn.Sequential):
+        if len(finer.cut_points) > len(found.cut_points) - isinstance(candidates[0], nn.Sequential):
             found = finer
     return found
 

@@ -1,7 +1,7 @@
-"""A forward pass as steps: `torch.fx` follows it, through chosen modules, in eval and in train mode as one.
+"""Trace a forward pass with `torch.fx`, through chosen modules, into one graph for eval and train mode.
 
-What a followed forward pass writes into a buffer in place is a step as well. Tensors that it makes without its input
-are constants. Whatever else it leaves behind for the next pass is in no step, and refused.
+In-place writes into buffers become steps of the graph. Tensors that the pass makes without its input become constants.
+Any other state that a pass leaves for the next one cannot be in the graph, and raises CutError.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ IN_PLACE = {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "ia
 
 
 def is_free_read(node: fx.Node) -> bool:
-    """Whether a step reads what either half can read by itself."""
+    """Whether a step only reads weights, buffers, constants or the mode, which either half can read by itself."""
     return bool(node.op == "get_attr" or node.meta.get(FREE_READ))
 
 
@@ -89,7 +89,7 @@ def writes(node: fx.Node) -> bool:
 
 
 class BufferTracer(fx.Tracer):
-    """Follows what is done to buffers, in place too. A half that is unpickled is followed by it again."""
+    """A tracer that records in-place operations on buffers too. Unpickling a half traces it again with this class."""
 
     proxy_buffer_attributes = True
 
@@ -101,7 +101,7 @@ class BufferTracer(fx.Tracer):
 
 
 class _BufferProxy(fx.Proxy):
-    """Knows its shape, which stays, and is written by Python's operators in place, of which a proxy makes others."""
+    """A proxy of a buffer: it knows its fixed shape, and records Python's in-place operators as in-place."""
 
     def __init__(self, node: fx.Node, tracer: fx.proxy.TracerBase, shape: torch.Size) -> None:
         super().__init__(node, tracer)
@@ -178,8 +178,10 @@ def _autocast_depth() -> int:
 
 
 class _TraceGuard(TorchDispatchMode):
-    """While a pass is followed: nothing is computed of weights and buffers, nothing written into tensors beside them,
-    and no random number drawn. It would be done once, and be in no step."""
+    """While a pass is traced, refuse what would run once and not be in the graph.
+
+    That is computing with real weights and buffers, writing into other tensors of the model, drawing random numbers.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -202,13 +204,13 @@ class _TraceGuard(TorchDispatchMode):
 
 
 def _storage_address(tensor: Tensor) -> int:
-    """Where it lies; 0 where it has no numbers, or none in one piece."""
+    """The address of a tensor's storage; 0 on the meta device and for layouts that are not strided."""
     return 0 if tensor.is_meta or tensor.layout != torch.strided else tensor.untyped_storage().data_ptr()
 
 
 @dataclass(frozen=True)
 class _Trace:
-    """A forward pass that was followed: its steps, what those read that have a name, and which of that it made."""
+    """A traced forward pass: its graph and nodes, the values of get_attr nodes, and the names that tracing made."""
 
     graph: fx.Graph
     nodes: list[fx.Node]
@@ -217,7 +219,7 @@ class _Trace:
 
 
 def _trace_once(model: nn.Module, opened: list[nn.Module], mode: bool, alone: bool = False) -> _Trace:
-    """alone: only what is opened is in that mode, all else in the other."""
+    """Trace one pass with train mode `mode`. alone: modules that are not in `opened` are in the other mode."""
     for module in model.modules():
         module.training = mode is not alone
     for module in opened:
@@ -245,8 +247,10 @@ def _trace_once(model: nn.Module, opened: list[nn.Module], mode: bool, alone: bo
 
 @contextmanager
 def _sizes_as_tuple() -> Iterator[None]:
-    """Functions that make a tensor of these sizes get them as one tuple. Torch refuses several where one is a value of
-    the input's shape: those it looks for in tuples only."""
+    """Context manager: torch.empty, ones, rand, randn and zeros get their sizes as one tuple.
+
+    With a proxy among several separate sizes torch raises: it looks for proxies only inside a tuple.
+    """
 
     def in_one(make: Callable[..., Tensor], *sizes: Any, **named: Any) -> Tensor:
         return make(sizes, **named) if len(sizes) > 1 else make(*sizes, **named)
@@ -269,7 +273,7 @@ def _all_generator_states(model: nn.Module) -> tuple[Any, ...]:
 
 @contextmanager
 def _flipped_contexts() -> Iterator[None]:
-    """Gradients and autocast are each off if they were on, and on if they were off."""
+    """Context manager: flips gradient mode and autocast, each from on to off or from off to on."""
     autocast = {kind: torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")}  # without a kind: of cuda
     with torch.set_grad_enabled(not torch.is_grad_enabled()):
         try:
@@ -289,7 +293,7 @@ def _reason(error: Exception) -> str:
 
 
 def _source_location(error: Exception) -> str:
-    """The last line of a model's own that ran: neither torch's nor one of these."""
+    """The last source line in the traceback that is neither torch's nor this package's, for error messages."""
     not_theirs = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
     theirs = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(not_theirs)]
     return f" ({Path(theirs[-1].filename).name}, line {theirs[-1].lineno}: {theirs[-1].line})" if theirs else ""
@@ -486,7 +490,7 @@ MODULE_ATTRIBUTES = {*vars(nn.Module())}  # what every module has
 
 
 def _other_attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """All that is no weight, buffer, module or mode, by its name."""
+    """Yield (path, value) of every attribute that modules have beyond those of nn.Module itself."""
     for path, module in model.named_modules():
         for name, value in vars(module).items():
             if name not in MODULE_ATTRIBUTES:
@@ -495,7 +499,7 @@ def _other_attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 @contextmanager
 def _restoring_containers(model: nn.Module) -> Iterator[None]:
-    """Lists and dicts of modules hold afterwards what they held before."""
+    """Context manager: restores the contents of lists and dicts that are attributes of modules."""
     kept = [(value, copy.copy(value)) for _, value in _other_attributes(model) if type(value) in (list, dict)]
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a half takes: a batch's inputs, whole and in parts; and how it is called where nothing is learnt or changed."""
+"""Inputs of a half: calling it, splitting a batch into microbatches, and running passes without side effects."""
 
 from __future__ import annotations
 
@@ -32,13 +32,16 @@ def describe_inputs(inputs: Inputs) -> str:
 
 
 def clone_tensors(given: Any) -> Any:
-    """The same, of copies of all tensors in it."""
+    """A copy of a nested structure in which every tensor is cloned."""
     return tree_map_only(Tensor, torch.clone, given)
 
 
 def outputs_match(a: Tensor, b: Tensor) -> bool:
-    """Whether two passes gave the same: to the bit, NaN included; on a GPU, where a sum may take another order every
-    time, within a few units in the last place."""
+    """Whether the outputs of two passes are equal.
+
+    On the CPU to the bit, NaN included; on a GPU, where sums may change their order, within a few units in the last
+    place.
+    """
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     rounding = 0.0 if a.device.type == "cpu" else 16 * torch.finfo(a.dtype).eps * float(a.abs().max())
@@ -52,7 +55,7 @@ def mask_of(inputs: Inputs) -> Tensor | None:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode and no graph, as it was before afterwards."""
+    """Context manager: eval mode without gradients; restores the mode of every submodule on exit."""
     modes = [(m, m.training) for m in module.modules()]
     module.eval()
     try:
@@ -65,8 +68,9 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def restoring_state(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Whatever passes change is afterwards as it was: attributes, modes, numbers in buffers, and the random generators
-    of torch, numpy and Python.
+    """Context manager: undo on exit whatever forward passes change.
+
+    That is attributes, modes, the contents of buffers, and the random generators of torch, numpy and Python.
 
     Raises TypeError for scripted modules, whose attributes are not Python's.
     """
@@ -109,7 +113,7 @@ def accelerators(modules: Iterable[nn.Module]) -> tuple[str, list[int]]:
 
 
 def microbatches(inputs: Inputs, samples: int) -> Iterator[Inputs]:
-    """The inputs, so many samples at a time; 0: all together. Samples are the first dimension of every tensor."""
+    """Yield the inputs in parts of `samples` samples, which are the first dimension of every tensor; 0: all at once."""
     if not samples:
         yield inputs
         return
@@ -119,7 +123,7 @@ def microbatches(inputs: Inputs, samples: int) -> Iterator[Inputs]:
 
 
 def check_samples_independent(half: nn.Module) -> None:
-    """Raises ValueError for a half that makes other outputs of a batch in eval mode when it is taken in parts."""
+    """Raises ValueError if the samples of a batch affect each other in eval mode, so that it cannot be split."""
     for name, module in half.named_modules():
         if isinstance(module, _BatchNorm) and module.running_mean is None:
             raise ValueError(

@@ -18,12 +18,12 @@ def has_submodule(module: nn.Module, path: str) -> bool:
 
 
 def existing_submodules(module: nn.Module, names: Sequence[str]) -> list[str]:
-    """Those of the submodules that are there: others are of other versions, or None by the model's configuration."""
+    """Those of the named submodules that exist and are not None; which do depends on version and configuration."""
     return [name for name in names if getattr(module, name, None) is not None]
 
 
 def copy_module(module: nn.Module) -> nn.Module:
-    """A module of its own over the same weights and children."""
+    """A shallow copy of a module: it shares weights and children, but has its own attributes and list of children."""
     if hasattr(type(module), "__copy__"):  # followed graphs and scripts know how
         own: nn.Module = copy.copy(module)
     else:  # copy.copy asks __getstate__, which parametrized modules refuse

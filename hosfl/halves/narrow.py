@@ -1,4 +1,4 @@
-"""Weights that never move, stored narrow: bfloat16, or integers and scales. A layer's are made wide while it uses them.
+"""Frozen weights in fewer bits: bfloat16, or integers and scales. A layer's are dequantized while it uses them.
 
 int8, int4, int2: a row of a weight, such as those of one output channel or the vector of one token, is cut into groups
 of 64 or a little fewer. weight = scale * q; scale = max|weight| of the group / L, q = weight / scale rounded to the
@@ -74,8 +74,10 @@ def narrow_names(half: nn.Module) -> list[str]:
 
 @contextmanager
 def narrow_bfloat16_as_floats(half: nn.Module) -> Iterator[None]:
-    """Narrow weights that are bfloat16 have that dtype in the block, and not their bits in integers: an exporter of
-    graphs knows no operator that takes the one for the other."""
+    """Context manager: weights stored as bfloat16 have that dtype inside, not int16.
+
+    torch's ONNX exporter has no operator that reinterprets the bits.
+    """
     held: list[tuple[dict[str, Any], str, nn.Parameter]] = []
     for module in half.modules():
         parameters: dict[str, Any] = module._parameters
@@ -156,7 +158,7 @@ _recorded_reads: list[
 
 @contextmanager
 def recompute_wide_weights() -> Iterator[None]:
-    """Backpropagation in the block holds no wide weights: it makes a layer's again when it comes to that layer."""
+    """Context manager: autograd saves no dequantized weights; the backward pass dequantizes each layer's again."""
     made: dict[int, tuple[ref[Tensor], str, Any]] = {}
 
     def pack(saved: Tensor) -> Tensor | Callable[[], Tensor]:
@@ -175,7 +177,7 @@ def recompute_wide_weights() -> Iterator[None]:
 
 
 class NarrowEmbedding(nn.Embedding):
-    """What an nn.Embedding with a narrow table does: the rows of these tokens are made wide, no others."""
+    """An nn.Embedding with a quantized table: only the rows that are looked up are dequantized."""
 
     narrow: dict[str, tuple[torch.Size, int]]
 
@@ -196,7 +198,7 @@ def _table_rows(table: Tensor, tokens: Tensor) -> Tensor:
 
 @cache
 def _narrow_class(kind: Any, names: tuple[str, ...]) -> type[nn.Module]:
-    """The same kind of module, whose parameters of these names are narrow. Its forward pass is the kind's own."""
+    """A subclass of `kind` with the same forward pass, whose attributes of these names dequantize the parameters."""
     bases: tuple[type, ...] = (kind,)
     if issubclass(kind, nn.Embedding) and "weight" in names:
         bases = (NarrowEmbedding,) if kind is nn.Embedding else (kind, NarrowEmbedding)

@@ -4,10 +4,10 @@
     halves.client(**inputs)  # the cut
     halves(inputs)  # the whole model's output, to the bit
 
-Three ways to cut, of which the model decides: an `nn.Sequential` between its modules; the families of Hugging Face's
+The kind of model decides how it is cut: an `nn.Sequential` between its modules; the families of Hugging Face
 transformers that `families` lists, between their layers; any other model of one input tensor, such as those of
-torchvision and timm, wherever only one tensor crosses (`trace_chain`). Then the halves are compared with the model
-(`verify`). What cannot be cut so is refused: build a `SplitModel` of two modules of your own.
+torchvision and timm, wherever only one tensor crosses (`chain`). Then the halves are compared with the model
+(`verify`). Any other model raises CutError: build a `SplitModel` of two modules of your own.
 """
 
 from __future__ import annotations
@@ -61,28 +61,31 @@ class SplitModel(nn.Module):
             raise CutError(f"the cut must be one tensor, and the client half makes a {type(cut).__name__}")
         mask = mask_of(inputs)
         masks = {} if mask is None else {"attention_mask": mask}
-        output: Tensor = self.server(self.handed(cut), **masks)
+        output: Tensor = self.server(self.cast_cut(cut), **masks)
         return output
 
-    def handed(self, cut: Tensor) -> Tensor:
-        """The cut as the server half takes it: as it is."""
+    def cast_cut(self, cut: Tensor) -> Tensor:
+        """Convert the cut for the server half; here it is returned unchanged."""
         return cut
 
 
 class RunHalves(SplitModel):
-    """Halves of a run, which says what the client half computes in: the server half takes the cut in its own dtype."""
+    """The halves of a run, whose client half may compute in another dtype: the cut is cast to the server half's."""
 
-    def handed(self, cut: Tensor) -> Tensor:
+    def cast_cut(self, cut: Tensor) -> Tensor:
         return cut.to(dtype_of(self.server))
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
-    """What a module computes in: the dtype of its first parameter that is no integer."""
+    """The dtype that a module computes in: that of its first floating-point parameter; float32 if it has none."""
     return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
 
 
 def cast_floats(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """The module, cast in place as by its `to`, which would cut off the imaginary part of what is complex as well."""
+    """Cast floating-point parameters and buffers in place, and return the module.
+
+    Unlike `Module.to`, complex tensors stay as they are: `to` would drop their imaginary part.
+    """
     return module._apply(lambda t: t.to(dtype) if t.is_floating_point() else t)
 
 
@@ -118,8 +121,8 @@ def split(model: nn.Module, at: int | str, *, example: Inputs | None = None, ver
     Args:
         model: an nn.Sequential, a transformer of a known family, or another model of one input tensor.
         at: how many layers the client half gets, or the name of the first module behind the cut; `cut_points` lists
-            both. All layers: the server half is the model's head. A name inside a layer will do where one tensor
-            crosses there.
+            both. The number of all layers makes the server half the model's head. A module inside a layer can be named
+            too, if only one tensor crosses there.
         example: a few samples as the model takes them: a tensor, a tuple of arguments, or a mapping of names. The
             halves are compared with the model on them: outputs, gradients and buffers, in a few passes. None: an
             nn.Sequential is not compared; for other models the library makes some, texts or pictures for transformers,
@@ -135,13 +138,13 @@ def split(model: nn.Module, at: int | str, *, example: Inputs | None = None, ver
             does not take it.
     """
     inner = _unwrapped(model)
-    way = find_cutter(inner)
-    if isinstance(at, str) and at not in way.places and way.finer and has_submodule(inner, at):
+    cutter = find_cutter(inner)
+    if isinstance(at, str) and at not in cutter.cut_points and cutter.accepts_inner_names and has_submodule(inner, at):
         found = trace_chain(inner, at)
         _refuse_hooks(found.model, found.opened)
         halves = _halves(*found.cut(at))
     else:
-        halves = _halves(*way.cut(_layer_number(way.places, at)))
+        halves = _halves(*cutter.cut(_layer_number(cutter.cut_points, at)))
     if not verify or has_meta_tensors(inner):
         return halves
     if example is not None:
@@ -165,10 +168,10 @@ def cut_points(model: nn.Module, inputs: Inputs | None = None) -> list[CutPoint]
     Raises:
         CutError: the model cannot be cut; it is a TypeError.
     """
-    way = find_cutter(_unwrapped(model))
+    cutter = find_cutter(_unwrapped(model))
     points = []
-    for name, number in way.places.items():
-        parts = way.cut(number)
+    for name, number in cutter.cut_points.items():
+        parts = cutter.cut(number)
         if _shared_normalisation(*parts) is not None:
             continue
         halves = _halves(*parts)
@@ -181,7 +184,7 @@ def cut_points(model: nn.Module, inputs: Inputs | None = None) -> list[CutPoint]
 
 @torch.no_grad()
 def _activation_bytes(halves: SplitModel, inputs: Inputs) -> tuple[int, int, int]:
-    """Bytes of the cut, and of all that the client half and the server half make on the way."""
+    """Bytes of the cut, and of all that the client half and the server half compute in between."""
     sizes = {"client": 0, "server": 0}
     cuts: list[int] = []
 
@@ -219,21 +222,24 @@ WRAPPERS = {
 
 @dataclass(frozen=True)
 class Cutter:
-    """How to cut a model: its cut points, and the halves from the number of one. finer: whether others have names.
+    """How to cut one model.
 
-    All weights of the halves are the model's own, tied ones too.
+    Attributes:
+        cut_points: the name of the first module of the server half -> the number of layers in the client half.
+        cut: that number -> (client half, server half). They share all weights with the model, tied ones too.
+        accepts_inner_names: whether `split` may also be given the name of a module inside a layer.
     """
 
-    places: dict[str, int]
+    cut_points: dict[str, int]
     cut: Callable[[int], tuple[nn.Module, nn.Module]]
-    finer: bool = True
+    accepts_inner_names: bool = True
 
 
 def find_cutter(model: nn.Module) -> Cutter:
-    """Raises CutError where there is none."""
+    """The `Cutter` for a model of this kind. Raises CutError if the model cannot be cut."""
     if transformer_layers(model) is not None:
         _refuse_hooks(model, layer_ancestors(model))
-        return Cutter(_transformer_cut_points(model), partial(cut_transformer, model), finer=False)
+        return Cutter(_transformer_cut_points(model), partial(cut_transformer, model), accepts_inner_names=False)
     if _is_plain_sequential(model):
         _refuse_hooks(model, [model])
         names = list(model._modules)
@@ -246,7 +252,7 @@ def find_cutter(model: nn.Module) -> Cutter:
         )
     try:
         found = trace_chain(model)
-        if not found.places:
+        if not found.cut_points:
             raise CutError("nowhere in its forward pass one tensor alone goes from module to module")
     except CutError as error:
         raise CutError(
@@ -254,8 +260,8 @@ def find_cutter(model: nn.Module) -> Cutter:
             f"{_submodule_hint(model)}"
         ) from error
     _refuse_hooks(model, found.opened)
-    named = {number: name for name, number in found.places.items()}
-    return Cutter(found.places, lambda number: found.cut(named[number]))
+    named = {number: name for name, number in found.cut_points.items()}
+    return Cutter(found.cut_points, lambda number: found.cut(named[number]))
 
 
 def _transformer_cut_points(model: nn.Module) -> dict[str, int]:
@@ -285,14 +291,14 @@ def _halves(client: nn.Module, server: nn.Module) -> SplitModel:
 
 
 def _shared_normalisation(client: nn.Module, server: nn.Module) -> str | None:
-    """A normalisation whose running statistics both halves write; None where there is none."""
+    """The path of a normalisation whose running statistics both halves would write, or None."""
     mine = {id(b) for m in client.modules() if isinstance(m, _NormBase) for b in m.buffers(recurse=False)}
     theirs = ((path, m) for path, m in server.named_modules() if isinstance(m, _NormBase))
     return next((path for path, m in theirs if any(id(b) in mine for b in m.buffers(recurse=False))), None)
 
 
 def _submodule_hint(model: nn.Module) -> str:
-    """Which of its modules can be cut."""
+    """The end of an error message: a submodule that can be cut, if there is one."""
     for name, module in model.named_modules():
         if name and getattr(getattr(module, "config", None), "model_type", "") in FAMILIES:
             return f"; its {name}, a {type(module).__name__}, can be cut by itself"
@@ -300,7 +306,7 @@ def _submodule_hint(model: nn.Module) -> str:
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside peft's wrapper, whose adapters are part of its layers. Raises CutError for what wraps more."""
+    """The model without peft's wrapper; its adapters stay in the layers. Raises CutError for any other wrapper."""
     name = type(model).__name__
     if name in WRAPPERS:
         raise CutError(f"cannot cut through {name}: cut the model inside, its {WRAPPERS[name]}")
@@ -340,8 +346,10 @@ def _unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _refuse_hooks(model: nn.Module, followed: Iterable[nn.Module]) -> None:
-    """Raises CutError for hooks of the modules whose forward passes are taken apart, and for their own ways of other
-    things: whose would they be?"""
+    """Raises CutError for hooks or overridden methods of modules whose forward pass is taken apart.
+
+    Neither half would be the right place for them.
+    """
     names = {module: name for name, module in model.named_modules()}
     for module in followed:
         refuse_overridden_methods(module)
@@ -357,7 +365,7 @@ def _refuse_hooks(model: nn.Module, followed: Iterable[nn.Module]) -> None:
 
 
 def _verify_on_default_example(model: nn.Module, inner: nn.Module, halves: SplitModel) -> None:
-    """With the first example of the library's own that the model takes."""
+    """Compare model and halves on the first of the library's default examples that the model accepts."""
     refused: ExampleError | None = None
     for inputs in _default_examples(inner):
         try:
@@ -393,7 +401,7 @@ def _layer_number(places: Mapping[str, int], at: int | str) -> int:
 
 
 def _untie(client: nn.Module, server: nn.Module) -> nn.Module:
-    """The server half with its own copy of every parameter and buffer that the client half has as well."""
+    """Give the server half its own copy of every parameter and buffer that it shares with the client half."""
     mine = {id(t) for t in (*client.parameters(), *client.buffers())}
     clones: dict[int, Any] = {}
     for path, module in list(server.named_modules()):

@@ -1,4 +1,4 @@
-"""Which of a client half's parameters move: all, adapters, biases, normalisations, or some by their names."""
+"""Select the trainable parameters of a client half: all, adapters, biases, normalisations, or some by name."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ BIASES = ["*bias", "*bias_ih*", "*bias_hh*"]  # the last two of nn.LSTM, GRU, RN
 
 
 def select_trainable(half: nn.Module, trains: str, seed: int, public: Inputs | None = None) -> nn.Module:
-    """Leave `requires_grad` to those parameters that `trains` names; returns the half, changed in place.
+    """Freeze all parameters but those that `trains` names; returns the half, changed in place.
 
-    What does not require grad already, stays so. Adapters start as zero; what is random in them is drawn from the run's
+    Parameters that are frozen already stay frozen. Adapters start at zero; their random parts are drawn from the run's
     seed.
 
     Args:
@@ -32,9 +32,10 @@ def select_trainable(half: nn.Module, trains: str, seed: int, public: Inputs | N
         seed: of the run.
         public: unlabelled samples as the half takes them, which are no secret; for "act" and peft's EVA.
 
-    Raises, before anything is changed: ValueError: nothing is left that moves; a rank is no positive number, or larger
-    than a layer; peft does not take a configuration; public samples are missing or of no use. ImportError: "lora" and
-    "peft" without peft.
+    Raises, before anything is changed:
+        ValueError: nothing would be trainable; a rank is not a positive integer, or is larger than a layer allows; peft
+            rejects a configuration; public samples are missing or cannot be used.
+        ImportError: "lora" or "peft" without the package peft.
     """
     if trains == "all":
         return half

@@ -1,10 +1,10 @@
-"""Are two halves the model that they were cut from? One forward and one backward pass of each says.
+"""Compare a model with the two halves that it was cut into, by one forward and one backward pass of each.
 
-Both run in train mode, so that dropout and its kind are seen, and every random number is drawn from the same seed
-wherever it is drawn: then the halves' outputs are the model's to the bit. Normalisations by batch statistics stay in
-eval mode. What a pass leaves in buffers must be the same, and where it writes any, a second pass goes on from there,
-forward only. Whatever a pass changes, attributes, buffers, gradients, modes and random generators, is put back before
-that of the others, which has inputs of its own.
+Both run in train mode, so that dropout and the like take part, and every random operation starts from the same seed:
+then the halves' outputs equal the model's to the bit. Batch normalisations stay in eval mode. A pass must leave the
+same values in buffers; if it writes any, a second forward pass starts from them. Everything that a pass changes,
+attributes, buffers, gradients, modes and random generators, is restored before the next pass, which gets its own copy
+of the inputs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class ExampleError(ValueError):
 
 
 def has_meta_tensors(model: nn.Module) -> bool:
-    """Whether some of it has no numbers, so that nothing can be computed."""
+    """Whether a parameter or buffer is on the meta device, so that nothing can be computed."""
     return any(t.device.type == "meta" for t in (*model.parameters(), *model.buffers()))
 
 
@@ -101,7 +101,7 @@ def _name(model: nn.Module) -> str:
 
 
 def _call_whole(model: nn.Module, inputs: Inputs) -> Any:
-    """As the halves run: a transformer returns names for once, and keeps no keys and values.
+    """Call the model as the halves are called: a transformer returns a mapping, and caches no keys and values.
 
     Those that it keeps lie elsewhere in memory than those that it does not, and on some processors attention sums them
     in another order.
@@ -117,7 +117,7 @@ def _call_whole(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def original_parameters(model: nn.Module, halves: Any) -> dict[Tensor, Tensor]:
-    """The model's parameter of each of the halves': itself, or for weights tied across the cut the one it copies."""
+    """Map each parameter of the halves to the model's: itself, or the one that a tied weight is a copy of."""
     mine: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     found: dict[Tensor, Tensor] = {}
     for side, half in (("client", halves.client), ("server", halves.server)):
@@ -140,7 +140,7 @@ def _equal_tensor(copy: Tensor, name: str, mine: dict[Tensor, str]) -> Tensor | 
 
 
 def _common_suffix(name: str, other: str) -> int:
-    """With how many of the same parts two names end."""
+    """The number of equal dotted parts at the end of two names."""
     pairs = zip(reversed(name.split(".")), reversed(other.split(".")), strict=False)
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
@@ -189,7 +189,7 @@ class _PassRecord:
 
 
 class _BufferMonitor:
-    """Which buffers of modules are written from here on, and what is in them then. By the tensors that were there."""
+    """Detects which buffers of modules are written after its construction. Keys are the buffers' original tensors."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         held = [(m._buffers, name, b) for m in modules for name, b in m._buffers.items() if b is not None]
@@ -242,7 +242,7 @@ def _sketch(gradient: Tensor) -> tuple[float, float]:
 
 
 class _FixedSeed(TorchDispatchMode):
-    """Every operation that draws random numbers draws them from one seed: what was drawn before does not matter."""
+    """Seeds the generators anew before every random operation, so that earlier draws do not matter."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -257,7 +257,7 @@ class _FixedSeed(TorchDispatchMode):
 
 @contextmanager
 def _isolated_pass(modules: set[nn.Module], inputs: Inputs) -> Iterator[Inputs]:
-    """For one pass: train mode, one seed, gradients on, inputs to write into; afterwards everything is as it was."""
+    """Context manager for one pass: train mode, fixed seed, gradients; yields cloned inputs, restores all on exit."""
     with restoring_state(modules):
         for module in modules:
             module.training = not isinstance(module, nn.modules.batchnorm._NormBase)
@@ -275,7 +275,7 @@ def _describe_difference(a: Tensor, b: Tensor) -> str:
 def _first_difference(
     model: nn.Module, halves: Any, undisturbed: Callable[[], AbstractContextManager[Inputs]], held: set[Tensor]
 ) -> str:
-    """Where the halves leave the model's way, by watching the modules that are in both run once more.
+    """Describe the first module whose inputs or outputs differ, by running model and halves once more with hooks.
 
     undisturbed: what either pass runs in, with its inputs. held: the model's parameters that the halves have.
     """
@@ -303,7 +303,7 @@ def _first_difference(
 
 
 def _record_calls(modules: Any, forward: Callable[[], Any]) -> list[tuple[nn.Module, str, Any]]:
-    """In the order of time, what modules were given and what they made, as sums."""
+    """(module, "inputs" or "outputs", fingerprint) of every call of these modules, in order."""
     seen: list[tuple[nn.Module, str, Any]] = []
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:

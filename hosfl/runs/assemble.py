@@ -34,9 +34,9 @@ from hosfl.runs.federation import Federation
 from hosfl.runs.trial import try_halves
 from hosfl.settings import DEFAULTS, Rates, Settings
 from hosfl.tasks import TASKS, TUNED, make_task
-from hosfl.tasks.data import Dataset, dirichlet_split, iid_split, shards
-from hosfl.tasks.items import Batches, Items, check_alike
-from hosfl.tasks.task import Task, TaskError, rates_among
+from hosfl.tasks.data import Dataset, dirichlet_split, iid_split, shard_count
+from hosfl.tasks.items import Batches, Items, check_same_kinds
+from hosfl.tasks.task import Task, TaskError, lookup_rates
 
 
 def assemble(
@@ -265,7 +265,7 @@ def task_of(config: Settings) -> Task:
     fetches its data from the hub, which may take long.
     """
     if config.task in TASKS and config.task not in TUNED and not config.data:
-        rates_among({}, method_of(config.method).tuned(config), config)
+        lookup_rates({}, method_of(config.method).tuned(config), config)
     return make_task(config)
 
 
@@ -279,7 +279,7 @@ def partition(task: Task, config: Settings, smallest_shard: int | None = None) -
     train = task.train
     if isinstance(train, list):
         return train
-    parts = config.clients if smallest_shard is None else shards(len(train), config.clients, smallest_shard)
+    parts = config.clients if smallest_shard is None else shard_count(len(train), config.clients, smallest_shard)
     if config.partition == "iid":
         owned = iid_split(len(train), parts, config.seed)
     else:

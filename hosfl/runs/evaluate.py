@@ -7,7 +7,7 @@ import math
 import torch
 
 from hosfl.halves.split import SplitModel, dtype_of
-from hosfl.tasks.data import Dataset, at_once
+from hosfl.tasks.data import Dataset, evaluation_batch_size
 from hosfl.tasks.items import Items, read
 from hosfl.tasks.task import Scores, Task
 

@@ -42,7 +42,7 @@ from hosfl.runs.config import Config
 from hosfl.runs.serve import LOCAL
 from hosfl.tasks import READERS, TASKS, make_task
 from hosfl.tasks.data import Dataset
-from hosfl.tasks.items import Items, labels_beside, read, samples_of
+from hosfl.tasks.items import Items, labels_without_reading, read, samples_of
 from hosfl.tasks.reading import DataError, call_user_function, load_arrays
 
 OWN = {"task": (TASKS, "FUNCTION"), "method": (METHODS, "CLASS")}  # settings that may be the user's code, FILE.py:NAME

@@ -1,4 +1,4 @@
-"""A study's folder: results that are read with mistrust, and the study whose it is."""
+"""A study's folder: which study it belongs to, and its result files, validated when they are read."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _MEMORY = {"machine": _MACHINE, "device": str, "bound": _NUMBER, "halves": {str:
 
 
 def _mismatches(value: Any, shape: Any, where: str = "it") -> Iterator[str]:
-    """What keeps a value from having a shape."""
+    """Yield the differences between a JSON value and the shape that it must have."""
     if isinstance(shape, dict) and isinstance(value, dict):
         for key, inside in shape.items():
             if key is not str and key not in value:

@@ -107,7 +107,7 @@ def check_tasks(study: Study) -> dict[DataKey, str]:
 
 
 class ProvenanceCheck:
-    """What a study's runs are made of: its data have these digests, and runs that begin alike have one model."""
+    """Checks that all runs of a study used the same data, and runs with the same settings of a model the same model."""
 
     def __init__(self, data: dict[DataKey, str]) -> None:
         self.data = data

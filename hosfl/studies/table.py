@@ -34,9 +34,11 @@ def trial_rows(study: Study, folder: Path) -> list[dict[str, Any]]:
 
 
 def best_trials(study: Study, folder: Path) -> dict[str, int | None]:
-    """The trial of each method: the best mean validation accuracy, or whatever the task's first score is, the least
-    where less is better; at equal accuracy the lower loss, then the first one. A run that failed is worse than any that
-    did not: first of all counts how many of a trial did. None where in every trial every run failed."""
+    """Choose the best trial of each method, from the trials whose runs have all ended.
+
+    Trials are compared by the number of failed runs, then by mean validation accuracy (or the task's first score, lower
+    if that is better), then by mean loss, then by order. None for a method of which every run of every trial failed.
+    """
     chosen: dict[str, int | None] = {}
     sign = -1 if _metric(study, folder)[1] else 1
 

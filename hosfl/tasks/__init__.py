@@ -57,14 +57,14 @@ def make_task(settings: Settings, own: Dataset | Items | None = None) -> Task:
     every run. own: the samples of the one client that it is made for; a task of `READERS` then reads nothing itself.
     Raises ValueError; TaskError where the function returns something else.
     """
-    from hosfl.tasks.items import seeded
+    from hosfl.tasks.items import global_seed
     from hosfl.tasks.task import Task, TaskError
 
     if not settings.task:
         raise ValueError("the run's task was an object, not a name: pass it to hosfl.train again")
     maker = _maker(settings.task)
     arguments = _arguments(maker, settings)
-    with seeded(0):
+    with global_seed(0):
         if own is not None and settings.task in READERS:
             arguments["own"] = own
         made = maker(settings, **arguments) if settings.task in TASKS else maker(**arguments)

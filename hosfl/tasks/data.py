@@ -80,13 +80,13 @@ class Dataset:
         return {name: change(value) for name, value in self.inputs.items()}
 
 
-SMALLEST = 8  # samples of a client, where data are divided by class
-NUMBERS = 1 << 26  # of outputs at once: 256 MB in float32, of which a loss makes a few copies
+MIN_CLIENT_SAMPLES = 8  # samples of a client, where data are divided by class
+MAX_OUTPUTS = 1 << 26  # of outputs at once: 256 MB in float32, of which a loss makes a few copies
 
 
-def at_once(length: int, outputs: int = 1) -> int:
+def evaluation_batch_size(length: int, outputs: int = 1) -> int:
     """How many samples of `length` tokens are evaluated together, with so many outputs for each token."""
-    return max(1, min(512, 512 * 64 // length, NUMBERS // (length * outputs)))
+    return max(1, min(512, 512 * 64 // length, MAX_OUTPUTS // (length * outputs)))
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def digest(value: Any) -> str:
     return found.hexdigest()
 
 
-def classified(
+def with_published_parts(
     train: Sequence[Found], validation: Sequence[Found], test: Sequence[Found], names: Sequence[str] = ()
 ) -> tuple[list[Row], list[Row], list[Row]]:
     """The rows of published parts with their classes, int, as "label"; names: see `reading.class_numbers`.
@@ -181,7 +181,7 @@ def classified(
     for_report = with_classes(test, class_numbers(test, names, training=set(own), may_hide=True))
     if for_report:
         return rows, for_rates, for_report
-    kept, held = held_out(np.array(own), len(for_rates))
+    kept, held = split_held_out(np.array(own), len(for_rates))
     return [rows[i] for i in kept], [rows[i] for i in held], for_rates
 
 
@@ -190,7 +190,7 @@ def with_classes(found: Sequence[Found], numbers: Sequence[int]) -> list[Row]:
     return [{**row, "label": number} for (_, row), number in zip(found, numbers, strict=False)]
 
 
-def held_out(classes: NDArray[Any], most: int | None = None) -> tuple[NDArray[Any], NDArray[Any]]:
+def split_held_out(classes: NDArray[Any], most: int | None = None) -> tuple[NDArray[Any], NDArray[Any]]:
     """Which samples are kept, and which held out for validation: a tenth, or `most`, the same in every run.
 
     classes: int [n]; both parts have the same shares of them. Raises DataError for too few samples.
@@ -218,16 +218,16 @@ def held_out(classes: NDArray[Any], most: int | None = None) -> tuple[NDArray[An
     return np.sort(kept), np.sort(held)
 
 
-def as_tokens(
+def tokenized_splits(
     found: Sequence[list[Row]], texts: Callable[[Row], tuple[str, ...]], model: str, longest: int, cut: str = "right"
 ) -> Splits:
     """Training, validation and test rows as a model's tokens, of one length; the other arguments: see `tokenized`."""
-    whole = tokens([row for part in found for row in part], texts, model, longest, cut)
+    whole = tokenized_rows([row for part in found for row in part], texts, model, longest, cut)
     ends = np.cumsum([0, *map(len, found)]).tolist()
     return Splits(*(whole[begin:end] for begin, end in pairwise(ends)))
 
 
-def tokens(
+def tokenized_rows(
     rows: Sequence[Row], texts: Callable[[Row], tuple[str, ...]], model: str, longest: int, cut: str = "right"
 ) -> Dataset:
     """Rows as a model's tokens, of one length; the other arguments: see `tokenized`."""
@@ -244,7 +244,7 @@ def public_tokens(model: str) -> dict[str, Tensor]:
     return tokenized(model, [(text,) for text in texts], min(64, text_limits(model)[1]))
 
 
-def numbered(names: Sequence[str]) -> Tensor:
+def group_ids(names: Sequence[str]) -> Tensor:
     """Names as numbers, int64 [n]: 0 for the first and those equal to it, and so on, as `Task.groups` has them."""
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
     return torch.tensor([numbers[name] for name in names])
@@ -255,7 +255,7 @@ def iid_split(samples: int, clients: int, seed: int) -> list[Tensor]:
 
     Raises DataError where there are fewer samples than clients.
     """
-    _enough(samples, clients, 1)
+    _check_enough(samples, clients, 1)
     order = generator(seed, Purpose.PARTITION).permutation(samples)
     return [torch.from_numpy(np.sort(part)) for part in np.array_split(order, clients)]
 
@@ -265,9 +265,9 @@ def dirichlet_split(labels: Tensor, clients: int, alpha: float, seed: int) -> li
 
     labels: int64 [n], the classes, or whatever else the clients' data are to differ by, such as articles. alpha: small
     means that clients see few classes, large that they see the same mix. Drawn again until every client has
-    `SMALLEST` samples. Raises DataError where there are too few, or if that does not happen in 100 draws.
+    `MIN_CLIENT_SAMPLES` samples. Raises DataError where there are too few, or if that does not happen in 100 draws.
     """
-    _enough(len(labels), clients, SMALLEST)
+    _check_enough(len(labels), clients, MIN_CLIENT_SAMPLES)
     random = generator(seed, Purpose.PARTITION)
     classes = [np.flatnonzero(labels.numpy() == c) for c in labels.unique().tolist()]
     for _ in range(100):
@@ -278,15 +278,15 @@ def dirichlet_split(labels: Tensor, clients: int, alpha: float, seed: int) -> li
             for client, part in enumerate(np.split(random.permutation(members), cuts)):
                 owned[client].append(part)
         parts = [np.sort(np.concatenate(parts)) for parts in owned]
-        if min(len(part) for part in parts) >= SMALLEST:
+        if min(len(part) for part in parts) >= MIN_CLIENT_SAMPLES:
             return [torch.from_numpy(part) for part in parts]
     raise DataError(
-        f"{len(labels)} samples, {clients} clients, alpha {alpha}: some client always has fewer than {SMALLEST};"
-        " use fewer clients or a larger alpha"
+        f"{len(labels)} samples, {clients} clients, alpha {alpha}: some client always has fewer than"
+        f" {MIN_CLIENT_SAMPLES}; use fewer clients or a larger alpha"
     )
 
 
-def shards(samples: int, clients: int, smallest: int) -> int:
+def shard_count(samples: int, clients: int, smallest: int) -> int:
     """In how many parts a crowd shares the data: one per client, or as many as have `smallest` samples each.
 
     Raises DataError where the samples are too few for one.
@@ -296,7 +296,7 @@ def shards(samples: int, clients: int, smallest: int) -> int:
     return min(clients, samples // smallest)
 
 
-def _enough(samples: int, clients: int, smallest: int) -> None:
+def _check_enough(samples: int, clients: int, smallest: int) -> None:
     if clients < 1:
         raise ValueError(f"{samples} samples for {clients} clients: one client at least is needed")
     if samples < clients * smallest:

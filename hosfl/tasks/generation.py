@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hosfl.halves.split import SplitModel
-from hosfl.tasks.data import at_once
+from hosfl.tasks.data import evaluation_batch_size
 
 
 @torch.no_grad()
@@ -30,7 +30,7 @@ def generate(
     longest = max(map(len, prompts)) + most
     found: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    together = at_once(longest, vocabulary)
+    together = evaluation_batch_size(longest, vocabulary)
     for begin in range(0, len(order), together):
         chosen = order[begin : begin + together]
         lengths = torch.tensor([len(prompts[i]) for i in chosen], device=device)

@@ -21,7 +21,7 @@ from hosfl.tasks.reading import DataError
 from hosfl_kernels import derive
 
 LABELS = ("labels", "label")  # what a mapping calls them
-LOOKED_AT = 1024  # items that a digest is of, where they are read one by one
+DIGESTED_ITEMS = 1024  # items that a digest is of, where they are read one by one
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Items:
 
     def read(self, seed: int | None = None) -> Dataset:
         """The samples. Raises DataError where they do not fit together."""
-        with seeded(self.seed if seed is None else seed):
+        with global_seed(self.seed if seed is None else seed):
             items = [self._item(number) for number in self.indices.tolist()]
         inputs, labels = zip(*items, strict=True)
         first = inputs[0]
@@ -75,14 +75,14 @@ class Items:
 
     def digest(self) -> str:
         """SHA-256 of how many there are and of up to 1,024 of them, spread evenly, as they are read with seed 0."""
-        looked_at = np.unique(np.linspace(0, len(self) - 1, min(len(self), LOOKED_AT)).astype(np.int64))
+        looked_at = np.unique(np.linspace(0, len(self) - 1, min(len(self), DIGESTED_ITEMS)).astype(np.int64))
         parts = np.array_split(looked_at, max(1, len(looked_at) // 64))
         return digest([len(self), *(self[torch.from_numpy(part)].to("cpu").read(0).digest() for part in parts)])
 
     @cached_property
     def labels(self) -> Tensor:
-        """All labels: see `labels_beside`; where there are none beside the items, every item is read once."""
-        beside = labels_beside(self.source)
+        """All labels: see `labels_without_reading`; where there are none beside the items, every item is read once."""
+        beside = labels_without_reading(self.source)
         if beside is not None:
             return _labels(_tensor(beside, f"{self.what}, labels"), self.what)[self.indices]
         return torch.cat([self[part].read().labels.cpu() for part in torch.arange(len(self)).split(256)])
@@ -122,7 +122,7 @@ class Items:
 
 
 @contextmanager
-def seeded(seed: int) -> Iterator[None]:
+def global_seed(seed: int) -> Iterator[None]:
     """torch's, Python's and numpy's random numbers come from this seed, and go on as before afterwards."""
     before = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
@@ -162,7 +162,7 @@ def samples_of(given: Any, what: str) -> Dataset | Items:
             raise DataError(f"{what} has {', '.join(map(str, given))}; one must be called labels")
         arrays = {k: _tensor(v, f"{what}, {k}") for k, v in given.items() if k != name}
         found = Dataset(arrays, _labels(_tensor(given[name], f"{what}, {name}"), what))
-    elif _numbered(given):
+    elif _is_indexable(given):
         found = Items(given, torch.arange(len(given)), what)
     else:
         raise DataError(
@@ -220,14 +220,14 @@ def _labels(labels: Tensor, what: str) -> Tensor:
     return found
 
 
-def labels_beside(source: Any) -> Any:
+def labels_without_reading(source: Any) -> Any:
     """All labels of a data set where it has them beside its items, so that no item is read; None where it has not.
 
     As `targets`, which torchvision's data sets have; as a column of a Hugging Face data set, as stored; or in the data
     set that a torch `Subset` is of.
     """
     if isinstance(source, Subset):
-        whole = labels_beside(source.dataset)
+        whole = labels_without_reading(source.dataset)
         return None if whole is None else torch.as_tensor(whole)[list(source.indices)]
     if hasattr(source, "column_names") and hasattr(source, "with_format"):
         name = next((name for name in LABELS if name in source.column_names), None)
@@ -256,7 +256,7 @@ def _dense(array: Tensor, what: str) -> Tensor:
     return array
 
 
-def _numbered(given: Any) -> bool:
+def _is_indexable(given: Any) -> bool:
     if isinstance(given, (str, bytes, np.ndarray, Tensor, IterableDataset)):
         return False
     return hasattr(given, "__getitem__") and hasattr(given, "__len__")
@@ -267,7 +267,7 @@ def read(samples: Dataset | Items, seed: int = 0) -> Dataset:
     return samples.read(seed) if isinstance(samples, Items) else samples
 
 
-def sets_of(given: Any, what: str) -> Dataset | Items | list[Dataset | Items]:
+def datasets_of(given: Any, what: str) -> Dataset | Items | list[Dataset | Items]:
     """`samples_of`; of a list, one data set for each client."""
     if not isinstance(given, list):
         return samples_of(given, what)
@@ -279,7 +279,7 @@ def sets_of(given: Any, what: str) -> Dataset | Items | list[Dataset | Items]:
         raise DataError(f"{error} ({what} is a list, which has one data set for each client)") from None
 
 
-def check_alike(sets: Iterable[tuple[str, Dataset | Items]]) -> None:
+def check_same_kinds(sets: Iterable[tuple[str, Dataset | Items]]) -> None:
     """Raises DataError for a data set whose samples are unlike the first's: in names, kinds of numbers or shapes.
 
     sets: with how errors call them. What is evaluated on, "test" and "validation", may be of other sizes, such as

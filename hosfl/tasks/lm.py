@@ -21,16 +21,16 @@ from hosfl.halves.hub import fast_tokenizer_of, is_decoder, pretrained_model, st
 from hosfl.halves.split import SplitModel, split
 from hosfl.settings import Settings
 from hosfl.tasks.answers import answer_scores
-from hosfl.tasks.data import Dataset, held_out, numbered, public_tokens
+from hosfl.tasks.data import Dataset, group_ids, public_tokens, split_held_out
 from hosfl.tasks.generation import generate
-from hosfl.tasks.pretrained import place
+from hosfl.tasks.pretrained import cut_place
 from hosfl.tasks.reading import DataError, Found, Row, check_type, field, read_json_lines, text_field
 from hosfl.tasks.task import Scores, Task
 
 IGNORED = -100  # the label of tokens that are no completion's: torch's cross_entropy, and transformers, leave it out
 FILES = ("train.jsonl", "validation.jsonl", "test.jsonl")
-AT_ONCE = 1000  # texts to the tokenizer
-LONGEST = 256  # tokens of a sample, where nobody says
+TOKENIZER_BATCH = 1000  # texts to the tokenizer
+MAX_TOKENS = 256  # tokens of a sample, where nobody says
 
 
 # --- texts ----------------------------------------------------------------------------------------------------------
@@ -55,7 +55,7 @@ def parts(folder: Path) -> tuple[list[Found], list[Found], list[Found]]:
     rows = read_json_lines(train)
     if validation.exists() or validation.is_symlink():
         return rows, read_json_lines(validation), read_json_lines(test)
-    kept, held = held_out(np.zeros(len(rows), np.int64))
+    kept, held = split_held_out(np.zeros(len(rows), np.int64))
     return [rows[i] for i in kept], [rows[i] for i in held], read_json_lines(test)
 
 
@@ -139,7 +139,7 @@ class Decoder(NamedTuple):
         return cls(name, tokenizer, stop_tokens(name), vocabulary, min(longest, tokenizer.model_max_length))
 
 
-def encoded(texts: Sequence[Text], decoder: Decoder, longest: int) -> Dataset:
+def encode_texts(texts: Sequence[Text], decoder: Decoder, longest: int) -> Dataset:
     """Texts as tokens without the last one, which is only predicted, and labels int64 [n, length], padded on the right.
 
     A token is a completion's if it holds any of its characters. A token for the end follows the last completion, where
@@ -153,8 +153,8 @@ def encoded(texts: Sequence[Text], decoder: Decoder, longest: int) -> Dataset:
     samples: list[tuple[list[int], list[bool]]] = [([], [])] * len(texts)
     for special in (True, False):
         chosen = [i for i, text in enumerate(texts) if text.special is special]
-        for begin in range(0, len(chosen), AT_ONCE):
-            some = chosen[begin : begin + AT_ONCE]
+        for begin in range(0, len(chosen), TOKENIZER_BATCH):
+            some = chosen[begin : begin + TOKENIZER_BATCH]
             encodings = tokenizer(
                 [texts[i].text for i in some],
                 add_special_tokens=special,
@@ -182,8 +182,8 @@ def encoded(texts: Sequence[Text], decoder: Decoder, longest: int) -> Dataset:
 def _sample(
     text: Text, ids: list[int], offsets: Sequence[tuple[int, int]], decoder: Decoder, longest: int
 ) -> tuple[list[int], list[bool]]:
-    """A text's tokens as `encoded` has them, and which of them are learnt."""
-    tokenizer, learnt = decoder.tokenizer, _completing(offsets, text.completions)
+    """A text's tokens as `encode_texts` has them, and which of them are learnt."""
+    tokenizer, learnt = decoder.tokenizer, _is_completion(offsets, text.completions)
     end = len(learnt) - learnt[::-1].index(True) if True in learnt else 0
     ids, learnt = ids[:end], learnt[:end]
     if not end:
@@ -193,10 +193,10 @@ def _sample(
     if learnt[0]:
         first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         ids, learnt = [first, *ids], [False, *learnt]
-    return _shortened(ids, learnt, longest, tokenizer.all_special_ids, text.where)
+    return _truncate(ids, learnt, longest, tokenizer.all_special_ids, text.where)
 
 
-def _completing(offsets: Sequence[tuple[int, int]], completions: Sequence[tuple[int, int]]) -> list[bool]:
+def _is_completion(offsets: Sequence[tuple[int, int]], completions: Sequence[tuple[int, int]]) -> list[bool]:
     """Which tokens are of a completion. A blank may be a token whose offsets are behind it, [a, a)."""
     return [
         any((a < end and begin < b) or begin < a == b <= end for begin, end in completions)  # specials are at [0, 0)
@@ -204,7 +204,7 @@ def _completing(offsets: Sequence[tuple[int, int]], completions: Sequence[tuple[
     ]
 
 
-def _shortened(
+def _truncate(
     ids: list[int], learnt: list[bool], longest: int, special: Sequence[int], where: str
 ) -> tuple[list[int], list[bool]]:
     """Without so much of the prompt's beginning as is too long."""
@@ -293,14 +293,15 @@ def _text(tokens: Sequence[int], decoder: Decoder) -> str:
 
 
 def lm_task(
-    config: Settings, longest: int = LONGEST, generate: int = 0, by: str = "", own: Dataset | None = None
+    config: Settings, longest: int = MAX_TOKENS, generate: int = 0, by: str = "", own: Dataset | None = None
 ) -> Task:
     """Completions of prompts, or an assistant's turns, with a decoder that is named by config.model.
 
     config.data: a folder with train.jsonl, test.jsonl and, if it is not to be a tenth of the training part,
-    validation.jsonl; see `as_text`. longest: tokens of a sample, see `encoded`. generate: so many new tokens at most,
-    by which exact match and F1 are scored beside the perplexity; 0: they are not. by: a field of the training part's
-    rows, by whose values clients' data differ; without it they do not, and config.partition is "iid". own: a client's
+    validation.jsonl; see `as_text`. longest: tokens of a sample, see `encode_texts`. generate: the
+    largest number of new tokens, from which exact match and F1 are scored beside the perplexity; 0: no generation. by:
+    a field of the training part's rows, by whose values clients' data differ; without it they do not differ, and
+    config.partition is "iid". own: a client's
     samples, in place of the folder's.
 
     The objective: see `completion_loss`.
@@ -327,11 +328,11 @@ def lm_task(
     scores = (lambda halves, data: generation_scores(halves, data, decoder, generate)) if generate else None
     groups = None
     if by:
-        groups = numbered([text_field(row, by, where) for where, row in found[0]])
+        groups = group_ids([text_field(row, by, where) for where, row in found[0]])
     return completion_task(
         config,
         decoder,
-        [encoded(part, decoder, longest) for part in texts],
+        [encode_texts(part, decoder, longest) for part in texts],
         metrics={"perplexity": Perplexity()},
         generated=scores,
         groups=groups,
@@ -342,8 +343,8 @@ def own_completions(config: Settings, path: Path, longest: int) -> Dataset:
     """One client's samples: a file such as train.jsonl, or a folder with one. longest: tokens that the half reads."""
     decoder = Decoder.of(config.model)
     rows = read_json_lines(path / FILES[0] if path.is_dir() else path)
-    most = min(longest + 1, int(config.options.get("longest", LONGEST)))  # the last one is only predicted
-    return encoded([as_text(row, where, decoder.tokenizer) for where, row in rows], decoder, most)
+    most = min(longest + 1, int(config.options.get("longest", MAX_TOKENS)))  # the last one is only predicted
+    return encode_texts([as_text(row, where, decoder.tokenizer) for where, row in rows], decoder, most)
 
 
 def completion_task(config: Settings, decoder: Decoder, data: Sequence[Dataset], **more: Any) -> Task:
@@ -351,7 +352,7 @@ def completion_task(config: Settings, decoder: Decoder, data: Sequence[Dataset],
     train, validation, test = data
 
     def model() -> SplitModel:
-        return split(pretrained_model(decoder.name, "CausalLM"), place(config))
+        return split(pretrained_model(decoder.name, "CausalLM"), cut_place(config))
 
     return Task(
         model=model,

@@ -91,7 +91,7 @@ def picture_file(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
     """
     image = needed("PIL.Image", "a picture")
     raw = read_bytes(path)
-    with _pillow_s_errors(str(path), raw), image.open(io.BytesIO(raw), formats=FORMATS) as opened:
+    with _pillow_errors_as_data_errors(str(path), raw), image.open(io.BytesIO(raw), formats=FORMATS) as opened:
         return _rgb(opened, str(path), size)
 
 
@@ -113,7 +113,7 @@ def _rgb(opened: Any, where: str, size: tuple[int, int]) -> NDArray[np.uint8]:
 
 
 @contextmanager
-def _pillow_s_errors(where: str, raw: bytes | None = None) -> Iterator[None]:
+def _pillow_errors_as_data_errors(where: str, raw: bytes | None = None) -> Iterator[None]:
     """What Pillow raises for a damaged picture, which may be of any type, as a DataError."""
     try:
         yield
@@ -133,5 +133,5 @@ def _pillow_s_errors(where: str, raw: bytes | None = None) -> Iterator[None]:
 
 def hub_picture(column: Any, number: int, where: str, size: tuple[int, int]) -> NDArray[np.uint8]:
     """A picture of a column, as `picture_file` has it. Raises DataError."""
-    with _pillow_s_errors(where):
+    with _pillow_errors_as_data_errors(where):
         return _rgb(column[number], where, size)

@@ -15,12 +15,12 @@ from hosfl.tasks.items import Items
 from hosfl.tasks.task import Task
 
 
-def headed(name: str, head: str, at: int | str, outputs: int) -> SplitModel:
+def split_pretrained(name: str, head: str, at: int | str, outputs: int) -> SplitModel:
     """A pretrained model under a head, cut in two."""
     return split(pretrained_model(name, head, num_labels=outputs), at)
 
 
-def place(config: Settings) -> int | str:
+def cut_place(config: Settings) -> int | str:
     """Where a pretrained model is cut: the third layer by default."""
     at = config.at or "3"
     return int(at) if at.isdecimal() else at
@@ -41,7 +41,7 @@ def pretrained_task(
     return Task.of(
         data,
         classes=classes,
-        model=lambda: model(place(config)),
+        model=lambda: model(cut_place(config)),
         loss=nn.functional.cross_entropy,
         **more,
     )

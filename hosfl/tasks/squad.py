@@ -21,18 +21,20 @@ from hosfl.halves.hub import fast_tokenizer_of, is_decoder, packaged_minilm
 from hosfl.halves.split import SplitModel
 from hosfl.settings import Settings
 from hosfl.tasks.answers import answer_scores
-from hosfl.tasks.data import Dataset, Splits, numbered, public_tokens
-from hosfl.tasks.lm import Decoder, Text, completion_task, encoded, generated_answers
-from hosfl.tasks.pretrained import headed, pretrained_task
+from hosfl.tasks.data import Dataset, Splits, group_ids, public_tokens
+from hosfl.tasks.lm import Decoder, Text, completion_task, encode_texts, generated_answers
+from hosfl.tasks.pretrained import pretrained_task, split_pretrained
 from hosfl.tasks.reading import Answer, DataError, Row, check_answer_offsets, check_type, field, hub_rows, read_json
 from hosfl.tasks.task import Scores, Task
 
 HUB = "rajpurkar/squad"
 FILES = ("train-v1.1.json", "dev-v1.1.json")
-LONGEST = 384  # tokens of a window: question, and part of the paragraph; of a decoder's sample, with the answer
+MAX_WINDOW_TOKENS = (
+    384  # tokens of a window: question, and part of the paragraph; of a decoder's sample, with the answer
+)
 PROMPT = "Context: {context}\nQuestion: {question}\nAnswer:"
-LONGEST_ANSWER = 30  # tokens
-AT_ONCE = 1000  # questions to the tokenizer
+MAX_ANSWER_TOKENS = 30  # tokens
+TOKENIZER_BATCH = 1000  # questions to the tokenizer
 VERSION_2 = "is SQuAD 2.0, with questions that have no answer; this task reads 1.1"
 
 
@@ -90,10 +92,10 @@ def parts(data: str) -> tuple[list[Question], list[Question], list[Question]]:
     else:
         everything = read(Path(data))
         _enough(everything, 3, data)
-        train, test = articles_apart(everything, max(1, len(everything) // 4), keep=2)
+        train, test = split_by_article(everything, max(1, len(everything) // 4), keep=2)
         parts_of = data
     _enough(train, 2, parts_of)
-    train, validation = articles_apart(train, max(1, min(len(test), len(train) // 10)), keep=1)
+    train, validation = split_by_article(train, max(1, min(len(test), len(train) // 10)), keep=1)
     return train, validation, test
 
 
@@ -170,7 +172,7 @@ def _checked(found: list[tuple[str, Question, list[int]]]) -> list[Question]:
     return [asked for _, asked, _ in found]
 
 
-def articles_apart(questions: list[Question], count: int, keep: int = 0) -> tuple[list[Question], list[Question]]:
+def split_by_article(questions: list[Question], count: int, keep: int = 0) -> tuple[list[Question], list[Question]]:
     """(kept, apart): whole articles are set apart until they have `count` questions; the same in every run.
 
     keep: so many articles are kept, whatever count says.
@@ -200,14 +202,14 @@ def windows(found: Sequence[Sequence[Question]], model: str) -> tuple[Splits, Te
 
 def articles(questions: Sequence[Question]) -> Tensor:
     """The numbers of the questions' articles, int64 [n]."""
-    return numbered([q.article for q in questions])
+    return group_ids([q.article for q in questions])
 
 
-def _windows(tokenizer: Any, questions: Sequence[Question], longest: int = LONGEST) -> Windows:
+def _windows(tokenizer: Any, questions: Sequence[Question], longest: int = MAX_WINDOW_TOKENS) -> Windows:
     longest = min(longest, tokenizer.model_max_length)
     pieces: dict[str, list[Tensor]] = {}
-    for begin in range(0, len(questions), AT_ONCE):
-        some = questions[begin : begin + AT_ONCE]
+    for begin in range(0, len(questions), TOKENIZER_BATCH):
+        some = questions[begin : begin + TOKENIZER_BATCH]
         encodings = tokenizer(
             _first_tokens(tokenizer, [q.question.strip() for q in some], longest // 6),
             [q.context for q in some],
@@ -267,7 +269,7 @@ def predictions(outputs: Tensor, data: Windows) -> list[str]:
     best = torch.full((len(start),), float("-inf"))
     first = torch.zeros(len(start), dtype=torch.int64)
     last = first.clone()
-    for more in range(min(LONGEST_ANSWER, length)):
+    for more in range(min(MAX_ANSWER_TOKENS, length)):
         score, at = (start[:, : length - more] + end[:, more:]).max(1)
         better = score > best
         best, first, last = (
@@ -282,13 +284,13 @@ def predictions(outputs: Tensor, data: Windows) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Asked(Dataset):
+class PromptedQuestions(Dataset):
     """Prompts with the first answer, as `lm.encoded` has them, and the questions with all answers."""
 
     questions: Sequence[Question]
 
 
-def prompted(questions: Sequence[Question], decoder: Decoder, longest: int) -> Asked:
+def encode_prompts(questions: Sequence[Question], decoder: Decoder, longest: int) -> PromptedQuestions:
     """Questions as a decoder's samples of so many tokens at most. Raises DataError for an answer that does not fit.
 
     What is too long loses the paragraph's beginning. A question is cut at a sixth of the length.
@@ -299,8 +301,8 @@ def prompted(questions: Sequence[Question], decoder: Decoder, longest: int) -> A
         prompt, answer = PROMPT.format(context=q.context, question=question), f" {q.answers[0].strip()}"
         completion = (len(prompt), len(prompt) + len(answer))
         texts.append(Text(f"SQuAD, question {q.question.strip()!r}", prompt + answer, [completion]))
-    data = encoded(texts, decoder, longest)
-    return Asked(data.inputs, data.labels, questions)
+    data = encode_texts(texts, decoder, longest)
+    return PromptedQuestions(data.inputs, data.labels, questions)
 
 
 def squad_task(config: Settings, own: Dataset | None = None) -> Task:
@@ -317,12 +319,14 @@ def squad_task(config: Settings, own: Dataset | None = None) -> Task:
     if own is not None:
         if decoder is not None:
             return completion_task(config, decoder, [own, own, own])
-        return pretrained_task(own, own.length, lambda at: headed(name, "QuestionAnswering", at, 2), config)
+        return pretrained_task(own, own.length, lambda at: split_pretrained(name, "QuestionAnswering", at, 2), config)
     found = parts(config.data)
     if decoder is not None:
-        return written_task(config, decoder, found)
+        return generation_task(config, decoder, found)
     splits, groups = windows(found, name)
-    task = pretrained_task(splits, splits.train.length, lambda at: headed(name, "QuestionAnswering", at, 2), config)
+    task = pretrained_task(
+        splits, splits.train.length, lambda at: split_pretrained(name, "QuestionAnswering", at, 2), config
+    )
     return replace(task, scores=span_scores, groups=groups, public=public_tokens(name))
 
 
@@ -332,24 +336,24 @@ def own_questions(config: Settings, path: Path, longest: int) -> Dataset:
     name = config.model or packaged_minilm()
     if is_decoder(name):
         decoder = Decoder.of(name)
-        return prompted(found, decoder, min(longest + 1, most_tokens(decoder)))
-    data = _windows(fast_tokenizer_of(name), found, min(longest, LONGEST))
+        return encode_prompts(found, decoder, min(longest + 1, max_answer_tokens(decoder)))
+    data = _windows(fast_tokenizer_of(name), found, min(longest, MAX_WINDOW_TOKENS))
     data = data.shortened(data.used)
     return Dataset(data.inputs, data.labels)
 
 
-def most_tokens(decoder: Decoder) -> int:
+def max_answer_tokens(decoder: Decoder) -> int:
     """Of a decoder's sample, behind which it still has to write an answer."""
-    return min(LONGEST, decoder.longest - LONGEST_ANSWER)
+    return min(MAX_WINDOW_TOKENS, decoder.longest - MAX_ANSWER_TOKENS)
 
 
-def written_task(config: Settings, decoder: Decoder, found: Sequence[Sequence[Question]]) -> Task:
-    """With a decoder, which writes answers of `LONGEST_ANSWER` tokens at most."""
-    longest = most_tokens(decoder)
+def generation_task(config: Settings, decoder: Decoder, found: Sequence[Sequence[Question]]) -> Task:
+    """With a decoder, which writes answers of `MAX_ANSWER_TOKENS` tokens at most."""
+    longest = max_answer_tokens(decoder)
 
-    def scores(halves: SplitModel, data: Asked) -> Scores:
-        written = generated_answers(halves, data, decoder, LONGEST_ANSWER)
+    def scores(halves: SplitModel, data: PromptedQuestions) -> Scores:
+        written = generated_answers(halves, data, decoder, MAX_ANSWER_TOKENS)
         return answer_scores(written, [q.answers for q in data.questions])
 
-    data = [prompted(part, decoder, longest) for part in found]
+    data = [encode_prompts(part, decoder, longest) for part in found]
     return completion_task(config, decoder, data, metrics={}, generated=scores, groups=articles(found[0]))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hosfl.halves.split import SplitModel, dtype_of, split
 from hosfl.settings import Rates, Settings
 from hosfl.tasks.data import Dataset, Splits, digest
-from hosfl.tasks.items import Items, inputs_of, read, samples_of, seeded, sets_of
+from hosfl.tasks.items import Items, datasets_of, global_seed, inputs_of, read, samples_of
 from hosfl.tasks.reading import DataError
 
 Scores = dict[str, float]
@@ -102,7 +102,7 @@ class Task:
         def put(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
-        put("train", sets_of(self.train, "train"))
+        put("train", datasets_of(self.train, "train"))
         put("test", samples_of(self.test, "test"))
         if self.validation is not None:
             put("validation", samples_of(self.validation, "validation"))
@@ -183,18 +183,18 @@ class Task:
 
         Raises what `hosfl.split` raises, ValueError where nobody says where to cut, and TaskError for what is no model.
         """
-        with seeded(seed):
+        with global_seed(seed):
             # A module is callable as well.
             given = isinstance(self.model, (nn.Module, tuple))
             made: Any = copy.deepcopy(self.model) if given else self._made()
             if isinstance(made, tuple) and len(made) == 2 and all(isinstance(half, nn.Module) for half in made):
                 made = SplitModel(*made)
             if isinstance(made, nn.Module):
-                _check_there(made)
+                _check_has_weights(made)
             if isinstance(made, SplitModel):
                 if at:
                     raise ValueError(f"the task's model is cut already: leave out at = {at!r}")
-                return _untied(made)
+                return _untie(made)
             if not isinstance(made, nn.Module):
                 raise TaskError(f"the task's model is a {type(made).__name__}: a module or two halves are needed")
             place = (int(at) if at.isdecimal() else at) if at else self.at
@@ -228,14 +228,14 @@ class Task:
 
     def running(self, labels: Tensor) -> list[Any]:
         """The metrics that are given one batch after another, reset. labels: of any samples."""
-        metrics = [metric for metric in self._metrics(labels).values() if _runs(metric)]
+        metrics = [metric for metric in self._metrics(labels).values() if _is_streaming_metric(metric)]
         for metric in metrics:
             metric.reset()
         return metrics
 
     def keeps_outputs(self, labels: Tensor) -> bool:
         """Whether some score needs the outputs for the whole data set together. labels: of any samples."""
-        return self.scores is not None or not all(map(_runs, self._metrics(labels).values()))
+        return self.scores is not None or not all(map(_is_streaming_metric, self._metrics(labels).values()))
 
     def score(self, outputs: Tensor, data: Dataset, loss: float) -> Scores:
         """The scores of outputs for all of a data set, which `running` metrics have seen. loss: their mean loss."""
@@ -243,12 +243,12 @@ class Task:
             found = self.scores(outputs, data)
             if not isinstance(found, Mapping) or not found:
                 raise TaskError(f"the task's scores are {found!r}: numbers by name are needed")
-            return {name: _number(value, name) for name, value in found.items()}
+            return {name: _as_number(value, name) for name, value in found.items()}
         metrics = self._metrics(data.labels)
         if not metrics and self.generated is None:
             return {"score": -loss}
         return {
-            name: _number(metric.compute() if _runs(metric) else metric(outputs, data.labels), name)
+            name: _as_number(metric.compute() if _is_streaming_metric(metric) else metric(outputs, data.labels), name)
             for name, metric in metrics.items()
         }
 
@@ -270,7 +270,7 @@ class Task:
         """Those of these scores of which less is better. Raises TaskError where `lower_is_better` has one that is not
         there."""
         scores = list(scores)
-        _known(self.lower_is_better, scores)
+        _check_known_scores(self.lower_is_better, scores)
         said = [
             name for name, metric in (self.metrics or {}).items() if getattr(metric, "higher_is_better", None) is False
         ]
@@ -290,10 +290,10 @@ class Task:
         key: `Method.tuned`, by which, or by its first part alone, `rates` has them; a method without a client rate has
         the key ("frozen",).
         """
-        return rates_among(self.rates, key, settings)
+        return lookup_rates(self.rates, key, settings)
 
 
-def rates_among(rates: Mapping[Any, tuple[float, ...]], key: tuple[str, ...], settings: Settings) -> Rates:
+def lookup_rates(rates: Mapping[Any, tuple[float, ...]], key: tuple[str, ...], settings: Settings) -> Rates:
     """`Task.rates_of`, where the task's rates are these."""
     found, frozen = rates.get(key, rates.get(key[0])), key == ("frozen",)
     if found is None:
@@ -311,7 +311,7 @@ def rates_among(rates: Mapping[Any, tuple[float, ...]], key: tuple[str, ...], se
     )
 
 
-def _check_there(model: nn.Module) -> None:
+def _check_has_weights(model: nn.Module) -> None:
     """Raises TaskError for weights of the device "meta", which are shapes without numbers."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
@@ -320,7 +320,7 @@ def _check_there(model: nn.Module) -> None:
             )
 
 
-def _untied(halves: SplitModel) -> SplitModel:
+def _untie(halves: SplitModel) -> SplitModel:
     """The halves, of which the server's has its own copy of every parameter and buffer that both had, as of `split`.
 
     `split` keeps the model's own modules, and copies those above such a weight alone; these halves may be anything, so
@@ -351,7 +351,7 @@ def _check_metrics(task: Task) -> None:
     if not _mapping(task.metrics, "metrics", "functions of outputs and labels by name") and task.generated is None:
         raise ValueError("metrics is empty: name one, or leave it out")
     for name, metric in task.metrics.items():
-        if not isinstance(name, str) or not (callable(metric) or _runs(metric)):
+        if not isinstance(name, str) or not (callable(metric) or _is_streaming_metric(metric)):
             raise TaskError(f"the metric {name!r} is a {type(metric).__name__}: a function, by a name, is needed")
 
 
@@ -360,10 +360,10 @@ def _check_lower(task: Task) -> None:
     if isinstance(names, str) or not isinstance(names, Sequence):
         raise TaskError(f"lower_is_better is {names!r}: a tuple of names of metrics is needed")
     if task.scores is None and task.generated is None:  # of which nobody knows the names before there are some
-        _known(names, task.metrics or ())
+        _check_known_scores(names, task.metrics or ())
 
 
-def _known(names: Sequence[str], scores: Iterable[str]) -> None:
+def _check_known_scores(names: Sequence[str], scores: Iterable[str]) -> None:
     there = list(scores)
     for name in names:
         if name not in there:
@@ -405,12 +405,12 @@ def accuracy(outputs: Tensor, labels: Tensor) -> float:
     return float((outputs.argmax(-1) == labels).double().mean())
 
 
-def _runs(metric: Any) -> bool:
+def _is_streaming_metric(metric: Any) -> bool:
     """Whether a metric takes one batch after another."""
     return all(callable(getattr(metric, name, None)) for name in ("reset", "update", "compute"))
 
 
-def _number(value: Any, name: str) -> float:
+def _as_number(value: Any, name: str) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError, RuntimeError) as error:

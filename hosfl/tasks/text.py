@@ -14,11 +14,18 @@ from typing import NamedTuple
 from hosfl.halves.hub import is_decoder, packaged_minilm, pretrained_model
 from hosfl.halves.split import SplitModel
 from hosfl.settings import Settings
-from hosfl.tasks.data import Dataset, as_tokens, classified, public_tokens, tokens, with_classes
-from hosfl.tasks.pretrained import headed, pretrained_task
+from hosfl.tasks.data import (
+    Dataset,
+    public_tokens,
+    tokenized_rows,
+    tokenized_splits,
+    with_classes,
+    with_published_parts,
+)
+from hosfl.tasks.pretrained import pretrained_task, split_pretrained
 from hosfl.tasks.reading import Found, Row, class_numbers, field, hub_rows, read_json_lines, read_table, text_field
 from hosfl.tasks.task import Task
-from hosfl.tasks.verbalizer import first_tokens, verbalized
+from hosfl.tasks.verbalizer import first_tokens, split_with_words
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ def parts(task: TextTask, data: str) -> tuple[list[Row], list[Row], list[Row]]:
     """Training, validation and test rows of a data set: from a folder, or by name from the hub where data is empty.
 
     A row has the task's columns, texts without blanks at their ends, and "label", its class. The test labels of GLUE
-    and SuperGLUE are not public; what is done without them: see `hosfl.tasks.data.classified`.
+    and SuperGLUE are not public; what is done without them: see `hosfl.tasks.data.with_published_parts`.
 
     Raises: OSError; DataError naming file and line, or the hub's data set; without `datasets` ImportError.
     """
@@ -98,7 +105,7 @@ def parts(task: TextTask, data: str) -> tuple[list[Row], list[Row], list[Row]]:
     else:
         published = hub_rows(*task.hub, parts=("train", "validation", "test"))
         train, validation, test = ([_of_task(row, task, where) for where, row in part] for part in published)
-    return classified(train, validation, test, task.labels)
+    return with_published_parts(train, validation, test, task.labels)
 
 
 def read(path: Path, task: TextTask, may_hide: bool) -> Sequence[Found]:
@@ -154,10 +161,10 @@ def text_task(config: Settings, own: Dataset | None = None) -> Task:
 
     def model(at: int | str) -> SplitModel:
         if decoder:
-            return verbalized(pretrained_model(name, "CausalLM"), answers, at)
-        return headed(name, "SequenceClassification", at, len(it.words))
+            return split_with_words(pretrained_model(name, "CausalLM"), answers, at)
+        return split_pretrained(name, "SequenceClassification", at, len(it.words))
 
-    data = as_tokens(parts(it, config.data), inputs.texts, name, it.longest, inputs.cut) if own is None else own
+    data = tokenized_splits(parts(it, config.data), inputs.texts, name, it.longest, inputs.cut) if own is None else own
     return pretrained_task(data, len(it.words), model, config, public=public_tokens(name))
 
 
@@ -166,4 +173,4 @@ def own_texts(config: Settings, path: Path, longest: int) -> Dataset:
     inputs = TextInputs.of(config)
     found = read(path / inputs.task.files[0] if path.is_dir() else path, inputs.task, may_hide=False)
     rows = with_classes(found, class_numbers(found, inputs.task.labels, all_there=False))
-    return tokens(rows, inputs.texts, inputs.model, min(longest, inputs.task.longest), inputs.cut)
+    return tokenized_rows(rows, inputs.texts, inputs.model, min(longest, inputs.task.longest), inputs.cut)

@@ -35,7 +35,7 @@ def first_tokens(name: str, end: str, words: Sequence[str]) -> list[int]:
     return list(tokens)
 
 
-class Rows(nn.Module):
+class SelectedRows(nn.Module):
     """Some rows of an output layer: hidden states [..., width] -> logits [..., len(tokens)]."""
 
     def __init__(self, layer: nn.Module, tokens: Sequence[int]) -> None:
@@ -68,10 +68,10 @@ def with_words(model: nn.Module, tokens: Sequence[int]) -> nn.Module:
     """A causal language model whose logits are those of some tokens only; shares the model's weights."""
     layer = model.get_output_embeddings()  # type: ignore[operator]
     path = next(path for path, module in model.named_modules() if module is layer)
-    return replace_submodule(model, path, Rows(layer, tokens))
+    return replace_submodule(model, path, SelectedRows(layer, tokens))
 
 
-def verbalized(model: nn.Module, tokens: Sequence[int], at: int | str) -> SplitModel:
+def split_with_words(model: nn.Module, tokens: Sequence[int], at: int | str) -> SplitModel:
     """A causal language model cut in two, whose output is the logits of some tokens behind the text, [batch, tokens].
 
     Raises what `hosfl.split.split` raises.

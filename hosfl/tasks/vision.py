@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hosfl.halves.split import SplitModel, split
 from hosfl.settings import Settings
-from hosfl.tasks.data import Dataset, Splits, held_out
+from hosfl.tasks.data import Dataset, Splits, split_held_out
 from hosfl.tasks.picture_files import class_folders, hub_picture, picture_file
 from hosfl.tasks.pretrained import pretrained_task
 from hosfl.tasks.reading import DataError, class_numbers, hub_column, load_from_hub, read_bytes
@@ -195,7 +195,7 @@ def _from_hub(name: str) -> Splits:
 
 
 def _parts(train: Dataset, test: Dataset) -> Splits:
-    kept, held = map(torch.from_numpy, held_out(train.labels.numpy()))
+    kept, held = map(torch.from_numpy, split_held_out(train.labels.numpy()))
     return Splits(train[kept], train[held], test)
 
 
