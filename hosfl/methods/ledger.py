@@ -230,9 +230,10 @@ class SeedReplay:
 
     @property
     def weights(self) -> NDArray[np.float64]:
-        """[P]: weights w with |ghat|^2 = sum_p w_p v_p^2 in expectation. w_p = d_b / P_b^2, d_b = E |u_p|^2 of p's block b.
+        """[P]: weights w with |ghat|^2 = sum_p w_p v_p^2 in expectation.
 
-        d_b are the block's trainable elements, each with its squared factor.
+        w_p = d_b / P_b^2 with d_b = E |u_p|^2 for the block b of direction p: its trainable elements, each with its
+        squared factor.
         """
         sizes = [t.numel() * f * f for t, f in zip(self.mirror.tensors, self.run.factors, strict=True)]
         blocks = [(sum(sizes[t] for t in b.tensors) / b.directions**2, b.directions) for b, _ in self.run.parts()]
