@@ -60,7 +60,7 @@ def assemble(
     """
     task = task_of(config) if task is None else task
     config = with_task_clients(config, task)
-    check_alike(task.sets())
+    check_same_kinds(task.sets())
     kind, rates = method_of(config.method), rates_of(task, config)
     device = torch.device(config.device)
     model = halves_of(config, task)

@@ -22,7 +22,7 @@ def evaluate(model: SplitModel, data: Dataset | Items, task: Task) -> tuple[Scor
     # Texts are sorted by length, unless outputs per token are kept, which must have one length to be concatenated.
     by_length = isinstance(data, Dataset) and (not kept if task.per_token else data.labels.dim() == 1)
     order = data.lengths.argsort(stable=True) if by_length else torch.arange(len(data))
-    batch = at_once(first.length, task.classes or 1 if task.per_token else 1)
+    batch = evaluation_batch_size(first.length, task.classes or 1 if task.per_token else 1)
     if isinstance(data, Items):
         batch = min(batch, 64)
     outputs, labels, loss, counted = [], [], 0.0, 0

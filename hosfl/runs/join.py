@@ -209,7 +209,7 @@ def _check_labels(data: Dataset | Items, run: dict[str, Any], what: str) -> None
     """
     first = read(data[:2])
     labels = first.labels
-    if isinstance(data, Dataset) or labels_beside(data.source) is not None:
+    if isinstance(data, Dataset) or labels_without_reading(data.source) is not None:
         # A transformation may change the label of an item, which is then not the one known beside it.
         labels = data.labels if data.labels[:2].tolist() == labels.tolist() else labels
     check_labels(labels.cpu().numpy(), None if mask_of(first.inputs) is None else first.length, run, what)
