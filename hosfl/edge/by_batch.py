@@ -21,7 +21,7 @@ from hosfl.methods import calibration
 
 
 def export_statistics(half: nn.Module, sample: Inputs, most: tuple[int, int] = (0, 0)) -> bytes:
-    """The statistics that a half has on a batch, as `calibration.estimated` finds them, as an ONNX model without
+    """The statistics that a half has on a batch, as `calibration.estimate_statistics` finds them, as an ONNX model without
     weights: see `export_half`. Its output is what `calibration.flat` gives.
 
     Raises ExportError, also where onnxruntime makes others of it.
@@ -118,7 +118,7 @@ def _compare(of: Original, batches: Sequence[Mapping[str, Tensor]], graph: bytes
         def compare(inputs: Mapping[str, Tensor], where: str = "") -> None:
             labels = torch.empty(len(next(iter(inputs.values()))))
             try:
-                wanted, _ = calibration.estimated(of.half, [(as_half_inputs(of.sample, inputs), labels)])
+                wanted, _ = calibration.estimate_statistics(of.half, [(as_half_inputs(of.sample, inputs), labels)])
             except ValueError:  # such a batch has none
                 return
             if not wanted.isfinite().all():  # see `hosfl.edge.export._difference`

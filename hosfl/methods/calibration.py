@@ -64,7 +64,7 @@ def check(values: Tensor, sizes: Sequence[int], dtype: torch.dtype) -> None:
         raise MessageError("negative variances")
 
 
-def estimated(half: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, int]:
+def estimate_statistics(half: nn.Module, batches: Iterable[Batch]) -> tuple[Tensor, int]:
     """(statistics of a half on some batches, in the form of `flat`; the number of samples).
 
     One forward pass per batch, without a graph. Normalisations with running statistics normalise by the batch; all else

@@ -100,7 +100,7 @@ class Client:
             raise MessageError(f"asked for statistics of round 0 after {self.applied} rounds, of this run or another")
         self.calibrated = False
         try:
-            values, samples = calibration.estimated(self.half, self.calibration_batches())
+            values, samples = calibration.estimate_statistics(self.half, self.calibration_batches())
         except ValueError as error:  # such as BatchNorm's about a single sample
             raise MessageError(str(error)) from None
         self.passes["client forward"] += samples
