@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hosfl.extras import needed
+from hosfl.extras import require
 
 if TYPE_CHECKING:
     from hosfl.halves.follow import CutError
@@ -97,7 +97,7 @@ def __getattr__(name: str) -> Any:
         return version("hosfl")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(needed(_MODULES[name], f"hosfl.{name}", "torch"), name)
+    found = getattr(require(_MODULES[name], f"hosfl.{name}", "torch"), name)
     globals()[name] = found
     return found
 

@@ -18,10 +18,10 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hosfl.extras import needed
+from hosfl.extras import require
 from hosfl.interrupts import uninterrupted
 from hosfl.methods import METHODS
-from hosfl.named import file_of
+from hosfl.references import reference_file
 from hosfl.runs.faults import Faults
 from hosfl.settings import CONCERNS, PRESETS
 from hosfl.tasks import TASKS
@@ -304,13 +304,13 @@ def _member(text: str) -> int | str:
 
 
 def _federation(options: argparse.Namespace) -> int:
-    status: int = needed("hosfl.federation.command", "hosfl federation", "nats").run(options)
+    status: int = require("hosfl.federation.command", "hosfl federation", "nats").run(options)
     return status
 
 
 def _join(options: argparse.Namespace) -> int:
     extra = "edge" if options.runtime == "onnx" else "nats"
-    nats, federation = (needed(name, "hosfl join", extra) for name in ("hosfl.engines.nats_line", "hosfl.federation"))
+    nats, federation = (require(name, "hosfl join", extra) for name in ("hosfl.engines.nats_line", "hosfl.federation"))
     from hosfl.engines.ending import Ending
     from hosfl.engines.engine import EngineError
 
@@ -320,15 +320,15 @@ def _join(options: argparse.Namespace) -> int:
     settings = {"data": options.data}
     if options.runtime == "onnx":
         with uninterrupted():
-            join = needed("hosfl.edge.join", "hosfl join --runtime onnx", "edge").join
+            join = require("hosfl.edge.join", "hosfl join --runtime onnx", "edge").join
         for name, default in WITH_TORCH.items():
             if getattr(options, name) != default:
                 raise ValueError(f"--{name} is for clients with torch: leave it out, or leave out --runtime onnx")
     else:
         with uninterrupted():
-            join = needed("hosfl.runs.join", "hosfl join without --runtime onnx", "torch").join
+            join = require("hosfl.runs.join", "hosfl join without --runtime onnx", "torch").join
         settings |= {name: getattr(options, name) for name in WITH_TORCH}
-    file = file_of(options.data)
+    file = reference_file(options.data)
     if file and not options.task and not Path(file).exists():  # a task of the user's own may take anything
         raise ValueError(f"--data: there is no {file}")
     log_to_terminal(logging.INFO)
@@ -438,7 +438,7 @@ def _read(arguments: Sequence[str] | None) -> argparse.Namespace:
 def _command(name: str) -> Callable[[argparse.Namespace], int]:
     without_torch = {"rebuild": _rebuild, "log": _log, "status": _status, "federation": _federation, "join": _join}
     command: Callable[[argparse.Namespace], int]
-    command = without_torch.get(name) or needed("hosfl.commands", f"hosfl {name}", "torch").COMMANDS[name]
+    command = without_torch.get(name) or require("hosfl.commands", f"hosfl {name}", "torch").COMMANDS[name]
     return command
 
 

@@ -27,11 +27,11 @@ from rich.table import Table
 from rich.text import Text
 
 from hosfl.engines.engine import Engine
-from hosfl.extras import needed
+from hosfl.extras import require
 from hosfl.files import write_json
 from hosfl.halves.hub import meta_model
 from hosfl.halves.split import cut_points
-from hosfl.named import label
+from hosfl.references import short_name
 from hosfl.runs.attendance import attendance
 from hosfl.runs.checkpoint import load_config
 from hosfl.runs.config import Config, all_with_shared, check_device, with_shared
@@ -109,7 +109,7 @@ def _engine(options: argparse.Namespace, config: Config, smallest_shard: int | N
             if value := getattr(options, name):
                 raise ValueError(f"--{name.replace('_', '-')} {value} is for --engine ray: add that, or leave it out")
         return None
-    made = needed("hosfl.engines.ray", "--engine ray", "ray").RayEngine
+    made = require("hosfl.engines.ray", "--engine ray", "ray").RayEngine
     # An actor has no GPU but what is set apart for it.
     local = {"device": config.device if options.actor_gpus else "cpu"}
     local |= {name: _absolute(getattr(config, name)) for name in ("data", "model")}
@@ -128,8 +128,8 @@ def _absolute(path: str) -> str:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    nats = needed("hosfl.engines.nats_server", "hosfl serve", "nats")
-    federation = needed("hosfl.federation", "hosfl serve", "nats")
+    nats = require("hosfl.engines.nats_server", "hosfl serve", "nats")
+    federation = require("hosfl.federation", "hosfl serve", "nats")
     member = federation.Member.read(options.server)
     if member.client is not None:
         raise ValueError(f"{options.server} is the folder of {member.who}: name the federation's folder server")
@@ -182,11 +182,11 @@ def _config_and_folder(
 
 def _run(options: argparse.Namespace, config: Config, out: Path | None, transport: Transport | None) -> int:
     resume = options.resume is not None
-    with _bar(label(config.method), config.rounds) as on_progress:
+    with _bar(short_name(config.method), config.rounds) as on_progress:
         summary = train(config, out, on_progress, resume=resume, transport=transport, tensorboard=options.tensorboard)
     scores = ", ".join(f"{name} {value:.4f}" for name, value in summary.scores.items())
     print(
-        f"{label(config.method)}: {config.evaluate_on} {scores}, loss {summary.loss:.4f}"
+        f"{short_name(config.method)}: {config.evaluate_on} {scores}, loss {summary.loss:.4f}"
         f" after {summary.rounds} rounds in {summary.seconds:.1f} s"
     )
     if summary.replicas is not None:
@@ -279,7 +279,7 @@ def _compare(options: argparse.Namespace) -> int:
     shared, preset = _settings(options)
     runs = [{"method": m, "seed": s} for m in options.methods for s in options.seeds]
     configs = [Config(**with_shared(settings, preset)) for settings in all_with_shared(runs, shared)]
-    table = compare(configs, options.out, lambda c: _bar(f"{label(c.method)} {c.seed}", c.rounds))
+    table = compare(configs, options.out, lambda c: _bar(f"{short_name(c.method)} {c.seed}", c.rounds))
     if table["methods"]:
         print_table(table)
     if not table["interrupted"]:
@@ -308,7 +308,7 @@ def _study(options: argparse.Namespace) -> int:
     if options.jobs < 1:
         raise ValueError(f"--jobs must be at least 1, got {options.jobs}")
     study = load_study(options.file)
-    needed("matplotlib.figure", "a study's page")  # known now, not after the last run
+    require("matplotlib.figure", "a study's page")  # known now, not after the last run
     with _progress(TextColumn("runs"), _TimeLeft()) as (bar, say):
         task = bar.add_task("study", total=None, expected=None, since=time.monotonic())
 

@@ -10,7 +10,7 @@ from typing import Any
 FROM_PYTHON = {"onnxruntime": (3, 11)}
 
 
-def needed(module: str, what: str, extra: str = "studies") -> Any:
+def require(module: str, what: str, extra: str = "studies") -> Any:
     """Import a module of an optional package, or a module of hosfl that imports one. what: names who needs it.
 
     Raises ImportError that says what to install.

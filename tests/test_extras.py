@@ -115,6 +115,6 @@ def test_a_package_that_needs_a_later_python(monkeypatch):
     assert extras.FROM_PYTHON == {"onnxruntime": (3, 11)}
     monkeypatch.setattr(extras, "FROM_PYTHON", {"no_such_package": (99, 1)})
     with pytest.raises(ImportError, match=r"^the client needs no_such_package, and with it Python 99\.1 or later$"):
-        extras.needed("no_such_package", "the client", "edge")
+        extras.require("no_such_package", "the client", "edge")
     with pytest.raises(ImportError, match=r"is missing: pip install 'hosfl\[edge\]'$"):
-        extras.needed("another_such_package", "the client", "edge")
+        extras.require("another_such_package", "the client", "edge")

@@ -28,7 +28,7 @@ LAYERS = (
     "commands",  # and hosfl/cli.py, which imports it when a command runs, and hosfl/__main__.py, which imports that
 )
 ABOVE = [ROOT / "hosfl" / name for name in ("__init__.py", "__main__.py", "cli.py")]
-LEAVES = ("extras", "files", "interrupts", "named", "settings", "terminal")
+LEAVES = ("extras", "files", "interrupts", "references", "settings", "terminal")
 
 
 def layer(module):

@@ -26,9 +26,9 @@ from hosfl.engines.saved_state import SavedState
 from hosfl.files import RunFolderError
 from hosfl.methods import METHODS
 from hosfl.methods.ho import make_run
-from hosfl.named import named
 from hosfl.protocol.messages import Hello, Invitation, Refusal, decode, encode, pack, text_array, unpack
 from hosfl.protocol.terms import NothingLearnt
+from hosfl.references import load_object
 from hosfl.runs import serve, trainer
 from hosfl.runs.assemble import assemble
 from hosfl.runs.attendance import read_events
@@ -289,7 +289,9 @@ def test_a_base_that_would_be_snapped_otherwise_once_more(name, tmp_path):
     task = f"{tmp_path}/mine.py:{name}"
     settings = Config(**SMALL | RATES | {"task": task, "directions_from": "fresh", "direction_scale": "rms"})
     parameters = [*assemble(settings)[0].base.parameters()]
-    first = make_run(settings, [nn.Parameter(p.clone()) for p in named(task, "task", {})().model()[:2].parameters()])
+    first = make_run(
+        settings, [nn.Parameter(p.clone()) for p in load_object(task, "task", {})().model()[:2].parameters()]
+    )
     again = make_run(settings, parameters)
     assert again.measures != first.measures
     there = train(settings, tmp_path / "run", transport=Transport(Elsewhere(3, task=task)))

@@ -13,7 +13,7 @@ import torch
 from hosfl import Config, Method
 from hosfl.cli import main
 from hosfl.methods import METHODS, method_of
-from hosfl.named import label, named
+from hosfl.references import load_object, short_name
 from hosfl.runs.assemble import assemble
 from hosfl.settings import CONCERNS, DEFAULTS, FIELDS
 from hosfl_kernels import SGD, AdamW
@@ -121,14 +121,14 @@ def test_names_that_are_none(name, reason):
 def test_a_file_is_one_module_however_often_it_is_named(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("class It:\n    pass\n")
     monkeypatch.chdir(tmp_path)
-    first = named("mine.py:It", "thing", {})
-    assert named(str(tmp_path / "mine.py") + ":It", "thing", {}) is first
+    first = load_object("mine.py:It", "thing", {})
+    assert load_object(str(tmp_path / "mine.py") + ":It", "thing", {}) is first
     (tmp_path / "broken.py").write_text("1 / 0\n")
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
-            named("broken.py:It", "thing", {})
-    assert label("mine.py:It") == "It"
-    assert label("ho") == "ho"
+            load_object("broken.py:It", "thing", {})
+    assert short_name("mine.py:It") == "It"
+    assert short_name("ho") == "ho"
 
 
 def test_help_imports_neither_torch_nor_numpy():

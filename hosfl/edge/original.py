@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from hosfl.edge.half import BASE, CHECK_STEP, HalfError
-from hosfl.extras import needed
+from hosfl.extras import require
 from hosfl.halves.inputs import Inputs, call, evaluating, mask_of, restoring_state
 from hosfl.halves.split import cast_floats
 from hosfl.protocol.arrays import widened
@@ -122,7 +122,7 @@ def _assign(weights: Sequence[nn.Parameter], values: Sequence[Tensor]) -> None:
 def original(half: nn.Module, sample: Inputs) -> Iterator[Original]:
     """The half as `Original`, in eval mode and without a graph. Raises what `export_half` raises of half and sample."""
     for module in ("onnx", "onnxscript"):
-        needed(module, "the export of a client half", "export")
+        require(module, "the export of a client half", "export")
     _check_half(half)
     base, half, sample = as_file(half.state_dict()), _as_float32(half), _inputs_as_float32(sample)
     named = _named_inputs(sample)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from hosfl.engines.engine import EngineError, Reply, check_ask
-from hosfl.extras import needed
+from hosfl.extras import require
 
 Answer = Callable[[int, bytes], bytes]
 
@@ -61,7 +61,7 @@ class RayEngine:
                 f"clients = {clients}, actors = {actors}, cpus = {cpus}, gpus = {gpus}: one client or more, one actor"
                 " or more, and no share below 0 are needed"
             )
-        self._ray = needed("ray", "the engine ray", "ray")
+        self._ray = require("ray", "the engine ray", "ray")
         self.clients = clients
         self._actors: list[Any] = []
         self._calls: dict[Any, _Call] = {}  # by Ray's reference to what comes: one for each busy actor

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from hosfl.named import named
+from hosfl.references import load_object
 
 if TYPE_CHECKING:
     from hosfl.methods.method import Method
@@ -23,7 +23,7 @@ METHODS = {
 
 def method_of(name: str) -> type[Method]:
     """A method by its name in `METHODS`, or by "FILE.py:CLASS" or "package.module:CLASS". Raises ValueError."""
-    method: type[Method] = named(name, "method", METHODS)
+    method: type[Method] = load_object(name, "method", METHODS)
     if not hasattr(method, "reads") or not hasattr(method, "make_ledger"):
         raise ValueError(f"method {name!r} is a {type(method).__name__}: a subclass of hosfl.Method is needed")
     return method

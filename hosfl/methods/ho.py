@@ -27,7 +27,6 @@ from hosfl.methods.client import Client
 from hosfl.methods.ledger import ADAM, MOMENTUM, Ledger, SeedReplay, Step, make_optimizer
 from hosfl.methods.method import LEARNS, MULTIPLIERS, PROBES, Method, Way
 from hosfl.methods.steps import POOL_BETAS, FreshStep, PoolStep
-from hosfl.named import label
 from hosfl.probing.batched import probe_batched, probe_forward_batched
 from hosfl.probing.compiled import call_compiled, check_backend
 from hosfl.probing.displaced import large_tables, refuse_references
@@ -43,6 +42,7 @@ from hosfl.protocol.messages import (
 )
 from hosfl.protocol.replica import Replica, ReplicaState
 from hosfl.protocol.terms import Block, Measures, Pool, Rule, Run
+from hosfl.references import short_name
 from hosfl.settings import PRESETS, Settings
 from hosfl_kernels import SGD
 
@@ -371,7 +371,7 @@ class HO(Method):
 
     @classmethod
     def tuned(cls, settings: Settings) -> tuple[str, ...]:
-        return (label(settings.method), settings.directions_from, settings.rule)
+        return (short_name(settings.method), settings.directions_from, settings.rule)
 
     def make_ledger(self) -> Ledger:
         setup, settings = self.setup, self.settings

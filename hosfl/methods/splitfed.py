@@ -28,10 +28,10 @@ from hosfl.methods.ledger import (
     step_size,
 )
 from hosfl.methods.method import LEARNS, MULTIPLIERS, Method, Way
-from hosfl.named import label
 from hosfl.probing.probe import trainable
 from hosfl.protocol.aggregate import Aggregation, RunningLength, weighted_mean
 from hosfl.protocol.messages import Cut, Message, MessageError, Trained
+from hosfl.references import short_name
 from hosfl.settings import Settings
 
 
@@ -119,7 +119,7 @@ class SplitFed(Method):
 
     @classmethod
     def tuned(cls, settings: Settings) -> tuple[str, ...]:
-        return (label(settings.method), settings.rule)
+        return (short_name(settings.method), settings.rule)
 
     @classmethod
     def exchanges(cls, settings: Settings) -> int:

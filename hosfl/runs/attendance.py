@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hosfl.extras import needed
+from hosfl.extras import require
 from hosfl.files import read_small, regular, write_atomically
-from hosfl.named import label
+from hosfl.references import short_name
 from hosfl.runs.pages import document, html_image, html_table
 from hosfl.runs.report import save_figure
 
@@ -128,8 +128,8 @@ def _run(path: Path) -> tuple[str, int, int]:
     """(title, rounds, clients) of a run, from its config.json, whose other settings this version need not know."""
     try:
         settings = json.loads(read_small(path))
-        on = f" on {label(settings['task'])}" if settings["task"] else ""  # a task that is an object has no name
-        title = f"Run: {label(settings['method'])}{on}, seed {settings['seed']}"
+        on = f" on {short_name(settings['task'])}" if settings["task"] else ""  # a task that is an object has no name
+        title = f"Run: {short_name(settings['method'])}{on}, seed {settings['seed']}"
         return title, int(settings["rounds"]), int(settings["clients"])
     except FileNotFoundError:
         raise FileNotFoundError(f"{path.parent} holds no run: there is no {path.name}") from None
@@ -149,7 +149,7 @@ def plot(events: Sequence[Event], clients: int, path: Path, title: str) -> str:
     columns = np.array([(event.round - first) // wide for event in events])
     edges = first - 0.5 + wide * np.arange((last - first) // wide + 2)
     height = 0.8 + 0.15 * min(clients, 40)  # inches
-    figure: Figure = needed("matplotlib.figure", path.name).Figure(figsize=(11, height + 5), layout="constrained")
+    figure: Figure = require("matplotlib.figure", path.name).Figure(figsize=(11, height + 5), layout="constrained")
     axes: Sequence[Axes] = figure.subplots(3, 1, sharex=True, height_ratios=[height, 1.8, 1.8])
     _draw_clients(axes[0], events, columns, edges, clients, tall)
     losses = _means(columns, [event.loss for event in events], len(edges) - 1)
@@ -161,7 +161,7 @@ def plot(events: Sequence[Event], clients: int, path: Path, title: str) -> str:
     axes[2].set_xlim(first - 0.5, last + 0.5)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-    locator = needed("matplotlib.ticker", path.name).MaxNLocator
+    locator = require("matplotlib.ticker", path.name).MaxNLocator
     for numbers in (axes[0].yaxis, axes[2].xaxis):
         numbers.set_major_locator(locator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     figure.suptitle(title, parse_math=False)
@@ -186,7 +186,7 @@ def _draw_clients(
         axis.vlines(edges[1:-1], -0.5, clients - 0.5, "white", lw=1)
     axis.set_ylim(clients - 0.5, -0.5)
     axis.set_ylabel("client")
-    patch = needed("matplotlib.patches", "clients.png").Patch
+    patch = require("matplotlib.patches", "clients.png").Patch
     colors = {state: color for state, color in STATES.items() if any(event.clients[state].size for event in events)}
     colors["not asked"] = NOT_ASKED
     handles = [patch(facecolor=color, label=state) for state, color in colors.items()]
@@ -196,7 +196,7 @@ def _draw_clients(
 def _draw_seconds(axis: Axes, events: Sequence[Event], columns: NDArray[np.int64], edges: NDArray[np.floating]) -> None:
     """Mean seconds per round of every column, as a stack of phases."""
     names = list(dict.fromkeys(phase for event in events for phase in event.seconds))
-    colors = needed("matplotlib", "clients.png").colormaps["viridis"](np.linspace(0.2, 0.9, len(names)))
+    colors = require("matplotlib", "clients.png").colormaps["viridis"](np.linspace(0.2, 0.9, len(names)))
     below: NDArray[np.float64] = np.zeros(len(edges) - 1)
     for name, color in zip(names, colors, strict=True):
         seconds = [event.seconds.get(name, 0.0) for event in events]
@@ -218,7 +218,7 @@ def _cells(
     events: Sequence[Event], columns: NDArray[np.int64], count: int, clients: int, tall: int
 ) -> NDArray[np.float64]:
     """The colours of the cells, [rows, count, 3]. columns: of the events, below `count`; tall: clients per row."""
-    rgba = needed("matplotlib.colors", "clients.png").to_rgba_array([*STATES.values(), NOT_ASKED])
+    rgba = require("matplotlib.colors", "clients.png").to_rgba_array([*STATES.values(), NOT_ASKED])
     palette, not_asked = rgba[:-1, :3], rgba[-1, :3]
     starts = np.arange(0, clients, tall)
     sizes = np.diff(starts, append=clients)[:, None]

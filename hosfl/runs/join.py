@@ -32,10 +32,10 @@ from hosfl.methods.client import Client
 from hosfl.methods.ho import ZerothOrderClient
 from hosfl.methods.ledger import SeedReplay
 from hosfl.methods.method import Setup
-from hosfl.named import absolute, named
 from hosfl.protocol.aggregate import AGGREGATIONS
 from hosfl.protocol.endpoint import Endpoint
 from hosfl.protocol.provenance import header_digest
+from hosfl.references import absolute_reference, load_object
 from hosfl.runs.assemble import base_of, client_of, halves_of, partition, rates_of
 from hosfl.runs.checkpoint import header_of
 from hosfl.runs.config import Config
@@ -99,7 +99,7 @@ def own_data(data: str, config: Config, longest: int) -> Dataset | Items | None:
     if ".py:" in data:
         return samples_of(call_user_function(data), data)
     if config.task in READERS:
-        found: Dataset = named(READERS[config.task], "data", {})(config, Path(data), longest)
+        found: Dataset = load_object(READERS[config.task], "data", {})(config, Path(data), longest)
         return found
     if config.task in TASKS:
         raise ValueError(
@@ -241,7 +241,7 @@ class AllClients:
                     f" FILE.py:{kind}"
                 )
             if settings[name] not in library:
-                self.local[name] = absolute(settings[name])
+                self.local[name] = absolute_reference(settings[name])
 
     def __call__(self) -> Callable[[int, bytes], bytes]:
         for name in OWN:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import numpy as np
 import torch
 
-from hosfl.extras import needed
+from hosfl.extras import require
 from hosfl.files import FolderLock, finite, naming, read_small, write_atomically, write_json
 from hosfl.protocol.provenance import Provenance, ProvenanceError
 from hosfl.runs.checkpoint import RUN_FILES, check_free, save_config
@@ -247,7 +247,7 @@ class Writer:
 
     def __init__(self, folder: Path | None, tensorboard: bool = False) -> None:
         if folder is not None:
-            needed("matplotlib.figure", "a run's folder")  # for its curves: known now, not after the last round
+            require("matplotlib.figure", "a run's folder")  # for its curves: known now, not after the last round
         if tensorboard:
             summary_writer()
         self.folder, self.tensorboard = folder, tensorboard
@@ -392,7 +392,7 @@ def gap_recovered(reached: float, frozen: float, first_order: float) -> float | 
 
 def plot_curves(runs: dict[str, list[Sequence[Evaluation]]], path: Path, title: str) -> None:
     """Loss and accuracy against rounds, one line per method: the mean over seeds, and the band from worst to best."""
-    figure: Figure = needed("matplotlib.figure", path.name).Figure(figsize=(9, 3.6), layout="constrained")
+    figure: Figure = require("matplotlib.figure", path.name).Figure(figsize=(9, 3.6), layout="constrained")
     axes = figure.subplots(1, 2)
     lines = {}
     for axis, quantity in zip(axes, ("loss", "accuracy"), strict=True):

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map_only
 
 from hosfl.engines.engine import Engine
 from hosfl.engines.joining import FORMAT
-from hosfl.extras import needed
+from hosfl.extras import require
 from hosfl.files import finite, naming, write_json
 from hosfl.methods import calibration
 from hosfl.methods.client import digested_tensors
@@ -137,8 +137,8 @@ def offered(federation: Federation, edge: bool = False) -> dict[str, bytes]:
 
 def _edge_files(federation: Federation, half: nn.Module) -> tuple[dict[str, bytes], dict[str, Any]]:
     """The files for clients without torch, by name, and what the run says of them."""
-    edge = needed("hosfl.edge.join", "a server of clients without torch", "export")
-    export_half = needed("hosfl.edge.export", "a server of clients without torch", "export").export_half
+    edge = require("hosfl.edge.join", "a server of clients without torch", "export")
+    export_half = require("hosfl.edge.export", "a server of clients without torch", "export").export_half
     if why := edge.unsupported_reason(federation.config):
         raise ValueError(why)
     client, gradient = federation.make(0), None
@@ -156,12 +156,12 @@ def _edge_files(federation: Federation, half: nn.Module) -> tuple[dict[str, byte
     description: dict[str, Any] = {"graphs": [_sha256(data) for data in files.values()], "header": _sha256(header)}
     files[edge.HEADER] = header
     if backward:
-        exporter = needed("hosfl.edge.backward", "a server of clients without torch", "export")
+        exporter = require("hosfl.edge.backward", "a server of clients without torch", "export")
         files[edge.GRADIENT] = gradient = exporter.export_gradient(half, sample, entries[0], most, running)
     description |= {"gradient": None if gradient is None else _sha256(gradient), "digest": list(digested_tensors(half))}
     description |= {"running": running, "statistics": None}
     if running:
-        by_batch = needed("hosfl.edge.by_batch", "a server of clients without torch", "export")
+        by_batch = require("hosfl.edge.by_batch", "a server of clients without torch", "export")
         files[edge.STATISTICS] = statistics = by_batch.export_statistics(half, sample, most)
         description["statistics"] = _sha256(statistics)
     return files, description

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hosfl.extras import needed
+from hosfl.extras import require
 
 if TYPE_CHECKING:
     from hosfl.runs.federation import Federation
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def summary_writer() -> Any:
     """The class that writes event files. Raises ImportError where the package is missing."""
-    return needed("torch.utils.tensorboard", "--tensorboard", "tensorboard").SummaryWriter
+    return require("torch.utils.tensorboard", "--tensorboard", "tensorboard").SummaryWriter
 
 
 class TensorBoardWriter:

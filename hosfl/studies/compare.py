@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from hosfl.files import write_json
-from hosfl.named import label
 from hosfl.protocol.provenance import ProvenanceError
+from hosfl.references import short_name
 from hosfl.runs.config import Config
 from hosfl.runs.report import Evaluation, Summary, gap_recovered, machine, metric, plot_curves
 from hosfl.runs.trainer import Progress, interruptible, train
@@ -36,7 +36,7 @@ def compare(
 
     Ctrl-C ends the run at hand and leaves out the rest; the table then holds the runs that were finished.
     """
-    runs_of = [(label(config.method), config.seed) for config in configs]
+    runs_of = [(short_name(config.method), config.seed) for config in configs]
     for method, seed in runs_of:
         if runs_of.count((method, seed)) > 1:
             raise ValueError(f"method {method} with seed {seed} is there twice: name each method and each seed once")
@@ -49,7 +49,7 @@ def compare(
         for config in configs:
             if interrupted.is_set():
                 break
-            name = label(config.method)
+            name = short_name(config.method)
             folder = out / f"{name}-{config.seed}"
             with bar(config) as progress:
                 summary = train(config, folder, progress)

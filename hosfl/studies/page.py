@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
-from hosfl.extras import needed
+from hosfl.extras import require
 from hosfl.files import write_atomically
 from hosfl.runs.config import Config
 from hosfl.runs.memory import BOUNDED, reference
@@ -62,9 +62,9 @@ def plot_curves(runs: dict[str, list[Result]], path: Path, metric: str) -> None:
 
     metric: what the task calls the accuracy.
     """
-    figure: Figure = needed("matplotlib.figure", path.name).Figure(figsize=(13, 7.2), layout="constrained")
+    figure: Figure = require("matplotlib.figure", path.name).Figure(figsize=(13, 7.2), layout="constrained")
     grid = figure.subplots(2, len(AXES), sharey="row", sharex="col")
-    colors = needed("matplotlib", path.name).colormaps["tab10" if len(runs) <= 10 else "tab20"].colors
+    colors = require("matplotlib", path.name).colormaps["tab10" if len(runs) <= 10 else "tab20"].colors
     lines = {}
     for number, (method, results) in enumerate(runs.items()):
         if not results:
@@ -102,7 +102,7 @@ def plot_curves(runs: dict[str, list[Result]], path: Path, metric: str) -> None:
 def plot_memory(measured: dict[str, Any], path: Path) -> None:
     """A bar per way and half: what a client's process grows by, and the bound."""
     halves = measured["halves"]
-    figure: Figure = needed("matplotlib.figure", path.name).Figure(
+    figure: Figure = require("matplotlib.figure", path.name).Figure(
         figsize=(4.6 * len(halves) + 2, 4.2), layout="constrained"
     )
     axes = figure.subplots(1, len(halves), squeeze=False)[0]

@@ -6,12 +6,12 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from hosfl.extras import needed
+from hosfl.extras import require
 
 if TYPE_CHECKING:
     import yaml
 else:
-    yaml = needed("yaml", "a study's file")
+    yaml = require("yaml", "a study's file")
 
 MAX_VALUES = 100_000  # of a file
 MAX_CHARACTERS = 1 << 20

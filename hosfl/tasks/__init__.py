@@ -8,7 +8,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Union, get_args, get_origin
 
-from hosfl.named import named
+from hosfl.references import load_object
 
 if TYPE_CHECKING:
     from hosfl.settings import Settings
@@ -74,7 +74,7 @@ def make_task(settings: Settings, own: Dataset | Items | None = None) -> Task:
 
 
 def _maker(name: str) -> Callable[..., Any]:
-    maker: Callable[..., Any] = named(name, "task", TASKS)
+    maker: Callable[..., Any] = load_object(name, "task", TASKS)
     if not callable(maker):
         raise ValueError(f"task {name!r} is a {type(maker).__name__}: a function that returns a hosfl.Task is needed")
     return maker

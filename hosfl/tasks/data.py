@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hosfl.extras import needed
+from hosfl.extras import require
 from hosfl.halves.hub import text_limits, tokenized
 from hosfl.protocol.seeds import Purpose, generator
 from hosfl.tasks.padding import without_padding
@@ -195,7 +195,7 @@ def split_held_out(classes: NDArray[Any], most: int | None = None) -> tuple[NDAr
 
     classes: int [n]; both parts have the same shares of them. Raises DataError for too few samples.
     """
-    split = needed("sklearn.model_selection", "holding samples out for validation").train_test_split
+    split = require("sklearn.model_selection", "holding samples out for validation").train_test_split
     own, sizes = np.unique(classes, return_counts=True)
     count = len(classes) // 10
     if count < len(own):

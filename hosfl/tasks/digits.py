@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hosfl.extras import needed
+from hosfl.extras import require
 from hosfl.halves.split import SplitModel, split
 from hosfl.settings import Rates, Settings
 from hosfl.tasks.data import Dataset, Splits
@@ -119,8 +119,8 @@ def digits() -> Splits:
     Standardised by mean and deviation of the training part. The parts are stratified and the same in every run.
     Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository, 1998.
     """
-    train_test_split = needed("sklearn.model_selection", "the task digits").train_test_split
-    x, y = needed("sklearn.datasets", "the task digits").load_digits(return_X_y=True)
+    train_test_split = require("sklearn.model_selection", "the task digits").train_test_split
+    x, y = require("sklearn.datasets", "the task digits").load_digits(return_X_y=True)
     inputs = torch.tensor(x, dtype=torch.float32).reshape(-1, 1, 8, 8)
     inputs = (inputs / 16 - DIGITS_MEAN) / DIGITS_DEVIATION
     labels = torch.tensor(y, dtype=torch.int64)

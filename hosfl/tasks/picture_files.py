@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from hosfl.extras import needed
+from hosfl.extras import require
 from hosfl.tasks.reading import DataError, join_names, read_bytes
 
 PICTURES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's IMG_EXTENSIONS
@@ -89,7 +89,7 @@ def picture_file(path: Path, size: tuple[int, int]) -> NDArray[np.uint8]:
     Raises OSError; DataError for another size, before the picture is decoded, for a mode whose range is not known, and
     for whatever Pillow raises; ImportError without Pillow.
     """
-    image = needed("PIL.Image", "a picture")
+    image = require("PIL.Image", "a picture")
     raw = read_bytes(path)
     with _pillow_errors_as_data_errors(str(path), raw), image.open(io.BytesIO(raw), formats=FORMATS) as opened:
         return _rgb(opened, str(path), size)

@@ -20,7 +20,7 @@ from zipfile import ZipFile
 import numpy as np
 
 from hosfl.files import regular
-from hosfl.named import named
+from hosfl.references import load_object
 
 T = TypeVar("T")
 Row = dict[str, Any]  # the fields of a sample by name
@@ -372,7 +372,7 @@ def load_arrays(path: str, load: Callable[[Path], dict[str, Any]]) -> dict[str, 
 
 def call_user_function(data: str) -> Any:
     """What the function of FILE.py:FUNCTION returns. Raises DataError for one that needs arguments, and ValueError."""
-    made = named(data, "data", {})
+    made = load_object(data, "data", {})
     try:
         signature(made).bind()
     except TypeError as error:

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 
-def named(name: str, what: str, known: Mapping[str, str]) -> Any:
+def load_object(name: str, what: str, known: Mapping[str, str]) -> Any:
     """The object of a name: a key of `known`, whose values are references, or a reference itself.
 
     what: the name's kind in errors, such as "method". Raises ValueError for a name that leads nowhere.
@@ -24,7 +24,7 @@ def named(name: str, what: str, known: Mapping[str, str]) -> Any:
             f"{what} must be one of {', '.join(known)}, or FILE.py:NAME or package.module:NAME, got {name!r}"
         )
     try:
-        module = _file(Path(place), what) if place.endswith(".py") else _module(place, what)
+        module = _load_file(Path(place), what) if place.endswith(".py") else _import_module(place, what)
     except SyntaxError as error:
         raise ValueError(f"{what} {name!r}: {error.filename}, line {error.lineno}: {error.msg}") from None
     try:
@@ -33,24 +33,24 @@ def named(name: str, what: str, known: Mapping[str, str]) -> Any:
         raise ValueError(f"{what} {name!r}: there is no {inner} in {place}") from None
 
 
-def absolute(name: str) -> str:
+def absolute_reference(name: str) -> str:
     """A reference with the absolute path of its file, so that it means the same in every folder."""
     place, colon, inner = name.rpartition(":")
     return f"{Path(place).absolute()}{colon}{inner}" if place.endswith(".py") else name
 
 
-def file_of(name: str) -> str:
+def reference_file(name: str) -> str:
     """The file of "FILE.py:name"; anything else is taken for a file's name itself."""
     place, _, _ = name.rpartition(":")
     return place if place.endswith(".py") else name
 
 
-def label(name: str) -> str:
+def short_name(name: str) -> str:
     """The short name for tables and folders: the part of a reference after its colon."""
     return name.rpartition(":")[2]
 
 
-def _module(name: str, what: str) -> ModuleType:
+def _import_module(name: str, what: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
@@ -61,7 +61,7 @@ def _module(name: str, what: str) -> ModuleType:
         raise
 
 
-def _file(path: Path, what: str) -> ModuleType:
+def _load_file(path: Path, what: str) -> ModuleType:
     """The module of a file, which is run once per process, so that its classes are the same for every caller."""
     path = path.absolute()
     if not path.is_file():
