@@ -65,7 +65,7 @@ def trained(model, loss, one_sided, disturbed=False):
 
 
 def full(model):
-    return [p.clone() for p in sharded.whole(model.parameters())]
+    return [p.clone() for p in sharded.full_tensors(model.parameters())]
 
 
 def same(a, b):

@@ -21,10 +21,10 @@ from hosfl.methods import calibration
 
 
 def export_statistics(half: nn.Module, sample: Inputs, most: tuple[int, int] = (0, 0)) -> bytes:
-    """The statistics that a half has on a batch, as `calibration.estimate_statistics` finds them, as an ONNX model without
-    weights: see `export_half`. Its output is what `calibration.flat` gives.
+    """An ONNX model, without weights, that computes what `calibration.estimate_statistics` does for one batch.
 
-    Raises ExportError, also where onnxruntime makes others of it.
+    Its output has the form of `calibration.flat`. The file is as in `export_half`. Raises ExportError, also if
+    onnxruntime computes other statistics.
     """
     with original(half, sample) as of:
         from onnxscript import ir
