@@ -71,7 +71,7 @@ def test_few_at_a_time_write_the_same(monkeypatch):
     model = decoder("qwen2")
     halves, seen = split(model, 1), []
     expected = generate(halves, PROMPTS, NEW, [NEVER], VOCABULARY)
-    monkeypatch.setattr(data, "NUMBERS", 2 * VOCABULARY * (8 + NEW))
+    monkeypatch.setattr(data, "MAX_OUTPUTS", 2 * VOCABULARY * (8 + NEW))
     halves.server.register_forward_hook(lambda module, given, output: seen.append(output.shape))
     assert generate(halves, PROMPTS, NEW, [NEVER], VOCABULARY) == expected
     assert {shape[0] for shape in seen} == {2}

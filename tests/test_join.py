@@ -628,7 +628,7 @@ def test_nobody_uses_up_the_rounds_of_the_others(sampled, tmp_path, monkeypatch,
         told.append((done, json.loads((tmp_path / "status.json").read_text())))
 
     monkeypatch.setattr(Events, "waiting", waits)
-    monkeypatch.setattr(trainer, "FIRST", 0.01, raising=False)
+    monkeypatch.setattr(trainer, "FIRST_PAUSE", 0.01)
     options, config = Namespace(resume=None, tensorboard=False), Config(**SMALL | {"sampled": sampled})
     assert commands._run(options, config, tmp_path, Transport(Rubbish())) == 0
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
