@@ -31,7 +31,7 @@ from hosfl.cli import main
 from hosfl.federation import FederationError, Member, Roster, check_broker, check_permissions, provision
 from hosfl.federation.broker import configuration
 from hosfl.federation.certificates import Authority, identity, make_authority
-from hosfl.federation.roster import Address, Standing
+from hosfl.federation.roster import Address, CertificateStatus
 from hosfl.files import FolderLock, RunFolderError, write_json
 
 ROOT = Path(__file__).parent.parent
@@ -68,7 +68,7 @@ def fed(template, tmp_path):
     shutil.copytree(template, folder)
     address = Address("localhost", free_port())
     roster = replace(federation.read(folder), address=address)
-    provision._commit(folder, roster)
+    provision._write_roster(folder, roster)
     for number in range(3):
         path = folder / f"clients/{number}/client.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "address": str(address)}))
@@ -747,8 +747,8 @@ def test_nothing_outlasts_the_authority(fed, monkeypatch):
 
 def test_show_says_what_ends_and_what_was_edited(fed, capsys):
     roster, now = federation.read(fed), datetime.now(timezone.utc)
-    soon = Standing(roster.clients[0].serial, now + timedelta(days=12, hours=1))
-    ended = Standing(roster.clients[1].serial, now - timedelta(days=1))
+    soon = CertificateStatus(roster.clients[0].serial, now + timedelta(days=12, hours=1))
+    ended = CertificateStatus(roster.clients[1].serial, now - timedelta(days=1))
     replace(roster, clients=(soon, roster.clients[1], roster.clients[2])).write(fed / "ca/federation.json")
     assert main(["federation", "show", str(fed)]) == 0
     said = capsys.readouterr().out

@@ -1,7 +1,7 @@
-"""Who carries the messages between the server and its clients: one narrow interface, and a file for each engine.
+"""The interface of engines, which carry messages between the server and its clients; each engine has its own file.
 
-Bytes go out, bytes come back. An engine knows clients by number and nothing of what the bytes say; the rounds, the
-server and the clients know nothing of who carries them. The server's side is `Engine`; a client's side is `Line`.
+An engine sends and receives bytes. It knows clients by number, and does not look into the bytes; rounds, server and
+clients do not depend on the engine. The server's side is `Engine`, a client's side is `Line`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Protocol
 
 @dataclass(frozen=True)
 class Reply:
-    """What came back of a client: its bytes, or None and the reason.
+    """A client's reply: its bytes, or None and the reason.
 
-    Reasons: "gone", "late", or "failed: ..." where the client could not answer. That names the kind of its error and no
-    more: the text may be of its data, and stays in the client's own log.
+    Reasons: "gone", "late", or "failed: ..." if the client could not answer. That names only the class of its error:
+    the message may quote its data, and stays in the client's own log.
     """
 
     client: int
@@ -28,50 +28,49 @@ class Engine(Protocol):
     """The server's side. Not for several threads at once."""
 
     def present(self) -> frozenset[int]:
-        """The clients that could be asked now, by number."""
+        """The numbers of the clients that are connected now."""
 
     def ask(self, messages: Mapping[int, bytes], deadline: float | None = None) -> Iterator[Reply]:
-        """Send each client its bytes, and give what comes back as it comes: one `Reply` for each client.
+        """Send each client its bytes, and yield one `Reply` for each client, as they arrive.
 
-        They leave when the first reply is asked for. Ends when every client's reply is there, or after `deadline`
-        seconds (None: no end). Clients that have brought none by then are told of as "late"; whoever is not here, or
-        vanishes meanwhile, at once as "gone". A reply counts for its own ask alone: what comes later, or twice, is
-        dropped. Closing the iterator early ends the ask.
+        The messages are sent when the first reply is requested. Ends when every client has replied, or after `deadline`
+        seconds (None: no limit); clients that have not replied by then are "late". Clients that are not connected, or
+        disconnect meanwhile, are "gone" at once. Replies that arrive later, or twice, are dropped. Closing the iterator
+        cancels the request.
         """
 
     def offer(self, files: Mapping[str, bytes]) -> None:
-        """What clients may fetch, by name, from now on; what was offered before is replaced.
-
-        Until the first offer, those that fetch wait.
-        """
+        """Set the files that clients can fetch, by name. They replace earlier ones. Until the first offer clients wait."""
 
     def limit(self, largest: int) -> None:
-        """No right answer of the run has more bytes than this: an engine that refuses large ones need take no more."""
+        """Set the size of the run's largest valid answer, bytes; an engine may refuse larger ones."""
 
     def close(self) -> None:
-        """Let go of everything. Clients stay as they are, and look for the next server."""
+        """Disconnect and free everything. Clients stay, and wait for the next server."""
 
 
-def check_ask(clients: Collection[int], there: int) -> None:
-    """Raises EngineError for clients that are not among the run's, of which there are so many."""
+def check_ask(clients: Collection[int], count: int) -> None:
+    """Raises EngineError for clients that the run, with `count` clients, does not have."""
     for client in clients:
-        if not 0 <= client < there:
-            raise EngineError(f"the run has clients 0 to {there - 1}, and no {client}")
+        if not 0 <= client < count:
+            raise EngineError(f"the run has clients 0 to {count - 1}, and no {client}")
 
 
 class Line(Protocol):
     """A client's side."""
 
     def fetch(self, name: str, deadline: float | None = None) -> bytes:
-        """What the server offers under a name. Waits for a server that is away. Raises EngineError, also of a server
-        whose run has no such client."""
+        """Fetch a file that the server offers. Waits for a server that is away.
+
+        Raises EngineError, also if the server's run has no such client.
+        """
 
     def serve(self, answer: Callable[[bytes], bytes]) -> None:
-        """Answer the server's asks, one after another, until the line is closed: from another thread, or a signal.
+        """Answer the server's requests, one after another, until the line is closed by another thread or a signal.
 
-        Meanwhile the client is present. A server or broker that goes away is waited for. What `answer` raises is logged
-        here and fails that ask alone. Raises EngineError when another process of the same client takes its place, or
-        the server's run has no such client.
+        Meanwhile the client counts as present. It waits for a server or broker that goes away. An error in `answer` is
+        logged here and fails that request only. Raises EngineError if another process of the same client takes its
+        place, or the server's run has no such client.
         """
 
     def close(self) -> None:
@@ -79,8 +78,8 @@ class Line(Protocol):
 
 
 class EngineError(RuntimeError):
-    """What stands between server and clients does not work; says what, and what to do."""
+    """The connection between server and clients does not work; says why, and what to do."""
 
 
 class JoinError(ValueError):
-    """A run that this client does not take part in, and why."""
+    """This client cannot take part in a run; says why."""

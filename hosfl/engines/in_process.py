@@ -1,4 +1,4 @@
-"""Server and clients in one process: an ask is a call."""
+"""The engine for server and clients in one process: a request is a call."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hosfl.engines.engine import Reply, check_ask
 
 
 class InProcess:
-    """The engine without a network, where everybody is always here.
+    """The engine without a network. All clients are always present.
 
     answer: (client, the server's bytes) -> the client's bytes. clients: N.
     """
@@ -20,18 +20,18 @@ class InProcess:
         return frozenset(range(self.clients))
 
     def ask(self, messages: Mapping[int, bytes], deadline: float | None = None) -> Iterator[Reply]:
-        """One client after another, in the order of the asks. No deadline here.
+        """Ask one client after another, in the order of `messages`, without a deadline.
 
-        Raises EngineError for clients that there are not.
+        Raises EngineError for clients that do not exist.
         """
         check_ask(messages, self.clients)
         return (Reply(client, self.answer(client, data)) for client, data in messages.items())
 
     def offer(self, files: Mapping[str, bytes]) -> None:
-        """Nobody fetches here what is in the process already."""
+        """Nothing to do: clients of this process fetch no files."""
 
     def limit(self, largest: int) -> None:
-        """An answer is in the memory already when it is here."""
+        """Nothing to do: answers are in memory already."""
 
     def close(self) -> None:
-        """There is nothing to let go of."""
+        """Nothing to do."""

@@ -1,5 +1,6 @@
-"""A client at its end of a line, whatever it computes with: it reads what is offered, and answers until the line is
-closed. Nothing that comes from the server is evaluated.
+"""What clients with and without torch share: reading the offered run, fetching its files, and answering requests.
+
+No code comes from the server.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ log = logging.getLogger("hosfl.join")
 
 
 def read_offer(offered: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings of the run that a server offers, and what else it says of it, of the right types. Raises JoinError.
+    """(settings of the run that a server offers, its other fields), with values of the right types. Raises JoinError.
 
-    What it says: base, log: digests; cut: the shape of one sample's; labels: see `check_labels`; measures; id; hosfl,
-    the server's version; edge, for clients without torch: SHA-256 of graphs, header, gradient and statistics, and the
-    names of what the half's digest is of and of its running statistics; None where there is nothing for them.
+    The other fields: base, log: digests; cut: the shape of one sample's cut; labels: see `check_labels`; measures; id;
+    hosfl, the server's version; edge, for clients without torch: SHA-256 of graphs, header, gradient and statistics,
+    the names of the tensors in the half's digest, and those of its running statistics; None if there is nothing for
+    them.
     """
     try:
         run = json.loads(offered)
@@ -66,7 +68,7 @@ def check_labels(labels: NDArray[Any], tokens: int | None, run: dict[str, Any], 
     """
     takes, cut = run["labels"], run["cut"]
     shape, classes, ignored = takes["shape"], takes["classes"], takes["ignore_index"]
-    if tokens is not None:  # texts may be shorter than the longest, and what goes by their tokens too
+    if tokens is not None:  # texts may be shorter than the longest, and so may labels with one value per token
         if ignored is not None:
             shape = [tokens, *shape[1:]]
         elif shape and cut and classes == cut[0]:
@@ -102,9 +104,10 @@ def check_cut(made: list[int], finite: bool, texts: bool, cut: list[int], what: 
 
 
 def fetch_file(line: Line, name: str, sha256: str, path: Path, needed: bool = False) -> bytes:
-    """A file that the server offers: the one that was kept, or fetched, once. Raises JoinError for a damaged one.
+    """A file that the server offers: from `path` if it is there, else fetched and written there.
 
-    needed: somebody reads it from there, so that OSError is raised where it cannot be written.
+    needed: whether the file at `path` is read later, so that failing to write it is an error. Raises JoinError for a
+    damaged file, OSError.
     """
     if path.is_file() and hashlib.sha256(data := path.read_bytes()).hexdigest() == sha256:
         return data
@@ -121,7 +124,7 @@ def fetch_file(line: Line, name: str, sha256: str, path: Path, needed: bool = Fa
 
 
 class _Refusals:
-    """Says in the log what the server refused, and why: the same reason once, however many rounds it recurs in."""
+    """Logs why the server refuses messages; a reason that recurs, only once."""
 
     def __init__(self, number: int) -> None:
         self.number, self._said = number, ""
@@ -133,17 +136,17 @@ class _Refusals:
 
 
 def take_part(line: Line, number: int, folder: Path, made: Callable[[bytes], Endpoint[Any]]) -> None:
-    """Take part in a run until the line is closed. folder: this client's, where its state is kept.
+    """Take part in a run until the line is closed. If the server starts another run, the client takes part in it.
 
-    made: the client of the run that is offered. When the server comes with another run, the client takes part in that
-    one. Raises JoinError, and what `made` raises.
+    folder: of this client, for its state. made: makes the client from the run that the server offers. Raises JoinError,
+    and what `made` raises.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FolderLock(folder, "client")
     try:
 
         def joined() -> tuple[Endpoint[Any], SavedState]:
-            """This client in the run that is offered now."""
+            """Make the client for the run that is offered now, and restore its saved state."""
             log.info("client %d asks for the server's run, and waits until there is one", number)
             endpoint = made(line.fetch("run"))
             endpoint.refused = _Refusals(number)
@@ -152,7 +155,7 @@ def take_part(line: Line, number: int, folder: Path, made: Callable[[bytes], End
             log.info("client %d joins at round %d", number, endpoint.client.applied)
             return endpoint, kept
 
-        taken: list[tuple[Endpoint[Any], SavedState]] = [joined()]  # none, while another run is fetch_file
+        taken: list[tuple[Endpoint[Any], SavedState]] = [joined()]  # empty while another run is fetched
         failed: list[Exception] = []
 
         def answer(ask: bytes) -> bytes:
@@ -161,12 +164,12 @@ def take_part(line: Line, number: int, folder: Path, made: Callable[[bytes], End
             except AnotherRun:
                 log.info("client %d leaves its run: the server has begun another", number)
                 taken.clear()
-            # There may not be room for two clients, and the handler's error would hold the one that leaves.
+            # Not in the handler, whose error would keep the old client alive: there may be no memory for two.
             if not taken:
                 try:
                     taken.append(joined())
                 except Exception as error:
-                    failed.append(error)  # the line would keep it to itself
+                    failed.append(error)  # the line only logs it
                     line.close()
                     raise
                 said = taken[0][0].answer(ask)

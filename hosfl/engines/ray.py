@@ -1,7 +1,7 @@
-"""Clients on one owner's machines: a few processes of a Ray cluster, its actors, answer for all of them.
+"""The engine for a Ray cluster of one owner: a few actors answer for all clients.
 
-Whoever reaches a Ray cluster can run code in it. It is for networks whose every machine is trusted; clients of other
-owners come over another engine.
+Anyone who can reach a Ray cluster can run code in it. So it is for networks in which every machine is trusted; clients
+of other owners need another engine.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ log = logging.getLogger(__name__)
 
 
 class RayEngine:
-    """The engine of one owner's cluster: asks are calls of Ray actors, each of which answers for many clients.
+    """The engine of one owner's cluster: requests are calls of Ray actors, each of which answers for many clients.
 
-    A client belongs to the actor of its number modulo the actors, and what it keeps between asks stays there. An actor
-    that dies takes what its clients kept with it: they begin anew, and say so when they are asked. Ray starts it again;
-    until then others stand in for it.
+    A client belongs to the actor of its number modulo the number of actors, which keeps its state between requests. If
+    an actor dies, that state is lost: its clients start again from the base. Ray restarts the actor; until then others
+    answer for it.
 
-    make: called once in each actor, and again in one that was restarted; returns what answers there, a function of a
-    client's number and the server's bytes. It has to pickle, as instances of a class in a module do, and the cluster's
-    machines have to have this Python, Ray and hosfl.
+    make: called once in each actor, and again in a restarted one; returns the function that answers there: (client, the
+    server's bytes) -> bytes. It must be picklable, as instances of a class in a module are, and the cluster's machines
+    must have this Python, Ray and hosfl.
     clients: N; their numbers are 0 to N - 1.
     actors: None: as many as the cluster has room for, and N or fewer.
     address: "HOST:PORT" of a cluster to join, or "auto" for the one on this machine. None: one is started here, and
@@ -64,19 +64,19 @@ class RayEngine:
         self._ray = require("ray", "the engine ray", "ray")
         self.clients = clients
         self._actors: list[Any] = []
-        self._calls: dict[Any, _Call] = {}  # by Ray's reference to what comes: one for each busy actor
-        self._away: dict[int, Any] = {}  # actors that died, and the calls that Ray answers when they are back
+        self._calls: dict[Any, _Call] = {}  # by Ray's reference to the result: one for each busy actor
+        self._away: dict[int, Any] = {}  # dead actors, and the calls that end when they are back
         self._started = not self._ray.is_initialized()
         if self._started:
             _join(self._ray, address, None if actors is None else max(1, math.ceil(actors * cpus)))
         try:
-            self._start(make, min(clients, actors or self._room(cpus, gpus)), cpus, gpus, patience)
+            self._start(make, min(clients, actors or self._max_actors(cpus, gpus)), cpus, gpus, patience)
         except BaseException:
             self.close()
             raise
 
-    def _room(self, cpus: float, gpus: float) -> int:
-        """How many actors the cluster has room for."""
+    def _max_actors(self, cpus: float, gpus: float) -> int:
+        """The number of actors that the cluster has resources for."""
         there = self._ray.cluster_resources()
         rooms = [there.get(name, 0) / share for name, share in (("CPU", cpus), ("GPU", gpus)) if share]
         return max(1, int(min(rooms, default=1)))
@@ -114,27 +114,25 @@ class RayEngine:
                 raise EngineError(f"the clients cannot be made: {_reason(error)}") from error
 
     def present(self) -> frozenset[int]:
-        """All clients, while any actor is there. An actor that died since the last ask counts until it is asked."""
-        self._look()
+        """All clients, if any actor is alive. One that has died since the last request still counts."""
+        self._find_restarted()
         return frozenset(range(self.clients)) if len(self._away) < len(self._actors) else frozenset()
 
     def ask(self, messages: Mapping[int, bytes], deadline: float | None = None) -> Iterator[Reply]:
-        """As `Engine.ask`. One at a time: another ask drops what the one before still lacks.
+        """As `Engine.ask`. One request at a time: a new one drops the replies that the last one still waits for.
 
-        An actor is sent one client's bytes at a time, and what still waits when an ask ends is never sent. An actor
-        that is busy with an ask that has ended comes to this one when it is done. One that dies takes the client with
-        it that it was answering for; those that wait for it go to others. What a client raised is in Ray's log of its
-        actor.
+        An actor gets one client's bytes at a time; those still queued when a request ends are never sent. An actor that
+        is busy with an earlier request takes this one's when it is done. If an actor dies, the client that it was
+        answering for is "gone", and its queued clients go to other actors. A client's error is in its actor's Ray log.
 
-        Raises EngineError for clients that there are not, where no actor will ever be back, and when the engine is
-        closed.
+        Raises EngineError for clients that do not exist, if no actor can be restarted, and if the engine is closed.
         """
         check_ask(messages, self.clients)
         return self._asked(messages, deadline)
 
     def _asked(self, messages: Mapping[int, bytes], deadline: float | None) -> Iterator[Reply]:
         ends = math.inf if deadline is None else time.monotonic() + deadline
-        self._look()
+        self._find_restarted()
         ask = object()
         untold = dict.fromkeys(messages)  # clients, in order
         queues: defaultdict[int, deque[int]] = defaultdict(deque)  # clients by their actors
@@ -167,13 +165,13 @@ class RayEngine:
             yield Reply(client, None, "late")
 
     def offer(self, files: Mapping[str, bytes]) -> None:
-        """Nothing is fetched over this engine: what clients need comes with `make`."""
+        """Nothing to do: `make` has what clients need."""
 
     def limit(self, largest: int) -> None:
-        """The actors are the owner's own, and Ray takes what they answer."""
+        """Nothing to do: the actors are trusted."""
 
     def close(self) -> None:
-        """End the actors, and the cluster if it was started here. These clients end with their engine."""
+        """End the actors and their clients, and the cluster if it was started here."""
         actors, self._actors = self._actors, []
         self._calls.clear()
         self._away.clear()
@@ -185,7 +183,7 @@ class RayEngine:
         self._started = False
 
     def _actor_of(self, client: int) -> int:
-        """A client's own actor, or one that stands in for it. NOBODY: all are away."""
+        """The actor that answers for a client now; NOBODY if all are dead."""
         own = client % len(self._actors)
         if own not in self._away:
             return own
@@ -193,7 +191,7 @@ class RayEngine:
         return here[client % len(here)] if here else NOBODY
 
     def _wait(self, calls: Collection[Any], left: float) -> Any:
-        """A call that is done; None: none is, in the time that is left."""
+        """A call that has ended; None if none does within `left` seconds."""
         if not calls:
             return None
         done, _ = self._ray.wait(list(calls), timeout=None if left == math.inf else max(0.0, left))
@@ -214,11 +212,11 @@ class RayEngine:
         return Reply(call.client, None, f"failed: {answer}")
 
     def _made(self, actor: Any) -> Any:
-        """The call that ends when an actor is here and has made its clients, however often it has to be restarted."""
+        """The call that ends once an actor has made its clients, however often it is restarted."""
         return actor.made.options(max_task_retries=-1).remote(self._make)
 
-    def _look(self) -> None:
-        """Which of the actors that were away are back?"""
+    def _find_restarted(self) -> None:
+        """Find out which of the dead actors are back."""
         if not self._actors:
             raise EngineError("this engine is closed: make another")
         for actor, call in list(self._away.items()):
@@ -235,7 +233,7 @@ class RayEngine:
 
 
 class _Call(NamedTuple):
-    """What an actor is busy with, maybe for an ask that has ended."""
+    """A running call of an actor, perhaps for a request that has ended."""
 
     ask: object
     client: int
@@ -243,18 +241,18 @@ class _Call(NamedTuple):
 
 
 class _Actor:
-    """Runs in a process of its own."""
+    """The Ray actor, which runs in its own process."""
 
     def __init__(self) -> None:
         self._answer: Answer | None = None
 
     def made(self, make: bytes) -> None:
-        """Makes the clients of this process."""
+        """Make the clients of this process, unless they are there."""
         if self._answer is None:
             self._answer = pickle.loads(make)()
 
     def answer(self, client: int, data: bytes) -> bytes | str | None:
-        """The client's bytes; a text: the kind of its error; None: this process is new and has no clients yet."""
+        """The client's bytes; or the class of its error, a str; or None if this process was restarted."""
         if self._answer is None:
             return None
         try:
@@ -262,18 +260,18 @@ class _Actor:
             if not isinstance(answer, bytes):
                 raise TypeError(f"bytes are needed, not {type(answer).__name__}")
             return answer
-        except (Exception, SystemExit) as error:  # Ray would bring back no actor that exits
+        except (Exception, SystemExit) as error:  # Ray does not restart an actor that exits
             log.exception("client %d could not answer", client)
             return type(error).__name__
 
 
 def _join(ray: Any, address: str | None, cpus: int | None) -> None:
-    """Be part of a cluster, or start one of as many CPUs: those of this machine for None."""
+    """Join a cluster, or start one with this number of CPUs (None: all of this machine)."""
     quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         host, _, port = (address or "").rpartition(":")
         if port.isdecimal() and "/" not in host:
-            socket.create_connection((host, int(port)), 10).close()  # where nobody is, Ray looks for minutes
+            socket.create_connection((host, int(port)), 10).close()  # else Ray would try for minutes
         if address is None:
             for name, value in ENVIRONMENT.items():
                 os.environ.setdefault(name, value)
@@ -286,7 +284,7 @@ def _join(ray: Any, address: str | None, cpus: int | None) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """What an error says in its last line: Ray puts an actor's whole traceback before it."""
+    """The last line of an error's message: Ray puts an actor's traceback before it."""
     lines = str(error).strip().splitlines()
     return lines[-1].strip() if lines else type(error).__name__
 

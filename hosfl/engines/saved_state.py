@@ -1,4 +1,4 @@
-"""A client's state on disk, so that a restart need not replay the whole log."""
+"""A client's state on disk, so that a restarted client need not replay the whole log."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from hosfl.protocol.lattice import Lattice
 from hosfl.protocol.replica import Replica, ReplicaState
 from hosfl.protocol.weights import Weights, as_file
 
-SAVED_EVERY = 60.0  # seconds: what was applied since is replayed
-STATE_FORMAT = "3"  # a file of another one is passed over: a client that begins anew loses time alone
+SAVED_EVERY = 60.0  # seconds; later rounds are replayed after a restart
+STATE_FORMAT = "3"  # files of other formats are ignored: the client then replays the whole log
 log = logging.getLogger("hosfl.join")
 
 
@@ -35,12 +35,10 @@ class Replays(ClientProtocol, Protocol):
 
 
 class SavedState:
-    """A client's state on disk, where losing it loses time alone.
+    """A client's state on disk. Without it a client only takes longer to catch up.
 
-    A safetensors file: the tensors that move, 0.0, 0.1, ..., then each of their moments, 1.0, 1.1, ...; its metadata
-    are what `save` writes, as text, and their digest.
-
-    run: the id of the run that it is of.
+    A safetensors file with the trainable tensors, 0.0, 0.1, ..., then each of their moments, 1.0, 1.1, .... Its
+    metadata have the values that `save` writes, as text, and a digest. run: the run's id.
     """
 
     def __init__(self, path: Path, run: bytes, client: ClientProtocol) -> None:

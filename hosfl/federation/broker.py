@@ -1,4 +1,4 @@
-"""The broker's configuration: made, compared with what was made, and tried against the broker that runs.
+"""The broker's configuration: makes it, checks a file against it, and checks the broker that runs.
 
 The broker is nats-server 2.9 or later. It takes only TLS 1.2 and 1.3.
 """
@@ -17,13 +17,13 @@ from hosfl.federation.member import Member
 from hosfl.federation.roster import Roster
 from hosfl.files import read_small
 
-MAX_PAYLOAD = 1 << 20  # bytes of one message; larger ones travel in pieces
+MAX_PAYLOAD = 1 << 20  # bytes of one message; larger ones are sent in pieces
 MAX_PENDING = 64 << 20  # bytes that wait for one connection before the broker drops it
-CLOSED = (ssl.SSLError, ConnectionResetError, BrokenPipeError)  # by the broker, while it was spoken to
+CLOSED = (ssl.SSLError, ConnectionResetError, BrokenPipeError)  # raised if the broker closes the connection
 
-# nats-server 2.9 tries a certificate's e-mail addresses, then its DNS names, URIs and subject; the first that is a
-# user's name is the user. Ours have one e-mail address, which no other certificate has, and nothing else that could be.
-# A limit of connections per user it has not.
+# nats-server 2.9 tries a certificate's e-mail addresses, then its DNS names, URIs and subject; the first one that is a
+# user's name is the user. Our certificates have one unique e-mail address, and nothing else that could be a user's
+# name. The broker cannot limit connections per user.
 TEMPLATE = """\
 # Made by `hosfl federation`, which writes it again. Change nothing: `hosfl serve` refuses it then.
 # Logging and monitoring are options of nats-server.
@@ -64,10 +64,7 @@ ping_max: 2
 
 
 def configuration(roster: Roster, folder: str) -> str:
-    """The text of `nats.conf`.
-
-    folder: where the broker's files lie on its machine; an absolute path, so that it holds in any working directory.
-    """
+    """The text of `nats.conf`. folder: the absolute path of the broker's files on its machine."""
     address, users = roster.address, roster.users()
     if address.is_loopback:
         host = "127.0.0.1" if address.host == "localhost" else address.host
@@ -94,17 +91,17 @@ def _user(name: str, run: str, client: int | None) -> str:
 
 
 def _quoted(text: str) -> str:
-    """As nats-server reads it, and JSON alike. Raises ValueError for what cannot be written so."""
+    """A string literal for nats-server, the same as JSON's. Raises ValueError for characters that it cannot have."""
     if not text.isprintable():
         raise ValueError(f"the path of the broker's folder has characters that its configuration cannot hold: {text!r}")
     return json.dumps(text, ensure_ascii=False)
 
 
 def check_permissions(conf: Path | str, roster: Roster) -> None:
-    """Refuse a configuration of the broker that is not, line by line, the one made for this roster.
+    """Check that the broker's configuration is, line by line, the one made for this roster.
 
-    conf: the file, or its text. The broker's folder may have moved. Raises FederationError that names the first line
-    that differs; OSError for a file that cannot be read.
+    conf: the file, or its text. The broker's folder may have been moved. Raises FederationError that names the first
+    line that differs; OSError for a file that cannot be read.
     """
     text = read_small(conf).decode("utf-8", "replace") if isinstance(conf, Path) else conf
     where = conf if isinstance(conf, Path) else "the broker's configuration"
@@ -126,11 +123,11 @@ def check_permissions(conf: Path | str, roster: Roster) -> None:
 
 
 def check_broker(member: Member, timeout: float = 10.0) -> None:
-    """Try the broker that runs: it must refuse who has no certificate, know this one, and allow it its own only.
+    """Check the running broker: it must refuse connections without a certificate, accept this one, and limit it.
 
-    It is asked as anybody, and as this member: what it allows others, `check_permissions` reads. timeout: seconds for
-    each answer. Raises FederationError where it is not so, or where the broker is another's; OSError where nobody
-    answers.
+    It connects without a certificate, and as this member; the permissions of others are checked by `check_permissions`.
+    timeout: seconds for each answer. Raises FederationError if a check fails, or the broker is another federation's;
+    OSError if there is no answer.
     """
     own = member.context()
     stranger = ssl.create_default_context(cafile=str(member.folder / "ca.pem"))
@@ -164,7 +161,7 @@ def check_broker(member: Member, timeout: float = 10.0) -> None:
 
 
 def _ask(member: Member, context: ssl.SSLContext, lines: bytes, timeout: float) -> bytes:
-    """Connect, say these lines, and give what the broker says up to its PONG, or until it closes."""
+    """Connect, send these lines, and return the broker's answer up to its PONG, or until it closes."""
     host, port = member.address.host, member.address.port
     with socket.create_connection((host, port), timeout) as plain:
         info = b""

@@ -1,4 +1,4 @@
-"""X.509 certificates of a federation: one authority, and what it signs. ECDSA on P-256 with SHA-256 (RFC 5280)."""
+"""X.509 certificates of a federation: its authority and the certificates it signs. ECDSA, P-256, SHA-256 (RFC 5280)."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 AUTHORITY_DAYS = 7300
-MOST_DAYS = 3650  # of what it signs
-CLOCKS_DIFFER = timedelta(days=1)  # a certificate is valid since then: a device's clock may be behind
+MOST_DAYS = 3650  # of the certificates that it signs
+CLOCKS_DIFFER = timedelta(days=1)  # certificates are valid from a day ago, since a device's clock may be behind
 
 
 class FederationError(ValueError):
-    """A federation's folder, certificate or broker is not as it should be; says what, and what to do."""
+    """A federation's folder, certificate or broker is wrong; says what, and what to do."""
 
 
 @dataclass(frozen=True)
 class Issued:
-    """A certificate and its key as PEM, its serial number as 40 hexadecimal digits, and when it ends (UTC)."""
+    """A certificate and its key as PEM, its serial number as 40 hexadecimal digits, and when it expires (UTC)."""
 
     certificate: bytes
     key: bytes
@@ -32,7 +32,7 @@ class Issued:
 
 
 def make_authority(name: str) -> Issued:
-    """An authority that signs for `AUTHORITY_DAYS` days and makes no others."""
+    """A self-signed authority, valid for `AUTHORITY_DAYS` days, that cannot make other authorities."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     return _signed(subject, subject, key, key, AUTHORITY_DAYS, [
@@ -42,7 +42,7 @@ def make_authority(name: str) -> Issued:
 
 
 class Authority:
-    """Signs certificates. Raises FederationError where its files are damaged, or not of one pair.
+    """Signs certificates. Raises FederationError if its files are damaged, or do not belong together.
 
     certificate, key: PEM.
     """
@@ -61,11 +61,11 @@ class Authority:
 
     @property
     def expires(self) -> datetime:
-        """When nothing that it signed is valid any more (UTC)."""
+        """When the authority's certificate expires (UTC), and with it all that it has signed."""
         return self.certificate.not_valid_after_utc
 
     def client(self, who: str, days: int) -> Issued:
-        """For one who connects to the broker: the server or a client.
+        """A certificate for the server or a client, which connect to the broker.
 
         who: such as "client-3". The certificate's one alternative name is the e-mail address "WHO.SERIAL@hosfl", so
         that two certificates of the same client are never one user: see `identity`.
@@ -75,7 +75,7 @@ class Authority:
         return self._issue(who, days, [name], ExtendedKeyUsageOID.CLIENT_AUTH, serial)
 
     def broker(self, host: str, days: int) -> Issued:
-        """For the broker, reached as `host`, a DNS name or an IP address, and on its own machine as localhost."""
+        """A certificate for the broker at `host`, a DNS name or an IP address, and at localhost on its own machine."""
         hosts = dict.fromkeys([host, "localhost", "127.0.0.1"])
         return self._issue("broker", days, [_host(each) for each in hosts], ExtendedKeyUsageOID.SERVER_AUTH)
 
@@ -105,13 +105,12 @@ class Authority:
 
 
 def identity(who: str, serial: str) -> str:
-    """The name under which the broker knows a certificate: "client-3", serial -> "client-3.SERIAL@hosfl"."""
+    """A certificate's user name at the broker: "client-3", serial -> "client-3.SERIAL@hosfl"."""
     return f"{who}.{serial}@hosfl"
 
 
 def read_certificate(pem: bytes) -> tuple[str, datetime, datetime]:
-    """Of whom a PEM certificate is, such as "client-3", and when it begins and ends (UTC). Raises FederationError for
-    what is none."""
+    """(owner of a PEM certificate, such as "client-3"; begin and end of its validity, UTC). Raises FederationError."""
     try:
         certificate = x509.load_pem_x509_certificate(pem)
     except ValueError as error:

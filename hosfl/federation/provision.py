@@ -1,7 +1,6 @@
-"""A federation's folder: made, and changed by adding, revoking and renewing. One process changes it at a time.
+"""Makes a federation's folder, and changes it: adds clients, revokes and renews certificates. One process at a time.
 
-`ca/federation.json` says what counts and is written last: a command that was cut off is given again, and heals what it
-had begun.
+`ca/federation.json` decides, and is written last: if a command was cut off, running it again completes it.
 """
 
 from __future__ import annotations
@@ -17,19 +16,26 @@ from pathlib import Path
 
 from hosfl.federation.broker import configuration
 from hosfl.federation.certificates import MOST_DAYS, Authority, FederationError, Issued, make_authority
-from hosfl.federation.roster import MOST_CLIENTS, NAME, Address, Retired, Roster, Standing, check_run
+from hosfl.federation.roster import (
+    MOST_CLIENTS,
+    NAME,
+    Address,
+    CertificateStatus,
+    RetiredCertificate,
+    Roster,
+    check_run,
+)
 from hosfl.files import FolderLock, read_small, sync_folder, write_atomically, write_json
 
 
 def create(
     folder: Path, clients: int, address: str, run: str | None = None, days: int = 365, broker_folder: str = ""
 ) -> Roster:
-    """Make a federation's folder, whole or not at all: `ca`, `broker`, `server`, and `clients/0` to `clients/N-1`.
+    """Make a federation's folder, completely or not at all: `ca`, `broker`, `server`, `clients/0` to `clients/N-1`.
 
-    address: where clients reach the broker, HOST or HOST:PORT. run: the run's name; None: the folder's, or "run" where
-    that cannot be one. days: how long certificates last. broker_folder: where the folder `broker` will lie on the
-    broker's machine, an absolute path; "": where it is made. Raises FileExistsError for a folder that is there,
-    ValueError for what cannot be.
+    address: at which clients reach the broker, HOST or HOST:PORT. run: the run's name; None: the folder's, or "run" if
+    that is no valid name. days: how long certificates last. broker_folder: the absolute path that the folder `broker`
+    will have on the broker's machine; "": its path here. Raises FileExistsError for a folder that exists, ValueError.
     """
     final = folder.resolve()
     if run is None:
@@ -46,27 +52,27 @@ def create(
     made = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))  # mode 0700
     try:
         first = make_authority(f"hosfl {run}")
-        _folder(made / "ca")
+        _make_private_folder(made / "ca")
         write_atomically(made / "ca/ca.key", first.key, private=True)
         write_atomically(made / "ca/ca.pem", first.certificate)
         authority = Authority(first.certificate, first.key)
         broker, server = authority.broker(reached.host, days), authority.client("server", days)
         issued = [authority.client(f"client-{number}", days) for number in range(clients)]
-        standings = tuple(map(Standing.of, issued))
+        statuses = tuple(map(CertificateStatus.of, issued))
         roster = Roster(
             reached,
             run,
             days,
             broker_folder and os.path.normpath(broker_folder),
-            Standing.of(broker),
-            Standing.of(server),
-            standings,
+            CertificateStatus.of(broker),
+            CertificateStatus.of(server),
+            statuses,
         )
-        _hand_out(made, "broker", broker)
-        _hand_out(made, "server", server)
-        for number, each in enumerate(issued):
-            _hand_out_client(made, roster, number, each)
-        _commit(made, roster, final)
+        _write_folder(made, "broker", broker)
+        _write_folder(made, "server", server)
+        for number, one in enumerate(issued):
+            _write_client(made, roster, number, one)
+        _write_roster(made, roster, final)
         made.rename(final)
     except BaseException:
         shutil.rmtree(made, ignore_errors=True)
@@ -76,62 +82,62 @@ def create(
 
 
 def add(folder: Path, clients: int = 1) -> tuple[Roster, list[int]]:
-    """Make folders for more clients, under the next numbers. Gives the roster and the new numbers."""
-    with _open(folder) as roster:
+    """Make folders for more clients, under the next numbers. Returns the roster and the new numbers."""
+    with _locked_roster(folder) as roster:
         _check_count(clients, len(roster.clients))
-        authority = _authority(folder)
+        authority = _read_authority(folder)
         numbers = list(range(len(roster.clients), len(roster.clients) + clients))
         for number in numbers:
             issued = authority.client(f"client-{number}", roster.days)
-            _hand_out_client(folder, roster, number, issued)
-            roster = replace(roster, clients=(*roster.clients, Standing.of(issued)))
-        _commit(folder, roster)
+            _write_client(folder, roster, number, issued)
+            roster = replace(roster, clients=(*roster.clients, CertificateStatus.of(issued)))
+        _write_roster(folder, roster)
     return roster, numbers
 
 
 def revoke(folder: Path, client: int) -> Roster:
-    """Take a client's permissions away: once the broker has reloaded, its certificate lets nobody in.
+    """Revoke a client's certificate: the broker refuses it once it has reloaded its configuration.
 
-    Needs no key of the authority. Raises ValueError for a client that is not there, or is revoked.
+    Needs no key of the authority. Raises ValueError for a client that does not exist, or is revoked.
     """
-    with _open(folder) as roster:
+    with _locked_roster(folder) as roster:
         standing = roster.client(client)
         if standing.revoked:
             raise ValueError(f"client {client} is revoked already: `hosfl federation renew` lets it in again")
         roster = _with_client(_retire(roster, f"client-{client}", standing), client, replace(standing, revoked=True))
-        _commit(folder, roster)
+        _write_roster(folder, roster)
     return roster
 
 
 def renew(folder: Path, who: int | str) -> Roster:
-    """Make a new certificate in place of one that ends, is lost, or was revoked; the old one lets nobody in any more.
+    """Make a new certificate in place of one that expires, is lost, or was revoked; the old one becomes invalid.
 
     who: a client's number, "server" or "broker".
     """
-    with _open(folder) as roster:
+    with _locked_roster(folder) as roster:
         if isinstance(who, int):
             standing = roster.client(who)
-            issued = _authority(folder).client(f"client-{who}", roster.days)
+            issued = _read_authority(folder).client(f"client-{who}", roster.days)
             if not standing.revoked:
                 roster = _retire(roster, f"client-{who}", standing)
-            _hand_out_client(folder, roster, who, issued)
-            roster = _with_client(roster, who, Standing.of(issued))
+            _write_client(folder, roster, who, issued)
+            roster = _with_client(roster, who, CertificateStatus.of(issued))
         elif who == "server":
-            issued = _authority(folder).client("server", roster.days)
-            _hand_out(folder, "server", issued)
-            roster = replace(_retire(roster, "server", roster.server), server=Standing.of(issued))
+            issued = _read_authority(folder).client("server", roster.days)
+            _write_folder(folder, "server", issued)
+            roster = replace(_retire(roster, "server", roster.server), server=CertificateStatus.of(issued))
         elif who == "broker":
-            issued = _authority(folder).broker(roster.address.host, roster.days)
-            _hand_out(folder, "broker", issued)
-            roster = replace(roster, broker=Standing.of(issued))
+            issued = _read_authority(folder).broker(roster.address.host, roster.days)
+            _write_folder(folder, "broker", issued)
+            roster = replace(roster, broker=CertificateStatus.of(issued))
         else:
             raise ValueError(f"a client's number, `server` or `broker` is needed, got {who!r}")
-        _commit(folder, roster)
+        _write_roster(folder, roster)
     return roster
 
 
 def read(folder: Path) -> Roster:
-    """Who is in the federation of a folder. Raises FederationError for a folder that is none."""
+    """The roster of the federation in a folder. Raises FederationError for another folder."""
     try:
         return Roster.read(folder / "ca/federation.json")
     except (FileNotFoundError, NotADirectoryError):
@@ -141,16 +147,16 @@ def read(folder: Path) -> Roster:
 
 
 @contextmanager
-def _open(folder: Path) -> Iterator[Roster]:
+def _locked_roster(folder: Path) -> Iterator[Roster]:
     read(folder)
     lock = FolderLock(folder / "ca", "federation")
     try:
-        yield read(folder)  # again: another process may have had it until now
+        yield read(folder)  # again, since another process may have held the lock and changed it
     finally:
         lock.close()
 
 
-def _authority(folder: Path) -> Authority:
+def _read_authority(folder: Path) -> Authority:
     key = folder / "ca/ca.key"
     if not key.is_file():
         raise FederationError(
@@ -159,36 +165,33 @@ def _authority(folder: Path) -> Authority:
     return Authority(read_small(folder / "ca/ca.pem"), read_small(key))
 
 
-def _folder(path: Path) -> None:
-    """A folder for its owner alone."""
+def _make_private_folder(path: Path) -> None:
+    """Make a folder that only its owner can read."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     path.chmod(0o700)
 
 
-def _hand_out(folder: Path, who: str, issued: Issued, name: str = "") -> Path:
+def _write_folder(folder: Path, who: str, issued: Issued, name: str = "") -> Path:
     """Write key and certificates into the folder of `who`."""
     own, name = folder / who, name or who
-    for each in (own.parent, own):
-        _folder(each)
+    for one in (own.parent, own):
+        _make_private_folder(one)
     write_atomically(own / "ca.pem", read_small(folder / "ca/ca.pem"))
     write_atomically(own / f"{name}.key", issued.key, private=True)
     write_atomically(own / f"{name}.pem", issued.certificate)
     return own
 
 
-def _hand_out_client(folder: Path, roster: Roster, number: int, issued: Issued) -> None:
-    own = _hand_out(folder, f"clients/{number}", issued, "client")
+def _write_client(folder: Path, roster: Roster, number: int, issued: Issued) -> None:
+    own = _write_folder(folder, f"clients/{number}", issued, "client")
     says = {"address": str(roster.address), "run": roster.run, "client": number, "expires": issued.expires.isoformat()}
     write_json(own / "client.json", says)
 
 
-def _commit(folder: Path, roster: Roster, final: Path | None = None) -> None:
-    """Write what follows from the roster, and the roster itself last.
-
-    final: where the folder will lie, if not where it is.
-    """
-    for each in ("broker", "server"):
-        _folder(folder / each)
+def _write_roster(folder: Path, roster: Roster, final: Path | None = None) -> None:
+    """Write the broker's configuration and the roster. final: the folder's later path, if it is going to be moved."""
+    for one in ("broker", "server"):
+        _make_private_folder(folder / one)
     here = str((final or folder.resolve()) / "broker")
     text = configuration(roster, roster.broker_folder or here)
     write_atomically(folder / "broker/nats.conf", text.encode())
@@ -196,12 +199,12 @@ def _commit(folder: Path, roster: Roster, final: Path | None = None) -> None:
     roster.write(folder / "ca/federation.json")
 
 
-def _retire(roster: Roster, who: str, standing: Standing) -> Roster:
+def _retire(roster: Roster, who: str, standing: CertificateStatus) -> Roster:
     now = datetime.now(timezone.utc).replace(microsecond=0)
-    return replace(roster, retired=(*roster.retired, Retired(who, standing.serial, now)))
+    return replace(roster, retired=(*roster.retired, RetiredCertificate(who, standing.serial, now)))
 
 
-def _with_client(roster: Roster, number: int, standing: Standing) -> Roster:
+def _with_client(roster: Roster, number: int, standing: CertificateStatus) -> Roster:
     clients = list(roster.clients)
     clients[number] = standing
     return replace(roster, clients=tuple(clients))

@@ -1,4 +1,4 @@
-"""Who is in a federation, as `federation.json` has it: the broker's address, the run, every certificate's serial."""
+"""The roster of a federation, `federation.json`: the broker's address, the run, and the serials of all certificates."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ LABEL = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?")
 
 @dataclass(frozen=True)
 class Address:
-    """Where the broker is reached: a DNS name or an IP address, and a port."""
+    """The address of the broker: a DNS name or an IP address, and a port."""
 
     host: str
     port: int = PORT
 
     @classmethod
     def parse(cls, text: str) -> Address:
-        """Of HOST, HOST:PORT, or [IPv6]:PORT. Raises ValueError that names what is wrong."""
+        """Parse HOST, HOST:PORT, or [IPv6]:PORT. Raises ValueError that names what is wrong."""
         bracketed = re.fullmatch(r"\[([^\[\]]*)\](?::(.*))?", text)
         if bracketed:
             host, port = bracketed[1], bracketed[2]
@@ -76,7 +76,7 @@ def _is_ip(host: str) -> bool:
 
 
 def check_run(run: str) -> str:
-    """The run's name, which becomes a part of subjects. Raises ValueError."""
+    """Check a run's name, which becomes a part of subjects, and return it. Raises ValueError."""
     if not NAME.fullmatch(run):
         raise ValueError(
             f"the run's name must be 1 to 32 letters a to z, digits, hyphens and underscores, the first a letter or"
@@ -86,21 +86,21 @@ def check_run(run: str) -> str:
 
 
 @dataclass(frozen=True)
-class Standing:
-    """A certificate that counts, or, revoked, the last one of its client."""
+class CertificateStatus:
+    """The current certificate of the broker, the server or a client. revoked: whether the broker refuses it."""
 
     serial: str
     expires: datetime
     revoked: bool = False
 
     @classmethod
-    def of(cls, issued: Issued) -> Standing:
+    def of(cls, issued: Issued) -> CertificateStatus:
         return cls(issued.serial, issued.expires)
 
 
 @dataclass(frozen=True)
-class Retired:
-    """A certificate that the broker refuses although it has not ended: whose it was, and since when."""
+class RetiredCertificate:
+    """A replaced or revoked certificate, which the broker refuses before it expires. who: whose it was."""
 
     who: str
     serial: str
@@ -109,9 +109,9 @@ class Retired:
 
 @dataclass(frozen=True)
 class Roster:
-    """Who is in a federation. Clients are numbered from 0 by their place in `clients`; numbers are never given twice.
+    """The members of a federation. A client's number is its index in `clients`; numbers are never used again.
 
-    days: how long a new certificate lasts. broker_folder: where the broker's files lie on its machine, "" for the
+    days: how long a new certificate lasts. broker_folder: the path of the broker's files on its machine, "" for the
     federation's own folder.
     """
 
@@ -119,28 +119,28 @@ class Roster:
     run: str
     days: int
     broker_folder: str
-    broker: Standing
-    server: Standing
-    clients: tuple[Standing, ...]
-    retired: tuple[Retired, ...] = ()
+    broker: CertificateStatus
+    server: CertificateStatus
+    clients: tuple[CertificateStatus, ...]
+    retired: tuple[RetiredCertificate, ...] = ()
 
     def users(self) -> dict[str, int | None]:
-        """Whom the broker lets in: the client's number by identity, None for the server's."""
+        """The users that the broker accepts: identity -> the client's number, None for the server."""
         users: dict[str, int | None] = {identity("server", self.server.serial): None}
         for number, client in enumerate(self.clients):
             if not client.revoked:
                 users[identity(f"client-{number}", client.serial)] = number
         return users
 
-    def client(self, number: int) -> Standing:
-        """Raises ValueError for a number that was never given."""
+    def client(self, number: int) -> CertificateStatus:
+        """The certificate of a client. Raises ValueError for a number that does not exist."""
         if not 0 <= number < len(self.clients):
             raise ValueError(f"there is no client {number}: this federation has clients 0 to {len(self.clients) - 1}")
         return self.clients[number]
 
     @classmethod
     def read(cls, path: Path) -> Roster:
-        """Of a `federation.json`. Raises FederationError for a damaged one, FileNotFoundError."""
+        """Read a `federation.json`. Raises FederationError for a damaged one, FileNotFoundError."""
         saved = read_object(path)
         try:
             return cls(
@@ -148,22 +148,24 @@ class Roster:
                 check_run(saved["run"]),
                 int(saved["days"]),
                 str(saved["broker_folder"]),
-                _standing(saved["broker"]),
-                _standing(saved["server"]),
-                tuple(_standing(each) for each in saved["clients"]),
-                tuple(Retired(str(r["who"]), _serial(r["serial"]), _time(r["since"])) for r in saved["retired"]),
+                _read_status(saved["broker"]),
+                _read_status(saved["server"]),
+                tuple(_read_status(each) for each in saved["clients"]),
+                tuple(
+                    RetiredCertificate(str(r["who"]), _serial(r["serial"]), _time(r["since"])) for r in saved["retired"]
+                ),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise FederationError(f"{path} is damaged: take it from a copy ({error!r})") from None
 
     def write(self, path: Path) -> None:
-        """A file that `read` reads, whole or not at all."""
+        """Write a file for `read`, atomically."""
         saved = {**asdict(self), "address": str(self.address)}
         write_json(path, json.loads(json.dumps(saved, default=lambda time: time.isoformat())))
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds one object. Raises FederationError for any other, FileNotFoundError."""
+    """Read a JSON file with one object. Raises FederationError for any other, FileNotFoundError."""
     try:
         value = json.loads(read_small(path))
     except (ValueError, RecursionError) as error:
@@ -173,10 +175,10 @@ def read_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _standing(saved: Any) -> Standing:
+def _read_status(saved: Any) -> CertificateStatus:
     if not isinstance(saved["revoked"], bool):
         raise TypeError(f"revoked must be true or false, got {saved['revoked']!r}")
-    return Standing(_serial(saved["serial"]), _time(saved["expires"]), saved["revoked"])
+    return CertificateStatus(_serial(saved["serial"]), _time(saved["expires"]), saved["revoked"])
 
 
 def _serial(text: str) -> str:
