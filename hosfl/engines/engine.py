@@ -40,7 +40,7 @@ class Engine(Protocol):
         """
 
     def offer(self, files: Mapping[str, bytes]) -> None:
-        """Set the files that clients can fetch, by name. They replace earlier ones. Until the first offer clients wait."""
+        """Set the files that clients can fetch, by name, replacing earlier ones. Until the first offer clients wait."""
 
     def limit(self, largest: int) -> None:
         """Set the size of the run's largest valid answer, bytes; an engine may refuse larger ones."""
