@@ -644,7 +644,7 @@ def test_no_pass_runs_beside_the_output_of_the_last(run, tmp_path, monkeypatch):
     assert len(held) == SETTINGS["directions"]
 
 
-def test_an_interrupt_on_the_way_home_waits(tmp_path):
+def test_an_interrupt_during_a_restore_waits(tmp_path):
     """Off the lattice th is in copies, and whoever is interrupted between two tensors would keep half a step."""
     federation, task, files = made("gaussian")
     data = saved(partition(task, federation.config)[1], tmp_path / "own.npz")
@@ -662,7 +662,7 @@ def test_an_interrupt_on_the_way_home_waits(tmp_path):
     probe.kept = Interrupted(probe.kept)
     assert len(probe.kept) > 1
     with pytest.raises(KeyboardInterrupt):
-        probe.home()
+        probe.restore()
     assert replica.digest() == before
 
 
