@@ -59,7 +59,7 @@ def test_a_rule_is_one_optimizer_in_every_method(rule):
     told = {"rule": rule, "client_rate": 0.1, "server_rate": 0.1, "clients": 2, "sampled": 2}
     methods = ({"method": "first-order"}, {"method": "splitfed"}, {"directions_from": "pool"})
     first_order, splitfed, pool = (assemble(Config(**told, **method))[0] for method in methods)
-    own = splitfed.take(0).optimizer([torch.zeros(1, requires_grad=True)])
+    own = splitfed.load_client(0).optimizer([torch.zeros(1, requires_grad=True)])
     for made, betas in (
         (first_order.server.ledger.optimizer, (0.9, 0.999)),
         (own, (0.9, 0.999)),
