@@ -1,7 +1,7 @@
-"""What the protocol does with arrays: numpy's, and torch's tensors, which it knows by their methods alone.
+"""Operations on numpy arrays and torch tensors for the protocol, which does not import torch.
 
-Numbers that travel are numpy arrays; weights are what the holder of a replica has. bfloat16, which numpy has not, is
-its bits, uint16; an `ml_dtypes.bfloat16` array does as well.
+Arrays in messages are numpy's; weights are whatever a replica has. numpy has no bfloat16: its bits are uint16; an
+`ml_dtypes.bfloat16` array works too.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ Array: TypeAlias = Any  # numpy's, or torch's
 
 
 def is_tensor(array: Array) -> bool:
-    """Whether it is torch's."""
+    """Whether an array is a torch tensor."""
     return hasattr(array, "detach")
 
 
 def dtype_name(array: Array) -> str:
-    """Such as "float32", "bfloat16", "int32"."""
+    """The name of its dtype, such as "float32", "bfloat16", "int32"."""
     name = str(array.dtype).removeprefix("torch.")
     return "bfloat16" if name == "uint16" and not is_tensor(array) else name
 
 
 def count(array: Array) -> int:
-    """Of its elements."""
+    """The number of its elements."""
     return int(array.numel() if is_tensor(array) else array.size)
 
 
 def host(array: Array) -> NDArray[Any]:
-    """Its numbers in numpy, for float32 and integers; a view where that can be."""
+    """A numpy array of a float32 or integer array; a view if possible."""
     return array.detach().cpu().numpy() if is_tensor(array) else np.asarray(array)
 
 
@@ -48,12 +48,12 @@ def bits(array: Array) -> memoryview:
 
 
 def plain(arrays: Sequence[Array]) -> list[Array]:
-    """The same memory, of tensors without their gradients."""
+    """The same arrays, tensors detached from their graphs."""
     return [array.detach() if is_tensor(array) else array for array in arrays]
 
 
 def assign(array: Array, value: Array) -> None:
-    """Take another's values, of its shape and dtype, in place."""
+    """Copy the values of another array, of the same shape and dtype, in place."""
     if is_tensor(array):
         array.detach().copy_(value)
     else:
@@ -61,19 +61,19 @@ def assign(array: Array, value: Array) -> None:
 
 
 def copied(array: Array) -> Array:
-    """A copy in memory of its own."""
+    """A copy."""
     return array.detach().clone() if is_tensor(array) else np.array(array)
 
 
 def zeros(array: Array) -> Array:
-    """float32 zeros of its shape, on its device."""
+    """float32 zeros of an array's shape, on its device."""
     if is_tensor(array):
         return array.detach().float().clone().zero_()
     return np.zeros(array.shape, np.float32)
 
 
 def largest(array: Array) -> float:
-    """The largest size of an element; NaN where there is one. 0 for an empty one."""
+    """The largest absolute value; NaN if there is one, 0 for an empty array."""
     if not count(array):
         return 0.0
     if is_tensor(array):
@@ -82,7 +82,7 @@ def largest(array: Array) -> float:
 
 
 def widened(array: NDArray[Any]) -> NDArray[Any]:
-    """numpy's array as numbers that numpy can compute with: bfloat16 as float32."""
+    """A numpy array that numpy can compute with: bfloat16 as float32."""
     if dtype_name(array) != "bfloat16":
         return array
     return (np.asarray(array).view(np.uint16).astype(np.uint32) << 16).view(np.float32)

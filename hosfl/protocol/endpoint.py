@@ -36,7 +36,7 @@ from hosfl.protocol.messages import (
 
 
 class AnotherRun(Exception):
-    """The server's ask is of another run than the client. Nothing was changed by it."""
+    """The server's request is of another run than the client's. Nothing was changed by it."""
 
 
 class ClientProtocol(Protocol):

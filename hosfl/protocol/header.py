@@ -1,4 +1,4 @@
-"""What a log's records mean: the header of `hosfl.log`, checked, as bytes and back.
+"""The header of `hosfl.log`, which says what the records mean: checks, encoding and decoding.
 
 Formats 1 and 2, little-endian:
 
@@ -35,7 +35,7 @@ CUT_SHORT = "it is damaged, or was never finished; then no record followed it, a
 
 
 class LogError(ValueError):
-    """A log, or a record for one, that is not what the format says; nothing was changed by it."""
+    """A log or a record does not follow the format; nothing was changed by it."""
 
 
 def check_integer(value: Any, what: str, low: int, high: int) -> int:
@@ -105,7 +105,7 @@ def _parsed(text: bytes, what: str) -> Any:
 
 
 def _dict(value: Any, what: str) -> dict[str, Any]:
-    """A copy of its own, as it will be read back: tuples become lists."""
+    """A copy, as JSON returns it: tuples become lists."""
     if not isinstance(value, dict):
         raise LogError(f"{what} must be a dict, not {reprlib.repr(value)}")
     return dict(_parsed(_canonical(value, what), what))
@@ -113,7 +113,7 @@ def _dict(value: Any, what: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Parameter:
-    """A tensor of the client half that moves.
+    """A trainable tensor of the client half.
 
     stream: of its noise, below 2^32. dtype: "float32", "bfloat16" or "float16". factor: the scale of directions on this
     tensor, a power of two. tied: its other names in the model. Raises LogError.
@@ -147,7 +147,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Header:
-    """What a log's records mean: everything that replay needs beside the base weights.
+    """The header of a log: everything that replay needs beside the base weights and the records.
 
     seed: the run's, below 2^64. directions: P. dist: "rademacher" or "gaussian". mu: the probe's step, 0 for forward
     mode. quantum: of the lattice, a power of two; None off it. rule: the update rule's "name" and its constants.
@@ -191,7 +191,7 @@ class Header:
 
 
 def set_fields(instance: object, **values: Any) -> None:
-    """Fields of a frozen dataclass, in its __post_init__."""
+    """Set fields of a frozen dataclass, in its __post_init__."""
     for name, value in values.items():
         object.__setattr__(instance, name, value)
 
@@ -250,7 +250,7 @@ def encode_header(header: Header) -> bytes:
 
 
 def decode_header(data: bytes) -> tuple[Header, int]:
-    """A log's header, and where it ends. Raises LogError."""
+    """(a log's header, its size in bytes). Raises LogError."""
     if data[: len(MAGIC)] != MAGIC[: len(data)]:
         raise LogError(f"starts with {data[: len(MAGIC)]!r}, not {MAGIC!r}: this is no log")
     if len(data) < HEADER.size:

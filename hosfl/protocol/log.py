@@ -1,4 +1,4 @@
-"""The client half's checkpoint: base weights, and this append-only file of the numbers that moved them, `hosfl.log`.
+"""`hosfl.log`: an append-only file of the numbers that moved the client half. With the base weights it is a checkpoint.
 
 Little-endian:
 
@@ -72,7 +72,7 @@ def _body(data: bytes, at: int) -> bytes | None:
 
 @dataclass
 class _Content:
-    """A log's bytes, understood: `good` of them, and `torn` after these."""
+    """A parsed log. good: the number of its valid bytes; torn: of those after them."""
 
     header: Header
     history: History
@@ -112,7 +112,7 @@ def _check_tail(data: bytes, at: int, number: int) -> None:
 
 
 def _next_record(data: bytes, at: int) -> int | None:
-    """Where the next whole record starts. Bytes made to look like many long records are refused: it would take ages."""
+    """Where the next whole record starts. Raises LogError for bytes that look like too many long records to check."""
     budget = 16 * len(data) + (1 << 20)
     while (at := data.find(MARKER, at)) >= 0:
         if _body(data, at) is not None:
@@ -129,7 +129,7 @@ def _next_record(data: bytes, at: int) -> int | None:
 def _torn(tail: bytes) -> bool:
     """Whether a tail looks like one torn append: the beginning of a record, the rest missing or zeros.
 
-    Where records are larger than a sector, a later sector may be there without the first: then it starts with zeros.
+    If records are larger than a sector, a later sector may have been written without the first: it starts with zeros.
     """
     written = tail.rstrip(b"\0")
     if not written or tail[0] == 0:
@@ -166,20 +166,20 @@ def _interval(sync: Sync) -> int:
 
 
 class Log:
-    """A log of the client half's moves, hosfl.log: what is in it, and `append`. Make one by `create`, `open` or `read`.
+    """A log of the client half's moves, hosfl.log. Make one by `create`, `open` or `read`.
 
         log = hosfl.Log.read("runs/own/hosfl.log")
         for record in log.rounds:
             print(record.round, record.rate, record.coefficients)
 
-    All records are in memory, as many bytes as the file has. Not for use from several threads at once. When an append
-    is durable, and what is found out about damage: see `hosfl.protocol.log`.
+    All records are in memory, as many bytes as the file has. Not thread-safe. `hosfl.protocol.log` says when an append
+    is durable, and which damage is found.
 
     Attributes:
         path: of the file.
-        header: what its records mean.
+        header: says what its records mean.
         cut: bytes of a torn tail that `open` cut off.
-        torn: bytes of a torn tail that `read` passed over.
+        torn: bytes of a torn tail that `read` ignored.
     """
 
     def __init__(self, path: Path, content: _Content, file: io.FileIO | None, sync: Sync) -> None:
@@ -197,9 +197,9 @@ class Log:
 
     @classmethod
     def create(cls, path: str | os.PathLike[str], header: Header, sync: Sync = "always") -> Log:
-        """A new log with no records, on disk when this returns.
+        """Create a log without records; it is on disk when this returns.
 
-        Raises FileExistsError where there is a file already, and OSError where none can be written; then none is left.
+        Raises FileExistsError if there is a file already, OSError if none can be written; then none is left.
         """
         path, data = Path(path), encode_header(header)
         _interval(sync)
@@ -218,9 +218,9 @@ class Log:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], sync: Sync = "always") -> Log:
-        """A log to append to. Every byte is checked, a torn tail cut off, and what stays is on disk when this returns.
+        """Open a log to append to it. Checks every byte, cuts a torn tail off, and syncs the rest to disk.
 
-        Raises LogError for a log that is damaged, or that another writer has open; then it is as it was.
+        Raises LogError for a log that is damaged, or that another writer has open; then the file is unchanged.
         """
         path = Path(path)
         _interval(sync)
@@ -238,7 +238,7 @@ class Log:
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Log:
-        """A log to look at: checked as `open` does, and never changed. Takes no lock; another may be appending.
+        """Read a log, with the checks of `open`, without changing or locking the file, to which others may append.
 
         Raises LogError for a log that is damaged.
         """
@@ -250,9 +250,9 @@ class Log:
     def append(self, record: Record) -> None:
         """Commit a record; see the module for when it is durable.
 
-        Raises LogError for a record that may not come next, OSError where the disk fails. Either way the log and its
-        file hold what they held before. After an fsync that failed nobody knows what the disk holds: then, and where
-        the file cannot be brought back, every further append is refused until the log is opened again.
+        Raises LogError for a record that may not come next, OSError if the disk fails. Either way log and file are as
+        they were before. After a failed fsync it is unknown what the disk has: then, and if the file cannot be rolled
+        back, every further append is refused until the log is opened again.
         """
         file = self._writable()
         payload = encode_record(record)
@@ -287,9 +287,9 @@ class Log:
             self._refusal = f"could not be brought back to its last record ({error}): open it again"
 
     def check_file(self) -> None:
-        """Whether the file is still this log: LogError where it is gone, replaced, cut or written by something else.
+        """Raises LogError if the file was removed, replaced, truncated or written by something else.
 
-        The last bytes tell: they depend on every record before them.
+        It compares the last bytes, which depend on every record before them.
         """
         file = self._writable()
         try:
@@ -316,7 +316,7 @@ class Log:
         self._unsynced = 0
 
     def close(self) -> None:
-        """Sync, unless sync="never", and let the file and its lock go. What was read stays. Twice is harmless."""
+        """Sync, unless sync="never", and close and unlock the file. Records stay readable. May be called twice."""
         file = self._file
         if file is None:
             return
@@ -342,11 +342,11 @@ class Log:
 
     @property
     def position(self) -> tuple[int, str]:
-        """How many records there are, and the running digest after them: see `digest_after`."""
+        """(number of records, the running digest after them): see `digest_after`."""
         return len(self._history.records), self.digest
 
     def digest_after(self, records: int) -> str:
-        """The running digest as it was after the first so many records. LogError where there are fewer."""
+        """The running digest after the first `records` records. Raises LogError if there are fewer."""
         if not 0 <= records <= len(self._history.records):
             raise LogError(f"{self.path} holds {len(self._history.records)} records, not {records}")
         running = hashlib.blake2b(encode_header(self.header), digest_size=32).digest()
@@ -361,7 +361,7 @@ class Log:
 
     @property
     def rounds(self) -> Packed[RoundRecord]:
-        """The rounds that are committed now: rounds[t].round == t."""
+        """The committed rounds that are not void: rounds[t].round == t."""
         return self._history.records.picked(self._history.rounds)
 
     @property

@@ -1,4 +1,4 @@
-"""What travels: one dataclass per message, and its bytes.
+"""The messages of the protocol: one dataclass per message, and its byte format.
 
 A message is a header (round, epoch, client) and arrays. `encode` and `decode` are exact inverses; nothing is pickled,
 and `decode` trusts no byte: a message that is not exactly right is refused with a `MessageError` that says why.
@@ -32,20 +32,20 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 NUMPY = {name: np.dtype("uint16" if name == "bfloat16" else name).newbyteorder("<") for name in DTYPES.values()}
 LARGEST_MESSAGE = 1 << 32
 LONGEST_TEXT = 1000  # bytes of a reason
-TOGETHER = 4  # messages at most: what a client has missed, a refusal and an invitation are three
+TOGETHER = 4  # messages in one request at most: an update, a refusal and an invitation are three
 
 
 AnyMessage = TypeVar("AnyMessage", bound="Message")
 
 
 class MessageError(ValueError):
-    """A message that is not what the protocol says; nothing was changed by it."""
+    """A message does not follow the protocol; nothing was changed by it."""
 
 
 def array(category: str, dims: int | None, *dtypes: str, empty: tuple[int, ...] | None = None) -> Any:
-    """A field that holds an array: what its bytes count as, how many dims it has (None: any), which dtypes.
+    """A dataclass field with an array. category: under which its bytes are counted. dims: their number; None: any.
 
-    empty: the shape, with a zero in it, of one that is left out.
+    empty: the shape, with a zero in it, of an array that is left out.
     """
     dtypes = dtypes or ("float32",)
     metadata = {"category": category, "dims": dims, "dtypes": dtypes}
@@ -67,7 +67,7 @@ class Message:
 
     @classmethod
     def arrays(cls) -> dict[str, Any]:
-        """Name -> metadata of the fields that hold arrays, in the order in which they travel."""
+        """Name -> metadata of the fields with arrays, in their order on the wire."""
         return {f.name: f.metadata for f in fields(cls) if "category" in f.metadata}
 
     def sizes(self) -> dict[str, int]:
@@ -81,7 +81,7 @@ class Message:
         return {f"{category} {self.direction}": size for category, size in sizes.items()}
 
     def on_host(self: AnyMessage) -> AnyMessage:
-        """The same with all arrays numpy's: what `decode` gives."""
+        """The same message with numpy arrays on the host, as `decode` returns it."""
         arrays: dict[str, Any] = {name: host(getattr(self, name)) for name in self.arrays()}
         return replace(self, **arrays)
 
@@ -93,7 +93,7 @@ class Message:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Hello(Message):
-    """A client comes: it has applied the records of all rounds before `round`, and caught up last in `epoch`."""
+    """A client's position: it has applied the records of all rounds before `round`, the last of them in `epoch`."""
 
     kind, direction = 1, "up"
 
@@ -120,9 +120,10 @@ class Records(Message):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class PoolMoves(Message):
-    """What all rounds from `round` to before `until` moved, by direction of the pool: for a client long away.
+    """The sums of all moves of the rounds from `round` to before `until`, by direction of the pool.
 
-    On a lattice moves commute, so a generation of the pool is its D sums however many rounds it lasted.
+    On a lattice moves commute, so that a generation of the pool is D sums, however many rounds it lasted: short for a
+    client that was away for long.
     coefficients: float32 [generations, D], from the generation of round `round` on. until: int32 [1].
     digest: as in Records.
     """
@@ -135,7 +136,7 @@ class PoolMoves(Message):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Differs(Message):
-    """A client says that its half after `round` rounds has another digest than the server's. It starts from nothing.
+    """A client's half has another digest after `round` rounds than the server's. The client starts again from the base.
 
     digest: int32 [8], the client's own.
     """
@@ -148,9 +149,9 @@ class Differs(Message):
 class Cut(Message):
     """The client half's output, and the labels.
 
-    cut: [batch, ...], float; labels: int32 or, where they are no classes, float32 [batch, ...]. mask: uint8 [batch,
-    length], the attention mask of a text model's inputs, 0 where there is only padding; [0, 0] where the server half
-    takes none. scales: of an int8 cut, float32 [blocks], a factor for every 64 numbers in their order.
+    cut: [batch, ...], float; labels: [batch, ...], int32 or, if they are not classes, float32. mask: uint8 [batch,
+    length], the attention mask of a text model's inputs, 0 for padding; [0, 0] if the server half takes none. scales:
+    of an int8 cut, float32 [blocks], a factor for every 64 consecutive numbers.
     """
 
     kind, direction = 3, "up"
@@ -174,8 +175,8 @@ class Multiplier(Message):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Scalars(Message):
-    """Directional derivatives: scalars[p] = <multiplier, J u_p> as the run's estimator finds it, such as
-    <multiplier, f(x; theta + mu u_p) - cut> / mu; float32 [P]."""
+    """Directional derivatives, float32 [P]: scalars[p] = <multiplier, J u_p> by the run's estimator, such as
+    <multiplier, f(x; theta + mu u_p) - cut> / mu."""
 
     kind, direction = 5, "up"
     scalars: Array = array("scalars", 1)
@@ -183,7 +184,7 @@ class Scalars(Message):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ProbedCut(Cut):
-    """A cut, and what the client half gives for the same samples at moved weights: where the server measures losses.
+    """A cut, and the client half's outputs for the same samples at displaced weights, if the server measures losses.
 
     displaced: [n, batch, ...], dtype and shape of the cut. Their order is the method's.
     """
@@ -202,7 +203,7 @@ class Losses(Message):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Trained(Message):
-    """A client that trained its half by itself sends all of it, float32 [d]: to be averaged with the others'."""
+    """The weights of a client that has trained its half by itself, float32 [d], to be averaged with the others'."""
 
     kind, direction = 12, "up"
     weights: Array = array("weights", 1)
@@ -210,7 +211,7 @@ class Trained(Message):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Weights(Message):
-    """Where whole weights travel: the client half's, float32 [d]. Empty: the client's are current."""
+    """The client half's weights, float32 [d], for methods that send them whole. Empty: the client's are current."""
 
     kind, direction = 6, "down"
     weights: Array = array("weights", 1)
@@ -220,8 +221,8 @@ class Weights(Message):
 class Statistics(Message):
     """Running statistics of the client half's normalisations on the client's own data, before the first round.
 
-    statistics: float32 [n], of each normalisation in the order of modules the means of all channels, then the
-    variances; samples: int32 [1], how many they are of. Both [0]: a client that has none yet asks for the committed.
+    statistics: float32 [n], for each normalisation, in the order of modules, the channels' means, then their variances.
+    samples: int32 [1], their number. Both [0]: a client that has no statistics requests the committed ones.
     """
 
     kind, direction = 13, "up"
@@ -231,16 +232,16 @@ class Statistics(Message):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Ask(Message):
-    """With which the server comes to a client. run: uint8 [8], the id of the run that it is of."""
+    """A request of the server. run: uint8 [8], the id of its run."""
 
     run: Array = array("framing", 1, "uint8", empty=(0,))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Calibration(Ask):
-    """The committed running statistics, which hold from round 0 on: float32 [n], in the order of Statistics.
+    """The committed running statistics, which are used from round 0 on: float32 [n], in the order of Statistics.
 
-    [0]: the server has none yet and asks for the client's own, which are Statistics.
+    [0]: the server has none yet, and requests the client's own Statistics.
     """
 
     kind, direction = 14, "down"
@@ -249,15 +250,15 @@ class Calibration(Ask):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Invitation(Ask):
-    """The server asks for a cut in `round`. What the client has missed goes before it; if nothing does, or it does not
-    follow on, the client says Hello in place of a cut, and is asked again."""
+    """A request for a cut in `round`, after the update that the client has missed. Without one, or if it leaves a gap,
+    the client answers with Hello instead of a cut, and is asked again."""
 
     kind, direction = 15, "down"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Complaint(Message):
-    """A client cannot answer, and why: uint8 [n], UTF-8."""
+    """The reason why a client cannot answer: uint8 [n], UTF-8."""
 
     kind, direction = 16, "up"
     text: Array = array("complaints", 1, "uint8")
@@ -265,8 +266,8 @@ class Complaint(Message):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Refusal(Message):
-    """Why the server refused what this client sent last: uint8 [n], UTF-8. It goes before an invitation, for the
-    client's owner to read; the client itself does nothing about it."""
+    """The reason why the server refused the client's last message: uint8 [n], UTF-8. It is sent before an invitation,
+    and logged for the client's owner."""
 
     kind, direction = 19, "down"
     text: Array = array("complaints", 1, "uint8")
@@ -274,7 +275,7 @@ class Refusal(Message):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Audit(Ask):
-    """The server asks for the digest of the client's half after `round` rounds. What was missed goes before it."""
+    """A request for the digest of the client's half after `round` rounds, after the update that it has missed."""
 
     kind, direction = 17, "down"
 
@@ -322,7 +323,7 @@ MESSAGES: dict[int, type[Message]] = {
 
 
 def multiplier_of(message: Message, client: int, round: int, epoch: int) -> Multiplier:
-    """The message, if it is a client's multiplier for its cut of this round. Raises MessageError."""
+    """The message, if it is the multiplier for a client's cut of this round. Raises MessageError."""
     if not isinstance(message, Multiplier):
         raise MessageError(f"client {client} expects a multiplier, got {type(message).__name__}")
     if (message.round, message.epoch, message.client) != (round, epoch, client):
@@ -334,18 +335,18 @@ def multiplier_of(message: Message, client: int, round: int, epoch: int) -> Mult
 
 
 def text_array(text: str) -> Array:
-    """A reason as it travels: uint8 [n], the first LONGEST_TEXT bytes of its UTF-8."""
+    """A reason as messages carry it: uint8 [n], the first LONGEST_TEXT bytes of its UTF-8."""
     return np.frombuffer(text.encode()[:LONGEST_TEXT], np.uint8)
 
 
 def text_of(message: Complaint | Refusal) -> str:
-    """The reason in a message, of whatever bytes, cut as in `text_array`. Nobody has made it fit for a log."""
+    """The reason in a message, cut off as in `text_array`. It may have control characters."""
     return bytes(bits(message.text[:LONGEST_TEXT])).decode(errors="replace")
 
 
 def encode(message: Message) -> bytes:
-    """The message's bytes. Raises MessageError for an array of the wrong dtype or number of dims, or a number too large
-    for the header."""
+    """Encode a message. Raises MessageError for an array of the wrong dtype or number of dims, or a number that is too
+    large for the header."""
     arrays = message.arrays()
     try:
         header = HEADER.pack(MAGIC, message.kind, len(arrays), message.epoch, message.client, message.round, 0)
@@ -367,7 +368,7 @@ def encode(message: Message) -> bytes:
 
 
 def decode(data: bytes, largest: int = LARGEST_MESSAGE) -> Message:
-    """The message of these bytes, sharing no memory with them. Raises MessageError, also above `largest` bytes."""
+    """Decode a message, whose arrays are copies. Raises MessageError, also for more than `largest` bytes."""
     if len(data) > largest:
         raise MessageError(f"{len(data)} bytes; the largest message has {largest}")
     if len(data) < HEADER.size:
@@ -388,12 +389,12 @@ def decode(data: bytes, largest: int = LARGEST_MESSAGE) -> Message:
 
 
 def pack(messages: Sequence[bytes]) -> bytes:
-    """Several encoded messages that travel together: before each one its length, u32."""
+    """Join encoded messages that are sent together: each one after its length, u32."""
     return b"".join(part for data in messages for part in (LENGTH.pack(len(data)), data))
 
 
 def unpack(data: bytes) -> list[bytes]:
-    """The encoded messages of `pack`. Raises MessageError for bytes that are cut off, and for more than `TOGETHER`."""
+    """Split what `pack` has joined. Raises MessageError for bytes that are cut off, and for more than `TOGETHER`."""
     found, at = list[bytes](), 0
     while at < len(data):
         if len(data) < at + LENGTH.size:
@@ -430,7 +431,7 @@ def _read_arrays(cls: type[Message], data: memoryview) -> Iterator[Array]:
         size = math.prod(shape) * stored.itemsize
         if len(data) < at + size:
             raise MessageError(f"{cls.__name__}.{name} says shape {shape}, {size} bytes, and has {len(data) - at}")
-        # a copy: whoever gets it may write into it
+        # A copy, which the receiver may write into.
         yield np.frombuffer(data, stored, math.prod(shape), at).reshape(shape).copy()
         at += size
     if at != len(data):
@@ -451,14 +452,14 @@ class Wire:
         self.bytes: dict[str, int] = {}
 
     def carry(self, client: int, messages: Sequence[Message]) -> bytes | None:
-        """What a client receives of the server's ask; None: it is lost, or comes too late. This wire loses nothing."""
+        """The bytes of a request that a client receives; None if they are lost or late. This wire loses nothing."""
         for message in messages:
             self.count(message)
         self._add("framing down", LENGTH.size * len(messages))
         return pack([encode(message) for message in messages])
 
     def bring(self, client: int, data: bytes) -> bytes | None:
-        """What the server receives of a client's bytes. They are counted when they are read: see `count`."""
+        """The bytes of a reply that the server receives. They are counted when they are decoded: see `count`."""
         return data
 
     def count(self, message: Message) -> None:

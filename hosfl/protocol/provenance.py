@@ -1,4 +1,4 @@
-"""What a run was made of. Whatever is put together from two runs is refused, with what differs."""
+"""Provenance: digests of what a run was made of, so that parts of two runs cannot be put together."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from hosfl.settings import decisive, differences
 
 
 class ProvenanceError(ValueError):
-    """Two things that are to go together are of different runs; nothing was changed."""
+    """Files or data of different runs were put together; nothing was changed."""
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a run's bits follow from.
+    """What a run's bits depend on.
 
-    settings: those that the bits depend on, see `Config.settings`. data: SHA-256 of the content of all samples, as the
-    model gets them. model: SHA-256 of both halves' weights as the task makes them. log: SHA-256 of the log's header;
-    empty where the method has no log.
+    settings: see `Settings.decisive`. data: SHA-256 of all samples, as the model gets them. model: SHA-256 of both
+    halves' weights as the task makes them. log: SHA-256 of the log's header; empty if the method has no log.
     """
 
     settings: dict[str, Any]
@@ -40,7 +39,7 @@ class Provenance:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
 
     def check(self, found: Any, what: object) -> None:
-        """Raises ProvenanceError unless `found`, which `what` carries, is this very provenance; says what differs."""
+        """Raises ProvenanceError, saying what differs, unless `found`, the provenance in `what`, equals this one."""
         if not isinstance(found, Mapping) or not isinstance(found.get("settings"), Mapping):
             raise ProvenanceError(f"{what} does not say what run it is of: take it away, or start anew elsewhere")
         differs = differences(found["settings"], self.settings)
@@ -57,12 +56,12 @@ ID = 8  # bytes
 
 
 def new_id() -> bytes:
-    """A run's id. Two runs of the same provenance have the same digests all over, and not the same rounds."""
+    """A random id for a run: two runs of equal provenance have equal digests, but other rounds."""
     return secrets.token_bytes(ID)
 
 
 def read_id(digits: Any) -> bytes:
-    """The id of its hexadecimal digits, as JSON holds it. Raises ValueError."""
+    """Parse an id from its hexadecimal digits. Raises ValueError."""
     if not isinstance(digits, str) or len(id := bytes.fromhex(digits)) != ID:
         raise ValueError(f"{2 * ID} hexadecimal digits are needed")
     return id
@@ -74,9 +73,9 @@ def header_digest(header: Header) -> str:
 
 
 def open_log(folder: Path, header: Header) -> Log:
-    """The log of a run: the one in its folder, which must have this header, or a new one, there whole or not at all.
+    """Open a run's log: the one in its folder, which must have this header, or a new one, which is created atomically.
 
-    Raises LogError for another run's, which says what differs.
+    Raises LogError, saying what differs, for the log of another run.
     """
     path = folder / "hosfl.log"
     if not path.exists():

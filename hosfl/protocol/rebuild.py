@@ -1,4 +1,4 @@
-"""A log becomes weights again."""
+"""Rebuilds the client half from its base weights and the log."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def base_digest(tensors: Mapping[str, Array]) -> str:
     sha = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]
-        # As torch writes a dtype and a shape: logs of always have it so.
+        # In torch's notation of dtype and shape, which all logs have.
         sha.update(f"{name}\0torch.{dtype_name(tensor)}\0{tuple(tensor.shape)}\0".encode())
         sha.update(bits(tensor))
     return sha.hexdigest()
@@ -31,12 +31,12 @@ def base_digest(tensors: Mapping[str, Array]) -> str:
 def rebuild(
     log: Path, base: Path, upto: int | None = None, load: Callable[[Path], dict[str, Array]] = read_weights
 ) -> tuple[dict[str, Array], Replica]:
-    """The client half of a log: base weights, and every committed round before `upto` (default: all) in one pass.
+    """Apply every committed round before `upto` (None: all) to the base weights, in one pass.
 
-    load: reads the base file, as numpy's arrays or torch's tensors. Returns its tensors, the trained ones brought up to
-    date, and the replica that did it. Raises LogError for a damaged log or one that no run can have written, for a base
-    that is not the one the log was made from, and for a wrong `upto`; and for weights whose
-    digest is not what the log says. Raises ValueError for a base that holds no weights.
+    load: reads the base file, as numpy arrays or torch tensors. Returns its tensors, with the trained ones as of that
+    round, and the replica that has them. Raises LogError for a damaged log or one that no run can have written, for
+    another base than the log's, for a wrong `upto`, and for weights whose digest is not the one in the log. Raises
+    ValueError for a base file without weights.
     """
     opened = Log.read(log)
     run, header, records = run_of(opened.header), opened.header, opened.rounds
@@ -56,7 +56,7 @@ def rebuild(
         raise LogError(f"{base} is not the base model of {log}: its digest is not the one in the log's header")
     start = [copied(t) for t in trained]
     replica = Replica(trained, [p.stream for p in header.parameters], run, lambda: start)
-    # In parts that end where a digest is known, so that a difference is found where it began.
+    # In parts that end at rounds with a digest, so that a difference is found where it begins.
     stops = sorted({*(r for r in opened.digests if r <= upto), upto})
     for stop in stops:
         try:

@@ -1,4 +1,4 @@
-"""The records of a log: what there is, as bytes and back, and which may come next.
+"""The records of a log: their classes, encoding and decoding, and which may come next.
 
 Little-endian. A record's payload is
 
@@ -11,8 +11,8 @@ Little-endian. A record's payload is
 In the file (`log.py`) each takes 18 bytes more. A round takes 29 + 4 P + 4 k bytes there: 61 with P = 5 directions and
 k = 3 participants. An epoch takes 25, a digest 57.
 
-Kind 4: before this round's move the weights are put on the lattice of quantum 2^exponent, above the quantum so far; it
-holds from there on. One record, so that a crash cannot part the two.
+Kind 4: before this round's move the weights are put on the lattice of quantum 2^exponent, above the quantum so far,
+which holds from there on. It is one record, so that a crash cannot separate the two.
 
 Order. Rounds count from 0, epochs from 0. A round record's round is the number of rounds so far, its epoch the current
 one. An epoch record (epoch e, round r) voids the rounds from r on and the digests after r rounds; e is above every
@@ -46,7 +46,7 @@ from hosfl.protocol.header import (
 FIELDS = struct.Struct("<BHI")
 RATE = struct.Struct("<f")
 EXPONENT = struct.Struct("<h")
-LAST_EPOCH = 2**16 - 1  # that records and messages have room for
+LAST_EPOCH = 2**16 - 1  # the largest that records and messages can have
 ROUND, EPOCH, DIGEST, COARSER_ROUND = 1, 2, 3, 4
 
 
@@ -180,10 +180,10 @@ def decode_record(payload: bytes, directions: int) -> Record:
 
 
 class Packed(Sequence[AnyRecord]):
-    """Records as the log has them, without frames: a ninth of what they take as objects, of which a run makes many.
+    """A sequence of records in a log's encoding, without frames: a ninth of the memory of objects.
 
-    directions: P, of the rounds. An item is made anew whenever it is asked for; a slice is a copy. Equal to any
-    sequence of the same records.
+    directions: P, of the rounds. An item is decoded whenever it is accessed; a slice is a copy. Equal to any sequence
+    of the same records.
     """
 
     def __init__(self, directions: int) -> None:
@@ -214,7 +214,7 @@ class Packed(Sequence[AnyRecord]):
     def columns(self) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int32]]:
         """Of rounds: coefficients [n, P], rates [n], and (round, exponent) of every coarser lattice [k, 2].
 
-        From the bytes, without making the records, which takes several times as long: whoever joins late asks for all.
+        Read from the bytes: decoding the records takes several times as long, and a client that joins late needs all.
         """
         coefficients, rates = np.empty((len(self), self.directions), np.float32), np.empty(len(self), np.float32)
         coarser: list[tuple[int, int]] = []
@@ -248,7 +248,7 @@ class Packed(Sequence[AnyRecord]):
 
 
 class History:
-    """What records add up to, and which may come next."""
+    """The state that a log's records add up to, and the check of which may come next."""
 
     def __init__(self, header: Header) -> None:
         self.header = header

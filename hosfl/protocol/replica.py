@@ -1,7 +1,7 @@
-"""The client half as everybody holds it: its trainable weights after some round, and the way to every later one.
+"""Replicas of the client half: its trainable weights after some round, and the replay of later rounds.
 
-The invariant of the whole library: replicas that have applied the same rounds hold the same bits, wherever they ran,
-whatever they missed, and whether they applied the rounds one by one or all in one pass.
+The invariant of the whole library: replicas that have applied the same rounds have the same bits, on whatever machine,
+whatever they have missed, and whether they applied the rounds one by one or all in one pass.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ def digest(tensors: Iterable[Array]) -> bytes:
 
 
 def digest_array(sha256: bytes) -> NDArray[np.int32]:
-    """A digest as it travels: int32 [8]."""
+    """A digest as messages carry it: int32 [8]."""
     return np.frombuffer(sha256, "<i4").astype(np.int32)
 
 
 class DigestMismatch(Exception):
-    """The replica has other bits than the server's after the same rounds: it must start again from its base."""
+    """After the same rounds the replica has other bits than the server's: it must start again from its base."""
 
 
 class ReplicaState(NamedTuple):
-    """What a replica holds: see its attributes."""
+    """The state of a replica: see its attributes."""
 
     tensors: Sequence[Array]
     moments: Sequence[Sequence[Array]]
@@ -53,21 +53,21 @@ class ReplicaState(NamedTuple):
 
 
 class Replica:
-    """The client half as everybody holds it: trainable tensors, their moments, and which rounds are in them.
+    """A copy of the client half: trainable tensors, their moments, and the number of rounds that they have applied.
 
-    Replicas that have applied the same rounds hold the same bits. Arrays may be numpy's or torch's.
+    Replicas that have applied the same rounds have the same bits. Arrays may be numpy's or torch's.
 
     Args:
-        tensors: those that move, in the order of the log's header; they are changed in place.
-        streams: of each, the number of its noise.
-        run: what all agree on.
-        base: gives the tensors' values of round 0 again, for a replica that must start anew.
+        tensors: the trainable tensors in the order of the log's header; they are changed in place.
+        streams: of each tensor, the stream of its noise.
+        run: the terms of the run.
+        base: returns the tensors' values of round 0, for a replica that must start again.
 
     Attributes:
-        applied: how many rounds are in the weights.
-        epoch: in which the last of them came.
-        lattice: the one that the weights are on: first the run's, and a coarser one where records say so; None: none.
-        moments: what the run's rule keeps, float32: a list for each moment, of one array per tensor.
+        applied: how many rounds the weights have applied.
+        epoch: of the last of them.
+        lattice: of the weights: at first the run's, and a coarser one from records that say so; None: they are on none.
+        moments: of the run's update rule, float32: for each moment a list with an array per tensor.
     """
 
     def __init__(
@@ -78,13 +78,13 @@ class Replica:
         self.lattice = run.lattice
         self.moments = [[zeros(t) for t in tensors] for _ in range(self._moments())]
         self._largest = float("inf")  # an upper bound of |weight| / factor, made exact when it matters
-        self._whole = True  # no error came between two of its tensors
+        self._whole = True  # False after an error between two tensors
 
     def _moments(self) -> int:
         return self.run.rule.moments if self.run.rule is not None else 0
 
     def reset(self) -> None:
-        """Back to round 0. Where the base cannot be read, `apply` tries again before all else."""
+        """Go back to round 0. If the base cannot be read, the next `apply` tries it again first."""
         self.applied, self.epoch, self._whole = 0, 0, False
         self.lattice = self.run.lattice
         self._largest = float("inf")
@@ -97,15 +97,15 @@ class Replica:
 
     @property
     def mu(self) -> float:
-        """The size of a probe's step: the run's, on the lattice of the moment."""
+        """The size of a probe's step: the run's mu, rounded to the current lattice."""
         return self.run.mu if self.lattice is None else self.lattice.nearest(self.run.mu, at_least_one=True)
 
     def state(self) -> ReplicaState:
-        """All that `load` takes. Its arrays are the replica's own, not copies."""
+        """The state for `load`. Its arrays are the replica's own, not copies."""
         return ReplicaState(self.tensors, self.moments, self.applied, self.epoch, self.lattice)
 
     def load(self, state: ReplicaState) -> None:
-        """Become a copy of another replica of the run."""
+        """Copy the state of another replica of the run."""
         for mine, others in zip((self.tensors, *self.moments), (state.tensors, *state.moments), strict=True):
             for kept, other in zip(mine, others, strict=True):
                 assign(kept, other)
@@ -117,19 +117,19 @@ class Replica:
         return digest([*self.tensors, *(m for moment in self.moments for m in moment)])
 
     def apply(self, message: Records | PoolMoves) -> None:
-        """Apply what was committed since. Rounds already applied are skipped: the same message twice is harmless.
+        """Apply committed rounds. Rounds that are applied already are skipped, so that a repeated message is harmless.
 
-        Raises MessageError for records that do not follow on or are malformed, LatticeError for ones that would carry
-        a weight off the lattice (rounds before the one at fault are applied, it and later ones are not), and
-        DigestMismatch for a digest that is not the replica's own. After an error of any other kind, such as a
-        MemoryError, some tensors may have moved and others not: the replica is back at round 0 then.
+        Raises MessageError for records that are malformed or leave a gap, LatticeError for records that would carry a
+        weight off the lattice (earlier rounds are applied, that round and later ones are not), and DigestMismatch for a
+        digest other than the replica's. After any other error, such as a MemoryError, some tensors may have moved and
+        others not: then the replica goes back to round 0.
         """
         message = message.on_host()
         if not self._whole:
             self.reset()
         if message.epoch < self.epoch:
             raise MessageError(f"records of epoch {message.epoch}, this client has seen epoch {self.epoch}")
-        # A server that was restarted asks for a new start: some of our rounds are void.
+        # A restarted server sends all rounds from 0 on, since some of the applied ones are void.
         anew = message.epoch > self.epoch and message.round < self.applied
         if anew and message.round != 0:
             raise MessageError(f"records of a new epoch from round {message.round}, this client is at more")
@@ -155,7 +155,7 @@ class Replica:
                         self._coarsen(part, rows[:1])
                     self._apply_rows(rows, rates)
         except LatticeError:
-            raise  # which comes before a round's first move
+            raise  # raised before a round's first move
         except BaseException:
             self.reset()
             raise
@@ -164,11 +164,11 @@ class Replica:
             raise DigestMismatch(f"after {self.applied} rounds this client's half is not the server's")
 
     def follow(self, message: Records | PoolMoves, client: int) -> Differs | None:
-        """`apply`, for client number `client`. What it has to say if its half turns out to be wrong: it is back at its
-        base then, and the server's answer to that brings it up to date.
+        """`apply` for client number `client`. Returns a message for the server if the half turns out to be wrong.
 
-        So too where a move leaves the lattice: the server's own replica has made it, so that these weights are damaged.
-        Raises MessageError, and LatticeError for moves that leave it from the base on, which no right server sends.
+        The replica is then back at its base, and the server's answer brings it up to date. A move that leaves the
+        lattice counts as wrong too, since the server's own replica has made it. Raises MessageError, and LatticeError
+        for moves that leave the lattice even from the base, which no correct server sends.
         """
         if message.client != client:
             raise MessageError(f"a message for client {message.client}, this is client {client}")
@@ -180,7 +180,7 @@ class Replica:
             said = Differs(client=client, round=self.applied, epoch=self.epoch, digest=wrong)
             self.reset()
             if isinstance(error, LatticeError) and before == 0:
-                raise  # to begin with the base once more would end here again
+                raise  # starting from the base again would end here again
             return said
         return None
 
@@ -205,7 +205,7 @@ class Replica:
     def _parts(
         self, message: Records, applied: int, lattice: Lattice | None
     ) -> list[tuple[Lattice | None, Rows, Rows]]:
-        """The rows and rates from round `applied` on, cut where the lattice becomes coarser. Raises MessageError."""
+        """(lattice, rows, rates) from round `applied` on, one part per lattice. Raises MessageError."""
         end, starts = message.round + len(message.coefficients), [(applied, lattice)]
         if message.lattices.shape[1:] != (2,) or (len(message.lattices) and lattice is None):
             raise MessageError(f"lattices of shape {tuple(message.lattices.shape)} in a run on {lattice}")
@@ -235,12 +235,12 @@ class Replica:
         generations = pool.generation(until - 1) - pool.generation(message.round) + 1
         if len(sums) != generations:
             raise MessageError(f"{len(sums)} generations of a pool where {generations} lie in these rounds")
-        if message.round != applied and until > applied:  # up to there it is the same message again
+        if message.round != applied and until > applied:  # otherwise it is a repeated message
             raise MessageError(f"sums start at round {message.round}, this client is at {self.applied}")
         return until
 
     def _apply_rows(self, rows: Rows, rates: Rows) -> None:
-        """Rows of the rounds from `applied` on, in one pass over the weights."""
+        """Apply the rows of the rounds from `applied` on, in one pass over the weights."""
         lattice = self.lattice
         if not len(rows):
             return
@@ -258,14 +258,14 @@ class Replica:
                 " the client's rate"
             )
         else:
-            # Together they might; one after another they may not: the order of halves is the order of rounds.
+            # All rounds together might leave the lattice; each half of them, in order, may not.
             self._apply_rows(rows[: len(rows) // 2], rates[: len(rows) // 2])
             self._apply_rows(rows[len(rows) // 2 :], rates[len(rows) // 2 :])
             return
         self.applied += len(rows)
 
     def _coarsen(self, lattice: Lattice, row: Rows) -> None:
-        """Put the weights on a coarser lattice, unless the move that comes with it is too large even for that one."""
+        """Put the weights on a coarser lattice. Raises LatticeError if the round's move is too large even for that."""
         if not self.fits(self.run.spread(row), lattice):
             raise LatticeError(
                 f"round {self.applied} would carry weights beyond {lattice.limit:g}: lower the client's rate"
@@ -295,7 +295,7 @@ class Replica:
         self.applied = until
 
     def _move(self, seeds: Sequence[int], coefficients: Rows, tensors: Sequence[int]) -> None:
-        """Move these of the tensors along all directions."""
+        """Move the tensors at these positions along all directions."""
         replay_(
             plain([self.tensors[t] for t in tensors]),
             seeds,

@@ -1,8 +1,8 @@
-"""Every random number of a run comes from the run's seed, by hashing. A log needs no seeds at all.
+"""Every random number of a run is derived from the run's seed by hashing. Records have no seeds.
 
 run seed --purpose--> key --round or pool--> a seed --index--> a direction's seed
 
-Rounds that a restarted server runs again use the same seeds as before: what was measured the first time is void, so
+Rounds that a restarted server runs again use the same seeds as before. What was measured the first time is void, so
 nothing is used twice.
 """
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from hosfl_kernels import derive
 
-CACHED = 1 << 12  # rounds: a crowd that catches up asks for the same ones again and again; more only take memory
+CACHED = 1 << 12  # rounds: many clients that catch up need the same ones; more would only take memory
 
 
 class Purpose(IntEnum):
@@ -60,12 +60,12 @@ def pool_seeds(run_seed: int, generation: int, size: int) -> tuple[int, ...]:
 
 @lru_cache(maxsize=1 << 14)
 def pool_seed(run_seed: int, generation: int, index: int) -> int:
-    """One of `pool_seeds`, for which nobody makes the others."""
+    """One of `pool_seeds`, without making the others."""
     return derive(round_seed(run_seed, Purpose.POOL, generation), index, 0)
 
 
 def drawn(run_seed: int, purpose: Purpose, round: int, client: int, samples: int, size: int) -> NDArray[np.int64]:
-    """Which of a client's samples are a round's batch: `size` of them, or all if there are fewer."""
+    """The indices of a client's samples in a round's batch: `size` of them, or all if there are fewer."""
     return generator(run_seed, purpose, round, client).choice(samples, min(size, samples), replace=False)
 
 

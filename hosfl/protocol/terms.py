@@ -1,4 +1,4 @@
-"""The terms of a run: what client and server agree on before round 0, and how a log's header says it."""
+"""The terms of a run, on which client and server agree before round 0, and their form in a log's header."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ Rounds = TypeVar("Rounds", int, NDArray[np.int64])
 
 @dataclass(frozen=True)
 class Block:
-    """Layers of the client half that `directions` of a round's P move, and move alone.
+    """A group of the client half's layers, and how many of a round's P directions move it; they move nothing else.
 
-    tensors: positions in the run's list of trainable tensors. The blocks of a run share out all of them, and the P
-    directions in this order.
+    tensors: positions in the run's list of trainable tensors. The blocks of a run divide all of them, and the P
+    directions, among them in this order.
     """
 
     tensors: tuple[int, ...]
@@ -32,7 +32,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Pool:
-    """Directions that are measured again and again: every round measures the next P of them, in turn.
+    """D directions that are measured in turn: every round measures the next P of them.
 
     Args:
         size: D, their number.
@@ -50,21 +50,21 @@ class Pool:
             raise ValueError(f"a pool has 1 direction or more and 0 rounds or more, got {self.size} and {self.rounds}")
 
     def generation(self, rounds: Rounds) -> Rounds:
-        """Which pool a round measures, or each of several."""
+        """The number of the pool that a round measures; for an array of rounds, of each."""
         return rounds // self.rounds if self.rounds else 0 * rounds
 
     def measured(self, rounds: Rounds, directions: int) -> NDArray[np.int64]:
-        """Which of the pool's directions these rounds measure, P in turn: [..., P], where `rounds` is [...]."""
+        """The indices of the directions that these rounds measure: [..., P] for rounds [...]."""
         first = np.asarray(rounds % self.rounds if self.rounds else rounds) * directions
         return (first[..., None] + np.arange(directions)) % self.size
 
 
 @dataclass(frozen=True)
 class Measures:
-    """What a run took of its model's first weights, before they were put on the lattice. As JSON they are an object.
+    """What a run computed from its model's first weights, before it put them on the lattice. A JSON object.
 
-    Weights that lie on it may measure otherwise: with one that was rounded up to a power of two it would be twice as
-    coarse. So whoever gets a base gets these with it. factors, quantum: as in a log's header. Raises ValueError.
+    Computed again from weights on the lattice they may differ: after one is rounded up to a power of two, the quantum
+    would be twice as large. So they are sent with the base. factors, quantum: as in a log's header. Raises ValueError.
     """
 
     factors: tuple[float, ...]
@@ -82,7 +82,7 @@ class Measures:
 
 @dataclass(frozen=True)
 class Run:
-    """What client and server agree on before round 0, beside the weights; it never travels again.
+    """The terms on which client and server agree before round 0, beside the weights. They are sent only once.
 
     Args:
         seed: of the run, 0 <= seed < 2^64; every direction follows from it.
@@ -90,16 +90,16 @@ class Run:
         dist: of the directions: "rademacher" or "gaussian".
         mu: the size of a probe's step.
         factors: a power of two for each trainable tensor, by which directions are scaled on it.
-        lattice: where the client half lives; None: on none, and `rule` is what a round's step is made by.
+        lattice: of the client half's weights; None: they are on none, and `rule` makes a round's step.
         rule: `hosfl_kernels.SGD` or `AdamW`, which every replica applies; None on a lattice, where records are moves.
         pool: the directions that are measured in turn; None: new ones in every round.
         estimator: how a directional derivative is measured: "one-sided", "two-sided", "forward" or "backward".
-        blocks: which tensors a direction moves; (): every direction moves all. The estimate is then made of one for
-            each block, ghat_b = (1 / P_b) sum_p vbar_p u_p over the P_b directions that move it.
+        blocks: groups of tensors and of directions; (): every direction moves all tensors. With blocks there is an
+            estimate for each, ghat_b = (1 / P_b) sum_p vbar_p u_p over the P_b directions that move it.
 
     Raises:
-        ValueError: a lattice and a rule, or neither; blocks that do not share out all tensors and directions, or that
-            are beside a pool; a pool smaller than P.
+        ValueError: a lattice and a rule, or neither; blocks that do not cover all tensors and directions, or are
+            combined with a pool; a pool smaller than P.
     """
 
     seed: int
@@ -150,27 +150,27 @@ class Run:
         return [pool_seed(self.seed, generation, j) for j in self.pool.measured(round, self.directions).tolist()]
 
     def parts(self) -> Iterator[tuple[Block, slice]]:
-        """The blocks, and which of the P directions move each."""
+        """The blocks, and for each the slice of the P directions that move it."""
         first = 0
         for block in self.blocks or (Block(tuple(range(len(self.factors))), self.directions),):
             yield block, slice(first, first + block.directions)
             first += block.directions
 
     def shares(self) -> list[float]:
-        """What each direction counts for in its block's estimate, 1 / P_b: [P]."""
+        """The weight of each direction in its block's estimate, 1 / P_b: [P]."""
         return [1 / block.directions for block, _ in self.parts() for _ in range(block.directions)]
 
     def square(self, scalars: Sequence[float]) -> float:
-        """|g|^2 as one round's scalars [P] tell it: E v_p^2 = |g_b|^2 for a direction that moves block b alone."""
+        """|g|^2 estimated from one round's scalars [P]: E v_p^2 = |g_b|^2 for a direction that moves block b."""
         return sum(share * v * v for share, v in zip(self.shares(), scalars, strict=True))
 
     def spread(self, rows: NDArray[np.float32]) -> float:
-        """The most that moves [..., P] carry a weight together, in units of its factor: sum |c| over its block's."""
+        """The most that moves [..., P] can move a weight together, in units of its factor: sum |c| over its block."""
         return max(spread(rows[..., positions]) for _, positions in self.parts())
 
 
 def described(rule: Rule | None) -> dict[str, Any]:
-    """A rule as a log's header says it."""
+    """A rule as in a log's header."""
     if rule is None:
         return {"name": "moves"}
     if isinstance(rule, SGD):
@@ -196,7 +196,7 @@ def _rule(of: Mapping[str, Any]) -> Rule | None:
 
 
 def run_of(header: Header) -> Run:
-    """The run that a header describes. Raises LogError for one that this version does not know."""
+    """The terms that a header describes. Raises LogError for terms that this version does not know."""
     try:
         run = Run(
             seed=header.seed,
@@ -220,8 +220,8 @@ def run_of(header: Header) -> Run:
 
 
 class Diverged(ArithmeticError):
-    """A loss that is not finite: from here on there is nothing to learn from."""
+    """A loss is infinite or NaN: nothing can be learnt from there on."""
 
 
 class NothingLearnt(RuntimeError):
-    """A whole run whose server could learn from no cut: what it ends with is what it began with."""
+    """In a whole run the server could learn from no cut, so that nothing was trained."""

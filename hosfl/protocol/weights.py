@@ -1,4 +1,4 @@
-"""Weights in safetensors files, as numpy arrays: bfloat16 is its bits, uint16."""
+"""Weights in safetensors files, as numpy arrays; bfloat16 as its bits, uint16."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from safetensors import deserialize, safe_open
 from hosfl.files import regular
 from hosfl.protocol.arrays import Array, bits, dtype_name
 
-# A file's name of a dtype, and numpy's of what holds it here.
+# By the file's name of a dtype, numpy's name of the one that holds it.
 STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "uint16", "BOOL": "bool"}
 STORED |= {"C64": "complex64", "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
 ORDER = ("BOOL", "U8", "I8", "I16", "F16", "BF16", "I32", "F32", "C64", "F64", "I64")  # the format's own
 
 
 def read_weights(path: Path) -> dict[str, Array]:
-    """A file's tensors, by name. Raises OSError, SafetensorError, and ValueError for a dtype that numpy cannot hold."""
+    """Read a file's tensors by name. Raises OSError, SafetensorError, ValueError for a dtype that numpy cannot hold."""
     found = {}
     for name, stored in deserialize(regular(path).read_bytes()):  # type: ignore[no-untyped-call]
         found[name] = (
@@ -31,20 +31,20 @@ def read_weights(path: Path) -> dict[str, Array]:
 
 
 def _in_numpy(stored: str, name: str, path: Path) -> np.dtype[Any]:
-    """How numpy reads a tensor of a file's dtype. Raises ValueError where it cannot."""
+    """numpy's dtype for a file's. Raises ValueError if there is none."""
     if stored not in STORED:
         raise ValueError(f"{path}: {name!r} is {stored}; numpy can hold {', '.join(STORED)}")
     return np.dtype(STORED[stored]).newbyteorder("<")
 
 
 class Weights(Mapping[str, Array]):
-    """A file's tensors, each read when it is asked for: bfloat16 as well, which safetensors gives to nobody in numpy.
+    """A file's tensors, each read when it is accessed; also bfloat16, which safetensors does not give to numpy.
 
-    Raises OSError, SafetensorError, and where it is asked for one ValueError for a dtype that numpy cannot hold.
+    Raises OSError, SafetensorError; on access ValueError for a dtype that numpy cannot hold.
     """
 
     def __init__(self, path: Path) -> None:
-        with safe_open(regular(path), "np"):  # which looks at every place in the file
+        with safe_open(regular(path), "np"):  # checks all offsets in the file
             pass
         self._path = path
         with path.open("rb") as file:
@@ -72,7 +72,7 @@ class Weights(Mapping[str, Array]):
 
 
 def as_file(arrays: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> bytes:
-    """The bytes of a file that holds these, numpy's or torch's: those that `safetensors.torch.save` makes of them.
+    """The bytes of a file with these arrays, numpy's or torch's: the same as from `safetensors.torch.save`.
 
     Raises ValueError for a dtype that numpy cannot hold.
     """
