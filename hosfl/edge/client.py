@@ -1,7 +1,7 @@
-"""HO-SFL's client on an inference runtime: it holds the replica that every client holds, and needs no torch.
+"""HO-SFL's client on an inference runtime, without torch.
 
-Its weights have the same bits as everybody's, since the kernels move them. What it measures differs in the last digits,
-as it does between any two machines.
+Its weights have the same bits as every other client's, since the same kernels move them. Its measurements differ in the
+last digits, as they do between any two machines.
 """
 
 from __future__ import annotations
@@ -47,14 +47,13 @@ class EdgeClient:
 
     Args:
         number: of the client.
-        half: its weights move, and its last pieces are the run's blocks, of which the first may begin behind another
-            piece.
-        run: what all agree on.
-        streams: of the noise of its moving tensors, as the log's header has them.
+        half: the client half. Its last pieces are the run's blocks; there may be another piece before the first block.
+        run: the terms of the run.
+        streams: of the noise of its trainable tensors, as in the log's header.
         batches: round -> samples.
-        weights: gives all arrays that the half's digest is of, in their order.
-        wire: how cuts and multipliers travel.
-        gradient: of the half's tensors, for the estimator backward.
+        weights: returns all arrays in the half's digest, in their order.
+        wire: dtype of cuts and multipliers on the wire.
+        gradient: computes the gradient, for the estimator "backward".
         microbatch: samples that it takes together; 0: all.
         running: the half's running statistics, in a run that estimates them.
     """
@@ -76,7 +75,7 @@ class EdgeClient:
         self.weights, self.gradient, self.microbatch = weights, gradient, microbatch
         self.running, self.calibrated = running, running is None
         self.replica = Replica(half.tensors, streams, run, half.base)
-        self._round = -1  # of the last cut: there is none yet
+        self._round = -1  # of the last cut; there is none yet
 
     @property
     def applied(self) -> int:
@@ -90,11 +89,11 @@ class EdgeClient:
         return decode(data)
 
     def request_statistics(self) -> Statistics:
-        """Ask for the run's running statistics."""
+        """The message that requests the run's running statistics."""
         return self._statistics(np.empty(0, np.float32), np.empty(0, np.int32))
 
     def statistics(self, message: Calibration) -> Statistics:
-        """Its own, which an empty message asks for: see `hosfl.methods.client.Client.statistics`."""
+        """Its own running statistics: see `hosfl.methods.client.Client.statistics`."""
         running = self._check_calibration(message)
         if len(message.statistics):
             raise MessageError(f"{len(message.statistics)} statistics in an ask for some")
@@ -105,7 +104,7 @@ class EdgeClient:
         return self._statistics(values, np.array([samples], np.int32))
 
     def calibrate(self, message: Message) -> None:
-        """Take up the run's. Raises MessageError for a message that holds none, or comes twice."""
+        """Load the run's running statistics. Raises MessageError for a message without them, or a second one."""
         if not isinstance(message, Calibration):
             raise MessageError(f"client {self.number} expects statistics, got {type(message).__name__}")
         running = self._check_calibration(message)
@@ -149,7 +148,7 @@ class EdgeClient:
         return Cut(client=self.number, round=round, epoch=self.epoch, cut=cut, scales=scales, labels=labels, **masks)
 
     def answer(self, message: Message) -> Scalars:
-        """Measure along the round's directions. The weights hold the same bits afterwards."""
+        """Measure along the round's directions. The weights have the same bits afterwards."""
         multiplier = self._multiplier(message)
         seeds, scalars = self.run.seeds(self._round), np.zeros(self.run.directions, np.float32)
         parts = list(self.run.parts())
@@ -173,7 +172,7 @@ class EdgeClient:
         return multiplier
 
     def _gradients(self, gradient: Gradient, piece: int, multiplier: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-        """<multiplier, cut> by each of the tensors, some samples at a time, from the piece that is the first block."""
+        """The gradient of <multiplier, cut>, a few samples at a time; the passes begin at the first block."""
         at_once, between = self.microbatch or len(multiplier), self.half.input_of(piece, self._batch.inputs)
         found = [np.zeros(tensor.shape, np.float32) for tensor in self.replica.tensors]
         for at in range(0, len(multiplier), at_once):
@@ -186,7 +185,7 @@ class EdgeClient:
     def _probe(
         self, piece: int, block: Sequence[int], multiplier: NDArray[np.float32], seeds: Sequence[int]
     ) -> list[float]:
-        """The derivatives along directions that move these of the tensors, which no piece before this one reads."""
+        """The derivatives along directions that move the tensors of one block, by passes from its piece on."""
         forward = self.half.at(piece, self._batch.inputs)
         probe, mu, scalars = _Perturbation(self.replica, block), self.replica.mu, []
         try:
@@ -197,18 +196,18 @@ class EdgeClient:
                     probe.move(seed, -mu)
                     behind, distance = forward(), 2 * mu
                 scalars.append(inner(multiplier, ahead, behind) / distance)
-                del ahead, behind  # not there while the next pass runs
+                del ahead, behind  # frees them before the next pass
         finally:
             probe.restore()
         return scalars
 
     def digest(self) -> str:
-        """SHA-256 of the half, as every client's."""
+        """SHA-256 of the half, as of every client's."""
         return digest(self.weights()).hex()
 
 
 def _noise_arguments(replica: Replica, block: Sequence[int]) -> dict[str, Any]:
-    """Where directions lie on these of a replica's tensors."""
+    """The arguments of the kernels for noise on a replica's tensors at these positions."""
     factors, streams = [replica.run.factors[t] for t in block], [replica.streams[t] for t in block]
     return {"dist": replica.run.dist, "factors": factors, "streams": streams}
 
@@ -224,7 +223,7 @@ class _Perturbation:
         self.tensors = [replica.tensors[t] for t in block]
         self.place = _noise_arguments(replica, block)
         self.kept = None if replica.lattice is not None else [np.copy(t) for t in self.tensors]
-        self.applied: list[tuple[int, float]] = []  # seed and step: one at most
+        self.applied: list[tuple[int, float]] = []  # (seed, step) where the weights are now; empty at th
 
     def move(self, seed: int, step: float) -> None:
         if self.kept is None:
@@ -250,7 +249,7 @@ class _Perturbation:
 
 
 def inner(multiplier: NDArray[np.float32], output: NDArray[np.float32], other: NDArray[np.float32]) -> float:
-    """<multiplier, output - other>, summed in float64, some samples at a time. See `hosfl.probing.probe.inner`."""
+    """<multiplier, output - other>, summed in float64, a few samples at a time: see `hosfl.probing.probe.inner`."""
     at_once = max(1, CHUNK * len(output) // max(1, output.size))
     return sum(
         float(((output[at : at + at_once] - other[at : at + at_once]).astype(np.float64) * m).sum())

@@ -38,7 +38,7 @@ Run = Callable[[], list[NDArray[np.float32]]]
 
 
 class HalfError(ValueError):
-    """A graph or base file that is not the half's, inputs that it does not take, or a runtime that misses moves."""
+    """A graph or base file is not the half's, inputs do not fit, or the runtime does not see that weights moved."""
 
 
 class Half:
@@ -82,7 +82,7 @@ class Half:
         if len({*moving, *running}) < len(self._moving) + len(self._running):
             raise HalfError(f"a weight is named twice: {', '.join([*moving, *running])}")
         self.tensors, self.statistics = self.base(), self._stored(self._running)
-        # A session does not own what it reads: without these, and without the arrays, it would read freed memory.
+        # Sessions do not own the memory that they read, so these values and the arrays must be kept.
         changing = [*self.tensors, *self.statistics]
         self._values = [ort_value(tensor) for tensor in changing]
         self._sessions = self._opened()
@@ -100,7 +100,7 @@ class Half:
         return {name: INTEGERS[type] for name, type in types.items() if type in INTEGERS}
 
     def base(self) -> list[NDArray[Any]]:
-        """The moving weights of round 0, read from the file. Raises HalfError."""
+        """Read the trainable weights of round 0 from the base file. Raises HalfError."""
         return self._stored(self._moving)
 
     def _stored(self, names: Sequence[str]) -> list[NDArray[Any]]:
@@ -188,7 +188,7 @@ class Half:
         self._sessions = self._opened()
 
     def _opened(self) -> list[Any]:
-        """Sessions over `tensors`, one for each piece, which read them wherever they are then."""
+        """Open a session for each piece over `tensors`, whose current values every pass reads."""
         sessions, may, moving = [], dict[str, None](), [*self._moving, *self._running]
         for graph in self._graphs:
             sessions.append(session := open_session(graph, self._file, moving, self._values, self._threads))
@@ -199,7 +199,7 @@ class Half:
 
 
 def ort_value(array: NDArray[Any]) -> Any:
-    """An OrtValue in the memory of an array, which has to outlive it. uint16 is the bits of bfloat16."""
+    """An OrtValue that shares the memory of an array, which must outlive it. uint16 holds the bits of bfloat16."""
     if array.dtype == np.uint16:
         return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, BFLOAT16)
     return onnxruntime.OrtValue.ortvalue_from_numpy(array)
@@ -213,12 +213,12 @@ def open_session(graph: Path, base: Path, moving: Sequence[str], values: Sequenc
             f"onnxruntime {onnxruntime.__version__} reads any file that a graph names: 1.24 or later is needed"
         )
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # or it warns of every weight that is an input too, and says errors twice
-    # Of itself it takes all cores and binds to them, whatever OMP_NUM_THREADS says and the system lets it use.
+    options.log_severity_level = 4  # else it warns of every weight that is an input too, and prints errors twice
+    # By default it uses all cores and binds threads to them, whatever OMP_NUM_THREADS and the system's limits say.
     options.intra_op_num_threads = threads or threads_of_kernels()
-    # Blocks that are kept for later passes and plans of them cost more memory than they save time.
+    # Its memory arena and its memory plans cost more memory than they save time.
     options.enable_cpu_mem_arena = options.enable_mem_pattern = False
-    # Every piece has threads of its own, which would go on spinning while the next one's work.
+    # Every piece has its own threads, which would spin while another piece's work.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     for name, value in zip(moving, values, strict=True):
         options.add_initializer(PREFIX + name, value)
@@ -236,7 +236,7 @@ def open_session(graph: Path, base: Path, moving: Sequence[str], values: Sequenc
 
 
 def negative_input_hint(named: Mapping[str, NDArray[Any]]) -> str:
-    """What to add to an error of a pass: a graph has a large number in the place of a token below zero."""
+    """A hint for an error of a pass with negative inputs, which a graph turns into large numbers."""
     wrong = [name for name, x in named.items() if x.dtype.kind == "i" and x.size and x.min() < 0]
     return f"; {', '.join(wrong)} has numbers below zero" if wrong else ""
 
@@ -273,7 +273,7 @@ def check_updates_seen(
 
 
 def _is_update_missed(tensor: NDArray[Any], upwards: bool, run: Run, reopen: Callable[[], None]) -> bool:
-    """Whether sessions that are open miss a move of this tensor alone."""
+    """Whether open sessions do not see that this tensor has moved."""
     reopen()
     run()
     kept = np.copy(tensor)
@@ -286,12 +286,12 @@ def _is_update_missed(tensor: NDArray[Any], upwards: bool, run: Run, reopen: Cal
 
 
 def graph_name(piece: int) -> str:
-    """The file of one of a half's pieces, which are counted from 0."""
+    """The file name of a piece's graph; pieces are counted from 0."""
     return f"half-{piece}.onnx"
 
 
 def layout_digest(file: Path) -> str:
-    """A digest of what lies where in a safetensors file: a graph knows its weights by their places alone."""
+    """A digest of the layout of a safetensors file, since a graph refers to its weights by their offsets."""
     with file.open("rb") as stream:
         size = stream.read(8)
         return hashlib.sha256(size + stream.read(int.from_bytes(size, "little"))).hexdigest()

@@ -1,4 +1,4 @@
-"""A client without torch on its own machine: it fetches the run and the half, and checks both before it computes."""
+"""A client without torch on its own machine: fetches the run and the half, and checks both before it takes part."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ from hosfl.protocol.weights import Weights
 from hosfl.settings import Settings, decisive, differences
 from hosfl.tasks.reading import DataError
 
-HEADER = "header"  # of the run's log: the bytes of a log without records
+HEADER = "header"  # the file with the header of the run's log: a log without records
 ESTIMATORS = ("one-sided", "two-sided", "backward")
 
 
 def join(line: Line, number: int, folder: Path, *, data: str, threads: int = 0) -> None:
-    """Take part in a run until the line is closed, as `hosfl.runs.join.join` does, with onnxruntime in torch's place.
+    """Take part in a run until the line is closed, as `hosfl.runs.join.join`, with onnxruntime instead of torch.
 
     The server has to offer the client half as a graph: `hosfl serve --edge`. data: see `hosfl.edge.data.read_samples`.
     threads: of onnxruntime; 0: as many as the kernels use. Raises JoinError, DataError, ValueError and OSError.
@@ -59,7 +59,7 @@ def make_client(
     data: str,
     threads: int = 0,
 ) -> Endpoint[EdgeClient]:
-    """A client that has applied nothing, of the run that a server offers. fetch: (name, SHA-256, path) of its files.
+    """A new client of the run that a server offers. fetch: (name, SHA-256, path) -> the file's bytes.
 
     Raises as `join`, and HalfError.
     """
@@ -115,7 +115,7 @@ def make_client(
 
 @dataclass(frozen=True)
 class _Graphs:
-    """The graphs of a run that a server offers, fetched when they are asked for.
+    """The graphs of a run that a server offers, fetched when they are needed.
 
     offered: what the run says of them. fetch: (name, SHA-256, path) of a file. moving: weights that move, by name.
     """
@@ -127,7 +127,7 @@ class _Graphs:
     threads: int
 
     def half(self, blocks: int) -> Half:
-        """Raises JoinError for another number of pieces than of blocks."""
+        """Raises JoinError if the number of pieces does not fit that of the blocks."""
         graphs = self.offered["graphs"]
         if len(graphs) not in (blocks, blocks + 1):  # what lies in front of the first block is a piece, too
             raise JoinError(f"the server offers its half in {len(graphs)} pieces, and the run has {blocks} blocks")
@@ -154,7 +154,7 @@ class _Graphs:
 
 
 def _read_settings(told: dict[str, Any]) -> Settings:
-    """The run's. Raises JoinError for a run that only clients with torch can take part in."""
+    """The run's settings. Raises JoinError for a run that needs clients with torch."""
     strange = sorted(set(told) - set(Settings.names()))
     if strange:
         raise JoinError(f"the run has settings that this version has not: {', '.join(strange)}: update hosfl")
@@ -168,7 +168,7 @@ def _read_settings(told: dict[str, Any]) -> Settings:
 
 
 def unsupported_reason(settings: Settings) -> str:
-    """Why clients without torch cannot take part in a run of these settings; "" where they can."""
+    """Why clients without torch cannot take part in a run with these settings; "" if they can."""
     if settings.method != "ho":
         return f"clients without torch take part in method ho, and the run's is {settings.method!r}"
     if settings.estimator not in ESTIMATORS:
@@ -177,7 +177,7 @@ def unsupported_reason(settings: Settings) -> str:
 
 
 def _read_terms(data: bytes, sha256: str, settings: Settings) -> tuple[Run, Header]:
-    """The run's terms and its log's header. Raises JoinError for one that is not the log's."""
+    """(terms of the run, header of its log). Raises JoinError for another log's header."""
     try:
         header, end = decode_header(data)
         if end != len(data) or header_digest(header) != sha256:
@@ -188,9 +188,9 @@ def _read_terms(data: bytes, sha256: str, settings: Settings) -> tuple[Run, Head
 
 
 def _check_base(path: Path, header: Header, digested_tensors: Sequence[str]) -> None:
-    """Raises JoinError where weights are not those that the header names, or the digest is of more than there are."""
+    """Raises JoinError if the base file's weights are not the header's, or arrays of the digest are missing."""
     try:
-        weights = Weights(path)  # each is read when it is its turn: all of them are as much as the session has
+        weights = Weights(path)  # read one by one: all of them take as much memory as the session
     except SafetensorError as error:
         raise JoinError(f"the base half is no safetensors file: {error}") from None
     try:
@@ -206,7 +206,7 @@ def _check_base(path: Path, header: Header, digested_tensors: Sequence[str]) -> 
 def _digested_arrays(
     path: Path, names: Sequence[str], header: Header, half: Half, running: Sequence[str]
 ) -> Iterator[Array]:
-    """All that the half's digest is of, each read when it is its turn."""
+    """The arrays in the half's digest, each read when it is needed."""
     moved = {p.name: tensor for p, tensor in zip(header.parameters, half.tensors, strict=True)}
     moved |= zip(running, half.statistics, strict=True)
     stored = Weights(path)
@@ -215,8 +215,8 @@ def _digested_arrays(
 
 
 def _check_half_runs(half: Half, samples: Samples, cut: list[int], what: str) -> None:
-    """Raises DataError where the half does not make of the samples what the server takes, HalfError where onnxruntime
-    does not see its weights move."""
+    """Raises DataError if the half cannot compute a cut that the server accepts from the samples, and HalfError if
+    onnxruntime does not see that weights move."""
     try:
         found = half(samples.inputs)
     except HalfError as error:

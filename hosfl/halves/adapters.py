@@ -44,7 +44,7 @@ class LoraXS(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         output: Tensor = self.base_layer(x)
         low = x.reshape(-1, x.shape[-1]) @ self.A.T @ self.R.T
-        # One operation that adds as it multiplies: no second tensor of the output's size.
+        # One fused multiply-add, which needs no second tensor of the output's size.
         return torch.addmm(output.reshape(-1, output.shape[-1]), low, self.B.T).view(output.shape)
 
     @property
@@ -92,19 +92,19 @@ def is_adaptable(module: nn.Module) -> bool:
 
 
 def _is_transposed(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D, a linear layer whose weight is [in, out]."""
+    """Whether a layer is transformers' Conv1D, a linear layer whose weight is [in, out]."""
     known = sys.modules.get("transformers.pytorch_utils")
     return known is not None and type(module).forward is known.Conv1D.forward
 
 
 def largest_rank(layer: nn.Module) -> int:
-    """That an adapter beside this layer can have: the smaller side of its weight as a matrix."""
+    """The largest rank of an adapter for this layer: the smaller side of its weight as a matrix."""
     weight: Any = layer.weight
     return min(len(weight), weight[0].numel())
 
 
 def _weight_matrix(layer: nn.Module) -> Tensor:
-    """Its weight as [out, in], float64."""
+    """A layer's weight as a matrix [out, in], float64."""
     weight: Any = layer.weight
     return (weight.T if _is_transposed(layer) else weight.flatten(1)).detach().double()
 
@@ -195,8 +195,8 @@ def _float_tensors(module: nn.Module) -> list[Tensor]:
 
 
 def _ids_with_gradient(half: nn.Module, inputs: Inputs, tensors: Sequence[Tensor]) -> set[int]:
-    """The ids of those that the half's output has a gradient by. Meanwhile no others require one: torch takes a fused
-    operation or not by that, and the passes of clients record no graph at all."""
+    """The ids of the tensors for which the half's output has a gradient. Meanwhile nothing else requires grad, since
+    torch chooses fused operations by that, and clients' passes record no graph."""
     wanted = {id(t) for t in tensors}
     before = [(t, t.requires_grad) for t in {id(t): t for t in (*half.parameters(), *tensors)}.values()]
     try:
@@ -243,13 +243,13 @@ def factors_from_inputs(weight: Tensor, moment: Tensor, rank: int) -> tuple[Tens
 
 
 def _top_eigenvectors(symmetric: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The largest eigenvalues [r], falling, and their eigenvectors [r, n]."""
+    """The r largest eigenvalues, in descending order, and their eigenvectors [r, n]."""
     values, vectors = torch.linalg.eigh(symmetric)
     return values[-rank:].flip(0), fix_signs(vectors[:, -rank:].T.flip(0))
 
 
 def fix_signs(rows: Tensor) -> Tensor:
-    """Rows with the sign that makes their largest element positive: a decomposition leaves it open."""
+    """Rows with the sign that makes their largest element positive, which a decomposition leaves undetermined."""
     return rows * rows.gather(1, rows.abs().argmax(1, keepdim=True)).sign()
 
 

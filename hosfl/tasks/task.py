@@ -1,4 +1,4 @@
-"""A task: what is learnt. A model to cut, data, a loss and scores; the library's own are made as a user's are."""
+"""`Task`: a model to cut, data, a loss and scores. The built-in tasks are made in the same way as a user's."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ Model = nn.Module | tuple[nn.Module, nn.Module] | Callable[..., Any]
 
 
 def adamw(half: nn.Module, decay: float) -> torch.optim.Optimizer:
-    """The server half's optimizer where a task names none."""
+    """The default optimizer of the server half."""
     return torch.optim.AdamW(half.parameters(), betas=(0.9, 0.99), weight_decay=decay)
 
 
 class TaskError(TypeError):
-    """A task, or what its functions give, is not of the kind that it must be; says what is needed."""
+    """An argument of a task, or what its functions return, is of the wrong type; says what is needed."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is learnt: a model and where to cut it, data, a loss and metrics. `hosfl.train(task, ...)` runs it.
+    """A model and where to cut it, data, a loss and metrics. `hosfl.train(task, ...)` trains it.
 
         task = hosfl.Task(
             model=lambda: nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 2)),
@@ -124,9 +124,9 @@ class Task:
             put("groups", self._grouped())
 
     def with_public(self, count: int) -> Task:
-        """The task with `count` training samples set aside, spread evenly, as its public ones, without their labels.
+        """The task with `count` evenly spread training samples, without their labels, as its public samples.
 
-        0: the task as it is. Raises ValueError where clients' data are divided already, and where no training sample
+        0: the task as it is. Raises ValueError if the data are divided over clients already, or no training sample
         would be left.
         """
         if not count:
@@ -144,7 +144,7 @@ class Task:
         return replace(self, train=self.train[rest], public=public, groups=groups)
 
     def sets(self) -> Iterator[tuple[str, Dataset | Items]]:
-        """All data sets, each client's own, as errors call them. The first is what the others have to be like."""
+        """(name for errors, data set) of all data sets, each client's by itself. The others must be like the first."""
         sets = self.train if isinstance(self.train, list) else [self.train]
         yield from (("train" if len(sets) == 1 else f"train of client {n}", one) for n, one in enumerate(sets))
         yield "test", self.test
@@ -166,22 +166,22 @@ class Task:
 
     @classmethod
     def of(cls, data: Splits | Dataset | Items, **more: Any) -> Task:
-        """A task of checked data, see `Splits`; or of one client's own samples, which stand for every part."""
+        """A task with checked data, see `Splits`; or with one client's own samples for every part."""
         if not isinstance(data, Splits):
             return cls(train=data, test=data, **more)
         return cls(train=data.train, validation=data.validation, test=data.test, **more)
 
     def data(self, part: str) -> Dataset | Items:
-        """The part "test" or "validation". Raises ValueError where there is none."""
+        """The data set "test" or "validation". Raises ValueError if there is none."""
         found: Dataset | Items | None = getattr(self, part)
         if found is None:
             raise ValueError(f"the task has no {part} data: give some, or choose another evaluate_on")
         return found
 
     def halves(self, seed: int, at: str = "") -> SplitModel:
-        """The model in two halves, new ones. seed: of what is random in making it. at: where, if not where it says.
+        """Make the model and split it. seed: for random numbers in making it. at: where to cut; "": the task's `at`.
 
-        Raises what `hosfl.split` raises, ValueError where nobody says where to cut, and TaskError for what is no model.
+        Raises what `hosfl.split` raises, ValueError if it is unknown where to cut, and TaskError for what is no model.
         """
         with global_seed(seed):
             # A module is callable as well.
@@ -204,7 +204,7 @@ class Task:
             return split(made, place, example=read(first[:2].to("cpu", dtype_of(made))).inputs)
 
     def _made(self) -> Any:
-        """What the function makes. Raises ValueError where it is what it made before: a run has changed that."""
+        """A model from the function. Raises ValueError if it is the same one as before, which a run has changed."""
         assert callable(self.model)
         made: Any = self.model()
         first = made[0] if isinstance(made, tuple) and made else made
@@ -219,26 +219,26 @@ class Task:
 
     @property
     def per_token(self) -> bool:
-        """Whether labels are one for each token."""
+        """Whether there is a label for each token."""
         return self.ignore_index is not None
 
     def counted(self, labels: Tensor) -> int:
-        """What a batch's loss is the mean over: its samples, or its labels that count."""
+        """The number of terms of which a batch's loss is the mean: samples, or labels that are not ignored."""
         return len(labels) if self.ignore_index is None else int((labels != self.ignore_index).sum())
 
     def running(self, labels: Tensor) -> list[Any]:
-        """The metrics that are given one batch after another, reset. labels: of any samples."""
+        """The metrics that take one batch after another, after a reset. labels: of any samples."""
         metrics = [metric for metric in self._metrics(labels).values() if _is_streaming_metric(metric)]
         for metric in metrics:
             metric.reset()
         return metrics
 
     def keeps_outputs(self, labels: Tensor) -> bool:
-        """Whether some score needs the outputs for the whole data set together. labels: of any samples."""
+        """Whether any score needs the outputs for the whole data set at once. labels: of any samples."""
         return self.scores is not None or not all(map(_is_streaming_metric, self._metrics(labels).values()))
 
     def score(self, outputs: Tensor, data: Dataset, loss: float) -> Scores:
-        """The scores of outputs for all of a data set, which `running` metrics have seen. loss: their mean loss."""
+        """The scores of a data set, after the `running` metrics have seen all batches. loss: its mean loss."""
         if self.scores is not None:
             found = self.scores(outputs, data)
             if not isinstance(found, Mapping) or not found:
@@ -258,7 +258,7 @@ class Task:
         return {} if labels.is_floating_point() or labels.dim() > 1 else {"accuracy": accuracy}
 
     def check_scored(self, outputs: Tensor, labels: Tensor) -> None:
-        """Raises TaskError where these would be scored by an accuracy that nobody asked for, and are no classes'."""
+        """Raises TaskError if the default accuracy does not fit these outputs."""
         default = self.metrics is None and self.scores is None and "accuracy" in self._metrics(labels)
         if default and not (outputs.dim() == 2 and outputs.shape[1] > 1):
             raise TaskError(
@@ -267,8 +267,8 @@ class Task:
             )
 
     def lower(self, scores: Iterable[str]) -> list[str]:
-        """Those of these scores of which less is better. Raises TaskError where `lower_is_better` has one that is not
-        there."""
+        """The scores among these that are better when smaller. Raises TaskError for unknown names in
+        `lower_is_better`."""
         scores = list(scores)
         _check_known_scores(self.lower_is_better, scores)
         said = [
@@ -277,24 +277,24 @@ class Task:
         return [name for name in scores if name in self.lower_is_better or name in said]
 
     def digest(self) -> str:
-        """SHA-256, in hexadecimal, of the data and of what clients' data differ by; nothing of where they lay.
+        """SHA-256, in hexadecimal, of the data and of the groups by which they are divided; not of their paths.
 
-        Of sets that are read item by item it is of their length and of up to 1,024 items: see `Items.digest`.
+        Of sets that are read item by item it covers their length and up to 1,024 items: see `Items.digest`.
         """
         parts = {"train": self.train, "validation": self.validation, "test": self.test}
         return digest({"splits": parts, "groups": self.groups})
 
     def rates_of(self, key: tuple[str, ...], settings: Settings) -> Rates:
-        """The settings' own rates, the task's where they name none. ValueError where there are neither.
+        """The rates of the settings, or else the task's. Raises ValueError if there are neither.
 
-        key: `Method.tuned`, by which, or by its first part alone, `rates` has them; a method without a client rate has
-        the key ("frozen",).
+        key: `Method.tuned`; `rates` may have it, or its first part alone. A method without a client rate has the key
+        ("frozen",).
         """
         return lookup_rates(self.rates, key, settings)
 
 
 def lookup_rates(rates: Mapping[Any, tuple[float, ...]], key: tuple[str, ...], settings: Settings) -> Rates:
-    """`Task.rates_of`, where the task's rates are these."""
+    """`Task.rates_of` for these rates."""
     found, frozen = rates.get(key, rates.get(key[0])), key == ("frozen",)
     if found is None:
         client_rate = 1.0 if frozen else settings.client_rate
@@ -312,7 +312,7 @@ def lookup_rates(rates: Mapping[Any, tuple[float, ...]], key: tuple[str, ...], s
 
 
 def _check_has_weights(model: nn.Module) -> None:
-    """Raises TaskError for weights of the device "meta", which are shapes without numbers."""
+    """Raises TaskError for weights on the device "meta", which have no values."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
             raise TaskError(
@@ -321,10 +321,10 @@ def _check_has_weights(model: nn.Module) -> None:
 
 
 def _untie(halves: SplitModel) -> SplitModel:
-    """The halves, of which the server's has its own copy of every parameter and buffer that both had, as of `split`.
+    """Give the server half its own copy of every parameter and buffer that both halves have, as `split` does.
 
-    `split` keeps the model's own modules, and copies those above such a weight alone; these halves may be anything, so
-    that all modules are copied, each knowing its own again.
+    `split` copies only the modules above such a weight. These halves may have any structure, so all of the server's
+    modules are copied, with references among them preserved.
     """
     mine = {*halves.client.parameters(), *halves.client.buffers()}
     server = {*halves.server.parameters(), *halves.server.buffers()}
@@ -388,7 +388,7 @@ def _check_rates(key: Any, tuned: Any) -> None:
 
 
 def _check_classes(name: str, data: Dataset | Items, classes: int, ignored: int | None) -> None:
-    """Of what lies in memory; the server sees to the rest."""
+    """Check labels that are in memory; the server checks the others."""
     if isinstance(data, Items):
         return
     counted = data.labels if ignored is None else data.labels[data.labels != ignored]
@@ -401,7 +401,7 @@ def _check_classes(name: str, data: Dataset | Items, classes: int, ignored: int 
 
 
 def accuracy(outputs: Tensor, labels: Tensor) -> float:
-    """The share of samples whose largest output is that of their class."""
+    """The fraction of samples whose largest output is the one of their class."""
     return float((outputs.argmax(-1) == labels).double().mean())
 
 
