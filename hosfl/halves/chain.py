@@ -1,9 +1,9 @@
-"""How to cut a model that takes one tensor and hands one on: torchvision's, timm's, and most that people write.
+"""Cuts a model with one input tensor and one output: torchvision's, timm's, and most that people write.
 
-The forward pass of the model is followed, and of those modules inside it that hold layers, by `hosfl.halves.follow`;
-every other module is one step, called as it is. A cut is before a step where only one value crosses: all that runs
-before becomes the client half, all that runs from there on the server half, functions between modules included. Nothing
-is computed, and the model is as it was afterwards.
+`hosfl.halves.follow` traces the forward pass of the model, and of the modules inside it that contain layers; any other
+module is one step. A model can be cut before a step where only one value crosses: all steps before it become the client
+half, it and all later ones the server half, including functions between modules. Nothing is computed, and the model is
+not changed.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from hosfl.halves.follow import (
 
 @dataclass(frozen=True)
 class Chain:
-    """A model's steps. graph: in the order of its forward pass; opened: the modules that were followed.
+    """A model's steps. graph: in the order of its forward pass; opened: the modules that were traced into.
 
-    constants: what steps read that is no parameter and in no state dict of the model's, by the names that it has here.
+    constants: by name in the graph, tensors that steps read and the model's state dict does not have.
     """
 
     model: nn.Module
@@ -42,7 +42,7 @@ class Chain:
 
     @property
     def cut_points(self) -> dict[str, int]:
-        """The names of the modules before which one value crosses, and how many of them come before each."""
+        """By name, the modules before which only one value crosses, and the number of steps before each."""
         calls: dict[str, fx.Node] = {}
         for node in self.graph.nodes:
             if node.op == "call_module" and not is_free_read(node):
@@ -53,7 +53,7 @@ class Chain:
         return {name: number for number, name in enumerate(names) if number}
 
     def _crossing(self, first: fx.Node) -> list[fx.Node]:
-        """The values made before a step that it or a later one uses. Weights are read where they are used."""
+        """The values made before a step that it or a later one uses, without weights."""
         nodes = list(self.graph.nodes)
         at = nodes.index(first)
         used = {value for node in nodes[at:] for value in node.all_input_nodes}
@@ -81,7 +81,7 @@ class Chain:
         return sorted(mine & theirs)
 
     def cut(self, name: str) -> tuple[nn.Module, nn.Module]:
-        """The halves on either side of a module's first call. Raises CutError where more than one value crosses."""
+        """Split the steps before a module's first call in two halves. Raises CutError if several values cross."""
         nodes = list(self.graph.nodes)
         first = next((n for n in nodes if n.op == "call_module" and n.target == name), None)
         if first is None:
@@ -124,7 +124,7 @@ class Chain:
 
 
 class _HalfGraph:
-    """A graph that takes over some of another's steps. Weights and flags are read where they are needed first."""
+    """A new graph with some steps of another one. Weights and flags are read just before their first use."""
 
     def __init__(self) -> None:
         self.graph, self.copies = fx.Graph(tracer_cls=BufferTracer), dict[fx.Node, fx.Node]()
@@ -147,7 +147,7 @@ def _free_read_name(node: fx.Node) -> str:
 
 
 def _written_names(nodes: Iterable[fx.Node]) -> set[str]:
-    """Those things read from anywhere that some step writes into: that, or what was made of it first, as views are."""
+    """The names of tensors that some step writes in place, directly or through a view."""
     source: dict[fx.Node, set[str]] = {}
     written: set[str] = set()
     for node in nodes:
@@ -159,10 +159,10 @@ def _written_names(nodes: Iterable[fx.Node]) -> set[str]:
 
 
 def trace_chain(model: nn.Module, at: str | None = None) -> Chain:
-    """The steps of a model of one tensor; so fine that its layers are steps, or the module by the name `at` is one.
+    """Trace the steps of a model, so finely that its layers are steps, and so is the module `at` if it is given.
 
-    Raises CutError where fx cannot follow a forward pass, where it is another one in train mode, and where it leaves
-    behind what no half would.
+    Raises CutError if fx cannot trace a forward pass, if it differs in train mode, and if it has side effects that no
+    half would have.
     """
     if at is not None:
         parts = at.split(".")
@@ -188,7 +188,7 @@ def _called_modules(found: Chain) -> Iterator[nn.Module]:
 
 
 def _holds_layers(module: nn.Module) -> bool:
-    """A list of modules, or one that has a list of modules that have modules inside: stages, encoders, trunks."""
+    """Whether a module is a list of modules, or contains a list of modules with submodules, as stages and trunks do."""
     lists = [m for m in module.children() if isinstance(m, (nn.Sequential, nn.ModuleList)) and len(m) > 1]
     of_layers = type(module) is nn.Sequential and any(True for _ in module.parameters())
     return of_layers or any(all(layer._modules for layer in layers) for layers in lists)

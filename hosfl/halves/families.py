@@ -1,9 +1,8 @@
-"""How to cut the transformers of Hugging Face: which of a model's modules come before its layers, and which after.
+"""Cuts the transformers of Hugging Face: a table of the modules before and after each family's layers.
 
-The server half is the model itself without the client's layers. It runs its own forward pass, which makes masks and
-position embeddings from the shape of the cut; whatever it computes in place of the client's part is thrown away at its
-first layer, where the cut goes in: `transformer_halves`. The client half is the model's trunk without the server's
-layers.
+The server half is the model itself without the client's layers. It runs the model's forward pass, which makes masks and
+position embeddings from the shape of the cut. What it computes before its first layer is discarded there, and replaced
+by the cut: see `transformer_halves`. The client half is the model's trunk without the server's layers.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ from hosfl.halves.transformer_halves import ClientHalf, ClientOnly, CutHolder, P
 
 @dataclass(frozen=True)
 class Family:
-    """Where things are in a family's base model; of alternatives, as in different versions, the first that is there.
+    """The paths of a family's modules in its base model. Of alternatives, as in several versions, the first is taken.
 
     trunk: the module that runs the layers. layers: their list, in the trunk. before, after: the trunk's modules that
-    run before the first layer and after the last. beside: modules outside the trunk that are nothing but the client's
-    by another name. inputs: the name of the model's first argument. decoder: whether it predicts the next word.
+    run before the first layer and after the last. beside: modules outside the trunk that are the client's by another
+    name. inputs: the name of the model's first argument. decoder: whether it predicts the next token.
 
-    first: a module of the trunk that runs behind the first layer only. shared: in the first layer, what makes a tensor
-    that every layer gets from the one before; then each half has one of its own, as with tied weights. dropout: the
-    trunk's, where it runs in front of the first layer and again behind the last. through: the trunk cannot run without
-    a layer, so that one that changes nothing stands in.
+    first: a module of the trunk that runs only after the first layer. shared: the part of the first layer that makes a
+    tensor which each layer passes to the next; each half then has its own copy, as with tied weights. dropout: of the
+    trunk, if it runs both before the first layer and after the last. through: whether the trunk needs at least one
+    layer, so that an identity takes the place of none.
     """
 
     layers: tuple[str, ...] = ("layers",)
@@ -129,7 +128,7 @@ def transformer_layers(model: nn.Module) -> tuple[str, nn.ModuleList] | None:
 
 
 def head_path(model: nn.Module) -> str | None:
-    """The path of the first module with weights behind a known transformer's layers; None where nothing follows."""
+    """The path of the first module with weights after a known transformer's layers; None if there is none."""
     family = FAMILIES[model.config.model_type]  # type: ignore[union-attr, index]
     path = _trunk_path(model, family)
     after = existing_submodules(model.get_submodule(path), family.after)
@@ -141,7 +140,7 @@ def head_path(model: nn.Module) -> str | None:
 
 
 def cut_transformer(model: nn.Module, at: int) -> tuple[nn.Module, nn.Module]:
-    """The client half with the first `at` layers, and the server half, which may have no layer. Both share weights."""
+    """(client half with the first `at` layers, server half, which may have no layer), with the model's own weights."""
     family = FAMILIES[model.config.model_type]  # type: ignore[union-attr, index]
     path = _trunk_path(model, family)
     trunk = model.get_submodule(path)
@@ -184,7 +183,7 @@ def cut_transformer(model: nn.Module, at: int) -> tuple[nn.Module, nn.Module]:
 
 
 def layer_ancestors(model: nn.Module) -> list[nn.Module]:
-    """The modules of a known transformer that hold its layers, and whose forward passes both halves run."""
+    """The modules of a known transformer that contain its layers; both halves run their forward passes."""
     found = transformer_layers(model)
     assert found is not None
     parts = found[0].split(".")[:-1]
@@ -192,7 +191,7 @@ def layer_ancestors(model: nn.Module) -> list[nn.Module]:
 
 
 def example_inputs(model: nn.Module) -> dict[str, Tensor]:
-    """Inputs that a known transformer takes, on its device: few, short, and padded on either side."""
+    """Example inputs for a known transformer, on its device: a few short ones, padded on either side."""
     config: Any = model.config
     device = next(model.parameters()).device
     if FAMILIES[config.model_type].inputs == "pixel_values":
@@ -211,7 +210,7 @@ def example_inputs(model: nn.Module) -> dict[str, Tensor]:
 
 
 def sine_input(shape: Sequence[int], device: torch.device) -> Tensor:
-    """Numbers between -1 and 1 that look alike nowhere, the same everywhere."""
+    """Deterministic values between -1 and 1 that do not repeat."""
     count = torch.Size(shape).numel()
     angles = torch.arange(count, dtype=torch.float32, device=device) * 0.7
     return (angles + 1e-5 * angles * angles).sin().reshape(shape)
@@ -222,13 +221,13 @@ def _classifies(model: nn.Module) -> bool:
 
 
 def _pools_by_tokens(model: nn.Module, family: Family) -> int | None:
-    """The padding token by which a decoder's classifier finds a text's end; None where it looks for none."""
+    """The padding token by which a decoder's classifier finds a text's end; None if it does not."""
     pad: int | None = getattr(model.config, "pad_token_id", None)
     return pad if family.decoder and _classifies(model) else None
 
 
 def _with_shared_module(layer: nn.Module, first: nn.Module, path: str) -> nn.Module:
-    """A layer that makes what the first one makes for all."""
+    """A layer that also has the first layer's shared module."""
     where, _, name = path.rpartition(".")
     attention = copy_module(layer.get_submodule(where))
     attention._modules[name] = first.get_submodule(path)
@@ -244,7 +243,7 @@ def _trunk_path(model: nn.Module, family: Family) -> str:
 
 
 def _modules_along(module: nn.Module, path: str) -> Iterator[nn.Module]:
-    """The module, and its submodules on the way to the path's end."""
+    """The module and its submodules along a path."""
     yield module
     for name in filter(None, path.split(".")):
         module = module.get_submodule(name)
@@ -265,7 +264,7 @@ def _first_present(module: nn.Module, paths: Sequence[str]) -> str:
 
 
 def _config_of_layers(model: nn.Module, first: int, end: int) -> Any:
-    """The model's configuration for some of its layers, whose kinds it lists by number."""
+    """The model's configuration for some of its layers, if it lists their kinds by number."""
     config: Any = copy.deepcopy(model.config)
     config.num_hidden_layers = end - first
     config.use_cache = False

@@ -17,10 +17,10 @@ from hosfl.halves.families import FAMILIES
 
 
 def pretrained_model(name: str, head: str, **settings: Any) -> nn.Module:
-    """A pretrained model in float32, by its name on the hub or its folder, under a head.
+    """Load a pretrained model in float32, by its name on the hub or its folder, with a head.
 
-    head: as transformers calls it, such as "SequenceClassification"; random where the pretrained model has none.
-    Raises ImportError, OSError.
+    head: in transformers' words, such as "SequenceClassification"; random if the pretrained model has none. Raises
+    ImportError, OSError.
     """
     transformers = _transformers()
     with _quiet(transformers):
@@ -29,7 +29,7 @@ def pretrained_model(name: str, head: str, **settings: Any) -> nn.Module:
 
 
 def random_trunk(kind: str, **settings: Any) -> nn.Module:
-    """A trunk with random weights, by transformers' name for its family, such as "bert". Raises ImportError."""
+    """A trunk with random weights. family: transformers' model_type, such as "bert". Raises ImportError."""
     transformers = _transformers()
     model: nn.Module = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(kind, **settings))
     return model
@@ -73,7 +73,7 @@ def packaged_minilm() -> str:
 
 
 def is_decoder(name: str) -> bool:
-    """Whether a text model, by its name or folder, predicts the next word. Reads its configuration only.
+    """Whether a text model, by its name or folder, predicts the next token. Reads only its configuration.
 
     Raises ImportError, OSError, and ValueError for a model of no family that can be cut.
     """
@@ -95,7 +95,7 @@ def text_limits(name: str) -> tuple[int, int]:
 
 
 def stop_tokens(name: str) -> list[int]:
-    """The tokens at which a decoder's text ends: its tokenizer's, and those that its files tell `generate` of.
+    """The tokens that end a decoder's text: its tokenizer's, and those in its generation configuration.
 
     Raises ImportError, OSError; ValueError for a tokenizer without a token for the end of a text.
     """
@@ -110,7 +110,7 @@ def stop_tokens(name: str) -> list[int]:
 
 
 def tokenizer_of(name: str, **settings: Any) -> Any:
-    """A model's tokenizer that pads on the right, where positions are those of a text alone in every family."""
+    """A model's tokenizer, set to pad on the right, where padding does not change a text's positions."""
     tokenizer = _read("AutoTokenizer", name, padding_side="right", **settings)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -118,7 +118,7 @@ def tokenizer_of(name: str, **settings: Any) -> Any:
 
 
 def fast_tokenizer_of(name: str) -> Any:
-    """`tokenizer_of`, for who asks where its tokens are in the text. Raises ValueError for one that does not say."""
+    """`tokenizer_of`, with the tokens' offsets in the text. Raises ValueError for a tokenizer without them."""
     tokenizer = tokenizer_of(name)
     if not tokenizer.is_fast:
         raise ValueError(f"{name} has a tokenizer in Python, which does not say where its tokens are in the text")
@@ -126,10 +126,10 @@ def fast_tokenizer_of(name: str) -> Any:
 
 
 def tokenized(name: str, texts: Sequence[Sequence[str]], longest: int, cut: str = "right") -> dict[str, Tensor]:
-    """Tokens and mask, int64 [n, length]: as long as the longest, `longest` or the model's own limit at most.
+    """Tokens and mask, int64 [n, length], of the longest text's length; at most `longest` or the model's limit.
 
-    texts: per sample one text, or two; then with token types, where the tokenizer has them. cut: the side on which what
-    is too long loses tokens.
+    texts: per sample one text, or two; then with token types, if the tokenizer has them. cut: the side from which texts
+    that are too long lose tokens.
     """
     tokenizer = tokenizer_of(name, truncation_side=cut)
     longest = min(longest, tokenizer.model_max_length)
@@ -140,7 +140,7 @@ def tokenized(name: str, texts: Sequence[Sequence[str]], longest: int, cut: str 
 
 
 def _read(kind: str, name: str, **settings: Any) -> Any:
-    """What transformers calls `kind`, of a model on the hub or in a folder. Raises ImportError, OSError."""
+    """Load an object of transformers' class `kind` from the hub or a folder. Raises ImportError, OSError."""
     found = getattr(_transformers(), kind)
     on_the_hub = name.count("/") < 2 and not name.startswith((".", "/", "~"))
     if not on_the_hub and not Path(name).is_dir():
@@ -157,7 +157,7 @@ def _transformers() -> Any:
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Without bars, and without a report of which weights are new: the classifier's are meant to be."""
+    """Suppress transformers' progress bars, and its warning that a classifier's weights are new."""
     logs = transformers.logging
     before, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
     logs.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""Adapters that peft makes, by their name or by the file that describes them."""
+"""Adapters of peft, by name or by their configuration file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hosfl.halves.inputs import Inputs, call, mask_of
 
 
 def import_peft() -> Any:
-    """The module peft. Raises ImportError where it is not installed."""
+    """Import peft. Raises ImportError if it is not installed."""
     try:
         import peft
     except ImportError as error:
@@ -61,7 +61,7 @@ def peft_config(told: str) -> Any:
 
 
 def _refuse_unsupported(config: Any, name: str) -> None:
-    """Raises ValueError for what is no adapter inside layers, with the reason."""
+    """Raises ValueError, with the reason, for methods of peft that are not adapters inside layers."""
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
     from peft.tuners.tuners_utils import BaseTuner
 
@@ -83,16 +83,15 @@ def _refuse_unsupported(config: Any, name: str) -> None:
 
 
 def add_peft(half: nn.Module, config: Any, seed: int, public: Inputs | None) -> None:
-    """Put adapters into a half's layers, as `config` says; what peft trains of them moves, and nothing else.
+    """Put adapters into a half's layers by peft's `config`. Only the parameters that peft trains stay trainable.
 
-    Layers are named as in the transformer inside the half; where there is none, as in the half, and a configuration
-    that names no layers is of all linear ones. seed: of what is random in them, as far as peft draws it from torch's
-    generator. What is fixed in them becomes buffers: see `hosfl.halves.adapters.fixed_factors`.
+    Layers are named as in the transformer inside the half; without one as in the half, where a configuration without
+    layers means all linear ones. seed: for random numbers that peft draws from torch's generator. Fixed tensors become
+    buffers: see `hosfl.halves.adapters.fixed_factors`. public: samples for LoRA with EVA, from whose activations A is
+    made; A is then fixed, and only B trains.
 
-    public: for LoRA with EVA, from whose way through the half A is made; A then stays, and B alone moves.
-
-    Raises ValueError for what peft refuses, for adapters of which nothing moves and for EVA without public samples,
-    before anything is changed.
+    Raises ValueError for what peft refuses, for adapters without trainable parameters and for EVA without public
+    samples, before anything is changed.
     """
     _inject(copy.deepcopy(half), copy.deepcopy(config), seed, public)  # peft stops half way when it refuses
     _inject(half, config, seed, public)
@@ -128,10 +127,10 @@ def _inject(half: nn.Module, config: Any, seed: int, public: Inputs | None) -> N
 
 
 def disable_fused_encoder(half: nn.Module) -> None:
-    """Let torch's encoder layers with adapters inside call their layers, in eval mode too.
+    """Make torch's encoder layers with adapters call their sublayers in eval mode too.
 
-    There one fused operation reads the layers' weights, and adapters beside them would do nothing. These two attributes
-    are what torch looks at; nested tensors go through the fused operation alone.
+    By default a fused operation reads the sublayers' weights in eval mode, so that adapters would do nothing. torch
+    decides by these two attributes; nested tensors, which only the fused operation takes, stop working.
     """
     for module in half.modules():
         if not any("base_layer" in inner._modules for inner in module.modules()):
@@ -143,10 +142,10 @@ def disable_fused_encoder(half: nn.Module) -> None:
 
 
 def _register_fixed_tensors(half: nn.Module, own: set[int]) -> None:
-    """Make what is fixed in adapters, such as random projections, a part of the half's state dict, as buffers.
+    """Register the fixed tensors of adapters, such as random projections, as buffers, so that base files have them.
 
-    own: ids of the half's tensors of before. Raises ValueError for numbers that a module holds as a plain attribute: no
-    base file would have them, and another machine might compute others.
+    own: ids of the half's tensors before the adapters. Raises ValueError for tensors in plain attributes of a module,
+    which no base file would have, and of which another machine might compute others.
     """
     for path, module in half.named_modules():
         for name, p in list(module._parameters.items()):
@@ -164,7 +163,7 @@ def _register_fixed_tensors(half: nn.Module, own: set[int]) -> None:
 def _eva_factors(
     half: nn.Module, path: str, inside: nn.Module, config: Any, public: Inputs | None
 ) -> dict[str, Tensor] | None:
-    """The A of every layer by its name, as peft finds it from inputs; None where the configuration asks for none."""
+    """peft's A of every layer, by name, computed from inputs; None if the configuration needs none."""
     if getattr(config, "init_lora_weights", None) != "eva":
         return None
     if public is None:

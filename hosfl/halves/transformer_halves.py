@@ -1,4 +1,4 @@
-"""The halves of a transformer of Hugging Face. The server's runs the model's own forward pass, into which the cut goes
+"""The halves of a transformer of Hugging Face. The server half runs the model's own forward pass, and puts the cut in
 at its first layer.
 """
 
@@ -17,9 +17,9 @@ from hosfl.halves.modules import copy_module
 
 
 class ClientHalf(nn.Module):
-    """The trunk up to the cut: what the whole model takes, named -> the cut, [batch, length, width].
+    """The trunk up to the cut: the model's keyword arguments -> the cut, [batch, length, width].
 
-    Raises ValueError for inputs of which the server half would have to know more than the attention mask.
+    Raises ValueError for inputs that the server half would need too, other than the attention mask.
     """
 
     ACROSS = ("attention_mask", "token_type_ids", "interpolate_pos_encoding", "bool_masked_pos")
@@ -59,9 +59,9 @@ class ClientHalf(nn.Module):
 
 
 class ServerHalf(nn.Module):
-    """The model from the cut on: the cut, and the inputs' attention mask -> logits; a trunk's last hidden state.
+    """The model from the cut on: the cut, the inputs' attention mask -> logits; of a trunk its last hidden state.
 
-    Under a head for questions: of start and end, [batch, length, 2].
+    With a head for questions the logits are of start and end, [batch, length, 2].
     """
 
     def __init__(self, model: nn.Module, holder: CutHolder, inputs: str) -> None:
@@ -81,7 +81,7 @@ class ServerHalf(nn.Module):
         return output_tensor(output)
 
     def _tokens(self, cut: Tensor, mask: Tensor | None) -> Tensor:
-        """Stand-ins for tokens that never cross the cut: classifiers look for padding, and for nothing else."""
+        """Placeholder tokens, since tokens do not cross the cut: classifiers only look for padding."""
         pad = getattr(self.model.config, "pad_token_id", None)
         tokens = torch.full(cut.shape[:2], 1 if pad == 0 else 0, device=cut.device)
         return tokens if pad is None or mask is None else tokens.masked_fill(mask == 0, pad)
@@ -93,7 +93,7 @@ def _check_mask(mask: Tensor) -> None:
 
 
 def output_tensor(output: Any) -> Tensor:
-    """The one tensor of a transformer's output: of start and end logits, [batch, length, 2]. Raises CutError."""
+    """A transformer's output as one tensor; start and end logits as [batch, length, 2]. Raises CutError."""
     if isinstance(output, Tensor):
         return output
     named = output if isinstance(output, Mapping) else {}
@@ -110,13 +110,13 @@ def output_tensor(output: Any) -> Tensor:
 
 
 class CutHolder:
-    """Where the cut enters the server half: modules told to take it instead of what they are given."""
+    """Holds the cut during a pass of the server half, for the modules that take it in place of their input."""
 
     def __init__(self) -> None:
         self.cut: Tensor | None = None
 
     def feed(self, module: nn.Module, name: str, instead_of: str | None = None) -> nn.Module:
-        """A copy of the module whose first argument is the cut, or that gets the cut by name and no first argument."""
+        """A copy of a module that gets the cut as its first argument, or by name and without a first argument."""
         own = copy_module(module)
         own.__class__ = _cut_input_class(type(module))  # type: ignore[arg-type]
         own._cut_input = CutInput(self, name, instead_of)  # type: ignore[assignment]
@@ -125,8 +125,8 @@ class CutHolder:
 
 @cache
 def _cut_input_class(kind: type[nn.Module]) -> type[nn.Module]:
-    """A class of modules that take the cut: called, not hooked, since older transformers (5.20) have hooks within what
-    they checkpoint, and run them once more in the backward pass, when the cut is gone."""
+    """A subclass of a module's class that takes the cut when it is called. Not a hook: older transformers (5.20) run
+    hooks again in the backward pass of a checkpointed module, when the cut is gone."""
 
     def call(self: Any, *args: Any, **inputs: Any) -> Any:
         args, inputs = self._cut_input.instead(args, inputs)
@@ -145,7 +145,7 @@ def _new(kind: type[nn.Module]) -> nn.Module:
 
 @dataclass
 class CutInput:
-    """What such a module is given. An object, so that copies of the server half have holders of their own."""
+    """The arguments of such a module. An object, so that copies of the server half have their own holders."""
 
     holder: CutHolder
     name: str
@@ -162,10 +162,10 @@ class CutInput:
 
 
 class ClientOnly(nn.Module):
-    """In the place of a module that only the client has.
+    """Takes the place of a module that only the client has.
 
-    What it returns, the cut, goes no further than the first layer; where there is none, and nothing follows the layers
-    in the trunk, it is what the trunk returns.
+    It returns the cut, which the first layer replaces; if there is no layer, and nothing after the layers in the trunk,
+    the trunk returns it.
     """
 
     def __init__(self, holder: CutHolder, name: str) -> None:
@@ -184,7 +184,7 @@ class ClientOnly(nn.Module):
 
     @property
     def patch_embeddings(self) -> ClientOnly:
-        """A vision transformer asks for patch_embeddings.projection.weight.dtype."""
+        """For vision transformers, which read patch_embeddings.projection.weight.dtype."""
         return self
 
     projection = patch_embeddings
@@ -195,7 +195,7 @@ class ClientOnly(nn.Module):
 
 
 class PassThrough(nn.Module):
-    """A layer that changes nothing."""
+    """An identity in place of a layer."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
         return hidden_states, None
