@@ -24,7 +24,7 @@ from hosfl.edge.export import export_half
 from hosfl.edge.gradient import GRADIENT, Gradient
 from hosfl.edge.half import BASE, CHECK_STEP, PREFIX, Half, HalfError, graph_name
 from hosfl.edge.original import ExportError
-from hosfl.edge.running import STATISTICS, RunningStatistics
+from hosfl.edge.running import STATISTICS, StatisticsEstimator
 from hosfl.halves.hub import packaged_minilm, pretrained_model
 from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.narrow import narrow_weights
@@ -470,7 +470,7 @@ def test_statistics_are_those_of_train_mode_wherever_weights_are(name, tmp_path)
         found = run(arrays(inputs(rows)))
         assert np.abs(found - wanted.numpy()).max() <= 1e-4 * wanted.abs().max()
     calibration.load(half, wanted)
-    own = RunningStatistics(whole.statistics, lambda: run, list)
+    own = StatisticsEstimator(whole.statistics, lambda: run, list)
     own.load(wanted.numpy())
     assert close(whole(arrays(inputs())), by_torch(half, inputs()), None)
     whole.check(arrays(inputs()))

@@ -517,7 +517,7 @@ def test_an_ask_that_is_too_large_fails_that_client_alone(engine, lines, monkeyp
     for number in (0, 1):
         lines.join(number)
     until(lambda: engine.present() == {0, 1})
-    monkeypatch.setattr(nats_server, "MAX_MESSAGE", MB, raising=False)
+    monkeypatch.setattr(nats_server, "MAX_MESSAGE", MB)
     engine.limit(MB)
     text = "an ask of 1048577 bytes; the largest is one of 1048576"
     replies = engine.ask({0: bytes(MB + 1), 1: bytes(MB)}, deadline=20)

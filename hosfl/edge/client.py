@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from hosfl.edge.data import MASK, Samples
 from hosfl.edge.gradient import Gradient
 from hosfl.edge.half import Half
-from hosfl.edge.running import RunningStatistics
+from hosfl.edge.running import StatisticsEstimator
 from hosfl.edge.travel import packed, unpacked
 from hosfl.interrupts import uninterrupted
 from hosfl.protocol.arrays import Array
@@ -69,7 +69,7 @@ class EdgeClient:
         wire: str = "float32",
         gradient: Gradient | None = None,
         microbatch: int = 0,
-        running: RunningStatistics | None = None,
+        running: StatisticsEstimator | None = None,
     ) -> None:
         self.number, self.half, self.run, self.batches, self.wire = number, half, run, batches, wire
         self.weights, self.gradient, self.microbatch = weights, gradient, microbatch
@@ -113,7 +113,7 @@ class EdgeClient:
         running.load(message.statistics)
         self.calibrated = True
 
-    def _check_calibration(self, message: Calibration) -> RunningStatistics:
+    def _check_calibration(self, message: Calibration) -> StatisticsEstimator:
         if self.running is None:
             raise MessageError("running statistics in a run that estimates none")
         if message.client != self.number:

@@ -15,7 +15,7 @@ from hosfl.edge.client import EdgeClient
 from hosfl.edge.data import Batches, Samples, read_samples
 from hosfl.edge.gradient import GRADIENT, Gradient
 from hosfl.edge.half import BASE, Half, HalfError, graph_name
-from hosfl.edge.running import STATISTICS, RunningStatistics
+from hosfl.edge.running import STATISTICS, StatisticsEstimator
 from hosfl.engines.engine import JoinError, Line
 from hosfl.engines.joining import check_cut, check_labels, fetch_file, read_offer, take_part
 from hosfl.protocol.arrays import Array
@@ -143,14 +143,14 @@ class _Graphs:
         running = self.offered["running"]
         return Gradient(self.folder, self.moving, half.tensors, self.threads, running, half.statistics)
 
-    def statistics(self, half: Half, batches: Callable[[], Iterable[Samples]]) -> RunningStatistics:
+    def statistics(self, half: Half, batches: Callable[[], Iterable[Samples]]) -> StatisticsEstimator:
         """Raises JoinError where the server offers none."""
         running = self.offered["running"]
         if self.offered["statistics"] is None or not running:
             raise JoinError("the run's clients estimate running statistics, and the server offers no graph of them")
         self.fetch(STATISTICS, self.offered["statistics"], self.folder / STATISTICS)
         normalised = partial(Half, self.folder, self.moving, threads=self.threads, running=running, graphs=[STATISTICS])
-        return RunningStatistics(half.statistics, normalised, batches)
+        return StatisticsEstimator(half.statistics, normalised, batches)
 
 
 def _read_settings(told: dict[str, Any]) -> Settings:

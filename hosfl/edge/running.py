@@ -23,7 +23,7 @@ STATISTICS = "statistics.onnx"
 Floats = NDArray[np.float32]
 
 
-class RunningStatistics:
+class StatisticsEstimator:
     """A half's running statistics: arrays, of each normalisation the means and then the variances, changed in place.
 
     of_batch: gives those of a batch, end to end; it is asked for when it is needed, and let go. batches: those on which
