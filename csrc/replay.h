@@ -2,18 +2,41 @@
 // Every rounding happens as if one record came after another. No temporary larger than 128 KB of stack.
 #pragma once
 
+#include "cells.h"
 #include "layout.h"
-#include "rounding.h"
 
 namespace hosfl {
 namespace HOSFL_ISA {
 namespace {
 
+// The first cells of a row, in groups: x += add(i) for the group from cell i on. Returns how many cells those are.
+template <typename Storage, Rounding R, typename Add>
+HOSFL_INLINE int64_t add_in_groups(typename Storage::Cell* __restrict x, int64_t n, const uint32_t* __restrict random,
+                                   int random_shift, Add add) {
+  int64_t i = 0;
+#if defined(HOSFL_CELLS)
+  if constexpr (!std::is_same<Storage, Float32>::value) {
+    for (; i + GROUP <= n; i += GROUP) {
+      Words bits{};
+      if (R == Rounding::stochastic) bits = (group_at<U32>(random + i) >> random_shift) & 0xFFFFu;
+      store_group<R>(Storage{}, x + i, load_group(Storage{}, x + i) + add(i), bits);
+    }
+  }
+#endif
+  return i;
+}
+
 // The signs of N records, one after another: a cell is in a register meanwhile.
 template <typename Storage, Rounding R, int N>
 void add_signs(typename Storage::Cell* __restrict x, int64_t n, const uint32_t (&s_bits)[N],
                const uint32_t* const (&word)[N], int shift, const uint32_t* __restrict random, int random_shift) {
-  for (int64_t i = 0; i < n; ++i) {
+  int64_t i = 0;
+  if constexpr (N == 1) {
+    i = add_in_groups<Storage, R>(x, n, random, random_shift, [&](int64_t at) {
+      return from_bits(((group_at<U32>(word[0] + at) << shift) & 0x80000000u) ^ s_bits[0]);
+    });
+  }
+  for (; i < n; ++i) {
     const uint32_t bits = R == Rounding::nearest ? 0 : (random[i] >> random_shift) & 0xFFFFu;
     float y = Storage::load(x[i]);
 #pragma GCC unroll 4
@@ -25,48 +48,11 @@ void add_signs(typename Storage::Cell* __restrict x, int64_t n, const uint32_t (
 template <typename Storage, Rounding R>
 void add_scaled(typename Storage::Cell* __restrict x, int64_t n, float s, const float* __restrict z,
                 const uint32_t* __restrict random, int random_shift) {
-  for (int64_t i = 0; i < n; ++i) {
+  int64_t i = add_in_groups<Storage, R>(x, n, random, random_shift,
+                                        [&](int64_t at) { return group_at<F32>(z + at) * s; });
+  for (; i < n; ++i) {
     const float y = Storage::load(x[i]) + s * z[i];
     x[i] = Storage::template store<R>(y, R == Rounding::nearest ? 0 : (random[i] >> random_shift) & 0xFFFFu);
-  }
-}
-
-// Cells of float16 to float32 and back, by the processor where it can. For one sum these two are most of the work
-// (Rademacher on AVX2: 0.75 in place of 1.78 ns per element).
-void widen(const uint16_t* __restrict x, int64_t n, float* __restrict y) {
-  int64_t i = 0;
-#if HOSFL_LANES == 16
-  for (; i + 16 <= n; i += 16) _mm512_storeu_ps(y + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(x + i))));
-#elif HOSFL_LANES == 8
-  for (; i + 8 <= n; i += 8) _mm256_storeu_ps(y + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(x + i))));
-#endif
-  for (; i < n; ++i) y[i] = Float16::load(x[i]);
-}
-
-void narrow(const float* __restrict y, int64_t n, uint16_t* __restrict x) {
-  int64_t i = 0;
-#if HOSFL_LANES == 16
-  for (; i + 16 <= n; i += 16) {
-    _mm256_storeu_si256((__m256i*)(x + i), _mm512_cvtps_ph(_mm512_loadu_ps(y + i), _MM_FROUND_TO_NEAREST_INT));
-  }
-#elif HOSFL_LANES == 8
-  for (; i + 8 <= n; i += 8) {
-    _mm_storeu_si128((__m128i*)(x + i), _mm256_cvtps_ph(_mm256_loadu_ps(y + i), _MM_FROUND_TO_NEAREST_INT));
-  }
-#endif
-  for (; i < n; ++i) x[i] = Float16::store<Rounding::nearest>(y[i], 0);
-}
-
-// Calls add(storage, cells) for `count` cells of one row: float16 as float32.
-template <typename Storage, typename Add>
-void with_row(typename Storage::Cell* x, int64_t count, Add add) {
-  if constexpr (std::is_same<Storage, Float16>::value) {
-    alignas(64) float y[COLS];
-    widen(x, count, y);
-    add(Float32{}, y);
-    narrow(y, count, x);
-  } else {
-    add(Storage{}, x);
   }
 }
 
@@ -102,10 +88,8 @@ HOSFL_LOOP void replay_signs(const Segment& segment, const Run& run, const Recor
     fetch(x + at + AHEAD, left < count ? left : count);
     const uint32_t* word[N];
     for (int r = 0; r < N; ++r) word[r] = signs[r].word[row / 32] + col;
-    with_row<Storage>(x + at, count, [&](auto storage, auto* cells) {
-      add_signs<decltype(storage), R, N>(cells, count, s_bits, word, int(31 - row % 32),
-                                         random.word + (R == Rounding::nearest ? 0 : col), random.shift);
-    });
+    add_signs<Storage, R, N>(x + at, count, s_bits, word, int(31 - row % 32),
+                             random.word + (R == Rounding::nearest ? 0 : col), random.shift);
   });
 }
 
@@ -139,10 +123,8 @@ HOSFL_LOOP void replay_segment(Gaussian, const Segment& segment, const Record* r
                      reinterpret_cast<const char*>(x + run.at), size);
       each_row(run, [&](int64_t row, int64_t col, int64_t count, int64_t at) {
         const auto random = random_row<R>(rounding, segment, *record, at);
-        with_row<Storage>(x + at, count, [&](auto storage, auto* cells) {
-          add_scaled<decltype(storage), R>(cells, count, s, z[row] + col,
-                                           random.word + (R == Rounding::nearest ? 0 : col), random.shift);
-        });
+        add_scaled<Storage, R>(x + at, count, s, z[row] + col, random.word + (R == Rounding::nearest ? 0 : col),
+                               random.shift);
       });
     }
   });

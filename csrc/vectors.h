@@ -47,6 +47,16 @@ HOSFL_INLINE Pack<V> each_vector(Make make) {
   return made;
 }
 
+// The GROUP numbers at `p`, vector by vector: a copy of all at once goes through the stack.
+template <typename V, typename T>
+HOSFL_INLINE Pack<V> group_at(const T* p) {
+  return each_vector<V>([&](int j) {
+    V v;
+    memcpy(&v, p + j * LANES, sizeof v);
+    return v;
+  });
+}
+
 // b may be a pack, or one number for all lanes.
 template <typename V>
 HOSFL_INLINE V nth(const Pack<V>& pack, int j) {

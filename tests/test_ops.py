@@ -491,25 +491,38 @@ assert (x == y).all() and (got[1] == want).all()
 
 
 @pytest.mark.parametrize("scale", [0.0, 2.0**-25, 2.0**-12, 1e-3, 15.999, 16.0, 1e5])
-def test_every_float16_is_rounded_as_numpy_does(scale):
-    """All 65536 cells, moved by nothing, to halfway between neighbours, among subnormal numbers, and beyond 65504."""
-    cells = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16)
+@pytest.mark.parametrize(
+    ("dtype", "rounding"), [("float16", "nearest"), ("bfloat16", "nearest"), ("bfloat16", "stochastic")]
+)
+def test_every_cell_of_two_bytes_is_rounded_as_numpy_does(dtype, rounding, scale):
+    """All 65536, moved by nothing, to halfway between neighbours, among subnormal numbers, and beyond the largest."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
+    cells, raw = bits.view(getattr(torch, dtype)), bits.numpy().view("float16" if dtype == "float16" else "uint16")
     records = [3, 4, 5], [scale, 2.0**-24, -scale]
+    one_seed, seeds = (6, [6, 7, 8]) if rounding == "stochastic" else (None, None)
     before, made = _cpp.isa(), []
     try:
         for isa in _cpp.supported():
             _cpp.use_isa(isa)
-            one, many = cells.clone(), cells.clone()
-            hk.perturb_([one[:5], one[5:]], 3, scale, streams=[0, 0], starts=[0, 5])
-            hk.replay_(many, *records)
-            made.append((one, many))
+            one, many, scaled = cells.clone(), cells.clone(), cells.clone()
+            hk.perturb_(
+                [one[:5], one[5:]], 3, scale, streams=[0, 0], starts=[0, 5], rounding=rounding, rounding_seed=one_seed
+            )
+            hk.replay_(many, *records, rounding=rounding, rounding_seeds=seeds)
+            hk.perturb_(scaled, 3, scale, dist="gaussian", rounding=rounding, rounding_seed=one_seed)
+            made.append((one, many, scaled))
     finally:
         _cpp.use_isa(before)
     with np.errstate(all="ignore"):
-        want = spec.perturb(cells.numpy(), 3, scale), spec.replay(cells.numpy(), *records)
+        want = (
+            spec.perturb(raw, 3, scale, rounding_seed=one_seed),
+            spec.replay(raw, *records, rounding_seeds=seeds),
+            spec.perturb(raw, 3, scale, dist="gaussian", rounding_seed=one_seed),
+        )
     for got in made:
-        assert [check.difference(x, torch.from_numpy(y)) for x, y in zip(got, want, strict=True)] == [None, None]
-        assert all(same(x, y) for x, y in zip(got, made[0], strict=True)), "NaN has the same payload everywhere"
+        for x, y, first in zip(got, want, made[0], strict=True):
+            assert check.difference(x, torch.from_numpy(y).view(x.dtype)) is None
+            assert same(x, first), "NaN has the same payload everywhere"
 
 
 @pytest.mark.parametrize("device", DEVICES)
