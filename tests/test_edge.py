@@ -30,7 +30,7 @@ from hosfl.edge.data import Batches, Samples, read_samples, samples_of
 from hosfl.edge.export import ExportError
 from hosfl.edge.half import Half, HalfError
 from hosfl.edge.join import join, make_client
-from hosfl.engines.ending import Ending
+from hosfl.engines.ending import StopOnSignal
 from hosfl.engines.engine import JoinError
 from hosfl.engines.in_process import InProcess
 from hosfl.engines.saved_state import SavedState
@@ -671,7 +671,7 @@ import signal, sys
 import onnx
 import onnxruntime
 from onnx import TensorProto, helper
-from hosfl.engines.ending import Ending
+from hosfl.engines.ending import StopOnSignal
 
 flag, x = helper.make_tensor_value_info("flag", TensorProto.BOOL, []), helper.make_tensor_value_info("x", 1, [1])
 times, kept = helper.make_tensor_value_info("times", TensorProto.INT64, []), helper.make_tensor_value_info("y", 1, [1])
@@ -683,7 +683,7 @@ go = helper.make_tensor("go", TensorProto.BOOL, [], [True])
 model = helper.make_model(helper.make_graph([loop], "g", [x], [kept], [go]), ir_version=10)
 model.opset_import[0].version = 18
 session = onnxruntime.InferenceSession(model.SerializeToString())
-with Ending("client 0 of run run"):
+with StopOnSignal("client 0 of run run"):
     print("ready", flush=True)
     session.run(None, {"x": [0.0]})
 """
@@ -708,7 +708,7 @@ def test_a_graph_without_end_is_ended_by_the_second_signal():
 @pytest.mark.skipif(sys.platform == "win32", reason="no such signals")
 def test_the_line_of_a_client_puts_the_handlers_of_signals_back():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with Ending("client 0 of run run"):
+    with StopOnSignal("client 0 of run run"):
         assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] != before
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 

@@ -223,7 +223,7 @@ def test_a_closed_engine_leaves_a_cluster_that_it_found():
     assert next(asking) == Reply(0, b"hi")
     engine.close()
     engine.close()
-    with pytest.raises(EngineError, match="closed during an ask"):
+    with pytest.raises(EngineError, match="closed during a request"):
         next(asking)
     for use in (engine.present, lambda: list(engine.ask({0: b"hi"}))):
         with pytest.raises(EngineError, match="this engine is closed"):

@@ -1,4 +1,4 @@
-"""How Ctrl-C and SIGTERM end a client."""
+"""Stopping a client by Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from collections.abc import Callable
 
 from hosfl.engines.engine import Line
 
-ENDS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Ending:
-    """A client's line that Ctrl-C or SIGTERM ends; the second one has its default action, and ends the process.
+class StopOnSignal:
+    """A `Line` that Ctrl-C or SIGTERM closes. A second signal has its default action, and ends the process.
 
-    A client that serves answers what it is at, and keeps its state. Before that nothing is at stake: the wait for the
-    server, or the reading of data, ends at once, by KeyboardInterrupt. signal: which it was.
+    A client that serves finishes its current answer and saves its state. Before it serves there is nothing to save: the
+    wait for the server, or the reading of data, is interrupted at once by KeyboardInterrupt.
 
-    line: is given afterwards, since it may wait for a broker from its first moment on.
+    name: of the client, for the message. line: the underlying line; set inside the `with` block, since creating it may
+    wait for a broker. signal: the number of the signal that came, or None.
 
-    Python hears of a signal only when an operation has returned to it, and a graph that a server offers may be one
-    without end. So a thread watches what the system has noted, while the block of `with` lasts.
+    Python runs signal handlers only between operations, and a graph that a server offers may never return. So while the
+    `with` block lasts a thread reads the wake-up file descriptor, and ends the process at the second signal.
     """
 
     line: Line | None = None
@@ -31,33 +32,33 @@ class Ending:
     def __init__(self, name: str) -> None:
         self.name = name
         self.signal: int | None = None
-        self._serves = False
+        self._serving = False
 
-    def __enter__(self) -> Ending:
-        self._noted, self._notes = socket.socketpair()
-        self._notes.setblocking(False)
-        signal.set_wakeup_fd(self._notes.fileno(), warn_on_full_buffer=False)
+    def __enter__(self) -> StopOnSignal:
+        self._receiver, self._sender = socket.socketpair()
+        self._sender.setblocking(False)
+        signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, daemon=True).start()
-        self._before = {number: signal.signal(number, self._end) for number in ENDS}
+        self._handlers = {number: signal.signal(number, self._handle_signal) for number in SIGNALS}
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.signal is None:  # else the process ends, and a second signal ends it at once
-            for number, handler in self._before.items():
+        if self.signal is None:  # otherwise the process is ending, and a second signal must end it at once
+            for number, handler in self._handlers.items():
                 signal.signal(number, handler)
         signal.set_wakeup_fd(-1)
-        self._notes.close()
+        self._sender.close()
 
     def _watch(self) -> None:
-        """End the process where a second signal comes before Python has heard of the first."""
+        """End the process if a second signal comes before Python has handled the first."""
         count = 0
-        with self._noted:
-            while note := self._noted.recv(1):
-                count += note[0] in ENDS
+        with self._receiver:
+            while number := self._receiver.recv(1):
+                count += number[0] in SIGNALS
                 if count > 1:
-                    time.sleep(1)  # the second may be the first one, put off: see `hosfl.interrupts`
+                    time.sleep(1)  # the second may be the first one, deferred: see `hosfl.interrupts`
                     if self.signal is None:
-                        os._exit(128 + note[0])
+                        os._exit(128 + number[0])
 
     def fetch(self, name: str, deadline: float | None = None) -> bytes:
         assert self.line is not None
@@ -65,22 +66,22 @@ class Ending:
 
     def serve(self, answer: Callable[[bytes], bytes]) -> None:
         assert self.line is not None
-        self._serves = True
-        if self.signal is None:  # else code that reads data has kept the interrupt to itself
+        self._serving = True
+        if self.signal is None:  # otherwise the code that reads data has swallowed the KeyboardInterrupt
             self.line.serve(answer)
 
     def close(self) -> None:
         if self.line is not None:
             self.line.close()
 
-    def _end(self, number: int, frame: object) -> None:
-        for one in ENDS:
-            signal.signal(one, signal.SIG_DFL)
-        if self.signal is not None:  # the second: a pass that Ctrl-C waits for has put this back
+    def _handle_signal(self, number: int, frame: object) -> None:
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+        if self.signal is not None:  # the second signal: `hosfl.interrupts` had reinstalled this handler
             signal.raise_signal(number)
         self.signal = number
-        # Not by print or a log: the signal may have come while this thread was at one of these.
+        # Not by print or a log: the signal may have interrupted this thread in one of these.
         os.write(2, f"hosfl: {self.name} ends; once more ends it at once\n".encode())
-        if not self._serves:
+        if not self._serving:
             raise KeyboardInterrupt
-        threading.Thread(target=self.close).start()  # what it waits for, this thread may hold
+        threading.Thread(target=self.close).start()  # in a thread: this one may hold a lock that `close` needs
