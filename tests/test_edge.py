@@ -59,7 +59,7 @@ from hosfl.runs.serve import Transport, offered
 from hosfl.tasks import items
 from hosfl.tasks.data import Dataset
 from hosfl.tasks.reading import DataError
-from hosfl.tasks.text import own_texts
+from hosfl.tasks.text import read_client_texts
 
 SETTINGS = {"rounds": 6, "clients": 3, "sampled": 3, "batch": 8, "directions": 4, "digest_every": 2, "seed": 5}
 FRESH = {"directions_from": "fresh"}
@@ -1034,7 +1034,7 @@ def test_texts_are_the_tokens_that_a_client_with_torch_has(tmp_path, monkeypatch
     vocabulary = {word: n for n, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])}
     transformers.BertTokenizerFast(vocab=vocabulary).save_pretrained(tmp_path)
     transformers.BertConfig(vocab_size=len(vocabulary)).save_pretrained(tmp_path)
-    theirs = own_texts(Config(task="sst2", model=str(tmp_path)), tmp_path / "train.tsv", 64)
+    theirs = read_client_texts(Config(task="sst2", model=str(tmp_path)), tmp_path / "train.tsv", 64)
     assert theirs.inputs["input_ids"].shape == (3, 64)
     (tmp_path / "train.tsv").rename(tmp_path / "reviews.tsv")
     monkeypatch.chdir(tmp_path)

@@ -42,7 +42,7 @@ from hosfl.tasks.lm import (
     encode_texts,
     generation_scores,
     last_completions,
-    parts,
+    load_parts,
 )
 from hosfl.tasks.reading import DataError
 
@@ -248,19 +248,19 @@ def test_where_texts_end_is_read_from_all_files(tmp_path, folder):
 
 
 def test_a_tenth_is_held_out(folder, tmp_path):
-    found = parts(folder)
+    found = load_parts(folder)
     assert [len(part) for part in found] == [90, 12, 30]
     for name in ("train", "test"):
         (tmp_path / f"{name}.jsonl").write_text((folder / f"{name}.jsonl").read_text())
-    kept, held, test = parts(tmp_path)
+    kept, held, test = load_parts(tmp_path)
     assert [len(part) for part in (kept, held, test)] == [81, 9, 30]
     assert sorted(where for where, _ in kept + held) == sorted(
         str(tmp_path) + w[len(str(folder)) :] for w, _ in found[0]
     )
-    assert parts(tmp_path) == (kept, held, test)
+    assert load_parts(tmp_path) == (kept, held, test)
     (tmp_path / "validation.jsonl").symlink_to(tmp_path / "none")
     with pytest.raises(OSError, match="validation"):
-        parts(tmp_path)
+        load_parts(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from hosfl.runs.faults import Faults
 from hosfl.runs.simulate import simulate
 from hosfl.studies.study import read_study
 from hosfl.tasks import make_task
-from hosfl.tasks.items import Items, global_seed, read, samples_of
+from hosfl.tasks.items import Items, as_dataset, global_seed, read
 from hosfl.tasks.reading import DataError
 
 FILE = '''
@@ -703,17 +703,17 @@ def test_labels_beside_the_items_are_taken_from_there(kind):
     given = Numbered(40)
     given.targets = given.y.tolist()
     if kind == "subset":
-        items = samples_of(Subset(given, range(39, 9, -1)), "train")
+        items = as_dataset(Subset(given, range(39, 9, -1)), "train")
         expected = given.y[range(39, 9, -1)]
     elif kind == "targets":
-        items, expected = samples_of(given, "train"), given.y
+        items, expected = as_dataset(given, "train"), given.y
     else:
-        items, expected = samples_of(huggingface().with_transform(refused), "train"), Y
+        items, expected = as_dataset(huggingface().with_transform(refused), "train"), Y
     assert torch.equal(items.labels, expected)
     assert torch.equal(items[torch.tensor([3, 1])].labels, expected[[3, 1]])
     assert given.read == []
     del given.targets
-    assert torch.equal(samples_of(given, "train").labels, given.y)
+    assert torch.equal(as_dataset(given, "train").labels, given.y)
 
 
 def refused(batch):
@@ -1226,15 +1226,15 @@ def test_reading_does_not_move_other_random_numbers(monkeypatch):
 
 def test_digests_are_of_content():
     given = Numbered(2000)
-    items = samples_of(given, "train")
+    items = as_dataset(given, "train")
     assert isinstance(items, Items)
     once = items.digest()
-    assert samples_of(Numbered(2000), "train").digest() == once
+    assert as_dataset(Numbered(2000), "train").digest() == once
     assert len(given.read) == 1024
     other = Numbered(2000)
     other.x[0] += 1
-    assert samples_of(other, "train").digest() != once
-    assert samples_of(Numbered(1999), "train").digest() != once
+    assert as_dataset(other, "train").digest() != once
+    assert as_dataset(Numbered(1999), "train").digest() != once
     assert read(items[:3]).labels.tolist() == given.y[:3].tolist()
 
 

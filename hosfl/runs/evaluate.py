@@ -18,7 +18,7 @@ def evaluate(model: SplitModel, data: Dataset | Items, task: Task) -> tuple[Scor
     model.eval()
     device, dtype = next(model.server.parameters()).device, dtype_of(model.client)
     first = data[:1] if isinstance(data, Dataset) else read(data[:1])
-    metrics, kept = task.running(first.labels), task.keeps_outputs(first.labels)
+    metrics, kept = task.reset_streaming_metrics(first.labels), task.keeps_outputs(first.labels)
     # Texts are sorted by length, unless outputs per token are kept, which must have one length to be concatenated.
     by_length = isinstance(data, Dataset) and (not kept if task.per_token else data.labels.dim() == 1)
     order = data.lengths.argsort(stable=True) if by_length else torch.arange(len(data))
@@ -31,7 +31,7 @@ def evaluate(model: SplitModel, data: Dataset | Items, task: Task) -> tuple[Scor
             part = read(data[chosen].to(device, dtype))
             if by_length:
                 part = part.trimmed(task.per_token)
-            output, count = model(part.inputs), task.counted(part.labels)
+            output, count = model(part.inputs), task.count_terms(part.labels)
             if count:
                 loss += float(task.loss(output, part.labels)) * count
                 counted += count
@@ -47,5 +47,7 @@ def evaluate(model: SplitModel, data: Dataset | Items, task: Task) -> tuple[Scor
     seen = data if isinstance(data, Dataset) else Dataset({}, torch.cat(labels))
     all_outputs = torch.cat(outputs)[order.argsort()] if kept else torch.empty(0)
     scores = task.score(all_outputs, seen, mean) | generated
-    task.lower(scores)  # raises for an unknown score: at the first evaluation, not after the last round
+    task.select_lower_is_better(
+        scores
+    )  # raises for an unknown score: at the first evaluation, not after the last round
     return scores, mean

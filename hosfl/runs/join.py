@@ -42,7 +42,7 @@ from hosfl.runs.config import Config
 from hosfl.runs.serve import LOCAL
 from hosfl.tasks import READERS, TASKS, make_task
 from hosfl.tasks.data import Dataset
-from hosfl.tasks.items import Items, labels_without_reading, read, samples_of
+from hosfl.tasks.items import Items, as_dataset, read, stored_labels
 from hosfl.tasks.reading import DataError, call_user_function, load_arrays
 
 OWN = {"task": (TASKS, "FUNCTION"), "method": (METHODS, "CLASS")}  # settings that may be the user's code, FILE.py:NAME
@@ -97,7 +97,7 @@ def own_data(data: str, config: Config, longest: int) -> Dataset | Items | None:
     if data.endswith((".npz", ".safetensors")):
         return _of_arrays(load_arrays(data, lambda file: load(regular(file).read_bytes())), data)
     if ".py:" in data:
-        return samples_of(call_user_function(data), data)
+        return as_dataset(call_user_function(data), data)
     if config.task in READERS:
         found: Dataset = load_object(READERS[config.task], "data", {})(config, Path(data), longest)
         return found
@@ -110,8 +110,8 @@ def own_data(data: str, config: Config, longest: int) -> Dataset | Items | None:
 
 def _of_arrays(arrays: dict[str, Any], data: str) -> Dataset | Items:
     if set(arrays) == {"inputs", "labels"}:
-        return samples_of((arrays["inputs"], arrays["labels"]), data)
-    return samples_of(arrays, data)
+        return as_dataset((arrays["inputs"], arrays["labels"]), data)
+    return as_dataset(arrays, data)
 
 
 def is_task_data(data: str, task: str) -> bool:
@@ -209,7 +209,7 @@ def _check_labels(data: Dataset | Items, run: dict[str, Any], what: str) -> None
     """
     first = read(data[:2])
     labels = first.labels
-    if isinstance(data, Dataset) or labels_without_reading(data.source) is not None:
+    if isinstance(data, Dataset) or stored_labels(data.source) is not None:
         # A transformation may change the label of an item, which is then not the one known beside it.
         labels = data.labels if data.labels[:2].tolist() == labels.tolist() else labels
     check_labels(labels.cpu().numpy(), None if mask_of(first.inputs) is None else first.length, run, what)

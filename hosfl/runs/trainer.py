@@ -333,7 +333,7 @@ class _RunLoop:
                 provenance=provenance_of(federation),
                 seconds=time.perf_counter() - self.begin,
                 failure=str(self.failure) if self.failure else None,
-                lower_is_better=self.task.lower(self.last.scores),
+                lower_is_better=self.task.select_lower_is_better(self.last.scores),
             )
             if folder is not None:
                 model = federation.model()

@@ -67,7 +67,7 @@ def try_halves(task: Task, model: SplitModel, data: Dataset | Items) -> tuple[tu
         )
     _check_dtype(model, sample.inputs, cut, output)
     refuse_idle_adapters(model.client, sample.inputs)
-    task.check_scored(output, sample.labels)
+    task.check_default_metric(output, sample.labels)
     shape = tuple(cut.shape[1:])
     _check_mask(sample, cut)
     if (short := _shortest(task, data, sample)).length < sample.length:  # a batch may have short texts only
