@@ -315,8 +315,8 @@ def _study(options: argparse.Namespace) -> int:
         def on_progress(state: StudyProgress) -> None:
             bar.update(task, description=state.phase, completed=state.done, total=state.runs)
             bar.update(task, expected=state.seconds_left, since=time.monotonic())
-            if state.ended:
-                say(f"{state.phase}  {state.done}/{state.runs}  {state.ended}  {_time_left(state.seconds_left)}")
+            if state.last_result:
+                say(f"{state.phase}  {state.done}/{state.runs}  {state.last_result}  {_time_left(state.seconds_left)}")
 
         finished = run_study(study, options.out, options.jobs, on_progress)
     if not finished:

@@ -19,7 +19,7 @@ from hosfl.halves.hub import is_decoder, pretrained_model
 from hosfl.halves.split import split
 from hosfl.runs.assemble import assemble
 from hosfl.runs.config import with_shared
-from hosfl.studies.compare import print_table, row
+from hosfl.studies.compare import method_row, print_table
 from hosfl.studies.run import run_study
 from hosfl.studies.study import read_study
 from hosfl.tasks import TUNED, make_task
@@ -398,7 +398,7 @@ def test_tables_name_the_score(capsys):
     summary = train(Config(rounds=1))
     assert summary.scores == {"accuracy": summary.accuracy}
     other = replace(summary, scores={"F1": 0.25, "exact match": 0.125}, accuracy=0.25)
-    table = {"config": summary.config, "methods": {"ho": row([other])}}
+    table = {"config": summary.config, "methods": {"ho": method_row([other])}}
     print_table(table)
     shown = capsys.readouterr().out
     assert "test F1" in shown
