@@ -93,8 +93,8 @@ def measure(clients: int, sampled: int, rounds: int, actors: int, share: float) 
             made[0].share = 0.0
             some = range(0, clients, max(1, clients // 50))
             digests = list(federation.audit(list(some)).values())
-            newcomer = federation.make(0)
-            joined = federation.join(newcomer)
+            newcomer = federation.make_client(0)
+            joined = federation.catch_up(newcomer)
             pids = [p for p in _children(os.getpid()) if b"ray::_Actor" in Path(f"/proc/{p}/cmdline").read_bytes()]
             memory = {"server": peak() / MB, "actors": [peak(p) / MB for p in pids]}
         finally:

@@ -32,7 +32,7 @@ from hosfl.files import write_json
 from hosfl.halves.hub import meta_model
 from hosfl.halves.split import cut_points
 from hosfl.references import short_name
-from hosfl.runs.attendance import attendance
+from hosfl.runs.attendance import write_attendance
 from hosfl.runs.checkpoint import load_config
 from hosfl.runs.config import Config, all_with_shared, check_device, with_shared
 from hosfl.runs.faults import Faults
@@ -332,7 +332,7 @@ def _report(options: argparse.Namespace) -> int:
         raise FileNotFoundError(
             f"{folder} holds no study and no run with clients elsewhere: there is neither study.yaml nor events.jsonl"
         )
-    print(report(folder) if (folder / "study.yaml").exists() else attendance(folder))
+    print(report(folder) if (folder / "study.yaml").exists() else write_attendance(folder))
     return 0
 
 

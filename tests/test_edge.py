@@ -269,7 +269,7 @@ def test_beside_clients_with_torch(way, tmp_path):
     losses += [federation.round(round) for round in range(1, 6)]
     assert federation.refused == []
     assert np.isfinite(losses).all()
-    found = federation.replicas()
+    found = federation.compare_replicas()
     assert (found.equal, found.clients, found.odd) == (True, 4, {})
     assert edges[1].client.applied == 6
     assert edges[1].client.digest() == found.digest
@@ -290,8 +290,8 @@ def test_a_probe_runs_from_its_block_on(way, pieces, blocks, tmp_path, monkeypat
     """So what lies in front runs once a round, and what lies between two blocks once more at most."""
     federation, task, files = made(way)
     edge = endpoint(files, 1, tmp_path / "1", saved(partition(task, federation.config)[1], tmp_path / "own.npz"))
-    half, run = edge.client.half, federation.make(0).run
-    assert (half.pieces, len(federation.make(0).begins)) == (pieces, blocks)
+    half, run = edge.client.half, federation.make_client(0).run
+    assert (half.pieces, len(federation.make_client(0).begins)) == (pieces, blocks)
     ran, one = [0] * pieces, Half._run
 
     def counted(self, session, *given):
@@ -356,7 +356,7 @@ def test_running_statistics(way, dtype, apart, tmp_path):
             if type(mine) is Cut and mine.round == 0:
                 one, other = (travel.unpacked(cut.cut, cut.scales, dtype) for cut in (mine, theirs))
                 assert np.allclose(one, other, rtol=0, atol=apart * np.abs(other).max())
-    found = federation.replicas()
+    found = federation.compare_replicas()
     assert (found.equal, found.clients) == (True, 4)
     assert edges[2].client.digest() == found.digest
     assert not any(np.array_equal(a, b) for a, b in zip(edges[2].client.half.statistics, models, strict=True))
@@ -463,7 +463,7 @@ def test_a_half_in_bfloat16(way, tmp_path):
     if "backward" in way:
         scalars = cuts[1][0].scalars
         assert np.abs(measured.scalars - scalars).max() < 0.05 * np.abs(scalars).max()
-    found = federation.replicas()
+    found = federation.compare_replicas()
     assert (found.equal, found.clients) == (True, 4)
     assert edges[1].client.digest() == found.digest
     kept = SavedState(tmp_path / "state.safetensors", b"run", edges[1].client)
@@ -496,7 +496,7 @@ def test_a_client_that_was_away_and_one_that_is_wrong(tmp_path):
     edge.client.replica.tensors[0][...] += 0.25
     federation.round(3)
     assert [type(m) for m in said if m.client == 1] == [Hello, Differs, Cut, Scalars]
-    assert federation.replicas().equal
+    assert federation.compare_replicas().equal
 
 
 def ask(files, *before, kind=Invitation, number=1, round=0):
@@ -833,7 +833,7 @@ def test_a_graph_is_tried_on_the_longest_texts_that_clients_send(estimator):
     task = Task(model, train, (tokens, labels), nn.functional.cross_entropy, at=1)
     config = {**SETTINGS, **FRESH, "task": "", "server_rate": 0.05, "client_rate": 0.1, "partition": "iid"}
     federation, _ = assemble(Config(**config | {"estimator": estimator, "seed": 6}), task=task)
-    assert federation.make(0).batch(0)[0]["input_ids"].shape[1] == 7
+    assert federation.make_client(0).batch(0)[0]["input_ids"].shape[1] == 7
     with pytest.raises(ExportError, match="of 4 samples of 12 tokens numbers differ"):
         offered(federation, edge=True)
 

@@ -64,8 +64,8 @@ def outcome(rounds, lie, task=None, **settings):
     federation.messenger.engine = WithLiar(federation, lie)
     losses = [federation.round(round) for round in range(rounds)]
     state = [t.clone() for t in federation.server.half.state_dict().values()]
-    newcomer = federation.make(0)
-    assert federation.join(newcomer)
+    newcomer = federation.make_client(0)
+    assert federation.catch_up(newcomer)
     return federation, losses, newcomer.digest(), state
 
 
@@ -355,7 +355,7 @@ def test_a_client_that_says_nothing_costs_nobody_else_a_round(monkeypatch):
         assert federation.messenger.failures == {LIAR: "late"}
         assert engine.now - before <= 60.0
     federation.messenger.positions.clear()
-    assert federation.replicas().clients == 2 + 1  # and a newcomer
+    assert federation.compare_replicas().clients == 2 + 1  # and a newcomer
 
 
 def test_a_client_that_differs_for_ever_is_asked_a_few_times():

@@ -570,7 +570,7 @@ def test_both_halves_descend_the_clients_mean_per_token(folder, aggregation):
     settings = config(folder, method="first-order", aggregation=aggregation, clients=3, sampled=3, batch=25, rule="sgd")
     settings = replace(settings, partition="iid", schedule="constant", client_rate=1.0)
     federation, task = assemble(settings)
-    batches = [federation.make(n).batch(0) for n in range(3)]
+    batches = [federation.make_client(n).batch(0) for n in range(3)]
     batches[0] = ({k: v[:5] for k, v in batches[0][0].items()}, batches[0][1][:5])
     halves = federation.model()
     halves.eval()

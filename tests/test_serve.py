@@ -124,7 +124,7 @@ def test_a_server_says_whom_it_waits_for(tmp_path, caplog):
     engine = SimpleNamespace(present=lambda: [3])
     server = SimpleNamespace(refused=[])
     messenger = SimpleNamespace(engine=engine, missing=0, complaints=[], wire=SimpleNamespace(bytes={}))
-    federation = SimpleNamespace(messenger=messenger, server=server, config=Config(rounds=4), least=2, tried=0)
+    federation = SimpleNamespace(messenger=messenger, server=server, config=Config(rounds=4), least=2, tries=0)
     events = Events(tmp_path)
     for done in (0, 0, 1):
         events.waiting(federation, done)

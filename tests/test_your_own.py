@@ -169,7 +169,7 @@ def test_options_become_what_the_function_takes(file, tmp_path):
     assert config.options == {"where": "a/b", "many": 8, "few": None, "share": 0.01, "on": True, "other": "x"}
     make_task(config)
     make_task(Config(task=f"{file}:typed", options={"where": Path("c"), "share": 1}))
-    found = sys.modules[make_task.__globals__["_maker"](f"{file}:typed").__module__].found
+    found = sys.modules[make_task.__globals__["_load_function"](f"{file}:typed").__module__].found
     assert found[-2:] == [
         (Path("a/b"), 8, None, 0.01, True, {"other": "x"}),
         (Path("c"), None, 3, 1.0, False, {}),
@@ -525,7 +525,7 @@ def test_what_both_halves_have_becomes_two(kind):
         federation.round(number)
     assert torch.equal(federation.base.table.weight, first)
     assert not torch.equal(federation.server.half.table.weight, trained)
-    assert federation.replicas().equal
+    assert federation.compare_replicas().equal
 
 
 def test_of_halves_that_have_something_in_common_no_more_is_copied():
@@ -760,7 +760,7 @@ def test_real_labels_are_checked_by_the_server():
     mine = task(train=(x, y.float()), test=(x, y.float()), loss=lambda o, t: (o[:, 0] - t).square().mean())
     real, _ = assemble(Config(task="", partition="iid", **QUICK, **RATES), task=mine)
     client = real.load_client(real.invited(0)[0])
-    real.join(client)
+    real.catch_up(client)
     cut = client.output(0)
     assert real.server.step(0, [replace(cut, labels=cut.labels * float("nan"))])[0] == {}
     assert "infinite or NaN labels" in real.server.refused[-1]

@@ -105,9 +105,7 @@ def check_cut(shape: list[int], finite: bool, texts: bool, expected: list[int], 
     name, for errors.
     """
     if shape != expected and not (texts and shape[:1] < expected[:1] and shape[1:] == expected[1:]):
-        raise DataError(
-            f"{data}: the client half makes cuts of shape {shape} of these data, and the server takes {expected}"
-        )
+        raise DataError(f"{data}: the client half makes cuts of shape {shape}, and the server takes {expected}")
     if not finite:
         raise DataError(
             f"{data}: the client half makes infinite or NaN numbers of its first samples, and the server takes finite"

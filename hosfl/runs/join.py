@@ -36,8 +36,8 @@ from hosfl.protocol.aggregate import AGGREGATIONS
 from hosfl.protocol.endpoint import Endpoint
 from hosfl.protocol.provenance import header_digest
 from hosfl.references import absolute_reference, load_object
-from hosfl.runs.assemble import base_of, client_of, halves_of, partition, rates_of
-from hosfl.runs.checkpoint import header_of
+from hosfl.runs.assemble import make_base_half, make_client, make_halves, partition, rates_of
+from hosfl.runs.checkpoint import make_header
 from hosfl.runs.config import Config
 from hosfl.runs.serve import LOCAL
 from hosfl.tasks import READERS, TASKS, make_task
@@ -143,7 +143,7 @@ class Clients:
         self.config, self.task, self.own, self.id = config, make_task(config, own), own, run["id"]
         # Fixed factors of adapters come with the base. Until then "xs" makes others, which needs no public samples.
         trains = "xs" + config.trains[3:] if config.trains.startswith("act:") else config.trains
-        half = base_of(replace(config, trains=trains), halves_of(config, self.task), None).to(config.device)
+        half = make_base_half(replace(config, trains=trains), make_halves(config, self.task), None).to(config.device)
         self.tensors, self.half = _load_base(half, base), half
         train = self.task.train if own is None else own
         first = train[0] if isinstance(train, list) else train
@@ -162,7 +162,7 @@ class Clients:
         self.follows = self.method.ledger is not None
         if isinstance(self.method.ledger, SeedReplay):
             settings = {**config.decisive(), **{name: run[name] for name in OWN}}
-            if header_digest(header_of(self.method.ledger.run, half, settings)) != run["log"]:
+            if header_digest(make_header(self.method.ledger.run, half, settings)) != run["log"]:
                 raise JoinError(f"the half made here is not the server's (hosfl {run['hosfl']} there): {needed}")
         self.method.ledger = None  # and the server's replica with it
 
@@ -180,7 +180,7 @@ class Clients:
     def endpoint(self, number: int, data: Dataset | Items, alone: bool = False) -> Endpoint[Client]:
         """The endpoint of a new client. alone: no other will be made, so that it may have the half and no copy."""
         config, half = self.config, self.half if alone else copy.deepcopy(self.half)
-        client = client_of(self.method, number, half, data.to(config.device, dtype_of(half)), self.task)
+        client = make_client(self.method, number, half, data.to(config.device, dtype_of(half)), self.task)
         if isinstance(client, ZerothOrderClient):
             client.replica.base = self._base  # the half itself moves: round 0 is only in the base file
         return Endpoint(client, self.kind.exchanges(config), self.follows, bool(config.calibrate), self.id)

@@ -32,7 +32,7 @@ from hosfl.methods.ho import ZerothOrderClient
 from hosfl.methods.ledger import SeedReplay
 from hosfl.protocol.header import encode_header
 from hosfl.protocol.provenance import header_digest
-from hosfl.runs.checkpoint import header_of, module_bytes
+from hosfl.runs.checkpoint import make_header, module_bytes
 
 if TYPE_CHECKING:
     from hosfl.runs.federation import Federation
@@ -113,7 +113,7 @@ def offered(federation: Federation, edge: bool = False) -> dict[str, bytes]:
     log, measures = "", None
     if isinstance(ledger, SeedReplay):
         measures = asdict(ledger.run.measures)
-        log = header_digest(header_of(ledger.run, half, config.decisive()))
+        log = header_digest(make_header(ledger.run, half, config.decisive()))
     settings = {name: value for name, value in asdict(config).items() if name not in LOCAL}
     run = {
         "format": FORMAT,
@@ -141,10 +141,10 @@ def _edge_files(federation: Federation, half: nn.Module) -> tuple[dict[str, byte
     export_half = require("hosfl.edge.export", "a server of clients without torch", "export").export_half
     if why := edge.unsupported_reason(federation.config):
         raise ValueError(why)
-    client, gradient = federation.make(0), None
+    client, gradient = federation.make_client(0), None
     assert isinstance(federation.server.ledger, SeedReplay)
     assert isinstance(client, ZerothOrderClient)
-    header = encode_header(header_of(federation.server.ledger.run, half, federation.config.decisive()))
+    header = encode_header(make_header(federation.server.ledger.run, half, federation.config.decisive()))
     sample, entries = client.batch(0)[0], [begin.entry for begin in client.begins]
     if federation.config.device != "cpu":
         half, sample = copy.deepcopy(half).cpu(), tree_map_only(Tensor, Tensor.cpu, sample)
@@ -199,9 +199,9 @@ class Events:
     def waiting(self, federation: Federation, done: int) -> None:
         """Write that too few clients are connected for a round, or that it is going to be tried again."""
         event: dict[str, Any] = {"waiting for": federation.least}
-        if federation.tried:
+        if federation.tries:
             why = {str(client): federation.messenger.failures.get(client, "left out") for client in federation.asked}
-            event |= {"tried": federation.tried, "missing": why}
+            event |= {"tried": federation.tries, "missing": why}
         elif self._waiting != done:
             self._waiting, here = done, len(federation.messenger.engine.present())
             logging.warning("round %d waits for clients: %d of at least %d are here", done + 1, here, federation.least)

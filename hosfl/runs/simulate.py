@@ -122,7 +122,7 @@ class SimulatedFederation(Federation):
         return done
 
     def load_client(self, number: int) -> Client:
-        client = self.make(number)
+        client = self.make_client(number)
         if number in self.liars and isinstance(client, ZerothOrderClient):
             client = ByzantineClient.of(
                 client,
@@ -268,7 +268,7 @@ def _simulate(
     crowd = SimulatedFederation(
         plain.config,
         plain.server,
-        plain.make,
+        plain.make_client,
         plain.base,
         plain.observed,
         header=plain.header,
@@ -346,7 +346,7 @@ def _outcome(
     assert isinstance(ledger, SeedReplay)
     assert ledger.log is not None
     assert crowd.provenance is not None
-    together = crowd.replicas()
+    together = crowd.compare_replicas()
     return Outcome(
         rounds=done,
         accuracy=evaluations[-1].accuracy,

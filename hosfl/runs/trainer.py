@@ -22,7 +22,7 @@ from hosfl.protocol.provenance import Provenance
 from hosfl.protocol.records import EpochRecord
 from hosfl.protocol.terms import Diverged, NothingLearnt
 from hosfl.runs import snapshot
-from hosfl.runs.assemble import assemble, task_of, with_task_clients
+from hosfl.runs.assemble import assemble, make_checked_task, with_task_clients
 from hosfl.runs.checkpoint import check_free, load_config, load_id, next_epoch, save_id, save_module
 from hosfl.runs.config import Config
 from hosfl.runs.evaluate import evaluate
@@ -233,7 +233,7 @@ def _config_and_task(what: Task | Config, settings: dict[str, Any]) -> tuple[Con
     if isinstance(what, Config):
         if settings:
             raise TypeError(f"{', '.join(settings)} beside a Config: give them to Config, which has all settings")
-        task = task_of(what)
+        task = make_checked_task(what)
         return cast(Config, with_task_clients(what, task)), task
     if not isinstance(what, Task):
         raise TypeError(f"train needs a Task or a Config, not a {type(what).__name__}")
@@ -283,7 +283,7 @@ class _RunLoop:
 
     def calibrate(self) -> None:
         """Wait for enough clients, and let them estimate running statistics."""
-        while not self.federation.ready():
+        while not self.federation.is_ready():
             self.wait()
         self.federation.calibrate()
 
@@ -307,7 +307,7 @@ class _RunLoop:
             try:
                 check_loss(self.last.loss, self.done)
                 while self.done < config.rounds and not interrupted.is_set():
-                    if federation.ready() and time.monotonic() >= self.retry_at:
+                    if federation.is_ready() and time.monotonic() >= self.retry_at:
                         self.round()
                     else:
                         self.wait()
@@ -318,7 +318,7 @@ class _RunLoop:
                     check_loss(self.last.loss, self.done)
                 if self.done == config.rounds:
                     check_learnt(federation, self.done)
-                federation.warn_of_refusals()
+                federation.log_refusals()
             except (LatticeError, Diverged, NothingLearnt) as error:
                 self.failure = error
             summary = Summary.of(
@@ -329,7 +329,7 @@ class _RunLoop:
                 visits=federation.visits,
                 passes=federation.server.passes,
                 refused=federation.refused,
-                replicas=None if self.failure else federation.replicas(),
+                replicas=None if self.failure else federation.compare_replicas(),
                 provenance=provenance_of(federation),
                 seconds=time.perf_counter() - self.begin,
                 failure=str(self.failure) if self.failure else None,
@@ -348,11 +348,11 @@ class _RunLoop:
         """One round, then the evaluation, snapshot and progress report that are due."""
         federation, folder, config = self.federation, self.writer.folder, self.federation.config
         loss = federation.round(self.done)
-        if federation.tried:
-            if federation.tried == 1:
+        if federation.tries:
+            if federation.tries == 1:
                 reasons = "; ".join(["", *federation.newest_refused])
                 log.warning("round %d is tried again: the server could learn from no cut%s", self.done + 1, reasons)
-            self.retry_at = time.monotonic() + min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(federation.tried - 1, 20))
+            self.retry_at = time.monotonic() + min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(federation.tries - 1, 20))
             return
         self.loss = loss
         self.done += 1

@@ -13,7 +13,7 @@ from statistics import mean
 from typing import Any
 
 from hosfl.files import FolderLock, write_json
-from hosfl.runs.assemble import rates_of, task_of
+from hosfl.runs.assemble import make_checked_task, rates_of
 from hosfl.runs.config import Config
 from hosfl.runs.memory import client_memory
 from hosfl.runs.report import metric
@@ -106,7 +106,7 @@ def check_tasks(study: Study) -> dict[DataKey, str]:
     for job in study.tuning():
         key = _data_key(job.config)
         if key not in tasks:
-            tasks[key] = task_of(job.config)
+            tasks[key] = make_checked_task(job.config)
         rates_of(tasks[key], job.config)
     return {key: task.digest() for key, task in tasks.items()}
 
