@@ -65,12 +65,12 @@ def make(folder: Path, way: str) -> None:
     from hosfl.protocol.messages import Hello, Invitation, Multiplier, encode, pack
     from hosfl.runs.assemble import assemble
     from hosfl.runs.config import Config
-    from hosfl.runs.serve import offered
+    from hosfl.runs.serve import offered_files
 
     settings: dict[str, Any] = {"clients": 1, "sampled": 1, "partition": "iid", "batch": TEXTS, **WAYS[way]}
     settings |= {"directions_from": "fresh", "server_rate": 0.1, "client_rate": 0.1}
     federation, task = assemble(Config(task=f"{Path(__file__).resolve()}:texts", **settings))
-    for name, data in offered(federation, edge=True).items():
+    for name, data in offered_files(federation, edge=True).items():
         (folder / name).write_bytes(data)
     train = task.train
     assert not isinstance(train, list)

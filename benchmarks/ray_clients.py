@@ -25,7 +25,7 @@ from hosfl.files import write_json
 from hosfl.runs.assemble import assemble
 from hosfl.runs.checkpoint import save_module
 from hosfl.runs.config import Config
-from hosfl.runs.join import AllClients
+from hosfl.runs.join import WorkerFactory
 from hosfl.runs.report import machine
 from hosfl.runs.serve import Transport
 
@@ -80,7 +80,7 @@ def measure(clients: int, sampled: int, rounds: int, actors: int, share: float) 
         made: list[DropsOut] = []
 
         def engine(files: dict[str, bytes], count: int) -> Engine:
-            made.append(DropsOut(RayEngine(AllClients(files), count, actors), share))
+            made.append(DropsOut(RayEngine(WorkerFactory(files), count, actors), share))
             return made[0]
 
         Transport(engine).connect(federation)

@@ -31,7 +31,7 @@ from hosfl.files import write_json
 from hosfl.runs.assemble import assemble, partition
 from hosfl.runs.config import Config
 from hosfl.runs.federation import Federation
-from hosfl.runs.join import AllClients, Clients, settings_of
+from hosfl.runs.join import ClientFactory, WorkerFactory, read_run
 from hosfl.runs.report import machine
 from hosfl.runs.serve import Transport
 
@@ -101,10 +101,10 @@ class TimedAnswer:
         return said
 
 
-class TimedAllClients:
-    """`AllClients`, timed: what an actor calls. folder: for the times."""
+class TimedWorkerFactory:
+    """`WorkerFactory`, timed: what an actor calls. folder: for the times."""
 
-    def __init__(self, everybody: AllClients, folder: Path) -> None:
+    def __init__(self, everybody: WorkerFactory, folder: Path) -> None:
         self.everybody, self.folder = everybody, folder
 
     def __call__(self) -> TimedAnswer:
@@ -121,8 +121,8 @@ def client(member: Path, times: Path, data: str) -> None:
     line, number = NatsLine(f"tls://{me.address}", me.run, me.client, me.context()), me.client
     if data == "echo":
         return line.serve(echo)
-    run, config = settings_of(line.fetch("run"), data=data)
-    clients = Clients(run, config, line.fetch("base"))
+    run, config = read_run(line.fetch("run"), data=data)
+    clients = ClientFactory(run, config, line.fetch("base"))
     endpoint = clients.endpoint(number, partition(clients.task, config)[number])
     answer = TimedAnswer(lambda _, asked: endpoint.answer(asked), times)
     return line.serve(lambda asked: answer(number, asked))
@@ -185,7 +185,7 @@ def over_ray(folder: Path, data: str) -> Iterator[Made]:
             if files is None:
                 engine = RayEngine(lambda: lambda client, data: echo(data), CLIENTS, CLIENTS)
             else:
-                engine = RayEngine(TimedAllClients(AllClients(files, data=data), folder), CLIENTS, CLIENTS)
+                engine = RayEngine(TimedWorkerFactory(WorkerFactory(files, data=data), folder), CLIENTS, CLIENTS)
             ends.callback(engine.close)
             return engine
 

@@ -29,7 +29,7 @@ from hosfl.optim import ZOSGD
 from hosfl.probing.compiled import call_compiled
 from hosfl.probing.probe import Moved, probe_in_place, probe_untouched, trainable
 from hosfl.protocol.messages import Cut
-from hosfl.runs.memory import growth
+from hosfl.runs.memory import peak_growth
 from hosfl_kernels import snap_
 
 PROBES, CUTS, TOGETHER, ROUNDS = 5, 10, 64, 7
@@ -77,7 +77,7 @@ def timed(
     if benchmark.stats:
         pairs = zip(benchmark.stats.stats.data, alone[-ROUNDS:], strict=True)
         benchmark.extra_info.update(of_reference=median(step / passes for step, passes in pairs))
-    benchmark.extra_info.update(peak_extra_bytes=growth(waited, torch.device(device)))
+    benchmark.extra_info.update(peak_extra_bytes=peak_growth(waited, torch.device(device)))
 
 
 @pytest.mark.parametrize("way", ["forward passes alone", "in place", "in place, compiled", "weights only read"])

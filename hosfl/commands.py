@@ -36,7 +36,7 @@ from hosfl.runs.attendance import write_attendance
 from hosfl.runs.checkpoint import load_config
 from hosfl.runs.config import Config, all_with_shared, check_device, with_shared
 from hosfl.runs.faults import Faults
-from hosfl.runs.join import AllClients
+from hosfl.runs.join import WorkerFactory
 from hosfl.runs.memory import HALVES, client_memory, over_bound
 from hosfl.runs.report import Evaluation, metric
 from hosfl.runs.serve import Transport
@@ -115,7 +115,7 @@ def _engine(options: argparse.Namespace, config: Config, smallest_shard: int | N
     local |= {name: _absolute(getattr(config, name)) for name in ("data", "model")}
 
     def engine(files: dict[str, bytes], clients: int) -> Engine:
-        everybody = AllClients(files, smallest_shard, **local)
+        everybody = WorkerFactory(files, smallest_shard, **local)
         ray: Engine = made(everybody, clients, options.actors, options.address, gpus=options.actor_gpus)
         return ray
 

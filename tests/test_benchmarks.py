@@ -455,7 +455,7 @@ def test_a_step_and_its_passes_take_turns(enabled, monkeypatch):
     """Where every second round is four times as slow, a step of twice its passes is one all the same."""
     now, ran = [0.0], []
     monkeypatch.setattr(test_steps.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(test_steps, "growth", lambda work, device: 5)
+    monkeypatch.setattr(test_steps, "peak_growth", lambda work, device: 5)
 
     def takes(name, seconds):
         ran.append(name)

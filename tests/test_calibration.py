@@ -42,7 +42,7 @@ from hosfl.runs.config import with_shared
 from hosfl.runs.evaluate import evaluate
 from hosfl.runs.faults import Faults
 from hosfl.runs.federation import Federation
-from hosfl.runs.join import AllClients
+from hosfl.runs.join import WorkerFactory
 from hosfl.runs.serve import Transport
 from hosfl.runs.simulate import simulate
 from hosfl.tasks.items import Batches
@@ -483,7 +483,7 @@ class Apart(Elsewhere):
 
 
 def everybody(files, clients):
-    return InProcess(AllClients(files)(), clients)
+    return InProcess(WorkerFactory(files)(), clients)
 
 
 def alike(here, there):

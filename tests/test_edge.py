@@ -55,7 +55,7 @@ from hosfl.protocol.messages import (
     unpack,
 )
 from hosfl.runs.assemble import assemble, partition
-from hosfl.runs.serve import Transport, offered
+from hosfl.runs.serve import Transport, offered_files
 from hosfl.tasks import items
 from hosfl.tasks.data import Dataset
 from hosfl.tasks.reading import DataError
@@ -170,7 +170,7 @@ def made(way, **more):
     federation, task = assemble(Config(**settings), task=task)
     key = repr((way, more))
     if key not in OFFERED:
-        OFFERED[key] = federation.id, offered(federation, edge=True)
+        OFFERED[key] = federation.id, offered_files(federation, edge=True)
     federation.id, files = OFFERED[key]
     return federation, task, dict(files)
 
@@ -835,7 +835,7 @@ def test_a_graph_is_tried_on_the_longest_texts_that_clients_send(estimator):
     federation, _ = assemble(Config(**config | {"estimator": estimator, "seed": 6}), task=task)
     assert federation.make_client(0).batch(0)[0]["input_ids"].shape[1] == 7
     with pytest.raises(ExportError, match="of 4 samples of 12 tokens numbers differ"):
-        offered(federation, edge=True)
+        offered_files(federation, edge=True)
 
 
 SMALL = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}

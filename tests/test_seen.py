@@ -17,7 +17,7 @@ from hosfl.engines.in_process import InProcess
 from hosfl.protocol.messages import Invitation, decode, unpack
 from hosfl.runs import attendance as page
 from hosfl.runs.attendance import STATES, read_events, write_attendance
-from hosfl.runs.join import AllClients
+from hosfl.runs.join import WorkerFactory
 from hosfl.runs.serve import Transport
 
 QUICK = {"rounds": 9, "clients": 4, "sampled": 4, "batch": 8, "directions": 1, "evaluate_every": 4, "snapshot_every": 3}
@@ -42,7 +42,7 @@ class Faulty(InProcess):
 
 
 def over():
-    return Transport(lambda files, clients: Faulty(AllClients(files)(), clients))
+    return Transport(lambda files, clients: Faulty(WorkerFactory(files)(), clients))
 
 
 @pytest.fixture(scope="module")

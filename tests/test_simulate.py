@@ -35,7 +35,7 @@ from hosfl.runs.checkpoint import rebuild
 from hosfl.runs.config import Config, with_shared
 from hosfl.runs.evaluate import evaluate
 from hosfl.runs.faults import LIES, Faults
-from hosfl.runs.join import AllClients
+from hosfl.runs.join import WorkerFactory
 from hosfl.runs.serve import Transport
 from hosfl.runs.simulate import SMALLEST_SHARD, Outcome, SharedState, SimulatedFederation, simulate
 from hosfl.runs.trainer import train
@@ -136,7 +136,7 @@ def test_a_crowd_elsewhere_meets_the_same_faults() -> None:
     faults = Faults(dropout=0.2, absence=0.1, longest_absence=30, delay=1, deadline=6, damage=0.02, crash_every=12)
 
     def everybody(files: dict[str, bytes], clients: int) -> InProcess:
-        return InProcess(AllClients(files, SMALLEST_SHARD)(), clients)
+        return InProcess(WorkerFactory(files, SMALLEST_SHARD)(), clients)
 
     here, there = simulate(config, faults), simulate(config, faults, transport=Transport(everybody))
     assert there.equal

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hosfl.extras import require
 from hosfl.files import write_atomically
 from hosfl.runs.config import Config
-from hosfl.runs.memory import BOUNDED, reference
+from hosfl.runs.memory import BOUNDED, reference_way
 from hosfl.runs.pages import document, html_image, html_table
 from hosfl.runs.report import logarithmic, name_lines, save_figure
 from hosfl.studies.folder import saved_memory, saved_result
@@ -109,7 +109,7 @@ def plot_memory(measured: dict[str, Any], path: Path) -> None:
     axes = figure.subplots(1, len(halves), squeeze=False)[0]
     for axis, half in zip(axes, halves.values(), strict=True):
         ways = half["ways"]
-        colors = ["#888" if w == reference(w) else "#2b6cb0" if w.startswith("ho") else "#c05621" for w in ways]
+        colors = ["#888" if w == reference_way(w) else "#2b6cb0" if w.startswith("ho") else "#c05621" for w in ways]
         sizes = [row["peak_extra"] / 1e6 for row in ways.values()]
         bars = axis.barh(list(ways), sizes, color=colors)
         background = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # readable where the bound's line crosses
