@@ -340,7 +340,7 @@ def test_late_messages_are_refused_with_the_reason(tmp_path: Path) -> None:
         seen[client] += 1
         return seen[client] != late.get(client)
 
-    crowd.unreliable._in_time = in_time  # type: ignore[method-assign]
+    crowd.unreliable._is_in_time = in_time  # type: ignore[method-assign]
     crowd.round(0)
     seen.clear()
     late = {0: 4, 1: 3, 2: 2}  # records and invitation, cut, multiplier, scalars
@@ -461,7 +461,7 @@ def test_a_liar_has_all_settings_of_the_honest_client_in_its_place(tmp_path: Pat
         small(directions_from="fresh", estimator="backward", microbatch=3), Faults(byzantine=1), tmp_path
     )
     honest = crowd.make_client(0)
-    crowd.make = lambda number: honest
+    crowd.make_client = lambda number: honest
     liar = crowd.load_client(0)
     assert isinstance(liar, ByzantineClient)
     assert liar.microbatch == 3
