@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.readme import RESULTS
 from benchmarks.sentences import PACKAGES, sentences
+from benchmarks.tables import RESULTS
 from hosfl.halves.hub import packaged_minilm, pretrained_model, tokenized
 from hosfl.halves.inputs import call, evaluating
 from hosfl.halves.split import SplitModel, split

@@ -10,7 +10,8 @@ from pathlib import Path
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-from benchmarks.readme import ALL_STUDIES, RESULTS, load_result, numbers_of
+from benchmarks.study_tables import numbers_of
+from benchmarks.tables import ALL_STUDIES, RESULTS, load_result
 from hosfl.runs.report import save_figure
 
 OUT = RESULTS / "studies" / "numbers.png"

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks.readme import RESULTS
+from benchmarks.tables import RESULTS
 from hosfl.cli import main
 from hosfl.probing.probe import PART, inner
 from hosfl.runs import memory
