@@ -1,4 +1,4 @@
-"""Options of the suites, and the tensors they work on."""
+"""pytest options and fixtures of the suites: devices, sizes and models."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def elements(request):
 
 @pytest.fixture(autouse=True)
 def saved(request, benchmark):
-    """Adds a row to --rows, also where what was measured breaks an assertion: extra_info, and the best time."""
+    """Append a row to --rows, also if an assertion about the measurement fails: extra_info, and the best time."""
     yield
     path = request.config.getoption("--rows")
     if path and benchmark.stats:

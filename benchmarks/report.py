@@ -2,8 +2,8 @@
 
     python -m benchmarks.report [--elements N] [--threads N ...] [--out FOLDER]
 
-Speed is shown as a ratio within one run: to `add_` of a constant on the same tensor with the same threads, which is as
-fast as memory allows, and to MeZO's own lines. Best of the rounds: other programs only ever make a round slower.
+Speed is shown as ratios within one run: to `add_` of a constant on the same tensor with the same threads, which is as
+fast as memory allows, and to MeZO's own code. The best of the rounds counts: other programs can only make one slower.
 """
 
 from __future__ import annotations
@@ -25,14 +25,13 @@ from benchmarks.contenders import LIST_ROOF, MEZO, RANDN, RANDN_PRODUCTS, RANDN_
 from hosfl.runs.report import machine
 
 RESULTS = Path(__file__).parent / "results"
-# Of which the table is. steps.py has test_steps.py; test_ops.py is pytest-benchmark's to show.
-SUITES = ("test_throughput.py", "test_memory.py")
+SUITES = ("test_throughput.py", "test_memory.py")  # of this table; steps.py runs test_steps.py, ops.py test_ops.py
 
 
 def parse_options(
     name: str, about: str | None, result: str, arguments: Sequence[str] | None, sized: bool = True
 ) -> argparse.Namespace:
-    """Parse the options of a command that runs suites; adds `device`, and `result`, the path of the result file.
+    """Parse the options of a command that runs suites, and add `device`, and `result`, the path of the result file.
 
     sized: whether there is an option --elements.
     """

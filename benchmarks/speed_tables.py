@@ -62,8 +62,8 @@ def crowd(result: dict[str, Any]) -> str:
         f"{result['clients']:,} clients of one sample each over {result['actors']} actors, {result['sampled']} a round,"
         f" {result['rounds']} rounds, of each of which {result['dropout']:.0%} drop out:"
         f" {seconds['median']:.2f} s a round (nine of ten within {seconds['p90']:.2f}), at most"
-        f" {peak['server']:,.0f} MB at the server and {actors} at the actors. {result['audited']} clients and a newcomer"
-        f" were brought up to date: {digests}. {describe_machine(result)}"
+        f" {peak['server']:,.0f} MB at the server and {actors} at the actors. {result['audited']} clients and a"
+        f" newcomer were brought up to date: {digests}. {describe_machine(result)}"
     )
 
 
