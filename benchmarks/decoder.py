@@ -95,14 +95,14 @@ def functions(packages: Sequence[str] = PACKAGES) -> list[Function]:
     return order
 
 
-def divide(found: Sequence[Function], sizes: dict[str, int]) -> dict[str, list[Function]]:
+def divide(functions: Sequence[Function], sizes: dict[str, int]) -> dict[str, list[Function]]:
     """Divide functions into parts of these sizes, and "pretraining", the rest. Raises ValueError if that is empty."""
     begin, parts = 0, {}
-    if len(found) <= sum(sizes.values()):
-        raise ValueError(f"{len(found)} functions are too few for the parts {sizes}: name more packages")
+    if len(functions) <= sum(sizes.values()):
+        raise ValueError(f"{len(functions)} functions are too few for the parts {sizes}: name more packages")
     for part, size in sizes.items():
-        parts[part], begin = list(found[begin : begin + size]), begin + size
-    return {**parts, "pretraining": list(found[begin:])}
+        parts[part], begin = list(functions[begin : begin + size]), begin + size
+    return {**parts, "pretraining": list(functions[begin:])}
 
 
 def pretraining_text(function: Function) -> str:

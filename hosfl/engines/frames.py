@@ -90,7 +90,7 @@ class Ended:
     """Notice that transfer `id` is over; either side may send it."""
 
     id: int
-    why: EndReason
+    reason: EndReason
     text: str = ""
 
 
@@ -140,7 +140,7 @@ def encode(frame: Frame) -> bytes:
     elif isinstance(frame, Want):
         values = (frame.id, frame.offset, frame.length)
     elif isinstance(frame, Ended):
-        values, tail = (frame.id, frame.why), frame.text.encode()[:MAX_TEXT]
+        values, tail = (frame.id, frame.reason), frame.text.encode()[:MAX_TEXT]
     elif isinstance(frame, Fetch):
         values, tail = (frame.id,), frame.name.encode()
     else:

@@ -139,10 +139,10 @@ class _Refusals:
     def __init__(self, number: int) -> None:
         self.number, self._last = number, ""
 
-    def __call__(self, why: str) -> None:
-        if why != self._last:
-            log.warning("the server refuses what client %d sends: %s", self.number, printable(why))
-        self._last = why
+    def __call__(self, reason: str) -> None:
+        if reason != self._last:
+            log.warning("the server refuses what client %d sends: %s", self.number, printable(reason))
+        self._last = reason
 
 
 def take_part(line: Line, number: int, folder: Path, make_endpoint: Callable[[bytes], Endpoint[Any]]) -> None:

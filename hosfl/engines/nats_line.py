@@ -314,19 +314,19 @@ class NatsLine:
     def _on_ended(self, ended: Ended) -> None:
         if ended.id == self._id:  # the line itself
             self._refusal = f"another process is client {self.client} now"
-            if ended.why is not EndReason.REPLACED:
+            if ended.reason is not EndReason.REPLACED:
                 self._refusal = printable(ended.text)
             log.error("client %d ends: %s", self.client, self._refusal)
             self._serving = False
             self._queue.put(None)
         elif self._download is not None and ended.id == self._download.id:
-            if ended.why is EndReason.REFUSED:
+            if ended.reason is EndReason.REFUSED:
                 self._download.done.put(printable(ended.text) or f"the server does not offer {self._download.name!r}")
-            elif ended.why is EndReason.UNKNOWN:
+            elif ended.reason is EndReason.UNKNOWN:
                 self._request_file(self._download)
         elif ended.id in self._requests:
             self._forget_request(ended.id)
-            if ended.why is not EndReason.DONE:
+            if ended.reason is not EndReason.DONE:
                 texts = {EndReason.LATE: "it came late", EndReason.UNKNOWN: "the server does not know it any more"}
-                reason = texts.get(ended.why) or printable(ended.text)
+                reason = texts.get(ended.reason) or printable(ended.text)
                 log.warning("client %d: request %016x has ended without its reply: %s", self.client, ended.id, reason)

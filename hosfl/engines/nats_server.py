@@ -224,9 +224,9 @@ class NatsEngine:
         self._receiving.discard(request.id)
         return self._peers[request.client].requests.pop(request.id, None) is not None
 
-    def _finish(self, request: _Request, reply: Reply, why: EndReason = EndReason.DONE, text: str = "") -> None:
+    def _finish(self, request: _Request, reply: Reply, reason: EndReason = EndReason.DONE, text: str = "") -> None:
         self._forget_request(request)
-        self._post(request.client, encode(Ended(request.id, why, text)))
+        self._post(request.client, encode(Ended(request.id, reason, text)))
         request.replies.put(reply)
 
     def _down_subject(self, client: int) -> str:
@@ -270,9 +270,9 @@ class NatsEngine:
             for client in range(len(self._peers)):
                 self._ping(client)
 
-    def _set_gone(self, client: int, why: str) -> None:
+    def _set_gone(self, client: int, reason: str) -> None:
         peer = self._peers[client]
-        log.info("client %d is gone: %s", client, why)
+        log.info("client %d is gone: %s", client, reason)
         lost_line, peer.line, peer.lost_since = peer.line, None, None
         for request in list(peer.requests.values()):
             if request.line == lost_line:
@@ -281,9 +281,9 @@ class NatsEngine:
             self._link.stop(self._down_subject(client), peer.file[0])
             peer.file = None
 
-    def _count_dropped(self, client: int, why: str, *values: object) -> None:
+    def _count_dropped(self, client: int, reason: str, *values: object) -> None:
         self.dropped[client] += 1
-        self._log.warn((client, why), f"client %d: {why}", client, *values)
+        self._log.warn((client, reason), f"client %d: {reason}", client, *values)
 
     def _receive(self, subject: bytes, data: bytes) -> None:
         match = self._subject.fullmatch(subject)
@@ -355,7 +355,7 @@ class NatsEngine:
             peer.line, peer.connection = beat.line, beat.connection
             log.info("client %d is here", client)
             self._ping(client)  # so that it knows the server before its first request
-        again = beat.connection != peer.connection
+        reconnected = beat.connection != peer.connection
         peer.connection = beat.connection
         listed = dict(beat.requests)
         for request in peer.requests.values():
@@ -364,7 +364,7 @@ class NatsEngine:
                 if request.incoming is None:
                     self._post(client, request.outgoing.announcement(request.id))
             elif request.incoming is not None:
-                if again:
+                if reconnected:
                     self._request_more(request, again=True)
             elif listed[request.id] and not peer.is_receiving():
                 self._post(client, encode(Want(request.id, 0, 0)))

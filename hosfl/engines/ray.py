@@ -43,7 +43,7 @@ class RayEngine:
     cpus, gpus: of each actor, as Ray counts them. An actor computes with as many threads as it has CPUs, or one.
     patience: seconds for all actors to have called `make`.
 
-    Raises EngineError where the actors cannot start, and says why; ImportError without Ray.
+    Raises EngineError with the reason if the actors cannot start; ImportError without Ray.
     """
 
     def __init__(
@@ -144,13 +144,13 @@ class RayEngine:
                 yield Reply(client, None, "gone")
             if not self._actors:
                 raise EngineError("the engine was closed during a request")
-            left = ends - time.monotonic()
+            seconds_left = ends - time.monotonic()
             for actor in queues.keys() - {call.actor for call in self._calls.values()}:
-                if queues[actor] and left > 0:
+                if queues[actor] and seconds_left > 0:
                     client = queues[actor].popleft()
                     reference = self._actors[actor].answer.remote(client, messages[client])
                     self._calls[reference] = _Call(request, client, actor)
-            done = self._wait(self._calls, left)
+            done = self._wait(self._calls, seconds_left)
             if done is None:
                 break
             call = self._calls.pop(done)
@@ -190,21 +190,21 @@ class RayEngine:
         alive = [actor for actor in range(len(self._actors)) if actor not in self._away]
         return alive[client % len(alive)] if alive else NO_ACTOR
 
-    def _wait(self, calls: Collection[Any], left: float) -> Any:
-        """Wait for one of the calls to end, and return its reference; None if none does within `left` seconds."""
+    def _wait(self, calls: Collection[Any], seconds: float) -> Any:
+        """Wait for one of the calls to end, and return its reference; None if none does within so many seconds."""
         if not calls:
             return None
-        done, _ = self._ray.wait(list(calls), timeout=None if left == math.inf else max(0.0, left))
+        done, _ = self._ray.wait(list(calls), timeout=None if seconds == math.inf else max(0.0, seconds))
         return done[0] if done else None
 
     def _reply(self, call: _Call, reference: Any) -> Reply:
         try:
-            answer, why = self._ray.get(reference), "it was restarted since it was last asked"
+            answer, reason = self._ray.get(reference), "it was restarted since it was last asked"
         except self._ray.exceptions.RayError as error:
-            answer, why = None, _reason(error)
+            answer, reason = None, _reason(error)
         if answer is None:
             if call.actor not in self._away:
-                log.warning("actor %d is away, and client %d gone: %s", call.actor, call.client, why)
+                log.warning("actor %d is away, and client %d gone: %s", call.actor, call.client, reason)
                 self._away[call.actor] = self._call_make(self._actors[call.actor])
             return Reply(call.client, None, "gone")
         if isinstance(answer, bytes):

@@ -188,10 +188,10 @@ def _ask(member: Member, context: ssl.SSLContext, lines: bytes, timeout: float) 
     return answer
 
 
-def _refused(member: Member, why: str) -> FederationError:
+def _refused(member: Member, reason: str) -> FederationError:
     return FederationError(
         f"the broker at {member.address} refuses the certificate in {member.folder}: it was revoked or renewed, or the"
-        f" broker has not yet read its new configuration ({why or 'it closed the connection'})"
+        f" broker has not yet read its new configuration ({reason or 'it closed the connection'})"
     )
 
 

@@ -74,7 +74,7 @@ class Event:
             round=int(values["round"]),
             time=datetime.fromtimestamp(values["time"], timezone.utc),
             loss=math.nan if values["loss"] is None else float(values["loss"]),
-            seconds={str(phase): float(spent) for phase, spent in values["seconds"].items()},
+            seconds={str(phase): float(seconds) for phase, seconds in values["seconds"].items()},
             bytes_sent=int(values["bytes"]),
             clients={state: np.array(sorted(numbers), np.int32) for state, numbers in by_state.items()},
             failures={client: reason for client, reason in missing.items() if client in by_state["failed"]},
@@ -91,7 +91,7 @@ def read_events(path: Path, rounds: int, clients: int) -> tuple[list[Event], int
     If the run was resumed and ran rounds again, the later run of these rounds counts. An incomplete last line is not
     counted as damaged: it may be being written.
     """
-    kept: list[Event] = []
+    events: list[Event] = []
     damaged = 0
     with regular(path).open("rb") as file:
         for line in iter(partial(file.readline, LONGEST_LINE), b""):
@@ -100,10 +100,10 @@ def read_events(path: Path, rounds: int, clients: int) -> tuple[list[Event], int
             except DAMAGED:
                 damaged += line.endswith(b"\n")
                 continue
-            while kept and kept[-1].round >= event.round:
-                kept.pop()
-            kept.append(event)
-    return kept, damaged
+            while events and events[-1].round >= event.round:
+                events.pop()
+            events.append(event)
+    return events, damaged
 
 
 def write_attendance(folder: Path) -> Path:

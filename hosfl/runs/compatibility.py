@@ -43,7 +43,7 @@ def check_compatibility(task: Task, model: SplitModel, data: Dataset | Items) ->
                 f"the cut is {cut.dtype}, and both halves learn from a gradient there, which only real numbers have:"
                 " cut elsewhere"
             )
-        again, output = call(model.client, inputs), model(clone_tensors(sample.inputs))
+        second_cut, output = call(model.client, inputs), model(clone_tensors(sample.inputs))
         for name, value in (("the cut", cut), ("the output", output)):
             if not isinstance(value, Tensor) or value.shape[:1] != (len(sample),):
                 raise TaskError(
@@ -51,7 +51,7 @@ def check_compatibility(task: Task, model: SplitModel, data: Dataset | Items) ->
                     " is the samples"
                 )
         loss = _loss_of(task, "train", output, sample.labels)
-    if not outputs_match(cut, again):
+    if not outputs_match(cut, second_cut):
         if digest(inputs) != digest(sample.inputs):
             raise ValueError(
                 "the client half writes into its inputs, so that the next pass of a batch sees another: let it compute"

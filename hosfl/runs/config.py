@@ -29,9 +29,9 @@ class Config(Settings):
         super().__post_init__()
         object.__setattr__(self, "options", options_of(self))
         method_of(self.method).check(self)
-        for name, why in ignored(vars(self)).items():
+        for name, reason in ignored(vars(self)).items():
             if getattr(self, name) != DEFAULTS[name]:
-                raise ValueError(f"{name} = {getattr(self, name)!r} would do nothing {why}: leave it out")
+                raise ValueError(f"{name} = {getattr(self, name)!r} would do nothing {reason}: leave it out")
         check_device(self.device)
 
 

@@ -91,13 +91,13 @@ class Messenger:
         ends: float | None,
     ) -> dict[int, list[Message]]:
         """Try once. Returns the updates for clients whose position was not what the server assumed."""
-        again: dict[int, list[Message]] = {}
+        updates_again: dict[int, list[Message]] = {}
         for client, message in self._replies({n: [*update, *request(n)] for n, update in updates.items()}, ends):
             if isinstance(message, (Hello, Differs, Statistics)):
                 make_update = self.server.calibration if isinstance(message, Statistics) else self.server.welcome
                 update = make_update(message)
                 if update is not None:
-                    again[client] = [update]
+                    updates_again[client] = [update]
                     continue
                 message = None
             on_reply(client, message)
@@ -107,7 +107,7 @@ class Messenger:
                 self.positions[client] = _position_after(applied)
             if is_enough():
                 return {}
-        return again
+        return updates_again
 
     def _replies(
         self, requests: Mapping[int, Sequence[Message]], ends: float | None

@@ -305,11 +305,11 @@ class Writer:
         if self.folder is None:
             return []
         path = self.folder / "metrics.jsonl"
-        kept = self.evaluations(round)
-        write_atomically(path, "".join(map(self._line, kept)).encode())
+        evaluations = self.evaluations(round)
+        write_atomically(path, "".join(map(self._line, evaluations)).encode())
         self.metrics = path.open("a")
         self._open_board(round + 1)
-        return kept
+        return evaluations
 
     def _open_board(self, first: int) -> None:
         if self.tensorboard and self.folder is not None:
@@ -318,7 +318,7 @@ class Writer:
     def evaluations(self, round: int) -> list[Evaluation]:
         """Read the evaluations in metrics.jsonl up to `round`, or up to the first damaged line."""
         assert self.folder is not None
-        path, kept = self.folder / "metrics.jsonl", []
+        path, evaluations = self.folder / "metrics.jsonl", []
         lines = read_small(path).decode(errors="replace").split("\n") if path.exists() else []
         for line in lines:
             try:
@@ -329,8 +329,8 @@ class Writer:
                 raise ProvenanceError(f"{path} has evaluations of another run: put its own back, or remove it")
             if evaluation.round > round:
                 break
-            kept.append(evaluation)
-        return kept
+            evaluations.append(evaluation)
+        return evaluations
 
     def _line(self, evaluation: Evaluation) -> str:
         return json.dumps(finite({**asdict(evaluation), "run": self.run}), allow_nan=False) + "\n"

@@ -39,14 +39,14 @@ def lines(status: dict[str, Any], now: float) -> list[str]:
         text.append(
             f"waiting: of round {status['round'] + 1} no cut could be learnt from, tried {last['tried']} times so far"
         )
-        text += [f"  client {client}: {why}" for client, why in last["missing"].items()]
+        text += [f"  client {client}: {reason}" for client, reason in last["missing"].items()]
     elif "waiting for" in last:
         text.append(f"waiting until at least {last['waiting for']} are here")
     else:
         loss = "none" if last["loss"] is None else f"{last['loss']:.4f}"
-        spent = ", ".join(f"{phase} {seconds:.3f} s" for phase, seconds in last["seconds"].items())
-        text.append(f"last round: loss {loss}; took part: {_numbers(last['took part'])}; {spent}")
-        text += [f"  client {client}: {why}" for client, why in last["missing"].items()]
+        phases = ", ".join(f"{phase} {seconds:.3f} s" for phase, seconds in last["seconds"].items())
+        text.append(f"last round: loss {loss}; took part: {_numbers(last['took part'])}; {phases}")
+        text += [f"  client {client}: {reason}" for client, reason in last["missing"].items()]
     text.append(f"{sum(status['bytes'].values()) / 1e6:.1f} MB; no answer {status['missing']} times")
     text += [f"refused: {reason}" for reason in status["refused"]]
     text += [f"complaint: {reason}" for reason in status["complaints"]]

@@ -50,7 +50,7 @@ class TensorBoardWriter:
             "clients/did_not_answer": len(federation.messenger.failures),
             "messages/refused": refused,
         }
-        self._write(counts | {f"seconds/{phase}": spent for phase, spent in federation.seconds.items()}, done)
+        self._write(counts | {f"seconds/{phase}": seconds for phase, seconds in federation.seconds.items()}, done)
 
     def evaluation(self, evaluation: Evaluation) -> None:
         """Write an evaluation's scalars."""

@@ -242,7 +242,7 @@ def _results(methods: dict[str, Any], metric: str) -> str:
         if row["trial"] is None:
             seeds = "failed: no trial worked"
         elif row["failures"]:
-            seeds = "failed: " + "; ".join(f"seed {s}, {why}" for s, why in row["failures"].items())
+            seeds = "failed: " + "; ".join(f"seed {s}, {reason}" for s, reason in row["failures"].items())
         scores = [number(row[q], row[f"{q}_error"]) for q in ("accuracy", "loss")]
         shares = [f"{q}_gap_{kind}" for kind in ("recovered", "in_equal_seconds") for q in ("accuracy", "loss")]
         gaps = [number(row[share], None, 2) for share in shares]

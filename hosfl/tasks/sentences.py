@@ -55,9 +55,9 @@ def sentences(folder: Path, model: str, longest: int = MAX_TOKENS) -> Splits:
 
 def read_client_sentences(config: Settings, path: Path, longest: int) -> Dataset:
     """Read one client's samples: a file such as train.tsv, in which classes may be missing, or a folder with it."""
-    found = _read_rows(path / "train.tsv" if path.is_dir() else path)
-    rows = set_labels(found, class_numbers(found, require_all=False))
-    return tokenized_rows(rows, _texts, config.model or packaged_minilm(), min(longest, MAX_TOKENS))
+    rows = _read_rows(path / "train.tsv" if path.is_dir() else path)
+    labelled = set_labels(rows, class_numbers(rows, require_all=False))
+    return tokenized_rows(labelled, _texts, config.model or packaged_minilm(), min(longest, MAX_TOKENS))
 
 
 def _read_rows(path: Path) -> list[LocatedRow]:

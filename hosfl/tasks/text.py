@@ -179,6 +179,6 @@ def text_task(config: Settings, own: Dataset | None = None) -> Task:
 def read_client_texts(config: Settings, path: Path, longest: int) -> Dataset:
     """Read one client's samples: a file in the format of the published training part, or a folder with it."""
     inputs = TextInputs.of(config)
-    found = read(path / inputs.task.files[0] if path.is_dir() else path, inputs.task, may_hide=False)
-    rows = set_labels(found, class_numbers(found, inputs.task.labels, require_all=False))
+    located = read(path / inputs.task.files[0] if path.is_dir() else path, inputs.task, may_hide=False)
+    rows = set_labels(located, class_numbers(located, inputs.task.labels, require_all=False))
     return tokenized_rows(rows, inputs.texts, inputs.model, min(longest, inputs.task.longest), inputs.truncation_side)
