@@ -311,8 +311,8 @@ def _federation(options: argparse.Namespace) -> int:
 def _join(options: argparse.Namespace) -> int:
     extra = "edge" if options.runtime == "onnx" else "nats"
     nats, federation = (require(name, "hosfl join", extra) for name in ("hosfl.engines.nats_line", "hosfl.federation"))
-    from hosfl.engines.ending import StopOnSignal
     from hosfl.engines.engine import EngineError
+    from hosfl.engines.signals import StopOnSignal
 
     member = federation.Member.read(options.client)
     if member.client is None:

@@ -30,10 +30,10 @@ from hosfl.edge.data import Batches, Samples, read_samples, samples_of
 from hosfl.edge.export import ExportError
 from hosfl.edge.half import Half, HalfError
 from hosfl.edge.join import join, make_client
-from hosfl.engines.ending import StopOnSignal
 from hosfl.engines.engine import JoinError
 from hosfl.engines.in_process import InProcess
 from hosfl.engines.saved_state import SavedState
+from hosfl.engines.signals import StopOnSignal
 from hosfl.methods import travel as with_torch
 from hosfl.methods.tensors import tensor
 from hosfl.protocol.endpoint import AnotherRun
@@ -671,7 +671,7 @@ import signal, sys
 import onnx
 import onnxruntime
 from onnx import TensorProto, helper
-from hosfl.engines.ending import StopOnSignal
+from hosfl.engines.signals import StopOnSignal
 
 flag, x = helper.make_tensor_value_info("flag", TensorProto.BOOL, []), helper.make_tensor_value_info("x", 1, [1])
 times, kept = helper.make_tensor_value_info("times", TensorProto.INT64, []), helper.make_tensor_value_info("y", 1, [1])
