@@ -154,6 +154,7 @@ class NatsLine:
     # From here on, everything runs in the link's thread.
 
     def _set_serving(self, serving: bool) -> None:
+        """Tell the server that this client is present, or that it is not any more."""
         if self._serving and not serving:
             self._post(encode(Bye(self._id)))
         self._serving = serving
@@ -166,6 +167,7 @@ class NatsLine:
             self._download.done.put(f"{self._link.name} was closed")
 
     def _set_download(self, download: _Download | None) -> None:
+        """Begin to fetch a file; None: end the download."""
         if download is None and self._download is not None:
             self._post(encode(Ended(self._download.id, EndReason.DONE)))
         self._download = download
@@ -177,6 +179,7 @@ class NatsLine:
         self._post(encode(Fetch(download.id, download.name)))
 
     def _take_message(self, id: int) -> bytes | None:
+        """Return a request's bytes; None if the request is over, or damaged: then it is answered with that reason."""
         request = self._requests.get(id)
         if request is None:
             return None
@@ -218,11 +221,13 @@ class NatsLine:
                 self._request_file(self._download)
 
     def _request_more(self, id: int, incoming: Incoming, again: bool = False) -> None:
+        """Request the next window of a message, if it is time to. again: also what was requested and has not come."""
         want = incoming.next_want(id, WINDOW, again)
         if want is not None:
             self._post(want)
 
     def _tick(self, since: float) -> None:
+        """Send a beat if the server is silent, and resume stalled transfers."""
         if time.monotonic() - self._last_ping > PING_TIMEOUT:
             self._send_beat()
         self._request_again(STALLED)
@@ -255,6 +260,7 @@ class NatsLine:
             self._on_ended(frame)
 
     def _on_ping(self, ping: Ping) -> None:
+        """Answer a ping by a beat, and notice another server, or a new connection of the same one."""
         before, self._server, self._last_ping = self._server, ping, time.monotonic()
         if (
             before != ping

@@ -205,6 +205,7 @@ class Link:
             self._loop.close()
 
     async def _keep_connected(self) -> None:
+        """Connect, serve the connection until it is lost, and begin again, until the link is closed."""
         delay = FIRST_DELAY
         while not self._closing.is_set():
             connection, lost = _Connection(self._on_message, self.tls is not None), asyncio.Event()
@@ -289,6 +290,7 @@ class Link:
                 await connection.publish(subject, frame, reply)
 
     async def _tick_regularly(self, connection: _Connection) -> None:
+        """Call `tick` every half second, after all that the broker had at that time has been received."""
         while connection.is_connected:
             since = time.monotonic()
             await connection.flush(int(TIMEOUT))

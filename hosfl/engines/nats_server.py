@@ -220,11 +220,13 @@ class NatsEngine:
                 self._post(request.client, encode(Ended(request.id, EndReason.LATE)))
 
     def _forget_request(self, request: _Request) -> bool:
+        """Stop sending and receiving for a request. Returns whether it was still open."""
         self._link.stop(self._down_subject(request.client), request.id)
         self._receiving.discard(request.id)
         return self._peers[request.client].requests.pop(request.id, None) is not None
 
     def _finish(self, request: _Request, reply: Reply, reason: EndReason = EndReason.DONE, text: str = "") -> None:
+        """End a request with a reply, and tell the client that it is over."""
         self._forget_request(request)
         self._post(request.client, encode(Ended(request.id, reason, text)))
         request.replies.put(reply)
@@ -240,6 +242,7 @@ class NatsEngine:
         self._post(client, encode(Ping(self._id, self._connections)), f"hosfl.{self.run}.up.{client}.gone")
 
     def _has_settled(self, now: float) -> bool:
+        """Whether the server has been connected long enough for clients to have reconnected too."""
         return self._link.up and now - self._since > CONNECT_GRACE
 
     def _connected(self) -> None:
@@ -252,6 +255,7 @@ class NatsEngine:
                 self._request_more(request, again=True)
 
     def _tick(self, since: float) -> None:
+        """Find out which clients are gone, resume stalled transfers, and ping. since: see `Link`."""
         now = time.monotonic()
         settled = self._has_settled(since)
         for client, peer in enumerate(self._peers):
@@ -282,10 +286,12 @@ class NatsEngine:
             peer.file = None
 
     def _count_dropped(self, client: int, reason: str, *values: object) -> None:
+        """Count a frame that is ignored, and log the reason. values: of the reason's format string."""
         self.dropped[client] += 1
         self._log.warn((client, reason), f"client %d: {reason}", client, *values)
 
     def _receive(self, subject: bytes, data: bytes) -> None:
+        """Handle a message. Only the subject says which client sent it."""
         match = self._subject.fullmatch(subject)
         client = int(match[1]) if match else -1
         now = time.monotonic()
@@ -344,6 +350,7 @@ class NatsEngine:
                 self._post(client, encode(Ended(id, EndReason.REFUSED, text)))
 
     def _on_beat(self, client: int, beat: Beat) -> None:
+        """Note that a client is present, and align the requests that it lists with those that are open."""
         peer = self._peers[client]
         if beat.line in peer.replaced:
             self._post(client, encode(Ended(beat.line, EndReason.REPLACED)))
@@ -373,6 +380,7 @@ class NatsEngine:
                 self._post(client, encode(Ended(id, EndReason.UNKNOWN)))
 
     def _request_more(self, request: _Request, again: bool = False) -> None:
+        """Request the next window of an answer, if it is time to. again: also what was requested and has not come."""
         if request.incoming is not None:
             window = max(SMALL, min(WINDOW, ALL_WINDOWS // len(self._receiving)))
             want = request.incoming.next_want(request.id, window, again)
@@ -380,6 +388,7 @@ class NatsEngine:
                 self._post(request.client, want)
 
     def _on_piece(self, client: int, piece: Piece) -> None:
+        """Handle a piece of an answer: the announcement, or the next bytes."""
         peer = self._peers[client]
         request = peer.requests.get(piece.id)
         if request is None:
@@ -404,16 +413,18 @@ class NatsEngine:
         elif piece.data:  # without data it is only a repeated announcement
             self._count_dropped(client, "a piece of request %016x that was not asked for", piece.id)
             return
-        incoming = request.incoming
-        if not incoming.complete:
+        if request.incoming.complete:
+            self._finish_answer(request, request.incoming)
+        else:
             self._request_more(request)
-            return
-        data = incoming.take_message()
+
+    def _finish_answer(self, request: _Request, incoming: Incoming) -> None:
+        """End a request whose answer has been received."""
+        client, data = request.client, incoming.take_message()
         if data is None:
-            self._count_dropped(client, "its reply to request %016x is damaged", piece.id)
-            self._finish(
-                request, Reply(client, None, "failed: damaged on its way"), EndReason.REFUSED, "damaged on its way"
-            )
+            self._count_dropped(client, "its reply to request %016x is damaged", request.id)
+            reply = Reply(client, None, "failed: damaged on its way")
+            self._finish(request, reply, EndReason.REFUSED, "damaged on its way")
         elif incoming.failed:
             reason = printable(data.decode(errors="replace"))
             self._finish(request, Reply(client, None, f"failed: {reason}"))
@@ -421,6 +432,7 @@ class NatsEngine:
             self._finish(request, Reply(client, data))
 
     def _on_want(self, client: int, want: Want) -> None:
+        """Send bytes of a request or of a file."""
         peer = self._peers[client]
         request = peer.requests.get(want.id)
         outgoing = request.outgoing if request else None
@@ -435,6 +447,7 @@ class NatsEngine:
             self._link.stream(self._down_subject(client), want.id, outgoing, want.offset, end)
 
     def _on_fetch(self, client: int, fetch: Fetch) -> None:
+        """Announce a file, once files have been offered; the client repeats its request until then."""
         if self._files is None:
             return
         peer = self._peers[client]
