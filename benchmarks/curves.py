@@ -112,6 +112,7 @@ def perceptron(seed: int) -> nn.Module:
 
 @cache
 def task(name: str) -> Task:
+    """Make a task by its name."""
     if name == "digits":
         rates = {
             "MeZO": 0.02,

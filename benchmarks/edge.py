@@ -110,7 +110,7 @@ class FolderLine:
             self.between.append(_resident("VmRSS"))
 
     def close(self) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
 
 def _resident(name: str) -> int:

@@ -58,6 +58,7 @@ def run(job: Job) -> dict[str, Any]:
 
 
 def setting(text: str) -> tuple[str, Any]:
+    """Parse NAME=VALUE: (name, value of the setting's type)."""
     name, _, value = text.partition("=")
     if name not in Config.names():
         raise argparse.ArgumentTypeError(f"{name!r} is no setting: NAME=VALUE, NAME one of {', '.join(Config.names())}")

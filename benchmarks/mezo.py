@@ -52,6 +52,7 @@ class MeZO:
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor]) -> float:
+        """Measure along P directions, and update. Returns the mean loss."""
         seeds = torch.randint(LARGEST_SEED, (self.directions,), generator=self.seeds).tolist()
         measurements = [(seed, *self.zo_step(closure, seed)) for seed in seeds]
         for seed, _, projected_grad in measurements:

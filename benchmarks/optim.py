@@ -83,6 +83,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
 
 
 def model_and_forward(vocabulary: int, width: int, layers: int) -> tuple[Transformer, Callable[[], Tensor]]:
+    """Make a model, and a function that runs a forward pass of it."""
     torch.manual_seed(0)
     model = Transformer(vocabulary, width, layers).eval()
     ids = torch.ones(1, 1, dtype=torch.int64)  # of one token, a pass takes little more than reading the weights
@@ -260,6 +261,7 @@ def violations(parts: dict[str, Any]) -> list[str]:
 
 
 def show(parts: dict[str, Any]) -> None:
+    """Print a table for each part."""
     console = Console(width=None if sys.stdout.isatty() else 110)
     for part, result in parts.items():
         table = Table(title=part)

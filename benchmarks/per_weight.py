@@ -19,6 +19,7 @@ MARKS = {"one backward pass": "s", "paper": "x"}  # by a part of the method's na
 
 
 def draw(path: Path) -> None:
+    """Draw the figure."""
     points = numbers_of(load_result(ALL_STUDIES))
     studies = dict.fromkeys(point.study for point in points)
     colors = dict(zip(studies, colormaps["tab20"].colors, strict=False))  # type: ignore[attr-defined]

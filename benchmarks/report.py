@@ -110,6 +110,7 @@ def add_ratios(rows: list[dict[str, Any]]) -> None:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
+    """Print the tables of throughput and memory."""
     console = Console(width=None if sys.stdout.isatty() else 110)
     speed = Table(title="throughput")
     for column in ("device", "threads", "group", "way", "ms", "share of roof", "x MeZO", f"x {RECORDS} passes"):

@@ -140,11 +140,13 @@ MakeEngine = Callable[[dict[str, bytes] | None], Engine]  # from the offered fil
 
 @contextlib.contextmanager
 def in_process(folder: Path, data: str) -> Iterator[MakeEngine | None]:
+    """Context manager for clients in this process, which need no other engine."""
     yield None
 
 
 @contextlib.contextmanager
 def over_nats(folder: Path, data: str) -> Iterator[MakeEngine]:
+    """Context manager that yields a function making a NATS engine with its clients; `hosfl federation` sets it up."""
     from hosfl.engines.nats_server import NatsEngine
     from hosfl.federation import Member
 
@@ -184,6 +186,7 @@ def over_nats(folder: Path, data: str) -> Iterator[MakeEngine]:
 
 @contextlib.contextmanager
 def over_ray(folder: Path, data: str) -> Iterator[MakeEngine]:
+    """Context manager that yields a function making a Ray engine with its clients."""
     from hosfl.engines.ray import RayEngine
 
     with contextlib.ExitStack() as stack:

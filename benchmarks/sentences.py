@@ -83,6 +83,7 @@ class Tail(nn.Module):
         self.layers, self.head = layers, nn.Linear(384, classes)
 
     def features(self, inputs: Tensor) -> Tensor:
+        """Return the normalised mean over tokens, [n, 384]."""
         x, mask = inputs[..., :-1], inputs[..., -1]
         hidden = (mask - 1)[:, None, None, :] * 1e9
         for layer in self.layers:

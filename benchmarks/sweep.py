@@ -69,12 +69,14 @@ def prepare_planned(
     *arguments: Any,
     moments: Sequence[Tensor] = (),
 ) -> Prepared:
+    """Prepare a launch by `plan`, which makes its tables. arguments: the kernel's others."""
     (launch,) = plan(kernel, [x], place, stochastic, [[m] for m in moments])
     tables = (launch.rows, launch.row_of_program)
     return Prepared(launch.variant, len(launch.row_of_program), (*tables, *arguments), x, [x, *moments])
 
 
 def records(count: int, stochastic: bool) -> Tensor:
+    """Make a table of `count` records on the device."""
     seeds = range(1, count + 1)
     table = record_table(seeds, [SCALE] * count, seeds if stochastic else None)
     return copy_records(table, "the sweep", torch.device(DEVICE))

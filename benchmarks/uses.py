@@ -53,6 +53,7 @@ class Averages(GradientAverage):
         """Initialise the state that is kept from round to round; here there is none."""
 
     def commit(self, round: int, answers: Sequence[Gradient], weights: Sequence[float]) -> None:
+        """Update the weights with a round's answers."""
         if answers:
             self.random = torch.Generator().manual_seed(round_seed(self.seed, Purpose.DIRECTIONS, round) % 2**63)
             gradients = torch.stack([a.gradient for a in answers]).double()

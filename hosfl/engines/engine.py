@@ -28,7 +28,7 @@ class Engine(Protocol):
     """The server's side. It must not be used by several threads at once."""
 
     def present(self) -> frozenset[int]:
-        """The numbers of the clients that are connected now."""
+        """Return the numbers of the clients that are connected now."""
 
     def ask(self, messages: Mapping[int, bytes], deadline: float | None = None) -> Iterator[Reply]:
         """Send each client its bytes, and yield one `Reply` for each client, as they arrive.

@@ -76,7 +76,7 @@ class RayEngine:
             raise
 
     def _max_actors(self, cpus: float, gpus: float) -> int:
-        """The number of actors that the cluster has resources for."""
+        """Return the number of actors for which the cluster has resources."""
         resources = self._ray.cluster_resources()
         limits = [resources.get(name, 0) / share for name, share in (("CPU", cpus), ("GPU", gpus)) if share]
         return max(1, int(min(limits, default=1)))
@@ -114,7 +114,7 @@ class RayEngine:
                 raise EngineError(f"the clients cannot be made: {_reason(error)}") from error
 
     def present(self) -> frozenset[int]:
-        """All clients, if any actor is alive. One that has died since the last request still counts."""
+        """Return all clients if any actor is alive. One that has died since the last request still counts."""
         self._find_restarted()
         return frozenset(range(self.clients)) if len(self._away) < len(self._actors) else frozenset()
 
@@ -165,10 +165,10 @@ class RayEngine:
             yield Reply(client, None, "late")
 
     def offer(self, files: Mapping[str, bytes]) -> None:
-        """Nothing to do: `make` has what clients need."""
+        """Do nothing: `make` has what clients need."""
 
     def limit(self, largest: int) -> None:
-        """Nothing to do: the actors are trusted."""
+        """Do nothing: the actors are trusted."""
 
     def close(self) -> None:
         """End the actors and their clients, and the cluster if it was started here."""

@@ -61,16 +61,19 @@ class StopOnSignal:
                         os._exit(128 + number[0])
 
     def fetch(self, name: str, deadline: float | None = None) -> bytes:
+        """See `Line.fetch`."""
         assert self.line is not None
         return self.line.fetch(name, deadline)
 
     def serve(self, answer: Callable[[bytes], bytes]) -> None:
+        """See `Line.serve`. Returns at once if a signal has come."""
         assert self.line is not None
         self._serving = True
         if self.signal is None:  # otherwise the code that reads data has swallowed the KeyboardInterrupt
             self.line.serve(answer)
 
     def close(self) -> None:
+        """Close the line, if it is set."""
         if self.line is not None:
             self.line.close()
 

@@ -36,6 +36,7 @@ class ByzantineClient(ZerothOrderClient):
         return ByzantineClient(**inherited, **lies)
 
     def output(self, round: int) -> Cut:
+        """Compute the cut, and falsify it."""
         honest = super().output(round)
         computed = replace(honest, cut=unpacked(honest.cut, honest.scales, self.wire))
         falsified = self._falsify(computed)
@@ -45,6 +46,7 @@ class ByzantineClient(ZerothOrderClient):
         return replace(falsified, cut=cut, scales=scales)
 
     def answer(self, message: Message) -> Scalars:
+        """Compute the answer, and falsify it."""
         return self._falsify(super().answer(message))
 
     def _falsify(self, message: AnyMessage) -> AnyMessage:

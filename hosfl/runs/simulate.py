@@ -101,9 +101,11 @@ class SimulatedFederation(Federation):
         return present
 
     def late_messages(self) -> list[Message | None]:
+        """Return the messages that arrived after the deadline of the last round."""
         return [self.server.receive(data) for data in self._late]
 
     def round(self, round: int) -> float:
+        """Run a round, after which the server may die."""
         loss = super().round(round)
         self.unreliable.maybe_die()
         return loss
@@ -122,6 +124,7 @@ class SimulatedFederation(Federation):
         return done
 
     def load_client(self, number: int) -> Client:
+        """Make a client, a Byzantine one if it is a liar, in the state in which it last took part."""
         client = self.make_client(number)
         if number in self.liars and isinstance(client, ZerothOrderClient):
             client = ByzantineClient.of(
@@ -141,6 +144,7 @@ class SimulatedFederation(Federation):
         return client
 
     def store_client(self, client: Client) -> None:
+        """Keep a client's state, shared with clients in the same state."""
         assert isinstance(client, ZerothOrderClient)
         if client.calibrated:
             self.calibrated.add(client.number)

@@ -44,6 +44,7 @@ class UnreliableWire(Wire):
         return late
 
     def carry(self, client: int, messages: Sequence[Message]) -> bytes | None:
+        """Carry messages to a client; None if they do not arrive in time."""
         data = super().carry(client, messages)
         assert data is not None
         if isinstance(messages[-1], Multiplier):
@@ -54,6 +55,7 @@ class UnreliableWire(Wire):
         return received if in_time else None
 
     def bring(self, client: int, data: bytes) -> bytes | None:
+        """Bring bytes to the server; None if they do not arrive in time: late ones arrive in the next round."""
         in_time, received = self._transmit(client, data)
         if received is not None and not in_time:
             self.overdue += 1

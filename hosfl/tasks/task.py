@@ -23,7 +23,7 @@ Model = nn.Module | tuple[nn.Module, nn.Module] | Callable[..., Any]
 
 
 def adamw(half: nn.Module, decay: float) -> torch.optim.Optimizer:
-    """The default optimizer of the server half."""
+    """Make the default optimizer of the server half."""
     return torch.optim.AdamW(half.parameters(), betas=(0.9, 0.99), weight_decay=decay)
 
 
