@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks.engines import CLIENTS, wait_for_clients
 from hosfl.engines.engine import Engine, Reply
-from hosfl.engines.in_process import InProcess
+from hosfl.engines.in_process import InProcessEngine
 from hosfl.files import write_json
 from hosfl.runs.assemble import assemble, partition
 from hosfl.runs.config import Config
@@ -237,7 +237,7 @@ def measure(settings: dict[str, Any], name: str, folder: Path) -> dict[str, Any]
     federation.open_log(folder)
     with ENGINES[name](folder, config.data) as make:
         if make is None:
-            assert isinstance(federation.messenger.engine, InProcess)
+            assert isinstance(federation.messenger.engine, InProcessEngine)
             federation.messenger.engine.answer = TimedAnswer(federation.messenger.engine.answer, folder)
         else:
             Transport(lambda files, clients: make(files)).connect(federation)

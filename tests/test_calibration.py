@@ -18,7 +18,7 @@ from torch import nn
 
 from hosfl import Config, Task, rebuild, train
 from hosfl.engines.engine import Reply
-from hosfl.engines.in_process import InProcess
+from hosfl.engines.in_process import InProcessEngine
 from hosfl.methods import METHODS, calibration
 from hosfl.methods.tensors import decoded as decode
 from hosfl.protocol.endpoint import AnotherRun, Endpoint
@@ -483,7 +483,7 @@ class Apart(Elsewhere):
 
 
 def everybody(files, clients):
-    return InProcess(WorkerFactory(files)(), clients)
+    return InProcessEngine(WorkerFactory(files)(), clients)
 
 
 def alike(here, there):
@@ -496,7 +496,7 @@ def alike(here, there):
 def test_the_order_in_which_statistics_come_is_nothing(task, monkeypatch):
     """A sum rounds otherwise in another order; and clients of this process leave as they do after a round."""
 
-    class Backwards(InProcess):
+    class Backwards(InProcessEngine):
         def ask(self, messages, deadline=None):
             yield from reversed(list(super().ask(messages, deadline)))
 
@@ -637,7 +637,7 @@ def test_calibration_waits_for_statistics_that_count(task, monkeypatch):
     wrong = {0: encode(statistics(samples=0)), 1: b"junk"}
     federation, _ = assemble(Config(task="", **settings(sampled=4)), task=task)
     answer = federation.messenger.engine.answer
-    federation.messenger.engine = InProcess(lambda number, data: wrong.get(number) or answer(number, data), 4)
+    federation.messenger.engine = InProcessEngine(lambda number, data: wrong.get(number) or answer(number, data), 4)
     federation.enough = 1
     running, came = federation.server.statistics, []
     commit = running.commit

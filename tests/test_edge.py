@@ -31,7 +31,7 @@ from hosfl.edge.export import ExportError
 from hosfl.edge.half import Half, HalfError
 from hosfl.edge.join import join, make_client
 from hosfl.engines.engine import JoinError
-from hosfl.engines.in_process import InProcess
+from hosfl.engines.in_process import InProcessEngine
 from hosfl.engines.saved_state import SavedState
 from hosfl.engines.signals import StopOnSignal
 from hosfl.methods import travel as with_torch
@@ -251,7 +251,7 @@ def test_beside_clients_with_torch(way, tmp_path):
         heard.setdefault(number, []).append((decode(theirs), decode(said), decode(unpack(data)[-1])))
         return said
 
-    federation.messenger.engine = InProcess(answer, 3)
+    federation.messenger.engine = InProcessEngine(answer, 3)
     before = edges[1].client.replica.digest()
     losses = [federation.round(0)]
     assert edges[1].client.replica.digest() == before  # probing leaves no trace
@@ -337,10 +337,10 @@ def test_running_statistics(way, dtype, apart, tmp_path):
         heard.setdefault(number, []).append((decode(theirs), decode(said)))
         return said
 
-    federation.messenger.engine = InProcess(answer, 3)
+    federation.messenger.engine = InProcessEngine(answer, 3)
     federation.messenger.engine.present = lambda: {0, 1}
     federation.calibrate()
-    federation.messenger.engine = InProcess(answer, 3)
+    federation.messenger.engine = InProcessEngine(answer, 3)
     assert list(heard) == [0, 1]
     ((theirs, mine),) = heard[1]
     assert type(theirs) is type(mine) is Statistics
@@ -450,7 +450,7 @@ def test_a_half_in_bfloat16(way, tmp_path):
             cuts.append((decode(theirs), decode(said)))
         return said
 
-    federation.messenger.engine = InProcess(answer, 3)
+    federation.messenger.engine = InProcessEngine(answer, 3)
     losses = [federation.round(round) for round in range(4)]
     assert np.isfinite(losses).all()
     assert (federation.refused, federation.messenger.complaints) == ([], [])
@@ -492,7 +492,7 @@ def test_a_client_that_was_away_and_one_that_is_wrong(tmp_path):
         said.append(decode(edge.answer(data)) if number == 1 else decode(federation.endpoint(number).answer(data)))
         return encode(said[-1])
 
-    federation.messenger.engine = InProcess(answer, 3)
+    federation.messenger.engine = InProcessEngine(answer, 3)
     edge.client.replica.tensors[0][...] += 0.25
     federation.round(3)
     assert [type(m) for m in said if m.client == 1] == [Hello, Differs, Cut, Scalars]
@@ -809,7 +809,7 @@ def test_runs_that_a_server_does_not_offer():
     ]:
         federation, _ = assemble(Config(**{"clients": 3, "sampled": 3} | settings))
         with pytest.raises(ValueError, match=why):
-            Transport(InProcess(lambda number, data: b"", 3), edge=True).connect(federation)
+            Transport(InProcessEngine(lambda number, data: b"", 3), edge=True).connect(federation)
 
 
 @pytest.mark.parametrize("estimator", ["one-sided", "backward"])

@@ -20,7 +20,7 @@ from torch import nn
 
 from hosfl import commands, train
 from hosfl.engines.engine import EngineError, JoinError, Reply
-from hosfl.engines.in_process import InProcess
+from hosfl.engines.in_process import InProcessEngine
 from hosfl.engines.joining import fetch_file
 from hosfl.engines.saved_state import SavedState
 from hosfl.files import RunFolderError
@@ -60,7 +60,7 @@ def client_of(run, config, base, number):
     return clients.endpoint(number, clients.samples(number), alone=True)
 
 
-class Elsewhere(InProcess):
+class Elsewhere(InProcessEngine):
     """Clients that are made of what is offered alone. own: the task and the method that they name themselves."""
 
     def __init__(self, clients, **own):
@@ -104,7 +104,7 @@ def test_one_process_for_everybody(way, tmp_path):
 
 
 def everybody(files, clients):
-    return InProcess(pickle.loads(pickle.dumps(WorkerFactory(files)))(), clients)
+    return InProcessEngine(pickle.loads(pickle.dumps(WorkerFactory(files)))(), clients)
 
 
 @pytest.mark.parametrize("way", ["each alone", "everybody"])
@@ -171,7 +171,7 @@ def test_the_engine_of_one_process():
         asked.append(number)
         return data[::-1]
 
-    engine = InProcess(answer, 3)
+    engine = InProcessEngine(answer, 3)
     assert engine.present() == {0, 1, 2}
     big = bytes(range(256)) * 4096
     assert list(engine.ask({2: b"", 0: big})) == [Reply(2, b""), Reply(0, big[::-1])]
@@ -456,7 +456,7 @@ class LivesOn:
 
     def serve(self, answer):
         for start in self.starts:
-            engine = InProcess(lambda number, data: answer(data), 1)
+            engine = InProcessEngine(lambda number, data: answer(data), 1)
             engine.offer = self.offer
             self.found.append(start(Transport(engine)))
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from hosfl.engines.engine import Reply
-from hosfl.engines.in_process import InProcess
+from hosfl.engines.in_process import InProcessEngine
 from hosfl.protocol.aggregate import LENGTH_LIMIT, limit_length, weighted_mean
 from hosfl.protocol.messages import Audited, Cut, Differs, ProbedCut, Scalars, decode, encode
 from hosfl.runs.assemble import assemble
@@ -19,7 +19,7 @@ from hosfl.tasks.task import Task
 CLIENTS = 6
 
 
-class LiarsFirst(InProcess):
+class LiarsFirst(InProcessEngine):
     """An engine in which liars are faster than all others. lie: what a message is replaced by."""
 
     def __init__(self, federation, liars, lie):

@@ -13,7 +13,7 @@ import pytest
 from hosfl import Config, train
 from hosfl.cli import main
 from hosfl.engines.engine import Reply
-from hosfl.engines.in_process import InProcess
+from hosfl.engines.in_process import InProcessEngine
 from hosfl.protocol.messages import Invitation, decode, unpack
 from hosfl.runs import attendance as page
 from hosfl.runs.attendance import STATES, read_events, write_attendance
@@ -28,7 +28,7 @@ EACH |= {"seconds/cuts", "seconds/server", "seconds/answers"}
 FAULTS = {(2, 1): "gone", (3, 1): "late", (4, 2): "failed: <b>OSError</b>", (4, 0): "", (5, 3): b"nonsense"}
 
 
-class Faulty(InProcess):
+class Faulty(InProcessEngine):
     """Clients of this process, some of whose answers to invitations are lost or replaced."""
 
     def ask(self, messages, deadline=None):

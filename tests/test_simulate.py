@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from hosfl.cli import main
-from hosfl.engines.in_process import InProcess
+from hosfl.engines.in_process import InProcessEngine
 from hosfl.methods.ho import ZerothOrderClient
 from hosfl.methods.travel import unpacked
 from hosfl.protocol.lattice import LatticeError
@@ -135,8 +135,8 @@ def test_a_crowd_elsewhere_meets_the_same_faults() -> None:
     config = small(rounds=30, clients=100, sampled=5, digest_every=15, evaluate_every=30)
     faults = Faults(dropout=0.2, absence=0.1, longest_absence=30, delay=1, deadline=6, damage=0.02, crash_every=12)
 
-    def everybody(files: dict[str, bytes], clients: int) -> InProcess:
-        return InProcess(WorkerFactory(files, SMALLEST_SHARD)(), clients)
+    def everybody(files: dict[str, bytes], clients: int) -> InProcessEngine:
+        return InProcessEngine(WorkerFactory(files, SMALLEST_SHARD)(), clients)
 
     here, there = simulate(config, faults), simulate(config, faults, transport=Transport(everybody))
     assert there.equal

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from hosfl.engines.engine import Reply, check_ask
 
 
-class InProcess:
+class InProcessEngine:
     """The engine without a network. All clients are always present.
 
     answer: (client, the server's bytes) -> the client's bytes. clients: N.

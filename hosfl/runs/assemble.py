@@ -23,6 +23,7 @@ from hosfl.methods.client import Client
 from hosfl.methods.cuts import CutSpec
 from hosfl.methods.ledger import SeedReplay
 from hosfl.methods.method import Method, Setup
+from hosfl.methods.server import Server
 from hosfl.methods.state import prefixed
 from hosfl.protocol.aggregate import AGGREGATIONS
 from hosfl.protocol.header import Header
@@ -67,11 +68,7 @@ def assemble(
     initial = prefixed("client", model.client.state_dict()) | prefixed("server", model.server.state_dict())
     halves_digest = base_digest(initial)
     base = make_base_half(config, model, task.public)
-    if config.calibrate and not calibration.running(base):
-        raise ValueError(
-            f"calibrate = {config.calibrate} needs a client half with running statistics, such as BatchNorm's, and this"
-            " one has none: leave it out"
-        )
+    _check_running_statistics(config, base)
     fixed, base_file = fixed_factors(base), None if resumed is None else resumed / "base.safetensors"
     if fixed and base_file is not None and base_file.exists():
         _load_from_base(fixed, base_file)
@@ -89,24 +86,8 @@ def assemble(
         initial_half = calibration.initial_half(base, statistics)
         return make_client(method, number, initial_half, shares[number % len(shares)], task)
 
-    server = method.server(
-        half=half,
-        loss=task.loss,
-        optimizer=_optimizer(task, half, rates.decay),
-        rate=method.rate(rates.server),
-        ledger=method.ledger,
-        seed=config.seed,
-        clients=config.clients,
-        cuts=_cut_spec(task, config, cut_shape, sample, method.read("wire")),
-        aggregation=setup.aggregation,
-        clip=config.server_clip,
-        passes=setup.passes,
-        statistics=statistics,
-        server_first=method.read("server_first"),
-        centered=method.read("multiplier") == "centered",
-    )
+    server = _make_server(method, task, half, _cut_spec(task, method, cut_shape, sample), statistics)
     running = {} if statistics is None else calibration.running(base)
-
     describe = partial(_describe, config, task, method, base, halves_digest, {**fixed, **running})
     federation = Federation(config, server, client, base, setup.observed, kind.exchanges(config), describe=describe)
     if statistics is not None and base_file is not None:
@@ -117,17 +98,53 @@ def assemble(
     return federation, task
 
 
-def _cut_spec(task: Task, config: Settings, shape: tuple[int, ...], sample: Dataset, wire: str) -> CutSpec:
+def _check_running_statistics(config: Settings, base: nn.Module) -> None:
+    """Raises ValueError if clients are to estimate running statistics, and the client half has none."""
+    if config.calibrate and not calibration.running(base):
+        raise ValueError(
+            f"calibrate = {config.calibrate} needs a client half with running statistics, such as BatchNorm's, and this"
+            " one has none: leave it out"
+        )
+
+
+def _make_server(
+    method: Method,
+    task: Task,
+    half: nn.Module,
+    cuts: CutSpec,
+    statistics: calibration.RunningStatistics | None,
+) -> Server:
+    """Make the method's server. half: the server half; cuts: those that it accepts."""
+    settings, setup = method.settings, method.setup
+    return method.server(
+        half=half,
+        loss=task.loss,
+        optimizer=_optimizer(task, half, setup.rates.decay),
+        rate=method.rate(setup.rates.server),
+        ledger=method.ledger,
+        seed=settings.seed,
+        clients=settings.clients,
+        cuts=cuts,
+        aggregation=setup.aggregation,
+        clip=settings.server_clip,
+        passes=setup.passes,
+        statistics=statistics,
+        server_first=method.read("server_first"),
+        centered=method.read("multiplier") == "centered",
+    )
+
+
+def _cut_spec(task: Task, method: Method, shape: tuple[int, ...], sample: Dataset) -> CutSpec:
     """Describe the cuts that the server accepts. shape: of one sample's cut; sample: a few samples."""
     return CutSpec(
         shape,
         task.classes,
-        config.batch,
+        method.settings.batch,
         masked=isinstance(sample.inputs, dict) and "attention_mask" in sample.inputs,
         label_shape=tuple(sample.labels.shape[1:]),
         real=sample.labels.is_floating_point(),
         ignore_index=task.ignore_index,
-        wire=wire,
+        wire=method.read("wire"),
     )
 
 

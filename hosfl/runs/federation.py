@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from hosfl.engines.in_process import InProcess
+from hosfl.engines.in_process import InProcessEngine
 from hosfl.halves.split import RunHalves, SplitModel
 from hosfl.methods import calibration
 from hosfl.methods.client import Client
@@ -99,7 +99,7 @@ class Federation:
         self._endpoints: dict[int, Endpoint[Client]] = {}
         self._tried_clients: set[int] = set()  # those with which the next round was tried without success
         self._counts_before = (0, 0)  # refusals and complaints of earlier rounds
-        engine = InProcess(lambda number, data: self.endpoint(number).answer(data), self.config.clients)
+        engine = InProcessEngine(lambda number, data: self.endpoint(number).answer(data), self.config.clients)
         self.messenger = Messenger(self.server, engine)
 
     @property
@@ -313,7 +313,7 @@ class Federation:
     def catch_up(self, client: Client) -> bool:
         """Bring a client that is not among the engine's up to date. Returns False if that fails."""
         endpoint, messenger = self._endpoint(client), self.messenger
-        engine = InProcess(lambda number, data: endpoint.answer(data), client.number + 1)
+        engine = InProcessEngine(lambda number, data: endpoint.answer(data), client.number + 1)
         self.messenger = replace(messenger, engine=engine, positions={})
         try:
             return bool(self.audit([client.number]))
