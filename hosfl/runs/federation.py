@@ -130,16 +130,16 @@ class Federation:
         A client whose message is lost, late or refused misses the round; the others are not affected. If no cut could
         be learnt from and the run is patient, nothing is committed, and the round is to be tried again: see `tries`.
         """
-        learnt = self.server.learnt
+        learnt_before = self.server.learnt
         self.seconds = dict.fromkeys(("cuts", "server", "answers"), 0.0)
         self.messenger.failures.clear()
         self._counts_before = self.server.refused.total, self.messenger.complaints.total
         try:
             self.asked, first = self.invited(round), round * self.exchanges
             multipliers, loss = self._exchange("cuts", first, self.asked, partial(self._invite, round))
-            sent = self.server.learnt_from()
-            self.visits += len(sent)
-            if self.patient and self.server.learnt == learnt:
+            learnt_from = self.server.learnt_from()
+            self.visits += len(learnt_from)
+            if self.patient and self.server.learnt == learnt_before:
                 self.tries += 1
                 self._tried_clients.update(self.asked)
                 return math.nan
@@ -149,14 +149,14 @@ class Federation:
             for exchange in range(first + 1, first + self.exchanges):
                 deliver = partial(self.messenger.deliver, multipliers)
                 multipliers, loss = self._exchange("answers", exchange, multipliers, deliver)
-                sent = self.server.learnt_from()
+                learnt_from = self.server.learnt_from()
                 losses.append(loss)
-            answers = multipliers if self.server.ledger is not None else {}
+            final_requests = multipliers if self.server.ledger is not None else {}
             with self._timed("answers"):
-                self._collect_answers(answers, partial(self.server.accept_answer, round))
+                self._collect_answers(final_requests, partial(self.server.accept_answer, round))
             with self._timed("server"):
                 committed = self.server.commit(round)
-            self.took_part = committed if answers else sent
+            self.took_part = committed if final_requests else learnt_from
             self.ever_took_part.update(self.took_part)
         finally:
             self._release_clients()
@@ -185,6 +185,7 @@ class Federation:
             return self.server.end()
 
     def _invite(self, round: int, on_reply: OnReply, is_enough: Callable[[], bool]) -> None:
+        """Let the server learn from late messages, and request the invited clients' cuts."""
         for message in self.late_messages():
             self._learn(message)
         self.messenger.collect(self.asked, partial(self._invitation, round), on_reply, is_enough)

@@ -63,8 +63,8 @@ class Messenger:
         ends = self._deadline_at()
         updates = {n: self._missed_update(n) for n in clients}
         if self.server.ledger is not None:
-            # Clients of unknown position come first: they send it at once, while others compute. One that stays silent
-            # costs the others only this share of their time.
+            # Clients of unknown position are asked first. Each sends its position at once, so that nobody has to wait
+            # for one that computes. A client that stays silent costs the others only this share of their time.
             unknown = {n: updates.pop(n) for n in clients if n not in self.positions}
             updates |= self._collect_once(unknown, request, on_reply, is_enough, self._deadline_at(POSITION_SHARE))
         for _ in range(TRIES):
