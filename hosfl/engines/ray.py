@@ -198,6 +198,7 @@ class RayEngine:
         return done[0] if done else None
 
     def _reply(self, call: _Call, reference: Any) -> Reply:
+        """Return the reply of a call that has ended. If its actor has died, begin to wait for its restart."""
         try:
             answer, reason = self._ray.get(reference), "it was restarted since it was last asked"
         except self._ray.exceptions.RayError as error:
