@@ -123,14 +123,14 @@ def test_passes_are_those_that_ran(method, estimator):
 
         first_layer.register_forward_hook(forward)
 
-    make = federation.make
+    make = federation.make_client
 
     def watched(number):
         client = make(number)
         watch(client.half[0], "client")
         return client
 
-    federation.make = watched
+    federation.make_client = watched
     watch(federation.server.half[0], "server")
     for round in range(3):
         federation.round(round)

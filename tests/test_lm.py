@@ -578,14 +578,14 @@ def test_both_halves_descend_the_clients_mean_per_token(folder, aggregation):
     weights = [5, 25, 25] if aggregation == "weighted" else [1, 1, 1]
     expected = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)
     of_server = torch.autograd.grad(expected, [p for p in halves.server.parameters() if p.requires_grad])
-    make = federation.make
+    make = federation.make_client
 
     def with_fewer(number):
         client = make(number)
         client.batch = lambda round: batches[number]
         return client
 
-    federation.make = with_fewer
+    federation.make_client = with_fewer
     seen = []
     federation.server.optimizer.step = lambda: seen.extend(p.grad.clone() for p in federation.server._trained())
     loss = federation.round(0)
