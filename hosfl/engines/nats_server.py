@@ -330,9 +330,7 @@ class NatsEngine:
             if frame.line == peer.line:
                 self._set_gone(client, "it said goodbye")
         elif isinstance(frame, Ended):
-            if (
-                frame.id == self._id
-            ):  # it receives pings of another server, which this one cannot; the log alone uses it
+            if frame.id == self._id:  # the client gets pings of another server too; this is only logged
                 self._log.warn("servers", f"{TWO_SERVERS}; client %d says so", self.run, client, level=logging.ERROR)
             elif peer.file is not None and peer.file[0] == frame.id:
                 peer.file = None
