@@ -18,13 +18,15 @@ def pytest_addoption(parser):
 
 
 def pytest_generate_tests(metafunc):
-    most = metafunc.config.getoption("--elements")
+    max_elements = metafunc.config.getoption("--elements")
     if "device" in metafunc.fixturenames:
         metafunc.parametrize("device", ["cpu", *(["cuda"] if torch.cuda.is_available() else [])])
     if "size" in metafunc.fixturenames:
-        metafunc.parametrize("size", [size for size in SIZES if size <= most] or [most], ids="{:,}".format)
+        metafunc.parametrize(
+            "size", [size for size in SIZES if size <= max_elements] or [max_elements], ids="{:,}".format
+        )
     if "model" in metafunc.fixturenames:
-        small = [name for name, shapes in LISTS.items() if sum(map(math.prod, shapes())) <= 2 * most]
+        small = [name for name, shapes in LISTS.items() if sum(map(math.prod, shapes())) <= 2 * max_elements]
         metafunc.parametrize("model", small or [next(iter(LISTS))])
 
 

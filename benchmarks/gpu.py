@@ -351,7 +351,7 @@ def transformer_layers(width: int, layers: int, dtype: torch.dtype) -> tuple[nn.
     return model, torch.randn(BATCH, TOKENS, width, device=DEVICE, dtype=dtype)
 
 
-def beside_forward(call: Callable[[], object], forward: Callable[[], object], passes: int, weights: int) -> Row:
+def compare_with_passes(call: Callable[[], object], forward: Callable[[], object], passes: int, weights: int) -> Row:
     """Time a call, and the `passes` forward passes in it alone, and return a row with the ratio."""
     with torch.no_grad():
         alone, alone_bytes = wall_milliseconds(forward), extra_bytes(forward)
@@ -369,7 +369,7 @@ def step(dist: str, width: int, layers: int) -> Row:
     def loss() -> Tensor:
         return model(inputs).float().square().mean()
 
-    return beside_forward(lambda: optimizer.step(loss), loss, 2, count)
+    return compare_with_passes(lambda: optimizer.step(loss), loss, 2, count)
 
 
 def as_cuda_graph(call: Callable[[], object]) -> Callable[[], object]:
@@ -436,7 +436,7 @@ def captured_step(rule: hk.AdamW | None, dist: str, width: int, layers: int) -> 
     if not all(map(torch.equal, after(call), after(as_cuda_graph(call)))):
         raise RuntimeError("a step that a CUDA graph replays leaves other bits than the same step call by call")
     call = partial(step, loss)
-    row = beside_forward(as_cuda_graph(call), loss, 2, sum(w.numel() for w in moved))
+    row = compare_with_passes(as_cuda_graph(call), loss, 2, sum(w.numel() for w in moved))
     return {**row, "call_by_call_ms": wall_milliseconds(call)}
 
 
@@ -455,7 +455,7 @@ def probes(in_place: bool, width: int, layers: int) -> Row:
             return probe_untouched(half, inputs, multiplier, cut, seeds, mu, "rademacher")
 
         count = sum(p.numel() for p in parameters)
-        return beside_forward(answer, lambda: half(inputs), 1 + DIRECTIONS, count)
+        return compare_with_passes(answer, lambda: half(inputs), 1 + DIRECTIONS, count)
 
 
 def all_rows(n: int, width: int, layers: int) -> Iterator[tuple[str, str, Callable[[], Row]]]:

@@ -88,15 +88,16 @@ def add_ratios(rows: list[dict[str, Any]]) -> None:
     memory everywhere.
     """
 
-    def seconds(row: dict[str, Any], name: str) -> float | None:
-        same = ("device", "threads", "bytes" if name in (ROOF, LIST_ROOF) else "group")
-        grouped = any(r["name"] == name and r["group"] == row["group"] for r in rows)
-        found = [r["seconds"] for r in rows if r["name"] == name and all(r.get(k) == row[k] for k in same)]
-        return min(found) if found and grouped else None
+    def reference_seconds(row: dict[str, Any], name: str) -> float | None:
+        """Return the least seconds of the contender `name` in the same conditions; None if the group has none."""
+        keys = ("device", "threads", "bytes" if name in (ROOF, LIST_ROOF) else "group")
+        in_group = any(r["name"] == name and r["group"] == row["group"] for r in rows)
+        times = [r["seconds"] for r in rows if r["name"] == name and all(r.get(k) == row[k] for k in keys)]
+        return min(times) if times and in_group else None
 
     for row in rows:
         if "bytes" in row:
-            for label, other in (
+            for label, name in (
                 ("of_roof", ROOF),
                 ("of_roof", LIST_ROOF),
                 ("times_mezo", MEZO),
@@ -104,7 +105,7 @@ def add_ratios(rows: list[dict[str, Any]]) -> None:
                 ("times_randn", RANDN_RECORDS),
                 ("times_randn", RANDN_PRODUCTS),
             ):
-                reference = seconds(row, other)
+                reference = reference_seconds(row, name)
                 if reference is not None:
                     row[label] = reference / row["seconds"]
 

