@@ -55,12 +55,12 @@ def options_of(settings: Settings) -> dict[str, Any]:
     }
 
 
-def make_task(settings: Settings, own: Dataset | Items | None = None) -> Task:
+def make_task(settings: Settings, samples: Dataset | Items | None = None) -> Task:
     """Make the task of a run: one of `TASKS`, or what the function "FILE.py:FUNCTION" returns.
 
-    The function is called under a fixed seed, so that what it draws is the same in every run. own: the samples of one
-    client, if the task is made for that client alone; a task of `READERS` then reads no data itself. Raises ValueError;
-    TaskError if the function returns something else.
+    The function is called under a fixed seed, so that what it draws is the same in every run. samples: the samples of
+    one client, if the task is made for that client alone; a task of `READERS` then reads no data itself. Raises
+    ValueError; TaskError if the function returns something else.
     """
     from hosfl.tasks.items import global_seed
     from hosfl.tasks.task import Task, TaskError
@@ -70,12 +70,12 @@ def make_task(settings: Settings, own: Dataset | Items | None = None) -> Task:
     function = _load_function(settings.task)
     arguments = _call_arguments(function, settings)
     with global_seed(0):
-        if own is not None and settings.task in READERS:
-            arguments["own"] = own
+        if samples is not None and settings.task in READERS:
+            arguments["samples"] = samples
         task = function(settings, **arguments) if settings.task in TASKS else function(**arguments)
     if not isinstance(task, Task):
         raise TaskError(f"task {settings.task!r} returns a {type(task).__name__}: a hosfl.Task is needed")
-    return task if own is not None else task.with_public(settings.public)
+    return task if samples is not None else task.with_public(settings.public)
 
 
 def _load_function(name: str) -> Callable[..., Any]:
@@ -93,7 +93,7 @@ def _call_arguments(function: Callable[..., Any], settings: Settings) -> dict[st
     options = dict(settings.options)
     if settings.task in TASKS:
         parameters.pop(next(iter(parameters)))  # the settings
-        parameters.pop("own", None)
+        parameters.pop("samples", None)
     else:
         from_settings = {name: getattr(settings, name) for name in USER_TASK_SETTINGS if getattr(settings, name)}
         unused = [name for name in from_settings if name not in parameters]

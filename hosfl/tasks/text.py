@@ -153,11 +153,11 @@ class TextInputs(NamedTuple):
         return tuple(template.format_map(row) for template in templates)
 
 
-def text_task(config: Settings, own: Dataset | None = None) -> Task:
+def text_task(config: Settings, samples: Dataset | None = None) -> Task:
     """Make the task "sst2", "rte" or "wsc". config.data: see `load_parts`.
 
     An encoder gets a random classifier, as in `sentences_task`. A decoder reads a prompt; its outputs are its logits of
-    the first token of each class's word as the next token. own: one client's samples, instead of all parts.
+    the first token of each class's word as the next token. samples: one client's samples, instead of all parts.
     """
     text, name, decoder = inputs = TextInputs.of(config)
     answers = first_tokens(name, text.prompt_end, text.words) if decoder else []
@@ -168,11 +168,11 @@ def text_task(config: Settings, own: Dataset | None = None) -> Task:
         return split_pretrained(name, "SequenceClassification", at, len(text.words))
 
     data: Splits | Dataset
-    if own is None:
+    if samples is None:
         parts = load_parts(text, config.data)
         data = tokenized_splits(parts, inputs.texts, name, text.longest, inputs.truncation_side)
     else:
-        data = own
+        data = samples
     return pretrained_task(data, len(text.words), model, config, public=public_tokens(name))
 
 

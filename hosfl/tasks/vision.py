@@ -213,19 +213,21 @@ def _make_dataset(pixels: list[NDArray[Any]], labels: list[int]) -> Dataset:
     return Dataset(torch.from_numpy(inputs).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels, dtype=torch.int64))
 
 
-def pictures_task(config: Settings, own: Dataset | None = None) -> Task:
+def pictures_task(config: Settings, samples: Dataset | None = None) -> Task:
     """Make a task of CIFAR-10 or CIFAR-100 and a pretrained residual network.
 
     "cifar10-noisy" adds noise to the pictures; "cifar10-inverted" inverts their colours and adds half as much noise.
 
     config.data: see `load_pictures`. config.model: a file, see `pretrained_resnet`. By default the cut is before
-    "layer2.0": the client half has the first convolution and the first stage. own: one client's samples from
+    "layer2.0": the client half has the first convolution and the first stage. samples: one client's samples from
     `read_client_pictures`, instead of all parts.
     """
     if not config.model:
         raise ValueError(f"the {config.task} task needs a model: a file with its weights, such as resnet20-12fca82f.th")
     name, _, variant = config.task.partition("-")
-    data: Splits | Dataset = load_pictures(name, Path(config.data) if config.data else None) if own is None else own
+    data: Splits | Dataset = (
+        load_pictures(name, Path(config.data) if config.data else None) if samples is None else samples
+    )
     if variant and isinstance(data, Splits):
         data = add_noise(data, **VARIANTS[variant])
 
