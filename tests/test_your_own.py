@@ -957,7 +957,7 @@ LATER = {
     "labels of tokens that nobody told": (
         padded(IDS % 2, groups=[0, 1] * 20),
         DataError,
-        r"train: the loss does not take labels \(2, 6\) .*one for each token\? Then give the task ignore_index",
+        r"train: the loss does not take labels \(2, 6\) .*label for each token\? Then give the task ignore_index",
     ),
     "a client half that pools": (
         padded(IDS[:, 0] % 2, pools=True),
